@@ -1,0 +1,54 @@
+# `make` lists the targets. PYTHON=python3.12 chooses the interpreter; ARGS="--steps 2" reaches the command.
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+RUN_STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help demo smollm2 test test-slow lint clean
+.NOTPARALLEL:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(RUN_STAMP) ## install, then train the tiny policy on word problems and show what it learned
+	$(BIN)/quartet train examples/01_demo.yaml $(ARGS)
+
+smollm2: $(RUN_STAMP) ## prepare SmolLM2-135M-Instruct, converted, for examples/02_*.yaml
+	$(BIN)/python examples/prepare_smollm2.py $(ARGS)
+
+test: $(DEV_STAMP) ## install, then run every test that is quick
+	$(PYTEST) -m "not slow and not gpu and not peer" $(ARGS)
+
+test-slow: $(DEV_STAMP) ## the long proofs
+	$(PYTEST) -m "slow and not gpu and not peer" $(ARGS)
+
+lint: $(DEV_STAMP) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove the environment, builds and caches; runs/ and models/ stay
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find policies rollout rewards grpo tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written last, so that an interrupted installation is taken up again.
+$(BIN)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "quartet needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	       "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(RUN_STAMP): pyproject.toml $(BIN)/.created
+	@echo "Installing quartet and its packages into $(VENV) (the first time takes some minutes) ..."
+	$(PIP) --editable '.[math,text,plots,tensorboard,gguf]'
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml $(BIN)/.created
+	@echo "Installing quartet, its packages and the tools into $(VENV) (the first time takes some minutes) ..."
+	$(PIP) --editable '.[dev]'
+	@touch $(RUN_STAMP) $@

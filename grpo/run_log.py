@@ -1,0 +1,288 @@
+"""Everything that a run writes while it goes: metrics, rollouts, events, trackers, and lines for the person watching.
+
+runs/NAME/config.yaml                       the effective configuration
+          environment.json                  hardware, versions and command of the start; events has a resume's
+          metrics.jsonl                     {"step": 1, "completion/length_mean": 23.1, ...}; read_metrics()
+          rollouts/step_000001.jsonl.zst    one completion a line; read_rollouts()
+          events.jsonl                      {"time": "...", "kind": "reward_error", ...}
+          tensorboard/                      where TensorBoard is installed
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+import zstandard
+from rich.console import Console
+from rich.progress import Progress
+
+from grpo import environment
+from grpo.console import progress_bars, sample_table, step_line, visible
+from grpo.metrics import check
+from grpo.trackers import installed, start
+from rollout.group import RolloutGroup
+
+SHOWN_EVENTS_PER_KIND = 3
+
+
+class RunLog:
+    """The record of one run in `output_dir`. A context manager; one process writes, others may read meanwhile.
+
+    `resume_step` is the step of the checkpoint that the run goes on from: what was written after it is removed, so
+    that no step stands twice; 0 starts over in the same folder. None is a new run: FileExistsError if there is one
+    already. `trackers` are accelerate's names, None is TensorBoard where installed; ValueError if one is missing.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        config_yaml: str,
+        *,
+        table_every: int = 10,
+        trackers: Sequence[str] | None = None,
+        quiet: bool = False,
+        resume_step: int | None = None,
+        console: Console | None = None,
+    ) -> None:
+        # Everything that can be refused is refused before the folder is touched.
+        tracker_names = installed(trackers)
+        resumes = _holds_a_run(output_dir)
+        if resumes and resume_step is None:
+            raise FileExistsError(
+                f"output_dir={output_dir} already holds a run; choose another output_dir, go on with --resume auto, "
+                "or delete it"
+            )
+        self.output_dir = output_dir
+        self.console = console or Console(quiet=quiet)
+        self._quiet = quiet
+        self._table_every = table_every
+        self._events_seen: Counter[str] = Counter()
+        self._undocumented: set[str] = set()
+        (output_dir / "rollouts").mkdir(parents=True, exist_ok=True)
+        if resume_step is not None:
+            _truncate(output_dir, resume_step)
+        self._metrics = (output_dir / "metrics.jsonl").open("a")
+        self._events = (output_dir / "events.jsonl").open("a")
+        self._describe_run(config_yaml, resume_step if resumes else None)
+        self._trackers = [start(name, output_dir, config_yaml, resume_step or 0) for name in tracker_names]
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a step, and show them in one line. A NaN or infinity is written as null, counted."""
+        self._say(step_line(step, self._record(step, metrics)))
+
+    def evaluation(self, step: int, results: Mapping[str, float]) -> None:
+        """Record held-out results, as `eval/NAME` where a name has no area yet, and show them in one line."""
+        named = {name if "/" in name else f"eval/{name}": value for name, value in results.items()}
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in self._record(step, named).items())
+        self._say(f"step {step:5d}  {shown}")
+
+    def rollouts(
+        self,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        scores: Sequence[Any],
+        advantages: Any,
+    ) -> None:
+        """Keep all completions of a step, and now and then show a few.
+
+        `scores` are the P groups' GroupScores; `advantages` [P, G] are numbers, or [P, G, Lc] one for every token,
+        as lists, tensors or arrays.
+        """
+        advantages = [_plain(row) for row in advantages]
+        lines = [
+            _json({"step": step} | line)
+            for group, score, row in zip(groups, scores, advantages, strict=True)
+            for line in _rollout_lines(group, score, row)
+        ]
+        path = _rollout_path(self.output_dir, step)
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(zstandard.compress("".join(lines).encode()))
+        os.replace(partial, path)
+        if self._table_every and (step == 1 or step % self._table_every == 0):
+            self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Record what does not happen every step (a failure, a resume, a signal); show the first few of each kind."""
+        _append(self._events, {"time": datetime.now(UTC).isoformat(), "kind": kind} | fields)
+        self._events_seen[kind] += 1
+        if self._events_seen[kind] > SHOWN_EVENTS_PER_KIND:
+            return
+        text = " ".join(f"{name}={value}" for name, value in fields.items())
+        if self._events_seen[kind] == SHOWN_EVENTS_PER_KIND:
+            kind += " (further ones in events.jsonl only)"
+        self._say(f"{kind}: {text}")
+
+    def progress(self) -> Progress:
+        """Live bars; see console.progress_bars. Without a terminal, or quiet, they draw nothing."""
+        return progress_bars(self.console, enabled=not self._quiet)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
+        self._trackers = []
+        self._metrics.close()
+        self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _say(self, text: str) -> None:
+        text = visible(text, 600, self.console.encoding)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _describe_run(self, config_yaml: str, resume_step: int | None) -> None:
+        config, here = self.output_dir / "config.yaml", environment.describe()
+        if resume_step is None:
+            (self.output_dir / "environment.json").write_text(json.dumps(here, indent=1) + "\n")
+        else:
+            self.event("resume", step=resume_step, environment=here)
+            if config.exists() and config.read_text() != config_yaml:
+                self.event("config_changed", former=config.read_text())
+        config.write_text(config_yaml)
+
+    def _record(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Write one line; returns the finite metrics, sorted by name."""
+        values = {name: _number(name, value) for name, value in sorted(metrics.items())}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        if bad := [name for name in values if name not in finite]:
+            finite["log/not_finite"] = len(bad)
+            self.event("not_finite", step=step, metrics=bad)
+        _append(self._metrics, {"step": step} | dict(sorted((dict.fromkeys(values) | finite).items())))
+        self._warn_of_undocumented(values)
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(finite, step=step)
+            except Exception as error:  # a tracker must not end the run: it is dropped, in sight
+                self._trackers.remove(tracker)
+                self.event("tracker_dropped", tracker=tracker.name, error=repr(error))
+        return finite
+
+    def _warn_of_undocumented(self, names: Mapping[str, float]) -> None:
+        for name in names.keys() - self._undocumented:
+            try:
+                check(name)
+            except ValueError as error:
+                self._undocumented.add(name)
+                self.event("undocumented_metric", error=str(error))
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """One dict a step, steps ascending; the eval/* line of a step is merged into it.
+
+    >>> read_metrics(Path("runs/demo"))[1]
+    {'step': 1, 'completion/length_mean': 23.1, ..., 'eval/accuracy': 0.46}
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    for line in _whole_lines(output_dir / "metrics.jsonl"):
+        values = json.loads(line)
+        steps.setdefault(values["step"], {}).update(values)
+    return [steps[step] for step in sorted(steps)]
+
+
+def read_rollouts(output_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The completions of a step, group by group. Raises FileNotFoundError naming the steps that there are."""
+    path = _rollout_path(output_dir, step)
+    if not path.exists():
+        steps = [_step(other) for other in sorted(path.parent.glob("step_*.jsonl.zst"), key=_step)]
+        there = f"there are steps {steps[0]} to {steps[-1]}" if steps else "there are none"
+        raise FileNotFoundError(f"no rollouts of step {step} in {path.parent}; {there}")
+    text = zstandard.ZstdDecompressor().decompress(path.read_bytes()).decode()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _rollout_path(output_dir: Path, step: int) -> Path:
+    return output_dir / "rollouts" / f"step_{step:06d}.jsonl.zst"
+
+
+def _step(rollout_path: Path) -> int:
+    return int(rollout_path.name.removeprefix("step_").partition(".")[0])
+
+
+def _rollout_lines(group: RolloutGroup, score: Any, advantages: list[Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt_id": group.prompt.prompt_id,
+            "prompt": group.prompt.text,
+            "sample": sample,
+            "text": completion.text,
+            "token_ids": completion.token_ids,
+            "logprobs": completion.logprobs,
+            "reward": score.rewards[sample],
+            "parts": {name: values[sample] for name, values in score.parts.items()},
+            "extras": {name: values[sample] for name, values in score.extras.items()},
+            "advantage": advantage,
+            "finish_reason": completion.finish_reason,
+            "policy_version": completion.policy_version,
+            "draft": asdict(completion.draft),
+        }
+        for sample, (completion, advantage) in enumerate(zip(group.completions, advantages, strict=True))
+    ]
+
+
+def _holds_a_run(output_dir: Path) -> bool:
+    """A folder where a run was refused or failed before its first step holds none."""
+    metrics = output_dir / "metrics.jsonl"
+    return (metrics.exists() and metrics.stat().st_size > 0) or (output_dir / "checkpoints").exists()
+
+
+def _truncate(output_dir: Path, step: int) -> None:
+    metrics = output_dir / "metrics.jsonl"
+    if metrics.exists():
+        partial = metrics.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in _whole_lines(metrics) if json.loads(line)["step"] <= step))
+        os.replace(partial, metrics)
+    for path in (output_dir / "rollouts").glob("step_*"):
+        if _step(path) > step or path.suffix == ".partial":
+            path.unlink()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file without a last one that is being written, or was when the writer was killed."""
+    return path.read_text().split("\n")[:-1]
+
+
+def _append(stream: TextIO, values: dict[str, Any]) -> None:
+    try:
+        stream.write(_json(values))
+        stream.flush()
+    except OSError as error:  # a full disk: the stream does not say which file it is
+        raise OSError(error.errno, error.strerror, stream.name) from error
+
+
+def _json(values: dict[str, Any]) -> str:
+    try:
+        return json.dumps(values, allow_nan=False, default=str) + "\n"
+    except ValueError:
+        return json.dumps(_null_for_nan(values), allow_nan=False, default=str) + "\n"
+
+
+def _null_for_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _null_for_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_for_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metric {name}={value!r:.60} is not a number") from error
+
+
+def _plain(values: Any) -> list[Any]:
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return [value.tolist() if hasattr(value, "tolist") else value for value in values]

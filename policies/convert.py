@@ -1,0 +1,390 @@
+"""Dense Llama-family checkpoint -> multi-head latent attention (MLA), exact at initialisation.
+
+The result is a *stock* transformers `DeepseekV3ForCausalLM`: none of our code is needed to load or run it.
+The dense model has n query heads, G key/value heads (KV groups) and head dimension d; let R = G·d.
+
+**Keys.** MLA has one rotary key, shared by all heads. It becomes the G dense keys side by side (rope
+dimension R, `qk_nope_head_dim=0`). A query head fills its own group's block and is zero elsewhere, so q·k is
+the dense product. DeepSeek scales scores by R^-½ where Llama uses d^-½; the query takes up √(R/d) = √G.
+
+**Rotation.** Llama rotates the pair (j, j + d/2) of a head at frequency ω_j; DeepSeek rotates the neighbours
+(2p, 2p + 1) of its key at θ^(-2p/R). Pair p = g·d/2 + j takes its two rows from (j, j + d/2) of group g. To
+repeat the same ω_j in every group, `rope_type="longrope"` divides each frequency by a factor of its own:
+1/(factor_p · θ^(2p/R)). With θ = 1 the factor is simply 1/ω_j, and rounding leaves ω_j as it was. Short and
+long factors are equal, so the context's length changes nothing.
+
+**Values.** The latent is W_v x itself, R numbers; `kv_b_proj` hands each head its group's block.
+
+**Cancelling the latent's RMSNorm.** The norm divides by the root of the latent's mean square, which differs
+from token to token. Four constant latents (zero rows in the weight, B_i in the bias) drown the difference.
+Choose ΣB_i² = (R + 4)·w²; then
+
+    mean square = (‖v‖² + ΣB_i²) / (R + 4) = w² · (1 + ‖v‖² / ((R + 4)·w²))
+
+and a norm weight of w on the data and 0 on the constants gives v back, with relative error
+‖v‖² / (2(R + 4)w²). Every integer is a sum of four squares (Lagrange), so B_i = w·a_i with
+a_1² + … + a_4² = R + 4 is exact even in bfloat16 (R = 192: 196 = 7² + 7² + 7² + 7²). Training must leave the
+norm and the bias alone, weight decay included: `frozen_parameter_names`.
+
+Cost: the cache holds 2R + 4 numbers a token (dense: 2R); `q_proj` grows G-fold, mostly zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.initialization import no_init_weights
+from transformers.utils.hub import cached_file
+
+# A power of two keeps w·a_i exact. At 2^11 the norm's error drowns in float32 rounding, at 2^9 not quite.
+NORM_WEIGHT = 2.0**11
+NUM_CONSTANTS = 4
+STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+FAMILIES = ("llama", "mistral")
+REFUSED_FAMILIES = {
+    "qwen2": "its q_proj, k_proj and v_proj have biases, and MLA's query has none",
+    "qwen3": "it normalises each query and key head (q_norm, k_norm), and MLA does not",
+    "smollm3": "some of its layers have no rotary embedding, and MLA rotates in every layer",
+}
+SHARED_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("hidden_act", "rms_norm_eps", "initializer_range", "attention_dropout", "max_position_embeddings"),
+    *("tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
+OPTIONAL_FILE: dict[str, Any] = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
+PARITY_TEXTS = (
+    "A train leaves at 9:40 and arrives at 13:05. It stops twice for 15 minutes. How long does it move? "
+    "Let us work it out: from 9:40 to 13:05 there are",
+    "def gcd(a, b):\n    while b:\n        a, b = b, a % b\n    return a\n\nprint(gcd(48, 36))",
+    "The river rises in the mountains, crosses two provinces and a desert, and reaches the sea in a wide "
+    "delta. Its water is shared by farmers, cities and",
+)
+
+
+class UnsupportedCheckpoint(ValueError):
+    """The checkpoint cannot be carried over exactly: names the field, its value, why, and what would work.
+
+    >>> str(UnsupportedCheckpoint("mlp_bias", True, "the feed-forward has no biases", "use False"))
+    'mlp_bias=True cannot be carried over exactly: the feed-forward has no biases; use False'
+    """
+
+    def __init__(self, field: str, value: object, why: str, way_out: str) -> None:
+        super().__init__(f"{field}={value!r} cannot be carried over exactly: {why}; {way_out}")
+
+
+class ParityFailed(RuntimeError):
+    """The converted model does not compute what the dense one does. Nothing was published."""
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How far a converted model is from its dense source.
+
+    `max_logit_difference` and `max_logit` are absolute values, `kl_mean` is KL(dense ‖ converted) in nats a
+    token, `top1_agreement` a share in [0, 1], `greedy_identical` compares the continuations of every prompt.
+    """
+
+    max_logit_difference: float
+    max_logit: float
+    kl_mean: float
+    top1_agreement: float
+    greedy_identical: bool
+    num_tokens: int
+
+    @property
+    def limit(self) -> float:
+        """The largest logit difference that passes, in logits."""
+        return 1e-3 * self.max_logit
+
+    @property
+    def passed(self) -> bool:
+        return self.max_logit_difference <= self.limit and self.greedy_identical
+
+    def __str__(self) -> str:
+        rows = {
+            "tokens compared": f"{self.num_tokens}",
+            "max logit difference": f"{self.max_logit_difference:.1e} (limit {self.limit:.1e})",
+            "mean KL, nats a token": f"{self.kl_mean:.1e}",
+            "top-1 agreement": f"{100 * self.top1_agreement:.2f} %",
+            "greedy text identical": "yes" if self.greedy_identical else "no",
+            "parity": "passed" if self.passed else "FAILED",
+        }
+        return "\n".join(f"{name:<22} {value}" for name, value in rows.items())
+
+
+def check_convertible(config: PreTrainedConfig) -> None:
+    """Raises `UnsupportedCheckpoint` unless `convert_dense` is exact for this configuration."""
+
+    def need(accepted: bool, field: str, value: object, why: str, way_out: str) -> None:
+        if not accepted:
+            raise UnsupportedCheckpoint(field, value, why, way_out)
+
+    family, families = config.model_type, " or ".join(FAMILIES)
+    why = REFUSED_FAMILIES.get(family, "its forward pass is not the one of Llama")
+    need(family in FAMILIES, "model_type", family, why, f"use a checkpoint of type {families}")
+
+    packed = getattr(config, "quantization_config", None)
+    why, way_out = (
+        "packed weights cannot be rearranged",
+        "load it dequantised, save it, convert what you saved",
+    )
+    need(packed is None, "quantization_config", packed, why, way_out)
+
+    for field in ("attention_bias", "mlp_bias"):
+        bias = getattr(config, field, False)
+        need(not bias, field, bias, "DeepSeek-V3 has no bias there", "use a checkpoint without these biases")
+
+    act = config.hidden_act
+    need(act == "silu", "hidden_act", act, "our decoding path computes SwiGLU", "use hidden_act='silu'")
+
+    window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
+    way_out = f"None, or at least max_position_embeddings={longest} so that it never acts, would work"
+    need((window or longest) >= longest, "sliding_window", window, "DeepSeek attends to all tokens", way_out)
+
+    heads, groups, head_dim = _shape(config)
+    why = f"num_attention_heads={heads} is not a multiple of it"
+    need(heads % groups == 0, "num_key_value_heads", groups, why, "use a divisor")
+    need(head_dim % 2 == 0, "head_dim", head_dim, "rotary dimensions come in pairs", "use an even head_dim")
+
+    rope: dict[str, Any] = config.rope_parameters
+    kind, share = rope.get("rope_type", rope), rope.get("partial_rotary_factor") or 1.0
+    why, static = "its frequencies are not one fixed list for the whole model", ", ".join(STATIC_ROPE_TYPES)
+    need(kind in STATIC_ROPE_TYPES, "rope_parameters.rope_type", kind, why, f"{static} would work")
+    why = "every dimension of a key must rotate"
+    need(share == 1.0, "rope_parameters.partial_rotary_factor", share, why, "1.0 would work")
+
+
+def convert_dense(model: PreTrainedModel) -> DeepseekV3ForCausalLM:
+    """The same function of the tokens as `model`, as MLA with a dense feed-forward in every layer.
+
+    float32 in, float32 out, on the same device, in eval mode; `model` is left as it is. Raises
+    `UnsupportedCheckpoint` where the result would not be exact.
+    """
+    check_convertible(model.config)
+    if not isinstance(model, LlamaForCausalLM | MistralForCausalLM):
+        kind, why = type(model).__name__, "only a plain causal LM has the expected parameters"
+        raise UnsupportedCheckpoint("type(model)", kind, why, "merge adapters and unwrap it first")
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.dtype != torch.float32:
+            why, way_out = "rearranged weights are rounded once more", "load it with dtype=torch.float32"
+            raise UnsupportedCheckpoint(f"{name}.dtype", tensor.dtype, why, way_out)
+    for layer in range(model.config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.self_attn."
+        projections = (state.pop(f"{prefix}{name}_proj.weight") for name in "qkv")
+        for name, tensor in _mla_weights(model.config, *projections).items():
+            state[prefix + name] = tensor
+    with no_init_weights():
+        converted = DeepseekV3ForCausalLM(_mla_config(model))
+    converted.load_state_dict(state)
+    converted.tie_weights()
+    converted.generation_config = copy.deepcopy(model.generation_config)
+    torch.nn.Module.to(converted, model.device)
+    return converted.eval()
+
+
+def frozen_parameter_names(config: PreTrainedConfig) -> list[str]:
+    """`fnmatch` patterns of the parameters that training must leave alone; none without a conversion.
+
+    They begin with a wildcard: PEFT and other wrappers put a prefix of their own before a parameter's name.
+
+    >>> frozen_parameter_names(DeepseekV3Config(num_hidden_layers=1, quartet_exact_mla=True))
+    ['*model.layers.0.self_attn.kv_a_layernorm.weight', '*model.layers.0.self_attn.kv_a_proj_with_mqa*.bias']
+    """
+    if not getattr(config, "quartet_exact_mla", False):
+        return []
+    return [
+        f"*model.layers.{layer}.self_attn.{name}"
+        for layer in range(config.num_hidden_layers)
+        for name in ("kv_a_layernorm.weight", "kv_a_proj_with_mqa*.bias")
+    ]
+
+
+@torch.no_grad()
+def parity(
+    dense: PreTrainedModel,
+    converted: PreTrainedModel,
+    token_ids: Tensor | Sequence[Tensor],
+    new_tokens: int = 32,
+) -> ParityReport:
+    """Compares the logits at every position of the prompts, and greedy continuations of `new_tokens` tokens.
+
+    `token_ids` is [B, L] without padding, or a list of [L_i]. Both models are in eval mode.
+    """
+    differences, largest, kls, agreements, identical = [], [], [], [], True
+    for row in token_ids:
+        ids = row[None].to(dense.device)
+        expected, got = dense(ids).logits[0].double(), converted(ids).logits[0].double()
+        differences.append((expected - got).abs().max().item())
+        largest.append(expected.abs().max().item())
+        log_p, log_q = expected.log_softmax(-1), got.log_softmax(-1)
+        kls.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        agreements.append(expected.argmax(-1) == got.argmax(-1))
+        texts = [_greedy(model, ids, new_tokens) for model in (dense, converted)]
+        identical = identical and torch.equal(*texts)
+    return ParityReport(
+        max_logit_difference=torch.tensor(differences).max().item(),  # Python's max() would lose a NaN
+        max_logit=torch.tensor(largest).max().item(),
+        kl_mean=torch.cat(kls).mean().item(),
+        top1_agreement=torch.cat(agreements).double().mean().item(),
+        greedy_identical=identical,
+        num_tokens=sum(len(kl) for kl in kls),
+    )
+
+
+def convert_checkpoint(source: str, destination: str | Path, *, prompts: list[str] | None = None) -> ParityReport:
+    """Converts the checkpoint `source` (a folder or hub id) into the folder `destination`, and proves it.
+
+    The saved files are loaded again and compared with the source on `prompts` (default: three short texts)
+    before the folder gets its name; on any failure it does not appear. It holds safetensors, config,
+    generation config, tokenizer, chat template and licence: a plain `AutoModelForCausalLM` loads it.
+
+    Raises `FileExistsError` for a destination that is not empty, `UnsupportedCheckpoint` and `ParityFailed`.
+    """
+    destination = Path(destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise FileExistsError(f"destination={str(destination)!r} is not empty; remove it or name another")
+    check_convertible(AutoConfig.from_pretrained(source, trust_remote_code=False))
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    dense = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
+    token_ids = [tokenizer(text, return_tensors="pt").input_ids[0] for text in prompts or PARITY_TEXTS]
+
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
+        folder = Path(scratch) / destination.name
+        convert_dense(dense).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for name in LICENCE_FILES:
+            found = cached_file(source, name, **OPTIONAL_FILE)
+            if found is not None:
+                shutil.copy(found, folder / name)
+        report = parity(dense, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), token_ids)
+        if not report.passed:
+            raise ParityFailed(f"{source} and its converted form differ; {destination} not written\n{report}")
+        folder.rename(destination)
+    return report
+
+
+def _greedy(model: Any, ids: Tensor, new_tokens: int) -> Tensor:
+    mask = torch.ones_like(ids)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+
+
+def _shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """(query heads, KV groups, head dimension)"""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, config.num_key_value_heads, head_dim
+
+
+def _mla_config(model: Any) -> DeepseekV3Config:
+    dense = model.config
+    heads, groups, head_dim = _shape(dense)
+    rank = groups * head_dim
+    rotary = type(model.model.rotary_emb)(dense)  # anew: a cast of the model casts its frequencies as well
+    factors = _reciprocal(rotary.inv_freq).repeat(groups).tolist()
+    fields = {field: getattr(dense, field) for field in SHARED_FIELDS} | {
+        "num_key_value_heads": heads,  # MLA expands its latent for every head
+        "q_lora_rank": None,
+        "kv_lora_rank": rank + NUM_CONSTANTS,
+        "qk_nope_head_dim": 0,
+        "qk_rope_head_dim": rank,
+        "v_head_dim": head_dim,
+        "attention_bias": True,
+        "rope_interleave": True,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1.0,
+            "short_factor": factors,
+            "long_factor": factors,
+            "factor": 1.0,
+            "attention_factor": float(rotary.attention_scaling),
+            "original_max_position_embeddings": dense.max_position_embeddings,
+        },
+        # No layer has experts; the configuration still needs a valid router, and this is the smallest.
+        "first_k_dense_replace": dense.num_hidden_layers,
+        "moe_intermediate_size": dense.intermediate_size,
+        "n_routed_experts": 2,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": 0,
+        "dtype": torch.float32,
+        "quartet_exact_mla": True,
+    }
+    return DeepseekV3Config(**fields)
+
+
+def _mla_weights(config: PreTrainedConfig, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """Llama's projections q [n·d, D], k and v [G·d, D] as the weights of one `DeepseekV3Attention`."""
+    heads, groups, head_dim = _shape(config)
+    hidden, rank, each = q.shape[1], groups * head_dim, torch.arange(groups)
+
+    def pairs(x: Tensor) -> Tensor:  # the partners (j, j + d/2) become neighbours
+        return x.view(-1, 2, head_dim // 2, hidden).transpose(1, 2).reshape(groups, -1, head_dim, hidden)
+
+    queries = q.new_zeros(groups, heads // groups, groups, head_dim, hidden)
+    queries[each, :, each] = pairs(q) * math.sqrt(groups)
+    blocks = q.new_zeros(groups, heads // groups, head_dim, groups, head_dim)
+    blocks[each, :, :, each] = torch.eye(head_dim).to(q)
+    constants = NORM_WEIGHT * torch.tensor(_four_squares(rank + NUM_CONSTANTS)).to(q)
+    return {
+        "q_proj.weight": queries.reshape(-1, hidden),
+        "kv_a_proj_with_mqa.weight": torch.cat([v, q.new_zeros(NUM_CONSTANTS, hidden), pairs(k).reshape_as(k)]),
+        "kv_a_proj_with_mqa.bias": torch.cat([q.new_zeros(rank), constants, q.new_zeros(rank)]),
+        "kv_a_layernorm.weight": torch.cat([q.new_full((rank,), NORM_WEIGHT), q.new_zeros(NUM_CONSTANTS)]),
+        "kv_b_proj.weight": F.pad(blocks.reshape(-1, rank), (0, NUM_CONSTANTS)),
+        "o_proj.bias": q.new_zeros(hidden),  # comes with `attention_bias`
+    }
+
+
+def _four_squares(number: int) -> tuple[int, int, int, int]:
+    """Four integers whose squares sum to `number` (Lagrange, 1770), the largest as small as possible.
+
+    >>> _four_squares(196)
+    (7, 7, 7, 7)
+    """
+    return next(
+        (a, b, c, math.isqrt(rest))
+        for a in range(math.isqrt(number // 4), number + 1)
+        for b in range(a, -1, -1)
+        for c in range(b, -1, -1)
+        if 0 <= (rest := number - a * a - b * b - c * c) <= c * c and math.isqrt(rest) ** 2 == rest
+    )
+
+
+def _reciprocal(inv_freq: Tensor) -> Tensor:
+    """float32 x whose reciprocal rounds to `inv_freq`, or to its neighbour where there is no such x."""
+    x = (1 / inv_freq.double()).float()
+    candidates = torch.stack([x, x.nextafter(torch.tensor(math.inf)), x.nextafter(torch.tensor(0.0))])
+    best = (1 / candidates - inv_freq).abs().argmin(0, keepdim=True)
+    return candidates.gather(0, best)[0]

@@ -1,0 +1,157 @@
+"""The MLA latent cache of a batch of rows: append, roll back, and one shared copy of every prompt.
+
+Each cached token is one vector `[latent (kv_lora_rank) | rotated key (qk_rope_head_dim)]`, the same for all heads.
+Axes: L layers, R rows, S new tokens a row, H heads, P prompts, E width of a cached vector, V its latent part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Prefix:
+    """Latents of P prompts, stored once and attended by every row that descends from them."""
+
+    latents_LPTE: Tensor
+    lengths_P: Tensor
+    row_prompt_R: Tensor
+
+    def __post_init__(self) -> None:
+        # Rows of one prompt lie next to each other. Where prompts have unequal numbers of live rows, each gets
+        # `widest` slots, so that one batched matrix product serves all rows of a prompt together.
+        counts_P = torch.bincount(self.row_prompt_R, minlength=len(self.lengths_P))
+        first_P = counts_P.cumsum(0) - counts_P
+        self.widest = int(counts_P.max())
+        rank_R = torch.arange(len(self.row_prompt_R), device=counts_P.device) - first_P[self.row_prompt_R]
+        self.slots_R = self.row_prompt_R * self.widest + rank_R
+        self.dense = len(self.row_prompt_R) == len(self.lengths_P) * self.widest
+
+    def by_prompt(self, x_RF: Tensor) -> Tensor:
+        """[R, n, F] -> [P, widest * n, F], zeros in empty slots."""
+        prompts, n = len(self.lengths_P), x_RF.shape[1]
+        if not self.dense:
+            padded = x_RF.new_zeros(prompts * self.widest, *x_RF.shape[1:])
+            padded[self.slots_R] = x_RF
+            x_RF = padded
+        return x_RF.reshape(prompts, self.widest * n, -1)
+
+    def by_row(self, x_PF: Tensor, n: int) -> Tensor:
+        """The inverse of `by_prompt`."""
+        x = x_PF.reshape(len(self.lengths_P) * self.widest, n, -1)
+        return x if self.dense else x[self.slots_R]
+
+    def select(self, rows: Tensor) -> Prefix:
+        alive, row_prompt_R = torch.unique(self.row_prompt_R[rows], return_inverse=True)
+        if len(alive) == len(self.lengths_P):
+            return Prefix(self.latents_LPTE, self.lengths_P, row_prompt_R)
+        return Prefix(self.latents_LPTE[:, alive], self.lengths_P[alive], row_prompt_R)
+
+
+class LatentCache:
+    """A preallocated cache. `plan(S)` opens room for S tokens a row, the layers `attend`, and `advance(n)` keeps the
+    first n of them; whatever lies behind a row's length is overwritten by the next plan, so a rollback is free.
+
+    `first` hides the first entries of every prompt: an MTP head has no entry for a prompt's first token.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        capacity: int,
+        width: int,
+        value_width: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        prefix: Prefix | None = None,
+        first: int = 0,
+    ) -> None:
+        self.latents_LRTE = torch.zeros(layers, rows, capacity, width, dtype=dtype, device=device)
+        self.lengths_R = torch.zeros(rows, dtype=torch.long, device=device)
+        self.value_width = value_width
+        self.prefix = prefix
+        self.first = first
+
+    @property
+    def rows(self) -> int:
+        return self.latents_LRTE.shape[1]
+
+    def fan_out(self, group_size: int, capacity: int) -> LatentCache:
+        """A new cache in which every row of this one is the shared prefix of `group_size` empty rows."""
+        layers, prompts, _, width = self.latents_LRTE.shape
+        longest = int(self.lengths_R.max())
+        row_prompt_R = torch.arange(prompts, device=self.lengths_R.device).repeat_interleave(group_size)
+        prefix = Prefix(self.latents_LRTE[:, :, :longest].contiguous(), self.lengths_R, row_prompt_R)
+        return LatentCache(
+            layers,
+            prompts * group_size,
+            capacity,
+            width,
+            self.value_width,
+            dtype=self.latents_LRTE.dtype,
+            device=self.latents_LRTE.device,
+            prefix=prefix,
+            first=self.first,
+        )
+
+    def plan(self, new: int) -> None:
+        """Make room for `new` tokens a row behind each row's own length and fix who may attend to whom."""
+        device = self.lengths_R.device
+        steps_S = torch.arange(new, device=device)
+        at_RS = self.lengths_R[:, None] + steps_S
+        capacity = self.latents_LRTE.shape[2]
+        self._flat = (torch.arange(self.rows, device=device)[:, None] * capacity + at_RS).reshape(-1)
+        self._reach = int(self.lengths_R.max()) + new
+        columns = torch.arange(self._reach, device=device)
+        visible = columns <= at_RS[..., None]
+        if self.prefix is None and self.first:
+            visible &= (columns >= self.first) | (columns == at_RS[..., None])
+        if self.prefix is not None:
+            columns = torch.arange(self.prefix.latents_LPTE.shape[2], device=device)
+            shared_PT = (columns < self.prefix.lengths_P[:, None]) & (columns >= self.first)
+            shared = shared_PT[self.prefix.row_prompt_R, None, :].expand(-1, new, -1)
+            visible = torch.cat([shared, visible], dim=-1)
+        mask = torch.zeros(visible.shape, dtype=torch.float32, device=device)
+        self._mask_RS1T = mask.masked_fill_(~visible, float("-inf"))[:, :, None, :]
+
+    def attend(self, layer: int, query_RSHK: Tensor, new_RSE: Tensor) -> Tensor:
+        """Append the new tokens' vectors and attend; returns the attended latents [R, S, H, V].
+
+        The key of a cached vector is its last K entries: the whole vector, or its rotated part alone where the
+        policy has no unrotated key. The query already carries the softmax scale.
+        """
+        rows, new, heads, key_width = query_RSHK.shape
+        own = self.latents_LRTE[layer]
+        own.view(-1, own.shape[-1]).index_copy_(0, self._flat, new_RSE.reshape(rows * new, -1))
+        own = own[:, : self._reach]
+        query = query_RSHK.reshape(rows, new * heads, key_width)
+        scores = query @ own[..., -key_width:].transpose(1, 2)
+        if self.prefix is not None:
+            shared = self.prefix.latents_LPTE[layer]
+            shared_scores = self.prefix.by_prompt(query) @ shared[..., -key_width:].transpose(1, 2)
+            scores = torch.cat([self.prefix.by_row(shared_scores, new * heads), scores], dim=-1)
+        scores = scores.view(rows, new, heads, -1).float() + self._mask_RS1T
+        weights = scores.softmax(-1).to(own.dtype).view(rows, new * heads, -1)
+        values = weights[..., weights.shape[-1] - self._reach :] @ own[..., : self.value_width]
+        if self.prefix is not None:
+            shared_weights = self.prefix.by_prompt(weights[..., : shared.shape[1]])
+            values = values + self.prefix.by_row(shared_weights @ shared[..., : self.value_width], new * heads)
+        return values.view(rows, new, heads, self.value_width)
+
+    def advance(self, kept_R: Tensor | int) -> None:
+        self.lengths_R = self.lengths_R + kept_R
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows (ascending) and forget the others, and the prompts that no row needs any more."""
+        reach = int(self.lengths_R[rows].max())
+        layers, _, capacity, width = self.latents_LRTE.shape
+        kept = self.latents_LRTE.new_empty(layers, len(rows), capacity, width)
+        kept[:, :, :reach] = self.latents_LRTE[:, rows, :reach]
+        self.latents_LRTE, self.lengths_R = kept, self.lengths_R[rows]
+        if self.prefix is not None:
+            self.prefix = self.prefix.select(rows)

@@ -1,0 +1,107 @@
+"""Log-probabilities and entropies of tokens: the only place that shifts by one.
+
+Everything is computed in fp32 (fp64 stays fp64), under the temperature-scaled distribution, because that is
+the one the tokens were sampled from (contract 2).
+
+Shapes: B rows of T tokens, N scored tokens, vocabulary V, width D.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 256  # rows of logits held in fp32 at a time: 256 · 49,152 · 4 bytes = 50 MB
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature)[token_ids] where both are already aligned: [..., V], [...] -> [...].
+
+    Raises ValueError when they are not aligned or the temperature is not positive.
+
+    >>> logits = torch.tensor([[0.0, 0.0], [0.0, 1.0986123]])       # log 3 = 1.0986
+    >>> token_logprobs(logits, torch.tensor([0, 1])).exp()          # 1/2 and 3/4
+    tensor([0.5000, 0.7500])
+    """
+    if logits.shape[:-1] != token_ids.shape:
+        raise ValueError(
+            f"logits {list(logits.shape)} and token_ids {list(token_ids.shape)} are not aligned: every token "
+            "needs the logits that predicted it; shifted_logprobs() takes whole rows and shifts them"
+        )
+    chunks = zip(_rows(logits), token_ids.reshape(-1).split(CHUNK), strict=True)
+    return torch.cat([_gather(_scaled(rows, temperature), ids) for rows, ids in chunks]).view(token_ids.shape)
+
+
+def shifted_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of tokens 1 … T-1 of whole rows: [B, T, V], [B, T] -> [B, T-1].
+
+    logits[:, t] predict token_ids[:, t + 1], so the first token has no log-probability and the last logits have
+    no token: row [a, b, c] gives [log p(b | a), log p(c | a b)].
+
+    >>> shifted_logprobs(torch.zeros(1, 3, 4), torch.tensor([[3, 0, 1]])).exp()
+    tensor([[0.2500, 0.2500]])
+    """
+    return token_logprobs(logits[:, :-1], token_ids[:, 1:], temperature)
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats of softmax(logits / temperature): [..., V] -> [...].
+
+    >>> entropy(torch.zeros(4))                                     # four equally likely tokens: log 4
+    tensor(1.3863)
+    """
+    return torch.cat([_entropy(_scaled(rows, temperature)) for rows in _rows(logits)]).view(logits.shape[:-1])
+
+
+def logprobs_from_hidden(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    temperature: float = 1.0,
+    *,
+    chunk: int = CHUNK,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies without ever holding all the logits: [N, D], [V, D], [N] -> [N], [N].
+
+    Logits are made `chunk` rows at a time, and made again in the backward pass, so memory grows with chunk · V,
+    never with N · V. Differentiable in `hidden` and `lm_head_weight`; the entropy only with `entropy_grad=True`.
+
+    >>> hidden, lm_head_weight = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0986123]])
+    >>> logprobs, entropies = logprobs_from_hidden(hidden, lm_head_weight, torch.tensor([0, 1]))
+    >>> logprobs.exp(), entropies                                   # log 2 and 2 log 2 - 3/4 log 3
+    (tensor([0.5000, 0.7500]), tensor([0.6931, 0.5623]))
+    """
+
+    def score(hidden_rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = _scaled(F.linear(hidden_rows, lm_head_weight), temperature)
+        logprobs = _gather(logits, ids)
+        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+            return logprobs, _entropy(logits)
+
+    scored = [
+        checkpoint(score, rows, ids, use_reentrant=False, preserve_rng_state=False)
+        for rows, ids in zip(hidden.split(chunk), token_ids.split(chunk), strict=True)
+    ]
+    logprobs, entropies = zip(*scored, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _rows(logits: Tensor) -> tuple[Tensor, ...]:
+    return logits.reshape(-1, logits.shape[-1]).split(CHUNK)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} must be positive; greedy decoding has no log-probabilities")
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+
+
+def _gather(logits: Tensor, token_ids: Tensor) -> Tensor:
+    return logits.gather(-1, token_ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)  # H = log Z - Σ p·x

@@ -1,0 +1,83 @@
+"""LoRA through peft, injected in place; merged weights are computed beside the base, never into it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+
+ADAPTER = "default"
+
+DEFAULT_TARGETS = (
+    "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "k_proj", "v_proj", "o_proj",
+    "gate_proj", "up_proj", "down_proj", "experts",
+)  # fmt: skip
+
+
+def inject(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] | None = None) -> None:
+    """Freeze `model` and add adapters to the named modules; "experts" means the routed experts' 3-D parameters.
+
+    Without `targets`, every default target that the model has. Raises ValueError naming a target that matches nothing and
+    the nearest module names.
+    """
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    available = linear - {"lm_head"}
+    if any(name.endswith(".experts.gate_up_proj") for name, _ in model.named_parameters()):
+        available.add("experts")
+    wanted = [t for t in DEFAULT_TARGETS if t in available] if targets is None else list(targets)
+    for target in wanted:
+        if target not in available | {"lm_head"}:
+            near = difflib.get_close_matches(target, available, n=3) or sorted(available)
+            raise ValueError(f"lora.targets: {target!r} matches no module of this policy; it has {', '.join(near)}")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if "experts" in wanted else None
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=[t for t in wanted if t != "experts"],
+        target_parameters=experts,
+    )
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+
+
+def adapters(model: nn.Module) -> Iterable[tuple[str, LoraLayer]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def has_adapter(model: nn.Module) -> bool:
+    return next(iter(adapters(model)), None) is not None
+
+
+class adapter_off:
+    """Context in which the model computes with its base weights alone: the reference policy of a LoRA run."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [layer for _, layer in adapters(model)]
+
+    def __enter__(self) -> None:
+        for layer in self.layers:
+            layer.enable_adapters(False)
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self.layers:
+            layer.enable_adapters(True)
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict the model would have if W + ΔW were its weights, under its names without adapters.
+
+    peft's in-place merge and unmerge drift by rounding; here the base is read only.
+    """
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for _, layer in adapters(model):
+        parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+        base = getattr(layer.get_base_layer(), parameter)
+        state[names[id(base)]] = base.detach() + layer.get_delta_weight(ADAPTER).to(base.dtype)
+    return {name.replace(".base_layer", ""): t for name, t in state.items() if ".lora_" not in name}

@@ -1,0 +1,198 @@
+"""The multi-token prediction head (DeepSeek-V3, eq. 21–23): one module, applied recurrently to any depth.
+
+An entry n of the head combines the hidden state that precedes token n with the embedding of token n, and predicts token
+n + 1. Depth 1 takes the trunk's hidden states. Depth d continues a chain: it takes the previous depth's output instead and
+embeds token n + d − 1. What an entry attends to is the same in training and in drafting:
+
+    depth 1   every depth-1 entry of the same sequence up to its own,
+    depth d   what its chain's depth-1 entry attends to, and the chain's own entries at depths 2 … d.
+
+While drafting that is one cache: verified tokens leave depth-1 entries behind, a chain is appended to it and rolled back.
+Released code concatenates [embedding; hidden] in front of `eh_proj`, the reverse of the paper's text; so do we.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3DecoderLayer,
+    DeepseekV3RMSNorm,
+    apply_rotary_pos_emb,
+    apply_rotary_pos_emb_interleave,
+)
+
+from policies.absorbed import AbsorbedBlock, AbsorbedTrunk
+from policies.latent_cache import LatentCache
+
+DEPTH_DECAY = 0.6  # weight of depth d in the draft loss ∝ 0.6^(d-1) (FastMTP)
+
+
+def block_config(config: DeepseekV3Config) -> DeepseekV3Config:
+    """The head's block is MoE like the trunk's last layers, and dense where the trunk has no experts at all."""
+    dense = config.first_k_dense_replace >= config.num_hidden_layers
+    block = copy.deepcopy(config)
+    block.first_k_dense_replace = 1 if dense else 0
+    return block
+
+
+class MTPHead(nn.Module):
+    """Norms, projection and one decoder layer; embedding, rotary module and LM head are the trunk's."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.config = block_config(config)
+        self.enorm = DeepseekV3RMSNorm(hidden, eps=eps)
+        self.hnorm = DeepseekV3RMSNorm(hidden, eps=eps)
+        self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+        self.block = DeepseekV3DecoderLayer(self.config, 0)
+        self.norm = DeepseekV3RMSNorm(hidden, eps=eps)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Linear and expert weights ~ N(0, initializer_range), norms 1, biases 0."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, self.config.initializer_range)
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+    def enter(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
+        return self.eh_proj(torch.cat([self.enorm(embeddings), self.hnorm(hidden)], dim=-1))
+
+    def unroll(
+        self,
+        hidden_BTD: Tensor,
+        embeddings_BTD: Tensor,
+        rope: Callable[[int], tuple[Tensor, Tensor]],
+        visible_BTT: Tensor,
+        depth: int,
+    ) -> list[Tensor]:
+        """Outputs [B, T, D] of depths 1 … depth, for every entry n of a row at once.
+
+        `hidden_BTD[n]` is the trunk's hidden state that precedes token n, `embeddings_BTD[n]` embeds token n, and
+        `rope(s)` gives cos and sin of every entry's position plus s. `visible_BTT[n, m]`: entry n attends to m.
+        Output d of entry n is meaningful where tokens n … n + d − 1 follow each other in one sequence; the
+        caller knows where that ends.
+        """
+        outputs: list[Tensor] = []
+        chain: list[tuple[Tensor, Tensor]] = []
+        mask = torch.zeros(visible_BTT.shape, dtype=torch.float32, device=hidden_BTD.device)
+        mask = mask.masked_fill(~visible_BTT, float("-inf"))[:, None]
+        previous = hidden_BTD
+        for d in range(1, depth + 1):
+            shifted = F.pad(embeddings_BTD, (0, 0, 0, d - 1))[:, d - 1 :]
+            x = self.enter(shifted, previous)
+            query, key, value = self._project(self.block.input_layernorm(x), *rope(d - 1))
+            if d == 1:
+                base = key, value
+            else:
+                chain.append((key, value))
+            x = x + self._attend(query, base, chain, mask)
+            x = x + self.block.mlp(self.block.post_attention_layernorm(x))
+            previous = self.norm(x)
+            outputs.append(previous)
+        return outputs
+
+    def _project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Expanded MLA queries, keys and values [B, H, T, ·], as in transformers' attention."""
+        attention, config = self.block.self_attn, self.config
+        batch, length = x_BTD.shape[:2]
+        if config.q_lora_rank is None:
+            query = attention.q_proj(x_BTD)
+        else:
+            query = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(x_BTD)))
+        query = query.view(batch, length, config.num_attention_heads, -1).transpose(1, 2)
+        unrotated, rotary = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        latent, rotary_key = attention.kv_a_proj_with_mqa(x_BTD).split(
+            [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
+        )
+        latent, rotary_key = attention.kv_a_layernorm(latent)[:, None], rotary_key[:, None]
+        apply = apply_rotary_pos_emb_interleave if config.rope_interleave else apply_rotary_pos_emb
+        rotary, rotary_key = apply(rotary, rotary_key, cos, sin)
+        key, value = attention.expand_kv(latent, rotary_key)
+        return torch.cat([unrotated, rotary], dim=-1), key, value
+
+    def _attend(
+        self,
+        query_BHTK: Tensor,
+        base: tuple[Tensor, Tensor],
+        chain: list[tuple[Tensor, Tensor]],
+        mask: Tensor,
+    ) -> Tensor:
+        attention = self.block.self_attn
+        key, value = base
+        scores = [(query_BHTK @ key.transpose(2, 3)).float() * attention.scaling + mask]
+        scores += [(query_BHTK * k).sum(-1, keepdim=True).float() * attention.scaling for k, _ in chain]
+        weights = torch.cat(scores, dim=-1).softmax(-1).to(query_BHTK.dtype)
+        out = weights[..., : key.shape[2]] @ value
+        for i, (_, v) in enumerate(chain):
+            out = out + weights[..., key.shape[2] + i, None] * v
+        return attention.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def draft_loss(
+    outputs: Sequence[Tensor],
+    teacher_hidden_BTD: Tensor,
+    segment_BT: Tensor,
+    lm_head: Tensor,
+    temperature: float,
+    chunk: int = 2048,
+) -> Tensor:
+    """Forward KL(trunk ‖ draft) of each depth at the rollout temperature, weighted 0.6^(d−1).
+
+    `outputs[d-1][n]` drafts token n + d; its teacher is the trunk's distribution of that token, from
+    `teacher_hidden_BTD[n + d]`, the hidden state that precedes it. `segment_BT` numbers the completions of a row
+    from 1 and is below 1 elsewhere: a chain starts and ends inside one completion. Teacher and LM head are detached (contract 7).
+    Returns the sum over drafts; divide by the step's completion tokens.
+    """
+    head = lm_head.detach()
+    teacher = teacher_hidden_BTD.detach()
+    total = outputs[0].new_zeros((), dtype=torch.float32)
+    weights = [DEPTH_DECAY**d for d in range(len(outputs))]
+
+    def divergence(draft_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = F.log_softmax(F.linear(teacher_ND, head).float() / temperature, dim=-1)
+        draft = F.log_softmax(F.linear(draft_ND, head).float() / temperature, dim=-1)
+        return F.kl_div(draft, target, reduction="sum", log_target=True)
+
+    for d, output in enumerate(outputs, start=1):
+        alive = (segment_BT > 0) & (F.pad(segment_BT, (0, d))[:, d:] == segment_BT)
+        drafts, targets = output[alive], F.pad(teacher, (0, 0, 0, d))[:, d:][alive]
+        for i in range(0, len(drafts), chunk):
+            loss = checkpoint(divergence, drafts[i : i + chunk], targets[i : i + chunk], use_reentrant=False)
+            total = total + weights[d - 1] / sum(weights) * loss
+    return total
+
+
+class AbsorbedHead:
+    """The head for drafting: plain tensors and the absorbed block, derived anew at each publication."""
+
+    def __init__(self, head: MTPHead, trunk: AbsorbedTrunk) -> None:
+        dtype = trunk.dtype
+        self.trunk, self.config = trunk, head.config
+        self.enorm = head.enorm.weight.detach().to(dtype)
+        self.hnorm = head.hnorm.weight.detach().to(dtype)
+        self.eh_proj = head.eh_proj.weight.detach().to(dtype)
+        self.norm = head.norm.weight.detach().to(dtype)
+        self.block = AbsorbedBlock(head.block, head.config, dtype)
+
+    def __call__(self, token_ids_BS: Tensor, hidden_BSD: Tensor, position_ids_BS: Tensor, cache: LatentCache) -> Tensor:
+        """Entries for these tokens, given the hidden states that precede them; outputs [B, S, D]."""
+        cache.plan(token_ids_BS.shape[1])
+        width, eps = (hidden_BSD.shape[-1],), self.config.rms_norm_eps
+        embeddings = F.embedding(token_ids_BS, self.trunk.embedding)
+        embeddings = F.rms_norm(embeddings, width, self.enorm, eps)
+        hidden = F.rms_norm(hidden_BSD, width, self.hnorm, eps)
+        x = F.linear(torch.cat([embeddings, hidden], dim=-1), self.eh_proj)
+        x = self.block(x, self.trunk.rope(position_ids_BS), cache, 0)
+        return F.rms_norm(x, width, self.norm, eps)

@@ -1,0 +1,137 @@
+r"""GSM8K correctness: the final number of a completion against the gold number, compared exactly.
+
+| completion ends with              | strict      | flexible | why                                                     |
+|-----------------------------------|-------------|----------|---------------------------------------------------------|
+| `#### 42`                         | 42          | 42       |                                                         |
+| `#### 42 apples, as I said`       | 42          | 42       | text may follow the number                              |
+| `#### 1,234`, `#### $42`, `#### -$5` | 1234, 42, -5 | same  | thousands commas and currency signs do not count        |
+| `#### 42.0`, `#### 42.`           | 42          | 42       | equal numbers are equal; a full stop is not a decimal    |
+| `#### 5%`                         | 5           | 5        | GSM8K asks for percents as plain numbers                |
+| `#### −5` (U+2212), `#### –5`     | -5          | -5       | typographic minus signs are minus signs                 |
+| `#### 7 ... #### 42`              | 42          | 42       | the last one is the answer: one guess counts, never two |
+| `#### 42 ... #### Notes`          | 42          | 42       | a `####` without a number is a heading                  |
+| `#### 1,23`, `#### 1.2.3`         | none        | (the number before) | not a number                                 |
+| `#### 84/2`, `#### 6*7=42`, `#### 4e1` | none   | 2, 42, 1 | an expression is not yet an answer                      |
+| `#### The answer is 42`           | none        | 42       | strict: the number follows the marker, on its line      |
+| `\boxed{42}`                      | none        | 42       | mode `boxed` gives 42                                   |
+| no number at all                  | none        | none     |                                                         |
+
+`none` scores 0.0: the completion gave no answer. A malformed *gold* raises instead: that is the data's fault.
+
+`strict` is the default, since training should reward the format that is graded: under `flexible`, any number said last
+scores, and the policy drifts away from `####`. Everything here takes time linear in the length of the text.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from decimal import Decimal
+from typing import Literal, get_args
+
+from rewards.protocol import Messages, text_of
+
+Mode = Literal["strict", "flexible", "boxed"]
+Completions = list[str] | list[Messages]
+
+_MINUS = str.maketrans(dict.fromkeys("\u2212\u2012\u2013\ufe63\uff0d", "-"))
+# A sign counts only where a number can start: `10-5` ends with 5, not with -5.
+_NUMBER = (
+    r"(?P<sign>(?<![\w)])[-+])?(?:\\?[$€£](?P<inner_sign>[-+])?)?"
+    r"(?P<digits>(?:[0-9]|\.(?=[0-9]))[0-9.,]*+)"
+)
+NUMBER = re.compile(_NUMBER)
+MARKED = re.compile(r"####[ \t]*+\*{0,2}" + _NUMBER)
+_WELL_FORMED = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++")
+_CONTINUED = re.compile(r"[ \t]*+[-+*/^=×÷:]?[ \t]*+\\?[$€£]?[0-9]|[eE][-+]?[0-9]")
+
+
+def extract_answer(text: str, mode: Mode = "strict") -> Decimal | None:
+    r"""The final number of `text`, or None. Modes as in the table above. Raises ValueError for another mode.
+
+    >>> extract_answer("6 * 7 = 42\n#### 42.0"), extract_answer("so 42 it is", "flexible"), extract_answer("so 42")
+    (Decimal('42.0'), Decimal('42'), None)
+    """
+    text = text.translate(_MINUS)
+    if mode == "strict":
+        return _single(text, _last(MARKED, text))
+    if mode == "flexible":
+        values = map(_value, reversed(list(NUMBER.finditer(text))))
+        return next((value for value in values if value is not None), None)
+    if mode == "boxed":
+        content = _last_boxed(text)
+        return _single(content, NUMBER.match(content))
+    raise ValueError(f"mode={mode!r} is not a way to read an answer; choose from {', '.join(get_args(Mode))}")
+
+
+@functools.lru_cache(maxsize=4096)
+def gold_answer(answer: str | int | float) -> Decimal:
+    """The number of a gold solution (`"... #### 42"`) or of a bare gold number. Raises ValueError without one."""
+    text = str(answer).strip().translate(_MINUS)
+    if "####" in text:
+        gold = extract_answer(text, "strict")
+    else:
+        bare = NUMBER.fullmatch(text.removesuffix("%"))
+        gold = _value(bare) if bare else None
+    if gold is None:
+        raise ValueError(
+            f"the gold answer {text[-60:]!r} has no number: expected a solution that ends with '#### 42', or '42'"
+        )
+    return gold
+
+
+def gsm8k(
+    prompts: list | None, completions: Completions, answer: list[str], mode: Mode = "strict", **_
+) -> list[float]:
+    """1.0 where the completion's final number equals the gold one, else 0.0. Raises ValueError for a bad gold.
+
+    >>> gsm8k(None, ["#### 1,234", "#### 12"], answer=["#### 1234", "#### 1234"])
+    [1.0, 0.0]
+    """
+    pairs = zip(completions, answer, strict=True)
+    return [float(gold_answer(gold) == extract_answer(text_of(text), mode)) for text, gold in pairs]
+
+
+def gsm8k_flexible(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
+    """`gsm8k` that takes the last number anywhere in the completion."""
+    return gsm8k(prompts, completions, answer, mode="flexible")
+
+
+def gsm8k_boxed(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
+    r"""`gsm8k` that takes the number in the last `\boxed{}`."""
+    return gsm8k(prompts, completions, answer, mode="boxed")
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    last = None
+    for last in pattern.finditer(text):
+        pass
+    return last
+
+
+def _single(text: str, match: re.Match[str] | None) -> Decimal | None:
+    """The number of `match`, unless what follows makes it the start of an expression."""
+    if match is None or _CONTINUED.match(text, match.end()):
+        return None
+    return _value(match)
+
+
+def _value(match: re.Match[str]) -> Decimal | None:
+    digits = match["digits"].rstrip(".,")
+    if not _WELL_FORMED.fullmatch(digits):
+        return None
+    sign = "-" if "-" in (match["sign"], match["inner_sign"]) else ""
+    return Decimal(sign + digits.replace(",", ""))  # not -Decimal(...), which rounds to 28 digits
+
+
+def _last_boxed(text: str) -> str:
+    start = text.rfind(r"\boxed{") + len(r"\boxed{")
+    if start < len(r"\boxed{"):
+        return ""
+    depth = 1
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            content = text[start : start + brace.start()]
+            return content.replace("{,}", ",").replace(r"\!", "").replace(r"\,", "").strip()
+    return ""

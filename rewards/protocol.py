@@ -1,0 +1,192 @@
+"""What a reward is: `reward(prompts, completions, **columns) -> list[float | None]`, sync or async.
+
+The signature and the shapes are TRL's, so a function written for TRL's `GRPOTrainer` works here and ours work
+there. All arguments are passed by keyword, one list entry per completion, and only those that the function names:
+
+- `prompts`, `completions`: strings, or chat messages (`[{"role": "assistant", "content": "..."}]`)
+- `completion_ids` (sampled token ids), `trainer_state` (`.global_step`, ...)
+- `log_extra(column, values)` (one value per completion), `log_metric(name, value)` (one number per batch)
+- any column of the data set, by its name. `**kwargs` receives the remaining columns; `**_` declines them.
+
+A returned None abstains. A completion's reward must depend on its own row only, since batches are cut anyhow.
+
+>>> def short(completions, **_):
+...     return [1.0 if len(completion) < 20 else 0.0 for completion in completions]
+>>> short(completions=["#### 42", "a rather long completion"])
+[1.0, 0.0]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Reward = Callable[..., Any]
+Messages = list[dict[str, Any]]
+
+PROVIDED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+class RewardError(RuntimeError):
+    """A reward that cannot be used or has failed. The message says which one, on what, and the way out."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The parameters of a reward function, as far as they decide what is passed to it.
+
+    >>> def grade(prompts, completions, answer, strict=True, **_): ...
+    >>> Signature.of(grade)
+    Signature(required=('prompts', 'completions', 'answer'), optional=('strict',), takes_rest=False)
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    takes_rest: bool
+
+    @classmethod
+    def of(cls, function: Reward) -> Signature:
+        required, optional, takes_rest = [], [], False
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind is parameter.POSITIONAL_ONLY:
+                raise RewardError(f"parameter {name!r} is positional-only; rewards are called by keyword")
+            if parameter.kind is parameter.VAR_KEYWORD:
+                takes_rest = not name.startswith("_")
+            elif parameter.kind is not parameter.VAR_POSITIONAL:
+                (required if parameter.default is parameter.empty else optional).append(name)
+        return cls(tuple(required), tuple(optional), takes_rest)
+
+    def asks_for(self, name: str) -> bool:
+        return name in self.required or name in self.optional
+
+    def check(self, label: str, columns: Iterable[str], arguments: Iterable[str] = ()) -> None:
+        """Raise RewardError unless every parameter is a column, is bound by `arguments`, or has a default."""
+        columns, arguments = list(columns), list(arguments)
+        self.check_arguments(label, arguments)
+        for name in self.required:
+            if name in PROVIDED or name in columns or name in arguments:
+                continue
+            if name in ("prompt", "completion"):
+                raise RewardError(
+                    f"reward {label} asks for {name!r}: decorate it with @rewards.per_completion, or take "
+                    f"lists as {name + 's'!r}"
+                )
+            raise RewardError(
+                f"reward {label} asks for the column {name!r}, which is not there"
+                f"{did_you_mean(name, columns)}. Columns: {', '.join(sorted(columns)) or 'none'}. Rename the "
+                f"parameter, map a column to that name, or bind the value: arguments: {{{name}: ...}}"
+            )
+
+    def check_arguments(self, label: str, arguments: Iterable[str]) -> None:
+        """Raise RewardError when an argument to bind is no named parameter (`**kwargs` would hide a typo)."""
+        options = [name for name in (*self.required, *self.optional) if name not in PROVIDED]
+        for name in arguments:
+            if name not in options:
+                raise RewardError(
+                    f"reward {label} has no parameter {name!r} to bind{did_you_mean(name, options)}. "
+                    f"Its parameters: {', '.join(options) or 'none'}"
+                )
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+
+
+def per_completion(function: Reward) -> Reward:
+    """Make a reward of a function of one completion; sync or async (then all completions run concurrently).
+
+    It may take `prompt`, `completion`, columns by name (one row's value each), `completion_ids` (one completion's),
+    `trainer_state`, `log_metric`, and `log_extra(column, value)` with one value instead of a list.
+
+    >>> @per_completion
+    ... def exact(completion, answer):
+    ...     return float(completion == answer)
+    >>> exact(prompts=["1 + 1 = ", "1 + 2 = "], completions=["2", "4"], answer=["2", "3"])
+    [1.0, 0.0]
+    """
+    own = inspect.signature(function).parameters
+    signature = Signature.of(function)
+
+    def rows(prompts: Sequence, completions: Sequence, given: dict, extras: dict) -> Iterator[dict[str, Any]]:
+        columns = {
+            name: values
+            for name, values in given.items()
+            if signature.asks_for(name) or (signature.takes_rest and name not in PROVIDED)
+        }
+        whole = {name: columns.pop(name) for name in ("trainer_state", "log_metric") if name in columns}
+        columns.pop("log_extra", None)
+        columns |= {"prompt": prompts, "completion": completions}
+        for i in range(len(completions)):
+            row = {name: values[i] for name, values in columns.items()}
+            if not signature.takes_rest:
+                row = {name: value for name, value in row.items() if signature.asks_for(name)}
+            if signature.asks_for("log_extra"):
+                row["log_extra"] = functools.partial(_note, extras, i, len(completions))
+            yield row | whole
+
+    def flush(extras: dict[str, list], given: dict) -> None:
+        for column, values in extras.items():
+            given["log_extra"](column, values)
+
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def reward(prompts, completions, **given):
+            extras: dict[str, list] = {}
+            scores = [function(**row) for row in rows(prompts, completions, given, extras)]
+            result = list(await asyncio.gather(*scores))
+            flush(extras, given)
+            return result
+    else:
+
+        @functools.wraps(function)
+        def reward(prompts, completions, **given):
+            extras: dict[str, list] = {}
+            result = [function(**row) for row in rows(prompts, completions, given, extras)]
+            flush(extras, given)
+            return result
+
+    kept = [
+        parameter if parameter.kind is parameter.VAR_KEYWORD else parameter.replace(kind=parameter.KEYWORD_ONLY)
+        for name, parameter in own.items()
+        if name not in ("prompt", "completion")
+    ]
+    lists = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("prompts", "completions")
+    ]
+    reward.__signature__ = inspect.Signature(lists + kept)  # type: ignore[attr-defined]
+    reward.of_one = function  # type: ignore[attr-defined]
+    return reward
+
+
+def _note(extras: dict[str, list], i: int, count: int, column: str, value: Any) -> None:
+    extras.setdefault(column, [None] * count)[i] = value
+
+
+def bind(function: Reward, arguments: Mapping[str, Any]) -> Reward:
+    """`function` with keyword arguments fixed; a per-completion function gets them whole, not row by row."""
+    if not arguments:
+        return function
+    if hasattr(function, "of_one"):
+        return per_completion(functools.partial(function.of_one, **arguments))
+    return functools.partial(function, **arguments)
+
+
+def text_of(completion: str | Messages) -> str:
+    """The text of a plain or chat completion: of a chat, what its last message says.
+
+    >>> text_of([{"role": "assistant", "content": "#### 42"}])
+    '#### 42'
+    """
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1]["content"] if completion else ""
+    if isinstance(content, list):  # content blocks
+        return "".join(block.get("text", "") for block in content)
+    return content or ""

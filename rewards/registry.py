@@ -1,0 +1,116 @@
+"""Where rewards come from: built-ins by name, and users' functions as `path/to/file.py:function`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from rewards.protocol import Reward, RewardError, did_you_mean
+
+BUILT_IN = {
+    "gsm8k": "rewards.gsm8k",
+    "gsm8k_flexible": "rewards.gsm8k",
+    "gsm8k_boxed": "rewards.gsm8k",
+    "math_equivalence": "rewards.equivalence",
+    "regex_format": "rewards.format",
+    "tag_format": "rewards.format",
+    "gsm8k_format": "rewards.format",
+    "length_penalty": "rewards.length",
+    "repetition_penalty": "rewards.length",
+    "soft_overlong_punishment": "rewards.length",
+    "bleu": "rewards.text",
+    "chrf": "rewards.text",
+    "remote": "rewards.remote",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A reward by name and, when it is a user's, the file that holds it as it was when first read."""
+
+    function: str
+    attribute: str
+    path: str | None = None
+    content: bytes = b""
+
+    @property
+    def sha256(self) -> str | None:
+        return hashlib.sha256(self.content).hexdigest() if self.path else None
+
+
+def find_reward(function: str) -> Source:
+    """Read, without running it, what `function` names. Raises RewardError with the nearest valid name."""
+    file, colon, attribute = function.rpartition(":")
+    if not colon:
+        if function not in BUILT_IN:
+            raise RewardError(
+                f"reward {function!r} is not built in{did_you_mean(function, BUILT_IN)}. "
+                f"Built in: {', '.join(BUILT_IN)}. Name your own as path/to/file.py:function"
+            )
+        return Source(function, function)
+    path = Path(file).expanduser().resolve()
+    if path.suffix != ".py" or not path.is_file():
+        raise RewardError(f"reward {function!r}: {path} is not a Python file that is there")
+    return Source(function, attribute, str(path), path.read_bytes())
+
+
+def load_reward(function: str | Source) -> Reward:
+    """The function that `function` names: `"gsm8k"` or `"path/to/file.py:function"`.
+
+    A user's file runs as a module of its own, with its folder on `sys.path` as if it had been started from there.
+
+    >>> load_reward("gsm8k")(prompts=["6 * 7 = ?"], completions=["#### 42"], answer=["#### 42"])
+    [1.0]
+    """
+    source = find_reward(function) if isinstance(function, str) else function
+    module = _module_of(source) if source.path else importlib.import_module(BUILT_IN[source.function])
+    reward = getattr(module, source.attribute, None)
+    if not callable(reward) or isinstance(reward, type):
+        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        what = "is no function" if hasattr(module, source.attribute) else "is not there"
+        raise RewardError(
+            f"reward {source.function!r}: {source.attribute!r} {what}{did_you_mean(source.attribute, own)}. "
+            f"{source.path} defines: {', '.join(own) or 'no function'}"
+        )
+    return reward
+
+
+class _ReadOnce(importlib.abc.SourceLoader):
+    """Runs the bytes that were hashed, whatever the file holds by now."""
+
+    def __init__(self, path: str, content: bytes):
+        self.path, self.content = path, content
+
+    def get_filename(self, fullname: str) -> str:
+        return self.path
+
+    def get_data(self, path: str) -> bytes:
+        return self.content
+
+
+def _module_of(source: Source) -> ModuleType:
+    assert source.path is not None
+    folder, stem = str(Path(source.path).parent), Path(source.path).stem
+    place = hashlib.sha256(source.path.encode()).hexdigest()[:8]
+    name = f"reward_{stem}_{place}_{str(source.sha256)[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(
+        name, source.path, loader=_ReadOnce(source.path, source.content)
+    )
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

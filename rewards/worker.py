@@ -1,0 +1,167 @@
+"""The child process that runs reward functions: JSON lines over a socket, one answer per request.
+
+Standard output belongs to the user's functions (it goes where standard error goes). The process ends with its parent,
+whatever it is doing: a thread waits for the socket to hang up, and faulthandler's watchdog, which needs no GIL, ends a
+call that outlives its time limit after writing down where it was stuck.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import inspect
+import json
+import os
+import select
+import signal
+import socket
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from rewards.protocol import Reward, RewardError, Signature, bind
+from rewards.registry import Source, load_reward
+
+
+def serve(socket_fd: int, trace_fd: int) -> None:
+    """Answer requests until the parent hangs up."""
+    for fd in (socket_fd, trace_fd):
+        os.set_inheritable(fd, False)
+    threading.Thread(target=_end_with_parent, args=(socket_fd,), daemon=True).start()
+    with contextlib.suppress(OSError):  # Linux: out of memory, the kernel takes this process before the trainer
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    connection = socket.socket(fileno=socket_fd)
+    lines = connection.makefile("rb", buffering=1 << 20)
+    functions: list[_Function] = []
+    handle: Callable[[dict], dict] = lambda setup: _load(setup["functions"], functions)  # noqa: E731
+    for line in lines:
+        request = json.loads(line)
+        faulthandler.dump_traceback_later(request["timeout_s"], exit=True, file=trace_fd)
+        reply = handle(request)
+        faulthandler.cancel_dump_traceback_later()
+        connection.sendall(json.dumps(reply, default=_plain).encode() + b"\n")
+        handle = lambda request: functions[request["function"]].call(request)  # noqa: E731
+
+
+def _end_with_parent(socket_fd: int) -> None:
+    hang_up = select.poll()
+    hang_up.register(socket_fd, 0)  # no event asked for: only hang-ups and errors are reported
+    hang_up.poll()
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # with every process that a reward has started
+
+
+def _load(descriptions: list[dict], functions: list[_Function]) -> dict:
+    """Load all functions; the reply holds their signatures, or the error that the first of them gave."""
+    for description in descriptions:
+        try:
+            functions.append(_Function(**description))
+        except RewardError as error:
+            return {"error": str(error)}
+        except BaseException as error:
+            return {"error": f"reward {description['function']!r} cannot be loaded: {_describe(error, None)}"}
+    return {"signatures": [asdict(function.signature) for function in functions]}
+
+
+class _Function:
+    def __init__(
+        self,
+        function: str,
+        attribute: str,
+        path: str | None,
+        content: str,
+        arguments: Mapping[str, Any],
+        chat: bool,
+    ):
+        reward = load_reward(Source(function, attribute, path, content.encode("latin-1")))
+        try:
+            self.signature = Signature.of(reward)
+            self.signature.check_arguments(function, arguments)
+        except (RewardError, TypeError, ValueError) as error:  # inspect: some C functions have no signature
+            raise RewardError(f"reward {function!r}: {error}") from error
+        self.reward: Reward = bind(reward, arguments)
+        self.path, self.chat = path, chat
+
+    def call(self, request: dict) -> dict:
+        """Score one batch. Keys of the request: prompts [P], completions [P][G], columns {name: [P]}, and optionally
+        completion_ids [P][G][L] and trainer_state."""
+        counts = [len(group) for group in request["completions"]]
+        completions = [completion for group in request["completions"] for completion in group]
+        prompts = _repeat(request["prompts"], counts)
+        if self.chat:
+            prompts = [
+                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts
+            ]
+            completions = [[{"role": "assistant", "content": completion}] for completion in completions]
+        extras: dict[str, list] = {}
+        metrics: dict[str, list[float]] = {}
+
+        def log_extra(column: str, values: list) -> None:
+            values = list(values)
+            if len(values) != len(completions):
+                raise ValueError(f"log_extra({column!r}) got {len(values)} values for {len(completions)} completions")
+            extras[column] = values
+
+        def log_metric(name: str, value: float) -> None:
+            metrics.setdefault(name, []).append(float(value))
+
+        given = {
+            "prompts": prompts,
+            "completions": completions,
+            "completion_ids": [ids for group in request.get("completion_ids") or [] for ids in group],
+            "trainer_state": SimpleNamespace(**request.get("trainer_state") or {}),
+            "log_extra": log_extra,
+            "log_metric": log_metric,
+        }
+        arguments = {name: value for name, value in given.items() if self.signature.asks_for(name)}
+        arguments |= {name: _repeat(values, counts) for name, values in request["columns"].items()}
+        try:
+            result = self.reward(**arguments)
+            if inspect.isawaitable(result):
+                result = asyncio.run(_await(result))
+            if not hasattr(result, "__iter__") or isinstance(result, str | bytes | Mapping):
+                shown = repr(result)[:80]
+                return {"kind": "wrong_length", "message": f"returned {shown}, not a list of {len(completions)}"}
+            rewards = [_number(value) for value in result]
+        except BaseException as error:  # SystemExit too: a reward does not end the worker
+            return {"kind": "raised", "message": _describe(error, self.path)}
+        if len(rewards) != len(completions):
+            message = f"returned {len(rewards)} rewards for {len(completions)} completions"
+            return {"kind": "wrong_length", "message": message}
+        means = {name: sum(values) / len(values) for name, values in metrics.items()}
+        return {"rewards": rewards, "extras": extras, "metrics": means}
+
+
+def _repeat(values: list, counts: list[int]) -> list:
+    return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+
+
+async def _await(result):
+    return await result
+
+
+def _number(value: Any) -> float | None | dict:
+    """A float (of anything that is a number: int, bool, numpy or torch scalar), None, or a note of what it was."""
+    if value is None:
+        return None
+    try:
+        return float(value) if hasattr(value, "__float__") else {"not_a_number": repr(value)[:80]}
+    except (TypeError, ValueError, OverflowError):
+        return {"not_a_number": repr(value)[:80]}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON makes of a logged extra that it does not know."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _describe(error: BaseException, path: str | None) -> str:
+    """`ValueError: boom (my_rewards.py:12 in grade)`: the innermost line of the user's file, else of any file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == path] or frames
+    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name})" if own else ""
+    return "".join(traceback.format_exception_only(error)).strip()[:2000] + where

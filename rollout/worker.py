@@ -1,0 +1,55 @@
+"""A rollout worker: one engine behind a Ray actor, and how weights travel to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policies.policy import Policy
+from rollout.engine import Engine, RolloutError
+from rollout.group import Prompt, RolloutGroup
+from rollout.sampling import SamplingParams
+
+PackedWeights = dict[str, tuple[str, list[int], np.ndarray]]
+
+
+def pack(weights: Mapping[str, Tensor]) -> PackedWeights:
+    """Tensors as bytes with type and shape: Ray shares NumPy arrays without copying, and NumPy knows no bfloat16."""
+    return {
+        name: (
+            str(tensor.dtype).removeprefix("torch."),
+            list(tensor.shape),
+            tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(),
+        )
+        for name, tensor in weights.items()
+    }
+
+
+def unpack(packed: PackedWeights) -> dict[str, Tensor]:
+    return {
+        name: torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).reshape(shape)
+        for name, (dtype, shape, data) in packed.items()
+    }
+
+
+class Worker:
+    """Samples shards with confirmed weights only. Made a Ray actor by the pool."""
+
+    def __init__(self, skeleton: dict[str, bytes], dtype: str, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.engine = Engine(Policy.from_skeleton(skeleton).to(device), getattr(torch, dtype))
+        self.engine.version = -1
+
+    def publish(self, packed: PackedWeights, version: int) -> str:
+        """Take over weights; returns the digest of what arrived (contract 5)."""
+        return self.engine.publish(unpack(packed), version)
+
+    def sample(self, prompts: list[Prompt], params: SamplingParams, version: int) -> list[RolloutGroup]:
+        if self.engine.version != version:
+            raise RolloutError(
+                f"a worker holds policy version {self.engine.version}, but version {version} was asked for"
+            )
+        return self.engine.sample(prompts, params)
