@@ -215,7 +215,7 @@ def _as_tensor(rewards: Any) -> Tensor:
     if rewards.isinf().any():
         where = rewards.isinf().nonzero()[0].tolist()
         raise ValueError(
-            f"the reward at {where} is {rewards[tuple(where)].item()}; return a number, or None to abstain"
+            f"the reward at {where} is {rewards[tuple(where)].item()}; return a finite number, or None to abstain"
         )
     return rewards
 

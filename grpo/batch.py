@@ -46,11 +46,10 @@ class TrainingBatch:
     """All rows of one step and the counts that are global over it."""
 
     rows: list[PackedRow]
+    advantages: Tensor  # [P, G], zero where a sample was left out
     num_samples: int
     num_completion_tokens: int
-    policy_versions: list[int]
     tied_groups: int = 0
-    dropped_groups: int = 0
 
     @property
     def all_tied(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field, model_validator
 
 from grpo.losses import CorrectionMode, KLEstimator, Level, LossType
@@ -15,12 +16,12 @@ class DataOptions(Options):
     """Where prompts come from."""
 
     name: str = "word_problems"
-    """`word_problems` (built in), `gsm8k`, a hub id, a folder with train.jsonl and test.jsonl, or one .jsonl/.parquet/.csv file."""
+    """`word_problems` (built in), `gsm8k`, a hub id, a folder with train.jsonl and test.jsonl, or one data file."""
     split: str = "train"
     """The split that is trained on; a test split is refused here."""
-    levels: list[int] = Field([1, 2], min_length=1)
+    levels: list[int] = Field(default_factory=lambda: [1, 2], min_length=1)
     """Difficulty levels of `word_problems`, 1 to 4."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Use the first so many examples only."""
     prompt_column: str = "question"
     """The column that becomes the prompt."""
@@ -30,27 +31,27 @@ class DataOptions(Options):
     """A format string over the data's columns, or `chat` for the model's own chat template."""
     system_prompt: str | None = None
     """System message in front of every chat prompt (template: chat)."""
-    few_shot: int = Field(0, ge=0)
+    few_shot: int = Field(default=0, ge=0)
     """Worked examples from the training split in front of every prompt."""
 
 
 class RolloutOptions(Options):
     """How completions are sampled."""
 
-    group_size: int = Field(8, ge=2)
+    group_size: int = Field(default=8, ge=2)
     """Completions per prompt; GRPO compares them with each other, so at least 2."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature; the learner scores at the same one. top-p and top-k would break contract 2 and do not exist here."""
-    max_completion_tokens: int = Field(256, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; the learner scores at the same one. there is no top-p or top-k: they bias the gradient."""
+    max_completion_tokens: int = Field(default=256, ge=1)
     """A completion ends here if it has not stopped by itself."""
-    draft_tokens: int = Field(4, ge=0)
-    """Tokens that the MTP head drafts before each forward of the trunk; 0 turns speculation off. Never changes the tokens."""
-    workers: int = Field(0, ge=0)
+    draft_tokens: int = Field(default=4, ge=0)
+    """Tokens that the MTP head drafts before each forward of the trunk; 0 is off. Never changes the tokens."""
+    workers: int = Field(default=0, ge=0)
     """Ray rollout workers; 0 samples in this process, without Ray."""
-    threads_per_worker: int = Field(1, ge=1)
+    threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of each Ray worker."""
-    prompts_per_shard: int = Field(8, ge=1)
-    """Groups that are sampled together. Shards depend on the step alone, so the number of workers never changes a token."""
+    prompts_per_shard: int = Field(default=8, ge=1)
+    """Prompts whose groups are sampled together; the number of workers never changes a token."""
 
 
 class RewardOptions(Options):
@@ -62,18 +63,20 @@ class RewardOptions(Options):
     """Its weight in the score."""
     name: str | None = None
     """Its name in metrics; the function's own by default."""
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments bound to the function."""
+    chat: bool = False
+    """Hand prompts and completions to it as chat messages instead of strings."""
 
 
 class ScoringOptions(Options):
     """How rewards are run, and what happens when one fails."""
 
-    on_error: str = Field("abort", pattern=r"^(abort|drop_sample|drop_group|score=-?\d+(\.\d+)?)$")
+    on_error: str = Field(default="abort", pattern=r"^(abort|drop_sample|drop_group|score=-?\d+(\.\d+)?)$")
     """`abort`, `drop_sample`, `drop_group` or `score=x`: a failing reward is never silently a zero."""
-    timeout_s: float = Field(10.0, gt=0)
+    timeout_s: float = Field(default=10.0, gt=0)
     """Wall-clock seconds that a reward may take per batch, and per completion when the batch is rerun one by one."""
-    workers: int = Field(1, ge=1)
+    workers: int = Field(default=1, ge=1)
     """Processes that run rewards."""
 
 
@@ -92,63 +95,61 @@ class LossOptions(Options):
         "group_relative"
     )
     """The estimator."""
-    epsilon: float = Field(0.2, ge=0)
+    epsilon: float = Field(default=0.2, ge=0)
     """Clip range below 1."""
-    epsilon_high: float | None = Field(None, ge=0)
+    epsilon_high: float | None = Field(default=None, ge=0)
     """Clip range above 1; epsilon by default (DAPO uses 0.28; CISPO reads it as the cap itself)."""
-    delta: float | None = Field(None, gt=1)
+    delta: float | None = Field(default=None, gt=1)
     """Upper bound of the ratio for negative advantages (two-sided clipping)."""
-    beta: float = Field(0.0, ge=0)
+    beta: float = Field(default=0.0, ge=0)
     """Weight of the KL penalty towards the reference policy; 0 needs no reference."""
     kl_estimator: KLEstimator = "k3"
     """Estimator of that KL."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
-    top_entropy_quantile: float = Field(1.0, gt=0, le=1)
+    top_entropy_quantile: float = Field(default=1.0, gt=0, le=1)
     """Train on this share of the tokens with the highest entropy only."""
     mask_truncated_completions: bool = False
     """Leave completions that hit the length limit out of the loss."""
     importance_correction: CorrectionMode | Literal["none"] = "none"
     """Correction for a sampler that differs from the learner (precision, staleness)."""
-    importance_clip_max: float = Field(3.0, gt=0)
+    importance_clip_max: float = Field(default=3.0, gt=0)
     """Its cap."""
 
 
 class LearnerOptions(Options):
     """The optimizer and how a batch is cut."""
 
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate of the policy (LoRA wants about ten times that of full updates)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay of the learning rate over `steps`."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """AdamW weight decay, on matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW betas."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
-    updates_per_batch: int = Field(1, ge=1)
+    updates_per_batch: int = Field(default=1, ge=1)
     """Optimizer updates on each batch of rollouts; above 1 the old log-probabilities are computed first."""
-    tokens_per_micro_batch: int = Field(8192, ge=1)
+    tokens_per_micro_batch: int = Field(default=8192, ge=1)
     """Padded tokens of one forward and backward; bounds memory, changes no gradient."""
-    threads: int | None = Field(None, ge=1)
-    """CPU threads of the learner; all cores by default."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     on_non_finite: Literal["abort", "skip"] = "abort"
     """What a non-finite loss or gradient does; the step is never taken, and the batch is written to the run folder."""
-    max_skipped_in_a_row: int = Field(3, ge=1)
+    max_skipped_in_a_row: int = Field(default=3, ge=1)
     """on_non_finite: skip gives up after so many."""
 
 
 class LoraOptions(Options):
     """Low-rank adapters through peft."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(default=16, ge=1)
     """Rank of the adapters."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """Scale: the update is alpha / rank · BA."""
     targets: list[str] | None = None
     """Module names, `experts` for the routed experts; every linear layer and the experts by default."""
@@ -157,28 +158,28 @@ class LoraOptions(Options):
 class MTPOptions(Options):
     """Training of the draft head beside the policy, detached from it."""
 
-    loss_weight: float = Field(1.0, ge=0)
+    loss_weight: float = Field(default=1.0, ge=0)
     """Weight of the draft loss; 0 leaves the head as it is."""
-    every: int = Field(1, ge=1)
+    every: int = Field(default=1, ge=1)
     """Train the head every so many steps."""
-    depth: int = Field(4, ge=1)
+    depth: int = Field(default=4, ge=1)
     """Depths that are unrolled in training."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """Learning rate of the head."""
 
 
 class WarmStartOptions(Options):
     """Supervised steps on the gold solutions before GRPO (and all of `quartet sft`)."""
 
-    steps: int = Field(0, ge=0)
+    steps: int = Field(default=0, ge=0)
     """Optimizer steps; 0 skips the warm start."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Examples per step."""
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Decay over the warm start."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
     levels: list[int] | None = None
     """Levels of `word_problems` for the warm start; those of `data` by default."""
@@ -189,31 +190,31 @@ class WarmStartOptions(Options):
 class CheckpointOptions(Options):
     """When to save and what to keep."""
 
-    every: int = Field(50, ge=1)
+    every: int = Field(default=50, ge=1)
     """Save every so many steps, and at the end."""
-    keep: int | None = Field(2, ge=1)
+    keep: int | None = Field(default=2, ge=1)
     """How many checkpoints stay; null keeps all."""
 
 
 class EvalOptions(Options):
     """Held-out evaluation before, during and after training; off the training clock."""
 
-    every: int | None = Field(None, ge=1)
+    every: int | None = Field(default=None, ge=1)
     """Evaluate every so many steps as well; null evaluates at the two ends only."""
-    limit: int = Field(0, ge=0)
+    limit: int = Field(default=0, ge=0)
     """Held-out problems; 0 turns evaluation off."""
     split: str | None = None
     """The held-out split; `heldout` for word_problems, `test` otherwise."""
     levels: list[int] | None = None
     """Levels of `word_problems`; those of `data` by default."""
-    prompts_per_batch: int = Field(64, ge=1)
+    prompts_per_batch: int = Field(default=64, ge=1)
     """Problems that are sampled together."""
 
 
 class LogOptions(Options):
     """What a person sees and what is kept."""
 
-    table_every: int = Field(10, ge=1)
+    table_every: int = Field(default=10, ge=1)
     """Show a table of sample completions every so many steps."""
     trackers: list[str] | None = None
     """Trackers of accelerate (`tensorboard`, `wandb`, ...); TensorBoard when installed, [] for none."""
@@ -228,6 +229,8 @@ class ModelOptions(Options):
     """A preset (`tiny`), a checkpoint folder or a hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of this process; all cores by default."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
     add_mtp: bool = False
@@ -236,40 +239,110 @@ class ModelOptions(Options):
     """Seed of everything: weights of a preset, data order, sampling noise."""
 
 
+def _gsm8k() -> list[RewardOptions]:
+    return [RewardOptions(function="gsm8k")]
+
+
 class SftConfig(ModelOptions):
-    """`quartet sft`: supervised fine-tuning on prompts and gold solutions."""
+    """Supervised fine-tuning on prompts and gold solutions; the MTP head is trained beside the trunk."""
 
     output_dir: Path
-    """The run folder; the policy is written to `policy/` in it."""
+    """The run folder; the trained policy is written to `policy/` in it."""
     data: DataOptions = DataOptions()
     warm_start: WarmStartOptions = WarmStartOptions(steps=200)
     mtp: MTPOptions = MTPOptions()
-    lora: LoraOptions | None = None
-    """Adapters; null updates every weight."""
     learner: LearnerOptions = LearnerOptions()
     eval: EvalOptions = EvalOptions()
     rollout: RolloutOptions = RolloutOptions()
-    rewards: list[RewardOptions] = [RewardOptions(function="gsm8k")]
-    """Reward functions of the evaluation."""
-    scoring: ScoringOptions = ScoringOptions()
+    rewards: list[RewardOptions] = Field(default_factory=_gsm8k, min_length=1)
+    """Reward functions; the score is their weighted sum, and full marks from the first count as correct."""
+    reward: ScoringOptions = ScoringOptions()
     log: LogOptions = LogOptions()
 
 
 class TrainConfig(SftConfig):
-    """`quartet train`: GRPO, after an optional warm start."""
+    """GRPO, after an optional warm start: sample groups, score them, favour what scored above its group."""
 
-    steps: int = Field(100, ge=1)
+    steps: int = Field(default=100, ge=1)
     """Steps of GRPO; one step samples, scores and learns once."""
-    prompts_per_step: int = Field(8, ge=1)
+    prompts_per_step: int = Field(default=8, ge=1)
     """Prompts per step; completions per step are this times rollout.group_size."""
     warm_start: WarmStartOptions = WarmStartOptions()
+    lora: LoraOptions | None = None
+    """Adapters; null updates every weight."""
     loss: LossOptions = LossOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        if not self.rewards:
-            raise ValueError("rewards is empty; name at least one, for example [{function: gsm8k}]")
         if self.loss.epsilon_high is None and self.loss.loss_type == "cispo":
-            raise ValueError("loss.loss_type=cispo needs loss.epsilon_high (the cap of the ratio, 5.0 in ScaleRL)")
+            raise ValueError("loss.epsilon_high: loss_type cispo needs it (the cap of the ratio, 5.0 in ScaleRL)")
         return self
+
+
+class EvalConfig(ModelOptions):
+    """Accuracy on held-out problems, sampled and greedy. A run folder brings its data, template and rewards along."""
+
+    data: str = "word_problems"
+    """`word_problems`, `gsm8k`, a hub id, a folder with test.jsonl, or one data file."""
+    split: str | None = None
+    """The split; `heldout` for word_problems, `test` otherwise."""
+    levels: list[int] = Field(default_factory=lambda: [1, 2], min_length=1)
+    """Difficulty levels of `word_problems`, 1 to 4."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first so many problems only."""
+    samples: int = Field(default=1, ge=1)
+    """Completions per problem at the sampling temperature."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of the sampled row; the greedy row has none."""
+    max_completion_tokens: int = Field(default=256, ge=1)
+    """A completion ends here if it has not stopped by itself."""
+    draft_tokens: int = Field(default=4, ge=0)
+    """Tokens that the MTP head drafts before each forward of the trunk; 0 is off."""
+    prompts_per_batch: int = Field(default=32, ge=1)
+    """Problems that are sampled together."""
+    prompt_column: str = "question"
+    """The column that becomes the prompt."""
+    solution_column: str = "answer"
+    """The column with the gold solution."""
+    template: str = "{question}\n"
+    """A format string over the data's columns, or `chat` for the model's own chat template."""
+    system_prompt: str | None = None
+    """System message in front of every chat prompt (template: chat)."""
+    rewards: list[RewardOptions] = Field(default_factory=_gsm8k, min_length=1)
+    """Reward functions; full marks from the first count as correct."""
+    reward: ScoringOptions = ScoringOptions()
+
+
+class SampleConfig(ModelOptions):
+    """Completions of your own prompts, one {"prompt": ...} a line."""
+
+    group_size: int = Field(default=4, ge=1)
+    """Completions per prompt."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    max_completion_tokens: int = Field(default=256, ge=1)
+    """A completion ends here if it has not stopped by itself."""
+    draft_tokens: int = Field(default=4, ge=0)
+    """Tokens that the MTP head drafts before each forward of the trunk; 0 is off. Never changes the tokens."""
+    template: str = "{prompt}"
+    """A format string around `prompt`, or `chat` for the model's own chat template."""
+    system_prompt: str | None = None
+    """System message in front of every chat prompt (template: chat)."""
+
+
+def defaults_of_run(folder: Path) -> dict[str, Any]:
+    """Options of `quartet eval` that a run folder brings along: its data, template, rewards and sampling."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return {}
+    run = yaml.safe_load(path.read_text())
+    data, rollout = run["data"], run["rollout"]
+    kept = ("levels", "prompt_column", "solution_column", "template", "system_prompt")
+    return {
+        "data": data["name"],
+        **{name: data[name] for name in kept},
+        **{name: rollout[name] for name in ("temperature", "max_completion_tokens", "draft_tokens")},
+        "rewards": run["rewards"],
+        "limit": run["eval"]["limit"] or None,
+    }

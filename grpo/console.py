@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
 
 
@@ -61,7 +62,7 @@ def step_line(step: int, metrics: Mapping[str, float]) -> str:
 def sample_table(
     step: int,
     groups: Sequence[RolloutGroup],
-    scores: Sequence[Any],
+    scores: Sequence[GroupScore],
     advantages: Sequence[Sequence[Any]],
     *,
     encoding: str = "utf-8",

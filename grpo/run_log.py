@@ -4,7 +4,7 @@ runs/NAME/config.yaml                       the effective configuration
           environment.json                  hardware, versions and command of the start; events has a resume's
           metrics.jsonl                     {"step": 1, "completion/length_mean": 23.1, ...}; read_metrics()
           rollouts/step_000001.jsonl.zst    one completion a line; read_rollouts()
-          events.jsonl                      {"time": "...", "kind": "reward_error", ...}
+          events.jsonl                      {"time": "...", "event": "reward_error", ...}
           tensorboard/                      where TensorBoard is installed
 """
 
@@ -14,7 +14,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,9 +29,10 @@ from grpo import environment
 from grpo.console import progress_bars, sample_table, step_line, visible
 from grpo.metrics import check
 from grpo.trackers import installed, start
+from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
 
-SHOWN_EVENTS_PER_KIND = 3
+SHOWN_PER_EVENT = 3
 
 
 class RunLog:
@@ -65,7 +67,7 @@ class RunLog:
         self._quiet = quiet
         self._table_every = table_every
         self._events_seen: Counter[str] = Counter()
-        self._undocumented: set[str] = set()
+        self._checked: set[str] = set()
         (output_dir / "rollouts").mkdir(parents=True, exist_ok=True)
         if resume_step is not None:
             _truncate(output_dir, resume_step)
@@ -88,13 +90,12 @@ class RunLog:
         self,
         step: int,
         groups: Sequence[RolloutGroup],
-        scores: Sequence[Any],
+        scores: Sequence[GroupScore],
         advantages: Any,
     ) -> None:
         """Keep all completions of a step, and now and then show a few.
 
-        `scores` are the P groups' GroupScores; `advantages` [P, G] are numbers, or [P, G, Lc] one for every token,
-        as lists, tensors or arrays.
+        `advantages` [P, G] are numbers, or [P, G, Lc] one for every token, as lists, tensors or arrays.
         """
         advantages = [_plain(row) for row in advantages]
         lines = [
@@ -104,21 +105,22 @@ class RunLog:
         ]
         path = _rollout_path(self.output_dir, step)
         partial = path.with_suffix(".partial")
-        partial.write_bytes(zstandard.compress("".join(lines).encode()))
-        os.replace(partial, path)
+        with _naming(path):
+            partial.write_bytes(zstandard.compress("".join(lines).encode()))
+            os.replace(partial, path)
         if self._table_every and (step == 1 or step % self._table_every == 0):
             self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
 
-    def event(self, kind: str, **fields: Any) -> None:
-        """Record what does not happen every step (a failure, a resume, a signal); show the first few of each kind."""
-        _append(self._events, {"time": datetime.now(UTC).isoformat(), "kind": kind} | fields)
-        self._events_seen[kind] += 1
-        if self._events_seen[kind] > SHOWN_EVENTS_PER_KIND:
+    def event(self, event: str, /, **fields: Any) -> None:
+        """Record what does not happen every step (a failure, a resume, a signal); show the first few of each."""
+        _append(self._events, {"time": datetime.now(UTC).isoformat(), "event": event} | fields)
+        self._events_seen[event] += 1
+        if self._events_seen[event] > SHOWN_PER_EVENT:
             return
         text = " ".join(f"{name}={value}" for name, value in fields.items())
-        if self._events_seen[kind] == SHOWN_EVENTS_PER_KIND:
-            kind += " (further ones in events.jsonl only)"
-        self._say(f"{kind}: {text}")
+        if self._events_seen[event] == SHOWN_PER_EVENT:
+            event += " (further ones in events.jsonl only)"
+        self._say(f"{event}: {text}")
 
     def progress(self) -> Progress:
         """Live bars; see console.progress_bars. Without a terminal, or quiet, they draw nothing."""
@@ -138,7 +140,7 @@ class RunLog:
         self.close()
 
     def _say(self, text: str) -> None:
-        text = visible(text, 600, self.console.encoding)
+        text = visible(text, 400, self.console.encoding)
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _describe_run(self, config_yaml: str, resume_step: int | None) -> None:
@@ -169,11 +171,11 @@ class RunLog:
         return finite
 
     def _warn_of_undocumented(self, names: Mapping[str, float]) -> None:
-        for name in names.keys() - self._undocumented:
+        for name in sorted(names.keys() - self._checked):
+            self._checked.add(name)
             try:
                 check(name)
             except ValueError as error:
-                self._undocumented.add(name)
                 self.event("undocumented_metric", error=str(error))
 
 
@@ -209,7 +211,7 @@ def _step(rollout_path: Path) -> int:
     return int(rollout_path.name.removeprefix("step_").partition(".")[0])
 
 
-def _rollout_lines(group: RolloutGroup, score: Any, advantages: list[Any]) -> list[dict[str, Any]]:
+def _rollout_lines(group: RolloutGroup, score: GroupScore, advantages: list[Any]) -> list[dict[str, Any]]:
     return [
         {
             "prompt_id": group.prompt.prompt_id,
@@ -253,11 +255,18 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def _append(stream: TextIO, values: dict[str, Any]) -> None:
-    try:
+    with _naming(stream.name):
         stream.write(_json(values))
         stream.flush()
-    except OSError as error:  # a full disk: the stream does not say which file it is
-        raise OSError(error.errno, error.strerror, stream.name) from error
+
+
+@contextmanager
+def _naming(path: Path | str) -> Iterator[None]:
+    """A full disk says on its own no file name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _json(values: dict[str, Any]) -> str:

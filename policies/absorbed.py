@@ -154,7 +154,7 @@ class AbsorbedTrunk:
     def __init__(self, trunk: torch.nn.Module, dtype: torch.dtype, length: int) -> None:
         config, model = trunk.config, trunk.model
         self.config, self.dtype = config, dtype
-        self.device = model.embed_tokens.weight.device
+        self.device: torch.device = model.embed_tokens.weight.device
         self.embedding = model.embed_tokens.weight.detach().to(dtype)
         self.head = trunk.lm_head.weight.detach().to(dtype)
         self.norm = model.norm.weight.detach().to(dtype)

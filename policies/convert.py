@@ -10,8 +10,9 @@ the dense product. DeepSeek scales scores by R^-½ where Llama uses d^-½; the q
 **Rotation.** Llama rotates the pair (j, j + d/2) of a head at frequency ω_j; DeepSeek rotates the neighbours
 (2p, 2p + 1) of its key at θ^(-2p/R). Pair p = g·d/2 + j takes its two rows from (j, j + d/2) of group g. To
 repeat the same ω_j in every group, `rope_type="longrope"` divides each frequency by a factor of its own:
-1/(factor_p · θ^(2p/R)). With θ = 1 the factor is simply 1/ω_j, and rounding leaves ω_j as it was. Short and
-long factors are equal, so the context's length changes nothing.
+1/(factor_p · θ^(2p/R)). With θ = 1 the factor is simply 1/ω_j, and ω_j comes back with the same bits (one
+bit off at most where the dense model scales its frequencies). Short and long factors are equal, so the length
+of the context changes nothing.
 
 **Values.** The latent is W_v x itself, R numbers; `kv_b_proj` hands each head its group's block.
 
@@ -149,11 +150,8 @@ def check_convertible(config: PreTrainedConfig) -> None:
     need(family in FAMILIES, "model_type", family, why, f"use a checkpoint of type {families}")
 
     packed = getattr(config, "quantization_config", None)
-    why, way_out = (
-        "packed weights cannot be rearranged",
-        "load it dequantised, save it, convert what you saved",
-    )
-    need(packed is None, "quantization_config", packed, why, way_out)
+    why = "packed weights cannot be rearranged"
+    need(packed is None, "quantization_config", packed, why, "convert a dequantised copy")
 
     for field in ("attention_bias", "mlp_bias"):
         bias = getattr(config, field, False)
@@ -209,19 +207,21 @@ def convert_dense(model: PreTrainedModel) -> DeepseekV3ForCausalLM:
 
 
 def frozen_parameter_names(config: PreTrainedConfig) -> list[str]:
-    """`fnmatch` patterns of the parameters that training must leave alone; none without a conversion.
+    """Names of the parameters that training must leave alone; none for a model that was not converted.
 
-    They begin with a wildcard: PEFT and other wrappers put a prefix of their own before a parameter's name.
+    PEFT and other wrappers put a prefix before a name, so compare with `name.endswith(...)`. The last of a layer
+    is the name of the bias inside a LoRA adapter.
 
-    >>> frozen_parameter_names(DeepseekV3Config(num_hidden_layers=1, quartet_exact_mla=True))
-    ['*model.layers.0.self_attn.kv_a_layernorm.weight', '*model.layers.0.self_attn.kv_a_proj_with_mqa*.bias']
+    >>> frozen_parameter_names(DeepseekV3Config(num_hidden_layers=1, quartet_exact_mla=True))[:2]
+    ['model.layers.0.self_attn.kv_a_layernorm.weight', 'model.layers.0.self_attn.kv_a_proj_with_mqa.bias']
     """
     if not getattr(config, "quartet_exact_mla", False):
         return []
+    projection = "kv_a_proj_with_mqa"
     return [
-        f"*model.layers.{layer}.self_attn.{name}"
+        f"model.layers.{layer}.self_attn.{name}"
         for layer in range(config.num_hidden_layers)
-        for name in ("kv_a_layernorm.weight", "kv_a_proj_with_mqa*.bias")
+        for name in ("kv_a_layernorm.weight", f"{projection}.bias", f"{projection}.base_layer.bias")
     ]
 
 
@@ -309,7 +309,7 @@ def _mla_config(model: Any) -> DeepseekV3Config:
     heads, groups, head_dim = _shape(dense)
     rank = groups * head_dim
     rotary = type(model.model.rotary_emb)(dense)  # anew: a cast of the model casts its frequencies as well
-    factors = _reciprocal(rotary.inv_freq).repeat(groups).tolist()
+    factors = (1 / rotary.inv_freq.double()).repeat(groups).tolist()
     fields = {field: getattr(dense, field) for field in SHARED_FIELDS} | {
         "num_key_value_heads": heads,  # MLA expands its latent for every head
         "q_lora_rank": None,
@@ -380,11 +380,3 @@ def _four_squares(number: int) -> tuple[int, int, int, int]:
         for c in range(b, -1, -1)
         if 0 <= (rest := number - a * a - b * b - c * c) <= c * c and math.isqrt(rest) ** 2 == rest
     )
-
-
-def _reciprocal(inv_freq: Tensor) -> Tensor:
-    """float32 x whose reciprocal rounds to `inv_freq`, or to its neighbour where there is no such x."""
-    x = (1 / inv_freq.double()).float()
-    candidates = torch.stack([x, x.nextafter(torch.tensor(math.inf)), x.nextafter(torch.tensor(0.0))])
-    best = (1 / candidates - inv_freq).abs().argmin(0, keepdim=True)
-    return candidates.gather(0, best)[0]

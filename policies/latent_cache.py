@@ -150,7 +150,8 @@ class LatentCache:
         """Keep these rows (ascending) and forget the others, and the prompts that no row needs any more."""
         reach = int(self.lengths_R[rows].max())
         layers, _, capacity, width = self.latents_LRTE.shape
-        kept = self.latents_LRTE.new_empty(layers, len(rows), capacity, width)
+        # Zeros, not garbage: a masked entry has weight 0, and 0 · NaN would still be NaN.
+        kept = self.latents_LRTE.new_zeros(layers, len(rows), capacity, width)
         kept[:, :, :reach] = self.latents_LRTE[:, rows, :reach]
         self.latents_LRTE, self.lengths_R = kept, self.lengths_R[rows]
         if self.prefix is not None:

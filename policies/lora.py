@@ -22,8 +22,8 @@ DEFAULT_TARGETS = (
 def inject(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] | None = None) -> None:
     """Freeze `model` and add adapters to the named modules; "experts" means the routed experts' 3-D parameters.
 
-    Without `targets`, every default target that the model has. Raises ValueError naming a target that matches nothing and
-    the nearest module names.
+    Without `targets`, every default target that the model has. Raises ValueError naming a target that matches nothing
+    and the nearest module names.
     """
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     available = linear - {"lm_head"}

@@ -1,13 +1,13 @@
 """The multi-token prediction head (DeepSeek-V3, eq. 21–23): one module, applied recurrently to any depth.
 
-An entry n of the head combines the hidden state that precedes token n with the embedding of token n, and predicts token
-n + 1. Depth 1 takes the trunk's hidden states. Depth d continues a chain: it takes the previous depth's output instead and
-embeds token n + d − 1. What an entry attends to is the same in training and in drafting:
+An entry n of the head combines the hidden state that precedes token n with the embedding of token n, and predicts
+token n + 1. Depth 1 takes the trunk's hidden states. Depth d continues a chain: it takes the previous depth's output
+instead and embeds token n + d − 1. What an entry attends to is the same in training and in drafting:
 
     depth 1   every depth-1 entry of the same sequence up to its own,
     depth d   what its chain's depth-1 entry attends to, and the chain's own entries at depths 2 … d.
 
-While drafting that is one cache: verified tokens leave depth-1 entries behind, a chain is appended to it and rolled back.
+While drafting that is one cache: verified tokens leave depth-1 entries behind, a chain is appended and rolled back.
 Released code concatenates [embedding; hidden] in front of `eh_proj`, the reverse of the paper's text; so do we.
 """
 
@@ -151,8 +151,8 @@ def draft_loss(
 
     `outputs[d-1][n]` drafts token n + d; its teacher is the trunk's distribution of that token, from
     `teacher_hidden_BTD[n + d]`, the hidden state that precedes it. `segment_BT` numbers the completions of a row
-    from 1 and is below 1 elsewhere: a chain starts and ends inside one completion. Teacher and LM head are detached (contract 7).
-    Returns the sum over drafts; divide by the step's completion tokens.
+    from 1 and is below 1 elsewhere: a chain starts and ends inside one completion. Teacher and LM head are
+    detached (contract 7). Returns the sum over drafts; divide by the step's completion tokens.
     """
     head = lm_head.detach()
     teacher = teacher_hidden_BTD.detach()

@@ -1,7 +1,7 @@
 """The policy: a causal language model, optionally an MTP head beside it, and its tokenizer.
 
-A checkpoint is a folder in the DeepSeek-V3 layout: safetensors with the MTP head as layer `num_hidden_layers`, config.json
-and the tokenizer. Stock transformers loads the trunk from it.
+A checkpoint is a folder in the DeepSeek-V3 layout: safetensors with the MTP head as layer `num_hidden_layers`,
+config.json and the tokenizer. Stock transformers loads the trunk from it.
 """
 
 from __future__ import annotations
@@ -226,9 +226,7 @@ def digest(weights: Mapping[str, Tensor]) -> str:
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole.update(
-            memoryview(tensor.view(torch.uint8).numpy()) if tensor.dim() else bytes(str(tensor.item()), "ascii")
-        )
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 

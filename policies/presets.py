@@ -65,7 +65,7 @@ def build(preset: str, corpus: Iterable[str], seed: int = 0, vocab_size: int = 5
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        num_nextn_predict_layers=1,
+        num_mtp_layers=1,
         **PRESETS[preset],
     )
     with torch.random.fork_rng(devices=[]):

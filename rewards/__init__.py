@@ -1,0 +1,19 @@
+"""Rewards: plain Python, completion -> number. Importing this loads neither torch nor ray."""
+
+from rewards.group_score import GroupScore, RewardFailure
+from rewards.protocol import RewardError, Signature, per_completion, text_of
+from rewards.registry import BUILT_IN, load_reward
+from rewards.scorer import RewardSpec, Scorer
+
+__all__ = [
+    "BUILT_IN",
+    "GroupScore",
+    "RewardError",
+    "RewardFailure",
+    "RewardSpec",
+    "Scorer",
+    "Signature",
+    "load_reward",
+    "per_completion",
+    "text_of",
+]

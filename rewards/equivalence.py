@@ -38,9 +38,9 @@ def _parse(text: str) -> list:
 
 
 @functools.lru_cache(maxsize=4096)
-def _gold(answer: str | int | float) -> tuple:
+def _gold(answer: str | int | float) -> list:
     expression = str(answer).rpartition("####")[2].strip()
     parsed = _parse(expression) or _parse(f"${expression}$")
     if not parsed:
         raise ValueError(f"the gold answer {expression[-60:]!r} is no expression that math-verify can read")
-    return tuple(parsed)
+    return parsed

@@ -1,20 +1,21 @@
 r"""GSM8K correctness: the final number of a completion against the gold number, compared exactly.
 
-| completion ends with              | strict      | flexible | why                                                     |
-|-----------------------------------|-------------|----------|---------------------------------------------------------|
-| `#### 42`                         | 42          | 42       |                                                         |
-| `#### 42 apples, as I said`       | 42          | 42       | text may follow the number                              |
-| `#### 1,234`, `#### $42`, `#### -$5` | 1234, 42, -5 | same  | thousands commas and currency signs do not count        |
-| `#### 42.0`, `#### 42.`           | 42          | 42       | equal numbers are equal; a full stop is not a decimal    |
-| `#### 5%`                         | 5           | 5        | GSM8K asks for percents as plain numbers                |
-| `#### −5` (U+2212), `#### –5`     | -5          | -5       | typographic minus signs are minus signs                 |
-| `#### 7 ... #### 42`              | 42          | 42       | the last one is the answer: one guess counts, never two |
-| `#### 42 ... #### Notes`          | 42          | 42       | a `####` without a number is a heading                  |
-| `#### 1,23`, `#### 1.2.3`         | none        | (the number before) | not a number                                 |
-| `#### 84/2`, `#### 6*7=42`, `#### 4e1` | none   | 2, 42, 1 | an expression is not yet an answer                      |
-| `#### The answer is 42`           | none        | 42       | strict: the number follows the marker, on its line      |
-| `\boxed{42}`                      | none        | 42       | mode `boxed` gives 42                                   |
-| no number at all                  | none        | none     |                                                         |
+| completion ends with          | strict | flexible | why                                                      |
+|-------------------------------|--------|----------|----------------------------------------------------------|
+| `#### 42`                     | 42     | 42       |                                                          |
+| `#### 42 apples, as I said`   | 42     | 42       | text may follow the number                               |
+| `#### 1,234`                  | 1234   | 1234     | commas between thousands do not count                    |
+| `#### $42`, `#### $-42`       | 42, -42 | 42, -42 | nor do currency signs                                    |
+| `#### 42.0`, `#### 42.`       | 42     | 42       | equal numbers are equal; a full stop is no decimal       |
+| `#### 5%`                     | 5      | 5        | GSM8K asks for percents as plain numbers                 |
+| `#### −5` (U+2212), `#### –5` | -5     | -5       | typographic minus signs are minus signs                  |
+| `#### 7 ... #### 42`          | 42     | 42       | the last one is the answer: one guess counts, never two  |
+| `#### 42 ... #### Notes`      | 42     | 42       | a `####` without a number is a heading                   |
+| `#### 1,23`, `#### 1.2.3`     | none   | the number before | not a number                                    |
+| `#### 84/2`, `#### 6*7=42`    | none   | 2, 42    | an expression is not yet an answer                       |
+| `#### The answer is 42`       | none   | 42       | strict: the number follows the marker, on its line       |
+| `\boxed{42}`                  | none   | 42       | mode `boxed` gives 42                                    |
+| no number                     | none   | none     |                                                          |
 
 `none` scores 0.0: the completion gave no answer. A malformed *gold* raises instead: that is the data's fault.
 
@@ -27,12 +28,12 @@ from __future__ import annotations
 import functools
 import re
 from decimal import Decimal
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from rewards.protocol import Messages, text_of
+from rewards.protocol import text_of
 
 Mode = Literal["strict", "flexible", "boxed"]
-Completions = list[str] | list[Messages]
+Completions = list[Any]  # strings or lists of chat messages
 
 _MINUS = str.maketrans(dict.fromkeys("\u2212\u2012\u2013\ufe63\uff0d", "-"))
 # A sign counts only where a number can start: `10-5` ends with 5, not with -5.
@@ -80,9 +81,7 @@ def gold_answer(answer: str | int | float) -> Decimal:
     return gold
 
 
-def gsm8k(
-    prompts: list | None, completions: Completions, answer: list[str], mode: Mode = "strict", **_
-) -> list[float]:
+def gsm8k(prompts: list | None, completions: Completions, answer: list[str], mode: Mode = "strict", **_) -> list[float]:
     """1.0 where the completion's final number equals the gold one, else 0.0. Raises ValueError for a bad gold.
 
     >>> gsm8k(None, ["#### 1,234", "#### 12"], answer=["#### 1234", "#### 1234"])
@@ -103,21 +102,22 @@ def gsm8k_boxed(prompts: list | None, completions: Completions, answer: list[str
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    last = None
-    for last in pattern.finditer(text):
-        pass
-    return last
+    return functools.reduce(lambda _, match: match, pattern.finditer(text), None)
 
 
 def _single(text: str, match: re.Match[str] | None) -> Decimal | None:
     """The number of `match`, unless what follows makes it the start of an expression."""
-    if match is None or _CONTINUED.match(text, match.end()):
+    if match is None or _CONTINUED.match(text, match.start("digits") + len(_digits(match))):
         return None
     return _value(match)
 
 
+def _digits(match: re.Match[str]) -> str:
+    return match["digits"].rstrip(".,")  # a full stop or comma behind a number is not part of it
+
+
 def _value(match: re.Match[str]) -> Decimal | None:
-    digits = match["digits"].rstrip(".,")
+    digits = _digits(match)
     if not _WELL_FORMED.fullmatch(digits):
         return None
     sign = "-" if "-" in (match["sign"], match["inner_sign"]) else ""

@@ -21,9 +21,8 @@ from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
-from rewards.protocol import RewardError
+from rewards.protocol import RewardError, Signature
 
 START_TIMEOUT_S = 120.0  # a user's file may import heavy libraries
 GRACE_S = 1.0  # a late worker ends itself and leaves a trace; after this it is killed
@@ -42,14 +41,14 @@ class WorkerProcess:
         self._trace = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill()
         fds = (theirs.fileno(), self._trace.fileno())
         path = [folder or os.getcwd() for folder in sys.path]
-        environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONHASHSEED": "0"}  # set order: same in all workers
+        defaults = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}  # the order of sets: the same in all workers
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-u", "-c", _BOOT, json.dumps(path), *map(str, fds)],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             stdout=2,
             start_new_session=True,
-            env=environment,
+            env=defaults | os.environ,
         )
         theirs.close()
         self.ready = False
@@ -116,13 +115,14 @@ class WorkerPool:
     def __init__(self, functions: list[dict], *, size: int, timeout_s: float):
         self._functions, self._size, self._timeout_s = functions, size, timeout_s
         self._workers: list[WorkerProcess] = []
+        self._signatures: list[dict] = []
         self._lock = threading.Lock()
         self._closed = False
 
-    def signatures(self) -> list[dict[str, Any]]:
+    def signatures(self) -> list[Signature]:
         """Load the functions in one worker. Raises RewardError when one of them cannot be loaded."""
         self.run([])
-        return self._signatures
+        return [Signature(tuple(s["required"]), tuple(s["optional"]), s["takes_rest"]) for s in self._signatures]
 
     def run(self, requests: Sequence[dict], *, stop_at_failure: bool = False) -> list[dict | None]:
         """One reply per request: the worker's, or `{"kind": "timeout" | "died", "message": ...}`.

@@ -51,10 +51,13 @@ class Signature:
 
     @classmethod
     def of(cls, function: Reward) -> Signature:
-        required, optional, takes_rest = [], [], False
+        """Raises TypeError or ValueError for a function that keywords cannot reach."""
+        required: list[str] = []
+        optional: list[str] = []
+        takes_rest = False
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is parameter.POSITIONAL_ONLY:
-                raise RewardError(f"parameter {name!r} is positional-only; rewards are called by keyword")
+                raise TypeError(f"parameter {name!r} is positional-only; rewards are called by keyword")
             if parameter.kind is parameter.VAR_KEYWORD:
                 takes_rest = not name.startswith("_")
             elif parameter.kind is not parameter.VAR_POSITIONAL:
@@ -116,23 +119,21 @@ def per_completion(function: Reward) -> Reward:
     def rows(prompts: Sequence, completions: Sequence, given: dict, extras: dict) -> Iterator[dict[str, Any]]:
         columns = {
             name: values
-            for name, values in given.items()
+            for name, values in (given | {"prompt": prompts, "completion": completions}).items()
             if signature.asks_for(name) or (signature.takes_rest and name not in PROVIDED)
         }
-        whole = {name: columns.pop(name) for name in ("trainer_state", "log_metric") if name in columns}
         columns.pop("log_extra", None)
-        columns |= {"prompt": prompts, "completion": completions}
+        whole = {name: columns.pop(name) for name in ("trainer_state", "log_metric") if name in columns}
         for i in range(len(completions)):
             row = {name: values[i] for name, values in columns.items()}
-            if not signature.takes_rest:
-                row = {name: value for name, value in row.items() if signature.asks_for(name)}
             if signature.asks_for("log_extra"):
                 row["log_extra"] = functools.partial(_note, extras, i, len(completions))
             yield row | whole
 
     def flush(extras: dict[str, list], given: dict) -> None:
-        for column, values in extras.items():
-            given["log_extra"](column, values)
+        if log_extra := given.get("log_extra"):
+            for column, values in extras.items():
+                log_extra(column, values)
 
     if inspect.iscoroutinefunction(function):
 
@@ -157,9 +158,7 @@ def per_completion(function: Reward) -> Reward:
         for name, parameter in own.items()
         if name not in ("prompt", "completion")
     ]
-    lists = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("prompts", "completions")
-    ]
+    lists = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("prompts", "completions")]
     reward.__signature__ = inspect.Signature(lists + kept)  # type: ignore[attr-defined]
     reward.of_one = function  # type: ignore[attr-defined]
     return reward

@@ -103,10 +103,9 @@ def _module_of(source: Source) -> ModuleType:
         return sys.modules[name]
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(
-        name, source.path, loader=_ReadOnce(source.path, source.content)
-    )
-    assert spec is not None and spec.loader is not None
+    spec = importlib.util.spec_from_file_location(name, source.path, loader=_ReadOnce(source.path, source.content))
+    assert spec is not None
+    assert spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

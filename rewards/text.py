@@ -34,7 +34,7 @@ def chrf(prompts: list | None, completions: Completions, reference: list[str | l
 def _score(metric: BLEU | CHRF, completions: Completions, reference: list[str | list[str]]) -> list[float]:
     rewards = []
     for completion, alternatives in zip(completions, reference, strict=True):
-        texts = [alternatives] if isinstance(alternatives, str) else list(alternatives)
+        texts = alternatives if isinstance(alternatives, list) else [alternatives]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"reference {alternatives!r} is neither a string nor a list of strings")
         rewards.append(min(1.0, metric.sentence_score(text_of(completion), texts).score / 100))

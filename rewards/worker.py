@@ -43,8 +43,13 @@ def serve(socket_fd: int, trace_fd: int) -> None:
         request = json.loads(line)
         faulthandler.dump_traceback_later(request["timeout_s"], exit=True, file=trace_fd)
         reply = handle(request)
+        try:
+            encoded = json.dumps(reply, default=_plain)
+        except Exception as error:
+            message = f"what it logged cannot be written as JSON: {_describe(error, None)}"
+            encoded = json.dumps({"kind": "raised", "message": message})
         faulthandler.cancel_dump_traceback_later()
-        connection.sendall(json.dumps(reply, default=_plain).encode() + b"\n")
+        connection.sendall(encoded.encode() + b"\n")
         handle = lambda request: functions[request["function"]].call(request)  # noqa: E731
 
 
@@ -63,7 +68,9 @@ def _load(descriptions: list[dict], functions: list[_Function]) -> dict:
         except RewardError as error:
             return {"error": str(error)}
         except BaseException as error:
-            return {"error": f"reward {description['function']!r} cannot be loaded: {_describe(error, None)}"}
+            return {
+                "error": f"reward {description['function']!r} cannot be loaded: {_describe(error, description['path'])}"
+            }
     return {"signatures": [asdict(function.signature) for function in functions]}
 
 
@@ -81,7 +88,7 @@ class _Function:
         try:
             self.signature = Signature.of(reward)
             self.signature.check_arguments(function, arguments)
-        except (RewardError, TypeError, ValueError) as error:  # inspect: some C functions have no signature
+        except (TypeError, ValueError) as error:  # inspect: some C functions have no signature
             raise RewardError(f"reward {function!r}: {error}") from error
         self.reward: Reward = bind(reward, arguments)
         self.path, self.chat = path, chat
@@ -144,14 +151,18 @@ async def _await(result):
     return await result
 
 
-def _number(value: Any) -> float | None | dict:
+def _number(value: Any) -> float | dict | None:
     """A float (of anything that is a number: int, bool, numpy or torch scalar), None, or a note of what it was."""
     if value is None:
         return None
     try:
-        return float(value) if hasattr(value, "__float__") else {"not_a_number": repr(value)[:80]}
+        return (
+            float(value)
+            if hasattr(value, "__float__")
+            else {"kind": "not_a_number", "message": f"returned {value!r:.80}"}
+        )
     except (TypeError, ValueError, OverflowError):
-        return {"not_a_number": repr(value)[:80]}
+        return {"kind": "not_a_number", "message": f"returned {value!r:.80}"}
 
 
 def _plain(value: Any) -> Any:

@@ -264,7 +264,7 @@ class _Batch:
                 Completion(
                     token_ids=ids,
                     logprobs=logprobs[row][:count],
-                    text=self.engine.policy.tokenizer.decode(visible),
+                    text=str(self.engine.policy.tokenizer.decode(visible)),
                     finish_reason=reason,
                     policy_version=self.engine.version,
                     draft=DraftStats(forwards[row], drafted[row], accepted[row]),

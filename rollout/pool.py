@@ -1,11 +1,12 @@
 """The pool of engines: shards, dispatch, weight publication, lost workers. Without workers it is one engine in process.
 
-A step's prompts are cut into shards that depend on the step alone. One forward never mixes shards, so tokens do not depend on
-the number of workers, on who is faster, or on a retry (contract 4).
+A step's prompts are cut into shards that depend on the step alone. One forward never mixes shards, so tokens do not
+depend on the number of workers, on who is faster, or on a retry (contract 4).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -189,13 +190,13 @@ def start_ray(cpus: int, address: str | None = None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, logging_level="warning")
+        ray.init(address=address, logging_level=logging.WARNING)
         return
     ray.init(
         num_cpus=cpus,
         include_dashboard=False,
         _node_ip_address="127.0.0.1",
-        logging_level="warning",
+        logging_level=logging.WARNING,
         log_to_driver=True,
         configure_logging=True,
     )

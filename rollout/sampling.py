@@ -1,8 +1,8 @@
 """How a token is chosen: keyed noise, so that a sampled token is a function of its key and nothing else (contract 4).
 
-token = argmax_v (logit_v / T + gumbel(key, position, v)): the Gumbel-max trick draws from softmax(logit / T) exactly, and
-a draft that uses the same noise on its own logits often agrees with the trunk. Noise comes from hashing (key, position, v),
-never from a stream, so that drafting, batching and retries cannot shift it.
+token = argmax_v (logit_v / T + gumbel(key, position, v)): the Gumbel-max trick draws from softmax(logit / T) exactly,
+and a draft that uses the same noise on its own logits often agrees with the trunk. Noise comes from hashing
+(key, position, v), never from a stream, so that drafting, batching and retries cannot shift it.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from torch import Tensor
 def verify_draft(targets_RS: Tensor, drafts_RK: Tensor) -> Tensor:
     """How many drafts of each row the trunk accepts: the leading ones that equal its own choice. [R]
 
-    `targets_RS` (S = K + 1) are the trunk's choices after each of the K drafts' predecessors and after the last draft; the
-    token behind the last accepted draft is therefore always the trunk's own (the bonus token).
+    `targets_RS` (S = K + 1) are the trunk's choices in place of each of the K drafts and behind the last one; the token
+    after the last accepted draft is therefore always the trunk's own (the bonus token).
 
     >>> verify_draft(torch.tensor([[5, 6, 7], [5, 9, 7]]), torch.tensor([[5, 6], [4, 9]]))
     tensor([2, 0])

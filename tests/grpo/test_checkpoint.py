@@ -109,6 +109,18 @@ def test_contract_9_a_killed_save_over_the_only_checkpoint_leaves_one_of_the_two
     assert set(outcomes) == {1.0, 2.0}
 
 
+def test_contract_9_every_file_and_both_folders_reach_the_disk_in_order(tmp_path, monkeypatch):
+    order = []
+    fsync, replace = checkpoint._fsync, os.replace
+    monkeypatch.setattr(checkpoint, "_fsync", lambda path: (fsync(path), order.append(path.name)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (replace(*paths), order.append("renamed")))
+    path = _save(tmp_path, 1, 1.0)
+    before, after = order[: order.index("renamed")], order[order.index("renamed") + 1 :]
+    assert sorted(before) == sorted([".step_000001.partial", *(file.name for file in path.iterdir())])
+    assert before[-1] == ".step_000001.partial"
+    assert after == [tmp_path.name]
+
+
 def test_contract_9_random_states_and_bits_come_back(tmp_path):
     generator = torch.Generator().manual_seed(3)
     python = random.Random(3)
@@ -158,9 +170,7 @@ def test_a_damaged_file_is_named_with_the_checkpoint_to_resume_from(tmp_path, na
     _save(tmp_path, 9, 9.0)
     _save(tmp_path, 10, 10.0)
     path = _save(tmp_path, 11, 11.0)
-    (tmp_path / "step_000010" / "state.json").write_text(
-        "{}"
-    )  # so that step 9 is the one before that is intact
+    (tmp_path / "step_000010" / "state.json").write_text("{}")  # so that step 9 is the one before that is intact
     content = bytearray((path / name).read_bytes())
     if damage == "flip":
         content[-3] ^= 1
@@ -178,9 +188,7 @@ def test_any_flipped_byte_of_the_manifest_is_seen(tmp_path):
     path = _save(tmp_path, 1, 1.0)
     intact = (path / "manifest.json").read_bytes()
     for index in range(len(intact)):
-        (path / "manifest.json").write_bytes(
-            intact[:index] + bytes([intact[index] ^ 1]) + intact[index + 1 :]
-        )
+        (path / "manifest.json").write_bytes(intact[:index] + bytes([intact[index] ^ 1]) + intact[index + 1 :])
         with pytest.raises(CheckpointError, match=r"manifest\.json"):
             checkpoint.load(path)
 
@@ -268,9 +276,7 @@ def test_find(tmp_path):
     (root / "step_notes").mkdir()
     assert checkpoint.find(root, "auto") == newest
     assert checkpoint.find(root, str(root / "step_999999")) == root / "step_999999"
-    with pytest.raises(
-        CheckpointError, match=r"step_000005 is no checkpoint.*use auto, or one of: .*step_999999"
-    ):
+    with pytest.raises(CheckpointError, match=r"step_000005 is no checkpoint.*use auto, or one of: .*step_999999"):
         checkpoint.find(root, str(root / "step_000005"))
 
 

@@ -1,10 +1,10 @@
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from grpo.metrics import METRICS, check, rollout_metrics, table
+from rewards.group_score import GroupScore, RewardFailure
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 
 
@@ -12,8 +12,8 @@ def _completion(tokens: int, reason: str, draft: DraftStats) -> Completion:
     return Completion(list(range(tokens)), [-0.5] * tokens, "x", reason, policy_version=0, draft=draft)
 
 
-def _score(rewards, errors=(), metrics=None, **parts) -> SimpleNamespace:
-    return SimpleNamespace(rewards=rewards, parts=parts, errors=list(errors), extras={}, metrics=metrics or {})
+def _score(rewards, errors=(), metrics=None, dropped=False, **parts) -> GroupScore:
+    return GroupScore(rewards, parts, list(errors), metrics=metrics or {}, dropped=dropped)
 
 
 def test_rollout_metrics_by_hand():
@@ -31,9 +31,10 @@ def test_rollout_metrics_by_hand():
         RolloutGroup(prompt, [_completion(1, "abort", DraftStats(1)), _completion(4, "stop", DraftStats(4))]),
         RolloutGroup(prompt, [_completion(2, "stop", DraftStats(2)), _completion(2, "stop", DraftStats(2))]),
     ]
+    failure = RewardFailure("exact", "p", 0, "raised", "boom")
     scores = [
         _score([1.0, 0.0], exact=[1.0, 0.0], form=[None, 0.5], metrics={"retries": 2.0}),
-        _score([None, 0.5], errors=["boom"], exact=[None, 0.5], metrics={"retries": 4.0}),
+        _score([None, 0.5], errors=[failure], dropped=True, exact=[None, 0.5], metrics={"retries": 4.0}),
         _score([0.25, 0.25], exact=[0.25, 0.25]),
     ]
     assert rollout_metrics(groups, scores) == {
@@ -45,6 +46,7 @@ def test_rollout_metrics_by_hand():
         "reward/part/form": 0.5,
         "reward/metric/retries": 3.0,
         "group/tied": pytest.approx(2 / 3),
+        "group/dropped": 1,
         "completion/tokens": 20,
         "completion/length_mean": pytest.approx(20 / 6),
         "completion/length_max": 6,

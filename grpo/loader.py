@@ -1,0 +1,56 @@
+"""From `model:` in a config to a policy on its device."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from grpo.config import ModelOptions
+from policies import presets
+from policies.policy import Policy, PolicyError
+
+
+def device_of(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={name}: there is no CUDA device here; use cpu or auto")
+    return torch.device(name)
+
+
+def check_model(model: str) -> None:
+    """Refuse early what can only be a mistake: a path that is not there, a misspelt preset."""
+    if model in presets.PRESETS or Path(model).is_dir():
+        return
+    looks_local = model.startswith(("/", ".", "~")) or model.count("/") != 1 or Path(model.split("/")[0]).exists()
+    if looks_local:
+        near = difflib.get_close_matches(model, presets.PRESETS, n=1)
+        hint = f"did you mean the preset {near[0]!r}?" if near else f"presets are {', '.join(presets.PRESETS)}"
+        if (Path.cwd() / model).parent.is_dir() and "/" in model:
+            hint += "; `make smollm2` prepares models/smollm2-135m-mla" if "smollm2" in model else ""
+        raise PolicyError(f"model={model!r}: there is no such folder; {hint}")
+
+
+def policy_folder(model: str) -> str:
+    """A run folder stands for the policy it trained: `policy/` when the run ended, else its warm start."""
+    for name in ("policy", "warm_start"):
+        if (Path(model) / "config.yaml").exists() and (Path(model) / name).is_dir():
+            return str(Path(model) / name)
+    return model
+
+
+def load_policy(options: ModelOptions, corpus: Iterable[str] = ()) -> Policy:
+    """A preset with fresh weights and a tokenizer learned from `corpus`, or a checkpoint."""
+    model = policy_folder(options.model)
+    check_model(model)
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    dtype = getattr(torch, options.dtype)
+    if model in presets.PRESETS:
+        policy = presets.build(model, corpus, options.seed).to(dtype)
+    else:
+        policy = Policy.load(model, dtype, add_mtp=options.add_mtp, seed=options.seed)
+    return policy.to(device_of(options.device))

@@ -1,0 +1,188 @@
+"""What the commands print at their end, and the same as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config
+
+from grpo import environment
+from grpo.config import SftConfig, TrainConfig
+from grpo.console import visible
+from grpo.evaluate import Evaluation, Speed
+from grpo.loader import check_model, policy_folder
+from grpo.task import Task
+from policies import presets
+from rollout.group import RolloutGroup
+
+CONSOLE = Console()
+
+
+def summary(results: Mapping[str, Any]) -> None:
+    """The end of a run: held-out accuracy before and after, speed with and without drafts, where things lie."""
+    if results.get("evaluations"):
+        evaluations(results["evaluations"])
+    if results.get("speeds"):
+        speeds(results["speeds"])
+    folder = Path(results["output_dir"])
+    CONSOLE.print(f"\n{environment.caption(environment.describe())}", markup=False, highlight=False)
+    CONSOLE.print("everything lies in", str(folder), markup=False, highlight=False)
+    for path in sorted(folder.iterdir()):
+        CONSOLE.print(f"  {path.name}{'/' if path.is_dir() else ''}", markup=False, highlight=False)
+
+
+def evaluations(results: Mapping[str, Evaluation]) -> None:
+    table = Table(title="held-out problems")
+    for name in ("", "correct", "accuracy", "95 % interval", "mean reward", "tokens/forward", "tokens/s", "length"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, result in results.items():
+        low, high = result.interval
+        table.add_row(
+            name,
+            f"{result.correct}/{result.completions}",
+            f"{result.accuracy:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{result.reward_mean:.3f}",
+            f"{result.tokens_per_forward:.2f}",
+            f"{result.tokens_per_second:.0f}",
+            f"{result.length_mean:.1f}",
+        )
+    CONSOLE.print(table)
+
+
+def speeds(results: Sequence[Speed]) -> None:
+    table = Table(title="sampling speed, completion tokens per second (the tokens are the same)")
+    for name in ("rows", "MTP off", "MTP on", "gain", "tokens/forward"):
+        table.add_column(name, justify="right")
+    for speed in results:
+        table.add_row(
+            str(speed.rows),
+            f"{speed.without_drafts:.0f}",
+            f"{speed.with_drafts:.0f} (k = {speed.draft_tokens})",
+            f"{speed.gain:.2f}x",
+            f"{speed.tokens_per_forward:.2f}",
+        )
+    CONSOLE.print(table)
+
+
+def groups(sampled: Sequence[RolloutGroup], limit: int = 4) -> None:
+    """The first groups as text; all of them stand in the JSON."""
+    for group in sampled[:limit]:
+        CONSOLE.rule(visible(group.prompt.text.strip(), 100), align="left")
+        for completion in group.completions:
+            forwards = len(completion.token_ids) / max(completion.draft.target_forwards, 1)
+            CONSOLE.print(visible(completion.text, 1000), markup=False, highlight=False)
+            CONSOLE.print(
+                f"  {completion.finish_reason}, {len(completion.token_ids)} tokens, {forwards:.2f} a forward",
+                style="dim",
+                highlight=False,
+            )
+    if len(sampled) > limit:
+        CONSOLE.print(f"... and {len(sampled) - limit} more groups", style="dim")
+
+
+def groups_as_json(sampled: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
+    """`{"prompt", "completions": [{"text", "token_ids", "logprobs", "finish_reason", "draft"}]}` per group."""
+    return [
+        {
+            "prompt": group.prompt.columns.get("prompt", group.prompt.text),
+            "completions": [
+                {
+                    "text": completion.text,
+                    "token_ids": completion.token_ids,
+                    "logprobs": completion.logprobs,
+                    "finish_reason": completion.finish_reason,
+                    "draft": asdict(completion.draft),
+                }
+                for completion in group.completions
+            ],
+        }
+        for group in sampled
+    ]
+
+
+def evaluations_as_json(model: str, data: str, results: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """What the table shows, with the machine that it was measured on."""
+    rows = {}
+    for name, result in results.items():
+        values = {key: value for key, value in vars(result).items() if key != "groups"}
+        rows[name] = values | {"accuracy": result.accuracy, "interval_95": list(result.interval)}
+    return {"model": model, "data": data, "evaluations": rows, "environment": environment.describe()}
+
+
+def dry_run(config: SftConfig) -> None:
+    """Check data, template, rewards and model without training; print counts and estimates."""
+    with Task.of(config) as task:
+        table = Table(title="dry run: nothing was trained", show_header=False)
+        for name, value in (*_counts(config, task), *_estimates(config)):
+            table.add_row(name, value)
+        CONSOLE.print(table)
+
+
+def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
+    yield "training examples", f"{len(task.train):,} ({config.data.name}, {config.data.split})"
+    yield "held-out examples", f"{len(task.heldout):,}"
+    yield "rewards", ", ".join(f"{reward.function} × {reward.weight:g}" for reward in config.rewards)
+    if config.warm_start.steps:
+        warm = config.warm_start
+        yield "warm start", f"{warm.steps:,} steps × {warm.batch_size} examples"
+    if isinstance(config, TrainConfig):
+        group, prompts = config.rollout.group_size, config.prompts_per_step
+        yield "steps", f"{config.steps:,}"
+        yield "prompts per step", f"{prompts:,}"
+        yield "completions per step", f"{prompts * group:,} ({prompts} prompts × {group})"
+        yield "updates per step", f"{config.learner.updates_per_batch:,}"
+        yield "completions in all", f"{config.steps * prompts * group:,}"
+
+
+def _estimates(config: SftConfig) -> Iterator[tuple[str, str]]:
+    """Sizes from the config alone: the model is built without storage."""
+    model = policy_folder(config.model)
+    check_model(model)
+    if model in presets.PRESETS:
+        shape = DeepseekV3Config(vocab_size=512, **presets.PRESETS[model])
+    else:
+        shape = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        total = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+    size = 2 if config.dtype == "bfloat16" else 4
+    lora = config.lora if isinstance(config, TrainConfig) else None
+    trained = total if lora is None else _lora_parameters(shape, lora.rank)
+    copies = 2  # the learner's and its sampler's; every Ray worker has one more
+    anchored = isinstance(config, TrainConfig) and config.loss.beta > 0 and lora is None
+    copies += config.rollout.workers + anchored - (config.rollout.workers > 0)
+    rows = config.rollout.prompts_per_shard * config.rollout.group_size
+    if isinstance(shape, DeepseekV3Config):
+        vector = shape.kv_lora_rank + shape.qk_rope_head_dim
+    else:
+        head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        vector = 2 * shape.num_key_value_heads * head
+    cache = rows * config.rollout.max_completion_tokens * shape.num_hidden_layers * vector * size
+    optimizer = trained * (size + 8)
+    yield "parameters", f"{total / 1e6:,.1f} M, trained {trained / 1e6:,.1f} M ({trained / total:.1%})"
+    yield "memory: weights", f"{_gib(total * size * copies)} ({copies} copies)"
+    yield "memory: gradients and AdamW", _gib(optimizer)
+    yield "memory: latent cache", f"{_gib(cache)} ({rows} rows × {config.rollout.max_completion_tokens} tokens)"
+    if isinstance(config, TrainConfig):
+        kept = config.checkpoint.keep or config.steps // config.checkpoint.every + 1
+        yield "disk: checkpoints", f"{_gib(trained * (size + 8) * kept)} ({kept} kept)"
+    yield "disk: policies", _gib(total * size * (1 + (config.warm_start.steps > 0)))
+
+
+def _lora_parameters(shape: Any, rank: int) -> int:
+    from policies import lora
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+        lora.inject(model, rank, rank)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,53 @@
+"""`quartet sample`: completions of a user's own prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from grpo.config import SampleConfig
+from grpo.data import Example
+from grpo.loader import load_policy
+from grpo.prompts import PromptTemplate, encode_prompt
+from rollout.group import RolloutGroup
+from rollout.pool import open_pool
+from rollout.sampling import SamplingParams
+
+
+def read_prompts(path: Path) -> list[Example]:
+    """Lines such as `{"prompt": "2 + 3 = ?"}`. Raises ValueError naming file and line."""
+    if not path.is_file():
+        raise ValueError(f"--prompts {path}: there is no such file")
+    examples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError(f'{path}, line {number}: expected {{"prompt": "some text"}}, got {line[:60]}')
+        examples.append(Example(f"{path.stem}/{number}", prompt, "", {**row, "prompt": prompt}))
+    if not examples:
+        raise ValueError(f'{path} holds no prompts; write one {{"prompt": ...}} a line')
+    return examples
+
+
+def sample(config: SampleConfig, examples: list[Example]) -> list[RolloutGroup]:
+    """One group per prompt, in order."""
+    template = PromptTemplate(config.template, config.system_prompt)
+    if not template.is_chat:
+        template.render(examples[0])
+    policy = load_policy(config)
+    params = SamplingParams(
+        group_size=config.group_size,
+        temperature=config.temperature,
+        max_completion_tokens=config.max_completion_tokens,
+        stop_token_ids=tuple(policy.stop_token_ids),
+        seed=config.seed,
+        draft_tokens=config.draft_tokens if policy.mtp is not None else 0,
+    )
+    prompts = [encode_prompt(example, policy.tokenizer, template) for example in examples]
+    return open_pool(policy).sample(prompts, params)

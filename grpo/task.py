@@ -1,0 +1,131 @@
+"""The task of a run: its problems, how they become prompts, and what scores the answers.
+
+Everything here is checked before a policy is loaded: a missing column or a broken reward costs seconds, not a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo.batch import PackedRow, Sample
+from grpo.config import DataOptions, RewardOptions, ScoringOptions, SftConfig
+from grpo.data import Example, load_examples
+from grpo.prompts import PromptTemplate, encode_prompt
+from rewards.scorer import GroupScore, RewardSpec, Scorer
+from rollout.group import Prompt, RolloutGroup
+
+
+class Task:
+    """Training and held-out examples, the prompt template and the scorer. Close it: the scorer holds processes."""
+
+    def __init__(
+        self,
+        data: DataOptions,
+        rewards: Sequence[RewardOptions],
+        scoring: ScoringOptions,
+        *,
+        seed: int = 0,
+        train: bool = True,
+        heldout: int | None = 0,
+        heldout_split: str | None = None,
+        heldout_levels: list[int] | None = None,
+    ) -> None:
+        """`heldout`: how many held-out problems, None for all of them, 0 for none."""
+        self.train = _examples(data, data.split, "train", data.levels, data.limit, seed) if train else []
+        self.heldout: Sequence[Example] = []
+        if heldout != 0:
+            split = heldout_split or ("heldout" if data.name == "word_problems" else "test")
+            self.heldout = _examples(data, split, "eval", heldout_levels or data.levels, heldout, seed)
+        known = self.train or self.heldout
+        self.template = PromptTemplate(data.template, data.system_prompt, self.train[: data.few_shot])
+        if not self.template.is_chat:
+            self.template.render(known[0])
+        self.train = self.train[data.few_shot :]
+        specs = [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat) for r in rewards]
+        self.first_reward = specs[0].label
+        self.scorer = Scorer(
+            specs,
+            on_error=scoring.on_error,
+            timeout_s=scoring.timeout_s,
+            workers=scoring.workers,
+            columns=list(known[0].columns),
+        )
+        try:
+            self.scorer.dry_run(known[0].question, known[0].solution, known[0].columns)
+        except BaseException:
+            self.scorer.close()
+            raise
+
+    @classmethod
+    def of(cls, config: SftConfig) -> Task:
+        held = config.eval
+        return cls(
+            config.data,
+            config.rewards,
+            config.reward,
+            seed=config.seed,
+            heldout=held.limit,
+            heldout_split=held.split,
+            heldout_levels=held.levels,
+        )
+
+    def train_for(self, levels: list[int] | None) -> Sequence[Example]:
+        """The training examples, of these levels only where the data has levels."""
+        if levels is None:
+            return self.train
+        chosen = [example for example in self.train if example.columns.get("level") in levels]
+        if not chosen:
+            raise ValueError(f"warm_start.levels={levels}: the training data has none of these levels")
+        return chosen
+
+    def corpus(self, limit: int = 4000) -> Iterator[str]:
+        """Text of the kind that the policy will read, for a preset's tokenizer."""
+        return (f"{example.question}\n{example.solution}\n" for example in self.train[:limit])
+
+    def prompt(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+        return encode_prompt(example, tokenizer, self.template)
+
+    def solution(self, example: Example, tokenizer: PreTrainedTokenizerBase, stop: int, raw: bool = False) -> PackedRow:
+        """Prompt and gold solution as a row to learn from; the solution ends with the stop token.
+
+        `raw` keeps GSM8K's calculator marks.
+        """
+        text = example.columns["answer"] if raw else example.solution
+        ids = [*tokenizer.encode(text, add_special_tokens=False), stop]
+        return PackedRow(self.prompt(example, tokenizer).token_ids, [Sample(0, ids)])
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
+        return self.scorer.score(
+            [group.prompt.text for group in groups],
+            [group.texts for group in groups],
+            [group.prompt.columns for group in groups],
+            prompt_ids=[group.prompt.prompt_id for group in groups],
+            completion_ids=[[c.token_ids for c in group.completions] for group in groups],
+        )
+
+    def close(self) -> None:
+        self.scorer.close()
+
+    def __enter__(self) -> Task:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _examples(
+    data: DataOptions, split: str, purpose: str, levels: list[int], limit: int | None, seed: int
+) -> Sequence[Example]:
+    return load_examples(
+        data.name,
+        split,
+        purpose="train" if purpose == "train" else "eval",
+        levels=levels if data.name == "word_problems" else None,
+        limit=limit,
+        prompt_column=data.prompt_column,
+        solution_column=data.solution_column,
+        seed=seed,
+    )

@@ -1,0 +1,125 @@
+"""What scoring a group gives: rewards, their parts, and the failures with what a policy made of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewards.protocol import RewardError, did_you_mean
+
+ACTIONS = ("abort", "drop_sample", "drop_group", "score")
+
+
+@dataclass(frozen=True)
+class FailurePolicy:
+    """What a failure means, read from `reward.on_error`.
+
+    >>> FailurePolicy.parse("score=-1")
+    FailurePolicy(action='score', substitute=-1.0)
+    """
+
+    action: str
+    substitute: float = 0.0
+
+    @classmethod
+    def parse(cls, on_error: str) -> FailurePolicy:
+        """Raises RewardError for anything but `abort`, `drop_sample`, `drop_group` and `score=<number>`."""
+        action, equals, number = on_error.partition("=")
+        if action in ACTIONS and bool(equals) == (action == "score"):
+            try:
+                substitute = float(number or 0.0)
+            except ValueError:
+                substitute = math.nan
+            if math.isfinite(substitute) and (number or not equals):
+                return cls(action, substitute)
+        raise RewardError(
+            f"reward.on_error={on_error!r} is no policy{did_you_mean(action, ACTIONS)}. "
+            "Choose abort, drop_sample, drop_group or score=<number>, such as score=0"
+        )
+
+
+@dataclass(frozen=True)
+class RewardFailure:
+    """One completion that one function gave no usable number for.
+
+    `kind`: raised, timeout, nan, inf, wrong_length, died (its process ended) or not_a_number.
+    """
+
+    function: str
+    prompt_id: str
+    sample_index: int
+    kind: str
+    message: str
+
+    def __str__(self) -> str:
+        return (
+            f"reward {self.function!r} failed on prompt {self.prompt_id!r}, sample {self.sample_index}: "
+            f"{self.kind}: {self.message}"
+        )
+
+
+@dataclass
+class GroupScore:
+    """The result for one prompt's G completions.
+
+    `rewards` [G] is combined; `parts` [G] per function, unweighted; `extras` [G] per logged column; `metrics` are the
+    numbers that were logged for the batch that the group was in. `dropped`: the policy took out the whole group.
+
+    >>> GroupScore(rewards=[1.2, None], parts={"gsm8k": [1.0, None], "gsm8k_format": [1.0, None]}).errors
+    []
+    """
+
+    rewards: list[float | None]
+    parts: dict[str, list[float | None]]
+    errors: list[RewardFailure] = field(default_factory=list)
+    extras: dict[str, list] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    dropped: bool = False
+
+
+class GroupTally:
+    """Collects what the functions say about one group, in any order."""
+
+    def __init__(self, prompt_id: str, size: int, weights: dict[str, float]):
+        self.prompt_id, self.size, self.weights = prompt_id, size, weights
+        self.parts: dict[str, list[float | None]] = {name: [None] * size for name in weights}
+        self.errors: list[RewardFailure] = []
+        self.extras: dict[str, list] = {}
+        self.metrics: dict[str, list[float]] = {}
+
+    def note(self, function: str, sample: int, value: float | dict[str, str] | None) -> None:
+        """A number, None, or a failure as `{"kind": ..., "message": ...}`."""
+        if isinstance(value, float) and not math.isfinite(value):
+            value = {"kind": "nan" if math.isnan(value) else "inf", "message": f"returned {value}"}
+        if isinstance(value, dict):
+            self.errors.append(RewardFailure(function, self.prompt_id, sample, value["kind"], value["message"]))
+        else:
+            self.parts[function][sample] = value
+
+    def note_extra(self, column: str, sample: int, value: Any) -> None:
+        self.extras.setdefault(column, [None] * self.size)[sample] = value
+
+    def note_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(value)
+
+    def result(self, policy: FailurePolicy) -> GroupScore:
+        """Combine by weight and by policy (`abort` is the scorer's to raise)."""
+        errors = sorted(self.errors, key=lambda error: error.sample_index)
+        left_out = {error.sample_index for error in errors}
+        if policy.action == "score":
+            left_out = set()
+            for error in errors:
+                self.parts[error.function][error.sample_index] = policy.substitute
+        dropped = bool(errors) and policy.action == "drop_group"
+        if dropped:
+            left_out = set(range(self.size))
+        rewards = [None if sample in left_out else self._weighted_sum(sample) for sample in range(self.size)]
+        metrics = {name: math.fsum(values) / len(values) for name, values in self.metrics.items()}
+        return GroupScore(rewards, self.parts, errors, self.extras, metrics, dropped)
+
+    def _weighted_sum(self, sample: int) -> float | None:
+        terms = [
+            weight * value for name, weight in self.weights.items() if (value := self.parts[name][sample]) is not None
+        ]
+        return sum(terms) if terms else None

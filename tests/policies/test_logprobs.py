@@ -1,0 +1,132 @@
+"""Log-probabilities against log_softmax, by hand, and a proof that memory does not scale with N · V."""
+
+import doctest
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import policies.logprobs
+from policies.logprobs import CHUNK, entropy, logprobs_from_hidden, shifted_logprobs, token_logprobs
+
+torch.set_num_threads(1)
+
+
+def reference(logits, token_ids, temperature):
+    log_softmax = (logits.float() / temperature).log_softmax(-1)
+    return log_softmax.gather(-1, token_ids[..., None]).squeeze(-1), -(log_softmax.exp() * log_softmax).sum(-1)
+
+
+def test_docstring_examples():
+    assert doctest.testmod(policies.logprobs).failed == 0
+
+
+def test_by_hand_with_temperature():
+    # temperature 2 halves the logits: (0, log 9) / 2 = (0, log 3), so p = (1/4, 3/4)
+    logits = torch.tensor([0.0, math.log(9)])
+    assert token_logprobs(logits, torch.tensor(1), temperature=2.0).item() == pytest.approx(math.log(3 / 4))
+    # H = 1/4 log 4 + 3/4 log(4/3)
+    assert entropy(logits, temperature=2.0).item() == pytest.approx(math.log(4) / 4 + 3 / 4 * math.log(4 / 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, CHUNK, 1), (0,)])  # the third takes more than one chunk
+def test_equals_log_softmax(shape, dtype):
+    torch.manual_seed(0)
+    logits, token_ids = 5 * torch.randn(*shape, 11, dtype=dtype), torch.randint(11, shape)
+    logprobs, entropies = reference(logits, token_ids, 0.7)
+    assert token_logprobs(logits, token_ids, 0.7).dtype == torch.float32
+    torch.testing.assert_close(token_logprobs(logits, token_ids, 0.7), logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropy(logits, 0.7), entropies, rtol=0, atol=1e-5)
+
+
+def test_huge_logits_stay_finite():
+    logits = torch.tensor([[1e4, 0.0], [-1e4, 0.0]])
+    assert token_logprobs(logits, torch.tensor([0, 0])).tolist() == [0.0, -1e4]
+    assert entropy(logits).tolist() == [0.0, 0.0]
+
+
+def test_the_shift_scores_each_token_by_the_logits_before_it():
+    torch.manual_seed(0)
+    logits, token_ids = torch.randn(2, 4, 6), torch.randint(6, (2, 4))
+    shifted = shifted_logprobs(logits, token_ids, 1.3)
+    for row in range(2):
+        for t in range(1, 4):
+            expected = (logits[row, t - 1] / 1.3).log_softmax(-1)[token_ids[row, t]]
+            assert shifted[row, t - 1].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_misaligned_input_is_refused():
+    with pytest.raises(ValueError, match="not aligned.*shifted_logprobs"):
+        token_logprobs(torch.zeros(2, 4, 6), torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="temperature=0.0 must be positive"):
+        token_logprobs(torch.zeros(4, 6), torch.zeros(4, dtype=torch.long), temperature=0.0)
+
+
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_from_hidden_equals_full_logits_with_gradients(entropy_grad):
+    torch.manual_seed(0)
+    num_tokens, width, vocabulary = 23, 8, 13
+    token_ids = torch.randint(vocabulary, (num_tokens,))
+    upstream = torch.randn(2, num_tokens)
+
+    def run(score):
+        torch.manual_seed(1)
+        hidden = torch.randn(num_tokens, width, requires_grad=True)
+        weight = torch.randn(vocabulary, width, requires_grad=True)
+        logprobs, entropies = score(hidden, weight)
+        loss = (upstream[0] * logprobs).sum() + (upstream[1] * entropies).sum() * entropy_grad
+        return logprobs, entropies, *torch.autograd.grad(loss, (hidden, weight))
+
+    chunked = run(lambda h, w: logprobs_from_hidden(h, w, token_ids, 0.7, chunk=5, entropy_grad=entropy_grad))
+    full = run(lambda h, w: reference(F.linear(h, w), token_ids, 0.7))
+    for ours, expected in zip(chunked, full, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    assert chunked[1].requires_grad == entropy_grad
+
+
+def test_from_hidden_without_tokens_or_gradient():
+    with torch.no_grad():
+        logprobs, entropies = logprobs_from_hidden(torch.zeros(3, 2), torch.zeros(4, 2), torch.tensor([0, 1, 3]))
+    assert torch.allclose(logprobs.exp(), torch.full((3,), 0.25))
+    assert not logprobs.requires_grad
+    logprobs, entropies = logprobs_from_hidden(torch.zeros(0, 2), torch.zeros(4, 2), torch.zeros(0, dtype=torch.long))
+    assert logprobs.shape == entropies.shape == (0,)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_memory_does_not_scale_with_tokens_times_vocabulary(entropy_grad):
+    num_tokens, width, vocabulary, chunk = 64, 4, 100, 8
+    hidden = torch.randn(num_tokens, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    token_ids, saved = torch.randint(vocabulary, (num_tokens,)), []
+
+    def pack(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with LargestTensor() as largest:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logprobs, entropies = logprobs_from_hidden(
+                hidden, weight, token_ids, chunk=chunk, entropy_grad=entropy_grad
+            )
+        (logprobs.sum() + entropies.sum()).backward()
+    assert largest.numel == chunk * vocabulary  # forward and backward
+    assert sum(saved) < num_tokens * vocabulary  # what waits for the backward pass
+    assert hidden.grad is not None
+    assert weight.grad is not None
