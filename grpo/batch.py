@@ -143,5 +143,12 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
     visible = (causal & same & (segment[:, None, :] >= 0)) | own
     lengths = torch.tensor([len(sample.token_ids) for sample in samples])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    tensors = token_ids, position_ids, visible, before, segment, mask
-    return MicroBatch(*(tensor.to(device) for tensor in tensors), samples)
+    return MicroBatch(
+        token_ids=token_ids.to(device),
+        position_ids=position_ids.to(device),
+        visible=visible.to(device),
+        before=before.to(device),
+        segment=segment.to(device),
+        mask=mask.to(device),
+        samples=samples,
+    )

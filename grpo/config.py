@@ -44,8 +44,8 @@ class RolloutOptions(Options):
     """Sampling temperature; the learner scores at the same one. there is no top-p or top-k: they bias the gradient."""
     max_completion_tokens: int = Field(default=256, ge=1)
     """A completion ends here if it has not stopped by itself."""
-    draft_tokens: int = Field(default=4, ge=0)
-    """Tokens that the MTP head drafts before each forward of the trunk; 0 is off. Never changes the tokens."""
+    draft_tokens: int | None = Field(default=None, ge=0)
+    """Drafts of the MTP head per forward of the trunk, 0 for none; null is 4 with a head. Never changes a token."""
     workers: int = Field(default=0, ge=0)
     """Ray rollout workers; 0 samples in this process, without Ray."""
     threads_per_worker: int = Field(default=1, ge=1)
@@ -297,8 +297,8 @@ class EvalConfig(ModelOptions):
     """Sampling temperature of the sampled row; the greedy row has none."""
     max_completion_tokens: int = Field(default=256, ge=1)
     """A completion ends here if it has not stopped by itself."""
-    draft_tokens: int = Field(default=4, ge=0)
-    """Tokens that the MTP head drafts before each forward of the trunk; 0 is off."""
+    draft_tokens: int | None = Field(default=None, ge=0)
+    """Drafts of the MTP head per forward of the trunk, 0 for none; null is 4 with a head. Never changes a token."""
     prompts_per_batch: int = Field(default=32, ge=1)
     """Problems that are sampled together."""
     prompt_column: str = "question"
@@ -323,8 +323,8 @@ class SampleConfig(ModelOptions):
     """Sampling temperature; 0 is greedy."""
     max_completion_tokens: int = Field(default=256, ge=1)
     """A completion ends here if it has not stopped by itself."""
-    draft_tokens: int = Field(default=4, ge=0)
-    """Tokens that the MTP head drafts before each forward of the trunk; 0 is off. Never changes the tokens."""
+    draft_tokens: int | None = Field(default=None, ge=0)
+    """Drafts of the MTP head per forward of the trunk, 0 for none; null is 4 with a head. Never changes a token."""
     template: str = "{prompt}"
     """A format string around `prompt`, or `chat` for the model's own chat template."""
     system_prompt: str | None = None

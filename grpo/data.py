@@ -15,6 +15,7 @@ from typing import Any, Literal
 from grpo.word_problems import word_problems
 
 GSM8K = "openai/gsm8k:main"
+GSM8K_COPIES = ("data/gsm8k", "../shared/data/gsm8k")  # train.jsonl and test.jsonl here spare the hub
 BUILT_IN = {"word_problems": "word_problems", "gsm8k": GSM8K, "openai/gsm8k": GSM8K}
 FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
 EVALUATION_SPLITS = ("test", "heldout", "all")
@@ -64,7 +65,8 @@ def load_examples(
     `name_or_path` is one of
 
     - `word_problems`, with `levels` (default [1]) and `seed`; 20,000 problems unless `limit` says otherwise,
-    - `gsm8k`, or any hub id, with its configuration behind a colon (`owner/name:config`),
+    - `gsm8k` (from data/gsm8k or ../shared/data/gsm8k where such a folder exists, else from the hub), or any hub id,
+      with its configuration behind a colon (`owner/name:config`),
     - a folder that holds `{split}.jsonl` (or .json, .parquet, .csv), or such a file, whatever `split` is.
 
     All columns of a row go to the rewards; question and solution also do as `question` and `answer` where the
@@ -82,6 +84,8 @@ def load_examples(
         source = BUILT_IN.get(source, source)
     if levels is not None and source != "word_problems":
         raise ValueError(f"levels={list(levels)} are for word_problems; {name_or_path} has no levels")
+    if source == GSM8K:
+        source = next((folder for folder in GSM8K_COPIES if Path(folder).is_dir()), source)
     path = None if source in BUILT_IN.values() else _local_file(source, split)
     if purpose == "train":
         _refuse_evaluation_data(str(name_or_path), split, path)

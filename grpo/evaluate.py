@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from grpo.config import DataOptions, EvalConfig
 from grpo.console import progress_bars
-from grpo.loader import load_policy
+from grpo.loader import load_policy, sampling_params
 from grpo.task import Task
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.pool import Pool, open_pool
@@ -148,14 +148,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> dict[str, Evaluation
     ) as task:
         policy = load_policy(config)
         prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
-        sampling = SamplingParams(
-            group_size=config.samples,
-            temperature=config.temperature,
-            max_completion_tokens=config.max_completion_tokens,
-            stop_token_ids=tuple(policy.stop_token_ids),
-            seed=config.seed,
-            draft_tokens=config.draft_tokens if policy.mtp is not None else 0,
-        )
+        sampling = sampling_params(policy, config, config.samples, config.seed)
         pool = open_pool(policy, prompts_per_shard=config.prompts_per_batch)
         with progress_bars(console, enabled=True) as progress:
             return evaluate_both_ways(pool, task, prompts, sampling, config.prompts_per_batch, progress)

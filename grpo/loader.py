@@ -6,12 +6,16 @@ import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from grpo.config import ModelOptions
 from policies import presets
 from policies.policy import Policy, PolicyError
+from rollout.sampling import SamplingParams
+
+DEFAULT_DRAFT_TOKENS = 4
 
 
 def device_of(name: str) -> torch.device:
@@ -41,6 +45,27 @@ def policy_folder(model: str) -> str:
         if (Path(model) / "config.yaml").exists() and (Path(model) / name).is_dir():
             return str(Path(model) / name)
     return model
+
+
+class SamplingOptions(Protocol):
+    temperature: float
+    max_completion_tokens: int
+    draft_tokens: int | None
+
+
+def sampling_params(policy: Policy, options: SamplingOptions, group_size: int, seed: int) -> SamplingParams:
+    """How `policy` samples under these options: its own stop tokens, drafts where it has a head for them."""
+    drafts = options.draft_tokens
+    if drafts is None:
+        drafts = DEFAULT_DRAFT_TOKENS if policy.mtp is not None else 0
+    return SamplingParams(
+        group_size=group_size,
+        temperature=options.temperature,
+        max_completion_tokens=options.max_completion_tokens,
+        stop_token_ids=tuple(policy.stop_token_ids),
+        seed=seed,
+        draft_tokens=drafts,
+    )
 
 
 def load_policy(options: ModelOptions, corpus: Iterable[str] = ()) -> Policy:

@@ -39,19 +39,17 @@ def summary(results: Mapping[str, Any]) -> None:
 
 def evaluations(results: Mapping[str, Evaluation]) -> None:
     table = Table(title="held-out problems")
-    for name in ("", "correct", "accuracy", "95 % interval", "mean reward", "tokens/forward", "tokens/s", "length"):
-        table.add_column(name, justify="left" if not name else "right")
+    for name in ("", "correct", "accuracy", "95 % interval", "tokens/forward", "tokens/s"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
     for name, result in results.items():
         low, high = result.interval
         table.add_row(
             name,
             f"{result.correct}/{result.completions}",
             f"{result.accuracy:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            f"{result.reward_mean:.3f}",
+            f"{low:.2f}-{high:.2f}",
             f"{result.tokens_per_forward:.2f}",
             f"{result.tokens_per_second:.0f}",
-            f"{result.length_mean:.1f}",
         )
     CONSOLE.print(table)
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from grpo.config import SampleConfig
 from grpo.data import Example
-from grpo.loader import load_policy
+from grpo.loader import load_policy, sampling_params
 from grpo.prompts import PromptTemplate, encode_prompt
 from rollout.group import RolloutGroup
 from rollout.pool import open_pool
-from rollout.sampling import SamplingParams
 
 
 def read_prompts(path: Path) -> list[Example]:
@@ -41,13 +40,6 @@ def sample(config: SampleConfig, examples: list[Example]) -> list[RolloutGroup]:
     if not template.is_chat:
         template.render(examples[0])
     policy = load_policy(config)
-    params = SamplingParams(
-        group_size=config.group_size,
-        temperature=config.temperature,
-        max_completion_tokens=config.max_completion_tokens,
-        stop_token_ids=tuple(policy.stop_token_ids),
-        seed=config.seed,
-        draft_tokens=config.draft_tokens if policy.mtp is not None else 0,
-    )
+    params = sampling_params(policy, config, config.group_size, config.seed)
     prompts = [encode_prompt(example, policy.tokenizer, template) for example in examples]
     return open_pool(policy).sample(prompts, params)

@@ -6,14 +6,13 @@ from typing import Any
 
 from grpo.config import SftConfig
 from grpo.evaluate import Evaluation, as_metrics, evaluate_both_ways
-from grpo.loader import load_policy
+from grpo.loader import load_policy, sampling_params
 from grpo.options import dump_yaml
 from grpo.run_log import RunLog
 from grpo.task import Task
 from grpo.warm_start import warm_start
 from policies.policy import Policy
 from rollout.pool import open_pool
-from rollout.sampling import SamplingParams
 
 
 def sft(config: SftConfig) -> dict[str, Any]:
@@ -36,15 +35,7 @@ def _evaluate(
     if not task.heldout:
         return {}
     prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
-    rollout = config.rollout
-    sampling = SamplingParams(
-        group_size=1,
-        temperature=rollout.temperature,
-        max_completion_tokens=rollout.max_completion_tokens,
-        stop_token_ids=tuple(policy.stop_token_ids),
-        seed=config.seed,
-        draft_tokens=rollout.draft_tokens if policy.mtp is not None else 0,
-    )
+    sampling = sampling_params(policy, config.rollout, 1, config.seed)
     pool = open_pool(policy, prompts_per_shard=config.eval.prompts_per_batch)
     with run_log.progress() as progress:
         results = evaluate_both_ways(pool, task, prompts, sampling, config.eval.prompts_per_batch, progress)

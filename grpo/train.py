@@ -19,7 +19,7 @@ from grpo import checkpoint
 from grpo.config import SftConfig, TrainConfig
 from grpo.evaluate import Evaluation, as_metrics, evaluate_both_ways, measure_speed
 from grpo.learner import Learner, NonFiniteStep, schedule
-from grpo.loader import load_policy
+from grpo.loader import load_policy, sampling_params
 from grpo.metrics import rollout_metrics
 from grpo.options import dump_yaml
 from grpo.prompts import PromptStream
@@ -59,6 +59,7 @@ class Trainer:
             self.saved = checkpoint.load(found) if found else None
             if (self.output_dir / "config.yaml").exists() and not force:
                 refuse_changed_config(self.output_dir / "config.yaml", config)
+            checkpoint.discard_after(self.checkpoints, self.saved.step if self.saved else 0)
         resume_step = None if not resume else self.saved.step if self.saved else 0
         self.run_log = RunLog(
             self.output_dir,
@@ -123,14 +124,7 @@ class Trainer:
     def _steps(self, learner: Learner, prompts: PromptStream, pool: Pool, start: int) -> dict[str, Any]:
         config = self.config
         tokenizer = learner.policy.tokenizer
-        sampling = SamplingParams(
-            group_size=config.rollout.group_size,
-            temperature=config.rollout.temperature,
-            max_completion_tokens=config.rollout.max_completion_tokens,
-            stop_token_ids=tuple(learner.policy.stop_token_ids),
-            seed=config.seed,
-            draft_tokens=config.rollout.draft_tokens if learner.policy.mtp is not None else 0,
-        )
+        sampling = sampling_params(learner.policy, config.rollout, config.rollout.group_size, config.seed)
         heldout = [self.task.prompt(example, tokenizer) for example in self.task.heldout]
         evaluations: dict[str, Evaluation] = {}
         if start == 0 and heldout:
@@ -142,6 +136,8 @@ class Trainer:
                 self._step(step, learner, pool, chosen, sampling.at(step))
                 due = step % config.checkpoint.every == 0 or step == config.steps
                 stopping = self.terminated or step == self.stop_after
+                if self.terminated:
+                    self.run_log.event("signal", name="SIGTERM", action="this step is finished and saved")
                 if due or stopping:
                     self._save(step, learner, prompts)
                 if config.eval.every and step % config.eval.every == 0 and step < config.steps and heldout:
@@ -226,7 +222,6 @@ class Trainer:
 
         def stop(number: int, frame: FrameType | None) -> None:
             self.terminated = True
-            self.run_log.event("signal", name="SIGTERM", action="finishing this step, then saving")
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
         try:

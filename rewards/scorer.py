@@ -247,7 +247,8 @@ class Scorer:
         for (function, batch), reply in zip(calls, replies, strict=True):
             assert reply is not None
             places = [(tallies[i], sample) for i in batch for sample in range(tallies[i].size)]
-            if "kind" in reply and rerun and len(places) > 1:
+            # A worker may have been killed from outside: a death counts when it happens again.
+            if rerun and "kind" in reply and (len(places) > 1 or reply["kind"] == "died"):
                 suspects.append((function, batch, reply))
             else:
                 self._note(function, places, reply)

@@ -51,7 +51,7 @@ def faulty(prompts, completions, log_extra, **_):
             case "short":
                 continue
         rewards.append(reward)
-    log_extra("pid", [os.getpid()] * len(rewards))
+    log_extra("pid", [os.getpid()] * len(completions))
     return rewards
 
 

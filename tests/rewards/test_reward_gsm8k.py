@@ -74,7 +74,7 @@ def test_golden_table(text, strict, flexible, boxed):
     "gold", ["#### forty-two", "no number", "#### 1,23", "", "3 or 4", "nan", None, True, float("inf")]
 )
 def test_a_malformed_gold_raises_and_is_no_zero(gold):
-    with pytest.raises(ValueError, match="gold answer .* has no number"):
+    with pytest.raises(ValueError, match=r"gold answer .* has no number"):
         gsm8k(None, ["#### 42"], answer=[gold])
 
 
@@ -93,7 +93,7 @@ def test_rewards_of_the_three_modes():
 
 
 def test_an_unknown_mode_names_the_choices():
-    with pytest.raises(ValueError, match="mode='stric' .* strict, flexible, boxed"):
+    with pytest.raises(ValueError, match=r"mode='stric' .* strict, flexible, boxed"):
         gsm8k(None, ["#### 1"], answer=["1"], mode="stric")
 
 
@@ -117,8 +117,10 @@ def test_every_gold_solution_scores_one_and_every_altered_one_zero(gsm8k_folder)
     assert gsm8k_flexible(None, altered, answer=answers) == [0.0] * 8792
 
 
-BAIT = ["####", "#### ", "\\boxed{", "}", "1", "1,", ",234", "1.", ".", "-", "$", "\\$", " ", "\t", "*", "\n", "e", "\u2212",
-        "<think>", "</answer>", "\x00", "\ud800", "\u0664", "9" * 50]  # fmt: skip
+BAIT = [
+    *("####", "#### ", "\\boxed{", "}", "1", "1,", ",234", "1.", ".", "-", "$", "\\$", " ", "\t", "*", "\n", "e"),
+    *("\u2212", "<think>", "</answer>", "\x00", "\ud800", "\u0664", "9" * 50),
+]
 parts = st.one_of(st.sampled_from(BAIT), st.text(max_size=5), st.binary(max_size=5).map(lambda b: b.decode("latin-1")))
 repeated = st.builds(lambda unit, count: "".join(unit) * count, st.lists(parts, max_size=4), st.integers(1, 100_000))
 hostile = st.lists(repeated.map(lambda text: text[:60_000]), max_size=4).map(lambda texts: "".join(texts)[:100_000])

@@ -79,6 +79,7 @@ def test_a_worker_that_died_while_idle_is_replaced_without_a_failure():
 
 def test_workers_share_the_work():
     with Scorer([FAULTY], workers=2) as scorer:
+        scorer.score(["p"] * 2, [["fine"]] * 2, [{}] * 2, prompt_ids=["a", "b"])  # both are started
         count = BATCH
         scores = scorer.score(["p"] * count, [["fine"] * 4] * count, [{}] * count, prompt_ids=["a"] * count)
         assert len({pid for group in scores for pid in group.extras["pid"]}) == 2
@@ -153,8 +154,6 @@ def start_parent(tmp_path):
         command = [sys.executable, str(script), str(tmp_path / "pid"), fault]
         parents.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
         [worker] = read_pids(tmp_path / "pid", 1)
-        time.sleep(0.3)
-        assert alive(worker)
         return parents[-1], worker
 
     yield start
@@ -165,6 +164,8 @@ def start_parent(tmp_path):
 
 def test_no_process_is_left_after_ctrl_c(start_parent):
     parent, worker = start_parent("loop", 60)
+    time.sleep(0.3)
+    assert alive(worker)
     parent.send_signal(signal.SIGINT)
     _, errors = parent.communicate(timeout=30)  # ends only when no one holds the pipe any more
     assert "KeyboardInterrupt" in errors
@@ -174,6 +175,8 @@ def test_no_process_is_left_after_ctrl_c(start_parent):
 @pytest.mark.parametrize(("fault", "timeout_s"), [("loop", 60), ("sleep", 60), ("c_hang", 1.5)])
 def test_no_process_is_left_when_the_parent_is_killed(start_parent, fault, timeout_s):
     parent, worker = start_parent(fault, timeout_s)
+    time.sleep(0.3)
+    assert alive(worker)
     parent.kill()
     assert gone([worker])
 
@@ -192,14 +195,14 @@ def test_an_import_that_hangs_is_ended(tmp_path, monkeypatch):
         Scorer([RewardSpec(f"{tmp_path / 'mine.py'}:grade")])
 
 
-def test_a_worker_that_never_serves_is_not_restarted_for_ever(tmp_path):
+def test_a_worker_that_always_dies_is_not_restarted_for_ever(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import os, threading, time\n"
         "threading.Thread(target=lambda: (time.sleep(0.3), os._exit(7)), daemon=True).start()\n"
-        "def grade(completions, **_):\n    return [1.0]\n"
+        "def grade(completions, **_):\n    time.sleep(2)\n    return [1.0]\n"
     )
     with Scorer([RewardSpec(f"{tmp_path / 'mine.py'}:grade")]) as scorer:
-        time.sleep(1.5)
+        time.sleep(1)  # it dies while idle, and its successor at work
         with pytest.raises(RewardError, match=r"died: the process that ran it ended \(exit code 7\)"):
             score(scorer, ["x"])
 

@@ -41,7 +41,7 @@ def test_a_mistyped_argument_is_not_swallowed_by_kwargs():
 
 
 def test_singular_parameters_point_to_the_decorator():
-    with pytest.raises(RewardError, match="@rewards.per_completion"):
+    with pytest.raises(RewardError, match=r"@rewards.per_completion"):
         Signature.of(lambda completion: 1.0).check("f", [])
 
 
@@ -167,5 +167,5 @@ def test_a_missing_function_names_those_that_are_there(reward_file):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(RewardError, match="nowhere.py is not a Python file that is there"):
+    with pytest.raises(RewardError, match=r"nowhere.py is not a Python file that is there"):
         load_reward(f"{tmp_path}/nowhere.py:grade")

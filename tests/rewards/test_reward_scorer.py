@@ -204,7 +204,7 @@ def test_everything_that_a_function_asks_for_arrives():
             completion_ids=[[[7, 8], [9]], [[]]],
             trainer_state={"global_step": 3},
         )
-        with pytest.raises(RewardError, match="asks for completion_ids; pass completion_ids to Scorer.score"):
+        with pytest.raises(RewardError, match=r"asks for completion_ids; pass completion_ids to Scorer.score"):
             scorer.score(*arguments, prompt_ids=["a", "b"], trainer_state={})
     assert [score.rewards for score in scores] == [[5.0, 3.0], [0.0]]
     assert [score.extras for score in scores] == [{"ids": [[7, 8], [9]]}, {"ids": [[]]}]
@@ -224,7 +224,7 @@ def test_array_results_are_numbers():
 
 
 def test_a_scalar_is_no_list():
-    with pytest.raises(RewardError, match="wrong_length: returned 1.0, not a list of 1"):
+    with pytest.raises(RewardError, match=r"wrong_length: returned 1.0, not a list of 1"):
         score_one([mine("scalar")], ["x"])
 
 
@@ -274,7 +274,7 @@ def test_dry_run_accepts_and_refuses():
         assert scorer.dry_run("p", "#### 42", {"answer": "42"}).rewards == [2.0, 2.0]
         for completion, column, message in (
             ("raise", {"answer": "42"}, "'faulty' failed on prompt 'dry run', sample 0: raised: ValueError: boom"),
-            ("c_hang", {"answer": "42"}, "timeout: .*raise reward.timeout_s=0.7"),
+            ("c_hang", {"answer": "42"}, r"(?s)timeout: .*raise reward.timeout_s=0.7"),
             ("fine", {"answer": "none"}, "'gsm8k' failed .* the gold answer 'none' has no number"),
             ("fine", {"gold": "1"}, "asks for the column 'answer'"),
         ):
@@ -304,14 +304,14 @@ def test_lone_surrogates_and_null_characters_survive_the_way():
     assert score_one([RewardSpec("gsm8k"), mine("unpicklable")], [text], {"answer": "42"}).rewards == [1.0 + len(text)]
 
 
+SPECS = [RewardSpec("gsm8k"), RewardSpec("gsm8k_format", 0.1), mine("unpicklable", weight=0.01)]
 BATCH = [[f"#### {i}" if i % 3 else "none" for i in range(j, j + 8)] for j in range(100)]
+COLUMNS = [{"answer": str(j + 2)} for j in range(100)]
 
 
 def score_many(workers: int) -> list[list[float | None]]:
-    specs = [RewardSpec("gsm8k"), RewardSpec("gsm8k_format", 0.1), mine("unpicklable", weight=0.01)]
-    with Scorer(specs, workers=workers) as scorer:
-        columns = [{"answer": str(j + 2)} for j in range(len(BATCH))]
-        scores = scorer.score(["p"] * len(BATCH), BATCH, columns, prompt_ids=[str(j) for j in range(len(BATCH))])
+    with Scorer(SPECS, workers=workers) as scorer:
+        scores = scorer.score(["p"] * 100, BATCH, COLUMNS, prompt_ids=list(map(str, range(100))))
     return [score.rewards for score in scores]
 
 
@@ -328,8 +328,19 @@ def test_scores_are_the_same_in_a_thread_and_with_more_workers():
 @pytest.mark.slow
 def test_scores_are_the_same_in_a_ray_actor():
     ray = pytest.importorskip("ray")
+
+    class Grader:  # local, so that it travels by value: Ray's workers cannot import this file
+        def __init__(self, specs):
+            self.scorer = Scorer(specs)
+
+        def grade(self, completions, columns):
+            ids = list(map(str, range(len(completions))))
+            scores = self.scorer.score(["p"] * len(completions), completions, columns, prompt_ids=ids)
+            return [score.rewards for score in scores]
+
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        assert ray.get(ray.remote(score_many).remote(2)) == score_many(1)
+        actor = ray.remote(Grader).remote(SPECS)
+        assert ray.get(actor.grade.remote(BATCH, COLUMNS)) == score_many(1)
     finally:
         ray.shutdown()
