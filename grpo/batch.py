@@ -38,7 +38,16 @@ class PackedRow:
 
     @property
     def length(self) -> int:
-        return len(self.prompt_ids) + sum(len(sample.token_ids) for sample in self.samples)
+        return len(self.prompt_ids) + self.num_completion_tokens
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return sum(len(sample.token_ids) for sample in self.samples)
+
+    @property
+    def tied(self) -> bool:
+        """Every advantage is zero: there is nothing to learn from these completions."""
+        return not any(sample.advantage for sample in self.samples)
 
 
 @dataclass
@@ -50,10 +59,11 @@ class TrainingBatch:
     num_samples: int
     num_completion_tokens: int
     tied_groups: int = 0
+    tokens_read: int = 0  # completion tokens whose forward the learner did not spare
 
     @property
     def all_tied(self) -> bool:
-        return all(sample.advantage == 0.0 for row in self.rows for sample in row.samples)
+        return all(row.tied for row in self.rows)
 
 
 @dataclass
@@ -66,7 +76,12 @@ class MicroBatch:
     before: Tensor  # [B, T] the token whose hidden state predicts token n
     segment: Tensor  # [B, T] 0 the prompt, 1 … G its completions, -1 padding
     mask: Tensor  # [C, L] a completion's tokens; mask[mask] runs in the order of `scored`
-    samples: list[Sample]
+    rows: Sequence[PackedRow]
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The C completions, row by row."""
+        return [sample for row in self.rows for sample in row.samples]
 
     @property
     def scored(self) -> Tensor:
@@ -120,7 +135,6 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
     position_ids = torch.zeros(batch, longest, dtype=torch.long)
     before = torch.zeros(batch, longest, dtype=torch.long)
     segment = torch.full((batch, longest), -1)
-    samples = [sample for row in rows for sample in row.samples]
     for b, row in enumerate(rows):
         prompt = len(row.prompt_ids)
         token_ids[b, : row.length] = torch.tensor(
@@ -141,7 +155,7 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
     same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     own = torch.eye(longest, dtype=torch.bool)  # padding sees itself alone: a row of the softmax is never empty
     visible = (causal & same & (segment[:, None, :] >= 0)) | own
-    lengths = torch.tensor([len(sample.token_ids) for sample in samples])
+    lengths = torch.tensor([len(sample.token_ids) for row in rows for sample in row.samples])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     return MicroBatch(
         token_ids=token_ids.to(device),
@@ -150,5 +164,5 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
         before=before.to(device),
         segment=segment.to(device),
         mask=mask.to(device),
-        samples=samples,
+        rows=rows,
     )

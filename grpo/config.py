@@ -103,7 +103,7 @@ class LossOptions(Options):
     """Upper bound of the ratio for negative advantages (two-sided clipping)."""
     beta: float = Field(default=0.0, ge=0)
     """Weight of the KL penalty towards the reference policy; 0 needs no reference."""
-    kl_estimator: KLEstimator = "k3"
+    kl_estimator: KLEstimator = "unbiased"
     """Estimator of that KL."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
@@ -115,6 +115,12 @@ class LossOptions(Options):
     """Correction for a sampler that differs from the learner (precision, staleness)."""
     importance_clip_max: float = Field(default=3.0, gt=0)
     """Its cap."""
+    importance_clip_min: float | None = Field(default=None, ge=0)
+    """Its lower bound."""
+    sapo_temperature_pos: float = Field(default=1.0, gt=0)
+    """Temperature of SAPO's gate for positive advantages."""
+    sapo_temperature_neg: float = Field(default=1.05, gt=0)
+    """And for the others."""
 
 
 class LearnerOptions(Options):
@@ -162,6 +168,8 @@ class MTPOptions(Options):
     """Weight of the draft loss; 0 leaves the head as it is."""
     every: int = Field(default=1, ge=1)
     """Train the head every so many steps."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Share of a step's groups that the head learns from, another share every step; its cost shrinks with it."""
     depth: int = Field(default=4, ge=1)
     """Depths that are unrolled in training."""
     learning_rate: float = Field(default=1e-3, gt=0)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -62,12 +63,14 @@ class Learner:
         *,
         temperature: float = 1.0,
         max_completion_tokens: int = 0,
+        reward_weights: Mapping[str, float] | None = None,
         learning_rate: float | None = None,
         schedule: Callable[[int], float] | None = None,
     ) -> None:
         self.policy, self.options, self.mtp = policy, options, mtp
         self.loss = loss or LossOptions()
         self.temperature, self.max_completion_tokens = temperature, max_completion_tokens
+        self.reward_weights = reward_weights or {}
         self.policy_version = 0
         self.skipped_in_a_row = 0
         self.schedule = schedule or (lambda step: 1.0)
@@ -97,7 +100,11 @@ class Learner:
                 if score.rewards[i] is not None
             ]
             count += len(samples)
-            tokens += sum(len(sample.token_ids) for sample in samples)
+            tokens += sum(
+                len(sample.token_ids)
+                for sample in samples
+                if sample.finish_reason == "stop" or not self.loss.mask_truncated_completions
+            )
             if samples:
                 rows += split_rows(group.prompt.token_ids, samples, budget)
         return TrainingBatch(rows, advantages_PG, count, tokens, int(tied_P.sum()))
@@ -111,7 +118,17 @@ class Learner:
                 return estimators.reinforce_plus_plus(rewards_PG)
             case "reinforce_plus_plus_baseline":
                 return estimators.reinforce_plus_plus(rewards_PG, baseline=True)
-        return estimators.group_relative(rewards_PG, self.loss.scale_rewards)
+        if self.loss.multi_objective_aggregation == "sum_then_normalize":
+            return estimators.group_relative(rewards_PG, self.loss.scale_rewards)
+        parts_PGK = [
+            [
+                [None if reward is None else score.parts[name][i] for name in self.reward_weights]
+                for i, reward in enumerate(score.rewards)
+            ]
+            for score in scores
+        ]
+        weights = list(self.reward_weights.values())
+        return estimators.multi_objective(parts_PGK, weights, "normalize_then_sum", self.loss.scale_rewards)
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
@@ -126,35 +143,47 @@ class Learner:
         A batch in which every advantage is zero changes nothing, not even momentum, and says so in its metrics.
         """
         started = time.perf_counter()
-        head_learns = self._head_learns(step)
         anchored = self.loss.beta > 0 or self.loss.entropy_coef != 0
         metrics: dict[str, float] = {}
         if batch.all_tied and not anchored:
             return {"learner/updates": 0.0, "time/learn": time.perf_counter() - started}
-        rows = batch.rows
-        if not (anchored or head_learns):  # a tied group's loss is exactly zero: its forward can be spared
-            rows = [row for row in rows if any(sample.advantage for sample in row.samples)]
+        teaching = self._teaching(batch.rows, step)
+        # A tied group's loss is exactly zero: unless something else needs its forward, it is spared.
+        rows = [row for row in batch.rows if anchored or not row.tied or id(row) in teaching]
+        batch.tokens_read = sum(row.num_completion_tokens for row in rows)
         minis = list(micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device))
         old = [self._old_logprobs(mini) for mini in minis] if self.options.updates_per_batch > 1 else None
         for update in range(self.options.updates_per_batch):
             self.optimizer.zero_grad(set_to_none=True)
-            sums: dict[str, float] = {}
+            sums: Counter[str] = Counter()
             for i, mini in enumerate(minis):
-                loss, parts = self._loss(mini, batch, old[i] if old else None, head_learns and update == 0)
-                if not math.isfinite(loss.item()):
-                    raise NonFiniteStep(f"step {step}: the loss is {loss.item()}")
-                loss.backward()
-                for name, value in parts.items():
-                    sums[name] = sums.get(name, 0.0) + value
+                out = self._forward(mini)
+                loss, parts = self._policy_loss(mini, out, batch, old[i] if old else None)
+                sums.update(parts)
+                if update == 0:
+                    loss = loss + self._head_loss(mini, out, teaching, sums)
+                self._backward(loss, step)
                 if on_micro_batch:
                     on_micro_batch(update * len(minis) + i + 1, len(minis) * self.options.updates_per_batch)
-            metrics |= sums | self._update(step)
+            metrics |= dict(sums) | self._update(step)
         self.policy_version += 1
         metrics["learner/updates"] = float(self.options.updates_per_batch)
         return metrics | {"time/learn": time.perf_counter() - started}
 
-    def _head_learns(self, step: int) -> bool:
-        return self.policy.mtp is not None and self.mtp.loss_weight > 0 and step % self.mtp.every == 0
+    def _backward(self, loss: Tensor, step: int) -> None:
+        if not math.isfinite(loss.item()):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteStep(f"step {step}: the loss is {loss.item()}")
+        loss.backward()
+
+    def _teaching(self, rows: Sequence[PackedRow], step: int) -> dict[int, float]:
+        """The rows that the MTP head learns from at this step, by id, with the weight of each of their tokens."""
+        if self.policy.mtp is None or self.mtp.loss_weight == 0 or step % self.mtp.every:
+            return {}
+        stride = round(1 / self.mtp.share)
+        chosen = rows[step // self.mtp.every % stride :: stride] or rows[:1]
+        weight = self.mtp.loss_weight / sum(row.num_completion_tokens for row in chosen)
+        return {id(row): weight for row in chosen}
 
     def _update(self, step: int) -> dict[str, float]:
         trunk = [p for p in self.policy.trunk.parameters() if p.grad is not None]
@@ -196,12 +225,10 @@ class Learner:
         with adapter_off(self.policy.trunk) if self.reference is None else nullcontext():
             return self._forward(mini, self.reference).logprobs
 
-    def _loss(
-        self, mini: MicroBatch, batch: TrainingBatch, old: Tensor | None, head_learns: bool
+    def _policy_loss(
+        self, mini: MicroBatch, out: Forward, batch: TrainingBatch, old: Tensor | None
     ) -> tuple[Tensor, dict[str, float]]:
-        options = self.loss
-        out = self._forward(mini)
-        mask = mini.mask
+        options, mask = self.loss, mini.mask
         if options.mask_truncated_completions:
             mask = mask_truncated_completions(mask, [sample.finish_reason for sample in mini.samples])
         sampling = mini.padded([sample.sampling_logprobs for sample in mini.samples])
@@ -224,51 +251,45 @@ class Learner:
             sampling_logprobs=sampling,
             importance_sampling_mode=None if options.importance_correction == "none" else options.importance_correction,
             importance_sampling_clip_max=options.importance_clip_max,
-            entropy=out.entropy,
+            importance_sampling_clip_min=options.importance_clip_min,
+            sapo_temperature_pos=options.sapo_temperature_pos,
+            sapo_temperature_neg=options.sapo_temperature_neg,
+            entropy=out.entropy if options.entropy_coef or options.top_entropy_quantile < 1 else None,
             entropy_coef=options.entropy_coef,
             top_entropy_quantile=options.top_entropy_quantile,
             max_completion_length=self.max_completion_tokens,
         )
-        parts = {name: float(value) for name, value in metrics.items()}
-        parts["mismatch/logprob_abs_max"] = float(
-            (out.logprobs.detach() - sampling).abs().masked_fill(~mini.mask, 0.0).max()
-        )
-        if head_learns:
-            head_loss = self._head_loss(mini, out) * self.mtp.loss_weight / batch.num_completion_tokens
-            parts["loss/mtp"] = head_loss.item()
-            loss = loss + head_loss
-        return loss, parts
+        # The loss and its parts are summands over the whole step; everything else is a mean over the tokens read.
+        read = batch.num_completion_tokens / batch.tokens_read
+        return loss, {name: float(v) * (1.0 if name.startswith("loss/") else read) for name, v in metrics.items()}
 
-    def _head_loss(self, mini: MicroBatch, out: Forward) -> Tensor:
-        policy = self.policy
-        outputs = policy.unroll(out.preceding, mini.token_ids, mini.position_ids, mini.head_visible, self.mtp.depth)
-        return draft_loss(
-            outputs,
-            out.preceding,
-            mini.segment,
-            policy.lm_head,
-            self.temperature,
-            chunk=max(1, CHUNK_ELEMENTS // policy.lm_head.shape[0]),
+    def _head_loss(self, mini: MicroBatch, out: Forward, teaching: dict[int, float], sums: Counter[str]) -> Tensor:
+        """The draft loss of the rows that teach; zero where this micro-batch has none."""
+        chosen = [b for b, row in enumerate(mini.rows) if id(row) in teaching]
+        if not chosen:
+            return out.preceding.new_zeros(())
+        policy, preceding = self.policy, out.preceding[chosen]
+        outputs = policy.unroll(
+            preceding, mini.token_ids[chosen], mini.position_ids[chosen], mini.head_visible[chosen], self.mtp.depth
         )
+        chunk = max(1, CHUNK_ELEMENTS // policy.lm_head.shape[0])
+        loss = draft_loss(outputs, preceding, mini.segment[chosen], policy.lm_head, self.temperature, chunk)
+        loss = loss * teaching[id(mini.rows[chosen[0]])]
+        sums["loss/mtp"] += loss.item()
+        return loss
 
     def sft_step(self, rows: Sequence[PackedRow], step: int) -> dict[str, float]:
         """One supervised step: mean −log π over the solutions' tokens, the MTP head beside it."""
-        minis = list(micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device))
-        tokens = sum(int(mini.mask.sum()) for mini in minis)
+        teaching = self._teaching(rows, step)
+        tokens = sum(row.num_completion_tokens for row in rows)
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = {"loss/sft": 0.0, "loss/mtp": 0.0}
-        for mini in minis:
+        sums: Counter[str] = Counter()
+        for mini in micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device):
             out = self._forward(mini)
             loss = -out.logprobs.sum() / tokens
-            metrics["loss/sft"] += loss.item()
-            if self._head_learns(step):
-                head_loss = self._head_loss(mini, out) * self.mtp.loss_weight / tokens
-                metrics["loss/mtp"] += head_loss.item()
-                loss = loss + head_loss
-            if not math.isfinite(loss.item()):
-                raise NonFiniteStep(f"supervised step {step}: the loss is {loss.item()}")
-            loss.backward()
-        return metrics | self._update(step)
+            sums["loss/sft"] += loss.item()
+            self._backward(loss + self._head_loss(mini, out, teaching, sums), step)
+        return dict(sums) | self._update(step)
 
     # ---- weights and state --------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ METRICS: dict[str, str] = {
     "loss/mtp": "loss of the draft head over its depths, detached from the trunk; nats per token",
     "loss/value": "loss of the value head (PPO baseline), mean per token, squared score",
     "loss/sft": "cross-entropy of the gold solutions in the warm start, mean, nats per token",
-    "policy/entropy": "entropy of the policy at the sampling temperature, mean, nats per token",
+    "policy/entropy": "entropy of the sampling policy, nats per token: the mean of -log-probability of what it sampled",
     "policy/ratio_mean": "importance ratio of policy to old policy, mean over tokens, 1 when on-policy",
     "policy/clip_fraction": "tokens whose ratio the clip holds back, fraction",
     "policy/clip_fraction_low": "tokens held back at the lower bound, fraction",
@@ -130,6 +130,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
         "completion/clipped": _mean(reason == "length" for reason in reasons),
         "completion/aborted": _mean(reason == "abort" for reason in reasons),
     }
+    surprises = [-logprob for completion in completions for logprob in completion.logprobs]
+    metrics["policy/entropy"] = _mean(surprises)
     for name in sorted({name for score in scores for name in score.parts}):
         parts = (part for score in scores for part in score.parts.get(name, []) if part is not None)
         metrics[f"reward/part/{name}"] = _mean(parts)

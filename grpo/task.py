@@ -45,6 +45,7 @@ class Task:
             self.template.render(known[0])
         self.train = self.train[data.few_shot :]
         specs = [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat) for r in rewards]
+        self.reward_weights = {spec.label: spec.weight for spec in specs}
         self.first_reward = specs[0].label
         self.scorer = Scorer(
             specs,

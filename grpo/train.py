@@ -84,6 +84,7 @@ class Trainer:
                 config.loss,
                 temperature=config.rollout.temperature,
                 max_completion_tokens=config.rollout.max_completion_tokens,
+                reward_weights=self.task.reward_weights,
                 schedule=schedule(config.learner.schedule, config.steps, config.learner.warmup_steps),
             )
             prompts = PromptStream(self.task.train, config.seed)

@@ -21,7 +21,7 @@ def warm_start(policy: Policy, task: Task, config: SftConfig, run_log: RunLog) -
     learner = Learner(
         policy,
         config.learner,
-        config.mtp,
+        config.mtp.model_copy(update={"every": 1, "share": 1.0}),  # little data: the head sees all of it
         learning_rate=options.learning_rate,
         schedule=schedule(options.schedule, options.steps, options.warmup_steps),
     )

@@ -65,7 +65,7 @@ def extract_answer(text: str, mode: Mode = "strict") -> Decimal | None:
     raise ValueError(f"mode={mode!r} is not a way to read an answer; choose from {', '.join(get_args(Mode))}")
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096, typed=True)  # True is not 1
 def gold_answer(answer: str | int | float) -> Decimal:
     """The number of a gold solution (`"... #### 42"`) or of a bare gold number. Raises ValueError without one."""
     text = str(answer).strip().translate(_MINUS)

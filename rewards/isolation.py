@@ -36,7 +36,7 @@ _BOOT = (
 class WorkerProcess:
     """One child process and the socket to it. `job` is the index of the request that it works on, if any."""
 
-    def __init__(self, functions: list[dict]):
+    def __init__(self) -> None:
         self.socket, theirs = socket.socketpair()
         self._trace = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill()
         fds = (theirs.fileno(), self._trace.fileno())
@@ -55,13 +55,12 @@ class WorkerProcess:
         self.served = 0
         self.job: int | None = None
         self._buffer = bytearray()
-        self.ask({"functions": functions}, START_TIMEOUT_S)
 
     def ask(self, request: dict, timeout_s: float) -> None:
         """Send a request. Raises OSError when the worker is gone."""
+        self.timeout_s = timeout_s
         self.socket.settimeout(timeout_s)
         self.socket.sendall(json.dumps(request | {"timeout_s": timeout_s}).encode() + b"\n")
-        self.timeout_s = timeout_s
         self.deadline = time.monotonic() + timeout_s + GRACE_S
 
     def receive(self) -> dict | None:
@@ -161,21 +160,27 @@ class WorkerPool:
             raise RewardError("this scorer is closed; make a new one")
         jobs = num_waiting + sum(worker.job is not None for worker in self._workers)
         while len(self._workers) < min(self._size, max(jobs, 1)):
-            self._workers.append(WorkerProcess(self._functions))
+            worker = WorkerProcess()
+            self._workers.append(worker)
+            try:
+                worker.ask({"functions": self._functions}, START_TIMEOUT_S)
+            except OSError as error:
+                raise RewardError(f"a reward worker cannot start: {self._drop(worker)['message']}") from error
         return not any(worker.ready for worker in self._workers)
 
     def _dispatch(self, requests: Sequence[dict], waiting: deque[int], replies: list[dict | None]) -> None:
         for worker in list(self._workers):
             if not waiting or worker.job is not None or not worker.ready:
                 continue
+            worker.job = waiting[0]
             try:
-                worker.ask(requests[waiting[0]], self._timeout_s)
+                worker.ask(requests[worker.job], self._timeout_s)
             except OSError:  # it died while idle: another one takes the request, unless it has never served any
                 verdict = self._drop(worker)
                 if worker.served <= 1:
                     replies[waiting.popleft()] = verdict
             else:
-                worker.job = waiting.popleft()
+                waiting.popleft()
 
     def _collect(self, replies: list[dict | None]) -> None:
         """Wait for the next answer or deadline, and note what happened."""

@@ -18,7 +18,7 @@ import signal
 import socket
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,11 +38,13 @@ def serve(socket_fd: int, trace_fd: int) -> None:
     connection = socket.socket(fileno=socket_fd)
     lines = connection.makefile("rb", buffering=1 << 20)
     functions: list[_Function] = []
-    handle: Callable[[dict], dict] = lambda setup: _load(setup["functions"], functions)  # noqa: E731
     for line in lines:
         request = json.loads(line)
         faulthandler.dump_traceback_later(request["timeout_s"], exit=True, file=trace_fd)
-        reply = handle(request)
+        if "functions" in request:
+            reply = _load(request["functions"], functions)
+        else:
+            reply = functions[request["function"]].call(request)
         try:
             encoded = json.dumps(reply, default=_plain)
         except Exception as error:
@@ -50,7 +52,6 @@ def serve(socket_fd: int, trace_fd: int) -> None:
             encoded = json.dumps({"kind": "raised", "message": message})
         faulthandler.cancel_dump_traceback_later()
         connection.sendall(encoded.encode() + b"\n")
-        handle = lambda request: functions[request["function"]].call(request)  # noqa: E731
 
 
 def _end_with_parent(socket_fd: int) -> None:
@@ -68,9 +69,8 @@ def _load(descriptions: list[dict], functions: list[_Function]) -> dict:
         except RewardError as error:
             return {"error": str(error)}
         except BaseException as error:
-            return {
-                "error": f"reward {description['function']!r} cannot be loaded: {_describe(error, description['path'])}"
-            }
+            cause = _describe(error, description["path"])
+            return {"error": f"reward {description['function']!r} cannot be loaded: {cause}"}
     return {"signatures": [asdict(function.signature) for function in functions]}
 
 
@@ -116,14 +116,16 @@ class _Function:
         def log_metric(name: str, value: float) -> None:
             metrics.setdefault(name, []).append(float(value))
 
-        given = {
+        given: dict[str, Any] = {
             "prompts": prompts,
             "completions": completions,
-            "completion_ids": [ids for group in request.get("completion_ids") or [] for ids in group],
-            "trainer_state": SimpleNamespace(**request.get("trainer_state") or {}),
             "log_extra": log_extra,
             "log_metric": log_metric,
         }
+        if "completion_ids" in request:
+            given["completion_ids"] = [ids for group in request["completion_ids"] for ids in group]
+        if "trainer_state" in request:
+            given["trainer_state"] = SimpleNamespace(**request["trainer_state"])
         arguments = {name: value for name, value in given.items() if self.signature.asks_for(name)}
         arguments |= {name: _repeat(values, counts) for name, values in request["columns"].items()}
         try:
@@ -155,14 +157,10 @@ def _number(value: Any) -> float | dict | None:
     """A float (of anything that is a number: int, bool, numpy or torch scalar), None, or a note of what it was."""
     if value is None:
         return None
-    try:
-        return (
-            float(value)
-            if hasattr(value, "__float__")
-            else {"kind": "not_a_number", "message": f"returned {value!r:.80}"}
-        )
-    except (TypeError, ValueError, OverflowError):
-        return {"kind": "not_a_number", "message": f"returned {value!r:.80}"}
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if hasattr(value, "__float__"):
+            return float(value)
+    return {"kind": "not_a_number", "message": f"returned {value!r:.80}"}
 
 
 def _plain(value: Any) -> Any:

@@ -34,7 +34,7 @@ def test_docstring_examples():
     assert doctest.testmod(grpo.advantages).failed == 0
 
 
-# ---- by hand -------------------------------------------------------------------------------------------------------
+# ---- by hand -----------------------------------------------------------------------------------------------------
 
 
 def test_group_relative_by_hand():
@@ -131,7 +131,7 @@ def test_whiten_gives_mean_zero_and_std_one_on_the_mask():
     assert not white_BT[~mask_BT].any()
 
 
-# ---- ties ----------------------------------------------------------------------------------------------------------
+# ---- ties --------------------------------------------------------------------------------------------------------
 
 GROUP_RELATIVE = {
     "group": lambda rewards: group_relative(rewards),
@@ -186,7 +186,7 @@ def test_reinforce_plus_plus_keeps_a_tied_group_and_zeroes_a_tied_batch():
     assert not reinforce_plus_plus([[0.1, 0.1, 0.1], [0.1, 0.1, None]])[0].any()
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------------
 
 
 def test_bad_input_names_the_way_out():
@@ -200,7 +200,7 @@ def test_bad_input_names_the_way_out():
         multi_objective([[[0.0, 1.0], [1.0, 1.0]]], [1, 1], "sum")
 
 
-# ---- the installed TRL -----------------------------------------------------------------------------------------------
+# ---- the installed TRL -------------------------------------------------------------------------------------------
 
 
 def trl_advantages(trainer_class, rewards_PGK, weights, aggregation="sum_then_normalize", scale_rewards="group"):

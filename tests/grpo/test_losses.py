@@ -34,7 +34,7 @@ def test_docstring_examples():
     assert doctest.testmod(grpo.surrogates).failed == 0
 
 
-# ---- by hand -------------------------------------------------------------------------------------------------------
+# ---- by hand -----------------------------------------------------------------------------------------------------
 
 # Two completions: ratios π/π_old are 3/2, 1, 3/4 (advantage 2), and 1/2, 2 (advantage -1), padded with NaN.
 POLICY = torch.tensor([[0.6, 0.5, 0.3], [0.2, 0.8, math.nan]]).log()
@@ -159,7 +159,9 @@ def test_kl_gradients_are_what_the_docstring_says():
 def test_importance_correction_by_hand(mode, weights):
     old, sampling = torch.tensor([[0.8, 0.3, 1.0], [0.5, 0.1, 1.0]]), torch.tensor([[0.2, 0.6, 0.1], [0.5, 0.5, 0.1]])
     mask = torch.tensor([[True, True, False]] * 2)
+    old.requires_grad_()
     actual = importance_correction(old.log(), sampling.log(), mask, mode, clip_max=3.0, clip_min=0.4)
+    assert not actual.requires_grad
     torch.testing.assert_close(actual[:, :2], torch.tensor(weights))
 
 
@@ -210,7 +212,7 @@ def test_a_fully_masked_batch_is_zero_and_finite(loss_type):
     assert not any(value.item() for value in metrics.values())
 
 
-# ---- a toy policy ----------------------------------------------------------------------------------------------------
+# ---- a toy policy ------------------------------------------------------------------------------------------------
 
 
 def toy(seed=0, completions=6, length=5, vocabulary=7):
@@ -290,7 +292,7 @@ def test_a_step_down_the_rank_weighted_loss_raises_what_it_rewards():
     assert torch.equal((after - before > 0)[given["mask"]], (advantages_BT > 0)[given["mask"]])
 
 
-# ---- contract 10 -------------------------------------------------------------------------------------------------------
+# ---- contract 10 -------------------------------------------------------------------------------------------------
 
 VARIANTS = {
     "plain": {},
@@ -355,29 +357,38 @@ def test_contract_10_value_loss_adds_up_over_micro_batches():
     torch.testing.assert_close(sum(parts), whole)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_contract_1_only_the_mask_decides_what_counts(loss_type):
-    """Padding may hold anything, real tokens and NaN alike, so a pad token that equals the stop token is no trap."""
+def test_contract_1_only_the_mask_decides_what_counts(loss_type, level):
+    """Padding may hold anything, NaN included, so a pad token that equals the stop token is no trap."""
     logits, token_ids, given = toy()
-    options = EVERYTHING | LOSS_TYPES[loss_type] | {"loss_type": loss_type}
-    loss, metrics = toy_loss(logits, token_ids, given, **options)
-    [gradient] = torch.autograd.grad(loss, logits)
-    pad = ~given["mask"]
-    poisoned = {
-        name: value.masked_fill(pad, math.nan) if name.endswith("logprobs") else value for name, value in given.items()
+    mask = given.pop("mask")
+    inputs = given | {
+        "policy_logprobs": token_logprobs(logits, token_ids).detach(),
+        "entropy": entropy(logits).detach(),
     }
-    poisoned["advantages"] = given["advantages"][:, None].expand(pad.shape).masked_fill(pad, math.nan)
-    stop_token = 0
-    loss_again, metrics_again = toy_loss(logits, token_ids.masked_fill(pad, stop_token), poisoned, **options)
-    [gradient_again] = torch.autograd.grad(loss_again, logits)
+    inputs["advantages"] = given["advantages"][:, None].repeat(1, mask.shape[1])
+
+    def run(inputs):
+        inputs["policy_logprobs"].requires_grad_()
+        options = EVERYTHING | LOSS_TYPES[loss_type] | {"loss_type": loss_type, "importance_sampling_level": level}
+        loss, metrics = policy_loss(**inputs, mask=mask, **options)
+        loss.backward()
+        return loss, metrics, inputs["policy_logprobs"].grad
+
+    loss, metrics, gradient = run(inputs)
+    poisoned = {name: value.detach().masked_fill(~mask, math.nan) for name, value in inputs.items()}
+    loss_again, metrics_again, gradient_again = run(poisoned)
     assert loss_again == loss
     assert metrics_again == metrics
     assert torch.equal(gradient_again, gradient)
-    assert gradient[given["mask"]].abs().sum(-1).all()  # every masked-in token learns, the last one of a row too
-    assert not gradient[pad].any()
+    assert not gradient[~mask].any()
+    last = mask & ~mask.roll(-1, dims=1).index_fill(1, torch.tensor([mask.shape[1] - 1]), False)
+    assert last.sum() == len(mask)
+    assert gradient[last].all()  # the stop token learns
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -400,7 +411,7 @@ def test_bad_input_names_the_way_out(options, message):
         policy_loss(POLICY, OLD, ADVANTAGES, MASK, **options)
 
 
-# ---- the installed TRL -----------------------------------------------------------------------------------------------------
+# ---- the installed TRL -------------------------------------------------------------------------------------------
 
 
 def trl_loss(logprobs, entropies, given, **options):
@@ -506,7 +517,7 @@ def test_importance_correction_equals_trl(mode):
     """The weights themselves: TRL computes them where it scores completions."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    _, _, given = toy(1)
+    _, _, given = toy(2)
     mask, lengths = given["mask"], given["mask"].sum(1).tolist()
     count, length = mask.shape
     sampling = [row[:n].tolist() for row, n in zip(given["sampling_logprobs"], lengths, strict=True)]

@@ -58,6 +58,7 @@ def test_rollout_metrics_by_hand():
         "draft/acceptance_depth_1": 0.75,
         "draft/drafted_depth_2": 2,
         "draft/acceptance_depth_2": 0.5,
+        "policy/entropy": 0.5,  # every log-probability is -0.5
     }
 
 

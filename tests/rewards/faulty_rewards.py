@@ -114,6 +114,10 @@ def loaded_modules(completions, log_extra, **_):
     return [hash("the order of sets is the same in every worker") % 1000 / 1000] * len(completions)
 
 
+def optional(completions, completion_ids=None, trainer_state=None, answer="none", **_):
+    return [float(completion_ids is None and trainer_state is None and answer == "none")] * len(completions)
+
+
 def scalar(completions, **_):
     return 1.0
 

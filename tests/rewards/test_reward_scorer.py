@@ -219,6 +219,11 @@ def test_a_function_that_cannot_be_pickled():
     assert score_one([mine("unpicklable")], ["four", ""]).rewards == [4.0, 0.0]
 
 
+def test_what_is_not_given_keeps_its_default():
+    assert score_one([mine("optional")], ["x"]).rewards == [1.0]
+    assert score_one([mine("optional")], ["x"], {"answer": "none"}).rewards == [0.0]
+
+
 def test_array_results_are_numbers():
     assert score_one([mine("numbers")], ["x", "y"]).rewards == [1.0, 2.5]
 
