@@ -8,14 +8,18 @@ RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo smollm2 test test-slow lint clean
+.PHONY: help demo reference smollm2 test test-slow lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(RUN_STAMP) ## install, then train the tiny policy on word problems and show what it learned
-	$(BIN)/quartet train examples/01_demo.yaml $(ARGS)
+	$(BIN)/quartet train examples/01_demo.yaml --output_dir runs/demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
+
+reference: $(RUN_STAMP) ## write docs/reference.md from the options and metrics
+	@mkdir -p docs
+	$(BIN)/quartet reference > docs/reference.md
 
 smollm2: $(RUN_STAMP) ## prepare SmolLM2-135M-Instruct, converted, for examples/02_*.yaml
 	$(BIN)/python examples/prepare_smollm2.py $(ARGS)

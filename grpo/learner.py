@@ -28,6 +28,7 @@ from grpo.losses import mask_truncated_completions, policy_loss
 from policies.convert import frozen_parameter_names
 from policies.logprobs import logprobs_from_hidden
 from policies.lora import adapter_off, has_adapter
+from policies.moe import RoutingRecorder, load_statistics
 from policies.mtp import draft_loss
 from policies.policy import Policy
 from rollout.group import RolloutGroup
@@ -71,6 +72,7 @@ class Learner:
         self.loss = loss or LossOptions()
         self.temperature, self.max_completion_tokens = temperature, max_completion_tokens
         self.reward_weights = reward_weights or {}
+        self.expert_counts = torch.zeros((), dtype=torch.long)  # [layers, experts] once a step has begun
         self.policy_version = 0
         self.skipped_in_a_row = 0
         self.schedule = schedule or (lambda step: 1.0)
@@ -150,6 +152,7 @@ class Learner:
         teaching = self._teaching(batch.rows, step)
         # A tied group's loss is exactly zero: unless something else needs its forward, it is spared.
         rows = [row for row in batch.rows if anchored or not row.tied or id(row) in teaching]
+        self.expert_counts = torch.zeros((), dtype=torch.long, device=self.policy.device)
         batch.tokens_read = sum(row.num_completion_tokens for row in rows)
         minis = list(micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device))
         old = [self._old_logprobs(mini) for mini in minis] if self.options.updates_per_batch > 1 else None
@@ -166,6 +169,8 @@ class Learner:
                 if on_micro_batch:
                     on_micro_batch(update * len(minis) + i + 1, len(minis) * self.options.updates_per_batch)
             metrics |= dict(sums) | self._update(step)
+        if self.expert_counts.dim():
+            metrics |= load_statistics(self.expert_counts)
         self.policy_version += 1
         metrics["learner/updates"] = float(self.options.updates_per_batch)
         return metrics | {"time/learn": time.perf_counter() - started}
@@ -201,7 +206,12 @@ class Learner:
 
     def _forward(self, mini: MicroBatch, policy: Policy | None = None) -> Forward:
         policy = policy or self.policy
-        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
+        with RoutingRecorder(policy.trunk) as routing:
+            hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
+        if policy is self.policy and routing.experts:
+            scored, count = mini.scored.flatten(), policy.config.n_routed_experts
+            counts = [torch.bincount(experts[scored].flatten(), minlength=count) for experts in routing.experts]
+            self.expert_counts = self.expert_counts + torch.stack(counts)
         preceding = hidden.gather(1, mini.before[..., None].expand_as(hidden))
         logprobs, entropy = logprobs_from_hidden(
             preceding[mini.scored],

@@ -21,6 +21,7 @@ A class of options is the one place where an option is named, typed, explained a
 import argparse
 import copy
 import inspect
+import json
 import re
 import sys
 import types
@@ -83,6 +84,8 @@ class _Option(NamedTuple):
 
     @property
     def shown_default(self) -> str:
+        if isinstance(self.default, str) and "\n" in self.default:
+            return json.dumps(self.default)  # YAML would break the line
         return "" if self.default is PydanticUndefined else to_yaml(self.default, inline=True)
 
 

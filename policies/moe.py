@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 
 def route(router_logits_NE: Tensor, bias_E: Tensor, config: DeepseekV3Config) -> tuple[Tensor, Tensor]:
@@ -41,16 +42,35 @@ def run_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: T
     return torch.empty_like(out).index_copy_(0, order, out).view(len(x_ND), top_k, -1).sum(1)
 
 
-def load_statistics(experts_Nk: Tensor, num_experts: int) -> dict[str, float]:
-    """Share of the routed tokens per expert, over its even share 1/E: min, max, and the violation max − 1.
+class RoutingRecorder:
+    """Context that notes the experts chosen by every router of `trunk`: `experts`, one [N, k] tensor a layer."""
 
-    >>> load_statistics(torch.tensor([[0, 1], [0, 2]]), 4)
+    def __init__(self, trunk: nn.Module) -> None:
+        self.experts: list[Tensor] = []
+        self._routers = [m for m in trunk.modules() if isinstance(m, DeepseekV3TopkRouter)]
+
+    def __enter__(self) -> RoutingRecorder:
+        def note(router: nn.Module, inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            self.experts.append(output[2].detach())
+
+        self._hooks = [router.register_forward_hook(note) for router in self._routers]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def load_statistics(counts_LE: Tensor) -> dict[str, float]:
+    """Load of an expert over its even share, from tokens routed to it: least and most, mean over L layers.
+
+    >>> load_statistics(torch.tensor([[2, 1, 1, 0]]))
     {'moe/load_min': 0.0, 'moe/load_max': 2.0, 'moe/max_violation': 1.0}
     """
-    counts = torch.bincount(experts_Nk.flatten(), minlength=num_experts).float()
-    load = counts / counts.mean()
+    load = counts_LE / counts_LE.float().mean(dim=1, keepdim=True)
+    most = load.max(dim=1).values.mean().item()
     return {
-        "moe/load_min": load.min().item(),
-        "moe/load_max": load.max().item(),
-        "moe/max_violation": load.max().item() - 1.0,
+        "moe/load_min": load.min(dim=1).values.mean().item(),
+        "moe/load_max": most,
+        "moe/max_violation": most - 1.0,
     }
