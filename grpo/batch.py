@@ -153,7 +153,7 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
     order = torch.arange(longest)
     causal = order[None, :] <= order[:, None]
     same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
-    own = torch.eye(longest, dtype=torch.bool)  # padding sees itself alone: a row of the softmax is never empty
+    own = torch.eye(longest, dtype=torch.bool)  # padding too: no softmax is empty, not even the MTP head's
     visible = (causal & same & (segment[:, None, :] >= 0)) | own
     lengths = torch.tensor([len(sample.token_ids) for row in rows for sample in row.samples])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]

@@ -14,7 +14,7 @@ from grpo.config import DataOptions, EvalConfig
 from grpo.console import progress_bars
 from grpo.loader import load_policy, sampling_params
 from grpo.task import Task
-from rollout.group import Completion, Prompt, RolloutGroup
+from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward
 from rollout.pool import Pool, open_pool
 from rollout.sampling import SamplingParams
 
@@ -84,7 +84,7 @@ def evaluate(
         reward_mean=fmean(rewards) if rewards else 0.0,
         length_mean=tokens / len(completions),
         clipped=fmean(completion.finish_reason == "length" for completion in completions),
-        tokens_per_forward=tokens_per_forward(completions),
+        tokens_per_forward=tokens_per_forward(completions) or 1.0,
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         groups=groups,
@@ -154,11 +154,6 @@ def evaluate_model(config: EvalConfig, console: Console) -> dict[str, Evaluation
             return evaluate_both_ways(pool, task, prompts, sampling, config.prompts_per_batch, progress)
 
 
-def tokens_per_forward(completions: Sequence[Completion]) -> float:
-    forwards = sum(completion.draft.target_forwards for completion in completions)
-    return sum(len(completion.token_ids) for completion in completions) / max(forwards, 1)
-
-
 @dataclass(frozen=True)
 class Speed:
     """Completion tokens per second with drafts and without, at one number of rows."""
@@ -193,5 +188,5 @@ def measure_speed(
                 rates[depth].append(sum(len(completion.token_ids) for completion in sampled) / seconds)
                 completions += sampled if depth else []
         with_drafts, without = median(rates[sampling.draft_tokens]), median(rates[0])
-        speeds.append(Speed(count, sampling.draft_tokens, with_drafts, without, tokens_per_forward(completions)))
+        speeds.append(Speed(count, sampling.draft_tokens, with_drafts, without, tokens_per_forward(completions) or 1.0))
     return speeds

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from statistics import fmean, pstdev
 
 from rewards.group_score import GroupScore
-from rollout.group import RolloutGroup
+from rollout.group import RolloutGroup, tokens_per_forward
 
 # <d> stands for a number, <name> for any name. A value covers one step unless its row says otherwise.
 METRICS: dict[str, str] = {
@@ -45,7 +45,7 @@ METRICS: dict[str, str] = {
     "mismatch/weight_mean": "importance correction of the sampler's mismatch, mean over tokens",
     "draft/acceptance_depth_<d>": "drafts accepted at depth d / drafts made at depth d",
     "draft/drafted_depth_<d>": "drafts made at depth d, count",
-    "draft/tokens_per_forward": "completion tokens / forwards of the trunk that each completion took part in",
+    "draft/tokens_per_forward": "completion tokens behind the first / decoding forwards of the trunk; 1 without drafts",
     "draft/fallback_rate": "forwards that fell back to plain decoding / forwards of the trunk",
     "moe/load_min": "load of the least used expert / even share, mean over layers; 1 is balanced",
     "moe/load_max": "load of the most used expert / even share, mean over layers; 1 is balanced",
@@ -73,7 +73,7 @@ METRICS: dict[str, str] = {
     "eval/prompts": "held-out prompts evaluated, count",
     "eval/completion_length_mean": "length of a held-out completion, stop token included, mean, tokens",
     "eval/completion_clipped": "held-out completions cut by max_completion_tokens, fraction",
-    "eval/tokens_per_forward": "completion tokens / forwards of the trunk on held-out prompts",
+    "eval/tokens_per_forward": "draft/tokens_per_forward on held-out prompts",
     "log/not_finite": "metrics of this step that were NaN or infinite, written as null, count",
 }
 
@@ -138,7 +138,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
     for name in sorted({name for score in scores for name in score.metrics}):
         metrics[f"reward/metric/{name}"] = _mean(score.metrics[name] for score in scores if name in score.metrics)
     if forwards:
-        metrics["draft/tokens_per_forward"] = sum(lengths) / forwards
+        metrics["draft/tokens_per_forward"] = tokens_per_forward(completions)
         metrics["draft/fallback_rate"] = sum(draft.fallbacks for draft in drafts) / forwards
     drafted = [sum(depth) for depth in zip_longest(*(draft.drafted for draft in drafts), fillvalue=0)]
     accepted = [sum(depth) for depth in zip_longest(*(draft.accepted for draft in drafts), fillvalue=0)]

@@ -19,7 +19,7 @@ from grpo.evaluate import Evaluation, Speed
 from grpo.loader import check_model, policy_folder
 from grpo.task import Task
 from policies import presets
-from rollout.group import RolloutGroup
+from rollout.group import RolloutGroup, tokens_per_forward
 
 CONSOLE = Console()
 
@@ -74,10 +74,10 @@ def groups(sampled: Sequence[RolloutGroup], limit: int = 4) -> None:
     for group in sampled[:limit]:
         CONSOLE.rule(visible(group.prompt.text.strip(), 100), align="left")
         for completion in group.completions:
-            forwards = len(completion.token_ids) / max(completion.draft.target_forwards, 1)
+            rate = tokens_per_forward([completion]) or 1.0
             CONSOLE.print(visible(completion.text, 1000), markup=False, highlight=False)
             CONSOLE.print(
-                f"  {completion.finish_reason}, {len(completion.token_ids)} tokens, {forwards:.2f} a forward",
+                f"  {completion.finish_reason}, {len(completion.token_ids)} tokens, {rate:.2f} a forward",
                 style="dim",
                 highlight=False,
             )

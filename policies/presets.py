@@ -38,11 +38,11 @@ PRESETS: dict[str, dict] = {
 
 
 def small_tokenizer(corpus: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE learned from `corpus`; digits stay single, so that every number is spelt the same way."""
+    """A byte-level BPE learned from `corpus`; a number of up to three digits is one piece, a token if it is frequent."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d|\n|[^\S\n]?[^\s\d]+|[^\S\n]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"[^\S\n]?\d{1,3}|\n|[^\S\n]?[^\s\d]+|[^\S\n]"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -109,7 +109,7 @@ class _Batch:
         self.logprobs = torch.zeros(total, limit, device=self.device)
         self.counts = torch.zeros(total, dtype=torch.long, device=self.device)
         self.stopped = torch.zeros(total, dtype=torch.bool, device=self.device)
-        self.forwards = torch.ones(total, dtype=torch.long, device=self.device)
+        self.forwards = torch.zeros(total, dtype=torch.long, device=self.device)
         self.drafted = torch.zeros(total, self.depth, dtype=torch.long, device=self.device)
         self.accepted = torch.zeros(total, self.depth, dtype=torch.long, device=self.device)
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,12 +27,12 @@ class Prompt:
 class DraftStats:
     """How one completion was decoded.
 
-    `target_forwards` counts the forwards of the trunk that this completion took part in, the prefill of its
-    prompt included, so that plain decoding gives exactly one token per forward. `drafted[d]` and `accepted[d]`
-    count drafts at depth d + 1; a draft behind a stop token or behind the length limit counts as drafted only.
+    `target_forwards` counts the decoding forwards of the trunk that this completion took part in. The first token is
+    not theirs: it comes from the prefill, which the whole group shares. `drafted[d]` and `accepted[d]` count drafts at
+    depth d + 1; a draft behind a stop token or behind the length limit counts as drafted only.
 
-    >>> DraftStats(target_forwards=3, drafted=[2, 2], accepted=[2, 1])      # 1 + (1 + 2) + (1 + 1) = 6 tokens
-    DraftStats(target_forwards=3, drafted=[2, 2], accepted=[2, 1], fallbacks=0)
+    >>> DraftStats(target_forwards=2, drafted=[2, 2], accepted=[2, 1])      # a first token, then 1 + 2 and 1 + 1
+    DraftStats(target_forwards=2, drafted=[2, 2], accepted=[2, 1], fallbacks=0)
     """
 
     target_forwards: int = 0
@@ -53,6 +54,18 @@ class Completion:
     finish_reason: FinishReason
     policy_version: int
     draft: DraftStats = field(default_factory=DraftStats)
+
+
+def tokens_per_forward(completions: Iterable[Completion]) -> float | None:
+    """Tokens that a decoding forward of the trunk gave: 1 without drafts, 1 + Σ acceptance at depth d with them.
+
+    None where nothing was decoded beyond first tokens.
+    """
+    tokens = forwards = 0
+    for completion in completions:
+        tokens += len(completion.token_ids) - 1
+        forwards += completion.draft.target_forwards
+    return tokens / forwards if forwards else None
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """What every test may rely on: one thread, no network, and real GSM8K where it lies beside the checkout."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +32,50 @@ def gsm8k_folder() -> Path:
     if not (folder / "train.jsonl").is_file():
         pytest.skip("GSM8K does not lie in ../shared/data/gsm8k beside this checkout")
     return folder.resolve()
+
+
+MICRO = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "kv_lora_rank": 12,
+    "q_lora_rank": None,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="session")
+def micro_preset() -> Iterator[str]:
+    """`model: micro`: one dense and one MoE layer of width 32, small enough for hundreds of forwards in a test."""
+    from policies.presets import PRESETS
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "micro", MICRO)
+        yield "micro"
+
+
+@pytest.fixture(scope="session")
+def micro_policy(micro_preset: str) -> Callable[[int], Any]:
+    """`micro_policy(seed)`: a fresh micro policy with an MTP head, and a tokenizer of word problems."""
+    import torch
+
+    from grpo.word_problems import word_problems
+    from policies.presets import build
+
+    torch.set_num_threads(1)
+    corpus = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=200)]
+    return lambda seed=0: build(micro_preset, corpus, seed)

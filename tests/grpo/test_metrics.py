@@ -22,14 +22,14 @@ def test_rollout_metrics_by_hand():
         RolloutGroup(
             prompt,
             [
-                # 1 + (1 + 2) + (1 + 1) = 6 tokens in 3 forwards
-                _completion(6, "stop", DraftStats(3, drafted=[2, 2], accepted=[2, 1])),
-                # 1 + (1 + 0) + (1 + 1) + 1 = 5 tokens in 4 forwards, one of them without a draft
-                _completion(5, "length", DraftStats(4, drafted=[2], accepted=[1], fallbacks=1)),
+                # a first token, then (1 + 2) + (1 + 1) in 2 forwards
+                _completion(6, "stop", DraftStats(2, drafted=[2, 2], accepted=[2, 1])),
+                # a first token, then (1 + 0) + (1 + 1) + 1 in 3 forwards, one of them without a draft
+                _completion(5, "length", DraftStats(3, drafted=[2], accepted=[1], fallbacks=1)),
             ],
         ),
-        RolloutGroup(prompt, [_completion(1, "abort", DraftStats(1)), _completion(4, "stop", DraftStats(4))]),
-        RolloutGroup(prompt, [_completion(2, "stop", DraftStats(2)), _completion(2, "stop", DraftStats(2))]),
+        RolloutGroup(prompt, [_completion(1, "abort", DraftStats(0)), _completion(4, "stop", DraftStats(3))]),
+        RolloutGroup(prompt, [_completion(2, "stop", DraftStats(1)), _completion(2, "stop", DraftStats(1))]),
     ]
     failure = RewardFailure("exact", "p", 0, "raised", "boom")
     scores = [
@@ -52,8 +52,8 @@ def test_rollout_metrics_by_hand():
         "completion/length_max": 6,
         "completion/clipped": pytest.approx(1 / 6),
         "completion/aborted": pytest.approx(1 / 6),
-        "draft/tokens_per_forward": pytest.approx(20 / 16),
-        "draft/fallback_rate": pytest.approx(1 / 16),
+        "draft/tokens_per_forward": pytest.approx(14 / 10),
+        "draft/fallback_rate": pytest.approx(1 / 10),
         "draft/drafted_depth_1": 4,
         "draft/acceptance_depth_1": 0.75,
         "draft/drafted_depth_2": 2,
@@ -63,7 +63,7 @@ def test_rollout_metrics_by_hand():
 
 
 def test_plain_decoding_is_one_token_per_forward_and_has_no_acceptance():
-    group = RolloutGroup(Prompt("p", "", [1]), [_completion(n, "stop", DraftStats(n)) for n in (3, 5)])
+    group = RolloutGroup(Prompt("p", "", [1]), [_completion(n, "stop", DraftStats(n - 1)) for n in (3, 5)])
     metrics = rollout_metrics([group], [_score([None, None])])
     assert metrics["draft/tokens_per_forward"] == 1
     assert metrics["reward/abstained"] == metrics["group/tied"] == 1
@@ -74,7 +74,7 @@ def test_plain_decoding_is_one_token_per_forward_and_has_no_acceptance():
 def test_tokens_per_forward_is_one_plus_the_acceptances_when_every_forward_drafts():
     """The sum of DESIGN's glossary: forwards that draft k tokens each give 1 + Σ accepted_d / drafted_d."""
     draft = DraftStats(target_forwards=10, drafted=[10, 10], accepted=[8, 5])
-    group = RolloutGroup(Prompt("p", "", [1]), [_completion(10 + 8 + 5, "stop", draft)])
+    group = RolloutGroup(Prompt("p", "", [1]), [_completion(1 + 10 + 8 + 5, "stop", draft)])
     metrics = rollout_metrics([group], [_score([1.0])])
     acceptance = metrics["draft/acceptance_depth_1"] + metrics["draft/acceptance_depth_2"]
     assert metrics["draft/tokens_per_forward"] == pytest.approx(1 + acceptance)
