@@ -1,6 +1,8 @@
 """`python -m grpo` is `quartet`."""
 
+import sys
+
 from grpo.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

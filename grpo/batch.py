@@ -59,7 +59,7 @@ class TrainingBatch:
     num_samples: int
     num_completion_tokens: int
     tied_groups: int = 0
-    tokens_read: int = 0  # completion tokens whose forward the learner did not spare
+    tokens_read: int = 0  # those of them whose forward the learner did not spare
 
     @property
     def all_tied(self) -> bool:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo import advantages as estimators
 from grpo.batch import MicroBatch, PackedRow, Sample, TrainingBatch, micro_batches, split_rows
@@ -79,6 +80,9 @@ class Learner:
         freeze_exact_parts(policy)
         if options.gradient_checkpointing:
             policy.trunk.gradient_checkpointing_enable({"use_reentrant": False})
+            for module in policy.trunk.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True  # else transformers ignores it; what is inside (dropout) stays in eval mode
         self.reference: Policy | None = None
         if self.loss.beta > 0 and not has_adapter(policy.trunk):
             self.reference = copy.deepcopy(policy).requires_grad_(False)
@@ -102,14 +106,14 @@ class Learner:
                 if score.rewards[i] is not None
             ]
             count += len(samples)
-            tokens += sum(
-                len(sample.token_ids)
-                for sample in samples
-                if sample.finish_reason == "stop" or not self.loss.mask_truncated_completions
-            )
+            tokens += self._tokens_in_loss(samples)
             if samples:
                 rows += split_rows(group.prompt.token_ids, samples, budget)
         return TrainingBatch(rows, advantages_PG, count, tokens, int(tied_P.sum()))
+
+    def _tokens_in_loss(self, samples: Sequence[Sample]) -> int:
+        masking = self.loss.mask_truncated_completions
+        return sum(len(sample.token_ids) for sample in samples if sample.finish_reason == "stop" or not masking)
 
     def _advantages(self, scores: Sequence[GroupScore]) -> tuple[Tensor, Tensor]:
         rewards_PG = [score.rewards for score in scores]
@@ -140,20 +144,20 @@ class Learner:
         step: int,
         on_micro_batch: Callable[[int, int], None] | None = None,
     ) -> dict[str, float]:
-        """One or several optimizer updates on a batch of rollouts. Raises NonFiniteStep before anything is changed.
+        """One or several optimizer updates on a batch of rollouts. Raises NonFiniteStep instead of an update.
 
         A batch in which every advantage is zero changes nothing, not even momentum, and says so in its metrics.
         """
         started = time.perf_counter()
         anchored = self.loss.beta > 0 or self.loss.entropy_coef != 0
         metrics: dict[str, float] = {}
-        if batch.all_tied and not anchored:
+        if batch.all_tied and not (anchored and batch.rows):
             return {"learner/updates": 0.0, "time/learn": time.perf_counter() - started}
         teaching = self._teaching(batch.rows, step)
         # A tied group's loss is exactly zero: unless something else needs its forward, it is spared.
         rows = [row for row in batch.rows if anchored or not row.tied or id(row) in teaching]
         self.expert_counts = torch.zeros((), dtype=torch.long, device=self.policy.device)
-        batch.tokens_read = sum(row.num_completion_tokens for row in rows)
+        batch.tokens_read = sum(self._tokens_in_loss(row.samples) for row in rows)
         minis = list(micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device))
         old = [self._old_logprobs(mini) for mini in minis] if self.options.updates_per_batch > 1 else None
         for update in range(self.options.updates_per_batch):
@@ -169,9 +173,9 @@ class Learner:
                 if on_micro_batch:
                     on_micro_batch(update * len(minis) + i + 1, len(minis) * self.options.updates_per_batch)
             metrics |= dict(sums) | self._update(step)
+            self.policy_version += update == 0
         if self.expert_counts.dim():
             metrics |= load_statistics(self.expert_counts)
-        self.policy_version += 1
         metrics["learner/updates"] = float(self.options.updates_per_batch)
         return metrics | {"time/learn": time.perf_counter() - started}
 
@@ -186,7 +190,9 @@ class Learner:
         if self.policy.mtp is None or self.mtp.loss_weight == 0 or step % self.mtp.every:
             return {}
         stride = round(1 / self.mtp.share)
-        chosen = rows[step // self.mtp.every % stride :: stride] or rows[:1]
+        groups = list(dict.fromkeys(id(row.prompt_ids) for row in rows))  # rows of one group share its prompt
+        taught = groups[step // self.mtp.every % stride :: stride] or groups[:1]
+        chosen = [row for row in rows if id(row.prompt_ids) in taught]
         weight = self.mtp.loss_weight / sum(row.num_completion_tokens for row in chosen)
         return {id(row): weight for row in chosen}
 
@@ -208,7 +214,7 @@ class Learner:
         policy = policy or self.policy
         with RoutingRecorder(policy.trunk) as routing:
             hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
-        if policy is self.policy and routing.experts:
+        if routing.experts and torch.is_grad_enabled():  # not for old and reference log-probabilities
             scored, count = mini.scored.flatten(), policy.config.n_routed_experts
             counts = [torch.bincount(experts[scored].flatten(), minlength=count) for experts in routing.experts]
             self.expert_counts = self.expert_counts + torch.stack(counts)
@@ -270,7 +276,7 @@ class Learner:
             max_completion_length=self.max_completion_tokens,
         )
         # The loss and its parts are summands over the whole step; everything else is a mean over the tokens read.
-        read = batch.num_completion_tokens / batch.tokens_read
+        read = batch.num_completion_tokens / max(batch.tokens_read, 1)
         return loss, {name: float(v) * (1.0 if name.startswith("loss/") else read) for name, v in metrics.items()}
 
     def _head_loss(self, mini: MicroBatch, out: Forward, teaching: dict[int, float], sums: Counter[str]) -> Tensor:

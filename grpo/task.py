@@ -11,7 +11,7 @@ from types import TracebackType
 from transformers import PreTrainedTokenizerBase
 
 from grpo.batch import PackedRow, Sample
-from grpo.config import DataOptions, RewardOptions, ScoringOptions, SftConfig
+from grpo.config import DataOptions, RewardOptions, ScoringOptions, SftConfig, TrainConfig
 from grpo.data import Example, load_examples
 from grpo.prompts import PromptTemplate, encode_prompt
 from rewards.scorer import GroupScore, RewardSpec, Scorer
@@ -44,6 +44,7 @@ class Task:
         if not self.template.is_chat:
             self.template.render(known[0])
         self.train = self.train[data.few_shot :]
+        self.solution_column = data.solution_column
         specs = [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat) for r in rewards]
         self.reward_weights = {spec.label: spec.weight for spec in specs}
         self.first_reward = specs[0].label
@@ -63,7 +64,7 @@ class Task:
     @classmethod
     def of(cls, config: SftConfig) -> Task:
         held = config.eval
-        return cls(
+        task = cls(
             config.data,
             config.rewards,
             config.reward,
@@ -72,14 +73,32 @@ class Task:
             heldout_split=held.split,
             heldout_levels=held.levels,
         )
+        try:
+            task.check_counts(config)
+        except ValueError:
+            task.close()
+            raise
+        return task
+
+    def check_counts(self, config: SftConfig) -> None:
+        """Raises ValueError where a step would ask for more different examples than there are."""
+        wanted = []
+        if config.warm_start.steps:
+            examples = self.train_for(config.warm_start.levels)
+            wanted.append(("warm_start.batch_size", config.warm_start.batch_size, len(examples)))
+        if isinstance(config, TrainConfig):
+            wanted.append(("prompts_per_step", config.prompts_per_step, len(self.train)))
+        for key, count, there in wanted:
+            if count > there:
+                raise ValueError(f"{key}={count}, but there are {there} training examples; lower it, or use more data")
 
     def train_for(self, levels: list[int] | None) -> Sequence[Example]:
         """The training examples, of these levels only where the data has levels."""
         if levels is None:
             return self.train
         chosen = [example for example in self.train if example.columns.get("level") in levels]
-        if not chosen:
-            raise ValueError(f"warm_start.levels={levels}: the training data has none of these levels")
+        if missing := [level for level in levels if level not in {e.columns["level"] for e in chosen}]:
+            raise ValueError(f"warm_start.levels={levels}: the training data has none of {missing}; see data.levels")
         return chosen
 
     def corpus(self, limit: int = 4000) -> Iterator[str]:
@@ -94,7 +113,7 @@ class Task:
 
         `raw` keeps GSM8K's calculator marks.
         """
-        text = example.columns["answer"] if raw else example.solution
+        text = example.columns[self.solution_column] if raw else example.solution
         ids = [*tokenizer.encode(text, add_special_tokens=False), stop]
         return PackedRow(self.prompt(example, tokenizer).token_ids, [Sample(0, ids)])
 

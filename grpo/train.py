@@ -19,7 +19,7 @@ from grpo import checkpoint
 from grpo.config import SftConfig, TrainConfig
 from grpo.evaluate import Evaluation, as_metrics, evaluate_both_ways, measure_speed
 from grpo.learner import Learner, NonFiniteStep, schedule
-from grpo.loader import load_policy, sampling_params
+from grpo.loader import check_model, load_policy, policy_folder, sampling_params
 from grpo.metrics import rollout_metrics
 from grpo.options import dump_yaml
 from grpo.prompts import PromptStream
@@ -49,26 +49,29 @@ class Trainer:
         stop_after: int | None = None,
         force: bool = False,
     ) -> None:
-        self.config, self.stop_after = config, stop_after
+        self.config, self.stop_after, self.resuming = config, stop_after, resume is not None
         self.output_dir = config.output_dir
         self.checkpoints = self.output_dir / "checkpoints"
-        self.task = Task.of(config)
         self.saved: checkpoint.Checkpoint | None = None
-        if resume:
+        self.terminated = False
+        check_model(policy_folder(config.model))
+        if resume is not None:
             found = checkpoint.find(self.checkpoints, resume)
             self.saved = checkpoint.load(found) if found else None
             if (self.output_dir / "config.yaml").exists() and not force:
                 refuse_changed_config(self.output_dir / "config.yaml", config)
-            checkpoint.discard_after(self.checkpoints, self.saved.step if self.saved else 0)
-        resume_step = None if not resume else self.saved.step if self.saved else 0
-        self.run_log = RunLog(
-            self.output_dir,
-            dump_yaml(config),
-            table_every=config.log.table_every,
-            trackers=config.log.trackers,
-            resume_step=resume_step,
-        )
-        self.terminated = False
+        self.task = Task.of(config)
+        try:
+            self.run_log = RunLog(
+                self.output_dir,
+                dump_yaml(config),
+                table_every=config.log.table_every,
+                trackers=config.log.trackers,
+                resume_step=(self.saved.step if self.saved else 0) if self.resuming else None,
+            )
+        except BaseException:
+            self.task.close()
+            raise
 
     def run(self) -> dict[str, Any]:
         """Returns what the summary shows. Raises Stopped when the run was asked to end early."""
@@ -76,6 +79,7 @@ class Trainer:
             policy = self._initial_policy()
             config = self.config
             if config.lora:
+                torch.manual_seed(config.seed)  # peft draws the adapters' first values
                 policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
             learner = Learner(
                 policy,
@@ -93,6 +97,7 @@ class Trainer:
                 learner.load_state(self.saved.tensors, self.saved.state["learner"])
                 prompts.load_state_dict(self.saved.state["prompts"])
                 start = self.saved.step
+                checkpoint.discard_after(self.checkpoints, start)
             rollout = config.rollout
             pool = open_pool(
                 policy,
@@ -115,7 +120,7 @@ class Trainer:
         config, folder = self.config, self.output_dir / "warm_start"
         if config.warm_start.steps == 0:
             return load_policy(config, self.task.corpus())
-        if not folder.exists():
+        if not (self.resuming and folder.exists()):
             policy = load_policy(config, self.task.corpus())
             results = warm_start(policy, self.task, config, self.run_log)
             self.run_log.event("warm_start_done", seconds=round(results["seconds"], 1), folder=str(folder))
@@ -156,7 +161,7 @@ class Trainer:
 
     def _step(self, step: int, learner: Learner, pool: Pool, prompts: list[Prompt], sampling: SamplingParams) -> None:
         """Sample, score, learn, publish: one step of GRPO and its line in the log."""
-        run_log, times = self.run_log, {}
+        run_log, times, version = self.run_log, {}, learner.policy_version
         started = clock = time.perf_counter()
         with run_log.progress() as progress:
             bar = progress.add_task(f"step {step}: sampling", total=len(prompts) * sampling.group_size)
@@ -175,7 +180,7 @@ class Trainer:
 
             learned = self._learn(learner, batch, step, advance)
         clock = time.perf_counter()
-        if learned["learner/updates"]:
+        if learner.policy_version != version:
             pool.publish(learner.weights(), learner.policy_version)
         times["time/publish"] = time.perf_counter() - clock
         times["time/step"] = time.perf_counter() - started
@@ -198,8 +203,8 @@ class Trainer:
             self.run_log.event("non_finite", step=step, error=str(error), batch=str(record))
             if options.on_non_finite == "abort" or learner.skipped_in_a_row > options.max_skipped_in_a_row:
                 raise NonFiniteStep(
-                    f"{error}. No step was taken; the batch is in {record}. Lower learner.learning_rate or "
-                    "learner.max_grad_norm and go on with --resume auto, or set learner.on_non_finite: skip"
+                    f"{error}. This update was not made; the batch is in {record}. Lower learner.learning_rate or "
+                    "learner.max_grad_norm, or set learner.on_non_finite: skip, and go on with --resume auto --force"
                 ) from None
             return {"learner/updates": 0.0}
 

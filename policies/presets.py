@@ -38,7 +38,7 @@ PRESETS: dict[str, dict] = {
 
 
 def small_tokenizer(corpus: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE learned from `corpus`; a number of up to three digits is one piece, a token if it is frequent."""
+    """A byte-level BPE learned from `corpus`; a number up to 999 is one piece, a token if frequent."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

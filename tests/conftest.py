@@ -79,3 +79,45 @@ def micro_policy(micro_preset: str) -> Callable[[int], Any]:
     torch.set_num_threads(1)
     corpus = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=200)]
     return lambda seed=0: build(micro_preset, corpus, seed)
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A reward by path that even an untrained policy earns in parts, so that groups are not tied."""
+    path = tmp_path_factory.mktemp("rewards") / "letters.py"
+    path.write_text(
+        "def letters(completions, **_):\n"
+        "    return [sum(c.isalpha() for c in completion) / 20 for completion in completions]\n"
+    )
+    return f"{path}:letters"
+
+
+@pytest.fixture(scope="session")
+def micro_config(micro_preset: str, letters: str) -> Callable[..., Any]:
+    """`micro_config(output_dir, **{"rollout.workers": 2})`: the options of a run of three steps, about a second."""
+    from grpo.config import TrainConfig
+    from grpo.options import load
+
+    options = {
+        "model": micro_preset,
+        "threads": 1,
+        "steps": 3,
+        "prompts_per_step": 4,
+        "data.levels": [1],
+        "data.limit": 24,
+        "warm_start.steps": 3,
+        "warm_start.batch_size": 4,
+        "warm_start.learning_rate": 1e-2,
+        "rollout.group_size": 4,
+        "rollout.max_completion_tokens": 10,
+        "rollout.draft_tokens": 2,
+        "rollout.prompts_per_shard": 2,
+        "rewards": [{"function": letters}],
+        "learner.learning_rate": 1e-2,
+        "mtp.depth": 2,
+        "mtp.every": 2,
+        "checkpoint.every": 1,
+        "checkpoint.keep": None,
+        "log.trackers": [],
+    }
+    return lambda output_dir, **given: load(TrainConfig, None, options | {"output_dir": output_dir} | given)

@@ -1,0 +1,424 @@
+"""Whole runs of a micro policy: what they write, what they refuse, and what a failure leaves behind."""
+
+import json
+import math
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo import train
+from grpo.learner import Learner, NonFiniteStep
+from grpo.metrics import check
+from grpo.run_log import read_metrics, read_rollouts
+from grpo.train import Trainer
+from grpo.yaml_file import parse_yaml
+from policies.policy import Policy, PolicyError
+from rewards.protocol import RewardError
+
+EVERY_STEP = {
+    *("reward/mean", "reward/std", "reward/part/letters", "reward/abstained", "reward/errors"),
+    *("group/tied", "group/dropped"),
+    *("completion/tokens", "completion/length_mean", "completion/length_max", "completion/clipped"),
+    *("loss/policy", "policy/entropy", "policy/clip_fraction", "policy/ratio_mean"),
+    *("mismatch/logprob_abs_mean", "mismatch/kl"),
+    *("draft/acceptance_depth_1", "draft/acceptance_depth_2", "draft/tokens_per_forward", "draft/fallback_rate"),
+    *("moe/load_min", "moe/load_max", "moe/max_violation"),
+    *("learner/learning_rate", "learner/grad_norm", "learner/updates"),
+    *("time/step", "time/rollout", "time/reward", "time/learn", "time/publish"),
+    *("speed/completion_tokens_per_second", "memory/rss_gib"),
+}
+
+
+def _events(folder: Path, kind: str) -> list[dict]:
+    events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    return [event for event in events if event["event"] == kind]
+
+
+def _sampled(folder: Path, steps=(1, 2, 3)) -> list[list[list[int]]]:
+    return [[line["token_ids"] for line in read_rollouts(folder, step)] for step in steps]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return Policy.load(folder).state_dict()
+
+
+@pytest.fixture(scope="module")
+def run(micro_config, tmp_path_factory) -> Path:
+    """The folder of a run with a warm start, evaluation and TensorBoard."""
+    folder = tmp_path_factory.mktemp("run") / "micro"
+    results = Trainer(micro_config(folder, **{"eval.limit": 6, "eval.every": 2, "log.trackers": None})).run()
+    assert results["output_dir"] == str(folder)
+    assert list(results["evaluations"]) == [
+        f"{when} GRPO, {how}" for when in ("before", "after") for how in ("sampled", "greedy")
+    ]
+    assert all(evaluation.prompts == 6 for evaluation in results["evaluations"].values())
+    return folder
+
+
+def test_a_run_leaves_a_complete_folder(run, micro_config):
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.yaml", "environment.json", "metrics.jsonl", "events.jsonl"}
+    assert names >= {"rollouts", "warm_start", "checkpoints", "policy", "tensorboard"}
+    assert not [path for path in run.rglob("*") if ".partial" in path.name]
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [f"step_{i:06d}" for i in (1, 2, 3)]
+    suffixes = {path.suffix for path in (run / "checkpoints").rglob("*") if path.is_file()}
+    assert suffixes == {".safetensors", ".json"}
+    config = parse_yaml((run / "config.yaml").read_text())
+    assert config["rollout"]["group_size"] == 4
+    assert config["loss"]["epsilon"] == 0.2  # the effective configuration, defaults included
+    environment = json.loads((run / "environment.json").read_text())
+    assert {"hardware", "versions", "command", "threads"} <= environment.keys()
+    assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_metrics_are_complete_finite_and_documented(run):
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    for line in lines[1:]:
+        assert line.keys() >= EVERY_STEP
+        assert ("loss/mtp" in line) == (line["step"] % 2 == 0)  # mtp.every: 2
+    for line in (lines[0], lines[2], lines[3]):  # eval.every: 2
+        assert {"eval/accuracy", "eval/accuracy_greedy", "eval/prompts", "time/evaluate"} <= line.keys()
+    assert "eval/accuracy" not in lines[1]
+    for line in lines:
+        for name, value in line.items():
+            assert math.isfinite(value), name
+            assert name == "step" or check(name)
+    assert all(line["learner/updates"] == 1 for line in lines[1:])
+    assert all(line["mismatch/logprob_abs_mean"] < 1e-4 for line in lines[1:])
+    assert not _events(run, "undocumented_metric")
+
+
+def test_rollouts_hold_what_was_sampled_and_what_it_was_worth(run):
+    for step in (1, 2, 3):
+        lines = read_rollouts(run, step)
+        assert len(lines) == 16
+        for start in range(0, 16, 4):
+            group = lines[start : start + 4]
+            assert len({line["prompt_id"] for line in group}) == 1
+            assert [line["sample"] for line in group] == [0, 1, 2, 3]
+            assert sum(line["advantage"] for line in group) == pytest.approx(0, abs=1e-5)
+            best = max(group, key=lambda line: line["reward"])
+            assert best["advantage"] == max(line["advantage"] for line in group)
+        for line in lines:
+            assert len(line["token_ids"]) == len(line["logprobs"]) <= 10
+            assert line["reward"] == sum(c.isalpha() for c in line["text"]) / 20
+            assert line["policy_version"] == step - 1  # sampled with the weights of the step before
+            assert line["finish_reason"] in ("stop", "length")
+    mean = sum(line["reward"] for line in read_rollouts(run, 1)) / 16
+    assert read_metrics(run)[1]["reward/mean"] == pytest.approx(mean)
+
+
+def test_contract_2_stock_transformers_gives_the_warm_policys_samples_their_logprobs(run):
+    """The warm start loads in stock transformers, and is the policy that step 1 sampled from."""
+    model = AutoModelForCausalLM.from_pretrained(run / "warm_start")
+    tokenizer = AutoTokenizer.from_pretrained(run / "warm_start")
+    for line in read_rollouts(run, 1)[:6]:
+        prompt = tokenizer.encode(line["prompt"])
+        ids = torch.tensor([prompt + line["token_ids"]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(line["logprobs"]), expected, rtol=0, atol=1e-4)
+
+
+def test_the_trained_policy_loads_in_stock_transformers_and_has_moved(run):
+    model = AutoModelForCausalLM.from_pretrained(run / "policy")
+    warm = AutoModelForCausalLM.from_pretrained(run / "warm_start")
+    assert sum((p - q).abs().sum().item() for p, q in zip(model.parameters(), warm.parameters(), strict=True)) > 1
+    trained, before = _weights(run / "policy"), _weights(run / "warm_start")
+    assert trained.keys() == before.keys()
+    assert any(name.startswith("mtp.") and not torch.equal(t, before[name]) for name, t in trained.items())
+    tokenizer = AutoTokenizer.from_pretrained(run / "policy")
+    assert tokenizer.decode(tokenizer.encode("How many pens?")) == "How many pens?"
+
+
+def test_the_same_configuration_gives_the_same_bits(run, micro_config, tmp_path):
+    Trainer(micro_config(tmp_path / "again", **{"eval.limit": 6, "eval.every": 2})).run()
+    assert _sampled(tmp_path / "again") == _sampled(run)
+    first, second = _weights(run / "policy"), _weights(tmp_path / "again/policy")
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_the_same_configuration_gives_the_same_bits_with_adapters(micro_config, tmp_path):
+    """peft draws the first values of the adapters: `seed` must reach them, too."""
+    for i, name in enumerate("ab"):
+        torch.manual_seed(i)
+        Trainer(micro_config(tmp_path / name, **{"lora.rank": 4})).run()
+    first, second = _weights(tmp_path / "a/policy"), _weights(tmp_path / "b/policy")
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    warm = _weights(tmp_path / "a/warm_start")
+    assert not all(torch.equal(tensor, warm[name]) for name, tensor in first.items() if name.startswith("trunk."))
+
+
+def test_another_seed_gives_other_samples(run, micro_config, tmp_path):
+    Trainer(micro_config(tmp_path / "other", seed=1, steps=1)).run()
+    assert _sampled(tmp_path / "other", [1]) != _sampled(run, [1])
+
+
+def test_contract_3_drafts_change_no_token(run, micro_config, tmp_path):
+    Trainer(micro_config(tmp_path / "plain", **{"rollout.draft_tokens": 0})).run()
+    assert _sampled(tmp_path / "plain") == _sampled(run)
+    assert all("draft/acceptance_depth_1" not in line for line in read_metrics(tmp_path / "plain"))
+
+
+def test_contract_4_two_ray_workers_sample_the_same_tokens(run, micro_config, tmp_path):
+    folder = tmp_path / "workers"
+    before = set(psutil.Process().children(recursive=True))
+    Trainer(micro_config(folder, **{"rollout.workers": 2})).run()
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line.keys() >= EVERY_STEP for line in lines)
+    assert _sampled(folder) == _sampled(run)
+    left = [p for p in set(psutil.Process().children(recursive=True)) - before if p.is_running()]
+    gone, alive = psutil.wait_procs(left, timeout=10)
+    assert not alive, [process.cmdline() for process in alive]
+
+
+def test_a_second_run_into_the_same_folder_is_refused(run, micro_config):
+    before = (run / "metrics.jsonl").read_bytes()
+    processes = len(psutil.Process().children())
+    with pytest.raises(FileExistsError, match="already holds a run; choose another output_dir, go on with --resume"):
+        Trainer(micro_config(run))
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert len(psutil.Process().children()) == processes  # the processes that score are gone
+
+
+def test_a_run_that_never_took_a_step_leaves_no_stale_warm_start(micro_config, tmp_path, monkeypatch):
+    """Interrupted between warm start and step 1, then started anew with another configuration."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_steps", interrupt)
+        Trainer(micro_config(tmp_path / "r")).run()
+    first = _weights(tmp_path / "r/warm_start")
+    Trainer(micro_config(tmp_path / "r", steps=1, **{"warm_start.steps": 6})).run()
+    assert not torch.equal(_weights(tmp_path / "r/warm_start")["trunk.lm_head.weight"], first["trunk.lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"model": "mikro"}, PolicyError, "model='mikro': there is no such folder; did you mean the preset 'micro'"),
+        ({"prompts_per_step": 25}, ValueError, "prompts_per_step=25, but there are 24 training examples"),
+        ({"rewards": [{"function": "gsm8q"}]}, RewardError, "gsm8k"),
+        ({"data.split": "heldout"}, ValueError, "is for evaluation and must not be trained on"),
+        ({"log.trackers": ["wandbb"]}, ValueError, "wandbb"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_the_folder_is_touched(micro_config, tmp_path, given, error, message):
+    processes = len(psutil.Process().children())
+    with pytest.raises(error, match=message):
+        Trainer(micro_config(tmp_path / "r", **given))
+    assert not (tmp_path / "r").exists()
+    assert len(psutil.Process().children()) == processes
+
+
+def test_adapters_on_modules_that_are_not_there_are_refused(micro_config, tmp_path):
+    config = micro_config(tmp_path / "r", **{"lora.targets": ["qproj"], "warm_start.steps": 0})
+    with pytest.raises(ValueError, match=r"lora.targets: 'qproj' matches no module of this policy; it has .*q_proj"):
+        Trainer(config).run()
+
+
+# ---- rewards of the user's own --------------------------------------------------------------------------------------
+
+OWN = """
+def long(completions, **_):
+    return [float(len(completion)) for completion in completions]
+
+def picky(prompts, completions, question, **_):
+    assert all(prompt.startswith(question[i]) for i, prompt in enumerate(prompts))
+    for completion in completions:
+        if completion == FAILS_ON:
+            raise ValueError("cannot read this one")
+    return [0.5] * len(completions)
+
+def equal(completions, **_):
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, run) -> str:
+    """A file of rewards; `picky` fails on one completion of the first step of `run`."""
+    victim = read_rollouts(run, 1)[5]["text"]
+    assert [line["text"] for line in read_rollouts(run, 1)].count(victim) == 1
+    path = tmp_path / "own.py"
+    path.write_text(f"FAILS_ON = {victim!r}\n{OWN}")
+    return str(path)
+
+
+def test_several_weighted_rewards_and_one_from_a_file(run, own, micro_config, letters, tmp_path):
+    rewards = [
+        {"function": f"{own}:long", "weight": 0.1, "name": "size"},
+        {"function": letters, "weight": 2.0},
+        {"function": "length_penalty", "arguments": {"target": 5, "per_token": 0.5}},
+    ]
+    Trainer(micro_config(tmp_path / "r", steps=1, rewards=rewards)).run()
+    for line, former in zip(read_rollouts(tmp_path / "r", 1), read_rollouts(run, 1), strict=True):
+        parts = line["parts"]
+        assert list(parts) == ["size", "letters", "length_penalty"]
+        assert parts["size"] == len(line["text"])
+        assert line["text"] == former["text"]
+        assert parts["letters"] == former["reward"]
+        assert line["reward"] == pytest.approx(0.1 * parts["size"] + 2 * parts["letters"] + parts["length_penalty"])
+    metrics = read_metrics(tmp_path / "r")[0]
+    assert {"reward/part/size", "reward/part/letters", "reward/part/length_penalty"} <= metrics.keys()
+
+
+def test_contract_6_a_failing_reward_aborts_naming_function_prompt_and_sample(run, own, micro_config, tmp_path):
+    victim = read_rollouts(run, 1)[5]
+    with pytest.raises(RewardError) as failure:
+        Trainer(micro_config(tmp_path / "r", rewards=[{"function": f"{own}:picky"}])).run()
+    message = str(failure.value)
+    for part in ("'picky'", repr(victim["prompt_id"]), "sample 1", "cannot read this one", "reward.on_error"):
+        assert part in message
+    assert not read_metrics(tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("on_error", "abstained", "dropped"), [("drop_sample", 1 / 16, 0), ("drop_group", 4 / 16, 1), ("score=-1", 0, 0)]
+)
+def test_contract_6_a_failure_is_data_and_the_run_goes_on(
+    run, own, micro_config, letters, tmp_path, on_error, abstained, dropped
+):
+    rewards = [{"function": letters}, {"function": f"{own}:picky"}]
+    Trainer(micro_config(tmp_path / "r", steps=1, rewards=rewards, **{"reward.on_error": on_error})).run()
+    metrics = read_metrics(tmp_path / "r")[0]
+    assert metrics["reward/errors"] == 1
+    assert metrics["reward/abstained"] == abstained
+    assert metrics["group/dropped"] == dropped
+    assert metrics["learner/updates"] == 1
+    [event] = _events(tmp_path / "r", "reward_error")
+    victim = read_rollouts(run, 1)[5]
+    assert (event["function"], event["prompt_id"], event["sample_index"]) == ("picky", victim["prompt_id"], 1)
+    line = read_rollouts(tmp_path / "r", 1)[5]
+    if on_error == "score=-1":
+        assert line["reward"] == line["parts"]["letters"] - 1
+    else:
+        assert line["reward"] is None
+        assert line["advantage"] == 0.0
+
+
+# ---- steps that teach nothing, steps that cannot be taken -----------------------------------------------------------
+
+
+def test_an_all_tied_run_changes_nothing_and_says_so(own, micro_config, tmp_path):
+    Trainer(micro_config(tmp_path / "r", rewards=[{"function": f"{own}:equal"}])).run()
+    for line in read_metrics(tmp_path / "r"):
+        assert line["group/tied"] == 1.0
+        assert line["learner/updates"] == 0
+    trained, warm = _weights(tmp_path / "r/policy"), _weights(tmp_path / "r/warm_start")
+    assert all(torch.equal(tensor, warm[name]) for name, tensor in trained.items())
+    assert {line["policy_version"] for line in read_rollouts(tmp_path / "r", 3)} == {0}
+    assert _sampled(tmp_path / "r", [1]) != _sampled(tmp_path / "r", [2])  # another step, other prompts and noise
+
+
+def _fail_at(monkeypatch, steps: set[int]) -> None:
+    """The loss of these steps is NaN."""
+    whole = Learner._policy_loss
+
+    def policy_loss(self, mini, out, batch, old):
+        loss, metrics = whole(self, mini, out, batch, old)
+        return (loss * math.nan if self.now in steps else loss), metrics
+
+    step = Learner.step
+
+    def note_step(self, batch, number, *rest):
+        self.now = number
+        return step(self, batch, number, *rest)
+
+    monkeypatch.setattr(Learner, "_policy_loss", policy_loss)
+    monkeypatch.setattr(Learner, "step", note_step)
+
+
+def test_a_loss_that_is_not_finite_aborts_with_the_batch_and_the_way_out(micro_config, tmp_path, monkeypatch):
+    _fail_at(monkeypatch, {2})
+    folder = tmp_path / "r"
+    with pytest.raises(NonFiniteStep) as failure:
+        Trainer(micro_config(folder)).run()
+    message = str(failure.value)
+    for part in ("step 2: the loss is nan", "step_000002.jsonl.zst", "learner.learning_rate", "--resume auto --force"):
+        assert part in message
+    assert len(read_rollouts(folder, 2)) == 16
+    assert [line["step"] for line in read_metrics(folder)] == [1]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000001"]
+    # The way out works.
+    monkeypatch.undo()
+    Trainer(micro_config(folder, **{"learner.learning_rate": 1e-3}), resume="auto", force=True).run()
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
+
+
+def test_a_step_that_is_not_finite_can_be_skipped(micro_config, tmp_path, monkeypatch):
+    _fail_at(monkeypatch, {1, 3})
+    folder = tmp_path / "r"
+    Trainer(micro_config(folder, **{"learner.on_non_finite": "skip", "learner.max_skipped_in_a_row": 1})).run()
+    assert [line["learner/updates"] for line in read_metrics(folder)] == [0, 1, 0]
+    assert [event["step"] for event in _events(folder, "non_finite")] == [1, 3]
+    versions = [read_rollouts(folder, step)[0]["policy_version"] for step in (1, 2, 3)]
+    assert versions == [0, 0, 1]
+
+
+def test_skipping_gives_up_after_so_many_in_a_row(micro_config, tmp_path, monkeypatch):
+    _fail_at(monkeypatch, {1, 2, 3})
+    config = micro_config(tmp_path / "r", **{"learner.on_non_finite": "skip", "learner.max_skipped_in_a_row": 2})
+    with pytest.raises(NonFiniteStep, match="step 3"):
+        Trainer(config).run()
+    assert [line["learner/updates"] for line in read_metrics(tmp_path / "r")] == [0, 0]
+
+
+def test_what_was_updated_before_a_skip_is_published(micro_config, tmp_path, monkeypatch):
+    """Two updates on a batch, the second not finite: the first has changed the weights, and workers must know."""
+    whole, calls = Learner._update, []
+
+    def update(self, step):
+        calls.append(step)
+        if len(calls) == 5:  # after the three of the warm start, the second of step 1
+            raise NonFiniteStep(f"step {step}: the gradient norm is nan")
+        return whole(self, step)
+
+    monkeypatch.setattr(Learner, "_update", update)
+    given = {"learner.on_non_finite": "skip", "learner.updates_per_batch": 2, "steps": 2}
+    Trainer(micro_config(tmp_path / "r", **given)).run()
+    assert {line["policy_version"] for line in read_rollouts(tmp_path / "r", 2)} == {1}
+    assert read_metrics(tmp_path / "r")[1]["mismatch/logprob_abs_mean"] < 1e-4
+
+
+def test_the_learners_policy_and_the_samplers_agree_at_every_step(run):
+    """Contract 5 from outside: a step that learned from stale weights would show it here."""
+    for line in read_metrics(run)[1:]:
+        assert line["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+        assert line["mismatch/kl"] < 1e-8
+
+
+def test_kl_towards_the_reference_starts_at_zero(micro_config, tmp_path):
+    for name, lora in (("full", {}), ("lora", {"lora.rank": 4})):
+        Trainer(micro_config(tmp_path / name, **{"loss.beta": 0.1}, **lora)).run()
+        kls = [line["loss/kl"] for line in read_metrics(tmp_path / name)]
+        assert kls[0] == 0.0
+        assert kls[1] > 0
+        assert kls[2] > 0
+
+
+def test_speed_with_and_without_drafts_can_be_measured_at_the_end(micro_config, tmp_path):
+    given = {"log.measure_speed": True, "eval.limit": 4, "steps": 1}
+    results = Trainer(micro_config(tmp_path / "r", **given)).run()
+    assert [speed.rows for speed in results["speeds"]] == [1, 8, 32]
+    for speed in results["speeds"]:
+        assert speed.draft_tokens == 2
+        assert speed.gain == speed.with_drafts / speed.without_drafts > 0
+        assert speed.tokens_per_forward > 1
+
+
+def test_free_options_are_options():
+    """A key of the list of what a resumed run may change is a key of the configuration."""
+    from grpo.config import TrainConfig
+    from grpo.options import _options
+
+    names = {option.key for option in _options(TrainConfig.model_construct())}
+    assert all(name in names for name in train.FREE_TO_CHANGE)
