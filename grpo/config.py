@@ -317,6 +317,8 @@ class EvalConfig(ModelOptions):
     """A format string over the data's columns, or `chat` for the model's own chat template."""
     system_prompt: str | None = None
     """System message in front of every chat prompt (template: chat)."""
+    few_shot: int = Field(default=0, ge=0)
+    """Worked examples from the training split in front of every prompt."""
     rewards: list[RewardOptions] = Field(default_factory=_gsm8k, min_length=1)
     """Reward functions; full marks from the first count as correct."""
     reward: ScoringOptions = ScoringOptions()
@@ -340,17 +342,19 @@ class SampleConfig(ModelOptions):
 
 
 def defaults_of_run(folder: Path) -> dict[str, Any]:
-    """Options of `quartet eval` that a run folder brings along: its data, template, rewards and sampling."""
+    """Options of `quartet eval` that a run folder brings along, so that its held-out problems are met again."""
     path = folder / "config.yaml"
     if not path.is_file():
         return {}
     run = yaml.safe_load(path.read_text())
     data, rollout = run["data"], run["rollout"]
-    kept = ("levels", "prompt_column", "solution_column", "template", "system_prompt")
+    kept = ("prompt_column", "solution_column", "template", "system_prompt", "few_shot")
     return {
         "data": data["name"],
+        "split": run["eval"]["split"],
+        "levels": run["eval"]["levels"] or data["levels"],
         **{name: data[name] for name in kept},
         **{name: rollout[name] for name in ("temperature", "max_completion_tokens", "draft_tokens")},
-        "rewards": run["rewards"],
+        **{name: run[name] for name in ("seed", "rewards", "reward")},
         "limit": run["eval"]["limit"] or None,
     }

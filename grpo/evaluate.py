@@ -23,10 +23,14 @@ OnFinished = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results on held-out prompts. `correct` are completions with full marks from the first reward function."""
+    """Results on held-out prompts. `correct` are completions with full marks from the first reward function.
+
+    `completions` are those that it gave a mark; it abstained from `abstained` others, or failed on them.
+    """
 
     prompts: int
     completions: int
+    abstained: int
     correct: int
     reward_mean: float
     length_mean: float
@@ -79,7 +83,8 @@ def evaluate(
     tokens = sum(len(completion.token_ids) for completion in completions)
     return Evaluation(
         prompts=len(prompts),
-        completions=len(completions),
+        completions=len(marks) - marks.count(None),
+        abstained=marks.count(None),
         correct=sum(mark == 1.0 for mark in marks),
         reward_mean=fmean(rewards) if rewards else 0.0,
         length_mean=tokens / len(completions),
@@ -136,6 +141,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> dict[str, Evaluation
         solution_column=config.solution_column,
         template=config.template,
         system_prompt=config.system_prompt,
+        few_shot=config.few_shot,
     )
     with Task(
         data,

@@ -39,7 +39,7 @@ def summary(results: Mapping[str, Any]) -> None:
 
 def evaluations(results: Mapping[str, Evaluation]) -> None:
     table = Table(title="held-out problems")
-    for name in ("", "correct", "accuracy", "95 % interval", "tokens/forward", "tokens/s"):
+    for name in ("", "correct", "accuracy", "95 % interval", "tokens per forward", "tokens/s"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
     for name, result in results.items():
         low, high = result.interval
@@ -52,6 +52,8 @@ def evaluations(results: Mapping[str, Evaluation]) -> None:
             f"{result.tokens_per_second:.0f}",
         )
     CONSOLE.print(table)
+    if abstained := sum(result.abstained for result in results.values()):
+        CONSOLE.print(f"{abstained} more completions have no mark: the reward abstained or failed", highlight=False)
 
 
 def speeds(results: Sequence[Speed]) -> None:

@@ -78,13 +78,13 @@ class RunLog:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step, and show them in one line. A NaN or infinity is written as null, counted."""
-        self._say(step_line(step, self._record(step, metrics)))
+        self.say(step_line(step, self._record(step, metrics)))
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Record held-out results, as `eval/NAME` where a name has no area yet, and show them in one line."""
         named = {name if "/" in name else f"eval/{name}": value for name, value in results.items()}
         shown = "  ".join(f"{name} {value:.4g}" for name, value in self._record(step, named).items())
-        self._say(f"step {step:5d}  {shown}")
+        self.say(f"step {step:5d}  {shown}")
 
     def rollouts(
         self,
@@ -120,7 +120,7 @@ class RunLog:
         text = " ".join(f"{name}={value}" for name, value in fields.items())
         if self._events_seen[event] == SHOWN_PER_EVENT:
             event += " (further ones in events.jsonl only)"
-        self._say(f"{event}: {text}")
+        self.say(f"{event}: {text}")
 
     def progress(self) -> Progress:
         """Live bars; see console.progress_bars. Without a terminal, or quiet, they draw nothing."""
@@ -139,7 +139,8 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """One line for the person watching."""
         text = visible(text, 400, self.console.encoding)
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -34,7 +34,8 @@ class Task:
         heldout_levels: list[int] | None = None,
     ) -> None:
         """`heldout`: how many held-out problems, None for all of them, 0 for none."""
-        self.train = _examples(data, data.split, "train", data.levels, data.limit, seed) if train else []
+        limit = data.limit if train else data.few_shot
+        self.train = _examples(data, data.split, "train", data.levels, limit, seed) if train or limit else []
         self.heldout: Sequence[Example] = []
         if heldout != 0:
             split = heldout_split or ("heldout" if data.name == "word_problems" else "test")

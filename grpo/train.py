@@ -245,10 +245,12 @@ def refuse_changed_config(saved: Path, config: SftConfig) -> None:
     """A resumed run must be the same run. Raises ValueError listing what differs."""
     before = _flat(yaml.safe_load(saved.read_text()))
     now = _flat(yaml.safe_load(dump_yaml(config)))
+    decays = config.learner.schedule != "constant"  # over `steps`: other steps are another schedule
+    free = tuple(key for key in FREE_TO_CHANGE if not (decays and key == "steps"))
     changed = [
         f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+        if before.get(key) != now.get(key) and not key.startswith(free)
     ]
     if changed:
         raise ValueError(

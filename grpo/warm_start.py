@@ -37,5 +37,6 @@ def warm_start(policy: Policy, task: Task, config: SftConfig, run_log: RunLog) -
             metrics = learner.sft_step(rows, step)
             progress.update(bar, advance=1, description=f"warm start, loss {metrics['loss/sft']:.3f}")
             if step % 50 == 0 or step == options.steps:
-                run_log.event("warm_start", warm_start_step=step, **{k: round(v, 4) for k, v in metrics.items()})
+                shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("loss/sft", "loss/mtp") if name in metrics)
+                run_log.say(f"warm start {step:4d}/{options.steps}  {shown}")
     return metrics | {"seconds": time.perf_counter() - started}

@@ -36,8 +36,6 @@ import copy
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +55,9 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
+
+from policies.parity import ParityFailed, ParityReport, parity
+
 
 # A power of two keeps w·a_i exact. At 2^11 the norm's error drowns in float32 rounding, at 2^9 not quite.
 NORM_WEIGHT = 2.0**11
@@ -96,46 +97,6 @@ class UnsupportedCheckpoint(ValueError):
 
     def __init__(self, field: str, value: object, why: str, way_out: str) -> None:
         super().__init__(f"{field}={value!r} cannot be carried over exactly: {why}; {way_out}")
-
-
-class ParityFailed(RuntimeError):
-    """The converted model does not compute what the dense one does. Nothing was published."""
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """How far a converted model is from its dense source.
-
-    `max_logit_difference` and `max_logit` are absolute values, `kl_mean` is KL(dense ‖ converted) in nats a
-    token, `top1_agreement` a share in [0, 1], `greedy_identical` compares the continuations of every prompt.
-    """
-
-    max_logit_difference: float
-    max_logit: float
-    kl_mean: float
-    top1_agreement: float
-    greedy_identical: bool
-    num_tokens: int
-
-    @property
-    def limit(self) -> float:
-        """The largest logit difference that passes, in logits."""
-        return 1e-3 * self.max_logit
-
-    @property
-    def passed(self) -> bool:
-        return self.max_logit_difference <= self.limit and self.greedy_identical
-
-    def __str__(self) -> str:
-        rows = {
-            "tokens compared": f"{self.num_tokens}",
-            "max logit difference": f"{self.max_logit_difference:.1e} (limit {self.limit:.1e})",
-            "mean KL, nats a token": f"{self.kl_mean:.1e}",
-            "top-1 agreement": f"{100 * self.top1_agreement:.2f} %",
-            "greedy text identical": "yes" if self.greedy_identical else "no",
-            "parity": "passed" if self.passed else "FAILED",
-        }
-        return "\n".join(f"{name:<22} {value}" for name, value in rows.items())
 
 
 def check_convertible(config: PreTrainedConfig) -> None:
@@ -225,38 +186,6 @@ def frozen_parameter_names(config: PreTrainedConfig) -> list[str]:
     ]
 
 
-@torch.no_grad()
-def parity(
-    dense: PreTrainedModel,
-    converted: PreTrainedModel,
-    token_ids: Tensor | Sequence[Tensor],
-    new_tokens: int = 32,
-) -> ParityReport:
-    """Compares the logits at every position of the prompts, and greedy continuations of `new_tokens` tokens.
-
-    `token_ids` is [B, L] without padding, or a list of [L_i]. Both models are in eval mode.
-    """
-    differences, largest, kls, agreements, identical = [], [], [], [], True
-    for row in token_ids:
-        ids = row[None].to(dense.device)
-        expected, got = dense(ids).logits[0].double(), converted(ids).logits[0].double()
-        differences.append((expected - got).abs().max().item())
-        largest.append(expected.abs().max().item())
-        log_p, log_q = expected.log_softmax(-1), got.log_softmax(-1)
-        kls.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        agreements.append(expected.argmax(-1) == got.argmax(-1))
-        texts = [_greedy(model, ids, new_tokens) for model in (dense, converted)]
-        identical = identical and torch.equal(*texts)
-    return ParityReport(
-        max_logit_difference=torch.tensor(differences).max().item(),  # Python's max() would lose a NaN
-        max_logit=torch.tensor(largest).max().item(),
-        kl_mean=torch.cat(kls).mean().item(),
-        top1_agreement=torch.cat(agreements).double().mean().item(),
-        greedy_identical=identical,
-        num_tokens=sum(len(kl) for kl in kls),
-    )
-
-
 def convert_checkpoint(source: str, destination: str | Path, *, prompts: list[str] | None = None) -> ParityReport:
     """Converts the checkpoint `source` (a folder or hub id) into the folder `destination`, and proves it.
 
@@ -290,11 +219,6 @@ def convert_checkpoint(source: str, destination: str | Path, *, prompts: list[st
             raise ParityFailed(f"{source} and its converted form differ; {destination} not written\n{report}")
         folder.rename(destination)
     return report
-
-
-def _greedy(model: Any, ids: Tensor, new_tokens: int) -> Tensor:
-    mask = torch.ones_like(ids)
-    return model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
 
 
 def _shape(config: PreTrainedConfig) -> tuple[int, int, int]:

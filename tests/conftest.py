@@ -121,3 +121,39 @@ def micro_config(micro_preset: str, letters: str) -> Callable[..., Any]:
         "log.trackers": [],
     }
     return lambda output_dir, **given: load(TrainConfig, None, options | {"output_dir": output_dir} | given)
+
+
+@pytest.fixture(scope="session")
+def random_policy() -> Callable[..., Any]:
+    """`random_policy(seed, mtp=True, **config)`: a micro policy in which nothing is neutral.
+
+    Norms, biases, the router's correction bias and the MTP head are random too, so that leaving one out shows. Its
+    distributions are far from uniform. `config` overrides MICRO.
+    """
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
+
+    from policies.mtp import MTPHead
+    from policies.policy import Policy
+    from policies.presets import small_tokenizer
+
+    torch.set_num_threads(1)
+    tokenizer = small_tokenizer(["3 + 4 = 7\n", "how many apples are left?\n"])
+
+    def build(seed: int = 0, mtp: bool = True, **config: Any) -> Policy:
+        chosen = MICRO | {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 0} | config
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            trunk = DeepseekV3ForCausalLM(DeepseekV3Config(**chosen)).eval()
+            head = MTPHead(trunk.config) if mtp else None
+            for module in (trunk, head) if head else (trunk,):
+                for name, tensor in module.state_dict().items():
+                    if "norm" in name:
+                        tensor.copy_(1 + 0.3 * torch.randn(tensor.shape))
+                    elif "bias" in name:
+                        tensor.copy_(0.3 * torch.randn(tensor.shape))
+            trunk.get_output_embeddings().weight.mul_(3)
+        trunk.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=1)
+        return Policy(trunk, head, tokenizer)
+
+    return build

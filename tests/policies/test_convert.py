@@ -26,15 +26,13 @@ from transformers import (
 
 from policies import convert
 from policies.convert import (
-    ParityFailed,
-    ParityReport,
     UnsupportedCheckpoint,
     check_convertible,
     convert_checkpoint,
     convert_dense,
     frozen_parameter_names,
-    parity,
 )
+from policies.parity import ParityFailed, ParityReport, parity
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,272 @@
+"""Contract 9: a stopped run resumes to the same bits. N steps = k steps + stop + resume."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo import checkpoint
+from grpo.learner import Learner
+from grpo.run_log import read_metrics, read_rollouts
+from grpo.train import Stopped, Trainer, refuse_changed_config
+
+STEPS = 5
+KINDS = {
+    # 5 steps of 4 prompts over 10 examples: epochs end inside steps 3 and 5; over 12, exactly behind step 3.
+    "full": {"data.limit": 10},
+    "full, epochs end between steps": {"data.limit": 12},
+    "lora": {"data.limit": 10, "lora.rank": 4, "loss.beta": 0.05},
+    "full, with a reference": {"data.limit": 10, "loss.beta": 0.05},
+    "cosine, share": {"data.limit": 10, "learner.schedule": "cosine", "learner.warmup_steps": 2, "mtp.share": 0.5},
+}
+
+
+def _config(micro_config, folder: Path, kind: str, **given):
+    options = {"steps": STEPS, "learner.weight_decay": 0.01, "warm_start.batch_size": 3} | KINDS[kind]
+    return micro_config(folder, **options | given)
+
+
+def _tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Parameters, reference and optimizer state of a checkpoint, by file and name."""
+    saved = checkpoint.load(folder / f"checkpoints/step_{step:06d}")
+    return {f"{file}/{name}": t for file, mapping in saved.tensors.items() for name, t in mapping.items()}
+
+
+def _assert_same_checkpoint(a: Path, b: Path, step: int) -> None:
+    first, second = _tensors(a, step), _tensors(b, step)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    states = [json.loads((folder / f"checkpoints/step_{step:06d}/state.json").read_text()) for folder in (a, b)]
+    assert states[0] == states[1]
+
+
+def _untimed(folder: Path) -> list[dict]:
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/"))}
+        for line in read_metrics(folder)
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(micro_config, tmp_path_factory):
+    """`whole(kind)`: the folder of an uninterrupted run of that kind, made once."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(kind: str) -> Path:
+        if kind not in folders:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            Trainer(_config(micro_config, folder, kind)).run()
+            folders[kind] = folder
+        return folders[kind]
+
+    return folder_of
+
+
+def _stop_after(micro_config, folder: Path, kind: str, k: int) -> None:
+    with pytest.raises(Stopped, match=f"stopped after step {k}; go on with --resume auto"):
+        Trainer(_config(micro_config, folder, kind), stop_after=k).run()
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())][-1] == f"step_{k:06d}"
+    assert not (folder / "policy").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [2, 3])
+def test_contract_9_a_stopped_run_resumes_to_the_same_bits(micro_config, whole, tmp_path, kind, k):
+    reference, folder = whole(kind), tmp_path / "run"
+    _stop_after(micro_config, folder, kind, k)
+    Trainer(_config(micro_config, folder, kind), resume="auto").run()
+    # The next rollouts: tokens, log-probabilities, rewards and advantages of every later step.
+    for step in range(1, STEPS + 1):
+        assert read_rollouts(folder, step) == read_rollouts(reference, step)
+        _assert_same_checkpoint(folder, reference, step)
+    assert _untimed(folder) == _untimed(reference)
+    # The parameters did move, also after the resume, and so did the head and its moments.
+    before, after = _tensors(folder, k), _tensors(folder, STEPS)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("policy/trunk.") for name in moved)
+    assert any(name.startswith("policy/mtp.") for name in moved)
+    assert any(name.startswith("optimizer/") and name.endswith("exp_avg_sq") for name in moved)
+    assert not any(name.startswith("reference/") for name in moved)
+    assert ("lora" in kind) == any(".lora_" in name for name in after)
+    assert ("reference" in kind) == any(name.startswith("reference/") for name in after)
+
+
+def test_contract_9_several_stops_are_as_good_as_one(micro_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    _stop_after(micro_config, folder, "full", 1)
+    for k in (2, 4):
+        with pytest.raises(Stopped):
+            Trainer(_config(micro_config, folder, "full"), resume="auto", stop_after=k).run()
+    Trainer(_config(micro_config, folder, "full"), resume="auto").run()
+    _assert_same_checkpoint(folder, whole("full"), STEPS)
+
+
+@pytest.mark.slow
+def test_contract_9_with_two_ray_workers(micro_config, whole, tmp_path):
+    folder, given = tmp_path / "run", {"rollout.workers": 2}
+    with pytest.raises(Stopped):
+        Trainer(_config(micro_config, folder, "full", **given), stop_after=2).run()
+    Trainer(_config(micro_config, folder, "full", **given), resume="auto").run()
+    reference = whole("full")
+    for step in range(1, STEPS + 1):
+        assert read_rollouts(folder, step) == read_rollouts(reference, step)
+    _assert_same_checkpoint(folder, reference, STEPS)
+
+
+def test_a_run_that_was_cut_off_behind_its_checkpoint_writes_no_step_twice(micro_config, whole, tmp_path, monkeypatch):
+    """Killed in step 4 while steps are saved every two: what step 3 wrote is removed and written again."""
+    folder, step = tmp_path / "run", Learner.step
+
+    def interrupted(self, batch, number, *rest):
+        if number == 4:
+            raise KeyboardInterrupt
+        return step(self, batch, number, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Learner, "step", interrupted)
+        Trainer(_config(micro_config, folder, "full", **{"checkpoint.every": 2})).run()
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
+    Trainer(_config(micro_config, folder, "full", **{"checkpoint.every": 2}), resume="auto").run()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert _untimed(folder) == _untimed(whole("full"))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        f"step_{i:06d}" for i in (2, 4, 5)
+    ]
+
+
+def test_resume_from_a_path_goes_back_and_drops_what_came_later(micro_config, whole, tmp_path):
+    reference, folder = whole("full"), tmp_path / "run"
+    shutil.copytree(reference, folder)
+    path = str(folder / "checkpoints/step_000002")
+    with pytest.raises(Stopped):
+        Trainer(_config(micro_config, folder, "full"), resume=path, stop_after=3).run()
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [f"step_{i:06d}" for i in (1, 2, 3)]
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
+    assert not (folder / "rollouts/step_000004.jsonl.zst").exists()
+    _assert_same_checkpoint(folder, reference, 3)
+
+
+def test_resume_of_a_finished_run_takes_no_step(micro_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("full"), folder)
+    before = _untimed(folder)
+    Trainer(_config(micro_config, folder, "full"), resume="auto").run()
+    assert _untimed(folder) == before
+
+
+def test_a_finished_run_can_be_given_more_steps(micro_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("full"), folder)
+    Trainer(_config(micro_config, folder, "full", steps=STEPS + 1), resume="auto").run()
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_where_nothing_is_saved_starts_from_the_beginning(micro_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    Trainer(_config(micro_config, folder, "full"), resume="auto").run()
+    assert _untimed(folder) == _untimed(whole("full"))
+
+
+def test_resume_from_what_is_no_checkpoint_lists_those_there_are(micro_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("full"), folder)
+    with pytest.raises(checkpoint.CheckpointError, match=r"is no checkpoint .*step_000005"):
+        Trainer(_config(micro_config, folder, "full"), resume=str(tmp_path / "nowhere"))
+
+
+def test_a_resume_with_another_configuration_is_refused_with_the_differences(micro_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("full"), folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    changed = _config(
+        micro_config, folder, "full", **{"learner.learning_rate": 0.5, "rollout.group_size": 2, "lora.rank": 4}
+    )
+    with pytest.raises(ValueError) as refusal:
+        Trainer(changed, resume="auto")
+    message = str(refusal.value)
+    for part in (
+        "  learner.learning_rate: 0.01 then, 0.5 now",
+        "  rollout.group_size: 4 then, 2 now",
+        "lora",
+        "--force",
+    ):
+        assert part in message
+    assert "checkpoint.every" not in message
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_forced_resume_goes_on_with_the_new_configuration(micro_config, tmp_path):
+    folder = tmp_path / "run"
+    _stop_after(micro_config, folder, "full", 2)
+    changed = _config(micro_config, folder, "full", **{"learner.learning_rate": 1e-3})
+    Trainer(changed, resume="auto", force=True).run()
+    rates = [line["learner/learning_rate"] for line in read_metrics(folder)]
+    assert rates == [1e-2, 1e-2, 1e-3, 1e-3, 1e-3]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events][-2:] == ["resume", "config_changed"]
+    assert "learning_rate: 0.001" in (folder / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"checkpoint.every": 4, "checkpoint.keep": 1},
+        {"log.table_every": 3, "eval.every": 1},
+        {"reward.timeout_s": 3.0, "threads": None},
+        {"steps": 9},
+    ],
+)
+def test_what_does_not_touch_the_training_may_change(micro_config, whole, given):
+    folder = whole("full")
+    refuse_changed_config(folder / "config.yaml", _config(micro_config, folder, "full", **given))
+
+
+def test_steps_are_part_of_a_schedule_that_decays_over_them(micro_config, whole):
+    folder = whole("cosine, share")
+    longer = _config(micro_config, folder, "cosine, share", steps=9)
+    with pytest.raises(ValueError, match="steps: 5 then, 9 now"):
+        refuse_changed_config(folder / "config.yaml", longer)
+
+
+def test_a_forced_resume_with_another_model_loses_nothing(micro_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("full"), folder)
+    adapted = _config(micro_config, folder, "full", **{"lora.rank": 4})
+    path = str(folder / "checkpoints/step_000002")
+    with pytest.raises(ValueError, match="the checkpoint is of another policy"):
+        Trainer(adapted, resume=path, force=True).run()
+    assert len(list((folder / "checkpoints").iterdir())) == STEPS
+
+
+def test_other_training_data_are_noticed(micro_config, tmp_path):
+    rows = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}"} for i in range(10)]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"data.name": str(data), "data.levels": [1], "data.limit": None, "steps": 2}
+    with pytest.raises(Stopped):
+        Trainer(_config(micro_config, tmp_path / "run", "full", **given), stop_after=1).run()
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+    with pytest.raises(ValueError, match="the training data have changed since the checkpoint"):
+        Trainer(_config(micro_config, tmp_path / "run", "full", **given), resume="auto").run()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(micro_config, tmp_path):
+    folder = tmp_path / "run"
+    _stop_after(micro_config, folder, "full", 2)
+    file = folder / "checkpoints/step_000002/policy.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointError, match=r"policy.safetensors.*resume from .*step_000001"):
+        Trainer(_config(micro_config, folder, "full"), resume="auto")
+    Trainer(_config(micro_config, folder, "full"), resume=str(folder / "checkpoints/step_000001")).run()
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4, 5]
+
+
+def test_only_the_newest_checkpoints_are_kept(micro_config, tmp_path):
+    folder = tmp_path / "run"
+    Trainer(_config(micro_config, folder, "full", **{"checkpoint.keep": 2})).run()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000004", "step_000005"]

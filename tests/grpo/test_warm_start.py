@@ -1,0 +1,105 @@
+import copy
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from grpo.learner import Learner, NonFiniteStep
+from grpo.run_log import RunLog
+from grpo.task import Task
+from grpo.warm_start import warm_start
+from policies.policy import Policy
+
+
+def _warm(policy: Policy, config, folder, console=None) -> dict[str, float]:
+    with (
+        Task.of(config) as task,
+        RunLog(folder, "", trackers=[], quiet=True, console=console) as run_log,
+    ):
+        return warm_start(policy, task, config, run_log)
+
+
+def _config(micro_config, folder, **given):
+    return micro_config(folder, **{"warm_start.steps": 4, "warm_start.batch_size": 4} | given)
+
+
+def _moved(policy: Policy, before: Policy) -> set[str]:
+    former = dict(before.named_parameters())
+    return {name for name, p in policy.named_parameters() if not torch.equal(p, former[name])}
+
+
+def test_the_policy_learns_the_solutions_in_place_and_its_head_beside_it(micro_policy, micro_config, tmp_path):
+    policy, console = micro_policy(0), Console(record=True, width=200)
+    before = copy.deepcopy(policy)
+    config = _config(micro_config, tmp_path, **{"warm_start.steps": 60, "warm_start.warmup_steps": 5})
+    metrics = _warm(policy, config, tmp_path / "r", console)
+    shown = console.export_text()
+    assert "50/60" in shown
+    assert "60/60" in shown
+    assert metrics["loss/sft"] < 3.0 < 5.5 < math.log(len(policy.tokenizer))  # where an untrained policy begins
+    assert metrics["loss/mtp"] < 1.5
+    assert metrics["seconds"] > 0
+    assert len(_moved(policy, before)) == len(dict(policy.named_parameters()))
+    assert metrics["learner/learning_rate"] == pytest.approx(1e-2 / 55)  # linear, the last of 55 steps behind the warm-up
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_order_does_not(micro_policy, micro_config, tmp_path):
+    policies = [micro_policy(0) for _ in range(3)]
+    for i, (policy, seed) in enumerate(zip(policies, (0, 0, 1), strict=True)):
+        _warm(policy, _config(micro_config, tmp_path, seed=seed, **{"data.limit": 24}), tmp_path / str(i))
+    assert not _moved(policies[1], policies[0])
+    assert _moved(policies[2], policies[0])
+
+
+def test_every_example_is_seen_before_one_comes_again(micro_policy, micro_config, tmp_path, monkeypatch):
+    seen: list[list[int]] = []
+    step = Learner.sft_step
+
+    def note(self, rows, number):
+        seen.extend(row.prompt_ids for row in rows)
+        return step(self, rows, number)
+
+    monkeypatch.setattr(Learner, "sft_step", note)
+    _warm(micro_policy(0), _config(micro_config, tmp_path, **{"warm_start.steps": 6}), tmp_path / "r")
+    assert len(seen) == 24 == len({tuple(ids) for ids in seen})
+
+
+def test_the_head_is_taught_at_every_step_whatever_grpo_does(micro_policy, micro_config, tmp_path):
+    config = _config(micro_config, tmp_path, **{"mtp.every": 3, "mtp.share": 0.25, "warm_start.steps": 1})
+    policy, whole = micro_policy(0), micro_policy(0)
+    assert _warm(policy, config, tmp_path / "a")["loss/mtp"] > 0
+    _warm(whole, _config(micro_config, tmp_path, **{"mtp.every": 1, "warm_start.steps": 1}), tmp_path / "b")
+    assert not _moved(policy, whole)
+
+
+def test_without_a_loss_weight_the_head_stays_as_it_is(micro_policy, micro_config, tmp_path):
+    policy = micro_policy(0)
+    before = copy.deepcopy(policy)
+    metrics = _warm(policy, _config(micro_config, tmp_path, **{"mtp.loss_weight": 0.0}), tmp_path / "r")
+    assert "loss/mtp" not in metrics
+    moved = _moved(policy, before)
+    assert moved
+    assert not any(name.startswith("mtp.") for name in moved)
+
+
+def test_levels_of_its_own(micro_policy, micro_config, tmp_path, monkeypatch):
+    prompts: list[str] = []
+    solution = Task.solution
+
+    def note(self, example, *rest):
+        prompts.append(example.columns["level"])
+        return solution(self, example, *rest)
+
+    monkeypatch.setattr(Task, "solution", note)
+    config = _config(micro_config, tmp_path, **{"data.levels": [1, 2], "warm_start.levels": [2]})
+    _warm(micro_policy(0), config, tmp_path / "r")
+    assert prompts == [2] * 16
+
+
+def test_a_warm_start_that_diverges_says_so(micro_policy, micro_config, tmp_path):
+    policy = micro_policy(0)
+    with torch.no_grad():
+        policy.lm_head[0, 0] = math.nan
+    with pytest.raises(NonFiniteStep, match="step 1: the loss is nan"):
+        _warm(policy, _config(micro_config, tmp_path), tmp_path / "r")
