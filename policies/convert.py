@@ -58,7 +58,6 @@ from transformers.utils.hub import cached_file
 
 from policies.parity import ParityFailed, ParityReport, parity
 
-
 # A power of two keeps w·a_i exact. At 2^11 the norm's error drowns in float32 rounding, at 2^9 not quite.
 NORM_WEIGHT = 2.0**11
 NUM_CONSTANTS = 4
