@@ -1,0 +1,303 @@
+"""The MTP head: training's unrolled form against step-by-step drafting, against transformers', and by hand."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers.modeling_layers import MtpModel
+
+from grpo.batch import MicroBatch, PackedRow, Sample, collate
+from policies.absorbed import AbsorbedTrunk, new_cache
+from policies.logprobs import logprobs_from_hidden
+from policies.mtp import DEPTH_DECAY, AbsorbedHead, MTPHead, draft_loss
+
+CPU = torch.device("cpu")
+CONFIGS = {
+    "plain": {},
+    "biases_and_query_latent": {"attention_bias": True, "q_lora_rank": 10},
+    "rope_in_halves": {"rope_interleave": False},
+    "rotary_keys_only": {"qk_nope_head_dim": 0},
+    "expert_groups": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3},
+    "dense": {"first_k_dense_replace": 2},
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def policy(request, random_policy):
+    return random_policy(7, **CONFIGS[request.param])
+
+
+def packed(*shapes: tuple[int, list[int]]) -> MicroBatch:
+    """Rows of random tokens: (prompt length, completion lengths)."""
+    generator = torch.Generator().manual_seed(3)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(2, 250, (length,), generator=generator).tolist()
+
+    rows = [PackedRow(tokens(prompt), [Sample(0, tokens(n)) for n in lengths]) for prompt, lengths in shapes]
+    return collate(rows, CPU)
+
+
+def preceding(policy, mini: MicroBatch) -> torch.Tensor:
+    """[B, T, D] the trunk's hidden state that precedes each token; differentiable."""
+    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
+    return hidden.gather(1, mini.before[..., None].expand_as(hidden))
+
+
+def unrolled(policy, mini: MicroBatch, depth: int) -> list[torch.Tensor]:
+    """`outputs[d - 1][b, n]`: depth d of the chain that starts at token n of row b."""
+    with torch.no_grad():
+        return policy.unroll(preceding(policy, mini), mini.token_ids, mini.position_ids, mini.head_visible, depth)
+
+
+def drafted(policy, prompt: list[int], completion: list[int], start: int, depth: int) -> list[torch.Tensor]:
+    """Outputs [D] of depths 1 … depth of the chain that starts at `completion[start]`, as the engine makes them:
+    entries of the prompt, then of the verified tokens one by one, then the chain, fed with the tokens that follow."""
+    trunk = AbsorbedTrunk(policy.trunk, torch.float32, 64)
+    head = AbsorbedHead(policy.mtp, trunk)
+    ids = torch.tensor([prompt + completion])
+    positions = torch.arange(ids.shape[1])[None]
+    hidden = trunk(ids, positions, trunk.cache(1, ids.shape[1]))
+    before = torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+    cache = new_cache(head.config, 1, 1, len(prompt), torch.float32, CPU, first=1)
+    end = len(prompt)
+    head(ids[:, :end], before[:, :end], positions[:, :end], cache)
+    cache.advance(end)
+    cache = cache.fan_out(1, 32)
+    for at in range(end, end + start + 1):
+        out = head(ids[:, at : at + 1], before[:, at : at + 1], positions[:, at : at + 1], cache)
+        cache.advance(1)
+    outputs = [out[0, 0]]
+    for at in range(end + start + 1, end + start + depth):
+        out = head(ids[:, at : at + 1], out, positions[:, at : at + 1], cache)
+        cache.advance(1)
+        outputs.append(out[0, 0])
+    return outputs
+
+
+@torch.no_grad()
+def test_the_unrolled_head_is_the_drafting_head_at_every_depth_and_position(policy):
+    depth = 4
+    mini = packed((5, [6, 3, 1]), (1, [2, 4]))  # the second prompt leaves no entry behind
+    outputs = unrolled(policy, mini, depth)
+    compared = 0
+    for b, row in enumerate(mini.rows):
+        at = len(row.prompt_ids)
+        for sample in row.samples:
+            length = len(sample.token_ids)
+            for start in range(length):
+                chain = drafted(policy, row.prompt_ids, sample.token_ids, start, min(depth, length - start))
+                for d, expected in enumerate(chain):
+                    torch.testing.assert_close(outputs[d][b, at + start], expected, rtol=0, atol=1e-4)
+                    compared += 1
+            at += length
+    assert compared == sum(min(depth, n - s) for n in (6, 3, 1, 2, 4) for s in range(n))
+
+
+@torch.no_grad()
+def test_drafting_ragged_rows_together_equals_each_alone(random_policy):
+    """Rows with a common prompt and unequal numbers of verified tokens, chains rolled back in between."""
+    policy, depth = random_policy(7), 3
+    prompt, completions = [9, 8, 7, 6], [[11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26]]
+    starts = [1, 3]  # where the two rows' second chains start
+    trunk = AbsorbedTrunk(policy.trunk, torch.float32, 64)
+    head = AbsorbedHead(policy.mtp, trunk)
+    ids = torch.tensor([prompt + completion for completion in completions])
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    before = torch.nn.functional.pad(trunk(ids, positions, trunk.cache(2, 10)), (0, 0, 1, 0))[:, :-1]
+    cache = new_cache(head.config, 1, 1, 4, torch.float32, CPU, first=1)
+    head(ids[:1, :4], before[:1, :4], positions[:1, :4], cache)
+    cache.advance(4)
+    cache = cache.fan_out(2, 16)
+
+    def chains(fresh: torch.Tensor, done: torch.Tensor) -> list[torch.Tensor]:
+        """Enter `fresh[r]` verified tokens behind the `done[r]` of before, then draft; outputs [2, D] by depth."""
+        at = len(prompt) + done[:, None] + torch.arange(int(fresh.max()))
+        r = torch.arange(2)
+        out = head(ids[r[:, None], at], before[r[:, None], at], positions[r[:, None], at], cache)
+        cache.advance(fresh)
+        outputs = [out[r, fresh - 1]]
+        for d in range(1, depth):
+            place = len(prompt) + done + fresh + d - 1
+            out = head(ids[r, place][:, None], outputs[-1][:, None], positions[r, place][:, None], cache)
+            cache.advance(1)
+            outputs.append(out[:, 0])
+        cache.advance(1 - depth)
+        return outputs
+
+    chains(torch.tensor([1, 1]), torch.tensor([0, 0]))
+    outputs = chains(torch.tensor(starts), torch.tensor([1, 1]))
+    for r, completion in enumerate(completions):
+        for d, expected in enumerate(drafted(policy, prompt, completion, starts[r], depth)):
+            torch.testing.assert_close(outputs[d][r], expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [name for name in CONFIGS if name != "dense"])  # transformers' is always MoE
+def test_depth_one_equals_transformers_own_head(random_policy, config):
+    policy = random_policy(8, **CONFIGS[config])
+    stock = MtpModel(policy.trunk, 1).eval()
+    renamed = {
+        {"norm": "post_norm", "block": "mtp_block"}.get(name.split(".")[0], name.split(".")[0])
+        + name[len(name.split(".")[0]) :]: tensor
+        for name, tensor in policy.mtp.state_dict().items()
+    }
+    stock.layers[0].load_state_dict(renamed)
+    mini = packed((1, [11]))
+    before = preceding(policy, mini)[:, 1:]
+    expected = stock.forward_layer(0, before, mini.position_ids[:, 1:], None, input_ids=mini.token_ids[:, 1:])
+    [ours] = unrolled(policy, mini, 1)
+    difference = policy.trunk.lm_head(ours[:, 1:]) - policy.trunk.lm_head(expected)
+    assert difference.abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_depth_one_is_stored_where_transformers_looks_for_it(random_policy, tmp_path, monkeypatch):
+    """Our checkpoint through `MtpModel.from_pretrained`: it knows the layer by the number that its class names."""
+    policy = random_policy(8)
+    policy.save(tmp_path / "policy")
+    trunk = type(policy.trunk).from_pretrained(tmp_path / "policy")
+    monkeypatch.setattr(type(trunk), "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2.*"])
+    stock = MtpModel.from_pretrained(trunk).eval()
+    mini = packed((1, [9]))
+    before = preceding(policy, mini)[:, 1:]
+    expected = stock.forward_layer(0, before, mini.position_ids[:, 1:], None, input_ids=mini.token_ids[:, 1:])
+    [ours] = unrolled(policy, mini, 1)
+    torch.testing.assert_close(ours[:, 1:], expected, rtol=0, atol=1e-5)
+
+
+def test_a_chain_does_not_see_other_chains_or_completions(random_policy):
+    """Depth d at n depends on tokens up to n + d − 1 of its own completion and on nothing else."""
+    policy, mini = random_policy(9), packed((4, [5, 5]))
+    outputs = unrolled(policy, mini, 3)
+    for changed in range(4, 14):
+        other = copy.copy(mini)
+        other.token_ids = mini.token_ids.clone()
+        other.token_ids[0, changed] = 251
+        moved = [
+            set((after - before).abs().amax(-1)[0].gt(1e-4).nonzero()[:, 0].tolist())
+            for before, after in zip(outputs, unrolled(policy, other, 3), strict=True)
+        ]
+        end = 9 if changed < 9 else 14
+        for d, entries in enumerate(moved):
+            # Chains of later tokens, and those whose depth d + 1 embeds the changed token itself.
+            reached = set(range(changed - d, end))
+            inside = {n for n in entries if n >= 4 and n + d < (9 if n < 9 else 14)}  # the rest means nothing
+            assert inside <= reached, (changed, d)
+            assert changed - d < 4 or (changed - d < 9 <= changed) or changed - d in inside
+
+
+# ---- the loss ------------------------------------------------------------------------------------------------------
+
+
+def test_draft_loss_by_hand():
+    """Two tokens in the vocabulary, width 1, LM head (0, 1): a state x means p = (1 − σ(x), σ(x))."""
+    lm_head = torch.tensor([[0.0], [1.0]])
+    log3 = math.log(3)
+    segment = torch.tensor([[0, 1, 1, 2]])  # one prompt token, a completion of two tokens, one of one token
+    teacher = torch.tensor([[[9.0], [9.0], [log3], [9.0]]])  # only token 2 is ever a target: p = (1/4, 3/4)
+    drafts = [torch.zeros(1, 4, 1), torch.full((1, 4, 1), 5.0)]  # q = (1/2, 1/2); depth 2 has no target
+    kl = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    assert draft_loss(drafts[:1], teacher, segment, lm_head, 1.0).item() == pytest.approx(kl)
+    # Depths weigh 1 : 0.6, normalised: depth 1 keeps 1 / 1.6 of it.
+    assert draft_loss(drafts, teacher, segment, lm_head, 1.0).item() == pytest.approx(kl / 1.6)
+    # Temperature 2 halves the logits: p = (1, √3) / (1 + √3).
+    p = math.sqrt(3) / (1 + math.sqrt(3))
+    warm = p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))
+    assert draft_loss(drafts[:1], teacher, segment, lm_head, 2.0).item() == pytest.approx(warm)
+
+
+def test_draft_loss_pairs_every_depth_with_the_token_it_drafts():
+    """Against loops; chunked or not, the same sum."""
+    torch.manual_seed(0)
+    lm_head, temperature = torch.randn(7, 3), 0.7
+    segment = torch.tensor([[0, 0, 1, 1, 1, 2, 2], [0, 1, 1, 1, -1, -1, -1]])
+    outputs, teacher = [torch.randn(2, 7, 3) for _ in range(3)], torch.randn(2, 7, 3)
+    expected = 0.0
+    for d in (1, 2, 3):
+        weight = DEPTH_DECAY ** (d - 1) / (1 + DEPTH_DECAY + DEPTH_DECAY**2)
+        for b in range(2):
+            for n in range(7 - d):
+                if segment[b, n] > 0 and segment[b, n] == segment[b, n + d]:
+                    p = (lm_head @ teacher[b, n + d] / temperature).log_softmax(0)
+                    q = (lm_head @ outputs[d - 1][b, n] / temperature).log_softmax(0)
+                    expected += weight * (p.exp() * (p - q)).sum().item()
+    for chunk in (1, 2, 100):
+        got = draft_loss(outputs, teacher, segment, lm_head, temperature, chunk).item()
+        assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_draft_loss_is_zero_where_nothing_can_be_drafted():
+    loss = draft_loss([torch.zeros(1, 3, 2)], torch.zeros(1, 3, 2), torch.tensor([[0, 1, 2]]), torch.zeros(4, 2), 1.0)
+    assert loss.item() == 0.0
+
+
+def test_the_draft_loss_is_least_where_draft_equals_trunk(random_policy):
+    policy, mini = random_policy(1), packed((3, [6]))
+    with torch.no_grad():
+        before = preceding(policy, mini)
+    perfect = [torch.nn.functional.pad(before, (0, 0, 0, d))[:, d:] for d in (1, 2)]
+    assert draft_loss(perfect, before, mini.segment, policy.lm_head, 0.8).item() == pytest.approx(0.0, abs=1e-5)
+    assert draft_loss(unrolled(policy, mini, 2), before, mini.segment, policy.lm_head, 0.8) > 0.1
+
+
+def test_training_the_head_lowers_its_loss_and_every_parameter_learns(random_policy):
+    policy, mini = random_policy(2, attention_bias=True, q_lora_rank=10), packed((4, [8, 8, 8, 8]), (2, [8] * 4))
+    optimizer = torch.optim.AdamW(policy.mtp.parameters(), lr=3e-3)
+    with torch.no_grad():
+        before = preceding(policy, mini)
+    losses = []
+    for _ in range(25):
+        outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, 3)
+        loss = draft_loss(outputs, before, mini.segment, policy.lm_head, 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert [name for name, p in policy.mtp.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_contract_7_the_draft_head_never_touches_the_trunks_gradient(random_policy, tied):
+    policy, mini = random_policy(3, tie_word_embeddings=tied), packed((4, [5, 3]), (2, [4, 4]))
+
+    def gradients(weight: float | None) -> dict[str, torch.Tensor]:
+        policy.zero_grad(set_to_none=True)
+        before = preceding(policy, mini)
+        logprobs, _ = logprobs_from_hidden(before[mini.scored], policy.lm_head, mini.token_ids[mini.scored], 0.9)
+        loss = -logprobs.mean()
+        if weight is not None:
+            outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, 3)
+            loss = loss + weight * draft_loss(outputs, before, mini.segment, policy.lm_head, 0.9)
+        loss.backward()
+        return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+    without, beside = gradients(None), gradients(10.0)
+    assert all(name.startswith("trunk.") for name in without)
+    assert {name for name in beside if name.startswith("trunk.")} == set(without)
+    assert any(beside[name].any() for name in beside if name.startswith("mtp."))
+    for name, gradient in without.items():
+        assert torch.equal(gradient, beside[name]), name
+    # The whole trunk hears from the policy's own loss: the comparison above compares something.
+    assert len(without) == len(dict(policy.trunk.named_parameters()))
+
+
+# ---- the module ----------------------------------------------------------------------------------------------------
+
+
+def test_the_head_is_moe_like_the_trunk_and_dense_beside_a_dense_trunk(random_policy):
+    assert hasattr(random_policy(0).mtp.block.mlp, "experts")
+    assert not hasattr(random_policy(0, first_k_dense_replace=2).mtp.block.mlp, "experts")
+    assert random_policy(0).config.first_k_dense_replace == 1  # the trunk's own config is left alone
+
+
+def test_a_fresh_head_is_random_with_neutral_norms(random_policy):
+    config = random_policy(0, attention_bias=True, initializer_range=0.1).config
+    head = MTPHead(config)
+    for name, parameter in head.named_parameters():
+        if parameter.dim() > 1:
+            assert parameter.std().item() == pytest.approx(0.1, rel=0.25), name
+        else:
+            assert parameter.unique().tolist() == ([0.0] if name.endswith("bias") else [1.0]), name
