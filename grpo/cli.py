@@ -18,18 +18,18 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 2, 130, 143
 def main(argv: Sequence[str] | None = None) -> int:
     from grpo.options import ConfigError, parse
 
-    parser = build_parser()
+    parser, resumable = build_parser(), False
     try:
         args = parse(parser, argv)
+        resumable = args.command is _train
         return int(args.command(args) or 0)
     except ConfigError as error:
         return _fail(
             "the configuration is not usable:\n" + "\n".join(f"  {line}" for line in error.problems), EXIT_USAGE
         )
     except KeyboardInterrupt:
-        return _fail(
-            "interrupted; what was saved stays, `--resume auto` goes on from the last checkpoint", EXIT_INTERRUPTED
-        )
+        way_on = "; what was saved stays, `--resume auto` goes on from the last checkpoint" if resumable else ""
+        return _fail(f"interrupted{way_on}", EXIT_INTERRUPTED)
     except Exception as error:
         if not isinstance(error, _expected_errors()):
             raise
@@ -42,10 +42,11 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from grpo.checkpoint import CheckpointError
     from grpo.learner import NonFiniteStep
     from grpo.train import Stopped
+    from policies.convert import ParityFailed
     from rewards.protocol import RewardError
     from rollout.engine import RolloutError
 
-    return CheckpointError, NonFiniteStep, Stopped, RewardError, RolloutError, ValueError, OSError
+    return CheckpointError, NonFiniteStep, ParityFailed, RewardError, RolloutError, Stopped, ValueError, OSError
 
 
 def _fail(message: str, code: int) -> int:
@@ -224,5 +225,5 @@ def _write(path: Path | None, content: dict[str, Any]) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     print(f"written to {path}")

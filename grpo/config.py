@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from grpo.losses import CorrectionMode, KLEstimator, Level, LossType
 from grpo.options import Options
@@ -38,7 +38,7 @@ class DataOptions(Options):
 class RolloutOptions(Options):
     """How completions are sampled."""
 
-    group_size: int = Field(default=8, ge=2)
+    group_size: int = 8
     """Completions per prompt; GRPO compares them with each other, so at least 2."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; the learner scores at the same one. there is no top-p or top-k: they bias the gradient."""
@@ -52,6 +52,13 @@ class RolloutOptions(Options):
     """CPU threads of each Ray worker."""
     prompts_per_shard: int = Field(default=8, ge=1)
     """Prompts whose groups are sampled together; the number of workers never changes a token."""
+
+    @field_validator("group_size")
+    @classmethod
+    def _compares(cls, group_size: int) -> int:
+        if group_size < 2:
+            raise ValueError("gives every completion a zero advantage; use 2 or more")
+        return group_size
 
 
 class RewardOptions(Options):

@@ -41,10 +41,12 @@ def check_model(model: str) -> None:
 
 def policy_folder(model: str) -> str:
     """A run folder stands for the policy it trained: `policy/` when the run ended, else its warm start."""
+    if not (Path(model) / "environment.json").exists():
+        return model
     for name in ("policy", "warm_start"):
-        if (Path(model) / "config.yaml").exists() and (Path(model) / name).is_dir():
+        if (Path(model) / name).is_dir():
             return str(Path(model) / name)
-    return model
+    raise PolicyError(f"model={model!r} is a run that has not saved a policy yet; go on with it: --resume auto")
 
 
 class SamplingOptions(Protocol):

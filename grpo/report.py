@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +14,13 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config
 
 from grpo import environment
-from grpo.config import SftConfig, TrainConfig
+from grpo.config import LoraOptions, SftConfig, TrainConfig
 from grpo.console import visible
 from grpo.evaluate import Evaluation, Speed
 from grpo.loader import check_model, policy_folder
 from grpo.task import Task
 from policies import presets
+from policies.policy import PolicyError
 from rollout.group import RolloutGroup, tokens_per_forward
 
 CONSOLE = Console()
@@ -31,10 +33,9 @@ def summary(results: Mapping[str, Any]) -> None:
     if results.get("speeds"):
         speeds(results["speeds"])
     folder = Path(results["output_dir"])
-    CONSOLE.print(f"\n{environment.caption(environment.describe())}", markup=False, highlight=False)
-    CONSOLE.print("everything lies in", str(folder), markup=False, highlight=False)
-    for path in sorted(folder.iterdir()):
-        CONSOLE.print(f"  {path.name}{'/' if path.is_dir() else ''}", markup=False, highlight=False)
+    names = [f"  {path.name}{'/' if path.is_dir() else ''}" for path in sorted(folder.iterdir())]
+    lines = ["", environment.caption(environment.describe()), f"everything lies in {folder}", *names]
+    CONSOLE.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)  # paths stay in one piece
 
 
 def evaluations(results: Mapping[str, Evaluation]) -> None:
@@ -148,12 +149,15 @@ def _estimates(config: SftConfig) -> Iterator[tuple[str, str]]:
     if model in presets.PRESETS:
         shape = DeepseekV3Config(vocab_size=512, **presets.PRESETS[model])
     else:
-        shape = AutoConfig.from_pretrained(model)
+        try:
+            shape = AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"model={model!r} is no checkpoint folder and no reachable hub id: {error}") from error
     with torch.device("meta"):
         total = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
     size = 2 if config.dtype == "bfloat16" else 4
     lora = config.lora if isinstance(config, TrainConfig) else None
-    trained = total if lora is None else _lora_parameters(shape, lora.rank)
+    trained = total if lora is None else _lora_parameters(shape, lora)
     copies = 2  # the learner's and its sampler's; every Ray worker has one more
     anchored = isinstance(config, TrainConfig) and config.loss.beta > 0 and lora is None
     copies += config.rollout.workers + anchored - (config.rollout.workers > 0)
@@ -164,23 +168,25 @@ def _estimates(config: SftConfig) -> Iterator[tuple[str, str]]:
         head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
         vector = 2 * shape.num_key_value_heads * head
     cache = rows * config.rollout.max_completion_tokens * shape.num_hidden_layers * vector * size
-    optimizer = trained * (size + 8)
+    moments = 2 * trained * size
     yield "parameters", f"{total / 1e6:,.1f} M, trained {trained / 1e6:,.1f} M ({trained / total:.1%})"
     yield "memory: weights", f"{_gib(total * size * copies)} ({copies} copies)"
-    yield "memory: gradients and AdamW", _gib(optimizer)
+    yield "memory: gradients and AdamW", _gib(trained * size + moments)
     yield "memory: latent cache", f"{_gib(cache)} ({rows} rows × {config.rollout.max_completion_tokens} tokens)"
     if isinstance(config, TrainConfig):
-        kept = config.checkpoint.keep or config.steps // config.checkpoint.every + 1
-        yield "disk: checkpoints", f"{_gib(trained * (size + 8) * kept)} ({kept} kept)"
+        saved = math.ceil(config.steps / config.checkpoint.every)
+        kept = min(config.checkpoint.keep or saved, saved)
+        yield "disk: checkpoints", f"{_gib((trained * size + moments + anchored * total * size) * kept)} ({kept} kept)"
     yield "disk: policies", _gib(total * size * (1 + (config.warm_start.steps > 0)))
 
 
-def _lora_parameters(shape: Any, rank: int) -> int:
+def _lora_parameters(shape: Any, options: LoraOptions) -> int:
+    """Raises ValueError for targets that the model does not have."""
     from policies import lora
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
-        lora.inject(model, rank, rank)
+        lora.inject(model, options.rank, options.alpha, options.targets)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

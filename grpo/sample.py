@@ -17,8 +17,12 @@ def read_prompts(path: Path) -> list[Example]:
     """Lines such as `{"prompt": "2 + 3 = ?"}`. Raises ValueError naming file and line."""
     if not path.is_file():
         raise ValueError(f"--prompts {path}: there is no such file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path}: is not UTF-8 text (byte {error.start})") from None
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -28,7 +32,8 @@ def read_prompts(path: Path) -> list[Example]:
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f'{path}, line {number}: expected {{"prompt": "some text"}}, got {line[:60]}')
-        examples.append(Example(f"{path.stem}/{number}", prompt, "", {**row, "prompt": prompt}))
+        # The noise hangs on this name, so the file has none in it: a copy gives the same tokens.
+        examples.append(Example(f"line {number}", prompt, "", {**row, "prompt": prompt}))
     if not examples:
         raise ValueError(f'{path} holds no prompts; write one {{"prompt": ...}} a line')
     return examples

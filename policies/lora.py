@@ -34,6 +34,8 @@ def inject(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] | N
         if target not in available | {"lm_head"}:
             near = difflib.get_close_matches(target, available, n=3) or sorted(available)
             raise ValueError(f"lora.targets: {target!r} matches no module of this policy; it has {', '.join(near)}")
+    if "lm_head" in wanted and model.config.tie_word_embeddings:
+        raise ValueError("lora.targets: 'lm_head' is also the embedding of this policy, which has no adapter; drop it")
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if "experts" in wanted else None
     config = LoraConfig(
         r=rank,
@@ -42,7 +44,9 @@ def inject(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] | N
         target_modules=[t for t in wanted if t != "experts"],
         target_parameters=experts,
     )
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    # peft reads the targets of a DeepSeek-V3 model in a sense of its own: gate_proj, up_proj and down_proj would mean
+    # the routed experts alone, and the dense and shared ones get nothing. Behind a plain container it takes our word.
+    inject_adapter_in_model(config, nn.ModuleList([model]), adapter_name=ADAPTER)
 
 
 def adapters(model: nn.Module) -> Iterable[tuple[str, LoraLayer]]:

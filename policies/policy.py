@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
@@ -112,11 +114,15 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy published tensors into this (plain) policy; every name and shape must exist here."""
+        """Copy published tensors into this (plain) policy: all of its tensors, in their shapes, or none at all."""
         own = self.state_dict(keep_vars=True)
-        unknown = [name for name in weights if name not in own]
-        if unknown:
+        if unknown := [name for name in weights if name not in own]:
             raise PolicyError(f"published tensors that this policy does not have: {unknown[:5]}")
+        if missing := [name for name in own if name not in weights]:
+            raise PolicyError(f"the publication lacks tensors of this policy: {missing[:5]}")
+        for name, tensor in weights.items():
+            if tensor.shape != own[name].shape:
+                raise PolicyError(f"published {name} is {list(tensor.shape)}, here it is {list(own[name].shape)}")
         for name, tensor in weights.items():
             own[name].copy_(tensor)
 
@@ -168,12 +174,23 @@ class Policy(nn.Module):
         """A policy from a folder or hub id. `add_mtp` gives a fresh head to a DeepSeek-V3 trunk that has none."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            with _quiet_loading():
-                trunk, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+            with _quiet_loading() as logged:
+                trunk, report = AutoModelForCausalLM.from_pretrained(
+                    source,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,  # `_check_report` refuses them by name
+                    output_loading_info=True,
+                )
         except (OSError, ValueError) as error:
             raise PolicyError(
                 f"model={str(source)!r} is neither a preset, a checkpoint folder nor a reachable hub id: {error}"
             ) from error
+        except RuntimeError as error:  # experts that cannot be stacked; transformers names them in its log alone
+            unfit = re.findall(r"^(\S+) +\| CONVERSION", "\n".join(record.getMessage() for record in logged), re.M)
+            if not unfit:
+                raise
+            raise PolicyError(f"model={str(source)!r} has experts missing or of unequal shapes: {unfit[:5]}") from error
         _check_report(source, trunk.config, report)
         mtp = None
         if isinstance(trunk, DeepseekV3ForCausalLM):
@@ -183,21 +200,24 @@ class Policy(nn.Module):
                     torch.manual_seed(seed)
                     mtp = MTPHead(trunk.config).to(dtype)
                 if stored:
-                    mtp.load_state_dict(stored)
+                    _fill_mtp(source, mtp, stored)
         return cls(trunk, mtp, tokenizer)
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """transformers prints a report of the MTP layer's keys as unexpected; `_check_report` reads it instead."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+def _quiet_loading() -> Iterator[list[logging.LogRecord]]:
+    """transformers logs the MTP layer's keys as unexpected; `_check_report` judges. Yields what was not shown."""
+    library, bars = logging.getLogger("transformers"), transformers_logging.is_progress_bar_enabled()
+    level, handlers = library.level, library.handlers
+    kept = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
+    library.handlers = [kept]
+    library.setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        yield kept.buffer
     finally:
-        transformers_logging.set_verbosity(level)
+        library.handlers = handlers
+        library.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()
 
@@ -210,14 +230,20 @@ def _check_report(source: str | Path, config: PretrainedConfig, report: dict) ->
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if not (layer and int(layer[1]) >= layers):
             stray.append(name)
+    misshapen = [name for name, *_ in report["mismatched_keys"]]
+    _refuse_differences(source, report["missing_keys"], misshapen, stray)
+
+
+def _refuse_differences(
+    source: str | Path, missing: Iterable[str], misshapen: Iterable[str], stray: Iterable[str]
+) -> None:
     for kind, names in (
-        ("lacks the tensors", list(report["missing_keys"])),
-        ("has tensors of another shape:", list(report["mismatched_keys"])),
-        ("has tensors that its config does not explain:", stray),
+        ("lacks the tensors", sorted(missing)),
+        ("has tensors of another shape:", sorted(misshapen)),
+        ("has tensors that its config does not explain:", sorted(stray)),
     ):
         if names:
-            shown = ", ".join(str(name) for name in sorted(names)[:5])
-            raise PolicyError(f"model={str(source)!r} {kind} {shown} ({len(names)} in all)")
+            raise PolicyError(f"model={str(source)!r} {kind} {', '.join(names[:5])} ({len(names)} in all)")
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
@@ -239,7 +265,7 @@ def _layout_name(config: DeepseekV3Config, name: str) -> str:
 
 
 def _read_mtp(folder: Path, config: DeepseekV3Config) -> dict[str, Tensor]:
-    """The head's tensors from a checkpoint, experts fused; empty where the checkpoint has no MTP layer."""
+    """The tensors of the checkpoint's MTP layer, without copies of the trunk's own; empty where it has none."""
     prefix = f"model.layers.{config.num_hidden_layers}."
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -247,29 +273,32 @@ def _read_mtp(folder: Path, config: DeepseekV3Config) -> dict[str, Tensor]:
         files = sorted({file for name, file in names.items() if name.startswith(prefix)})
     else:
         files = ["model.safetensors"] if (folder / "model.safetensors").exists() else []
+    copies = (f"{prefix}embed_tokens.", f"{prefix}shared_head.head.")
     found: dict[str, Tensor] = {}
     for file in files:
         with safe_open(folder / file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                if name.startswith(prefix):
-                    found[name.removeprefix(prefix)] = tensors.get_tensor(name)
-    if not found:
-        return {}
-    experts: dict[tuple[int, str], Tensor] = {}
-    state: dict[str, Tensor] = {}
-    for name, tensor in found.items():
-        if match := re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)\.weight", name):
-            experts[int(match[1]), match[2]] = tensor
-        elif name == "shared_head.norm.weight":
-            state["norm.weight"] = tensor
-        elif name in ("enorm.weight", "hnorm.weight", "eh_proj.weight"):
-            state[name] = tensor
-        elif not name.startswith(("embed_tokens", "shared_head")):  # copies of the trunk's own
-            state[f"block.{name}"] = tensor
-    if experts:
-        count = 1 + max(index for index, _ in experts)
-        state["block.mlp.experts.gate_up_proj"] = torch.stack(
-            [torch.cat([experts[e, "gate_proj"], experts[e, "up_proj"]]) for e in range(count)]
-        )
-        state["block.mlp.experts.down_proj"] = torch.stack([experts[e, "down_proj"] for e in range(count)])
-    return state
+                if name.startswith(prefix) and not name.startswith(copies):
+                    found[name] = tensors.get_tensor(name)
+    return found
+
+
+@torch.no_grad()
+def _fill_mtp(source: str | Path, head: MTPHead, stored: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's MTP layer into `head`; its experts lie there one by one, gate and up apart."""
+    own: dict[str, Tensor] = {}
+    for name, tensor in head.state_dict().items():
+        name = _layout_name(head.config, name)
+        if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            own[name] = tensor
+            continue
+        experts, _, fused = name.rpartition(".")
+        parts = ("gate_proj", "up_proj") if fused == "gate_up_proj" else ("down_proj",)
+        for e, expert in enumerate(tensor):
+            for part, view in zip(parts, expert.chunk(len(parts)), strict=True):
+                own[f"{experts}.{e}.{part}.weight"] = view
+    both = own.keys() & stored.keys()
+    misshapen = [name for name in both if own[name].shape != stored[name].shape]
+    _refuse_differences(source, own.keys() - both, misshapen, stored.keys() - both)
+    for name, view in own.items():
+        view.copy_(stored[name])

@@ -67,14 +67,15 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniform(keys_N2: Tensor, positions_N: Tensor, ids: Tensor) -> Tensor:
-    """Keyed uniforms in (0, 1), 24 bits each. `ids` [N, K] or [K]: which noises of each row; returns [N, K]."""
+    """Keyed uniforms in (0, 1), 23 bits each. `ids` [N, K] or [K]: which noises of each row; returns [N, K]."""
     place = positions_N.to(torch.int32)
     first = _mix(keys_N2[:, 0] + _mix(place * -1640531527))
     second = _mix(keys_N2[:, 1] ^ first)
     x = _mix(ids.to(torch.int32) * 0x3C6EF372 + first[:, None])
     x += second[:, None]
     x = _mix(x)
-    return (((x >> 8) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    # 23 bits and a half fit a float32 exactly; with 24 the largest would round to 1, an infinite Gumbel noise.
+    return (((x >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23
 
 
 def gumbel(keys_N2: Tensor, positions_N: Tensor, ids: Tensor) -> Tensor:
@@ -96,18 +97,16 @@ def choose(logits_NV: Tensor, temperature: float, keys_N2: Tensor, positions_N: 
         ids = torch.arange(vocabulary, device=scaled.device)
         return (scaled + gumbel(keys_N2, positions_N, ids)).argmax(-1)
     top, ids = scaled.topk(TOP_K, dim=-1, sorted=False)
-    whole = scaled.logsumexp(-1)
-    # Where rounding leaves no mass for the tail this is log(0): it never wins.
-    tail = whole + torch.log1p(-(top.logsumexp(-1) - whole).exp().clamp(max=1.0))
-    tail_id, pick_id = torch.tensor([[-1], [-2]], device=scaled.device)
-    tail = tail + gumbel(keys_N2, positions_N, tail_id)[:, 0]
+    rest = scaled.scatter_(1, ids, float("-inf"))  # its logsumexp is exact where it is tiny, a difference would not be
+    tail_id, pick_id = torch.tensor([[-1], [-2]], device=rest.device)
+    tail = rest.logsumexp(-1) + gumbel(keys_N2, positions_N, tail_id)[:, 0]
     best, where = (top + gumbel(keys_N2, positions_N, ids)).max(-1)
     tokens = ids.gather(1, where[:, None])[:, 0]
     rows = (tail > best).nonzero()[:, 0]
     if len(rows):
-        rest = scaled[rows].scatter(1, ids[rows], float("-inf")).double().softmax(-1).cumsum(-1)
-        pick = uniform(keys_N2[rows], positions_N[rows], pick_id).double() * rest[:, -1:]
-        tokens[rows] = torch.searchsorted(rest, pick, right=True)[:, 0].clamp(max=vocabulary - 1)
+        reached = rest[rows].double().softmax(-1).cumsum(-1)
+        pick = uniform(keys_N2[rows], positions_N[rows], pick_id).double() * reached[:, -1:]
+        tokens[rows] = torch.searchsorted(reached, pick, right=True)[:, 0]
     return tokens
 
 

@@ -132,9 +132,7 @@ def test_a_run_that_was_cut_off_behind_its_checkpoint_writes_no_step_twice(micro
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert _untimed(folder) == _untimed(whole("full"))
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
-        f"step_{i:06d}" for i in (2, 4, 5)
-    ]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"step_{i:06d}" for i in (2, 4, 5)]
 
 
 def test_resume_from_a_path_goes_back_and_drops_what_came_later(micro_config, whole, tmp_path):

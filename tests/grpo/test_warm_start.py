@@ -33,7 +33,9 @@ def _moved(policy: Policy, before: Policy) -> set[str]:
 def test_the_policy_learns_the_solutions_in_place_and_its_head_beside_it(micro_policy, micro_config, tmp_path):
     policy, console = micro_policy(0), Console(file=io.StringIO(), width=200)
     before = copy.deepcopy(policy)
-    config = _config(micro_config, tmp_path, **{"warm_start.steps": 60, "warm_start.warmup_steps": 5, "mtp.learning_rate": 1e-2})
+    config = _config(
+        micro_config, tmp_path, **{"warm_start.steps": 60, "warm_start.warmup_steps": 5, "mtp.learning_rate": 1e-2}
+    )
     metrics = _warm(policy, config, tmp_path / "r", console)
     assert "50/60" in console.file.getvalue()
     assert "60/60" in console.file.getvalue()
@@ -41,7 +43,9 @@ def test_the_policy_learns_the_solutions_in_place_and_its_head_beside_it(micro_p
     assert metrics["loss/mtp"] < 1.5
     assert metrics["seconds"] > 0
     assert len(_moved(policy, before)) == len(dict(policy.named_parameters()))
-    assert metrics["learner/learning_rate"] == pytest.approx(1e-2 / 55)  # linear, the last of 55 steps behind the warm-up
+    assert metrics["learner/learning_rate"] == pytest.approx(
+        1e-2 / 55
+    )  # linear, the last of 55 steps behind the warm-up
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_order_does_not(micro_policy, micro_config, tmp_path):

@@ -83,9 +83,7 @@ def test_the_recorder_notes_what_every_router_chose_and_leaves_no_hook(random_po
     with torch.no_grad(), RoutingRecorder(policy.trunk) as recorder:
         out = policy.trunk(token_ids, output_router_logits=True)
     assert [experts.shape for experts in recorder.experts] == [(3, 2), (3, 2)]
-    for experts, logits, layer in zip(
-        recorder.experts, out.router_logits, policy.trunk.model.layers, strict=True
-    ):
+    for experts, logits, layer in zip(recorder.experts, out.router_logits, policy.trunk.model.layers, strict=True):
         _, expected = route(logits, layer.mlp.gate.e_score_correction_bias, policy.config)
         assert torch.equal(experts.sort().values, expected.sort().values)
     with torch.no_grad():

@@ -1,0 +1,433 @@
+"""The commands as a user meets them: help, typos, files, exit codes, Ctrl-C and SIGTERM."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from grpo.cli import main
+from grpo.config import EvalConfig, SampleConfig, SftConfig, TrainConfig
+from grpo.options import _options
+from grpo.run_log import read_metrics, read_rollouts
+from policies.policy import Policy
+
+ROOT = Path(__file__).parents[2]
+MODELS = {"train": TrainConfig, "sft": SftConfig, "eval": EvalConfig, "sample": SampleConfig}
+MICRO_RUN = [
+    *("--threads", "1", "--steps", "2", "--prompts_per_step", "2", "--data.levels", "[1]", "--data.limit", "8"),
+    *("--rollout.group_size", "2", "--rollout.max_completion_tokens", "6", "--log.trackers", "[]"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(micro_policy, tmp_path_factory) -> str:
+    """A checkpoint of a micro policy: a fresh process knows no micro preset."""
+    folder = tmp_path_factory.mktemp("models") / "micro"
+    micro_policy(0).save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run(model, letters, tmp_path_factory) -> Path:
+    """The folder of a run that `quartet train` has made from a file."""
+    folder = tmp_path_factory.mktemp("run")
+    config = folder / "micro.yaml"
+    config.write_text(f"model: {model}\noutput_dir: {folder / 'run'}\nrewards:\n- function: {letters}\n")
+    assert main(["train", str(config), *MICRO_RUN, "--eval.limit", "3"]) == 0
+    return folder / "run"
+
+
+# ---- help and configuration -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", MODELS)
+def test_help_names_and_explains_every_option(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for option in _options(MODELS[command].model_construct()):
+        if "[]" not in option.key and not option.is_group:
+            assert f"--{option.key} " in text
+        assert option.help in text or not option.help or "[]" in option.key
+    flags = {
+        "train": ["--resume", "--force", "--stop_after", "--dry_run", "--print_config"],
+        "sft": ["--dry_run", "--print_config"],
+        "eval": ["--json", "--print_config"],
+        "sample": ["--prompts", "--json"],
+    }
+    assert all(flag in text for flag in flags[command])
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"    {command} " in shown for command in ("sft", "train", "eval", "sample", "convert"))
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    assert "SRC" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--output_dir", "x", "--stepz", "1"]])
+def test_help_and_typos_answer_without_loading_torch(words):
+    code = "import sys\nfrom grpo.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += "print('torch' in sys.modules, 'ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--rollout.groupsize", "4"],
+            "rollout.groupsize=4 (command line): no such option; did you mean rollout.group_size?",
+        ),
+        (["--stepz=3"], "stepz=3 (command line): no such option; did you mean steps?"),
+        (["--resum", "auto"], "did you mean resume?"),
+        (["--rollout.group_size", "1"], "rollout.group_size=1 (command line): expected greater than or equal to 2"),
+        (["--loss.loss_type", "dapoo"], "loss.loss_type=dapoo (command line): expected 'grpo', 'dr_grpo', 'dapo'"),
+        (["--loss.loss_type", "cispo"], "loss.epsilon_high: loss_type cispo needs it"),
+        (["--steps", "many"], "steps=many (command line): expected a valid integer"),
+        (["--reward.on_error", "zero"], "reward.on_error=zero (command line)"),
+    ],
+)
+def test_a_wrong_option_is_named_with_the_way_out(tmp_path, capsys, words, message):
+    assert main(["train", "--output_dir", str(tmp_path / "r"), *words]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "rollout:\n  group_sise: 4\n",
+            "rollout.group_sise=4 ({file}, line 2): no such option; did you mean rollout.group_size?",
+        ),
+        ("", "{file}: is empty"),
+        ("# nothing here\n", "{file}: is empty"),
+        ("steps: [1\n", "{file}, line 2: is not valid YAML"),
+        ("- steps\n", "{file}: expected a mapping"),
+        ("steps: 3\nsteps: 4\n", "{file}: steps stands on lines 1 and 2"),
+        ("rewards: []\n", "rewards"),
+        ("rewards:\n- functoin: gsm8k\n", "did you mean rewards[].function?"),
+    ],
+)
+def test_a_wrong_file_is_named_by_line(tmp_path, capsys, content, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    assert main(["train", str(file), "--output_dir", str(tmp_path / "r")]) == 2
+    assert message.replace("{file}", str(file)) in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_wrong_path_names_the_nearest_file(tmp_path, capsys):
+    (tmp_path / "demo.yaml").write_text("steps: 1\n")
+    assert main(["train", str(tmp_path / "demmo.yaml")]) == 2
+    assert f"no such file; did you mean {tmp_path / 'demo.yaml'}?" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "nowhere/demo.yaml")]) == 2
+    assert f"there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
+
+
+def test_all_problems_come_at_once(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: 0\nlern_rate: 1\n")
+    assert main(["train", str(file), "--seeed", "3"]) == 2
+    shown = capsys.readouterr().err
+    for part in ("steps=0", "lern_rate=1", "seeed=3", "output_dir: is required"):
+        assert part in shown
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_the_printed_config_is_the_effective_one_and_reads_back(tmp_path, capsys, command):
+    words = [
+        "--output_dir",
+        "runs/a",
+        "--rollout.group_size",
+        "6",
+        "--data.levels",
+        "[1, 3]",
+        "--learner.betas",
+        "[0.9, 0.99]",
+    ]
+    words += ["--lora.rank", "4", "--steps", "7"] if command == "train" else []
+    assert main([command, *words, "--print_config"]) == 0
+    first = capsys.readouterr().out
+    file = tmp_path / "printed.yaml"
+    file.write_text(first)
+    assert main([command, str(file), "--print-config"]) == 0
+    assert capsys.readouterr().out == first
+    assert "group_size: 6" in first
+    assert main([command, str(file), "--rollout.group_size", "9", "--print_config"]) == 0
+    changed = [line for line in capsys.readouterr().out.splitlines() if line not in first.splitlines()]
+    assert changed == ["  group_size: 9"]  # the command line wins, and nothing else moves
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--dry-run"])
+def test_a_dry_run_prints_counts_and_writes_nothing(model, tmp_path, capsys, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--model", model, "--output_dir", "r", *MICRO_RUN, flag]) == 0
+    shown = capsys.readouterr().out
+    for part in ("prompts per step", "4 (2 prompts × 2)", "updates per step", "memory: weights", "disk: checkpoints"):
+        assert part in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_examples_are_usable(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for file in sorted((ROOT / "examples").glob("*.yaml")):
+        assert main(["train", str(file), "--print_config"]) == 0, file
+    assert main(["train", "examples/01_demo.yaml", "--dry_run"]) == 0
+    assert main(["train", "examples/03_custom_reward.yaml", "--dry_run"]) == 0
+    assert "shows_its_work" in capsys.readouterr().out
+
+
+# ---- the commands ---------------------------------------------------------------------------------------------------
+
+
+def test_train_makes_a_run_from_a_file(run, capsys):
+    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2]
+    assert (run / "policy/model.safetensors").is_file()
+
+
+def test_a_second_run_into_the_same_folder_is_an_error_of_one_line(run, model, letters, capsys):
+    words = ["--output_dir", str(run), "--model", model, *MICRO_RUN]
+    assert main(["train", *words]) == 1
+    assert re.fullmatch(r"quartet: output_dir=.* already holds a run; .*--resume auto.*\n", capsys.readouterr().err)
+
+
+def test_stop_after_and_resume(model, letters, tmp_path, capsys):
+    words = [
+        "--output_dir",
+        str(tmp_path / "r"),
+        "--model",
+        model,
+        *MICRO_RUN,
+        "--rewards",
+        f"[{{function: '{letters}'}}]",
+    ]
+    assert main(["train", *words, "--stop_after", "1"]) == 143
+    assert "stopped after step 1; go on with --resume auto" in capsys.readouterr().err
+    assert main(["train", *words, "--resume", "auto", "--learner.learning_rate", "0.5"]) == 1
+    assert "learner.learning_rate: 1e-06 then, 0.5 now" in capsys.readouterr().err
+    assert main(["train", *words, "--resume", "nowhere"]) == 1
+    assert "nowhere is no checkpoint" in capsys.readouterr().err
+    assert main(["train", *words, "--resume", "auto", "--learner.learning_rate", "0.5", "--force"]) == 0
+    assert [line["learner/learning_rate"] for line in read_metrics(tmp_path / "r")] == [1e-6, 0.5]
+
+
+def test_sample_writes_the_documented_json_whatever_is_drafted(model, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Tom has 5 pens. "}\n{"prompt": "Zoë: 2 + 3 = "}\n')
+    found = []
+    for drafts in ("0", "4"):
+        out = tmp_path / f"new/folder/{drafts}.json"
+        words = ["--prompts", str(prompts), "--group_size", "4", "--seed", "11", "--temperature", "0.9"]
+        words += ["--draft_tokens", drafts, "--json", str(out), "--max_completion_tokens", "8", "--threads", "1"]
+        assert main(["sample", model, *words]) == 0
+        assert f"written to {out}" in capsys.readouterr().out.replace("\n", "")
+        found.append(json.loads(out.read_text(encoding="utf-8")))
+    assert list(found[0]) == ["groups"]
+    assert [group["prompt"] for group in found[0]["groups"]] == ["Tom has 5 pens. ", "Zoë: 2 + 3 = "]
+    for group, other in zip(found[0]["groups"], found[1]["groups"], strict=True):
+        assert list(group) == ["prompt", "completions"]
+        assert len(group["completions"]) == 4
+        for a, b in zip(group["completions"], other["completions"], strict=True):
+            assert list(a) == ["text", "token_ids", "logprobs", "finish_reason", "draft"]
+            assert (a["token_ids"], a["text"], a["finish_reason"]) == (b["token_ids"], b["text"], b["finish_reason"])
+            assert len(b["draft"]["drafted"]) == 4
+
+
+def test_eval_writes_what_its_table_shows(run, model, tmp_path, capsys):
+    for policy in (str(run), model):
+        out = tmp_path / "eval.json"
+        words = [] if policy == str(run) else ["--levels", "[1]", "--max_completion_tokens", "6", "--limit", "3"]
+        assert main(["eval", policy, "--json", str(out), "--threads", "1", *words]) == 0
+        shown = capsys.readouterr().out
+        document = json.loads(out.read_text())
+        assert document["model"] == policy
+        assert document["data"] == "word_problems"
+        assert list(document["evaluations"]) == ["sampled", "greedy"]
+        for name, row in document["evaluations"].items():
+            assert row["prompts"] == 3
+            line = next(line for line in shown.splitlines() if name in line)
+            assert f"{row['correct']}/{row['completions']}" in line
+            assert f"{row['accuracy']:.3f}" in line
+            assert f"{row['tokens_per_forward']:.2f}" in line
+        assert "hardware" in document["environment"]
+
+
+def test_eval_prints_the_options_that_a_run_brings_along(run, capsys):
+    assert main(["eval", str(run), "--print_config"]) == 0
+    shown = capsys.readouterr().out
+    assert "max_completion_tokens: 6" in shown
+    assert "letters.py:letters" in shown
+    assert "limit: 3" in shown
+
+
+def test_sft_trains_and_its_policy_samples(model, tmp_path, capsys):
+    words = ["--output_dir", str(tmp_path / "sft"), "--model", model, "--threads", "1", "--data.levels", "[1]"]
+    words += ["--warm_start.steps", "3", "--data.limit", "20", "--eval.limit", "2", "--log.trackers", "[]"]
+    words += ["--rollout.max_completion_tokens", "5"]
+    assert main(["sft", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "before, sampled" in shown
+    assert "after, greedy" in shown
+    assert [line["step"] for line in read_metrics(tmp_path / "sft")] == [0, 3]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "Tom has 5 pens. "}\n')
+    words = ["--prompts", str(prompts), "--max_completion_tokens", "4", "--threads", "1"]
+    assert main(["sample", str(tmp_path / "sft"), *words]) == 0
+    assert main(["sft", "--output_dir", str(tmp_path / "sft"), "--model", model]) == 1
+    assert "already holds a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["sample", "tinny", "--prompts", "{prompts}"],
+            "model='tinny': there is no such folder; did you mean the preset 'tiny'?",
+        ),
+        (["sample", "{model}", "--prompts", "{dir}/none.jsonl"], "none.jsonl: there is no such file"),
+        (["sample", "{model}", "--prompts", "{dir}/bad.jsonl"], "bad.jsonl, line 2: not JSON"),
+        (["eval", "./nowhere"], "model='./nowhere': there is no such folder"),
+        (["eval", "{dir}", "--levels", "[1]", "--limit", "2"], "is neither a preset, a checkpoint folder nor"),
+        (["eval", "{model}", "--levels", "[7]"], "7"),
+        (["train", "--output_dir", "{dir}/r", "--model", "./nowhere"], "model='./nowhere': there is no such folder"),
+        (["train", "--output_dir", "{dir}/r", "--data.name", "{dir}/none.jsonl"], "there is no file or folder"),
+        (["train", "--output_dir", "{dir}/r", "--rewards", "[{function: gsm9k}]"], "gsm8k"),
+        (["plot", "{dir}"], "metrics.jsonl"),
+        (["convert", "{model}", "{dir}/new"], "model_type='deepseek_v3' cannot be carried over exactly"),
+        (["convert", "{model}", "{dir}"], "is not empty; remove it or name another"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message_and_exit_code_1(model, tmp_path, capsys, words, message):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
+    names = {"{model}": model, "{dir}": str(tmp_path), "{prompts}": str(tmp_path / "prompts.jsonl")}
+    for name, value in names.items():
+        words = [word.replace(name, value) for word in words]
+    assert main(words) == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["trane"], ["sample", "tiny"], ["train", "--resume"]])
+def test_words_that_are_no_command_exit_with_2(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert "usage: quartet" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(run, monkeypatch):
+    def broken(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("grpo.report.evaluations", broken)
+    with pytest.raises(KeyError):
+        main(["eval", str(run), "--threads", "1"])
+
+
+def test_the_module_is_the_command_and_hands_over_the_exit_code(tmp_path):
+    command = [sys.executable, "-m", "grpo", "train", "--output_dir", str(tmp_path / "r"), "--stepz", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "did you mean steps?" in done.stderr
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """`python -m grpo train` in a session of its own, as a terminal would start it."""
+
+    def __init__(self, model: str, letters: str, folder: Path, *words: str) -> None:
+        self.folder = folder
+        command = [sys.executable, "-m", "grpo", "train", "--output_dir", str(folder), "--model", model, *MICRO_RUN]
+        command += ["--rewards", f"[{{function: '{letters}'}}]", "--steps", "100000", "--checkpoint.every", "1000"]
+        self.stderr = folder.with_suffix(".err")
+        self.process = subprocess.Popen(
+            [*command, *words],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=self.stderr.open("w"),
+            start_new_session=True,
+        )
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            metrics = self.folder / "metrics.jsonl"
+            if metrics.exists() and f'"step": {step},' in metrics.read_text():
+                self.started = psutil.Process(self.process.pid).children(recursive=True)
+                return
+            time.sleep(0.05)
+        pytest.fail(f"step {step} was not reached: {self.stderr.read_text()[-2000:]}")
+
+    def end(self, number: signal.Signals, group: bool = False) -> tuple[int, str]:
+        """Exit code and standard error; no process that it has started is left."""
+        try:
+            (os.killpg if group else os.kill)(self.process.pid, number)
+            code = self.process.wait(timeout=60)
+            _, alive = psutil.wait_procs(self.started, timeout=20)
+            assert not alive, [process.cmdline() for process in alive]
+        finally:
+            for process in [*self.started, psutil.Process(self.process.pid)] if self.process.poll() is None else []:
+                process.kill()
+        return code, self.stderr.read_text()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_ends_everything_with_one_line(model, letters, tmp_path, workers):
+    run = Process(model, letters, tmp_path / "r", "--rollout.workers", str(workers))
+    run.wait_for_step(2)
+    assert run.started  # at least the process that scores
+    code, shown = run.end(signal.SIGINT, group=True)  # a terminal's Ctrl-C reaches the whole group
+    assert code == 130
+    assert "Traceback" not in shown
+    ours = [line for line in shown.splitlines() if line.startswith("quartet:")]
+    assert ours == ["quartet: interrupted; what was saved stays, `--resume auto` goes on from the last checkpoint"]
+    if workers == 0:
+        assert shown.splitlines() == ours
+
+
+def test_sigterm_finishes_the_step_saves_and_can_be_resumed(model, letters, tmp_path, capsys):
+    folder = tmp_path / "r"
+    run = Process(model, letters, folder)
+    run.wait_for_step(2)
+    code, shown = run.end(signal.SIGTERM)
+    assert code == 143
+    last = read_metrics(folder)[-1]["step"]
+    assert shown.splitlines() == [f"quartet: stopped after step {last}; go on with --resume auto"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{last:06d}"]
+    assert len(read_rollouts(folder, last)) == 4
+    assert main(["train", str(folder / "config.yaml"), "--resume", "auto", "--steps", str(last + 1)]) == 0
+    assert [line["step"] for line in read_metrics(folder)] == list(range(1, last + 2))
+    assert Policy.load(folder / "policy").mtp is not None
+
+
+def test_an_interrupted_command_without_checkpoints_promises_none(run, monkeypatch, capsys):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grpo.evaluate.evaluate_model", interrupt)
+    assert main(["eval", str(run)]) == 130
+    assert capsys.readouterr().err == "quartet: interrupted\n"

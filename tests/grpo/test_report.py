@@ -1,0 +1,191 @@
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from grpo import report
+from grpo.config import SftConfig
+from grpo.evaluate import Evaluation, Speed
+from grpo.learner import Learner
+from grpo.options import load
+from policies.policy import PolicyError
+from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
+
+RESULT = Evaluation(
+    prompts=10,
+    completions=20,
+    abstained=0,
+    correct=5,
+    reward_mean=0.3,
+    length_mean=12.5,
+    clipped=0.1,
+    tokens_per_forward=3.456,
+    seconds=2.0,
+    tokens_per_second=125.4,
+    groups=[],
+)
+
+
+@pytest.fixture
+def shown(monkeypatch) -> Console:
+    """What the report prints on a terminal of 80 columns: `shown.export_text()`."""
+    console = Console(record=True, width=80, force_terminal=False)
+    monkeypatch.setattr(report, "CONSOLE", console)
+    return console
+
+
+def _group(prompt: str = "6 * 7 = ?", **columns) -> RolloutGroup:
+    completions = [
+        Completion([4, 2, 0], [-0.1, -0.2, -0.3], "42", "stop", 1, DraftStats(1, [2, 2], [1, 0])),
+        Completion([4, 1], [-0.1, -1.2], "\x1b[31m41", "length", 1, DraftStats(1, [1, 1], [0, 0])),
+    ]
+    return RolloutGroup(Prompt("a", f"{prompt}\n", [9], columns), completions)
+
+
+def test_groups_as_json_is_the_documented_form_to_the_letter():
+    assert report.groups_as_json([_group(prompt="6 * 7 = ?"), _group(prompt="text")])[0] == {
+        "prompt": "6 * 7 = ?\n",
+        "completions": [
+            {
+                "text": "42",
+                "token_ids": [4, 2, 0],
+                "logprobs": [-0.1, -0.2, -0.3],
+                "finish_reason": "stop",
+                "draft": {"target_forwards": 1, "drafted": [2, 2], "accepted": [1, 0], "fallbacks": 0},
+            },
+            {
+                "text": "\x1b[31m41",
+                "token_ids": [4, 1],
+                "logprobs": [-0.1, -1.2],
+                "finish_reason": "length",
+                "draft": {"target_forwards": 1, "drafted": [1, 1], "accepted": [0, 0], "fallbacks": 0},
+            },
+        ],
+    }
+    group = _group(**{"prompt": "6 * 7 = ?"})
+    group.prompt.columns["prompt"] = "as given"
+    assert report.groups_as_json([group])[0]["prompt"] == "as given"
+
+
+def test_groups_are_shown_without_the_escapes_that_a_model_may_write(shown):
+    report.groups([_group() for _ in range(6)], limit=4)
+    text = shown.export_text()
+    assert "... and 2 more groups" in text
+    assert text.count("stop, 3 tokens, 2.00 a forward") == 4
+    assert text.count("length, 2 tokens, 1.00 a forward") == 4
+    assert "\x1b" not in text
+    assert "\\x1b[31m41" in text
+
+
+def test_the_table_of_evaluations_fits_a_terminal_and_says_what_it_counts(shown):
+    report.evaluations({"before GRPO, sampled": RESULT, "after GRPO, greedy": replace(RESULT, correct=15)})
+    text = shown.export_text()
+    for part in ("5/20", "0.250", "0.11-0.47", "15/20", "0.750", "3.46", "125"):
+        assert part in text
+    assert "…" not in text  # no heading is cut
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "no mark" not in text
+
+
+def test_completions_without_a_mark_are_seen(shown):
+    report.evaluations({"sampled": replace(RESULT, abstained=2), "greedy": replace(RESULT, abstained=1)})
+    assert "3 more completions have no mark: the reward abstained or failed" in shown.export_text()
+
+
+def test_evaluations_as_json_hold_what_the_table_shows_and_the_machine():
+    document = report.evaluations_as_json("runs/a", "gsm8k", {"sampled": RESULT})
+    row = document["evaluations"]["sampled"]
+    assert (document["model"], document["data"]) == ("runs/a", "gsm8k")
+    assert (row["correct"], row["completions"], row["accuracy"]) == (5, 20, 0.25)
+    assert row["interval_95"] == pytest.approx([0.1119, 0.4687], abs=1e-4)
+    assert (row["tokens_per_forward"], row["tokens_per_second"]) == (3.456, 125.4)
+    assert "groups" not in row
+    assert {"hardware", "versions", "command"} <= document["environment"].keys()
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+def test_the_summary_shows_results_speed_and_where_things_lie(shown, tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "checkpoints").mkdir()
+    speed = Speed(rows=8, draft_tokens=4, with_drafts=300.0, without_drafts=120.0, tokens_per_forward=3.3)
+    report.summary({"output_dir": str(tmp_path), "evaluations": {"after": RESULT}, "speeds": [speed]})
+    text = shown.export_text()
+    assert re.search(r"8 .* 120 .* 300 \(k = 4\) .* 2\.50x .* 3\.30", text)
+    assert str(tmp_path) in text.replace("\n", "")
+    assert "  checkpoints/" in text
+    assert "  metrics.jsonl" in text
+    assert re.search(r"cores · torch \d", text)
+
+
+def test_a_long_path_is_not_broken_into_lines(shown, tmp_path):
+    folder = tmp_path / ("a-long-name-" * 8)
+    folder.mkdir()
+    report.summary({"output_dir": str(folder)})
+    assert str(folder) in shown.export_text()
+
+
+# ---- the dry run ----------------------------------------------------------------------------------------------------
+
+
+def _dry_run(shown: Console, config) -> dict[str, str]:
+    report.dry_run(config)
+    cells = re.findall(r"│ (.+?) +│ (.+?) +│", shown.export_text())
+    return dict(cells)
+
+
+def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(shown, micro_config, tmp_path):
+    shown.width = 160
+    given = {"eval.limit": 7, "steps": 5, "learner.updates_per_batch": 2, "rollout.group_size": 3}
+    rows = _dry_run(shown, micro_config(tmp_path / "r", **given))
+    assert rows["training examples"] == "24 (word_problems, train)"
+    assert rows["held-out examples"] == "7"
+    assert rows["warm start"] == "3 steps × 4 examples"
+    assert rows["steps"] == "5"
+    assert rows["prompts per step"] == "4"
+    assert rows["completions per step"] == "12 (4 prompts × 3)"
+    assert rows["updates per step"] == "2"
+    assert rows["completions in all"] == "60"
+    assert {"memory: weights", "memory: gradients and AdamW", "disk: checkpoints", "disk: policies"} <= rows.keys()
+    assert rows["disk: checkpoints"].endswith("(5 kept)")  # every step, keep: null
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_knows_the_size_of_checkpoints_and_adapters(shown, micro_config, micro_policy, tmp_path):
+    """Against a learner that really took a step; the estimate's vocabulary is 512, and it leaves out the MTP head."""
+    shown.width = 160
+    rows = _dry_run(shown, micro_config(tmp_path / "r", **{"lora.rank": 4, "steps": 7, "checkpoint.every": 3}))
+    policy = micro_policy(0)
+    total = sum(p.numel() for p in policy.trunk.parameters()) + 2 * 32 * (512 - len(policy.tokenizer))
+    policy.add_lora(4, 8.0)
+    config = micro_config(tmp_path / "r")
+    learner = Learner(policy, config.learner, config.mtp)
+    adapters = sum(p.numel() for p in policy.trunk.parameters() if p.requires_grad)
+    assert learner.optimizer.param_groups
+    assert rows["parameters"] == f"{total / 1e6:,.1f} M, trained {adapters / 1e6:,.1f} M ({adapters / total:.1%})"
+    assert rows["disk: checkpoints"] == f"{3 * 12 * adapters / 2**20:,.1f} MiB (3 kept)"
+
+
+def test_a_dry_run_of_a_supervised_run(shown, micro_preset, tmp_path):
+    config = load(SftConfig, None, {"model": micro_preset, "output_dir": tmp_path / "r", "data.levels": [1]})
+    rows = _dry_run(shown, config)
+    assert rows["warm start"] == "200 steps × 16 examples"
+    assert "steps" not in rows
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "./nowhere"}, r"model='./nowhere': there is no such folder; presets are .*micro"),
+        ({"lora.targets": ["qproj"]}, "lora.targets: 'qproj' matches no module"),
+        ({"prompts_per_step": 25}, "prompts_per_step=25, but there are 24"),
+        ({"data.template": "{quest}"}, "asks for {quest}"),
+        ({"model": "owner/name"}, "model='owner/name' is no checkpoint folder and no reachable hub id"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(shown, micro_config, tmp_path, given, message):
+    with pytest.raises((ValueError, PolicyError), match=message):
+        report.dry_run(micro_config(tmp_path / "r", **given))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,186 @@
+"""LoRA: every part of the policy learns, the base stays, and merging is a sum computed elsewhere."""
+
+import pytest
+import torch
+
+from policies import lora
+from policies.policy import Policy
+
+TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30], [4, 4, 100, 8, 61, 3]])
+CONFIGS = {
+    "plain": {},
+    "biases_and_query_latent": {"attention_bias": True, "q_lora_rank": 10},
+    "dense": {"first_k_dense_replace": 2},
+    "experts_everywhere": {"first_k_dense_replace": 0},
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def policy(request, random_policy):
+    return random_policy(4, **CONFIGS[request.param])
+
+
+def logits(policy: Policy) -> torch.Tensor:
+    with torch.no_grad():
+        return policy.trunk(TOKENS).logits
+
+
+def step(policy: Policy, learning_rate: float = 0.02) -> None:
+    """One step of gradient descent on everything that wants a gradient."""
+    policy.trunk(TOKENS, labels=TOKENS).loss.backward()
+    with torch.no_grad():
+        for parameter in policy.trunk.parameters():
+            if parameter.grad is not None:
+                parameter -= learning_rate * parameter.grad / (parameter.grad.norm() + 1e-9)
+                parameter.grad = None
+
+
+def adapted(policy: Policy, **given) -> Policy:
+    """With adapters that do something: B starts at zero, so two steps."""
+    policy.add_lora(rank=2, alpha=4.0, **given)
+    step(policy)
+    step(policy)
+    return policy
+
+
+def adapted_modules(policy: Policy) -> set[str]:
+    names = {name for name, _ in lora.adapters(policy.trunk)}
+    return {name.replace(".base_layer", "").rsplit(".", 1)[-1] for name in names}
+
+
+def test_an_adapter_starts_as_nothing_and_only_it_and_the_head_learn(policy):
+    before = logits(policy)
+    policy.add_lora(rank=2, alpha=4.0)
+    assert torch.equal(logits(policy), before)
+    learning = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert all(".lora_" in name or name.startswith("mtp.") for name in learning)
+    assert {name for name, _ in policy.named_parameters() if name.startswith("mtp.")} <= learning
+
+
+def test_every_default_target_gets_a_gradient(policy):
+    """Also the routed experts, which are parameters and no modules (peft#3009), and the dense and shared ones."""
+    policy.add_lora(rank=2, alpha=4.0)
+    step(policy)  # makes B non-zero, so that A has a gradient too
+    policy.trunk(TOKENS, labels=TOKENS).loss.backward()
+    adapters = {name: p for name, p in policy.trunk.named_parameters() if ".lora_" in name}
+    assert [name for name, p in adapters.items() if p.grad is None or not p.grad.any()] == []
+    expected = set(lora.DEFAULT_TARGETS) - {"k_proj", "v_proj"}  # Llama's
+    expected -= {"q_proj"} if policy.config.q_lora_rank else {"q_a_proj", "q_b_proj"}
+    if policy.config.first_k_dense_replace == 2:
+        expected -= {"experts"}
+    assert adapted_modules(policy) == expected
+
+
+def test_every_routed_expert_has_an_adapter_of_its_own_and_of_the_full_rank(random_policy):
+    policy = random_policy(4)
+    policy.add_lora(rank=2, alpha=4.0)
+    deltas = {}
+    for _, layer in lora.adapters(policy.trunk):
+        torch.nn.init.normal_(layer.lora_B[lora.ADAPTER].weight)
+        if isinstance(layer, lora.ParamWrapper):
+            deltas[layer.parameter_name] = layer.get_delta_weight(lora.ADAPTER)
+    assert deltas["gate_up_proj"].shape == (4, 32, 32)
+    assert deltas["down_proj"].shape == (4, 32, 16)
+    for delta in deltas.values():
+        assert torch.linalg.matrix_rank(delta).tolist() == [2] * 4
+        assert torch.linalg.matrix_rank(delta.flatten(0, 1)) > 2  # no two experts share theirs
+
+
+def test_named_targets_are_the_only_ones(random_policy):
+    policy = adapted(random_policy(4), targets=["o_proj", "experts"])
+    assert adapted_modules(policy) == {"o_proj", "experts"}
+    policy = adapted(random_policy(4), targets=["experts"])
+    assert adapted_modules(policy) == {"experts"}
+    policy = adapted(random_policy(4), targets=["lm_head"])
+    assert adapted_modules(policy) == {"lm_head"}
+    assert not torch.equal(policy.weights()["trunk.lm_head.weight"], random_policy(4).lm_head)
+
+
+def test_a_target_that_matches_nothing_is_named_with_its_neighbours(random_policy):
+    with pytest.raises(ValueError, match=r"lora.targets: 'o_pro' matches no module of this policy; it has o_proj"):
+        random_policy(4).add_lora(2, 4.0, ["q_proj", "o_pro"])
+    with pytest.raises(ValueError, match=r"'experts' matches no module.*q_proj"):
+        random_policy(4, first_k_dense_replace=2).add_lora(2, 4.0, ["experts"])
+    with pytest.raises(ValueError, match=r"'lm_head' is also the embedding"):  # merged, it would change both
+        random_policy(4, tie_word_embeddings=True).add_lora(2, 4.0, ["lm_head"])
+    with pytest.raises(ValueError, match=r"'q_a_proj' matches no module"):
+        random_policy(4).add_lora(2, 4.0, ["q_a_proj"])
+
+
+def test_merged_weights_compute_what_the_adapted_model_computes(policy):
+    names, base = set(policy.weights()), logits(policy)
+    adapted(policy)
+    expected = logits(policy)
+    assert (expected - base).abs().max() > 0.05  # the adapters do something
+    merged = policy.weights()
+    assert set(merged) == names
+    plain = Policy.from_skeleton(policy.skeleton())
+    plain.load_weights(merged)
+    torch.testing.assert_close(logits(plain), expected, rtol=0, atol=1e-4)
+
+
+def test_merging_reads_the_base_and_never_writes_it(policy):
+    base = {name: tensor.clone() for name, tensor in policy.weights().items()}
+    adapted(policy)
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    first, second = policy.weights(), policy.weights()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    for name, tensor in policy.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    with lora.adapter_off(policy.trunk):
+        plain = {name.replace(".base_layer", ""): t for name, t in policy.state_dict().items() if ".lora_" not in name}
+    for name in base:
+        assert torch.equal(plain[name], base[name]), name
+    changed = {name for name in first if not torch.equal(first[name], base[name])}
+    assert len(changed) >= len(list(lora.adapters(policy.trunk))) - 2  # an expert tensor that saw no token may rest
+    assert not [name for name in changed if "norm" in name or "gate.weight" in name or "embed" in name]
+
+
+def test_with_the_adapter_off_the_policy_is_its_own_reference(policy):
+    base = logits(policy)
+    adapted(policy)
+    with_adapter = logits(policy)
+    with lora.adapter_off(policy.trunk):
+        assert torch.equal(logits(policy), base)
+    assert torch.equal(logits(policy), with_adapter)
+    with pytest.raises(KeyError), lora.adapter_off(policy.trunk):  # on again after an error too
+        raise KeyError
+    assert torch.equal(logits(policy), with_adapter)
+    step(policy)  # and still learning
+    assert not torch.equal(logits(policy), with_adapter)
+
+
+def test_a_policy_without_adapter_merges_to_itself(random_policy):
+    policy = random_policy(4)
+    assert not lora.has_adapter(policy.trunk)
+    for name, tensor in lora.merged_state(policy.trunk).items():
+        assert torch.equal(tensor, policy.trunk.state_dict()[name])
+    policy.add_lora(2, 4.0)
+    assert lora.has_adapter(policy.trunk)
+
+
+def test_a_lora_policy_is_saved_merged(policy, tmp_path):
+    adapted(policy)
+    policy.save(tmp_path / "policy")
+    loaded = Policy.load(tmp_path / "policy")
+    assert not lora.has_adapter(loaded.trunk)
+    merged = policy.weights()
+    assert loaded.weights().keys() == merged.keys()
+    for name, tensor in loaded.weights().items():
+        assert torch.equal(tensor, merged[name]), name
+    assert lora.has_adapter(policy.trunk)  # and goes on learning
+
+
+def test_alpha_over_rank_scales_the_update(random_policy):
+    def delta(alpha: float) -> torch.Tensor:
+        policy = random_policy(4)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            policy.add_lora(rank=2, alpha=alpha, targets=["o_proj"])
+        for _, layer in lora.adapters(policy.trunk):
+            torch.nn.init.ones_(layer.lora_B[lora.ADAPTER].weight)
+        name = "trunk.model.layers.0.self_attn.o_proj.weight"
+        return policy.weights()[name] - random_policy(4).weights()[name]
+
+    torch.testing.assert_close(delta(6.0), 3 * delta(2.0), rtol=1e-4, atol=1e-6)

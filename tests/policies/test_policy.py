@@ -1,0 +1,374 @@
+"""A policy on disk and on the wire: the DeepSeek-V3 layout, nothing lost, nothing taken silently."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from policies.policy import Policy, PolicyError, digest
+
+TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30]])
+LAYER = "model.layers.2."  # the head's place behind a trunk of two layers
+CONFIGS = {
+    "plain": {},
+    "biases_and_query_latent": {"attention_bias": True, "q_lora_rank": 10},
+    "tied": {"tie_word_embeddings": True},
+    "dense": {"first_k_dense_replace": 2},
+    "experts_everywhere": {"first_k_dense_replace": 0, "n_routed_experts": 12},  # two digits: 10 sorts before 2
+}
+
+
+def logits(trunk) -> torch.Tensor:
+    with torch.no_grad():
+        return trunk(TOKENS).logits
+
+
+def tensors(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.weights().items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def edit(folder: Path, change) -> None:
+    """Apply `change` to the tensors of a checkpoint."""
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def saved(random_policy, tmp_path) -> Path:
+    random_policy(1).save(tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+# ---- saving and loading ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mtp", [True, False])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_round_trip_changes_nothing(random_policy, tmp_path, config, mtp):
+    policy = random_policy(1, mtp=mtp, **CONFIGS[config])
+    policy.save(tmp_path / "policy")
+    loaded = Policy.load(tmp_path / "policy")
+    assert_same(tensors(loaded), tensors(policy))
+    assert (loaded.mtp is not None) == mtp
+    assert torch.equal(logits(loaded.trunk), logits(policy.trunk))
+    assert loaded.stop_token_ids == policy.stop_token_ids == [0]
+    assert loaded.max_length == policy.max_length
+    text = "3 + 4 = 7\nhow many apples are left?\n"
+    assert loaded.tokenizer(text).input_ids == policy.tokenizer(text).input_ids
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_stock_transformers_loads_the_trunk(random_policy, tmp_path, config):
+    policy = random_policy(2, **CONFIGS[config])
+    policy.save(tmp_path / "policy")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32)
+    assert type(stock).__module__.startswith("transformers.")
+    assert torch.equal(logits(stock), logits(policy.trunk))
+    assert AutoTokenizer.from_pretrained(tmp_path / "policy").eos_token == "<|end|>"
+
+
+def test_the_checkpoint_has_the_deepseek_v3_layout(saved):
+    state = load_file(saved / "model.safetensors")
+    head = {name.removeprefix(LAYER) for name in state if name.startswith(LAYER)}
+    assert {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"} <= head
+    assert {"input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.o_proj.weight"} <= head
+    for layer in ("model.layers.1.", LAYER):  # experts one by one, gate and up apart
+        for expert in range(4):
+            gate, up, down = (
+                state[f"{layer}mlp.experts.{expert}.{name}_proj.weight"] for name in ("gate", "up", "down")
+            )
+            assert gate.shape == up.shape == (16, 32)
+            assert down.shape == (32, 16)
+    assert not [name for name in state if "gate_up" in name or name.startswith(("trunk", "mtp"))]
+    config = json.loads((saved / "config.json").read_text())
+    assert config["architectures"] == ["DeepseekV3ForCausalLM"]
+    assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (2, 1)
+
+
+def test_a_checkpoint_is_safetensors_and_json_only(saved):
+    assert {file.suffix for file in saved.iterdir()} == {".safetensors", ".json"}
+
+
+def test_a_policy_without_head_says_so_and_gets_one_on_request(random_policy, tmp_path):
+    random_policy(1, mtp=False).save(tmp_path / "policy")
+    assert json.loads((tmp_path / "policy/config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert Policy.load(tmp_path / "policy").mtp is None
+    first, again, other = (Policy.load(tmp_path / "policy", add_mtp=True, seed=seed) for seed in (3, 3, 4))
+    assert_same(tensors(first), tensors(again))
+    assert not torch.equal(first.mtp.eh_proj.weight, other.mtp.eh_proj.weight)
+
+
+def test_a_stored_head_is_not_replaced_by_a_fresh_one(saved):
+    assert_same(tensors(Policy.load(saved, add_mtp=True)), tensors(Policy.load(saved)))
+
+
+def test_loading_leaves_the_random_state_alone(random_policy, saved):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    Policy.load(saved, add_mtp=True)
+    Policy.from_skeleton(random_policy(1).skeleton())
+    assert torch.rand(1) == expected
+
+
+def test_a_sharded_checkpoint_is_read_whole(saved):
+    """As large models are stored: an index, and the MTP layer spread over files."""
+    state = load_file(saved / "model.safetensors")
+    names = sorted(state)
+    (saved / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(3):
+        file = f"model-{i + 1:05}-of-00003.safetensors"
+        save_file({name: state[name] for name in names[i::3]}, saved / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names[i::3], file)
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    loaded = Policy.load(saved)
+    loaded.save(saved.with_name("whole"))
+    assert_same(load_file(saved.with_name("whole") / "model.safetensors"), state)
+
+
+def test_the_copies_of_embedding_and_head_that_released_checkpoints_hold_are_ignored(saved):
+    expected = tensors(Policy.load(saved))
+
+    def add(state):
+        state[LAYER + "embed_tokens.weight"] = torch.zeros(262, 32)
+        state[LAYER + "shared_head.head.weight"] = torch.zeros(262, 32)
+
+    edit(saved, add)
+    assert_same(tensors(Policy.load(saved)), expected)
+
+
+def test_saving_replaces_a_checkpoint_and_leaves_no_partial_one(random_policy, saved):
+    (saved / "stray.txt").write_text("from before")
+    newer = random_policy(9)
+    newer.save(saved)
+    assert_same(tensors(Policy.load(saved)), tensors(newer))
+    assert [file.name for file in saved.parent.iterdir()] == ["policy"]
+    assert not (saved / "stray.txt").exists()
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(random_policy, saved, monkeypatch):
+    expected = tensors(Policy.load(saved))
+    newer = random_policy(9)
+    monkeypatch.setattr(
+        type(newer.tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    with pytest.raises(OSError, match="disk full"):
+        newer.save(saved)
+    monkeypatch.undo()
+    assert_same(tensors(Policy.load(saved)), expected)
+
+
+def test_bfloat16_survives(random_policy, tmp_path):
+    policy = random_policy(1).to(torch.bfloat16)
+    policy.save(tmp_path / "policy")
+    loaded = Policy.load(tmp_path / "policy", torch.bfloat16)
+    assert loaded.mtp.eh_proj.weight.dtype == torch.bfloat16
+    for name, tensor in policy.weights().items():
+        if "e_score_correction_bias" not in name and "gate.weight" not in name:  # transformers keeps these in fp32
+            assert torch.equal(loaded.weights()[name], tensor), name
+
+
+def test_a_dense_model_is_a_policy_without_head(tmp_path, random_policy):
+    config = LlamaConfig(
+        vocab_size=262, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=7
+    )
+    dense = Policy(LlamaForCausalLM(config).eval(), None, random_policy(0).tokenizer)
+    dense.save(tmp_path / "dense")
+    loaded = Policy.load(tmp_path / "dense", add_mtp=True)  # MTP is for DeepSeek-V3 trunks
+    assert loaded.mtp is None
+    assert loaded.stop_token_ids == [7]
+    assert torch.equal(logits(loaded.trunk), logits(dense.trunk))
+
+
+# ---- what is wrong is named -----------------------------------------------------------------------------------------
+
+TRUNK_TENSORS = ["model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.gate.weight"]
+HEAD_TENSORS = ["eh_proj.weight", "shared_head.norm.weight", "mlp.gate.weight", "mlp.experts.2.up_proj.weight"]
+HEAD_TENSORS = [LAYER + name for name in HEAD_TENSORS]
+
+
+@pytest.mark.parametrize("name", [*TRUNK_TENSORS, *HEAD_TENSORS])
+def test_a_missing_tensor_is_named(saved, name):
+    edit(saved, lambda state: state.pop(name))
+    with pytest.raises(PolicyError, match=f"lacks.*{name}"):
+        Policy.load(saved)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_missing_or_misshapen_expert_of_the_trunk_is_named(saved, whole, capfd):
+    """transformers fuses the experts while it loads, and names the fused tensor."""
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    edit(saved, lambda state: state.pop(name) if whole else state.update({name: state[name][:1].clone()}))
+    with pytest.raises(PolicyError, match=r"experts missing or of unequal shapes.*layers.1.mlp.experts.gate_up_proj"):
+        Policy.load(saved)
+    assert capfd.readouterr().err == ""
+
+
+def test_an_expert_fewer_is_named(saved):
+    def remove(state):
+        for name in [name for name in state if name.startswith("model.layers.1.mlp.experts.3.")]:
+            del state[name]
+
+    edit(saved, remove)
+    with pytest.raises(PolicyError, match=r"another shape: model.layers.1.mlp.experts.down_proj"):
+        Policy.load(saved)
+
+
+def test_loading_is_silent_and_leaves_logging_as_it_was(saved, capfd):
+    logger = logging.getLogger("transformers")
+    before = logger.level, list(logger.handlers), transformers_logging.is_progress_bar_enabled()
+    Policy.load(saved)
+    assert capfd.readouterr() == ("", "")
+    assert (logger.level, list(logger.handlers), transformers_logging.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.parametrize("name", [*TRUNK_TENSORS, *HEAD_TENSORS])
+def test_a_misshapen_tensor_is_named(saved, name):
+    edit(saved, lambda state: state.update({name: state[name][:1].clone()}))
+    with pytest.raises(PolicyError, match=f"shape.*{name}"):
+        Policy.load(saved)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.extra.weight", "adapter.weight", LAYER + "self_attn.extra.weight"]
+)
+def test_a_tensor_that_nothing_explains_is_named(saved, name):
+    edit(saved, lambda state: state.update({name: torch.zeros(2)}))
+    with pytest.raises(PolicyError, match=f"does not explain.*{name}"):
+        Policy.load(saved)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused_with_its_name(tmp_path):
+    with pytest.raises(PolicyError, match=r"model='.*nowhere' is neither a preset, a checkpoint folder nor"):
+        Policy.load(tmp_path / "nowhere")
+
+
+def test_pickled_weights_are_not_read(random_policy, tmp_path):
+    policy = random_policy(1, mtp=False)
+    policy.save(tmp_path / "policy")
+    (tmp_path / "policy/model.safetensors").unlink()
+    torch.save(policy.trunk.state_dict(), tmp_path / "policy/pytorch_model.bin")
+    with pytest.raises(PolicyError, match="safetensors"):
+        Policy.load(tmp_path / "policy")
+
+
+# ---- weights on the wire --------------------------------------------------------------------------------------------
+
+
+def test_a_skeleton_and_published_weights_make_the_same_policy(random_policy):
+    policy = random_policy(1, attention_bias=True)
+    other = Policy.from_skeleton(policy.skeleton())
+    assert not torch.equal(logits(other.trunk), logits(policy.trunk))
+    other.load_weights(policy.weights())
+    assert_same(tensors(other), tensors(policy))
+    assert torch.equal(logits(other.trunk), logits(policy.trunk))
+    assert other.stop_token_ids == policy.stop_token_ids
+    assert other.tokenizer.decode([5, 6, 7]) == policy.tokenizer.decode([5, 6, 7])
+    with torch.no_grad():
+        other.lm_head.zero_()  # and shares no memory with it
+    assert policy.lm_head.any()
+
+
+def test_a_skeleton_carries_files_and_no_weights(random_policy):
+    policy = random_policy(1)
+    files = policy.skeleton()
+    assert not any(name.endswith((".safetensors", ".bin")) for name in files)
+    assert Policy.from_skeleton(files).mtp is not None
+    assert Policy.from_skeleton(random_policy(1, mtp=False).skeleton()).mtp is None
+
+
+def test_contract_5_the_expert_bias_is_part_of_what_is_published(random_policy):
+    policy, other = random_policy(1), random_policy(2)
+    assert any(name.endswith("e_score_correction_bias") for name in policy.weights())
+    other.load_weights(policy.weights())
+    bias = "trunk.model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(other.state_dict()[bias], policy.state_dict()[bias])
+
+
+def test_published_names_and_shapes_must_be_those_of_the_policy(random_policy):
+    policy = random_policy(1)
+    before = tensors(policy)
+    weights = {name: tensor + 1 for name, tensor in before.items()}
+    with pytest.raises(PolicyError, match="does not have.*trunk.adapter"):
+        policy.load_weights(weights | {"trunk.adapter": torch.zeros(2)})
+    norm = "trunk.model.norm.weight"
+    with pytest.raises(PolicyError, match=rf"{norm}.*\[1\].*\[32\]"):
+        policy.load_weights(weights | {norm: torch.zeros(1)})  # would broadcast
+    with pytest.raises(PolicyError, match=f"lacks.*{norm}"):
+        policy.load_weights({name: tensor for name, tensor in weights.items() if name != norm})
+    assert_same(tensors(policy), before)  # refused means untouched
+
+
+def test_the_digest_changes_with_a_bit_a_name_a_shape_and_a_type():
+    weights = {"a": torch.arange(4.0), "b": torch.zeros(2, dtype=torch.bfloat16), "c": torch.tensor(3)}
+    original = digest(weights)
+    assert digest(dict(reversed(weights.items()))) == original  # order is nobody's business
+    assert digest({name: tensor.clone() for name, tensor in weights.items()}) == original
+    flipped = weights["a"].clone()
+    flipped.view(torch.int32)[2] ^= 1
+    changed = [
+        weights | {"a": flipped},
+        weights | {"b": -weights["b"]},  # minus zero equals zero, and is another bit
+        {"a2" if name == "a" else name: tensor for name, tensor in weights.items()},
+        weights | {"a": weights["a"].view(2, 2)},
+        weights | {"a": weights["a"].view(torch.int32)},
+        weights | {"d": torch.zeros(0)},
+        {"a": weights["a"], "b": weights["b"]},
+        {"a": weights["c"], "b": weights["b"], "c": weights["a"]},
+    ]
+    assert len({original, *map(digest, changed)}) == 1 + len(changed)
+
+
+def test_the_digest_is_that_of_a_transposed_tensors_values():
+    weight = torch.arange(6.0).view(2, 3)
+    assert digest({"w": weight.T}) == digest({"w": weight.T.contiguous()}) != digest({"w": weight.view(3, 2)})
+
+
+# ---- hidden states ---------------------------------------------------------------------------------------------------
+
+
+def test_hidden_states_follow_an_explicit_mask(random_policy):
+    """A causal mask gives the stock model's states; a hidden token may as well be another one."""
+    policy = random_policy(3)
+    length = TOKENS.shape[1]
+    positions, causal = torch.arange(length)[None], torch.ones(1, length, length, dtype=torch.bool).tril()
+    with torch.no_grad():
+        hidden = policy.hidden(TOKENS, positions, causal)
+        torch.testing.assert_close(policy.trunk.lm_head(hidden), logits(policy.trunk), rtol=0, atol=1e-4)
+        masked = causal.clone()
+        masked[:, 3:, 2] = False
+        changed = TOKENS.clone()
+        changed[0, 2] = 100
+        torch.testing.assert_close(
+            policy.hidden(changed, positions, masked)[:, 3:], policy.hidden(TOKENS, positions, masked)[:, 3:]
+        )
+        assert not torch.allclose(policy.hidden(changed, positions, causal)[:, 3:], hidden[:, 3:], atol=1e-3)
+
+
+def test_several_stop_tokens_come_from_the_generation_config(random_policy, tmp_path):
+    policy = random_policy(1)
+    policy.trunk.generation_config.eos_token_id = [0, 5]
+    policy.save(tmp_path / "policy")
+    assert Policy.load(tmp_path / "policy").stop_token_ids == [0, 5]
+    policy.trunk.generation_config.eos_token_id = None
+    assert policy.stop_token_ids == [policy.tokenizer.eos_token_id]
+
+
+def test_the_checkpoint_can_be_moved(saved, tmp_path):
+    expected = tensors(Policy.load(saved))
+    shutil.move(saved, tmp_path / "elsewhere")
+    assert_same(tensors(Policy.load(tmp_path / "elsewhere")), expected)

@@ -1,0 +1,89 @@
+"""Tiny policies: built anywhere, the same from the same seed, with a tokenizer that loses nothing."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies.policy import Policy, digest
+from policies.presets import PRESETS, build, small_tokenizer
+
+CORPUS = [
+    f"Ann has {a} apples and buys {a + 2} more.\n{a} + {a + 2} = {2 * a + 2}\n#### {2 * a + 2}\n" for a in range(99)
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return small_tokenizer(CORPUS)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Policy:
+    return build("tiny", CORPUS, seed=3)
+
+
+def test_the_tiny_policy_has_the_architecture_and_the_size_it_promises(tiny):
+    parameters = sum(parameter.numel() for parameter in tiny.parameters())
+    assert 2e6 <= parameters <= 6e6
+    config = tiny.config
+    assert config.architectures is None or config.architectures == ["DeepseekV3ForCausalLM"]
+    experts = [hasattr(layer.mlp, "experts") for layer in tiny.trunk.model.layers]
+    assert experts == [False, True, True, True]
+    assert hasattr(tiny.mtp.block.mlp, "experts")
+    assert tiny.lm_head.shape == (len(tiny.tokenizer), 192)
+
+
+def test_the_tiny_policy_computes_and_learns(tiny):
+    token_ids = torch.tensor([tiny.tokenizer(CORPUS[0]).input_ids])
+    out = tiny.trunk(token_ids, labels=token_ids)
+    assert torch.isfinite(out.logits).all()
+    out.loss.backward()
+    silent = [name for name, p in tiny.trunk.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    tiny.zero_grad()
+    assert silent == []
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_the_seed_fixes_the_weights_and_the_random_state_is_left_alone(preset):
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    first = digest(build(preset, CORPUS, seed=3).weights())
+    assert torch.rand(1) == expected
+    assert digest(build(preset, CORPUS, seed=3).weights()) == first
+    assert digest(build(preset, CORPUS, seed=4).weights()) != first
+
+
+def test_the_stop_token_ends_and_the_padding_is_another_one(tiny):
+    assert tiny.stop_token_ids == [tiny.tokenizer.eos_token_id]
+    assert tiny.tokenizer.decode(tiny.stop_token_ids) == "<|end|>"
+    assert tiny.tokenizer.pad_token_id != tiny.tokenizer.eos_token_id
+
+
+def test_a_tiny_policy_survives_its_checkpoint(tiny, tmp_path):
+    tiny.save(tmp_path / "tiny")
+    loaded = Policy.load(tmp_path / "tiny")
+    assert digest(loaded.weights()) == digest(tiny.weights())
+    assert loaded.tokenizer(CORPUS[7]).input_ids == tiny.tokenizer(CORPUS[7]).input_ids
+
+
+def test_an_unknown_preset_is_a_key_error_that_names_it():
+    with pytest.raises(KeyError, match="huge"):
+        build("huge", CORPUS)
+
+
+@given(st.text(max_size=60))
+def test_every_text_survives_the_tokenizer(tokenizer, text):
+    """Bytes are its alphabet: nothing is unknown. The names of its two special tokens stand for the tokens."""
+    assert tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_frequent_numbers_are_one_token_and_rare_ones_still_survive(tokenizer):
+    for number in (7, 42, 98):
+        [token] = tokenizer(f" {number}").input_ids
+        assert tokenizer.decode([token]).strip() == str(number)
+    pieces = [tokenizer.decode([token]) for token in tokenizer(" 123456").input_ids]
+    assert "".join(pieces) == " 123456"
+    assert all(len(piece.strip()) <= 3 for piece in pieces)  # no piece runs over three digits
+    assert len(tokenizer) <= 512

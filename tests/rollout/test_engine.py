@@ -1,0 +1,541 @@
+"""The engine: speculation changes speed and nothing else; every number it reports is the policy's own."""
+
+import itertools
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import MICRO
+
+from grpo.batch import PackedRow, Sample, collate
+from policies.logprobs import shifted_logprobs
+from policies.mtp import draft_loss
+from policies.policy import Policy
+from rollout.engine import Engine, RolloutError
+from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward
+from rollout.sampling import SamplingParams
+
+torch.set_num_threads(1)
+STOP = 7
+CPU = torch.device("cpu")
+
+
+def prompts_of(*lengths: int, seed: int = 0) -> list[Prompt]:
+    rng = random.Random(seed)
+    return [Prompt(f"p/{i}", "", [rng.randrange(2, 250) for _ in range(n)]) for i, n in enumerate(lengths)]
+
+
+PROMPTS = prompts_of(9, 1, 17, 4, 4, 2, 30, 11)
+PARAMS = SamplingParams(
+    group_size=4, temperature=0.8, max_completion_tokens=40, stop_token_ids=(STOP, 11), seed=5, step=2
+)
+
+
+def completions(groups: list[RolloutGroup]) -> list[Completion]:
+    return [completion for group in groups for completion in group.completions]
+
+
+def tokens(groups: list[RolloutGroup]) -> list[list[int]]:
+    return [completion.token_ids for completion in completions(groups)]
+
+
+def taught(policy: Policy, temperature: float, steps: int) -> Policy:
+    """The policy with an MTP head that learned a little on the policy's own rollouts."""
+    optimizer = torch.optim.AdamW(policy.mtp.parameters(), lr=3e-3)
+    params = replace(PARAMS, temperature=temperature, max_completion_tokens=24)
+    groups = Engine(policy).sample(PROMPTS, params)
+    mini = collate(
+        [PackedRow(g.prompt.token_ids, [Sample(0, c.token_ids) for c in g.completions]) for g in groups], CPU
+    )
+    with torch.no_grad():
+        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
+        before = hidden.gather(1, mini.before[..., None].expand_as(hidden))
+    for _ in range(steps):
+        outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, 4)
+        loss = draft_loss(outputs, before, mini.segment, policy.lm_head, temperature) / mini.scored.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return policy
+
+
+@pytest.fixture(scope="module")
+def policy(random_policy) -> Policy:
+    return taught(random_policy(11, attention_bias=True), 0.8, steps=25)
+
+
+@pytest.fixture(scope="module")
+def engine(policy) -> Engine:
+    return Engine(policy)
+
+
+# ---- contract 3: speculation is lossless --------------------------------------------------------------------------------
+
+
+def assert_lossless(engine: Engine, prompts: list[Prompt], params: SamplingParams, depths=(1, 2, 3, 4)) -> int:
+    """Samples with every number of drafts; returns how many tokens were compared with those of k = 0."""
+    plain = engine.sample(prompts, replace(params, draft_tokens=0))
+    compared = 0
+    for k in depths:
+        drafted = engine.sample(prompts, replace(params, draft_tokens=k))
+        for with_drafts, without in zip(completions(drafted), completions(plain), strict=True):
+            assert with_drafts.token_ids == without.token_ids
+            assert with_drafts.finish_reason == without.finish_reason
+            assert with_drafts.text == without.text
+            # The same tokens are scored the same, to the rounding of another batch shape.
+            assert with_drafts.logprobs == pytest.approx(without.logprobs, abs=1e-4)
+            assert with_drafts.draft.target_forwards <= without.draft.target_forwards
+            compared += len(without.token_ids)
+        forwards = [sum(c.draft.target_forwards for c in completions(groups)) for groups in (drafted, plain)]
+        assert forwards[0] < 0.9 * forwards[1]
+    return compared
+
+
+def stops_inside_blocks(engine: Engine, prompts: list[Prompt], params: SamplingParams) -> int:
+    """Completions whose stop token was a drafted one: the last forward gave no bonus token."""
+    found = 0
+    for completion in completions(engine.sample(prompts, params)):
+        given = 1 + completion.draft.target_forwards + sum(completion.draft.accepted)
+        found += completion.finish_reason == "stop" and given > len(completion.token_ids)
+    return found
+
+
+def test_contract_3_speculation_is_lossless(engine):
+    compared = assert_lossless(engine, PROMPTS, PARAMS)
+    assert compared > 2000
+    ended = Counter(c.finish_reason for c in completions(engine.sample(PROMPTS, PARAMS)))
+    assert min(ended["stop"], ended["length"]) >= 4
+    assert stops_inside_blocks(engine, PROMPTS, replace(PARAMS, draft_tokens=4)) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
+def test_contract_3_speculation_is_lossless_over_20_000_tokens(random_policy, temperature):
+    policy = taught(random_policy(12, q_lora_rank=10, n_routed_experts=8, n_group=4, topk_group=2), temperature, 40)
+    engine = Engine(policy)
+    prompts = prompts_of(*[1 + 7 * i % 40 for i in range(24)], seed=1)
+    params = replace(PARAMS, temperature=temperature, group_size=8, max_completion_tokens=80)
+    compared = assert_lossless(engine, prompts, params) + assert_lossless(engine, prompts, params.at(3))
+    assert compared >= 20_000
+    assert stops_inside_blocks(engine, prompts, replace(params, draft_tokens=4)) >= 20
+
+
+def test_contract_3_greedy_decoding_is_the_same_with_and_without_drafts(engine):
+    assert_lossless(engine, PROMPTS, replace(PARAMS, temperature=0.0, group_size=2), depths=(1, 4))
+
+
+@torch.no_grad()
+def test_greedy_decoding_is_the_stock_models(engine, policy):
+    groups = engine.sample(
+        PROMPTS[:3], replace(PARAMS, temperature=0.0, group_size=1, draft_tokens=2, stop_token_ids=())
+    )
+    for group in groups:
+        ids = torch.tensor([group.prompt.token_ids + group.completions[0].token_ids])
+        best = policy.trunk(ids, use_cache=False).logits[0].argmax(-1)
+        assert group.completions[0].token_ids == best[len(group.prompt.token_ids) - 1 : -1].tolist()
+
+
+def test_contract_3_a_large_vocabulary_is_lossless_too(random_policy):
+    """More than FULL_ROW tokens: noise for the top and for the tail."""
+    engine = Engine(taught(random_policy(13, vocab_size=2000), 1.0, 25))
+    assert_lossless(engine, PROMPTS, replace(PARAMS, temperature=1.0), depths=(1, 3))
+
+
+def test_contract_3_a_head_that_knows_nothing_costs_no_token(random_policy):
+    engine = Engine(random_policy(14))
+    plain = engine.sample(PROMPTS, PARAMS)
+    for k in (1, 3):
+        assert tokens(engine.sample(PROMPTS, replace(PARAMS, draft_tokens=k))) == tokens(plain)
+
+
+def test_contract_3_a_head_that_is_broken_costs_no_token(random_policy):
+    """Drafts are only proposals: NaN from the head makes them worthless, never the tokens."""
+    policy = random_policy(14)
+    plain = tokens(Engine(policy).sample(PROMPTS, PARAMS))
+    with torch.no_grad():
+        policy.mtp.eh_proj.weight.fill_(math.nan)
+    drafted = Engine(policy).sample(PROMPTS, replace(PARAMS, draft_tokens=3))
+    assert tokens(drafted) == plain
+
+
+def test_a_head_that_agrees_saves_forwards(random_policy):
+    """A trunk that says the same whatever it reads, and a head that says it too: every draft is accepted."""
+    policy = random_policy(15)
+    with torch.no_grad():
+        favourites = torch.randn(policy.lm_head.shape[0], generator=torch.Generator().manual_seed(0))
+        for module, bias in ((policy.trunk.model, "norm"), (policy.mtp, "norm")):
+            getattr(module, bias).weight.zero_()
+            getattr(module, bias).weight[0] = 1.0
+        # Only the first coordinate is left; the LM head reads its sign and size, so make it the same everywhere.
+        policy.lm_head.zero_()
+        policy.lm_head[:, 0] = 0 * favourites
+    engine = Engine(policy)
+    params = replace(PARAMS, stop_token_ids=(), max_completion_tokens=41, draft_tokens=4)
+    for completion in completions(engine.sample(PROMPTS, params)):
+        assert completion.draft.target_forwards == 8  # 1 token from the prefill, then 8 · 5
+        assert completion.draft.accepted == completion.draft.drafted == [8] * 4
+    assert tokens_per_forward(completions(engine.sample(PROMPTS, params))) == 5.0
+    assert_lossless(engine, PROMPTS, PARAMS, depths=(4,))
+
+
+# ---- the distribution -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def enumerated(policy: Policy, prompt: list[int], temperature: float, length: int, stop: int) -> dict[tuple, float]:
+    """Probability of every completion of at most `length` tokens, by the stock model."""
+    vocabulary, found, open_ends = policy.lm_head.shape[0], {}, {(): 0.0}
+    for place in range(length):
+        prefixes = list(open_ends)
+        rows = torch.tensor([prompt + list(prefix) for prefix in prefixes])
+        logprobs = (policy.trunk(rows, use_cache=False).logits[:, -1] / temperature).double().log_softmax(-1)
+        longer = {
+            (*prefix, v): open_ends[prefix] + logprobs[i, v].item()
+            for i, prefix in enumerate(prefixes)
+            for v in range(vocabulary)
+        }
+        done = {ids for ids in longer if ids[-1] == stop or place == length - 1}
+        found |= {ids: math.exp(longer[ids]) for ids in done}
+        open_ends = {ids: score for ids, score in longer.items() if ids not in done}
+    assert sum(found.values()) == pytest.approx(1.0)
+    return found
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 1, 3])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_contract_3_whole_completions_follow_the_enumerated_distribution(random_policy, draft_tokens, temperature):
+    policy = random_policy(16, vocab_size=6)
+    probabilities = enumerated(policy, [3, 4], temperature, length=3, stop=2)
+    params = SamplingParams(20_000, temperature, 3, (2,), seed=1, draft_tokens=draft_tokens)
+    [group] = Engine(policy).sample([Prompt("toy", "", [3, 4])], params)
+    counts = Counter(tuple(completion.token_ids) for completion in group.completions)
+    assert set(counts) <= set(probabilities)
+    common = [ids for ids, p in probabilities.items() if p * params.group_size >= 8]
+    assert len(common) > 40
+    cells = [(counts[ids], probabilities[ids] * params.group_size) for ids in common]
+    cells.append((params.group_size - sum(n for n, _ in cells), params.group_size - sum(e for _, e in cells)))
+    chi_square, freedom = sum((n - e) ** 2 / e for n, e in cells), len(cells) - 1
+    assert abs(chi_square - freedom) < 4 * math.sqrt(2 * freedom)
+
+
+# ---- contract 2: log-probabilities --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def logprob_errors(engine: Engine, policy: Policy, params: SamplingParams, score_at: float) -> torch.Tensor:
+    """|engine − stock model| of every sampled token, each completion in a row of its own."""
+    errors = []
+    for group in engine.sample(PROMPTS, params):
+        for completion in group.completions:
+            ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
+            stock = shifted_logprobs(policy.trunk(ids, use_cache=False).logits, ids, score_at)
+            assert len(completion.logprobs) == len(completion.token_ids)
+            errors.append((stock[0, len(group.prompt.token_ids) - 1 :] - torch.tensor(completion.logprobs)).abs())
+    return torch.cat(errors)
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+@pytest.mark.parametrize("temperature", [1.0, 0.8, 1.5])
+def test_contract_2_logprobs_are_the_stock_models_at_the_same_temperature(engine, policy, temperature, draft_tokens):
+    params = replace(PARAMS, temperature=temperature, draft_tokens=draft_tokens)
+    errors = logprob_errors(engine, policy, params, temperature)
+    assert errors.max() < 1e-4
+    assert errors.mean() < 1e-5
+
+
+def test_contract_2_greedy_tokens_are_scored_at_temperature_one(engine, policy):
+    errors = logprob_errors(engine, policy, replace(PARAMS, temperature=0.0, group_size=1), 1.0)
+    assert errors.max() < 1e-4
+
+
+# ---- contract 1: token in, token out ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 4])
+def test_contract_1_a_completion_ends_at_its_first_stop_token_and_includes_it(engine, draft_tokens):
+    found = completions(engine.sample(PROMPTS, replace(PARAMS, draft_tokens=draft_tokens)))
+    for completion in found:
+        assert not set(completion.token_ids[:-1]) & {STOP, 11}
+        if completion.finish_reason == "stop":
+            assert completion.token_ids[-1] in (STOP, 11)
+            assert len(completion.token_ids) <= PARAMS.max_completion_tokens
+        else:
+            assert completion.finish_reason == "length"
+            assert completion.token_ids[-1] not in (STOP, 11)
+            assert len(completion.token_ids) == PARAMS.max_completion_tokens
+    assert {completion.token_ids[-1] for completion in found} >= {STOP, 11}
+
+
+def test_contract_1_a_stop_token_in_the_very_last_place_is_a_stop(engine):
+    [shortest] = [min(len(ids) for ids in tokens(engine.sample(PROMPTS, PARAMS)) if ids[-1] in (STOP, 11))]
+    again = completions(engine.sample(PROMPTS, replace(PARAMS, max_completion_tokens=shortest, draft_tokens=2)))
+    assert any(len(c.token_ids) == shortest and c.finish_reason == "stop" for c in again)
+
+
+def test_contract_1_padding_may_be_the_stop_token(engine, policy, random_policy):
+    """Lengths are counted, never read off token values: 0 pads the engine's own rows, and may stop or be sampled."""
+    params = replace(PARAMS, stop_token_ids=(0,), draft_tokens=3, group_size=16)
+    with_zero = [[*p.token_ids[:-1], 0] for p in PROMPTS]
+    prompts = [replace(p, token_ids=ids) for p, ids in zip(PROMPTS, with_zero, strict=True)]
+    assert policy.tokenizer.eos_token_id == 0
+    for completion in completions(engine.sample(prompts, params)):
+        assert 0 not in completion.token_ids[:-1]
+        assert (completion.token_ids[-1] == 0) == (completion.finish_reason == "stop")
+    free = tokens(engine.sample(prompts, replace(params, stop_token_ids=())))
+    assert all(len(ids) == params.max_completion_tokens for ids in free)
+    assert any(0 in ids[:-1] for ids in free)  # an ordinary token now
+    policy.tokenizer.pad_token = policy.tokenizer.eos_token
+    try:
+        assert tokens(engine.sample(prompts, params)) == tokens(Engine(policy).sample(prompts, params))
+    finally:
+        policy.tokenizer.pad_token = "<|pad|>"
+
+
+def test_the_text_is_that_of_the_tokens_without_the_stop_token(engine, policy):
+    for completion in completions(engine.sample(PROMPTS, PARAMS)):
+        visible = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
+        assert completion.text == policy.tokenizer.decode(visible)
+
+
+def test_without_stop_tokens_every_completion_is_of_full_length(engine):
+    for completion in completions(engine.sample(PROMPTS, replace(PARAMS, stop_token_ids=(), draft_tokens=3))):
+        assert (len(completion.token_ids), completion.finish_reason) == (40, "length")
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 4])
+def test_one_token_is_enough(engine, draft_tokens):
+    groups = engine.sample(PROMPTS, replace(PARAMS, max_completion_tokens=1, draft_tokens=draft_tokens))
+    longer = engine.sample(PROMPTS, PARAMS)
+    assert tokens(groups) == [ids[:1] for ids in tokens(longer)]
+    assert all(c.draft.target_forwards == 0 for c in completions(groups))
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 4])
+def test_the_context_can_be_filled_to_its_last_place(engine, draft_tokens):
+    """Drafts may reach behind the last position; the tokens before it are the ones of a longer context."""
+    prompts = prompts_of(256 - 12, 256 - 20, seed=3)
+    params = replace(PARAMS, stop_token_ids=(), max_completion_tokens=12, draft_tokens=draft_tokens)
+    groups = engine.sample(prompts, params)
+    assert [len(ids) for ids in tokens(groups)] == [12] * 8
+    roomy = engine.sample(prompts, replace(params, max_completion_tokens=11, draft_tokens=0))
+    assert [ids[:11] for ids in tokens(groups)] == tokens(roomy)
+
+
+# ---- contract 4: a function of its key ----------------------------------------------------------------------------------
+
+
+def test_contract_4_the_same_call_gives_the_same_bits(engine, policy):
+    params = replace(PARAMS, draft_tokens=2)
+    first, second = engine.sample(PROMPTS, params), Engine(policy).sample(PROMPTS, params)
+    assert first == second  # tokens, log-probabilities, statistics
+
+
+def test_contract_4_tokens_do_not_depend_on_the_batch(engine):
+    together = {group.prompt.prompt_id: tokens([group]) for group in engine.sample(PROMPTS, PARAMS)}
+    for draft_tokens in (0, 3):
+        params = replace(PARAMS, draft_tokens=draft_tokens)
+        for prompt in PROMPTS:
+            assert tokens(engine.sample([prompt], params)) == together[prompt.prompt_id]
+        for group in engine.sample(PROMPTS[::-1], params) + engine.sample(PROMPTS[2:5], params):
+            assert tokens([group]) == together[group.prompt.prompt_id]
+
+
+def test_contract_4_a_samples_tokens_do_not_depend_on_the_group_size(engine):
+    small, large = (engine.sample(PROMPTS, replace(PARAMS, group_size=size)) for size in (2, 6))
+    for a, b in zip(small, large, strict=True):
+        assert tokens([a]) == tokens([b])[:2]
+
+
+def test_contract_4_the_random_state_of_the_process_plays_no_part(engine):
+    torch.manual_seed(0)
+    first = tokens(engine.sample(PROMPTS, PARAMS))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert tokens(engine.sample(PROMPTS, PARAMS)) == first
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"step": 3}, {"draw": 1}])
+def test_contract_4_another_seed_step_or_draw_is_another_rollout(engine, change):
+    first, second = tokens(engine.sample(PROMPTS, PARAMS)), tokens(engine.sample(PROMPTS, replace(PARAMS, **change)))
+    assert sum(a == b for a, b in zip(first, second, strict=True)) <= 2  # a one-token completion may meet another
+
+
+def test_contract_4_samples_of_a_group_and_prompts_of_another_name_differ(engine):
+    groups = engine.sample(PROMPTS, replace(PARAMS, stop_token_ids=()))
+    assert len({tuple(ids) for ids in tokens(groups)}) == len(tokens(groups))
+    renamed = [replace(prompt, prompt_id=f"other/{prompt.prompt_id}") for prompt in PROMPTS]
+    others = engine.sample(renamed, replace(PARAMS, stop_token_ids=()))
+    assert not {tuple(ids) for ids in tokens(groups)} & {tuple(ids) for ids in tokens(others)}
+
+
+# ---- contract 5: publications -------------------------------------------------------------------------------------------
+
+
+def test_contract_5_everything_holds_after_two_publications_with_an_update_between(random_policy, policy):
+    engine = Engine(random_policy(99, attention_bias=True))
+    learner = Policy.from_skeleton(policy.skeleton())
+    learner.load_weights(policy.weights())
+    seen = []
+    for version in (1, 2):
+        engine.publish(learner.weights(), version)
+        assert_lossless(engine, PROMPTS, PARAMS, depths=(2, 4))
+        errors = logprob_errors(engine, learner, replace(PARAMS, draft_tokens=3), PARAMS.temperature)
+        assert errors.max() < 1e-4
+        assert errors.mean() < 1e-5
+        groups = engine.sample(PROMPTS, PARAMS)
+        assert {c.policy_version for c in completions(groups)} == {version}
+        assert tokens(groups) == tokens(Engine(learner).sample(PROMPTS, PARAMS))
+        seen.append(tokens(groups))
+        with torch.no_grad():  # an update that moves every tensor, the router's bias and the head too
+            for name, tensor in learner.state_dict().items():
+                noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name)))
+                tensor += 0.02 * tensor.abs().mean() * noise
+    assert seen[0] != seen[1]
+
+
+def test_contract_5_what_is_published_is_taken_over_and_not_shared(random_policy):
+    source, engine = random_policy(1), Engine(random_policy(2))
+    engine.publish(source.weights(), 1)
+    before = tokens(engine.sample(PROMPTS, PARAMS))
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.zero_()
+    assert tokens(engine.sample(PROMPTS, PARAMS)) == before
+
+
+def test_contract_5_a_publication_that_is_refused_changes_nothing(random_policy):
+    engine = Engine(random_policy(2))
+    before = tokens(engine.sample(PROMPTS, PARAMS))
+    weights = random_policy(1).weights()
+    weights.pop("trunk.model.norm.weight")
+    with pytest.raises(ValueError, match="lacks.*trunk.model.norm.weight"):
+        engine.publish(weights, 1)
+    assert engine.version == 0
+    assert tokens(engine.sample(PROMPTS, PARAMS)) == before
+
+
+# ---- statistics -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 1, 4])
+def test_draft_statistics_add_up(engine, draft_tokens):
+    """Every forward gives its accepted drafts and one token more, except a last one that ends inside its drafts."""
+    for completion in completions(engine.sample(PROMPTS, replace(PARAMS, draft_tokens=draft_tokens))):
+        draft, length = completion.draft, len(completion.token_ids)
+        assert draft.drafted == [draft.target_forwards] * draft_tokens
+        assert all(more >= fewer for more, fewer in itertools.pairwise(draft.accepted))  # d needs d − 1
+        assert all(accepted <= made for accepted, made in zip(draft.accepted, draft.drafted, strict=True))
+        missing = 1 + draft.target_forwards + sum(draft.accepted) - length
+        assert missing in (0, 1)
+        assert draft.fallbacks == 0
+        if draft_tokens == 0:
+            assert draft.target_forwards == length - 1
+
+
+def test_tokens_per_forward_counts_what_decoding_forwards_gave(engine):
+    found = completions(engine.sample(PROMPTS, replace(PARAMS, draft_tokens=4)))
+    forwards = sum(c.draft.target_forwards for c in found)
+    assert tokens_per_forward(found) == (sum(len(c.token_ids) for c in found) - len(found)) / forwards
+    assert tokens_per_forward(found) > 1.3
+    assert tokens_per_forward(completions(engine.sample(PROMPTS, PARAMS))) == 1.0
+    single = completions(engine.sample(PROMPTS, replace(PARAMS, max_completion_tokens=1)))
+    assert tokens_per_forward(single) is None
+
+
+def test_finished_completions_are_announced_once_each(engine):
+    heard = []
+    groups = engine.sample(PROMPTS, replace(PARAMS, draft_tokens=2), heard.append)
+    assert sum(heard) == len(completions(groups)) == 32
+    assert all(count > 0 for count in heard)
+    assert len(heard) > 1
+
+
+def test_no_prompts_no_groups(engine):
+    heard = []
+    assert engine.sample([], PARAMS, heard.append) == []
+    assert heard == []
+
+
+def test_groups_keep_the_prompts_and_their_columns(engine):
+    prompts = [replace(prompt, columns={"answer": str(i)}) for i, prompt in enumerate(PROMPTS)]
+    groups = engine.sample(prompts, replace(PARAMS, max_completion_tokens=2))
+    assert [group.prompt for group in groups] == prompts
+    assert {len(group.completions) for group in groups} == {4}
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_prompt_is_named(engine):
+    with pytest.raises(RolloutError, match="prompt 'gsm8k/7' has no tokens"):
+        engine.sample([*PROMPTS, Prompt("gsm8k/7", "", [])], PARAMS)
+
+
+def test_a_prompt_that_passes_the_context_is_named_with_the_numbers(engine):
+    [long] = prompts_of(217)
+    with pytest.raises(RolloutError, match=r"'p/0' has 217 tokens.*max_completion_tokens=40.*context of 256: shorten"):
+        engine.sample([long], PARAMS)
+    engine.check(prompts_of(216), PARAMS)
+
+
+@pytest.mark.parametrize("token", [262, -1])
+def test_a_stop_token_outside_the_vocabulary_is_named(engine, token):
+    with pytest.raises(ValueError, match=rf"rollout.stop_token_ids: {token} is outside the vocabulary of 262"):
+        engine.sample(PROMPTS, replace(PARAMS, stop_token_ids=(STOP, token)))
+
+
+@pytest.mark.parametrize("token", [262, -1])
+def test_a_prompt_token_outside_the_vocabulary_is_named(engine, token):
+    with pytest.raises(RolloutError, match=rf"'p/0'.*token {token}.*vocabulary of 262"):
+        engine.sample([Prompt("p/0", "", [3, token])], PARAMS)
+
+
+def test_drafts_without_a_head_are_refused(random_policy):
+    engine = Engine(random_policy(1, mtp=False))
+    with pytest.raises(RolloutError, match=r"rollout.draft_tokens=2, but this policy has no MTP head; set it to 0"):
+        engine.sample(PROMPTS, replace(PARAMS, draft_tokens=2))
+    assert engine.sample(PROMPTS, PARAMS)
+
+
+def test_bad_parameters_are_refused_before_anything_is_computed(engine):
+    with pytest.raises(ValueError, match="rollout.group_size=0"):
+        engine.sample(PROMPTS, replace(PARAMS, group_size=0))
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+def test_weights_that_are_not_finite_name_the_prompts_that_met_them(random_policy, draft_tokens):
+    policy = random_policy(1)
+    with torch.no_grad():
+        policy.trunk.get_input_embeddings().weight[PROMPTS[2].token_ids[0]] = math.nan
+    engine, others = Engine(policy), [PROMPTS[0], PROMPTS[1]]
+    params = replace(PARAMS, draft_tokens=draft_tokens, max_completion_tokens=1)
+    with pytest.raises(RolloutError, match=r"not finite for 4 rows of prompts \['p/2'\].*lower learner.learning_rate"):
+        engine.sample([*others, PROMPTS[2]], params)
+    assert len(engine.sample(others, params)) == 2  # the engine is none the worse for it
+
+
+def test_infinite_weights_are_refused_too(random_policy):
+    policy = random_policy(1)
+    with torch.no_grad():
+        policy.lm_head.mul_(1e38)
+    with pytest.raises(RolloutError, match="not finite"):
+        Engine(policy).sample(PROMPTS, PARAMS)
+
+
+# ---- types ------------------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_samples_whole_completions_with_and_without_drafts(policy):
+    """bf16 rounds differently by shape, so tokens may part; every log-probability stays near the fp32 policy's."""
+    engine = Engine(policy, torch.bfloat16)
+    for draft_tokens in (0, 3):
+        errors = logprob_errors(engine, policy, replace(PARAMS, draft_tokens=draft_tokens), PARAMS.temperature)
+        assert errors.median() < 0.1
+
+
+def test_the_micro_preset_has_room_for_what_these_tests_ask():
+    assert MICRO["max_position_embeddings"] == 256

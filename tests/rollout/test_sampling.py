@@ -1,0 +1,271 @@
+"""Keyed noise: uniform, independent, a function of its key; and choices that follow the softmax exactly."""
+
+import doctest
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import rollout.sampling
+from rollout.sampling import FULL_ROW, TOP_K, SamplingParams, choose, gumbel, logprobs_of, row_key, uniform
+
+torch.set_num_threads(1)
+PARAMS = SamplingParams(seed=3, step=5)
+
+
+def keys(count: int, params: SamplingParams = PARAMS) -> torch.Tensor:
+    """Keys of `count` samples of one prompt."""
+    return torch.tensor([row_key(params, "gsm8k/train/7", sample) for sample in range(count)], dtype=torch.int32)
+
+
+def z_score(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """Chi-square of counts against expectations, as standard deviations from its mean; rare cells count as one."""
+    rare = expected < 8
+    counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts.double(), expected.double()))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    freedom = len(counts) - 1
+    return (chi_square - freedom) / math.sqrt(2 * freedom)
+
+
+def evenness(u: torch.Tensor, bins: int = 256) -> float:
+    counts = torch.bincount((u.flatten() * bins).long(), minlength=bins)
+    return z_score(counts, torch.full((bins,), u.numel() / bins))
+
+
+def test_docstring_examples():
+    assert doctest.testmod(rollout.sampling).failed == 0
+
+
+# ---- noise ------------------------------------------------------------------------------------------------------------
+
+
+def noise_along(axis: str) -> torch.Tensor:
+    """2^18 uniforms as [A, B], in which only `axis` changes along B."""
+    if axis == "token":
+        return uniform(keys(64), torch.zeros(64), torch.arange(4096))
+    if axis == "position":
+        return torch.stack(
+            [uniform(keys(1).expand(4096, 2), torch.arange(4096), torch.tensor([v]))[:, 0] for v in range(64)]
+        )
+    if axis == "row":
+        return uniform(keys(4096), torch.zeros(4096), torch.arange(64)).T
+    steps = torch.cat([keys(1, PARAMS.at(step)) for step in range(4096)])
+    return uniform(steps, torch.zeros(4096), torch.arange(64)).T
+
+
+@pytest.mark.parametrize("axis", ["token", "position", "row", "step"])
+def test_noise_is_uniform_and_independent_along(axis):
+    u = noise_along(axis)
+    assert u.shape == (64, 4096)
+    assert abs(evenness(u)) < 4
+    for row in (u[0], u[-1]):  # in every single run too
+        assert abs(evenness(row, bins=64)) < 4
+    for lag in (1, 2, 16, 1024):  # pairs of neighbours fill the unit square evenly
+        first, second = u[:, :-lag].flatten(), u[:, lag:].flatten()
+        assert abs(evenness(((first * 16).floor() * 16 + (second * 16).floor()) / 256 + 1e-4)) < 4
+        assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 4 / math.sqrt(len(first))
+    across = ((u[:-1] * 16).floor() * 16 + (u[1:] * 16).floor()) / 256 + 1e-4  # and neighbours on the other axis
+    assert abs(evenness(across)) < 4
+
+
+def test_every_bit_of_a_key_changes_half_of_the_noise():
+    ids = torch.arange(512)
+    key, place = keys(1), torch.tensor([9])
+    base = uniform(key, place, ids) > 0.5
+    for word in (0, 1):
+        for bit in range(32):
+            other = key.clone()
+            other[0, word] ^= torch.tensor(1 << bit if bit < 31 else -(1 << 31), dtype=torch.int32)
+            share = ((uniform(other, place, ids) > 0.5) != base).float().mean().item()
+            assert share == pytest.approx(0.5, abs=0.12), (word, bit)
+
+
+def test_noise_never_touches_zero_or_one():
+    """At 1 the Gumbel noise is infinite: the token would be chosen whatever its probability."""
+    key, place = torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([0])
+    u = uniform(key, place, torch.tensor([1430323]))  # all 23 bits are set here
+    assert u.item() == 1 - 2.0**-24
+    everything = uniform(key, place, torch.arange(1 << 22))
+    assert everything.min() >= 2.0**-24
+    assert everything.max() < 1
+    assert torch.isfinite(gumbel(key, place, torch.arange(1 << 22))).all()
+
+
+def test_gumbel_noise_has_the_gumbel_distribution():
+    g = gumbel(keys(64), torch.zeros(64), torch.arange(4096))
+    assert abs(evenness((-(-g).exp()).exp())) < 4  # F(g) is uniform
+    assert g.mean().item() == pytest.approx(0.5772, abs=0.01)
+
+
+def test_contract_4_the_same_key_gives_the_same_noise_wherever_it_runs():
+    ids = torch.arange(100)
+    key, places = keys(6), torch.tensor([0, 3, 3, 8, 1, 40])
+    together = uniform(key, places, ids)
+    for r in range(6):
+        assert torch.equal(uniform(key[r : r + 1], places[r : r + 1], ids)[0], together[r])
+    order = torch.tensor([4, 0, 5, 2])
+    assert torch.equal(uniform(key[order], places[order], ids), together[order])
+    assert torch.equal(uniform(key, places, ids[30:60].expand(6, -1)), together[:, 30:60])
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"step": 6}, {"draw": 1}])
+def test_contract_4_seed_step_and_draw_are_in_the_key(change):
+    assert row_key(replace(PARAMS, **change), "a", 0) != row_key(PARAMS, "a", 0)
+
+
+def test_contract_4_prompt_and_sample_are_in_the_key():
+    found = {row_key(PARAMS, prompt, sample) for prompt in ("a", "b", "a/1", "1/a", "") for sample in range(200)}
+    assert len(found) == 5 * 200
+    # No two ways to say the same: the numbers come first, and a prompt's name may hold slashes.
+    assert row_key(replace(PARAMS, step=1, draw=2), "3/a", 4) != row_key(replace(PARAMS, step=1, draw=2), "a", 4)
+
+
+@pytest.mark.parametrize(
+    "change", [{"draft_tokens": 4}, {"group_size": 2}, {"max_completion_tokens": 7}, {"temperature": 0.3}]
+)
+def test_contract_4_what_does_not_name_a_sample_is_not_in_the_key(change):
+    """Above all the number of drafts; the temperature is divided out of the logits, not out of the noise."""
+    assert row_key(replace(PARAMS, **change), "a", 0) == row_key(PARAMS, "a", 0)
+
+
+# ---- choices ----------------------------------------------------------------------------------------------------------
+
+
+def draw(logits: torch.Tensor, temperature: float, count: int) -> torch.Tensor:
+    """`count` choices from the same logits, at positions of their own."""
+    chunks = []
+    for start in range(0, count, 10_000):
+        places = torch.arange(start, start + 10_000)
+        chunks.append(choose(logits.expand(10_000, -1), temperature, keys(1).expand(10_000, 2), places))
+    return torch.cat(chunks)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_choices_follow_the_softmax_in_a_small_vocabulary(temperature):
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(40)
+    chosen = draw(logits, temperature, 100_000)
+    expected = 100_000 * (logits / temperature).softmax(-1)
+    assert abs(z_score(torch.bincount(chosen, minlength=40), expected)) < 4
+
+
+@pytest.mark.parametrize(
+    ("scale", "temperature", "tail"),
+    [
+        (0.0, 1.0, (0.9, 1.0)),  # flat: nearly everything is tail
+        (2.0, 1.0, (0.1, 0.5)),
+        (2.0, 0.7, (0.02, 0.2)),
+        (2.0, 1.4, (0.4, 0.7)),
+    ],
+)
+def test_choices_follow_the_softmax_in_a_large_vocabulary(scale, temperature, tail):
+    torch.manual_seed(0)
+    vocabulary, count = FULL_ROW + 200, 60_000
+    logits = scale * torch.randn(vocabulary)
+    probabilities = (logits.double() / temperature).softmax(-1)
+    top = probabilities.topk(TOP_K).indices
+    mass = 1 - probabilities[top].sum().item()
+    assert tail[0] < mass < tail[1]  # both paths are really walked
+    counts = torch.bincount(draw(logits, temperature, count), minlength=vocabulary)
+    assert abs(z_score(counts, count * probabilities)) < 4
+    in_tail = count - counts[top].sum().item()
+    assert abs(in_tail - count * mass) < 4 * math.sqrt(count * mass * (1 - mass))
+
+
+@pytest.mark.parametrize("nothing", [-1e4, float("-inf")])
+def test_a_token_without_probability_is_never_chosen_however_the_logits_round(nothing):
+    """The whole vocabulary's logsumexp may differ from that of the top by one rounding: that is no mass."""
+    torch.manual_seed(0)
+    places = torch.arange(1 << 22)
+    noise = uniform(keys(1).expand(len(places), 2), places, torch.tensor([-1]))[:, 0]
+    lucky = noise.argmax().expand(2000)  # where the tail's own noise is enormous
+    logits = torch.full((2000, FULL_ROW + 1), nothing)
+    for level in (4.0, 20.0):
+        logits[:, :TOP_K] = level + torch.randn(2000, TOP_K)
+        assert choose(logits, 1.0, keys(1).expand(2000, 2), lucky).max() < TOP_K
+
+
+def test_the_choice_leaves_the_logits_alone():
+    for vocabulary in (50, FULL_ROW + 50):
+        logits = torch.randn(4, vocabulary)
+        before = logits.clone()
+        for temperature in (0.0, 1.0, 0.5):
+            choose(logits, temperature, keys(4), torch.zeros(4))
+        assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize(("vocabulary", "scale"), [(FULL_ROW, 2.0), (FULL_ROW + 1, 4.0)])
+def test_close_logits_mostly_draw_the_same_token(vocabulary, scale):
+    """What makes drafts work: the same noise on nearly the same logits; P(match) ≥ (1 − TV) / (1 + TV).
+
+    The bound is for noise on every token. The tail of a large vocabulary, drawn by inverse CDF, couples less well.
+    """
+    torch.manual_seed(0)
+    logits = scale * torch.randn(4000, vocabulary)
+    near = logits + 0.1 * scale * torch.randn_like(logits)
+    key = keys(4000)
+    agree = (choose(logits, 1.0, key, torch.zeros(4000)) == choose(near, 1.0, key, torch.zeros(4000))).float().mean()
+    tv = 0.5 * (logits.softmax(-1) - near.softmax(-1)).abs().sum(-1)
+    assert agree > ((1 - tv) / (1 + tv)).mean() - 0.03
+    other = choose(near, 1.0, key, torch.ones(4000))  # another position, other noise
+    assert (choose(logits, 1.0, key, torch.zeros(4000)) == other).float().mean() < agree - 0.3
+
+
+@pytest.mark.parametrize("vocabulary", [30, FULL_ROW + 30])
+def test_a_row_draws_the_same_alone_and_among_others(vocabulary):
+    torch.manual_seed(0)
+    logits, places = 2 * torch.randn(50, vocabulary), torch.arange(50)
+    together = choose(logits, 0.8, keys(50), places)
+    for r in range(50):
+        assert choose(logits[r : r + 1], 0.8, keys(50)[r : r + 1], places[r : r + 1]) == together[r]
+
+
+def test_temperature_zero_is_greedy():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 1.0, 0.0]])
+    assert choose(logits, 0.0, keys(2), torch.zeros(2)).tolist() == [1, 0]
+
+
+def test_a_low_temperature_comes_near_greedy():
+    torch.manual_seed(0)
+    logits = torch.randn(500, 40)
+    assert torch.equal(choose(logits, 1e-5, keys(500), torch.zeros(500)), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_contract_2_logprobs_score_under_the_temperature_that_sampled(temperature):
+    torch.manual_seed(0)
+    logits, tokens = 3 * torch.randn(20, 9), torch.randint(9, (20,))
+    expected = (logits / temperature).log_softmax(-1)[torch.arange(20), tokens]
+    torch.testing.assert_close(logprobs_of(logits, tokens, temperature), expected, rtol=0, atol=1e-5)
+
+
+def test_greedy_choices_are_scored_at_temperature_one():
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    assert logprobs_of(logits, torch.tensor([1]), 0.0).item() == pytest.approx(math.log(3 / 4))
+
+
+# ---- parameters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"group_size": 0}, "rollout.group_size=0.*at least 1"),
+        ({"temperature": -0.5}, "rollout.temperature=-0.5.*positive"),
+        ({"temperature": math.nan}, "rollout.temperature=nan"),
+        ({"temperature": math.inf}, "rollout.temperature=inf"),
+        ({"max_completion_tokens": 0}, "rollout.max_completion_tokens=0.*1 or more"),
+        ({"draft_tokens": -1}, "rollout.draft_tokens=-1.*0"),
+    ],
+)
+def test_bad_parameters_are_named(change, named):
+    with pytest.raises(ValueError, match=named):
+        replace(PARAMS, **change).check()
+
+
+def test_parameters_move_from_step_to_step():
+    assert PARAMS.at(9) == replace(PARAMS, step=9, draw=0)
+    assert PARAMS.at(9, draw=2) == replace(PARAMS, step=9, draw=2)
+    PARAMS.check()
