@@ -1,6 +1,6 @@
 """`quartet`: sft, train, eval, sample, convert. Parsing and printing only; the work is done elsewhere.
 
-Modules that load torch are imported inside the commands, so that --help and a typo answer at once.
+Modules that load transformers or Ray are imported inside the commands, so that --help and a typo answer at once.
 """
 
 from __future__ import annotations

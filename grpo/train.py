@@ -18,9 +18,10 @@ import yaml
 from grpo import checkpoint
 from grpo.config import SftConfig, TrainConfig
 from grpo.evaluate import Evaluation, as_metrics, evaluate_both_ways, measure_speed
-from grpo.learner import Learner, NonFiniteStep, schedule
+from grpo.learner import Learner, NonFiniteStep
 from grpo.loader import check_model, load_policy, policy_folder, sampling_params
 from grpo.metrics import rollout_metrics
+from grpo.optimizer import schedule
 from grpo.options import dump_yaml
 from grpo.prompts import PromptStream
 from grpo.run_log import RunLog

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from grpo.config import SftConfig
-from grpo.learner import Learner, schedule
+from grpo.learner import Learner
+from grpo.optimizer import schedule
 from grpo.prompts import PromptStream
 from grpo.run_log import RunLog
 from grpo.task import Task

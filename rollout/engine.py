@@ -58,6 +58,11 @@ class Engine:
             length = len(prompt.token_ids)
             if length == 0:
                 raise RolloutError(f"prompt {prompt.prompt_id!r} has no tokens; a policy continues at least one")
+            if outside := [token for token in prompt.token_ids if not 0 <= token < vocabulary]:
+                raise RolloutError(
+                    f"prompt {prompt.prompt_id!r} holds token {outside[0]}, outside the vocabulary of {vocabulary} tokens; "
+                    "use the policy's own tokenizer"
+                )
             if length + params.max_completion_tokens > limit:
                 raise RolloutError(
                     f"prompt {prompt.prompt_id!r} has {length} tokens; with rollout.max_completion_tokens="

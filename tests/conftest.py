@@ -152,7 +152,7 @@ def random_policy() -> Callable[..., Any]:
                         tensor.copy_(1 + 0.3 * torch.randn(tensor.shape))
                     elif "bias" in name:
                         tensor.copy_(0.3 * torch.randn(tensor.shape))
-            trunk.get_output_embeddings().weight.mul_(3)
+            trunk.get_output_embeddings().weight.mul_(2)
         trunk.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=1)
         return Policy(trunk, head, tokenizer)
 

@@ -79,11 +79,11 @@ def test_help_lists_the_commands(capsys):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--output_dir", "x", "--stepz", "1"]])
-def test_help_and_typos_answer_without_loading_torch(words):
+def test_help_and_typos_answer_without_loading_what_is_slow(words):
     code = "import sys\nfrom grpo.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-    code += "print('torch' in sys.modules, 'ray' in sys.modules)"
+    code += "print({'transformers', 'ray', 'peft', 'datasets', 'accelerate'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.splitlines()[-1] == "False False"
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,10 @@ def test_help_and_typos_answer_without_loading_torch(words):
         ),
         (["--stepz=3"], "stepz=3 (command line): no such option; did you mean steps?"),
         (["--resum", "auto"], "did you mean resume?"),
-        (["--rollout.group_size", "1"], "rollout.group_size=1 (command line): expected greater than or equal to 2"),
+        (
+            ["--rollout.group_size", "1"],
+            "rollout.group_size=1 (command line): gives every completion a zero advantage; use 2 or more",
+        ),
         (["--loss.loss_type", "dapoo"], "loss.loss_type=dapoo (command line): expected 'grpo', 'dr_grpo', 'dapo'"),
         (["--loss.loss_type", "cispo"], "loss.epsilon_high: loss_type cispo needs it"),
         (["--steps", "many"], "steps=many (command line): expected a valid integer"),

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo.batch import PackedRow, Sample, collate, micro_batches, split_rows
 from grpo.config import LearnerOptions, LossOptions, MTPOptions
-from grpo.learner import Learner, NonFiniteStep, schedule
+from grpo.learner import Learner, NonFiniteStep
+from grpo.optimizer import schedule
 from policies.convert import convert_dense, frozen_parameter_names
 from policies.policy import Policy
 from rewards.group_score import GroupScore

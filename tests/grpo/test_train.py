@@ -174,7 +174,7 @@ def test_contract_4_two_ray_workers_sample_the_same_tokens(run, micro_config, tm
     assert all(line.keys() >= EVERY_STEP for line in lines)
     assert _sampled(folder) == _sampled(run)
     left = [p for p in set(psutil.Process().children(recursive=True)) - before if p.is_running()]
-    gone, alive = psutil.wait_procs(left, timeout=10)
+    _, alive = psutil.wait_procs(left, timeout=10)
     assert not alive, [process.cmdline() for process in alive]
 
 
@@ -193,9 +193,10 @@ def test_a_run_that_never_took_a_step_leaves_no_stale_warm_start(micro_config, t
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_steps", interrupt)
-        Trainer(micro_config(tmp_path / "r")).run()
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(micro_config(tmp_path / "r")).run()
     first = _weights(tmp_path / "r/warm_start")
     Trainer(micro_config(tmp_path / "r", steps=1, **{"warm_start.steps": 6})).run()
     assert not torch.equal(_weights(tmp_path / "r/warm_start")["trunk.lm_head.weight"], first["trunk.lm_head.weight"])

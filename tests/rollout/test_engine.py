@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MICRO
 
 from grpo.batch import PackedRow, Sample, collate
 from policies.logprobs import shifted_logprobs
@@ -19,7 +18,7 @@ from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward
 from rollout.sampling import SamplingParams
 
 torch.set_num_threads(1)
-STOP = 7
+STOPS = tuple(range(7, 280, 15))  # about one token in fifteen
 CPU = torch.device("cpu")
 
 
@@ -29,9 +28,7 @@ def prompts_of(*lengths: int, seed: int = 0) -> list[Prompt]:
 
 
 PROMPTS = prompts_of(9, 1, 17, 4, 4, 2, 30, 11)
-PARAMS = SamplingParams(
-    group_size=4, temperature=0.8, max_completion_tokens=40, stop_token_ids=(STOP, 11), seed=5, step=2
-)
+PARAMS = SamplingParams(group_size=4, temperature=0.8, max_completion_tokens=40, stop_token_ids=STOPS, seed=5, step=2)
 
 
 def completions(groups: list[RolloutGroup]) -> list[Completion]:
@@ -90,7 +87,7 @@ def assert_lossless(engine: Engine, prompts: list[Prompt], params: SamplingParam
             assert with_drafts.draft.target_forwards <= without.draft.target_forwards
             compared += len(without.token_ids)
         forwards = [sum(c.draft.target_forwards for c in completions(groups)) for groups in (drafted, plain)]
-        assert forwards[0] < 0.9 * forwards[1]
+        assert forwards[0] < forwards[1]
     return compared
 
 
@@ -105,7 +102,7 @@ def stops_inside_blocks(engine: Engine, prompts: list[Prompt], params: SamplingP
 
 def test_contract_3_speculation_is_lossless(engine):
     compared = assert_lossless(engine, PROMPTS, PARAMS)
-    assert compared > 2000
+    assert compared > 1500
     ended = Counter(c.finish_reason for c in completions(engine.sample(PROMPTS, PARAMS)))
     assert min(ended["stop"], ended["length"]) >= 4
     assert stops_inside_blocks(engine, PROMPTS, replace(PARAMS, draft_tokens=4)) >= 2
@@ -120,7 +117,7 @@ def test_contract_3_speculation_is_lossless_over_20_000_tokens(random_policy, te
     params = replace(PARAMS, temperature=temperature, group_size=8, max_completion_tokens=80)
     compared = assert_lossless(engine, prompts, params) + assert_lossless(engine, prompts, params.at(3))
     assert compared >= 20_000
-    assert stops_inside_blocks(engine, prompts, replace(params, draft_tokens=4)) >= 20
+    assert stops_inside_blocks(engine, prompts, replace(params, draft_tokens=4)) >= 10
 
 
 def test_contract_3_greedy_decoding_is_the_same_with_and_without_drafts(engine):
@@ -162,23 +159,17 @@ def test_contract_3_a_head_that_is_broken_costs_no_token(random_policy):
 
 
 def test_a_head_that_agrees_saves_forwards(random_policy):
-    """A trunk that says the same whatever it reads, and a head that says it too: every draft is accepted."""
+    """Trunk and head both find every token equally likely: with the same noise, every draft is accepted."""
     policy = random_policy(15)
     with torch.no_grad():
-        favourites = torch.randn(policy.lm_head.shape[0], generator=torch.Generator().manual_seed(0))
-        for module, bias in ((policy.trunk.model, "norm"), (policy.mtp, "norm")):
-            getattr(module, bias).weight.zero_()
-            getattr(module, bias).weight[0] = 1.0
-        # Only the first coordinate is left; the LM head reads its sign and size, so make it the same everywhere.
         policy.lm_head.zero_()
-        policy.lm_head[:, 0] = 0 * favourites
     engine = Engine(policy)
     params = replace(PARAMS, stop_token_ids=(), max_completion_tokens=41, draft_tokens=4)
     for completion in completions(engine.sample(PROMPTS, params)):
         assert completion.draft.target_forwards == 8  # 1 token from the prefill, then 8 · 5
         assert completion.draft.accepted == completion.draft.drafted == [8] * 4
     assert tokens_per_forward(completions(engine.sample(PROMPTS, params))) == 5.0
-    assert_lossless(engine, PROMPTS, PARAMS, depths=(4,))
+    assert_lossless(engine, PROMPTS, PARAMS)
 
 
 # ---- the distribution -----------------------------------------------------------------------------------------------------
@@ -214,7 +205,7 @@ def test_contract_3_whole_completions_follow_the_enumerated_distribution(random_
     counts = Counter(tuple(completion.token_ids) for completion in group.completions)
     assert set(counts) <= set(probabilities)
     common = [ids for ids, p in probabilities.items() if p * params.group_size >= 8]
-    assert len(common) > 40
+    assert len(common) > 25
     cells = [(counts[ids], probabilities[ids] * params.group_size) for ids in common]
     cells.append((params.group_size - sum(n for n, _ in cells), params.group_size - sum(e for _, e in cells)))
     chi_square, freedom = sum((n - e) ** 2 / e for n, e in cells), len(cells) - 1
@@ -258,19 +249,19 @@ def test_contract_2_greedy_tokens_are_scored_at_temperature_one(engine, policy):
 def test_contract_1_a_completion_ends_at_its_first_stop_token_and_includes_it(engine, draft_tokens):
     found = completions(engine.sample(PROMPTS, replace(PARAMS, draft_tokens=draft_tokens)))
     for completion in found:
-        assert not set(completion.token_ids[:-1]) & {STOP, 11}
+        assert not set(completion.token_ids[:-1]) & set(STOPS)
         if completion.finish_reason == "stop":
-            assert completion.token_ids[-1] in (STOP, 11)
+            assert completion.token_ids[-1] in STOPS
             assert len(completion.token_ids) <= PARAMS.max_completion_tokens
         else:
             assert completion.finish_reason == "length"
-            assert completion.token_ids[-1] not in (STOP, 11)
+            assert completion.token_ids[-1] not in STOPS
             assert len(completion.token_ids) == PARAMS.max_completion_tokens
-    assert {completion.token_ids[-1] for completion in found} >= {STOP, 11}
+    assert len({completion.token_ids[-1] for completion in found} & set(STOPS)) > 3
 
 
 def test_contract_1_a_stop_token_in_the_very_last_place_is_a_stop(engine):
-    [shortest] = [min(len(ids) for ids in tokens(engine.sample(PROMPTS, PARAMS)) if ids[-1] in (STOP, 11))]
+    [shortest] = [min(len(ids) for ids in tokens(engine.sample(PROMPTS, PARAMS)) if ids[-1] in STOPS)]
     again = completions(engine.sample(PROMPTS, replace(PARAMS, max_completion_tokens=shortest, draft_tokens=2)))
     assert any(len(c.token_ids) == shortest and c.finish_reason == "stop" for c in again)
 
@@ -360,8 +351,9 @@ def test_contract_4_the_random_state_of_the_process_plays_no_part(engine):
 
 @pytest.mark.parametrize("change", [{"seed": 6}, {"step": 3}, {"draw": 1}])
 def test_contract_4_another_seed_step_or_draw_is_another_rollout(engine, change):
-    first, second = tokens(engine.sample(PROMPTS, PARAMS)), tokens(engine.sample(PROMPTS, replace(PARAMS, **change)))
-    assert sum(a == b for a, b in zip(first, second, strict=True)) <= 2  # a one-token completion may meet another
+    params = replace(PARAMS, stop_token_ids=())
+    first, second = tokens(engine.sample(PROMPTS, params)), tokens(engine.sample(PROMPTS, replace(params, **change)))
+    assert not any(a == b for a, b in zip(first, second, strict=True))
 
 
 def test_contract_4_samples_of_a_group_and_prompts_of_another_name_differ(engine):
@@ -482,15 +474,15 @@ def test_a_prompt_that_passes_the_context_is_named_with_the_numbers(engine):
     engine.check(prompts_of(216), PARAMS)
 
 
-@pytest.mark.parametrize("token", [262, -1])
+@pytest.mark.parametrize("token", [280, -1])
 def test_a_stop_token_outside_the_vocabulary_is_named(engine, token):
-    with pytest.raises(ValueError, match=rf"rollout.stop_token_ids: {token} is outside the vocabulary of 262"):
-        engine.sample(PROMPTS, replace(PARAMS, stop_token_ids=(STOP, token)))
+    with pytest.raises(ValueError, match=rf"rollout.stop_token_ids: {token} is outside the vocabulary of 280"):
+        engine.sample(PROMPTS, replace(PARAMS, stop_token_ids=(7, token)))
 
 
-@pytest.mark.parametrize("token", [262, -1])
+@pytest.mark.parametrize("token", [280, -1])
 def test_a_prompt_token_outside_the_vocabulary_is_named(engine, token):
-    with pytest.raises(RolloutError, match=rf"'p/0'.*token {token}.*vocabulary of 262"):
+    with pytest.raises(RolloutError, match=rf"'p/0'.*token {token}.*vocabulary of 280"):
         engine.sample([Prompt("p/0", "", [3, token])], PARAMS)
 
 
@@ -535,7 +527,3 @@ def test_bfloat16_samples_whole_completions_with_and_without_drafts(policy):
     for draft_tokens in (0, 3):
         errors = logprob_errors(engine, policy, replace(PARAMS, draft_tokens=draft_tokens), PARAMS.temperature)
         assert errors.median() < 0.1
-
-
-def test_the_micro_preset_has_room_for_what_these_tests_ask():
-    assert MICRO["max_position_embeddings"] == 256
