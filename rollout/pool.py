@@ -134,6 +134,7 @@ class RayPool:
             except self.ray.exceptions.RayActorError as error:
                 self._replace(i, error)
         if got != expected:
+            self.published = None
             raise RolloutError(f"worker {i} holds weights {got}, published were {expected} (version {version})")
 
     def _replace(self, i: int, error: Exception) -> None:
@@ -143,12 +144,14 @@ class RayPool:
                 f"rollout workers died {self.restarts} times since the last publication; the last error was: {error}. "
                 "If memory ran out, lower rollout.workers or rollout.prompts_per_shard"
             ) from error
+        self.ray.kill(self.workers[i])  # if only out of sight, it still holds the processor that its successor needs
         self.workers[i] = self._start()
 
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
-        assert self.published is not None
+        if self.published is None:
+            raise RolloutError("the last publication was not confirmed by every worker: publish the weights again")
         version = self.published[2]
         waiting = list(enumerate(shards(prompts, self.prompts_per_shard)))[::-1]
         done: dict[int, list[RolloutGroup]] = {}
@@ -170,7 +173,7 @@ class RayPool:
                 self._confirm(i)
                 waiting.append((number, shard))
             except self.ray.exceptions.RayTaskError as error:
-                raise error.as_instanceof_cause() from None
+                raise error.cause or error from None  # without the worker's stack in its message
             idle.append(i)
         return [group for number in sorted(done) for group in done[number]]
 

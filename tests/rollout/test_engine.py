@@ -104,7 +104,7 @@ def test_contract_3_speculation_is_lossless(engine):
     compared = assert_lossless(engine, PROMPTS, PARAMS)
     assert compared > 1500
     ended = Counter(c.finish_reason for c in completions(engine.sample(PROMPTS, PARAMS)))
-    assert min(ended["stop"], ended["length"]) >= 4
+    assert min(ended["stop"], ended["length"]) >= 3
     assert stops_inside_blocks(engine, PROMPTS, replace(PARAMS, draft_tokens=4)) >= 2
 
 

@@ -1,0 +1,356 @@
+"""The pool: who samples changes nothing, weights are confirmed, workers may die, and nothing stays behind.
+
+Ray takes seconds to start: the tests share one cluster of three processors, and a pool of two workers in it.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from ipaddress import ip_address
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+
+import rollout.pool
+from policies.policy import Policy, digest
+from rollout.engine import RolloutError
+from rollout.group import Prompt, RolloutGroup
+from rollout.pool import LocalPool, Pool, RayPool, open_pool, shards, start_ray
+from rollout.sampling import SamplingParams
+from rollout.worker import Worker, pack, unpack
+
+torch.set_num_threads(1)
+PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 10 + 3 * i)]) for i in range(7)]
+PARAMS = SamplingParams(
+    group_size=3, temperature=0.9, max_completion_tokens=12, stop_token_ids=tuple(range(7, 280, 20)), draft_tokens=2
+)
+
+
+@pytest.fixture(scope="module")
+def policies(random_policy) -> list[Policy]:
+    """What is published as version 0, and what as version 1."""
+    return [random_policy(21), random_policy(22)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    start_ray(3)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def shared(cluster, policies) -> Iterator[RayPool]:
+    pool = open_pool(policies[0], workers=2, prompts_per_shard=2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def pool(shared, policies) -> RayPool:
+    """The shared pool, holding version 0 again."""
+    shared.publish(policies[0].weights(), 0)
+    return shared
+
+
+@pytest.fixture(scope="module")
+def expected(policies) -> Callable[[int], list[RolloutGroup]]:
+    """What one engine in this process samples after version 0, and after version 1."""
+    local = open_pool(policies[0], prompts_per_shard=2)
+    sampled = [local.sample(PROMPTS, PARAMS)]
+    local.publish(policies[1].weights(), 1)
+    sampled.append(local.sample(PROMPTS, PARAMS))
+    return sampled.__getitem__
+
+
+def tokens(groups: list[RolloutGroup]) -> list[list[list[int]]]:
+    return [[completion.token_ids for completion in group.completions] for group in groups]
+
+
+def call(worker, function: Callable):
+    """`function(worker)` in the worker's own process."""
+    return worker.__ray_call__.remote(function)
+
+
+# ---- without Ray ----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_keep_the_order_and_every_prompt():
+    assert [list(shard) for shard in shards(PROMPTS, 3)] == [PROMPTS[:3], PROMPTS[3:6], PROMPTS[6:]]
+    assert shards([], 3) == []
+
+
+def test_weights_survive_their_journey():
+    weights = {
+        "bf16": torch.randn(3, 4).bfloat16(),
+        "transposed": torch.randn(3, 4).T,
+        "scalar": torch.tensor(2.5),
+        "whole": torch.arange(4),
+    }
+    arrived = unpack(pack(weights))
+    assert digest(arrived) == digest(weights)
+    for name, tensor in weights.items():
+        assert torch.equal(arrived[name], tensor)
+        assert arrived[name].dtype == tensor.dtype
+
+
+def test_contract_4_a_local_pool_samples_the_same_whatever_the_shards(policies, expected):
+    for size in (1, 3, 100):
+        assert tokens(LocalPool(policies[0], torch.float32, size).sample(PROMPTS, PARAMS)) == tokens(expected(0))
+
+
+def test_contract_5_a_local_pool_has_weights_of_its_own(random_policy, expected):
+    policy = random_policy(21)
+    pool = open_pool(policy, prompts_per_shard=2)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.zero_()
+    assert pool.sample(PROMPTS, PARAMS) == expected(0)
+
+
+def test_a_local_pool_samples_with_the_adapter(random_policy):
+    policy = random_policy(21)
+    policy.add_lora(rank=2, alpha=4.0, targets=["o_proj"])
+    before = tokens(open_pool(policy).sample(PROMPTS, PARAMS))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    assert tokens(open_pool(policy).sample(PROMPTS, PARAMS)) != before
+
+
+def test_contract_5_a_worker_without_weights_refuses_to_sample(policies):
+    worker = Worker(policies[0].skeleton(), "float32", "cpu", threads=1)
+    with pytest.raises(RolloutError, match="holds policy version -1, but version 0 was asked for"):
+        worker.sample(PROMPTS, PARAMS, 0)
+    assert worker.publish(pack(policies[0].weights()), 0) == digest(policies[0].weights())
+    assert len(worker.sample(PROMPTS[:1], PARAMS, 0)) == 1
+
+
+def test_a_bad_prompt_is_refused_before_the_first_shard_is_sampled(policies):
+    heard: list[int] = []
+    with pytest.raises(RolloutError, match="'p/x' has no tokens"):
+        open_pool(policies[0]).sample([*PROMPTS, Prompt("p/x", "", [])], PARAMS, heard.append)
+    assert heard == []
+
+
+# ---- with Ray -------------------------------------------------------------------------------------------------------------
+
+
+def test_contract_4_workers_sample_what_one_engine_samples(pool, expected):
+    """To the bit: the shards are the same, and so are the thread counts."""
+    heard: list[int] = []
+    assert pool.sample(PROMPTS, PARAMS, heard.append) == expected(0)
+    assert sum(heard) == len(PROMPTS) * PARAMS.group_size
+    assert pool.sample([], PARAMS) == []
+
+
+def test_contract_4_the_number_of_workers_changes_nothing(pool, policies, expected):
+    single = open_pool(policies[0], workers=1, prompts_per_shard=2)
+    try:
+        assert single.sample(PROMPTS, PARAMS) == expected(0)
+        reversed_groups = single.sample(PROMPTS[::-1], PARAMS)
+        assert tokens(reversed_groups) == tokens(expected(0))[::-1]
+    finally:
+        single.close()
+    assert ray.is_initialized()  # the cluster was there before the pool
+    assert pool.sample(PROMPTS, PARAMS) == expected(0)
+
+
+def test_contract_5_every_worker_samples_with_what_was_published_last(pool, policies, expected):
+    pool.publish(policies[1].weights(), 1)
+    groups = pool.sample(PROMPTS, PARAMS)
+    assert groups == expected(1)
+    assert {completion.policy_version for group in groups for completion in group.completions} == {1}
+    assert tokens(groups) != tokens(expected(0))
+
+
+def test_contract_5_a_worker_refuses_a_version_that_it_does_not_hold(pool):
+    for worker in pool.workers:
+        with pytest.raises(RolloutError, match="holds policy version 0, but version 7 was asked for"):
+            ray.get(worker.sample.remote(PROMPTS, PARAMS, 7))
+
+
+def test_contract_5_weights_that_a_worker_does_not_confirm_are_not_sampled_with(pool, policies, monkeypatch, expected):
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout.pool, "digest", lambda weights: "what the learner holds")
+        with pytest.raises(RolloutError, match=r"worker 0 holds weights \w+, published were what the learner holds"):
+            pool.publish(policies[1].weights(), 1)
+    with pytest.raises(RolloutError, match="publish"):
+        pool.sample(PROMPTS, PARAMS)
+    pool.publish(policies[1].weights(), 1)
+    assert pool.sample(PROMPTS, PARAMS) == expected(1)
+
+
+def test_an_error_in_a_worker_arrives_as_it_is_and_the_pool_goes_on(pool, expected):
+    with pytest.raises(RolloutError, match="prompt 'p/x' has no tokens"):
+        pool.sample([*PROMPTS, Prompt("p/x", "", [])], PARAMS)
+    with pytest.raises(ValueError, match="rollout.stop_token_ids: 999"):
+        pool.sample(PROMPTS, replace(PARAMS, stop_token_ids=(999,)))
+    assert pool.sample(PROMPTS, PARAMS) == expected(0)
+
+
+# ---- workers that die -----------------------------------------------------------------------------------------------------
+
+
+def test_contract_4_a_worker_that_dies_is_replaced_and_gives_the_same_tokens(pool, expected):
+    before = list(pool.workers)
+    ray.kill(before[0])
+    assert pool.sample(PROMPTS, PARAMS) == expected(0)
+    assert pool.workers[0] is not before[0]
+    assert pool.workers[1] is before[1]
+    assert pool.restarts == 1
+
+
+def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, expected):
+    """The second worker's process ends without a word as soon as the first shard is done."""
+    died = []
+
+    def on_finished(_: int) -> None:
+        if not died:
+            died.append(call(pool.workers[1], lambda _: os._exit(1)))
+
+    assert pool.sample(PROMPTS, PARAMS, on_finished) == expected(0)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(died)
+    pool.publish(unpack(ray.get(pool.published[0])), 0)  # and one that dies between two steps
+    assert pool.sample(PROMPTS, PARAMS) == expected(0)
+
+
+def test_a_worker_that_answers_no_more_gives_its_place_to_its_replacement(pool, expected):
+    """Ray may lose sight of a worker that still lives; it must not keep the processor that the next one waits for."""
+    [pid] = ray.get([call(pool.workers[0], lambda _: os.getpid())])
+    blocker = open_pool_of_the_last_processor()
+    try:
+        pool._replace(0, RuntimeError("unavailable"))
+        pool._confirm(0)
+        assert pool.sample(PROMPTS, PARAMS) == expected(0)
+    finally:
+        ray.kill(blocker)
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
+    assert not psutil.pid_exists(pid)
+
+
+def open_pool_of_the_last_processor():
+    class Blocker:
+        def ready(self) -> bool:
+            return True
+
+    blocker = ray.remote(Blocker).options(num_cpus=1).remote()
+    assert ray.get(blocker.ready.remote())
+    return blocker
+
+
+def test_workers_that_keep_dying_stop_the_run_with_advice(pool, monkeypatch):
+    monkeypatch.setattr(rollout.pool, "MAX_RESTARTS", 0)
+    ray.kill(pool.workers[0])
+    with pytest.raises(RolloutError, match=r"workers died 1 times.*lower rollout.workers or rollout.prompts_per_shard"):
+        pool.sample(PROMPTS, PARAMS)
+    monkeypatch.undo()
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------------
+
+SCRIPT = textwrap.dedent(
+    """
+    import sys
+    from policies.policy import Policy
+    from rollout.group import Prompt
+    from rollout.pool import open_pool
+    from rollout.sampling import SamplingParams
+
+    pool = open_pool(Policy.load(sys.argv[1]), workers=1)
+    params = SamplingParams(2, max_completion_tokens=4)
+    print("sampled", len(pool.sample([Prompt("p", "", [3, 4])], params)), flush=True)
+    input()
+    pool.close()
+    print("closed", flush=True)
+    while True:  # until it is interrupted
+        pool = open_pool(Policy.load(sys.argv[1]), workers=1)
+        print("sampling", flush=True)
+        while True:
+            pool.sample([Prompt("p", "", [3, 4])] * 8, params)
+    """
+)
+
+
+@pytest.fixture
+def script(policies, tmp_path) -> Iterator[subprocess.Popen]:
+    """A user's script with a pool of its own, in a process group of its own."""
+    policies[0].save(tmp_path / "policy")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py", tmp_path / "policy"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=(tmp_path / "stderr").open("w"),
+        text=True,
+        start_new_session=True,
+    )
+    yield process
+    process.kill()
+    process.wait()
+
+
+def line(script: subprocess.Popen, word: str) -> None:
+    for text in script.stdout:
+        if text.startswith(word):
+            return
+    raise AssertionError(f"the script ended before it said {word!r}")
+
+
+def ray_processes(script: subprocess.Popen) -> list[psutil.Process]:
+    """Everything that the script started, by descent or by the session that a command line names."""
+    found = psutil.Process(script.pid).children(recursive=True)
+    assert any("raylet" in process.name() for process in found)
+    assert any("gcs_server" in process.name() for process in found)
+    return found
+
+
+def test_a_cluster_listens_on_loopback_only_has_no_dashboard_and_leaves_nothing_behind(script):
+    line(script, "sampled 1")
+    running = ray_processes(script)
+    listening = set()
+    for process in running:
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                listening.add((process.name(), connection.laddr.ip))
+    assert len(listening) >= 2
+    assert [name for name, ip in listening if not ip_address(ip).is_loopback] == []
+    commands = [" ".join(process.cmdline()) for process in running]
+    assert [command for command in commands if "dashboard/dashboard.py" in command] == []
+    script.stdin.write("\n")
+    script.stdin.flush()
+    line(script, "closed")
+    assert psutil.wait_procs(running, timeout=20)[1] == []
+    line(script, "sampling")  # the same process may open another pool
+    running = ray_processes(script)
+    os.killpg(script.pid, signal.SIGINT)  # as Ctrl-C does in a terminal: the whole group hears it
+    assert script.wait(timeout=60) != 0
+    assert psutil.wait_procs(running, timeout=20)[1] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_script_that_is_ended_alone_leaves_no_process(script, number):
+    line(script, "sampled 1")
+    running = ray_processes(script)
+    script.send_signal(number)
+    script.wait(timeout=60)
+    assert psutil.wait_procs(running, timeout=30)[1] == []
+
+
+def test_a_pool_is_what_the_protocol_says(policies):
+    pool: Pool = open_pool(policies[0])
+    pool.close()
+    assert isinstance(pool, LocalPool)
