@@ -10,8 +10,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    from grpo.config import SftConfig
+
+Config = TypeVar("Config", bound="SftConfig")
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 2, 130, 143
 
 
@@ -55,7 +59,8 @@ def _fail(message: str, code: int) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from grpo.config import EvalConfig, SampleConfig, SftConfig, TrainConfig
+    from grpo.config import SftConfig, TrainConfig
+    from grpo.inference_config import EvalConfig, SampleConfig
     from grpo.options import add_options
 
     parser = argparse.ArgumentParser(
@@ -128,42 +133,44 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _sft(args: argparse.Namespace) -> int:
     from grpo.config import SftConfig
-    from grpo.options import dump_yaml, load
 
-    config = load(SftConfig, args.config, args.overrides, args.flags)
-    if args.print_config:
-        print(dump_yaml(config), end="")
-        return 0
-    from grpo import report
-    from grpo.sft import sft
+    if config := _config_to_run(args, SftConfig):
+        from grpo import report
+        from grpo.sft import sft
 
-    if args.dry_run:
-        report.dry_run(config)
-        return 0
-    report.summary(sft(config))
+        report.summary(sft(config))
     return 0
 
 
 def _train(args: argparse.Namespace) -> int:
     from grpo.config import TrainConfig
-    from grpo.options import dump_yaml, load
 
-    config = load(TrainConfig, args.config, args.overrides, args.flags)
-    if args.print_config:
-        print(dump_yaml(config), end="")
-        return 0
-    from grpo import report
-    from grpo.train import Trainer
+    if config := _config_to_run(args, TrainConfig):
+        from grpo import report
+        from grpo.train import Trainer
 
-    if args.dry_run:
-        report.dry_run(config)
-        return 0
-    report.summary(Trainer(config, resume=args.resume, stop_after=args.stop_after, force=args.force).run())
+        report.summary(Trainer(config, resume=args.resume, stop_after=args.stop_after, force=args.force).run())
     return 0
 
 
+def _config_to_run(args: argparse.Namespace, model: type[Config]) -> Config | None:
+    """The configuration, or None where it was only to be printed or checked, which then is done."""
+    from grpo.options import dump_yaml, load
+
+    config = load(model, args.config, args.overrides, args.flags)
+    if args.print_config:
+        print(dump_yaml(config), end="")
+    elif args.dry_run:
+        from grpo import report
+
+        report.dry_run(config)
+    else:
+        return config
+    return None
+
+
 def _eval(args: argparse.Namespace) -> int:
-    from grpo.config import EvalConfig, defaults_of_run
+    from grpo.inference_config import EvalConfig, defaults_of_run
     from grpo.options import dump_yaml, load
 
     defaults = defaults_of_run(Path(args.policy))
@@ -181,7 +188,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    from grpo.config import SampleConfig
+    from grpo.inference_config import SampleConfig
     from grpo.options import load
 
     config = load(SampleConfig, None, args.overrides | {"model": args.policy}, args.flags)
@@ -211,7 +218,8 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _reference(args: argparse.Namespace) -> int:
-    from grpo.config import EvalConfig, SampleConfig, SftConfig, TrainConfig
+    from grpo.config import SftConfig, TrainConfig
+    from grpo.inference_config import EvalConfig, SampleConfig
     from grpo.metrics import table
     from grpo.options import reference_page
 

@@ -10,8 +10,9 @@ from statistics import fmean, median
 from rich.console import Console
 from rich.progress import Progress
 
-from grpo.config import DataOptions, EvalConfig
+from grpo.config import DataOptions
 from grpo.console import progress_bars
+from grpo.inference_config import EvalConfig
 from grpo.loader import load_policy, sampling_params
 from grpo.task import Task
 from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward

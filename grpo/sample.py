@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from grpo.config import SampleConfig
 from grpo.data import Example
+from grpo.inference_config import SampleConfig
 from grpo.loader import load_policy, sampling_params
 from grpo.prompts import PromptTemplate, encode_prompt
 from rollout.group import RolloutGroup

@@ -152,7 +152,8 @@ class Trainer:
                 if stopping and step < config.steps:
                     raise Stopped(f"stopped after step {step}; go on with --resume auto")
         summary: dict[str, Any] = {"output_dir": str(self.output_dir), "evaluations": evaluations}
-        if heldout and start < config.steps:
+        finished_before = start == config.steps and (self.output_dir / "policy").exists()
+        if heldout and not finished_before:
             after = self._evaluate(pool, heldout, sampling, config.steps)
             evaluations |= {f"after GRPO, {name}": result for name, result in after.items()}
         if config.log.measure_speed and heldout and sampling.draft_tokens:

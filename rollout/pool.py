@@ -195,11 +195,18 @@ def start_ray(cpus: int, address: str | None = None) -> None:
     if address:
         ray.init(address=address, logging_level=logging.WARNING)
         return
-    ray.init(
-        num_cpus=cpus,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        logging_level=logging.WARNING,
-        log_to_driver=True,
-        configure_logging=True,
-    )
+    # Ray takes 127.0.0.1 for "find my address" and then listens on every interface, except where it does not support
+    # clusters at all, as on Windows: there every process of it is bound to loopback.
+    constants = ray._private.ray_constants
+    clusters, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
+    try:
+        ray.init(
+            num_cpus=cpus,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+            configure_logging=True,
+        )
+    finally:
+        constants.ENABLE_RAY_CLUSTER = clusters

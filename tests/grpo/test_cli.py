@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from grpo.cli import main
-from grpo.config import EvalConfig, SampleConfig, SftConfig, TrainConfig
+from grpo.config import SftConfig, TrainConfig
+from grpo.inference_config import EvalConfig, SampleConfig
 from grpo.options import _options
 from grpo.run_log import read_metrics, read_rollouts
 from policies.policy import Policy

@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from grpo import evaluate as evaluation
-from grpo.config import DataOptions, EvalConfig, RewardOptions, ScoringOptions, defaults_of_run
+from grpo.config import DataOptions, RewardOptions, ScoringOptions
 from grpo.evaluate import (
     Evaluation,
     as_metrics,
@@ -15,6 +15,7 @@ from grpo.evaluate import (
     measure_speed,
     wilson_interval,
 )
+from grpo.inference_config import EvalConfig, defaults_of_run
 from grpo.metrics import check
 from grpo.options import load
 from grpo.task import Task

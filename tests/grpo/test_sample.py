@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.config import SampleConfig
+from grpo.inference_config import SampleConfig
 from grpo.options import load
 from grpo.report import groups_as_json
 from grpo.sample import read_prompts, sample

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from grpo import train
 from grpo.learner import Learner, NonFiniteStep
@@ -15,6 +15,7 @@ from grpo.metrics import check
 from grpo.run_log import read_metrics, read_rollouts
 from grpo.train import Trainer
 from grpo.yaml_file import parse_yaml
+from policies.convert import convert_checkpoint, frozen_parameter_names
 from policies.policy import Policy, PolicyError
 from rewards.protocol import RewardError
 
@@ -423,3 +424,92 @@ def test_free_options_are_options():
 
     names = {option.key for option in _options(TrainConfig.model_construct())}
     assert all(name in names for name in train.FREE_TO_CHANGE)
+
+
+# ---- other policies, precisions and temperatures --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def converted(micro_policy, tmp_path_factory) -> str:
+    """What `quartet convert` makes of a small Llama: SmolLM2's case in miniature."""
+    source, folder = tmp_path_factory.mktemp("llama"), tmp_path_factory.mktemp("mla") / "model"
+    tokenizer = micro_policy(0).tokenizer
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    convert_checkpoint(str(source), folder, prompts=["Tom has 5 pens.", "How many?"])
+    return str(folder)
+
+
+@pytest.mark.parametrize("given", [{}, {"lora.rank": 4}, {"add_mtp": True}, {"add_mtp": True, "lora.rank": 4}])
+def test_a_converted_dense_model_is_a_policy_too(converted, micro_config, tmp_path, given):
+    drafts = {"rollout.draft_tokens": None, "warm_start.steps": 0, "model": converted}
+    Trainer(micro_config(tmp_path / "r", **drafts | given)).run()
+    for line in read_metrics(tmp_path / "r"):
+        assert line["mismatch/logprob_abs_mean"] < 1e-4
+        assert line["learner/updates"] == 1
+        assert ("draft/acceptance_depth_4" in line) == ("add_mtp" in given)
+    before, after = AutoModelForCausalLM.from_pretrained(converted), Policy.load(tmp_path / "r/policy")
+    moved = {
+        name
+        for (name, p), (_, q) in zip(before.named_parameters(), after.trunk.named_parameters(), strict=True)
+        if not torch.equal(p, q)
+    }
+    assert moved
+    assert not moved & set(frozen_parameter_names(after.config))
+    assert (after.mtp is not None) == ("add_mtp" in given)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.5])
+def test_contract_2_sampler_and_learner_score_at_the_same_temperature(micro_config, tmp_path, temperature):
+    Trainer(micro_config(tmp_path / "r", **{"rollout.temperature": temperature})).run()
+    assert all(line["mismatch/logprob_abs_mean"] < 1e-4 for line in read_metrics(tmp_path / "r"))
+
+
+def test_bfloat16_weights_are_trained_and_the_mismatch_is_seen(micro_config, tmp_path):
+    Trainer(micro_config(tmp_path / "r", dtype="bfloat16")).run()
+    for line in read_metrics(tmp_path / "r"):
+        assert 1e-6 < line["mismatch/logprob_abs_mean"] < 0.2
+        assert line["learner/updates"] == 1
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "r/policy")
+    precise = [name for name, p in trained.named_parameters() if p.dtype != torch.bfloat16]
+    assert precise == ["model.layers.1.mlp.gate.weight"]  # transformers keeps routers in fp32
+
+
+def test_gradient_checkpointing_and_small_micro_batches_change_no_token_of_a_run(run, micro_config, tmp_path):
+    given = {"learner.gradient_checkpointing": True, "learner.tokens_per_micro_batch": 64}
+    Trainer(micro_config(tmp_path / "r", **given)).run()
+    assert _sampled(tmp_path / "r") == _sampled(run)
+
+
+def test_a_run_whose_last_evaluation_was_cut_off_is_evaluated_when_it_is_resumed(micro_config, tmp_path, monkeypatch):
+    config = micro_config(tmp_path / "r", **{"eval.limit": 3})
+    evaluate = Trainer._evaluate
+
+    def cut_off(self, pool, heldout, sampling, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return evaluate(self, pool, heldout, sampling, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(config).run()
+    results = Trainer(config, resume="auto").run()
+    assert list(results["evaluations"]) == ["after GRPO, sampled", "after GRPO, greedy"]
+    assert "eval/accuracy" in read_metrics(tmp_path / "r")[3]
+    assert not Trainer(config, resume="auto").run()["evaluations"]

@@ -190,9 +190,9 @@ def test_contract_5_weights_that_a_worker_does_not_confirm_are_not_sampled_with(
 
 
 def test_an_error_in_a_worker_arrives_as_it_is_and_the_pool_goes_on(pool, expected):
-    with pytest.raises(RolloutError, match="prompt 'p/x' has no tokens"):
+    with pytest.raises(RolloutError, match="^prompt 'p/x' has no tokens"):
         pool.sample([*PROMPTS, Prompt("p/x", "", [])], PARAMS)
-    with pytest.raises(ValueError, match="rollout.stop_token_ids: 999"):
+    with pytest.raises(ValueError, match="^rollout.stop_token_ids: 999"):
         pool.sample(PROMPTS, replace(PARAMS, stop_token_ids=(999,)))
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
 
@@ -251,7 +251,7 @@ def open_pool_of_the_last_processor():
 def test_workers_that_keep_dying_stop_the_run_with_advice(pool, monkeypatch):
     monkeypatch.setattr(rollout.pool, "MAX_RESTARTS", 0)
     ray.kill(pool.workers[0])
-    with pytest.raises(RolloutError, match=r"workers died 1 times.*lower rollout.workers or rollout.prompts_per_shard"):
+    with pytest.raises(RolloutError, match=r"(?s)workers died 1 times.*lower rollout.workers or"):
         pool.sample(PROMPTS, PARAMS)
     monkeypatch.undo()
 
