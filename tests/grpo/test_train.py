@@ -408,7 +408,7 @@ def test_kl_towards_the_reference_starts_at_zero(micro_config, tmp_path):
 
 
 def test_speed_with_and_without_drafts_can_be_measured_at_the_end(micro_config, tmp_path):
-    given = {"log.measure_speed": True, "eval.limit": 4, "steps": 1}
+    given = {"log.measure_speed": True, "eval.limit": 4, "steps": 1, "rollout.max_completion_tokens": 5}
     results = Trainer(micro_config(tmp_path / "r", **given)).run()
     assert [speed.rows for speed in results["speeds"]] == [1, 8, 32]
     for speed in results["speeds"]:

@@ -189,7 +189,7 @@ def test_a_chain_does_not_see_other_chains_or_completions(random_policy):
             assert entries & meaningful == reached, (changed, d)
 
 
-# ---- the loss ------------------------------------------------------------------------------------------------------
+# ---- the loss ----
 
 
 def test_draft_loss_by_hand():
@@ -285,7 +285,7 @@ def test_contract_7_the_draft_head_never_touches_the_trunks_gradient(random_poli
     assert len(without) == len(dict(policy.trunk.named_parameters()))
 
 
-# ---- the module ----------------------------------------------------------------------------------------------------
+# ---- the module ----
 
 
 def test_the_head_is_moe_like_the_trunk_and_dense_beside_a_dense_trunk(random_policy):

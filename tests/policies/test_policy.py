@@ -52,7 +52,7 @@ def saved(random_policy, tmp_path) -> Path:
     return tmp_path / "policy"
 
 
-# ---- saving and loading ---------------------------------------------------------------------------------------------
+# ---- saving and loading ----
 
 
 @pytest.mark.parametrize("mtp", [True, False])
@@ -194,7 +194,7 @@ def test_a_dense_model_is_a_policy_without_head(tmp_path, random_policy):
     assert torch.equal(logits(loaded.trunk), logits(dense.trunk))
 
 
-# ---- what is wrong is named -----------------------------------------------------------------------------------------
+# ---- what is wrong is named ----
 
 TRUNK_TENSORS = ["model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.gate.weight"]
 HEAD_TENSORS = ["eh_proj.weight", "shared_head.norm.weight", "mlp.gate.weight", "mlp.experts.2.up_proj.weight"]
@@ -266,7 +266,7 @@ def test_pickled_weights_are_not_read(random_policy, tmp_path):
         Policy.load(tmp_path / "policy")
 
 
-# ---- weights on the wire --------------------------------------------------------------------------------------------
+# ---- weights on the wire ----
 
 
 def test_a_skeleton_and_published_weights_make_the_same_policy(random_policy):
@@ -338,7 +338,7 @@ def test_the_digest_is_that_of_a_transposed_tensors_values():
     assert digest({"w": weight.T}) == digest({"w": weight.T.contiguous()}) != digest({"w": weight.view(3, 2)})
 
 
-# ---- hidden states ---------------------------------------------------------------------------------------------------
+# ---- hidden states ----
 
 
 def test_hidden_states_follow_an_explicit_mask(random_policy):

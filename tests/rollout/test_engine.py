@@ -69,7 +69,7 @@ def engine(policy) -> Engine:
     return Engine(policy)
 
 
-# ---- contract 3: speculation is lossless --------------------------------------------------------------------------------
+# ---- contract 3: speculation is lossless ----
 
 
 def assert_lossless(engine: Engine, prompts: list[Prompt], params: SamplingParams, depths=(1, 2, 3, 4)) -> int:
@@ -172,7 +172,7 @@ def test_a_head_that_agrees_saves_forwards(random_policy):
     assert_lossless(engine, PROMPTS, PARAMS)
 
 
-# ---- the distribution -----------------------------------------------------------------------------------------------------
+# ---- the distribution ----
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def test_contract_3_whole_completions_follow_the_enumerated_distribution(random_
     assert abs(chi_square - freedom) < 4 * math.sqrt(2 * freedom)
 
 
-# ---- contract 2: log-probabilities --------------------------------------------------------------------------------------
+# ---- contract 2: log-probabilities ----
 
 
 @torch.no_grad()
@@ -242,7 +242,7 @@ def test_contract_2_greedy_tokens_are_scored_at_temperature_one(engine, policy):
     assert errors.max() < 1e-4
 
 
-# ---- contract 1: token in, token out ------------------------------------------------------------------------------------
+# ---- contract 1: token in, token out ----
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 4])
@@ -315,7 +315,7 @@ def test_the_context_can_be_filled_to_its_last_place(engine, draft_tokens):
     assert [ids[:11] for ids in tokens(groups)] == tokens(roomy)
 
 
-# ---- contract 4: a function of its key ----------------------------------------------------------------------------------
+# ---- contract 4: a function of its key ----
 
 
 def test_contract_4_the_same_call_gives_the_same_bits(engine, policy):
@@ -364,7 +364,7 @@ def test_contract_4_samples_of_a_group_and_prompts_of_another_name_differ(engine
     assert not {tuple(ids) for ids in tokens(groups)} & {tuple(ids) for ids in tokens(others)}
 
 
-# ---- contract 5: publications -------------------------------------------------------------------------------------------
+# ---- contract 5: publications ----
 
 
 def test_contract_5_everything_holds_after_two_publications_with_an_update_between(random_policy, policy):
@@ -410,7 +410,7 @@ def test_contract_5_a_publication_that_is_refused_changes_nothing(random_policy)
     assert tokens(engine.sample(PROMPTS, PARAMS)) == before
 
 
-# ---- statistics -----------------------------------------------------------------------------------------------------------
+# ---- statistics ----
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 1, 4])
@@ -459,7 +459,7 @@ def test_groups_keep_the_prompts_and_their_columns(engine):
     assert {len(group.completions) for group in groups} == {4}
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------------
+# ---- bad input ----
 
 
 def test_an_empty_prompt_is_named(engine):
@@ -518,7 +518,7 @@ def test_infinite_weights_are_refused_too(random_policy):
         Engine(policy).sample(PROMPTS, PARAMS)
 
 
-# ---- types ------------------------------------------------------------------------------------------------------------------
+# ---- types ----
 
 
 def test_bfloat16_samples_whole_completions_with_and_without_drafts(policy):

@@ -38,7 +38,7 @@ def test_docstring_examples():
     assert doctest.testmod(rollout.sampling).failed == 0
 
 
-# ---- noise ------------------------------------------------------------------------------------------------------------
+# ---- noise ----
 
 
 def noise_along(axis: str) -> torch.Tensor:
@@ -130,7 +130,7 @@ def test_contract_4_what_does_not_name_a_sample_is_not_in_the_key(change):
     assert row_key(replace(PARAMS, **change), "a", 0) == row_key(PARAMS, "a", 0)
 
 
-# ---- choices ----------------------------------------------------------------------------------------------------------
+# ---- choices ----
 
 
 def draw(logits: torch.Tensor, temperature: float, count: int) -> torch.Tensor:
@@ -246,7 +246,7 @@ def test_greedy_choices_are_scored_at_temperature_one():
     assert logprobs_of(logits, torch.tensor([1]), 0.0).item() == pytest.approx(math.log(3 / 4))
 
 
-# ---- parameters -------------------------------------------------------------------------------------------------------
+# ---- parameters ----
 
 
 @pytest.mark.parametrize(
