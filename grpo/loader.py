@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -74,7 +73,8 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = ()) -> Policy:
     """A preset with fresh weights and a tokenizer learned from `corpus`, or a checkpoint."""
     model = policy_folder(options.model)
     check_model(model)
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    if options.threads:
+        torch.set_num_threads(options.threads)  # else torch's own choice, which heeds OMP_NUM_THREADS and affinity
     dtype = getattr(torch, options.dtype)
     if model in presets.PRESETS:
         policy = presets.build(model, corpus, options.seed).to(dtype)

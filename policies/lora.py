@@ -57,6 +57,14 @@ def has_adapter(model: nn.Module) -> bool:
     return next(iter(adapters(model)), None) is not None
 
 
+def effective_weight(module: nn.Module) -> Tensor:
+    """The weight that `module` computes with, W + ΔW where it has an adapter that is on; differentiable."""
+    if not isinstance(module, LoraLayer):
+        return module.weight
+    base = module.get_base_layer().weight
+    return base if module.disable_adapters else base + module.get_delta_weight(ADAPTER)
+
+
 class adapter_off:
     """Context in which the model computes with its base weights alone: the reference policy of a LoRA run."""
 

@@ -58,7 +58,7 @@ class Policy(nn.Module):
 
     @property
     def lm_head(self) -> Tensor:
-        return self.trunk.get_output_embeddings().weight
+        return lora.effective_weight(self.trunk.get_output_embeddings())
 
     @property
     def max_length(self) -> int:

@@ -60,7 +60,7 @@ class Engine:
                 raise RolloutError(f"prompt {prompt.prompt_id!r} has no tokens; a policy continues at least one")
             if outside := [token for token in prompt.token_ids if not 0 <= token < vocabulary]:
                 raise RolloutError(
-                    f"prompt {prompt.prompt_id!r} holds token {outside[0]}, outside the vocabulary of {vocabulary} tokens; "
+                    f"prompt {prompt.prompt_id!r} holds token {outside[0]}, outside the vocabulary of {vocabulary}; "
                     "use the policy's own tokenizer"
                 )
             if length + params.max_completion_tokens > limit:
