@@ -2,6 +2,7 @@ import errno
 import io
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -173,7 +174,7 @@ def test_contract_11_the_run_names_hardware_versions_and_command(tmp_path):
     assert environment["hardware"]["memory_gib"] > 0
     assert environment["versions"]["torch"] == torch.__version__
     assert {"python", "transformers", "quartet-rl"} <= environment["versions"].keys()
-    assert environment["command"].split()[-1] == sys.orig_argv[-1]
+    assert shlex.split(environment["command"])[-1] == sys.orig_argv[-1]
     assert (tmp_path / "config.yaml").read_text() == CONFIG
 
 
