@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from policies.absorbed import AbsorbedTrunk
+from policies.convert import convert_dense
+from policies.policy import Policy
 
 GROUPED = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "routed_scaling_factor": 2.5}
 WIDE_RANK = {"hidden_size": 64, "kv_lora_rank": 48}  # folding W_uk and W_uv away would cost more than it saves
@@ -103,6 +106,34 @@ def test_decoding_equals_stock_transformers(policy):
     decoding.forward(3, [0, 3, 1])
     decoding.select([1])
     decoding.forward(2, [2])
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
+@torch.no_grad()
+def test_decoding_a_converted_dense_model_equals_the_dense_model(random_policy, heads, groups):
+    """Its latents carry constants thousands of times their size, its norm takes them away again."""
+    config = LlamaConfig(
+        vocab_size=280,
+        hidden_size=8 * heads,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(config).eval()
+    policy = Policy(convert_dense(dense), None, random_policy(0).tokenizer)
+    decoding = Decoding(policy, prompts_of(3, 7, 1), group_size=2)
+    decoding.trunk = dense
+    decoding.forward(1, [1] * 6)
+    decoding.forward(3, [3, 1, 0, 2, 3, 1])
+    decoding.select([0, 1, 4])
+    decoding.forward(2, [2, 1, 0])
 
 
 def test_both_sides_of_every_fold_were_tested(random_policy):

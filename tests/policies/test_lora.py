@@ -133,7 +133,7 @@ def test_merging_reads_the_base_and_never_writes_it(policy):
     for name in base:
         assert torch.equal(plain[name], base[name]), name
     changed = {name for name in first if not torch.equal(first[name], base[name])}
-    assert len(changed) >= len(list(lora.adapters(policy.trunk))) - 2  # an expert tensor that saw no token may rest
+    assert len(changed) == len(list(lora.adapters(policy.trunk)))
     assert not [name for name in changed if "norm" in name or "gate.weight" in name or "embed" in name]
 
 

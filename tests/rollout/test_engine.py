@@ -13,9 +13,9 @@ from grpo.batch import PackedRow, Sample, collate
 from policies.logprobs import shifted_logprobs
 from policies.mtp import draft_loss
 from policies.policy import Policy
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine, RolloutError, _Batch
 from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward
-from rollout.sampling import SamplingParams
+from rollout.sampling import SamplingParams, choose, row_key
 
 torch.set_num_threads(1)
 STOPS = tuple(range(7, 280, 15))  # about one token in fifteen
@@ -156,6 +156,37 @@ def test_contract_3_a_head_that_is_broken_costs_no_token(random_policy):
         policy.mtp.eh_proj.weight.fill_(math.nan)
     drafted = Engine(policy).sample(PROMPTS, replace(PARAMS, draft_tokens=3))
     assert tokens(drafted) == plain
+
+
+@torch.no_grad()
+def test_drafts_are_what_the_trained_head_says_behind_the_verified_tokens(engine, policy, monkeypatch):
+    """Every draft of ragged rows that come and go, against the unrolled head as training sees it: same tokens, same
+    noise. A wrong position, cache or hidden state would cost acceptance and no token, so nothing else would notice."""
+    depth, asked = 3, []
+    draft = _Batch._draft
+
+    def spy(batch: _Batch) -> torch.Tensor:
+        drafts = draft(batch)
+        live = batch.live
+        for r in live.alive.nonzero()[:, 0].tolist():
+            row, count = int(live.index[r]), int(live.count[r])
+            asked.append((row, batch.token_ids[row, :count].tolist(), drafts[r].tolist()))
+        return drafts
+
+    monkeypatch.setattr(_Batch, "_draft", spy)
+    engine.sample(PROMPTS, replace(PARAMS, draft_tokens=depth))
+    assert len(asked) > 150
+    for row, verified, drafts in asked:
+        prompt, sample = PROMPTS[row // PARAMS.group_size], row % PARAMS.group_size
+        mini = collate([PackedRow(prompt.token_ids, [Sample(0, verified + drafts)])], CPU)
+        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
+        before = hidden.gather(1, mini.before[..., None].expand_as(hidden))
+        outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, depth)
+        entry = len(prompt.token_ids) + len(verified) - 1  # of the newest verified token
+        logits = torch.stack([output[0, entry] for output in outputs]) @ policy.lm_head.T
+        key = torch.tensor([row_key(PARAMS, prompt.prompt_id, sample)] * depth, dtype=torch.int32)
+        expected = choose(logits, PARAMS.temperature, key, len(verified) + torch.arange(depth))
+        assert drafts == expected.tolist()
 
 
 def test_a_head_that_agrees_saves_forwards(random_policy):
