@@ -269,7 +269,7 @@ class SftConfig(ModelOptions):
     eval: EvalOptions = EvalOptions()
     rollout: RolloutOptions = RolloutOptions()
     rewards: list[RewardOptions] = Field(default_factory=gsm8k_reward, min_length=1)
-    """Reward functions; the score is their weighted sum, and full marks from the first count as correct."""
+    """Reward functions; the score is their weighted sum. Full marks from the first count as correct."""
     reward: ScoringOptions = ScoringOptions()
     log: LogOptions = LogOptions()
 

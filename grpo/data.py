@@ -84,6 +84,8 @@ def load_examples(
         source = BUILT_IN.get(source, source)
     if levels is not None and source != "word_problems":
         raise ValueError(f"levels={list(levels)} are for word_problems; {name_or_path} has no levels")
+    if purpose == "train":
+        _refuse_evaluation_data(str(name_or_path), split, None)
     if source == GSM8K:
         source = next((folder for folder in GSM8K_COPIES if Path(folder).is_dir()), source)
     path = None if source in BUILT_IN.values() else _local_file(source, split)

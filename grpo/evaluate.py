@@ -24,7 +24,8 @@ OnFinished = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results on held-out prompts. `correct` are completions with full marks from the first reward function.
+    """Results on held-out prompts. `correct` are completions with full marks from the first reward
+    function: 1, or what a gold solution gets where that is more.
 
     `completions` are those that it gave a mark; it abstained from `abstained` others, or failed on them.
     """
@@ -86,7 +87,7 @@ def evaluate(
         prompts=len(prompts),
         completions=len(marks) - marks.count(None),
         abstained=marks.count(None),
-        correct=sum(mark == 1.0 for mark in marks),
+        correct=sum(mark is not None and mark >= task.full_marks for mark in marks),
         reward_mean=fmean(rewards) if rewards else 0.0,
         length_mean=tokens / len(completions),
         clipped=fmean(completion.finish_reason == "length" for completion in completions),

@@ -61,7 +61,7 @@ METRICS: dict[str, str] = {
     "time/evaluate": "held-out evaluation, off the training clock, seconds",
     "time/checkpoint": "writing a checkpoint, seconds",
     "speed/completion_tokens_per_second": "completion tokens / time/rollout",
-    "eval/accuracy": "held-out completions with full marks, fraction",
+    "eval/accuracy": "held-out completions with full marks (1, or what a gold solution gets), fraction",
     "eval/accuracy_greedy": "the same for greedy completions, fraction",
     "eval/reward_mean": "score of a held-out completion, mean",
     "eval/part/<name>": "value of the reward function `name` on held-out completions, mean",

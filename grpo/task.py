@@ -57,10 +57,12 @@ class Task:
             columns=list(known[0].columns),
         )
         try:
-            self.scorer.dry_run(known[0].question, known[0].solution, known[0].columns)
+            gold = self.scorer.dry_run(known[0].question, known[0].solution, known[0].columns)
         except BaseException:
             self.scorer.close()
             raise
+        mark = gold.parts[self.first_reward][0]
+        self.full_marks = max(1.0, mark or 0.0)  # 1, or what a gold solution gets where that is more
 
     @classmethod
     def of(cls, config: SftConfig) -> Task:

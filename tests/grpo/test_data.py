@@ -214,3 +214,17 @@ def test_gsm8k_loads_whole():
     assert train[0].columns["answer"].startswith("Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n")
     assert not any("<<" in example.solution for example in train + test)
     assert not {example.question for example in train} & {example.question for example in test}
+
+
+@pytest.fixture(autouse=True)
+def no_local_copy_of_gsm8k(monkeypatch):
+    """`gsm8k` is the hub here, whatever lies beside the checkout; the test of the copies puts its own back."""
+    monkeypatch.setattr("grpo.data.GSM8K_COPIES", ())
+
+
+def test_gsm8k_comes_from_a_local_copy_where_there_is_one(tmp_path, monkeypatch):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k/train.jsonl").write_text('{"question": "1 + 1 = ?", "answer": "#### 2"}\n')
+    monkeypatch.setattr("grpo.data.GSM8K_COPIES", (str(tmp_path / "nowhere"), str(tmp_path / "gsm8k")))
+    [example] = load_examples("gsm8k", "train")
+    assert (example.example_id, example.question) == ("gsm8k/train/0", "1 + 1 = ?")

@@ -169,3 +169,15 @@ def test_a_step_that_asks_for_more_examples_than_there_are_is_refused_at_once(tm
     with pytest.raises(ValueError, match=message):
         Task.of(config)
     assert not _worker_processes()
+
+
+def test_full_marks_are_what_the_gold_solution_gets(tmp_path):
+    """A reward may give more than 1: correct is what is marked like the gold solution, not what is marked 1."""
+    reward = tmp_path / "generous.py"
+    reward.write_text(
+        "def generous(completions, **_):\n    return [1.5 if '####' in c else 1.0 for c in completions]\n"
+    )
+    with Task(
+        DataOptions(levels=[1], limit=4), [RewardOptions(function=f"{reward}:generous")], ScoringOptions()
+    ) as task:
+        assert task.full_marks == 1.5
