@@ -199,8 +199,9 @@ def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return _normalize(x_BT.double().masked_fill(~mask_BT, torch.nan)).nan_to_num(nan=0.0).to(x_BT.dtype)
 
 
-def tied_groups(rewards_PG: Tensor) -> Tensor:
+def tied_groups(rewards_PG: Rewards) -> Tensor:
     """[P] bool: groups with fewer than two rewards, or with rewards that are equal up to fp32 rounding."""
+    rewards_PG = _as_tensor(rewards_PG)
     highest_P = rewards_PG.nan_to_num(nan=-torch.inf).amax(dim=1)
     lowest_P = rewards_PG.nan_to_num(nan=torch.inf).amin(dim=1)
     return (lowest_P >= highest_P) | torch.isclose(lowest_P, highest_P, rtol=1e-6, atol=1e-8)

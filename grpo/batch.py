@@ -16,13 +16,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion to learn from. `index` is its place in the step: [group, sample] flattened."""
+    """One completion to learn from. `index` is its place in the step: [group, sample] flattened.
+
+    A value function gives `token_advantages`, its `values` and the `returns` it should have foretold, one for each
+    token; other estimators give one `advantage`.
+    """
 
     index: int
     token_ids: list[int]
     sampling_logprobs: list[float] = field(default_factory=list)
     advantage: float = 0.0
     finish_reason: str = "stop"
+    token_advantages: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    returns: list[float] = field(default_factory=list)
+    routing: Tensor | None = None  # [Lc, MoE layers, k]; see RolloutGroup
+
+    @property
+    def tied(self) -> bool:
+        """There is nothing to learn from it."""
+        return not (self.advantage or any(self.token_advantages))
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class PackedRow:
 
     prompt_ids: list[int]
     samples: list[Sample]
+    prompt_routing: Tensor | None = None  # [Lp, MoE layers, k]
 
     @property
     def length(self) -> int:
@@ -47,7 +61,7 @@ class PackedRow:
     @property
     def tied(self) -> bool:
         """Every advantage is zero: there is nothing to learn from these completions."""
-        return not any(sample.advantage for sample in self.samples)
+        return all(sample.tied for sample in self.samples)
 
 
 @dataclass
@@ -55,11 +69,13 @@ class TrainingBatch:
     """All rows of one step and the counts that are global over it."""
 
     rows: list[PackedRow]
-    advantages: Tensor  # [P, G], zero where a sample was left out
+    advantages: Tensor | list[list[list[float]]]  # [P, G], zero where a sample was left out; by token [P, G, Lc]
     num_samples: int
     num_completion_tokens: int
     tied_groups: int = 0
     tokens_read: int = 0  # those of them whose forward the learner did not spare
+    metrics: dict[str, float] = field(default_factory=dict)  # what was measured while it was prepared
+    seconds: float = 0.0  # that the values took
 
     @property
     def all_tied(self) -> bool:
@@ -77,6 +93,7 @@ class MicroBatch:
     segment: Tensor  # [B, T] 0 the prompt, 1 … G its completions, -1 padding
     mask: Tensor  # [C, L] a completion's tokens; mask[mask] runs in the order of `scored`
     rows: Sequence[PackedRow]
+    routing: Tensor | None = None  # [B, T, MoE layers, k] the experts that the sampler chose, -1 where it did not say
 
     @property
     def samples(self) -> list[Sample]:
@@ -95,6 +112,13 @@ class MicroBatch:
         visible[:, 1:, 0] = False
         return visible
 
+    @property
+    def advantages(self) -> Tensor:
+        """[C], or [C, L] where every token has its own."""
+        if any(sample.token_advantages for sample in self.samples):
+            return self.padded([sample.token_advantages for sample in self.samples])
+        return torch.tensor([sample.advantage for sample in self.samples], device=self.mask.device)
+
     def padded(self, per_token: Sequence[Sequence[float]]) -> Tensor:
         """Values given per completion as [C, L], zeros behind each end."""
         out = torch.zeros(self.mask.shape, device=self.mask.device)
@@ -107,12 +131,14 @@ class MicroBatch:
         return flat_N.new_zeros(self.mask.shape).masked_scatter(self.mask, flat_N)
 
 
-def split_rows(prompt_ids: list[int], samples: Sequence[Sample], max_tokens: int) -> list[PackedRow]:
+def split_rows(
+    prompt_ids: list[int], samples: Sequence[Sample], max_tokens: int, prompt_routing: Tensor | None = None
+) -> list[PackedRow]:
     """Rows of at most `max_tokens`, as few as first-come packing gives; a single long completion gets its own."""
-    rows = [PackedRow(prompt_ids, [])]
+    rows = [PackedRow(prompt_ids, [], prompt_routing)]
     for sample in samples:
         if rows[-1].samples and rows[-1].length + len(sample.token_ids) > max_tokens:
-            rows.append(PackedRow(prompt_ids, []))
+            rows.append(PackedRow(prompt_ids, [], prompt_routing))
         rows[-1].samples.append(sample)
     return rows
 
@@ -165,4 +191,26 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
         segment=segment.to(device),
         mask=mask.to(device),
         rows=rows,
+        routing=_routing(rows, longest, device),
     )
+
+
+def _routing(rows: Sequence[PackedRow], longest: int, device: torch.device) -> Tensor | None:
+    """[B, T, MoE layers, k], or None where no row has any."""
+    recorded = [
+        [(row.prompt_routing, len(row.prompt_ids))] + [(s.routing, len(s.token_ids)) for s in row.samples]
+        for row in rows
+    ]
+    shapes = {part.shape[1:] for parts in recorded for part, _ in parts if part is not None}
+    if not shapes:
+        return None
+    if len(shapes) > 1:
+        raise ValueError(f"routings of one step differ in [MoE layers, k]: {sorted(map(list, shapes))}")
+    routing = torch.full((len(rows), longest, *shapes.pop()), -1)
+    for b, parts in enumerate(recorded):
+        start = 0
+        for part, length in parts:
+            if part is not None:
+                routing[b, start : start + length] = part
+            start += length
+    return routing.to(device)

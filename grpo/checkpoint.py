@@ -82,7 +82,7 @@ def save(
         _recover(root)
         raise CheckpointError(_why_not_written(target, tensors, document, error)) from error
     shutil.rmtree(replaced, ignore_errors=True)
-    older = [path for other, path in _checkpoints(root).items() if other < step and other not in protect]
+    older = [path for other, path in saved(root).items() if other < step and other not in protect]
     for path in older[: max(0, len(older) - keep + 1)] if keep else []:
         _remove(path)
     return target
@@ -91,7 +91,7 @@ def save(
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint whose sizes and hashes are right; else raise CheckpointError, naming the file."""
     if fault := _fault(path):
-        before = takewhile(lambda other: other != path, _checkpoints(path.parent).values())
+        before = takewhile(lambda other: other != path, saved(path.parent).values())
         earlier = [other for other in before if not _fault(other)]
         way_out = f"resume from {earlier[-1]}" if earlier else "none before it is intact: start a new run"
         raise CheckpointError(f"checkpoint {path} is damaged: {fault}; {way_out}")
@@ -105,7 +105,7 @@ def find(root: Path, which: str) -> Path | None:
     "auto" skips no damaged checkpoint: `load` refuses it and names the one before.
     """
     _recover(root)
-    found = list(_checkpoints(root).values())
+    found = list(saved(root).values())
     if which == "auto":
         return found[-1] if found else None
     if (Path(which) / MANIFEST).is_file():
@@ -116,13 +116,14 @@ def find(root: Path, which: str) -> Path | None:
 
 def discard_after(root: Path, step: int) -> list[Path]:
     """Remove the checkpoints later than `step`, which a run that resumed there has left behind."""
-    stale = [path for other, path in _checkpoints(root).items() if other > step]
+    stale = [path for other, path in saved(root).items() if other > step]
     for path in stale:
         _remove(path)
     return stale
 
 
-def _checkpoints(root: Path) -> dict[int, Path]:
+def saved(root: Path) -> dict[int, Path]:
+    """The checkpoints in `root` by step, ascending."""
     found = ((int(path.name[5:]), path) for path in root.glob("step_*") if path.name[5:].isdecimal())
     return dict(sorted(found))
 

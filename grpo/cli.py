@@ -1,4 +1,4 @@
-"""`quartet`: sft, train, eval, sample, convert. Parsing and printing only; the work is done elsewhere.
+"""`quartet`: sft, mtp, train, eval, sample, convert. Parsing and printing only; the work is done elsewhere.
 
 Modules that load transformers or Ray are imported inside the commands, so that --help and a typo answer at once.
 """
@@ -21,11 +21,12 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 2, 130, 143
 
 def main(argv: Sequence[str] | None = None) -> int:
     from grpo.options import ConfigError, parse
+    from rewards.protocol import RewardError
 
     parser, resumable = build_parser(), False
     try:
         args = parse(parser, argv)
-        resumable = args.command is _train
+        resumable = args.command in (_train, _sft, _mtp)
         return int(args.command(args) or 0)
     except ConfigError as error:
         return _fail(
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         way_on = "; what was saved stays, `--resume auto` goes on from the last checkpoint" if resumable else ""
         return _fail(f"interrupted{way_on}", EXIT_INTERRUPTED)
     except Exception as error:
-        if not isinstance(error, _expected_errors()):
+        # The first three are here already; the others take seconds to import.
+        if not isinstance(error, ValueError | OSError | RewardError) and not isinstance(error, _expected_errors()):
             raise
         print(f"quartet: {error}", file=sys.stderr)
         return EXIT_STOPPED if type(error).__name__ == "Stopped" else EXIT_ERROR
@@ -44,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is written for the user; anything else is a bug and keeps its traceback."""
     from grpo.checkpoint import CheckpointError
+    from grpo.distributed import RankFailed
     from grpo.learner import NonFiniteStep
-    from grpo.train import Stopped
+    from grpo.stopping import Stopped
     from policies.convert import ParityFailed
-    from rewards.protocol import RewardError
     from rollout.engine import RolloutError
 
-    return CheckpointError, NonFiniteStep, ParityFailed, RewardError, RolloutError, Stopped, ValueError, OSError
+    return CheckpointError, NonFiniteStep, ParityFailed, RankFailed, RolloutError, Stopped
 
 
 def _fail(message: str, code: int) -> int:
@@ -72,18 +74,15 @@ def build_parser() -> argparse.ArgumentParser:
         "sft", help="supervised fine-tuning on prompts and gold solutions", description=SftConfig.__doc__
     )
     _add_config(sft)
+    _add_resume(sft)
     add_options(sft, SftConfig)
     sft.set_defaults(command=_sft)
 
+    _add_mtp(commands)
+
     train = commands.add_parser("train", help="GRPO, after an optional warm start", description=TrainConfig.__doc__)
     _add_config(train)
-    train.add_argument(
-        "--resume", metavar="auto|PATH", help="go on from the newest checkpoint of output_dir, or from this one"
-    )
-    train.add_argument("--force", action="store_true", help="resume although the configuration has changed")
-    train.add_argument(
-        "--stop_after", "--stop-after", type=int, metavar="N", help="save and stop after step N, as if interrupted"
-    )
+    _add_resume(train)
     add_options(train, TrainConfig)
     train.set_defaults(command=_train)
 
@@ -110,19 +109,84 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("destination", type=Path, metavar="DST", help="the folder to write; it must not exist")
     convert.set_defaults(command=_convert)
 
+    policy = commands.add_parser("policy", help="what a policy is made of")
+    kinds = policy.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    inspect = kinds.add_parser("inspect", help="parameters, cache and FLOPs per token, experts, MTP layers, LoRA's share")
+    inspect.add_argument("model", metavar="MODEL", help="a preset, a run folder, a checkpoint folder or a hub id")
+    inspect.add_argument(
+        "--context", type=int, metavar="TOKENS", help="attend to so many tokens; 4096 or the policy's longest by default"
+    )
+    inspect.add_argument("--json", type=Path, metavar="OUT", help="write what the table shows to this file")
+    inspect.set_defaults(command=_inspect)
+
+    export = commands.add_parser("export", help="a run's policy for other tools, with tokenizer, licence and model card")
+    export.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint inside one")
+    export.add_argument("destination", type=Path, metavar="DST", help="the folder to write; it must not exist")
+    export.add_argument("--adapter", action="store_true", help="the adapters of a LoRA run alone, in peft's format")
+    export.set_defaults(command=_export)
+
     plot = commands.add_parser("plot", help="draw the curves of a run into its folder")
     plot.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     plot.set_defaults(command=_plot)
+
+    _add_reward(commands)
 
     reference = commands.add_parser("reference", help="print the reference page of all options and metrics")
     reference.set_defaults(command=_reference)
     return parser
 
 
+def _add_mtp(commands: Any) -> None:
+    from grpo.mtp_config import MtpConfig
+    from grpo.options import add_options
+
+    mtp = commands.add_parser("mtp", help="teach the draft head what the policy says", description=MtpConfig.__doc__)
+    mtp.add_argument(
+        "config",
+        type=Path,
+        nargs="?",
+        metavar="CONFIG.yaml|MODEL",
+        help="options from a file (the command line wins), or the policy: a run or checkpoint folder, or a hub id",
+    )
+    _add_checks(mtp)
+    _add_resume(mtp)
+    add_options(mtp, MtpConfig)
+    mtp.set_defaults(command=_mtp)
+
+
+def _add_reward(commands: Any) -> None:
+    from grpo.options import add_options
+    from grpo.reward_config import ReplayConfig, RewardTestConfig
+
+    reward = commands.add_parser("reward", help="try a reward function, or score a run again with another one")
+    kinds = reward.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    test = kinds.add_parser(
+        "test", help="gold, empty, wrong and hostile completions", description=RewardTestConfig.__doc__
+    )
+    test.add_argument("function", metavar="FILE:FN", help="path/to/file.py:function, or a built-in reward's name")
+    test.add_argument("--json", type=Path, metavar="OUT", help="write what was found to this file")
+    add_options(test, RewardTestConfig)
+    test.set_defaults(command=_reward_test)
+
+    replay = kinds.add_parser("replay", help="score a run's completions again", description=ReplayConfig.__doc__)
+    replay.add_argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it is touched")
+    replay.add_argument(
+        "--with", dest="function", required=True, metavar="FILE:FN", help="the function, or a built-in reward's name"
+    )
+    replay.add_argument("--json", type=Path, metavar="OUT", help="write every change to this file")
+    add_options(replay, ReplayConfig)
+    replay.set_defaults(command=_reward_replay)
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", type=Path, nargs="?", metavar="CONFIG.yaml", help="options from a file; the command line wins"
     )
+    _add_checks(parser)
+
+
+def _add_checks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print_config", "--print-config", action="store_true", help="print the effective options and stop"
     )
@@ -134,23 +198,55 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _sft(args: argparse.Namespace) -> int:
     from grpo.config import SftConfig
 
-    if config := _config_to_run(args, SftConfig):
-        from grpo import report
-        from grpo.sft import sft
-
-        report.summary(sft(config))
-    return 0
+    return _run(args, SftConfig)
 
 
 def _train(args: argparse.Namespace) -> int:
     from grpo.config import TrainConfig
 
-    if config := _config_to_run(args, TrainConfig):
-        from grpo import report
-        from grpo.train import Trainer
+    return _run(args, TrainConfig)
 
-        report.summary(Trainer(config, resume=args.resume, stop_after=args.stop_after, force=args.force).run())
+
+def _run(args: argparse.Namespace, model: type[SftConfig]) -> int:
+    if config := _config_to_run(args, model):
+        from grpo import report
+        from grpo.launch import launch
+
+        results = launch(config, resume=args.resume, stop_after=args.stop_after, force=args.force)
+        if results is not None:
+            report.summary(results)
     return 0
+
+
+def _mtp(args: argparse.Namespace) -> int:
+    from grpo.mtp_config import MtpConfig, defaults_of_run
+    from grpo.options import dump_yaml, load
+
+    file: Path | None = args.config
+    if file is not None and file.suffix not in (".yaml", ".yml"):
+        args.overrides = defaults_of_run(file) | {"model": str(file)} | args.overrides
+        file = None
+    config = load(MtpConfig, file, args.overrides, args.flags)
+    if args.print_config:
+        print(dump_yaml(config), end="")
+        return 0
+    from grpo import mtp_training, report
+
+    if args.dry_run:
+        mtp_training.dry_run(config, report.CONSOLE)
+        return 0
+    report.summary(mtp_training.mtp(config, resume=args.resume, stop_after=args.stop_after, force=args.force))
+    return 0
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume", metavar="auto|PATH", help="go on from the newest checkpoint of output_dir, or from this one"
+    )
+    parser.add_argument("--force", action="store_true", help="resume although the configuration has changed")
+    parser.add_argument(
+        "--stop_after", "--stop-after", type=int, metavar="N", help="save and stop after step N, as if interrupted"
+    )
 
 
 def _config_to_run(args: argparse.Namespace, model: type[Config]) -> Config | None:
@@ -173,18 +269,18 @@ def _eval(args: argparse.Namespace) -> int:
     from grpo.inference_config import EvalConfig, defaults_of_run
     from grpo.options import dump_yaml, load
 
-    defaults = defaults_of_run(Path(args.policy))
+    defaults = defaults_of_run(Path(args.policy), args.overrides.get("data"))
     config = load(EvalConfig, None, defaults | {"model": args.policy} | args.overrides, args.flags)
     if args.print_config:
         print(dump_yaml(config), end="")
         return 0
-    from grpo import report
-    from grpo.evaluate import evaluate_model
+    from grpo import eval_report, report
+    from grpo.eval_command import evaluate_model
 
-    results = evaluate_model(config, report.CONSOLE)
-    report.evaluations(results)
-    _write(args.json, report.evaluations_as_json(config.model, config.data, results))
-    return 0
+    evaluation = evaluate_model(config, report.CONSOLE)
+    eval_report.show(evaluation, report.CONSOLE)
+    _write(args.json, eval_report.as_json(evaluation))
+    return EXIT_ERROR if evaluation.without_any_mark else 0
 
 
 def _sample(args: argparse.Namespace) -> int:
@@ -195,10 +291,10 @@ def _sample(args: argparse.Namespace) -> int:
     from grpo import report
     from grpo.sample import read_prompts, sample
 
-    groups = sample(config, read_prompts(args.prompts))
-    report.groups(groups)
-    _write(args.json, {"groups": report.groups_as_json(groups)})
-    return 0
+    sampled = sample(config, read_prompts(args.prompts), report.CONSOLE)
+    report.groups(sampled.groups, sampled.tokenizer)
+    _write(args.json, {"groups": report.groups_as_json(sampled.groups)})
+    return _fail(sampled.faults, EXIT_ERROR) if sampled.faults else 0
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -206,6 +302,22 @@ def _convert(args: argparse.Namespace) -> int:
 
     print(convert_checkpoint(args.source, args.destination))
     print(f"written to {args.destination}")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from grpo import anatomy_table, report
+
+    anatomy = anatomy_table.inspect(args.model, args.context)
+    report.CONSOLE.print(anatomy_table.table(args.model, anatomy))
+    _write(args.json, anatomy_table.as_json(args.model, anatomy))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from grpo.export import export
+
+    print(export(args.run, args.destination, adapter=args.adapter))
     return 0
 
 
@@ -217,13 +329,57 @@ def _plot(args: argparse.Namespace) -> int:
     return 0
 
 
+def _reward_test(args: argparse.Namespace) -> int:
+    from grpo.options import load
+    from grpo.reward_config import RewardTestConfig
+
+    config = load(RewardTestConfig, None, args.overrides, args.flags)
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from grpo.reward_check import check_reward
+    from grpo.reward_report import show_check
+
+    check = check_reward(args.function, config)
+    show_check(check, Console())
+    _write(args.json, asdict(check))
+    return EXIT_ERROR if check.problems else 0
+
+
+def _reward_replay(args: argparse.Namespace) -> int:
+    from grpo.options import load
+    from grpo.reward_config import ReplayConfig
+
+    config = load(ReplayConfig, None, args.overrides, args.flags)
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from grpo.reward_replay import replay
+    from grpo.reward_report import show_replay
+
+    result = replay(args.run, args.function, config)
+    show_replay(result, Console())
+    _write(args.json, asdict(result))
+    return EXIT_ERROR if result.failures else 0
+
+
 def _reference(args: argparse.Namespace) -> int:
+    from pydantic import BaseModel
+
     from grpo.config import SftConfig, TrainConfig
     from grpo.inference_config import EvalConfig, SampleConfig
     from grpo.metrics import table
+    from grpo.mtp_config import MtpConfig
     from grpo.options import reference_page
+    from grpo.reward_config import ReplayConfig, RewardTestConfig
 
-    for command, model in (("train", TrainConfig), ("sft", SftConfig), ("eval", EvalConfig), ("sample", SampleConfig)):
+    commands: dict[str, type[BaseModel]] = {
+        **{"train": TrainConfig, "sft": SftConfig, "mtp": MtpConfig, "eval": EvalConfig, "sample": SampleConfig},
+        **{"reward test": RewardTestConfig, "reward replay": ReplayConfig},
+    }
+    for command, model in commands.items():
         print(f"# quartet {command}\n\n{reference_page(model)}")
     print(f"# Metrics\n\n{table()}", end="")
     return 0
@@ -233,5 +389,6 @@ def _write(path: Path | None, content: dict[str, Any]) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")  # lone surrogates, as JSON escapes
     print(f"written to {path}")

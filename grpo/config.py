@@ -11,15 +11,23 @@ from grpo.losses import CorrectionMode, KLEstimator, Level, LossType
 from grpo.options import Options
 
 
+Advantage = Literal[
+    "group_relative", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae", "rank_softmax"
+]
+
+
 class DataOptions(Options):
     """Where prompts come from."""
 
     name: str = "word_problems"
-    """`word_problems` (built in), `gsm8k`, a hub id, a folder with train.jsonl and test.jsonl, or one data file."""
+    """`word_problems` (built in), `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with train.jsonl and test.jsonl, or
+    one data file."""
     split: str = "train"
     """The split that is trained on; a test split is refused here."""
     levels: list[int] = Field(default_factory=lambda: [1, 2], min_length=1)
     """Difficulty levels of `word_problems`, 1 to 4."""
+    task_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of a reasoning_gym task, such as {max_animals: 4}."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first so many examples only."""
     prompt_column: str = "question"
@@ -44,13 +52,29 @@ class RolloutOptions(Options):
     max_completion_tokens: int = Field(default=256, ge=1)
     """A completion ends here if it has not stopped by itself."""
     draft_tokens: int | None = Field(default=None, ge=0)
-    """Drafts of the MTP head per forward of the trunk, 0 for none; null is 4 with a head. Never changes a token."""
+    """MTP drafts per forward of the trunk, 0 for none; null chooses by measured cost. Never changes a token."""
+    accept: Literal["exact", "margin"] = "exact"
+    """`exact` alone: what `quartet eval` and `quartet sample` may take unverified (margin) is refused for training."""
     workers: int = Field(default=0, ge=0)
     """Ray rollout workers; 0 samples in this process, without Ray."""
     threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of each Ray worker."""
     prompts_per_shard: int = Field(default=8, ge=1)
     """Prompts whose groups are sampled together; the number of workers never changes a token."""
+    refill_draws: int = Field(default=0, ge=0)
+    """Dynamic sampling: tied groups are sampled again, at most so many times a step; 0 keeps them."""
+    refill_prompts: Literal["new", "same"] = "new"
+    """What takes a tied group's place: the next prompts of the data, or the same prompt with new noise."""
+
+    @field_validator("accept")
+    @classmethod
+    def _lossless(cls, accept: str) -> str:
+        if accept == "margin":
+            raise ValueError(
+                "takes tokens that the policy has not verified, which no correction can repair in training; use exact "
+                "(quartet eval and quartet sample have margin)"
+            )
+        return accept
 
     @field_validator("group_size")
     @classmethod
@@ -71,8 +95,34 @@ class RewardOptions(Options):
     """Its name in metrics; the function's own by default."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments bound to the function."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns of the data for parameters of another name, such as {reference: answer}."""
     chat: bool = False
     """Hand prompts and completions to it as chat messages instead of strings."""
+
+
+class RewardModelOptions(Options):
+    """A model whose scores are a column for the rewards: read it with the built-in reward `column`, or by its name."""
+
+    name: str = Field(pattern=r"^[A-Za-z]\w*$")
+    """The column's name; also how the scores are called in metrics and in the rollout record."""
+    model: str
+    """A checkpoint folder (safetensors), a run folder or a hub id; frozen, on the policy's device."""
+    kind: Literal["classifier", "perplexity"] = "classifier"
+    """`classifier`: a logit of any sequence classifier. `perplexity`: of the completion under a language model, whose
+    own tokenizer reads it; 1 or more, so it wants a negative weight."""
+    label: int | None = Field(default=None, ge=0)
+    """classifier: the label whose logit is the score; needed where there is more than one."""
+    chat: bool = False
+    """classifier: read question and completion through the model's own chat template, instead of as one text."""
+    batch_size: int = Field(default=8, ge=1)
+    """Completions of one forward."""
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> RewardModelOptions:
+        if self.kind == "perplexity" and (self.label is not None or self.chat):
+            raise ValueError("label and chat are for kind: classifier; drop them")
+        return self
 
 
 class ScoringOptions(Options):
@@ -90,17 +140,16 @@ class LossOptions(Options):
     """The policy loss; names, meanings and defaults are TRL's where both have them."""
 
     loss_type: LossType = "dapo"
-    """Aggregation and surrogate: grpo, dr_grpo, dapo, bnpo, cispo or sapo."""
+    """Aggregation and surrogate: grpo, dr_grpo, dapo, bnpo, cispo, sapo, or reinforce (−Â·log π, a token mean)."""
     importance_sampling_level: Level = "token"
     """`token`, or `sequence` (GSPO)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Which standard deviation divides a group's centred rewards."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """Several rewards: sum and normalise, or normalise each first."""
-    advantage: Literal["group_relative", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = (
-        "group_relative"
-    )
-    """The estimator."""
+    advantage: Advantage = "group_relative"
+    """The estimator. `gae` is PPO, `rank_softmax` weighs GAE by rank in the group (loss_type reinforce); both use the
+    value head (`value`)."""
     epsilon: float = Field(default=0.2, ge=0)
     """Clip range below 1."""
     epsilon_high: float | None = Field(default=None, ge=0)
@@ -113,12 +162,13 @@ class LossOptions(Options):
     """Estimator of that KL."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
-    top_entropy_quantile: float = Field(default=1.0, gt=0, le=1)
-    """Train on this share of the tokens with the highest entropy only."""
+    top_entropy_quantile: float = Field(default=1.0, ge=0, le=1)
+    """Train on this share of the step's tokens, highest entropy first (TRL: of each micro-batch); 0 keeps the top one.
+    Below 1 it costs one more forward an update."""
     mask_truncated_completions: bool = False
     """Leave completions that hit the length limit out of the loss."""
-    importance_correction: CorrectionMode | Literal["none"] = "none"
-    """Correction for a sampler that differs from the learner (precision, staleness)."""
+    importance_correction: CorrectionMode | Literal["auto", "none"] = "auto"
+    """Correction for a sampler that differs from the learner; `auto` is token_truncate below float32, else none."""
     importance_clip_max: float = Field(default=3.0, gt=0)
     """Largest weight of the importance correction."""
     importance_clip_min: float | None = Field(default=None, ge=0)
@@ -127,6 +177,37 @@ class LossOptions(Options):
     """Temperature of SAPO's gate for positive advantages."""
     sapo_temperature_neg: float = Field(default=1.05, gt=0)
     """Temperature of SAPO's gate for negative advantages."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _third_phase(cls, given: Any) -> Any:
+        """rank_softmax updates by -mean(weight · Â · log π), unless another loss is asked for by name."""
+        if isinstance(given, dict) and given.get("advantage") == "rank_softmax":
+            return {"loss_type": "reinforce"} | given
+        return given
+
+
+class ValueOptions(Options):
+    """The value head of `loss.advantage: gae` and `rank_softmax`; PPO's names and defaults. Never published."""
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Learning rate of the head."""
+    hidden_size: int = Field(default=128, ge=0)
+    """Width of its hidden layer; 0 is a linear head."""
+    train_trunk: bool = False
+    """Let the value loss train the trunk as well, times vf_coef; else the head reads detached hidden states."""
+    vf_coef: float = Field(default=0.1, gt=0)
+    """Weight of the value loss in the trunk's gradient; the head's own steps hardly depend on it."""
+    cliprange_value: float = Field(default=0.2, gt=0)
+    """A value that moved further than this from its old one learns no further from the same batch."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount per token."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """GAE's λ: 0 trusts the values, 1 the score alone."""
+    whiten_advantages: bool = True
+    """Advantages with mean 0 and standard deviation 1 over the step's tokens."""
+    rank_temperature: float = Field(default=1.0, gt=0)
+    """rank_softmax: weights are softmax(rank / this); a high one weighs all completions alike."""
 
 
 class LearnerOptions(Options):
@@ -154,6 +235,8 @@ class LearnerOptions(Options):
     """What a non-finite loss or gradient does; the step is never taken, and the batch is written to the run folder."""
     max_skipped_in_a_row: int = Field(default=3, ge=1)
     """on_non_finite: skip gives up after so many."""
+    routing_replay: bool = False
+    """MoE: the learner's forward uses the experts that the sampler chose, for the prompt too."""
 
 
 class LoraOptions(Options):
@@ -164,7 +247,22 @@ class LoraOptions(Options):
     alpha: float = Field(default=32.0, gt=0)
     """Scale: the update is alpha / rank · BA."""
     targets: list[str] | None = None
-    """Module names, `experts` for the routed experts; every linear layer and the experts by default."""
+    """Module names, `experts` (the routed ones), `router`, and `mtp`: the draft head gets adapters on all of its layers
+    instead of being trained whole. By default every linear layer of the trunk and the experts."""
+
+
+class BalanceOptions(Options):
+    """Keeping the routed experts equally busy: three mechanisms, alone or together, all off by default.
+
+    They look at the tokens of completions. The bias is the same in a rollout and in all updates that learn from it.
+    """
+
+    bias_rate: float = Field(default=0.0, ge=0)
+    """Step of the experts' bias after every step: up for those chosen less than the mean (0.001 in DeepSeek-V3)."""
+    entropy_weight: float = Field(default=0.0, ge=0)
+    """Weight of -H(mean gate) + mean H(gate), summed over layers; its mean is over a micro-batch."""
+    sequence_weight: float = Field(default=0.0, ge=0)
+    """Weight of DeepSeek-V3's balance loss of each completion, summed over layers (0.0001 there)."""
 
 
 class MTPOptions(Options):
@@ -178,6 +276,9 @@ class MTPOptions(Options):
     """Share of a step's groups that the head learns from, another share every step; its cost shrinks with it."""
     depth: int = Field(default=4, ge=1)
     """Depths that are unrolled in training."""
+    train_trunk: bool = False
+    """`quartet sft` only: cross-entropy on the gold tokens through head and trunk (DeepSeek-V3; loss_weight 0.3 or 0.1
+    there), instead of teaching the head alone."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Learning rate of the head."""
 
@@ -208,6 +309,24 @@ class CheckpointOptions(Options):
     """Save every so many steps, and at the end."""
     keep: int | None = Field(default=2, ge=1)
     """How many checkpoints stay; null keeps all."""
+    keep_best: bool = False
+    """The best one stays too, and becomes `best_policy/`: by eval/accuracy (evaluated steps are saved then), or by
+    reward/mean over the `every` steps before it where nothing was evaluated. GRPO only."""
+
+
+class CurriculumOptions(Options):
+    """What GRPO meets first: short prompts, learnable prompts, short completions, shallow drafts. Off by default."""
+
+    steps: int = Field(default=100, ge=1)
+    """Everything below has grown to the whole by this step, in a straight line."""
+    shortest_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the training examples open at step 1, shortest gold solutions first; of the open ones the least seen."""
+    by_difficulty: bool = False
+    """Draw prompts ∝ p(1−p), p being the running share of a prompt's completions with full marks; 0.5 if unseen."""
+    completion_tokens: int | None = Field(default=None, ge=1)
+    """Length limit of completions at step 1, growing to rollout.max_completion_tokens; null is that from the start."""
+    draft_depth: int | None = Field(default=None, ge=1)
+    """Depth of the draft head at step 1, growing to mtp.depth; null is that from the start."""
 
 
 class EvalOptions(Options):
@@ -217,6 +336,8 @@ class EvalOptions(Options):
     """Evaluate every so many steps as well; null evaluates at the two ends only."""
     limit: int = Field(default=0, ge=0)
     """Held-out problems; 0 turns evaluation off."""
+    samples: int = Field(default=1, ge=1)
+    """Completions per problem at the sampling temperature; above 1, pass@k and majority votes are measured too."""
     split: str | None = None
     """The held-out split; `heldout` for word_problems, `test` otherwise."""
     levels: list[int] | None = None
@@ -242,7 +363,7 @@ class ModelOptions(Options):
     model: str = "tiny"
     """A preset (`tiny`), a checkpoint folder or a hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights."""
+    """Precision of learner and sampler; the optimizer keeps fp32 masters of bfloat16 weights."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of this process; all cores by default."""
     device: str = "auto"
@@ -265,12 +386,16 @@ class SftConfig(ModelOptions):
     data: DataOptions = DataOptions()
     warm_start: WarmStartOptions = WarmStartOptions(steps=200)
     mtp: MTPOptions = MTPOptions()
+    balance: BalanceOptions = BalanceOptions()
     learner: LearnerOptions = LearnerOptions()
     eval: EvalOptions = EvalOptions()
     rollout: RolloutOptions = RolloutOptions()
     rewards: list[RewardOptions] = Field(default_factory=gsm8k_reward, min_length=1)
     """Reward functions; the score is their weighted sum. Full marks from the first count as correct."""
+    reward_models: list[RewardModelOptions] = Field(default_factory=list)
+    """Models that score completions beside the policy."""
     reward: ScoringOptions = ScoringOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
     log: LogOptions = LogOptions()
 
 
@@ -285,10 +410,24 @@ class TrainConfig(SftConfig):
     lora: LoraOptions | None = None
     """Adapters; null updates every weight."""
     loss: LossOptions = LossOptions()
-    checkpoint: CheckpointOptions = CheckpointOptions()
+    value: ValueOptions = ValueOptions()
+    curriculum: CurriculumOptions = CurriculumOptions()
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.loss.epsilon_high is None and self.loss.loss_type == "cispo":
             raise ValueError("loss.epsilon_high: loss_type cispo needs it (the cap of the ratio, 5.0 in ScaleRL)")
+        if self.mtp.train_trunk:
+            raise ValueError("mtp.train_trunk: in GRPO the draft head never touches the trunk; use it in quartet sft")
+        tokens, depth = self.curriculum.completion_tokens, self.curriculum.draft_depth
+        if tokens is not None and tokens > (last := self.rollout.max_completion_tokens):
+            raise ValueError(
+                f"curriculum.completion_tokens={tokens} is where it begins; it ends at "
+                f"rollout.max_completion_tokens={last}: use at most that"
+            )
+        if depth is not None and depth > self.mtp.depth:
+            raise ValueError(
+                f"curriculum.draft_depth={depth} is where it begins; it ends at mtp.depth={self.mtp.depth}: "
+                "use at most that"
+            )
         return self

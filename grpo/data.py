@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from grpo.evaluation_data import is_gsm8k_test_question, refuse_evaluation_data
+from grpo.reasoning_gym_tasks import COUNT, PREFIX, reasoning_gym_problems
 from grpo.word_problems import word_problems
+from rewards.gsm8k import gold_answer
 
 GSM8K = "openai/gsm8k:main"
 GSM8K_COPIES = ("data/gsm8k", "../shared/data/gsm8k")  # train.jsonl and test.jsonl here spare the hub
 BUILT_IN = {"word_problems": "word_problems", "gsm8k": GSM8K, "openai/gsm8k": GSM8K}
 FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
-EVALUATION_SPLITS = ("test", "heldout", "all")
 MOST_BAD_ROWS_NAMED = 10
 TOO_MANY_FIELDS = "fields beyond the header"
+GSM8K_TEST = "a question of GSM8K's test set, which must not be trained on"
+
+Check = Callable[[Mapping[str, Any]], str | None]
 
 _CALCULATOR_MARK = re.compile(r"<<[-+*/().=\d]*>>")
 
@@ -59,18 +66,22 @@ def load_examples(
     prompt_column: str = "question",
     solution_column: str | None = "answer",
     seed: int = 0,
+    task_options: Mapping[str, Any] | None = None,
+    check: Check | None = None,
 ) -> list[Example]:
     """The first `limit` examples of a dataset, every row checked.
 
     `name_or_path` is one of
 
     - `word_problems`, with `levels` (default [1]) and `seed`; 20,000 problems unless `limit` says otherwise,
+    - `reasoning_gym:TASK`, with `task_options` and `seed`; 2,000 problems unless `limit` says otherwise,
     - `gsm8k` (from data/gsm8k or ../shared/data/gsm8k where such a folder exists, else from the hub), or any hub id,
       with its configuration behind a colon (`owner/name:config`),
     - a folder that holds `{split}.jsonl` (or .json, .parquet, .csv), or such a file, whatever `split` is.
 
     All columns of a row go to the rewards; question and solution also do as `question` and `answer` where the
-    row has no columns of these names. `solution_column=None` is for data without solutions.
+    row has no columns of these names. `solution_column=None` is for data without solutions. `check` says what else
+    is wrong with the columns of an example, or None.
 
     Raises FileNotFoundError for a missing file, and ValueError for held-out data loaded with purpose "train",
     an unknown name, no rows, a missing column and bad rows (the first ten with number and reason).
@@ -84,25 +95,62 @@ def load_examples(
         source = BUILT_IN.get(source, source)
     if levels is not None and source != "word_problems":
         raise ValueError(f"levels={list(levels)} are for word_problems; {name_or_path} has no levels")
+    if task_options and not source.startswith(PREFIX):
+        raise ValueError(f"task_options={dict(task_options)} are for reasoning_gym tasks; {name_or_path} has none")
     if purpose == "train":
-        _refuse_evaluation_data(str(name_or_path), split, None)
+        refuse_evaluation_data(str(name_or_path), split, None)
+    if source.startswith(PREFIX):
+        task = source.removeprefix(PREFIX)
+        problems = reasoning_gym_problems(task, split, seed, count=limit or COUNT, options=task_options)
+        return [_example(row["id"], row, "question", "answer") for row in problems]
     if source == GSM8K:
         source = next((folder for folder in GSM8K_COPIES if Path(folder).is_dir()), source)
     path = None if source in BUILT_IN.values() else _local_file(source, split)
     if purpose == "train":
-        _refuse_evaluation_data(str(name_or_path), split, path)
-
+        refuse_evaluation_data(str(name_or_path), split, path)
     if source == "word_problems":
         problems = word_problems(split, [1] if levels is None else levels, seed, count=limit or 20_000)
         return [_example(row["id"], row, "question", "answer") for row in problems]
     if path:
         prefix = f"{path.resolve().parent.name}/{path.stem}"
-        rows = _file_rows(path)
+        numbered = _file_rows(path)
     else:
         name, _, config = source.partition(":")
         prefix = f"{name.split('/')[-1]}/{split}"
-        rows = enumerate(_load_dataset(name, config or None, split=split), start=1)
-    return _checked(list(islice(rows, limit)), prefix, str(path or source), prompt_column, solution_column)
+        numbered = enumerate(_load_dataset(name, config or None, split=split), start=1)
+    checks = [check] if check else []
+    if purpose == "train":
+        checks.insert(0, lambda columns: GSM8K_TEST if is_gsm8k_test_question(columns.values()) else None)
+    rows = list(islice(numbered, limit))
+    return _checked(rows, prefix, str(path or source), prompt_column, solution_column, checks)
+
+
+def gold_check(rewards: Iterable[str]) -> Check | None:
+    """What finds gold answers that the gsm8k rewards among `rewards` cannot read; None where there are none.
+
+    >>> gold_check(["gsm8k"])({"answer": "It is four."})
+    "the gold answer 'It is four.' has no number: expected a solution that ends with '#### 42', or '42'"
+    """
+    if not {"gsm8k", "gsm8k_flexible", "gsm8k_boxed"}.intersection(rewards):
+        return None
+
+    def check(columns: Mapping[str, Any]) -> str | None:
+        try:
+            gold_answer(columns["answer"])
+        except ValueError as error:
+            return str(error)
+        return None
+
+    return check
+
+
+def default_heldout_split(name: str) -> str:
+    """The split that is evaluated on where none is named.
+
+    >>> default_heldout_split("gsm8k"), default_heldout_split("reasoning_gym:leg_counting")
+    ('test', 'heldout')
+    """
+    return "heldout" if name == "word_problems" or name.startswith(PREFIX) else "test"
 
 
 def _local_file(source: str, split: str) -> Path | None:
@@ -127,39 +175,37 @@ def _local_file(source: str, split: str) -> Path | None:
     return None
 
 
-def _refuse_evaluation_data(source: str, split: str, path: Path | None) -> None:
-    # a split of the hub can be a sum of slices: "train+test[:50%]"
-    names = [part.split("[")[0].strip() for part in split.split("+")] + ([path.stem] if path else [])
-    if forbidden := [name for name in names if name in EVALUATION_SPLITS]:
-        raise ValueError(
-            f"{forbidden[0]!r} of {source} is for evaluation and must not be trained on; "
-            "train on another split, or load it with purpose='eval'"
-        )
-
-
 def _file_rows(path: Path) -> Iterable[tuple[int, Any]]:
-    """(row number, row); the row of a .jsonl line that is not JSON is the error that it raised."""
+    """(row number, row); a row of a .jsonl file that cannot be read is the error that it raised."""
     if path.suffix == ".jsonl":
         # not splitlines(): JSON strings may hold U+2028, which ends a line for Python and not for JSON
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
         return [(number, _json_or_error(line)) for number, line in enumerate(lines, start=1) if line.strip()]
     if path.suffix == ".json":
-        rows = _json_or_error(path.read_text(encoding="utf-8-sig"))
+        rows = _json_or_error(path.read_bytes().removeprefix(codecs.BOM_UTF8))
         if not isinstance(rows, list):
             found = rows if isinstance(rows, ValueError) else f"it holds a {type(rows).__name__}"
             raise ValueError(f"{path} must hold a JSON list of objects: {found}")
     elif path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, restkey=TOO_MANY_FIELDS))
+        rows = _csv_rows(path)
     else:
         rows = _load_dataset("parquet", data_files=str(path), split="train")
     return enumerate(rows, start=1)
 
 
-def _json_or_error(text: str) -> Any:
+def _csv_rows(path: Path) -> list[Any]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, restkey=TOO_MANY_FIELDS, strict=True)
+        try:
+            return list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not CSV in UTF-8: {error} (behind line {reader.line_num})") from error
+
+
+def _json_or_error(text: bytes) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json.loads(text.decode())
+    except ValueError as error:  # not JSON, or not UTF-8
         return error
 
 
@@ -177,7 +223,12 @@ def _load_dataset(name: str, config: str | None = None, **options: Any) -> Itera
 
 
 def _checked(
-    rows: list[tuple[int, Any]], prefix: str, source: str, prompt_column: str, solution_column: str | None
+    rows: list[tuple[int, Any]],
+    prefix: str,
+    source: str,
+    prompt_column: str,
+    solution_column: str | None,
+    checks: Sequence[Check],
 ) -> list[Example]:
     if not rows:
         raise ValueError(f"{source} has no rows")
@@ -188,15 +239,20 @@ def _checked(
             f"{source} has no column {missing[0]!r}; its columns are {', '.join(columns)} "
             "(choose with prompt_column and solution_column)"
         )
-    bad = [f"row {number}: {fault}" for number, row in rows if (fault := _fault(row, needed))]
+    absent = dict.fromkeys(columns)  # so that every reward gets every column, None where the row has none
+    examples, bad = [], []
+    for number, row in rows:
+        fault = _fault(row, needed)
+        if not fault:
+            examples.append(_example(f"{prefix}/{number - 1}", {**absent, **row}, prompt_column, solution_column))
+            fault = next((found for check in checks if (found := check(examples[-1].columns))), None)
+        if fault:
+            bad.append(f"row {number}: {fault}")
     if bad:
         more = f"\n... and {len(bad) - MOST_BAD_ROWS_NAMED} more" if len(bad) > MOST_BAD_ROWS_NAMED else ""
         named = "\n".join(bad[:MOST_BAD_ROWS_NAMED])
         raise ValueError(f"{source} has bad rows ({len(bad)} of {len(rows)}):\n{named}{more}")
-    absent = dict.fromkeys(columns)  # so that every reward gets every column, None where the row has none
-    return [
-        _example(f"{prefix}/{number - 1}", {**absent, **row}, prompt_column, solution_column) for number, row in rows
-    ]
+    return examples
 
 
 def _fault(row: Any, needed: list[str]) -> str | None:
@@ -213,6 +269,8 @@ def _fault(row: Any, needed: list[str]) -> str | None:
             return f"{column!r} is missing"
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             return f"{column!r} is a {type(value).__name__} instead of text"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{column!r} is {value} instead of text"
         if not str(value).strip():
             return f"{column!r} is empty"
     return None

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from grpo.config import ModelOptions, RewardOptions, ScoringOptions, gsm8k_reward
+from grpo.config import ModelOptions, RewardModelOptions, RewardOptions, ScoringOptions, gsm8k_reward
 
 
 class EvalConfig(ModelOptions):
     """Accuracy on held-out problems, sampled and greedy. A run folder brings its data, template and rewards along."""
 
     data: str = "word_problems"
-    """`word_problems`, `gsm8k`, a hub id, a folder with test.jsonl, or one data file."""
+    """`word_problems`, `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with test.jsonl, or one data file."""
     split: str | None = None
-    """The split; `heldout` for word_problems, `test` otherwise."""
+    """The split; `heldout` for word_problems and reasoning_gym, `test` otherwise."""
     levels: list[int] = Field(default_factory=lambda: [1, 2], min_length=1)
     """Difficulty levels of `word_problems`, 1 to 4."""
+    task_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of a reasoning_gym task, such as {max_animals: 4}."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first so many problems only."""
-    samples: int = Field(default=1, ge=1)
-    """Completions per problem at the sampling temperature."""
+    samples: int = Field(default=1, ge=0)
+    """Completions per problem at the sampling temperature; above 1, pass@k and majority votes too; 0 for none."""
+    greedy: bool = True
+    """Evaluate greedy decoding as well."""
+    output: Path | None = None
+    """A folder for completions.jsonl: every completion with its mark, written while the evaluation goes on."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of the sampled row; the greedy row has none."""
     max_completion_tokens: int = Field(default=256, ge=1)
     """A completion ends here if it has not stopped by itself."""
     draft_tokens: int | None = Field(default=None, ge=0)
-    """Drafts of the MTP head per forward of the trunk, 0 for none; null is 4 with a head. Never changes a token."""
+    """MTP drafts per forward of the trunk, 0 for none; null chooses by measured cost. Never changes a token."""
+    accept: Literal["exact", "margin"] = "exact"
+    """`margin` is lossy: clear drafts are taken unverified (faster, counted as such); `exact` never changes a token."""
+    margin: float = Field(default=2.0, ge=0)
+    """accept: margin takes a draft whose best token leads the second by so many nats."""
     prompts_per_batch: int = Field(default=32, ge=1)
     """Problems that are sampled together."""
     prompt_column: str = "question"
@@ -44,7 +54,15 @@ class EvalConfig(ModelOptions):
     """Worked examples from the training split in front of every prompt."""
     rewards: list[RewardOptions] = Field(default_factory=gsm8k_reward, min_length=1)
     """Reward functions; full marks from the first count as correct."""
-    reward: ScoringOptions = ScoringOptions()
+    reward_models: list[RewardModelOptions] = Field(default_factory=list)
+    """Models that score completions beside the policy."""
+    reward: ScoringOptions = ScoringOptions(on_error="drop_sample")
+
+    @model_validator(mode="after")
+    def _something(self) -> EvalConfig:
+        if not (self.samples or self.greedy):
+            raise ValueError("samples=0 and greedy=false leave nothing to evaluate; use one of them")
+        return self
 
 
 class SampleConfig(ModelOptions):
@@ -57,27 +75,46 @@ class SampleConfig(ModelOptions):
     max_completion_tokens: int = Field(default=256, ge=1)
     """A completion ends here if it has not stopped by itself."""
     draft_tokens: int | None = Field(default=None, ge=0)
-    """Drafts of the MTP head per forward of the trunk, 0 for none; null is 4 with a head. Never changes a token."""
+    """MTP drafts per forward of the trunk, 0 for none; null chooses by measured cost. Never changes a token."""
+    accept: Literal["exact", "margin"] = "exact"
+    """`margin` is lossy: clear drafts are taken unverified (faster, counted as such); `exact` never changes a token."""
+    margin: float = Field(default=2.0, ge=0)
+    """accept: margin takes a draft whose best token leads the second by so many nats."""
     template: str = "{prompt}"
     """A format string around `prompt`, or `chat` for the model's own chat template."""
     system_prompt: str | None = None
     """System message in front of every chat prompt (template: chat)."""
 
 
-def defaults_of_run(folder: Path) -> dict[str, Any]:
-    """Options of `quartet eval` that a run folder brings along, so that its held-out problems are met again."""
-    path = folder / "config.yaml"
+def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
+    """Options of `quartet eval` that a run folder brings along, so that its held-out problems are met again.
+
+    A checkpoint inside a run brings its run's. `data` is what the user asks for: other data than the run's come with
+    their own split, columns and number of problems. A failing reward does not end an evaluation: where the run says
+    `abort`, the completion has no mark, and the failure is counted.
+    """
+    run_folder = folder.parent.parent if (folder / "manifest.json").is_file() else folder
+    path = run_folder / "config.yaml"
     if not path.is_file():
         return {}
     run = yaml.safe_load(path.read_text())
-    data, rollout = run["data"], run["rollout"]
-    kept = ("prompt_column", "solution_column", "template", "system_prompt", "few_shot")
-    return {
-        "data": data["name"],
-        "split": run["eval"]["split"],
-        "levels": run["eval"]["levels"] or data["levels"],
-        **{name: data[name] for name in kept},
+    of_data, rollout, reward = run["data"], run["rollout"], dict(run["reward"])
+    if reward["on_error"] == "abort":
+        reward["on_error"] = "drop_sample"
+    brought = {
+        **{name: of_data[name] for name in ("template", "system_prompt", "few_shot")},
         **{name: rollout[name] for name in ("temperature", "max_completion_tokens", "draft_tokens")},
-        **{name: run[name] for name in ("seed", "rewards", "reward")},
+        **{name: run[name] for name in ("seed", "rewards")},
+        "reward_models": run.get("reward_models", []),
+        "reward": reward,
+    }
+    if data not in (None, of_data["name"]):
+        return brought
+    return brought | {
+        "data": of_data["name"],
+        "split": run["eval"]["split"],
+        "levels": run["eval"]["levels"] or of_data["levels"],
+        "task_options": of_data.get("task_options", {}),
+        **{name: of_data[name] for name in ("prompt_column", "solution_column")},
         "limit": run["eval"]["limit"] or None,
     }

@@ -5,16 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
-from grpo.config import ModelOptions
+from grpo.agreement import check_agreement
+from grpo.config import ModelOptions, MTPOptions
 from policies import presets
-from policies.policy import Policy, PolicyError
+from policies.policy import Policy, PolicyError, read_config
 from rollout.sampling import SamplingParams
-
-DEFAULT_DRAFT_TOKENS = 4
 
 
 def device_of(name: str) -> torch.device:
@@ -38,6 +37,30 @@ def check_model(model: str) -> None:
         raise PolicyError(f"model={model!r}: there is no such folder; {hint}")
 
 
+def check_options(options: ModelOptions) -> str:
+    """The checkpoint or preset that `options` mean. Raises PolicyError for what it can be seen not to be or to do."""
+    model = policy_folder(options.model)
+    check_model(model)
+    if asked := _head_options(options):
+        kind = "deepseek_v3" if model in presets.PRESETS else read_config(model).model_type
+        if kind != "deepseek_v3":
+            raise PolicyError(
+                f"{', '.join(asked)}: model={model!r} is of type {kind!r}, which has no MTP head and can be given "
+                "none; leave that out, or make it a DeepSeek-V3 policy first (`quartet convert SRC DST`)"
+            )
+    return model
+
+
+def _head_options(options: ModelOptions) -> list[str]:
+    """What `options` ask of an MTP head, as key=value."""
+    rollout, mtp = getattr(options, "rollout", None), getattr(options, "mtp", MTPOptions())
+    drafts = getattr(rollout or options, "draft_tokens", None)
+    asked = [f"{'rollout.' if rollout else ''}draft_tokens={drafts}"] if drafts else []
+    asked += ["add_mtp=True"] if options.add_mtp else []
+    usual = dict(MTPOptions())
+    return asked + [f"mtp.{name}={value}" for name, value in mtp if value != usual[name]]
+
+
 def policy_folder(model: str) -> str:
     """A run folder stands for the policy it trained: `policy/` when the run ended, else its warm start."""
     if not (Path(model) / "environment.json").exists():
@@ -52,27 +75,25 @@ class SamplingOptions(Protocol):
     temperature: float
     max_completion_tokens: int
     draft_tokens: int | None
+    accept: Literal["exact", "margin"]
 
 
 def sampling_params(policy: Policy, options: SamplingOptions, group_size: int, seed: int) -> SamplingParams:
     """How `policy` samples under these options: its own stop tokens, drafts where it has a head for them."""
-    drafts = options.draft_tokens
-    if drafts is None:
-        drafts = DEFAULT_DRAFT_TOKENS if policy.mtp is not None else 0
     return SamplingParams(
         group_size=group_size,
         temperature=options.temperature,
         max_completion_tokens=options.max_completion_tokens,
         stop_token_ids=tuple(policy.stop_token_ids),
         seed=seed,
-        draft_tokens=drafts,
+        draft_tokens=options.draft_tokens if policy.mtp is not None else options.draft_tokens or 0,
+        accept=options.accept,
     )
 
 
 def load_policy(options: ModelOptions, corpus: Iterable[str] = ()) -> Policy:
     """A preset with fresh weights and a tokenizer learned from `corpus`, or a checkpoint."""
-    model = policy_folder(options.model)
-    check_model(model)
+    model = check_options(options)
     if options.threads:
         torch.set_num_threads(options.threads)  # else torch's own choice, which heeds OMP_NUM_THREADS and affinity
     dtype = getattr(torch, options.dtype)
@@ -80,4 +101,7 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = ()) -> Policy:
         policy = presets.build(model, corpus, options.seed).to(dtype)
     else:
         policy = Policy.load(model, dtype, add_mtp=options.add_mtp, seed=options.seed)
-    return policy.to(device_of(options.device))
+    policy = policy.to(device_of(options.device))
+    if policy.backend == "transformers":
+        check_agreement(policy)
+    return policy

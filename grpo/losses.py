@@ -109,7 +109,7 @@ def policy_loss(
     if top_entropy_quantile < 1:
         entropy = _need(entropy, "entropy", f"{top_entropy_quantile=}")
         if top_entropy_threshold is None:
-            top_entropy_threshold = entropy_threshold(entropy, mask, top_entropy_quantile)
+            top_entropy_threshold = entropy_threshold(entropy[mask], top_entropy_quantile)
         counted = mask & (entropy >= top_entropy_threshold)
         objective = objective * counted
     loss = summand(-objective)
@@ -163,17 +163,17 @@ def aggregate(
     raise ValueError(f"loss_type={loss_type!r} is unknown; use {known}")
 
 
-def entropy_threshold(entropy: Tensor, mask: Tensor, top_entropy_quantile: float) -> Tensor:
-    """The entropy from which on a token is among the top ρ of the masked-in tokens, a scalar.
+def entropy_threshold(entropies_N: Tensor, top_entropy_quantile: float) -> Tensor:
+    """The entropy from which on a token is among the top ρ of these tokens, a scalar; infinite without tokens.
 
     Source: "Beyond the 80/20 rule", arXiv:2506.01939, which takes ρ = 0.2.
 
-    >>> mask = torch.tensor([[True, True, True, False]])
-    >>> entropy_threshold(torch.tensor([[0.1, 0.5, 0.3, 9.9]]), mask, top_entropy_quantile=0.5)
+    >>> entropy_threshold(torch.tensor([0.1, 0.5, 0.3]), top_entropy_quantile=0.5)
     tensor(0.3000)
     """
-    entropies = entropy.detach()[mask]
-    return entropies.quantile(1 - top_entropy_quantile) if len(entropies) else entropy.new_tensor(torch.inf)
+    if not len(entropies_N):
+        return entropies_N.new_tensor(torch.inf)
+    return entropies_N.detach().quantile(1 - top_entropy_quantile)
 
 
 def mask_truncated_completions(mask: Tensor, finish_reasons: Sequence[str]) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.environment import caption
+from grpo.eval_metrics import wilson_interval
 from grpo.run_log import read_metrics
 
 if TYPE_CHECKING:
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 Series = tuple[list[int], list[float]]
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; depths are one hue, dark to light.
-BLUE, GREY = "#0072B2", "#767676"
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#767676"
 PARTS = {
     "time/rollout": "#0072B2",
     "time/reward": "#E69F00",
@@ -27,20 +30,19 @@ PARTS = {
 BESIDE: dict[str, Any] = {"frameon": False, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
 ONE_LINE = [  # file, metric, title, bottom of the y axis at zero
     ("reward", "reward/mean", "Reward, mean per step", False),
-    ("eval_accuracy", "eval/accuracy", "Accuracy on held-out prompts", False),
     ("length", "completion/length_mean", "Completion length, mean tokens", True),
     ("entropy", "policy/entropy", "Policy entropy, nats per token", True),
     ("tokens_per_forward", "draft/tokens_per_forward", "Completion tokens per forward", False),
 ]
 
 
-def plot_run(output_dir: Path) -> list[Path]:
-    """Draw what the run has measured into `output_dir/plots/*.png` and return the files.
+def plot_run(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
+    """Draw what the run has measured (or `only` these) into `output_dir/plots/*.png` and return the files.
 
     Raises ModuleNotFoundError without matplotlib, ValueError before the second step.
 
     >>> plot_run(Path("runs/demo"))
-    [PosixPath('runs/demo/plots/reward.png'), PosixPath('runs/demo/plots/eval_accuracy.png'), ...]
+    [PosixPath('runs/demo/plots/reward.png'), PosixPath('runs/demo/plots/length.png'), ...]
     """
     try:
         from matplotlib.figure import Figure
@@ -56,11 +58,15 @@ def plot_run(output_dir: Path) -> list[Path]:
         (file, lambda axes, spec=spec: _draw_line(axes, rows, *spec)) for file, *spec in ONE_LINE
     ]
     drawings += [
+        ("eval_accuracy", lambda axes: _draw_accuracy(axes, rows)),
         ("acceptance", lambda axes: _draw_acceptance(axes, rows)),
+        ("expert_load", lambda axes: _draw_load(axes, rows)),
         ("time", lambda axes: _draw_time(axes, rows)),
     ]
     written = []
     for file, draw in drawings:
+        if only and file not in only:
+            continue
         figure = Figure(figsize=(6, 3.6), dpi=150, layout="constrained")  # no pyplot: no window, no global state
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
@@ -75,6 +81,12 @@ def plot_run(output_dir: Path) -> list[Path]:
             written[-1].parent.mkdir(exist_ok=True)
             figure.savefig(written[-1])
     return written
+
+
+def plot_quietly(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
+    """`plot_run` where it can be done: nothing without matplotlib, or before there is a curve."""
+    measured = (output_dir / "metrics.jsonl").is_file() and len(read_metrics(output_dir)) > 1
+    return plot_run(output_dir, only) if measured and importlib.util.find_spec("matplotlib") else []
 
 
 def series(rows: list[dict[str, Any]], name: str) -> Series:
@@ -129,11 +141,33 @@ def _draw_line(axes: Axes, rows: list[dict[str, Any]], name: str, title: str, fr
     return True
 
 
+def _draw_accuracy(axes: Axes, rows: list[dict[str, Any]]) -> bool:
+    """Sampled and greedy accuracy as they were measured, unsmoothed, each in its 95 % interval."""
+    prompts = dict(zip(*series(rows, "eval/prompts"), strict=True))
+    drawn = False
+    for name, label, color in (("eval/accuracy", "sampled", BLUE), ("eval/accuracy_greedy", "greedy", ORANGE)):
+        steps, values = series(rows, name)
+        if len(steps) < 2:
+            continue
+        drawn = True
+        axes.plot(steps, values, color=color, linewidth=2, marker="o", markersize=4, label=f"{label}: {values[-1]:.3f}")
+        counts = [prompts.get(step, 0) for step in steps]
+        bounds = [wilson_interval(value * n, n) for value, n in zip(values, counts, strict=True)]
+        lows, highs = [low for low, _ in bounds], [high for _, high in bounds]
+        axes.fill_between(steps, lows, highs, color=color, alpha=0.12, linewidth=0)
+    axes.set_title("Accuracy on held-out prompts, 95 % intervals", loc="left", fontsize=11)
+    if drawn:
+        axes.legend(**BESIDE)
+    return drawn
+
+
 def _draw_acceptance(axes: Axes, rows: list[dict[str, Any]]) -> bool:
     from matplotlib import colormaps
 
     names = {name for row in rows for name in row if re.fullmatch(r"draft/acceptance_depth_\d+", name)}
     depths = sorted(int(name.rpartition("_")[2]) for name in names)
+    if not depths:
+        return False
     for index, depth in enumerate(depths):
         color = colormaps["Blues"](0.95 - 0.55 * index / max(1, len(depths) - 1))
         points = series(rows, f"draft/acceptance_depth_{depth}")
@@ -142,7 +176,26 @@ def _draw_acceptance(axes: Axes, rows: list[dict[str, Any]]) -> bool:
     axes.set_ylim(0, 1)
     axes.set_title("Drafts accepted, fraction of those made", loc="left", fontsize=11)
     axes.legend(**BESIDE)
-    return bool(depths)
+    return True
+
+
+def _draw_load(axes: Axes, rows: list[dict[str, Any]]) -> bool:
+    """The most and the least used expert of every layer, a hue each; their even share is the line at 1."""
+    from matplotlib import colormaps
+
+    names = {name for row in rows for name in row if re.fullmatch(r"moe/layer_\d+/load_max", name)}
+    layers = sorted(int(re.findall(r"\d+", name)[0]) for name in names)
+    if not layers:
+        return False
+    for bound, hues in (("max", colormaps["Reds"]), ("min", colormaps["Blues"])):
+        for index, layer in enumerate(layers):
+            points = series(rows, f"moe/layer_{layer}/load_{bound}")
+            _draw(axes, points, hues(0.95 - 0.55 * index / max(1, len(layers) - 1)), f"{bound}, layer {layer}")
+    axes.axhline(1.0, color=GREY, linewidth=0.8, linestyle=":")
+    axes.set_ylim(bottom=0)
+    axes.set_title("Load of the most and least used expert", loc="left", fontsize=11)
+    axes.legend(**BESIDE)
+    return True
 
 
 def _draw_time(axes: Axes, rows: list[dict[str, Any]]) -> bool:

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerBase
 
 from grpo import environment
 from grpo.config import LoraOptions, SftConfig, TrainConfig
 from grpo.console import visible
+from grpo.draft_colours import LEGEND, coloured
 from grpo.evaluate import Evaluation, Speed
-from grpo.loader import check_model, policy_folder
+from grpo.loader import check_options
+from grpo.plots import plot_quietly
 from grpo.task import Task
 from policies import presets
 from policies.policy import PolicyError
@@ -33,28 +36,31 @@ def summary(results: Mapping[str, Any]) -> None:
     if results.get("speeds"):
         speeds(results["speeds"])
     folder = Path(results["output_dir"])
+    plot_quietly(folder)
     names = [f"  {path.name}{'/' if path.is_dir() else ''}" for path in sorted(folder.iterdir())]
     lines = ["", environment.caption(environment.describe()), f"everything lies in {folder}", *names]
     CONSOLE.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)  # paths stay in one piece
 
 
 def evaluations(results: Mapping[str, Evaluation]) -> None:
-    table = Table(title="held-out problems")
-    for name in ("", "correct", "accuracy", "95 % interval", "tokens per forward", "tokens/s"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
+    """A row for every evaluation; fits 80 columns without a heading in two lines."""
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    table = Table(title="held-out problems", title_justify="left", **look)
+    for name in ("", "correct", "accuracy (95 %)", "tokens/forward", "tokens/s"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, result in results.items():
         low, high = result.interval
         table.add_row(
             name,
             f"{result.correct}/{result.completions}",
-            f"{result.accuracy:.3f}",
-            f"{low:.2f}-{high:.2f}",
+            f"{result.accuracy:.3f} ({low:.2f}-{high:.2f})",
             f"{result.tokens_per_forward:.2f}",
             f"{result.tokens_per_second:.0f}",
         )
     CONSOLE.print(table)
-    if abstained := sum(result.abstained for result in results.values()):
-        CONSOLE.print(f"{abstained} more completions have no mark: the reward abstained or failed", highlight=False)
+    if unmarked := sum(result.without_mark for result in results.values()):
+        failed = sum(len(result.failures) for result in results.values())
+        CONSOLE.print(f"{unmarked} more completions have no mark; rewards failed {failed} times", highlight=False)
 
 
 def speeds(results: Sequence[Speed]) -> None:
@@ -65,25 +71,27 @@ def speeds(results: Sequence[Speed]) -> None:
         table.add_row(
             str(speed.rows),
             f"{speed.without_drafts:.0f}",
-            f"{speed.with_drafts:.0f} (k = {speed.draft_tokens})",
+            f"{speed.with_drafts:.0f}" + ("" if speed.draft_tokens is None else f" (k = {speed.draft_tokens})"),
             f"{speed.gain:.2f}x",
             f"{speed.tokens_per_forward:.2f}",
         )
     CONSOLE.print(table)
 
 
-def groups(sampled: Sequence[RolloutGroup], limit: int = 4) -> None:
-    """The first groups as text; all of them stand in the JSON."""
+def groups(sampled: Sequence[RolloutGroup], tokenizer: PreTrainedTokenizerBase, limit: int = 4) -> None:
+    """The first groups as text, drafted tokens in colour; all of them stand in the JSON."""
     for group in sampled[:limit]:
         CONSOLE.rule(visible(group.prompt.text.strip(), 100), align="left")
         for completion in group.completions:
-            rate = tokens_per_forward([completion]) or 1.0
-            CONSOLE.print(visible(completion.text, 1000), markup=False, highlight=False)
-            CONSOLE.print(
-                f"  {completion.finish_reason}, {len(completion.token_ids)} tokens, {rate:.2f} a forward",
-                style="dim",
-                highlight=False,
-            )
+            words = [completion.finish_reason, f"{len(completion.token_ids)} tokens"]
+            if (rate := tokens_per_forward([completion])) is not None:
+                words.append(f"{rate:.2f} a forward")
+            if completion.draft.fallbacks:
+                words.append(f"{completion.draft.fallbacks} fallbacks")
+            CONSOLE.print(coloured(completion, tokenizer))
+            CONSOLE.print("  " + ", ".join(words), style="dim", highlight=False)
+    if any(any(completion.draft.depths) for group in sampled for completion in group.completions):
+        CONSOLE.print(LEGEND)
     if len(sampled) > limit:
         CONSOLE.print(f"... and {len(sampled) - limit} more groups", style="dim")
 
@@ -106,15 +114,6 @@ def groups_as_json(sampled: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
         }
         for group in sampled
     ]
-
-
-def evaluations_as_json(model: str, data: str, results: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """What the table shows, with the machine that it was measured on."""
-    rows = {}
-    for name, result in results.items():
-        values = {key: value for key, value in vars(result).items() if key != "groups"}
-        rows[name] = values | {"accuracy": result.accuracy, "interval_95": list(result.interval)}
-    return {"model": model, "data": data, "evaluations": rows, "environment": environment.describe()}
 
 
 def dry_run(config: SftConfig) -> None:
@@ -144,8 +143,7 @@ def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
 
 def _estimates(config: SftConfig) -> Iterator[tuple[str, str]]:
     """Sizes from the config alone: the model is built without storage."""
-    model = policy_folder(config.model)
-    check_model(model)
+    model = check_options(config)
     if model in presets.PRESETS:
         shape = DeepseekV3Config(vocab_size=512, **presets.PRESETS[model])
     else:
@@ -166,7 +164,7 @@ def _estimates(config: SftConfig) -> Iterator[tuple[str, str]]:
         vector = shape.kv_lora_rank + shape.qk_rope_head_dim
     else:
         head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-        vector = 2 * shape.num_key_value_heads * head
+        vector = 2 * (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads) * head
     cache = rows * config.rollout.max_completion_tokens * shape.num_hidden_layers * vector * size
     moments = 2 * trained * size
     yield "parameters", f"{total / 1e6:,.1f} M, trained {trained / 1e6:,.1f} M ({trained / total:.1%})"
@@ -183,10 +181,12 @@ def _estimates(config: SftConfig) -> Iterator[tuple[str, str]]:
 def _lora_parameters(shape: Any, options: LoraOptions) -> int:
     """Raises ValueError for targets that the model does not have."""
     from policies import lora
+    from policies.mtp import MTPHead
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
-        lora.inject(model, options.rank, options.alpha, options.targets)
+        head = MTPHead(shape) if isinstance(shape, DeepseekV3Config) else None  # whether there is one, the run will see
+        lora.inject(model, options.rank, options.alpha, options.targets, head)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -28,6 +28,7 @@ from rich.progress import Progress
 from grpo import environment
 from grpo.console import progress_bars, sample_table, step_line, visible
 from grpo.metrics import check
+from grpo.resume import differences
 from grpo.trackers import installed, start
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
@@ -92,15 +93,17 @@ class RunLog:
         groups: Sequence[RolloutGroup],
         scores: Sequence[GroupScore],
         advantages: Any,
+        draws: Sequence[int] | None = None,
     ) -> None:
         """Keep all completions of a step, and now and then show a few.
 
-        `advantages` [P, G] are numbers, or [P, G, Lc] one for every token, as lists, tensors or arrays.
+        `advantages` [P, G] are numbers, or [P, G, Lc] one for every token, as lists, tensors or arrays. `draws` [P]:
+        0, or the refill of dynamic sampling that a group comes from.
         """
         advantages = [_plain(row) for row in advantages]
         lines = [
-            _json({"step": step} | line)
-            for group, score, row in zip(groups, scores, advantages, strict=True)
+            _json({"step": step, "draw": draw} | line)
+            for draw, group, score, row in zip(draws or [0] * len(groups), groups, scores, advantages, strict=True)
             for line in _rollout_lines(group, score, row)
         ]
         path = _rollout_path(self.output_dir, step)
@@ -111,9 +114,12 @@ class RunLog:
         if self._table_every and (step == 1 or step % self._table_every == 0):
             self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
 
-    def event(self, event: str, /, **fields: Any) -> None:
-        """Record what does not happen every step (a failure, a resume, a signal); show the first few of each."""
-        _append(self._events, {"time": datetime.now(UTC).isoformat(), "event": event} | fields)
+    def event(self, event: str, /, *, unshown: Mapping[str, Any] | None = None, **fields: Any) -> None:
+        """Record what does not happen every step (a failure, a resume, a signal); show the first few of each.
+
+        `unshown` goes into the record alone.
+        """
+        _append(self._events, {"time": datetime.now(UTC).isoformat(), "event": event} | fields | dict(unshown or {}))
         self._events_seen[event] += 1
         if self._events_seen[event] > SHOWN_PER_EVENT:
             return
@@ -149,9 +155,11 @@ class RunLog:
         if resume_step is None:
             (self.output_dir / "environment.json").write_text(json.dumps(here, indent=1) + "\n")
         else:
-            self.event("resume", step=resume_step, environment=here)
+            self.event("resume", step=resume_step, unshown={"environment": here})
             if config.exists() and config.read_text() != config_yaml:
-                self.event("config_changed", former=config.read_text())
+                changed = differences(config.read_text(), config_yaml)
+                shown = {key: f"{then!r} -> {now!r}" for key, (then, now) in changed.items()}
+                self.event("config_changed", unshown={"former": config.read_text()}, **shown)
         config.write_text(config_yaml)
 
     def _record(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -240,10 +248,12 @@ def _holds_a_run(output_dir: Path) -> bool:
 
 
 def _truncate(output_dir: Path, step: int) -> None:
+    """Remove what stands behind `step`; with 0 the evaluation before the first step too: it is made again."""
+    last = step or -1
     metrics = output_dir / "metrics.jsonl"
     if metrics.exists():
         partial = metrics.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in _whole_lines(metrics) if json.loads(line)["step"] <= step))
+        partial.write_text("".join(f"{line}\n" for line in _whole_lines(metrics) if json.loads(line)["step"] <= last))
         os.replace(partial, metrics)
     for path in (output_dir / "rollouts").glob("step_*"):
         if _step(path) > step or path.suffix == ".partial":

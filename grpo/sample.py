@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from grpo.console import progress_bars
 from grpo.data import Example
 from grpo.inference_config import SampleConfig
-from grpo.loader import load_policy, sampling_params
+from grpo.loader import sampling_params
 from grpo.prompts import PromptTemplate, encode_prompt
+from grpo.run_policy import find_policy, load_found
+from rollout.engine import RolloutError
 from rollout.group import RolloutGroup
 from rollout.pool import open_pool
 
@@ -39,12 +47,29 @@ def read_prompts(path: Path) -> list[Example]:
     return examples
 
 
-def sample(config: SampleConfig, examples: list[Example]) -> list[RolloutGroup]:
-    """One group per prompt, in order."""
+@dataclass(frozen=True)
+class Sampled:
+    """Groups in the order of the prompts; `faults` tells which prompts have none, and why."""
+
+    groups: list[RolloutGroup]
+    tokenizer: PreTrainedTokenizerBase
+    faults: str = ""
+
+
+def sample(config: SampleConfig, examples: list[Example], console: Console) -> Sampled:
+    """One group per prompt. A prompt that cannot be continued costs no other one."""
     template = PromptTemplate(config.template, config.system_prompt)
     if not template.is_chat:
         template.render(examples[0])
-    policy = load_policy(config)
-    params = sampling_params(policy, config, config.group_size, config.seed)
+    policy = load_found(find_policy(config.model), config)
+    params = replace(sampling_params(policy, config, config.group_size, config.seed), margin=config.margin)
     prompts = [encode_prompt(example, policy.tokenizer, template) for example in examples]
-    return open_pool(policy).sample(prompts, params)
+    pool = open_pool(policy, dtype=getattr(torch, config.dtype))
+    with progress_bars(console, enabled=True) as progress:
+        bar = progress.add_task("sampling", total=len(prompts) * params.group_size)
+        try:
+            return Sampled(pool.sample(prompts, params, lambda ended: progress.advance(bar, ended)), policy.tokenizer)
+        except RolloutError as error:
+            if not error.groups:
+                raise
+            return Sampled(error.groups, policy.tokenizer, str(error))

@@ -4,40 +4,81 @@ from __future__ import annotations
 
 from typing import Any
 
+from grpo import checkpoint
 from grpo.config import SftConfig
-from grpo.evaluate import Evaluation, as_metrics, evaluate_both_ways
-from grpo.loader import load_policy, sampling_params
+from grpo.distributed import ALONE, Ranks
+from grpo.evaluate import Evaluation, evaluate_run
+from grpo.loader import check_options, load_policy, sampling_params
 from grpo.options import dump_yaml
+from grpo.resume import saved_state
+from grpo.reward_record import record_rewards
 from grpo.run_log import RunLog
+from grpo.stopping import GivenUp, InterruptiblePool, Stopped, StopSignal
 from grpo.task import Task
 from grpo.warm_start import warm_start
 from policies.policy import Policy
 from rollout.pool import open_pool
 
 
-def sft(config: SftConfig) -> dict[str, Any]:
-    """Returns what the summary shows. The policy is saved to `output_dir/policy`."""
+def sft(
+    config: SftConfig,
+    *,
+    resume: str | None = None,
+    stop_after: int | None = None,
+    force: bool = False,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    """Returns what the summary shows; the policy is saved to `output_dir/policy`. Raises Stopped, see `Trainer`."""
+    check_options(config)
+    steps, checkpoints = config.warm_start.steps, config.output_dir / "checkpoints"
+    saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=steps)
+    start = saved.step if saved else 0
+    evaluations: dict[str, Evaluation] = {}
     with (
         Task.of(config) as task,
-        RunLog(config.output_dir, dump_yaml(config), trackers=config.log.trackers) as run_log,
+        RunLog(
+            config.output_dir,
+            dump_yaml(config),
+            trackers=config.log.trackers,
+            resume_step=None if resume is None else start,
+        ) as run_log,
+        StopSignal() as stop,
     ):
+        record_rewards(run_log, task.scorer.describe())
         policy = load_policy(config, task.corpus())
-        evaluations = _evaluate("before", policy, task, config, run_log, 0)
-        warm_start(policy, task, config, run_log)
+        checkpoint.discard_after(checkpoints, start)
+        try:
+            if start == 0:
+                evaluations |= _evaluate("before", policy, task, config, run_log, 0, stop)
+            finished_before = start == steps and (config.output_dir / "policy").exists()
+            warm_start(
+                policy,
+                task,
+                config,
+                run_log,
+                checkpoints=checkpoints,
+                saved=saved,
+                save_last=True,
+                stop=stop,
+                stop_after=stop_after,
+                ranks=ranks,
+            )
+            start = steps
+            if not finished_before:
+                evaluations |= _evaluate("after", policy, task, config, run_log, steps, stop)
+        except GivenUp:
+            raise Stopped(f"stopped while the policy of step {start} was evaluated; go on with --resume auto") from None
         policy.save(config.output_dir / "policy")
-        evaluations |= _evaluate("after", policy, task, config, run_log, config.warm_start.steps)
     return {"output_dir": str(config.output_dir), "evaluations": evaluations}
 
 
 def _evaluate(
-    when: str, policy: Policy, task: Task, config: SftConfig, run_log: RunLog, step: int
+    when: str, policy: Policy, task: Task, config: SftConfig, run_log: RunLog, step: int, stop: StopSignal
 ) -> dict[str, Evaluation]:
     if not task.heldout:
         return {}
     prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
     sampling = sampling_params(policy, config.rollout, 1, config.seed)
-    pool = open_pool(policy, prompts_per_shard=config.eval.prompts_per_batch)
-    with run_log.progress() as progress:
-        results = evaluate_both_ways(pool, task, prompts, sampling, config.eval.prompts_per_batch, progress)
-    run_log.evaluation(step, as_metrics(results))
+    pool = InterruptiblePool(open_pool(policy, prompts_per_shard=config.eval.prompts_per_batch), stop)
+    results = evaluate_run(pool, task, prompts, sampling, config.eval, run_log, step)
     return {f"{when}, {name}": result for name, result in results.items()}

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from grpo.batch import PackedRow, Sample
-from grpo.config import DataOptions, RewardOptions, ScoringOptions, SftConfig, TrainConfig
-from grpo.data import Example, load_examples
+from grpo.config import DataOptions, RewardModelOptions, RewardOptions, ScoringOptions, SftConfig, TrainConfig
+from grpo.data import Check, Example, default_heldout_split, gold_check, load_examples
+from grpo.eval_metrics import answer_reader
+from grpo.loader import device_of
+from grpo.model_rewards import ModelRewards
 from grpo.prompts import PromptTemplate, encode_prompt
 from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rollout.group import Prompt, RolloutGroup
@@ -32,32 +36,41 @@ class Task:
         heldout: int | None = 0,
         heldout_split: str | None = None,
         heldout_levels: list[int] | None = None,
+        reward_models: Sequence[RewardModelOptions] = (),
+        device: str = "auto",
     ) -> None:
-        """`heldout`: how many held-out problems, None for all of them, 0 for none."""
+        """`heldout`: how many held-out problems, None for all of them, 0 for none. `device` is the reward models'."""
         limit = data.limit if train else data.few_shot
-        self.train = _examples(data, data.split, "train", data.levels, limit, seed) if train or limit else []
+        check = gold_check(reward.function for reward in rewards if "answer" not in reward.columns)
+        wanted = train or limit
+        self.train = _examples(data, data.split, "train", data.levels, limit, seed, check) if wanted else []
         self.heldout: Sequence[Example] = []
         if heldout != 0:
-            split = heldout_split or ("heldout" if data.name == "word_problems" else "test")
-            self.heldout = _examples(data, split, "eval", heldout_levels or data.levels, heldout, seed)
+            split = heldout_split or default_heldout_split(data.name)
+            self.heldout = _examples(data, split, "eval", heldout_levels or data.levels, heldout, seed, check)
         known = self.train or self.heldout
         self.template = PromptTemplate(data.template, data.system_prompt, self.train[: data.few_shot])
         if not self.template.is_chat:
             self.template.render(known[0])
         self.train = self.train[data.few_shot :]
         self.solution_column = data.solution_column
-        specs = [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat) for r in rewards]
+        self.trainer_state: dict[str, float] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
+        specs = [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
         self.reward_weights = {spec.label: spec.weight for spec in specs}
         self.first_reward = specs[0].label
+        self.read_answer = answer_reader(specs[0].function, specs[0].arguments)
+        self.models = ModelRewards(reward_models, known[0].columns)
         self.scorer = Scorer(
             specs,
             on_error=scoring.on_error,
             timeout_s=scoring.timeout_s,
             workers=scoring.workers,
-            columns=list(known[0].columns),
+            columns=[*known[0].columns, *self.models.names],
         )
         try:
-            gold = self.scorer.dry_run(known[0].question, known[0].solution, known[0].columns)
+            columns = known[0].columns | dict.fromkeys(self.models.names, 0.0)
+            gold = self.scorer.dry_run(known[0].question, known[0].solution, columns)
+            self.models.load(device_of(device))
         except BaseException:
             self.scorer.close()
             raise
@@ -75,6 +88,8 @@ class Task:
             heldout=held.limit,
             heldout_split=held.split,
             heldout_levels=held.levels,
+            reward_models=config.reward_models,
+            device=config.device,
         )
         try:
             task.check_counts(config)
@@ -120,14 +135,24 @@ class Task:
         ids = [*tokenizer.encode(text, add_special_tokens=False), stop]
         return PackedRow(self.prompt(example, tokenizer).token_ids, [Sample(0, ids)])
 
+    def reached(self, steps_done: int, config: TrainConfig) -> None:
+        """What rewards that ask for `trainer_state` are told from now on, by TRL's names."""
+        epoch = steps_done * config.prompts_per_step / len(self.train)
+        self.trainer_state = {"global_step": steps_done, "max_steps": config.steps, "epoch": epoch}
+
     def score(self, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
-        return self.scorer.score(
+        columns = self.models.columns(groups)
+        scores = self.scorer.score(
             [group.prompt.text for group in groups],
             [group.texts for group in groups],
             [group.prompt.columns for group in groups],
             prompt_ids=[group.prompt.prompt_id for group in groups],
             completion_ids=[[c.token_ids for c in group.completions] for group in groups],
+            completion_columns=columns,
+            trainer_state=self.trainer_state,
         )
+        self.models.record(scores, columns)
+        return scores
 
     def close(self) -> None:
         self.scorer.close()
@@ -140,15 +165,23 @@ class Task:
 
 
 def _examples(
-    data: DataOptions, split: str, purpose: str, levels: list[int], limit: int | None, seed: int
+    data: DataOptions,
+    split: str,
+    purpose: Literal["train", "eval"],
+    levels: list[int],
+    limit: int | None,
+    seed: int,
+    check: Check | None,
 ) -> Sequence[Example]:
     return load_examples(
         data.name,
         split,
-        purpose="train" if purpose == "train" else "eval",
+        purpose=purpose,
         levels=levels if data.name == "word_problems" else None,
         limit=limit,
         prompt_column=data.prompt_column,
         solution_column=data.solution_column,
         seed=seed,
+        task_options=data.task_options,
+        check=check,
     )

@@ -2,41 +2,60 @@
 
 from __future__ import annotations
 
-import signal
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
 import torch
-import yaml
 
 from grpo import checkpoint
-from grpo.config import SftConfig, TrainConfig
-from grpo.evaluate import Evaluation, as_metrics, evaluate_both_ways, measure_speed
+from grpo.best import best_step
+from grpo.collect import Collector
+from grpo.config import TrainConfig
+from grpo.curriculum import Curriculum
+from grpo.distributed import ALONE, Ranks
+from grpo.evaluate import Evaluation, evaluate_run, measure_speed
 from grpo.learner import Learner, NonFiniteStep
-from grpo.loader import check_model, load_policy, policy_folder, sampling_params
+from grpo.loader import check_options, load_policy, sampling_params
 from grpo.metrics import rollout_metrics
 from grpo.optimizer import schedule
 from grpo.options import dump_yaml
-from grpo.prompts import PromptStream
-from grpo.run_log import RunLog
+from grpo.resume import saved_state
+from grpo.reward_record import record_rewards, refuse_changed_rewards
+from grpo.run_log import RunLog, read_metrics
+from grpo.stopping import GivenUp, InterruptiblePool, Stopped, StopSignal
 from grpo.task import Task
 from grpo.warm_start import warm_start
 from policies.policy import Policy
+from rollout.draft_depth import CostTable
 from rollout.group import Prompt
 from rollout.pool import Pool, open_pool
 from rollout.sampling import SamplingParams
 
-FREE_TO_CHANGE = ("output_dir", "steps", "log", "checkpoint", "eval", "threads", "reward.timeout_s", "reward.workers")
 
-
-class Stopped(Exception):
-    """SIGTERM or --stop_after ended the run between two steps; everything up to here is saved."""
+def grpo_learner(
+    policy: Policy, config: TrainConfig, reward_weights: dict[str, float] | None = None, ranks: Ranks = ALONE
+) -> Learner:
+    """The learner of a run, around a policy without adapters. `reward_weights` are for `Learner.prepare` alone."""
+    torch.manual_seed(config.seed)  # the first values of adapters and of the value head are drawn
+    if config.lora:
+        policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
+    return Learner(
+        policy,
+        config.learner,
+        config.mtp,
+        config.loss,
+        balance=config.balance,
+        value=config.value,
+        temperature=config.rollout.temperature,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        reward_weights=reward_weights,
+        schedule=schedule(config.learner.schedule, config.steps, config.learner.warmup_steps),
+        ranks=ranks,
+    )
 
 
 class Trainer:
@@ -49,20 +68,19 @@ class Trainer:
         resume: str | None = None,
         stop_after: int | None = None,
         force: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.stop_after, self.resuming = config, stop_after, resume is not None
+        self.config, self.stop_after, self.resuming, self.ranks = config, stop_after, resume is not None, ranks
         self.output_dir = config.output_dir
         self.checkpoints = self.output_dir / "checkpoints"
-        self.saved: checkpoint.Checkpoint | None = None
-        self.terminated = False
-        check_model(policy_folder(config.model))
-        if resume is not None:
-            found = checkpoint.find(self.checkpoints, resume)
-            self.saved = checkpoint.load(found) if found else None
-            if (self.output_dir / "config.yaml").exists() and not force:
-                refuse_changed_config(self.output_dir / "config.yaml", config)
+        self.stop = StopSignal()
+        self.evaluations: dict[str, Evaluation] = {}
+        check_options(config)
+        self.saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=config.steps)
         self.task = Task.of(config)
         try:
+            if self.resuming and not force:
+                refuse_changed_rewards(self.output_dir, self.task.scorer.describe())
             self.run_log = RunLog(
                 self.output_dir,
                 dump_yaml(config),
@@ -70,6 +88,7 @@ class Trainer:
                 trackers=config.log.trackers,
                 resume_step=(self.saved.step if self.saved else 0) if self.resuming else None,
             )
+            record_rewards(self.run_log, self.task.scorer.describe())
         except BaseException:
             self.task.close()
             raise
@@ -77,44 +96,45 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Returns what the summary shows. Raises Stopped when the run was asked to end early."""
         try:
-            policy = self._initial_policy()
-            config = self.config
-            if config.lora:
-                torch.manual_seed(config.seed)  # peft draws the adapters' first values
-                policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
-            learner = Learner(
-                policy,
-                config.learner,
-                config.mtp,
-                config.loss,
-                temperature=config.rollout.temperature,
-                max_completion_tokens=config.rollout.max_completion_tokens,
-                reward_weights=self.task.reward_weights,
-                schedule=schedule(config.learner.schedule, config.steps, config.learner.warmup_steps),
-            )
-            prompts = PromptStream(self.task.train, config.seed)
-            start = 0
-            if self.saved:
-                learner.load_state(self.saved.tensors, self.saved.state["learner"])
-                prompts.load_state_dict(self.saved.state["prompts"])
-                start = self.saved.step
-                checkpoint.discard_after(self.checkpoints, start)
-            rollout = config.rollout
-            pool = open_pool(
+            with self.stop:
+                return self._run()
+        finally:
+            self.task.close()
+            self.run_log.close()
+
+    def _run(self) -> dict[str, Any]:
+        policy = self._initial_policy()
+        config, rollout = self.config, self.config.rollout
+        self.ranks.begin("grpo", policy)
+        learner = grpo_learner(policy, config, self.task.reward_weights, self.ranks)
+        curriculum = Curriculum(self.task.train, config.curriculum, config.seed)
+        start = 0
+        if self.saved:
+            learner.load_state(self.saved.tensors, self.saved.state["learner"])
+            curriculum.load_state_dict(self.saved.state["curriculum"])
+            start = self.saved.step
+            checkpoint.discard_after(self.checkpoints, start)
+        self.ranks.hand_over(learner)
+        pool = InterruptiblePool(
+            open_pool(
                 policy,
                 rollout.workers,
                 dtype=getattr(torch, config.dtype),
                 threads=rollout.threads_per_worker,
                 prompts_per_shard=rollout.prompts_per_shard,
-            )
-            try:
-                pool.publish(learner.weights(), learner.policy_version)
-                return self._steps(learner, prompts, pool, start)
-            finally:
-                pool.close()
+            ),
+            self.stop,
+        )
+        self.stop.listen()  # Ray has put a handler of its own in place
+        try:
+            pool.publish(learner.weights(), learner.policy_version)
+            if rollout.draft_tokens is None and policy.mtp is not None:
+                path, rows = self.output_dir / "draft_costs.json", rollout.prompts_per_shard * rollout.group_size
+                costs = CostTable.load(path) if self.resuming and path.exists() else None
+                pool.use_costs(costs, rows).save(path)
+            return self._steps(learner, curriculum, pool, start)
         finally:
-            self.task.close()
-            self.run_log.close()
+            pool.close()
 
     def _initial_policy(self) -> Policy:
         """The policy that GRPO starts from: warm-started now, or by the run that is being resumed."""
@@ -122,71 +142,104 @@ class Trainer:
         if config.warm_start.steps == 0:
             return load_policy(config, self.task.corpus())
         if not (self.resuming and folder.exists()):
+            steps = self.output_dir / "warm_start_checkpoints"
+            if not self.resuming:
+                shutil.rmtree(steps, ignore_errors=True)
+            found = checkpoint.find(steps, "auto")
             policy = load_policy(config, self.task.corpus())
-            results = warm_start(policy, self.task, config, self.run_log)
+            results = warm_start(
+                policy,
+                self.task,
+                config,
+                self.run_log,
+                checkpoints=steps,
+                saved=checkpoint.load(found) if found else None,
+                stop=self.stop,
+                ranks=self.ranks,
+            )
             self.run_log.event("warm_start_done", seconds=round(results["seconds"], 1), folder=str(folder))
             policy.save(folder)
+            shutil.rmtree(steps, ignore_errors=True)
         return load_policy(config.model_copy(update={"model": str(folder)}))
 
-    def _steps(self, learner: Learner, prompts: PromptStream, pool: Pool, start: int) -> dict[str, Any]:
-        config = self.config
-        tokenizer = learner.policy.tokenizer
+    def _steps(self, learner: Learner, curriculum: Curriculum, pool: Pool, start: int) -> dict[str, Any]:
+        config, tokenizer = self.config, learner.policy.tokenizer
         sampling = sampling_params(learner.policy, config.rollout, config.rollout.group_size, config.seed)
+        sampling = replace(sampling, record_routing=config.learner.routing_replay)
         heldout = [self.task.prompt(example, tokenizer) for example in self.task.heldout]
-        evaluations: dict[str, Evaluation] = {}
-        if start == 0 and heldout:
-            before = self._evaluate(pool, heldout, sampling, 0)
-            evaluations |= {f"before GRPO, {name}": result for name, result in before.items()}
-        with self._stop_on_sigterm():
-            for step in range(start + 1, config.steps + 1):
-                chosen = [self.task.prompt(e, tokenizer) for e in prompts.take(config.prompts_per_step)]
-                self._step(step, learner, pool, chosen, sampling.at(step))
-                due = step % config.checkpoint.every == 0 or step == config.steps
-                stopping = self.terminated or step == self.stop_after
-                if self.terminated:
-                    self.run_log.event("signal", name="SIGTERM", action="this step is finished and saved")
-                if due or stopping:
-                    self._save(step, learner, prompts)
-                if config.eval.every and step % config.eval.every == 0 and step < config.steps and heldout:
-                    self._evaluate(pool, heldout, sampling, step)
-                if stopping and step < config.steps:
-                    raise Stopped(f"stopped after step {step}; go on with --resume auto")
-        summary: dict[str, Any] = {"output_dir": str(self.output_dir), "evaluations": evaluations}
+        collector = Collector(config, self.task, curriculum, pool, sampling, tokenizer)
         finished_before = start == config.steps and (self.output_dir / "policy").exists()
-        if heldout and not finished_before:
-            after = self._evaluate(pool, heldout, sampling, config.steps)
-            evaluations |= {f"after GRPO, {name}": result for name, result in after.items()}
-        if config.log.measure_speed and heldout and sampling.draft_tokens:
-            summary["speeds"] = measure_speed(pool, heldout, sampling, rows=(1, 8, 32))
+        done = saved = start
+        try:
+            if self._evaluation_due(start) and not self._evaluated(start):
+                self._evaluate(pool, heldout, sampling, start)
+            for step in range(start + 1, config.steps + 1):
+                self._step(step, learner, collector)
+                done = step
+                evaluating = self._evaluation_due(step)
+                if self._checkpoint_due(step, evaluating):
+                    self._save(step, learner, curriculum)
+                    saved = step
+                if evaluating:
+                    self._evaluate(pool, heldout, sampling, step)
+                if step == self.stop_after and step < config.steps:
+                    raise Stopped(f"stopped after step {step}; go on with --resume auto")
+            if heldout and not finished_before:
+                self._evaluate(pool, heldout, sampling, config.steps)
+            summary: dict[str, Any] = {"output_dir": str(self.output_dir), "evaluations": self.evaluations}
+            if config.log.measure_speed and heldout and sampling.draft_tokens != 0:
+                summary["speeds"] = measure_speed(pool, heldout, sampling, rows=(1, 8, 32))
+        except GivenUp:
+            # What was given up has reached neither learner nor curriculum: they are as they were behind `done`.
+            if done > saved:
+                self._save(done, learner, curriculum)
+            self.run_log.event("signal", name="SIGTERM", action="what was in progress is given up", saved_step=done)
+            where = f"after step {done}" if done else "before step 1"
+            raise Stopped(f"stopped {where}; go on with --resume auto") from None
         learner.policy.save(self.output_dir / "policy")
+        if config.checkpoint.keep_best:
+            self._save_best_policy(learner)
         return summary
 
-    def _step(self, step: int, learner: Learner, pool: Pool, prompts: list[Prompt], sampling: SamplingParams) -> None:
-        """Sample, score, learn, publish: one step of GRPO and its line in the log."""
-        run_log, times, version = self.run_log, {}, learner.policy_version
-        started = clock = time.perf_counter()
-        with run_log.progress() as progress:
-            bar = progress.add_task(f"step {step}: sampling", total=len(prompts) * sampling.group_size)
-            groups = pool.sample(prompts, sampling, lambda ended: progress.advance(bar, ended))
-            clock = times["time/rollout"] = time.perf_counter() - clock
-            scores = self.task.score(groups)
-            times["time/reward"] = time.perf_counter() - started - clock
-            for failure in (failure for score in scores for failure in score.errors):
-                run_log.event("reward_error", step=step, **vars(failure))
-            batch = learner.prepare(groups, scores)
-            run_log.rollouts(step, groups, scores, batch.advantages)
-            progress.update(bar, description=f"step {step}: learning", completed=0, total=None)
+    # ---- one step ---------------------------------------------------------------------------------------------------
 
-            def advance(done: int, total: int) -> None:
-                progress.update(bar, completed=done, total=total)
+    def _step(self, step: int, learner: Learner, collector: Collector) -> None:
+        """Sample, score, learn, publish: one step of GRPO and its line in the log.
 
-            learned = self._learn(learner, batch, step, advance)
+        Raises GivenUp where a stop was asked for before the first update; the curriculum is then as it was.
+        """
+        run_log, pool, version = self.run_log, collector.pool, learner.policy_version
+        times: defaultdict[str, float] = defaultdict(float)
+        started, before = time.perf_counter(), collector.curriculum.state_dict()
+        self.ranks.call(learner, "set_draft_depth", collector.draft_depth(step))
+        self.task.reached(step - 1, self.config)
+        try:
+            with run_log.progress() as progress:
+                drawn = collector.collect(step, progress, times)
+                for failure in (failure for score in drawn.all_scores for failure in score.errors):
+                    run_log.event("reward_error", step=step, **vars(failure))
+                self.stop.check()
+                batch = learner.prepare(drawn.groups, drawn.scores)
+                run_log.rollouts(step, drawn.groups, drawn.scores, batch.advantages, draws=drawn.draws)
+                bar = progress.add_task(f"step {step}: learning", total=None)
+
+                def advance(finished: int, total: int) -> None:
+                    progress.update(bar, completed=finished, total=total)
+                    in_first_update = finished * self.config.learner.updates_per_batch <= total
+                    if self.ranks.size == 1 and in_first_update and finished < total:
+                        self.stop.check()  # several ranks finish their step: they are in it together
+
+                learned = self._learn(learner, batch, step, advance)
+        except GivenUp:
+            collector.curriculum.load_state_dict(before)
+            raise
         clock = time.perf_counter()
         if learner.policy_version != version:
             pool.publish(learner.weights(), learner.policy_version)
         times["time/publish"] = time.perf_counter() - clock
         times["time/step"] = time.perf_counter() - started
-        metrics = rollout_metrics(groups, scores) | learned | times
+        metrics = rollout_metrics(drawn.all_groups, drawn.all_scores) | learned | times
+        metrics |= collector.metrics(step, drawn)
         metrics["speed/completion_tokens_per_second"] = metrics["completion/tokens"] / times["time/rollout"]
         metrics["memory/rss_gib"] = psutil.Process().memory_info().rss / 2**30
         if torch.cuda.is_available():
@@ -196,7 +249,7 @@ class Trainer:
     def _learn(self, learner: Learner, batch: Any, step: int, advance: Any) -> dict[str, float]:
         options = self.config.learner
         try:
-            metrics = learner.step(batch, step, advance)
+            metrics = self.ranks.call(learner, "step", batch, step, own=(advance,))
             learner.skipped_in_a_row = 0
             return metrics
         except NonFiniteStep as error:
@@ -210,59 +263,49 @@ class Trainer:
                 ) from None
             return {"learner/updates": 0.0}
 
+    # ---- between steps ----------------------------------------------------------------------------------------------
+
+    def _evaluation_due(self, step: int) -> bool:
+        """Before the first step and every so often; the evaluation behind the last step is not meant here."""
+        every = self.config.eval.every
+        return bool(self.task.heldout) and step < self.config.steps and (step == 0 or bool(every and step % every == 0))
+
+    def _evaluated(self, step: int) -> bool:
+        """A run that was cut off between a checkpoint and its evaluation has it still before it."""
+        return any(line["step"] == step and "eval/accuracy" in line for line in read_metrics(self.output_dir))
+
     def _evaluate(
         self, pool: Pool, prompts: list[Prompt], sampling: SamplingParams, step: int
     ) -> dict[str, Evaluation]:
-        once, batch = replace(sampling, group_size=1), self.config.eval.prompts_per_batch
-        with self.run_log.progress() as progress:
-            results = evaluate_both_ways(pool, self.task, prompts, once, batch, progress)
-        self.run_log.evaluation(step, as_metrics(results))
+        self.task.reached(step, self.config)
+        results = evaluate_run(pool, self.task, prompts, sampling, self.config.eval, self.run_log, step)
+        when = {0: "before GRPO", self.config.steps: "after GRPO"}.get(step)
+        if when:
+            self.evaluations |= {f"{when}, {name}": result for name, result in results.items()}
         return results
 
-    def _save(self, step: int, learner: Learner, prompts: PromptStream) -> None:
+    def _checkpoint_due(self, step: int, evaluating: bool) -> bool:
+        options = self.config.checkpoint
+        due = step % options.every == 0 or step in (self.config.steps, self.stop_after)
+        return due or (options.keep_best and evaluating)
+
+    def _best_step(self, *being_saved: int) -> int | None:
+        by_accuracy = self.task.heldout and self.config.eval.every
+        window = None if by_accuracy else self.config.checkpoint.every
+        return best_step(read_metrics(self.output_dir), [*checkpoint.saved(self.checkpoints), *being_saved], window)
+
+    def _save(self, step: int, learner: Learner, curriculum: Curriculum) -> None:
+        options = self.config.checkpoint
         tensors, state = learner.state()
-        everything = {"learner": state, "prompts": prompts.state_dict()}
-        checkpoint.save(self.checkpoints, step, tensors, everything, keep=self.config.checkpoint.keep)
+        everything = {"learner": state, "curriculum": curriculum.state_dict()}
+        best = self._best_step(step) if options.keep_best else None
+        protect = [] if best is None else [best]
+        checkpoint.save(self.checkpoints, step, tensors, everything, keep=options.keep, protect=protect)
 
-    @contextmanager
-    def _stop_on_sigterm(self) -> Iterator[None]:
-        """The first SIGTERM finishes the step and saves; a second one ends the process at once."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.terminated = True
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-        try:
-            previous = signal.signal(signal.SIGTERM, stop)
-        except ValueError:  # not the main thread: whoever runs us there handles signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-
-
-def refuse_changed_config(saved: Path, config: SftConfig) -> None:
-    """A resumed run must be the same run. Raises ValueError listing what differs."""
-    before = _flat(yaml.safe_load(saved.read_text()))
-    now = _flat(yaml.safe_load(dump_yaml(config)))
-    decays = config.learner.schedule != "constant"  # over `steps`: other steps are another schedule
-    free = tuple(key for key in FREE_TO_CHANGE if not (decays and key == "steps"))
-    changed = [
-        f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(free)
-    ]
-    if changed:
-        raise ValueError(
-            "this run was started with another configuration:\n"
-            + "\n".join(changed)
-            + "\nresume it as it was, or use --force to go on with the new one"
-        )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {key: value for k, v in tree.items() for key, value in _flat(v, f"{prefix}.{k}" if prefix else k).items()}
+    def _save_best_policy(self, learner: Learner) -> None:
+        best = self._best_step()
+        if best is not None:
+            found = checkpoint.load(checkpoint.saved(self.checkpoints)[best])
+            learner.load_state(found.tensors, found.state["learner"])
+            learner.policy.save(self.output_dir / "best_policy")
+            self.run_log.event("best", step=best, folder=str(self.output_dir / "best_policy"))

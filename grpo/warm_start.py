@@ -3,41 +3,82 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
+from grpo import checkpoint
+from grpo.checkpoint import Checkpoint
 from grpo.config import SftConfig
+from grpo.distributed import ALONE, Ranks
 from grpo.learner import Learner
 from grpo.optimizer import schedule
 from grpo.prompts import PromptStream
 from grpo.run_log import RunLog
+from grpo.stopping import Stopped, StopSignal
 from grpo.task import Task
 from policies.policy import Policy
 
 
-def warm_start(policy: Policy, task: Task, config: SftConfig, run_log: RunLog) -> dict[str, float]:
-    """Train `policy` in place for `warm_start.steps`; returns the last step's metrics and the seconds it took.
-
-    Adapters are not used here even where GRPO will: LoRA starts from the warm policy.
-    """
+def sft_learner(policy: Policy, config: SftConfig, ranks: Ranks = ALONE) -> Learner:
+    """Adapters are not used here even where GRPO will: LoRA starts from the warm policy."""
     options = config.warm_start
-    learner = Learner(
+    return Learner(
         policy,
         config.learner,
         config.mtp.model_copy(update={"every": 1, "share": 1.0}),  # little data: the head sees all of it
+        balance=config.balance,
         learning_rate=options.learning_rate,
         schedule=schedule(options.schedule, options.steps, options.warmup_steps),
+        ranks=ranks,
     )
+
+
+def warm_start(
+    policy: Policy,
+    task: Task,
+    config: SftConfig,
+    run_log: RunLog,
+    *,
+    checkpoints: Path | None = None,
+    saved: Checkpoint | None = None,
+    save_last: bool = False,
+    stop: StopSignal | None = None,
+    stop_after: int | None = None,
+    ranks: Ranks = ALONE,
+) -> dict[str, float]:
+    """Train `policy` in place for `warm_start.steps`; returns the last step's metrics and the seconds it took.
+
+    Goes on from `saved`. Saves into `checkpoints`, if given, every `checkpoint.every` steps and when it is stopped,
+    which a signal and `stop_after` do behind a step. Raises Stopped then.
+    """
+    options = config.warm_start
+    ranks.begin("sft", policy)
+    learner = sft_learner(policy, config, ranks)
     stream = PromptStream(task.train_for(options.levels), config.seed)
-    stop, raw = policy.stop_token_ids[0], not options.strip_calculator_marks
+    start = 0
+    if saved:
+        learner.load_state(saved.tensors, saved.state["learner"])
+        stream.load_state_dict(saved.state["prompts"])
+        start = saved.step
+    ranks.hand_over(learner)
+    token, raw = policy.stop_token_ids[0], not options.strip_calculator_marks
     metrics: dict[str, float] = {}
     started = time.perf_counter()
     with run_log.progress() as progress:
-        bar = progress.add_task("warm start", total=options.steps)
-        for step in range(1, options.steps + 1):
+        bar = progress.add_task("warm start", total=options.steps, completed=start)
+        for step in range(start + 1, options.steps + 1):
             examples = stream.take(options.batch_size)
-            rows = [task.solution(example, policy.tokenizer, stop, raw) for example in examples]
-            metrics = learner.sft_step(rows, step)
+            rows = [task.solution(example, policy.tokenizer, token, raw) for example in examples]
+            metrics = ranks.call(learner, "sft_step", rows, step)
             progress.update(bar, advance=1, description=f"warm start, loss {metrics['loss/sft']:.3f}")
             if step % 50 == 0 or step == options.steps:
                 shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("loss/sft", "loss/mtp") if name in metrics)
                 run_log.say(f"warm start {step:4d}/{options.steps}  {shown}")
+            last = step == options.steps
+            stopping = not last and (step == stop_after or (stop is not None and stop.asked))
+            if checkpoints and (stopping or (save_last if last else step % config.checkpoint.every == 0)):
+                tensors, state = learner.state()
+                everything = {"learner": state, "prompts": stream.state_dict()}
+                checkpoint.save(checkpoints, step, tensors, everything, keep=config.checkpoint.keep)
+            if stopping:
+                raise Stopped(f"stopped after step {step} of the warm start; go on with --resume auto")
     return metrics | {"seconds": time.perf_counter() - started}

@@ -144,8 +144,8 @@ class AbsorbedBlock:
         dense = F.linear(F.silu(gate) * up, self.dense_down)
         if self.gate is None:
             return dense
-        weights, experts = route(F.linear(h_ND.float(), self.gate), self.gate_bias, self.config)
-        return dense + run_experts(h_ND, weights, experts, self.gate_up, self.down)
+        weights, self.experts = route(F.linear(h_ND.float(), self.gate), self.gate_bias, self.config)
+        return dense + run_experts(h_ND, weights, self.experts, self.gate_up, self.down)
 
 
 class AbsorbedTrunk:
@@ -175,6 +175,14 @@ class AbsorbedTrunk:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.head)
+
+    @property
+    def has_experts(self) -> bool:
+        return any(block.gate is not None for block in self.blocks)
+
+    def routing(self) -> Tensor:
+        """The experts that the last call used, [B · S, MoE layers, k]."""
+        return torch.stack([block.experts for block in self.blocks if block.gate is not None], dim=1)
 
 
 def new_cache(

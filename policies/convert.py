@@ -36,6 +36,7 @@ import copy
 import math
 import shutil
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +57,12 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
 
+from policies.convertible import UnsupportedCheckpoint, check_convertible, dense_shape
 from policies.parity import ParityFailed, ParityReport, parity
 
 # A power of two keeps w·a_i exact. At 2^11 the norm's error drowns in float32 rounding, at 2^9 not quite.
 NORM_WEIGHT = 2.0**11
 NUM_CONSTANTS = 4
-STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-FAMILIES = ("llama", "mistral")
-REFUSED_FAMILIES = {
-    "qwen2": "its q_proj, k_proj and v_proj have biases, and MLA's query has none",
-    "qwen3": "it normalises each query and key head (q_norm, k_norm), and MLA does not",
-    "smollm3": "some of its layers have no rotary embedding, and MLA rotates in every layer",
-}
 SHARED_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("hidden_act", "rms_norm_eps", "initializer_range", "attention_dropout", "max_position_embeddings"),
@@ -87,83 +82,31 @@ PARITY_TEXTS = (
 )
 
 
-class UnsupportedCheckpoint(ValueError):
-    """The checkpoint cannot be carried over exactly: names the field, its value, why, and what would work.
-
-    >>> str(UnsupportedCheckpoint("mlp_bias", True, "the feed-forward has no biases", "use False"))
-    'mlp_bias=True cannot be carried over exactly: the feed-forward has no biases; use False'
-    """
-
-    def __init__(self, field: str, value: object, why: str, way_out: str) -> None:
-        super().__init__(f"{field}={value!r} cannot be carried over exactly: {why}; {way_out}")
-
-
-def check_convertible(config: PreTrainedConfig) -> None:
-    """Raises `UnsupportedCheckpoint` unless `convert_dense` is exact for this configuration."""
-
-    def need(accepted: bool, field: str, value: object, why: str, way_out: str) -> None:
-        if not accepted:
-            raise UnsupportedCheckpoint(field, value, why, way_out)
-
-    family, families = config.model_type, " or ".join(FAMILIES)
-    why = REFUSED_FAMILIES.get(family, "its forward pass is not the one of Llama")
-    need(family in FAMILIES, "model_type", family, why, f"use a checkpoint of type {families}")
-
-    packed = getattr(config, "quantization_config", None)
-    why = "packed weights cannot be rearranged"
-    need(packed is None, "quantization_config", packed, why, "convert a dequantised copy")
-
-    for field in ("attention_bias", "mlp_bias"):
-        bias = getattr(config, field, False)
-        need(not bias, field, bias, "DeepSeek-V3 has no bias there", "use a checkpoint without these biases")
-
-    act = config.hidden_act
-    need(act == "silu", "hidden_act", act, "our decoding path computes SwiGLU", "use hidden_act='silu'")
-
-    window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
-    way_out = f"None, or at least max_position_embeddings={longest} so that it never acts, would work"
-    need((window or longest) >= longest, "sliding_window", window, "DeepSeek attends to all tokens", way_out)
-
-    heads, groups, head_dim = _shape(config)
-    why = f"num_attention_heads={heads} is not a multiple of it"
-    need(heads % groups == 0, "num_key_value_heads", groups, why, "use a divisor")
-    need(head_dim % 2 == 0, "head_dim", head_dim, "rotary dimensions come in pairs", "use an even head_dim")
-
-    rope: dict[str, Any] = config.rope_parameters
-    kind, share = rope.get("rope_type", rope), rope.get("partial_rotary_factor") or 1.0
-    why, static = "its frequencies are not one fixed list for the whole model", ", ".join(STATIC_ROPE_TYPES)
-    need(kind in STATIC_ROPE_TYPES, "rope_parameters.rope_type", kind, why, f"{static} would work")
-    why = "every dimension of a key must rotate"
-    need(share == 1.0, "rope_parameters.partial_rotary_factor", share, why, "1.0 would work")
-
-
 def convert_dense(model: PreTrainedModel) -> DeepseekV3ForCausalLM:
     """The same function of the tokens as `model`, as MLA with a dense feed-forward in every layer.
 
     float32 in, float32 out, on the same device, in eval mode; `model` is left as it is. Raises
     `UnsupportedCheckpoint` where the result would not be exact.
     """
+    check_dense(model)
+    _, groups, head_dim = dense_shape(model.config)
+    frequencies = dense_rotary(model)[0].repeat(groups)
+    layers = (layer.self_attn for layer in model.model.layers)
+    weights = (_mla_weights(model.config, a.q_proj.weight, a.k_proj.weight, a.v_proj.weight) for a in layers)
+    with torch.no_grad():
+        return assemble(model, mla_config(model, frequencies, groups * head_dim), weights)
+
+
+def check_dense(model: PreTrainedModel) -> None:
+    """Raises `UnsupportedCheckpoint` unless `model` is a plain float32 causal LM that can be carried over exactly."""
     check_convertible(model.config)
     if not isinstance(model, LlamaForCausalLM | MistralForCausalLM):
         kind, why = type(model).__name__, "only a plain causal LM has the expected parameters"
         raise UnsupportedCheckpoint("type(model)", kind, why, "merge adapters and unwrap it first")
-    state = model.state_dict()
-    for name, tensor in state.items():
+    for name, tensor in model.state_dict().items():
         if tensor.dtype != torch.float32:
             why, way_out = "rearranged weights are rounded once more", "load it with dtype=torch.float32"
             raise UnsupportedCheckpoint(f"{name}.dtype", tensor.dtype, why, way_out)
-    for layer in range(model.config.num_hidden_layers):
-        prefix = f"model.layers.{layer}.self_attn."
-        projections = (state.pop(f"{prefix}{name}_proj.weight") for name in "qkv")
-        for name, tensor in _mla_weights(model.config, *projections).items():
-            state[prefix + name] = tensor
-    with no_init_weights():
-        converted = DeepseekV3ForCausalLM(_mla_config(model))
-    converted.load_state_dict(state)
-    converted.tie_weights()
-    converted.generation_config = copy.deepcopy(model.generation_config)
-    torch.nn.Module.to(converted, model.device)
-    return converted.eval()
 
 
 def frozen_parameter_names(config: PreTrainedConfig) -> list[str]:
@@ -220,25 +163,24 @@ def convert_checkpoint(source: str, destination: str | Path, *, prompts: list[st
     return report
 
 
-def _shape(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """(query heads, KV groups, head dimension)"""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, config.num_key_value_heads, head_dim
+def dense_rotary(model: Any) -> tuple[Tensor, float]:
+    """Frequencies [head_dim / 2] of a dense model, and its factor on cos and sin."""
+    rotary = type(model.model.rotary_emb)(model.config)  # anew: a cast of the model casts its frequencies as well
+    return rotary.inv_freq, float(rotary.attention_scaling)
 
 
-def _mla_config(model: Any) -> DeepseekV3Config:
+def mla_config(model: Any, frequencies: Tensor, latents: int, unrotated: int = 0) -> DeepseekV3Config:
+    """Of the MLA form of the dense `model`: a rotary key of these `frequencies`, one for each pair, `latents` beside
+    the constants, `unrotated` dimensions of a query that meet the latent, and the model's own factor on cos and sin."""
     dense = model.config
-    heads, groups, head_dim = _shape(dense)
-    rank = groups * head_dim
-    rotary = type(model.model.rotary_emb)(dense)  # anew: a cast of the model casts its frequencies as well
-    factors = (1 / rotary.inv_freq.double()).repeat(groups).tolist()
+    heads, _, head_dim = dense_shape(dense)
+    factors = (1 / frequencies.double()).tolist()
     fields = {field: getattr(dense, field) for field in SHARED_FIELDS} | {
         "num_key_value_heads": heads,  # MLA expands its latent for every head
         "q_lora_rank": None,
-        "kv_lora_rank": rank + NUM_CONSTANTS,
-        "qk_nope_head_dim": 0,
-        "qk_rope_head_dim": rank,
+        "kv_lora_rank": latents + NUM_CONSTANTS,
+        "qk_nope_head_dim": unrotated,
+        "qk_rope_head_dim": 2 * len(frequencies),
         "v_head_dim": head_dim,
         "attention_bias": True,
         "rope_interleave": True,
@@ -248,7 +190,7 @@ def _mla_config(model: Any) -> DeepseekV3Config:
             "short_factor": factors,
             "long_factor": factors,
             "factor": 1.0,
-            "attention_factor": float(rotary.attention_scaling),
+            "attention_factor": dense_rotary(model)[1],
             "original_max_position_embeddings": dense.max_position_embeddings,
         },
         # No layer has experts; the configuration still needs a valid router, and this is the smallest.
@@ -267,9 +209,34 @@ def _mla_config(model: Any) -> DeepseekV3Config:
     return DeepseekV3Config(**fields)
 
 
+def assemble(
+    model: PreTrainedModel, config: DeepseekV3Config, attention: Iterable[Mapping[str, Tensor]]
+) -> DeepseekV3ForCausalLM:
+    """The MLA form of the dense `model`: these weights in the attention of each layer, its own everywhere else."""
+    state = model.state_dict()
+    for layer, weights in enumerate(attention):
+        prefix = f"model.layers.{layer}.self_attn."
+        for name in "qkv":
+            del state[f"{prefix}{name}_proj.weight"]
+        state |= {prefix + name: tensor.float() for name, tensor in weights.items()}
+    with no_init_weights():
+        converted = DeepseekV3ForCausalLM(config)
+    converted.load_state_dict(state)
+    converted.tie_weights()
+    converted.generation_config = copy.deepcopy(model.generation_config)
+    torch.nn.Module.to(converted, model.device)
+    return converted.eval()
+
+
+def constants(latents: int) -> tuple[Tensor, float]:
+    """(biases of the constants [4], weight of the norm): beside them, `latents` numbers pass the latent norm as
+    they are."""
+    return NORM_WEIGHT * torch.tensor(_four_squares(latents + NUM_CONSTANTS), dtype=torch.float64), NORM_WEIGHT
+
+
 def _mla_weights(config: PreTrainedConfig, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
     """Llama's projections q [n·d, D], k and v [G·d, D] as the weights of one `DeepseekV3Attention`."""
-    heads, groups, head_dim = _shape(config)
+    heads, groups, head_dim = dense_shape(config)
     hidden, rank, each = q.shape[1], groups * head_dim, torch.arange(groups)
 
     def pairs(x: Tensor) -> Tensor:  # the partners (j, j + d/2) become neighbours
@@ -279,12 +246,12 @@ def _mla_weights(config: PreTrainedConfig, q: Tensor, k: Tensor, v: Tensor) -> d
     queries[each, :, each] = pairs(q) * math.sqrt(groups)
     blocks = q.new_zeros(groups, heads // groups, head_dim, groups, head_dim)
     blocks[each, :, :, each] = torch.eye(head_dim).to(q)
-    constants = NORM_WEIGHT * torch.tensor(_four_squares(rank + NUM_CONSTANTS)).to(q)
+    block, norm = constants(rank)
     return {
         "q_proj.weight": queries.reshape(-1, hidden),
         "kv_a_proj_with_mqa.weight": torch.cat([v, q.new_zeros(NUM_CONSTANTS, hidden), pairs(k).reshape_as(k)]),
-        "kv_a_proj_with_mqa.bias": torch.cat([q.new_zeros(rank), constants, q.new_zeros(rank)]),
-        "kv_a_layernorm.weight": torch.cat([q.new_full((rank,), NORM_WEIGHT), q.new_zeros(NUM_CONSTANTS)]),
+        "kv_a_proj_with_mqa.bias": torch.cat([q.new_zeros(rank), block.to(q), q.new_zeros(rank)]),
+        "kv_a_layernorm.weight": torch.cat([q.new_full((rank,), norm), q.new_zeros(NUM_CONSTANTS)]),
         "kv_b_proj.weight": F.pad(blocks.reshape(-1, rank), (0, NUM_CONSTANTS)),
         "o_proj.bias": q.new_zeros(hidden),  # comes with `attention_bias`
     }

@@ -6,9 +6,13 @@ Axes: L layers, R rows, S new tokens a row, H heads, P prompts, E width of a cac
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,6 +33,15 @@ class Prefix:
         rank_R = torch.arange(len(self.row_prompt_R), device=counts_P.device) - first_P[self.row_prompt_R]
         self.slots_R = self.row_prompt_R * self.widest + rank_R
         self.dense = len(self.row_prompt_R) == len(self.lengths_P) * self.widest
+        self._visible: tuple[int, Tensor] | None = None
+
+    def visible_RT(self, first: int) -> Tensor:
+        """Which entries of its prompt each row may attend to: those from `first` on."""
+        if self._visible is None or self._visible[0] != first:
+            columns = torch.arange(self.latents_LPTE.shape[2], device=self.lengths_P.device)
+            visible_PT = (columns < self.lengths_P[:, None]) & (columns >= first)
+            self._visible = first, visible_PT[self.row_prompt_R]
+        return self._visible[1]
 
     def by_prompt(self, x_RF: Tensor) -> Tensor:
         """[R, n, F] -> [P, widest * n, F], zeros in empty slots."""
@@ -43,6 +56,17 @@ class Prefix:
         """The inverse of `by_prompt`."""
         x = x_PF.reshape(len(self.lengths_P) * self.widest, n, -1)
         return x if self.dense else x[self.slots_R]
+
+    def join(self, others: Sequence[Prefix]) -> Prefix:
+        prefixes = [self, *others]
+        longest = max(prefix.latents_LPTE.shape[2] for prefix in prefixes)
+        latents = [F.pad(p.latents_LPTE, (0, 0, 0, longest - p.latents_LPTE.shape[2])) for p in prefixes]
+        before = accumulate((len(prefix.lengths_P) for prefix in prefixes), initial=0)
+        return Prefix(
+            torch.cat(latents, dim=1),
+            torch.cat([prefix.lengths_P for prefix in prefixes]),
+            torch.cat([p.row_prompt_R + count for p, count in zip(prefixes, before, strict=False)]),
+        )
 
     def select(self, rows: Tensor) -> Prefix:
         alive, row_prompt_R = torch.unique(self.row_prompt_R[rows], return_inverse=True)
@@ -81,10 +105,16 @@ class LatentCache:
     def rows(self) -> int:
         return self.latents_LRTE.shape[1]
 
-    def fan_out(self, group_size: int, capacity: int) -> LatentCache:
-        """A new cache in which every row of this one is the shared prefix of `group_size` empty rows."""
+    def fan_out(self, group_size: int, capacity: int, longest_prompt: int = 0) -> LatentCache:
+        """A new cache in which every row of this one is the shared prefix of `group_size` empty rows with room for
+        `capacity` tokens. A group of one goes on in its prompt's own row, made `longest_prompt` + `capacity` long."""
         layers, prompts, _, width = self.latents_LRTE.shape
         longest = int(self.lengths_R.max())
+        if group_size == 1:
+            whole = self.latents_LRTE.new_zeros(layers, prompts, max(longest, longest_prompt) + capacity, width)
+            whole[:, :, :longest] = self.latents_LRTE[:, :, :longest]
+            self.latents_LRTE = whole
+            return self
         row_prompt_R = torch.arange(prompts, device=self.lengths_R.device).repeat_interleave(group_size)
         prefix = Prefix(self.latents_LRTE[:, :, :longest].contiguous(), self.lengths_R, row_prompt_R)
         return LatentCache(
@@ -112,12 +142,9 @@ class LatentCache:
         if self.prefix is None and self.first:
             visible &= (columns >= self.first) | (columns == at_RS[..., None])
         if self.prefix is not None:
-            columns = torch.arange(self.prefix.latents_LPTE.shape[2], device=device)
-            shared_PT = (columns < self.prefix.lengths_P[:, None]) & (columns >= self.first)
-            shared = shared_PT[self.prefix.row_prompt_R, None, :].expand(-1, new, -1)
-            visible = torch.cat([shared, visible], dim=-1)
-        mask = torch.zeros(visible.shape, dtype=torch.float32, device=device)
-        self._mask_RS1T = mask.masked_fill_(~visible, float("-inf"))[:, :, None, :]
+            shared = self.prefix.visible_RT(self.first)
+            visible = torch.cat([shared[:, None].expand(-1, new, -1), visible], dim=-1)
+        self._mask_RS1T = torch.where(visible, 0.0, -torch.inf)[:, :, None, :]
 
     def attend(self, layer: int, query_RSHK: Tensor, new_RSE: Tensor) -> Tensor:
         """Append the new tokens' vectors and attend; returns the attended latents [R, S, H, V].
@@ -130,10 +157,10 @@ class LatentCache:
         own.view(-1, own.shape[-1]).index_copy_(0, self._flat, new_RSE.reshape(rows * new, -1))
         own = own[:, : self._reach]
         query = query_RSHK.reshape(rows, new * heads, key_width)
-        scores = query @ own[..., -key_width:].transpose(1, 2)
+        scores = _scores(query, own[..., -key_width:])
         if self.prefix is not None:
             shared = self.prefix.latents_LPTE[layer]
-            shared_scores = self.prefix.by_prompt(query) @ shared[..., -key_width:].transpose(1, 2)
+            shared_scores = _scores(self.prefix.by_prompt(query), shared[..., -key_width:])
             scores = torch.cat([self.prefix.by_row(shared_scores, new * heads), scores], dim=-1)
         scores = scores.view(rows, new, heads, -1).float() + self._mask_RS1T
         weights = scores.softmax(-1).to(own.dtype).view(rows, new * heads, -1)
@@ -156,3 +183,20 @@ class LatentCache:
         self.latents_LRTE, self.lengths_R = kept, self.lengths_R[rows]
         if self.prefix is not None:
             self.prefix = self.prefix.select(rows)
+
+    def join(self, others: Sequence[LatentCache]) -> LatentCache:
+        """One cache with these rows and those of `others`, which come from calls of `fan_out` with like arguments."""
+        caches = [self, *others]
+        whole = copy.copy(self)
+        whole.latents_LRTE = torch.cat([cache.latents_LRTE for cache in caches], dim=1)
+        whole.lengths_R = torch.cat([cache.lengths_R for cache in caches])
+        if self.prefix is not None:
+            whole.prefix = self.prefix.join([cache.prefix for cache in others if cache.prefix is not None])
+        return whole
+
+
+def _scores(query_BNK: Tensor, keys_BTK: Tensor) -> Tensor:
+    """Every query against every key, [B, N, T]."""
+    if keys_BTK.dtype == torch.bfloat16 and keys_BTK.device.type == "cpu":
+        keys_BTK = keys_BTK.contiguous()  # a batch of strided bf16 keys costs five times its copy and product
+    return query_BNK @ keys_BTK.transpose(1, 2)

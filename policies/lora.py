@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,32 +17,61 @@ DEFAULT_TARGETS = (
     "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "k_proj", "v_proj", "o_proj",
     "gate_proj", "up_proj", "down_proj", "experts",
 )  # fmt: skip
+# Targets that are parameters and no linear modules, by the ends of their names.
+PARAMETERS = {
+    "experts": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    "router": ("mlp.gate.weight",),
+}
+HEAD = "mtp"
 
 
-def inject(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] | None = None) -> None:
-    """Freeze `model` and add adapters to the named modules; "experts" means the routed experts' 3-D parameters.
+def inject(
+    trunk: nn.Module, rank: int, alpha: float, targets: Sequence[str] | None = None, head: nn.Module | None = None
+) -> None:
+    """Freeze `trunk` and add adapters to the named modules of it; without `targets`, every default one that it has.
 
-    Without `targets`, every default target that the model has. Raises ValueError naming a target that matches nothing
-    and the nearest module names.
+    "experts" and "router" mean the 3-D parameters of the routed experts and the routers' weights. "mtp" freezes the
+    draft head too and adapts all of it: linear layers, experts, and the router where "router" is named beside it;
+    without it the head stays fully trainable. Peft starts B at zero: the first step moves B alone, A from the second.
+
+    Raises ValueError naming a target that matches nothing and the nearest names.
+
+    >>> inject(policy.trunk, 8, 16.0, ["o_proj", "experts", "router", "mtp"], policy.mtp)
     """
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    available = linear - {"lm_head"}
-    if any(name.endswith(".experts.gate_up_proj") for name, _ in model.named_parameters()):
-        available.add("experts")
-    wanted = [t for t in DEFAULT_TARGETS if t in available] if targets is None else list(targets)
+    available = target_names(trunk) | ({HEAD} if head is not None else set())
+    defaults = [target for target in DEFAULT_TARGETS if target in available]
+    defaults = defaults or sorted(target_names(trunk.get_decoder()))  # GPT-NeoX and others call them otherwise
+    wanted = defaults if targets is None else list(targets)
     for target in wanted:
-        if target not in available | {"lm_head"}:
+        if target not in available:
             near = difflib.get_close_matches(target, available, n=3) or sorted(available)
+            near = ["router", *near] if target == "gate" and "router" in available else near
             raise ValueError(f"lora.targets: {target!r} matches no module of this policy; it has {', '.join(near)}")
-    if "lm_head" in wanted and model.config.tie_word_embeddings:
+    if "lm_head" in wanted and trunk.config.tie_word_embeddings:
         raise ValueError("lora.targets: 'lm_head' is also the embedding of this policy, which has no adapter; drop it")
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if "experts" in wanted else None
+    if set(wanted) == {HEAD}:
+        raise ValueError("lora.targets: 'mtp' alone leaves the trunk nothing to learn with; name targets of it as well")
+    _adapt(trunk, rank, alpha, [target for target in wanted if target != HEAD])
+    if head is not None and HEAD in wanted:
+        _adapt(head, rank, alpha, [target for target in target_names(head) if target != "router" or target in wanted])
+
+
+def target_names(model: nn.Module) -> set[str]:
+    """What `lora.targets` may name: the linear modules of `model` by their last names, "experts" and "router"."""
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target, ends in PARAMETERS.items():
+        if any(name.endswith(ends) for name, _ in model.named_parameters()):
+            names.add(target)
+    return names
+
+
+def _adapt(model: nn.Module, rank: int, alpha: float, targets: Collection[str]) -> None:
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.0,
-        target_modules=[t for t in wanted if t != "experts"],
-        target_parameters=experts,
+        target_modules=sorted(target for target in targets if target not in PARAMETERS),
+        target_parameters=[name for target, names in PARAMETERS.items() if target in targets for name in names] or None,
     )
     # peft reads the targets of a DeepSeek-V3 model in a sense of its own: gate_proj, up_proj and down_proj would mean
     # the routed experts alone, and the dense and shared ones get nothing. Behind a plain container it takes our word.

@@ -1,4 +1,4 @@
-"""Mixture of experts outside the training forward: routing and expert dispatch for decoding, load statistics."""
+"""Mixture of experts outside the training forward: routing and expert dispatch for decoding, what routers chose."""
 
 from __future__ import annotations
 
@@ -42,15 +42,24 @@ def run_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: T
     return torch.empty_like(out).index_copy_(0, order, out).view(len(x_ND), top_k, -1).sum(1)
 
 
+def routers(trunk: nn.Module) -> dict[int, DeepseekV3TopkRouter]:
+    """The routers of a trunk by the number of their layer, in the order in which a forward runs through them."""
+    named = ((name, m) for name, m in trunk.named_modules() if isinstance(m, DeepseekV3TopkRouter))
+    return {int(name.split("layers.", 1)[1].split(".", 1)[0]): router for name, router in named}
+
+
 class RoutingRecorder:
-    """Context that notes the experts chosen by every router of `trunk`: `experts`, one [N, k] tensor a layer."""
+    """Context that notes what every router of `trunk` says, one tensor a layer: `logits` [N, E], with their gradient,
+    and `experts` [N, k], those chosen."""
 
     def __init__(self, trunk: nn.Module) -> None:
+        self.logits: list[Tensor] = []
         self.experts: list[Tensor] = []
-        self._routers = [m for m in trunk.modules() if isinstance(m, DeepseekV3TopkRouter)]
+        self._routers = routers(trunk).values()
 
     def __enter__(self) -> RoutingRecorder:
         def note(router: nn.Module, inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            self.logits.append(output[0])
             self.experts.append(output[2].detach())
 
         self._hooks = [router.register_forward_hook(note) for router in self._routers]
@@ -59,18 +68,3 @@ class RoutingRecorder:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
-
-
-def load_statistics(counts_LE: Tensor) -> dict[str, float]:
-    """Load of an expert over its even share, from tokens routed to it: least and most, mean over L layers.
-
-    >>> load_statistics(torch.tensor([[2, 1, 1, 0]]))
-    {'moe/load_min': 0.0, 'moe/load_max': 2.0, 'moe/max_violation': 1.0}
-    """
-    load = counts_LE / counts_LE.float().mean(dim=1, keepdim=True)
-    most = load.max(dim=1).values.mean().item()
-    return {
-        "moe/load_min": load.min(dim=1).values.mean().item(),
-        "moe/load_max": most,
-        "moe/max_violation": most - 1.0,
-    }

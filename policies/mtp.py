@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3DecoderLayer,
@@ -31,6 +31,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from policies.absorbed import AbsorbedBlock, AbsorbedTrunk
 from policies.latent_cache import LatentCache
 
+Divergence = Literal["kl", "tv"]
 DEPTH_DECAY = 0.6  # weight of depth d in the draft loss ∝ 0.6^(d-1) (FastMTP)
 
 
@@ -65,6 +66,15 @@ class MTPHead(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
 
+    def cast(self, dtype: torch.dtype) -> MTPHead:
+        """In place, like transformers casts a trunk: the router's weight and bias stay in float32."""
+        router = {name: tensor for name, tensor in self.state_dict().items() if ".gate." in name}
+        self.to(dtype)
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if name in router:
+                tensor.data = router[name]
+        return self
+
     def enter(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
         return self.eh_proj(torch.cat([self.enorm(embeddings), self.hnorm(hidden)], dim=-1))
 
@@ -75,31 +85,36 @@ class MTPHead(nn.Module):
         rope: Callable[[int], tuple[Tensor, Tensor]],
         visible_BTT: Tensor,
         depth: int,
+        first: int = 0,
     ) -> list[Tensor]:
         """Outputs [B, T, D] of depths 1 … depth, for every entry n of a row at once.
 
         `hidden_BTD[n]` is the trunk's hidden state that precedes token n, `embeddings_BTD[n]` embeds token n, and
         `rope(s)` gives cos and sin of every entry's position plus s. `visible_BTT[n, m]`: entry n attends to m.
         Output d of entry n is meaningful where tokens n … n + d − 1 follow each other in one sequence; the
-        caller knows where that ends.
+        caller knows where that ends. No chain starts before entry `first`, as none does inside a prompt: earlier
+        entries are attended to, and their outputs are zero.
         """
         outputs: list[Tensor] = []
         chain: list[tuple[Tensor, Tensor]] = []
         mask = torch.zeros(visible_BTT.shape, dtype=torch.float32, device=hidden_BTD.device)
-        mask = mask.masked_fill(~visible_BTT, float("-inf"))[:, None]
+        mask = mask.masked_fill(~visible_BTT, float("-inf"))[:, None, first:]
         previous = hidden_BTD
         for d in range(1, depth + 1):
-            shifted = F.pad(embeddings_BTD, (0, 0, 0, d - 1))[:, d - 1 :]
+            start = first if d > 1 else 0
+            shifted = F.pad(embeddings_BTD, (0, 0, 0, d - 1))[:, d - 1 + start :]
             x = self.enter(shifted, previous)
-            query, key, value = self._project(self.block.input_layernorm(x), *rope(d - 1))
+            cos, sin = rope(d - 1)
+            query, key, value = self._project(self.block.input_layernorm(x), cos[:, start:], sin[:, start:])
             if d == 1:
                 base = key, value
+                x, query = x[:, first:], query[:, :, first:]
             else:
                 chain.append((key, value))
             x = x + self._attend(query, base, chain, mask)
             x = x + self.block.mlp(self.block.post_attention_layernorm(x))
             previous = self.norm(x)
-            outputs.append(previous)
+            outputs.append(F.pad(previous, (0, 0, first, 0)))
         return outputs
 
     def _project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,39 +160,98 @@ def draft_loss(
     segment_BT: Tensor,
     lm_head: Tensor,
     temperature: float,
-    chunk: int = 2048,
+    chunk: int = 512,
+    *,
+    draft_ids: Tensor | None = None,
+    divergence: Divergence = "kl",
 ) -> Tensor:
-    """Forward KL(trunk ‖ draft) of each depth at the rollout temperature, weighted 0.6^(d−1).
+    """How far each depth's drafts are from the trunk at the rollout temperature, weighted 0.6^(d−1).
 
     `outputs[d-1][n]` drafts token n + d; its teacher is the trunk's distribution of that token, from
     `teacher_hidden_BTD[n + d]`, the hidden state that precedes it. `segment_BT` numbers the completions of a row
     from 1 and is below 1 elsewhere: a chain starts and ends inside one completion. Teacher and LM head are
     detached (contract 7). Returns the sum over drafts; divide by the step's completion tokens.
+
+    `divergence`: `kl`, forward KL(trunk ‖ draft), or `tv`, 1 − Σ min(p, q), the share of drafts that the best coupling
+    would reject (Bebop). Over `draft_ids` [K] alone where the head has a trimmed vocabulary, both renormalised:
+    Σ p log(p/q) over K has its minimum at q = p / p(K) all the same, and nothing is computed V wide.
+
+    FLOPs per scored token, V or K columns: 2·D·V for the teacher, which all depths share, and 4·D·V for each depth.
     """
-    head = lm_head.detach()
-    teacher = teacher_hidden_BTD.detach()
-    total = outputs[0].new_zeros((), dtype=torch.float32)
-    weights = [DEPTH_DECAY**d for d in range(len(outputs))]
+    head = lm_head.detach() if draft_ids is None else lm_head.detach()[draft_ids]
+    alive = [(segment_BT > 0) & (F.pad(segment_BT, (d, 0), value=-1)[:, :-d] == segment_BT) for d in _depths(outputs)]
+    targets = alive[0].flatten().nonzero()[:, 0]  # a token that a deeper chain drafts is always drafted at depth 1 too
+    alive_DN = torch.stack([a.flatten()[targets] for a in alive])
+    weights = [DEPTH_DECAY ** (d - 1) for d in _depths(outputs)]
+    weights = [weight / sum(weights) for weight in weights]
+    teacher_ND = teacher_hidden_BTD.detach().flatten(0, 1)
+    rows = [output.flatten(0, 1) for output in outputs]
+    return _Divergences.apply(teacher_ND, head, targets, alive_DN, weights, temperature, divergence, chunk, *rows)
 
-    def divergence(draft_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = F.log_softmax(F.linear(teacher_ND, head).float() / temperature, dim=-1)
-        draft = F.log_softmax(F.linear(draft_ND, head).float() / temperature, dim=-1)
-        return F.kl_div(draft, target, reduction="sum", log_target=True)
 
-    for d, output in enumerate(outputs, start=1):
-        alive = (segment_BT > 0) & (F.pad(segment_BT, (0, d))[:, d:] == segment_BT)
-        drafts, targets = output[alive], F.pad(teacher, (0, 0, 0, d))[:, d:][alive]
-        for i in range(0, len(drafts), chunk):
-            loss = checkpoint(divergence, drafts[i : i + chunk], targets[i : i + chunk], use_reentrant=False)
-            total = total + weights[d - 1] / sum(weights) * loss
-    return total
+def _depths(outputs: Sequence[Tensor]) -> range:
+    return range(1, len(outputs) + 1)
+
+
+class _Divergences(torch.autograd.Function):
+    """The sum that `draft_loss` returns, its gradient computed beside it: logits are made once and never kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        teacher_ND: Tensor,
+        head_VD: Tensor,
+        targets_M: Tensor,
+        alive_DM: Tensor,
+        weights: Sequence[float],
+        temperature: float,
+        divergence: Divergence,
+        chunk: int,
+        *outputs_ND: Tensor,
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=teacher_ND.device)
+        gradients = [torch.zeros_like(output) for output in outputs_ND]
+        measure = _forward_kl if divergence == "kl" else _total_variation
+        for at, alive_DC in zip(targets_M.split(chunk), alive_DM.split(chunk, dim=1), strict=True):
+            log_p = F.log_softmax(F.linear(teacher_ND[at], head_VD).float() / temperature, dim=-1)
+            p = log_p.exp()
+            for d, (output, gradient, weight, alive) in enumerate(
+                zip(outputs_ND, gradients, weights, alive_DC, strict=True), start=1
+            ):
+                entries = (at - d).clamp(min=0)  # of dead ones anything: they count nothing
+                log_q = F.log_softmax(F.linear(output[entries], head_VD).float() / temperature, dim=-1)
+                values, slopes = measure(p, log_p, log_q)
+                total += weight * values.masked_fill(~alive, 0.0).sum()
+                slopes.mul_(weight / temperature).masked_fill_(~alive[:, None], 0.0)
+                gradient.index_add_(0, entries, slopes.to(head_VD.dtype) @ head_VD)
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return (*[None] * 8, *[gradient * upstream for gradient in ctx.saved_tensors])
+
+
+def _forward_kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ p log(p/q) of each row, and its gradient in q's logits: q − p."""
+    values = torch.einsum("nv,nv->n", p, log_p - log_q)
+    return values, log_q.exp_().sub_(p)
+
+
+def _total_variation(p: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """1 − Σ min(p, q) of each row, and its gradient in q's logits: q (Q − [q < p]), Q the mass of q where q < p."""
+    q = log_q.exp_()
+    below = (q < p).to(q.dtype)
+    mass = torch.einsum("nv,nv->n", q, below)
+    return 1.0 - torch.minimum(p, q).sum(-1), q * (mass[:, None] - below)
 
 
 class AbsorbedHead:
     """The head for drafting: plain tensors and the absorbed block, derived anew at each publication."""
 
-    def __init__(self, head: MTPHead, trunk: AbsorbedTrunk) -> None:
+    def __init__(self, head: MTPHead, trunk: AbsorbedTrunk, draft_ids: Tensor | None = None) -> None:
+        """`draft_ids` [K], ascending: the tokens that `logits` are of; None: all."""
         dtype = trunk.dtype
         self.trunk, self.config = trunk, head.config
         self.enorm = head.enorm.weight.detach().to(dtype)
@@ -185,6 +259,11 @@ class AbsorbedHead:
         self.eh_proj = head.eh_proj.weight.detach().to(dtype)
         self.norm = head.norm.weight.detach().to(dtype)
         self.block = AbsorbedBlock(head.block, head.config, dtype)
+        self.draft_ids = draft_ids
+        self.lm_head = trunk.head if draft_ids is None else trunk.head[draft_ids]  # rows of its own, side by side
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.lm_head)
 
     def __call__(self, token_ids_BS: Tensor, hidden_BSD: Tensor, position_ids_BS: Tensor, cache: LatentCache) -> Tensor:
         """Entries for these tokens, given the hidden states that precede them; outputs [B, S, D]."""

@@ -7,18 +7,18 @@ config.json and the tokenizer. Stock transformers loads the trunk from it.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import Literal
 
 import torch
-from safetensors import safe_open
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -34,11 +34,32 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from policies import lora
+from policies.contradictions import contradictions
+from policies.layout import (
+    PolicyError,
+    Shape,
+    WeightFiles,
+    check_tensors,
+    fill_head,
+    head_state,
+    may_idle,
+    mtp_layers,
+    read_draft_vocabulary,
+    refuse_differences,
+    write_draft_vocabulary,
+)
 from policies.mtp import MTPHead
 
-
-class PolicyError(ValueError):
-    """A checkpoint that cannot be a policy; the message names what is wrong and the way out."""
+__all__ = ["Policy", "PolicyError", "digest", "read_config"]
+LOGGER = logging.getLogger(__name__)
+NO_HEAD = (
+    "model=%r: config.json promises num_nextn_predict_layers=%d, but no MTP layer is stored (transformers drops them "
+    "when it saves): no draft head; add_mtp: true gives a fresh one"
+)
+FURTHER_LAYERS = (
+    "model=%r has %d MTP layers: the first is trained and drafts at every depth, the others are kept and saved "
+    "as they are"
+)
 
 
 class Policy(nn.Module):
@@ -47,6 +68,11 @@ class Policy(nn.Module):
     def __init__(self, trunk: PreTrainedModel, mtp: MTPHead | None, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.trunk, self.mtp, self.tokenizer = trunk, mtp, tokenizer
+        # The tokens that the head may draft [K], ascending; None: all. A buffer for its device only, see `weights`.
+        self.draft_ids: Tensor | None
+        self.register_buffer("draft_ids", None, persistent=False)
+        # A checkpoint's MTP layers behind the first, by their names there: kept and saved as they are.
+        self.further_mtp: dict[str, Tensor] = {}
 
     @property
     def config(self) -> DeepseekV3Config:
@@ -61,15 +87,37 @@ class Policy(nn.Module):
         return lora.effective_weight(self.trunk.get_output_embeddings())
 
     @property
+    def backend(self) -> Literal["native", "transformers"]:
+        """Who decodes it: absorbed MLA with drafts (DeepSeek-V3), or the model's own forward without them."""
+        return "native" if isinstance(self.trunk, DeepseekV3ForCausalLM) else "transformers"
+
+    @property
     def max_length(self) -> int:
-        return self.config.max_position_embeddings
+        """The context in tokens: as long as no sliding window hides anything and no position changes its rotation."""
+        config = self.config
+        limits = [getattr(config, "max_position_embeddings", None)]
+        layers = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+        for kind, name in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size")):
+            if kind in layers:
+                limits.append(getattr(config, name, None))
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(rope.get("original_max_position_embeddings"))
+        if not any(limits):
+            raise PolicyError(
+                f"a model of type {config.model_type!r} names no max_position_embeddings, hence no context"
+            )
+        return min(limit for limit in limits if limit)
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """The tokens that end a completion, from the generation config, else the tokenizer."""
+        """The tokens that end a completion, from the generation config, else the tokenizer; the latter's own first."""
         eos = self.trunk.generation_config.eos_token_id if self.trunk.generation_config else None
         eos = self.tokenizer.eos_token_id if eos is None else eos
-        return list(eos) if isinstance(eos, list | tuple) else [eos]
+        if eos is None:
+            raise PolicyError("neither generation config nor tokenizer names a stop token; set eos_token_id in one")
+        ids = list(eos) if isinstance(eos, list | tuple) else [eos]
+        return sorted(ids, key=lambda token: token != self.tokenizer.eos_token_id)
 
     def hidden(self, token_ids_BT: Tensor, position_ids_BT: Tensor, visible_BTT: Tensor) -> Tensor:
         """Final hidden states [B, T, D] under an explicit mask: token n attends to m where `visible_BTT[b, n, m]`."""
@@ -87,6 +135,7 @@ class Policy(nn.Module):
         position_ids_BT: Tensor,
         visible_BTT: Tensor,
         depth: int,
+        first: int = 0,
     ) -> list[Tensor]:
         """The head's outputs at depths 1 … depth; see `MTPHead.unroll`. The trunk gets no gradient (contract 7)."""
         assert self.mtp is not None
@@ -99,23 +148,27 @@ class Policy(nn.Module):
             lambda shift: model.rotary_emb(embeddings, position_ids_BT + shift),
             visible_BTT,
             depth,
+            first,
         )
 
     def add_lora(self, rank: int, alpha: float, targets: list[str] | None = None) -> None:
-        """Freeze the trunk and give it adapters; the MTP head stays fully trainable."""
-        lora.inject(self.trunk, rank, alpha, targets)
+        """Freeze the trunk and give it adapters; the MTP head stays fully trainable unless `targets` name "mtp"."""
+        lora.inject(self.trunk, rank, alpha, targets, self.mtp)
 
     def weights(self) -> dict[str, Tensor]:
-        """Every tensor that sampling depends on, adapters merged: parameters and buffers such as the expert bias."""
+        """Every tensor that sampling depends on, adapters merged: parameters, buffers such as the expert bias, and the
+        draft vocabulary."""
         state = {f"trunk.{name}": t for name, t in lora.merged_state(self.trunk).items()}
         if self.mtp is not None:
-            state |= {f"mtp.{name}": t.detach() for name, t in self.mtp.state_dict().items()}
-        return state
+            state |= {f"mtp.{name}": t for name, t in lora.merged_state(self.mtp).items()}
+        return state if self.draft_ids is None else state | {"draft_ids": self.draft_ids}
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy published tensors into this (plain) policy: all of its tensors, in their shapes, or none at all."""
         own = self.state_dict(keep_vars=True)
+        weights = dict(weights)
+        draft_ids = weights.pop("draft_ids", None)  # of any length, or none: no tensor of ours to copy into
         if unknown := [name for name in weights if name not in own]:
             raise PolicyError(f"published tensors that this policy does not have: {unknown[:5]}")
         if missing := [name for name in own if name not in weights]:
@@ -125,6 +178,7 @@ class Policy(nn.Module):
                 raise PolicyError(f"published {name} is {list(tensor.shape)}, here it is {list(own[name].shape)}")
         for name, tensor in weights.items():
             own[name].copy_(tensor)
+        self.draft_ids = None if draft_ids is None else draft_ids.to(self.device, copy=True)
 
     def save(self, folder: str | Path) -> None:
         """Write the checkpoint, adapters merged, complete or not at all."""
@@ -133,11 +187,17 @@ class Policy(nn.Module):
         shutil.rmtree(partial, ignore_errors=True)
         state = lora.merged_state(self.trunk)
         if self.mtp is not None:
-            state |= {_layout_name(self.config, name): t for name, t in self.mtp.state_dict().items()}
-        self.config.num_nextn_predict_layers = 0 if self.mtp is None else 1
+            first = self.config.num_hidden_layers
+            head = lora.merged_state(self.mtp)
+            state |= head_state(self.config, first, head, may_idle(self.config)) | self.further_mtp
+            further = len(mtp_layers(self.config, self.further_mtp))
+        if self.backend == "native":
+            self.config.num_nextn_predict_layers = 0 if self.mtp is None else 1 + further
         with _quiet_loading():
             self.trunk.save_pretrained(partial, state_dict=state)
         self.tokenizer.save_pretrained(partial)
+        if self.draft_ids is not None:
+            write_draft_vocabulary(partial, self.draft_ids)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -162,7 +222,7 @@ class Policy(nn.Module):
             config = AutoConfig.from_pretrained(folder)
             with torch.random.fork_rng(devices=[]):
                 trunk = AutoModelForCausalLM.from_config(config, dtype=dtype)
-                mtp = MTPHead(config).to(dtype) if files["mtp"] else None
+                mtp = MTPHead(config).cast(dtype) if files["mtp"] else None
             if "generation_config.json" in files:
                 trunk.generation_config = GenerationConfig.from_pretrained(folder)
         return cls(trunk.eval(), mtp, tokenizer)
@@ -171,37 +231,71 @@ class Policy(nn.Module):
     def load(
         cls, source: str | Path, dtype: torch.dtype = torch.float32, *, add_mtp: bool = False, seed: int = 0
     ) -> Policy:
-        """A policy from a folder or hub id. `add_mtp` gives a fresh head to a DeepSeek-V3 trunk that has none."""
+        """A policy from a folder or hub id. `add_mtp` gives a fresh head to a DeepSeek-V3 trunk that has none.
+
+        Raises PolicyError naming the tensor, file or field that is wrong, before any weight is loaded where the files'
+        headers tell.
+        """
+        config = read_config(source)
+        files = WeightFiles(source)
+        if isinstance(config, DeepseekV3Config) and files.shapes:
+            check_tensors(files, config)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             with _quiet_loading() as logged:
                 trunk, report = AutoModelForCausalLM.from_pretrained(
                     source,
                     dtype=dtype,
+                    trust_remote_code=False,
                     use_safetensors=True,
                     ignore_mismatched_sizes=True,  # `_check_report` refuses them by name
                     output_loading_info=True,
                 )
         except (OSError, ValueError) as error:
-            raise PolicyError(
-                f"model={str(source)!r} is neither a preset, a checkpoint folder nor a reachable hub id: {error}"
-            ) from error
+            raise _unreachable(source, error) from error
         except RuntimeError as error:  # experts that cannot be stacked; transformers names them in its log alone
             unfit = re.findall(r"^(\S+) +\| CONVERSION", "\n".join(record.getMessage() for record in logged), re.M)
             if not unfit:
                 raise
             raise PolicyError(f"model={str(source)!r} has experts missing or of unequal shapes: {unfit[:5]}") from error
-        _check_report(source, trunk.config, report)
-        mtp = None
-        if isinstance(trunk, DeepseekV3ForCausalLM):
-            stored = _read_mtp(Path(source), trunk.config) if Path(source).is_dir() else {}
-            if stored or add_mtp:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    mtp = MTPHead(trunk.config).to(dtype)
-                if stored:
-                    _fill_mtp(source, mtp, stored)
-        return cls(trunk, mtp, tokenizer)
+        if not isinstance(trunk, DeepseekV3ForCausalLM):
+            _check_report(source, config, report)
+            return cls(trunk, None, tokenizer)
+        policy, layers = cls(trunk, None, tokenizer), mtp_layers(config, files.shapes)
+        if layers or add_mtp:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                policy.mtp = MTPHead(trunk.config).cast(dtype)
+        elif config.num_nextn_predict_layers:
+            LOGGER.warning(NO_HEAD, files.source, config.num_nextn_predict_layers)
+        if policy.mtp is not None and layers:
+            fill_head(policy.mtp, files.read(f"model.layers.{layers[0]}."), layers[0])
+            for layer in layers[1:]:
+                policy.further_mtp |= files.read(f"model.layers.{layer}.")
+        if policy.mtp is not None:
+            policy.draft_ids = read_draft_vocabulary(files.source, trunk.config.vocab_size)
+        if len(layers) > 1:
+            LOGGER.warning(FURTHER_LAYERS, files.source, len(layers))
+        return policy
+
+
+def read_config(source: str | Path) -> PretrainedConfig:
+    """The configuration of a folder or hub id. Raises PolicyError naming fields that contradict each other."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unreachable(source, error) from error
+    except StrictDataclassError as error:
+        raise PolicyError(f"model={str(source)!r}: config.json is not usable: {error}") from error
+    if isinstance(config, DeepseekV3Config) and (faults := list(contradictions(config))):
+        raise PolicyError(f"model={str(source)!r}: config.json contradicts itself: " + "; ".join(faults))
+    return config
+
+
+def _unreachable(source: str | Path, error: Exception) -> PolicyError:
+    return PolicyError(
+        f"model={str(source)!r} is neither a preset, a checkpoint folder nor a reachable hub id: {error}"
+    )
 
 
 @contextmanager
@@ -223,27 +317,14 @@ def _quiet_loading() -> Iterator[list[logging.LogRecord]]:
 
 
 def _check_report(source: str | Path, config: PretrainedConfig, report: dict) -> None:
-    """Missing, misshapen and stray tensors are an error that names them; MTP layers behind the last are none."""
-    layers = getattr(config, "num_hidden_layers", 0)
-    stray = []
-    for name in report["unexpected_keys"]:
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if not (layer and int(layer[1]) >= layers):
-            stray.append(name)
-    misshapen = [name for name, *_ in report["mismatched_keys"]]
-    _refuse_differences(source, report["missing_keys"], misshapen, stray)
-
-
-def _refuse_differences(
-    source: str | Path, missing: Iterable[str], misshapen: Iterable[str], stray: Iterable[str]
-) -> None:
-    for kind, names in (
-        ("lacks the tensors", sorted(missing)),
-        ("has tensors of another shape:", sorted(misshapen)),
-        ("has tensors that its config does not explain:", sorted(stray)),
-    ):
-        if names:
-            raise PolicyError(f"model={str(source)!r} {kind} {', '.join(names[:5])} ({len(names)} in all)")
+    """Missing, misshapen and stray tensors are an error that names them; layers behind the last, MTP's, are none."""
+    stray = set(report["unexpected_keys"])
+    stray -= {n for layer in mtp_layers(config, stray) for n in stray if n.startswith(f"model.layers.{layer}.")}
+    found: dict[str, Shape] = dict.fromkeys(stray, ())
+    expected: dict[str, Shape] = dict.fromkeys(report["missing_keys"], ())
+    for name, stored, own in report["mismatched_keys"]:
+        found[name], expected[name] = tuple(stored), tuple(own)
+    refuse_differences(source, expected, found)
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
@@ -254,51 +335,3 @@ def digest(weights: Mapping[str, Tensor]) -> str:
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()
-
-
-def _layout_name(config: DeepseekV3Config, name: str) -> str:
-    """The head's parameter in the DeepSeek-V3 checkpoint: block and norms side by side in layer N."""
-    name = name.removeprefix("block.")
-    if name == "norm.weight":
-        name = "shared_head.norm.weight"
-    return f"model.layers.{config.num_hidden_layers}.{name}"
-
-
-def _read_mtp(folder: Path, config: DeepseekV3Config) -> dict[str, Tensor]:
-    """The tensors of the checkpoint's MTP layer, without copies of the trunk's own; empty where it has none."""
-    prefix = f"model.layers.{config.num_hidden_layers}."
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = json.loads(index.read_text())["weight_map"]
-        files = sorted({file for name, file in names.items() if name.startswith(prefix)})
-    else:
-        files = ["model.safetensors"] if (folder / "model.safetensors").exists() else []
-    copies = (f"{prefix}embed_tokens.", f"{prefix}shared_head.head.")
-    found: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(folder / file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                if name.startswith(prefix) and not name.startswith(copies):
-                    found[name] = tensors.get_tensor(name)
-    return found
-
-
-@torch.no_grad()
-def _fill_mtp(source: str | Path, head: MTPHead, stored: Mapping[str, Tensor]) -> None:
-    """Copy a checkpoint's MTP layer into `head`; its experts lie there one by one, gate and up apart."""
-    own: dict[str, Tensor] = {}
-    for name, tensor in head.state_dict().items():
-        name = _layout_name(head.config, name)
-        if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-            own[name] = tensor
-            continue
-        experts, _, fused = name.rpartition(".")
-        parts = ("gate_proj", "up_proj") if fused == "gate_up_proj" else ("down_proj",)
-        for e, expert in enumerate(tensor):
-            for part, view in zip(parts, expert.chunk(len(parts)), strict=True):
-                own[f"{experts}.{e}.{part}.weight"] = view
-    both = own.keys() & stored.keys()
-    misshapen = [name for name in both if own[name].shape != stored[name].shape]
-    _refuse_differences(source, own.keys() - both, misshapen, stored.keys() - both)
-    for name, view in own.items():
-        view.copy_(stored[name])

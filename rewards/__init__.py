@@ -1,6 +1,6 @@
 """Rewards: plain Python, completion -> number. Importing this loads neither torch nor ray."""
 
-from rewards.group_score import GroupScore, RewardFailure
+from rewards.group_score import GroupScore, RewardFailed, RewardFailure
 from rewards.protocol import RewardError, Signature, per_completion, text_of
 from rewards.registry import BUILT_IN, load_reward
 from rewards.scorer import RewardSpec, Scorer
@@ -9,6 +9,7 @@ __all__ = [
     "BUILT_IN",
     "GroupScore",
     "RewardError",
+    "RewardFailed",
     "RewardFailure",
     "RewardSpec",
     "Scorer",

@@ -59,6 +59,14 @@ class RewardFailure:
         )
 
 
+class RewardFailed(RewardError):
+    """A failure that `on_error: abort` ends with; `failure` says whose it was."""
+
+    def __init__(self, message: str, failure: RewardFailure):
+        super().__init__(message)
+        self.failure = failure
+
+
 @dataclass
 class GroupScore:
     """The result for one prompt's G completions.

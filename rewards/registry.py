@@ -27,6 +27,8 @@ BUILT_IN = {
     "bleu": "rewards.text",
     "chrf": "rewards.text",
     "remote": "rewards.remote",
+    "column": "rewards.column",
+    "reasoning_gym": "rewards.reasoning",
 }
 
 

@@ -6,12 +6,12 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rewards.group_score import FailurePolicy, GroupScore, GroupTally, RewardFailure
-from rewards.isolation import WorkerPool
-from rewards.protocol import PROVIDED, RewardError, Signature
+from rewards.group_score import FailurePolicy, GroupScore, GroupTally, RewardFailed, RewardFailure
+from rewards.isolation import ThisProcess, WorkerPool
+from rewards.protocol import PROVIDED, RewardError, Signature, did_you_mean
 from rewards.registry import find_reward
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,8 @@ class RewardSpec:
     """One reward function of a run, as plain data.
 
     `function` is a built-in's name or `path/to/file.py:function`; `arguments` are bound to its parameters; `chat` hands
-    it prompts and completions as chat messages instead of strings; `name` labels it in metrics.
+    it prompts and completions as chat messages instead of strings; `name` labels it in metrics; `columns` names the
+    columns for parameters that are called otherwise: `{"reference": "answer"}`.
 
     >>> RewardSpec("regex_format", weight=0.2, arguments={"pattern": "#### [0-9]+"}).label
     'regex_format'
@@ -35,6 +36,7 @@ class RewardSpec:
     name: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     chat: bool = False
+    columns: dict[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -48,10 +50,18 @@ class _Group:
     columns: Mapping[str, Any]
     prompt_id: str
     completion_ids: list[list[int]] | None
+    completion_columns: Mapping[str, Sequence[Any]]
 
     def only(self, sample: int) -> _Group:
         ids = None if self.completion_ids is None else [self.completion_ids[sample]]
-        return _Group(self.prompt, [self.completions[sample]], self.columns, self.prompt_id, ids)
+        own = {name: [values[sample]] for name, values in self.completion_columns.items()}
+        return _Group(self.prompt, [self.completions[sample]], self.columns, self.prompt_id, ids, own)
+
+    def renamed(self, names: Mapping[str, str]) -> _Group:
+        """With the columns that `names` maps parameters to under the parameters' names as well."""
+        own = {name: self.columns[column] for name, column in names.items() if column in self.columns}
+        each = {name: self.completion_columns[c] for name, c in names.items() if c in self.completion_columns}
+        return replace(self, columns={**self.columns, **own}, completion_columns={**self.completion_columns, **each})
 
 
 class _Function:
@@ -69,14 +79,37 @@ class _Function:
             "chat": self.spec.chat,
         }
 
+    def check(self, columns: Sequence[str] | None) -> None:
+        """Raise RewardError for a parameter without a value, where the columns are known, and for mistyped names."""
+        label, own = repr(self.spec.function), self.spec.columns
+        self.signature.check_arguments(label, own)
+        if columns is None:
+            return
+        for name, column in own.items():
+            if column not in columns:
+                raise RewardError(
+                    f"reward {label}: columns={{{name}: {column}}}, but there is no column {column!r}"
+                    f"{did_you_mean(column, columns)}. Columns: {', '.join(sorted(columns)) or 'none'}"
+                )
+        self.signature.check(label, [*columns, *own], self.spec.arguments)
+
     def request(self, groups: Sequence[_Group], trainer_state: Mapping[str, Any] | None) -> dict[str, Any]:
         """The message for a batch. Raises RewardError when something that the function asks for is missing."""
-        names = self._columns(groups[0].columns)
+        groups = [group.renamed(self.spec.columns) for group in groups]
+        per_completion = groups[0].completion_columns
+        names = self._columns([*groups[0].columns, *per_completion])
         request: dict[str, Any] = {
             "function": self.index,
             "prompts": [group.prompt for group in groups],
             "completions": [group.completions for group in groups],
-            "columns": {name: [self._value(group, name) for group in groups] for name in names},
+            "columns": {
+                name: [self._value(group, name) for group in groups] for name in names if name not in per_completion
+            },
+            "completion_columns": {
+                name: [list(group.completion_columns[name]) for group in groups]
+                for name in names
+                if name in per_completion
+            },
         }
         ids = [group.completion_ids for group in groups]
         for name, value in {
@@ -89,12 +122,13 @@ class _Function:
                 raise RewardError(f"reward {self.spec.function!r} asks for {name}; pass {name} to Scorer.score")
         return request
 
-    def _columns(self, columns: Mapping[str, Any]) -> list[str]:
+    def _columns(self, columns: Sequence[str]) -> list[str]:
         """The columns to send: those it names, and the others if it takes `**kwargs`."""
         signature = self.signature
         # A built-in's parameters with a default are options: a column that happens to be called `mode` is not meant.
-        optional = [name for name in signature.optional if name in columns and self.source.path]
-        rest = [name for name in columns if signature.takes_rest and not signature.asks_for(name)]
+        meant = signature.optional if self.source.path else self.spec.columns
+        optional = [name for name in signature.optional if name in columns and name in meant]
+        rest = [name for name in dict.fromkeys(columns) if signature.takes_rest and not signature.asks_for(name)]
         taken = (*PROVIDED, *self.spec.arguments)
         return [name for name in (*signature.required, *optional, *rest) if name not in taken]
 
@@ -124,7 +158,8 @@ class Scorer:
     - `score=<number>`: that number stands in for the function's, and is weighted like it
 
     `timeout_s` limits each call, of a batch (at most 256 completions) as of one completion alone. Raises RewardError
-    when a function cannot be loaded, or asks for a column that is not among `columns`.
+    when a function cannot be loaded, or asks for a column that is not among `columns`. `isolated=False` calls the
+    functions in this process, without a limit: for a debugger, and to see that the scores are the same.
 
     >>> with Scorer([RewardSpec("gsm8k"), RewardSpec("gsm8k_format", weight=0.5)], columns=["answer"]) as scorer:
     ...     [group] = scorer.score(["6 * 7 = "], [["#### 42", "41"]], [{"answer": "#### 42"}], prompt_ids=["a"])
@@ -140,6 +175,7 @@ class Scorer:
         timeout_s: float = 10.0,
         workers: int = 1,
         columns: Sequence[str] | None = None,
+        isolated: bool = True,
     ):
         _check_specs(specs)
         if not (timeout_s > 0 and math.isfinite(timeout_s)):
@@ -151,12 +187,13 @@ class Scorer:
         self._functions = [_Function(spec, index) for index, spec in enumerate(specs)]
         self._logged_by: dict[str, str] = {}
         descriptions = [function.description() for function in self._functions]
-        self._pool = WorkerPool(descriptions, size=workers, timeout_s=timeout_s)
+        self._pool: WorkerPool | ThisProcess = (
+            WorkerPool(descriptions, size=workers, timeout_s=timeout_s) if isolated else ThisProcess(descriptions)
+        )
         try:
             for function, signature in zip(self._functions, self._pool.signatures(), strict=True):
                 function.signature = signature
-                if columns is not None:
-                    function.signature.check(repr(function.spec.function), columns, function.spec.arguments)
+                function.check(columns)
         except BaseException:
             self.close()
             raise
@@ -170,26 +207,31 @@ class Scorer:
         prompt_ids: Sequence[str],
         completion_ids: Sequence[Sequence[Sequence[int]]] | None = None,
         trainer_state: Mapping[str, Any] | None = None,
+        completion_columns: Sequence[Mapping[str, Sequence[Any]]] | None = None,
     ) -> list[GroupScore]:
         """Score P groups of completions at once: prompts [P], completions [P][G], columns [P], prompt_ids [P].
 
         A reward is the weighted sum over the functions that did not abstain, None where all of them did.
         `completion_ids` [P][G][L] and `trainer_state` (JSON-able; it arrives as an object: `trainer_state.global_step`)
-        are for functions that ask for them. Raises RewardError: see the class.
+        are for functions that ask for them. `completion_columns` [P]{name: [G]} are columns with a value for every
+        completion, such as a reward model's score; they win over a column of the same name. Raises RewardError: see
+        the class.
         """
         ids = [None] * len(prompts) if completion_ids is None else completion_ids
-        counts = [len(part) for part in (prompts, completions, columns, prompt_ids, ids)]
-        if len(set(counts)) > 1:
+        own = [{}] * len(prompts) if completion_columns is None else completion_columns
+        parts = (prompts, completions, columns, prompt_ids, ids, own)
+        if len(set(map(len, parts))) > 1:
             raise RewardError(
-                "prompts, completions, columns, prompt_ids and completion_ids have the lengths "
-                f"{', '.join(map(str, counts))}; give one of each per group"
+                "prompts, completions, columns, prompt_ids, completion_ids and completion_columns have the lengths "
+                f"{', '.join(str(len(part)) for part in parts)}; give one of each per group"
             )
         groups = []
-        for prompt, texts, row, prompt_id, tokens in zip(prompts, completions, columns, prompt_ids, ids, strict=True):
-            if tokens is not None and len(tokens) != len(texts):
-                raise RewardError(f"prompt {prompt_id!r}: {len(tokens)} completion_ids, {len(texts)} completions")
-            own = None if tokens is None else [list(sample) for sample in tokens]
-            groups.append(_Group(prompt, list(texts), row, prompt_id, own))
+        for prompt, texts, row, prompt_id, tokens, values in zip(*parts, strict=True):
+            for name, there in {"completion_ids": tokens, **values}.items():
+                if there is not None and len(there) != len(texts):
+                    raise RewardError(f"prompt {prompt_id!r}: {len(there)} {name}, {len(texts)} completions")
+            tokens = None if tokens is None else [list(sample) for sample in tokens]
+            groups.append(_Group(prompt, list(texts), row, prompt_id, tokens, values))
         return self._score(groups, trainer_state, self._policy)
 
     def dry_run(
@@ -208,8 +250,12 @@ class Scorer:
         """
         tokens = list(completion.encode(errors="replace") if completion_ids is None else completion_ids)
         state = trainer_state or {"global_step": 0, "max_steps": 1, "epoch": 0.0}
-        group = _Group(prompt, [completion] * 2, columns, "dry run", [tokens] * 2)
+        group = _Group(prompt, [completion] * 2, columns, "dry run", [tokens] * 2, {})
         return self._score([group], state, FailurePolicy("abort"), rerun=False)[0]
+
+    def asks_for(self, name: str) -> bool:
+        """Whether one of the functions has a parameter of this name."""
+        return any(function.signature.asks_for(name) for function in self._functions)
 
     def describe(self) -> list[dict[str, Any]]:
         """For the run's record, one dict per function: its spec, and `path` and `sha256` of a user's file."""
@@ -263,7 +309,7 @@ class Scorer:
                 self._warn(function, reply)
         if policy.action == "abort":
             for failure in (error for tally in tallies for error in tally.errors):
-                raise RewardError(self._explain(failure))
+                raise RewardFailed(self._explain(failure), failure)
         return [tally.result(policy) for tally in tallies]
 
     def _batches(self, groups: list[_Group]) -> Iterator[range]:

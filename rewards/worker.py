@@ -37,16 +37,16 @@ def serve(socket_fd: int, trace_fd: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     connection = socket.socket(fileno=socket_fd)
     lines = connection.makefile("rb", buffering=1 << 20)
-    functions: list[_Function] = []
+    functions: list[LoadedReward] = []
     for line in lines:
         request = json.loads(line)
         faulthandler.dump_traceback_later(request["timeout_s"], exit=True, file=trace_fd)
         if "functions" in request:
-            reply = _load(request["functions"], functions)
+            reply = load(request["functions"], functions)
         else:
             reply = functions[request["function"]].call(request)
         try:
-            encoded = json.dumps(reply, default=_plain)
+            encoded = json.dumps(reply, default=plain)
         except Exception as error:
             message = f"what it logged cannot be written as JSON: {_describe(error, None)}"
             encoded = json.dumps({"kind": "raised", "message": message})
@@ -61,11 +61,11 @@ def _end_with_parent(socket_fd: int) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)  # with every process that a reward has started
 
 
-def _load(descriptions: list[dict], functions: list[_Function]) -> dict:
-    """Load all functions; the reply holds their signatures, or the error that the first of them gave."""
+def load(descriptions: list[dict], functions: list[LoadedReward]) -> dict:
+    """Append the functions that are described; the reply holds their signatures, or the error of the first one."""
     for description in descriptions:
         try:
-            functions.append(_Function(**description))
+            functions.append(LoadedReward(**description))
         except RewardError as error:
             return {"error": str(error)}
         except BaseException as error:
@@ -74,7 +74,9 @@ def _load(descriptions: list[dict], functions: list[_Function]) -> dict:
     return {"signatures": [asdict(function.signature) for function in functions]}
 
 
-class _Function:
+class LoadedReward:
+    """A reward function with its arguments bound, and what it takes to call it on a request."""
+
     def __init__(
         self,
         function: str,
@@ -94,10 +96,10 @@ class _Function:
         self.path, self.chat = path, chat
 
     def call(self, request: dict) -> dict:
-        """Score one batch. Keys of the request: prompts [P], completions [P][G], columns {name: [P]}, and optionally
-        completion_ids [P][G][L] and trainer_state."""
+        """Score one batch. Keys of the request: prompts [P], completions [P][G], columns {name: [P]},
+        completion_columns {name: [P][G]}, and optionally completion_ids [P][G][L] and trainer_state."""
         counts = [len(group) for group in request["completions"]]
-        completions = [completion for group in request["completions"] for completion in group]
+        completions = _flat(request["completions"])
         prompts = _repeat(request["prompts"], counts)
         if self.chat:
             prompts = [
@@ -123,11 +125,12 @@ class _Function:
             "log_metric": log_metric,
         }
         if "completion_ids" in request:
-            given["completion_ids"] = [ids for group in request["completion_ids"] for ids in group]
+            given["completion_ids"] = _flat(request["completion_ids"])
         if "trainer_state" in request:
             given["trainer_state"] = SimpleNamespace(**request["trainer_state"])
         arguments = {name: value for name, value in given.items() if self.signature.asks_for(name)}
         arguments |= {name: _repeat(values, counts) for name, values in request["columns"].items()}
+        arguments |= {name: _flat(values) for name, values in request["completion_columns"].items()}
         try:
             result = self.reward(**arguments)
             if inspect.isawaitable(result):
@@ -136,6 +139,8 @@ class _Function:
                 shown = repr(result)[:80]
                 return {"kind": "wrong_length", "message": f"returned {shown}, not a list of {len(completions)}"}
             rewards = [_number(value) for value in result]
+        except KeyboardInterrupt:  # Ctrl-C, where this is the user's own process
+            raise
         except BaseException as error:  # SystemExit too: a reward does not end the worker
             return {"kind": "raised", "message": _describe(error, self.path)}
         if len(rewards) != len(completions):
@@ -147,6 +152,10 @@ class _Function:
 
 def _repeat(values: list, counts: list[int]) -> list:
     return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+
+
+def _flat(groups: list[list]) -> list:
+    return [value for group in groups for value in group]
 
 
 async def _await(result):
@@ -163,7 +172,7 @@ def _number(value: Any) -> float | dict | None:
     return {"kind": "not_a_number", "message": f"returned {value!r:.80}"}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What JSON makes of a logged extra that it does not know."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 

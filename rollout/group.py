@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -29,16 +32,19 @@ class DraftStats:
 
     `target_forwards` counts the decoding forwards of the trunk that this completion took part in. The first token is
     not theirs: it comes from the prefill, which the whole group shares. `drafted[d]` and `accepted[d]` count drafts at
-    depth d + 1; a draft behind a stop token or behind the length limit counts as drafted only.
+    depth d + 1; a draft behind a stop token or behind the length limit counts as drafted only. `depths` tells of every
+    token at which depth it was drafted, 0 for the trunk's own. `fallbacks`: forwards in which `accept: margin` found a
+    draft that was not clear enough to take.
 
-    >>> DraftStats(target_forwards=2, drafted=[2, 2], accepted=[2, 1])      # a first token, then 1 + 2 and 1 + 1
-    DraftStats(target_forwards=2, drafted=[2, 2], accepted=[2, 1], fallbacks=0)
+    >>> DraftStats(2, [2, 2], [2, 1], depths=[0, 1, 2, 0, 1, 0]).target_forwards  # a first token, then 1 + 2 and 1 + 1
+    2
     """
 
     target_forwards: int = 0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     fallbacks: int = 0
+    depths: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -46,6 +52,8 @@ class Completion:
     """One sampled completion. `token_ids` end with the stop token when `finish_reason` is `stop`.
 
     `logprobs[t]` scores `token_ids[t]` under the temperature-scaled policy that really sampled it (contract 2).
+    `routing` [Lc, MoE layers, k], integers: the experts that the trunk used when it read `token_ids[t]`, -1 for a
+    token that it never read (the last one).
     """
 
     token_ids: list[int]
@@ -54,6 +62,7 @@ class Completion:
     finish_reason: FinishReason
     policy_version: int
     draft: DraftStats = field(default_factory=DraftStats)
+    routing: Tensor | None = field(default=None, compare=False)
 
 
 def tokens_per_forward(completions: Iterable[Completion]) -> float | None:
@@ -70,10 +79,11 @@ def tokens_per_forward(completions: Iterable[Completion]) -> float | None:
 
 @dataclass
 class RolloutGroup:
-    """The G completions of one prompt, sample index in order."""
+    """The G completions of one prompt, sample index in order. `prompt_routing` [Lp, MoE layers, k]: its experts."""
 
     prompt: Prompt
     completions: list[Completion]
+    prompt_routing: Tensor | None = field(default=None, compare=False)
 
     @property
     def texts(self) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from policies.policy import Policy, digest
+from rollout.draft_depth import CostTable
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
@@ -26,13 +27,18 @@ OnFinished = Callable[[int], None]
 
 
 class Pool(Protocol):
-    """What samples. `sample` returns groups in the order of the prompts, whoever sampled them."""
+    """What samples. `sample` returns groups in the order of the prompts, whoever sampled them. A prompt that fails
+    costs no other one: the RolloutError that names it has the other `groups`."""
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None: ...
 
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]: ...
+
+    def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
+        """The table that every depth controller goes by, measured at up to `rows` live rows where there is none yet."""
+        ...
 
     def close(self) -> None: ...
 
@@ -70,12 +76,20 @@ class LocalPool:
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
-        self.engine.check(prompts, params)
-        return [
-            group
-            for shard in shards(prompts, self.prompts_per_shard)
-            for group in self.engine.sample(shard, params, on_finished)
-        ]
+        groups, faults = [], []
+        for shard in shards(prompts, self.prompts_per_shard):
+            try:
+                groups += self.engine.sample(shard, params, on_finished)
+            except RolloutError as error:
+                groups += error.groups
+                faults.append(str(error))
+        if faults:
+            raise RolloutError("\n".join(faults), groups)
+        return groups
+
+    def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
+        self.engine.costs = costs or self.engine.measure_costs(min(rows, self.engine.max_rows))
+        return self.engine.costs
 
     def close(self) -> None:
         pass
@@ -103,6 +117,7 @@ class RayPool:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.arguments = (policy.skeleton(), str(dtype).removeprefix("torch."), self.device, threads)
         self.published: tuple[Any, str, int] | None = None
+        self.costs: CostTable | None = None
         self.restarts = 0
         self.workers = [self._start() for _ in range(workers)]
         self.publish(policy.weights(), 0)
@@ -155,13 +170,14 @@ class RayPool:
         version = self.published[2]
         waiting = list(enumerate(shards(prompts, self.prompts_per_shard)))[::-1]
         done: dict[int, list[RolloutGroup]] = {}
+        faults: dict[int, str] = {}
         running: dict[Any, tuple[int, int, Sequence[Prompt]]] = {}
         idle = list(range(len(self.workers)))
         while waiting or running:
             while waiting and idle:
                 number, shard = waiting.pop()
                 i = idle.pop(0)
-                running[self.workers[i].sample.remote(list(shard), params, version)] = (i, number, shard)
+                running[self.workers[i].sample.remote(list(shard), params, version, self.costs)] = (i, number, shard)
             finished, _ = self.ray.wait(list(running), num_returns=1)
             i, number, shard = running.pop(finished[0])
             try:
@@ -173,9 +189,20 @@ class RayPool:
                 self._confirm(i)
                 waiting.append((number, shard))
             except self.ray.exceptions.RayTaskError as error:
-                raise error.cause or error from None  # without the worker's stack in its message
+                if not isinstance(error.cause, RolloutError):
+                    raise error.cause or error from None  # without the worker's stack in its message
+                done[number] = error.cause.groups
+                faults[number] = str(error.cause)
             idle.append(i)
-        return [group for number in sorted(done) for group in done[number]]
+        groups = [group for number in sorted(done) for group in done[number]]
+        if faults:
+            raise RolloutError("\n".join(faults[number] for number in sorted(faults)), groups)
+        return groups
+
+    def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
+        """Measured by one worker alone, with the threads that a worker has."""
+        self.costs = costs or self.ray.get(self.workers[0].measure_costs.remote(rows))
+        return self.costs
 
     def close(self) -> None:
         for worker in self.workers:

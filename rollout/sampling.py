@@ -3,32 +3,46 @@
 token = argmax_v (logit_v / T + gumbel(key, position, v)): the Gumbel-max trick draws from softmax(logit / T) exactly,
 and a draft that uses the same noise on its own logits often agrees with the trunk. Noise comes from hashing
 (key, position, v), never from a stream, so that drafting, batching and retries cannot shift it.
+
+Axes: N rows (or row and position), V vocabulary, B blocks of BLOCK neighbouring tokens, K tokens that may be drafted.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-FULL_ROW = 1024  # vocabularies up to this size take noise for every token
-TOP_K = 64  # larger ones for this many, and one noise for the rest of the vocabulary together
+FULL_ROW = 1024  # vocabularies up to this size take a noise for every token
+BLOCK = 256  # larger ones draw a block of this many tokens first, then a token inside it
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """`temperature` 0 is greedy. `step` and `draw` are part of every noise key: a new step sees new noise."""
+    """`temperature` 0 is greedy. `step` and `draw` are part of every noise key: a new step sees new noise.
+
+    `draft_tokens` None lets the depth controller choose before every forward. `accept="margin"` is lossy: a draft
+    whose two best log-probabilities lie more than `margin` apart is taken unverified; never for training (contract 3).
+    `record_routing` notes the experts of every token, for a learner that replays them.
+    """
 
     group_size: int = 8
     temperature: float = 1.0
     max_completion_tokens: int = 256
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
-    draft_tokens: int = 0
+    draft_tokens: int | None = 0
     step: int = 0
     draw: int = 0
+    accept: Literal["exact", "margin"] = "exact"
+    margin: float = 2.0
+    record_routing: bool = False
 
     def at(self, step: int, draw: int = 0) -> SamplingParams:
         return replace(self, step=step, draw=draw)
@@ -41,8 +55,12 @@ class SamplingParams:
             raise ValueError(f"rollout.temperature={self.temperature}: use 0 (greedy) or a positive number")
         if self.max_completion_tokens < 1:
             raise ValueError(f"rollout.max_completion_tokens={self.max_completion_tokens}: use 1 or more")
-        if self.draft_tokens < 0:
+        if self.draft_tokens is not None and self.draft_tokens < 0:
             raise ValueError(f"rollout.draft_tokens={self.draft_tokens}: use 0 (no drafts) or more")
+        if self.accept not in ("exact", "margin"):
+            raise ValueError(f"accept={self.accept!r}: use exact or margin")
+        if not self.margin >= 0:
+            raise ValueError(f"margin={self.margin}: use 0 or more nats")
 
 
 def row_key(params: SamplingParams, prompt_id: str, sample: int) -> tuple[int, int]:
@@ -66,51 +84,103 @@ def _mix(x: Tensor) -> Tensor:
     return x
 
 
-def uniform(keys_N2: Tensor, positions_N: Tensor, ids: Tensor) -> Tensor:
-    """Keyed uniforms in (0, 1), 23 bits each. `ids` [N, K] or [K]: which noises of each row; returns [N, K]."""
-    place = positions_N.to(torch.int32)
-    first = _mix(keys_N2[:, 0] + _mix(place * -1640531527))
-    second = _mix(keys_N2[:, 1] ^ first)
-    x = _mix(ids.to(torch.int32) * 0x3C6EF372 + first[:, None])
-    x += second[:, None]
-    x = _mix(x)
-    # 23 bits and a half fit a float32 exactly; with 24 the largest would round to 1, an infinite Gumbel noise.
-    return (((x >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23
+class Noise:
+    """The noise of rows at their positions. One object serves the drafts and the verification of the same positions.
 
-
-def gumbel(keys_N2: Tensor, positions_N: Tensor, ids: Tensor) -> Tensor:
-    return uniform(keys_N2, positions_N, ids).log_().neg_().log_().neg_()
-
-
-def choose(logits_NV: Tensor, temperature: float, keys_N2: Tensor, positions_N: Tensor) -> Tensor:
-    """Sampled token ids [N]. `positions_N` counts from the completion's first token.
-
-    In a large vocabulary only the TOP_K logits get a noise of their own. The maximum of all other perturbed logits is
-    itself Gumbel distributed around their logsumexp: one keyed noise decides whether the tail wins, a keyed uniform
-    then picks inside it. Exact for softmax(logits / T), at a fraction of the cost.
+    `keys_N2` [..., 2] and `positions` [...], broadcast against each other, give the rows; `positions` counts from the
+    completion's first token.
     """
-    if temperature == 0:
-        return logits_NV.argmax(-1)
-    scaled = logits_NV.float() / temperature
-    vocabulary = scaled.shape[1]
-    if vocabulary <= FULL_ROW:
-        ids = torch.arange(vocabulary, device=scaled.device)
-        return (scaled + gumbel(keys_N2, positions_N, ids)).argmax(-1)
-    top, ids = scaled.topk(TOP_K, dim=-1, sorted=False)
-    rest = scaled.scatter_(1, ids, float("-inf"))  # its logsumexp is exact where it is tiny, a difference would not be
-    tail_id, pick_id = torch.tensor([[-1], [-2]], device=rest.device)
-    tail = rest.logsumexp(-1) + gumbel(keys_N2, positions_N, tail_id)[:, 0]
-    best, where = (top + gumbel(keys_N2, positions_N, ids)).max(-1)
-    tokens = ids.gather(1, where[:, None])[:, 0]
-    rows = (tail > best).nonzero()[:, 0]
-    if len(rows):
-        reached = rest[rows].double().softmax(-1).cumsum(-1)
-        pick = uniform(keys_N2[rows], positions_N[rows], pick_id).double() * reached[:, -1:]
-        tokens[rows] = torch.searchsorted(reached, pick, right=True)[:, 0]
-    return tokens
+
+    def __init__(self, keys_N2: Tensor, positions: Tensor, vocabulary: int) -> None:
+        place = positions.to(torch.int32)
+        self.flat = vocabulary <= FULL_ROW
+        first = _mix(keys_N2[..., 0] + _mix(place * -1640531527))
+        self._words = first, _mix(keys_N2[..., 1] ^ first)
+        if self.flat:
+            self.table = self.gumbel(torch.arange(vocabulary, device=place.device))
+        else:  # of the blocks; their names are negative and no token's
+            self.table = self.gumbel(-1 - torch.arange(-(-vocabulary // BLOCK), device=place.device))
+
+    def uniform(self, ids: Tensor) -> Tensor:
+        """Keyed uniforms in (0, 1), 23 bits each. `ids` [..., K] or [K]: which noises of each row."""
+        first, second = self._words
+        x = _mix(ids.to(torch.int32) * 0x3C6EF372 + first[..., None])
+        x += second[..., None]
+        x = _mix(x)
+        # 23 bits and a half fit a float32 exactly; with 24 the largest would round to 1, an infinite Gumbel noise.
+        return (((x >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23
+
+    def gumbel(self, ids: Tensor) -> Tensor:
+        return self.uniform(ids).log_().neg_().log_().neg_()
+
+    def at(self, place: int) -> Noise:
+        """The noise of one place where rows have several: [R, S, ...] -> [R, ...]."""
+        return self._view(lambda x: x[:, place])
+
+    def flatten(self) -> Noise:
+        """[R, S, ...] -> [R · S, ...]."""
+        return self._view(lambda x: x.flatten(0, 1))
+
+    def _view(self, view: Callable[[Tensor], Tensor]) -> Noise:
+        seen = copy.copy(self)
+        seen._words, seen.table = (view(self._words[0]), view(self._words[1])), view(self.table)
+        return seen
+
+
+class DraftVocabulary:
+    """The tokens that may be drafted, ascending, and where they lie in the blocks of the whole vocabulary.
+
+    Leaving rare tokens out makes drafts cheaper and changes no token: what cannot be drafted comes from the trunk.
+    """
+
+    def __init__(self, ids_K: Tensor, vocabulary: int) -> None:
+        self.ids = ids_K
+        self.block_K = ids_K // BLOCK
+        blocks = -(-vocabulary // BLOCK)
+        counts = torch.bincount(self.block_K, minlength=blocks)
+        within = torch.arange(len(ids_K), device=ids_K.device) - (counts.cumsum(0) - counts)[self.block_K]
+        self.named = F.pad(ids_K, (0, 1))  # the id of every column; K, an empty place, has none that matters
+        # [B, widest]: the columns of each block.
+        self.members = ids_K.new_full((blocks, int(counts.max())), len(ids_K))
+        self.members[self.block_K, within] = torch.arange(len(ids_K), device=ids_K.device)
+
+
+def choose(
+    logits_NV: Tensor, temperature: float, noise: Noise, vocabulary: DraftVocabulary | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sampled token ids [N] and their log-probabilities [N] under softmax(logits / T); greedy is scored at T = 1.
+
+    A large vocabulary is drawn in two levels, a block and then a token inside it, each as the largest perturbed
+    log-probability. P(block) · P(token | block) = P(token): exact, at a hundredth of the noise. With a draft
+    `vocabulary`, the logits are those of its K tokens and the same noise serves.
+    """
+    if temperature not in (0, 1):
+        logits_NV = logits_NV.float() / temperature
+    if temperature == 0 or noise.flat:
+        logits = logits_NV.float()
+        noisy = logits
+        if temperature:
+            noisy = logits + (noise.table if vocabulary is None else noise.table[:, vocabulary.ids])
+        best = noisy.argmax(-1)
+        logprobs = logits.gather(1, best[:, None])[:, 0] - logits.logsumexp(-1)
+        return (best if vocabulary is None else vocabulary.ids[best]), logprobs
+    p_NV = logits_NV.float().softmax(-1)  # not softmax(dtype=...), which is six times slower on a CPU
+    rows = torch.arange(len(p_NV), device=p_NV.device)
+    if vocabulary is None:
+        missing = -p_NV.shape[1] % BLOCK
+        p_NBM = (F.pad(p_NV, (0, missing)) if missing else p_NV).view(len(p_NV), -1, BLOCK)
+        block = (p_NBM.sum(-1).log() + noise.table).argmax(-1)
+        p = p_NBM[rows, block]
+        ids = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)
+    else:
+        mass = torch.zeros_like(noise.table).index_add_(1, vocabulary.block_K, p_NV)
+        members = vocabulary.members[(mass.log() + noise.table).argmax(-1)]
+        p, ids = F.pad(p_NV, (0, 1)).gather(1, members), vocabulary.named[members]
+    best = (p.log() + noise.gumbel(ids)).argmax(-1)
+    return ids[rows, best], p[rows, best].log()
 
 
 def logprobs_of(logits_NV: Tensor, tokens_N: Tensor, temperature: float) -> Tensor:
-    """Log-probability of the chosen tokens [N] under softmax(logits / T); greedy is scored at T = 1."""
+    """Log-probability of given tokens [N] under softmax(logits / T); greedy is scored at T = 1."""
     scaled = logits_NV.float() / (temperature or 1.0)
     return scaled.gather(1, tokens_N[:, None])[:, 0] - scaled.logsumexp(-1)

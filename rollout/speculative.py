@@ -17,3 +17,13 @@ def verify_draft(targets_RS: Tensor, drafts_RK: Tensor) -> Tensor:
     """
     agree = (targets_RS[:, : drafts_RK.shape[1]] == drafts_RK).to(torch.int64)
     return agree.cumprod(dim=1).sum(dim=1)
+
+
+def confident_drafts(logits_NV: Tensor, temperature: float, margin: float) -> Tensor:
+    """`accept: margin`: whose log p(best) − log p(second best) passes `margin` nats at the temperature. [N]
+
+    >>> confident_drafts(torch.tensor([[5.0, 1.0, 0.0], [1.0, 0.5, 0.0]]), temperature=1.0, margin=2.0)
+    tensor([ True, False])
+    """
+    best, second = logits_NV.float().topk(2, dim=-1).values.unbind(-1)
+    return (best - second) / (temperature or 1.0) > margin

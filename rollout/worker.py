@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from policies.policy import Policy
+from rollout.draft_depth import CostTable
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
@@ -47,9 +48,15 @@ class Worker:
         """Take over weights; returns the digest of what arrived (contract 5)."""
         return self.engine.publish(unpack(packed), version)
 
-    def sample(self, prompts: list[Prompt], params: SamplingParams, version: int) -> list[RolloutGroup]:
+    def measure_costs(self, rows: int) -> CostTable:
+        return self.engine.measure_costs(min(rows, self.engine.max_rows))
+
+    def sample(
+        self, prompts: list[Prompt], params: SamplingParams, version: int, costs: CostTable | None = None
+    ) -> list[RolloutGroup]:
         if self.engine.version != version:
             raise RolloutError(
                 f"a worker holds policy version {self.engine.version}, but version {version} was asked for"
             )
+        self.engine.costs = costs or self.engine.costs
         return self.engine.sample(prompts, params)

@@ -157,3 +157,41 @@ def random_policy() -> Callable[..., Any]:
         return Policy(trunk, head, tokenizer)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def hf_policy() -> Callable[..., Any]:
+    """`hf_policy("qwen3", seed, **config)`: a micro policy of another architecture; norms and biases are random too."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from policies.policy import Policy
+    from policies.presets import small_tokenizer
+
+    torch.set_num_threads(1)
+    tokenizer = small_tokenizer(["3 + 4 = 7\n", "how many apples are left?\n"])
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
+
+    def build(kind: str, seed: int = 0, **given: Any) -> Policy:
+        config = AutoConfig.for_model(kind, **sizes | given)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            for name, tensor in trunk.state_dict().items():
+                if "norm" in name or name.endswith("bias"):
+                    tensor.add_(0.3 * torch.randn(tensor.shape))
+        return Policy(trunk, None, tokenizer)
+
+    return build

@@ -2,7 +2,11 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -285,3 +289,63 @@ def test_the_manifest_lists_every_other_file(tmp_path):
     files = json.loads((path / "manifest.json").read_text())["files"]
     assert sorted([*files, "manifest.json"]) == sorted(file.name for file in path.iterdir())
     assert all(file["bytes"] == (path / name).stat().st_size for name, file in files.items())
+
+
+SAVES = """
+import sys, torch
+from pathlib import Path
+from grpo import checkpoint
+torch.set_num_threads(1)
+root, step = Path(sys.argv[1]), int(sys.argv[2])
+print("ready", flush=True)
+while True:
+    step += 1
+    tensors = {"policy": {"weight": torch.full((3, 4), float(step)), "big": torch.full((400, 400), float(step))},
+               "optimizer": {"step": torch.tensor(float(step))}}
+    checkpoint.save(root, step, tensors, {"value": float(step)}, keep=2)
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_contract_9_kill_9_at_random_moments_of_real_saves_loses_nothing_that_was_announced(tmp_path):
+    """A process saves one checkpoint after the other until it is killed; the next goes on behind what it left."""
+    generator, step = random.Random(5), 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVES, str(tmp_path), str(step)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(generator.uniform(0.01, 0.25))
+        process.kill()
+        announced = [int(line) for line in process.stdout.read().split()]
+        process.wait()
+        newest = checkpoint.find(tmp_path, "auto")
+        found = 0 if newest is None else int(_value(newest))
+        assert found in ((announced or [step])[-1], (announced or [step])[-1] + 1)
+        for visible in tmp_path.glob("step_*"):
+            _value(visible)
+        step = found
+    assert step > 8, "many saves were made in between"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full_loses_nothing(small_disk):
+    tensors = {"policy": {"weight": torch.full((3, 4), 1.0), "big": torch.zeros(300, 300)}}  # 360 kB
+    checkpoint.save(small_disk, 1, tensors, {"value": 1.0})
+    for attempt in (2, 3):
+        with pytest.raises(CheckpointError, match=rf"step_00000{attempt}: .*needs \d+ bytes, \d+ are free: make room"):
+            checkpoint.save(small_disk, attempt, tensors, {"value": 2.0}, keep=1)
+        assert [path.name for path in small_disk.iterdir()] == ["step_000001"]
+        assert checkpoint.load(small_disk / "step_000001").state == {"value": 1.0}

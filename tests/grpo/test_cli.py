@@ -267,10 +267,14 @@ def test_eval_writes_what_its_table_shows(run, model, tmp_path, capsys):
         assert list(document["evaluations"]) == ["sampled", "greedy"]
         for name, row in document["evaluations"].items():
             assert row["prompts"] == 3
-            line = next(line for line in shown.splitlines() if name in line)
-            assert f"{row['correct']}/{row['completions']}" in line
-            assert f"{row['accuracy']:.3f}" in line
-            assert f"{row['tokens_per_forward']:.2f}" in line
+            column = ["sampled", "greedy"].index(name) + 2
+            for label, figure in (
+                ("correct", f"{row['correct']} of {row['completions']}"),
+                ("accuracy", f"{row['accuracy']:.3f} ("),
+                ("tokens per forward", f"{row['tokens_per_forward']:.2f}"),
+            ):
+                [line] = [line for line in shown.splitlines() if f"│ {label} " in line]
+                assert line.split("│")[column].strip().startswith(figure)
         assert "hardware" in document["environment"]
 
 
@@ -344,7 +348,7 @@ def test_a_bug_keeps_its_traceback(run, monkeypatch):
     def broken(*_: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("grpo.report.evaluations", broken)
+    monkeypatch.setattr("grpo.eval_report.show", broken)
     with pytest.raises(KeyError):
         main(["eval", str(run), "--threads", "1"])
 
@@ -432,6 +436,6 @@ def test_an_interrupted_command_without_checkpoints_promises_none(run, monkeypat
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grpo.evaluate.evaluate_model", interrupt)
+    monkeypatch.setattr("grpo.eval_command.evaluate_model", interrupt)
     assert main(["eval", str(run)]) == 130
     assert capsys.readouterr().err == "quartet: interrupted\n"

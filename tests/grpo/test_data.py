@@ -1,10 +1,13 @@
+import csv
 import json
 from pathlib import Path
 
 import datasets
 import pytest
 
+from grpo.config import DataOptions, RewardOptions, ScoringOptions
 from grpo.data import Example, clean_solution, load_examples
+from grpo.task import Task
 
 GSM8K = Path(__file__).parents[2] / "../shared/data/gsm8k"
 needs_gsm8k = pytest.mark.skipif(not (GSM8K / "train.jsonl").is_file(), reason=f"no GSM8K in {GSM8K}")
@@ -139,6 +142,126 @@ def test_bad_rows_are_listed_before_training_ten_and_a_count(tmp_path):
         "row 7: 'answer' is a list instead of text",
     ]
     assert rows[5:] == [f"row {n}: 'answer' is missing" for n in range(8, 13)] + ["... and 4 more"]
+
+
+GOOD = {"question": "1 + 1 = ?", "answer": "2"}
+BAD_VALUES = [None, "", " \n", ["2"], {"value": 2}, True]
+FAULTS = ["missing", "empty", "empty", "a list", "a dict", "a bool"]
+
+
+def _write(path, rows):
+    """`rows` in the format that the name of `path` says; a CSV or Parquet file holds what its format can."""
+    if path.suffix == ".jsonl":
+        write_jsonl(path, rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["question", "answer"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "hub"])
+@pytest.mark.parametrize("column", ["question", "answer"])
+def test_every_kind_of_bad_value_is_named_by_row(kind, column, tmp_path, monkeypatch):
+    rows = [GOOD, *({**GOOD, column: value} for value in BAD_VALUES), {k: v for k, v in GOOD.items() if k != column}]
+    if kind == "hub":
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+        source = "someone/sums"
+    else:
+        source = str(_write(tmp_path / f"rows.{kind}", rows))
+    with pytest.raises(ValueError) as error:
+        load_examples(source, "train")
+    head, *lines = str(error.value).split("\n")
+    assert head == f"{source} has bad rows (7 of 8):"
+    for number, (line, fault) in enumerate(zip(lines, [*FAULTS, "missing"], strict=True), start=2):
+        assert line.startswith(f"row {number}: {column!r} is {fault}")
+
+
+def test_bad_values_that_csv_can_hold(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('question,answer\n1 + 1 = ?,2\n"",2\n1 + 1 = ?," "\n1 + 1 = ?\n')
+    with pytest.raises(ValueError) as error:
+        load_examples(path, "train")
+    assert str(error.value).split("\n")[1:] == [
+        "row 2: 'question' is empty",
+        "row 3: 'answer' is empty",
+        "row 4: 'answer' is missing",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "faults"),
+    [
+        (["2", None, ""], {2: "missing", 3: "empty"}),
+        ([["2"], [], None], {1: "a list", 2: "a list", 3: "missing"}),
+        ([2.0, float("nan"), float("inf")], {2: "nan instead of text", 3: "inf instead of text"}),
+        ([b"2", b"3", b"4"], {1: "a bytes", 2: "a bytes", 3: "a bytes"}),
+    ],
+)
+def test_bad_values_that_parquet_can_hold(values, faults, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = _write(tmp_path / "rows.parquet", [{**GOOD, "answer": value} for value in values])
+    with pytest.raises(ValueError) as error:
+        load_examples(path, "train")
+    lines = str(error.value).split("\n")[1:]
+    assert len(lines) == len(faults)
+    for line, (number, fault) in zip(lines, faults.items(), strict=True):
+        assert line.startswith(f"row {number}: 'answer' is {fault}")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_a_missing_column_is_named_in_every_format(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = _write(tmp_path / f"rows.{kind}", [GOOD])
+    with pytest.raises(ValueError, match=r"no column 'solution'; its columns are question, answer"):
+        load_examples(path, "train", solution_column="solution")
+
+
+def test_a_number_that_is_no_number_is_bad(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "answer": NaN}\n{"question": "q", "answer": 7}\n')
+    with pytest.raises(ValueError, match=r"\(1 of 2\):\nrow 1: 'answer' is nan instead of text"):
+        load_examples(path, "train")
+
+
+def test_text_that_is_not_utf_8_is_named_by_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"question": "q", "answer": "1"}\n{"question": "caf\xe9", "answer": "1"}\n')
+    with pytest.raises(ValueError, match=r"\(1 of 2\):\nrow 2: not JSON \('utf-8' codec can't decode byte 0xe9"):
+        load_examples(path, "train")
+
+
+@pytest.mark.parametrize("content", [b'question,answer\n"q,1\nr,2\n', b"question,answer\ncaf\xe9,1\n"])
+def test_a_csv_file_that_cannot_be_read_is_named(tmp_path, content):
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows\.csv is not CSV in UTF-8: .* \(behind line \d\)"):
+        load_examples(tmp_path / "rows.csv", "train")
+
+
+def test_a_parquet_file_that_is_none_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=r"could not load the dataset parquet, .*rows\.parquet"):
+        load_examples(tmp_path / "rows.parquet", "train")
+
+
+@pytest.mark.parametrize("function", ["gsm8k", "gsm8k_flexible", "gsm8k_boxed"])
+def test_a_gold_answer_that_the_reward_cannot_read_is_a_bad_row(function, tmp_path):
+    rows = [*ROWS[:2], {"question": "2 + 1 = ?", "answer": "It is three."}, {"question": "q", "answer": "#### none"}]
+    data = DataOptions(name=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    with pytest.raises(ValueError) as error:
+        Task(data, [RewardOptions(function=function)], ScoringOptions())
+    head, third, fourth = str(error.value).split("\n")
+    assert head.endswith("rows.jsonl has bad rows (2 of 4):")
+    assert third.startswith("row 3: the gold answer 'It is three.' has no number")
+    assert fourth.startswith("row 4: the gold answer '#### none' has no number")
+    with Task(data, [RewardOptions(function="length_penalty", arguments={"target": 5})], ScoringOptions()) as task:
+        assert len(task.train) == 4
 
 
 def test_a_csv_row_with_too_many_fields_is_bad(tmp_path):

@@ -1,25 +1,17 @@
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
-from rich.console import Console
 
 from grpo import evaluate as evaluation
-from grpo.config import DataOptions, RewardOptions, ScoringOptions
-from grpo.evaluate import (
-    Evaluation,
-    as_metrics,
-    evaluate,
-    evaluate_model,
-    measure_speed,
-    wilson_interval,
-)
-from grpo.inference_config import EvalConfig, defaults_of_run
+from grpo.config import DataOptions, EvalOptions, RewardOptions, ScoringOptions
+from grpo.eval_metrics import estimate, wilson_interval
+from grpo.evaluate import as_metrics, evaluate, evaluate_run, failure_kinds, measure_speed
 from grpo.metrics import check
-from grpo.options import load
+from grpo.run_log import RunLog, read_metrics
 from grpo.task import Task
-from grpo.train import Trainer
+from rewards import RewardError
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 
@@ -52,22 +44,6 @@ def _task(*rewards: RewardOptions, on_error: str = "abort") -> Task:
     return Task(data, rewards or [RewardOptions(function="gsm8k")], ScoringOptions(on_error=on_error))
 
 
-@pytest.mark.parametrize(
-    ("hits", "trials", "expected"),
-    [(1, 10, (0.0179, 0.4042)), (0, 20, (0.0, 0.1611)), (20, 20, (0.8389, 1.0)), (50, 100, (0.4038, 0.5962))],
-)
-def test_the_interval_is_wilsons(hits, trials, expected):
-    """Against the roots of (p - hits/trials)² = z² p (1 - p) / trials, which define it, and published values."""
-    low, high = wilson_interval(hits, trials)
-    assert (low, high) == pytest.approx(expected, abs=1e-4)
-    for p in (low, high):
-        assert (p - hits / trials) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / trials, abs=1e-12)
-
-
-def test_nothing_tried_is_nothing_known():
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-
-
 def test_an_evaluation_counts_what_was_sampled():
     pool = FakePool([_completion("#### 42", 4), _completion("#### 41", 6, "length", forwards=3)])
     heard = []
@@ -75,10 +51,12 @@ def test_an_evaluation_counts_what_was_sampled():
         result = evaluate(pool, task, _prompts(5), SAMPLING, prompts_per_batch=2, on_finished=heard.append)
     assert [count for count, _ in pool.asked] == [2, 2, 1]
     assert heard == [4, 4, 2]
-    assert (result.prompts, result.completions, result.correct, result.abstained) == (5, 10, 5, 0)
+    assert (result.prompts, result.completions, result.correct, result.without_mark) == (5, 10, 5, 0)
     assert result.accuracy == 0.5
-    assert result.interval == wilson_interval(5, 10)
+    same_everywhere = estimate([0.5] * 5)  # each problem was solved by one of its two completions
+    assert result.interval == (same_everywhere.low, same_everywhere.high)
     assert result.reward_mean == pytest.approx((1.5 + 1.0) / 2)  # weighted; `correct` is the first function's mark
+    assert result.parts == {"gsm8k": 0.5, "gsm8k_format": 1.0}
     assert result.length_mean == 5.0
     assert result.clipped == 0.5
     assert result.tokens_per_forward == (3 + 5) / (2 + 3)  # first tokens come from the prefill
@@ -86,28 +64,160 @@ def test_an_evaluation_counts_what_was_sampled():
     assert len(result.groups) == 5
 
 
-def test_contract_6_a_completion_without_a_mark_is_not_counted_as_wrong(tmp_path):
-    path = tmp_path / "own.py"
-    path.write_text(
-        "def own(completions, **_):\n"
-        "    if 'fail' in completions:\n"
-        "        raise ValueError('boom')\n"
-        "    return [None if c == 'abstain' else float(c == '#### 42') for c in completions]\n"
-    )
-    texts = ("#### 42", "fail", "abstain", "#### 41")
-    pool = FakePool([_completion(text) for text in texts])
-    with _task(RewardOptions(function=f"{path}:own"), on_error="drop_sample") as task:
+def test_one_completion_a_problem_has_the_wilson_interval():
+    pool = FakePool([_completion("#### 42")])
+    with _task() as task:
+        result = evaluate(pool, task, _prompts(7), replace(SAMPLING, group_size=1))
+    assert result.interval == pytest.approx(wilson_interval(7, 7))
+
+
+def test_pass_at_k_and_majorities_of_several_samples():
+    """Of every four completions one is right, in third place, and two agree on the same wrong number."""
+    pool = FakePool([_completion(text) for text in ("#### 7", "#### 7.0", "#### 42", "no idea")])
+    with _task() as task:
         result = evaluate(pool, task, _prompts(3), replace(SAMPLING, group_size=4))
-    assert (result.completions, result.correct, result.abstained) == (6, 3, 6)
+    assert {k: (passed.value, passed.problems) for k, passed in result.pass_at.items()} == {
+        1: (0.25, 3),
+        2: (0.5, 3),
+        4: (1.0, 3),
+    }
+    # of 1: a wrong number twice, the right one, none; of 2: 7 against 42; of 4: 7
+    assert {k: vote.value for k, vote in result.majority_at.items()} == {1: 0.25, 2: 0.5, 4: 0.0}
+    assert result.accuracy == result.pass_at[1].value
+    metrics = as_metrics({"sampled": result, "greedy": result})
+    assert (metrics["eval/pass_at_2"], metrics["eval/majority_at_4"]) == (0.5, 0.0)
+    assert "eval/pass_at_1" not in metrics
+
+
+def test_drafts_and_fallbacks_are_summed_over_completions():
+    drafted = [DraftStats(4, [4, 4], [3, 1], fallbacks=1), DraftStats(6, [6, 6, 6], [5, 3, 3], fallbacks=2)]
+    pool = FakePool([replace(_completion("#### 42"), draft=draft) for draft in drafted])
+    with _task() as task:
+        result = evaluate(pool, task, _prompts(2), SAMPLING)
+        one_token = replace(_completion("#### 42", 1), draft=DraftStats(0, [0, 0], [0, 0]))
+        plain = evaluate(FakePool([one_token] * 2), task, _prompts(2), SAMPLING)
+    assert result.acceptance == [8 / 10, 4 / 10, 3 / 6]
+    assert result.fallback_rate == 3 / 10
+    assert (plain.acceptance, plain.fallback_rate, plain.tokens_per_forward) == ([], 0.0, 1.0)
+
+
+OWN = """
+def own(completions, **_):
+    if "fail" in completions:
+        raise ValueError("boom")
+    return [None if c == "abstain" else float(c == "#### 42") for c in completions]
+"""
+
+
+@pytest.fixture
+def own(tmp_path) -> RewardOptions:
+    """A reward that abstains, and raises."""
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    return RewardOptions(function=f"{path}:own")
+
+
+def test_contract_6_a_completion_without_a_mark_is_not_counted_as_wrong(own):
+    pool = FakePool([_completion(text) for text in ("#### 42", "fail", "abstain", "#### 41")])
+    with _task(own, on_error="drop_sample") as task:
+        result = evaluate(pool, task, _prompts(3), replace(SAMPLING, group_size=4))
+    assert (result.completions, result.correct) == (6, 3)
+    assert (result.without_mark, result.abstained) == (6, 3)
     assert result.accuracy == 0.5
+    assert (result.pass_at[2].value, result.pass_at[2].problems) == (1.0, 3)  # of the two that have a mark
+    assert (result.pass_at[4].problems, result.pass_at[4].low, result.pass_at[4].high) == (0, 0.0, 1.0)
+    assert failure_kinds(result.failures) == {"own: raised": 3}
+    assert {(failure.prompt_id, failure.sample_index) for failure in result.failures} == {
+        ("p/0", 1),
+        ("p/1", 1),
+        ("p/2", 1),
+    }
+
+
+def test_a_number_that_stands_in_for_a_failure_is_a_mark_and_the_failure_stays_counted(own):
+    pool = FakePool([_completion("#### 42"), _completion("fail")])
+    with _task(own, on_error="score=0") as task:
+        result = evaluate(pool, task, _prompts(2), SAMPLING)
+    assert (result.completions, result.correct, result.without_mark, result.abstained) == (4, 2, 0, 0)
+    assert failure_kinds(result.failures) == {"own: raised": 2}
+
+
+def test_every_batch_is_scored_and_handed_on_before_the_next_is_sampled():
+    events = []
+
+    class Watched(FakePool):
+        def sample(self, prompts, params, on_finished=None):
+            events.append(("sampled", [prompt.prompt_id for prompt in prompts]))
+            return super().sample(prompts, params, on_finished)
+
+    def handed_on(groups, scores):
+        events.append(("scored", [group.prompt.prompt_id for group in groups], [score.rewards for score in scores]))
+
+    with _task() as task:
+        evaluate(
+            Watched([_completion("#### 42")]),
+            task,
+            _prompts(3),
+            replace(SAMPLING, group_size=1),
+            prompts_per_batch=2,
+            on_batch=handed_on,
+        )
+    assert events == [
+        ("sampled", ["p/0", "p/1"]),
+        ("scored", ["p/0", "p/1"], [[1.0], [1.0]]),
+        ("sampled", ["p/2"]),
+        ("scored", ["p/2"], [[1.0]]),
+    ]
 
 
 def test_metrics_of_an_evaluation_are_documented():
-    result = Evaluation(2, 2, 0, 1, 0.5, 4.0, 0.0, 2.0, 1.0, 8.0, [])
-    metrics = as_metrics({"sampled": result, "greedy": replace(result, correct=2)})
+    with _task() as task:
+        right = evaluate(FakePool([_completion("#### 42"), _completion("#### 41")]), task, _prompts(2), SAMPLING)
+    metrics = as_metrics({"sampled": replace(right, seconds=1.5), "greedy": replace(right, correct=4, seconds=0.5)})
     assert (metrics["eval/accuracy"], metrics["eval/accuracy_greedy"]) == (0.5, 1.0)
+    assert metrics["eval/part/gsm8k"] == 0.5
     assert metrics["time/evaluate"] == 2.0
     assert all(check(name) for name in metrics)
+
+
+# ---- inside a run ---------------------------------------------------------------------------------------------------
+
+
+def _events(folder):
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_inside_a_run_failures_are_events_and_results_are_metrics_and_a_plot(own, tmp_path):
+    pytest.importorskip("matplotlib")
+    pool = FakePool([_completion("#### 42"), _completion("fail")])
+    options = EvalOptions(samples=2, prompts_per_batch=4)
+    folder = tmp_path / "run"
+    with _task(own, on_error="drop_sample") as task, RunLog(folder, "", trackers=[], quiet=True) as log:
+        for step in (0, 5):
+            results = evaluate_run(pool, task, _prompts(2), SAMPLING, options, log, step)
+    assert results["sampled"].without_mark == 2
+    failed = [event for event in _events(folder) if event["event"] == "reward_error"]
+    assert [(e["step"], e["evaluation"], e["prompt_id"], e["kind"]) for e in failed] == [
+        (step, "sampled", prompt, "raised") for step in (0, 5) for prompt in ("p/0", "p/1")
+    ]
+    assert [(row["step"], row["eval/accuracy"], row["eval/reward_errors"]) for row in read_metrics(folder)] == [
+        (0, 1.0, 2),
+        (5, 1.0, 2),
+    ]
+    assert [file.name for file in (folder / "plots").iterdir()] == ["eval_accuracy.png"]
+
+
+def test_inside_a_run_that_aborts_the_failure_is_an_event_too(own, tmp_path):
+    pool = FakePool([_completion("#### 42"), _completion("fail")])
+    folder = tmp_path / "run"
+    with (
+        _task(own) as task,
+        RunLog(folder, "", trackers=[], quiet=True) as log,
+        pytest.raises(RewardError, match="boom"),
+    ):
+        evaluate_run(pool, task, _prompts(2), SAMPLING, EvalOptions(samples=2), log, 5)
+    [event] = [event for event in _events(folder) if event["event"] == "reward_error"]
+    assert (event["step"], event["prompt_id"], event["sample_index"]) == (5, "p/0", 1)
 
 
 def test_speed_is_measured_in_turn_with_the_same_prompts(monkeypatch):
@@ -129,88 +239,3 @@ def test_speed_is_measured_in_turn_with_the_same_prompts(monkeypatch):
     assert [params.draft_tokens for _, params in asked] == [0, 3] * 5
     assert [ids for ids, _ in asked[:4]] == [["p/0", "p/1"]] * 2 + [["p/2", "p/0"]] * 2
     assert {params.group_size for _, params in asked} == {1}
-
-
-# ---- `quartet eval` -------------------------------------------------------------------------------------------------
-
-
-def _same_results(a: Evaluation, b: Evaluation) -> bool:
-    timed = {"seconds", "tokens_per_second", "groups"}
-    tokens = [[c.token_ids for group in result.groups for c in group.completions] for result in (a, b)]
-    return tokens[0] == tokens[1] and all(
-        value == getattr(b, name) for name, value in vars(a).items() if name not in timed
-    )
-
-
-@pytest.fixture(scope="module")
-def trained(micro_config, tmp_path_factory):
-    """The folder of a run with nothing at its default that decides what is evaluated, and its summary."""
-    folder = tmp_path_factory.mktemp("eval") / "run"
-    given = {
-        "seed": 3,
-        "steps": 1,
-        "data.levels": [1, 2],
-        "data.template": "Q: {question}\nA: ",
-        "data.few_shot": 1,
-        "eval.limit": 5,
-        "eval.levels": [1, 2],
-        "rollout.temperature": 0.8,
-    }
-    return folder, Trainer(micro_config(folder, **given)).run()
-
-
-def test_a_run_folder_brings_its_held_out_problems_along(trained):
-    """`quartet eval RUN` meets the problems, prompts and noise of the run's own last evaluation."""
-    folder, summary = trained
-    config = load(EvalConfig, None, defaults_of_run(folder) | {"model": str(folder), "threads": 1})
-    assert config.template == "Q: {question}\nA: "
-    assert config.limit == 5
-    results = evaluate_model(config, Console(quiet=True))
-    for name in ("sampled", "greedy"):
-        assert _same_results(results[name], summary["evaluations"][f"after GRPO, {name}"])
-    assert results["sampled"].groups[0].prompt.text.count("Q: ") == 2  # the worked example is there
-
-
-def test_levels_and_split_of_the_evaluation_win_over_those_of_training(micro_config, tmp_path):
-    given = {"steps": 1, "eval.limit": 4, "eval.levels": [2], "data.levels": [1]}
-    Trainer(micro_config(tmp_path / "r", **given)).run()
-    config = load(EvalConfig, None, defaults_of_run(tmp_path / "r") | {"model": str(tmp_path / "r"), "threads": 1})
-    groups = evaluate_model(config, Console(quiet=True))["greedy"].groups
-    assert [group.prompt.columns["level"] for group in groups] == [2] * 4
-
-
-def test_drafts_never_change_an_evaluation(trained):
-    folder, _ = trained
-    base = defaults_of_run(folder) | {"model": str(folder), "threads": 1}
-    results = [
-        evaluate_model(load(EvalConfig, None, base | given), Console(quiet=True))
-        for given in ({"draft_tokens": 0}, {"draft_tokens": 3}, {"prompts_per_batch": 2})
-    ]
-    for other in results[1:]:
-        for name in ("sampled", "greedy"):
-            a, b = results[0][name], other[name]
-            assert _same_results(replace(a, tokens_per_forward=0), replace(b, tokens_per_forward=0))
-
-
-def test_several_samples_a_problem(trained):
-    folder, _ = trained
-    config = load(EvalConfig, None, defaults_of_run(folder) | {"model": str(folder), "threads": 1, "samples": 3})
-    results = evaluate_model(config, Console(quiet=True))
-    assert results["sampled"].completions == 15
-    assert results["greedy"].completions == 5
-
-
-def test_a_folder_that_is_no_run_brings_nothing(tmp_path):
-    assert defaults_of_run(tmp_path) == {}
-
-
-def test_evaluation_leaves_the_policy_alone(trained):
-    from policies.policy import Policy
-
-    folder, _ = trained
-    before = Policy.load(folder / "policy").state_dict()
-    evaluate_model(
-        load(EvalConfig, None, defaults_of_run(folder) | {"model": str(folder), "threads": 1}), Console(quiet=True)
-    )
-    after = Policy.load(folder / "policy").state_dict()
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

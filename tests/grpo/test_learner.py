@@ -72,6 +72,7 @@ def _rows(policy: Policy, **given) -> list[PackedRow]:
     return _learner(policy).prepare(_groups(policy, **given), _scores()).rows
 
 
+@torch.no_grad()
 def _all_logprobs(learner: Learner, rows: list[PackedRow], budget: int) -> dict[int, list[float]]:
     """The learner's log-probabilities of every sample, by its index."""
     found = {}
@@ -167,7 +168,9 @@ def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy):
     torch.testing.assert_close(loss, 2.0 * expected_loss / tokens, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("given", [{}, {"loss_type": "grpo"}, {"loss_type": "dr_grpo"}, {"beta": 0.1}])
+@pytest.mark.parametrize(
+    "given", [{}, {"loss_type": "grpo"}, {"loss_type": "dr_grpo"}, {"beta": 0.1}, {"top_entropy_quantile": 0.3}]
+)
 def test_contract_10_micro_batches_and_split_rows_change_nothing(micro_policy, given):
     """One forward for all; a row each; and rows that are cut, so that a group meets its prompt twice."""
     results = []
@@ -202,6 +205,68 @@ def test_contract_10_a_tied_group_adds_nothing_and_stays_in_the_denominator(micr
     part.step(part.prepare(groups[:2], _scores(REWARDS[:2])), 1)
     assert batch.tokens_read == 21  # its forward was spared
     _assert_close(_gradients(whole.policy), {n: g * 21 / 28 for n, g in _gradients(part.policy).items()})
+
+
+def _stock_entropies(policy: Policy, groups: list[RolloutGroup]) -> list[torch.Tensor]:
+    """Of every completion's tokens, by transformers' own forward."""
+    entropies = []
+    for group in groups:
+        for completion in group.completions:
+            ids = group.prompt.token_ids + completion.token_ids
+            logits = policy.trunk(input_ids=torch.tensor([ids])).logits[0, len(group.prompt.token_ids) - 1 : -1]
+            entropies.append(torch.distributions.Categorical(logits=logits).entropy())
+    return entropies
+
+
+@pytest.mark.parametrize("budget", [10_000, 9])
+@pytest.mark.parametrize("masking", [False, True])
+def test_top_entropy_is_the_top_of_the_whole_step(micro_policy, budget, masking):
+    """By hand: the tied group's tokens are in the quantile, though its advantages are zero; masked completions not."""
+    policy = micro_policy(3)
+    groups = _groups(policy, seed=3)
+    groups[0].completions[2].finish_reason = "length"
+    counted = [not masking or c.finish_reason == "stop" for group in groups for c in group.completions]
+    by_hand = copy.deepcopy(policy)
+    learner = _learner(
+        policy, top_entropy_quantile=0.5, tokens_per_micro_batch=budget, mask_truncated_completions=masking
+    )
+    metrics = learner.step(learner.prepare(groups, _scores()), 1)
+    with torch.no_grad():
+        entropies = _stock_entropies(by_hand, groups)
+    pool = torch.cat([e for e, kept in zip(entropies, counted, strict=True) if kept])
+    highest = pool.sort(descending=True).values[: math.ceil(0.5 * len(pool))]
+    untied = torch.cat([e for e, kept in zip(entropies[:6], counted[:6], strict=True) if kept])
+    alone = untied.sort(descending=True).values[: math.ceil(0.5 * len(untied))]
+    assert len(alone) != (untied >= highest[-1]).sum()  # without the tied group, others would be the top
+    loss = torch.zeros(())
+    for g, (group, rewards) in enumerate(zip(groups[:2], REWARDS[:2], strict=True)):
+        ids = [completion.token_ids for completion in group.completions]
+        scored = _stock_logprobs(by_hand, group.prompt.token_ids, ids)
+        for i, (logprobs, advantage) in enumerate(zip(scored, _advantages(rewards), strict=True)):
+            chosen = (entropies[3 * g + i] >= highest[-1] - 1e-6) * counted[3 * g + i]
+            loss = loss - (advantage * (logprobs - logprobs.detach()).exp() * chosen).sum() / len(pool)
+    loss.backward()
+    assert metrics["loss/policy"] == pytest.approx(loss.item(), abs=1e-5)
+    assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    expected = {name: g for name, g in _gradients(by_hand.trunk).items() if g.norm() > 1e-6}
+    _assert_close({name: policy.trunk.get_parameter(name).grad for name in expected}, expected, relative=1e-3)
+
+
+def test_top_entropy_follows_the_policy_from_update_to_update(micro_policy):
+    policy = micro_policy(3)
+    learner = _learner(policy, top_entropy_quantile=0.3, updates_per_batch=3, learning_rate=1e-2, epsilon=0.05)
+    thresholds, look_ahead = [], learner._look_ahead
+
+    def noted(*given):
+        logprobs, threshold = look_ahead(*given)
+        thresholds.append((logprobs is not None, threshold.item()))
+        return logprobs, threshold
+
+    learner._look_ahead = noted
+    metrics = learner.step(learner.prepare(_groups(policy, seed=3), _scores()), 1)
+    assert [is_old for is_old, _ in thresholds] == [True, False, False]  # the ratio's anchor stays
+    assert len({value for _, value in thresholds}) == 3
+    assert metrics["policy/clip_fraction"] > 0
 
 
 # ---- contracts 1, 7 and 8 -------------------------------------------------------------------------------------------
@@ -710,9 +775,10 @@ def test_load_statistics_count_the_tokens_of_the_completions_once(micro_policy):
     learner = _learner(policy, beta=0.1)
     batch = learner.prepare(_groups(policy), _scores())
     metrics = learner.step(batch, 1)
-    assert learner.expert_counts.shape == (1, 4)
-    assert learner.expert_counts.sum() == 2 * 28  # two experts a token; the reference's forward is not counted
-    load = learner.expert_counts[0] / 14
+    counts = learner.balancer.counts
+    assert counts.shape == (1, 4)
+    assert counts.sum() == 2 * 28  # two experts a token; the reference's forward is not counted
+    load = counts[0] / 14
     assert metrics["moe/load_max"] == pytest.approx(load.max().item())
     assert metrics["moe/max_violation"] == pytest.approx(load.max().item() - 1)
 

@@ -1,8 +1,10 @@
 """The losses by hand, against the installed TRL, by finite differences, and split into micro-batches (contract 10)."""
 
 import doctest
+import inspect
 import math
 from collections import defaultdict
+from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import torch
 
 import grpo.losses
 import grpo.surrogates
+from grpo.config import LearnerOptions, LossOptions
 from grpo.losses import entropy_threshold, mask_truncated_completions, policy_loss, value_loss
 from grpo.surrogates import importance_correction, kl_penalty
 from policies.logprobs import entropy, token_logprobs
@@ -309,7 +312,7 @@ def test_contract_10_micro_batching_changes_nothing(loss_type, variant):
     mask = given["mask"]
     options = VARIANTS[variant] | LOSS_TYPES[loss_type] | {"loss_type": loss_type}
     if variant == "top entropy":
-        options["top_entropy_threshold"] = entropy_threshold(entropy(logits), mask, 0.4)
+        options["top_entropy_threshold"] = entropy_threshold(entropy(logits)[mask], 0.4)
     whole, whole_metrics = toy_loss(logits, token_ids, given, **options)
     [whole_gradient] = torch.autograd.grad(whole, logits)
     counts = {"num_completion_tokens": int(mask.sum()), "num_sequences": len(mask)}
@@ -510,6 +513,27 @@ def test_equals_trl(loss_type, level, variant):
         assert gradients[0].abs().max() > 1e-3
         if level == "token" and loss_type in ("grpo", "dr_grpo", "dapo", "bnpo"):
             assert metrics["policy/clip_fraction"].item() == pytest.approx(trl_metrics["clip_ratio/region_mean"][0])
+
+
+def test_options_and_defaults_are_those_of_trl():
+    """Same name, same default, and the same names for the same choices."""
+    from trl import GRPOConfig
+
+    theirs = {field.name: field.default for field in fields(GRPOConfig)}
+    shared = {name: field.default for name, field in LossOptions.model_fields.items() if name in theirs}
+    assert shared.keys() == {
+        *("loss_type", "importance_sampling_level", "scale_rewards", "multi_objective_aggregation", "epsilon"),
+        *("epsilon_high", "delta", "beta", "entropy_coef", "top_entropy_quantile", "mask_truncated_completions"),
+        *("sapo_temperature_pos", "sapo_temperature_neg"),
+    }
+    assert shared == {name: theirs[name] for name in shared}
+    assert theirs["use_bias_correction_kl"]
+    assert LossOptions().kl_estimator == "unbiased"
+    assert theirs["vllm_importance_sampling_clip_max"] == LossOptions().importance_clip_max
+    assert theirs["vllm_importance_sampling_clip_min"] == LossOptions().importance_clip_min
+    assert theirs["num_iterations"] == LearnerOptions().updates_per_batch
+    for name in ("epsilon", "epsilon_high"):
+        assert inspect.signature(policy_loss).parameters[name].default == theirs[name]
 
 
 @pytest.mark.parametrize("mode", MODES)

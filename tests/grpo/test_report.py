@@ -1,4 +1,3 @@
-import json
 import re
 from dataclasses import replace
 
@@ -6,18 +5,22 @@ import pytest
 from rich.console import Console
 
 from grpo import report
+from grpo.draft_colours import pieces
 from grpo.config import SftConfig
 from grpo.evaluate import Evaluation, Speed
 from grpo.learner import Learner
 from grpo.options import load
 from policies.policy import PolicyError
+from rewards.group_score import RewardFailure
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 
 RESULT = Evaluation(
     prompts=10,
     completions=20,
+    without_mark=0,
     abstained=0,
     correct=5,
+    interval=(0.11, 0.47),
     reward_mean=0.3,
     length_mean=12.5,
     clipped=0.1,
@@ -26,6 +29,16 @@ RESULT = Evaluation(
     tokens_per_second=125.4,
     groups=[],
 )
+
+
+class Spelt:
+    """A tokenizer whose tokens spell as given, in bytes or text."""
+
+    def __init__(self, spelling: dict[int, str | bytes]) -> None:
+        self.spelling = {token: text.encode() if isinstance(text, str) else text for token, text in spelling.items()}
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return b"".join(self.spelling[token] for token in token_ids).decode("utf-8", "replace")
 
 
 @pytest.fixture
@@ -53,14 +66,14 @@ def test_groups_as_json_is_the_documented_form_to_the_letter():
                 "token_ids": [4, 2, 0],
                 "logprobs": [-0.1, -0.2, -0.3],
                 "finish_reason": "stop",
-                "draft": {"target_forwards": 1, "drafted": [2, 2], "accepted": [1, 0], "fallbacks": 0},
+                "draft": {"target_forwards": 1, "drafted": [2, 2], "accepted": [1, 0], "fallbacks": 0, "depths": []},
             },
             {
                 "text": "\x1b[31m41",
                 "token_ids": [4, 1],
                 "logprobs": [-0.1, -1.2],
                 "finish_reason": "length",
-                "draft": {"target_forwards": 1, "drafted": [1, 1], "accepted": [0, 0], "fallbacks": 0},
+                "draft": {"target_forwards": 1, "drafted": [1, 1], "accepted": [0, 0], "fallbacks": 0, "depths": []},
             },
         ],
     }
@@ -70,40 +83,54 @@ def test_groups_as_json_is_the_documented_form_to_the_letter():
 
 
 def test_groups_are_shown_without_the_escapes_that_a_model_may_write(shown):
-    report.groups([_group() for _ in range(6)], limit=4)
+    report.groups([_group() for _ in range(6)], Spelt({4: "4", 2: "2", 0: "", 1: "\x1b[31m1"}), limit=4)
     text = shown.export_text()
     assert "... and 2 more groups" in text
     assert text.count("stop, 3 tokens, 2.00 a forward") == 4
     assert text.count("length, 2 tokens, 1.00 a forward") == 4
     assert "\x1b" not in text
-    assert "\\x1b[31m41" in text
+    assert "4\\x1b[31m1" in text
+    assert "accepted at depth" not in text  # nothing was drafted: no legend
+
+
+def test_drafted_tokens_are_shown_in_colour_with_a_legend(monkeypatch):
+    console = Console(record=True, width=80, force_terminal=True)
+    monkeypatch.setattr(report, "CONSOLE", console)
+    group = _group()
+    group.completions[0].draft.depths[:] = [0, 1, 0]
+    report.groups([group], Spelt({4: "4", 2: "2", 0: ".", 1: "1"}))
+    text = console.export_text(styles=True)
+    assert "4\x1b[32m2\x1b[0m." in text
+    assert "drafts accepted at depth" in text
+
+
+def test_a_character_of_several_tokens_stands_with_the_last_of_them():
+    tokenizer = Spelt({1: b"a", 2: b"\xc3", 3: b"\xa9", 4: b"b", 5: b"\xff"})
+    assert pieces([1, 2, 3, 4], tokenizer) == ["a", "", "é", "b"]
+    assert pieces([1, 2], tokenizer) == ["a", "\N{REPLACEMENT CHARACTER}"]
+    assert "".join(pieces([1, 5, 4], tokenizer)) == "a\N{REPLACEMENT CHARACTER}b"
 
 
 def test_the_table_of_evaluations_fits_a_terminal_and_says_what_it_counts(shown):
-    report.evaluations({"before GRPO, sampled": RESULT, "after GRPO, greedy": replace(RESULT, correct=15)})
+    whole = replace(RESULT, correct=1234, completions=1319, tokens_per_second=12345.6)
+    report.evaluations({"before GRPO, sampled": RESULT, "after GRPO, greedy": whole})
     text = shown.export_text()
-    for part in ("5/20", "0.250", "0.11-0.47", "15/20", "0.750", "3.46", "125"):
+    for part in ("5/20", "0.250 (0.11-0.47)", "1234/1319", "0.936", "3.46", "125", "12346"):
         assert part in text
-    assert "…" not in text  # no heading is cut
-    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "…" not in text  # nothing is cut
+    assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
+    [heading] = [line for line in text.splitlines() if "correct" in line]
+    for name in ("correct", "accuracy (95 %)", "tokens/forward", "tokens/s"):
+        assert name in heading  # each in one piece, on one line
     assert "no mark" not in text
 
 
 def test_completions_without_a_mark_are_seen(shown):
-    report.evaluations({"sampled": replace(RESULT, abstained=2), "greedy": replace(RESULT, abstained=1)})
-    assert "3 more completions have no mark: the reward abstained or failed" in shown.export_text()
-
-
-def test_evaluations_as_json_hold_what_the_table_shows_and_the_machine():
-    document = report.evaluations_as_json("runs/a", "gsm8k", {"sampled": RESULT})
-    row = document["evaluations"]["sampled"]
-    assert (document["model"], document["data"]) == ("runs/a", "gsm8k")
-    assert (row["correct"], row["completions"], row["accuracy"]) == (5, 20, 0.25)
-    assert row["interval_95"] == pytest.approx([0.1119, 0.4687], abs=1e-4)
-    assert (row["tokens_per_forward"], row["tokens_per_second"]) == (3.456, 125.4)
-    assert "groups" not in row
-    assert {"hardware", "versions", "command"} <= document["environment"].keys()
-    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    failure = RewardFailure("mine", "a", 0, "timeout", "no result after 10 s")
+    report.evaluations(
+        {"sampled": replace(RESULT, without_mark=2, failures=[failure]), "greedy": replace(RESULT, without_mark=1)}
+    )
+    assert "3 more completions have no mark; rewards failed 1 times" in shown.export_text()
 
 
 def test_the_summary_shows_results_speed_and_where_things_lie(shown, tmp_path):
@@ -182,7 +209,7 @@ def test_a_dry_run_of_a_supervised_run(shown, micro_preset, tmp_path):
         ({"lora.targets": ["qproj"]}, "lora.targets: 'qproj' matches no module"),
         ({"prompts_per_step": 25}, "prompts_per_step=25, but there are 24"),
         ({"data.template": "{quest}"}, "asks for {quest}"),
-        ({"model": "owner/name"}, "model='owner/name' is no checkpoint folder and no reachable hub id"),
+        ({"model": "owner/name"}, "model='owner/name' is neither a preset, a checkpoint folder nor a reachable hub id"),
     ],
 )
 def test_a_dry_run_refuses_what_a_run_would(shown, micro_config, tmp_path, given, message):

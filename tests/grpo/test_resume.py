@@ -1,5 +1,6 @@
 """Contract 9: a stopped run resumes to the same bits. N steps = k steps + stop + resume."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -8,24 +9,62 @@ import pytest
 import torch
 
 from grpo import checkpoint
+from grpo.best import best_step
+from grpo.config import SftConfig
 from grpo.learner import Learner
-from grpo.run_log import read_metrics, read_rollouts
-from grpo.train import Stopped, Trainer, refuse_changed_config
+from grpo.options import load
+from grpo.resume import refuse_changed_config
+from grpo.run_log import RunLog, read_metrics, read_rollouts
+from grpo.sft import sft
+from grpo.stopping import Stopped
+from grpo.train import Trainer
+from policies.policy import Policy
 
 STEPS = 5
+CURRICULUM = {
+    "curriculum.steps": 4,
+    "curriculum.by_difficulty": True,
+    "curriculum.completion_tokens": 5,
+    "curriculum.draft_depth": 1,
+}
 KINDS = {
     # 5 steps of 4 prompts over 10 examples: epochs end inside steps 3 and 5; over 12, exactly behind step 3.
     "full": {"data.limit": 10},
     "full, epochs end between steps": {"data.limit": 12},
     "lora": {"data.limit": 10, "lora.rank": 4, "loss.beta": 0.05},
     "full, with a reference": {"data.limit": 10, "loss.beta": 0.05},
+    "balanced": {"balance.bias_rate": 0.01, "balance.entropy_weight": 0.1, "balance.sequence_weight": 0.1},
     "cosine, share": {"data.limit": 10, "learner.schedule": "cosine", "learner.warmup_steps": 2, "mtp.share": 0.5},
+    "curriculum": {"data.limit": 14, **CURRICULUM},
+    "short first, dynamic sampling": {
+        "data.limit": 14,
+        "curriculum.steps": 4,
+        "curriculum.shortest_share": 0.3,
+        "rollout.refill_draws": 2,
+    },
+    "dynamic sampling, epochs end inside refills": {"data.limit": 10, "rollout.refill_draws": 2},
+    "lora, curriculum, dynamic sampling": {
+        "data.limit": 14,
+        "lora.rank": 4,
+        **CURRICULUM,
+        "rollout.refill_draws": 2,
+        "rollout.refill_prompts": "same",
+    },
 }
 
 
 def _config(micro_config, folder: Path, kind: str, **given):
     options = {"steps": STEPS, "learner.weight_decay": 0.01, "warm_start.batch_size": 3} | KINDS[kind]
+    if "dynamic" in kind:
+        options["rewards"] = [{"function": f"{folder.parent / 'coarse.py'}:coarse"}]
+        (folder.parent / "coarse.py").write_text(COARSE)
     return micro_config(folder, **options | given)
+
+
+COARSE = """
+def coarse(completions, **_):
+    return [float(completion.count("e") > 0) for completion in completions]
+"""
 
 
 def _tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -91,6 +130,10 @@ def test_contract_9_a_stopped_run_resumes_to_the_same_bits(micro_config, whole, 
     assert not any(name.startswith("reference/") for name in moved)
     assert ("lora" in kind) == any(".lora_" in name for name in after)
     assert ("reference" in kind) == any(name.startswith("reference/") for name in after)
+    if "dynamic" in kind:
+        assert sum(line["group/refilled"] for line in read_metrics(folder)) > 0
+    if "curriculum" in kind:
+        assert read_metrics(folder)[-1]["curriculum/seen"] > 0.2
 
 
 def test_contract_9_several_stops_are_as_good_as_one(micro_config, whole, tmp_path):
@@ -104,12 +147,13 @@ def test_contract_9_several_stops_are_as_good_as_one(micro_config, whole, tmp_pa
 
 
 @pytest.mark.slow
-def test_contract_9_with_two_ray_workers(micro_config, whole, tmp_path):
+@pytest.mark.parametrize("kind", ["full", "lora, curriculum, dynamic sampling"])
+def test_contract_9_with_two_ray_workers(micro_config, whole, tmp_path, kind):
     folder, given = tmp_path / "run", {"rollout.workers": 2}
     with pytest.raises(Stopped):
-        Trainer(_config(micro_config, folder, "full", **given), stop_after=2).run()
-    Trainer(_config(micro_config, folder, "full", **given), resume="auto").run()
-    reference = whole("full")
+        Trainer(_config(micro_config, folder, kind, **given), stop_after=2).run()
+    Trainer(_config(micro_config, folder, kind, **given), resume="auto").run()
+    reference = whole(kind)
     for step in range(1, STEPS + 1):
         assert read_rollouts(folder, step) == read_rollouts(reference, step)
     _assert_same_checkpoint(folder, reference, STEPS)
@@ -269,3 +313,161 @@ def test_only_the_newest_checkpoints_are_kept(micro_config, tmp_path):
     folder = tmp_path / "run"
     Trainer(_config(micro_config, folder, "full", **{"checkpoint.keep": 2})).run()
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
+
+
+def test_a_full_disk_during_a_save_loses_nothing(micro_config, whole, tmp_path, monkeypatch):
+    folder, save_file = tmp_path / "run", checkpoint.save_file
+
+    def full(tensors, path):
+        if "step_000003" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(checkpoint.CheckpointError, match=r"step_000003: .*needs \d+ bytes.*make room.*then resume"):
+            Trainer(_config(micro_config, folder, "full")).run()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
+    Trainer(_config(micro_config, folder, "full"), resume="auto").run()
+    _assert_same_checkpoint(folder, whole("full"), STEPS)
+    assert _untimed(folder) == _untimed(whole("full"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"force": True}, "--force only lets --resume go on .* never overwrites a run; add --resume auto"),
+        ({"resume": "auto", "stop_after": 5}, "--stop_after=5: the run goes on from step 5; give a later step"),
+        ({"resume": "auto", "force": True, "steps": 3}, "step_000005 is of step 5, the run ends at step 3"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(micro_config, whole, tmp_path, flags, message):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("full"), folder)
+    steps = flags.get("steps", STEPS + 1)
+    with pytest.raises(ValueError, match=message):
+        Trainer(_config(micro_config, folder, "full", steps=steps), **{k: v for k, v in flags.items() if k != "steps"})
+
+
+def test_the_line_of_a_resume_is_short_and_its_record_is_not(micro_config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    _stop_after(micro_config, folder, "full", 1)
+    capsys.readouterr()
+    changed = _config(micro_config, folder, "full", **{"learner.learning_rate": 0.5})
+    with pytest.raises(Stopped):
+        Trainer(changed, resume="auto", force=True, stop_after=2).run()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "resume: step=1"
+    assert lines[1] == "config_changed: learner.learning_rate=0.01 -> 0.5"
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert "versions" in next(event for event in events if event["event"] == "resume")["environment"]
+
+
+# ---- the best checkpoint --------------------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_by_accuracy_stays_and_becomes_a_policy(micro_config, tmp_path, monkeypatch):
+    """Accuracies 0.1 (before GRPO), 0.3, 0.6, 0.6, 0.2 and 0.5 at the end: step 3 is the latest of the best."""
+    accuracies = {0: 0.1, 1: 0.3, 2: 0.6, 3: 0.6, 4: 0.2, 5: 0.5}
+    evaluation = RunLog.evaluation
+
+    def told(self, step, results):
+        evaluation(self, step, results | {"eval/accuracy": accuracies[step]})
+
+    monkeypatch.setattr(RunLog, "evaluation", told)
+    folder = tmp_path / "run"
+    given = {
+        "checkpoint.keep_best": True,
+        "checkpoint.keep": 1,
+        "checkpoint.every": 2,
+        "eval.every": 1,
+        "eval.limit": 2,
+    }
+    with pytest.raises(Stopped):
+        Trainer(_config(micro_config, folder, "full", **given), stop_after=4).run()
+    assert list(checkpoint.saved(folder / "checkpoints")) == [3, 4]
+    Trainer(_config(micro_config, folder, "full", **given), resume="auto").run()
+    assert list(checkpoint.saved(folder / "checkpoints")) == [3, 5]
+    best, last = Policy.load(folder / "best_policy"), Policy.load(folder / "policy")
+    kept = checkpoint.load(folder / "checkpoints/step_000003").tensors["policy"]
+    parameters = dict(best.named_parameters())
+    assert all(parameters[name].equal(tensor) for name, tensor in kept.items() if name in parameters)
+    assert not all(q.equal(p) for p, q in zip(best.parameters(), last.parameters(), strict=True))
+
+
+def test_the_best_checkpoint_by_reward_where_nothing_is_evaluated(micro_config, tmp_path):
+    folder = tmp_path / "run"
+    given = {"checkpoint.keep_best": True, "checkpoint.keep": 1, "checkpoint.every": 2, "steps": 6}
+    Trainer(_config(micro_config, folder, "full", **given)).run()
+    rewards = [line["reward/mean"] for line in read_metrics(folder)]
+    means = {step: rewards[step - 2] + rewards[step - 1] for step in (2, 4, 6)}
+    best = max(means, key=means.__getitem__)
+    assert list(checkpoint.saved(folder / "checkpoints")) == sorted({best, 6})
+    assert (folder / "best_policy/config.json").exists()
+
+
+def test_best_step():
+    lines = [
+        {"step": 1, "reward/mean": 0.9},
+        {"step": 2, "reward/mean": 0.1, "eval/accuracy": 0.5},
+        {"step": 3, "reward/mean": 0.6, "eval/accuracy": None},
+        {"step": 4, "reward/mean": 0.5, "eval/accuracy": 0.5},
+    ]
+    assert best_step(lines, [1, 2, 3, 4]) == 4
+    assert best_step(lines, [1, 2, 3]) == 2
+    assert best_step(lines, [1, 3]) is None
+    assert best_step(lines, [1, 2, 3, 4], window=1) == 1
+    assert best_step(lines, [2, 4], window=2) == 4  # 0.5 and 0.55
+
+
+# ---- quartet sft ----------------------------------------------------------------------------------------------------
+
+SFT = {
+    "warm_start.steps": 6,
+    "warm_start.batch_size": 4,
+    "warm_start.learning_rate": 1e-2,
+    "data.levels": [1],
+    "rewards": [{"function": "gsm8k"}],
+    "checkpoint.every": 2,
+    "checkpoint.keep": None,
+    "eval.limit": 3,
+    "rollout.max_completion_tokens": 5,
+    "rollout.draft_tokens": 2,
+    "threads": 1,
+    "log.trackers": [],
+}
+
+
+def _sft_config(model: str, folder: Path, **given):
+    return load(SftConfig, None, SFT | {"model": model, "output_dir": folder} | given)
+
+
+@pytest.mark.parametrize(("k", "limit"), [(2, 18), (3, 12), (5, 18)])  # 12 examples: an epoch ends behind step 3
+def test_contract_9_supervised_fine_tuning_resumes_to_the_same_bits(micro_preset, tmp_path, k, limit):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    given = {"data.limit": limit}
+    results = sft(_sft_config(micro_preset, whole, **given))
+    assert list(results["evaluations"]) == [
+        f"{when}, {how}" for when in ("before", "after") for how in ("sampled", "greedy")
+    ]
+    with pytest.raises(Stopped, match=f"stopped after step {k} of the warm start; go on with --resume auto"):
+        sft(_sft_config(micro_preset, folder, **given), stop_after=k)
+    assert not (folder / "policy").exists()
+    assert list(checkpoint.saved(folder / "checkpoints")) == [step for step in (2, 4) if step <= k] + [k] * (k % 2)
+    sft(_sft_config(micro_preset, folder, **given), resume="auto")
+    _assert_same_checkpoint(folder, whole, 6)
+    assert _untimed(folder) == _untimed(whole)
+    before, after = _tensors(folder, k), _tensors(folder, 6)
+    assert sum(not before[name].equal(tensor) for name, tensor in after.items()) > 10
+    assert not sft(_sft_config(micro_preset, folder, **given), resume="auto")["evaluations"]  # it was finished
+
+
+def test_what_sft_refuses(micro_preset, tmp_path):
+    with pytest.raises(Stopped):
+        sft(_sft_config(micro_preset, tmp_path / "run"), stop_after=2)
+    with pytest.raises(ValueError, match="warm_start.batch_size: 4 then, 5 now"):
+        sft(_sft_config(micro_preset, tmp_path / "run", **{"warm_start.batch_size": 5}), resume="auto")
+    with pytest.raises(ValueError, match="--force only lets"):
+        sft(_sft_config(micro_preset, tmp_path / "run"), force=True)
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        sft(_sft_config(micro_preset, tmp_path / "run"))

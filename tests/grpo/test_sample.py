@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from grpo.inference_config import SampleConfig
 from grpo.options import load
 from grpo.report import groups_as_json
-from grpo.sample import read_prompts, sample
+from grpo.sample import Sampled, read_prompts, sample
 from rollout.engine import RolloutError
 
 
@@ -26,7 +27,11 @@ def _write(path: Path, *lines: str) -> Path:
 
 def _groups(model: str, path: Path, **given) -> list[dict]:
     options = {"model": model, "threads": 1, "group_size": 3, "max_completion_tokens": 12} | given
-    return groups_as_json(sample(load(SampleConfig, None, options), read_prompts(path)))
+    return groups_as_json(_sampled(load(SampleConfig, None, options), path).groups)
+
+
+def _sampled(config: SampleConfig, path: Path) -> Sampled:
+    return sample(config, read_prompts(path), Console(quiet=True))
 
 
 def test_prompts_are_lines_of_json(tmp_path):
@@ -83,7 +88,7 @@ def test_groups_have_the_documented_form(model, tmp_path):
             assert max(completion["logprobs"]) <= 0
             assert completion["finish_reason"] in ("stop", "length")
             draft = completion["draft"]
-            assert list(draft) == ["target_forwards", "drafted", "accepted", "fallbacks"]
+            assert list(draft) == ["target_forwards", "drafted", "accepted", "fallbacks", "depths"]
             assert len(draft["drafted"]) == len(draft["accepted"]) == 2
     assert json.loads(json.dumps(groups, allow_nan=False)) == groups
 
@@ -134,7 +139,7 @@ def test_a_template_goes_around_the_prompt_and_the_prompt_is_reported_as_given(m
     config = load(
         SampleConfig, None, {"model": model, "threads": 1, "template": "{name}: {prompt}\n", "max_completion_tokens": 4}
     )
-    [group] = sample(config, read_prompts(path))
+    [group] = _sampled(config, path).groups
     assert group.prompt.text == "Ann: 2 + 3 = ?\n"
     assert groups_as_json([group])[0]["prompt"] == "2 + 3 = ?"
 
@@ -148,3 +153,19 @@ def test_prompts_that_cannot_be_continued_are_refused(model, tmp_path):
         _groups(model, path, template="{prom}")
     with pytest.raises(ValueError, match="no chat template"):
         _groups(model, path, template="chat")
+
+
+def test_a_prompt_that_cannot_be_continued_costs_no_other_one(model, tmp_path):
+    path = _write(tmp_path / "p.jsonl", '{"prompt": "2 + 3 = ?"}', json.dumps({"prompt": "pens " * 300}))
+    options = {"model": model, "threads": 1, "group_size": 3, "max_completion_tokens": 12}
+    sampled = _sampled(load(SampleConfig, None, options), path)
+    assert [group.prompt.prompt_id for group in sampled.groups] == ["line 1"]
+    assert sampled.faults.startswith("prompt 'line 2' has ")
+
+
+def test_margin_is_counted_and_named(model, tmp_path):
+    path = _write(tmp_path / "p.jsonl", '{"prompt": "Tom has 5 pens. "}')
+    [group] = _groups(model, path, accept="margin", margin=1e9, draft_tokens=2)
+    assert all(c["draft"]["fallbacks"] >= c["draft"]["target_forwards"] - 1 for c in group["completions"])
+    with pytest.raises(RolloutError, match="accept=margin takes drafts unverified, but there are none"):
+        _groups(model, path, accept="margin", draft_tokens=0)

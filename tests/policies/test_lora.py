@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from policies import lora
-from policies.policy import Policy
+from policies.absorbed import new_cache
+from policies.mtp import draft_loss
+from policies.policy import Policy, digest
+from rollout.pool import open_pool
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30], [4, 4, 100, 8, 61, 3]])
 CONFIGS = {
@@ -64,11 +67,125 @@ def test_every_default_target_gets_a_gradient(policy):
     policy.trunk(TOKENS, labels=TOKENS).loss.backward()
     adapters = {name: p for name, p in policy.trunk.named_parameters() if ".lora_" in name}
     assert [name for name, p in adapters.items() if p.grad is None or not p.grad.any()] == []
+    assert adapted_modules(policy) == expected_targets(policy)
+
+
+def everything(policy: Policy) -> list[str]:
+    """All that `lora.targets` may name."""
+    return [*sorted(lora.target_names(policy.trunk)), "mtp"]
+
+
+def test_every_target_has_a_gradient_after_one_step(policy):
+    """Every part at once, router and draft head too. B starts at zero: A's first gradient is zero, B's is not."""
+    policy.add_lora(2, 4.0, everything(policy))
+    for name, buffer in policy.named_buffers():
+        if "correction_bias" in name:
+            buffer.zero_()  # every expert is chosen by some token
+    parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    assert all(".lora_" in name for name in parameters)
+
+    def gradients(letter: str) -> dict[str, bool]:
+        """Which of the factors A or B move; of routed experts, whether every expert's own part does."""
+        chosen = {name: p.grad for name, p in parameters.items() if f".lora_{letter}." in name}
+        for name, grad in chosen.items():
+            if ".experts." in name:  # A is [experts · rank, in], B is [out, rank · experts]
+                by_expert = grad.reshape(4, -1) if letter == "A" else grad.reshape(-1, 4).T
+                chosen[name] = by_expert.any(1).all()
+        return {name: bool(grad.any()) for name, grad in chosen.items()}
+
+    both_steps(policy)
+    first_a, first_b = gradients("A"), gradients("B")
+    assert len(first_a) == len(first_b) == len(parameters) / 2
+    assert [name for name, moves in first_b.items() if not moves] == []
+    assert [name for name, moves in first_a.items() if moves] == []
+    with torch.no_grad():
+        for p in parameters.values():
+            p -= 0.02 * p.grad / (p.grad.norm() + 1e-9)
+    both_steps(policy)
+    assert [name for name, moves in (gradients("A") | gradients("B")).items() if not moves] == []
+    expected = expected_targets(policy) | {"lm_head"}
+    assert adapted_modules(policy) == expected | ({"gate"} if "experts" in expected else set())
+
+
+def both_steps(policy: Policy) -> None:
+    """Backward of the trunk's loss and of the draft loss, over 64 tokens."""
+    policy.zero_grad()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokens = torch.randint(2, 200, (4, 16))
+    positions = torch.arange(16).expand(4, 16)
+    visible = torch.ones(16, 16, dtype=torch.bool).tril().expand(4, 16, 16)
+    policy.trunk(tokens, labels=tokens).loss.backward()
+    with torch.no_grad():
+        hidden = policy.hidden(tokens, positions, visible)
+    hidden = torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+    outputs = policy.unroll(hidden, tokens, positions, visible, depth=2)
+    draft_loss(outputs, hidden, torch.ones_like(tokens), policy.lm_head.detach(), 1.0).backward()
+
+
+def test_contract_5_adapters_of_every_part_reach_the_sampler(policy):
+    """W + ΔW and the expert bias of trunk and draft head, in the sampler's own copy, under the learner's digest."""
+    policy.add_lora(2, 4.0, everything(policy))
+    with torch.no_grad():
+        for name, tensor in policy.state_dict(keep_vars=True).items():
+            if ".lora_B." in name:
+                tensor.normal_(0, 0.1)
+    pool = open_pool(policy)
+    with torch.no_grad():
+        for name, tensor in policy.state_dict(keep_vars=True).items():
+            if ".lora_" in name or "e_score_correction_bias" in name:
+                tensor.add_(0.05 * torch.randn_like(tensor))
+    published = policy.weights()
+    assert digest(pool.engine.policy.weights()) != digest(published)
+    pool.publish(published, 1)
+    assert digest(pool.engine.policy.weights()) == digest(published)
+    engine, base = pool.engine, random_weights(policy)
+    changed = {name for name, tensor in published.items() if not torch.equal(tensor, base[name])}
+    assert {"trunk.model.layers.0.self_attn.o_proj.weight", "mtp.eh_proj.weight", "trunk.lm_head.weight"} <= changed
+    if "router" in everything(policy):
+        assert {"trunk.model.layers.1.mlp.gate.weight", "mtp.block.mlp.gate.weight"} <= changed
+        assert torch.equal(engine.trunk.blocks[1].gate, published["trunk.model.layers.1.mlp.gate.weight"])
+        assert torch.equal(engine.head.block.gate, published["mtp.block.mlp.gate.weight"])
+        bias = "trunk.model.layers.1.mlp.gate.e_score_correction_bias"
+        assert torch.equal(engine.trunk.blocks[1].gate_bias, published[bias])
+    # And the sampler computes what the learner computes, trunk and head.
+    tokens = torch.tensor([[5, 9, 2, 7, 7, 30]])
+    positions, visible = torch.arange(6)[None], torch.ones(6, 6, dtype=torch.bool).tril()[None]
+    with torch.no_grad():
+        hidden = policy.hidden(tokens, positions, visible)
+        drafted = policy.unroll(hidden, tokens, positions, visible, depth=1)[0]
+        got = engine.trunk(tokens, positions, engine.trunk.cache(1, 8))
+        cache = new_cache(engine.head.config, 1, 1, 8, torch.float32, torch.device("cpu"))
+        got_drafted = engine.head(tokens, hidden, positions, cache)
+    torch.testing.assert_close(got, hidden, rtol=0, atol=1e-4)
+    torch.testing.assert_close(got_drafted, drafted, rtol=0, atol=1e-4)
+
+
+def random_weights(policy: Policy) -> dict[str, torch.Tensor]:
+    """The weights without adapters, under the names of published ones."""
+    return {n.replace(".base_layer", ""): t for n, t in policy.state_dict().items() if ".lora_" not in n}
+
+
+def test_the_head_is_trained_whole_unless_it_is_a_target(random_policy):
+    whole, adapted, routed = random_policy(4), random_policy(4), random_policy(4)
+    whole.add_lora(2, 4.0, ["o_proj"])
+    assert all(p.requires_grad for p in whole.mtp.parameters())
+    adapted.add_lora(2, 4.0, ["o_proj", "mtp"])
+    names = {name.split(".base_layer")[0] for name, _ in lora.adapters(adapted.mtp)}
+    attention = {f"block.self_attn.{name}" for name in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")}
+    shared = {f"block.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")}
+    assert names == attention | shared | {"eh_proj", "block.mlp.experts"}
+    assert all((".lora_" in name) == p.requires_grad for name, p in adapted.mtp.named_parameters())
+    routed.add_lora(2, 4.0, ["o_proj", "router", "mtp"])
+    assert {name for name, _ in lora.adapters(routed.mtp)} - {name for name, _ in lora.adapters(adapted.mtp)} == {
+        "block.mlp.gate"
+    }
+
+
+def expected_targets(policy: Policy) -> set[str]:
     expected = set(lora.DEFAULT_TARGETS) - {"k_proj", "v_proj"}  # Llama's
     expected -= {"q_proj"} if policy.config.q_lora_rank else {"q_a_proj", "q_b_proj"}
-    if policy.config.first_k_dense_replace == 2:
-        expected -= {"experts"}
-    assert adapted_modules(policy) == expected
+    return expected - ({"experts"} if policy.config.first_k_dense_replace == 2 else set())
 
 
 def test_every_routed_expert_has_an_adapter_of_its_own_and_of_the_full_rank(random_policy):
@@ -105,6 +222,14 @@ def test_a_target_that_matches_nothing_is_named_with_its_neighbours(random_polic
         random_policy(4, tie_word_embeddings=True).add_lora(2, 4.0, ["lm_head"])
     with pytest.raises(ValueError, match=r"'q_a_proj' matches no module"):
         random_policy(4).add_lora(2, 4.0, ["q_a_proj"])
+    with pytest.raises(ValueError, match=r"'gate' matches no module of this policy; it has router, gate_proj"):
+        random_policy(4).add_lora(2, 4.0, ["gate"])
+    with pytest.raises(ValueError, match=r"'router' matches no module"):
+        random_policy(4, first_k_dense_replace=2).add_lora(2, 4.0, ["router"])
+    with pytest.raises(ValueError, match=r"'mtp' matches no module"):
+        random_policy(4, mtp=False).add_lora(2, 4.0, ["o_proj", "mtp"])
+    with pytest.raises(ValueError, match=r"'mtp' alone leaves the trunk nothing to learn with"):
+        random_policy(4).add_lora(2, 4.0, ["mtp"])
 
 
 def test_merged_weights_compute_what_the_adapted_model_computes(policy):
@@ -161,7 +286,7 @@ def test_a_policy_without_adapter_merges_to_itself(random_policy):
 
 
 def test_a_lora_policy_is_saved_merged(policy, tmp_path):
-    adapted(policy)
+    adapted(policy, targets=everything(policy))
     policy.save(tmp_path / "policy")
     loaded = Policy.load(tmp_path / "policy")
     assert not lora.has_adapter(loaded.trunk)

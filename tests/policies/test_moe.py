@@ -5,7 +5,7 @@ import torch
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts, DeepseekV3TopkRouter
 
-from policies.moe import RoutingRecorder, load_statistics, route, run_experts
+from policies.moe import RoutingRecorder, route, routers, run_experts
 
 
 def config(**given) -> DeepseekV3Config:
@@ -86,12 +86,14 @@ def test_the_recorder_notes_what_every_router_chose_and_leaves_no_hook(random_po
     for experts, logits, layer in zip(recorder.experts, out.router_logits, policy.trunk.model.layers, strict=True):
         _, expected = route(logits, layer.mlp.gate.e_score_correction_bias, policy.config)
         assert torch.equal(experts.sort().values, expected.sort().values)
+    assert all(torch.equal(a, b) for a, b in zip(recorder.logits, out.router_logits, strict=True))
     with torch.no_grad():
         policy.trunk(token_ids)
-    assert len(recorder.experts) == 2
+    assert len(recorder.experts) == len(recorder.logits) == 2
 
 
-def test_load_statistics_by_hand():
-    # Layer 1: loads 2, 1, 1, 0 over an even share of 1. Layer 2: 2, 2, 6, 6 over 4 are .5, .5, 1.5, 1.5.
-    counts = torch.tensor([[2, 1, 1, 0], [2, 2, 6, 6]])
-    assert load_statistics(counts) == {"moe/load_min": 0.25, "moe/load_max": 1.75, "moe/max_violation": 0.75}
+def test_routers_go_by_the_number_of_their_layer(random_policy):
+    policy = random_policy(0, num_hidden_layers=4, first_k_dense_replace=2)
+    assert routers(policy.trunk) == {n: policy.trunk.model.layers[n].mlp.gate for n in (2, 3)}
+    policy.add_lora(2, 4.0, ["router"])
+    assert routers(policy.trunk) == {n: policy.trunk.model.layers[n].mlp.gate.get_base_layer() for n in (2, 3)}

@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from grpo.batch import MicroBatch, PackedRow, Sample, collate
 from policies.absorbed import AbsorbedTrunk, new_cache
 from policies.logprobs import logprobs_from_hidden
 from policies.mtp import DEPTH_DECAY, AbsorbedHead, MTPHead, draft_loss
+from policies.policy import Policy, PolicyError, digest
 
 CPU = torch.device("cpu")
 CONFIGS = {
@@ -260,8 +262,128 @@ def test_training_the_head_lowers_its_loss_and_every_parameter_learns(random_pol
     assert [name for name, p in policy.mtp.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_total_variation_by_hand():
+    """p = (1/4, 3/4), q = (1/2, 1/2): a quarter of the drafts is rejected; q is too small at token 1."""
+    lm_head = torch.tensor([[0.0], [1.0]])
+    teacher = torch.tensor([[[9.0], [math.log(3)]]])
+    draft = torch.zeros(1, 2, 1, requires_grad=True)
+    loss = draft_loss([draft], teacher, torch.tensor([[1, 1]]), lm_head, 1.0, divergence="tv")
+    loss.backward()
+    assert loss.item() == pytest.approx(0.25)
+    assert draft.grad.flatten().tolist() == pytest.approx([-0.25, 0.0])  # -dq_1/dx = -q_0 q_1
+
+
+def test_a_trimmed_loss_by_hand():
+    """Of p = (1/2, 1/8, 3/8) the head can say tokens 0 and 2: p renormalised is (4/7, 3/7), its own q = (1/2, 1/2)."""
+    lm_head, draft_ids = torch.eye(3), torch.tensor([0, 2])
+    teacher = torch.tensor([[[9.0, 9.0, 9.0], [0.5, 0.125, 0.375]]])
+    teacher[0, 1] = teacher[0, 1].log()
+    draft, segment = torch.tensor([[[1.0, 7.0, 1.0]]]).expand(1, 2, 3), torch.tensor([[1, 1]])
+    kl = 4 / 7 * math.log(8 / 7) + 3 / 7 * math.log(6 / 7)
+    assert draft_loss([draft], teacher, segment, lm_head, 1.0, draft_ids=draft_ids).item() == pytest.approx(kl)
+    tv = draft_loss([draft], teacher, segment, lm_head, 1.0, draft_ids=draft_ids, divergence="tv").item()
+    assert tv == pytest.approx(4 / 7 - 1 / 2)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "tv"])
+@pytest.mark.parametrize("draft_ids", [None, [0, 2, 3, 8]])
+def test_the_draft_losss_own_gradient_is_autograds(divergence, draft_ids):
+    torch.manual_seed(0)
+    ids = None if draft_ids is None else torch.tensor(draft_ids)
+    lm_head, temperature = torch.randn(9, 4), 0.7
+    segment = torch.tensor([[0, 1, 1, 1, 1, 2, 2], [0, 1, 1, 1, -1, -1, -1]])
+    outputs, teacher = [torch.randn(2, 7, 4, requires_grad=True) for _ in range(3)], torch.randn(2, 7, 4)
+    rows = lm_head if ids is None else lm_head[ids]
+    expected = torch.zeros(())
+    for d in (1, 2, 3):
+        weight = DEPTH_DECAY ** (d - 1) / (1 + DEPTH_DECAY + DEPTH_DECAY**2)
+        for b in range(2):
+            for n in range(7 - d):
+                if segment[b, n] > 0 and segment[b, n] == segment[b, n + d]:
+                    p = (rows @ teacher[b, n + d] / temperature).softmax(0)
+                    q = (rows @ outputs[d - 1][b, n] / temperature).softmax(0)
+                    far = (p * (p / q).log()).sum() if divergence == "kl" else 1 - torch.minimum(p, q).sum()
+                    expected = expected + weight * far
+    wanted = torch.autograd.grad(3.0 * expected, outputs)
+    for chunk in (1, 2, 100):
+        loss = draft_loss(outputs, teacher, segment, lm_head, temperature, chunk, draft_ids=ids, divergence=divergence)
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+        for got, gradient in zip(torch.autograd.grad(3.0 * loss, outputs), wanted, strict=True):
+            torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_entries_that_start_no_chain_are_read_and_not_computed(policy):
+    mini = packed((5, [6, 3, 1]), (7, [2, 4]))
+    before = preceding(policy, mini)
+    arguments = before, mini.token_ids, mini.position_ids, mini.head_visible, 3
+    for whole, short in zip(policy.unroll(*arguments), policy.unroll(*arguments, first=5), strict=True):
+        assert not short[:, :5].any()
+        torch.testing.assert_close(short[mini.scored], whole[mini.scored], rtol=0, atol=1e-5)
+
+
+# ---- a trimmed draft vocabulary ----
+
+
+def trimmed(policy, every: int = 3) -> torch.Tensor:
+    return torch.tensor(sorted({*range(0, policy.config.vocab_size, every), *policy.stop_token_ids}))
+
+
+@torch.no_grad()
+def test_the_drafting_head_scores_its_vocabulary_alone(random_policy):
+    policy = random_policy(4)
+    ids, trunk = trimmed(policy), AbsorbedTrunk(policy.trunk, torch.float32, 64)
+    whole, short = AbsorbedHead(policy.mtp, trunk), AbsorbedHead(policy.mtp, trunk, ids)
+    hidden = torch.randn(2, policy.config.hidden_size)
+    torch.testing.assert_close(short.logits(hidden), whole.logits(hidden)[:, ids])
+    assert short.lm_head.is_contiguous()
+    assert short.draft_ids is ids
+
+
+def test_a_checkpoint_keeps_the_draft_vocabulary_and_stock_transformers_loads_it(random_policy, tmp_path):
+    policy = random_policy(4)
+    policy.draft_ids = trimmed(policy)
+    policy.save(tmp_path / "policy")
+    loaded = Policy.load(tmp_path / "policy")
+    assert torch.equal(loaded.draft_ids, policy.draft_ids)
+    loaded.save(tmp_path / "again")
+    assert torch.equal(Policy.load(tmp_path / "again").draft_ids, policy.draft_ids)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(stock(ids).logits, policy.trunk(ids).logits)
+    policy.draft_ids = None
+    policy.save(tmp_path / "policy")
+    assert Policy.load(tmp_path / "policy").draft_ids is None
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", '{"token_ids": [3, 2]}', '{"token_ids": [2, 2]}', '{"token_ids": [100000]}']
+)
+def test_a_damaged_draft_vocabulary_is_refused_with_the_way_out(random_policy, tmp_path, text):
+    random_policy(4).save(tmp_path / "policy")
+    (tmp_path / "policy/draft_vocabulary.json").write_text(text)
+    with pytest.raises(PolicyError, match=r"draft_vocabulary\.json .*delete it to draft from the whole"):
+        Policy.load(tmp_path / "policy")
+
+
+def test_contract_5_a_publication_carries_the_draft_vocabulary(random_policy):
+    policy, other = random_policy(4), random_policy(5)
+    plain = digest(policy.weights())
+    policy.draft_ids = trimmed(policy)
+    published = policy.weights()
+    assert digest(published) != plain
+    other.load_weights(published)
+    assert torch.equal(other.draft_ids, policy.draft_ids)
+    policy.draft_ids[0] = 1  # no memory is shared
+    assert other.draft_ids[0] == 0
+    other.load_weights(random_policy(4).weights())
+    assert other.draft_ids is None
+
+
+@pytest.mark.parametrize("divergence", ["kl", "tv"])
+@pytest.mark.parametrize("trims", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_contract_7_the_draft_head_never_touches_the_trunks_gradient(random_policy, tied):
+def test_contract_7_the_draft_head_never_touches_the_trunks_gradient(random_policy, tied, trims, divergence):
     policy, mini = random_policy(3, tie_word_embeddings=tied), packed((4, [5, 3]), (2, [4, 4]))
 
     def gradients(weight: float | None) -> dict[str, torch.Tensor]:
@@ -271,7 +393,10 @@ def test_contract_7_the_draft_head_never_touches_the_trunks_gradient(random_poli
         loss = -logprobs.mean()
         if weight is not None:
             outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, 3)
-            loss = loss + weight * draft_loss(outputs, before, mini.segment, policy.lm_head, 0.9)
+            ids = trimmed(policy) if trims else None
+            loss = loss + weight * draft_loss(
+                outputs, before, mini.segment, policy.lm_head, 0.9, draft_ids=ids, divergence=divergence
+            )
         loss.backward()
         return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 

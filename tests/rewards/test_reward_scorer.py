@@ -1,14 +1,16 @@
 """Scoring: weights, abstention, columns, what a failure means under each policy, and the dry run."""
 
 import hashlib
+import pickle
 import threading
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from rewards import GroupScore, RewardError, RewardFailure, RewardSpec, Scorer
+from rewards import GroupScore, RewardError, RewardFailed, RewardFailure, RewardSpec, Scorer
 from rewards.group_score import FailurePolicy, GroupTally
+from rewards.registry import load_reward
 
 FILE = Path(__file__).with_name("faulty_rewards.py")
 
@@ -93,7 +95,7 @@ def test_contract_6_a_failure_is_data_never_a_zero(scorers, fault):
     assert other.errors == []
 
 
-@pytest.mark.parametrize("fault", ["raise", "loop", "nan", "die", "short"])
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("sleep", "exit")])
 def test_contract_6_each_policy_does_what_it_says(scorers, fault):
     score, other = score_faulty(scorers["drop_group"], fault)
     assert score.dropped
@@ -108,13 +110,26 @@ def test_contract_6_each_policy_does_what_it_says(scorers, fault):
     assert len(score.errors) == 1
     assert other.rewards == [-1.0] * 2
 
-    with pytest.raises(RewardError) as caught:
+    with pytest.raises(RewardFailed) as caught:
         score_faulty(scorers["abort"], fault)
-    message = str(caught.value)
+    message, failure = str(caught.value), caught.value.failure
+    assert (failure.function, failure.prompt_id, failure.sample_index, failure.kind) == (
+        *("faulty", "a", 4),
+        FAULTS[fault][0],
+    )
     for part in ("'faulty'", "'a'", "sample 4", FAULTS[fault][0], "reward.on_error", "drop_sample", "drop_group"):
         assert part in message
-    assert ("raise reward.timeout_s=0.7" in message) == (fault == "loop")
+    assert ("raise reward.timeout_s=0.7" in message) == (FAULTS[fault][0] == "timeout")
     assert score_faulty(scorers["abort"], "fine")[0].rewards == [-1.0] * 8  # and the pool works again
+
+
+@pytest.mark.parametrize("on_error", ["abort", "drop_sample", "drop_group", "score=-3"])
+def test_none_is_no_failure_under_any_policy(scorers, on_error):
+    score, other = score_faulty(scorers[on_error], "none")
+    assert score.errors == []
+    assert score.parts["faulty"] == [1.0] * 4 + [None] + [1.0] * 3
+    assert score.rewards == [-1.0] * 4 + [-2.0] + [-1.0] * 3  # the length penalty alone
+    assert other.rewards == [-1.0] * 2
 
 
 def test_several_failures_are_each_charged_to_their_own(scorers):
@@ -211,12 +226,65 @@ def test_everything_that_a_function_asks_for_arrives():
     assert [score.metrics for score in scores] == [{"step": 3.0}] * 2
 
 
+def test_columns_may_have_a_value_for_every_completion(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def graded(completions, grade, weight):\n    return [g * w for g, w in zip(grade, weight)]\n"
+        "def rest(completions, **columns):\n"
+        "    if None in columns['grade']:\n        raise ValueError('no grade')\n"
+        "    return columns['grade']\n"
+    )
+    specs = [RewardSpec(f"{tmp_path / 'mine.py'}:{name}") for name in ("graded", "rest")]
+    with Scorer(specs, columns=["weight", "grade"], on_error="drop_sample", workers=2) as scorer:
+        arguments = (["p", "q"], [["x", "y"], ["z"]], [{"weight": 2.0, "grade": 9.0}, {"weight": 3.0, "grade": 9.0}])
+        scores = scorer.score(
+            *arguments, prompt_ids=["a", "b"], completion_columns=[{"grade": [1.0, 0.5]}, {"grade": [0.25]}]
+        )
+        assert [score.parts for score in scores] == [
+            {"graded": [2.0, 1.0], "rest": [1.0, 0.5]},
+            {"graded": [0.75], "rest": [0.25]},
+        ]
+        [score, _] = scorer.score(  # one by one, each keeps its own
+            *arguments, prompt_ids=["a", "b"], completion_columns=[{"grade": [None, 0.5]}, {"grade": [0.25]}]
+        )
+        assert score.parts == {"graded": [None, 1.0], "rest": [None, 0.5]}
+        with pytest.raises(RewardError, match="prompt 'a': 1 grade, 2 completions"):
+            scorer.score(*arguments, prompt_ids=["a", "b"], completion_columns=[{"grade": [1.0]}, {"grade": [1.0]}])
+
+
+def test_a_parameter_may_take_a_column_of_another_name():
+    specs = [
+        RewardSpec("gsm8k", columns={"answer": "gold"}),
+        RewardSpec("gsm8k", name="other", columns={"answer": "guess"}),
+        RewardSpec("gsm8k", name="by_mode", columns={"answer": "gold", "mode": "how"}),
+    ]
+    columns = {"gold": "42", "how": "strict", "answer": "7"}
+    with Scorer(specs[:1], columns=["gold", "answer"]) as scorer:
+        assert scorer.score(["p"], [["#### 42", "#### 7"]], [columns], prompt_ids=["a"])[0].rewards == [1.0, 0.0]
+    with Scorer(specs[1:2], columns=["guess"]) as scorer:
+        [score] = scorer.score(
+            ["p"], [["#### 1", "#### 2"]], [{}], prompt_ids=["a"], completion_columns=[{"guess": ["1", "1"]}]
+        )
+        assert score.rewards == [1.0, 0.0]
+    with Scorer(specs[2:]) as scorer, pytest.raises(RewardError, match="mode="):  # one value a row, so no mode
+        scorer.score(["p"], [["#### 42"]], [columns], prompt_ids=["a"])
+    for own, message in (
+        ({"answer": "gld"}, r"columns=\{answer: gld\}, but there is no column 'gld' \(did you mean 'gold'\?\)"),
+        ({"anser": "gold"}, r"no parameter 'anser' to bind \(did you mean 'answer'"),
+        ({"completions": "gold"}, "no parameter 'completions' to bind"),
+    ):
+        with pytest.raises(RewardError, match=message):
+            Scorer([RewardSpec("gsm8k", columns=own)], columns=["gold", "answer"])
+
+
 def test_chat_functions_get_messages():
     assert score_one([mine("chat", chat=True)], ["yes", "no"]).rewards == [1.0, 0.0]
 
 
-def test_a_function_that_cannot_be_pickled():
-    assert score_one([mine("unpicklable")], ["four", ""]).rewards == [4.0, 0.0]
+@pytest.mark.parametrize("on_error", ["abort", "drop_sample", "drop_group", "score=0"])
+def test_a_function_that_cannot_be_pickled(on_error):
+    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
+        pickle.dumps(load_reward(f"{FILE}:unpicklable"))
+    assert score_one([mine("unpicklable")], ["four", ""], on_error=on_error).rewards == [4.0, 0.0]
 
 
 def test_what_is_not_given_keeps_its_default():
@@ -314,8 +382,8 @@ BATCH = [[f"#### {i}" if i % 3 else "none" for i in range(j, j + 8)] for j in ra
 COLUMNS = [{"answer": str(j + 2)} for j in range(100)]
 
 
-def score_many(workers: int) -> list[list[float | None]]:
-    with Scorer(SPECS, workers=workers) as scorer:
+def score_many(workers: int, isolated: bool = True) -> list[list[float | None]]:
+    with Scorer(SPECS, workers=workers, isolated=isolated) as scorer:
         scores = scorer.score(["p"] * 100, BATCH, COLUMNS, prompt_ids=list(map(str, range(100))))
     return [score.rewards for score in scores]
 
@@ -328,6 +396,23 @@ def test_scores_are_the_same_in_a_thread_and_with_more_workers():
     thread.start()
     thread.join()
     assert there == here
+
+
+def test_scores_are_the_same_without_isolation():
+    assert score_many(1, isolated=False) == score_many(1)
+
+
+def test_without_isolation_failures_are_charged_the_same():
+    with Scorer([mine("faulty")], isolated=False, on_error="drop_sample") as scorer:
+        [score] = scorer.score(["p"], [["fine", "raise", "nan", "none", "short"]], [{}], prompt_ids=["a"])
+    assert [(error.sample_index, error.kind) for error in score.errors] == [
+        *((1, "raised"), (2, "nan"), (4, "wrong_length"))
+    ]
+    assert score.rewards == [1.0, None, None, None, None]
+    with pytest.raises(RewardFailed), Scorer([mine("faulty")], isolated=False) as scorer:
+        scorer.score(["p"], [["fine", "raise"]], [{}], prompt_ids=["a"])
+    with pytest.raises(RewardError, match="did you mean 'faulty'"):
+        Scorer([mine("fault")], isolated=False)
 
 
 @pytest.mark.slow

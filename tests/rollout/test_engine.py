@@ -13,9 +13,10 @@ from grpo.batch import PackedRow, Sample, collate
 from policies.logprobs import shifted_logprobs
 from policies.mtp import draft_loss
 from policies.policy import Policy
-from rollout.engine import Engine, RolloutError, _Batch
+from rollout.decoding import Decoding
+from rollout.engine import Engine, RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward
-from rollout.sampling import SamplingParams, choose, row_key
+from rollout.sampling import Noise, SamplingParams, choose, row_key
 
 torch.set_num_threads(1)
 STOPS = tuple(range(7, 280, 15))  # about one token in fifteen
@@ -163,17 +164,16 @@ def test_drafts_are_what_the_trained_head_says_behind_the_verified_tokens(engine
     """Every draft of ragged rows that come and go, against the unrolled head as training sees it: same tokens, same
     noise. A wrong position, cache or hidden state would cost acceptance and no token, so nothing else would notice."""
     depth, asked = 3, []
-    draft = _Batch._draft
+    draft = Decoding._draft
 
-    def spy(batch: _Batch) -> torch.Tensor:
-        drafts = draft(batch)
-        live = batch.live
+    def spy(batch, live, depth, noise):
+        drafts, confident = draft(batch, live, depth, noise)
         for r in live.alive.nonzero()[:, 0].tolist():
             row, count = int(live.index[r]), int(live.count[r])
             asked.append((row, batch.token_ids[row, :count].tolist(), drafts[r].tolist()))
-        return drafts
+        return drafts, confident
 
-    monkeypatch.setattr(_Batch, "_draft", spy)
+    monkeypatch.setattr(Decoding, "_draft", spy)
     engine.sample(PROMPTS, replace(PARAMS, draft_tokens=depth))
     assert len(asked) > 150
     for row, verified, drafts in asked:
@@ -181,12 +181,12 @@ def test_drafts_are_what_the_trained_head_says_behind_the_verified_tokens(engine
         mini = collate([PackedRow(prompt.token_ids, [Sample(0, verified + drafts)])], CPU)
         hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
         before = hidden.gather(1, mini.before[..., None].expand_as(hidden))
-        outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, depth)
+        outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, len(drafts))
         entry = len(prompt.token_ids) + len(verified) - 1  # of the newest verified token
         logits = torch.stack([output[0, entry] for output in outputs]) @ policy.lm_head.T
-        key = torch.tensor([row_key(PARAMS, prompt.prompt_id, sample)] * depth, dtype=torch.int32)
-        expected = choose(logits, PARAMS.temperature, key, len(verified) + torch.arange(depth))
-        assert drafts == expected.tolist()
+        key = torch.tensor([row_key(PARAMS, prompt.prompt_id, sample)], dtype=torch.int32)
+        noise = Noise(key, len(verified) + torch.arange(len(drafts)), logits.shape[1])
+        assert drafts == choose(logits, PARAMS.temperature, noise)[0].tolist()
 
 
 def test_a_head_that_agrees_saves_forwards(random_policy):
@@ -449,7 +449,11 @@ def test_draft_statistics_add_up(engine, draft_tokens):
     """Every forward gives its accepted drafts and one token more, except a last one that ends inside its drafts."""
     for completion in completions(engine.sample(PROMPTS, replace(PARAMS, draft_tokens=draft_tokens))):
         draft, length = completion.draft, len(completion.token_ids)
-        assert draft.drafted == [draft.target_forwards] * draft_tokens
+        assert len(draft.drafted) == draft_tokens
+        # Every forward has all its drafts, except where the longest row's last tokens leave no use for them.
+        assert all(draft.target_forwards - draft_tokens <= made <= draft.target_forwards for made in draft.drafted)
+        assert [draft.depths.count(d + 1) for d in range(draft_tokens)] == draft.accepted
+        assert len(draft.depths) == length
         assert all(more >= fewer for more, fewer in itertools.pairwise(draft.accepted))  # d needs d − 1
         assert all(accepted <= made for accepted, made in zip(draft.accepted, draft.drafted, strict=True))
         missing = 1 + draft.target_forwards + sum(draft.accepted) - length
@@ -536,7 +540,7 @@ def test_weights_that_are_not_finite_name_the_prompts_that_met_them(random_polic
         policy.trunk.get_input_embeddings().weight[PROMPTS[2].token_ids[0]] = math.nan
     engine, others = Engine(policy), [PROMPTS[0], PROMPTS[1]]
     params = replace(PARAMS, draft_tokens=draft_tokens, max_completion_tokens=1)
-    with pytest.raises(RolloutError, match=r"not finite for 4 rows of prompts \['p/2'\].*lower learner.learning_rate"):
+    with pytest.raises(RolloutError, match=r"not finite.*of 1 of 3 prompts, \['p/2'\].*lower learner.learning_rate"):
         engine.sample([*others, PROMPTS[2]], params)
     assert len(engine.sample(others, params)) == 2  # the engine is none the worse for it
 

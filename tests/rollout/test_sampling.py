@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rollout.sampling
-from rollout.sampling import FULL_ROW, TOP_K, SamplingParams, choose, gumbel, logprobs_of, row_key, uniform
+from rollout.sampling import BLOCK, FULL_ROW, DraftVocabulary, Noise, SamplingParams, choose, logprobs_of, row_key
 
 torch.set_num_threads(1)
 PARAMS = SamplingParams(seed=3, step=5)
@@ -17,6 +17,14 @@ PARAMS = SamplingParams(seed=3, step=5)
 def keys(count: int, params: SamplingParams = PARAMS) -> torch.Tensor:
     """Keys of `count` samples of one prompt."""
     return torch.tensor([row_key(params, "gsm8k/train/7", sample) for sample in range(count)], dtype=torch.int32)
+
+
+def uniform(keys_N2: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return Noise(keys_N2, positions, 1).uniform(ids)
+
+
+def pick(logits: torch.Tensor, temperature: float, keys_N2: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return choose(logits, temperature, Noise(keys_N2, positions, logits.shape[1]))[0]
 
 
 def z_score(counts: torch.Tensor, expected: torch.Tensor) -> float:
@@ -90,11 +98,11 @@ def test_noise_never_touches_zero_or_one():
     everything = uniform(key, place, torch.arange(1 << 22))
     assert everything.min() >= 2.0**-24
     assert everything.max() < 1
-    assert torch.isfinite(gumbel(key, place, torch.arange(1 << 22))).all()
+    assert torch.isfinite(Noise(key, place, 1).gumbel(torch.arange(1 << 22))).all()
 
 
 def test_gumbel_noise_has_the_gumbel_distribution():
-    g = gumbel(keys(64), torch.zeros(64), torch.arange(4096))
+    g = Noise(keys(64), torch.zeros(64), 1).gumbel(torch.arange(4096))
     assert abs(evenness((-(-g).exp()).exp())) < 4  # F(g) is uniform
     assert g.mean().item() == pytest.approx(0.5772, abs=0.01)
 
@@ -123,7 +131,14 @@ def test_contract_4_prompt_and_sample_are_in_the_key():
 
 
 @pytest.mark.parametrize(
-    "change", [{"draft_tokens": 4}, {"group_size": 2}, {"max_completion_tokens": 7}, {"temperature": 0.3}]
+    "change",
+    [
+        {"draft_tokens": 4},
+        {"draft_tokens": None},
+        {"group_size": 2},
+        {"max_completion_tokens": 7},
+        {"temperature": 0.3},
+    ],
 )
 def test_contract_4_what_does_not_name_a_sample_is_not_in_the_key(change):
     """Above all the number of drafts; the temperature is divided out of the logits, not out of the noise."""
@@ -138,7 +153,7 @@ def draw(logits: torch.Tensor, temperature: float, count: int) -> torch.Tensor:
     chunks = []
     for start in range(0, count, 10_000):
         places = torch.arange(start, start + 10_000)
-        chunks.append(choose(logits.expand(10_000, -1), temperature, keys(1).expand(10_000, 2), places))
+        chunks.append(pick(logits.expand(10_000, -1), temperature, keys(1).expand(10_000, 2), places))
     return torch.cat(chunks)
 
 
@@ -151,41 +166,68 @@ def test_choices_follow_the_softmax_in_a_small_vocabulary(temperature):
     assert abs(z_score(torch.bincount(chosen, minlength=40), expected)) < 4
 
 
-@pytest.mark.parametrize(
-    ("scale", "temperature", "tail"),
-    [
-        (0.0, 1.0, (0.6, 1.0)),  # flat: most of it is tail
-        (2.0, 1.0, (0.1, 0.5)),
-        (2.0, 0.7, (0.01, 0.2)),
-        (2.0, 1.4, (0.4, 0.7)),
-    ],
-)
-def test_choices_follow_the_softmax_in_a_large_vocabulary(scale, temperature, tail):
+@pytest.mark.parametrize("vocabulary", [FULL_ROW + 1, 5 * BLOCK])
+@pytest.mark.parametrize(("scale", "temperature"), [(0.0, 1.0), (2.0, 1.0), (2.0, 0.7), (2.0, 1.4)])
+def test_choices_follow_the_softmax_in_a_large_vocabulary(vocabulary, scale, temperature):
     torch.manual_seed(0)
-    vocabulary, count = FULL_ROW + 200, 60_000
     logits = scale * torch.randn(vocabulary)
-    logits[0] = logits.logsumexp(-1) - 1  # a token that competes with the whole tail
-    probabilities = (logits.double() / temperature).softmax(-1)
-    top = probabilities.topk(TOP_K).indices
-    mass = 1 - probabilities[top].sum().item()
-    assert tail[0] < mass < tail[1]  # both paths are really walked
-    counts = torch.bincount(draw(logits, temperature, count), minlength=vocabulary)
-    assert abs(z_score(counts, count * probabilities)) < 4
-    in_tail = count - counts[top].sum().item()
-    assert abs(in_tail - count * mass) < 4 * math.sqrt(count * mass * (1 - mass))
+    logits[0] = logits.logsumexp(-1) - 1  # one token against all others
+    expected = 60_000 * (logits.double() / temperature).softmax(-1)
+    chosen = draw(logits, temperature, 60_000)
+    assert abs(z_score(torch.bincount(chosen, minlength=vocabulary), expected)) < 4
+    blocks = torch.zeros(-(-vocabulary // BLOCK)).double().index_add_(0, torch.arange(vocabulary) // BLOCK, expected)
+    assert abs(z_score(torch.bincount(chosen // BLOCK, minlength=len(blocks)), blocks)) < 4
 
 
 @pytest.mark.parametrize("nothing", [-1e4, float("-inf")])
-def test_a_token_without_probability_is_never_chosen_however_the_logits_round(nothing):
-    """The whole vocabulary's logsumexp may differ from that of the top by one rounding: that is no mass."""
+def test_a_token_without_probability_is_never_chosen(nothing):
+    """Whole blocks without mass included, even where their own noise is enormous."""
     torch.manual_seed(0)
-    places = torch.arange(1 << 22)
-    noise = uniform(keys(1).expand(len(places), 2), places, torch.tensor([-1]))[:, 0]
-    lucky = noise.argmax().expand(2000)  # where the tail's own noise is enormous
+    places = torch.arange(1 << 20)
+    empty_block = Noise(keys(1).expand(len(places), 2), places, 1).uniform(torch.tensor([-2]))[:, 0]
+    lucky = empty_block.argmax().expand(2000)
     logits = torch.full((2000, FULL_ROW + 1), nothing)
     for level in (4.0, 20.0):
-        logits[:, :TOP_K] = level + torch.randn(2000, TOP_K)
-        assert choose(logits, 1.0, keys(1).expand(2000, 2), lucky).max() < TOP_K
+        logits[:, :64] = level + torch.randn(2000, 64)
+        assert pick(logits, 1.0, keys(1).expand(2000, 2), lucky).max() < 64
+
+
+@pytest.mark.parametrize("vocabulary", [90, FULL_ROW + 90])
+def test_a_draft_vocabulary_draws_from_the_softmax_over_its_tokens(vocabulary):
+    torch.manual_seed(0)
+    ids = torch.arange(vocabulary)[torch.rand(vocabulary) < 0.4]
+    logits = 2 * torch.randn(len(ids))
+    trimmed, expected = DraftVocabulary(ids, vocabulary), torch.zeros(vocabulary).double()
+    expected[ids] = 50_000 * logits.double().softmax(-1)
+    noise = Noise(keys(1).expand(50_000, 2), torch.arange(50_000), vocabulary)
+    chosen, logprobs = choose(logits.expand(50_000, -1), 1.0, noise, trimmed)
+    counts = torch.bincount(chosen, minlength=vocabulary)
+    assert counts[expected == 0].sum() == 0
+    assert abs(z_score(counts, expected)) < 4
+    torch.testing.assert_close(logprobs, (expected[chosen] / 50_000).log().float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("vocabulary", [90, FULL_ROW + 90])
+def test_a_draft_vocabulary_that_holds_what_matters_draws_the_same_tokens(vocabulary):
+    """The same noise: where the trimmed tokens have no probability, drafting from the rest changes nothing."""
+    torch.manual_seed(0)
+    logits = torch.full((3000, vocabulary), -1e4)
+    ids = torch.arange(0, vocabulary, 3)
+    logits[:, ids] = 3 * torch.randn(3000, len(ids))
+    noise = Noise(keys(3000), torch.zeros(3000), vocabulary)
+    trimmed = choose(logits[:, ids], 1.0, noise, DraftVocabulary(ids, vocabulary))[0]
+    assert torch.equal(trimmed, choose(logits, 1.0, noise)[0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("vocabulary", [50, FULL_ROW + 50])
+def test_contract_2_a_choice_comes_with_its_logprob(vocabulary, temperature):
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(200, vocabulary)
+    chosen, logprobs = choose(logits, temperature, Noise(keys(200), torch.zeros(200), vocabulary))
+    expected = (logits.double() / (temperature or 1)).log_softmax(-1)[torch.arange(200), chosen]
+    torch.testing.assert_close(logprobs, expected.float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logprobs_of(logits, chosen, temperature), expected.float(), rtol=0, atol=1e-5)
 
 
 def test_the_choice_leaves_the_logits_alone():
@@ -193,7 +235,7 @@ def test_the_choice_leaves_the_logits_alone():
         logits = torch.randn(4, vocabulary)
         before = logits.clone()
         for temperature in (0.0, 1.0, 0.5):
-            choose(logits, temperature, keys(4), torch.zeros(4))
+            pick(logits, temperature, keys(4), torch.zeros(4))
         assert torch.equal(logits, before)
 
 
@@ -201,37 +243,37 @@ def test_the_choice_leaves_the_logits_alone():
 def test_close_logits_mostly_draw_the_same_token(vocabulary, scale):
     """What makes drafts work: the same noise on nearly the same logits; P(match) ≥ (1 − TV) / (1 + TV).
 
-    The bound is for noise on every token. The tail of a large vocabulary, drawn by inverse CDF, couples less well.
+    The bound is for noise on every token; blocks first and tokens then keep it within .03 here.
     """
     torch.manual_seed(0)
     logits = scale * torch.randn(4000, vocabulary)
     near = logits + 0.1 * scale * torch.randn_like(logits)
     key = keys(4000)
-    agree = (choose(logits, 1.0, key, torch.zeros(4000)) == choose(near, 1.0, key, torch.zeros(4000))).float().mean()
+    agree = (pick(logits, 1.0, key, torch.zeros(4000)) == pick(near, 1.0, key, torch.zeros(4000))).float().mean()
     tv = 0.5 * (logits.softmax(-1) - near.softmax(-1)).abs().sum(-1)
     assert agree > ((1 - tv) / (1 + tv)).mean() - 0.03
-    other = choose(near, 1.0, key, torch.ones(4000))  # another position, other noise
-    assert (choose(logits, 1.0, key, torch.zeros(4000)) == other).float().mean() < agree - 0.3
+    other = pick(near, 1.0, key, torch.ones(4000))  # another position, other noise
+    assert (pick(logits, 1.0, key, torch.zeros(4000)) == other).float().mean() < agree - 0.3
 
 
 @pytest.mark.parametrize("vocabulary", [30, FULL_ROW + 30])
 def test_a_row_draws_the_same_alone_and_among_others(vocabulary):
     torch.manual_seed(0)
     logits, places = 2 * torch.randn(50, vocabulary), torch.arange(50)
-    together = choose(logits, 0.8, keys(50), places)
+    together = pick(logits, 0.8, keys(50), places)
     for r in range(50):
-        assert choose(logits[r : r + 1], 0.8, keys(50)[r : r + 1], places[r : r + 1]) == together[r]
+        assert pick(logits[r : r + 1], 0.8, keys(50)[r : r + 1], places[r : r + 1]) == together[r]
 
 
 def test_temperature_zero_is_greedy():
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 1.0, 0.0]])
-    assert choose(logits, 0.0, keys(2), torch.zeros(2)).tolist() == [1, 0]
+    assert pick(logits, 0.0, keys(2), torch.zeros(2)).tolist() == [1, 0]
 
 
 def test_a_low_temperature_comes_near_greedy():
     torch.manual_seed(0)
     logits = torch.randn(500, 40)
-    assert torch.equal(choose(logits, 1e-5, keys(500), torch.zeros(500)), logits.argmax(-1))
+    assert torch.equal(pick(logits, 1e-5, keys(500), torch.zeros(500)), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
@@ -259,6 +301,8 @@ def test_greedy_choices_are_scored_at_temperature_one():
         ({"temperature": math.inf}, "rollout.temperature=inf"),
         ({"max_completion_tokens": 0}, "rollout.max_completion_tokens=0.*1 or more"),
         ({"draft_tokens": -1}, "rollout.draft_tokens=-1.*0"),
+        ({"accept": "greedy"}, "accept='greedy'.*exact or margin"),
+        ({"margin": -1.0}, "margin=-1.0.*0 or more"),
     ],
 )
 def test_bad_parameters_are_named(change, named):

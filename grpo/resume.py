@@ -1,0 +1,79 @@
+"""What a run goes on from: its checkpoint, and the configuration that it must still have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo import checkpoint
+from grpo.checkpoint import Checkpoint
+from grpo.config import SftConfig
+from grpo.mtp_config import MtpConfig
+from grpo.options import dump_yaml
+
+FREE_TO_CHANGE = ("output_dir", "steps", "log", "checkpoint", "eval", "threads", "reward.timeout_s", "reward.workers")
+
+
+def saved_state(
+    config: SftConfig | MtpConfig, *, resume: str | None, force: bool, stop_after: int | None, steps: int
+) -> Checkpoint | None:
+    """The checkpoint that --resume names, None where the run begins. Refuses flags that make no sense together.
+
+    Raises ValueError for these and for a changed configuration (listing the differences, unless `force`), and
+    CheckpointError for a checkpoint that is not there or damaged.
+    """
+    if force and resume is None:
+        raise ValueError(
+            "--force only lets --resume go on with a changed configuration, and never overwrites a run; "
+            "add --resume auto, or choose another output_dir"
+        )
+    found = checkpoint.find(config.output_dir / "checkpoints", resume) if resume is not None else None
+    saved = checkpoint.load(found) if found else None
+    if resume is not None and (config.output_dir / "config.yaml").exists() and not force:
+        refuse_changed_config(config.output_dir / "config.yaml", config)
+    start = saved.step if saved else 0
+    if stop_after is not None and stop_after <= start < steps:
+        raise ValueError(f"--stop_after={stop_after}: the run goes on from step {start}; give a later step")
+    if start > steps:
+        raise ValueError(f"{found} is of step {start}, the run ends at step {steps}; resume from an earlier one")
+    return saved
+
+
+def refuse_changed_config(saved: Path, config: SftConfig | MtpConfig) -> None:
+    """A resumed run must be the same run. Raises ValueError listing what differs."""
+    # Over `steps`: other steps are another schedule.
+    decays = isinstance(config, MtpConfig) or config.learner.schedule != "constant"
+    free = tuple(key for key in FREE_TO_CHANGE if not (decays and key == "steps"))
+    changed = [
+        f"  {key}: {then!r} then, {now!r} now"
+        for key, (then, now) in differences(saved.read_text(), dump_yaml(config)).items()
+        if not key.startswith(free)
+    ]
+    if changed:
+        raise ValueError(
+            "this run was started with another configuration:\n"
+            + "\n".join(changed)
+            + "\nresume it as it was, or use --force to go on with the new one"
+        )
+
+
+def differences(before: str, now: str) -> dict[str, tuple[Any, Any]]:
+    """What two YAML texts differ in, by dotted key.
+
+    >>> differences("steps: 3\\nlora: {rank: 4}", "steps: 5\\nlora: {rank: 4}")
+    {'steps': (3, 5)}
+    """
+    former, present = _flat(yaml.safe_load(before)), _flat(yaml.safe_load(now))
+    return {
+        key: (former.get(key), present.get(key))
+        for key in sorted(former.keys() | present.keys())
+        if former.get(key) != present.get(key)
+    }
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {key: value for k, v in tree.items() for key, value in _flat(v, f"{prefix}.{k}" if prefix else k).items()}

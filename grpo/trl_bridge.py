@@ -1,0 +1,237 @@
+"""TRL's GRPOTrainer learns, our pool samples: `GRPOTrainer(model=policy.trunk, rollout_func=rollout_func(policy))`.
+
+Rewards need no bridge: `load_reward("gsm8k")` and `load_reward("file.py:function")` go into `reward_funcs` as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+
+from grpo.loader import sampling_params
+from grpo.metrics import rollout_metrics
+from grpo.optimizer import freeze_exact_parts
+from policies.lora import ADAPTER
+from policies.policy import Policy, digest
+from rollout.group import Prompt, RolloutGroup
+from rollout.pool import Pool, open_pool
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}  # trainer attributes
+SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP")
+# what makes an adapter more than W + ΔW, or trains weights outside of adapters
+BEYOND_DELTA = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
+
+
+class BridgeError(ValueError):
+    """A trainer that our pool cannot sample for; the message names the setting and the way out."""
+
+
+class rollout_func:
+    """Samples for TRL's GRPOTrainer; a policy of the DeepSeek-V3 form drafts with its MTP head.
+
+    Every call publishes the trainer's current weights (LoRA adapters merged) to the pool, then samples at the trainer's
+    `temperature`, `max_completion_length`, `num_generations` and `args.seed`. The noise is keyed by `state.global_step`
+    and by the number of the call within that step. Returned are `prompt_ids`, `completion_ids` (stop token included),
+    `logprobs` (of the temperature-scaled policy) and, for the rewards, the column `finish_reason`.
+
+    TRL itself reads the log-probabilities for vLLM only, so its loss does not correct a sampler of another precision.
+    Hence `dtype=None`: bfloat16 where the trainer autocasts to it, else the precision of the weights.
+
+    TRL does not train the MTP head. Tokens stay exact, but drafts are accepted less where the policy moves away from
+    it: `draft/acceptance_depth_*` and `draft/head_age` are logged by the trainer, and every `warn_every` steps a
+    warning tells what has become of the acceptance. `draft_tokens` means what `rollout.draft_tokens` does in a config.
+
+    Raises BridgeError for drafts without a head, and in the first call for a trainer that trains another model or asks
+    for what would bias the gradient (top-p and the like).
+
+    >>> policy = Policy.load("models/smollm2-135m-mla")
+    >>> rollout = rollout_func(policy)
+    >>> trainer = GRPOTrainer(
+    ...     model=policy.trunk,
+    ...     processing_class=policy.tokenizer,
+    ...     reward_funcs=[load_reward("gsm8k")],
+    ...     rollout_func=rollout,
+    ...     args=GRPOConfig("runs/trl", bf16=False),
+    ...     train_dataset=dataset,      # columns prompt and answer
+    ... )
+    >>> trainer.train()
+    >>> policy.save("runs/trl/policy")  # with the MTP head, adapters merged
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        draft_tokens: int | None = None,
+        workers: int = 0,
+        threads_per_worker: int = 1,
+        prompts_per_shard: int = 8,
+        dtype: torch.dtype | None = None,
+        warn_every: int = 50,
+    ) -> None:
+        if draft_tokens and policy.mtp is None:
+            raise BridgeError(f"rollout_func: draft_tokens={draft_tokens}, but the policy has no MTP head; use 0")
+        if warn_every < 1:
+            raise BridgeError(f"rollout_func: warn_every={warn_every} must be 1 step or more")
+        self.policy, self.draft_tokens, self.dtype = policy, draft_tokens, dtype
+        self.open_pool = partial(
+            open_pool, policy, workers, threads=threads_per_worker, prompts_per_shard=prompts_per_shard
+        )
+        self.head_age = HeadAge(warn_every)
+        self.pool: Pool | None = None
+        self.publications = 0
+        self.calls: dict[str, tuple[int, int]] = {}  # mode: (global step, calls within it)
+        freeze_exact_parts(policy)
+
+    def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list]:
+        """TRL's contract: one completion for every entry of `prompts`, in which each prompt stands G times in a row."""
+        mode = "train" if trainer.model.training else "eval"
+        size: int = getattr(trainer, "num_generations" if mode == "train" else "num_generations_eval")
+        if self.pool is None:
+            self._check(trainer)
+            dtype = self.dtype or (torch.bfloat16 if trainer.args.bf16 else self.policy.lm_head.dtype)
+            self.pool = self.open_pool(dtype=dtype)
+        step = trainer.state.global_step
+        last, count = self.calls.get(mode, (step, 0))
+        call = count if last == step else 0
+        self.calls[mode] = step, call + 1
+        self.publications += 1
+        self.pool.publish(self.policy.weights(), self.publications)
+        options = SimpleNamespace(
+            temperature=trainer.temperature,
+            max_completion_tokens=trainer.max_completion_length,
+            draft_tokens=self.draft_tokens,
+            accept="exact",
+        )
+        params = sampling_params(self.policy, options, size, trainer.args.seed).at(step, call)
+        params = replace(params, stop_token_ids=tuple(trainer.eos_token_ids))
+        groups = self.pool.sample(self._encode(prompts, size, mode, trainer), params)
+        self._report(groups, step, trainer)
+        completions = [completion for group in groups for completion in group.completions]
+        return {
+            "prompt_ids": [group.prompt.token_ids for group in groups for _ in group.completions],
+            "completion_ids": [completion.token_ids for completion in completions],
+            "logprobs": [completion.logprobs for completion in completions],
+            "finish_reason": [completion.finish_reason for completion in completions],
+        }
+
+    def close(self) -> None:
+        """End the pool's workers."""
+        if self.pool is not None:
+            self.pool.close()
+            self.pool = None
+
+    def _encode(self, prompts: list[Any], size: int, mode: str, trainer: GRPOTrainer) -> list[Prompt]:
+        """One Prompt a group, tokenised as TRL does it. Its place in the whole batch keys its noise."""
+        chosen = prompts[::size]
+        if len(prompts) % size or any(prompts[i] != chosen[i // size] for i in range(len(prompts))):
+            raise BridgeError(
+                f"this process got {len(prompts)} prompts that are no whole groups of num_generations={size}; make "
+                "per_device_train_batch_size * steps_per_generation (and per_device_eval_batch_size) a multiple of it"
+            )
+        tokenizer = trainer.processing_class
+        if isinstance(chosen[0], str):
+            encoded = tokenizer(text=chosen)["input_ids"]
+        else:
+            options: Any = trainer.chat_template_kwargs
+            encoded = tokenizer.apply_chat_template(
+                chosen, add_generation_prompt=True, tokenize=True, return_dict=True, **options
+            )["input_ids"]
+        first = trainer.accelerator.process_index * len(chosen)
+        return [
+            Prompt(f"trl/{mode}/{first + i}", str(prompt), list(ids))
+            for i, (prompt, ids) in enumerate(zip(chosen, encoded, strict=True))
+        ]
+
+    def _report(self, groups: Sequence[RolloutGroup], step: int, trainer: GRPOTrainer) -> None:
+        metrics = {name: v for name, v in rollout_metrics(groups, []).items() if name.startswith("draft/")}
+        acceptance = [value for name, value in metrics.items() if "acceptance_depth" in name]
+        if self.policy.mtp is not None and acceptance:
+            if warning := self.head_age.note(step, self.policy.mtp.state_dict(), acceptance):
+                logger.warning(warning)
+            metrics["draft/head_age"] = float(self.head_age.steps(step))
+        for name, value in metrics.items():
+            trainer._log_metric(name, value)  # what reward functions get as `log_metric`
+
+    def _check(self, trainer: GRPOTrainer) -> None:
+        if trainer.accelerator.distributed_type in SHARDED:
+            raise BridgeError(
+                f"rollout_func: the trainer shards its weights ({trainer.accelerator.distributed_type}); publishing "
+                "needs them whole, on one device or with data parallelism"
+            )
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if isinstance(model, PeftModel):
+            _check_adapter(model)
+            model = model.get_base_model()
+        if model is not self.policy.trunk:
+            raise BridgeError(
+                "rollout_func: the trainer trains another model than this policy's; use GRPOTrainer(model=policy.trunk)"
+            )
+        wrong = {
+            k: getattr(trainer, k) for k, plain in PLAIN_SAMPLING.items() if getattr(trainer, k) not in (plain, None)
+        }
+        if trainer.args.generation_kwargs:
+            wrong["generation_kwargs"] = trainer.args.generation_kwargs
+        if wrong:
+            name, value = next(iter(wrong.items()))
+            raise BridgeError(
+                f"{name}={value!r}: our pool samples from the whole temperature-scaled policy, since anything else "
+                f"biases the gradient; drop {', '.join(wrong)} from GRPOConfig"
+            )
+        if not trainer.temperature > 0:
+            raise BridgeError(f"temperature={trainer.temperature}: GRPO samples; use a positive number")
+        if trainer.tools or trainer.environment_factories:
+            raise BridgeError("rollout_func: TRL would generate the turns behind a tool call itself; drop the tools")
+
+
+def _check_adapter(model: PeftModel) -> None:
+    adapter = model.peft_config[ADAPTER] if model.active_adapter == ADAPTER else None
+    if not isinstance(adapter, LoraConfig):
+        found = type(adapter).__name__ if adapter else f"an adapter called {model.active_adapter!r}"
+        raise BridgeError(f"peft_config: {found} cannot be merged for sampling; use a LoraConfig called {ADAPTER!r}")
+    if extra := [name for name in BEYOND_DELTA if getattr(adapter, name, None)]:
+        raise BridgeError(
+            f"peft_config: {extra[0]}={getattr(adapter, extra[0])!r} trains more than W + BA, which is all that our "
+            "pool is sent; drop it, or train every weight (no peft_config)"
+        )
+
+
+class HeadAge:
+    """How far the policy has moved on since its MTP head was last trained, and what that did to the acceptance."""
+
+    def __init__(self, warn_every: int) -> None:
+        self.warn_every = warn_every
+        self.trained_at = self.warned_at = 0
+        self.trained_digest = ""
+        self.fresh: list[float] = []  # acceptance per depth when the head was last trained
+
+    def steps(self, step: int) -> int:
+        return step - self.trained_at
+
+    def note(self, step: int, head: Mapping[str, Tensor], acceptance: list[float]) -> str | None:
+        """Takes the head's weights and its acceptance at a step; returns what there is to warn of, every so often."""
+        if (now := digest(head)) != self.trained_digest:
+            self.trained_digest, self.trained_at, self.warned_at, self.fresh = now, step, step, acceptance
+        if step - self.warned_at < self.warn_every:
+            return None
+        self.warned_at = step
+        then, later = (" ".join(f"{value:.2f}" for value in values) for values in (self.fresh, acceptance))
+        return (
+            f"the MTP head is {self.steps(step)} steps older than the policy, since TRL does not train it. Drafts "
+            f"accepted per depth: {then} at step {self.trained_at}, {later} at step {step}. Tokens stay exact, but "
+            "where acceptance falls sampling gets slower: save the policy and train it with quartet, head and all, or "
+            "use draft_tokens=0"
+        )

@@ -1,0 +1,178 @@
+"""What a policy is made of and what a token costs, counted from its configuration: no weight is loaded.
+
+A multiply-add is two FLOPs, and only matrix products count. L layers, D hidden size, H heads, r = kv_lora_rank,
+d_n, d_r = the unrotated and rotated part of a query, d_v of a value, S tokens to attend to.
+
+    cache       an MLA layer keeps r + d_r numbers a token, one of grouped-query attention 2 · KV heads · head_dim
+    prefill     2 · weights + 2 · L · H · S · (d_n + d_r + d_v), keys and values expanded, without the LM head
+    decode      2 · weights + 2 · L · H · S · (2r + d_r), absorbed: latents are attended as they are cached
+                (DeepSeek-V2, section 2.1.2), r + d_r where d_n = 0; the weights are those of `AbsorbedBlock`, and the
+                LM head counts
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedTokenizerBase
+
+from policies.mtp import MTPHead
+from policies.policy import Policy
+
+LORA_AIM = 0.03  # of the parameters
+
+
+@dataclass(frozen=True)
+class Experts:
+    routed: int
+    shared: int
+    per_token: int
+    groups: int
+    groups_per_token: int
+    width: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Parameters are numbers of weights (tied ones once), `active` those that one token uses: the whole embedding,
+    and of the routed experts the share that is chosen. `cache_numbers` and FLOPs are per token over all layers,
+    None where layers do not attend fully. `prefill_flops` is the mean over a prompt of `context` tokens,
+    `decode_flops` that of the token behind it. `lora` counts adapters of every default target."""
+
+    model_type: str
+    layers: int
+    parameters: int
+    active_parameters: int
+    mtp_depth: int
+    mtp_parameters: int
+    experts: Experts | None
+    cache_numbers: int | None
+    context: int
+    prefill_flops: float | None
+    decode_flops: float | None
+    lora_rank: int
+    lora_parameters: int
+
+    @property
+    def lora_share(self) -> float:
+        return self.lora_parameters / self.parameters
+
+    @property
+    def lora_rank_within_aim(self) -> int:
+        """The largest rank whose adapters are at most 3 % of the parameters; 0 where rank 1 has more."""
+        return int(LORA_AIM * self.parameters * self.lora_rank / self.lora_parameters)
+
+
+def anatomy(config: PretrainedConfig, mtp_depth: int, *, context: int, lora_rank: int, lora_alpha: float) -> Anatomy:
+    """Counts on a model without storage. Raises ValueError for `context` < 1.
+
+    >>> round(anatomy(DeepseekV3Config(), 1, context=4096, lora_rank=16, lora_alpha=32.0).parameters / 1e9)
+    671
+    """
+    if context < 1:
+        raise ValueError(f"context={context}: name the number of tokens that a token attends to, 1 or more")
+    with torch.device("meta"):
+        trunk = AutoModelForCausalLM.from_config(config)
+        head = MTPHead(config) if mtp_depth and isinstance(config, DeepseekV3Config) else None
+        total, active = count_parameters(trunk, config)
+        mtp = mtp_depth * sum(p.numel() for p in head.parameters()) if head else 0
+        experts, (prefill, decode) = _experts(trunk, config), _flops(trunk, config, context)
+        Policy(trunk, head, cast(PreTrainedTokenizerBase, None)).add_lora(lora_rank, lora_alpha)
+    return Anatomy(
+        model_type=config.model_type,
+        layers=config.num_hidden_layers,
+        parameters=total,
+        active_parameters=active,
+        mtp_depth=mtp_depth,
+        mtp_parameters=mtp,
+        experts=experts,
+        cache_numbers=cache_numbers(config),
+        context=context,
+        prefill_flops=prefill,
+        decode_flops=decode,
+        lora_rank=lora_rank,
+        lora_parameters=sum(p.numel() for name, p in trunk.named_parameters() if ".lora_" in name),
+    )
+
+
+def count_parameters(model: nn.Module, config: PretrainedConfig) -> tuple[int, int]:
+    """(all, active) parameters of `model`; stacked experts, the parameters of three axes, count by their share."""
+    total, active = 0, 0.0
+    for name, parameter in model.named_parameters():
+        stacked = parameter.dim() == 3 and ".experts." in name
+        total += parameter.numel()
+        active += parameter.numel() * (config.num_experts_per_tok / len(parameter) if stacked else 1)
+    return total, round(active)
+
+
+def cache_numbers(config: PretrainedConfig) -> int | None:
+    """Numbers that all layers keep for a token; times 4 or 2 for bytes in float32 or bfloat16.
+
+    >>> cache_numbers(DeepseekV3Config())  # 61 · (512 + 64); keys and values of all 128 heads would be 57 times that
+    35136
+    """
+    if isinstance(config, DeepseekV3Config):
+        return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return None
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return config.num_hidden_layers * 2 * groups * _head_dim(config)
+
+
+def absorbed_weights(config: DeepseekV3Config) -> int:
+    """Weights of one layer's absorbed attention that a token meets; folded where `AbsorbedBlock` folds."""
+    heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
+    rope, nope, value = config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim
+    width = hidden if config.q_lora_rank is None else config.q_lora_rank
+    first = 0 if config.q_lora_rank is None else hidden * width
+    folded_query = nope > 0 and rank * width <= 1.5 * nope * (width + rank)
+    query = heads * width * (rank + rope) if folded_query else heads * (width * (nope + rope) + nope * rank)
+    folded_out = rank * hidden <= 1.5 * value * (rank + hidden)
+    out = heads * rank * hidden if folded_out else heads * value * (hidden + rank)
+    return first + query + hidden * (rank + rope) + out
+
+
+def _flops(trunk: nn.Module, config: PretrainedConfig, context: int) -> tuple[float | None, float | None]:
+    """(prefill, decode) FLOPs per token."""
+    if cache_numbers(config) is None:
+        return None, None
+    embedding = trunk.get_input_embeddings().weight
+    head = trunk.get_output_embeddings().weight
+    vectors = sum(p.numel() for p in trunk.parameters() if p.dim() == 1)
+    tied = head is embedding
+    weights = count_parameters(trunk, config)[1] - vectors - embedding.numel() - (0 if tied else head.numel())
+    layers, heads, mean = config.num_hidden_layers, config.num_attention_heads, (context + 1) / 2
+    if not isinstance(config, DeepseekV3Config):
+        per_key = 4 * layers * heads * _head_dim(config)
+        return 2 * weights + per_key * mean, 2 * (weights + head.numel()) + per_key * (context + 1)
+    expanded = 2 * layers * heads * (config.qk_head_dim + config.v_head_dim)
+    scored = config.qk_rope_head_dim + (config.kv_lora_rank if config.qk_nope_head_dim else 0)
+    latent = 2 * layers * heads * (scored + config.kv_lora_rank)
+    attention = sum(p.numel() for name, p in trunk.named_parameters() if ".self_attn." in name and p.dim() > 1)
+    absorbed = weights - attention + layers * absorbed_weights(config)
+    return 2 * weights + expanded * mean, 2 * (absorbed + head.numel()) + latent * (context + 1)
+
+
+def _experts(trunk: nn.Module, config: Any) -> Experts | None:
+    stacks = [name for name, p in trunk.named_parameters() if p.dim() == 3 and name.endswith(".experts.down_proj")]
+    if not stacks:
+        return None
+    stack = trunk.get_parameter(stacks[0])
+    groups = getattr(config, "n_group", None) or 1
+    return Experts(
+        routed=len(stack),
+        shared=getattr(config, "n_shared_experts", None) or 0,
+        per_token=config.num_experts_per_tok,
+        groups=groups,
+        groups_per_token=getattr(config, "topk_group", None) or groups,
+        width=stack.shape[2],
+        layers=len(stacks),
+    )
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,0 +1,101 @@
+"""Keeping a router's experts equally busy: three mechanisms, alone or together, and what to watch.
+
+s_te is the sigmoid score of token t for expert e, g_te = s_te / Σ_e s_te its *gate*: a distribution over the experts.
+Axes: N tokens, E routed experts, k of them chosen by each token, S sequences, L layers with a router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def gates(router_logits_NE: Tensor) -> Tensor:
+    """Scores normalised over all experts, [N, E], in fp32 (DeepSeek-V3, arXiv:2412.19437, eq. 19)."""
+    scores = router_logits_NE.float().sigmoid().clamp_min(torch.finfo(torch.float32).tiny)
+    return scores / scores.sum(-1, keepdim=True)
+
+
+def entropy(gates_NE: Tensor) -> Tensor:
+    """−Σ_e g log g of each token in nats, [N]; log E where all experts are equally good.
+
+    >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))             # log 2 = 0.6931
+    tensor([0.6931, 0.0000])
+    """
+    return torch.special.entr(gates_NE).sum(-1)
+
+
+def entropy_regulariser(gates_NE: Tensor) -> Tensor:
+    """−H(mean gate) + mean H(gate), to be minimised: every expert equally wanted, every token sure of its own.
+
+    It is minus the mutual information of token and expert, between −log E and 0. The mean is over the N tokens given:
+    cut into parts, the parts' mean is the larger number, for each part is to be balanced on its own.
+
+    >>> entropy_regulariser(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))     # −log 2 + 0
+    tensor(-0.6931)
+    """
+    return entropy(gates_NE).mean() - entropy(gates_NE.mean(0))
+
+
+def sequence_loss(router_logits_NE: Tensor, sequence_N: Tensor, sequences: int, top_k: int) -> Tensor:
+    """Σ_e f_e P_e of each sequence, [S]: 1 where its experts are equally busy, E / k where the same k do it all.
+
+    f_e = E / (k T) Σ_t 1[s_te among the k best of t] and P_e = 1/T Σ_t g_te, over the T tokens of the sequence; the
+    k best are those of the plain scores, without bias and expert groups. `sequence_N` numbers each token's sequence
+    from 0; one without tokens gets 0. Source: DeepSeek-V3, arXiv:2412.19437, eq. 17-20, before its factor α.
+
+    >>> logits = torch.tensor([[0.75, 0.25]] * 2).logit()               # two tokens, both want expert 0
+    >>> sequence_loss(logits, torch.tensor([0, 0]), 1, top_k=1)         # f = (2, 0), P = (0.75, 0.25)
+    tensor([1.5000])
+    """
+    shares = gates(router_logits_NE)
+    experts = shares.shape[1]
+    chosen = torch.zeros_like(shares).scatter_(1, router_logits_NE.topk(top_k, dim=-1).indices, experts / top_k)
+    sums = shares.new_zeros(2, sequences, experts)
+    sums = sums.index_add(1, sequence_N, torch.stack([chosen, shares]))
+    lengths = torch.bincount(sequence_N, minlength=sequences).clamp(min=1)
+    return (sums[0] * sums[1]).sum(-1) / lengths**2
+
+
+def move_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
+    """b_e + rate · sign(mean(c) − c_e): experts chosen less than the mean become easier to choose.
+
+    The bias chooses experts and never weighs them, so it has no gradient and disturbs none.
+    Source: auxiliary-loss-free balancing, arXiv:2408.15664, algorithm 1.
+
+    >>> move_bias(torch.zeros(3), torch.tensor([5, 1, 3]), rate=0.5)    # the mean is 3
+    tensor([-0.5000,  0.5000,  0.0000])
+    """
+    counts = counts_E.to(bias_E.dtype)
+    return bias_E + rate * torch.sign(counts.mean() - counts)
+
+
+def load_statistics(counts_LE: Tensor, entropy_L: Tensor, layers: Sequence[int]) -> dict[str, float]:
+    """Load of an expert over its even share, from tokens routed to it; each layer, and what sums them up.
+
+    `entropy_L`: mean entropy of a token's gate, nats. `layers` are the numbers of the L layers in the trunk.
+
+    >>> load_statistics(torch.tensor([[2, 1, 1, 0]]), torch.tensor([1.25]), [3])
+    {'moe/load_min': 0.0, 'moe/load_max': 2.0, 'moe/max_violation': 1.0, 'moe/router_entropy': 1.25,
+     'moe/dead_experts': 1.0, 'moe/layer_3/load_min': 0.0, 'moe/layer_3/load_max': 2.0,
+     'moe/layer_3/router_entropy': 1.25, 'moe/layer_3/dead_experts': 1.0}
+    """
+    load_LE = counts_LE / counts_LE.float().mean(dim=1, keepdim=True)
+    each = {
+        "load_min": load_LE.min(dim=1).values,
+        "load_max": load_LE.max(dim=1).values,
+        "router_entropy": entropy_L,
+        "dead_experts": (counts_LE == 0).sum(dim=1).float(),
+    }
+    metrics = {
+        "moe/load_min": each["load_min"].mean().item(),
+        "moe/load_max": each["load_max"].mean().item(),
+        "moe/max_violation": each["load_max"].mean().item() - 1.0,
+        "moe/router_entropy": entropy_L.mean().item(),
+        "moe/dead_experts": each["dead_experts"].sum().item(),
+    }
+    for i, layer in enumerate(layers):
+        metrics |= {f"moe/layer_{layer}/{name}": values[i].item() for name, values in each.items()}
+    return metrics

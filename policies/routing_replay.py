@@ -1,0 +1,62 @@
+"""Routing replay: a forward that uses the experts that another one has chosen (R3, arXiv:2510.11370).
+
+Sampler and learner round differently, and a router near a tie then chooses other experts for the same token: a jump
+that no importance ratio describes well. Replay keeps the choice; the weights of the experts are computed anew, so
+the router goes on learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+
+class RoutingReplay:
+    """Context in which the routers of these trunks choose `experts_BTLk`; None leaves them alone.
+
+    `experts_BTLk` [B, T, L, k], integers: the k experts (in any order) of every token that the forward reads, at each
+    of the trunk's L MoE layers in their order. -1 where nothing was recorded: there the router chooses itself.
+    Backward belongs inside the context too, because gradient checkpointing runs the routers again.
+
+    >>> with RoutingReplay([policy.trunk], torch.tensor([[[[0, 3]], [[-1, -1]]]])):     # two tokens, one MoE layer
+    ...     loss(policy.hidden(token_ids, position_ids, visible)).backward()
+    """
+
+    def __init__(self, trunks: Iterable[nn.Module], experts_BTLk: Tensor | None) -> None:
+        self.experts = experts_BTLk
+        self.routers = [[m for m in trunk.modules() if isinstance(m, DeepseekV3TopkRouter)] for trunk in trunks]
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        if self.experts is None:
+            return
+        for routers in self.routers:
+            if len(routers) != self.experts.shape[2]:
+                raise ValueError(
+                    f"the recorded routing has {self.experts.shape[2]} MoE layers, this policy has {len(routers)}"
+                )
+            for layer, router in enumerate(routers):
+                chosen = self.experts[:, :, layer].flatten(0, 1).long()
+                self.hooks.append(router.register_forward_hook(partial(_replay, chosen)))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+
+def _replay(
+    chosen_Nk: Tensor, router: DeepseekV3TopkRouter, inputs: object, output: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of the chosen experts as the router would give them (DeepSeek-V3, arXiv:2412.19437, eq. 13)."""
+    logits, _, own = output
+    experts = torch.where(chosen_Nk < 0, own, chosen_Nk)
+    weights = logits.sigmoid().gather(1, experts)
+    if router.norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return logits, weights * router.routed_scaling_factor, experts

@@ -1,0 +1,167 @@
+"""Decoding any causal LM of transformers, behind the calls of `policies.absorbed.AbsorbedTrunk`.
+
+The model's own forward runs; its attention alone is ours. Grouped-query attention is MLA attention with one latent
+row per KV head: the vector of a cached token is [value | key], and the query heads that share a KV head are the heads
+of its row. So the latent cache serves here too: prompts stored and attended once, rows of every length.
+
+Axes: P prompts, G completions each, R rows, S new tokens a row, H query heads, K KV heads, N = H / K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from policies.latent_cache import LatentCache, Prefix
+
+ATTENTION = "quartet"
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # what some models add to their scores
+
+
+class PromptCache:
+    """Keys and values of right-padded prompts; one forward fills it, then `fan_out` shares it among their rows."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, Tensor] = {}
+
+    def plan(self, new: int) -> None:
+        self.layers.clear()
+
+    def attend(
+        self, module: nn.Module, query_PHTD: Tensor, key_PKTD: Tensor, value_PKTD: Tensor, scale: float
+    ) -> Tensor:
+        """Plain causal attention [P, T, H, ·]; what stands behind a prompt's end is never looked at."""
+        self.layers[module.layer_idx] = torch.cat([value_PKTD, key_PKTD], dim=-1)
+        self.value_width = value_PKTD.shape[-1]
+        return sdpa_attention_forward(module, query_PHTD, key_PKTD, value_PKTD, None, scaling=scale, is_causal=True)[0]
+
+    def advance(self, lengths_P: Tensor) -> None:
+        self.lengths = lengths_P
+
+    def fan_out(self, group_size: int, capacity: int, longest_prompt: int = 0) -> RowCache:
+        """The cache of P · G empty rows behind these prompts, with room for `capacity` tokens each."""
+        if not self.layers:
+            raise ValueError("its layers do not attend through the attention interface of transformers")
+        entries_LPKTE = torch.stack([self.layers[layer] for layer in sorted(self.layers)])
+        layers, prompts, heads, _, width = entries_LPKTE.shape
+        device, count = entries_LPKTE.device, prompts * heads
+        prefix = Prefix(
+            entries_LPKTE.flatten(1, 2),
+            self.lengths.repeat_interleave(heads),
+            torch.arange(count, device=device).repeat_interleave(group_size),
+        )
+        latents = LatentCache(
+            layers,
+            count * group_size,
+            capacity,
+            width,
+            self.value_width,
+            dtype=entries_LPKTE.dtype,
+            device=device,
+            prefix=prefix,
+        )
+        slots = torch.arange(count * group_size, device=device).view(prompts, heads, group_size)
+        return RowCache(latents, slots.transpose(1, 2).reshape(-1, heads))
+
+
+class RowCache:
+    """Keys and values of the rows. `slots_RK`: where the latent cache has each KV head of each row; it wants those of
+    one prompt and head side by side, [P, K, G], while rows are [P, G]."""
+
+    def __init__(self, latents: LatentCache, slots_RK: Tensor) -> None:
+        self.latents = latents
+        self._place(slots_RK)
+
+    def _place(self, slots_RK: Tensor) -> None:
+        self.slots_RK, self.order = slots_RK, slots_RK.flatten().argsort()
+
+    def plan(self, new: int) -> None:
+        self.latents.plan(new)
+
+    def attend(
+        self, module: nn.Module, query_RHSD: Tensor, key_RKSD: Tensor, value_RKSD: Tensor, scale: float
+    ) -> Tensor:
+        """Append the new tokens and attend, [R, S, H, ·]."""
+        rows, heads = self.slots_RK.shape
+        query_RKSND = (query_RHSD * scale).unflatten(1, (heads, -1)).transpose(2, 3)
+        entries_RKSE = torch.cat([value_RKSD, key_RKSD], dim=-1)
+        out = self.latents.attend(
+            module.layer_idx, query_RKSND.flatten(0, 1)[self.order], entries_RKSE.flatten(0, 1)[self.order]
+        )
+        out_RKSNV = out[self.slots_RK.flatten()].unflatten(0, (rows, heads))
+        return out_RKSNV.transpose(1, 2).flatten(2, 3)
+
+    def advance(self, kept_R: Tensor) -> None:
+        self.latents.advance(kept_R.repeat_interleave(self.slots_RK.shape[1])[self.order])
+
+    def join(self, others: Sequence[RowCache]) -> RowCache:
+        """One cache with these rows and those of `others`."""
+        caches = [self, *others]
+        before = accumulate((cache.slots_RK.numel() for cache in caches), initial=0)
+        slots = [cache.slots_RK + count for cache, count in zip(caches, before, strict=False)]
+        return RowCache(self.latents.join([cache.latents for cache in others]), torch.cat(slots))
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows (ascending) and forget the others."""
+        slots_RK = self.slots_RK[rows]
+        kept = slots_RK.flatten().sort().values
+        self.latents.select(kept)
+        self._place(torch.searchsorted(kept, slots_RK))
+
+
+_CACHE: ContextVar[PromptCache | RowCache] = ContextVar("cache of the forward that runs")
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: object,
+) -> tuple[Tensor, None]:
+    if added := [name for name in UNSUPPORTED if options.get(name) is not None]:
+        raise ValueError(f"{type(module).__name__} adds {added[0]} to its attention scores, which rollouts cannot do")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _CACHE.get().attend(module, query, key, value, scale), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+
+
+class HFTrunk:
+    """The model for decoding. `trunk` must carry plain weights; its parameters are cast to `dtype` in place."""
+
+    def __init__(self, trunk: PreTrainedModel, dtype: torch.dtype) -> None:
+        for parameter in trunk.parameters():
+            parameter.data = parameter.data.to(dtype)
+        self.config, self.decoder, self.dtype = trunk.config, trunk.get_decoder(), dtype
+        self.embedding = trunk.get_input_embeddings().weight.detach()
+        self.head = trunk.get_output_embeddings().weight.detach()
+        self.device: torch.device = self.embedding.device
+
+    def cache(self, rows: int, capacity: int) -> PromptCache:
+        return PromptCache()
+
+    def __call__(self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: PromptCache | RowCache) -> Tensor:
+        """Final hidden states [B, S, D], after the last norm."""
+        cache.plan(token_ids_BS.shape[1])
+        usual, active = self.config._attn_implementation, _CACHE.set(cache)
+        self.config._attn_implementation = ATTENTION
+        try:
+            out = self.decoder(input_ids=token_ids_BS, position_ids=position_ids_BS, use_cache=False)
+        finally:
+            self.config._attn_implementation = usual
+            _CACHE.reset(active)
+        return out.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.head)

@@ -1,0 +1,386 @@
+"""One shard being decoded: prefill each prompt once, then draft, verify and keep, until every row has ended.
+
+Rows are ragged: each has its own length, also in the middle of a drafted block. Finished rows leave, and prompts that
+waited take their places.
+
+Axes: P prompts, G completions each, R live rows, S = k + 1 tokens of a verifying forward, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from policies.absorbed import new_cache
+from policies.latent_cache import LatentCache
+from rollout.draft_depth import DepthController
+from rollout.group import Completion, DraftStats, FinishReason, Prompt, RolloutGroup
+from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, row_key
+from rollout.speculative import confident_drafts, verify_draft
+
+if TYPE_CHECKING:
+    from rollout.engine import Engine
+
+PREFILL_TOKENS = 4096  # padded tokens of one prefill; prompts of like length go together
+
+
+@dataclass
+class Rows:
+    """State of the live rows, [R] first everywhere. A row stays for a while after its end (`alive` False).
+
+    `unread` counts the tokens that the head has not taken in yet, since nothing was drafted; they and the hidden states
+    that precede them lie in `unread_tokens` and `unread_hidden`.
+    """
+
+    index: Tensor
+    keys_R2: Tensor
+    prompt_length: Tensor
+    last: Tensor
+    count: Tensor
+    alive: Tensor
+    unread: Tensor
+    unread_tokens: Tensor
+    unread_hidden: Tensor
+
+    def select(self, kept: Tensor) -> Rows:
+        return Rows(**{name: value[kept] for name, value in vars(self).items()})
+
+    @staticmethod
+    def concat(parts: Sequence[Rows]) -> Rows:
+        return Rows(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+
+@dataclass
+class Prefilled:
+    """Prompts of one prefill, by number, and their hidden states: what the head will read if it ever drafts."""
+
+    numbers_P: Tensor
+    token_ids_PT: Tensor
+    hidden_PTD: Tensor
+    lengths_P: Tensor
+
+
+class Decoding:
+    """The state of `Engine.sample`: call `forward` until `done`, then take the `groups`."""
+
+    def __init__(self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+        self.engine, self.prompts, self.params = engine, prompts, params
+        self.trunk: Any = engine.trunk
+        self.head = engine.head
+        self.device, self.vocabulary = engine.trunk.device, len(engine.trunk.embedding)
+        self.fixed_depth, self.controller = params.draft_tokens, None
+        if self.fixed_depth is None and engine.costs is not None and self.head is not None:
+            self.controller = DepthController(engine.costs, engine.costs.max_depth)
+        self.max_depth = self.controller.max_depth if self.controller else self.fixed_depth or 0
+        total, limit = len(prompts) * params.group_size, params.max_completion_tokens
+        self.room = limit + self.max_depth + 1  # a forward writes S tokens behind a row's end; what it keeps is counted
+        self.steps = torch.arange(self.room, device=self.device)
+        self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=self.device)
+        whole = {"dtype": torch.long, "device": self.device}
+        self.token_ids = torch.zeros(total, self.room, **whole)
+        self.logprobs = torch.zeros(total, self.room, device=self.device)
+        self.depths = torch.zeros(total, self.room, dtype=torch.uint8, device=self.device)
+        self.counts = torch.zeros(total, **whole)
+        self.stopped, self.aborted = (torch.zeros(total, dtype=torch.bool, device=self.device) for _ in range(2))
+        self.forwards, self.fallbacks = torch.zeros(total, **whole), torch.zeros(total, **whole)
+        self.drafted, self.accepted = (torch.zeros(total, self.max_depth, **whole) for _ in range(2))
+        self.routing: Tensor | None = None
+        self.prompt_routing: dict[int, Tensor] = {}
+        # The longest first, so that the prompts of one prefill need little padding. Taken from the end.
+        self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+        self.longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+        self.live: Rows | None = None
+        self.cache: Any = None
+        self.head_cache: Any = None
+        self.prefilled: list[Prefilled] = []
+        self.admitted = self.ended_rows = self.alive = 0
+        self._refill()
+
+    @property
+    def done(self) -> bool:
+        return self.ended_rows == len(self.token_ids)
+
+    # ---- rows come and go ---------------------------------------------------------------------------------------
+
+    def _refill(self) -> None:
+        """Admit waiting prompts where at least a quarter of the rows are free."""
+        group, most = self.params.group_size, self.engine.max_rows
+        while self.waiting and (not self.alive or most - self.alive >= max(group, most // 4)):
+            self._admit(max(1, (most - self.alive) // group))
+
+    def _admit(self, places: int) -> None:
+        """Prefill up to `places` prompts and put their rows behind those that live."""
+        rows, caches = ([self.live], [self.cache]) if self.alive and self.live is not None else ([], [])
+        head_caches = [self.head_cache] if rows else []
+        while self.waiting and places > 0:
+            longest = len(self.prompts[self.waiting[-1]].token_ids)
+            size = min(places, len(self.waiting), max(1, PREFILL_TOKENS // longest))
+            places -= size
+            new, cache = self._prefill([self.waiting.pop() for _ in range(size)])
+            rows.append(new)
+            caches.append(cache)
+            if self.head_cache is not None:
+                head_caches.append(self._read(self.prefilled.pop()))
+        self.live, self.cache = Rows.concat(rows), _join(caches)
+        if self.head_cache is not None:
+            self.head_cache = _join(head_caches)
+        self._retire()
+
+    def _prefill(self, chunk: Sequence[int]) -> tuple[Rows, Any]:
+        """Every prompt once; its latents become the prefix that its rows share, its last hidden state their start."""
+        group, trunk = self.params.group_size, self.trunk
+        prompts = [self.prompts[i] for i in chunk]
+        lengths = torch.tensor([len(p.token_ids) for p in prompts], device=self.device)
+        longest = int(lengths.max())
+        token_ids = torch.tensor(
+            [p.token_ids + [0] * (longest - len(p.token_ids)) for p in prompts], device=self.device
+        )
+        cache = trunk.cache(len(chunk), longest)
+        hidden = trunk(token_ids, torch.arange(longest, device=self.device).expand_as(token_ids), cache)
+        if self.params.record_routing:
+            routing = trunk.routing().view(*token_ids.shape, *trunk.routing().shape[1:])
+            for i, row, length in zip(chunk, routing, lengths.tolist(), strict=True):
+                self.prompt_routing[i] = row[:length].to(torch.int16).cpu()
+        cache.advance(lengths)
+        cache = cache.fan_out(group, self.room, self.longest)
+        if self.max_depth:
+            self.prefilled.append(Prefilled(torch.tensor(chunk, device=self.device), token_ids, hidden, lengths))
+        self.admitted += len(chunk) * group
+        last = hidden[torch.arange(len(chunk), device=self.device), lengths - 1]
+        keys = [row_key(self.params, p.prompt_id, sample) for p in prompts for sample in range(group)]
+        total, unread = len(keys), self.room if self.max_depth else 0
+        empty = torch.zeros(total, dtype=torch.long, device=self.device)
+        index = torch.tensor([i * group + sample for i in chunk for sample in range(group)], device=self.device)
+        rows = Rows(
+            index=index,
+            keys_R2=torch.tensor(keys, dtype=torch.int32, device=self.device),
+            prompt_length=lengths.repeat_interleave(group),
+            last=empty,
+            count=empty,
+            alive=torch.ones(total, dtype=torch.bool, device=self.device),
+            unread=empty,
+            unread_tokens=torch.zeros(total, unread, dtype=torch.long, device=self.device),
+            unread_hidden=hidden.new_zeros(total, unread, hidden.shape[-1]),
+        )
+        logits = trunk.logits(last).repeat_interleave(group, dim=0)[:, None]
+        noise = self._noise(rows, 1)
+        self._settle(rows, logits, last.repeat_interleave(group, dim=0)[:, None], None, None, noise)
+        return rows, cache
+
+    def _retire(self) -> None:
+        """Count the rows that ended. They leave when they are an eighth of the batch: moving the caches at every
+        single end would cost more."""
+        live = self.live
+        assert live is not None
+        live.alive = live.alive & ~self.stopped[live.index] & (live.count < self.params.max_completion_tokens)
+        kept = live.alive.nonzero()[:, 0]
+        self.alive = len(kept)
+        self.ended_rows = self.admitted - self.alive
+        if 0 < self.alive <= len(live.alive) * 7 // 8:
+            self.live = live.select(kept)
+            self.cache.select(kept)
+            if self.head_cache is not None:
+                self.head_cache.select(kept)
+
+    # ---- one round ----------------------------------------------------------------------------------------------
+
+    def forward(self) -> int:
+        """Draft k tokens a row, verify them in one forward of the trunk; returns how many rows ended."""
+        live, before = self.live, self.ended_rows
+        assert live is not None
+        depth = self._depth(live)
+        noise = self._noise(live, depth + 1)
+        drafts, confident = self._draft(live, depth, noise) if depth else (None, None)
+        inputs = live.last[:, None] if drafts is None else torch.cat([live.last[:, None], drafts], dim=1)
+        positions = (live.prompt_length + live.count - 1)[:, None] + self.steps[: depth + 1]
+        hidden = self.trunk(inputs, self._clamp(positions), self.cache)
+        if self.params.record_routing:
+            self._note_routing(live, depth + 1)
+        self.forwards[live.index] += live.alive
+        if depth:
+            self.drafted[live.index, :depth] += live.alive[:, None]
+        self.cache.advance(self._settle(live, self.trunk.logits(hidden), hidden, drafts, confident, noise))
+        self._retire()
+        self._refill()
+        return self.ended_rows - before
+
+    def _depth(self, live: Rows) -> int:
+        """How deep to draft now; never deeper than the longest row can still use."""
+        if not self.max_depth:
+            return 0
+        count = live.count if self.alive == len(live.count) else live.count[live.alive]
+        most = self.params.max_completion_tokens - int(count.min()) - 1
+        return self.controller.pick(self.alive, most) if self.controller else min(self.max_depth, most)
+
+    def _noise(self, rows: Rows, places: int) -> Noise:
+        return Noise(rows.keys_R2[:, None], rows.count[:, None] + self.steps[:places], self.vocabulary)
+
+    def _clamp(self, positions: Tensor) -> Tensor:
+        """A block may reach behind the context, where nothing is kept."""
+        return positions.clamp(max=self.engine.policy.max_length - 1)
+
+    def _draft(self, live: Rows, depth: int, noise: Noise) -> tuple[Tensor, Tensor | None]:
+        """[R, k] tokens from the head, chosen with the very noise that the trunk's choice will use; with
+        `accept: margin` also which of them are taken unverified."""
+        head = self.head
+        assert head is not None
+        if self.head_cache is None:
+            self._read_prompts(live)
+        new = int(live.unread.max())
+        positions = (live.prompt_length + live.count - live.unread)[:, None] + self.steps[:new]
+        out = head(live.unread_tokens[:, :new], live.unread_hidden[:, :new], self._clamp(positions), self.head_cache)
+        self.head_cache.advance(live.unread)
+        out = out[self._all(live), live.unread - 1]
+        live.unread = torch.zeros_like(live.unread)
+        drafts, confident = [], []
+        for d in range(depth):
+            logits = head.logits(out)
+            drafts.append(choose(logits, self.params.temperature, noise.at(d), self.engine.draft_vocabulary)[0])
+            if self.params.accept == "margin":
+                confident.append(confident_drafts(logits, self.params.temperature, self.params.margin))
+            if d + 1 < depth:
+                position = (live.prompt_length + live.count + d)[:, None]
+                out = head(drafts[-1][:, None], out[:, None], self._clamp(position), self.head_cache)[:, 0]
+                self.head_cache.advance(1)
+        self.head_cache.advance(1 - depth)
+        return torch.stack(drafts, dim=1), torch.stack(confident, dim=1) if confident else None
+
+    def _all(self, live: Rows) -> Tensor:
+        return torch.arange(len(live.index), device=self.device)
+
+    def _settle(
+        self,
+        live: Rows,
+        logits_RSV: Tensor,
+        hidden_RSD: Tensor,
+        drafts_RK: Tensor | None,
+        confident_RK: Tensor | None,
+        noise: Noise,
+    ) -> Tensor:
+        """Choose the trunk's tokens and keep those behind accepted drafts; returns how many each row kept [R]."""
+        params, new = self.params, logits_RSV.shape[1]
+        steps = self.steps[:new]
+        flat = logits_RSV.flatten(0, 1)
+        targets, logprobs = (x.view(-1, new) for x in choose(flat, params.temperature, noise.flatten()))
+        accepted = None
+        if drafts_RK is not None:
+            accepted = verify_draft(targets, drafts_RK)
+            if confident_RK is not None:
+                accepted = confident_RK.long().cumprod(1).sum(1)
+                targets = torch.where(steps < accepted[:, None], F.pad(drafts_RK, (0, 1)), targets)
+                logprobs = logprobs_of(flat, targets.flatten(), params.temperature).view(-1, new)
+        kept = live.alive.long() if accepted is None else accepted + 1
+        kept = torch.minimum(kept, params.max_completion_tokens - live.count) * live.alive
+        is_stop = (targets[..., None] == self.stops).any(-1) & (steps < kept[:, None])
+        stopped = is_stop.any(1)
+        kept = torch.where(stopped, is_stop.long().argmax(1) + 1, kept)
+        taken = steps < kept[:, None]
+        if not bool(torch.isfinite(logprobs.where(taken, logprobs.new_zeros(())).sum())):
+            broken = (taken & ~torch.isfinite(logprobs)).any(1)
+            self.aborted[live.index] |= broken
+            live.alive, kept, stopped = live.alive & ~broken, kept * ~broken, stopped & ~broken
+        at = live.index[:, None], live.count[:, None] + steps
+        self.token_ids[at], self.logprobs[at] = targets, logprobs
+        if accepted is not None:
+            self._note_drafts(live, accepted, kept, new - 1, confident_RK is not None)
+        live.last = targets.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
+        live.count = live.count + kept
+        self.counts[live.index] = live.count
+        self.stopped[live.index] |= stopped
+        if self.max_depth:
+            rows, at = self._all(live)[:, None], live.unread[:, None] + steps
+            live.unread_tokens[rows, at], live.unread_hidden[rows, at] = targets, hidden_RSD
+            live.unread = live.unread + kept
+        return kept
+
+    # ---- what is noted beside the tokens ------------------------------------------------------------------------
+
+    def _note_drafts(self, live: Rows, accepted_R: Tensor, kept_R: Tensor, depth: int, margin: bool) -> None:
+        steps, alive = self.steps[:depth], live.alive[:, None]
+        taken = (steps < torch.minimum(accepted_R, kept_R)[:, None]) & alive
+        self.accepted[live.index, :depth] += taken
+        self.depths[live.index[:, None], live.count[:, None] + steps] = ((steps + 1) * taken).to(torch.uint8)
+        if margin:
+            self.fallbacks[live.index] += live.alive & (accepted_R < depth)
+        if self.controller:
+            agreed = (steps < accepted_R[:, None]) & alive
+            self.controller.observe(self.alive, agreed.sum(0).tolist())
+
+    def _note_routing(self, live: Rows, new: int) -> None:
+        experts = self.trunk.routing()
+        experts = experts.view(-1, new, *experts.shape[1:])
+        if self.routing is None:
+            shape = len(self.token_ids), self.room, *experts.shape[2:]
+            self.routing = torch.full(shape, -1, dtype=torch.int16, device=self.device)
+        at = live.index[:, None], (live.count - 1)[:, None] + self.steps[:new]
+        self.routing[at] = experts.to(torch.int16)
+
+    def _read_prompts(self, live: Rows) -> None:
+        """The head drafts for the first time: it reads the prompts of the rows that still live."""
+        group = self.params.group_size
+        numbers_R = live.index // group
+        parts, kept = [], []
+        for prefilled in self.prefilled:
+            needed = torch.isin(prefilled.numbers_P, numbers_R)
+            if bool(needed.any()):
+                chosen = Prefilled(**{name: value[needed] for name, value in vars(prefilled).items()})
+                parts.append(self._read(chosen))
+                kept.append(chosen.numbers_P)
+        self.head_cache, self.prefilled = _join(parts), []
+        place = torch.zeros(len(self.prompts), dtype=torch.long, device=self.device)
+        numbers = torch.cat(kept)
+        place[numbers] = torch.arange(len(numbers), device=self.device)
+        self.head_cache.select(place[numbers_R] * group + live.index % group)
+
+    def _read(self, prompts: Prefilled) -> LatentCache:
+        head = self.head
+        assert head is not None
+        count, longest = prompts.token_ids_PT.shape
+        cache = new_cache(head.config, 1, count, longest, self.trunk.dtype, self.device, first=1)
+        positions = torch.arange(longest, device=self.device).expand(count, -1)
+        head(prompts.token_ids_PT, F.pad(prompts.hidden_PTD, (0, 0, 1, 0))[:, :-1], positions, cache)
+        cache.advance(prompts.lengths_P)
+        return cache.fan_out(self.params.group_size, self.room, self.longest)
+
+    # ---- the result ---------------------------------------------------------------------------------------------
+
+    def groups(self) -> list[RolloutGroup]:
+        size = self.params.group_size
+        completions = self._completions()
+        return [
+            RolloutGroup(prompt, completions[i * size : (i + 1) * size], self.prompt_routing.get(i))
+            for i, prompt in enumerate(self.prompts)
+        ]
+
+    def _completions(self) -> list[Completion]:
+        token_ids, logprobs, depths = self.token_ids.tolist(), self.logprobs.tolist(), self.depths.tolist()
+        stopped, aborted = self.stopped.tolist(), self.aborted.tolist()
+        stats = zip(*(x.tolist() for x in (self.forwards, self.drafted, self.accepted, self.fallbacks)), strict=True)
+        routing = None if self.routing is None else self.routing.cpu()
+        completions = []
+        for row, (count, (forwards, drafted, accepted, fallbacks)) in enumerate(
+            zip(self.counts.tolist(), stats, strict=True)
+        ):
+            ids = token_ids[row][:count]
+            reason: FinishReason = "abort" if aborted[row] else "stop" if stopped[row] else "length"
+            completions.append(
+                Completion(
+                    token_ids=ids,
+                    logprobs=logprobs[row][:count],
+                    text=str(self.engine.policy.tokenizer.decode(ids[:-1] if stopped[row] else ids)),
+                    finish_reason=reason,
+                    policy_version=self.engine.version,
+                    draft=DraftStats(forwards, drafted, accepted, fallbacks, depths[row][:count]),
+                    routing=None if routing is None else routing[row, :count],
+                )
+            )
+        return completions
+
+
+def _join(caches: Sequence[Any]) -> Any:
+    return caches[0].join(caches[1:]) if len(caches) > 1 else caches[0]

@@ -1,0 +1,69 @@
+"""Measuring what drafts cost here: the table that the depth controller goes by."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from rollout.decoding import Decoding
+from rollout.draft_depth import CostTable
+from rollout.group import Prompt
+from rollout.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from rollout.engine import Engine
+
+PROMPT_TOKENS, REPEATS = 96, 5
+MOST_TOKENS = 256  # of one verifying forward; deeper drafts of so many rows never paid
+
+
+def measure(engine: Engine, rows: int, depth: int) -> CostTable:
+    """Times rounds of 0, 1, 2, 4, ... `depth` drafts at 1, 2, 4, ... `rows` live rows; between depths it is linear."""
+    sizes, depths = _doubling(rows), [0, *_doubling(depth)]
+    return CostTable(
+        sizes, [_rounds(engine, size, [k for k in depths if size * (k + 1) <= MOST_TOKENS or not k]) for size in sizes]
+    )
+
+
+def _doubling(most: int) -> list[int]:
+    """1, 2, 4, ... and `most` itself.
+
+    >>> _doubling(6)
+    [1, 2, 4, 6]
+    """
+    return [1 << i for i in range((most - 1).bit_length())] + [most]
+
+
+def _rounds(engine: Engine, rows: int, depths: list[int]) -> list[float]:
+    measured = {depth: _round(engine, rows, depth) for depth in depths}
+    costs = [measured[0]]
+    for shallow, deep in pairwise(depths):
+        step = (measured[deep] - measured[shallow]) / (deep - shallow)
+        costs += [measured[shallow] + step * (i + 1) for i in range(deep - shallow)]
+    return costs
+
+
+def _round(engine: Engine, rows: int, depth: int) -> float:
+    """Median milliseconds of a round. The first is left out: there the head reads the prompt."""
+    completion = (REPEATS + 1) * (depth + 1) + 2
+    length = max(1, min(PROMPT_TOKENS, engine.policy.max_length - completion))
+    vocabulary = len(engine.trunk.embedding)
+    prompt = Prompt("costs", "", [7 * i % vocabulary for i in range(length)])
+    decoding = Decoding(engine, [prompt], SamplingParams(rows, 1.0, completion, draft_tokens=depth))
+    decoding.forward()
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        decoding.forward()
+        _wait_for(engine.trunk.device)
+        times.append(1e3 * (time.perf_counter() - started))
+    return median(times)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

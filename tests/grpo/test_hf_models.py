@@ -1,0 +1,270 @@
+"""Any causal LM of transformers trains unconverted: the same learner, the same run, the same commands."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from grpo import checkpoint
+from grpo.agreement import check_agreement
+from grpo.batch import PackedRow, Sample, collate
+from grpo.cli import main
+from grpo.config import LearnerOptions, MTPOptions, TrainConfig
+from grpo.inference_config import EvalConfig
+from grpo.learner import Learner
+from grpo.loader import check_options, load_policy
+from grpo.run_log import read_metrics, read_rollouts
+from grpo.train import Stopped, Trainer
+from policies.policy import PolicyError
+
+CPU = torch.device("cpu")
+PROMPT = [5, 9, 2, 7, 7, 30]
+COMPLETIONS = [[3, 4, 5, 0], [8], [40, 41, 42, 43, 44, 0], [9, 9]]
+KINDS: dict[str, dict] = {
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16, "num_key_value_heads": 1},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 32},
+    "gpt2": {"n_positions": 256},
+}
+
+
+def _row() -> PackedRow:
+    return PackedRow(PROMPT, [Sample(i, ids, [-1.0] * len(ids), 1.0) for i, ids in enumerate(COMPLETIONS)])
+
+
+def _padded_logprobs(policy) -> torch.Tensor:
+    """[G, L] by the model's own forward on right-padded rows, zeros behind each completion."""
+    longest = max(map(len, COMPLETIONS))
+    rows = torch.tensor([PROMPT + ids + [1] * (longest - len(ids)) for ids in COMPLETIONS])
+    mask = torch.tensor([[1] * (len(PROMPT) + len(ids)) + [0] * (longest - len(ids)) for ids in COMPLETIONS])
+    logits = policy.trunk(input_ids=rows, attention_mask=mask, use_cache=False).logits[:, len(PROMPT) - 1 : -1]
+    logprobs = logits.log_softmax(-1).gather(2, rows[:, len(PROMPT) :, None])[..., 0]
+    return logprobs * mask[:, len(PROMPT) :]
+
+
+# ---- the learner ----
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_contract_10_packed_is_padded(hf_policy, kind, attention):
+    policy = hf_policy(kind, 1, **KINDS[kind])
+    policy.trunk.set_attn_implementation(attention)
+    learner = Learner(policy, LearnerOptions(), MTPOptions())
+    packed = learner._forward(collate([_row()], CPU)).logprobs
+    padded = _padded_logprobs(policy)
+    assert (packed - padded).abs().max() < 1e-4
+    assert padded.abs().max() > 1
+    weights = torch.linspace(-1, 1, padded.numel()).view_as(padded)
+    both = []
+    for logprobs in (packed, padded):
+        policy.zero_grad()
+        (weights * logprobs).sum().backward()
+        both.append({name: p.grad.clone() for name, p in policy.trunk.named_parameters()})
+    for name, gradient in both[1].items():
+        assert (both[0][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+# ---- the run ----
+
+
+@pytest.fixture(scope="module")
+def saved(hf_policy, tmp_path_factory):
+    """`saved("qwen2")`: the folder of such a model, as its makers would publish it."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder_of(kind: str) -> str:
+        folder = root / kind
+        if not folder.exists():
+            policy = hf_policy(kind, 2, **KINDS[kind])
+            policy.trunk.save_pretrained(folder)
+            policy.tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return folder_of
+
+
+@pytest.fixture(scope="module")
+def config_of(micro_config, saved):
+    """`config_of(output_dir, "qwen2", **options)`: three steps of four prompts."""
+    plain = {"rollout.draft_tokens": None, "mtp.depth": 4, "mtp.every": 1, "warm_start.steps": 0}
+    return lambda folder, kind, **given: micro_config(folder, **plain | {"model": saved(kind)} | given)
+
+
+def _tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    loaded = checkpoint.load(folder / f"checkpoints/step_{step:06d}")
+    return {f"{file}/{name}": t for file, mapping in loaded.tensors.items() for name, t in mapping.items()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_grpo_trains_it_and_contract_9_a_stopped_run_resumes_to_the_same_bits(config_of, tmp_path, kind, lora):
+    given = {"lora.rank": 4, "loss.beta": 0.05} if lora else {}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    Trainer(config_of(whole, kind, **given)).run()
+    with pytest.raises(Stopped):
+        Trainer(config_of(parts, kind, **given), stop_after=1).run()
+    Trainer(config_of(parts, kind, **given), resume="auto").run()
+    first, last, resumed = _tensors(whole, 1), _tensors(whole, 3), _tensors(parts, 3)
+    assert last.keys() == resumed.keys()
+    assert [name for name in last if not torch.equal(last[name], resumed[name])] == []
+    assert read_rollouts(whole, 3) == read_rollouts(parts, 3)
+    moved = [name for name in last if name.startswith("policy/") and not torch.equal(first[name], last[name])]
+    assert len(moved) > len([name for name in last if name.startswith("policy/")]) / 2
+    assert all(".lora_" in name for name in moved) == lora
+    for line in read_metrics(whole):
+        assert line["mismatch/logprob_abs_mean"] < 1e-5  # the sampler's against the learner's own
+    assert (read_metrics(whole)[0].get("loss/kl") == pytest.approx(0.0, abs=1e-6)) == lora
+
+
+@pytest.mark.slow
+def test_adapters_with_two_workers_train_to_the_same_bits(config_of, tmp_path):
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    given = {"lora.rank": 2, "steps": 2}
+    Trainer(config_of(alone, "qwen2", **given)).run()
+    Trainer(config_of(two, "qwen2", **given, **{"rollout.workers": 2})).run()
+    assert read_rollouts(alone, 2) == read_rollouts(two, 2)
+    first, second = _tensors(alone, 2), _tensors(two, 2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_what_is_saved_is_what_transformers_loads(config_of, saved, tmp_path, kind):
+    Trainer(config_of(tmp_path / "run", kind, **{"lora.rank": 4, "steps": 2})).run()
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "run/policy", dtype=torch.float32)
+    policy = load_policy(TrainConfig(model=str(tmp_path / "run"), output_dir=tmp_path / "next"))
+    before = AutoModelForCausalLM.from_pretrained(saved(kind), dtype=torch.float32)
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, policy.trunk(ids).logits)
+        assert not torch.allclose(stock(ids).logits, before(ids).logits, atol=1e-4)
+    written = json.loads((tmp_path / "run/policy/config.json").read_text())
+    assert written["model_type"] == kind
+    assert "num_nextn_predict_layers" not in written
+    assert stock.generation_config.eos_token_id == 0
+    assert (stock.lm_head.weight is stock.model.embed_tokens.weight) == (kind == "qwen2")
+
+
+def test_the_commands_take_it(saved, tmp_path, capsys, letters):
+    """sft, train with a warm start, eval and sample, as a user types them."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "3 + 4 ="}\n')
+    common = [
+        "--threads",
+        "1",
+        "--data.levels",
+        "[1]",
+        "--data.limit",
+        "12",
+        "--eval.limit",
+        "4",
+        "--log.trackers",
+        "[]",
+    ]
+    common += ["--rollout.max_completion_tokens", "8", "--warm_start.steps", "2", "--warm_start.batch_size", "2"]
+    model = ["--model", saved("qwen2")]
+    assert main(["sft", *model, *common, "--output_dir", str(tmp_path / "sft")]) == 0
+    grpo = [
+        "--steps",
+        "2",
+        "--prompts_per_step",
+        "2",
+        "--rollout.group_size",
+        "2",
+        "--rewards",
+        f"[{{function: {letters}}}]",
+    ]
+    assert main(["train", *model, *common, *grpo, "--output_dir", str(tmp_path / "train")]) == 0
+    assert main(["train", *model, *common, *grpo, "--output_dir", str(tmp_path / "dry"), "--dry_run"]) == 0
+    for run in ("sft", "train"):
+        assert main(["eval", str(tmp_path / run), "--limit", "4", "--max_completion_tokens", "8"]) == 0
+    out = tmp_path / "groups.json"
+    arguments = ["--prompts", str(tmp_path / "prompts.jsonl"), "--max_completion_tokens", "8", "--json", str(out)]
+    assert main(["sample", str(tmp_path / "train"), *arguments]) == 0
+    assert len(json.loads(out.read_text())["groups"][0]["completions"]) == 4
+    assert "held-out problems" in capsys.readouterr().out
+
+
+# ---- refusals, before anything is loaded or computed ----
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"rollout.draft_tokens": 2}, "rollout.draft_tokens=2: "),
+        ({"mtp.depth": 2, "mtp.share": 0.5}, "mtp.share=0.5, mtp.depth=2: "),
+        ({"add_mtp": True}, "add_mtp=True: "),
+    ],
+)
+def test_an_mtp_head_asked_of_it_is_refused(config_of, tmp_path, monkeypatch, given, named):
+    monkeypatch.setattr("grpo.loader.Policy.load", None)
+    config = config_of(tmp_path / "run", "qwen2", **given)
+    for refuse in (check_options, load_policy, Trainer):
+        with pytest.raises(PolicyError, match="is of type 'qwen2', which has no MTP head") as refused:
+            refuse(config)
+        assert str(refused.value).startswith(named)
+    assert not (tmp_path / "run").exists()
+
+
+def test_drafts_asked_by_eval_are_refused_under_their_name(saved):
+    with pytest.raises(PolicyError, match=r"^draft_tokens=3: .*quartet convert"):
+        check_options(EvalConfig(model=saved("llama"), draft_tokens=3))
+    assert check_options(EvalConfig(model=saved("llama"), draft_tokens=0)) == saved("llama")
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "reason"),
+    [
+        ("gemma2", {"head_dim": 8}, "final_logit_softcapping=30.0"),
+        ("granite", {"logits_scaling": 4.0}, "logits_scaling=4.0"),
+        ("cohere", {}, "logit_scale=0.0625"),
+        ("gpt_oss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "adds s_aux to its attention"),
+        ("bloom", {}, "do not attend through the attention interface"),
+        ("mamba", {}, "do not attend through the attention interface"),
+        ("bloom", {"max_position_embeddings": None}, "names no max_position_embeddings"),
+    ],
+)
+def test_a_model_that_computes_something_else_is_refused_by_name(hf_policy, kind, config, reason):
+    with pytest.raises(PolicyError, match=f"a model of type '{kind}' cannot be trained here: .*{reason}"):
+        check_agreement(hf_policy(kind, **config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [*KINDS, "gpt_neox", "phi3", "olmo2"])
+def test_models_that_agree_are_taken(hf_policy, kind, dtype):
+    policy = hf_policy(kind, **KINDS.get(kind, {}))
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.to(dtype)
+    check_agreement(policy)
+
+
+def test_a_bias_of_the_lm_head_is_noticed(hf_policy):
+    policy = hf_policy("phi")
+    with pytest.raises(PolicyError, match="the sampler computes other log-probabilities than its own forward"):
+        check_agreement(policy)
+
+
+def test_positions_that_nobody_can_restart_are_noticed(hf_policy, monkeypatch):
+    """A trunk that ignores `position_ids`: the sampler places tokens right by chance, the packed row does not."""
+    policy = hf_policy("llama")
+    decoder, forward = policy.trunk.model, policy.trunk.model.forward
+
+    def counting(input_ids=None, position_ids=None, attention_mask=None, **rest):
+        if attention_mask is not None:
+            position_ids = torch.arange(input_ids.shape[1])[None].expand_as(input_ids)
+        return forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **rest)
+
+    monkeypatch.setattr(decoder, "forward", counting)
+    with pytest.raises(PolicyError, match="the learner computes other log-probabilities than its own forward"):
+        check_agreement(policy)
+
+
+def test_every_linear_layer_takes_adapters_whatever_its_name(hf_policy):
+    policy = hf_policy("gpt_neox")
+    policy.add_lora(rank=2, alpha=4.0)
+    adapted = {
+        name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in policy.trunk.named_parameters() if "lora_A" in name
+    }
+    assert adapted == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}

@@ -1,0 +1,148 @@
+"""What a reward function leaves in the run's record, and what its failures do to advantages."""
+
+import hashlib
+import json
+
+import psutil
+import pytest
+import torch
+
+from grpo.config import DataOptions, LearnerOptions, LossOptions, MTPOptions, RewardOptions, ScoringOptions
+from grpo.learner import Learner
+from grpo.reward_record import read_rewards
+from grpo.run_log import read_metrics, read_rollouts
+from grpo.task import Task
+from grpo.train import Trainer
+from rollout.group import Completion, Prompt, RolloutGroup
+
+SOURCE = """
+from rewards import per_completion
+
+@per_completion
+def talks(completion, completion_ids, answer, trainer_state, log_extra, log_metric):
+    log_extra("letters", sum(c.isalpha() for c in completion))
+    log_extra("gold", answer)
+    log_metric("steps_done", trainer_state.global_step)
+    log_metric("share_done", trainer_state.global_step / trainer_state.max_steps)
+    return len(completion_ids) / 10
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    return path
+
+
+def test_extras_metrics_and_state_land_in_the_record(file, micro_config):
+    folder = file.parent / "run"
+    rewards = [{"function": f"{file}:talks"}, {"function": "gsm8k", "weight": 0.5, "name": "right"}]
+    Trainer(micro_config(folder, rewards=rewards, **{"eval.limit": 2, "warm_start.steps": 0})).run()
+    for step in (1, 2, 3):
+        for line in read_rollouts(folder, step):
+            assert line["extras"]["letters"] == sum(c.isalpha() for c in line["text"])
+            assert line["extras"]["gold"].rpartition("####")[2].strip().isdigit()
+            assert line["parts"] == {"talks": len(line["token_ids"]) / 10, "right": line["parts"]["right"]}
+    metrics = {line["step"]: line for line in read_metrics(folder)}
+    assert [metrics[step]["reward/metric/steps_done"] for step in (1, 2, 3)] == [0.0, 1.0, 2.0]
+    assert metrics[3]["reward/metric/share_done"] == pytest.approx(2 / 3)
+
+    talks, right = read_rewards(folder)
+    assert (talks["name"], talks["path"]) == ("talks", str(file))
+    assert talks["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (right["function"], right["name"], right["weight"], right["sha256"]) == ("gsm8k", "right", 0.5, None)
+
+
+def test_a_resumed_run_refuses_a_changed_reward_file(file, micro_config):
+    folder = file.parent / "run"
+    config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **{"warm_start.steps": 0, "steps": 1})
+    Trainer(config).run()
+    config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **{"warm_start.steps": 0, "steps": 2})
+    file.write_text(SOURCE.replace("/ 10", "/ 20"))
+    with pytest.raises(ValueError, match=r"mine.py holds another reward function .* --force"):
+        Trainer(config, resume="auto")
+    former = read_rewards(folder)
+    Trainer(config, resume="auto", force=True).run()
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    [event] = [event for event in events if event["event"] == "rewards_changed"]
+    assert event["former"] == former
+    assert read_rewards(folder)[0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest() != former[0]["sha256"]
+    assert not [event for event in events if event["event"] == "undocumented_metric"]
+
+
+FAULTY = """
+import os, re
+
+ODD = {"nan": float("nan"), "inf": float("inf"), "none": None}
+
+def faulty(completions, **_):
+    rewards = []
+    for text in completions:
+        if text == "raise":
+            raise ValueError("boom")
+        if text == "hang":
+            re.match(r"(a+)+$", "a" * 60 + "b")
+        if text == "die":
+            os._exit(3)
+        if text != "short":
+            rewards.append(ODD[text] if text in ODD else float(text) if len(text) < 5 else 1.0)
+    return rewards
+"""
+ESTIMATORS = [
+    {},
+    {"scale_rewards": "batch"},
+    {"scale_rewards": "none"},
+    {"advantage": "rloo"},
+    {"advantage": "reinforce_plus_plus"},
+    {"advantage": "reinforce_plus_plus_baseline"},
+    {"multi_objective_aggregation": "normalize_then_sum"},
+]
+
+
+@pytest.fixture(scope="module")
+def learners(micro_policy):
+    policy = micro_policy(0)
+    weights = {"faulty": 1.0, "gsm8k_format": 0.5}
+    return [
+        Learner(policy, LearnerOptions(), MTPOptions(), LossOptions(**options), reward_weights=weights)
+        for options in ESTIMATORS
+    ]
+
+
+@pytest.mark.parametrize("fault", ["raise", "hang", "die", "short", "nan", "inf"])
+def test_advantages_under_drop_sample_equal_those_of_the_remaining_seven(tmp_path, learners, fault):
+    """One of eight completions fails; the learner gets the batch that the other seven make."""
+    (tmp_path / "own.py").write_text(FAULTY)
+    rewards = [
+        RewardOptions(function=f"{tmp_path}/own.py:faulty"),
+        RewardOptions(function="gsm8k_format", weight=0.5),
+    ]
+    seven = ["0.1", "0.9", "0.4", "-2", "0.35", "7", "0.2"]
+    second = ["1", "2", "3", "4", "5", "6", "8"]
+
+    def group(name: str, texts: list[str]) -> RolloutGroup:
+        completions = [Completion([5 + i, 6], [-1.0, -2.0], text, "stop", 0) for i, text in enumerate(texts)]
+        return RolloutGroup(Prompt(name, "?", [7, 8], {"answer": "#### 1"}), completions)
+
+    data, scoring = DataOptions(levels=[1], limit=4), ScoringOptions(on_error="drop_sample", timeout_s=0.8)
+    with Task(data, rewards, scoring) as task:
+        with_fault = [group("a", [*seven[:4], fault, *seven[4:]]), group("b", [*second, fault])]
+        scores = task.score(with_fault)
+        assert [score.rewards[at] for score, at in zip(scores, (4, 7), strict=True)] == [None, None]
+        assert [[error.sample_index for error in score.errors] for score in scores] == [[4], [7]]
+        without = [group("a", seven), group("b", second)]
+        expected_scores = task.score(without)
+    for learner in learners:
+        batch, expected = learner.prepare(with_fault, scores), learner.prepare(without, expected_scores)
+        for row, at in enumerate((4, 7)):
+            left = [i for i in range(8) if i != at]
+            assert torch.equal(batch.advantages[row, left], expected.advantages[row])
+            assert batch.advantages[row, at] == 0
+        assert batch.advantages.abs().sum() > 1
+        ids = [sample.token_ids for packed in batch.rows for sample in packed.samples]
+        assert len(ids) == 14  # the failed ones are not trained on
+        assert (batch.num_samples, batch.num_completion_tokens) == (
+            *(expected.num_samples, expected.num_completion_tokens),
+        )
+    assert not [child for child in psutil.Process().children() if "rewards.worker" in " ".join(child.cmdline())]

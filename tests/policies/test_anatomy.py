@@ -1,0 +1,148 @@
+"""Counts against models that exist: their parameters, the FLOPs of their forwards, their caches."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
+
+from policies.absorbed import AbsorbedTrunk
+from policies.anatomy import anatomy, cache_numbers, count_parameters
+
+CONFIGS = {
+    "plain": {},
+    "dense": {"first_k_dense_replace": 2},
+    "query_latent": {"q_lora_rank": 10},
+    "wide_latent": {"kv_lora_rank": 100},  # too wide to fold W_uk and W_uv
+    "narrow_latents": {"kv_lora_rank": 4, "q_lora_rank": 6},
+    "rotary_keys_only": {"qk_nope_head_dim": 0},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True},
+    "fine_grained": {
+        "n_routed_experts": 128,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 8,
+    },
+}
+LORA = {"lora_rank": 2, "lora_alpha": 4.0}
+
+
+@pytest.fixture(params=CONFIGS)
+def policy(request, random_policy):
+    policy = random_policy(3, **CONFIGS[request.param])
+    policy.config._experts_implementation = policy.config._attn_implementation = "eager"  # only these count exactly
+    return policy
+
+
+def flops(function) -> int:
+    def grouped(a_shape, b_shape, *_, out_shape=None, **__) -> int:
+        return 2 * a_shape[0] * a_shape[1] * b_shape[2]
+
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped})
+    with torch.no_grad(), counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_parameters_are_those_of_the_model(policy):
+    counted = anatomy(policy.config, 3, context=8, **LORA)
+    assert counted.parameters == sum(p.numel() for p in policy.trunk.parameters())
+    assert counted.mtp_parameters == 3 * sum(p.numel() for p in policy.mtp.parameters())
+    policy.add_lora(rank=2, alpha=4.0)
+    lora = sum(p.numel() for p in policy.trunk.parameters() if p.requires_grad)
+    assert counted.lora_parameters == lora
+    assert counted.lora_share == lora / counted.parameters
+
+
+def test_active_parameters_are_those_whose_gradient_one_token_reaches(random_policy):
+    policy = random_policy(3)
+    policy.trunk(torch.tensor([[5]])).logits.sum().backward()
+    active = 0
+    for name, parameter in policy.trunk.named_parameters():
+        touched = [p.grad is not None and bool(p.grad.any()) for p in [parameter]]
+        if ".experts." in name:
+            active += sum(parameter[e].numel() for e in range(len(parameter)) if parameter.grad[e].any())
+        else:
+            assert touched == [True] or ".self_attn.q" in name or "kv_a" in name or "kv_b" in name, name
+            active += parameter.numel()
+    assert count_parameters(policy.trunk, policy.config)[1] == active
+
+
+def test_prefill_flops_are_those_of_the_stock_forward(policy):
+    counted = anatomy(policy.config, 1, context=1, **LORA).prefill_flops
+    assert flops(lambda: policy.trunk.model(torch.tensor([[3]]), use_cache=False)) == counted
+
+
+def test_prefill_flops_are_the_mean_over_a_prompt(random_policy):
+    """Token s attends to s tokens; torch computes the hidden half of the square too, so it is counted row by row."""
+    config = random_policy(3).config
+    one, many = (anatomy(config, 0, context=n, **LORA).prefill_flops for n in (1, 9))
+    per_key = 2 * 2 * 2 * (8 + 8 + 8)  # 2 FLOPs, 2 layers, 2 heads
+    assert many - one == per_key * (sum(range(1, 10)) / 9 - 1)
+
+
+@pytest.mark.parametrize("context", [1, 7])
+def test_decode_flops_are_those_of_the_absorbed_forward(policy, context):
+    trunk = AbsorbedTrunk(policy.trunk, torch.float32, 64)
+    cache = trunk.cache(1, 32)
+    prompt = torch.arange(context)[None]
+    with torch.no_grad():
+        trunk(prompt, prompt, cache)
+    cache.advance(context)
+    token, position = torch.tensor([[5]]), torch.tensor([[context]])
+    measured = flops(lambda: trunk.logits(trunk(token, position, cache)))
+    assert measured == anatomy(policy.config, 1, context=context, **LORA).decode_flops
+
+
+def test_cache_numbers_are_what_the_engine_keeps(policy):
+    trunk = AbsorbedTrunk(policy.trunk, torch.float32, 64)
+    layers, width = len(trunk.blocks), policy.config.kv_lora_rank + policy.config.qk_rope_head_dim
+    prompt = torch.arange(4)[None]
+    cache = policy.trunk.model(prompt, use_cache=True).past_key_values  # transformers keeps the same latents
+    stored = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert cache_numbers(policy.config) == layers * width == stored // 4
+
+
+def test_deepseek_v3_has_its_published_size():
+    """DeepSeek-V3 report, section 4.2: 671B parameters, of which 37B are activated for each token."""
+    counted = anatomy(DeepseekV3Config(), 1, context=4096, lora_rank=16, lora_alpha=32.0)
+    assert round(counted.parameters / 1e9) == 671
+    assert counted.active_parameters / 1e9 == pytest.approx(37, abs=0.6)
+    assert counted.cache_numbers == 61 * 576
+    assert (counted.experts.routed, counted.experts.per_token, counted.experts.layers) == (256, 8, 58)
+    assert counted.lora_share < 0.03
+    assert counted.lora_rank_within_aim == int(16 * 0.03 / counted.lora_share)
+
+
+def test_a_dense_model_is_counted_too():
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config)
+    counted = anatomy(config, 0, context=1, **LORA)
+    assert counted.parameters == counted.active_parameters == sum(p.numel() for p in model.parameters())
+    assert counted.experts is None
+    assert flops(lambda: model.model(torch.tensor([[3]]), use_cache=False)) == counted.prefill_flops
+    cache = model(torch.tensor([[3]]), use_cache=True).past_key_values
+    assert counted.cache_numbers == sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert flops(lambda: model(torch.tensor([[4]]), past_key_values=cache)) == counted.decode_flops
+
+
+def test_layers_that_do_not_attend_fully_are_not_counted_as_if_they_did():
+    config = LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=20)
+    config.layer_types = ["sliding_attention", "full_attention"]
+    counted = anatomy(config, 0, context=8, **LORA)
+    assert counted.cache_numbers is counted.prefill_flops is counted.decode_flops is None
+
+
+def test_a_context_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="context=0"):
+        anatomy(DeepseekV3Config(), 0, context=0, **LORA)

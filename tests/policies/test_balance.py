@@ -1,0 +1,91 @@
+"""The three balancing mechanisms against numbers worked out by hand, and against their formulas written as loops."""
+
+import math
+
+import pytest
+import torch
+
+from policies.balance import entropy, entropy_regulariser, gates, load_statistics, move_bias, sequence_loss
+
+
+def test_gates_by_hand():
+    # Scores ¾ and ¼ are a gate already; ¾ and ½ are 0.6 and 0.4 of their sum.
+    logits = torch.tensor([[0.75, 0.25], [0.75, 0.5]]).logit()
+    torch.testing.assert_close(gates(logits), torch.tensor([[0.75, 0.25], [0.6, 0.4]]))
+
+
+def test_entropy_by_hand_and_finite_with_its_gradient_where_a_score_vanishes():
+    assert entropy(torch.tensor([[0.25] * 4, [1.0, 0, 0, 0]])).tolist() == pytest.approx([math.log(4), 0])
+    logits = torch.tensor([[-200.0, 0.0], [-200.0, -200.0]], requires_grad=True)
+    both = entropy(gates(logits))
+    both.sum().backward()
+    assert torch.isfinite(both).all()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_entropy_regulariser_by_hand():
+    sure = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert entropy_regulariser(sure).item() == pytest.approx(-math.log(2))  # both used, no doubt: the least there is
+    assert entropy_regulariser(sure[:1]).item() == 0  # sure, but one expert does it all
+    assert entropy_regulariser(torch.full((3, 2), 0.5)).item() == pytest.approx(0)  # indifferent
+    # Gates (¾, ¼) and (¼, ¾): H of the mean is log 2, H of each log 4 − ¾ log 3 = .5623.
+    mixed = torch.tensor([[0.75, 0.25], [0.25, 0.75]])
+    assert entropy_regulariser(mixed).item() == pytest.approx(0.562335 - 0.693147, abs=1e-6)
+
+
+def test_parts_of_a_batch_are_an_upper_bound_of_the_whole():
+    torch.manual_seed(0)
+    whole = gates(torch.randn(12, 4))
+    parts = sum(entropy_regulariser(part) * len(part) / 12 for part in whole.split([5, 7]))
+    assert parts > entropy_regulariser(whole)
+
+
+def test_sequence_loss_by_hand():
+    # Sequence 0 wants expert 0 twice: f = (2, 0), P = (.75, .25). Sequence 1 wants either once: f = (1, 1), ΣP = 1.
+    scores = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.25]])
+    losses = sequence_loss(scores.logit(), torch.tensor([0, 0, 1, 1]), 3, top_k=1)
+    assert losses.tolist() == pytest.approx([1.5, 1.0, 0.0])  # the third has no tokens
+
+
+def test_sequence_loss_is_the_formula_of_deepseek_v3():
+    torch.manual_seed(0)
+    logits, sequence, k = torch.randn(40, 6), torch.randint(4, (40,)), 2
+    for number, loss in enumerate(sequence_loss(logits, sequence, 4, k)):
+        rows = [row for row, s in zip(logits.sigmoid().tolist(), sequence.tolist(), strict=True) if s == number]
+        expected = 0.0
+        for e in range(6):
+            f = 6 / (k * len(rows)) * sum(row[e] >= sorted(row)[-k] for row in rows)
+            expected += f * sum(row[e] / sum(row) for row in rows) / len(rows)
+        assert loss.item() == pytest.approx(expected)
+
+
+def test_the_gradient_of_the_sequence_loss_lowers_the_busy_expert():
+    logits = torch.tensor([[2.0, 0.0, -1.0], [1.0, 0.5, 0.0]], requires_grad=True)
+    sequence_loss(logits, torch.tensor([0, 0]), 1, 1).sum().backward()
+    assert (logits.grad[:, 0] > 0).all()
+    assert (logits.grad[:, 1:] < 0).all()
+
+
+def test_move_bias_by_hand():
+    moved = move_bias(torch.tensor([0.5, 0.0, 0.0, 0.0]), torch.tensor([9, 1, 2, 4]), rate=0.25)  # the mean is 4
+    assert moved.tolist() == [0.25, 0.25, 0.25, 0.0]
+
+
+def test_load_statistics_by_hand():
+    # Layer 1: loads 2, 1, 1, 0 over an even share of 1. Layer 3: 2, 2, 6, 6 over 4 are .5, .5, 1.5, 1.5.
+    counts = torch.tensor([[2, 1, 1, 0], [2, 2, 6, 6]])
+    assert load_statistics(counts, torch.tensor([1.0, 0.5]), [1, 3]) == {
+        "moe/load_min": 0.25,
+        "moe/load_max": 1.75,
+        "moe/max_violation": 0.75,
+        "moe/router_entropy": 0.75,
+        "moe/dead_experts": 1,
+        "moe/layer_1/load_min": 0,
+        "moe/layer_1/load_max": 2,
+        "moe/layer_1/router_entropy": 1,
+        "moe/layer_1/dead_experts": 1,
+        "moe/layer_3/load_min": 0.5,
+        "moe/layer_3/load_max": 1.5,
+        "moe/layer_3/router_entropy": 0.5,
+        "moe/layer_3/dead_experts": 0,
+    }
