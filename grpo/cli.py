@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,11 +49,12 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from grpo.checkpoint import CheckpointError
     from grpo.distributed import RankFailed
     from grpo.learner import NonFiniteStep
+    from grpo.recovery import RecoveryDiverged
     from grpo.stopping import Stopped
-    from policies.convert import ParityFailed
+    from policies.parity import ParityFailed
     from rollout.engine import RolloutError
 
-    return CheckpointError, NonFiniteStep, ParityFailed, RankFailed, RolloutError, Stopped
+    return CheckpointError, NonFiniteStep, ParityFailed, RankFailed, RecoveryDiverged, RolloutError, Stopped
 
 
 def _fail(message: str, code: int) -> int:
@@ -104,22 +106,26 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(sample, SampleConfig)
     sample.set_defaults(command=_sample)
 
-    convert = commands.add_parser("convert", help="a dense Llama-family checkpoint as DeepSeek-V3 (MLA), exactly")
-    convert.add_argument("source", metavar="SRC", help="a checkpoint folder or a hub id")
-    convert.add_argument("destination", type=Path, metavar="DST", help="the folder to write; it must not exist")
-    convert.set_defaults(command=_convert)
+    _add_convert(commands)
 
     policy = commands.add_parser("policy", help="what a policy is made of")
     kinds = policy.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    inspect = kinds.add_parser("inspect", help="parameters, cache and FLOPs per token, experts, MTP layers, LoRA's share")
+    inspect = kinds.add_parser(
+        "inspect", help="parameters, cache and FLOPs per token, experts, MTP layers, LoRA's share"
+    )
     inspect.add_argument("model", metavar="MODEL", help="a preset, a run folder, a checkpoint folder or a hub id")
     inspect.add_argument(
-        "--context", type=int, metavar="TOKENS", help="attend to so many tokens; 4096 or the policy's longest by default"
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="attend to so many tokens; 4096 or the policy's longest by default",
     )
     inspect.add_argument("--json", type=Path, metavar="OUT", help="write what the table shows to this file")
     inspect.set_defaults(command=_inspect)
 
-    export = commands.add_parser("export", help="a run's policy for other tools, with tokenizer, licence and model card")
+    export = commands.add_parser(
+        "export", help="a run's policy for other tools, with tokenizer, licence and model card"
+    )
     export.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint inside one")
     export.add_argument("destination", type=Path, metavar="DST", help="the folder to write; it must not exist")
     export.add_argument("--adapter", action="store_true", help="the adapters of a LoRA run alone, in peft's format")
@@ -134,6 +140,23 @@ def build_parser() -> argparse.ArgumentParser:
     reference = commands.add_parser("reference", help="print the reference page of all options and metrics")
     reference.set_defaults(command=_reference)
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    from grpo.convert_config import ConvertConfig
+    from grpo.options import add_options
+
+    convert = commands.add_parser(
+        "convert",
+        help="a dense Llama-family checkpoint as DeepSeek-V3",
+        description=ConvertConfig.__doc__,
+    )
+    convert.add_argument("source", metavar="SRC", help="a checkpoint folder or a hub id")
+    convert.add_argument("destination", type=Path, metavar="DST", help="the folder to write; it must not exist")
+    convert.add_argument("--mtp", action="store_true", help="add a draft head, started from the last layer")
+    convert.add_argument("--json", type=Path, metavar="OUT", help="write what is printed to this file")
+    add_options(convert, ConvertConfig)
+    convert.set_defaults(command=_convert)
 
 
 def _add_mtp(commands: Any) -> None:
@@ -298,10 +321,16 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from policies.convert import convert_checkpoint
+    from grpo.convert_config import ConvertConfig
+    from grpo.options import load
 
-    print(convert_checkpoint(args.source, args.destination))
-    print(f"written to {args.destination}")
+    config = load(ConvertConfig, None, args.overrides, args.flags)
+    from grpo import convert_command, report
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # unwinds: nothing half written stays
+    conversion = convert_command.convert(args.source, args.destination, config, mtp=args.mtp, console=report.CONSOLE)
+    convert_command.show(conversion, report.CONSOLE)
+    _write(args.json, convert_command.as_json(conversion))
     return 0
 
 
@@ -369,6 +398,7 @@ def _reference(args: argparse.Namespace) -> int:
     from pydantic import BaseModel
 
     from grpo.config import SftConfig, TrainConfig
+    from grpo.convert_config import ConvertConfig
     from grpo.inference_config import EvalConfig, SampleConfig
     from grpo.metrics import table
     from grpo.mtp_config import MtpConfig
@@ -377,7 +407,7 @@ def _reference(args: argparse.Namespace) -> int:
 
     commands: dict[str, type[BaseModel]] = {
         **{"train": TrainConfig, "sft": SftConfig, "mtp": MtpConfig, "eval": EvalConfig, "sample": SampleConfig},
-        **{"reward test": RewardTestConfig, "reward replay": ReplayConfig},
+        **{"reward test": RewardTestConfig, "reward replay": ReplayConfig, "convert": ConvertConfig},
     }
     for command, model in commands.items():
         print(f"# quartet {command}\n\n{reference_page(model)}")

@@ -10,7 +10,6 @@ from pydantic import Field, field_validator, model_validator
 from grpo.losses import CorrectionMode, KLEstimator, Level, LossType
 from grpo.options import Options
 
-
 Advantage = Literal[
     "group_relative", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae", "rank_softmax"
 ]

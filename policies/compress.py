@@ -23,7 +23,6 @@ G KV groups, H query heads, J = d/2 frequencies, C rotary and N unrotated compon
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from policies.calibration import LayerMoments
-from policies.convert import NUM_CONSTANTS, assemble, constants, dense_rotary, mla_config
+from policies.convert import NUM_CONSTANTS, assemble, check_dense, constants, dense_rotary, mla_config
 from policies.convertible import dense_shape
 
 SMALLEST_RANK = 2 + 1 + NUM_CONSTANTS
@@ -62,12 +61,12 @@ class _Layer:
         self.group = torch.arange(heads) // (heads // groups)
         self.queries = _complex(q, heads)  # [H, J, D]
         self.moments, self.scale = moments, rope_scale**4 / d
-        self.out = out.view(-1, heads, d).transpose(0, 1)  # [H, D, d]
+        out_HDd = out.view(-1, heads, d).transpose(0, 1)
         covariance = moments.keys - torch.outer(moments.mean, moments.mean)
-        self.covariance = (covariance + covariance.T) / 2
+        self.covariance_x = (covariance + covariance.T) / 2
         value = self.values.view(groups, d, -1)
-        spread = value @ self.covariance @ value.transpose(1, 2)
-        self.spread = torch.einsum("hed,hdf,hef->h", self.out, spread[self.group], self.out)  # rho_h
+        spread = value @ self.covariance_x @ value.transpose(1, 2)
+        self.spread = torch.einsum("hed,hdf,hef->h", out_HDd, spread[self.group], out_HDd)  # rho_h
 
         met = (self.queries @ moments.queries.to(self.queries.dtype) * self.queries.conj()).sum(-1).real
         met = met * self.spread[:, None] * self.scale / 2  # [H, J], half: a random phase
@@ -87,28 +86,37 @@ class _Layer:
         meet = basis.conj() / weight_GJ.T[..., None]  # [J, G, component]
         self.meet = meet[:, self.group]  # [J, H, component]
         self.total = float(energy.sum() + self.spread.sum())
+        self._weigh(out_HDd)
+
+    def _weigh(self, out_HDd: Tensor) -> None:
+        """u = all components, real then imaginary parts, then values, as a map of x; Cov(u), and the metric M."""
+        frequencies = self.queries.shape[1]
+        keys = self.components.flatten(0, 1)
+        self.u = torch.cat([keys.real, keys.imag, self.values])
+        self.covariance = self.u @ self.covariance_x @ self.u.T
+        self.turned = self.meet * self.moments.turn.conj().T[..., None]  # [J, H, component]
+        self.metric = torch.zeros_like(self.covariance)
+        size, d = 2 * len(keys), 2 * frequencies
+        for h, group in enumerate(self.group.tolist()):
+            query = (self.queries[h, :, None] * self.turned[:, h, :, None]).flatten(0, 1)
+            query = torch.cat([query.real, query.imag])
+            self.metric[:size, :size] += query @ self.moments.queries @ query.T * (self.spread[h] * self.scale)
+            at = slice(size + group * d, size + (group + 1) * d)
+            self.metric[at, at] += out_HDd[h].T @ out_HDd[h]
 
     def joint(self, unrotated: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For `unrotated` [N, 2]: the map x -> u [2N + G·d, D], a root L of M = L Lᵀ, and of Lᵀ Cov(u) L the
+        """For `unrotated` [N, 2]: its map x -> u [2N + G·d, D], a root L of M = L Lᵀ, and of Lᵀ Cov(u) L the
         eigenvalues and eigenvectors, descending."""
-        frequency, rank = unrotated.T
-        keys = self.components[frequency, rank]
-        u = torch.cat([keys.real, keys.imag, self.values])
-        turned = self.meet[frequency, :, rank] * self.moments.turn.conj()[:, frequency].T  # [N, H]
-        metric = torch.zeros(len(u), len(u), dtype=torch.float64)
-        count, d = 2 * len(unrotated), 2 * self.queries.shape[1]
-        for h, group in enumerate(self.group.tolist()):
-            query = self.queries[h, frequency] * turned[:, h, None]
-            query = torch.cat([query.real, query.imag])
-            metric[:count, :count] += query @ self.moments.queries @ query.T * (self.spread[h] * self.scale)
-            at = slice(count + group * d, count + (group + 1) * d)
-            metric[at, at] += self.out[h].T @ self.out[h]
+        frequencies, groups = self.loss.shape
+        flat, pairs = unrotated[:, 0] * groups + unrotated[:, 1], frequencies * groups
+        of = torch.cat([flat, pairs + flat, torch.arange(2 * pairs, len(self.u))])
+        metric = self.metric[of][:, of]
         diagonal = metric.diagonal()
         diagonal += RIDGE * diagonal.max() + 1e-30
         root = torch.linalg.cholesky(metric)
-        within = root.T @ u @ self.covariance @ u.T @ root
+        within = root.T @ self.covariance[of][:, of] @ root
         values, vectors = torch.linalg.eigh((within + within.T) / 2)
-        return u, root, values.flip(0).clamp_min(0), vectors.flip(1)
+        return self.u[of], root, values.flip(0).clamp_min(0), vectors.flip(1)
 
     def weights(self, split: Split, rope_scale: float) -> dict[str, Tensor]:
         """The weights of one `DeepseekV3Attention`."""
@@ -130,7 +138,7 @@ class _Layer:
         queries = torch.cat([plain.real, plain.imag, rotary_queries], dim=1)
 
         # Head h meets unrotated component i, of frequency f(i), with q_f · z_i: its key at f is Σ_i conj(z_i) a_i.
-        turned = self.meet[unrotated[:, 0], :, unrotated[:, 1]] * self.moments.turn.conj()[:, unrotated[:, 0]].T
+        turned = self.turned[unrotated[:, 0], :, unrotated[:, 1]]  # [N, H]
         at = torch.zeros(len(nope), len(unrotated), dtype=torch.complex128)
         at[[nope.index(f) for f in unrotated[:, 0].tolist()], range(len(unrotated))] = 1
         mix = at * turned.conj().T[:, None]  # [H, F, N]
@@ -166,6 +174,8 @@ def compress(
     `rotary`: the size of the rotary key; by default that of the least predicted error. Raises ValueError for sizes out
     of range and `UnsupportedCheckpoint` for a model that has no exact form either.
     """
+    check_dense(model)
+    check_sizes(model.config, rank, rotary)
     frequencies, rope_scale = dense_rotary(model)
     parts = zip(model.model.layers, moments, strict=True)
     layers = [_Layer(layer.self_attn, model.config, of, rope_scale) for layer, of in parts]
@@ -177,6 +187,25 @@ def compress(
         2 * len(set(unrotated_pairs(split.rotary, *layers[0].loss.shape)[:, 0].tolist())),
     )
     return assemble(model, config, (layer.weights(split, rope_scale) for layer in layers)), split
+
+
+def exact_rank(config: PreTrainedConfig) -> int:
+    """Numbers that the exact form caches a token and layer."""
+    _, groups, head_dim = dense_shape(config)
+    return 2 * groups * head_dim + NUM_CONSTANTS
+
+
+def check_sizes(config: PreTrainedConfig, rank: int, rotary: int | None = None) -> None:
+    """Raises ValueError for a rank or a size of the rotary key that a dense model of this `config` cannot have."""
+    _, groups, head_dim = dense_shape(config)
+    if not SMALLEST_RANK <= rank <= exact_rank(config):
+        raise ValueError(
+            f"rank={rank} is out of range: the dense model caches 2 · {groups} KV heads · {head_dim} = "
+            f"{2 * groups * head_dim} numbers a token and layer; use {SMALLEST_RANK} to {exact_rank(config)}"
+        )
+    most = min(groups * head_dim, (rank - NUM_CONSTANTS - 1) // 2 * 2)
+    if rotary is not None and (rotary % 2 or not 2 <= rotary <= most):
+        raise ValueError(f"rotary={rotary} is out of range: with rank={rank} use an even number from 2 to {most}")
 
 
 def choose_split(layers: Sequence[_Layer], rank: int, rotary: int | None = None) -> Split:

@@ -36,7 +36,8 @@ import copy
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +45,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
-from transformers.utils.hub import cached_file
 
 from policies.convertible import UnsupportedCheckpoint, check_convertible, dense_shape
+from policies.layout import find_file
 from policies.parity import ParityFailed, ParityReport, parity
+from policies.policy import Policy, read_config
 
 # A power of two keeps w·a_i exact. At 2^11 the norm's error drowns in float32 rounding, at 2^9 not quite.
 NORM_WEIGHT = 2.0**11
@@ -69,10 +69,6 @@ SHARED_FIELDS = (
     *("tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
-OPTIONAL_FILE: dict[str, Any] = {
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-}
 PARITY_TEXTS = (
     "A train leaves at 9:40 and arrives at 13:05. It stops twice for 15 minutes. How long does it move? "
     "Let us work it out: from 9:40 to 13:05 there are",
@@ -135,32 +131,57 @@ def convert_checkpoint(source: str, destination: str | Path, *, prompts: list[st
     before the folder gets its name; on any failure it does not appear. It holds safetensors, config,
     generation config, tokenizer, chat template and licence: a plain `AutoModelForCausalLM` loads it.
 
-    Raises `FileExistsError` for a destination that is not empty, `UnsupportedCheckpoint` and `ParityFailed`.
+    Raises `FileExistsError` for a destination that is not empty, `PolicyError` for a source that is damaged,
+    `UnsupportedCheckpoint` and `ParityFailed`.
     """
-    destination = Path(destination)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(f"destination={str(destination)!r} is not empty; remove it or name another")
-    check_convertible(AutoConfig.from_pretrained(source, trust_remote_code=False))
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    dense = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    )
-    token_ids = [tokenizer(text, return_tensors="pt").input_ids[0] for text in prompts or PARITY_TEXTS]
-
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
-        folder = Path(scratch) / destination.name
-        convert_dense(dense).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for name in LICENCE_FILES:
-            found = cached_file(source, name, **OPTIONAL_FILE)
-            if found is not None:
-                shutil.copy(found, folder / name)
-        report = parity(dense, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), token_ids)
-        if not report.passed:
-            raise ParityFailed(f"{source} and its converted form differ; {destination} not written\n{report}")
-        folder.rename(destination)
+    with new_folder(destination) as folder:
+        dense = load_dense(source)
+        save_as(Policy(convert_dense(dense.trunk), None, dense.tokenizer), source, folder)
+        report = parity(dense.trunk, Policy.load(folder).trunk, parity_prompts(dense.tokenizer, prompts))
+        require_parity(report, source, destination)
     return report
+
+
+def load_dense(source: str) -> Policy:
+    """Raises `UnsupportedCheckpoint` before any weight is read, `PolicyError` for a damaged checkpoint."""
+    check_convertible(read_config(source))
+    return Policy.load(source)
+
+
+@contextmanager
+def new_folder(destination: str | Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `destination` at the end of the block; if it raises, nothing does."""
+    destination = Path(destination)
+    taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
+    if taken or destination.is_symlink():
+        raise FileExistsError(f"destination={str(destination)!r} is not empty; remove it or name another")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.")
+    except OSError as error:
+        raise OSError(f"destination={str(destination)!r} cannot be written ({error}); name another") from error
+    with scratch as inside:
+        folder = Path(inside) / destination.name
+        yield folder
+        folder.rename(destination)
+
+
+def save_as(policy: Policy, source: str, folder: Path) -> None:
+    """Writes `policy` into `folder`, with the licence of `source`."""
+    policy.save(folder)
+    for name in LICENCE_FILES:
+        if found := find_file(source, name):
+            shutil.copy(found, folder / name)
+
+
+def parity_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str] | None = None) -> list[Tensor]:
+    return [tokenizer(text, return_tensors="pt").input_ids[0] for text in texts or PARITY_TEXTS]
+
+
+def require_parity(report: ParityReport, source: str, destination: str | Path) -> None:
+    """Raises `ParityFailed` with the report."""
+    if not report.passed:
+        raise ParityFailed(f"{source} and its converted form differ; {destination} not written\n{report}")
 
 
 def dense_rotary(model: Any) -> tuple[Tensor, float]:

@@ -21,6 +21,8 @@ from transformers.initialization import no_init_weights
 
 from policies.convertible import UnsupportedCheckpoint
 
+ROW_MULTIPLE = 8  # torch's grouped_mm wants rows of 16 bytes, in bf16 too
+
 
 @dataclass(frozen=True)
 class ExpertShards:
@@ -60,6 +62,15 @@ class ExpertShards:
                 f"it is not a multiple of shared_experts + experts_per_group = {self.shards}",
                 f"sums that divide it are {', '.join(map(str, fitting)) or 'none up to 32'}",
             )
+        for name, size in (("hidden_size", config.hidden_size), ("intermediate_size", width // self.shards)):
+            if size % ROW_MULTIPLE:
+                raise UnsupportedCheckpoint(
+                    name,
+                    getattr(config, name),
+                    f"an expert's matrices would have rows of {size} numbers, and grouped products need a multiple of "
+                    f"{ROW_MULTIPLE}",
+                    "use other numbers of shards, or keep the dense feed-forward with --ffn dense",
+                )
 
 
 @torch.no_grad()
@@ -75,7 +86,6 @@ def shard_feed_forward(model: DeepseekV3ForCausalLM, shape: ExpertShards, seed: 
             "moe_intermediate_size": config.intermediate_size // shape.shards,
             "n_shared_experts": shape.shared_experts,
             "n_routed_experts": k * groups,
-            "num_local_experts": k * groups,
             "num_experts_per_tok": k,
             "n_group": groups,
             "topk_group": 1,

@@ -1,4 +1,4 @@
-"""Does a converted model compute what its source does? Logits, KL and greedy text, side by side."""
+"""Does a converted model compute what its source does, and if not, how near is it? Logits, KL, text, perplexity."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -80,6 +81,43 @@ def parity(
         top1_agreement=torch.cat(agreements).double().mean().item(),
         greedy_identical=identical,
         num_tokens=sum(len(kl) for kl in kls),
+    )
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What is left of a dense model in one that was compressed, on text that neither was fitted to.
+
+    `kl_mean` is KL(dense ‖ compressed) in nats a token, `top1_agreement` a share in [0, 1]; the perplexities are those
+    of the text itself, the first token of each window left out.
+    """
+
+    kl_mean: float
+    top1_agreement: float
+    perplexity: float
+    dense_perplexity: float
+    num_tokens: int
+
+
+@torch.no_grad()
+def fidelity(dense: PreTrainedModel, model: PreTrainedModel, windows: Sequence[Tensor]) -> Fidelity:
+    """Compares both on every position of `windows`, token ids [T] each, T ≥ 2."""
+    sums, count, scored = torch.zeros(4, dtype=torch.float64), 0, 0
+    for window in windows:
+        ids = window[None].to(dense.device)
+        log_p, log_q = (m(ids).logits[0].float().log_softmax(-1) for m in (dense, model))
+        kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        agreed = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+        nats = (-log[:-1].gather(1, ids[0, 1:, None]).sum() for log in (log_q, log_p))
+        sums += torch.stack([kl, agreed, *nats]).double().cpu()
+        count, scored = count + len(log_p), scored + len(log_p) - 1
+    kl, agreed, nats, dense_nats = sums
+    return Fidelity(
+        kl_mean=float(kl / count),
+        top1_agreement=float(agreed / count),
+        perplexity=float((nats / scored).exp()),
+        dense_perplexity=float((dense_nats / scored).exp()),
+        num_tokens=count,
     )
 
 

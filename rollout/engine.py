@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from policies.allocator import keep_freed_memory
-from policies.policy import Policy, digest
+from policies.policy import Policy
 from rollout.backends import derive
 from rollout.decoding import Decoding
 from rollout.draft_costs import measure
@@ -53,12 +53,11 @@ class Engine:
         self.version = 0
         self._derive()
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> str:
-        """Take over new weights and rebuild everything derived from them; returns the digest of what was taken."""
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Take over new weights and rebuild everything derived from them."""
         self.policy.load_weights(weights)
         self._derive()
         self.version = version
-        return digest(weights)
 
     def _derive(self) -> None:
         self.trunk, self.head = derive(self.policy, self.dtype)

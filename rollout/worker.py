@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policies.policy import Policy
+from policies.policy import Policy, digest
 from rollout.draft_depth import CostTable
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt, RolloutGroup
@@ -46,7 +46,9 @@ class Worker:
 
     def publish(self, packed: PackedWeights, version: int) -> str:
         """Take over weights; returns the digest of what arrived (contract 5)."""
-        return self.engine.publish(unpack(packed), version)
+        weights = unpack(packed)
+        self.engine.publish(weights, version)
+        return digest(weights)
 
     def measure_costs(self, rows: int) -> CostTable:
         return self.engine.measure_costs(min(rows, self.engine.max_rows))

@@ -79,7 +79,10 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would(words):
     ("overrides", "message"),
     [
         ({"rollout.group_size": 1}, "rollout.group_size=1"),
-        ({"rollout.accept": "margin"}, "rollout.accept=margin (command line): takes tokens that the policy has not verified"),
+        (
+            {"rollout.accept": "margin"},
+            "rollout.accept=margin (command line): takes tokens that the policy has not verified",
+        ),
         ({"rollout.temperature": 0}, "rollout.temperature=0"),
         ({"rollout.top_p": 0.9}, "rollout.top_p=0.9"),  # contract 2: there is none in training
         ({"loss.epsilon": -0.1}, "loss.epsilon=-0.1"),

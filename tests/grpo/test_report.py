@@ -5,8 +5,8 @@ import pytest
 from rich.console import Console
 
 from grpo import report
-from grpo.draft_colours import pieces
 from grpo.config import SftConfig
+from grpo.draft_colours import pieces
 from grpo.evaluate import Evaluation, Speed
 from grpo.learner import Learner
 from grpo.options import load

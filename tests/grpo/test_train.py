@@ -13,11 +13,14 @@ from grpo import resume
 from grpo.learner import Learner, NonFiniteStep
 from grpo.metrics import check
 from grpo.run_log import read_metrics, read_rollouts
+from grpo.stopping import Stopped
 from grpo.train import Trainer
 from grpo.yaml_file import parse_yaml
 from policies.convert import convert_checkpoint, frozen_parameter_names
 from policies.policy import Policy, PolicyError
 from rewards.protocol import RewardError
+from rollout.draft_depth import CostTable
+from rollout.engine import Engine
 
 EVERY_STEP = {
     *("reward/mean", "reward/std", "reward/part/letters", "reward/abstained", "reward/errors"),
@@ -457,12 +460,13 @@ def converted(micro_policy, tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("given", [{}, {"lora.rank": 4}, {"add_mtp": True}, {"add_mtp": True, "lora.rank": 4}])
 def test_a_converted_dense_model_is_a_policy_too(converted, micro_config, tmp_path, given):
-    drafts = {"rollout.draft_tokens": None, "warm_start.steps": 0, "model": converted}
+    drafts = {"rollout.draft_tokens": None, "warm_start.steps": 0, "model": converted, "mtp.every": 1}
     Trainer(micro_config(tmp_path / "r", **drafts | given)).run()
     for line in read_metrics(tmp_path / "r"):
         assert line["mismatch/logprob_abs_mean"] < 1e-4
         assert line["learner/updates"] == 1
-        assert ("draft/acceptance_depth_4" in line) == ("add_mtp" in given)
+        assert ("loss/mtp" in line) == ("add_mtp" in given)
+    assert (tmp_path / "r/draft_costs.json").exists() == ("add_mtp" in given)  # measured where there is a head
     before, after = AutoModelForCausalLM.from_pretrained(converted), Policy.load(tmp_path / "r/policy")
     moved = {
         name
@@ -513,3 +517,17 @@ def test_a_run_whose_last_evaluation_was_cut_off_is_evaluated_when_it_is_resumed
     assert list(results["evaluations"]) == ["after GRPO, sampled", "after GRPO, greedy"]
     assert "eval/accuracy" in read_metrics(tmp_path / "r")[3]
     assert not Trainer(config, resume="auto").run()["evaluations"]
+
+
+def test_draft_costs_are_measured_once_a_run_and_reused_on_resume(micro_config, tmp_path, monkeypatch):
+    config = micro_config(tmp_path / "r", **{"rollout.draft_tokens": None})
+    with pytest.raises(Stopped):
+        Trainer(config, stop_after=1).run()
+    costs = CostTable.load(tmp_path / "r/draft_costs.json")
+
+    def measured_again(*_):
+        raise AssertionError("a resumed run has its table")
+
+    monkeypatch.setattr(Engine, "measure_costs", measured_again)
+    Trainer(config, resume="auto").run()
+    assert CostTable.load(tmp_path / "r/draft_costs.json") == costs

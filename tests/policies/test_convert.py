@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -25,14 +30,14 @@ from transformers import (
 )
 
 from policies import convert
-from policies.convert import (
-    UnsupportedCheckpoint,
-    check_convertible,
-    convert_checkpoint,
-    convert_dense,
-    frozen_parameter_names,
-)
+from policies.calibration import observe
+from policies.compress import compress
+from policies.convert import convert_checkpoint, convert_dense, frozen_parameter_names, new_folder
+from policies.convertible import UnsupportedCheckpoint, check_convertible
+from policies.draft_start import start_head
+from policies.expert_shards import ExpertShards, shard_feed_forward
 from policies.parity import ParityFailed, ParityReport, parity
+from policies.policy import Policy, PolicyError
 
 torch.set_num_threads(1)
 
@@ -353,19 +358,29 @@ def test_wrapped_and_headless_models_are_refused_by_name() -> None:
         convert_dense(LlamaForSequenceClassification(LlamaConfig(**settings())))
 
 
+def test_longrope_is_carried_where_its_factors_never_change() -> None:
+    factors = [1.0, 2.0, 3.0, 4.0]
+    rope = {"rope_type": "longrope", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    dense = dense_model(rope_parameters=rope | {"short_factor": factors, "long_factor": factors})
+    assert dense.model.rotary_emb.attention_scaling > 1.1  # and so is its factor on cos and sin
+    assert_same_function(dense)
+
+
 # Checkpoints on disk.
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     words = {"<pad>": 0, "<unk>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    tokenizer = word_tokenizer()
     tokenizer.chat_template = TEMPLATE
     folder = tmp_path / "in" / "dense"
     dense = dense_model(tie_word_embeddings=True, eos_token_id=2)
@@ -402,6 +417,57 @@ def test_a_converted_checkpoint_loads_in_stock_transformers(source: Path, tmp_pa
     assert (destination / "LICENSE").read_text() == "do as you like"
     assert json.loads((destination / "config.json").read_text())["quartet_exact_mla"] is True
     assert {path.suffix for path in destination.iterdir()} <= {".json", ".jinja", ".safetensors", ""}
+
+
+@st.composite
+def dense_models(draw: st.DrawFn) -> LlamaForCausalLM | MistralForCausalLM:
+    """MHA, GQA and MQA, heads that do not add up to the hidden size, tied or not, every rope that is carried."""
+    groups, head_dim = draw(st.integers(1, 4)), 2 * draw(st.integers(1, 6))
+    heads = groups * draw(st.integers(1, 3))
+    shape = heads, groups, head_dim, 8 * heads * draw(st.integers(1, 2))
+    changes: dict = {
+        "tie_word_embeddings": draw(st.booleans()),
+        "intermediate_size": 24 * draw(st.integers(1, 3)),
+        "num_hidden_layers": draw(st.integers(2, 3)),
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
+    }
+    if rope := draw(st.sampled_from([None, *ROPES.values()])):
+        changes["rope_parameters"] = dict(rope)
+    if draw(st.booleans()):
+        torch.manual_seed(0)
+        return MistralForCausalLM(MistralConfig(**settings(shape, sliding_window=None, **changes))).eval()
+    return dense_model(shape, **changes)
+
+
+@hypothesis_settings(max_examples=12, deadline=None, derandomize=True)
+@given(dense=dense_models(), moe=st.booleans(), mtp=st.booleans(), cache=st.sampled_from([None, 0.5, 0.8]))
+def test_any_dense_model_goes_to_disk_and_loads_in_stock_transformers(
+    dense: LlamaForCausalLM, moe: bool, mtp: bool, cache: float | None
+) -> None:
+    ids = random_ids()
+    if cache is None:
+        trunk = convert_dense(dense)
+    else:
+        full = 2 * dense.config.num_key_value_heads * dense.config.head_dim
+        trunk, _ = compress(dense, observe(dense, list(ids)), max(7, round(cache * full) + 4))
+    if moe:
+        shape = ExpertShards(shared_experts=1, experts_per_group=2, expert_groups=3)
+        plain, trunk = trunk, shard_feed_forward(trunk, shape)
+        assert parity(plain, trunk, ids, new_tokens=4).passed
+    policy = Policy(trunk, start_head(trunk, list(ids)) if mtp else None, word_tokenizer())
+    with tempfile.TemporaryDirectory() as folder:
+        policy.save(f"{folder}/mla")
+        stock = AutoModelForCausalLM.from_pretrained(f"{folder}/mla")
+        again = Policy.load(f"{folder}/mla")
+    assert type(stock) is DeepseekV3ForCausalLM
+    assert torch.equal(stock(ids).logits, trunk(ids).logits)
+    if cache is None:
+        report = parity(dense, stock, ids, new_tokens=16)
+        assert report.passed, f"\n{report}"
+    assert (again.mtp is not None) == mtp
+    if mtp:
+        for name, tensor in policy.mtp.state_dict().items():
+            assert torch.equal(again.mtp.state_dict()[name], tensor), name
 
 
 def test_a_destination_that_is_not_empty_is_refused_by_name(source: Path, tmp_path: Path) -> None:
@@ -442,3 +508,35 @@ def test_an_unsupported_checkpoint_is_refused_before_its_weights_are_read(tmp_pa
     with pytest.raises(UnsupportedCheckpoint, match="mlp_bias=True"):
         convert_checkpoint(str(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_destination_that_cannot_be_written_is_refused_before_anything_is_read(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match=r"destination='.*file/mla' cannot be written.*name another"):
+        convert_checkpoint("no/such/model", tmp_path / "file" / "mla")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="link"), new_folder(tmp_path / "link"):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("damage", ["missing", "misshapen", "cut short"])
+def test_a_damaged_source_is_an_error_that_names_the_tensor_or_the_file(
+    source: Path, tmp_path: Path, damage: str
+) -> None:
+    file, name = source / "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
+    tensors = load_file(file)
+    named = {
+        "missing": rf"lacks the tensors {name}",
+        "misshapen": rf"{name} \(expected \[16, 48\], found \[16, 47\]\)",
+        "cut short": r"model\.safetensors \([\d,]+ bytes\) is damaged",
+    }[damage]
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "misshapen":
+        tensors[name] = tensors[name][:, :47].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    if damage == "cut short":
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(PolicyError, match=named):
+        convert_checkpoint(str(source), tmp_path / "out" / "mla", prompts=PROMPTS)
+    assert list((tmp_path / "out").iterdir()) == []

@@ -134,11 +134,10 @@ def test_contract_5_a_worker_without_weights_refuses_to_sample(policies):
     assert len(worker.sample(PROMPTS[:1], PARAMS, 0)) == 1
 
 
-def test_a_bad_prompt_is_refused_before_the_first_shard_is_sampled(policies):
-    heard: list[int] = []
-    with pytest.raises(RolloutError, match="'p/x' has no tokens"):
-        open_pool(policies[0]).sample([*PROMPTS, Prompt("p/x", "", [])], PARAMS, heard.append)
-    assert heard == []
+def test_a_bad_prompt_is_named_and_costs_no_other_one(policies, expected):
+    with pytest.raises(RolloutError, match="'p/x' has no tokens") as caught:
+        open_pool(policies[0], prompts_per_shard=2).sample([Prompt("p/x", "", []), *PROMPTS], PARAMS)
+    assert tokens(caught.value.groups) == tokens(expected(0))
 
 
 # ---- with Ray ----

@@ -1,0 +1,95 @@
+"""A draft head for a trunk that has none: it starts as the trunk's last layer, and drafts before any training.
+
+The last layer turns the residual stream x_n into what predicts token n + 1. A head has no x_n; it has the embedding of
+token n and the hidden state before it. `eh_proj` is the linear map of these two that comes nearest to x_n on given text
+(ridge regression, each token weighed by 1 / |x_n|², since the layer norms its input).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DeepseekV3ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from policies.mtp import MTPHead
+from policies.policy import Policy
+
+RIDGE = 1e-3  # of the mean diagonal
+
+
+@torch.no_grad()
+def start_head(
+    trunk: DeepseekV3ForCausalLM, windows: Sequence[Tensor], on_window: Callable[[], None] = lambda: None
+) -> MTPHead:
+    """A head of `trunk`, fitted on `windows`, token ids [T] each, T ≥ 2; nothing in it is random."""
+    with torch.random.fork_rng(devices=[]):
+        head = MTPHead(trunk.config).to(trunk.device)
+    last = trunk.model.layers[-1]
+    head.block.load_state_dict(last.state_dict())
+    head.norm.load_state_dict(trunk.model.norm.state_dict())
+    seen: list[Tensor] = []
+    hook = last.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get("hidden_states", *args)), with_kwargs=True
+    )
+    width = trunk.config.hidden_size
+    gram = torch.zeros(2 * width, 3 * width, dtype=torch.float64)
+    try:
+        for window in windows:
+            ids = window[None].to(trunk.device)
+            hidden = trunk.model(ids, use_cache=False).last_hidden_state[0, :-1]
+            target = seen.pop()[0, 1:]
+            embeddings = trunk.model.embed_tokens(ids)[0, 1:]
+            given = torch.cat([head.enorm(embeddings), head.hnorm(hidden)], dim=1)
+            rows = torch.cat([given, target], dim=1).double()
+            rows = (rows / target.double().norm(dim=1, keepdim=True)).cpu()
+            gram += rows[:, : 2 * width].T @ rows
+            on_window()
+    finally:
+        hook.remove()
+    within, towards = gram[:, : 2 * width], gram[:, 2 * width :]
+    diagonal = within.diagonal()
+    diagonal += RIDGE * diagonal.mean()
+    head.eh_proj.weight.copy_(torch.linalg.solve(within, towards).T)
+    return head
+
+
+def self_written(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int = 40, length: int = 128, seed: int = 0
+) -> list[Tensor]:
+    """Text that `model` samples from nothing, `rows` of `length` tokens [T]: where no other text is given.
+
+    Raises ValueError for a tokenizer that names no token to start from.
+    """
+    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
+    if start is None:
+        raise ValueError("the tokenizer has neither a bos nor an eos token to start a text from; give calibrate=FILE")
+    ids = torch.full((rows, 1), start, device=model.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = {"min_new_tokens": length - 1, "max_new_tokens": length - 1}
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), **new, **sampling)
+    return list(written.cpu())
+
+
+@torch.no_grad()
+def draft_agreement(policy: Policy, windows: Sequence[Tensor]) -> float:
+    """The share of tokens whose first draft is the policy's own first choice, each window [T] read once."""
+    assert policy.mtp is not None
+    agreed = total = 0
+    for window in windows:
+        ids = window[None].to(policy.device)
+        positions = torch.arange(len(window), device=policy.device)[None]
+        visible = torch.ones(1, len(window), len(window), dtype=torch.bool, device=policy.device).tril()
+        hidden = policy.hidden(ids, positions, visible)
+        before = F.pad(hidden, (0, 0, 1, 0))[:, :-1]
+        visible[..., 0] = False  # nothing precedes the first token: it has no entry
+        visible[:, 0, 0] = True
+        (drafts,) = policy.unroll(before, ids, positions, visible, depth=1)
+        agree = F.linear(drafts, policy.lm_head).argmax(-1) == F.linear(hidden, policy.lm_head).argmax(-1)
+        agreed, total = agreed + int(agree[:, 1:].sum()), total + agree.numel() - 1
+    return agreed / total
