@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from grpo.config import SftConfig, TrainConfig
-from grpo.environment import caption, describe
-from grpo.options import ConfigError, add_options, load, parse
-from grpo.run_log import read_metrics
-from grpo.sft import sft
-from grpo.train import Trainer
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # else `rollout` would be a file here
 
-DEMO = Path(__file__).parents[1] / "examples/01_demo.yaml"
+from grpo.config import SftConfig, TrainConfig  # noqa: E402
+from grpo.environment import caption, describe  # noqa: E402
+from grpo.options import ConfigError, add_options, load, parse  # noqa: E402
+from grpo.run_log import read_metrics  # noqa: E402
+from grpo.sft import sft  # noqa: E402
+from grpo.train import Trainer  # noqa: E402
+
+DEMO = HERE.parent / "examples/01_demo.yaml"
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "rank_softmax": {"loss.advantage": "rank_softmax", "loss.loss_type": "reinforce"},
@@ -32,8 +36,9 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 COLORS = {"grpo": "#0072B2", "rank_softmax": "#009E73", "ppo": "#E69F00"}
 OPTIONS: dict[str, Any] = {
-    "steps": 100,
-    "eval.every": 10,
+    "steps": 40,
+    "eval.every": 5,
+    "eval.limit": 256,
     "learner.schedule": "constant",  # curves are compared before their end
     "log.measure_speed": False,
     "log.trackers": [],

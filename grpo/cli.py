@@ -346,6 +346,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from grpo.export import export
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # unwinds: nothing half written stays
     print(export(args.run, args.destination, adapter=args.adapter))
     return 0
 

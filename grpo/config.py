@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from grpo.losses import CorrectionMode, KLEstimator, Level, LossType
 from grpo.options import Options
+from rewards.group_score import FailurePolicy
+from rewards.protocol import RewardError
 
 Advantage = Literal[
     "group_relative", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae", "rank_softmax"
@@ -127,12 +129,21 @@ class RewardModelOptions(Options):
 class ScoringOptions(Options):
     """How rewards are run, and what happens when one fails."""
 
-    on_error: str = Field(default="abort", pattern=r"^(abort|drop_sample|drop_group|score=-?\d+(\.\d+)?)$")
+    on_error: str = "abort"
     """`abort`, `drop_sample`, `drop_group` or `score=x`: a failing reward is never silently a zero."""
     timeout_s: float = Field(default=10.0, gt=0)
     """Wall-clock seconds that a reward may take per batch, and per completion when the batch is rerun one by one."""
     workers: int = Field(default=1, ge=1)
     """Processes that run rewards."""
+
+    @field_validator("on_error")
+    @classmethod
+    def _is_a_policy(cls, on_error: str) -> str:
+        try:
+            FailurePolicy.parse(on_error)
+        except RewardError:
+            raise ValueError("choose abort, drop_sample, drop_group or score=<number>, such as score=0") from None
+        return on_error
 
 
 class LossOptions(Options):
@@ -167,7 +178,8 @@ class LossOptions(Options):
     mask_truncated_completions: bool = False
     """Leave completions that hit the length limit out of the loss."""
     importance_correction: CorrectionMode | Literal["auto", "none"] = "auto"
-    """Correction for a sampler that differs from the learner; `auto` is token_truncate below float32, else none."""
+    """Correction for a sampler that differs from the learner; `auto` is token_truncate below float32, else none (TRL
+    with vLLM: always sequence_mask)."""
     importance_clip_max: float = Field(default=3.0, gt=0)
     """Largest weight of the importance correction."""
     importance_clip_min: float | None = Field(default=None, ge=0)
@@ -416,6 +428,11 @@ class TrainConfig(SftConfig):
     def _consistent(self) -> TrainConfig:
         if self.loss.epsilon_high is None and self.loss.loss_type == "cispo":
             raise ValueError("loss.epsilon_high: loss_type cispo needs it (the cap of the ratio, 5.0 in ScaleRL)")
+        if self.loss.multi_objective_aggregation != "sum_then_normalize" and self.loss.advantage != "group_relative":
+            raise ValueError(
+                f"loss.multi_objective_aggregation=normalize_then_sum is for loss.advantage group_relative alone; "
+                f"{self.loss.advantage} takes the weighted sum: use sum_then_normalize"
+            )
         if self.mtp.train_trunk:
             raise ValueError("mtp.train_trunk: in GRPO the draft head never touches the trunk; use it in quartet sft")
         tokens, depth = self.curriculum.completion_tokens, self.curriculum.draft_depth

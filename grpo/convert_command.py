@@ -142,7 +142,7 @@ def _build(
 
 
 def _self_written(dense: Policy, config: ConvertConfig) -> CalibrationText:
-    rows = self_written(dense.trunk, dense.tokenizer, seed=config.seed)
+    rows = self_written(dense.trunk, dense.tokenizer, length=min(128, dense.max_length), seed=config.seed)
     held = len(rows) // 5
     return CalibrationText(rows[:-held], rows[-held:])
 

@@ -125,18 +125,23 @@ def load_examples(
     return _checked(rows, prefix, str(path or source), prompt_column, solution_column, checks)
 
 
-def gold_check(rewards: Iterable[str]) -> Check | None:
+def gold_check(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> Check | None:
     """What finds gold answers that the gsm8k rewards among `rewards` cannot read; None where there are none.
 
-    >>> gold_check(["gsm8k"])({"answer": "It is four."})
+    `rewards` are (function, columns for its parameters), as in a config.
+
+    >>> gold_check([("gsm8k", {"answer": "gold"})])({"gold": "It is four."})
     "the gold answer 'It is four.' has no number: expected a solution that ends with '#### 42', or '42'"
     """
-    if not {"gsm8k", "gsm8k_flexible", "gsm8k_boxed"}.intersection(rewards):
+    readers = ("gsm8k", "gsm8k_flexible", "gsm8k_boxed")
+    names = {columns.get("answer", "answer") for function, columns in rewards if function in readers}
+    if not names:
         return None
 
     def check(columns: Mapping[str, Any]) -> str | None:
         try:
-            gold_answer(columns["answer"])
+            for name in sorted(names.intersection(columns)):  # the scorer refuses a column that is not there
+                gold_answer(columns[name])
         except ValueError as error:
             return str(error)
         return None

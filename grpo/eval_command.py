@@ -24,7 +24,8 @@ from grpo.run_policy import PolicySource, find_policy, load_found
 from grpo.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.group import Prompt, RolloutGroup
+from rollout.engine import RolloutError
+from rollout.group import RolloutGroup
 from rollout.pool import open_pool
 
 COMPLETIONS = "completions.jsonl"
@@ -124,8 +125,8 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
     ) as task:
         completions = CompletionsFile(config.output, task) if config.output else None
         policy = load_found(source, config)
+        task.check_lengths(policy, config.max_completion_tokens)
         prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
-        _refuse_too_long(prompts, policy.max_length, config.max_completion_tokens)
         sampling = sampling_params(policy, config, max(config.samples, 1), config.seed)
         sampling = replace(sampling, margin=config.margin)
         ways = {"sampled": sampling, "greedy": replace(sampling, temperature=0.0, group_size=1)}
@@ -133,16 +134,21 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
         pool = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=config.prompts_per_batch)
         if sampling.draft_tokens is None and policy.mtp is not None:
             pool.use_costs(None, config.prompts_per_batch * sampling.group_size)  # else measured on the clock
-        with progress_bars(console, enabled=True) as progress:
-            results = evaluate_ways(
-                pool,
-                task,
-                prompts,
-                {name: params for name, params in ways.items() if asked[name]},
-                config.prompts_per_batch,
-                progress,
-                completions.write if completions else None,
-            )
+        try:
+            with progress_bars(console, enabled=True) as progress:
+                results = evaluate_ways(
+                    pool,
+                    task,
+                    prompts,
+                    {name: params for name, params in ways.items() if asked[name]},
+                    config.prompts_per_batch,
+                    progress,
+                    completions.write if completions else None,
+                )
+        except RolloutError as error:
+            if completions is None or not error.groups:
+                raise
+            raise RolloutError(f"{error}\nthe other completions stand in {completions.path}", error.groups) from None
         bleus = {name: _bleu(result, task) for name, result in results.items()}
         return ModelEvaluation(
             config=config,
@@ -154,15 +160,6 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
             perplexity=_perplexity(policy, task),
             bleu_signature=next(signature for _, signature in bleus.values()),
             peak_memory_gib=peak_memory_gib(),
-        )
-
-
-def _refuse_too_long(prompts: Sequence[Prompt], context: int, completion: int) -> None:
-    """Now, rather than after hours, when its turn comes."""
-    if long := [prompt for prompt in prompts if len(prompt.token_ids) + completion > context]:
-        raise ValueError(
-            f"{len(long)} prompts, the first of them {long[0].prompt_id!r} with {len(long[0].token_ids)} tokens, pass "
-            f"the policy's context of {context} with max_completion_tokens={completion}; lower it"
         )
 
 

@@ -17,6 +17,7 @@ from grpo.eval_metrics import Estimate, estimate, majority_at_k, pass_at_k, powe
 from grpo.plots import plot_quietly
 from grpo.task import Task
 from rewards.group_score import GroupScore, RewardFailed, RewardFailure
+from rollout.engine import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams
@@ -75,18 +76,31 @@ def evaluate(
     on_finished: OnFinished | None = None,
     on_batch: OnBatch | None = None,
 ) -> Evaluation:
-    """Sample `sampling.group_size` completions of every prompt and score them, batch by batch."""
+    """Sample `sampling.group_size` completions of every prompt and score them, batch by batch.
+
+    Raises RolloutError where prompts could not be sampled, behind the others, of which `on_batch` has heard by then;
+    at once where a batch has none.
+    """
     groups: list[RolloutGroup] = []
     scores: list[GroupScore] = []
+    faults: list[str] = []
     seconds = 0.0
     for i in range(0, len(prompts), prompts_per_batch):
         started = time.perf_counter()
-        sampled = pool.sample(prompts[i : i + prompts_per_batch], sampling, on_finished)
+        try:
+            sampled = pool.sample(prompts[i : i + prompts_per_batch], sampling, on_finished)
+        except RolloutError as error:
+            faults.append(str(error))
+            sampled = [g for g in error.groups if all(c.finish_reason != "abort" for c in g.completions)]
+            if not sampled:
+                break
         seconds += time.perf_counter() - started
         scored = task.score(sampled)
         if on_batch:
             on_batch(sampled, scored)
         groups, scores = groups + sampled, scores + scored
+    if faults:
+        raise RolloutError("\n".join(faults), groups)
     return _results(task, groups, scores, seconds)
 
 

@@ -72,8 +72,10 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False) -
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
         folder = Path(scratch) / destination.name
+        left = ""
         if adapter:
-            _write_adapter(found, source, folder)
+            if _write_adapter(found, source, folder).mtp is not None:
+                left = "The draft head is not among them: export without `--adapter` for it."
         else:
             _write_merged(source, found, folder)
         for file in origin.licence_files:
@@ -82,13 +84,13 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False) -
         for name in RUN_FILES:
             if (found.folder / name).is_file():
                 shutil.copy(found.folder / name, folder / "run" / name)
-        card = model_card(
-            found.folder, destination.name, origin, _what(source), found.base if adapter else None, folder
-        )
+        base = found.base if adapter else None
+        card = model_card(found.folder, destination.name, origin, _what(source), base, folder, left)
         (folder / "README.md").write_text(card, encoding="utf-8")
         folder.rename(destination)
     licence = f"licence: {origin.licence_note}"
-    return f"{'adapters' if adapter else 'policy'} of {run} ({source.meaning}) written to {destination}; {licence}"
+    said = f"{'adapters' if adapter else 'policy'} of {run} ({source.meaning}) written to {destination}; {licence}"
+    return f"{said}\n{left}" if left else said
 
 
 def origin_of(model: str) -> Origin:
@@ -139,7 +141,8 @@ def _write_merged(source: PolicySource, run: Run, folder: Path) -> None:
     shutil.copytree(source.folder, folder)
 
 
-def _write_adapter(run: Run, source: PolicySource, folder: Path) -> None:
+def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
+    """The policy whose adapters were written."""
     options = run.config.get("lora")
     if not options:
         raise ExportError(f"{run.folder} trained every weight (lora: null), so there is no adapter; drop --adapter")
@@ -160,6 +163,7 @@ def _write_adapter(run: Run, source: PolicySource, folder: Path) -> None:
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     peft_config(policy.trunk, options["rank"], options["alpha"], run.base).save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
+    return policy
 
 
 def peft_config(model: Any, rank: int, alpha: float, base: str) -> LoraConfig:

@@ -167,6 +167,7 @@ class Learner:
         teaching = self._teaching(batch.rows, step)
         # A tied group's loss is exactly zero: unless something else needs its forward, it is spared.
         needed = anchored or self.value_head is not None or self.loss.top_entropy_quantile < 1
+        needed |= self.loss.loss_type == "bnpo"  # which counts the tokens of its micro-batch
         rows = [row for row in batch.rows if needed or not row.tied or id(row) in teaching]
         self.balancer.begin(rows)
         batch.tokens_read = sum(tokens_in_loss(row.samples, self.loss) for row in rows)
@@ -336,7 +337,7 @@ class Learner:
             entropy_coef=options.entropy_coef,
             top_entropy_quantile=options.top_entropy_quantile,
             top_entropy_threshold=threshold,
-            max_completion_length=self.max_completion_tokens,
+            max_completion_length=self.max_completion_tokens or None,
         )
         # The loss and its parts are summands over the whole step; everything else is a mean over the tokens read.
         read = batch.num_completion_tokens / max(batch.tokens_read, 1)

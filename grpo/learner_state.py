@@ -38,6 +38,9 @@ def put(learner: Learner, tensors: Tensors, state: dict) -> None:
     wrong = [f"{n} {list(t.shape)}" for n, t in tensors["policy"].items() if n not in own or own[n].shape != t.shape]
     if wrong:
         raise ValueError(f"the checkpoint is of another policy: {wrong[:5]} do not fit; check model and lora")
+    lacking = [n for n, p in policy.named_parameters() if p.requires_grad and n not in tensors["policy"]]
+    if lacking:
+        raise ValueError(f"the checkpoint is of another policy: it lacks {lacking[:5]}; check model and lora")
     for part, module, option in (
         ("reference", learner.reference, "loss.beta"),
         ("value", learner.value_head, "loss.advantage"),

@@ -67,6 +67,7 @@ METRICS: dict[str, str] = {
     "moe/dead_experts": "experts that no token of the step chose, over all layers, count",
     "moe/layer_<d>/load_min": "moe/load_min of layer d alone",
     "moe/layer_<d>/load_max": "moe/load_max of layer d alone",
+    "moe/layer_<d>/max_violation": "moe/max_violation of layer d alone",
     "moe/layer_<d>/router_entropy": "moe/router_entropy of layer d alone",
     "moe/layer_<d>/dead_experts": "moe/dead_experts of layer d alone",
     "learner/learning_rate": "learning rate of the policy at this step",

@@ -60,8 +60,11 @@ class Origin:
         return ", ".join(named + names) or f"none was found with {self.model}; ask its author before you share this"
 
 
-def model_card(run: Path, name: str, origin: Origin, what: str, base: str | None, folder: Path) -> str:
-    """`what` of the run `run` is exported as `name` into `folder`; `base`: the adapters' base, None if merged."""
+def model_card(run: Path, name: str, origin: Origin, what: str, base: str | None, folder: Path, left: str = "") -> str:
+    """`what` of the run `run` is exported as `name` into `folder`; `base`: the adapters' base, None if merged.
+
+    `left`: a sentence on what the export leaves out.
+    """
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     here = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
@@ -70,7 +73,7 @@ def model_card(run: Path, name: str, origin: Origin, what: str, base: str | None
     parts = [
         f"# {name}",
         f"{'Adapters (LoRA)' if base else 'Weights'} from {method} with quartet-rl: {what}, run `{run.name}`, "
-        f"which started from `{origin.model}`.",
+        f"which started from `{origin.model}`." + (f" {left}" if left else ""),
         "## Use",
         _code("python", (LOAD_ADAPTER if base else LOAD_MERGED).format(name=name, base=base)),
         *_drafting(folder),

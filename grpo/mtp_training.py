@@ -26,6 +26,7 @@ from grpo import checkpoint
 from grpo.batch import PackedRow, Sample, split_rows
 from grpo.evaluate import Evaluation, evaluate_run
 from grpo.head_learner import HeadLearner
+from grpo.learner import NonFiniteStep
 from grpo.loader import check_options, load_policy, sampling_params
 from grpo.metrics import rollout_metrics
 from grpo.mtp_config import MtpConfig
@@ -38,7 +39,7 @@ from grpo.stopping import GivenUp, InterruptiblePool, Stopped, StopSignal
 from grpo.task import Task
 from policies import presets
 from policies.mtp import MTPHead
-from policies.policy import Policy, read_config
+from policies.policy import Policy, PolicyError, read_config
 from rollout.draft_depth import CostTable
 from rollout.group import RolloutGroup
 from rollout.pool import Pool, open_pool
@@ -55,7 +56,7 @@ def mtp(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("quartet mtp teaches in one process; start it without accelerate (rollout.workers may sample)")
-    check_options(config)
+    _check_model(config)
     saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=config.steps)
     resume_step = None if resume is None else saved.step if saved else 0
     with (
@@ -71,6 +72,11 @@ def mtp(
     ):
         record_rewards(run_log, task.scorer.describe())
         return HeadTraining(config, task, run_log, stop, stop_after).run(saved)
+
+
+def _check_model(config: MtpConfig) -> str:
+    """The checkpoint or preset that is meant; also with `add_mtp: false` it must be one that can have a head."""
+    return check_options(config.model_copy(update={"add_mtp": True}))
 
 
 def open_task(config: MtpConfig) -> Task:
@@ -98,7 +104,7 @@ def open_task(config: MtpConfig) -> Task:
 
 def dry_run(config: MtpConfig, console: Console) -> None:
     """Check data, template, rewards and model without training; print counts, and FLOPs per token of the head."""
-    model = check_options(config)
+    model = _check_model(config)
     preset = presets.PRESETS.get(model)
     shape = DeepseekV3Config(vocab_size=512, **preset) if preset else read_config(model)
     with torch.device("meta"):
@@ -137,6 +143,9 @@ class HeadTraining:
     def run(self, saved: checkpoint.Checkpoint | None) -> dict[str, Any]:
         config, rollout = self.config, self.config.rollout
         policy = load_policy(config, self.task.corpus())
+        if policy.mtp is None:
+            raise PolicyError(f"add_mtp=False, but model={config.model!r} has no MTP head to teach; leave add_mtp out")
+        self.task.check_lengths(policy, rollout.max_completion_tokens)
         if config.head.draft_vocabulary is None:
             policy.draft_ids = None
         learner = HeadLearner(
@@ -213,7 +222,13 @@ class HeadTraining:
         lessons = learner.read(rows_of(groups, config.head.tokens_per_update))
         if step == 1 and config.head.draft_vocabulary is not None:
             policy.draft_ids = learner.frequent_tokens(lessons, config.head.draft_vocabulary)
-        metrics = rollout_metrics(groups, []) | learner.teach(lessons, step)
+        try:
+            taught = learner.teach(lessons, step)
+        except NonFiniteStep as error:
+            raise NonFiniteStep(
+                f"{error}. The update was not made: lower head.learning_rate and go on with --resume auto --force"
+            ) from None
+        metrics = rollout_metrics(groups, []) | taught
         metrics = {name: value for name, value in metrics.items() if not name.startswith(("reward/", "group/"))}
         times["time/learn"] = time.perf_counter() - clock
         clock = time.perf_counter()

@@ -12,7 +12,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerBase
 
 from grpo import environment
 from grpo.config import LoraOptions, SftConfig, TrainConfig
@@ -23,7 +23,7 @@ from grpo.loader import check_options
 from grpo.plots import plot_quietly
 from grpo.task import Task
 from policies import presets
-from policies.policy import PolicyError
+from policies.policy import read_config
 from rollout.group import RolloutGroup, tokens_per_forward
 
 CONSOLE = Console()
@@ -147,10 +147,7 @@ def _estimates(config: SftConfig) -> Iterator[tuple[str, str]]:
     if model in presets.PRESETS:
         shape = DeepseekV3Config(vocab_size=512, **presets.PRESETS[model])
     else:
-        try:
-            shape = AutoConfig.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise PolicyError(f"model={model!r} is no checkpoint folder and no reachable hub id: {error}") from error
+        shape = read_config(model)
     with torch.device("meta"):
         total = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
     size = 2 if config.dtype == "bfloat16" else 4

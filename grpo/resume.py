@@ -9,7 +9,7 @@ import yaml
 
 from grpo import checkpoint
 from grpo.checkpoint import Checkpoint
-from grpo.config import SftConfig
+from grpo.config import SftConfig, TrainConfig
 from grpo.mtp_config import MtpConfig
 from grpo.options import dump_yaml
 
@@ -21,8 +21,8 @@ def saved_state(
 ) -> Checkpoint | None:
     """The checkpoint that --resume names, None where the run begins. Refuses flags that make no sense together.
 
-    Raises ValueError for these and for a changed configuration (listing the differences, unless `force`), and
-    CheckpointError for a checkpoint that is not there or damaged.
+    Raises ValueError for these and for a changed configuration (listing the differences, unless `force`), be it that
+    of the folder or that of the run whose checkpoint this is; CheckpointError for one that is not there or damaged.
     """
     if force and resume is None:
         raise ValueError(
@@ -31,8 +31,14 @@ def saved_state(
         )
     found = checkpoint.find(config.output_dir / "checkpoints", resume) if resume is not None else None
     saved = checkpoint.load(found) if found else None
-    if resume is not None and (config.output_dir / "config.yaml").exists() and not force:
-        refuse_changed_config(config.output_dir / "config.yaml", config)
+    place = "curriculum" if isinstance(config, TrainConfig) else "prompts"
+    if saved and place not in saved.state:
+        raise ValueError(f"{found} was saved by another command of quartet; resume with that one")
+    if resume is not None and not force:
+        runs = [config.output_dir.absolute(), *(found.absolute().parents[1:2] if found else ())]
+        for run in dict.fromkeys(runs):
+            if (run / "config.yaml").exists():
+                refuse_changed_config(run / "config.yaml", config)
     start = saved.step if saved else 0
     if stop_after is not None and stop_after <= start < steps:
         raise ValueError(f"--stop_after={stop_after}: the run goes on from step {start}; give a later step")
@@ -53,7 +59,7 @@ def refuse_changed_config(saved: Path, config: SftConfig | MtpConfig) -> None:
     ]
     if changed:
         raise ValueError(
-            "this run was started with another configuration:\n"
+            f"{saved.parent} was started with another configuration:\n"
             + "\n".join(changed)
             + "\nresume it as it was, or use --force to go on with the new one"
         )

@@ -16,6 +16,7 @@ from grpo.reward_config import RewardTestConfig
 from grpo.reward_probes import KINDS, Probe, probes
 from rewards.group_score import RewardFailed, RewardFailure
 from rewards.protocol import RewardError
+from rewards.registry import find_reward
 from rewards.scorer import BATCH, RewardSpec, Scorer
 
 ALONE = 100  # completions that are timed one by one at most
@@ -83,6 +84,7 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
     Raises RewardError, with function, row and cause, for one that cannot be loaded, asks for a column that is not
     there, raises, hangs, dies or gives no number; ValueError and OSError for data that cannot be read.
     """
+    find_reward(function)  # a misspelt name must not cost a download
     examples = load_examples(
         config.data,
         config.split,

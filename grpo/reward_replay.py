@@ -16,6 +16,7 @@ from grpo.reward_config import ReplayConfig
 from grpo.run_log import read_rollouts
 from rewards.group_score import RewardFailure
 from rewards.protocol import did_you_mean
+from rewards.registry import find_reward
 from rewards.scorer import RewardSpec, Scorer
 
 SCORE = "score"  # the weighted sum, as against one reward's value
@@ -71,6 +72,7 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
     ValueError for steps, names or prompts that are not there, RewardError for a reward that fails.
     """
     settings = _settings(run)
+    find_reward(function)  # a misspelt name must not cost a download
     steps = _steps(run, config.steps)
     spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
     examples = {example.example_id: example for example in _examples(settings)}

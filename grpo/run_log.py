@@ -77,9 +77,11 @@ class RunLog:
         self._describe_run(config_yaml, resume_step if resumes else None)
         self._trackers = [start(name, output_dir, config_yaml, resume_step or 0) for name in tracker_names]
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def step(self, step: int, metrics: Mapping[str, float], *, show: bool = True) -> None:
         """Record the metrics of a step, and show them in one line. A NaN or infinity is written as null, counted."""
-        self.say(step_line(step, self._record(step, metrics)))
+        finite = self._record(step, metrics)
+        if show:
+            self.say(step_line(step, finite))
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Record held-out results, as `eval/NAME` where a name has no area yet, and show them in one line."""

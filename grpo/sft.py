@@ -58,7 +58,7 @@ def sft(
                 run_log,
                 checkpoints=checkpoints,
                 saved=saved,
-                save_last=True,
+                own_run=True,
                 stop=stop,
                 stop_after=stop_after,
                 ranks=ranks,

@@ -18,6 +18,7 @@ from grpo.eval_metrics import answer_reader
 from grpo.loader import device_of
 from grpo.model_rewards import ModelRewards
 from grpo.prompts import PromptTemplate, encode_prompt
+from policies.policy import Policy
 from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rollout.group import Prompt, RolloutGroup
 
@@ -41,7 +42,7 @@ class Task:
     ) -> None:
         """`heldout`: how many held-out problems, None for all of them, 0 for none. `device` is the reward models'."""
         limit = data.limit if train else data.few_shot
-        check = gold_check(reward.function for reward in rewards if "answer" not in reward.columns)
+        check = gold_check((reward.function, reward.columns) for reward in rewards if "answer" not in reward.arguments)
         wanted = train or limit
         self.train = _examples(data, data.split, "train", data.levels, limit, seed, check) if wanted else []
         self.heldout: Sequence[Example] = []
@@ -109,6 +110,21 @@ class Task:
         for key, count, there in wanted:
             if count > there:
                 raise ValueError(f"{key}={count}, but there are {there} training examples; lower it, or use more data")
+
+    def check_lengths(self, policy: Policy, max_completion_tokens: int) -> None:
+        """Raises ValueError where a prompt leaves no room for its completion: now, rather than when its turn comes."""
+        room, long = policy.max_length - max_completion_tokens, []
+        for example in (*self.train, *self.heldout):
+            text = self.template.render(example, policy.tokenizer)
+            if len(text.encode(errors="surrogatepass")) > room - 8:  # a token is a byte or more; some are added
+                prompt = self.prompt(example, policy.tokenizer)
+                long += [prompt] if len(prompt.token_ids) > room else []
+        if long:
+            raise ValueError(
+                f"{len(long)} prompts, the first of them {long[0].prompt_id!r} with {len(long[0].token_ids)} tokens, "
+                f"pass the policy's context of {policy.max_length} with max_completion_tokens={max_completion_tokens}; "
+                "lower it, or take them out of the data"
+            )
 
     def train_for(self, levels: list[int] | None) -> Sequence[Example]:
         """The training examples, of these levels only where the data has levels."""

@@ -18,9 +18,10 @@ from grpo.config import TrainConfig
 from grpo.curriculum import Curriculum
 from grpo.distributed import ALONE, Ranks
 from grpo.evaluate import Evaluation, evaluate_run, measure_speed
-from grpo.learner import Learner, NonFiniteStep
+from grpo.learner import Learner
 from grpo.loader import check_options, load_policy, sampling_params
 from grpo.metrics import rollout_metrics
+from grpo.non_finite import take_step
 from grpo.optimizer import schedule
 from grpo.options import dump_yaml
 from grpo.resume import saved_state
@@ -140,13 +141,13 @@ class Trainer:
         """The policy that GRPO starts from: warm-started now, or by the run that is being resumed."""
         config, folder = self.config, self.output_dir / "warm_start"
         if config.warm_start.steps == 0:
-            return load_policy(config, self.task.corpus())
+            return self._load(config)
         if not (self.resuming and folder.exists()):
             steps = self.output_dir / "warm_start_checkpoints"
             if not self.resuming:
                 shutil.rmtree(steps, ignore_errors=True)
             found = checkpoint.find(steps, "auto")
-            policy = load_policy(config, self.task.corpus())
+            policy = self._load(config)
             results = warm_start(
                 policy,
                 self.task,
@@ -160,7 +161,12 @@ class Trainer:
             self.run_log.event("warm_start_done", seconds=round(results["seconds"], 1), folder=str(folder))
             policy.save(folder)
             shutil.rmtree(steps, ignore_errors=True)
-        return load_policy(config.model_copy(update={"model": str(folder)}))
+        return self._load(config.model_copy(update={"model": str(folder)}))
+
+    def _load(self, config: TrainConfig) -> Policy:
+        policy = load_policy(config, self.task.corpus())
+        self.task.check_lengths(policy, config.rollout.max_completion_tokens)
+        return policy
 
     def _steps(self, learner: Learner, curriculum: Curriculum, pool: Pool, start: int) -> dict[str, Any]:
         config, tokenizer = self.config, learner.policy.tokenizer
@@ -247,21 +253,14 @@ class Trainer:
         run_log.step(step, metrics)
 
     def _learn(self, learner: Learner, batch: Any, step: int, advance: Any) -> dict[str, float]:
-        options = self.config.learner
-        try:
-            metrics = self.ranks.call(learner, "step", batch, step, own=(advance,))
-            learner.skipped_in_a_row = 0
-            return metrics
-        except NonFiniteStep as error:
-            learner.skipped_in_a_row += 1
-            record = self.output_dir / "rollouts" / f"step_{step:06d}.jsonl.zst"
-            self.run_log.event("non_finite", step=step, error=str(error), batch=str(record))
-            if options.on_non_finite == "abort" or learner.skipped_in_a_row > options.max_skipped_in_a_row:
-                raise NonFiniteStep(
-                    f"{error}. This update was not made; the batch is in {record}. Lower learner.learning_rate or "
-                    "learner.max_grad_norm, or set learner.on_non_finite: skip, and go on with --resume auto --force"
-                ) from None
-            return {"learner/updates": 0.0}
+        return take_step(
+            learner,
+            step,
+            lambda: self.ranks.call(learner, "step", batch, step, own=(advance,)),
+            self.run_log,
+            batch=self.output_dir / "rollouts" / f"step_{step:06d}.jsonl.zst",
+            rate="learner.learning_rate",
+        )
 
     # ---- between steps ----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from functools import partial
+from math import nan
 from pathlib import Path
 
 from grpo import checkpoint
@@ -10,6 +12,7 @@ from grpo.checkpoint import Checkpoint
 from grpo.config import SftConfig
 from grpo.distributed import ALONE, Ranks
 from grpo.learner import Learner
+from grpo.non_finite import take_step
 from grpo.optimizer import schedule
 from grpo.prompts import PromptStream
 from grpo.run_log import RunLog
@@ -40,7 +43,7 @@ def warm_start(
     *,
     checkpoints: Path | None = None,
     saved: Checkpoint | None = None,
-    save_last: bool = False,
+    own_run: bool = False,
     stop: StopSignal | None = None,
     stop_after: int | None = None,
     ranks: Ranks = ALONE,
@@ -48,7 +51,8 @@ def warm_start(
     """Train `policy` in place for `warm_start.steps`; returns the last step's metrics and the seconds it took.
 
     Goes on from `saved`. Saves into `checkpoints`, if given, every `checkpoint.every` steps and when it is stopped,
-    which a signal and `stop_after` do behind a step. Raises Stopped then.
+    which a signal and `stop_after` do behind a step. Raises Stopped then. `own_run`: its steps are those of the run,
+    so that their metrics are recorded and the last one is saved too.
     """
     options = config.warm_start
     ranks.begin("sft", policy)
@@ -68,14 +72,25 @@ def warm_start(
         for step in range(start + 1, options.steps + 1):
             examples = stream.take(options.batch_size)
             rows = [task.solution(example, policy.tokenizer, token, raw) for example in examples]
-            metrics = ranks.call(learner, "sft_step", rows, step)
-            progress.update(bar, advance=1, description=f"warm start, loss {metrics['loss/sft']:.3f}")
+            metrics = take_step(
+                learner,
+                step,
+                partial(ranks.call, learner, "sft_step", rows, step),
+                run_log,
+                batch=run_log.output_dir / "events.jsonl",
+                rate="warm_start.learning_rate",
+                examples=[example.example_id for example in examples],
+            )
+            if own_run:
+                run_log.step(step, metrics, show=False)
+            loss = metrics.get("loss/sft", nan)
+            progress.update(bar, advance=1, description=f"warm start, loss {loss:.3f}")
             if step % 50 == 0 or step == options.steps:
                 shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("loss/sft", "loss/mtp") if name in metrics)
                 run_log.say(f"warm start {step:4d}/{options.steps}  {shown}")
             last = step == options.steps
             stopping = not last and (step == stop_after or (stop is not None and stop.asked))
-            if checkpoints and (stopping or (save_last if last else step % config.checkpoint.every == 0)):
+            if checkpoints and (stopping or (own_run if last else step % config.checkpoint.every == 0)):
                 tensors, state = learner.state()
                 everything = {"learner": state, "prompts": stream.state_dict()}
                 checkpoint.save(checkpoints, step, tensors, everything, keep=config.checkpoint.keep)

@@ -80,12 +80,13 @@ def load_statistics(counts_LE: Tensor, entropy_L: Tensor, layers: Sequence[int])
     >>> load_statistics(torch.tensor([[2, 1, 1, 0]]), torch.tensor([1.25]), [3])
     {'moe/load_min': 0.0, 'moe/load_max': 2.0, 'moe/max_violation': 1.0, 'moe/router_entropy': 1.25,
      'moe/dead_experts': 1.0, 'moe/layer_3/load_min': 0.0, 'moe/layer_3/load_max': 2.0,
-     'moe/layer_3/router_entropy': 1.25, 'moe/layer_3/dead_experts': 1.0}
+     'moe/layer_3/max_violation': 1.0, 'moe/layer_3/router_entropy': 1.25, 'moe/layer_3/dead_experts': 1.0}
     """
     load_LE = counts_LE / counts_LE.float().mean(dim=1, keepdim=True)
     each = {
         "load_min": load_LE.min(dim=1).values,
         "load_max": load_LE.max(dim=1).values,
+        "max_violation": load_LE.max(dim=1).values - 1.0,
         "router_entropy": entropy_L,
         "dead_experts": (counts_LE == 0).sum(dim=1).float(),
     }

@@ -1,10 +1,11 @@
-"""Fields of a DeepSeek-V3 configuration that contradict each other, found before any weight is read."""
+"""Fields of a configuration that contradict each other, found before any weight is read; DeepSeek-V3's in full."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from transformers import DeepseekV3Config
+from transformers import DeepseekV3Config, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # What released configurations say of themselves, and what transformers' DeepseekV3 computes whatever they say.
 FIXED_FIELDS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
@@ -16,12 +17,15 @@ ROUTING = ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok")
 ROUTER_FIELDS = (*ROUTING, "moe_intermediate_size", "n_shared_experts")
 
 
-def contradictions(config: DeepseekV3Config) -> Iterator[str]:
+def contradictions(config: PretrainedConfig) -> Iterator[str]:
     """One sentence for each fault: the field, its value, what it contradicts, and the way out.
 
     >>> list(contradictions(DeepseekV3Config(n_routed_experts=250)))
     ['n_routed_experts=250 is not a multiple of n_group=8; use one of 248, 256, or another n_group']
     """
+    yield from _tokens_and_rope(config)
+    if not isinstance(config, DeepseekV3Config):
+        return
     faults = [*_wrong_values(config), *_attention(config)]
     if not faults and config.first_k_dense_replace < config.num_hidden_layers:
         faults = list(_router(config))
@@ -29,6 +33,20 @@ def contradictions(config: DeepseekV3Config) -> Iterator[str]:
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "unnamed")
         yield f"quantization_config (method {method!r}): packed weights cannot be trained; use a dequantised copy"
+
+
+def _tokens_and_rope(config: PretrainedConfig) -> Iterator[str]:
+    size = getattr(config, "vocab_size", None) or 0
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, field, None)
+        outside = [token for token in (value if isinstance(value, list) else [value]) if token and token >= size > 0]
+        if outside:
+            yield f"{field}={value} contradicts vocab_size={size}: ids run from 0 to {size - 1}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+        known = ", ".join(["default", *sorted(ROPE_INIT_FUNCTIONS)])
+        yield f"rope_parameters.rope_type={kind!r} is none of those that transformers computes: {known}"
 
 
 def _wrong_values(config: DeepseekV3Config) -> Iterator[str]:
@@ -43,6 +61,8 @@ def _wrong_values(config: DeepseekV3Config) -> Iterator[str]:
             yield f"{field}={value!r} must be {least} or more"
     if config.q_lora_rank is not None and config.q_lora_rank < 1:
         yield f"q_lora_rank={config.q_lora_rank} must be 1 or more, or null for queries without a latent"
+    if config.rms_norm_eps <= 0:
+        yield f"rms_norm_eps={config.rms_norm_eps} must be greater than 0"
     for field, expected in FIXED_FIELDS.items():
         value = getattr(config, field, expected)
         if value != expected:

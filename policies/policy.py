@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -41,6 +42,7 @@ from policies.layout import (
     WeightFiles,
     check_tensors,
     fill_head,
+    find_file,
     head_state,
     may_idle,
     mtp_layers,
@@ -181,7 +183,7 @@ class Policy(nn.Module):
         self.draft_ids = None if draft_ids is None else draft_ids.to(self.device, copy=True)
 
     def save(self, folder: str | Path) -> None:
-        """Write the checkpoint, adapters merged, complete or not at all."""
+        """Write the checkpoint, adapters merged, complete or not at all. Raises PolicyError where the disk refuses."""
         folder = Path(folder)
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -193,11 +195,16 @@ class Policy(nn.Module):
             further = len(mtp_layers(self.config, self.further_mtp))
         if self.backend == "native":
             self.config.num_nextn_predict_layers = 0 if self.mtp is None else 1 + further
-        with _quiet_loading():
-            self.trunk.save_pretrained(partial, state_dict=state)
-        self.tokenizer.save_pretrained(partial)
-        if self.draft_ids is not None:
-            write_draft_vocabulary(partial, self.draft_ids)
+        try:
+            with _quiet_loading():
+                self.trunk.save_pretrained(partial, state_dict=state)
+            self.tokenizer.save_pretrained(partial)
+            if self.draft_ids is not None:
+                write_draft_vocabulary(partial, self.draft_ids)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            what = f"cannot write the policy to {folder}: {error}; needs {sum(t.nbytes for t in state.values())} bytes"
+            raise PolicyError(f"{what}: make room or use another disk; what was saved before is intact") from error
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -240,8 +247,8 @@ class Policy(nn.Module):
         files = WeightFiles(source)
         if isinstance(config, DeepseekV3Config) and files.shapes:
             check_tensors(files, config)
+        tokenizer = _read_small_files(source)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             with _quiet_loading() as logged:
                 trunk, report = AutoModelForCausalLM.from_pretrained(
                     source,
@@ -258,6 +265,7 @@ class Policy(nn.Module):
             if not unfit:
                 raise
             raise PolicyError(f"model={str(source)!r} has experts missing or of unequal shapes: {unfit[:5]}") from error
+        _refuse_untied(source, trunk)
         if not isinstance(trunk, DeepseekV3ForCausalLM):
             _check_report(source, config, report)
             return cls(trunk, None, tokenizer)
@@ -285,11 +293,35 @@ def read_config(source: str | Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unreachable(source, error) from error
-    except StrictDataclassError as error:
+    except (StrictDataclassError, KeyError) as error:  # KeyError: rope scalings that lack a field
         raise PolicyError(f"model={str(source)!r}: config.json is not usable: {error}") from error
-    if isinstance(config, DeepseekV3Config) and (faults := list(contradictions(config))):
+    if faults := list(contradictions(config)):
         raise PolicyError(f"model={str(source)!r}: config.json contradicts itself: " + "; ".join(faults))
     return config
+
+
+def _read_small_files(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer; a generation config is read as well, since transformers passes over one that is damaged."""
+    name = "generation_config.json"
+    try:
+        if find_file(str(source), name):
+            GenerationConfig.from_pretrained(source)
+        name = "its tokenizer"
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise PolicyError(
+            f"model={str(source)!r}: {name} is missing or damaged ({error}); copy or download it again"
+        ) from error
+
+
+def _refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:
+    """transformers keeps a stored LM head that differs from the embedding; what is built from the config would not."""
+    head = trunk.get_output_embeddings()
+    if trunk.config.tie_word_embeddings and head is not None and head.weight is not trunk.get_input_embeddings().weight:
+        raise PolicyError(
+            f"model={str(source)!r}: tie_word_embeddings=True in config.json contradicts the files, which hold an LM "
+            "head that differs from the embedding; set it to false, or remove the head's tensor"
+        )
 
 
 def _unreachable(source: str | Path, error: Exception) -> PolicyError:

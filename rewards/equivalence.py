@@ -1,7 +1,11 @@
 r"""Mathematical equivalence by math-verify (optional extra `math`): `1/2`, `0.5` and `\frac{1}{2}` are equal.
 
 Its own time limits use SIGALRM, which works in a main thread only and elsewhere made graders score a silent 0. They
-are off here: the scorer's workers have the time limit.
+are off here: the scorer's workers have the time limit. A text such as `10**10**10` reaches it, and is a failure like
+any other: `reward.on_error` should be `drop_sample` or `score=0` here, since a policy will write such things.
+
+Of a completion, math-verify gives sympy's parser, which evaluates what it reads, nothing but digits, blanks and the
+characters of `+-*/^().`; everything else goes through a grammar of LaTeX.
 """
 
 from __future__ import annotations

@@ -33,8 +33,9 @@ class FailurePolicy:
                 substitute = math.nan
             if math.isfinite(substitute) and (number or not equals):
                 return cls(action, substitute)
+        hint = "" if action in ACTIONS else did_you_mean(action, ACTIONS)
         raise RewardError(
-            f"reward.on_error={on_error!r} is no policy{did_you_mean(action, ACTIONS)}. "
+            f"reward.on_error={on_error!r} is no policy{hint}. "
             "Choose abort, drop_sample, drop_group or score=<number>, such as score=0"
         )
 

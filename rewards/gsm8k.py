@@ -9,10 +9,13 @@ r"""GSM8K correctness: the final number of a completion against the gold number,
 | `#### 42.0`, `#### 42.`       | 42     | 42       | equal numbers are equal; a full stop is no decimal       |
 | `#### 5%`                     | 5      | 5        | GSM8K asks for percents as plain numbers                 |
 | `#### −5` (U+2212), `#### –5` | -5     | -5       | typographic minus signs are minus signs                  |
+| `#### ４２`                   | 42     | 42       | full-width digits (East Asian text) are digits           |
 | `#### 7 ... #### 42`          | 42     | 42       | the last one is the answer: one guess counts, never two  |
 | `#### 42 ... #### Notes`      | 42     | 42       | a `####` without a number is a heading                   |
 | `#### 1,23`, `#### 1.2.3`     | none   | the number before | not a number                                    |
 | `#### 84/2`, `#### 6*7=42`    | none   | 2, 42    | an expression is not yet an answer                       |
+| `#### 1 234`, `#### 1'234`    | none   | 234      | never 1, which is not what it says                       |
+| `#### 7½`, `#### 7²`          | none   | 7        | nor 7                                                    |
 | `#### The answer is 42`       | none   | 42       | strict: the number follows the marker, on its line       |
 | `\boxed{42}`                  | none   | 42       | mode `boxed` gives 42                                    |
 | no number                     | none   | none     |                                                          |
@@ -35,16 +38,20 @@ from rewards.protocol import text_of
 Mode = Literal["strict", "flexible", "boxed"]
 Completions = list[Any]  # strings or lists of chat messages
 
-_MINUS = str.maketrans(dict.fromkeys("\u2212\u2012\u2013\ufe63\uff0d", "-"))
+_PLAIN = str.maketrans("\u2212\u2012\u2013\ufe63\uff0d０１２３４５６７８９", "-----0123456789")
 # A sign counts only where a number can start: `10-5` ends with 5, not with -5.
 _NUMBER = (
     r"(?P<sign>(?<![\w)])[-+])?(?:\\?[$€£](?P<inner_sign>[-+])?)?"
     r"(?P<digits>(?:[0-9]|\.(?=[0-9]))[0-9.,]*+)"
 )
 NUMBER = re.compile(_NUMBER)
-MARKED = re.compile(r"####[ \t]*+\*{0,2}" + _NUMBER)
+_BLANKS = r"[^\S\r\n]*+"
+MARKED = re.compile(rf"####{_BLANKS}\*{{0,2}}" + _NUMBER)
 _WELL_FORMED = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++")
-_CONTINUED = re.compile(r"[ \t]*+[-+*/^=×÷:]?[ \t]*+\\?[$€£]?[0-9]|[eE][-+]?[0-9]")
+_CONTINUED = re.compile(
+    rf"{_BLANKS}(?:[-—+*/⁄∕^=×xX÷·⋅:'’_]?{_BLANKS}\{{?\\?[$€£]?\d|[²³¹¼-¾⁰-₉⅐-⅞])"
+    rf"|{_BLANKS}\\(?:times|cdot|div|[dt]?frac|sqrt|pi)(?![a-zA-Z])|[eE][-+]?\d"
+)
 
 
 def extract_answer(text: str, mode: Mode = "strict") -> Decimal | None:
@@ -53,7 +60,7 @@ def extract_answer(text: str, mode: Mode = "strict") -> Decimal | None:
     >>> extract_answer("6 * 7 = 42\n#### 42.0"), extract_answer("so 42 it is", "flexible"), extract_answer("so 42")
     (Decimal('42.0'), Decimal('42'), None)
     """
-    text = text.translate(_MINUS)
+    text = text.translate(_PLAIN)
     if mode == "strict":
         return _single(text, _last(MARKED, text))
     if mode == "flexible":
@@ -65,10 +72,14 @@ def extract_answer(text: str, mode: Mode = "strict") -> Decimal | None:
     raise ValueError(f"mode={mode!r} is not a way to read an answer; choose from {', '.join(get_args(Mode))}")
 
 
-@functools.lru_cache(maxsize=4096, typed=True)  # True is not 1
 def gold_answer(answer: str | int | float) -> Decimal:
     """The number of a gold solution (`"... #### 42"`) or of a bare gold number. Raises ValueError without one."""
-    text = str(answer).strip().translate(_MINUS)
+    return _gold_answer(str(answer))
+
+
+@functools.lru_cache(maxsize=4096)
+def _gold_answer(text: str) -> Decimal:
+    text = text.strip().translate(_PLAIN)
     if "####" in text:
         gold = extract_answer(text, "strict")
     else:

@@ -1,7 +1,8 @@
 """A pool of worker processes with a time limit that kills.
 
 Workers are started when first needed, by a fresh interpreter (no fork, no `__main__` of the caller), in a session of
-their own. A worker that answers late, or dies, is killed with everything it started, and replaced.
+their own. A worker that answers late, or dies, is killed with everything it started, and replaced; only a process that
+a reward has put into yet another session (`start_new_session=True`) is out of reach.
 """
 
 from __future__ import annotations

@@ -74,7 +74,11 @@ def load_reward(function: str | Source) -> Reward:
     module = _module_of(source) if source.path else importlib.import_module(BUILT_IN[source.function])
     reward = getattr(module, source.attribute, None)
     if not callable(reward) or isinstance(reward, type):
-        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        own = [
+            name
+            for name, value in vars(module).items()
+            if callable(value) and not isinstance(value, type) and getattr(value, "__module__", "") == module.__name__
+        ]
         what = "is no function" if hasattr(module, source.attribute) else "is not there"
         raise RewardError(
             f"reward {source.function!r}: {source.attribute!r} {what}{did_you_mean(source.attribute, own)}. "

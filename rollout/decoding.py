@@ -31,19 +31,19 @@ PREFILL_TOKENS = 4096  # padded tokens of one prefill; prompts of like length go
 
 @dataclass
 class Rows:
-    """State of the live rows, [R] first everywhere. A row stays for a while after its end (`alive` False).
+    """State of the live rows, [R] first everywhere. A row stays for a while after its end.
 
-    `unread` counts the tokens that the head has not taken in yet, since nothing was drafted; they and the hidden states
-    that precede them lie in `unread_tokens` and `unread_hidden`.
+    The head takes a token in when it drafts behind it. Until then the token lies in `unread_tokens`, and the hidden
+    state that precedes it in `unread_hidden`: many of them where nothing was drafted for long.
     """
 
-    index: Tensor
-    keys_R2: Tensor
+    index: Tensor  # prompt · G + sample: the row's place in the results
+    keys_R2: Tensor  # of its noise
     prompt_length: Tensor
-    last: Tensor
-    count: Tensor
-    alive: Tensor
-    unread: Tensor
+    last: Tensor  # its newest token, which the trunk has not read yet
+    count: Tensor  # tokens of its completion so far, `last` included
+    alive: Tensor  # False once it has ended
+    unread: Tensor  # how many tokens the head has not taken in
     unread_tokens: Tensor
     unread_hidden: Tensor
 
@@ -189,9 +189,9 @@ class Decoding:
 
     # ---- one round ----------------------------------------------------------------------------------------------
 
-    def forward(self) -> int:
-        """Draft k tokens a row, verify them in one forward of the trunk; returns how many rows ended."""
-        live, before = self.live, self.ended_rows
+    def forward(self) -> None:
+        """Draft k tokens a row, verify them in one forward of the trunk, and fill the places of rows that ended."""
+        live = self.live
         assert live is not None
         depth = self._depth(live)
         noise = self._noise(live, depth + 1)
@@ -207,7 +207,6 @@ class Decoding:
         self.cache.advance(self._settle(live, self.trunk.logits(hidden), hidden, drafts, confident, noise))
         self._retire()
         self._refill()
-        return self.ended_rows - before
 
     def _depth(self, live: Rows) -> int:
         """How deep to draft now; never deeper than the longest row can still use."""
@@ -281,9 +280,8 @@ class Decoding:
         kept = torch.where(stopped, is_stop.long().argmax(1) + 1, kept)
         taken = steps < kept[:, None]
         if not bool(torch.isfinite(logprobs.where(taken, logprobs.new_zeros(())).sum())):
-            broken = (taken & ~torch.isfinite(logprobs)).any(1)
-            self.aborted[live.index] |= broken
-            live.alive, kept, stopped = live.alive & ~broken, kept * ~broken, stopped & ~broken
+            broken = self._abort(live, (taken & ~torch.isfinite(logprobs)).any(1))
+            kept, stopped = kept * ~broken, stopped & ~broken
         at = live.index[:, None], live.count[:, None] + steps
         self.token_ids[at], self.logprobs[at] = targets, logprobs
         if accepted is not None:
@@ -297,6 +295,12 @@ class Decoding:
             live.unread_tokens[rows, at], live.unread_hidden[rows, at] = targets, hidden_RSD
             live.unread = live.unread + kept
         return kept
+
+    def _abort(self, live: Rows, broken_R: Tensor) -> Tensor:
+        """End the rows whose logits are not finite; returns which [R] keep nothing of this forward."""
+        self.aborted[live.index] |= broken_R
+        live.alive = live.alive & ~broken_R
+        return broken_R
 
     # ---- what is noted beside the tokens ------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from rollout.decoding import Decoding
+from rollout.decoding import Decoding, Rows
 from rollout.draft_depth import CostTable
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS, REPEATS = 96, 5
 MOST_TOKENS = 256  # of one verifying forward; deeper drafts of so many rows never paid
+
+
+class _Timed(Decoding):
+    """Rows go on where logits are not finite: what that means for a prompt is told when the prompt is sampled."""
+
+    def _abort(self, live: Rows, broken_R: Tensor) -> Tensor:
+        return torch.zeros_like(broken_R)
 
 
 def measure(engine: Engine, rows: int, depth: int) -> CostTable:
@@ -53,7 +61,7 @@ def _round(engine: Engine, rows: int, depth: int) -> float:
     length = max(1, min(PROMPT_TOKENS, engine.policy.max_length - completion))
     vocabulary = len(engine.trunk.embedding)
     prompt = Prompt("costs", "", [7 * i % vocabulary for i in range(length)])
-    decoding = Decoding(engine, [prompt], SamplingParams(rows, 1.0, completion, draft_tokens=depth))
+    decoding = _Timed(engine, [prompt], SamplingParams(rows, 1.0, completion, draft_tokens=depth))
     decoding.forward()
     times = []
     for _ in range(REPEATS):

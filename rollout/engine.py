@@ -122,16 +122,19 @@ class Engine:
         `groups` hold the prompts that were sampled.
         """
         self._check_params(params)
-        faults = [fault for prompt in prompts if (fault := self._fault(prompt, params))]
-        if faults:
-            prompts = [prompt for prompt in prompts if not self._fault(prompt, params)]
+        faulty = [(prompt, self._fault(prompt, params)) for prompt in prompts]
+        faults = [fault for _, fault in faulty if fault]
+        prompts = [prompt for prompt, fault in faulty if not fault]
         if params.draft_tokens is None and self.head is not None and self.costs is None and prompts:
             self.measure_costs(min(len(prompts) * params.group_size, self.max_rows))
-        decoding = Decoding(self, prompts, params)
-        while not decoding.done:
-            ended = decoding.forward()
-            if ended and on_finished:
-                on_finished(ended)
+        decoding, announced = Decoding(self, prompts, params), 0
+        while True:
+            if on_finished and decoding.ended_rows > announced:  # some end with their first token, in the prefill
+                on_finished(decoding.ended_rows - announced)
+                announced = decoding.ended_rows
+            if decoding.done:
+                break
+            decoding.forward()
         groups = decoding.groups()
         failed = [g.prompt.prompt_id for g in groups if any(c.finish_reason == "abort" for c in g.completions)]
         if failed:

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -74,3 +75,13 @@ def test_the_plot_is_drawn(script, tmp_path):
     cells = [{"seed": 0, "algorithm": name, "curve": QUICK} for name in script.ALGORITHMS]
     script.draw(cells, 0.7, tmp_path / "plot.png", "here")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["algorithms", "learner"])
+def test_a_script_finds_our_packages_and_not_the_files_beside_it(name):
+    """Python puts a script's folder first, and benchmarks/rollout.py is there."""
+    code = "import runpy, sys; sys.path.insert(0, sys.argv[1]); runpy.run_path(sys.argv[2])\n"
+    code += "import rollout.sampling"
+    command = [sys.executable, "-c", code, str(SCRIPT.parent), str(SCRIPT.with_name(f"{name}.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

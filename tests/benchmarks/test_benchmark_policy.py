@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,25 @@ def test_parts_a_and_b_run(tmp_path):
     assert moe["parameters"] == pytest.approx(same["parameters"], rel=0.01)
     assert moe["active_parameters"] == pytest.approx(active["parameters"], rel=0.01)
     assert "perplexity" not in same
+
+
+def test_the_balance_benchmark_measures_what_it_prints(benchmark, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "out.json"
+    monkeypatch.setattr(
+        sys, "argv", ["balance.py", "--quick", "--json", str(file), "--mechanism", "none", "--mechanism", "all"]
+    )
+    benchmark("balance").main()
+    record = json.loads(file.read_text())
+    assert {"hardware", "versions", "command"} <= record["environment"].keys()
+    found = record["mechanisms"]
+    assert list(found) == ["none", "all"]
+    shown = capsys.readouterr().out
+    for name, result in found.items():
+        low, high = (f"{result[end]:.1%}" for end in ("lowest", "highest"))
+        assert re.search(rf"^{name} +{low} +{high} +(yes|no) ", shown, re.M)
+        assert [len(layer) for layer in result["rates"]] == [8, 8]  # two MoE layers
+        assert [sum(layer) for layer in result["rates"]] == pytest.approx([4, 4], abs=1e-3)  # k of every token
+        assert result["inside_aim"] == (result["lowest"] >= 0.45 and result["highest"] <= 0.55)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from grpo import checkpoint
 from grpo.checkpoint import CheckpointError
+from policies.policy import PolicyError
 
 
 def _tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -349,3 +350,13 @@ def test_a_disk_that_is_really_full_loses_nothing(small_disk):
             checkpoint.save(small_disk, attempt, tensors, {"value": 2.0}, keep=1)
         assert [path.name for path in small_disk.iterdir()] == ["step_000001"]
         assert checkpoint.load(small_disk / "step_000001").state == {"value": 1.0}
+
+
+def test_a_policy_that_a_full_disk_refuses_leaves_the_former_one(small_disk, micro_policy):
+    micro_policy(0).save(small_disk / "policy")
+    former = {path.name: path.read_bytes() for path in (small_disk / "policy").iterdir()}
+    (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - 20_000))
+    with pytest.raises(PolicyError, match=r"cannot write the policy to .*disk/policy: .*needs \d+ bytes: make room"):
+        micro_policy(1).save(small_disk / "policy")
+    assert sorted(path.name for path in small_disk.iterdir()) == ["other", "policy"]
+    assert {path.name: path.read_bytes() for path in (small_disk / "policy").iterdir()} == former

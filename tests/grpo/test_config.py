@@ -22,7 +22,6 @@ TRL_NAMES = {
     "importance_clip_min": "vllm_importance_sampling_clip_min",
     "kl_estimator": None,
     "advantage": None,
-    "entropy_coef": None,
 }
 
 
@@ -60,7 +59,19 @@ def test_loss_options_are_those_of_the_loss():
 
 
 @pytest.mark.parametrize(
-    "words", ["abort", "drop_sample", "drop_group", "score=0", "score=-1.5", "score", "zero", "score=x"]
+    "words",
+    [
+        "abort",
+        "drop_sample",
+        "drop_group",
+        "score=0",
+        "score=-1.5",
+        "score=1e-3",
+        "score",
+        "zero",
+        "score=x",
+        "score=inf",
+    ],
 )
 def test_what_a_failure_means_is_refused_where_the_scorer_would(words):
     try:
@@ -87,6 +98,10 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would(words):
         ({"rollout.top_p": 0.9}, "rollout.top_p=0.9"),  # contract 2: there is none in training
         ({"loss.epsilon": -0.1}, "loss.epsilon=-0.1"),
         ({"loss.loss_type": "cispo"}, "epsilon_high"),
+        (
+            {"loss.advantage": "rloo", "loss.multi_objective_aggregation": "normalize_then_sum"},
+            "rloo takes the weighted sum: use sum_then_normalize",
+        ),
         ({"learner.learning_rate": 0}, "learner.learning_rate=0"),
         ({"learner.learning_rate": float("nan")}, "learner.learning_rate"),
         ({"mtp.share": 0}, "mtp.share=0"),

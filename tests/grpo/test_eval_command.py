@@ -19,6 +19,7 @@ from grpo.perplexity import Perplexity, gold_perplexity
 from grpo.run_policy import find_policy, load_found
 from grpo.train import Trainer
 from policies.policy import Policy, PolicyError
+from rollout.engine import RolloutError
 
 QUIET = Console(quiet=True)
 
@@ -295,6 +296,21 @@ def test_every_completion_is_kept_with_its_mark(trained, tmp_path):
         assert row["reward"] == row["parts"]["letters"]
         assert row["failures"] == []
     assert sum(row["reward"] for row in rows[:10]) / 10 == pytest.approx(evaluation.results["sampled"].reward_mean)
+
+
+def test_weights_that_are_not_finite_name_the_problem_and_the_other_completions_are_kept(random_policy, tmp_path):
+    policy = random_policy(3)
+    with torch.no_grad():
+        policy.trunk.get_input_embeddings().weight[policy.tokenizer.encode("Z")[0]] = math.nan
+    policy.save(tmp_path / "policy")
+    problems = [{"question": q, "answer": "#### 5"} for q in ("how many", "Z apples", "3 + 4", "7 left?")]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    given = {"data": str(tmp_path / "d.jsonl"), "prompts_per_batch": 2, "max_completion_tokens": 4}
+    config = _config(tmp_path / "policy", **given, output=tmp_path / "out", greedy=False)
+    with pytest.raises(RolloutError, match=r"(?s)not finite .* of 1 of 2 prompts, \['.*/1'\].*stand in .*completions"):
+        evaluate_model(config, QUIET)
+    kept = [json.loads(line)["prompt"] for line in (tmp_path / "out/completions.jsonl").read_text().splitlines()]
+    assert kept == ["how many\n", "3 + 4\n", "7 left?\n"]
 
 
 def test_a_folder_that_holds_completions_is_not_overwritten(trained, tmp_path):

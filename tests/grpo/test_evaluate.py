@@ -12,6 +12,7 @@ from grpo.metrics import check
 from grpo.run_log import RunLog, read_metrics
 from grpo.task import Task
 from rewards import RewardError
+from rollout.engine import RolloutError
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 
@@ -42,6 +43,41 @@ def _prompts(count: int) -> list[Prompt]:
 def _task(*rewards: RewardOptions, on_error: str = "abort") -> Task:
     data = DataOptions(levels=[1], limit=4)
     return Task(data, rewards or [RewardOptions(function="gsm8k")], ScoringOptions(on_error=on_error))
+
+
+class PoolOfBrokenWeights(FakePool):
+    """Logits are not finite for the prompts in `broken`."""
+
+    def __init__(self, completions: list[Completion], broken: set[str]) -> None:
+        super().__init__(completions)
+        self.broken = broken
+
+    def sample(self, prompts, params, on_finished=None):
+        groups = super().sample(prompts, params, on_finished)
+        lost = [group.prompt.prompt_id for group in groups if group.prompt.prompt_id in self.broken]
+        for group in groups:
+            if group.prompt.prompt_id in lost:
+                group.completions = [_completion("", 1, "abort")] * params.group_size
+        if lost:
+            raise RolloutError(f"not finite: {lost}", groups)
+        return groups
+
+
+@pytest.mark.parametrize(
+    ("broken", "batches", "scored"),
+    [({"p/1", "p/4"}, 3, ["p/0", "p/2", "p/3"]), ({"p/2", "p/3"}, 2, ["p/0", "p/1"])],
+)
+def test_prompts_that_cannot_be_sampled_cost_no_other_one(broken, batches, scored):
+    """The others are scored and handed on; a batch without any sample ends it, for there the weights are gone."""
+    pool, heard = PoolOfBrokenWeights([_completion("#### 42")], broken), []
+    params = replace(SAMPLING, group_size=1)
+    with _task() as task, pytest.raises(RolloutError) as caught:
+        evaluate(pool, task, _prompts(5), params, 2, on_batch=lambda *batch: heard.extend(zip(*batch, strict=True)))
+    assert all(name in str(caught.value) for name in broken)
+    assert len(pool.asked) == batches
+    assert [group.prompt.prompt_id for group, _ in heard] == scored
+    assert all(score.rewards == [1.0] for _, score in heard)
+    assert [group.prompt.prompt_id for group in caught.value.groups] == scored
 
 
 def test_an_evaluation_counts_what_was_sampled():

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,8 @@ def runs(base, micro_config, tmp_path_factory) -> dict[tuple[str, bool], tuple[P
             folder, live = tmp_path_factory.mktemp(kind) / "run", []
             given = {"model": str(base[mtp]), "warm_start.steps": 0, "steps": 2, "eval.limit": 6, **options}
             given |= {} if mtp else {"rollout.draft_tokens": 0}
+            if kind == "lora" and mtp:  # adapters in the draft head and in what it shares with the trunk, too
+                given["lora.targets"] = [*LORA["lora.targets"], "lm_head", "mtp"]
             with pytest.MonkeyPatch.context() as patch:
                 save = Policy.save
                 patch.setattr(
@@ -131,7 +134,9 @@ def test_transformers_own_mtp_module_drafts_what_we_draft(runs, tmp_path, kind):
 def test_peft_loads_the_adapters_on_the_base(runs, base, tmp_path, mtp):
     """Dense, shared and routed experts and the router: in peft's own reading of the targets some would be lost."""
     folder, live = runs["lora", mtp]
-    export(folder, tmp_path / "adapter", adapter=True)
+    said = export(folder, tmp_path / "adapter", adapter=True)
+    for text in (said, (tmp_path / "adapter/README.md").read_text()):
+        assert ("The draft head is not among them: export without `--adapter`" in text) == mtp
     assert not (tmp_path / "adapter/model.safetensors").exists()
     stock = AutoModelForCausalLM.from_pretrained(base[mtp], dtype=torch.float32)
     before = logits(stock)
@@ -289,6 +294,15 @@ def test_a_failure_half_way_leaves_nothing(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("grpo.export.model_card", fail)
     with pytest.raises(OSError, match="disk full"):
         export(runs["full", True][0], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_half_way_leaves_nothing(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo.export.model_card", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        main(["export", str(runs["full", True][0]), str(tmp_path / "out")])
+    signal.signal(signal.SIGTERM, before)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -207,6 +207,15 @@ def test_contract_10_a_tied_group_adds_nothing_and_stays_in_the_denominator(micr
     _assert_close(_gradients(whole.policy), {n: g * 21 / 28 for n, g in _gradients(part.policy).items()})
 
 
+@pytest.mark.parametrize("every", [1, 2])  # the head learns from the tied group too, or there is no head to teach
+def test_contract_10_a_tied_group_counts_for_bnpo_whatever_the_head_does(micro_policy, every):
+    """In one micro-batch, its local mean over tokens is the global one of dapo."""
+    local, whole = (_learner(micro_policy(0), loss_type=kind, mtp=1.0, every=every) for kind in ("bnpo", "dapo"))
+    for learner in (local, whole):
+        learner.step(learner.prepare(_groups(learner.policy), _scores()), 1)
+    _assert_close(_gradients(local.policy.trunk), _gradients(whole.policy.trunk))
+
+
 def _stock_entropies(policy: Policy, groups: list[RolloutGroup]) -> list[torch.Tensor]:
     """Of every completion's tokens, by transformers' own forward."""
     entropies = []
@@ -835,6 +844,12 @@ def test_the_state_of_another_policy_is_refused_by_name(micro_policy):
     tensors, state = _learner(adapted).state()
     with pytest.raises(ValueError, match=r"another policy: .*lora.*check model and lora"):
         learner.load_state(tensors, state)
+    few, all_ = micro_policy(0), micro_policy(0)
+    few.add_lora(4, 8.0, ["q_proj"])
+    all_.add_lora(4, 8.0)
+    tensors, state = _learner(few).state()
+    with pytest.raises(ValueError, match=r"another policy: it lacks .*lora_A.*check model and lora"):
+        _learner(all_).load_state(tensors, state)
 
 
 def test_split_rows_of_a_group_score_the_same(micro_policy):

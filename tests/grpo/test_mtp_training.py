@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from grpo import checkpoint
 from grpo.batch import PackedRow, Sample
 from grpo.cli import main
 from grpo.head_learner import HeadLearner
-from grpo.learner import Learner
+from grpo.learner import Learner, NonFiniteStep
 from grpo.mtp_config import HeadOptions, MtpConfig, defaults_of_run
-from grpo.mtp_training import coverage, mtp, rows_of
+from grpo.mtp_training import coverage, dry_run, mtp, rows_of
 from grpo.options import load
 from grpo.run_log import read_metrics
 from grpo.run_policy import find_policy, load_found
@@ -413,6 +415,54 @@ def test_a_model_of_another_type_is_refused_with_the_way_out(hf_policy, config, 
     hf_policy("qwen3").save(tmp_path / "qwen")
     with pytest.raises(PolicyError, match="'qwen3', which has no MTP head .*quartet convert"):
         mtp(config(tmp_path / "run", model=str(tmp_path / "qwen")))
+
+
+def test_a_policy_that_has_no_head_and_is_to_have_none_is_refused(hf_policy, config, tmp_path):
+    with pytest.raises(PolicyError, match="add_mtp=False, but model=.*headless' has no MTP head to teach; leave"):
+        mtp(config(tmp_path / "run", add_mtp=False))
+    hf_policy("qwen3").save(tmp_path / "qwen")
+    with pytest.raises(PolicyError, match="'qwen3', which has no MTP head .*quartet convert"):
+        dry_run(config(tmp_path / "run", model=str(tmp_path / "qwen"), add_mtp=False), Console(quiet=True))
+
+
+def test_prompts_that_leave_no_room_are_refused_before_anything_is_sampled(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo.mtp_training.open_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
+    with pytest.raises(ValueError, match=r"10 prompts, the first of them .* context of 256 with max_completion_tokens"):
+        mtp(config(tmp_path / "run", **{"rollout.max_completion_tokens": 250}))
+
+
+def test_a_head_that_diverges_says_what_to_lower_and_goes_on_from_the_checkpoint(config, tmp_path, monkeypatch):
+    given = {"steps": 2, "checkpoint.every": 1, "head.tv_share": 0.0}
+    loss = HeadLearner._lesson_loss
+
+    def diverging(learner, lesson, depth, divergence):
+        return loss(learner, lesson, depth, divergence) * (math.nan if learner.policy_version else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadLearner, "_lesson_loss", diverging)
+        with pytest.raises(NonFiniteStep, match=r"step 2: the loss is nan.*lower head.learning_rate.*--resume auto"):
+            mtp(config(tmp_path / "run", **given))
+    mtp(config(tmp_path / "run", **given | {"head.learning_rate": 1e-3}), resume="auto", force=True)
+    assert (tmp_path / "run/policy").exists()
+
+
+def test_of_several_mtp_layers_the_first_is_taught_and_the_others_stay(random_policy, config, tmp_path, caplog):
+    random_policy(4).save(tmp_path / "deep")
+    file = tmp_path / "deep/model.safetensors"
+    tensors = load_file(file)
+    first = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.2.")}
+    for layer in (3, 4):
+        tensors |= {name.replace(".2.", f".{layer}.", 1): torch.randn_like(t) for name, t in first.items()}
+    save_file(tensors, file, {"format": "pt"})
+    shape = tmp_path / "deep/config.json"
+    shape.write_text(json.dumps(json.loads(shape.read_text()) | {"num_nextn_predict_layers": 3}))
+    mtp(config(tmp_path / "run", model=str(tmp_path / "deep"), steps=1, **{"head.tv_share": 0.0}))
+    assert "has 3 MTP layers: the first is trained and drafts at every depth" in caplog.text
+    after = load_file(tmp_path / "run/policy/model.safetensors")
+    assert after.keys() == tensors.keys()
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, tensors[name])}
+    assert "model.layers.2.eh_proj.weight" in moved
+    assert moved <= set(first)
 
 
 def test_several_processes_are_refused(config, tmp_path, monkeypatch):

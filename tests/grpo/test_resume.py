@@ -284,6 +284,29 @@ def test_a_forced_resume_with_another_model_loses_nothing(micro_config, whole, t
     assert len(list((folder / "checkpoints").iterdir())) == STEPS
 
 
+def test_the_checkpoint_of_another_run_brings_its_configuration_along(micro_config, whole, tmp_path):
+    """In a folder of its own, the run goes on; nothing says there what the configuration was."""
+    reference, folder = whole("full"), tmp_path / "run"
+    path = str(reference / "checkpoints/step_000003")
+    changed = _config(micro_config, folder, "full", **{"seed": 7, "learner.learning_rate": 0.5})
+    with pytest.raises(ValueError, match=r"(?s)was started with .*learner.learning_rate: 0.01 then, 0.5 now.*seed: 0"):
+        Trainer(changed, resume=path)
+    assert not folder.exists()
+    Trainer(_config(micro_config, folder, "full"), resume=path).run()
+    _assert_same_checkpoint(folder, reference, STEPS)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_checkpoint_of_another_command_is_refused(micro_config, micro_preset, whole, tmp_path, force):
+    with pytest.raises(Stopped):
+        sft(_sft_config(micro_preset, tmp_path / "sft"), stop_after=2)
+    ours, theirs = whole("full") / "checkpoints/step_000002", tmp_path / "sft/checkpoints/step_000002"
+    with pytest.raises(ValueError, match="step_000002 was saved by another command of quartet"):
+        Trainer(_config(micro_config, tmp_path / "run", "full"), resume=str(theirs), force=force)
+    with pytest.raises(ValueError, match="step_000002 was saved by another command of quartet"):
+        sft(_sft_config(micro_preset, tmp_path / "sft"), resume=str(ours), force=force)
+
+
 def test_other_training_data_are_noticed(micro_config, tmp_path):
     rows = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}"} for i in range(10)]
     data = tmp_path / "train.jsonl"
@@ -457,6 +480,9 @@ def test_contract_9_supervised_fine_tuning_resumes_to_the_same_bits(micro_preset
     sft(_sft_config(micro_preset, folder, **given), resume="auto")
     _assert_same_checkpoint(folder, whole, 6)
     assert _untimed(folder) == _untimed(whole)
+    losses = {line["step"]: line["loss/sft"] for line in read_metrics(folder) if "loss/sft" in line}
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+    assert losses[6] < losses[1]
     before, after = _tensors(folder, k), _tensors(folder, 6)
     assert sum(not before[name].equal(tensor) for name, tensor in after.items()) > 10
     assert not sft(_sft_config(micro_preset, folder, **given), resume="auto")["evaluations"]  # it was finished

@@ -114,6 +114,7 @@ def test_the_run_is_not_touched_and_json_goes_where_it_is_told(run, tmp_path, ca
         (["{run}", "--with", "gsm8k", "--steps", "[1, 9]"], 1, "has no step 9; its steps are 1 to 2"),
         (["{run}", "--with", "gsm8k", "--against", "leters"], 1, "did you mean 'letters'?"),
         (["{run}", "--with", "{run}/../mine.py:half", "--arguments.x", "1"], 1, "no parameter 'x' to bind"),
+        (["{run}", "--with", "gsm8"], 1, "did you mean 'gsm8k'?"),
         (["{run}", "--with", "bleu"], 1, "asks for the column 'reference', which is not there"),
         (["{run}/..", "--with", "gsm8k"], 1, "is no run folder: it has no config.yaml"),
         (["{run}", "--with", "gsm8k", "--on_error", "drop_group"], 2, "on_error=drop_group"),

@@ -181,3 +181,15 @@ def test_full_marks_are_what_the_gold_solution_gets(tmp_path):
         DataOptions(levels=[1], limit=4), [RewardOptions(function=f"{reward}:generous")], ScoringOptions()
     ) as task:
         assert task.full_marks == 1.5
+
+
+def test_prompts_that_leave_no_room_for_a_completion_are_refused_before_the_first_step(folder, random_policy):
+    """To the token: 256 are the policy's context. Characters of several bytes must not hide a long prompt."""
+    policy, data = random_policy(0), DataOptions(name=str(folder), template="{question}")
+    with _task(data, heldout=3) as task:
+        prompts = [task.prompt(example, policy.tokenizer) for example in (*task.train, *task.heldout)]
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+        room = 256 - len(longest.token_ids)
+        task.check_lengths(policy, room)
+        with pytest.raises(ValueError, match=rf"{longest.prompt_id!r} with {256 - room} tokens, pass .*={room + 1};"):
+            task.check_lengths(policy, room + 1)

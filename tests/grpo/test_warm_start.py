@@ -1,5 +1,6 @@
 import copy
 import io
+import json
 import math
 
 import pytest
@@ -28,6 +29,10 @@ def _config(micro_config, folder, **given):
 def _moved(policy: Policy, before: Policy) -> set[str]:
     former = dict(before.named_parameters())
     return {name for name, p in policy.named_parameters() if not torch.equal(p, former[name])}
+
+
+def _events(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
 def test_the_policy_learns_the_solutions_in_place_and_its_head_beside_it(micro_policy, micro_config, tmp_path):
@@ -105,5 +110,29 @@ def test_a_warm_start_that_diverges_says_so(micro_policy, micro_config, tmp_path
     policy = micro_policy(0)
     with torch.no_grad():
         policy.lm_head[0, 0] = math.nan
-    with pytest.raises(NonFiniteStep, match="step 1: the loss is nan"):
+    with pytest.raises(NonFiniteStep, match=r"step 1: the loss is nan.*Lower warm_start.learning_rate"):
         _warm(policy, _config(micro_config, tmp_path), tmp_path / "r")
+    [event] = [event for event in _events(tmp_path / "r") if event["event"] == "non_finite"]
+    assert len(set(event["examples"])) == 4
+
+
+def test_steps_that_are_not_finite_can_be_skipped_and_not_too_many_in_a_row(
+    micro_policy, micro_config, tmp_path, monkeypatch
+):
+    backward, losses = Learner._backward, []
+
+    def failing_backward(self, loss, step):
+        losses.append(step)
+        backward(self, loss * math.nan if step in failing else loss, step)
+
+    monkeypatch.setattr(Learner, "_backward", failing_backward)
+    given = {"learner.on_non_finite": "skip", "learner.max_skipped_in_a_row": 1}
+    failing = {1, 3}
+    policy, before = micro_policy(0), micro_policy(0)
+    assert _warm(policy, _config(micro_config, tmp_path, **given), tmp_path / "a")["loss/sft"] > 0
+    assert _moved(policy, before)
+    assert set(losses) == {1, 2, 3, 4}
+    failing = {2, 3}
+    with pytest.raises(NonFiniteStep, match="step 3: the loss is nan"):
+        _warm(micro_policy(0), _config(micro_config, tmp_path, **given), tmp_path / "b")
+    assert [event["step"] for event in _events(tmp_path / "b") if event["event"] == "non_finite"] == [2, 3]

@@ -82,10 +82,12 @@ def test_load_statistics_by_hand():
         "moe/dead_experts": 1,
         "moe/layer_1/load_min": 0,
         "moe/layer_1/load_max": 2,
+        "moe/layer_1/max_violation": 1,
         "moe/layer_1/router_entropy": 1,
         "moe/layer_1/dead_experts": 1,
         "moe/layer_3/load_min": 0.5,
         "moe/layer_3/load_max": 1.5,
+        "moe/layer_3/max_violation": 0.5,
         "moe/layer_3/router_entropy": 0.5,
         "moe/layer_3/dead_experts": 0,
     }

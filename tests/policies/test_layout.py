@@ -307,6 +307,11 @@ def test_old_checkpoints_rotary_frequencies_and_a_stored_tied_head_are_no_fault(
         ({"hidden_act": "gelu"}, r"hidden_act='gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"'fp8'\): packed weights cannot be trained"),
         ({"n_group": "many"}, r"config.json is not usable.*n_group"),
+        ({"rms_norm_eps": -1.0}, r"rms_norm_eps=-1.0 must be greater than 0"),
+        ({"pad_token_id": 9999}, r"pad_token_id=9999 contradicts vocab_size=280: ids run from 0 to 279"),
+        ({"eos_token_id": [0, 280]}, r"eos_token_id=\[0, 280\] contradicts vocab_size=280"),
+        ({"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}}, r"rope_type='yarm' is none of .*yarn"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, r"config.json is not usable.*yarn.*factor"),
     ],
 )
 def test_contradictions_name_the_field_its_value_and_the_way_out(saved, fields, message):
@@ -315,6 +320,23 @@ def test_contradictions_name_the_field_its_value_and_the_way_out(saved, fields, 
     with pytest.raises(PolicyError, match=f"(?s){message}"):
         Policy.load(saved)
     assert {file: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_tied_embeddings_contradict_a_stored_head_of_its_own(saved):
+    """transformers would load both, and whoever builds the model from its config would have one."""
+    change_config(saved, tie_word_embeddings=True)
+    with pytest.raises(PolicyError, match=r"tie_word_embeddings=True .* contradicts .*set it to false"):
+        Policy.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [("generation_config.json", "generation_config.json"), ("tokenizer.json", "its tokenizer")],
+)
+def test_a_small_file_that_is_damaged_is_named(saved, file, named):
+    (saved / file).write_text("{")
+    with pytest.raises(PolicyError, match=rf"policy': {named} is missing or damaged"):
+        Policy.load(saved)
 
 
 def test_sound_configurations_have_no_contradictions(random_policy):

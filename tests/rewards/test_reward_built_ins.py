@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from rewards import RewardSpec, Scorer
 from rewards.format import gsm8k_format, regex_format, tag_format
 from rewards.length import length_penalty, repetition_penalty, soft_overlong_punishment
 from rewards.remote import remote
@@ -114,6 +115,24 @@ def test_math_equivalence():
     assert math_equivalence(None, ["#### 18"], answer=["9 * 2 = <<9*2=18>>18\n#### 18"]) == [1.0]
     with pytest.raises(ValueError, match="gold answer '' is no expression"):
         math_equivalence(None, ["1"], answer=["#### "])
+
+
+def test_math_equivalence_runs_no_text_as_code(tmp_path):
+    pytest.importorskip("math_verify")
+    from rewards.equivalence import math_equivalence
+
+    code = f"__import__('pathlib').Path('{tmp_path}/run').touch()"
+    forms = ["%s", "$%s$", r"\boxed{%s}", "#### 1+%s", r"$\text{%s}$", r"$x \land \operatorname{%s}$", "(1)+(%s)"]
+    assert math_equivalence(None, [form % code for form in forms], answer=["42"] * len(forms)) == [0.0] * len(forms)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_number_beyond_all_bounds_is_a_failure_and_no_hang():
+    pytest.importorskip("math_verify")
+    with Scorer([RewardSpec("math_equivalence")], timeout_s=1.5, on_error="drop_sample") as scorer:
+        [score] = scorer.score(["p"], [["10**10**10"]], [{"answer": "42"}], prompt_ids=["a"])
+    assert [error.kind for error in score.errors] == ["timeout"]
 
 
 def test_math_equivalence_is_the_same_in_a_thread():

@@ -33,6 +33,20 @@ GOLDEN = [  # text, strict, flexible, boxed
     ("#### \u20135", -5, -5, None),
     ("#### 5%", 5, 5, None),
     ("####42", 42, 42, None),
+    ("#### \uff14\uff12", 42, 42, None),
+    ("#### 4\uff12", 42, 42, None),
+    ("####\u00a042\u00a0apples", 42, 42, None),
+    ("#### 1 234", None, 234, None),  # what goes on is another number, and never the beginning of it
+    ("#### 1\u00a0234", None, 234, None),
+    ("#### 1\u202f234", None, 234, None),
+    ("#### 1'234", None, 234, None),
+    ("#### 1_000", None, 0, None),
+    ("#### 4\u0662", None, 4, None),
+    ("#### 42\u00bd", None, 42, None),
+    ("#### 42\u00b2", None, 42, None),
+    ("#### 4 x 10", None, 10, None),
+    ("#### 42 (3 dozen and 6)", 42, 6, None),
+    ("#### 42's the answer", 42, 42, None),
     ("#### **42**", 42, 42, None),
     ("#### 7\nWait.\n#### 42", 42, 42, None),
     ("#### 42\n#### 42", 42, 42, None),
@@ -56,6 +70,11 @@ GOLDEN = [  # text, strict, flexible, boxed
     (r"\boxed{1} no, \boxed{\$1{,}234}", None, 234, 1234),
     (r"\boxed{42\text{ apples}}", None, 42, 42),
     (r"\boxed{-5\%}", None, -5, -5),
+    (r"\boxed{42^\circ}", None, 42, 42),
+    (r"\boxed{3\sqrt{2}}", None, 2, None),
+    (r"\boxed{3\frac12}", None, 12, None),
+    (r"\boxed{3 \times 4}", None, 4, None),
+    (r"\boxed{2^{5}}", None, 5, None),
     (r"\boxed{\frac{1}{2}}", None, 2, None),
     (r"\boxed{42", None, 42, None),
     ("I do not know", None, None, None),
@@ -71,14 +90,14 @@ def test_golden_table(text, strict, flexible, boxed):
 
 
 @pytest.mark.parametrize(
-    "gold", ["#### forty-two", "no number", "#### 1,23", "", "3 or 4", "nan", None, True, float("inf")]
+    "gold", ["#### forty-two", "no number", "#### 1,23", "", "3 or 4", "nan", None, True, float("inf"), ["42"]]
 )
 def test_a_malformed_gold_raises_and_is_no_zero(gold):
     with pytest.raises(ValueError, match=r"gold answer .* has no number"):
         gsm8k(None, ["#### 42"], answer=[gold])
 
 
-@pytest.mark.parametrize("gold", ["... #### 1,234", "1,234", "$1234", 1234, 1234.0, "1234.00", " 1234 "])
+@pytest.mark.parametrize("gold", ["... #### 1,234", "1,234", "$1234", 1234, 1234.0, "1234.00", " 1234 ", "\uff11234"])
 def test_forms_of_a_gold_number(gold):
     assert gold_answer(gold) == 1234
 
@@ -120,6 +139,7 @@ def test_every_gold_solution_scores_one_and_every_altered_one_zero(gsm8k_folder)
 BAIT = [
     *("####", "#### ", "\\boxed{", "}", "1", "1,", ",234", "1.", ".", "-", "$", "\\$", " ", "\t", "*", "\n", "e"),
     *("\u2212", "<think>", "</answer>", "\x00", "\ud800", "\u0664", "9" * 50),
+    *("\u00a0", "\uff11", "\u00bd", "#### 1 \\", "#### 1 x"),
 ]
 parts = st.one_of(st.sampled_from(BAIT), st.text(max_size=5), st.binary(max_size=5).map(lambda b: b.decode("latin-1")))
 repeated = st.builds(lambda unit, count: "".join(unit) * count, st.lists(parts, max_size=4), st.integers(1, 100_000))

@@ -208,3 +208,17 @@ def test_the_error_travels_between_processes_with_its_groups(policy):
     groups = Engine(policy).sample(PROMPTS[:2], replace(PARAMS, max_completion_tokens=2))
     arrived = pickle.loads(pickle.dumps(RolloutError("named", groups)))
     assert (str(arrived), arrived.groups) == ("named", groups)
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 2, None])
+def test_weights_that_are_not_finite_are_told_of_whatever_is_drafted(random_policy, draft_tokens):
+    """Also where the controller's costs are measured first, with tokens that meet them."""
+    policy = random_policy(1)
+    with torch.no_grad():
+        policy.trunk.model.norm.weight.fill_(math.nan)
+    engine = Engine(policy)
+    with pytest.raises(
+        RolloutError, match=r"not finite for completions of 2 of 2 prompts.*lower learner.learning_rate"
+    ):
+        engine.sample(PROMPTS[:2], replace(PARAMS, draft_tokens=draft_tokens))
+    assert draft_tokens is not None or engine.costs.max_depth > 0

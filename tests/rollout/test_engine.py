@@ -115,9 +115,9 @@ def test_contract_3_speculation_is_lossless_over_20_000_tokens(random_policy, te
     policy = taught(random_policy(12, q_lora_rank=10, n_routed_experts=8, n_group=4, topk_group=2), temperature, 40)
     engine = Engine(policy)
     prompts = prompts_of(*[1 + 7 * i % 40 for i in range(24)], seed=1)
-    params = replace(PARAMS, temperature=temperature, group_size=8, max_completion_tokens=80)
-    compared = assert_lossless(engine, prompts, params) + assert_lossless(engine, prompts, params.at(3))
-    assert compared >= 20_000
+    params = replace(PARAMS, temperature=temperature, group_size=8, max_completion_tokens=80, stop_token_ids=STOPS[::3])
+    compared = sum(assert_lossless(engine, prompts, params.at(step)) for step in (2, 3, 4))
+    assert compared >= 4 * 20_000  # for each k
     assert stops_inside_blocks(engine, prompts, replace(params, draft_tokens=4)) >= 10
 
 
@@ -479,6 +479,18 @@ def test_finished_completions_are_announced_once_each(engine):
     assert sum(heard) == len(completions(groups)) == 32
     assert all(count > 0 for count in heard)
     assert len(heard) > 1
+
+
+def test_completions_that_end_with_their_first_token_are_announced_too(engine):
+    heard = []
+    engine.sample(PROMPTS, replace(PARAMS, max_completion_tokens=1), heard.append)
+    assert heard == [32]
+    heard.clear()
+    groups = engine.sample(PROMPTS, replace(PARAMS, group_size=16, draft_tokens=2), heard.append)
+    at_once = sum(len(ids) == 1 for ids in tokens(groups))
+    assert at_once > 2
+    assert heard[0] == at_once
+    assert sum(heard) == 8 * 16
 
 
 def test_no_prompts_no_groups(engine):

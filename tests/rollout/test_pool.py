@@ -189,8 +189,9 @@ def test_contract_5_weights_that_a_worker_does_not_confirm_are_not_sampled_with(
 
 
 def test_an_error_in_a_worker_arrives_as_it_is_and_the_pool_goes_on(pool, expected):
-    with pytest.raises(RolloutError, match="^prompt 'p/x' has no tokens"):
+    with pytest.raises(RolloutError, match="^prompt 'p/x' has no tokens") as caught:
         pool.sample([*PROMPTS, Prompt("p/x", "", [])], PARAMS)
+    assert tokens(caught.value.groups) == tokens(expected(0))  # of every worker, also of the one that met it
     with pytest.raises(ValueError, match="^rollout.stop_token_ids: 999"):
         pool.sample(PROMPTS, replace(PARAMS, stop_token_ids=(999,)))
     assert pool.sample(PROMPTS, PARAMS) == expected(0)

@@ -1,0 +1,80 @@
+"""All that is promised of rollouts, once more behind two publications with a step of GRPO between them."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from test_engine import PARAMS, PROMPTS, assert_lossless, completions, enumerated, taught, tokens
+
+from grpo.config import LearnerOptions, LossOptions, MTPOptions
+from grpo.learner import Learner
+from policies.policy import Policy
+from rewards.group_score import GroupScore
+from rollout.draft_depth import CostTable
+from rollout.engine import Engine
+from rollout.group import Prompt, RolloutGroup
+from rollout.pool import LocalPool
+from rollout.sampling import SamplingParams
+
+CHEAP = CostTable(rows=[1], rounds=[[1.0, 1.01, 1.02, 1.03, 1.04]])
+
+
+def updated(learner: Learner, groups: list[RolloutGroup], step: int) -> dict[str, float]:
+    """A step of GRPO with rewards that no group is tied in, and of the head; returns its metrics."""
+    marks = [[float(i % 2) for i, _ in enumerate(group.completions)] for group in groups]
+    return learner.step(learner.prepare(groups, [GroupScore(row, {"marks": row}) for row in marks]), step)
+
+
+def learner_of(policy: Policy, temperature: float) -> Learner:
+    options = LearnerOptions(learning_rate=5e-3)
+    return Learner(policy, options, MTPOptions(depth=3, every=1), LossOptions(), temperature=temperature)
+
+
+def test_contracts_2_3_and_4_hold_after_two_publications_with_an_update_between(random_policy):
+    """The learner's own log-probabilities of packed groups, here, and not the stock model's."""
+    routed = {"q_lora_rank": 10, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+    policy, prompts = taught(random_policy(17, **routed), PARAMS.temperature, steps=8), PROMPTS[:4]
+    params = replace(PARAMS, max_completion_tokens=20, group_size=3)
+    learner, pool, seen = learner_of(policy, params.temperature), LocalPool(policy, torch.float32, 3), []
+    for version in (1, 2):
+        pool.publish(learner.weights(), version)
+        engine = pool.engine
+        assert_lossless(engine, prompts, params, depths=(1, 9))
+        assert_lossless(engine, prompts, replace(params, temperature=0.0, group_size=1), depths=(3,))
+        plain = tokens(engine.sample(prompts, params))
+        for max_rows, drafts in ((1, 3), (9, None)):  # rows that wait; the controller
+            few = Engine(engine.policy, max_rows=max_rows, costs=CHEAP)
+            assert tokens(few.sample(prompts, replace(params, draft_tokens=drafts))) == plain
+        groups = pool.sample(prompts[::-1], replace(params, draft_tokens=2))[::-1]
+        assert tokens(groups) == plain
+        assert {c.policy_version for c in completions(groups)} == {version}
+        metrics = updated(learner, groups, version)
+        assert 0 < metrics["mismatch/logprob_abs_mean"] < 1e-5
+        assert metrics["mismatch/logprob_abs_max"] < 1e-4
+        seen.append(plain)
+    assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+def test_contract_3_the_distribution_is_the_updated_policys(random_policy, draft_tokens):
+    policy = random_policy(16, vocab_size=6)
+    learner, engine = learner_of(policy, 0.8), Engine(random_policy(99, vocab_size=6))
+    params = SamplingParams(20_000, 0.8, 3, (2,), seed=1, draft_tokens=draft_tokens)
+    prompt, before = Prompt("toy", "", [3, 4]), enumerated(policy, [3, 4], 0.8, length=3, stop=2)
+    engine.publish(learner.weights(), 1)
+    updated(learner, engine.sample([prompt], replace(params, group_size=8)), 1)
+    engine.publish(learner.weights(), 2)
+    [group] = engine.sample([prompt], params)
+    counts = Counter(tuple(completion.token_ids) for completion in group.completions)
+
+    def z_score(probabilities: dict[tuple, float]) -> float:
+        common = {ids: p * params.group_size for ids, p in probabilities.items() if p * params.group_size >= 8}
+        cells = [(counts[ids], expected) for ids, expected in common.items()]
+        cells.append((params.group_size - sum(n for n, _ in cells), params.group_size - sum(e for _, e in cells)))
+        freedom = len(cells) - 1
+        return (sum((n - e) ** 2 / e for n, e in cells) - freedom) / math.sqrt(2 * freedom)
+
+    assert abs(z_score(enumerated(policy, [3, 4], 0.8, length=3, stop=2))) < 4
+    assert z_score(before) > 8  # the update is seen
