@@ -1,7 +1,7 @@
 """Two graders on the completions that `quartet eval --output FOLDER` has kept: how often do they agree, and where not?
 
-    python benchmarks/cross_check.py runs/eval_smollm2/completions.jsonl --limit 200
-    python benchmarks/cross_check.py runs/eval_smollm2/completions.jsonl --ours gsm8k --other gsm8k_boxed
+python benchmarks/cross_check.py runs/eval_smollm2/completions.jsonl --limit 200
+python benchmarks/cross_check.py runs/eval_smollm2/completions.jsonl --ours gsm8k --other gsm8k_boxed
 """
 
 from __future__ import annotations

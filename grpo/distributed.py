@@ -80,7 +80,15 @@ ALONE = Ranks()
 
 
 def join(cpu: bool) -> Ranks:
-    """This process among those that accelerate has launched; ALONE where it has not."""
+    """This process among those that accelerate has launched; ALONE where it has not.
+
+    Raises ValueError where several were asked for and `accelerate launch --cpu` has started one.
+    """
+    if "WORLD_SIZE" not in os.environ and {"MASTER_ADDR", "ACCELERATE_USE_CPU"} <= os.environ.keys():
+        raise ValueError(
+            "accelerate launch --cpu starts one process whatever --num_processes says; for several on CPUs use "
+            "accelerate launch --multi_gpu --num_processes N -m grpo ... --device cpu"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return ALONE
     if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and os.path.isdir("/sys/class/net/lo"):
@@ -88,6 +96,8 @@ def join(cpu: bool) -> Ranks:
     from accelerate import PartialState
 
     state = PartialState(cpu=cpu, timeout=timedelta(seconds=TIMEOUT_S))
+    if state.process_index == 0:
+        print(f"learning in {state.num_processes} processes on {state.device.type}", flush=True)
     return Team(state.process_index, state.num_processes, state.device)
 
 

@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policies.absorbed import new_cache
-from policies.latent_cache import LatentCache
 from rollout.draft_depth import DepthController
+from rollout.drafter import Drafter, Prefilled
 from rollout.group import Completion, DraftStats, FinishReason, Prompt, RolloutGroup
 from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, row_key
-from rollout.speculative import confident_drafts, verify_draft
+from rollout.speculative import verify_draft
 
 if TYPE_CHECKING:
     from rollout.engine import Engine
@@ -55,26 +54,15 @@ class Rows:
         return Rows(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
-@dataclass
-class Prefilled:
-    """Prompts of one prefill, by number, and their hidden states: what the head will read if it ever drafts."""
-
-    numbers_P: Tensor
-    token_ids_PT: Tensor
-    hidden_PTD: Tensor
-    lengths_P: Tensor
-
-
 class Decoding:
     """The state of `Engine.sample`: call `forward` until `done`, then take the `groups`."""
 
     def __init__(self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> None:
         self.engine, self.prompts, self.params = engine, prompts, params
         self.trunk: Any = engine.trunk
-        self.head = engine.head
         self.device, self.vocabulary = engine.trunk.device, len(engine.trunk.embedding)
         self.fixed_depth, self.controller = params.draft_tokens, None
-        if self.fixed_depth is None and engine.costs is not None and self.head is not None:
+        if self.fixed_depth is None and engine.costs is not None and engine.head is not None:
             self.controller = DepthController(engine.costs, engine.costs.max_depth)
         self.max_depth = self.controller.max_depth if self.controller else self.fixed_depth or 0
         total, limit = len(prompts) * params.group_size, params.max_completion_tokens
@@ -96,8 +84,11 @@ class Decoding:
         self.longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
         self.live: Rows | None = None
         self.cache: Any = None
-        self.head_cache: Any = None
-        self.prefilled: list[Prefilled] = []
+        self.drafter: Drafter | None = None
+        if self.max_depth:
+            assert engine.head is not None
+            sizes = {"room": self.room, "longest": self.longest, "context": engine.policy.max_length}
+            self.drafter = Drafter(engine.head, engine.draft_vocabulary, params, **sizes)
         self.admitted = self.ended_rows = self.alive = 0
         self._refill()
 
@@ -116,7 +107,8 @@ class Decoding:
     def _admit(self, places: int) -> None:
         """Prefill up to `places` prompts and put their rows behind those that live."""
         rows, caches = ([self.live], [self.cache]) if self.alive and self.live is not None else ([], [])
-        head_caches = [self.head_cache] if rows else []
+        if self.drafter and not rows:
+            self.drafter.forget()
         while self.waiting and places > 0:
             longest = len(self.prompts[self.waiting[-1]].token_ids)
             size = min(places, len(self.waiting), max(1, PREFILL_TOKENS // longest))
@@ -124,11 +116,7 @@ class Decoding:
             new, cache = self._prefill([self.waiting.pop() for _ in range(size)])
             rows.append(new)
             caches.append(cache)
-            if self.head_cache is not None:
-                head_caches.append(self._read(self.prefilled.pop()))
         self.live, self.cache = Rows.concat(rows), _join(caches)
-        if self.head_cache is not None:
-            self.head_cache = _join(head_caches)
         self._retire()
 
     def _prefill(self, chunk: Sequence[int]) -> tuple[Rows, Any]:
@@ -148,8 +136,8 @@ class Decoding:
                 self.prompt_routing[i] = row[:length].to(torch.int16).cpu()
         cache.advance(lengths)
         cache = cache.fan_out(group, self.room, self.longest)
-        if self.max_depth:
-            self.prefilled.append(Prefilled(torch.tensor(chunk, device=self.device), token_ids, hidden, lengths))
+        if self.drafter:
+            self.drafter.hold(Prefilled(torch.tensor(chunk, device=self.device), token_ids, hidden, lengths))
         self.admitted += len(chunk) * group
         last = hidden[torch.arange(len(chunk), device=self.device), lengths - 1]
         keys = [row_key(self.params, p.prompt_id, sample) for p in prompts for sample in range(group)]
@@ -184,8 +172,8 @@ class Decoding:
         if 0 < self.alive <= len(live.alive) * 7 // 8:
             self.live = live.select(kept)
             self.cache.select(kept)
-            if self.head_cache is not None:
-                self.head_cache.select(kept)
+            if self.drafter:
+                self.drafter.select(kept)
 
     # ---- one round ----------------------------------------------------------------------------------------------
 
@@ -195,7 +183,7 @@ class Decoding:
         assert live is not None
         depth = self._depth(live)
         noise = self._noise(live, depth + 1)
-        drafts, confident = self._draft(live, depth, noise) if depth else (None, None)
+        drafts, confident = self.drafter.draft(live, depth, noise) if self.drafter and depth else (None, None)
         inputs = live.last[:, None] if drafts is None else torch.cat([live.last[:, None], drafts], dim=1)
         positions = (live.prompt_length + live.count - 1)[:, None] + self.steps[: depth + 1]
         hidden = self.trunk(inputs, self._clamp(positions), self.cache)
@@ -222,35 +210,6 @@ class Decoding:
     def _clamp(self, positions: Tensor) -> Tensor:
         """A block may reach behind the context, where nothing is kept."""
         return positions.clamp(max=self.engine.policy.max_length - 1)
-
-    def _draft(self, live: Rows, depth: int, noise: Noise) -> tuple[Tensor, Tensor | None]:
-        """[R, k] tokens from the head, chosen with the very noise that the trunk's choice will use; with
-        `accept: margin` also which of them are taken unverified."""
-        head = self.head
-        assert head is not None
-        if self.head_cache is None:
-            self._read_prompts(live)
-        new = int(live.unread.max())
-        positions = (live.prompt_length + live.count - live.unread)[:, None] + self.steps[:new]
-        out = head(live.unread_tokens[:, :new], live.unread_hidden[:, :new], self._clamp(positions), self.head_cache)
-        self.head_cache.advance(live.unread)
-        out = out[self._all(live), live.unread - 1]
-        live.unread = torch.zeros_like(live.unread)
-        drafts, confident = [], []
-        for d in range(depth):
-            logits = head.logits(out)
-            drafts.append(choose(logits, self.params.temperature, noise.at(d), self.engine.draft_vocabulary)[0])
-            if self.params.accept == "margin":
-                confident.append(confident_drafts(logits, self.params.temperature, self.params.margin))
-            if d + 1 < depth:
-                position = (live.prompt_length + live.count + d)[:, None]
-                out = head(drafts[-1][:, None], out[:, None], self._clamp(position), self.head_cache)[:, 0]
-                self.head_cache.advance(1)
-        self.head_cache.advance(1 - depth)
-        return torch.stack(drafts, dim=1), torch.stack(confident, dim=1) if confident else None
-
-    def _all(self, live: Rows) -> Tensor:
-        return torch.arange(len(live.index), device=self.device)
 
     def _settle(
         self,
@@ -290,10 +249,8 @@ class Decoding:
         live.count = live.count + kept
         self.counts[live.index] = live.count
         self.stopped[live.index] |= stopped
-        if self.max_depth:
-            rows, at = self._all(live)[:, None], live.unread[:, None] + steps
-            live.unread_tokens[rows, at], live.unread_hidden[rows, at] = targets, hidden_RSD
-            live.unread = live.unread + kept
+        if self.drafter:
+            self.drafter.keep(live, targets, hidden_RSD, kept)
         return kept
 
     def _abort(self, live: Rows, broken_R: Tensor) -> Tensor:
@@ -323,33 +280,6 @@ class Decoding:
             self.routing = torch.full(shape, -1, dtype=torch.int16, device=self.device)
         at = live.index[:, None], (live.count - 1)[:, None] + self.steps[:new]
         self.routing[at] = experts.to(torch.int16)
-
-    def _read_prompts(self, live: Rows) -> None:
-        """The head drafts for the first time: it reads the prompts of the rows that still live."""
-        group = self.params.group_size
-        numbers_R = live.index // group
-        parts, kept = [], []
-        for prefilled in self.prefilled:
-            needed = torch.isin(prefilled.numbers_P, numbers_R)
-            if bool(needed.any()):
-                chosen = Prefilled(**{name: value[needed] for name, value in vars(prefilled).items()})
-                parts.append(self._read(chosen))
-                kept.append(chosen.numbers_P)
-        self.head_cache, self.prefilled = _join(parts), []
-        place = torch.zeros(len(self.prompts), dtype=torch.long, device=self.device)
-        numbers = torch.cat(kept)
-        place[numbers] = torch.arange(len(numbers), device=self.device)
-        self.head_cache.select(place[numbers_R] * group + live.index % group)
-
-    def _read(self, prompts: Prefilled) -> LatentCache:
-        head = self.head
-        assert head is not None
-        count, longest = prompts.token_ids_PT.shape
-        cache = new_cache(head.config, 1, count, longest, self.trunk.dtype, self.device, first=1)
-        positions = torch.arange(longest, device=self.device).expand(count, -1)
-        head(prompts.token_ids_PT, F.pad(prompts.hidden_PTD, (0, 0, 1, 0))[:, :-1], positions, cache)
-        cache.advance(prompts.lengths_P)
-        return cache.fan_out(self.params.group_size, self.room, self.longest)
 
     # ---- the result ---------------------------------------------------------------------------------------------
 

@@ -154,14 +154,10 @@ def choose(
     log-probability. P(block) · P(token | block) = P(token): exact, at a hundredth of the noise. With a draft
     `vocabulary`, the logits are those of its K tokens and the same noise serves.
     """
-    if temperature not in (0, 1):
-        logits_NV = logits_NV.float() / temperature
+    logits_NV = _scaled(logits_NV, temperature)
     if temperature == 0 or noise.flat:
         logits = logits_NV.float()
-        noisy = logits
-        if temperature:
-            noisy = logits + (noise.table if vocabulary is None else noise.table[:, vocabulary.ids])
-        best = noisy.argmax(-1)
+        best = _best_of_all(logits, temperature, noise, vocabulary)
         logprobs = logits.gather(1, best[:, None])[:, 0] - logits.logsumexp(-1)
         return (best if vocabulary is None else vocabulary.ids[best]), logprobs
     p_NV = logits_NV.float().softmax(-1)  # not softmax(dtype=...), which is six times slower on a CPU
@@ -178,6 +174,25 @@ def choose(
         p, ids = F.pad(p_NV, (0, 1)).gather(1, members), vocabulary.named[members]
     best = (p.log() + noise.gumbel(ids)).argmax(-1)
     return ids[rows, best], p[rows, best].log()
+
+
+def pick(logits_NV: Tensor, temperature: float, noise: Noise, vocabulary: DraftVocabulary | None = None) -> Tensor:
+    """The tokens of `choose`, where nobody asks for their log-probabilities: drafts."""
+    if temperature and not noise.flat:
+        return choose(logits_NV, temperature, noise, vocabulary)[0]
+    best = _best_of_all(_scaled(logits_NV, temperature).float(), temperature, noise, vocabulary)
+    return best if vocabulary is None else vocabulary.ids[best]
+
+
+def _scaled(logits_NV: Tensor, temperature: float) -> Tensor:
+    return logits_NV if temperature in (0, 1) else logits_NV.float() / temperature
+
+
+def _best_of_all(logits_NV: Tensor, temperature: float, noise: Noise, vocabulary: DraftVocabulary | None) -> Tensor:
+    """The column [N] of the largest logit, perturbed unless greedy."""
+    if temperature:
+        logits_NV = logits_NV + (noise.table if vocabulary is None else noise.table[:, vocabulary.ids])
+    return logits_NV.argmax(-1)
 
 
 def logprobs_of(logits_NV: Tensor, tokens_N: Tensor, temperature: float) -> Tensor:

@@ -61,6 +61,15 @@ def test_one_process_is_alone(monkeypatch):
     assert ALONE.share([1, 2]) == [1, 2]
 
 
+def test_one_process_where_several_were_asked_for_is_refused(monkeypatch):
+    """What `accelerate launch --cpu --num_processes 2` leaves in the environment of its only process."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    with pytest.raises(ValueError, match="--cpu starts one process .* use accelerate launch --multi_gpu"):
+        join(cpu=True)
+
+
 @pytest.mark.slow
 def test_two_gloo_processes_give_the_gradients_of_one(tmp_path):
     script = [str(HERE / "two_ranks.py"), str(tmp_path / "found.safetensors")]
@@ -122,11 +131,12 @@ def _weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
 def test_a_run_of_two_ranks_through_accelerate_is_that_of_one(run, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run([sys.executable, *run(one)], check=True, capture_output=True)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--main_process_port", str(_free_port())]
     done = subprocess.run([*launcher, *run(two)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("learning in 2 processes on cpu") == 1
     assert done.stdout.count("step     1  reward") == 1, "rank 0 alone logs"
     assert done.stdout.count("warm start    2/2") == 1
     assert [line["step"] for line in read_metrics(two)] == [1, 2]

@@ -166,9 +166,10 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(random_policy, saved, monke
     monkeypatch.setattr(
         type(newer.tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
     )
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(PolicyError, match="cannot write the policy to .*disk full.* what was saved before is intact"):
         newer.save(saved)
     monkeypatch.undo()
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
     assert_same(tensors(Policy.load(saved)), expected)
 
 

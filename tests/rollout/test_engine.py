@@ -13,7 +13,7 @@ from grpo.batch import PackedRow, Sample, collate
 from policies.logprobs import shifted_logprobs
 from policies.mtp import draft_loss
 from policies.policy import Policy
-from rollout.decoding import Decoding
+from rollout.drafter import Drafter
 from rollout.engine import Engine, RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward
 from rollout.sampling import Noise, SamplingParams, choose, row_key
@@ -164,19 +164,19 @@ def test_drafts_are_what_the_trained_head_says_behind_the_verified_tokens(engine
     """Every draft of ragged rows that come and go, against the unrolled head as training sees it: same tokens, same
     noise. A wrong position, cache or hidden state would cost acceptance and no token, so nothing else would notice."""
     depth, asked = 3, []
-    draft = Decoding._draft
+    draft = Drafter.draft
 
-    def spy(batch, live, depth, noise):
-        drafts, confident = draft(batch, live, depth, noise)
+    def spy(drafter, live, depth, noise):
+        drafts, confident = draft(drafter, live, depth, noise)
         for r in live.alive.nonzero()[:, 0].tolist():
-            row, count = int(live.index[r]), int(live.count[r])
-            asked.append((row, batch.token_ids[row, :count].tolist(), drafts[r].tolist()))
+            asked.append((int(live.index[r]), int(live.count[r]), drafts[r].tolist()))
         return drafts, confident
 
-    monkeypatch.setattr(Decoding, "_draft", spy)
-    engine.sample(PROMPTS, replace(PARAMS, draft_tokens=depth))
+    monkeypatch.setattr(Drafter, "draft", spy)
+    rows = completions(engine.sample(PROMPTS, replace(PARAMS, draft_tokens=depth)))
     assert len(asked) > 150
-    for row, verified, drafts in asked:
+    for row, count, drafts in asked:
+        verified = rows[row].token_ids[:count]
         prompt, sample = PROMPTS[row // PARAMS.group_size], row % PARAMS.group_size
         mini = collate([PackedRow(prompt.token_ids, [Sample(0, verified + drafts)])], CPU)
         hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
