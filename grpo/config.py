@@ -435,6 +435,10 @@ class TrainConfig(SftConfig):
             )
         if self.mtp.train_trunk:
             raise ValueError("mtp.train_trunk: in GRPO the draft head never touches the trunk; use it in quartet sft")
+        if self.eval.every and not self.eval.limit:
+            raise ValueError(
+                f"eval.every={self.eval.every} with eval.limit=0 evaluates nothing; set eval.limit, or drop it"
+            )
         tokens, depth = self.curriculum.completion_tokens, self.curriculum.draft_depth
         if tokens is not None and tokens > (last := self.rollout.max_completion_tokens):
             raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from grpo.agreement import check_agreement
 from grpo.config import ModelOptions, MTPOptions
 from policies import presets
-from policies.policy import Policy, PolicyError, read_config
+from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from rollout.sampling import SamplingParams
 
 
@@ -48,6 +48,11 @@ def check_options(options: ModelOptions) -> str:
                 f"{', '.join(asked)}: model={model!r} is of type {kind!r}, which has no MTP head and can be given "
                 "none; leave that out, or make it a DeepSeek-V3 policy first (`quartet convert SRC DST`)"
             )
+    template = getattr(getattr(options, "data", None), "template", getattr(options, "template", None))
+    if template == "chat" and (model in presets.PRESETS or not read_tokenizer(model).chat_template):
+        raise PolicyError(
+            f"template=chat: model={model!r} has no chat template; use a format string such as '{{question}}\n'"
+        )
     return model
 
 

@@ -104,6 +104,8 @@ class rollout_func:
             self._check(trainer)
             dtype = self.dtype or (torch.bfloat16 if trainer.args.bf16 else self.policy.lm_head.dtype)
             self.pool = self.open_pool(dtype=dtype)
+            if self.draft_tokens is None and self.policy.mtp is not None:
+                self.pool.use_costs(None, self.open_pool.keywords["prompts_per_shard"] * size)
         step = trainer.state.global_step
         last, count = self.calls.get(mode, (step, 0))
         call = count if last == step else 0

@@ -52,7 +52,7 @@ from policies.layout import (
 )
 from policies.mtp import MTPHead
 
-__all__ = ["Policy", "PolicyError", "digest", "read_config"]
+__all__ = ["Policy", "PolicyError", "digest", "read_config", "read_tokenizer"]
 LOGGER = logging.getLogger(__name__)
 NO_HEAD = (
     "model=%r: config.json promises num_nextn_predict_layers=%d, but no MTP layer is stored (transformers drops them "
@@ -247,7 +247,7 @@ class Policy(nn.Module):
         files = WeightFiles(source)
         if isinstance(config, DeepseekV3Config) and files.shapes:
             check_tensors(files, config)
-        tokenizer = _read_small_files(source)
+        tokenizer = read_tokenizer(source)
         try:
             with _quiet_loading() as logged:
                 trunk, report = AutoModelForCausalLM.from_pretrained(
@@ -300,8 +300,9 @@ def read_config(source: str | Path) -> PretrainedConfig:
     return config
 
 
-def _read_small_files(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer; a generation config is read as well, since transformers passes over one that is damaged."""
+def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id. Raises PolicyError where it is missing or damaged, and where the generation
+    config is: transformers passes over that in silence."""
     name = "generation_config.json"
     try:
         if find_file(str(source), name):

@@ -6,7 +6,9 @@ import psutil
 import pytest
 
 from grpo.config import DataOptions, RewardOptions, ScoringOptions, TrainConfig
+from grpo.loader import check_options
 from grpo.task import Task
+from policies.policy import PolicyError
 from policies.presets import small_tokenizer
 from rewards.protocol import RewardError
 from rollout.group import Completion, RolloutGroup
@@ -193,3 +195,12 @@ def test_prompts_that_leave_no_room_for_a_completion_are_refused_before_the_firs
         task.check_lengths(policy, room)
         with pytest.raises(ValueError, match=rf"{longest.prompt_id!r} with {256 - room} tokens, pass .*={room + 1};"):
             task.check_lengths(policy, room + 1)
+
+
+def test_a_chat_prompt_of_a_model_without_a_template_is_refused_before_it_is_loaded(
+    micro_config, micro_policy, tmp_path
+):
+    micro_policy().save(tmp_path / "m")
+    config = micro_config(tmp_path / "r", **{"data.template": "chat", "model": str(tmp_path / "m")})
+    with pytest.raises(PolicyError, match="template=chat: model=.* has no chat template; use a format string"):
+        check_options(config)
