@@ -57,7 +57,7 @@ def run_cells(
     for seed in seeds:
         given = OPTIONS | overrides | {"seed": seed}
         start = folder / f"seed_{seed}/warm_start"
-        warm = load(TrainConfig, config, given | {"output_dir": str(start), "eval.limit": 0})
+        warm = load(TrainConfig, config, given | {"output_dir": str(start), "eval.limit": 0, "eval.every": None})
         sft(SftConfig(**{name: getattr(warm, name) for name in SftConfig.model_fields}), resume="auto")
         for name in algorithms:
             cell = folder / f"seed_{seed}/{name}"

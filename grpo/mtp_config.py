@@ -32,6 +32,8 @@ class HeadOptions(Options):
     """Share of the steps in which the depth grows from 1 to `depth`; 0 unrolls all of them from the start."""
     tv_share: float = Field(default=0.0, ge=0, le=1)
     """Share of the steps, the last ones, that minimise total variation, the share of drafts rejected, instead of KL."""
+    restart: bool | None = None
+    """Start the head as the trunk's last layer, fitted to training examples; null does so where none was stored."""
     draft_vocabulary: int | None = Field(default=None, ge=16)
     """Draft only this many tokens, those that the policy says most often in the first step's rollouts, and the stop
     tokens; null drafts any. Cheaper drafts, and never another token."""

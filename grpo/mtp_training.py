@@ -38,13 +38,15 @@ from grpo.run_log import RunLog
 from grpo.stopping import GivenUp, InterruptiblePool, Stopped, StopSignal
 from grpo.task import Task
 from policies import presets
+from policies.draft_start import start_head
+from policies.layout import WeightFiles, mtp_layers
 from policies.mtp import MTPHead
 from policies.policy import Policy, PolicyError, read_config
 from rollout.draft_depth import CostTable
 from rollout.group import RolloutGroup
 from rollout.pool import Pool, open_pool
 
-OF_ROLLOUTS = ("completion/", "draft/", "policy/")
+FITTED_EXAMPLES = 128  # training examples that a new head is fitted to
 
 
 def mtp(
@@ -148,6 +150,8 @@ class HeadTraining:
         self.task.check_lengths(policy, rollout.max_completion_tokens)
         if config.head.draft_vocabulary is None:
             policy.draft_ids = None
+        if not saved and (config.head.restart or (config.head.restart is None and not stores_head(config))):
+            policy.mtp.load_state_dict(start_head(policy.trunk, self._fitting_text(policy)).state_dict())
         learner = HeadLearner(
             policy, config.head, temperature=rollout.temperature, steps=config.steps, seed=config.seed
         )
@@ -180,6 +184,15 @@ class HeadTraining:
             pool.close()
         policy.save(config.output_dir / "policy")
         return {"output_dir": str(config.output_dir), "evaluations": self.evaluations}
+
+    def _fitting_text(self, policy: Policy) -> list[torch.Tensor]:
+        """Prompts with their gold solutions, token ids [T] each."""
+        tokenizer, windows = policy.tokenizer, []
+        for example in self.task.train[:FITTED_EXAMPLES]:
+            ids = list(self.task.prompt(example, tokenizer).token_ids)
+            ids += tokenizer(example.solution, add_special_tokens=False).input_ids
+            windows.append(torch.tensor(ids[: policy.max_length]))
+        return windows
 
     def _steps(self, learner: HeadLearner, stream: PromptStream, pool: Pool, start: int, finished_before: bool) -> None:
         config, done, saved = self.config, start, start
@@ -259,6 +272,12 @@ class HeadTraining:
             tensors["draft"] = {"ids": learner.policy.draft_ids}
         everything = {"learner": state, "prompts": prompts}
         checkpoint.save(self.checkpoints, step, tensors, everything, keep=self.config.checkpoint.keep)
+
+
+def stores_head(config: MtpConfig) -> bool:
+    """Whether the checkpoint has MTP layers; a preset's head is as random as its trunk, and stays."""
+    model = check_options(config)
+    return model in presets.PRESETS or bool(mtp_layers(read_config(model), WeightFiles(model).shapes))
 
 
 def rows_of(groups: Sequence[RolloutGroup], max_tokens: int) -> list[PackedRow]:

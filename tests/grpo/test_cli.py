@@ -297,7 +297,7 @@ def test_sft_trains_and_its_policy_samples(model, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "before, sampled" in shown
     assert "after, greedy" in shown
-    assert [line["step"] for line in read_metrics(tmp_path / "sft")] == [0, 3]
+    assert [line["step"] for line in read_metrics(tmp_path / "sft")] == [0, 1, 2, 3]
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "Tom has 5 pens. "}\n')
     words = ["--prompts", str(prompts), "--max_completion_tokens", "4", "--threads", "1"]

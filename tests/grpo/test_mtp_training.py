@@ -99,6 +99,7 @@ def _untimed(folder: Path) -> list[dict]:
 
 def test_the_head_learns_to_draft_and_the_trunk_keeps_its_bits(config, taught, tmp_path):
     given = {"steps": 7, "head.reuse": 3, "eval.limit": 12, "head.draft_vocabulary": None, "prompts_per_step": 8}
+    given["head.restart"] = False
     results = mtp(config(tmp_path / "run", **given))
     lines = read_metrics(tmp_path / "run")
     # The rollouts draft with the head as it is so far.
@@ -120,6 +121,19 @@ def test_the_head_learns_to_draft_and_the_trunk_keeps_its_bits(config, taught, t
     assert policy.mtp is not None
     for name, tensor in former.trunk.state_dict().items():
         assert torch.equal(policy.trunk.state_dict()[name], tensor), name
+
+
+def test_a_new_head_starts_as_the_trunks_last_layer_and_a_stored_one_only_where_asked(config, taught, tmp_path):
+    def first_acceptance(name: str, **given) -> float:
+        mtp(config(tmp_path / name, **{"steps": 1, "eval.limit": 12, "head.learning_rate": 1e-6} | given))
+        return read_metrics(tmp_path / name)[0]["eval/acceptance_depth_1"]
+
+    started = first_acceptance("started")
+    random = first_acceptance("random", **{"head.restart": False})
+    assert started > random + 0.1
+    stored = {"model": str(tmp_path / "random/policy")}
+    assert first_acceptance("kept", **stored) < started - 0.1
+    assert first_acceptance("again", **stored | {"head.restart": True}) == started
 
 
 def test_the_curriculum_comes_first_and_total_variation_last(whole):
