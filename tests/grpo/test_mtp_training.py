@@ -133,7 +133,7 @@ def test_a_new_head_starts_as_the_trunks_last_layer_and_a_stored_one_only_where_
     assert started > random + 0.1
     stored = {"model": str(tmp_path / "random/policy")}
     assert first_acceptance("kept", **stored) < started - 0.1
-    assert first_acceptance("again", **stored | {"head.restart": True}) == started
+    assert first_acceptance("again", **stored | {"head.restart": True}) > random + 0.1
 
 
 def test_the_curriculum_comes_first_and_total_variation_last(whole):
