@@ -228,7 +228,11 @@ def show(jobs: Sequence[Job], rates: dict[str, dict[str, float]]) -> None:
 
 def gain(args: argparse.Namespace) -> dict[str, Any]:
     """The same held-out problems with every depth, in turn; the tokens are the same, so the seconds compare."""
+    import yaml
+
     from grpo.config import TrainConfig
+    from grpo.mtp_config import MtpConfig
+    from grpo.mtp_training import open_task
     from grpo.options import load
     from grpo.run_policy import find_policy, load_found
     from grpo.task import Task
@@ -237,14 +241,17 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
     from rollout.group import tokens_per_forward
     from rollout.sampling import SamplingParams
 
-    config = load(TrainConfig, args.gain / "config.yaml", {}, [])
+    path = args.gain / "config.yaml"
+    taught = "head" in yaml.safe_load(path.read_text())  # a run of `quartet mtp`
+    config: Any = load(MtpConfig if taught else TrainConfig, path, {}, [])
+    temperature = config.rollout.temperature if args.temperature is None else args.temperature
     dtype = getattr(torch, args.dtype or config.dtype)
     policy: Policy = load_found(find_policy(str(args.gain)), config)
     engine = Engine(policy.to(dtype), dtype)
     engine.measure_costs(max(args.rows))
     config.eval.limit = max(config.eval.limit, 2 * max(args.rows) * args.repeats)
     results: dict[str, Any] = {}
-    with Task.of(config) as task:
+    with open_task(config) if taught else Task.of(config) as task:
         prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
     stops = tuple(policy.stop_token_ids)
     depths: list[int | None] = [0, *args.depths, None]
@@ -254,7 +261,7 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
         for repeat in range(args.repeats):
             chosen = [prompts[(repeat * rows + i) % len(prompts)] for i in range(rows)]
             for depth in depths:
-                params = SamplingParams(1, 1.0, config.rollout.max_completion_tokens, stops, draft_tokens=depth)
+                params = SamplingParams(1, temperature, config.rollout.max_completion_tokens, stops, draft_tokens=depth)
                 started = time.perf_counter()
                 groups = engine.sample(chosen, params)
                 seconds = time.perf_counter() - started
@@ -276,7 +283,7 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
             print(f"{row['tokens_per_forward']:.2f} tokens/forward  accepted {accepted}", flush=True)
     if args.plot:
         plot_acceptance(policy, engine, prompts, config.rollout.max_completion_tokens, args.plot)
-    return {"gain": results, "costs": asdict(engine.costs) if engine.costs else None}
+    return {"gain": results, "temperature": temperature, "costs": asdict(engine.costs) if engine.costs else None}
 
 
 def by_depth(completions: Sequence[Any]) -> tuple[list[int], list[int]]:
@@ -298,7 +305,7 @@ def plot_acceptance(policy: Any, engine: Any, prompts: Sequence[Any], limit: int
 
     points: list[tuple[float, int, bool]] = []
     params = SamplingParams(1, 1.0, limit, tuple(policy.stop_token_ids), draft_tokens=depth)
-    for group in engine.sample(prompts[:128], params):
+    for group in engine.sample(prompts[:512], params):
         [completion] = group.completions
         ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
         logits = policy.trunk(ids, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1]
@@ -406,6 +413,7 @@ def main() -> None:
     parser.add_argument("--gain", type=Path, metavar="RUN", help="a run folder: what MTP gains on its policy")
     parser.add_argument("--depths", type=whole_numbers, default=[1, 2, 3, 4])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="for --gain; the run's own by default")
+    parser.add_argument("--temperature", type=float, help="for --gain; the run's own by default")
     parser.add_argument("--plot", type=Path, help="with --gain: acceptance against entropy, as PNG")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
     parser.add_argument("--work", help=argparse.SUPPRESS)

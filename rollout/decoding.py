@@ -25,7 +25,9 @@ from rollout.speculative import verify_draft
 if TYPE_CHECKING:
     from rollout.engine import Engine
 
-PREFILL_TOKENS = 4096  # padded tokens of one prefill; prompts of like length go together
+# Padded tokens of one prefill; prompts of like length go together. On a CPU more of them leave its caches.
+PREFILL_TOKENS = {"cpu": 1024}
+PREFILL_TOKENS_ELSEWHERE = 16384
 
 
 @dataclass
@@ -111,7 +113,8 @@ class Decoding:
             self.drafter.forget()
         while self.waiting and places > 0:
             longest = len(self.prompts[self.waiting[-1]].token_ids)
-            size = min(places, len(self.waiting), max(1, PREFILL_TOKENS // longest))
+            most = PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS_ELSEWHERE)
+            size = min(places, len(self.waiting), max(1, most // longest))
             places -= size
             new, cache = self._prefill([self.waiting.pop() for _ in range(size)])
             rows.append(new)
