@@ -232,7 +232,6 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
 
     from grpo.config import TrainConfig
     from grpo.mtp_config import MtpConfig
-    from grpo.mtp_training import open_task
     from grpo.options import load
     from grpo.run_policy import find_policy, load_found
     from grpo.task import Task
@@ -251,7 +250,7 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
     engine.measure_costs(max(args.rows))
     config.eval.limit = max(config.eval.limit, 2 * max(args.rows) * args.repeats)
     results: dict[str, Any] = {}
-    with open_task(config) if taught else Task.of(config) as task:
+    with Task.of(config) as task:
         prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
     stops = tuple(policy.stop_token_ids)
     depths: list[int | None] = [0, *args.depths, None]

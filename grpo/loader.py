@@ -51,7 +51,7 @@ def check_options(options: ModelOptions) -> str:
     template = getattr(getattr(options, "data", None), "template", getattr(options, "template", None))
     if template == "chat" and (model in presets.PRESETS or not read_tokenizer(model).chat_template):
         raise PolicyError(
-            f"template=chat: model={model!r} has no chat template; use a format string such as '{{question}}\n'"
+            f"template=chat: model={model!r} has no chat template; use a format string such as '{{question}}\\n'"
         )
     return model
 

@@ -35,16 +35,16 @@ from grpo.prompts import PromptStream
 from grpo.resume import saved_state
 from grpo.reward_record import record_rewards
 from grpo.run_log import RunLog
-from grpo.stopping import GivenUp, InterruptiblePool, Stopped, StopSignal
+from grpo.run_pool import open_run_pool, use_costs_of_run
+from grpo.stopping import GivenUp, Stopped, StopSignal
 from grpo.task import Task
 from policies import presets
 from policies.draft_start import start_head
 from policies.layout import WeightFiles, mtp_layers
 from policies.mtp import MTPHead
 from policies.policy import Policy, PolicyError, read_config
-from rollout.draft_depth import CostTable
 from rollout.group import RolloutGroup
-from rollout.pool import Pool, open_pool
+from rollout.pool import Pool
 
 FITTED_EXAMPLES = 128  # training examples that a new head is fitted to
 
@@ -62,7 +62,7 @@ def mtp(
     saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=config.steps)
     resume_step = None if resume is None else saved.step if saved else 0
     with (
-        open_task(config) as task,
+        Task.of(config) as task,
         RunLog(
             config.output_dir,
             dump_yaml(config),
@@ -81,29 +81,6 @@ def _check_model(config: MtpConfig) -> str:
     return check_options(config.model_copy(update={"add_mtp": True}))
 
 
-def open_task(config: MtpConfig) -> Task:
-    """The training and held-out problems. Raises ValueError where a step would ask for more prompts than there are."""
-    held = config.eval
-    task = Task(
-        config.data,
-        config.rewards,
-        config.reward,
-        seed=config.seed,
-        heldout=held.limit,
-        heldout_split=held.split,
-        heldout_levels=held.levels,
-        reward_models=config.reward_models,
-        device=config.device,
-    )
-    if config.prompts_per_step > len(task.train):
-        task.close()
-        raise ValueError(
-            f"prompts_per_step={config.prompts_per_step}, but there are {len(task.train)} training examples; "
-            "lower it, or use more data"
-        )
-    return task
-
-
 def dry_run(config: MtpConfig, console: Console) -> None:
     """Check data, template, rewards and model without training; print counts, and FLOPs per token of the head."""
     model = _check_model(config)
@@ -119,7 +96,7 @@ def dry_run(config: MtpConfig, console: Console) -> None:
     )
     depth, width = config.head.depth, min(config.head.draft_vocabulary or shape.vocab_size, shape.vocab_size)
     completions = config.prompts_per_step * config.rollout.group_size
-    with open_task(config) as task:
+    with Task.of(config) as task:
         table = Table(title="dry run: nothing was trained", show_header=False)
         table.add_row("training examples", f"{len(task.train):,} ({config.data.name}, {config.data.split})")
         table.add_row("held-out examples", f"{len(task.heldout):,}")
@@ -162,22 +139,9 @@ class HeadTraining:
             policy.draft_ids = saved.tensors["draft"]["ids"].to(policy.device) if "draft" in saved.tensors else None
             start = saved.step
         checkpoint.discard_after(self.checkpoints, start)
-        pool = InterruptiblePool(
-            open_pool(
-                policy,
-                rollout.workers,
-                dtype=getattr(torch, config.dtype),
-                threads=rollout.threads_per_worker,
-                prompts_per_shard=rollout.prompts_per_shard,
-            ),
-            self.stop,
-        )
-        self.stop.listen()  # Ray has put a handler of its own in place
+        pool = open_run_pool(policy, config, self.stop)
         try:
-            if rollout.draft_tokens is None:
-                path, rows = config.output_dir / "draft_costs.json", rollout.prompts_per_shard * rollout.group_size
-                costs = CostTable.load(path) if start and path.exists() else None
-                pool.use_costs(costs, rows).save(path)
+            use_costs_of_run(pool, policy, config, resumes=start > 0)
             finished_before = start == config.steps and (config.output_dir / "policy").exists()
             self._steps(learner, stream, pool, start, finished_before)
         finally:

@@ -17,6 +17,7 @@ from grpo.data import Check, Example, default_heldout_split, gold_check, load_ex
 from grpo.eval_metrics import answer_reader
 from grpo.loader import device_of
 from grpo.model_rewards import ModelRewards
+from grpo.mtp_config import MtpConfig
 from grpo.prompts import PromptTemplate, encode_prompt
 from policies.policy import Policy
 from rewards.scorer import GroupScore, RewardSpec, Scorer
@@ -79,7 +80,7 @@ class Task:
         self.full_marks = max(1.0, mark or 0.0)  # 1, or what a gold solution gets where that is more
 
     @classmethod
-    def of(cls, config: SftConfig) -> Task:
+    def of(cls, config: SftConfig | MtpConfig) -> Task:
         held = config.eval
         task = cls(
             config.data,
@@ -99,13 +100,13 @@ class Task:
             raise
         return task
 
-    def check_counts(self, config: SftConfig) -> None:
+    def check_counts(self, config: SftConfig | MtpConfig) -> None:
         """Raises ValueError where a step would ask for more different examples than there are."""
         wanted = []
-        if config.warm_start.steps:
+        if isinstance(config, SftConfig) and config.warm_start.steps:
             examples = self.train_for(config.warm_start.levels)
             wanted.append(("warm_start.batch_size", config.warm_start.batch_size, len(examples)))
-        if isinstance(config, TrainConfig):
+        if isinstance(config, TrainConfig | MtpConfig):
             wanted.append(("prompts_per_step", config.prompts_per_step, len(self.train)))
         for key, count, there in wanted:
             if count > there:

@@ -27,13 +27,13 @@ from grpo.options import dump_yaml
 from grpo.resume import saved_state
 from grpo.reward_record import record_rewards, refuse_changed_rewards
 from grpo.run_log import RunLog, read_metrics
-from grpo.stopping import GivenUp, InterruptiblePool, Stopped, StopSignal
+from grpo.run_pool import open_run_pool, use_costs_of_run
+from grpo.stopping import GivenUp, Stopped, StopSignal
 from grpo.task import Task
 from grpo.warm_start import warm_start
 from policies.policy import Policy
-from rollout.draft_depth import CostTable
 from rollout.group import Prompt
-from rollout.pool import Pool, open_pool
+from rollout.pool import Pool
 from rollout.sampling import SamplingParams
 
 
@@ -105,7 +105,7 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         policy = self._initial_policy()
-        config, rollout = self.config, self.config.rollout
+        config = self.config
         self.ranks.begin("grpo", policy)
         learner = grpo_learner(policy, config, self.task.reward_weights, self.ranks)
         curriculum = Curriculum(self.task.train, config.curriculum, config.seed)
@@ -116,23 +116,10 @@ class Trainer:
             start = self.saved.step
             checkpoint.discard_after(self.checkpoints, start)
         self.ranks.hand_over(learner)
-        pool = InterruptiblePool(
-            open_pool(
-                policy,
-                rollout.workers,
-                dtype=getattr(torch, config.dtype),
-                threads=rollout.threads_per_worker,
-                prompts_per_shard=rollout.prompts_per_shard,
-            ),
-            self.stop,
-        )
-        self.stop.listen()  # Ray has put a handler of its own in place
+        pool = open_run_pool(policy, config, self.stop)
         try:
             pool.publish(learner.weights(), learner.policy_version)
-            if rollout.draft_tokens is None and policy.mtp is not None:
-                path, rows = self.output_dir / "draft_costs.json", rollout.prompts_per_shard * rollout.group_size
-                costs = CostTable.load(path) if self.resuming and path.exists() else None
-                pool.use_costs(costs, rows).save(path)
+            use_costs_of_run(pool, policy, config, resumes=self.resuming)
             return self._steps(learner, curriculum, pool, start)
         finally:
             pool.close()
@@ -161,6 +148,7 @@ class Trainer:
             self.run_log.event("warm_start_done", seconds=round(results["seconds"], 1), folder=str(folder))
             policy.save(folder)
             shutil.rmtree(steps, ignore_errors=True)
+            return load_policy(config.model_copy(update={"model": str(folder)}))
         return self._load(config.model_copy(update={"model": str(folder)}))
 
     def _load(self, config: TrainConfig) -> Policy:

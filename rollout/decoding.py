@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from rollout.engine import Engine
 
 # Padded tokens of one prefill; prompts of like length go together. On a CPU more of them leave its caches.
-PREFILL_TOKENS = {"cpu": 1024}
-PREFILL_TOKENS_ELSEWHERE = 16384
+PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16384, 1024
 
 
 @dataclass
@@ -62,6 +61,7 @@ class Decoding:
     def __init__(self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> None:
         self.engine, self.prompts, self.params = engine, prompts, params
         self.trunk: Any = engine.trunk
+        self.prefill_tokens = CPU_PREFILL_TOKENS if engine.trunk.device.type == "cpu" else PREFILL_TOKENS
         self.device, self.vocabulary = engine.trunk.device, len(engine.trunk.embedding)
         self.fixed_depth, self.controller = params.draft_tokens, None
         if self.fixed_depth is None and engine.costs is not None and engine.head is not None:
@@ -113,8 +113,7 @@ class Decoding:
             self.drafter.forget()
         while self.waiting and places > 0:
             longest = len(self.prompts[self.waiting[-1]].token_ids)
-            most = PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS_ELSEWHERE)
-            size = min(places, len(self.waiting), max(1, most // longest))
+            size = min(places, len(self.waiting), max(1, self.prefill_tokens // longest))
             places -= size
             new, cache = self._prefill([self.waiting.pop() for _ in range(size)])
             rows.append(new)
@@ -189,7 +188,8 @@ class Decoding:
         drafts, confident = self.drafter.draft(live, depth, noise) if self.drafter and depth else (None, None)
         inputs = live.last[:, None] if drafts is None else torch.cat([live.last[:, None], drafts], dim=1)
         positions = (live.prompt_length + live.count - 1)[:, None] + self.steps[: depth + 1]
-        hidden = self.trunk(inputs, self._clamp(positions), self.cache)
+        positions = positions.clamp(max=self.engine.policy.max_length - 1)  # nothing behind the context is kept
+        hidden = self.trunk(inputs, positions, self.cache)
         if self.params.record_routing:
             self._note_routing(live, depth + 1)
         self.forwards[live.index] += live.alive
@@ -209,10 +209,6 @@ class Decoding:
 
     def _noise(self, rows: Rows, places: int) -> Noise:
         return Noise(rows.keys_R2[:, None], rows.count[:, None] + self.steps[:places], self.vocabulary)
-
-    def _clamp(self, positions: Tensor) -> Tensor:
-        """A block may reach behind the context, where nothing is kept."""
-        return positions.clamp(max=self.engine.policy.max_length - 1)
 
     def _settle(
         self,

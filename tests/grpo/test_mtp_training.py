@@ -440,7 +440,7 @@ def test_a_policy_that_has_no_head_and_is_to_have_none_is_refused(hf_policy, con
 
 
 def test_prompts_that_leave_no_room_are_refused_before_anything_is_sampled(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo.mtp_training.open_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
+    monkeypatch.setattr("grpo.mtp_training.open_run_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
     with pytest.raises(ValueError, match=r"10 prompts, the first of them .* context of 256 with max_completion_tokens"):
         mtp(config(tmp_path / "run", **{"rollout.max_completion_tokens": 250}))
 

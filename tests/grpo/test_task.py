@@ -202,5 +202,7 @@ def test_a_chat_prompt_of_a_model_without_a_template_is_refused_before_it_is_loa
 ):
     micro_policy().save(tmp_path / "m")
     config = micro_config(tmp_path / "r", **{"data.template": "chat", "model": str(tmp_path / "m")})
-    with pytest.raises(PolicyError, match="template=chat: model=.* has no chat template; use a format string"):
+    with pytest.raises(
+        PolicyError, match="template=chat: model=.* has no chat template; use a format string such as .{question}\\\\n."
+    ):
         check_options(config)

@@ -1,0 +1,36 @@
+"""The pool of a run, and the table of draft costs in its folder."""
+
+from __future__ import annotations
+
+import torch
+
+from grpo.config import TrainConfig
+from grpo.mtp_config import MtpConfig
+from grpo.stopping import InterruptiblePool, StopSignal
+from policies.policy import Policy
+from rollout.draft_depth import CostTable
+from rollout.pool import Pool, open_pool
+
+
+def open_run_pool(policy: Policy, config: TrainConfig | MtpConfig, stop: StopSignal) -> InterruptiblePool:
+    """Workers as `config.rollout` asks for them; a stop that is asked for interrupts their work."""
+    rollout = config.rollout
+    pool = open_pool(
+        policy,
+        rollout.workers,
+        dtype=getattr(torch, config.dtype),
+        threads=rollout.threads_per_worker,
+        prompts_per_shard=rollout.prompts_per_shard,
+    )
+    stop.listen()  # Ray has put a handler of its own in place
+    return InterruptiblePool(pool, stop)
+
+
+def use_costs_of_run(pool: Pool, policy: Policy, config: TrainConfig | MtpConfig, *, resumes: bool) -> None:
+    """Where a controller chooses the depth: the table that was saved, or a new one, measured once and saved."""
+    rollout = config.rollout
+    if rollout.draft_tokens is not None or policy.mtp is None:
+        return
+    path, rows = config.output_dir / "draft_costs.json", rollout.prompts_per_shard * rollout.group_size
+    saved = CostTable.load(path) if resumes and path.exists() else None
+    pool.use_costs(saved, rows).save(path)
