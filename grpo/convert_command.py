@@ -195,6 +195,9 @@ def show(conversion: Conversion, console: Console) -> None:
         console.print(_table(compression))
         if compression.steps < compression.steps_asked:
             say(f"recovery was ended at step {compression.steps} of {compression.steps_asked}; what it reached is kept")
+        after = compression.recovered
+        if after is not None and after.kl_mean > compression.compressed.kl_mean:
+            say("recovery did harm: the KL has grown; lower recovery.learning_rate, or leave --recover out")
     if (noise := conversion.noise) is not None:
         say(
             f"noise on the experts: max logit difference {noise.max_logit_difference:.1e}, "

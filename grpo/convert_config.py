@@ -30,8 +30,8 @@ class RecoveryOptions(Options):
 
     trained: Literal["attention", "all"] = "attention"
     """What moves: the layers' attention, where compression was, or everything."""
-    learning_rate: float = Field(default=3e-4, gt=0)
-    """Peak learning rate of AdamW, decaying to 0 along a cosine."""
+    learning_rate: float = Field(default=3e-5, gt=0)
+    """Peak learning rate of AdamW, decaying to 0 along a cosine; a few steps at ten times that do harm."""
     warmup_steps: int = Field(default=2, ge=0)
     """Steps of linear warm-up."""
     windows_per_step: int = Field(default=4, ge=1)

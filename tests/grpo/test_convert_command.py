@@ -244,6 +244,13 @@ def test_what_cannot_be_is_refused_by_name_before_a_weight_is_read(
     assert not (tmp_path / "new").exists() or list((tmp_path / "new").iterdir()) == []
 
 
+@pytest.mark.parametrize(("rate", "harmful"), [("3e-3", False), ("1.0", True)])
+def test_a_recovery_that_did_harm_says_so(convert, text, capsys, rate, harmful):
+    words = ["--rank", "20", "--calibrate", text, *SMALL, "--recover", "6", "--recovery.learning_rate", rate]
+    convert(*words)
+    assert ("recovery did harm" in capsys.readouterr().out) == harmful
+
+
 def test_a_recovery_that_diverges_is_an_error_that_names_the_way_out(source, text, tmp_path, capsys):
     words = ["--rank", "24", "--calibrate", text, *SMALL, "--recover", "20", "--recovery.learning_rate", "1e30"]
     assert main(["convert", source, str(tmp_path / "new/policy"), *words]) == 1
