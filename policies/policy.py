@@ -335,15 +335,15 @@ def _unreachable(source: str | Path, error: Exception) -> PolicyError:
 def _quiet_loading() -> Iterator[list[logging.LogRecord]]:
     """transformers logs the MTP layer's keys as unexpected; `_check_report` judges. Yields what was not shown."""
     library, bars = logging.getLogger("transformers"), transformers_logging.is_progress_bar_enabled()
-    level, handlers = library.level, library.handlers
+    level, handlers, propagate = library.level, library.handlers, library.propagate
     kept = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
-    library.handlers = [kept]
+    library.handlers, library.propagate = [kept], False  # transformers propagates where CI is set
     library.setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     try:
         yield kept.buffer
     finally:
-        library.handlers = handlers
+        library.handlers, library.propagate = handlers, propagate
         library.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()

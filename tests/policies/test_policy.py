@@ -230,12 +230,20 @@ def test_an_expert_fewer_is_named(saved):
         Policy.load(saved)
 
 
-def test_loading_is_silent_and_leaves_logging_as_it_was(saved, capfd):
+@pytest.mark.parametrize("propagate", [False, True], ids=["alone", "where-CI-is-set"])
+def test_loading_is_silent_and_leaves_logging_as_it_was(saved, propagate, capfd, caplog, monkeypatch):
     logger = logging.getLogger("transformers")
-    before = logger.level, list(logger.handlers), transformers_logging.is_progress_bar_enabled()
+    monkeypatch.setattr(logger, "propagate", propagate)
+
+    def state():
+        bars = transformers_logging.is_progress_bar_enabled()
+        return logger.level, list(logger.handlers), logger.propagate, bars
+
+    before = state()
     Policy.load(saved)
     assert capfd.readouterr() == ("", "")
-    assert (logger.level, list(logger.handlers), transformers_logging.is_progress_bar_enabled()) == before
+    assert caplog.text == ""
+    assert state() == before
 
 
 @pytest.mark.parametrize("name", [*TRUNK_TENSORS, *HEAD_TENSORS])
