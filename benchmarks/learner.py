@@ -4,12 +4,15 @@ SmolLM2-135M-Instruct (first `make smollm2`), prompts from GSM8K's training ques
 
     trl                  TRL with its defaults (gradient checkpointing on), on the original dense model
     trl_no_checkpointing the same without gradient checkpointing: faster, more memory
+    trl_autocast         with --dtype bfloat16: TRL's own bf16, fp32 weights under autocast, with checkpointing
     ours_dense           our learner and engine on the same dense model
+    ours_dense_checkpointing  the same with gradient checkpointing
     ours_mla             the same on its exact MLA form
 
 Every contender runs in a process of its own, one after the other, so that a peak is its own. All get the same prompts,
 the same reward (a hash of the text, so that no group is tied and none is spared), weights of the same precision, one
-group a micro-batch, and completions of exactly the same length: stop tokens do not end them.
+group a micro-batch, and completions of exactly the same length: stop tokens do not end them. In bf16 ours keeps fp32
+master weights and moments, which `trl` and `trl_no_checkpointing` do not and `trl_autocast` does.
 
     python benchmarks/learner.py --json benchmarks/results/learner.json
     python benchmarks/learner.py --json out.json --dtype bfloat16 --steps 4 --threads 2
@@ -32,7 +35,14 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # else `rollout` would be a file here
-CONTENDERS = ("trl", "trl_no_checkpointing", "ours_dense", "ours_mla")
+CONTENDERS = (
+    "trl",
+    "trl_no_checkpointing",
+    "trl_autocast",
+    "ours_dense",
+    "ours_dense_checkpointing",
+    "ours_mla",
+)
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true"}
 Seconds = dict[str, list[float]]  # "generate", "learn", "step": one entry a step
 
@@ -42,7 +52,8 @@ def main() -> None:
     if args.contender:
         args.json.write_text(json.dumps(_run_one(args)))
         return
-    results = {name: _in_its_own_process(name, args) for name in args.contenders}
+    names = [name for name in args.contenders if name != "trl_autocast" or args.dtype == "bfloat16"]
+    results = {name: _in_its_own_process(name, args) for name in names}
     import torch
 
     from grpo import environment
@@ -108,7 +119,7 @@ def _run_one(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.contender.startswith("trl"):
-        seconds, children = run_trl(args, checkpointing=args.contender == "trl"), 0.0
+        seconds, children = run_trl(args), 0.0
     else:
         seconds, children = run_ours(args, args.mla if args.contender == "ours_mla" else args.dense)
     warm = {part: values[1:] for part, values in seconds.items()}
@@ -152,7 +163,10 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
     template = PromptTemplate("chat")
     prompts = [encode_prompt(example, policy.tokenizer, template) for example in _questions(args)]
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    options = LearnerOptions(tokens_per_micro_batch=longest + args.group_size * args.tokens)
+    options = LearnerOptions(
+        tokens_per_micro_batch=longest + args.group_size * args.tokens,
+        gradient_checkpointing=args.contender == "ours_dense_checkpointing",
+    )
     learner = Learner(policy, options, MTPOptions(), max_completion_tokens=args.tokens, reward_weights={"reward": 1.0})
     pool = open_pool(policy, dtype=dtype, prompts_per_shard=args.prompts)
     params = SamplingParams(group_size=args.group_size, max_completion_tokens=args.tokens)
@@ -187,13 +201,14 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
     return seconds, children
 
 
-def run_trl(args: argparse.Namespace, checkpointing: bool) -> Seconds:
+def run_trl(args: argparse.Namespace) -> Seconds:
     """TRL's loop as it is; its learning is the step without generation, decoding and rewards."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    autocast = args.contender == "trl_autocast"
     seconds: Seconds = {"generate": [], "learn": [], "step": []}
     rows = [{"prompt": [{"role": "user", "content": example.question}]} for example in _questions(args)]
 
@@ -230,8 +245,8 @@ def run_trl(args: argparse.Namespace, checkpointing: bool) -> Seconds:
             max_steps=args.steps + 1,
             temperature=1.0,
             generation_kwargs={"min_new_tokens": args.tokens},
-            gradient_checkpointing=checkpointing,
-            bf16=False,  # no autocast: weights and arithmetic have the precision that the model is loaded in
+            gradient_checkpointing=args.contender != "trl_no_checkpointing",
+            bf16=autocast,  # without it, weights and arithmetic have the precision that the model is loaded in
             use_cpu=True,
             shuffle_dataset=False,
             save_strategy="no",
@@ -240,7 +255,9 @@ def run_trl(args: argparse.Namespace, checkpointing: bool) -> Seconds:
             dataloader_pin_memory=False,
         )
         trainer = Timed(
-            model=AutoModelForCausalLM.from_pretrained(args.dense, dtype=getattr(torch, args.dtype)),
+            model=AutoModelForCausalLM.from_pretrained(
+                args.dense, dtype=torch.float32 if autocast else getattr(torch, args.dtype)
+            ),
             reward_funcs=reward,
             args=config,
             train_dataset=Dataset.from_list(rows),
@@ -274,13 +291,13 @@ def _print(report: dict[str, Any]) -> None:
         f"\n{settings['prompts']} prompts x {settings['group_size']} completions x {settings['tokens']} tokens, "
         f"{settings['dtype']}, {settings['threads']} threads, medians of {settings['steps']} steps"
     )
-    print(f"{'':24}{'generate s':>12}{'learn s':>12}{'step s':>12}{'peak GiB':>12}")
+    print(f"{'':26}{'generate s':>12}{'learn s':>12}{'step s':>12}{'peak GiB':>12}")
     for name, result in report["contenders"].items():
         values = [*result["median"].values(), result["peak_memory_gib"]]
-        print(f"{name:24}" + "".join(f"{value:12.2f}" for value in values))
+        print(f"{name:26}" + "".join(f"{value:12.2f}" for value in values))
     print("\nbars: learning and whole step >= 3 times faster, peak memory <= 0.6 of it")
     for pair, ratio in report["ratios"].items():
-        print(f"{pair:36} learn {ratio['learn']:.2f}x  step {ratio['step']:.2f}x  memory {ratio['memory']:.2f}")
+        print(f"{pair:48} learn {ratio['learn']:.2f}x  step {ratio['step']:.2f}x  memory {ratio['memory']:.2f}")
     versions = report["environment"]["versions"]
     named = [f"{package} {versions[package]}" for package in ("transformers", "trl")]
     print(f"\n{' · '.join([environment.caption(report['environment']), *named])}")

@@ -45,7 +45,7 @@ from rollout.group import RolloutGroup
 if TYPE_CHECKING:
     from rewards.scorer import GroupScore
 
-CHUNK_ELEMENTS = 1 << 24  # logits held at once when log-probabilities are computed
+CHUNK_ELEMENTS = 1 << 22  # logits held at once when log-probabilities are computed
 
 
 class NonFiniteStep(RuntimeError):
@@ -112,7 +112,7 @@ class Learner:
             groups.append({"params": list(self.value_head.parameters()), "lr": rate, "peak": rate, "weight_decay": 0.0})
         for group in groups:
             group["params"] = [self.masters.of(parameter) for parameter in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, betas=options.betas)
+        self.optimizer = torch.optim.AdamW(groups, betas=options.betas, fused=True)  # no temporaries
 
     # ---- what a step learns from ------------------------------------------------------------------------------
 
@@ -204,8 +204,7 @@ class Learner:
         if self.ranks.size == 1 and not math.isfinite(loss.item()):  # with several, the summed gradient tells all
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteStep(f"step {step}: the loss is {loss.item()}")
-        loss.backward()
-        self.masters.take_gradients()
+        self.masters.backward(loss)
 
     def _teaching(self, rows: Sequence[PackedRow], step: int) -> dict[int, float]:
         """The rows that the MTP head learns from at this step, by id, with the weight of each of their tokens."""

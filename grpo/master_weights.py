@@ -15,7 +15,7 @@ class MasterWeights:
 
     >>> masters = MasterWeights(policy)                 # bf16
     >>> optimizer = torch.optim.AdamW([masters.of(p) for p in policy.parameters()])
-    >>> loss.backward(); masters.take_gradients()       # after every micro-batch: they add up in fp32
+    >>> masters.backward(loss)                          # for every micro-batch: gradients add up in fp32
     >>> optimizer.step(); masters.write_back()
     """
 
@@ -28,13 +28,21 @@ class MasterWeights:
         """What the optimizer moves in place of this parameter."""
         return self._of.get(id(parameter), parameter)
 
-    def take_gradients(self) -> None:
-        """Move gradients from the parameters to their masters, added to what is there."""
-        for parameter, master in self.pairs:
-            if parameter.grad is not None:
-                gradient = parameter.grad.float()
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-                parameter.grad = None
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those of the masters, in fp32. Each leaves its parameter as soon as it is
+        there, so the rounded ones never lie beside the sums."""
+        hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter, _ in self.pairs]
+        try:
+            loss.backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _take(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        master = self._of[id(parameter)]
+        master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+        parameter.grad = None
 
     @torch.no_grad()
     def write_back(self) -> None:

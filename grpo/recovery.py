@@ -43,7 +43,7 @@ def recover(
         wanted = options.trained == "all" or ".self_attn." in name
         parameter.requires_grad_(wanted and not name.endswith(frozen))
         trained += [parameter] if parameter.requires_grad else []
-    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     factor = schedule("cosine", steps, options.warmup_steps)
     order, done = _shuffled(len(windows), seed), 0
     try:

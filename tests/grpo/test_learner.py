@@ -414,7 +414,8 @@ def test_later_steps_are_those_of_torchs_own_adamw_with_clipped_gradients(micro_
         for (_, p), (_, q) in pairs:
             q.grad = None if p.grad is None else p.grad.clone()
         oracle.step()
-        assert all(torch.equal(p, q) for (_, p), (_, q) in pairs)
+        for (_, p), (_, q) in pairs:  # the fused kernel rounds its own way: by less than 1e-4 of a step
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
 def test_the_gradient_predicts_how_the_surrogate_falls(micro_policy):

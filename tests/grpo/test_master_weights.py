@@ -39,8 +39,8 @@ def test_small_steps_move_the_masters_by_hand():
         optimizer = torch.optim.SGD([moved], lr=1e-4)
         for _ in range(50):
             optimizer.zero_grad()
-            (-module.weight.sum()).backward()
-            masters.take_gradients()
+            loss = -module.weight.sum()
+            masters.backward(loss) if module is linear else loss.backward()
             optimizer.step()
             masters.write_back()
     assert naive.weight.item() == 1.0  # every update was rounded away
@@ -53,8 +53,7 @@ def test_gradients_add_up_in_fp32():
     linear = torch.nn.Linear(1, 1, bias=False).bfloat16()
     masters = MasterWeights(linear)
     for gradient in (1.0, 2**-8, 2**-8):
-        (linear.weight.sum() * gradient).backward()
-        masters.take_gradients()
+        masters.backward(linear.weight.sum() * gradient)
     assert masters.of(linear.weight).grad.item() == 1 + 2**-7
     assert linear.weight.grad is None
 
