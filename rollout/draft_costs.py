@@ -18,7 +18,7 @@ from rollout.sampling import SamplingParams
 if TYPE_CHECKING:
     from rollout.engine import Engine
 
-PROMPT_TOKENS, REPEATS = 96, 5
+PROMPT_TOKENS, REPEATS = 96, 7
 MOST_TOKENS = 256  # of one verifying forward; deeper drafts of so many rows never paid
 
 
@@ -30,8 +30,9 @@ class _Timed(Decoding):
 
 
 def measure(engine: Engine, rows: int, depth: int) -> CostTable:
-    """Times rounds of 0, 1, 2, 4, ... `depth` drafts at 1, 2, 4, ... `rows` live rows; between depths it is linear."""
-    sizes, depths = _doubling(rows), [0, *_doubling(depth)]
+    """Times rounds of 0, 1, 2, 3, 4, 8, ... `depth` drafts at 1, 2, 4, ... `rows` live rows; between depths it is
+    linear."""
+    sizes, depths = _doubling(rows), sorted({0, *_doubling(depth), *range(min(depth, 4))})
     return CostTable(
         sizes, [_rounds(engine, size, [k for k in depths if size * (k + 1) <= MOST_TOKENS or not k]) for size in sizes]
     )
@@ -47,7 +48,17 @@ def _doubling(most: int) -> list[int]:
 
 
 def _rounds(engine: Engine, rows: int, depths: list[int]) -> list[float]:
-    measured = {depth: _round(engine, rows, depth) for depth in depths}
+    """Median milliseconds of a round at every depth. Depths take turns: a slow moment of the machine hits all of them,
+    and it is their ratio that decides."""
+    decodings = {depth: _begin(engine, rows, depth) for depth in depths}
+    times: dict[int, list[float]] = {depth: [] for depth in depths}
+    for _ in range(REPEATS):
+        for depth, decoding in decodings.items():
+            started = time.perf_counter()
+            decoding.forward()
+            _wait_for(engine.trunk.device)
+            times[depth].append(1e3 * (time.perf_counter() - started))
+    measured = {depth: median(values) for depth, values in times.items()}
     costs = [measured[0]]
     for shallow, deep in pairwise(depths):
         step = (measured[deep] - measured[shallow]) / (deep - shallow)
@@ -55,21 +66,15 @@ def _rounds(engine: Engine, rows: int, depths: list[int]) -> list[float]:
     return costs
 
 
-def _round(engine: Engine, rows: int, depth: int) -> float:
-    """Median milliseconds of a round. The first is left out: there the head reads the prompt."""
+def _begin(engine: Engine, rows: int, depth: int) -> Decoding:
+    """A batch behind its first round, in which the head reads the prompt."""
     completion = (REPEATS + 1) * (depth + 1) + 2
     length = max(1, min(PROMPT_TOKENS, engine.policy.max_length - completion))
     vocabulary = len(engine.trunk.embedding)
     prompt = Prompt("costs", "", [7 * i % vocabulary for i in range(length)])
     decoding = _Timed(engine, [prompt], SamplingParams(rows, 1.0, completion, draft_tokens=depth))
     decoding.forward()
-    times = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        decoding.forward()
-        _wait_for(engine.trunk.device)
-        times.append(1e3 * (time.perf_counter() - started))
-    return median(times)
+    return decoding
 
 
 def _wait_for(device: torch.device) -> None:
