@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The whole recipe: SFT, draft head, GRPO, each followed by its evaluation on the whole test set. Stop it whenever you
+# like and start it again: what is done is skipped, what was under way goes on from its newest checkpoint.
+set -euo pipefail
+here=$(dirname "$0")
+runs=runs/gsm8k
+options=("$@") # for every command, such as: --threads 2
+
+evaluate() { # NAME MODEL
+  [ -f "$runs/eval_$1.json" ] && return
+  quartet eval "$2" --data gsm8k --split test --template '{question}
+' --dtype bfloat16 --temperature 0.7 --samples "${SAMPLES:-8}" --max_completion_tokens 200 \
+    --output "$runs/eval_$1" --json "$runs/eval_$1.json" "${options[@]}"
+}
+
+stage() { # NUMBER NAME COMMAND
+  [ -d "$runs/$2/policy" ] || quartet "$3" "$here/$1_$2.yaml" --resume auto "${options[@]}"
+}
+
+stage 1 sft sft
+evaluate sft "$runs/sft"
+stage 2 mtp mtp
+stage 3 grpo train
+evaluate grpo "$runs/grpo"
+quartet plot "$runs/grpo"
+python "$here/table.py" "$runs"
