@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from policies.attention import Packing
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -93,6 +95,7 @@ class MicroBatch:
     segment: Tensor  # [B, T] 0 the prompt, 1 … G its completions, -1 padding
     mask: Tensor  # [C, L] a completion's tokens; mask[mask] runs in the order of `scored`
     rows: Sequence[PackedRow]
+    packing: Packing  # the same as `visible`, by lengths
     routing: Tensor | None = None  # [B, T, MoE layers, k] the experts that the sampler chose, -1 where it did not say
 
     @property
@@ -161,6 +164,7 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
     position_ids = torch.zeros(batch, longest, dtype=torch.long)
     before = torch.zeros(batch, longest, dtype=torch.long)
     segment = torch.full((batch, longest), -1)
+    places: list[tuple[int, int, int]] = []  # row, start and length of every completion
     for b, row in enumerate(rows):
         prompt = len(row.prompt_ids)
         token_ids[b, : row.length] = torch.tensor(
@@ -175,13 +179,15 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
             position_ids[b, start:end] = torch.arange(prompt, prompt + end - start)
             segment[b, start:end] = number
             before[b, start] = prompt - 1
+            places.append((b, start, end - start))
             start = end
     order = torch.arange(longest)
     causal = order[None, :] <= order[:, None]
     same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     own = torch.eye(longest, dtype=torch.bool)  # padding too: no softmax is empty, not even the MTP head's
     visible = (causal & same & (segment[:, None, :] >= 0)) | own
-    lengths = torch.tensor([len(sample.token_ids) for row in rows for sample in row.samples])
+    row_C, start_C, lengths = torch.tensor(places).unbind(1)
+    prompts = torch.tensor([len(row.prompt_ids) for row in rows])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     return MicroBatch(
         token_ids=token_ids.to(device),
@@ -191,6 +197,7 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
         segment=segment.to(device),
         mask=mask.to(device),
         rows=rows,
+        packing=Packing(longest, *(x.to(device) for x in (prompts, row_C, start_C, lengths))),
         routing=_routing(rows, longest, device),
     )
 

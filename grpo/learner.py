@@ -251,7 +251,7 @@ class Learner:
 
     def _preceding(self, mini: MicroBatch, policy: Policy | None = None) -> Tensor:
         """[B, T, D] the hidden state that predicts each token."""
-        hidden = (policy or self.policy).hidden(mini.token_ids, mini.position_ids, mini.visible)
+        hidden = (policy or self.policy).hidden(mini.token_ids, mini.position_ids, mini.visible, mini.packing)
         return hidden.gather(1, mini.before[..., None].expand_as(hidden))
 
     def _forward(self, mini: MicroBatch, policy: Policy | None = None) -> Forward:

@@ -35,6 +35,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from policies import lora
+from policies.attention import ATTENTION, Packing
 from policies.contradictions import contradictions
 from policies.layout import (
     PolicyError,
@@ -75,6 +76,8 @@ class Policy(nn.Module):
         self.register_buffer("draft_ids", None, persistent=False)
         # A checkpoint's MTP layers behind the first, by their names there: kept and saved as they are.
         self.further_mtp: dict[str, Tensor] = {}
+        if trunk.config._attn_implementation == "sdpa":
+            trunk.config._attn_implementation = ATTENTION
 
     @property
     def config(self) -> DeepseekV3Config:
@@ -121,12 +124,23 @@ class Policy(nn.Module):
         ids = list(eos) if isinstance(eos, list | tuple) else [eos]
         return sorted(ids, key=lambda token: token != self.tokenizer.eos_token_id)
 
-    def hidden(self, token_ids_BT: Tensor, position_ids_BT: Tensor, visible_BTT: Tensor) -> Tensor:
-        """Final hidden states [B, T, D] under an explicit mask: token n attends to m where `visible_BTT[b, n, m]`."""
+    def hidden(
+        self,
+        token_ids_BT: Tensor,
+        position_ids_BT: Tensor,
+        visible_BTT: Tensor,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """Final hidden states [B, T, D] under an explicit mask: token n attends to m where `visible_BTT[b, n, m]`.
+        `packing` says the same of packed rows, for a kernel that makes use of it."""
         mask = torch.zeros(visible_BTT.shape, dtype=self.lm_head.dtype, device=token_ids_BT.device)
         mask = mask.masked_fill(~visible_BTT, torch.finfo(mask.dtype).min)[:, None]
         out = self.trunk.get_decoder()(
-            input_ids=token_ids_BT, position_ids=position_ids_BT, attention_mask=mask, use_cache=False
+            input_ids=token_ids_BT,
+            position_ids=position_ids_BT,
+            attention_mask=mask,
+            use_cache=False,
+            **({"packing": packing} if packing else {}),
         )
         return out.last_hidden_state
 
@@ -229,7 +243,7 @@ class Policy(nn.Module):
             config = AutoConfig.from_pretrained(folder)
             with torch.random.fork_rng(devices=[]):
                 trunk = AutoModelForCausalLM.from_config(config, dtype=dtype)
-                mtp = MTPHead(config).cast(dtype) if files["mtp"] else None
+                mtp = MTPHead(trunk.config).cast(dtype) if files["mtp"] else None
             if "generation_config.json" in files:
                 trunk.generation_config = GenerationConfig.from_pretrained(folder)
         return cls(trunk.eval(), mtp, tokenizer)
