@@ -83,9 +83,7 @@ def _check_model(config: MtpConfig) -> str:
 
 def dry_run(config: MtpConfig, console: Console) -> None:
     """Check data, template, rewards and model without training; print counts, and FLOPs per token of the head."""
-    model = _check_model(config)
-    preset = presets.PRESETS.get(model)
-    shape = DeepseekV3Config(vocab_size=512, **preset) if preset else read_config(model)
+    shape, _ = read_shape(config.model_copy(update={"add_mtp": True}))
     with torch.device("meta"):
         head = MTPHead(shape)
     own = sum(p.numel() for name, p in head.named_parameters() if ".experts." not in name)
@@ -107,6 +105,7 @@ def dry_run(config: MtpConfig, console: Console) -> None:
     table.add_row("head: FLOPs per token and pass", f"{6 * own * depth / 1e6:,.0f} M")
     table.add_row("LM head: the same", f"{(2 + 4 * depth) * shape.hidden_size * width / 1e6:,.0f} M")
     console.print(table)
+    console.print(memory_estimate.table(memory_estimate.memory_of_run(shape, True, config)))
 
 
 class HeadTraining:

@@ -14,16 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerBase
 
-from grpo import environment
+from grpo import environment, memory_estimate
 from grpo.config import LoraOptions, SftConfig, TrainConfig
 from grpo.console import visible
 from grpo.draft_colours import LEGEND, coloured
 from grpo.evaluate import Evaluation, Speed
-from grpo.loader import check_options
 from grpo.plots import plot_quietly
 from grpo.task import Task
-from policies import presets
-from policies.policy import read_config
 from rollout.group import RolloutGroup, tokens_per_forward
 
 CONSOLE = Console()
@@ -123,6 +120,7 @@ def dry_run(config: SftConfig) -> None:
         for name, value in (*_counts(config, task), *_estimates(config)):
             table.add_row(name, value)
         CONSOLE.print(table)
+    CONSOLE.print(memory_estimate.table(memory_estimate.memory_of_run(*memory_estimate.read_shape(config), config)))
 
 
 def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
@@ -143,35 +141,19 @@ def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
 
 def _estimates(config: SftConfig) -> Iterator[tuple[str, str]]:
     """Sizes from the config alone: the model is built without storage."""
-    model = check_options(config)
-    if model in presets.PRESETS:
-        shape = DeepseekV3Config(vocab_size=512, **presets.PRESETS[model])
-    else:
-        shape = read_config(model)
+    shape, head = memory_estimate.read_shape(config)
     with torch.device("meta"):
         total = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
     size = 2 if config.dtype == "bfloat16" else 4
     lora = config.lora if isinstance(config, TrainConfig) else None
     trained = total if lora is None else _lora_parameters(shape, lora)
-    copies = 2  # the learner's and its sampler's; every Ray worker has one more
-    anchored = isinstance(config, TrainConfig) and config.loss.beta > 0 and lora is None
-    copies += config.rollout.workers + anchored - (config.rollout.workers > 0)
-    rows = config.rollout.prompts_per_shard * config.rollout.group_size
-    if isinstance(shape, DeepseekV3Config):
-        vector = shape.kv_lora_rank + shape.qk_rope_head_dim
-    else:
-        head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-        vector = 2 * (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads) * head
-    cache = rows * config.rollout.max_completion_tokens * shape.num_hidden_layers * vector * size
-    moments = 2 * trained * size
     yield "parameters", f"{total / 1e6:,.1f} M, trained {trained / 1e6:,.1f} M ({trained / total:.1%})"
-    yield "memory: weights", f"{_gib(total * size * copies)} ({copies} copies)"
-    yield "memory: gradients and AdamW", _gib(trained * size + moments)
-    yield "memory: latent cache", f"{_gib(cache)} ({rows} rows × {config.rollout.max_completion_tokens} tokens)"
     if isinstance(config, TrainConfig):
+        learner = memory_estimate.learner_memory(shape, head, config, lora_options=lora)
+        each = learner.gradients + learner.moments + learner.reference  # trained weights are as large as gradients
         saved = math.ceil(config.steps / config.checkpoint.every)
         kept = min(config.checkpoint.keep or saved, saved)
-        yield "disk: checkpoints", f"{_gib((trained * size + moments + anchored * total * size) * kept)} ({kept} kept)"
+        yield "disk: checkpoints", f"{_gib(each * kept)} ({kept} kept)"
     yield "disk: policies", _gib(total * size * (1 + (config.warm_start.steps > 0)))
 
 

@@ -8,10 +8,11 @@ Shapes: B rows of T tokens, N scored tokens, vocabulary V, width D.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # rows of logits held in fp32 at a time: 256 · 49,152 · 4 bytes = 50 MB
 
@@ -75,18 +76,54 @@ def logprobs_from_hidden(
     (tensor([0.5000, 0.7500]), tensor([0.6931, 0.5623]))
     """
 
-    def score(hidden_rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = _scaled(F.linear(hidden_rows, lm_head_weight), temperature)
-        logprobs = _gather(logits, ids)
-        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            return logprobs, _entropy(logits)
+    scored: tuple[Tensor, Tensor] = _Scored.apply(hidden, lm_head_weight, token_ids, temperature, chunk, entropy_grad)
+    return scored
 
-    scored = [
-        checkpoint(score, rows, ids, use_reentrant=False, preserve_rng_state=False)
-        for rows, ids in zip(hidden.split(chunk), token_ids.split(chunk), strict=True)
-    ]
-    logprobs, entropies = zip(*scored, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+
+class _Scored(torch.autograd.Function):
+    """With log p = x - log Z: ∂ log p_i / ∂x_j = 1[i = j] - p_j and ∂H / ∂x_j = -p_j (log p_j + H)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, chunk: int, entropy_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, totals, entropies = [], [], []
+        for rows, ids in zip(hidden.split(chunk), token_ids.split(chunk), strict=True):
+            logits = _scaled(F.linear(rows, weight), temperature)
+            totals.append(logits.logsumexp(-1))
+            log_p = logits.sub_(totals[-1][:, None])
+            logprobs.append(log_p.gather(-1, ids[:, None])[:, 0])
+            entropies.append(-log_p.exp().mul_(log_p).sum(-1))
+        entropy_N = torch.cat(entropies)
+        ctx.save_for_backward(hidden, weight, token_ids, torch.cat(totals), entropy_N)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy_N)
+        return torch.cat(logprobs), entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, token_ids, totals, entropies = ctx.saved_tensors
+        zero = torch.zeros_like(totals)
+        of_logprob, of_entropy = (zero if gradient is None else gradient for gradient in gradients)
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)
+        for start in range(0, len(hidden), ctx.chunk):
+            at = slice(start, start + ctx.chunk)
+            x = _scaled(F.linear(hidden[at], weight), ctx.temperature).sub_(totals[at, None])
+            given = of_logprob[at, None]
+            if gradients[1] is None:
+                x = x.exp_().mul_(-given)
+            else:
+                x = x.exp().mul_(x.add_(entropies[at, None]).mul_(of_entropy[at, None]).add_(given)).neg_()
+            x.scatter_add_(1, token_ids[at, None], given)
+            x = x.div_(ctx.temperature).to(hidden.dtype)
+            grad_hidden[at] = x @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(x.T, hidden[at])
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _rows(logits: Tensor) -> tuple[Tensor, ...]:
@@ -96,7 +133,8 @@ def _rows(logits: Tensor) -> tuple[Tensor, ...]:
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be positive; greedy decoding has no log-probabilities")
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1 else logits / temperature
 
 
 def _gather(logits: Tensor, token_ids: Tensor) -> Tensor:
