@@ -39,7 +39,6 @@ from policies.policy import Policy, read_config
 from rollout.backends import derive
 
 MAX_ROWS = 256  # that an engine decodes together
-WORKER_DTYPE = torch.float32  # a Ray worker holds the published weights in it, whatever their own
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,6 @@ def memory_of_run(shape: PretrainedConfig, head: bool, config: SftConfig | MtpCo
 
     `head`: there is a draft head. Raises ValueError for adapters that the model cannot have.
     """
-    dtype = getattr(torch, config.dtype)
     if isinstance(config, MtpConfig):
         learner = head_learner_memory(shape, config)
     elif isinstance(config, TrainConfig):
@@ -111,12 +109,11 @@ def memory_of_run(shape: PretrainedConfig, head: bool, config: SftConfig | MtpCo
         found.append(replace(learner_memory(shape, head, config, warm_start=True), name="warm start"))
     workers = config.rollout.workers
     if not workers:
-        sampler = sampler_memory(shape, head, config, dtype)
+        sampler = sampler_memory(shape, head, config)
         both = {f.name: getattr(learner, f.name) + getattr(sampler, f.name) for f in fields(learner)[1:]}
         return [*found, DeviceMemory("learner and sampler", **both)]
-    worker = sampler_memory(shape, head, config, WORKER_DTYPE)
     name = "the worker" if workers == 1 else f"each of {workers} workers"
-    return [*found, learner, replace(worker, name=name)]
+    return [*found, learner, replace(sampler_memory(shape, head, config), name=name)]
 
 
 def learner_memory(
@@ -161,7 +158,7 @@ def learner_memory(
 
 
 def head_learner_memory(shape: PretrainedConfig, config: MtpConfig) -> DeviceMemory:
-    """What `HeadLearner` holds: a frozen trunk, whose hidden states of a whole batch it keeps, and a head that learns."""
+    """What `HeadLearner` holds: a frozen trunk, its hidden states of a whole batch, and a head that learns."""
     dtype = getattr(torch, config.dtype)
     policy = meta_policy(shape, True, dtype)
     assert policy.mtp is not None
@@ -178,10 +175,8 @@ def head_learner_memory(shape: PretrainedConfig, config: MtpConfig) -> DeviceMem
     )
 
 
-def sampler_memory(
-    shape: PretrainedConfig, head: bool, config: TrainConfig | MtpConfig, held: torch.dtype
-) -> DeviceMemory:
-    """What an `Engine` holds that decodes in `config.dtype` from a copy of the policy in `held`."""
+def sampler_memory(shape: PretrainedConfig, head: bool, config: TrainConfig | MtpConfig) -> DeviceMemory:
+    """What an `Engine` holds that decodes from a copy of the policy, in process or in a Ray worker."""
     dtype, rollout = getattr(torch, config.dtype), config.rollout
     rows = min(rollout.prompts_per_shard * rollout.group_size, MAX_ROWS)
     entry = cache_numbers(shape) or 0
@@ -192,10 +187,10 @@ def sampler_memory(
     if not isinstance(shape, DeepseekV3Config):  # its own forward decodes, and its parameters are cast in place
         own = storage_bytes(tensors_of(meta_policy(shape, False, dtype)))
         return DeviceMemory("sampler", sampler=own, rollout=cache + logits)
-    policy = meta_policy(shape, head, held)
+    policy = meta_policy(shape, head, dtype)
     unbiased = deepcopy(shape)  # what is derived from biases is small, and cannot be derived without storage
     unbiased.attention_bias = False
-    derived = derived_bytes(meta_policy(unbiased, head, held), dtype)
+    derived = derived_bytes(meta_policy(unbiased, head, dtype), dtype)
     own = storage_bytes(tensors_of(policy))
     return DeviceMemory("sampler", sampler=own, derived=derived, rollout=cache + logits, publication=derived)
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DeepseekV3Config
 
-from grpo import checkpoint
+from grpo import checkpoint, memory_estimate
 from grpo.batch import PackedRow, Sample, split_rows
 from grpo.evaluate import Evaluation, evaluate_run
 from grpo.head_learner import HeadLearner
@@ -83,7 +83,8 @@ def _check_model(config: MtpConfig) -> str:
 
 def dry_run(config: MtpConfig, console: Console) -> None:
     """Check data, template, rewards and model without training; print counts, and FLOPs per token of the head."""
-    shape, _ = read_shape(config.model_copy(update={"add_mtp": True}))
+    shape, _ = memory_estimate.read_shape(config.model_copy(update={"add_mtp": True}))
+    assert isinstance(shape, DeepseekV3Config)  # others have been refused
     with torch.device("meta"):
         head = MTPHead(shape)
     own = sum(p.numel() for name, p in head.named_parameters() if ".experts." not in name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from grpo import checkpoint
 from grpo.config import SftConfig
 from grpo.distributed import ALONE, Ranks
@@ -79,6 +81,7 @@ def _evaluate(
         return {}
     prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
     sampling = sampling_params(policy, config.rollout, 1, config.seed)
-    pool = InterruptiblePool(open_pool(policy, prompts_per_shard=config.eval.prompts_per_batch), stop)
+    sampler = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=config.eval.prompts_per_batch)
+    pool = InterruptiblePool(sampler, stop)
     results = evaluate_run(pool, task, prompts, sampling, config.eval, run_log, step)
     return {f"{when}, {name}": result for name, result in results.items()}

@@ -115,7 +115,9 @@ class RayPool:
         if self.owns_cluster:
             start_ray(workers * threads, address)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.arguments = (policy.skeleton(), str(dtype).removeprefix("torch."), self.device, threads)
+        held = next(policy.parameters()).dtype
+        precisions = (str(kind).removeprefix("torch.") for kind in (held, dtype))
+        self.arguments = (policy.skeleton(), *precisions, self.device, threads)
         self.published: tuple[Any, str, int] | None = None
         self.costs: CostTable | None = None
         self.restarts = 0

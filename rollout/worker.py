@@ -39,9 +39,11 @@ def unpack(packed: PackedWeights) -> dict[str, Tensor]:
 class Worker:
     """Samples shards with confirmed weights only. Made a Ray actor by the pool."""
 
-    def __init__(self, skeleton: dict[str, bytes], dtype: str, device: str, threads: int) -> None:
+    def __init__(self, skeleton: dict[str, bytes], held: str, dtype: str, device: str, threads: int) -> None:
+        """`held`: precision of its copy of the policy, that of the weights to come; `dtype`: that of decoding."""
         torch.set_num_threads(threads)
-        self.engine = Engine(Policy.from_skeleton(skeleton).to(device), getattr(torch, dtype))
+        policy = Policy.from_skeleton(skeleton, getattr(torch, held)).to(device)
+        self.engine = Engine(policy, getattr(torch, dtype))
         self.engine.version = -1
 
     def publish(self, packed: PackedWeights, version: int) -> str:

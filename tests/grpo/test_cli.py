@@ -188,7 +188,7 @@ def test_a_dry_run_prints_counts_and_writes_nothing(model, tmp_path, capsys, mon
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--model", model, "--output_dir", "r", *MICRO_RUN, flag]) == 0
     shown = capsys.readouterr().out
-    for part in ("prompts per step", "4 (2 prompts × 2)", "updates per step", "memory: weights", "disk: checkpoints"):
+    for part in ("prompts per step", "4 (2 prompts × 2)", "updates per step", "AdamW moments", "disk: checkpoints"):
         assert part in shown
     assert not list(tmp_path.iterdir())
 
@@ -197,6 +197,9 @@ def test_examples_are_usable(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     for file in sorted((ROOT / "examples").glob("*.yaml")):
         assert main(["train", str(file), "--print_config"]) == 0, file
+    recipe = ROOT / "examples/05_gsm8k_recipe"
+    for command, stage in (("sft", "1_sft"), ("mtp", "2_mtp"), ("train", "3_grpo")):
+        assert main([command, str(recipe / f"{stage}.yaml"), "--print_config"]) == 0, stage
     assert main(["train", "examples/01_demo.yaml", "--dry_run"]) == 0
     assert main(["train", "examples/03_custom_reward.yaml", "--dry_run"]) == 0
     assert "shows_its_work" in capsys.readouterr().out

@@ -174,13 +174,13 @@ def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(shown, micro_co
     assert rows["completions per step"] == "12 (4 prompts × 3)"
     assert rows["updates per step"] == "2"
     assert rows["completions in all"] == "60"
-    assert {"memory: weights", "memory: gradients and AdamW", "disk: checkpoints", "disk: policies"} <= rows.keys()
+    assert {"weights", "AdamW moments", "at most, about", "disk: checkpoints", "disk: policies"} <= rows.keys()
     assert rows["disk: checkpoints"].endswith("(5 kept)")  # every step, keep: null
     assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_knows_the_size_of_checkpoints_and_adapters(shown, micro_config, micro_policy, tmp_path):
-    """Against a learner that really took a step; the estimate's vocabulary is 512, and it leaves out the MTP head."""
+    """Against a real learner; the estimate's vocabulary is 512. The MTP head is saved beside the adapters."""
     shown.width = 160
     rows = _dry_run(shown, micro_config(tmp_path / "r", **{"lora.rank": 4, "steps": 7, "checkpoint.every": 3}))
     policy = micro_policy(0)
@@ -191,7 +191,8 @@ def test_a_dry_run_knows_the_size_of_checkpoints_and_adapters(shown, micro_confi
     adapters = sum(p.numel() for p in policy.trunk.parameters() if p.requires_grad)
     assert learner.optimizer.param_groups
     assert rows["parameters"] == f"{total / 1e6:,.1f} M, trained {adapters / 1e6:,.1f} M ({adapters / total:.1%})"
-    assert rows["disk: checkpoints"] == f"{3 * 12 * adapters / 2**20:,.1f} MiB (3 kept)"
+    saved = adapters + sum(p.numel() for p in policy.mtp.parameters())
+    assert rows["disk: checkpoints"] == f"{3 * 12 * saved / 2**20:,.1f} MiB (3 kept)"
 
 
 def test_a_dry_run_of_a_supervised_run(shown, micro_preset, tmp_path):

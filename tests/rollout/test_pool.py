@@ -127,7 +127,7 @@ def test_a_local_pool_samples_with_the_adapter(random_policy):
 
 
 def test_contract_5_a_worker_without_weights_refuses_to_sample(policies):
-    worker = Worker(policies[0].skeleton(), "float32", "cpu", threads=1)
+    worker = Worker(policies[0].skeleton(), "float32", "float32", "cpu", threads=1)
     with pytest.raises(RolloutError, match="holds policy version -1, but version 0 was asked for"):
         worker.sample(PROMPTS, PARAMS, 0)
     assert worker.publish(pack(policies[0].weights()), 0) == digest(policies[0].weights())
