@@ -87,20 +87,24 @@ class HeadLearner(Learner):
         return mass.topk(count).indices.sort().values
 
     def teach(self, lessons: Sequence[Lesson], step: int) -> dict[str, float]:
-        """One optimizer update for every micro-batch, in another order at each pass. Raises NonFiniteStep."""
+        """One optimizer update for every micro-batch, in another order at each pass. Raises NonFiniteStep.
+
+        The loss is that of the first pass, over rollouts that the head has not learned from: in later ones it falls for
+        what was learned by heart as well.
+        """
         depth, divergence = self.depth_at(step), self.divergence_at(step)
         metrics: dict[str, float] = {}
         losses: list[float] = []
         for number in range(self.head_options.reuse):
             order = list(lessons)
             random.Random(f"reuse/{self.seed}/{step}/{number}").shuffle(order)
-            losses = []
             for lesson in order:
                 self.optimizer.zero_grad(set_to_none=True)
                 loss = self._lesson_loss(lesson, depth, divergence)
                 self._backward(loss, step)
                 metrics = self._update(step)
-                losses.append(loss.item() * lesson.tokens)
+                if number == 0:
+                    losses.append(loss.item() * lesson.tokens)
         self.policy_version += 1
         return {
             "learner/learning_rate": metrics["learner/learning_rate"],
