@@ -197,6 +197,15 @@ class LossOptions(Options):
             return {"loss_type": "reinforce"} | given
         return given
 
+    @model_validator(mode="after")
+    def _penalty_has_an_estimator(self) -> LossOptions:
+        if self.beta and self.kl_estimator == "none":
+            raise ValueError(
+                f"beta={self.beta} weighs a KL penalty, but kl_estimator=none computes none: choose k1, k2, k3 or "
+                "unbiased, or drop beta"
+            )
+        return self
+
 
 class ValueOptions(Options):
     """The value head of `loss.advantage: gae` and `rank_softmax`; PPO's names and defaults. Never published."""

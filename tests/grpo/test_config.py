@@ -25,6 +25,12 @@ TRL_NAMES = {
 }
 
 
+def test_a_kl_penalty_without_an_estimator_is_refused():
+    with pytest.raises(ValidationError, match="beta=0.1 weighs a KL penalty, but kl_estimator=none computes none"):
+        LossOptions(beta=0.1, kl_estimator="none")
+    assert LossOptions(kl_estimator="none").beta == 0
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_option_says_what_it_does(config):
     for option in _options(config.model_construct()):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from grpo.config import SftConfig
 from grpo.learner import Learner, NonFiniteStep
 from grpo.run_log import RunLog
 from grpo.task import Task
@@ -80,6 +81,13 @@ def test_the_head_is_taught_at_every_step_whatever_grpo_does(micro_policy, micro
     assert _warm(policy, config, tmp_path / "a")["loss/mtp"] > 0
     _warm(whole, _config(micro_config, tmp_path, **{"mtp.every": 1, "warm_start.steps": 1}), tmp_path / "b")
     assert not _moved(policy, whole)
+
+
+@pytest.mark.parametrize(("steps", "taught"), [(3, True), (4, False)])
+def test_quartet_sft_teaches_the_head_as_often_as_it_is_told(micro_policy, micro_config, tmp_path, steps, taught):
+    given = _config(micro_config, tmp_path, **{"mtp.every": 3, "warm_start.steps": steps})
+    config = SftConfig(**{name: getattr(given, name) for name in SftConfig.model_fields})
+    assert ("loss/mtp" in _warm(micro_policy(0), config, tmp_path / "a")) == taught  # of the last step
 
 
 def test_without_a_loss_weight_the_head_stays_as_it_is(micro_policy, micro_config, tmp_path):
