@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from policies.attention import Packing
+from policies.attention import Block, Packing
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class MicroBatch:
     segment: Tensor  # [B, T] 0 the prompt, 1 … G its completions, -1 padding
     mask: Tensor  # [C, L] a completion's tokens; mask[mask] runs in the order of `scored`
     rows: Sequence[PackedRow]
-    packing: Packing  # the same as `visible`, by lengths
+    packing: Packing  # the same as `visible`, in blocks
     routing: Tensor | None = None  # [B, T, MoE layers, k] the experts that the sampler chose, -1 where it did not say
 
     @property
@@ -164,7 +164,7 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
     position_ids = torch.zeros(batch, longest, dtype=torch.long)
     before = torch.zeros(batch, longest, dtype=torch.long)
     segment = torch.full((batch, longest), -1)
-    places: list[tuple[int, int, int]] = []  # row, start and length of every completion
+    blocks: list[Block] = []
     for b, row in enumerate(rows):
         prompt = len(row.prompt_ids)
         token_ids[b, : row.length] = torch.tensor(
@@ -173,21 +173,21 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
         before[b, : row.length] = torch.arange(-1, row.length - 1).clamp(min=0)
         position_ids[b, :prompt] = torch.arange(prompt)
         segment[b, :prompt] = 0
+        blocks.append(Block(b, slice(0, row.length), slice(0, prompt)))
         start = prompt
         for number, sample in enumerate(row.samples, start=1):
             end = start + len(sample.token_ids)
             position_ids[b, start:end] = torch.arange(prompt, prompt + end - start)
             segment[b, start:end] = number
             before[b, start] = prompt - 1
-            places.append((b, start, end - start))
+            blocks.append(Block(b, slice(start, end), slice(start, end)))
             start = end
     order = torch.arange(longest)
     causal = order[None, :] <= order[:, None]
     same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     own = torch.eye(longest, dtype=torch.bool)  # padding too: no softmax is empty, not even the MTP head's
     visible = (causal & same & (segment[:, None, :] >= 0)) | own
-    row_C, start_C, lengths = torch.tensor(places).unbind(1)
-    prompts = torch.tensor([len(row.prompt_ids) for row in rows])
+    lengths = torch.tensor([len(sample.token_ids) for row in rows for sample in row.samples])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     return MicroBatch(
         token_ids=token_ids.to(device),
@@ -197,7 +197,7 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
         segment=segment.to(device),
         mask=mask.to(device),
         rows=rows,
-        packing=Packing(longest, *(x.to(device) for x in (prompts, row_C, start_C, lengths))),
+        packing=Packing((batch, longest), blocks),
         routing=_routing(rows, longest, device),
     )
 

@@ -1,20 +1,20 @@
 """Attention of packed rows `[prompt | c1 | … | cG]` on a CPU, without the scores that a mask would throw away.
 
-Every token attends to its prompt, a completion's also to those before it in the completion. So there are two products:
-all queries against the prompt's keys, and each completion against itself. They are merged by the logarithms of their
-softmax's denominators, as FlashAttention merges its blocks (Dao et al. 2022, section 3.1), and the backward pass of
-either block needs nothing but the merged result. Of the 425,000 pairs of tokens in a row of a 140-token prompt and
-eight completions of 64 tokens, 124,000 are computed.
+Every token attends to its prompt, a completion's also to those before it in the completion: one block of scores for the
+prompt's keys and one for each completion. They are merged by the logarithms of their softmax's denominators, and the
+backward pass computes their weights again from the merged ones, as FlashAttention does (Dao et al. 2022, sections 3.1
+and B.2). Of the 425,000 pairs of tokens in a row of a 140-token prompt and eight completions of 64 tokens, 124,000 are
+computed. Below float32 the scores are float32 all the same, and the other products round as the tensors do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -23,95 +23,53 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "sdpa_packed"
 BEYOND = ("softcap", "s_aux", "position_bias")  # what some models add to their scores
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+@dataclass(frozen=True)
+class Block:
+    """The tokens `queries` of a row attend to its tokens `keys`, token i of the former to 0 … i of the latter.
 
-@dataclass
-class Packing:
-    """Where prompts and completions lie. Axes: B rows, T tokens of a row, P of the longest prompt, C completions,
-    L tokens of the longest, H heads.
-
-    >>> Packing(length=6, prompt_lengths_B=[2], row_C=[0, 0], start_C=[2, 4], lengths_C=[2, 1])     # 7 8 | 1 2 | 3 | -
+    >>> Block(row=0, queries=slice(0, 9), keys=slice(0, 4))     # a prompt of 4 tokens, with 5 of its completions
     """
 
-    length: int  # T
-    prompt_lengths_B: Tensor
-    row_C: Tensor
-    start_C: Tensor
-    lengths_C: Tensor
+    row: int
+    queries: slice
+    keys: slice
+
+    @property
+    def pairs(self) -> int:
+        return (self.queries.stop - self.queries.start) * (self.keys.stop - self.keys.start)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """All that the tokens of a micro-batch [B, T] attend to; every token is a query of one block or of two."""
+
+    shape: tuple[int, int]
+    blocks: Sequence[Block]
 
     @cached_property
     def pays(self) -> bool:
-        """A pair of tokens costs the fused kernel twice what it costs plain products (measured), so half of them
-        must be spared. One completion a row spares too few."""
-        rows, completions = len(self.prompt_lengths_B), len(self.row_C)
-        pairs = rows * self.length * self.prompt.stop + completions * self.real_CL.shape[1] ** 2
-        return pairs <= rows * self.length**2 / 2
-
-    @cached_property
-    def prompt(self) -> slice:
-        return slice(int(self.prompt_lengths_B.max()))
-
-    @cached_property
-    def real_CL(self) -> Tensor:
-        return torch.arange(int(self.lengths_C.max()), device=self.row_C.device) < self.lengths_C[:, None]
-
-    @cached_property
-    def at_CL(self) -> tuple[Tensor, Tensor]:
-        """Row and place of every token; behind a completion's end its last one again, which has attended to all that
-        the kernel would let those places attend to: no score exceeds its denominator."""
-        steps = torch.arange(self.real_CL.shape[1], device=self.row_C.device)
-        place_CL = self.start_C[:, None] + torch.minimum(steps, self.lengths_C[:, None] - 1)
-        return self.row_C[:, None].expand_as(place_CL), place_CL
-
-    @cached_property
-    def at_N(self) -> tuple[Tensor, Tensor]:
-        row_CL, place_CL = self.at_CL
-        return row_CL[self.real_CL], place_CL[self.real_CL]
-
-    @cached_property
-    def hidden_B1TP(self) -> Tensor:
-        """Which of its prompt's tokens each token may not attend to: later ones, and what lies behind the prompt."""
-        tokens = torch.arange(self.length, device=self.row_C.device)
-        seen_BT = torch.minimum(tokens + 1, self.prompt_lengths_B[:, None])
-        return (tokens[self.prompt] >= seen_BT[..., None])[:, None]
-
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """[B, 1, T, P], added to the scores."""
-        if dtype not in self._masks:
-            self._masks[dtype] = torch.zeros(self.hidden_B1TP.shape, dtype=dtype).masked_fill(
-                self.hidden_B1TP, -torch.inf
-            )
-        return self._masks[dtype]
-
-    @cached_property
-    def _masks(self) -> dict[torch.dtype, Tensor]:
-        return {}
-
-    def gather(self, x_BHT: Tensor) -> Tensor:
-        """The completions' tokens: [B, H, T, ...] -> [C, H, L, ...]."""
-        return x_BHT.transpose(1, 2)[self.at_CL].transpose(1, 2)
-
-    def put(self, x_BHT: Tensor, y_CHL: Tensor, *, add: bool = False) -> None:
-        """The inverse of `gather`, in place."""
-        x_BTH, y_NH = x_BHT.transpose(1, 2), y_CHL.transpose(1, 2)[self.real_CL]
-        x_BTH[self.at_N] = (x_BTH[self.at_N] + y_NH if add else y_NH).to(x_BHT.dtype)
+        """Blocks are more operators and a second computation of the scores: half of the pairs must be spared
+        (measured). One completion a row spares too few."""
+        rows, length = self.shape
+        return sum(block.pairs for block in self.blocks) <= rows * length**2 / 2
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
-        prompt, mask = packing.prompt, packing.mask(query.dtype)
-        q, k, v = _alike(query, key, value)
-        out, total = _flash(q, k[:, :, prompt], v[:, :, prompt], attn_mask=mask, scale=scale)
-        own_out, own_total = _flash(*map(packing.gather, (q, k, v)), is_causal=True, scale=scale)
-        before, before_total = packing.gather(out), packing.gather(total)
-        both = torch.logaddexp(before_total, own_total)
-        share = (own_total - both).exp()[..., None].to(torch.promote_types(out.dtype, torch.float32))
-        packing.put(out, torch.lerp(before.to(share.dtype), own_out.to(share.dtype), share))
-        packing.put(total, both)
-        out = out[..., : value.shape[-1]]
+        k, v = _for_every_head(query, key, value)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        out = query.new_zeros(*query.shape[:3], v.shape[-1], dtype=wide)
+        total = query.new_full(query.shape[:3], -torch.inf, dtype=wide)  # logarithms of the denominators so far
+        for block in packing.blocks:
+            scores_HQK = _scores(query, k, block, scale)
+            here, before = _at(out, block), _at(total, block)
+            after = torch.logaddexp(before, scores_HQK.logsumexp(-1))
+            weights = scores_HQK.sub_(after[..., None]).exp_().to(v.dtype)
+            here.mul_((before - after).exp_()[..., None]).add_(weights @ v[block.row, :, block.keys])
+            before.copy_(after)
+        out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, total)
         ctx.packing, ctx.scale = packing, scale
         return out
@@ -119,40 +77,47 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, total = ctx.saved_tensors
-        packing, scale = ctx.packing, ctx.scale
-        prompt, mask = packing.prompt, packing.mask(query.dtype)
-        q, k, v = _alike(query, key, value)
-        grad, out = (F.pad(x, (0, q.shape[-1] - x.shape[-1])) for x in (grad, out))
-        given = grad, q, k[:, :, prompt], v[:, :, prompt], out, total
-        dq, *of_prompt = _flash_backward(*given, 0.0, False, attn_mask=mask, scale=scale)
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        dk[:, :, prompt], dv[:, :, prompt] = of_prompt
-        own_grad, *own = map(packing.gather, (grad, q, k, v, out, total))
-        own_grad = own_grad * packing.real_CL[:, None, :, None]
-        own_gradients = _flash_backward(own_grad, *own, 0.0, True, scale=scale)
-        for whole, part in zip((dq, dk, dv), own_gradients, strict=True):
-            packing.put(whole, part, add=True)
-        gradients = [
-            whole[..., : x.shape[-1]].unflatten(1, (x.shape[1], -1)).sum(2)
-            for whole, x in zip((dq, dk, dv), (query, key, value), strict=True)
-        ]
-        return *gradients, None, None
+        k, v = _for_every_head(query, key, value)
+        of_q, of_k, of_v = (torch.zeros_like(x) for x in (query, k, v))
+        along = (grad * out).sum(-1, dtype=total.dtype)
+        for block in ctx.packing.blocks:
+            weights_HQK = _scores(query, k, block, ctx.scale).sub_(_at(total, block)[..., None]).exp_()
+            g, (k_here, v_here) = _at(grad, block), (x[block.row, :, block.keys] for x in (k, v))
+            of_v[block.row, :, block.keys] += weights_HQK.to(v.dtype).transpose(1, 2) @ g
+            weights_HQK *= (g @ v_here.transpose(1, 2)) - _at(along, block)[..., None]
+            of_scores = weights_HQK.mul_(ctx.scale).to(k.dtype)
+            _at(of_q, block).add_(of_scores @ k_here)
+            of_k[block.row, :, block.keys] += of_scores.transpose(1, 2) @ _at(query, block)
+        of_k, of_v = (x.unflatten(1, (key.shape[1], -1)).sum(2) for x in (of_k, of_v))
+        return of_q, of_k, of_v, None, None
+
+
+def _at(x_BHT: Tensor, block: Block) -> Tensor:
+    return x_BHT[block.row, :, block.queries]
+
+
+def _scores(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
+    """[H, queries, keys] in float32 or above, -inf where a key comes after its query."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys = key[block.row, :, block.keys].to(wide)
+    scores = (_at(query, block).to(wide) @ keys.transpose(1, 2)).mul_(scale)
+    later = torch.ones(2 * keys.shape[1:2], dtype=torch.bool, device=key.device).triu_(1)
+    scores[:, : keys.shape[1]].masked_fill_(later, -torch.inf)
+    return scores
+
+
+def _for_every_head(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    repeats = query.shape[1] // key.shape[1]
+    return [x if repeats == 1 else x.repeat_interleave(repeats, dim=1) for x in (key, value)]
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
     """Queries [B, H, T, K], keys [B, h, T, K] and values [B, h, T, V], h dividing H -> [B, T, H, V]. Differentiable.
 
-    What stands at padding is finite and means nothing.
+    At padding it is zero.
     """
     out: Tensor = _PackedAttention.apply(query, key, value, packing, scale)
     return out.transpose(1, 2)
-
-
-def _alike(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """Of one width, as the kernel wants it (zeros change neither scores nor values), and with as many heads."""
-    width, heads = max(query.shape[-1], value.shape[-1]), query.shape[1]
-    wide = [F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value)]
-    return [x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1) for x in wide]
 
 
 def attend(
