@@ -34,7 +34,8 @@ class LatentDecoder(AbsorbedTrunk):
 
     def start(self, rows: int, context: int, room: int) -> None:
         self.rows = self.cache(rows, context + room)
-        self.rows.latents_LRTE.normal_()
+        for latents in self.rows.layers_RTE:
+            latents.normal_()
         self.rows.advance(context)
 
     def step(self, token_ids_R: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Axes: L layers, R rows, S new tokens a row, H heads, P prompts, E width of a cac
 
 from __future__ import annotations
 
-import copy
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -79,6 +79,7 @@ class LatentCache:
     """A preallocated cache. `plan(S)` opens room for S tokens a row, the layers `attend`, and `advance(n)` keeps the
     first n of them; whatever lies behind a row's length is overwritten by the next plan, so a rollback is free.
 
+    Every layer has a tensor of its own: where all are copied, no more than one exists twice.
     `first` hides the first entries of every prompt: an MTP head has no entry for a prompt's first token.
     """
 
@@ -95,7 +96,7 @@ class LatentCache:
         prefix: Prefix | None = None,
         first: int = 0,
     ) -> None:
-        self.latents_LRTE = torch.zeros(layers, rows, capacity, width, dtype=dtype, device=device)
+        self.layers_RTE = [_room(rows, capacity, width, dtype, device) for _ in range(layers)]
         self.lengths_R = torch.zeros(rows, dtype=torch.long, device=device)
         self.value_width = value_width
         self.prefix = prefix
@@ -103,29 +104,27 @@ class LatentCache:
 
     @property
     def rows(self) -> int:
-        return self.latents_LRTE.shape[1]
+        return len(self.lengths_R)
 
     def fan_out(self, group_size: int, capacity: int, longest_prompt: int = 0) -> LatentCache:
         """A new cache in which every row of this one is the shared prefix of `group_size` empty rows with room for
-        `capacity` tokens. A group of one goes on in its prompt's own row, made `longest_prompt` + `capacity` long."""
-        layers, prompts, _, width = self.latents_LRTE.shape
+        `capacity` tokens. A group of one goes on in its prompt's own row, `longest_prompt` + `capacity` long."""
+        prompts, _, width = self.layers_RTE[0].shape
         longest = int(self.lengths_R.max())
         if group_size == 1:
-            whole = self.latents_LRTE.new_zeros(layers, prompts, max(longest, longest_prompt) + capacity, width)
-            whole[:, :, :longest] = self.latents_LRTE[:, :, :longest]
-            self.latents_LRTE = whole
+            self._copy([self], [slice(None)], capacity=max(longest, longest_prompt) + capacity)
             return self
         row_prompt_R = torch.arange(prompts, device=self.lengths_R.device).repeat_interleave(group_size)
-        prefix = Prefix(self.latents_LRTE[:, :, :longest].contiguous(), self.lengths_R, row_prompt_R)
+        latents_LPTE = torch.stack([latents[:, :longest] for latents in self.layers_RTE])
         return LatentCache(
-            layers,
+            len(self.layers_RTE),
             prompts * group_size,
             capacity,
             width,
             self.value_width,
-            dtype=self.latents_LRTE.dtype,
-            device=self.latents_LRTE.device,
-            prefix=prefix,
+            dtype=latents_LPTE.dtype,
+            device=latents_LPTE.device,
+            prefix=Prefix(latents_LPTE, self.lengths_R, row_prompt_R),
             first=self.first,
         )
 
@@ -134,9 +133,10 @@ class LatentCache:
         device = self.lengths_R.device
         steps_S = torch.arange(new, device=device)
         at_RS = self.lengths_R[:, None] + steps_S
-        capacity = self.latents_LRTE.shape[2]
+        capacity = self.layers_RTE[0].shape[1]
+        # In steps of sixteen: temporary tensors that grow with every token leave a gap in the heap with every token.
+        self._reach = min(capacity, -(-(int(self.lengths_R.max()) + new) // 16) * 16)
         self._flat = (torch.arange(self.rows, device=device)[:, None] * capacity + at_RS).reshape(-1)
-        self._reach = int(self.lengths_R.max()) + new
         columns = torch.arange(self._reach, device=device)
         visible = columns <= at_RS[..., None]
         if self.prefix is None and self.first:
@@ -153,7 +153,7 @@ class LatentCache:
         policy has no unrotated key. The query already carries the softmax scale.
         """
         rows, new, heads, key_width = query_RSHK.shape
-        own = self.latents_LRTE[layer]
+        own = self.layers_RTE[layer]
         own.view(-1, own.shape[-1]).index_copy_(0, self._flat, new_RSE.reshape(rows * new, -1))
         own = own[:, : self._reach]
         query = query_RSHK.reshape(rows, new * heads, key_width)
@@ -175,24 +175,41 @@ class LatentCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows (ascending) and forget the others, and the prompts that no row needs any more."""
-        reach = int(self.lengths_R[rows].max())
-        layers, _, capacity, width = self.latents_LRTE.shape
-        # Zeros, not garbage: a masked entry has weight 0, and 0 · NaN would still be NaN.
-        kept = self.latents_LRTE.new_zeros(layers, len(rows), capacity, width)
-        kept[:, :, :reach] = self.latents_LRTE[:, rows, :reach]
-        self.latents_LRTE, self.lengths_R = kept, self.lengths_R[rows]
+        self._copy([self], [rows], capacity=self.layers_RTE[0].shape[1])
         if self.prefix is not None:
             self.prefix = self.prefix.select(rows)
 
     def join(self, others: Sequence[LatentCache]) -> LatentCache:
-        """One cache with these rows and those of `others`, which come from calls of `fan_out` with like arguments."""
+        """Take in the rows of `others`, which come from calls of `fan_out` with like arguments and are used up."""
         caches = [self, *others]
-        whole = copy.copy(self)
-        whole.latents_LRTE = torch.cat([cache.latents_LRTE for cache in caches], dim=1)
-        whole.lengths_R = torch.cat([cache.lengths_R for cache in caches])
+        prefixes = [cache.prefix for cache in others if cache.prefix is not None]
+        capacity = max(cache.layers_RTE[0].shape[1] for cache in caches)
+        self._copy(caches, [slice(None)] * len(caches), capacity=capacity)
         if self.prefix is not None:
-            whole.prefix = self.prefix.join([cache.prefix for cache in others if cache.prefix is not None])
-        return whole
+            self.prefix = self.prefix.join(prefixes)
+        return self
+
+    def _copy(self, caches: Sequence[LatentCache], rows: Sequence[Tensor | slice], *, capacity: int) -> None:
+        """Become the given rows of `caches`, which lose theirs: layer by layer, and only what they hold."""
+        lengths = [cache.lengths_R[chosen] for cache, chosen in zip(caches, rows, strict=True)]
+        counts, reaches = [len(part) for part in lengths], [int(part.max()) for part in lengths]
+        self.lengths_R = torch.cat(lengths)
+        for layer, latents in enumerate(self.layers_RTE):
+            whole = _room(sum(counts), capacity, latents.shape[2], latents.dtype, latents.device)
+            for cache, chosen, part, reach in zip(caches, rows, whole.split(counts), reaches, strict=True):
+                part[:, :reach] = cache.layers_RTE[layer][chosen, :reach]
+                cache.layers_RTE[layer] = latents[:0]
+            self.layers_RTE[layer] = whole
+
+
+def _room(rows: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not garbage: a masked entry has weight 0, and 0 · NaN would still be NaN. On a CPU they take no memory
+    until they are written, and none when they are gone: most completions end before their limit."""
+    size = rows * capacity * width * dtype.itemsize
+    if device.type != "cpu" or not size or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(rows, capacity, width, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(rows, capacity, width)
 
 
 def _scores(query_BNK: Tensor, keys_BTK: Tensor) -> Tensor:

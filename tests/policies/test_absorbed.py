@@ -79,7 +79,8 @@ class Decoding:
 
     def _poison(self, new: int, value: float) -> None:
         for row, length in enumerate(self.cache.lengths_R.tolist()):
-            self.cache.latents_LRTE[:, row, length : length + new] += value
+            for latents in self.cache.layers_RTE:
+                latents[row, length : length + new] += value
 
     def select(self, rows: list[int]) -> None:
         self.cache.select(torch.tensor(rows))
@@ -154,8 +155,7 @@ def test_garbage_behind_a_rows_length_is_never_read(random_policy, config, group
     with torch.no_grad():
         decoding = Decoding(random_policy(2, mtp=False, **CONFIGS[config]), prompts_of(2, 6), group_size, capacity=40)
         if not group_size:  # without a shared prefix the cache that held the prompts grows in place
-            old, decoding.cache.latents_LRTE = decoding.cache.latents_LRTE, torch.zeros(2, 2, 40, 20)
-            decoding.cache.latents_LRTE[:, :, : old.shape[2]] = old
+            decoding.cache.fan_out(1, 34)
         rows = len(decoding.rows)
         decoding.forward(3, [r % 4 for r in range(rows)], poison=float("nan"))
         decoding.forward(3, [3, 0, 1, 2][:rows], poison=float("nan"))
@@ -167,7 +167,8 @@ def test_a_selected_cache_holds_zeros_and_no_garbage_behind_its_reach(random_pol
     with torch.no_grad():
         decoding = Decoding(random_policy(2, mtp=False), prompts_of(2, 6), 2)
         decoding.forward(4, [1, 2, 1, 1])
-        decoding.cache.latents_LRTE[:, :, 10:] = float("nan")
+        for latents in decoding.cache.layers_RTE:
+            latents[:, 10:] = float("nan")
         decoding.select([0, 2])
         decoding.forward(5, [5, 0])
 

@@ -30,7 +30,7 @@ class Rows:
         self.cache, self.seen, self.key_width = cache, seen, key_width
 
     def step(self, new: int, kept: list[int]) -> None:
-        layers, rows = self.cache.latents_LRTE.shape[0], len(self.seen)
+        layers, rows = len(self.cache.layers_RTE), len(self.seen)
         queries, vectors = torch.randn(layers, rows, new, HEADS, self.key_width), torch.randn(layers, rows, new, WIDTH)
         self.cache.plan(new)
         for layer in range(layers):
@@ -73,19 +73,27 @@ def test_attention_equals_loops(shared, key_width):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_ragged_history_equals_loops(data):
-    """Random prompts, group sizes, numbers of kept tokens and rows that leave."""
+    """Random prompts, group sizes, numbers of kept tokens, rows that leave, caches that are joined."""
     torch.manual_seed(0)
-    prompts = data.draw(st.integers(1, 4))
-    rows = Rows(make(prompts, 8), [[] for _ in range(prompts)])
-    rows.step(4, data.draw(st.lists(st.integers(1, 4), min_size=prompts, max_size=prompts)))
     group = data.draw(st.integers(1, 3))
-    rows = Rows(rows.cache.fan_out(group, 24), [list(row) for row in rows.seen for _ in range(group)])
-    for _ in range(3):
-        live = len(rows.seen)
-        new = data.draw(st.integers(1, 4))
-        rows.step(new, data.draw(st.lists(st.integers(0, new), min_size=live, max_size=live)))
-        leaving = data.draw(st.sets(st.integers(0, live - 1), max_size=live - 1))
-        rows.select([r for r in range(live) if r not in leaving])
+
+    def a_history() -> Rows:
+        prompts = data.draw(st.integers(1, 4))
+        rows = Rows(make(prompts, 8), [[] for _ in range(prompts)])
+        rows.step(4, data.draw(st.lists(st.integers(1, 4), min_size=prompts, max_size=prompts)))
+        rows = Rows(rows.cache.fan_out(group, 24), [list(row) for row in rows.seen for _ in range(group)])
+        for _ in range(data.draw(st.integers(0, 3))):
+            live = len(rows.seen)
+            new = data.draw(st.integers(1, 4))
+            rows.step(new, data.draw(st.lists(st.integers(0, new), min_size=live, max_size=live)))
+            leaving = data.draw(st.sets(st.integers(0, live - 1), max_size=live - 1))
+            rows.select([r for r in range(live) if r not in leaving])
+        return rows
+
+    rows, others = a_history(), [a_history() for _ in range(data.draw(st.integers(0, 2)))]
+    rows = Rows(rows.cache.join([r.cache for r in others]), rows.seen + [row for r in others for row in r.seen])
+    rows.step(3, [2] * len(rows.seen))
+    rows.step(1, [1] * len(rows.seen))
 
 
 def test_the_heads_cache_hides_the_first_entry_of_every_prompt():
@@ -112,7 +120,7 @@ def test_a_prompt_is_stored_once_and_forgotten_with_its_last_row():
     cache.advance(torch.tensor([4, 2, 3]))
     shared = cache.fan_out(5, 7)
     assert shared.prefix.latents_LPTE.shape == (2, 3, 4, WIDTH)  # three prompts, not fifteen, and no spare capacity
-    assert shared.latents_LRTE.shape == (2, 15, 7, WIDTH)
+    assert [latents.shape for latents in shared.layers_RTE] == [(15, 7, WIDTH)] * 2
     shared.select(torch.tensor([0, 1, 14]))
     assert shared.prefix.latents_LPTE.shape[1] == 2
     assert shared.prefix.lengths_P.tolist() == [4, 3]
