@@ -96,7 +96,10 @@ class LatentCache:
         prefix: Prefix | None = None,
         first: int = 0,
     ) -> None:
-        self.layers_RTE = [_room(rows, capacity, width, dtype, device) for _ in range(layers)]
+        if prefix is None:  # for prompts, which fill it at once
+            self.layers_RTE = list(torch.zeros(layers, rows, capacity, width, dtype=dtype, device=device))
+        else:
+            self.layers_RTE = [_room(rows, capacity, width, dtype, device) for _ in range(layers)]
         self.lengths_R = torch.zeros(rows, dtype=torch.long, device=device)
         self.value_width = value_width
         self.prefix = prefix
