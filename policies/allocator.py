@@ -11,10 +11,12 @@ import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _BYTES = 2**30
+_MOST = 2**25  # that older versions of glibc take
 
 
 def keep_freed_memory() -> None:
     """Idempotent; does nothing where the C library has no `mallopt`."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, _BYTES)
+        if not libc.mallopt(_M_MMAP_THRESHOLD, _BYTES):
+            libc.mallopt(_M_MMAP_THRESHOLD, _MOST)
         libc.mallopt(_M_TRIM_THRESHOLD, _BYTES)
