@@ -85,7 +85,7 @@ def test_prefill_flops_are_the_mean_over_a_prompt(random_policy):
 @pytest.mark.parametrize("context", [1, 7])
 def test_decode_flops_are_those_of_the_absorbed_forward(policy, context):
     trunk = AbsorbedTrunk(policy.trunk, torch.float32, 64)
-    cache = trunk.cache(1, 32)
+    cache = trunk.cache(1, context + 1)  # a longer one is attended to in steps of sixteen
     prompt = torch.arange(context)[None]
     with torch.no_grad():
         trunk(prompt, prompt, cache)
