@@ -6,6 +6,7 @@ Axes: L layers, R rows, S new tokens a row, H heads, P prompts, E width of a cac
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,10 +97,9 @@ class LatentCache:
         prefix: Prefix | None = None,
         first: int = 0,
     ) -> None:
-        if prefix is None:  # for prompts, which fill it at once
-            self.layers_RTE = list(torch.zeros(layers, rows, capacity, width, dtype=dtype, device=device))
-        else:
-            self.layers_RTE = [_room(rows, capacity, width, dtype, device) for _ in range(layers)]
+        zeros = torch.zeros if prefix is None else _room  # a cache of prompts is filled at once
+        shape = rows, capacity, width
+        self.layers_RTE = [zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.lengths_R = torch.zeros(rows, dtype=torch.long, device=device)
         self.value_width = value_width
         self.prefix = prefix
@@ -108,6 +108,10 @@ class LatentCache:
     @property
     def rows(self) -> int:
         return len(self.lengths_R)
+
+    @property
+    def capacity(self) -> int:
+        return self.layers_RTE[0].shape[1]
 
     def fan_out(self, group_size: int, capacity: int, longest_prompt: int = 0) -> LatentCache:
         """A new cache in which every row of this one is the shared prefix of `group_size` empty rows with room for
@@ -136,10 +140,9 @@ class LatentCache:
         device = self.lengths_R.device
         steps_S = torch.arange(new, device=device)
         at_RS = self.lengths_R[:, None] + steps_S
-        capacity = self.layers_RTE[0].shape[1]
         # In steps of sixteen: temporary tensors that grow with every token leave a gap in the heap with every token.
-        self._reach = min(capacity, -(-(int(self.lengths_R.max()) + new) // 16) * 16)
-        self._flat = (torch.arange(self.rows, device=device)[:, None] * capacity + at_RS).reshape(-1)
+        self._reach = min(self.capacity, -(-(int(self.lengths_R.max()) + new) // 16) * 16)
+        self._flat = (torch.arange(self.rows, device=device)[:, None] * self.capacity + at_RS).reshape(-1)
         columns = torch.arange(self._reach, device=device)
         visible = columns <= at_RS[..., None]
         if self.prefix is None and self.first:
@@ -178,7 +181,7 @@ class LatentCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows (ascending) and forget the others, and the prompts that no row needs any more."""
-        self._copy([self], [rows], capacity=self.layers_RTE[0].shape[1])
+        self._copy([self], [rows], capacity=self.capacity)
         if self.prefix is not None:
             self.prefix = self.prefix.select(rows)
 
@@ -186,8 +189,7 @@ class LatentCache:
         """Take in the rows of `others`, which come from calls of `fan_out` with like arguments and are used up."""
         caches = [self, *others]
         prefixes = [cache.prefix for cache in others if cache.prefix is not None]
-        capacity = max(cache.layers_RTE[0].shape[1] for cache in caches)
-        self._copy(caches, [slice(None)] * len(caches), capacity=capacity)
+        self._copy(caches, [slice(None)] * len(caches), capacity=max(cache.capacity for cache in caches))
         if self.prefix is not None:
             self.prefix = self.prefix.join(prefixes)
         return self
@@ -198,21 +200,22 @@ class LatentCache:
         counts, reaches = [len(part) for part in lengths], [int(part.max()) for part in lengths]
         self.lengths_R = torch.cat(lengths)
         for layer, latents in enumerate(self.layers_RTE):
-            whole = _room(sum(counts), capacity, latents.shape[2], latents.dtype, latents.device)
+            shape = sum(counts), capacity, latents.shape[2]
+            whole = _room(shape, dtype=latents.dtype, device=latents.device)
             for cache, chosen, part, reach in zip(caches, rows, whole.split(counts), reaches, strict=True):
                 part[:, :reach] = cache.layers_RTE[layer][chosen, :reach]
-                cache.layers_RTE[layer] = latents[:0]
+                cache.layers_RTE[layer] = latents.new_empty(0)  # not a view, which would keep the whole
             self.layers_RTE[layer] = whole
 
 
-def _room(rows: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _room(shape: tuple[int, int, int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, not garbage: a masked entry has weight 0, and 0 · NaN would still be NaN. On a CPU they take no memory
     until they are written, and none when they are gone: most completions end before their limit."""
-    size = rows * capacity * width * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not size or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.zeros(rows, capacity, width, dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(rows, capacity, width)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _scores(query_BNK: Tensor, keys_BTK: Tensor) -> Tensor:
