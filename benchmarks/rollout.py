@@ -114,20 +114,21 @@ def floor(model: Path) -> Sampler:
 
     trunk = AbsorbedTrunk(Policy.load(model, torch.bfloat16).trunk, torch.bfloat16, 1024)
     shapes = ("into", "out", "dense_gate_up", "dense_down")
-    weights = [getattr(block, name) for block in trunk.blocks for name in shapes]
+    linears = [getattr(block, name) for block in trunk.blocks for name in shapes]
+    widths = {linear.in_features for linear in linears}
 
     @torch.inference_mode()
     def sample(prompts: Sequence[Sequence[int]], job: Job) -> None:
         def products(rows: int) -> None:
-            inputs = {weight.shape[1]: torch.zeros(rows, weight.shape[1], dtype=weight.dtype) for weight in weights}
-            for weight in weights:
-                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+            inputs = {width: torch.zeros(rows, width, dtype=trunk.dtype) for width in widths}
+            for linear in linears:
+                linear(inputs[linear.in_features])
 
         products(sum(map(len, prompts)))
         last = torch.zeros(job.rows, trunk.head.shape[1], dtype=trunk.dtype)
         for _ in range(job.tokens):
             products(job.rows)
-            torch.nn.functional.linear(last, trunk.head)
+            trunk.logits(last)
 
     return sample
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
+from policies.fixed_linear import FixedLinear
 from policies.latent_cache import LatentCache
 from policies.moe import route, run_experts
 
@@ -78,14 +79,14 @@ class AbsorbedBlock:
         if attention.q_lora_rank is None:
             first, first_bias, self.query, self.query_norm = query, torch.zeros(len(query)), None, None
         else:
-            first, self.query = attention.q_a_proj.weight.detach().float(), query.to(dtype)
+            first, self.query = attention.q_a_proj.weight.detach().float(), FixedLinear(query.to(dtype))
             bias = attention.q_a_proj.bias
             first_bias = torch.zeros(len(first)) if bias is None else bias.detach().float()
             self.query_norm = attention.q_a_layernorm.weight.detach().to(dtype)
             self.query_eps = attention.q_a_layernorm.variance_epsilon
-        self.into = torch.cat([first, kv_weight]).to(dtype)
         into_bias = torch.cat([first_bias.to(kv_bias.device), kv_bias])
-        self.into_bias = into_bias.to(dtype) if bool(into_bias.any()) else None
+        into_bias = into_bias.to(dtype) if bool(into_bias.any()) else None
+        self.into = FixedLinear(torch.cat([first, kv_weight]).to(dtype), into_bias)
         self.split = [len(first), len(kv_weight)]
 
         out = attention.o_proj.weight.detach().float()
@@ -94,8 +95,8 @@ class AbsorbedBlock:
         if rank * hidden <= 1.5 * value * (rank + hidden):
             out = torch.einsum("dhv,hvr->dhr", out.view(hidden, heads, value), up_value).reshape(hidden, -1)
             self.up_value = None
-        self.out = out.to(dtype)
-        self.out_bias = None if attention.o_proj.bias is None else attention.o_proj.bias.detach().to(dtype)
+        out_bias = None if attention.o_proj.bias is None else attention.o_proj.bias.detach().to(dtype)
+        self.out = FixedLinear(out.to(dtype), out_bias)
 
     def _take_feed_forward(self, mlp: torch.nn.Module, dtype: torch.dtype) -> None:
         dense = mlp
@@ -106,18 +107,19 @@ class AbsorbedBlock:
             self.gate_up = mlp.experts.gate_up_proj.detach().to(dtype)
             self.down = mlp.experts.down_proj.detach().to(dtype)
             dense = mlp.shared_experts
-        self.dense_gate_up = torch.cat([dense.gate_proj.weight.detach(), dense.up_proj.weight.detach()]).to(dtype)
-        self.dense_down = dense.down_proj.weight.detach().to(dtype)
+        gate_up = torch.cat([dense.gate_proj.weight.detach(), dense.up_proj.weight.detach()])
+        self.dense_gate_up = FixedLinear(gate_up.to(dtype))
+        self.dense_down = FixedLinear(dense.down_proj.weight.detach().to(dtype))
 
     def __call__(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache, layer: int) -> Tensor:
         """[B, S, D] -> [B, S, D]; appends S vectors a row to the planned cache. `rope`: cos, sin [B, S, rope/2]."""
         cos, sin = rope
         batch, new, hidden = x_BSD.shape
         h = F.rms_norm(x_BSD, (hidden,), self.input_norm, self.eps)
-        query, latent = F.linear(h, self.into, self.into_bias).split(self.split, dim=-1)
+        query, latent = self.into(h).split(self.split, dim=-1)
         if self.query is not None:
             query = F.rms_norm(query, (query.shape[-1],), self.query_norm, self.query_eps)
-            query = F.linear(query, self.query)
+            query = self.query(query)
         query = query.view(batch, new, self.heads, -1)
         rotated = rotate(query[..., query.shape[-1] - self.rope :], cos[:, :, None], sin[:, :, None])
         if self.nope:
@@ -135,13 +137,13 @@ class AbsorbedBlock:
         attended = cache.attend(layer, rotated, vector)
         if self.up_value is not None:
             attended = torch.einsum("bshr,hrv->bshv", attended, self.up_value)
-        x = x_BSD + F.linear(attended.flatten(2), self.out, self.out_bias)
+        x = x_BSD + self.out(attended.flatten(2))
         h = F.rms_norm(x, (hidden,), self.post_norm, self.eps).view(-1, hidden)
         return x + self.feed_forward(h).view_as(x)
 
     def feed_forward(self, h_ND: Tensor) -> Tensor:
-        gate, up = F.linear(h_ND, self.dense_gate_up).chunk(2, dim=-1)
-        dense = F.linear(F.silu(gate) * up, self.dense_down)
+        gate, up = self.dense_gate_up(h_ND).chunk(2, dim=-1)
+        dense = self.dense_down(F.silu(gate) * up)
         if self.gate is None:
             return dense
         weights, self.experts = route(F.linear(h_ND.float(), self.gate), self.gate_bias, self.config)
@@ -157,6 +159,7 @@ class AbsorbedTrunk:
         self.device: torch.device = model.embed_tokens.weight.device
         self.embedding = model.embed_tokens.weight.detach().to(dtype)
         self.head = trunk.lm_head.weight.detach().to(dtype)
+        self.logits = FixedLinear(self.head)  # [..., D] -> [..., V]
         self.norm = model.norm.weight.detach().to(dtype)
         self.blocks = [AbsorbedBlock(layer, config, dtype) for layer in model.layers]
         self.rope = RotaryTable(model.rotary_emb, length, dtype, self.device)
@@ -172,9 +175,6 @@ class AbsorbedTrunk:
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, cache, layer)
         return F.rms_norm(x, (x.shape[-1],), self.norm, self.config.rms_norm_eps)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.head)
 
     @property
     def has_experts(self) -> bool:

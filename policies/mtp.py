@@ -29,6 +29,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from policies.absorbed import AbsorbedBlock, AbsorbedTrunk
+from policies.fixed_linear import FixedLinear
 from policies.latent_cache import LatentCache
 
 Divergence = Literal["kl", "tv"]
@@ -256,14 +257,11 @@ class AbsorbedHead:
         self.trunk, self.config = trunk, head.config
         self.enorm = head.enorm.weight.detach().to(dtype)
         self.hnorm = head.hnorm.weight.detach().to(dtype)
-        self.eh_proj = head.eh_proj.weight.detach().to(dtype)
+        self.eh_proj = FixedLinear(head.eh_proj.weight.detach().to(dtype))
         self.norm = head.norm.weight.detach().to(dtype)
         self.block = AbsorbedBlock(head.block, head.config, dtype)
         self.draft_ids = draft_ids
-        self.lm_head = trunk.head if draft_ids is None else trunk.head[draft_ids]  # rows of its own, side by side
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.lm_head)
+        self.logits = trunk.logits if draft_ids is None else FixedLinear(trunk.head[draft_ids])
 
     def __call__(self, token_ids_BS: Tensor, hidden_BSD: Tensor, position_ids_BS: Tensor, cache: LatentCache) -> Tensor:
         """Entries for these tokens, given the hidden states that precede them; outputs [B, S, D]."""
@@ -272,6 +270,6 @@ class AbsorbedHead:
         embeddings = F.embedding(token_ids_BS, self.trunk.embedding)
         embeddings = F.rms_norm(embeddings, width, self.enorm, eps)
         hidden = F.rms_norm(hidden_BSD, width, self.hnorm, eps)
-        x = F.linear(torch.cat([embeddings, hidden], dim=-1), self.eh_proj)
+        x = self.eh_proj(torch.cat([embeddings, hidden], dim=-1))
         x = self.block(x, self.trunk.rope(position_ids_BS), cache, 0)
         return F.rms_norm(x, width, self.norm, eps)

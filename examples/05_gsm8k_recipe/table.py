@@ -4,6 +4,7 @@ The easiest questions are those whose gold solution has the fewest lines, two: 3
 data alone, so it was fixed before any run.
 
     python examples/05_gsm8k_recipe/table.py runs/gsm8k
+    python examples/05_gsm8k_recipe/table.py --easiest easiest.jsonl    # writes those questions
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from grpo.data import load_examples
 from grpo.eval_metrics import estimate, pass_at_k
 
 FEWEST_LINES = 2
@@ -41,8 +43,18 @@ def read(path: Path) -> dict[str, dict]:
         row = json.loads(line)
         question = marks[row["prompt_id"]]
         question["greedy" if row["way"] == "greedy" else "sampled"].append(bool(row["correct"]))
-        question["easy"] = len(row["solution"].split("####")[0].strip().splitlines()) == FEWEST_LINES
+        question["easy"] = is_easy(row["solution"])
     return marks
+
+
+def is_easy(solution: str) -> bool:
+    return len(solution.split("####")[0].strip().splitlines()) == FEWEST_LINES
+
+
+def write_easiest(path: Path) -> None:
+    easy = [e.columns for e in load_examples("gsm8k", "test", purpose="eval") if is_easy(e.solution)]
+    path.write_text("".join(json.dumps({"question": e["question"], "answer": e["answer"]}) + "\n" for e in easy))
+    print(f"{path}: {len(easy)} questions")
 
 
 def shown(values: Iterable[float]) -> str:
@@ -53,4 +65,7 @@ def shown(values: Iterable[float]) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/gsm8k"))
+    if sys.argv[1:2] == ["--easiest"]:
+        write_easiest(Path(sys.argv[2]))
+    else:
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/gsm8k"))

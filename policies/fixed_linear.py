@@ -1,0 +1,52 @@
+"""Products with weights that many calls share, laid out once for the CPU's kernels.
+
+oneDNN multiplies bf16 weights in blocks, and `F.linear` lays plain ones out anew at every call, which takes half of its
+time and more. The operators that keep the layout are torch's own, those of a frozen Inductor graph, but not public:
+where they are missing or refuse, `F.linear` does the product.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class FixedLinear:
+    """x Wᵀ + b for inference: no gradient, and a later change of the weight may or may not be seen.
+
+    >>> FixedLinear(torch.eye(3)[:2])(torch.tensor([[5.0, 6.0, 7.0]]))
+    tensor([[5., 6.]])
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        self.in_features = weight_OI.shape[1]
+        self.bias = bias_O
+        self.blocked = weight_OI.dtype == torch.bfloat16 and weight_OI.device.type == "cpu" and _can_block()
+        self.weight: Any = _block(weight_OI) if self.blocked else weight_OI
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return _product(x, self.weight, self.bias) if self.blocked else F.linear(x, self.weight, self.bias)
+
+
+def _block(weight_OI: Tensor) -> Any:
+    return torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous())
+
+
+def _product(x: Tensor, blocked: Any, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, blocked, bias, "none", [], "")
+
+
+@cache
+def _can_block() -> bool:
+    """Whether this build of torch and this processor do it, and rightly: a small product is compared."""
+    x, weight, bias = torch.linspace(-1, 2, 96 + 512 + 16).bfloat16().split([96, 512, 16])
+    x, weight = x.view(3, 32), weight.view(16, 32)
+    try:
+        return torch.allclose(_product(x, _block(weight), bias), F.linear(x, weight, bias), rtol=2**-7, atol=2**-5)
+    except (AttributeError, RuntimeError):
+        return False
