@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from math import prod
 from statistics import median
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from multi_head_decoder import MultiHeadDecoder
@@ -13,8 +15,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
+from policies import latent_cache
 from policies.absorbed import AbsorbedTrunk
 from policies.anatomy import cache_numbers
+from policies.fixed_linear import FixedLinear
 from policies.policy import Policy
 
 
@@ -52,8 +56,19 @@ def decoder_of(policy: Policy, dtype: torch.dtype, length: int) -> Decoder:
 
 def weight_bytes(decoder: Decoder) -> int:
     """What one step reads of a dense model's weights: all but the embedding, of which it reads a row a token."""
-    tensors = [t for block in decoder.blocks for t in vars(block).values() if isinstance(t, Tensor)]
-    return sum(t.nbytes for t in (*tensors, decoder.head, decoder.norm))
+    parts = [part for block in decoder.blocks for part in vars(block).values()]
+    linears = [part for part in parts if isinstance(part, FixedLinear)]
+    tensors = [*parts, *(linear.weight for linear in linears), *(linear.bias for linear in linears)]
+    return sum(t.nbytes for t in (*tensors, decoder.head, decoder.norm) if isinstance(t, Tensor))
+
+
+def _linear_flops(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * prod(x_shape) * weight_shape[0]
+
+
+# What torch's counter does not know: products with blocked weights, and the fused attention of a CPU.
+BLOCKED = {torch.ops.mkldnn._linear_pointwise: _linear_flops} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}
+plainly = mock.patch.object(latent_cache, "attention", latent_cache.plain_attention)
 
 
 @torch.inference_mode()
@@ -73,7 +88,7 @@ def measure(
                 tokens = torch.randint(2, len(decoder.head), (rows,), device=decoder.head.device)
                 decoder.start(rows, context, warm_up + steps + 1)
                 timed[name] += _times(decoder, tokens, warm_up, steps)
-                with FlopCounterMode(display=False) as counter:
+                with FlopCounterMode(display=False, custom_mapping=BLOCKED) as counter, plainly:
                     decoder.step(tokens)
                 flops[name] = counter.get_total_flops() / rows
         for name, decoder in decoders.items():

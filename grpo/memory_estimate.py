@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from rich.table import Table
@@ -28,15 +28,18 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfi
 
 from grpo.config import LoraOptions, ModelOptions, SftConfig, TrainConfig
 from grpo.learner import CHUNK_ELEMENTS
-from grpo.loader import check_options
+from grpo.loader import check_options, device_of
 from grpo.mtp_config import MtpConfig
 from grpo.optimizer import freeze_exact_parts
 from grpo.value import ValueHead
 from policies import lora, presets
 from policies.anatomy import cache_numbers
+from policies.fixed_linear import FixedLinear, will_block
 from policies.mtp import MTPHead
 from policies.policy import Policy, read_config
 from rollout.backends import derive
+
+Part = TypeVar("Part")
 
 MAX_ROWS = 256  # that an engine decodes together
 
@@ -190,7 +193,7 @@ def sampler_memory(shape: PretrainedConfig, head: bool, config: TrainConfig | Mt
     policy = meta_policy(shape, head, dtype)
     unbiased = deepcopy(shape)  # what is derived from biases is small, and cannot be derived without storage
     unbiased.attention_bias = False
-    derived = derived_bytes(meta_policy(unbiased, head, dtype), dtype)
+    derived = derived_bytes(meta_policy(unbiased, head, dtype), dtype, device_of(config.device))
     own = storage_bytes(tensors_of(policy))
     return DeviceMemory("sampler", sampler=own, derived=derived, rollout=cache + logits, publication=derived)
 
@@ -211,10 +214,14 @@ def activation_bytes(
     return kept + mask + _logits_bytes(dtype)
 
 
-def derived_bytes(policy: Policy, dtype: torch.dtype) -> int:
-    """What decoding in `dtype` holds beside the policy's own tensors."""
-    own = {_storage(tensor) for tensor in tensors_of(policy)}
-    return storage_bytes(tensor for tensor in tensors_of(derive(policy, dtype)) if _storage(tensor) not in own)
+def derived_bytes(policy: Policy, dtype: torch.dtype, device: torch.device) -> int:
+    """What decoding in `dtype` on `device` holds beside the policy's own tensors; `policy` may be without storage."""
+    own, derived = {_storage(tensor) for tensor in tensors_of(policy)}, derive(policy, dtype)
+    held = storage_bytes(tensor for tensor in tensors_of(derived) if _storage(tensor) not in own)
+    if policy.device.type == "meta" and will_block(dtype, device):
+        shared = {id(it): it.weight.nbytes for it in parts_of(derived, FixedLinear) if _storage(it.weight) in own}
+        held += sum(shared.values())
+    return held
 
 
 def meta_policy(shape: PretrainedConfig, head: bool, dtype: torch.dtype) -> Policy:
@@ -227,20 +234,29 @@ def meta_policy(shape: PretrainedConfig, head: bool, dtype: torch.dtype) -> Poli
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Of all that lies behind `tensors`; what several share counts once."""
-    return sum({_storage(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return sum(
+        {
+            _storage(tensor): tensor.nbytes if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
+            for tensor in tensors
+        }.values()
+    )
 
 
 def tensors_of(holder: Any) -> Iterator[Tensor]:
     """Every tensor of a module, of one of our own plain objects, or of several."""
-    if isinstance(holder, Tensor):
+    return parts_of(holder, Tensor)
+
+
+def parts_of(holder: Any, kind: type[Part]) -> Iterator[Part]:
+    if isinstance(holder, kind):
         yield holder
     elif isinstance(holder, nn.Module):
-        yield from (*holder.parameters(), *holder.buffers())
+        yield from (tensor for tensor in (*holder.parameters(), *holder.buffers()) if isinstance(tensor, kind))
     elif isinstance(holder, list | tuple):
         for part in holder:
-            yield from tensors_of(part)
+            yield from parts_of(part, kind)
     elif type(holder).__module__.startswith("policies."):
-        yield from tensors_of(list(vars(holder).values()))
+        yield from parts_of(list(vars(holder).values()), kind)
 
 
 def table(devices: Sequence[DeviceMemory]) -> Table:
@@ -258,7 +274,7 @@ def table(devices: Sequence[DeviceMemory]) -> Table:
 
 
 def _storage(tensor: Tensor) -> int:
-    return cast(int, tensor.untyped_storage()._cdata)
+    return id(tensor) if tensor.is_mkldnn else cast(int, tensor.untyped_storage()._cdata)  # blocks have no storage
 
 
 def _adapted(policy: Policy) -> Iterator[Tensor]:

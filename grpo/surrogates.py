@@ -24,7 +24,7 @@ def importance_ratio(policy_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor
     >>> policy, old, mask = torch.tensor([[0.5, 0.2]]), torch.tensor([[0.25, 0.4]]), torch.ones(1, 2) > 0
     >>> importance_ratio(policy.log(), old.log(), mask)
     tensor([[2.0000, 0.5000]])
-    >>> importance_ratio(policy.log(), old.log(), mask, "sequence")                 # √(2 · 0.5)
+    >>> importance_ratio(policy.log(), old.log(), mask, "sequence").round(decimals=4)      # √(2 · 0.5)
     tensor([[1.]])
     """
     log_ratio = (policy_logprobs - old_logprobs).masked_fill(~mask, 0.0)

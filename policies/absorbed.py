@@ -19,19 +19,20 @@ from policies.moe import route, run_experts
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding over halves: pairs are (x[i], x[i + d/2]). `cos`, `sin` have half of x's last axis."""
+    """Rotary embedding over halves: pairs are (x[i], x[i + d/2]). `cos`, `sin` are those of `RotaryTable`."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
 
 
 class RotaryTable:
-    """cos and sin of every position [T, rope/2], made by the policy's own rotary module once."""
+    """[cos | cos] and [-sin | sin] of every position [T, rope], made by the policy's own rotary module once."""
 
     def __init__(self, rotary: torch.nn.Module, length: int, dtype: torch.dtype, device: torch.device) -> None:
         positions = torch.arange(length, device=device)[None]
         cos, sin = rotary(torch.empty(0, dtype=torch.float32, device=device), positions)
         half = cos.shape[-1] // 2
-        self.cos, self.sin = cos[0, :, :half].to(dtype), sin[0, :, :half].to(dtype)
+        cos, sin = cos[0, :, :half], sin[0, :, :half]
+        self.cos, self.sin = torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
     def __call__(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.cos[position_ids], self.sin[position_ids]
@@ -112,7 +113,7 @@ class AbsorbedBlock:
         self.dense_down = FixedLinear(dense.down_proj.weight.detach().to(dtype))
 
     def __call__(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache, layer: int) -> Tensor:
-        """[B, S, D] -> [B, S, D]; appends S vectors a row to the planned cache. `rope`: cos, sin [B, S, rope/2]."""
+        """[B, S, D] -> [B, S, D]; appends S vectors a row to the planned cache. `rope`: cos, sin [B, S, rope]."""
         cos, sin = rope
         batch, new, hidden = x_BSD.shape
         h = F.rms_norm(x_BSD, (hidden,), self.input_norm, self.eps)

@@ -25,12 +25,17 @@ class FixedLinear:
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         self.in_features = weight_OI.shape[1]
         self.bias = bias_O
-        self.blocked = weight_OI.dtype == torch.bfloat16 and weight_OI.device.type == "cpu" and _can_block()
+        self.blocked = will_block(weight_OI.dtype, weight_OI.device)
         self.weight: Any = _block(weight_OI) if self.blocked else weight_OI
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         return _product(x, self.weight, self.bias) if self.blocked else F.linear(x, self.weight, self.bias)
+
+
+def will_block(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights of this kind are copied into blocks."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and _can_block()
 
 
 def _block(weight_OI: Tensor) -> Any:

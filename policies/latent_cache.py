@@ -34,15 +34,15 @@ class Prefix:
         rank_R = torch.arange(len(self.row_prompt_R), device=counts_P.device) - first_P[self.row_prompt_R]
         self.slots_R = self.row_prompt_R * self.widest + rank_R
         self.dense = len(self.row_prompt_R) == len(self.lengths_P) * self.widest
-        self._visible: tuple[int, Tensor] | None = None
+        self._mask: tuple[int, Tensor] | None = None
 
-    def visible_RT(self, first: int) -> Tensor:
-        """Which entries of its prompt each row may attend to: those from `first` on."""
-        if self._visible is None or self._visible[0] != first:
+    def mask_P1T(self, first: int) -> Tensor:
+        """-inf at the entries of a prompt that its rows may not attend to: those before `first`, and padding."""
+        if self._mask is None or self._mask[0] != first:
             columns = torch.arange(self.latents_LPTE.shape[2], device=self.lengths_P.device)
             visible_PT = (columns < self.lengths_P[:, None]) & (columns >= first)
-            self._visible = first, visible_PT[self.row_prompt_R]
-        return self._visible[1]
+            self._mask = first, _mask(visible_PT, self.latents_LPTE.dtype)[:, None]
+        return self._mask[1]
 
     def by_prompt(self, x_RF: Tensor) -> Tensor:
         """[R, n, F] -> [P, widest * n, F], zeros in empty slots."""
@@ -147,10 +147,7 @@ class LatentCache:
         visible = columns <= at_RS[..., None]
         if self.prefix is None and self.first:
             visible &= (columns >= self.first) | (columns == at_RS[..., None])
-        if self.prefix is not None:
-            shared = self.prefix.visible_RT(self.first)
-            visible = torch.cat([shared[:, None].expand(-1, new, -1), visible], dim=-1)
-        self._mask_RS1T = torch.where(visible, 0.0, -torch.inf)[:, :, None, :]
+        self._mask_RS1T = _mask(visible, self.layers_RTE[0].dtype)[:, :, None]
 
     def attend(self, layer: int, query_RSHK: Tensor, new_RSE: Tensor) -> Tensor:
         """Append the new tokens' vectors and attend; returns the attended latents [R, S, H, V].
@@ -161,20 +158,18 @@ class LatentCache:
         rows, new, heads, key_width = query_RSHK.shape
         own = self.layers_RTE[layer]
         own.view(-1, own.shape[-1]).index_copy_(0, self._flat, new_RSE.reshape(rows * new, -1))
-        own = own[:, : self._reach]
         query = query_RSHK.reshape(rows, new * heads, key_width)
-        scores = _scores(query, own[..., -key_width:])
+        mask = self._mask_RS1T.expand(-1, -1, heads, -1).flatten(1, 2)
+        out, total = attention(query, own[:, : self._reach], self.value_width, mask)
         if self.prefix is not None:
-            shared = self.prefix.latents_LPTE[layer]
-            shared_scores = _scores(self.prefix.by_prompt(query), shared[..., -key_width:])
-            scores = torch.cat([self.prefix.by_row(shared_scores, new * heads), scores], dim=-1)
-        scores = scores.view(rows, new, heads, -1).float() + self._mask_RS1T
-        weights = scores.softmax(-1).to(own.dtype).view(rows, new * heads, -1)
-        values = weights[..., weights.shape[-1] - self._reach :] @ own[..., : self.value_width]
-        if self.prefix is not None:
-            shared_weights = self.prefix.by_prompt(weights[..., : shared.shape[1]])
-            values = values + self.prefix.by_row(shared_weights @ shared[..., : self.value_width], new * heads)
-        return values.view(rows, new, heads, self.value_width)
+            latents, hidden = self.prefix.latents_LPTE[layer], self.prefix.mask_P1T(self.first)
+            shared_out, shared_total = attention(self.prefix.by_prompt(query), latents, self.value_width, hidden)
+            if self.first:  # a prompt of one token has nothing to see
+                shared_total = shared_total + hidden.amax(-1, keepdim=True)
+            shared_out, shared_total = (self.prefix.by_row(x, new * heads) for x in (shared_out, shared_total))
+            share = torch.sigmoid(shared_total - total)  # of the prompt in the softmax over both
+            out = torch.lerp(out, shared_out, share.to(out.dtype))
+        return out.reshape(rows, new, heads, self.value_width)
 
     def advance(self, kept_R: Tensor | int) -> None:
         self.lengths_R = self.lengths_R + kept_R
@@ -218,8 +213,40 @@ def _room(shape: tuple[int, int, int], *, dtype: torch.dtype, device: torch.devi
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
-def _scores(query_BNK: Tensor, keys_BTK: Tensor) -> Tensor:
-    """Every query against every key, [B, N, T]."""
-    if keys_BTK.dtype == torch.bfloat16 and keys_BTK.device.type == "cpu":
-        keys_BTK = keys_BTK.contiguous()  # a batch of strided bf16 keys costs five times its copy and product
-    return query_BNK @ keys_BTK.transpose(1, 2)
+def _mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+
+
+def attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor) -> tuple[Tensor, Tensor]:
+    """Attended values [B, N, V], and the logarithms of the softmax's denominators [B, N, 1], in float32 or above.
+
+    Keys are the last K entries of the cached vectors and values the first V. A query that sees nothing gets anything
+    finite.
+    """
+    attend = fused_attention if query_BNK.device.type == "cpu" else plain_attention
+    return attend(query_BNK, cached_BTE, value_width, mask_BNT)
+
+
+def fused_attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor) -> tuple[Tensor, Tensor]:
+    """By torch's kernel for a CPU, which reads latents where they lie: a batched product would copy them in bf16.
+
+    It wants keys and values of one width. The narrower of them gets entries of its neighbour, which meet zeros in the
+    query or are cut off the result.
+    """
+    key_width = query_BNK.shape[-1]
+    width = max(key_width, value_width)
+    query = F.pad(query_BNK, (width - key_width, 0)) if width > key_width else query_BNK
+    keys, values = cached_BTE[:, None, :, -width:], cached_BTE[:, None, :, :width]
+    mask = mask_BNT.expand(-1, query.shape[1], -1)[:, None]
+    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query[:, None], keys, values, attn_mask=mask, scale=1.0
+    )
+    return out[:, 0, :, :value_width], total.view(*query.shape[:2], 1)
+
+
+def plain_attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor) -> tuple[Tensor, Tensor]:
+    """By products and a softmax, on any device."""
+    scores = query_BNK @ cached_BTE[..., -query_BNK.shape[-1] :].transpose(1, 2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + mask_BNT
+    weights = scores.softmax(-1).nan_to_num()  # of a query that sees nothing
+    return weights.to(cached_BTE.dtype) @ cached_BTE[..., :value_width], scores.logsumexp(-1, keepdim=True)

@@ -17,7 +17,6 @@ stage() { # NUMBER NAME COMMAND
   [ -d "$runs/$2/policy" ] || quartet "$3" "$here/$1_$2.yaml" --resume auto "${options[@]}"
 }
 
-[ -d models/smollm2-135m-mtp ] || quartet convert models/smollm2-135m-instruct models/smollm2-135m-mtp --mtp
 stage 1 sft sft
 evaluate sft "$runs/sft"
 stage 2 mtp mtp

@@ -121,4 +121,4 @@ def test_a_policys_gradients_are_those_of_the_mask(random_policy, checkpointing)
         gradients.append({n: p.grad for n, p in policy.trunk.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=2e-3, atol=1e-4)  # they nearly cancel in a norm
