@@ -147,7 +147,8 @@ class LatentCache:
         visible = columns <= at_RS[..., None]
         if self.prefix is None and self.first:
             visible &= (columns >= self.first) | (columns == at_RS[..., None])
-        self._mask_RS1T = _mask(visible, self.layers_RTE[0].dtype)[:, :, None]
+        self._mask_RST = _mask(visible, self.layers_RTE[0].dtype)
+        self._mask_RNT: Tensor | None = None  # the same for every head, made when their number is known
 
     def attend(self, layer: int, query_RSHK: Tensor, new_RSE: Tensor) -> Tensor:
         """Append the new tokens' vectors and attend; returns the attended latents [R, S, H, V].
@@ -159,13 +160,14 @@ class LatentCache:
         own = self.layers_RTE[layer]
         own.view(-1, own.shape[-1]).index_copy_(0, self._flat, new_RSE.reshape(rows * new, -1))
         query = query_RSHK.reshape(rows, new * heads, key_width)
-        mask = self._mask_RS1T.expand(-1, -1, heads, -1).flatten(1, 2)
-        out, total = attention(query, own[:, : self._reach], self.value_width, mask)
+        if self._mask_RNT is None:
+            self._mask_RNT = self._mask_RST[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
+        out, total = attention(query, own[:, : self._reach], self.value_width, self._mask_RNT)
         if self.prefix is not None:
-            latents, hidden = self.prefix.latents_LPTE[layer], self.prefix.mask_P1T(self.first)
-            shared_out, shared_total = attention(self.prefix.by_prompt(query), latents, self.value_width, hidden)
+            latents, mask = self.prefix.latents_LPTE[layer], self.prefix.mask_P1T(self.first)
+            shared_out, shared_total = attention(self.prefix.by_prompt(query), latents, self.value_width, mask)
             if self.first:  # a prompt of one token has nothing to see
-                shared_total = shared_total + hidden.amax(-1, keepdim=True)
+                shared_total = shared_total + mask.amax(-1, keepdim=True)
             shared_out, shared_total = (self.prefix.by_row(x, new * heads) for x in (shared_out, shared_total))
             share = torch.sigmoid(shared_total - total)  # of the prompt in the softmax over both
             out = torch.lerp(out, shared_out, share.to(out.dtype))

@@ -70,13 +70,14 @@ def test_bytes_and_flops_of_a_step_by_hand(benchmark, random_policy):
     assert point["tokens_per_second"] == pytest.approx(3e3 / point["ms"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dense", [True, False])
-def test_flops_are_those_that_the_policy_inspection_counts(benchmark, random_policy, dense):
+def test_flops_are_those_that_the_policy_inspection_counts(benchmark, random_policy, dense, dtype):
     """Two ways to the same number: torch's counter over what ran, and the formula over the configuration."""
     decoding = benchmark("decoding")
     model = random_policy(2, mtp=False, first_k_dense_replace=2).trunk if dense else _llama(4, 2)
     policy = Policy(model, None, None)
-    decoder = decoding.decoder_of(policy, torch.float32, 32)
+    decoder = decoding.decoder_of(policy, dtype, 32)
     [point] = decoding.measure({"it": decoder}, [(3, 16)], steps=2, warm_up=1, rounds=1)["it"]
     expected = anatomy(model.config, 0, context=16 + 3, lora_rank=1, lora_alpha=1.0).decode_flops
     assert point["flops_per_token"] == expected
