@@ -60,6 +60,8 @@ def _cpu() -> str:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)  # with its build, such as +cu132, which PyPI's metadata leave out
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
