@@ -342,7 +342,7 @@ class CurriculumOptions(Options):
     shortest_share: float = Field(default=1.0, gt=0, le=1)
     """Share of the training examples open at step 1, shortest gold solutions first; of the open ones the least seen."""
     by_difficulty: bool = False
-    """Draw prompts ∝ p(1−p), p being the running share of a prompt's completions with full marks; 0.5 if unseen."""
+    """Draw prompts ∝ p(1−p), p being the running share of a prompt's completions with full marks; unseen: the mean."""
     completion_tokens: int | None = Field(default=None, ge=1)
     """Length limit of completions at step 1, growing to rollout.max_completion_tokens; null is that from the start."""
     draft_depth: int | None = Field(default=None, ge=1)

@@ -40,9 +40,9 @@ def draft_depth(options: CurriculumOptions, deepest: int, step: int) -> int:
     return round(ramp(step, options.steps, first, deepest))
 
 
-def learnability(pass_rate: float | None) -> float:
-    """How much a group of this prompt can teach: the variance p·(1−p) of its outcome. Unseen counts as p = 0.5."""
-    return 0.25 if pass_rate is None else max(pass_rate * (1 - pass_rate), FLOOR)
+def learnability(pass_rate: float) -> float:
+    """How much a group of this prompt can teach: the variance p·(1−p) of its outcome."""
+    return max(pass_rate * (1 - pass_rate), FLOOR)
 
 
 class Curriculum:
@@ -50,7 +50,8 @@ class Curriculum:
 
     `shortest_share` opens the examples by the length of their gold solution, shortest first; among those that are
     open the least seen come first. `by_difficulty` draws from the open ones without replacement, with probability
-    ∝ `learnability` (Efraimidis & Spirakis 2006: the n largest of log(u)/w).
+    ∝ `learnability` (Efraimidis & Spirakis 2006: the n largest of log(u)/w). An unseen prompt counts as much as the
+    seen ones do on average: where most fail, one that passes now and then comes back before all others were tried.
 
     >>> curriculum = Curriculum(examples, CurriculumOptions(by_difficulty=True))
     >>> [example] = curriculum.take(1, step=1)
@@ -82,17 +83,19 @@ class Curriculum:
         if len(candidates) < n:
             raise ValueError(f"a step cannot take {n} different prompts from {len(candidates)} examples")
         noise = random.Random(f"curriculum/{self.seed}/{step}/{draw}")
-        keyed = [(self._key(example, 1.0 - noise.random()), i) for i, example in enumerate(candidates)]
-        chosen = [candidates[i] for _, i in sorted(keyed)[:n]]
+        weights = {example_id: learnability(rate) for example_id, rate in self.pass_rates.items()}
+        unseen = sum(weights.values()) / len(weights) if weights else 1.0
+
+        def order(example: Example) -> tuple[float, float]:
+            u = 1.0 - noise.random()  # uniform in (0, 1]
+            if not self.options.by_difficulty:
+                return self.seen.get(example.example_id, 0), u
+            return 0.0, -math.log(u) / weights.get(example.example_id, unseen)
+
+        chosen = sorted(candidates, key=order)[:n]
         for example in chosen:
             self.seen[example.example_id] = self.seen.get(example.example_id, 0) + 1
         return chosen
-
-    def _key(self, example: Example, u: float) -> tuple[float, float]:
-        """What is smallest comes first; u is uniform in (0, 1]."""
-        if not self.options.by_difficulty:
-            return self.seen.get(example.example_id, 0), u
-        return 0.0, -math.log(u) / learnability(self.pass_rates.get(example.example_id))
 
     def record(self, outcomes: Iterable[tuple[str, float]]) -> None:
         """(example_id, share of its completions with full marks) of groups that were sampled and scored."""

@@ -1,9 +1,10 @@
 """The recipe's table: accuracy after each stage, on all test questions and on the easiest quarter of them.
 
 The easiest questions are those whose gold solution has the fewest lines, two: 326 of 1,319. That is a property of the
-data alone, so it was fixed before any run.
+data alone, so it was fixed before any run. Where a stage called `sft` is among them, the others are compared with it
+question by question: the difference of the means, ± 1.96 standard errors of the paired differences.
 
-    python examples/05_gsm8k_recipe/table.py runs/gsm8k
+    python examples/05_gsm8k_recipe/table.py runs/gsm8k                 # of every runs/gsm8k/eval_*
     python examples/05_gsm8k_recipe/table.py --easiest easiest.jsonl    # writes those questions
 """
 
@@ -12,39 +13,60 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean, stdev
 
 from grpo.data import load_examples
 from grpo.eval_metrics import estimate, pass_at_k
 
 FEWEST_LINES = 2
+START = "sft"
+
+Values = dict[str, float]  # by question
+Marks = dict[str, dict[str, list[bool]]]  # by question and by way, "greedy" or "sampled"
 
 
 def main(runs: Path) -> None:
-    folders = sorted(path.parent for path in runs.glob("eval_*/completions.jsonl"))
-    if not folders:
+    stages = {path.parent.name.removeprefix("eval_"): read(path) for path in runs.glob("eval_*/completions.jsonl")}
+    if not stages:
         sys.exit(f"{runs} has no eval_*/completions.jsonl: run.sh writes them")
-    print("| stage | questions | greedy | one sample, T = 0.7 | pass@8 |\n|---|---|---|---|---|")
-    for folder in folders:
-        marks = read(folder / "completions.jsonl")
-        for name, chosen in (("all", marks), ("easiest", {q: m for q, m in marks.items() if m["easy"]})):
-            greedy = shown([m["greedy"][0] for m in chosen.values()])
-            sampled = [m["sampled"] for m in chosen.values() if m["sampled"]]
-            once = shown([sum(marks) / len(marks) for marks in sampled])
-            eight = shown([pass_at_k(len(marks), sum(marks), 8) for marks in sampled if len(marks) >= 8])
-            print(f"| {folder.name.removeprefix('eval_')} | {len(chosen)} {name} | {greedy} | {once} | {eight} |")
+    order = sorted(stages, key=lambda stage: (stage != START, stage))
+    print("| questions | stage | greedy | one sample, T = 0.7 | pass@8 |\n|---|---|---|---|---|")
+    for questions in ("all", "easiest"):
+        start: list[Values] | None = None
+        for stage in order:
+            own = measures(stages[stage], questions)
+            asked = max(map(len, own))
+            print(f"| {asked} {questions} | {stage} | {' | '.join(map(shown, own))} |")
+            if start:
+                gains = [shown_gain(a, b) for a, b in zip(own, start, strict=True)]
+                print(f"| | {stage} − {START} | {' | '.join(gains)} |")
+            elif stage == START:
+                start = own
 
 
-def read(path: Path) -> dict[str, dict]:
-    """Marks by question: `greedy` and `sampled`, lists of bool, and whether the question is `easy`."""
-    marks: dict[str, dict] = defaultdict(lambda: {"greedy": [], "sampled": []})
+def read(path: Path) -> tuple[Marks, set[str]]:
+    """What was right, and the ids of the easy questions."""
+    marks: Marks = defaultdict(lambda: {"greedy": [], "sampled": []})
+    easy = set()
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        question = marks[row["prompt_id"]]
-        question["greedy" if row["way"] == "greedy" else "sampled"].append(bool(row["correct"]))
-        question["easy"] = is_easy(row["solution"])
-    return marks
+        marks[row["prompt_id"]][row["way"]].append(bool(row["correct"]))
+        if is_easy(row["solution"]):
+            easy.add(row["prompt_id"])
+    return marks, easy
+
+
+def measures(stage: tuple[Marks, set[str]], questions: str) -> list[Values]:
+    """Greedy accuracy, accuracy of one sample and pass@8, each by question."""
+    marks, easy = stage
+    chosen = {question: own for question, own in marks.items() if questions == "all" or question in easy}
+    sampled = {question: own["sampled"] for question, own in chosen.items() if own["sampled"]}
+    return [
+        {question: float(own["greedy"][0]) for question, own in chosen.items() if own["greedy"]},
+        {question: fmean(right) for question, right in sampled.items()},
+        {question: pass_at_k(len(right), sum(right), 8) for question, right in sampled.items() if len(right) >= 8},
+    ]
 
 
 def is_easy(solution: str) -> bool:
@@ -57,11 +79,18 @@ def write_easiest(path: Path) -> None:
     print(f"{path}: {len(easy)} questions")
 
 
-def shown(values: Iterable[float]) -> str:
-    if not (values := list(values)):
+def shown(values: Values) -> str:
+    if not values:
         return "—"
-    it = estimate(values)
+    it = estimate(list(values.values()))
     return f"{100 * it.value:.2f} % ({100 * it.low:.2f} to {100 * it.high:.2f})"
+
+
+def shown_gain(values: Values, start: Values) -> str:
+    differences = [values[question] - start[question] for question in values.keys() & start.keys()]
+    if len(differences) < 2:
+        return "—"
+    return f"{100 * fmean(differences):+.2f} ± {196 * stdev(differences) / len(differences) ** 0.5:.2f}"
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_a_running_pass_rate_and_its_weight():
     curriculum.record([("4", 0.5)])
     curriculum.record([("4", 0.25)])
     assert curriculum.pass_rates == {"4": 0.5, "5": 0.0}  # ((1 + 0.5) / 2 + 0.25) / 2
-    assert [learnability(rate) for rate in (None, 0.5, 0.25, 0.0, 1.0)] == [0.25, 0.25, 0.1875, 0.01, 0.01]
+    assert [learnability(rate) for rate in (0.5, 0.25, 0.0, 1.0)] == [0.25, 0.1875, 0.01, 0.01]
     assert curriculum.metrics(1)["curriculum/pass_rate"] == 0.25
 
 
@@ -77,6 +77,17 @@ def test_learnable_prompts_are_drawn_in_proportion_to_what_they_teach():
     assert sum(drawn.values()) == 4000
     for example in EXAMPLES:
         expected = 4000 * (0.25 if example.example_id in "27" else 0.01) / 0.58
+        assert drawn[example.example_id] == pytest.approx(expected, abs=4 * expected**0.5)
+
+
+def test_where_most_fail_what_passes_now_and_then_returns_before_the_unseen():
+    """Seen: one prompt with p(1−p) = .25 and three with .01, mean .07; that is the weight of each of six unseen."""
+    curriculum = Curriculum(EXAMPLES, CurriculumOptions(by_difficulty=True), seed=1)
+    curriculum.record([("0", 0.5), ("1", 0.0), ("2", 0.0), ("3", 0.0)])
+    drawn = Counter(_ids(example for step in range(4000) for example in curriculum.take(1, step)))
+    for example in EXAMPLES:
+        weight = {"0": 0.25, "1": 0.01, "2": 0.01, "3": 0.01}.get(example.example_id, 0.07)
+        expected = 4000 * weight / 0.70
         assert drawn[example.example_id] == pytest.approx(expected, abs=4 * expected**0.5)
 
 
