@@ -63,7 +63,8 @@ def _head_options(options: ModelOptions) -> list[str]:
     asked = [f"{'rollout.' if rollout else ''}draft_tokens={drafts}"] if drafts else []
     asked += ["add_mtp=True"] if options.add_mtp else []
     usual = dict(MTPOptions())
-    return asked + [f"mtp.{name}={value}" for name, value in mtp if value != usual[name]]
+    trained = [f"mtp.{name}={value}" for name, value in mtp if value != usual[name]]
+    return asked + (trained if mtp.loss_weight else [])
 
 
 def policy_folder(model: str) -> str:

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # What the parts of the recipe are worth, each arm on the same small budget: supervised arms on the same solutions in
-# the same order, GRPO arms on the same number of steps from the same policy (runs/gsm8k/mtp: run.sh first). Stop it
+# the same order, GRPO arms on the same number of steps from the policy of stage 2 (run.sh comes first). Stop it
 # and start it again as run.sh.
 set -euo pipefail
 here=$(dirname "$0")
 runs=runs/ablations
 sft_steps=${SFT_STEPS:-32}
-grpo_steps=${GRPO_STEPS:-16}
+grpo_steps=${GRPO_STEPS:-20}
+samples=${SAMPLES:-8}
 exact=models/smollm2-135m-mla
 dense=models/smollm2-135m-instruct
 options=("$@") # for every command, such as: --threads 2
@@ -16,23 +17,23 @@ mkdir -p "$runs"
 [ -d "$runs/moe" ] || quartet convert "$dense" "$runs/moe" --ffn moe
 [ -d "$runs/with_head" ] || quartet convert "$dense" "$runs/with_head" --mtp
 
-evaluate() { # NAME
+evaluate() { # NAME SAMPLES
   [ -f "$runs/eval_$1.json" ] && return
-  quartet eval "$runs/$1" --data "$runs/easiest.jsonl" \
-    --dtype bfloat16 --temperature 0.7 --samples "${SAMPLES:-8}" --max_completion_tokens 200 --draft_tokens 0 \
-    --prompts_per_batch 16 --output "$runs/eval_$1" --json "$runs/eval_$1.json" "${options[@]}"
+  quartet eval "$runs/$1" --data "$runs/easiest.jsonl" --dtype bfloat16 --temperature 0.7 --samples "$2" \
+    --max_completion_tokens 200 --draft_tokens 0 --prompts_per_batch 64 \
+    --output "$runs/eval_$1" --json "$runs/eval_$1.json" "${options[@]}"
 }
 
 sft() { # NAME MODEL [OPTION ...]
   [ -d "$runs/$1/policy" ] || quartet sft "$here/1_sft.yaml" --model "$2" --output_dir "$runs/$1" --resume auto \
     --warm_start.steps "$sft_steps" --warm_start.warmup_steps 4 --checkpoint.every "$sft_steps" "${@:3}" "${options[@]}"
-  evaluate "$1"
+  evaluate "$1" 0
 }
 
 grpo() { # NAME [OPTION ...]
   [ -d "$runs/$1/policy" ] || quartet train "$here/3_grpo.yaml" --output_dir "$runs/$1" --resume auto \
     --steps "$grpo_steps" --checkpoint.every "$grpo_steps" "${@:2}" "${options[@]}"
-  evaluate "$1"
+  evaluate "$1" "$samples"
 }
 
 sft sft_full "$exact"
@@ -41,8 +42,9 @@ sft sft_moe "$runs/moe" --balance.bias_rate 0.001
 sft sft_lora "$exact" --lora.rank 16 --warm_start.learning_rate 3.0e-3
 sft sft_mtp_in_trunk "$runs/with_head" --mtp.train_trunk true --mtp.loss_weight 0.3 --mtp.depth 1 --mtp.share 1
 
-grpo grpo_full
-grpo grpo_lora --lora.rank 16 --learner.learning_rate 2.0e-4
+# The first steps of the recipe's own run are the arm to compare with.
+[ -d "$runs/grpo_full" ] || quartet export "runs/gsm8k/grpo/checkpoints/step_$(printf %06d "$grpo_steps")" "$runs/grpo_full"
+evaluate grpo_full "$samples"
 grpo grpo_no_curriculum --curriculum.by_difficulty false --curriculum.shortest_share 1
 
 python "$here/ablations.py" "$runs"

@@ -208,6 +208,12 @@ def test_an_mtp_head_asked_of_it_is_refused(config_of, tmp_path, monkeypatch, gi
     assert not (tmp_path / "run").exists()
 
 
+def test_a_head_that_is_not_trained_asks_for_nothing(config_of, tmp_path):
+    """So that a config with `mtp: {loss_weight: 0}` serves a converted model and its dense original alike."""
+    config = config_of(tmp_path / "run", "qwen2", **{"mtp.loss_weight": 0, "mtp.depth": 2})
+    assert check_options(config) == config.model
+
+
 def test_drafts_asked_by_eval_are_refused_under_their_name(saved):
     with pytest.raises(PolicyError, match=r"^draft_tokens=3: .*quartet convert"):
         check_options(EvalConfig(model=saved("llama"), draft_tokens=3))
