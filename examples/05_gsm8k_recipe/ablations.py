@@ -22,8 +22,8 @@ from grpo.run_policy import find_policy, load_found
 from grpo.task import Task
 
 ARMS = {
-    "sft_full": ["sft_dense", "sft_moe", "sft_lora", "sft_mtp_in_trunk"],
-    "grpo_full": ["grpo_no_curriculum"],
+    "sft_full": ["sft_dense", "sft_moe", "sft_mtp_in_trunk"],
+    "grpo_full": ["grpo_lora", "grpo_no_curriculum"],
 }
 EVERY = 4
 
