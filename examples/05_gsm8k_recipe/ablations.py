@@ -35,7 +35,7 @@ def main(runs: Path) -> None:
     print("|---|---|---|---|---|---|---|")
     for first, others in ARMS.items():
         first_loss, first_marks = losses(runs / first), marks(runs / first)
-        for arm in (first, *others):
+        for arm in (first, *(arm for arm in others if (runs / f"eval_{arm}.json").is_file())):
             loss = losses(runs / arm)
             nats, tokens = map(sum, zip(*loss.values(), strict=True))
             cells = [f"{nats / tokens:.4f}", loss_gain(loss, first_loss)]
