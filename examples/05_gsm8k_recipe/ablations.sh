@@ -5,9 +5,9 @@
 set -euo pipefail
 here=$(dirname "$0")
 runs=runs/ablations
-sft_steps=${SFT_STEPS:-32}
+sft_steps=${SFT_STEPS:-24}
 grpo_steps=${GRPO_STEPS:-20}
-samples=${SAMPLES:-8}
+samples=${SAMPLES:-4}
 exact=models/smollm2-135m-mla
 dense=models/smollm2-135m-instruct
 options=("$@") # for every command, such as: --threads 2
