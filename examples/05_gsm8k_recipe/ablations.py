@@ -1,7 +1,7 @@
 """The table of ablations.sh: every arm, and its difference to the first of its kind on the same test questions.
 
-Loss is nats per token of the gold solutions of every fourth test question. Accuracy is that on
-the easiest questions. Differences are paired by question, ± 1.96 standard errors.
+Loss is nats per token of the gold solutions of every fourth test question. Accuracy is that on the easiest
+questions. Differences are paired by question, ± 1.96 standard errors.
 
     python examples/05_gsm8k_recipe/ablations.py runs/ablations
 """
@@ -9,6 +9,7 @@ the easiest questions. Differences are paired by question, ± 1.96 standard erro
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -35,13 +36,19 @@ def main(runs: Path) -> None:
     print("|---|---|---|---|---|---|---|")
     for first, others in ARMS.items():
         first_loss, first_marks = losses(runs / first), marks(runs / first)
-        for arm in (first, *(arm for arm in others if (runs / f"eval_{arm}.json").is_file())):
-            loss = losses(runs / arm)
-            nats, tokens = map(sum, zip(*loss.values(), strict=True))
-            cells = [f"{nats / tokens:.4f}", loss_gain(loss, first_loss)]
-            for own, start in zip(marks(runs / arm), first_marks, strict=True):
-                cells += [shown(own), shown_gain(own, start)]
-            print(f"| {arm} | {' | '.join(cells)} |", flush=True)
+        print_arm(first, first_loss, first_marks, ("", "", ""))
+        for arm in others:
+            if (runs / f"eval_{arm}.json").is_file():
+                loss, own = losses(runs / arm), marks(runs / arm)
+                gains = [shown_gain(a, b) for a, b in zip(own, first_marks, strict=True)]
+                print_arm(arm, loss, own, (loss_gain(loss, first_loss), *gains))
+
+
+def print_arm(arm: str, loss: Solutions, own: list[dict[str, float]], gains: Sequence[str]) -> None:
+    nats, tokens = map(sum, zip(*loss.values(), strict=True))
+    values = (f"{nats / tokens:.4f}", *map(shown, own))
+    cells = [cell for pair in zip(values, gains, strict=True) for cell in pair]
+    print(f"| {arm} | {' | '.join(cells)} |", flush=True)
 
 
 def marks(run: Path) -> list[dict[str, float]]:
@@ -51,7 +58,7 @@ def marks(run: Path) -> list[dict[str, float]]:
 
 def losses(run: Path) -> Solutions:
     config = EvalConfig(model=str(run), dtype="bfloat16", data="gsm8k")
-    policy = load_found(find_policy(run), config)
+    policy = load_found(find_policy(config.model), config)
     with Task(DataOptions(name="gsm8k"), config.rewards, config.reward, train=False, heldout=None) as task:
         found = {}
         for example in task.heldout[::EVERY]:
