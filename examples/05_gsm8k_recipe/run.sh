@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole recipe: SFT, draft head, GRPO, each followed by its evaluation on the whole test set. Stop it whenever you
-# like and start it again: what is done is skipped, what was under way goes on from its newest checkpoint.
+# like and start it again: what is done is skipped, a training that was under way goes on from its newest checkpoint.
 set -euo pipefail
 here=$(dirname "$0")
 runs=runs/gsm8k
@@ -8,8 +8,9 @@ options=("$@") # for every command, such as: --threads 2
 
 evaluate() { # NAME MODEL
   [ -f "$runs/eval_$1.json" ] && return
-  quartet eval "$2" --data gsm8k --split test --template '{question}
-' --dtype bfloat16 --temperature 0.7 --samples "${SAMPLES:-8}" --max_completion_tokens 200 \
+  rm -rf "$runs/eval_$1" # of an evaluation that was stopped: it begins again
+  quartet eval "$2" --data gsm8k --split test --dtype bfloat16 --temperature 0.7 \
+    --samples "${SAMPLES:-8}" --max_completion_tokens 200 \
     --output "$runs/eval_$1" --json "$runs/eval_$1.json" "${options[@]}"
 }
 
