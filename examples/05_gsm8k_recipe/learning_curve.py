@@ -1,6 +1,8 @@
-"""Makes the metrics of a run, for `quartet plot`, of the evaluations of its checkpoints (learning_curve.sh).
+"""Writes the evaluations of a run's checkpoints as the metrics of a run, for `quartet plot` (learning_curve.sh).
 
-python examples/05_gsm8k_recipe/learning_curve.py runs/gsm8k/curve
+The step is in the name of each, step_000020.json.
+
+    python examples/05_gsm8k_recipe/learning_curve.py runs/gsm8k/curve
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ case $1 in
   plot) exit ;;
   *) out=runs/gsm8k/$(basename "$2" .yaml | cut -c3-); left=$out/checkpoint; ended=$out/policy ;;
 esac
-[ "$1" = eval ] && [ -e "$left" ] && echo "already there: $left" && exit 1
+[ -e "$left" ] && [[ "$*" != *"--resume auto"* ]] && echo "already there: $left" && exit 1
 mkdir -p "$out"; touch "$left"
 [ "$(wc -l < calls)" = "$STOP_AT" ] && exit 130
 if [ "$1" = eval ]; then touch "$ended"; else mkdir -p "$ended"; fi
