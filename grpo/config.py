@@ -31,6 +31,11 @@ class DataOptions(Options):
     """Options of a reasoning_gym task, such as {max_animals: 4}."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first so many examples only."""
+    holdout: float | None = Field(default=None, gt=0, lt=1)
+    """Hold out this share of the examples for evaluation instead of a split of its own. Each problem's content decides,
+    so that appended rows move no other row."""
+    holdout_seed: int = 0
+    """Another number holds out other problems. The run's `seed` does not, so that all seeds can be compared."""
     prompt_column: str = "question"
     """The column that becomes the prompt."""
     solution_column: str = "answer"

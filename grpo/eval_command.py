@@ -17,6 +17,7 @@ from grpo.console import progress_bars
 from grpo.data import default_heldout_split
 from grpo.eval_metrics import corpus_bleu
 from grpo.evaluate import Evaluation, evaluate_ways, is_correct
+from grpo.evaluation_data import trained_on
 from grpo.inference_config import EvalConfig
 from grpo.loader import check_options, sampling_params
 from grpo.perplexity import Perplexity, gold_perplexity
@@ -33,12 +34,16 @@ COMPLETIONS = "completions.jsonl"
 
 @dataclass(frozen=True)
 class ModelEvaluation:
-    """What `quartet eval` found. `results` hold `sampled` and `greedy`, or the one that was asked for."""
+    """What `quartet eval` found. `results` hold `sampled` and `greedy`, or the one that was asked for.
+
+    `trained_on` of the problems were met in training; more than 0 only with `allow_trained_on`.
+    """
 
     config: EvalConfig
     source: PolicySource
     split: str
     problems: int
+    trained_on: int
     rewards: list[dict[str, Any]]
     results: dict[str, Evaluation]
     perplexity: Perplexity | None
@@ -110,8 +115,12 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
         template=config.template,
         system_prompt=config.system_prompt,
         few_shot=config.few_shot,
+        holdout=config.holdout,
+        holdout_seed=config.holdout_seed,
+        split=(config.holdout and config.split) or "train",
     )
-    split = config.split or default_heldout_split(config.data)
+    split = data.split if config.holdout else config.split or default_heldout_split(config.data)
+    met = trained_on(source.folder)
     with Task(
         data,
         config.rewards,
@@ -122,6 +131,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
         heldout_split=split,
         reward_models=config.reward_models,
         device=config.device,
+        met=frozenset() if config.allow_trained_on else met,
     ) as task:
         completions = CompletionsFile(config.output, task) if config.output else None
         policy = load_found(source, config)
@@ -155,6 +165,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
             source=source,
             split=split,
             problems=len(prompts),
+            trained_on=sum(fingerprint in met for fingerprint in task.fingerprints(task.heldout)),
             rewards=task.scorer.describe(),
             results={name: replace(result, bleu=bleus[name][0]) for name, result in results.items()},
             perplexity=_perplexity(policy, task),

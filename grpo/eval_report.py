@@ -68,6 +68,9 @@ def _shown(found: Estimate) -> str:
 def _notes(evaluation: ModelEvaluation) -> list[str]:
     source, perplexity = evaluation.source, evaluation.perplexity
     notes = [f"policy: {source.folder} ({source.meaning})"]
+    if evaluation.trained_on:
+        count = f"{evaluation.trained_on:,} of the {evaluation.problems:,} problems"
+        notes.append(f"NOT HELD OUT: the policy was trained on {count}")
     if perplexity:
         scored = f"{perplexity.tokens:,} tokens"
         scored += f", {perplexity.too_long} solutions too long" if perplexity.too_long else ""
@@ -94,6 +97,7 @@ def as_json(evaluation: ModelEvaluation) -> dict[str, Any]:
         "data": config.data,
         "split": evaluation.split,
         "problems": evaluation.problems,
+        "trained_on": evaluation.trained_on,
         "evaluations": {name: _values(result) for name, result in evaluation.results.items()},
         "interval_method": INTERVAL_METHOD,
         "gold_perplexity": perplexity and (vars(perplexity) | {"perplexity": perplexity.value}),

@@ -1,18 +1,22 @@
-"""Data for evaluation must not be trained on: what a split, a file or a row gives away."""
+"""Held out means unseen (contract 16): what must not be trained on, and what must not be evaluated after it was."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 EVALUATION_SPLITS = ("test", "heldout", "all")
+TRAINED_ON = "trained_on.txt"  # in a run folder: a fingerprint a line
 
 _NUMBERED = r"(?:[-_.]?\d+(?:[-_.]of[-_.]\d+)?)?"  # of a shard, as in test-00000-of-00001
 _EVALUATION_FILE = re.compile(rf"all|(?:.*[-_.])?(?:test|heldout){_NUMBERED}|(?:test|heldout)[-_.].*")
+_NOT_CONTENT = re.compile(r"""["'`“”‘’]|[.,:;?]+(?!\w)|\s+""")
+NAMED = 5
 # One line for each of the 1,319 test questions of GSM8K: the first 12 hex digits of the SHA-256 of its `_letters`.
 _GSM8K_TEST_QUESTIONS = Path(__file__).with_name("gsm8k_test_questions.txt")
 
@@ -50,6 +54,68 @@ def fingerprint(text: str) -> str:
     True
     """
     return hashlib.sha256(_letters(text).encode(errors="replace")).hexdigest()[:12]
+
+
+def problem_fingerprint(content: str) -> str:
+    """48 bits of a problem's content, to compare users' own data with each other.
+
+    Letter case, white space, quotation marks and the punctuation at the end of a word do not count. Operators do,
+    because 2 + 3 and 2 - 3 are two problems.
+
+    >>> problem_fingerprint("What is 2 + 3?") == problem_fingerprint("what is  2 + 3 ?")
+    True
+    >>> problem_fingerprint("2 + 3") == problem_fingerprint("2 - 3")
+    False
+    """
+    return hashlib.sha256(_NOT_CONTENT.sub("", content).casefold().encode(errors="replace")).hexdigest()[:12]
+
+
+def in_holdout(fingerprint: str, share: float, seed: int) -> bool:
+    """Whether the problem belongs to the share that is held out. Other problems, such as appended rows, change nothing.
+
+    >>> [in_holdout(f"{i:012x}", 0.25, seed=0) for i in range(6)]
+    [False, False, True, False, False, False]
+    """
+    drawn = hashlib.sha256(f"holdout/{seed}/{fingerprint}".encode()).digest()[:6]
+    return int.from_bytes(drawn) < share * 2**48
+
+
+def refuse_overlap(evaluated: Mapping[str, str], known: Mapping[str, str], what: str, way_out: str) -> None:
+    """Raises ValueError where evaluated problems are among the `known` ones. Both map fingerprints to problems' names.
+
+    `what` says what was done with the known ones, `way_out` what to do now.
+    """
+    if common := [fingerprint for fingerprint in evaluated if fingerprint in known]:
+        named = ", ".join(_pair(evaluated[fingerprint], known[fingerprint]) for fingerprint in common[:NAMED])
+        more = ", ..." if len(common) > NAMED else ""
+        raise ValueError(
+            f"{len(common)} of {len(evaluated)} problems that are to be evaluated {what}: {named}{more}. {way_out}"
+        )
+
+
+def _pair(evaluated: str, known: str) -> str:
+    return f"{evaluated} (it is {known})" if known and known != evaluated else evaluated
+
+
+def record_trained_on(run: Path, fingerprints: Iterable[str]) -> None:
+    """Write the fingerprints of all problems that the policy of this run has met in training, here and before."""
+    lines = sorted({*fingerprints, *trained_on(run)})
+    partial = run / f"{TRAINED_ON}.partial"
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
+    os.replace(partial, run / TRAINED_ON)
+
+
+def trained_on(model: str | Path) -> frozenset[str]:
+    """The fingerprints that were recorded for a policy; empty where none are known, as for a preset or a hub id.
+
+    `model` is a run, a policy or a checkpoint inside a run, or an export of one.
+    """
+    folder = Path(model)
+    places = (folder, folder / "run", folder.parent, folder.parent.parent)
+    for index, place in enumerate(places):
+        if (place / TRAINED_ON).is_file() and (index < 2 or (place / "environment.json").is_file()):
+            return frozenset((place / TRAINED_ON).read_text(encoding="ascii").split())
+    return frozenset()
 
 
 def _letters(text: str) -> str:

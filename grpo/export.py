@@ -5,6 +5,7 @@
         LICENSE ...                                          of the base, where it has one
         README.md                                            the model card: the run's own numbers
         run/config.yaml, environment.json, metrics.jsonl     what the card was made from
+        trained_on.txt                                   fingerprints of the problems that it was trained on
 
 `--adapter` writes the adapters of a LoRA run instead, in peft's format.
 """
@@ -28,6 +29,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from grpo import checkpoint
 from grpo.config import ModelOptions
+from grpo.evaluation_data import TRAINED_ON
 from grpo.model_card import Origin, model_card
 from grpo.run_policy import PolicySource, find_policy, load_found
 from policies import lora, presets
@@ -35,7 +37,7 @@ from policies.layout import WeightFiles, find_file
 from policies.policy import Policy, read_config
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
-RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl")
+RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", TRAINED_ON)
 # Leaves that peft takes for routed experts or the router in models whose experts transformers stacks.
 REINTERPRETED = {"gate_proj", "up_proj", "down_proj", "gate"}
 

@@ -24,6 +24,12 @@ class EvalConfig(ModelOptions):
     """Options of a reasoning_gym task, such as {max_animals: 4}."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first so many problems only."""
+    holdout: float | None = Field(default=None, gt=0, lt=1)
+    """Evaluate only the share of `split` (by default `train`) that a run with this `data.holdout` holds out."""
+    holdout_seed: int = 0
+    """The run's `data.holdout_seed`."""
+    allow_trained_on: bool = False
+    """Evaluate problems that the policy was trained on, too, and say how many they are. They are refused otherwise."""
     samples: int = Field(default=1, ge=0)
     """Completions per problem at the sampling temperature; above 1, pass@k and majority votes too; 0 for none."""
     greedy: bool = True
@@ -110,9 +116,12 @@ def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
     }
     if data not in (None, of_data["name"]):
         return brought
+    holdout = of_data.get("holdout")
     return brought | {
         "data": of_data["name"],
-        "split": run["eval"]["split"],
+        "split": of_data["split"] if holdout else run["eval"]["split"],
+        "holdout": holdout,
+        "holdout_seed": of_data.get("holdout_seed", 0),
         "levels": run["eval"]["levels"] or of_data["levels"],
         "task_options": of_data.get("task_options", {}),
         **{name: of_data[name] for name in ("prompt_column", "solution_column")},

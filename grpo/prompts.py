@@ -60,6 +60,17 @@ class PromptTemplate:
         messages.append({"role": "user", "content": example.question})
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
+    def content(self, example: Example) -> str:
+        """The columns that the prompt shows, without the words of the template: what makes this problem this one.
+
+        >>> PromptTemplate("Context: {context} Question: {question}").content(
+        ...     Example("0", "Who?", "Ada", {"context": "Ada wrote it.", "page": 3}))
+        'Ada wrote it.\\nWho?'
+        """
+        columns = {**example.columns, "question": example.question}
+        names = ["question"] if self.is_chat else dict.fromkeys(self._fields())
+        return "\n".join(str(columns.get(name, "")) for name in names)
+
     def _fields(self) -> list[str]:
         try:
             return [name for _, name, _, _ in string.Formatter().parse(self.format) if name is not None]

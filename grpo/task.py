@@ -5,7 +5,10 @@ Everything here is checked before a policy is loaded: a missing column or a brok
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
@@ -15,13 +18,17 @@ from grpo.batch import PackedRow, Sample
 from grpo.config import DataOptions, RewardModelOptions, RewardOptions, ScoringOptions, SftConfig, TrainConfig
 from grpo.data import Check, Example, default_heldout_split, gold_check, load_examples
 from grpo.eval_metrics import answer_reader
+from grpo.evaluation_data import in_holdout, problem_fingerprint, refuse_overlap, trained_on
 from grpo.loader import device_of
 from grpo.model_rewards import ModelRewards
 from grpo.mtp_config import MtpConfig
 from grpo.prompts import PromptTemplate, encode_prompt
+from grpo.reasoning_gym_tasks import PREFIX
 from policies.policy import Policy
 from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rollout.group import Prompt, RolloutGroup
+
+TAKE_OUT = "Take them out of one of the two"
 
 
 class Task:
@@ -40,21 +47,28 @@ class Task:
         heldout_levels: list[int] | None = None,
         reward_models: Sequence[RewardModelOptions] = (),
         device: str = "auto",
+        met: Collection[str] = frozenset(),
     ) -> None:
-        """`heldout`: how many held-out problems, None for all of them, 0 for none. `device` is the reward models'."""
-        limit = data.limit if train else data.few_shot
+        """`heldout`: how many held-out problems, None for all of them, 0 for none. `device` is the reward models'.
+
+        `met` are fingerprints of problems that the policy was trained on before. Raises ValueError where one of these,
+        a training problem or a worked example is among the held-out problems.
+        """
         check = gold_check((reward.function, reward.columns) for reward in rewards if "answer" not in reward.arguments)
-        wanted = train or limit
-        self.train = _examples(data, data.split, "train", data.levels, limit, seed, check) if wanted else []
-        self.heldout: Sequence[Example] = []
-        if heldout != 0:
-            split = heldout_split or default_heldout_split(data.name)
-            self.heldout = _examples(data, split, "eval", heldout_levels or data.levels, heldout, seed, check)
+        self.template = PromptTemplate(data.template, data.system_prompt)
+        load = partial(_examples, data, seed=seed, check=check)
+        wanted = data.limit if train else data.few_shot
+        if data.holdout:
+            both = _held_out_share(data, load, self.template, heldout_split)
+        else:
+            both = _two_splits(data, load, wanted, heldout, heldout_split, heldout_levels or data.levels)
+        self.train, self.heldout = both[0][:wanted], both[1][:heldout]
         known = self.train or self.heldout
-        self.template = PromptTemplate(data.template, data.system_prompt, self.train[: data.few_shot])
         if not self.template.is_chat:
             self.template.render(known[0])
-        self.train = self.train[data.few_shot :]
+        shown, self.train = self.train[: data.few_shot], self.train[data.few_shot :]
+        self._refuse_overlap(shown, met, data)
+        self.template = replace(self.template, few_shot=shown)
         self.solution_column = data.solution_column
         self.trainer_state: dict[str, float] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
         specs = [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
@@ -92,6 +106,7 @@ class Task:
             heldout_levels=held.levels,
             reward_models=config.reward_models,
             device=config.device,
+            met=trained_on(config.model),
         )
         try:
             task.check_counts(config)
@@ -99,6 +114,28 @@ class Task:
             task.close()
             raise
         return task
+
+    def _refuse_overlap(self, shown: Sequence[Example], met: Collection[str], data: DataOptions) -> None:
+        """Raises ValueError for an evaluated problem that training meets, and for one whose solution a prompt shows."""
+        train, shots = self.fingerprints(self.train), self.fingerprints(shown)
+        self.trained_on = frozenset({*met, *train, *shots})
+        heldout = self.fingerprints(self.heldout)
+        hold_out = "hold out a share of the training data by content (data.holdout: 0.1)"
+        for known, what, way_out in (
+            (shots, "are shown with their solutions as worked examples (few_shot)", f"{TAKE_OUT}, or {hold_out}"),
+            (train, f"are trained on too ({data.name}, {data.split})", f"{TAKE_OUT}, or {hold_out}"),
+            (dict.fromkeys(met, ""), "were trained on by the run that the model comes from", f"{TAKE_OUT}"),
+        ):
+            refuse_overlap(heldout, known, what, f"{way_out}.")
+        if both := [name for fingerprint, name in train.items() if fingerprint in shots]:
+            raise ValueError(
+                f"few_shot={data.few_shot}: the first {data.few_shot} examples are shown with their solutions, and "
+                f"{len(both)} of the others are the same problems: {', '.join(both[:5])}. Take them out of the data"
+            )
+
+    def fingerprints(self, examples: Iterable[Example]) -> dict[str, str]:
+        """The problems' fingerprints, with their ids."""
+        return {problem_fingerprint(self.template.content(e)): e.example_id for e in examples}
 
     def check_counts(self, config: SftConfig | MtpConfig) -> None:
         """Raises ValueError where a step would ask for more different examples than there are."""
@@ -181,12 +218,58 @@ class Task:
         self.close()
 
 
+def _two_splits(
+    data: DataOptions,
+    load: Callable[..., Sequence[Example]],
+    wanted: int | None,
+    heldout: int | None,
+    heldout_split: str | None,
+    heldout_levels: list[int],
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """`wanted` training examples and `heldout` others from a split of their own; None for all, 0 for none."""
+    if wanted != 0 and heldout != 0 and Path(data.name).is_file():
+        raise ValueError(
+            f"{data.name} is one file, and rows that are trained on or shown as worked examples must not be evaluated. "
+            "Hold out a share of its rows by their content (data.holdout: 0.1; --holdout 0.1 of quartet eval), or give "
+            "a folder with train.jsonl and test.jsonl"
+        )
+    train = [] if wanted == 0 else load(data.split, "train", data.levels, wanted)
+    split = heldout_split or default_heldout_split(data.name)
+    return train, [] if heldout == 0 else load(split, "eval", heldout_levels, heldout)
+
+
+def _held_out_share(
+    data: DataOptions, load: Callable[..., Sequence[Example]], template: PromptTemplate, heldout_split: str | None
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """All examples of `data.split` in two, by the content of each problem."""
+    assert data.holdout
+    if data.name == "word_problems" or data.name.startswith(PREFIX):
+        raise ValueError(f"data.holdout={data.holdout}: {data.name} has a held-out split of its own; drop data.holdout")
+    if heldout_split not in (None, data.split):
+        raise ValueError(
+            f"data.holdout={data.holdout} holds out a share of data.split={data.split}, and eval.split={heldout_split} "
+            "names another split; drop one of the two"
+        )
+    train: list[Example] = []
+    held: list[Example] = []
+    for example in load(data.split, "train", data.levels, data.limit):
+        fingerprint = problem_fingerprint(template.content(example))
+        (held if in_holdout(fingerprint, data.holdout, data.holdout_seed) else train).append(example)
+    if not train or not held:
+        raise ValueError(
+            f"data.holdout={data.holdout} holds out {len(held)} of {len(train) + len(held)} examples; use another "
+            "share, or more data"
+        )
+    return train, held
+
+
 def _examples(
     data: DataOptions,
     split: str,
     purpose: Literal["train", "eval"],
     levels: list[int],
     limit: int | None,
+    *,
     seed: int,
     check: Check | None,
 ) -> Sequence[Example]:

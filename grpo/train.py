@@ -18,6 +18,7 @@ from grpo.config import TrainConfig
 from grpo.curriculum import Curriculum
 from grpo.distributed import ALONE, Ranks
 from grpo.evaluate import Evaluation, evaluate_run, measure_speed
+from grpo.evaluation_data import record_trained_on
 from grpo.learner import Learner
 from grpo.loader import check_options, load_policy, sampling_params
 from grpo.metrics import rollout_metrics
@@ -90,6 +91,7 @@ class Trainer:
                 resume_step=(self.saved.step if self.saved else 0) if self.resuming else None,
             )
             record_rewards(self.run_log, self.task.scorer.describe())
+            record_trained_on(self.output_dir, self.task.trained_on)
         except BaseException:
             self.task.close()
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,11 +63,25 @@ class Template:
             worked.add(result)
         return list(drawn)
 
-    def render(self, operands: Sequence[int], name: str, things: str) -> tuple[str, str]:
-        """Question and answer; the answer ends `#### N`."""
+    @cached_property
+    def asked(self) -> list[str]:
+        """The letters whose numbers the question gives, in its order.
+
+        >>> Template("give", "{x} less {b}?", ("{x} - {b} = {y}",), given=("{a} + {b} = {x}",)).asked
+        ['x', 'b']
+        """
+        return [field for _, field, _, _ in string.Formatter().parse(self.question) if field and len(field) == 1]
+
+    def numbers(self, operands: Sequence[int]) -> dict[str, int]:
+        """The number of every letter: the operands, and what the equations result in."""
         numbers = dict(zip(self.operands, operands, strict=True))
         for left, sign, right, result in self.equations:
             numbers[result] = _OPERATORS[sign](numbers[left], numbers[right])
+        return numbers
+
+    def render(self, operands: Sequence[int], name: str, things: str) -> tuple[str, str]:
+        """Question and answer; the answer ends `#### N`."""
+        numbers = self.numbers(operands)
         words = {"name": name, "He": PRONOUNS[name], "things": things, **numbers}
         lines = [step.format_map(words) for step in self.steps]
         return self.question.format_map(words), "\n".join([*lines, f"#### {numbers[self.equations[-1][-1]]}"])

@@ -2,18 +2,18 @@
 
 | level | steps | templates | quantities | multipliers | train problems | held-out problems |
 |-------|-------|-----------|------------|-------------|----------------|-------------------|
-| 1     | 1     | 4         | 2–9        | 2–5         | 7,168          | 1,024             |
-| 2     | 2     | 6         | 2–9        | 2–5         | 86,016         | 12,288            |
-| 3     | 2     | 8         | 2–20       | 2–9         | 161,728        | 23,104            |
-| 4     | 3     | 6         | 2–50       | 2–9         | 6,453,888      | 921,984           |
+| 1     | 1     | 4         | 2–9        | 2–5         | 6,912          | 1,280             |
+| 2     | 2     | 6         | 2–9        | 2–5         | 85,632         | 12,288            |
+| 3     | 2     | 8         | 2–20       | 2–9         | 165,888        | 18,944            |
+| 4     | 3     | 6         | 2–50       | 2–9         | 6,445,824      | 930,048           |
 
 Counts are of distinct problems. A number that has to fit, such as the 12 of "12 apples shared among 3
 friends", is worked out from operands in these ranges and may be larger. Every number of every problem is an
 integer of at least 2, which keeps all plurals right.
 
-A problem is its template, its things, its operands and its name. A stable hash of the first three picks the
-one name that is held out for them; the other seven names make training problems. So no problem is in both
-splits, whatever the seed. What is held out is the problem, not the arithmetic: 3 + 4 is met in both.
+The numbers of its question decide whether a problem is held out, whatever its template, name, things, level and
+seed. So the numbers of a held-out problem are never met in training, not even in another order or another story.
+Its single equations may be: 3 + 4 = 7 can be one step of a training problem that has a third number.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
 from grpo.word_problem_templates import LEVELS, NAMES, THINGS, Template
 
 SPLITS = ("train", "heldout")
+SALT = 256  # of the first 300, it spreads the held-out numbers most evenly over the templates of levels 1 and 2
 
 
 def word_problems(split: str, levels: Sequence[int], seed: int = 0, *, count: int = 20_000) -> list[dict[str, Any]]:
@@ -55,53 +56,38 @@ def word_problems(split: str, levels: Sequence[int], seed: int = 0, *, count: in
     return list(islice(chain.from_iterable(rounds), count))
 
 
-def count_problems(split: str, level: int) -> int:
-    """Distinct problems of a level: its templates take turns, so the one with the fewest sets the count.
+def is_held_out(numbers: Iterable[int]) -> bool:
+    """Whether the problems whose questions give these numbers, in any order, are held out: about one in eight.
 
-    >>> count_problems("heldout", 1)
-    1024
+    The answer is the same for every template, name and thing, for every level and seed, and on every machine.
     """
-    templates = LEVELS[level].templates
-    return len(templates) * min(_num_cards(split, level, template) for template in templates)
-
-
-def heldout_name(template: str, things: str, operands: Sequence[int]) -> str:
-    """The one name whose problem with this content is held out, on every machine and for every seed."""
-    content = f"{template}/{things}/{','.join(map(str, operands))}"
-    return NAMES[hashlib.sha256(content.encode()).digest()[0] % len(NAMES)]
+    content = f"{SALT}:{','.join(map(str, sorted(numbers)))}"
+    return hashlib.sha256(content.encode()).digest()[0] % 8 == 0
 
 
 def _problems(split: str, level: int, seed: int) -> Iterator[dict[str, Any]]:
     """All problems of a level in the order of the seed, until one of its templates has no more."""
     templates = LEVELS[level].templates
-    orders = (
-        _shuffled(_num_cards(split, level, template), f"{split}/{level}/{template.name}/{seed}")
-        for template in templates
-    )
-    for cards in zip(*orders, strict=False):
-        for template, card in zip(templates, cards, strict=True):
-            yield _problem(split, level, template, card)
+    orders = (_of_template(split, level, template, seed) for template in templates)
+    for problems in zip(*orders, strict=False):
+        yield from problems
 
 
-def _num_cards(split: str, level: int, template: Template) -> int:
-    contents = len(THINGS) * math.prod(map(len, LEVELS[level].operand_ranges(template)))
-    return contents if split == "heldout" else contents * (len(NAMES) - 1)
-
-
-def _problem(split: str, level: int, template: Template, card: int) -> dict[str, Any]:
-    """Problem number `card` of a template: the number's mixed-radix digits are things, operands, name."""
-    card, digit = divmod(card, len(THINGS))
-    things = THINGS[digit]
-    operands = []
-    for values in LEVELS[level].operand_ranges(template):
-        card, digit = divmod(card, len(values))
-        operands.append(values[digit])
-    name = heldout_name(template.name, things, operands)
-    if split == "train":
-        name = [other for other in NAMES if other != name][card]
-    question, answer = template.render(operands, name, things)
-    problem_id = f"word_problems/{level}/{template.name}/{name}-{things}-{'-'.join(map(str, operands))}"
-    return {"question": question, "answer": answer, "level": level, "id": problem_id}
+def _of_template(split: str, level: int, template: Template, seed: int) -> Iterator[dict[str, Any]]:
+    """The template's problems that are in the split. Problem number `card` has its mixed-radix digits as parts."""
+    parts = [THINGS, NAMES, *LEVELS[level].operand_ranges(template)]
+    for card in _shuffled(math.prod(map(len, parts)), f"{split}/{level}/{template.name}/{seed}"):
+        chosen: list[Any] = []
+        for part in parts:
+            card, digit = divmod(card, len(part))
+            chosen.append(part[digit])
+        things, name, *operands = chosen
+        numbers = template.numbers(operands)
+        if is_held_out(numbers[letter] for letter in template.asked) != (split == "heldout"):
+            continue
+        question, answer = template.render(operands, name, things)
+        problem_id = f"word_problems/{level}/{template.name}/{name}-{things}-{'-'.join(map(str, operands))}"
+        yield {"question": question, "answer": answer, "level": level, "id": problem_id}
 
 
 def _shuffled(size: int, key: str) -> Iterator[int]:

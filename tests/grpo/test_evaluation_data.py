@@ -148,4 +148,4 @@ def test_neither_training_nor_worked_examples_of_a_task_may_come_from_it(tmp_pat
     path.write_text(json.dumps({"question": EGGS, "answer": "#### 18"}) + "\n")
     data = DataOptions(name=str(path), few_shot=1)
     with pytest.raises(ValueError, match=REFUSED):
-        Task(data, [RewardOptions(function="gsm8k")], ScoringOptions(), train=train, heldout=1)
+        Task(data, [RewardOptions(function="gsm8k")], ScoringOptions(), train=train)

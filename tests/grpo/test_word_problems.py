@@ -1,21 +1,13 @@
 import re
+from itertools import product
 
 import pytest
 
 from grpo.word_problem_templates import LEVELS, NAMES, THINGS, Template
-from grpo.word_problems import count_problems, heldout_name, word_problems
+from grpo.word_problems import is_held_out, word_problems
 
 EVERY_PROBLEM = 10**9
-COUNTS = {
-    ("train", 1): 7_168,
-    ("heldout", 1): 1_024,
-    ("train", 2): 86_016,
-    ("heldout", 2): 12_288,
-    ("train", 3): 161_728,
-    ("heldout", 3): 23_104,
-    ("train", 4): 6_453_888,
-    ("heldout", 4): 921_984,
-}
+COUNTS = {("train", 1): 6_912, ("heldout", 1): 1_280, ("train", 2): 85_632, ("heldout", 2): 12_288}
 
 
 def some_of_every_level(split, count=2_000, seed=0):
@@ -109,39 +101,54 @@ def test_pronouns_follow_the_name():
         assert not re.search(rf"\b{wrong}\b", problem["question"]), problem
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_no_problem_is_in_both_splits_every_problem(level):
-    train = {problem["question"] for problem in word_problems("train", [level], 0, count=EVERY_PROBLEM)}
-    heldout = {problem["question"] for problem in word_problems("heldout", [level], 7, count=EVERY_PROBLEM)}
-    assert (len(train), len(heldout)) == (COUNTS["train", level], COUNTS["heldout", level])
-    assert not train & heldout
+def content(problem):
+    """Template and numbers without name and things: what is left when a problem is told of somebody else."""
+    return problem["id"].split("/")[2], *integers(problem["question"])
 
 
-def test_no_problem_is_in_both_splits_any_level_any_seed():
-    train = {p["question"] for seed in range(3) for p in some_of_every_level("train", 6_000, seed)}
-    heldout = {p["question"] for seed in range(3) for p in some_of_every_level("heldout", 6_000, seed)}
-    assert len(train) > 40_000
-    assert len(heldout) > 30_000
-    assert not train & heldout
+@pytest.mark.parametrize("levels", [[1], [2], [1, 2]])
+def test_contract_16_held_out_means_unseen_under_every_name_every_problem(levels):
+    """The numbers of a held-out problem are in no training problem of any template, name, thing, seed and order."""
+    train = word_problems("train", levels, 0, count=EVERY_PROBLEM)
+    heldout = word_problems("heldout", levels, 7, count=EVERY_PROBLEM)
+    if len(levels) == 1:
+        assert (len(train), len(heldout)) == (COUNTS["train", *levels], COUNTS["heldout", *levels])
+    assert not {problem["question"] for problem in train} & {problem["question"] for problem in heldout}
+    assert not {content(problem) for problem in train} & {content(problem) for problem in heldout}
+    met = {tuple(sorted(integers(problem["question"]))) for problem in train}
+    assert not met & {tuple(sorted(integers(problem["question"]))) for problem in heldout}
 
 
-def test_the_held_out_name_is_a_function_of_the_content():
-    for problem in some_of_every_level("heldout", count=200):
-        _, _, template, content = problem["id"].split("/")
-        name, things, *operands = content.split("-")
-        assert name == heldout_name(template, things, [int(operand) for operand in operands])
+def test_contract_16_held_out_means_unseen_under_every_name_any_level_any_seed():
+    train = [p for seed in range(3) for p in some_of_every_level("train", 6_000, seed)]
+    heldout = [p for seed in range(3) for p in some_of_every_level("heldout", 1_000, seed)]
+    met = {tuple(sorted(integers(problem["question"]))) for problem in train}
+    unmet = {tuple(sorted(integers(problem["question"]))) for problem in heldout}
+    assert len(met) > 10_000
+    assert len(unmet) > 1_000
+    assert not met & unmet
+
+
+def test_the_numbers_alone_decide_what_is_held_out():
     # pinned: another hash would let a saved policy be tested on problems that it was trained on
-    assert [heldout_name("buys", things, [3, 4]) for things in THINGS[:4]] == ["Emma", "Henry", "Henry", "Anna"]
+    pairs = [(a, b) for a in range(2, 10) for b in range(a, 10)]
+    assert [pair for pair in pairs if is_held_out(pair)] == [(2, 4), (2, 6), (3, 8), (4, 7), (9, 9)]
+    assert all(is_held_out((b, a)) == is_held_out((a, b)) for a, b in pairs)
 
 
-def test_held_out_names_are_spread_evenly():
-    names = [problem["id"].split("/")[3].split("-")[0] for problem in word_problems("heldout", [2], count=8_000)]
-    assert all(800 < names.count(name) < 1_200 for name in NAMES)
+def test_about_one_problem_in_eight_of_every_template_is_held_out():
+    for level in (1, 2):
+        for template in LEVELS[level].templates:
+            numbers = map(template.numbers, product(*LEVELS[level].operand_ranges(template)))
+            held = [is_held_out(known[letter] for letter in template.asked) for known in numbers]
+            assert 0.12 < sum(held) / len(held) < 0.16, template.name
 
 
-@pytest.mark.parametrize(("split", "level"), COUNTS)
-def test_counts_are_as_documented(split, level):
-    assert count_problems(split, level) == COUNTS[split, level]
+def test_names_and_things_take_part_in_both_splits():
+    for split in ("train", "heldout"):
+        questions = [problem["question"] for problem in word_problems(split, [2], count=8_000)]
+        for word in (*NAMES, *THINGS):
+            assert 700 < sum(word in question for question in questions) < 1_800, (split, word)
 
 
 @pytest.mark.parametrize(("level", "quantity", "multiplier"), [(1, 9, 5), (2, 9, 5), (3, 20, 9), (4, 50, 9)])
@@ -167,15 +174,15 @@ def test_a_problem_depends_on_split_levels_seed_and_index_alone():
 def test_the_same_problems_on_every_machine():
     assert word_problems("heldout", [4], count=1) == [
         {
-            "question": "Frank has 2 bags of 8 cards and 4 boxes of 7 cards. How many cards does Frank have in all?",
+            "question": "Ben has 4 bags of 25 apples and 8 boxes of 22 apples. How many apples does Ben have in all?",
             "answer": (
-                "The bags hold 2 * 8 = 16 cards.\n"
-                "The boxes hold 4 * 7 = 28 cards.\n"
-                "In all there are 16 + 28 = 44 cards.\n"
-                "#### 44"
+                "The bags hold 4 * 25 = 100 apples.\n"
+                "The boxes hold 8 * 22 = 176 apples.\n"
+                "In all there are 100 + 176 = 276 apples.\n"
+                "#### 276"
             ),
             "level": 4,
-            "id": "word_problems/4/bags_boxes/Frank-cards-2-8-4-7",
+            "id": "word_problems/4/bags_boxes/Ben-apples-4-25-8-22",
         }
     ]
 
@@ -188,7 +195,7 @@ def test_levels_and_templates_take_turns():
 
 
 def test_an_exhausted_level_ends_the_mixture():
-    assert len(word_problems("heldout", [1, 2], count=EVERY_PROBLEM)) == 2 * 1_024
+    assert len(word_problems("heldout", [1, 2], count=EVERY_PROBLEM)) == 2 * 1_280
 
 
 def test_every_step_of_every_template_has_its_equation():
