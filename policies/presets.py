@@ -38,7 +38,7 @@ PRESETS: dict[str, dict] = {
 }
 
 
-def small_tokenizer(corpus: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+def small_tokenizer(corpus: Iterable[str], vocab_size: int = 640) -> PreTrainedTokenizerFast:
     """A byte-level BPE learned from `corpus`; a number up to 999 is one piece, a token if frequent."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -58,7 +58,7 @@ def small_tokenizer(corpus: Iterable[str], vocab_size: int = 512) -> PreTrainedT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
 
 
-def build(preset: str, corpus: Iterable[str], seed: int = 0, vocab_size: int = 512) -> Policy:
+def build(preset: str, corpus: Iterable[str], seed: int = 0, vocab_size: int = 640) -> Policy:
     """A fresh policy. `corpus`: text of the kind it will read, for the tokenizer; `seed` fixes the weights."""
     tokenizer = small_tokenizer(corpus, vocab_size)
     config = DeepseekV3Config(
