@@ -185,11 +185,12 @@ def test_contract_16_a_run_remembers_what_it_was_trained_on(trained_run, tmp_pat
     show(found, Console(width=80))
     assert "NOT HELD OUT: the policy was trained on 1 of the 3 problems" in capsys.readouterr().out
 
+    write_rows(tmp_path / "next/train.jsonl", range(60, 70))
+    write_rows(tmp_path / "next/test.jsonl", [4, 80])
+    given = {"output_dir": str(tmp_path / "r"), "model": str(trained_run / "policy"), "eval.limit": 2}
+    config = load(TrainConfig, None, given | {"data.name": str(tmp_path / "next")})
     with pytest.raises(ValueError, match="1 of 2 .* were trained on by the run that the model comes from"):
-        write_rows(tmp_path / "next/train.jsonl", range(60, 70))
-        write_rows(tmp_path / "next/test.jsonl", [4, 80])
-        given = {"output_dir": str(tmp_path / "r"), "model": str(trained_run / "policy"), "eval.limit": 2}
-        Task.of(load(TrainConfig, None, given | {"data.name": str(tmp_path / "next")}))
+        Task.of(config)
 
 
 def test_contract_16_worked_examples_count_as_met(trained_run):
