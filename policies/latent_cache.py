@@ -136,10 +136,15 @@ class LatentCache:
         )
 
     def plan(self, new: int) -> None:
-        """Make room for `new` tokens a row behind each row's own length and fix who may attend to whom."""
+        """Make room for `new` tokens a row after each row's own length and fix who may attend to whom.
+
+        A row may be given more tokens than it has room for, where rows of a batch have ended or are about to, and
+        others still read many. What passes its room goes to its last entry, never into the next row; that entry must
+        hold nothing that the row keeps.
+        """
         device = self.lengths_R.device
         steps_S = torch.arange(new, device=device)
-        at_RS = self.lengths_R[:, None] + steps_S
+        at_RS = (self.lengths_R[:, None] + steps_S).clamp(max=self.capacity - 1)
         # In steps of sixteen: temporary tensors that grow with every token leave a gap in the heap with every token.
         self._reach = min(self.capacity, -(-(int(self.lengths_R.max()) + new) // 16) * 16)
         self._flat = (torch.arange(self.rows, device=device)[:, None] * self.capacity + at_RS).reshape(-1)

@@ -114,6 +114,24 @@ def test_the_heads_cache_hides_the_first_entry_of_every_prompt():
     torch.testing.assert_close(out[3, 0], attend_by_hand(query[3, 0], own[3]))
 
 
+@pytest.mark.parametrize("full", [0, 1, 2])
+def test_a_row_without_room_writes_into_no_other_row(full):
+    """Also in the last place of the batch, where it would write outside the cache."""
+    torch.manual_seed(0)
+    rows = Rows(make(3, capacity=8), [[], [], []])
+    others = [r for r in range(3) if r != full]
+    rows.step(2, [2, 2, 2])
+    rows.step(4, [4 if r == full else 1 for r in range(3)])
+    query, vectors = torch.randn(2, 3, 4, HEADS, WIDTH), torch.randn(2, 3, 4, WIDTH)
+    rows.cache.plan(4)  # the full row has six entries of eight
+    for layer in range(2):
+        assert rows.cache.attend(layer, query[layer], vectors[layer]).isfinite().all()
+    rows.cache.advance(torch.tensor([0 if r == full else 1 for r in range(3)]))
+    for r in others:
+        rows.seen[r] += vectors[:, r, :1].unbind(1)
+    rows.step(1, [1, 1, 1])  # what each of them had kept is still there
+
+
 def test_a_prompt_is_stored_once_and_forgotten_with_its_last_row():
     cache = make(3, capacity=9)
     cache.plan(4)

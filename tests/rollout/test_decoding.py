@@ -2,14 +2,16 @@
 
 import math
 import pickle
+import random
 from dataclasses import replace
 
 import pytest
 import torch
-from test_engine import PARAMS, PROMPTS, completions, taught, tokens
+from test_engine import PARAMS, PROMPTS, completions, prompts_of, taught, tokens, unrolled_logits
 
 from policies.moe import RoutingRecorder
 from policies.policy import Policy
+from rollout import drafter
 from rollout.decoding import Decoding
 from rollout.draft_depth import CostTable, DepthController
 from rollout.engine import Engine, RolloutError
@@ -90,6 +92,51 @@ def test_contract_3_any_sequence_of_depths_gives_the_same_tokens(policy, plain, 
         assert len(set(asked)) > 1
         late = [c for c in completions(groups) if len(c.token_ids) > 25]
         assert sum(sum(c.draft.accepted) for c in late) > 0
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize(("pattern", "share"), [([8] * 4 + [0] * 25 + [8], 0.0), ([0, 8, 0, 0, 5], 0.1), ([8], 0.5)])
+def test_rows_that_end_far_apart_leave_each_others_entries_alone(policy, monkeypatch, group_size, pattern, share):
+    """Some rows accept every draft and end early, the others a `share` of them, and drafting pauses meanwhile.
+    The head then reads more tokens of a late row than an early row has room for. Every draft of a row that goes on is
+    still what the unrolled head says."""
+    rng = random.Random(0)
+    prompts = prompts_of(*(rng.randrange(12, 20) for _ in range(32 // group_size)))
+    params = replace(PARAMS, stop_token_ids=(), group_size=group_size, draft_tokens=None)
+    token_ids = tokens(Engine(policy).sample(prompts, replace(params, draft_tokens=0)))
+    early = rng.sample(range(32), 3)  # fewer than the eighth of the batch at which ended rows leave
+    asked, calls, logits, draft, choose = [], [], [], drafter.Drafter.draft, drafter.pick
+
+    def pick_depth(controller, rows, most):
+        calls.append(min(pattern[len(calls) % len(pattern)], most))
+        return calls[-1]
+
+    def pick_token(logits_RV, *rest):
+        logits.append(logits_RV)
+        return choose(logits_RV, *rest)
+
+    def draft_and_change(self, live, depth, noise):
+        """Notes the head's drafts; what is verified instead is right for early rows, and a share of the others."""
+        logits.clear()
+        drafts, confident = draft(self, live, depth, noise)
+        changed = drafts.clone()
+        for r in live.alive.nonzero()[:, 0].tolist():
+            row, count = int(live.index[r]), int(live.count[r])
+            asked.append((row, count, drafts[r].tolist(), torch.stack([step[r] for step in logits])))
+            right = token_ids[row][count : count + depth]
+            changed[r, : len(right)] = torch.tensor(right)
+            if row not in early and rng.random() >= share:
+                changed[r, 0] = (changed[r, 0] + 1) % 250
+        return changed, confident
+
+    monkeypatch.setattr(DepthController, "pick", pick_depth)
+    monkeypatch.setattr(drafter, "pick", pick_token)
+    monkeypatch.setattr(drafter.Drafter, "draft", draft_and_change)
+    engine = Engine(policy, costs=CostTable(rows=[1], rounds=[[1.0] * 9]))
+    assert tokens(engine.sample(prompts, params)) == token_ids
+    for row, count, drafts, said in asked[:: 1 + len(asked) // 60] + asked[-10:]:
+        expected = unrolled_logits(policy, prompts[row // group_size], token_ids[row][:count], drafts)
+        torch.testing.assert_close(said, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("max_rows", [8, 256])

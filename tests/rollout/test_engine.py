@@ -160,6 +160,16 @@ def test_contract_3_a_head_that_is_broken_costs_no_token(random_policy):
 
 
 @torch.no_grad()
+def unrolled_logits(policy: Policy, prompt: Prompt, verified: list[int], drafts: list[int]) -> torch.Tensor:
+    """[k, V]: what the unrolled head, as training sees it, says of each of these drafts after the verified tokens."""
+    mini = collate([PackedRow(prompt.token_ids, [Sample(0, verified + drafts)])], CPU)
+    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
+    before = hidden.gather(1, mini.before[..., None].expand_as(hidden))
+    outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, len(drafts))
+    entry = len(prompt.token_ids) + len(verified) - 1  # of the newest verified token
+    return torch.stack([output[0, entry] for output in outputs]) @ policy.lm_head.T
+
+
 def test_drafts_are_what_the_trained_head_says_behind_the_verified_tokens(engine, policy, monkeypatch):
     """Every draft of ragged rows that come and go, against the unrolled head as training sees it: same tokens, same
     noise. A wrong position, cache or hidden state would cost acceptance and no token, so nothing else would notice."""
@@ -178,12 +188,7 @@ def test_drafts_are_what_the_trained_head_says_behind_the_verified_tokens(engine
     for row, count, drafts in asked:
         verified = rows[row].token_ids[:count]
         prompt, sample = PROMPTS[row // PARAMS.group_size], row % PARAMS.group_size
-        mini = collate([PackedRow(prompt.token_ids, [Sample(0, verified + drafts)])], CPU)
-        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
-        before = hidden.gather(1, mini.before[..., None].expand_as(hidden))
-        outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, len(drafts))
-        entry = len(prompt.token_ids) + len(verified) - 1  # of the newest verified token
-        logits = torch.stack([output[0, entry] for output in outputs]) @ policy.lm_head.T
+        logits = unrolled_logits(policy, prompt, verified, drafts)
         key = torch.tensor([row_key(PARAMS, prompt.prompt_id, sample)], dtype=torch.int32)
         noise = Noise(key, len(verified) + torch.arange(len(drafts)), logits.shape[1])
         assert drafts == choose(logits, PARAMS.temperature, noise)[0].tolist()
