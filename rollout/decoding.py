@@ -134,6 +134,9 @@ class Decoding:
         hidden = trunk(token_ids, torch.arange(longest, device=self.device).expand_as(token_ids), cache)
         if self.params.record_routing:
             routing = trunk.routing().view(*token_ids.shape, *trunk.routing().shape[1:])
+            if self.routing is None:
+                shape = len(self.token_ids), self.room, *routing.shape[2:]
+                self.routing = torch.full(shape, -1, dtype=torch.int16, device=self.device)
             for i, row, length in zip(chunk, routing, lengths.tolist(), strict=True):
                 self.prompt_routing[i] = row[:length].to(torch.int16).cpu()
         cache.advance(lengths)
@@ -274,9 +277,7 @@ class Decoding:
     def _note_routing(self, live: Rows, new: int) -> None:
         experts = self.trunk.routing()
         experts = experts.view(-1, new, *experts.shape[1:])
-        if self.routing is None:
-            shape = len(self.token_ids), self.room, *experts.shape[2:]
-            self.routing = torch.full(shape, -1, dtype=torch.int16, device=self.device)
+        assert self.routing is not None  # since the prefill
         at = live.index[:, None], (live.count - 1)[:, None] + self.steps[:new]
         self.routing[at] = experts.to(torch.int16)
 
@@ -294,7 +295,11 @@ class Decoding:
         token_ids, logprobs, depths = self.token_ids.tolist(), self.logprobs.tolist(), self.depths.tolist()
         stopped, aborted = self.stopped.tolist(), self.aborted.tolist()
         stats = zip(*(x.tolist() for x in (self.forwards, self.drafted, self.accepted, self.fallbacks)), strict=True)
-        routing = None if self.routing is None else self.routing.cpu()
+        routing = None
+        if self.routing is not None:
+            routing = self.routing.cpu()
+            # No token follows the last one, so it was not read for one: its place holds some draft's experts, or none.
+            routing[torch.arange(len(routing)), self.counts.cpu() - 1] = -1
         completions = []
         for row, (count, (forwards, drafted, accepted, fallbacks)) in enumerate(
             zip(self.counts.tolist(), stats, strict=True)

@@ -13,7 +13,9 @@ from grpo.train import Trainer
 from policies.moe import RoutingRecorder
 from policies.routing_replay import RoutingReplay
 from rewards.group_score import GroupScore
+from rollout.engine import Engine
 from rollout.group import Completion, Prompt, RolloutGroup
+from rollout.sampling import SamplingParams
 
 CPU = torch.device("cpu")
 SCORES = [GroupScore([1.0, 0.0], {"exact": [1.0, 0.0]})]
@@ -141,6 +143,20 @@ def test_values_come_from_the_replayed_forward(sampler):
         values.append(torch.tensor([v for sample in batch.rows[0].samples for v in sample.values]))
     torch.testing.assert_close(values[0], values[1], rtol=0, atol=1e-4)
     assert values[0].abs().max() > 0.01
+
+
+def test_balance_counts_no_experts_of_drafts_that_were_not_taken(sampler):
+    """Sampler and learner are one policy here, so that replay must not change how often an expert is counted."""
+    params = SamplingParams(group_size=4, max_completion_tokens=12, draft_tokens=3, record_routing=True)
+    prompts = [Prompt(f"p/{i}", "", [5 + i, 6, 7]) for i in range(4)]
+    groups = Engine(sampler).sample(prompts, params)
+    scores = [GroupScore([1.0, 0.0, 0.0, 1.0], {})] * len(groups)
+    counts = []
+    for replay in (True, False):
+        learner = _learner(copy.deepcopy(sampler), replay)
+        learner.step(learner.prepare(groups, scores), 1)
+        counts.append(learner.balancer.counts)
+    assert torch.equal(counts[0], counts[1])
 
 
 def test_an_engine_that_records_nothing_is_named(sampler):

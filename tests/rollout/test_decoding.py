@@ -220,6 +220,22 @@ def test_the_experts_noted_are_those_the_stock_model_uses(policy, draft_tokens):
             assert completion.routing.shape == used[length:].shape
 
 
+@pytest.mark.parametrize("draft_tokens", [0, 3, 8, None])
+def test_the_last_token_of_a_completion_has_no_experts(policy, draft_tokens):
+    """It is never read for its own sake: what was read in its place is a draft, or it again after its row had ended."""
+    engine = Engine(policy, max_rows=9, costs=CHEAP)
+    params = replace(PARAMS, draft_tokens=draft_tokens, record_routing=True)
+    for completion in completions(engine.sample(PROMPTS, params)):
+        assert (completion.routing[-1] == -1).all()
+        assert (completion.routing[:-1] >= 0).all()
+
+
+def test_completions_of_one_token_have_no_experts_and_their_prompts_have(policy):
+    for group in Engine(policy).sample(PROMPTS, replace(PARAMS, max_completion_tokens=1, record_routing=True)):
+        assert all(completion.routing.tolist() == [[[-1, -1]]] for completion in group.completions)
+        assert (group.prompt_routing >= 0).all()
+
+
 # ---- failures ----
 
 
