@@ -5,7 +5,7 @@ Shapes: P prompts with a group of G completions each, K reward functions, B comp
 A reward of None or NaN means that the sample abstained or was dropped (or fills up a shorter group). It takes no
 part in any mean or std, and its advantage is 0. A group whose remaining rewards are all equal, or fewer than two,
 is *tied*: group-relative estimators give it exactly 0, not the rounding residue of `rewards - mean` divided by a
-std of almost nothing.
+std of almost nothing. Equal means the same up to rounding (`tied`), here and wherever else a tie is asked for.
 
 Conventions are TRL's: std divides by n - 1, and EPSILON is added to it. Arithmetic is fp64, results are fp32.
 """
@@ -23,6 +23,7 @@ Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 Rewards: TypeAlias = Tensor | Sequence[Sequence[float | None]]
 
 EPSILON = 1e-4
+RELATIVE, ABSOLUTE = 1e-6, 1e-8  # how far apart rewards may be that are the same up to fp32 rounding
 
 
 def group_relative(rewards_PG: Rewards, scale_rewards: ScaleRewards = "group") -> tuple[Tensor, Tensor]:
@@ -66,7 +67,8 @@ def multi_objective(
     "sum_then_normalize": Â = group_relative(Σ_k w_k R_k, scale_rewards).
     "normalize_then_sum" (GDPO, arXiv:2601.05242): every reward is made group-relative on its own, so that one with
     a small spread still counts; the weighted sum is then normalised over the batch, whatever `scale_rewards` is.
-    A reward that abstained adds nothing to its sample; a sample abstains when all of its rewards do.
+    A reward that abstained adds nothing to its sample; a sample abstains when all of its rewards do. A group is tied
+    when its sums Σ_k w_k R_k are, in both cases, and then gets 0 even if its rewards differ one by one.
 
     >>> right_and_short = [[[1, 0.1], [1, 0.3], [0, 0.2]]]          # one group of 3, two rewards
     >>> multi_objective(right_and_short, [1, 1])[0]                 # R = 1.1, 1.3, 0.2
@@ -79,14 +81,14 @@ def multi_objective(
         raise ValueError(f"{len(reward_weights)} reward_weights for {rewards_PGK.shape[-1]} rewards; give one each")
     weights_K = torch.tensor(reward_weights, dtype=torch.float64, device=rewards_PGK.device)
     abstained_PG = rewards_PGK.isnan().all(dim=-1)
+    score_PG = (rewards_PGK * weights_K).nansum(dim=-1).masked_fill(abstained_PG, torch.nan)
     match multi_objective_aggregation:
         case "sum_then_normalize":
-            total_PG = (rewards_PGK * weights_K).nansum(dim=-1).masked_fill(abstained_PG, torch.nan)
-            return group_relative(total_PG, scale_rewards)
+            return group_relative(score_PG, scale_rewards)
         case "normalize_then_sum":
             parts_KPG = torch.stack([group_relative(rewards_PG)[0] for rewards_PG in rewards_PGK.unbind(-1)])
             total_PG = torch.einsum("kpg,k->pg", parts_KPG.double(), weights_K).masked_fill(abstained_PG, torch.nan)
-            tied_P = tied_groups(total_PG)
+            tied_P = tied_groups(score_PG)
             return _zero_where(tied_P, _normalize(total_PG)), tied_P
         case unknown:
             known = "'sum_then_normalize' or 'normalize_then_sum'"
@@ -145,7 +147,8 @@ def rank_softmax_weights(returns_PG: Rewards, temperature: float = 1.0) -> Tenso
     """
     returns_PG = _as_tensor(returns_PG)
     this_PG1, other_P1G = returns_PG[:, :, None], returns_PG[:, None, :]
-    rank_PG = (other_P1G < this_PG1).sum(-1) + ((other_P1G == this_PG1).sum(-1) - 1) / 2
+    equal_PGG = _same(other_P1G, this_PG1)
+    rank_PG = ((other_P1G < this_PG1) & ~equal_PGG).sum(-1) + (equal_PGG.sum(-1) - 1) / 2
     rank_PG = rank_PG.masked_fill(returns_PG.isnan(), -torch.inf)
     return (rank_PG / temperature).softmax(dim=1).nan_to_num(nan=0.0).float()
 
@@ -200,11 +203,24 @@ def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def tied_groups(rewards_PG: Rewards) -> Tensor:
-    """[P] bool: groups with fewer than two rewards, or with rewards that are equal up to fp32 rounding."""
+    """[P] bool: groups with fewer than two rewards, or with rewards that are all equal up to fp32 rounding."""
     rewards_PG = _as_tensor(rewards_PG)
     highest_P = rewards_PG.nan_to_num(nan=-torch.inf).amax(dim=1)
     lowest_P = rewards_PG.nan_to_num(nan=torch.inf).amin(dim=1)
-    return (lowest_P >= highest_P) | torch.isclose(lowest_P, highest_P, rtol=1e-6, atol=1e-8)
+    return (lowest_P >= highest_P) | _same(lowest_P, highest_P)
+
+
+def tied(rewards: Sequence[float | None]) -> bool:
+    """`tied_groups` of one group.
+
+    >>> tied([0.1 + 0.2, 0.3, None]), tied([0.3, 0.3001])
+    (True, False)
+    """
+    return bool(tied_groups([rewards])[0])
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).abs() <= ABSOLUTE + RELATIVE * torch.maximum(a.abs(), b.abs())
 
 
 def _as_tensor(rewards: Any) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo.config import TrainConfig
 from grpo.curriculum import Curriculum, completion_tokens, draft_depth
 from grpo.dynamic_sampling import Drawn, draw_groups
+from grpo.evaluate import is_correct
 from grpo.task import Task
 from rewards.group_score import GroupScore
 from rollout.group import Prompt, RolloutGroup
@@ -87,4 +88,4 @@ class Collector:
     def _pass_rate(self, score: GroupScore) -> float:
         """Share of a group's completions with full marks; without a mark it has none."""
         marks = score.parts[self.task.first_reward]
-        return fmean(mark is not None and mark >= self.task.full_marks for mark in marks)
+        return fmean(is_correct(self.task, mark) or False for mark in marks)

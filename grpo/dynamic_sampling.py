@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from grpo.advantages import tied
 from rewards.group_score import GroupScore
 from rollout.group import Prompt, RolloutGroup
 
@@ -46,8 +47,8 @@ class Drawn:
 
 
 def is_tied(score: GroupScore) -> bool:
-    """Every score of the group is the same, or there are fewer than two."""
-    return len({reward for reward in score.rewards if reward is not None}) < 2
+    """Every score of the group is the same up to rounding, or there are fewer than two; see advantages.tied."""
+    return tied(score.rewards)
 
 
 def draw_groups(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
+from grpo.advantages import tied
 from grpo.eval_metrics import Estimate, estimate, majority_at_k, pass_at_k, powers_of_two
 from grpo.plots import plot_quietly
 from grpo.task import Task
@@ -152,8 +153,11 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
 
 
 def is_correct(task: Task, mark: float | None) -> bool | None:
-    """Whether a completion with this mark of the first reward function is right; None without a mark."""
-    return None if mark is None else mark >= task.full_marks
+    """Whether a completion with this mark of the first reward function is right; None without a mark.
+
+    A mark that is full marks but for rounding, such as ten times 0.1, is right.
+    """
+    return None if mark is None else mark >= task.full_marks or tied([mark, task.full_marks])
 
 
 def _majority(task: Task, groups: Sequence[RolloutGroup], verdicts: Sequence[list[bool | None]], k: int) -> Estimate:

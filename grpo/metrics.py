@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from statistics import fmean, pstdev
 
+from grpo.advantages import tied
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup, tokens_per_forward
 
@@ -144,7 +145,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
         "reward/std": _mean(pstdev(rewards) for rewards in scored if rewards),
         "reward/abstained": _mean(reward is None for score in scores for reward in score.rewards),
         "reward/errors": sum(len(score.errors) for score in scores),
-        "group/tied": _mean(len(set(rewards)) < 2 for rewards in scored),
+        "group/tied": _mean(tied(score.rewards) for score in scores),
         "group/dropped": sum(score.dropped for score in scores),
         "completion/tokens": sum(lengths),
         "completion/length_mean": _mean(lengths),

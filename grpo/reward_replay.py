@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from grpo.advantages import tied
 from grpo.data import Example, load_examples
 from grpo.reward_config import ReplayConfig
 from grpo.run_log import read_rollouts
@@ -208,4 +209,4 @@ def _mean(groups: list[list[float | None]]) -> float | None:
 
 
 def _tied(groups: list[list[float | None]]) -> int:
-    return sum(len(set(group) - {None}) < 2 for group in groups)
+    return sum(map(tied, groups))

@@ -1,15 +1,21 @@
 import json
-from collections import Counter
+from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import pytest
+from rich.progress import Progress
 
-from grpo.config import CurriculumOptions, TrainConfig
+from grpo.collect import Collector
+from grpo.config import CurriculumOptions, RolloutOptions, TrainConfig
 from grpo.curriculum import Curriculum, completion_tokens, draft_depth, learnability, ramp
 from grpo.data import Example
 from grpo.options import ConfigError, load
 from grpo.prompts import PromptStream
 from grpo.run_log import read_metrics, read_rollouts
 from grpo.train import Trainer
+from rewards.group_score import GroupScore
+from rollout.group import Prompt, RolloutGroup
+from rollout.sampling import SamplingParams
 
 # Ten examples; the solution of example i has (7 i mod 10) + 1 letters, so their order by length is another one.
 EXAMPLES = [Example(str(i), f"{i} = ?", "x" * (7 * i % 10 + 1)) for i in range(10)]
@@ -67,6 +73,35 @@ def test_a_running_pass_rate_and_its_weight():
     assert curriculum.pass_rates == {"4": 0.5, "5": 0.0}  # ((1 + 0.5) / 2 + 0.25) / 2
     assert [learnability(rate) for rate in (0.5, 0.25, 0.0, 1.0)] == [0.25, 0.1875, 0.01, 0.01]
     assert curriculum.metrics(1)["curriculum/pass_rate"] == 0.25
+
+
+def _pass_rates(*scores: GroupScore, full_marks: float = 1.0) -> dict[str, float]:
+    """What a curriculum has recorded after one step in which the groups of its prompts got these scores."""
+    options = CurriculumOptions(shortest_share=0.5, by_difficulty=True)
+    curriculum = Curriculum(EXAMPLES[: len(scores)], options)
+    by_id = {example.example_id: score for example, score in zip(EXAMPLES, scores, strict=False)}
+    task = SimpleNamespace(
+        first_reward="r",
+        full_marks=full_marks,
+        prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1]),
+        score=lambda groups: [by_id[group.prompt.prompt_id] for group in groups],
+    )
+    pool = SimpleNamespace(sample=lambda prompts, params, on_finished: [RolloutGroup(prompt, []) for prompt in prompts])
+    config = SimpleNamespace(
+        prompts_per_step=len(scores), curriculum=options, rollout=RolloutOptions(), mtp=SimpleNamespace(depth=1)
+    )
+    collector = Collector(config, task, curriculum, pool, SamplingParams(), None)
+    collector.collect(1, Progress(disable=True), defaultdict(float))
+    return curriculum.pass_rates
+
+
+def test_a_mark_that_differs_from_full_marks_by_rounding_alone_passes():
+    """As for a tie: ten times 0.1 is 1, and 1.1 + 2.2 is 3.3 though floats say otherwise."""
+    tenths, sums = sum([0.1] * 10), 1.1 + 2.2
+    assert (tenths < 1.0, sums > 3.3) == (True, True)
+    assert _pass_rates(GroupScore([tenths, 1.0], {"r": [tenths, 1.0]})) == {"0": 1.0}
+    assert _pass_rates(GroupScore([3.3, sums], {"r": [3.3, sums]}), full_marks=sums) == {"0": 1.0}
+    assert _pass_rates(GroupScore([0.999, 1.0], {"r": [0.999, 1.0]})) == {"0": 0.5}
 
 
 def test_learnable_prompts_are_drawn_in_proportion_to_what_they_teach():

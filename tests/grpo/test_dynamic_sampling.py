@@ -1,6 +1,13 @@
+from typing import get_args
+
 import pytest
 
+from grpo.advantages import rank_softmax_weights
+from grpo.config import Advantage, LossOptions
 from grpo.dynamic_sampling import draw_groups, is_tied
+from grpo.estimator import estimate
+from grpo.metrics import rollout_metrics
+from grpo.reward_replay import _tied
 from grpo.run_log import read_metrics, read_rollouts
 from grpo.train import Trainer
 from rewards.group_score import GroupScore
@@ -41,6 +48,61 @@ def test_what_is_tied():
     for rewards, tied in ([1.0, 1.0], True), ([0.0, 1.0], False), ([None, 1.0], True), ([None, None], True):
         assert is_tied(GroupScore(rewards, {})) is tied
     assert not is_tied(GroupScore([None, 1.0, 0.5], {}))
+
+
+ROUNDED = 0.1 + 0.2, 0.3
+
+
+@pytest.mark.parametrize(
+    ("rewards", "tied"),
+    [
+        (ROUNDED, True),
+        ((sum([0.1] * 10), 1.0), True),
+        ((None, *ROUNDED), True),
+        ((-ROUNDED[0], -ROUNDED[1]), True),
+        ((1e6 * ROUNDED[0], 1e6 * ROUNDED[1]), True),
+        ((0.0, 1e-17), True),
+        ((0.0, 0.5), False),
+        ((0.3, 0.3001), False),
+        ((None, 0.3, 0.3001), False),
+    ],
+)
+def test_contract_10_tied_means_one_thing_wherever_it_is_asked(rewards, tied):
+    """Refill, metrics, replay and every estimator agree on a group, also where its rewards differ by rounding."""
+    score, group = GroupScore(list(rewards), {"r": list(rewards)}), RolloutGroup(_prompt("a"), [])
+    contrast = GroupScore([0.0, 2.0, None][: len(rewards)], {"r": [0.0, 2.0, None][: len(rewards)]})
+    assert is_tied(score) is tied
+    assert rollout_metrics([group], [score])["group/tied"] == tied
+    assert _tied([list(rewards)]) == tied
+    drawn = draw_groups([_prompt("a")], 1, lambda prompts, draw: ([group], [contrast if draw else score]), _same)
+    assert (drawn.refilled == 1) is tied
+    for options in [{"advantage": name} for name in get_args(Advantage)] + [
+        {"scale_rewards": "batch"},
+        {"scale_rewards": "none"},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+    ]:
+        advantages, tied_P = estimate([score, contrast], LossOptions(**options), {"r": 1.0})
+        assert tied_P.tolist() == [tied, False], options
+        if options.get("advantage") not in ("gae", "rank_softmax", "reinforce_plus_plus"):  # not group-relative
+            assert (not advantages[0].any()) is tied, options
+            assert advantages[1].any(), options
+    weights = rank_softmax_weights([rewards])[0]
+    given = [weight for weight, reward in zip(weights.tolist(), rewards, strict=True) if reward is not None]
+    assert (len(set(given)) == 1) is tied
+
+
+def test_contract_10_parts_that_sum_to_a_tie_teach_nothing():
+    """0.1 and 0.2 against 0.3 and 0: the score is what ties a group, whatever it is made of."""
+    parts = {"a": [0.1, 0.3, 0.3], "b": [0.4, 0.0, 0.0]}
+    score = GroupScore([0.1 + 0.5 * 0.4, 0.3, 0.3], parts)
+    contrast = GroupScore([0.0, 1.0, 1.0], {"a": [0.0, 1.0, 1.0], "b": [0.0, 0.0, 0.0]})
+    assert is_tied(score)
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        loss = LossOptions(multi_objective_aggregation=aggregation)
+        advantages, tied_P = estimate([score, contrast], loss, {"a": 1.0, "b": 0.5})
+        assert tied_P.tolist() == [True, False]
+        assert not advantages[0].any()
+        assert advantages[1].any()
 
 
 def test_without_a_budget_every_group_stays():
