@@ -55,8 +55,8 @@ class Collector:
             times["time/rollout"] += sampled - started
             times["time/reward"] += time.perf_counter() - sampled
             progress.remove_task(bar)
-            rates = map(self._pass_rate, scores)
-            self.curriculum.record((group.prompt.prompt_id, rate) for group, rate in zip(groups, rates, strict=True))
+            rates = [(group.prompt.prompt_id, self._pass_rate(s)) for group, s in zip(groups, scores, strict=True)]
+            self.curriculum.record((prompt_id, rate) for prompt_id, rate in rates if rate is not None)
             return groups, scores
 
         def replacements(tied: list[Prompt], draw: int) -> Sequence[Prompt]:
@@ -85,7 +85,13 @@ class Collector:
             drafts = depth if drafts is None else min(drafts, depth)
         return replace(self.sampling, max_completion_tokens=limit, draft_tokens=drafts)
 
-    def _pass_rate(self, score: GroupScore) -> float:
-        """Share of a group's completions with full marks; without a mark it has none."""
-        marks = score.parts[self.task.first_reward]
-        return fmean(is_correct(self.task, mark) or False for mark in marks)
+    def _pass_rate(self, score: GroupScore) -> float | None:
+        """Share with full marks of a group's completions that have a mark; None where none of them has one.
+
+        A failure of the function that marks is no mark, whatever `reward.on_error` puts in its place.
+        """
+        first = self.task.first_reward
+        failed = {failure.sample_index for failure in score.errors if failure.function == first}
+        passed = [is_correct(self.task, mark) for i, mark in enumerate(score.parts[first]) if i not in failed]
+        marked = [right for right in passed if right is not None]
+        return fmean(marked) if marked else None

@@ -13,7 +13,7 @@ from grpo.options import ConfigError, load
 from grpo.prompts import PromptStream
 from grpo.run_log import read_metrics, read_rollouts
 from grpo.train import Trainer
-from rewards.group_score import GroupScore
+from rewards.group_score import GroupScore, RewardFailure
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 
@@ -102,6 +102,22 @@ def test_a_mark_that_differs_from_full_marks_by_rounding_alone_passes():
     assert _pass_rates(GroupScore([tenths, 1.0], {"r": [tenths, 1.0]})) == {"0": 1.0}
     assert _pass_rates(GroupScore([3.3, sums], {"r": [3.3, sums]}), full_marks=sums) == {"0": 1.0}
     assert _pass_rates(GroupScore([0.999, 1.0], {"r": [0.999, 1.0]})) == {"0": 0.5}
+
+
+def test_contract_6_a_mark_that_is_missing_is_no_failure_to_pass():
+    """Abstained, dropped, failed with a substitute: none of them says that a prompt is hard."""
+
+    def failed(sample: int, function: str = "r") -> RewardFailure:
+        return RewardFailure(function, "", sample, "raised", "")
+
+    assert _pass_rates(GroupScore([1.0, None, None, 0.0], {"r": [1.0, None, None, 0.0]})) == {"0": 0.5}
+    assert _pass_rates(GroupScore([None, 1.0], {"r": [None, 1.0]}, [failed(0)])) == {"0": 1.0}
+    assert _pass_rates(GroupScore([-1.0, 1.0], {"r": [-1.0, 1.0]}, [failed(0)])) == {"0": 1.0}
+    other = GroupScore([-1.0, 1.0], {"r": [0.0, 1.0], "other": [-1.0, 0.0]}, [failed(0, "other")])
+    assert _pass_rates(other) == {"0": 0.5}
+    # Without any mark there is nothing to record: the prompt counts as unseen.
+    unmarked = GroupScore([None, None], {"r": [None, None]}, [failed(0), failed(1)], dropped=True)
+    assert _pass_rates(unmarked, GroupScore([0.0, 1.0], {"r": [0.0, 1.0]})) == {"1": 0.5}
 
 
 def test_learnable_prompts_are_drawn_in_proportion_to_what_they_teach():
