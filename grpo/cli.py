@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from grpo.escape import EscapingFormatter, escaped
 
 if TYPE_CHECKING:
     from grpo.config import SftConfig
@@ -24,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from grpo.options import ConfigError, parse
     from rewards.protocol import RewardError
 
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(EscapingFormatter())
     parser, resumable = build_parser(), False
     try:
         args = parse(parser, argv)
@@ -40,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The first three are here already; the others take seconds to import.
         if not isinstance(error, ValueError | OSError | RewardError) and not isinstance(error, _expected_errors()):
             raise
-        print(f"quartet: {error}", file=sys.stderr)
-        return EXIT_STOPPED if type(error).__name__ == "Stopped" else EXIT_ERROR
+        return _fail(str(error), EXIT_STOPPED if type(error).__name__ == "Stopped" else EXIT_ERROR)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
@@ -58,7 +62,8 @@ def _expected_errors() -> tuple[type[Exception], ...]:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"quartet: {message}", file=sys.stderr)
+    """The one place that prints errors. They quote what others wrote: rewards, column names, checkpoints."""
+    print(escaped(f"quartet: {message}"), file=sys.stderr)
     return code
 
 
@@ -347,7 +352,7 @@ def _export(args: argparse.Namespace) -> int:
     from grpo.export import export
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # unwinds: nothing half written stays
-    print(export(args.run, args.destination, adapter=args.adapter))
+    print(escaped(export(args.run, args.destination, adapter=args.adapter)))
     return 0
 
 
@@ -366,13 +371,12 @@ def _reward_test(args: argparse.Namespace) -> int:
     config = load(RewardTestConfig, None, args.overrides, args.flags)
     from dataclasses import asdict
 
-    from rich.console import Console
-
+    from grpo.console import Terminal
     from grpo.reward_check import check_reward
     from grpo.reward_report import show_check
 
     check = check_reward(args.function, config)
-    show_check(check, Console())
+    show_check(check, Terminal())
     _write(args.json, asdict(check))
     return EXIT_ERROR if check.problems else 0
 
@@ -384,13 +388,12 @@ def _reward_replay(args: argparse.Namespace) -> int:
     config = load(ReplayConfig, None, args.overrides, args.flags)
     from dataclasses import asdict
 
-    from rich.console import Console
-
+    from grpo.console import Terminal
     from grpo.reward_replay import replay
     from grpo.reward_report import show_replay
 
     result = replay(args.run, args.function, config)
-    show_replay(result, Console())
+    show_replay(result, Terminal())
     _write(args.json, asdict(result))
     return EXIT_ERROR if result.failures else 0
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from grpo.escape import escaped
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
 
@@ -28,8 +30,19 @@ def visible(text: str, limit: int = 400, encoding: str = "utf-8") -> str:
     if len(text) > limit:
         head, tail = math.ceil(limit / 2), limit // 2
         text = f"{text[:head]}[... {len(text) - limit} characters ...]{text[len(text) - tail :]}"
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+    return escaped(text, keep="").encode(encoding, "backslashreplace").decode(encoding)
+
+
+class Terminal(Console):
+    """The console of every command. Text on it is only text, whoever wrote it: control characters are shown as
+    escapes, and [brackets] and :words: mean nothing."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=escaped(segment.text))
 
 
 # The step line: template, scale, and the metric shown (the first of them that is there).

@@ -10,20 +10,19 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerBase
 
 from grpo import environment, memory_estimate
 from grpo.config import LoraOptions, SftConfig, TrainConfig
-from grpo.console import visible
+from grpo.console import Terminal, visible
 from grpo.draft_colours import LEGEND, coloured
 from grpo.evaluate import Evaluation, Speed
 from grpo.plots import plot_quietly
 from grpo.task import Task
 from rollout.group import RolloutGroup, tokens_per_forward
 
-CONSOLE = Console()
+CONSOLE = Terminal()
 
 
 def summary(results: Mapping[str, Any]) -> None:

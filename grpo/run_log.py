@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from grpo import environment
-from grpo.console import progress_bars, sample_table, step_line, visible
+from grpo.console import Terminal, progress_bars, sample_table, step_line, visible
 from grpo.metrics import check
 from grpo.resume import differences
 from grpo.trackers import installed, start
@@ -64,7 +64,7 @@ class RunLog:
                 "or delete it"
             )
         self.output_dir = output_dir
-        self.console = console or Console(quiet=quiet)
+        self.console = console or Terminal(quiet=quiet)
         self._quiet = quiet
         self._table_every = table_every
         self._events_seen: Counter[str] = Counter()
