@@ -6,10 +6,10 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
-from statistics import fmean, pstdev
+from statistics import pstdev
 
 from grpo.advantages import tied
-from rewards.group_score import GroupScore
+from rewards.group_score import GroupScore, mean
 from rollout.group import RolloutGroup, tokens_per_forward
 
 # <d> stands for a number, <name> for any name. A value covers one step unless its row says otherwise.
@@ -174,4 +174,4 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
 
 def _mean(values: Iterable[float]) -> float | None:
     values = list(values)
-    return fmean(values) if values else None
+    return mean(values) if values else None

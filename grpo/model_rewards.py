@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from grpo.loader import policy_folder
 from grpo.prompts import PromptTemplate, encode_prompt
 from policies.logprobs import shifted_logprobs
 from policies.policy import Policy, PolicyError, read_config
-from rewards.group_score import GroupScore
+from rewards.group_score import GroupScore, mean
 from rewards.protocol import PROVIDED
 from rollout.group import Completion, Prompt, RolloutGroup
 
@@ -71,7 +70,7 @@ class ModelRewards:
         """Let metrics and the rollout record see the columns, whether a reward reads them or not."""
         for score, own in zip(scores, columns, strict=True):
             score.extras |= own
-            score.metrics |= {name: fmean(values) for name, values in own.items()}
+            score.metrics |= {name: mean(values) for name, values in own.items()}
 
 
 def _check(chosen: RewardModelOptions) -> None:

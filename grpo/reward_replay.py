@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import yaml
@@ -15,7 +14,7 @@ from grpo.advantages import tied
 from grpo.data import Example, load_examples
 from grpo.reward_config import ReplayConfig
 from grpo.run_log import read_rollouts
-from rewards.group_score import RewardFailure
+from rewards.group_score import RewardFailure, mean
 from rewards.protocol import did_you_mean
 from rewards.registry import find_reward
 from rewards.scorer import RewardSpec, Scorer
@@ -205,7 +204,7 @@ def _step_change(
 
 def _mean(groups: list[list[float | None]]) -> float | None:
     values = [value for group in groups for value in group if value is not None]
-    return fmean(values) if values else None
+    return mean(values) if values else None
 
 
 def _tied(groups: list[list[float | None]]) -> int:

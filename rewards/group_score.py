@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from rewards.protocol import RewardError, did_you_mean
 
 ACTIONS = ("abort", "drop_sample", "drop_group", "score")
+# The largest reward, alone and times its weight. A standard deviation needs the sum of squares of all scores of a step,
+# and the value function computes in fp32: of 1e15 both stay finite (1e30 a score, with fp32 up to 3e38).
+LARGEST = 1e15
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean, also where the sum overflows; NaN where both infinities are among the values."""
+    values = list(values)
+    try:
+        return math.fsum(values) / len(values)
+    except (OverflowError, ValueError):
+        return sum(value / len(values) for value in values)
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,7 @@ class FailurePolicy:
                 substitute = float(number or 0.0)
             except ValueError:
                 substitute = math.nan
-            if math.isfinite(substitute) and (number or not equals):
+            if abs(substitute) <= LARGEST and (number or not equals):
                 return cls(action, substitute)
         hint = "" if action in ACTIONS else did_you_mean(action, ACTIONS)
         raise RewardError(
@@ -44,7 +57,8 @@ class FailurePolicy:
 class RewardFailure:
     """One completion that one function gave no usable number for.
 
-    `kind`: raised, timeout, nan, inf, wrong_length, died (its process ended) or not_a_number.
+    `kind`: raised, timeout, nan, inf, too_large (beyond `LARGEST`, alone or times its weight), wrong_length, died (its
+    process ended) or not_a_number.
     """
 
     function: str
@@ -99,8 +113,8 @@ class GroupTally:
 
     def note(self, function: str, sample: int, value: float | dict[str, str] | None) -> None:
         """A number, None, or a failure as `{"kind": ..., "message": ...}`."""
-        if isinstance(value, float) and not math.isfinite(value):
-            value = {"kind": "nan" if math.isnan(value) else "inf", "message": f"returned {value}"}
+        if isinstance(value, float):
+            value = _fault(value, self.weights[function]) or value
         if isinstance(value, dict):
             self.errors.append(RewardFailure(function, self.prompt_id, sample, value["kind"], value["message"]))
         else:
@@ -124,7 +138,7 @@ class GroupTally:
         if dropped:
             left_out = set(range(self.size))
         rewards = [None if sample in left_out else self._weighted_sum(sample) for sample in range(self.size)]
-        metrics = {name: math.fsum(values) / len(values) for name, values in self.metrics.items()}
+        metrics = {name: mean(values) for name, values in self.metrics.items()}
         return GroupScore(rewards, self.parts, errors, self.extras, metrics, dropped)
 
     def _weighted_sum(self, sample: int) -> float | None:
@@ -132,3 +146,13 @@ class GroupTally:
             weight * value for name, weight in self.weights.items() if (value := self.parts[name][sample]) is not None
         ]
         return sum(terms) if terms else None
+
+
+def _fault(value: float, weight: float) -> dict[str, str] | None:
+    """Why advantages cannot be computed from this value, or None."""
+    if not math.isfinite(value):
+        return {"kind": "nan" if math.isnan(value) else "inf", "message": f"returned {value}"}
+    if max(abs(value), abs(weight * value)) <= LARGEST:
+        return None
+    weighted = f", times its weight {weight:g}" if abs(value) <= LARGEST else ""
+    return {"kind": "too_large", "message": f"returned {value:g}{weighted}: beyond ±{LARGEST:g} scores overflow"}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rewards.group_score import FailurePolicy, GroupScore, GroupTally, RewardFailed, RewardFailure
+from rewards.group_score import LARGEST, FailurePolicy, GroupScore, GroupTally, RewardFailed, RewardFailure
 from rewards.isolation import ThisProcess, WorkerPool
 from rewards.protocol import PROVIDED, RewardError, Signature, did_you_mean
 from rewards.registry import find_reward
@@ -177,12 +177,12 @@ class Scorer:
         columns: Sequence[str] | None = None,
         isolated: bool = True,
     ):
-        _check_specs(specs)
+        self._policy = FailurePolicy.parse(on_error)
+        _check_specs(specs, self._policy.substitute)
         if not (timeout_s > 0 and math.isfinite(timeout_s)):
             raise RewardError(f"reward.timeout_s={timeout_s!r} must be a number of seconds above 0")
         if workers < 1:
             raise RewardError(f"reward.workers={workers!r} must be 1 or more")
-        self._policy = FailurePolicy.parse(on_error)
         self._timeout_s, self._workers = timeout_s, workers
         self._functions = [_Function(spec, index) for index, spec in enumerate(specs)]
         self._logged_by: dict[str, str] = {}
@@ -360,15 +360,20 @@ class Scorer:
         )
 
 
-def _check_specs(specs: Sequence[RewardSpec]) -> None:
+def _check_specs(specs: Sequence[RewardSpec], substitute: float) -> None:
     if not specs:
         raise RewardError("no reward is given; name at least one, such as RewardSpec('gsm8k')")
     labels = [spec.label for spec in specs]
     for spec in specs:
         if labels.count(spec.label) > 1:
             raise RewardError(f"two rewards are called {spec.label!r}; give one of them another name")
-        if not math.isfinite(spec.weight):
-            raise RewardError(f"reward {spec.label!r}: weight={spec.weight!r} must be finite")
+        if not abs(spec.weight) <= LARGEST:
+            raise RewardError(f"reward {spec.label!r}: weight={spec.weight!r} must be finite, and between ±{LARGEST:g}")
+        if abs(spec.weight * substitute) > LARGEST:
+            raise RewardError(
+                f"reward.on_error='score={substitute:g}' times weight={spec.weight:g} of reward {spec.label!r} is "
+                f"beyond ±{LARGEST:g}, where scores overflow; choose a smaller number"
+            )
         if culprit := _not_json(spec.arguments):
             raise RewardError(f"reward {spec.label!r}: arguments hold {culprit}; use plain JSON values")
 

@@ -4,6 +4,7 @@ import doctest
 import math
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from grpo.advantages import (
     tied_groups,
     whiten,
 )
+from rewards.group_score import LARGEST
 
 torch.set_num_threads(1)
 NAN = math.nan
@@ -278,3 +280,20 @@ def test_rloo_equals_trl():
     expected_PG = trl_advantages(RLOOTrainer, rewards_PGK, [1.0])
     assert expected_PG.any()
     close(rloo(rewards_PGK[..., 0])[0], expected_PG, atol=1e-5)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_largest_scores_that_a_reward_may_give_stay_finite_in_every_estimator(sign):
+    rewards_PG = [[LARGEST, -LARGEST, 0.0, sign * LARGEST]] * 64 + [[0.0, LARGEST, None, 1.0]]
+    found = [group_relative(rewards_PG, scale)[0] for scale in ("group", "batch", "none")]
+    found += [
+        rloo(rewards_PG)[0],
+        reinforce_plus_plus(rewards_PG)[0],
+        reinforce_plus_plus(rewards_PG, baseline=True)[0],
+    ]
+    rewards_PGK = [[[reward, reward] for reward in row] for row in rewards_PG]
+    found += [multi_objective(rewards_PGK, [1.0, 1.0], how)[0] for how in get_args(grpo.advantages.Aggregation)]
+    for advantages_PG in found:
+        assert advantages_PG.isfinite().all()
+        assert advantages_PG.square().sum().isfinite()  # fp32
+        assert advantages_PG.any()

@@ -286,6 +286,24 @@ def test_contract_6_a_failing_reward_aborts_naming_function_prompt_and_sample(ru
     assert not read_metrics(tmp_path / "r")
 
 
+def test_a_score_that_overflows_by_its_weight_is_named_and_goes_by_the_policy(micro_config, tmp_path):
+    file = tmp_path / "overflows.py"
+    file.write_text(
+        "def grade(completions, log_extra, **_):\n"
+        "    return [1e308 if len(c) % 2 else len(c) / 100 for c in completions]\n"
+    )
+    rewards = [{"function": f"{file}:grade", "weight": 10.0}]
+    with pytest.raises(
+        RewardError, match=r"reward 'grade' failed on prompt 'word_problems/.*too_large: returned 1e\+308"
+    ):
+        Trainer(micro_config(tmp_path / "a", rewards=rewards, **{"warm_start.steps": 0})).run()
+    options = {"warm_start.steps": 0, "reward.on_error": "drop_sample"}
+    Trainer(micro_config(tmp_path / "b", steps=1, rewards=rewards, **options)).run()
+    [line] = [line for line in read_metrics(tmp_path / "b") if line["step"] == 1]
+    assert line["reward/errors"] > 0
+    assert "log/not_finite" not in line
+
+
 @pytest.mark.parametrize(
     ("on_error", "abstained", "dropped"), [("drop_sample", 1 / 16, 0), ("drop_group", 4 / 16, 1), ("score=-1", 0, 0)]
 )

@@ -17,7 +17,7 @@ from grpo.run_log import read_metrics, read_rollouts
 from grpo.train import Stopped, Trainer
 from grpo.value import ValueHead, explained_variance, with_token_advantages
 from policies.logprobs import token_logprobs
-from rewards.group_score import GroupScore
+from rewards.group_score import LARGEST, GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
 
 REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]
@@ -253,6 +253,14 @@ def test_an_all_zero_batch_takes_no_step_and_a_tied_one_learns_from_its_values(m
 
 
 # ---- saved, and not published -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rank_softmax"])
+def test_the_largest_scores_that_a_reward_may_give_take_a_finite_step(micro_policy, advantage):
+    learner = _learner(micro_policy(0), advantage)
+    largest = [[LARGEST, -LARGEST, 0.0], [0.0, LARGEST, 1.0], [1.0, 1.0, 1.0]]
+    metrics = learner.step(learner.prepare(_groups(), _scores(largest)), 1)  # raises NonFiniteStep otherwise
+    assert metrics["learner/updates"] == 1.0
 
 
 def test_the_value_head_is_never_published(micro_policy):

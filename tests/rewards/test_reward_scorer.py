@@ -1,6 +1,7 @@
 """Scoring: weights, abstention, columns, what a failure means under each policy, and the dry run."""
 
 import hashlib
+import math
 import pickle
 import threading
 from dataclasses import asdict
@@ -434,3 +435,58 @@ def test_scores_are_the_same_in_a_ray_actor():
         assert ray.get(actor.grade.remote(BATCH, COLUMNS)) == score_many(1)
     finally:
         ray.shutdown()
+
+
+# ---- scores that would overflow -------------------------------------------------------------------------------------
+
+
+def huge(tmp_path, value: str, **options) -> RewardSpec:
+    file = tmp_path / "huge.py"
+    file.write_text(
+        f"def grade(completions, **_):\n    return [{value} if c == 'huge' else 1.0 for c in completions]\n"
+    )
+    return RewardSpec(f"{file}:grade", **options)
+
+
+@pytest.mark.parametrize(("value", "weight"), [("1e308", 10.0), ("-1e308", 1.0), ("1e200", 0.0), ("1e15", -2.0)])
+def test_a_score_that_would_overflow_is_a_failure_of_its_function_and_goes_by_the_policy(tmp_path, value, weight):
+    specs = [RewardSpec("regex_format", arguments={"pattern": "x"}), huge(tmp_path, value, weight=weight)]
+    with pytest.raises(
+        RewardFailed, match=r"reward 'grade' failed on prompt 'a', sample 1: too_large: returned"
+    ) as end:
+        score_one(specs, ["x", "huge"])
+    assert "reward.on_error" in str(end.value)
+    assert score_one(specs, ["x", "huge"], on_error="drop_sample").rewards == [1.0 + weight, None]
+    assert score_one(specs, ["x", "huge"], on_error="drop_group").dropped
+    replaced = score_one(specs, ["x", "huge"], on_error="score=-3")
+    assert replaced.rewards == [1.0 + weight, -3.0 * weight]
+    assert [(error.function, error.sample_index, error.kind) for error in replaced.errors] == [
+        ("grade", 1, "too_large")
+    ]
+
+
+def test_what_is_just_small_enough_passes(tmp_path):
+    assert score_one([huge(tmp_path, "1e15")], ["huge", "x"]).rewards == [1e15, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("weight", "on_error", "message"),
+    [
+        (1e16, "abort", r"weight=1e\+16 must be finite, and between ±1e\+15"),
+        (1e10, "score=1e10", r"'score=1e\+10' times weight=1e\+10 of reward 'gsm8k' is beyond"),
+        (1.0, "score=1e308", "is no policy"),
+    ],
+)
+def test_weights_and_substitutes_that_would_overflow_are_refused_at_once(weight, on_error, message):
+    with pytest.raises(RewardError, match=message):
+        Scorer([RewardSpec("gsm8k", weight=weight)], on_error=on_error)
+
+
+def test_logged_numbers_that_overflow_end_no_run():
+    tally = GroupTally("a", 1, {"f": 1.0})
+    for name, values in {"large": (1e308, 1e308), "both": (math.inf, -math.inf)}.items():
+        for value in values:
+            tally.note_metric(name, value)
+    metrics = tally.result(FailurePolicy("abort")).metrics
+    assert metrics["large"] == 1e308
+    assert math.isnan(metrics["both"])  # which the log of a run writes as null and counts
