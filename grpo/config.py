@@ -140,6 +140,9 @@ class ScoringOptions(Options):
     """Wall-clock seconds that a reward may take per batch, and per completion when the batch is rerun one by one."""
     workers: int = Field(default=1, ge=1)
     """Processes that run rewards."""
+    pass_variables: list[str] = Field(default_factory=list)
+    """Environment variables that rewards may read, such as [OPENAI_API_KEY], besides the usual few (PATH, HOME, LANG,
+    PYTHONPATH, OMP_NUM_THREADS, HF_HOME, ...). The list is written to config.yaml, the values are not."""
 
     @field_validator("on_error")
     @classmethod

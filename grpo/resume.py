@@ -13,7 +13,10 @@ from grpo.config import SftConfig, TrainConfig
 from grpo.mtp_config import MtpConfig
 from grpo.options import dump_yaml
 
-FREE_TO_CHANGE = ("output_dir", "steps", "log", "checkpoint", "eval", "threads", "reward.timeout_s", "reward.workers")
+FREE_TO_CHANGE = (
+    *("output_dir", "steps", "log", "checkpoint", "eval", "threads"),
+    *("reward.timeout_s", "reward.workers", "reward.pass_variables"),
+)
 
 
 def saved_state(

@@ -97,7 +97,8 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
     )
     spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
     columns = list(examples[0].columns)
-    with Scorer([spec], timeout_s=config.timeout_s, columns=columns) as scorer:
+    options: dict[str, Any] = {"columns": columns, "pass_variables": config.pass_variables}
+    with Scorer([spec], timeout_s=config.timeout_s, **options) as scorer:
         trial = _Trial(function, examples)
         gold = trial.dry_run(scorer)
         full_marks = max(1.0, gold or 0.0) if config.full_marks is None else config.full_marks

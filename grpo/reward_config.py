@@ -38,6 +38,8 @@ class RewardTestConfig(Options):
     """The function does not judge the answer (a format, a length): any completion may get full marks, or miss them."""
     timeout_s: float = Field(default=10.0, gt=0)
     """Wall-clock seconds that the function may take per batch of at most 256 completions."""
+    pass_variables: list[str] = Field(default_factory=list)
+    """Environment variables that the function may read besides the usual few, such as [OPENAI_API_KEY]."""
 
 
 class ReplayConfig(Options):
@@ -59,3 +61,5 @@ class ReplayConfig(Options):
     """Wall-clock seconds that the function may take per batch of at most 256 completions."""
     workers: int = Field(default=1, ge=1)
     """Processes that score."""
+    pass_variables: list[str] = Field(default_factory=list)
+    """Environment variables that the function may read besides the usual few, such as [OPENAI_API_KEY]."""

@@ -81,7 +81,12 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
     columns = [*next(iter(examples.values())).columns, *models]
     result = Replay(str(run), function, against)
     with Scorer(
-        [spec], on_error=config.on_error, timeout_s=config.timeout_s, workers=config.workers, columns=columns
+        [spec],
+        on_error=config.on_error,
+        timeout_s=config.timeout_s,
+        workers=config.workers,
+        columns=columns,
+        pass_variables=config.pass_variables,
     ) as scorer:
         for step in steps:
             groups = list(_groups(read_rollouts(run, step)))

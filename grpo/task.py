@@ -82,6 +82,7 @@ class Task:
             timeout_s=scoring.timeout_s,
             workers=scoring.workers,
             columns=[*known[0].columns, *self.models.names],
+            pass_variables=scoring.pass_variables,
         )
         try:
             columns = known[0].columns | dict.fromkeys(self.models.names, 0.0)

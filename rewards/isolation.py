@@ -24,6 +24,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from rewards.protocol import RewardError, Signature
+from rewards.variables import hint_at_withheld, worker_variables
 from rewards.worker import LoadedReward, load, plain
 
 START_TIMEOUT_S = 120.0  # a user's file may import heavy libraries
@@ -38,7 +39,7 @@ _BOOT = (
 class WorkerProcess:
     """One child process and the socket to it. `job` is the index of the request that it works on, if any."""
 
-    def __init__(self) -> None:
+    def __init__(self, pass_variables: Sequence[str] = ()) -> None:
         self.socket, theirs = socket.socketpair()
         self._trace = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill()
         fds = (theirs.fileno(), self._trace.fileno())
@@ -50,7 +51,7 @@ class WorkerProcess:
             stdin=subprocess.DEVNULL,
             stdout=2,
             start_new_session=True,
-            env=defaults | os.environ,
+            env=defaults | worker_variables(pass_variables),
         )
         theirs.close()
         self.ready = False
@@ -113,8 +114,12 @@ def stuck_at(trace: str) -> str:
 class WorkerPool:
     """Runs requests on up to `size` workers. Safe to call from several threads (one call at a time runs)."""
 
-    def __init__(self, functions: list[dict], *, size: int, timeout_s: float):
+    def __init__(
+        self, functions: list[dict], *, size: int, timeout_s: float, pass_variables: Sequence[str] = ()
+    ) -> None:
+        """`pass_variables`: environment variables for the workers besides the usual few."""
         self._functions, self._size, self._timeout_s = functions, size, timeout_s
+        self._pass_variables = pass_variables
         self._workers: list[WorkerProcess] = []
         self._signatures: list[dict] = []
         self._lock = threading.Lock()
@@ -162,7 +167,7 @@ class WorkerPool:
             raise RewardError("this scorer is closed; make a new one")
         jobs = num_waiting + sum(worker.job is not None for worker in self._workers)
         while len(self._workers) < min(self._size, max(jobs, 1)):
-            worker = WorkerProcess()
+            worker = WorkerProcess(self._pass_variables)
             self._workers.append(worker)
             try:
                 worker.ask({"functions": self._functions}, START_TIMEOUT_S)
@@ -205,6 +210,8 @@ class WorkerPool:
             if reply is None:
                 continue
             worker.job = None
+            for said in reply.keys() & {"message", "error"}:
+                reply[said] = hint_at_withheld(reply[said], self._pass_variables)
             if job is not None:
                 replies[job] = reply
             elif "signatures" in reply:

@@ -160,6 +160,7 @@ class Scorer:
     `timeout_s` limits each call, of a batch (at most 256 completions) as of one completion alone. Raises RewardError
     when a function cannot be loaded, or asks for a column that is not among `columns`. `isolated=False` calls the
     functions in this process, without a limit: for a debugger, and to see that the scores are the same.
+    `pass_variables` are environment variables for the workers besides the usual few (`rewards.variables`).
 
     >>> with Scorer([RewardSpec("gsm8k"), RewardSpec("gsm8k_format", weight=0.5)], columns=["answer"]) as scorer:
     ...     [group] = scorer.score(["6 * 7 = "], [["#### 42", "41"]], [{"answer": "#### 42"}], prompt_ids=["a"])
@@ -176,6 +177,7 @@ class Scorer:
         workers: int = 1,
         columns: Sequence[str] | None = None,
         isolated: bool = True,
+        pass_variables: Sequence[str] = (),
     ):
         self._policy = FailurePolicy.parse(on_error)
         _check_specs(specs, self._policy.substitute)
@@ -187,8 +189,12 @@ class Scorer:
         self._functions = [_Function(spec, index) for index, spec in enumerate(specs)]
         self._logged_by: dict[str, str] = {}
         descriptions = [function.description() for function in self._functions]
+        tokens = [spec.arguments.get("token_variable") for spec in specs if spec.function == "remote"]
+        named = [*pass_variables, *(name for name in tokens if name)]
         self._pool: WorkerPool | ThisProcess = (
-            WorkerPool(descriptions, size=workers, timeout_s=timeout_s) if isolated else ThisProcess(descriptions)
+            WorkerPool(descriptions, size=workers, timeout_s=timeout_s, pass_variables=named)
+            if isolated
+            else ThisProcess(descriptions)
         )
         try:
             for function, signature in zip(self._functions, self._pool.signatures(), strict=True):
