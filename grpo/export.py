@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import DeepseekV3Config
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from grpo import checkpoint
@@ -33,6 +35,7 @@ from grpo.evaluation_data import TRAINED_ON
 from grpo.model_card import Origin, model_card
 from grpo.run_policy import PolicySource, find_policy, load_found
 from policies import lora, presets
+from policies.contradictions import FIXED_FIELDS
 from policies.layout import WeightFiles, find_file
 from policies.policy import Policy, read_config
 
@@ -139,8 +142,12 @@ def _write_merged(source: PolicySource, run: Run, folder: Path) -> None:
         return
     if not WeightFiles(source.folder).shapes:  # reads headers: a damaged file is not passed on
         raise ExportError(f"{source.folder} holds no safetensors; let the run end: --resume auto")
-    read_config(source.folder)
+    config = read_config(source.folder)
     shutil.copytree(source.folder, folder)
+    if isinstance(config, DeepseekV3Config):  # a policy that was saved before we wrote these fields
+        file = folder / "config.json"
+        fields = json.loads(file.read_text(encoding="utf-8")) | FIXED_FIELDS
+        file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:

@@ -8,6 +8,8 @@ from transformers import DeepseekV3Config, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # What released configurations say of themselves, and what transformers' DeepseekV3 computes whatever they say.
+# Every policy that we save says it too: without topk_method vLLM refuses the router's bias, without scoring_func it
+# computes another router and does not say so.
 FIXED_FIELDS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

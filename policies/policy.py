@@ -36,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from policies import lora
 from policies.attention import ATTENTION, Packing
-from policies.contradictions import contradictions
+from policies.contradictions import FIXED_FIELDS, contradictions
 from policies.layout import (
     PolicyError,
     Shape,
@@ -78,6 +78,8 @@ class Policy(nn.Module):
         self.further_mtp: dict[str, Tensor] = {}
         if trunk.config._attn_implementation == "sdpa":
             trunk.config._attn_implementation = ATTENTION
+        if self.backend == "native":  # vLLM reads them, and routes otherwise without them; transformers does not
+            trunk.config.update(FIXED_FIELDS)
 
     @property
     def config(self) -> DeepseekV3Config:

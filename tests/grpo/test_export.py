@@ -99,6 +99,21 @@ def test_stock_transformers_loads_the_live_policy(run, base, tmp_path):
     assert Policy.load(tmp_path / "exported").weights().keys() == start.weights().keys()
 
 
+def test_a_policy_saved_before_vllms_fields_were_written_is_exported_with_them(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs["full", True][0], run)
+    file = run / "policy" / "config.json"
+    now = json.loads(file.read_text())
+    fields = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
+    file.write_text(json.dumps({name: value for name, value in now.items() if name not in fields}))
+    export(run, tmp_path / "exported")
+    said = json.loads((tmp_path / "exported/config.json").read_text())
+    assert {name: said[name] for name in fields} == fields
+    assert said == now
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
+    assert torch.equal(logits(stock), logits(runs["full", True][1].trunk))
+
+
 def test_what_belongs_to_it_comes_along(run, tmp_path):
     folder, live = run
     export(folder, tmp_path / "exported")

@@ -98,6 +98,24 @@ def test_the_checkpoint_has_the_deepseek_v3_layout(saved):
     assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (2, 1)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_config_says_what_vllm_needs_and_stock_transformers_loads_it_unchanged(random_policy, tmp_path, config):
+    policy = random_policy(2, **CONFIGS[config])
+    policy.save(tmp_path / "policy")
+    said = json.loads((tmp_path / "policy/config.json").read_text())
+    assert (said["topk_method"], said["scoring_func"], said["moe_layer_freq"]) == ("noaux_tc", "sigmoid", 1)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32)
+    stock.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again/config.json").read_text())
+    assert again == said
+    assert torch.equal(logits(stock), logits(policy.trunk))
+
+
+def test_another_architecture_is_told_nothing_about_routing(hf_policy, tmp_path):
+    hf_policy("qwen3").save(tmp_path / "policy")
+    assert "topk_method" not in json.loads((tmp_path / "policy/config.json").read_text())
+
+
 def test_a_checkpoint_is_safetensors_and_json_only(saved):
     assert {file.suffix for file in saved.iterdir()} == {".safetensors", ".json"}
 
