@@ -2,13 +2,16 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic_core import ErrorDetails
 
+from grpo.aliases import hint
 from grpo.yaml_file import Place, show_place, to_yaml
+
+SIMILAR = 0.7  # of 1: below it a suggestion misleads
 
 
 def describe(key: str, value: Any, where: str, what: str) -> str:
@@ -22,13 +25,38 @@ def describe(key: str, value: Any, where: str, what: str) -> str:
 
 
 def unknown_option(key: str, value: Any, where: str, names: Iterable[str]) -> str:
-    """Suggests the nearest name; one that ends alike is nearer than one that only looks alike."""
+    """What another trainer calls it is led to our name, or told why there is none; else the nearest name of all."""
     wanted = re.sub(r"\[\d+\]", "[]", key).replace("-", "_")
-    alike = [name for name in names if name.split(".")[-1] == wanted.split(".")[-1]]
-    nearest = difflib.get_close_matches(wanted, alike, n=1, cutoff=0.0)
-    nearest = nearest or difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}?" if nearest else "see --help for all options"
-    return describe(key, {} if value is None else value, where, f"no such option; {hint}")
+    names = list(names)
+    way_out = hint(wanted, names) or _nearest(wanted, names)
+    what = way_out if way_out.startswith("not supported") else f"no such option; {way_out}"
+    return describe(key, {} if value is None else value, where, what)
+
+
+def _nearest(wanted: str, names: list[str]) -> str:
+    """A name that ends alike is nearer than one that only looks alike. Several that end alike are all shown."""
+    last = wanted.rpartition(".")[2]
+    alike = [name for name in names if name.rpartition(".")[2] == last]
+    if "." in wanted:
+        found = difflib.get_close_matches(wanted, alike, n=1, cutoff=0.5)
+        found = found or difflib.get_close_matches(wanted, names, n=1, cutoff=SIMILAR)
+        found = [name for name in found if difflib.SequenceMatcher(None, name.rpartition(".")[2], last).ratio() >= 0.5]
+    else:
+        ends = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in names}, n=1, cutoff=SIMILAR)
+        found = alike or difflib.get_close_matches(wanted, names, n=1, cutoff=SIMILAR)
+        found = found or [name for name in names if name.rpartition(".")[2] in ends]
+    shown = [name for name in found if "[]" not in name] or found  # what stands in a list has no option of its own
+    if not shown or len(shown) > 4:
+        return "see --help for all options"
+    return f"did you mean {' or '.join([', '.join(shown[:-1]), shown[-1]] if shown[1:] else shown)}?"
+
+
+def _leaves(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
+    """`value` at its place, then what is inside it, if it is a mapping."""
+    yield place, value
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves((*place, key), inner)
 
 
 class Source(NamedTuple):
@@ -55,7 +83,11 @@ class Source(NamedTuple):
         names = [*self.names, *self.flags]
         problems = [unknown_option(key, self.overrides[key], "command line", names) for key in typed]
         if place in self.lines or not typed:
-            problems.append(unknown_option(show_place(place), value, self.where(place), self.names))
+            leaves = list(_leaves(place, value))
+            foreign = any(hint(show_place(leaf), self.names) for leaf, _ in leaves[1:])  # another trainer's section
+            for leaf, content in leaves[1:] if foreign else leaves[:1]:
+                if not foreign or not isinstance(content, Mapping):
+                    problems.append(unknown_option(show_place(leaf), content, self.where(leaf), self.names))
         return problems
 
     def place(self, loc: Place, data: Any) -> Place:
