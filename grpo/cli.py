@@ -102,10 +102,16 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(evaluate, EvalConfig)
     evaluate.set_defaults(command=_eval)
 
-    sample = commands.add_parser("sample", help="completions of prompts from a file", description=SampleConfig.__doc__)
+    sample = commands.add_parser("sample", help="completions of your own prompts", description=SampleConfig.__doc__)
     sample.add_argument("policy", metavar="MODEL", help="a checkpoint folder, a run folder or a hub id")
     sample.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help='lines such as {"prompt": "2 + 3 = ?"}'
+        "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; give it again for another one"
+    )
+    sample.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE.jsonl|-",
+        help='lines such as {"prompt": "2 + 3 = ?"}; - reads standard input, where a line may also be plain text',
     )
     sample.add_argument("--json", type=Path, metavar="OUT", help="write groups and completions to this file")
     add_options(sample, SampleConfig)
@@ -312,14 +318,21 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    from grpo.inference_config import SampleConfig
+    if not args.prompt and args.prompts is None:
+        args.options_parser.error('there are no prompts: give --prompt "some text", --prompts FILE.jsonl, --prompts -')
+    from grpo.inference_config import SampleConfig, sample_defaults_of_run
     from grpo.options import load
 
-    config = load(SampleConfig, None, args.overrides | {"model": args.policy}, args.flags)
+    brought = sample_defaults_of_run(Path(args.policy), args.overrides.get("data"))
+    config = load(SampleConfig, None, brought | {"model": args.policy} | args.overrides, args.flags)
     from grpo import report
-    from grpo.sample import read_prompts, sample
+    from grpo.sample import prompts_of, sample
 
-    sampled = sample(config, read_prompts(args.prompts), report.CONSOLE)
+    examples = prompts_of(args.prompt, args.prompts)
+    if brought and "template" not in args.overrides:
+        shots = f" and {config.few_shot} worked examples" if config.few_shot else ""
+        print(f"prompts are written as in the run: template {config.template!r}{shots}")
+    sampled = sample(config, examples, report.CONSOLE)
     report.groups(sampled.groups, sampled.tokenizer)
     _write(args.json, {"groups": report.groups_as_json(sampled.groups)})
     return _fail(sampled.faults, EXIT_ERROR) if sampled.faults else 0

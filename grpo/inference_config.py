@@ -72,7 +72,7 @@ class EvalConfig(ModelOptions):
 
 
 class SampleConfig(ModelOptions):
-    """Completions of your own prompts, one {"prompt": ...} a line."""
+    """Completions of your own prompts. A run folder brings its template, worked examples, temperature and limit."""
 
     group_size: int = Field(default=4, ge=1)
     """Completions per prompt."""
@@ -87,9 +87,27 @@ class SampleConfig(ModelOptions):
     margin: float = Field(default=2.0, ge=0)
     """accept: margin takes a draft whose best token leads the second by so many nats."""
     template: str = "{prompt}"
-    """A format string around `prompt`, or `chat` for the model's own chat template."""
+    """A format string around `prompt`, or `chat` for the model's own chat template. A run folder brings its own."""
     system_prompt: str | None = None
     """System message in front of every chat prompt (template: chat)."""
+    few_shot: int = Field(default=0, ge=0)
+    """Worked examples from the training split of `data` in front of every prompt."""
+    data: str = "word_problems"
+    """few_shot: where the worked examples come from, as in `quartet eval`."""
+    levels: list[int] = Field(default_factory=lambda: [1, 2], min_length=1)
+    """few_shot: difficulty levels of `word_problems`, 1 to 4."""
+    task_options: dict[str, Any] = Field(default_factory=dict)
+    """few_shot: options of a reasoning_gym task, such as {max_animals: 4}."""
+    prompt_column: str = "question"
+    """The column that is the prompt: in the worked examples, and as a name for your prompt in `template`."""
+    solution_column: str = "answer"
+    """few_shot: the column with the gold solution."""
+
+
+def sample_defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
+    """Options of `quartet sample` that a run folder brings along, so that a prompt looks as it did in training."""
+    brought = defaults_of_run(folder, data)
+    return {name: value for name, value in brought.items() if name in SampleConfig.model_fields}
 
 
 def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:

@@ -1,14 +1,19 @@
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from grpo.cli import main
 from grpo.inference_config import SampleConfig
 from grpo.options import load
 from grpo.report import groups_as_json
 from grpo.sample import Sampled, read_prompts, sample
+from grpo.task import Task
+from grpo.train import Trainer
 from rollout.engine import RolloutError
 
 
@@ -169,3 +174,98 @@ def test_margin_is_counted_and_named(model, tmp_path):
     assert all(c["draft"]["fallbacks"] >= c["draft"]["target_forwards"] - 1 for c in group["completions"])
     with pytest.raises(RolloutError, match="accept=margin takes drafts unverified, but there are none"):
         _groups(model, path, accept="margin", draft_tokens=0)
+
+
+# ---- a run's template, and where prompts come from ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(micro_config, tmp_path_factory):
+    """A run whose template, worked example and sampling are not the defaults, and its configuration."""
+    folder = tmp_path_factory.mktemp("sample") / "run"
+    given = {"steps": 1, "warm_start.steps": 0, "data.template": "Q: {question}\nA: ", "data.few_shot": 1, "seed": 3}
+    config = micro_config(folder, **given | {"rollout.temperature": 0.8})
+    Trainer(config).run()
+    return folder, config
+
+
+def _sample(*words, out: Path) -> list[dict]:
+    assert main(["sample", *map(str, words), "--threads", "1", "--group_size", "1", "--json", str(out)]) == 0
+    return json.loads(out.read_text())["groups"]
+
+
+def _texts(monkeypatch) -> list[str]:
+    """The texts of the prompts that are sampled from now on."""
+    seen = []
+
+    def keep(config, examples, console, kept=sample):
+        sampled = kept(config, examples, console)
+        seen.extend(group.prompt.text for group in sampled.groups)
+        return sampled
+
+    monkeypatch.setattr("grpo.sample.sample", keep)
+    return seen
+
+
+def test_a_prompt_looks_as_the_run_was_trained_on(run, tmp_path, monkeypatch, capsys):
+    folder, config = run
+    texts = _texts(monkeypatch)
+    with Task.of(config) as task:
+        example = task.train[4]
+        trained_on = task.template.render(example)
+    [group] = _sample(folder, "--prompt", example.question, out=tmp_path / "out.json")
+    assert texts == [trained_on]
+    assert trained_on.count("Q: ") == 2  # the worked example is in front
+    assert group["prompt"] == example.question
+    assert len(group["completions"][0]["token_ids"]) <= 10  # rollout.max_completion_tokens of the run
+    shown = capsys.readouterr().out
+    assert "as in the run: template 'Q: {question}\\nA: ' and 1 worked examples" in shown
+
+
+def test_a_template_of_the_command_line_wins_over_the_runs(run, tmp_path, monkeypatch):
+    texts = _texts(monkeypatch)
+    words = ["--prompt", "2 + 3 = ", "--template", "{prompt}", "--few_shot", "0"]
+    _sample(run[0], *words, out=tmp_path / "out.json")
+    assert texts == ["2 + 3 = "]
+
+
+def test_a_checkpoint_inside_a_run_brings_the_runs_template(micro_config, tmp_path, monkeypatch):
+    given = {"data.template": "{problem} = ", "data.prompt_column": "problem", "data.limit": None}
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(f'{{"problem": "{i} + 1", "answer": "{i + 1}"}}\n' for i in range(8)))
+    options = {"steps": 2, "warm_start.steps": 1, "data.name": str(file)}
+    Trainer(micro_config(tmp_path / "run", **given | options)).run()
+    texts = _texts(monkeypatch)
+    _sample(tmp_path / "run/checkpoints/step_000001", "--prompt", "3 + 1", out=tmp_path / "out.json")
+    assert texts == ["3 + 1 = "]
+
+
+def test_prompts_come_from_the_command_line_and_standard_input(model, tmp_path, monkeypatch):
+    lines = b'{"prompt": "Ann has"}\n2 + 3 =\n\n  \n7 pens\r\n'
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    words = ["--prompt", "Tom has", "--prompt", "-3 + 5 =", "--prompts", "-", "--max_completion_tokens", "2"]
+    groups = _sample(model, *words, out=tmp_path / "out.json")
+    assert [group["prompt"] for group in groups] == ["Tom has", "-3 + 5 =", "Ann has", "2 + 3 =", "7 pens"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (b"\n\n", "standard input holds no prompts"),
+        (b"\xff\n", "standard input is not UTF-8 text"),
+        (b'a\n{"prompt": \n', "standard input, line 2: not JSON"),
+        (b'{"promt": "a"}\n', "standard input, line 1: expected"),
+    ],
+)
+def test_standard_input_without_prompts_is_named(model, monkeypatch, capsys, given, message):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert main(["sample", model, "--prompts", "-"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_empty_prompt_and_no_prompt_are_refused(model, capsys):
+    assert main(["sample", model, "--prompt", ""]) == 1
+    assert '--prompt "": is empty' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sample", model])
+    assert 'there are no prompts: give --prompt "some text"' in capsys.readouterr().err
