@@ -130,6 +130,12 @@ class RunLog:
             event += " (further ones in events.jsonl only)"
         self.say(f"{event}: {text}")
 
+    def nothing_learned(self, step: int, why: str, change: Sequence[str]) -> None:
+        """Record and show that the steps up to this one taught nothing: the reason, and a line for every way out."""
+        self.event("nothing_learned", step=step, why=why, unshown={"change": list(change)})
+        for way in change:
+            self.say(f"  what may help: {way}")
+
     def progress(self) -> Progress:
         """Live bars; see console.progress_bars. Without a terminal, or quiet, they draw nothing."""
         return progress_bars(self.console, enabled=not self._quiet)

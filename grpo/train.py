@@ -31,6 +31,7 @@ from grpo.run_log import RunLog, read_metrics
 from grpo.run_pool import open_run_pool, use_costs_of_run
 from grpo.stopping import GivenUp, Stopped, StopSignal
 from grpo.task import Task
+from grpo.tied_steps import TiedSteps
 from grpo.warm_start import warm_start
 from policies.policy import Policy
 from rollout.group import Prompt
@@ -80,6 +81,7 @@ class Trainer:
         check_options(config)
         self.saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=config.steps)
         self.task = Task.of(config)
+        self.tied_steps = TiedSteps(config, self.task.first_reward, self.task.full_marks)
         try:
             if self.resuming and not force:
                 refuse_changed_rewards(self.output_dir, self.task.scorer.describe())
@@ -217,6 +219,8 @@ class Trainer:
                 self.stop.check()
                 batch = learner.prepare(drawn.groups, drawn.scores)
                 run_log.rollouts(step, drawn.groups, drawn.scores, batch.advantages, draws=drawn.draws)
+                if told := self.tied_steps.observe(drawn, batch.advantages):
+                    run_log.nothing_learned(step, *told)
                 bar = progress.add_task(f"step {step}: learning", total=None)
 
                 def advance(finished: int, total: int) -> None:
