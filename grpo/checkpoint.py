@@ -27,6 +27,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from policies.file_mode import heed_umask
+
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 MANIFEST, STATE = "manifest.json", "state.json"
 
@@ -133,6 +135,7 @@ def _write(folder: Path, tensors: Tensors, document: str) -> None:
         # Cloned: safetensors refuses tied tensors, views and strides.
         own = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in mapping.items()}
         save_file(own, folder / f"{name}.safetensors")
+    heed_umask(folder)
     (folder / STATE).write_text(document)
     files = {file.name: _size_and_hash(file) for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))

@@ -11,6 +11,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -75,7 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quartet", description="GRPO for MoE/MLA language models with lossless multi-token rollouts."
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"quartet {_version()}")
+    commands = _add_commands(parser)
 
     sft = commands.add_parser(
         "sft", help="supervised fine-tuning on prompts and gold solutions", description=SftConfig.__doc__
@@ -120,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(commands)
 
     policy = commands.add_parser("policy", help="what a policy is made of")
-    kinds = policy.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    kinds = _add_commands(policy)
     inspect = kinds.add_parser(
         "inspect", help="parameters, cache and FLOPs per token, experts, MTP layers, LoRA's share"
     )
@@ -151,6 +153,19 @@ def build_parser() -> argparse.ArgumentParser:
     reference = commands.add_parser("reference", help="print the reference page of all options and metrics")
     reference.set_defaults(command=_reference)
     return parser
+
+
+def _add_commands(parser: argparse.ArgumentParser) -> Any:
+    """Places for commands; without one of them the parser's help is printed."""
+    parser.set_defaults(command=lambda _: parser.print_help())
+    return parser.add_subparsers(title="commands", metavar="COMMAND")
+
+
+def _version() -> str:
+    try:
+        return metadata.version("quartet-rl")
+    except metadata.PackageNotFoundError:
+        return "(run from its source, not installed)"
 
 
 def _add_convert(commands: Any) -> None:
@@ -193,7 +208,7 @@ def _add_reward(commands: Any) -> None:
     from grpo.reward_config import ReplayConfig, RewardTestConfig
 
     reward = commands.add_parser("reward", help="try a reward function, or score a run again with another one")
-    kinds = reward.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    kinds = _add_commands(reward)
 
     test = kinds.add_parser(
         "test", help="gold, empty, wrong and hostile completions", description=RewardTestConfig.__doc__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -409,6 +409,13 @@ def gsm8k_reward() -> list[RewardOptions]:
 class SftConfig(ModelOptions):
     """Supervised fine-tuning on prompts and gold solutions; the MTP head is trained beside the trunk."""
 
+    # What `quartet sft --help` shows; `--help all` shows all.
+    common: ClassVar[tuple[str, ...]] = (
+        *("model", "output_dir", "data.name", "data.limit", "data.template", "data.prompt_column"),
+        *("data.solution_column", "warm_start.steps", "warm_start.batch_size", "warm_start.learning_rate"),
+        *("warm_start.schedule", "learner.tokens_per_micro_batch", "mtp.loss_weight", "mtp.depth", "rewards"),
+        *("eval.limit", "rollout.max_completion_tokens", "checkpoint.every", "dtype", "threads", "seed"),
+    )
     output_dir: Path
     """The run folder; the trained policy is written to `policy/` in it."""
     data: DataOptions = DataOptions()
@@ -430,6 +437,13 @@ class SftConfig(ModelOptions):
 class TrainConfig(SftConfig):
     """GRPO, after an optional warm start: sample groups, score them, favour what scored above its group."""
 
+    # What `quartet train --help` shows; `--help all` shows all.
+    common: ClassVar[tuple[str, ...]] = (
+        *("model", "output_dir", "data.name", "data.template", "rewards", "steps", "prompts_per_step"),
+        *("rollout.group_size", "rollout.temperature", "rollout.max_completion_tokens", "rollout.workers"),
+        *("learner.learning_rate", "learner.tokens_per_micro_batch", "loss.loss_type", "loss.beta", "lora.rank"),
+        *("warm_start.steps", "eval.limit", "eval.every", "checkpoint.every", "dtype", "seed"),
+    )
     steps: int = Field(default=100, ge=1)
     """Steps of GRPO; one step samples, scores and learns once."""
     prompts_per_step: int = Field(default=8, ge=1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import shutil
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,14 +26,14 @@ def describe() -> dict[str, Any]:
     """The machine and the software that this process runs on, as JSON.
 
     >>> describe()
-    {'time': '2026-11-25T10:00:00+00:00', 'command': 'python quartet train run.yaml',
+    {'time': '2026-11-25T10:00:00+00:00', 'command': 'quartet train run.yaml',
      'hardware': {'cpu': 'AMD EPYC 9R14', 'cores': 2, 'memory_gib': 24.0, 'gpus': []},
      'threads': 2, 'cpu_capability': 'AVX512', 'platform': 'Linux-...', 'versions': {'python': '3.11.2', ...}}
     """
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([*(Path(word).name for word in sys.orig_argv[:2]), *sys.orig_argv[2:]]),
+        "command": command(sys.orig_argv),
         "hardware": {
             "cpu": _cpu(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -45,8 +47,29 @@ def describe() -> dict[str, Any]:
     }
 
 
+def command(argv: Sequence[str]) -> str:
+    """What to paste into a shell, in the same folder, to do again what a process does that was started with `argv`.
+
+    >>> command(["/usr/bin/python3", "-m", "grpo", "train", "my run.yaml"])
+    "python3 -m grpo train 'my run.yaml'"
+    """
+    words = list(argv)
+    if len(words) > 1 and Path(words[1]).stem == "quartet":
+        del words[0]  # the console script is started through an interpreter that nobody typed
+    words[0] = _program(words[0])
+    return shlex.join(words)
+
+
+def _program(word: str) -> str:
+    """By its name where a shell finds it under that name, else by its path, from here if it is inside this folder."""
+    if os.sep not in word or shutil.which(Path(word).name) == os.path.abspath(word):
+        return Path(word).name
+    path = Path(word).absolute()
+    return os.path.join(".", path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else word
+
+
 def caption(environment: dict[str, Any]) -> str:
-    """One line for the foot of a figure: `AMD EPYC 9R14, 2 cores · torch 2.13.0 · python quartet train a.yaml`."""
+    """One line for the foot of a figure: `AMD EPYC 9R14, 2 cores · torch 2.13.0 · quartet train a.yaml`."""
     hardware, versions = environment["hardware"], environment["versions"]
     device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
     return f"{device} · torch {versions['torch']} · {environment['command']}"

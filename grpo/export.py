@@ -36,6 +36,7 @@ from grpo.model_card import Origin, model_card
 from grpo.run_policy import PolicySource, find_policy, load_found
 from policies import lora, presets
 from policies.contradictions import FIXED_FIELDS
+from policies.file_mode import heed_umask
 from policies.layout import WeightFiles, find_file
 from policies.policy import Policy, read_config
 
@@ -85,6 +86,7 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False) -
             _write_merged(source, found, folder)
         for file in origin.licence_files:
             shutil.copy(file, folder / file.name)
+        heed_umask(folder)
         (folder / "run").mkdir()
         for name in RUN_FILES:
             if (found.folder / name).is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -56,6 +56,13 @@ class HeadOptions(Options):
 class MtpConfig(ModelOptions):
     """Self-distillation of the draft head: sample groups from the policy, teach the head its own distributions."""
 
+    # What `quartet mtp --help` shows; `--help all` shows all.
+    common: ClassVar[tuple[str, ...]] = (
+        *("model", "output_dir", "data.name", "data.template", "steps", "prompts_per_step", "rollout.group_size"),
+        *("rollout.temperature", "rollout.max_completion_tokens", "head.depth", "head.learning_rate"),
+        *("head.draft_vocabulary", "head.tv_share", "head.restart", "head.tokens_per_update", "eval.limit"),
+        *("checkpoint.every", "dtype", "threads", "seed"),
+    )
     output_dir: Path
     """The run folder; the policy with its taught head is written to `policy/` in it."""
     add_mtp: bool = True

@@ -25,7 +25,7 @@ import json
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -141,9 +141,42 @@ def _value(annotation: Any, text: str) -> Any:
         return text  # the model will say what it expects instead
 
 
+class _Help(argparse.Action):
+    """`--help` shows the options in `common`, all of them where there is no such choice; `--help all` shows all."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, common: Collection[str]) -> None:
+        what = "show the options that most runs use, or all of them" if common else "show this help"
+        absent = argparse.SUPPRESS
+        super().__init__(option_strings, absent, nargs="?", metavar="all", default=absent, help=what)
+        self.common = common
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: Any = None) -> None:
+        if value == "all" or not self.common:
+            parser.print_help()
+            parser.exit()
+        formatter, left = parser._get_formatter(), 0
+        formatter.add_usage(parser.usage, parser._actions, parser._mutually_exclusive_groups)
+        formatter.add_text(parser.description)
+        for group in parser._action_groups:
+            shown = [a for a in group._group_actions if not isinstance(a, _Override) or a.dest in self.common]
+            left += len(group._group_actions) - len(shown)
+            if shown:
+                formatter.start_section(group.title)
+                formatter.add_arguments(shown)
+                formatter.end_section()
+        formatter.add_text(f"{left} more options: {parser.prog} --help all")
+        print(formatter.format_help(), end="")
+        parser.exit()
+
+
 def add_options(parser: argparse.ArgumentParser, model_cls: type[BaseModel]) -> None:
-    """Adds one `--a.b.c VALUE` per option of the model, in one group per nested model."""
+    """Adds one `--a.b.c VALUE` per option of the model, in one group per nested model.
+
+    The model's `common`, if it has any, are the options that `--help` shows; `--help all` shows all.
+    """
     parser.allow_abbrev = False
+    parser._optionals.conflict_handler = "resolve"  # argparse's own --help gives way to ours
+    parser.add_argument("-h", "--help", action=_Help, common=getattr(model_cls, "common", ()))
     parser.set_defaults(overrides={}, options_parser=parser)
     parser.usage = parser.usage or "%(prog)s [argument ...] [--option VALUE ...]"
     groups = {"": parser.add_argument_group("options of the configuration")}
@@ -193,7 +226,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     for word in rest:
         name, _, text = word.partition("=")
         if not name.startswith("-"):
-            raise ConfigError([f"{name}: this word follows no option; see --help"])
+            raise ConfigError([f"{name}: this word follows no option; see --help all"])
         extra[name.lstrip("-")] = _value(Any, text)
     if extra and not hasattr(args, "overrides"):
         raise ConfigError(unknown_option(key, extra[key], "command line", args.flags) for key in extra)

@@ -47,7 +47,7 @@ def _nearest(wanted: str, names: list[str]) -> str:
         found = found or [name for name in names if name.rpartition(".")[2] in ends]
     shown = [name for name in found if "[]" not in name] or found  # what stands in a list has no option of its own
     if not shown or len(shown) > 4:
-        return "see --help for all options"
+        return "see --help all for all options"
     return f"did you mean {' or '.join([', '.join(shown[:-1]), shown[-1]] if shown[1:] else shown)}?"
 
 

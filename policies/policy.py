@@ -37,6 +37,7 @@ from transformers.utils import logging as transformers_logging
 from policies import lora
 from policies.attention import ATTENTION, Packing
 from policies.contradictions import FIXED_FIELDS, contradictions
+from policies.file_mode import heed_umask
 from policies.layout import (
     PolicyError,
     Shape,
@@ -214,6 +215,7 @@ class Policy(nn.Module):
         try:
             with _quiet_loading():
                 self.trunk.save_pretrained(partial, state_dict=state)
+            heed_umask(partial)
             self.tokenizer.save_pretrained(partial)
             if self.draft_ids is not None:
                 write_draft_vocabulary(partial, self.draft_ids)

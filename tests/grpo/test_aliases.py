@@ -117,12 +117,12 @@ def test_each_command_is_led_to_its_own_option(model, name, ours):
 
 def test_a_command_that_has_no_such_option_is_not_sent_to_another():
     assert hint("learning_rate", names(EvalConfig)) is None
-    assert said("learning_rate", EvalConfig) == "no such option; see --help for all options"
+    assert said("learning_rate", EvalConfig) == "no such option; see --help all for all options"
 
 
 @pytest.mark.parametrize("name", ["use_something", "foo", "eval_limits_of_time", "mtp.colour", "zero_stage"])
 def test_what_is_like_nothing_gets_no_suggestion(name):
-    assert said(name) == "no such option; see --help for all options"
+    assert said(name) == "no such option; see --help all for all options"
 
 
 def test_a_word_with_several_meanings_shows_them_all():
@@ -142,5 +142,5 @@ def test_a_section_of_verls_is_answered_line_by_line(tmp_path):
         f"actor_rollout_ref.rollout.top_p=0.9 ({file}, line 5): not supported, because it cuts the distribution, so "
         "the sampled tokens are no longer the policy's and bias the gradient",
         f"actor_rollout_ref.model.path=a/b ({file}, line 6): no such option; did you mean model?",
-        f"something ({file}, line 7): no such option; see --help for all options",
+        f"something ({file}, line 7): no such option; see --help all for all options",
     ]

@@ -75,6 +75,17 @@ def _killed(action, call: int) -> bool:
     return False
 
 
+def test_a_checkpoints_files_have_the_mode_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = _save(tmp_path, 1, 0.5)
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == dict.fromkeys(
+        ["policy.safetensors", "optimizer.safetensors", "state.json", "manifest.json"], "0o640"
+    )
+
+
 def test_contract_9_a_killed_save_leaves_the_previous_checkpoint(tmp_path):
     outcomes = []
     for call in range(1, 100):

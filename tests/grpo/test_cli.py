@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ import pytest
 from grpo.cli import main
 from grpo.config import SftConfig, TrainConfig
 from grpo.inference_config import EvalConfig, SampleConfig
+from grpo.mtp_config import MtpConfig
 from grpo.options import _options
 from grpo.run_log import read_metrics, read_rollouts
 from policies.policy import Policy
@@ -52,7 +54,7 @@ def run(model, letters, tmp_path_factory) -> Path:
 def test_help_names_and_explains_every_option(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")
     with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
+        main([command, "--help", "all"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     for option in _options(MODELS[command].model_construct()):
@@ -66,6 +68,41 @@ def test_help_names_and_explains_every_option(command, capsys, monkeypatch):
         "sample": ["--prompts", "--json"],
     }
     assert all(flag in text for flag in flags[command])
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "mtp"])
+def test_help_shows_the_options_that_most_runs_use_and_where_the_others_are(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    model = {"train": TrainConfig, "sft": SftConfig, "mtp": MtpConfig}[command]
+    known = [o.key for o in _options(model.model_construct()) if "[]" not in o.key and not o.is_group]
+    for words in (["--help"], ["-h"], ["CONFIG.yaml", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            main([command, *words])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        shown = [key for key in known if f"  --{key} " in text]
+        assert shown == [key for key in known if key in model.common]  # each is an option that there is
+        assert len(shown) == len(model.common)
+        assert 18 <= len(shown) <= 24
+        assert {"model", "output_dir", "data.name", "eval.limit"} <= set(shown)
+        assert f"{len(known) - len(shown)} more options: quartet {command} --help all" in text
+        assert "--resume" in text
+        assert "--dry_run" in text
+
+
+@pytest.mark.parametrize("words", [[], ["policy"], ["reward"]])
+def test_without_a_command_the_help_is_printed(words, capsys):
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: quartet")
+    assert "commands:" in shown
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"quartet {metadata.version('quartet-rl')}\n"
 
 
 def test_help_lists_the_commands(capsys):
@@ -342,7 +379,7 @@ def test_what_cannot_be_done_is_one_message_and_exit_code_1(model, tmp_path, cap
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("words", [[], ["trane"], ["sample", "tiny"], ["train", "--resume"]])
+@pytest.mark.parametrize("words", [["trane"], ["sample", "tiny"], ["train", "--resume"]])
 def test_words_that_are_no_command_exit_with_2(words, capsys):
     with pytest.raises(SystemExit) as end:
         main(words)

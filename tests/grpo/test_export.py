@@ -114,6 +114,17 @@ def test_a_policy_saved_before_vllms_fields_were_written_is_exported_with_them(r
     assert torch.equal(logits(stock), logits(runs["full", True][1].trunk))
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_weights_that_were_saved_for_their_owner_alone_are_exported_for_all_who_may_read(runs, tmp_path, adapter):
+    run = tmp_path / "run"
+    shutil.copytree(runs["lora", False][0], run)
+    (run / "policy/model.safetensors").chmod(0o600)
+    export(run, tmp_path / "exported", adapter=adapter)
+    weights = [file.stat().st_mode & 0o777 for file in (tmp_path / "exported").glob("*.safetensors")]
+    (tmp_path / "any").touch()
+    assert weights == [(tmp_path / "any").stat().st_mode & 0o777] != [0o600]
+
+
 def test_what_belongs_to_it_comes_along(run, tmp_path):
     folder, live = run
     export(folder, tmp_path / "exported")

@@ -207,7 +207,7 @@ def test_an_unknown_option_gets_the_nearest_name(words, shown, nearest):
 
 def test_an_option_like_no_other_is_sent_to_the_help():
     [problem] = _problems("--model", "tiny", "--zzz", "1")
-    assert problem == "zzz=1 (command line): no such option; see --help for all options"
+    assert problem == "zzz=1 (command line): no such option; see --help all for all options"
 
 
 def test_a_value_inside_a_list_is_given_with_the_list(yaml):

@@ -2,7 +2,9 @@ import errno
 import io
 import json
 import math
+import os
 import shlex
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +16,7 @@ import zstandard
 from rich.console import Console
 
 from grpo import run_log
+from grpo.environment import command
 from grpo.run_log import RunLog, read_metrics, read_rollouts
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
@@ -178,6 +181,30 @@ def test_contract_11_the_run_names_hardware_versions_and_command(tmp_path):
     assert {"python", "transformers", "quartet-rl"} <= environment["versions"].keys()
     assert shlex.split(environment["command"])[-1] == sys.orig_argv[-1]
     assert (tmp_path / "config.yaml").read_text() == CONFIG
+
+
+@pytest.mark.parametrize("found", [True, False], ids=["on_the_path", "elsewhere"])
+@pytest.mark.parametrize("name", ["bin/quartet", "examples/my script.py", "learn.py"])
+def test_contract_11_the_recorded_command_runs_when_it_is_pasted(tmp_path, monkeypatch, name, found):
+    program, words = tmp_path / name, ["train", "a b.yaml", "--data.template", "{question}\n$x"]
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f"#!{sys.executable}\nimport sys\nprint(sys.argv[1:])\n")
+    program.chmod(0o755)
+    folders = [str(program.parent), str(Path(sys.executable).parent)] if found else []
+    monkeypatch.setenv("PATH", os.pathsep.join([*folders, "/usr/bin", "/bin"]))
+    monkeypatch.chdir(tmp_path)
+    # The kernel starts a script by its interpreter and its own path; a person types the interpreter and the file.
+    typed = [sys.executable, str(program) if name == "bin/quartet" else name]
+    recorded = command([*typed, *words])
+    pasted = subprocess.run(recorded, capture_output=True, text=True, shell=True, check=True)
+    assert pasted.stdout == f"{words}\n"
+    if name == "bin/quartet":
+        assert recorded.startswith("quartet train " if found else "./bin/quartet train ")
+    assert str(tmp_path) not in recorded
+
+
+def test_contract_11_the_module_is_recorded_as_it_was_started():
+    assert command(["python", "-m", "grpo", "train", "x.yaml"]) == "python -m grpo train x.yaml"
 
 
 def test_a_folder_that_holds_a_run_is_refused_with_three_ways_out(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -118,6 +119,19 @@ def test_another_architecture_is_told_nothing_about_routing(hf_policy, tmp_path)
 
 def test_a_checkpoint_is_safetensors_and_json_only(saved):
     assert {file.suffix for file in saved.iterdir()} == {".safetensors", ".json"}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_weights_have_the_mode_that_the_umask_gives_every_file(random_policy, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        random_policy(1).save(tmp_path / "policy")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "policy").iterdir()}
+    assert modes["model.safetensors"] == 0o666 & ~mask
+    assert len(set(modes.values())) == 1
+    assert ".mode" not in modes
 
 
 def test_a_policy_without_head_says_so_and_gets_one_on_request(random_policy, tmp_path):
