@@ -26,6 +26,7 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 2, 130, 143
 
 def main(argv: Sequence[str] | None = None) -> int:
     from grpo.options import ConfigError, parse
+    from grpo.stopping import Stopped
     from rewards.protocol import RewardError
 
     if logging.lastResort is not None:
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The first three are here already; the others take seconds to import.
         if not isinstance(error, ValueError | OSError | RewardError) and not isinstance(error, _expected_errors()):
             raise
-        return _fail(str(error), EXIT_STOPPED if type(error).__name__ == "Stopped" else EXIT_ERROR)
+        return _fail(str(error), 128 + error.number if isinstance(error, Stopped) else EXIT_ERROR)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

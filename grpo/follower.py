@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from contextlib import suppress
 
 import torch
@@ -11,7 +10,7 @@ from grpo.config import SftConfig, TrainConfig
 from grpo.distributed import RankFailed, Team
 from grpo.learner import Learner, NonFiniteStep
 from grpo.loader import device_of
-from grpo.stopping import Stopped
+from grpo.stopping import Stopped, ignore_signals
 from grpo.train import grpo_learner
 from grpo.warm_start import sft_learner
 from policies.policy import Policy
@@ -19,7 +18,7 @@ from policies.policy import Policy
 
 def follow(config: SftConfig, ranks: Team) -> None:
     """Work for rank 0 until it ends. Raises RankFailed with the words of the rank that failed, or rank 0's Stopped."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 decides how the run ends
+    ignore_signals()  # rank 0 decides how the run ends
     if config.threads:
         torch.set_num_threads(config.threads)
     try:

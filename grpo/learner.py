@@ -89,6 +89,7 @@ class Learner:
         self.reward_weights = reward_weights or {}
         self.balancer = Balancer(policy, balance or BalanceOptions())
         self.policy_version = 0
+        self.updates = 0  # made by this object: whether it has moved
         self.skipped_in_a_row = 0
         self.schedule = schedule or (lambda step: 1.0)
         freeze_exact_parts(policy)
@@ -232,6 +233,7 @@ class Learner:
             group["lr"] = group["peak"] * scale
         self.optimizer.step()
         self.masters.write_back()
+        self.updates += 1
         metrics = {"learner/grad_norm": norm, "learner/learning_rate": self.optimizer.param_groups[0]["lr"]}
         return metrics if self.value_head is None else metrics | {"value/grad_norm": value_norm}
 

@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -26,7 +27,7 @@ from grpo import checkpoint, memory_estimate
 from grpo.batch import PackedRow, Sample, split_rows
 from grpo.evaluate import Evaluation, evaluate_run
 from grpo.evaluation_data import record_trained_on
-from grpo.head_learner import HeadLearner
+from grpo.head_learner import HeadLearner, Lesson
 from grpo.learner import NonFiniteStep
 from grpo.loader import check_options, load_policy, sampling_params
 from grpo.metrics import rollout_metrics
@@ -37,7 +38,7 @@ from grpo.resume import saved_state
 from grpo.reward_record import record_rewards
 from grpo.run_log import RunLog
 from grpo.run_pool import open_run_pool, use_costs_of_run
-from grpo.stopping import GivenUp, Stopped, StopSignal
+from grpo.stopping import Boundary, GivenUp, StopSignal
 from grpo.task import Task
 from policies import presets
 from policies.draft_start import start_head
@@ -70,12 +71,16 @@ def mtp(
             table_every=0,
             trackers=config.log.trackers,
             resume_step=resume_step,
+            unwritten=saved.state.get("unwritten") if saved else None,
         ) as run_log,
         StopSignal() as stop,
     ):
         record_rewards(run_log, task.scorer.describe())
         record_trained_on(config.output_dir, task.trained_on)
-        return HeadTraining(config, task, run_log, stop, stop_after).run(saved)
+        try:
+            return HeadTraining(config, task, run_log, stop, stop_after).run(saved)
+        except GivenUp:  # before the steps
+            raise stop.stopped(resume_step or 0) from None
 
 
 def _check_model(config: MtpConfig) -> str:
@@ -161,64 +166,71 @@ class HeadTraining:
         return windows
 
     def _steps(self, learner: HeadLearner, stream: PromptStream, pool: Pool, start: int, finished_before: bool) -> None:
-        config, done, saved = self.config, start, start
-        before = stream.state_dict()
-        try:
+        config = self.config
+        save = partial(self._save, learner=learner, stream=stream)
+        with Boundary(start, save, self.run_log, self.stop) as boundary:
             if start == 0:
                 self._evaluate("before", learner.policy, pool, 0)
             with self.run_log.progress() as progress:
                 bar = progress.add_task("teaching the draft head", total=config.steps, completed=start)
                 for step in range(start + 1, config.steps + 1):
-                    before = stream.state_dict()
-                    self._step(step, learner, stream, pool)
-                    done = step
+                    self._step(step, learner, stream, pool, boundary)
                     progress.advance(bar)
                     stopping = step == self.stop_after and step < config.steps
                     if stopping or step % config.checkpoint.every == 0 or step == config.steps:
-                        self._save(step, learner, stream.state_dict())
-                        saved = step
+                        boundary.save()
                     if stopping:
-                        raise Stopped(f"stopped after step {step}; go on with --resume auto")
+                        raise boundary.stopped()
             if not finished_before:
                 self._evaluate("after", learner.policy, pool, config.steps)
-        except GivenUp:
-            if done > saved:  # what was given up has not reached the head; its prompts are drawn again
-                self._save(done, learner, before)
-            where = f"after step {done}" if done else "before step 1"
-            raise Stopped(f"stopped {where}; go on with --resume auto") from None
 
-    def _step(self, step: int, learner: HeadLearner, stream: PromptStream, pool: Pool) -> None:
-        """Sample, read, teach, publish. Raises GivenUp where a stop was asked for before the first update."""
-        config, policy = self.config, learner.policy
+    def _step(self, step: int, learner: HeadLearner, stream: PromptStream, pool: Pool, boundary: Boundary) -> None:
+        """Sample, read, teach, publish. What ends it before the first update, such as GivenUp where a stop was asked
+        for, leaves the prompts as they were; after that the step is reached, and has its line."""
+        config, policy, updates, before = self.config, learner.policy, learner.updates, stream.state_dict()
         times: defaultdict[str, float] = defaultdict(float)
+        taught: dict[str, float] = {}
         started = clock = time.perf_counter()
-        prompts = [self.task.prompt(example, policy.tokenizer) for example in stream.take(config.prompts_per_step)]
-        sampling = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed)
-        groups = pool.sample(prompts, sampling.at(step))
-        times["time/rollout"] = time.perf_counter() - clock
-        self.stop.check()
-        clock = time.perf_counter()
-        lessons = learner.read(rows_of(groups, config.head.tokens_per_update))
-        if step == 1 and config.head.draft_vocabulary is not None:
-            policy.draft_ids = learner.frequent_tokens(lessons, config.head.draft_vocabulary)
         try:
-            taught = learner.teach(lessons, step)
+            prompts = [self.task.prompt(example, policy.tokenizer) for example in stream.take(config.prompts_per_step)]
+            sampling = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed)
+            groups = pool.sample(prompts, sampling.at(step))
+            times["time/rollout"] = time.perf_counter() - clock
+            self.stop.check()
+            clock = time.perf_counter()
+            lessons = learner.read(rows_of(groups, config.head.tokens_per_update))
+            if step == 1 and config.head.draft_vocabulary is not None:
+                policy.draft_ids = learner.frequent_tokens(lessons, config.head.draft_vocabulary)
+            taught = self._teach(learner, lessons, step)
+            boundary.reached(step)
+            times["time/learn"] = time.perf_counter() - clock
+            clock = time.perf_counter()
+            pool.publish(learner.weights(), learner.policy_version)
+            times["time/publish"] = time.perf_counter() - clock
+        finally:
+            if boundary.step == step or learner.updates != updates:  # also where it was cut short after an update
+                boundary.reached(step)
+                times["time/step"] = time.perf_counter() - started
+                self._record(step, groups, policy, taught | times)
+            else:
+                stream.load_state_dict(before)
+
+    def _teach(self, learner: HeadLearner, lessons: Sequence[Lesson], step: int) -> dict[str, float]:
+        try:
+            return learner.teach(lessons, step)
         except NonFiniteStep as error:
             raise NonFiniteStep(
                 f"{error}. The update was not made: lower head.learning_rate and go on with --resume auto --force"
             ) from None
+
+    def _record(self, step: int, groups: Sequence[RolloutGroup], policy: Policy, taught: dict[str, float]) -> None:
         metrics = rollout_metrics(groups, []) | taught
         metrics = {name: value for name, value in metrics.items() if not name.startswith(("reward/", "group/"))}
-        times["time/learn"] = time.perf_counter() - clock
-        clock = time.perf_counter()
-        pool.publish(learner.weights(), learner.policy_version)
-        times["time/publish"] = time.perf_counter() - clock
-        times["time/step"] = time.perf_counter() - started
         if policy.draft_ids is not None:
             metrics["draft/vocabulary_coverage"] = coverage(groups, policy.draft_ids)
-        metrics["speed/completion_tokens_per_second"] = metrics["completion/tokens"] / times["time/rollout"]
+        metrics["speed/completion_tokens_per_second"] = metrics["completion/tokens"] / metrics["time/rollout"]
         metrics["memory/rss_gib"] = psutil.Process().memory_info().rss / 2**30
-        self.run_log.step(step, metrics | times)
+        self.run_log.step(step, metrics)
 
     def _evaluate(self, when: str, policy: Policy, pool: Pool, step: int) -> None:
         """Drafts at every depth, on held-out prompts with the same noise before and after."""
@@ -232,11 +244,11 @@ class HeadTraining:
         self.run_log.evaluation(step, {f"eval/acceptance_depth_{d}": share for d, share in accepted})
         self.evaluations |= {f"{when}, {name}": result for name, result in results.items()}
 
-    def _save(self, step: int, learner: HeadLearner, prompts: dict[str, Any]) -> None:
+    def _save(self, step: int, learner: HeadLearner, stream: PromptStream) -> None:
         tensors, state = learner.state()
         if learner.policy.draft_ids is not None:
             tensors["draft"] = {"ids": learner.policy.draft_ids}
-        everything = {"learner": state, "prompts": prompts}
+        everything = {"learner": state, "prompts": stream.state_dict(), **self.run_log.state()}
         checkpoint.save(self.checkpoints, step, tensors, everything, keep=self.config.checkpoint.keep)
 
 

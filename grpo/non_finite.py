@@ -30,13 +30,14 @@ def take_step(
     try:
         metrics = take()
     except NonFiniteStep as error:
-        learner.skipped_in_a_row += 1
+        skipped = learner.skipped_in_a_row + 1
         run_log.event("non_finite", step=step, error=str(error), batch=str(batch), unshown=unshown)
-        if options.on_non_finite == "abort" or learner.skipped_in_a_row > options.max_skipped_in_a_row:
+        if options.on_non_finite == "abort" or skipped > options.max_skipped_in_a_row:
             raise NonFiniteStep(
                 f"{error}. This update was not made; the batch is in {batch}. Lower {rate} or learner.max_grad_norm, "
                 "or set learner.on_non_finite: skip, and go on with --resume auto --force"
             ) from None
+        learner.skipped_in_a_row = skipped  # where the run ends, the step was not skipped: it is still to come
         return {"learner/updates": 0.0}
     learner.skipped_in_a_row = 0
     return metrics

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import random
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +12,7 @@ from transformers import PreTrainedModel
 
 from grpo.convert_config import RecoveryOptions
 from grpo.optimizer import schedule
+from grpo.stopping import StopSignal
 from policies.convert import frozen_parameter_names
 
 
@@ -47,8 +45,8 @@ def recover(
     factor = schedule("cosine", steps, options.warmup_steps)
     order, done = _shuffled(len(windows), seed), 0
     try:
-        with _signals() as asked:
-            while done < steps and not asked:
+        with StopSignal(at_once=False) as stop:
+            while done < steps and not stop.asked:
                 loss = 0.0
                 for _ in range(options.windows_per_step):
                     ids = windows[next(order)][None].to(dense.device)
@@ -81,28 +79,3 @@ def _shuffled(count: int, seed: int) -> Iterator[int]:
     generator = random.Random(f"recovery {seed}")
     while True:
         yield from generator.sample(range(count), count)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Notes the first SIGINT or SIGTERM instead of dying of it; the second one has its usual effect."""
-    asked: list[int] = []
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    usual: dict[int, Any] = {kind: signal.getsignal(kind) for kind in kinds}
-
-    def restore() -> None:
-        with suppress(ValueError):  # not the main thread: whoever runs us there handles signals
-            for kind in kinds:
-                signal.signal(kind, usual[kind])
-
-    def note(number: int, frame: object) -> None:
-        asked.append(number)
-        restore()
-
-    with suppress(ValueError):
-        for kind in kinds:
-            signal.signal(kind, note)
-    try:
-        yield asked
-    finally:
-        restore()

@@ -18,8 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import zstandard
 from rich.console import Console
@@ -40,7 +41,8 @@ class RunLog:
     """The record of one run in `output_dir`. A context manager; one process writes, others may read meanwhile.
 
     `resume_step` is the step of the checkpoint that the run goes on from: what was written after it is removed, so
-    that no step stands twice; 0 starts over in the same folder. None is a new run: FileExistsError if there is one
+    that no step is written twice; 0 starts over in the same folder. `unwritten` is the line of that step where the
+    disk refused it, see `state`. None is a new run: FileExistsError if there is one
     already. `trackers` are accelerate's names, None is TensorBoard where installed; ValueError if one is missing.
     """
 
@@ -53,6 +55,7 @@ class RunLog:
         trackers: Sequence[str] | None = None,
         quiet: bool = False,
         resume_step: int | None = None,
+        unwritten: dict[str, Any] | None = None,
         console: Console | None = None,
     ) -> None:
         # Everything that can be refused is refused before the folder is touched.
@@ -72,9 +75,12 @@ class RunLog:
         (output_dir / "rollouts").mkdir(parents=True, exist_ok=True)
         if resume_step is not None:
             _truncate(output_dir, resume_step)
-        self._metrics = (output_dir / "metrics.jsonl").open("a")
-        self._events = (output_dir / "events.jsonl").open("a")
+        self.unwritten: dict[str, Any] | None = None
+        self._metrics = (output_dir / "metrics.jsonl").open("ab", buffering=0)
+        self._events = (output_dir / "events.jsonl").open("ab", buffering=0)
         self._describe_run(config_yaml, resume_step if resumes else None)
+        if unwritten is not None:
+            _append(self._metrics, unwritten)
         self._trackers = [start(name, output_dir, config_yaml, resume_step or 0) for name in tracker_names]
 
     def step(self, step: int, metrics: Mapping[str, float], *, show: bool = True) -> None:
@@ -136,6 +142,10 @@ class RunLog:
         for way in change:
             self.say(f"  what may help: {way}")
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the log: the line of its step, where the disk has refused it."""
+        return {} if self.unwritten is None else {"unwritten": self.unwritten}
+
     def progress(self) -> Progress:
         """Live bars; see console.progress_bars. Without a terminal, or quiet, they draw nothing."""
         return progress_bars(self.console, enabled=not self._quiet)
@@ -177,7 +187,9 @@ class RunLog:
         if bad := [name for name in values if name not in finite]:
             finite["log/not_finite"] = len(bad)
             self.event("not_finite", step=step, metrics=bad)
-        _append(self._metrics, {"step": step} | dict(sorted((dict.fromkeys(values) | finite).items())))
+        self.unwritten = {"step": step} | dict(sorted((dict.fromkeys(values) | finite).items()))
+        _append(self._metrics, self.unwritten)
+        self.unwritten = None
         self._warn_of_undocumented(values)
         for tracker in list(self._trackers):
             try:
@@ -273,10 +285,17 @@ def _whole_lines(path: Path) -> list[str]:
     return path.read_text().split("\n")[:-1]
 
 
-def _append(stream: TextIO, values: dict[str, Any]) -> None:
+def _append(stream: FileIO, values: dict[str, Any]) -> None:
+    """A whole line or, where the disk refuses it, none."""
+    line = _json(values).encode()
     with _naming(stream.name):
-        stream.write(_json(values))
-        stream.flush()
+        end = stream.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[stream.write(line) :]
+        except OSError:
+            stream.truncate(end)
+            raise
 
 
 @contextmanager

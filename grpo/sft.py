@@ -44,6 +44,7 @@ def sft(
             dump_yaml(config),
             trackers=config.log.trackers,
             resume_step=None if resume is None else start,
+            unwritten=saved.state.get("unwritten") if saved else None,
         ) as run_log,
         StopSignal() as stop,
     ):
@@ -71,7 +72,8 @@ def sft(
             if not finished_before:
                 evaluations |= _evaluate("after", policy, task, config, run_log, steps, stop)
         except GivenUp:
-            raise Stopped(f"stopped while the policy of step {start} was evaluated; go on with --resume auto") from None
+            said = f"stopped while the policy of step {start} was evaluated; go on with --resume auto"
+            raise Stopped(said, stop.number) from None
         policy.save(config.output_dir / "policy")
     return {"output_dir": str(config.output_dir), "evaluations": evaluations}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from rich.progress import Progress
 
 from grpo import checkpoint
 from grpo.best import best_step
@@ -17,6 +18,7 @@ from grpo.collect import Collector
 from grpo.config import TrainConfig
 from grpo.curriculum import Curriculum
 from grpo.distributed import ALONE, Ranks
+from grpo.dynamic_sampling import Drawn
 from grpo.evaluate import Evaluation, evaluate_run, measure_speed
 from grpo.evaluation_data import record_trained_on
 from grpo.learner import Learner
@@ -29,11 +31,12 @@ from grpo.resume import saved_state
 from grpo.reward_record import record_rewards, refuse_changed_rewards
 from grpo.run_log import RunLog, read_metrics
 from grpo.run_pool import open_run_pool, use_costs_of_run
-from grpo.stopping import GivenUp, Stopped, StopSignal
+from grpo.stopping import Boundary, GivenUp, StopSignal
 from grpo.task import Task
 from grpo.tied_steps import TiedSteps
 from grpo.warm_start import warm_start
 from policies.policy import Policy
+from rewards.group_score import RewardFailed
 from rollout.group import Prompt
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams
@@ -80,6 +83,7 @@ class Trainer:
         self.evaluations: dict[str, Evaluation] = {}
         check_options(config)
         self.saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=config.steps)
+        self.start = self.saved.step if self.saved else 0
         self.task = Task.of(config)
         self.tied_steps = TiedSteps(config, self.task.first_reward, self.task.full_marks)
         try:
@@ -90,7 +94,8 @@ class Trainer:
                 dump_yaml(config),
                 table_every=config.log.table_every,
                 trackers=config.log.trackers,
-                resume_step=(self.saved.step if self.saved else 0) if self.resuming else None,
+                resume_step=self.start if self.resuming else None,
+                unwritten=self.saved.state.get("unwritten") if self.saved else None,
             )
             record_rewards(self.run_log, self.task.scorer.describe())
             record_trained_on(self.output_dir, self.task.trained_on)
@@ -103,28 +108,27 @@ class Trainer:
         try:
             with self.stop:
                 return self._run()
+        except GivenUp:  # before the steps
+            raise self.stop.stopped(self.start) from None
         finally:
             self.task.close()
             self.run_log.close()
 
     def _run(self) -> dict[str, Any]:
-        policy = self._initial_policy()
-        config = self.config
+        config, policy = self.config, self._initial_policy()
         self.ranks.begin("grpo", policy)
         learner = grpo_learner(policy, config, self.task.reward_weights, self.ranks)
         curriculum = Curriculum(self.task.train, config.curriculum, config.seed)
-        start = 0
         if self.saved:
             learner.load_state(self.saved.tensors, self.saved.state["learner"])
             curriculum.load_state_dict(self.saved.state["curriculum"])
-            start = self.saved.step
-            checkpoint.discard_after(self.checkpoints, start)
+            checkpoint.discard_after(self.checkpoints, self.start)
         self.ranks.hand_over(learner)
         pool = open_run_pool(policy, config, self.stop)
         try:
             pool.publish(learner.weights(), learner.policy_version)
             use_costs_of_run(pool, policy, config, resumes=self.resuming)
-            return self._steps(learner, curriculum, pool, start)
+            return self._steps(learner, curriculum, pool)
         finally:
             pool.close()
 
@@ -160,40 +164,30 @@ class Trainer:
         self.task.check_lengths(policy, config.rollout.max_completion_tokens)
         return policy
 
-    def _steps(self, learner: Learner, curriculum: Curriculum, pool: Pool, start: int) -> dict[str, Any]:
-        config, tokenizer = self.config, learner.policy.tokenizer
+    def _steps(self, learner: Learner, curriculum: Curriculum, pool: Pool) -> dict[str, Any]:
+        config, tokenizer, start = self.config, learner.policy.tokenizer, self.start
         sampling = sampling_params(learner.policy, config.rollout, config.rollout.group_size, config.seed)
         sampling = replace(sampling, record_routing=config.learner.routing_replay)
         heldout = [self.task.prompt(example, tokenizer) for example in self.task.heldout]
         collector = Collector(config, self.task, curriculum, pool, sampling, tokenizer)
         finished_before = start == config.steps and (self.output_dir / "policy").exists()
-        done = saved = start
-        try:
+        with Boundary(start, lambda step: self._save(step, learner, curriculum), self.run_log, self.stop) as boundary:
             if self._evaluation_due(start) and not self._evaluated(start):
                 self._evaluate(pool, heldout, sampling, start)
             for step in range(start + 1, config.steps + 1):
-                self._step(step, learner, collector)
-                done = step
+                self._step(step, learner, collector, boundary)
                 evaluating = self._evaluation_due(step)
                 if self._checkpoint_due(step, evaluating):
-                    self._save(step, learner, curriculum)
-                    saved = step
+                    boundary.save()
                 if evaluating:
                     self._evaluate(pool, heldout, sampling, step)
                 if step == self.stop_after and step < config.steps:
-                    raise Stopped(f"stopped after step {step}; go on with --resume auto")
+                    raise boundary.stopped()
             if heldout and not finished_before:
                 self._evaluate(pool, heldout, sampling, config.steps)
             summary: dict[str, Any] = {"output_dir": str(self.output_dir), "evaluations": self.evaluations}
             if config.log.measure_speed and heldout and sampling.draft_tokens != 0:
                 summary["speeds"] = measure_speed(pool, heldout, sampling, rows=(1, 8, 32))
-        except GivenUp:
-            # What was given up has reached neither learner nor curriculum: they are as they were behind `done`.
-            if done > saved:
-                self._save(done, learner, curriculum)
-            self.run_log.event("signal", name="SIGTERM", action="what was in progress is given up", saved_step=done)
-            where = f"after step {done}" if done else "before step 1"
-            raise Stopped(f"stopped {where}; go on with --resume auto") from None
         learner.policy.save(self.output_dir / "policy")
         if config.checkpoint.keep_best:
             self._save_best_policy(learner)
@@ -201,21 +195,21 @@ class Trainer:
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
-    def _step(self, step: int, learner: Learner, collector: Collector) -> None:
+    def _step(self, step: int, learner: Learner, collector: Collector, boundary: Boundary) -> None:
         """Sample, score, learn, publish: one step of GRPO and its line in the log.
 
-        Raises GivenUp where a stop was asked for before the first update; the curriculum is then as it was.
+        Whatever ends it before the first update (GivenUp where a stop was asked for, a reward that fails) leaves the
+        curriculum as it was. After that the step is reached, and has its line.
         """
-        run_log, pool, version = self.run_log, collector.pool, learner.policy_version
+        run_log, pool, updates = self.run_log, collector.pool, learner.updates
         times: defaultdict[str, float] = defaultdict(float)
         started, before = time.perf_counter(), collector.curriculum.state_dict()
         self.ranks.call(learner, "set_draft_depth", collector.draft_depth(step))
         self.task.reached(step - 1, self.config)
+        learned: dict[str, float] = {}
         try:
             with run_log.progress() as progress:
-                drawn = collector.collect(step, progress, times)
-                for failure in (failure for score in drawn.all_scores for failure in score.errors):
-                    run_log.event("reward_error", step=step, **vars(failure))
+                drawn = self._collect(step, collector, progress, times)
                 self.stop.check()
                 batch = learner.prepare(drawn.groups, drawn.scores)
                 run_log.rollouts(step, drawn.groups, drawn.scores, batch.advantages, draws=drawn.draws)
@@ -230,21 +224,37 @@ class Trainer:
                         self.stop.check()  # several ranks finish their step: they are in it together
 
                 learned = self._learn(learner, batch, step, advance)
-        except GivenUp:
-            collector.curriculum.load_state_dict(before)
+            boundary.reached(step)
+            clock = time.perf_counter()
+            if learner.updates != updates:
+                pool.publish(learner.weights(), learner.policy_version)
+            times["time/publish"] = time.perf_counter() - clock
+        finally:
+            if boundary.step == step or learner.updates != updates:  # also where it was cut short after an update
+                boundary.reached(step)
+                times["time/step"] = time.perf_counter() - started
+                self._record(step, drawn, collector, learned | times)
+            else:
+                collector.curriculum.load_state_dict(before)
+
+    def _collect(self, step: int, collector: Collector, progress: Progress, times: defaultdict[str, float]) -> Drawn:
+        """The scored groups of a step, with an event for every reward that failed."""
+        try:
+            drawn = collector.collect(step, progress, times)
+        except RewardFailed as error:
+            self.run_log.event("reward_error", step=step, **vars(error.failure))
             raise
-        clock = time.perf_counter()
-        if learner.policy_version != version:
-            pool.publish(learner.weights(), learner.policy_version)
-        times["time/publish"] = time.perf_counter() - clock
-        times["time/step"] = time.perf_counter() - started
-        metrics = rollout_metrics(drawn.all_groups, drawn.all_scores) | learned | times
-        metrics |= collector.metrics(step, drawn)
-        metrics["speed/completion_tokens_per_second"] = metrics["completion/tokens"] / times["time/rollout"]
+        for failure in (failure for score in drawn.all_scores for failure in score.errors):
+            self.run_log.event("reward_error", step=step, **vars(failure))
+        return drawn
+
+    def _record(self, step: int, drawn: Drawn, collector: Collector, learned: dict[str, float]) -> None:
+        metrics = rollout_metrics(drawn.all_groups, drawn.all_scores) | learned | collector.metrics(step, drawn)
+        metrics["speed/completion_tokens_per_second"] = metrics["completion/tokens"] / metrics["time/rollout"]
         metrics["memory/rss_gib"] = psutil.Process().memory_info().rss / 2**30
         if torch.cuda.is_available():
             metrics["memory/device_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        run_log.step(step, metrics)
+        self.run_log.step(step, metrics)
 
     def _learn(self, learner: Learner, batch: Any, step: int, advance: Any) -> dict[str, float]:
         return take_step(
@@ -290,7 +300,7 @@ class Trainer:
     def _save(self, step: int, learner: Learner, curriculum: Curriculum) -> None:
         options = self.config.checkpoint
         tensors, state = learner.state()
-        everything = {"learner": state, "curriculum": curriculum.state_dict()}
+        everything = {"learner": state, "curriculum": curriculum.state_dict(), **self.run_log.state()}
         best = self._best_step(step) if options.keep_best else None
         protect = [] if best is None else [best]
         checkpoint.save(self.checkpoints, step, tensors, everything, keep=options.keep, protect=protect)

@@ -16,7 +16,7 @@ from grpo.non_finite import take_step
 from grpo.optimizer import schedule
 from grpo.prompts import PromptStream
 from grpo.run_log import RunLog
-from grpo.stopping import Stopped, StopSignal
+from grpo.stopping import Boundary, StopSignal
 from grpo.task import Task
 from policies.policy import Policy
 
@@ -52,9 +52,9 @@ def warm_start(
 ) -> dict[str, float]:
     """Train `policy` in place for `warm_start.steps`; returns the last step's metrics and the seconds it took.
 
-    Goes on from `saved`. Saves into `checkpoints`, if given, every `checkpoint.every` steps and when it is stopped,
-    which a signal and `stop_after` do behind a step. Raises Stopped then. `own_run`: its steps are those of the run,
-    so that their metrics are recorded and the last one is saved too.
+    Goes on from `saved`. Saves into `checkpoints`, if given, every `checkpoint.every` steps, when it fails, and when it
+    is stopped, which a signal and `stop_after` do after a step. Raises Stopped then. `own_run`: its steps are those of
+    the run, so that their metrics are recorded and the last one is saved too.
     """
     options = config.warm_start
     ranks.begin("sft", policy)
@@ -69,20 +69,35 @@ def warm_start(
     token, raw = policy.stop_token_ids[0], not options.strip_calculator_marks
     metrics: dict[str, float] = {}
     started = time.perf_counter()
-    with run_log.progress() as progress:
+
+    def save(step: int) -> None:
+        if checkpoints:
+            tensors, state = learner.state()
+            everything = {"learner": state, "prompts": stream.state_dict(), **run_log.state()}
+            checkpoint.save(checkpoints, step, tensors, everything, keep=config.checkpoint.keep)
+
+    stop = stop or StopSignal()
+    boundary = Boundary(start, save, run_log, stop, " of the warm start")
+    with boundary, run_log.progress() as progress:
         bar = progress.add_task("warm start", total=options.steps, completed=start)
         for step in range(start + 1, options.steps + 1):
+            before = stream.state_dict()
             examples = stream.take(options.batch_size)
             rows = [task.solution(example, policy.tokenizer, token, raw) for example in examples]
-            metrics = take_step(
-                learner,
-                step,
-                partial(ranks.call, learner, "sft_step", rows, step),
-                run_log,
-                batch=run_log.output_dir / "events.jsonl",
-                rate="warm_start.learning_rate",
-                examples=[example.example_id for example in examples],
-            )
+            try:
+                metrics = take_step(
+                    learner,
+                    step,
+                    partial(ranks.call, learner, "sft_step", rows, step),
+                    run_log,
+                    batch=run_log.output_dir / "events.jsonl",
+                    rate="warm_start.learning_rate",
+                    examples=[example.example_id for example in examples],
+                )
+            except BaseException:
+                stream.load_state_dict(before)
+                raise
+            boundary.reached(step)
             if own_run:
                 run_log.step(step, metrics, show=False)
             loss = metrics.get("loss/sft", nan)
@@ -91,11 +106,9 @@ def warm_start(
                 shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("loss/sft", "loss/mtp") if name in metrics)
                 run_log.say(f"warm start {step:4d}/{options.steps}  {shown}")
             last = step == options.steps
-            stopping = not last and (step == stop_after or (stop is not None and stop.asked))
-            if checkpoints and (stopping or (own_run if last else step % config.checkpoint.every == 0)):
-                tensors, state = learner.state()
-                everything = {"learner": state, "prompts": stream.state_dict()}
-                checkpoint.save(checkpoints, step, tensors, everything, keep=config.checkpoint.keep)
+            stopping = not last and (step == stop_after or stop.asked)
+            if stopping or (own_run if last else step % config.checkpoint.every == 0):
+                boundary.save()
             if stopping:
-                raise Stopped(f"stopped after step {step} of the warm start; go on with --resume auto")
+                raise boundary.stopped()
     return metrics | {"seconds": time.perf_counter() - started}

@@ -446,33 +446,33 @@ class Process:
         return code, self.stderr.read_text()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_ends_everything_with_one_line(model, letters, tmp_path, workers):
-    run = Process(model, letters, tmp_path / "r", "--rollout.workers", str(workers))
+@pytest.mark.parametrize(
+    ("number", "group", "workers"),
+    [
+        (signal.SIGTERM, False, 0),
+        (signal.SIGINT, True, 0),  # a terminal's Ctrl-C reaches the whole group
+        (signal.SIGINT, True, 2),
+    ],
+)
+def test_a_signal_saves_the_last_whole_step_and_the_run_can_be_resumed(
+    model, letters, tmp_path, capsys, number, group, workers
+):
+    folder = tmp_path / "r"
+    run = Process(model, letters, folder, "--rollout.workers", str(workers))
     run.wait_for_step(2)
     assert run.started  # at least the process that scores
-    code, shown = run.end(signal.SIGINT, group=True)  # a terminal's Ctrl-C reaches the whole group
-    assert code == 130
-    assert "Traceback" not in shown
-    ours = [line for line in shown.splitlines() if line.startswith("quartet:")]
-    assert ours == ["quartet: interrupted; what was saved stays, `--resume auto` goes on from the last checkpoint"]
-    if workers == 0:
-        assert shown.splitlines() == ours
-
-
-def test_sigterm_finishes_the_step_saves_and_can_be_resumed(model, letters, tmp_path, capsys):
-    folder = tmp_path / "r"
-    run = Process(model, letters, folder)
-    run.wait_for_step(2)
-    code, shown = run.end(signal.SIGTERM)
-    assert code == 143
+    code, shown = run.end(number, group)
+    assert code == 128 + number
     last = read_metrics(folder)[-1]["step"]
-    assert shown.splitlines() == [f"quartet: stopped after step {last}; go on with --resume auto"]
+    ours = [f"quartet: stopped after step {last}; go on with --resume auto"]
+    assert [line for line in shown.splitlines() if workers == 0 or line.startswith("quartet:")] == ours
+    assert "Traceback" not in shown
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{last:06d}"]
     assert len(read_rollouts(folder, last)) == 4
-    assert main(["train", str(folder / "config.yaml"), "--resume", "auto", "--steps", str(last + 1)]) == 0
-    assert [line["step"] for line in read_metrics(folder)] == list(range(1, last + 2))
-    assert Policy.load(folder / "policy").mtp is not None
+    if workers == 0:
+        assert main(["train", str(folder / "config.yaml"), "--resume", "auto", "--steps", str(last + 1)]) == 0
+        assert [line["step"] for line in read_metrics(folder)] == list(range(1, last + 2))
+        assert Policy.load(folder / "policy").mtp is not None
 
 
 def test_an_interrupted_command_without_checkpoints_promises_none(run, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,12 +20,12 @@ from grpo.learner import Learner, NonFiniteStep
 from grpo.mtp_config import HeadOptions, MtpConfig, defaults_of_run
 from grpo.mtp_training import coverage, dry_run, mtp, rows_of
 from grpo.options import load
-from grpo.run_log import read_metrics
+from grpo.run_log import RunLog, read_metrics
 from grpo.run_policy import find_policy, load_found
 from grpo.sft import sft
 from grpo.stopping import GivenUp, InterruptiblePool, Stopped
 from policies.policy import Policy, PolicyError
-from rollout.engine import Engine
+from rollout.engine import Engine, RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.pool import LocalPool
 from rollout.sampling import FULL_ROW, SamplingParams
@@ -194,6 +195,55 @@ def test_contract_9_a_signal_gives_up_the_rollouts_in_progress(whole, config, tm
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(InterruptiblePool, "sample", interrupted)
+        with pytest.raises(Stopped, match="stopped after step 2; go on with --resume auto"):
+            mtp(config(folder))
+    mtp(config(folder), resume="auto")
+    assert _untimed(folder) == _untimed(whole)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "error", "saved"),
+    [
+        (LocalPool, "sample", 3, RolloutError("workers died 4 times"), 2),
+        (LocalPool, "publish", 3, RolloutError("workers died 4 times"), 3),
+        (HeadLearner, "_lesson_loss", 1, NonFiniteStep("the loss is nan"), None),
+        (HeadLearner, "teach", 3, NonFiniteStep("the loss is nan"), 2),
+        (RunLog, "step", 3, KeyError("a bug"), 3),
+    ],
+)
+def test_contract_9_a_failure_saves_the_last_whole_step(
+    whole, config, tmp_path, monkeypatch, owner, name, call, error, saved
+):
+    folder, real, calls = tmp_path / "run", getattr(owner, name), []
+
+    def fails(*arguments, **named):
+        calls.append(1)
+        if len(calls) == call:
+            if name == "step":
+                real(*arguments, **named)
+            raise error
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        with pytest.raises(type(error), match=str(error.args[0])):
+            mtp(config(folder))
+    assert list(checkpoint.saved(folder / "checkpoints")) == ([saved] if saved else [])
+    mtp(config(folder), resume="auto")
+    assert _untimed(folder) == _untimed(whole)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_contract_9_a_signal_while_the_head_is_taught_finishes_the_step(whole, config, tmp_path, monkeypatch, kind):
+    folder, teach = tmp_path / "run", HeadLearner.teach
+
+    def interrupted(self, lessons, step):
+        if step == 2:
+            signal.raise_signal(kind)
+        return teach(self, lessons, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadLearner, "teach", interrupted)
         with pytest.raises(Stopped, match="stopped after step 2; go on with --resume auto"):
             mtp(config(folder))
     mtp(config(folder), resume="auto")

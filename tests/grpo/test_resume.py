@@ -3,15 +3,16 @@
 import errno
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from grpo import checkpoint
+from grpo import checkpoint, run_log
 from grpo.best import best_step
 from grpo.config import SftConfig
-from grpo.learner import Learner
+from grpo.learner import Learner, NonFiniteStep
 from grpo.options import load
 from grpo.resume import refuse_changed_config
 from grpo.run_log import RunLog, read_metrics, read_rollouts
@@ -486,6 +487,52 @@ def test_contract_9_supervised_fine_tuning_resumes_to_the_same_bits(micro_preset
     before, after = _tensors(folder, k), _tensors(folder, 6)
     assert sum(not before[name].equal(tensor) for name, tensor in after.items()) > 10
     assert not sft(_sft_config(micro_preset, folder, **given), resume="auto")["evaluations"]  # it was finished
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "error"),
+    [
+        (Learner, "sft_step", 4, NonFiniteStep("the loss is nan")),
+        (run_log, "_append", 4, OSError(28, "No space left on device")),  # one evaluation, then one a step
+        (Learner, "_update", 4, OSError(28, "No space left on device")),
+    ],
+)
+def test_contract_9_a_failure_in_supervised_fine_tuning_saves_the_last_whole_step(
+    micro_preset, tmp_path, monkeypatch, owner, name, call, error
+):
+    folder, given = tmp_path / "run", {"checkpoint.every": 100}
+    sft(_sft_config(micro_preset, tmp_path / "whole", **given))
+    real, calls = getattr(owner, name), []
+
+    def fails(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        with pytest.raises(type(error)):
+            sft(_sft_config(micro_preset, folder, **given))
+    assert list(checkpoint.saved(folder / "checkpoints")) == [3]
+    sft(_sft_config(micro_preset, folder, **given), resume="auto")
+    _assert_same_checkpoint(folder, tmp_path / "whole", 6)
+    assert _untimed(folder) == _untimed(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_contract_9_supervised_fine_tuning_is_stopped_by_a_signal(micro_preset, tmp_path, monkeypatch, kind):
+    step = Learner.sft_step
+
+    def interrupted(self, rows, number):
+        if number == 3:
+            signal.raise_signal(kind)
+        return step(self, rows, number)
+
+    monkeypatch.setattr(Learner, "sft_step", interrupted)
+    with pytest.raises(Stopped, match="stopped after step 3 of the warm start; go on with --resume auto"):
+        sft(_sft_config(micro_preset, tmp_path / "run", **{"checkpoint.every": 100}))
+    assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [3]
 
 
 def test_what_sft_refuses(micro_preset, tmp_path):

@@ -259,15 +259,20 @@ def test_resume_auto_in_a_fresh_folder_is_a_new_run(tmp_path):
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     log, _ = _open(tmp_path)
 
-    class Full(io.StringIO):
+    class Full(io.BytesIO):
         name = str(tmp_path / "metrics.jsonl")
 
-        def flush(self):
-            raise OSError(errno.ENOSPC, "No space left on device")
+        def write(self, data):
+            if self.tell() > 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:10])
 
-    monkeypatch.setattr(log, "_metrics", Full())
+    full = Full(b"")
+    monkeypatch.setattr(log, "_metrics", full)
     with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
         log.step(1, {"reward/mean": 1.0})
+    assert full.getvalue() == b""  # no half a line
+    assert log.state() == {"unwritten": {"step": 1, "reward/mean": 1.0}}
 
 
 def test_progress_draws_on_a_terminal_and_nothing_elsewhere(tmp_path):

@@ -1,34 +1,38 @@
-"""SIGTERM: the work in progress is given up at the next micro-batch, a step boundary is saved, and the run resumes."""
+"""Signals and failures: the last whole step is saved, and the run resumes to the same bits."""
 
-import os
+import errno
+import json
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from grpo import checkpoint
-from grpo.learner import Learner
-from grpo.run_log import read_metrics, read_rollouts
+from grpo import checkpoint, run_log
+from grpo.learner import Learner, NonFiniteStep
+from grpo.run_log import RunLog, read_metrics, read_rollouts
 from grpo.stopping import GivenUp, Stopped, StopSignal
+from grpo.task import Task
 from grpo.train import Trainer
-from rollout.engine import Engine
+from rewards.group_score import RewardFailed, RewardFailure
+from rollout.engine import Engine, RolloutError
+from rollout.pool import LocalPool
 
 SMALL = {"data.limit": 10, "learner.tokens_per_micro_batch": 64, "checkpoint.every": 100, "eval.limit": 3}
 
 
-def _terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+def _terminate(kind: signal.Signals = signal.SIGTERM) -> None:
+    signal.raise_signal(kind)
 
 
-def _at_call(monkeypatch, owner, name: str, number: int) -> list[int]:
-    """SIGTERM arrives when `owner.name` is called for the number-th time; returns a list that grows with the calls."""
+def _at_call(monkeypatch, owner, name: str, number: int, kind: signal.Signals = signal.SIGTERM) -> list[int]:
+    """A signal arrives when `owner.name` is called for the number-th time; returns a list that grows with the calls."""
     real, calls = getattr(owner, name), []
 
     def called(*args, **kwargs):
         calls.append(1)
         if len(calls) == number:
-            _terminate()
+            _terminate(kind)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, called)
@@ -77,15 +81,17 @@ def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
         (Learner, "weights", 3, 2, "stopped after step 2; go on"),  # published behind the second update
     ],
 )
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_contract_9_a_signal_at_any_time_leaves_a_step_boundary(
-    micro_config, whole, tmp_path, monkeypatch, owner, name, call, saved, message
+    micro_config, whole, tmp_path, monkeypatch, owner, name, call, saved, message, kind
 ):
-    folder, handler = tmp_path / "run", signal.getsignal(signal.SIGTERM)
+    folder, handler = tmp_path / "run", signal.getsignal(kind)
     with monkeypatch.context() as patch:
-        _at_call(patch, owner, name, call)
-        with pytest.raises(Stopped, match=message):
+        _at_call(patch, owner, name, call, kind)
+        with pytest.raises(Stopped, match=message) as stopped:
             Trainer(micro_config(folder, **SMALL)).run()
-    assert signal.getsignal(signal.SIGTERM) == handler
+    assert stopped.value.number == kind
+    assert signal.getsignal(kind) == handler
     assert list(checkpoint.saved(folder / "checkpoints")) == ([saved] if saved else [])
     _resumes_to_the_same(micro_config, folder, whole)
 
@@ -163,12 +169,134 @@ def test_a_stop_in_the_last_evaluation_loses_nothing(micro_config, whole, tmp_pa
     assert (folder / "policy").exists()
 
 
-def test_the_second_signal_ends_the_process_at_once():
+# ---- failures -------------------------------------------------------------------------------------------------------
+
+
+def _events(folder, name: str) -> list[dict]:
+    return [e for e in map(json.loads, (folder / "events.jsonl").read_text().splitlines()) if e["event"] == name]
+
+
+def _fails_at_call(monkeypatch, owner, name: str, number: int, error: Exception, after: bool = False) -> None:
+    """`owner.name` raises when it is called for the number-th time, `after` it has done its work or before."""
+    real, calls = getattr(owner, name), []
+
+    def called(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number and not after:
+            raise error
+        result = real(*args, **kwargs)
+        if len(calls) == number:
+            raise error
+        return result
+
+    monkeypatch.setattr(owner, name, called)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+REWARD = RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom"))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "error", "saved"),
+    [
+        (Task, "score", 4, REWARD, 1),  # two in the evaluation before GRPO, then one a step
+        (LocalPool, "sample", 4, RolloutError("workers died 4 times"), 1),
+        (LocalPool, "publish", 3, RolloutError("workers died 4 times"), 2),  # one before step 1, then one a step
+        (Learner, "_backward", 3 + 4, NonFiniteStep("the loss is nan"), None),  # the warm start takes the first three
+        (RunLog, "rollouts", 3, FULL, 2),
+        (Trainer, "_evaluate", 2, REWARD, 3),
+        (Learner, "sft_step", 3, NonFiniteStep("the loss is nan"), "warm start"),
+    ],
+)
+def test_contract_9_a_failure_saves_the_last_whole_step(
+    micro_config, whole, tmp_path, monkeypatch, owner, name, call, error, saved
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        _fails_at_call(patch, owner, name, call, error)
+        with pytest.raises(type(error), match=str(error.args[-1])):
+            Trainer(micro_config(folder, **SMALL)).run()
+    steps = list(checkpoint.saved(folder / "checkpoints"))
+    [event] = _events(folder, "failed")
+    assert type(error).__name__ in event["error"]
+    if saved == "warm start":
+        assert steps == []
+        assert list(checkpoint.saved(folder / "warm_start_checkpoints")) == [2] == [event["saved_step"]]
+    elif saved:
+        assert steps == [saved] == [event["saved_step"]]
+    _resumes_to_the_same(micro_config, folder, whole)
+
+
+def test_a_reward_that_aborts_is_an_event(micro_config, tmp_path, monkeypatch):
+    _fails_at_call(monkeypatch, Task, "score", 2, REWARD)
+    with pytest.raises(RewardFailed):
+        Trainer(micro_config(tmp_path / "run", **SMALL | {"eval.limit": 0})).run()
+    [event] = _events(tmp_path / "run", "reward_error")
+    assert (event["step"], event["function"], event["message"]) == (2, "letters", "boom")
+
+
+def test_a_step_that_fails_after_its_first_update_is_kept_with_its_line(micro_config, tmp_path, monkeypatch):
+    _fails_at_call(monkeypatch, Learner, "_update", 3 + 4, NonFiniteStep("the gradient norm is nan"))
+    with pytest.raises(NonFiniteStep):
+        Trainer(micro_config(tmp_path / "run", **SMALL | {"learner.updates_per_batch": 2, "eval.limit": 0})).run()
+    assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [2]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_a_failure_that_cannot_be_saved_is_told_as_it_is(micro_config, tmp_path, monkeypatch, capsys):
+    """The disk is full for everything: the message is that of the first failure."""
+    folder = tmp_path / "run"
+    _fails_at_call(monkeypatch, RunLog, "rollouts", 2, OSError(errno.ENOSPC, "No space left", "rollouts/step_000002"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="rollouts/step_000002"):
+        Trainer(micro_config(folder, **SMALL)).run()
+    [event] = _events(folder, "failed")
+    assert event["saved_step"] == 0
+    assert "cannot write checkpoint" in event["not_saved"]
+
+
+def test_a_run_whose_events_cannot_be_written_either_is_saved_and_told(micro_config, whole, tmp_path, monkeypatch):
+    """Events and metrics are on a full disk, checkpoints on another one."""
+    folder, append = tmp_path / "run", run_log._append
+    with monkeypatch.context() as patch:
+
+        def full(stream, values):
+            if values.get("step") == 2 or values.get("event") == "failed":
+                raise OSError(errno.ENOSPC, "No space left", stream.name)
+            append(stream, values)
+
+        patch.setattr(run_log, "_append", full)
+        with pytest.raises(OSError, match="metrics.jsonl"):
+            Trainer(micro_config(folder, **SMALL)).run()
+    assert list(checkpoint.saved(folder / "checkpoints")) == [2]
+    _resumes_to_the_same(micro_config, folder, whole)
+
+
+# ---- the signals themselves -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT")])
+def test_the_second_signal_ends_the_process_at_once(first, second):
     code = "import os, signal, time\nfrom grpo.stopping import StopSignal\nwith StopSignal() as stop:\n"
-    code += "    os.kill(os.getpid(), signal.SIGTERM)\n    assert stop.asked\n    print('once', flush=True)\n"
-    code += "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
+    code += f"    os.kill(os.getpid(), signal.{first})\n    assert stop.asked\n    print('once', flush=True)\n"
+    code += f"    os.kill(os.getpid(), signal.{second})\n    time.sleep(60)\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "once\n")
+    assert (done.returncode, done.stdout) == (-signal.Signals[second], "once\n")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            _terminate()
+            assert not stop.asked
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_check_raises_once_it_was_asked_for_and_the_former_handler_comes_back():
