@@ -1,4 +1,4 @@
-"""runs/NAME/rewards.json: which reward functions scored the run, with path and SHA-256 of users' files."""
+"""runs/NAME/rewards.json: which reward functions scored the run, with the hashes of users' files and functions."""
 
 from __future__ import annotations
 
@@ -8,34 +8,69 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo.run_log import RunLog
+from grpo.run_log import RunLog, read_events
 
 FILE = "rewards.json"
 
 
 def refuse_changed_rewards(output_dir: Path, rewards: Sequence[dict[str, Any]]) -> None:
-    """A resumed run scores with the same code. Raises ValueError naming the files that hold other code now.
+    """A resumed run scores with the same functions, except for one that has failed and was mended.
 
-    `rewards` is what `Scorer.describe` gives: [{"function": "mine.py:grade", "sha256": "9f2c...", ...}].
+    `rewards` is what `Scorer.describe` gives: [{"name": "grade", "path": "mine.py", "code_sha256": "9f2c...", ...}].
+    Raises ValueError naming the other functions that have changed.
     """
-    former = {reward["name"]: reward["sha256"] for reward in read_rewards(output_dir)}
-    changed = [r["path"] for r in rewards if r["name"] in former and former[r["name"]] != r["sha256"]]
+    failed = _failed(output_dir)
+    changed = [reward for reward in _changed(read_rewards(output_dir), rewards) if reward["name"] not in failed]
     if changed:
+        named = [f"{r['path']} holds another reward function {r['function'].rpartition(':')[2]!r}" for r in changed]
         raise ValueError(
-            f"{', '.join(changed)} holds another reward function than when this run was started; resume with the "
-            "file as it was, or use --force to go on with the new one"
+            f"{', '.join(named)} than when this run was started, and it has not failed since; resume with the function "
+            "(and what it uses in its file) as it was, or use --force to go on with the new one"
         )
 
 
 def record_rewards(run_log: RunLog, rewards: Sequence[dict[str, Any]]) -> None:
-    """Write them into the run's folder; what a resumed run had before, if it is something else, becomes an event."""
+    """Write them into the run's folder; a function that a resumed run scored with otherwise becomes an event."""
     former = read_rewards(run_log.output_dir)
-    if former and former != rewards:
+    changed = [reward["name"] for reward in _changed(former, rewards)]
+    failed = _failed(run_log.output_dir)
+    if mended := [name for name in changed if name in failed]:
+        run_log.event("reward_mended", functions=mended, unshown={"former": former})
+    others = [_without_hashes(reward) for reward in former] != [_without_hashes(reward) for reward in rewards]
+    if former and (others or len(mended) < len(changed)):
         run_log.event("rewards_changed", former=former)
     path = run_log.output_dir / FILE
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(rewards, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def _changed(former: Sequence[dict[str, Any]], rewards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of `rewards` that have another hash than in `former`; a run of an older version has the file's alone."""
+    then = {reward["name"]: reward for reward in former}
+    changed = []
+    for reward in rewards:
+        if before := then.get(reward["name"]):
+            key = "code_sha256" if "code_sha256" in before else "sha256"
+            changed += [reward] if before[key] != reward[key] else []
+    return changed
+
+
+def _failed(output_dir: Path) -> set[str]:
+    """The functions that have failed in this run, and were not changed since."""
+    failed: set[str] = set()
+    for event in read_events(output_dir):
+        if event["event"] == "reward_error":
+            failed.add(event["function"])
+        elif event["event"] == "reward_mended":
+            failed.difference_update(event["functions"])
+        elif event["event"] == "rewards_changed":
+            failed.clear()
+    return failed
+
+
+def _without_hashes(reward: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in reward.items() if not key.endswith("sha256")}
 
 
 def read_rewards(output_dir: Path) -> list[dict[str, Any]]:

@@ -221,6 +221,19 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
+def read_events(output_dir: Path) -> list[dict[str, Any]]:
+    """The events of a run in their order. Lines that are no event (of a writer that was killed) are left out."""
+    path = output_dir / "events.jsonl"
+    events = []
+    for line in _whole_lines(path) if path.exists() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        events += [event] if isinstance(event, dict) and "event" in event else []
+    return events
+
+
 def read_rollouts(output_dir: Path, step: int) -> list[dict[str, Any]]:
     """The completions of a step, group by group. Raises FileNotFoundError naming the steps that there are."""
     path = _rollout_path(output_dir, step)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from rewards.protocol import Reward, RewardError, did_you_mean
+from rewards.reached_code import code_sha256
 
 BUILT_IN = {
     "gsm8k": "rewards.gsm8k",
@@ -44,6 +45,11 @@ class Source:
     @property
     def sha256(self) -> str | None:
         return hashlib.sha256(self.content).hexdigest() if self.path else None
+
+    @property
+    def code_sha256(self) -> str | None:
+        """Of the function and what it reaches in its file; see `rewards.reached_code`."""
+        return code_sha256(self.content, self.attribute) if self.path else None
 
 
 def find_reward(function: str) -> Source:

@@ -264,10 +264,12 @@ class Scorer:
         return any(function.signature.asks_for(name) for function in self._functions)
 
     def describe(self) -> list[dict[str, Any]]:
-        """For the run's record, one dict per function: its spec, and `path` and `sha256` of a user's file."""
+        """For the run's record, one dict per function: its spec, `path` and `sha256` of a user's file, and
+        `code_sha256` of what the function reaches in it."""
         return [
             asdict(function.spec)
             | {"name": function.label, "path": function.source.path, "sha256": function.source.sha256}
+            | {"code_sha256": function.source.code_sha256}
             for function in self._functions
         ]
 

@@ -10,9 +10,11 @@ import torch
 from grpo.config import DataOptions, LearnerOptions, LossOptions, MTPOptions, RewardOptions, ScoringOptions
 from grpo.learner import Learner
 from grpo.reward_record import read_rewards
-from grpo.run_log import read_metrics, read_rollouts
+from grpo.run_log import read_events, read_metrics, read_rollouts
+from grpo.stopping import Stopped
 from grpo.task import Task
 from grpo.train import Trainer
+from rewards.group_score import RewardFailed
 from rollout.group import Completion, Prompt, RolloutGroup
 
 SOURCE = """
@@ -69,6 +71,69 @@ def test_a_resumed_run_refuses_a_changed_reward_file(file, micro_config):
     assert event["former"] == former
     assert read_rewards(folder)[0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest() != former[0]["sha256"]
     assert not [event for event in events if event["event"] == "undocumented_metric"]
+
+
+MENDABLE = """
+STEPS = {}
+
+def fails(completions, trainer_state, **_):
+    if trainer_state.global_step == 1:
+        raise ValueError("boom")
+    return [float(len(c)) for c in completions]
+
+def other(completions, **_):
+    return [1.0] * len(completions)
+"""
+
+
+def test_a_mended_function_resumes_after_its_failure(micro_config, tmp_path):
+    """As the message asks for; and not a second time, nor another function of the file."""
+    file, folder = tmp_path / "mine.py", tmp_path / "run"
+    file.write_text(MENDABLE)
+    rewards = [{"function": f"{file}:fails"}, {"function": f"{file}:other"}]
+    config = micro_config(folder, rewards=rewards, **{"warm_start.steps": 0, "eval.limit": 0})
+    with pytest.raises(RewardFailed, match="boom"):
+        Trainer(config).run()
+    mended = MENDABLE.replace('raise ValueError("boom")', "return [0.0] * len(completions)")
+    file.write_text(mended.replace("[1.0]", "[2.0]"))
+    with pytest.raises(ValueError, match=r"mine.py holds another reward function 'other' .*--force"):
+        Trainer(config, resume="auto")
+    file.write_text(mended)
+    Trainer(config, resume="auto").run()
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
+    events = read_events(folder)
+    [event] = [event for event in events if event["event"] == "reward_mended"]
+    assert event["functions"] == ["fails"]
+    assert event["former"][0]["code_sha256"] != read_rewards(folder)[0]["code_sha256"]
+    assert not [event for event in events if event["event"] == "rewards_changed"]
+    file.write_text(mended.replace("float(len(c))", "0.5"))
+    with pytest.raises(ValueError, match=r"mine.py holds another reward function 'fails'"):
+        Trainer(config, resume="auto")
+
+
+def test_an_unrelated_change_of_the_file_does_not_block_a_resume(file, micro_config):
+    folder, given = file.parent / "run", {"warm_start.steps": 0, "eval.limit": 0}
+    config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **given)
+    with pytest.raises(Stopped):
+        Trainer(config, stop_after=1).run()
+    file.write_text(f"# mine\n{SOURCE}\ndef unrelated():\n    return 1\n")
+    Trainer(config, resume="auto").run()
+    assert "rewards_changed" not in [event["event"] for event in read_events(folder)]
+
+
+def test_a_run_of_an_older_version_compares_whole_files(file, micro_config):
+    folder, given = file.parent / "run", {"warm_start.steps": 0, "eval.limit": 0}
+    config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **given)
+    with pytest.raises(Stopped):
+        Trainer(config, stop_after=1).run()
+    [former] = read_rewards(folder)
+    del former["code_sha256"]
+    (folder / "rewards.json").write_text(json.dumps([former]))
+    Trainer(config, resume="auto", stop_after=2)
+    (folder / "rewards.json").write_text(json.dumps([former]))
+    file.write_text(f"# mine\n{SOURCE}")
+    with pytest.raises(ValueError, match="mine.py holds another reward function 'talks'"):
+        Trainer(config, resume="auto")
 
 
 FAULTY = """

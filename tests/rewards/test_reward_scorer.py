@@ -368,9 +368,10 @@ def test_describe_names_the_file_and_its_hash():
     specs = [RewardSpec("gsm8k", 2.0), mine("everything", arguments={"scale": 2.0}, name="all")]
     with Scorer(specs) as scorer:
         built_in, own = scorer.describe()
-    assert built_in == asdict(specs[0]) | {"name": "gsm8k", "path": None, "sha256": None}
+    assert built_in == asdict(specs[0]) | {"name": "gsm8k", "path": None, "sha256": None, "code_sha256": None}
     sha256 = hashlib.sha256(FILE.read_bytes()).hexdigest()
-    assert own == asdict(specs[1]) | {"path": str(FILE.resolve()), "sha256": sha256}
+    assert own == asdict(specs[1]) | {"path": str(FILE.resolve()), "sha256": sha256, "code_sha256": own["code_sha256"]}
+    assert own["code_sha256"] not in (None, sha256)
 
 
 def test_lone_surrogates_and_null_characters_survive_the_way():

@@ -1,0 +1,85 @@
+"""Which code of a file a function can reach: what a change must touch before the function may score otherwise."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import symtable
+from collections.abc import Iterator
+
+DYNAMIC = {"eval", "exec", "globals", "locals", "vars"}  # with these, any name of the file may be meant
+
+
+def code_sha256(content: bytes, name: str) -> str:
+    """SHA-256 of what the function `name` reaches in the file `content`.
+
+    That is its definition, and by name the functions, classes, constants and imports of the same file that it uses,
+    that those use, and so on, with the statements that may change them when the file is loaded. Comments, layout and
+    everything else in the file do not count, nor does code in other files. It is the hash of the whole file where the
+    file is no valid Python, where `name` is bound in no visible way, and where names are looked up as strings (eval).
+    """
+    try:
+        statements = list(_statements(ast.parse(content)))
+        names = [_names(statement) for statement in statements]
+    except (SyntaxError, ValueError):
+        return hashlib.sha256(content).hexdigest()
+    binds = [_bound(statement) for statement in statements]
+    own: set[str] = set().union(*binds)  # without built-in functions
+    sets = [bound | _changed(statement) & own for statement, bound in zip(statements, binds, strict=True)]
+    reached, taken = {name}, {i for i, bound in enumerate(binds) if "*" in bound}
+    while new := {i for i in range(len(statements)) if i not in taken and reached & sets[i]}:
+        taken |= new
+        reached |= set().union(*(names[i] for i in new))
+    if name not in own or reached & DYNAMIC:
+        return hashlib.sha256(content).hexdigest()
+    text = "\n".join(ast.unparse(statements[i]) for i in sorted(taken))
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def _statements(module: ast.Module) -> Iterator[ast.stmt]:
+    """Those of the file, one for each imported name, without what runs in scripts only."""
+    for statement in module.body:
+        if isinstance(statement, ast.Import):
+            for alias in statement.names:
+                yield ast.Import([alias])
+        elif isinstance(statement, ast.ImportFrom):
+            for alias in statement.names:
+                yield ast.ImportFrom(statement.module, [alias], statement.level)
+        elif not (isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'"):
+            yield statement
+
+
+def _names(statement: ast.stmt) -> set[str]:
+    """The names of the file that a statement mentions; locals of its functions are not among them."""
+
+    def visit(table: symtable.SymbolTable) -> Iterator[str]:
+        for symbol in table.get_symbols():
+            if table.get_type() == "module" or symbol.is_global():
+                yield symbol.get_name()
+        for child in table.get_children():
+            yield from visit(child)
+
+    return set(visit(symtable.symtable(ast.unparse(statement), "reward", "exec")))
+
+
+def _bound(statement: ast.stmt) -> set[str]:
+    """The names that a statement gives a value to; "*" where the file does not say which, and for __future__."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {statement.name}
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        [alias] = statement.names
+        if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
+            return {"*"}
+        return {alias.asname or alias.name.partition(".")[0]}
+    table = symtable.symtable(ast.unparse(statement), "reward", "exec")
+    return {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+
+
+def _changed(statement: ast.stmt) -> set[str]:
+    """The names whose values a statement may change when the file is loaded: `TABLE["a"] = 1`, `TABLE.update(...)`."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom):
+        return set()
+    if isinstance(statement, ast.Assign | ast.AnnAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        return {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+    return _names(statement)
