@@ -6,16 +6,19 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from grpo.verdicts import held_out_metric
+
 
 def best_step(lines: Sequence[Mapping[str, Any]], saved: Collection[int], window: int | None = None) -> int | None:
-    """The step of `saved` with the highest eval/accuracy, the latest of equals; None where none was evaluated.
+    """The step of `saved` that did best on held-out problems, the latest of equals; None where none was evaluated.
 
-    With a `window`: with the highest reward/mean, on average over so many steps up to it. `lines`: `read_metrics`.
+    By eval/accuracy, or by eval/reward_mean where the reward's marks do not say right or wrong. With a `window`: by
+    reward/mean, on average over so many steps up to it. `lines`: `read_metrics`.
 
     >>> best_step([{"step": 1, "eval/accuracy": 0.5}, {"step": 2, "eval/accuracy": 0.4}], saved=[1, 2])
     1
     """
-    name = "eval/accuracy" if window is None else "reward/mean"
+    name = held_out_metric(lines) if window is None else "reward/mean"
     known = {line["step"]: line[name] for line in lines if line.get(name) is not None}
     values = {}
     for step in saved:

@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser(
-        "eval", help="accuracy of a policy on held-out problems", description=EvalConfig.__doc__
+        "eval", help="accuracy or mean reward of a policy on held-out problems", description=EvalConfig.__doc__
     )
     evaluate.add_argument("policy", metavar="MODEL", help="a run folder, a checkpoint folder or a hub id")
     evaluate.add_argument("--print_config", "--print-config", action="store_true", help="print the options and stop")

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from grpo.config import TrainConfig
 from grpo.curriculum import Curriculum, completion_tokens, draft_depth
 from grpo.dynamic_sampling import Drawn, draw_groups
-from grpo.evaluate import is_correct
 from grpo.task import Task
 from rewards.group_score import GroupScore
 from rollout.group import Prompt, RolloutGroup
@@ -92,6 +91,7 @@ class Collector:
         """
         first = self.task.first_reward
         failed = {failure.sample_index for failure in score.errors if failure.function == first}
-        passed = [is_correct(self.task, mark) for i, mark in enumerate(score.parts[first]) if i not in failed]
+        marks = [mark for i, mark in enumerate(score.parts[first]) if i not in failed]
+        passed = [self.task.verdicts.has_full_marks(mark) for mark in marks]
         marked = [right for right in passed if right is not None]
         return fmean(marked) if marked else None

@@ -338,8 +338,9 @@ class CheckpointOptions(Options):
     keep: int | None = Field(default=2, ge=1)
     """How many checkpoints stay; null keeps all."""
     keep_best: bool = False
-    """The best one stays too, and becomes `best_policy/`: by eval/accuracy (evaluated steps are saved then), or by
-    reward/mean over the `every` steps before it where nothing was evaluated. GRPO only."""
+    """The best one stays too, and becomes `best_policy/`: by eval/accuracy, or by eval/reward_mean where the
+    reward is no accuracy (evaluated steps are saved then), or by reward/mean over the `every` steps before it where
+    nothing was evaluated. GRPO only."""
 
 
 class CurriculumOptions(Options):
@@ -350,7 +351,8 @@ class CurriculumOptions(Options):
     shortest_share: float = Field(default=1.0, gt=0, le=1)
     """Share of the training examples open at step 1, shortest gold solutions first; of the open ones the least seen."""
     by_difficulty: bool = False
-    """Draw prompts ∝ p(1−p), p being the running share of a prompt's completions with full marks; unseen: the mean."""
+    """Draw prompts ∝ p(1−p), p being the running share of a prompt's completions with full marks (1, what a gold
+    solution gets where that is more, or what the reward declares); unseen: the mean."""
     completion_tokens: int | None = Field(default=None, ge=1)
     """Length limit of completions at step 1, growing to rollout.max_completion_tokens; null is that from the start."""
     draft_depth: int | None = Field(default=None, ge=1)
@@ -365,7 +367,8 @@ class EvalOptions(Options):
     limit: int = Field(default=0, ge=0)
     """Held-out problems; 0 turns evaluation off."""
     samples: int = Field(default=1, ge=1)
-    """Completions per problem at the sampling temperature; above 1, pass@k and majority votes are measured too."""
+    """Completions per problem at the sampling temperature; above 1, pass@k and majority votes too where there is an
+    accuracy."""
     split: str | None = None
     """The held-out split; `heldout` for word_problems, `test` otherwise."""
     levels: list[int] | None = None
@@ -426,7 +429,8 @@ class SftConfig(ModelOptions):
     eval: EvalOptions = EvalOptions()
     rollout: RolloutOptions = RolloutOptions()
     rewards: list[RewardOptions] = Field(default_factory=gsm8k_reward, min_length=1)
-    """Reward functions; the score is their weighted sum. Full marks from the first count as correct."""
+    """Reward functions; the score is their weighted sum. The first one judges held-out completions: accuracy where its
+    marks say right or wrong (`rewards.right_at`, or all of them 0 and 1), else the mean reward."""
     reward_models: list[RewardModelOptions] = Field(default_factory=list)
     """Models that score completions beside the policy."""
     reward: ScoringOptions = ScoringOptions()

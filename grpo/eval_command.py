@@ -16,7 +16,7 @@ from grpo.config import DataOptions
 from grpo.console import progress_bars
 from grpo.data import default_heldout_split
 from grpo.eval_metrics import corpus_bleu
-from grpo.evaluate import Evaluation, evaluate_ways, is_correct
+from grpo.evaluate import Evaluation, evaluate_ways
 from grpo.evaluation_data import trained_on
 from grpo.inference_config import EvalConfig
 from grpo.loader import check_options, sampling_params
@@ -49,6 +49,7 @@ class ModelEvaluation:
     perplexity: Perplexity | None
     bleu_signature: str | None
     peak_memory_gib: dict[str, float]
+    no_accuracy: str | None = None  # why there is none
 
     @property
     def without_any_mark(self) -> bool:
@@ -62,7 +63,8 @@ class CompletionsFile:
      "solution": "...", "correct": true, "reward": 1.0, "parts": {"gsm8k": 1.0}, "failures": [],
      "finish_reason": "stop", "tokens": 93}
 
-    Raises FileExistsError where there is one already.
+    `correct` is null where the first reward gave no mark, or its marks do not say right or wrong. Raises
+    FileExistsError where there is one already.
     """
 
     def __init__(self, folder: Path, task: Task) -> None:
@@ -81,6 +83,14 @@ class CompletionsFile:
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(lines)
 
+    def close(self) -> None:
+        """Withdraw `correct` from all lines if a late mark has shown that the reward is no accuracy."""
+        if self.task.verdicts.are_given or self.task.verdicts.declared:
+            return
+        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]]
+        text = "".join(json.dumps(row | {"correct": None}, ensure_ascii=False) + "\n" for row in rows)
+        self.path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
     def _lines(self, group: RolloutGroup, score: GroupScore) -> list[dict[str, Any]]:
         task, columns = self.task, group.prompt.columns
         return [
@@ -90,7 +100,7 @@ class CompletionsFile:
                 "completion": completion.text,
                 "answer": task.read_answer(completion.text),
                 "solution": columns.get(task.solution_column),
-                "correct": is_correct(task, score.parts[task.first_reward][sample]),
+                "correct": task.verdicts.of(score.parts[task.first_reward][sample]),
                 "reward": score.rewards[sample],
                 "parts": {name: values[sample] for name, values in score.parts.items()},
                 "failures": [str(failure) for failure in score.errors if failure.sample_index == sample],
@@ -159,6 +169,9 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
             if completions is None or not error.groups:
                 raise
             raise RolloutError(f"{error}\nthe other completions stand in {completions.path}", error.groups) from None
+        finally:
+            if completions:
+                completions.close()
         bleus = {name: _bleu(result, task) for name, result in results.items()}
         return ModelEvaluation(
             config=config,
@@ -171,6 +184,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
             perplexity=_perplexity(policy, task),
             bleu_signature=next(signature for _, signature in bleus.values()),
             peak_memory_gib=peak_memory_gib(),
+            no_accuracy=task.verdicts.note,
         )
 
 

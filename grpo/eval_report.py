@@ -33,14 +33,14 @@ def show(evaluation: ModelEvaluation, console: Console) -> None:
 
 def _cells(result: Evaluation) -> dict[str, str]:
     """label -> figure, in the order of the table."""
-    low, high = result.interval
-    cells = {
-        "accuracy": f"{result.accuracy:.3f} ({low:.3f}-{high:.3f})",
-        "correct": f"{result.correct:,} of {result.completions:,}",
-    }
+    cells = {}
+    if result.interval is not None and result.accuracy is not None:
+        low, high = result.interval
+        cells["accuracy"] = f"{result.accuracy:.3f} ({low:.3f}-{high:.3f})"
+        cells["correct"] = f"{result.correct:,} of {result.completions:,}"
     cells |= {f"pass@{k}": _shown(passed) for k, passed in result.pass_at.items() if k > 1}
     cells |= {f"majority of {k}": _shown(vote) for k, vote in result.majority_at.items() if k > 1}
-    cells["reward, mean"] = f"{result.reward_mean:.3f}"
+    cells["reward, mean"] = "-" if result.reward_mean is None else f"{result.reward_mean:.3f}"
     if len(result.parts) > 1:
         cells |= {f"  {name}": f"{value:.3f}" for name, value in result.parts.items()}
     if result.bleu is not None:
@@ -71,6 +71,8 @@ def _notes(evaluation: ModelEvaluation) -> list[str]:
     if evaluation.trained_on:
         count = f"{evaluation.trained_on:,} of the {evaluation.problems:,} problems"
         notes.append(f"NOT HELD OUT: the policy was trained on {count}")
+    if evaluation.no_accuracy:
+        notes.append(evaluation.no_accuracy)
     if perplexity:
         scored = f"{perplexity.tokens:,} tokens"
         scored += f", {perplexity.too_long} solutions too long" if perplexity.too_long else ""
@@ -98,6 +100,7 @@ def as_json(evaluation: ModelEvaluation) -> dict[str, Any]:
         "split": evaluation.split,
         "problems": evaluation.problems,
         "trained_on": evaluation.trained_on,
+        "no_accuracy": evaluation.no_accuracy,
         "evaluations": {name: _values(result) for name, result in evaluation.results.items()},
         "interval_method": INTERVAL_METHOD,
         "gold_perplexity": perplexity and (vars(perplexity) | {"perplexity": perplexity.value}),
@@ -110,12 +113,18 @@ def as_json(evaluation: ModelEvaluation) -> dict[str, Any]:
 
 
 def _values(result: Evaluation) -> dict[str, Any]:
-    plain = {name: value for name, value in vars(result).items() if name not in ("groups", "interval", "failures")}
+    """Without `correct`, `accuracy`, `interval_95`, `pass_at` and `majority_at` where there is no accuracy."""
+    judged = ("correct", "interval", "pass_at", "majority_at")
+    plain = {name: value for name, value in vars(result).items() if name not in ("groups", "failures", *judged)}
+    if result.interval is not None:
+        plain |= {
+            "correct": result.correct,
+            "accuracy": result.accuracy,
+            "interval_95": list(result.interval),
+            "pass_at": {str(k): _estimate(passed) for k, passed in result.pass_at.items()},
+            "majority_at": {str(k): _estimate(vote) for k, vote in result.majority_at.items()},
+        }
     return plain | {
-        "accuracy": result.accuracy,
-        "interval_95": list(result.interval),
-        "pass_at": {str(k): _estimate(passed) for k, passed in result.pass_at.items()},
-        "majority_at": {str(k): _estimate(vote) for k, vote in result.majority_at.items()},
         "failures": failure_kinds(result.failures),
         "first_failures": [vars(failure) for failure in result.failures[:FAILURES_KEPT]],
     }

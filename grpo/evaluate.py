@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
-from grpo.advantages import tied
 from grpo.eval_metrics import Estimate, estimate, majority_at_k, pass_at_k, powers_of_two
 from grpo.plots import plot_quietly
 from grpo.task import Task
@@ -33,11 +32,12 @@ OnBatch = Callable[[Sequence[RolloutGroup], Sequence[GroupScore]], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results on held-out prompts. `correct` are completions with full marks from the first reward
-    function: 1, or what a gold solution gets where that is more.
+    """Results on held-out prompts. `correct` are completions that the first reward function calls right.
 
-    `completions` are those that it gave a mark. `without_mark` others count neither as right nor as wrong: it
-    abstained from `abstained` of them, and failed on the rest.
+    Where its marks do not say right or wrong (see `Verdicts`), `correct`, `accuracy` and `interval` are None, and
+    `pass_at` and `majority_at` are empty: `reward_mean` is then the result. It is None where nothing has a score.
+    `completions` are those that the first function gave a mark. `without_mark` others count neither as right nor as
+    wrong: it abstained from `abstained` of them, and failed on the rest.
     `failures` are those of all reward functions. `interval` is the 95 % interval of the accuracy, over problems (see
     `estimate`). `acceptance[d]` are drafts accepted at depth d + 1 / drafts made there.
     """
@@ -46,9 +46,9 @@ class Evaluation:
     completions: int
     without_mark: int
     abstained: int
-    correct: int
-    interval: tuple[float, float]
-    reward_mean: float
+    correct: int | None
+    interval: tuple[float, float] | None
+    reward_mean: float | None
     length_mean: float
     clipped: float
     tokens_per_forward: float
@@ -64,8 +64,12 @@ class Evaluation:
     failures: list[RewardFailure] = field(default_factory=list)
 
     @property
-    def accuracy(self) -> float:
-        return self.correct / max(self.completions, 1)
+    def accuracy(self) -> float | None:
+        return None if self.correct is None or not self.completions else self.correct / self.completions
+
+    def without_verdicts(self) -> Evaluation:
+        """The same, where the marks turned out to say neither right nor wrong."""
+        return replace(self, correct=None, interval=None, pass_at={}, majority_at={})
 
 
 def evaluate(
@@ -107,14 +111,15 @@ def evaluate(
 
 def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], seconds: float) -> Evaluation:
     completions = [completion for group in groups for completion in group.completions]
-    verdicts = [[is_correct(task, mark) for mark in score.parts[task.first_reward]] for score in scores]
+    marks = [score.parts[task.first_reward] for score in scores]
+    verdicts = [[task.verdicts.of(mark) for mark in own] for own in marks]
     marked = [[right for right in verdict if right is not None] for verdict in verdicts]
     means = estimate([fmean(right) for right in marked if right])
     rewards = [reward for score in scores for reward in score.rewards if reward is not None]
     failures = [failure for score in scores for failure in score.errors]
-    unmarked = sum(verdict.count(None) for verdict in verdicts)
+    unmarked = sum(own.count(None) for own in marks)
     failed = sum(
-        verdicts[i][failure.sample_index] is None
+        marks[i][failure.sample_index] is None
         for i, score in enumerate(scores)
         for failure in score.errors
         if failure.function == task.first_reward
@@ -127,14 +132,14 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
         name: [part for score in scores for part in score.parts[name] if part is not None] for name in scores[0].parts
     }
     ks = powers_of_two(max(len(group.completions) for group in groups))
-    return Evaluation(
+    result = Evaluation(
         prompts=len(groups),
         completions=len(completions) - unmarked,
         without_mark=unmarked,
         abstained=unmarked - failed,
         correct=sum(map(sum, marked)),
         interval=(means.low, means.high),
-        reward_mean=fmean(rewards) if rewards else 0.0,
+        reward_mean=fmean(rewards) if rewards else None,
         length_mean=tokens / len(completions),
         clipped=fmean(completion.finish_reason == "length" for completion in completions),
         tokens_per_forward=tokens_per_forward(completions) or 1.0,
@@ -150,14 +155,7 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
         fallback_rate=sum(draft.fallbacks for draft in drafts) / forwards if forwards else 0.0,
         failures=failures,
     )
-
-
-def is_correct(task: Task, mark: float | None) -> bool | None:
-    """Whether a completion with this mark of the first reward function is right; None without a mark.
-
-    A mark that is full marks but for rounding, such as ten times 0.1, is right.
-    """
-    return None if mark is None else mark >= task.full_marks or tied([mark, task.full_marks])
+    return result if task.verdicts.are_given else result.without_verdicts()
 
 
 def _majority(task: Task, groups: Sequence[RolloutGroup], verdicts: Sequence[list[bool | None]], k: int) -> Estimate:
@@ -193,6 +191,8 @@ def evaluate_ways(
             lambda ended: progress.advance(bar, ended),
             partial(on_batch, name) if on_batch else None,
         )
+    if not task.verdicts.are_given:  # a later way may have shown it
+        return {name: result.without_verdicts() for name, result in results.items()}
     return results
 
 
@@ -210,12 +210,15 @@ def evaluate_both_ways(
 
 
 def as_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
-    """The results of `evaluate_both_ways` under their names in metrics.jsonl."""
+    """The results of `evaluate_both_ways` under their names in metrics.jsonl; what there is not is left out."""
     sampled, greedy = results["sampled"], results["greedy"]
-    metrics = {
+    judged = {
         "eval/accuracy": sampled.accuracy,
         "eval/accuracy_greedy": greedy.accuracy,
         "eval/reward_mean": sampled.reward_mean,
+        "eval/reward_mean_greedy": greedy.reward_mean,
+    }
+    metrics = {name: value for name, value in judged.items() if value is not None} | {
         "eval/prompts": sampled.prompts,
         "eval/completion_length_mean": sampled.length_mean,
         "eval/completion_clipped": sampled.clipped,
@@ -250,7 +253,7 @@ def evaluate_run(
         for failure in result.failures:
             run_log.event("reward_error", step=step, evaluation=name, **vars(failure))
     run_log.evaluation(step, as_metrics(results))
-    plot_quietly(run_log.output_dir, only=["eval_accuracy"])
+    plot_quietly(run_log.output_dir, only=["eval_accuracy", "eval_reward"])
     return results
 
 

@@ -12,7 +12,7 @@ from grpo.config import ModelOptions, RewardModelOptions, RewardOptions, Scoring
 
 
 class EvalConfig(ModelOptions):
-    """Accuracy on held-out problems, sampled and greedy. A run folder brings its data, template and rewards along."""
+    """Accuracy or mean reward on held-out problems, sampled and greedy. A run folder brings data and rewards along."""
 
     data: str = "word_problems"
     """`word_problems`, `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with test.jsonl, or one data file."""
@@ -31,7 +31,8 @@ class EvalConfig(ModelOptions):
     allow_trained_on: bool = False
     """Evaluate problems that the policy was trained on, too, and say how many they are. They are refused otherwise."""
     samples: int = Field(default=1, ge=0)
-    """Completions per problem at the sampling temperature; above 1, pass@k and majority votes too; 0 for none."""
+    """Completions per problem at the sampling temperature; above 1, pass@k and majority votes too (where there is
+    an accuracy); 0 for none."""
     greedy: bool = True
     """Evaluate greedy decoding as well."""
     output: Path | None = None
@@ -59,7 +60,8 @@ class EvalConfig(ModelOptions):
     few_shot: int = Field(default=0, ge=0)
     """Worked examples from the training split in front of every prompt."""
     rewards: list[RewardOptions] = Field(default_factory=gsm8k_reward, min_length=1)
-    """Reward functions; full marks from the first count as correct."""
+    """Reward functions. The first one judges: accuracy where its marks say right or wrong (`rewards.right_at`, or all
+    of them 0 and 1), else the mean reward."""
     reward_models: list[RewardModelOptions] = Field(default_factory=list)
     """Models that score completions beside the policy."""
     reward: ScoringOptions = ScoringOptions(on_error="drop_sample")

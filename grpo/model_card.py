@@ -16,6 +16,7 @@ from grpo.environment import caption
 from grpo.eval_metrics import wilson_interval
 from grpo.metrics import METRICS
 from grpo.run_log import read_metrics
+from grpo.verdicts import ACCURACY, held_out_metric
 
 SHOWN_METRICS = (
     *("reward/mean", "reward/std", "completion/length_mean", "completion/clipped", "policy/entropy", "group/tied"),
@@ -77,8 +78,8 @@ def model_card(run: Path, name: str, origin: Origin, what: str, base: str | None
         "## Use",
         _code("python", (LOAD_ADAPTER if base else LOAD_MERGED).format(name=name, base=base)),
         *_drafting(folder),
-        "## Held-out accuracy",
-        *_accuracy(config, lines),
+        "## Held-out problems",
+        *_evaluations(config, lines),
         "## Training",
         *_training(lines),
         f"The effective configuration (`run/config.yaml`):\n\n{_code('yaml', yaml.safe_dump(config, sort_keys=False))}",
@@ -124,27 +125,34 @@ def _drafting(folder: Path) -> Iterator[str]:
         yield "Its block is dense like the trunk; transformers' own MTP module expects experts and cannot load it."
 
 
-def _accuracy(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> Iterator[str]:
-    """The first and the last evaluation on record."""
-    evaluated = [line for line in lines if line.get("eval/accuracy") is not None]
+def _evaluations(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> Iterator[str]:
+    """The first and the last evaluation on record, by accuracy or, where the reward is none, by mean reward."""
+    measure = held_out_metric(lines)
+    evaluated = [line for line in lines if line.get(measure) is not None]
     if not evaluated:
         yield "The run evaluated no held-out problems."
         return
-    rows = [
-        "| | problems | accuracy, sampled | 95 % interval | accuracy, greedy | 95 % interval |",
-        "|---|---|---|---|---|---|",
+    judged = measure == ACCURACY
+    headings = [
+        heading
+        for way in ("sampled", "greedy")
+        for heading in ([f"accuracy, {way}", "95 % interval"] if judged else [f"mean reward, {way}"])
     ]
+    rows = [f"| | problems | {' | '.join(headings)} |", "|---" * (2 + len(headings)) + "|"]
     for when, line in zip(("before", "after"), (evaluated[0], evaluated[-1]), strict=True):
         if when == "after" and len(evaluated) == 1:
             break
         count = int(line["eval/prompts"])
         cells = [f"{when} (step {line['step']})", str(count)]
-        for metric in ("eval/accuracy", "eval/accuracy_greedy"):
+        for metric in (measure, f"{measure}_greedy"):
             value = line.get(metric)
-            cells += ["-", "-"] if value is None else [f"{value:.3f}", _interval(value, count)]
+            cells.append("-" if value is None else f"{value:.3f}")
+            if judged:
+                cells.append("-" if value is None else _interval(value, count))
         rows.append("| " + " | ".join(cells) + " |")
     data = config.get("data", {})
-    yield f"Held-out problems of `{data.get('name')}`; a completion is correct with full marks from the first reward."
+    says = "the first reward says which completions are right" if judged else "the rewards do not say right or wrong"
+    yield f"Held-out problems of `{data.get('name')}`; {says}."
     yield "\n".join(rows)
 
 

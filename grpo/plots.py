@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.environment import caption
 from grpo.eval_metrics import wilson_interval
 from grpo.run_log import read_metrics
+from grpo.verdicts import ACCURACY, MEAN_REWARD, held_out_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,11 +55,13 @@ def plot_run(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
         raise ValueError(f"{output_dir}/metrics.jsonl has {len(rows)} steps; a curve needs two")
     environment = output_dir / "environment.json"
     foot = caption(json.loads(environment.read_text())) if environment.exists() else ""
+    judged = held_out_metric(rows) == ACCURACY
     drawings: list[tuple[str, Any]] = [
         (file, lambda axes, spec=spec: _draw_line(axes, rows, *spec)) for file, *spec in ONE_LINE
     ]
     drawings += [
-        ("eval_accuracy", lambda axes: _draw_accuracy(axes, rows)),
+        ("eval_accuracy", lambda axes: judged and _draw_accuracy(axes, rows)),
+        ("eval_reward", lambda axes: not judged and _draw_held_out_reward(axes, rows)),
         ("acceptance", lambda axes: _draw_acceptance(axes, rows)),
         ("expert_load", lambda axes: _draw_load(axes, rows)),
         ("time", lambda axes: _draw_time(axes, rows)),
@@ -74,12 +77,15 @@ def plot_run(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
         axes.set_axisbelow(True)
         axes.set_xlabel("step", color=GREY)
         axes.tick_params(colors=GREY)
+        path = output_dir / "plots" / f"{file}.png"
         if draw(axes):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
             figure.supxlabel(foot[:130], fontsize=6, color=GREY)
-            written.append(output_dir / "plots" / f"{file}.png")
-            written[-1].parent.mkdir(exist_ok=True)
-            figure.savefig(written[-1])
+            written.append(path)
+            path.parent.mkdir(exist_ok=True)
+            figure.savefig(path)
+        elif file == "eval_accuracy":
+            path.unlink(missing_ok=True)  # drawn before a mark showed that the reward is no accuracy
     return written
 
 
@@ -156,6 +162,21 @@ def _draw_accuracy(axes: Axes, rows: list[dict[str, Any]]) -> bool:
         lows, highs = [low for low, _ in bounds], [high for _, high in bounds]
         axes.fill_between(steps, lows, highs, color=color, alpha=0.12, linewidth=0)
     axes.set_title("Accuracy on held-out prompts, 95 % intervals", loc="left", fontsize=11)
+    if drawn:
+        axes.legend(**BESIDE)
+    return drawn
+
+
+def _draw_held_out_reward(axes: Axes, rows: list[dict[str, Any]]) -> bool:
+    """Sampled and greedy mean reward as they were measured, unsmoothed."""
+    drawn = False
+    for name, label, color in ((MEAN_REWARD, "sampled", BLUE), (f"{MEAN_REWARD}_greedy", "greedy", ORANGE)):
+        steps, values = series(rows, name)
+        if len(steps) < 2:
+            continue
+        drawn = True
+        axes.plot(steps, values, color=color, linewidth=2, marker="o", markersize=4, label=f"{label}: {values[-1]:.3g}")
+    axes.set_title("Mean reward on held-out prompts", loc="left", fontsize=11)
     if drawn:
         axes.legend(**BESIDE)
     return drawn

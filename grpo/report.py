@@ -26,7 +26,7 @@ CONSOLE = Terminal()
 
 
 def summary(results: Mapping[str, Any]) -> None:
-    """The end of a run: held-out accuracy before and after, speed with and without drafts, where things lie."""
+    """The end of a run: held-out results before and after, speed with and without drafts, where things are."""
     if results.get("evaluations"):
         evaluations(results["evaluations"])
     if results.get("speeds"):
@@ -39,17 +39,20 @@ def summary(results: Mapping[str, Any]) -> None:
 
 
 def evaluations(results: Mapping[str, Evaluation]) -> None:
-    """A row for every evaluation; fits 80 columns without a heading in two lines."""
+    """A row for every evaluation; fits 80 columns without a heading in two lines.
+
+    Where one of them is no accuracy, all of them show the mean reward.
+    """
+    judged = all(result.interval is not None for result in results.values())
+    measures = ("correct", "accuracy (95 %)") if judged else ("completions", "reward, mean")
     look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
     table = Table(title="held-out problems", title_justify="left", **look)
-    for name in ("", "correct", "accuracy (95 %)", "tokens/forward", "tokens/s"):
+    for name in ("", *measures, "tokens/forward", "tokens/s"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, result in results.items():
-        low, high = result.interval
         table.add_row(
             name,
-            f"{result.correct}/{result.completions}",
-            f"{result.accuracy:.3f} ({low:.2f}-{high:.2f})",
+            *(_judged(result) if judged else (str(result.completions), _mean(result.reward_mean))),
             f"{result.tokens_per_forward:.2f}",
             f"{result.tokens_per_second:.0f}",
         )
@@ -57,6 +60,16 @@ def evaluations(results: Mapping[str, Evaluation]) -> None:
     if unmarked := sum(result.without_mark for result in results.values()):
         failed = sum(len(result.failures) for result in results.values())
         CONSOLE.print(f"{unmarked} more completions have no mark; rewards failed {failed} times", highlight=False)
+
+
+def _judged(result: Evaluation) -> tuple[str, str]:
+    assert result.interval is not None
+    low, high = result.interval
+    return f"{result.correct}/{result.completions}", f"{_mean(result.accuracy)} ({low:.2f}-{high:.2f})"
+
+
+def _mean(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def speeds(results: Sequence[Speed]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from grpo.data import Example, load_examples
 from grpo.reward_config import RewardTestConfig
 from grpo.reward_probes import KINDS, Probe, probes
+from grpo.verdicts import Verdicts
 from rewards.group_score import RewardFailed, RewardFailure
 from rewards.protocol import RewardError
 from rewards.registry import find_reward
@@ -74,6 +75,7 @@ class RewardCheck:
     completions_per_second: float = 0.0
     length_correlation: dict[str, float | None] = field(default_factory=dict)
     surprises: list[Surprise] = field(default_factory=list)
+    no_accuracy: str | None = None  # why an evaluation with it reports none
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -101,7 +103,8 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
     with Scorer([spec], timeout_s=config.timeout_s, **options) as scorer:
         trial = _Trial(function, examples)
         gold = trial.dry_run(scorer)
-        full_marks = max(1.0, gold or 0.0) if config.full_marks is None else config.full_marks
+        verdicts = Verdicts(spec.label, scorer.right_at(spec.label), gold)
+        full_marks = verdicts.full_marks if config.full_marks is None else config.full_marks
         [described] = scorer.describe()
         check = RewardCheck(function, described["sha256"], config.data, len(examples), full_marks, config.shaping)
         started = time.perf_counter()
@@ -109,6 +112,9 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
         check.completions_per_second = sum(map(len, scores)) / (time.perf_counter() - started)
         _compare(check, trial, spec, scorer, scores, columns)
         check.latency_ms = _latency(trial, scorer)
+        for row in scores:
+            verdicts.see(row)
+        check.no_accuracy = verdicts.note
         if scorer.asks_for("completion_ids"):
             check.notes.append("completion_ids were stand-ins: the bytes of the text, one token each")
     _judge(check, trial, scores)

@@ -33,7 +33,8 @@ class RewardTestConfig(Options):
     chat: bool = False
     """Hand prompts and completions to it as chat messages instead of strings."""
     full_marks: float | None = None
-    """What a right completion scores; by default 1, or what the first gold solution gets where that is more."""
+    """What a right completion scores; by default what the function declares (`rewards.right_at`), else 1, or what the
+    first gold solution gets where that is more."""
     shaping: bool = False
     """The function does not judge the answer (a format, a length): any completion may get full marks, or miss them."""
     timeout_s: float = Field(default=10.0, gt=0)

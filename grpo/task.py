@@ -24,6 +24,7 @@ from grpo.model_rewards import ModelRewards
 from grpo.mtp_config import MtpConfig
 from grpo.prompts import PromptTemplate, encode_prompt
 from grpo.reasoning_gym_tasks import PREFIX
+from grpo.verdicts import Verdicts
 from policies.policy import Policy
 from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rollout.group import Prompt, RolloutGroup
@@ -91,8 +92,8 @@ class Task:
         except BaseException:
             self.scorer.close()
             raise
-        mark = gold.parts[self.first_reward][0]
-        self.full_marks = max(1.0, mark or 0.0)  # 1, or what a gold solution gets where that is more
+        declared = self.scorer.right_at(self.first_reward)
+        self.verdicts = Verdicts(self.first_reward, declared, gold.parts[self.first_reward][0])
 
     @classmethod
     def of(cls, config: SftConfig | MtpConfig) -> Task:
@@ -195,6 +196,10 @@ class Task:
         epoch = steps_done * config.prompts_per_step / len(self.train)
         self.trainer_state = {"global_step": steps_done, "max_steps": config.steps, "epoch": epoch}
 
+    @property
+    def full_marks(self) -> float:
+        return self.verdicts.full_marks
+
     def score(self, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
         columns = self.models.columns(groups)
         scores = self.scorer.score(
@@ -207,6 +212,7 @@ class Task:
             trainer_state=self.trainer_state,
         )
         self.models.record(scores, columns)
+        self.verdicts.see_scores(scores)
         return scores
 
     def close(self) -> None:

@@ -275,7 +275,7 @@ class Trainer:
 
     def _evaluated(self, step: int) -> bool:
         """A run that was cut off between a checkpoint and its evaluation has it still before it."""
-        return any(line["step"] == step and "eval/accuracy" in line for line in read_metrics(self.output_dir))
+        return any(line["step"] == step and "eval/prompts" in line for line in read_metrics(self.output_dir))
 
     def _evaluate(
         self, pool: Pool, prompts: list[Prompt], sampling: SamplingParams, step: int
@@ -293,8 +293,8 @@ class Trainer:
         return due or (options.keep_best and evaluating)
 
     def _best_step(self, *being_saved: int) -> int | None:
-        by_accuracy = self.task.heldout and self.config.eval.every
-        window = None if by_accuracy else self.config.checkpoint.every
+        evaluated = self.task.heldout and self.config.eval.every
+        window = None if evaluated else self.config.checkpoint.every
         return best_step(read_metrics(self.output_dir), [*checkpoint.saved(self.checkpoints), *being_saved], window)
 
     def _save(self, step: int, learner: Learner, curriculum: Curriculum) -> None:

@@ -1,7 +1,7 @@
 """Rewards: plain Python, completion -> number. Importing this loads neither torch nor ray."""
 
 from rewards.group_score import GroupScore, RewardFailed, RewardFailure
-from rewards.protocol import RewardError, Signature, per_completion, text_of
+from rewards.protocol import RewardError, Signature, per_completion, right_at, text_of
 from rewards.registry import BUILT_IN, load_reward
 from rewards.scorer import RewardSpec, Scorer
 
@@ -16,5 +16,6 @@ __all__ = [
     "Signature",
     "load_reward",
     "per_completion",
+    "right_at",
     "text_of",
 ]

@@ -14,7 +14,7 @@ import functools
 import logging
 
 from rewards.gsm8k import Completions
-from rewards.protocol import RewardError, text_of
+from rewards.protocol import RewardError, right_at, text_of
 
 try:
     from math_verify import parse, verify
@@ -24,6 +24,7 @@ except ImportError as error:
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
 
+@right_at(1.0)
 def math_equivalence(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
     r"""1.0 where the last expression of the completion equals the gold one, else 0.0.
 

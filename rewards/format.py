@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 
 from rewards.gsm8k import Completions, extract_answer
-from rewards.protocol import text_of
+from rewards.protocol import right_at, text_of
 
 
+@right_at(None)
 def regex_format(prompts: list | None, completions: Completions, pattern: str, **_) -> list[float]:
     """1.0 where `pattern` is found. Anchor it (`\\A`, `\\Z`) to match the whole; `(?s)` lets `.` match newlines.
 
@@ -21,6 +22,7 @@ def regex_format(prompts: list | None, completions: Completions, pattern: str, *
     return [float(compiled.search(text_of(completion)) is not None) for completion in completions]
 
 
+@right_at(None)
 def tag_format(
     prompts: list | None, completions: Completions, tags: Sequence[str] = ("think", "answer"), **_
 ) -> list[float]:
@@ -32,6 +34,7 @@ def tag_format(
     return [float(_is_tagged(text_of(completion), tags)) for completion in completions]
 
 
+@right_at(None)
 def gsm8k_format(prompts: list | None, completions: Completions, **_) -> list[float]:
     r"""1.0 where the completion holds one `####` and ends with it and a number, as GSM8K's solutions do.
 

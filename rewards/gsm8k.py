@@ -33,7 +33,7 @@ import re
 from decimal import Decimal
 from typing import Any, Literal, get_args
 
-from rewards.protocol import text_of
+from rewards.protocol import right_at, text_of
 
 Mode = Literal["strict", "flexible", "boxed"]
 Completions = list[Any]  # strings or lists of chat messages
@@ -92,6 +92,7 @@ def _gold_answer(text: str) -> Decimal:
     return gold
 
 
+@right_at(1.0)
 def gsm8k(prompts: list | None, completions: Completions, answer: list[str], mode: Mode = "strict", **_) -> list[float]:
     """1.0 where the completion's final number equals the gold one, else 0.0. Raises ValueError for a bad gold.
 
@@ -102,11 +103,13 @@ def gsm8k(prompts: list | None, completions: Completions, answer: list[str], mod
     return [float(gold_answer(gold) == extract_answer(text_of(text), mode)) for text, gold in pairs]
 
 
+@right_at(1.0)
 def gsm8k_flexible(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
     """`gsm8k` that takes the last number anywhere in the completion."""
     return gsm8k(prompts, completions, answer, mode="flexible")
 
 
+@right_at(1.0)
 def gsm8k_boxed(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
     r"""`gsm8k` that takes the number in the last `\boxed{}`."""
     return gsm8k(prompts, completions, answer, mode="boxed")

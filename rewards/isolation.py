@@ -128,7 +128,8 @@ class WorkerPool:
     def signatures(self) -> list[Signature]:
         """Load the functions in one worker. Raises RewardError when one of them cannot be loaded."""
         self.run([])
-        return [Signature(tuple(s["required"]), tuple(s["optional"]), s["takes_rest"]) for s in self._signatures]
+        names = ("required", "optional")
+        return [Signature(**s | {name: tuple(s[name]) for name in names}) for s in self._signatures]
 
     def run(self, requests: Sequence[dict], *, stop_at_failure: bool = False) -> list[dict | None]:
         """One reply per request: the worker's, or `{"kind": "timeout" | "died", "message": ...}`.

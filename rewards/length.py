@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from rewards.protocol import right_at
 
+
+@right_at(None)
 def length_penalty(
     prompts: list | None,
     completions: list,
@@ -23,6 +26,7 @@ def length_penalty(
     return [-per_token * (abs(tokens) if exact else max(0, tokens)) + 0.0 for tokens in excess]
 
 
+@right_at(None)
 def repetition_penalty(
     prompts: list | None,
     completions: list,
@@ -48,6 +52,7 @@ def repetition_penalty(
     return rewards
 
 
+@right_at(None)
 def soft_overlong_punishment(
     prompts: list | None,
     completions: list,

@@ -22,12 +22,15 @@ import asyncio
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 Reward = Callable[..., Any]
 Messages = list[dict[str, Any]]
+RightAt = float | None | Literal["undeclared"]  # see `right_at`
+AnyReward = TypeVar("AnyReward", bound=Reward)
 
 PROVIDED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
@@ -38,7 +41,7 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True)
 class Signature:
-    """The parameters of a reward function, as far as they decide what is passed to it.
+    """The parameters of a reward function, as far as they decide what is passed to it, and its `right_at`.
 
     >>> def grade(prompts, completions, answer, strict=True, **_): ...
     >>> Signature.of(grade)
@@ -48,6 +51,7 @@ class Signature:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     takes_rest: bool
+    right_at: RightAt = field(default="undeclared", repr=False)
 
     @classmethod
     def of(cls, function: Reward) -> Signature:
@@ -62,7 +66,7 @@ class Signature:
                 takes_rest = not name.startswith("_")
             elif parameter.kind is not parameter.VAR_POSITIONAL:
                 (required if parameter.default is parameter.empty else optional).append(name)
-        return cls(tuple(required), tuple(optional), takes_rest)
+        return cls(tuple(required), tuple(optional), takes_rest, getattr(function, "right_at", "undeclared"))
 
     def asks_for(self, name: str) -> bool:
         return name in self.required or name in self.optional
@@ -99,6 +103,30 @@ class Signature:
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+
+
+def right_at(mark: float | None) -> Callable[[AnyReward], AnyReward]:
+    """Declare what the marks of a reward say: a completion is right from `mark` on, and wrong below it.
+
+    An evaluation reports accuracy, pass@k and majority votes of such a reward, as its first one, and the mean reward of
+    others. None declares that its marks never say right or wrong (a format, a length). Without a declaration, marks
+    count as right and wrong only where every one that was seen is 0 or 1. The `mark` is before the reward's weight.
+    Raises ValueError for a `mark` that is not finite.
+
+    >>> @right_at(1.0)
+    ... def works(completions, answer, **_):        # 1.0 for the right answer, 0.5 more for an equation
+    ...     return [(a in c) + 0.5 * ("=" in c) for c, a in zip(completions, answer)]
+    >>> Signature.of(works).right_at
+    1.0
+    """
+    if mark is not None and not math.isfinite(mark):
+        raise ValueError(f"right_at({mark}): give the mark from which on a completion is right, or None")
+
+    def declare(function: AnyReward) -> AnyReward:
+        function.right_at = mark  # type: ignore[attr-defined]
+        return function
+
+    return declare
 
 
 def per_completion(function: Reward) -> Reward:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rewards.gsm8k import Completions
-from rewards.protocol import RewardError, text_of
+from rewards.protocol import RewardError, right_at, text_of
 
 try:
     from reasoning_gym import get_score_answer_fn
@@ -23,6 +23,7 @@ RUNS_CODE = {"eval", "exec", "compile", "parse_expr", "sympify"}  # sympy's two 
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
+@right_at(1.0)
 def reasoning_gym(
     prompts: list | None,
     completions: Completions,

@@ -11,7 +11,7 @@ from typing import Any
 
 from rewards.group_score import LARGEST, FailurePolicy, GroupScore, GroupTally, RewardFailed, RewardFailure
 from rewards.isolation import ThisProcess, WorkerPool
-from rewards.protocol import PROVIDED, RewardError, Signature, did_you_mean
+from rewards.protocol import PROVIDED, RewardError, RightAt, Signature, did_you_mean
 from rewards.registry import find_reward
 
 logger = logging.getLogger(__name__)
@@ -258,6 +258,10 @@ class Scorer:
         state = trainer_state or {"global_step": 0, "max_steps": 1, "epoch": 0.0}
         group = _Group(prompt, [completion] * 2, columns, "dry run", [tokens] * 2, {})
         return self._score([group], state, FailurePolicy("abort"), rerun=False)[0]
+
+    def right_at(self, label: str) -> RightAt:
+        """What the function with this label declares about its marks, see `rewards.right_at`."""
+        return next(function.signature.right_at for function in self._functions if function.label == label)
 
     def asks_for(self, name: str) -> bool:
         """Whether one of the functions has a parameter of this name."""

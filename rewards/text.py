@@ -6,7 +6,7 @@ The column `reference` holds a string or a list of strings (alternatives) per ro
 from __future__ import annotations
 
 from rewards.gsm8k import Completions
-from rewards.protocol import RewardError, text_of
+from rewards.protocol import RewardError, right_at, text_of
 
 try:
     from sacrebleu.metrics import BLEU, CHRF
@@ -17,6 +17,7 @@ _BLEU = BLEU(effective_order=True)  # a sentence shorter than 4 words has no 4-g
 _CHRF = CHRF()
 
 
+@right_at(None)
 def bleu(prompts: list | None, completions: Completions, reference: list[str | list[str]], **_) -> list[float]:
     """Sentence BLEU (Papineni et al., 2002) with exponential smoothing and effective order.
 
@@ -26,6 +27,7 @@ def bleu(prompts: list | None, completions: Completions, reference: list[str | l
     return _score(_BLEU, completions, reference)
 
 
+@right_at(None)
 def chrf(prompts: list | None, completions: Completions, reference: list[str | list[str]], **_) -> list[float]:
     """chrF2 (Popović, 2015): F-score of character n-grams up to 6, recall counted twice."""
     return _score(_CHRF, completions, reference)

@@ -312,8 +312,7 @@ def test_eval_writes_what_its_table_shows(run, model, tmp_path, capsys):
             assert row["prompts"] == 3
             column = ["sampled", "greedy"].index(name) + 2
             for label, figure in (
-                ("correct", f"{row['correct']} of {row['completions']}"),
-                ("accuracy", f"{row['accuracy']:.3f} ("),
+                ("reward, mean", f"{row['reward_mean']:.3f}"),
                 ("tokens per forward", f"{row['tokens_per_forward']:.2f}"),
             ):
                 [line] = [line for line in shown.splitlines() if f"│ {label} " in line]

@@ -213,13 +213,14 @@ def test_drafts_never_change_an_evaluation(trained):
 
 def test_several_samples_greedy_only_and_sampled_only(trained):
     folder, _ = trained
-    both = evaluate_model(_config(folder, samples=3), QUIET).results
+    rewards = [{"function": "gsm8k"}]
+    both = evaluate_model(_config(folder, samples=3, rewards=rewards), QUIET).results
     assert (both["sampled"].completions, both["greedy"].completions) == (15, 5)
     assert list(both["sampled"].pass_at) == [1, 2]
-    greedy = evaluate_model(_config(folder, samples=0), QUIET).results
+    greedy = evaluate_model(_config(folder, samples=0, rewards=rewards), QUIET).results
     assert list(greedy) == ["greedy"]
     assert _same_results(greedy["greedy"], both["greedy"])
-    sampled = evaluate_model(_config(folder, samples=3, greedy=False), QUIET).results
+    sampled = evaluate_model(_config(folder, samples=3, greedy=False, rewards=rewards), QUIET).results
     assert list(sampled) == ["sampled"]
     assert _same_results(sampled["sampled"], both["sampled"])
     with pytest.raises(ConfigError, match="samples=0 and greedy=false leave nothing to evaluate"):
@@ -283,7 +284,9 @@ def test_peak_memory_grows_and_stays():
 
 def test_every_completion_is_kept_with_its_mark(trained, tmp_path):
     folder, _ = trained
-    evaluation = evaluate_model(_config(folder, samples=2, output=tmp_path / "out"), QUIET)
+    (tmp_path / "own.py").write_text("def own(completions, **_): return [float(len(c) % 2) for c in completions]\n")
+    rewards = [{"function": f"{tmp_path}/own.py:own"}]
+    evaluation = evaluate_model(_config(folder, samples=2, output=tmp_path / "out", rewards=rewards), QUIET)
     rows = [json.loads(line) for line in (tmp_path / "out/completions.jsonl").read_text().splitlines()]
     assert [(row["way"], row["sample"]) for row in rows] == [("sampled", 0), ("sampled", 1)] * 5 + [("greedy", 0)] * 5
     groups = [*evaluation.results["sampled"].groups, *evaluation.results["greedy"].groups]
@@ -292,8 +295,8 @@ def test_every_completion_is_kept_with_its_mark(trained, tmp_path):
         assert (row["prompt_id"], row["prompt"]) == (prompt.prompt_id, prompt.text)
         assert (row["completion"], row["tokens"]) == (completion.text, len(completion.token_ids))
         assert row["solution"] == prompt.columns["answer"]
-        assert row["correct"] == (row["parts"]["letters"] >= 1.0)
-        assert row["reward"] == row["parts"]["letters"]
+        assert row["correct"] == (row["parts"]["own"] == 1.0)
+        assert row["reward"] == row["parts"]["own"]
         assert row["failures"] == []
     assert sum(row["reward"] for row in rows[:10]) / 10 == pytest.approx(evaluation.results["sampled"].reward_mean)
 
@@ -327,6 +330,8 @@ def test_the_command_writes_a_table_of_80_columns_and_a_document(trained, tmp_pa
     console = Console(width=80, force_terminal=False, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     monkeypatch.setattr("grpo.report.CONSOLE", console)
     words = ["eval", str(folder), "--threads", "1", "--samples", "4", "--json", str(out)]
+    (tmp_path / "own.py").write_text("def own(completions, **_): return [float(len(c) % 2) for c in completions]\n")
+    words += ["--rewards", f"[{{function: '{tmp_path}/own.py:own'}}]"]
     assert main([*words, "--output", str(tmp_path / "kept")]) == 0
     text = console.export_text()
     table = [line for line in text.splitlines() if line[:1] in "┃│┏┡└"]

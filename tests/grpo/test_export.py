@@ -209,9 +209,8 @@ def test_the_card_says_what_the_run_says(runs, base, tmp_path):
     }
     lines = read_metrics(folder)
     for when, line in (("before (step 0)", lines[0]), ("after (step 2)", lines[-1])):
-        sampled = line["eval/accuracy"]
-        low, high = wilson_interval(round(sampled * 6), 6)
-        assert f"| {when} | 6 | {sampled:.3f} | {low:.3f}-{high:.3f} |" in body
+        sampled, greedy = line["eval/reward_mean"], line["eval/reward_mean_greedy"]
+        assert f"| {when} | 6 | {sampled:.3f} | {greedy:.3f} |" in body
     assert f"| `reward/mean` | {lines[1]['reward/mean']:.4g} | {lines[2]['reward/mean']:.4g} |" in body
     here = json.loads((folder / "environment.json").read_text())
     assert here["command"] in body
@@ -245,10 +244,12 @@ def test_an_accuracy_that_is_no_share_of_whole_problems_gets_no_interval(runs, t
     folder = tmp_path / "run"
     shutil.copytree(runs["full", False][0], folder)
     lines = read_metrics(folder)
-    lines[0]["eval/accuracy"] = 2 / 5
+    lines[0]["eval/accuracy"], lines[-1]["eval/accuracy"] = 2 / 5, 3 / 6
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     export(folder, tmp_path / "exported")
-    assert "| before (step 0) | 6 | 0.400 | - |" in (tmp_path / "exported/README.md").read_text()
+    card, (low, high) = (tmp_path / "exported/README.md").read_text(), wilson_interval(3, 6)
+    assert "| before (step 0) | 6 | 0.400 | - |" in card
+    assert f"| after (step 2) | 6 | 0.500 | {low:.3f}-{high:.3f} |" in card
 
 
 def test_every_resume_is_named_with_its_machine(runs, tmp_path):

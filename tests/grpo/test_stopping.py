@@ -148,7 +148,7 @@ def test_contract_9_an_evaluation_that_was_given_up_is_made_when_the_run_goes_on
         patch.setattr(Trainer, "_evaluate", interrupted)
         with pytest.raises(Stopped, match="stopped after step 2"):
             Trainer(micro_config(folder, **SMALL | given)).run()
-    assert "eval/accuracy" not in read_metrics(folder)[2]
+    assert "eval/reward_mean" not in read_metrics(folder)[2]
     _resumes_to_the_same(micro_config, folder, tmp_path / "whole", **given)
 
 

@@ -85,8 +85,8 @@ def test_metrics_are_complete_finite_and_documented(run):
         assert line.keys() >= EVERY_STEP
         assert ("loss/mtp" in line) == (line["step"] % 2 == 0)  # mtp.every: 2
     for line in (lines[0], lines[2], lines[3]):  # eval.every: 2
-        assert {"eval/accuracy", "eval/accuracy_greedy", "eval/prompts", "time/evaluate"} <= line.keys()
-    assert "eval/accuracy" not in lines[1]
+        assert {"eval/reward_mean", "eval/reward_mean_greedy", "eval/prompts", "time/evaluate"} <= line.keys()
+    assert "eval/reward_mean" not in lines[1]
     for line in lines:
         for name, value in line.items():
             assert math.isfinite(value), name
@@ -533,7 +533,7 @@ def test_a_run_whose_last_evaluation_was_cut_off_is_evaluated_when_it_is_resumed
             Trainer(config).run()
     results = Trainer(config, resume="auto").run()
     assert list(results["evaluations"]) == ["after GRPO, sampled", "after GRPO, greedy"]
-    assert "eval/accuracy" in read_metrics(tmp_path / "r")[3]
+    assert "eval/reward_mean" in read_metrics(tmp_path / "r")[3]
     assert not Trainer(config, resume="auto").run()["evaluations"]
 
 
