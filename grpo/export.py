@@ -33,7 +33,7 @@ from grpo import checkpoint
 from grpo.config import ModelOptions
 from grpo.evaluation_data import TRAINED_ON
 from grpo.model_card import Origin, model_card
-from grpo.run_policy import PolicySource, find_policy, load_found
+from grpo.run_policy import RECORD, PolicySource, find_policy, load_found
 from policies import lora, presets
 from policies.contradictions import FIXED_FIELDS
 from policies.file_mode import heed_umask
@@ -92,7 +92,7 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False) -
             if (found.folder / name).is_file():
                 shutil.copy(found.folder / name, folder / "run" / name)
         base = found.base if adapter else None
-        card = model_card(found.folder, destination.name, origin, _what(source), base, folder, left)
+        card = model_card(found.folder, destination.name, origin, _what(source), base, folder, left, source.step)
         (folder / "README.md").write_text(card, encoding="utf-8")
         folder.rename(destination)
     licence = f"licence: {origin.licence_note}"
@@ -134,7 +134,9 @@ def _read_run(run: Path) -> Run:
 
 
 def _what(source: PolicySource) -> str:
-    return source.meaning if source.checkpoint is None else f"checkpoint {source.checkpoint.name}"
+    if source.checkpoint is not None:
+        return f"checkpoint {source.checkpoint.name}"
+    return source.meaning if source.step is None else f"{source.meaning} (its weights are of step {source.step})"
 
 
 def _write_merged(source: PolicySource, run: Run, folder: Path) -> None:
@@ -145,7 +147,7 @@ def _write_merged(source: PolicySource, run: Run, folder: Path) -> None:
     if not WeightFiles(source.folder).shapes:  # reads headers: a damaged file is not passed on
         raise ExportError(f"{source.folder} holds no safetensors; let the run end: --resume auto")
     config = read_config(source.folder)
-    shutil.copytree(source.folder, folder)
+    shutil.copytree(source.folder, folder, ignore=shutil.ignore_patterns(RECORD))  # it names a checkpoint of the run
     if isinstance(config, DeepseekV3Config):  # a policy that was saved before we wrote these fields
         file = folder / "config.json"
         fields = json.loads(file.read_text(encoding="utf-8")) | FIXED_FIELDS

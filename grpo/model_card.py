@@ -61,14 +61,24 @@ class Origin:
         return ", ".join(named + names) or f"none was found with {self.model}; ask its author before you share this"
 
 
-def model_card(run: Path, name: str, origin: Origin, what: str, base: str | None, folder: Path, left: str = "") -> str:
+def model_card(
+    run: Path,
+    name: str,
+    origin: Origin,
+    what: str,
+    base: str | None,
+    folder: Path,
+    left: str = "",
+    step: int | None = None,
+) -> str:
     """`what` of the run `run` is exported as `name` into `folder`; `base`: the adapters' base, None if merged.
 
-    `left`: a sentence on what the export leaves out.
+    `left`: a sentence on what the export leaves out. `step`: what is exported; the run's later numbers are not of it.
     """
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     here = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    lines = [line for line in lines if step is None or line["step"] <= step]
     method = "GRPO" if "steps" in config else "supervised fine-tuning"
     method = "teaching the draft head" if "head" in config else method
     parts = [

@@ -37,6 +37,7 @@ from grpo.prompts import PromptStream
 from grpo.resume import saved_state
 from grpo.reward_record import record_rewards
 from grpo.run_log import RunLog
+from grpo.run_policy import save_policy
 from grpo.run_pool import open_run_pool, use_costs_of_run
 from grpo.stopping import Boundary, GivenUp, StopSignal
 from grpo.task import Task
@@ -153,7 +154,7 @@ class HeadTraining:
             self._steps(learner, stream, pool, start, finished_before)
         finally:
             pool.close()
-        policy.save(config.output_dir / "policy")
+        save_policy(policy, config.output_dir / "policy", config.steps)
         return {"output_dir": str(config.output_dir), "evaluations": self.evaluations}
 
     def _fitting_text(self, policy: Policy) -> list[torch.Tensor]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +21,33 @@ from grpo.yaml_file import read_yaml
 from policies import presets
 from policies.policy import Policy, PolicyError
 
+# In policy/ and best_policy/ of a run: {"step": 160, "checkpoint": SHA-256 of the manifest of that step's checkpoint}
+RECORD = "training.json"
+
 
 @dataclass(frozen=True)
 class PolicySource:
-    """`folder` holds the policy; `meaning` says in words what it is.
+    """`folder` holds the policy; `meaning` says in words what it is; `step` is the run's, where it is known.
 
     >>> find_policy("runs/demo")
-    PolicySource(folder='runs/demo/policy', meaning='the end of the run', checkpoint=None)
+    PolicySource(folder='runs/demo/policy', meaning='the end of the run', checkpoint=None, step=160)
     """
 
     folder: str
     meaning: str
     checkpoint: Path | None = None
+    step: int | None = None
+
+
+def save_policy(policy: Policy, folder: Path, step: int) -> None:
+    """Write a run's policy, then the step that it is of, and by its digest the checkpoint that holds the same weights.
+
+    A copy of the run says the same: no file time is looked at.
+    """
+    policy.save(folder)
+    path = checkpoint.saved(folder.parent / "checkpoints").get(step)
+    record = {"step": step, "checkpoint": _digest(path) if path else None}
+    (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def find_policy(model: str) -> PolicySource:
@@ -39,20 +57,52 @@ def find_policy(model: str) -> PolicySource:
     """
     folder = Path(model)
     if (folder / checkpoint.MANIFEST).is_file():
-        return PolicySource(model, f"a checkpoint of {folder.parent.parent}", folder)
+        return PolicySource(model, f"a checkpoint of {folder.parent.parent}", folder, _step_of(folder))
     if not (folder / "environment.json").is_file():
-        return PolicySource(model, "as given")
+        return PolicySource(model, "as given", step=_record(folder).get("step"))
     newest = checkpoint.find(folder / "checkpoints", "auto")
     if (folder / "policy").is_dir():
+        step = _record(folder / "policy").get("step")
         meaning = "the end of the run"
-        if newest and _saved_at(newest / checkpoint.MANIFEST) > _saved_at(folder / "policy" / "config.json"):
+        if newest and _went_on(folder, newest):
             meaning = f"where the run ended first; it went on, to evaluate that name {newest}"
-        return PolicySource(str(folder / "policy"), meaning)
+        return PolicySource(str(folder / "policy"), meaning, step=step)
     if newest:
-        return PolicySource(str(newest), "the newest checkpoint; the run has not ended", newest)
+        return PolicySource(str(newest), "the newest checkpoint; the run has not ended", newest, _step_of(newest))
     if (folder / "warm_start").is_dir():
         return PolicySource(str(folder / "warm_start"), "the warm start; no step of GRPO is saved yet")
     raise PolicyError(f"model={model!r} is a run that has not saved a policy yet; go on with it: --resume auto")
+
+
+def _went_on(run: Path, newest: Path) -> bool:
+    """Whether `newest` is not the checkpoint that `policy/` was saved with, be it of a later or of an earlier step.
+
+    A run of an older version has no record in `policy/`. It ended where its configuration says, or it has not ended.
+    """
+    record = _record(run / "policy")
+    if record.get("checkpoint"):
+        return record["checkpoint"] != _digest(newest)
+    end = record.get("step") or _last_step(run / "config.yaml")
+    return end is not None and end != _step_of(newest)
+
+
+def _last_step(config: Path) -> int | None:
+    options = read_yaml(config)[0] if config.is_file() else {}
+    return options.get("steps") or options.get("warm_start", {}).get("steps")
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _digest(checkpoint_folder: Path) -> str:
+    return hashlib.sha256((checkpoint_folder / checkpoint.MANIFEST).read_bytes()).hexdigest()
+
+
+def _step_of(checkpoint_folder: Path) -> int | None:
+    step = checkpoint_folder.name.removeprefix("step_")
+    return int(step) if step.isdecimal() else None  # a copy may have another name
 
 
 def load_found(source: PolicySource, options: ModelOptions) -> Policy:
@@ -87,7 +137,3 @@ def _copy(tensors: Mapping[str, Tensor], policy: Policy, where: Path) -> None:
         raise PolicyError(f"{where} holds tensors that its run's model does not have: {wrong[:5]}")
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
-
-
-def _saved_at(file: Path) -> float:
-    return file.stat().st_mtime if file.exists() else 0.0

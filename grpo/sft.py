@@ -16,6 +16,7 @@ from grpo.options import dump_yaml
 from grpo.resume import saved_state
 from grpo.reward_record import record_rewards
 from grpo.run_log import RunLog
+from grpo.run_policy import save_policy
 from grpo.stopping import GivenUp, InterruptiblePool, Stopped, StopSignal
 from grpo.task import Task
 from grpo.warm_start import warm_start
@@ -74,7 +75,7 @@ def sft(
         except GivenUp:
             said = f"stopped while the policy of step {start} was evaluated; go on with --resume auto"
             raise Stopped(said, stop.number) from None
-        policy.save(config.output_dir / "policy")
+        save_policy(policy, config.output_dir / "policy", steps)
     return {"output_dir": str(config.output_dir), "evaluations": evaluations}
 
 

@@ -30,6 +30,7 @@ from grpo.options import dump_yaml
 from grpo.resume import saved_state
 from grpo.reward_record import record_rewards, refuse_changed_rewards
 from grpo.run_log import RunLog, read_metrics
+from grpo.run_policy import save_policy
 from grpo.run_pool import open_run_pool, use_costs_of_run
 from grpo.stopping import Boundary, GivenUp, StopSignal
 from grpo.task import Task
@@ -188,7 +189,7 @@ class Trainer:
             summary: dict[str, Any] = {"output_dir": str(self.output_dir), "evaluations": self.evaluations}
             if config.log.measure_speed and heldout and sampling.draft_tokens != 0:
                 summary["speeds"] = measure_speed(pool, heldout, sampling, rows=(1, 8, 32))
-        learner.policy.save(self.output_dir / "policy")
+        save_policy(learner.policy, self.output_dir / "policy", config.steps)
         if config.checkpoint.keep_best:
             self._save_best_policy(learner)
         return summary
@@ -310,5 +311,5 @@ class Trainer:
         if best is not None:
             found = checkpoint.load(checkpoint.saved(self.checkpoints)[best])
             learner.load_state(found.tensors, found.state["learner"])
-            learner.policy.save(self.output_dir / "best_policy")
+            save_policy(learner.policy, self.output_dir / "best_policy", best)
             self.run_log.event("best", step=best, folder=str(self.output_dir / "best_policy"))

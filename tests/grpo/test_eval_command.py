@@ -12,6 +12,7 @@ from rich.console import Console
 from grpo import eval_report
 from grpo.batch import PackedRow, Sample
 from grpo.cli import main
+from grpo.config import TrainConfig
 from grpo.eval_command import evaluate_model, peak_memory_gib
 from grpo.inference_config import EvalConfig, defaults_of_run
 from grpo.options import ConfigError, load
@@ -159,11 +160,55 @@ def test_the_end_of_a_run_is_its_policy_unless_it_went_on(unfinished, tmp_path):
     shutil.copytree(unfinished / "run", folder)
     found = find_policy(str(folder))
     assert found.folder == str(folder / "policy")
-    newest = folder / "checkpoints/step_000003"
-    os.utime(newest / "manifest.json", (2e9, 2e9))
-    assert f"it went on, to evaluate that name {newest}" in find_policy(str(folder)).meaning
-    os.utime(folder / "policy/config.json", (3e9, 3e9))
-    assert find_policy(str(folder)).meaning == "the end of the run"
+    assert (found.meaning, found.step) == ("the end of the run", 3)
+
+
+def _dated(folder, policy: float, checkpoints: float):
+    """The folder with every file of policy/ and of checkpoints/ of that time."""
+    for part, when in (("policy", policy), ("checkpoints", checkpoints)):
+        for path in (folder / part).rglob("*"):
+            os.utime(path, (when, when))
+    return str(folder)
+
+
+def test_whether_a_run_went_on_is_not_told_by_the_times_of_its_files(unfinished, tmp_path):
+    """A copy without `cp -p` has times in the order of copying."""
+    folder, newest = tmp_path / "run", "checkpoints/step_000003"
+    shutil.copytree(unfinished / "run", folder)
+    for times in ((1e9, 2e9), (2e9, 1e9)):
+        assert find_policy(_dated(folder, *times)).meaning == "the end of the run"
+    last = folder / "checkpoints/step_000005"
+    shutil.copytree(unfinished / "run/checkpoints/step_000002", last)
+    for times in ((1e9, 2e9), (2e9, 1e9)):
+        found = find_policy(_dated(folder, *times))
+        assert found.meaning == f"where the run ended first; it went on, to evaluate that name {last}"
+        assert (found.folder, found.step) == (str(folder / "policy"), 3)
+    shutil.rmtree(last)
+    shutil.rmtree(folder / newest)  # resumed from step 2, and not ended again
+    found = find_policy(_dated(folder, 2e9, 1e9))
+    assert f"it went on, to evaluate that name {folder / 'checkpoints/step_000002'}" in found.meaning
+    shutil.copytree(unfinished / "run/checkpoints/step_000002", folder / newest)  # reached step 3 again, another way
+    assert "it went on" in find_policy(_dated(folder, 2e9, 1e9)).meaning
+
+
+def test_a_run_of_an_older_version_ended_where_its_configuration_says(unfinished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(unfinished / "run", folder)
+    (folder / "policy/training.json").unlink()
+    assert find_policy(_dated(folder, 1e9, 2e9)).meaning == "the end of the run"
+    config = (folder / "config.yaml").read_text()
+    assert "\nsteps: 3\n" in config
+    (folder / "config.yaml").write_text(config.replace("\nsteps: 3\n", "\nsteps: 9\n"))
+    assert "it went on, to evaluate" in find_policy(_dated(folder, 2e9, 1e9)).meaning
+
+
+def test_a_resumed_run_records_its_new_end(unfinished, micro_config, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(unfinished / "run", folder)
+    config = load(TrainConfig, folder / "config.yaml", {"output_dir": str(folder), "steps": 4})
+    Trainer(config, resume="auto", force=True).run()
+    found = find_policy(str(folder))
+    assert (found.meaning, found.step) == ("the end of the run", 4)
 
 
 def test_before_the_first_checkpoint_it_is_the_warm_start(unfinished, tmp_path):

@@ -136,6 +136,8 @@ def test_what_belongs_to_it_comes_along(run, tmp_path):
     assert (tmp_path / "exported/LICENSE").read_text() == LICENCE
     for name in ("config.yaml", "environment.json", "metrics.jsonl"):
         assert (tmp_path / "exported/run" / name).read_bytes() == (folder / name).read_bytes()
+    assert "the end of the run (its weights are of step 2)" in (tmp_path / "exported/README.md").read_text()
+    assert not (tmp_path / "exported/training.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]
 
 
@@ -185,7 +187,10 @@ def test_a_checkpoint_inside_a_run_is_exported_as_of_its_step(runs, tmp_path):
         AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (tmp_path / "exported", folder / "policy")
     )
     assert not torch.equal(logits(first), logits(last))
-    assert "checkpoint step_000001" in (tmp_path / "exported/README.md").read_text()
+    card = (tmp_path / "exported/README.md").read_text()
+    assert "checkpoint step_000001" in card
+    assert "1 steps; every step's numbers" in card  # nothing that was measured later
+    assert "step 2" not in card
     export(step, tmp_path / "adapter", adapter=True)
     base = AutoModelForCausalLM.from_pretrained(origin_of(str(folder)).model, dtype=torch.float32)
     torch.testing.assert_close(
