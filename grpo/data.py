@@ -133,7 +133,7 @@ def gold_check(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> Check | None
     >>> gold_check([("gsm8k", {"answer": "gold"})])({"gold": "It is four."})
     "the gold answer 'It is four.' has no number: expected a solution that ends with '#### 42', or '42'"
     """
-    readers = ("gsm8k", "gsm8k_flexible", "gsm8k_boxed")
+    readers = ("gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval")
     names = {columns.get("answer", "answer") for function, columns in rewards if function in readers}
     if not names:
         return None

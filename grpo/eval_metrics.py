@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from rewards.gsm8k import extract_answer
+from rewards.gsm8k import extract_answer, lm_eval_answer
 
 Z = 1.96  # of a 95 % interval
 INTERVAL_METHOD = "Wilson's score interval over problems, with the effective number of problems p(1 - p) / Var"
@@ -121,6 +121,8 @@ def answer_reader(function: str, arguments: dict[str, Any]) -> Callable[[str], H
     (Decimal('42.0'), 'yes')
     """
     modes = {"gsm8k": arguments.get("mode", "strict"), "gsm8k_flexible": "flexible", "gsm8k_boxed": "boxed"}
+    if function == "gsm8k_lm_eval":
+        return lm_eval_answer
     if mode := modes.get(function):
         return lambda text: extract_answer(text, mode)
 

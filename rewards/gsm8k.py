@@ -47,6 +47,7 @@ _NUMBER = (
 NUMBER = re.compile(_NUMBER)
 _BLANKS = r"[^\S\r\n]*+"
 MARKED = re.compile(rf"####{_BLANKS}\*{{0,2}}" + _NUMBER)
+_LM_EVAL = re.compile(r"#### (-?[0-9.,]+)")
 _WELL_FORMED = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++")
 _CONTINUED = re.compile(
     rf"{_BLANKS}(?:[-—+*/⁄∕^=×xX÷·⋅:'’_]?{_BLANKS}\{{?\\?[$€£]?\d|[²³¹¼-¾⁰-₉⅐-⅞])"
@@ -113,6 +114,47 @@ def gsm8k_flexible(prompts: list | None, completions: Completions, answer: list[
 def gsm8k_boxed(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
     r"""`gsm8k` that takes the number in the last `\boxed{}`."""
     return gsm8k(prompts, completions, answer, mode="boxed")
+
+
+@right_at(1.0)
+def gsm8k_lm_eval(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
+    """1.0 where lm-evaluation-harness' `exact_match,strict-match` of GSM8K (task version 3.0) is 1, else 0.0.
+
+    Take it to compare with published figures, and `gsm8k` to train: this one lets a policy guess first and go on.
+    It compares texts, after leaving out commas and one last full stop. The differences:
+
+    | completion                       | `gsm8k`        | here  | why                                                  |
+    |----------------------------------|----------------|-------|------------------------------------------------------|
+    | `#### 7 ... #### 42`             | 42             | 7     | the first `####` with a number counts, not the last  |
+    | `####42`, `####  42`, `#### **42`| 42             | none  | one space, then the number                           |
+    | `#### $42`, `#### -$42`, `#### +42` | 42, -42, 42 | none  | no sign but `-`, no currency                         |
+    | `#### −5` (U+2212), `#### ４２`  | -5, 42         | none  | ASCII only                                           |
+    | `#### 42.0`, `#### 042`          | equal to 42    | wrong | texts are compared, not numbers                      |
+    | `#### 84/2`, `#### 1 234`        | none           | 84, 1 | what follows is not looked at                        |
+    | `#### 1,23`, `#### 1.2.3`        | none           | 123, 1.2.3 | commas count nowhere                            |
+
+    Raises ValueError for a gold answer without a number, as `gsm8k` does.
+
+    >>> gsm8k_lm_eval(None, ["#### 1,234.", "#### 7\\n#### 1234", "#### $1234"], answer=["#### 1,234"] * 3)
+    [1.0, 0.0, 0.0]
+    """
+    rewards = []
+    for text, gold in zip(completions, answer, strict=True):
+        gold_answer(gold)
+        rewards.append(float(lm_eval_answer(text_of(text)) == _lm_eval_form(str(gold))))
+    return rewards
+
+
+def lm_eval_answer(text: str) -> str | None:
+    """What lm-evaluation-harness reads as the answer of a completion, in the form in which it compares."""
+    match = _LM_EVAL.search(text)
+    return _lm_eval_form(match[1]) if match else None
+
+
+def _lm_eval_form(text: str) -> str:
+    """After its `regexes_to_ignore`, in their order: `,`, `\\$`, `(?s).*#### ` and `\\.$`."""
+    text = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
+    return re.sub(r"\.$", "", text).lower()
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:

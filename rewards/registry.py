@@ -18,6 +18,7 @@ BUILT_IN = {
     "gsm8k": "rewards.gsm8k",
     "gsm8k_flexible": "rewards.gsm8k",
     "gsm8k_boxed": "rewards.gsm8k",
+    "gsm8k_lm_eval": "rewards.gsm8k",
     "math_equivalence": "rewards.equivalence",
     "regex_format": "rewards.format",
     "tag_format": "rewards.format",

@@ -250,7 +250,7 @@ def test_a_parquet_file_that_is_none_is_named(tmp_path, monkeypatch):
         load_examples(tmp_path / "rows.parquet", "train")
 
 
-@pytest.mark.parametrize("function", ["gsm8k", "gsm8k_flexible", "gsm8k_boxed"])
+@pytest.mark.parametrize("function", ["gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval"])
 def test_a_gold_answer_that_the_reward_cannot_read_is_a_bad_row(function, tmp_path):
     rows = [*ROWS[:2], {"question": "2 + 1 = ?", "answer": "It is three."}, {"question": "q", "answer": "#### none"}]
     data = DataOptions(name=str(write_jsonl(tmp_path / "rows.jsonl", rows)))

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rewards.format import gsm8k_format, tag_format
-from rewards.gsm8k import extract_answer, gold_answer, gsm8k, gsm8k_boxed, gsm8k_flexible
+from rewards.gsm8k import extract_answer, gold_answer, gsm8k, gsm8k_boxed, gsm8k_flexible, gsm8k_lm_eval
 
 GOLDEN = [  # text, strict, flexible, boxed
     ("6 * 7 = 42\n#### 42", 42, 42, None),
@@ -109,6 +109,58 @@ def test_rewards_of_the_three_modes():
     assert gsm8k_boxed(None, texts, answer=["42"] * 4) == [0.0, 0.0, 1.0, 0.0]
     chat = [[{"role": "assistant", "content": text}] for text in texts]
     assert gsm8k(None, chat, answer=["42"] * 4) == [1.0, 0.0, 0.0, 0.0]
+
+
+LM_EVAL = [  # text, gold, lm-evaluation-harness' strict match, gsm8k: worked out by hand from its gsm8k.yaml
+    ("6 * 7 = 42\n#### 42", "#### 42", 1, 1),
+    ("#### 1,234", "#### 1,234", 1, 1),
+    ("#### 1234", "so <<1+2=3>>3\n#### 1,234", 1, 1),
+    ("#### 1,2,34", "#### 1,234", 1, 0),
+    ("#### 42.", "#### 42", 1, 1),
+    ("#### 42..", "#### 42", 0, 1),
+    ("#### 42.0", "#### 42", 0, 1),
+    ("#### 42.0", "#### 42.0", 1, 1),
+    ("#### 42.00", "#### 42.0", 0, 1),
+    ("#### 042", "#### 42", 0, 1),
+    ("#### -5", "#### -5", 1, 1),
+    ("#### \u22125", "#### -5", 0, 1),
+    ("#### +42", "#### 42", 0, 1),
+    ("#### $42", "#### 42", 0, 1),
+    ("#### -$42", "#### -42", 0, 1),
+    ("#### 42", "#### $42", 1, 1),
+    ("####42", "#### 42", 0, 1),
+    ("####  42", "#### 42", 0, 1),
+    ("####\n42", "#### 42", 0, 0),
+    ("#### **42**", "#### 42", 0, 1),
+    ("#### \uff14\uff12", "#### 42", 0, 1),
+    ("##### 42", "#### 42", 1, 1),
+    ("#### 7 no\n#### 42", "#### 42", 0, 1),
+    ("#### 42\n#### 7", "#### 42", 1, 0),
+    ("#### none\n#### $7\n#### 42", "#### 42", 1, 1),
+    ("#### 42 apples", "#### 42", 1, 1),
+    ("#### 42%", "#### 42", 1, 1),
+    ("#### 42/2", "#### 42", 1, 0),
+    ("#### 42 000", "#### 42", 1, 0),
+    ("#### 1.2.3", "#### 12.3", 0, 0),
+    ("#### , then #### 42", "#### 42", 0, 1),
+    ("The answer is 42.", "#### 42", 0, 0),
+    ("", "#### 42", 0, 0),
+    ("#### 42", "42", 1, 1),
+]
+
+
+@pytest.mark.parametrize(("text", "gold", "theirs", "ours"), LM_EVAL)
+def test_the_strict_match_of_lm_evaluation_harness_and_how_ours_differs(text, gold, theirs, ours):
+    chat = [[{"role": "assistant", "content": text}]]
+    assert gsm8k_lm_eval(None, [text], answer=[gold]) == gsm8k_lm_eval(None, chat, answer=[gold]) == [theirs]
+    assert gsm8k(None, [text], answer=[gold]) == [ours]
+
+
+def test_lm_eval_grades_gold_solutions_as_right_and_refuses_a_malformed_gold(gsm8k_folder):
+    answers = [json.loads(line)["answer"] for line in (gsm8k_folder / "test.jsonl").read_text().splitlines()]
+    assert gsm8k_lm_eval(None, answers, answer=answers) == [1.0] * 1319
+    with pytest.raises(ValueError, match=r"gold answer .* has no number"):
+        gsm8k_lm_eval(None, ["#### 42"], answer=["#### forty-two"])
 
 
 def test_an_unknown_mode_names_the_choices():
