@@ -69,8 +69,8 @@ def _notes(evaluation: ModelEvaluation) -> list[str]:
     source, perplexity = evaluation.source, evaluation.perplexity
     notes = [f"policy: {source.folder} ({source.meaning})"]
     if evaluation.trained_on:
-        count = f"{evaluation.trained_on:,} of the {evaluation.problems:,} problems"
-        notes.append(f"NOT HELD OUT: the policy was trained on {count}")
+        met = f"{evaluation.trained_on:,} of the {evaluation.problems:,} problems"
+        notes.append(f"NOT HELD OUT: the policy was trained on {met}")
     if evaluation.no_accuracy:
         notes.append(evaluation.no_accuracy)
     if perplexity:
