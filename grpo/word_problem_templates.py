@@ -33,7 +33,7 @@ _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 
 @dataclass(frozen=True)
 class Template:
-    """A question and its worked steps, one equation a line.
+    """A question and its worked steps, one equation a line. A step may only repeat what is given.
 
     `given` are equations worked before the question is asked, for its numbers that have to fit: with
     `{a} * {m} = {x}` the x things of the question can be shared among m friends.
@@ -102,23 +102,35 @@ ONE_STEP = (
     Template(
         "buys",
         "{name} has {a} {things}. {He} buys {b} more. How many {things} does {name} have now?",
-        ("Now there are {a} + {b} = {x} {things}.",),
+        (
+            "{name} has {a} {things} at first and buys {b} {things} more.",
+            "Now there are {a} + {b} = {x} {things}.",
+        ),
     ),
     Template(
         "gives",
         "{name} has {x} {things}. {He} gives away {b}. How many {things} are left?",
-        ("There are {x} - {b} = {y} {things} left.",),
+        (
+            "{name} has {x} {things} at first and gives away {b} {things}.",
+            "There are {x} - {b} = {y} {things} left.",
+        ),
         given=("{a} + {b} = {x}",),
     ),
     Template(
         "fills_bags",
         "{name} fills {m} bags with {a} {things} each. How many {things} are in the bags?",
-        ("The bags hold {m} * {a} = {x} {things}.",),
+        (
+            "{name} fills {m} bags and puts {a} {things} into each bag.",
+            "The bags hold {m} * {a} = {x} {things}.",
+        ),
     ),
     Template(
         "shares",
         "{name} shares {x} {things} equally among {m} friends. How many {things} does each friend get?",
-        ("Each friend gets {x} / {m} = {y} {things}.",),
+        (
+            "{name} has {x} {things} and shares them among {m} friends.",
+            "Each friend gets {x} / {m} = {y} {things}.",
+        ),
         given=("{a} * {m} = {x}",),
     ),
 )
@@ -127,37 +139,61 @@ TWO_STEPS = (
     Template(
         "buys_bags",
         "{name} has {a} {things}. {He} buys {m} bags of {b} {things}. How many {things} does {name} have now?",
-        ("The bags hold {m} * {b} = {x} {things}.", "Now there are {a} + {x} = {y} {things}."),
+        (
+            "{name} has {a} {things} at first and buys {m} bags of {b} {things}.",
+            "The bags hold {m} * {b} = {x} {things}.",
+            "Now there are {a} + {x} = {y} {things}.",
+        ),
     ),
     Template(
         "gives_each",
         "{name} has {x} {things}. {He} gives {b} {things} to each of {m} friends. How many {things} are left?",
-        ("The friends get {m} * {b} = {y} {things}.", "There are {x} - {y} = {z} {things} left."),
+        (
+            "{name} has {x} {things} at first and gives {m} friends {b} {things} each.",
+            "The friends get {m} * {b} = {y} {things}.",
+            "There are {x} - {y} = {z} {things} left.",
+        ),
         given=("{m} * {b} = {y}", "{a} + {y} = {x}"),
     ),
     Template(
         "sells_all",
         "{name} has {a} {things} and finds {b} more. {He} sells all of them for {m} dollars each. "
         "How many dollars does {name} get?",
-        ("There are {a} + {b} = {x} {things}.", "All of them bring {x} * {m} = {y} dollars."),
+        (
+            "{name} has {a} {things} at first, finds {b} {things} and sells them for {m} dollars each.",
+            "There are {a} + {b} = {x} {things}.",
+            "All of them bring {x} * {m} = {y} dollars.",
+        ),
     ),
     Template(
         "shares_rest",
         "{name} has {x} {things}. {He} keeps {b} and shares the rest equally among {m} friends. "
         "How many {things} does each friend get?",
-        ("The friends get {x} - {b} = {y} {things}.", "Each friend gets {y} / {m} = {z} {things}."),
+        (
+            "{name} has {x} {things} at first, keeps {b} {things} and shares the rest among {m} friends.",
+            "The friends get {x} - {b} = {y} {things}.",
+            "Each friend gets {y} / {m} = {z} {things}.",
+        ),
         given=("{a} * {m} = {y}", "{y} + {b} = {x}"),
     ),
     Template(
         "buys_twice",
         "{name} has {a} {things}. {He} buys {b} more on Monday and {c} more on Tuesday. "
         "How many {things} does {name} have now?",
-        ("On Monday there are {a} + {b} = {x} {things}.", "Now there are {x} + {c} = {y} {things}."),
+        (
+            "{name} has {a} {things} at first, buys {b} {things} on Monday and {c} {things} on Tuesday.",
+            "On Monday there are {a} + {b} = {x} {things}.",
+            "Now there are {x} + {c} = {y} {things}.",
+        ),
     ),
     Template(
         "gives_buys",
         "{name} has {x} {things}. {He} gives away {b} and then buys {c} more. How many {things} does {name} have now?",
-        ("There are {x} - {b} = {y} {things} left.", "Now there are {y} + {c} = {z} {things}."),
+        (
+            "{name} has {x} {things} at first, gives away {b} {things} and then buys {c} {things}.",
+            "There are {x} - {b} = {y} {things} left.",
+            "Now there are {y} + {c} = {z} {things}.",
+        ),
         given=("{a} + {b} = {x}",),
     ),
 )

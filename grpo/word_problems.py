@@ -9,7 +9,8 @@
 
 Counts are of distinct problems. A number that has to fit, such as the 12 of "12 apples shared among 3
 friends", is worked out from operands in these ranges and may be larger. Every number of every problem is an
-integer of at least 2, which keeps all plurals right.
+integer of at least 2, which keeps all plurals right. Solutions of levels 1 and 2 first repeat what is given, so that a
+policy copies before it computes; with the tokenizer of the `tiny` preset they have 24 to 41 tokens.
 
 The numbers of its question decide whether a problem is held out, whatever its template, name, things, level and
 seed. So the numbers of a held-out problem are never met in training, not even in another order or another story.
@@ -35,16 +36,17 @@ def word_problems(split: str, levels: Sequence[int], seed: int = 0, *, count: in
     """Distinct word problems with the keys `question`, `answer`, `level` and `id`.
 
     Levels take turns, and within a level its templates do. Problem i depends on (split, levels, seed) and i
-    alone, not on `count`. Fewer than `count` come back where the smallest level has no more (see
-    `count_problems`). Raises ValueError for an unknown split or level.
+    alone, not on `count`. Fewer than `count` come back where the smallest level has no more. Raises ValueError for an unknown split or level.
 
     >>> problem = word_problems("train", [2], count=1)[0]
-    >>> problem["question"]
-    'Henry has 5 stamps. He buys 4 bags of 8 stamps. How many stamps does Henry have now?'
-    >>> problem["answer"]
-    'The bags hold 4 * 8 = 32 stamps.\\nNow there are 5 + 32 = 37 stamps.\\n#### 37'
+    >>> print(problem["question"], problem["answer"], sep="\\n")
+    Frank has 9 marbles. He buys 4 bags of 2 marbles. How many marbles does Frank have now?
+    Frank has 9 marbles at first and buys 4 bags of 2 marbles.
+    The bags hold 4 * 2 = 8 marbles.
+    Now there are 9 + 8 = 17 marbles.
+    #### 17
     >>> problem["id"]
-    'word_problems/2/buys_bags/Henry-stamps-4-8-5'
+    'word_problems/2/buys_bags/Frank-marbles-4-2-9'
     """
     if split not in SPLITS:
         raise ValueError(f"word_problems has no split {split!r}; use one of {', '.join(SPLITS)}")
