@@ -29,7 +29,7 @@ def inspect(model: str, context: int | None = None) -> Anatomy:
     model = policy_folder(model)
     check_model(model)
     if model in presets.PRESETS:
-        config = DeepseekV3Config(vocab_size=512, **presets.PRESETS[model])
+        config = DeepseekV3Config(vocab_size=presets.VOCABULARY, **presets.PRESETS[model])
         depth = config.num_nextn_predict_layers
     else:
         config = read_config(model)

@@ -89,7 +89,7 @@ def read_shape(options: ModelOptions) -> tuple[PretrainedConfig, bool]:
     """The configuration of `options.model`, and whether the policy will have a draft head. Raises PolicyError."""
     model = check_options(options)
     if model in presets.PRESETS:
-        return DeepseekV3Config(vocab_size=512, **presets.PRESETS[model]), True
+        return DeepseekV3Config(vocab_size=presets.VOCABULARY, **presets.PRESETS[model]), True
     shape = read_config(model)
     native = isinstance(shape, DeepseekV3Config)
     return shape, native and (options.add_mtp or bool(shape.num_nextn_predict_layers))

@@ -36,7 +36,8 @@ def word_problems(split: str, levels: Sequence[int], seed: int = 0, *, count: in
     """Distinct word problems with the keys `question`, `answer`, `level` and `id`.
 
     Levels take turns, and within a level its templates do. Problem i depends on (split, levels, seed) and i
-    alone, not on `count`. Fewer than `count` come back where the smallest level has no more. Raises ValueError for an unknown split or level.
+    alone, not on `count`. Fewer than `count` come back where the smallest level has no more. Raises ValueError
+    for an unknown split or level.
 
     >>> problem = word_problems("train", [2], count=1)[0]
     >>> print(problem["question"], problem["answer"], sep="\\n")

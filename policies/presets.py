@@ -36,9 +36,10 @@ PRESETS: dict[str, dict] = {
         "initializer_range": 0.06,
     },
 }
+VOCABULARY = 640  # enough for every word and number of the word problems to be one token
 
 
-def small_tokenizer(corpus: Iterable[str], vocab_size: int = 640) -> PreTrainedTokenizerFast:
+def small_tokenizer(corpus: Iterable[str], vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """A byte-level BPE learned from `corpus`; a number up to 999 is one piece, a token if frequent."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -58,7 +59,7 @@ def small_tokenizer(corpus: Iterable[str], vocab_size: int = 640) -> PreTrainedT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
 
 
-def build(preset: str, corpus: Iterable[str], seed: int = 0, vocab_size: int = 640) -> Policy:
+def build(preset: str, corpus: Iterable[str], seed: int = 0, vocab_size: int = VOCABULARY) -> Policy:
     """A fresh policy. `corpus`: text of the kind it will read, for the tokenizer; `seed` fixes the weights."""
     tokenizer = small_tokenizer(corpus, vocab_size)
     config = DeepseekV3Config(

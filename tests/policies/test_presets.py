@@ -1,12 +1,15 @@
 """Tiny policies: built anywhere, the same from the same seed, with a tokenizer that loses nothing."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo.word_problems import word_problems
 from policies.policy import Policy, digest
-from policies.presets import PRESETS, build, small_tokenizer
+from policies.presets import PRESETS, VOCABULARY, build, small_tokenizer
 
 CORPUS = [
     f"Ann has {a} apples and buys {a + 2} more.\n{a} + {a + 2} = {2 * a + 2}\n#### {2 * a + 2}\n" for a in range(99)
@@ -86,4 +89,13 @@ def test_frequent_numbers_are_one_token_and_rare_ones_still_survive(tokenizer):
     pieces = [tokenizer.decode([token]) for token in tokenizer(" 123456").input_ids]
     assert "".join(pieces) == " 123456"
     assert all(len(piece.strip()) <= 3 for piece in pieces)  # no piece runs over three digits
-    assert len(tokenizer) <= 512
+    assert len(tokenizer) <= VOCABULARY
+
+
+def test_every_number_of_the_word_problems_is_one_token():
+    """A number in two pieces is spelt, one in one piece is looked up; a vocabulary that mixes the two learns slowly."""
+    rows = word_problems("train", [1, 2], count=4_000)
+    tokenizer = small_tokenizer(f"{row['question']}\n{row['answer']}\n" for row in rows)
+    numbers = {number for row in rows for number in re.findall(r"\d+", row["question"] + row["answer"])}
+    assert len(numbers) > 50
+    assert [number for number in numbers if len(tokenizer(f" {number}").input_ids) > 1] == []
