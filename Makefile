@@ -15,7 +15,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(RUN_STAMP) ## install, then train the tiny policy on word problems and show what it learned
-	$(BIN)/quartet train examples/01_demo.yaml --output_dir runs/demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
+	$(BIN)/quartet train examples/01_demo.yaml --output_dir runs/demo-$$(date +%Y%m%d-%H%M%S)-$$$$ $(ARGS)
 
 reference: $(RUN_STAMP) ## write docs/reference.md from the options and metrics
 	@mkdir -p docs

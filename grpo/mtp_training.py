@@ -36,6 +36,7 @@ from grpo.options import dump_yaml
 from grpo.prompts import PromptStream
 from grpo.resume import saved_state
 from grpo.reward_record import record_rewards
+from grpo.run_lock import RunLock
 from grpo.run_log import RunLog
 from grpo.run_policy import save_policy
 from grpo.run_pool import open_run_pool, use_costs_of_run
@@ -62,6 +63,11 @@ def mtp(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("quartet mtp teaches in one process; start it without accelerate (rollout.workers may sample)")
     _check_model(config)
+    with RunLock(config.output_dir) as lock:
+        return _mtp(config, lock, resume, stop_after, force)
+
+
+def _mtp(config: MtpConfig, lock: RunLock, resume: str | None, stop_after: int | None, force: bool) -> dict[str, Any]:
     saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=config.steps)
     resume_step = None if resume is None else saved.step if saved else 0
     with (
@@ -72,6 +78,7 @@ def mtp(
             table_every=0,
             trackers=config.log.trackers,
             resume_step=resume_step,
+            lock=lock,
             unwritten=saved.state.get("unwritten") if saved else None,
         ) as run_log,
         StopSignal() as stop,

@@ -1,6 +1,7 @@
 """Everything that a run writes while it goes: metrics, rollouts, events, trackers, and lines for the person watching.
 
-runs/NAME/config.yaml                       the effective configuration
+runs/NAME/.lock                             locked while a run writes here; process and host
+          config.yaml                       the effective configuration
           environment.json                  hardware, versions and command of the start; events has a resume's
           metrics.jsonl                     {"step": 1, "completion/length_mean": 23.1, ...}; read_metrics()
           rollouts/step_000001.jsonl.zst    one completion a line; read_rollouts()
@@ -30,6 +31,7 @@ from grpo import environment
 from grpo.console import Terminal, progress_bars, sample_table, step_line, visible
 from grpo.metrics import check
 from grpo.resume import differences
+from grpo.run_lock import RunLock
 from grpo.trackers import installed, start
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
@@ -42,8 +44,9 @@ class RunLog:
 
     `resume_step` is the step of the checkpoint that the run goes on from: what was written after it is removed, so
     that no step is written twice; 0 starts over in the same folder. `unwritten` is the line of that step where the
-    disk refused it, see `state`. None is a new run: FileExistsError if there is one
-    already. `trackers` are accelerate's names, None is TensorBoard where installed; ValueError if one is missing.
+    disk refused it, see `state`. None is a new run: FileExistsError if there is one already. `lock` is the folder's, if
+    it was taken before; FolderInUse while another run has it. `trackers` are accelerate's names, None is TensorBoard
+    where installed; ValueError if one is missing.
     """
 
     def __init__(
@@ -56,10 +59,13 @@ class RunLog:
         quiet: bool = False,
         resume_step: int | None = None,
         unwritten: dict[str, Any] | None = None,
+        lock: RunLock | None = None,
         console: Console | None = None,
     ) -> None:
         # Everything that can be refused is refused before the folder is touched.
         tracker_names = installed(trackers)
+        self._lock = lock or RunLock(output_dir)
+        self._lock.take()
         resumes = _holds_a_run(output_dir)
         if resumes and resume_step is None:
             raise FileExistsError(
@@ -156,6 +162,7 @@ class RunLog:
         self._trackers = []
         self._metrics.close()
         self._events.close()
+        self._lock.release()
 
     def __enter__(self) -> Self:
         return self

@@ -15,6 +15,7 @@ from grpo.loader import check_options, load_policy, sampling_params
 from grpo.options import dump_yaml
 from grpo.resume import saved_state
 from grpo.reward_record import record_rewards
+from grpo.run_lock import RunLock
 from grpo.run_log import RunLog
 from grpo.run_policy import save_policy
 from grpo.stopping import GivenUp, InterruptiblePool, Stopped, StopSignal
@@ -34,6 +35,13 @@ def sft(
 ) -> dict[str, Any]:
     """Returns what the summary shows; the policy is saved to `output_dir/policy`. Raises Stopped, see `Trainer`."""
     check_options(config)
+    with RunLock(config.output_dir) as lock:
+        return _sft(config, lock, resume, stop_after, force, ranks)
+
+
+def _sft(
+    config: SftConfig, lock: RunLock, resume: str | None, stop_after: int | None, force: bool, ranks: Ranks
+) -> dict[str, Any]:
     steps, checkpoints = config.warm_start.steps, config.output_dir / "checkpoints"
     saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=steps)
     start = saved.step if saved else 0
@@ -45,6 +53,7 @@ def sft(
             dump_yaml(config),
             trackers=config.log.trackers,
             resume_step=None if resume is None else start,
+            lock=lock,
             unwritten=saved.state.get("unwritten") if saved else None,
         ) as run_log,
         StopSignal() as stop,

@@ -29,6 +29,7 @@ from grpo.optimizer import schedule
 from grpo.options import dump_yaml
 from grpo.resume import saved_state
 from grpo.reward_record import record_rewards, refuse_changed_rewards
+from grpo.run_lock import RunLock
 from grpo.run_log import RunLog, read_metrics
 from grpo.run_policy import save_policy
 from grpo.run_pool import open_run_pool, use_costs_of_run
@@ -83,6 +84,15 @@ class Trainer:
         self.stop = StopSignal()
         self.evaluations: dict[str, Evaluation] = {}
         check_options(config)
+        self.lock = RunLock(self.output_dir)
+        try:
+            self._open(resume, stop_after, force)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _open(self, resume: str | None, stop_after: int | None, force: bool) -> None:
+        config = self.config
         self.saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=config.steps)
         self.start = self.saved.step if self.saved else 0
         self.task = Task.of(config)
@@ -96,6 +106,7 @@ class Trainer:
                 table_every=config.log.table_every,
                 trackers=config.log.trackers,
                 resume_step=self.start if self.resuming else None,
+                lock=self.lock,
                 unwritten=self.saved.state.get("unwritten") if self.saved else None,
             )
             record_rewards(self.run_log, self.task.scorer.describe())

@@ -1,0 +1,80 @@
+"""runs/NAME/.lock: one run at a time writes into a folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+LOGGER = logging.getLogger(__name__)
+FILE = ".lock"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class FolderInUse(OSError):
+    """Another run writes into the folder; the message names its process and host."""
+
+
+class RunLock:
+    """Held from `take` to `release`, and no longer than this process lives: the system releases it, not the file.
+
+    Where the folder exists it is taken at once, so that a run that goes on reads nothing that another one is writing.
+    A folder that does not exist is made by `take` alone. Raises FolderInUse. A file system without locks gives a
+    warning, and no protection.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._descriptor = folder, -1
+        if folder.is_dir():
+            self.take()
+
+    def take(self) -> None:
+        if self._descriptor >= 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / FILE
+        # Never replaced or removed: the lock belongs to the file itself. Not inherited by programs that are started.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = _owner(descriptor)
+            os.close(descriptor)
+            if error.errno not in NO_LOCKS:
+                raise FolderInUse(
+                    f"output_dir={self.folder} is in use by another run ({owner}); wait for its end, stop it, or "
+                    "choose another output_dir"
+                ) from None
+            LOGGER.warning("%s cannot be locked (%s): see to it that no other run uses this folder", path, error)
+            return
+        self._descriptor = descriptor
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode() + b"\n", 0)
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()
+
+
+def _owner(descriptor: int) -> str:
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {owner['pid']} on host {owner['host']}"
+    except (ValueError, TypeError, KeyError):  # it has not written its name yet
+        return "which has just begun"
