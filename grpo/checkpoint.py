@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from policies.atomic import fsync as _fsync
 from policies.file_mode import heed_umask
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
@@ -168,14 +169,6 @@ def _recover(root: Path) -> None:
         target = root / former.name.removeprefix(".").removesuffix(".replaced")
         if not target.exists():
             os.replace(former, target)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _size_and_hash(file: Path) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from policies.atomic import write_file
 
 EVALUATION_SPLITS = ("test", "heldout", "all")
 TRAINED_ON = "trained_on.txt"  # in a run folder: a fingerprint a line
@@ -100,9 +101,7 @@ def _pair(evaluated: str, known: str) -> str:
 def record_trained_on(run: Path, fingerprints: Iterable[str]) -> None:
     """Write the fingerprints of all problems that the policy of this run has met in training, here and before."""
     lines = sorted({*fingerprints, *trained_on(run)})
-    partial = run / f"{TRAINED_ON}.partial"
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
-    os.replace(partial, run / TRAINED_ON)
+    write_file(run / TRAINED_ON, "".join(f"{line}\n" for line in lines))
 
 
 def trained_on(model: str | Path) -> frozenset[str]:

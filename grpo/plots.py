@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Collection
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from grpo.environment import caption
 from grpo.eval_metrics import wilson_interval
 from grpo.run_log import read_metrics
 from grpo.verdicts import ACCURACY, MEAN_REWARD, held_out_metric
+from policies.atomic import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,9 +83,11 @@ def plot_run(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
         if draw(axes):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
             figure.supxlabel(foot[:130], fontsize=6, color=GREY)
-            written.append(path)
             path.parent.mkdir(exist_ok=True)
-            figure.savefig(path)
+            image = BytesIO()
+            figure.savefig(image, format="png")
+            write_file(path, image.getvalue())
+            written.append(path)
         elif file == "eval_accuracy":
             path.unlink(missing_ok=True)  # drawn before a mark showed that the reward is no accuracy
     return written

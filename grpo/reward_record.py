@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo.run_log import RunLog, read_events
+from policies.atomic import write_file
 
 FILE = "rewards.json"
 
@@ -39,10 +39,7 @@ def record_rewards(run_log: RunLog, rewards: Sequence[dict[str, Any]]) -> None:
     others = [_without_hashes(reward) for reward in former] != [_without_hashes(reward) for reward in rewards]
     if former and (others or len(mended) < len(changed)):
         run_log.event("rewards_changed", former=former)
-    path = run_log.output_dir / FILE
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(rewards, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_file(run_log.output_dir / FILE, json.dumps(rewards, indent=1) + "\n")
 
 
 def _changed(former: Sequence[dict[str, Any]], rewards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

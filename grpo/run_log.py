@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -33,10 +33,16 @@ from grpo.metrics import check
 from grpo.resume import differences
 from grpo.run_lock import RunLock
 from grpo.trackers import installed, start
+from policies.atomic import tidy, write_file
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
 
 SHOWN_PER_EVENT = 3
+WRITTEN = (
+    *("config.yaml", "environment.json", "metrics.jsonl", "rewards.json", "draft_costs.json"),
+    *("policy", "best_policy", "warm_start"),
+)
+WRITTEN_INTO = ("checkpoints", "warm_start_checkpoints", "rollouts", "plots")
 
 
 class RunLog:
@@ -79,14 +85,18 @@ class RunLog:
         self._events_seen: Counter[str] = Counter()
         self._checked: set[str] = set()
         (output_dir / "rollouts").mkdir(parents=True, exist_ok=True)
+        tidy(output_dir, WRITTEN)
+        for name in WRITTEN_INTO:
+            tidy(output_dir / name)
         if resume_step is not None:
             _truncate(output_dir, resume_step)
         self.unwritten: dict[str, Any] | None = None
-        self._metrics = (output_dir / "metrics.jsonl").open("ab", buffering=0)
-        self._events = (output_dir / "events.jsonl").open("ab", buffering=0)
-        self._describe_run(config_yaml, resume_step if resumes else None)
-        if unwritten is not None:
+        self._metrics, self._events = (_open_lines(output_dir / f"{name}.jsonl") for name in ("metrics", "events"))
+        former = [json.loads(line) for line in _whole_lines(output_dir / "metrics.jsonl")]
+        self._former_evaluations = {line["step"] for line in former if _is_evaluation(line)}
+        if unwritten is not None and unwritten not in former:
             _append(self._metrics, unwritten)
+        self._describe_run(config_yaml, resume_step if resumes else None)
         self._trackers = [start(name, output_dir, config_yaml, resume_step or 0) for name in tracker_names]
 
     def step(self, step: int, metrics: Mapping[str, float], *, show: bool = True) -> None:
@@ -96,7 +106,15 @@ class RunLog:
             self.say(step_line(step, finite))
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
-        """Record held-out results, as `eval/NAME` where a name has no area yet, and show them in one line."""
+        """Record held-out results, as `eval/NAME` where a name has no area yet, and show them in one line.
+
+        They replace those of the same step that were there when the run went on.
+        """
+        if step in self._former_evaluations:  # of a run that was killed before it could tell that it had ended
+            self._former_evaluations.remove(step)
+            _keep_lines(self.output_dir, lambda line: line["step"] != step or not _is_evaluation(line))
+            self._metrics.close()
+            self._metrics = _open_lines(self.output_dir / "metrics.jsonl")
         named = {name if "/" in name else f"eval/{name}": value for name, value in results.items()}
         shown = "  ".join(f"{name} {value:.4g}" for name, value in self._record(step, named).items())
         self.say(f"step {step:5d}  {shown}")
@@ -120,11 +138,7 @@ class RunLog:
             for draw, group, score, row in zip(draws or [0] * len(groups), groups, scores, advantages, strict=True)
             for line in _rollout_lines(group, score, row)
         ]
-        path = _rollout_path(self.output_dir, step)
-        partial = path.with_suffix(".partial")
-        with _naming(path):
-            partial.write_bytes(zstandard.compress("".join(lines).encode()))
-            os.replace(partial, path)
+        write_file(_rollout_path(self.output_dir, step), zstandard.compress("".join(lines).encode()))
         if self._table_every and (step == 1 or step % self._table_every == 0):
             self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
 
@@ -149,7 +163,10 @@ class RunLog:
             self.say(f"  what may help: {way}")
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the log: the line of its step, where the disk has refused it."""
+        """What a checkpoint keeps of the log: the line of its step, where the disk has refused it. All others are on
+        the disk then."""
+        for stream in (self._metrics, self._events):
+            os.fsync(stream.fileno())
         return {} if self.unwritten is None else {"unwritten": self.unwritten}
 
     def progress(self) -> Progress:
@@ -178,14 +195,16 @@ class RunLog:
     def _describe_run(self, config_yaml: str, resume_step: int | None) -> None:
         config, here = self.output_dir / "config.yaml", environment.describe()
         if resume_step is None:
-            (self.output_dir / "environment.json").write_text(json.dumps(here, indent=1) + "\n")
+            write_file(self.output_dir / "environment.json", json.dumps(here, indent=1) + "\n")
         else:
             self.event("resume", step=resume_step, unshown={"environment": here})
-            if config.exists() and config.read_text() != config_yaml:
+            if config.exists():
+                if config.read_text() == config_yaml:
+                    return
                 changed = differences(config.read_text(), config_yaml)
                 shown = {key: f"{then!r} -> {now!r}" for key, (then, now) in changed.items()}
                 self.event("config_changed", unshown={"former": config.read_text()}, **shown)
-        config.write_text(config_yaml)
+        write_file(config, config_yaml)
 
     def _record(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Write one line; returns the finite metrics, sorted by name."""
@@ -290,14 +309,30 @@ def _holds_a_run(output_dir: Path) -> bool:
 def _truncate(output_dir: Path, step: int) -> None:
     """Remove what stands behind `step`; with 0 the evaluation before the first step too: it is made again."""
     last = step or -1
-    metrics = output_dir / "metrics.jsonl"
-    if metrics.exists():
-        partial = metrics.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in _whole_lines(metrics) if json.loads(line)["step"] <= last))
-        os.replace(partial, metrics)
+    if (output_dir / "metrics.jsonl").exists():
+        _keep_lines(output_dir, lambda line: line["step"] <= last)
     for path in (output_dir / "rollouts").glob("step_*"):
         if _step(path) > step or path.suffix == ".partial":
             path.unlink()
+
+
+def _keep_lines(output_dir: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    path = output_dir / "metrics.jsonl"
+    write_file(path, "".join(f"{line}\n" for line in _whole_lines(path) if wanted(json.loads(line))))
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval/") for name in line)
+
+
+def _open_lines(path: Path) -> FileIO:
+    """For lines at the end; half a line that a killed writer has left there goes."""
+    stream = path.open("ab+", buffering=0)
+    end = stream.seek(0, os.SEEK_END)
+    while end and os.pread(stream.fileno(), 1, end - 1) != b"\n":
+        end -= 1
+    stream.truncate(end)
+    return stream
 
 
 def _whole_lines(path: Path) -> list[str]:

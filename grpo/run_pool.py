@@ -33,4 +33,6 @@ def use_costs_of_run(pool: Pool, policy: Policy, config: TrainConfig | MtpConfig
         return
     path, rows = config.output_dir / "draft_costs.json", rollout.prompts_per_shard * rollout.group_size
     saved = CostTable.load(path) if resumes and path.exists() else None
-    pool.use_costs(saved, rows).save(path)
+    costs = pool.use_costs(saved, rows)
+    if saved is None:
+        costs.save(path)

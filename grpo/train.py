@@ -149,10 +149,10 @@ class Trainer:
         config, folder = self.config, self.output_dir / "warm_start"
         if config.warm_start.steps == 0:
             return self._load(config)
+        steps = self.output_dir / "warm_start_checkpoints"
+        if not self.resuming or folder.exists():
+            shutil.rmtree(steps, ignore_errors=True)
         if not (self.resuming and folder.exists()):
-            steps = self.output_dir / "warm_start_checkpoints"
-            if not self.resuming:
-                shutil.rmtree(steps, ignore_errors=True)
             found = checkpoint.find(steps, "auto")
             policy = self._load(config)
             results = warm_start(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from policies import lora
+from policies.atomic import write_folder
 from policies.attention import ATTENTION, Packing
 from policies.contradictions import FIXED_FIELDS, contradictions
 from policies.file_mode import heed_umask
@@ -202,8 +202,6 @@ class Policy(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write the checkpoint, adapters merged, complete or not at all. Raises PolicyError where the disk refuses."""
         folder = Path(folder)
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
         state = lora.merged_state(self.trunk)
         if self.mtp is not None:
             first = self.config.num_hidden_layers
@@ -213,19 +211,16 @@ class Policy(nn.Module):
         if self.backend == "native":
             self.config.num_nextn_predict_layers = 0 if self.mtp is None else 1 + further
         try:
-            with _quiet_loading():
-                self.trunk.save_pretrained(partial, state_dict=state)
-            heed_umask(partial)
-            self.tokenizer.save_pretrained(partial)
-            if self.draft_ids is not None:
-                write_draft_vocabulary(partial, self.draft_ids)
+            with write_folder(folder) as partial:
+                with _quiet_loading():
+                    self.trunk.save_pretrained(partial, state_dict=state)
+                heed_umask(partial)
+                self.tokenizer.save_pretrained(partial)
+                if self.draft_ids is not None:
+                    write_draft_vocabulary(partial, self.draft_ids)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             what = f"cannot write the policy to {folder}: {error}; needs {sum(t.nbytes for t in state.values())} bytes"
             raise PolicyError(f"{what}: make room or use another disk; what was saved before is intact") from error
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
 
     def skeleton(self) -> dict[str, bytes]:
         """Config and tokenizer as files: all that a worker needs besides published weights."""

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from policies.atomic import write_file
+
 PRIOR_ACCEPTED, PRIOR_DRAFTED = 3.0, 4.0  # what is believed of every depth before the first draft: ¾ accepted
 MAX_DEPTH = 8
 
@@ -46,7 +48,7 @@ class CostTable:
         return (1 - share) * self.rounds[left][depth] + share * self.rounds[right][depth]
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)) + "\n")
+        write_file(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> CostTable:

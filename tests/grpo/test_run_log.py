@@ -17,7 +17,7 @@ from rich.console import Console
 
 from grpo import run_log
 from grpo.environment import command
-from grpo.run_log import RunLog, read_metrics, read_rollouts
+from grpo.run_log import RunLog, read_events, read_metrics, read_rollouts
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 
@@ -249,6 +249,93 @@ def test_contract_9_a_resume_removes_what_came_after_its_checkpoint(tmp_path):
         assert not list((tmp_path / "rollouts").iterdir())
 
 
+def test_half_a_line_of_a_killed_writer_spoils_no_later_line(tmp_path):
+    with _open(tmp_path)[0] as log:
+        log.step(1, {"reward/mean": 1.0})
+        log.event("signal", name="SIGTERM")
+    for name in ("metrics", "events"):
+        with (tmp_path / f"{name}.jsonl").open("a") as stream:
+            stream.write('{"step": 2, "ti')
+    with _open(tmp_path, resume_step=1)[0] as log:
+        log.step(2, {"reward/mean": 2.0})
+    assert [row["reward/mean"] for row in read_metrics(tmp_path)] == [1.0, 2.0]
+    assert [event["event"] for event in read_events(tmp_path)] == ["signal", "resume"]
+
+
+def test_an_evaluation_that_is_made_again_replaces_the_former_one(tmp_path):
+    with _open(tmp_path)[0] as log:
+        log.step(1, {"reward/mean": 1.0})
+        log.evaluation(1, {"accuracy": 0.1})
+        log.evaluation(1, {"acceptance_depth_1": 0.1})
+    for accuracy in (0.2, 0.3):
+        with _open(tmp_path, resume_step=1)[0] as log:
+            log.evaluation(1, {"accuracy": accuracy})
+            log.evaluation(1, {"acceptance_depth_1": accuracy})  # a second line of the same evaluation stays
+            log.step(2, {"reward/mean": 2.0})
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert lines == [
+            {"step": 1, "reward/mean": 1.0},
+            {"step": 1, "eval/accuracy": accuracy},
+            {"step": 1, "eval/acceptance_depth_1": accuracy},
+            {"step": 2, "reward/mean": 2.0},
+        ]
+
+
+def test_a_line_that_the_disk_has_refused_is_written_once(tmp_path):
+    line = {"step": 1, "reward/mean": 1.0, "loss/kl": None}
+    with _open(tmp_path)[0] as log:
+        log.evaluation(0, {"accuracy": 0.0})
+    for _ in range(2):
+        with _open(tmp_path, resume_step=1, unwritten=line)[0]:
+            assert read_metrics(tmp_path) == [{"step": 0, "eval/accuracy": 0.0}, line]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_resume_rewrites_no_file_that_stays_the_same(tmp_path):
+    with _open(tmp_path)[0] as log:
+        log.step(1, {"reward/mean": 1.0})
+    inodes = {name: (tmp_path / name).stat().st_ino for name in ("config.yaml", "environment.json")}
+    with _open(tmp_path, resume_step=1)[0]:
+        assert {name: (tmp_path / name).stat().st_ino for name in inodes} == inodes
+
+
+def test_a_kill_while_the_configuration_is_written_tears_nothing(tmp_path, monkeypatch):
+    with _open(tmp_path)[0] as log:
+        log.step(1, {"reward/mean": 1.0})
+    kept, replace = (tmp_path / "config.yaml").read_text(), os.replace
+
+    def killed(source, target):
+        if str(target).endswith("config.yaml"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _open(tmp_path, "steps: 9\n", resume_step=1)
+    assert (tmp_path / "config.yaml").read_text() == kept
+    assert (tmp_path / ".config.yaml.partial").exists()
+    with _open(tmp_path, "steps: 9\n", resume_step=1)[0]:
+        assert (tmp_path / "config.yaml").read_text() == "steps: 9\n"
+        assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_leftovers_of_a_killed_run_go_when_it_goes_on(tmp_path):
+    with _open(tmp_path)[0] as log:
+        log.step(1, {"reward/mean": 1.0})
+    left = [".policy.partial/x", ".warm_start.partial/x", "checkpoints/.step_000001.removed/x", ".theirs.partial/x"]
+    left += ["checkpoints/.step_000003.partial/x", "rollouts/.step_000001.jsonl.zst.partial", ".best_policy.replaced/x"]
+    for name in left:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with _open(tmp_path, resume_step=1)[0]:
+        assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("x")] in (
+            ["best_policy/x", ".theirs.partial/x"],
+            [".theirs.partial/x", "best_policy/x"],
+        )
+        assert not list((tmp_path / "rollouts").glob(".*"))
+
+
 def test_resume_auto_in_a_fresh_folder_is_a_new_run(tmp_path):
     with _open(tmp_path / "new", resume_step=0)[0] as log:
         log.step(1, {"reward/mean": 1.0})
@@ -272,7 +359,7 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
         log.step(1, {"reward/mean": 1.0})
     assert full.getvalue() == b""  # no half a line
-    assert log.state() == {"unwritten": {"step": 1, "reward/mean": 1.0}}
+    assert log.unwritten == {"step": 1, "reward/mean": 1.0}
 
 
 def test_progress_draws_on_a_terminal_and_nothing_elsewhere(tmp_path):

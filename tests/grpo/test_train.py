@@ -537,11 +537,41 @@ def test_a_run_whose_last_evaluation_was_cut_off_is_evaluated_when_it_is_resumed
     assert not Trainer(config, resume="auto").run()["evaluations"]
 
 
+def test_a_run_that_was_cut_off_between_its_last_evaluation_and_its_policy_records_it_once(
+    micro_config, tmp_path, monkeypatch
+):
+    config, save = micro_config(tmp_path / "r", **{"eval.limit": 3}), Policy.save
+
+    def cut_off(self, folder):
+        if folder.name == "policy":
+            raise KeyboardInterrupt
+        save(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "save", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(config).run()
+    Trainer(config, resume="auto").run()
+    lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/accuracy" in line] == [0, 3]
+    assert [line["step"] for line in lines if "reward/mean" in line] == [1, 2, 3]
+
+
+def test_steps_of_a_warm_start_that_is_done_go_when_the_run_goes_on(micro_config, tmp_path):
+    with pytest.raises(Stopped):
+        Trainer(micro_config(tmp_path / "r"), stop_after=1).run()
+    left = tmp_path / "r/warm_start_checkpoints/step_000002"
+    left.mkdir(parents=True)
+    Trainer(micro_config(tmp_path / "r"), resume="auto").run()
+    assert not left.parent.exists()
+
+
 def test_draft_costs_are_measured_once_a_run_and_reused_on_resume(micro_config, tmp_path, monkeypatch):
     config = micro_config(tmp_path / "r", **{"rollout.draft_tokens": None})
     with pytest.raises(Stopped):
         Trainer(config, stop_after=1).run()
     costs = CostTable.load(tmp_path / "r/draft_costs.json")
+    written = (tmp_path / "r/draft_costs.json").stat()
 
     def measured_again(*_):
         raise AssertionError("a resumed run has its table")
@@ -549,3 +579,4 @@ def test_draft_costs_are_measured_once_a_run_and_reused_on_resume(micro_config, 
     monkeypatch.setattr(Engine, "measure_costs", measured_again)
     Trainer(config, resume="auto").run()
     assert CostTable.load(tmp_path / "r/draft_costs.json") == costs
+    assert (tmp_path / "r/draft_costs.json").stat() == written  # not written again

@@ -1,0 +1,73 @@
+"""Files and folders that are complete or not there: written aside, fsynced, renamed.
+
+`.NAME.partial` was being written when a process was killed, `.NAME.removed` deleted, and `.NAME.replaced` is the former
+folder of this name. `tidy` removes them, and puts a former folder back whose successor never arrived.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """The file as it was or with this content, whatever happens. Text is UTF-8. Raises OSError naming the file."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+        fsync(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """`.NAME.partial`, to be filled inside; it takes the place of `folder` at the end, unless something was raised."""
+    partial, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "replaced"))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            fsync(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(partial, folder)
+        fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not folder.exists():
+            os.replace(replaced, folder)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def tidy(folder: Path, names: Collection[str] | None = None) -> None:
+    """Remove what a killed process has left in `folder`, of files and folders with these names where `names` are given.
+
+    Nobody else may be writing there.
+    """
+    for path in list(folder.glob(".*")):
+        name, _, suffix = path.name.removeprefix(".").rpartition(".")
+        if not name or (names is not None and name not in names):
+            continue
+        if suffix == "replaced" and not (folder / name).exists():
+            os.replace(path, folder / name)
+        elif suffix in ("partial", "removed", "replaced"):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
