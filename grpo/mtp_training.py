@@ -26,7 +26,6 @@ from transformers import DeepseekV3Config
 from grpo import checkpoint, memory_estimate
 from grpo.batch import PackedRow, Sample, split_rows
 from grpo.evaluate import Evaluation, evaluate_run
-from grpo.evaluation_data import record_trained_on
 from grpo.head_learner import HeadLearner, Lesson
 from grpo.learner import NonFiniteStep
 from grpo.loader import check_options, load_policy, sampling_params
@@ -84,7 +83,7 @@ def _mtp(config: MtpConfig, lock: RunLock, resume: str | None, stop_after: int |
         StopSignal() as stop,
     ):
         record_rewards(run_log, task.scorer.describe())
-        record_trained_on(config.output_dir, task.trained_on)
+        task.record_split(run_log)
         try:
             return HeadTraining(config, task, run_log, stop, stop_after).run(saved)
         except GivenUp:  # before the steps

@@ -10,7 +10,6 @@ from grpo import checkpoint
 from grpo.config import SftConfig
 from grpo.distributed import ALONE, Ranks
 from grpo.evaluate import Evaluation, evaluate_run
-from grpo.evaluation_data import record_trained_on
 from grpo.loader import check_options, load_policy, sampling_params
 from grpo.options import dump_yaml
 from grpo.resume import saved_state
@@ -59,7 +58,7 @@ def _sft(
         StopSignal() as stop,
     ):
         record_rewards(run_log, task.scorer.describe())
-        record_trained_on(config.output_dir, task.trained_on)
+        task.record_split(run_log)
         policy = load_policy(config, task.corpus())
         checkpoint.discard_after(checkpoints, start)
         try:

@@ -18,13 +18,15 @@ from grpo.batch import PackedRow, Sample
 from grpo.config import DataOptions, RewardModelOptions, RewardOptions, ScoringOptions, SftConfig, TrainConfig
 from grpo.data import Check, Example, default_heldout_split, gold_check, load_examples
 from grpo.eval_metrics import answer_reader
-from grpo.evaluation_data import in_holdout, problem_fingerprint, refuse_overlap, trained_on
+from grpo.evaluation_data import in_holdout, problem_fingerprint, record_trained_on, refuse_overlap, trained_on
 from grpo.loader import device_of
 from grpo.model_rewards import ModelRewards
 from grpo.mtp_config import MtpConfig
 from grpo.prompts import PromptTemplate, encode_prompt
 from grpo.reasoning_gym_tasks import PREFIX
+from grpo.run_log import RunLog
 from grpo.verdicts import Verdicts
+from grpo.word_problems import shared_with_training
 from policies.policy import Policy
 from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rollout.group import Prompt, RolloutGroup
@@ -134,6 +136,17 @@ class Task:
                 f"few_shot={data.few_shot}: the first {data.few_shot} examples are shown with their solutions, and "
                 f"{len(both)} of the others are the same problems: {', '.join(both[:5])}. Take them out of the data"
             )
+
+    def record_split(self, run_log: RunLog) -> None:
+        """Write into the run folder what is trained on, and say how the held-out problems are set apart from it."""
+        record_trained_on(run_log.output_dir, self.trained_on)
+        if not self.heldout:
+            return
+        said = f"{len(self.heldout):,} held-out problems: none is trained on or shown as a worked example"
+        if self.train and self.train[0].example_id.startswith("word_problems/"):
+            templates, numbers = shared_with_training(*([e.example_id for e in s] for s in (self.train, self.heldout)))
+            said += f"; {templates:,} share a template with training, {numbers:,} share their numbers"
+        run_log.say(said)
 
     def fingerprints(self, examples: Iterable[Example]) -> dict[str, str]:
         """The problems' fingerprints, with their ids."""

@@ -20,7 +20,6 @@ from grpo.curriculum import Curriculum
 from grpo.distributed import ALONE, Ranks
 from grpo.dynamic_sampling import Drawn
 from grpo.evaluate import Evaluation, evaluate_run, measure_speed
-from grpo.evaluation_data import record_trained_on
 from grpo.learner import Learner
 from grpo.loader import check_options, load_policy, sampling_params
 from grpo.metrics import rollout_metrics
@@ -110,7 +109,7 @@ class Trainer:
                 unwritten=self.saved.state.get("unwritten") if self.saved else None,
             )
             record_rewards(self.run_log, self.task.scorer.describe())
-            record_trained_on(self.output_dir, self.task.trained_on)
+            self.task.record_split(self.run_log)
         except BaseException:
             self.task.close()
             raise

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from grpo import checkpoint
 from grpo.checkpoint import Checkpoint
-from grpo.config import SftConfig, TrainConfig
+from grpo.config import SftConfig
 from grpo.distributed import ALONE, Ranks
 from grpo.learner import Learner
 from grpo.non_finite import take_step
@@ -23,13 +23,11 @@ from policies.policy import Policy
 
 def sft_learner(policy: Policy, config: SftConfig, ranks: Ranks = ALONE) -> Learner:
     """Adapters are not used here even where GRPO will: LoRA starts from the warm policy."""
-    options, mtp = config.warm_start, config.mtp
-    if isinstance(config, TrainConfig):  # `every` and `share` are meant for GRPO; the few steps here teach the head all
-        mtp = mtp.model_copy(update={"every": 1, "share": 1.0})
+    options = config.warm_start
     return Learner(
         policy,
         config.learner,
-        mtp,
+        config.mtp,
         balance=config.balance,
         learning_rate=options.learning_rate,
         schedule=schedule(options.schedule, options.steps, options.warmup_steps),

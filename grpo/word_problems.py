@@ -68,6 +68,26 @@ def is_held_out(numbers: Iterable[int]) -> bool:
     return hashlib.sha256(content.encode()).digest()[0] % 8 == 0
 
 
+def shared_with_training(train: Iterable[str], heldout: Iterable[str]) -> tuple[int, int]:
+    """How many held-out problems have a template, and how many have the numbers, of a training problem. Both are ids.
+
+    The numbers are those of the question, in any order, whatever the template.
+
+    >>> shared_with_training(["word_problems/1/buys/Ben-pens-2-3"], ["word_problems/1/buys/Anna-toys-3-4"])
+    (1, 0)
+    """
+    templates, numbers = (set(kinds) for kinds in zip(*map(_template_and_numbers, train), strict=True))
+    found = [_template_and_numbers(problem_id) for problem_id in heldout]
+    return sum(template in templates for template, _ in found), sum(given in numbers for _, given in found)
+
+
+def _template_and_numbers(problem_id: str) -> tuple[str, tuple[int, ...]]:
+    _, level, name, content = problem_id.split("/")
+    template = next(template for template in LEVELS[int(level)].templates if template.name == name)
+    numbers = template.numbers([int(operand) for operand in content.split("-")[2:]])
+    return name, tuple(sorted(numbers[letter] for letter in template.asked))
+
+
 def _problems(split: str, level: int, seed: int) -> Iterator[dict[str, Any]]:
     """All problems of a level in the order of the seed, until one of its templates has no more."""
     templates = LEVELS[level].templates

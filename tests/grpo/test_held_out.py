@@ -218,3 +218,13 @@ def test_contract_16_a_run_that_held_out_a_share_is_evaluated_on_that_share(tmp_
     assert (config.holdout, config.holdout_seed, config.split) == (0.25, 2, "train")
     with Task.of(run) as task, task_of({"name": str(rows), "holdout": 0.25, "holdout_seed": 2}, heldout=None) as again:
         assert questions(task.heldout) == questions(again.heldout)
+
+
+def test_a_run_says_how_its_held_out_problems_are_set_apart(micro_policy, tmp_path, capsys):
+    micro_policy().save(tmp_path / "base")
+    given = {"output_dir": str(tmp_path / "words"), "model": str(tmp_path / "base"), "threads": 1, "log.trackers": []}
+    given |= {"warm_start.steps": 1, "warm_start.batch_size": 2, "eval.limit": 8, "rollout.max_completion_tokens": 4}
+    sft(load(SftConfig, None, given | {"data.levels": [1, 2]}))
+    said = capsys.readouterr().out
+    assert "8 held-out problems: none is trained on" in said
+    assert "8 share a template with training, 0 share their numbers" in " ".join(said.split())

@@ -75,18 +75,12 @@ def test_every_example_is_seen_before_one_comes_again(micro_policy, micro_config
     assert len(seen) == 24 == len({tuple(ids) for ids in seen})
 
 
-def test_the_head_is_taught_at_every_step_whatever_grpo_does(micro_policy, micro_config, tmp_path):
-    config = _config(micro_config, tmp_path, **{"mtp.every": 3, "mtp.share": 0.25, "warm_start.steps": 1})
-    policy, whole = micro_policy(0), micro_policy(0)
-    assert _warm(policy, config, tmp_path / "a")["loss/mtp"] > 0
-    _warm(whole, _config(micro_config, tmp_path, **{"mtp.every": 1, "warm_start.steps": 1}), tmp_path / "b")
-    assert not _moved(policy, whole)
-
-
+@pytest.mark.parametrize("command", ["train", "sft"])
 @pytest.mark.parametrize(("steps", "taught"), [(3, True), (4, False)])
-def test_quartet_sft_teaches_the_head_as_often_as_it_is_told(micro_policy, micro_config, tmp_path, steps, taught):
-    given = _config(micro_config, tmp_path, **{"mtp.every": 3, "warm_start.steps": steps})
-    config = SftConfig(**{name: getattr(given, name) for name in SftConfig.model_fields})
+def test_the_head_is_taught_as_often_as_it_is_told(micro_policy, micro_config, tmp_path, command, steps, taught):
+    config = _config(micro_config, tmp_path, **{"mtp.every": 3, "warm_start.steps": steps})
+    if command == "sft":
+        config = SftConfig(**{name: getattr(config, name) for name in SftConfig.model_fields})
     assert ("loss/mtp" in _warm(micro_policy(0), config, tmp_path / "a")) == taught  # of the last step
 
 

@@ -4,7 +4,7 @@ from itertools import product
 import pytest
 
 from grpo.word_problem_templates import LEVELS, NAMES, THINGS, Template
-from grpo.word_problems import is_held_out, word_problems
+from grpo.word_problems import is_held_out, shared_with_training, word_problems
 
 EVERY_PROBLEM = 10**9
 COUNTS = {("train", 1): 6_912, ("heldout", 1): 1_280, ("train", 2): 85_632, ("heldout", 2): 12_288}
@@ -131,6 +131,17 @@ def test_contract_16_held_out_means_unseen_under_every_name_any_level_any_seed()
     assert len(met) > 10_000
     assert len(unmet) > 1_000
     assert not met & unmet
+
+
+def test_what_is_shared_with_training_is_counted():
+    train, heldout = (word_problems(split, [1, 2], count=600) for split in ("train", "heldout"))
+    ids = [[problem["id"] for problem in problems] for problems in (train, heldout)]
+    assert shared_with_training(*ids) == (600, 0)
+    mixed = heldout + train[:7]
+    met = {tuple(sorted(integers(problem["question"]))) for problem in mixed}
+    shared = sum(tuple(sorted(integers(problem["question"]))) in met for problem in train)
+    assert shared_with_training([problem["id"] for problem in mixed], ids[0]) == (600, shared)
+    assert shared > 7
 
 
 def test_the_numbers_alone_decide_what_is_held_out():
