@@ -67,6 +67,8 @@ class RolloutOptions(Options):
     """CPU threads of each Ray worker."""
     prompts_per_shard: int = Field(default=8, ge=1)
     """Prompts whose groups are sampled together; the number of workers never changes a token."""
+    timeout_s: float = Field(default=3600.0, gt=0)
+    """Seconds that a Ray worker may take for a shard; then it is killed, and a new one samples the same tokens."""
     refill_draws: int = Field(default=0, ge=0)
     """Dynamic sampling: tied groups are sampled again, at most so many times a step; 0 keeps them."""
     refill_prompts: Literal["new", "same"] = "new"

@@ -71,6 +71,7 @@ METRICS: dict[str, str] = {
     "moe/layer_<d>/max_violation": "moe/max_violation of layer d alone",
     "moe/layer_<d>/router_entropy": "moe/router_entropy of layer d alone",
     "moe/layer_<d>/dead_experts": "moe/dead_experts of layer d alone",
+    "rollout/restarts": "Ray workers replaced since the last line (died, or later than rollout.timeout_s), count",
     "learner/learning_rate": "learning rate of the policy at this step",
     "learner/grad_norm": "norm of the gradient before clipping",
     "learner/updates": "optimizer updates in this step, count",

@@ -153,7 +153,7 @@ class HeadTraining:
             policy.draft_ids = saved.tensors["draft"]["ids"].to(policy.device) if "draft" in saved.tensors else None
             start = saved.step
         checkpoint.discard_after(self.checkpoints, start)
-        pool = open_run_pool(policy, config, self.stop)
+        pool = open_run_pool(policy, config, self.stop, self.run_log)
         try:
             use_costs_of_run(pool, policy, config, resumes=start > 0)
             finished_before = start == config.steps and (config.output_dir / "policy").exists()
@@ -218,7 +218,7 @@ class HeadTraining:
             if boundary.step == step or learner.updates != updates:  # also where it was cut short after an update
                 boundary.reached(step)
                 times["time/step"] = time.perf_counter() - started
-                self._record(step, groups, policy, taught | times)
+                self._record(step, groups, policy, pool, taught | times)
             else:
                 stream.load_state_dict(before)
 
@@ -230,14 +230,16 @@ class HeadTraining:
                 f"{error}. The update was not made: lower head.learning_rate and go on with --resume auto --force"
             ) from None
 
-    def _record(self, step: int, groups: Sequence[RolloutGroup], policy: Policy, taught: dict[str, float]) -> None:
+    def _record(
+        self, step: int, groups: Sequence[RolloutGroup], policy: Policy, pool: Pool, taught: dict[str, float]
+    ) -> None:
         metrics = rollout_metrics(groups, []) | taught
         metrics = {name: value for name, value in metrics.items() if not name.startswith(("reward/", "group/"))}
         if policy.draft_ids is not None:
             metrics["draft/vocabulary_coverage"] = coverage(groups, policy.draft_ids)
         metrics["speed/completion_tokens_per_second"] = metrics["completion/tokens"] / metrics["time/rollout"]
         metrics["memory/rss_gib"] = psutil.Process().memory_info().rss / 2**30
-        self.run_log.step(step, metrics)
+        self.run_log.step(step, metrics | pool.metrics())
 
     def _evaluate(self, when: str, policy: Policy, pool: Pool, step: int) -> None:
         """Drafts at every depth, on held-out prompts with the same noise before and after."""

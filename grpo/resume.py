@@ -15,7 +15,7 @@ from grpo.options import dump_yaml
 
 FREE_TO_CHANGE = (
     *("output_dir", "steps", "log", "checkpoint", "eval", "threads"),
-    *("reward.timeout_s", "reward.workers", "reward.pass_variables"),
+    *("reward.timeout_s", "reward.workers", "reward.pass_variables", "rollout.timeout_s"),
 )
 
 

@@ -6,23 +6,33 @@ import torch
 
 from grpo.config import TrainConfig
 from grpo.mtp_config import MtpConfig
+from grpo.run_log import RunLog
 from grpo.stopping import InterruptiblePool, StopSignal
 from policies.policy import Policy
 from rollout.draft_depth import CostTable
 from rollout.pool import Pool, open_pool
 
 
-def open_run_pool(policy: Policy, config: TrainConfig | MtpConfig, stop: StopSignal) -> InterruptiblePool:
-    """Workers as `config.rollout` asks for them; a stop that is asked for interrupts their work."""
+def open_run_pool(
+    policy: Policy, config: TrainConfig | MtpConfig, stop: StopSignal, run_log: RunLog
+) -> InterruptiblePool:
+    """Workers as `config.rollout` asks for them. A stop that is asked for interrupts their work, a worker that is lost
+    is an event. Raises GivenUp where a stop was asked for before they were ready."""
     rollout = config.rollout
+
+    def on_lost(worker: int, reason: str, action: str) -> None:
+        run_log.event("worker_lost", worker=worker, action=action, reason=reason)
+
     pool = open_pool(
         policy,
         rollout.workers,
         dtype=getattr(torch, config.dtype),
         threads=rollout.threads_per_worker,
         prompts_per_shard=rollout.prompts_per_shard,
+        timeout_s=rollout.timeout_s,
+        while_waiting=stop.check,
+        on_lost=on_lost,
     )
-    stop.listen()  # Ray has put a handler of its own in place
     return InterruptiblePool(pool, stop)
 
 

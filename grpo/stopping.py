@@ -156,13 +156,15 @@ class Boundary:
 
 
 class InterruptiblePool:
-    """A pool whose sampling is given up once a stop was asked for."""
+    """A pool whose sampling is given up once a stop was asked for. A publication that a stop cuts short raises nothing:
+    what was learned counts, and the next sampling is given up."""
 
     def __init__(self, pool: Pool, stop: StopSignal) -> None:
         self.pool, self.stop = pool, stop
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        self.pool.publish(weights, version)
+        with suppress(GivenUp):
+            self.pool.publish(weights, version)
 
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
@@ -177,6 +179,9 @@ class InterruptiblePool:
 
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
         return self.pool.use_costs(costs, rows)
+
+    def metrics(self) -> dict[str, float]:
+        return self.pool.metrics()
 
     def close(self) -> None:
         self.pool.close()

@@ -135,7 +135,7 @@ class Trainer:
             curriculum.load_state_dict(self.saved.state["curriculum"])
             checkpoint.discard_after(self.checkpoints, self.start)
         self.ranks.hand_over(learner)
-        pool = open_run_pool(policy, config, self.stop)
+        pool = open_run_pool(policy, config, self.stop, self.run_log)
         try:
             pool.publish(learner.weights(), learner.policy_version)
             use_costs_of_run(pool, policy, config, resumes=self.resuming)
@@ -260,7 +260,8 @@ class Trainer:
         return drawn
 
     def _record(self, step: int, drawn: Drawn, collector: Collector, learned: dict[str, float]) -> None:
-        metrics = rollout_metrics(drawn.all_groups, drawn.all_scores) | learned | collector.metrics(step, drawn)
+        metrics = rollout_metrics(drawn.all_groups, drawn.all_scores) | learned
+        metrics |= collector.metrics(step, drawn) | collector.pool.metrics()
         metrics["speed/completion_tokens_per_second"] = metrics["completion/tokens"] / metrics["time/rollout"]
         metrics["memory/rss_gib"] = psutil.Process().memory_info().rss / 2**30
         if torch.cuda.is_available():

@@ -6,15 +6,17 @@ depend on the number of workers, on who is faster, or on a retry (contract 4).
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from policies.policy import Policy, digest
+from rollout.cluster import Cluster
+from rollout.cluster import start_ray as start_ray
 from rollout.draft_depth import CostTable
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt, RolloutGroup
@@ -22,8 +24,12 @@ from rollout.sampling import SamplingParams
 from rollout.worker import PackedWeights, Worker, pack
 
 MAX_RESTARTS = 3  # of all workers together, between two publications
+TIMEOUT_S = 3600.0  # the default of rollout.timeout_s
+START_TIMEOUT_S = 600.0  # at least so long may a worker take to start and to confirm weights
+POLL_S = 0.2  # how often a waiting pool looks whether it should go on waiting
 
 OnFinished = Callable[[int], None]
+OnLost = Callable[[int, str, str], None]
 
 
 class Pool(Protocol):
@@ -40,6 +46,10 @@ class Pool(Protocol):
         """The table that every depth controller goes by, measured at up to `rows` live rows where there is none yet."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """`rollout/restarts` since it was last asked for; nothing without workers."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -51,11 +61,19 @@ def open_pool(
     threads: int = 1,
     prompts_per_shard: int = 8,
     address: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+    while_waiting: Callable[[], None] = lambda: None,
+    on_lost: OnLost = lambda worker, reason, action: None,
 ) -> Pool:
-    """A pool with the weights of `policy` published to it; it never shares memory with `policy` itself."""
+    """A pool with the weights of `policy` published to it; it never shares memory with `policy` itself.
+
+    The rest is for Ray workers. One that takes longer than `timeout_s` for a shard is replaced, as if it had died.
+    `while_waiting` is called several times a second while the pool waits for workers; what it raises ends the wait.
+    `on_lost` gets the number of a worker that died or was late, the reason, and what is done about it.
+    """
     if workers == 0:
         return LocalPool(policy, dtype, prompts_per_shard)
-    return RayPool(policy, workers, dtype, threads, prompts_per_shard, address)
+    return RayPool(policy, workers, dtype, threads, prompts_per_shard, address, timeout_s, while_waiting, on_lost)
 
 
 def shards(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
@@ -91,12 +109,16 @@ class LocalPool:
         self.engine.costs = costs or self.engine.measure_costs(min(rows, self.engine.max_rows))
         return self.engine.costs
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None:
         pass
 
 
 class RayPool:
-    """Ray actors with an engine each. A worker that dies is replaced, and its shard sampled again: the same tokens."""
+    """Ray actors with an engine each. A worker that dies or is late is replaced, and its shard sampled again: the same
+    tokens. Raises RolloutError when workers are lost again and again, or when Ray itself dies."""
 
     def __init__(
         self,
@@ -106,23 +128,30 @@ class RayPool:
         threads: int,
         prompts_per_shard: int,
         address: str | None,
+        timeout_s: float,
+        while_waiting: Callable[[], None],
+        on_lost: OnLost,
     ) -> None:
         import ray
 
         self.ray = ray
-        self.prompts_per_shard, self.threads = prompts_per_shard, threads
-        self.owns_cluster = not ray.is_initialized()
-        if self.owns_cluster:
-            start_ray(workers * threads, address)
+        self.prompts_per_shard, self.threads, self.timeout_s = prompts_per_shard, threads, timeout_s
+        self.while_waiting, self.on_lost = while_waiting, on_lost
+        self.cluster = Cluster(workers * threads, address)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         held = next(policy.parameters()).dtype
         precisions = (str(kind).removeprefix("torch.") for kind in (held, dtype))
         self.arguments = (policy.skeleton(), *precisions, self.device, threads)
-        self.published: tuple[Any, str, int] | None = None
+        self.published: tuple[PackedWeights, str, int] | None = None
         self.costs: CostTable | None = None
-        self.restarts = 0
-        self.workers = [self._start() for _ in range(workers)]
-        self.publish(policy.weights(), 0)
+        self.restarts = self._untold_restarts = 0
+        self.workers: list[Any] = []
+        try:
+            self.workers += [self._start() for _ in range(workers)]
+            self.publish(policy.weights(), 0)
+        except BaseException:  # a stop among them: nobody else can close a pool that was not made
+            self.close()
+            raise
 
     def _start(self) -> Any:
         limits = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -135,32 +164,74 @@ class RayPool:
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Every worker confirms the digest of what it holds before anybody samples with it (contract 5)."""
-        packed: PackedWeights = pack(weights)
-        self.published = self.ray.put(packed), digest(weights), version
+        packed = {name: (dtype, shape, data.copy()) for name, (dtype, shape, data) in pack(weights).items()}
+        self.published = packed, digest(weights), version
         self.restarts = 0
-        for i in range(len(self.workers)):
-            self._confirm(i)
+        self._confirm(range(len(self.workers)))
 
-    def _confirm(self, i: int) -> None:
+    def _confirm(self, workers: Iterable[int]) -> None:
+        """The weights go through shared memory, which holds them no longer than this takes; see rollout/cluster.py.
+        Where it is cut short, nobody samples before the next publication."""
         assert self.published is not None
-        reference, expected, version = self.published
-        while True:
-            try:
-                got = self.ray.get(self.workers[i].publish.remote(reference, version))
-                break
-            except self.ray.exceptions.RayActorError as error:
-                self._replace(i, error)
-        if got != expected:
-            self.published = None
-            raise RolloutError(f"worker {i} holds weights {got}, published were {expected} (version {version})")
+        (packed, expected, version), self.published = self.published, None
+        self.cluster.check()
+        reference = self.ray.put(packed)
+        for i in workers:
+            got = self._answer(i, "publish", reference, version)
+            if got != expected:
+                raise RolloutError(f"worker {i} holds weights {got}, published were {expected} (version {version})")
+        self.published = packed, expected, version
 
-    def _replace(self, i: int, error: Exception) -> None:
+    def _answer(self, i: int, method: str, *arguments: Any) -> Any:
+        """What worker i answers; where it is lost, its successor is asked."""
+        limit = max(self.timeout_s, START_TIMEOUT_S)
+        while True:
+            self.cluster.check()
+            reference, deadline = getattr(self.workers[i], method).remote(*arguments), time.monotonic() + limit
+            ready = False
+            while not ready and time.monotonic() < deadline:
+                ready = bool(self._wait([reference]))
+            try:
+                if ready:
+                    return self._get(reference)
+                self._replace(i, f"no answer to {method} after {limit:g} s")
+            except self.ray.exceptions.RayActorError as error:
+                self._replace(i, f"it died: {error}")
+
+    def _wait(self, references: Sequence[Any]) -> list[Any]:
+        """One of the references that is ready, or none after POLL_S."""
+        self.while_waiting()
+        self.cluster.check()
+        return self.ray.wait(list(references), num_returns=1, timeout=POLL_S)[0]
+
+    def _late(self, deadlines: Mapping[Any, float]) -> list[Any]:
+        """References whose deadline has passed, and that are not ready."""
+        passed = [reference for reference, deadline in deadlines.items() if time.monotonic() > deadline]
+        return self.ray.wait(passed, num_returns=len(passed), timeout=0)[1] if passed else []
+
+    def _get(self, reference: Any) -> Any:
+        errors = self.ray.exceptions
+        try:
+            return self.ray.get(reference)
+        except (errors.RayActorError, errors.RayTaskError):
+            raise
+        except errors.RayError as error:
+            self.cluster.check(ask=True)
+            raise RolloutError(f"Ray has lost what a rollout worker answered: {error}") from error
+
+    def _replace(self, i: int, reason: str) -> None:
+        self.cluster.check(ask=True)  # where Ray has died, its workers die first
+        reason = " ".join(reason.split())
         self.restarts += 1
-        if self.restarts > MAX_RESTARTS:
+        given_up = self.restarts > MAX_RESTARTS
+        self.on_lost(i, reason, "the run ends" if given_up else "it is replaced")
+        if given_up:
             raise RolloutError(
-                f"rollout workers died {self.restarts} times since the last publication; the last error was: {error}. "
-                "If memory ran out, lower rollout.workers or rollout.prompts_per_shard"
-            ) from error
+                f"rollout workers died {self.restarts} times since the last publication; the last error was: worker "
+                f"{i}: {reason}. If memory ran out, lower rollout.workers or rollout.prompts_per_shard; if a shard "
+                "needs more time, raise rollout.timeout_s"
+            )
+        self._untold_restarts += 1
         self.ray.kill(self.workers[i])  # if only out of sight, it still holds the processor that its successor needs
         self.workers[i] = self._start()
 
@@ -173,29 +244,38 @@ class RayPool:
         waiting = list(enumerate(shards(prompts, self.prompts_per_shard)))[::-1]
         done: dict[int, list[RolloutGroup]] = {}
         faults: dict[int, str] = {}
-        running: dict[Any, tuple[int, int, Sequence[Prompt]]] = {}
+        running: dict[Any, tuple[int, int, Sequence[Prompt], float]] = {}
         idle = list(range(len(self.workers)))
+
+        def again(i: int, number: int, shard: Sequence[Prompt], reason: str) -> None:
+            self._replace(i, reason)
+            self._confirm([i])
+            waiting.append((number, shard))
+
         while waiting or running:
             while waiting and idle:
                 number, shard = waiting.pop()
                 i = idle.pop(0)
-                running[self.workers[i].sample.remote(list(shard), params, version, self.costs)] = (i, number, shard)
-            finished, _ = self.ray.wait(list(running), num_returns=1)
-            i, number, shard = running.pop(finished[0])
-            try:
-                done[number] = self.ray.get(finished[0])
-                if on_finished:
-                    on_finished(len(shard) * params.group_size)
-            except self.ray.exceptions.RayActorError as error:
-                self._replace(i, error)
-                self._confirm(i)
-                waiting.append((number, shard))
-            except self.ray.exceptions.RayTaskError as error:
-                if not isinstance(error.cause, RolloutError):
-                    raise error.cause or error from None  # without the worker's stack in its message
-                done[number] = error.cause.groups
-                faults[number] = str(error.cause)
-            idle.append(i)
+                reference = self.workers[i].sample.remote(list(shard), params, version, self.costs)
+                running[reference] = i, number, shard, time.monotonic() + self.timeout_s
+            finished = self._wait(list(running))
+            for reference in finished or self._late({later: deadline for later, (*_, deadline) in running.items()}):
+                i, number, shard, _ = running.pop(reference)
+                try:
+                    if finished:
+                        done[number] = self._get(reference)
+                        if on_finished:
+                            on_finished(len(shard) * params.group_size)
+                    else:
+                        again(i, number, shard, f"its shard took longer than rollout.timeout_s={self.timeout_s:g}")
+                except self.ray.exceptions.RayActorError as error:
+                    again(i, number, shard, f"it died: {error}")
+                except self.ray.exceptions.RayTaskError as error:
+                    if not isinstance(error.cause, RolloutError):
+                        raise error.cause or error from None  # without the worker's stack in its message
+                    done[number] = error.cause.groups
+                    faults[number] = str(error.cause)
+                idle.append(i)
         groups = [group for number in sorted(done) for group in done[number]]
         if faults:
             raise RolloutError("\n".join(faults[number] for number in sorted(faults)), groups)
@@ -203,39 +283,22 @@ class RayPool:
 
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
         """Measured by one worker alone, with the threads that a worker has."""
-        self.costs = costs or self.ray.get(self.workers[0].measure_costs.remote(rows))
-        return self.costs
+        if costs is None:
+            before = self.workers[0]
+            costs = self._answer(0, "measure_costs", rows)
+            if self.workers[0] is not before:
+                self._confirm([0])
+        self.costs = costs
+        return costs
+
+    def metrics(self) -> dict[str, float]:
+        restarts, self._untold_restarts = self._untold_restarts, 0
+        return {"rollout/restarts": float(restarts)}
 
     def close(self) -> None:
-        for worker in self.workers:
-            self.ray.kill(worker)
+        with suppress(RolloutError):  # a cluster that has died has no workers left
+            self.cluster.check()
+            for worker in self.workers:
+                self.ray.kill(worker)
         self.workers = []
-        if self.owns_cluster:
-            self.ray.shutdown()
-
-
-def start_ray(cpus: int, address: str | None = None) -> None:
-    """A cluster of our own on loopback, without dashboard and usage reports; or an existing one by address."""
-    import ray
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address, logging_level=logging.WARNING)
-        return
-    # Ray takes 127.0.0.1 for "find my address" and then listens on every interface, except where it does not support
-    # clusters at all, as on Windows: there every process of it is bound to loopback.
-    constants = ray._private.ray_constants
-    clusters, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
-    try:
-        ray.init(
-            num_cpus=cpus,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            logging_level=logging.WARNING,
-            log_to_driver=True,
-            configure_logging=True,
-        )
-    finally:
-        constants.ENABLE_RAY_CLUSTER = clusters
+        self.cluster.close()

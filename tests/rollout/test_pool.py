@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address
@@ -220,7 +221,7 @@ def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, expect
     assert pool.sample(PROMPTS, PARAMS, on_finished) == expected(0)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(died)
-    pool.publish(unpack(ray.get(pool.published[0])), 0)  # and one that dies between two steps
+    pool.publish(unpack(pool.published[0]), 0)  # and one that dies between two steps
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
 
 
@@ -246,9 +247,104 @@ def test_a_worker_that_answers_no_more_gives_its_place_to_its_replacement(pool, 
 def test_workers_that_keep_dying_stop_the_run_with_advice(pool, monkeypatch):
     monkeypatch.setattr(rollout.pool, "MAX_RESTARTS", 0)
     ray.kill(pool.workers[0])
+    lost: list[tuple] = []
+    monkeypatch.setattr(pool, "on_lost", lambda *what: lost.append(what))
     with pytest.raises(RolloutError, match=r"(?s)workers died 1 times.*lower rollout.workers or"):
         pool.sample(PROMPTS, PARAMS)
+    assert [(worker, action) for worker, _, action in lost] == [(0, "the run ends")]
     monkeypatch.undo()
+
+
+def test_contract_4_a_late_worker_is_replaced_and_its_shard_sampled_again(pool, expected, monkeypatch):
+    """Its deadline has passed, so it is killed; the shard goes to its successor, which gives the same tokens."""
+    lost: list[tuple] = []
+    monkeypatch.setattr(pool, "on_lost", lambda *what: lost.append(what))
+    monkeypatch.setattr(pool, "timeout_s", 1.0)
+    pool.metrics()
+    before, busy = list(pool.workers), call(pool.workers[0], lambda _: time.sleep(600))
+    assert pool.sample(PROMPTS, PARAMS) == expected(0)
+    assert lost == [(0, "its shard took longer than rollout.timeout_s=1", "it is replaced")]
+    assert pool.workers[0] is not before[0]
+    assert pool.workers[1] is before[1]
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(busy)
+    assert [pool.metrics(), pool.metrics()] == [{"rollout/restarts": 1.0}, {"rollout/restarts": 0.0}]
+
+
+def test_workers_that_are_always_late_end_the_run_with_advice(pool, monkeypatch):
+    monkeypatch.setattr(rollout.pool, "MAX_RESTARTS", 0)
+    monkeypatch.setattr(pool, "timeout_s", 0.5)
+    busy = [call(worker, lambda _: time.sleep(600)) for worker in pool.workers]
+    with pytest.raises(RolloutError, match=r"longer than rollout.timeout_s=0.5.*raise rollout.timeout_s"):
+        pool.sample(PROMPTS, PARAMS)
+    for worker in pool.workers:
+        ray.kill(worker)
+    monkeypatch.undo()
+    del busy
+
+
+@pytest.mark.parametrize("waits_in", ["sample", "publish", "use_costs"])
+def test_what_while_waiting_raises_ends_every_wait(pool, policies, expected, monkeypatch, waits_in):
+    """A stop that is asked for while a worker does not answer."""
+
+    class GivenUp(Exception):
+        pass
+
+    polls = []
+
+    def stop() -> None:
+        polls.append(1)
+        if len(polls) == 3:
+            raise GivenUp
+
+    monkeypatch.setattr(pool, "while_waiting", stop)
+    busy = call(pool.workers[0], lambda _: time.sleep(600))
+    waiting = {
+        "sample": lambda: pool.sample(PROMPTS[:2], PARAMS),
+        "publish": lambda: pool.publish(policies[1].weights(), 1),
+        "use_costs": lambda: pool.use_costs(None, 2),
+    }
+    with pytest.raises(GivenUp):
+        waiting[waits_in]()
+    if waits_in == "publish":
+        with pytest.raises(RolloutError, match="not confirmed by every worker"):
+            pool.sample(PROMPTS, PARAMS)
+    ray.kill(pool.workers[0])
+    monkeypatch.undo()
+    del busy
+
+
+def test_contract_5_a_worker_that_dies_while_draft_costs_are_measured_is_replaced(pool, expected):
+    ray.kill(pool.workers[0])
+    pool.metrics()
+    try:
+        costs = pool.use_costs(None, 2)
+        assert costs.rows == [1, 2]
+        assert pool.costs is costs
+        assert pool.metrics() == {"rollout/restarts": 1.0}
+        assert tokens(pool.sample(PROMPTS, PARAMS)) == tokens(expected(0))  # the new worker holds the weights
+    finally:
+        pool.costs = None
+
+
+# ---- Ray itself dies ----
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_dead_process_of_ray_is_named_before_it_takes_this_one_along(pool, policies, monkeypatch, name):
+    with subprocess.Popen(["sleep", "600"]) as process:
+        monkeypatch.setitem(pool.cluster.processes, name, psutil.Process(process.pid))
+        pool.cluster.check(ask=True)
+        process.kill()  # it is a zombie from now on, as a raylet is that nobody waits for
+        for use in (lambda: pool.sample(PROMPTS, PARAMS), lambda: pool.publish(policies[1].weights(), 1)):
+            with pytest.raises(RolloutError, match=rf"Ray's {name} \(process {process.pid}\) has died.*--resume auto"):
+                use()
+
+
+def test_nothing_of_a_pool_stays_in_the_memory_that_dies_with_the_raylet(pool):
+    """Ray ends a driver at once that owns something there."""
+    owned = ray._private.worker.global_worker.core_worker.get_all_reference_counts()
+    assert [reference for reference in owned.values() if reference["local"] > 0] == []
 
 
 # ---- processes ----

@@ -1,0 +1,125 @@
+"""The Ray of a pool: a cluster of its own on loopback, or one that is there already; and whether it still lives.
+
+Ray ends a driver whose raylet has died without an exception, at the driver's next use of shared memory. So a pool asks
+`Cluster.check` before every such use, and keeps nothing in shared memory between its calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from rollout.engine import RolloutError
+
+GCS_TIMEOUT_S = 24 * 3600  # Ray's own 60 s would end the process while it learns, before `check` can name the reason
+LEAVE_S = 5.0  # how long the processes of a cluster that was shut down may take to end
+
+
+class Cluster:
+    """The cluster that this process is connected to. With `address` or RAY_ADDRESS it is one of the user's.
+
+    A cluster that this process is connected to already is used as it is, and left when the pool closes.
+    """
+
+    def __init__(self, cpus: int, address: str | None = None) -> None:
+        import ray
+
+        self.ray = ray
+        self.owned = not ray.is_initialized()
+        if self.owned:
+            start_ray(cpus, address)
+        self.processes = _vital_processes()
+
+    def check(self, *, ask: bool = False) -> None:
+        """Raises RolloutError when Ray has died. With `ask` its own records are read as well: they know of a raylet
+        that is about to end, a moment before its process has."""
+        for name, process in self.processes.items():
+            if not _lives(process):
+                raise RolloutError(
+                    f"Ray's {name} (process {process.pid}) has died, and with it all rollout workers. "
+                    "If memory ran out, lower rollout.workers or rollout.prompts_per_shard; go on with --resume auto"
+                )
+        if ask:
+            here = self.ray.get_runtime_context().get_node_id()
+            if not any(node["NodeID"] == here and node["Alive"] for node in self.ray.nodes()):
+                raise RolloutError(
+                    "Ray's raylet on this machine has died or lost one of its agents, and with it all rollout workers. "
+                    "If memory ran out, lower rollout.workers or rollout.prompts_per_shard; go on with --resume auto"
+                )
+
+    def close(self) -> None:
+        """Shut down what was started for this pool. A stopped worker does not end by itself: it is killed."""
+        if not self.owned:
+            return
+        raylet = self.processes.get("raylet")
+        workers = raylet.children(recursive=True) if raylet and _lives(raylet) else []
+        self.ray.shutdown()
+        for worker in psutil.wait_procs(workers, timeout=LEAVE_S)[1]:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
+
+
+def _vital_processes() -> dict[str, psutil.Process]:
+    """The raylet of this process, and the cluster's gcs_server where it runs on this machine, by name."""
+    import ray
+
+    node = ray._private.worker._global_node
+    marks = {"raylet": node.raylet_socket_name, "gcs_server": node.session_name}
+    return {
+        process.info["name"]: process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if (mark := marks.get(process.info["name"])) and any(mark in word for word in process.info["cmdline"] or ())
+    }
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def start_ray(cpus: int, address: str | None = None) -> None:
+    """A cluster of our own on loopback, without dashboard and usage reports; or an existing one by address.
+
+    Ray takes SIGTERM over. A handler that the caller had is put back.
+    """
+    handler: Any = signal.getsignal(signal.SIGTERM)
+    try:
+        _start_ray(cpus, address)
+    finally:
+        if callable(handler):
+            with suppress(ValueError):  # not the main thread: Ray has not taken it either
+                signal.signal(signal.SIGTERM, handler)
+
+
+def _start_ray(cpus: int, address: str | None) -> None:
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, logging_level=logging.WARNING)
+        return
+    # Ray takes 127.0.0.1 for "find my address" and then listens on every interface, except where it does not support
+    # clusters at all, as on Windows: there every process of it is bound to loopback.
+    constants = ray._private.ray_constants
+    clusters, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
+    try:
+        ray.init(
+            num_cpus=cpus,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+            configure_logging=True,
+            _system_config={"gcs_rpc_server_reconnect_timeout_s": GCS_TIMEOUT_S},
+        )
+    finally:
+        constants.ENABLE_RAY_CLUSTER = clusters
