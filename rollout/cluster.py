@@ -1,15 +1,23 @@
 """The Ray of a pool: a cluster of its own on loopback, or one that is there already; and whether it still lives.
 
+Loopback is open to every user of a machine, and who may talk to Ray may run code in it. So a cluster of our own asks
+for a token, which is in a folder that only its own user may read, like all the other files of that cluster.
+
 Ray ends a driver whose raylet has died without an exception, at the driver's next use of shared memory. So a pool asks
 `Cluster.check` before every such use, and keeps nothing in shared memory between its calls.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import secrets
+import shutil
 import signal
+import tempfile
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,6 +25,7 @@ import psutil
 from rollout.engine import RolloutError
 
 GCS_TIMEOUT_S = 24 * 3600  # Ray's own 60 s would end the process while it learns, before `check` can name the reason
+LONGEST_FOLDER = 25  # letters: the paths of Ray's sockets begin with it, and the system cuts them at 103 to 107
 LEAVE_S = 5.0  # how long the processes of a cluster that was shut down may take to end
 
 
@@ -58,7 +67,7 @@ class Cluster:
             return
         raylet = self.processes.get("raylet")
         workers = raylet.children(recursive=True) if raylet and _lives(raylet) else []
-        self.ray.shutdown()
+        stop_ray()
         for worker in psutil.wait_procs(workers, timeout=LEAVE_S)[1]:
             with suppress(psutil.NoSuchProcess):
                 worker.kill()
@@ -84,8 +93,51 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
+class Seclusion:
+    """A private folder for Ray's files, and in it a token without which this cluster refuses every request.
+
+    Ray and the processes that it starts find the token through environment variables, which `end` puts back.
+    """
+
+    VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+    def __init__(self) -> None:
+        place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+        if os.name == "posix" and len(place) > LONGEST_FOLDER:
+            place = "/tmp"
+        self.folder = Path(tempfile.mkdtemp(prefix="quartet-", dir=place))  # 0700
+        path = self.folder / "token"
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+        self._before = {name: os.environ.pop(name, None) for name in self.VARIABLES}
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+        self._tell_ray()
+
+    def end(self) -> None:
+        """After Ray was shut down. What the dying processes still write is removed as far as possible."""
+        for name, value in self._before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        self._tell_ray()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @staticmethod
+    def _tell_ray() -> None:
+        """Ray has read the variables when it was imported, and keeps a token that it has read."""
+        import ray
+
+        raylet: Any = ray._raylet
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+_seclusion: Seclusion | None = None  # of the cluster that this process has started; Ray knows one a process
+
+
 def start_ray(cpus: int, address: str | None = None) -> None:
-    """A cluster of our own on loopback, without dashboard and usage reports; or an existing one by address.
+    """A cluster of our own on loopback, without dashboard and usage reports; or an existing one by address, with the
+    user's own settings.
 
     Ray takes SIGTERM over. A handler that the caller had is put back.
     """
@@ -98,7 +150,19 @@ def start_ray(cpus: int, address: str | None = None) -> None:
                 signal.signal(signal.SIGTERM, handler)
 
 
+def stop_ray() -> None:
+    """Disconnect; of a cluster that `start_ray` has started nothing stays."""
+    global _seclusion
+    import ray
+
+    ray.shutdown()
+    if _seclusion:
+        _seclusion.end()
+        _seclusion = None
+
+
 def _start_ray(cpus: int, address: str | None) -> None:
+    global _seclusion
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -107,6 +171,10 @@ def _start_ray(cpus: int, address: str | None) -> None:
     if address:
         ray.init(address=address, logging_level=logging.WARNING)
         return
+    stop_ray()  # of a former cluster, where somebody has called ray.shutdown() alone
+    atexit.unregister(stop_ray)
+    atexit.register(stop_ray)  # before Ray's own, which would leave the folder
+    _seclusion = Seclusion()
     # Ray takes 127.0.0.1 for "find my address" and then listens on every interface, except where it does not support
     # clusters at all, as on Windows: there every process of it is bound to loopback.
     constants = ray._private.ray_constants
@@ -119,6 +187,7 @@ def _start_ray(cpus: int, address: str | None) -> None:
             logging_level=logging.WARNING,
             log_to_driver=True,
             configure_logging=True,
+            _temp_dir=str(_seclusion.folder),
             _system_config={"gcs_rpc_server_reconnect_timeout_s": GCS_TIMEOUT_S},
         )
     finally:

@@ -347,11 +347,62 @@ def test_nothing_of_a_pool_stays_in_the_memory_that_dies_with_the_raylet(pool):
     assert [reference for reference in owned.values() if reference["local"] > 0] == []
 
 
+# ---- other users of the machine ----
+
+INTRUDER = """
+import os, sys
+from ray._raylet import AuthenticationTokenLoader, Config, GcsClient
+
+def overwrites(**variables):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        os.environ.pop(name, None)
+    os.environ |= variables
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        GcsClient(address=sys.argv[1]).internal_kv_put(b"actor class", b"pickled", True, b"fun", 5)
+    except Exception as error:
+        return type(error).__name__
+    return "yes"
+
+print(overwrites(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=sys.argv[2]))
+print(overwrites())
+print(overwrites(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a guess"))
+"""
+
+
+def test_a_client_without_the_token_is_refused(pool):
+    """Whoever may write there has a worker load a pickled class of his. Who knows the token is let in."""
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    assert len(token.read_text()) >= 32
+    assert (token.stat().st_mode & 0o777, token.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert token.parent == Path(ray._private.worker._global_node.get_temp_dir_path())  # sockets, logs, spilled objects
+    words = [ray.get_runtime_context().gcs_address, str(token)]
+    done = subprocess.run([sys.executable, "-c", INTRUDER, *words], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["yes", "AuthenticationError", "AuthenticationError"], done.stderr
+
+
+def test_a_cluster_that_the_user_names_keeps_the_users_settings(monkeypatch):
+    seen: list[dict] = []
+    monkeypatch.setattr(ray, "init", lambda **given: seen.append(given | dict(os.environ)))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/somebody/token")
+    start_ray(1, "192.0.2.1:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.2:6379")
+    start_ray(1)
+    assert [(s["address"], s["RAY_AUTH_MODE"], s["RAY_AUTH_TOKEN_PATH"]) for s in seen] == [
+        ("192.0.2.1:6379", "disabled", "/home/somebody/token"),
+        ("192.0.2.2:6379", "disabled", "/home/somebody/token"),
+    ]
+
+
 # ---- processes ----
 
 SCRIPT = textwrap.dedent(
     """
-    import sys
+    import os, sys
     from policies.policy import Policy
     from rollout.group import Prompt
     from rollout.pool import open_pool
@@ -362,7 +413,7 @@ SCRIPT = textwrap.dedent(
     print("sampled", len(pool.sample([Prompt("p", "", [3, 4])], params)), flush=True)
     input()
     pool.close()
-    print("closed", flush=True)
+    print("closed", os.environ.get("RAY_AUTH_MODE"), flush=True)
     while True:  # until it is interrupted
         pool = open_pool(Policy.load(sys.argv[1]), workers=1)
         print("sampling", flush=True)
@@ -377,7 +428,9 @@ def script(policies, tmp_path) -> Iterator[subprocess.Popen]:
     """A user's script with a pool of its own, in a process group of its own."""
     policies[0].save(tmp_path / "policy")
     (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_ADDRESS", "RAY_AUTH"))
+    }
     process = subprocess.Popen(
         [sys.executable, tmp_path / "script.py", tmp_path / "policy"],
         cwd=Path(__file__).parents[2],
@@ -427,12 +480,15 @@ def test_a_cluster_listens_on_loopback_only_and_a_closed_pool_leaves_nothing_beh
         if any(word.endswith("dashboard/dashboard.py") for word in command):
             assert "--disable-frontend" in command  # Ray starts it without, for its usage statistics
             assert sockets == []
+    [folder] = {word.partition("=")[2] for process in running for word in process.cmdline() if "--temp_dir=" in word}
+    assert Path(folder).is_dir()
     assert listening
     assert [ip for ip in listening if not is_loopback(ip)] == []
     script.stdin.write("\n")
     script.stdin.flush()
-    line(script, "closed")
+    line(script, "closed None")
     assert psutil.wait_procs(running, timeout=20)[1] == []
+    assert not Path(folder).exists()
 
 
 @pytest.mark.slow
