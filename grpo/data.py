@@ -5,16 +5,17 @@ from __future__ import annotations
 import codecs
 import csv
 import difflib
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from grpo.evaluation_data import is_gsm8k_test_question, refuse_evaluation_data
+from grpo.json_file import parse_json, unfit
 from grpo.reasoning_gym_tasks import COUNT, PREFIX, reasoning_gym_problems
 from grpo.word_problems import word_problems
 from rewards.gsm8k import gold_answer
@@ -25,6 +26,7 @@ BUILT_IN = {"word_problems": "word_problems", "gsm8k": GSM8K, "openai/gsm8k": GS
 FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
 MOST_BAD_ROWS_NAMED = 10
 TOO_MANY_FIELDS = "fields beyond the header"
+CHARACTERS_PER_TOKEN = 64  # no text comes near this as a mean; longer ones are refused before a tokenizer reads them
 GSM8K_TEST = "a question of GSM8K's test set, which must not be trained on"
 
 Check = Callable[[Mapping[str, Any]], str | None]
@@ -45,6 +47,17 @@ class Example:
     question: str
     solution: str
     columns: dict[str, Any] = field(default_factory=dict)
+
+
+def beyond_context(text: str, context: int) -> str | None:
+    """Why `text` cannot fit into a context of so many tokens, by its length alone; None where a tokenizer must tell.
+
+    >>> beyond_context("2 + 3 = ?" * 10_000, context=512)
+    'has 90,000 characters, more than a context of 512 tokens can hold'
+    """
+    if len(text) <= CHARACTERS_PER_TOKEN * context:
+        return None
+    return f"has {len(text):,} characters, more than a context of {context:,} tokens can hold"
 
 
 def clean_solution(text: str) -> str:
@@ -68,6 +81,7 @@ def load_examples(
     seed: int = 0,
     task_options: Mapping[str, Any] | None = None,
     check: Check | None = None,
+    contexts: Mapping[str, int] | None = None,
 ) -> list[Example]:
     """The first `limit` examples of a dataset, every row checked.
 
@@ -81,7 +95,8 @@ def load_examples(
 
     All columns of a row go to the rewards; question and solution also do as `question` and `answer` where the
     row has no columns of these names. `solution_column=None` is for data without solutions. `check` says what else
-    is wrong with the columns of an example, or None.
+    is wrong with the columns of an example, or None. `contexts` says by column how many tokens there is room for:
+    a text that cannot fit is a bad row.
 
     Raises FileNotFoundError for a missing file, and ValueError for held-out data loaded with purpose "train",
     an unknown name, no rows, a missing column and bad rows (the first ten with number and reason).
@@ -122,6 +137,7 @@ def load_examples(
     if purpose == "train":
         checks.insert(0, lambda columns: GSM8K_TEST if is_gsm8k_test_question(columns.values()) else None)
     rows = list(islice(numbered, limit))
+    checks += [partial(_beyond, name, context) for name, context in (contexts or {}).items()]
     return _checked(rows, prefix, str(path or source), prompt_column, solution_column, checks)
 
 
@@ -202,6 +218,9 @@ def _csv_rows(path: Path) -> list[Any]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restkey=TOO_MANY_FIELDS, strict=True)
         try:
+            header = reader.fieldnames or []
+            if twice := [name for name in dict.fromkeys(header) if header.count(name) > 1]:
+                raise ValueError(f"{path}: the header has the column {twice[0]!r} twice; rename or remove one")
             return list(reader)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not CSV in UTF-8: {error} (behind line {reader.line_num})") from error
@@ -209,8 +228,8 @@ def _csv_rows(path: Path) -> list[Any]:
 
 def _json_or_error(text: bytes) -> Any:
     try:
-        return json.loads(text.decode())
-    except ValueError as error:  # not JSON, or not UTF-8
+        return parse_json(text)
+    except ValueError as error:
         return error
 
 
@@ -278,7 +297,12 @@ def _fault(row: Any, needed: list[str]) -> str | None:
             return f"{column!r} is {value} instead of text"
         if not str(value).strip():
             return f"{column!r} is empty"
-    return None
+    return next((f"{column!r} {fault}" for column in row if (fault := unfit(column) or unfit(row[column]))), None)
+
+
+def _beyond(column: str, context: int, columns: Mapping[str, Any]) -> str | None:
+    fault = beyond_context(columns[column], context)
+    return f"{column!r} {fault}" if fault else None
 
 
 def _example(example_id: str, row: dict[str, Any], prompt_column: str, solution_column: str | None) -> Example:

@@ -19,7 +19,7 @@ from grpo.eval_metrics import corpus_bleu
 from grpo.evaluate import Evaluation, evaluate_ways
 from grpo.evaluation_data import trained_on
 from grpo.inference_config import EvalConfig
-from grpo.loader import check_options, sampling_params
+from grpo.loader import check_options, known_context, sampling_params
 from grpo.perplexity import Perplexity, gold_perplexity
 from grpo.run_policy import PolicySource, find_policy, load_found
 from grpo.task import Task
@@ -131,6 +131,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
     )
     split = data.split if config.holdout else config.split or default_heldout_split(config.data)
     met = trained_on(source.folder)
+    context = known_context(source.folder) if source.checkpoint is None else None
     with Task(
         data,
         config.rewards,
@@ -142,6 +143,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
         reward_models=config.reward_models,
         device=config.device,
         met=frozenset() if config.allow_trained_on else met,
+        contexts={config.prompt_column: context} if context else None,
     ) as task:
         completions = CompletionsFile(config.output, task) if config.output else None
         policy = load_found(source, config)

@@ -77,6 +77,16 @@ def policy_folder(model: str) -> str:
     raise PolicyError(f"model={model!r} is a run that has not saved a policy yet; go on with it: --resume auto")
 
 
+def known_context(model: str) -> int | None:
+    """The longest text in tokens, of a preset or a folder; None of a hub id, whose config may have to be fetched."""
+    model = policy_folder(model)
+    if model in presets.PRESETS:
+        return int(presets.PRESETS[model]["max_position_embeddings"])
+    if not Path(model).is_dir():
+        return None
+    return getattr(read_config(model), "max_position_embeddings", None)
+
+
 class SamplingOptions(Protocol):
     temperature: float
     max_completion_tokens: int

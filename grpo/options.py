@@ -35,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from grpo.json_file import unfit
 from grpo.problems import Source, describe, unknown_option
 from grpo.yaml_file import ConfigError, Place, parse_yaml, read_yaml, to_yaml
 
@@ -276,6 +277,9 @@ def load(
             problems += error.problems
     unread = bool(problems)
     for key, value in overrides.items():
+        if fault := unfit(value):  # bytes on the command line that are no text
+            problems.append(describe(key, {}, "command line", fault))
+            continue
         try:
             _set(data, key, value)
         except ConfigError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +13,9 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from grpo.console import progress_bars
-from grpo.data import Example, load_examples
+from grpo.data import Example, beyond_context, load_examples
 from grpo.inference_config import SampleConfig
+from grpo.json_file import parse_json, unfit
 from grpo.loader import sampling_params
 from grpo.prompts import PromptTemplate, encode_prompt
 from grpo.run_policy import find_policy, load_found
@@ -63,12 +63,14 @@ def _read_lines(text: str, source: str, plain: bool = False) -> list[Example]:
             examples.append(_example(f"line {number}", line.rstrip("\r"), {}))
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise ValueError(f"{source}, line {number}: not JSON ({error})") from None
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f'{source}, line {number}: expected {{"prompt": "some text"}}, got {line[:60]}')
+        if fault := unfit(row):
+            raise ValueError(f"{source}, line {number}: {fault}")
         examples.append(_example(f"line {number}", prompt, row))
     if not examples:
         raise ValueError(f'{source} holds no prompts; write one {{"prompt": ...}} a line')
@@ -98,6 +100,9 @@ def sample(config: SampleConfig, examples: list[Example], console: Console) -> S
         template.render(examples[0])
     policy = load_found(find_policy(config.model), config)
     params = replace(sampling_params(policy, config, config.group_size, config.seed), margin=config.margin)
+    for example in examples:
+        if fault := beyond_context(example.question, policy.max_length):
+            raise ValueError(f"--prompts, {example.example_id}: the prompt {fault}")
     prompts = [encode_prompt(example, policy.tokenizer, template) for example in examples]
     pool = open_pool(policy, dtype=getattr(torch, config.dtype))
     with progress_bars(console, enabled=True) as progress:

@@ -5,7 +5,7 @@ Everything here is checked before a policy is loaded: a missing column or a brok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.batch import PackedRow, Sample
 from grpo.config import DataOptions, RewardModelOptions, RewardOptions, ScoringOptions, SftConfig, TrainConfig
-from grpo.data import Check, Example, default_heldout_split, gold_check, load_examples
+from grpo.data import Check, Example, beyond_context, default_heldout_split, gold_check, load_examples
 from grpo.eval_metrics import answer_reader
 from grpo.evaluation_data import in_holdout, problem_fingerprint, record_trained_on, refuse_overlap, trained_on
-from grpo.loader import device_of
+from grpo.loader import device_of, known_context
 from grpo.model_rewards import ModelRewards
 from grpo.mtp_config import MtpConfig
 from grpo.prompts import PromptTemplate, encode_prompt
@@ -32,6 +32,7 @@ from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rollout.group import Prompt, RolloutGroup
 
 TAKE_OUT = "Take them out of one of the two"
+LONGEST_TEXT = 4000  # characters of an example that a preset's tokenizer learns from: one endless word takes hours
 
 
 class Task:
@@ -51,15 +52,16 @@ class Task:
         reward_models: Sequence[RewardModelOptions] = (),
         device: str = "auto",
         met: Collection[str] = frozenset(),
+        contexts: Mapping[str, int] | None = None,
     ) -> None:
         """`heldout`: how many held-out problems, None for all of them, 0 for none. `device` is the reward models'.
 
         `met` are fingerprints of problems that the policy was trained on before. Raises ValueError where one of these,
-        a training problem or a worked example is among the held-out problems.
+        a training problem or a worked example is among the held-out problems. `contexts`: see `load_examples`.
         """
         check = gold_check((reward.function, reward.columns) for reward in rewards if "answer" not in reward.arguments)
         self.template = PromptTemplate(data.template, data.system_prompt)
-        load = partial(_examples, data, seed=seed, check=check)
+        load = partial(_examples, data, seed=seed, check=check, contexts=contexts)
         wanted = data.limit if train else data.few_shot
         if data.holdout:
             both = _held_out_share(data, load, self.template, heldout_split)
@@ -111,6 +113,7 @@ class Task:
             reward_models=config.reward_models,
             device=config.device,
             met=trained_on(config.model),
+            contexts=_contexts(config),
         )
         try:
             task.check_counts(config)
@@ -169,6 +172,8 @@ class Task:
         room, long = policy.max_length - max_completion_tokens, []
         for example in (*self.train, *self.heldout):
             text = self.template.render(example, policy.tokenizer)
+            if fault := beyond_context(text, policy.max_length):
+                raise ValueError(f"the prompt of {example.example_id!r} {fault}; take it out of the data")
             if len(text.encode(errors="surrogatepass")) > room - 8:  # a token is a byte or more; some are added
                 prompt = self.prompt(example, policy.tokenizer)
                 long += [prompt] if len(prompt.token_ids) > room else []
@@ -189,8 +194,8 @@ class Task:
         return chosen
 
     def corpus(self, limit: int = 4000) -> Iterator[str]:
-        """Text of the kind that the policy will read, for a preset's tokenizer."""
-        return (f"{example.question}\n{example.solution}\n" for example in self.train[:limit])
+        """Text of the kind that the policy will read, for a preset's tokenizer; of a long one the beginning."""
+        return (f"{example.question}\n{example.solution}\n"[:LONGEST_TEXT] for example in self.train[:limit])
 
     def prompt(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         return encode_prompt(example, tokenizer, self.template)
@@ -292,6 +297,7 @@ def _examples(
     *,
     seed: int,
     check: Check | None,
+    contexts: Mapping[str, int] | None,
 ) -> Sequence[Example]:
     return load_examples(
         data.name,
@@ -304,4 +310,15 @@ def _examples(
         seed=seed,
         task_options=data.task_options,
         check=check,
+        contexts=contexts,
     )
+
+
+def _contexts(config: SftConfig | MtpConfig) -> dict[str, int]:
+    """By column: the context that its texts must fit into. A solution counts where it is learned from."""
+    context = known_context(config.model)
+    if context is None:
+        return {}
+    learned = isinstance(config, SftConfig) and config.warm_start.steps
+    columns = [config.data.prompt_column, *([config.data.solution_column] if learned else [])]
+    return dict.fromkeys(columns, context)

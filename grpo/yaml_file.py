@@ -3,13 +3,16 @@
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic_core import to_jsonable_python
 
+from grpo.json_file import MOST_NESTED, unfit
+
+MOST_BYTES, MOST_VALUES = 1_000_000, 100_000  # of a configuration; there are some hundred options
 Place = tuple[str | int, ...]
 """Where a value stands: `("rewards", 0, "function")`, shown as `rewards[0].function`."""
 
@@ -23,7 +26,15 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Scalars as in YAML 1.2: 1e-3 is a number; on, no, 012, 12:30 and 2026-01-31 are text."""
+    """Scalars as in YAML 1.2: 1e-3 is a number; on, no, 012, 12:30 and 2026-01-31 are text. No tags such as !!set."""
+
+
+_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
+_Loader.yaml_constructors = {
+    tag: build
+    for tag, build in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in _TAGS
+}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -49,7 +60,25 @@ for _class in (_Loader, _Dumper):
 
 def parse_yaml(text: str) -> Any:
     """Plain Python values; raises `yaml.YAMLError`. `parse_yaml("[1, 1e-3, no]")` is `[1, 0.001, "no"]`."""
-    return yaml.load(text, Loader=_Loader)
+    return _construct(text, {})
+
+
+def _construct(text: str, lines: dict[Place, list[int]]) -> Any:
+    """The value in `text`, and in `lines` on which lines every key stands. Raises `yaml.YAMLError`."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _note_lines(node, (), lines, iter(range(MOST_VALUES)))  # before merge keys (<<) are unfolded into the nodes
+        value = loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError(f"nested more than {MOST_NESTED} levels deep") from None
+    except (ValueError, KeyError) as error:  # `!!int x`, `!!bool x`, a number of thousands of digits
+        raise yaml.YAMLError(f"a value that is not of its type ({error})") from None
+    if fault := unfit(value):
+        raise yaml.YAMLError(fault)
+    return value
 
 
 def to_yaml(value: Any, inline: bool = False) -> str:
@@ -69,17 +98,25 @@ def show_place(place: Place) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
 
 
-def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, list[int]]) -> None:
-    """Notes on which lines every key stands: more than one if it is repeated."""
+def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, list[int]], left: Iterator[int]) -> None:
+    """Notes on which lines every key stands: more than one if it is repeated.
+
+    An alias (`*name`) is followed. Raises `yaml.YAMLError` where aliases make a value of itself, or a small text a
+    giant: the values count here as often as they would be read.
+    """
+    if len(place) > MOST_NESTED:
+        raise yaml.YAMLError(f"nested more than {MOST_NESTED} levels deep, or an alias that contains itself")
+    if next(left, None) is None:
+        raise yaml.YAMLError(f"more than {MOST_VALUES:,} values; aliases inside each other multiply them")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            here = (*place, str(key.value))
+            here = (*place, str(key.value) if isinstance(key, yaml.ScalarNode) else "?")
             lines.setdefault(here, []).append(key.start_mark.line + 1)
-            _note_lines(value, here, lines)
+            _note_lines(value, here, lines, left)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             lines[*place, index] = [value.start_mark.line + 1]
-            _note_lines(value, (*place, index), lines)
+            _note_lines(value, (*place, index), lines, left)
 
 
 def _missing(path: Path) -> str:
@@ -98,14 +135,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
     """
     if not path.is_file():
         raise ConfigError([_missing(path)])
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ConfigError([f"{path}: is {size:,} bytes long; a configuration has some thousand"])
     lines: dict[Place, list[int]] = {}
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        if node is None:
-            raise ConfigError([f"{path}: is empty; write options such as `steps: 10`, or name no file"])
-        _note_lines(node, (), lines)  # before merge keys (<<) are unfolded into the nodes
-        data = loader.construct_document(node)
+        data = _construct(path.read_text(encoding="utf-8"), lines)
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: is not UTF-8 text (byte {error.start})"]) from None
     except yaml.MarkedYAMLError as error:
@@ -113,6 +147,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
         raise ConfigError([f"{path}{line}: is not valid YAML: {error.problem}"]) from None
     except yaml.YAMLError as error:
         raise ConfigError([f"{path}: is not valid YAML: {error}"]) from None
+    if data is None:
+        raise ConfigError([f"{path}: is empty; write options such as `steps: 10`, or name no file"])
     if not isinstance(data, dict):
         raise ConfigError([f"{path}: expected a mapping such as `steps: 10`, got {to_yaml(data, inline=True)}"])
     repeated = [(place, found) for place, found in lines.items() if len(found) > 1]

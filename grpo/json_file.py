@@ -1,0 +1,56 @@
+"""JSON that others wrote: what Python's reader lets through, or dies of, is refused in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MOST_NESTED = 100  # lists and objects inside each other; Python's own limit is near 1,000, wherever it is met
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value in `text`. Raises ValueError: no JSON, not UTF-8, a key twice in an object, nested too deeply."""
+    try:
+        return json.loads(text.decode() if isinstance(text, bytes) else text, object_pairs_hook=_no_key_twice)
+    except RecursionError:
+        raise ValueError(f"nested more than {MOST_NESTED} levels deep") from None
+
+
+def read_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
+    """The value in a file, which is a `kind`. Raises ValueError naming the file, OSError where it cannot be read."""
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} is damaged: it holds a {type(value).__name__}")
+    return value
+
+
+def unfit(value: Any, level: int = 0) -> str | None:
+    """Why `value` cannot travel through tokenizers, rewards and records, or None: a lone surrogate, too deep a nest.
+
+    >>> unfit({"question": "q37\\ud83d"})
+    "holds the lone surrogate '\\\\ud83d', half a character"
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return f"holds the lone surrogate {value[error.start]!r}, half a character"
+    elif isinstance(value, dict | list):
+        if level == MOST_NESTED:
+            return f"is nested more than {MOST_NESTED} levels deep"
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return next((fault for part in parts if (fault := unfit(part, level + 1))), None)
+    return None
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice; keep one")
+    return found
