@@ -23,7 +23,7 @@ from policies.moe import RoutingRecorder
 from policies.policy import Policy
 from policies.presets import small_tokenizer
 
-HELD_OUT = 0.1  # of the training text, its end
+HELD_OUT = 0.1  # of the documents
 
 
 @dataclass
@@ -43,17 +43,20 @@ class Text:
 def load_text(folder: Path | None, vocab_size: int, length: int, seed: int, documents: int = 12_000) -> Text:
     """Questions with solutions: `train.jsonl` of `folder` (GSM8K's layout), or built-in word problems of all levels.
 
-    Nothing but the training split is read, and a tenth of it is held out.
+    A tenth is held out: of GSM8K the end of its training file, of the word problems some whose numbers are in no
+    training problem.
     """
+    count = round(documents * (1 - HELD_OUT))
     if folder is None:
-        examples = word_problems("train", [1, 2, 3, 4], seed, count=documents)
+        splits = [word_problems("train", [1, 2, 3, 4], seed, count=count)]
+        splits += [word_problems("heldout", [1, 2, 3, 4], seed, count=documents - count)]
     else:
-        lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
-        examples = [json.loads(line) for line in lines[:documents]]
-    texts = [f"{example['question']}\n{example['answer']}\n" for example in examples]
-    cut = round(len(texts) * (1 - HELD_OUT))
-    tokenizer = small_tokenizer(texts[:cut], vocab_size)
-    train, heldout = (_blocks(tokenizer, part, length) for part in (texts[:cut], texts[cut:]))
+        lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()[:documents]
+        cut = round(len(lines) * (1 - HELD_OUT))
+        splits = [[json.loads(line) for line in part] for part in (lines[:cut], lines[cut:])]
+    texts = [[f"{example['question']}\n{example['answer']}\n" for example in split] for split in splits]
+    tokenizer = small_tokenizer(texts[0], vocab_size)
+    train, heldout = (_blocks(tokenizer, part, length) for part in texts)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     return Text(tokenizer, train[order], heldout)
 
