@@ -109,7 +109,8 @@ class _Scored(torch.autograd.Function):
         of_logprob, of_entropy = (zero if gradient is None else gradient for gradient in gradients)
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
+            # Summed in fp32: bf16 would round the sum away, a little with every chunk.
+            grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for start in range(0, len(hidden), ctx.chunk):
             at = slice(start, start + ctx.chunk)
             x = _scaled(F.linear(hidden[at], weight), ctx.temperature).sub_(totals[at, None])
@@ -121,8 +122,11 @@ class _Scored(torch.autograd.Function):
             x.scatter_add_(1, token_ids[at, None], given)
             x = x.div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[at] = x @ weight
-            if grad_weight is not None:
+            if grad_weight is not None and grad_weight.dtype == weight.dtype:
                 grad_weight.addmm_(x.T, hidden[at])
+            elif grad_weight is not None:
+                grad_weight.add_(x.T @ hidden[at])
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 
