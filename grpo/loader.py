@@ -114,7 +114,7 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = ()) -> Policy:
         torch.set_num_threads(options.threads)  # else torch's own choice, which heeds OMP_NUM_THREADS and affinity
     dtype = getattr(torch, options.dtype)
     if model in presets.PRESETS:
-        policy = presets.build(model, corpus, options.seed).to(dtype)
+        policy = presets.build(model, corpus, options.seed).cast(dtype)
     else:
         policy = Policy.load(model, dtype, add_mtp=options.add_mtp, seed=options.seed)
     policy = policy.to(device_of(options.device))

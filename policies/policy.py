@@ -170,6 +170,18 @@ class Policy(nn.Module):
             first,
         )
 
+    def cast(self, dtype: torch.dtype) -> Policy:
+        """In place, as transformers casts what it loads: routers and rotary frequencies stay in float32."""
+        exact = {name: tensor.data for name, tensor in self._named_tensors() if ".gate." in name or "inv_freq" in name}
+        self.to(dtype)
+        for name, tensor in self._named_tensors():
+            tensor.data = exact.get(name, tensor.data)
+        return self
+
+    def _named_tensors(self) -> list[tuple[str, Tensor]]:
+        """Parameters and buffers, those included that no checkpoint holds."""
+        return [*self.named_parameters(), *self.named_buffers()]
+
     def add_lora(self, rank: int, alpha: float, targets: list[str] | None = None) -> None:
         """Freeze the trunk and give it adapters; the MTP head stays fully trainable unless `targets` name "mtp"."""
         lora.inject(self.trunk, rank, alpha, targets, self.mtp)

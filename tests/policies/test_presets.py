@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo.config import ModelOptions
+from grpo.loader import load_policy
 from grpo.word_problems import word_problems
 from policies.policy import Policy, digest
 from policies.presets import PRESETS, VOCABULARY, build, small_tokenizer
@@ -56,6 +58,30 @@ def test_the_seed_fixes_the_weights_and_the_random_state_is_left_alone(preset):
     assert torch.rand(1) == expected
     assert digest(build(preset, CORPUS, seed=3).weights()) == first
     assert digest(build(preset, CORPUS, seed=4).weights()) != first
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_preset_is_the_same_for_learner_sampler_and_whoever_loads_it(micro_preset, tmp_path, dtype):
+    """In bf16, too: a router and rotary frequencies that were rounded would compute something else."""
+    options = ModelOptions(model=micro_preset, dtype=str(dtype).removeprefix("torch."), device="cpu")
+    learner = load_policy(options, CORPUS)
+    learner.save(tmp_path / "saved")
+    sampler = Policy.from_skeleton(learner.skeleton(), dtype)
+    sampler.load_weights(learner.weights())
+    loaded = Policy.load(tmp_path / "saved", dtype)
+    positions, visible = torch.arange(200)[None], torch.ones(200, 200, dtype=torch.bool).tril()[None]
+    ids = positions % len(learner.tokenizer)
+    expected = learner.hidden(ids, positions, visible)
+    outputs = learner.unroll(expected, ids, positions, visible, 2)
+    for other in (sampler, loaded):
+        for own in (Policy.named_parameters, Policy.named_buffers):
+            mine, theirs = dict(own(learner)), dict(own(other))
+            assert {name: tensor.dtype for name, tensor in mine.items()} == {n: t.dtype for n, t in theirs.items()}
+            assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+        assert torch.equal(other.hidden(ids, positions, visible), expected)
+        assert all(map(torch.equal, other.unroll(expected, ids, positions, visible, 2), outputs))
+    assert learner.lm_head.dtype == dtype
 
 
 def test_the_stop_token_ends_and_the_padding_is_another_one(tiny):
