@@ -2,7 +2,15 @@
 
 import sys
 
-from grpo.cli import main
+from grpo.stopping import CommandSignals
+
+
+def main() -> int:
+    CommandSignals().__enter__()  # to the end of the process, and before anything else is loaded
+    from grpo.cli import main
+
+    return main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

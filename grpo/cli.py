@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -16,17 +15,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpo.escape import EscapingFormatter, escaped
+from grpo.stopping import CommandSignals, Interrupted, Stopped, said_of
 
 if TYPE_CHECKING:
     from grpo.config import SftConfig
 
 Config = TypeVar("Config", bound="SftConfig")
-EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 2, 130, 143
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    with CommandSignals() as signals:
+        try:
+            return _main(argv, signals)
+        except Exception:
+            if not signals.number:
+                raise
+            return _fail(said_of(signals.number), 128 + signals.number)  # an interrupted import may raise anything
+
+
+def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
     from grpo.options import ConfigError, parse
-    from grpo.stopping import Stopped
     from rewards.protocol import RewardError
 
     if logging.lastResort is not None:
@@ -35,12 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(parser, argv)
         resumable = args.command in (_train, _sft, _mtp)
+        signals.unwinds = not resumable  # a run has a StopSignal of its own as soon as there is something to save
         return int(args.command(args) or 0)
     except ConfigError as error:
         return _fail(
             "the configuration is not usable:\n" + "\n".join(f"  {line}" for line in error.problems), EXIT_USAGE
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if isinstance(error, Interrupted):
+            return _fail(str(error), 128 + error.number)
         way_on = "; what was saved stays, `--resume auto` goes on from the last checkpoint" if resumable else ""
         return _fail(f"interrupted{way_on}", EXIT_INTERRUPTED)
     except Exception as error:
@@ -56,7 +68,6 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from grpo.distributed import RankFailed
     from grpo.learner import NonFiniteStep
     from grpo.recovery import RecoveryDiverged
-    from grpo.stopping import Stopped
     from policies.parity import ParityFailed
     from rollout.engine import RolloutError
 
@@ -361,7 +372,6 @@ def _convert(args: argparse.Namespace) -> int:
     config = load(ConvertConfig, None, args.overrides, args.flags)
     from grpo import convert_command, report
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # unwinds: nothing half written stays
     conversion = convert_command.convert(args.source, args.destination, config, mtp=args.mtp, console=report.CONSOLE)
     convert_command.show(conversion, report.CONSOLE)
     _write(args.json, convert_command.as_json(conversion))
@@ -380,7 +390,6 @@ def _inspect(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from grpo.export import export
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # unwinds: nothing half written stays
     print(escaped(export(args.run, args.destination, adapter=args.adapter)))
     return 0
 

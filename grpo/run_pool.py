@@ -23,16 +23,17 @@ def open_run_pool(
     def on_lost(worker: int, reason: str, action: str) -> None:
         run_log.event("worker_lost", worker=worker, action=action, reason=reason)
 
-    pool = open_pool(
-        policy,
-        rollout.workers,
-        dtype=getattr(torch, config.dtype),
-        threads=rollout.threads_per_worker,
-        prompts_per_shard=rollout.prompts_per_shard,
-        timeout_s=rollout.timeout_s,
-        while_waiting=stop.check,
-        on_lost=on_lost,
-    )
+    with stop.kept():  # Ray would put handlers of its own in place
+        pool = open_pool(
+            policy,
+            rollout.workers,
+            dtype=getattr(torch, config.dtype),
+            threads=rollout.threads_per_worker,
+            prompts_per_shard=rollout.prompts_per_shard,
+            timeout_s=rollout.timeout_s,
+            while_waiting=stop.check,
+            on_lost=on_lost,
+        )
     return InterruptiblePool(pool, stop)
 
 

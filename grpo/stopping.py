@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     from rollout.pool import OnFinished, Pool
     from rollout.sampling import SamplingParams
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNAL = signal.signal
 
 
 class Stopped(Exception):
@@ -40,17 +40,101 @@ class GivenUp(Exception):
     """A signal ended the work in progress between two micro-batches; nothing of it has reached the policy."""
 
 
-class StopSignal:
-    """Inside it the first SIGINT or SIGTERM sets `asked`, for the work to notice; a second one ends the process.
+class Interrupted(KeyboardInterrupt):
+    """A signal ends a command that is not a run; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(said_of(number))
+        self.number = number
+
+
+def said_of(number: int) -> str:
+    """What the user reads of a signal that ends a command."""
+    return "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+
+
+class Handler:
+    """Inside it the signals that ask a process to end call `on_signal`; outside, what they called before.
+
+    `number` is that of the signal that came, 0 before. A signal that the process was started to ignore stays ignored
+    (`nohup`, a shell's background jobs).
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._usual: dict[int, Any] = {}
+        self._terminals: list[int] = []
+
+    def on_signal(self, number: int) -> None:
+        raise NotImplementedError
+
+    def after_the_first(self) -> dict[int, Any]:
+        """What the next signal does: it ends the process at once, without any clean-up."""
+        return dict.fromkeys(self._usual, signal.SIG_DFL)
+
+    def listen(self) -> None:
+        """Once more, where somebody else has taken a signal in the meantime."""
+        _handle(self.after_the_first() if self.number else dict.fromkeys(self._usual, self._note))
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside it nobody else takes a signal: for libraries that install handlers of their own, such as Ray."""
+
+        def refuse(number: int, handler: Any) -> Any:
+            return signal.getsignal(number) if number in self._usual else _SIGNAL(number, handler)
+
+        signal.signal = refuse  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            signal.signal = _SIGNAL
+
+    def __enter__(self) -> Self:
+        usual = {number: signal.getsignal(number) for number in SIGNALS}
+        self._usual = {number: signal.SIG_DFL if h is None else h for number, h in usual.items() if h != signal.SIG_IGN}
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        self.listen()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        _handle(self._usual)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self.listen()
+        if number == signal.SIGHUP:
+            for gone in [descriptor for descriptor in self._terminals if not os.isatty(descriptor)]:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), gone)  # writing to a closed terminal is an error
+        self.on_signal(number)
+
+
+class CommandSignals(Handler):
+    """A signal ends the command with one line and no traceback.
+
+    It does so at once, inside the handler, while nothing has begun: an exception in the middle of an import may come
+    out of it as another one, or be lost. Once it `unwinds` there is work to clean up, and it raises Interrupted.
+    """
+
+    unwinds = False
+
+    def on_signal(self, number: int) -> None:
+        if self.unwinds:
+            raise Interrupted(number)
+        with suppress(OSError):
+            os.write(2, f"quartet: {said_of(number)}\n".encode())
+        os._exit(128 + number)
+
+
+class StopSignal(Handler):
+    """Inside it the first signal sets `asked`, for the work to notice; a second one ends the process.
 
     `check` raises GivenUp once a stop was asked for: it is called where the work can be given up. By default the second
     signal ends the process at once, without any clean-up. With `at_once=False` it has the effect that it had outside.
-    A signal that the process was started to ignore stays ignored (`nohup`, a shell's background jobs).
     """
 
     def __init__(self, *, at_once: bool = True) -> None:
-        self.number, self._at_once = 0, at_once
-        self._usual: dict[int, Any] = {}
+        super().__init__()
+        self._at_once = at_once
 
     @property
     def asked(self) -> bool:
@@ -70,27 +154,12 @@ class StopSignal:
         where = f"after step {step}{of}" if step else f"before step 1{of}"
         return Stopped(f"stopped {where}; go on with --resume auto", self.number)
 
-    def __enter__(self) -> Self:
-        usual = {number: signal.getsignal(number) for number in SIGNALS}
-        self._usual = {number: signal.SIG_DFL if h is None else h for number, h in usual.items() if h != signal.SIG_IGN}
-        self.listen()
-        return self
+    def after_the_first(self) -> dict[int, Any]:
+        return super().after_the_first() if self._at_once else self._usual
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        _handle(self._usual)
-
-    def listen(self) -> None:
-        """Once more, where somebody else has taken a signal in the meantime."""
-        after_the_first = dict.fromkeys(self._usual, signal.SIG_DFL) if self._at_once else self._usual
-        _handle(after_the_first if self.asked else dict.fromkeys(self._usual, self._stop))
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self.listen()
-        if number == signal.SIGINT and sys.stderr.isatty():
-            os.write(
-                2, b"\nstopping at the last whole step; press Ctrl-C again to end at once, with nothing more saved\n"
-            )
+    def on_signal(self, number: int) -> None:
+        if number == signal.SIGINT and self._at_once and 2 in self._terminals:
+            os.write(2, b"\nstopping at the last whole step; Ctrl-C again ends the run at once and saves nothing\n")
 
 
 def ignore_signals() -> None:
@@ -100,7 +169,7 @@ def ignore_signals() -> None:
 def _handle(handlers: Mapping[int, Any]) -> None:
     with suppress(ValueError):  # not the main thread: whoever runs us there handles signals
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            _SIGNAL(number, handler)
 
 
 class Boundary:
@@ -178,6 +247,7 @@ class InterruptiblePool:
         return self.pool.sample(prompts, params, heard)
 
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
+        self.stop.check()
         return self.pool.use_costs(costs, rows)
 
     def metrics(self) -> dict[str, float]:

@@ -449,6 +449,7 @@ class Process:
     ("number", "group", "workers"),
     [
         (signal.SIGTERM, False, 0),
+        (signal.SIGHUP, False, 0),
         (signal.SIGINT, True, 0),  # a terminal's Ctrl-C reaches the whole group
         (signal.SIGINT, True, 2),
     ],
@@ -472,6 +473,66 @@ def test_a_signal_saves_the_last_whole_step_and_the_run_can_be_resumed(
         assert main(["train", str(folder / "config.yaml"), "--resume", "auto", "--steps", str(last + 1)]) == 0
         assert [line["step"] for line in read_metrics(folder)] == list(range(1, last + 2))
         assert Policy.load(folder / "policy").mtp is not None
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [(signal.SIGINT, "pydantic"), (signal.SIGINT, "torch._C"), (signal.SIGTERM, "torch"), (signal.SIGHUP, "pydantic")],
+)
+def test_a_signal_during_imports_is_one_line(model, tmp_path, number, moment):
+    """Whatever the module that is being imported makes of an exception."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.abc, os, sys, time\n"
+        "class Signals(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {moment!r}:\n"
+        "            try:\n"
+        f"                os.kill(os.getpid(), {int(number)})\n"
+        "                time.sleep(5)\n"
+        "            except BaseException as error:\n"
+        "                raise ImportError('a library makes this of it') from error\n"
+        "sys.meta_path.insert(0, Signals())\n"
+    )
+    command = [sys.executable, "-m", "grpo", "train", "--output_dir", str(tmp_path / "r"), "--model", model]
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert (done.returncode, done.stderr) == (128 + number, f"quartet: {said}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_a_command_without_checkpoints_is_one_line(run, monkeypatch, capsys, number):
+    def interrupt(*_: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("what a library makes of it") from error
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr("grpo.eval_command.evaluate_model", interrupt)
+    assert main(["eval", str(run)]) == 128 + number
+    said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert capsys.readouterr().err == f"quartet: {said}\n"
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.slow
+def test_sigterm_while_ray_starts_is_one_line(model, letters, tmp_path):
+    for delay in (0.2, 1.0, 2.0):
+        run = Process(model, letters, tmp_path / f"{delay}", "--rollout.workers", "2")
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not any(
+            "gcs_server" in child.name() for child in psutil.Process(run.process.pid).children(recursive=True)
+        ):
+            time.sleep(0.02)
+        time.sleep(delay)
+        run.started = psutil.Process(run.process.pid).children(recursive=True)
+        code, shown = run.end(signal.SIGTERM)
+        assert code == 143
+        assert "Traceback" not in shown
+        ours = [line for line in shown.splitlines() if line.startswith("quartet:")]
+        assert len(ours) == 1
+        assert re.match(r"quartet: stopped (before step 1|after step \d+); go on with --resume auto", ours[0])
 
 
 def test_an_interrupted_command_without_checkpoints_promises_none(run, monkeypatch, capsys):

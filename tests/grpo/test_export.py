@@ -329,12 +329,14 @@ def test_a_failure_half_way_leaves_nothing(runs, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_signal_half_way_leaves_nothing(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo.export.model_card", lambda *_: signal.raise_signal(signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit, match="143"):
-        main(["export", str(runs["full", True][0]), str(tmp_path / "out")])
-    signal.signal(signal.SIGTERM, before)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_half_way_leaves_nothing(runs, tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr("grpo.export.model_card", lambda *_: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    assert main(["export", str(runs["full", True][0]), str(tmp_path / "out")]) == 128 + number
+    said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert capsys.readouterr().err == f"quartet: {said}\n"
+    assert signal.getsignal(number) == before
     assert list(tmp_path.iterdir()) == []
 
 

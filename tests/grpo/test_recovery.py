@@ -76,7 +76,7 @@ def test_the_seed_decides_the_order_of_the_text(pair):
     assert [step for step, _ in seen["first"]] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_heeded_between_two_steps_and_a_second_one_at_once(pair, kind):
     student, dense, windows = pair
     usual = signal.getsignal(kind)

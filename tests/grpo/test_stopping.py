@@ -2,13 +2,15 @@
 
 import errno
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from grpo import checkpoint, run_log
+from grpo import checkpoint, run_log, run_pool, stopping
 from grpo.learner import Learner, NonFiniteStep
 from grpo.run_log import RunLog, read_metrics, read_rollouts
 from grpo.stopping import GivenUp, Stopped, StopSignal
@@ -71,17 +73,17 @@ def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "call", "saved", "message"),
+    ("kind", "owner", "name", "call", "saved", "message"),
     [
-        # Warm start: three steps of one micro-batch or more, each behind one call of _update.
-        (Learner, "sft_step", 2, None, "stopped after step 2 of the warm start; go on"),
-        (Engine, "sample", 1, None, "stopped before step 1; go on"),  # in the evaluation before GRPO
-        (Learner, "prepare", 1, None, "stopped before step 1; go on"),
-        (Learner, "prepare", 2, 1, "stopped after step 1; go on"),
-        (Learner, "weights", 3, 2, "stopped after step 2; go on"),  # published behind the second update
+        (signal.SIGHUP, Trainer, "_initial_policy", 1, None, "stopped after step 1 of the warm start; go on"),
+        (signal.SIGINT, Learner, "sft_step", 2, None, "stopped after step 2 of the warm start; go on"),
+        (signal.SIGTERM, Engine, "sample", 1, None, "stopped before step 1; go on"),  # the evaluation before GRPO
+        (signal.SIGINT, Learner, "prepare", 1, None, "stopped before step 1; go on"),
+        (signal.SIGTERM, Learner, "prepare", 2, 1, "stopped after step 1; go on"),
+        (signal.SIGHUP, Learner, "prepare", 3, 2, "stopped after step 2; go on"),
+        (signal.SIGINT, Learner, "weights", 3, 2, "stopped after step 2; go on"),  # published after the second update
     ],
 )
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_contract_9_a_signal_at_any_time_leaves_a_step_boundary(
     micro_config, whole, tmp_path, monkeypatch, owner, name, call, saved, message, kind
 ):
@@ -279,13 +281,51 @@ def test_a_run_whose_events_cannot_be_written_either_is_saved_and_told(micro_con
 # ---- the signals themselves -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGHUP", "SIGHUP"), ("SIGHUP", "SIGTERM"), ("SIGTERM", "SIGINT")],
+)
 def test_the_second_signal_ends_the_process_at_once(first, second):
     code = "import os, signal, time\nfrom grpo.stopping import StopSignal\nwith StopSignal() as stop:\n"
     code += f"    os.kill(os.getpid(), signal.{first})\n    assert stop.asked\n    print('once', flush=True)\n"
     code += f"    os.kill(os.getpid(), signal.{second})\n    time.sleep(60)\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (-signal.Signals[second], "once\n")
+
+
+def test_a_signal_while_a_library_starts_asks_as_any_other(micro_config, whole, tmp_path, monkeypatch):
+    """Ray answers SIGTERM by sys.exit from the beginning of its start on."""
+    folder, real = tmp_path / "run", run_pool.open_pool
+
+    def starts(*arguments, **named):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        _terminate()
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_pool, "open_pool", starts)
+        with pytest.raises(Stopped, match="stopped before step 1; go on"):
+            Trainer(micro_config(folder, **SMALL)).run()
+    assert signal.signal is stopping._SIGNAL
+    _resumes_to_the_same(micro_config, folder, whole)
+
+
+def test_a_terminal_that_is_closed_ends_nothing_before_its_time():
+    """SIGHUP comes when the terminal is gone: what is printed from then on must not fail."""
+    code = "import os, time\nfrom grpo.stopping import StopSignal\nwith StopSignal() as stop:\n"
+    code += "    print('begun', flush=True)\n    while not stop.asked: time.sleep(0.01)\n"
+    code += "    print('shown to nobody', flush=True)\n    os.write(int(os.environ['OUT']), stop.name.encode())\n"
+    end, out = os.pipe()
+    child, terminal = pty.fork()
+    if child == 0:
+        os.set_inheritable(out, True)
+        os.execve(sys.executable, [sys.executable, "-c", code], os.environ | {"OUT": str(out)})
+    os.close(out)
+    assert os.read(terminal, 5) == b"begun"
+    os.close(terminal)
+    with os.fdopen(end, "rb") as stream:
+        assert stream.read() == b"SIGHUP"
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
