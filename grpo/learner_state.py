@@ -58,7 +58,8 @@ def put(learner: Learner, tensors: Tensors, state: dict) -> None:
     masters.write_back()
     for name, value in tensors["optimizer"].items():
         owner, key = name.rsplit("/", 1)
-        learner.optimizer.state[masters.of(own[owner])][key] = value.clone()
+        moved = masters.of(own[owner])
+        learner.optimizer.state[moved][key] = value.to(moved.device, copy=True)
     learner.policy_version = state["policy_version"]
     learner.skipped_in_a_row = state["skipped_in_a_row"]
 

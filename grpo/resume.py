@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from grpo.checkpoint import Checkpoint
 from grpo.config import SftConfig, TrainConfig
 from grpo.mtp_config import MtpConfig
 from grpo.options import dump_yaml
+from policies.policy import Policy, digest
 
 FREE_TO_CHANGE = (
     *("output_dir", "steps", "log", "checkpoint", "eval", "threads"),
@@ -66,6 +68,31 @@ def refuse_changed_config(saved: Path, config: SftConfig | MtpConfig) -> None:
             + "\n".join(changed)
             + "\nresume it as it was, or use --force to go on with the new one"
         )
+
+
+def base_digest(policy: Policy, kept: Collection[str]) -> str:
+    """A digest of the weights that a checkpoint does not hold; `kept` are the names that it does hold.
+
+    For a LoRA run these are the base weights. Bits and names count, and how many files they came from does not.
+    """
+    weights = policy.named_parameters()
+    return digest({name.replace(".base_layer", ""): tensor for name, tensor in weights if name not in kept})
+
+
+def base_changed(policy: Policy, saved: Checkpoint, source: str) -> str | None:
+    """Why these adapters do not belong on this policy, and the way out; None where they do.
+
+    `source` is the option or folder that the base came from. A checkpoint without a digest is not checked: those of
+    full updates hold every weight, and earlier versions recorded none.
+    """
+    then = saved.state.get("base")
+    now = base_digest(policy, saved.tensors["policy"]) if then else None
+    if then == now:
+        return None
+    return (
+        f"{source}: the base weights are not those that the adapters of step {saved.step} were trained on (digest "
+        f"{then} then, {now} now); put back the files that the run began with, or start a new run in another output_dir"
+    )
 
 
 def differences(before: str, now: str) -> dict[str, tuple[Any, Any]]:

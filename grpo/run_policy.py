@@ -17,6 +17,7 @@ from grpo.config import ModelOptions, TrainConfig
 from grpo.loader import load_policy
 from grpo.mtp_config import MtpConfig
 from grpo.options import load
+from grpo.resume import base_changed
 from grpo.yaml_file import read_yaml
 from policies import presets
 from policies.policy import Policy, PolicyError
@@ -120,10 +121,14 @@ def load_found(source: PolicySource, options: ModelOptions) -> Policy:
         )
     update = {"model": base, "add_mtp": config.add_mtp, "seed": config.seed}
     policy = load_policy(options.model_copy(update=update))
-    tensors = checkpoint.load(source.checkpoint).tensors
+    saved = checkpoint.load(source.checkpoint)
+    tensors = saved.tensors
     if isinstance(config, TrainConfig):
         if config.lora:
             policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
+            same_precision = options.dtype == config.dtype  # in another one every weight has other bits
+            if same_precision and (changed := base_changed(policy, saved, f"model={base!r}")):
+                raise PolicyError(changed)
     else:
         policy.draft_ids = tensors["draft"]["ids"].to(policy.device) if "draft" in tensors else None
     _copy(tensors["policy"], policy, source.checkpoint)

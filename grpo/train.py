@@ -26,7 +26,7 @@ from grpo.metrics import rollout_metrics
 from grpo.non_finite import take_step
 from grpo.optimizer import schedule
 from grpo.options import dump_yaml
-from grpo.resume import saved_state
+from grpo.resume import base_changed, base_digest, saved_state
 from grpo.reward_record import record_rewards, refuse_changed_rewards
 from grpo.run_lock import RunLock
 from grpo.run_log import RunLog, read_metrics
@@ -78,6 +78,7 @@ class Trainer:
         ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.stop_after, self.resuming, self.ranks = config, stop_after, resume is not None, ranks
+        self.force = force
         self.output_dir = config.output_dir
         self.checkpoints = self.output_dir / "checkpoints"
         self.stop = StopSignal()
@@ -132,8 +133,11 @@ class Trainer:
         curriculum = Curriculum(self.task.train, config.curriculum, config.seed)
         if self.saved:
             learner.load_state(self.saved.tensors, self.saved.state["learner"])
+            self._check_base(policy, self.saved)
             curriculum.load_state_dict(self.saved.state["curriculum"])
             checkpoint.discard_after(self.checkpoints, self.start)
+        if config.lora:
+            self.base = base_digest(policy, learner.state()[0]["policy"])
         self.ranks.hand_over(learner)
         pool = open_run_pool(policy, config, self.stop, self.run_log)
         try:
@@ -142,6 +146,15 @@ class Trainer:
             return self._steps(learner, curriculum, pool)
         finally:
             pool.close()
+
+    def _check_base(self, policy: Policy, saved: checkpoint.Checkpoint) -> None:
+        """Adapters mean something on their own base weights alone. Raises ValueError for others, unless forced."""
+        warm = f"warm start {self.output_dir / 'warm_start'}"
+        changed = base_changed(policy, saved, warm if self.config.warm_start.steps else f"model={self.config.model!r}")
+        if changed and not self.force:
+            raise ValueError(f"{changed}, or use --force to go on with the new ones")
+        if changed:
+            self.run_log.event("base_changed", step=saved.step, what=changed)
 
     def _initial_policy(self) -> Policy:
         """The policy that GRPO starts from: warm-started now, or by the run that is being resumed."""
@@ -312,7 +325,9 @@ class Trainer:
     def _save(self, step: int, learner: Learner, curriculum: Curriculum) -> None:
         options = self.config.checkpoint
         tensors, state = learner.state()
-        everything = {"learner": state, "curriculum": curriculum.state_dict(), **self.run_log.state()}
+        everything: dict[str, Any] = {"learner": state, "curriculum": curriculum.state_dict(), **self.run_log.state()}
+        if self.config.lora:
+            everything["base"] = self.base
         best = self._best_step(step) if options.keep_best else None
         protect = [] if best is None else [best]
         checkpoint.save(self.checkpoints, step, tensors, everything, keep=options.keep, protect=protect)

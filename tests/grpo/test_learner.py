@@ -4,7 +4,7 @@ import copy
 import math
 import random
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
@@ -837,6 +837,21 @@ def test_contract_9_a_learner_goes_on_from_its_state_with_the_same_bits(micro_po
     for learner in (whole, resumed):
         learner.step(learner.prepare(groups[3], _scores()), 3)
     assert _same(_snapshot(whole), _snapshot(resumed))
+
+
+def test_moments_come_back_on_the_device_of_their_parameter(micro_policy):
+    """A checkpoint is read on the CPU. `meta` stands for any other device: it only knows where a tensor is."""
+    learner = _learner(micro_policy(0), mtp=1.0, advantage="gae")
+    learner.step(learner.prepare(_groups(learner.policy), _scores()), 1)
+    tensors, state = learner.state()
+    assert len(tensors["optimizer"]) > 100
+    learner.policy.to("meta")
+    learner.value_head.to("meta")
+    learner.optimizer.state = defaultdict(dict)
+    learner.load_state(tensors, state)
+    for parameter, moments in learner.optimizer.state.items():
+        assert {value.device.type for value in moments.values()} == {parameter.device.type} == {"meta"}
+    assert sum(map(len, learner.optimizer.state.values())) == len(tensors["optimizer"])
 
 
 def test_the_state_of_another_policy_is_refused_by_name(micro_policy):

@@ -8,18 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from grpo import checkpoint, run_log
 from grpo.best import best_step
 from grpo.config import SftConfig
 from grpo.learner import Learner, NonFiniteStep
 from grpo.options import load
-from grpo.resume import refuse_changed_config
+from grpo.resume import base_changed, refuse_changed_config
 from grpo.run_log import RunLog, read_metrics, read_rollouts
+from grpo.run_policy import find_policy, load_found
 from grpo.sft import sft
 from grpo.stopping import Stopped
 from grpo.train import Trainer
-from policies.policy import Policy
+from policies.policy import Policy, PolicyError
 
 STEPS = 5
 CURRICULUM = {
@@ -283,6 +285,54 @@ def test_a_forced_resume_with_another_model_loses_nothing(micro_config, whole, t
     with pytest.raises(ValueError, match="the checkpoint is of another policy"):
         Trainer(adapted, resume=path, force=True).run()
     assert len(list((folder / "checkpoints").iterdir())) == STEPS
+
+
+def _lora_on_a_folder(micro_config, micro_policy, tmp_path, warm_start: int):
+    """A LoRA run that was stopped after step 1, its configuration, and the file of the weights that it builds on."""
+    model, folder = tmp_path / "model", tmp_path / "run"
+    micro_policy(3).save(model)
+    given = {"model": str(model), "lora.rank": 4, "warm_start.steps": warm_start, "steps": 2}
+    config = micro_config(folder, **given)
+    with pytest.raises(Stopped):
+        Trainer(config, stop_after=1).run()
+    return config, (folder / "warm_start" if warm_start else model) / "model.safetensors"
+
+
+def _change_one_weight(file: Path) -> None:
+    tensors = load_file(file)
+    tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] += 1e-3
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("warm_start", [0, 2])
+def test_adapters_are_not_continued_on_other_base_weights(micro_config, micro_policy, tmp_path, warm_start):
+    config, file = _lora_on_a_folder(micro_config, micro_policy, tmp_path, warm_start)
+    original = file.read_bytes()
+    _change_one_weight(file)
+    named = "warm start .*warm_start" if warm_start else "model='.*model'"
+    with pytest.raises(ValueError, match=rf"{named}: the base weights are not those .* of step 1 .*--force"):
+        Trainer(config, resume="auto").run()
+    with pytest.raises(PolicyError, match=r"the base weights are not those .*put back the files"):
+        load_found(find_policy(str(tmp_path / "run")), config)
+    file.write_bytes(original)
+    for dtype in ("float32", "bfloat16"):
+        load_found(find_policy(str(tmp_path / "run")), config.model_copy(update={"dtype": dtype}))
+    Trainer(config, resume="auto").run()
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "reward/mean" in line] == [1, 2]
+
+
+def test_a_forced_resume_puts_adapters_on_other_base_weights_and_says_so(micro_config, micro_policy, tmp_path):
+    config, file = _lora_on_a_folder(micro_config, micro_policy, tmp_path, 0)
+    _change_one_weight(file)
+    Trainer(config, resume="auto", force=True).run()
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "base_changed"] == [1]
+    # What is saved from now on belongs to the new base, and an earlier version's checkpoint names none.
+    saved = checkpoint.load(tmp_path / "run" / "checkpoints/step_000002")
+    policy = load_found(find_policy(str(tmp_path / "run/checkpoints/step_000002")), config)
+    assert base_changed(policy, saved, "") is None
+    del saved.state["base"]
+    assert base_changed(micro_policy(0), saved, "") is None
 
 
 def test_the_checkpoint_of_another_run_brings_its_configuration_along(micro_config, whole, tmp_path):
