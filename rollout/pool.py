@@ -219,9 +219,9 @@ class RayPool:
             self.cluster.check(ask=True)
             raise RolloutError(f"Ray has lost what a rollout worker answered: {error}") from error
 
-    def _replace(self, i: int, reason: str) -> None:
+    def _replace(self, i: int, why: Exception | str) -> None:
         self.cluster.check(ask=True)  # where Ray has died, its workers die first
-        reason = " ".join(reason.split())
+        reason = " ".join(str(why).split())
         self.restarts += 1
         given_up = self.restarts > MAX_RESTARTS
         self.on_lost(i, reason, "the run ends" if given_up else "it is replaced")
