@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpo.escape import EscapingFormatter, escaped
 from grpo.stopping import CommandSignals, Interrupted, Stopped, said_of
+from policies.openmp import wait_briefly
 
 if TYPE_CHECKING:
     from grpo.config import SftConfig
@@ -25,6 +26,7 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    wait_briefly()  # before anything loads torch
     with CommandSignals() as signals:
         try:
             return _main(argv, signals)

@@ -398,7 +398,8 @@ class ModelOptions(Options):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of learner and sampler; the optimizer keeps fp32 masters of bfloat16 weights."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of this process; all cores by default."""
+    """CPU threads of this process. null is OMP_NUM_THREADS, else one for every 8 M parameters of the policy, as far as
+    there are cores; a run that is resumed keeps its number."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
     add_mtp: bool = False

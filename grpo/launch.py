@@ -9,6 +9,7 @@ from grpo.distributed import Team, join
 from grpo.follower import follow
 from grpo.loader import device_of
 from grpo.sft import sft
+from grpo.threads import with_threads
 from grpo.train import Trainer
 
 
@@ -17,6 +18,7 @@ def launch(config: SftConfig, **flags: Any) -> dict[str, Any] | None:
 
     `flags` are resume, stop_after and force.
     """
+    config = with_threads(config, flags.get("resume"))
     ranks = join(cpu=device_of(config.device).type == "cpu")
     if isinstance(ranks, Team) and ranks.rank:
         follow(config, ranks)

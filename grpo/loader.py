@@ -11,6 +11,7 @@ import torch
 
 from grpo.agreement import check_agreement
 from grpo.config import ModelOptions, MTPOptions
+from grpo.threads import threads_for
 from policies import presets
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from rollout.sampling import SamplingParams
@@ -111,12 +112,14 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = ()) -> Policy:
     """A preset with fresh weights and a tokenizer learned from `corpus`, or a checkpoint."""
     model = check_options(options)
     if options.threads:
-        torch.set_num_threads(options.threads)  # else torch's own choice, which heeds OMP_NUM_THREADS and affinity
+        torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     if model in presets.PRESETS:
         policy = presets.build(model, corpus, options.seed).cast(dtype)
     else:
         policy = Policy.load(model, dtype, add_mtp=options.add_mtp, seed=options.seed)
+    if not options.threads:
+        torch.set_num_threads(threads_for(sum(parameter.numel() for parameter in policy.trunk.parameters())))
     policy = policy.to(device_of(options.device))
     if policy.backend == "transformers":
         check_agreement(policy)

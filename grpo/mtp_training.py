@@ -41,6 +41,7 @@ from grpo.run_policy import save_policy
 from grpo.run_pool import open_run_pool, use_costs_of_run
 from grpo.stopping import Boundary, GivenUp, StopSignal
 from grpo.task import Task
+from grpo.threads import with_threads
 from policies import presets
 from policies.draft_start import start_head
 from policies.layout import WeightFiles, mtp_layers
@@ -67,6 +68,7 @@ def mtp(
 
 
 def _mtp(config: MtpConfig, lock: RunLock, resume: str | None, stop_after: int | None, force: bool) -> dict[str, Any]:
+    config = with_threads(config, resume)
     saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=config.steps)
     resume_step = None if resume is None else saved.step if saved else 0
     with (

@@ -19,6 +19,7 @@ from grpo.run_log import RunLog
 from grpo.run_policy import save_policy
 from grpo.stopping import GivenUp, InterruptiblePool, Stopped, StopSignal
 from grpo.task import Task
+from grpo.threads import with_threads
 from grpo.warm_start import warm_start
 from policies.policy import Policy
 from rollout.pool import open_pool
@@ -41,6 +42,7 @@ def sft(
 def _sft(
     config: SftConfig, lock: RunLock, resume: str | None, stop_after: int | None, force: bool, ranks: Ranks
 ) -> dict[str, Any]:
+    config = with_threads(config, resume)
     steps, checkpoints = config.warm_start.steps, config.output_dir / "checkpoints"
     saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=steps)
     start = saved.step if saved else 0

@@ -34,6 +34,7 @@ from grpo.run_policy import save_policy
 from grpo.run_pool import open_run_pool, use_costs_of_run
 from grpo.stopping import Boundary, GivenUp, StopSignal
 from grpo.task import Task
+from grpo.threads import with_threads
 from grpo.tied_steps import TiedSteps
 from grpo.warm_start import warm_start
 from policies.policy import Policy
@@ -77,6 +78,7 @@ class Trainer:
         force: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
+        config = with_threads(config, resume)
         self.config, self.stop_after, self.resuming, self.ranks = config, stop_after, resume is not None, ranks
         self.force = force
         self.output_dir = config.output_dir

@@ -188,7 +188,10 @@ def _start_ray(cpus: int, address: str | None) -> None:
             log_to_driver=True,
             configure_logging=True,
             _temp_dir=str(_seclusion.folder),
-            _system_config={"gcs_rpc_server_reconnect_timeout_s": GCS_TIMEOUT_S},
+            _system_config={
+                "gcs_rpc_server_reconnect_timeout_s": GCS_TIMEOUT_S,
+                "worker_niceness": 0,  # Ray's own 15 leaves a worker next to nothing beside any other busy process
+            },
         )
     finally:
         constants.ENABLE_RAY_CLUSTER = clusters

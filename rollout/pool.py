@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from policies.openmp import waiting_variables
 from policies.policy import Policy, digest
 from rollout.cluster import Cluster
 from rollout.cluster import start_ray as start_ray
@@ -158,7 +159,7 @@ class RayPool:
         actor = self.ray.remote(Worker).options(
             num_cpus=self.threads,
             num_gpus=1 if self.device == "cuda" else 0,
-            runtime_env={"env_vars": limits | {"TOKENIZERS_PARALLELISM": "false"}},
+            runtime_env={"env_vars": limits | waiting_variables() | {"TOKENIZERS_PARALLELISM": "false"}},
         )
         return actor.remote(*self.arguments)
 

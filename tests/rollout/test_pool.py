@@ -20,6 +20,7 @@ import ray
 import torch
 
 import rollout.pool
+from policies.openmp import WAITING
 from policies.policy import Policy, digest
 from rollout.engine import RolloutError
 from rollout.group import Prompt, RolloutGroup
@@ -196,6 +197,13 @@ def test_an_error_in_a_worker_arrives_as_it_is_and_the_pool_goes_on(pool, expect
     with pytest.raises(ValueError, match="^rollout.stop_token_ids: 999"):
         pool.sample(PROMPTS, replace(PARAMS, stop_token_ids=(999,)))
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
+
+
+def test_workers_wait_briefly_for_their_threads_and_are_as_important_as_the_learner(pool, monkeypatch):
+    def seen(worker) -> tuple:
+        return {name: os.environ.get(name) for name in WAITING}, os.nice(0)
+
+    assert ray.get([call(worker, seen) for worker in pool.workers]) == [(WAITING, os.nice(0))] * 2
 
 
 # ---- workers that die ----
