@@ -37,7 +37,7 @@ class DataOptions(Options):
     holdout_seed: int = 0
     """Another number holds out other problems. The run's `seed` does not, so that all seeds can be compared."""
     prompt_column: str = "question"
-    """The column that becomes the prompt."""
+    """The column that becomes the prompt: text, or chat messages (template: chat)."""
     solution_column: str = "answer"
     """The column with the gold solution; rewards receive it under its own name."""
     template: str = "{question}\n"

@@ -19,6 +19,7 @@ from grpo.json_file import parse_json, unfit
 from grpo.reasoning_gym_tasks import COUNT, PREFIX, reasoning_gym_problems
 from grpo.word_problems import word_problems
 from rewards.gsm8k import gold_answer
+from rewards.protocol import text_of
 
 GSM8K = "openai/gsm8k:main"
 GSM8K_COPIES = ("data/gsm8k", "../shared/data/gsm8k")  # train.jsonl and test.jsonl here spare the hub
@@ -38,6 +39,9 @@ _CALCULATOR_MARK = re.compile(r"<<[-+*/().=\d]*>>")
 class Example:
     """One problem. `solution` is ready to train on (`clean_solution`); `columns` go to the rewards.
 
+    `messages` are the prompt where the data has it as a chat (TRL's conversational form); `question` is then what its
+    last message says.
+
     >>> Example("gsm8k/train/0", "2 + 3 = ?", "2 + 3 = 5\\n#### 5",
     ...         {"question": "2 + 3 = ?", "answer": "2 + 3 = <<2+3=5>>5\\n#### 5"}).example_id
     'gsm8k/train/0'
@@ -47,6 +51,7 @@ class Example:
     question: str
     solution: str
     columns: dict[str, Any] = field(default_factory=dict)
+    messages: list[dict[str, Any]] | None = None
 
 
 def beyond_context(text: str, context: int) -> str | None:
@@ -93,10 +98,10 @@ def load_examples(
       with its configuration behind a colon (`owner/name:config`),
     - a folder that holds `{split}.jsonl` (or .json, .parquet, .csv), or such a file, whatever `split` is.
 
-    All columns of a row go to the rewards; question and solution also do as `question` and `answer` where the
-    row has no columns of these names. `solution_column=None` is for data without solutions. `check` says what else
-    is wrong with the columns of an example, or None. `contexts` says by column how many tokens there is room for:
-    a text that cannot fit is a bad row.
+    The prompt column holds text, or chat messages of which the last one is the user's. All columns of a row go to the
+    rewards; question and solution also do as `question` and `answer` where the row has no columns of these names.
+    `solution_column=None` is for data without solutions. `check` says what else is wrong with the columns of an
+    example, or None. `contexts` says by column how many tokens there is room for: a text that cannot fit is a bad row.
 
     Raises FileNotFoundError for a missing file, and ValueError for held-out data loaded with purpose "train",
     an unknown name, no rows, a missing column and bad rows (the first ten with number and reason).
@@ -135,7 +140,7 @@ def load_examples(
         numbered = enumerate(_load_dataset(name, config or None, split=split), start=1)
     checks = [check] if check else []
     if purpose == "train":
-        checks.insert(0, lambda columns: GSM8K_TEST if is_gsm8k_test_question(columns.values()) else None)
+        checks.insert(0, lambda columns: GSM8K_TEST if is_gsm8k_test_question(_texts(columns.values())) else None)
     rows = list(islice(numbered, limit))
     checks += [partial(_beyond, name, context) for name, context in (contexts or {}).items()]
     return _checked(rows, prefix, str(path or source), prompt_column, solution_column, checks)
@@ -289,6 +294,10 @@ def _fault(row: Any, needed: list[str]) -> str | None:
         return TOO_MANY_FIELDS
     for column in needed:
         value = row.get(column)
+        if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+            if fault := _fault_of_chat(value, "user" if column == needed[0] else "assistant"):
+                return f"{column!r} {fault}"
+            value = text_of(value)
         if value is None:
             return f"{column!r} is missing"
         if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -301,14 +310,37 @@ def _fault(row: Any, needed: list[str]) -> str | None:
 
 
 def _beyond(column: str, context: int, columns: Mapping[str, Any]) -> str | None:
-    fault = beyond_context(columns[column], context)
+    value = columns[column]
+    text = value if isinstance(value, str) else "".join(message["content"] for message in value)
+    fault = beyond_context(text, context)
     return f"{column!r} {fault}" if fault else None
 
 
+def _fault_of_chat(messages: list[dict[str, Any]], last: str) -> str | None:
+    """What is wrong with chat messages in TRL's conversational form, or None."""
+    for message in messages:
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            return f'has a message that is not {{"role": text, "content": text}}: {str(message)[:60]}'
+    if messages[-1]["role"] != last:
+        return f"is a chat that does not end with a message of the {last}"
+    return None
+
+
+def _texts(values: Iterable[Any]) -> Iterable[Any]:
+    """The values, and what the messages of chats among them say."""
+    for value in values:
+        yield value
+        if isinstance(value, list):
+            yield from (message.get("content") for message in value if isinstance(message, dict))
+
+
 def _example(example_id: str, row: dict[str, Any], prompt_column: str, solution_column: str | None) -> Example:
-    question, solution = str(row[prompt_column]), ""
-    columns = {"question": question, **row, prompt_column: question}
+    asked, solution = row[prompt_column], ""
+    messages = asked if isinstance(asked, list) else None
+    question = text_of(messages) if messages else str(asked)
+    columns = {"question": question, **row, prompt_column: messages or question}
     if solution_column is not None:
-        solution = str(row[solution_column])
+        found = row[solution_column]
+        solution = text_of(found) if isinstance(found, list) else str(found)
         columns = {"answer": solution, **columns, solution_column: solution}
-    return Example(example_id, question, clean_solution(solution), columns)
+    return Example(example_id, question, clean_solution(solution), columns, messages)

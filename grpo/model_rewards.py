@@ -171,7 +171,8 @@ class _Classifier(_Model):
         if not self.options.chat:
             return list(self.tokenizer(prompt.text + completion.text)["input_ids"]), 0
         question = prompt.columns.get("question", prompt.text)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": completion.text}]
+        messages = prompt.messages or [{"role": "user", "content": question}]
+        messages = [*messages, {"role": "assistant", "content": completion.text}]
         return list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]), 0
 
     def _score(self, token_ids_BT: Tensor, lengths_B: Tensor, starts_B: Tensor) -> Tensor:

@@ -49,16 +49,39 @@ class PromptTemplate:
     def render(self, example: Example, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
         """The text of the prompt. Only "chat" needs the tokenizer."""
         if not self.is_chat:
+            if example.messages and [message["role"] for message in example.messages] != ["user"]:
+                raise ValueError(
+                    f"format={self.format!r}: the prompt of {example.example_id} is a chat of several messages; use "
+                    "template: chat"
+                )
             shots = [f"{self._fill(shot)}{shot.solution}\n\n" for shot in self.few_shot]
             return "".join([*shots, self._fill(example)])
         if tokenizer is None or not tokenizer.chat_template:
             raise ValueError("format='chat': the tokenizer has no chat template; use a format string instead")
-        messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return str(tokenizer.apply_chat_template(self.messages(example), add_generation_prompt=True, tokenize=False))
+
+    def messages(self, example: Example) -> list[dict[str, Any]] | None:
+        """What the chat template is rendered from: system message, worked examples as turns, the prompt.
+
+        None for a format string. Raises ValueError where both the template and the data bring a system message.
+        """
+        if not self.is_chat:
+            return None
+        messages: list[dict[str, Any]] = []
+        if self.system_prompt:
+            messages.append({"role": "system", "content": self.system_prompt})
+            if example.messages and example.messages[0]["role"] == "system":
+                raise ValueError(
+                    f"system_prompt={self.system_prompt!r}: the prompt of {example.example_id} begins with a system "
+                    "message of its own; drop system_prompt"
+                )
+        asked = _turns(example)
+        if asked[0]["role"] == "system":  # stays in front of the worked examples
+            messages.append(asked.pop(0))
         for shot in self.few_shot:
-            messages.append({"role": "user", "content": shot.question})
+            messages += [turn for turn in _turns(shot) if turn["role"] != "system"]
             messages.append({"role": "assistant", "content": shot.solution})
-        messages.append({"role": "user", "content": example.question})
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return [*messages, *asked]
 
     def content(self, example: Example) -> str:
         """The columns that the prompt shows, without the words of the template: what makes this problem this one.
@@ -67,8 +90,10 @@ class PromptTemplate:
         ...     Example("0", "Who?", "Ada", {"context": "Ada wrote it.", "page": 3}))
         'Ada wrote it.\\nWho?'
         """
+        if self.is_chat:
+            return "\n".join(turn["content"] for turn in _turns(example) if turn["role"] != "system")
         columns = {**example.columns, "question": example.question}
-        names = ["question"] if self.is_chat else dict.fromkeys(self._fields())
+        names = dict.fromkeys(self._fields())
         return "\n".join(str(columns.get(name, "")) for name in names)
 
     def _fields(self) -> list[str]:
@@ -82,6 +107,10 @@ class PromptTemplate:
         if unknown := [name for name in self._fields() if name not in columns]:
             raise ValueError(f"format={self.format!r} asks for {{{unknown[0]}}}; the columns are {', '.join(columns)}")
         return self.format.format_map(columns)
+
+
+def _turns(example: Example) -> list[dict[str, Any]]:
+    return list(example.messages or [{"role": "user", "content": example.question}])
 
 
 def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> Prompt:
@@ -98,7 +127,7 @@ def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template
             token_ids = token_ids[:-1]  # some tokenizers close every text, and a prompt must stay open
     if not token_ids:
         raise ValueError(f"the prompt of {example.example_id} has no tokens: {text!r}")
-    return Prompt(example.example_id, text, token_ids, example.columns)
+    return Prompt(example.example_id, text, token_ids, example.columns, template.messages(example))
 
 
 class PromptStream:

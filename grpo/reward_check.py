@@ -129,6 +129,7 @@ class _Trial:
         self.function, self.examples = function, examples
         self.row_of = {example.example_id: i for i, example in enumerate(examples)}
         self.prompts = [f"{example.question}\n" for example in examples]
+        self.messages = [e.messages or [{"role": "user", "content": e.question}] for e in examples]
         self.probes: list[list[Probe]] = probes(examples)
 
     def score(self, scorer: Scorer, *, backwards: bool = False) -> Scores:
@@ -153,6 +154,7 @@ class _Trial:
                 prompt_ids=[self.examples[i].example_id for i in rows],
                 completion_ids=ids if scorer.asks_for("completion_ids") else None,
                 trainer_state=STATE,
+                messages=[self.messages[i] for i in rows],
             )
         except RewardFailed as error:
             i = self.row_of[error.failure.prompt_id]
@@ -162,7 +164,9 @@ class _Trial:
     def dry_run(self, scorer: Scorer) -> float | None:
         """The score of the first gold solution."""
         try:
-            return scorer.dry_run(self.prompts[0], self.examples[0].solution, self.examples[0].columns).rewards[0]
+            first = self.examples[0]
+            tried = scorer.dry_run(self.prompts[0], first.solution, first.columns, messages=self.messages[0])
+            return tried.rewards[0]
         except RewardFailed as error:
             raise self.failed(error.failure, 0, self.probes[0][0]) from None
 

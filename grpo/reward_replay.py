@@ -97,6 +97,7 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
                 rows,
                 prompt_ids=[group[0]["prompt_id"] for group in groups],
                 completion_ids=[[line["token_ids"] for line in group] for group in groups],
+                messages=[group[0].get("messages") for group in groups],
                 trainer_state={"global_step": step - 1, "max_steps": settings["steps"], "epoch": 0.0},
                 completion_columns=[
                     {name: [_number(line["extras"].get(name)) for line in group] for name in models} for group in groups

@@ -284,6 +284,7 @@ def _rollout_lines(group: RolloutGroup, score: GroupScore, advantages: list[Any]
         {
             "prompt_id": group.prompt.prompt_id,
             "prompt": group.prompt.text,
+            **({"messages": group.prompt.messages} if group.prompt.messages else {}),
             "sample": sample,
             "text": completion.text,
             "token_ids": completion.token_ids,

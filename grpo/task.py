@@ -69,11 +69,12 @@ class Task:
             both = _two_splits(data, load, wanted, heldout, heldout_split, heldout_levels or data.levels)
         self.train, self.heldout = both[0][:wanted], both[1][:heldout]
         known = self.train or self.heldout
-        if not self.template.is_chat:
-            self.template.render(known[0])
         shown, self.train = self.train[: data.few_shot], self.train[data.few_shot :]
         self._refuse_overlap(shown, met, data)
         self.template = replace(self.template, few_shot=shown)
+        messages = self.template.messages(known[0])  # raises for a chat that cannot be made
+        # A chat template is the model's, and no model is loaded yet: the bare question then stands in for its text.
+        prompt = known[0].question if self.template.is_chat else self.template.render(known[0])
         self.solution_column = data.solution_column
         self.trainer_state: dict[str, float] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
         specs = [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
@@ -91,7 +92,7 @@ class Task:
         )
         try:
             columns = known[0].columns | dict.fromkeys(self.models.names, 0.0)
-            gold = self.scorer.dry_run(known[0].question, known[0].solution, columns)
+            gold = self.scorer.dry_run(prompt, known[0].solution, columns, messages=messages)
             self.models.load(device_of(device))
         except BaseException:
             self.scorer.close()
@@ -228,6 +229,7 @@ class Task:
             completion_ids=[[c.token_ids for c in group.completions] for group in groups],
             completion_columns=columns,
             trainer_state=self.trainer_state,
+            messages=[group.prompt.messages for group in groups],
         )
         self.models.record(scores, columns)
         self.verdicts.see_scores(scores)

@@ -153,9 +153,10 @@ class rollout_func:
                 chosen, add_generation_prompt=True, tokenize=True, return_dict=True, **options
             )["input_ids"]
         first = trainer.accelerator.process_index * len(chosen)
+        chats = [None if isinstance(prompt, str) else prompt for prompt in chosen]
         return [
-            Prompt(f"trl/{mode}/{first + i}", str(prompt), list(ids))
-            for i, (prompt, ids) in enumerate(zip(chosen, encoded, strict=True))
+            Prompt(f"trl/{mode}/{first + i}", str(chosen[i]), list(ids), messages=chats[i])
+            for i, ids in enumerate(encoded)
         ]
 
     def _report(self, groups: Sequence[RolloutGroup], step: int, trainer: GRPOTrainer) -> None:

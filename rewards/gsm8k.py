@@ -97,9 +97,13 @@ def _gold_answer(text: str) -> Decimal:
 def gsm8k(prompts: list | None, completions: Completions, answer: list[str], mode: Mode = "strict", **_) -> list[float]:
     """1.0 where the completion's final number equals the gold one, else 0.0. Raises ValueError for a bad gold.
 
+    TRL hands every column of the data to a reward: a list for `mode` is a column of that name, and is not meant.
+
     >>> gsm8k(None, ["#### 1,234", "#### 12"], answer=["#### 1234", "#### 1234"])
     [1.0, 0.0]
     """
+    if isinstance(mode, list) and len(mode) == len(completions):
+        mode = "strict"
     pairs = zip(completions, answer, strict=True)
     return [float(gold_answer(gold) == extract_answer(text_of(text), mode)) for text, gold in pairs]
 

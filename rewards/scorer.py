@@ -11,7 +11,7 @@ from typing import Any
 
 from rewards.group_score import LARGEST, FailurePolicy, GroupScore, GroupTally, RewardFailed, RewardFailure
 from rewards.isolation import ThisProcess, WorkerPool
-from rewards.protocol import PROVIDED, RewardError, RightAt, Signature, did_you_mean
+from rewards.protocol import PROVIDED, Messages, RewardError, RightAt, Signature, did_you_mean
 from rewards.registry import find_reward
 
 logger = logging.getLogger(__name__)
@@ -51,11 +51,12 @@ class _Group:
     prompt_id: str
     completion_ids: list[list[int]] | None
     completion_columns: Mapping[str, Sequence[Any]]
+    messages: Messages | None = None  # of the prompt
 
     def only(self, sample: int) -> _Group:
         ids = None if self.completion_ids is None else [self.completion_ids[sample]]
         own = {name: [values[sample]] for name, values in self.completion_columns.items()}
-        return _Group(self.prompt, [self.completions[sample]], self.columns, self.prompt_id, ids, own)
+        return replace(self, completions=[self.completions[sample]], completion_ids=ids, completion_columns=own)
 
     def renamed(self, names: Mapping[str, str]) -> _Group:
         """With the columns that `names` maps parameters to under the parameters' names as well."""
@@ -100,7 +101,7 @@ class _Function:
         names = self._columns([*groups[0].columns, *per_completion])
         request: dict[str, Any] = {
             "function": self.index,
-            "prompts": [group.prompt for group in groups],
+            "prompts": [(group.messages if self.spec.chat else None) or group.prompt for group in groups],
             "completions": [group.completions for group in groups],
             "columns": {
                 name: [self._value(group, name) for group in groups] for name in names if name not in per_completion
@@ -126,8 +127,12 @@ class _Function:
         """The columns to send: those it names, and the others if it takes `**kwargs`."""
         signature = self.signature
         # A built-in's parameters with a default are options: a column that happens to be called `mode` is not meant.
-        meant = signature.optional if self.source.path else self.spec.columns
-        optional = [name for name in signature.optional if name in columns and name in meant]
+        if wrong := [n for n in signature.optional if n in self.spec.columns and not self.source.path]:
+            raise RewardError(
+                f"reward {self.spec.function!r}: columns has {wrong[0]}={self.spec.columns[wrong[0]]}, but this is "
+                f"one value for all rows; bind it, arguments: {{{wrong[0]}: ...}}"
+            )
+        optional = [name for name in signature.optional if name in columns and self.source.path]
         rest = [name for name in dict.fromkeys(columns) if signature.takes_rest and not signature.asks_for(name)]
         taken = (*PROVIDED, *self.spec.arguments)
         return [name for name in (*signature.required, *optional, *rest) if name not in taken]
@@ -214,30 +219,34 @@ class Scorer:
         completion_ids: Sequence[Sequence[Sequence[int]]] | None = None,
         trainer_state: Mapping[str, Any] | None = None,
         completion_columns: Sequence[Mapping[str, Sequence[Any]]] | None = None,
+        messages: Sequence[Messages | None] | None = None,
     ) -> list[GroupScore]:
         """Score P groups of completions at once: prompts [P], completions [P][G], columns [P], prompt_ids [P].
 
         A reward is the weighted sum over the functions that did not abstain, None where all of them did.
         `completion_ids` [P][G][L] and `trainer_state` (JSON-able; it arrives as an object: `trainer_state.global_step`)
         are for functions that ask for them. `completion_columns` [P]{name: [G]} are columns with a value for every
-        completion, such as a reward model's score; they win over a column of the same name. Raises RewardError: see
-        the class.
+        completion, such as a reward model's score; they win over a column of the same name. `messages` [P] are the chat
+        messages of the prompts, for functions with `chat`; without them the prompt is one message of the user. Raises
+        RewardError: see the class.
         """
         ids = [None] * len(prompts) if completion_ids is None else completion_ids
         own = [{}] * len(prompts) if completion_columns is None else completion_columns
-        parts = (prompts, completions, columns, prompt_ids, ids, own)
+        chats = [None] * len(prompts) if messages is None else messages
+        parts = (prompts, completions, columns, prompt_ids, ids, own, chats)
         if len(set(map(len, parts))) > 1:
             raise RewardError(
-                "prompts, completions, columns, prompt_ids, completion_ids and completion_columns have the lengths "
+                "prompts, completions, columns, prompt_ids, completion_ids, completion_columns and messages "
+                "have the lengths "
                 f"{', '.join(str(len(part)) for part in parts)}; give one of each per group"
             )
         groups = []
-        for prompt, texts, row, prompt_id, tokens, values in zip(*parts, strict=True):
+        for prompt, texts, row, prompt_id, tokens, values, chat in zip(*parts, strict=True):
             for name, there in {"completion_ids": tokens, **values}.items():
                 if there is not None and len(there) != len(texts):
                     raise RewardError(f"prompt {prompt_id!r}: {len(there)} {name}, {len(texts)} completions")
             tokens = None if tokens is None else [list(sample) for sample in tokens]
-            groups.append(_Group(prompt, list(texts), row, prompt_id, tokens, values))
+            groups.append(_Group(prompt, list(texts), row, prompt_id, tokens, values, chat))
         return self._score(groups, trainer_state, self._policy)
 
     def dry_run(
@@ -248,6 +257,7 @@ class Scorer:
         *,
         completion_ids: Sequence[int] | None = None,
         trainer_state: Mapping[str, Any] | None = None,
+        messages: Messages | None = None,
     ) -> GroupScore:
         """Score one row, twice in one batch, before any model is loaded: the score of a group of two.
 
@@ -256,7 +266,7 @@ class Scorer:
         """
         tokens = list(completion.encode(errors="replace") if completion_ids is None else completion_ids)
         state = trainer_state or {"global_step": 0, "max_steps": 1, "epoch": 0.0}
-        group = _Group(prompt, [completion] * 2, columns, "dry run", [tokens] * 2, {})
+        group = _Group(prompt, [completion] * 2, columns, "dry run", [tokens] * 2, {}, messages)
         return self._score([group], state, FailurePolicy("abort"), rerun=False)[0]
 
     def right_at(self, label: str) -> RightAt:

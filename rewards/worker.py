@@ -142,7 +142,8 @@ class LoadedReward:
         except KeyboardInterrupt:  # Ctrl-C, where this is the user's own process
             raise
         except BaseException as error:  # SystemExit too: a reward does not end the worker
-            return {"kind": "raised", "message": _describe(error, self.path)}
+            hint = "" if self.chat else _expects_messages(error)
+            return {"kind": "raised", "message": _describe(error, self.path) + hint}
         if len(rewards) != len(completions):
             message = f"returned {len(rewards)} rewards for {len(completions)} completions"
             return {"kind": "wrong_length", "message": message}
@@ -175,6 +176,14 @@ def _number(value: Any) -> float | dict | None:
 def plain(value: Any) -> Any:
     """What JSON makes of a logged extra that it does not know."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _expects_messages(error: BaseException) -> str:
+    """The way out where a function seems to index the strings that it gets as if they were chat messages."""
+    signs = {TypeError: "string indices must be integers", AttributeError: "'str' object has no attribute"}
+    if not any(isinstance(error, kind) and sign in str(error) for kind, sign in signs.items()):
+        return ""
+    return "; it gets strings. If it reads chat messages, say chat: true beside its name"
 
 
 def _describe(error: BaseException, path: str | None) -> str:

@@ -16,6 +16,8 @@ FinishReason = Literal["stop", "length", "abort"]
 class Prompt:
     """One prompt as the policy sees it. `columns` travel to the reward functions by name.
 
+    `messages` are the chat messages that a chat template made `text` from, for rewards with `chat: true`.
+
     >>> Prompt("gsm8k/train/0", "2 + 3 = ?", [17, 4, 21], {"answer": "#### 5"}).columns["answer"]
     '#### 5'
     """
@@ -24,6 +26,7 @@ class Prompt:
     text: str
     token_ids: list[int]
     columns: dict[str, Any] = field(default_factory=dict)
+    messages: list[dict[str, Any]] | None = None
 
 
 @dataclass
