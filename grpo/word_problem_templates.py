@@ -28,7 +28,6 @@ NAMES = tuple(PRONOUNS)
 THINGS = ("apples", "books", "cards", "marbles", "pens", "shells", "stamps", "toys")
 
 _EQUATION = re.compile(r"\{(\w)\} ([-+*/]) \{(\w)\} = \{(\w)\}")
-_DONE = re.compile(r"(\d+) ([-+]) (\d+) = \d+")
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 
@@ -84,31 +83,8 @@ class Template:
         """Question and answer; the answer ends `#### N`."""
         numbers = self.numbers(operands)
         words = {"name": name, "He": PRONOUNS[name], "things": things, **numbers}
-        lines = [_DONE.sub(_worked, step.format_map(words)) for step in self.steps]
+        lines = [step.format_map(words) for step in self.steps]
         return self.question.format_map(words), "\n".join([*lines, f"#### {numbers[self.equations[-1][-1]]}"])
-
-
-def _worked(equation: re.Match[str]) -> str:
-    """A sum or difference of larger numbers, ones and tens apart, as one writes it before one knows it by heart.
-
-    Its parts are small or round, so that a policy can work out numbers that it has not met together.
-
-    >>> _worked(_DONE.match("7 + 28 = 35")), _worked(_DONE.match("43 - 8 = 35")), _worked(_DONE.match("37 - 32 = 5"))
-    ('7 + 28 = 7 + 8 + 20 = 15 + 20 = 35', '43 - 8 = 13 - 8 + 30 = 5 + 30 = 35', '37 - 32 = 37 - 30 - 2 = 7 - 2 = 5')
-    """
-    left, sign, right = int(equation[1]), equation[2], int(equation[3])
-    if sign == "+":
-        small, large = sorted((left, right))
-        ones, tens = large % 10, large - large % 10
-        steps = [f"{small} + {ones} + {tens}", f"{small + ones} + {tens}"] if ones and tens else []
-    elif right >= 10:
-        ones, tens = right % 10, right - right % 10
-        steps = [f"{left} - {tens} - {ones}", f"{left - tens} - {ones}"] if ones else []
-    else:
-        ones = left % 10 if left % 10 >= right else left % 10 + 10
-        tens = left - ones
-        steps = [f"{ones} - {right} + {tens}", f"{ones - right} + {tens}"] if left >= 20 and ones > right else []
-    return " = ".join([f"{left} {sign} {right}", *steps, str(_OPERATORS[sign](left, right))])
 
 
 @dataclass(frozen=True)

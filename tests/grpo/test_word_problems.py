@@ -27,15 +27,10 @@ def check_arithmetic(problem):
         assert sorted(integers(facts)) == sorted(integers(question)), (question, facts)
     at_hand = integers(question)
     for line in lines:
-        equation = re.fullmatch(r"[A-Za-z ]+? (\d+ [-+*/] \d+ =[-+= \d]*? \d+)[a-z ]+\.", line)[1]
-        asked, *between, result = equation.split(" = ")
-        (a, b), c = integers(asked), int(result)
+        left, sign, right, result = re.fullmatch(r"[A-Za-z ]+ (\d+) ([-+*/]) (\d+) = (\d+)[a-z ]+\.", line).groups()
+        a, b, c = int(left), int(right), int(result)
         true = {"+": a + b == c, "-": a == b + c, "*": a * b == c, "/": a == b * c}
-        assert true[asked.split()[1]], line
-        for sums in between:
-            signed = [int(number) for number in sums.replace("- ", "-").replace("+ ", "").split()]
-            assert sum(signed) == c, line
-            assert all(-number < c + b for number in signed), line
+        assert true[sign], line
         assert {a, b} <= set(at_hand), (question, line)
         at_hand.append(c)
     assert last == f"#### {at_hand[-1]}"
@@ -97,8 +92,7 @@ def test_each_template_answers_what_its_words_ask():
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_numbers_are_at_least_two_so_that_plurals_are_right(split):
     for problem in some_of_every_level(split):
-        counted = re.findall(r"(\d+)(?= [a-z]|\.)", problem["question"] + problem["answer"])
-        assert min(map(int, counted)) >= 2, problem
+        assert min(integers(problem["question"] + problem["answer"])) >= 2, problem
         assert not re.search(r"[{}]|  ", problem["question"] + problem["answer"])
         assert re.fullmatch(r"([A-Z][\w ,]+\. )+How many [\w ]+\?", problem["question"])
 
@@ -199,7 +193,7 @@ def test_the_same_problems_on_every_machine():
             "answer": (
                 "The bags hold 4 * 25 = 100 apples.\n"
                 "The boxes hold 8 * 22 = 176 apples.\n"
-                "In all there are 100 + 176 = 100 + 6 + 170 = 106 + 170 = 276 apples.\n"
+                "In all there are 100 + 176 = 276 apples.\n"
                 "#### 276"
             ),
             "level": 4,
