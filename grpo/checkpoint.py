@@ -12,7 +12,6 @@ if the new one never arrived).
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from policies.atomic import fsync as _fsync
+from policies.digests import fault, write_digests
 from policies.file_mode import heed_umask
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
@@ -91,14 +91,18 @@ def save(
     return target
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint whose sizes and hashes are right; else raise CheckpointError, naming the file."""
+def load(path: Path, only: Collection[str] | None = None) -> Checkpoint:
+    """Read a checkpoint whose sizes and hashes are right; else raise CheckpointError, naming the file.
+
+    `only` names the mappings of tensors that are wanted, None is all of them.
+    """
     if fault := _fault(path):
         before = takewhile(lambda other: other != path, saved(path.parent).values())
         earlier = [other for other in before if not _fault(other)]
         way_out = f"resume from {earlier[-1]}" if earlier else "none before it is intact: start a new run"
         raise CheckpointError(f"checkpoint {path} is damaged: {fault}; {way_out}")
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    files = [file for file in sorted(path.glob("*.safetensors")) if only is None or file.stem in only]
+    tensors = {file.stem: load_file(file) for file in files}
     return Checkpoint(tensors=tensors, **json.loads((path / STATE).read_text()))
 
 
@@ -125,6 +129,11 @@ def discard_after(root: Path, step: int) -> list[Path]:
     return stale
 
 
+def newest(root: Path) -> Path | None:
+    """For readers beside a living run: nothing is repaired. None if there is no checkpoint."""
+    return next(reversed(saved(root).values()), None)
+
+
 def saved(root: Path) -> dict[int, Path]:
     """The checkpoints in `root` by step, ascending."""
     found = ((int(path.name[5:]), path) for path in root.glob("step_*") if path.name[5:].isdecimal())
@@ -138,24 +147,14 @@ def _write(folder: Path, tensors: Tensors, document: str) -> None:
         save_file(own, folder / f"{name}.safetensors")
     heed_umask(folder)
     (folder / STATE).write_text(document)
-    files = {file.name: _size_and_hash(file) for file in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    write_digests(folder, MANIFEST)
     for path in [*folder.iterdir(), folder]:
         _fsync(path)
 
 
 def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words, or None."""
-    try:
-        expected = dict(json.loads((path / MANIFEST).read_text())["files"])
-        listed = set(expected) | {file.name for file in path.glob("*.safetensors")} | {STATE}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({error!r})"
-    for name in sorted(listed):
-        found = _size_and_hash(path / name) if (path / name).is_file() else "missing"
-        if found != expected.get(name):
-            return f"{name} is {found}, {MANIFEST} says {expected.get(name)}"
-    return None
+    return fault(path, MANIFEST, needed=[STATE])
 
 
 def _remove(path: Path) -> None:
@@ -169,11 +168,6 @@ def _recover(root: Path) -> None:
         target = root / former.name.removeprefix(".").removesuffix(".replaced")
         if not target.exists():
             os.replace(former, target)
-
-
-def _size_and_hash(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def _why_not_written(target: Path, tensors: Tensors, document: str, error: Exception) -> str:

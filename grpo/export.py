@@ -36,6 +36,7 @@ from grpo.model_card import Origin, model_card
 from grpo.run_policy import RECORD, PolicySource, find_policy, load_found
 from policies import lora, presets
 from policies.contradictions import FIXED_FIELDS
+from policies.digests import DIGESTS, check_policy
 from policies.file_mode import heed_umask
 from policies.layout import WeightFiles, find_file
 from policies.policy import Policy, read_config
@@ -147,7 +148,9 @@ def _write_merged(source: PolicySource, run: Run, folder: Path) -> None:
     if not WeightFiles(source.folder).shapes:  # reads headers: a damaged file is not passed on
         raise ExportError(f"{source.folder} holds no safetensors; let the run end: --resume auto")
     config = read_config(source.folder)
-    shutil.copytree(source.folder, folder, ignore=shutil.ignore_patterns(RECORD))  # it names a checkpoint of the run
+    check_policy(Path(source.folder))
+    # What is exported may be edited, and the record names a checkpoint of the run.
+    shutil.copytree(source.folder, folder, ignore=shutil.ignore_patterns(DIGESTS, RECORD))
     if isinstance(config, DeepseekV3Config):  # a policy that was saved before we wrote these fields
         file = folder / "config.json"
         fields = json.loads(file.read_text(encoding="utf-8")) | FIXED_FIELDS
@@ -163,11 +166,12 @@ def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
         raise ExportError(
             f"the base of {run.folder} is preset {run.base!r}, random weights that nobody has; drop --adapter"
         )
-    newest = source.checkpoint or checkpoint.find(run.folder / "checkpoints", "auto")
+    newest = source.checkpoint or checkpoint.newest(run.folder / "checkpoints")
     if newest is None:
         raise ExportError(f"{run.folder} has no checkpoint, where adapters are kept; drop --adapter")
-    policy = load_found(find_policy(str(newest)), _options(run))
+    policy = load_found(source if source.checkpoint else find_policy(str(newest)), _options(run))
     if source.checkpoint is None:
+        check_policy(Path(source.folder))
         _refuse_other_base(policy, source.folder, run.base)
     _refuse_moved_parts(policy, run.base)
     folder.mkdir()

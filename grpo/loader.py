@@ -13,6 +13,7 @@ from grpo.agreement import check_agreement
 from grpo.config import ModelOptions, MTPOptions
 from grpo.threads import threads_for
 from policies import presets
+from policies.digests import check_policy
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from rollout.sampling import SamplingParams
 
@@ -117,6 +118,7 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = ()) -> Policy:
     if model in presets.PRESETS:
         policy = presets.build(model, corpus, options.seed).cast(dtype)
     else:
+        check_policy(Path(model))
         policy = Policy.load(model, dtype, add_mtp=options.add_mtp, seed=options.seed)
     if not options.threads:
         torch.set_num_threads(threads_for(sum(parameter.numel() for parameter in policy.trunk.parameters())))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from grpo import checkpoint
@@ -20,15 +21,19 @@ from grpo.options import load
 from grpo.resume import base_changed
 from grpo.yaml_file import read_yaml
 from policies import presets
+from policies.atomic import write_file
 from policies.policy import Policy, PolicyError
 
 # In policy/ and best_policy/ of a run: {"step": 160, "checkpoint": SHA-256 of the manifest of that step's checkpoint}
 RECORD = "training.json"
+PARTS = ("policy", "draft")  # of a checkpoint: those that sample
 
 
 @dataclass(frozen=True)
 class PolicySource:
     """`folder` holds the policy; `meaning` says in words what it is; `step` is the run's, where it is known.
+
+    A checkpoint is read when it is found: its run may remove it soon after.
 
     >>> find_policy("runs/demo")
     PolicySource(folder='runs/demo/policy', meaning='the end of the run', checkpoint=None, step=160)
@@ -38,6 +43,7 @@ class PolicySource:
     meaning: str
     checkpoint: Path | None = None
     step: int | None = None
+    saved: checkpoint.Checkpoint | None = field(default=None, compare=False, repr=False)
 
 
 def save_policy(policy: Policy, folder: Path, step: int) -> None:
@@ -45,31 +51,30 @@ def save_policy(policy: Policy, folder: Path, step: int) -> None:
 
     A copy of the run says the same: no file time is looked at.
     """
-    policy.save(folder)
+    policy.save(folder, digests=True)
     path = checkpoint.saved(folder.parent / "checkpoints").get(step)
-    record = {"step": step, "checkpoint": _digest(path) if path else None}
-    (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    write_file(folder / RECORD, json.dumps({"step": step, "checkpoint": _digest(path) if path else None}) + "\n")
 
 
 def find_policy(model: str) -> PolicySource:
     """What `model` (a preset, a folder, a hub id, a run, or a checkpoint inside a run) means.
 
-    Raises PolicyError for a run that has saved nothing yet.
+    Raises PolicyError for a run that has saved nothing yet, CheckpointError for a checkpoint that is damaged.
     """
     folder = Path(model)
     if (folder / checkpoint.MANIFEST).is_file():
-        return PolicySource(model, f"a checkpoint of {folder.parent.parent}", folder, _step_of(folder))
+        meaning = f"a checkpoint of {folder.parent.parent}"
+        return PolicySource(model, meaning, folder, _step_of(folder), checkpoint.load(folder, PARTS))
     if not (folder / "environment.json").is_file():
         return PolicySource(model, "as given", step=_record(folder).get("step"))
-    newest = checkpoint.find(folder / "checkpoints", "auto")
     if (folder / "policy").is_dir():
-        step = _record(folder / "policy").get("step")
-        meaning = "the end of the run"
+        meaning, newest = "the end of the run", checkpoint.newest(folder / "checkpoints")
         if newest and _went_on(folder, newest):
             meaning = f"where the run ended first; it went on, to evaluate that name {newest}"
-        return PolicySource(str(folder / "policy"), meaning, step=step)
-    if newest:
-        return PolicySource(str(newest), "the newest checkpoint; the run has not ended", newest, _step_of(newest))
+        return PolicySource(str(folder / "policy"), meaning, step=_record(folder / "policy").get("step"))
+    if found := _newest(folder / "checkpoints"):
+        path, saved = found
+        return PolicySource(str(path), "the newest checkpoint; the run has not ended", path, _step_of(path), saved)
     if (folder / "warm_start").is_dir():
         return PolicySource(str(folder / "warm_start"), "the warm start; no step of GRPO is saved yet")
     raise PolicyError(f"model={model!r} is a run that has not saved a policy yet; go on with it: --resume auto")
@@ -108,7 +113,7 @@ def _step_of(checkpoint_folder: Path) -> int | None:
 
 def load_found(source: PolicySource, options: ModelOptions) -> Policy:
     """The policy of `source` on its device. Raises PolicyError or CheckpointError for what cannot be loaded."""
-    if source.checkpoint is None:
+    if source.checkpoint is None or source.saved is None:
         return load_policy(options.model_copy(update={"model": source.folder}))
     run = source.checkpoint.parent.parent
     file = run / "config.yaml"
@@ -121,13 +126,12 @@ def load_found(source: PolicySource, options: ModelOptions) -> Policy:
         )
     update = {"model": base, "add_mtp": config.add_mtp, "seed": config.seed}
     policy = load_policy(options.model_copy(update=update))
-    saved = checkpoint.load(source.checkpoint)
-    tensors = saved.tensors
+    tensors = source.saved.tensors
     if isinstance(config, TrainConfig):
         if config.lora:
             policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
             same_precision = options.dtype == config.dtype  # in another one every weight has other bits
-            if same_precision and (changed := base_changed(policy, saved, f"model={base!r}")):
+            if same_precision and (changed := base_changed(policy, source.saved, f"model={base!r}")):
                 raise PolicyError(changed)
     else:
         policy.draft_ids = tensors["draft"]["ids"].to(policy.device) if "draft" in tensors else None
@@ -142,3 +146,14 @@ def _copy(tensors: Mapping[str, Tensor], policy: Policy, where: Path) -> None:
         raise PolicyError(f"{where} holds tensors that its run's model does not have: {wrong[:5]}")
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
+
+
+def _newest(root: Path) -> tuple[Path, checkpoint.Checkpoint] | None:
+    """The newest checkpoint, read. One that its run removes meanwhile gives way to a newer one."""
+    while newest := checkpoint.newest(root):
+        try:
+            return newest, checkpoint.load(newest, PARTS)
+        except (checkpoint.CheckpointError, OSError, SafetensorError):
+            if newest.is_dir():
+                raise
+    return None

@@ -180,7 +180,7 @@ class Trainer:
                 ranks=self.ranks,
             )
             self.run_log.event("warm_start_done", seconds=round(results["seconds"], 1), folder=str(folder))
-            policy.save(folder)
+            policy.save(folder, digests=True)
             shutil.rmtree(steps, ignore_errors=True)
             return load_policy(config.model_copy(update={"model": str(folder)}))
         return self._load(config.model_copy(update={"model": str(folder)}))

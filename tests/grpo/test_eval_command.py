@@ -4,16 +4,18 @@ import json
 import math
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from grpo import eval_report
+from grpo import checkpoint, eval_command, eval_report
 from grpo.batch import PackedRow, Sample
 from grpo.cli import main
 from grpo.config import TrainConfig
 from grpo.eval_command import evaluate_model, peak_memory_gib
+from grpo.export import export
 from grpo.inference_config import EvalConfig, defaults_of_run
 from grpo.options import ConfigError, load
 from grpo.perplexity import Perplexity, gold_perplexity
@@ -140,6 +142,85 @@ def test_an_unfinished_run_is_its_newest_checkpoint_and_says_so(unfinished):
     assert sampled.length_mean == then["eval/completion_length_mean"]
     [before] = [row for row in rows if row["step"] == 0 and "eval/reward_mean" in row]
     assert sampled.reward_mean != pytest.approx(before["eval/reward_mean"], abs=1e-6)  # two steps have changed it
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_evaluated_all_the_same(unfinished, tmp_path, monkeypatch):
+    folder, task = tmp_path / "run", eval_command.Task
+    shutil.copytree(unfinished / "stopped", folder)
+
+    def rotated(*arguments, **named):
+        shutil.rmtree(folder / "checkpoints")
+        return task(*arguments, **named)
+
+    monkeypatch.setattr(eval_command, "Task", rotated)
+    evaluation = evaluate_model(_config(folder), QUIET)
+    assert evaluation.source.checkpoint == folder / "checkpoints/step_000002"
+    assert evaluation.results["sampled"].completions
+
+
+@pytest.mark.parametrize("moment", ["fault", "load_file"])
+def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_the_newer_one(
+    unfinished, tmp_path, monkeypatch, moment
+):
+    folder, real, removed = tmp_path / "run", getattr(checkpoint, moment), []
+    shutil.copytree(unfinished / "stopped", folder)
+
+    def rotated(*arguments, **named):
+        if not removed:
+            removed.append(1)
+            os.rename(folder / "checkpoints/step_000002", folder / "checkpoints/step_000004")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(checkpoint, moment, rotated)
+    found = find_policy(str(folder))
+    assert found.checkpoint == folder / "checkpoints/step_000004"
+    assert set(found.tensors) == {"policy"}
+
+
+def test_a_reader_repairs_nothing_in_a_run_that_may_be_alive(unfinished, tmp_path):
+    """Between two renames of a save the former checkpoint is hidden; put back, it would fail that save."""
+    folder = tmp_path / "run"
+    shutil.copytree(unfinished / "stopped", folder)
+    os.rename(folder / "checkpoints/step_000002", folder / "checkpoints/.step_000002.replaced")
+    assert find_policy(str(folder)).checkpoint == folder / "checkpoints/step_000001"
+    assert (folder / "checkpoints/.step_000002.replaced").is_dir()
+
+
+def _change(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json", "generation_config.json"])
+def test_a_policy_that_is_not_what_its_run_wrote_is_refused_by_name(unfinished, tmp_path, name):
+    run, stopped = tmp_path / "run", tmp_path / "stopped"
+    shutil.copytree(unfinished / "run", run)
+    shutil.copytree(unfinished / "stopped", stopped)
+    (run / "policy/notes.txt").write_text("a file of mine harms nothing")
+    find_policy(str(run))
+    load_found(find_policy(str(run)), _config(run))
+    _change(run / "policy" / name)
+    _change(stopped / "warm_start" / name)
+    for folder in (run, stopped):
+        with pytest.raises(PolicyError, match=rf"is damaged: {name} is .*digests.json says .*; restore the file"):
+            evaluate_model(_config(folder), QUIET)
+    for folder in (run, stopped):
+        with pytest.raises(PolicyError, match=f"is damaged: {name} is "):
+            export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_policy_that_was_changed_on_purpose_is_accepted_without_its_digests(unfinished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(unfinished / "run", run)
+    (run / "policy/generation_config.json").write_text(
+        (run / "policy/generation_config.json").read_text().replace("{", '{"top_k": 7,', 1)
+    )
+    (run / "policy/digests.json").unlink()
+    load_found(find_policy(str(run)), _config(run))
+    export(run, tmp_path / "out")
+    assert not (tmp_path / "out/digests.json").exists()
 
 
 def test_a_checkpoint_of_a_run_can_be_named(unfinished):

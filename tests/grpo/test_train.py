@@ -557,6 +557,17 @@ def test_a_run_that_was_cut_off_between_its_last_evaluation_and_its_policy_recor
     assert [line["step"] for line in lines if "reward/mean" in line] == [1, 2, 3]
 
 
+def test_a_damaged_warm_start_is_refused_by_a_resume(micro_config, tmp_path):
+    with pytest.raises(Stopped):
+        Trainer(micro_config(tmp_path / "r"), stop_after=1).run()
+    file = tmp_path / "r/warm_start/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(PolicyError, match="warm_start' is damaged: model.safetensors is .*digests.json says"):
+        Trainer(micro_config(tmp_path / "r"), resume="auto").run()
+
+
 def test_steps_of_a_warm_start_that_is_done_go_when_the_run_goes_on(micro_config, tmp_path):
     with pytest.raises(Stopped):
         Trainer(micro_config(tmp_path / "r"), stop_after=1).run()
