@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from grpo import checkpoint
+from grpo.checkpoint import Checkpoint
 from grpo.config import ModelOptions, TrainConfig
 from grpo.loader import load_policy
 from grpo.mtp_config import MtpConfig
@@ -43,7 +44,7 @@ class PolicySource:
     meaning: str
     checkpoint: Path | None = None
     step: int | None = None
-    saved: checkpoint.Checkpoint | None = field(default=None, compare=False, repr=False)
+    saved: Checkpoint | None = field(default=None, compare=False, repr=False)
 
 
 def save_policy(policy: Policy, folder: Path, step: int) -> None:
@@ -148,7 +149,7 @@ def _copy(tensors: Mapping[str, Tensor], policy: Policy, where: Path) -> None:
         own[name].copy_(tensor)
 
 
-def _newest(root: Path) -> tuple[Path, checkpoint.Checkpoint] | None:
+def _newest(root: Path) -> tuple[Path, Checkpoint] | None:
     """The newest checkpoint, read. One that its run removes meanwhile gives way to a newer one."""
     while newest := checkpoint.newest(root):
         try:
