@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from policies.atomic import fsync as _fsync
-from policies.digests import fault, write_digests
+from policies.digests import digests, fault
 from policies.file_mode import heed_umask
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
@@ -147,7 +147,7 @@ def _write(folder: Path, tensors: Tensors, document: str) -> None:
         save_file(own, folder / f"{name}.safetensors")
     heed_umask(folder)
     (folder / STATE).write_text(document)
-    write_digests(folder, MANIFEST)
+    (folder / MANIFEST).write_text(digests(folder))
     for path in [*folder.iterdir(), folder]:
         _fsync(path)
 

@@ -23,6 +23,7 @@ from grpo.resume import base_changed
 from grpo.yaml_file import read_yaml
 from policies import presets
 from policies.atomic import write_file
+from policies.digests import write_digests
 from policies.policy import Policy, PolicyError
 
 # In policy/ and best_policy/ of a run: {"step": 160, "checkpoint": SHA-256 of the manifest of that step's checkpoint}
@@ -52,9 +53,10 @@ def save_policy(policy: Policy, folder: Path, step: int) -> None:
 
     A copy of the run says the same: no file time is looked at.
     """
-    policy.save(folder, digests=True)
+    policy.save(folder)
     path = checkpoint.saved(folder.parent / "checkpoints").get(step)
     write_file(folder / RECORD, json.dumps({"step": step, "checkpoint": _digest(path) if path else None}) + "\n")
+    write_digests(folder)
 
 
 def find_policy(model: str) -> PolicySource:

@@ -37,6 +37,7 @@ from grpo.task import Task
 from grpo.threads import with_threads
 from grpo.tied_steps import TiedSteps
 from grpo.warm_start import warm_start
+from policies.digests import write_digests
 from policies.policy import Policy
 from rewards.group_score import RewardFailed
 from rollout.group import Prompt
@@ -180,7 +181,8 @@ class Trainer:
                 ranks=self.ranks,
             )
             self.run_log.event("warm_start_done", seconds=round(results["seconds"], 1), folder=str(folder))
-            policy.save(folder, digests=True)
+            policy.save(folder)
+            write_digests(folder)
             shutil.rmtree(steps, ignore_errors=True)
             return load_policy(config.model_copy(update={"model": str(folder)}))
         return self._load(config.model_copy(update={"model": str(folder)}))

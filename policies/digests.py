@@ -8,15 +8,23 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from policies.atomic import write_file
 from policies.layout import PolicyError
 
 DIGESTS = "digests.json"  # of a policy's folder
 
 
-def write_digests(folder: Path, name: str = DIGESTS) -> None:
+def digests(folder: Path) -> str:
     """Of all the files that are in `folder` now: {"files": {"config.json": {"bytes": .., "sha256": ".."}, ..}}."""
-    files = {file.name: size_and_hash(file) for file in sorted(folder.iterdir())}
-    (folder / name).write_text(json.dumps({"files": files}, indent=1))
+    return json.dumps(
+        {"files": {file.name: size_and_hash(file) for file in sorted(folder.iterdir()) if file.is_file()}}, indent=1
+    )
+
+
+def write_digests(folder: Path) -> None:
+    """For `check_policy`, beside the files of a policy that is complete."""
+    (folder / DIGESTS).unlink(missing_ok=True)
+    write_file(folder / DIGESTS, digests(folder))
 
 
 def fault(folder: Path, name: str, needed: Collection[str] = ()) -> str | None:

@@ -37,7 +37,6 @@ from policies import lora
 from policies.atomic import write_folder
 from policies.attention import ATTENTION, Packing
 from policies.contradictions import FIXED_FIELDS, contradictions
-from policies.digests import write_digests
 from policies.file_mode import heed_umask
 from policies.layout import (
     PolicyError,
@@ -212,11 +211,8 @@ class Policy(nn.Module):
             own[name].copy_(tensor)
         self.draft_ids = None if draft_ids is None else draft_ids.to(self.device, copy=True)
 
-    def save(self, folder: str | Path, *, digests: bool = False) -> None:
-        """Write the checkpoint, adapters merged, complete or not at all. Raises PolicyError where the disk refuses.
-
-        `digests`: with the hashes of its files, see `check_policy`.
-        """
+    def save(self, folder: str | Path) -> None:
+        """Write the checkpoint, adapters merged, complete or not at all. Raises PolicyError where the disk refuses."""
         folder = Path(folder)
         state = lora.merged_state(self.trunk)
         if self.mtp is not None:
@@ -234,8 +230,6 @@ class Policy(nn.Module):
                 self.tokenizer.save_pretrained(partial)
                 if self.draft_ids is not None:
                     write_draft_vocabulary(partial, self.draft_ids)
-                if digests:
-                    write_digests(partial)
         except (OSError, SafetensorError) as error:
             what = f"cannot write the policy to {folder}: {error}; needs {sum(t.nbytes for t in state.values())} bytes"
             raise PolicyError(f"{what}: make room or use another disk; what was saved before is intact") from error
