@@ -15,11 +15,9 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +27,7 @@ from rich.progress import Progress
 
 from grpo import environment
 from grpo.console import Terminal, progress_bars, sample_table, step_line, visible
+from grpo.json_lines import append_line, json_line, open_lines
 from grpo.metrics import check
 from grpo.resume import differences
 from grpo.run_lock import RunLock
@@ -91,11 +90,11 @@ class RunLog:
         if resume_step is not None:
             _truncate(output_dir, resume_step)
         self.unwritten: dict[str, Any] | None = None
-        self._metrics, self._events = (_open_lines(output_dir / f"{name}.jsonl") for name in ("metrics", "events"))
+        self._metrics, self._events = (open_lines(output_dir / f"{name}.jsonl") for name in ("metrics", "events"))
         former = [json.loads(line) for line in _whole_lines(output_dir / "metrics.jsonl")]
         self._former_evaluations = {line["step"] for line in former if _is_evaluation(line)}
         if unwritten is not None and unwritten not in former:
-            _append(self._metrics, unwritten)
+            append_line(self._metrics, unwritten)
         self._describe_run(config_yaml, resume_step if resumes else None)
         self._trackers = [start(name, output_dir, config_yaml, resume_step or 0) for name in tracker_names]
 
@@ -114,7 +113,7 @@ class RunLog:
             self._former_evaluations.remove(step)
             _keep_lines(self.output_dir, lambda line: line["step"] != step or not _is_evaluation(line))
             self._metrics.close()
-            self._metrics = _open_lines(self.output_dir / "metrics.jsonl")
+            self._metrics = open_lines(self.output_dir / "metrics.jsonl")
         named = {name if "/" in name else f"eval/{name}": value for name, value in results.items()}
         shown = "  ".join(f"{name} {value:.4g}" for name, value in self._record(step, named).items())
         self.say(f"step {step:5d}  {shown}")
@@ -134,7 +133,7 @@ class RunLog:
         """
         advantages = [_plain(row) for row in advantages]
         lines = [
-            _json({"step": step, "draw": draw} | line)
+            json_line({"step": step, "draw": draw} | line)
             for draw, group, score, row in zip(draws or [0] * len(groups), groups, scores, advantages, strict=True)
             for line in _rollout_lines(group, score, row)
         ]
@@ -147,7 +146,9 @@ class RunLog:
 
         `unshown` goes into the record alone.
         """
-        _append(self._events, {"time": datetime.now(UTC).isoformat(), "event": event} | fields | dict(unshown or {}))
+        append_line(
+            self._events, {"time": datetime.now(UTC).isoformat(), "event": event} | fields | dict(unshown or {})
+        )
         self._events_seen[event] += 1
         if self._events_seen[event] > SHOWN_PER_EVENT:
             return
@@ -214,7 +215,7 @@ class RunLog:
             finite["log/not_finite"] = len(bad)
             self.event("not_finite", step=step, metrics=bad)
         self.unwritten = {"step": step} | dict(sorted((dict.fromkeys(values) | finite).items()))
-        _append(self._metrics, self.unwritten)
+        append_line(self._metrics, self.unwritten)
         self.unwritten = None
         self._warn_of_undocumented(values)
         for tracker in list(self._trackers):
@@ -326,56 +327,9 @@ def _is_evaluation(line: Mapping[str, Any]) -> bool:
     return any(name.startswith("eval/") for name in line)
 
 
-def _open_lines(path: Path) -> FileIO:
-    """For lines at the end; half a line that a killed writer has left there goes."""
-    stream = path.open("ab+", buffering=0)
-    end = stream.seek(0, os.SEEK_END)
-    while end and os.pread(stream.fileno(), 1, end - 1) != b"\n":
-        end -= 1
-    stream.truncate(end)
-    return stream
-
-
 def _whole_lines(path: Path) -> list[str]:
     """The lines of a file without a last one that is being written, or was when the writer was killed."""
     return path.read_text().split("\n")[:-1]
-
-
-def _append(stream: FileIO, values: dict[str, Any]) -> None:
-    """A whole line or, where the disk refuses it, none."""
-    line = _json(values).encode()
-    with _naming(stream.name):
-        end = stream.seek(0, os.SEEK_END)
-        try:
-            while line:
-                line = line[stream.write(line) :]
-        except OSError:
-            stream.truncate(end)
-            raise
-
-
-@contextmanager
-def _naming(path: Path | str) -> Iterator[None]:
-    """A full disk says on its own no file name."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _json(values: dict[str, Any]) -> str:
-    try:
-        return json.dumps(values, allow_nan=False, default=str) + "\n"
-    except ValueError:
-        return json.dumps(_null_for_nan(values), allow_nan=False, default=str) + "\n"
-
-
-def _null_for_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _null_for_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_null_for_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(name: str, value: Any) -> float:

@@ -543,7 +543,7 @@ def test_contract_9_supervised_fine_tuning_resumes_to_the_same_bits(micro_preset
     ("owner", "name", "call", "error"),
     [
         (Learner, "sft_step", 4, NonFiniteStep("the loss is nan")),
-        (run_log, "_append", 4, OSError(28, "No space left on device")),  # one evaluation, then one a step
+        (run_log, "append_line", 4, OSError(28, "No space left on device")),  # one evaluation, then one a step
         (Learner, "_update", 4, OSError(28, "No space left on device")),
     ],
 )

@@ -263,7 +263,7 @@ def test_a_failure_that_cannot_be_saved_is_told_as_it_is(micro_config, tmp_path,
 
 def test_a_run_whose_events_cannot_be_written_either_is_saved_and_told(micro_config, whole, tmp_path, monkeypatch):
     """Events and metrics are on a full disk, checkpoints on another one."""
-    folder, append = tmp_path / "run", run_log._append
+    folder, append = tmp_path / "run", run_log.append_line
     with monkeypatch.context() as patch:
 
         def full(stream, values):
@@ -271,7 +271,7 @@ def test_a_run_whose_events_cannot_be_written_either_is_saved_and_told(micro_con
                 raise OSError(errno.ENOSPC, "No space left", stream.name)
             append(stream, values)
 
-        patch.setattr(run_log, "_append", full)
+        patch.setattr(run_log, "append_line", full)
         with pytest.raises(OSError, match="metrics.jsonl"):
             Trainer(micro_config(folder, **SMALL)).run()
     assert list(checkpoint.saved(folder / "checkpoints")) == [2]

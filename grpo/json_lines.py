@@ -1,0 +1,59 @@
+"""Files of one JSON object a line, which grow at their end: every line is whole, or not there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+
+def open_lines(path: Path) -> FileIO:
+    """For lines at the end; half a line that a killed writer has left there goes."""
+    stream = path.open("ab+", buffering=0)
+    end = stream.seek(0, os.SEEK_END)
+    while end and os.pread(stream.fileno(), 1, end - 1) != b"\n":
+        end -= 1
+    stream.truncate(end)
+    return stream
+
+
+def append_line(stream: FileIO, values: dict[str, Any]) -> None:
+    """A whole line or, where the disk refuses it, none."""
+    line = json_line(values).encode()
+    with _naming(stream.name):
+        end = stream.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[stream.write(line) :]
+        except OSError:
+            stream.truncate(end)
+            raise
+
+
+@contextmanager
+def _naming(path: Path | str) -> Iterator[None]:
+    """A full disk says on its own no file name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def json_line(values: dict[str, Any]) -> str:
+    try:
+        return json.dumps(values, allow_nan=False, default=str) + "\n"
+    except ValueError:
+        return json.dumps(_null_for_nan(values), allow_nan=False, default=str) + "\n"
+
+
+def _null_for_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _null_for_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_for_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
