@@ -1,5 +1,6 @@
 """Several processes: the gradients of one, and nobody left hanging when one of them fails."""
 
+import copy
 import json
 import os
 import signal
@@ -11,11 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from two_ranks import gradients, groups_of
 
-from grpo import checkpoint
-from grpo.distributed import ALONE, join
+from grpo import checkpoint, distributed
+from grpo.config import BalanceOptions, LearnerOptions, LossOptions, MTPOptions
+from grpo.distributed import ALONE, Team, join
+from grpo.learner import Learner
 from grpo.run_log import read_metrics, read_rollouts
+from grpo.word_problems import word_problems
+from policies.presets import build
 
 HERE = Path(__file__).parent
 
@@ -68,6 +75,69 @@ def test_one_process_where_several_were_asked_for_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     with pytest.raises(ValueError, match="--cpu starts one process .* use accelerate launch --multi_gpu"):
         join(cpu=True)
+
+
+def _learned(ranks) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Gradients and metrics of one step."""
+    corpus = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=50)]
+    learner = Learner(
+        build("micro", corpus, 0),
+        LearnerOptions(tokens_per_micro_batch=40, max_grad_norm=1e9),
+        MTPOptions(depth=2),
+        LossOptions(top_entropy_quantile=0.5, entropy_coef=0.01),
+        balance=BalanceOptions(bias_rate=0.01),
+        ranks=ranks,
+    )
+    metrics = learner.step(learner.prepare(*groups_of(5)), 2)
+    return gradients(learner), {name: value for name, value in metrics.items() if not name.startswith("time/")}
+
+
+class TwoRanks:
+    """torch.distributed for two ranks that run in turn, in one process, for several rounds.
+
+    A call combines what its rank hands in with what the other rank handed in at the same place of the round before.
+    What depends on one exchange is right a round later, so after as many rounds as exchanges depend on each other
+    both ranks have the sums that two processes would have.
+    """
+
+    ReduceOp, DistError = dist.ReduceOp, dist.DistError
+
+    def __init__(self) -> None:
+        self.rank, self.before, self.now = 0, {0: [], 1: []}, {0: [], 1: []}
+
+    def exchange(self, value):
+        """The values of both ranks. In the first round the other rank has given none: then the own value, twice."""
+        own, other = self.now[self.rank], self.before[1 - self.rank]
+        own.append(copy.deepcopy(value))
+        theirs = other[len(own) - 1] if len(own) <= len(other) else value
+        return [value, theirs] if self.rank == 0 else [theirs, value]
+
+    def all_reduce(self, tensor, op=dist.ReduceOp.SUM):
+        total = sum(part.clone() for part in self.exchange(tensor))
+        tensor.copy_(total / 2 if op == dist.ReduceOp.AVG else total)
+
+    def all_gather_object(self, parts, own):
+        parts[:] = self.exchange(own)
+
+
+def test_contract_15_two_ranks_give_the_gradients_of_one(micro_preset, monkeypatch):
+    """The arithmetic of several ranks without their processes, which the slow test below has."""
+    one, expected = _learned(ALONE)
+    world = TwoRanks()
+    monkeypatch.setattr(distributed, "dist", world)
+    for _ in range(4):
+        results = []
+        for rank in (0, 1):
+            world.rank, world.now[rank] = rank, []
+            team = object.__new__(Team)
+            team.rank, team.size, team.device = rank, 2, torch.device("cpu")
+            results.append(_learned(team))
+        world.before = dict(world.now)
+    for two, metrics in results:
+        assert one.keys() == two.keys()
+        for name, gradient in one.items():
+            assert torch.linalg.vector_norm(gradient - two[name]) <= 1e-5 * torch.linalg.vector_norm(gradient), name
+        assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.slow

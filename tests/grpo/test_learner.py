@@ -141,9 +141,10 @@ def _head_outputs(policy: Policy, ids: list[int], hidden: torch.Tensor, start: i
     return outputs
 
 
-def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy, temperature):
     policy, depth = micro_policy(1), 4
-    learner = _learner(policy, mtp=2.0, depth=depth)
+    learner = _learner(policy, mtp=2.0, depth=depth, temperature=temperature)
     rows = _rows(policy, seed=1)
     tokens = sum(row.num_completion_tokens for row in rows)
     weights = [1.0, 0.6, 0.36, 0.216]
@@ -160,8 +161,8 @@ def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy):
                 for (d, n), output in _head_outputs(policy, ids, hidden, first, depth).items():
                     assert (packed[d - 1][b, start + n - first] - output).abs().max() < 1e-4
                     if n + d < len(ids):  # the drafted token belongs to the completion, and has a teacher
-                        teacher = policy.trunk.lm_head(hidden[n + d - 1]).log_softmax(-1)
-                        draft = policy.trunk.lm_head(output).log_softmax(-1)
+                        teacher = (policy.trunk.lm_head(hidden[n + d - 1]) / temperature).log_softmax(-1)
+                        draft = (policy.trunk.lm_head(output) / temperature).log_softmax(-1)
                         expected_loss += weights[d - 1] / sum(weights) * (teacher.exp() * (teacher - draft)).sum()
                 start += len(sample.token_ids)
         loss = learner._head_loss(mini, out, learner._teaching(rows, step=1), Counter())
@@ -505,6 +506,54 @@ def test_a_tied_batch_still_feels_the_kl_and_the_entropy_bonus(micro_policy, giv
     assert not _same(before, _snapshot(learner))
 
 
+def test_contract_2_the_old_policy_is_scored_at_the_temperature_of_the_new_one(micro_policy):
+    """Where nothing moves between two updates, their ratio is 1."""
+    policy = micro_policy(0)
+    learner = _learner(policy, temperature=0.7, updates_per_batch=2)
+    for group in learner.optimizer.param_groups:
+        group["peak"] = 0.0
+    metrics = learner.step(learner.prepare(_groups(policy), _scores()), 1)
+    assert metrics["learner/updates"] == 2
+    assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics["policy/clip_fraction"] == 0.0
+
+
+def test_the_entropy_bonus_has_the_gradient_of_the_mean_entropy(micro_policy):
+    """By transformers' own forward. All groups are tied, so that nothing else has a gradient."""
+    policy, temperature = micro_policy(0), 0.7
+    by_hand, groups = copy.deepcopy(policy), _groups(policy)
+    learner = _learner(policy, entropy_coef=0.3, temperature=temperature, learning_rate=1e-9)
+    learner.step(learner.prepare(groups, _scores([[1.0] * 3] * 3)), 1)
+    entropies = []
+    for group in groups:
+        for completion in group.completions:
+            ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
+            logits = by_hand.trunk(input_ids=ids).logits[0, len(group.prompt.token_ids) - 1 : -1] / temperature
+            entropies.append(torch.distributions.Categorical(logits=logits).entropy())
+    (-0.3 * torch.cat(entropies).mean()).backward()
+    expected = {name: g for name, g in _gradients(by_hand.trunk).items() if g.norm() > 1e-7}
+    assert len(expected) > 10
+    got = _gradients(policy.trunk)
+    _assert_close({name: got[name] for name in expected}, expected, relative=1e-4)
+
+
+@pytest.mark.parametrize(("share", "step", "taught"), [(0.5, 1, [1, 3]), (0.5, 2, [0, 2]), (0.25, 3, [3])])
+def test_a_share_of_the_groups_teaches_the_head_with_the_whole_weight(micro_policy, share, step, taught):
+    """Whatever share of a step teaches, each of its tokens counts as if it were the whole step."""
+    lengths = ((4, 2, 6), (1, 5, 3), (2, 2, 3), (5, 1, 1))
+    groups = _groups(micro_policy(0), lengths=lengths)
+    scores = _scores([[1.0, 0.0, 0.5]] * 4)
+    gradients, losses = [], []
+    for chosen, given in ((range(4), share), (taught, 1.0)):
+        learner = _learner(micro_policy(0), mtp=2.0, share=given)
+        batch = learner.prepare([groups[g] for g in chosen], [scores[g] for g in chosen])
+        losses.append(learner.step(batch, step)["loss/mtp"])
+        gradients.append(_gradients(learner.policy.mtp))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] > 0
+    _assert_close(*gradients)
+
+
 def test_a_loss_that_is_not_finite_changes_nothing(micro_policy):
     policy = micro_policy(0)
     learner = _learner(policy, mtp=1.0)
@@ -559,11 +608,12 @@ def test_updates_before_one_that_is_not_finite_are_counted_as_a_new_version(micr
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "unbiased"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_kl_is_zero_at_the_first_step_and_only_there(micro_policy, lora, estimator):
+def test_contract_2_the_kl_is_zero_at_the_first_step_and_only_there(micro_policy, lora, estimator):
+    """At a temperature other than 1: the reference is scored with the policy's."""
     policy = micro_policy(9)
     if lora:
         policy.add_lora(4, 8.0)
-    learner = _learner(policy, beta=0.1, kl_estimator=estimator, learning_rate=1e-2)
+    learner = _learner(policy, beta=0.1, kl_estimator=estimator, learning_rate=1e-2, temperature=0.7)
     assert (learner.reference is None) == lora  # adapters off need no copy
     batch = learner.prepare(_groups(policy, seed=9), _scores())
     first, second = learner.step(batch, 1), learner.step(batch, 2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from grpo import resume
+from grpo import checkpoint, resume
 from grpo.learner import Learner, NonFiniteStep
 from grpo.metrics import check
 from grpo.run_log import read_metrics, read_rollouts
@@ -340,6 +340,18 @@ def test_an_all_tied_run_changes_nothing_and_says_so(own, micro_config, tmp_path
     assert all(torch.equal(tensor, warm[name]) for name, tensor in trained.items())
     assert {line["policy_version"] for line in read_rollouts(tmp_path / "r", 3)} == {0}
     assert _sampled(tmp_path / "r", [1]) != _sampled(tmp_path / "r", [2])  # another step, other prompts and noise
+
+
+def test_contract_4_a_step_sees_new_noise_where_nothing_else_is_new(micro_config, tmp_path):
+    """One prompt and a policy that does not move: only the step in the key tells two rollouts apart."""
+    given = {"data.limit": 1, "prompts_per_step": 1, "steps": 2, "warm_start.steps": 0, "learner.learning_rate": 1e-30}
+    Trainer(micro_config(tmp_path / "run", **given)).run()
+    first, second = (read_rollouts(tmp_path / "run", step) for step in (1, 2))
+    assert {line["prompt_id"] for line in first + second} == {first[0]["prompt_id"]}
+    assert not {str(line["token_ids"]) for line in first} & {str(line["token_ids"]) for line in second}
+    trunks = [checkpoint.load(tmp_path / f"run/checkpoints/step_{n:06d}").tensors["policy"] for n in (1, 2)]
+    moved = [name for name in trunks[0] if not torch.equal(trunks[0][name], trunks[1][name])]
+    assert not [name for name in moved if name.startswith("trunk.")]
 
 
 def _fail_at(monkeypatch, steps: set[int]) -> None:
