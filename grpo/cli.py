@@ -61,7 +61,8 @@ def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
         # The first three are here already; the others take seconds to import.
         if not isinstance(error, ValueError | OSError | RewardError) and not isinstance(error, _expected_errors()):
             raise
-        return _fail(str(error), 128 + error.number if isinstance(error, Stopped) else EXIT_ERROR)
+        code = 128 + error.number if isinstance(error, Stopped) else EXIT_ERROR
+        return _fail(f"{_option_of(error, args)}{error}", code)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
@@ -74,6 +75,19 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from rollout.engine import RolloutError
 
     return CheckpointError, NonFiniteStep, ParityFailed, RankFailed, RecoveryDiverged, RolloutError, Stopped
+
+
+def _option_of(error: Exception, args: argparse.Namespace) -> str:
+    """`output_dir: ` for an error of the operating system about a file in the folder that this option names."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | Path):
+        return ""  # one of our own messages, which name it themselves
+    file = Path(error.filename).absolute()
+    given = {name: value for name, value in vars(args).items() if isinstance(value, Path)}
+    given |= {name: value for name, value in getattr(args, "overrides", {}).items() if isinstance(value, str | Path)}
+    named = {name: Path(value).absolute() for name, value in given.items() if str(value)}
+    of_file = [name for name, path in named.items() if file == path or path in file.parents or file in path.parents]
+    longest = max(of_file, key=lambda name: len(named[name].parts), default=None)
+    return f"{longest}: " if longest else ""
 
 
 def _fail(message: str, code: int) -> int:
@@ -290,13 +304,17 @@ def _mtp(args: argparse.Namespace) -> int:
         args.overrides = defaults_of_run(file) | {"model": str(file)} | args.overrides
         file = None
     config = load(MtpConfig, file, args.overrides, args.flags)
+    args.output_dir = config.output_dir
     if args.print_config:
         print(dump_yaml(config), end="")
         return 0
     from grpo import mtp_training, report
+    from grpo.run_log import refuse_folder
 
     if args.dry_run:
-        mtp_training.dry_run(config, report.CONSOLE)
+        refuse_folder(config.output_dir, resuming=args.resume is not None)
+        devices, disk = mtp_training.dry_run(config, report.CONSOLE)
+        report.show_memory(devices, config, disk, report.CONSOLE)
         return 0
     report.summary(mtp_training.mtp(config, resume=args.resume, stop_after=args.stop_after, force=args.force))
     return 0
@@ -317,12 +335,13 @@ def _config_to_run(args: argparse.Namespace, model: type[Config]) -> Config | No
     from grpo.options import dump_yaml, load
 
     config = load(model, args.config, args.overrides, args.flags)
+    args.output_dir = config.output_dir
     if args.print_config:
         print(dump_yaml(config), end="")
     elif args.dry_run:
         from grpo import report
 
-        report.dry_run(config)
+        report.dry_run(config, resume=args.resume, stop_after=args.stop_after, force=args.force)
     else:
         return config
     return None
@@ -397,6 +416,10 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
+    if not args.run.is_dir():
+        raise ValueError(f"RUN={args.run}: there is no such folder")
+    if not (args.run / "metrics.jsonl").is_file():
+        raise ValueError(f"RUN={args.run}: is no run folder (no metrics.jsonl in it)")
     from grpo.plots import plot_run
 
     for path in plot_run(args.run):

@@ -18,6 +18,7 @@ from grpo.evaluation_data import is_gsm8k_test_question, refuse_evaluation_data
 from grpo.json_file import parse_json, unfit
 from grpo.reasoning_gym_tasks import COUNT, PREFIX, reasoning_gym_problems
 from grpo.word_problems import word_problems
+from policies import hub
 from rewards.gsm8k import gold_answer
 from rewards.protocol import text_of
 
@@ -241,13 +242,17 @@ def _json_or_error(text: bytes) -> Any:
 def _load_dataset(name: str, config: str | None = None, **options: Any) -> Iterable[Any]:
     import datasets  # slow to import
 
+    why = "" if "data_files" in options else hub.unreachable()
+    if why:
+        datasets.config.HF_HUB_OFFLINE = True
+        why += ", and only what is in the cache can be had. "
     try:
         return datasets.load_dataset(name, config, **options)
     except Exception as error:
         source = ", ".join([name, *([config] if config else []), *map(str, options.values())])
         raise ValueError(
             f"could not load the dataset {source}: {error.__cause__ or error}\n"
-            "Check the name, or give a file, or a folder with train.jsonl and test.jsonl."
+            f"{why}Check the name, or give a file, or a folder with train.jsonl and test.jsonl."
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,7 +13,7 @@ import torch
 from grpo.agreement import check_agreement
 from grpo.config import ModelOptions, MTPOptions
 from grpo.threads import threads_for
-from policies import presets
+from policies import hub, presets
 from policies.digests import check_policy
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from rollout.sampling import SamplingParams
@@ -36,7 +37,11 @@ def check_model(model: str) -> None:
         hint = f"did you mean the preset {near[0]!r}?" if near else f"presets are {', '.join(presets.PRESETS)}"
         if (Path.cwd() / model).parent.is_dir() and "/" in model:
             hint += "; `make smollm2` prepares models/smollm2-135m-mla" if "smollm2" in model else ""
+        if re.fullmatch(r"[\w.-]+", model) and not model.startswith("."):
+            hint += f"; if a hub id was meant, write its owner too: OWNER/{model}"
         raise PolicyError(f"model={model!r}: there is no such folder; {hint}")
+    if why := hub.why_absent(model):
+        raise PolicyError(f"model={model!r} is neither a preset, a checkpoint folder nor a reachable hub id: {why}")
 
 
 def check_options(options: ModelOptions) -> str:

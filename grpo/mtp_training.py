@@ -9,6 +9,7 @@ One step, as told by the code below:
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import defaultdict
@@ -97,8 +98,9 @@ def _check_model(config: MtpConfig) -> str:
     return check_options(config.model_copy(update={"add_mtp": True}))
 
 
-def dry_run(config: MtpConfig, console: Console) -> None:
-    """Check data, template, rewards and model without training; print counts, and FLOPs per token of the head."""
+def dry_run(config: MtpConfig, console: Console) -> tuple[list[memory_estimate.DeviceMemory], float]:
+    """Check data, template, rewards and model without training; print counts, and FLOPs per token of the head. Returns
+    the memory by device, and the bytes on disk."""
     shape, _ = memory_estimate.read_shape(config.model_copy(update={"add_mtp": True}))
     assert isinstance(shape, DeepseekV3Config)  # others have been refused
     with torch.device("meta"):
@@ -122,7 +124,11 @@ def dry_run(config: MtpConfig, console: Console) -> None:
     table.add_row("head: FLOPs per token and pass", f"{6 * own * depth / 1e6:,.0f} M")
     table.add_row("LM head: the same", f"{(2 + 4 * depth) * shape.hidden_size * width / 1e6:,.0f} M")
     console.print(table)
-    console.print(memory_estimate.table(memory_estimate.memory_of_run(shape, True, config)))
+    learner = memory_estimate.head_learner_memory(shape, config)
+    saved = math.ceil(config.steps / config.checkpoint.every)
+    kept = min((config.checkpoint.keep or saved) + 1, saved)  # the next one is complete before the oldest goes
+    disk = learner.weights + kept * (learner.gradients + learner.moments)
+    return memory_estimate.memory_of_run(shape, True, config), disk
 
 
 class HeadTraining:

@@ -10,15 +10,20 @@ from typing import Any
 
 import torch
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerBase
 
-from grpo import environment, memory_estimate
+from grpo import environment, machine, memory_estimate
 from grpo.config import LoraOptions, SftConfig, TrainConfig
 from grpo.console import Terminal, visible
 from grpo.draft_colours import LEGEND, coloured
 from grpo.evaluate import Evaluation, Speed
+from grpo.loader import device_of
+from grpo.mtp_config import MtpConfig
 from grpo.plots import plot_quietly
+from grpo.resume import saved_state
+from grpo.run_log import refuse_folder
 from grpo.task import Task
 from rollout.group import RolloutGroup, tokens_per_forward
 
@@ -125,14 +130,32 @@ def groups_as_json(sampled: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
     ]
 
 
-def dry_run(config: SftConfig) -> None:
-    """Check data, template, rewards and model without training; print counts and estimates."""
+def dry_run(
+    config: SftConfig, *, resume: str | None = None, stop_after: int | None = None, force: bool = False
+) -> None:
+    """Check output folder, data, template, rewards and model without training, as the run with these flags would; print
+    counts, estimates, and whether this machine has what they ask for."""
+    memory_estimate.check_options(config)
+    saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=_steps(config))
+    refuse_folder(config.output_dir, resuming=resume is not None)
+    shape, head = memory_estimate.read_shape(config)
     with Task.of(config) as task:
         table = Table(title="dry run: nothing was trained", show_header=False)
-        for name, value in (*_counts(config, task), *_estimates(config)):
+        rows, disk = _estimates(config, shape, head)
+        for name, value in (*_counts(config, task), *rows):
             table.add_row(name, value)
         CONSOLE.print(table)
-    CONSOLE.print(memory_estimate.table(memory_estimate.memory_of_run(*memory_estimate.read_shape(config), config)))
+    show_memory(memory_estimate.memory_of_run(shape, head, config), config, disk, CONSOLE)
+
+
+def show_memory(
+    devices: Sequence[memory_estimate.DeviceMemory], config: SftConfig | MtpConfig, disk: float, console: Console
+) -> None:
+    """The table of memory by device, and whether this machine has so much, and `disk` bytes of disk."""
+    console.print(memory_estimate.table(devices))
+    workers = 0 if type(config) is SftConfig else config.rollout.workers
+    for line in machine.verdicts(devices, workers, device_of(config.device), config.output_dir, disk):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
@@ -151,22 +174,27 @@ def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
         yield "completions in all", f"{config.steps * prompts * group:,}"
 
 
-def _estimates(config: SftConfig) -> Iterator[tuple[str, str]]:
-    """Sizes from the config alone: the model is built without storage."""
-    shape, head = memory_estimate.read_shape(config)
+def _estimates(config: SftConfig, shape: Any, head: bool) -> tuple[list[tuple[str, str]], float]:
+    """Sizes from the config alone, and the bytes on disk: the model is built without storage."""
     with torch.device("meta"):
         total = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
     size = 2 if config.dtype == "bfloat16" else 4
     lora = config.lora if isinstance(config, TrainConfig) else None
     trained = total if lora is None else _lora_parameters(shape, lora)
-    yield "parameters", f"{total / 1e6:,.1f} M, trained {trained / 1e6:,.1f} M ({trained / total:.1%})"
-    if isinstance(config, TrainConfig):
-        learner = memory_estimate.learner_memory(shape, head, config, lora_options=lora)
-        each = learner.gradients + learner.moments + learner.reference  # trained weights are as large as gradients
-        saved = math.ceil(config.steps / config.checkpoint.every)
-        kept = min(config.checkpoint.keep or saved, saved)
-        yield "disk: checkpoints", f"{_gib(each * kept)} ({kept} kept)"
-    yield "disk: policies", _gib(total * size * (1 + (config.warm_start.steps > 0)))
+    rows = [("parameters", f"{total / 1e6:,.1f} M, trained {trained / 1e6:,.1f} M ({trained / total:.1%})")]
+    grpo = isinstance(config, TrainConfig)
+    policies = disk = total * size * (1 + (grpo and config.warm_start.steps > 0))
+    learner = memory_estimate.learner_memory(shape, head, config, lora_options=lora)
+    each = learner.gradients + learner.moments + learner.reference  # trained weights are as large as gradients
+    saved = math.ceil(_steps(config) / config.checkpoint.every)
+    kept = min(config.checkpoint.keep or saved, saved)
+    rows.append(("disk: checkpoints", f"{_gib(each * kept)} ({kept} kept)"))
+    disk += each * min(kept + 1, saved)  # the next one is complete before the oldest goes
+    return [*rows, ("disk: policies", _gib(policies))], disk
+
+
+def _steps(config: SftConfig) -> int:
+    return config.steps if isinstance(config, TrainConfig) else config.warm_start.steps
 
 
 def _lora_parameters(shape: Any, options: LoraOptions) -> int:

@@ -16,9 +16,11 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Self
 
 import zstandard
@@ -69,14 +71,11 @@ class RunLog:
     ) -> None:
         # Everything that can be refused is refused before the folder is touched.
         tracker_names = installed(trackers)
+        refuse_folder(output_dir, resuming=resume_step is not None)
         self._lock = lock or RunLock(output_dir)
         self._lock.take()
+        refuse_folder(output_dir, resuming=resume_step is not None)  # another run may have begun and ended meanwhile
         resumes = _holds_a_run(output_dir)
-        if resumes and resume_step is None:
-            raise FileExistsError(
-                f"output_dir={output_dir} already holds a run; choose another output_dir, go on with --resume auto, "
-                "or delete it"
-            )
         self.output_dir = output_dir
         self.console = console or Terminal(quiet=quiet)
         self._quiet = quiet
@@ -233,6 +232,33 @@ class RunLog:
                 check(name)
             except ValueError as error:
                 self.event("undocumented_metric", error=str(error))
+
+
+def refuse_folder(output_dir: Path, *, resuming: bool) -> None:
+    """Raises FileExistsError for a folder that holds a run, unless it is `resuming`, and OSError for one that cannot be
+    written. The folder is left as it was, also where it was not there."""
+    made: list[Path] = []
+    try:
+        holds = _holds_a_run(output_dir)
+        for folder in [] if holds else reversed([output_dir, *output_dir.parents]):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        with TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        at = next((f": {str(path)!r}" for path in output_dir.parents if str(path) == error.filename), "")
+        why = f"{error.strerror}{at}"
+        raise type(error)(f"output_dir: {output_dir} cannot be written ({why}); choose another folder") from error
+    finally:
+        for folder in reversed(made):
+            with suppress(OSError):  # somebody else has put something into it
+                folder.rmdir()
+    if holds and not resuming:
+        raise FileExistsError(
+            f"output_dir={output_dir} already holds a run; choose another output_dir, go on with --resume auto, "
+            "or delete it"
+        )
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:

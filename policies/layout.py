@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig
 from transformers.utils.hub import cached_file
 
+from policies import hub
 from policies.mtp import MTPHead
 
 Shape = tuple[int, ...]
@@ -256,6 +257,8 @@ def read_draft_vocabulary(source: str, vocabulary: int) -> Tensor | None:
 
 
 def find_file(source: str, name: str) -> str | None:
+    if not Path(source).is_dir():
+        hub.unreachable()  # else each file that is not there costs a minute of retries
     return cached_file(source, name, **OPTIONAL)
 
 

@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from policies import lora
+from policies import hub, lora
 from policies.atomic import write_folder
 from policies.attention import ATTENTION, Packing
 from policies.contradictions import FIXED_FIELDS, contradictions
@@ -314,6 +314,8 @@ class Policy(nn.Module):
 
 def read_config(source: str | Path) -> PretrainedConfig:
     """The configuration of a folder or hub id. Raises PolicyError naming fields that contradict each other."""
+    if why := hub.why_absent(source):
+        raise _unreachable(source, why)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -329,6 +331,8 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id. Raises PolicyError where it is missing or damaged, and where the generation
     config is: transformers passes over that in silence."""
     name = "generation_config.json"
+    if why := hub.why_absent(source):
+        raise _unreachable(source, why)
     try:
         if find_file(str(source), name):
             GenerationConfig.from_pretrained(source)
@@ -350,7 +354,7 @@ def _refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:
         )
 
 
-def _unreachable(source: str | Path, error: Exception) -> PolicyError:
+def _unreachable(source: str | Path, error: Exception | str) -> PolicyError:
     return PolicyError(
         f"model={str(source)!r} is neither a preset, a checkpoint folder nor a reachable hub id: {error}"
     )

@@ -361,6 +361,11 @@ def test_sft_trains_and_its_policy_samples(model, tmp_path, capsys):
         (["train", "--output_dir", "{dir}/r", "--data.name", "{dir}/none.jsonl"], "there is no file or folder"),
         (["train", "--output_dir", "{dir}/r", "--rewards", "[{function: gsm9k}]"], "gsm8k"),
         (["plot", "{dir}"], "metrics.jsonl"),
+        (["plot", "{dir}/nosuch"], "RUN={dir}/nosuch: there is no such folder"),
+        (["train", "--model", "gpt2", "--output_dir", "{dir}/r"], "write its owner too: OWNER/gpt2"),
+        (["train", "--output_dir", "{prompts}/r"], "output_dir: {prompts}/r cannot be written (Not a directory"),
+        (["train", "--output_dir", "{prompts}/r", "--dry_run"], "output_dir: {prompts}/r cannot be written"),
+        (["policy", "inspect", "{model}", "--json", "{prompts}/out.json"], "json: [Errno"),
         (["convert", "{model}", "{dir}/new"], "model_type='deepseek_v3' cannot be carried over exactly"),
         (["convert", "{model}", "{dir}"], "is not empty; remove it or name another"),
     ],
@@ -371,6 +376,7 @@ def test_what_cannot_be_done_is_one_message_and_exit_code_1(model, tmp_path, cap
     names = {"{model}": model, "{dir}": str(tmp_path), "{prompts}": str(tmp_path / "prompts.jsonl")}
     for name, value in names.items():
         words = [word.replace(name, value) for word in words]
+        message = message.replace(name, value)
     assert main(words) == 1
     shown = capsys.readouterr().err
     assert message in shown

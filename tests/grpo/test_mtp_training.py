@@ -432,10 +432,15 @@ def test_the_command_takes_a_model_or_a_file(taught, letters, tmp_path, capsys):
     words += ["--rollout.max_completion_tokens", "6", "--rollout.draft_tokens", "1", "--log.trackers", "[]"]
     words += ["--head.depth", "2", "--eval.limit", "2"]
     assert main(["mtp", str(config), *words, "--dry_run"]) == 0
-    assert "head: FLOPs per token and pass" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "head: FLOPs per token and pass" in shown
+    assert "memory: fits: about" in shown
+    assert f"disk at {tmp_path}: fits: about" in shown
     assert not (tmp_path / "a").exists()
     assert main(["mtp", str(config), *words]) == 0
     assert "after, sampled" in capsys.readouterr().out
+    assert main(["mtp", str(config), *words, "--dry_run"]) == 1
+    assert "already holds a run" in capsys.readouterr().err
     assert not find_spec("matplotlib") or (tmp_path / "a/plots/acceptance.png").is_file()
     # The run as MODEL brings its data and rewards along.
     assert main(["mtp", str(tmp_path / "a"), *words, "--output_dir", str(tmp_path / "b"), "--print-config"]) == 0

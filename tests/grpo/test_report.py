@@ -1,15 +1,20 @@
 import re
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
-from grpo import report
+from grpo import machine, report
 from grpo.config import SftConfig
 from grpo.draft_colours import pieces
 from grpo.evaluate import Evaluation, Speed
 from grpo.learner import Learner
+from grpo.memory_estimate import DeviceMemory
 from grpo.options import load
+from grpo.train import Trainer
 from policies.policy import PolicyError
 from rewards.group_score import RewardFailure
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
@@ -217,3 +222,70 @@ def test_a_dry_run_refuses_what_a_run_would(shown, micro_config, tmp_path, given
     with pytest.raises((ValueError, PolicyError), match=message):
         report.dry_run(micro_config(tmp_path / "r", **given))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_refuses_the_output_folder_that_a_run_would(shown, micro_config, tmp_path):
+    """Occupied, below a file, or where nothing can be made; with the same message, and nothing is left behind."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "taken/checkpoints").mkdir(parents=True)
+    unwritable = (tmp_path / "file", tmp_path / "file/below", Path("/proc/r"), tmp_path / ("n" * 300))
+    for folder, start in {tmp_path / "taken": "output_dir=", **dict.fromkeys(unwritable, "output_dir: ")}.items():
+        said = []
+        for refuse in (report.dry_run, lambda config: Trainer(config).run()):
+            with pytest.raises(OSError) as error:
+                refuse(micro_config(folder))
+            said.append(str(error.value))
+        assert said[0] == said[1]
+        assert said[0].startswith(f"{start}{folder}")
+        assert "choose another" in said[0]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoints", "file", "taken"]
+
+
+def test_a_dry_run_of_a_resume_is_that_of_the_run_that_goes_on(shown, micro_config, tmp_path):
+    Trainer(micro_config(tmp_path / "r", steps=1)).run()
+    report.dry_run(micro_config(tmp_path / "r", steps=1), resume="auto")
+    with pytest.raises(ValueError, match="prompts_per_step: 4 then, 3 now"):
+        report.dry_run(micro_config(tmp_path / "r", steps=1, prompts_per_step=3), resume="auto")
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        report.dry_run(micro_config(tmp_path / "r", steps=1))
+
+
+def test_a_dry_run_holds_its_estimates_against_this_machine(shown, micro_config, tmp_path, monkeypatch):
+    def told(total, free, room):
+        monkeypatch.setattr(machine, "main_memory", lambda: (total * machine.GIB, free * machine.GIB))
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=room * machine.GIB))
+        report.dry_run(micro_config(tmp_path / "new/run"))
+        return [line for line in shown.export_text().splitlines() if line.startswith(("memory: ", "disk at "))]
+
+    memory, disk = told(total=16, free=8, room=7)
+    assert re.fullmatch(r"memory: fits: about .+ GiB are needed, there are 16\.0 GiB, 8\.0 GiB of them free", memory)
+    assert disk == f"disk at {tmp_path}: fits: about 0.0 GiB are needed, there are 7.0 GiB"
+    memory, disk = told(total=16, free=0.25, room=0.0001)
+    assert memory.startswith("memory: fits only when others give some back: about")
+    assert disk.startswith(f"disk at {tmp_path}: DOES NOT FIT: about 0.0 GiB are needed, there are 0.0 GiB; ")
+    memory, _ = told(total=0.3, free=0.2, room=7)
+    assert memory.startswith("memory: DOES NOT FIT: about")
+    assert memory.endswith("learner.gradient_checkpointing: true")
+
+
+def test_every_worker_counts_and_a_warm_start_is_over_before_grpo_begins(tmp_path):
+    def peak(name, gib):
+        return DeviceMemory(name, weights=int(gib * machine.GIB))
+
+    def needed(devices, workers):
+        line, _ = machine.verdicts(devices, workers, torch.device("cpu"), tmp_path, 0)
+        return float(line.partition("about ")[2].split()[0])
+
+    assert needed([peak("learner and sampler", 2)], 0) == 2.4
+    assert needed([peak("learner", 2), peak("each of 3 workers", 1)], 3) == pytest.approx(6.6)
+    assert needed([peak("warm start", 5), peak("learner", 2), peak("the worker", 1)], 1) == pytest.approx(5.4)
+
+
+def test_the_limit_of_a_container_is_this_machines_memory(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(machine, "LIMITS", (str(limit), str(tmp_path / "none")))
+    whole, _ = machine.main_memory()
+    limit.write_text("max\n")
+    assert machine.main_memory()[0] == whole
+    limit.write_text(f"{2**28}\n")
+    assert machine.main_memory()[0] == 2**28 >= machine.main_memory()[1]

@@ -1,0 +1,67 @@
+"""Whether the hub answers, asked once and briefly: its libraries retry for a minute, and then blame a file."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from huggingface_hub import constants, try_to_load_from_cache
+
+TIMEOUT_S = 5.0
+
+
+_found: list[str] = []  # why the hub did not answer; it is asked once a process
+
+
+def unreachable() -> str:
+    """Why hub ids can only come from the cache, or empty. Then the hub's libraries are told not to try."""
+    if constants.is_offline_mode():
+        return _found[0] if _found else "HF_HUB_OFFLINE is set, so nothing is fetched"
+    if not _found:
+        why = _silence(constants.ENDPOINT)
+        _found.append(f"{constants.ENDPOINT} cannot be reached ({why})" if why else "")
+        constants.HF_HUB_OFFLINE = bool(why)
+    return _found[0]
+
+
+def _silence(endpoint: str) -> str:
+    """Empty where the hub answers, whatever it answers; else why it does not."""
+    silence = [f"no answer within {TIMEOUT_S:g} s"]
+
+    def ask() -> None:
+        silence.append(_ask(endpoint))
+
+    asking = threading.Thread(target=ask, daemon=True)  # the time limit of urllib does not bound the look-up of a name
+    asking.start()
+    asking.join(TIMEOUT_S)
+    return silence[-1]
+
+
+def _ask(endpoint: str) -> str:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=TIMEOUT_S):
+            return ""
+    except urllib.error.HTTPError:
+        return ""
+    except urllib.error.URLError as error:  # a certificate that is refused here may be known to the hub's library
+        return "" if isinstance(error.reason, ssl.SSLError) else str(error.reason)
+    except (OSError, http.client.HTTPException) as error:
+        return str(error)
+
+
+def why_absent(source: str | Path, kind: str = "model") -> str:
+    """Why the hub id `source` cannot be had here, with the way out. Empty where it may be had: it is a folder, the hub
+    answers, or there is a copy in the cache."""
+    source = str(source)
+    if Path(source).exists() or not (why := unreachable()):
+        return ""
+    if kind == "model" and isinstance(try_to_load_from_cache(source, "config.json"), str):
+        return ""
+    return (
+        f"{why}, and the cache of the hub ({constants.HF_HUB_CACHE}) has no copy of it; where there is a network, "
+        f"`hf download {source} --local-dir FOLDER` makes a folder to name here"
+    )
