@@ -16,7 +16,8 @@ from grpo.inference_config import EvalConfig
 from grpo.learner import Learner
 from grpo.loader import check_options, load_policy
 from grpo.run_log import read_metrics, read_rollouts
-from grpo.train import Stopped, Trainer
+from grpo.stopping import Stopped
+from grpo.train import Trainer
 from policies.policy import PolicyError
 
 CPU = torch.device("cpu")

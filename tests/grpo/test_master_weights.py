@@ -11,7 +11,8 @@ from grpo.config import LearnerOptions, LossOptions, MTPOptions
 from grpo.learner import Learner
 from grpo.master_weights import MasterWeights
 from grpo.run_log import read_metrics, read_rollouts
-from grpo.train import Stopped, Trainer
+from grpo.stopping import Stopped
+from grpo.train import Trainer
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
 

@@ -14,7 +14,8 @@ from grpo.batch import PackedRow, Sample, TrainingBatch
 from grpo.config import LearnerOptions, LossOptions, MTPOptions, TrainConfig, ValueOptions
 from grpo.learner import Learner
 from grpo.run_log import read_metrics, read_rollouts
-from grpo.train import Stopped, Trainer
+from grpo.stopping import Stopped
+from grpo.train import Trainer
 from grpo.value import ValueHead, explained_variance, with_token_advantages
 from policies.logprobs import token_logprobs
 from rewards.group_score import LARGEST, GroupScore
