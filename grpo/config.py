@@ -44,6 +44,9 @@ class DataOptions(Options):
     """A format string over the data's columns, or `chat` for the model's own chat template."""
     system_prompt: str | None = None
     """System message in front of every chat prompt (template: chat)."""
+    user_turn: str | None = None
+    """template: chat: a format string for the user's message, such as "Be brief.\\n\\n{examples}Question: {question}".
+    The worked examples go where {examples} is, each in the form of what follows it; without it they are turns."""
     few_shot: int = Field(default=0, ge=0)
     """Worked examples from the training split in front of every prompt."""
 

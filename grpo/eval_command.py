@@ -124,6 +124,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
         solution_column=config.solution_column,
         template=config.template,
         system_prompt=config.system_prompt,
+        user_turn=config.user_turn,
         few_shot=config.few_shot,
         holdout=config.holdout,
         holdout_seed=config.holdout_seed,
@@ -150,7 +151,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
         task.check_lengths(policy, config.max_completion_tokens)
         prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
         sampling = sampling_params(policy, config, max(config.samples, 1), config.seed)
-        sampling = replace(sampling, margin=config.margin)
+        sampling = replace(sampling, margin=config.margin, stop_strings=config.stop_strings)
         ways = {"sampled": sampling, "greedy": replace(sampling, temperature=0.0, group_size=1)}
         asked = {"sampled": config.samples > 0, "greedy": config.greedy}
         pool = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=config.prompts_per_batch)

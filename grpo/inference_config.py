@@ -6,12 +6,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from grpo.config import ModelOptions, RewardModelOptions, RewardOptions, ScoringOptions, gsm8k_reward
 
 
-class EvalConfig(ModelOptions):
+class _StopOptions(ModelOptions):
+    stop: str | list[str] = Field(default_factory=list)
+    """Texts that end a completion, as lm-evaluation-harness' `until`: generation ends with the first of them, and the
+    completion before it. One text, in which \\n is a line break, or a list such as ["Question:", "</s>"]."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        r"""In a text that is given alone, as a shell hands it over, `\n` and `\t` mean a line break and a tab."""
+        given = [self.stop.replace(r"\n", "\n").replace(r"\t", "\t")] if isinstance(self.stop, str) else self.stop
+        return tuple(given)
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, stop: str | list[str]) -> str | list[str]:
+        if stop == "" or "" in list(stop):
+            raise ValueError("an empty text would end every completion; leave it out")
+        return stop
+
+
+class EvalConfig(_StopOptions):
     """Accuracy or mean reward on held-out problems, sampled and greedy. A run folder brings data and rewards along."""
 
     data: str = "word_problems"
@@ -57,6 +76,9 @@ class EvalConfig(ModelOptions):
     """A format string over the data's columns, or `chat` for the model's own chat template."""
     system_prompt: str | None = None
     """System message in front of every chat prompt (template: chat)."""
+    user_turn: str | None = None
+    """template: chat: a format string for the user's message, such as "Be brief.\\n\\n{examples}Question: {question}".
+    The worked examples go where {examples} is, each in the form of what follows it; without it they are turns."""
     few_shot: int = Field(default=0, ge=0)
     """Worked examples from the training split in front of every prompt."""
     rewards: list[RewardOptions] = Field(default_factory=gsm8k_reward, min_length=1)
@@ -73,7 +95,7 @@ class EvalConfig(ModelOptions):
         return self
 
 
-class SampleConfig(ModelOptions):
+class SampleConfig(_StopOptions):
     """Completions of your own prompts. A run folder brings its template, worked examples, temperature and limit."""
 
     group_size: int = Field(default=4, ge=1)
@@ -128,7 +150,7 @@ def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
     if reward["on_error"] == "abort":
         reward["on_error"] = "drop_sample"
     brought = {
-        **{name: of_data[name] for name in ("template", "system_prompt", "few_shot")},
+        **{name: of_data[name] for name in ("template", "system_prompt", "user_turn", "few_shot") if name in of_data},
         **{name: rollout[name] for name in ("temperature", "max_completion_tokens", "draft_tokens")},
         **{name: run[name] for name in ("seed", "rewards")},
         "reward_models": run.get("reward_models", []),

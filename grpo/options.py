@@ -132,8 +132,13 @@ class _Override(argparse.Action):
 
 
 def _value(annotation: Any, text: str) -> Any:
-    """A value from the command line: YAML, but an option that takes text gets it as it was written."""
+    """A value from the command line: YAML, but an option that takes text gets it as it was written.
+
+    One that takes a text or a list of texts gets a list where the words begin like one, `[`, and else the text.
+    """
     members = set(_members(annotation))
+    if members == {str, list[str]} and not text.lstrip().startswith("["):
+        return text
     if members <= {str, Path, type(None)} and not (text == "null" and type(None) in members):
         return text
     try:

@@ -23,8 +23,9 @@ class PromptTemplate:
 
     `format` is a format string over the columns, in which `{question}` is the prompt column, or "chat": the
     tokenizer's chat template around the question as the user's message, after `system_prompt`, if any.
-    `few_shot` examples go first, with their solutions. Raises ValueError for a format without fields, with
-    broken braces, or with a field that the example does not have.
+    `few_shot` examples go first, with their solutions. `user_turn` is a format string for the user's message of a chat;
+    where it says {examples}, they are in that message, each in the form of what follows. Raises ValueError for a format
+    without fields, with broken braces, or with a field that the example does not have.
 
     >>> PromptTemplate("Question: {question} Answer: ").render(Example("0", "2 + 3 = ?", "5"))
     'Question: 2 + 3 = ? Answer: '
@@ -33,13 +34,19 @@ class PromptTemplate:
     format: str = "{question}\n"
     system_prompt: str | None = None
     few_shot: Sequence[Example] = ()
+    user_turn: str | None = None
 
     def __post_init__(self) -> None:
+        if self.user_turn is not None:
+            if not self.is_chat:
+                raise ValueError("user_turn needs format='chat'; with a format string, write it into the string")
+            if not set(_fields("user_turn", self._asked_form)) - {"examples"}:
+                raise ValueError(f"user_turn={self.user_turn!r} needs {{question}}, after {{examples}} if it has that")
         if self.is_chat:
             return
         if self.system_prompt is not None:
             raise ValueError("system_prompt needs format='chat'; with a format string, write it into the string")
-        if not self._fields():
+        if not _fields("format", self.format):
             raise ValueError(f"format={self.format!r} makes every prompt the same; put {{question}} into it")
 
     @property
@@ -54,8 +61,8 @@ class PromptTemplate:
                     f"format={self.format!r}: the prompt of {example.example_id} is a chat of several messages; use "
                     "template: chat"
                 )
-            shots = [f"{self._fill(shot)}{shot.solution}\n\n" for shot in self.few_shot]
-            return "".join([*shots, self._fill(example)])
+            shots = [f"{_fill('format', self.format, shot)}{shot.solution}\n\n" for shot in self.few_shot]
+            return "".join([*shots, _fill("format", self.format, example)])
         if tokenizer is None or not tokenizer.chat_template:
             raise ValueError("format='chat': the tokenizer has no chat template; use a format string instead")
         return str(tokenizer.apply_chat_template(self.messages(example), add_generation_prompt=True, tokenize=False))
@@ -75,11 +82,11 @@ class PromptTemplate:
                     f"system_prompt={self.system_prompt!r}: the prompt of {example.example_id} begins with a system "
                     "message of its own; drop system_prompt"
                 )
-        asked = _turns(example)
+        asked = self._turns(example)
         if asked[0]["role"] == "system":  # stays in front of the worked examples
             messages.append(asked.pop(0))
-        for shot in self.few_shot:
-            messages += [turn for turn in _turns(shot) if turn["role"] != "system"]
+        for shot in () if self._gathers_examples else self.few_shot:
+            messages += [turn for turn in self._turns(shot) if turn["role"] != "system"]
             messages.append({"role": "assistant", "content": shot.solution})
         return [*messages, *asked]
 
@@ -90,27 +97,52 @@ class PromptTemplate:
         ...     Example("0", "Who?", "Ada", {"context": "Ada wrote it.", "page": 3}))
         'Ada wrote it.\\nWho?'
         """
-        if self.is_chat:
-            return "\n".join(turn["content"] for turn in _turns(example) if turn["role"] != "system")
+        form = self.user_turn if self.is_chat else self.format
+        if form is None:
+            turns = example.messages or [{"role": "user", "content": example.question}]
+            return "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
         columns = {**example.columns, "question": example.question}
-        names = dict.fromkeys(self._fields())
+        names = dict.fromkeys(name for name in _fields("format", form) if name != "examples")
         return "\n".join(str(columns.get(name, "")) for name in names)
 
-    def _fields(self) -> list[str]:
-        try:
-            return [name for _, name, _, _ in string.Formatter().parse(self.format) if name is not None]
-        except ValueError as error:
-            raise ValueError(f"format={self.format!r}: {error}; write {{{{ or }}}} for a plain brace") from error
+    @property
+    def _gathers_examples(self) -> bool:
+        return self.user_turn is not None and "{examples}" in self.user_turn
 
-    def _fill(self, example: Example) -> str:
-        columns = {**example.columns, "question": example.question}
-        if unknown := [name for name in self._fields() if name not in columns]:
-            raise ValueError(f"format={self.format!r} asks for {{{unknown[0]}}}; the columns are {', '.join(columns)}")
-        return self.format.format_map(columns)
+    @property
+    def _asked_form(self) -> str:
+        """The part of `user_turn` that asks one question."""
+        return (self.user_turn or "").rpartition("{examples}")[2]
+
+    def _turns(self, example: Example) -> list[dict[str, Any]]:
+        """The messages of one problem; the last one, the user's, in the form of `user_turn`."""
+        turns = list(example.messages or [{"role": "user", "content": example.question}])
+        if self.user_turn is not None:
+            head = _fill("user_turn", self.user_turn.rpartition("{examples}")[0], example)
+            worked = [self._worked(shot) for shot in (self.few_shot if self._gathers_examples else ())]
+            turns[-1] = turns[-1] | {"content": "".join([head, *worked, self._ask(example)])}
+        return turns
+
+    def _worked(self, shot: Example) -> str:
+        asked = self._ask(shot)
+        return f"{asked}{'' if asked[-1:].isspace() else ' '}{shot.solution}\n\n"
+
+    def _ask(self, example: Example) -> str:
+        return _fill("user_turn", self._asked_form, example)
 
 
-def _turns(example: Example) -> list[dict[str, Any]]:
-    return list(example.messages or [{"role": "user", "content": example.question}])
+def _fields(key: str, form: str) -> list[str]:
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(form) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{key}={form!r}: {error}; write {{{{ or }}}} for a plain brace") from error
+
+
+def _fill(key: str, form: str, example: Example) -> str:
+    columns = {**example.columns, "question": example.question}
+    if unknown := [name for name in _fields(key, form) if name not in columns]:
+        raise ValueError(f"{key}={form!r} asks for {{{unknown[0]}}}; the columns are {', '.join(columns)}")
+    return form.format_map(columns)
 
 
 def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> Prompt:

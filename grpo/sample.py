@@ -99,7 +99,8 @@ def sample(config: SampleConfig, examples: list[Example], console: Console) -> S
     if not template.is_chat:
         template.render(examples[0])
     policy = load_found(find_policy(config.model), config)
-    params = replace(sampling_params(policy, config, config.group_size, config.seed), margin=config.margin)
+    params = sampling_params(policy, config, config.group_size, config.seed)
+    params = replace(params, margin=config.margin, stop_strings=config.stop_strings)
     for example in examples:
         if fault := beyond_context(example.question, policy.max_length):
             raise ValueError(f"--prompts, {example.example_id}: the prompt {fault}")

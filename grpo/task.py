@@ -60,7 +60,7 @@ class Task:
         a training problem or a worked example is among the held-out problems. `contexts`: see `load_examples`.
         """
         check = gold_check((reward.function, reward.columns) for reward in rewards if "answer" not in reward.arguments)
-        self.template = PromptTemplate(data.template, data.system_prompt)
+        self.template = PromptTemplate(data.template, data.system_prompt, user_turn=data.user_turn)
         load = partial(_examples, data, seed=seed, check=check, contexts=contexts)
         wanted = data.limit if train else data.few_shot
         if data.holdout:

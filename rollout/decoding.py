@@ -21,6 +21,7 @@ from rollout.drafter import Drafter, Prefilled
 from rollout.group import Completion, DraftStats, FinishReason, Prompt, RolloutGroup
 from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, row_key
 from rollout.speculative import verify_draft
+from rollout.stop_strings import StopStrings
 
 if TYPE_CHECKING:
     from rollout.engine import Engine
@@ -70,13 +71,16 @@ class Decoding:
         total, limit = len(prompts) * params.group_size, params.max_completion_tokens
         self.room = limit + self.max_depth + 1  # a forward writes S tokens behind a row's end; what it keeps is counted
         self.steps = torch.arange(self.room, device=self.device)
+        self.strings = StopStrings(engine.policy.tokenizer, params.stop_strings) if params.stop_strings else None
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=self.device)
         whole = {"dtype": torch.long, "device": self.device}
         self.token_ids = torch.zeros(total, self.room, **whole)
         self.logprobs = torch.zeros(total, self.room, device=self.device)
         self.depths = torch.zeros(total, self.room, dtype=torch.uint8, device=self.device)
         self.counts = torch.zeros(total, **whole)
-        self.stopped, self.aborted = (torch.zeros(total, dtype=torch.bool, device=self.device) for _ in range(2))
+        # `cut`: stopped by a string, and not by a token
+        flags = (torch.zeros(total, dtype=torch.bool, device=self.device) for _ in range(3))
+        self.stopped, self.aborted, self.cut = flags
         self.forwards, self.fallbacks = torch.zeros(total, **whole), torch.zeros(total, **whole)
         self.drafted, self.accepted = (torch.zeros(total, self.max_depth, **whole) for _ in range(2))
         self.routing: Tensor | None = None
@@ -239,6 +243,10 @@ class Decoding:
         is_stop = (targets[..., None] == self.stops).any(-1) & (steps < kept[:, None])
         stopped = is_stop.any(1)
         kept = torch.where(stopped, is_stop.long().argmax(1) + 1, kept)
+        cut = None
+        if self.strings is not None:
+            kept, cut = self._until_strings(live, targets, kept, stopped)
+            stopped = stopped | cut
         taken = steps < kept[:, None]
         if not bool(torch.isfinite(logprobs.where(taken, logprobs.new_zeros(())).sum())):
             broken = self._abort(live, (taken & ~torch.isfinite(logprobs)).any(1))
@@ -251,9 +259,25 @@ class Decoding:
         live.count = live.count + kept
         self.counts[live.index] = live.count
         self.stopped[live.index] |= stopped
+        if cut is not None:
+            self.cut[live.index] |= cut & stopped
         if self.drafter:
             self.drafter.keep(live, targets, hidden_RSD, kept)
         return kept
+
+    def _until_strings(
+        self, live: Rows, targets_RS: Tensor, kept_R: Tensor, stopped_R: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """How many tokens each row keeps [R] up to its first stop string, and which rows [R] end with one."""
+        assert self.strings is not None
+        kept, cut = kept_R.tolist(), [False] * len(kept_R)
+        rows = zip(live.index.tolist(), live.count.tolist(), targets_RS.tolist(), stopped_R.tolist(), strict=True)
+        for i, (index, count, targets, stopped) in enumerate(rows):
+            new = targets[: kept[i] - stopped]  # a stop token is no text
+            end = self.strings.end([*self.token_ids[index, :count].tolist(), *new], count) if new else None
+            if end is not None:
+                kept[i], cut[i] = end - count, True
+        return torch.tensor(kept, device=self.device), torch.tensor(cut, device=self.device)
 
     def _abort(self, live: Rows, broken_R: Tensor) -> Tensor:
         """End the rows whose logits are not finite; returns which [R] keep nothing of this forward."""
@@ -293,7 +317,7 @@ class Decoding:
 
     def _completions(self) -> list[Completion]:
         token_ids, logprobs, depths = self.token_ids.tolist(), self.logprobs.tolist(), self.depths.tolist()
-        stopped, aborted = self.stopped.tolist(), self.aborted.tolist()
+        stopped, aborted, cut = self.stopped.tolist(), self.aborted.tolist(), self.cut.tolist()
         stats = zip(*(x.tolist() for x in (self.forwards, self.drafted, self.accepted, self.fallbacks)), strict=True)
         routing = None
         if self.routing is not None:
@@ -305,12 +329,13 @@ class Decoding:
             zip(self.counts.tolist(), stats, strict=True)
         ):
             ids = token_ids[row][:count]
+            text = str(self.engine.policy.tokenizer.decode(ids[:-1] if stopped[row] and not cut[row] else ids))
             reason: FinishReason = "abort" if aborted[row] else "stop" if stopped[row] else "length"
             completions.append(
                 Completion(
                     token_ids=ids,
                     logprobs=logprobs[row][:count],
-                    text=str(self.engine.policy.tokenizer.decode(ids[:-1] if stopped[row] else ids)),
+                    text=self.strings.cut(text) if self.strings else text,
                     finish_reason=reason,
                     policy_version=self.engine.version,
                     draft=DraftStats(forwards, drafted, accepted, fallbacks, depths[row][:count]),

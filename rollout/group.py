@@ -54,6 +54,9 @@ class DraftStats:
 class Completion:
     """One sampled completion. `token_ids` end with the stop token when `finish_reason` is `stop`.
 
+    With stop strings (`quartet eval` and `quartet sample` alone) they may end with the token that completed one, and
+    `text` ends before it.
+
     `logprobs[t]` scores `token_ids[t]` under the temperature-scaled policy that really sampled it (contract 2).
     `routing` [Lc, MoE layers, k], integers: the experts that the trunk used when it read `token_ids[t]`, -1 for a
     token that it never read (the last one).

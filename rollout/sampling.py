@@ -29,7 +29,8 @@ class SamplingParams:
 
     `draft_tokens` None lets the depth controller choose before every forward. `accept="margin"` is lossy: a draft
     whose two best log-probabilities lie more than `margin` apart is taken unverified; never for training (contract 3).
-    `record_routing` notes the experts of every token, for a learner that replays them.
+    `record_routing` notes the experts of every token, for a learner that replays them. `stop_strings` end a completion
+    with the token that completes one, and its text before it; never for training, whose text is that of its tokens.
     """
 
     group_size: int = 8
@@ -43,6 +44,7 @@ class SamplingParams:
     accept: Literal["exact", "margin"] = "exact"
     margin: float = 2.0
     record_routing: bool = False
+    stop_strings: tuple[str, ...] = ()
 
     def at(self, step: int, draw: int = 0) -> SamplingParams:
         return replace(self, step=step, draw=draw)
@@ -59,6 +61,8 @@ class SamplingParams:
             raise ValueError(f"rollout.draft_tokens={self.draft_tokens}: use 0 (no drafts) or more")
         if self.accept not in ("exact", "margin"):
             raise ValueError(f"accept={self.accept!r}: use exact or margin")
+        if "" in self.stop_strings:
+            raise ValueError(f"stop={list(self.stop_strings)}: an empty text would end every completion; leave it out")
         if not self.margin >= 0:
             raise ValueError(f"margin={self.margin}: use 0 or more nats")
 

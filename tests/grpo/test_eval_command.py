@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from grpo import checkpoint, eval_command, eval_report
@@ -351,6 +352,41 @@ def test_several_samples_greedy_only_and_sampled_only(trained):
     assert _same_results(sampled["sampled"], both["sampled"])
     with pytest.raises(ConfigError, match="samples=0 and greedy=false leave nothing to evaluate"):
         _config(folder, samples=0, greedy=False)
+
+
+def test_stop_strings_end_and_cut_what_is_scored_and_kept(trained, tmp_path):
+    folder, _ = trained
+    whole = evaluate_model(_config(folder, samples=2), QUIET).results["greedy"]
+    text = next(c.text for group in whole.groups for c in group.completions if len(c.text) > 6)
+    stop = text[4:6]
+    evaluation = evaluate_model(_config(folder, samples=2, stop=["never said", stop], output=tmp_path / "o"), QUIET)
+    rows = [json.loads(line) for line in (tmp_path / "o/completions.jsonl").read_text().splitlines()]
+    assert all(stop not in row["completion"] for row in rows)
+    cut = evaluation.results["greedy"]
+    for one, other in zip(whole.groups, cut.groups, strict=True):
+        assert other.completions[0].text == one.completions[0].text.split(stop)[0]
+        assert len(other.completions[0].token_ids) <= len(one.completions[0].token_ids)
+    assert eval_report.as_json(evaluation)["options"]["stop"] == ["never said", stop]
+    scored = [sum(c.isalpha() for c in group.completions[0].text) / 20 for group in cut.groups]
+    assert cut.reward_mean == pytest.approx(sum(scored) / len(scored))
+
+
+def test_how_stop_strings_are_given(capsys, trained):
+    folder, _ = trained
+    for words, meant in (
+        (["--stop", "Question:"], ("Question:",)),
+        (["--stop", r"\n\n"], ("\n\n",)),
+        (["--stop", r'["Question:", "\n\n"]'], ("Question:", "\n\n")),
+        ([], ()),
+    ):
+        assert main(["eval", str(folder), "--print_config", *words]) == 0
+        assert EvalConfig(**yaml.safe_load(capsys.readouterr().out)).stop_strings == meant
+    for command in (["eval", str(folder)], ["sample", str(folder), "--prompts", "x.jsonl"]):
+        assert main([*command, "--stop", "[a, '']"]) == 2
+        assert "an empty text would end every completion" in capsys.readouterr().err
+    for key in ("stop", "rollout.stop"):  # contract 1: training learns from what was sampled, all of it
+        assert main(["train", "--print_config", "--output_dir", "x", f"--{key}", "a"]) == 2
+        assert f"{key}=a (command line): no such option" in capsys.readouterr().err
 
 
 # ---- perplexity and memory ------------------------------------------------------------------------------------------

@@ -69,6 +69,15 @@ def test_bad_prompts_are_named_by_file_and_line(tmp_path, lines, message):
         read_prompts(_write(tmp_path / "bad.jsonl", *lines))
 
 
+def test_a_completion_ends_at_a_stop_string(model, tmp_path):
+    path = _write(tmp_path / "p.jsonl", '{"prompt": "2 + 3 = ?"}')
+    [whole] = _groups(model, path)
+    stop = whole["completions"][0]["text"][2:4]
+    [cut] = _groups(model, path, stop=stop)
+    for one, other in zip(whole["completions"], cut["completions"], strict=True):
+        assert other["text"] == one["text"].split(stop)[0]
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere.jsonl: there is no such file"):
         read_prompts(tmp_path / "nowhere.jsonl")

@@ -1,0 +1,37 @@
+"""Texts that end a completion, as lm-evaluation-harness' `until`. For evaluation and sampling, never for training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class StopStrings:
+    """Where a completion ends that says one of `strings`. A stop string may begin and end inside of tokens.
+
+    >>> StopStrings(tokenizer, ["Question:"]).cut("So 4.\\nQuestion: what")
+    'So 4.\\n'
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
+        self.tokenizer, self.strings = tokenizer, strings
+        # A token is a byte or more, a character four bytes at most; some more, for decoding may trim the first token.
+        self.window = 4 * max(map(len, strings)) + 8
+
+    def end(self, ids: list[int], known: int) -> int | None:
+        """How many of the tokens it takes until a stop string is complete, or None; the first `known` have none."""
+        if not self._said(ids[max(0, known - self.window) :]):
+            return None
+        return next((n for n in range(known + 1, len(ids) + 1) if self._said(ids[:n])), None)
+
+    def cut(self, text: str) -> str:
+        """The text before its first stop string."""
+        places = [place for string in self.strings if (place := text.find(string)) >= 0]
+        return text[: min(places)] if places else text
+
+    def _said(self, ids: list[int]) -> bool:
+        text = str(self.tokenizer.decode(ids))
+        return any(string in text for string in self.strings)
