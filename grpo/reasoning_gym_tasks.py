@@ -14,6 +14,7 @@ from rewards.protocol import RewardError
 
 PREFIX = "reasoning_gym:"
 SPLITS = ("train", "heldout")
+JUNK = ("I do not know.", "lorem ipsum dolor sit amet", "?!")  # texts without an answer
 HELD_OUT = 4  # one question in so many
 COUNT = 2_000  # some tasks take 0.1 s and more to make one
 
@@ -77,16 +78,24 @@ def _dataset(task: str, seed: int, size: int, options: dict[str, Any]) -> Any:
 
 
 def _check_gradable(task: str, problem: Mapping[str, Any]) -> None:
-    """Some tasks give no gold answer, and some scorers compare with what JSON cannot carry (tuples)."""
+    """Refuse a task without gold answers, and a scorer that cannot tell them from junk.
+
+    Some scorers compare with what JSON cannot carry (tuples); `game_of_life_halting` takes any text for "True".
+    """
     from rewards.reasoning import reasoning_gym as score
 
-    columns = {name: [problem[name]] for name in ("question", "answer", "metadata")}
+    texts = [problem["answer"], *JUNK]
+    question, answer, metadata = ([problem[name]] * len(texts) for name in ("question", "answer", "metadata"))
     fault = "gives no gold answers" if problem["answer"] is None else ""
     if not fault:
         try:
-            [mark] = score(None, [problem["answer"]], **columns)
+            mark, *junk = score(None, texts, question=question, answer=answer, metadata=metadata)
         except RewardError:  # a scorer that we do not call: the problems can do with a reward of one's own
             return
-        fault = "does not give its own gold answer full marks" if mark != 1.0 else ""
+        wrongly_right = [text for text, got in zip(JUNK, junk, strict=True) if got >= 1.0]
+        if mark != 1.0:
+            fault = "does not give its own gold answer full marks"
+        elif wrongly_right:
+            fault = f"gives full marks to a text that answers nothing ({wrongly_right[0]!r})"
     if fault:
         raise ValueError(f"{PREFIX}{task} {fault}, so accuracy cannot be measured on it; choose another task")

@@ -30,22 +30,39 @@ def reasoning_gym(
     question: list[str],
     answer: list[str],
     metadata: list[dict[str, Any]],
+    log_metric: Callable[[str, float], None] | None = None,
     **_,
 ) -> list[float]:
     """What the task's own scorer gives, mostly 1.0 for a right answer and something below for a close one.
 
     The answer of a completion is what stands in its last `<answer>` tags, else behind its last `####`, else all of it.
-    Raises RewardError for a task whose scorer would run the completion as code.
+    A completion that the scorer raises on (most expect a form, such as numbers) gets 0.0, and the share of these is
+    logged as `reasoning_gym/unreadable`. Where the scorer raises on the gold answer of the row too, the row is broken,
+    and its exception goes on. Raises RewardError for a task whose scorer would run the completion as code.
 
     >>> metadata = {"source_dataset": "leg_counting"}
     >>> reasoning_gym(None, ["<answer>8</answer>", "7"], question=["?"] * 2, answer=["8"] * 2, metadata=[metadata] * 2)
     [1.0, 0.0]
     """
     rows = zip(completions, question, answer, metadata, strict=True)
-    return [
-        float(_scorer(about["source_dataset"])(_answer(text_of(text)), {"question": q, "answer": a, "metadata": about}))
-        for text, q, a, about in rows
+    marks = [
+        _mark(_answer(text_of(text)), {"question": q, "answer": a, "metadata": about}) for text, q, a, about in rows
     ]
+    if log_metric and marks:
+        log_metric("reasoning_gym/unreadable", marks.count(None) / len(marks))
+    return [mark or 0.0 for mark in marks]
+
+
+def _mark(said: str, entry: dict[str, Any]) -> float | None:
+    """What the scorer gives, or None where it raises and the completion is to blame."""
+    scorer = _scorer(entry["metadata"]["source_dataset"])
+    try:
+        return float(scorer(said, entry))
+    except MemoryError:
+        raise
+    except Exception:  # scorers parse in any way, and raise anything: but not on the gold answer of a sound row
+        scorer(entry["answer"], entry)
+        return None
 
 
 def _answer(text: str) -> str:

@@ -8,7 +8,7 @@ from grpo.config import DataOptions, RewardOptions, ScoringOptions
 from grpo.data import load_examples
 from grpo.reasoning_gym_tasks import reasoning_gym_problems
 from grpo.task import Task
-from rewards import RewardError, load_reward
+from rewards import RewardError, RewardSpec, Scorer, load_reward
 
 pytest.importorskip("reasoning_gym")
 reasoning_gym = load_reward("reasoning_gym")
@@ -61,6 +61,11 @@ def test_training_on_the_held_out_problems_is_refused():
         (LEGS, {"min_animals": 0}, "min_animals must be positive"),
         ("reasoning_gym:boxnet", {}, "gives no gold answers"),
         ("reasoning_gym:arc_agi", {}, "does not give its own gold answer full marks"),
+        (
+            "reasoning_gym:game_of_life_halting",
+            {},
+            r"gives full marks to a text that answers nothing \('I do not know.'\)",
+        ),
         ("gsm8k", {"max_animals": 3}, "task_options=.* are for reasoning_gym tasks; gsm8k has none"),
     ],
 )
@@ -91,6 +96,33 @@ def test_a_close_answer_gets_what_the_task_gives_for_it():
     [row] = reasoning_gym_problems("leg_counting", "train", count=1)
     columns = {name: [row[name]] for name in ("question", "answer", "metadata")}
     assert reasoning_gym(None, ["<answer>500 legs</answer>"], **columns) == [3 / 8]
+
+
+def test_a_completion_that_the_scorer_raises_on_gets_nothing_and_is_counted():
+    """prime_factorization's scorer raises on any non-number: that must not end a training under `abort`."""
+    [row] = reasoning_gym_problems("prime_factorization", "train", count=1)
+    columns = {name: row[name] for name in ("question", "answer", "metadata")}
+    texts = [row["answer"], "I do not know.", "2 × x", ""]
+    logged = {}
+    each = {name: [value] * 4 for name, value in columns.items()}
+    marks = reasoning_gym(None, texts, **each, log_metric=logged.__setitem__)
+    assert (marks[:3], marks[3] < 0.5) == ([1.0, 0.0, 0.0], True)
+    assert logged == {"reasoning_gym/unreadable": 0.5}
+    with Scorer([RewardSpec("reasoning_gym")]) as scorer:
+        [score] = scorer.score([row["question"]], [texts], [columns], prompt_ids=["a"])
+    assert (score.rewards, score.errors) == (marks, [])
+    assert score.metrics == {"reasoning_gym/unreadable": 0.5}
+
+
+def test_a_broken_row_still_raises():
+    [row] = reasoning_gym_problems("prime_factorization", "train", count=1)
+    columns = {"question": [row["question"]], "answer": ["two"], "metadata": [row["metadata"]]}
+    for text in ("2 × 3", "junk"):
+        with pytest.raises(ValueError, match="'two'"):
+            reasoning_gym(None, [text], **columns)
+    columns |= {"metadata": [{"source_dataset": "no_such_task"}]}
+    with pytest.raises(KeyError, match="no_such_task"):
+        reasoning_gym(None, ["2"], **columns)
 
 
 @pytest.mark.parametrize("task", ["countdown", "puzzle24", "n_queens", "simple_integration"])
