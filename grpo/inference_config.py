@@ -114,6 +114,9 @@ class SampleConfig(_StopOptions):
     """A format string around `prompt`, or `chat` for the model's own chat template. A run folder brings its own."""
     system_prompt: str | None = None
     """System message in front of every chat prompt (template: chat)."""
+    user_turn: str | None = None
+    """template: chat: a format string for the user's message, such as "Be brief.\\n\\n{examples}Question: {question}".
+    The worked examples go where {examples} is, each in the form of what follows it; without it they are turns."""
     few_shot: int = Field(default=0, ge=0)
     """Worked examples from the training split of `data` in front of every prompt."""
     data: str = "word_problems"

@@ -93,7 +93,7 @@ class Sampled:
 
 def sample(config: SampleConfig, examples: list[Example], console: Console) -> Sampled:
     """One group per prompt. A prompt that cannot be continued costs no other one."""
-    template = PromptTemplate(config.template, config.system_prompt, _worked_examples(config))
+    template = PromptTemplate(config.template, config.system_prompt, _worked_examples(config), config.user_turn)
     # A run's template may call the prompt by the name of its column.
     examples = [replace(e, columns={config.prompt_column: e.question} | e.columns) for e in examples]
     if not template.is_chat:
