@@ -2,21 +2,65 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
-from transformers import DeepseekV3Config, PretrainedConfig
+from transformers import CONFIG_MAPPING, DeepseekV3Config, PretrainedConfig
+from transformers import __version__ as transformers_version
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from policies.layout import PolicyError, find_file
 
 # What released configurations say of themselves, and what transformers' DeepseekV3 computes whatever they say.
 # Every policy that we save says it too: without topk_method vLLM refuses the router's bias, without scoring_func it
 # computes another router and does not say so.
 FIXED_FIELDS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+# Relatives of DeepSeek-V3, by the beginning of their model_type, and why they are no policy of ours.
+REFUSED_TYPES = {
+    "kimi_k2": (
+        "its classes and its tokenizer are code in the model's repository, which is never run, and transformers has "
+        "none. The architecture is DeepSeek-V3's: a folder with dequantised weights, model_type: deepseek_v3 in "
+        "config.json and a tokenizer.json can be used (see examples/07_moonlight_16b/tokenizer.py)"
+    ),
+    "deepseek_v32": (
+        "its attention reads only what an indexer chooses (DeepSeek Sparse Attention), and our decoding path computes "
+        "none; use DeepSeek-V3 or V3.1"
+    ),
+    "deepseek_v4": (
+        "our decoding path computes neither its compressed sparse attention nor its hyper-connections; use DeepSeek-V3 "
+        "or V3.1"
+    ),
+    "longcat": (
+        "its layers hold two attention blocks and experts that compute nothing, which our decoding path does not know; "
+        "use a DeepSeek-V3 checkpoint"
+    ),
+}
 POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings"),
 )
 ROUTING = ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok")
 ROUTER_FIELDS = (*ROUTING, "moe_intermediate_size", "n_shared_experts")
+
+
+def refuse_type(source: str | Path) -> None:
+    """Raises PolicyError for a model_type that we refuse, or that transformers does not know, with the reason."""
+    try:
+        file = find_file(str(source), "config.json")
+        fields = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        return  # transformers says what is wrong with the source or the file
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if not isinstance(kind, str):
+        return
+    if why := next((why for start, why in REFUSED_TYPES.items() if kind.startswith(start)), ""):
+        raise PolicyError(f"model={str(source)!r} is of type {kind!r}: {why}")
+    if kind not in CONFIG_MAPPING:
+        raise PolicyError(
+            f"model={str(source)!r} is of type {kind!r}, which transformers {transformers_version} does not know; code "
+            "from a model's repository is never run: use a newer transformers, if it has this type, or another model"
+        )
 
 
 def contradictions(config: PretrainedConfig) -> Iterator[str]:

@@ -10,11 +10,22 @@ import urllib.request
 from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 TIMEOUT_S = 5.0
 
 
 _found: list[str] = []  # why the hub did not answer; it is asked once a process
+
+
+def is_id(source: str) -> bool:
+    """Can this only be a hub id? It is nothing on this disk, and has the form of one."""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return not Path(source).exists()
 
 
 def unreachable() -> str:
@@ -57,7 +68,7 @@ def why_absent(source: str | Path, kind: str = "model") -> str:
     """Why the hub id `source` cannot be had here, with the way out. Empty where it may be had: it is a folder, the hub
     answers, or there is a copy in the cache."""
     source = str(source)
-    if Path(source).exists() or not (why := unreachable()):
+    if not is_id(source) or not (why := unreachable()):
         return ""
     if kind == "model" and isinstance(try_to_load_from_cache(source, "config.json"), str):
         return ""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from policies import hub
@@ -235,6 +235,20 @@ def _is_copy(config: DeepseekV3Config, name: str) -> bool:
     return bool(layer and int(layer[1]) >= config.num_hidden_layers) or name.endswith(".rotary_emb.inv_freq")
 
 
+def own_copies(files: WeightFiles, layer: int, trunk: PreTrainedModel) -> list[str]:
+    """Names of the embedding and the LM head of MTP layer `layer`, where it brings some that are not the trunk's."""
+    shared = {
+        f"model.layers.{layer}.embed_tokens.weight": trunk.get_input_embeddings().weight,
+        f"model.layers.{layer}.shared_head.head.weight": trunk.get_output_embeddings().weight,
+    }
+
+    def differs(name: str) -> bool:
+        stored, own = files.read(name)[name], shared[name]
+        return stored.shape != own.shape or not torch.equal(stored.to(own), own)
+
+    return [name for name in shared if name in files.shapes and differs(name)]
+
+
 def write_draft_vocabulary(folder: Path, ids_K: Tensor) -> None:
     (folder / DRAFT_VOCABULARY).write_text(json.dumps({"token_ids": ids_K.tolist()}) + "\n")
 
@@ -257,7 +271,7 @@ def read_draft_vocabulary(source: str, vocabulary: int) -> Tensor | None:
 
 
 def find_file(source: str, name: str) -> str | None:
-    if not Path(source).is_dir():
+    if hub.is_id(source):
         hub.unreachable()  # else each file that is not there costs a minute of retries
     return cached_file(source, name, **OPTIONAL)
 

@@ -36,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 from policies import hub, lora
 from policies.atomic import write_folder
 from policies.attention import ATTENTION, Packing
-from policies.contradictions import FIXED_FIELDS, contradictions
+from policies.contradictions import FIXED_FIELDS, contradictions, refuse_type
 from policies.file_mode import heed_umask
 from policies.layout import (
     PolicyError,
@@ -48,6 +48,7 @@ from policies.layout import (
     head_state,
     may_idle,
     mtp_layers,
+    own_copies,
     read_draft_vocabulary,
     refuse_differences,
     write_draft_vocabulary,
@@ -59,6 +60,10 @@ LOGGER = logging.getLogger(__name__)
 NO_HEAD = (
     "model=%r: config.json promises num_nextn_predict_layers=%d, but no MTP layer is stored (transformers drops them "
     "when it saves): no draft head; add_mtp: true gives a fresh one"
+)
+OWN_COPIES = (
+    "model=%r: %s differ from the trunk's. The draft head uses the trunk's in their place, so it may draft worse than "
+    "it did (no token changes), and a policy that is saved does not hold them"
 )
 FURTHER_LAYERS = (
     "model=%r has %d MTP layers: the first is trained and drafts at every depth, the others are kept and saved "
@@ -305,6 +310,8 @@ class Policy(nn.Module):
             fill_head(policy.mtp, files.read(f"model.layers.{layers[0]}."), layers[0])
             for layer in layers[1:]:
                 policy.further_mtp |= files.read(f"model.layers.{layer}.")
+            if own := own_copies(files, layers[0], trunk):
+                LOGGER.warning(OWN_COPIES, files.source, ", ".join(own))
         if policy.mtp is not None:
             policy.draft_ids = read_draft_vocabulary(files.source, trunk.config.vocab_size)
         if len(layers) > 1:
@@ -316,6 +323,7 @@ def read_config(source: str | Path) -> PretrainedConfig:
     """The configuration of a folder or hub id. Raises PolicyError naming fields that contradict each other."""
     if why := hub.why_absent(source):
         raise _unreachable(source, why)
+    refuse_type(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:

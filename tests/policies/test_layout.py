@@ -345,3 +345,49 @@ def test_sound_configurations_have_no_contradictions(random_policy):
     assert list(contradictions(DeepseekV3Config(**released))) == []
     dense = random_policy(1, first_k_dense_replace=2, n_routed_experts=2, n_group=8)  # a router that nothing uses
     assert list(contradictions(dense.config)) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("kimi_k2", "The architecture is DeepSeek-V3's: a folder with dequantised weights, model_type: deepseek_v3"),
+        ("deepseek_v32", "DeepSeek Sparse Attention"),
+        ("deepseek_v4", "hyper-connections"),
+        ("longcat_flash", "two attention blocks"),
+        ("longcat_flash_ngram", "two attention blocks"),
+        ("no_such_type", "does not know; code from a model's repository is never run"),
+    ],
+)
+@pytest.mark.parametrize("fields", [{}, {"q_lora_rank": 4, "auto_map": {"AutoConfig": "configuration_k.KConfig"}}])
+def test_a_relative_of_deepseek_v3_is_refused_by_name_with_the_reason(random_policy, tmp_path, kind, why, fields):
+    random_policy(1).save(tmp_path / "policy")
+    change_config(tmp_path / "policy", model_type=kind, **fields)
+    for read in (read_config, Policy.load):
+        with pytest.raises(PolicyError) as error:
+            read(tmp_path / "policy")
+        assert str(error.value).startswith(f"model='{tmp_path / 'policy'}' is of type {kind!r}")
+        assert why in str(error.value)
+        assert "neither a preset" not in str(error.value)
+
+
+@pytest.mark.parametrize("changed", ["", "embed_tokens", "shared_head.head", "embed_tokens shared_head.head"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_mtp_layer_whose_embedding_or_head_is_not_the_trunks_says_so(random_policy, tmp_path, caplog, changed, tied):
+    random_policy(1, tie_word_embeddings=tied).save(tmp_path / "policy")
+
+    def add(state):
+        state["model.layers.2.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
+        lm_head = state.get("lm_head.weight", state["model.embed_tokens.weight"])
+        state["model.layers.2.shared_head.head.weight"] = lm_head.clone()
+        for name in changed.split():
+            state[f"model.layers.2.{name}.weight"][3, 5] += 0.5
+
+    change_tensors(tmp_path / "policy", add)
+    policy = Policy.load(tmp_path / "policy", torch.bfloat16)
+    said = [record.getMessage() for record in caplog.records if "differ from the trunk's" in record.getMessage()]
+    assert len(said) == bool(changed)
+    for name in changed.split():
+        assert f"model.layers.2.{name}.weight" in said[0]
+    assert "does not hold them" in "".join(said) or not changed
+    policy.save(tmp_path / "again")
+    assert not [n for n in load_file(tmp_path / "again/model.safetensors") if "layers.2.embed" in n or "head.head" in n]
