@@ -6,6 +6,7 @@ import base64
 import doctest
 import io
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -239,7 +240,8 @@ def test_moonlights_architecture_has_the_published_sizes():
 
 @pytest.mark.parametrize("name", ["1_mtp", "2_grpo_lora", "3_grpo_lora_workers"])
 def test_moonlights_configurations_pass_the_dry_run(name, monkeypatch, capsys, tmp_path):
-    """On the data that is always there; the file's own is GSM8K."""
+    """On the data that is always there; the file's own is GSM8K. What it prints is what the README says."""
+    monkeypatch.setattr(memory_estimate, "will_block", lambda dtype, device: False)  # as on a GPU
     monkeypatch.chdir(tmp_path)
     command = "mtp" if name == "1_mtp" else "train"
     words = [command, str(MOONLIGHT / f"{name}.yaml"), "--model", str(MOONLIGHT / "architecture")]
@@ -247,29 +249,20 @@ def test_moonlights_configurations_pass_the_dry_run(name, monkeypatch, capsys, t
     shown = capsys.readouterr().out
     assert "30.8" in shown  # GiB of bfloat16 weights
     assert ("each of 4 workers" in shown) == (name == "3_grpo_lora_workers")
+    [peaks] = [re.findall(r"\d+\.\d\d", line) for line in shown.splitlines() if "at most, about" in line]
+    readme = (MOONLIGHT / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2] for line in readme.splitlines() if ".yaml`: " in line or line.startswith("| each of")]
+    said = {"1_mtp": rows[:1], "2_grpo_lora": rows[1:2], "3_grpo_lora_workers": rows[2:4]}[name]
+    assert [f"{float(peak):.0f}" for peak in peaks] == [cell.strip() for cell in said]
     assert not list(tmp_path.iterdir())
 
 
-def test_what_moonlights_readme_says_of_memory_is_what_is_computed(monkeypatch):
-    monkeypatch.setattr(memory_estimate, "will_block", lambda dtype, device: False)  # as on a GPU
-    shape = read_config(MOONLIGHT / "architecture")
-    shown = (MOONLIGHT / "README.md").read_text(encoding="utf-8")
-    configs = {
-        name: load(TrainConfig, MOONLIGHT / f"{name}.yaml", {}) for name in ("2_grpo_lora", "3_grpo_lora_workers")
-    }
-    (rank_0,) = memory_of_run(shape, True, configs["2_grpo_lora"])
-    learner, worker = memory_of_run(shape, True, configs["3_grpo_lora_workers"])
-    (head,) = memory_of_run(shape, True, load(MtpConfig, MOONLIGHT / "1_mtp.yaml", {}))
-    (full,) = memory_of_run(shape, True, configs["2_grpo_lora"].model_copy(update={"lora": None}))
-    for words, device in {
-        "`1_mtp.yaml`: learner and sampler": head,
-        "`2_grpo_lora.yaml`: rank 0, learner and sampler": rank_0,
-        "the other ranks, learner alone": learner,
-        "`3_grpo_lora_workers.yaml`: each rank, a learner": learner,
-        "each of its four workers": worker,
-        "full updates, any number of ranks": full,
-    }.items():
-        assert f"| {words} | {device.peak / 2**30:.0f} |" in shown
+def test_what_moonlights_readme_says_of_memory_is_what_is_computed():
+    figures = runpy.run_path(str(MOONLIGHT / "figures.py"), run_name="figures")
+    readme = (MOONLIGHT / "README.md").read_text(encoding="utf-8")
+    assert figures["written"](readme) == readme, f"run python {MOONLIGHT.relative_to(ROOT) / 'figures.py'}, and commit"
+    begin, end = readme.index(figures["BEGIN"]), readme.index(figures["END"])
+    assert "full updates, any number of ranks | 319 |" in readme[begin:end]
 
 
 def test_moonlights_tokenizer_is_converted_without_running_its_code(tmp_path, monkeypatch):

@@ -1,0 +1,75 @@
+"""The figures of README.md, as `--dry_run` computes them for a GPU; `python figures.py` writes them there."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from grpo import memory_estimate
+from grpo.config import TrainConfig
+from grpo.memory_estimate import memory_of_run
+from grpo.mtp_config import MtpConfig
+from grpo.options import load
+from policies.mtp import MTPHead
+from policies.policy import read_config
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- figures.py writes from here -->\n", "<!-- to here -->\n"
+
+
+def block() -> str:
+    """The table of README.md and what the text beside it counts, in GiB, as on a GPU wherever this runs."""
+    with patch.object(memory_estimate, "will_block", lambda dtype, device: False):
+        return _block()
+
+
+def _block() -> str:
+    shape = read_config(HERE / "architecture")
+    lora, workers = (load(TrainConfig, HERE / f"{name}.yaml", {}) for name in ("2_grpo_lora", "3_grpo_lora_workers"))
+    (head,) = memory_of_run(shape, True, load(MtpConfig, HERE / "1_mtp.yaml", {}))
+    (rank_0,) = memory_of_run(shape, True, lora)
+    learner, worker = memory_of_run(shape, True, workers)
+    (full,) = memory_of_run(shape, True, lora.model_copy(update={"lora": None}))
+    assert lora.lora is not None
+    with_experts = lora.lora.model_copy(update={"targets": [*(lora.lora.targets or []), "experts"]})
+    (experts,) = memory_of_run(shape, True, lora.model_copy(update={"lora": with_experts}))
+    with torch.device("meta"):
+        trunk = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+        mtp = sum(p.numel() for p in MTPHead(shape).parameters())
+    rows = {
+        "`1_mtp.yaml`: learner and sampler": (head, "one GPU of 96 GB or more; 80 GB leave nothing to spare"),
+        "`2_grpo_lora.yaml`: rank 0, learner and sampler": (rank_0, "four GPUs of 141 GB (H200)"),
+        "the other ranks, learner alone": (learner, ""),
+        "`3_grpo_lora_workers.yaml`: each rank, a learner": (learner, "four GPUs of 80 GB"),
+        "each of its four workers": (worker, "four GPUs of 80 GB; 48 GB might do"),
+        "full updates, any number of ranks": (full, "**no GPU**"),
+    }
+    lines = ["| GiB, from `--dry_run` | on one device | fits in theory |", "|---|---|---|"]
+    lines += [f"| {name} | {_gib(device.peak)} | {fits or '—'} |" for name, (device, fits) in rows.items()]
+    added = experts.publication - rank_0.publication
+    each = learner.gradients + learner.moments + learner.reference
+    said = {
+        "full updates": f"weights {_gib(full.weights)}, fp32 masters {_gib(full.masters)}, gradients "
+        f"{_gib(full.gradients)}, moments {_gib(full.moments)}",
+        "adapters on the routed experts": f"{_gib(added)} more of W + ΔW at each publication",
+        "a checkpoint of the LoRA run": f"{_gib(each)}, its `policy/` {_gib((trunk + mtp) * 2)}",
+        "parameters": f"{trunk / 1e9:.2f} B, the draft head {mtp / 1e9:.2f} B",
+    }
+    return "\n".join([*lines, "", *(f"- {name}: {what}" for name, what in said.items())]) + "\n"
+
+
+def written(text: str) -> str:
+    """`text` of README.md with the block as it is computed now."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}{block()}{END}{after}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.0f}"
+
+
+if __name__ == "__main__":
+    readme = HERE / "README.md"
+    readme.write_text(written(readme.read_text(encoding="utf-8")), encoding="utf-8")
