@@ -99,6 +99,9 @@ METRICS: dict[str, str] = {
     "eval/completion_clipped": "held-out completions cut by max_completion_tokens, fraction",
     "eval/acceptance_depth_<d>": "draft/acceptance_depth_<d> on held-out prompts (quartet mtp)",
     "eval/tokens_per_forward": "draft/tokens_per_forward on held-out prompts",
+    "run/interruptions": "times that the run was stopped or interrupted before this step (absent at 0), count",
+    "run/failures": "times that an error ended it before this step, such as a reward that raised (absent at 0), count",
+    "run/finished": "for trackers, at the end: 1 where the run came to its end, 0 where it was stopped or failed",
     "log/not_finite": "metrics of this step that were NaN or infinite, written as null, count",
 }
 

@@ -83,6 +83,7 @@ def _mtp(config: MtpConfig, lock: RunLock, resume: str | None, stop_after: int |
             lock=lock,
             unwritten=saved.state.get("unwritten") if saved else None,
         ) as run_log,
+        run_log.until_its_end(),
         StopSignal() as stop,
     ):
         record_rewards(run_log, task.scorer.describe())

@@ -15,8 +15,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +33,7 @@ from grpo.json_lines import append_line, json_line, open_lines
 from grpo.metrics import check
 from grpo.resume import differences
 from grpo.run_lock import RunLock
+from grpo.stopping import GivenUp, Stopped
 from grpo.trackers import installed, start
 from policies.atomic import tidy, write_file
 from rewards.group_score import GroupScore
@@ -82,6 +83,7 @@ class RunLog:
         self._table_every = table_every
         self._events_seen: Counter[str] = Counter()
         self._checked: set[str] = set()
+        self._last_step: int | None = None
         (output_dir / "rollouts").mkdir(parents=True, exist_ok=True)
         tidy(output_dir, WRITTEN)
         for name in WRITTEN_INTO:
@@ -94,12 +96,14 @@ class RunLog:
         self._former_evaluations = {line["step"] for line in former if _is_evaluation(line)}
         if unwritten is not None and unwritten not in former:
             append_line(self._metrics, unwritten)
+        self._ends_before = self._early_ends()
         self._describe_run(config_yaml, resume_step if resumes else None)
         self._trackers = [start(name, output_dir, config_yaml, resume_step or 0) for name in tracker_names]
 
     def step(self, step: int, metrics: Mapping[str, float], *, show: bool = True) -> None:
         """Record the metrics of a step, and show them in one line. A NaN or infinity is written as null, counted."""
-        finite = self._record(step, metrics)
+        finite = self._record(step, {**metrics, **self._ends_before})
+        self._last_step = step
         if show:
             self.say(step_line(step, finite))
 
@@ -145,9 +149,7 @@ class RunLog:
 
         `unshown` goes into the record alone.
         """
-        append_line(
-            self._events, {"time": datetime.now(UTC).isoformat(), "event": event} | fields | dict(unshown or {})
-        )
+        self._write_event(event, fields | dict(unshown or {}))
         self._events_seen[event] += 1
         if self._events_seen[event] > SHOWN_PER_EVENT:
             return
@@ -155,6 +157,9 @@ class RunLog:
         if self._events_seen[event] == SHOWN_PER_EVENT:
             event += " (further ones in events.jsonl only)"
         self.say(f"{event}: {text}")
+
+    def _write_event(self, event: str, fields: Mapping[str, Any]) -> None:
+        append_line(self._events, {"time": datetime.now(UTC).isoformat(), "event": event} | dict(fields))
 
     def nothing_learned(self, step: int, why: str, change: Sequence[str]) -> None:
         """Record and show that the steps up to this one taught nothing: the reason, and a line for every way out."""
@@ -168,6 +173,32 @@ class RunLog:
         for stream in (self._metrics, self._events):
             os.fsync(stream.fileno())
         return {} if self.unwritten is None else {"unwritten": self.unwritten}
+
+    @contextmanager
+    def until_its_end(self) -> Iterator[None]:
+        """Records how the run inside ends: the event `end`, and run/finished for the trackers. Steps after a resume
+        count in run/* how often the run ended before its time. Errors pass through."""
+        try:
+            yield
+        except BaseException as error:
+            with suppress(OSError):  # a full disk: what ended the run is told, and not that its end was not recorded
+                self._end(error)
+            raise
+        self._end(None)
+
+    def _end(self, error: BaseException | None) -> None:
+        how = "finished" if error is None else "stopped" if isinstance(error, Stopped | GivenUp) else "failed"
+        how = "interrupted" if isinstance(error, KeyboardInterrupt) else how
+        why = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
+        self._write_event("end", {"how": how, "after_step": self._last_step} | why)
+        self._track(self._last_step or 0, {"run/finished": float(how == "finished")})
+
+    def _early_ends(self) -> dict[str, float]:
+        """How often the run ended before its time, by run/* metric; empty where it never did."""
+        past = map(json.loads, _whole_lines(self.output_dir / "events.jsonl"))
+        ends = Counter(event["how"] for event in past if event["event"] == "end")
+        counts = {"run/interruptions": ends["stopped"] + ends["interrupted"], "run/failures": ends["failed"]}
+        return {name: float(count) for name, count in counts.items() if count}
 
     def progress(self) -> Progress:
         """Live bars; see console.progress_bars. Without a terminal, or quiet, they draw nothing."""
@@ -217,13 +248,16 @@ class RunLog:
         append_line(self._metrics, self.unwritten)
         self.unwritten = None
         self._warn_of_undocumented(values)
+        self._track(step, finite)
+        return finite
+
+    def _track(self, step: int, values: Mapping[str, float]) -> None:
         for tracker in list(self._trackers):
             try:
-                tracker.log(finite, step=step)
+                tracker.log(dict(values), step=step)
             except Exception as error:  # a tracker must not end the run: it is dropped, in sight
                 self._trackers.remove(tracker)
                 self.event("tracker_dropped", tracker=tracker.name, error=repr(error))
-        return finite
 
     def _warn_of_undocumented(self, names: Mapping[str, float]) -> None:
         for name in sorted(names.keys() - self._checked):

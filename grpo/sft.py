@@ -57,6 +57,7 @@ def _sft(
             lock=lock,
             unwritten=saved.state.get("unwritten") if saved else None,
         ) as run_log,
+        run_log.until_its_end(),
         StopSignal() as stop,
     ):
         record_rewards(run_log, task.scorer.describe())

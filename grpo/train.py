@@ -121,7 +121,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Returns what the summary shows. Raises Stopped when the run was asked to end early."""
         try:
-            with self.stop:
+            with self.run_log.until_its_end(), self.stop:
                 return self._run()
         except GivenUp:  # before the steps
             raise self.stop.stopped(self.start) from None

@@ -90,7 +90,7 @@ def _tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 def _untimed(folder: Path) -> list[dict]:
     return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/"))}
+        {k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/", "run/"))}
         for line in read_metrics(folder)
     ]
 

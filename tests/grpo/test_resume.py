@@ -86,7 +86,7 @@ def _assert_same_checkpoint(a: Path, b: Path, step: int) -> None:
 
 def _untimed(folder: Path) -> list[dict]:
     return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/"))}
+        {k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/", "run/"))}
         for line in read_metrics(folder)
     ]
 

@@ -43,7 +43,7 @@ def _at_call(monkeypatch, owner, name: str, number: int, kind: signal.Signals = 
 
 def _untimed(folder) -> list[dict]:
     return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/"))}
+        {k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/", "run/"))}
         for line in read_metrics(folder)
     ]
 

@@ -603,3 +603,61 @@ def test_draft_costs_are_measured_once_a_run_and_reused_on_resume(micro_config, 
     Trainer(config, resume="auto").run()
     assert CostTable.load(tmp_path / "r/draft_costs.json") == costs
     assert (tmp_path / "r/draft_costs.json").stat() == written  # not written again
+
+
+# ---- how a run ends -------------------------------------------------------------------------------------------------
+
+
+def _run_metrics(folder: Path) -> dict[str, float]:
+    return {name: value for name, value in read_metrics(folder)[-1].items() if name.startswith("run/")}
+
+
+def test_a_run_that_ends_says_so_in_an_event_and_its_metrics(micro_config, tmp_path):
+    folder, short = tmp_path / "r", {"warm_start.steps": 0, "steps": 2}
+    with pytest.raises(Stopped):
+        Trainer(micro_config(folder, **short), stop_after=1).run()
+    [end] = _events(folder, "end")
+    assert (end["how"], end["after_step"]) == ("stopped", 1)
+    assert end["error"].startswith("Stopped: stopped after step 1")
+    assert not _run_metrics(folder)
+    Trainer(micro_config(folder, **short), resume="auto").run()
+    assert [(end["how"], end["after_step"]) for end in _events(folder, "end")] == [("stopped", 1), ("finished", 2)]
+    assert "error" not in _events(folder, "end")[-1]
+    assert _run_metrics(folder) == {"run/interruptions": 1}
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2]
+    assert not _events(folder, "undocumented_metric")
+
+
+def test_a_reward_that_ends_a_run_is_an_event_with_function_prompt_and_sample(micro_config, tmp_path):
+    path = tmp_path / "late.py"
+    path.write_text(
+        "def late(completions, trainer_state, **_):\n"
+        "    if trainer_state.global_step >= 1:\n        raise RuntimeError('too late')\n"
+        "    return [float(len(c)) for c in completions]\n"
+    )
+    options = {"warm_start.steps": 0, "rewards": [{"function": f"{path}:late"}]}
+    with pytest.raises(RewardError, match="too late"):
+        Trainer(micro_config(tmp_path / "r", **options)).run()
+    [failure] = _events(tmp_path / "r", "reward_error")
+    assert (failure["function"], failure["kind"], failure["step"]) == ("late", "raised", 2)
+    assert failure["prompt_id"]
+    assert "too late" in failure["message"]
+    [end] = _events(tmp_path / "r", "end")
+    assert (end["how"], end["after_step"]) == ("failed", 1)
+    assert "too late" in end["error"]
+    path.write_text("def late(completions, trainer_state, **_):\n    return [float(len(c)) for c in completions]\n")
+    Trainer(micro_config(tmp_path / "r", **options), resume="auto", force=True).run()
+    assert _run_metrics(tmp_path / "r") == {"run/failures": 1}
+    assert [end["how"] for end in _events(tmp_path / "r", "end")] == ["failed", "finished"]
+
+
+def test_an_interruption_before_the_first_step_is_an_event_without_metrics(micro_config, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_steps", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(micro_config(tmp_path / "r", **{"warm_start.steps": 0})).run()
+    [end] = _events(tmp_path / "r", "end")
+    assert (end["how"], end["after_step"]) == ("interrupted", None)
+    assert not read_metrics(tmp_path / "r")
