@@ -95,7 +95,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads besides the default")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="numbers of threads besides the default")
     parser.add_argument("--warm_start_steps", type=int, default=40)
     parser.add_argument("--steps", type=int, default=5, help="GRPO steps")
     parser.add_argument("--prompts", type=int, default=32, help="prompts of a GRPO step")

@@ -25,7 +25,7 @@ import psutil
 from rollout.engine import RolloutError
 
 GCS_TIMEOUT_S = 24 * 3600  # Ray's own 60 s would end the process while it learns, before `check` can name the reason
-LONGEST_FOLDER = 25  # letters: the paths of Ray's sockets begin with it, and the system cuts them at 103 to 107
+LONGEST_FOLDER = 21  # letters: the paths of Ray's sockets begin with it, and the system cuts them at 103 to 107
 LEAVE_S = 5.0  # how long the processes of a cluster that was shut down may take to end
 
 
@@ -187,11 +187,26 @@ def _start_ray(cpus: int, address: str | None) -> None:
             logging_level=logging.WARNING,
             log_to_driver=True,
             configure_logging=True,
-            _temp_dir=str(_seclusion.folder),
+            _temp_dir=str(_seclusion.folder / "ray"),  # which Ray opens to everybody: it needs a closed one around it
             _system_config={
                 "gcs_rpc_server_reconnect_timeout_s": GCS_TIMEOUT_S,
                 "worker_niceness": 0,  # Ray's own 15 leaves a worker next to nothing beside any other busy process
             },
         )
+    except Exception as error:  # Ray has no narrower one for processes that do not start in time
+        _kill_below(str(_seclusion.folder))
+        stop_ray()
+        raise RolloutError(
+            f"Ray did not start: {error} Try again with less other work on this machine, or use rollout.workers=0, "
+            "which needs no Ray"
+        ) from error
     finally:
         constants.ENABLE_RAY_CLUSTER = clusters
+
+
+def _kill_below(folder: str) -> None:
+    """What of a cluster in this folder has started: Ray knows nothing of it when its start fails."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if any(folder in word for word in process.cmdline()):
+                process.kill()

@@ -7,7 +7,7 @@ depend on the number of workers, on who is faster, or on a retry (contract 4).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -168,9 +168,9 @@ class RayPool:
         packed = {name: (dtype, shape, data.copy()) for name, (dtype, shape, data) in pack(weights).items()}
         self.published = packed, digest(weights), version
         self.restarts = 0
-        self._confirm(range(len(self.workers)))
+        self._confirm(*range(len(self.workers)))
 
-    def _confirm(self, workers: Iterable[int]) -> None:
+    def _confirm(self, *workers: int) -> None:
         """The weights go through shared memory, which holds them no longer than this takes; see rollout/cluster.py.
         Where it is cut short, nobody samples before the next publication."""
         assert self.published is not None
@@ -250,7 +250,7 @@ class RayPool:
 
         def again(i: int, number: int, shard: Sequence[Prompt], reason: str) -> None:
             self._replace(i, reason)
-            self._confirm([i])
+            self._confirm(i)
             waiting.append((number, shard))
 
         while waiting or running:
@@ -260,10 +260,11 @@ class RayPool:
                 reference = self.workers[i].sample.remote(list(shard), params, version, self.costs)
                 running[reference] = i, number, shard, time.monotonic() + self.timeout_s
             finished = self._wait(list(running))
-            for reference in finished or self._late({later: deadline for later, (*_, deadline) in running.items()}):
+            late = self._late({reference: deadline for reference, (*_, deadline) in running.items()})
+            for reference in [*finished, *late]:
                 i, number, shard, _ = running.pop(reference)
                 try:
-                    if finished:
+                    if reference in finished:
                         done[number] = self._get(reference)
                         if on_finished:
                             on_finished(len(shard) * params.group_size)
@@ -288,7 +289,7 @@ class RayPool:
             before = self.workers[0]
             costs = self._answer(0, "measure_costs", rows)
             if self.workers[0] is not before:
-                self._confirm([0])
+                self._confirm(0)
         self.costs = costs
         return costs
 

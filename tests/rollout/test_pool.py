@@ -19,6 +19,7 @@ import pytest
 import ray
 import torch
 
+import rollout.cluster
 import rollout.pool
 from policies.openmp import WAITING
 from policies.policy import Policy, digest
@@ -386,7 +387,9 @@ def test_a_client_without_the_token_is_refused(pool):
     assert "RAY_AUTH_TOKEN" not in os.environ
     assert len(token.read_text()) >= 32
     assert (token.stat().st_mode & 0o777, token.parent.stat().st_mode & 0o777) == (0o600, 0o700)
-    assert token.parent == Path(ray._private.worker._global_node.get_temp_dir_path())  # sockets, logs, spilled objects
+    assert (
+        token.parent == Path(ray._private.worker._global_node.get_temp_dir_path()).parent
+    )  # sockets, logs, spilled objects
     words = [ray.get_runtime_context().gcs_address, str(token)]
     done = subprocess.run([sys.executable, "-c", INTRUDER, *words], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["yes", "AuthenticationError", "AuthenticationError"], done.stderr
@@ -404,6 +407,28 @@ def test_a_cluster_that_the_user_names_keeps_the_users_settings(monkeypatch):
         ("192.0.2.1:6379", "disabled", "/home/somebody/token"),
         ("192.0.2.2:6379", "disabled", "/home/somebody/token"),
     ]
+
+
+def test_a_ray_that_does_not_start_is_named_and_leaves_nothing(monkeypatch):
+    """Ray raises a bare Exception, and forgets what it has started."""
+    started: list[subprocess.Popen] = []
+
+    def init(_temp_dir: str, **_) -> None:
+        started.append(subprocess.Popen([sys.executable, "-c", "input()", _temp_dir], stdin=subprocess.PIPE))
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(rollout.cluster, "_seclusion", None)
+    for name in rollout.cluster.Seclusion.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(rollout.cluster.Seclusion, "_tell_ray", lambda _: None)  # the shared cluster goes on
+    with pytest.raises(RolloutError, match=r"Ray did not start: The current node timed out.*rollout.workers=0"):
+        start_ray(1)
+    [process] = started
+    assert process.wait(timeout=20) != 0
+    assert not Path(process.args[-1]).parent.exists()
+    assert "RAY_AUTH_MODE" not in os.environ
 
 
 # ---- processes ----
@@ -496,7 +521,7 @@ def test_a_cluster_listens_on_loopback_only_and_a_closed_pool_leaves_nothing_beh
     script.stdin.flush()
     line(script, "closed None")
     assert psutil.wait_procs(running, timeout=20)[1] == []
-    assert not Path(folder).exists()
+    assert not Path(folder).parent.exists()
 
 
 @pytest.mark.slow
