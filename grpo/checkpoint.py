@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from grpo.json_file import read_json
 from policies.atomic import fsync as _fsync
 from policies.digests import digests, fault
 from policies.file_mode import heed_umask
@@ -102,8 +103,15 @@ def load(path: Path, only: Collection[str] | None = None) -> Checkpoint:
         way_out = f"resume from {earlier[-1]}" if earlier else "none before it is intact: start a new run"
         raise CheckpointError(f"checkpoint {path} is damaged: {fault}; {way_out}")
     files = [file for file in sorted(path.glob("*.safetensors")) if only is None or file.stem in only]
-    tensors = {file.stem: load_file(file) for file in files}
-    return Checkpoint(tensors=tensors, **json.loads((path / STATE).read_text()))
+    try:
+        document = read_json(path / STATE)
+        step, state = document["step"], document["state"]
+        if type(step) is not int or not isinstance(state, dict):
+            raise ValueError(f"{STATE} holds no step and state")
+        tensors = {file.stem: load_file(file) for file in files}
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged, though its sums are right: {error!r}") from error
+    return Checkpoint(step, tensors, state)
 
 
 def find(root: Path, which: str) -> Path | None:

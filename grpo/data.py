@@ -142,7 +142,10 @@ def load_examples(
     checks = [check] if check else []
     if purpose == "train":
         checks.insert(0, lambda columns: GSM8K_TEST if is_gsm8k_test_question(_texts(columns.values())) else None)
-    rows = list(islice(numbered, limit))
+    try:
+        rows = list(islice(numbered, limit))
+    except Exception as error:  # whatever a library meets in a damaged file
+        raise ValueError(f"{path or source} cannot be read: {type(error).__name__}: {error}") from error
     checks += [partial(_beyond, name, context) for name, context in (contexts or {}).items()]
     return _checked(rows, prefix, str(path or source), prompt_column, solution_column, checks)
 

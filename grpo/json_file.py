@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,37 @@ def read_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{path} is damaged: it holds a {type(value).__name__}")
     return value
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file without a last one that is being written, or was when the writer was killed."""
+    return path.read_bytes().split(b"\n")[:-1]
+
+
+def read_objects(path: Path, lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The object on every line. Raises ValueError naming file and line."""
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is damaged: {error}") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}, line {number} is damaged: it holds a {type(value).__name__}, not an object")
+        found.append(value)
+    return found
+
+
+@contextmanager
+def expecting(path: Path | str, what: str) -> Iterator[None]:
+    """Around code that takes a parsed file apart: ValueError naming the file where it lacks something, or holds it in
+    another type."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, OverflowError, ValueError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path} is no {what}, or it is damaged: {type(error).__name__}: {error}") from error
 
 
 def unfit(value: Any, level: int = 0) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,11 +11,14 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from grpo import environment
 from grpo.environment import caption
 from grpo.eval_metrics import wilson_interval
+from grpo.json_file import expecting, read_json, read_objects, whole_lines
 from grpo.metrics import METRICS
 from grpo.run_log import read_metrics
 from grpo.verdicts import ACCURACY, held_out_metric
+from grpo.yaml_file import read_yaml
 
 SHOWN_METRICS = (
     *("reward/mean", "reward/std", "completion/length_mean", "completion/clipped", "policy/entropy", "group/tied"),
@@ -75,10 +77,12 @@ def model_card(
 
     `left`: a sentence on what the export leaves out. `step`: what is exported; the run's later numbers are not of it.
     """
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    here = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    config, _ = read_yaml(run / "config.yaml")
+    here = environment.read(run / environment.FILE)
     lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     lines = [line for line in lines if step is None or line["step"] <= step]
+    with expecting(run / "config.yaml", "configuration of a run"):
+        evaluations = list(_evaluations(config, lines))
     method = "GRPO" if "steps" in config else "supervised fine-tuning"
     method = "teaching the draft head" if "head" in config else method
     parts = [
@@ -89,7 +93,7 @@ def model_card(
         _code("python", (LOAD_ADAPTER if base else LOAD_MERGED).format(name=name, base=base)),
         *_drafting(folder),
         "## Held-out problems",
-        *_evaluations(config, lines),
+        *evaluations,
         "## Training",
         *_training(lines),
         f"The effective configuration (`run/config.yaml`):\n\n{_code('yaml', yaml.safe_dump(config, sort_keys=False))}",
@@ -117,7 +121,7 @@ def _front_matter(origin: Origin, base: str | None) -> str:
 
 def _drafting(folder: Path) -> Iterator[str]:
     config_file = folder / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config = read_json(config_file) if config_file.is_file() else {}
     depth, first = config.get("num_nextn_predict_layers", 0), config.get("num_hidden_layers", 0)
     if config.get("model_type") != "deepseek_v3" or not depth:
         return
@@ -197,11 +201,11 @@ def _meaning(metric: str) -> str:
 def _machines(run: Path, here: dict[str, Any]) -> Iterator[str]:
     """The machine of the start, and of every resume."""
     rows = [f"- started {here['time']}: {caption(here)}"]
-    events = run / "events.jsonl"
-    for text in events.read_text(encoding="utf-8").splitlines() if events.is_file() else []:
-        event = json.loads(text)
-        if event.get("event") == "resume" and "environment" in event:
-            rows.append(f"- resumed at step {event['step']}, {event['time']}: {caption(event['environment'])}")
+    path = run / "events.jsonl"
+    with expecting(path, "record of events"):
+        for event in read_objects(path, whole_lines(path)) if path.is_file() else []:
+            if event.get("event") == "resume" and "environment" in event:
+                rows.append(f"- resumed at step {event['step']}, {event['time']}: {caption(event['environment'])}")
     yield "\n".join(rows)
     yield ", ".join(f"{package} {version}" for package, version in here["versions"].items())
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from grpo.config import RewardModelOptions
 from grpo.data import Example
 from grpo.loader import policy_folder
-from grpo.prompts import PromptTemplate, encode_prompt
+from grpo.prompts import PromptTemplate, apply_chat_template, encode_prompt
 from policies.logprobs import shifted_logprobs
 from policies.policy import Policy, PolicyError, read_config
 from rewards.group_score import GroupScore, mean
@@ -163,6 +163,8 @@ class _Classifier(_Model):
             raise ValueError(f"it lacks the tensors {', '.join(sorted(report['missing_keys'])[:5])}")
         if self.options.chat and not self.tokenizer.chat_template:
             raise ValueError("chat: true, but its tokenizer has no chat template")
+        if self.options.chat:  # one that raises does so now
+            self._encode(Prompt("", "question", []), Completion([], [], "answer", "stop", 0))
         _need_padding(self.tokenizer)
         # Decoders find the last token by this: another padding token than the tokenizer's would be scored itself.
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
@@ -173,7 +175,7 @@ class _Classifier(_Model):
         question = prompt.columns.get("question", prompt.text)
         messages = prompt.messages or [{"role": "user", "content": question}]
         messages = [*messages, {"role": "assistant", "content": completion.text}]
-        return list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]), 0
+        return list(apply_chat_template(self.tokenizer, messages, tokenize=True, return_dict=True)["input_ids"]), 0
 
     def _score(self, token_ids_BT: Tensor, lengths_B: Tensor, starts_B: Tensor) -> Tensor:
         return self._logits(token_ids_BT, lengths_B)[:, self.options.label or 0]

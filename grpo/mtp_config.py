@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from grpo.config import (
@@ -20,7 +19,9 @@ from grpo.config import (
     ScoringOptions,
     gsm8k_reward,
 )
+from grpo.json_file import expecting
 from grpo.options import Options
+from grpo.yaml_file import read_yaml
 
 
 class HeadOptions(Options):
@@ -107,7 +108,14 @@ def defaults_of_run(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.is_file():
         return {}
-    run = yaml.safe_load(path.read_text())
+    run, _ = read_yaml(path)
+    with expecting(path, "configuration of a run"):
+        brought = _defaults(run)
+        MtpConfig.model_validate({"output_dir": folder} | brought)
+    return brought
+
+
+def _defaults(run: dict[str, Any]) -> dict[str, Any]:
     whole = ("data", "rewards", "reward_models", "reward", "dtype", "device", "seed")
     parts = {"rollout": ("temperature", "max_completion_tokens", "prompts_per_shard"), "eval": ("split", "levels")}
     brought = {name: run[name] for name in whole if name in run}

@@ -115,6 +115,7 @@ def dry_run(config: MtpConfig, console: Console) -> tuple[list[memory_estimate.D
     depth, width = config.head.depth, min(config.head.draft_vocabulary or shape.vocab_size, shape.vocab_size)
     completions = config.prompts_per_step * config.rollout.group_size
     with Task.of(config) as task:
+        task.check_chat_template(config.model)
         table = Table(title="dry run: nothing was trained", show_header=False)
         table.add_row("training examples", f"{len(task.train):,} ({config.data.name}, {config.data.split})")
         table.add_row("held-out examples", f"{len(task.heldout):,}")

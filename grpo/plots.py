@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Collection
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.environment import caption
+from grpo import environment
 from grpo.eval_metrics import wilson_interval
 from grpo.run_log import read_metrics
 from grpo.verdicts import ACCURACY, MEAN_REWARD, held_out_metric
@@ -55,8 +54,8 @@ def plot_run(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
     rows = read_metrics(output_dir)
     if len(rows) < 2:
         raise ValueError(f"{output_dir}/metrics.jsonl has {len(rows)} steps; a curve needs two")
-    environment = output_dir / "environment.json"
-    foot = caption(json.loads(environment.read_text())) if environment.exists() else ""
+    machine = output_dir / environment.FILE
+    foot = environment.caption(environment.read(machine)) if machine.exists() else ""
     judged = held_out_metric(rows) == ACCURACY
     drawings: list[tuple[str, Any]] = [
         (file, lambda axes, spec=spec: _draw_line(axes, rows, *spec)) for file, *spec in ONE_LINE
@@ -100,12 +99,12 @@ def plot_quietly(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
 
 
 def series(rows: list[dict[str, Any]], name: str) -> Series:
-    """Steps and values of a metric where it was measured, and finite.
+    """Steps and values of a metric where it was measured, and finite (to 1e300, which matplotlib can still scale).
 
     >>> series([{"step": 1, "loss/mtp": 2.0}, {"step": 2, "loss/mtp": None}, {"step": 3}], "loss/mtp")
     ([1], [2.0])
     """
-    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None and abs(row[name]) <= 1e300]
     return [step for step, _ in points], [value for _, value in points]
 
 

@@ -65,7 +65,8 @@ class PromptTemplate:
             return "".join([*shots, _fill("format", self.format, example)])
         if tokenizer is None or not tokenizer.chat_template:
             raise ValueError("format='chat': the tokenizer has no chat template; use a format string instead")
-        return str(tokenizer.apply_chat_template(self.messages(example), add_generation_prompt=True, tokenize=False))
+        messages = self.messages(example) or []
+        return str(apply_chat_template(tokenizer, messages, add_generation_prompt=True, tokenize=False))
 
     def messages(self, example: Example) -> list[dict[str, Any]] | None:
         """What the chat template is rendered from: system message, worked examples as turns, the prompt.
@@ -143,6 +144,18 @@ def _fill(key: str, form: str, example: Example) -> str:
     if unknown := [name for name in _fields(key, form) if name not in columns]:
         raise ValueError(f"{key}={form!r} asks for {{{unknown[0]}}}; the columns are {', '.join(columns)}")
     return form.format_map(columns)
+
+
+def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> Any:
+    """transformers' own, but what a template raises is a ValueError that says whose template it is."""
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # a template is a program
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} (chat_template.jinja, or tokenizer_config.json) fails on "
+            f"the roles {', '.join(message['role'] for message in messages)}: {type(error).__name__}: {error}; mend "
+            "it, or use a format string as template"
+        ) from error
 
 
 def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> Prompt:

@@ -140,6 +140,7 @@ def dry_run(
     refuse_folder(config.output_dir, resuming=resume is not None)
     shape, head = memory_estimate.read_shape(config)
     with Task.of(config) as task:
+        task.check_chat_template(config.model)
         table = Table(title="dry run: nothing was trained", show_header=False)
         rows, disk = _estimates(config, shape, head)
         for name, value in (*_counts(config, task), *rows):

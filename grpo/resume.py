@@ -6,13 +6,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from grpo import checkpoint
 from grpo.checkpoint import Checkpoint
 from grpo.config import SftConfig, TrainConfig
 from grpo.mtp_config import MtpConfig
 from grpo.options import dump_yaml
+from grpo.yaml_file import parse_yaml, read_yaml
 from policies.policy import Policy, digest
 
 FREE_TO_CHANGE = (
@@ -59,7 +58,7 @@ def refuse_changed_config(saved: Path, config: SftConfig | MtpConfig) -> None:
     free = tuple(key for key in FREE_TO_CHANGE if not (decays and key == "steps"))
     changed = [
         f"  {key}: {then!r} then, {now!r} now"
-        for key, (then, now) in differences(saved.read_text(), dump_yaml(config)).items()
+        for key, (then, now) in changed_options(saved, dump_yaml(config)).items()
         if not key.startswith(free)
     ]
     if changed:
@@ -95,13 +94,18 @@ def base_changed(policy: Policy, saved: Checkpoint, source: str) -> str | None:
     )
 
 
-def differences(before: str, now: str) -> dict[str, tuple[Any, Any]]:
-    """What two YAML texts differ in, by dotted key.
+def changed_options(saved: Path, now: str) -> dict[str, tuple[Any, Any]]:
+    """What a run's config.yaml and a YAML text differ in. Raises ConfigError naming a file that is damaged."""
+    return differences(read_yaml(saved)[0], parse_yaml(now))
 
-    >>> differences("steps: 3\\nlora: {rank: 4}", "steps: 5\\nlora: {rank: 4}")
+
+def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """What two trees of options differ in, by dotted key.
+
+    >>> differences({"steps": 3, "lora": {"rank": 4}}, {"steps": 5, "lora": {"rank": 4}})
     {'steps': (3, 5)}
     """
-    former, present = _flat(yaml.safe_load(before)), _flat(yaml.safe_load(now))
+    former, present = _flat(before), _flat(now)
     return {
         key: (former.get(key), present.get(key))
         for key in sorted(former.keys() | present.keys())
@@ -112,4 +116,5 @@ def differences(before: str, now: str) -> dict[str, tuple[Any, Any]]:
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {key: value for k, v in tree.items() for key, value in _flat(v, f"{prefix}.{k}" if prefix else k).items()}
+    below = [_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
+    return {key: value for flat in below for key, value in flat.items()}

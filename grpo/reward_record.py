@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo.json_file import expecting, read_json
 from grpo.run_log import RunLog, read_events
 from policies.atomic import write_file
 
@@ -71,5 +72,8 @@ def _without_hashes(reward: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_rewards(output_dir: Path) -> list[dict[str, Any]]:
+    """Raises ValueError for a damaged file."""
     path = output_dir / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    rewards = read_json(path, list) if path.exists() else []
+    with expecting(path, "record of rewards"):
+        return [{"name": reward["name"], "sha256": reward["sha256"]} | reward for reward in rewards]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from grpo.advantages import tied
+from grpo.config import DataOptions
 from grpo.data import Example, load_examples
+from grpo.json_file import expecting
 from grpo.reward_config import ReplayConfig
-from grpo.run_log import read_rollouts
+from grpo.run_log import read_rollouts, recorded_steps
+from grpo.yaml_file import read_yaml
 from rewards.group_score import RewardFailure, mean
 from rewards.protocol import did_you_mean
 from rewards.registry import find_reward
@@ -122,12 +122,16 @@ def _settings(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{run} is no run folder: it has no config.yaml")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings, _ = read_yaml(path)
+    with expecting(path, "configuration of a run"):
+        DataOptions.model_validate(settings["data"])
+        [str(model["name"]) for model in settings.get("reward_models", [])]
+        int(settings["steps"]), int(settings["seed"])
+    return settings
 
 
 def _steps(run: Path, wanted: list[int] | None) -> list[int]:
-    names = (re.fullmatch(r"step_(\d+)\.jsonl\.zst", path.name) for path in (run / "rollouts").glob("step_*"))
-    there = sorted(int(name[1]) for name in names if name)
+    there = recorded_steps(run)
     if not there:
         raise ValueError(f"{run} has recorded no rollouts yet")
     if missing := [step for step in wanted or [] if step not in there]:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,9 +31,10 @@ from rich.progress import Progress
 
 from grpo import environment
 from grpo.console import Terminal, progress_bars, sample_table, step_line, visible
+from grpo.json_file import read_objects, whole_lines
 from grpo.json_lines import append_line, json_line, open_lines
 from grpo.metrics import check
-from grpo.resume import differences
+from grpo.resume import changed_options
 from grpo.run_lock import RunLock
 from grpo.stopping import GivenUp, Stopped
 from grpo.trackers import installed, start
@@ -92,7 +95,7 @@ class RunLog:
             _truncate(output_dir, resume_step)
         self.unwritten: dict[str, Any] | None = None
         self._metrics, self._events = (open_lines(output_dir / f"{name}.jsonl") for name in ("metrics", "events"))
-        former = [json.loads(line) for line in _whole_lines(output_dir / "metrics.jsonl")]
+        former = read_objects(output_dir / "metrics.jsonl", whole_lines(output_dir / "metrics.jsonl"))
         self._former_evaluations = {line["step"] for line in former if _is_evaluation(line)}
         if unwritten is not None and unwritten not in former:
             append_line(self._metrics, unwritten)
@@ -195,8 +198,7 @@ class RunLog:
 
     def _early_ends(self) -> dict[str, float]:
         """How often the run ended before its time, by run/* metric; empty where it never did."""
-        past = map(json.loads, _whole_lines(self.output_dir / "events.jsonl"))
-        ends = Counter(event["how"] for event in past if event["event"] == "end")
+        ends = Counter(event.get("how") for event in read_events(self.output_dir) if event["event"] == "end")
         counts = {"run/interruptions": ends["stopped"] + ends["interrupted"], "run/failures": ends["failed"]}
         return {name: float(count) for name, count in counts.items() if count}
 
@@ -226,15 +228,15 @@ class RunLog:
     def _describe_run(self, config_yaml: str, resume_step: int | None) -> None:
         config, here = self.output_dir / "config.yaml", environment.describe()
         if resume_step is None:
-            write_file(self.output_dir / "environment.json", json.dumps(here, indent=1) + "\n")
+            write_file(self.output_dir / environment.FILE, json.dumps(here, indent=1) + "\n")
         else:
             self.event("resume", step=resume_step, unshown={"environment": here})
             if config.exists():
-                if config.read_text() == config_yaml:
+                if (former := config.read_text()) == config_yaml:
                     return
-                changed = differences(config.read_text(), config_yaml)
+                changed = changed_options(config, config_yaml)
                 shown = {key: f"{then!r} -> {now!r}" for key, (then, now) in changed.items()}
-                self.event("config_changed", unshown={"former": config.read_text()}, **shown)
+                self.event("config_changed", unshown={"former": former}, **shown)
         write_file(config, config_yaml)
 
     def _record(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -302,8 +304,8 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     {'step': 1, 'completion/length_mean': 23.1, ..., 'eval/accuracy': 0.46}
     """
     steps: dict[int, dict[str, Any]] = {}
-    for line in _whole_lines(output_dir / "metrics.jsonl"):
-        values = json.loads(line)
+    path = output_dir / "metrics.jsonl"
+    for values in _measured(path, whole_lines(path)):
         steps.setdefault(values["step"], {}).update(values)
     return [steps[step] for step in sorted(steps)]
 
@@ -312,7 +314,7 @@ def read_events(output_dir: Path) -> list[dict[str, Any]]:
     """The events of a run in their order. Lines that are no event (of a writer that was killed) are left out."""
     path = output_dir / "events.jsonl"
     events = []
-    for line in _whole_lines(path) if path.exists() else []:
+    for line in whole_lines(path) if path.exists() else []:
         try:
             event = json.loads(line)
         except ValueError:
@@ -321,23 +323,65 @@ def read_events(output_dir: Path) -> list[dict[str, Any]]:
     return events
 
 
+def _measured(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. Raises ValueError naming the line that holds no step, or what is no number."""
+    rows = read_objects(path, lines)
+    for number, row in enumerate(rows, start=1):
+        if type(step := row.get("step")) is not int or not 0 <= step < 1e9:
+            raise ValueError(f"{path}, line {number} is damaged: its step is {step!r:.60}; remove the line")
+        if wrong := [name for name, value in row.items() if not _is_metric(value)]:
+            fault = f"{wrong[0]!r:.60} is {row[wrong[0]]!r:.60}, no finite number"
+            raise ValueError(f"{path}, line {number} is damaged: {fault}; remove the line")
+    return rows
+
+
+def _is_metric(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < math.inf and abs(value) <= sys.float_info.max)
+
+
 def read_rollouts(output_dir: Path, step: int) -> list[dict[str, Any]]:
-    """The completions of a step, group by group. Raises FileNotFoundError naming the steps that there are."""
+    """The completions of a step, group by group. Raises FileNotFoundError naming the steps that there are, ValueError
+    for a damaged file."""
     path = _rollout_path(output_dir, step)
     if not path.exists():
-        steps = [_step(other) for other in sorted(path.parent.glob("step_*.jsonl.zst"), key=_step)]
+        steps = recorded_steps(output_dir)
         there = f"there are steps {steps[0]} to {steps[-1]}" if steps else "there are none"
         raise FileNotFoundError(f"no rollouts of step {step} in {path.parent}; {there}")
-    text = zstandard.ZstdDecompressor().decompress(path.read_bytes()).decode()
-    return [json.loads(line) for line in text.splitlines()]
+    try:
+        text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    lines = read_objects(path, text.removesuffix(b"\n").split(b"\n"))
+    for number, line in enumerate(lines, start=1):
+        if fault := _rollout_fault(line):
+            raise ValueError(f"{path}, line {number} is damaged: {fault}")
+    return lines
+
+
+def recorded_steps(output_dir: Path) -> list[int]:
+    """The steps whose rollouts are there, ascending; other files are passed over."""
+    found = (_step(path) for path in (output_dir / "rollouts").glob("step_*.jsonl.zst"))
+    return sorted(step for step in found if step is not None)
+
+
+def _rollout_fault(line: dict[str, Any]) -> str | None:
+    """What a recorded completion lacks of what its readers need, or None."""
+    kinds = {"prompt_id": str, "prompt": str, "sample": int, "text": str, "token_ids": list, "parts": dict}
+    for name, kind in (kinds | {"extras": dict}).items():
+        if not isinstance(line.get(name), kind):
+            return f"its {name!r} is {line.get(name)!r:.60}"
+    marks = {"reward": line.get("reward"), **line["parts"]}
+    return next((f"its {name!r} is {mark!r:.60}" for name, mark in marks.items() if not _is_metric(mark)), None)
 
 
 def _rollout_path(output_dir: Path, step: int) -> Path:
     return output_dir / "rollouts" / f"step_{step:06d}.jsonl.zst"
 
 
-def _step(rollout_path: Path) -> int:
-    return int(rollout_path.name.removeprefix("step_").partition(".")[0])
+def _step(rollout_path: Path) -> int | None:
+    """The step of a record, whole or being written; None of any other file."""
+    name = re.fullmatch(r"step_([0-9]{1,18})\.jsonl\.(zst|partial)", rollout_path.name)
+    return int(name[1]) if name else None
 
 
 def _rollout_lines(group: RolloutGroup, score: GroupScore, advantages: list[Any]) -> list[dict[str, Any]]:
@@ -374,22 +418,19 @@ def _truncate(output_dir: Path, step: int) -> None:
     if (output_dir / "metrics.jsonl").exists():
         _keep_lines(output_dir, lambda line: line["step"] <= last)
     for path in (output_dir / "rollouts").glob("step_*"):
-        if _step(path) > step or path.suffix == ".partial":
+        if (found := _step(path)) is not None and (found > step or path.suffix == ".partial"):
             path.unlink()
 
 
 def _keep_lines(output_dir: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     path = output_dir / "metrics.jsonl"
-    write_file(path, "".join(f"{line}\n" for line in _whole_lines(path) if wanted(json.loads(line))))
+    lines = whole_lines(path)
+    kept = [line + b"\n" for line, row in zip(lines, _measured(path, lines), strict=True) if wanted(row)]
+    write_file(path, b"".join(kept))
 
 
 def _is_evaluation(line: Mapping[str, Any]) -> bool:
     return any(name.startswith("eval/") for name in line)
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file without a last one that is being written, or was when the writer was killed."""
-    return path.read_text().split("\n")[:-1]
 
 
 def _number(name: str, value: Any) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 from grpo import checkpoint
 from grpo.checkpoint import Checkpoint
 from grpo.config import ModelOptions, TrainConfig
+from grpo.json_file import read_json
 from grpo.loader import load_policy
 from grpo.mtp_config import MtpConfig
 from grpo.options import load
@@ -102,7 +103,7 @@ def _last_step(config: Path) -> int | None:
 
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _digest(checkpoint_folder: Path) -> str:

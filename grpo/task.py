@@ -19,7 +19,7 @@ from grpo.config import DataOptions, RewardModelOptions, RewardOptions, ScoringO
 from grpo.data import Check, Example, beyond_context, default_heldout_split, gold_check, load_examples
 from grpo.eval_metrics import answer_reader
 from grpo.evaluation_data import in_holdout, problem_fingerprint, record_trained_on, refuse_overlap, trained_on
-from grpo.loader import device_of, known_context
+from grpo.loader import device_of, known_context, policy_folder
 from grpo.model_rewards import ModelRewards
 from grpo.mtp_config import MtpConfig
 from grpo.prompts import PromptTemplate, encode_prompt
@@ -27,7 +27,7 @@ from grpo.reasoning_gym_tasks import PREFIX
 from grpo.run_log import RunLog
 from grpo.verdicts import Verdicts
 from grpo.word_problems import shared_with_training
-from policies.policy import Policy
+from policies.policy import Policy, read_tokenizer
 from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rollout.group import Prompt, RolloutGroup
 
@@ -200,6 +200,13 @@ class Task:
 
     def prompt(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         return encode_prompt(example, tokenizer, self.template)
+
+    def check_chat_template(self, model: str) -> None:
+        """Raises ValueError where the chat template of `model`, if it is used, fails on an example."""
+        if self.template.is_chat:
+            tokenizer = read_tokenizer(policy_folder(model))
+            for example in (*self.train, *self.heldout):
+                self.template.render(example, tokenizer)
 
     def solution(self, example: Example, tokenizer: PreTrainedTokenizerBase, stop: int, raw: bool = False) -> PackedRow:
         """Prompt and gold solution as a row to learn from; the solution ends with the stop token.

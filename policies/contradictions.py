@@ -40,6 +40,7 @@ POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings"),
 )
+MOST_LAYERS = {"num_hidden_layers": 10_000, "num_nextn_predict_layers": 100}  # more is damage, and building it hangs
 ROUTING = ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok")
 ROUTER_FIELDS = (*ROUTING, "moe_intermediate_size", "n_shared_experts")
 
@@ -69,6 +70,9 @@ def contradictions(config: PretrainedConfig) -> Iterator[str]:
     >>> list(contradictions(DeepseekV3Config(n_routed_experts=250)))
     ['n_routed_experts=250 is not a multiple of n_group=8; use one of 248, 256, or another n_group']
     """
+    for field, most in MOST_LAYERS.items():
+        if (value := getattr(config, field, None) or 0) > most:
+            yield f"{field}={value} is more than {most:,}, which no model has"
     yield from _tokens_and_rope(config)
     if not isinstance(config, DeepseekV3Config):
         return

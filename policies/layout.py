@@ -162,12 +162,14 @@ def check_tensors(files: WeightFiles, config: DeepseekV3Config) -> None:
     first, depth = config.num_hidden_layers, config.num_nextn_predict_layers
     stored = mtp_layers(config, files.shapes)
     found = {name: shape for name, shape in files.shapes.items() if not _is_copy(config, name)}
-    with torch.device("meta"):
-        trunk = AutoModelForCausalLM.from_config(config)
-        own = dict(trunk.state_dict())
-        for layer in range(first, first + depth if stored else first):
-            idle = may_idle(config) and _router(layer) in found
-            own |= head_state(config, layer, MTPHead(config).state_dict(), idle)
+    try:
+        with torch.device("meta"):
+            own = dict(AutoModelForCausalLM.from_config(config).state_dict())
+            for layer in range(first, first + depth if stored else first):
+                idle = may_idle(config) and _router(layer) in found
+                own |= head_state(config, layer, MTPHead(config).state_dict(), idle)
+    except Exception as error:  # sizes that make no model fail wherever they are met first
+        raise PolicyError(f"model={files.source!r}: config.json makes no model: {error!r}; {WAY_OUT}") from error
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     expected: dict[str, Shape] = {}
     for name, tensor in own.items():
@@ -260,7 +262,7 @@ def read_draft_vocabulary(source: str, vocabulary: int) -> Tensor | None:
         return None
     try:
         ids = [int(token) for token in json.loads(Path(path).read_text())["token_ids"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise PolicyError(f"model={source!r}: {DRAFT_VOCABULARY} is damaged ({error!r}); {DRAFT_WAY_OUT}") from error
     if not ids or ids != sorted(set(ids)) or not 0 <= ids[0] <= ids[-1] < vocabulary:
         raise PolicyError(
@@ -278,6 +280,9 @@ def find_file(source: str, name: str) -> str | None:
 
 def read_index(source: str, path: str) -> dict[str, str]:
     try:
-        return dict(json.loads(Path(path).read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        index = dict(json.loads(Path(path).read_text())["weight_map"])
+        if wrong := [name for name, file in index.items() if not isinstance(file, str) or Path(file).name != file]:
+            raise ValueError(f"{wrong[0]} is in {index[wrong[0]]!r:.60}, which is no file's name")
+        return index
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PolicyError(f"model={source!r}: {INDEX} is damaged ({error!r}); copy or download it again") from error

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -293,8 +292,10 @@ class Policy(nn.Module):
         except RuntimeError as error:  # experts that cannot be stacked; transformers names them in its log alone
             unfit = re.findall(r"^(\S+) +\| CONVERSION", "\n".join(record.getMessage() for record in logged), re.M)
             if not unfit:
-                raise
+                raise _unusable(source, "config.json or a weight", error) from error
             raise PolicyError(f"model={str(source)!r} has experts missing or of unequal shapes: {unfit[:5]}") from error
+        except Exception as error:
+            raise _unusable(source, "config.json or a weight", error) from error
         _refuse_untied(source, trunk)
         if not isinstance(trunk, DeepseekV3ForCausalLM):
             _check_report(source, config, report)
@@ -326,11 +327,12 @@ def read_config(source: str | Path) -> PretrainedConfig:
     refuse_type(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        faults = list(contradictions(config))
     except (OSError, ValueError) as error:
         raise _unreachable(source, error) from error
-    except (StrictDataclassError, KeyError) as error:  # KeyError: rope scalings that lack a field
-        raise PolicyError(f"model={str(source)!r}: config.json is not usable: {error}") from error
-    if faults := list(contradictions(config)):
+    except Exception as error:  # transformers reads a damaged file into whatever it meets first
+        raise _unusable(source, "config.json", error) from error
+    if faults:
         raise PolicyError(f"model={str(source)!r}: config.json contradicts itself: " + "; ".join(faults))
     return config
 
@@ -345,8 +347,10 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         if find_file(str(source), name):
             GenerationConfig.from_pretrained(source)
         name = "its tokenizer"
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer.encode("2 + 3 = ?")  # some damage shows when it is used
+        return tokenizer
+    except Exception as error:  # transformers and tokenizers read a damaged file into whatever they meet first
         raise PolicyError(
             f"model={str(source)!r}: {name} is missing or damaged ({error}); copy or download it again"
         ) from error
@@ -360,6 +364,10 @@ def _refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:
             f"model={str(source)!r}: tie_word_embeddings=True in config.json contradicts the files, which hold an LM "
             "head that differs from the embedding; set it to false, or remove the head's tensor"
         )
+
+
+def _unusable(source: str | Path, what: str, error: Exception) -> PolicyError:
+    return PolicyError(f"model={str(source)!r}: {what} is not usable: {type(error).__name__}: {error}")
 
 
 def _unreachable(source: str | Path, error: Exception | str) -> PolicyError:

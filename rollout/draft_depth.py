@@ -47,6 +47,16 @@ class CostTable:
         share = min(max((rows - self.rows[left]) / span, 0.0), 1.0)
         return (1 - share) * self.rounds[left][depth] + share * self.rounds[right][depth]
 
+    def _check(self) -> None:
+        """Raises TypeError or ValueError where this cannot be looked up."""
+        if not 0 < len(self.rows) == len(self.rounds) or self.rows != sorted(set(self.rows)) or self.rows[0] < 1:
+            raise ValueError("rows ascend from 1 or more, and have their rounds each")
+        for costs in self.rounds:
+            if not costs or not all(0 < float(cost) < math.inf for cost in costs):
+                raise ValueError("the milliseconds of a round are above 0 and finite")
+        if not all(type(rows) is int for rows in self.rows):
+            raise ValueError("rows are whole numbers")
+
     def save(self, path: Path) -> None:
         write_file(path, json.dumps(asdict(self)) + "\n")
 
@@ -54,8 +64,10 @@ class CostTable:
     def load(cls, path: Path) -> CostTable:
         """Raises ValueError naming the file when it is not such a table."""
         try:
-            return cls(**json.loads(path.read_text()))
-        except (TypeError, ValueError) as error:
+            table = cls(**json.loads(path.read_text()))
+            table._check()
+            return table
+        except (TypeError, ValueError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} is no table of draft costs ({error}); delete it to measure again") from None
 
 

@@ -18,6 +18,7 @@ from grpo.task import Task
 
 GSM8K = [RewardOptions(function="gsm8k")]
 QUIET = Console(quiet=True)
+A, B, C, D = (f"{i:012x}" for i in range(4))
 
 
 def write_rows(path: Path, numbers) -> Path:
@@ -201,12 +202,15 @@ def test_contract_16_a_chain_of_runs_remembers_every_link(tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "environment.json").write_text("{}")
-    record_trained_on(tmp_path / "first", ["aa", "bb"])
-    record_trained_on(tmp_path / "second", {"cc", *trained_on(tmp_path / "first/policy")})
-    assert trained_on(tmp_path / "second/checkpoints/step_000001") == {"aa", "bb", "cc"}
-    record_trained_on(tmp_path / "second", ["dd"])  # resumed
-    assert trained_on(tmp_path / "second") == {"aa", "bb", "cc", "dd"}
+    record_trained_on(tmp_path / "first", [A, B])
+    record_trained_on(tmp_path / "second", {C, *trained_on(tmp_path / "first/policy")})
+    assert trained_on(tmp_path / "second/checkpoints/step_000001") == {A, B, C}
+    record_trained_on(tmp_path / "second", [D])  # resumed
+    assert trained_on(tmp_path / "second") == {A, B, C, D}
     assert trained_on("tiny") == frozenset()
+    (tmp_path / "second/trained_on.txt").write_bytes(b"00000000000a\n\xff\n")
+    with pytest.raises(ValueError, match="second/trained_on.txt is damaged"):
+        trained_on(tmp_path / "second")
 
 
 def test_contract_16_a_run_that_held_out_a_share_is_evaluated_on_that_share(tmp_path):
