@@ -100,7 +100,7 @@ def kinds(found) -> dict[str, int]:
 
 def test_the_example_of_the_issue_passes_and_gold_means_its_own_full_marks():
     found = check(f"{EXAMPLE}:shows_its_work")
-    assert found.full_marks == 1.5
+    assert found.full_marks == 1.0
     assert found.problems == []
     assert kinds(found) == dict.fromkeys(KINDS, 0) | {"gold": 12, "padded": 12}
     assert found.differing == {"scored again": 0, "in this process": 0, "among other completions": 0}
