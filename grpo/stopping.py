@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rollout.sampling import SamplingParams
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+KEEP_S = 0.02
 _SIGNAL = signal.signal
 
 
@@ -78,16 +80,27 @@ class Handler:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Inside it nobody else takes a signal: for libraries that install handlers of their own, such as Ray."""
+        """Inside it nobody else takes a signal for long, in the main thread: for libraries that install handlers.
+
+        Ray does so in Python, which is refused, and in C++, unseen by Python: ours come back every few milliseconds.
+        """
 
         def refuse(number: int, handler: Any) -> Any:
             return signal.getsignal(number) if number in self._usual else _SIGNAL(number, handler)
 
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        usual = _SIGNAL(signal.SIGALRM, lambda *_: self.listen())
+        former = signal.setitimer(signal.ITIMER_REAL, KEEP_S, KEEP_S)
         signal.signal = refuse  # type: ignore[assignment]
         try:
             yield
         finally:
             signal.signal = _SIGNAL
+            signal.setitimer(signal.ITIMER_REAL, *former)
+            _SIGNAL(signal.SIGALRM, usual)
+            self.listen()
 
     def __enter__(self) -> Self:
         usual = {number: signal.getsignal(number) for number in SIGNALS}

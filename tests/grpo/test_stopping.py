@@ -1,5 +1,6 @@
 """Signals and failures: the last whole step is saved, and the run resumes to the same bits."""
 
+import ctypes
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -293,12 +295,19 @@ def test_the_second_signal_ends_the_process_at_once(first, second):
     assert (done.returncode, done.stdout) == (-signal.Signals[second], "once\n")
 
 
-def test_a_signal_while_a_library_starts_asks_as_any_other(micro_config, whole, tmp_path, monkeypatch):
-    """Ray answers SIGTERM by sys.exit from the beginning of its start on."""
+@pytest.mark.parametrize("in_c", [False, True])
+def test_a_signal_while_a_library_starts_asks_as_any_other(micro_config, whole, tmp_path, monkeypatch, in_c):
+    """Ray answers SIGTERM by sys.exit from the beginning of its start on, and later by a handler in C++."""
     folder, real = tmp_path / "run", run_pool.open_pool
 
     def starts(*arguments, **named):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        if in_c:
+            ctypes.CDLL(None).signal(int(signal.SIGTERM), ctypes.c_void_p(1))  # SIG_IGN, which Python does not see
+            end = time.monotonic() + 0.3
+            while time.monotonic() < end:
+                pass
+        else:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         _terminate()
         return real(*arguments, **named)
 
@@ -308,6 +317,15 @@ def test_a_signal_while_a_library_starts_asks_as_any_other(micro_config, whole, 
             Trainer(micro_config(folder, **SMALL)).run()
     assert signal.signal is stopping._SIGNAL
     _resumes_to_the_same(micro_config, folder, whole)
+
+
+def test_a_handler_that_a_library_has_left_behind_is_replaced():
+    with StopSignal() as stop:
+        with stop.kept():
+            ctypes.CDLL(None).signal(int(signal.SIGTERM), ctypes.c_void_p(1))
+        _terminate()
+        assert stop.asked
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_terminal_that_is_closed_ends_nothing_before_its_time():
