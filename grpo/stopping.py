@@ -91,8 +91,13 @@ class Handler:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        usual = _SIGNAL(signal.SIGALRM, lambda *_: self.listen())
-        former = signal.setitimer(signal.ITIMER_REAL, KEEP_S, KEEP_S)
+
+        def again(*_: object) -> None:
+            self.listen()
+            signal.setitimer(signal.ITIMER_REAL, KEEP_S)  # set anew each time: a fork starts over at every signal
+
+        usual = _SIGNAL(signal.SIGALRM, again)
+        former = signal.setitimer(signal.ITIMER_REAL, KEEP_S)
         signal.signal = refuse  # type: ignore[assignment]
         try:
             yield
