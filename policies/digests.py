@@ -33,7 +33,7 @@ def fault(folder: Path, name: str, needed: Collection[str] = ()) -> str | None:
     try:
         expected = dict(json.loads((folder / name).read_text())["files"])
         listed = {*expected, *(file.name for file in folder.glob("*.safetensors")), *needed}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{name} cannot be read ({error!r})"
     for file in sorted(listed):
         found = size_and_hash(folder / file) if (folder / file).is_file() else "missing"

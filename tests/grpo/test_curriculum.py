@@ -13,6 +13,7 @@ from grpo.options import ConfigError, load
 from grpo.prompts import PromptStream
 from grpo.run_log import read_metrics, read_rollouts
 from grpo.train import Trainer
+from grpo.verdicts import Verdicts
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
@@ -82,7 +83,7 @@ def _pass_rates(*scores: GroupScore, full_marks: float = 1.0) -> dict[str, float
     by_id = {example.example_id: score for example, score in zip(EXAMPLES, scores, strict=False)}
     task = SimpleNamespace(
         first_reward="r",
-        full_marks=full_marks,
+        verdicts=Verdicts("r", "undeclared", gold=full_marks),
         prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1]),
         score=lambda groups: [by_id[group.prompt.prompt_id] for group in groups],
     )
@@ -193,7 +194,11 @@ def test_a_curriculum_that_begins_beyond_its_end_is_refused(tmp_path):
 
 
 def test_a_run_with_every_curriculum(micro_config, tmp_path):
+    (tmp_path / "long.py").write_text(
+        "def long(completions, **_):\n    return [float(sum(map(str.isalpha, text)) >= 12) for text in completions]\n"
+    )
     given = {
+        "rewards": [{"function": f"{tmp_path}/long.py:long"}],
         "curriculum.steps": 3,
         "curriculum.shortest_share": 0.3,
         "curriculum.by_difficulty": True,

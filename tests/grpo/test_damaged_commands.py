@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -117,11 +118,14 @@ def test_damaged_rollouts_are_named(copy, capsys):
 
 @pytest.mark.parametrize("name", ["environment.json", "config.yaml"])
 def test_a_full_disk_at_the_start_names_the_file(tmp_path, monkeypatch, name):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    replace = os.replace
 
-    write = Path.write_text
-    monkeypatch.setattr(Path, "write_text", lambda path, text: (full if path.name == name else write)(path, text))
+    def full(partial, path):
+        if Path(path).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(partial, path)
+
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match=rf"No space left on device: '.*{name}'"):
         RunLog(tmp_path / "run", "steps: 1\n", trackers=[])
 

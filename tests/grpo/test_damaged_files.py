@@ -30,6 +30,7 @@ from grpo.reward_replay import _settings
 from grpo.run_log import RunLog, _truncate, read_metrics, read_rollouts, recorded_steps
 from grpo.sample import read_prompts
 from grpo.train import Trainer
+from policies.digests import size_and_hash
 from policies.layout import INDEX, WeightFiles
 from policies.policy import Policy
 from rewards.protocol import RewardError
@@ -226,7 +227,7 @@ def test_a_damaged_checkpoint(run, tmp_path, rehashed, data):
     (copy / name).write_bytes(data.draw(damaged((source / name).read_bytes())))
     if rehashed and name != checkpoint.MANIFEST:
         (copy / checkpoint.MANIFEST).unlink()
-        files = {path.name: checkpoint._size_and_hash(path) for path in copy.iterdir()}
+        files = {path.name: size_and_hash(path) for path in copy.iterdir()}
         (copy / checkpoint.MANIFEST).write_text(json.dumps({"files": files}))
     read_or_refuse(lambda: checkpoint.load(copy), "step_000002")
 

@@ -137,7 +137,7 @@ def test_new_prompts_take_the_places_until_the_budget_is_spent():
 
 COARSE = """
 def coarse(completions, **_):
-    return [float(completion.count("e") > 1) for completion in completions]
+    return [float(completion.count("e") > 2) for completion in completions]
 """
 
 

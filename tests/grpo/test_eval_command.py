@@ -175,7 +175,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_the_newer_on
     monkeypatch.setattr(checkpoint, moment, rotated)
     found = find_policy(str(folder))
     assert found.checkpoint == folder / "checkpoints/step_000004"
-    assert set(found.tensors) == {"policy"}
+    assert set(found.saved.tensors) == {"policy"}
 
 
 def test_a_reader_repairs_nothing_in_a_run_that_may_be_alive(unfinished, tmp_path):
