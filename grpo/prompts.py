@@ -102,9 +102,9 @@ class PromptTemplate:
         if form is None:
             turns = example.messages or [{"role": "user", "content": example.question}]
             return "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
-        columns = {**example.columns, "question": example.question}
-        names = dict.fromkeys(name for name in _fields("format", form) if name != "examples")
-        return "\n".join(str(columns.get(name, "")) for name in names)
+        key = "user_turn" if self.is_chat else "format"
+        shown = _shown(key, form.replace("{examples}", ""), example)
+        return "\n".join(map(str, shown.values()))
 
     @property
     def _gathers_examples(self) -> bool:
@@ -140,10 +140,16 @@ def _fields(key: str, form: str) -> list[str]:
 
 
 def _fill(key: str, form: str, example: Example) -> str:
+    return form.format_map(_shown(key, form, example))
+
+
+def _shown(key: str, form: str, example: Example) -> dict[str, Any]:
+    """The columns that a format string asks for. Raises ValueError for one that the example does not have."""
     columns = {**example.columns, "question": example.question}
-    if unknown := [name for name in _fields(key, form) if name not in columns]:
+    names = dict.fromkeys(_fields(key, form))
+    if unknown := [name for name in names if name not in columns]:
         raise ValueError(f"{key}={form!r} asks for {{{unknown[0]}}}; the columns are {', '.join(columns)}")
-    return form.format_map(columns)
+    return {name: columns[name] for name in names}
 
 
 def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> Any:

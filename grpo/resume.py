@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo import checkpoint
 from grpo.checkpoint import Checkpoint
@@ -12,7 +12,9 @@ from grpo.config import SftConfig, TrainConfig
 from grpo.mtp_config import MtpConfig
 from grpo.options import dump_yaml
 from grpo.yaml_file import parse_yaml, read_yaml
-from policies.policy import Policy, digest
+
+if TYPE_CHECKING:
+    from policies.policy import Policy
 
 FREE_TO_CHANGE = (
     *("output_dir", "steps", "log", "checkpoint", "eval", "threads"),
@@ -74,6 +76,8 @@ def base_digest(policy: Policy, kept: Collection[str]) -> str:
 
     For a LoRA run these are the base weights. Bits and names count, and how many files they came from does not.
     """
+    from policies.policy import digest  # with transformers, which readers of a run's records do not need
+
     weights = policy.named_parameters()
     return digest({name.replace(".base_layer", ""): tensor for name, tensor in weights if name not in kept})
 

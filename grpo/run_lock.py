@@ -31,7 +31,7 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._descriptor = folder, -1
-        if folder.is_dir():
+        if os.path.isdir(folder):  # also where the system refuses the name: RunLog says so, with the way out
             self.take()
 
     def take(self) -> None:

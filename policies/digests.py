@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from policies.atomic import write_file
-from policies.layout import PolicyError
 
 DIGESTS = "digests.json"  # of a policy's folder
 
@@ -47,6 +46,8 @@ def check_policy(folder: Path) -> None:
 
     A folder without digests passes: of another tool, or of an older version.
     """
+    from policies.layout import PolicyError  # with transformers, which readers of a run's records do not need
+
     if (folder / DIGESTS).is_file() and (found := fault(folder, DIGESTS)):
         raise PolicyError(
             f"model={str(folder)!r} is damaged: {found}; restore the file from a copy, or delete "

@@ -64,7 +64,7 @@ def config(taught, letters):
             "head.reuse": 2,
             "head.tokens_per_update": 128,
             "head.learning_rate": 5e-3,
-            "head.draft_vocabulary": 48,
+            "head.draft_vocabulary": 64,
             "head.tv_share": 0.4,
             "eval.limit": 0,
             "checkpoint.keep": None,
@@ -149,7 +149,7 @@ def test_the_curriculum_comes_first_and_total_variation_last(whole):
 
 def test_the_policy_of_a_run_drafts_from_its_trimmed_vocabulary(whole, config):
     policy = Policy.load(whole / "policy")
-    assert policy.draft_ids.shape == (48,)
+    assert policy.draft_ids.shape == (64,)
     assert set(policy.stop_token_ids) <= set(policy.draft_ids.tolist())
     assert all(0.8 < line["draft/vocabulary_coverage"] <= 1 for line in read_metrics(whole))
 

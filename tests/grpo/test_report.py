@@ -16,6 +16,7 @@ from grpo.memory_estimate import DeviceMemory
 from grpo.options import load
 from grpo.train import Trainer
 from policies.policy import PolicyError
+from policies.presets import VOCABULARY
 from rewards.group_score import RewardFailure
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 
@@ -185,11 +186,11 @@ def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(shown, micro_co
 
 
 def test_a_dry_run_knows_the_size_of_checkpoints_and_adapters(shown, micro_config, micro_policy, tmp_path):
-    """Against a real learner; the estimate's vocabulary is 512. The MTP head is saved beside the adapters."""
+    """Against a real learner; the estimate's vocabulary is the preset's. The MTP head is saved beside the adapters."""
     shown.width = 160
     rows = _dry_run(shown, micro_config(tmp_path / "r", **{"lora.rank": 4, "steps": 7, "checkpoint.every": 3}))
     policy = micro_policy(0)
-    total = sum(p.numel() for p in policy.trunk.parameters()) + 2 * 32 * (512 - len(policy.tokenizer))
+    total = sum(p.numel() for p in policy.trunk.parameters()) + 2 * 32 * (VOCABULARY - len(policy.tokenizer))
     policy.add_lora(4, 8.0)
     config = micro_config(tmp_path / "r")
     learner = Learner(policy, config.learner, config.mtp)
@@ -238,7 +239,7 @@ def test_a_dry_run_refuses_the_output_folder_that_a_run_would(shown, micro_confi
         assert said[0] == said[1]
         assert said[0].startswith(f"{start}{folder}")
         assert "choose another" in said[0]
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoints", "file", "taken"]
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.name != ".lock") == ["checkpoints", "file", "taken"]
 
 
 def test_a_dry_run_of_a_resume_is_that_of_the_run_that_goes_on(shown, micro_config, tmp_path):

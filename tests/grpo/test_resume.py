@@ -21,6 +21,7 @@ from grpo.run_policy import find_policy, load_found
 from grpo.sft import sft
 from grpo.stopping import Stopped
 from grpo.train import Trainer
+from policies.digests import DIGESTS, write_digests
 from policies.policy import Policy, PolicyError
 
 STEPS = 5
@@ -252,7 +253,7 @@ def test_a_forced_resume_goes_on_with_the_new_configuration(micro_config, tmp_pa
     rates = [line["learner/learning_rate"] for line in read_metrics(folder)]
     assert rates == [1e-2, 1e-2, 1e-3, 1e-3, 1e-3]
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events][-2:] == ["resume", "config_changed"]
+    assert [event["event"] for event in events][-3:] == ["resume", "config_changed", "end"]
     assert "learning_rate: 0.001" in (folder / "config.yaml").read_text()
 
 
@@ -302,19 +303,21 @@ def _change_one_weight(file: Path) -> None:
     tensors = load_file(file)
     tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] += 1e-3
     save_file(tensors, file, {"format": "pt"})
+    if (file.parent / DIGESTS).exists():  # changed on purpose, and not damaged
+        write_digests(file.parent)
 
 
 @pytest.mark.parametrize("warm_start", [0, 2])
 def test_adapters_are_not_continued_on_other_base_weights(micro_config, micro_policy, tmp_path, warm_start):
     config, file = _lora_on_a_folder(micro_config, micro_policy, tmp_path, warm_start)
-    original = file.read_bytes()
+    shutil.copytree(file.parent, tmp_path / "original")
     _change_one_weight(file)
     named = "warm start .*warm_start" if warm_start else "model='.*model'"
     with pytest.raises(ValueError, match=rf"{named}: the base weights are not those .* of step 1 .*--force"):
         Trainer(config, resume="auto").run()
     with pytest.raises(PolicyError, match=r"the base weights are not those .*put back the files"):
         load_found(find_policy(str(tmp_path / "run")), config)
-    file.write_bytes(original)
+    shutil.copytree(tmp_path / "original", file.parent, dirs_exist_ok=True)
     for dtype in ("float32", "bfloat16"):
         load_found(find_policy(str(tmp_path / "run")), config.model_copy(update={"dtype": dtype}))
     Trainer(config, resume="auto").run()
