@@ -455,9 +455,9 @@ class Process:
     ("number", "group", "workers"),
     [
         (signal.SIGTERM, False, 0),
-        (signal.SIGHUP, False, 0),
+        pytest.param(signal.SIGHUP, False, 0, marks=pytest.mark.slow),
         (signal.SIGINT, True, 0),  # a terminal's Ctrl-C reaches the whole group
-        (signal.SIGINT, True, 2),
+        pytest.param(signal.SIGINT, True, 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_saves_the_last_whole_step_and_the_run_can_be_resumed(
