@@ -413,7 +413,7 @@ def _holds_a_run(output_dir: Path) -> bool:
 
 
 def _truncate(output_dir: Path, step: int) -> None:
-    """Remove what stands behind `step`; with 0 the evaluation before the first step too: it is made again."""
+    """Remove what came after `step`; with 0 the evaluation before the first step too: it is made again."""
     last = step or -1
     if (output_dir / "metrics.jsonl").exists():
         _keep_lines(output_dir, lambda line: line["step"] <= last)
