@@ -1,5 +1,6 @@
 """What every test may rely on: one thread, no network, and real GSM8K where it lies beside the checkout."""
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,7 +155,7 @@ def random_policy() -> Callable[..., Any]:
                         tensor.copy_(0.3 * torch.randn(tensor.shape))
             trunk.get_output_embeddings().weight.mul_(2)
         trunk.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=1)
-        return Policy(trunk, head, tokenizer)
+        return Policy(trunk, head, copy.deepcopy(tokenizer))  # tests give it a chat template
 
     return build
 
