@@ -18,6 +18,7 @@ from grpo.eval_metrics import wilson_interval
 from grpo.export import ExportError, export, origin_of
 from grpo.run_log import read_metrics
 from grpo.train import Trainer
+from policies.digests import digests
 from policies.policy import Policy, PolicyError
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30, 11, 4]])
@@ -349,6 +350,15 @@ def test_adapters_whose_base_has_changed_are_refused(runs, base, random_policy, 
     config = yaml.safe_load((folder / "config.yaml").read_text()) | {"model": str(tmp_path / "other")}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(PolicyError, match="other': the base weights are not those that the adapters of step 2"):
+        export(folder, tmp_path / "out", adapter=True)
+    # A checkpoint of an older version names no base: the sum of base and adapters tells.
+    saved = folder / "checkpoints/step_000002"
+    document = json.loads((saved / "state.json").read_text())
+    del document["state"]["base"]
+    (saved / "state.json").write_text(json.dumps(document))
+    (saved / "manifest.json").unlink()
+    (saved / "manifest.json").write_text(digests(saved))
+    with pytest.raises(ExportError, match="do not add up to .*export without --adapter"):
         export(folder, tmp_path / "out", adapter=True)
 
 

@@ -159,7 +159,12 @@ def test_the_largest_mismatch_is_that_of_the_step_not_a_sum(micro_policy):
 
 def test_contract_9_a_bf16_run_resumes_to_the_same_bits(micro_config, tmp_path):
     """Warm start, masters, correction and publication, end to end."""
-    given = {"dtype": "bfloat16", "learner.learning_rate": 1e-4, "steps": 3, "seed": 1}  # in 0 an expert flips
+    given = {
+        "dtype": "bfloat16",
+        "learner.learning_rate": 1e-4,
+        "steps": 3,
+        "seed": 1,
+    }  # with seed 0 one token differs by 0.7
     whole, folder = tmp_path / "whole", tmp_path / "run"
     Trainer(micro_config(whole, **given)).run()
     with pytest.raises(Stopped):
