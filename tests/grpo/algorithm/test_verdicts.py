@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from grpo.commands import eval_report
+from grpo.commands import eval_report, summary
 from grpo.commands.eval import CompletionsFile, evaluate_model
 from grpo.commands.export import export
 from grpo.config.inference import EvalConfig, defaults_of_run
@@ -211,11 +211,11 @@ def test_a_run_with_another_reward_records_shows_and_keeps_by_the_mean_reward(ru
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "best"] == [best]
 
-    def summary(console):
+    def shown(console):
         monkeypatch.setattr(summary, "CONSOLE", console)
         summary.evaluations(results["evaluations"])
 
-    text = _text(summary)
+    text = _text(shown)
     assert "reward, mean" in text
     assert f"{results['evaluations']['after GRPO, sampled'].reward_mean:.3f}" in text
     assert "correct" not in text

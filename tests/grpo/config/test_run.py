@@ -41,7 +41,7 @@ def test_every_option_says_what_it_does(config):
 def test_every_option_is_read_somewhere():
     """An option that no code reads would be a promise that nobody keeps (a `seed` that never reached the sampler)."""
     folder = Path(grpo.__file__).parent
-    code = "".join(file.read_text() for file in folder.glob("*.py") if not file.name.endswith("config.py"))
+    code = "".join(file.read_text() for file in folder.rglob("*.py") if file.parent.name != "config")
     names = {option.key.rpartition(".")[2] for config in CONFIGS for option in _options(config.model_construct())}
     unread = {name for name in names if not re.search(rf"\.{name}\b", code)}
     assert unread == set()

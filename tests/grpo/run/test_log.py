@@ -355,7 +355,7 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
             return super().write(data[:10])
 
     full = Full(b"")
-    monkeypatch.setattr(run_log, "_metrics", full)
+    monkeypatch.setattr(log, "_metrics", full)
     with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
         log.step(1, {"reward/mean": 1.0})
     assert full.getvalue() == b""  # no half a line
