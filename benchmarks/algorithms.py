@@ -26,7 +26,7 @@ from grpo.config.run import SftConfig, TrainConfig  # noqa: E402
 from grpo.run.hardware import caption, describe  # noqa: E402
 from grpo.run.log import read_metrics  # noqa: E402
 from grpo.sft import sft  # noqa: E402
-from grpo.train import Trainer  # noqa: E402
+from grpo.train import train  # noqa: E402
 
 DEMO = HERE.parent / "examples/01_demo.yaml"
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ def run_cells(
             own = {"output_dir": str(cell), "model": str(start / "policy"), "warm_start.steps": 0}
             options = load(TrainConfig, config, given | own | ALGORITHMS[name])
             print(f"seed {seed}, {name}: {cell}")
-            Trainer(options, resume="auto").run()
+            train(options, resume="auto")
             environment = json.loads((cell / "environment.json").read_text())
             samples = options.prompts_per_step * options.rollout.group_size
             cells.append(

@@ -308,16 +308,18 @@ def _mtp(args: argparse.Namespace) -> int:
     if args.print_config:
         print(dump_yaml(config), end="")
         return 0
-    from grpo import mtp
     from grpo.commands import summary
+    from grpo.mtp import mtp
     from grpo.run.log import refuse_folder
 
     if args.dry_run:
         refuse_folder(config.output_dir, resuming=args.resume is not None)
-        devices, disk = mtp.dry_run(config, summary.CONSOLE)
+        from grpo.commands.mtp_dry_run import dry_run
+
+        devices, disk = dry_run(config, summary.CONSOLE)
         summary.show_memory(devices, config, disk, summary.CONSOLE)
         return 0
-    summary.summary(mtp.mtp(config, resume=args.resume, stop_after=args.stop_after, force=args.force))
+    summary.summary(mtp(config, resume=args.resume, stop_after=args.stop_after, force=args.force))
     return 0
 
 

@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from rich.progress import Progress
-from transformers import PreTrainedTokenizerBase
-
 from grpo.algorithm.dynamic_sampling import Drawn, draw_groups
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth
+from grpo.learner.batch import TrainingBatch
+from grpo.loader import sampling_params
+from grpo.loop import Run
+from grpo.run.metrics import rollout_metrics
 from grpo.task import Task
-from rewards.group_score import GroupScore
+from grpo.tied_steps import TiedSteps
+from policies.policy import Policy
+from rewards.group_score import GroupScore, RewardFailed
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams
 
 
 class Collector:
-    """Draws the groups of each step. The curriculum is its only state; `sampling` is that of a run without one."""
+    """Draws the groups of each step, and keeps the record of them. The curriculum is its only state."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        task: Task,
-        curriculum: Curriculum,
-        pool: Pool,
-        sampling: SamplingParams,
-        tokenizer: PreTrainedTokenizerBase,
+        self, config: TrainConfig, run: Run, task: Task, curriculum: Curriculum, pool: Pool, policy: Policy
     ) -> None:
-        self.config, self.task, self.curriculum, self.pool = config, task, curriculum, pool
-        self.sampling, self.tokenizer = sampling, tokenizer
+        self.config, self.run, self.task, self.curriculum, self.pool = config, run, task, curriculum, pool
+        self.tokenizer = policy.tokenizer
+        sampling = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed)
+        self.sampling = replace(sampling, record_routing=config.learner.routing_replay)
+        self.tied_steps = TiedSteps(config, task.first_reward, task.full_marks)
 
-    def collect(self, step: int, progress: Progress, times: defaultdict[str, float]) -> Drawn:
-        """The scored groups of a step; adds to `time/rollout` and `time/reward`."""
-        options, params = self.config.rollout, self._params(step)
+    def collect(self, step: int) -> Drawn:
+        """The scored groups of a step, with an event for every reward that failed. Adds to the metrics of the run."""
+        options, params, metrics = self.config.rollout, self._params(step), self.run.metrics
+        self.task.reached(step - 1, self.config)
 
         def take(count: int, draw: int = 0) -> list[Prompt]:
             examples = self.curriculum.take(count, step, draw)
@@ -47,12 +46,10 @@ class Collector:
         def sample(prompts: Sequence[Prompt], draw: int) -> tuple[list[RolloutGroup], list[GroupScore]]:
             what = f"step {step}: {'sampling' if draw == 0 else f'refill {draw}'}"
             bar = progress.add_task(what, total=len(prompts) * params.group_size)
-            started = time.perf_counter()
-            groups = self.pool.sample(prompts, params.at(step, draw), lambda ended: progress.advance(bar, ended))
-            sampled = time.perf_counter()
-            scores = self.task.score(groups)
-            times["time/rollout"] += sampled - started
-            times["time/reward"] += time.perf_counter() - sampled
+            with self.run.timed("time/rollout"):
+                groups = self.pool.sample(prompts, params.at(step, draw), lambda ended: progress.advance(bar, ended))
+            with self.run.timed("time/reward"):
+                scores = self._score(groups, step)
             progress.remove_task(bar)
             rates = [(group.prompt.prompt_id, self._pass_rate(s)) for group, s in zip(groups, scores, strict=True)]
             self.curriculum.record((prompt_id, rate) for prompt_id, rate in rates if rate is not None)
@@ -61,13 +58,32 @@ class Collector:
         def replacements(tied: list[Prompt], draw: int) -> Sequence[Prompt]:
             return tied if options.refill_prompts == "same" else take(len(tied), draw)
 
-        return draw_groups(take(self.config.prompts_per_step), options.refill_draws, sample, replacements)
+        with self.run.log.progress() as progress:
+            drawn = draw_groups(take(self.config.prompts_per_step), options.refill_draws, sample, replacements)
+        for failure in (failure for score in drawn.all_scores for failure in score.errors):
+            self.run.log.event("reward_error", step=step, **vars(failure))
+        metrics |= rollout_metrics(drawn.all_groups, drawn.all_scores) | self._metrics(step, drawn)
+        self.run.stop.check()
+        return drawn
+
+    def keep(self, step: int, drawn: Drawn, batch: TrainingBatch) -> None:
+        """The step's completions into the folder of the run, and a word where nothing is learned for long."""
+        self.run.log.rollouts(step, drawn.groups, drawn.scores, batch.advantages, draws=drawn.draws)
+        if told := self.tied_steps.observe(drawn, batch.advantages):
+            self.run.log.nothing_learned(step, *told)
 
     def draft_depth(self, step: int) -> int:
         """How deep the head learns."""
         return draft_depth(self.config.curriculum, self.config.mtp.depth, step)
 
-    def metrics(self, step: int, drawn: Drawn) -> dict[str, float]:
+    def _score(self, groups: list[RolloutGroup], step: int) -> list[GroupScore]:
+        try:
+            return self.task.score(groups)
+        except RewardFailed as error:
+            self.run.log.event("reward_error", step=step, **vars(error.failure))
+            raise
+
+    def _metrics(self, step: int, drawn: Drawn) -> dict[str, float]:
         """curriculum/* of the options that are on, and group/* of dynamic sampling."""
         metrics, options = self.curriculum.metrics(step), self.config.curriculum
         if options.completion_tokens is not None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from grpo.config.run import SftConfig, TrainConfig
+from grpo.evaluation.held_out import Result
 from grpo.follower import follow
 from grpo.learner.parallel import Team, join
 from grpo.loader import device_of
 from grpo.run.threads import with_threads
 from grpo.sft import sft
-from grpo.train import Trainer
+from grpo.train import train
 
 
-def launch(config: SftConfig, **flags: Any) -> dict[str, Any] | None:
+def launch(config: SftConfig, **flags: Any) -> Result | None:
     """`quartet train` or `quartet sft`: what the summary shows, None on the ranks that only help to learn.
 
     `flags` are resume, stop_after and force.
@@ -25,5 +26,5 @@ def launch(config: SftConfig, **flags: Any) -> dict[str, Any] | None:
         return None
     with ranks.leading():
         if isinstance(config, TrainConfig):
-            return Trainer(config, ranks=ranks, **flags).run()
+            return train(config, ranks=ranks, **flags)
         return sft(config, ranks=ranks, **flags)

@@ -1,26 +1,26 @@
-"""`quartet sft`: the warm start as a run of its own, with an evaluation before and after."""
+"""Supervised fine-tuning on prompts and gold solutions, the MTP head trained beside the trunk.
+
+`quartet sft` is a run of it with an evaluation before and after; the warm start is the same inside a run of GRPO.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from math import nan
 
 import torch
 
-from grpo.config.options import dump_yaml
 from grpo.config.run import SftConfig
-from grpo.evaluation.evaluate import Evaluation, evaluate_run
+from grpo.data.prompts import PromptStream
+from grpo.evaluation.held_out import HeldOut, Result
+from grpo.learner.build import sft_learner
 from grpo.learner.parallel import ALONE, Ranks
-from grpo.loader import check_options, load_policy, sampling_params
+from grpo.loader import check_options, load_policy
+from grpo.loop import Run
 from grpo.policy_source import save_policy
-from grpo.run import checkpoint
-from grpo.run.lock import RunLock
-from grpo.run.log import RunLog
-from grpo.run.resume import saved_state
-from grpo.run.reward_record import record_rewards
-from grpo.run.stop import GivenUp, InterruptiblePool, Stopped, StopSignal
+from grpo.run.stop import InterruptiblePool
 from grpo.run.threads import with_threads
 from grpo.task import Task
-from grpo.warm_start import warm_start
 from policies.policy import Policy
 from rollout.pool import open_pool
 
@@ -32,72 +32,56 @@ def sft(
     stop_after: int | None = None,
     force: bool = False,
     ranks: Ranks = ALONE,
-) -> dict[str, Any]:
-    """Returns what the summary shows; the policy is saved to `output_dir/policy`. Raises Stopped, see `Trainer`."""
+) -> Result:
+    """The policy is saved to `output_dir/policy`. Raises Stopped when the run was asked to end early."""
     check_options(config)
-    with RunLock(config.output_dir) as lock:
-        return _sft(config, lock, resume, stop_after, force, ranks)
-
-
-def _sft(
-    config: SftConfig, lock: RunLock, resume: str | None, stop_after: int | None, force: bool, ranks: Ranks
-) -> dict[str, Any]:
     config = with_threads(config, resume)
-    steps, checkpoints = config.warm_start.steps, config.output_dir / "checkpoints"
-    saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=steps)
-    start = saved.step if saved else 0
-    evaluations: dict[str, Evaluation] = {}
-    with (
-        Task.of(config) as task,
-        RunLog(
-            config.output_dir,
-            dump_yaml(config),
-            trackers=config.log.trackers,
-            resume_step=None if resume is None else start,
-            lock=lock,
-            unwritten=saved.state.get("unwritten") if saved else None,
-        ) as run_log,
-        run_log.until_its_end(),
-        StopSignal() as stop,
-    ):
-        record_rewards(run_log, task.scorer.describe())
-        task.record_split(run_log)
+    steps, flags = config.warm_start.steps, {"resume": resume, "stop_after": stop_after, "force": force}
+    with Task.of(config) as task, Run.open(config, steps, task.scorer.describe(), ranks=ranks, **flags) as run:
+        task.record_split(run.log)
         policy = load_policy(config, task.corpus())
-        checkpoint.discard_after(checkpoints, start)
-        try:
-            if start == 0:
-                evaluations |= _evaluate("before", policy, task, config, run_log, 0, stop)
-            finished_before = start == steps and (config.output_dir / "policy").exists()
-            warm_start(
-                policy,
-                task,
-                config,
-                run_log,
-                checkpoints=checkpoints,
-                saved=saved,
-                own_run=True,
-                stop=stop,
-                stop_after=stop_after,
-                ranks=ranks,
+        if run.step == 0:
+            results = _evaluate("before", run, task, policy)
+        supervise(policy, task, run)
+        if not run.ended_before:
+            results |= _evaluate("after", run, task, policy)
+        save_policy(policy, run.folder / "policy", run.step)
+    return Result(run.folder, policy, results)
+
+
+def supervise(policy: Policy, task: Task, run: Run) -> None:
+    """Train `policy` in place for the steps of `run`; the last step's metrics are left in `run.metrics`."""
+    config, options = run.config, run.config.warm_start
+    run.ranks.begin("sft", policy)
+    learner = sft_learner(policy, config, run.ranks)
+    prompts = PromptStream(task.train_for(options.levels), config.seed)
+    run.restore(learner=learner, prompts=prompts)
+    run.ranks.hand_over(learner)
+    token, raw = policy.stop_token_ids[0], not options.strip_calculator_marks
+    with run, run.log.progress() as progress:
+        bar = progress.add_task("warm start", total=run.last, completed=run.start)
+        for step in run.steps():
+            examples = prompts.take(options.batch_size)
+            rows = [task.solution(example, policy.tokenizer, token, raw) for example in examples]
+            run.learn(
+                partial(run.ranks.call, learner, "sft_step", rows, step),
+                rate="warm_start.learning_rate",
+                batch=run.folder / "events.jsonl",
+                examples=[example.example_id for example in examples],
             )
-            start = steps
-            if not finished_before:
-                evaluations |= _evaluate("after", policy, task, config, run_log, steps, stop)
-        except GivenUp:
-            said = f"stopped while the policy of step {start} was evaluated; go on with --resume auto"
-            raise Stopped(said, stop.number) from None
-        save_policy(policy, config.output_dir / "policy", steps)
-    return {"output_dir": str(config.output_dir), "evaluations": evaluations}
+            run.record(show=False)
+            progress.update(bar, advance=1, description=f"warm start, loss {run.metrics.get('loss/sft', nan):.3f}")
+            if step % 50 == 0 or step == run.last:
+                losses = {name: run.metrics[name] for name in ("loss/sft", "loss/mtp") if name in run.metrics}
+                shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+                run.log.say(f"warm start {step:4d}/{run.last}  {shown}")
+            run.save_if_due()
 
 
-def _evaluate(
-    when: str, policy: Policy, task: Task, config: SftConfig, run_log: RunLog, step: int, stop: StopSignal
-) -> dict[str, Evaluation]:
+def _evaluate(when: str, run: Run, task: Task, policy: Policy) -> dict:
+    options = run.config.eval
     if not task.heldout:
         return {}
-    prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
-    sampling = sampling_params(policy, config.rollout, 1, config.seed)
-    sampler = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=config.eval.prompts_per_batch)
-    pool = InterruptiblePool(sampler, stop)
-    results = evaluate_run(pool, task, prompts, sampling, config.eval, run_log, step)
-    return {f"{when}, {name}": result for name, result in results.items()}
+    sampler = open_pool(policy, dtype=getattr(torch, run.config.dtype), prompts_per_shard=options.prompts_per_batch)
+    held_out = HeldOut(task, policy, InterruptiblePool(sampler, run.stop), run.log, run.config)
+    return held_out.evaluate(run.step, when)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from grpo.commands import machine, memory
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import LoraOptions, SftConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
+from grpo.evaluation.held_out import Result
 from grpo.loader import device_of
 from grpo.run import hardware
 from grpo.run.console import Terminal, visible
@@ -31,16 +31,15 @@ from rollout.group import RolloutGroup, tokens_per_forward
 CONSOLE = Terminal()
 
 
-def summary(results: Mapping[str, Any]) -> None:
+def summary(result: Result) -> None:
     """The end of a run: held-out results before and after, speed with and without drafts, where things are."""
-    if results.get("evaluations"):
-        evaluations(results["evaluations"])
-    if results.get("speeds"):
-        speeds(results["speeds"])
-    folder = Path(results["output_dir"])
-    plot_quietly(folder)
-    names = [f"  {path.name}{'/' if path.is_dir() else ''}" for path in sorted(folder.iterdir())]
-    lines = ["", hardware.caption(hardware.describe()), f"everything lies in {folder}", *names]
+    if result.evaluations:
+        evaluations(result.evaluations)
+    if result.speeds:
+        speeds(result.speeds)
+    plot_quietly(result.folder)
+    names = [f"  {path.name}{'/' if path.is_dir() else ''}" for path in sorted(result.folder.iterdir())]
+    lines = ["", hardware.caption(hardware.describe()), f"the files of the run are in {result.folder}:", *names]
     CONSOLE.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)  # paths stay in one piece
 
 

@@ -130,3 +130,12 @@ class HeadLearner(Learner):
             divergence=divergence,
         )
         return loss / lesson.tokens
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
+        """With the draft vocabulary, where there is one."""
+        tensors, state = super().state()
+        return tensors | ({} if self.policy.draft_ids is None else {"draft": {"ids": self.policy.draft_ids}}), state
+
+    def load_state(self, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+        super().load_state(tensors, state)
+        self.policy.draft_ids = tensors["draft"]["ids"].to(self.policy.device) if "draft" in tensors else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from grpo.run.log import RunLog
     from rollout.depth import CostTable
     from rollout.group import Prompt, RolloutGroup
     from rollout.pool import OnFinished, Pool
@@ -190,58 +189,6 @@ def _handle(handlers: Mapping[int, Any]) -> None:
             _SIGNAL(number, handler)
 
 
-class Boundary:
-    """The last whole step of a training. However the training ends, it is saved before.
-
-    A context manager around the steps. `write(step)` saves a checkpoint. An exception that leaves the steps must leave
-    learner and prompts as they were after the last step that was `reached`. GivenUp becomes Stopped; every other
-    exception goes on, after an event `failed` that names the step that is saved. `of`: see `StopSignal.stopped`.
-    """
-
-    def __init__(
-        self, start: int, write: Callable[[int], object], run_log: RunLog, stop: StopSignal, of: str = ""
-    ) -> None:
-        self.step = self.saved = start
-        self._write, self._run_log, self._stop, self._of = write, run_log, stop, of
-        self._refused: int | None = None  # the step whose checkpoint could not be written
-
-    def reached(self, step: int) -> None:
-        """What is learned now is this step, whole: what fails from here on does not undo it."""
-        self.step = step
-
-    def save(self) -> None:
-        if self.saved != self.step:
-            self._refused = self.step
-            self._write(self.step)
-            self.saved, self._refused = self.step, None
-
-    def stopped(self) -> Stopped:
-        """For a run that ends here, at a step that is saved."""
-        return self._stop.stopped(self.step, self._of)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(error, GivenUp):
-            self.save()
-            action = "what was in progress is given up"
-            self._run_log.event("signal", name=self._stop.name, action=action, saved_step=self.saved)
-            raise self.stopped() from None
-        if not isinstance(error, Exception) or isinstance(error, Stopped):
-            return
-        not_saved: dict[str, Any] = {}
-        try:
-            if self._refused != self.step:
-                self.save()
-        except Exception as refusal:  # told in the event: the error that ends the run must reach the user
-            not_saved = {"not_saved": str(refusal)}
-        try:
-            self._run_log.event("failed", saved_step=self.saved, **not_saved, error=f"{type(error).__name__}: {error}")
-        except OSError as full:  # the error that ends the run is more important than its record
-            self._run_log.say(f"failed: saved_step={self.saved} (this event is not recorded: {full})")
-
-
 class InterruptiblePool:
     """A pool whose sampling is given up once a stop was asked for. A publication that a stop cuts short raises nothing:
     what was learned counts, and the next sampling is given up."""
@@ -273,3 +220,9 @@ class InterruptiblePool:
 
     def close(self) -> None:
         self.pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()

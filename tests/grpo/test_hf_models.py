@@ -17,7 +17,7 @@ from grpo.loader import check_options, load_policy
 from grpo.run import checkpoint
 from grpo.run.log import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
-from grpo.train import Trainer
+from grpo.train import train
 from policies.policy import PolicyError
 
 CPU = torch.device("cpu")
@@ -105,10 +105,10 @@ def _tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
 def test_grpo_trains_it_and_contract_9_a_stopped_run_resumes_to_the_same_bits(config_of, tmp_path, kind, lora):
     given = {"lora.rank": 4, "loss.beta": 0.05} if lora else {}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    Trainer(config_of(whole, kind, **given)).run()
+    train(config_of(whole, kind, **given))
     with pytest.raises(Stopped):
-        Trainer(config_of(parts, kind, **given), stop_after=1).run()
-    Trainer(config_of(parts, kind, **given), resume="auto").run()
+        train(config_of(parts, kind, **given), stop_after=1)
+    train(config_of(parts, kind, **given), resume="auto")
     first, last, resumed = _tensors(whole, 1), _tensors(whole, 3), _tensors(parts, 3)
     assert last.keys() == resumed.keys()
     assert [name for name in last if not torch.equal(last[name], resumed[name])] == []
@@ -125,8 +125,8 @@ def test_grpo_trains_it_and_contract_9_a_stopped_run_resumes_to_the_same_bits(co
 def test_adapters_with_two_workers_train_to_the_same_bits(config_of, tmp_path):
     alone, two = tmp_path / "alone", tmp_path / "two"
     given = {"lora.rank": 2, "steps": 2}
-    Trainer(config_of(alone, "qwen2", **given)).run()
-    Trainer(config_of(two, "qwen2", **given, **{"rollout.workers": 2})).run()
+    train(config_of(alone, "qwen2", **given))
+    train(config_of(two, "qwen2", **given, **{"rollout.workers": 2}))
     assert read_rollouts(alone, 2) == read_rollouts(two, 2)
     first, second = _tensors(alone, 2), _tensors(two, 2)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -134,7 +134,7 @@ def test_adapters_with_two_workers_train_to_the_same_bits(config_of, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_what_is_saved_is_what_transformers_loads(config_of, saved, tmp_path, kind):
-    Trainer(config_of(tmp_path / "run", kind, **{"lora.rank": 4, "steps": 2})).run()
+    train(config_of(tmp_path / "run", kind, **{"lora.rank": 4, "steps": 2}))
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "run/policy", dtype=torch.float32)
     policy = load_policy(TrainConfig(model=str(tmp_path / "run"), output_dir=tmp_path / "next"))
     before = AutoModelForCausalLM.from_pretrained(saved(kind), dtype=torch.float32)
@@ -202,7 +202,7 @@ def test_the_commands_take_it(saved, tmp_path, capsys, letters):
 def test_an_mtp_head_asked_of_it_is_refused(config_of, tmp_path, monkeypatch, given, named):
     monkeypatch.setattr("grpo.loader.Policy.load", None)
     config = config_of(tmp_path / "run", "qwen2", **given)
-    for refuse in (check_options, load_policy, Trainer):
+    for refuse in (check_options, load_policy, train):
         with pytest.raises(PolicyError, match="is of type 'qwen2', which has no MTP head") as refused:
             refuse(config)
         assert str(refused.value).startswith(named)

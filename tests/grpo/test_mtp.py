@@ -13,12 +13,13 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from grpo.cli import main
+from grpo.commands.mtp_dry_run import dry_run
 from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
 from grpo.config.options import load
 from grpo.learner.batch import PackedRow, Sample
 from grpo.learner.head_learner import HeadLearner
 from grpo.learner.learner import Learner, NonFiniteStep
-from grpo.mtp import coverage, dry_run, mtp, rows_of
+from grpo.mtp import coverage, mtp, rows_of
 from grpo.policy_source import find_policy, load_found
 from grpo.run import checkpoint
 from grpo.run.log import RunLog, read_metrics
@@ -116,7 +117,7 @@ def test_the_head_learns_to_draft_and_the_trunk_keeps_its_bits(config, taught, t
     assert after["eval/tokens_per_forward"] == pytest.approx(1 + sum(shares), abs=0.2)
     # Drafts change no token: the completions, and with them the scores, are those of before.
     for way in ("sampled", "greedy"):
-        first, last = (results["evaluations"][f"{when}, {way}"] for when in ("before", "after"))
+        first, last = (results.evaluations[f"{when}, {way}"] for when in ("before", "after"))
         assert [g.texts for g in first.groups] == [g.texts for g in last.groups]
     former, policy = Policy.load(taught), Policy.load(tmp_path / "run/policy")
     assert policy.mtp is not None
@@ -509,7 +510,7 @@ def test_a_head_that_diverges_says_what_to_lower_and_goes_on_from_the_checkpoint
 
     with monkeypatch.context() as patch:
         patch.setattr(HeadLearner, "_lesson_loss", diverging)
-        with pytest.raises(NonFiniteStep, match=r"step 2: the loss is nan.*lower head.learning_rate.*--resume auto"):
+        with pytest.raises(NonFiniteStep, match=r"step 2: the loss is nan.*Lower head.learning_rate.*--resume auto"):
             mtp(config(tmp_path / "run", **given))
     mtp(config(tmp_path / "run", **given | {"head.learning_rate": 1e-3}), resume="auto", force=True)
     assert (tmp_path / "run/policy").exists()

@@ -23,7 +23,7 @@ from grpo.config.run import DataOptions, RewardModelOptions, RewardOptions, Scor
 from grpo.reward_models import ModelRewards
 from grpo.run.log import read_metrics, read_rollouts
 from grpo.task import Task
-from grpo.train import Trainer
+from grpo.train import train
 from rewards.protocol import RewardError
 from rollout.group import Completion, Prompt, RolloutGroup
 
@@ -264,7 +264,7 @@ def test_a_run_learns_from_a_reward_model_and_records_its_scores(folders, micro_
             ],
         },
     )
-    Trainer(config).run()
+    train(config)
     metrics = {line["step"]: line for line in read_metrics(tmp_path / "run")}
     for step in (1, 2):
         lines = read_rollouts(tmp_path / "run", step)

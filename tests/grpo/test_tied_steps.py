@@ -7,7 +7,7 @@ import torch
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.tied_steps import STEPS, TiedSteps
-from grpo.train import Trainer
+from grpo.train import train
 from rewards.group_score import GroupScore
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 
@@ -96,7 +96,7 @@ def test_a_run_says_it_in_a_line_and_an_event(micro_config, tmp_path, capsys):
     path = tmp_path / "never.py"
     path.write_text("def never(completions, **_):\n    return [0.0] * len(completions)\n")
     options = {"steps": STEPS + 1, "warm_start.steps": 0, "prompts_per_step": 2, "data.template": "{question}"}
-    Trainer(micro_config(tmp_path / "r", **options, rewards=[{"function": f"{path}:never"}])).run()
+    train(micro_config(tmp_path / "r", **options, rewards=[{"function": f"{path}:never"}]))
     events = [json.loads(line) for line in (tmp_path / "r/events.jsonl").read_text().splitlines()]
     [event] = [event for event in events if event["event"] == "nothing_learned"]
     assert event["step"] == STEPS

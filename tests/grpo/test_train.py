@@ -10,12 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from grpo.config.yaml_file import parse_yaml
+from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.loop import Run
 from grpo.run import checkpoint, resume
 from grpo.run.log import read_metrics, read_rollouts
 from grpo.run.metrics import check
 from grpo.run.stop import Stopped
-from grpo.train import Trainer
+from grpo.train import train
 from policies.conversion.dense import convert_checkpoint, frozen_parameter_names
 from policies.policy import Policy, PolicyError
 from rewards.protocol import RewardError
@@ -53,12 +55,12 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 def run(micro_config, tmp_path_factory) -> Path:
     """The folder of a run with a warm start, evaluation and TensorBoard."""
     folder = tmp_path_factory.mktemp("run") / "micro"
-    results = Trainer(micro_config(folder, **{"eval.limit": 6, "eval.every": 2, "log.trackers": None})).run()
-    assert results["output_dir"] == str(folder)
-    assert list(results["evaluations"]) == [
+    results = train(micro_config(folder, **{"eval.limit": 6, "eval.every": 2, "log.trackers": None}))
+    assert results.folder == folder
+    assert list(results.evaluations) == [
         f"{when} GRPO, {how}" for when in ("before", "after") for how in ("sampled", "greedy")
     ]
-    assert all(evaluation.prompts == 6 for evaluation in results["evaluations"].values())
+    assert all(evaluation.prompts == 6 for evaluation in results.evaluations.values())
     return folder
 
 
@@ -141,7 +143,7 @@ def test_the_trained_policy_loads_in_stock_transformers_and_has_moved(run):
 
 
 def test_the_same_configuration_gives_the_same_bits(run, micro_config, tmp_path):
-    Trainer(micro_config(tmp_path / "again", **{"eval.limit": 6, "eval.every": 2})).run()
+    train(micro_config(tmp_path / "again", **{"eval.limit": 6, "eval.every": 2}))
     assert _sampled(tmp_path / "again") == _sampled(run)
     first, second = _weights(run / "policy"), _weights(tmp_path / "again/policy")
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
@@ -151,7 +153,7 @@ def test_the_same_configuration_gives_the_same_bits_with_adapters(micro_config, 
     """peft draws the first values of the adapters: `seed` must reach them, too."""
     for i, name in enumerate("ab"):
         torch.manual_seed(i)
-        Trainer(micro_config(tmp_path / name, **{"lora.rank": 4})).run()
+        train(micro_config(tmp_path / name, **{"lora.rank": 4}))
     first, second = _weights(tmp_path / "a/policy"), _weights(tmp_path / "b/policy")
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     warm = _weights(tmp_path / "a/warm_start")
@@ -159,12 +161,12 @@ def test_the_same_configuration_gives_the_same_bits_with_adapters(micro_config, 
 
 
 def test_another_seed_gives_other_samples(run, micro_config, tmp_path):
-    Trainer(micro_config(tmp_path / "other", seed=1, steps=1)).run()
+    train(micro_config(tmp_path / "other", seed=1, steps=1))
     assert _sampled(tmp_path / "other", [1]) != _sampled(run, [1])
 
 
 def test_contract_3_drafts_change_no_token(run, micro_config, tmp_path):
-    Trainer(micro_config(tmp_path / "plain", **{"rollout.draft_tokens": 0})).run()
+    train(micro_config(tmp_path / "plain", **{"rollout.draft_tokens": 0}))
     assert _sampled(tmp_path / "plain") == _sampled(run)
     assert all("draft/acceptance_depth_1" not in line for line in read_metrics(tmp_path / "plain"))
 
@@ -172,7 +174,7 @@ def test_contract_3_drafts_change_no_token(run, micro_config, tmp_path):
 def test_contract_4_two_ray_workers_sample_the_same_tokens(run, micro_config, tmp_path):
     folder = tmp_path / "workers"
     before = set(psutil.Process().children(recursive=True))
-    Trainer(micro_config(folder, **{"rollout.workers": 2})).run()
+    train(micro_config(folder, **{"rollout.workers": 2}))
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(line.keys() >= EVERY_STEP for line in lines)
@@ -186,7 +188,7 @@ def test_a_second_run_into_the_same_folder_is_refused(run, micro_config):
     before = (run / "metrics.jsonl").read_bytes()
     processes = len(psutil.Process().children())
     with pytest.raises(FileExistsError, match="already holds a run; choose another output_dir, go on with --resume"):
-        Trainer(micro_config(run))
+        train(micro_config(run))
     assert (run / "metrics.jsonl").read_bytes() == before
     assert len(psutil.Process().children()) == processes  # the processes that score are gone
 
@@ -198,11 +200,11 @@ def test_a_run_that_never_took_a_step_leaves_no_stale_warm_start(micro_config, t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_steps", interrupt)
+        patch.setattr(HeldOut, "due", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            Trainer(micro_config(tmp_path / "r")).run()
+            train(micro_config(tmp_path / "r"))
     first = _weights(tmp_path / "r/warm_start")
-    Trainer(micro_config(tmp_path / "r", steps=1, **{"warm_start.steps": 6})).run()
+    train(micro_config(tmp_path / "r", steps=1, **{"warm_start.steps": 6}))
     assert not torch.equal(_weights(tmp_path / "r/warm_start")["trunk.lm_head.weight"], first["trunk.lm_head.weight"])
 
 
@@ -219,7 +221,7 @@ def test_a_run_that_never_took_a_step_leaves_no_stale_warm_start(micro_config, t
 def test_what_can_be_refused_is_refused_before_the_folder_is_touched(micro_config, tmp_path, given, error, message):
     processes = len(psutil.Process().children())
     with pytest.raises(error, match=message):
-        Trainer(micro_config(tmp_path / "r", **given))
+        train(micro_config(tmp_path / "r", **given))
     assert not (tmp_path / "r").exists()
     assert len(psutil.Process().children()) == processes
 
@@ -227,7 +229,7 @@ def test_what_can_be_refused_is_refused_before_the_folder_is_touched(micro_confi
 def test_adapters_on_modules_that_are_not_there_are_refused(micro_config, tmp_path):
     config = micro_config(tmp_path / "r", **{"lora.targets": ["qproj"], "warm_start.steps": 0})
     with pytest.raises(ValueError, match=r"lora.targets: 'qproj' matches no module of this policy; it has .*q_proj"):
-        Trainer(config).run()
+        train(config)
 
 
 # ---- rewards of the user's own --------------------------------------------------------------------------------------
@@ -264,7 +266,7 @@ def test_several_weighted_rewards_and_one_from_a_file(run, own, micro_config, le
         {"function": letters, "weight": 2.0},
         {"function": "length_penalty", "arguments": {"target": 5, "per_token": 0.5}},
     ]
-    Trainer(micro_config(tmp_path / "r", steps=1, rewards=rewards)).run()
+    train(micro_config(tmp_path / "r", steps=1, rewards=rewards))
     for line, former in zip(read_rollouts(tmp_path / "r", 1), read_rollouts(run, 1), strict=True):
         parts = line["parts"]
         assert list(parts) == ["size", "letters", "length_penalty"]
@@ -279,7 +281,7 @@ def test_several_weighted_rewards_and_one_from_a_file(run, own, micro_config, le
 def test_contract_6_a_failing_reward_aborts_naming_function_prompt_and_sample(run, own, micro_config, tmp_path):
     victim = read_rollouts(run, 1)[5]
     with pytest.raises(RewardError) as failure:
-        Trainer(micro_config(tmp_path / "r", rewards=[{"function": f"{own}:picky"}])).run()
+        train(micro_config(tmp_path / "r", rewards=[{"function": f"{own}:picky"}]))
     message = str(failure.value)
     for part in ("'picky'", repr(victim["prompt_id"]), "sample 1", "cannot read this one", "reward.on_error"):
         assert part in message
@@ -296,9 +298,9 @@ def test_a_score_that_overflows_by_its_weight_is_named_and_goes_by_the_policy(mi
     with pytest.raises(
         RewardError, match=r"reward 'grade' failed on prompt 'word_problems/.*too_large: returned 1e\+308"
     ):
-        Trainer(micro_config(tmp_path / "a", rewards=rewards, **{"warm_start.steps": 0})).run()
+        train(micro_config(tmp_path / "a", rewards=rewards, **{"warm_start.steps": 0}))
     options = {"warm_start.steps": 0, "reward.on_error": "drop_sample"}
-    Trainer(micro_config(tmp_path / "b", steps=1, rewards=rewards, **options)).run()
+    train(micro_config(tmp_path / "b", steps=1, rewards=rewards, **options))
     [line] = [line for line in read_metrics(tmp_path / "b") if line["step"] == 1]
     assert line["reward/errors"] > 0
     assert "log/not_finite" not in line
@@ -311,7 +313,7 @@ def test_contract_6_a_failure_is_data_and_the_run_goes_on(
     run, own, micro_config, letters, tmp_path, on_error, abstained, dropped
 ):
     rewards = [{"function": letters}, {"function": f"{own}:picky"}]
-    Trainer(micro_config(tmp_path / "r", steps=1, rewards=rewards, **{"reward.on_error": on_error})).run()
+    train(micro_config(tmp_path / "r", steps=1, rewards=rewards, **{"reward.on_error": on_error}))
     metrics = read_metrics(tmp_path / "r")[0]
     assert metrics["reward/errors"] == 1
     assert metrics["reward/abstained"] == abstained
@@ -332,7 +334,7 @@ def test_contract_6_a_failure_is_data_and_the_run_goes_on(
 
 
 def test_an_all_tied_run_changes_nothing_and_says_so(own, micro_config, tmp_path):
-    Trainer(micro_config(tmp_path / "r", rewards=[{"function": f"{own}:equal"}])).run()
+    train(micro_config(tmp_path / "r", rewards=[{"function": f"{own}:equal"}]))
     for line in read_metrics(tmp_path / "r"):
         assert line["group/tied"] == 1.0
         assert line["learner/updates"] == 0
@@ -345,7 +347,7 @@ def test_an_all_tied_run_changes_nothing_and_says_so(own, micro_config, tmp_path
 def test_contract_4_a_step_sees_new_noise_where_nothing_else_is_new(micro_config, tmp_path):
     """One prompt and a policy that does not move: only the step in the key tells two rollouts apart."""
     given = {"data.limit": 1, "prompts_per_step": 1, "steps": 2, "warm_start.steps": 0, "learner.learning_rate": 1e-30}
-    Trainer(micro_config(tmp_path / "run", **given)).run()
+    train(micro_config(tmp_path / "run", **given))
     first, second = (read_rollouts(tmp_path / "run", step) for step in (1, 2))
     assert {line["prompt_id"] for line in first + second} == {first[0]["prompt_id"]}
     assert not {str(line["token_ids"]) for line in first} & {str(line["token_ids"]) for line in second}
@@ -376,7 +378,7 @@ def test_a_loss_that_is_not_finite_aborts_with_the_batch_and_the_way_out(micro_c
     _fail_at(monkeypatch, {2})
     folder = tmp_path / "r"
     with pytest.raises(NonFiniteStep) as failure:
-        Trainer(micro_config(folder)).run()
+        train(micro_config(folder))
     message = str(failure.value)
     for part in ("step 2: the loss is nan", "step_000002.jsonl.zst", "learner.learning_rate", "--resume auto --force"):
         assert part in message
@@ -385,14 +387,14 @@ def test_a_loss_that_is_not_finite_aborts_with_the_batch_and_the_way_out(micro_c
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000001"]
     # The way out works.
     monkeypatch.undo()
-    Trainer(micro_config(folder, **{"learner.learning_rate": 1e-3}), resume="auto", force=True).run()
+    train(micro_config(folder, **{"learner.learning_rate": 1e-3}), resume="auto", force=True)
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
 
 
 def test_a_step_that_is_not_finite_can_be_skipped(micro_config, tmp_path, monkeypatch):
     _fail_at(monkeypatch, {1, 3})
     folder = tmp_path / "r"
-    Trainer(micro_config(folder, **{"learner.on_non_finite": "skip", "learner.max_skipped_in_a_row": 1})).run()
+    train(micro_config(folder, **{"learner.on_non_finite": "skip", "learner.max_skipped_in_a_row": 1}))
     assert [line["learner/updates"] for line in read_metrics(folder)] == [0, 1, 0]
     assert [event["step"] for event in _events(folder, "non_finite")] == [1, 3]
     versions = [read_rollouts(folder, step)[0]["policy_version"] for step in (1, 2, 3)]
@@ -403,7 +405,7 @@ def test_skipping_gives_up_after_so_many_in_a_row(micro_config, tmp_path, monkey
     _fail_at(monkeypatch, {1, 2, 3})
     config = micro_config(tmp_path / "r", **{"learner.on_non_finite": "skip", "learner.max_skipped_in_a_row": 2})
     with pytest.raises(NonFiniteStep, match="step 3"):
-        Trainer(config).run()
+        train(config)
     assert [line["learner/updates"] for line in read_metrics(tmp_path / "r")] == [0, 0]
 
 
@@ -419,7 +421,7 @@ def test_what_was_updated_before_a_skip_is_published(micro_config, tmp_path, mon
 
     monkeypatch.setattr(Learner, "_update", update)
     given = {"learner.on_non_finite": "skip", "learner.updates_per_batch": 2, "steps": 2}
-    Trainer(micro_config(tmp_path / "r", **given)).run()
+    train(micro_config(tmp_path / "r", **given))
     assert {line["policy_version"] for line in read_rollouts(tmp_path / "r", 2)} == {1}
     assert read_metrics(tmp_path / "r")[1]["mismatch/logprob_abs_mean"] < 1e-4
 
@@ -433,7 +435,7 @@ def test_the_learners_policy_and_the_samplers_agree_at_every_step(run):
 
 def test_kl_towards_the_reference_starts_at_zero(micro_config, tmp_path):
     for name, lora in (("full", {}), ("lora", {"lora.rank": 4})):
-        Trainer(micro_config(tmp_path / name, **{"loss.beta": 0.1}, **lora)).run()
+        train(micro_config(tmp_path / name, **{"loss.beta": 0.1}, **lora))
         kls = [line["loss/kl"] for line in read_metrics(tmp_path / name)]
         assert kls[0] == 0.0
         assert kls[1] > 0
@@ -442,9 +444,9 @@ def test_kl_towards_the_reference_starts_at_zero(micro_config, tmp_path):
 
 def test_speed_with_and_without_drafts_can_be_measured_at_the_end(micro_config, tmp_path):
     given = {"log.measure_speed": True, "eval.limit": 4, "steps": 1, "rollout.max_completion_tokens": 5}
-    results = Trainer(micro_config(tmp_path / "r", **given)).run()
-    assert [speed.rows for speed in results["speeds"]] == [1, 8, 32]
-    for speed in results["speeds"]:
+    results = train(micro_config(tmp_path / "r", **given))
+    assert [speed.rows for speed in results.speeds] == [1, 8, 32]
+    for speed in results.speeds:
         assert speed.draft_tokens == 2
         assert speed.gain == speed.with_drafts / speed.without_drafts > 0
         assert speed.tokens_per_forward > 1
@@ -491,7 +493,7 @@ def converted(micro_policy, tmp_path_factory) -> str:
 @pytest.mark.parametrize("given", [{}, {"lora.rank": 4}, {"add_mtp": True}, {"add_mtp": True, "lora.rank": 4}])
 def test_a_converted_dense_model_is_a_policy_too(converted, micro_config, tmp_path, given):
     drafts = {"rollout.draft_tokens": None, "warm_start.steps": 0, "model": converted, "mtp.every": 1}
-    Trainer(micro_config(tmp_path / "r", **drafts | given)).run()
+    train(micro_config(tmp_path / "r", **drafts | given))
     for line in read_metrics(tmp_path / "r"):
         assert line["mismatch/logprob_abs_mean"] < 1e-4
         assert line["learner/updates"] == 1
@@ -510,12 +512,12 @@ def test_a_converted_dense_model_is_a_policy_too(converted, micro_config, tmp_pa
 
 @pytest.mark.parametrize("temperature", [0.6, 1.5])
 def test_contract_2_sampler_and_learner_score_at_the_same_temperature(micro_config, tmp_path, temperature):
-    Trainer(micro_config(tmp_path / "r", **{"rollout.temperature": temperature})).run()
+    train(micro_config(tmp_path / "r", **{"rollout.temperature": temperature}))
     assert all(line["mismatch/logprob_abs_mean"] < 1e-4 for line in read_metrics(tmp_path / "r"))
 
 
 def test_bfloat16_weights_are_trained_and_the_mismatch_is_seen(micro_config, tmp_path):
-    Trainer(micro_config(tmp_path / "r", dtype="bfloat16")).run()
+    train(micro_config(tmp_path / "r", dtype="bfloat16"))
     for line in read_metrics(tmp_path / "r"):
         assert 1e-6 < line["mismatch/logprob_abs_mean"] < 0.2
         assert line["learner/updates"] == 1
@@ -526,27 +528,27 @@ def test_bfloat16_weights_are_trained_and_the_mismatch_is_seen(micro_config, tmp
 
 def test_gradient_checkpointing_and_small_micro_batches_change_no_token_of_a_run(run, micro_config, tmp_path):
     given = {"learner.gradient_checkpointing": True, "learner.tokens_per_micro_batch": 64}
-    Trainer(micro_config(tmp_path / "r", **given)).run()
+    train(micro_config(tmp_path / "r", **given))
     assert _sampled(tmp_path / "r") == _sampled(run)
 
 
 def test_a_run_whose_last_evaluation_was_cut_off_is_evaluated_when_it_is_resumed(micro_config, tmp_path, monkeypatch):
     config = micro_config(tmp_path / "r", **{"eval.limit": 3})
-    evaluate = Trainer._evaluate
+    evaluate = HeldOut.evaluate
 
-    def cut_off(self, pool, heldout, sampling, step):
+    def cut_off(self, step, when=None):
         if step == 3:
             raise KeyboardInterrupt
-        return evaluate(self, pool, heldout, sampling, step)
+        return evaluate(self, step, when)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_evaluate", cut_off)
+        patch.setattr(HeldOut, "evaluate", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            Trainer(config).run()
-    results = Trainer(config, resume="auto").run()
-    assert list(results["evaluations"]) == ["after GRPO, sampled", "after GRPO, greedy"]
+            train(config)
+    results = train(config, resume="auto")
+    assert list(results.evaluations) == ["after GRPO, sampled", "after GRPO, greedy"]
     assert "eval/reward_mean" in read_metrics(tmp_path / "r")[3]
-    assert not Trainer(config, resume="auto").run()["evaluations"]
+    assert not train(config, resume="auto").evaluations
 
 
 def test_a_run_that_was_cut_off_between_its_last_evaluation_and_its_policy_records_it_once(
@@ -562,8 +564,8 @@ def test_a_run_that_was_cut_off_between_its_last_evaluation_and_its_policy_recor
     with monkeypatch.context() as patch:
         patch.setattr(Policy, "save", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            Trainer(config).run()
-    Trainer(config, resume="auto").run()
+            train(config)
+    train(config, resume="auto")
     lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval/reward_mean" in line] == [0, 3]
     assert [line["step"] for line in lines if "reward/mean" in line] == [1, 2, 3]
@@ -571,28 +573,28 @@ def test_a_run_that_was_cut_off_between_its_last_evaluation_and_its_policy_recor
 
 def test_a_damaged_warm_start_is_refused_by_a_resume(micro_config, tmp_path):
     with pytest.raises(Stopped):
-        Trainer(micro_config(tmp_path / "r"), stop_after=1).run()
+        train(micro_config(tmp_path / "r"), stop_after=1)
     file = tmp_path / "r/warm_start/model.safetensors"
     content = bytearray(file.read_bytes())
     content[-10] ^= 1
     file.write_bytes(content)
     with pytest.raises(PolicyError, match="warm_start' is damaged: model.safetensors is .*digests.json says"):
-        Trainer(micro_config(tmp_path / "r"), resume="auto").run()
+        train(micro_config(tmp_path / "r"), resume="auto")
 
 
 def test_steps_of_a_warm_start_that_is_done_go_when_the_run_goes_on(micro_config, tmp_path):
     with pytest.raises(Stopped):
-        Trainer(micro_config(tmp_path / "r"), stop_after=1).run()
+        train(micro_config(tmp_path / "r"), stop_after=1)
     left = tmp_path / "r/warm_start_checkpoints/step_000002"
     left.mkdir(parents=True)
-    Trainer(micro_config(tmp_path / "r"), resume="auto").run()
+    train(micro_config(tmp_path / "r"), resume="auto")
     assert not left.parent.exists()
 
 
 def test_draft_costs_are_measured_once_a_run_and_reused_on_resume(micro_config, tmp_path, monkeypatch):
     config = micro_config(tmp_path / "r", **{"rollout.draft_tokens": None})
     with pytest.raises(Stopped):
-        Trainer(config, stop_after=1).run()
+        train(config, stop_after=1)
     costs = CostTable.load(tmp_path / "r/draft_costs.json")
     written = (tmp_path / "r/draft_costs.json").stat()
 
@@ -600,7 +602,7 @@ def test_draft_costs_are_measured_once_a_run_and_reused_on_resume(micro_config, 
         raise AssertionError("a resumed run has its table")
 
     monkeypatch.setattr(Engine, "measure_costs", measured_again)
-    Trainer(config, resume="auto").run()
+    train(config, resume="auto")
     assert CostTable.load(tmp_path / "r/draft_costs.json") == costs
     assert (tmp_path / "r/draft_costs.json").stat() == written  # not written again
 
@@ -615,12 +617,12 @@ def _run_metrics(folder: Path) -> dict[str, float]:
 def test_a_run_that_ends_says_so_in_an_event_and_its_metrics(micro_config, tmp_path):
     folder, short = tmp_path / "r", {"warm_start.steps": 0, "steps": 2}
     with pytest.raises(Stopped):
-        Trainer(micro_config(folder, **short), stop_after=1).run()
+        train(micro_config(folder, **short), stop_after=1)
     [end] = _events(folder, "end")
     assert (end["how"], end["after_step"]) == ("stopped", 1)
     assert end["error"].startswith("Stopped: stopped after step 1")
     assert not _run_metrics(folder)
-    Trainer(micro_config(folder, **short), resume="auto").run()
+    train(micro_config(folder, **short), resume="auto")
     assert [(end["how"], end["after_step"]) for end in _events(folder, "end")] == [("stopped", 1), ("finished", 2)]
     assert "error" not in _events(folder, "end")[-1]
     assert _run_metrics(folder) == {"run/interruptions": 1}
@@ -637,7 +639,7 @@ def test_a_reward_that_ends_a_run_is_an_event_with_function_prompt_and_sample(mi
     )
     options = {"warm_start.steps": 0, "rewards": [{"function": f"{path}:late"}]}
     with pytest.raises(RewardError, match="too late"):
-        Trainer(micro_config(tmp_path / "r", **options)).run()
+        train(micro_config(tmp_path / "r", **options))
     [failure] = _events(tmp_path / "r", "reward_error")
     assert (failure["function"], failure["kind"], failure["step"]) == ("late", "raised", 2)
     assert failure["prompt_id"]
@@ -646,7 +648,7 @@ def test_a_reward_that_ends_a_run_is_an_event_with_function_prompt_and_sample(mi
     assert (end["how"], end["after_step"]) == ("failed", 1)
     assert "too late" in end["error"]
     path.write_text("def late(completions, trainer_state, **_):\n    return [float(len(c)) for c in completions]\n")
-    Trainer(micro_config(tmp_path / "r", **options), resume="auto", force=True).run()
+    train(micro_config(tmp_path / "r", **options), resume="auto", force=True)
     assert _run_metrics(tmp_path / "r") == {"run/failures": 1}
     assert [end["how"] for end in _events(tmp_path / "r", "end")] == ["failed", "finished"]
 
@@ -655,9 +657,9 @@ def test_an_interruption_before_the_first_step_is_an_event_without_metrics(micro
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "_steps", interrupt)
+    monkeypatch.setattr(Run, "steps", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        Trainer(micro_config(tmp_path / "r", **{"warm_start.steps": 0})).run()
+        train(micro_config(tmp_path / "r", **{"warm_start.steps": 0}))
     [end] = _events(tmp_path / "r", "end")
     assert (end["how"], end["after_step"]) == ("interrupted", None)
     assert not read_metrics(tmp_path / "r")

@@ -9,7 +9,7 @@ from grpo.config.run import Advantage, LossOptions
 from grpo.learner.estimator import estimate
 from grpo.run.log import read_metrics, read_rollouts
 from grpo.run.metrics import rollout_metrics
-from grpo.train import Trainer
+from grpo.train import train
 from rewards.group_score import GroupScore
 from rollout.group import Prompt, RolloutGroup
 
@@ -152,7 +152,7 @@ def coarse(tmp_path_factory) -> list[dict]:
 @pytest.fixture(scope="module")
 def plain(micro_config, coarse, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain") / "run"
-    Trainer(micro_config(folder, rewards=coarse, steps=1)).run()
+    train(micro_config(folder, rewards=coarse, steps=1))
     assert 0 < read_metrics(folder)[0]["group/tied"] < 1, "the test needs tied groups and others"
     return folder
 
@@ -167,7 +167,7 @@ def test_contract_4_a_refill_sees_new_noise_and_replaces_tied_groups_alone(
     micro_config, coarse, plain, tmp_path, prompts
 ):
     given = {"rollout.refill_draws": 8, "rollout.refill_prompts": prompts}
-    Trainer(micro_config(tmp_path / "r", rewards=coarse, steps=1, **given)).run()
+    train(micro_config(tmp_path / "r", rewards=coarse, steps=1, **given))
     before, after = _groups(plain), _groups(tmp_path / "r")
     tied = [len({line["reward"] for line in group}) < 2 for group in before]
     [line] = read_metrics(tmp_path / "r")

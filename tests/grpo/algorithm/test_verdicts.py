@@ -19,7 +19,7 @@ from grpo.run.best import best_step
 from grpo.run.log import read_metrics
 from grpo.run.metrics import check
 from grpo.task import Task
-from grpo.train import Trainer
+from grpo.train import train
 from rewards import BUILT_IN, Signature, load_reward, per_completion, right_at
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
@@ -191,7 +191,7 @@ def test_the_best_step_is_by_mean_reward_once_a_step_has_no_accuracy():
 def run(micro_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("verdicts") / "run"
     given = {"steps": 2, "eval.limit": 3, "eval.every": 1, "eval.samples": 2, "checkpoint.keep_best": True}
-    return folder, Trainer(micro_config(folder, **given)).run()
+    return folder, train(micro_config(folder, **given))
 
 
 def _text(show) -> str:
@@ -213,7 +213,7 @@ def test_a_run_with_another_reward_records_shows_and_keeps_by_the_mean_reward(ru
 
     def shown(console):
         monkeypatch.setattr(summary, "CONSOLE", console)
-        summary.evaluations(results["evaluations"])
+        summary.evaluations(results.evaluations)
 
     text = _text(shown)
     assert "reward, mean" in text

@@ -10,7 +10,7 @@ import pytest
 
 from grpo.cli import main
 from grpo.run.log import RunLog
-from grpo.train import Trainer
+from grpo.train import train
 
 BROKEN = {
     "raises": "{{ raise_exception('no \x1b[31msystem role') }}",
@@ -24,7 +24,7 @@ BROKEN = {
 @pytest.fixture(scope="module")
 def run(micro_config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
-    Trainer(micro_config(folder, steps=2, **{"warm_start.steps": 0})).run()
+    train(micro_config(folder, steps=2, **{"warm_start.steps": 0}))
     return folder
 
 

@@ -23,7 +23,7 @@ from grpo.evaluation.perplexity import Perplexity, gold_perplexity
 from grpo.learner.batch import PackedRow, Sample
 from grpo.policy_source import find_policy, load_found
 from grpo.run import checkpoint
-from grpo.train import Trainer
+from grpo.train import train
 from policies.policy import Policy, PolicyError
 from rollout.engine import RolloutError
 
@@ -55,7 +55,7 @@ def trained(micro_config, tmp_path_factory):
         "eval.levels": [1, 2],
         "rollout.temperature": 0.8,
     }
-    return folder, Trainer(micro_config(folder, **given)).run()
+    return folder, train(micro_config(folder, **given))
 
 
 # ---- what a run brings along ----------------------------------------------------------------------------------------
@@ -68,13 +68,13 @@ def test_a_run_folder_brings_its_held_out_problems_along(trained):
     assert (config.template, config.limit) == ("Q: {question}\nA: ", 5)
     results = evaluate_model(config, QUIET).results
     for name in ("sampled", "greedy"):
-        assert _same_results(results[name], summary["evaluations"][f"after GRPO, {name}"])
+        assert _same_results(results[name], summary.evaluations[f"after GRPO, {name}"])
     assert results["sampled"].groups[0].prompt.text.count("Q: ") == 2  # the worked example is there
 
 
 def test_levels_and_split_of_the_evaluation_win_over_those_of_training(micro_config, tmp_path):
     given = {"steps": 1, "eval.limit": 4, "eval.levels": [2], "data.levels": [1]}
-    Trainer(micro_config(tmp_path / "r", **given)).run()
+    train(micro_config(tmp_path / "r", **given))
     groups = evaluate_model(_config(tmp_path / "r"), QUIET).results["greedy"].groups
     assert [group.prompt.columns["level"] for group in groups] == [2] * 4
 
@@ -102,7 +102,7 @@ def test_a_failing_reward_does_not_end_an_evaluation(trained, tmp_path):
     evaluation = evaluate_model(config, QUIET)
     sampled = evaluation.results["sampled"]
     assert (sampled.completions, sampled.without_mark, sampled.abstained, sampled.accuracy) == (2, 8, 0, 1.0)
-    document = eval_report.as_json(evaluation)["evaluations"]["sampled"]
+    document = eval_report.as_json(evaluation).evaluations["sampled"]
     assert document["failures"] == {"picky: raised": 8}
     assert document["first_failures"][0]["message"].startswith("ValueError: not this one")
     shown = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
@@ -125,7 +125,7 @@ def unfinished(request, micro_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unfinished")
     given = {"steps": 3, "eval.limit": 4, "eval.every": 2, "rollout.max_completion_tokens": 8}
     given |= {"lora.rank": request.param, "learner.learning_rate": 0.1} if request.param else {}
-    Trainer(micro_config(folder / "run", **given)).run()
+    train(micro_config(folder / "run", **given))
     shutil.copytree(folder / "run", folder / "stopped")
     shutil.rmtree(folder / "stopped/policy")
     shutil.rmtree(folder / "stopped/checkpoints/step_000003")
@@ -290,7 +290,7 @@ def test_a_resumed_run_records_its_new_end(unfinished, micro_config, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(unfinished / "run", folder)
     config = load(TrainConfig, folder / "config.yaml", {"output_dir": str(folder), "steps": 4})
-    Trainer(config, resume="auto", force=True).run()
+    train(config, resume="auto", force=True)
     found = find_policy(str(folder))
     assert (found.meaning, found.step) == ("the end of the run", 4)
 
@@ -310,7 +310,7 @@ def test_before_the_first_checkpoint_it_is_the_warm_start(unfinished, tmp_path):
 
 
 def test_a_checkpoint_on_a_preset_without_warm_start_says_what_is_missing(micro_config, tmp_path):
-    Trainer(micro_config(tmp_path / "r", **{"steps": 1, "warm_start.steps": 0})).run()
+    train(micro_config(tmp_path / "r", **{"steps": 1, "warm_start.steps": 0}))
     with pytest.raises(PolicyError, match="whose tokenizer is saved at the end of the run only"):
         evaluate_model(_config(tmp_path / "r/checkpoints/step_000001", limit=2), QUIET)
 

@@ -11,7 +11,7 @@ from grpo.cli import main
 from grpo.commands.reward_replay import replay
 from grpo.config.reward_commands import ReplayConfig
 from grpo.run.log import read_metrics, read_rollouts
-from grpo.train import Trainer
+from grpo.train import train
 
 SOURCE = """
 def letters(completions, **_):
@@ -36,7 +36,7 @@ def run(micro_config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("replay") / "run"
     (folder.parent / "mine.py").write_text(SOURCE)
     rewards = [{"function": f"{folder.parent}/mine.py:letters", "weight": 2.0}, {"function": "gsm8k"}]
-    Trainer(micro_config(folder, steps=2, rewards=rewards)).run()
+    train(micro_config(folder, steps=2, rewards=rewards))
     return folder
 
 
@@ -130,7 +130,7 @@ def test_data_that_have_changed_are_refused(micro_config, tmp_path, letters):
     rows = [{"question": f"{n} + 1 = ?", "answer": f"#### {n + 1}"} for n in range(6)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"data.name": str(data), "data.levels": [1], "warm_start.steps": 0, "steps": 1}
-    Trainer(micro_config(tmp_path / "run", **options)).run()
+    train(micro_config(tmp_path / "run", **options))
     assert replay(tmp_path / "run", letters, ReplayConfig()).changes == []
     data.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
     with pytest.raises(ValueError, match="have changed since the run: its prompt .* asks something else now"):

@@ -13,7 +13,7 @@ from grpo.commands.summary import groups_as_json
 from grpo.config.inference import SampleConfig
 from grpo.config.options import load
 from grpo.task import Task
-from grpo.train import Trainer
+from grpo.train import train
 from rollout.engine import RolloutError
 
 
@@ -194,7 +194,7 @@ def run(micro_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample") / "run"
     given = {"steps": 1, "warm_start.steps": 0, "data.template": "Q: {question}\nA: ", "data.few_shot": 1, "seed": 3}
     config = micro_config(folder, **given | {"rollout.temperature": 0.8})
-    Trainer(config).run()
+    train(config)
     return folder, config
 
 
@@ -243,7 +243,7 @@ def test_a_checkpoint_inside_a_run_brings_the_runs_template(micro_config, tmp_pa
     file = tmp_path / "sums.jsonl"
     file.write_text("".join(f'{{"problem": "{i} + 1", "answer": "{i + 1}"}}\n' for i in range(8)))
     options = {"steps": 2, "warm_start.steps": 1, "data.name": str(file)}
-    Trainer(micro_config(tmp_path / "run", **given | options)).run()
+    train(micro_config(tmp_path / "run", **given | options))
     texts = _texts(monkeypatch)
     _sample(tmp_path / "run/checkpoints/step_000001", "--prompt", "3 + 1", out=tmp_path / "out.json")
     assert texts == ["3 + 1 = "]

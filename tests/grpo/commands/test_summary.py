@@ -12,9 +12,10 @@ from grpo.commands.memory import DeviceMemory
 from grpo.config.options import load
 from grpo.config.run import SftConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
+from grpo.evaluation.held_out import Result
 from grpo.learner.learner import Learner
 from grpo.run.draft_colours import pieces
-from grpo.train import Trainer
+from grpo.train import train
 from policies.policy import PolicyError
 from policies.presets import VOCABULARY
 from rewards.group_score import RewardFailure
@@ -143,7 +144,7 @@ def test_the_summary_shows_results_speed_and_where_things_lie(shown, tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "checkpoints").mkdir()
     speed = Speed(rows=8, draft_tokens=4, with_drafts=300.0, without_drafts=120.0, tokens_per_forward=3.3)
-    summary.summary({"output_dir": str(tmp_path), "evaluations": {"after": RESULT}, "speeds": [speed]})
+    summary.summary(Result(tmp_path, None, {"after": RESULT}, [speed]))
     text = shown.export_text()
     assert re.search(r"8 .* 120 .* 300 \(k = 4\) .* 2\.50x .* 3\.30", text)
     assert str(tmp_path) in text.replace("\n", "")
@@ -155,7 +156,7 @@ def test_the_summary_shows_results_speed_and_where_things_lie(shown, tmp_path):
 def test_a_long_path_is_not_broken_into_lines(shown, tmp_path):
     folder = tmp_path / ("a-long-name-" * 8)
     folder.mkdir()
-    summary.summary({"output_dir": str(folder)})
+    summary.summary(Result(folder, None, {}))
     assert str(folder) in shown.export_text()
 
 
@@ -232,7 +233,7 @@ def test_a_dry_run_refuses_the_output_folder_that_a_run_would(shown, micro_confi
     unwritable = (tmp_path / "file", tmp_path / "file/below", Path("/proc/r"), tmp_path / ("n" * 300))
     for folder, start in {tmp_path / "taken": "output_dir=", **dict.fromkeys(unwritable, "output_dir: ")}.items():
         said = []
-        for refuse in (summary.dry_run, lambda config: Trainer(config).run()):
+        for refuse in (summary.dry_run, lambda config: train(config)):
             with pytest.raises(OSError) as error:
                 refuse(micro_config(folder))
             said.append(str(error.value))
@@ -243,7 +244,7 @@ def test_a_dry_run_refuses_the_output_folder_that_a_run_would(shown, micro_confi
 
 
 def test_a_dry_run_of_a_resume_is_that_of_the_run_that_goes_on(shown, micro_config, tmp_path):
-    Trainer(micro_config(tmp_path / "r", steps=1)).run()
+    train(micro_config(tmp_path / "r", steps=1))
     summary.dry_run(micro_config(tmp_path / "r", steps=1), resume="auto")
     with pytest.raises(ValueError, match="prompts_per_step: 4 then, 3 now"):
         summary.dry_run(micro_config(tmp_path / "r", steps=1, prompts_per_step=3), resume="auto")

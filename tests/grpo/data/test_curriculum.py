@@ -1,5 +1,5 @@
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -8,15 +8,18 @@ from rich.progress import Progress
 from grpo.algorithm.verdicts import Verdicts
 from grpo.collector import Collector
 from grpo.config.options import ConfigError, load
-from grpo.config.run import CurriculumOptions, RolloutOptions, TrainConfig
+from grpo.config.run import CurriculumOptions, LearnerOptions, RolloutOptions, TrainConfig
 from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth, learnability, ramp
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
+from grpo.learner.parallel import ALONE
+from grpo.loop import Run
 from grpo.run.log import read_metrics, read_rollouts
-from grpo.train import Trainer
+from grpo.run.stop import StopSignal
+from grpo.task import Task
+from grpo.train import train
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.group import Prompt, RolloutGroup
-from rollout.sampling import SamplingParams
 
 # Ten examples; the solution of example i has (7 i mod 10) + 1 letters, so their order by length is another one.
 EXAMPLES = [Example(str(i), f"{i} = ?", "x" * (7 * i % 10 + 1)) for i in range(10)]
@@ -83,16 +86,25 @@ def _pass_rates(*scores: GroupScore, full_marks: float = 1.0) -> dict[str, float
     by_id = {example.example_id: score for example, score in zip(EXAMPLES, scores, strict=False)}
     task = SimpleNamespace(
         first_reward="r",
+        full_marks=1.0,
+        reached=lambda *_: None,
         verdicts=Verdicts("r", "undeclared", gold=full_marks),
         prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1]),
         score=lambda groups: [by_id[group.prompt.prompt_id] for group in groups],
     )
     pool = SimpleNamespace(sample=lambda prompts, params, on_finished: [RolloutGroup(prompt, []) for prompt in prompts])
     config = SimpleNamespace(
-        prompts_per_step=len(scores), curriculum=options, rollout=RolloutOptions(), mtp=SimpleNamespace(depth=1)
+        prompts_per_step=len(scores),
+        curriculum=options,
+        rollout=RolloutOptions(),
+        mtp=SimpleNamespace(depth=1),
+        learner=LearnerOptions(),
+        seed=0,
     )
-    collector = Collector(config, task, curriculum, pool, SamplingParams(), None)
-    collector.collect(1, Progress(disable=True), defaultdict(float))
+    log = SimpleNamespace(progress=lambda: Progress(disable=True), event=lambda *_, **__: None)
+    run = Run(SimpleNamespace(output_dir=None), log, StopSignal(), ALONE, checkpoints=None, saved=None, last=1)
+    policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[])
+    Collector(config, run, task, curriculum, pool, policy).collect(1)
     return curriculum.pass_rates
 
 
@@ -206,9 +218,10 @@ def test_a_run_with_every_curriculum(micro_config, tmp_path):
         "curriculum.draft_depth": 1,
         "mtp.every": 1,
     }
-    trainer = Trainer(micro_config(tmp_path / "r", **given))
-    curriculum_examples = trainer.task.train
-    trainer.run()
+    config = micro_config(tmp_path / "r", **given)
+    with Task.of(config) as task:
+        curriculum_examples = task.train
+    train(config)
     lines = read_metrics(tmp_path / "r")
     assert [line["curriculum/completion_tokens"] for line in lines] == [4, 7, 10]
     assert [line["curriculum/draft_depth"] for line in lines] == [1, 2, 2]

@@ -15,7 +15,7 @@ from grpo.config.run import DataOptions, RewardOptions, ScoringOptions
 from grpo.data.examples import Example, load_examples
 from grpo.data.prompts import PromptTemplate
 from grpo.task import Task
-from grpo.train import Trainer
+from grpo.train import train
 from policies.policy import Policy
 from rewards import RewardError, RewardSpec, Scorer, load_reward
 from rewards.protocol import bind
@@ -76,7 +76,7 @@ def run(micro_config, chatty, source, tmp_path_factory):
         "eval.limit": 2,
         "rewards": [{"function": f"{source}:roles", "chat": True}],
     }
-    Trainer(micro_config(folder, **given)).run()
+    train(micro_config(folder, **given))
     return folder
 
 
@@ -210,7 +210,7 @@ def test_a_run_on_conversational_data(micro_config, chatty, source, tmp_path):
         "data.limit": None,
         "rewards": [{"function": f"{source}:roles", "chat": True, "arguments": {"expected": "system user"}}],
     }
-    Trainer(micro_config(tmp_path / "run", **given)).run()
+    train(micro_config(tmp_path / "run", **given))
     assert Policy.load(tmp_path / "run/policy").tokenizer.chat_template == CHAT
 
 

@@ -9,7 +9,7 @@ from grpo.config.run import LearnerOptions, LossOptions, MTPOptions
 from grpo.learner.batch import Sample, collate, split_rows
 from grpo.learner.learner import Learner
 from grpo.run.log import read_metrics
-from grpo.train import Trainer
+from grpo.train import train
 from policies.moe import RoutingRecorder
 from policies.routing_replay import RoutingReplay
 from rewards.group_score import GroupScore
@@ -168,7 +168,7 @@ def test_an_engine_that_records_nothing_is_named(sampler):
 def test_a_run_replays_what_its_engine_records(micro_config, tmp_path):
     """End to end, with drafts: every token that was read has its experts, and both sides agree on them."""
     given = {"learner.routing_replay": True, "steps": 2, "balance.bias_rate": 0.01}
-    Trainer(micro_config(tmp_path / "run", **given)).run()
+    train(micro_config(tmp_path / "run", **given))
     for line in read_metrics(tmp_path / "run"):
         if line["step"]:
             assert line["learner/updates"] == 1

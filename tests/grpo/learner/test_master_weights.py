@@ -12,7 +12,7 @@ from grpo.learner.master_weights import MasterWeights
 from grpo.run import checkpoint
 from grpo.run.log import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
-from grpo.train import Trainer
+from grpo.train import train
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
 
@@ -166,10 +166,10 @@ def test_contract_9_a_bf16_run_resumes_to_the_same_bits(micro_config, tmp_path):
         "seed": 1,
     }  # with seed 0 one token differs by 0.7
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    Trainer(micro_config(whole, **given)).run()
+    train(micro_config(whole, **given))
     with pytest.raises(Stopped):
-        Trainer(micro_config(folder, **given), stop_after=1).run()
-    Trainer(micro_config(folder, **given), resume="auto").run()
+        train(micro_config(folder, **given), stop_after=1)
+    train(micro_config(folder, **given), resume="auto")
     first, second = (checkpoint.load(path / "checkpoints/step_000003").tensors for path in (whole, folder))
     for part, tensors in first.items():
         assert [name for name, t in tensors.items() if not torch.equal(t, second[part][name])] == []

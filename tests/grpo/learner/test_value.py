@@ -16,7 +16,7 @@ from grpo.learner.value import ValueHead, explained_variance, with_token_advanta
 from grpo.run import checkpoint
 from grpo.run.log import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
-from grpo.train import Trainer
+from grpo.train import train
 from policies.logprobs import token_logprobs
 from rewards.group_score import LARGEST, GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
@@ -288,10 +288,10 @@ def test_contract_9_a_stopped_run_with_values_resumes_to_the_same_bits(micro_con
         return micro_config(folder, **given)
 
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    Trainer(config(whole)).run()
+    train(config(whole))
     with pytest.raises(Stopped):
-        Trainer(config(folder), stop_after=2).run()
-    Trainer(config(folder), resume="auto").run()
+        train(config(folder), stop_after=2)
+    train(config(folder), resume="auto")
     first, second = (checkpoint.load(path / "checkpoints/step_000004") for path in (whole, folder))
     assert first.state == second.state
     assert first.tensors.keys() == second.tensors.keys() == {"policy", "optimizer", "value"}

@@ -29,7 +29,7 @@ from grpo.run import checkpoint, hardware
 from grpo.run.log import RunLog, _truncate, read_metrics, read_rollouts, recorded_steps
 from grpo.run.resume import changed_options
 from grpo.run.reward_record import read_rewards
-from grpo.train import Trainer
+from grpo.train import train
 from policies.files.digests import size_and_hash
 from policies.layout import INDEX, WeightFiles
 from policies.policy import Policy
@@ -128,7 +128,7 @@ def read_or_refuse(read: Callable[[], Any], name: str) -> None:
 def run(micro_config, tmp_path_factory) -> Path:
     """A run of two steps."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    Trainer(micro_config(folder, steps=2, **{"rollout.draft_tokens": None, "warm_start.steps": 0})).run()
+    train(micro_config(folder, steps=2, **{"rollout.draft_tokens": None, "warm_start.steps": 0}))
     with RunLog(folder, (folder / "config.yaml").read_text(), trackers=[], quiet=True, resume_step=2):
         pass  # a resume, whose machine events.jsonl describes
     return folder

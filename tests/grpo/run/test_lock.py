@@ -12,16 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from grpo.collector import Collector
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
 from grpo.config.run import SftConfig
+from grpo.loop import Run
 from grpo.mtp import mtp
 from grpo.run import lock
 from grpo.run.lock import FolderInUse, RunLock
 from grpo.run.log import RunLog, read_metrics
 from grpo.run.stop import Stopped
 from grpo.sft import sft
-from grpo.train import Trainer
+from grpo.train import train
 
 ROOT = Path(__file__).parents[3]
 HOLDS = """
@@ -92,7 +94,7 @@ def test_a_run_refuses_the_folder_of_another_one(micro_config, micro_preset, let
 
     def start() -> None:
         if command == "train":
-            Trainer(micro_config(folder), resume=resume)
+            train(micro_config(folder), resume=resume)
         elif command == "sft":
             sft(load(SftConfig, None, options), resume=resume)
         else:
@@ -109,22 +111,20 @@ def test_a_run_refuses_the_folder_of_another_one(micro_config, micro_preset, let
 
 def test_the_lock_is_free_after_a_refusal_a_stop_a_failure_and_the_end(micro_config, tmp_path, monkeypatch):
     folder, given = tmp_path / "run", {"warm_start.steps": 0, "eval.limit": 0}
-    trainer = Trainer(micro_config(folder, **given), stop_after=1)
-    with pytest.raises(FolderInUse):
-        Trainer(micro_config(folder, **given), resume="auto")
+    with Run.open(micro_config(folder, **given), 3, []), pytest.raises(FolderInUse):
+        train(micro_config(folder, **given), resume="auto")
     with pytest.raises(Stopped):
-        trainer.run()
+        train(micro_config(folder, **given), stop_after=1)
     RunLock(folder).release()
     with pytest.raises(ValueError, match="another configuration") as refusal:
-        Trainer(micro_config(folder, seed=3, **given), resume="auto")
+        train(micro_config(folder, seed=3, **given), resume="auto")
     RunLock(folder).release()
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", lambda *_: 1 / 0)
+        patch.setattr(Collector, "collect", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError) as failure:
-            Trainer(micro_config(folder, **given), resume="auto").run()
+            train(micro_config(folder, **given), resume="auto")
     RunLock(folder).release()
-    ended = Trainer(micro_config(folder, **given), resume="auto")
-    ended.run()
+    train(micro_config(folder, **given), resume="auto")
     RunLock(folder).release()
     assert refusal
     assert failure  # they keep what they were raised in alive

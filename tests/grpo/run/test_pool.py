@@ -15,7 +15,7 @@ import grpo.run.pool
 from grpo.run.log import RunLog, read_metrics
 from grpo.run.pool import open_run_pool
 from grpo.run.stop import GivenUp, InterruptiblePool, StopSignal
-from grpo.train import Trainer
+from grpo.train import train
 from rollout.pool import LocalPool
 
 ROOT = Path(__file__).parents[3]
@@ -45,7 +45,7 @@ def test_a_lost_worker_is_an_event_and_a_stop_ends_the_wait_for_one(micro_config
 def test_restarts_are_a_metric_of_their_step(micro_config, tmp_path, monkeypatch):
     counts = iter([{"rollout/restarts": 2.0}, {"rollout/restarts": 0.0}])
     monkeypatch.setattr(LocalPool, "metrics", lambda _: next(counts))
-    Trainer(micro_config(tmp_path / "run", **{"steps": 2, "warm_start.steps": 0})).run()
+    train(micro_config(tmp_path / "run", **{"steps": 2, "warm_start.steps": 0}))
     assert [line["rollout/restarts"] for line in read_metrics(tmp_path / "run")] == [2.0, 0.0]
     assert events(tmp_path / "run", "undocumented_metric") == []
 

@@ -13,7 +13,7 @@ from grpo.run.log import read_events, read_metrics, read_rollouts
 from grpo.run.reward_record import read_rewards
 from grpo.run.stop import Stopped
 from grpo.task import Task
-from grpo.train import Trainer
+from grpo.train import train
 from rewards.group_score import RewardFailed
 from rollout.group import Completion, Prompt, RolloutGroup
 
@@ -40,7 +40,7 @@ def file(tmp_path):
 def test_extras_metrics_and_state_land_in_the_record(file, micro_config):
     folder = file.parent / "run"
     rewards = [{"function": f"{file}:talks"}, {"function": "gsm8k", "weight": 0.5, "name": "right"}]
-    Trainer(micro_config(folder, rewards=rewards, **{"eval.limit": 2, "warm_start.steps": 0})).run()
+    train(micro_config(folder, rewards=rewards, **{"eval.limit": 2, "warm_start.steps": 0}))
     for step in (1, 2, 3):
         for line in read_rollouts(folder, step):
             assert line["extras"]["letters"] == sum(c.isalpha() for c in line["text"])
@@ -59,13 +59,13 @@ def test_extras_metrics_and_state_land_in_the_record(file, micro_config):
 def test_a_resumed_run_refuses_a_changed_reward_file(file, micro_config):
     folder = file.parent / "run"
     config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **{"warm_start.steps": 0, "steps": 1})
-    Trainer(config).run()
+    train(config)
     config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **{"warm_start.steps": 0, "steps": 2})
     file.write_text(SOURCE.replace("/ 10", "/ 20"))
     with pytest.raises(ValueError, match=r"mine.py holds another reward function .* --force"):
-        Trainer(config, resume="auto")
+        train(config, resume="auto")
     former = read_rewards(folder)
-    Trainer(config, resume="auto", force=True).run()
+    train(config, resume="auto", force=True)
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     [event] = [event for event in events if event["event"] == "rewards_changed"]
     assert event["former"] == former
@@ -93,13 +93,13 @@ def test_a_mended_function_resumes_after_its_failure(micro_config, tmp_path):
     rewards = [{"function": f"{file}:fails"}, {"function": f"{file}:other"}]
     config = micro_config(folder, rewards=rewards, **{"warm_start.steps": 0, "eval.limit": 0})
     with pytest.raises(RewardFailed, match="boom"):
-        Trainer(config).run()
+        train(config)
     mended = MENDABLE.replace('raise ValueError("boom")', "return [0.0] * len(completions)")
     file.write_text(mended.replace("[1.0]", "[2.0]"))
     with pytest.raises(ValueError, match=r"mine.py holds another reward function 'other' .*--force"):
-        Trainer(config, resume="auto")
+        train(config, resume="auto")
     file.write_text(mended)
-    Trainer(config, resume="auto").run()
+    train(config, resume="auto")
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
     events = read_events(folder)
     [event] = [event for event in events if event["event"] == "reward_mended"]
@@ -108,16 +108,16 @@ def test_a_mended_function_resumes_after_its_failure(micro_config, tmp_path):
     assert not [event for event in events if event["event"] == "rewards_changed"]
     file.write_text(mended.replace("float(len(c))", "0.5"))
     with pytest.raises(ValueError, match=r"mine.py holds another reward function 'fails'"):
-        Trainer(config, resume="auto")
+        train(config, resume="auto")
 
 
 def test_an_unrelated_change_of_the_file_does_not_block_a_resume(file, micro_config):
     folder, given = file.parent / "run", {"warm_start.steps": 0, "eval.limit": 0}
     config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **given)
     with pytest.raises(Stopped):
-        Trainer(config, stop_after=1).run()
+        train(config, stop_after=1)
     file.write_text(f"# mine\n{SOURCE}\ndef unrelated():\n    return 1\n")
-    Trainer(config, resume="auto").run()
+    train(config, resume="auto")
     assert "rewards_changed" not in [event["event"] for event in read_events(folder)]
 
 
@@ -125,15 +125,16 @@ def test_a_run_of_an_older_version_compares_whole_files(file, micro_config):
     folder, given = file.parent / "run", {"warm_start.steps": 0, "eval.limit": 0}
     config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **given)
     with pytest.raises(Stopped):
-        Trainer(config, stop_after=1).run()
+        train(config, stop_after=1)
     [former] = read_rewards(folder)
     del former["code_sha256"]
     (folder / "rewards.json").write_text(json.dumps([former]))
-    Trainer(config, resume="auto", stop_after=2)
+    with pytest.raises(Stopped):
+        train(config, resume="auto", stop_after=2)
     (folder / "rewards.json").write_text(json.dumps([former]))
     file.write_text(f"# mine\n{SOURCE}")
     with pytest.raises(ValueError, match="mine.py holds another reward function 'talks'"):
-        Trainer(config, resume="auto")
+        train(config, resume="auto")
 
 
 FAULTY = """

@@ -12,15 +12,18 @@ import time
 
 import pytest
 
+from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner, NonFiniteStep
 from grpo.run import checkpoint, log, pool, stop
 from grpo.run.log import RunLog, read_metrics, read_rollouts
 from grpo.run.stop import GivenUp, Stopped, StopSignal
 from grpo.task import Task
-from grpo.train import Trainer
+from grpo.train import train
 from rewards.group_score import RewardFailed, RewardFailure
 from rollout.engine import Engine, RolloutError
 from rollout.pool import LocalPool
+
+TRAIN = sys.modules["grpo.train"]  # `grpo.train` is the function
 
 SMALL = {"data.limit": 10, "learner.tokens_per_micro_batch": 64, "checkpoint.every": 100, "eval.limit": 3}
 
@@ -58,13 +61,13 @@ def _weights(folder, step: int) -> dict:
 @pytest.fixture(scope="module")
 def whole(micro_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    Trainer(micro_config(folder, **SMALL)).run()
+    train(micro_config(folder, **SMALL))
     return folder
 
 
 def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
     handler = signal.getsignal(signal.SIGTERM)
-    Trainer(micro_config(folder, **SMALL | given), resume="auto").run()
+    train(micro_config(folder, **SMALL | given), resume="auto")
     assert signal.getsignal(signal.SIGTERM) == handler
     assert _untimed(folder) == _untimed(whole)
     for step in (1, 2, 3):
@@ -77,7 +80,7 @@ def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
 @pytest.mark.parametrize(
     ("kind", "owner", "name", "call", "saved", "message"),
     [
-        (signal.SIGHUP, Trainer, "_initial_policy", 1, None, "stopped after step 1 of the warm start; go on"),
+        (signal.SIGHUP, TRAIN, "initial_policy", 1, None, "stopped after step 1 of the warm start; go on"),
         (signal.SIGINT, Learner, "sft_step", 2, None, "stopped after step 2 of the warm start; go on"),
         (signal.SIGTERM, Engine, "sample", 1, None, "stopped before step 1; go on"),  # the evaluation before GRPO
         (signal.SIGINT, Learner, "prepare", 1, None, "stopped before step 1; go on"),
@@ -93,7 +96,7 @@ def test_contract_9_a_signal_at_any_time_leaves_a_step_boundary(
     with monkeypatch.context() as patch:
         _at_call(patch, owner, name, call, kind)
         with pytest.raises(Stopped, match=message) as stopped:
-            Trainer(micro_config(folder, **SMALL)).run()
+            train(micro_config(folder, **SMALL))
     assert stopped.value.number == kind
     assert signal.getsignal(kind) == handler
     assert list(checkpoint.saved(folder / "checkpoints")) == ([saved] if saved else [])
@@ -119,7 +122,7 @@ def test_contract_9_the_step_in_progress_is_given_up_between_two_micro_batches(
 
         patch.setattr(Learner, "step", second_step)
         with pytest.raises(Stopped, match="stopped after step 1"):
-            Trainer(micro_config(folder, **SMALL)).run()
+            train(micro_config(folder, **SMALL))
     assert len(losses) == 2 < len(read_rollouts(folder, 2)) / 4, "two micro-batches of step 2, and no more"
     assert updates == [1, 2, 3, 1]  # those of the warm start, and step 1
     assert list(checkpoint.saved(folder / "checkpoints")) == [1]
@@ -131,43 +134,43 @@ def test_a_step_whose_first_update_is_made_is_finished(micro_config, tmp_path, m
     with monkeypatch.context() as patch:
         _at_call(patch, Learner, "_update", 3 + 1)  # the first update of step 1
         with pytest.raises(Stopped, match="stopped after step 1"):
-            Trainer(micro_config(tmp_path / "a", **SMALL | given)).run()
+            train(micro_config(tmp_path / "a", **SMALL | given))
     assert read_metrics(tmp_path / "a")[-1]["learner/updates"] == 2
-    Trainer(micro_config(tmp_path / "b", steps=1, **SMALL | given)).run()
+    train(micro_config(tmp_path / "b", steps=1, **SMALL | given))
     first, second = _weights(tmp_path / "a", 1), _weights(tmp_path / "b", 1)
     assert all(first[name].equal(tensor) for name, tensor in second.items())
 
 
 def test_contract_9_an_evaluation_that_was_given_up_is_made_when_the_run_goes_on(micro_config, tmp_path, monkeypatch):
     given = {"eval.every": 2, "steps": 3}
-    Trainer(micro_config(tmp_path / "whole", **SMALL | given)).run()
-    folder, record = tmp_path / "run", Trainer._evaluate
+    train(micro_config(tmp_path / "whole", **SMALL | given))
+    folder, record = tmp_path / "run", HeldOut.evaluate
 
-    def interrupted(self, pool, prompts, sampling, step):
+    def interrupted(self, step, when=None):
         if step == 2:
             _terminate()
-        return record(self, pool, prompts, sampling, step)
+        return record(self, step, when)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_evaluate", interrupted)
+        patch.setattr(HeldOut, "evaluate", interrupted)
         with pytest.raises(Stopped, match="stopped after step 2"):
-            Trainer(micro_config(folder, **SMALL | given)).run()
+            train(micro_config(folder, **SMALL | given))
     assert "eval/reward_mean" not in read_metrics(folder)[2]
     _resumes_to_the_same(micro_config, folder, tmp_path / "whole", **given)
 
 
 def test_a_stop_in_the_last_evaluation_loses_nothing(micro_config, whole, tmp_path, monkeypatch):
-    folder, record = tmp_path / "run", Trainer._evaluate
+    folder, record = tmp_path / "run", HeldOut.evaluate
 
-    def interrupted(self, pool, prompts, sampling, step):
+    def interrupted(self, step, when=None):
         if step == 3:
             _terminate()
-        return record(self, pool, prompts, sampling, step)
+        return record(self, step, when)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_evaluate", interrupted)
+        patch.setattr(HeldOut, "evaluate", interrupted)
         with pytest.raises(Stopped, match="stopped after step 3"):
-            Trainer(micro_config(folder, **SMALL)).run()
+            train(micro_config(folder, **SMALL))
     assert not (folder / "policy").exists()
     _resumes_to_the_same(micro_config, folder, whole)
     assert (folder / "policy").exists()
@@ -208,7 +211,7 @@ REWARD = RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom")
         (LocalPool, "publish", 3, RolloutError("workers died 4 times"), 2),  # one before step 1, then one a step
         (Learner, "_backward", 3 + 4, NonFiniteStep("the loss is nan"), None),  # the warm start takes the first three
         (RunLog, "rollouts", 3, FULL, 2),
-        (Trainer, "_evaluate", 2, REWARD, 3),
+        (HeldOut, "evaluate", 2, REWARD, 3),
         (Learner, "sft_step", 3, NonFiniteStep("the loss is nan"), "warm start"),
     ],
 )
@@ -219,7 +222,7 @@ def test_contract_9_a_failure_saves_the_last_whole_step(
     with monkeypatch.context() as patch:
         _fails_at_call(patch, owner, name, call, error)
         with pytest.raises(type(error), match=str(error.args[-1])):
-            Trainer(micro_config(folder, **SMALL)).run()
+            train(micro_config(folder, **SMALL))
     steps = list(checkpoint.saved(folder / "checkpoints"))
     [event] = _events(folder, "failed")
     assert type(error).__name__ in event["error"]
@@ -234,7 +237,7 @@ def test_contract_9_a_failure_saves_the_last_whole_step(
 def test_a_reward_that_aborts_is_an_event(micro_config, tmp_path, monkeypatch):
     _fails_at_call(monkeypatch, Task, "score", 2, REWARD)
     with pytest.raises(RewardFailed):
-        Trainer(micro_config(tmp_path / "run", **SMALL | {"eval.limit": 0})).run()
+        train(micro_config(tmp_path / "run", **SMALL | {"eval.limit": 0}))
     [event] = _events(tmp_path / "run", "reward_error")
     assert (event["step"], event["function"], event["message"]) == (2, "letters", "boom")
 
@@ -242,7 +245,7 @@ def test_a_reward_that_aborts_is_an_event(micro_config, tmp_path, monkeypatch):
 def test_a_step_that_fails_after_its_first_update_is_kept_with_its_line(micro_config, tmp_path, monkeypatch):
     _fails_at_call(monkeypatch, Learner, "_update", 3 + 4, NonFiniteStep("the gradient norm is nan"))
     with pytest.raises(NonFiniteStep):
-        Trainer(micro_config(tmp_path / "run", **SMALL | {"learner.updates_per_batch": 2, "eval.limit": 0})).run()
+        train(micro_config(tmp_path / "run", **SMALL | {"learner.updates_per_batch": 2, "eval.limit": 0}))
     assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [2]
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
 
@@ -257,7 +260,7 @@ def test_a_failure_that_cannot_be_saved_is_told_as_it_is(micro_config, tmp_path,
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="rollouts/step_000002"):
-        Trainer(micro_config(folder, **SMALL)).run()
+        train(micro_config(folder, **SMALL))
     [event] = _events(folder, "failed")
     assert event["saved_step"] == 0
     assert "cannot write checkpoint" in event["not_saved"]
@@ -275,7 +278,7 @@ def test_a_run_whose_events_cannot_be_written_either_is_saved_and_told(micro_con
 
         patch.setattr(log, "append_line", full)
         with pytest.raises(OSError, match="metrics.jsonl"):
-            Trainer(micro_config(folder, **SMALL)).run()
+            train(micro_config(folder, **SMALL))
     assert list(checkpoint.saved(folder / "checkpoints")) == [2]
     _resumes_to_the_same(micro_config, folder, whole)
 
@@ -314,7 +317,7 @@ def test_a_signal_while_a_library_starts_asks_as_any_other(micro_config, whole, 
     with monkeypatch.context() as patch:
         patch.setattr(pool, "open_pool", starts)
         with pytest.raises(Stopped, match="stopped before step 1; go on"):
-            Trainer(micro_config(folder, **SMALL)).run()
+            train(micro_config(folder, **SMALL))
     assert signal.signal is stop._SIGNAL
     _resumes_to_the_same(micro_config, folder, whole)
 

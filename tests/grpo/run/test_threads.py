@@ -14,7 +14,7 @@ import grpo.run.threads
 from grpo.config.options import dump_yaml
 from grpo.loader import load_policy
 from grpo.run.threads import threads_for, with_threads
-from grpo.train import Trainer
+from grpo.train import train
 from policies.openmp import CHOICES, WAITING
 
 ROOT = Path(__file__).parents[3]
@@ -90,17 +90,25 @@ def test_a_policy_alone_is_given_its_threads_too(micro_config, tmp_path, monkeyp
     assert torch.get_num_threads() == 2
 
 
+def _started(config, **flags):
+    """The configuration of a run that was opened and has made no step."""
+    with pytest.MonkeyPatch.context() as patch:
+        opened = []
+        patch.setattr(sys.modules["grpo.train"], "initial_policy", lambda run, task: opened.append(run.config) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config, **flags)
+    return opened[0]
+
+
 def test_contract_9_a_run_writes_its_threads_down_and_keeps_them(micro_config, tmp_path, monkeypatch):
     config = micro_config(tmp_path / "run", threads=None)
     with monkeypatch.context() as small:
         small.setattr(grpo.run.threads, "PARAMETERS_PER_THREAD", 1_000)
-        Trainer(config).task.close()
+        _started(config)
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["threads"] == 2
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    trainer = Trainer(config, resume="auto")
-    trainer.task.close()
-    assert (trainer.config.threads, torch.get_num_threads()) == (2, 2)
+    assert (_started(config, resume="auto").threads, torch.get_num_threads()) == (2, 2)
     assert "config_changed" not in (tmp_path / "run/events.jsonl").read_text()
     elsewhere = micro_config(tmp_path / "other", threads=None)
     assert with_threads(elsewhere, str(tmp_path / "run/checkpoints/step_000001")).threads == 2

@@ -1,0 +1,79 @@
+"""The held-out problems of a run: evaluated before training, every so often, and after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from grpo.config.mtp import MtpConfig
+from grpo.config.run import SftConfig, TrainConfig
+from grpo.evaluation.evaluate import Evaluation, Speed, evaluate_run
+from grpo.loader import sampling_params
+from grpo.run.log import RunLog, read_metrics
+from grpo.task import Task
+from policies.policy import Policy
+from rollout.pool import Pool
+
+
+class HeldOut:
+    """Samples every held-out problem at the run's temperature and greedily, with the same noise each time.
+
+    `results` are the evaluations so far that have a name, such as "before GRPO, sampled".
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        policy: Policy,
+        pool: Pool,
+        log: RunLog,
+        config: SftConfig | MtpConfig,
+        draft_tokens: int | None = None,
+    ) -> None:
+        """`draft_tokens`: another number of drafts than the run's."""
+        self.task, self.pool, self.log, self.config = task, pool, log, config
+        self.prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
+        self.sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
+        if draft_tokens is not None:
+            self.sampling = replace(self.sampling, draft_tokens=draft_tokens)
+        self.results: dict[str, Evaluation] = {}
+
+    def due(self, step: int, last: int) -> bool:
+        """Before the first step and every `eval.every` steps; the evaluation after the last step is not meant."""
+        every = self.config.eval.every
+        return bool(self.prompts) and step < last and (step == 0 or bool(every and step % every == 0))
+
+    def done(self, step: int) -> bool:
+        """Whether the evaluation of this step is recorded. A run that was cut off before it still has to make it."""
+        return any(line["step"] == step and "eval/prompts" in line for line in read_metrics(self.log.output_dir))
+
+    def evaluate(self, step: int, when: str | None = None) -> dict[str, Evaluation]:
+        """The results of `step`, which are recorded too, by way of sampling; with `when` under names of their own."""
+        if not self.prompts:
+            return {}
+        if isinstance(self.config, TrainConfig):
+            self.task.reached(step, self.config)
+        found = evaluate_run(self.pool, self.task, self.prompts, self.sampling, self.config.eval, self.log, step)
+        named = {f"{when}, {way}" if when else way: result for way, result in found.items()}
+        self.results |= named if when else {}
+        return named
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training has made: its folder, the policy at its end, and its evaluations by name.
+
+    >>> result.evaluations["after GRPO, greedy"].accuracy
+    0.795
+    """
+
+    folder: Path
+    policy: Policy
+    evaluations: dict[str, Evaluation]
+    speeds: list[Speed] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One dict a step: see `read_metrics`."""
+        return read_metrics(self.folder)

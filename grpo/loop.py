@@ -1,0 +1,298 @@
+"""One training in one folder: opened, restored, counted, recorded, saved and stopped. `quartet train`, `sft` and `mtp`
+are told with it."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import torch
+
+from grpo.config.mtp import MtpConfig
+from grpo.config.options import dump_yaml
+from grpo.config.run import SftConfig, TrainConfig
+from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.learner.parallel import ALONE, Ranks
+from grpo.run import checkpoint
+from grpo.run.best import best_step
+from grpo.run.checkpoint import Checkpoint
+from grpo.run.lock import RunLock
+from grpo.run.log import RunLog, read_metrics
+from grpo.run.resume import saved_state
+from grpo.run.reward_record import record_rewards, refuse_changed_rewards
+from grpo.run.stop import GivenUp, Stopped, StopSignal
+
+
+class Run:
+    """The steps of a training, and the folder that keeps them.
+
+    Used as a context manager around its steps, it keeps this promise: however the steps end, the last whole one is
+    saved before. A step that fails before its first update is undone, one that fails later counts.
+
+    >>> with Run.open(config, steps, rewards) as run:  # the folder is locked, its files are open
+    ...     run.restore(learner=learner, prompts=prompts)  # from the checkpoint to go on from
+    ...     with run:
+    ...         for step in run.steps():
+    ...             run.learn(learner, lambda: learner.step(batch, step), rate="learner.learning_rate", batch=file)
+    ...             run.record()
+    ...             run.save_if_due()
+    """
+
+    def __init__(
+        self,
+        config: SftConfig | MtpConfig,
+        log: RunLog,
+        stop: StopSignal,
+        ranks: Ranks,
+        *,
+        checkpoints: Path,
+        saved: Checkpoint | None,
+        last: int,
+        stop_after: int | None = None,
+        of: str = "",
+    ) -> None:
+        """The steps up to `last`. `of` names a training inside the run, and completes "stopped after step 3"."""
+        self.config, self.log, self.stop, self.ranks = config, log, stop, ranks
+        self.folder, self.checkpoints, self.saved = config.output_dir, checkpoints, saved
+        self.last, self.stop_after, self.of = last, stop_after, of
+        self.start = self.step = self.saved_step = saved.step if saved else 0  # `step` is the last whole one
+        self.resumes = self.forced = False
+        self.metrics: defaultdict[str, float] = defaultdict(float)  # of the step in progress
+        self._parts: dict[str, Any] = {}
+        self._refused = self._recorded = -1  # the last step whose checkpoint the disk refused, that has its line
+        self._begun: int | None = None  # the step in progress
+        self._before: dict[str, Any] = {}
+        self._updates = 0
+        self._started = 0.0
+
+    # ---- the folder -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        config: SftConfig | MtpConfig,
+        steps: int,
+        rewards: Sequence[dict[str, Any]],
+        *,
+        resume: str | None = None,
+        stop_after: int | None = None,
+        force: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> Iterator[Self]:
+        """Lock the folder, read what the run goes on from, open its files and listen to signals.
+
+        `rewards` describe the reward functions (`Scorer.describe`). Everything that can be refused is refused before
+        the folder is touched: see `RunLock`, `saved_state`, `refuse_changed_rewards` and `RunLog` for the errors.
+        """
+        with RunLock(config.output_dir) as lock:
+            saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=steps)
+            if resume is not None and not force:
+                refuse_changed_rewards(config.output_dir, rewards)
+            with (
+                RunLog(
+                    config.output_dir,
+                    dump_yaml(config),
+                    table_every=0 if isinstance(config, MtpConfig) else config.log.table_every,
+                    trackers=config.log.trackers,
+                    resume_step=None if resume is None else saved.step if saved else 0,
+                    lock=lock,
+                    unwritten=saved.state.get("unwritten") if saved else None,
+                ) as log,
+                log.until_its_end(),
+                StopSignal() as stop,
+            ):
+                record_rewards(log, rewards)
+                folder = config.output_dir / "checkpoints"
+                run = cls(config, log, stop, ranks, checkpoints=folder, saved=saved, last=steps, stop_after=stop_after)
+                run.resumes, run.forced = resume is not None, force
+                try:
+                    yield run
+                except GivenUp:  # outside the steps
+                    raise stop.stopped(run.step) from None
+
+    def part(self, name: str, last: int, of: str) -> Run:
+        """A training inside this one, which goes on from its own checkpoints in `name`.
+
+        Its steps are not those of the run: they have no metrics, and the last one is not saved.
+        """
+        folder = self.folder / name
+        found = checkpoint.find(folder, "auto")
+        saved = checkpoint.load(found) if found else None
+        return Run(self.config, self.log, self.stop, self.ranks, checkpoints=folder, saved=saved, last=last, of=of)
+
+    def restore(self, **parts: Any) -> None:
+        """Take these parts (learner, prompts, ...) back to the checkpoint, and save them from now on.
+
+        A learner has `state` and `load_state`, with tensors; every other part has `state_dict` and `load_state_dict`.
+        A part that a checkpoint of an older version lacks stays as it is.
+        """
+        self._parts = parts
+        if self.saved:
+            for name, part in parts.items():
+                if isinstance(part, Learner):
+                    part.load_state(self.saved.tensors, self.saved.state[name])
+                elif name in self.saved.state:
+                    part.load_state_dict(self.saved.state[name])
+        checkpoint.discard_after(self.checkpoints, self.start)
+
+    # ---- the steps --------------------------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps that are still to come. Between two of them a stop that was asked for is heeded."""
+        for step in range(self.start + 1, self.last + 1):
+            self._begun, self._updates, self._started = step, self._learner.updates, time.perf_counter()
+            self._before = {name: part.state_dict() for name, part in self._parts.items() if part is not self._learner}
+            self.metrics.clear()
+            yield step
+            self._begun = None
+            if step < self.last and step == self.stop_after:
+                self.save()
+                raise self.stopped()
+            if step < self.last:
+                self.stop.check()
+
+    @property
+    def _learner(self) -> Learner:
+        return self._parts["learner"]
+
+    @property
+    def moved(self) -> bool:
+        """Whether the step in progress has changed the policy."""
+        return self._learner.updates != self._updates
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the seconds inside to this metric of the step."""
+        started = time.perf_counter()
+        yield
+        self.metrics[name] += time.perf_counter() - started
+
+    def learn(
+        self, take: Callable[[], dict[str, float]], *, rate: str, batch: Path | None = None, **unshown: Any
+    ) -> None:
+        """Take a step of the learner; from here on it is reached, whatever fails later.
+
+        A step that is not finite makes no update. The run goes on without it, or NonFiniteStep says what to do: by
+        `learner.on_non_finite`. `rate` is the option of the learning rate, `batch` the file that holds what was to be
+        learned from, where there are such a file and learner.* options; `unshown` goes into the record of events.
+        """
+        learner = self._learner
+        try:
+            self.metrics |= take()
+        except NonFiniteStep as error:
+            options, skipped = learner.options, learner.skipped_in_a_row + 1
+            self.log.event("non_finite", step=self._begun, error=str(error), batch=str(batch), unshown=unshown)
+            if options.on_non_finite == "abort" or skipped > options.max_skipped_in_a_row:
+                where = f"; the batch is in {batch}" if batch else ""
+                lower = f"{rate} or learner.max_grad_norm, or set learner.on_non_finite: skip," if batch else rate
+                raise NonFiniteStep(
+                    f"{error}. This update was not made{where}. Lower {lower} and go on with --resume auto --force"
+                ) from None
+            learner.skipped_in_a_row = skipped  # where the run ends, the step was not skipped: it is still to come
+            self.metrics["learner/updates"] = 0.0
+        else:
+            learner.skipped_in_a_row = 0
+        assert self._begun is not None
+        self.step = self._begun
+
+    def record(self, *, show: bool = True, **more: float) -> None:
+        """The line of the step in metrics.jsonl."""
+        if self.of:
+            return
+        self.metrics |= more
+        self.metrics["time/step"] = time.perf_counter() - self._started
+        if "time/rollout" in self.metrics:
+            tokens = self.metrics["completion/tokens"]
+            self.metrics["speed/completion_tokens_per_second"] = tokens / self.metrics["time/rollout"]
+        self.metrics["memory/rss_gib"] = psutil.Process().memory_info().rss / 2**30
+        if torch.cuda.is_available():
+            self.metrics["memory/device_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._recorded = self.step
+        self.log.step(self.step, self.metrics, show=show)
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def save_if_due(self, also: bool = False) -> None:
+        """Every `checkpoint.every` steps, at the end, and where `also` says so."""
+        at_the_end = self.step == self.last
+        if also or (not self.of if at_the_end else self.step % self.config.checkpoint.every == 0):
+            self.save()
+
+    def save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        self._refused = self.step
+        tensors, state = self._learner.state()
+        others = {name: part.state_dict() for name, part in self._parts.items() if part is not self._learner}
+        everything = {"learner": state, **others, **self.log.state()}
+        best, keep = self.best_step(self.step), self.config.checkpoint.keep
+        protect = [] if best is None else [best]
+        checkpoint.save(self.checkpoints, self.step, tensors, everything, keep=keep, protect=protect)
+        self.saved_step, self._refused = self.step, -1
+
+    def best_step(self, *being_saved: int) -> int | None:
+        """The step of the best checkpoint, which stays; None where none was asked for (`checkpoint.keep_best`)."""
+        options = self.config.checkpoint
+        if self.of or not options.keep_best or not isinstance(self.config, TrainConfig):
+            return None
+        saved = [*checkpoint.saved(self.checkpoints), *being_saved]
+        return best_step(read_metrics(self.folder), saved, None if self.config.eval.every else options.every)
+
+    def stopped(self) -> Stopped:
+        """For a run that ends here, at a step that is saved."""
+        return self.stop.stopped(self.step, self.of)
+
+    @property
+    def ended_before(self) -> bool:
+        """Whether the run that is resumed had come to its end already."""
+        return self.start == self.last and (self.folder / "policy").exists()
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """GivenUp becomes Stopped; every other exception goes on, after an event that names the step that is saved."""
+        if error is None or isinstance(error, Stopped):
+            return
+        self._settle()
+        if isinstance(error, GivenUp):
+            self.save()
+            action = "what was in progress is given up"
+            self.log.event("signal", name=self.stop.name, action=action, saved_step=self.saved_step)
+            raise self.stopped() from None
+        if isinstance(error, Exception):
+            self._save_what_failed(error)
+
+    def _settle(self) -> None:
+        """The step in progress is undone where nothing was learned yet; else it is reached, and has its line."""
+        if self._begun is None:
+            return
+        if self.moved:  # it was cut short after an update
+            self.step = self._begun
+        if self.step != self._begun:
+            for name, state in self._before.items():
+                self._parts[name].load_state_dict(state)
+        elif self._recorded != self.step:
+            self.record()
+
+    def _save_what_failed(self, error: Exception) -> None:
+        not_saved: dict[str, Any] = {}
+        try:
+            if self._refused != self.step:
+                self.save()
+        except Exception as refusal:  # told in the event: the error that ends the run must reach the user
+            not_saved = {"not_saved": str(refusal)}
+        said = f"{type(error).__name__}: {error}"
+        try:
+            self.log.event("failed", saved_step=self.saved_step, **not_saved, error=said)
+        except OSError as full:  # the error that ends the run is more important than its record
+            self.log.say(f"failed: saved_step={self.saved_step} (this event is not recorded: {full})")
