@@ -10,9 +10,9 @@ from grpo.algorithm.dynamic_sampling import Drawn, draw_groups
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth
 from grpo.learner.batch import TrainingBatch
-from grpo.loader import sampling_params
 from grpo.loop import Run
 from grpo.run.metrics import rollout_metrics
+from grpo.sampling import sampling_params
 from grpo.task import Task
 from grpo.tied_steps import TiedSteps
 from policies.policy import Policy

@@ -19,12 +19,12 @@ from grpo.data.prompts import PromptStream
 from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import PackedRow, Sample, split_rows
 from grpo.learner.head_learner import HeadLearner
-from grpo.loader import check_options, load_policy, sampling_params
 from grpo.loop import Run
-from grpo.policy_source import save_policy
+from grpo.policy_source import check_options, load_policy, save_policy
 from grpo.run.metrics import rollout_metrics
 from grpo.run.pool import open_run_pool, use_costs_of_run
 from grpo.run.threads import with_threads
+from grpo.sampling import sampling_params
 from grpo.task import Task
 from policies import presets
 from policies.conversion.head import start_head

@@ -1,10 +1,15 @@
-"""Which policy a run folder stands for: the end of the run, else its newest checkpoint, else its warm start."""
+"""Which policy a preset, a folder, a run, a checkpoint or a hub id means, and how it is loaded.
+
+Every command asks here. A run means the policy at its end, else its newest checkpoint, else its warm start.
+"""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,19 +18,21 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from grpo.agreement import check_agreement
 from grpo.config.json_file import read_json
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
-from grpo.config.run import ModelOptions, TrainConfig
+from grpo.config.run import ModelOptions, MTPOptions, TrainConfig
 from grpo.config.yaml_file import read_yaml
-from grpo.loader import load_policy
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 from grpo.run.resume import base_changed
+from grpo.run.threads import threads_for
 from policies import presets
+from policies.files import hub
 from policies.files.atomic import write_file
-from policies.files.digests import write_digests
-from policies.policy import Policy, PolicyError
+from policies.files.digests import check_policy, write_digests
+from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 
 # In policy/ and best_policy/ of a run: {"step": 160, "checkpoint": SHA-256 of the manifest of that step's checkpoint}
 RECORD = "training.json"
@@ -34,19 +41,213 @@ PARTS = ("policy", "draft")  # of a checkpoint: those that sample
 
 @dataclass(frozen=True)
 class PolicySource:
-    """`folder` holds the policy; `meaning` says in words what it is; `step` is the run's, where it is known.
+    """`folder` holds the policy (or names a preset or a hub id); `meaning` says in words what it is.
 
-    A checkpoint is read when it is found: its run may remove it soon after.
+    `base` is what its shape and tokenizer are read from: the same, or for a checkpoint what its run began with. `step`
+    is the run's, where it is known. A checkpoint is read when it is found: its run may remove it soon after.
 
     >>> find_policy("runs/demo")
-    PolicySource(folder='runs/demo/policy', meaning='the end of the run', checkpoint=None, step=160)
+    PolicySource(folder='runs/demo/policy', meaning='the end of the run', base='runs/demo/policy', step=60)
     """
 
     folder: str
     meaning: str
+    base: str
     checkpoint: Path | None = None
     step: int | None = None
     saved: Checkpoint | None = field(default=None, compare=False, repr=False)
+
+
+# ---- which one ------------------------------------------------------------------------------------------------------
+
+
+def find_policy(model: str, *, read: bool = True) -> PolicySource:
+    """What `model` means; without `read` the tensors of a checkpoint are left where they are.
+
+    Raises PolicyError for a path that is not there, a misspelt preset and a run that has saved nothing yet,
+    CheckpointError for a checkpoint that is damaged.
+    """
+    folder = Path(model)
+    if (folder / checkpoint.MANIFEST).is_file():
+        return _of_checkpoint(folder, f"a checkpoint of {folder.parent.parent}", read)
+    if not (folder / "environment.json").is_file():
+        check_model(model)
+        return PolicySource(model, "as given", model, step=_record(folder).get("step"))
+    if (folder / "policy").is_dir():
+        meaning, newest = "the end of the run", checkpoint.newest(folder / "checkpoints")
+        if newest and _went_on(folder, newest):
+            meaning = f"where the run ended first; it went on, to evaluate that name {newest}"
+        found = str(folder / "policy")
+        return PolicySource(found, meaning, found, step=_record(folder / "policy").get("step"))
+    while newest := checkpoint.newest(folder / "checkpoints"):
+        try:
+            return _of_checkpoint(newest, "the newest checkpoint; the run has not ended", read)
+        except (checkpoint.CheckpointError, OSError, SafetensorError):
+            if newest.is_dir():
+                raise  # else its run has removed it, and there is a newer one
+    if (folder / "warm_start").is_dir():
+        found = str(folder / "warm_start")
+        return PolicySource(found, "the warm start; no step of GRPO is saved yet", found)
+    raise PolicyError(f"model={model!r} is a run that has not saved a policy yet; go on with it: --resume auto")
+
+
+def _of_checkpoint(folder: Path, meaning: str, read: bool) -> PolicySource:
+    run = folder.parent.parent
+    base = str(run / "warm_start")
+    if not Path(base).is_dir():
+        base = _run_config(run).model
+    saved = checkpoint.load(folder, PARTS) if read else None
+    return PolicySource(str(folder), meaning, base, folder, _step_of(folder), saved)
+
+
+def _run_config(run: Path) -> TrainConfig | MtpConfig:
+    file = run / "config.yaml"
+    return load(MtpConfig if "head" in read_yaml(file)[0] else TrainConfig, file, {})
+
+
+def check_model(model: str) -> None:
+    """Refuse early what can only be a mistake: a path that is not there, a misspelt preset."""
+    if model in presets.PRESETS or Path(model).is_dir():
+        return
+    looks_local = model.startswith(("/", ".", "~")) or model.count("/") != 1 or Path(model.split("/")[0]).exists()
+    if looks_local:
+        near = difflib.get_close_matches(model, presets.PRESETS, n=1)
+        hint = f"did you mean the preset {near[0]!r}?" if near else f"presets are {', '.join(presets.PRESETS)}"
+        if (Path.cwd() / model).parent.is_dir() and "/" in model:
+            hint += "; `make smollm2` prepares models/smollm2-135m-mla" if "smollm2" in model else ""
+        if re.fullmatch(r"[\w.-]+", model) and not model.startswith("."):
+            hint += f"; if a hub id was meant, write its owner too: OWNER/{model}"
+        raise PolicyError(f"model={model!r}: there is no such folder; {hint}")
+    if why := hub.why_absent(model):
+        raise PolicyError(f"model={model!r} is neither a preset, a checkpoint folder nor a reachable hub id: {why}")
+
+
+def check_options(options: ModelOptions) -> str:
+    """The checkpoint or preset that `options` mean. Raises PolicyError for what it can be seen not to be or to do."""
+    model = find_policy(options.model, read=False).base
+    if asked := _head_options(options):
+        kind = "deepseek_v3" if model in presets.PRESETS else read_config(model).model_type
+        if kind != "deepseek_v3":
+            raise PolicyError(
+                f"{', '.join(asked)}: model={model!r} is of type {kind!r}, which has no MTP head and can be given "
+                "none; leave that out, or make it a DeepSeek-V3 policy first (`quartet convert SRC DST`)"
+            )
+    template = getattr(getattr(options, "data", None), "template", getattr(options, "template", None))
+    if template == "chat" and (model in presets.PRESETS or not read_tokenizer(model).chat_template):
+        raise PolicyError(
+            f"template=chat: model={model!r} has no chat template; use a format string such as '{{question}}\\n'"
+        )
+    return model
+
+
+def _head_options(options: ModelOptions) -> list[str]:
+    """What `options` ask of an MTP head, as key=value."""
+    rollout, mtp = getattr(options, "rollout", None), getattr(options, "mtp", MTPOptions())
+    drafts = getattr(rollout or options, "draft_tokens", None)
+    asked = [f"{'rollout.' if rollout else ''}draft_tokens={drafts}"] if drafts else []
+    asked += ["add_mtp=True"] if options.add_mtp else []
+    usual = dict(MTPOptions())
+    trained = [f"mtp.{name}={value}" for name, value in mtp if value != usual[name]]
+    return asked + (trained if mtp.loss_weight else [])
+
+
+def known_context(model: str) -> int | None:
+    """The longest text in tokens, of a preset or a folder; None of a hub id, whose config may have to be fetched."""
+    model = find_policy(model, read=False).base
+    if model in presets.PRESETS:
+        return int(presets.PRESETS[model]["max_position_embeddings"])
+    if not Path(model).is_dir():
+        return None
+    return getattr(read_config(model), "max_position_embeddings", None)
+
+
+def saved_model(model: str) -> str:
+    """The folder or hub id that `model` means, for a library that loads it. Raises PolicyError for a checkpoint."""
+    source = find_policy(model, read=False)
+    if source.checkpoint:
+        raise PolicyError(f"model={model!r} means {source.meaning}, which only quartet loads; export it first")
+    return source.folder
+
+
+# ---- loading it -----------------------------------------------------------------------------------------------------
+
+
+def load_policy(options: ModelOptions, corpus: Iterable[str] = ()) -> Policy:
+    """The policy that `options.model` means, on its device: a preset gets fresh weights, and a tokenizer learned from
+    `corpus`. Raises PolicyError or CheckpointError for what cannot be loaded."""
+    check_options(options)
+    return load_found(find_policy(options.model), options, corpus)
+
+
+def load_found(
+    source: PolicySource, options: ModelOptions, corpus: Iterable[str] = (), *, merged: bool = True
+) -> Policy:
+    """The policy of `source` on its device; without `merged` a LoRA checkpoint keeps its adapters apart."""
+    if source.checkpoint is None or source.saved is None:
+        return _load(source.folder, options, corpus)
+    return _load_checkpoint(source, source.saved, options, merged)
+
+
+def _load(model: str, options: ModelOptions, corpus: Iterable[str] = ()) -> Policy:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    if model in presets.PRESETS:
+        policy = presets.build(model, corpus, options.seed).cast(dtype)
+    else:
+        check_policy(Path(model))
+        policy = Policy.load(model, dtype, add_mtp=options.add_mtp, seed=options.seed)
+    if not options.threads:
+        torch.set_num_threads(threads_for(sum(parameter.numel() for parameter in policy.trunk.parameters())))
+    policy = policy.to(device_of(options.device))
+    if policy.backend == "transformers":
+        check_agreement(policy)
+    return policy
+
+
+def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOptions, merged: bool) -> Policy:
+    assert source.checkpoint is not None
+    config, base = _run_config(source.checkpoint.parent.parent), source.base
+    if base in presets.PRESETS:
+        raise PolicyError(
+            f"{source.checkpoint} continues the preset {base!r}, whose tokenizer is saved at the end of the run only; "
+            "let the run end: --resume auto"
+        )
+    like_the_run = options.model_copy(update={"add_mtp": config.add_mtp, "seed": config.seed})
+    policy = _load(base, like_the_run)
+    if isinstance(config, MtpConfig):
+        policy.draft_ids = saved.tensors["draft"]["ids"].to(policy.device) if "draft" in saved.tensors else None
+    elif config.lora:
+        policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
+        same_precision = options.dtype == config.dtype  # in another one every weight has other bits
+        if same_precision and (changed := base_changed(policy, saved, f"model={base!r}")):
+            raise PolicyError(changed)
+    _copy(saved.tensors["policy"], policy, source.checkpoint)
+    if merged and isinstance(config, TrainConfig) and config.lora:
+        plain = _load(base, like_the_run)
+        plain.load_weights(policy.weights())
+        return plain
+    return policy
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, Tensor], policy: Policy, where: Path) -> None:
+    own = dict(policy.named_parameters()) | dict(policy.named_buffers())
+    if wrong := [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]:
+        raise PolicyError(f"{where} holds tensors that its run's model does not have: {wrong[:5]}")
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def device_of(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={name}: there is no CUDA device here; use cpu or auto")
+    return torch.device(name)
+
+
+# ---- saving it ------------------------------------------------------------------------------------------------------
 
 
 def save_policy(policy: Policy, folder: Path, step: int) -> None:
@@ -58,30 +259,6 @@ def save_policy(policy: Policy, folder: Path, step: int) -> None:
     path = checkpoint.saved(folder.parent / "checkpoints").get(step)
     write_file(folder / RECORD, json.dumps({"step": step, "checkpoint": _digest(path) if path else None}) + "\n")
     write_digests(folder)
-
-
-def find_policy(model: str) -> PolicySource:
-    """What `model` (a preset, a folder, a hub id, a run, or a checkpoint inside a run) means.
-
-    Raises PolicyError for a run that has saved nothing yet, CheckpointError for a checkpoint that is damaged.
-    """
-    folder = Path(model)
-    if (folder / checkpoint.MANIFEST).is_file():
-        meaning = f"a checkpoint of {folder.parent.parent}"
-        return PolicySource(model, meaning, folder, _step_of(folder), checkpoint.load(folder, PARTS))
-    if not (folder / "environment.json").is_file():
-        return PolicySource(model, "as given", step=_record(folder).get("step"))
-    if (folder / "policy").is_dir():
-        meaning, newest = "the end of the run", checkpoint.newest(folder / "checkpoints")
-        if newest and _went_on(folder, newest):
-            meaning = f"where the run ended first; it went on, to evaluate that name {newest}"
-        return PolicySource(str(folder / "policy"), meaning, step=_record(folder / "policy").get("step"))
-    if found := _newest(folder / "checkpoints"):
-        path, saved = found
-        return PolicySource(str(path), "the newest checkpoint; the run has not ended", path, _step_of(path), saved)
-    if (folder / "warm_start").is_dir():
-        return PolicySource(str(folder / "warm_start"), "the warm start; no step of GRPO is saved yet")
-    raise PolicyError(f"model={model!r} is a run that has not saved a policy yet; go on with it: --resume auto")
 
 
 def _went_on(run: Path, newest: Path) -> bool:
@@ -113,51 +290,3 @@ def _digest(checkpoint_folder: Path) -> str:
 def _step_of(checkpoint_folder: Path) -> int | None:
     step = checkpoint_folder.name.removeprefix("step_")
     return int(step) if step.isdecimal() else None  # a copy may have another name
-
-
-def load_found(source: PolicySource, options: ModelOptions) -> Policy:
-    """The policy of `source` on its device. Raises PolicyError or CheckpointError for what cannot be loaded."""
-    if source.checkpoint is None or source.saved is None:
-        return load_policy(options.model_copy(update={"model": source.folder}))
-    run = source.checkpoint.parent.parent
-    file = run / "config.yaml"
-    config = load(MtpConfig if "head" in read_yaml(file)[0] else TrainConfig, file, {})
-    base = str(run / "warm_start") if (run / "warm_start").is_dir() else config.model
-    if base in presets.PRESETS:
-        raise PolicyError(
-            f"{source.checkpoint} continues the preset {base!r}, whose tokenizer is saved at the end of the run only; "
-            "let the run end: --resume auto"
-        )
-    update = {"model": base, "add_mtp": config.add_mtp, "seed": config.seed}
-    policy = load_policy(options.model_copy(update=update))
-    tensors = source.saved.tensors
-    if isinstance(config, TrainConfig):
-        if config.lora:
-            policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
-            same_precision = options.dtype == config.dtype  # in another one every weight has other bits
-            if same_precision and (changed := base_changed(policy, source.saved, f"model={base!r}")):
-                raise PolicyError(changed)
-    else:
-        policy.draft_ids = tensors["draft"]["ids"].to(policy.device) if "draft" in tensors else None
-    _copy(tensors["policy"], policy, source.checkpoint)
-    return policy
-
-
-@torch.no_grad()
-def _copy(tensors: Mapping[str, Tensor], policy: Policy, where: Path) -> None:
-    own = dict(policy.named_parameters()) | dict(policy.named_buffers())
-    if wrong := [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]:
-        raise PolicyError(f"{where} holds tensors that its run's model does not have: {wrong[:5]}")
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)
-
-
-def _newest(root: Path) -> tuple[Path, Checkpoint] | None:
-    """The newest checkpoint, read. One that its run removes meanwhile gives way to a newer one."""
-    while newest := checkpoint.newest(root):
-        try:
-            return newest, checkpoint.load(newest, PARTS)
-        except (checkpoint.CheckpointError, OSError, SafetensorError):
-            if newest.is_dir():
-                raise
-    return None

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from grpo.config.run import RewardModelOptions
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptTemplate, apply_chat_template, encode_prompt
-from grpo.loader import policy_folder
+from grpo.policy_source import saved_model
 from policies.logprobs import shifted_logprobs
 from policies.policy import Policy, PolicyError, read_config
 from rewards.group_score import GroupScore, mean
@@ -79,7 +79,7 @@ def _check(chosen: RewardModelOptions) -> None:
     if not Path(chosen.model).is_dir() and (looks_local or Path(chosen.model).parent.is_dir()):
         raise ValueError(f"{where}: there is no such folder")
     try:
-        config = read_config(policy_folder(chosen.model))
+        config = read_config(saved_model(chosen.model))
     except PolicyError as error:
         raise ValueError(f"{where} cannot be used: {error}") from error
     if chosen.kind == "perplexity":
@@ -105,7 +105,7 @@ class _Model(ABC):
 
     def __init__(self, options: RewardModelOptions, device: torch.device) -> None:
         self.options, self.device = options, device
-        self.source = policy_folder(options.model)
+        self.source = saved_model(options.model)
         try:
             self._load()
         except (OSError, ValueError, RuntimeError) as error:

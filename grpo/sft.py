@@ -15,9 +15,8 @@ from grpo.data.prompts import PromptStream
 from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.build import sft_learner
 from grpo.learner.parallel import ALONE, Ranks
-from grpo.loader import check_options, load_policy
 from grpo.loop import Run
-from grpo.policy_source import save_policy
+from grpo.policy_source import check_options, load_policy, save_policy
 from grpo.run.stop import InterruptiblePool
 from grpo.run.threads import with_threads
 from grpo.task import Task

@@ -24,7 +24,7 @@ from grpo.data.prompts import PromptTemplate, encode_prompt
 from grpo.data.reasoning_gym import PREFIX
 from grpo.data.word_problems import shared_with_training
 from grpo.learner.batch import PackedRow, Sample
-from grpo.loader import device_of, known_context, policy_folder
+from grpo.policy_source import device_of, find_policy, known_context
 from grpo.reward_models import ModelRewards
 from grpo.run.log import RunLog
 from policies.policy import Policy, read_tokenizer
@@ -204,7 +204,7 @@ class Task:
     def check_chat_template(self, model: str) -> None:
         """Raises ValueError where the chat template of `model`, if it is used, fails on an example."""
         if self.template.is_chat:
-            tokenizer = read_tokenizer(policy_folder(model))
+            tokenizer = read_tokenizer(find_policy(model, read=False).base)
             for example in (*self.train, *self.heldout):
                 self.template.render(example, tokenizer)
 

@@ -14,9 +14,8 @@ from grpo.learner.batch import TrainingBatch
 from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Ranks
-from grpo.loader import check_options, load_policy
 from grpo.loop import Run
-from grpo.policy_source import save_policy
+from grpo.policy_source import check_options, load_policy, save_policy
 from grpo.run import checkpoint
 from grpo.run.pool import open_run_pool, use_costs_of_run
 from grpo.run.resume import BaseWeights

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, DeepseekV3ForCausalLM, PretrainedConfig,
 from grpo.commands.recovery import recover
 from grpo.config.convert import ConvertConfig
 from grpo.data.calibration_text import CalibrationText, calibration_text
-from grpo.loader import check_model, device_of
+from grpo.policy_source import check_model, device_of
 from grpo.run.console import progress_bars
 from policies.conversion.calibration import observe
 from policies.conversion.compress import check_sizes, compress

@@ -19,9 +19,9 @@ from grpo.data.examples import default_heldout_split
 from grpo.data.leakage import trained_on
 from grpo.evaluation.evaluate import Evaluation, evaluate_ways
 from grpo.evaluation.perplexity import Perplexity, gold_perplexity
-from grpo.loader import check_options, known_context, sampling_params
-from grpo.policy_source import PolicySource, find_policy, load_found
+from grpo.policy_source import PolicySource, check_options, find_policy, known_context, load_found
 from grpo.run.console import progress_bars
+from grpo.sampling import sampling_params
 from grpo.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore

@@ -169,7 +169,7 @@ def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
     newest = source.checkpoint or checkpoint.newest(run.folder / "checkpoints")
     if newest is None:
         raise ExportError(f"{run.folder} has no checkpoint, where adapters are kept; drop --adapter")
-    policy = load_found(source if source.checkpoint else find_policy(str(newest)), _options(run))
+    policy = load_found(source if source.checkpoint else find_policy(str(newest)), _options(run), merged=False)
     if source.checkpoint is None:
         check_policy(Path(source.folder))
         _refuse_other_base(policy, source.folder, run.base)

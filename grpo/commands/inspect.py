@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers import DeepseekV3Config
 
 from grpo.config.run import LoraOptions
-from grpo.loader import check_model, policy_folder
+from grpo.policy_source import find_policy
 from policies import presets
 from policies.anatomy import LORA_AIM, Anatomy, anatomy
 from policies.layout import INDEX, WeightFiles, check_tensors, find_file, mtp_layers, read_index
@@ -26,8 +26,7 @@ def inspect(model: str, context: int | None = None) -> Anatomy:
     `context`: tokens to attend to; 4096 or the policy's longest by default. A folder's files are checked by the way.
     Raises PolicyError.
     """
-    model = policy_folder(model)
-    check_model(model)
+    model = find_policy(model, read=False).base
     if model in presets.PRESETS:
         config = DeepseekV3Config(vocab_size=presets.VOCABULARY, **presets.PRESETS[model])
         depth = config.num_nextn_predict_layers

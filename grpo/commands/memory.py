@@ -31,7 +31,7 @@ from grpo.config.run import LoraOptions, ModelOptions, SftConfig, TrainConfig
 from grpo.learner.learner import CHUNK_ELEMENTS
 from grpo.learner.optimizer import freeze_exact_parts
 from grpo.learner.value import ValueHead
-from grpo.loader import check_options, device_of
+from grpo.policy_source import check_options, device_of
 from policies import lora, presets
 from policies.anatomy import cache_numbers
 from policies.decoding.linear import FixedLinear, will_block

@@ -16,9 +16,9 @@ from grpo.config.inference import SampleConfig
 from grpo.config.json_file import parse_json, unfit
 from grpo.data.examples import Example, beyond_context, load_examples
 from grpo.data.prompts import PromptTemplate, encode_prompt
-from grpo.loader import sampling_params
 from grpo.policy_source import find_policy, load_found
 from grpo.run.console import progress_bars
+from grpo.sampling import sampling_params
 from rollout.engine import RolloutError
 from rollout.group import RolloutGroup
 from rollout.pool import open_pool

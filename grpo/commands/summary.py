@@ -18,7 +18,7 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import LoraOptions, SftConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.evaluation.held_out import Result
-from grpo.loader import device_of
+from grpo.policy_source import device_of
 from grpo.run import hardware
 from grpo.run.console import Terminal, visible
 from grpo.run.draft_colours import LEGEND, coloured

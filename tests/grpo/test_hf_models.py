@@ -13,7 +13,7 @@ from grpo.config.inference import EvalConfig
 from grpo.config.run import LearnerOptions, MTPOptions, TrainConfig
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.learner import Learner
-from grpo.loader import check_options, load_policy
+from grpo.policy_source import check_options, load_policy
 from grpo.run import checkpoint
 from grpo.run.log import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
@@ -200,7 +200,7 @@ def test_the_commands_take_it(saved, tmp_path, capsys, letters):
     ],
 )
 def test_an_mtp_head_asked_of_it_is_refused(config_of, tmp_path, monkeypatch, given, named):
-    monkeypatch.setattr("grpo.loader.Policy.load", None)
+    monkeypatch.setattr("grpo.policy_source.Policy.load", None)
     config = config_of(tmp_path / "run", "qwen2", **given)
     for refuse in (check_options, load_policy, train):
         with pytest.raises(PolicyError, match="is of type 'qwen2', which has no MTP head") as refused:

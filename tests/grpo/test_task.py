@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from grpo.config.run import DataOptions, RewardOptions, ScoringOptions, TrainConfig
-from grpo.loader import check_options
+from grpo.policy_source import check_options
 from grpo.task import Task
 from policies.policy import PolicyError
 from policies.presets import small_tokenizer

@@ -12,7 +12,7 @@ import yaml
 
 import grpo.run.threads
 from grpo.config.options import dump_yaml
-from grpo.loader import load_policy
+from grpo.policy_source import load_policy
 from grpo.run.threads import threads_for, with_threads
 from grpo.train import train
 from policies.openmp import CHOICES, WAITING

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from grpo.data.examples import load_examples
-from grpo.loader import check_model
+from grpo.policy_source import check_model
 from policies.files import hub
 from policies.policy import AutoConfig, AutoTokenizer, PolicyError, read_config, read_tokenizer
 

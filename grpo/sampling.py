@@ -1,0 +1,28 @@
+"""How a policy samples under the options of a command."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from policies.policy import Policy
+from rollout.sampling import SamplingParams
+
+
+class SamplingOptions(Protocol):
+    temperature: float
+    max_completion_tokens: int
+    draft_tokens: int | None
+    accept: Literal["exact", "margin"]
+
+
+def sampling_params(policy: Policy, options: SamplingOptions, group_size: int, seed: int) -> SamplingParams:
+    """How `policy` samples under these options: its own stop tokens, drafts where it has a head for them."""
+    return SamplingParams(
+        group_size=group_size,
+        temperature=options.temperature,
+        max_completion_tokens=options.max_completion_tokens,
+        stop_token_ids=tuple(policy.stop_token_ids),
+        seed=seed,
+        draft_tokens=options.draft_tokens if policy.mtp is not None else options.draft_tokens or 0,
+        accept=options.accept,
+    )
