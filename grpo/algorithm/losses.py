@@ -44,33 +44,21 @@ def policy_loss(
     old_logprobs: Tensor | None,  # log π_old; None: π as it is now, detached
     advantages: Tensor,  # [B], or [B, T] from GAE
     mask: Tensor,
+    options: LossOptions | None = None,  # None: the defaults
     *,
     reference_logprobs: Tensor | None = None,
     sampling_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,  # of π at every token, in nats
+    correction: CorrectionMode | None = None,  # how objective terms are weighted by π_old / μ; None: not at all
     num_completion_tokens: int | None = None,  # masked-in tokens of the step; None: this is the whole step
     num_sequences: int | None = None,  # completions of the step, fully masked ones too; None: likewise
-    loss_type: LossType = "dapo",
     max_completion_length: int | None = None,  # the constant of dr_grpo
-    importance_sampling_level: Level = "token",
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,  # None: the same as epsilon
-    delta: float | None = None,
-    sapo_temperature_pos: float = 1.0,
-    sapo_temperature_neg: float = 1.05,
-    beta: float = 0.0,  # weight of the KL penalty
-    kl_estimator: KLEstimator = "unbiased",
-    importance_sampling_mode: CorrectionMode | None = None,  # None: no correction
-    importance_sampling_clip_max: float | None = 3.0,
-    importance_sampling_clip_min: float | None = None,
-    entropy_coef: float = 0.0,  # weight of the entropy bonus, a mean over tokens for every loss_type
-    top_entropy_quantile: float = 1.0,  # share of the tokens, highest entropy first, that the objective keeps
     top_entropy_threshold: Tensor | None = None,  # of the whole step; None: of this micro-batch, as in TRL
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = aggregate(-w·objective) + β·aggregate(KL) - entropy_coef·H. Returns (summand of L, metrics).
 
-    `loss_type` chooses objective and denominators; w is π_old / μ by `importance_sampling_mode`. Metrics are
-    detached scalars and summands too: means per token of the step. Raises ValueError for a missing input.
+    `options.loss_type` chooses objective and denominators; w is π_old / μ by `correction`. Metrics are detached
+    scalars and summands too: means per token of the step. Raises ValueError for a missing input.
 
     >>> policy, old = torch.tensor([[0.6, 0.5], [0.2, 0.9]]), torch.tensor([[0.4, 0.5], [0.4, 0.5]])
     >>> mask = torch.tensor([[True, True], [True, False]])        # ratios 1.5, 1, 0.5; clipped 1.2, 1, 0.8
@@ -78,6 +66,7 @@ def policy_loss(
     >>> loss, metrics["policy/clip_fraction"]                     # -(1.2 + 1 - 0.8) / 3; two of three
     (tensor(-0.4667), tensor(0.6667))
     """
+    options = options or LossOptions()
     num_tokens = max(1, int(mask.sum()) if num_completion_tokens is None else num_completion_tokens)
     num_sequences = len(mask) if num_sequences is None else num_sequences
 
@@ -85,46 +74,46 @@ def policy_loss(
         return x.masked_fill(~mask, 0.0)
 
     def summand(per_token: Tensor) -> Tensor:
-        return aggregate(per_token, mask, loss_type, num_sequences, num_tokens, max_completion_length)
+        return aggregate(per_token, mask, options.loss_type, num_sequences, num_tokens, max_completion_length)
 
     policy_logprobs = on_mask(policy_logprobs)
     old_logprobs = policy_logprobs.detach() if old_logprobs is None else on_mask(old_logprobs)
     advantages = on_mask(advantages[:, None] if advantages.dim() == 1 else advantages)
-    ratio = importance_ratio(policy_logprobs, old_logprobs, mask, importance_sampling_level)
-    clip, temperatures = (epsilon, epsilon_high, delta), (sapo_temperature_pos, sapo_temperature_neg)
-    objective, watched = _objective(loss_type, ratio, advantages, policy_logprobs, clip, temperatures)
+    ratio = importance_ratio(policy_logprobs, old_logprobs, mask, options.importance_sampling_level)
+    objective, watched = _objective(options, ratio, advantages, policy_logprobs)
     watched["policy/ratio_mean"] = ratio
 
     if sampling_logprobs is not None:
         log_ratio = old_logprobs - on_mask(sampling_logprobs)
         watched |= {"mismatch/logprob_abs_mean": log_ratio.abs(), "mismatch/kl": log_ratio.expm1() - log_ratio}
-    if importance_sampling_mode is not None:
-        sampling_logprobs = _need(sampling_logprobs, "sampling_logprobs", importance_sampling_mode)
-        bounds = importance_sampling_clip_max, importance_sampling_clip_min
-        weight = importance_correction(old_logprobs, sampling_logprobs, mask, importance_sampling_mode, *bounds)
+    if correction is not None:
+        sampling_logprobs = _need(sampling_logprobs, "sampling_logprobs", correction)
+        bounds = options.importance_clip_max, options.importance_clip_min
+        weight = importance_correction(old_logprobs, sampling_logprobs, mask, correction, *bounds)
         objective = objective * weight
         watched["mismatch/weight_mean"] = weight
 
-    counted = mask
-    if top_entropy_quantile < 1:
-        entropy = _need(entropy, "entropy", f"{top_entropy_quantile=}")
+    counted, quantile = mask, options.top_entropy_quantile
+    if quantile < 1:
+        entropy = _need(entropy, "entropy", f"top_entropy_quantile={quantile}")
         if top_entropy_threshold is None:
-            top_entropy_threshold = entropy_threshold(entropy[mask], top_entropy_quantile)
+            top_entropy_threshold = entropy_threshold(entropy[mask], quantile)
         counted = mask & (entropy >= top_entropy_threshold)
         objective = objective * counted
     loss = summand(-objective)
     metrics = {"loss/policy": loss.detach()}
 
-    if kl_estimator != "none" and (beta or reference_logprobs is not None):
+    beta = options.beta
+    if options.kl_estimator != "none" and (beta or reference_logprobs is not None):
         reference_logprobs = on_mask(_need(reference_logprobs, "reference_logprobs", f"{beta=}"))
-        watched["loss/kl"] = kl_penalty(policy_logprobs, reference_logprobs, ratio, kl_estimator)
+        watched["loss/kl"] = kl_penalty(policy_logprobs, reference_logprobs, ratio, options.kl_estimator)
         loss = loss + beta * summand(watched["loss/kl"]) if beta else loss
     if entropy is not None:
         watched["policy/entropy"] = entropy
-    if entropy_coef:
-        entropy = _need(entropy, "entropy", f"{entropy_coef=}")
-        num_counted = num_tokens - math.ceil((1 - top_entropy_quantile) * (num_tokens - 1))
-        loss = loss - entropy_coef * entropy.masked_fill(~counted, 0.0).sum() / num_counted
+    if options.entropy_coef:
+        entropy = _need(entropy, "entropy", f"entropy_coef={options.entropy_coef}")
+        num_counted = num_tokens - math.ceil((1 - quantile) * (num_tokens - 1))
+        loss = loss - options.entropy_coef * entropy.masked_fill(~counted, 0.0).sum() / num_counted
     return loss, metrics | {name: on_mask(x.detach()).sum() / num_tokens for name, x in watched.items()}
 
 
@@ -212,22 +201,18 @@ def value_loss(
 
 
 def _objective(
-    loss_type: LossType,
-    ratio: Tensor,
-    advantages: Tensor,
-    policy_logprobs: Tensor,
-    clip: tuple[float, float | None, float | None],
-    sapo_temperatures: tuple[float, float],
+    options: LossOptions, ratio: Tensor, advantages: Tensor, policy_logprobs: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective of each token, and which tokens a clip holds back, by metric."""
-    epsilon, epsilon_high, delta = clip
-    match loss_type:
+    epsilon, epsilon_high = options.epsilon, options.epsilon_high
+    match options.loss_type:
         case "reinforce":
             return advantages * policy_logprobs, {}
         case "sapo":
-            return sapo_surrogate(ratio, advantages, *sapo_temperatures), {}
+            temperatures = options.sapo_temperature_pos, options.sapo_temperature_neg
+            return sapo_surrogate(ratio, advantages, *temperatures), {}
         case "cispo":
-            cap = _need(epsilon_high, "epsilon_high, the cap of the ratio (ScaleRL: 5.0)", loss_type)
+            cap = _need(epsilon_high, "epsilon_high, the cap of the ratio (ScaleRL: 5.0)", options.loss_type)
             clipped = {"policy/clip_fraction": ratio > cap}
             return cispo_surrogate(ratio, advantages, policy_logprobs, cap), clipped
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
@@ -237,7 +222,7 @@ def _objective(
         "policy/clip_fraction_low": low,
         "policy/clip_fraction_high": high,
     }
-    return clipped_surrogate(ratio, advantages, epsilon, epsilon_high, delta), clipped
+    return clipped_surrogate(ratio, advantages, epsilon, epsilon_high, options.delta), clipped
 
 
 def _need(value: Given | None, name: str, reason: str) -> Given:

@@ -48,13 +48,14 @@ class PackedRow:
     5
     """
 
-    prompt_ids: list[int]
-    samples: list[Sample]
+    prompt_token_ids: list[int]
+    samples: Sequence[Sample]
     prompt_routing: Tensor | None = None  # [Lp, MoE layers, k]
+    group: int = 0  # its place in the step; a group that is cut into several rows has it in all of them
 
     @property
     def length(self) -> int:
-        return len(self.prompt_ids) + self.num_completion_tokens
+        return len(self.prompt_token_ids) + self.num_completion_tokens
 
     @property
     def num_completion_tokens(self) -> int:
@@ -66,7 +67,7 @@ class PackedRow:
         return all(sample.tied for sample in self.samples)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainingBatch:
     """All rows of one step and the counts that are global over it."""
 
@@ -75,7 +76,6 @@ class TrainingBatch:
     num_samples: int
     num_completion_tokens: int
     tied_groups: int = 0
-    tokens_read: int = 0  # those of them whose forward the learner did not spare
     metrics: dict[str, float] = field(default_factory=dict)  # what was measured while it was prepared
     seconds: float = 0.0  # that the values took
 
@@ -84,7 +84,7 @@ class TrainingBatch:
         return all(row.tied for row in self.rows)
 
 
-@dataclass
+@dataclass(frozen=True)
 class MicroBatch:
     """Rows padded to one length. Masks come from lengths, never from token values (contract 1)."""
 
@@ -135,15 +135,22 @@ class MicroBatch:
 
 
 def split_rows(
-    prompt_ids: list[int], samples: Sequence[Sample], max_tokens: int, prompt_routing: Tensor | None = None
+    prompt_token_ids: list[int],
+    samples: Sequence[Sample],
+    max_tokens: int,
+    prompt_routing: Tensor | None = None,
+    group: int = 0,
 ) -> list[PackedRow]:
     """Rows of at most `max_tokens`, as few as first-come packing gives; a single long completion gets its own."""
-    rows = [PackedRow(prompt_ids, [], prompt_routing)]
+    parts: list[list[Sample]] = [[]]
+    length = len(prompt_token_ids)
     for sample in samples:
-        if rows[-1].samples and rows[-1].length + len(sample.token_ids) > max_tokens:
-            rows.append(PackedRow(prompt_ids, [], prompt_routing))
-        rows[-1].samples.append(sample)
-    return rows
+        if parts[-1] and length + len(sample.token_ids) > max_tokens:
+            parts.append([])
+            length = len(prompt_token_ids)
+        parts[-1].append(sample)
+        length += len(sample.token_ids)
+    return [PackedRow(prompt_token_ids, part, prompt_routing, group) for part in parts]
 
 
 def micro_batches(rows: Sequence[PackedRow], max_tokens: int, device: torch.device) -> Iterator[MicroBatch]:
@@ -166,9 +173,9 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
     segment = torch.full((batch, longest), -1)
     blocks: list[Block] = []
     for b, row in enumerate(rows):
-        prompt = len(row.prompt_ids)
+        prompt = len(row.prompt_token_ids)
         token_ids[b, : row.length] = torch.tensor(
-            row.prompt_ids + [token for sample in row.samples for token in sample.token_ids]
+            row.prompt_token_ids + [token for sample in row.samples for token in sample.token_ids]
         )
         before[b, : row.length] = torch.arange(-1, row.length - 1).clamp(min=0)
         position_ids[b, :prompt] = torch.arange(prompt)
@@ -205,7 +212,7 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
 def _routing(rows: Sequence[PackedRow], longest: int, device: torch.device) -> Tensor | None:
     """[B, T, MoE layers, k], or None where no row has any."""
     recorded = [
-        [(row.prompt_routing, len(row.prompt_ids))] + [(s.routing, len(s.token_ids)) for s in row.samples]
+        [(row.prompt_routing, len(row.prompt_token_ids))] + [(s.routing, len(s.token_ids)) for s in row.samples]
         for row in rows
     ]
     shapes = {part.shape[1:] for parts in recorded for part, _ in parts if part is not None}

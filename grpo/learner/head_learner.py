@@ -67,7 +67,7 @@ class HeadLearner(Learner):
     @torch.no_grad()
     def read(self, rows: Sequence[PackedRow]) -> list[Lesson]:
         """One forward of the trunk over the batch."""
-        return [Lesson(mini, self._preceding(mini)) for mini in self._micro_batches(rows)]
+        return [Lesson(mini, self.likelihood.preceding(mini)) for mini in self._micro_batches(rows)]
 
     @torch.no_grad()
     def frequent_tokens(self, lessons: Sequence[Lesson], count: int) -> Tensor | None:
@@ -99,9 +99,9 @@ class HeadLearner(Learner):
             order = list(lessons)
             random.Random(f"reuse/{self.seed}/{step}/{number}").shuffle(order)
             for lesson in order:
-                self.optimizer.zero_grad(set_to_none=True)
+                self.update.zero()
                 loss = self._lesson_loss(lesson, depth, divergence)
-                self._backward(loss, step)
+                self.update.backward(loss, step, self.ranks)
                 metrics = self._update(step)
                 if number == 0:
                     losses.append(loss.item() * lesson.tokens)
@@ -116,7 +116,7 @@ class HeadLearner(Learner):
     def _lesson_loss(self, lesson: Lesson, depth: int, divergence: Divergence) -> Tensor:
         """Mean over the completions' tokens."""
         policy, mini = self.policy, lesson.mini
-        first = min(len(row.prompt_ids) for row in mini.rows)
+        first = min(len(row.prompt_token_ids) for row in mini.rows)
         outputs = policy.unroll(lesson.preceding, mini.token_ids, mini.position_ids, mini.head_visible, depth, first)
         width = len(policy.lm_head if policy.draft_ids is None else policy.draft_ids)
         loss = draft_loss(

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from grpo.algorithm.advantages import gae, outcome_rewards, whiten
-from grpo.config.run import ValueOptions
-from grpo.learner.batch import Sample, TrainingBatch
+from grpo.algorithm.losses import value_loss
+from grpo.config.loss import ValueOptions
+from grpo.learner.batch import MicroBatch, Sample, TrainingBatch
 
 
 class ValueHead(nn.Module):
@@ -83,6 +84,22 @@ def with_token_advantages(
     ]
     metrics = batch.metrics | explained_variance(values_BT[mask], returns[mask])
     return replace(batch, rows=rows, advantages=table, metrics=metrics)
+
+
+def head_value_loss(
+    head: ValueHead, options: ValueOptions, mini: MicroBatch, preceding_BTD: Tensor, mask_CL: Tensor, batch: TrainingBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped value loss of a micro-batch; the trunk learns from it with `train_trunk` alone."""
+    states = preceding_BTD[mini.scored]
+    values = mini.by_completion(head(states if options.train_trunk else states.detach()))
+    return value_loss(
+        values,
+        mini.padded([sample.values for sample in mini.samples]),
+        mini.padded([sample.returns for sample in mini.samples]),
+        mask_CL,
+        cliprange_value=options.cliprange_value,
+        num_completion_tokens=batch.num_completion_tokens,
+    )
 
 
 def explained_variance(values_N: Tensor, returns_N: Tensor) -> dict[str, float]:

@@ -347,8 +347,8 @@ def test_frequent_tokens_are_those_that_the_policy_expects_to_say(random_policy)
     mass = torch.zeros(policy.config.vocab_size)
     for row in rows:  # the trunk alone, completion by completion
         for sample in row.samples:
-            logits = policy.trunk(torch.tensor([row.prompt_ids + sample.token_ids])).logits[0]
-            at = len(row.prompt_ids) - 1
+            logits = policy.trunk(torch.tensor([row.prompt_token_ids + sample.token_ids])).logits[0]
+            at = len(row.prompt_token_ids) - 1
             mass += (logits[at:-1].float() / 0.9).softmax(-1).sum(0).detach()
     stop = int(mass.argmin())
     policy.trunk.generation_config.eos_token_id = stop
@@ -419,7 +419,7 @@ def test_groups_are_cut_and_coverage_is_counted():
         RolloutGroup(Prompt("b", "", [1]), [Completion([7, 8], [], "", "stop", 0)]),
     ]
     rows = rows_of(groups, 7)
-    assert [(row.prompt_ids, len(row.samples)) for row in rows] == [([1, 2, 3], 2), ([1, 2, 3], 1), ([1], 1)]
+    assert [(row.prompt_token_ids, len(row.samples)) for row in rows] == [([1, 2, 3], 2), ([1, 2, 3], 1), ([1], 1)]
     assert coverage(groups, torch.tensor([4, 7])) == 0.5
 
 

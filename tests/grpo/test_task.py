@@ -74,7 +74,7 @@ def test_a_solution_ends_with_the_stop_token_and_has_no_calculator_marks(folder)
         tokenizer = small_tokenizer(task.corpus())
         row = task.solution(task.train[0], tokenizer, stop=tokenizer.eos_token_id)
         [sample] = row.samples
-        assert tokenizer.decode(row.prompt_ids) == "2 + 3 = ?\n"
+        assert tokenizer.decode(row.prompt_token_ids) == "2 + 3 = ?\n"
         assert tokenizer.decode(sample.token_ids[:-1]) == "2 + 3 = 5\n#### 5"
         assert sample.token_ids[-1] == tokenizer.eos_token_id
         raw = task.solution(task.train[0], tokenizer, tokenizer.eos_token_id, raw=True).samples[0]

@@ -69,7 +69,7 @@ def test_every_example_is_seen_before_one_comes_again(micro_policy, micro_config
     step = Learner.sft_step
 
     def note(self, rows, number):
-        seen.extend(row.prompt_ids for row in rows)
+        seen.extend(row.prompt_token_ids for row in rows)
         return step(self, rows, number)
 
     monkeypatch.setattr(Learner, "sft_step", note)

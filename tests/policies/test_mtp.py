@@ -85,11 +85,11 @@ def test_the_unrolled_head_is_the_drafting_head_at_every_depth_and_position(poli
     outputs = unrolled(policy, mini, depth)
     compared = 0
     for b, row in enumerate(mini.rows):
-        at = len(row.prompt_ids)
+        at = len(row.prompt_token_ids)
         for sample in row.samples:
             length = len(sample.token_ids)
             for start in range(length):
-                chain = drafted(policy, row.prompt_ids, sample.token_ids, start, min(depth, length - start))
+                chain = drafted(policy, row.prompt_token_ids, sample.token_ids, start, min(depth, length - start))
                 for d, expected in enumerate(chain):
                     torch.testing.assert_close(outputs[d][b, at + start], expected, rtol=0, atol=1e-4)
                     compared += 1

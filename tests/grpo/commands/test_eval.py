@@ -406,9 +406,9 @@ def test_perplexity_is_that_of_each_solution_scored_alone_by_the_stock_model(kin
     with torch.no_grad():
         for row in rows:
             [sample] = row.samples
-            whole = torch.tensor([row.prompt_ids + sample.token_ids])
+            whole = torch.tensor([row.prompt_token_ids + sample.token_ids])
             logprobs = policy.trunk(whole).logits[0].log_softmax(-1)
-            start = len(row.prompt_ids)
+            start = len(row.prompt_token_ids)
             for place, token in enumerate(sample.token_ids):
                 nats -= logprobs[start + place - 1, token].item()
                 tokens += 1

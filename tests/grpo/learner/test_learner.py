@@ -154,9 +154,9 @@ def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy, temper
         out = learner._forward(mini)
         packed = policy.unroll(out.preceding, mini.token_ids, mini.position_ids, mini.head_visible, depth)
         for b, row in enumerate(rows):
-            start = first = len(row.prompt_ids)
+            start = first = len(row.prompt_token_ids)
             for sample in row.samples:
-                ids = row.prompt_ids + sample.token_ids
+                ids = row.prompt_token_ids + sample.token_ids
                 hidden = policy.trunk.get_decoder()(input_ids=torch.tensor([ids])).last_hidden_state[0]
                 for (d, n), output in _head_outputs(policy, ids, hidden, first, depth).items():
                     assert (packed[d - 1][b, start + n - first] - output).abs().max() < 1e-4
@@ -561,7 +561,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(micro_policy):
     before = _snapshot(learner)
     batch = learner.prepare(_groups(policy), _scores())
     rows = [
-        PackedRow(row.prompt_ids, [replace(sample, advantage=math.nan) for sample in row.samples]) for row in batch.rows
+        PackedRow(row.prompt_token_ids, [replace(sample, advantage=math.nan) for sample in row.samples]) for row in batch.rows
     ]
     with pytest.raises(NonFiniteStep, match="step 2: the loss is nan"):
         learner.step(replace(batch, rows=rows), 2)
@@ -747,7 +747,7 @@ def test_truncated_completions_leave_the_loss_and_its_denominator(micro_policy):
     plain = _learner(micro_policy(0))
     scores = _scores()
     rows = [
-        PackedRow(row.prompt_ids, [s for s in row.samples if s.finish_reason == "stop"])
+        PackedRow(row.prompt_token_ids, [s for s in row.samples if s.finish_reason == "stop"])
         for row in plain.prepare(groups, scores).rows
     ]
     plain.step(replace(batch, rows=rows), 1)

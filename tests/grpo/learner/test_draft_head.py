@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from grpo.config.options import ConfigError, load
 from grpo.config.run import LearnerOptions, MTPOptions, SftConfig, TrainConfig
 from grpo.learner.batch import PackedRow, Sample, collate
-from grpo.learner.gold_draft_loss import gold_draft_loss
+from grpo.learner.draft_head import gold_draft_loss
 from grpo.learner.learner import Learner
 
 ROWS = [

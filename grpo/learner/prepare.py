@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from grpo.algorithm import advantages
-from grpo.config.run import LossOptions
-from grpo.learner.batch import Sample, TrainingBatch, split_rows
+from grpo.config.loss import LossOptions, ValueOptions
+from grpo.learner.batch import MicroBatch, Sample, TrainingBatch, split_rows
+from grpo.learner.value import with_token_advantages
 from rollout.group import RolloutGroup
 
 if TYPE_CHECKING:
@@ -78,8 +81,32 @@ def pack(
         tokens += tokens_in_loss(samples, loss)
         if samples:
             routing = _recorded(group.prompt_routing, group) if routing_replay else None
-            rows += split_rows(group.prompt.token_ids, samples, max_tokens, routing)
+            rows += split_rows(group.prompt.token_ids, samples, max_tokens, routing, group=g)
     return TrainingBatch(rows, advantages_PG, count, tokens, int(tied_P.sum()))
+
+
+@torch.no_grad()
+def with_values(
+    batch: TrainingBatch,
+    scores: Sequence[GroupScore],
+    loss: LossOptions,
+    options: ValueOptions,
+    values_of: Callable[[MicroBatch], Tensor],  # [C, L]: the value before each token
+    minis: Iterable[MicroBatch],
+) -> TrainingBatch:
+    """Advantages of every token, from the values that the states had when they were sampled."""
+    started = time.perf_counter()
+    values: dict[int, Tensor] = {}
+    for mini in minis:
+        values_CL = values_of(mini)
+        values |= {s.index: values_CL[c, : len(s.token_ids)] for c, s in enumerate(mini.samples)}
+    rewards_PG = [score.rewards for score in scores]
+    weights_PG = None
+    if loss.advantage == "rank_softmax":
+        weights_PG = advantages.rank_softmax_weights(rewards_PG, options.rank_temperature)
+    left_out = [s.index for row in batch.rows for s in row.samples if not in_loss(s, loss)]
+    batch = with_token_advantages(batch, values, rewards_PG, options, weights_PG=weights_PG, left_out=left_out)
+    return replace(batch, seconds=time.perf_counter() - started)
 
 
 def tokens_in_loss(samples: Sequence[Sample], loss: LossOptions) -> int:

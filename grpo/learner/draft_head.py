@@ -1,0 +1,89 @@
+"""What the MTP head learns beside the policy: which rows teach it at a step, and its loss on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grpo.config.learner import MTPOptions
+from grpo.learner.batch import MicroBatch, PackedRow
+from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
+from policies.mtp import draft_loss
+from policies.policy import Policy
+
+
+def teaching(policy: Policy, options: MTPOptions, rows: Sequence[PackedRow], step: int) -> dict[int, float]:
+    """The groups that the head learns from at this step, with the weight of each of their tokens.
+
+    Every `every` steps, from a share of the groups that is another one each time.
+    """
+    if policy.mtp is None or options.loss_weight == 0 or step % options.every:
+        return {}
+    stride, groups = round(1 / options.share), list(dict.fromkeys(row.group for row in rows))
+    taught = groups[step // options.every % stride :: stride] or groups[:1]
+    tokens = sum(row.num_completion_tokens for row in rows if row.group in taught)
+    return dict.fromkeys(taught, options.loss_weight / tokens)
+
+
+def head_loss(
+    policy: Policy,
+    options: MTPOptions,
+    mini: MicroBatch,
+    preceding_BTD: Tensor,  # the hidden state that predicts each token
+    weights: Mapping[int, float],  # see `teaching`
+    temperature: float,
+) -> Tensor | None:
+    """The draft loss of the rows that teach, weighted; None where this micro-batch has none of them.
+
+    With `train_trunk` it is the loss on gold tokens, and the trunk's as well (`quartet sft` only, contract 7).
+    """
+    chosen = [b for b, row in enumerate(mini.rows) if row.group in weights]
+    if not chosen:
+        return None
+    chunk = max(1, CHUNK_ELEMENTS // policy.lm_head.shape[0])
+    if options.train_trunk:
+        loss = gold_draft_loss(policy, preceding_BTD, mini, chosen, options.depth, chunk)
+    else:
+        first = min(len(mini.rows[b].prompt_token_ids) for b in chosen)
+        ids, positions, visible = mini.token_ids[chosen], mini.position_ids[chosen], mini.head_visible[chosen]
+        preceding = preceding_BTD[chosen]
+        outputs = policy.unroll(preceding, ids, positions, visible, options.depth, first)
+        segment, vocabulary = mini.segment[chosen], policy.draft_ids
+        loss = draft_loss(
+            outputs, preceding, segment, policy.lm_head, temperature, chunk, draft_ids=vocabulary
+        )
+    return loss * weights[mini.rows[chosen[0]].group]
+
+
+def gold_draft_loss(
+    policy: Policy, preceding_BTD: Tensor, mini: MicroBatch, rows: Sequence[int], depth: int, chunk: int
+) -> Tensor:
+    """1/D Σ_d Σ_n −log P_d(token n + d) over the solutions of `rows` (DeepSeek-V3, eq. 24 and 25, before λ).
+
+    `preceding_BTD[n]` is the trunk's hidden state that precedes token n; the gradient goes through it, the embeddings
+    and the LM head. Returns the sum over tokens; divide by their number.
+    """
+    assert policy.mtp is not None
+    chosen = list(rows)
+    ids_BT, positions_BT, segment_BT = mini.token_ids[chosen], mini.position_ids[chosen], mini.segment[chosen]
+    model = policy.trunk.get_decoder()
+    embeddings = model.embed_tokens(ids_BT)
+    outputs = policy.mtp.unroll(
+        preceding_BTD[chosen],
+        embeddings,
+        lambda shift: model.rotary_emb(embeddings, positions_BT + shift),
+        mini.head_visible[chosen],
+        depth,
+    )
+    total = torch.zeros((), device=ids_BT.device)
+    for d, output in enumerate(outputs, start=1):
+        ahead = F.pad(segment_BT, (0, d))[:, d:]
+        alive = (segment_BT > 0) & (ahead == segment_BT)
+        gold = F.pad(ids_BT, (0, d))[:, d:][alive]
+        if len(gold):
+            logprobs, _ = logprobs_from_hidden(output[alive], policy.lm_head, gold, 1.0, chunk=chunk)
+            total = total - logprobs.sum() / depth
+    return total

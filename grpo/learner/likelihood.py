@@ -1,0 +1,72 @@
+"""Log-probabilities of completions under the policy that learns, at the temperature that they were sampled at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo.learner.batch import MicroBatch
+from grpo.learner.experts import Balancer
+from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
+from policies.lora import adapter_off
+from policies.moe import RoutingRecorder
+from policies.policy import Policy
+from policies.routing_replay import RoutingReplay
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one forward of a micro-batch gives: log-probabilities [C, L] and the states the MTP head learns from."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    preceding: Tensor  # [B, T, D] the hidden state that predicts each token
+    balance: Tensor  # the balance losses, a summand over the step
+
+
+class Likelihood:
+    """The forward passes of a learner: of the policy, and of the reference that a KL penalty is measured to."""
+
+    def __init__(
+        self, policy: Policy, reference: Policy | None, balancer: Balancer, temperature: float, entropy_grad: bool
+    ) -> None:
+        """`reference` is a frozen copy; None with adapters, whose base is the reference."""
+        self.policy, self.reference, self.balancer = policy, reference, balancer
+        self.temperature, self.entropy_grad = temperature, entropy_grad
+
+    def forward(self, mini: MicroBatch, policy: Policy | None = None) -> Forward:
+        policy = policy or self.policy
+        with RoutingRecorder(policy.trunk) as routing:
+            preceding = self.preceding(mini, policy)
+        balance = preceding.new_zeros(())
+        if torch.is_grad_enabled():  # not for old and reference log-probabilities
+            balance = self.balancer.observe(routing, mini)
+        logprobs, entropy = logprobs_from_hidden(
+            preceding[mini.scored],
+            policy.lm_head,
+            mini.token_ids[mini.scored],
+            self.temperature,
+            chunk=max(1, CHUNK_ELEMENTS // policy.lm_head.shape[0]),
+            entropy_grad=self.entropy_grad,
+        )
+        return Forward(mini.by_completion(logprobs), mini.by_completion(entropy), preceding, balance)
+
+    def preceding(self, mini: MicroBatch, policy: Policy | None = None) -> Tensor:
+        """[B, T, D] the hidden state that predicts each token."""
+        hidden = (policy or self.policy).hidden(mini.token_ids, mini.position_ids, mini.visible, mini.packing)
+        return hidden.gather(1, mini.before[..., None].expand_as(hidden))
+
+    @torch.no_grad()
+    def of_reference(self, mini: MicroBatch) -> Tensor:
+        """[C, L]: adapters off, or the frozen copy. Both equal the policy at step 0, so the KL starts at zero."""
+        if self.reference is not None:
+            return self.forward(mini, self.reference).logprobs
+        with adapter_off(self.policy.trunk), self.balancer.as_at_first():
+            return self.forward(mini).logprobs
+
+    def replaying(self, mini: MicroBatch) -> RoutingReplay:
+        """Policy and reference alike, so that the KL between them starts at zero."""
+        policies = [self.policy] if self.reference is None else [self.policy, self.reference]
+        return RoutingReplay([policy.trunk for policy in policies], mini.routing)

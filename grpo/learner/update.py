@@ -1,0 +1,69 @@
+"""One optimizer step: gradients are summed over the ranks, clipped, and move the masters of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from grpo.config.learner import LearnerOptions
+from grpo.learner.master_weights import MasterWeights
+from grpo.learner.parallel import Ranks
+
+
+class NonFiniteStep(RuntimeError):
+    """Loss or gradient is NaN or infinite. No step was taken."""
+
+
+class Update:
+    """AdamW over the groups of parameters that move, and the masters that it moves in place of lower precisions.
+
+    `count` is how many steps this object has made.
+    """
+
+    def __init__(
+        self, masters: MasterWeights, groups: Sequence[dict], options: LearnerOptions, schedule: Callable[[int], float]
+    ) -> None:
+        """`groups` have `params`, `peak` (the learning rate at its highest) and `weight_decay`; `schedule(step)` is the
+        factor of the peak."""
+        self.masters, self.options, self.schedule, self.count = masters, options, schedule, 0
+        moved = [group | {"params": [masters.of(parameter) for parameter in group["params"]]} for group in groups]
+        self.optimizer = torch.optim.AdamW(moved, betas=options.betas, fused=True)  # no temporaries
+
+    def zero(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor, step: int, ranks: Ranks) -> None:
+        """Raises NonFiniteStep; with several ranks the summed gradient tells all of them."""
+        if ranks.size == 1 and not math.isfinite(loss.item()):
+            self.zero()
+            raise NonFiniteStep(f"step {step}: the loss is {loss.item()}")
+        self.masters.backward(loss)
+
+    def make(self, step: int, ranks: Ranks, modules: Sequence[nn.Module | None]) -> tuple[dict[str, float], list[float]]:
+        """Clip the gradient of each module (trunk, draft head, value head), and step.
+
+        Returns the metrics and the norms before clipping. Raises NonFiniteStep, and then nothing has moved.
+        """
+        ranks.sum_gradients(tensor for group in self.optimizer.param_groups for tensor in group["params"])
+        norms = [self._clip(module) for module in modules]
+        if not math.isfinite(sum(norms)):
+            self.zero()
+            said = dict(zip(("the gradient norm", "MTP head", "value head"), norms, strict=True))
+            trunk, *others = (f"{name} is {norm}" if i == 0 else f"{name}: {norm}" for i, (name, norm) in enumerate(said.items()))
+            raise NonFiniteStep(f"step {step}: {trunk} ({', '.join(others)})")
+        scale = self.schedule(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * scale
+        self.optimizer.step()
+        self.masters.write_back()
+        self.count += 1
+        return {"learner/grad_norm": norms[0], "learner/learning_rate": self.optimizer.param_groups[0]["lr"]}, norms
+
+    def _clip(self, module: nn.Module | None) -> float:
+        """Clip the gradient of what the optimizer moves in place of a module's parameters; returns its norm before."""
+        moved = [self.masters.of(parameter) for parameter in module.parameters()] if module is not None else []
+        moved = [tensor for tensor in moved if tensor.grad is not None]
+        return nn.utils.clip_grad_norm_(moved, self.options.max_grad_norm).item() if moved else 0.0
