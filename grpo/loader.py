@@ -11,7 +11,8 @@ from typing import Literal, Protocol
 import torch
 
 from grpo.agreement import check_agreement
-from grpo.config.run import ModelOptions, MTPOptions
+from grpo.config.learner import MTPOptions
+from grpo.config.policy import ModelOptions
 from grpo.run.threads import threads_for
 from policies import presets
 from policies.files import hub

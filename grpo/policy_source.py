@@ -16,7 +16,8 @@ from torch import Tensor
 from grpo.config.json_file import read_json
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
-from grpo.config.run import ModelOptions, TrainConfig
+from grpo.config.policy import ModelOptions
+from grpo.config.run import TrainConfig
 from grpo.config.yaml_file import read_yaml
 from grpo.loader import load_policy
 from grpo.run import checkpoint

@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.algorithm.statistics import answer_reader
 from grpo.algorithm.verdicts import Verdicts
+from grpo.config.data import DataOptions
 from grpo.config.mtp import MtpConfig
-from grpo.config.run import DataOptions, RewardModelOptions, RewardOptions, ScoringOptions, SftConfig, TrainConfig
+from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.data.examples import Check, Example, beyond_context, default_heldout_split, gold_check, load_examples
 from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, refuse_overlap, trained_on
 from grpo.data.prompts import PromptTemplate, encode_prompt

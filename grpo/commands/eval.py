@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 
 from grpo.algorithm.statistics import corpus_bleu
+from grpo.config.data import DataOptions
 from grpo.config.inference import EvalConfig
-from grpo.config.run import DataOptions
 from grpo.data.examples import default_heldout_split
 from grpo.data.leakage import trained_on
 from grpo.evaluation.evaluate import Evaluation, evaluate_ways

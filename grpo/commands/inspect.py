@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from transformers import DeepseekV3Config
 
-from grpo.config.run import LoraOptions
+from grpo.config.learner import LoraOptions
 from grpo.loader import check_model, policy_folder
 from policies import presets
 from policies.anatomy import LORA_AIM, Anatomy, anatomy

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo.algorithm.advantages import tied
+from grpo.config.data import DataOptions
 from grpo.config.json_file import expecting
 from grpo.config.reward_commands import ReplayConfig
-from grpo.config.run import DataOptions
 from grpo.config.yaml_file import read_yaml
 from grpo.data.examples import Example, load_examples
 from grpo.run.log import read_rollouts, recorded_steps

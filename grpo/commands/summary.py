@@ -15,8 +15,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerBase
 
 from grpo.commands import machine, memory
+from grpo.config.learner import LoraOptions
 from grpo.config.mtp import MtpConfig
-from grpo.config.run import LoraOptions, SftConfig, TrainConfig
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.loader import device_of
 from grpo.run import hardware

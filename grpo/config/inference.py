@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from grpo.config.json_file import expecting
-from grpo.config.run import ModelOptions, RewardModelOptions, RewardOptions, ScoringOptions, gsm8k_reward
+from grpo.config.policy import ModelOptions
+from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions, gsm8k_reward
 from grpo.config.yaml_file import read_yaml
 
 

@@ -7,20 +7,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from grpo.config.data import DataOptions
 from grpo.config.json_file import expecting
 from grpo.config.options import Options
-from grpo.config.run import (
-    CheckpointOptions,
-    DataOptions,
-    EvalOptions,
-    LogOptions,
-    ModelOptions,
-    RewardModelOptions,
-    RewardOptions,
-    RolloutOptions,
-    ScoringOptions,
-    gsm8k_reward,
-)
+from grpo.config.policy import ModelOptions
+from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions, gsm8k_reward
+from grpo.config.run import CheckpointOptions, EvalOptions, LogOptions
+from grpo.config.sampling import RolloutOptions
 from grpo.config.yaml_file import read_yaml
 
 

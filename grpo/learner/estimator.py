@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo.algorithm import advantages
-from grpo.config.run import LossOptions
+from grpo.config.loss import LossOptions
 from grpo.learner.batch import Sample, TrainingBatch, split_rows
 from rollout.group import RolloutGroup
 

@@ -23,8 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.algorithm.advantages import rank_softmax_weights
 from grpo.algorithm.losses import entropy_threshold, mask_truncated_completions, policy_loss, value_loss
-from grpo.algorithm.surrogates import CorrectionMode
-from grpo.config.run import BalanceOptions, LearnerOptions, LossOptions, MTPOptions, ValueOptions
+from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
+from grpo.config.loss import CorrectionMode, LossOptions, ValueOptions
 from grpo.learner import state as learner_state
 from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch, micro_batches
 from grpo.learner.estimator import in_loss, pack, tokens_in_loss

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from grpo.algorithm.advantages import gae, outcome_rewards, whiten
-from grpo.config.run import ValueOptions
+from grpo.config.loss import ValueOptions
 from grpo.learner.batch import Sample, TrainingBatch
 
 

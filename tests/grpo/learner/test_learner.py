@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo.config.run import LearnerOptions, LossOptions, MTPOptions
+from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample, collate, micro_batches, split_rows
 from grpo.learner.learner import Learner, NonFiniteStep
 from grpo.learner.optimizer import schedule
