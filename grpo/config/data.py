@@ -9,29 +9,22 @@ from pydantic import Field
 from grpo.config.options import Options
 
 
-class DataOptions(Options):
-    """Where prompts come from."""
+class ProblemOptions(Options):
+    """How the rows of a dataset are read as problems; every command that takes data has these options."""
 
-    name: str = "word_problems"
-    """`word_problems` (built in), `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with train.jsonl and test.jsonl, or
-    one data file."""
-    split: str = "train"
-    """The split that is trained on; a test split is refused here."""
     levels: list[int] = Field(default_factory=lambda: [1, 2], min_length=1)
     """Difficulty levels of `word_problems`, 1 to 4."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """Options of a reasoning_gym task, such as {max_animals: 4}."""
-    limit: int | None = Field(default=None, ge=1)
-    """Use the first so many examples only."""
-    holdout: float | None = Field(default=None, gt=0, lt=1)
-    """Hold out this share of the examples for evaluation instead of a split of its own. Each problem's content decides,
-    so that appended rows move no other row."""
-    holdout_seed: int = 0
-    """Another number holds out other problems. The run's `seed` does not, so that all seeds can be compared."""
     prompt_column: str = "question"
     """The column that becomes the prompt: text, or chat messages (template: chat)."""
     solution_column: str = "answer"
     """The column with the gold solution; rewards receive it under its own name."""
+
+
+class PromptOptions(ProblemOptions):
+    """How problems become prompts; every command that prompts a policy has these options."""
+
     template: str = "{question}\n"
     """A format string over the data's columns, or `chat` for the model's own chat template."""
     system_prompt: str | None = None
@@ -41,6 +34,27 @@ class DataOptions(Options):
     The worked examples go where {examples} is, each in the form of what follows it; without it they are turns."""
     few_shot: int = Field(default=0, ge=0)
     """Worked examples from the training split in front of every prompt."""
+
+
+class SourceOptions(Options):
+    """Which dataset a run trains on, and which of its rows."""
+
+    name: str = "word_problems"
+    """`word_problems` (built in), `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with train.jsonl and test.jsonl, or
+    one data file."""
+    split: str = "train"
+    """The split that is trained on; a test split is refused here."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first so many examples only."""
+    holdout: float | None = Field(default=None, gt=0, lt=1)
+    """Hold out this share of the examples for evaluation instead of a split of its own. Each problem's content decides,
+    so that appended rows move no other row."""
+    holdout_seed: int = 0
+    """Another number holds out other problems. The run's `seed` does not, so that all seeds can be compared."""
+
+
+class DataOptions(PromptOptions, SourceOptions):
+    """Where prompts come from."""
 
 
 class CurriculumOptions(Options):

@@ -11,8 +11,8 @@ from rewards.group_score import FailurePolicy
 from rewards.protocol import RewardError
 
 
-class RewardOptions(Options):
-    """One reward function."""
+class FunctionOptions(Options):
+    """Which function, and what it counts."""
 
     function: str
     """A built-in name (`gsm8k`, `gsm8k_format`, ...) or `path/to/file.py:function`."""
@@ -20,12 +20,21 @@ class RewardOptions(Options):
     """Its weight in the score."""
     name: str | None = None
     """Its name in metrics; the function's own by default."""
+
+
+class CallOptions(Options):
+    """How a reward function is called; every command that scores has these options."""
+
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments bound to the function."""
+    """Keyword arguments bound to the function, such as {target: 30}."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Columns of the data for parameters of another name, such as {reference: answer}."""
     chat: bool = False
     """Hand prompts and completions to it as chat messages instead of strings."""
+
+
+class RewardOptions(CallOptions, FunctionOptions):
+    """One reward function."""
 
 
 class RewardModelOptions(Options):
@@ -75,5 +84,12 @@ class ScoringOptions(Options):
         return on_error
 
 
-def gsm8k_reward() -> list[RewardOptions]:
-    return [RewardOptions(function="gsm8k")]
+class RewardsOptions(Options):
+    """What scores completions; training and evaluation have these options."""
+
+    rewards: list[RewardOptions] = Field(default_factory=lambda: [RewardOptions(function="gsm8k")], min_length=1)
+    """Reward functions; the score is their weighted sum. The first one judges held-out completions: accuracy where its
+    marks say right or wrong (`rewards.right_at`, or all of them 0 and 1), else the mean reward."""
+    reward_models: list[RewardModelOptions] = Field(default_factory=list)
+    """Models that score completions beside the policy."""
+    reward: ScoringOptions = ScoringOptions()

@@ -12,7 +12,7 @@ from grpo.config.learner import BalanceOptions, LearnerOptions, LoraOptions, MTP
 from grpo.config.loss import LossOptions, ValueOptions
 from grpo.config.options import Options
 from grpo.config.policy import ModelOptions
-from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions, gsm8k_reward
+from grpo.config.reward import RewardsOptions
 from grpo.config.sampling import RolloutOptions
 
 
@@ -58,7 +58,18 @@ class LogOptions(Options):
     """At the end, time sampling with and without drafts on held-out prompts."""
 
 
-class SftConfig(ModelOptions):
+class RunConfig(RewardsOptions, ModelOptions):
+    """What `quartet sft`, `quartet train` and `quartet mtp` have in common: a policy, a folder, data, rewards, rollouts."""
+
+    output_dir: Path
+    """The run folder; the trained policy is written to `policy/` in it."""
+    data: DataOptions = DataOptions()
+    rollout: RolloutOptions = RolloutOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    log: LogOptions = LogOptions()
+
+
+class SftConfig(RunConfig):
     """Supervised fine-tuning on prompts and gold solutions; the MTP head is trained beside the trunk."""
 
     # What `quartet sft --help` shows; `--help all` shows all.
@@ -68,23 +79,11 @@ class SftConfig(ModelOptions):
         *("warm_start.schedule", "learner.tokens_per_micro_batch", "mtp.loss_weight", "mtp.depth", "rewards"),
         *("eval.limit", "rollout.max_completion_tokens", "checkpoint.every", "dtype", "threads", "seed"),
     )
-    output_dir: Path
-    """The run folder; the trained policy is written to `policy/` in it."""
-    data: DataOptions = DataOptions()
     warm_start: WarmStartOptions = WarmStartOptions(steps=200)
     mtp: MTPOptions = MTPOptions()
     balance: BalanceOptions = BalanceOptions()
     learner: LearnerOptions = LearnerOptions()
     eval: EvalOptions = EvalOptions()
-    rollout: RolloutOptions = RolloutOptions()
-    rewards: list[RewardOptions] = Field(default_factory=gsm8k_reward, min_length=1)
-    """Reward functions; the score is their weighted sum. The first one judges held-out completions: accuracy where its
-    marks say right or wrong (`rewards.right_at`, or all of them 0 and 1), else the mean reward."""
-    reward_models: list[RewardModelOptions] = Field(default_factory=list)
-    """Models that score completions beside the policy."""
-    reward: ScoringOptions = ScoringOptions()
-    checkpoint: CheckpointOptions = CheckpointOptions()
-    log: LogOptions = LogOptions()
 
 
 class TrainConfig(SftConfig):

@@ -9,17 +9,26 @@ from pydantic import Field, field_validator
 from grpo.config.options import Options
 
 
-class RolloutOptions(Options):
+class SamplingOptions(Options):
+    """How one completion is sampled; every command that samples has these options."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature."""
+    max_completion_tokens: int = Field(default=256, ge=1)
+    """A completion ends here if it has not stopped by itself."""
+    draft_tokens: int | None = Field(default=None, ge=0)
+    """MTP drafts per forward of the trunk, 0 for none; null chooses by measured cost. Never changes a token."""
+    accept: Literal["exact", "margin"] = "exact"
+    """`margin` is lossy: clear drafts are taken unverified (faster, counted as such); `exact` never changes a token."""
+
+
+class RolloutOptions(SamplingOptions):
     """How completions are sampled."""
 
     group_size: int = 8
     """Completions per prompt; GRPO compares them with each other, so at least 2."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; the learner scores at the same one. There is no top-p or top-k: they bias the gradient."""
-    max_completion_tokens: int = Field(default=256, ge=1)
-    """A completion ends here if it has not stopped by itself."""
-    draft_tokens: int | None = Field(default=None, ge=0)
-    """MTP drafts per forward of the trunk, 0 for none; null chooses by measured cost. Never changes a token."""
     accept: Literal["exact", "margin"] = "exact"
     """`exact` alone: what `quartet eval` and `quartet sample` may take unverified (margin) is refused for training."""
     workers: int = Field(default=0, ge=0)
