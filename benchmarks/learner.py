@@ -150,7 +150,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
     import psutil
     import torch
 
-    from grpo.config.run import LearnerOptions, MTPOptions
+    from grpo.config.learner import LearnerOptions, MTPOptions
     from grpo.data.prompts import PromptTemplate, encode_prompt
     from grpo.learner.learner import Learner
     from policies.policy import Policy

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from grpo.config.run import BalanceOptions, LearnerOptions, MTPOptions
+from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
 from grpo.data.word_problems import word_problems
 from grpo.learner.batch import PackedRow, Sample, micro_batches
 from grpo.learner.learner import Learner

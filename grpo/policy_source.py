@@ -20,9 +20,11 @@ from torch import Tensor
 
 from grpo.agreement import check_agreement
 from grpo.config.json_file import read_json
+from grpo.config.learner import MTPOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
-from grpo.config.run import ModelOptions, MTPOptions, TrainConfig
+from grpo.config.policy import ModelOptions
+from grpo.config.run import TrainConfig
 from grpo.config.yaml_file import read_yaml
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint

@@ -10,15 +10,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from grpo.algorithm.statistics import answer_reader
 from grpo.algorithm.verdicts import Verdicts
+from grpo.config.data import DataOptions
 from grpo.config.mtp import MtpConfig
-from grpo.config.run import DataOptions, RewardModelOptions, RewardOptions, ScoringOptions, SftConfig, TrainConfig
-from grpo.data.examples import Check, Example, beyond_context, default_heldout_split, gold_check, load_examples
+from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
+from grpo.config.run import SftConfig, TrainConfig
+from grpo.data.examples import Example, beyond_context, default_heldout_split, examples_of, gold_check
 from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, refuse_overlap, trained_on
 from grpo.data.prompts import PromptTemplate, encode_prompt
 from grpo.data.reasoning_gym import PREFIX
@@ -61,7 +62,7 @@ class Task:
         """
         check = gold_check((reward.function, reward.columns) for reward in rewards if "answer" not in reward.arguments)
         self.template = PromptTemplate(data.template, data.system_prompt, user_turn=data.user_turn)
-        load = partial(_examples, data, seed=seed, check=check, contexts=contexts)
+        load = partial(examples_of, data, data.name, seed=seed, check=check, contexts=contexts)
         wanted = data.limit if train else data.few_shot
         if data.holdout:
             both = _held_out_share(data, load, self.template, heldout_split)
@@ -295,32 +296,6 @@ def _held_out_share(
             "share, or more data"
         )
     return train, held
-
-
-def _examples(
-    data: DataOptions,
-    split: str,
-    purpose: Literal["train", "eval"],
-    levels: list[int],
-    limit: int | None,
-    *,
-    seed: int,
-    check: Check | None,
-    contexts: Mapping[str, int] | None,
-) -> Sequence[Example]:
-    return load_examples(
-        data.name,
-        split,
-        purpose=purpose,
-        levels=levels if data.name == "word_problems" else None,
-        limit=limit,
-        prompt_column=data.prompt_column,
-        solution_column=data.solution_column,
-        seed=seed,
-        task_options=data.task_options,
-        check=check,
-        contexts=contexts,
-    )
 
 
 def _contexts(config: SftConfig | MtpConfig) -> dict[str, int]:

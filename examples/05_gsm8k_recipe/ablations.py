@@ -16,8 +16,8 @@ from statistics import fmean, stdev
 import torch
 from table import measures, read, shown, shown_gain
 
+from grpo.config.data import DataOptions
 from grpo.config.inference import EvalConfig
-from grpo.config.run import DataOptions
 from grpo.evaluation.perplexity import gold_perplexity
 from grpo.policy_source import find_policy, load_found
 from grpo.task import Task

@@ -13,13 +13,13 @@ Conventions are TRL's: std divides by n - 1, and EPSILON is added to it. Arithme
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-ScaleRewards = Literal["group", "batch", "none"]
-Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+from grpo.config.loss import Aggregation, ScaleRewards
+
 Rewards: TypeAlias = Tensor | Sequence[Sequence[float | None]]
 
 EPSILON = 1e-4

@@ -18,15 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from grpo.algorithm.surrogates import (
-    CorrectionMode,
-    KLEstimator,
-    Level,
     cispo_surrogate,
     clipped_surrogate,
     importance_correction,
@@ -34,8 +31,8 @@ from grpo.algorithm.surrogates import (
     kl_penalty,
     sapo_surrogate,
 )
+from grpo.config.loss import CorrectionMode, LossOptions, LossType
 
-LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "reinforce"]
 Given = TypeVar("Given")
 
 

@@ -6,14 +6,10 @@ before this step, μ is what the engine sampled from, π_ref is the reference, �
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Level = Literal["token", "sequence"]
-KLEstimator = Literal["none", "k1", "k2", "k3", "unbiased"]
-CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+from grpo.config.loss import CorrectionMode, KLEstimator, Level
 
 
 def importance_ratio(policy_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: Level = "token") -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 
 from grpo.algorithm.statistics import corpus_bleu
+from grpo.config.data import DataOptions, PromptOptions
 from grpo.config.inference import EvalConfig
-from grpo.config.run import DataOptions
 from grpo.data.examples import default_heldout_split
 from grpo.data.leakage import trained_on
 from grpo.evaluation.evaluate import Evaluation, evaluate_ways
@@ -118,17 +118,8 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
         check_options(config.model_copy(update={"model": source.folder}))
     data = DataOptions(
         name=config.data,
-        levels=config.levels,
-        task_options=config.task_options,
-        prompt_column=config.prompt_column,
-        solution_column=config.solution_column,
-        template=config.template,
-        system_prompt=config.system_prompt,
-        user_turn=config.user_turn,
-        few_shot=config.few_shot,
-        holdout=config.holdout,
-        holdout_seed=config.holdout_seed,
         split=(config.holdout and config.split) or "train",
+        **{name: getattr(config, name) for name in (*PromptOptions.model_fields, "holdout", "holdout_seed")},
     )
     split = data.split if config.holdout else config.split or default_heldout_split(config.data)
     met = trained_on(source.folder)

@@ -29,7 +29,7 @@ from transformers import DeepseekV3Config
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from grpo.commands.model_card import Origin, model_card
-from grpo.config.run import ModelOptions
+from grpo.config.policy import ModelOptions
 from grpo.config.yaml_file import read_yaml
 from grpo.data.leakage import TRAINED_ON
 from grpo.policy_source import RECORD, PolicySource, find_policy, load_found

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from transformers import DeepseekV3Config
 
-from grpo.config.run import LoraOptions
+from grpo.config.learner import LoraOptions
 from grpo.policy_source import find_policy
 from policies import presets
 from policies.anatomy import LORA_AIM, Anatomy, anatomy

@@ -26,8 +26,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedTokenizerBase
 
+from grpo.config.learner import LoraOptions
 from grpo.config.mtp import MtpConfig
-from grpo.config.run import LoraOptions, ModelOptions, SftConfig, TrainConfig
+from grpo.config.policy import ModelOptions
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.learner import CHUNK_ELEMENTS
 from grpo.learner.optimizer import freeze_exact_parts
 from grpo.learner.value import ValueHead

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from grpo.algorithm.advantages import tied
+from grpo.config.data import DataOptions
 from grpo.config.json_file import expecting
 from grpo.config.reward_commands import ReplayConfig
-from grpo.config.run import DataOptions
 from grpo.config.yaml_file import read_yaml
-from grpo.data.examples import Example, load_examples
+from grpo.data.examples import Example, examples_of
 from grpo.run.log import read_rollouts, recorded_steps
 from rewards.group_score import RewardFailure, mean
 from rewards.protocol import did_you_mean
@@ -149,18 +149,9 @@ def _against(wanted: str | None, label: str, parts: list[str]) -> str:
 
 
 def _examples(settings: dict[str, Any]) -> list[Example]:
-    data = settings["data"]
+    data = DataOptions.model_validate(settings["data"])
     try:
-        return load_examples(
-            data["name"],
-            data["split"],
-            levels=data["levels"] if data["name"] == "word_problems" else None,
-            limit=data["limit"],
-            prompt_column=data["prompt_column"],
-            solution_column=data["solution_column"],
-            seed=settings["seed"],
-            task_options=data.get("task_options"),
-        )
+        return examples_of(data, data.name, data.split, limit=data.limit, seed=settings["seed"])
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error}; run this where the run was started: its data are named from there"

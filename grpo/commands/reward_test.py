@@ -14,7 +14,7 @@ from typing import Any
 from grpo.algorithm.verdicts import Verdicts
 from grpo.commands.reward_probes import KINDS, Probe, probes
 from grpo.config.reward_commands import RewardTestConfig
-from grpo.data.examples import Example, load_examples
+from grpo.data.examples import Example, examples_of
 from rewards.group_score import RewardFailed, RewardFailure
 from rewards.protocol import RewardError
 from rewards.registry import find_reward
@@ -87,16 +87,7 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
     there, raises, hangs, dies or gives no number; ValueError and OSError for data that cannot be read.
     """
     find_reward(function)  # a misspelt name must not cost a download
-    examples = load_examples(
-        config.data,
-        config.split,
-        purpose="eval",
-        levels=config.levels if config.data == "word_problems" else None,
-        limit=config.limit,
-        prompt_column=config.prompt_column,
-        solution_column=config.solution_column,
-        task_options=config.task_options,
-    )
+    examples = examples_of(config, config.data, config.split, purpose="eval", limit=config.limit)
     spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
     columns = list(examples[0].columns)
     options: dict[str, Any] = {"columns": columns, "pass_variables": config.pass_variables}

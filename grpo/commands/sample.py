@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config.inference import SampleConfig
 from grpo.config.json_file import parse_json, unfit
-from grpo.data.examples import Example, beyond_context, load_examples
+from grpo.data.examples import Example, beyond_context, examples_of
 from grpo.data.prompts import PromptTemplate, encode_prompt
 from grpo.policy_source import find_policy, load_found
 from grpo.run.console import progress_bars
@@ -119,13 +119,4 @@ def sample(config: SampleConfig, examples: list[Example], console: Console) -> S
 def _worked_examples(config: SampleConfig) -> list[Example]:
     if not config.few_shot:
         return []
-    return load_examples(
-        config.data,
-        "train",
-        levels=config.levels if config.data == "word_problems" else None,
-        limit=config.few_shot,
-        prompt_column=config.prompt_column,
-        solution_column=config.solution_column,
-        seed=config.seed,
-        task_options=config.task_options,
-    )
+    return examples_of(config, config.data, "train", limit=config.few_shot, seed=config.seed)

@@ -14,8 +14,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerBase
 
 from grpo.commands import machine, memory
+from grpo.config.learner import LoraOptions
 from grpo.config.mtp import MtpConfig
-from grpo.config.run import LoraOptions, SftConfig, TrainConfig
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.evaluation.held_out import Result
 from grpo.policy_source import device_of

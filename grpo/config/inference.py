@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from grpo.config.data import PromptOptions
 from grpo.config.json_file import expecting
-from grpo.config.run import ModelOptions, RewardModelOptions, RewardOptions, ScoringOptions, gsm8k_reward
+from grpo.config.policy import ModelOptions
+from grpo.config.reward import RewardsOptions, ScoringOptions
+from grpo.config.sampling import SamplingOptions
 from grpo.config.yaml_file import read_yaml
 
 
-class _StopOptions(ModelOptions):
+class _UseOptions(SamplingOptions, PromptOptions, ModelOptions):
+    margin: float = Field(default=2.0, ge=0)
+    """accept: margin takes a draft whose best token leads the second by so many nats."""
     stop: str | list[str] = Field(default_factory=list)
     """Texts that end a completion, as lm-evaluation-harness' `until`: generation ends with the first of them, and the
     completion before it. One text, in which \\n is a line break, or a list such as ["Question:", "</s>"]."""
@@ -31,17 +36,13 @@ class _StopOptions(ModelOptions):
         return stop
 
 
-class EvalConfig(_StopOptions):
+class EvalConfig(RewardsOptions, _UseOptions):
     """Accuracy or mean reward on held-out problems, sampled and greedy. A run folder brings data and rewards along."""
 
     data: str = "word_problems"
     """`word_problems`, `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with test.jsonl, or one data file."""
     split: str | None = None
     """The split; `heldout` for word_problems and reasoning_gym, `test` otherwise."""
-    levels: list[int] = Field(default_factory=lambda: [1, 2], min_length=1)
-    """Difficulty levels of `word_problems`, 1 to 4."""
-    task_options: dict[str, Any] = Field(default_factory=dict)
-    """Options of a reasoning_gym task, such as {max_animals: 4}."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first so many problems only."""
     holdout: float | None = Field(default=None, gt=0, lt=1)
@@ -59,34 +60,8 @@ class EvalConfig(_StopOptions):
     """A folder for completions.jsonl: every completion with its mark, written while the evaluation goes on."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of the sampled row; the greedy row has none."""
-    max_completion_tokens: int = Field(default=256, ge=1)
-    """A completion ends here if it has not stopped by itself."""
-    draft_tokens: int | None = Field(default=None, ge=0)
-    """MTP drafts per forward of the trunk, 0 for none; null chooses by measured cost. Never changes a token."""
-    accept: Literal["exact", "margin"] = "exact"
-    """`margin` is lossy: clear drafts are taken unverified (faster, counted as such); `exact` never changes a token."""
-    margin: float = Field(default=2.0, ge=0)
-    """accept: margin takes a draft whose best token leads the second by so many nats."""
     prompts_per_batch: int = Field(default=32, ge=1)
     """Problems that are sampled together."""
-    prompt_column: str = "question"
-    """The column that becomes the prompt."""
-    solution_column: str = "answer"
-    """The column with the gold solution."""
-    template: str = "{question}\n"
-    """A format string over the data's columns, or `chat` for the model's own chat template."""
-    system_prompt: str | None = None
-    """System message in front of every chat prompt (template: chat)."""
-    user_turn: str | None = None
-    """template: chat: a format string for the user's message, such as "Be brief.\\n\\n{examples}Question: {question}".
-    The worked examples go where {examples} is, each in the form of what follows it; without it they are turns."""
-    few_shot: int = Field(default=0, ge=0)
-    """Worked examples from the training split in front of every prompt."""
-    rewards: list[RewardOptions] = Field(default_factory=gsm8k_reward, min_length=1)
-    """Reward functions. The first one judges: accuracy where its marks say right or wrong (`rewards.right_at`, or all
-    of them 0 and 1), else the mean reward."""
-    reward_models: list[RewardModelOptions] = Field(default_factory=list)
-    """Models that score completions beside the policy."""
     reward: ScoringOptions = ScoringOptions(on_error="drop_sample")
 
     @model_validator(mode="after")
@@ -96,40 +71,20 @@ class EvalConfig(_StopOptions):
         return self
 
 
-class SampleConfig(_StopOptions):
+class SampleConfig(_UseOptions):
     """Completions of your own prompts. A run folder brings its template, worked examples, temperature and limit."""
 
     group_size: int = Field(default=4, ge=1)
     """Completions per prompt."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature; 0 is greedy."""
-    max_completion_tokens: int = Field(default=256, ge=1)
-    """A completion ends here if it has not stopped by itself."""
-    draft_tokens: int | None = Field(default=None, ge=0)
-    """MTP drafts per forward of the trunk, 0 for none; null chooses by measured cost. Never changes a token."""
-    accept: Literal["exact", "margin"] = "exact"
-    """`margin` is lossy: clear drafts are taken unverified (faster, counted as such); `exact` never changes a token."""
-    margin: float = Field(default=2.0, ge=0)
-    """accept: margin takes a draft whose best token leads the second by so many nats."""
     template: str = "{prompt}"
     """A format string around `prompt`, or `chat` for the model's own chat template. A run folder brings its own."""
-    system_prompt: str | None = None
-    """System message in front of every chat prompt (template: chat)."""
-    user_turn: str | None = None
-    """template: chat: a format string for the user's message, such as "Be brief.\\n\\n{examples}Question: {question}".
-    The worked examples go where {examples} is, each in the form of what follows it; without it they are turns."""
-    few_shot: int = Field(default=0, ge=0)
-    """Worked examples from the training split of `data` in front of every prompt."""
     data: str = "word_problems"
-    """few_shot: where the worked examples come from, as in `quartet eval`."""
-    levels: list[int] = Field(default_factory=lambda: [1, 2], min_length=1)
-    """few_shot: difficulty levels of `word_problems`, 1 to 4."""
-    task_options: dict[str, Any] = Field(default_factory=dict)
-    """few_shot: options of a reasoning_gym task, such as {max_animals: 4}."""
+    """few_shot: where the worked examples come from, as in `quartet eval`; `levels`, `task_options` and
+    `solution_column` are about these data."""
     prompt_column: str = "question"
     """The column that is the prompt: in the worked examples, and as a name for your prompt in `template`."""
-    solution_column: str = "answer"
-    """few_shot: the column with the gold solution."""
 
 
 def sample_defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:

@@ -9,18 +9,8 @@ from pydantic import Field, model_validator
 
 from grpo.config.json_file import expecting
 from grpo.config.options import Options
-from grpo.config.run import (
-    CheckpointOptions,
-    DataOptions,
-    EvalOptions,
-    LogOptions,
-    ModelOptions,
-    RewardModelOptions,
-    RewardOptions,
-    RolloutOptions,
-    ScoringOptions,
-    gsm8k_reward,
-)
+from grpo.config.run import EvalOptions, RunConfig
+from grpo.config.sampling import RolloutOptions
 from grpo.config.yaml_file import read_yaml
 
 
@@ -54,8 +44,9 @@ class HeadOptions(Options):
     """Gradients are clipped to this norm."""
 
 
-class MtpConfig(ModelOptions):
-    """Self-distillation of the draft head: sample groups from the policy, teach the head its own distributions."""
+class MtpConfig(RunConfig):
+    """Self-distillation of the draft head: sample groups from the policy, teach the head its own distributions.
+    Rewards are for the evaluation alone: drafts change no token, so accuracy is the same before and after."""
 
     # What `quartet mtp --help` shows; `--help all` shows all.
     common: ClassVar[tuple[str, ...]] = (
@@ -68,7 +59,6 @@ class MtpConfig(ModelOptions):
     """The run folder; the policy with its taught head is written to `policy/` in it."""
     add_mtp: bool = True
     """Give a fresh MTP head to a DeepSeek-V3 checkpoint that has none."""
-    data: DataOptions = DataOptions()
     steps: int = Field(default=60, ge=1)
     """Batches of rollouts."""
     prompts_per_step: int = Field(default=16, ge=1)
@@ -76,13 +66,6 @@ class MtpConfig(ModelOptions):
     rollout: RolloutOptions = RolloutOptions(group_size=4)
     head: HeadOptions = HeadOptions()
     eval: EvalOptions = EvalOptions(limit=32)
-    rewards: list[RewardOptions] = Field(default_factory=gsm8k_reward, min_length=1)
-    """Reward functions of the evaluation alone: drafts change no token, so accuracy is the same before and after."""
-    reward_models: list[RewardModelOptions] = Field(default_factory=list)
-    """Models that score completions beside the policy."""
-    reward: ScoringOptions = ScoringOptions()
-    checkpoint: CheckpointOptions = CheckpointOptions()
-    log: LogOptions = LogOptions()
 
     @model_validator(mode="after")
     def _consistent(self) -> MtpConfig:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from grpo.config.run import CurriculumOptions
+from grpo.config.data import CurriculumOptions
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
 

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from grpo.config.data import ProblemOptions
 from grpo.config.json_file import parse_json, unfit
 from grpo.data.leakage import is_gsm8k_test_question, refuse_evaluation_data
 from grpo.data.reasoning_gym import COUNT, PREFIX, reasoning_gym_problems
@@ -148,6 +149,29 @@ def load_examples(
         raise ValueError(f"{path or source} cannot be read: {type(error).__name__}: {error}") from error
     checks += [partial(_beyond, name, context) for name, context in (contexts or {}).items()]
     return _checked(rows, prefix, str(path or source), prompt_column, solution_column, checks)
+
+
+def examples_of(
+    options: ProblemOptions,
+    name: str,
+    split: str,
+    purpose: Literal["train", "eval"] = "train",
+    levels: Sequence[int] | None = None,
+    limit: int | None = None,
+    **more: Any,
+) -> list[Example]:
+    """`load_examples` with the columns, task options and (unless others are given) levels of a command's options."""
+    return load_examples(
+        name,
+        split,
+        purpose=purpose,
+        levels=levels or options.levels if name == "word_problems" else None,
+        limit=limit,
+        prompt_column=options.prompt_column,
+        solution_column=options.solution_column,
+        task_options=options.task_options,
+        **more,
+    )
 
 
 def gold_check(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> Check | None:

@@ -52,9 +52,7 @@ def head_loss(
         preceding = preceding_BTD[chosen]
         outputs = policy.unroll(preceding, ids, positions, visible, options.depth, first)
         segment, vocabulary = mini.segment[chosen], policy.draft_ids
-        loss = draft_loss(
-            outputs, preceding, segment, policy.lm_head, temperature, chunk, draft_ids=vocabulary
-        )
+        loss = draft_loss(outputs, preceding, segment, policy.lm_head, temperature, chunk, draft_ids=vocabulary)
     return loss * weights[mini.rows[chosen[0]].group]
 
 

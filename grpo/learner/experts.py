@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from grpo.config.run import BalanceOptions
+from grpo.config.learner import BalanceOptions
 from grpo.learner.batch import MicroBatch, PackedRow
 from policies.balance import entropy, entropy_regulariser, gates, load_statistics, move_bias, sequence_loss
 from policies.moe import RoutingRecorder, routers

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.mtp import HeadOptions
-from grpo.config.run import LearnerOptions, MTPOptions
 from grpo.learner.batch import MicroBatch, PackedRow
 from grpo.learner.learner import CHUNK_ELEMENTS, Learner
 from grpo.learner.optimizer import schedule

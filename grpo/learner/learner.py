@@ -266,9 +266,7 @@ class Learner:
         sums.update({name: float(value) for name, value in metrics.items()})
         return self.value.vf_coef * loss
 
-    def _head_loss(
-        self, mini: MicroBatch, out: Forward, taught: Mapping[int, float], sums: Counter[str]
-    ) -> Tensor:
+    def _head_loss(self, mini: MicroBatch, out: Forward, taught: Mapping[int, float], sums: Counter[str]) -> Tensor:
         loss = head_loss(self.policy, self.mtp, mini, out.preceding, taught, self.temperature)
         if loss is None:
             return out.preceding.new_zeros(())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from grpo.config.run import MTPOptions
+from grpo.config.learner import MTPOptions
 from policies.conversion.dense import frozen_parameter_names
 from policies.policy import Policy
 

@@ -42,8 +42,10 @@ class Update:
             raise NonFiniteStep(f"step {step}: the loss is {loss.item()}")
         self.masters.backward(loss)
 
-    def make(self, step: int, ranks: Ranks, modules: Sequence[nn.Module | None]) -> tuple[dict[str, float], list[float]]:
-        """Clip the gradient of each module (trunk, draft head, value head), and step.
+    def make(
+        self, step: int, ranks: Ranks, modules: Sequence[nn.Module | None]
+    ) -> tuple[dict[str, float], list[float]]:
+        """Clip the gradient of each module (trunk, MTP head, value head), and step.
 
         Returns the metrics and the norms before clipping. Raises NonFiniteStep, and then nothing has moved.
         """
@@ -51,9 +53,8 @@ class Update:
         norms = [self._clip(module) for module in modules]
         if not math.isfinite(sum(norms)):
             self.zero()
-            said = dict(zip(("the gradient norm", "MTP head", "value head"), norms, strict=True))
-            trunk, *others = (f"{name} is {norm}" if i == 0 else f"{name}: {norm}" for i, (name, norm) in enumerate(said.items()))
-            raise NonFiniteStep(f"step {step}: {trunk} ({', '.join(others)})")
+            norm, head, value = norms
+            raise NonFiniteStep(f"step {step}: the gradient norm is {norm} (MTP head: {head}, value head: {value})")
         scale = self.schedule(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * scale

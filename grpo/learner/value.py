@@ -87,7 +87,12 @@ def with_token_advantages(
 
 
 def head_value_loss(
-    head: ValueHead, options: ValueOptions, mini: MicroBatch, preceding_BTD: Tensor, mask_CL: Tensor, batch: TrainingBatch
+    head: ValueHead,
+    options: ValueOptions,
+    mini: MicroBatch,
+    preceding_BTD: Tensor,
+    mask_CL: Tensor,
+    batch: TrainingBatch,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped value loss of a micro-batch; the trunk learns from it with `train_trunk` alone."""
     states = preceding_BTD[mini.scored]

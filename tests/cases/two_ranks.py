@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import MICRO
 
-from grpo.config.run import BalanceOptions, LearnerOptions, LossOptions, MTPOptions
+from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
+from grpo.config.loss import LossOptions
 from grpo.data.word_problems import word_problems
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import join

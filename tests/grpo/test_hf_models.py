@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from grpo.agreement import check_agreement
 from grpo.cli import main
 from grpo.config.inference import EvalConfig
-from grpo.config.run import LearnerOptions, MTPOptions, TrainConfig
+from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.run import TrainConfig
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.learner import Learner
 from grpo.policy_source import check_options, load_policy

@@ -17,9 +17,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from grpo.config.data import DataOptions
 from grpo.config.inference import EvalConfig, defaults_of_run
 from grpo.config.options import dump_yaml, load
-from grpo.config.run import DataOptions, RewardModelOptions, RewardOptions, ScoringOptions
+from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
 from grpo.reward_models import ModelRewards
 from grpo.run.log import read_metrics, read_rollouts
 from grpo.task import Task

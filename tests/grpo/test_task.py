@@ -5,7 +5,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grpo.config.run import DataOptions, RewardOptions, ScoringOptions, TrainConfig
+from grpo.config.data import DataOptions
+from grpo.config.reward import RewardOptions, ScoringOptions
+from grpo.config.run import TrainConfig
 from grpo.policy_source import check_options
 from grpo.task import Task
 from policies.policy import PolicyError

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.config.run import ModelOptions
+from grpo.config.policy import ModelOptions
 from grpo.data.word_problems import word_problems
 from grpo.policy_source import load_policy
 from policies.policy import Policy, digest

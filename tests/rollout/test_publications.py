@@ -8,7 +8,8 @@ import pytest
 import torch
 from engine_cases import PARAMS, PROMPTS, assert_lossless, completions, enumerated, taught, tokens
 
-from grpo.config.run import LearnerOptions, LossOptions, MTPOptions
+from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from policies.policy import Policy
 from rewards.group_score import GroupScore

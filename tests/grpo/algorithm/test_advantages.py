@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import grpo.algorithm.advantages
+import grpo.config.loss
 from grpo.algorithm.advantages import (
     EPSILON,
     gae,
@@ -292,9 +293,7 @@ def test_the_largest_scores_that_a_reward_may_give_stay_finite_in_every_estimato
         reinforce_plus_plus(rewards_PG, baseline=True)[0],
     ]
     rewards_PGK = [[[reward, reward] for reward in row] for row in rewards_PG]
-    found += [
-        multi_objective(rewards_PGK, [1.0, 1.0], how)[0] for how in get_args(grpo.algorithm.advantages.Aggregation)
-    ]
+    found += [multi_objective(rewards_PGK, [1.0, 1.0], how)[0] for how in get_args(grpo.config.loss.Aggregation)]
     for advantages_PG in found:
         assert advantages_PG.isfinite().all()
         assert advantages_PG.square().sum().isfinite()  # fp32

@@ -5,7 +5,7 @@ import pytest
 from grpo.algorithm.advantages import rank_softmax_weights
 from grpo.algorithm.dynamic_sampling import draw_groups, is_tied
 from grpo.commands.reward_replay import _tied
-from grpo.config.run import Advantage, LossOptions
+from grpo.config.loss import Advantage, LossOptions
 from grpo.learner.prepare import estimate
 from grpo.run.log import read_metrics, read_rollouts
 from grpo.run.metrics import rollout_metrics

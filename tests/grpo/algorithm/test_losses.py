@@ -15,7 +15,8 @@ import grpo.algorithm.losses
 import grpo.algorithm.surrogates
 from grpo.algorithm.losses import entropy_threshold, mask_truncated_completions, policy_loss, value_loss
 from grpo.algorithm.surrogates import importance_correction, kl_penalty
-from grpo.config.run import LearnerOptions, LossOptions
+from grpo.config.learner import LearnerOptions
+from grpo.config.loss import LossOptions
 from policies.logprobs import entropy, token_logprobs
 
 torch.set_num_threads(1)

@@ -10,9 +10,10 @@ from rich.console import Console
 from grpo.commands import eval_report, summary
 from grpo.commands.eval import CompletionsFile, evaluate_model
 from grpo.commands.export import export
+from grpo.config.data import DataOptions
 from grpo.config.inference import EvalConfig, defaults_of_run
 from grpo.config.options import load
-from grpo.config.run import DataOptions, RewardOptions, ScoringOptions
+from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.evaluation.evaluate import as_metrics, evaluate, evaluate_ways
 from grpo.run import plots
 from grpo.run.best import best_step

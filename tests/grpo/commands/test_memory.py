@@ -25,9 +25,11 @@ from grpo.commands.memory import (
     storage_bytes,
     tensors_of,
 )
+from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.loss import LossOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
-from grpo.config.run import LearnerOptions, LossOptions, MTPOptions, SftConfig, TrainConfig
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.learner import CHUNK_ELEMENTS, Learner
 from policies.anatomy import anatomy
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer

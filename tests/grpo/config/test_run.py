@@ -8,9 +8,13 @@ from trl import GRPOConfig
 
 import grpo
 from grpo.algorithm.losses import policy_loss
+from grpo.config.data import DataOptions
 from grpo.config.inference import EvalConfig, SampleConfig, defaults_of_run
+from grpo.config.loss import LossOptions
 from grpo.config.options import ConfigError, _options, dump_yaml, load
-from grpo.config.run import DataOptions, LossOptions, RolloutOptions, ScoringOptions, SftConfig, TrainConfig
+from grpo.config.reward import ScoringOptions
+from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.sampling import RolloutOptions
 from rewards.group_score import FailurePolicy
 
 CONFIGS = [TrainConfig, SftConfig, EvalConfig, SampleConfig]

@@ -7,8 +7,11 @@ from rich.progress import Progress
 
 from grpo.algorithm.verdicts import Verdicts
 from grpo.collector import Collector
+from grpo.config.data import CurriculumOptions
+from grpo.config.learner import LearnerOptions
 from grpo.config.options import ConfigError, load
-from grpo.config.run import CurriculumOptions, LearnerOptions, RolloutOptions, TrainConfig
+from grpo.config.run import TrainConfig
+from grpo.config.sampling import RolloutOptions
 from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth, learnability, ramp
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream

@@ -5,7 +5,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from grpo.config.run import DataOptions, RewardOptions, ScoringOptions
+from grpo.config.data import DataOptions
+from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.data.examples import Example, clean_solution, load_examples
 from grpo.task import Task
 

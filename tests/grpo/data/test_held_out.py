@@ -8,10 +8,12 @@ from rich.console import Console
 
 from grpo.commands.eval import evaluate_model
 from grpo.commands.eval_report import as_json, show
+from grpo.config.data import DataOptions
 from grpo.config.inference import EvalConfig, defaults_of_run
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import dump_yaml, load
-from grpo.config.run import DataOptions, RewardOptions, ScoringOptions, SftConfig, TrainConfig
+from grpo.config.reward import RewardOptions, ScoringOptions
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, trained_on
 from grpo.sft import sft
 from grpo.task import Task

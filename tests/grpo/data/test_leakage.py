@@ -7,7 +7,8 @@ import shutil
 import datasets
 import pytest
 
-from grpo.config.run import DataOptions, RewardOptions, ScoringOptions
+from grpo.config.data import DataOptions
+from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.data.examples import load_examples
 from grpo.data.leakage import fingerprint, is_gsm8k_test_question
 from grpo.task import Task

@@ -8,10 +8,11 @@ from rich.console import Console
 from grpo.commands.eval import evaluate_model
 from grpo.commands.reward_replay import replay
 from grpo.commands.reward_test import check_reward
+from grpo.config.data import DataOptions
 from grpo.config.inference import EvalConfig, defaults_of_run
 from grpo.config.options import load
+from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.config.reward_commands import ReplayConfig, RewardTestConfig
-from grpo.config.run import DataOptions, RewardOptions, ScoringOptions
 from grpo.data.examples import Example, load_examples
 from grpo.data.prompts import PromptTemplate
 from grpo.task import Task

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from grpo.config.run import DataOptions, RewardOptions, ScoringOptions
+from grpo.config.data import DataOptions
+from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.data.examples import load_examples
 from grpo.data.reasoning_gym import reasoning_gym_problems
 from grpo.task import Task

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from grpo.algorithm.statistics import estimate, wilson_interval
-from grpo.config.run import DataOptions, EvalOptions, RewardOptions, ScoringOptions
+from grpo.config.data import DataOptions
+from grpo.config.reward import RewardOptions, ScoringOptions
+from grpo.config.run import EvalOptions
 from grpo.evaluation import evaluate as evaluation
 from grpo.evaluation.evaluate import as_metrics, evaluate, evaluate_run, failure_kinds, measure_speed
 from grpo.run.log import RunLog, read_metrics

@@ -2,8 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.options import ConfigError, load
-from grpo.config.run import LearnerOptions, MTPOptions, SftConfig, TrainConfig
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.draft_head import gold_draft_loss
 from grpo.learner.learner import Learner

@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from grpo.config.run import BalanceOptions, LearnerOptions, LossOptions, MTPOptions
+from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
+from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample
 from grpo.learner.learner import Learner
 from policies.policy import Policy, digest

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo.config.run import LearnerOptions, LossOptions, MTPOptions
+from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample, collate, micro_batches, split_rows
 from grpo.learner.learner import Learner, NonFiniteStep
 from grpo.learner.optimizer import schedule
@@ -561,7 +562,8 @@ def test_a_loss_that_is_not_finite_changes_nothing(micro_policy):
     before = _snapshot(learner)
     batch = learner.prepare(_groups(policy), _scores())
     rows = [
-        PackedRow(row.prompt_token_ids, [replace(sample, advantage=math.nan) for sample in row.samples]) for row in batch.rows
+        PackedRow(row.prompt_token_ids, [replace(sample, advantage=math.nan) for sample in row.samples])
+        for row in batch.rows
     ]
     with pytest.raises(NonFiniteStep, match="step 2: the loss is nan"):
         learner.step(replace(batch, rows=rows), 2)

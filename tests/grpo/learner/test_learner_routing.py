@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from grpo.config.run import LearnerOptions, LossOptions, MTPOptions
+from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.loss import LossOptions
 from grpo.learner.batch import Sample, collate, split_rows
 from grpo.learner.learner import Learner
 from grpo.run.log import read_metrics

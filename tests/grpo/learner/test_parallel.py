@@ -16,7 +16,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from two_ranks import gradients, groups_of
 
-from grpo.config.run import BalanceOptions, LearnerOptions, LossOptions, MTPOptions
+from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
+from grpo.config.loss import LossOptions
 from grpo.data.word_problems import word_problems
 from grpo.learner import parallel
 from grpo.learner.learner import Learner

@@ -9,7 +9,9 @@ import torch
 from safetensors import safe_open
 
 import grpo.learner.value
-from grpo.config.run import LearnerOptions, LossOptions, MTPOptions, TrainConfig, ValueOptions
+from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.loss import LossOptions, ValueOptions
+from grpo.config.run import TrainConfig
 from grpo.learner.batch import PackedRow, Sample, TrainingBatch
 from grpo.learner.learner import Learner
 from grpo.learner.value import ValueHead, explained_variance, with_token_advantages

@@ -7,7 +7,10 @@ import psutil
 import pytest
 import torch
 
-from grpo.config.run import DataOptions, LearnerOptions, LossOptions, MTPOptions, RewardOptions, ScoringOptions
+from grpo.config.data import DataOptions
+from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.loss import LossOptions
+from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.learner.learner import Learner
 from grpo.run.log import read_events, read_metrics, read_rollouts
 from grpo.run.reward_record import read_rewards

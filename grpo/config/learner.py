@@ -1,0 +1,101 @@
+"""Options of the learner: optimizer, adapters, draft head, experts, warm start."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from grpo.config.options import Options
+
+
+class LearnerOptions(Options):
+    """The optimizer and how a batch is cut."""
+
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Peak learning rate of the policy (LoRA wants about ten times that of full updates)."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay of the learning rate over `steps`."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW weight decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    updates_per_batch: int = Field(default=1, ge=1)
+    """Optimizer updates on each batch of rollouts; above 1 the old log-probabilities are computed first."""
+    tokens_per_micro_batch: int = Field(default=8192, ge=1)
+    """Padded tokens of one forward and backward; bounds memory, changes no gradient."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    on_non_finite: Literal["abort", "skip"] = "abort"
+    """What a non-finite loss or gradient does; the step is never taken, and the batch is written to the run folder."""
+    max_skipped_in_a_row: int = Field(default=3, ge=1)
+    """on_non_finite: skip gives up after so many."""
+    routing_replay: bool = False
+    """MoE: the learner's forward uses the experts that the sampler chose, for the prompt too."""
+
+
+class LoraOptions(Options):
+    """Low-rank adapters through peft."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the adapters."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale: the update is alpha / rank · BA."""
+    targets: list[str] | None = None
+    """Module names, `experts` (the routed ones), `router`, and `mtp`: the draft head gets adapters on all of its layers
+    instead of being trained whole. By default every linear layer of the trunk and the experts."""
+
+
+class BalanceOptions(Options):
+    """Keeping the routed experts equally busy: three mechanisms, alone or together, all off by default.
+
+    They look at the tokens of completions. The bias is the same in a rollout and in all updates that learn from it.
+    """
+
+    bias_rate: float = Field(default=0.0, ge=0)
+    """Step of the experts' bias after every step: up for those chosen less than the mean (0.001 in DeepSeek-V3)."""
+    entropy_weight: float = Field(default=0.0, ge=0)
+    """Weight of -H(mean gate) + mean H(gate), summed over layers; its mean is over a micro-batch."""
+    sequence_weight: float = Field(default=0.0, ge=0)
+    """Weight of DeepSeek-V3's balance loss of each completion, summed over layers (0.0001 there)."""
+
+
+class MTPOptions(Options):
+    """Training of the draft head beside the policy, detached from it."""
+
+    loss_weight: float = Field(default=1.0, ge=0)
+    """Weight of the draft loss; 0 leaves the head as it is."""
+    every: int = Field(default=1, ge=1)
+    """Train the head every so many steps."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Share of a step's groups that the head learns from, another share every step; its cost shrinks with it."""
+    depth: int = Field(default=4, ge=1)
+    """Depths that are unrolled in training."""
+    train_trunk: bool = False
+    """`quartet sft` only: cross-entropy on the gold tokens through head and trunk (DeepSeek-V3; loss_weight 0.3 or 0.1
+    there), instead of teaching the head alone."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Learning rate of the head."""
+
+
+class WarmStartOptions(Options):
+    """Supervised steps on the gold solutions before GRPO (and all of `quartet sft`)."""
+
+    steps: int = Field(default=0, ge=0)
+    """Optimizer steps; 0 skips the warm start."""
+    batch_size: int = Field(default=16, ge=1)
+    """Examples per step."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Decay over the warm start."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    levels: list[int] | None = None
+    """Levels of `word_problems` for the warm start; those of `data` by default."""
+    strip_calculator_marks: bool = True
+    """Drop GSM8K's `<<48/2=24>>` marks from the solutions."""

@@ -1,0 +1,103 @@
+"""Options of the policy loss, and of the value function beside it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from grpo.config.options import Options
+
+LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "reinforce"]
+Level = Literal["token", "sequence"]
+KLEstimator = Literal["none", "k1", "k2", "k3", "unbiased"]
+CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+ScaleRewards = Literal["group", "batch", "none"]
+Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+Advantage = Literal[
+    "group_relative", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae", "rank_softmax"
+]
+
+
+class LossOptions(Options):
+    """The policy loss; names, meanings and defaults are TRL's where both have them."""
+
+    loss_type: LossType = "dapo"
+    """Aggregation and surrogate: grpo, dr_grpo, dapo, bnpo, cispo, sapo, or reinforce (−Â·log π, a token mean)."""
+    importance_sampling_level: Level = "token"
+    """`token`, or `sequence` (GSPO)."""
+    scale_rewards: ScaleRewards = "group"
+    """Which standard deviation divides a group's centred rewards."""
+    multi_objective_aggregation: Aggregation = "sum_then_normalize"
+    """Several rewards: sum and normalise, or normalise each first."""
+    advantage: Advantage = "group_relative"
+    """The estimator. `gae` is PPO, `rank_softmax` weighs GAE by rank in the group (loss_type reinforce); both use the
+    value head (`value`)."""
+    epsilon: float = Field(default=0.2, ge=0)
+    """Clip range below 1."""
+    epsilon_high: float | None = Field(default=None, ge=0)
+    """Clip range above 1; epsilon by default (DAPO uses 0.28; CISPO reads it as the cap itself)."""
+    delta: float | None = Field(default=None, gt=1)
+    """Upper bound of the ratio for negative advantages (two-sided clipping)."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the KL penalty towards the reference policy; 0 needs no reference."""
+    kl_estimator: KLEstimator = "unbiased"
+    """Estimator of that KL."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    top_entropy_quantile: float = Field(default=1.0, ge=0, le=1)
+    """Train on this share of the step's tokens, highest entropy first (TRL: of each micro-batch); 0 keeps the top one.
+    Below 1 it costs one more forward an update."""
+    mask_truncated_completions: bool = False
+    """Leave completions that hit the length limit out of the loss."""
+    importance_correction: CorrectionMode | Literal["auto", "none"] = "auto"
+    """Correction for a sampler that differs from the learner; `auto` is token_truncate below float32, else none (TRL
+    with vLLM: always sequence_mask)."""
+    importance_clip_max: float = Field(default=3.0, gt=0)
+    """Largest weight of the importance correction."""
+    importance_clip_min: float | None = Field(default=None, ge=0)
+    """Smallest weight of the importance correction."""
+    sapo_temperature_pos: float = Field(default=1.0, gt=0)
+    """Temperature of SAPO's gate for positive advantages."""
+    sapo_temperature_neg: float = Field(default=1.05, gt=0)
+    """Temperature of SAPO's gate for negative advantages."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _third_phase(cls, given: Any) -> Any:
+        """rank_softmax updates by -mean(weight · Â · log π), unless another loss is asked for by name."""
+        if isinstance(given, dict) and given.get("advantage") == "rank_softmax":
+            return {"loss_type": "reinforce"} | given
+        return given
+
+    @model_validator(mode="after")
+    def _penalty_has_an_estimator(self) -> LossOptions:
+        if self.beta and self.kl_estimator == "none":
+            raise ValueError(
+                f"beta={self.beta} weighs a KL penalty, but kl_estimator=none computes none: choose k1, k2, k3 or "
+                "unbiased, or drop beta"
+            )
+        return self
+
+
+class ValueOptions(Options):
+    """The value head of `loss.advantage: gae` and `rank_softmax`; PPO's names and defaults. Never published."""
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Learning rate of the head."""
+    hidden_size: int = Field(default=128, ge=0)
+    """Width of its hidden layer; 0 is a linear head."""
+    train_trunk: bool = False
+    """Let the value loss train the trunk as well, times vf_coef; else the head reads detached hidden states."""
+    vf_coef: float = Field(default=0.1, gt=0)
+    """Weight of the value loss in the trunk's gradient; the head's own steps hardly depend on it."""
+    cliprange_value: float = Field(default=0.2, gt=0)
+    """A value that moved further than this from its old one learns no further from the same batch."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount per token."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """GAE's λ: 0 trusts the values, 1 the score alone."""
+    whiten_advantages: bool = True
+    """Advantages with mean 0 and standard deviation 1 over the step's tokens."""
+    rank_temperature: float = Field(default=1.0, gt=0)
+    """rank_softmax: weights are softmax(rank / this); a high one weighs all completions alike."""

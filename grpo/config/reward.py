@@ -1,0 +1,95 @@
+"""Options of rewards: which functions, which models, and what happens when one fails."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from grpo.config.options import Options
+from rewards.group_score import FailurePolicy
+from rewards.protocol import RewardError
+
+
+class FunctionOptions(Options):
+    """Which function, and what it counts."""
+
+    function: str
+    """A built-in name (`gsm8k`, `gsm8k_format`, ...) or `path/to/file.py:function`."""
+    weight: float = 1.0
+    """Its weight in the score."""
+    name: str | None = None
+    """Its name in metrics; the function's own by default."""
+
+
+class CallOptions(Options):
+    """How a reward function is called; every command that scores has these options."""
+
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments bound to the function, such as {target: 30}."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns of the data for parameters of another name, such as {reference: answer}."""
+    chat: bool = False
+    """Hand prompts and completions to it as chat messages instead of strings."""
+
+
+class RewardOptions(CallOptions, FunctionOptions):
+    """One reward function."""
+
+
+class RewardModelOptions(Options):
+    """A model whose scores are a column for the rewards: read it with the built-in reward `column`, or by its name."""
+
+    name: str = Field(pattern=r"^[A-Za-z]\w*$")
+    """The column's name; also how the scores are called in metrics and in the rollout record."""
+    model: str
+    """A checkpoint folder (safetensors), a run folder or a hub id; frozen, on the policy's device."""
+    kind: Literal["classifier", "perplexity"] = "classifier"
+    """`classifier`: a logit of any sequence classifier. `perplexity`: of the completion under a language model, whose
+    own tokenizer reads it; 1 or more, so it wants a negative weight."""
+    label: int | None = Field(default=None, ge=0)
+    """classifier: the label whose logit is the score; needed where there is more than one."""
+    chat: bool = False
+    """classifier: read question and completion through the model's own chat template, instead of as one text."""
+    batch_size: int = Field(default=8, ge=1)
+    """Completions of one forward."""
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> RewardModelOptions:
+        if self.kind == "perplexity" and (self.label is not None or self.chat):
+            raise ValueError("label and chat are for kind: classifier; drop them")
+        return self
+
+
+class ScoringOptions(Options):
+    """How rewards are run, and what happens when one fails."""
+
+    on_error: str = "abort"
+    """`abort`, `drop_sample`, `drop_group` or `score=x`: a failing reward is never silently a zero."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Wall-clock seconds that a reward may take per batch, and per completion when the batch is rerun one by one."""
+    workers: int = Field(default=1, ge=1)
+    """Processes that run rewards."""
+    pass_variables: list[str] = Field(default_factory=list)
+    """Environment variables that rewards may read, such as [OPENAI_API_KEY], besides the usual few (PATH, HOME, LANG,
+    PYTHONPATH, OMP_NUM_THREADS, HF_HOME, ...). The list is written to config.yaml, the values are not."""
+
+    @field_validator("on_error")
+    @classmethod
+    def _is_a_policy(cls, on_error: str) -> str:
+        try:
+            FailurePolicy.parse(on_error)
+        except RewardError:
+            raise ValueError("choose abort, drop_sample, drop_group or score=<number>, such as score=0") from None
+        return on_error
+
+
+class RewardsOptions(Options):
+    """What scores completions; training and evaluation have these options."""
+
+    rewards: list[RewardOptions] = Field(default_factory=lambda: [RewardOptions(function="gsm8k")], min_length=1)
+    """Reward functions; the score is their weighted sum. The first one judges held-out completions: accuracy where its
+    marks say right or wrong (`rewards.right_at`, or all of them 0 and 1), else the mean reward."""
+    reward_models: list[RewardModelOptions] = Field(default_factory=list)
+    """Models that score completions beside the policy."""
+    reward: ScoringOptions = ScoringOptions()

@@ -1,0 +1,62 @@
+"""Options of the rollout."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from grpo.config.options import Options
+
+
+class SamplingOptions(Options):
+    """How one completion is sampled; every command that samples has these options."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature."""
+    max_completion_tokens: int = Field(default=256, ge=1)
+    """A completion ends here if it has not stopped by itself."""
+    draft_tokens: int | None = Field(default=None, ge=0)
+    """MTP drafts per forward of the trunk, 0 for none; null chooses by measured cost. Never changes a token."""
+    accept: Literal["exact", "margin"] = "exact"
+    """`margin` is lossy: clear drafts are taken unverified (faster, counted as such); `exact` never changes a token."""
+
+
+class RolloutOptions(SamplingOptions):
+    """How completions are sampled."""
+
+    group_size: int = 8
+    """Completions per prompt; GRPO compares them with each other, so at least 2."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; the learner scores at the same one. There is no top-p or top-k: they bias the gradient."""
+    accept: Literal["exact", "margin"] = "exact"
+    """`exact` alone: what `quartet eval` and `quartet sample` may take unverified (margin) is refused for training."""
+    workers: int = Field(default=0, ge=0)
+    """Ray rollout workers; 0 samples in this process, without Ray."""
+    threads_per_worker: int = Field(default=1, ge=1)
+    """CPU threads of each Ray worker."""
+    prompts_per_shard: int = Field(default=8, ge=1)
+    """Prompts whose groups are sampled together; the number of workers never changes a token."""
+    timeout_s: float = Field(default=3600.0, gt=0)
+    """Seconds that a Ray worker may take for a shard; then it is killed, and a new one samples the same tokens."""
+    refill_draws: int = Field(default=0, ge=0)
+    """Dynamic sampling: tied groups are sampled again, at most so many times a step; 0 keeps them."""
+    refill_prompts: Literal["new", "same"] = "new"
+    """What takes a tied group's place: the next prompts of the data, or the same prompt with new noise."""
+
+    @field_validator("accept")
+    @classmethod
+    def _lossless(cls, accept: str) -> str:
+        if accept == "margin":
+            raise ValueError(
+                "takes tokens that the policy has not verified, which no correction can repair in training; use exact "
+                "(quartet eval and quartet sample have margin)"
+            )
+        return accept
+
+    @field_validator("group_size")
+    @classmethod
+    def _compares(cls, group_size: int) -> int:
+        if group_size < 2:
+            raise ValueError("gives every completion a zero advantage; use 2 or more")
+        return group_size
