@@ -14,8 +14,8 @@ from grpo.agreement import check_agreement
 from grpo.config.run import ModelOptions, MTPOptions
 from grpo.run.threads import threads_for
 from policies import presets
+from policies.checkpoint import check_policy
 from policies.files import hub
-from policies.files.digests import check_policy
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from rollout.sampling import SamplingParams
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from policies.mtp import AbsorbedHead
+from policies.decoding.draft_head import AbsorbedHead
 from rollout.depth import CostTable, DepthController
 from rollout.drafts.head import Drafter
 from rollout.group import Prompt, RolloutGroup

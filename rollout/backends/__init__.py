@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from policies.decoding.absorbed import AbsorbedTrunk
-from policies.mtp import AbsorbedHead
+from policies.decoding.draft_head import AbsorbedHead
 from policies.policy import Policy
 from rollout.backends.hf import HFTrunk
 

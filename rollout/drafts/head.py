@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policies.decoding.absorbed import new_cache
+from policies.decoding.draft_head import AbsorbedHead
 from policies.decoding.latent_cache import LatentCache
-from policies.mtp import AbsorbedHead
 from rollout.rows import Prefilled, Rows
 from rollout.sampling import DraftVocabulary, Noise, SamplingParams, pick
 from rollout.speculative import confident_drafts

@@ -10,8 +10,9 @@ from transformers.modeling_layers import MtpModel
 
 from grpo.learner.batch import MicroBatch, PackedRow, Sample, collate
 from policies.decoding.absorbed import AbsorbedTrunk, new_cache
+from policies.decoding.draft_head import AbsorbedHead
 from policies.logprobs import logprobs_from_hidden
-from policies.mtp import DEPTH_DECAY, AbsorbedHead, MTPHead, draft_loss
+from policies.mtp import DEPTH_DECAY, MTPHead, draft_loss
 from policies.policy import Policy, PolicyError, digest
 
 CPU = torch.device("cpu")
