@@ -34,7 +34,7 @@ from grpo.learner.master_weights import MasterWeights
 from grpo.learner.optimizer import freeze_exact_parts, parameter_groups
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.learner.value import ValueHead, with_token_advantages
-from policies.logprobs import logprobs_from_hidden
+from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.lora import adapter_off, has_adapter
 from policies.moe import RoutingRecorder
 from policies.mtp import draft_loss
@@ -44,8 +44,6 @@ from rollout.group import RolloutGroup
 
 if TYPE_CHECKING:
     from rewards.scorer import GroupScore
-
-CHUNK_ELEMENTS = 1 << 22  # logits held at once when log-probabilities are computed
 
 
 class NonFiniteStep(RuntimeError):

@@ -28,8 +28,9 @@ from grpo.commands.memory import (
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
 from grpo.config.run import LearnerOptions, LossOptions, MTPOptions, SftConfig, TrainConfig
-from grpo.learner.learner import CHUNK_ELEMENTS, Learner
+from grpo.learner.learner import Learner
 from policies.anatomy import anatomy
+from policies.logprobs import CHUNK_ELEMENTS
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from rollout.pool import LocalPool
 from rollout.worker import Worker
