@@ -8,10 +8,11 @@ from statistics import median
 
 import torch
 
+from rollout.backends import Decoder
 from rollout.depth import CostTable
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
-from rollout.shard import Decoder, Decoding
+from rollout.shard import Decoding
 
 PROMPT_TOKENS, REPEATS = 96, 7
 MOST_TOKENS = 256  # of one verifying forward; deeper drafts of so many rows never paid off

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from policies.allocator import keep_freed_memory
 from policies.policy import Policy
-from rollout.backends import derive
+from rollout.backends import Decoder, derive
 from rollout.costs import measure
 from rollout.depth import MAX_DEPTH, CostTable
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import DraftVocabulary, SamplingParams
-from rollout.shard import Decoder, Decoding
+from rollout.shard import Decoding
 
 
 class RolloutError(RuntimeError):

@@ -9,44 +9,24 @@ Axes: P prompts, G completions each, R live rows, S = k + 1 tokens of a verifyin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from policies.decoding.draft_head import AbsorbedHead
-from rollout.depth import CostTable, DepthController
+from rollout.backends import Decoder
+from rollout.depth import DepthController
 from rollout.drafts.head import Drafter
 from rollout.group import Prompt, RolloutGroup
 from rollout.results import Results
 from rollout.rows import Prefilled, Rows
-from rollout.sampling import DraftVocabulary, Noise, SamplingParams, choose, logprobs_of, row_key
+from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, row_key
 from rollout.speculative import verify_draft
 from rollout.stop_strings import StopStrings
 
 # Padded tokens of one prefill; prompts of like length go together. On a CPU more of them leave its caches.
 PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16384, 1024
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """What a shard is decoded with: all that was derived from one version of the weights, and the engine's settings.
-
-    `trunk` is a `rollout.backends.DecodingTrunk`, with `routing()` where experts are recorded. `context`: the most
-    tokens of a sequence; `max_rows`: the most completions that are decoded together.
-    """
-
-    trunk: Any
-    head: AbsorbedHead | None
-    draft_vocabulary: DraftVocabulary | None
-    tokenizer: PreTrainedTokenizerBase
-    context: int
-    version: int
-    max_rows: int
-    costs: CostTable | None
 
 
 class Decoding:
@@ -80,9 +60,7 @@ class Decoding:
         self.cache: Any = None
         self.drafter: Drafter | None = None
         if self.max_depth:
-            assert decoder.head is not None
-            sizes = {"room": self.room, "longest": self.longest, "context": decoder.context}
-            self.drafter = Drafter(decoder.head, decoder.draft_vocabulary, params, **sizes)
+            self.drafter = Drafter(decoder, params, self.room, self.longest)
         self.admitted = self.ended_rows = self.alive = 0
         self._refill()
 

@@ -7,32 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policies.decoding.absorbed import new_cache
-from policies.decoding.draft_head import AbsorbedHead
 from policies.decoding.latent_cache import LatentCache
+from rollout.backends import Decoder
 from rollout.rows import Prefilled, Rows
-from rollout.sampling import DraftVocabulary, Noise, SamplingParams, pick
+from rollout.sampling import Noise, SamplingParams, pick
 from rollout.speculative import confident_drafts
 
 
 class Drafter:
     """A head that never drafts reads nothing; one that drafts again first reads what was verified since.
 
-    `room`: most tokens that a row may write; `longest`: tokens of the longest prompt; `context`: of the policy.
+    `room`: most tokens that a row may write; `longest`: tokens of the longest prompt.
     """
 
-    def __init__(
-        self,
-        head: AbsorbedHead,
-        vocabulary: DraftVocabulary | None,
-        params: SamplingParams,
-        *,
-        room: int,
-        longest: int,
-        context: int,
-    ) -> None:
-        self.head, self.vocabulary, self.params = head, vocabulary, params
-        self.room, self.longest, self.context = room, longest, context
-        self.steps = torch.arange(room, device=head.trunk.device)
+    def __init__(self, decoder: Decoder, params: SamplingParams, room: int, longest: int) -> None:
+        assert decoder.head is not None
+        self.head, self.vocabulary, self.context = decoder.head, decoder.draft_vocabulary, decoder.context
+        self.params, self.room, self.longest = params, room, longest
+        self.steps = torch.arange(room, device=self.head.trunk.device)
         self.cache: LatentCache | None = None  # None until something is drafted
         self.prefilled: list[Prefilled] = []
 
