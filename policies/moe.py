@@ -1,45 +1,9 @@
-"""Mixture of experts outside the training forward: routing and expert dispatch for decoding, what routers chose."""
+"""The routers of a trunk, and what they choose in a forward of the model itself."""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
-
-
-def route(router_logits_NE: Tensor, bias_E: Tensor, config: DeepseekV3Config) -> tuple[Tensor, Tensor]:
-    """Sigmoid router of DeepSeek-V3 (eq. 12–16): choose by score + bias, weigh by score.
-
-    An expert group's score is the sum of its two best experts. Returns (weights, experts), both [N, k].
-    """
-    scores = router_logits_NE.float().sigmoid()
-    choice = scores + bias_E
-    if config.n_group and config.n_group > config.topk_group:
-        grouped = choice.view(len(choice), config.n_group, -1)
-        best = grouped.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
-        keep = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter_(1, best, True)
-        choice = grouped.masked_fill(~keep[..., None], float("-inf")).flatten(1)
-    experts = choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
-    weights = scores.gather(1, experts)
-    if config.norm_topk_prob:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * config.routed_scaling_factor, experts
-
-
-def run_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Σ_k weight · Expert_k(x): tokens sorted by expert, two grouped matrix products, summed back. Returns [N, D]."""
-    top_k = experts_Nk.shape[1]
-    sorted_experts, order = experts_Nk.flatten().sort(stable=True)
-    ends = torch.searchsorted(
-        sorted_experts, torch.arange(len(gate_up), device=order.device), right=True, out_int32=True
-    )
-    x = x_ND[order // top_k]
-    gate, up = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    out = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
-    out = out * weights_Nk.flatten()[order, None].to(out.dtype)
-    return torch.empty_like(out).index_copy_(0, order, out).view(len(x_ND), top_k, -1).sum(1)
 
 
 def routers(trunk: nn.Module) -> dict[int, DeepseekV3TopkRouter]:

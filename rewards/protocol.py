@@ -29,6 +29,7 @@ from typing import Any, Literal, TypeVar
 
 Reward = Callable[..., Any]
 Messages = list[dict[str, Any]]
+Completions = list[Any]  # strings or lists of chat messages
 RightAt = float | None | Literal["undeclared"]  # see `right_at`
 AnyReward = TypeVar("AnyReward", bound=Reward)
 

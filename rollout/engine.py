@@ -12,7 +12,7 @@ from torch import Tensor
 
 from policies.allocator import keep_freed_memory
 from policies.policy import Policy
-from rollout.backends import derive
+from rollout.backends import Decoder, derive
 from rollout.costs import measure
 from rollout.depth import MAX_DEPTH, CostTable
 from rollout.group import Prompt, RolloutGroup
@@ -64,6 +64,12 @@ class Engine:
         self.draft_vocabulary = None
         if self.head is not None and self.head.draft_ids is not None:
             self.draft_vocabulary = DraftVocabulary(self.head.draft_ids, len(self.trunk.embedding))
+
+    @property
+    def decoder(self) -> Decoder:
+        tokenizer, context = self.policy.tokenizer, self.policy.max_length
+        parts = self.trunk, self.head, self.draft_vocabulary, tokenizer, context
+        return Decoder(*parts, self.version, self.max_rows, self.costs)
 
     def check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
         """Raises RolloutError or ValueError, naming prompt or key, before anything is computed."""
@@ -127,7 +133,7 @@ class Engine:
         prompts = [prompt for prompt, fault in faulty if not fault]
         if params.draft_tokens is None and self.head is not None and self.costs is None and prompts:
             self.measure_costs(min(len(prompts) * params.group_size, self.max_rows))
-        decoding, announced = Decoding(self, prompts, params), 0
+        decoding, announced = Decoding(self.decoder, prompts, params), 0
         while True:
             if on_finished and decoding.ended_rows > announced:  # some end with their first token, in the prefill
                 on_finished(decoding.ended_rows - announced)
@@ -150,5 +156,5 @@ class Engine:
     @torch.inference_mode()
     def measure_costs(self, rows: int, depth: int = MAX_DEPTH) -> CostTable:
         """Time drafting and verifying with up to `rows` live rows; the depth controller goes by it from now on."""
-        self.costs = measure(self, rows, depth)
+        self.costs = measure(self.decoder, rows, depth)
         return self.costs

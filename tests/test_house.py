@@ -1,4 +1,4 @@
-"""The house of DESIGN.md stands: who imports whom, what is shipped, and what no file may contain."""
+"""The house of DESIGN.md: who imports whom, how large its rooms are, what is shipped, what no file may contain."""
 
 import ast
 import os
@@ -6,7 +6,8 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ MAY_IMPORT = {
     "rewards": set(),
     "grpo": {"policies", "rollout", "rewards"},
 }
+IN_ROOMS = ("policies", "rollout", "rewards")  # grpo joins them when its redesigns are done
+MOST_FILES, MOST_LINES, MOST_FUNCTION_LINES = 20, 350, 80
 NOT_SHIPPED = {"tests", "examples", "benchmarks"}
 PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
@@ -43,6 +46,68 @@ def _against_the_arrows(root: Path) -> list[str]:
         imported = set(_imports(ast.parse(file.read_text(encoding="utf-8"))))
         wrong += [f"{file.relative_to(root)} imports {name}" for name in sorted(forbidden & imported)]
     return wrong
+
+
+def _modules(root: Path, package: str) -> dict[str, Path]:
+    """`rollout.drafts.head` and the like; a package's own name is that of its __init__.py."""
+    files = sorted((root / package).rglob("*.py"))
+    return {".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+def _modules_imported(module: str, file: Path, modules: Mapping[str, Path]) -> set[str]:
+    """Which of `modules` this one imports: at its top, inside functions and under TYPE_CHECKING."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+            above = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                name = f"{source}.{alias.name}"
+                found.add(name if name in modules else source)
+    return found & set(modules) - {module}
+
+
+def _circles(root: Path, package: str) -> list[str]:
+    """A circle of modules, and one of rooms: the package's sub-packages and the modules that are in none of them."""
+    modules = _modules(root, package)
+    folders = {name for name, file in modules.items() if file.name == "__init__.py"}
+    imports = {name: _modules_imported(name, file, modules) for name, file in modules.items()}
+
+    def room(module: str) -> str:
+        first = ".".join(module.split(".")[:2])
+        return first if first in folders or first == module else module
+
+    rooms: dict[str, set[str]] = {room(module): set() for module in modules}
+    for module, imported in imports.items():
+        rooms[room(module)] |= {room(other) for other in imported} - {room(module)}
+    found = []
+    for graph in (imports, rooms):
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            found.append(" <- ".join(error.args[1]))
+    return found
+
+
+def _too_large(root: Path, package: str) -> list[str]:
+    """Folders with too many files, files with too many lines, functions with too many lines."""
+    found = []
+    for folder in sorted({file.parent for file in (root / package).rglob("*.py")}):
+        if (count := len(list(folder.glob("*.py")))) > MOST_FILES:
+            found.append(f"{folder.relative_to(root)} has {count} files")
+    for file in sorted((root / package).rglob("*.py")):
+        source, name = file.read_text(encoding="utf-8"), file.relative_to(root)
+        if (count := len(source.splitlines())) > MOST_LINES:
+            found.append(f"{name} has {count} lines")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                count = (node.end_lineno or node.lineno) - node.lineno + 1
+                if count > MOST_FUNCTION_LINES:
+                    found.append(f"{name}: {node.name} has {count} lines")
+    return found
 
 
 def _unsafe(source: str) -> list[str]:
@@ -79,8 +144,8 @@ def test_the_imports_follow_the_arrows():
 
 
 def test_an_import_against_the_arrows_is_found(tmp_path):
-    for package in MAY_IMPORT:
-        (tmp_path / package).mkdir()
+    for folder in (*MAY_IMPORT, "rewards/built_in"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "policies/lora.py").write_text("def f():\n    from rollout.engine import Engine\n")
     (tmp_path / "rollout/pool.py").write_text("import torch, grpo.algorithm.losses\nfrom policies import lora\n")
     (tmp_path / "rewards/text.py").write_text("from . import length\nimport tests.conftest\n")
@@ -89,6 +154,48 @@ def test_an_import_against_the_arrows_is_found(tmp_path):
         "policies/lora.py imports rollout",
         "rewards/text.py imports tests",
         "rollout/pool.py imports grpo",
+    ]
+
+
+@pytest.mark.parametrize("package", IN_ROOMS)
+def test_a_package_has_no_circle_and_nothing_in_it_is_too_large(package):
+    assert _circles(ROOT, package) == []
+    assert _too_large(ROOT, package) == []
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "found"),
+    [
+        ("from house import b", "import os", []),
+        ("from house.b import f", "def f():\n    from house import a", [{"house.a", "house.b"}] * 2),
+        ("from . import b", "if TYPE_CHECKING:\n    from .a import g", [{"house.a", "house.b"}] * 2),
+        ("import house.room.one", "x = 1\nimport house.room.two", []),
+        ("from house.room import two", "", [{"house.a", "house.room"}]),  # one imports a: a circle of rooms
+    ],
+)
+def test_a_circle_is_found(tmp_path, a, b, found):
+    (tmp_path / "house/room").mkdir(parents=True)
+    one = "from house import a" if "two" in a else ""
+    files = {"__init__": "", "a": a, "b": b, "room/__init__": "", "room/one": one, "room/two": ""}
+    for name, source in files.items():
+        (tmp_path / f"house/{name}.py").write_text(source)
+    assert [set(circle.split(" <- ")) for circle in _circles(tmp_path, "house")] == found
+
+
+def test_what_is_too_large_is_found(tmp_path):
+    (tmp_path / "house").mkdir()
+    for i in range(MOST_FILES):
+        (tmp_path / f"house/m{i:02}.py").write_text("")
+    (tmp_path / "house/m00.py").write_text("#\n" * MOST_LINES)
+    (tmp_path / "house/m01.py").write_text("def f():\n" + "    pass\n" * (MOST_FUNCTION_LINES - 1))
+    assert _too_large(tmp_path, "house") == []
+    (tmp_path / "house/m00.py").write_text("#\n" * (MOST_LINES + 1))
+    (tmp_path / "house/m01.py").write_text("class C:\n  def f():\n" + "    pass\n" * MOST_FUNCTION_LINES)
+    (tmp_path / "house/m99.py").write_text("")
+    assert _too_large(tmp_path, "house") == [
+        "house has 21 files",
+        "house/m00.py has 351 lines",
+        "house/m01.py: f has 81 lines",
     ]
 
 

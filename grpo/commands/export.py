@@ -35,9 +35,10 @@ from grpo.data.leakage import TRAINED_ON
 from grpo.policy_source import RECORD, PolicySource, find_policy, load_found
 from grpo.run import checkpoint
 from policies import lora, presets
+from policies.checkpoint import check_policy
 from policies.contradictions import FIXED_FIELDS
-from policies.files.digests import DIGESTS, check_policy
-from policies.files.file_mode import heed_umask
+from policies.files.atomic import heed_umask
+from policies.files.digests import DIGESTS
 from policies.layout import WeightFiles, find_file
 from policies.policy import Policy, read_config
 

@@ -30,13 +30,13 @@ from grpo.config.learner import LoraOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.policy import ModelOptions
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.learner.learner import CHUNK_ELEMENTS
 from grpo.learner.optimizer import freeze_exact_parts
 from grpo.learner.value import ValueHead
 from grpo.policy_source import check_options, device_of
 from policies import lora, presets
 from policies.anatomy import cache_numbers
 from policies.decoding.linear import FixedLinear, will_block
+from policies.logprobs import CHUNK_ELEMENTS
 from policies.mtp import MTPHead
 from policies.policy import Policy, read_config
 from rollout.backends import derive

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from grpo.learner.batch import PackedRow, micro_batches
-from policies.logprobs import logprobs_from_hidden
+from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.policy import Policy
 
 TOKENS_PER_FORWARD = 4096  # padded; bounds memory, changes nothing
-CHUNK_ELEMENTS = 1 << 24  # logits held at once
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def gold_perplexity(policy: Policy, rows: Sequence[PackedRow]) -> Perplexity | N
     for mini in micro_batches(fitting, TOKENS_PER_FORWARD, policy.device):
         hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible, mini.packing)
         preceding = hidden.gather(1, mini.before[..., None].expand_as(hidden))
-        chunk = max(1, CHUNK_ELEMENTS // policy.lm_head.shape[0])
+        chunk = max(1, 4 * CHUNK_ELEMENTS // policy.lm_head.shape[0])
         logprobs, _ = logprobs_from_hidden(
             preceding[mini.scored], policy.lm_head, mini.token_ids[mini.scored], chunk=chunk
         )

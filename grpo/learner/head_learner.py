@@ -19,8 +19,9 @@ from torch import Tensor
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.mtp import HeadOptions
 from grpo.learner.batch import MicroBatch, PackedRow
-from grpo.learner.learner import CHUNK_ELEMENTS, Learner
+from grpo.learner.learner import Learner
 from grpo.learner.optimizer import schedule
+from policies.logprobs import CHUNK_ELEMENTS
 from policies.mtp import Divergence, draft_loss
 from policies.policy import Policy
 

@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 
 from grpo.config.json_file import read_json
 from policies.files.atomic import fsync as _fsync
+from policies.files.atomic import heed_umask
 from policies.files.digests import digests, fault
-from policies.files.file_mode import heed_umask
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 MANIFEST, STATE = "manifest.json", "state.json"

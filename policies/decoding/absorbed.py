@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
+from policies.decoding.experts import route, run_experts
 from policies.decoding.latent_cache import LatentCache
 from policies.decoding.linear import FixedLinear
-from policies.moe import route, run_experts
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -71,3 +71,14 @@ def tidy(folder: Path, names: Collection[str] | None = None) -> None:
             os.replace(path, folder / name)
         elif suffix in ("partial", "removed", "replaced"):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def heed_umask(folder: Path) -> None:
+    """Give the safetensors of `folder` the mode of any other new file. The library writes them with 0600, whatever the
+    umask is, so that nobody else of a team could read the weights beside a config.json that they can read."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)

@@ -21,7 +21,7 @@ def digests(folder: Path) -> str:
 
 
 def write_digests(folder: Path) -> None:
-    """For `check_policy`, beside the files of a policy that is complete."""
+    """For `policies.checkpoint.check_policy`, beside the files of a policy that is complete."""
     (folder / DIGESTS).unlink(missing_ok=True)
     write_file(folder / DIGESTS, digests(folder))
 
@@ -39,20 +39,6 @@ def fault(folder: Path, name: str, needed: Collection[str] = ()) -> str | None:
         if found != expected.get(file):
             return f"{file} is {found}, {name} says {expected.get(file)}"
     return None
-
-
-def check_policy(folder: Path) -> None:
-    """Raises PolicyError where a file of a policy that a run has saved is not what it wrote.
-
-    A folder without digests passes: of another tool, or of an older version.
-    """
-    from policies.layout import PolicyError  # with transformers, which readers of a run's records do not need
-
-    if (folder / DIGESTS).is_file() and (found := fault(folder, DIGESTS)):
-        raise PolicyError(
-            f"model={str(folder)!r} is damaged: {found}; restore the file from a copy, or delete "
-            f"{folder / DIGESTS} if you have changed the policy yourself"
-        )
 
 
 def size_and_hash(file: Path) -> dict[str, Any]:

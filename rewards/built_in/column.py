@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rewards.built_in.gsm8k import Completions
+from rewards.protocol import Completions
 
 
 def column(prompts: list | None, completions: Completions, name: str, **columns) -> list[float | None]:

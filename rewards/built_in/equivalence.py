@@ -13,8 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 
-from rewards.built_in.gsm8k import Completions
-from rewards.protocol import RewardError, right_at, text_of
+from rewards.protocol import Completions, RewardError, right_at, text_of
 
 try:
     from math_verify import parse, verify

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from rewards.built_in.gsm8k import Completions, extract_answer
-from rewards.protocol import right_at, text_of
+from rewards.built_in.gsm8k import extract_answer
+from rewards.protocol import Completions, right_at, text_of
 
 
 @right_at(None)

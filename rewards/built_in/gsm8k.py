@@ -31,12 +31,11 @@ from __future__ import annotations
 import functools
 import re
 from decimal import Decimal
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from rewards.protocol import right_at, text_of
+from rewards.protocol import Completions, right_at, text_of
 
 Mode = Literal["strict", "flexible", "boxed"]
-Completions = list[Any]  # strings or lists of chat messages
 
 _PLAIN = str.maketrans("\u2212\u2012\u2013\ufe63\uff0d０１２３４５６７８９", "-----0123456789")
 # A sign counts only where a number can start: `10-5` ends with 5, not with -5.

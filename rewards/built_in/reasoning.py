@@ -10,8 +10,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from rewards.built_in.gsm8k import Completions
-from rewards.protocol import RewardError, right_at, text_of
+from rewards.protocol import Completions, RewardError, right_at, text_of
 
 try:
     from reasoning_gym import get_score_answer_fn

@@ -14,8 +14,7 @@ import time
 import urllib.error
 import urllib.request
 
-from rewards.built_in.gsm8k import Completions
-from rewards.protocol import PROVIDED
+from rewards.protocol import PROVIDED, Completions
 
 
 def remote(

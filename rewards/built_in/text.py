@@ -5,8 +5,7 @@ The column `reference` holds a string or a list of strings (alternatives) per ro
 
 from __future__ import annotations
 
-from rewards.built_in.gsm8k import Completions
-from rewards.protocol import RewardError, right_at, text_of
+from rewards.protocol import Completions, RewardError, right_at, text_of
 
 try:
     from sacrebleu.metrics import BLEU, CHRF

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from policies.decoding.absorbed import AbsorbedTrunk
-from policies.mtp import AbsorbedHead
+from policies.decoding.draft_head import AbsorbedHead
 from policies.policy import Policy
 from rollout.backends.hf import HFTrunk
+from rollout.depth import CostTable
+from rollout.sampling import DraftVocabulary
 
 
 class DecodingTrunk(Protocol):
@@ -25,6 +29,23 @@ class DecodingTrunk(Protocol):
     def __call__(self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: Any) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a shard is decoded with: all that was derived from one version of the weights, and the engine's settings.
+
+    `context`: the most tokens of a sequence; `max_rows`: the most completions that are decoded together.
+    """
+
+    trunk: Any  # a DecodingTrunk; where experts are recorded, `routing()` gives those of the last call
+    head: AbsorbedHead | None
+    draft_vocabulary: DraftVocabulary | None
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+    version: int
+    max_rows: int
+    costs: CostTable | None
 
 
 def derive(policy: Policy, dtype: torch.dtype) -> tuple[DecodingTrunk, AbsorbedHead | None]:

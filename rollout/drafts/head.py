@@ -1,9 +1,6 @@
-"""The head's side of a shard that is being decoded: what it has read of each row, and what it drafts behind it."""
+"""The draft head's part in decoding a shard: what it has read of each row, and what it drafts next."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,50 +8,30 @@ from torch import Tensor
 
 from policies.decoding.absorbed import new_cache
 from policies.decoding.latent_cache import LatentCache
-from policies.mtp import AbsorbedHead
-from rollout.sampling import DraftVocabulary, Noise, SamplingParams, pick
+from rollout.backends import Decoder
+from rollout.rows import Prefilled, Rows
+from rollout.sampling import Noise, SamplingParams, pick
 from rollout.speculative import confident_drafts
-
-if TYPE_CHECKING:
-    from rollout.shard import Rows
-
-
-@dataclass
-class Prefilled:
-    """Prompts of one prefill, by number, and their hidden states: what the head will read if it ever drafts."""
-
-    numbers_P: Tensor
-    token_ids_PT: Tensor
-    hidden_PTD: Tensor
-    lengths_P: Tensor
 
 
 class Drafter:
-    """Lazy: a head that never drafts reads nothing, and one that drafts again catches up on what was verified since.
+    """A head that never drafts reads nothing; one that drafts again first reads what was verified since.
 
-    `room`: most tokens that a row may write; `longest`: tokens of the longest prompt; `context`: of the policy.
+    `room`: most tokens that a row may write; `longest`: tokens of the longest prompt.
     """
 
-    def __init__(
-        self,
-        head: AbsorbedHead,
-        vocabulary: DraftVocabulary | None,
-        params: SamplingParams,
-        *,
-        room: int,
-        longest: int,
-        context: int,
-    ) -> None:
-        self.head, self.vocabulary, self.params = head, vocabulary, params
-        self.room, self.longest, self.context = room, longest, context
-        self.steps = torch.arange(room, device=head.trunk.device)
+    def __init__(self, decoder: Decoder, params: SamplingParams, room: int, longest: int) -> None:
+        assert decoder.head is not None
+        self.head, self.vocabulary, self.context = decoder.head, decoder.draft_vocabulary, decoder.context
+        self.params, self.room, self.longest = params, room, longest
+        self.steps = torch.arange(room, device=self.head.trunk.device)
         self.cache: LatentCache | None = None  # None until something is drafted
         self.prefilled: list[Prefilled] = []
 
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
     def hold(self, prefilled: Prefilled) -> None:
-        """Rows of these prompts come behind those that live."""
+        """Rows of these prompts come after those that live."""
         if self.cache is None:
             self.prefilled.append(prefilled)
         else:
@@ -65,12 +42,12 @@ class Drafter:
             self.cache.select(kept_R)
 
     def forget(self) -> None:
-        """No row lives any more."""
+        """No row is live any more."""
         self.cache, self.prefilled = None, []
 
     def keep(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
         """The first `kept_R` of these tokens were verified; `hidden_RSD` are the states that precede them."""
-        rows, at = _all(live)[:, None], live.unread[:, None] + self.steps[: tokens_RS.shape[1]]
+        rows, at = live.every[:, None], live.unread[:, None] + self.steps[: tokens_RS.shape[1]]
         live.unread_tokens[rows, at], live.unread_hidden[rows, at] = tokens_RS, hidden_RSD
         live.unread = live.unread + kept_R
 
@@ -95,19 +72,19 @@ class Drafter:
         return torch.stack(drafts, dim=1), torch.stack(confident, dim=1) if confident else None
 
     def _catch_up(self, live: Rows) -> Tensor:
-        """Read what was verified since the last draft; the head's output behind each row's newest token [R, D]."""
+        """Read what was verified since the last draft; the head's output after each row's newest token [R, D]."""
         if self.cache is None:
             self.cache = self._read_prompts(live)
         new = int(live.unread.max())
         positions = (live.prompt_length + live.count - live.unread)[:, None] + self.steps[:new]
         out = self.head(live.unread_tokens[:, :new], live.unread_hidden[:, :new], self._clamp(positions), self.cache)
         self.cache.advance(live.unread)
-        out = out[_all(live), live.unread - 1]
+        out = out[live.every, live.unread - 1]
         live.unread = torch.zeros_like(live.unread)
         return out
 
     def _clamp(self, positions: Tensor) -> Tensor:
-        """A block may reach behind the context, where nothing is kept."""
+        """A block may reach past the context, where no token is kept."""
         return positions.clamp(max=self.context - 1)
 
     def _read_prompts(self, live: Rows) -> LatentCache:
@@ -136,7 +113,3 @@ class Drafter:
         head(prompts.token_ids_PT, F.pad(prompts.hidden_PTD, (0, 0, 1, 0))[:, :-1], positions, cache)
         cache.advance(prompts.lengths_P)
         return cache.fan_out(self.params.group_size, self.room, self.longest)
-
-
-def _all(live: Rows) -> Tensor:
-    return torch.arange(len(live.index), device=live.index.device)

@@ -86,12 +86,14 @@ def unrolled_logits(policy: Policy, prompt: Prompt, verified: list[int], drafts:
 
 
 @torch.no_grad()
-def enumerated(policy: Policy, prompt: list[int], temperature: float, length: int, stop: int) -> dict[tuple, float]:
+def enumerated(
+    policy: Policy, prompt_token_ids: list[int], temperature: float, length: int, stop: int
+) -> dict[tuple, float]:
     """Probability of every completion of at most `length` tokens, by the stock model."""
     vocabulary, found, open_ends = policy.lm_head.shape[0], {}, {(): 0.0}
     for place in range(length):
         prefixes = list(open_ends)
-        rows = torch.tensor([prompt + list(prefix) for prefix in prefixes])
+        rows = torch.tensor([prompt_token_ids + list(prefix) for prefix in prefixes])
         logprobs = (policy.trunk(rows, use_cache=False).logits[:, -1] / temperature).double().log_softmax(-1)
         longer = {
             (*prefix, v): open_ends[prefix] + logprobs[i, v].item()

@@ -18,7 +18,8 @@ from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
 from grpo.config.options import load
 from grpo.learner.batch import PackedRow, Sample
 from grpo.learner.head_learner import HeadLearner
-from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.learner.learner import Learner
+from grpo.learner.update import NonFiniteStep
 from grpo.mtp import coverage, mtp, rows_of
 from grpo.policy_source import find_policy, load_found
 from grpo.run import checkpoint

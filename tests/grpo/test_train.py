@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from grpo.config.yaml_file import parse_yaml
 from grpo.evaluation.held_out import HeldOut
-from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.learner.learner import Learner
+from grpo.learner.update import NonFiniteStep
 from grpo.loop import Run
 from grpo.run import checkpoint, resume
 from grpo.run.log import read_metrics, read_rollouts

@@ -8,8 +8,9 @@ import torch
 from rich.console import Console
 
 from grpo.config.run import SftConfig
-from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
+from grpo.learner.update import NonFiniteStep
 from grpo.loop import Run
 from grpo.run.log import RunLog
 from grpo.run.stop import StopSignal

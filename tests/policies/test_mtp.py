@@ -10,8 +10,9 @@ from transformers.modeling_layers import MtpModel
 
 from grpo.learner.batch import MicroBatch, PackedRow, Sample, collate
 from policies.decoding.absorbed import AbsorbedTrunk, new_cache
+from policies.decoding.draft_head import AbsorbedHead
 from policies.logprobs import logprobs_from_hidden
-from policies.mtp import DEPTH_DECAY, AbsorbedHead, MTPHead, draft_loss
+from policies.mtp import DEPTH_DECAY, MTPHead, draft_loss
 from policies.policy import Policy, PolicyError, digest
 
 CPU = torch.device("cpu")
@@ -53,17 +54,17 @@ def unrolled(policy, mini: MicroBatch, depth: int) -> list[torch.Tensor]:
         return policy.unroll(preceding(policy, mini), mini.token_ids, mini.position_ids, mini.head_visible, depth)
 
 
-def drafted(policy, prompt: list[int], completion: list[int], start: int, depth: int) -> list[torch.Tensor]:
+def drafted(policy, prompt_token_ids: list[int], completion: list[int], start: int, depth: int) -> list[torch.Tensor]:
     """Outputs [D] of depths 1 … depth of the chain that starts at `completion[start]`, as the engine makes them:
     entries of the prompt, then of the verified tokens one by one, then the chain, fed with the tokens that follow."""
     trunk = AbsorbedTrunk(policy.trunk, torch.float32, 64)
     head = AbsorbedHead(policy.mtp, trunk)
-    ids = torch.tensor([prompt + completion])
+    ids = torch.tensor([prompt_token_ids + completion])
     positions = torch.arange(ids.shape[1])[None]
     hidden = trunk(ids, positions, trunk.cache(1, ids.shape[1]))
     before = torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
-    cache = new_cache(head.config, 1, 1, len(prompt), torch.float32, CPU, first=1)
-    end = len(prompt)
+    end = len(prompt_token_ids)
+    cache = new_cache(head.config, 1, 1, end, torch.float32, CPU, first=1)
     head(ids[:, :end], before[:, :end], positions[:, :end], cache)
     cache.advance(end)
     cache = cache.fan_out(1, 32)

@@ -46,7 +46,7 @@ def test_contract_4_rows_that_waited_get_the_same_tokens(policy, max_rows, draft
 def test_finished_rows_leave_and_waiting_ones_take_their_places(policy, plain):
     engine = Engine(policy, max_rows=16)
     with torch.inference_mode():
-        decoding, seen = Decoding(engine, PROMPTS, replace(PARAMS, draft_tokens=2)), []
+        decoding, seen = Decoding(engine.decoder, PROMPTS, replace(PARAMS, draft_tokens=2)), []
         while not decoding.done:
             seen.append((decoding.alive, len(decoding.waiting)))
             decoding.forward()
@@ -64,7 +64,7 @@ def test_a_finished_row_is_no_longer_computed(policy):
     widths = []
     engine = Engine(policy)
     with torch.inference_mode():
-        decoding = Decoding(engine, PROMPTS, PARAMS)
+        decoding = Decoding(engine.decoder, PROMPTS, PARAMS)
         while not decoding.done:
             widths.append((decoding.alive, decoding.cache.rows))
             decoding.forward()

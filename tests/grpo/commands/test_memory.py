@@ -30,8 +30,9 @@ from grpo.config.loss import LossOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.learner.learner import CHUNK_ELEMENTS, Learner
+from grpo.learner.learner import Learner
 from policies.anatomy import anatomy
+from policies.logprobs import CHUNK_ELEMENTS
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from rollout.pool import LocalPool
 from rollout.worker import Worker

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample, collate, micro_batches, split_rows
-from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.learner.learner import Learner
 from grpo.learner.optimizer import schedule
+from grpo.learner.update import NonFiniteStep
 from policies.conversion.dense import convert_dense, frozen_parameter_names
 from policies.policy import Policy
 from rewards.group_score import GroupScore

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from grpo.config.options import load
 from grpo.config.run import SftConfig
-from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.learner.learner import Learner
+from grpo.learner.update import NonFiniteStep
 from grpo.policy_source import find_policy, load_found
 from grpo.run import checkpoint, log
 from grpo.run.best import best_step

@@ -13,7 +13,8 @@ import time
 import pytest
 
 from grpo.evaluation.held_out import HeldOut
-from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.learner.learner import Learner
+from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint, log, pool, stop
 from grpo.run.log import RunLog, read_metrics, read_rollouts
 from grpo.run.stop import GivenUp, Stopped, StopSignal

@@ -136,7 +136,7 @@ def test_contract_5_adapters_arrive_merged_and_later_weights_replace_them(hf_pol
 def test_prompts_are_stored_once_and_ended_rows_leave(hf_policy):
     engine = Engine(hf_policy("qwen2", 3))
     with torch.inference_mode():
-        batch = Decoding(engine, PROMPTS, PARAMS)
+        batch = Decoding(engine.decoder, PROMPTS, PARAMS)
         cache, widths = batch.cache, []
         assert isinstance(cache, RowCache)
         assert cache.latents.prefix.latents_LPTE.shape[1] == len(PROMPTS) * 2  # for each KV head, not for each row

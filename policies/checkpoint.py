@@ -1,0 +1,253 @@
+"""Reading and writing a policy's folder in the DeepSeek-V3 layout, with messages that say what is wrong with one.
+
+safetensors with the MTP head as layer `num_hidden_layers`, config.json and the tokenizer. Stock transformers loads the
+trunk from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from policies import lora
+from policies.contradictions import contradictions, refuse_type
+from policies.files import hub
+from policies.files.atomic import heed_umask, write_folder
+from policies.files.digests import DIGESTS, fault
+from policies.layout import (
+    PolicyError,
+    Shape,
+    WeightFiles,
+    check_tensors,
+    fill_head,
+    find_file,
+    head_state,
+    may_idle,
+    mtp_layers,
+    own_copies,
+    read_draft_vocabulary,
+    refuse_differences,
+    write_draft_vocabulary,
+)
+from policies.mtp import MTPHead
+
+LOGGER = logging.getLogger(__name__)
+NO_HEAD = (
+    "model=%r: config.json promises num_nextn_predict_layers=%d, but no MTP layer is stored (transformers drops them "
+    "when it saves): no draft head; add_mtp: true gives a fresh one"
+)
+OWN_COPIES = (
+    "model=%r: %s differ from the trunk's. The draft head uses the trunk's in their place, so it may draft worse than "
+    "it did (no token changes), and a policy that is saved does not hold them"
+)
+FURTHER_LAYERS = (
+    "model=%r has %d MTP layers: the first is trained and drafts at every depth, the others are kept and saved "
+    "as they are"
+)
+
+
+@dataclass
+class Checkpoint:
+    """What a folder holds of a policy; the fields are those of `policies.policy.Policy`."""
+
+    trunk: PreTrainedModel
+    mtp: MTPHead | None
+    tokenizer: PreTrainedTokenizerBase
+    draft_ids: Tensor | None = None
+    further_mtp: dict[str, Tensor] = field(default_factory=dict)
+
+
+def load(source: str | Path, dtype: torch.dtype, *, add_mtp: bool, seed: int) -> Checkpoint:
+    """See `Policy.load`."""
+    config = read_config(source)
+    files = WeightFiles(source)
+    if isinstance(config, DeepseekV3Config) and files.shapes:
+        check_tensors(files, config)
+    tokenizer = read_tokenizer(source)
+    trunk, report = _load_trunk(source, dtype)
+    if not isinstance(trunk, DeepseekV3ForCausalLM):
+        _check_report(source, config, report)
+        return Checkpoint(trunk, None, tokenizer)
+    policy, layers = Checkpoint(trunk, None, tokenizer), mtp_layers(config, files.shapes)
+    if layers or add_mtp:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            policy.mtp = MTPHead(trunk.config).cast(dtype)
+    elif config.num_nextn_predict_layers:
+        LOGGER.warning(NO_HEAD, files.source, config.num_nextn_predict_layers)
+    if policy.mtp is not None and layers:
+        fill_head(policy.mtp, files.read(f"model.layers.{layers[0]}."), layers[0])
+        for layer in layers[1:]:
+            policy.further_mtp |= files.read(f"model.layers.{layer}.")
+        if own := own_copies(files, layers[0], trunk):
+            LOGGER.warning(OWN_COPIES, files.source, ", ".join(own))
+    if policy.mtp is not None:
+        policy.draft_ids = read_draft_vocabulary(files.source, trunk.config.vocab_size)
+    if len(layers) > 1:
+        LOGGER.warning(FURTHER_LAYERS, files.source, len(layers))
+    return policy
+
+
+def _load_trunk(source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict]:
+    """The model, and what transformers says of its tensors."""
+    try:
+        with _quiet_loading() as logged:
+            trunk, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # `_check_report` refuses them by name
+                output_loading_info=True,
+            )
+    except (OSError, ValueError) as error:
+        raise _unreachable(source, error) from error
+    except RuntimeError as error:  # experts that cannot be stacked; transformers names them in its log alone
+        unfit = re.findall(r"^(\S+) +\| CONVERSION", "\n".join(record.getMessage() for record in logged), re.M)
+        if not unfit:
+            raise _unusable(source, "config.json or a weight", error) from error
+        raise PolicyError(f"model={str(source)!r} has experts missing or of unequal shapes: {unfit[:5]}") from error
+    except Exception as error:
+        raise _unusable(source, "config.json or a weight", error) from error
+    _refuse_untied(source, trunk)
+    return trunk, report
+
+
+def save(folder: Path, policy: Checkpoint) -> None:
+    """See `Policy.save`."""
+    trunk, config = policy.trunk, policy.trunk.config
+    state, further = lora.merged_state(trunk), mtp_layers(config, policy.further_mtp)
+    if policy.mtp is not None:
+        head = lora.merged_state(policy.mtp)
+        state |= head_state(config, config.num_hidden_layers, head, may_idle(config)) | policy.further_mtp
+    if isinstance(trunk, DeepseekV3ForCausalLM):
+        config.num_nextn_predict_layers = 0 if policy.mtp is None else 1 + len(further)
+    try:
+        with write_folder(folder) as partial:
+            with _quiet_loading():
+                trunk.save_pretrained(partial, state_dict=state)
+            heed_umask(partial)
+            policy.tokenizer.save_pretrained(partial)
+            if policy.draft_ids is not None:
+                write_draft_vocabulary(partial, policy.draft_ids)
+    except (OSError, SafetensorError) as error:
+        what = f"cannot write the policy to {folder}: {error}; needs {sum(t.nbytes for t in state.values())} bytes"
+        raise PolicyError(f"{what}: make room or use another disk; what was saved before is intact") from error
+
+
+def check_policy(folder: Path) -> None:
+    """Raises PolicyError where a file of a policy that a run has saved is not what it wrote.
+
+    A folder without digests passes: of another tool, or of an older version.
+    """
+    if (folder / DIGESTS).is_file() and (found := fault(folder, DIGESTS)):
+        raise PolicyError(
+            f"model={str(folder)!r} is damaged: {found}; restore the file from a copy, or delete "
+            f"{folder / DIGESTS} if you have changed the policy yourself"
+        )
+
+
+def read_config(source: str | Path) -> PretrainedConfig:
+    """The configuration of a folder or hub id. Raises PolicyError naming fields that contradict each other."""
+    if why := hub.why_absent(source):
+        raise _unreachable(source, why)
+    refuse_type(source)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        faults = list(contradictions(config))
+    except (OSError, ValueError) as error:
+        raise _unreachable(source, error) from error
+    except Exception as error:  # transformers reads a damaged file into whatever it meets first
+        raise _unusable(source, "config.json", error) from error
+    if faults:
+        raise PolicyError(f"model={str(source)!r}: config.json contradicts itself: " + "; ".join(faults))
+    return config
+
+
+def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id. Raises PolicyError where it is missing or damaged, and where the generation
+    config is: transformers passes over that in silence."""
+    name = "generation_config.json"
+    if why := hub.why_absent(source):
+        raise _unreachable(source, why)
+    try:
+        if find_file(str(source), name):
+            GenerationConfig.from_pretrained(source)
+        name = "its tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer.encode("2 + 3 = ?")  # some damage shows when it is used
+        return tokenizer
+    except Exception as error:  # transformers and tokenizers read a damaged file into whatever they meet first
+        raise PolicyError(
+            f"model={str(source)!r}: {name} is missing or damaged ({error}); copy or download it again"
+        ) from error
+
+
+def _refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:
+    """transformers keeps a stored LM head that differs from the embedding; what is built from the config would not."""
+    head = trunk.get_output_embeddings()
+    if trunk.config.tie_word_embeddings and head is not None and head.weight is not trunk.get_input_embeddings().weight:
+        raise PolicyError(
+            f"model={str(source)!r}: tie_word_embeddings=True in config.json contradicts the files, which hold an LM "
+            "head that differs from the embedding; set it to false, or remove the head's tensor"
+        )
+
+
+def _unusable(source: str | Path, what: str, error: Exception) -> PolicyError:
+    return PolicyError(f"model={str(source)!r}: {what} is not usable: {type(error).__name__}: {error}")
+
+
+def _unreachable(source: str | Path, error: Exception | str) -> PolicyError:
+    return PolicyError(
+        f"model={str(source)!r} is neither a preset, a checkpoint folder nor a reachable hub id: {error}"
+    )
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[list[logging.LogRecord]]:
+    """transformers logs the MTP layer's keys as unexpected; `_check_report` judges. Yields what was not shown."""
+    library, bars = logging.getLogger("transformers"), transformers_logging.is_progress_bar_enabled()
+    level, handlers, propagate = library.level, library.handlers, library.propagate
+    kept = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
+    library.handlers, library.propagate = [kept], False  # transformers propagates where CI is set
+    library.setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield kept.buffer
+    finally:
+        library.handlers, library.propagate = handlers, propagate
+        library.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_report(source: str | Path, config: PretrainedConfig, report: dict) -> None:
+    """Missing, misshapen and stray tensors are an error that names them; layers behind the last, MTP's, are none."""
+    stray = set(report["unexpected_keys"])
+    stray -= {n for layer in mtp_layers(config, stray) for n in stray if n.startswith(f"model.layers.{layer}.")}
+    found: dict[str, Shape] = dict.fromkeys(stray, ())
+    expected: dict[str, Shape] = dict.fromkeys(report["missing_keys"], ())
+    for name, stored, own in report["mismatched_keys"]:
+        found[name], expected[name] = tuple(stored), tuple(own)
+    refuse_differences(source, expected, found)

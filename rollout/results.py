@@ -1,0 +1,123 @@
+"""What is kept of every completion of a shard while it is decoded, and the groups that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rollout.group import Completion, DraftStats, FinishReason, Prompt, RolloutGroup
+from rollout.rows import Rows
+from rollout.stop_strings import StopStrings
+
+
+class Results:
+    """N completions of P prompts, [N] first everywhere, in the order of `Rows.index`: prompt · G + sample.
+
+    `room`: the most tokens that a completion may be given; `depth`: the most drafts of one forward.
+    """
+
+    def __init__(self, completions: int, room: int, depth: int, device: torch.device) -> None:
+        whole = {"dtype": torch.long, "device": device}
+        self.token_ids = torch.zeros(completions, room, **whole)
+        self.logprobs = torch.zeros(completions, room, device=device)
+        self.depths = torch.zeros(completions, room, dtype=torch.uint8, device=device)
+        self.counts = torch.zeros(completions, **whole)
+        # `cut`: stopped by a string, and not by a token
+        flags = (torch.zeros(completions, dtype=torch.bool, device=device) for _ in range(3))
+        self.stopped, self.aborted, self.cut = flags
+        self.forwards, self.fallbacks = torch.zeros(completions, **whole), torch.zeros(completions, **whole)
+        self.drafted, self.accepted = (torch.zeros(completions, depth, **whole) for _ in range(2))
+        self.routing: Tensor | None = None  # [N, room, MoE layers, k], made when the first prompts are read
+        self.prompt_routing: dict[int, Tensor] = {}
+        self.steps = torch.arange(room, device=device)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    # The `add` functions are called before `live.count` counts the new tokens.
+
+    def add(
+        self, live: Rows, ids_RS: Tensor, logprobs_RS: Tensor, kept_R: Tensor, stopped_R: Tensor, cut_R: Tensor | None
+    ) -> None:
+        """The first `kept_R` of these tokens are the next ones of the rows."""
+        at = self._places(live, live.count, ids_RS.shape[1])
+        self.token_ids[at], self.logprobs[at] = ids_RS, logprobs_RS
+        self.counts[live.index] = live.count + kept_R
+        self.stopped[live.index] |= stopped_R
+        if cut_R is not None:
+            self.cut[live.index] |= cut_R & stopped_R
+
+    def add_drafts(self, live: Rows, accepted_R: Tensor, kept_R: Tensor, depth: int, margin: bool) -> None:
+        steps, alive = self.steps[:depth], live.alive[:, None]
+        taken = (steps < torch.minimum(accepted_R, kept_R)[:, None]) & alive
+        self.accepted[live.index, :depth] += taken
+        self.depths[self._places(live, live.count, depth)] = ((steps + 1) * taken).to(torch.uint8)
+        if margin:
+            self.fallbacks[live.index] += live.alive & (accepted_R < depth)
+
+    def add_forward(self, live: Rows, depth: int) -> None:
+        self.forwards[live.index] += live.alive
+        if depth:
+            self.drafted[live.index, :depth] += live.alive[:, None]
+
+    def add_routing(self, live: Rows, experts: Tensor, new: int) -> None:
+        """`experts` [R · S, MoE layers, k]: those of each row's last token and of the drafts after it."""
+        assert self.routing is not None  # since the prefill
+        experts = experts.view(-1, new, *experts.shape[1:])
+        self.routing[self._places(live, live.count - 1, new)] = experts.to(torch.int16)
+
+    def add_prompt_routing(self, numbers: Sequence[int], experts: Tensor, lengths_P: Tensor, longest: int) -> None:
+        """`experts` [P · longest, MoE layers, k]: those of the prompts with these numbers."""
+        experts = experts.view(len(numbers), longest, *experts.shape[1:])
+        if self.routing is None:
+            shape = *self.token_ids.shape, *experts.shape[2:]
+            self.routing = torch.full(shape, -1, dtype=torch.int16, device=experts.device)
+        for i, row, length in zip(numbers, experts, lengths_P.tolist(), strict=True):
+            self.prompt_routing[i] = row[:length].to(torch.int16).cpu()
+
+    def groups(
+        self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, strings: StopStrings | None, version: int
+    ) -> list[RolloutGroup]:
+        completions = self._completions(tokenizer, strings, version)
+        size = len(completions) // max(len(prompts), 1)
+        return [
+            RolloutGroup(prompt, completions[i * size : (i + 1) * size], self.prompt_routing.get(i))
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _completions(
+        self, tokenizer: PreTrainedTokenizerBase, strings: StopStrings | None, version: int
+    ) -> list[Completion]:
+        stats = zip(*(x.tolist() for x in (self.forwards, self.drafted, self.accepted, self.fallbacks)), strict=True)
+        rows = (self.counts, self.token_ids, self.logprobs, self.depths, self.stopped, self.aborted, self.cut)
+        routing = None
+        if self.routing is not None:
+            routing = self.routing.cpu()
+            # No token follows the last one, so it was not read for one: its place holds some draft's experts, or none.
+            routing[torch.arange(len(routing)), self.counts.cpu() - 1] = -1
+        completions = []
+        for row, (count, token_ids, logprobs, depths, stopped, aborted, cut) in enumerate(
+            zip(*(x.tolist() for x in rows), strict=True)
+        ):
+            ids = token_ids[:count]
+            text = str(tokenizer.decode(ids[:-1] if stopped and not cut else ids))
+            reason: FinishReason = "abort" if aborted else "stop" if stopped else "length"
+            completions.append(
+                Completion(
+                    token_ids=ids,
+                    logprobs=logprobs[:count],
+                    text=strings.cut(text) if strings else text,
+                    finish_reason=reason,
+                    policy_version=version,
+                    draft=DraftStats(*next(stats), depths[:count]),
+                    routing=None if routing is None else routing[row, :count],
+                )
+            )
+        return completions
+
+    def _places(self, live: Rows, start_R: Tensor, new: int) -> tuple[Tensor, Tensor]:
+        """Where `new` tokens of each row go, from `start_R` on."""
+        return live.index[:, None], start_R[:, None] + self.steps[:new]

@@ -1,0 +1,66 @@
+"""The rows of a shard that are being decoded, and the prompts that they continue: what shard and drafter share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Prefilled:
+    """Prompts of one prefill, by number, and their hidden states, which the draft head reads if it ever drafts."""
+
+    numbers_P: Tensor
+    token_ids_PT: Tensor
+    hidden_PTD: Tensor
+    lengths_P: Tensor
+
+
+@dataclass
+class Rows:
+    """State of the live rows, [R] first everywhere. A row that has ended stays until `select` leaves it out.
+
+    The draft head reads a token only when it next drafts after it. Until then the token is kept in `unread_tokens`, and
+    the hidden state that precedes it in `unread_hidden`: many of them where nothing was drafted for long.
+    """
+
+    index: Tensor  # prompt · G + sample: the row's place in the results
+    keys_R2: Tensor  # of its noise
+    prompt_length: Tensor
+    last: Tensor  # its newest token, which the trunk has not read yet
+    count: Tensor  # tokens of its completion so far, `last` included
+    alive: Tensor  # False once it has ended
+    unread: Tensor  # how many tokens the head has not read
+    unread_tokens: Tensor
+    unread_hidden: Tensor
+
+    @classmethod
+    def start(cls, index: Tensor, keys_R2: Tensor, prompt_length: Tensor, hidden_RD: Tensor, unread: int) -> Rows:
+        """Rows without a token, with room for `unread` tokens that the head has yet to read."""
+        empty = torch.zeros_like(index)
+        return cls(
+            index=index,
+            keys_R2=keys_R2,
+            prompt_length=prompt_length,
+            last=empty,
+            count=empty,
+            alive=torch.ones_like(index, dtype=torch.bool),
+            unread=empty,
+            unread_tokens=index.new_zeros(len(index), unread),
+            unread_hidden=hidden_RD.new_zeros(len(index), unread, hidden_RD.shape[-1]),
+        )
+
+    @property
+    def every(self) -> Tensor:
+        """0 … R - 1, to name each row in an index."""
+        return torch.arange(len(self.index), device=self.index.device)
+
+    def select(self, kept: Tensor) -> Rows:
+        return Rows(**{name: value[kept] for name, value in vars(self).items()})
+
+    @staticmethod
+    def concat(parts: Sequence[Rows]) -> Rows:
+        return Rows(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
