@@ -137,7 +137,7 @@ def perplexity(policy: Policy, blocks: Tensor, tokens_at_once: int = 8192) -> fl
     learner = Learner(policy, LearnerOptions(), MTPOptions(loss_weight=0))
     total = 0.0
     for mini in micro_batches(rows(blocks), tokens_at_once, policy.device):
-        total -= learner._forward(mini).logprobs.sum().item()
+        total -= learner.likelihood.forward(mini).logprobs.sum().item()
     return math.exp(total / (blocks.numel() - len(blocks)))
 
 

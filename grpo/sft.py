@@ -39,8 +39,9 @@ def sft(
     with Task.of(config) as task, Run.open(config, steps, task.scorer.describe(), ranks=ranks, **flags) as run:
         task.record_split(run.log)
         policy = load_policy(config, task.corpus())
+        results = {}
         if run.step == 0:
-            results = _evaluate("before", run, task, policy)
+            results |= _evaluate("before", run, task, policy)
         supervise(policy, task, run)
         if not run.ended_before:
             results |= _evaluate("after", run, task, policy)

@@ -129,7 +129,7 @@ def _base(run: Run, learner: Learner) -> dict[str, BaseWeights]:
             raise ValueError(f"{changed}, or use --force to go on with the new ones")
         run.log.event("base_changed", step=run.start, what=changed)
 
-    return {"base": BaseWeights(learner.policy, learner.state()[0]["policy"], source, on_change)}
+    return {"base": BaseWeights(learner.policy, learner.state()[0]["policy"], source, run.start, on_change)}
 
 
 def _save_best(run: Run, learner: Learner) -> None:

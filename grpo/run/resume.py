@@ -75,11 +75,13 @@ class BaseWeights:
     """The weights under the adapters of a LoRA run, as a part of its checkpoints: their digest.
 
     Adapters mean something on their own base weights alone. `trained` are the names of the weights that a checkpoint
-    holds, `source` is the option or folder that the others came from.
+    holds, `source` is the option or folder that the others came from, `step` the step that the run goes on from.
     """
 
-    def __init__(self, policy: Policy, trained: Collection[str], source: str, on_change: Callable[[str], None]) -> None:
-        self.source, self.on_change = source, on_change
+    def __init__(
+        self, policy: Policy, trained: Collection[str], source: str, step: int, on_change: Callable[[str], None]
+    ) -> None:
+        self.source, self.step, self.on_change = source, step, on_change
         self.digest = base_digest(policy, trained)
 
     def state_dict(self) -> str:
@@ -88,7 +90,7 @@ class BaseWeights:
     def load_state_dict(self, then: str) -> None:
         """Calls `on_change` with the reason where the adapters of a checkpoint belong on other weights."""
         if then != self.digest:
-            self.on_change(_other_base(self.source, then, self.digest))
+            self.on_change(_other_base(self.source, self.step, then, self.digest))
 
 
 def base_digest(policy: Policy, kept: Collection[str]) -> str:
@@ -110,13 +112,13 @@ def base_changed(policy: Policy, saved: Checkpoint, source: str) -> str | None:
     """
     then = saved.state.get("base")
     now = base_digest(policy, saved.tensors["policy"]) if then else None
-    return None if then is None or now is None or then == now else _other_base(source, then, now)
+    return None if then is None or now is None or then == now else _other_base(source, saved.step, then, now)
 
 
-def _other_base(source: str, then: str, now: str) -> str:
+def _other_base(source: str, step: int, then: str, now: str) -> str:
     return (
-        f"{source}: the base weights are not those that the checkpoint's adapters were trained on (digest {then} then, "
-        f"{now} now); put back the files that the run began with, or start a new run in another output_dir"
+        f"{source}: the base weights are not those that the adapters of step {step} were trained on (digest "
+        f"{then} then, {now} now); put back the files that the run began with, or start a new run in another output_dir"
     )
 
 

@@ -56,7 +56,7 @@ def test_contract_10_packed_is_padded(hf_policy, kind, attention):
     policy = hf_policy(kind, 1, **KINDS[kind])
     policy.trunk.set_attn_implementation(attention)
     learner = Learner(policy, LearnerOptions(), MTPOptions())
-    packed = learner._forward(collate([_row()], CPU)).logprobs
+    packed = learner.likelihood.forward(collate([_row()], CPU)).logprobs
     padded = _padded_logprobs(policy)
     assert (packed - padded).abs().max() < 1e-4
     assert padded.abs().max() > 1

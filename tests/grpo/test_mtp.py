@@ -372,8 +372,8 @@ def test_grpo_and_this_command_teach_the_head_the_same_loss(random_policy, trims
             if kind == "lesson":
                 loss = learner._lesson_loss(lesson, 3, "kl") * lesson.tokens / tokens
             else:
-                teaching = {id(row): 1 / tokens for row in rows}
-                loss = Learner._head_loss(learner, lesson.mini, learner._forward(lesson.mini), teaching, _Sums())
+                out, taught = learner.likelihood.forward(lesson.mini), {row.group: 1 / tokens for row in rows}
+                loss = Learner._head_loss(learner, lesson.mini, out, taught, _Sums())
             loss.backward()
         gradients.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

@@ -10,7 +10,7 @@ from rich.console import Console
 from grpo.config.run import SftConfig
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
-from grpo.learner.update import NonFiniteStep
+from grpo.learner.update import NonFiniteStep, Update
 from grpo.loop import Run
 from grpo.run.log import RunLog
 from grpo.run.stop import StopSignal
@@ -124,13 +124,13 @@ def test_a_warm_start_that_diverges_says_so(micro_policy, micro_config, tmp_path
 def test_steps_that_are_not_finite_can_be_skipped_and_not_too_many_in_a_row(
     micro_policy, micro_config, tmp_path, monkeypatch
 ):
-    backward, losses = Learner._backward, []
+    backward, losses = Update.backward, []
 
-    def failing_backward(self, loss, step):
+    def failing_backward(self, loss, step, ranks):
         losses.append(step)
-        backward(self, loss * math.nan if step in failing else loss, step)
+        backward(self, loss * math.nan if step in failing else loss, step, ranks)
 
-    monkeypatch.setattr(Learner, "_backward", failing_backward)
+    monkeypatch.setattr(Update, "backward", failing_backward)
     given = {"learner.on_non_finite": "skip", "learner.max_skipped_in_a_row": 1}
     failing = {1, 3}
     policy, before = micro_policy(0), micro_policy(0)

@@ -218,7 +218,7 @@ def test_a_run_with_another_reward_records_shows_and_keeps_by_the_mean_reward(ru
 
     text = _text(shown)
     assert "reward, mean" in text
-    assert f"{results['evaluations']['after GRPO, sampled'].reward_mean:.3f}" in text
+    assert f"{results.evaluations['after GRPO, sampled'].reward_mean:.3f}" in text
     assert "correct" not in text
     assert "accuracy" not in text
 

@@ -102,7 +102,7 @@ def test_a_failing_reward_does_not_end_an_evaluation(trained, tmp_path):
     evaluation = evaluate_model(config, QUIET)
     sampled = evaluation.results["sampled"]
     assert (sampled.completions, sampled.without_mark, sampled.abstained, sampled.accuracy) == (2, 8, 0, 1.0)
-    document = eval_report.as_json(evaluation).evaluations["sampled"]
+    document = eval_report.as_json(evaluation)["evaluations"]["sampled"]
     assert document["failures"] == {"picky: raised": 8}
     assert document["first_failures"][0]["message"].startswith("ValueError: not this one")
     shown = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115

@@ -349,7 +349,7 @@ def test_adapters_whose_base_has_changed_are_refused(runs, base, random_policy, 
     other.save(tmp_path / "other")
     config = yaml.safe_load((folder / "config.yaml").read_text()) | {"model": str(tmp_path / "other")}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(PolicyError, match="other': the base weights are not those that the checkpoint.s adapters"):
+    with pytest.raises(PolicyError, match="other': the base weights are not those that the adapters of step 2"):
         export(folder, tmp_path / "out", adapter=True)
     # A checkpoint of an older version names no base: the sum of base and adapters tells.
     saved = folder / "checkpoints/step_000002"

@@ -14,8 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample, collate, micro_batches, split_rows
+from grpo.learner.draft_head import teaching
 from grpo.learner.learner import Learner
 from grpo.learner.optimizer import schedule
+from grpo.learner.prepare import tokens_in_loss
 from grpo.learner.update import NonFiniteStep
 from policies.conversion.dense import convert_dense, frozen_parameter_names
 from policies.policy import Policy
@@ -79,7 +81,7 @@ def _all_logprobs(learner: Learner, rows: list[PackedRow], budget: int) -> dict[
     """The learner's log-probabilities of every sample, by its index."""
     found = {}
     for mini in micro_batches(rows, budget, CPU):
-        scored = learner._forward(mini).logprobs
+        scored = learner.likelihood.forward(mini).logprobs
         found |= {s.index: scored[c, : len(s.token_ids)].tolist() for c, s in enumerate(mini.samples)}
     return found
 
@@ -153,7 +155,7 @@ def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy, temper
     expected_loss = torch.zeros(())
     with torch.no_grad():
         mini = collate(rows, CPU)
-        out = learner._forward(mini)
+        out = learner.likelihood.forward(mini)
         packed = policy.unroll(out.preceding, mini.token_ids, mini.position_ids, mini.head_visible, depth)
         for b, row in enumerate(rows):
             start = first = len(row.prompt_token_ids)
@@ -167,7 +169,7 @@ def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy, temper
                         draft = (policy.trunk.lm_head(output) / temperature).log_softmax(-1)
                         expected_loss += weights[d - 1] / sum(weights) * (teacher.exp() * (teacher - draft)).sum()
                 start += len(sample.token_ids)
-        loss = learner._head_loss(mini, out, learner._teaching(rows, step=1), Counter())
+        loss = learner._head_loss(mini, out, teaching(learner.policy, learner.mtp, rows, step=1), Counter())
     torch.testing.assert_close(loss, 2.0 * expected_loss / tokens, rtol=1e-4, atol=1e-6)
 
 
@@ -206,7 +208,8 @@ def test_contract_10_a_tied_group_adds_nothing_and_stays_in_the_denominator(micr
     assert (batch.tied_groups, batch.num_samples, batch.num_completion_tokens) == (1, 9, 28)
     whole.step(batch, 1)
     part.step(part.prepare(groups[:2], _scores(REWARDS[:2])), 1)
-    assert batch.tokens_read == 21  # its forward was spared
+    read = whole._rows_that_count(batch.rows, anchored=False, taught={})  # its forward was spared
+    assert sum(tokens_in_loss(row.samples, whole.loss) for row in read) == 21
     _assert_close(_gradients(whole.policy), {n: g * 21 / 28 for n, g in _gradients(part.policy).items()})
 
 
@@ -775,9 +778,8 @@ def test_a_batch_of_truncated_completions_is_no_failure(micro_policy):
 def test_the_head_learns_every_so_many_steps_from_another_share_of_the_groups(micro_policy):
     policy = micro_policy(0)
     learner = _learner(policy, mtp=1.0, every=2, share=0.5)
-    rows = [PackedRow([5], [Sample(i, [1, 2])]) for i in range(4)]
-    place = {id(row): i for i, row in enumerate(rows)}
-    chosen = {step: [place[row] for row in learner._teaching(rows, step)] for step in range(1, 7)}
+    rows = [PackedRow([5], [Sample(i, [1, 2])], group=i) for i in range(4)]
+    chosen = {step: list(teaching(learner.policy, learner.mtp, rows, step)) for step in range(1, 7)}
     assert chosen == {1: [], 2: [1, 3], 3: [], 4: [0, 2], 5: [], 6: [1, 3]}
     before = {name: p.detach().clone() for name, p in policy.mtp.named_parameters()}
     metrics = learner.step(learner.prepare(_groups(policy), _scores()), 1)

@@ -333,7 +333,7 @@ def test_a_forced_resume_puts_adapters_on_other_base_weights_and_says_so(micro_c
     assert [event["step"] for event in events if event["event"] == "base_changed"] == [1]
     # What is saved from now on belongs to the new base, and an earlier version's checkpoint names none.
     saved = checkpoint.load(tmp_path / "run" / "checkpoints/step_000002")
-    policy = load_found(find_policy(str(tmp_path / "run/checkpoints/step_000002")), config)
+    policy = load_found(find_policy(str(tmp_path / "run/checkpoints/step_000002")), config, merged=False)
     assert base_changed(policy, saved, "") is None
     del saved.state["base"]
     assert base_changed(micro_policy(0), saved, "") is None
@@ -528,7 +528,7 @@ def test_contract_9_supervised_fine_tuning_resumes_to_the_same_bits(micro_preset
     assert list(results.evaluations) == [
         f"{when}, {how}" for when in ("before", "after") for how in ("sampled", "greedy")
     ]
-    with pytest.raises(Stopped, match=f"stopped after step {k} of the warm start; go on with --resume auto"):
+    with pytest.raises(Stopped, match=f"stopped after step {k}; go on with --resume auto"):
         sft(_sft_config(micro_preset, folder, **given), stop_after=k)
     assert not (folder / "policy").exists()
     assert list(checkpoint.saved(folder / "checkpoints")) == [step for step in (2, 4) if step <= k] + [k] * (k % 2)
@@ -584,7 +584,7 @@ def test_contract_9_supervised_fine_tuning_is_stopped_by_a_signal(micro_preset, 
         return step(self, rows, number)
 
     monkeypatch.setattr(Learner, "sft_step", interrupted)
-    with pytest.raises(Stopped, match="stopped after step 3 of the warm start; go on with --resume auto"):
+    with pytest.raises(Stopped, match="stopped after step 3; go on with --resume auto"):
         sft(_sft_config(micro_preset, tmp_path / "run", **{"checkpoint.every": 100}))
     assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [3]
 

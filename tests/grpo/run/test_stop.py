@@ -14,7 +14,7 @@ import pytest
 
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
-from grpo.learner.update import NonFiniteStep
+from grpo.learner.update import NonFiniteStep, Update
 from grpo.run import checkpoint, log, pool, stop
 from grpo.run.log import RunLog, read_metrics, read_rollouts
 from grpo.run.stop import GivenUp, Stopped, StopSignal
@@ -118,7 +118,7 @@ def test_contract_9_the_step_in_progress_is_given_up_between_two_micro_batches(
         def second_step(self, batch, number, *rest):
             if number == 2:
                 losses.clear()
-                _at_call(patch, Learner, "_backward", 2)
+                _at_call(patch, Update, "backward", 2)
             return step(self, batch, number, *rest)
 
         patch.setattr(Learner, "step", second_step)
@@ -210,7 +210,7 @@ REWARD = RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom")
         (Task, "score", 4, REWARD, 1),  # two in the evaluation before GRPO, then one a step
         (LocalPool, "sample", 4, RolloutError("workers died 4 times"), 1),
         (LocalPool, "publish", 3, RolloutError("workers died 4 times"), 2),  # one before step 1, then one a step
-        (Learner, "_backward", 3 + 4, NonFiniteStep("the loss is nan"), None),  # the warm start takes the first three
+        (Update, "backward", 3 + 4, NonFiniteStep("the loss is nan"), None),  # the warm start takes the first three
         (RunLog, "rollouts", 3, FULL, 2),
         (HeldOut, "evaluate", 2, REWARD, 3),
         (Learner, "sft_step", 3, NonFiniteStep("the loss is nan"), "warm start"),
