@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 
+from grpo.algorithm import own
 from grpo.collector import Collector
+from grpo.config.reward import with_rewards
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum
-from grpo.evaluation.evaluate import Speed, measure_speed
 from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.build import grpo_learner
@@ -24,19 +26,25 @@ from grpo.sft import supervise
 from grpo.task import Task
 from policies.files.digests import write_digests
 from policies.policy import Policy
+from rewards.protocol import Reward
 
 
 def train(
     config: TrainConfig,
     *,
+    reward: Reward | Sequence[Reward] | None = None,
     resume: str | None = None,
     stop_after: int | None = None,
     force: bool = False,
     ranks: Ranks = ALONE,
 ) -> Result:
-    """The policy is saved to `output_dir/policy`. Raises Stopped when the run was asked to end early."""
+    """The policy is saved to `output_dir/policy`. `reward` are functions of this process in place of `config.rewards`.
+
+    Raises Stopped when the run was asked to end early.
+    """
     check_options(config)
-    config = with_threads(config, resume)
+    own.check(config.loss)
+    config = with_threads(with_rewards(config, reward), resume)
     flags = {"resume": resume, "stop_after": stop_after, "force": force}
     with Task.of(config) as task, Run.open(config, config.steps, task.scorer.describe(), ranks=ranks, **flags) as run:
         task.record_split(run.log)
@@ -70,7 +78,7 @@ def train(
                         held_out.evaluate(step)
                 if not run.ended_before:
                     held_out.evaluate(run.last, "after GRPO")
-                speeds = _speeds(held_out, config)
+                speeds = held_out.speeds()
             save_policy(policy, run.folder / "policy", run.last)
             if config.checkpoint.keep_best:
                 _save_best(run, learner)
@@ -138,10 +146,3 @@ def _save_best(run: Run, learner: Learner) -> None:
         learner.load_state(found.tensors, found.state["learner"])
         save_policy(learner.policy, run.folder / "best_policy", best)
         run.log.event("best", step=best, folder=str(run.folder / "best_policy"))
-
-
-def _speeds(held_out: HeldOut, config: TrainConfig) -> list[Speed]:
-    """Sampling with and without drafts, where it was asked for."""
-    if not (config.log.measure_speed and held_out.prompts and held_out.sampling.draft_tokens != 0):
-        return []
-    return measure_speed(held_out.pool, held_out.prompts, held_out.sampling, rows=(1, 8, 32))

@@ -7,9 +7,11 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rewards.protocol import Reward, RewardError, did_you_mean
 from rewards.reached_code import code_sha256
@@ -32,6 +34,9 @@ BUILT_IN = {
     "column": "rewards.built_in.column",
     "reasoning_gym": "rewards.built_in.reasoning",
 }
+
+
+CALLABLES: dict[str, Reward] = {}  # functions of this process that were handed over from Python
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,20 @@ def find_reward(function: str) -> Source:
                 f"Built in: {', '.join(BUILT_IN)}. Name your own as path/to/file.py:function"
             )
         return Source(function, function)
+    if file == "python":
+        if function not in CALLABLES:
+            raise RewardError(
+                f"reward {function!r} was a function of a script: run it from there, train(..., reward=...)"
+            )
+        return Source(function, attribute)
+    return _source(function, "reward")
+
+
+def _source(function: str, what: str) -> Source:
+    file, _, attribute = function.rpartition(":")
     path = Path(file).expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
-        raise RewardError(f"reward {function!r}: {path} is not a Python file that is there")
+        raise RewardError(f"{what} {function!r}: {path} is not a Python file that is there")
     return Source(function, attribute, str(path), path.read_bytes())
 
 
@@ -78,20 +94,39 @@ def load_reward(function: str | Source) -> Reward:
     [1.0]
     """
     source = find_reward(function) if isinstance(function, str) else function
+    if source.function in CALLABLES:
+        return CALLABLES[source.function]
     module = _module_of(source) if source.path else importlib.import_module(BUILT_IN[source.function])
-    reward = getattr(module, source.attribute, None)
-    if not callable(reward) or isinstance(reward, type):
+    return _attribute_of(module, source, "reward")
+
+
+def load_function(function: str, what: str) -> Callable[..., Any]:
+    """The function that `path/to/file.py:function` names; `what` is the option that errors name. Raises RewardError."""
+    source = _source(function, what)
+    return _attribute_of(_module_of(source), source, what)
+
+
+def name_callable(reward: Reward) -> str:
+    """A name for a function of this process, by which a run can ask for it: `python:short`. It cannot be isolated."""
+    name = f"python:{getattr(reward, '__name__', type(reward).__name__)}"
+    CALLABLES[name] = reward
+    return name
+
+
+def _attribute_of(module: ModuleType, source: Source, what: str) -> Callable[..., Any]:
+    found = getattr(module, source.attribute, None)
+    if not callable(found) or isinstance(found, type):
         own = [
             name
             for name, value in vars(module).items()
             if callable(value) and not isinstance(value, type) and getattr(value, "__module__", "") == module.__name__
         ]
-        what = "is no function" if hasattr(module, source.attribute) else "is not there"
+        fault = "is no function" if hasattr(module, source.attribute) else "is not there"
         raise RewardError(
-            f"reward {source.function!r}: {source.attribute!r} {what}{did_you_mean(source.attribute, own)}. "
+            f"{what} {source.function!r}: {source.attribute!r} {fault}{did_you_mean(source.attribute, own)}. "
             f"{source.path} defines: {', '.join(own) or 'no function'}"
         )
-    return reward
+    return found
 
 
 class _ReadOnce(importlib.abc.SourceLoader):

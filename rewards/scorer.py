@@ -11,6 +11,7 @@ from typing import Any
 from rewards.group_score import FailurePolicy, GroupScore, GroupTally, RewardFailed, RewardFailure
 from rewards.isolation.pool import ThisProcess, WorkerPool
 from rewards.protocol import Messages, RewardError, RightAt
+from rewards.registry import CALLABLES
 from rewards.spec import Group, RewardFunction, RewardSpec, check_specs
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ class Scorer:
 
     `timeout_s` limits each call, of a batch (at most 256 completions) as of one completion alone. Raises RewardError
     when a function cannot be loaded, or asks for a column that is not among `columns`. `isolated=False` calls the
-    functions in this process, without a limit: for a debugger, and to see that the scores are the same.
+    functions in this process, without a limit: for a debugger, and to see that the scores are the same. A function that
+    was handed over from Python (`registry.name_callable`) has no file for a worker to load: then all are called here.
     `pass_variables` are environment variables for the workers besides the usual few (`rewards.isolation.variables`).
 
     >>> with Scorer([RewardSpec("gsm8k"), RewardSpec("gsm8k_format", weight=0.5)], columns=["answer"]) as scorer:
@@ -65,7 +67,7 @@ class Scorer:
         named = [*pass_variables, *(name for name in tokens if name)]
         self._pool: WorkerPool | ThisProcess = (
             WorkerPool(descriptions, size=workers, timeout_s=timeout_s, pass_variables=named)
-            if isolated
+            if isolated and not any(spec.function in CALLABLES for spec in specs)
             else ThisProcess(descriptions)
         )
         try:

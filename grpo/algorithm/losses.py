@@ -23,6 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from grpo.algorithm import own
 from grpo.algorithm.surrogates import (
     cispo_surrogate,
     clipped_surrogate,
@@ -64,6 +65,7 @@ def policy_loss(
     (tensor(-0.4667), tensor(0.6667))
     """
     options = options or LossOptions()
+    denominators = own.aggregate_of(options.loss_type)
     num_tokens = max(1, int(mask.sum()) if num_completion_tokens is None else num_completion_tokens)
     num_sequences = len(mask) if num_sequences is None else num_sequences
 
@@ -71,7 +73,7 @@ def policy_loss(
         return x.masked_fill(~mask, 0.0)
 
     def summand(per_token: Tensor) -> Tensor:
-        return aggregate(per_token, mask, options.loss_type, num_sequences, num_tokens, max_completion_length)
+        return aggregate(per_token, mask, denominators, num_sequences, num_tokens, max_completion_length)
 
     policy_logprobs = on_mask(policy_logprobs)
     old_logprobs = policy_logprobs.detach() if old_logprobs is None else on_mask(old_logprobs)
@@ -202,6 +204,8 @@ def _objective(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective of each token, and which tokens a clip holds back, by metric."""
     epsilon, epsilon_high = options.epsilon, options.epsilon_high
+    if own.is_own(options.loss_type):
+        return own.objective_of(options.loss_type)(ratio, advantages, policy_logprobs, options), {}
     match options.loss_type:
         case "reinforce":
             return advantages * policy_logprobs, {}

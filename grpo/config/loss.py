@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,21 +18,24 @@ Advantage = Literal[
     "group_relative", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae", "rank_softmax"
 ]
 
+Own = Annotated[str, Field(pattern=r"\.py:\w+$")]  # path/to/file.py:function
+
 
 class LossOptions(Options):
     """The policy loss; names, meanings and defaults are TRL's where both have them."""
 
-    loss_type: LossType = "dapo"
-    """Aggregation and surrogate: grpo, dr_grpo, dapo, bnpo, cispo, sapo, or reinforce (−Â·log π, a token mean)."""
+    loss_type: LossType | Own = "dapo"
+    """Aggregation and surrogate: grpo, dr_grpo, dapo, bnpo, cispo, sapo, or reinforce (−Â·log π, a token mean); or
+    `path/to/file.py:function`, marked with `@grpo.objective`."""
     importance_sampling_level: Level = "token"
     """`token`, or `sequence` (GSPO)."""
     scale_rewards: ScaleRewards = "group"
     """Which standard deviation divides a group's centred rewards."""
     multi_objective_aggregation: Aggregation = "sum_then_normalize"
     """Several rewards: sum and normalise, or normalise each first."""
-    advantage: Advantage = "group_relative"
+    advantage: Advantage | Own = "group_relative"
     """The estimator. `gae` is PPO, `rank_softmax` weighs GAE by rank in the group (loss_type reinforce); both use the
-    value head (`value`)."""
+    value head (`value`). Or `path/to/file.py:function`, marked with `@grpo.advantage`."""
     epsilon: float = Field(default=0.2, ge=0)
     """Clip range below 1."""
     epsilon_high: float | None = Field(default=None, ge=0)

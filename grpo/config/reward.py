@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from grpo.config.options import Options
 from rewards.group_score import FailurePolicy
-from rewards.protocol import RewardError
+from rewards.protocol import Reward, RewardError
+from rewards.registry import name_callable
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 class FunctionOptions(Options):
@@ -93,3 +97,11 @@ class RewardsOptions(Options):
     reward_models: list[RewardModelOptions] = Field(default_factory=list)
     """Models that score completions beside the policy."""
     reward: ScoringOptions = ScoringOptions()
+
+
+def with_rewards(config: Config, reward: Reward | Sequence[Reward] | None) -> Config:
+    """`config` with these functions of this process as its rewards; they are called here, without a time limit."""
+    if reward is None:
+        return config
+    functions = reward if isinstance(reward, Sequence) else [reward]
+    return config.model_copy(update={"rewards": [RewardOptions(function=name_callable(one)) for one in functions]})

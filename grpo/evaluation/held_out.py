@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.evaluation.evaluate import Evaluation, Speed, evaluate_run
+from grpo.evaluation.evaluate import Evaluation, Speed, evaluate_run, measure_speed
 from grpo.run.log import RunLog, read_metrics
 from grpo.sampling import sampling_params
 from grpo.task import Task
@@ -58,6 +58,12 @@ class HeldOut:
         named = {f"{when}, {way}" if when else way: result for way, result in found.items()}
         self.results |= named if when else {}
         return named
+
+    def speeds(self) -> list[Speed]:
+        """Of sampling with and without drafts at 1, 8 and 32 rows, where it was asked for."""
+        if not (self.config.log.measure_speed and self.prompts and self.sampling.draft_tokens != 0):
+            return []
+        return measure_speed(self.pool, self.prompts, self.sampling, rows=(1, 8, 32))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from grpo.algorithm import own
 from grpo.algorithm.losses import entropy_threshold, mask_truncated_completions, policy_loss
 from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
 from grpo.config.loss import CorrectionMode, LossOptions, ValueOptions
@@ -179,7 +180,7 @@ class Learner:
     ) -> list[PackedRow]:
         """A tied group's loss is exactly zero: unless something else needs its forward, it is spared."""
         needed = anchored or self.value_head is not None or self.loss.top_entropy_quantile < 1
-        needed |= self.loss.loss_type == "bnpo"  # which counts the tokens of its micro-batch
+        needed |= own.aggregate_of(self.loss.loss_type) == "bnpo"  # which counts the tokens of its micro-batch
         return [row for row in rows if needed or not row.tied or row.group in taught]
 
     def sft_step(self, rows: Sequence[PackedRow], step: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from grpo.algorithm import advantages
+from grpo.algorithm import advantages, own
 from grpo.config.loss import LossOptions, ValueOptions
 from grpo.learner.batch import MicroBatch, Sample, TrainingBatch, split_rows
 from grpo.learner.value import with_token_advantages
@@ -25,6 +25,8 @@ def estimate(
 ) -> tuple[Tensor, Tensor]:
     """Advantages [P, G] by `loss.advantage`, and which groups are tied [P]. Zeros where a value function is needed."""
     rewards_PG = [score.rewards for score in scores]
+    if own.is_own(loss.advantage):
+        return own.estimate(loss.advantage, rewards_PG)
     match loss.advantage:
         case "gae" | "rank_softmax":
             return torch.zeros(len(scores), len(rewards_PG[0])), advantages.tied_groups(rewards_PG)

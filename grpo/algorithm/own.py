@@ -1,0 +1,89 @@
+"""Advantage estimators and objectives of the user's own, named by file as rewards are.
+
+    from grpo import advantage, objective
+
+    @advantage
+    def centred(rewards_PG):                   # loss.advantage: mine.py:centred; NaN where there is no reward
+        return rewards_PG - rewards_PG.nanmean(1, keepdim=True)
+
+    @objective(aggregate="dapo")               # loss.loss_type: mine.py:plain
+    def plain(ratio, advantages, policy_logprobs, options):
+        return ratio * advantages              # [B, T], to be raised
+
+The code runs in the process that learns, so it is trusted as the user's own program is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from grpo.algorithm.advantages import tied_groups
+from grpo.config.loss import LossOptions, LossType
+from rewards.registry import load_function
+
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+Objective = Callable[[Tensor, Tensor, Tensor, LossOptions], Tensor]
+
+
+def advantage(function: Function) -> Function:
+    """Marks a function rewards [P, G] -> advantages [P, G] for `loss.advantage`. NaN is a completion without reward."""
+    function.quartet = "advantage"  # type: ignore[attr-defined]
+    return function
+
+
+def objective(*, aggregate: LossType) -> Callable[[Function], Function]:
+    """Marks a function (ratio, advantages, policy_logprobs, options) -> objective, each [B, T], for `loss.loss_type`.
+
+    `aggregate` names the loss whose denominators it has: see `losses.aggregate`.
+    """
+
+    def mark(function: Function) -> Function:
+        function.quartet, function.aggregate = "objective", aggregate  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def is_own(name: str) -> bool:
+    return ":" in name
+
+
+def estimate(name: str, rewards_PG: Sequence[Sequence[float | None]]) -> tuple[Tensor, Tensor]:
+    """Advantages [P, G] by the user's estimator, zero where there is no reward, and which groups are tied [P].
+
+    Raises ValueError where the result has another shape or is not finite.
+    """
+    rewards = torch.tensor([[float("nan") if r is None else r for r in group] for group in rewards_PG])
+    found, there = _load(name, "advantage")(rewards.clone()), ~rewards.isnan()
+    if not isinstance(found, Tensor) or found.shape != rewards.shape or not found[there].isfinite().all():
+        shown = f"{list(found.shape)}, finite: {bool(found.isfinite().all())}" if isinstance(found, Tensor) else found
+        raise ValueError(f"loss.advantage={name} gave {shown}; give a finite tensor {list(rewards.shape)}")
+    return found.detach().float().where(there, torch.zeros(())), tied_groups(rewards_PG)
+
+
+def objective_of(name: str) -> Objective:
+    return _load(name, "objective")
+
+
+def aggregate_of(loss_type: str) -> LossType:
+    """Whose denominators a loss has: its own, or for a user's objective those that its decorator names."""
+    return _load(loss_type, "objective").aggregate if is_own(loss_type) else loss_type  # type: ignore[return-value]
+
+
+def check(options: LossOptions) -> None:
+    """Raises ValueError for a file or function that is not there or not marked, before any model is loaded."""
+    for name, kind in ((options.advantage, "advantage"), (options.loss_type, "objective")):
+        if is_own(name):
+            _load(name, kind)
+
+
+def _load(name: str, kind: str) -> Callable[..., Tensor]:
+    function = load_function(name, "loss.advantage" if kind == "advantage" else "loss.loss_type")
+    if getattr(function, "quartet", None) != kind:
+        mark = "@grpo.advantage" if kind == "advantage" else '@grpo.objective(aggregate="dapo")'
+        raise ValueError(f"{name} is not marked: write {mark} above it")
+    return function

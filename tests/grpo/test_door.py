@@ -1,0 +1,144 @@
+"""The public names of grpo: a run from Python, rewards that are functions of the process, estimators from a file."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import grpo
+import rewards
+from grpo.algorithm import losses, own
+from grpo.config.loss import LossOptions
+from grpo.config.options import ConfigError, load
+from grpo.learner.prepare import estimate
+from policies.files.atomic import write_file
+from rewards.group_score import GroupScore
+
+OWN = """
+import torch
+from grpo import advantage, objective
+
+@advantage
+def centred(rewards_PG):
+    return rewards_PG - rewards_PG.nanmean(1, keepdim=True)
+
+@advantage
+def wide(rewards_PG):
+    return torch.zeros(1, 7)
+
+@objective(aggregate="dapo")
+def plain(ratio, advantages, policy_logprobs, options):
+    return advantages * policy_logprobs
+
+def unmarked(rewards_PG):
+    return rewards_PG
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    write_file(tmp_path / "mine.py", OWN.encode())
+    return tmp_path / "mine.py"
+
+
+def short(completions, **_):
+    return [-len(text) / 100 for text in completions]
+
+
+def test_ten_lines_of_python_are_a_run(micro_config, tmp_path):
+    result = grpo.train(micro_config(tmp_path / "run", **{"eval.limit": 4}), reward=short)
+    assert result.folder == tmp_path / "run"
+    assert [line["step"] for line in result.metrics if "reward/mean" in line] == [1, 2, 3]
+    assert all(-1 < line["reward/mean"] < 0 for line in result.metrics[1:])
+    assert list(result.evaluations) == [
+        f"{at} GRPO, {way}" for at in ("before", "after") for way in ("sampled", "greedy")
+    ]
+    saved = grpo.load_policy(micro_config(tmp_path / "x", model=str(tmp_path / "run")))
+    assert all(torch.equal(p, dict(saved.named_parameters())[n]) for n, p in result.policy.named_parameters())
+
+
+def test_several_functions_are_several_rewards(micro_config, tmp_path):
+    def same(completions, **_):
+        return [1.0] * len(completions)
+
+    result = grpo.train(micro_config(tmp_path / "run", steps=1), reward=[short, same])
+    assert result.metrics[-1]["reward/part/same"] == 1
+    assert result.metrics[-1]["reward/part/short"] < 0
+
+
+def test_a_function_that_raises_is_named_with_its_place(micro_config, tmp_path):
+    def broken(completions, **_):
+        raise RuntimeError("no reward today")
+
+    with pytest.raises(rewards.RewardError, match=r"no reward today \(test_door.py:\d+ in broken\)"):
+        grpo.train(micro_config(tmp_path / "run"), reward=broken)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_python_functions_says_how_it_is_gone_on_with(micro_config, tmp_path):
+    grpo.train(micro_config(tmp_path / "run", steps=1, **{"warm_start.steps": 0}), reward=short)
+    config = load(grpo.TrainConfig, tmp_path / "run/config.yaml", {"steps": 2})
+    assert grpo.train(config, reward=short, resume="auto", force=True).metrics[-1]["step"] == 2
+    code = "import sys\nfrom grpo.cli import main\nsys.exit(main(sys.argv[1:]))"
+    words = ["train", str(tmp_path / "run/config.yaml"), "--resume", "auto"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert "reward 'python:short' was a function of a script" in done.stderr
+
+
+def test_the_name_of_a_module_does_not_take_the_place_of_the_function():
+    code = "import grpo.train, grpo.sft\nfrom grpo import train, sft\nprint(callable(train), callable(sft))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
+def test_public_names_are_there_and_others_are_named():
+    assert all(getattr(grpo, name) for name in grpo.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'trian'; it has .*train"):
+        _ = grpo.trian
+
+
+def test_an_estimator_of_the_users_own_is_used(file, micro_config, tmp_path):
+    """Centred by hand: 1 and 0 become ±½; None has no advantage, and a tied group has nothing to teach."""
+    scores = [GroupScore([1.0, 0.0, None], {"r": []}), GroupScore([0.5, 0.5, 0.5], {"r": []})]
+    advantages, tied = estimate(scores, LossOptions(advantage=f"{file}:centred"), {})
+    assert advantages.tolist() == [[0.5, -0.5, 0.0], [0.0, 0.0, 0.0]]
+    assert tied.tolist() == [False, True]
+    with pytest.raises(ValueError, match=r"wide gave \[1, 7\], finite: True; give a finite tensor \[2, 3\]"):
+        estimate(scores, LossOptions(advantage=f"{file}:wide"), {})
+    ours = grpo.train(micro_config(tmp_path / "a", **{"loss.scale_rewards": "none"}), reward=short)
+    theirs = grpo.train(micro_config(tmp_path / "b", **{"loss.advantage": f"{file}:centred"}), reward=short)
+    assert [line["loss/policy"] for line in ours.metrics if "loss/policy" in line] == pytest.approx(
+        [line["loss/policy"] for line in theirs.metrics if "loss/policy" in line], abs=1e-6
+    )
+
+
+def test_an_objective_of_the_users_own_is_used_with_its_denominators(file):
+    policy, old = torch.tensor([[0.6, 0.5], [0.2, 0.9]]).log(), torch.tensor([[0.4, 0.5], [0.4, 0.5]]).log()
+    given = policy, old, torch.tensor([1.0, -1.0]), torch.tensor([[True, True], [True, False]])
+    loss, _ = losses.policy_loss(*given, LossOptions(loss_type=f"{file}:plain"))
+    expected = -(policy[0].sum() - policy[1, 0]) / 3
+    assert loss.item() == pytest.approx(expected.item())
+    assert loss == losses.policy_loss(*given, LossOptions(loss_type="reinforce"))[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"advantage": "{}:unmarked"}, "unmarked is not marked: write @grpo.advantage above it"),
+        ({"loss_type": "{}:centred"}, r"centred is not marked: write @grpo.objective\(aggregate=\"dapo\"\) above it"),
+        ({"advantage": "{}:centered"}, "'centered' is not there; did you mean 'centred'"),
+        ({"advantage": "nowhere.py:centred"}, "loss.advantage 'nowhere.py:centred': .*nowhere.py is not a Python file"),
+    ],
+)
+def test_what_is_not_there_or_not_marked_is_refused_before_a_model_is_loaded(file, options, message):
+    with pytest.raises((ValueError, rewards.RewardError), match=message):
+        own.check(LossOptions(**{name: value.format(file) for name, value in options.items()}))
+
+
+def test_a_misspelt_estimator_is_no_file(tmp_path):
+    with pytest.raises(ConfigError, match="loss.advantage=rlooo"):
+        load(grpo.TrainConfig, None, {"output_dir": str(tmp_path), "loss.advantage": "rlooo"})
