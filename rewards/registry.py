@@ -70,9 +70,7 @@ def find_reward(function: str) -> Source:
         return Source(function, function)
     if file == "python":
         if function not in CALLABLES:
-            raise RewardError(
-                f"reward {function!r} was a function of a script: run it from there, train(..., reward=...)"
-            )
+            raise RewardError(f"reward {function!r} was a function of a script; run it there: train(..., reward=...)")
         return Source(function, attribute)
     return _source(function, "reward")
 
