@@ -24,7 +24,7 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # els
 from grpo.config.options import ConfigError, add_options, load, parse  # noqa: E402
 from grpo.config.run import SftConfig, TrainConfig  # noqa: E402
 from grpo.run.hardware import caption, describe  # noqa: E402
-from grpo.run.log import read_metrics  # noqa: E402
+from grpo.run.records import read_metrics  # noqa: E402
 from grpo.sft import sft  # noqa: E402
 from grpo.train import train  # noqa: E402
 

@@ -8,8 +8,7 @@ from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.held_out import Result
 from grpo.follower import follow
 from grpo.learner.parallel import Team, join
-from grpo.policy_source import device_of
-from grpo.run.threads import with_threads
+from grpo.policy_source import device_of, with_threads
 from grpo.sft import sft
 from grpo.train import train
 

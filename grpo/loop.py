@@ -24,7 +24,8 @@ from grpo.run import checkpoint
 from grpo.run.best import best_step
 from grpo.run.checkpoint import Checkpoint
 from grpo.run.lock import RunLock
-from grpo.run.log import RunLog, read_metrics
+from grpo.run.log import RunLog
+from grpo.run.records import read_metrics
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import record_rewards, refuse_changed_rewards
 from grpo.run.stop import GivenUp, Stopped, StopSignal

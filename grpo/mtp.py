@@ -20,10 +20,9 @@ from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import PackedRow, Sample, split_rows
 from grpo.learner.head_learner import HeadLearner
 from grpo.loop import Run
-from grpo.policy_source import check_options, load_policy, save_policy
+from grpo.policy_source import check_options, load_policy, save_policy, with_threads
 from grpo.run.metrics import rollout_metrics
 from grpo.run.pool import open_run_pool, use_costs_of_run
-from grpo.run.threads import with_threads
 from grpo.sampling import sampling_params
 from grpo.task import Task
 from policies import presets

@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig
 
 from grpo.agreement import check_agreement
 from grpo.config.json_file import read_json
@@ -24,18 +25,20 @@ from grpo.config.learner import MTPOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
 from grpo.config.policy import ModelOptions
-from grpo.config.run import TrainConfig
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.yaml_file import read_yaml
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 from grpo.run.resume import base_changed
-from grpo.run.threads import threads_for
+from grpo.run.threads import saved_threads, threads_for
 from policies import presets
 from policies.checkpoint import check_policy
 from policies.files import hub
 from policies.files.atomic import write_file
 from policies.files.digests import write_digests
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
+
+Config = TypeVar("Config", bound=SftConfig | MtpConfig)
 
 # In policy/ and best_policy/ of a run: {"step": 160, "checkpoint": SHA-256 of the manifest of that step's checkpoint}
 RECORD = "training.json"
@@ -170,6 +173,31 @@ def saved_model(model: str) -> str:
     if source.checkpoint:
         raise PolicyError(f"model={model!r} means {source.meaning}, which only quartet loads; export it first")
     return source.folder
+
+
+def read_shape(options: ModelOptions) -> tuple[PretrainedConfig, bool]:
+    """The configuration of `options.model`, and whether the policy will have a draft head. Raises PolicyError."""
+    model = check_options(options)
+    if model in presets.PRESETS:
+        return DeepseekV3Config(vocab_size=presets.VOCABULARY, **presets.PRESETS[model]), True
+    shape = read_config(model)
+    native = isinstance(shape, DeepseekV3Config)
+    return shape, native and (options.add_mtp or bool(shape.num_nextn_predict_layers))
+
+
+def with_threads(config: Config, resume: str | None) -> Config:
+    """`config` with a number of threads, which torch uses from now on.
+
+    `config.threads` where it is given. A run that is resumed keeps its number (see `saved_threads`). Otherwise the size
+    of the policy decides.
+    """
+    threads = config.threads or saved_threads(config.output_dir, resume)
+    if threads is None:
+        with torch.device("meta"):
+            trunk = AutoModelForCausalLM.from_config(read_shape(config)[0], dtype=torch.float32)
+        threads = threads_for(sum(parameter.numel() for parameter in trunk.parameters()))
+    torch.set_num_threads(threads)
+    return cast(Config, config.model_copy(update={"threads": threads}))
 
 
 # ---- loading it -----------------------------------------------------------------------------------------------------

@@ -16,9 +16,8 @@ from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.build import sft_learner
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.loop import Run
-from grpo.policy_source import check_options, load_policy, save_policy
+from grpo.policy_source import check_options, load_policy, save_policy, with_threads
 from grpo.run.stop import InterruptiblePool
-from grpo.run.threads import with_threads
 from grpo.task import Task
 from policies.policy import Policy
 from rollout.pool import open_pool

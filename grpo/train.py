@@ -17,11 +17,10 @@ from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.loop import Run
-from grpo.policy_source import check_options, load_policy, save_policy
+from grpo.policy_source import check_options, load_policy, save_policy, with_threads
 from grpo.run import checkpoint
 from grpo.run.pool import open_run_pool, use_costs_of_run
 from grpo.run.resume import BaseWeights
-from grpo.run.threads import with_threads
 from grpo.sft import supervise
 from grpo.task import Task
 from policies.files.digests import write_digests

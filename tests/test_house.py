@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -19,7 +19,22 @@ MAY_IMPORT = {
     "rewards": set(),
     "grpo": {"policies", "rollout", "rewards"},
 }
-IN_ROOMS = ("policies", "rollout", "rewards")  # grpo joins them when its redesigns are done
+# The rooms of grpo from top to bottom: each imports those below it alone.
+FLOORS = (
+    ("__init__", "__main__"),
+    ("cli",),
+    ("launch",),
+    ("train", "follower"),
+    ("sft", "mtp", "commands", "trl_bridge"),
+    ("collector", "evaluation"),
+    ("tied_steps", "task"),
+    ("reward_models",),
+    ("policy_source", "loop"),
+    ("agreement", "sampling", "learner"),
+    ("run",),
+    ("data", "algorithm"),
+    ("config",),
+)
 MOST_FILES, MOST_LINES, MOST_FUNCTION_LINES = 20, 350, 80
 NOT_SHIPPED = {"tests", "examples", "benchmarks"}
 PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -92,6 +107,19 @@ def _circles(root: Path, package: str) -> list[str]:
     return found
 
 
+def _upwards(root: Path, floors: Sequence[Collection[str]]) -> list[str]:
+    """Imports inside grpo that go up, or to another room of the same floor."""
+    modules, floor = _modules(root, "grpo"), {room: i for i, rooms in enumerate(floors) for room in rooms}
+    found = []
+    for module, file in modules.items():
+        here = (*module.split("."), "__init__")[1]
+        for other in sorted(_modules_imported(module, file, modules)):
+            there = (*other.split("."), "__init__")[1]
+            if there != here and floor[there] <= floor[here]:
+                found.append(f"{module} imports {other}")
+    return found
+
+
 def _too_large(root: Path, package: str) -> list[str]:
     """Folders with too many files, files with too many lines, functions with too many lines."""
     found = []
@@ -157,10 +185,42 @@ def test_an_import_against_the_arrows_is_found(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("package", IN_ROOMS)
+@pytest.mark.parametrize("package", MAY_IMPORT)
 def test_a_package_has_no_circle_and_nothing_in_it_is_too_large(package):
     assert _circles(ROOT, package) == []
     assert _too_large(ROOT, package) == []
+
+
+def test_the_arrows_between_the_rooms_of_grpo_go_down():
+    assert _upwards(ROOT, FLOORS) == []
+
+
+def test_an_arrow_that_goes_up_is_found(tmp_path):
+    (tmp_path / "grpo/run").mkdir(parents=True)
+    files = {"__init__": "", "run/__init__": "", "run/log": "from grpo.task import Task", "task": "", "loop": ""}
+    for name, source in files.items():
+        (tmp_path / f"grpo/{name}.py").write_text(source)
+    (tmp_path / "grpo/loop.py").write_text("def f():\n    import grpo.task\n")
+    assert _upwards(tmp_path, [("__init__",), ("task", "loop"), ("run",)]) == [
+        "grpo.loop imports grpo.task",
+        "grpo.run.log imports grpo.task",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("question", "file", "answer"),
+    [
+        ("where is the clip?", "grpo/algorithm/surrogates.py", "def clipped_surrogate("),
+        ("who decides to save?", "grpo/loop.py", "def save_if_due("),
+        ("what is a draft's cost?", "rollout/costs.py", "def measure("),
+        ("where do rewards run?", "rewards/isolation/child.py", "def serve("),
+        ("which room decides which policy a path means?", "grpo/policy_source.py", "def find_policy("),
+    ],
+)
+def test_a_newcomers_question_is_answered_by_one_file(question, file, answer):
+    """And by no other one, whose name would then mislead."""
+    holders = [str(path.relative_to(ROOT)) for path in _sources(ROOT) if answer in path.read_text(encoding="utf-8")]
+    assert holders == [file], question
 
 
 @pytest.mark.parametrize(

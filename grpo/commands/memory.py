@@ -28,17 +28,16 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfi
 
 from grpo.config.learner import LoraOptions
 from grpo.config.mtp import MtpConfig
-from grpo.config.policy import ModelOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.optimizer import freeze_exact_parts
 from grpo.learner.value import ValueHead
-from grpo.policy_source import check_options, device_of
-from policies import lora, presets
+from grpo.policy_source import device_of
+from policies import lora
 from policies.anatomy import cache_numbers
 from policies.decoding.linear import FixedLinear, will_block
 from policies.logprobs import CHUNK_ELEMENTS
 from policies.mtp import MTPHead
-from policies.policy import Policy, read_config
+from policies.policy import Policy
 from rollout.backends import derive
 
 Part = TypeVar("Part")
@@ -85,16 +84,6 @@ ROWS = {
     "publication": "or: publication of the weights",
     "peak": "at most, about",
 }
-
-
-def read_shape(options: ModelOptions) -> tuple[PretrainedConfig, bool]:
-    """The configuration of `options.model`, and whether the policy will have a draft head. Raises PolicyError."""
-    model = check_options(options)
-    if model in presets.PRESETS:
-        return DeepseekV3Config(vocab_size=presets.VOCABULARY, **presets.PRESETS[model]), True
-    shape = read_config(model)
-    native = isinstance(shape, DeepseekV3Config)
-    return shape, native and (options.add_mtp or bool(shape.num_nextn_predict_layers))
 
 
 def memory_of_run(shape: PretrainedConfig, head: bool, config: SftConfig | MtpConfig) -> list[DeviceMemory]:

@@ -17,8 +17,8 @@ from grpo.config.json_file import expecting, read_json, read_objects, whole_line
 from grpo.config.yaml_file import read_yaml
 from grpo.run import hardware
 from grpo.run.hardware import caption
-from grpo.run.log import read_metrics
 from grpo.run.metrics import METRICS
+from grpo.run.records import read_metrics
 
 SHOWN_METRICS = (
     *("reward/mean", "reward/std", "completion/length_mean", "completion/clipped", "policy/entropy", "group/tied"),

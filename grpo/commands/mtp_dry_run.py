@@ -11,6 +11,7 @@ from transformers import DeepseekV3Config
 
 from grpo.commands import memory
 from grpo.config.mtp import MtpConfig
+from grpo.policy_source import read_shape
 from grpo.task import Task
 from policies.mtp import MTPHead
 
@@ -18,7 +19,7 @@ from policies.mtp import MTPHead
 def dry_run(config: MtpConfig, console: Console) -> tuple[list[memory.DeviceMemory], float]:
     """Check data, template, rewards and model without training; print counts, and FLOPs per token of the head. Returns
     the memory by device, and the bytes on disk."""
-    shape, _ = memory.read_shape(config.model_copy(update={"add_mtp": True}))
+    shape, _ = read_shape(config.model_copy(update={"add_mtp": True}))
     assert isinstance(shape, DeepseekV3Config)  # others have been refused
     with torch.device("meta"):
         head = MTPHead(shape)

@@ -13,7 +13,7 @@ from grpo.config.json_file import expecting
 from grpo.config.reward_commands import ReplayConfig
 from grpo.config.yaml_file import read_yaml
 from grpo.data.examples import Example, examples_of
-from grpo.run.log import read_rollouts, recorded_steps
+from grpo.run.records import read_rollouts, recorded_steps
 from rewards.group_score import RewardFailure, mean
 from rewards.protocol import did_you_mean
 from rewards.registry import find_reward

@@ -19,7 +19,7 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.evaluation.held_out import Result
-from grpo.policy_source import device_of
+from grpo.policy_source import check_options, device_of, read_shape
 from grpo.run import hardware
 from grpo.run.console import Terminal, visible
 from grpo.run.draft_colours import LEGEND, coloured
@@ -136,10 +136,10 @@ def dry_run(
 ) -> None:
     """Check output folder, data, template, rewards and model without training, as the run with these flags would; print
     counts, estimates, and whether this machine has what they ask for."""
-    memory.check_options(config)
+    check_options(config)
     saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=_steps(config))
     refuse_folder(config.output_dir, resuming=resume is not None)
-    shape, head = memory.read_shape(config)
+    shape, head = read_shape(config)
     with Task.of(config) as task:
         task.check_chat_template(config.model)
         table = Table(title="dry run: nothing was trained", show_header=False)

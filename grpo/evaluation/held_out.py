@@ -9,7 +9,8 @@ from typing import Any
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed, evaluate_run, measure_speed
-from grpo.run.log import RunLog, read_metrics
+from grpo.run.log import RunLog
+from grpo.run.records import read_metrics
 from grpo.sampling import sampling_params
 from grpo.task import Task
 from policies.policy import Policy

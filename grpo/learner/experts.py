@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grpo.config.learner import BalanceOptions
 from grpo.learner.batch import MicroBatch, PackedRow
+from grpo.learner.parallel import Ranks
 from policies.balance import entropy, entropy_regulariser, gates, load_statistics, move_bias, sequence_loss
 from policies.moe import RoutingRecorder, routers
 from policies.policy import Policy
@@ -82,6 +83,12 @@ class Balancer:
     def _weighted(self, name: str, loss: Tensor) -> Tensor:
         self.sums[f"loss/balance_{name}"] += loss.item() / len(self.routers)
         return getattr(self.options, f"{name}_weight") * loss
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """What this step has counted becomes what all ranks have counted."""
+        if self.routers:
+            ranks.sum_tensors(self.counts, self.entropies)
+            self.sums = Counter(ranks.sum_metrics(self.sums))
 
     @torch.no_grad()
     def end(self) -> dict[str, float]:

@@ -170,7 +170,7 @@ class Learner:
                     on_micro_batch(update * len(minis) + i + 1, len(minis) * self.options.updates_per_batch)
             metrics |= self.ranks.sum_metrics(dict(sums) | {"mismatch/logprob_abs_max": farthest}) | self._update(step)
             self.policy_version += update == 0
-        self.ranks.sum_balance(self.balancer)
+        self.balancer.sum_over(self.ranks)
         metrics |= self.balancer.end()
         metrics["learner/updates"] = float(self.options.updates_per_batch)
         return metrics | {"time/learn": batch.seconds + time.perf_counter() - started}
@@ -198,7 +198,7 @@ class Learner:
             head = self._head_loss(mini, out, taught, sums)
             self.update.backward(loss + out.balance + head, step, self.ranks)
         metrics = self.ranks.sum_metrics(sums) | self._update(step)
-        self.ranks.sum_balance(self.balancer)
+        self.balancer.sum_over(self.ranks)
         return metrics | self.balancer.end()
 
     def _update(self, step: int) -> dict[str, float]:
@@ -285,11 +285,17 @@ class Learner:
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """What a checkpoint keeps; see state.py."""
-        return learner_state.take(self)
+        counters = {"policy_version": self.policy_version, "skipped_in_a_row": self.skipped_in_a_row}
+        return learner_state.take(*self._stateful), counters
 
     def load_state(self, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
         """The inverse of `state`. Raises ValueError naming what does not fit."""
-        learner_state.put(self, tensors, state)
+        learner_state.put(tensors, *self._stateful)
+        self.policy_version, self.skipped_in_a_row = state["policy_version"], state["skipped_in_a_row"]
+
+    @property
+    def _stateful(self) -> tuple[Policy, MasterWeights, torch.optim.Optimizer, Policy | None, ValueHead | None]:
+        return self.policy, self.masters, self.optimizer, self.reference, self.value_head
 
 
 def _importance_correction(option: CorrectionMode | Literal["auto", "none"], differs: bool) -> CorrectionMode | None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,14 +20,16 @@ from torch import Tensor
 
 from grpo.learner.batch import PackedRow
 from grpo.run.stop import Stopped
-
-if TYPE_CHECKING:
-    from grpo.learner.experts import Balancer
-    from grpo.learner.learner import Learner
-    from policies.policy import Policy
+from policies.policy import Policy
 
 TIMEOUT_S = 1800.0  # how long a rank waits for another inside a step; waiting for the next step has no limit
 POLL_S = 0.02  # how often a waiting rank asks for the next step
+
+
+class Stateful(Protocol):
+    """A learner, as far as it is handed over."""
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]: ...
 
 
 class RankFailed(RuntimeError):
@@ -51,8 +52,8 @@ class Ranks:
         """Sum every entry over the ranks that have it; what ends in `_max` is their maximum."""
         return dict(sums)
 
-    def sum_balance(self, balancer: Balancer) -> None:
-        """Make what a step has counted of the experts that of all ranks, in place."""
+    def sum_tensors(self, *tensors: Tensor) -> None:
+        """Sum each over the ranks, in place."""
 
     def gather(self, values_N: Sequence[Tensor]) -> Tensor:
         """One vector of the values [N] of all ranks."""
@@ -63,10 +64,10 @@ class Ranks:
     def begin(self, kind: str, policy: Policy) -> None:
         """The others build the learner of this `kind` (sft, grpo) around a copy of `policy`."""
 
-    def hand_over(self, learner: Learner) -> None:
+    def hand_over(self, learner: Stateful) -> None:
         """The others take over the state of `learner`."""
 
-    def call(self, learner: Learner, name: str, *arguments: Any, own: tuple[Any, ...] = ()) -> Any:
+    def call(self, learner: Stateful, name: str, *arguments: Any, own: tuple[Any, ...] = ()) -> Any:
         """`learner.name(*arguments)` on every rank; `own` (a progress bar) are further arguments on this one."""
         return getattr(learner, name)(*arguments, *own)
 
@@ -130,13 +131,10 @@ class Team(Ranks):
                 total[name] = max(former, value) if name.endswith("_max") else former + value
         return total
 
-    def sum_balance(self, balancer: Balancer) -> None:
-        if not balancer.routers:
-            return
+    def sum_tensors(self, *tensors: Tensor) -> None:
         with self._together():
-            dist.all_reduce(balancer.counts)
-            dist.all_reduce(balancer.entropies)
-        balancer.sums = Counter(self.sum_metrics(balancer.sums))
+            for tensor in tensors:
+                dist.all_reduce(tensor)
 
     def gather(self, values_N: Sequence[Tensor]) -> Tensor:
         own = torch.cat([torch.zeros(0, device=self.device), *values_N])
@@ -155,13 +153,13 @@ class Team(Ranks):
         self._send("begin", kind, policy.skeleton(), dtype)
         self.broadcast(policy.weights())
 
-    def hand_over(self, learner: Learner) -> None:
+    def hand_over(self, learner: Stateful) -> None:
         tensors, state = learner.state()
         self._send("state", state, list(tensors))
         for mapping in tensors.values():
             self.broadcast(mapping)
 
-    def call(self, learner: Learner, name: str, *arguments: Any, own: tuple[Any, ...] = ()) -> Any:
+    def call(self, learner: Stateful, name: str, *arguments: Any, own: tuple[Any, ...] = ()) -> Any:
         self._send("call", name, arguments)
         return getattr(learner, name)(*arguments, *own)
 

@@ -14,10 +14,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -35,6 +33,7 @@ from grpo.run.console import Terminal, progress_bars, sample_table, step_line, v
 from grpo.run.json_lines import append_line, json_line, open_lines
 from grpo.run.lock import RunLock
 from grpo.run.metrics import check
+from grpo.run.records import holds_a_run, is_evaluation, keep_lines, read_events, rollout_path, truncate
 from grpo.run.resume import changed_options
 from grpo.run.stop import GivenUp, Stopped
 from grpo.run.trackers import installed, start
@@ -79,7 +78,7 @@ class RunLog:
         self._lock = lock or RunLock(output_dir)
         self._lock.take()
         refuse_folder(output_dir, resuming=resume_step is not None)  # another run may have begun and ended meanwhile
-        resumes = _holds_a_run(output_dir)
+        resumes = holds_a_run(output_dir)
         self.output_dir = output_dir
         self.console = console or Terminal(quiet=quiet)
         self._quiet = quiet
@@ -92,11 +91,11 @@ class RunLog:
         for name in WRITTEN_INTO:
             tidy(output_dir / name)
         if resume_step is not None:
-            _truncate(output_dir, resume_step)
+            truncate(output_dir, resume_step)
         self.unwritten: dict[str, Any] | None = None
         self._metrics, self._events = (open_lines(output_dir / f"{name}.jsonl") for name in ("metrics", "events"))
         former = read_objects(output_dir / "metrics.jsonl", whole_lines(output_dir / "metrics.jsonl"))
-        self._former_evaluations = {line["step"] for line in former if _is_evaluation(line)}
+        self._former_evaluations = {line["step"] for line in former if is_evaluation(line)}
         if unwritten is not None and unwritten not in former:
             append_line(self._metrics, unwritten)
         self._ends_before = self._early_ends()
@@ -117,7 +116,7 @@ class RunLog:
         """
         if step in self._former_evaluations:  # of a run that was killed before it could tell that it had ended
             self._former_evaluations.remove(step)
-            _keep_lines(self.output_dir, lambda line: line["step"] != step or not _is_evaluation(line))
+            keep_lines(self.output_dir, lambda line: line["step"] != step or not is_evaluation(line))
             self._metrics.close()
             self._metrics = open_lines(self.output_dir / "metrics.jsonl")
         named = {name if "/" in name else f"eval/{name}": value for name, value in results.items()}
@@ -143,7 +142,7 @@ class RunLog:
             for draw, group, score, row in zip(draws or [0] * len(groups), groups, scores, advantages, strict=True)
             for line in _rollout_lines(group, score, row)
         ]
-        write_file(_rollout_path(self.output_dir, step), zstandard.compress("".join(lines).encode()))
+        write_file(rollout_path(self.output_dir, step), zstandard.compress("".join(lines).encode()))
         if self._table_every and (step == 1 or step % self._table_every == 0):
             self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
 
@@ -275,7 +274,7 @@ def refuse_folder(output_dir: Path, *, resuming: bool) -> None:
     written. The folder is left as it was, also where it was not there."""
     made: list[Path] = []
     try:
-        holds = _holds_a_run(output_dir)
+        holds = holds_a_run(output_dir)
         for folder in [] if holds else reversed([output_dir, *output_dir.parents]):
             if not folder.exists():
                 folder.mkdir()
@@ -295,93 +294,6 @@ def refuse_folder(output_dir: Path, *, resuming: bool) -> None:
             f"output_dir={output_dir} already holds a run; choose another output_dir, go on with --resume auto, "
             "or delete it"
         )
-
-
-def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """One dict a step, steps ascending; the eval/* line of a step is merged into it.
-
-    >>> read_metrics(Path("runs/demo"))[1]
-    {'step': 1, 'completion/length_mean': 23.1, ..., 'eval/accuracy': 0.46}
-    """
-    steps: dict[int, dict[str, Any]] = {}
-    path = output_dir / "metrics.jsonl"
-    for values in _measured(path, whole_lines(path)):
-        steps.setdefault(values["step"], {}).update(values)
-    return [steps[step] for step in sorted(steps)]
-
-
-def read_events(output_dir: Path) -> list[dict[str, Any]]:
-    """The events of a run in their order. Lines that are no event (of a writer that was killed) are left out."""
-    path = output_dir / "events.jsonl"
-    events = []
-    for line in whole_lines(path) if path.exists() else []:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        events += [event] if isinstance(event, dict) and "event" in event else []
-    return events
-
-
-def _measured(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. Raises ValueError naming the line that holds no step, or what is no number."""
-    rows = read_objects(path, lines)
-    for number, row in enumerate(rows, start=1):
-        if type(step := row.get("step")) is not int or not 0 <= step < 1e9:
-            raise ValueError(f"{path}, line {number} is damaged: its step is {step!r:.60}; remove the line")
-        if wrong := [name for name, value in row.items() if not _is_metric(value)]:
-            fault = f"{wrong[0]!r:.60} is {row[wrong[0]]!r:.60}, no finite number"
-            raise ValueError(f"{path}, line {number} is damaged: {fault}; remove the line")
-    return rows
-
-
-def _is_metric(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and abs(value) < math.inf and abs(value) <= sys.float_info.max)
-
-
-def read_rollouts(output_dir: Path, step: int) -> list[dict[str, Any]]:
-    """The completions of a step, group by group. Raises FileNotFoundError naming the steps that there are, ValueError
-    for a damaged file."""
-    path = _rollout_path(output_dir, step)
-    if not path.exists():
-        steps = recorded_steps(output_dir)
-        there = f"there are steps {steps[0]} to {steps[-1]}" if steps else "there are none"
-        raise FileNotFoundError(f"no rollouts of step {step} in {path.parent}; {there}")
-    try:
-        text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
-    except (zstandard.ZstdError, MemoryError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    lines = read_objects(path, text.removesuffix(b"\n").split(b"\n"))
-    for number, line in enumerate(lines, start=1):
-        if fault := _rollout_fault(line):
-            raise ValueError(f"{path}, line {number} is damaged: {fault}")
-    return lines
-
-
-def recorded_steps(output_dir: Path) -> list[int]:
-    """The steps whose rollouts are there, ascending; other files are passed over."""
-    found = (_step(path) for path in (output_dir / "rollouts").glob("step_*.jsonl.zst"))
-    return sorted(step for step in found if step is not None)
-
-
-def _rollout_fault(line: dict[str, Any]) -> str | None:
-    """What a recorded completion lacks of what its readers need, or None."""
-    kinds = {"prompt_id": str, "prompt": str, "sample": int, "text": str, "token_ids": list, "parts": dict}
-    for name, kind in (kinds | {"extras": dict}).items():
-        if not isinstance(line.get(name), kind):
-            return f"its {name!r} is {line.get(name)!r:.60}"
-    marks = {"reward": line.get("reward"), **line["parts"]}
-    return next((f"its {name!r} is {mark!r:.60}" for name, mark in marks.items() if not _is_metric(mark)), None)
-
-
-def _rollout_path(output_dir: Path, step: int) -> Path:
-    return output_dir / "rollouts" / f"step_{step:06d}.jsonl.zst"
-
-
-def _step(rollout_path: Path) -> int | None:
-    """The step of a record, whole or being written; None of any other file."""
-    name = re.fullmatch(r"step_([0-9]{1,18})\.jsonl\.(zst|partial)", rollout_path.name)
-    return int(name[1]) if name else None
 
 
 def _rollout_lines(group: RolloutGroup, score: GroupScore, advantages: list[Any]) -> list[dict[str, Any]]:
@@ -404,33 +316,6 @@ def _rollout_lines(group: RolloutGroup, score: GroupScore, advantages: list[Any]
         }
         for sample, (completion, advantage) in enumerate(zip(group.completions, advantages, strict=True))
     ]
-
-
-def _holds_a_run(output_dir: Path) -> bool:
-    """A folder where a run was refused or failed before its first step holds none."""
-    metrics = output_dir / "metrics.jsonl"
-    return (metrics.exists() and metrics.stat().st_size > 0) or (output_dir / "checkpoints").exists()
-
-
-def _truncate(output_dir: Path, step: int) -> None:
-    """Remove what came after `step`; with 0 the evaluation before the first step too: it is made again."""
-    last = step or -1
-    if (output_dir / "metrics.jsonl").exists():
-        _keep_lines(output_dir, lambda line: line["step"] <= last)
-    for path in (output_dir / "rollouts").glob("step_*"):
-        if (found := _step(path)) is not None and (found > step or path.suffix == ".partial"):
-            path.unlink()
-
-
-def _keep_lines(output_dir: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    path = output_dir / "metrics.jsonl"
-    lines = whole_lines(path)
-    kept = [line + b"\n" for line, row in zip(lines, _measured(path, lines), strict=True) if wanted(row)]
-    write_file(path, b"".join(kept))
-
-
-def _is_evaluation(line: Mapping[str, Any]) -> bool:
-    return any(name.startswith("eval/") for name in line)
 
 
 def _number(name: str, value: Any) -> float:

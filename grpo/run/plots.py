@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.algorithm.statistics import wilson_interval
 from grpo.algorithm.verdicts import ACCURACY, MEAN_REWARD, held_out_metric
 from grpo.run import hardware
-from grpo.run.log import read_metrics
+from grpo.run.records import read_metrics
 from policies.files.atomic import write_file
 
 if TYPE_CHECKING:

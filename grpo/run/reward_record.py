@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config.json_file import expecting, read_json
-from grpo.run.log import RunLog, read_events
+from grpo.run.log import RunLog
+from grpo.run.records import read_events
 from policies.files.atomic import write_file
 
 FILE = "rewards.json"

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TypeVar, cast
 
-import torch
-
-from grpo.config.mtp import MtpConfig
-from grpo.config.run import SftConfig
 from grpo.config.yaml_file import read_yaml
-
-Config = TypeVar("Config", bound=SftConfig | MtpConfig)
 
 PARAMETERS_PER_THREAD = 8_000_000  # the demo's 2 M learn no faster with two threads, 135 M do
 
@@ -27,22 +20,13 @@ def threads_for(parameters: int) -> int:
     return _asked_for() or min(_cores(), max(1, parameters // PARAMETERS_PER_THREAD))
 
 
-def with_threads(config: Config, resume: str | None) -> Config:
-    """`config` with a number of threads, which torch uses from now on.
+def saved_threads(output_dir: Path, resume: str | None) -> int | None:
+    """The number of the run that is resumed, from its config.yaml; None for a new run.
 
-    `config.threads` where it is given. A run that is resumed has the number in its config.yaml; where that says null,
-    the run was started when all cores were the default. Else it is chosen by the policy's size.
+    Where config.yaml says null, the run was started when all cores were the default.
     """
-    threads = config.threads
-    if threads is None and (saved := _config_file(config.output_dir, resume)):
-        threads = read_yaml(saved)[0].get("threads") or _asked_for() or _cores()
-    if threads is None:
-        from grpo.commands.memory import meta_policy, read_shape
-
-        trunk = meta_policy(read_shape(config)[0], False, torch.float32).trunk
-        threads = threads_for(sum(parameter.numel() for parameter in trunk.parameters()))
-    torch.set_num_threads(threads)
-    return cast(Config, config.model_copy(update={"threads": threads}))
+    saved = _config_file(output_dir, resume)
+    return read_yaml(saved)[0].get("threads") or _asked_for() or _cores() if saved else None
 
 
 def _config_file(output_dir: Path, resume: str | None) -> Path | None:

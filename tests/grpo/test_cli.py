@@ -18,7 +18,7 @@ from grpo.config.inference import EvalConfig, SampleConfig
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import _options
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.run.log import read_metrics, read_rollouts
+from grpo.run.records import read_metrics, read_rollouts
 from policies.policy import Policy
 
 ROOT = Path(__file__).parents[2]

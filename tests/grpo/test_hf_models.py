@@ -16,7 +16,7 @@ from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.learner import Learner
 from grpo.policy_source import check_options, load_policy
 from grpo.run import checkpoint
-from grpo.run.log import read_metrics, read_rollouts
+from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
 from grpo.train import train
 from policies.policy import PolicyError

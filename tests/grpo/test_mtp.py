@@ -23,7 +23,8 @@ from grpo.learner.update import NonFiniteStep
 from grpo.mtp import coverage, mtp, rows_of
 from grpo.policy_source import find_policy, load_found
 from grpo.run import checkpoint
-from grpo.run.log import RunLog, read_metrics
+from grpo.run.log import RunLog
+from grpo.run.records import read_metrics
 from grpo.run.stop import GivenUp, InterruptiblePool, Stopped
 from grpo.sft import sft
 from policies.policy import Policy, PolicyError

@@ -22,7 +22,7 @@ from grpo.config.inference import EvalConfig, defaults_of_run
 from grpo.config.options import dump_yaml, load
 from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
 from grpo.reward_models import ModelRewards
-from grpo.run.log import read_metrics, read_rollouts
+from grpo.run.records import read_metrics, read_rollouts
 from grpo.task import Task
 from grpo.train import train
 from rewards.protocol import RewardError

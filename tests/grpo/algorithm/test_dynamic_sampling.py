@@ -7,8 +7,8 @@ from grpo.algorithm.dynamic_sampling import draw_groups, is_tied
 from grpo.commands.reward_replay import _tied
 from grpo.config.loss import Advantage, LossOptions
 from grpo.learner.prepare import estimate
-from grpo.run.log import read_metrics, read_rollouts
 from grpo.run.metrics import rollout_metrics
+from grpo.run.records import read_metrics, read_rollouts
 from grpo.train import train
 from rewards.group_score import GroupScore
 from rollout.group import Prompt, RolloutGroup

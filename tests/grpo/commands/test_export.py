@@ -16,7 +16,7 @@ from transformers.modeling_layers import MtpModel
 from grpo.algorithm.statistics import wilson_interval
 from grpo.cli import main
 from grpo.commands.export import ExportError, export, origin_of
-from grpo.run.log import read_metrics
+from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.files.digests import digests
 from policies.policy import Policy, PolicyError

@@ -10,7 +10,7 @@ import pytest
 from grpo.cli import main
 from grpo.commands.reward_replay import replay
 from grpo.config.reward_commands import ReplayConfig
-from grpo.run.log import read_metrics, read_rollouts
+from grpo.run.records import read_metrics, read_rollouts
 from grpo.train import train
 
 SOURCE = """

@@ -17,7 +17,7 @@ from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
 from grpo.learner.parallel import ALONE
 from grpo.loop import Run
-from grpo.run.log import read_metrics, read_rollouts
+from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import StopSignal
 from grpo.task import Task
 from grpo.train import train

@@ -10,8 +10,9 @@ from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.config.run import EvalOptions
 from grpo.evaluation import evaluate as evaluation
 from grpo.evaluation.evaluate import as_metrics, evaluate, evaluate_run, failure_kinds, measure_speed
-from grpo.run.log import RunLog, read_metrics
+from grpo.run.log import RunLog
 from grpo.run.metrics import check
+from grpo.run.records import read_metrics
 from grpo.task import Task
 from rewards import RewardError
 from rollout.engine import RolloutError

@@ -9,7 +9,7 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import Sample, collate, split_rows
 from grpo.learner.learner import Learner
-from grpo.run.log import read_metrics
+from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.moe import RoutingRecorder
 from policies.routing_replay import RoutingReplay

@@ -11,7 +11,7 @@ from grpo.learner.batch import PackedRow, Sample
 from grpo.learner.learner import Learner
 from grpo.learner.master_weights import MasterWeights
 from grpo.run import checkpoint
-from grpo.run.log import read_metrics, read_rollouts
+from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
 from grpo.train import train
 from rewards.group_score import GroupScore

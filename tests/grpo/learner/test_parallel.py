@@ -23,7 +23,7 @@ from grpo.learner import parallel
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Team, join
 from grpo.run import checkpoint
-from grpo.run.log import read_metrics, read_rollouts
+from grpo.run.records import read_metrics, read_rollouts
 from policies.presets import build
 
 HERE = Path(__file__).parents[2] / "cases"

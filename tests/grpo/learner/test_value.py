@@ -16,7 +16,7 @@ from grpo.learner.batch import PackedRow, Sample, TrainingBatch
 from grpo.learner.learner import Learner
 from grpo.learner.value import ValueHead, explained_variance, with_token_advantages
 from grpo.run import checkpoint
-from grpo.run.log import read_metrics, read_rollouts
+from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
 from grpo.train import train
 from policies.logprobs import token_logprobs

@@ -26,7 +26,8 @@ from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.data.examples import load_examples
 from grpo.run import checkpoint, hardware
-from grpo.run.log import RunLog, _truncate, read_metrics, read_rollouts, recorded_steps
+from grpo.run.log import RunLog
+from grpo.run.records import read_metrics, read_rollouts, recorded_steps, truncate
 from grpo.run.resume import changed_options
 from grpo.run.reward_record import read_rewards
 from grpo.train import train
@@ -144,7 +145,7 @@ def _costs(run: Path) -> None:
 
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "metrics": ("metrics.jsonl", read_metrics),
-    "metrics on resume": ("metrics.jsonl", lambda run: _truncate(run, 1)),
+    "metrics on resume": ("metrics.jsonl", lambda run: truncate(run, 1)),
     "metrics in the card": ("metrics.jsonl", _card),
     "events in the card": ("events.jsonl", _card),
     "rewards": ("rewards.json", read_rewards),
@@ -213,7 +214,7 @@ def test_stray_files_beside_rollouts_are_passed_over(run, tmp_path):
     assert recorded_steps(tmp_path / "copy") == [1, 2]
     with pytest.raises(FileNotFoundError, match="there are steps 1 to 2"):
         read_rollouts(tmp_path / "copy", 9)
-    _truncate(tmp_path / "copy", 1)
+    truncate(tmp_path / "copy", 1)
     assert {path.name for path in (tmp_path / "copy/rollouts").iterdir()} == {"step_000001.jsonl.zst", *strays}
 
 

@@ -20,7 +20,8 @@ from grpo.loop import Run
 from grpo.mtp import mtp
 from grpo.run import lock
 from grpo.run.lock import FolderInUse, RunLock
-from grpo.run.log import RunLog, read_metrics
+from grpo.run.log import RunLog
+from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.sft import sft
 from grpo.train import train

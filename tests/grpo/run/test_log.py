@@ -17,7 +17,8 @@ from rich.console import Console
 
 from grpo.run import log as run_log
 from grpo.run.hardware import command
-from grpo.run.log import RunLog, read_events, read_metrics, read_rollouts
+from grpo.run.log import RunLog
+from grpo.run.records import read_events, read_metrics, read_rollouts
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 

@@ -4,8 +4,9 @@ import pytest
 
 from grpo.algorithm.statistics import wilson_interval
 from grpo.run import plots
-from grpo.run.log import RunLog, read_metrics
+from grpo.run.log import RunLog
 from grpo.run.plots import plot_quietly, plot_run, running_mean, series
+from grpo.run.records import read_metrics
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 import grpo.run.pool
-from grpo.run.log import RunLog, read_metrics
+from grpo.run.log import RunLog
 from grpo.run.pool import open_run_pool
+from grpo.run.records import read_metrics
 from grpo.run.stop import GivenUp, InterruptiblePool, StopSignal
 from grpo.train import train
 from rollout.pool import LocalPool

@@ -12,7 +12,7 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.learner.learner import Learner
-from grpo.run.log import read_events, read_metrics, read_rollouts
+from grpo.run.records import read_events, read_metrics, read_rollouts
 from grpo.run.reward_record import read_rewards
 from grpo.run.stop import Stopped
 from grpo.task import Task

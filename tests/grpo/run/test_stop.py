@@ -16,7 +16,8 @@ from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.run import checkpoint, log, pool, stop
-from grpo.run.log import RunLog, read_metrics, read_rollouts
+from grpo.run.log import RunLog
+from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import GivenUp, Stopped, StopSignal
 from grpo.task import Task
 from grpo.train import train

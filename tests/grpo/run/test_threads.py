@@ -12,8 +12,8 @@ import yaml
 
 import grpo.run.threads
 from grpo.config.options import dump_yaml
-from grpo.policy_source import load_policy
-from grpo.run.threads import threads_for, with_threads
+from grpo.policy_source import load_policy, with_threads
+from grpo.run.threads import threads_for
 from grpo.train import train
 from policies.openmp import CHOICES, WAITING
 

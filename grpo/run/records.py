@@ -1,0 +1,130 @@
+"""Reading what a run has written: metrics, events and rollouts; and taking back what came after a step."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from grpo.config.json_file import read_objects, whole_lines
+from policies.files.atomic import write_file
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """One dict a step, steps ascending; the eval/* line of a step is merged into it.
+
+    >>> read_metrics(Path("runs/demo"))[1]
+    {'step': 1, 'completion/length_mean': 23.1, ..., 'eval/accuracy': 0.46}
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    path = output_dir / "metrics.jsonl"
+    for values in _measured(path, whole_lines(path)):
+        steps.setdefault(values["step"], {}).update(values)
+    return [steps[step] for step in sorted(steps)]
+
+
+def read_events(output_dir: Path) -> list[dict[str, Any]]:
+    """The events of a run in their order. Lines that are no event (of a writer that was killed) are left out."""
+    path = output_dir / "events.jsonl"
+    events = []
+    for line in whole_lines(path) if path.exists() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        events += [event] if isinstance(event, dict) and "event" in event else []
+    return events
+
+
+def read_rollouts(output_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The completions of a step, group by group. Raises FileNotFoundError naming the steps that there are, ValueError
+    for a damaged file."""
+    path = rollout_path(output_dir, step)
+    if not path.exists():
+        steps = recorded_steps(output_dir)
+        there = f"there are steps {steps[0]} to {steps[-1]}" if steps else "there are none"
+        raise FileNotFoundError(f"no rollouts of step {step} in {path.parent}; {there}")
+    try:
+        text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    lines = read_objects(path, text.removesuffix(b"\n").split(b"\n"))
+    for number, line in enumerate(lines, start=1):
+        if fault := _rollout_fault(line):
+            raise ValueError(f"{path}, line {number} is damaged: {fault}")
+    return lines
+
+
+def recorded_steps(output_dir: Path) -> list[int]:
+    """The steps whose rollouts are there, ascending; other files are passed over."""
+    found = (_step(path) for path in (output_dir / "rollouts").glob("step_*.jsonl.zst"))
+    return sorted(step for step in found if step is not None)
+
+
+def holds_a_run(output_dir: Path) -> bool:
+    """A folder where a run was refused or failed before its first step holds none."""
+    metrics = output_dir / "metrics.jsonl"
+    return (metrics.exists() and metrics.stat().st_size > 0) or (output_dir / "checkpoints").exists()
+
+
+def truncate(output_dir: Path, step: int) -> None:
+    """Remove what came after `step`; with 0 the evaluation before the first step too: it is made again."""
+    last = step or -1
+    if (output_dir / "metrics.jsonl").exists():
+        keep_lines(output_dir, lambda line: line["step"] <= last)
+    for path in (output_dir / "rollouts").glob("step_*"):
+        if (found := _step(path)) is not None and (found > step or path.suffix == ".partial"):
+            path.unlink()
+
+
+def keep_lines(output_dir: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    path = output_dir / "metrics.jsonl"
+    lines = whole_lines(path)
+    kept = [line + b"\n" for line, row in zip(lines, _measured(path, lines), strict=True) if wanted(row)]
+    write_file(path, b"".join(kept))
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval/") for name in line)
+
+
+def _measured(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. Raises ValueError naming the line that holds no step, or what is no number."""
+    rows = read_objects(path, lines)
+    for number, row in enumerate(rows, start=1):
+        if type(step := row.get("step")) is not int or not 0 <= step < 1e9:
+            raise ValueError(f"{path}, line {number} is damaged: its step is {step!r:.60}; remove the line")
+        if wrong := [name for name, value in row.items() if not _is_metric(value)]:
+            fault = f"{wrong[0]!r:.60} is {row[wrong[0]]!r:.60}, no finite number"
+            raise ValueError(f"{path}, line {number} is damaged: {fault}; remove the line")
+    return rows
+
+
+def _is_metric(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < math.inf and abs(value) <= sys.float_info.max)
+
+
+def _rollout_fault(line: dict[str, Any]) -> str | None:
+    """What a recorded completion lacks of what its readers need, or None."""
+    kinds = {"prompt_id": str, "prompt": str, "sample": int, "text": str, "token_ids": list, "parts": dict}
+    for name, kind in (kinds | {"extras": dict}).items():
+        if not isinstance(line.get(name), kind):
+            return f"its {name!r} is {line.get(name)!r:.60}"
+    marks = {"reward": line.get("reward"), **line["parts"]}
+    return next((f"its {name!r} is {mark!r:.60}" for name, mark in marks.items() if not _is_metric(mark)), None)
+
+
+def rollout_path(output_dir: Path, step: int) -> Path:
+    return output_dir / "rollouts" / f"step_{step:06d}.jsonl.zst"
+
+
+def _step(rollout_path: Path) -> int | None:
+    """The step of a record, whole or being written; None of any other file."""
+    name = re.fullmatch(r"step_([0-9]{1,18})\.jsonl\.(zst|partial)", rollout_path.name)
+    return int(name[1]) if name else None
