@@ -1,4 +1,4 @@
-"""`quartet`: sft, mtp, train, eval, sample, convert. Parsing and printing only; the work is done elsewhere.
+"""`quartet`: the table of its commands, parsing and printing. The work is done in train, sft, mtp and commands/.
 
 Modules that load transformers or Ray are imported inside the commands, so that --help and a typo answer at once.
 """
@@ -9,19 +9,20 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from grpo.config import arguments
 from grpo.run.escape import EscapingFormatter, escaped
 from grpo.run.stop import CommandSignals, Interrupted, Stopped, said_of
 from policies.openmp import wait_briefly
 
 if TYPE_CHECKING:
-    from grpo.config.run import SftConfig
+    from pydantic import BaseModel
 
-Config = TypeVar("Config", bound="SftConfig")
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -45,13 +46,11 @@ def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
     parser, resumable = build_parser(), False
     try:
         args = parse(parser, argv)
-        resumable = args.command in (_train, _sft, _mtp)
+        resumable = args.command in (_run, _mtp)
         signals.unwinds = not resumable  # a run has a StopSignal of its own as soon as there is something to save
         return int(args.command(args) or 0)
     except ConfigError as error:
-        return _fail(
-            "the configuration is not usable:\n" + "\n".join(f"  {line}" for line in error.problems), EXIT_USAGE
-        )
+        return _fail("\n  ".join(["the configuration is not usable:", *error.problems]), EXIT_USAGE)
     except KeyboardInterrupt as error:
         if isinstance(error, Interrupted):
             return _fail(str(error), 128 + error.number)
@@ -96,97 +95,83 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Command(NamedTuple):
+    """A row of the table: what `quartet NAME` is for, which function runs it, its arguments and its options."""
+
+    help: str
+    run: Callable[[argparse.Namespace], int | None]
+    takes: Sequence[arguments.Argument] = ()
+    options: type[BaseModel] | None = None
+
+
+def _commands() -> dict[str, Command]:
+    """Every command by its name, in the order of --help and of the reference page."""
+    from grpo.config.convert import ConvertConfig
     from grpo.config.inference import EvalConfig, SampleConfig
-    from grpo.config.options import add_options
+    from grpo.config.mtp import MtpConfig
+    from grpo.config.reward_commands import ReplayConfig, RewardTestConfig
     from grpo.config.run import SftConfig, TrainConfig
+
+    return {
+        "train": Command("GRPO, after an optional warm start", _run, arguments.TRAIN, TrainConfig),
+        "sft": Command("supervised fine-tuning on prompts and gold solutions", _run, arguments.TRAIN, SftConfig),
+        "mtp": Command("teach the draft head what the policy says", _mtp, arguments.MTP, MtpConfig),
+        "eval": Command("accuracy or mean reward of a policy on held-out problems", _eval, arguments.EVAL, EvalConfig),
+        "sample": Command("completions of your own prompts", _sample, arguments.SAMPLE, SampleConfig),
+        "reward": Command("try a reward function, or score a run again with another one", _help),
+        "reward test": Command(
+            "gold, empty, wrong and hostile completions", _reward_test, arguments.REWARD_TEST, RewardTestConfig
+        ),
+        "reward replay": Command(
+            "score a run's completions again", _reward_replay, arguments.REWARD_REPLAY, ReplayConfig
+        ),
+        "convert": Command(
+            "a dense Llama-family checkpoint as DeepSeek-V3", _convert, arguments.CONVERT, ConvertConfig
+        ),
+        "policy": Command("what a policy is made of", _help),
+        "policy inspect": Command(
+            "parameters, cache and FLOPs per token, experts, MTP layers, LoRA's share", _inspect, arguments.INSPECT
+        ),
+        "export": Command(
+            "a run's policy for other tools, with tokenizer, licence and model card", _export, arguments.EXPORT
+        ),
+        "plot": Command("draw the curves of a run into its folder", _plot, arguments.PLOT),
+        "reference": Command("print the reference page of all options and metrics", _reference),
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. `args.command` is the function to call, `args.options` the class of the options."""
+    from grpo.config.options import add_options
 
     parser = argparse.ArgumentParser(
         prog="quartet", description="GRPO for MoE/MLA language models with lossless multi-token rollouts."
     )
     parser.add_argument("--version", action="version", version=f"quartet {_version()}")
-    commands = _add_commands(parser)
-
-    sft = commands.add_parser(
-        "sft", help="supervised fine-tuning on prompts and gold solutions", description=SftConfig.__doc__
-    )
-    _add_config(sft)
-    _add_resume(sft)
-    add_options(sft, SftConfig)
-    sft.set_defaults(command=_sft)
-
-    _add_mtp(commands)
-
-    train = commands.add_parser("train", help="GRPO, after an optional warm start", description=TrainConfig.__doc__)
-    _add_config(train)
-    _add_resume(train)
-    add_options(train, TrainConfig)
-    train.set_defaults(command=_train)
-
-    evaluate = commands.add_parser(
-        "eval", help="accuracy or mean reward of a policy on held-out problems", description=EvalConfig.__doc__
-    )
-    evaluate.add_argument("policy", metavar="MODEL", help="a run folder, a checkpoint folder or a hub id")
-    evaluate.add_argument("--print_config", "--print-config", action="store_true", help="print the options and stop")
-    evaluate.add_argument("--json", type=Path, metavar="OUT", help="write what the table shows to this file")
-    add_options(evaluate, EvalConfig)
-    evaluate.set_defaults(command=_eval)
-
-    sample = commands.add_parser("sample", help="completions of your own prompts", description=SampleConfig.__doc__)
-    sample.add_argument("policy", metavar="MODEL", help="a checkpoint folder, a run folder or a hub id")
-    sample.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; give it again for another one"
-    )
-    sample.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE.jsonl|-",
-        help='lines such as {"prompt": "2 + 3 = ?"}; - reads standard input, where a line may also be plain text',
-    )
-    sample.add_argument("--json", type=Path, metavar="OUT", help="write groups and completions to this file")
-    add_options(sample, SampleConfig)
-    sample.set_defaults(command=_sample)
-
-    _add_convert(commands)
-
-    policy = commands.add_parser("policy", help="what a policy is made of")
-    kinds = _add_commands(policy)
-    inspect = kinds.add_parser(
-        "inspect", help="parameters, cache and FLOPs per token, experts, MTP layers, LoRA's share"
-    )
-    inspect.add_argument("model", metavar="MODEL", help="a preset, a run folder, a checkpoint folder or a hub id")
-    inspect.add_argument(
-        "--context",
-        type=int,
-        metavar="TOKENS",
-        help="attend to so many tokens; 4096 or the policy's longest by default",
-    )
-    inspect.add_argument("--json", type=Path, metavar="OUT", help="write what the table shows to this file")
-    inspect.set_defaults(command=_inspect)
-
-    export = commands.add_parser(
-        "export", help="a run's policy for other tools, with tokenizer, licence and model card"
-    )
-    export.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint inside one")
-    export.add_argument("destination", type=Path, metavar="DST", help="the folder to write; it must not exist")
-    export.add_argument("--adapter", action="store_true", help="the adapters of a LoRA run alone, in peft's format")
-    export.set_defaults(command=_export)
-
-    plot = commands.add_parser("plot", help="draw the curves of a run into its folder")
-    plot.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    plot.set_defaults(command=_plot)
-
-    _add_reward(commands)
-
-    reference = commands.add_parser("reference", help="print the reference page of all options and metrics")
-    reference.set_defaults(command=_reference)
+    groups = {"": _add_group(parser)}
+    for name, command in _commands().items():
+        group, _, last = name.rpartition(" ")
+        options = command.options
+        sub = groups[group].add_parser(last, help=command.help, description=options.__doc__ if options else None)
+        if command.run is _help:
+            groups[name] = _add_group(sub)
+            continue
+        for names, settings in command.takes:
+            sub.add_argument(*names, **settings)
+        if options:
+            add_options(sub, options)
+        sub.set_defaults(command=command.run, options=options)
     return parser
 
 
-def _add_commands(parser: argparse.ArgumentParser) -> Any:
+def _add_group(parser: argparse.ArgumentParser) -> Any:
     """Places for commands; without one of them the parser's help is printed."""
-    parser.set_defaults(command=lambda _: parser.print_help())
+    parser.set_defaults(command=lambda _: _help(parser))
     return parser.add_subparsers(title="commands", metavar="COMMAND")
+
+
+def _help(parser: Any) -> None:
+    parser.print_help()
 
 
 def _version() -> str:
@@ -196,168 +181,71 @@ def _version() -> str:
         return "(run from its source, not installed)"
 
 
-def _add_convert(commands: Any) -> None:
-    from grpo.config.convert import ConvertConfig
-    from grpo.config.options import add_options
+def _load(args: argparse.Namespace, file: Path | None = None, brought: Mapping[str, Any] | None = None) -> Any:
+    """The command's options: their defaults, then what a run folder brings, the file, and the command line.
 
-    convert = commands.add_parser(
-        "convert",
-        help="a dense Llama-family checkpoint as DeepSeek-V3",
-        description=ConvertConfig.__doc__,
-    )
-    convert.add_argument("source", metavar="SRC", help="a checkpoint folder or a hub id")
-    convert.add_argument("destination", type=Path, metavar="DST", help="the folder to write; it must not exist")
-    convert.add_argument("--mtp", action="store_true", help="add a draft head, started from the last layer")
-    convert.add_argument("--json", type=Path, metavar="OUT", help="write what is printed to this file")
-    add_options(convert, ConvertConfig)
-    convert.set_defaults(command=_convert)
-
-
-def _add_mtp(commands: Any) -> None:
-    from grpo.config.mtp import MtpConfig
-    from grpo.config.options import add_options
-
-    mtp = commands.add_parser("mtp", help="teach the draft head what the policy says", description=MtpConfig.__doc__)
-    mtp.add_argument(
-        "config",
-        type=Path,
-        nargs="?",
-        metavar="CONFIG.yaml|MODEL",
-        help="options from a file (the command line wins), or the policy: a run or checkpoint folder, or a hub id",
-    )
-    _add_checks(mtp)
-    _add_resume(mtp)
-    add_options(mtp, MtpConfig)
-    mtp.set_defaults(command=_mtp)
-
-
-def _add_reward(commands: Any) -> None:
-    from grpo.config.options import add_options
-    from grpo.config.reward_commands import ReplayConfig, RewardTestConfig
-
-    reward = commands.add_parser("reward", help="try a reward function, or score a run again with another one")
-    kinds = _add_commands(reward)
-
-    test = kinds.add_parser(
-        "test", help="gold, empty, wrong and hostile completions", description=RewardTestConfig.__doc__
-    )
-    test.add_argument("function", metavar="FILE:FN", help="path/to/file.py:function, or a built-in reward's name")
-    test.add_argument("--json", type=Path, metavar="OUT", help="write what was found to this file")
-    add_options(test, RewardTestConfig)
-    test.set_defaults(command=_reward_test)
-
-    replay = kinds.add_parser("replay", help="score a run's completions again", description=ReplayConfig.__doc__)
-    replay.add_argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it is touched")
-    replay.add_argument(
-        "--with", dest="function", required=True, metavar="FILE:FN", help="the function, or a built-in reward's name"
-    )
-    replay.add_argument("--json", type=Path, metavar="OUT", help="write every change to this file")
-    add_options(replay, ReplayConfig)
-    replay.set_defaults(command=_reward_replay)
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "config", type=Path, nargs="?", metavar="CONFIG.yaml", help="options from a file; the command line wins"
-    )
-    _add_checks(parser)
-
-
-def _add_checks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--print_config", "--print-config", action="store_true", help="print the effective options and stop"
-    )
-    parser.add_argument(
-        "--dry_run", "--dry-run", action="store_true", help="check all that can be checked without training, and stop"
-    )
-
-
-def _sft(args: argparse.Namespace) -> int:
-    from grpo.config.run import SftConfig
-
-    return _run(args, SftConfig)
-
-
-def _train(args: argparse.Namespace) -> int:
-    from grpo.config.run import TrainConfig
-
-    return _run(args, TrainConfig)
-
-
-def _run(args: argparse.Namespace, model: type[SftConfig]) -> int:
-    if config := _config_to_run(args, model):
-        from grpo.commands import summary
-        from grpo.launch import launch
-
-        results = launch(config, resume=args.resume, stop_after=args.stop_after, force=args.force)
-        if results is not None:
-            summary.summary(results)
-    return 0
-
-
-def _mtp(args: argparse.Namespace) -> int:
-    from grpo.config.mtp import MtpConfig, defaults_of_run
+    None where they were only to be printed, which then is done.
+    """
     from grpo.config.options import dump_yaml, load
 
-    file: Path | None = args.config
-    if file is not None and file.suffix not in (".yaml", ".yml"):
-        args.overrides = defaults_of_run(file) | {"model": str(file)} | args.overrides
-        file = None
-    config = load(MtpConfig, file, args.overrides, args.flags)
-    args.output_dir = config.output_dir
-    if args.print_config:
+    config: Any = load(args.options, file, {**(brought or {}), **args.overrides}, args.flags)
+    if getattr(args, "print_config", False):
         print(dump_yaml(config), end="")
-        return 0
+        return None
+    args.output_dir = getattr(config, "output_dir", None)
+    return config
+
+
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    return {"resume": args.resume, "stop_after": args.stop_after, "force": args.force}
+
+
+def _run(args: argparse.Namespace) -> None:
+    config = _load(args, args.config)
+    if config is None:
+        return
     from grpo.commands import summary
-    from grpo.mtp import mtp
-    from grpo.run.log import refuse_folder
 
     if args.dry_run:
-        refuse_folder(config.output_dir, resuming=args.resume is not None)
-        from grpo.commands.mtp_dry_run import dry_run
+        return summary.dry_run(config, **_flags(args))
+    from grpo.launch import launch
 
+    results = launch(config, **_flags(args))
+    if results is not None:
+        summary.summary(results)
+
+
+def _mtp(args: argparse.Namespace) -> None:
+    from grpo.config.mtp import defaults_of_run
+
+    file: Path | None = args.config
+    if file is None or file.suffix in (".yaml", ".yml"):
+        config = _load(args, file)
+    else:
+        config = _load(args, brought=defaults_of_run(file) | {"model": str(file)})
+    if config is None:
+        return
+    from grpo.commands import summary
+
+    if args.dry_run:
+        from grpo.commands.mtp_dry_run import dry_run
+        from grpo.run.log import refuse_folder
+
+        refuse_folder(config.output_dir, resuming=args.resume is not None)
         devices, disk = dry_run(config, summary.CONSOLE)
         summary.show_memory(devices, config, disk, summary.CONSOLE)
-        return 0
-    summary.summary(mtp(config, resume=args.resume, stop_after=args.stop_after, force=args.force))
-    return 0
-
-
-def _add_resume(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--resume", metavar="auto|PATH", help="go on from the newest checkpoint of output_dir, or from this one"
-    )
-    parser.add_argument("--force", action="store_true", help="resume although the configuration has changed")
-    parser.add_argument(
-        "--stop_after", "--stop-after", type=int, metavar="N", help="save and stop after step N, as if interrupted"
-    )
-
-
-def _config_to_run(args: argparse.Namespace, model: type[Config]) -> Config | None:
-    """The configuration, or None where it was only to be printed or checked, which then is done."""
-    from grpo.config.options import dump_yaml, load
-
-    config = load(model, args.config, args.overrides, args.flags)
-    args.output_dir = config.output_dir
-    if args.print_config:
-        print(dump_yaml(config), end="")
-    elif args.dry_run:
-        from grpo.commands import summary
-
-        summary.dry_run(config, resume=args.resume, stop_after=args.stop_after, force=args.force)
     else:
-        return config
-    return None
+        from grpo.mtp import mtp
+
+        summary.summary(mtp(config, **_flags(args)))
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from grpo.config.inference import EvalConfig, defaults_of_run
-    from grpo.config.options import dump_yaml, load
+    from grpo.config.inference import defaults_of_run
 
-    defaults = defaults_of_run(Path(args.policy), args.overrides.get("data"))
-    config = load(EvalConfig, None, defaults | {"model": args.policy} | args.overrides, args.flags)
-    if args.print_config:
-        print(dump_yaml(config), end="")
+    brought = defaults_of_run(Path(args.policy), args.overrides.get("data"))
+    config = _load(args, brought=brought | {"model": args.policy})
+    if config is None:
         return 0
     from grpo.commands import eval_report, summary
     from grpo.commands.eval import evaluate_model
@@ -371,11 +259,10 @@ def _eval(args: argparse.Namespace) -> int:
 def _sample(args: argparse.Namespace) -> int:
     if not args.prompt and args.prompts is None:
         args.options_parser.error('there are no prompts: give --prompt "some text", --prompts FILE.jsonl, --prompts -')
-    from grpo.config.inference import SampleConfig, sample_defaults_of_run
-    from grpo.config.options import load
+    from grpo.config.inference import sample_defaults_of_run
 
     brought = sample_defaults_of_run(Path(args.policy), args.overrides.get("data"))
-    config = load(SampleConfig, None, brought | {"model": args.policy} | args.overrides, args.flags)
+    config = _load(args, brought=brought | {"model": args.policy})
     from grpo.commands import summary
     from grpo.commands.sample import prompts_of, sample
 
@@ -389,54 +276,41 @@ def _sample(args: argparse.Namespace) -> int:
     return _fail(sampled.faults, EXIT_ERROR) if sampled.faults else 0
 
 
-def _convert(args: argparse.Namespace) -> int:
-    from grpo.config.convert import ConvertConfig
-    from grpo.config.options import load
-
-    config = load(ConvertConfig, None, args.overrides, args.flags)
+def _convert(args: argparse.Namespace) -> None:
+    config = _load(args)
     from grpo.commands import convert, summary
 
     conversion = convert.convert(args.source, args.destination, config, mtp=args.mtp, console=summary.CONSOLE)
     convert.show(conversion, summary.CONSOLE)
     _write(args.json, convert.as_json(conversion))
-    return 0
 
 
-def _inspect(args: argparse.Namespace) -> int:
+def _inspect(args: argparse.Namespace) -> None:
     from grpo.commands import inspect, summary
 
     anatomy = inspect.inspect(args.model, args.context)
     summary.CONSOLE.print(inspect.table(args.model, anatomy))
     _write(args.json, inspect.as_json(args.model, anatomy))
-    return 0
 
 
-def _export(args: argparse.Namespace) -> int:
+def _export(args: argparse.Namespace) -> None:
     from grpo.commands.export import export
 
     print(escaped(export(args.run, args.destination, adapter=args.adapter)))
-    return 0
 
 
-def _plot(args: argparse.Namespace) -> int:
+def _plot(args: argparse.Namespace) -> None:
     if not args.run.is_dir():
         raise ValueError(f"RUN={args.run}: there is no such folder")
     if not (args.run / "metrics.jsonl").is_file():
         raise ValueError(f"RUN={args.run}: is no run folder (no metrics.jsonl in it)")
     from grpo.run.plots import plot_run
 
-    for path in plot_run(args.run):
-        print(path)
-    return 0
+    print(*plot_run(args.run), sep="\n")
 
 
 def _reward_test(args: argparse.Namespace) -> int:
-    from grpo.config.options import load
-    from grpo.config.reward_commands import RewardTestConfig
-
-    config = load(RewardTestConfig, None, args.overrides, args.flags)
-    from dataclasses import asdict
-
+    config = _load(args)
     from grpo.commands.reward_report import show_check
     from grpo.commands.reward_test import check_reward
     from grpo.run.console import Terminal
@@ -448,12 +322,7 @@ def _reward_test(args: argparse.Namespace) -> int:
 
 
 def _reward_replay(args: argparse.Namespace) -> int:
-    from grpo.config.options import load
-    from grpo.config.reward_commands import ReplayConfig
-
-    config = load(ReplayConfig, None, args.overrides, args.flags)
-    from dataclasses import asdict
-
+    config = _load(args)
     from grpo.commands.reward_replay import replay
     from grpo.commands.reward_report import show_replay
     from grpo.run.console import Terminal
@@ -464,25 +333,14 @@ def _reward_replay(args: argparse.Namespace) -> int:
     return EXIT_ERROR if result.failures else 0
 
 
-def _reference(args: argparse.Namespace) -> int:
-    from pydantic import BaseModel
-
-    from grpo.config.convert import ConvertConfig
-    from grpo.config.inference import EvalConfig, SampleConfig
-    from grpo.config.mtp import MtpConfig
+def _reference(args: argparse.Namespace) -> None:
     from grpo.config.options import reference_page
-    from grpo.config.reward_commands import ReplayConfig, RewardTestConfig
-    from grpo.config.run import SftConfig, TrainConfig
     from grpo.run.metrics import table
 
-    commands: dict[str, type[BaseModel]] = {
-        **{"train": TrainConfig, "sft": SftConfig, "mtp": MtpConfig, "eval": EvalConfig, "sample": SampleConfig},
-        **{"reward test": RewardTestConfig, "reward replay": ReplayConfig, "convert": ConvertConfig},
-    }
-    for command, model in commands.items():
-        print(f"# quartet {command}\n\n{reference_page(model)}")
+    for name, command in _commands().items():
+        if command.options:
+            print(f"# quartet {name}\n\n{reference_page(command.options)}")
     print(f"# Metrics\n\n{table()}", end="")
-    return 0
 
 
 def _write(path: Path | None, content: dict[str, Any]) -> None:

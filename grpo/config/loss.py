@@ -18,7 +18,7 @@ Advantage = Literal[
     "group_relative", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae", "rank_softmax"
 ]
 
-Own = Annotated[str, Field(pattern=r"\.py:\w+$")]  # path/to/file.py:function
+Own = Annotated[str, Field(pattern=r"\.py:\w+$"), "FILE.py:FUNCTION"]
 
 
 class LossOptions(Options):

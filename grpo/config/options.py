@@ -28,7 +28,7 @@ import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -95,6 +95,8 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return get_args(annotation)[-1]  # which says what it looks like
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
     if len(members := _members(annotation)) > 1:

@@ -59,7 +59,7 @@ class LogOptions(Options):
 
 
 class RunConfig(RewardsOptions, ModelOptions):
-    """What sft, train and mtp have in common: a policy, a folder, data, rewards, rollouts."""
+    """What `quartet sft`, `train` and `mtp` have in common: a policy, a run folder, data, rewards and rollouts."""
 
     output_dir: Path
     """The run folder; the trained policy is written to `policy/` in it."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo.data.examples import FILE_KINDS, load_examples
+from grpo.data.examples import load_examples
+from grpo.data.source import FILE_KINDS
 
 TEXT_KINDS = (".txt", ".md")
 CHARACTERS_PER_TOKEN = 8  # more of a file is not read

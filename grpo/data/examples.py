@@ -1,10 +1,7 @@
-"""From a dataset to examples: where the rows come from, and what is checked before a run may start."""
+"""From the rows of a dataset to examples, and what is checked before a run may start."""
 
 from __future__ import annotations
 
-import codecs
-import csv
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,20 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grpo.config.data import ProblemOptions
-from grpo.config.json_file import parse_json, unfit
+from grpo.config.json_file import unfit
 from grpo.data.leakage import is_gsm8k_test_question, refuse_evaluation_data
 from grpo.data.reasoning_gym import COUNT, PREFIX, reasoning_gym_problems
+from grpo.data.source import BUILT_IN, GSM8K, TOO_MANY_FIELDS, file_rows, load_dataset, local_file
 from grpo.data.word_problems import word_problems
-from policies.files import hub
 from rewards.built_in.gsm8k import gold_answer
 from rewards.protocol import text_of
 
-GSM8K = "openai/gsm8k:main"
 GSM8K_COPIES = ("data/gsm8k", "../shared/data/gsm8k")  # train.jsonl and test.jsonl here spare the hub
-BUILT_IN = {"word_problems": "word_problems", "gsm8k": GSM8K, "openai/gsm8k": GSM8K}
-FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
 MOST_BAD_ROWS_NAMED = 10
-TOO_MANY_FIELDS = "fields beyond the header"
 CHARACTERS_PER_TOKEN = 64  # no text comes near this as a mean; longer ones are refused before a tokenizer reads them
 GSM8K_TEST = "a question of GSM8K's test set, which must not be trained on"
 
@@ -127,7 +120,7 @@ def load_examples(
         return [_example(row["id"], row, "question", "answer") for row in problems]
     if source == GSM8K:
         source = next((folder for folder in GSM8K_COPIES if Path(folder).is_dir()), source)
-    path = None if source in BUILT_IN.values() else _local_file(source, split)
+    path = None if source in BUILT_IN.values() else local_file(source, split)
     if purpose == "train":
         refuse_evaluation_data(str(name_or_path), split, path)
     if source == "word_problems":
@@ -135,11 +128,11 @@ def load_examples(
         return [_example(row["id"], row, "question", "answer") for row in problems]
     if path:
         prefix = f"{path.resolve().parent.name}/{path.stem}"
-        numbered = _file_rows(path)
+        numbered = file_rows(path)
     else:
         name, _, config = source.partition(":")
         prefix = f"{name.split('/')[-1]}/{split}"
-        numbered = enumerate(_load_dataset(name, config or None, split=split), start=1)
+        numbered = enumerate(load_dataset(name, config or None, split=split), start=1)
     checks = [check] if check else []
     if purpose == "train":
         checks.insert(0, lambda columns: GSM8K_TEST if is_gsm8k_test_question(_texts(columns.values())) else None)
@@ -205,82 +198,6 @@ def default_heldout_split(name: str) -> str:
     ('test', 'heldout')
     """
     return "heldout" if name == "word_problems" or name.startswith(PREFIX) else "test"
-
-
-def _local_file(source: str, split: str) -> Path | None:
-    """The file that `source` names, or None where it can only be a hub id."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        candidates = [path / f"{split}{kind}" for kind in FILE_KINDS]
-        found = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if found is None:
-            there = ", ".join(sorted(child.name for child in path.iterdir())) or "nothing"
-            wanted = ", ".join(candidate.name for candidate in candidates)
-            raise FileNotFoundError(f"{path} holds none of {wanted}; it holds {there}")
-        return found
-    if path.is_file():
-        if path.suffix not in FILE_KINDS:
-            raise ValueError(f"{path} cannot be read; the kinds of file that can be are {', '.join(FILE_KINDS)}")
-        return path
-    if path.suffix in FILE_KINDS or source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise FileNotFoundError(f"there is no file or folder {source!r} (looked from {Path.cwd()})")
-    if "/" not in source and (near := difflib.get_close_matches(source, BUILT_IN, n=1, cutoff=0.8)):
-        raise ValueError(f"there is no dataset {source!r}; did you mean {near[0]!r}?")
-    return None
-
-
-def _file_rows(path: Path) -> Iterable[tuple[int, Any]]:
-    """(row number, row); a row of a .jsonl file that cannot be read is the error that it raised."""
-    if path.suffix == ".jsonl":
-        # not splitlines(): JSON strings may hold U+2028, which ends a line for Python and not for JSON
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-        return [(number, _json_or_error(line)) for number, line in enumerate(lines, start=1) if line.strip()]
-    if path.suffix == ".json":
-        rows = _json_or_error(path.read_bytes().removeprefix(codecs.BOM_UTF8))
-        if not isinstance(rows, list):
-            found = rows if isinstance(rows, ValueError) else f"it holds a {type(rows).__name__}"
-            raise ValueError(f"{path} must hold a JSON list of objects: {found}")
-    elif path.suffix == ".csv":
-        rows = _csv_rows(path)
-    else:
-        rows = _load_dataset("parquet", data_files=str(path), split="train")
-    return enumerate(rows, start=1)
-
-
-def _csv_rows(path: Path) -> list[Any]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restkey=TOO_MANY_FIELDS, strict=True)
-        try:
-            header = reader.fieldnames or []
-            if twice := [name for name in dict.fromkeys(header) if header.count(name) > 1]:
-                raise ValueError(f"{path}: the header has the column {twice[0]!r} twice; rename or remove one")
-            return list(reader)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not CSV in UTF-8: {error} (behind line {reader.line_num})") from error
-
-
-def _json_or_error(text: bytes) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        return error
-
-
-def _load_dataset(name: str, config: str | None = None, **options: Any) -> Iterable[Any]:
-    import datasets  # slow to import
-
-    why = "" if "data_files" in options else hub.unreachable()
-    if why:
-        datasets.config.HF_HUB_OFFLINE = True
-        why += ", and only what is in the cache can be had. "
-    try:
-        return datasets.load_dataset(name, config, **options)
-    except Exception as error:
-        source = ", ".join([name, *([config] if config else []), *map(str, options.values())])
-        raise ValueError(
-            f"could not load the dataset {source}: {error.__cause__ or error}\n"
-            f"{why}Check the name, or give a file, or a folder with train.jsonl and test.jsonl."
-        ) from error
 
 
 def _checked(

@@ -1,0 +1,73 @@
+"""What each command takes besides its options: the arguments of `add_argument`, command by command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+
+
+def _argument(*names: str, **settings: Any) -> Argument:
+    return names, settings
+
+
+def _flag(name: str, what: str) -> Argument:
+    names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+    return _argument(*names, action="store_true", help=what)
+
+
+def _json(what: str) -> Argument:
+    return _argument("--json", type=Path, metavar="OUT", help=f"write {what} to this file")
+
+
+_FILE: dict[str, Any] = {"type": Path, "nargs": "?"}
+_FUNCTION = {"metavar": "FILE:FN", "help": "path/to/file.py:function, or a built-in reward's name"}
+_POLICY = _argument("policy", metavar="MODEL", help="a run folder, a checkpoint folder or a hub id")
+_PRINT_CONFIG = _flag("print_config", "print the effective options and stop")
+_STOP_AFTER = "save and stop after step N, as if interrupted"
+_RUN = (
+    _PRINT_CONFIG,
+    _flag("dry_run", "check all that can be checked without training, and stop"),
+    _argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint of output_dir, or from this one"),
+    _flag("force", "resume although the configuration has changed"),
+    _argument("--stop_after", "--stop-after", type=int, metavar="N", help=_STOP_AFTER),
+)
+_DESTINATION = _argument("destination", type=Path, metavar="DST", help="the folder to write; it must not exist")
+
+_WHAT = "options from a file; the command line wins"
+TRAIN = (_argument("config", metavar="CONFIG.yaml", help=_WHAT, **_FILE), *_RUN)
+_WHAT = "options from a file (the command line wins), or the policy: a run or checkpoint folder, or a hub id"
+MTP = (_argument("config", metavar="CONFIG.yaml|MODEL", help=_WHAT, **_FILE), *_RUN)
+EVAL = (_POLICY, _PRINT_CONFIG, _json("what the table shows"))
+_WHAT = 'lines such as {"prompt": "2 + 3 = ?"}; - reads standard input, where a line may also be plain text'
+SAMPLE = (
+    _POLICY,
+    _argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; give it again for another one"),
+    _argument("--prompts", type=Path, metavar="FILE.jsonl|-", help=_WHAT),
+    _json("groups and completions"),
+)
+REWARD_TEST = (_argument("function", **_FUNCTION), _json("what was found"))
+REWARD_REPLAY = (
+    _argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it is touched"),
+    _argument("--with", dest="function", required=True, **_FUNCTION),
+    _json("every change"),
+)
+CONVERT = (
+    _argument("source", metavar="SRC", help="a checkpoint folder or a hub id"),
+    _DESTINATION,
+    _flag("mtp", "add a draft head, started from the last layer"),
+    _json("what is printed"),
+)
+_WHAT = "attend to so many tokens; 4096 or the policy's longest by default"
+INSPECT = (
+    _argument("model", metavar="MODEL", help="a preset, a run folder, a checkpoint folder or a hub id"),
+    _argument("--context", type=int, metavar="TOKENS", help=_WHAT),
+    _json("what the table shows"),
+)
+EXPORT = (
+    _argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint inside one"),
+    _DESTINATION,
+    _flag("adapter", "the adapters of a LoRA run alone, in peft's format"),
+)
+PLOT = (_argument("run", type=Path, metavar="RUN", help="a run folder"),)
