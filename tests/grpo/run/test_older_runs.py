@@ -1,0 +1,42 @@
+"""A run that was written before the rooms of grpo were made (0.1.0): it goes on, is evaluated and exported."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from grpo.cli import main
+from grpo.policy_source import find_policy
+from grpo.run.records import read_metrics, read_rollouts
+from policies.policy import Policy
+
+CASE = Path(__file__).parents[2] / "cases/run_0.1.0"  # stopped after step 2 of 3; step_3.json is what 0.1.0 made next
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    shutil.copytree(CASE, tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    return tmp_path / "old"
+
+
+def test_an_older_run_goes_on_with_the_step_that_it_would_have_made(folder):
+    assert main(["train", "run/config.yaml", "--resume", "auto"]) == 0
+    expected = json.loads((folder / "step_3.json").read_text())
+    assert [line["token_ids"] for line in read_rollouts(folder / "run", 3)] == expected["token_ids"]
+    made = read_metrics(folder / "run")[3]
+    assert {name: made[name] for name in expected["metrics"]} == pytest.approx(expected["metrics"], rel=1e-4)
+    assert find_policy("run").step == 3
+
+
+def test_an_older_checkpoint_is_evaluated(folder, capsys):
+    source = find_policy("run")
+    assert (source.step, source.base) == (2, "model")
+    assert main(["eval", "run", "--json", "found.json", "--limit", "2"]) == 0
+    assert json.loads((folder / "found.json").read_text())["evaluations"]["sampled"]["completions"] == 2
+
+
+def test_an_older_run_is_exported(folder):
+    assert main(["export", "run", "exported"]) == 0
+    assert Policy.load("exported").mtp is not None
