@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import psutil
 import torch
 
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import dump_yaml
-from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.run import RunConfig, TrainConfig
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.learner.update import NonFiniteStep
@@ -30,8 +30,10 @@ from grpo.run.resume import saved_state
 from grpo.run.reward_record import record_rewards, refuse_changed_rewards
 from grpo.run.stop import GivenUp, Stopped, StopSignal
 
+Config = TypeVar("Config", bound=RunConfig)
 
-class Run:
+
+class Run(Generic[Config]):
     """The steps of a training, and the folder that keeps them.
 
     Used as a context manager around its steps, it keeps this promise: however the steps end, the last whole one is
@@ -48,7 +50,7 @@ class Run:
 
     def __init__(
         self,
-        config: SftConfig | MtpConfig,
+        config: Config,
         log: RunLog,
         stop: StopSignal,
         ranks: Ranks,
@@ -79,7 +81,7 @@ class Run:
     @contextmanager
     def open(
         cls,
-        config: SftConfig | MtpConfig,
+        config: Config,
         steps: int,
         rewards: Sequence[dict[str, Any]],
         *,
@@ -119,7 +121,7 @@ class Run:
                 except GivenUp:  # outside the steps
                     raise stop.stopped(run.step) from None
 
-    def part(self, name: str, last: int, of: str) -> Run:
+    def part(self, name: str, last: int, of: str) -> Run[Config]:
         """A training inside this one, which goes on from its own checkpoints in `name`.
 
         Its steps are not those of the run: they have no metrics, and the last one is not saved.
@@ -204,11 +206,11 @@ class Run:
         assert self._begun is not None
         self.step = self._begun
 
-    def record(self, *, show: bool = True, **more: float) -> None:
+    def record(self, more: Mapping[str, float] | None = None, *, show: bool = True) -> None:
         """The line of the step in metrics.jsonl."""
         if self.of:
             return
-        self.metrics |= more
+        self.metrics |= more or {}
         self.metrics["time/step"] = time.perf_counter() - self._started
         if "time/rollout" in self.metrics:
             tokens = self.metrics["completion/tokens"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
         raise ValueError("quartet mtp teaches in one process; start it without accelerate (rollout.workers may sample)")
     _check_model(config)
     config = with_threads(config, resume)
-    flags = {"resume": resume, "stop_after": stop_after, "force": force}
+    flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
     with Task.of(config) as task, Run.open(config, config.steps, task.scorer.describe(), **flags) as run:
         task.record_split(run.log)
         policy = _policy_with_head(config, task, begins=run.saved is None)
@@ -66,7 +67,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
                         _teach(run, learner, groups, step)
                         with run.timed("time/publish"):
                             pool.publish(learner.weights(), learner.policy_version)
-                        run.record(**pool.metrics())
+                        run.record(pool.metrics())
                         run.save_if_due()
                         progress.advance(bar)
                 if not run.ended_before:
@@ -104,10 +105,9 @@ def _fitting_text(task: Task, policy: Policy) -> list[torch.Tensor]:
 
 
 def _sample(
-    run: Run, task: Task, prompts: PromptStream, pool: Pool, policy: Policy, step: int
+    run: Run[MtpConfig], task: Task, prompts: PromptStream, pool: Pool, policy: Policy, step: int
 ) -> Sequence[RolloutGroup]:
     config = run.config
-    assert isinstance(config, MtpConfig)
     taken = [task.prompt(example, policy.tokenizer) for example in prompts.take(config.prompts_per_step)]
     sampling = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed)
     with run.timed("time/rollout"):

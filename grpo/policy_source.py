@@ -108,7 +108,9 @@ def _of_checkpoint(folder: Path, meaning: str, read: bool) -> PolicySource:
 
 def _run_config(run: Path) -> TrainConfig | MtpConfig:
     file = run / "config.yaml"
-    return load(MtpConfig if "head" in read_yaml(file)[0] else TrainConfig, file, {})
+    if "head" in read_yaml(file)[0]:
+        return load(MtpConfig, file, {})
+    return load(TrainConfig, file, {})
 
 
 def check_model(model: str) -> None:

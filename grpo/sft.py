@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from functools import partial
 from math import nan
+from typing import Any
 
 import torch
 
-from grpo.config.run import SftConfig
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.data.prompts import PromptStream
+from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.build import sft_learner
 from grpo.learner.parallel import ALONE, Ranks
@@ -34,11 +36,12 @@ def sft(
     """The policy is saved to `output_dir/policy`. Raises Stopped when the run was asked to end early."""
     check_options(config)
     config = with_threads(config, resume)
-    steps, flags = config.warm_start.steps, {"resume": resume, "stop_after": stop_after, "force": force}
+    steps = config.warm_start.steps
+    flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
     with Task.of(config) as task, Run.open(config, steps, task.scorer.describe(), ranks=ranks, **flags) as run:
         task.record_split(run.log)
         policy = load_policy(config, task.corpus())
-        results = {}
+        results: dict[str, Evaluation] = {}
         if run.step == 0:
             results |= _evaluate("before", run, task, policy)
         supervise(policy, task, run)
@@ -48,7 +51,7 @@ def sft(
     return Result(run.folder, policy, results)
 
 
-def supervise(policy: Policy, task: Task, run: Run) -> None:
+def supervise(policy: Policy, task: Task, run: Run[SftConfig] | Run[TrainConfig]) -> None:
     """Train `policy` in place for the steps of `run`; the last step's metrics are left in `run.metrics`."""
     config, options = run.config, run.config.warm_start
     run.ranks.begin("sft", policy)
@@ -77,7 +80,7 @@ def supervise(policy: Policy, task: Task, run: Run) -> None:
             run.save_if_due()
 
 
-def _evaluate(when: str, run: Run, task: Task, policy: Policy) -> dict:
+def _evaluate(when: str, run: Run[SftConfig], task: Task, policy: Policy) -> dict[str, Evaluation]:
     options = run.config.eval
     if not task.heldout:
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from grpo.algorithm import own
 from grpo.collector import Collector
@@ -44,7 +45,7 @@ def train(
     check_options(config)
     own.check(config.loss)
     config = with_threads(with_rewards(config, reward), resume)
-    flags = {"resume": resume, "stop_after": stop_after, "force": force}
+    flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
     with Task.of(config) as task, Run.open(config, config.steps, task.scorer.describe(), ranks=ranks, **flags) as run:
         task.record_split(run.log)
         policy = initial_policy(run, task)
@@ -70,7 +71,7 @@ def train(
                     if run.moved:
                         with run.timed("time/publish"):
                             pool.publish(learner.weights(), learner.policy_version)
-                    run.record(**pool.metrics())
+                    run.record(pool.metrics())
                     evaluates = held_out.due(step, run.last)
                     run.save_if_due(config.checkpoint.keep_best and evaluates)
                     if evaluates:
@@ -84,7 +85,7 @@ def train(
     return Result(run.folder, policy, held_out.results, speeds)
 
 
-def initial_policy(run: Run, task: Task) -> Policy:
+def initial_policy(run: Run[TrainConfig], task: Task) -> Policy:
     """The policy that GRPO starts from: warm-started now, or by the run that is being resumed."""
     config, folder, steps = run.config, run.folder / "warm_start", "warm_start_checkpoints"
     if config.warm_start.steps and not (run.resumes and folder.exists()):
@@ -124,7 +125,7 @@ def learn(run: Run, learner: Learner, batch: TrainingBatch, step: int) -> None:
         )
 
 
-def _base(run: Run, learner: Learner) -> dict[str, BaseWeights]:
+def _base(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:
     """With LoRA a checkpoint keeps the digest of the weights under the adapters."""
     if not run.config.lora:
         return {}

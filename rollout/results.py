@@ -102,6 +102,7 @@ class Results:
         for row, (count, token_ids, logprobs, depths, stopped, aborted, cut) in enumerate(
             zip(*(x.tolist() for x in rows), strict=True)
         ):
+            forwards, drafted, accepted, fallbacks = next(stats)
             ids = token_ids[:count]
             text = str(tokenizer.decode(ids[:-1] if stopped and not cut else ids))
             reason: FinishReason = "abort" if aborted else "stop" if stopped else "length"
@@ -112,7 +113,7 @@ class Results:
                     text=strings.cut(text) if strings else text,
                     finish_reason=reason,
                     policy_version=version,
-                    draft=DraftStats(*next(stats), depths[:count]),
+                    draft=DraftStats(forwards, drafted, accepted, fallbacks, depths[:count]),
                     routing=None if routing is None else routing[row, :count],
                 )
             )

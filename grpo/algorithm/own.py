@@ -16,7 +16,7 @@ The code runs in the process that learns, so it is trusted as the user's own pro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ def objective_of(name: str) -> Objective:
 
 def aggregate_of(loss_type: str) -> LossType:
     """Whose denominators a loss has: its own, or for a user's objective those that its decorator names."""
-    return _load(loss_type, "objective").aggregate if is_own(loss_type) else loss_type  # type: ignore[return-value]
+    found = _load(loss_type, "objective").aggregate if is_own(loss_type) else loss_type  # type: ignore[attr-defined]
+    return cast(LossType, found)
 
 
 def check(options: LossOptions) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.config.mtp import MtpConfig
 from grpo.config.options import dump_yaml
-from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.run import RunConfig, SftConfig, TrainConfig
 from grpo.config.yaml_file import parse_yaml, read_yaml
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
@@ -23,7 +22,7 @@ FREE_TO_CHANGE = (
 
 
 def saved_state(
-    config: SftConfig | MtpConfig, *, resume: str | None, force: bool, stop_after: int | None, steps: int
+    config: RunConfig, *, resume: str | None, force: bool, stop_after: int | None, steps: int
 ) -> Checkpoint | None:
     """The checkpoint that --resume names, None where the run begins. Refuses flags that make no sense together.
 
@@ -53,10 +52,10 @@ def saved_state(
     return saved
 
 
-def refuse_changed_config(saved: Path, config: SftConfig | MtpConfig) -> None:
+def refuse_changed_config(saved: Path, config: RunConfig) -> None:
     """A resumed run must be the same run. Raises ValueError listing what differs."""
     # Over `steps`: other steps are another schedule.
-    decays = isinstance(config, MtpConfig) or config.learner.schedule != "constant"
+    decays = not isinstance(config, SftConfig) or config.learner.schedule != "constant"
     free = tuple(key for key in FREE_TO_CHANGE if not (decays and key == "steps"))
     changed = [
         f"  {key}: {then!r} then, {now!r} now"
