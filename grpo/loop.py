@@ -1,5 +1,5 @@
 """One training in one folder: opened, restored, counted, recorded, saved and stopped. `quartet train`, `sft` and `mtp`
-are told with it."""
+use it."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class Run(Generic[Config]):
     # ---- the steps --------------------------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps that are still to come. Between two of them a stop that was asked for is heeded."""
+        """The numbers of the steps that are left. Between two of them the run ends if a signal has asked for it."""
         for step in range(self.start + 1, self.last + 1):
             self._begun, self._updates, self._started = step, self._learner.updates, time.perf_counter()
             self._before = {name: part.state_dict() for name, part in self._parts.items() if part is not self._learner}
@@ -199,7 +199,7 @@ class Run(Generic[Config]):
                 raise NonFiniteStep(
                     f"{error}. This update was not made{where}. Lower {lower} and go on with --resume auto --force"
                 ) from None
-            learner.skipped_in_a_row = skipped  # where the run ends, the step was not skipped: it is still to come
+            learner.skipped_in_a_row = skipped  # counted only where the run goes on: otherwise the step is made again
             self.metrics["learner/updates"] = 0.0
         else:
             learner.skipped_in_a_row = 0
@@ -293,7 +293,7 @@ class Run(Generic[Config]):
         try:
             if self._refused != self.step:
                 self.save()
-        except Exception as refusal:  # told in the event: the error that ends the run must reach the user
+        except Exception as refusal:  # recorded in the event: the error that ends the run must reach the user
             not_saved = {"not_saved": str(refusal)}
         said = f"{type(error).__name__}: {error}"
         try:

@@ -1,7 +1,7 @@
 """`quartet mtp`: a policy teaches its own draft head.
 
-One step, as told by the code below:
-1. sample groups from the policy, with drafts by the head as it is so far (lossless: it is the policy that speaks),
+One step, in the order of the code below:
+1. sample groups from the policy, with drafts by the head as it is so far (lossless: the tokens are the policy's),
 2. read them once with the frozen trunk,
 3. pass over them several times, teaching the head the trunk's distributions at every depth,
 4. publish the head to the sampler, which then drafts better.
@@ -77,7 +77,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
 
 
 def _check_model(config: MtpConfig) -> str:
-    """The checkpoint or preset that is meant; also with `add_mtp: false` it must be one that can have a head."""
+    """The checkpoint or preset of the model, which must be one that can have a head, also with `add_mtp: false`."""
     return check_options(config.model_copy(update={"add_mtp": True}))
 
 

@@ -182,7 +182,7 @@ class _Classifier(_Model):
 
 
 class _Perplexity(_Model):
-    """exp(-mean log p) of the completion's tokens behind the prompt, the end of one that stopped included."""
+    """exp(-mean log p) of the completion's tokens after the prompt, including the end token of one that stopped."""
 
     def _load(self) -> None:
         dtype = getattr(read_config(self.source), "dtype", None) or torch.float32

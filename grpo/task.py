@@ -74,7 +74,7 @@ class Task:
         self._refuse_overlap(shown, met, data)
         self.template = replace(self.template, few_shot=shown)
         messages = self.template.messages(known[0])  # raises for a chat that cannot be made
-        # A chat template is the model's, and no model is loaded yet: the bare question then stands in for its text.
+        # A chat template is the model's, and no model is loaded yet: the bare question then replaces its text.
         prompt = known[0].question if self.template.is_chat else self.template.render(known[0])
         self.solution_column = data.solution_column
         self.trainer_state: dict[str, float] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
@@ -219,7 +219,7 @@ class Task:
         return PackedRow(self.prompt(example, tokenizer).token_ids, [Sample(0, ids)])
 
     def reached(self, steps_done: int, config: TrainConfig) -> None:
-        """What rewards that ask for `trainer_state` are told from now on, by TRL's names."""
+        """Set what rewards that ask for `trainer_state` receive from now on, by TRL's names."""
         epoch = steps_done * config.prompts_per_step / len(self.train)
         self.trainer_state = {"global_step": steps_done, "max_steps": config.steps, "epoch": epoch}
 

@@ -1,4 +1,4 @@
-"""Steps that taught nothing: after several in a row the user is told why, and what to change."""
+"""Steps that taught nothing: after several in a row the user reads why, and what to change."""
 
 from __future__ import annotations
 

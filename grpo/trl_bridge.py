@@ -52,7 +52,7 @@ class rollout_func:
 
     TRL does not train the MTP head. Tokens stay exact, but drafts are accepted less where the policy moves away from
     it: `draft/acceptance_depth_*` and `draft/head_age` are logged by the trainer, and every `warn_every` steps a
-    warning tells what has become of the acceptance. `draft_tokens` means what `rollout.draft_tokens` does in a config.
+    warning says how the acceptance has changed. `draft_tokens` means what `rollout.draft_tokens` does in a config.
 
     Raises BridgeError for drafts without a head, and in the first call for a trainer that trains another model or asks
     for what would bias the gradient (top-p and the like).
@@ -97,7 +97,7 @@ class rollout_func:
         freeze_exact_parts(policy)
 
     def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list]:
-        """TRL's contract: one completion for every entry of `prompts`, in which each prompt stands G times in a row."""
+        """TRL's contract: one completion for every entry of `prompts`, in which each prompt comes G times in a row."""
         mode = "train" if trainer.model.training else "eval"
         size: int = getattr(trainer, "num_generations" if mode == "train" else "num_generations_eval")
         if self.pool is None:
@@ -197,7 +197,7 @@ class rollout_func:
         if not trainer.temperature > 0:
             raise BridgeError(f"temperature={trainer.temperature}: GRPO samples; use a positive number")
         if trainer.tools or trainer.environment_factories:
-            raise BridgeError("rollout_func: TRL would generate the turns behind a tool call itself; drop the tools")
+            raise BridgeError("rollout_func: TRL would generate the turns after a tool call itself; drop the tools")
 
 
 def _check_adapter(model: PeftModel) -> None:

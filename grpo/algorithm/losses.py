@@ -11,7 +11,7 @@ what the engine sampled from (`sampling_logprobs`), π_ref anchors the KL penalt
 
 A micro-batch returns its *summand*: denominators are counts of the whole step, so the losses, gradients and
 metrics of micro-batches add up to those of the undivided batch (contract 10). A mean over each micro-batch
-would instead weigh a token by the company it happens to keep.
+would instead weigh a token by which other tokens are in its micro-batch.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def aggregate(
 
     grpo, sapo              1/N Σ_i 1/|o_i| Σ_t ℓ    every completion weighs the same
     dapo, cispo, reinforce  1/M Σ_i Σ_t ℓ            every token weighs the same
-    dr_grpo                 1/(N·L) Σ_i Σ_t ℓ        L = max_completion_length, so lengths have no say at all
+    dr_grpo                 1/(N·L) Σ_i Σ_t ℓ        L = max_completion_length: lengths do not matter
     bnpo                    B/N · local token mean   local by definition: the split into micro-batches matters
 
     >>> per_token = torch.tensor([[1.0, 2.0, 3.0], [8.0, 0.0, 0.0]])

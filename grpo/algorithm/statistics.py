@@ -92,7 +92,7 @@ def majority_at_k(answers_n: Sequence[Hashable | None], correct_n: Sequence[bool
     """Share of majority votes among k completions that are correct, over the n // k disjoint runs of k in order.
 
     A vote without answers is wrong; an answer is as correct as the first completion that gives it and has a mark.
-    None where no vote can be told right from wrong: no completion that gives the winning answer has a mark.
+    None where the vote is neither right nor wrong: no completion that gives the winning answer has a mark.
 
     >>> majority_at_k([7, 7, 42, 42, 42, 7], [False, False, True, True, True, False], 3)    # 7 wins, then 42
     0.5
@@ -114,8 +114,8 @@ def powers_of_two(most: int) -> list[int]:
 def answer_reader(function: str, arguments: dict[str, Any]) -> Callable[[str], Hashable | None]:
     r"""How the final answer of a completion is read for the vote, after the reward function that marks it.
 
-    gsm8k's rewards read a number as they do for the mark. For others, an answer is what stands in the last
-    `<answer>` tags, else behind the last `####`, else the whole completion; blanks and case do not count.
+    gsm8k's rewards read a number as they do for the mark. For others, an answer is the content of the last
+    `<answer>` tags, else what follows the last `####`, else the whole completion; blanks and case do not count.
 
     >>> answer_reader("gsm8k", {})("6 * 7 = 42\n#### 42.0"), answer_reader("mine.py:score", {})("so #### Yes")
     (Decimal('42.0'), 'yes')

@@ -40,7 +40,7 @@ class Verdicts:
             self.are_given = False
 
     def see_scores(self, scores: Iterable[GroupScore]) -> None:
-        """The marks of groups, without the numbers that stand in for failures (`reward.on_error: score=x`)."""
+        """The marks of groups, without the numbers that replace failures (`reward.on_error: score=x`)."""
         for score in scores:
             failed = {error.sample_index for error in score.errors if error.function == self.reward}
             self.see(mark for i, mark in enumerate(score.parts[self.reward]) if i not in failed)

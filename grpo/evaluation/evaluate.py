@@ -83,8 +83,8 @@ def evaluate(
 ) -> Evaluation:
     """Sample `sampling.group_size` completions of every prompt and score them, batch by batch.
 
-    Raises RolloutError where prompts could not be sampled, behind the others, of which `on_batch` has heard by then;
-    at once where a batch has none.
+    If some prompts fail, the others are still evaluated, and RolloutError is raised at the end. It is raised at once
+    where a whole batch fails.
     """
     groups: list[RolloutGroup] = []
     scores: list[GroupScore] = []

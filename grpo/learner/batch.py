@@ -1,4 +1,4 @@
-"""Groups as the learner reads them: every prompt once, its completions behind it (contract 10).
+"""Groups as the learner reads them: every prompt once, followed by its completions (contract 10).
 
 A packed row is `[prompt | c1 | … | cG]`. A completion attends to the prompt and to itself, its positions continue the
 prompt's, and the prompt's last token predicts the first token of all G completions.
@@ -20,7 +20,7 @@ from policies.attention import Block, Packing
 class Sample:
     """One completion to learn from. `index` is its place in the step: [group, sample] flattened.
 
-    A value function gives `token_advantages`, its `values` and the `returns` it should have foretold, one for each
+    A value function gives `token_advantages`, its `values` and the `returns` that it should have predicted, one for each
     token; other estimators give one `advantage`.
     """
 
@@ -123,7 +123,7 @@ class MicroBatch:
         return torch.tensor([sample.advantage for sample in self.samples], device=self.mask.device)
 
     def padded(self, per_token: Sequence[Sequence[float]]) -> Tensor:
-        """Values given per completion as [C, L], zeros behind each end."""
+        """Values given per completion as [C, L], zeros after each end."""
         out = torch.zeros(self.mask.shape, device=self.mask.device)
         for c, values in enumerate(per_token):
             out[c, : len(values)] = torch.tensor(values)

@@ -1,6 +1,6 @@
 """Balancing the experts of the policy that learns: auxiliary losses, the expert bias, and what every step logs.
 
-Everything counts the completions' tokens, each once: prompts are given, and a prompt's tokens stand in more rows when
+Everything counts the completions' tokens, each once: prompts are given, and a prompt's tokens are in more rows when
 its group is cut for memory. So bias, sequence loss and statistics do not depend on how a step is cut into
 micro-batches. The entropy regulariser does: its mean gate is that of a micro-batch.
 """
@@ -25,7 +25,7 @@ from policies.policy import Policy
 class Balancer:
     """One step is `begin`, `observe` for every micro-batch that learns, `end`.
 
-    The bias moves in `end` alone, behind the last update of the step: rollouts, old log-probabilities and every update
+    The bias moves in `end` alone, after the last update of the step: rollouts, old log-probabilities and every update
     of a step choose experts with the same one.
     """
 

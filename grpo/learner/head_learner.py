@@ -57,7 +57,7 @@ class HeadLearner(Learner):
         self.head_options, self.steps, self.seed = options, steps, seed
 
     def depth_at(self, step: int) -> int:
-        """1 at the first step, one more in equal parts of the curriculum's steps, `depth` behind them."""
+        """1 at the first step, then one more in equal parts of the curriculum's steps, and `depth` after them."""
         share = self.head_options.curriculum_share * self.steps
         done = min((step - 1) / share, 1.0) if share else 1.0
         return 1 + int(done * (self.head_options.depth - 1))
@@ -91,7 +91,7 @@ class HeadLearner(Learner):
         """One optimizer update for every micro-batch, in another order at each pass. Raises NonFiniteStep.
 
         The loss is that of the first pass, over rollouts that the head has not learned from: in later ones it falls for
-        what was learned by heart as well.
+        what the head has memorised as well.
         """
         depth, divergence = self.depth_at(step), self.divergence_at(step)
         metrics: dict[str, float] = {}

@@ -1,6 +1,6 @@
 """The GRPO learner: advantages in, one optimizer step out.
 
-One step of GRPO, as told by the code below:
+One step of GRPO, in the order of the code below:
 1. score every completion against its group (`prepare`),
 2. compute the log-probabilities of what was sampled, under the policy that learns (`Likelihood.forward`),
 3. raise those with a positive advantage, lower the others, no further than the clip allows (`policy_loss`),

@@ -30,7 +30,7 @@ class MasterWeights:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to those of the masters, in fp32. Each leaves its parameter as soon as it is
-        there, so the rounded ones never lie beside the sums."""
+        there, so the rounded ones are never in memory beside the sums."""
         hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter, _ in self.pairs]
         try:
             loss.backward()

@@ -36,7 +36,7 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor, step: int, ranks: Ranks) -> None:
-        """Raises NonFiniteStep; with several ranks the summed gradient tells all of them."""
+        """Raises NonFiniteStep; with several ranks, all of them see it in the summed gradient."""
         if ranks.size == 1 and not math.isfinite(loss.item()):
             self.zero()
             raise NonFiniteStep(f"step {step}: the loss is {loss.item()}")

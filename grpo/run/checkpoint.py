@@ -130,7 +130,7 @@ def find(root: Path, which: str) -> Path | None:
 
 
 def discard_after(root: Path, step: int) -> list[Path]:
-    """Remove the checkpoints later than `step`, which a run that resumed there has left behind."""
+    """Remove the checkpoints later than `step`, which a run that resumed from there has left."""
     stale = [path for other, path in saved(root).items() if other > step]
     for path in stale:
         _remove(path)

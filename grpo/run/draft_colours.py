@@ -28,7 +28,7 @@ def coloured(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> Text
 
 
 def pieces(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text that each token adds. A character of several tokens stands with the one that completes it."""
+    """The text that each token adds. A character of several tokens is shown with the token that completes it."""
     found, before = [], ""
     for end in range(1, len(token_ids) + 1):
         text = str(tokenizer.decode(token_ids[:end], skip_special_tokens=False))

@@ -58,7 +58,7 @@ def command(argv: Sequence[str]) -> str:
     """
     words = list(argv)
     if len(words) > 1 and Path(words[1]).stem == "quartet":
-        del words[0]  # the console script is started through an interpreter that nobody typed
+        del words[0]  # the console script is started through an interpreter that the user did not type
     words[0] = _program(words[0])
     return shlex.join(words)
 

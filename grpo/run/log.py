@@ -183,7 +183,9 @@ class RunLog:
         try:
             yield
         except BaseException as error:
-            with suppress(OSError):  # a full disk: what ended the run is told, and not that its end was not recorded
+            with suppress(
+                OSError
+            ):  # on a full disk the user needs to read what ended the run, not that its end was not recorded
                 self._end(error)
             raise
         self._end(None)
@@ -287,7 +289,7 @@ def refuse_folder(output_dir: Path, *, resuming: bool) -> None:
         raise type(error)(f"output_dir: {output_dir} cannot be written ({why}); choose another folder") from error
     finally:
         for folder in reversed(made):
-            with suppress(OSError):  # somebody else has put something into it
+            with suppress(OSError):  # another process has put something into it
                 folder.rmdir()
     if holds and not resuming:
         raise FileExistsError(

@@ -57,7 +57,7 @@ METRICS: dict[str, str] = {
     "mismatch/weight_mean": "importance correction of the sampler's mismatch, mean over tokens",
     "draft/acceptance_depth_<d>": "drafts accepted at depth d / drafts made at depth d",
     "draft/drafted_depth_<d>": "drafts made at depth d, count",
-    "draft/tokens_per_forward": "completion tokens behind the first / decoding forwards of the trunk; 1 without drafts",
+    "draft/tokens_per_forward": "completion tokens after the first / decoding forwards of the trunk; 1 without drafts",
     "draft/vocabulary_coverage": "sampled tokens that are in the trimmed draft vocabulary, fraction",
     "draft/head_age": "steps that TRL's trainer has taken since the MTP head was last trained (TRL bridge only), count",
     "draft/fallback_rate": "forwards that fell back to plain decoding / forwards of the trunk",
@@ -122,7 +122,7 @@ def check(name: str) -> str:
     if found := next((pattern for pattern, regex in _PATTERNS.items() if regex.fullmatch(name)), None):
         return found
     nearest = difflib.get_close_matches(name, METRICS, n=1, cutoff=0)[0]
-    raise ValueError(f"metric {name!r} is not documented; did you mean {nearest!r}? Names stand in METRICS")
+    raise ValueError(f"metric {name!r} is not documented; did you mean {nearest!r}? METRICS has all names")
 
 
 def table() -> str:

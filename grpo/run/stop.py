@@ -74,12 +74,12 @@ class Handler:
         return dict.fromkeys(self._usual, signal.SIG_DFL)
 
     def listen(self) -> None:
-        """Once more, where somebody else has taken a signal in the meantime."""
+        """Install our handlers again; another library may have replaced them."""
         _handle(self.after_the_first() if self.number else dict.fromkeys(self._usual, self._note))
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Inside it nobody else takes a signal for long, in the main thread: for libraries that install handlers.
+        """Inside it our handlers stay installed, in the main thread, also where a library installs its own.
 
         Ray does so in Python, which is refused, and in C++, unseen by Python: ours come back every few milliseconds.
         """
@@ -203,13 +203,13 @@ class InterruptiblePool:
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
-        def heard(ended: int) -> None:
+        def forward(ended: int) -> None:
             self.stop.check()
             if on_finished:
                 on_finished(ended)
 
         self.stop.check()
-        return self.pool.sample(prompts, params, heard)
+        return self.pool.sample(prompts, params, forward)
 
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
         self.stop.check()
