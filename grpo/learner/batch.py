@@ -20,8 +20,8 @@ from policies.attention import Block, Packing
 class Sample:
     """One completion to learn from. `index` is its place in the step: [group, sample] flattened.
 
-    A value function gives `token_advantages`, its `values` and the `returns` that it should have predicted, one for each
-    token; other estimators give one `advantage`.
+    A value function gives `token_advantages`, its `values` and the `returns` that it should have predicted, one for
+    each token; other estimators give one `advantage`.
     """
 
     index: int

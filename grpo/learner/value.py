@@ -1,7 +1,7 @@
 """A value function beside the policy, for PPO (`loss.advantage: gae`) and `loss.advantage: rank_softmax`.
 
-The value head reads the hidden state that predicts a token and predicts the score that is still to come. It belongs to the
-learner: checkpoints keep it, samplers never see it.
+The value head reads the hidden state that predicts a token, and predicts the score that is still to come. It belongs to
+the learner: checkpoints keep it, samplers never see it.
 """
 
 from __future__ import annotations
