@@ -229,11 +229,8 @@ def _mtp(args: argparse.Namespace) -> None:
 
     if args.dry_run:
         from grpo.commands.mtp_dry_run import dry_run
-        from grpo.run.log import refuse_folder
 
-        refuse_folder(config.output_dir, resuming=args.resume is not None)
-        devices, disk = dry_run(config, summary.CONSOLE)
-        summary.show_memory(devices, config, disk, summary.CONSOLE)
+        dry_run(config, summary.CONSOLE, resuming=args.resume is not None)
     else:
         from grpo.mtp import mtp
 

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
-
+from grpo.config.sampling import SamplingOptions
 from policies.policy import Policy
 from rollout.sampling import SamplingParams
-
-
-class SamplingOptions(Protocol):
-    temperature: float
-    max_completion_tokens: int
-    draft_tokens: int | None
-    accept: Literal["exact", "margin"]
 
 
 def sampling_params(policy: Policy, options: SamplingOptions, group_size: int, seed: int) -> SamplingParams:

@@ -10,15 +10,18 @@ from rich.table import Table
 from transformers import DeepseekV3Config
 
 from grpo.commands import memory
+from grpo.commands.summary import show_memory
 from grpo.config.mtp import MtpConfig
 from grpo.policy_source import read_shape
+from grpo.run.log import refuse_folder
 from grpo.task import Task
 from policies.mtp import MTPHead
 
 
-def dry_run(config: MtpConfig, console: Console) -> tuple[list[memory.DeviceMemory], float]:
-    """Check data, template, rewards and model without training; print counts, and FLOPs per token of the head. Returns
-    the memory by device, and the bytes on disk."""
+def dry_run(config: MtpConfig, console: Console, resuming: bool = False) -> None:
+    """Check data, template, rewards, model and folder without training; print counts, FLOPs per token of the head,
+    memory and disk."""
+    refuse_folder(config.output_dir, resuming=resuming)
     shape, _ = read_shape(config.model_copy(update={"add_mtp": True}))
     assert isinstance(shape, DeepseekV3Config)  # others have been refused
     with torch.device("meta"):
@@ -47,4 +50,4 @@ def dry_run(config: MtpConfig, console: Console) -> tuple[list[memory.DeviceMemo
     saved = math.ceil(config.steps / config.checkpoint.every)
     kept = min((config.checkpoint.keep or saved) + 1, saved)  # the next one is complete before the oldest goes
     disk = learner.weights + kept * (learner.gradients + learner.moments)
-    return memory.memory_of_run(shape, True, config), disk
+    show_memory(memory.memory_of_run(shape, True, config), config, disk, console)
