@@ -24,8 +24,8 @@ reference: $(RUN_STAMP) ## write docs/reference.md from the options and metrics
 smollm2: $(RUN_STAMP) ## prepare SmolLM2-135M-Instruct, converted, for examples/02_*.yaml
 	$(BIN)/python examples/prepare_smollm2.py $(ARGS)
 
-test: $(DEV_STAMP) ## install, then run every test that is quick
-	$(PYTEST) -m "not slow and not gpu and not peer" $(ARGS)
+test: $(DEV_STAMP) ## install, then run every test that is quick, on up to four cores
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not peer" $(ARGS)
 
 test-slow: $(DEV_STAMP) ## the long proofs
 	$(PYTEST) -m "slow and not gpu and not peer" $(ARGS)

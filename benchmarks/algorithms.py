@@ -21,10 +21,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # else `rollout` would be a file here
 
-from grpo.config import SftConfig, TrainConfig  # noqa: E402
-from grpo.environment import caption, describe  # noqa: E402
-from grpo.options import ConfigError, add_options, load, parse  # noqa: E402
-from grpo.run_log import read_metrics  # noqa: E402
+from grpo.config.options import ConfigError, add_options, load, parse  # noqa: E402
+from grpo.config.run import SftConfig, TrainConfig  # noqa: E402
+from grpo.run.hardware import caption, describe  # noqa: E402
+from grpo.run.log import read_metrics  # noqa: E402
 from grpo.sft import sft  # noqa: E402
 from grpo.train import Trainer  # noqa: E402
 

@@ -24,8 +24,8 @@ import torch  # noqa: E402
 from pretraining import Run, activation_rates, build, load_text, perplexity, shown, train  # noqa: E402
 from transformers import DeepseekV3Config  # noqa: E402
 
-from grpo.config import BalanceOptions  # noqa: E402
-from grpo.environment import describe  # noqa: E402
+from grpo.config.run import BalanceOptions  # noqa: E402
+from grpo.run.hardware import describe  # noqa: E402
 
 MECHANISMS = {
     "none": {},

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from policies import latent_cache
-from policies.absorbed import AbsorbedTrunk
 from policies.anatomy import cache_numbers
-from policies.fixed_linear import FixedLinear
+from policies.decoding import latent_cache
+from policies.decoding.absorbed import AbsorbedTrunk
+from policies.decoding.linear import FixedLinear
 from policies.policy import Policy
 
 

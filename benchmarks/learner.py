@@ -56,12 +56,12 @@ def main() -> None:
     results = {name: _in_its_own_process(name, args) for name in names}
     import torch
 
-    from grpo import environment
+    from grpo.run import hardware
 
     torch.set_num_threads(args.threads)
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "contender", "contenders")}
     report = {
-        "environment": environment.describe(),
+        "environment": hardware.describe(),
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
         "contenders": results,
         "ratios": _ratios(results),
@@ -139,7 +139,7 @@ def reward(completions: list[Any], **columns: Any) -> list[float]:
 
 
 def _questions(args: argparse.Namespace) -> list[Any]:
-    from grpo.data import load_examples
+    from grpo.data.examples import load_examples
 
     count = args.prompts * (args.steps + 1)
     return list(load_examples("gsm8k", "train", purpose="train", limit=count))
@@ -150,9 +150,9 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
     import psutil
     import torch
 
-    from grpo.config import LearnerOptions, MTPOptions
-    from grpo.learner import Learner
-    from grpo.prompts import PromptTemplate, encode_prompt
+    from grpo.config.run import LearnerOptions, MTPOptions
+    from grpo.data.prompts import PromptTemplate, encode_prompt
+    from grpo.learner.learner import Learner
     from policies.policy import Policy
     from rewards.scorer import RewardSpec, Scorer
     from rollout.pool import open_pool
@@ -284,7 +284,7 @@ def _ratios(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    from grpo import environment
+    from grpo.run import hardware
 
     settings = report["settings"]
     print(
@@ -300,7 +300,7 @@ def _print(report: dict[str, Any]) -> None:
         print(f"{pair:48} learn {ratio['learn']:.2f}x  step {ratio['step']:.2f}x  memory {ratio['memory']:.2f}")
     versions = report["environment"]["versions"]
     named = [f"{package} {versions[package]}" for package in ("transformers", "trl")]
-    print(f"\n{' · '.join([environment.caption(report['environment']), *named])}")
+    print(f"\n{' · '.join([hardware.caption(report['environment']), *named])}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from policies.absorbed import RotaryTable, rotate
+from policies.decoding.absorbed import RotaryTable, rotate
 
 
 class MultiHeadBlock:

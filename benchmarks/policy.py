@@ -34,9 +34,9 @@ from pretraining import Run, Text, build, load_text, perplexity, rows, shown, to
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import DeepseekV3Config, LlamaConfig  # noqa: E402
 
-from grpo.config import BalanceOptions, LearnerOptions, MTPOptions  # noqa: E402
-from grpo.environment import describe  # noqa: E402
-from grpo.learner import Learner  # noqa: E402
+from grpo.config.run import BalanceOptions, LearnerOptions, MTPOptions  # noqa: E402
+from grpo.learner.learner import Learner  # noqa: E402
+from grpo.run.hardware import describe  # noqa: E402
 from policies.anatomy import cache_numbers, count_parameters  # noqa: E402
 from policies.policy import Policy  # noqa: E402
 

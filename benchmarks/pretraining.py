@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from grpo.batch import PackedRow, Sample, micro_batches
-from grpo.config import BalanceOptions, LearnerOptions, MTPOptions
-from grpo.learner import Learner
-from grpo.optimizer import schedule
-from grpo.word_problems import word_problems
+from grpo.config.run import BalanceOptions, LearnerOptions, MTPOptions
+from grpo.data.word_problems import word_problems
+from grpo.learner.batch import PackedRow, Sample, micro_batches
+from grpo.learner.learner import Learner
+from grpo.learner.optimizer import schedule
 from policies.moe import RoutingRecorder
 from policies.policy import Policy
 from policies.presets import small_tokenizer

@@ -37,8 +37,8 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # els
 
 import torch  # noqa: E402
 
-from grpo.data import load_examples  # noqa: E402
-from grpo.environment import describe  # noqa: E402
+from grpo.data.examples import load_examples  # noqa: E402
+from grpo.run.hardware import describe  # noqa: E402
 
 GROUP = 8
 OURS = {"ours k=0": 0, "ours k=2": 2, "ours k=4": 4, "ours controller": None}
@@ -109,7 +109,7 @@ def ours(model: Path, depth: int | None) -> Sampler:
 
 def floor(model: Path) -> Sampler:
     """The matrix products alone: every prompt token once, then `tokens` steps of `rows`, weights of the same shapes."""
-    from policies.absorbed import AbsorbedTrunk
+    from policies.decoding.absorbed import AbsorbedTrunk
     from policies.policy import Policy
 
     trunk = AbsorbedTrunk(Policy.load(model, torch.bfloat16).trunk, torch.bfloat16, 1024)
@@ -231,10 +231,10 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
     """The same held-out problems with every depth, in turn; the tokens are the same, so the seconds compare."""
     import yaml
 
-    from grpo.config import TrainConfig
-    from grpo.mtp_config import MtpConfig
-    from grpo.options import load
-    from grpo.run_policy import find_policy, load_found
+    from grpo.config.mtp import MtpConfig
+    from grpo.config.options import load
+    from grpo.config.run import TrainConfig
+    from grpo.policy_source import find_policy, load_found
     from grpo.task import Task
     from policies.policy import Policy
     from rollout.engine import Engine

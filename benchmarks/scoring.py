@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from grpo.data import Example, load_examples
-from grpo.environment import describe
-from grpo.reward_probes import misprint
+from grpo.commands.reward_probes import misprint
+from grpo.data.examples import Example, load_examples
+from grpo.run.hardware import describe
 from rewards import RewardSpec, Scorer
 
 AIM = 5_000

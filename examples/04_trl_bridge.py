@@ -13,10 +13,10 @@ from pathlib import Path
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from grpo.config import SftConfig
+from grpo.config.run import SftConfig
+from grpo.data.word_problems import word_problems
 from grpo.sft import sft
 from grpo.trl_bridge import rollout_func
-from grpo.word_problems import word_problems
 from policies.policy import Policy
 from rewards import load_reward
 

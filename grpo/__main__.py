@@ -2,7 +2,7 @@
 
 import sys
 
-from grpo.stopping import CommandSignals
+from grpo.run.stop import CommandSignals
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo.batch import PackedRow, Sample, collate
+from grpo.learner.batch import PackedRow, Sample, collate
 from policies.logprobs import token_logprobs
 from policies.policy import Policy, PolicyError
 from rollout.engine import Engine

@@ -14,12 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from grpo.escape import EscapingFormatter, escaped
-from grpo.stopping import CommandSignals, Interrupted, Stopped, said_of
+from grpo.run.escape import EscapingFormatter, escaped
+from grpo.run.stop import CommandSignals, Interrupted, Stopped, said_of
 from policies.openmp import wait_briefly
 
 if TYPE_CHECKING:
-    from grpo.config import SftConfig
+    from grpo.config.run import SftConfig
 
 Config = TypeVar("Config", bound="SftConfig")
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
-    from grpo.options import ConfigError, parse
+    from grpo.config.options import ConfigError, parse
     from rewards.protocol import RewardError
 
     if logging.lastResort is not None:
@@ -67,11 +67,11 @@ def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is written for the user; anything else is a bug and keeps its traceback."""
-    from grpo.checkpoint import CheckpointError
-    from grpo.distributed import RankFailed
-    from grpo.learner import NonFiniteStep
-    from grpo.recovery import RecoveryDiverged
-    from policies.parity import ParityFailed
+    from grpo.commands.recovery import RecoveryDiverged
+    from grpo.learner.learner import NonFiniteStep
+    from grpo.learner.parallel import RankFailed
+    from grpo.run.checkpoint import CheckpointError
+    from policies.conversion.parity import ParityFailed
     from rollout.engine import RolloutError
 
     return CheckpointError, NonFiniteStep, ParityFailed, RankFailed, RecoveryDiverged, RolloutError, Stopped
@@ -97,9 +97,9 @@ def _fail(message: str, code: int) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from grpo.config import SftConfig, TrainConfig
-    from grpo.inference_config import EvalConfig, SampleConfig
-    from grpo.options import add_options
+    from grpo.config.inference import EvalConfig, SampleConfig
+    from grpo.config.options import add_options
+    from grpo.config.run import SftConfig, TrainConfig
 
     parser = argparse.ArgumentParser(
         prog="quartet", description="GRPO for MoE/MLA language models with lossless multi-token rollouts."
@@ -197,8 +197,8 @@ def _version() -> str:
 
 
 def _add_convert(commands: Any) -> None:
-    from grpo.convert_config import ConvertConfig
-    from grpo.options import add_options
+    from grpo.config.convert import ConvertConfig
+    from grpo.config.options import add_options
 
     convert = commands.add_parser(
         "convert",
@@ -214,8 +214,8 @@ def _add_convert(commands: Any) -> None:
 
 
 def _add_mtp(commands: Any) -> None:
-    from grpo.mtp_config import MtpConfig
-    from grpo.options import add_options
+    from grpo.config.mtp import MtpConfig
+    from grpo.config.options import add_options
 
     mtp = commands.add_parser("mtp", help="teach the draft head what the policy says", description=MtpConfig.__doc__)
     mtp.add_argument(
@@ -232,8 +232,8 @@ def _add_mtp(commands: Any) -> None:
 
 
 def _add_reward(commands: Any) -> None:
-    from grpo.options import add_options
-    from grpo.reward_config import ReplayConfig, RewardTestConfig
+    from grpo.config.options import add_options
+    from grpo.config.reward_commands import ReplayConfig, RewardTestConfig
 
     reward = commands.add_parser("reward", help="try a reward function, or score a run again with another one")
     kinds = _add_commands(reward)
@@ -273,31 +273,31 @@ def _add_checks(parser: argparse.ArgumentParser) -> None:
 
 
 def _sft(args: argparse.Namespace) -> int:
-    from grpo.config import SftConfig
+    from grpo.config.run import SftConfig
 
     return _run(args, SftConfig)
 
 
 def _train(args: argparse.Namespace) -> int:
-    from grpo.config import TrainConfig
+    from grpo.config.run import TrainConfig
 
     return _run(args, TrainConfig)
 
 
 def _run(args: argparse.Namespace, model: type[SftConfig]) -> int:
     if config := _config_to_run(args, model):
-        from grpo import report
+        from grpo.commands import summary
         from grpo.launch import launch
 
         results = launch(config, resume=args.resume, stop_after=args.stop_after, force=args.force)
         if results is not None:
-            report.summary(results)
+            summary.summary(results)
     return 0
 
 
 def _mtp(args: argparse.Namespace) -> int:
-    from grpo.mtp_config import MtpConfig, defaults_of_run
-    from grpo.options import dump_yaml, load
+    from grpo.config.mtp import MtpConfig, defaults_of_run
+    from grpo.config.options import dump_yaml, load
 
     file: Path | None = args.config
     if file is not None and file.suffix not in (".yaml", ".yml"):
@@ -308,15 +308,16 @@ def _mtp(args: argparse.Namespace) -> int:
     if args.print_config:
         print(dump_yaml(config), end="")
         return 0
-    from grpo import mtp_training, report
-    from grpo.run_log import refuse_folder
+    from grpo import mtp
+    from grpo.commands import summary
+    from grpo.run.log import refuse_folder
 
     if args.dry_run:
         refuse_folder(config.output_dir, resuming=args.resume is not None)
-        devices, disk = mtp_training.dry_run(config, report.CONSOLE)
-        report.show_memory(devices, config, disk, report.CONSOLE)
+        devices, disk = mtp.dry_run(config, summary.CONSOLE)
+        summary.show_memory(devices, config, disk, summary.CONSOLE)
         return 0
-    report.summary(mtp_training.mtp(config, resume=args.resume, stop_after=args.stop_after, force=args.force))
+    summary.summary(mtp.mtp(config, resume=args.resume, stop_after=args.stop_after, force=args.force))
     return 0
 
 
@@ -332,35 +333,35 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
 
 def _config_to_run(args: argparse.Namespace, model: type[Config]) -> Config | None:
     """The configuration, or None where it was only to be printed or checked, which then is done."""
-    from grpo.options import dump_yaml, load
+    from grpo.config.options import dump_yaml, load
 
     config = load(model, args.config, args.overrides, args.flags)
     args.output_dir = config.output_dir
     if args.print_config:
         print(dump_yaml(config), end="")
     elif args.dry_run:
-        from grpo import report
+        from grpo.commands import summary
 
-        report.dry_run(config, resume=args.resume, stop_after=args.stop_after, force=args.force)
+        summary.dry_run(config, resume=args.resume, stop_after=args.stop_after, force=args.force)
     else:
         return config
     return None
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from grpo.inference_config import EvalConfig, defaults_of_run
-    from grpo.options import dump_yaml, load
+    from grpo.config.inference import EvalConfig, defaults_of_run
+    from grpo.config.options import dump_yaml, load
 
     defaults = defaults_of_run(Path(args.policy), args.overrides.get("data"))
     config = load(EvalConfig, None, defaults | {"model": args.policy} | args.overrides, args.flags)
     if args.print_config:
         print(dump_yaml(config), end="")
         return 0
-    from grpo import eval_report, report
-    from grpo.eval_command import evaluate_model
+    from grpo.commands import eval_report, summary
+    from grpo.commands.eval import evaluate_model
 
-    evaluation = evaluate_model(config, report.CONSOLE)
-    eval_report.show(evaluation, report.CONSOLE)
+    evaluation = evaluate_model(config, summary.CONSOLE)
+    eval_report.show(evaluation, summary.CONSOLE)
     _write(args.json, eval_report.as_json(evaluation))
     return EXIT_ERROR if evaluation.without_any_mark else 0
 
@@ -368,48 +369,48 @@ def _eval(args: argparse.Namespace) -> int:
 def _sample(args: argparse.Namespace) -> int:
     if not args.prompt and args.prompts is None:
         args.options_parser.error('there are no prompts: give --prompt "some text", --prompts FILE.jsonl, --prompts -')
-    from grpo.inference_config import SampleConfig, sample_defaults_of_run
-    from grpo.options import load
+    from grpo.config.inference import SampleConfig, sample_defaults_of_run
+    from grpo.config.options import load
 
     brought = sample_defaults_of_run(Path(args.policy), args.overrides.get("data"))
     config = load(SampleConfig, None, brought | {"model": args.policy} | args.overrides, args.flags)
-    from grpo import report
-    from grpo.sample import prompts_of, sample
+    from grpo.commands import summary
+    from grpo.commands.sample import prompts_of, sample
 
     examples = prompts_of(args.prompt, args.prompts)
     if brought and "template" not in args.overrides:
         shots = f" and {config.few_shot} worked examples" if config.few_shot else ""
         print(f"prompts are written as in the run: template {config.template!r}{shots}")
-    sampled = sample(config, examples, report.CONSOLE)
-    report.groups(sampled.groups, sampled.tokenizer)
-    _write(args.json, {"groups": report.groups_as_json(sampled.groups)})
+    sampled = sample(config, examples, summary.CONSOLE)
+    summary.groups(sampled.groups, sampled.tokenizer)
+    _write(args.json, {"groups": summary.groups_as_json(sampled.groups)})
     return _fail(sampled.faults, EXIT_ERROR) if sampled.faults else 0
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from grpo.convert_config import ConvertConfig
-    from grpo.options import load
+    from grpo.config.convert import ConvertConfig
+    from grpo.config.options import load
 
     config = load(ConvertConfig, None, args.overrides, args.flags)
-    from grpo import convert_command, report
+    from grpo.commands import convert, summary
 
-    conversion = convert_command.convert(args.source, args.destination, config, mtp=args.mtp, console=report.CONSOLE)
-    convert_command.show(conversion, report.CONSOLE)
-    _write(args.json, convert_command.as_json(conversion))
+    conversion = convert.convert(args.source, args.destination, config, mtp=args.mtp, console=summary.CONSOLE)
+    convert.show(conversion, summary.CONSOLE)
+    _write(args.json, convert.as_json(conversion))
     return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from grpo import anatomy_table, report
+    from grpo.commands import inspect, summary
 
-    anatomy = anatomy_table.inspect(args.model, args.context)
-    report.CONSOLE.print(anatomy_table.table(args.model, anatomy))
-    _write(args.json, anatomy_table.as_json(args.model, anatomy))
+    anatomy = inspect.inspect(args.model, args.context)
+    summary.CONSOLE.print(inspect.table(args.model, anatomy))
+    _write(args.json, inspect.as_json(args.model, anatomy))
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    from grpo.export import export
+    from grpo.commands.export import export
 
     print(escaped(export(args.run, args.destination, adapter=args.adapter)))
     return 0
@@ -420,7 +421,7 @@ def _plot(args: argparse.Namespace) -> int:
         raise ValueError(f"RUN={args.run}: there is no such folder")
     if not (args.run / "metrics.jsonl").is_file():
         raise ValueError(f"RUN={args.run}: is no run folder (no metrics.jsonl in it)")
-    from grpo.plots import plot_run
+    from grpo.run.plots import plot_run
 
     for path in plot_run(args.run):
         print(path)
@@ -428,15 +429,15 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _reward_test(args: argparse.Namespace) -> int:
-    from grpo.options import load
-    from grpo.reward_config import RewardTestConfig
+    from grpo.config.options import load
+    from grpo.config.reward_commands import RewardTestConfig
 
     config = load(RewardTestConfig, None, args.overrides, args.flags)
     from dataclasses import asdict
 
-    from grpo.console import Terminal
-    from grpo.reward_check import check_reward
-    from grpo.reward_report import show_check
+    from grpo.commands.reward_report import show_check
+    from grpo.commands.reward_test import check_reward
+    from grpo.run.console import Terminal
 
     check = check_reward(args.function, config)
     show_check(check, Terminal())
@@ -445,15 +446,15 @@ def _reward_test(args: argparse.Namespace) -> int:
 
 
 def _reward_replay(args: argparse.Namespace) -> int:
-    from grpo.options import load
-    from grpo.reward_config import ReplayConfig
+    from grpo.config.options import load
+    from grpo.config.reward_commands import ReplayConfig
 
     config = load(ReplayConfig, None, args.overrides, args.flags)
     from dataclasses import asdict
 
-    from grpo.console import Terminal
-    from grpo.reward_replay import replay
-    from grpo.reward_report import show_replay
+    from grpo.commands.reward_replay import replay
+    from grpo.commands.reward_report import show_replay
+    from grpo.run.console import Terminal
 
     result = replay(args.run, args.function, config)
     show_replay(result, Terminal())
@@ -464,13 +465,13 @@ def _reward_replay(args: argparse.Namespace) -> int:
 def _reference(args: argparse.Namespace) -> int:
     from pydantic import BaseModel
 
-    from grpo.config import SftConfig, TrainConfig
-    from grpo.convert_config import ConvertConfig
-    from grpo.inference_config import EvalConfig, SampleConfig
-    from grpo.metrics import table
-    from grpo.mtp_config import MtpConfig
-    from grpo.options import reference_page
-    from grpo.reward_config import ReplayConfig, RewardTestConfig
+    from grpo.config.convert import ConvertConfig
+    from grpo.config.inference import EvalConfig, SampleConfig
+    from grpo.config.mtp import MtpConfig
+    from grpo.config.options import reference_page
+    from grpo.config.reward_commands import ReplayConfig, RewardTestConfig
+    from grpo.config.run import SftConfig, TrainConfig
+    from grpo.run.metrics import table
 
     commands: dict[str, type[BaseModel]] = {
         **{"train": TrainConfig, "sft": SftConfig, "mtp": MtpConfig, "eval": EvalConfig, "sample": SampleConfig},

@@ -6,11 +6,11 @@ from contextlib import suppress
 
 import torch
 
-from grpo.config import SftConfig, TrainConfig
-from grpo.distributed import RankFailed, Team
-from grpo.learner import Learner, NonFiniteStep
+from grpo.config.run import SftConfig, TrainConfig
+from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.learner.parallel import RankFailed, Team
 from grpo.loader import device_of
-from grpo.stopping import Stopped, ignore_signals
+from grpo.run.stop import Stopped, ignore_signals
 from grpo.train import grpo_learner
 from grpo.warm_start import sft_learner
 from policies.policy import Policy

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpo.config import SftConfig, TrainConfig
-from grpo.distributed import Team, join
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.follower import follow
+from grpo.learner.parallel import Team, join
 from grpo.loader import device_of
+from grpo.run.threads import with_threads
 from grpo.sft import sft
-from grpo.threads import with_threads
 from grpo.train import Trainer
 
 

@@ -11,10 +11,11 @@ from typing import Literal, Protocol
 import torch
 
 from grpo.agreement import check_agreement
-from grpo.config import ModelOptions, MTPOptions
-from grpo.threads import threads_for
-from policies import hub, presets
-from policies.digests import check_policy
+from grpo.config.run import ModelOptions, MTPOptions
+from grpo.run.threads import threads_for
+from policies import presets
+from policies.files import hub
+from policies.files.digests import check_policy
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from rollout.sampling import SamplingParams
 

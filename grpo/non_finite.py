@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo.learner import Learner, NonFiniteStep
-from grpo.run_log import RunLog
+from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.run.log import RunLog
 
 
 def take_step(

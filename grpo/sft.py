@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-from grpo import checkpoint
-from grpo.config import SftConfig
-from grpo.distributed import ALONE, Ranks
-from grpo.evaluate import Evaluation, evaluate_run
+from grpo.config.options import dump_yaml
+from grpo.config.run import SftConfig
+from grpo.evaluation.evaluate import Evaluation, evaluate_run
+from grpo.learner.parallel import ALONE, Ranks
 from grpo.loader import check_options, load_policy, sampling_params
-from grpo.options import dump_yaml
-from grpo.resume import saved_state
-from grpo.reward_record import record_rewards
-from grpo.run_lock import RunLock
-from grpo.run_log import RunLog
-from grpo.run_policy import save_policy
-from grpo.stopping import GivenUp, InterruptiblePool, Stopped, StopSignal
+from grpo.policy_source import save_policy
+from grpo.run import checkpoint
+from grpo.run.lock import RunLock
+from grpo.run.log import RunLog
+from grpo.run.resume import saved_state
+from grpo.run.reward_record import record_rewards
+from grpo.run.stop import GivenUp, InterruptiblePool, Stopped, StopSignal
+from grpo.run.threads import with_threads
 from grpo.task import Task
-from grpo.threads import with_threads
 from grpo.warm_start import warm_start
 from policies.policy import Policy
 from rollout.pool import open_pool

@@ -14,19 +14,19 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.batch import PackedRow, Sample
-from grpo.config import DataOptions, RewardModelOptions, RewardOptions, ScoringOptions, SftConfig, TrainConfig
-from grpo.data import Check, Example, beyond_context, default_heldout_split, gold_check, load_examples
-from grpo.eval_metrics import answer_reader
-from grpo.evaluation_data import in_holdout, problem_fingerprint, record_trained_on, refuse_overlap, trained_on
+from grpo.algorithm.statistics import answer_reader
+from grpo.algorithm.verdicts import Verdicts
+from grpo.config.mtp import MtpConfig
+from grpo.config.run import DataOptions, RewardModelOptions, RewardOptions, ScoringOptions, SftConfig, TrainConfig
+from grpo.data.examples import Check, Example, beyond_context, default_heldout_split, gold_check, load_examples
+from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, refuse_overlap, trained_on
+from grpo.data.prompts import PromptTemplate, encode_prompt
+from grpo.data.reasoning_gym import PREFIX
+from grpo.data.word_problems import shared_with_training
+from grpo.learner.batch import PackedRow, Sample
 from grpo.loader import device_of, known_context, policy_folder
-from grpo.model_rewards import ModelRewards
-from grpo.mtp_config import MtpConfig
-from grpo.prompts import PromptTemplate, encode_prompt
-from grpo.reasoning_gym_tasks import PREFIX
-from grpo.run_log import RunLog
-from grpo.verdicts import Verdicts
-from grpo.word_problems import shared_with_training
+from grpo.reward_models import ModelRewards
+from grpo.run.log import RunLog
 from policies.policy import Policy, read_tokenizer
 from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rollout.group import Prompt, RolloutGroup

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from grpo.config import TrainConfig
-from grpo.dynamic_sampling import Drawn
+from grpo.algorithm.dynamic_sampling import Drawn
+from grpo.config.run import TrainConfig
 
 STEPS = 5  # in a row, before it is said
 

@@ -12,32 +12,32 @@ import psutil
 import torch
 from rich.progress import Progress
 
-from grpo import checkpoint
-from grpo.best import best_step
-from grpo.collect import Collector
-from grpo.config import TrainConfig
-from grpo.curriculum import Curriculum
-from grpo.distributed import ALONE, Ranks
-from grpo.dynamic_sampling import Drawn
-from grpo.evaluate import Evaluation, evaluate_run, measure_speed
-from grpo.learner import Learner
+from grpo.algorithm.dynamic_sampling import Drawn
+from grpo.collector import Collector
+from grpo.config.options import dump_yaml
+from grpo.config.run import TrainConfig
+from grpo.data.curriculum import Curriculum
+from grpo.evaluation.evaluate import Evaluation, evaluate_run, measure_speed
+from grpo.learner.learner import Learner
+from grpo.learner.optimizer import schedule
+from grpo.learner.parallel import ALONE, Ranks
 from grpo.loader import check_options, load_policy, sampling_params
-from grpo.metrics import rollout_metrics
 from grpo.non_finite import take_step
-from grpo.optimizer import schedule
-from grpo.options import dump_yaml
-from grpo.resume import base_changed, base_digest, saved_state
-from grpo.reward_record import record_rewards, refuse_changed_rewards
-from grpo.run_lock import RunLock
-from grpo.run_log import RunLog, read_metrics
-from grpo.run_policy import save_policy
-from grpo.run_pool import open_run_pool, use_costs_of_run
-from grpo.stopping import Boundary, GivenUp, StopSignal
+from grpo.policy_source import save_policy
+from grpo.run import checkpoint
+from grpo.run.best import best_step
+from grpo.run.lock import RunLock
+from grpo.run.log import RunLog, read_metrics
+from grpo.run.metrics import rollout_metrics
+from grpo.run.pool import open_run_pool, use_costs_of_run
+from grpo.run.resume import base_changed, base_digest, saved_state
+from grpo.run.reward_record import record_rewards, refuse_changed_rewards
+from grpo.run.stop import Boundary, GivenUp, StopSignal
+from grpo.run.threads import with_threads
 from grpo.task import Task
-from grpo.threads import with_threads
 from grpo.tied_steps import TiedSteps
 from grpo.warm_start import warm_start
-from policies.digests import write_digests
+from policies.files.digests import write_digests
 from policies.policy import Policy
 from rewards.group_score import RewardFailed
 from rollout.group import Prompt

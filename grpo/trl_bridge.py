@@ -16,9 +16,9 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
+from grpo.learner.optimizer import freeze_exact_parts
 from grpo.loader import sampling_params
-from grpo.metrics import rollout_metrics
-from grpo.optimizer import freeze_exact_parts
+from grpo.run.metrics import rollout_metrics
 from policies.lora import ADAPTER
 from policies.policy import Policy, digest
 from rollout.group import Prompt, RolloutGroup

@@ -7,16 +7,16 @@ from functools import partial
 from math import nan
 from pathlib import Path
 
-from grpo import checkpoint
-from grpo.checkpoint import Checkpoint
-from grpo.config import SftConfig
-from grpo.distributed import ALONE, Ranks
-from grpo.learner import Learner
+from grpo.config.run import SftConfig
+from grpo.data.prompts import PromptStream
+from grpo.learner.learner import Learner
+from grpo.learner.optimizer import schedule
+from grpo.learner.parallel import ALONE, Ranks
 from grpo.non_finite import take_step
-from grpo.optimizer import schedule
-from grpo.prompts import PromptStream
-from grpo.run_log import RunLog
-from grpo.stopping import Boundary, StopSignal
+from grpo.run import checkpoint
+from grpo.run.checkpoint import Checkpoint
+from grpo.run.log import RunLog
+from grpo.run.stop import Boundary, StopSignal
 from grpo.task import Task
 from policies.policy import Policy
 

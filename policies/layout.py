@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from policies import hub
+from policies.files import hub
 from policies.mtp import MTPHead
 
 Shape = tuple[int, ...]

@@ -28,9 +28,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     apply_rotary_pos_emb_interleave,
 )
 
-from policies.absorbed import AbsorbedBlock, AbsorbedTrunk
-from policies.fixed_linear import FixedLinear
-from policies.latent_cache import LatentCache
+from policies.decoding.absorbed import AbsorbedBlock, AbsorbedTrunk
+from policies.decoding.latent_cache import LatentCache
+from policies.decoding.linear import FixedLinear
 
 Divergence = Literal["kl", "tv"]
 DEPTH_DECAY = 0.6  # weight of depth d in the draft loss ∝ 0.6^(d-1) (FastMTP)

@@ -32,11 +32,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from policies import hub, lora
-from policies.atomic import write_folder
+from policies import lora
 from policies.attention import ATTENTION, Packing
 from policies.contradictions import FIXED_FIELDS, contradictions, refuse_type
-from policies.file_mode import heed_umask
+from policies.files import hub
+from policies.files.atomic import write_folder
+from policies.files.file_mode import heed_umask
 from policies.layout import (
     PolicyError,
     Shape,

@@ -15,22 +15,22 @@ from rewards.protocol import Reward, RewardError, did_you_mean
 from rewards.reached_code import code_sha256
 
 BUILT_IN = {
-    "gsm8k": "rewards.gsm8k",
-    "gsm8k_flexible": "rewards.gsm8k",
-    "gsm8k_boxed": "rewards.gsm8k",
-    "gsm8k_lm_eval": "rewards.gsm8k",
-    "math_equivalence": "rewards.equivalence",
-    "regex_format": "rewards.format",
-    "tag_format": "rewards.format",
-    "gsm8k_format": "rewards.format",
-    "length_penalty": "rewards.length",
-    "repetition_penalty": "rewards.length",
-    "soft_overlong_punishment": "rewards.length",
-    "bleu": "rewards.text",
-    "chrf": "rewards.text",
-    "remote": "rewards.remote",
-    "column": "rewards.column",
-    "reasoning_gym": "rewards.reasoning",
+    "gsm8k": "rewards.built_in.gsm8k",
+    "gsm8k_flexible": "rewards.built_in.gsm8k",
+    "gsm8k_boxed": "rewards.built_in.gsm8k",
+    "gsm8k_lm_eval": "rewards.built_in.gsm8k",
+    "math_equivalence": "rewards.built_in.equivalence",
+    "regex_format": "rewards.built_in.format",
+    "tag_format": "rewards.built_in.format",
+    "gsm8k_format": "rewards.built_in.format",
+    "length_penalty": "rewards.built_in.length",
+    "repetition_penalty": "rewards.built_in.length",
+    "soft_overlong_punishment": "rewards.built_in.length",
+    "bleu": "rewards.built_in.text",
+    "chrf": "rewards.built_in.text",
+    "remote": "rewards.built_in.remote",
+    "column": "rewards.built_in.column",
+    "reasoning_gym": "rewards.built_in.reasoning",
 }
 
 

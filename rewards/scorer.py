@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rewards.group_score import LARGEST, FailurePolicy, GroupScore, GroupTally, RewardFailed, RewardFailure
-from rewards.isolation import ThisProcess, WorkerPool
+from rewards.isolation.pool import ThisProcess, WorkerPool
 from rewards.protocol import PROVIDED, Messages, RewardError, RightAt, Signature, did_you_mean
 from rewards.registry import find_reward
 
@@ -165,7 +165,7 @@ class Scorer:
     `timeout_s` limits each call, of a batch (at most 256 completions) as of one completion alone. Raises RewardError
     when a function cannot be loaded, or asks for a column that is not among `columns`. `isolated=False` calls the
     functions in this process, without a limit: for a debugger, and to see that the scores are the same.
-    `pass_variables` are environment variables for the workers besides the usual few (`rewards.variables`).
+    `pass_variables` are environment variables for the workers besides the usual few (`rewards.isolation.variables`).
 
     >>> with Scorer([RewardSpec("gsm8k"), RewardSpec("gsm8k_format", weight=0.5)], columns=["answer"]) as scorer:
     ...     [group] = scorer.score(["6 * 7 = "], [["#### 42", "41"]], [{"answer": "#### 42"}], prompt_ids=["a"])

@@ -1,6 +1,6 @@
 """One device, one copy of the policy, no Ray: what a rollout worker is made of.
 
-The engine holds weights and everything derived from them; `rollout.decoding` does the decoding.
+The engine holds weights and everything derived from them; `rollout.shard` does the decoding.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 from policies.allocator import keep_freed_memory
 from policies.policy import Policy
 from rollout.backends import derive
-from rollout.decoding import Decoding
-from rollout.draft_costs import measure
-from rollout.draft_depth import MAX_DEPTH, CostTable
+from rollout.costs import measure
+from rollout.depth import MAX_DEPTH, CostTable
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import DraftVocabulary, SamplingParams
+from rollout.shard import Decoding
 
 
 class RolloutError(RuntimeError):

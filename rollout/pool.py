@@ -18,7 +18,7 @@ from policies.openmp import waiting_variables
 from policies.policy import Policy, digest
 from rollout.cluster import Cluster
 from rollout.cluster import start_ray as start_ray
-from rollout.draft_depth import CostTable
+from rollout.depth import CostTable
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams

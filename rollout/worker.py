@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from policies.policy import Policy, digest
-from rollout.draft_depth import CostTable
+from rollout.depth import CostTable
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams

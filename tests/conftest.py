@@ -74,7 +74,7 @@ def micro_policy(micro_preset: str) -> Callable[[int], Any]:
     """`micro_policy(seed)`: a fresh micro policy with an MTP head, and a tokenizer of word problems."""
     import torch
 
-    from grpo.word_problems import word_problems
+    from grpo.data.word_problems import word_problems
     from policies.presets import build
 
     torch.set_num_threads(1)
@@ -96,8 +96,8 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def micro_config(micro_preset: str, letters: str) -> Callable[..., Any]:
     """`micro_config(output_dir, **{"rollout.workers": 2})`: the options of a run of three steps, about a second."""
-    from grpo.config import TrainConfig
-    from grpo.options import load
+    from grpo.config.options import load
+    from grpo.config.run import TrainConfig
 
     options = {
         "model": micro_preset,

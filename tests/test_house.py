@@ -82,7 +82,7 @@ def test_an_import_against_the_arrows_is_found(tmp_path):
     for package in MAY_IMPORT:
         (tmp_path / package).mkdir()
     (tmp_path / "policies/lora.py").write_text("def f():\n    from rollout.engine import Engine\n")
-    (tmp_path / "rollout/pool.py").write_text("import torch, grpo.losses\nfrom policies import lora\n")
+    (tmp_path / "rollout/pool.py").write_text("import torch, grpo.algorithm.losses\nfrom policies import lora\n")
     (tmp_path / "rewards/text.py").write_text("from . import length\nimport tests.conftest\n")
     (tmp_path / "grpo/train.py").write_text("import policies, rollout, rewards\n")
     assert _against_the_arrows(tmp_path) == [

@@ -16,10 +16,10 @@ from statistics import fmean, stdev
 import torch
 from table import measures, read, shown, shown_gain
 
-from grpo.config import DataOptions
-from grpo.inference_config import EvalConfig
-from grpo.perplexity import gold_perplexity
-from grpo.run_policy import find_policy, load_found
+from grpo.config.inference import EvalConfig
+from grpo.config.run import DataOptions
+from grpo.evaluation.perplexity import gold_perplexity
+from grpo.policy_source import find_policy, load_found
 from grpo.task import Task
 
 ARMS = {

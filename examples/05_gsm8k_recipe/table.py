@@ -16,8 +16,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
-from grpo.data import load_examples
-from grpo.eval_metrics import estimate, pass_at_k
+from grpo.algorithm.statistics import estimate, pass_at_k
+from grpo.data.examples import load_examples
 
 FEWEST_LINES = 2
 START = "sft"

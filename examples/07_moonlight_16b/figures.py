@@ -6,11 +6,11 @@ from unittest.mock import patch
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo import memory_estimate
-from grpo.config import TrainConfig
-from grpo.memory_estimate import memory_of_run
-from grpo.mtp_config import MtpConfig
-from grpo.options import load
+from grpo.commands import memory
+from grpo.commands.memory import memory_of_run
+from grpo.config.mtp import MtpConfig
+from grpo.config.options import load
+from grpo.config.run import TrainConfig
 from policies.mtp import MTPHead
 from policies.policy import read_config
 
@@ -20,7 +20,7 @@ BEGIN, END = "<!-- figures.py writes from here -->\n", "<!-- to here -->\n"
 
 def block() -> str:
     """The table of README.md and what the text beside it counts, in GiB, as on a GPU wherever this runs."""
-    with patch.object(memory_estimate, "will_block", lambda dtype, device: False):
+    with patch.object(memory, "will_block", lambda dtype, device: False):
         return _block()
 
 

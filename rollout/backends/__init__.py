@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from policies.absorbed import AbsorbedTrunk
+from policies.decoding.absorbed import AbsorbedTrunk
 from policies.mtp import AbsorbedHead
 from policies.policy import Policy
 from rollout.backends.hf import HFTrunk

@@ -1,4 +1,4 @@
-"""Decoding any causal LM of transformers, behind the calls of `policies.absorbed.AbsorbedTrunk`.
+"""Decoding any causal LM of transformers, behind the calls of `policies.decoding.absorbed.AbsorbedTrunk`.
 
 The model's own forward runs; its attention alone is ours. Grouped-query attention is MLA attention with one latent
 row per KV head: the vector of a cached token is [value | key], and the query heads that share a KV head are the heads
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from policies.latent_cache import LatentCache, Prefix
+from policies.decoding.latent_cache import LatentCache, Prefix
 
 ATTENTION = "quartet"
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # what some models add to their scores

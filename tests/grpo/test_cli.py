@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 from grpo.cli import main
-from grpo.config import SftConfig, TrainConfig
-from grpo.inference_config import EvalConfig, SampleConfig
-from grpo.mtp_config import MtpConfig
-from grpo.options import _options
-from grpo.run_log import read_metrics, read_rollouts
+from grpo.config.inference import EvalConfig, SampleConfig
+from grpo.config.mtp import MtpConfig
+from grpo.config.options import _options
+from grpo.config.run import SftConfig, TrainConfig
+from grpo.run.log import read_metrics, read_rollouts
 from policies.policy import Policy
 
 ROOT = Path(__file__).parents[2]
@@ -396,7 +396,7 @@ def test_a_bug_keeps_its_traceback(run, monkeypatch):
     def broken(*_: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("grpo.eval_report.show", broken)
+    monkeypatch.setattr("grpo.commands.eval_report.show", broken)
     with pytest.raises(KeyError):
         main(["eval", str(run), "--threads", "1"])
 
@@ -515,7 +515,7 @@ def test_a_signal_in_a_command_without_checkpoints_is_one_line(run, monkeypatch,
             raise RuntimeError("what a library makes of it") from error
 
     before = signal.getsignal(number)
-    monkeypatch.setattr("grpo.eval_command.evaluate_model", interrupt)
+    monkeypatch.setattr("grpo.commands.eval.evaluate_model", interrupt)
     assert main(["eval", str(run)]) == 128 + number
     said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
     assert capsys.readouterr().err == f"quartet: {said}\n"
@@ -545,6 +545,6 @@ def test_an_interrupted_command_without_checkpoints_promises_none(run, monkeypat
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grpo.eval_command.evaluate_model", interrupt)
+    monkeypatch.setattr("grpo.commands.eval.evaluate_model", interrupt)
     assert main(["eval", str(run)]) == 130
     assert capsys.readouterr().err == "quartet: interrupted\n"

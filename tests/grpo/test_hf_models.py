@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo import checkpoint
 from grpo.agreement import check_agreement
-from grpo.batch import PackedRow, Sample, collate
 from grpo.cli import main
-from grpo.config import LearnerOptions, MTPOptions, TrainConfig
-from grpo.inference_config import EvalConfig
-from grpo.learner import Learner
+from grpo.config.inference import EvalConfig
+from grpo.config.run import LearnerOptions, MTPOptions, TrainConfig
+from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.learner import Learner
 from grpo.loader import check_options, load_policy
-from grpo.run_log import read_metrics, read_rollouts
-from grpo.stopping import Stopped
+from grpo.run import checkpoint
+from grpo.run.log import read_metrics, read_rollouts
+from grpo.run.stop import Stopped
 from grpo.train import Trainer
 from policies.policy import PolicyError
 

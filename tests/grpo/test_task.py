@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grpo.config import DataOptions, RewardOptions, ScoringOptions, TrainConfig
+from grpo.config.run import DataOptions, RewardOptions, ScoringOptions, TrainConfig
 from grpo.loader import check_options
 from grpo.task import Task
 from policies.policy import PolicyError
@@ -36,7 +36,7 @@ def _task(data: DataOptions, rewards=GSM8K, **options) -> Task:
 def _worker_processes() -> list[psutil.Process]:
     """What runs rewards: a process is gone as soon as its parent has read its end."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if "rewards.worker" in " ".join(child.cmdline())]
+    return [child for child in children if "rewards.isolation.child" in " ".join(child.cmdline())]
 
 
 def test_built_in_problems_are_split_by_purpose():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from grpo.dynamic_sampling import Drawn
+from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.tied_steps import STEPS, TiedSteps
 from grpo.train import Trainer
 from rewards.group_score import GroupScore

@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from grpo import checkpoint, resume
-from grpo.learner import Learner, NonFiniteStep
-from grpo.metrics import check
-from grpo.run_log import read_metrics, read_rollouts
-from grpo.stopping import Stopped
+from grpo.config.yaml_file import parse_yaml
+from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.run import checkpoint, resume
+from grpo.run.log import read_metrics, read_rollouts
+from grpo.run.metrics import check
+from grpo.run.stop import Stopped
 from grpo.train import Trainer
-from grpo.yaml_file import parse_yaml
-from policies.convert import convert_checkpoint, frozen_parameter_names
+from policies.conversion.dense import convert_checkpoint, frozen_parameter_names
 from policies.policy import Policy, PolicyError
 from rewards.protocol import RewardError
-from rollout.draft_depth import CostTable
+from rollout.depth import CostTable
 from rollout.engine import Engine
 
 EVERY_STEP = {
@@ -452,8 +452,8 @@ def test_speed_with_and_without_drafts_can_be_measured_at_the_end(micro_config, 
 
 def test_free_options_are_options():
     """A key of the list of what a resumed run may change is a key of the configuration."""
-    from grpo.config import TrainConfig
-    from grpo.options import _options
+    from grpo.config.options import _options
+    from grpo.config.run import TrainConfig
 
     names = {option.key for option in _options(TrainConfig.model_construct())}
     assert all(name in names for name in resume.FREE_TO_CHANGE)

@@ -11,8 +11,8 @@ from peft import LoraConfig, PrefixTuningConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+from grpo.data.word_problems import word_problems
 from grpo.trl_bridge import BridgeError, HeadAge, rollout_func
-from grpo.word_problems import word_problems
 from policies.logprobs import shifted_logprobs
 from policies.policy import Policy, digest
 from rewards import RewardSpec, Scorer, load_reward

@@ -7,9 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from grpo.config import SftConfig
-from grpo.learner import Learner, NonFiniteStep
-from grpo.run_log import RunLog
+from grpo.config.run import SftConfig
+from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.run.log import RunLog
 from grpo.task import Task
 from grpo.warm_start import warm_start
 from policies.policy import Policy

@@ -5,9 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
-from policies import latent_cache
-from policies.absorbed import AbsorbedTrunk
 from policies.anatomy import anatomy, cache_numbers, count_parameters
+from policies.decoding import latent_cache
+from policies.decoding.absorbed import AbsorbedTrunk
 
 CONFIGS = {
     "plain": {},

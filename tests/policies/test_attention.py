@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.batch import PackedRow, Sample, collate
+from grpo.learner.batch import PackedRow, Sample, collate
 from policies.attention import attend, packed_attention
 
 SCALE = 0.3

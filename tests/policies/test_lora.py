@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from policies import lora
-from policies.absorbed import new_cache
+from policies.decoding.absorbed import new_cache
 from policies.mtp import draft_loss
 from policies.policy import Policy, digest
 from rollout.pool import open_pool

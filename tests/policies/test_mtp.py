@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from grpo.batch import MicroBatch, PackedRow, Sample, collate
-from policies.absorbed import AbsorbedTrunk, new_cache
+from grpo.learner.batch import MicroBatch, PackedRow, Sample, collate
+from policies.decoding.absorbed import AbsorbedTrunk, new_cache
 from policies.logprobs import logprobs_from_hidden
 from policies.mtp import DEPTH_DECAY, AbsorbedHead, MTPHead, draft_loss
 from policies.policy import Policy, PolicyError, digest

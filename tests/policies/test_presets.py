@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.config import ModelOptions
+from grpo.config.run import ModelOptions
+from grpo.data.word_problems import word_problems
 from grpo.loader import load_policy
-from grpo.word_problems import word_problems
 from policies.policy import Policy, digest
 from policies.presets import PRESETS, VOCABULARY, build, small_tokenizer
 

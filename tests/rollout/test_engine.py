@@ -2,62 +2,33 @@
 
 import itertools
 import math
-import random
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from engine_cases import (
+    PARAMS,
+    PROMPTS,
+    STOPS,
+    assert_lossless,
+    completions,
+    enumerated,
+    prompts_of,
+    taught,
+    tokens,
+    unrolled_logits,
+)
 
-from grpo.batch import PackedRow, Sample, collate
 from policies.logprobs import shifted_logprobs
-from policies.mtp import draft_loss
 from policies.policy import Policy
-from rollout.drafter import Drafter
+from rollout.drafts.head import Drafter
 from rollout.engine import Engine, RolloutError
-from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward
+from rollout.group import Prompt, tokens_per_forward
 from rollout.sampling import Noise, SamplingParams, choose, row_key
 
 torch.set_num_threads(1)
-STOPS = tuple(range(7, 280, 15))  # about one token in fifteen
 CPU = torch.device("cpu")
-
-
-def prompts_of(*lengths: int, seed: int = 0) -> list[Prompt]:
-    rng = random.Random(seed)
-    return [Prompt(f"p/{i}", "", [rng.randrange(2, 250) for _ in range(n)]) for i, n in enumerate(lengths)]
-
-
-PROMPTS = prompts_of(9, 1, 17, 4, 4, 2, 30, 11)
-PARAMS = SamplingParams(group_size=4, temperature=0.8, max_completion_tokens=40, stop_token_ids=STOPS, seed=5, step=2)
-
-
-def completions(groups: list[RolloutGroup]) -> list[Completion]:
-    return [completion for group in groups for completion in group.completions]
-
-
-def tokens(groups: list[RolloutGroup]) -> list[list[int]]:
-    return [completion.token_ids for completion in completions(groups)]
-
-
-def taught(policy: Policy, temperature: float, steps: int) -> Policy:
-    """The policy with an MTP head that learned a little on the policy's own rollouts."""
-    optimizer = torch.optim.AdamW(policy.mtp.parameters(), lr=3e-3)
-    params = replace(PARAMS, temperature=temperature, max_completion_tokens=24)
-    groups = Engine(policy).sample(PROMPTS, params)
-    mini = collate(
-        [PackedRow(g.prompt.token_ids, [Sample(0, c.token_ids) for c in g.completions]) for g in groups], CPU
-    )
-    with torch.no_grad():
-        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
-        before = hidden.gather(1, mini.before[..., None].expand_as(hidden))
-    for _ in range(steps):
-        outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, 4)
-        loss = draft_loss(outputs, before, mini.segment, policy.lm_head, temperature) / mini.scored.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return policy
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +42,6 @@ def engine(policy) -> Engine:
 
 
 # ---- contract 3: speculation is lossless ----
-
-
-def assert_lossless(engine: Engine, prompts: list[Prompt], params: SamplingParams, depths=(1, 2, 3, 4)) -> int:
-    """Samples with every number of drafts; returns how many tokens were compared with those of k = 0."""
-    plain = engine.sample(prompts, replace(params, draft_tokens=0))
-    compared = 0
-    for k in depths:
-        drafted = engine.sample(prompts, replace(params, draft_tokens=k))
-        for with_drafts, without in zip(completions(drafted), completions(plain), strict=True):
-            assert with_drafts.token_ids == without.token_ids
-            assert with_drafts.finish_reason == without.finish_reason
-            assert with_drafts.text == without.text
-            # The same tokens are scored the same, to the rounding of another batch shape.
-            assert with_drafts.logprobs == pytest.approx(without.logprobs, abs=1e-4)
-            assert with_drafts.draft.target_forwards <= without.draft.target_forwards
-            compared += len(without.token_ids)
-        forwards = [sum(c.draft.target_forwards for c in completions(groups)) for groups in (drafted, plain)]
-        assert forwards[0] < forwards[1]
-    return compared
 
 
 def stops_inside_blocks(engine: Engine, prompts: list[Prompt], params: SamplingParams) -> int:
@@ -159,17 +111,6 @@ def test_contract_3_a_head_that_is_broken_costs_no_token(random_policy):
     assert tokens(drafted) == plain
 
 
-@torch.no_grad()
-def unrolled_logits(policy: Policy, prompt: Prompt, verified: list[int], drafts: list[int]) -> torch.Tensor:
-    """[k, V]: what the unrolled head, as training sees it, says of each of these drafts after the verified tokens."""
-    mini = collate([PackedRow(prompt.token_ids, [Sample(0, verified + drafts)])], CPU)
-    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
-    before = hidden.gather(1, mini.before[..., None].expand_as(hidden))
-    outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, len(drafts))
-    entry = len(prompt.token_ids) + len(verified) - 1  # of the newest verified token
-    return torch.stack([output[0, entry] for output in outputs]) @ policy.lm_head.T
-
-
 def test_drafts_are_what_the_trained_head_says_behind_the_verified_tokens(engine, policy, monkeypatch):
     """Every draft of ragged rows that come and go, against the unrolled head as training sees it: same tokens, same
     noise. A wrong position, cache or hidden state would cost acceptance and no token, so nothing else would notice."""
@@ -209,26 +150,6 @@ def test_a_head_that_agrees_saves_forwards(random_policy):
 
 
 # ---- the distribution ----
-
-
-@torch.no_grad()
-def enumerated(policy: Policy, prompt: list[int], temperature: float, length: int, stop: int) -> dict[tuple, float]:
-    """Probability of every completion of at most `length` tokens, by the stock model."""
-    vocabulary, found, open_ends = policy.lm_head.shape[0], {}, {(): 0.0}
-    for place in range(length):
-        prefixes = list(open_ends)
-        rows = torch.tensor([prompt + list(prefix) for prefix in prefixes])
-        logprobs = (policy.trunk(rows, use_cache=False).logits[:, -1] / temperature).double().log_softmax(-1)
-        longer = {
-            (*prefix, v): open_ends[prefix] + logprobs[i, v].item()
-            for i, prefix in enumerate(prefixes)
-            for v in range(vocabulary)
-        }
-        done = {ids for ids in longer if ids[-1] == stop or place == length - 1}
-        found |= {ids: math.exp(longer[ids]) for ids in done}
-        open_ends = {ids: score for ids, score in longer.items() if ids not in done}
-    assert sum(found.values()) == pytest.approx(1.0)
-    return found
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 1, 3])

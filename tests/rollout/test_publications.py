@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_engine import PARAMS, PROMPTS, assert_lossless, completions, enumerated, taught, tokens
+from engine_cases import PARAMS, PROMPTS, assert_lossless, completions, enumerated, taught, tokens
 
-from grpo.config import LearnerOptions, LossOptions, MTPOptions
-from grpo.learner import Learner
+from grpo.config.run import LearnerOptions, LossOptions, MTPOptions
+from grpo.learner.learner import Learner
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.draft_depth import CostTable
+from rollout.depth import CostTable
 from rollout.engine import Engine
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import LocalPool

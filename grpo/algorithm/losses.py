@@ -1,0 +1,246 @@
+"""The policy losses of GRPO and its relatives, and the value loss of PPO.
+
+Option names, meanings and defaults are those of TRL's GRPOConfig. The terms of the sum are in surrogates.py.
+
+Shapes: B completions padded to T tokens; tensors are [B, T] unless said otherwise. `mask` is True on the
+tokens that were sampled, the stop token included. It comes from lengths, never from token values, and nothing
+off the mask matters, not even NaN.
+
+Four policies meet here: π is trained (`policy_logprobs`), π_old is π before this step (`old_logprobs`), μ is
+what the engine sampled from (`sampling_logprobs`), π_ref anchors the KL penalty (`reference_logprobs`).
+
+A micro-batch returns its *summand*: denominators are counts of the whole step, so the losses, gradients and
+metrics of micro-batches add up to those of the undivided batch (contract 10). A mean over each micro-batch
+would instead weigh a token by the company it happens to keep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from grpo.algorithm.surrogates import (
+    CorrectionMode,
+    KLEstimator,
+    Level,
+    cispo_surrogate,
+    clipped_surrogate,
+    importance_correction,
+    importance_ratio,
+    kl_penalty,
+    sapo_surrogate,
+)
+
+LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "reinforce"]
+Given = TypeVar("Given")
+
+
+def policy_loss(
+    policy_logprobs: Tensor,  # log π, with gradient
+    old_logprobs: Tensor | None,  # log π_old; None: π as it is now, detached
+    advantages: Tensor,  # [B], or [B, T] from GAE
+    mask: Tensor,
+    *,
+    reference_logprobs: Tensor | None = None,
+    sampling_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,  # of π at every token, in nats
+    num_completion_tokens: int | None = None,  # masked-in tokens of the step; None: this is the whole step
+    num_sequences: int | None = None,  # completions of the step, fully masked ones too; None: likewise
+    loss_type: LossType = "dapo",
+    max_completion_length: int | None = None,  # the constant of dr_grpo
+    importance_sampling_level: Level = "token",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,  # None: the same as epsilon
+    delta: float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    beta: float = 0.0,  # weight of the KL penalty
+    kl_estimator: KLEstimator = "unbiased",
+    importance_sampling_mode: CorrectionMode | None = None,  # None: no correction
+    importance_sampling_clip_max: float | None = 3.0,
+    importance_sampling_clip_min: float | None = None,
+    entropy_coef: float = 0.0,  # weight of the entropy bonus, a mean over tokens for every loss_type
+    top_entropy_quantile: float = 1.0,  # share of the tokens, highest entropy first, that the objective keeps
+    top_entropy_threshold: Tensor | None = None,  # of the whole step; None: of this micro-batch, as in TRL
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L = aggregate(-w·objective) + β·aggregate(KL) - entropy_coef·H. Returns (summand of L, metrics).
+
+    `loss_type` chooses objective and denominators; w is π_old / μ by `importance_sampling_mode`. Metrics are
+    detached scalars and summands too: means per token of the step. Raises ValueError for a missing input.
+
+    >>> policy, old = torch.tensor([[0.6, 0.5], [0.2, 0.9]]), torch.tensor([[0.4, 0.5], [0.4, 0.5]])
+    >>> mask = torch.tensor([[True, True], [True, False]])        # ratios 1.5, 1, 0.5; clipped 1.2, 1, 0.8
+    >>> loss, metrics = policy_loss(policy.log(), old.log(), torch.tensor([1.0, -1.0]), mask)
+    >>> loss, metrics["policy/clip_fraction"]                     # -(1.2 + 1 - 0.8) / 3; two of three
+    (tensor(-0.4667), tensor(0.6667))
+    """
+    num_tokens = max(1, int(mask.sum()) if num_completion_tokens is None else num_completion_tokens)
+    num_sequences = len(mask) if num_sequences is None else num_sequences
+
+    def on_mask(x: Tensor) -> Tensor:
+        return x.masked_fill(~mask, 0.0)
+
+    def summand(per_token: Tensor) -> Tensor:
+        return aggregate(per_token, mask, loss_type, num_sequences, num_tokens, max_completion_length)
+
+    policy_logprobs = on_mask(policy_logprobs)
+    old_logprobs = policy_logprobs.detach() if old_logprobs is None else on_mask(old_logprobs)
+    advantages = on_mask(advantages[:, None] if advantages.dim() == 1 else advantages)
+    ratio = importance_ratio(policy_logprobs, old_logprobs, mask, importance_sampling_level)
+    clip, temperatures = (epsilon, epsilon_high, delta), (sapo_temperature_pos, sapo_temperature_neg)
+    objective, watched = _objective(loss_type, ratio, advantages, policy_logprobs, clip, temperatures)
+    watched["policy/ratio_mean"] = ratio
+
+    if sampling_logprobs is not None:
+        log_ratio = old_logprobs - on_mask(sampling_logprobs)
+        watched |= {"mismatch/logprob_abs_mean": log_ratio.abs(), "mismatch/kl": log_ratio.expm1() - log_ratio}
+    if importance_sampling_mode is not None:
+        sampling_logprobs = _need(sampling_logprobs, "sampling_logprobs", importance_sampling_mode)
+        bounds = importance_sampling_clip_max, importance_sampling_clip_min
+        weight = importance_correction(old_logprobs, sampling_logprobs, mask, importance_sampling_mode, *bounds)
+        objective = objective * weight
+        watched["mismatch/weight_mean"] = weight
+
+    counted = mask
+    if top_entropy_quantile < 1:
+        entropy = _need(entropy, "entropy", f"{top_entropy_quantile=}")
+        if top_entropy_threshold is None:
+            top_entropy_threshold = entropy_threshold(entropy[mask], top_entropy_quantile)
+        counted = mask & (entropy >= top_entropy_threshold)
+        objective = objective * counted
+    loss = summand(-objective)
+    metrics = {"loss/policy": loss.detach()}
+
+    if kl_estimator != "none" and (beta or reference_logprobs is not None):
+        reference_logprobs = on_mask(_need(reference_logprobs, "reference_logprobs", f"{beta=}"))
+        watched["loss/kl"] = kl_penalty(policy_logprobs, reference_logprobs, ratio, kl_estimator)
+        loss = loss + beta * summand(watched["loss/kl"]) if beta else loss
+    if entropy is not None:
+        watched["policy/entropy"] = entropy
+    if entropy_coef:
+        entropy = _need(entropy, "entropy", f"{entropy_coef=}")
+        num_counted = num_tokens - math.ceil((1 - top_entropy_quantile) * (num_tokens - 1))
+        loss = loss - entropy_coef * entropy.masked_fill(~counted, 0.0).sum() / num_counted
+    return loss, metrics | {name: on_mask(x.detach()).sum() / num_tokens for name, x in watched.items()}
+
+
+def aggregate(
+    per_token: Tensor,
+    mask: Tensor,
+    loss_type: LossType,
+    num_sequences: int,
+    num_completion_tokens: int,
+    max_completion_length: int | None = None,
+) -> Tensor:
+    """This micro-batch's summand, a scalar. With N completions and M masked-in tokens in the whole step:
+
+    grpo, sapo              1/N Σ_i 1/|o_i| Σ_t ℓ    every completion weighs the same
+    dapo, cispo, reinforce  1/M Σ_i Σ_t ℓ            every token weighs the same
+    dr_grpo                 1/(N·L) Σ_i Σ_t ℓ        L = max_completion_length, so lengths have no say at all
+    bnpo                    B/N · local token mean   local by definition: the split into micro-batches matters
+
+    >>> per_token = torch.tensor([[1.0, 2.0, 3.0], [8.0, 0.0, 0.0]])
+    >>> mask = torch.tensor([[True, True, True], [True, False, False]])
+    >>> [aggregate(per_token, mask, kind, 2, 4, 10) for kind in ("grpo", "dapo", "dr_grpo", "bnpo")]
+    [tensor(5.), tensor(3.5000), tensor(0.7000), tensor(3.5000)]
+    """
+    per_token, lengths_B = per_token.masked_fill(~mask, 0.0), mask.sum(-1)
+    match loss_type:
+        case "grpo" | "sapo":
+            return (per_token.sum(-1) / lengths_B.clamp(min=1)).sum() / num_sequences
+        case "dapo" | "cispo" | "reinforce":
+            return per_token.sum() / num_completion_tokens
+        case "dr_grpo":
+            length = _need(max_completion_length, "max_completion_length", loss_type)
+            return per_token.sum() / (num_sequences * length)
+        case "bnpo":
+            return per_token.sum() / lengths_B.sum().clamp(min=1) * (len(mask) / num_sequences)
+    known = "'grpo', 'dr_grpo', 'dapo', 'bnpo', 'cispo', 'sapo' or 'reinforce'"
+    raise ValueError(f"loss_type={loss_type!r} is unknown; use {known}")
+
+
+def entropy_threshold(entropies_N: Tensor, top_entropy_quantile: float) -> Tensor:
+    """The entropy from which on a token is among the top ρ of these tokens, a scalar; infinite without tokens.
+
+    Source: "Beyond the 80/20 rule", arXiv:2506.01939, which takes ρ = 0.2.
+
+    >>> entropy_threshold(torch.tensor([0.1, 0.5, 0.3]), top_entropy_quantile=0.5)
+    tensor(0.3000)
+    """
+    if not len(entropies_N):
+        return entropies_N.new_tensor(torch.inf)
+    return entropies_N.detach().quantile(1 - top_entropy_quantile)
+
+
+def mask_truncated_completions(mask: Tensor, finish_reasons: Sequence[str]) -> Tensor:
+    """Overlong filtering (DAPO, arXiv:2503.14476, §3.4): what did not stop by itself leaves the loss.
+
+    >>> mask_truncated_completions(torch.tensor([[True, True], [True, True]]), ["stop", "length"])
+    tensor([[ True,  True],
+            [False, False]])
+    """
+    return mask & torch.tensor([[reason == "stop"] for reason in finish_reasons], device=mask.device)
+
+
+def value_loss(
+    values: Tensor,  # of the value head, with gradient
+    old_values: Tensor,  # of the value head before this step
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    cliprange_value: float = 0.2,
+    num_completion_tokens: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """½ max((V - R)², (clip(V, V_old ± c) - R)²), a mean over the step's tokens. Returns (summand, metrics).
+
+    Source: PPO's released code; detail 9 of Huang et al., "The 37 implementation details of PPO", 2022.
+
+    >>> values, returns = torch.tensor([[1.0, 0.1]]), torch.tensor([[2.0, 0.0]])
+    >>> value_loss(values, torch.zeros(1, 2), returns, torch.tensor([[True, True]]))[0]  # ½ (1.8² + 0.1²) / 2
+    tensor(0.8125)
+    """
+    num_tokens = max(1, int(mask.sum()) if num_completion_tokens is None else num_completion_tokens)
+    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    squares, clipped_squares = (values - returns).square(), (clipped - returns).square()
+    loss = torch.maximum(squares, clipped_squares).masked_fill(~mask, 0.0).sum() / num_tokens / 2
+    clip_fraction = ((clipped_squares > squares) & mask).sum() / num_tokens
+    return loss, {"loss/value": loss.detach(), "value/clip_fraction": clip_fraction}
+
+
+def _objective(
+    loss_type: LossType,
+    ratio: Tensor,
+    advantages: Tensor,
+    policy_logprobs: Tensor,
+    clip: tuple[float, float | None, float | None],
+    sapo_temperatures: tuple[float, float],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective of each token, and which tokens a clip holds back, by metric."""
+    epsilon, epsilon_high, delta = clip
+    match loss_type:
+        case "reinforce":
+            return advantages * policy_logprobs, {}
+        case "sapo":
+            return sapo_surrogate(ratio, advantages, *sapo_temperatures), {}
+        case "cispo":
+            cap = _need(epsilon_high, "epsilon_high, the cap of the ratio (ScaleRL: 5.0)", loss_type)
+            clipped = {"policy/clip_fraction": ratio > cap}
+            return cispo_surrogate(ratio, advantages, policy_logprobs, cap), clipped
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+    low, high = (ratio < 1 - epsilon) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
+    clipped = {
+        "policy/clip_fraction": low | high,
+        "policy/clip_fraction_low": low,
+        "policy/clip_fraction_high": high,
+    }
+    return clipped_surrogate(ratio, advantages, epsilon, epsilon_high, delta), clipped
+
+
+def _need(value: Given | None, name: str, reason: str) -> Given:
+    if value is None:
+        raise ValueError(f"{reason} needs {name}")
+    return value

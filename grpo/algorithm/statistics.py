@@ -1,0 +1,144 @@
+"""The statistics of an evaluation: intervals, pass@k, majority votes, BLEU. Pure functions.
+
+Axes: N problems, n completions of one problem.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from rewards.built_in.gsm8k import extract_answer, lm_eval_answer
+
+Z = 1.96  # of a 95 % interval
+INTERVAL_METHOD = "Wilson's score interval over problems, with the effective number of problems p(1 - p) / Var"
+
+_ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    problems: int
+
+
+def wilson_interval(hits: float, trials: float, z: float = Z) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson 1927); sensible near 0 and 1, unlike p ± z·√(p(1−p)/n).
+
+    >>> [round(bound, 3) for bound in wilson_interval(1, 10)]
+    [0.018, 0.404]
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    p, n = hits / trials, trials
+    centre, spread = p + z * z / (2 * n), z * max(0.0, p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+
+
+def estimate(values_N: Sequence[float]) -> Estimate:
+    """Mean of one number in [0, 1] per problem, with the Wilson interval of its effective sample size.
+
+    The completions of one problem resemble each other, so problems are what is counted: n_eff = p(1 − p) / Var(mean)
+    (Franco et al. 2019, "Comparative study of confidence intervals for proportions in complex sample surveys"). For
+    values of 0 and 1 it is N itself, and this is the plain Wilson interval; a normal interval over problems differs
+    from it where the mean is near 0 or 1, and would have no width at 0.
+
+    >>> estimate([0.0, 0.5, 1.0, 0.0])
+    Estimate(value=0.375, low=0.111..., high=0.742..., problems=4)
+    """
+    if not values_N:
+        return Estimate(0.0, 0.0, 1.0, 0)
+    p, problems = fmean(values_N), len(values_N)
+    variance = fmean((value - p) ** 2 for value in values_N)
+    effective = problems * p * (1 - p) / variance if variance > 1e-12 else float(problems)
+    return Estimate(p, *wilson_interval(p * effective, effective), problems)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased estimate, from n completions, that one of k is correct: 1 − C(n − c, k) / C(n, k).
+
+    Chen et al. 2021, "Evaluating large language models trained on code", eq. 1.
+
+    Raises ValueError unless k ≤ n.
+
+    >>> pass_at_k(4, 1, 2)      # of the 6 pairs, 3 hold the right one
+    0.5
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} cannot be estimated from {n} completions")
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority(answers: Sequence[Hashable | None]) -> Hashable | None:
+    """The answer that most completions give; of equals, the one given first. None is no vote.
+
+    >>> majority([None, 7, 42, 42, 7, 5])
+    7
+    """
+    votes = Counter(answer for answer in answers if answer is not None)  # most_common keeps the order of equals
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def majority_at_k(answers_n: Sequence[Hashable | None], correct_n: Sequence[bool | None], k: int) -> float | None:
+    """Share of majority votes among k completions that are correct, over the n // k disjoint runs of k in order.
+
+    A vote without answers is wrong; an answer is as correct as the first completion that gives it and has a mark.
+    None where no vote can be told right from wrong: no completion that gives the winning answer has a mark.
+
+    >>> majority_at_k([7, 7, 42, 42, 42, 7], [False, False, True, True, True, False], 3)    # 7 wins, then 42
+    0.5
+    """
+    verdict: dict[Hashable | None, bool] = {None: False}
+    for answer, correct in zip(answers_n, correct_n, strict=True):
+        if answer is not None and correct is not None:
+            verdict.setdefault(answer, correct)
+    winners = [majority(answers_n[i : i + k]) for i in range(0, len(answers_n) - k + 1, k)]
+    outcomes = [verdict[winner] for winner in winners if winner in verdict]
+    return fmean(outcomes) if outcomes else None
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4 … up to `most`."""
+    return [1 << exponent for exponent in range(most.bit_length())]
+
+
+def answer_reader(function: str, arguments: dict[str, Any]) -> Callable[[str], Hashable | None]:
+    r"""How the final answer of a completion is read for the vote, after the reward function that marks it.
+
+    gsm8k's rewards read a number as they do for the mark. For others, an answer is what stands in the last
+    `<answer>` tags, else behind the last `####`, else the whole completion; blanks and case do not count.
+
+    >>> answer_reader("gsm8k", {})("6 * 7 = 42\n#### 42.0"), answer_reader("mine.py:score", {})("so #### Yes")
+    (Decimal('42.0'), 'yes')
+    """
+    modes = {"gsm8k": arguments.get("mode", "strict"), "gsm8k_flexible": "flexible", "gsm8k_boxed": "boxed"}
+    if function == "gsm8k_lm_eval":
+        return lm_eval_answer
+    if mode := modes.get(function):
+        return lambda text: extract_answer(text, mode)
+
+    def read(text: str) -> str | None:
+        tagged = _ANSWER_TAG.findall(text)
+        answer = tagged[-1] if tagged else text.rpartition("####")[2]
+        return " ".join(answer.casefold().split()) or None
+
+    return read
+
+
+def corpus_bleu(completions: Sequence[str], solutions: Sequence[str]) -> tuple[float, str] | None:
+    """Corpus BLEU, 0 to 100 (Papineni et al. 2002), and sacrebleu's signature of it; None without sacrebleu."""
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        return None
+    bleu = BLEU()
+    return float(bleu.corpus_score(list(completions), [list(solutions)]).score), str(bleu.get_signature())

@@ -1,0 +1,1 @@
+"""What the commands of `quartet` do besides training."""

@@ -1,0 +1,106 @@
+"""`quartet policy inspect`: what a policy is made of, as a table and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from transformers import DeepseekV3Config
+
+from grpo.config.run import LoraOptions
+from grpo.loader import check_model, policy_folder
+from policies import presets
+from policies.anatomy import LORA_AIM, Anatomy, anatomy
+from policies.layout import INDEX, WeightFiles, check_tensors, find_file, mtp_layers, read_index
+from policies.policy import read_config
+
+CONTEXT = 4096
+
+
+def inspect(model: str, context: int | None = None) -> Anatomy:
+    """Counts a preset, a run, a checkpoint folder or a hub id, whose weights are neither loaded nor fetched.
+
+    `context`: tokens to attend to; 4096 or the policy's longest by default. A folder's files are checked by the way.
+    Raises PolicyError.
+    """
+    model = policy_folder(model)
+    check_model(model)
+    if model in presets.PRESETS:
+        config = DeepseekV3Config(vocab_size=presets.VOCABULARY, **presets.PRESETS[model])
+        depth = config.num_nextn_predict_layers
+    else:
+        config = read_config(model)
+        depth = _mtp_depth(model, config)
+    longest = getattr(config, "max_position_embeddings", None) or CONTEXT
+    options = LoraOptions()
+    context = min(CONTEXT, longest) if context is None else context
+    return anatomy(config, depth, context=context, lora_rank=options.rank, lora_alpha=options.alpha)
+
+
+def _mtp_depth(model: str, config: Any) -> int:
+    """How many MTP layers are stored, as far as that can be told without fetching weights."""
+    if not isinstance(config, DeepseekV3Config):
+        return 0
+    if Path(model).is_dir():
+        files = WeightFiles(model)
+        if files.shapes:
+            check_tensors(files, config)
+            return len(mtp_layers(config, files.shapes))
+    elif index := find_file(model, INDEX):
+        return len(mtp_layers(config, read_index(model, index)))
+    return config.num_nextn_predict_layers
+
+
+def table(model: str, anatomy: Anatomy) -> Table:
+    result = Table(title=model, show_header=False)
+    for name, value in _rows(anatomy):
+        result.add_row(name, value)
+    return result
+
+
+def as_json(model: str, anatomy: Anatomy) -> dict[str, Any]:
+    """{"model": "tiny", "parameters": 2287616, ..., "cache_bytes": {"float32": 1024, "bfloat16": 512}, ...}"""
+    numbers = anatomy.cache_numbers
+    return asdict(anatomy) | {
+        "model": model,
+        "cache_bytes": None if numbers is None else {"float32": 4 * numbers, "bfloat16": 2 * numbers},
+        "lora_share": anatomy.lora_share,
+        "lora_rank_within_aim": anatomy.lora_rank_within_aim,
+    }
+
+
+def _rows(a: Anatomy) -> Iterator[tuple[str, str]]:
+    yield "architecture", f"{a.model_type}, {a.layers} layers"
+    yield "parameters", f"{_count(a.parameters)}, without MTP layers"
+    yield "active per token", f"{_count(a.active_parameters)} ({a.active_parameters / a.parameters:.1%})"
+    if a.experts:
+        e = a.experts
+        yield "experts", f"{e.routed} routed + {e.shared} shared, of width {e.width}, in {e.layers} of the layers"
+        groups = f", from {e.groups_per_token} of {e.groups} expert groups" if e.groups > 1 else ""
+        yield "experts per token", f"{e.per_token} routed{groups} + {e.shared} shared"
+    else:
+        yield "experts", "none: dense"
+    unused = "; the first drafts, the others are kept" if a.mtp_depth > 1 else ""
+    yield "MTP layers", f"{a.mtp_depth} ({_count(a.mtp_parameters)}{unused})" if a.mtp_depth else "none"
+    if a.cache_numbers is None or a.prefill_flops is None or a.decode_flops is None:
+        yield "cache and FLOPs", "not counted: some layers do not attend to all tokens"
+    else:
+        yield "cache per token", f"{4 * a.cache_numbers:,} bytes (bfloat16: {2 * a.cache_numbers:,})"
+        yield "FLOPs per token, prefill", f"{_count(a.prefill_flops)} (mean over a prompt of {a.context:,} tokens)"
+        yield "FLOPs per token, decode", f"{_count(a.decode_flops)} (behind {a.context:,} tokens)"
+    reached = f"reached at rank {a.lora_rank_within_aim}" if a.lora_rank_within_aim else "out of reach at this size"
+    aim = f"aim: {LORA_AIM:.0%}, {reached}" if a.lora_share > LORA_AIM else ""
+    share = f"{a.lora_share:.2%} of the parameters" + (f"; {aim}" if aim else "")
+    yield f"LoRA of rank {a.lora_rank} trains", f"{_count(a.lora_parameters)}, {share}"
+    if a.mtp_depth:
+        yield "", "and the MTP head in full, unless lora.targets names mtp"
+
+
+def _count(number: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:,.2f} {letter}"
+    return f"{number:,.0f}"

@@ -1,0 +1,312 @@
+"""Memory of a run by device, told from its configuration alone: models are built without storage, no weight is loaded.
+
+Exact, to the byte: weights, masters, gradients, moments, reference, the sampler and what it derives, W + ΔW.
+Rough, to a third or so:
+
+    activations   each token keeps, for the backward pass, the input and the output of every linear module and of the
+                  experts that it visits, and of every norm its fp32 input, that normalised, and the result; with
+                  gradient checkpointing the input of every layer and all this for one layer. The attention mask of the
+                  tokens beside it, and one chunk of logits in four copies. Adapters of routed experts keep W + ΔW.
+    rollout       latents of all rows at full length, and the logits of one forward; prompts are not counted
+
+Not counted: what torch itself takes (about 0.4 GiB a process, with CUDA 0.5 GiB on the device), fragmentation (leave a
+fifth free), reward models, the evaluation of `quartet sft`, copies of the weights in main memory on their way to a
+Ray worker (one for the learner, one for Ray, one for every worker).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar, cast
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedTokenizerBase
+
+from grpo.config.mtp import MtpConfig
+from grpo.config.run import LoraOptions, ModelOptions, SftConfig, TrainConfig
+from grpo.learner.learner import CHUNK_ELEMENTS
+from grpo.learner.optimizer import freeze_exact_parts
+from grpo.learner.value import ValueHead
+from grpo.loader import check_options, device_of
+from policies import lora, presets
+from policies.anatomy import cache_numbers
+from policies.decoding.linear import FixedLinear, will_block
+from policies.mtp import MTPHead
+from policies.policy import Policy, read_config
+from rollout.backends import derive
+
+Part = TypeVar("Part")
+
+MAX_ROWS = 256  # that an engine decodes together
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on one device. What stands above `activations` lies there all the time; of the rest one at a time."""
+
+    name: str
+    weights: int = 0  # of the policy that learns, adapters and draft head with it
+    masters: int = 0
+    gradients: int = 0
+    moments: int = 0
+    reference: int = 0
+    sampler: int = 0  # its own copy of the policy
+    derived: int = 0  # from that copy, for decoding
+    activations: int = 0
+    rollout: int = 0
+    publication: int = 0  # W + ΔW, and what was derived before, until the new is there
+
+    @property
+    def peak(self) -> int:
+        """
+        >>> DeviceMemory("a", weights=2, moments=8, activations=5, rollout=3, publication=1).peak
+        15
+        """
+        steady = (self.weights, self.masters, self.gradients, self.moments, self.reference, self.sampler, self.derived)
+        return sum(steady) + max(self.activations, self.rollout, self.publication)
+
+
+ROWS = {
+    "weights": "weights",
+    "masters": "fp32 masters of bfloat16 weights",
+    "gradients": "gradients",
+    "moments": "AdamW moments",
+    "reference": "reference policy",
+    "sampler": "sampler: its own copy",
+    "derived": "sampler: derived from it",
+    "activations": "then: activations of a micro-batch ≈",
+    "rollout": "or: latent cache and logits ≈",
+    "publication": "or: publication of the weights",
+    "peak": "at most, about",
+}
+
+
+def read_shape(options: ModelOptions) -> tuple[PretrainedConfig, bool]:
+    """The configuration of `options.model`, and whether the policy will have a draft head. Raises PolicyError."""
+    model = check_options(options)
+    if model in presets.PRESETS:
+        return DeepseekV3Config(vocab_size=presets.VOCABULARY, **presets.PRESETS[model]), True
+    shape = read_config(model)
+    native = isinstance(shape, DeepseekV3Config)
+    return shape, native and (options.add_mtp or bool(shape.num_nextn_predict_layers))
+
+
+def memory_of_run(shape: PretrainedConfig, head: bool, config: SftConfig | MtpConfig) -> list[DeviceMemory]:
+    """One entry per kind of device: a warm start, the learner (with the sampler where there are no Ray workers), and a
+    Ray worker. Of several ranks each holds such a learner, and the first one alone the sampler.
+
+    `head`: there is a draft head. Raises ValueError for adapters that the model cannot have.
+    """
+    if isinstance(config, MtpConfig):
+        learner = head_learner_memory(shape, config)
+    elif isinstance(config, TrainConfig):
+        learner = learner_memory(shape, head, config, lora_options=config.lora)
+    else:
+        return [learner_memory(shape, head, config)]
+    found = []
+    if isinstance(config, TrainConfig) and config.warm_start.steps:
+        found.append(replace(learner_memory(shape, head, config, warm_start=True), name="warm start"))
+    workers = config.rollout.workers
+    if not workers:
+        sampler = sampler_memory(shape, head, config)
+        both = {f.name: getattr(learner, f.name) + getattr(sampler, f.name) for f in fields(learner)[1:]}
+        return [*found, DeviceMemory("learner and sampler", **both)]
+    name = "the worker" if workers == 1 else f"each of {workers} workers"
+    return [*found, learner, replace(sampler_memory(shape, head, config), name=name)]
+
+
+def learner_memory(
+    shape: PretrainedConfig,
+    head: bool,
+    config: SftConfig,
+    *,
+    lora_options: LoraOptions | None = None,
+    warm_start: bool = False,
+) -> DeviceMemory:
+    """What `Learner` holds; its warm start trains every weight and has no reference."""
+    policy, dtype = meta_policy(shape, head, getattr(torch, config.dtype)), getattr(torch, config.dtype)
+    freeze_exact_parts(policy)
+    plain = storage_bytes(tensors_of(policy))
+    if lora_options is not None:
+        policy.add_lora(lora_options.rank, lora_options.alpha, lora_options.targets)
+    grpo = isinstance(config, TrainConfig) and not warm_start
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    taught, value, depth = sum(p.numel() for p in trained), 0, 0
+    if policy.mtp is not None and config.mtp.loss_weight:
+        depth = config.mtp.depth
+    elif policy.mtp is not None:  # it has masters, but never a gradient
+        taught -= sum(p.numel() for p in policy.mtp.parameters() if p.requires_grad)
+    if isinstance(config, TrainConfig) and grpo and config.loss.advantage in ("gae", "rank_softmax"):
+        with torch.device("meta"):
+            value = sum(p.numel() for p in ValueHead(shape.hidden_size, config.value.hidden_size).parameters())
+    row, tokens = _row_tokens(config), config.learner.tokens_per_micro_batch
+    anchored = False
+    if isinstance(config, TrainConfig) and grpo:
+        tokens = min(tokens, config.prompts_per_step * row)
+        anchored = config.loss.beta > 0 and lora_options is None
+    return DeviceMemory(
+        "learner",
+        weights=storage_bytes(tensors_of(policy)) + 4 * value,
+        masters=4 * sum(p.numel() for p in trained if p.dtype != torch.float32),
+        gradients=4 * (taught + value),
+        moments=8 * (taught + value),
+        reference=plain if anchored else 0,
+        activations=activation_bytes(policy, tokens, row, dtype, depth, config.learner.gradient_checkpointing),
+        publication=sum(weight.nbytes for weight in _adapted(policy)) if grpo else 0,
+    )
+
+
+def head_learner_memory(shape: PretrainedConfig, config: MtpConfig) -> DeviceMemory:
+    """What `HeadLearner` holds: a frozen trunk, its hidden states of a whole batch, and a head that learns."""
+    dtype = getattr(torch, config.dtype)
+    policy = meta_policy(shape, True, dtype)
+    assert policy.mtp is not None
+    taught, tokens = sum(p.numel() for p in policy.mtp.parameters()), config.head.tokens_per_update
+    states = config.prompts_per_step * _row_tokens(config) * shape.hidden_size * dtype.itemsize
+    kept = config.head.depth * tokens * sum(_kept_bytes(policy.mtp, shape, dtype).values())
+    return DeviceMemory(
+        "learner",
+        weights=storage_bytes(tensors_of(policy)),
+        masters=4 * sum(p.numel() for p in policy.mtp.parameters() if p.dtype != torch.float32),
+        gradients=4 * taught,
+        moments=8 * taught,
+        activations=states + kept + _logits_bytes(dtype),
+    )
+
+
+def sampler_memory(shape: PretrainedConfig, head: bool, config: TrainConfig | MtpConfig) -> DeviceMemory:
+    """What an `Engine` holds that decodes from a copy of the policy, in process or in a Ray worker."""
+    dtype, rollout = getattr(torch, config.dtype), config.rollout
+    rows = min(rollout.prompts_per_shard * rollout.group_size, MAX_ROWS)
+    entry = cache_numbers(shape) or 0
+    if head:
+        entry += shape.kv_lora_rank + shape.qk_rope_head_dim
+    cache = rows * rollout.max_completion_tokens * entry * dtype.itemsize
+    logits = rows * shape.vocab_size * (dtype.itemsize + 4)
+    if not isinstance(shape, DeepseekV3Config):  # its own forward decodes, and its parameters are cast in place
+        own = storage_bytes(tensors_of(meta_policy(shape, False, dtype)))
+        return DeviceMemory("sampler", sampler=own, rollout=cache + logits)
+    policy = meta_policy(shape, head, dtype)
+    unbiased = deepcopy(shape)  # what is derived from biases is small, and cannot be derived without storage
+    unbiased.attention_bias = False
+    derived = derived_bytes(meta_policy(unbiased, head, dtype), dtype, device_of(config.device))
+    own = storage_bytes(tensors_of(policy))
+    return DeviceMemory("sampler", sampler=own, derived=derived, rollout=cache + logits, publication=derived)
+
+
+def activation_bytes(
+    policy: Policy, tokens: int, row: int, dtype: torch.dtype, head_depth: int, checkpointing: bool
+) -> int:
+    """Of one micro-batch of `tokens` in rows of `row`, by the formula at the top of this file. Rough."""
+    layers, count = _kept_bytes(policy.trunk, policy.config, dtype), policy.config.num_hidden_layers
+    experts = sum(weight.nbytes for weight in _adapted(policy) if weight.dim() == 3)
+    kept = tokens * sum(layers.values()) + experts
+    if checkpointing:
+        largest = max(layers.values(), default=0)
+        kept = tokens * (count * policy.config.hidden_size * dtype.itemsize + largest) + experts // count
+    if policy.mtp is not None:
+        kept += head_depth * tokens * sum(_kept_bytes(policy.mtp, policy.config, dtype).values())
+    mask = tokens * min(tokens, row) * (1 + dtype.itemsize)
+    return kept + mask + _logits_bytes(dtype)
+
+
+def derived_bytes(policy: Policy, dtype: torch.dtype, device: torch.device) -> int:
+    """What decoding in `dtype` on `device` holds beside the policy's own tensors; `policy` may be without storage."""
+    own, derived = {_storage(tensor) for tensor in tensors_of(policy)}, derive(policy, dtype)
+    held = storage_bytes(tensor for tensor in tensors_of(derived) if _storage(tensor) not in own)
+    if policy.device.type == "meta" and will_block(dtype, device):
+        shared = {id(it): it.weight.nbytes for it in parts_of(derived, FixedLinear) if _storage(it.weight) in own}
+        held += sum(shared.values())
+    return held
+
+
+def meta_policy(shape: PretrainedConfig, head: bool, dtype: torch.dtype) -> Policy:
+    """A policy without storage and tokenizer."""
+    with torch.device("meta"):
+        trunk = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        mtp = MTPHead(cast(DeepseekV3Config, shape)).cast(dtype) if head else None
+    return Policy(trunk, mtp, cast(PreTrainedTokenizerBase, None))
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of all that lies behind `tensors`; what several share counts once."""
+    return sum(
+        {
+            _storage(tensor): tensor.nbytes if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
+            for tensor in tensors
+        }.values()
+    )
+
+
+def tensors_of(holder: Any) -> Iterator[Tensor]:
+    """Every tensor of a module, of one of our own plain objects, or of several."""
+    return parts_of(holder, Tensor)
+
+
+def parts_of(holder: Any, kind: type[Part]) -> Iterator[Part]:
+    if isinstance(holder, kind):
+        yield holder
+    elif isinstance(holder, nn.Module):
+        yield from (tensor for tensor in (*holder.parameters(), *holder.buffers()) if isinstance(tensor, kind))
+    elif isinstance(holder, list | tuple):
+        for part in holder:
+            yield from parts_of(part, kind)
+    elif type(holder).__module__.startswith("policies."):
+        yield from parts_of(list(vars(holder).values()), kind)
+
+
+def table(devices: Sequence[DeviceMemory]) -> Table:
+    """GiB, a column per kind of device; rows that are zero everywhere are left out."""
+    shown = Table(title="memory in GiB, by device", title_justify="left")
+    shown.add_column("")
+    for device in devices:
+        shown.add_column(device.name, justify="right")
+    for name, words in ROWS.items():
+        sizes = [getattr(device, name) for device in devices]
+        if any(sizes):
+            end = name in ("derived", "publication", "peak")
+            shown.add_row(words, *(f"{size / 2**30:,.2f}" if size else "" for size in sizes), end_section=end)
+    return shown
+
+
+def _storage(tensor: Tensor) -> int:
+    return id(tensor) if tensor.is_mkldnn else cast(int, tensor.untyped_storage()._cdata)  # blocks have no storage
+
+
+def _adapted(policy: Policy) -> Iterator[Tensor]:
+    """The weights that have adapters; `Policy.weights()` makes W + ΔW of each."""
+    for module in (policy.trunk, *([] if policy.mtp is None else [policy.mtp])):
+        for _, layer in lora.adapters(module):
+            name = layer.parameter_name if isinstance(layer, lora.ParamWrapper) else "weight"
+            yield getattr(layer.get_base_layer(), name)
+
+
+def _row_tokens(config: SftConfig | MtpConfig) -> int:
+    return config.rollout.group_size * config.rollout.max_completion_tokens
+
+
+def _logits_bytes(dtype: torch.dtype) -> int:
+    return CHUNK_ELEMENTS * (dtype.itemsize + 3 * 4)
+
+
+def _kept_bytes(model: nn.Module, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that a token keeps, by layer number; "" for what stands in no layer."""
+    kept: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        if ".experts." in name and parameter.dim() == 3:
+            size = config.num_experts_per_tok * sum(parameter.shape[1:]) * dtype.itemsize
+        elif "norm" in name and parameter.dim() == 1:
+            size = parameter.numel() * (4 + 4 + dtype.itemsize)
+        elif parameter.dim() == 2 and not any(part in name for part in ("embed", "lm_head")):
+            size = sum(parameter.shape) * dtype.itemsize
+        else:
+            continue
+        layer = name.split(".layers.", 1)[1].split(".", 1)[0] if ".layers." in name else ""
+        kept[layer] = kept.get(layer, 0) + size
+    return kept

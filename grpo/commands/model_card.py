@@ -1,0 +1,214 @@
+"""The model card of an exported policy: what its run folder says, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from grpo.algorithm.statistics import wilson_interval
+from grpo.algorithm.verdicts import ACCURACY, held_out_metric
+from grpo.config.json_file import expecting, read_json, read_objects, whole_lines
+from grpo.config.yaml_file import read_yaml
+from grpo.run import hardware
+from grpo.run.hardware import caption
+from grpo.run.log import read_metrics
+from grpo.run.metrics import METRICS
+
+SHOWN_METRICS = (
+    *("reward/mean", "reward/std", "completion/length_mean", "completion/clipped", "policy/entropy", "group/tied"),
+    *("draft/tokens_per_forward", "draft/acceptance_depth_1", "moe/load_min", "moe/load_max"),
+    *("speed/completion_tokens_per_second", "time/step"),
+)
+LOAD_MERGED = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+"""
+LOAD_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+"""
+DRAFT_WITH_MTP = """\
+model._keys_to_ignore_on_load_unexpected = [r"model\\.layers\\.({layers})\\."]  # where the MTP layers are
+model.generate(**tokenizer("...", return_tensors="pt"), use_mtp=True)
+"""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model that training started from, and its licence: `terms` are fields of its own model card."""
+
+    model: str
+    preset: bool = False
+    terms: dict[str, str] = field(default_factory=dict)
+    licence_files: list[Path] = field(default_factory=list)
+
+    @property
+    def licence_note(self) -> str:
+        if self.preset:
+            return f"none; the weights were trained from scratch (preset {self.model})"
+        names = [file.name for file in self.licence_files]
+        named = [self.terms["license"]] if "license" in self.terms else []
+        return ", ".join(named + names) or f"none was found with {self.model}; ask its author before you share this"
+
+
+def model_card(
+    run: Path,
+    name: str,
+    origin: Origin,
+    what: str,
+    base: str | None,
+    folder: Path,
+    left: str = "",
+    step: int | None = None,
+) -> str:
+    """`what` of the run `run` is exported as `name` into `folder`; `base`: the adapters' base, None if merged.
+
+    `left`: a sentence on what the export leaves out. `step`: what is exported; the run's later numbers are not of it.
+    """
+    config, _ = read_yaml(run / "config.yaml")
+    here = hardware.read(run / hardware.FILE)
+    lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    lines = [line for line in lines if step is None or line["step"] <= step]
+    with expecting(run / "config.yaml", "configuration of a run"):
+        evaluations = list(_evaluations(config, lines))
+    method = "GRPO" if "steps" in config else "supervised fine-tuning"
+    method = "teaching the draft head" if "head" in config else method
+    parts = [
+        f"# {name}",
+        f"{'Adapters (LoRA)' if base else 'Weights'} from {method} with quartet-rl: {what}, run `{run.name}`, "
+        f"which started from `{origin.model}`." + (f" {left}" if left else ""),
+        "## Use",
+        _code("python", (LOAD_ADAPTER if base else LOAD_MERGED).format(name=name, base=base)),
+        *_drafting(folder),
+        "## Held-out problems",
+        *evaluations,
+        "## Training",
+        *_training(lines),
+        f"The effective configuration (`run/config.yaml`):\n\n{_code('yaml', yaml.safe_dump(config, sort_keys=False))}",
+        "## Hardware, versions, command",
+        *_machines(run, here),
+        "## Licence",
+        f"Licence of the base: {origin.licence_note}.",
+    ]
+    return f"---\n{_front_matter(origin, base)}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _front_matter(origin: Origin, base: str | None) -> str:
+    shared = not origin.preset and not Path(origin.model).exists() and origin.model.count("/") == 1
+    data = ModelCardData(
+        library_name="peft" if base else "transformers",
+        pipeline_tag="text-generation",
+        base_model=origin.model if shared else None,
+        tags=["grpo", "quartet-rl"],
+        license=origin.terms.get("license"),
+        license_name=origin.terms.get("license_name"),
+        license_link=origin.terms.get("license_link"),
+    )
+    return data.to_yaml()
+
+
+def _drafting(folder: Path) -> Iterator[str]:
+    config_file = folder / "config.json"
+    config = read_json(config_file) if config_file.is_file() else {}
+    depth, first = config.get("num_nextn_predict_layers", 0), config.get("num_hidden_layers", 0)
+    if config.get("model_type") != "deepseek_v3" or not depth:
+        return
+    yield (
+        f"The draft head (multi-token prediction) lies behind the last layer, in DeepSeek-V3's naming: "
+        f"`model.layers.{first}`{f' to `model.layers.{first + depth - 1}`' if depth > 1 else ''}. "
+        "transformers names these tensors as unexpected when it loads the model without it."
+    )
+    if config["first_k_dense_replace"] < first:
+        layers = "|".join(str(first + k) for k in range(depth))
+        yield "Drafting with it in transformers, one sequence at a time:\n\n" + _code(
+            "python", DRAFT_WITH_MTP.format(layers=layers)
+        )
+    else:
+        yield "Its block is dense like the trunk; transformers' own MTP module expects experts and cannot load it."
+
+
+def _evaluations(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> Iterator[str]:
+    """The first and the last evaluation on record, by accuracy or, where the reward is none, by mean reward."""
+    measure = held_out_metric(lines)
+    evaluated = [line for line in lines if line.get(measure) is not None]
+    if not evaluated:
+        yield "The run evaluated no held-out problems."
+        return
+    judged = measure == ACCURACY
+    headings = [
+        heading
+        for way in ("sampled", "greedy")
+        for heading in ([f"accuracy, {way}", "95 % interval"] if judged else [f"mean reward, {way}"])
+    ]
+    rows = [f"| | problems | {' | '.join(headings)} |", "|---" * (2 + len(headings)) + "|"]
+    for when, line in zip(("before", "after"), (evaluated[0], evaluated[-1]), strict=True):
+        if when == "after" and len(evaluated) == 1:
+            break
+        count = int(line["eval/prompts"])
+        cells = [f"{when} (step {line['step']})", str(count)]
+        for metric in (measure, f"{measure}_greedy"):
+            value = line.get(metric)
+            cells.append("-" if value is None else f"{value:.3f}")
+            if judged:
+                cells.append("-" if value is None else _interval(value, count))
+        rows.append("| " + " | ".join(cells) + " |")
+    data = config.get("data", {})
+    says = "the first reward says which completions are right" if judged else "the rewards do not say right or wrong"
+    yield f"Held-out problems of `{data.get('name')}`; {says}."
+    yield "\n".join(rows)
+
+
+def _interval(accuracy: float, problems: int) -> str:
+    """Wilson's; none where the share is not one of whole problems, as some completions had no mark or several each."""
+    if abs(accuracy * problems - round(accuracy * problems)) > 1e-6:
+        return "-"
+    low, high = wilson_interval(round(accuracy * problems), problems)
+    return f"{low:.3f}-{high:.3f}"
+
+
+def _training(lines: list[dict[str, Any]]) -> Iterator[str]:
+    steps = [line for line in lines if line.get("time/step") is not None or line.get("loss/sft") is not None]
+    if not steps:
+        yield "The run recorded no training step."
+        return
+    first, last = steps[0], steps[-1]
+    rows = [f"| metric | step {first['step']} | step {last['step']} | meaning |", "|---|---|---|---|"]
+    for metric in (*SHOWN_METRICS, "loss/sft"):
+        if first.get(metric) is None and last.get(metric) is None:
+            continue
+        values = ["-" if line.get(metric) is None else f"{line[metric]:.4g}" for line in (first, last)]
+        rows.append(f"| `{metric}` | {values[0]} | {values[1]} | {_meaning(metric)} |")
+    yield f"{last['step']} steps; every step's numbers are in `run/metrics.jsonl`."
+    yield "\n".join(rows)
+
+
+def _meaning(metric: str) -> str:
+    return METRICS.get(metric) or METRICS[re.sub(r"\d+$", "<d>", metric)]
+
+
+def _machines(run: Path, here: dict[str, Any]) -> Iterator[str]:
+    """The machine of the start, and of every resume."""
+    rows = [f"- started {here['time']}: {caption(here)}"]
+    path = run / "events.jsonl"
+    with expecting(path, "record of events"):
+        for event in read_objects(path, whole_lines(path)) if path.is_file() else []:
+            if event.get("event") == "resume" and "environment" in event:
+                rows.append(f"- resumed at step {event['step']}, {event['time']}: {caption(event['environment'])}")
+    yield "\n".join(rows)
+    yield ", ".join(f"{package} {version}" for package, version in here["versions"].items())
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text.strip()}\n```"

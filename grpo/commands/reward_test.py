@@ -1,0 +1,303 @@
+"""Does a reward do what it should? It is tried on gold, empty, wrong and hostile completions, without a model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import StatisticsError, correlation, fmean, quantiles
+from typing import Any
+
+from grpo.algorithm.verdicts import Verdicts
+from grpo.commands.reward_probes import KINDS, Probe, probes
+from grpo.config.reward_commands import RewardTestConfig
+from grpo.data.examples import Example, load_examples
+from rewards.group_score import RewardFailed, RewardFailure
+from rewards.protocol import RewardError
+from rewards.registry import find_reward
+from rewards.scorer import BATCH, RewardSpec, Scorer
+
+ALONE = 100  # completions that are timed one by one at most
+ALONE_S = 10.0  # and for how long at most
+STRONG = 0.5  # a correlation with length that is worth a look
+STATE = {"global_step": 0, "max_steps": 1, "epoch": 0.0}
+
+Scores = list[list[float | None]]  # [row][probe]
+
+
+@dataclass(frozen=True)
+class KindResult:
+    """How one kind of completion scored. `full` counts full marks, `unexpected` those that are not as expected."""
+
+    kind: str
+    count: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    full: int
+    abstained: int
+    unexpected: int
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """A completion whose score is not as expected; a `fault` fails the test, the others are worth a look."""
+
+    prompt_id: str
+    kind: str
+    score: float | None
+    expected: str
+    completion: str
+    fault: bool
+
+
+@dataclass
+class RewardCheck:
+    """What `check_reward` found. `problems` fail the test, `notes` do not.
+
+    `differing`: completions that scored differently when scored again, in this process, or among other neighbours.
+    `latency_ms`: one completion alone, isolation included. `length_correlation`: Pearson's r of score and length in
+    characters, over gold solutions, and over gold, wrong and other ones; None where either is constant.
+    """
+
+    function: str
+    sha256: str | None
+    data: str
+    rows: int
+    full_marks: float
+    shaping: bool = False
+    kinds: list[KindResult] = field(default_factory=list)
+    differing: dict[str, int] = field(default_factory=dict)
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    completions_per_second: float = 0.0
+    length_correlation: dict[str, float | None] = field(default_factory=dict)
+    surprises: list[Surprise] = field(default_factory=list)
+    no_accuracy: str | None = None  # why an evaluation with it reports none
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
+    """Try `function` (a built-in name or `path/to/file.py:function`) on the data of `config`.
+
+    Raises RewardError, with function, row and cause, for one that cannot be loaded, asks for a column that is not
+    there, raises, hangs, dies or gives no number; ValueError and OSError for data that cannot be read.
+    """
+    find_reward(function)  # a misspelt name must not cost a download
+    examples = load_examples(
+        config.data,
+        config.split,
+        purpose="eval",
+        levels=config.levels if config.data == "word_problems" else None,
+        limit=config.limit,
+        prompt_column=config.prompt_column,
+        solution_column=config.solution_column,
+        task_options=config.task_options,
+    )
+    spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
+    columns = list(examples[0].columns)
+    options: dict[str, Any] = {"columns": columns, "pass_variables": config.pass_variables}
+    with Scorer([spec], timeout_s=config.timeout_s, **options) as scorer:
+        trial = _Trial(function, examples)
+        gold = trial.dry_run(scorer)
+        verdicts = Verdicts(spec.label, scorer.right_at(spec.label), gold)
+        full_marks = verdicts.full_marks if config.full_marks is None else config.full_marks
+        [described] = scorer.describe()
+        check = RewardCheck(function, described["sha256"], config.data, len(examples), full_marks, config.shaping)
+        started = time.perf_counter()
+        scores = trial.score(scorer)
+        check.completions_per_second = sum(map(len, scores)) / (time.perf_counter() - started)
+        _compare(check, trial, spec, scorer, scores, columns)
+        check.latency_ms = _latency(trial, scorer)
+        for row in scores:
+            verdicts.see(row)
+        check.no_accuracy = verdicts.note
+        if scorer.asks_for("completion_ids"):
+            check.notes.append("completion_ids were stand-ins: the bytes of the text, one token each")
+    _judge(check, trial, scores)
+    _weigh(check, trial, scores, config.timeout_s)
+    return check
+
+
+class _Trial:
+    """The probes of each example, and how to score them all."""
+
+    def __init__(self, function: str, examples: Sequence[Example]):
+        self.function, self.examples = function, examples
+        self.row_of = {example.example_id: i for i, example in enumerate(examples)}
+        self.prompts = [f"{example.question}\n" for example in examples]
+        self.messages = [e.messages or [{"role": "user", "content": e.question}] for e in examples]
+        self.probes: list[list[Probe]] = probes(examples)
+
+    def score(self, scorer: Scorer, *, backwards: bool = False) -> Scores:
+        """The scores of all probes; `backwards` gives every completion other neighbours."""
+        order = range(len(self.examples))[:: -1 if backwards else 1]
+        step = -1 if backwards else 1
+        groups = self._score(scorer, order, [self.probes[i][::step] for i in order])
+        return [rewards[::step] for rewards in groups][::step]
+
+    def alone(self, scorer: Scorer, i: int) -> None:
+        """Score one gold solution in a call of its own."""
+        self._score(scorer, [i], [self.probes[i][:1]])
+
+    def _score(self, scorer: Scorer, rows: Sequence[int], chosen: list[list[Probe]]) -> Scores:
+        texts = [[probe.text for probe in row] for row in chosen]
+        ids = [[list(text.encode(errors="replace")) for text in row] for row in texts]
+        try:
+            groups = scorer.score(
+                [self.prompts[i] for i in rows],
+                texts,
+                [self.examples[i].columns for i in rows],
+                prompt_ids=[self.examples[i].example_id for i in rows],
+                completion_ids=ids if scorer.asks_for("completion_ids") else None,
+                trainer_state=STATE,
+                messages=[self.messages[i] for i in rows],
+            )
+        except RewardFailed as error:
+            i = self.row_of[error.failure.prompt_id]
+            raise self.failed(error.failure, i, chosen[list(rows).index(i)][error.failure.sample_index]) from None
+        return [group.rewards for group in groups]
+
+    def dry_run(self, scorer: Scorer) -> float | None:
+        """The score of the first gold solution."""
+        try:
+            first = self.examples[0]
+            tried = scorer.dry_run(self.prompts[0], first.solution, first.columns, messages=self.messages[0])
+            return tried.rewards[0]
+        except RewardFailed as error:
+            raise self.failed(error.failure, 0, self.probes[0][0]) from None
+
+    def failed(self, failure: RewardFailure, i: int, probe: Probe) -> RewardError:
+        """The failure by the row of the data and the kind of completion."""
+        return RewardError(
+            f"reward {self.function!r} fails on row {i + 1} ({self.examples[i].example_id}): {failure.kind}: "
+            f"{failure.message}\nThe completion ({KINDS[probe.kind].meaning}): {probe.text[:200]!r}"
+        )
+
+
+def _compare(
+    check: RewardCheck, trial: _Trial, spec: RewardSpec, scorer: Scorer, scores: Scores, columns: list[str]
+) -> None:
+    """Determinism: the same completions again, in this process, and among other neighbours."""
+    again = trial.score(scorer)
+    with (
+        contextlib.redirect_stdout(sys.stderr),  # where a worker's prints go
+        Scorer([spec], columns=columns, isolated=False) as here,
+    ):
+        in_this_process = trial.score(here)
+    others = {
+        "scored again": again,
+        "in this process": in_this_process,
+        "among other completions": trial.score(scorer, backwards=True),
+    }
+    for name, other in others.items():
+        places = [
+            (i, j) for i, row in enumerate(scores) for j, score in enumerate(row) if not _equal(score, other[i][j])
+        ]
+        check.differing[name] = len(places)
+        if places:
+            i, j = places[0]
+            check.problems.append(
+                f"{len(places)} completions score differently {name}: first on row {i + 1} "
+                f"({trial.examples[i].example_id}), {KINDS[trial.probes[i][j].kind].meaning}: "
+                f"{_shown(scores[i][j])}, then {_shown(other[i][j])}"
+            )
+
+
+def _equal(one: float | None, other: float | None) -> bool:
+    return one == other or (None not in (one, other) and math.isclose(one or 0.0, other or 0.0, rel_tol=1e-9))
+
+
+def _latency(trial: _Trial, scorer: Scorer) -> dict[str, float]:
+    times: list[float] = []
+    end = time.perf_counter() + ALONE_S
+    for i in range(min(len(trial.examples), ALONE)):
+        started = time.perf_counter()
+        trial.alone(scorer, i)
+        times.append(1000 * (time.perf_counter() - started))
+        if time.perf_counter() > end:
+            break
+    cuts = quantiles(times * 2, n=100, method="inclusive")  # twice: one value alone has no quantiles
+    return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98], "max": max(times)}
+
+
+def _judge(check: RewardCheck, trial: _Trial, scores: Scores) -> None:
+    """Compare every score with what its kind should get."""
+    for kind, (expected, meaning) in KINDS.items():
+        places = [(i, j) for i, row in enumerate(trial.probes) for j, probe in enumerate(row) if probe.kind == kind]
+        values = [score for i, j in places if (score := scores[i][j]) is not None]
+        unexpected = [] if check.shaping else [(i, j) for i, j in places if _unexpected(expected, scores[i], j, check)]
+        check.kinds.append(
+            KindResult(
+                kind,
+                len(places),
+                fmean(values) if values else None,
+                min(values, default=None),
+                max(values, default=None),
+                sum(value >= check.full_marks for value in values),
+                len(places) - len(values),
+                len(unexpected),
+            )
+        )
+        fault = expected in ("full", "less")
+        due = {"full": f"{check.full_marks:g}", "less": f"below {check.full_marks:g}", "same": "as gold"}
+        for i, j in unexpected:
+            check.surprises.append(
+                Surprise(
+                    trial.examples[i].example_id,
+                    kind,
+                    scores[i][j],
+                    due.get(expected, due["less"]),
+                    trial.probes[i][j].text,
+                    fault,
+                )
+            )
+        if unexpected:
+            what = {"full": "miss full marks", "same": "score not as it does"}.get(expected, "get full marks")
+            (check.problems if fault else check.notes).append(f"{meaning}: {len(unexpected)} of {len(places)} {what}")
+    if abstained := sum(kind.abstained for kind in check.kinds):
+        check.notes.append(f"{abstained} completions got no score: the function abstained")
+    if not check.shaping and not any(probe.kind in ("wrong", "other") for row in trial.probes for probe in row):
+        check.notes.append("no wrong completion could be made: no gold solution has a digit, and all are alike")
+
+
+def _unexpected(expected: str, row: Sequence[float | None], j: int, check: RewardCheck) -> bool:
+    score = row[j]
+    full = score is not None and score >= check.full_marks
+    return {"full": not full, "less": full, "odd": full, "same": not _equal(score, row[0])}[expected]
+
+
+def _weigh(check: RewardCheck, trial: _Trial, scores: Scores, timeout_s: float) -> None:
+    """Correlation with length, and time against the limit."""
+    for name, kinds in {"gold": ("gold",), "gold, wrong and other": ("gold", "wrong", "other")}.items():
+        pairs = [
+            (float(len(probe.text)), score)
+            for row, values in zip(trial.probes, scores, strict=True)
+            for probe, score in zip(row, values, strict=True)
+            if probe.kind in kinds and score is not None
+        ]
+        r = _correlation(pairs)
+        check.length_correlation[name] = r
+        if r is not None and abs(r) >= STRONG:
+            more = "more" if r > 0 else "less"
+            check.notes.append(f"longer completions score {more}: r = {r:+.2f} with length ({name})")
+    seconds = BATCH / check.completions_per_second
+    if seconds > timeout_s / 2:
+        check.notes.append(
+            f"a batch of {BATCH} completions takes about {seconds:.1f} s of the {timeout_s:g} s that reward.timeout_s "
+            "allows; raise it for training"
+        )
+
+
+def _correlation(pairs: list[tuple[float, Any]]) -> float | None:
+    try:
+        return correlation(*zip(*pairs, strict=True))
+    except (StatisticsError, TypeError):  # constant, or fewer than two
+        return None
+
+
+def _shown(score: float | None) -> str:
+    return "abstained" if score is None else f"{score:g}"

@@ -1,0 +1,215 @@
+"""What the commands print at their end, and the same as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerBase
+
+from grpo.commands import machine, memory
+from grpo.config.mtp import MtpConfig
+from grpo.config.run import LoraOptions, SftConfig, TrainConfig
+from grpo.evaluation.evaluate import Evaluation, Speed
+from grpo.loader import device_of
+from grpo.run import hardware
+from grpo.run.console import Terminal, visible
+from grpo.run.draft_colours import LEGEND, coloured
+from grpo.run.log import refuse_folder
+from grpo.run.plots import plot_quietly
+from grpo.run.resume import saved_state
+from grpo.task import Task
+from rollout.group import RolloutGroup, tokens_per_forward
+
+CONSOLE = Terminal()
+
+
+def summary(results: Mapping[str, Any]) -> None:
+    """The end of a run: held-out results before and after, speed with and without drafts, where things are."""
+    if results.get("evaluations"):
+        evaluations(results["evaluations"])
+    if results.get("speeds"):
+        speeds(results["speeds"])
+    folder = Path(results["output_dir"])
+    plot_quietly(folder)
+    names = [f"  {path.name}{'/' if path.is_dir() else ''}" for path in sorted(folder.iterdir())]
+    lines = ["", hardware.caption(hardware.describe()), f"everything lies in {folder}", *names]
+    CONSOLE.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)  # paths stay in one piece
+
+
+def evaluations(results: Mapping[str, Evaluation]) -> None:
+    """A row for every evaluation; fits 80 columns without a heading in two lines.
+
+    Where one of them is no accuracy, all of them show the mean reward.
+    """
+    judged = all(result.interval is not None for result in results.values())
+    measures = ("correct", "accuracy (95 %)") if judged else ("completions", "reward, mean")
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    table = Table(title="held-out problems", title_justify="left", **look)
+    for name in ("", *measures, "tokens/forward", "tokens/s"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, result in results.items():
+        table.add_row(
+            name,
+            *(_judged(result) if judged else (str(result.completions), _mean(result.reward_mean))),
+            f"{result.tokens_per_forward:.2f}",
+            f"{result.tokens_per_second:.0f}",
+        )
+    CONSOLE.print(table)
+    if unmarked := sum(result.without_mark for result in results.values()):
+        failed = sum(len(result.failures) for result in results.values())
+        CONSOLE.print(f"{unmarked} more completions have no mark; rewards failed {failed} times", highlight=False)
+
+
+def _judged(result: Evaluation) -> tuple[str, str]:
+    assert result.interval is not None
+    low, high = result.interval
+    return f"{result.correct}/{result.completions}", f"{_mean(result.accuracy)} ({low:.2f}-{high:.2f})"
+
+
+def _mean(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def speeds(results: Sequence[Speed]) -> None:
+    table = Table(title="sampling speed, completion tokens per second (the tokens are the same)")
+    for name in ("rows", "MTP off", "MTP on", "gain", "tokens/forward"):
+        table.add_column(name, justify="right")
+    for speed in results:
+        table.add_row(
+            str(speed.rows),
+            f"{speed.without_drafts:.0f}",
+            f"{speed.with_drafts:.0f}" + ("" if speed.draft_tokens is None else f" (k = {speed.draft_tokens})"),
+            f"{speed.gain:.2f}x",
+            f"{speed.tokens_per_forward:.2f}",
+        )
+    CONSOLE.print(table)
+
+
+def groups(sampled: Sequence[RolloutGroup], tokenizer: PreTrainedTokenizerBase, limit: int = 4) -> None:
+    """The first groups as text, drafted tokens in colour; all of them stand in the JSON."""
+    for group in sampled[:limit]:
+        CONSOLE.rule(visible(group.prompt.text.strip(), 100), align="left")
+        for completion in group.completions:
+            words = [completion.finish_reason, f"{len(completion.token_ids)} tokens"]
+            if (rate := tokens_per_forward([completion])) is not None:
+                words.append(f"{rate:.2f} a forward")
+            if completion.draft.fallbacks:
+                words.append(f"{completion.draft.fallbacks} fallbacks")
+            CONSOLE.print(coloured(completion, tokenizer))
+            CONSOLE.print("  " + ", ".join(words), style="dim", highlight=False)
+    if any(any(completion.draft.depths) for group in sampled for completion in group.completions):
+        CONSOLE.print(LEGEND)
+    if len(sampled) > limit:
+        CONSOLE.print(f"... and {len(sampled) - limit} more groups", style="dim")
+
+
+def groups_as_json(sampled: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
+    """`{"prompt", "completions": [{"text", "token_ids", "logprobs", "finish_reason", "draft"}]}` per group."""
+    return [
+        {
+            "prompt": group.prompt.columns.get("prompt", group.prompt.text),
+            "completions": [
+                {
+                    "text": completion.text,
+                    "token_ids": completion.token_ids,
+                    "logprobs": completion.logprobs,
+                    "finish_reason": completion.finish_reason,
+                    "draft": asdict(completion.draft),
+                }
+                for completion in group.completions
+            ],
+        }
+        for group in sampled
+    ]
+
+
+def dry_run(
+    config: SftConfig, *, resume: str | None = None, stop_after: int | None = None, force: bool = False
+) -> None:
+    """Check output folder, data, template, rewards and model without training, as the run with these flags would; print
+    counts, estimates, and whether this machine has what they ask for."""
+    memory.check_options(config)
+    saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=_steps(config))
+    refuse_folder(config.output_dir, resuming=resume is not None)
+    shape, head = memory.read_shape(config)
+    with Task.of(config) as task:
+        task.check_chat_template(config.model)
+        table = Table(title="dry run: nothing was trained", show_header=False)
+        rows, disk = _estimates(config, shape, head)
+        for name, value in (*_counts(config, task), *rows):
+            table.add_row(name, value)
+        CONSOLE.print(table)
+    show_memory(memory.memory_of_run(shape, head, config), config, disk, CONSOLE)
+
+
+def show_memory(
+    devices: Sequence[memory.DeviceMemory], config: SftConfig | MtpConfig, disk: float, console: Console
+) -> None:
+    """The table of memory by device, and whether this machine has so much, and `disk` bytes of disk."""
+    console.print(memory.table(devices))
+    workers = 0 if type(config) is SftConfig else config.rollout.workers
+    for line in machine.verdicts(devices, workers, device_of(config.device), config.output_dir, disk):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
+    yield "training examples", f"{len(task.train):,} ({config.data.name}, {config.data.split})"
+    yield "held-out examples", f"{len(task.heldout):,}"
+    yield "rewards", ", ".join(f"{reward.function} × {reward.weight:g}" for reward in config.rewards)
+    if config.warm_start.steps:
+        warm = config.warm_start
+        yield "warm start", f"{warm.steps:,} steps × {warm.batch_size} examples"
+    if isinstance(config, TrainConfig):
+        group, prompts = config.rollout.group_size, config.prompts_per_step
+        yield "steps", f"{config.steps:,}"
+        yield "prompts per step", f"{prompts:,}"
+        yield "completions per step", f"{prompts * group:,} ({prompts} prompts × {group})"
+        yield "updates per step", f"{config.learner.updates_per_batch:,}"
+        yield "completions in all", f"{config.steps * prompts * group:,}"
+
+
+def _estimates(config: SftConfig, shape: Any, head: bool) -> tuple[list[tuple[str, str]], float]:
+    """Sizes from the config alone, and the bytes on disk: the model is built without storage."""
+    with torch.device("meta"):
+        total = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+    size = 2 if config.dtype == "bfloat16" else 4
+    lora = config.lora if isinstance(config, TrainConfig) else None
+    trained = total if lora is None else _lora_parameters(shape, lora)
+    rows = [("parameters", f"{total / 1e6:,.1f} M, trained {trained / 1e6:,.1f} M ({trained / total:.1%})")]
+    grpo = isinstance(config, TrainConfig)
+    policies = disk = total * size * (1 + (grpo and config.warm_start.steps > 0))
+    learner = memory.learner_memory(shape, head, config, lora_options=lora)
+    each = learner.gradients + learner.moments + learner.reference  # trained weights are as large as gradients
+    saved = math.ceil(_steps(config) / config.checkpoint.every)
+    kept = min(config.checkpoint.keep or saved, saved)
+    rows.append(("disk: checkpoints", f"{_gib(each * kept)} ({kept} kept)"))
+    disk += each * min(kept + 1, saved)  # the next one is complete before the oldest goes
+    return [*rows, ("disk: policies", _gib(policies))], disk
+
+
+def _steps(config: SftConfig) -> int:
+    return config.steps if isinstance(config, TrainConfig) else config.warm_start.steps
+
+
+def _lora_parameters(shape: Any, options: LoraOptions) -> int:
+    """Raises ValueError for targets that the model does not have."""
+    from policies import lora
+    from policies.mtp import MTPHead
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+        head = MTPHead(shape) if isinstance(shape, DeepseekV3Config) else None  # whether there is one, the run will see
+        lora.inject(model, options.rank, options.alpha, options.targets, head)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,1 @@
+"""Every option, by subject, and how options are read."""

@@ -1,0 +1,182 @@
+"""Options of the commands that use a policy and do not train it: `quartet eval` and `quartet sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from grpo.config.json_file import expecting
+from grpo.config.run import ModelOptions, RewardModelOptions, RewardOptions, ScoringOptions, gsm8k_reward
+from grpo.config.yaml_file import read_yaml
+
+
+class _StopOptions(ModelOptions):
+    stop: str | list[str] = Field(default_factory=list)
+    """Texts that end a completion, as lm-evaluation-harness' `until`: generation ends with the first of them, and the
+    completion before it. One text, in which \\n is a line break, or a list such as ["Question:", "</s>"]."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        r"""In a text that is given alone, as a shell hands it over, `\n` and `\t` mean a line break and a tab."""
+        given = [self.stop.replace(r"\n", "\n").replace(r"\t", "\t")] if isinstance(self.stop, str) else self.stop
+        return tuple(given)
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, stop: str | list[str]) -> str | list[str]:
+        if stop == "" or "" in list(stop):
+            raise ValueError("an empty text would end every completion; leave it out")
+        return stop
+
+
+class EvalConfig(_StopOptions):
+    """Accuracy or mean reward on held-out problems, sampled and greedy. A run folder brings data and rewards along."""
+
+    data: str = "word_problems"
+    """`word_problems`, `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with test.jsonl, or one data file."""
+    split: str | None = None
+    """The split; `heldout` for word_problems and reasoning_gym, `test` otherwise."""
+    levels: list[int] = Field(default_factory=lambda: [1, 2], min_length=1)
+    """Difficulty levels of `word_problems`, 1 to 4."""
+    task_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of a reasoning_gym task, such as {max_animals: 4}."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first so many problems only."""
+    holdout: float | None = Field(default=None, gt=0, lt=1)
+    """Evaluate only the share of `split` (by default `train`) that a run with this `data.holdout` holds out."""
+    holdout_seed: int = 0
+    """The run's `data.holdout_seed`."""
+    allow_trained_on: bool = False
+    """Evaluate problems that the policy was trained on, too, and say how many they are. They are refused otherwise."""
+    samples: int = Field(default=1, ge=0)
+    """Completions per problem at the sampling temperature; above 1, pass@k and majority votes too (where there is
+    an accuracy); 0 for none."""
+    greedy: bool = True
+    """Evaluate greedy decoding as well."""
+    output: Path | None = None
+    """A folder for completions.jsonl: every completion with its mark, written while the evaluation goes on."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of the sampled row; the greedy row has none."""
+    max_completion_tokens: int = Field(default=256, ge=1)
+    """A completion ends here if it has not stopped by itself."""
+    draft_tokens: int | None = Field(default=None, ge=0)
+    """MTP drafts per forward of the trunk, 0 for none; null chooses by measured cost. Never changes a token."""
+    accept: Literal["exact", "margin"] = "exact"
+    """`margin` is lossy: clear drafts are taken unverified (faster, counted as such); `exact` never changes a token."""
+    margin: float = Field(default=2.0, ge=0)
+    """accept: margin takes a draft whose best token leads the second by so many nats."""
+    prompts_per_batch: int = Field(default=32, ge=1)
+    """Problems that are sampled together."""
+    prompt_column: str = "question"
+    """The column that becomes the prompt."""
+    solution_column: str = "answer"
+    """The column with the gold solution."""
+    template: str = "{question}\n"
+    """A format string over the data's columns, or `chat` for the model's own chat template."""
+    system_prompt: str | None = None
+    """System message in front of every chat prompt (template: chat)."""
+    user_turn: str | None = None
+    """template: chat: a format string for the user's message, such as "Be brief.\\n\\n{examples}Question: {question}".
+    The worked examples go where {examples} is, each in the form of what follows it; without it they are turns."""
+    few_shot: int = Field(default=0, ge=0)
+    """Worked examples from the training split in front of every prompt."""
+    rewards: list[RewardOptions] = Field(default_factory=gsm8k_reward, min_length=1)
+    """Reward functions. The first one judges: accuracy where its marks say right or wrong (`rewards.right_at`, or all
+    of them 0 and 1), else the mean reward."""
+    reward_models: list[RewardModelOptions] = Field(default_factory=list)
+    """Models that score completions beside the policy."""
+    reward: ScoringOptions = ScoringOptions(on_error="drop_sample")
+
+    @model_validator(mode="after")
+    def _something(self) -> EvalConfig:
+        if not (self.samples or self.greedy):
+            raise ValueError("samples=0 and greedy=false leave nothing to evaluate; use one of them")
+        return self
+
+
+class SampleConfig(_StopOptions):
+    """Completions of your own prompts. A run folder brings its template, worked examples, temperature and limit."""
+
+    group_size: int = Field(default=4, ge=1)
+    """Completions per prompt."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    max_completion_tokens: int = Field(default=256, ge=1)
+    """A completion ends here if it has not stopped by itself."""
+    draft_tokens: int | None = Field(default=None, ge=0)
+    """MTP drafts per forward of the trunk, 0 for none; null chooses by measured cost. Never changes a token."""
+    accept: Literal["exact", "margin"] = "exact"
+    """`margin` is lossy: clear drafts are taken unverified (faster, counted as such); `exact` never changes a token."""
+    margin: float = Field(default=2.0, ge=0)
+    """accept: margin takes a draft whose best token leads the second by so many nats."""
+    template: str = "{prompt}"
+    """A format string around `prompt`, or `chat` for the model's own chat template. A run folder brings its own."""
+    system_prompt: str | None = None
+    """System message in front of every chat prompt (template: chat)."""
+    user_turn: str | None = None
+    """template: chat: a format string for the user's message, such as "Be brief.\\n\\n{examples}Question: {question}".
+    The worked examples go where {examples} is, each in the form of what follows it; without it they are turns."""
+    few_shot: int = Field(default=0, ge=0)
+    """Worked examples from the training split of `data` in front of every prompt."""
+    data: str = "word_problems"
+    """few_shot: where the worked examples come from, as in `quartet eval`."""
+    levels: list[int] = Field(default_factory=lambda: [1, 2], min_length=1)
+    """few_shot: difficulty levels of `word_problems`, 1 to 4."""
+    task_options: dict[str, Any] = Field(default_factory=dict)
+    """few_shot: options of a reasoning_gym task, such as {max_animals: 4}."""
+    prompt_column: str = "question"
+    """The column that is the prompt: in the worked examples, and as a name for your prompt in `template`."""
+    solution_column: str = "answer"
+    """few_shot: the column with the gold solution."""
+
+
+def sample_defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
+    """Options of `quartet sample` that a run folder brings along, so that a prompt looks as it did in training."""
+    brought = defaults_of_run(folder, data)
+    return {name: value for name, value in brought.items() if name in SampleConfig.model_fields}
+
+
+def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
+    """Options of `quartet eval` that a run folder brings along, so that its held-out problems are met again.
+
+    A checkpoint inside a run brings its run's. `data` is what the user asks for: other data than the run's come with
+    their own split, columns and number of problems. A failing reward does not end an evaluation: where the run says
+    `abort`, the completion has no mark, and the failure is counted.
+    """
+    run_folder = folder.parent.parent if (folder / "manifest.json").is_file() else folder
+    path = run_folder / "config.yaml"
+    if not path.is_file():
+        return {}
+    run, _ = read_yaml(path)
+    with expecting(path, "configuration of a run"):
+        brought = _defaults(run, data)
+        EvalConfig.model_validate(brought)
+    return brought
+
+
+def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
+    of_data, rollout, reward = run["data"], run["rollout"], dict(run["reward"])
+    if reward["on_error"] == "abort":
+        reward["on_error"] = "drop_sample"
+    brought = {
+        **{name: of_data[name] for name in ("template", "system_prompt", "user_turn", "few_shot") if name in of_data},
+        **{name: rollout[name] for name in ("temperature", "max_completion_tokens", "draft_tokens")},
+        **{name: run[name] for name in ("seed", "rewards")},
+        "reward_models": run.get("reward_models", []),
+        "reward": reward,
+    }
+    if data not in (None, of_data["name"]):
+        return brought
+    holdout = of_data.get("holdout")
+    return brought | {
+        "data": of_data["name"],
+        "split": of_data["split"] if holdout else run["eval"]["split"],
+        "holdout": holdout,
+        "holdout_seed": of_data.get("holdout_seed", 0),
+        "levels": run["eval"]["levels"] or of_data["levels"],
+        "task_options": of_data.get("task_options", {}),
+        **{name: of_data[name] for name in ("prompt_column", "solution_column")},
+        "limit": run["eval"]["limit"] or None,
+    }

@@ -1,0 +1,123 @@
+"""What is wrong with a configuration, said so that it can be put right: key, value, place, way out."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic_core import ErrorDetails
+
+from grpo.config.aliases import hint
+from grpo.config.yaml_file import Place, show_place, to_yaml
+
+SIMILAR = 0.7  # of 1: below it a suggestion misleads
+
+
+def describe(key: str, value: Any, where: str, what: str) -> str:
+    """`describe("steps", "x", "command line", "expected …")` is `steps=x (command line): expected …`.
+
+    A mapping is not shown: it may be long.
+    """
+    got = "" if isinstance(value, Mapping) else f"={to_yaml(value, inline=True)}"
+    got = f"{got[:60]}…" if len(got) > 61 else got
+    return f"{key}{got}{f' ({where})' if where else ''}: {what}"
+
+
+def unknown_option(key: str, value: Any, where: str, names: Iterable[str]) -> str:
+    """What another trainer calls it is led to our name, or told why there is none; else the nearest name of all."""
+    wanted = re.sub(r"\[\d+\]", "[]", key).replace("-", "_")
+    names = list(names)
+    way_out = hint(wanted, names) or _nearest(wanted, names)
+    what = way_out if way_out.startswith("not supported") else f"no such option; {way_out}"
+    return describe(key, {} if value is None else value, where, what)
+
+
+def _nearest(wanted: str, names: list[str]) -> str:
+    """A name that ends alike is nearer than one that only looks alike. Several that end alike are all shown."""
+    last = wanted.rpartition(".")[2]
+    alike = [name for name in names if name.rpartition(".")[2] == last]
+    if "." in wanted:
+        found = difflib.get_close_matches(wanted, alike, n=1, cutoff=0.5)
+        found = found or difflib.get_close_matches(wanted, names, n=1, cutoff=SIMILAR)
+        found = [name for name in found if difflib.SequenceMatcher(None, name.rpartition(".")[2], last).ratio() >= 0.5]
+    else:
+        ends = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in names}, n=1, cutoff=SIMILAR)
+        found = alike or difflib.get_close_matches(wanted, names, n=1, cutoff=SIMILAR)
+        found = found or [name for name in names if name.rpartition(".")[2] in ends]
+    shown = [name for name in found if "[]" not in name] or found  # what stands in a list has no option of its own
+    if not shown or len(shown) > 4:
+        return "see --help all for all options"
+    return f"did you mean {' or '.join([', '.join(shown[:-1]), shown[-1]] if shown[1:] else shown)}?"
+
+
+def _leaves(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
+    """`value` at its place, then what is inside it, if it is a mapping."""
+    yield place, value
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves((*place, key), inner)
+
+
+class Source(NamedTuple):
+    """What the user wrote, where it stands, and what could have been written."""
+
+    file: Path | None
+    lines: Mapping[Place, int]
+    overrides: Mapping[str, Any]  # {"rollout.group_size": 8}, from the command line
+    names: list[str]  # every dotted key of the model
+    flags: list[str]  # the command line's other options
+
+    def where(self, place: Place) -> str:
+        """`command line`, `demo.yaml, line 3`, or nothing for a default."""
+        paths = [tuple(key.split(".")) for key in self.overrides]
+        if any(place[: len(path)] == path for path in paths):
+            return "command line"
+        for length in range(len(place), 0, -1):
+            if place[:length] in self.lines:
+                return f"{self.file}, line {self.lines[place[:length]]}"
+        return "command line" if any(path[: len(place)] == place for path in paths) else ""
+
+    def unknown(self, place: Place, value: Any) -> list[str]:
+        typed = [key for key in self.overrides if tuple(key.split("."))[: len(place)] == place]
+        names = [*self.names, *self.flags]
+        problems = [unknown_option(key, self.overrides[key], "command line", names) for key in typed]
+        if place in self.lines or not typed:
+            leaves = list(_leaves(place, value))
+            foreign = any(hint(show_place(leaf), self.names) for leaf, _ in leaves[1:])  # another trainer's section
+            for leaf, content in leaves[1:] if foreign else leaves[:1]:
+                if not foreign or not isinstance(content, Mapping):
+                    problems.append(unknown_option(show_place(leaf), content, self.where(leaf), self.names))
+        return problems
+
+    def place(self, loc: Place, data: Any) -> Place:
+        """pydantic's place of an error in `data`, without the tags that it adds for members of a union."""
+        place: Place = ()
+        for part in loc:
+            longer = (*place, part)
+            try:
+                data = data[part]
+            except (KeyError, IndexError, TypeError):
+                if re.sub(r"\[\d+\]", "[]", show_place(longer)) not in self.names:
+                    break
+                data = None
+            place = longer
+        return place
+
+    def explain(self, errors: Iterable[ErrorDetails], data: Any) -> list[str]:
+        """One line per place; what the members of a union expect is joined by "or"."""
+        problems: dict[str, list[str]] = {}
+        for error in errors:
+            place, value, kind = self.place(error["loc"], data), error["input"], error["type"]
+            key, where = show_place(place), self.where(place)
+            message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
+            if kind == "extra_forbidden":
+                problems |= {line: [] for line in self.unknown(place, value)}
+            elif kind == "missing":
+                problems[describe(key, {}, where, "is required")] = []
+            elif kind == "value_error" and message.startswith(key):  # the validator has named it all
+                problems[f"{message} ({where})" if where else message] = []
+            else:
+                message = "expected a mapping of options" if kind in ("model_type", "dict_type") else message
+                problems.setdefault(describe(key, value, where, ""), []).append(message)
+        return [head + " or ".join(dict.fromkeys(whats)) for head, whats in problems.items()]

@@ -1,0 +1,68 @@
+"""The text that a conversion is fitted to and judged by, as windows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from grpo.data.examples import FILE_KINDS, load_examples
+
+TEXT_KINDS = (".txt", ".md")
+CHARACTERS_PER_TOKEN = 8  # more of a file is not read
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Windows of token ids [T], all of one length: `heldout` ones are the last of the text, and in no other list."""
+
+    windows: list[Tensor]
+    heldout: list[Tensor]
+
+
+def calibration_text(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, heldout_tokens: int, window: int
+) -> CalibrationText:
+    """At most `tokens` for measuring and training and `heldout_tokens` behind them, held out.
+
+    A shorter text is used up: a fifth of its windows are held out then. Documents end with the tokenizer's eos; each
+    window starts with bos where the tokenizer puts one before a text. Raises ValueError for a text of fewer than two
+    windows, and what `load_examples` raises.
+
+    >>> calibration_text("gsm8k", tokenizer, tokens=4096, heldout_tokens=1024, window=512).heldout[0].shape
+    torch.Size([512])
+    """
+    bos = [i for i in tokenizer("").input_ids if i == tokenizer.bos_token_id]
+    body, end = window - len(bos), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    wanted = -(-tokens // window) + -(-heldout_tokens // window)
+    ids: list[int] = []
+    for document in _documents(source, wanted * window * CHARACTERS_PER_TOKEN):
+        ids += tokenizer(document, add_special_tokens=False).input_ids + end
+        if len(ids) >= wanted * body:
+            break
+    count = min(wanted, len(ids) // body)
+    if count < 2:
+        raise ValueError(
+            f"calibrate={source!r} holds {len(ids)} tokens, and two windows of window={window} are the least, one to "
+            "measure and one to hold out; give a longer text, or a smaller window"
+        )
+    rows = [torch.tensor(bos + ids[i * body : (i + 1) * body]) for i in range(count)]
+    held = max(1, min(-(-heldout_tokens // window), count // 5))
+    return CalibrationText(rows[:-held], rows[-held:])
+
+
+def _documents(source: str, characters: int) -> Iterator[str]:
+    path = Path(source).expanduser()
+    if path.suffix in TEXT_KINDS or (path.is_file() and path.suffix not in FILE_KINDS):
+        try:
+            with path.open(encoding="utf-8") as file:
+                yield file.read(characters)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"calibrate={source!r} is not text in UTF-8: {error}") from error
+        return
+    for example in load_examples(source, "train"):
+        yield f"{example.question}\n{example.solution}"

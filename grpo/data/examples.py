@@ -1,0 +1,354 @@
+"""From a dataset to examples: where the rows come from, and what is checked before a run may start."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from grpo.config.json_file import parse_json, unfit
+from grpo.data.leakage import is_gsm8k_test_question, refuse_evaluation_data
+from grpo.data.reasoning_gym import COUNT, PREFIX, reasoning_gym_problems
+from grpo.data.word_problems import word_problems
+from policies.files import hub
+from rewards.built_in.gsm8k import gold_answer
+from rewards.protocol import text_of
+
+GSM8K = "openai/gsm8k:main"
+GSM8K_COPIES = ("data/gsm8k", "../shared/data/gsm8k")  # train.jsonl and test.jsonl here spare the hub
+BUILT_IN = {"word_problems": "word_problems", "gsm8k": GSM8K, "openai/gsm8k": GSM8K}
+FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
+MOST_BAD_ROWS_NAMED = 10
+TOO_MANY_FIELDS = "fields beyond the header"
+CHARACTERS_PER_TOKEN = 64  # no text comes near this as a mean; longer ones are refused before a tokenizer reads them
+GSM8K_TEST = "a question of GSM8K's test set, which must not be trained on"
+
+Check = Callable[[Mapping[str, Any]], str | None]
+
+_CALCULATOR_MARK = re.compile(r"<<[-+*/().=\d]*>>")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem. `solution` is ready to train on (`clean_solution`); `columns` go to the rewards.
+
+    `messages` are the prompt where the data has it as a chat (TRL's conversational form); `question` is then what its
+    last message says.
+
+    >>> Example("gsm8k/train/0", "2 + 3 = ?", "2 + 3 = 5\\n#### 5",
+    ...         {"question": "2 + 3 = ?", "answer": "2 + 3 = <<2+3=5>>5\\n#### 5"}).example_id
+    'gsm8k/train/0'
+    """
+
+    example_id: str
+    question: str
+    solution: str
+    columns: dict[str, Any] = field(default_factory=dict)
+    messages: list[dict[str, Any]] | None = None
+
+
+def beyond_context(text: str, context: int) -> str | None:
+    """Why `text` cannot fit into a context of so many tokens, by its length alone; None where a tokenizer must tell.
+
+    >>> beyond_context("2 + 3 = ?" * 10_000, context=512)
+    'has 90,000 characters, more than a context of 512 tokens can hold'
+    """
+    if len(text) <= CHARACTERS_PER_TOKEN * context:
+        return None
+    return f"has {len(text):,} characters, more than a context of {context:,} tokens can hold"
+
+
+def clean_solution(text: str) -> str:
+    """Strip GSM8K's calculator marks.
+
+    >>> clean_solution("Natalia sold 48/2 = <<48/2=24>>24 clips in May.")
+    'Natalia sold 48/2 = 24 clips in May.'
+    """
+    return _CALCULATOR_MARK.sub("", text)
+
+
+def load_examples(
+    name_or_path: str | Path,
+    split: str,
+    *,
+    purpose: Literal["train", "eval"] = "train",
+    levels: Sequence[int] | None = None,
+    limit: int | None = None,
+    prompt_column: str = "question",
+    solution_column: str | None = "answer",
+    seed: int = 0,
+    task_options: Mapping[str, Any] | None = None,
+    check: Check | None = None,
+    contexts: Mapping[str, int] | None = None,
+) -> list[Example]:
+    """The first `limit` examples of a dataset, every row checked.
+
+    `name_or_path` is one of
+
+    - `word_problems`, with `levels` (default [1]) and `seed`; 20,000 problems unless `limit` says otherwise,
+    - `reasoning_gym:TASK`, with `task_options` and `seed`; 2,000 problems unless `limit` says otherwise,
+    - `gsm8k` (from data/gsm8k or ../shared/data/gsm8k where such a folder exists, else from the hub), or any hub id,
+      with its configuration behind a colon (`owner/name:config`),
+    - a folder that holds `{split}.jsonl` (or .json, .parquet, .csv), or such a file, whatever `split` is.
+
+    The prompt column holds text, or chat messages of which the last one is the user's. All columns of a row go to the
+    rewards; question and solution also do as `question` and `answer` where the row has no columns of these names.
+    `solution_column=None` is for data without solutions. `check` says what else is wrong with the columns of an
+    example, or None. `contexts` says by column how many tokens there is room for: a text that cannot fit is a bad row.
+
+    Raises FileNotFoundError for a missing file, and ValueError for held-out data loaded with purpose "train",
+    an unknown name, no rows, a missing column and bad rows (the first ten with number and reason).
+    """
+    if purpose not in ("train", "eval"):
+        raise ValueError(f"purpose={purpose!r} is neither 'train' nor 'eval'")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} leaves no examples; use 1 or more, or None for all")
+    source = str(name_or_path)
+    if not isinstance(name_or_path, Path):
+        source = BUILT_IN.get(source, source)
+    if levels is not None and source != "word_problems":
+        raise ValueError(f"levels={list(levels)} are for word_problems; {name_or_path} has no levels")
+    if task_options and not source.startswith(PREFIX):
+        raise ValueError(f"task_options={dict(task_options)} are for reasoning_gym tasks; {name_or_path} has none")
+    if purpose == "train":
+        refuse_evaluation_data(str(name_or_path), split, None)
+    if source.startswith(PREFIX):
+        task = source.removeprefix(PREFIX)
+        problems = reasoning_gym_problems(task, split, seed, count=limit or COUNT, options=task_options)
+        return [_example(row["id"], row, "question", "answer") for row in problems]
+    if source == GSM8K:
+        source = next((folder for folder in GSM8K_COPIES if Path(folder).is_dir()), source)
+    path = None if source in BUILT_IN.values() else _local_file(source, split)
+    if purpose == "train":
+        refuse_evaluation_data(str(name_or_path), split, path)
+    if source == "word_problems":
+        problems = word_problems(split, [1] if levels is None else levels, seed, count=limit or 20_000)
+        return [_example(row["id"], row, "question", "answer") for row in problems]
+    if path:
+        prefix = f"{path.resolve().parent.name}/{path.stem}"
+        numbered = _file_rows(path)
+    else:
+        name, _, config = source.partition(":")
+        prefix = f"{name.split('/')[-1]}/{split}"
+        numbered = enumerate(_load_dataset(name, config or None, split=split), start=1)
+    checks = [check] if check else []
+    if purpose == "train":
+        checks.insert(0, lambda columns: GSM8K_TEST if is_gsm8k_test_question(_texts(columns.values())) else None)
+    try:
+        rows = list(islice(numbered, limit))
+    except Exception as error:  # whatever a library meets in a damaged file
+        raise ValueError(f"{path or source} cannot be read: {type(error).__name__}: {error}") from error
+    checks += [partial(_beyond, name, context) for name, context in (contexts or {}).items()]
+    return _checked(rows, prefix, str(path or source), prompt_column, solution_column, checks)
+
+
+def gold_check(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> Check | None:
+    """What finds gold answers that the gsm8k rewards among `rewards` cannot read; None where there are none.
+
+    `rewards` are (function, columns for its parameters), as in a config.
+
+    >>> gold_check([("gsm8k", {"answer": "gold"})])({"gold": "It is four."})
+    "the gold answer 'It is four.' has no number: expected a solution that ends with '#### 42', or '42'"
+    """
+    readers = ("gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval")
+    names = {columns.get("answer", "answer") for function, columns in rewards if function in readers}
+    if not names:
+        return None
+
+    def check(columns: Mapping[str, Any]) -> str | None:
+        try:
+            for name in sorted(names.intersection(columns)):  # the scorer refuses a column that is not there
+                gold_answer(columns[name])
+        except ValueError as error:
+            return str(error)
+        return None
+
+    return check
+
+
+def default_heldout_split(name: str) -> str:
+    """The split that is evaluated on where none is named.
+
+    >>> default_heldout_split("gsm8k"), default_heldout_split("reasoning_gym:leg_counting")
+    ('test', 'heldout')
+    """
+    return "heldout" if name == "word_problems" or name.startswith(PREFIX) else "test"
+
+
+def _local_file(source: str, split: str) -> Path | None:
+    """The file that `source` names, or None where it can only be a hub id."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        candidates = [path / f"{split}{kind}" for kind in FILE_KINDS]
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None:
+            there = ", ".join(sorted(child.name for child in path.iterdir())) or "nothing"
+            wanted = ", ".join(candidate.name for candidate in candidates)
+            raise FileNotFoundError(f"{path} holds none of {wanted}; it holds {there}")
+        return found
+    if path.is_file():
+        if path.suffix not in FILE_KINDS:
+            raise ValueError(f"{path} cannot be read; the kinds of file that can be are {', '.join(FILE_KINDS)}")
+        return path
+    if path.suffix in FILE_KINDS or source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(f"there is no file or folder {source!r} (looked from {Path.cwd()})")
+    if "/" not in source and (near := difflib.get_close_matches(source, BUILT_IN, n=1, cutoff=0.8)):
+        raise ValueError(f"there is no dataset {source!r}; did you mean {near[0]!r}?")
+    return None
+
+
+def _file_rows(path: Path) -> Iterable[tuple[int, Any]]:
+    """(row number, row); a row of a .jsonl file that cannot be read is the error that it raised."""
+    if path.suffix == ".jsonl":
+        # not splitlines(): JSON strings may hold U+2028, which ends a line for Python and not for JSON
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        return [(number, _json_or_error(line)) for number, line in enumerate(lines, start=1) if line.strip()]
+    if path.suffix == ".json":
+        rows = _json_or_error(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+        if not isinstance(rows, list):
+            found = rows if isinstance(rows, ValueError) else f"it holds a {type(rows).__name__}"
+            raise ValueError(f"{path} must hold a JSON list of objects: {found}")
+    elif path.suffix == ".csv":
+        rows = _csv_rows(path)
+    else:
+        rows = _load_dataset("parquet", data_files=str(path), split="train")
+    return enumerate(rows, start=1)
+
+
+def _csv_rows(path: Path) -> list[Any]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, restkey=TOO_MANY_FIELDS, strict=True)
+        try:
+            header = reader.fieldnames or []
+            if twice := [name for name in dict.fromkeys(header) if header.count(name) > 1]:
+                raise ValueError(f"{path}: the header has the column {twice[0]!r} twice; rename or remove one")
+            return list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not CSV in UTF-8: {error} (behind line {reader.line_num})") from error
+
+
+def _json_or_error(text: bytes) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        return error
+
+
+def _load_dataset(name: str, config: str | None = None, **options: Any) -> Iterable[Any]:
+    import datasets  # slow to import
+
+    why = "" if "data_files" in options else hub.unreachable()
+    if why:
+        datasets.config.HF_HUB_OFFLINE = True
+        why += ", and only what is in the cache can be had. "
+    try:
+        return datasets.load_dataset(name, config, **options)
+    except Exception as error:
+        source = ", ".join([name, *([config] if config else []), *map(str, options.values())])
+        raise ValueError(
+            f"could not load the dataset {source}: {error.__cause__ or error}\n"
+            f"{why}Check the name, or give a file, or a folder with train.jsonl and test.jsonl."
+        ) from error
+
+
+def _checked(
+    rows: list[tuple[int, Any]],
+    prefix: str,
+    source: str,
+    prompt_column: str,
+    solution_column: str | None,
+    checks: Sequence[Check],
+) -> list[Example]:
+    if not rows:
+        raise ValueError(f"{source} has no rows")
+    columns = list(dict.fromkeys(key for _, row in rows if isinstance(row, dict) for key in row))
+    needed = [prompt_column] if solution_column is None else [prompt_column, solution_column]
+    if columns and (missing := [column for column in needed if column not in columns]):
+        raise ValueError(
+            f"{source} has no column {missing[0]!r}; its columns are {', '.join(columns)} "
+            "(choose with prompt_column and solution_column)"
+        )
+    absent = dict.fromkeys(columns)  # so that every reward gets every column, None where the row has none
+    examples, bad = [], []
+    for number, row in rows:
+        fault = _fault(row, needed)
+        if not fault:
+            examples.append(_example(f"{prefix}/{number - 1}", {**absent, **row}, prompt_column, solution_column))
+            fault = next((found for check in checks if (found := check(examples[-1].columns))), None)
+        if fault:
+            bad.append(f"row {number}: {fault}")
+    if bad:
+        more = f"\n... and {len(bad) - MOST_BAD_ROWS_NAMED} more" if len(bad) > MOST_BAD_ROWS_NAMED else ""
+        named = "\n".join(bad[:MOST_BAD_ROWS_NAMED])
+        raise ValueError(f"{source} has bad rows ({len(bad)} of {len(rows)}):\n{named}{more}")
+    return examples
+
+
+def _fault(row: Any, needed: list[str]) -> str | None:
+    """What is wrong with a row, or None."""
+    if isinstance(row, ValueError):
+        return f"not JSON ({row})"
+    if not isinstance(row, dict):
+        return f"a {type(row).__name__} instead of an object"
+    if TOO_MANY_FIELDS in row:
+        return TOO_MANY_FIELDS
+    for column in needed:
+        value = row.get(column)
+        if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+            if fault := _fault_of_chat(value, "user" if column == needed[0] else "assistant"):
+                return f"{column!r} {fault}"
+            value = text_of(value)
+        if value is None:
+            return f"{column!r} is missing"
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            return f"{column!r} is a {type(value).__name__} instead of text"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{column!r} is {value} instead of text"
+        if not str(value).strip():
+            return f"{column!r} is empty"
+    return next((f"{column!r} {fault}" for column in row if (fault := unfit(column) or unfit(row[column]))), None)
+
+
+def _beyond(column: str, context: int, columns: Mapping[str, Any]) -> str | None:
+    value = columns[column]
+    text = value if isinstance(value, str) else "".join(message["content"] for message in value)
+    fault = beyond_context(text, context)
+    return f"{column!r} {fault}" if fault else None
+
+
+def _fault_of_chat(messages: list[dict[str, Any]], last: str) -> str | None:
+    """What is wrong with chat messages in TRL's conversational form, or None."""
+    for message in messages:
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            return f'has a message that is not {{"role": text, "content": text}}: {str(message)[:60]}'
+    if messages[-1]["role"] != last:
+        return f"is a chat that does not end with a message of the {last}"
+    return None
+
+
+def _texts(values: Iterable[Any]) -> Iterable[Any]:
+    """The values, and what the messages of chats among them say."""
+    for value in values:
+        yield value
+        if isinstance(value, list):
+            yield from (message.get("content") for message in value if isinstance(message, dict))
+
+
+def _example(example_id: str, row: dict[str, Any], prompt_column: str, solution_column: str | None) -> Example:
+    asked, solution = row[prompt_column], ""
+    messages = asked if isinstance(asked, list) else None
+    question = text_of(messages) if messages else str(asked)
+    columns = {"question": question, **row, prompt_column: messages or question}
+    if solution_column is not None:
+        found = row[solution_column]
+        solution = text_of(found) if isinstance(found, list) else str(found)
+        columns = {"answer": solution, **columns, solution_column: solution}
+    return Example(example_id, question, clean_solution(solution), columns, messages)

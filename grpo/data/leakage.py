@@ -1,0 +1,130 @@
+"""Held out means unseen (contract 16): what must not be trained on, and what must not be evaluated after it was."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from policies.files.atomic import write_file
+
+EVALUATION_SPLITS = ("test", "heldout", "all")
+TRAINED_ON = "trained_on.txt"  # in a run folder: a fingerprint a line
+
+_NUMBERED = r"(?:[-_.]?\d+(?:[-_.]of[-_.]\d+)?)?"  # of a shard, as in test-00000-of-00001
+_EVALUATION_FILE = re.compile(rf"all|(?:.*[-_.])?(?:test|heldout){_NUMBERED}|(?:test|heldout)[-_.].*")
+_NOT_CONTENT = re.compile(r"""["'`“”‘’]|[.,:;?]+(?!\w)|\s+""")
+_FINGERPRINT = re.compile(rb"[0-9a-f]{12}")
+NAMED = 5
+# One line for each of the 1,319 test questions of GSM8K: the first 12 hex digits of the SHA-256 of its `_letters`.
+_GSM8K_TEST_QUESTIONS = Path(__file__).with_name("gsm8k_test_questions.txt")
+
+
+def refuse_evaluation_data(source: str, split: str, path: Path | None) -> None:
+    """Raises ValueError where the split, or the file that `path` really is, is named after a test set.
+
+    A file called train.jsonl that is a link to test.jsonl is test data; so is gsm8k_test-00000-of-00001.parquet.
+    """
+    # a split of the hub can be a sum of slices: "train+test[:50%]"
+    names = [part.split("[")[0].strip() for part in split.split("+")]
+    forbidden = [name for name in names if name.casefold() in EVALUATION_SPLITS]
+    stems = dict.fromkeys([path.stem, path.resolve().stem]) if path else ()
+    forbidden += [stem for stem in stems if _EVALUATION_FILE.fullmatch(stem.casefold())]
+    if forbidden:
+        raise ValueError(
+            f"{forbidden[0]!r} of {source} is for evaluation and must not be trained on; "
+            "train on another split, or load it with purpose='eval'"
+        )
+
+
+def is_gsm8k_test_question(texts: Iterable[Any]) -> bool:
+    """Whether one of the texts is a question of GSM8K's test set, whatever its file is called.
+
+    Letter case, punctuation and white space do not count. A question inside a longer text is not found.
+    """
+    known = _gsm8k_test_questions()
+    return any(isinstance(text, str) and fingerprint(text) in known for text in texts)
+
+
+def fingerprint(text: str) -> str:
+    """48 bits of a question's letters and digits: in a million other texts, one is mistaken with probability 5e-6.
+
+    >>> fingerprint("How many  eggs?") == fingerprint("how many eggs ?")
+    True
+    """
+    return hashlib.sha256(_letters(text).encode(errors="replace")).hexdigest()[:12]
+
+
+def problem_fingerprint(content: str) -> str:
+    """48 bits of a problem's content, to compare users' own data with each other.
+
+    Letter case, white space, quotation marks and the punctuation at the end of a word do not count. Operators do,
+    because 2 + 3 and 2 - 3 are two problems.
+
+    >>> problem_fingerprint("What is 2 + 3?") == problem_fingerprint("what is  2 + 3 ?")
+    True
+    >>> problem_fingerprint("2 + 3") == problem_fingerprint("2 - 3")
+    False
+    """
+    return hashlib.sha256(_NOT_CONTENT.sub("", content).casefold().encode(errors="replace")).hexdigest()[:12]
+
+
+def in_holdout(fingerprint: str, share: float, seed: int) -> bool:
+    """Whether the problem belongs to the share that is held out. Other problems, such as appended rows, change nothing.
+
+    >>> [in_holdout(f"{i:012x}", 0.25, seed=0) for i in range(6)]
+    [False, False, True, False, False, False]
+    """
+    drawn = hashlib.sha256(f"holdout/{seed}/{fingerprint}".encode()).digest()[:6]
+    return int.from_bytes(drawn) < share * 2**48
+
+
+def refuse_overlap(evaluated: Mapping[str, str], known: Mapping[str, str], what: str, way_out: str) -> None:
+    """Raises ValueError where evaluated problems are among the `known` ones. Both map fingerprints to problems' names.
+
+    `what` says what was done with the known ones, `way_out` what to do now.
+    """
+    if common := [fingerprint for fingerprint in evaluated if fingerprint in known]:
+        named = ", ".join(_pair(evaluated[fingerprint], known[fingerprint]) for fingerprint in common[:NAMED])
+        more = ", ..." if len(common) > NAMED else ""
+        raise ValueError(
+            f"{len(common)} of {len(evaluated)} problems that are to be evaluated {what}: {named}{more}. {way_out}"
+        )
+
+
+def _pair(evaluated: str, known: str) -> str:
+    return f"{evaluated} (it is {known})" if known and known != evaluated else evaluated
+
+
+def record_trained_on(run: Path, fingerprints: Iterable[str]) -> None:
+    """Write the fingerprints of all problems that the policy of this run has met in training, here and before."""
+    lines = sorted({*fingerprints, *trained_on(run)})
+    write_file(run / TRAINED_ON, "".join(f"{line}\n" for line in lines))
+
+
+def trained_on(model: str | Path) -> frozenset[str]:
+    """The fingerprints that were recorded for a policy; empty where none are known, as for a preset or a hub id.
+
+    `model` is a run, a policy or a checkpoint inside a run, or an export of one.
+    """
+    folder = Path(model)
+    places = (folder, folder / "run", folder.parent, folder.parent.parent)
+    for index, place in enumerate(places):
+        if (place / TRAINED_ON).is_file() and (index < 2 or (place / "environment.json").is_file()):
+            found = (place / TRAINED_ON).read_bytes().split()
+            if wrong := [line for line in found if not _FINGERPRINT.fullmatch(line)]:
+                raise ValueError(f"{place / TRAINED_ON} is damaged: {wrong[0]!r:.60} is no fingerprint of a problem")
+            return frozenset(line.decode() for line in found)
+    return frozenset()
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"\W+", "", text).casefold()
+
+
+@lru_cache(maxsize=1)
+def _gsm8k_test_questions() -> frozenset[str]:
+    return frozenset(_GSM8K_TEST_QUESTIONS.read_text().split())

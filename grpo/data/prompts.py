@@ -1,0 +1,249 @@
+"""From an example to its prompt, and the order in which training meets the prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from grpo.data.examples import Example
+from rollout.group import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """How an example becomes the text of its prompt.
+
+    `format` is a format string over the columns, in which `{question}` is the prompt column, or "chat": the
+    tokenizer's chat template around the question as the user's message, after `system_prompt`, if any.
+    `few_shot` examples go first, with their solutions. `user_turn` is a format string for the user's message of a chat;
+    where it says {examples}, they are in that message, each in the form of what follows. Raises ValueError for a format
+    without fields, with broken braces, or with a field that the example does not have.
+
+    >>> PromptTemplate("Question: {question} Answer: ").render(Example("0", "2 + 3 = ?", "5"))
+    'Question: 2 + 3 = ? Answer: '
+    """
+
+    format: str = "{question}\n"
+    system_prompt: str | None = None
+    few_shot: Sequence[Example] = ()
+    user_turn: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.user_turn is not None:
+            if not self.is_chat:
+                raise ValueError("user_turn needs format='chat'; with a format string, write it into the string")
+            if not set(_fields("user_turn", self._asked_form)) - {"examples"}:
+                raise ValueError(f"user_turn={self.user_turn!r} needs {{question}}, after {{examples}} if it has that")
+        if self.is_chat:
+            return
+        if self.system_prompt is not None:
+            raise ValueError("system_prompt needs format='chat'; with a format string, write it into the string")
+        if not _fields("format", self.format):
+            raise ValueError(f"format={self.format!r} makes every prompt the same; put {{question}} into it")
+
+    @property
+    def is_chat(self) -> bool:
+        return self.format == "chat"
+
+    def render(self, example: Example, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+        """The text of the prompt. Only "chat" needs the tokenizer."""
+        if not self.is_chat:
+            if example.messages and [message["role"] for message in example.messages] != ["user"]:
+                raise ValueError(
+                    f"format={self.format!r}: the prompt of {example.example_id} is a chat of several messages; use "
+                    "template: chat"
+                )
+            shots = [f"{_fill('format', self.format, shot)}{shot.solution}\n\n" for shot in self.few_shot]
+            return "".join([*shots, _fill("format", self.format, example)])
+        if tokenizer is None or not tokenizer.chat_template:
+            raise ValueError("format='chat': the tokenizer has no chat template; use a format string instead")
+        messages = self.messages(example) or []
+        return str(apply_chat_template(tokenizer, messages, add_generation_prompt=True, tokenize=False))
+
+    def messages(self, example: Example) -> list[dict[str, Any]] | None:
+        """What the chat template is rendered from: system message, worked examples as turns, the prompt.
+
+        None for a format string. Raises ValueError where both the template and the data bring a system message.
+        """
+        if not self.is_chat:
+            return None
+        messages: list[dict[str, Any]] = []
+        if self.system_prompt:
+            messages.append({"role": "system", "content": self.system_prompt})
+            if example.messages and example.messages[0]["role"] == "system":
+                raise ValueError(
+                    f"system_prompt={self.system_prompt!r}: the prompt of {example.example_id} begins with a system "
+                    "message of its own; drop system_prompt"
+                )
+        asked = self._turns(example)
+        if asked[0]["role"] == "system":  # stays in front of the worked examples
+            messages.append(asked.pop(0))
+        for shot in () if self._gathers_examples else self.few_shot:
+            messages += [turn for turn in self._turns(shot) if turn["role"] != "system"]
+            messages.append({"role": "assistant", "content": shot.solution})
+        return [*messages, *asked]
+
+    def content(self, example: Example) -> str:
+        """The columns that the prompt shows, without the words of the template: what makes this problem this one.
+
+        >>> PromptTemplate("Context: {context} Question: {question}").content(
+        ...     Example("0", "Who?", "Ada", {"context": "Ada wrote it.", "page": 3}))
+        'Ada wrote it.\\nWho?'
+        """
+        form = self.user_turn if self.is_chat else self.format
+        if form is None:
+            turns = example.messages or [{"role": "user", "content": example.question}]
+            return "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
+        key = "user_turn" if self.is_chat else "format"
+        shown = _shown(key, form.replace("{examples}", ""), example)
+        return "\n".join(map(str, shown.values()))
+
+    @property
+    def _gathers_examples(self) -> bool:
+        return self.user_turn is not None and "{examples}" in self.user_turn
+
+    @property
+    def _asked_form(self) -> str:
+        """The part of `user_turn` that asks one question."""
+        return (self.user_turn or "").rpartition("{examples}")[2]
+
+    def _turns(self, example: Example) -> list[dict[str, Any]]:
+        """The messages of one problem; the last one, the user's, in the form of `user_turn`."""
+        turns = list(example.messages or [{"role": "user", "content": example.question}])
+        if self.user_turn is not None:
+            head = _fill("user_turn", self.user_turn.rpartition("{examples}")[0], example)
+            worked = [self._worked(shot) for shot in (self.few_shot if self._gathers_examples else ())]
+            turns[-1] = turns[-1] | {"content": "".join([head, *worked, self._ask(example)])}
+        return turns
+
+    def _worked(self, shot: Example) -> str:
+        asked = self._ask(shot)
+        return f"{asked}{'' if asked[-1:].isspace() else ' '}{shot.solution}\n\n"
+
+    def _ask(self, example: Example) -> str:
+        return _fill("user_turn", self._asked_form, example)
+
+
+def _fields(key: str, form: str) -> list[str]:
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(form) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{key}={form!r}: {error}; write {{{{ or }}}} for a plain brace") from error
+
+
+def _fill(key: str, form: str, example: Example) -> str:
+    return form.format_map(_shown(key, form, example))
+
+
+def _shown(key: str, form: str, example: Example) -> dict[str, Any]:
+    """The columns that a format string asks for. Raises ValueError for one that the example does not have."""
+    columns = {**example.columns, "question": example.question}
+    names = dict.fromkeys(_fields(key, form))
+    if unknown := [name for name in names if name not in columns]:
+        raise ValueError(f"{key}={form!r} asks for {{{unknown[0]}}}; the columns are {', '.join(columns)}")
+    return {name: columns[name] for name in names}
+
+
+def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> Any:
+    """transformers' own, but what a template raises is a ValueError that says whose template it is."""
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # a template is a program
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} (chat_template.jinja, or tokenizer_config.json) fails on "
+            f"the roles {', '.join(message['role'] for message in messages)}: {type(error).__name__}: {error}; mend "
+            "it, or use a format string as template"
+        ) from error
+
+
+def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> Prompt:
+    """The prompt with the token ids that are sampled from and trained on; nothing tokenises it again.
+
+    A format string gets the special tokens that the tokenizer puts in front (bos); a chat template writes its
+    own. Raises ValueError for a prompt without tokens.
+    """
+    text = template.render(example, tokenizer)
+    token_ids = plain = tokenizer.encode(text, add_special_tokens=False)
+    if not template.is_chat:
+        token_ids = tokenizer.encode(text)
+        if token_ids[-1:] == [tokenizer.eos_token_id] != plain[-1:]:
+            token_ids = token_ids[:-1]  # some tokenizers close every text, and a prompt must stay open
+    if not token_ids:
+        raise ValueError(f"the prompt of {example.example_id} has no tokens: {text!r}")
+    return Prompt(example.example_id, text, token_ids, example.columns, template.messages(example))
+
+
+class PromptStream:
+    """Examples without end, in an order that a stopped run resumes (contract 9).
+
+    Every epoch is shuffled anew, by a key of (seed, epoch). One `take` never holds an example twice: where it
+    runs from one epoch into the next, those that it has from the old one move to the end of the new one.
+
+    >>> stream = PromptStream([Example(str(i), f"{i} + 1 = ?", str(i + 1)) for i in range(3)])
+    >>> [example.example_id for example in stream.take(2) + stream.take(2)]
+    ['1', '0', '2', '0']
+    """
+
+    _order: list[int]
+    _epoch: int
+    _position: int
+    _carried: list[int]
+
+    def __init__(self, examples: Sequence[Example], seed: int = 0):
+        if not examples:
+            raise ValueError("a PromptStream needs at least one example")
+        content = json.dumps([[e.example_id, e.question, e.solution] for e in examples])
+        self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        self._examples, self._seed = examples, seed
+        self._go_to(epoch=0, position=0, carried=[])
+
+    def take(self, n: int) -> list[Example]:
+        """The next n examples, all different. Raises ValueError where the data set has fewer than n."""
+        if not 1 <= n <= len(self._examples):
+            raise ValueError(
+                f"a step cannot take {n} different prompts from {len(self._examples)} examples; "
+                f"use 1 to {len(self._examples)} prompts per step, or more data"
+            )
+        chosen = self._order[self._position : self._position + n]
+        self._position += len(chosen)
+        if len(chosen) < n:
+            self._go_to(self._epoch + 1, position=n - len(chosen), carried=chosen)
+            chosen = chosen + self._order[: self._position]
+        return [self._examples[index] for index in chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, for JSON."""
+        return {
+            "seed": self._seed,
+            "fingerprint": self._fingerprint,
+            "epoch": self._epoch,
+            "position": self._position,
+            "carried": self._carried,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken. Raises ValueError if the seed or the data are others."""
+        if state["seed"] != self._seed:
+            raise ValueError(
+                f"the run began with the data order of seed={state['seed']}, not of seed={self._seed}; "
+                "resume with the seed that it began with"
+            )
+        if state["fingerprint"] != self._fingerprint:
+            raise ValueError(
+                "the training data have changed since the checkpoint; resume with the same, or start a new run"
+            )
+        self._go_to(state["epoch"], state["position"], state["carried"])
+
+    def _go_to(self, epoch: int, position: int, carried: list[int]) -> None:
+        order = list(range(len(self._examples)))
+        random.Random(f"prompts/{self._seed}/{epoch}").shuffle(order)
+        order.sort(key=set(carried).__contains__)  # stable: as shuffled, but the carried ones last
+        self._order, self._epoch, self._position, self._carried = order, epoch, position, carried

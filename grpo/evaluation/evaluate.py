@@ -1,0 +1,304 @@
+"""Held-out evaluation and the speed of sampling: the same engine and the same scoring as training."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import zip_longest
+from statistics import fmean, median
+from typing import TYPE_CHECKING
+
+from rich.progress import Progress
+
+from grpo.algorithm.statistics import Estimate, estimate, majority_at_k, pass_at_k, powers_of_two
+from grpo.run.plots import plot_quietly
+from grpo.task import Task
+from rewards.group_score import GroupScore, RewardFailed, RewardFailure
+from rollout.engine import RolloutError
+from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward
+from rollout.pool import Pool
+from rollout.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from grpo.config.run import EvalOptions
+    from grpo.run.log import RunLog
+
+OnFinished = Callable[[int], None]
+OnBatch = Callable[[Sequence[RolloutGroup], Sequence[GroupScore]], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on held-out prompts. `correct` are completions that the first reward function calls right.
+
+    Where its marks do not say right or wrong (see `Verdicts`), `correct`, `accuracy` and `interval` are None, and
+    `pass_at` and `majority_at` are empty: `reward_mean` is then the result. It is None where nothing has a score.
+    `completions` are those that the first function gave a mark. `without_mark` others count neither as right nor as
+    wrong: it abstained from `abstained` of them, and failed on the rest.
+    `failures` are those of all reward functions. `interval` is the 95 % interval of the accuracy, over problems (see
+    `estimate`). `acceptance[d]` are drafts accepted at depth d + 1 / drafts made there.
+    """
+
+    prompts: int
+    completions: int
+    without_mark: int
+    abstained: int
+    correct: int | None
+    interval: tuple[float, float] | None
+    reward_mean: float | None
+    length_mean: float
+    clipped: float
+    tokens_per_forward: float
+    seconds: float
+    tokens_per_second: float
+    groups: list[RolloutGroup]
+    parts: dict[str, float] = field(default_factory=dict)
+    pass_at: dict[int, Estimate] = field(default_factory=dict)
+    majority_at: dict[int, Estimate] = field(default_factory=dict)
+    acceptance: list[float] = field(default_factory=list)
+    fallback_rate: float = 0.0
+    bleu: float | None = None
+    failures: list[RewardFailure] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> float | None:
+        return None if self.correct is None or not self.completions else self.correct / self.completions
+
+    def without_verdicts(self) -> Evaluation:
+        """The same, where the marks turned out to say neither right nor wrong."""
+        return replace(self, correct=None, interval=None, pass_at={}, majority_at={})
+
+
+def evaluate(
+    pool: Pool,
+    task: Task,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    prompts_per_batch: int = 64,
+    on_finished: OnFinished | None = None,
+    on_batch: OnBatch | None = None,
+) -> Evaluation:
+    """Sample `sampling.group_size` completions of every prompt and score them, batch by batch.
+
+    Raises RolloutError where prompts could not be sampled, behind the others, of which `on_batch` has heard by then;
+    at once where a batch has none.
+    """
+    groups: list[RolloutGroup] = []
+    scores: list[GroupScore] = []
+    faults: list[str] = []
+    seconds = 0.0
+    for i in range(0, len(prompts), prompts_per_batch):
+        started = time.perf_counter()
+        try:
+            sampled = pool.sample(prompts[i : i + prompts_per_batch], sampling, on_finished)
+        except RolloutError as error:
+            faults.append(str(error))
+            sampled = [g for g in error.groups if all(c.finish_reason != "abort" for c in g.completions)]
+            if not sampled:
+                break
+        seconds += time.perf_counter() - started
+        scored = task.score(sampled)
+        if on_batch:
+            on_batch(sampled, scored)
+        groups, scores = groups + sampled, scores + scored
+    if faults:
+        raise RolloutError("\n".join(faults), groups)
+    return _results(task, groups, scores, seconds)
+
+
+def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], seconds: float) -> Evaluation:
+    completions = [completion for group in groups for completion in group.completions]
+    marks = [score.parts[task.first_reward] for score in scores]
+    verdicts = [[task.verdicts.of(mark) for mark in own] for own in marks]
+    marked = [[right for right in verdict if right is not None] for verdict in verdicts]
+    means = estimate([fmean(right) for right in marked if right])
+    rewards = [reward for score in scores for reward in score.rewards if reward is not None]
+    failures = [failure for score in scores for failure in score.errors]
+    unmarked = sum(own.count(None) for own in marks)
+    failed = sum(
+        marks[i][failure.sample_index] is None
+        for i, score in enumerate(scores)
+        for failure in score.errors
+        if failure.function == task.first_reward
+    )
+    tokens = sum(len(completion.token_ids) for completion in completions)
+    drafts = [completion.draft for completion in completions]
+    drafted, accepted = _by_depth([d.drafted for d in drafts]), _by_depth([d.accepted for d in drafts])
+    forwards = sum(draft.target_forwards for draft in drafts)
+    parts = {
+        name: [part for score in scores for part in score.parts[name] if part is not None] for name in scores[0].parts
+    }
+    ks = powers_of_two(max(len(group.completions) for group in groups))
+    result = Evaluation(
+        prompts=len(groups),
+        completions=len(completions) - unmarked,
+        without_mark=unmarked,
+        abstained=unmarked - failed,
+        correct=sum(map(sum, marked)),
+        interval=(means.low, means.high),
+        reward_mean=fmean(rewards) if rewards else None,
+        length_mean=tokens / len(completions),
+        clipped=fmean(completion.finish_reason == "length" for completion in completions),
+        tokens_per_forward=tokens_per_forward(completions) or 1.0,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        groups=groups,
+        parts={name: fmean(values) for name, values in parts.items() if values},
+        pass_at={
+            k: estimate([pass_at_k(len(right), sum(right), k) for right in marked if len(right) >= k]) for k in ks
+        },
+        majority_at={k: _majority(task, groups, verdicts, k) for k in ks},
+        acceptance=[taken / made for made, taken in zip(drafted, accepted, strict=True) if made],
+        fallback_rate=sum(draft.fallbacks for draft in drafts) / forwards if forwards else 0.0,
+        failures=failures,
+    )
+    return result if task.verdicts.are_given else result.without_verdicts()
+
+
+def _majority(task: Task, groups: Sequence[RolloutGroup], verdicts: Sequence[list[bool | None]], k: int) -> Estimate:
+    answers = [[task.read_answer(text) for text in group.texts] for group in groups]
+    votes = [majority_at_k(own, verdict, k) for own, verdict in zip(answers, verdicts, strict=True)]
+    return estimate([vote for vote in votes if vote is not None])
+
+
+def _by_depth(counts: Sequence[Sequence[int]]) -> list[int]:
+    return [sum(depth) for depth in zip_longest(*counts, fillvalue=0)]
+
+
+def evaluate_ways(
+    pool: Pool,
+    task: Task,
+    prompts: Sequence[Prompt],
+    ways: Mapping[str, SamplingParams],
+    prompts_per_batch: int,
+    progress: Progress,
+    on_batch: Callable[[str, Sequence[RolloutGroup], Sequence[GroupScore]], None] | None = None,
+) -> dict[str, Evaluation]:
+    """An evaluation for each way of sampling, with noise that is the same at every evaluation."""
+    total = sum(params.group_size for params in ways.values()) * len(prompts)
+    bar = progress.add_task("evaluating", total=total)
+    results = {}
+    for name, params in ways.items():
+        results[name] = evaluate(
+            pool,
+            task,
+            prompts,
+            params.at(0),
+            prompts_per_batch,
+            lambda ended: progress.advance(bar, ended),
+            partial(on_batch, name) if on_batch else None,
+        )
+    if not task.verdicts.are_given:  # a later way may have shown it
+        return {name: result.without_verdicts() for name, result in results.items()}
+    return results
+
+
+def evaluate_both_ways(
+    pool: Pool,
+    task: Task,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    prompts_per_batch: int,
+    progress: Progress,
+) -> dict[str, Evaluation]:
+    """`sampled` at the sampling temperature and `greedy`."""
+    ways = {"sampled": sampling, "greedy": replace(sampling, temperature=0.0, group_size=1)}
+    return evaluate_ways(pool, task, prompts, ways, prompts_per_batch, progress)
+
+
+def as_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
+    """The results of `evaluate_both_ways` under their names in metrics.jsonl; what there is not is left out."""
+    sampled, greedy = results["sampled"], results["greedy"]
+    judged = {
+        "eval/accuracy": sampled.accuracy,
+        "eval/accuracy_greedy": greedy.accuracy,
+        "eval/reward_mean": sampled.reward_mean,
+        "eval/reward_mean_greedy": greedy.reward_mean,
+    }
+    metrics = {name: value for name, value in judged.items() if value is not None} | {
+        "eval/prompts": sampled.prompts,
+        "eval/completion_length_mean": sampled.length_mean,
+        "eval/completion_clipped": sampled.clipped,
+        "eval/tokens_per_forward": sampled.tokens_per_forward,
+        "eval/without_mark": sampled.without_mark + greedy.without_mark,
+        "eval/reward_errors": len(sampled.failures) + len(greedy.failures),
+        "time/evaluate": sampled.seconds + greedy.seconds,
+    }
+    metrics |= {f"eval/part/{name}": value for name, value in sampled.parts.items()}
+    metrics |= {f"eval/pass_at_{k}": passed.value for k, passed in sampled.pass_at.items() if k > 1}
+    return metrics | {f"eval/majority_at_{k}": vote.value for k, vote in sampled.majority_at.items() if k > 1}
+
+
+def evaluate_run(
+    pool: Pool,
+    task: Task,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    options: EvalOptions,
+    run_log: RunLog,
+    step: int,
+) -> dict[str, Evaluation]:
+    """An evaluation both ways inside a run: its results are metrics and a plot, each failed reward is an event."""
+    params = replace(sampling, group_size=options.samples)
+    try:
+        with run_log.progress() as progress:
+            results = evaluate_both_ways(pool, task, prompts, params, options.prompts_per_batch, progress)
+    except RewardFailed as error:
+        run_log.event("reward_error", step=step, evaluation="given up", **vars(error.failure))
+        raise
+    for name, result in results.items():
+        for failure in result.failures:
+            run_log.event("reward_error", step=step, evaluation=name, **vars(failure))
+    run_log.evaluation(step, as_metrics(results))
+    plot_quietly(run_log.output_dir, only=["eval_accuracy", "eval_reward"])
+    return results
+
+
+def failure_kinds(failures: Sequence[RewardFailure]) -> dict[str, int]:
+    """How often each reward failed in which way.
+
+    >>> failure_kinds([RewardFailure("mine", "a", 0, "timeout", "no result after 10 s")])
+    {'mine: timeout': 1}
+    """
+    return dict(Counter(f"{failure.function}: {failure.kind}" for failure in failures).most_common())
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Completion tokens per second with drafts and without, at one number of rows."""
+
+    rows: int
+    draft_tokens: int | None  # None: the depth controller chose
+    with_drafts: float
+    without_drafts: float
+    tokens_per_forward: float
+
+    @property
+    def gain(self) -> float:
+        return self.with_drafts / self.without_drafts
+
+
+def measure_speed(
+    pool: Pool, prompts: Sequence[Prompt], sampling: SamplingParams, rows: Sequence[int], repeats: int = 5
+) -> list[Speed]:
+    """The same prompts with and without drafts, in turn, median of `repeats`; the tokens are the same by contract 3."""
+    speeds = []
+    for count in rows:
+        rates: dict[int | None, list[float]] = {0: [], sampling.draft_tokens: []}
+        completions: list[Completion] = []
+        for repeat in range(repeats):
+            chosen = [prompts[(repeat * count + i) % len(prompts)] for i in range(count)]
+            for depth in rates:
+                params = replace(sampling, draft_tokens=depth, group_size=1)
+                started = time.perf_counter()
+                groups = pool.sample(chosen, params)
+                seconds = time.perf_counter() - started
+                sampled = [completion for group in groups for completion in group.completions]
+                rates[depth].append(sum(len(completion.token_ids) for completion in sampled) / seconds)
+                completions += sampled if depth != 0 else []
+        with_drafts, without = median(rates[sampling.draft_tokens]), median(rates[0])
+        speeds.append(Speed(count, sampling.draft_tokens, with_drafts, without, tokens_per_forward(completions) or 1.0))
+    return speeds

@@ -1,0 +1,99 @@
+"""From rollouts and their scores to a training batch: the chosen advantage of every completion, groups packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from grpo.algorithm import advantages
+from grpo.config.run import LossOptions
+from grpo.learner.batch import Sample, TrainingBatch, split_rows
+from rollout.group import RolloutGroup
+
+if TYPE_CHECKING:
+    from rewards.scorer import GroupScore
+
+
+def estimate(
+    scores: Sequence[GroupScore], loss: LossOptions, reward_weights: Mapping[str, float]
+) -> tuple[Tensor, Tensor]:
+    """Advantages [P, G] by `loss.advantage`, and which groups are tied [P]. Zeros where a value function is needed."""
+    rewards_PG = [score.rewards for score in scores]
+    match loss.advantage:
+        case "gae" | "rank_softmax":
+            return torch.zeros(len(scores), len(rewards_PG[0])), advantages.tied_groups(rewards_PG)
+        case "rloo":
+            return advantages.rloo(rewards_PG)
+        case "reinforce_plus_plus":
+            return advantages.reinforce_plus_plus(rewards_PG)
+        case "reinforce_plus_plus_baseline":
+            return advantages.reinforce_plus_plus(rewards_PG, baseline=True)
+    if loss.multi_objective_aggregation == "sum_then_normalize":
+        return advantages.group_relative(rewards_PG, loss.scale_rewards)
+    parts_PGK = [
+        [
+            [None if reward is None else score.parts[name][i] for name in reward_weights]
+            for i, reward in enumerate(score.rewards)
+        ]
+        for score in scores
+    ]
+    return advantages.multi_objective(
+        parts_PGK, list(reward_weights.values()), "normalize_then_sum", loss.scale_rewards
+    )
+
+
+def pack(
+    groups: Sequence[RolloutGroup],
+    scores: Sequence[GroupScore],
+    loss: LossOptions,
+    reward_weights: Mapping[str, float],
+    *,
+    max_tokens: int,
+    routing_replay: bool = False,
+) -> TrainingBatch:
+    """Groups with their prompt once, in rows of `max_tokens`; a completion without reward has no place in them.
+
+    Raises ValueError where `routing_replay` finds no recorded experts.
+    """
+    advantages_PG, tied_P = estimate(scores, loss, reward_weights)
+    rows, tokens, count = [], 0, 0
+    size = len(groups[0].completions)
+    for g, (group, score) in enumerate(zip(groups, scores, strict=True)):
+        samples = [
+            Sample(
+                g * size + i,
+                c.token_ids,
+                c.logprobs,
+                advantages_PG[g, i].item(),
+                c.finish_reason,
+                routing=_recorded(c.routing, group) if routing_replay else None,
+            )
+            for i, c in enumerate(group.completions)
+            if score.rewards[i] is not None
+        ]
+        count += len(samples)
+        tokens += tokens_in_loss(samples, loss)
+        if samples:
+            routing = _recorded(group.prompt_routing, group) if routing_replay else None
+            rows += split_rows(group.prompt.token_ids, samples, max_tokens, routing)
+    return TrainingBatch(rows, advantages_PG, count, tokens, int(tied_P.sum()))
+
+
+def tokens_in_loss(samples: Sequence[Sample], loss: LossOptions) -> int:
+    return sum(len(sample.token_ids) for sample in samples if in_loss(sample, loss))
+
+
+def in_loss(sample: Sample, loss: LossOptions) -> bool:
+    return sample.finish_reason == "stop" or not loss.mask_truncated_completions
+
+
+def _recorded(routing: Tensor | None, group: RolloutGroup) -> Tensor:
+    if routing is None:
+        raise ValueError(
+            f"learner.routing_replay: the sampler recorded no experts for prompt {group.prompt.prompt_id!r}; "
+            "set it to false, or sample with an engine that records them"
+        )
+    return routing

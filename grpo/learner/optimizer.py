@@ -1,0 +1,48 @@
+"""What the optimizer moves, how fast, and what stays as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from grpo.config.run import MTPOptions
+from policies.conversion.dense import frozen_parameter_names
+from policies.policy import Policy
+
+
+def freeze_exact_parts(policy: Policy) -> None:
+    """Parameters that make a converted policy exact (the cancelled latent norm) stay as they are."""
+    patterns = frozen_parameter_names(policy.config) if policy.config.model_type == "deepseek_v3" else []
+    for name, parameter in policy.trunk.named_parameters():
+        if any(name.endswith(pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+
+
+def parameter_groups(policy: Policy, learning_rate: float, weight_decay: float, mtp: MTPOptions) -> list[dict]:
+    """Weight decay on matrices only; the MTP head has its own learning rate."""
+    groups = []
+    for module, peak in ((policy.trunk, learning_rate), (policy.mtp, mtp.learning_rate)):
+        parameters = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+        for matrices, decay in ((True, weight_decay), (False, 0.0)):
+            chosen = [p for p in parameters if (p.dim() > 1) == matrices]
+            if chosen:
+                groups.append({"params": chosen, "lr": peak, "peak": peak, "weight_decay": decay})
+    return groups
+
+
+def schedule(kind: str, steps: int, warmup: int) -> Callable[[int], float]:
+    """Factor on the peak learning rate at step 1 … steps.
+
+    >>> [round(schedule("linear", 4, 0)(step), 2) for step in (1, 2, 3, 4)]
+    [1.0, 0.75, 0.5, 0.25]
+    """
+
+    def factor(step: int) -> float:
+        if step <= warmup:
+            return step / warmup
+        if kind == "constant":
+            return 1.0
+        done = (step - 1 - warmup) / max(steps - warmup, 1)
+        return 1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return factor

@@ -1,0 +1,98 @@
+"""A value function beside the policy, for PPO (`loss.advantage: gae`) and `loss.advantage: rank_softmax`.
+
+The value head reads the hidden state that predicts a token and says how much score is to come. It belongs to the
+learner: checkpoints keep it, samplers never see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from grpo.algorithm.advantages import gae, outcome_rewards, whiten
+from grpo.config.run import ValueOptions
+from grpo.learner.batch import Sample, TrainingBatch
+
+
+class ValueHead(nn.Module):
+    """Hidden states [..., D] -> values [...], fp32 whatever the policy's precision. Its first values are 0.
+
+    >>> ValueHead(width=4, hidden_size=8)(torch.ones(2, 3, 4)).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # drawn apart: a run with a value head samples what one without it would
+            last = nn.Linear(hidden_size or width, 1)
+            hidden = [nn.Linear(width, hidden_size), nn.GELU()] if hidden_size else []
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*hidden, last)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.layers(hidden.float()).squeeze(-1)
+
+
+def with_token_advantages(
+    batch: TrainingBatch,
+    values: Mapping[int, Tensor],  # by sample index, [Lc]: V before each token
+    rewards_PG: Sequence[Sequence[float | None]],
+    options: ValueOptions,
+    *,
+    weights_PG: Tensor | None = None,  # of rank_softmax
+    left_out: Sequence[int] = (),  # samples that are not in the loss (truncated ones, if masked)
+) -> TrainingBatch:
+    """The batch with GAE's advantages, values and returns for every token; the score comes on the last one.
+
+    Advantages are whitened over the step's tokens first, then times the completion's weight. `batch.advantages`
+    becomes [P, G, Lc], nested lists.
+    """
+    samples = {sample.index: sample for row in batch.rows for sample in row.samples}
+    if not samples:
+        return batch
+    group = len(rewards_PG[0])
+    rewards = torch.tensor([rewards_PG[i // group][i % group] for i in samples])
+    lengths = torch.tensor([len(sample.token_ids) for sample in samples.values()])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    values_BT = pad_sequence([values[i].cpu() for i in samples], batch_first=True)
+    advantages, returns = gae(outcome_rewards(rewards, mask), values_BT, mask, options.gamma, options.lam)
+    if options.whiten_advantages:
+        counted = mask & torch.tensor([[i not in left_out] for i in samples])
+        advantages = whiten(advantages, counted)
+    if weights_PG is not None:
+        advantages = advantages * weights_PG.flatten()[list(samples)][:, None]
+    done: dict[int, Sample] = {
+        i: replace(
+            sample,
+            token_advantages=advantages[b, : lengths[b]].tolist(),
+            values=values_BT[b, : lengths[b]].tolist(),
+            returns=returns[b, : lengths[b]].tolist(),
+        )
+        for b, (i, sample) in enumerate(samples.items())
+    }
+    rows = [replace(row, samples=[done[sample.index] for sample in row.samples]) for row in batch.rows]
+    table = [
+        [done[g * group + i].token_advantages if g * group + i in done else [] for i in range(group)]
+        for g in range(len(rewards_PG))
+    ]
+    metrics = batch.metrics | explained_variance(values_BT[mask], returns[mask])
+    return replace(batch, rows=rows, advantages=table, metrics=metrics)
+
+
+def explained_variance(values_N: Tensor, returns_N: Tensor) -> dict[str, float]:
+    """1 - Var(R - V) / Var(R): 1 for a perfect value function, 0 for a constant one; nothing where Var(R) = 0.
+
+    >>> explained_variance(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 2.0, 4.0]))    # 1 - 1 / 4
+    {'value/explained_variance': 0.75}
+    """
+    variance = returns_N.double().var(correction=0)
+    if variance <= 1e-12:
+        return {}
+    residual = (returns_N - values_N).double().var(correction=0)
+    return {"value/explained_variance": 1.0 - (residual / variance).item()}

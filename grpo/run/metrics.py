@@ -1,0 +1,182 @@
+"""The one table of metric names, and the metrics that rollouts and their scores give."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+from statistics import pstdev
+
+from grpo.algorithm.advantages import tied
+from rewards.group_score import GroupScore, mean
+from rollout.group import RolloutGroup, tokens_per_forward
+
+# <d> stands for a number, <name> for any name. A value covers one step unless its row says otherwise.
+METRICS: dict[str, str] = {
+    "reward/mean": "score of a completion, mean over those that have one; the weights' unit",
+    "reward/std": "standard deviation (over n) of the scores inside a group, mean over groups with a score",
+    "reward/part/<name>": "value of the reward function `name`, unweighted, mean over completions with one",
+    "reward/metric/<name>": "what a reward function reported under `name`, mean over groups",
+    "reward/abstained": "completions without a score (abstained, or dropped after a failure), fraction",
+    "reward/errors": "failures of reward functions (raised, timed out, not a finite number), count",
+    "group/tied": "groups whose scores are all equal up to rounding, or fewer than two, fraction; they teach nothing",
+    "group/dropped": "groups taken out because a reward failed (reward.on_error: drop_group), count",
+    "group/refilled": "tied groups whose place a refill took (dynamic sampling), count",
+    "group/drawn": "groups sampled, refills included, count",
+    "curriculum/open": "training examples that are open yet (curriculum.shortest_share), fraction",
+    "curriculum/seen": "training examples that were drawn at least once, fraction",
+    "curriculum/pass_rate": "running share of a prompt's marked completions with full marks, mean over the prompts met",
+    "curriculum/completion_tokens": "length limit of completions at this step, tokens",
+    "curriculum/draft_depth": "depth to which the draft head is unrolled at this step",
+    "completion/tokens": "completion tokens sampled, stop tokens included, count",
+    "completion/length_mean": "length of a completion, stop token included, mean, tokens",
+    "completion/length_max": "length of the longest completion, tokens",
+    "completion/clipped": "completions cut by max_completion_tokens (finish_reason length), fraction",
+    "completion/aborted": "completions whose sampling was given up (finish_reason abort), fraction",
+    "loss/total": "what the optimizer minimises for the policy: every term with its weight",
+    "loss/policy": "policy term of the loss, by the chosen loss_type",
+    "loss/kl": "KL of the policy from the reference, before beta, mean, nats per token",
+    "loss/mtp": "loss of the draft head over its depths, detached from the trunk; nats per token",
+    "loss/mtp_tv": "the same by total variation (head.tv_share): share of drafts rejected at best, fraction",
+    "loss/value": "loss of the value head (PPO baseline), mean per token, squared score",
+    "loss/balance_entropy": "-H(mean gate) + mean H(gate), before its weight, mean over layers, nats",
+    "loss/balance_sequence": "balance loss of a completion, before its weight, mean over layers; 1 is balanced",
+    "loss/sft": "cross-entropy of the gold solutions in the warm start, mean, nats per token",
+    "policy/entropy": "entropy of the sampling policy, nats per token: the mean of -log-probability of what it sampled",
+    "policy/ratio_mean": "importance ratio of policy to old policy, mean over tokens, 1 when on-policy",
+    "policy/clip_fraction": "tokens whose ratio the clip holds back, fraction",
+    "policy/clip_fraction_low": "tokens held back at the lower bound, fraction",
+    "policy/clip_fraction_high": "tokens held back at the upper bound, fraction",
+    "value/clip_fraction": "tokens whose value the clip holds back, fraction",
+    "value/explained_variance": "1 - Var(return - value) / Var(return) over tokens; 1 is a perfect value function",
+    "value/grad_norm": "norm of the value head's gradient before clipping",
+    "mismatch/logprob_abs_mean": "|learner's - sampler's log-probability| of the sampled tokens, mean, nats",
+    "mismatch/logprob_abs_max": "the largest of them",
+    "mismatch/kl": "KL of the sampler from the learner (k3 estimate), mean, nats per token",
+    "mismatch/weight_mean": "importance correction of the sampler's mismatch, mean over tokens",
+    "draft/acceptance_depth_<d>": "drafts accepted at depth d / drafts made at depth d",
+    "draft/drafted_depth_<d>": "drafts made at depth d, count",
+    "draft/tokens_per_forward": "completion tokens behind the first / decoding forwards of the trunk; 1 without drafts",
+    "draft/vocabulary_coverage": "sampled tokens that are in the trimmed draft vocabulary, fraction",
+    "draft/head_age": "steps that TRL's trainer has taken since the MTP head was last trained (TRL bridge only), count",
+    "draft/fallback_rate": "forwards that fell back to plain decoding / forwards of the trunk",
+    "moe/load_min": "load of the least used expert / even share, mean over layers; 1 is balanced",
+    "moe/load_max": "load of the most used expert / even share, mean over layers; 1 is balanced",
+    "moe/max_violation": "moe/load_max - 1",
+    "moe/router_entropy": "entropy of a token's gate, mean over tokens and layers, nats; log E is indifference",
+    "moe/dead_experts": "experts that no token of the step chose, over all layers, count",
+    "moe/layer_<d>/load_min": "moe/load_min of layer d alone",
+    "moe/layer_<d>/load_max": "moe/load_max of layer d alone",
+    "moe/layer_<d>/max_violation": "moe/max_violation of layer d alone",
+    "moe/layer_<d>/router_entropy": "moe/router_entropy of layer d alone",
+    "moe/layer_<d>/dead_experts": "moe/dead_experts of layer d alone",
+    "rollout/restarts": "Ray workers replaced since the last line (died, or later than rollout.timeout_s), count",
+    "learner/learning_rate": "learning rate of the policy at this step",
+    "learner/grad_norm": "norm of the gradient before clipping",
+    "learner/updates": "optimizer updates in this step, count",
+    "memory/rss_gib": "resident memory of the learner's process, GiB",
+    "memory/device_gib": "peak memory allocated on the accelerator, GiB",
+    "time/step": "wall-clock time of the whole step, seconds",
+    "time/rollout": "sampling the completions, seconds",
+    "time/reward": "scoring them, seconds",
+    "time/learn": "log-probabilities, backward and optimizer, seconds",
+    "time/publish": "handing the new weights to the sampler, seconds",
+    "time/evaluate": "held-out evaluation, off the training clock, seconds",
+    "time/checkpoint": "writing a checkpoint, seconds",
+    "speed/completion_tokens_per_second": "completion tokens / time/rollout",
+    "eval/accuracy": "held-out completions that the first reward calls right, fraction; only where it says so",
+    "eval/accuracy_greedy": "the same for greedy completions, fraction",
+    "eval/reward_mean": "score of a held-out completion, mean",
+    "eval/reward_mean_greedy": "the same for greedy completions, mean",
+    "eval/part/<name>": "value of the reward function `name` on held-out completions, mean",
+    "eval/pass_at_<d>": "held-out prompts that at least one of d completions solves, fraction",
+    "eval/majority_at_<d>": "held-out prompts whose most frequent answer among d completions is right, fraction",
+    "eval/without_mark": "held-out completions without a mark (the reward abstained or failed), count",
+    "eval/reward_errors": "failures of reward functions on held-out completions, count",
+    "eval/prompts": "held-out prompts evaluated, count",
+    "eval/completion_length_mean": "length of a held-out completion, stop token included, mean, tokens",
+    "eval/completion_clipped": "held-out completions cut by max_completion_tokens, fraction",
+    "eval/acceptance_depth_<d>": "draft/acceptance_depth_<d> on held-out prompts (quartet mtp)",
+    "eval/tokens_per_forward": "draft/tokens_per_forward on held-out prompts",
+    "run/interruptions": "times that the run was stopped or interrupted before this step (absent at 0), count",
+    "run/failures": "times that an error ended it before this step, such as a reward that raised (absent at 0), count",
+    "run/finished": "for trackers, at the end: 1 where the run came to its end, 0 where it was stopped or failed",
+    "log/not_finite": "metrics of this step that were NaN or infinite, written as null, count",
+}
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace("<d>", r"\d+").replace("<name>", ".+"))
+
+
+_PATTERNS = {pattern: _regex(pattern) for pattern in METRICS}
+
+
+def check(name: str) -> str:
+    """The row of METRICS that documents `name`. Raises ValueError with the nearest name if there is none.
+
+    >>> check("draft/acceptance_depth_3")
+    'draft/acceptance_depth_<d>'
+    """
+    if found := next((pattern for pattern, regex in _PATTERNS.items() if regex.fullmatch(name)), None):
+        return found
+    nearest = difflib.get_close_matches(name, METRICS, n=1, cutoff=0)[0]
+    raise ValueError(f"metric {name!r} is not documented; did you mean {nearest!r}? Names stand in METRICS")
+
+
+def table() -> str:
+    """METRICS as a Markdown table."""
+    rows = (f"| `{name}` | {meaning.replace('|', chr(92) + '|')} |" for name, meaning in METRICS.items())
+    return "\n".join(["| metric | meaning |", "|---|---|", *rows]) + "\n"
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> dict[str, float]:
+    """What one step's P groups and their P GroupScores say: reward/*, group/*, completion/* and draft/*.
+
+    What was not measured is left out: `reward/mean` if all abstained, acceptance without drafts.
+
+    >>> rollout_metrics([group], [score])["reward/mean"]      # score.rewards == [1.0, 0.0, None]
+    0.5
+    """
+    completions = [completion for group in groups for completion in group.completions]
+    scored = [[reward for reward in score.rewards if reward is not None] for score in scores]
+    lengths = [len(completion.token_ids) for completion in completions]
+    drafts = [completion.draft for completion in completions]
+    forwards = sum(draft.target_forwards for draft in drafts)
+    reasons = [completion.finish_reason for completion in completions]
+    metrics = {
+        "reward/mean": _mean(reward for rewards in scored for reward in rewards),
+        "reward/std": _mean(pstdev(rewards) for rewards in scored if rewards),
+        "reward/abstained": _mean(reward is None for score in scores for reward in score.rewards),
+        "reward/errors": sum(len(score.errors) for score in scores),
+        "group/tied": _mean(tied(score.rewards) for score in scores),
+        "group/dropped": sum(score.dropped for score in scores),
+        "completion/tokens": sum(lengths),
+        "completion/length_mean": _mean(lengths),
+        "completion/length_max": max(lengths, default=None),
+        "completion/clipped": _mean(reason == "length" for reason in reasons),
+        "completion/aborted": _mean(reason == "abort" for reason in reasons),
+    }
+    surprises = [-logprob for completion in completions for logprob in completion.logprobs]
+    metrics["policy/entropy"] = _mean(surprises)
+    for name in sorted({name for score in scores for name in score.parts}):
+        parts = (part for score in scores for part in score.parts.get(name, []) if part is not None)
+        metrics[f"reward/part/{name}"] = _mean(parts)
+    for name in sorted({name for score in scores for name in score.metrics}):
+        metrics[f"reward/metric/{name}"] = _mean(score.metrics[name] for score in scores if name in score.metrics)
+    if forwards:
+        metrics["draft/tokens_per_forward"] = tokens_per_forward(completions)
+        metrics["draft/fallback_rate"] = sum(draft.fallbacks for draft in drafts) / forwards
+    drafted = [sum(depth) for depth in zip_longest(*(draft.drafted for draft in drafts), fillvalue=0)]
+    accepted = [sum(depth) for depth in zip_longest(*(draft.accepted for draft in drafts), fillvalue=0)]
+    for depth, (made, taken) in enumerate(zip(drafted, accepted, strict=True), start=1):
+        if made:
+            metrics[f"draft/drafted_depth_{depth}"] = made
+            metrics[f"draft/acceptance_depth_{depth}"] = taken / made
+    return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return mean(values) if values else None

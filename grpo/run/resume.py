@@ -1,0 +1,124 @@
+"""What a run goes on from: its checkpoint, and the configuration that it must still have."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo.config.mtp import MtpConfig
+from grpo.config.options import dump_yaml
+from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.yaml_file import parse_yaml, read_yaml
+from grpo.run import checkpoint
+from grpo.run.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from policies.policy import Policy
+
+FREE_TO_CHANGE = (
+    *("output_dir", "steps", "log", "checkpoint", "eval", "threads"),
+    *("reward.timeout_s", "reward.workers", "reward.pass_variables", "rollout.timeout_s"),
+)
+
+
+def saved_state(
+    config: SftConfig | MtpConfig, *, resume: str | None, force: bool, stop_after: int | None, steps: int
+) -> Checkpoint | None:
+    """The checkpoint that --resume names, None where the run begins. Refuses flags that make no sense together.
+
+    Raises ValueError for these and for a changed configuration (listing the differences, unless `force`), be it that
+    of the folder or that of the run whose checkpoint this is; CheckpointError for one that is not there or damaged.
+    """
+    if force and resume is None:
+        raise ValueError(
+            "--force only lets --resume go on with a changed configuration, and never overwrites a run; "
+            "add --resume auto, or choose another output_dir"
+        )
+    found = checkpoint.find(config.output_dir / "checkpoints", resume) if resume is not None else None
+    saved = checkpoint.load(found) if found else None
+    place = "curriculum" if isinstance(config, TrainConfig) else "prompts"
+    if saved and place not in saved.state:
+        raise ValueError(f"{found} was saved by another command of quartet; resume with that one")
+    if resume is not None and not force:
+        runs = [config.output_dir.absolute(), *(found.absolute().parents[1:2] if found else ())]
+        for run in dict.fromkeys(runs):
+            if (run / "config.yaml").exists():
+                refuse_changed_config(run / "config.yaml", config)
+    start = saved.step if saved else 0
+    if stop_after is not None and stop_after <= start < steps:
+        raise ValueError(f"--stop_after={stop_after}: the run goes on from step {start}; give a later step")
+    if start > steps:
+        raise ValueError(f"{found} is of step {start}, the run ends at step {steps}; resume from an earlier one")
+    return saved
+
+
+def refuse_changed_config(saved: Path, config: SftConfig | MtpConfig) -> None:
+    """A resumed run must be the same run. Raises ValueError listing what differs."""
+    # Over `steps`: other steps are another schedule.
+    decays = isinstance(config, MtpConfig) or config.learner.schedule != "constant"
+    free = tuple(key for key in FREE_TO_CHANGE if not (decays and key == "steps"))
+    changed = [
+        f"  {key}: {then!r} then, {now!r} now"
+        for key, (then, now) in changed_options(saved, dump_yaml(config)).items()
+        if not key.startswith(free)
+    ]
+    if changed:
+        raise ValueError(
+            f"{saved.parent} was started with another configuration:\n"
+            + "\n".join(changed)
+            + "\nresume it as it was, or use --force to go on with the new one"
+        )
+
+
+def base_digest(policy: Policy, kept: Collection[str]) -> str:
+    """A digest of the weights that a checkpoint does not hold; `kept` are the names that it does hold.
+
+    For a LoRA run these are the base weights. Bits and names count, and how many files they came from does not.
+    """
+    from policies.policy import digest  # with transformers, which readers of a run's records do not need
+
+    weights = policy.named_parameters()
+    return digest({name.replace(".base_layer", ""): tensor for name, tensor in weights if name not in kept})
+
+
+def base_changed(policy: Policy, saved: Checkpoint, source: str) -> str | None:
+    """Why these adapters do not belong on this policy, and the way out; None where they do.
+
+    `source` is the option or folder that the base came from. A checkpoint without a digest is not checked: those of
+    full updates hold every weight, and earlier versions recorded none.
+    """
+    then = saved.state.get("base")
+    now = base_digest(policy, saved.tensors["policy"]) if then else None
+    if then == now:
+        return None
+    return (
+        f"{source}: the base weights are not those that the adapters of step {saved.step} were trained on (digest "
+        f"{then} then, {now} now); put back the files that the run began with, or start a new run in another output_dir"
+    )
+
+
+def changed_options(saved: Path, now: str) -> dict[str, tuple[Any, Any]]:
+    """What a run's config.yaml and a YAML text differ in. Raises ConfigError naming a file that is damaged."""
+    return differences(read_yaml(saved)[0], parse_yaml(now))
+
+
+def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """What two trees of options differ in, by dotted key.
+
+    >>> differences({"steps": 3, "lora": {"rank": 4}}, {"steps": 5, "lora": {"rank": 4}})
+    {'steps': (3, 5)}
+    """
+    former, present = _flat(before), _flat(now)
+    return {
+        key: (former.get(key), present.get(key))
+        for key in sorted(former.keys() | present.keys())
+        if former.get(key) != present.get(key)
+    }
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    below = [_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
+    return {key: value for flat in below for key, value in flat.items()}

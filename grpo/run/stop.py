@@ -1,0 +1,275 @@
+"""How a run is asked to end early, and how it ends: at a step boundary, saved, with an exit code of its own.
+
+All signals are handled here. Importing this module is quick: they can be handled before anything else is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from grpo.run.log import RunLog
+    from rollout.depth import CostTable
+    from rollout.group import Prompt, RolloutGroup
+    from rollout.pool import OnFinished, Pool
+    from rollout.sampling import SamplingParams
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+KEEP_S = 0.02
+_SIGNAL = signal.signal
+
+
+class Stopped(Exception):
+    """A signal or --stop_after ended the run at a step boundary; everything up to there is saved.
+
+    `number` is the signal's. A run that --stop_after has ended exits as after SIGTERM.
+    """
+
+    def __init__(self, message: str, number: int = 0) -> None:
+        super().__init__(message)
+        self.number = number or signal.SIGTERM
+
+
+class GivenUp(Exception):
+    """A signal ended the work in progress between two micro-batches; nothing of it has reached the policy."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ends a command that is not a run; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(said_of(number))
+        self.number = number
+
+
+def said_of(number: int) -> str:
+    """What the user reads of a signal that ends a command."""
+    return "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+
+
+class Handler:
+    """Inside it the signals that ask a process to end call `on_signal`; outside, what they called before.
+
+    `number` is that of the signal that came, 0 before. A signal that the process was started to ignore stays ignored
+    (`nohup`, a shell's background jobs).
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._usual: dict[int, Any] = {}
+        self._terminals: list[int] = []
+
+    def on_signal(self, number: int) -> None:
+        raise NotImplementedError
+
+    def after_the_first(self) -> dict[int, Any]:
+        """What the next signal does: it ends the process at once, without any clean-up."""
+        return dict.fromkeys(self._usual, signal.SIG_DFL)
+
+    def listen(self) -> None:
+        """Once more, where somebody else has taken a signal in the meantime."""
+        _handle(self.after_the_first() if self.number else dict.fromkeys(self._usual, self._note))
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside it nobody else takes a signal for long, in the main thread: for libraries that install handlers.
+
+        Ray does so in Python, which is refused, and in C++, unseen by Python: ours come back every few milliseconds.
+        """
+
+        def refuse(number: int, handler: Any) -> Any:
+            return signal.getsignal(number) if number in self._usual else _SIGNAL(number, handler)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def again(*_: object) -> None:
+            self.listen()
+            signal.setitimer(signal.ITIMER_REAL, KEEP_S)  # set anew each time: a fork starts over at every signal
+
+        usual = _SIGNAL(signal.SIGALRM, again)
+        former = signal.setitimer(signal.ITIMER_REAL, KEEP_S)
+        signal.signal = refuse  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            signal.signal = _SIGNAL
+            signal.setitimer(signal.ITIMER_REAL, *former)
+            _SIGNAL(signal.SIGALRM, usual)
+            self.listen()
+
+    def __enter__(self) -> Self:
+        usual = {number: signal.getsignal(number) for number in SIGNALS}
+        self._usual = {number: signal.SIG_DFL if h is None else h for number, h in usual.items() if h != signal.SIG_IGN}
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        self.listen()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        _handle(self._usual)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self.listen()
+        if number == signal.SIGHUP:
+            for gone in [descriptor for descriptor in self._terminals if not os.isatty(descriptor)]:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), gone)  # writing to a closed terminal is an error
+        self.on_signal(number)
+
+
+class CommandSignals(Handler):
+    """A signal ends the command with one line and no traceback.
+
+    It does so at once, inside the handler, while nothing has begun: an exception in the middle of an import may come
+    out of it as another one, or be lost. Once it `unwinds` there is work to clean up, and it raises Interrupted.
+    """
+
+    unwinds = False
+
+    def on_signal(self, number: int) -> None:
+        if self.unwinds:
+            raise Interrupted(number)
+        with suppress(OSError):
+            os.write(2, f"quartet: {said_of(number)}\n".encode())
+        os._exit(128 + number)
+
+
+class StopSignal(Handler):
+    """Inside it the first signal sets `asked`, for the work to notice; a second one ends the process.
+
+    `check` raises GivenUp once a stop was asked for: it is called where the work can be given up. By default the second
+    signal ends the process at once, without any clean-up. With `at_once=False` it has the effect that it had outside.
+    """
+
+    def __init__(self, *, at_once: bool = True) -> None:
+        super().__init__()
+        self._at_once = at_once
+
+    @property
+    def asked(self) -> bool:
+        return self.number != 0
+
+    @property
+    def name(self) -> str:
+        """Of the signal that asked, such as SIGTERM."""
+        return signal.Signals(self.number).name if self.asked else "none"
+
+    def check(self) -> None:
+        if self.asked:
+            raise GivenUp
+
+    def stopped(self, step: int, of: str = "") -> Stopped:
+        """For a run that ends after this step. `of` completes "after step 3"."""
+        where = f"after step {step}{of}" if step else f"before step 1{of}"
+        return Stopped(f"stopped {where}; go on with --resume auto", self.number)
+
+    def after_the_first(self) -> dict[int, Any]:
+        return super().after_the_first() if self._at_once else self._usual
+
+    def on_signal(self, number: int) -> None:
+        if number == signal.SIGINT and self._at_once and 2 in self._terminals:
+            os.write(2, b"\nstopping at the last whole step; Ctrl-C again ends the run at once and saves nothing\n")
+
+
+def ignore_signals() -> None:
+    _handle(dict.fromkeys(SIGNALS, signal.SIG_IGN))
+
+
+def _handle(handlers: Mapping[int, Any]) -> None:
+    with suppress(ValueError):  # not the main thread: whoever runs us there handles signals
+        for number, handler in handlers.items():
+            _SIGNAL(number, handler)
+
+
+class Boundary:
+    """The last whole step of a training. However the training ends, it is saved before.
+
+    A context manager around the steps. `write(step)` saves a checkpoint. An exception that leaves the steps must leave
+    learner and prompts as they were after the last step that was `reached`. GivenUp becomes Stopped; every other
+    exception goes on, after an event `failed` that names the step that is saved. `of`: see `StopSignal.stopped`.
+    """
+
+    def __init__(
+        self, start: int, write: Callable[[int], object], run_log: RunLog, stop: StopSignal, of: str = ""
+    ) -> None:
+        self.step = self.saved = start
+        self._write, self._run_log, self._stop, self._of = write, run_log, stop, of
+        self._refused: int | None = None  # the step whose checkpoint could not be written
+
+    def reached(self, step: int) -> None:
+        """What is learned now is this step, whole: what fails from here on does not undo it."""
+        self.step = step
+
+    def save(self) -> None:
+        if self.saved != self.step:
+            self._refused = self.step
+            self._write(self.step)
+            self.saved, self._refused = self.step, None
+
+    def stopped(self) -> Stopped:
+        """For a run that ends here, at a step that is saved."""
+        return self._stop.stopped(self.step, self._of)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, GivenUp):
+            self.save()
+            action = "what was in progress is given up"
+            self._run_log.event("signal", name=self._stop.name, action=action, saved_step=self.saved)
+            raise self.stopped() from None
+        if not isinstance(error, Exception) or isinstance(error, Stopped):
+            return
+        not_saved: dict[str, Any] = {}
+        try:
+            if self._refused != self.step:
+                self.save()
+        except Exception as refusal:  # told in the event: the error that ends the run must reach the user
+            not_saved = {"not_saved": str(refusal)}
+        try:
+            self._run_log.event("failed", saved_step=self.saved, **not_saved, error=f"{type(error).__name__}: {error}")
+        except OSError as full:  # the error that ends the run is more important than its record
+            self._run_log.say(f"failed: saved_step={self.saved} (this event is not recorded: {full})")
+
+
+class InterruptiblePool:
+    """A pool whose sampling is given up once a stop was asked for. A publication that a stop cuts short raises nothing:
+    what was learned counts, and the next sampling is given up."""
+
+    def __init__(self, pool: Pool, stop: StopSignal) -> None:
+        self.pool, self.stop = pool, stop
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        with suppress(GivenUp):
+            self.pool.publish(weights, version)
+
+    def sample(
+        self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
+    ) -> list[RolloutGroup]:
+        def heard(ended: int) -> None:
+            self.stop.check()
+            if on_finished:
+                on_finished(ended)
+
+        self.stop.check()
+        return self.pool.sample(prompts, params, heard)
+
+    def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
+        self.stop.check()
+        return self.pool.use_costs(costs, rows)
+
+    def metrics(self) -> dict[str, float]:
+        return self.pool.metrics()
+
+    def close(self) -> None:
+        self.pool.close()

@@ -1,0 +1,1 @@
+"""A policy laid out for decoding: absorbed attention over a latent cache."""

@@ -1,0 +1,1 @@
+"""The rewards that have a name."""

@@ -1,0 +1,51 @@
+r"""Mathematical equivalence by math-verify (optional extra `math`): `1/2`, `0.5` and `\frac{1}{2}` are equal.
+
+Its own time limits use SIGALRM, which works in a main thread only and elsewhere made graders score a silent 0. They
+are off here: the scorer's workers have the time limit. A text such as `10**10**10` reaches it, and is a failure like
+any other: `reward.on_error` should be `drop_sample` or `score=0` here, since a policy will write such things.
+
+Of a completion, math-verify gives sympy's parser, which evaluates what it reads, nothing but digits, blanks and the
+characters of `+-*/^().`; everything else goes through a grammar of LaTeX.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from rewards.built_in.gsm8k import Completions
+from rewards.protocol import RewardError, right_at, text_of
+
+try:
+    from math_verify import parse, verify
+except ImportError as error:
+    raise RewardError("reward math_equivalence needs math-verify: pip install 'quartet-rl[math]'") from error
+
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+
+
+@right_at(1.0)
+def math_equivalence(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
+    r"""1.0 where the last expression of the completion equals the gold one, else 0.0.
+
+    `answer` is an expression (LaTeX or plain), or a solution that ends with `#### expression`. A completion without
+    a readable expression scores 0.0; an unreadable gold raises ValueError.
+
+    >>> math_equivalence(None, [r"so $\frac{1}{2}$", "so 2"], answer=["0.5", "0.5"])
+    [1.0, 0.0]
+    """
+    pairs = zip(completions, answer, strict=True)
+    return [float(verify(_gold(gold), _parse(text_of(text)), timeout_seconds=None)) for text, gold in pairs]
+
+
+def _parse(text: str) -> list:
+    return parse(text, parsing_timeout=None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _gold(answer: str | int | float) -> list:
+    expression = str(answer).rpartition("####")[2].strip()
+    parsed = _parse(expression) or _parse(f"${expression}$")
+    if not parsed:
+        raise ValueError(f"the gold answer {expression[-60:]!r} is no expression that math-verify can read")
+    return parsed

@@ -1,0 +1,86 @@
+"""The scorer of each reasoning-gym task (optional extra `reasoning-gym`), on the columns that its problems bring."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from rewards.built_in.gsm8k import Completions
+from rewards.protocol import RewardError, right_at, text_of
+
+try:
+    from reasoning_gym import get_score_answer_fn
+    from reasoning_gym.factory import DATASETS
+except ImportError as error:
+    raise RewardError("reward reasoning_gym needs reasoning-gym: pip install 'quartet-rl[reasoning-gym]'") from error
+
+RUNS_CODE = {"eval", "exec", "compile", "parse_expr", "sympify"}  # sympy's two call eval()
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+
+
+@right_at(1.0)
+def reasoning_gym(
+    prompts: list | None,
+    completions: Completions,
+    question: list[str],
+    answer: list[str],
+    metadata: list[dict[str, Any]],
+    log_metric: Callable[[str, float], None] | None = None,
+    **_,
+) -> list[float]:
+    """What the task's own scorer gives, mostly 1.0 for a right answer and something below for a close one.
+
+    The answer of a completion is what stands in its last `<answer>` tags, else behind its last `####`, else all of it.
+    A completion that the scorer raises on (most expect a form, such as numbers) gets 0.0, and the share of these is
+    logged as `reasoning_gym/unreadable`. Where the scorer raises on the gold answer of the row too, the row is broken,
+    and its exception goes on. Raises RewardError for a task whose scorer would run the completion as code.
+
+    >>> metadata = {"source_dataset": "leg_counting"}
+    >>> reasoning_gym(None, ["<answer>8</answer>", "7"], question=["?"] * 2, answer=["8"] * 2, metadata=[metadata] * 2)
+    [1.0, 0.0]
+    """
+    rows = zip(completions, question, answer, metadata, strict=True)
+    marks = [
+        _mark(_answer(text_of(text)), {"question": q, "answer": a, "metadata": about}) for text, q, a, about in rows
+    ]
+    if log_metric and marks:
+        log_metric("reasoning_gym/unreadable", marks.count(None) / len(marks))
+    return [mark or 0.0 for mark in marks]
+
+
+def _mark(said: str, entry: dict[str, Any]) -> float | None:
+    """What the scorer gives, or None where it raises and the completion is to blame."""
+    scorer = _scorer(entry["metadata"]["source_dataset"])
+    try:
+        return float(scorer(said, entry))
+    except MemoryError:
+        raise
+    except Exception:  # scorers parse in any way, and raise anything: but not on the gold answer of a sound row
+        scorer(entry["answer"], entry)
+        return None
+
+
+def _answer(text: str) -> str:
+    tagged = _ANSWER.findall(text)
+    return (tagged[-1] if tagged else text.rpartition("####")[2]).strip()
+
+
+@functools.lru_cache(maxsize=64)
+def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
+    if calls := _code_runners(DATASETS[task][0].score_answer):
+        raise RewardError(
+            f"reasoning_gym:{task} scores a completion by running it as code ({', '.join(calls)}), which we never do "
+            "with a model's text; choose another task, or write a reward for it"
+        )
+    return get_score_answer_fn(task)
+
+
+def _code_runners(function: Callable) -> list[str]:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    return sorted(name for name in called if name.rpartition(".")[2] in RUNS_CODE)

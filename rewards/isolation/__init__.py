@@ -1,0 +1,1 @@
+"""Reward functions run in processes of their own."""

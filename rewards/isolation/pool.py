@@ -1,0 +1,252 @@
+"""A pool of worker processes with a time limit that kills.
+
+Workers are started when first needed, by a fresh interpreter (no fork, no `__main__` of the caller), in a session of
+their own. A worker that answers late, or dies, is killed with everything it started, and replaced; only a process that
+a reward has put into yet another session (`start_new_session=True`) is out of reach.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from rewards.isolation.child import LoadedReward, load, plain
+from rewards.isolation.variables import hint_at_withheld, worker_variables
+from rewards.protocol import RewardError, Signature
+
+START_TIMEOUT_S = 120.0  # a user's file may import heavy libraries
+GRACE_S = 1.0  # a late worker ends itself and leaves a trace; after this it is killed
+
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from rewards.isolation.child import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
+)
+
+
+class WorkerProcess:
+    """One child process and the socket to it. `job` is the index of the request that it works on, if any."""
+
+    def __init__(self, pass_variables: Sequence[str] = ()) -> None:
+        self.socket, theirs = socket.socketpair()
+        self._trace = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill()
+        fds = (theirs.fileno(), self._trace.fileno())
+        path = [folder or os.getcwd() for folder in sys.path]
+        defaults = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}  # the order of sets: the same in all workers
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-u", "-c", _BOOT, json.dumps(path), *map(str, fds)],
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            start_new_session=True,
+            env=defaults | worker_variables(pass_variables),
+        )
+        theirs.close()
+        self.ready = False
+        self.served = 0
+        self.job: int | None = None
+        self._buffer = bytearray()
+
+    def ask(self, request: dict, timeout_s: float) -> None:
+        """Send a request. Raises OSError when the worker is gone."""
+        self.timeout_s = timeout_s
+        self.socket.settimeout(timeout_s)
+        self.socket.sendall(json.dumps(request | {"timeout_s": timeout_s}).encode() + b"\n")
+        self.deadline = time.monotonic() + timeout_s + GRACE_S
+
+    def receive(self) -> dict | None:
+        """The reply, or None while it is incomplete. Raises EOFError when the worker is gone."""
+        try:
+            chunk = self.socket.recv(1 << 20)
+        except ConnectionResetError:
+            chunk = b""
+        if not chunk:
+            raise EOFError
+        self._buffer += chunk
+        if not chunk.endswith(b"\n"):
+            return None
+        reply = json.loads(self._buffer)
+        self._buffer.clear()
+        self.served += 1
+        return reply
+
+    def stop(self) -> None:
+        """Kill the process and all that it started."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def kill(self, late: bool = False) -> dict:
+        """Stop the worker, free its files, and say what became of its request: `timeout` or `died`."""
+        self.stop()
+        trace = os.pread(self._trace.fileno(), 1 << 16, 0).decode(errors="replace")
+        self.socket.close()
+        self._trace.close()
+        if late or trace:
+            message = f"no result after {self.timeout_s:g} s{stuck_at(trace)}"
+            return {"kind": "timeout", "message": message}
+        code = self._process.returncode
+        cause = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
+        return {"kind": "died", "message": f"the process that ran it ended ({cause})"}
+
+
+def stuck_at(trace: str) -> str:
+    """Where a worker was when its time was over, from faulthandler's dump: the innermost line of a reward."""
+    frames = re.findall(r'File "(.+)", line (\d+) in (.+)', trace.split("\n\n")[-1])  # the main thread comes last
+    libraries = (os.path.dirname(os.__file__), *(str(folder) for folder in sys.path if "-packages" in folder))
+    own = [frame for frame in frames if not frame[0].startswith(("<", *libraries))] or frames
+    return f", stuck at {Path(own[0][0]).name}:{own[0][1]} in {own[0][2]}" if own else ""
+
+
+class WorkerPool:
+    """Runs requests on up to `size` workers. Safe to call from several threads (one call at a time runs)."""
+
+    def __init__(
+        self, functions: list[dict], *, size: int, timeout_s: float, pass_variables: Sequence[str] = ()
+    ) -> None:
+        """`pass_variables`: environment variables for the workers besides the usual few."""
+        self._functions, self._size, self._timeout_s = functions, size, timeout_s
+        self._pass_variables = pass_variables
+        self._workers: list[WorkerProcess] = []
+        self._signatures: list[dict] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def signatures(self) -> list[Signature]:
+        """Load the functions in one worker. Raises RewardError when one of them cannot be loaded."""
+        self.run([])
+        names = ("required", "optional")
+        return [Signature(**s | {name: tuple(s[name]) for name in names}) for s in self._signatures]
+
+    def run(self, requests: Sequence[dict], *, stop_at_failure: bool = False) -> list[dict | None]:
+        """One reply per request: the worker's, or `{"kind": "timeout" | "died", "message": ...}`.
+
+        With `stop_at_failure` the requests that were not answered before the first failure stay None.
+        """
+        replies: list[dict | None] = [None] * len(requests)
+        waiting = deque(range(len(requests)))
+        with self._lock:
+            try:
+                while self._start_workers(len(waiting)) or waiting or self._busy():
+                    self._dispatch(requests, waiting, replies)
+                    self._collect(replies)
+                    if stop_at_failure and any(reply is not None and "kind" in reply for reply in replies):
+                        break
+            finally:  # after an error, Ctrl-C or a stop, a late answer must not meet the next request
+                for worker in self._busy():
+                    self._drop(worker)
+        return replies
+
+    def close(self) -> None:
+        """End all workers; a `run` that waits in another thread raises RewardError."""
+        self._closed = True
+        for worker in list(self._workers):
+            worker.stop()
+        with self._lock:
+            for worker in list(self._workers):
+                self._drop(worker)
+
+    def _busy(self) -> list[WorkerProcess]:
+        return [worker for worker in self._workers if worker.job is not None or not worker.ready]
+
+    def _start_workers(self, num_waiting: int) -> bool:
+        """Start what is missing for the work at hand; True while no worker is ready."""
+        if self._closed:
+            raise RewardError("this scorer is closed; make a new one")
+        jobs = num_waiting + sum(worker.job is not None for worker in self._workers)
+        while len(self._workers) < min(self._size, max(jobs, 1)):
+            worker = WorkerProcess(self._pass_variables)
+            self._workers.append(worker)
+            try:
+                worker.ask({"functions": self._functions}, START_TIMEOUT_S)
+            except OSError as error:
+                raise RewardError(f"a reward worker cannot start: {self._drop(worker)['message']}") from error
+        return not any(worker.ready for worker in self._workers)
+
+    def _dispatch(self, requests: Sequence[dict], waiting: deque[int], replies: list[dict | None]) -> None:
+        for worker in list(self._workers):
+            if not waiting or worker.job is not None or not worker.ready:
+                continue
+            worker.job = waiting[0]
+            try:
+                worker.ask(requests[worker.job], self._timeout_s)
+            except OSError:  # it died while idle: another one takes the request, unless it has never served any
+                verdict = self._drop(worker)
+                if worker.served <= 1:
+                    replies[waiting.popleft()] = verdict
+            else:
+                waiting.popleft()
+
+    def _collect(self, replies: list[dict | None]) -> None:
+        """Wait for the next answer or deadline, and note what happened."""
+        busy = self._busy()
+        if not busy:
+            return
+        remaining = min(worker.deadline for worker in busy) - time.monotonic()
+        readable = wait([worker.socket for worker in busy], max(0.0, remaining))
+        for worker in busy:
+            job = worker.job
+            if worker.socket in readable:
+                try:
+                    reply = worker.receive()
+                except EOFError:
+                    reply = self._drop(worker)
+            elif time.monotonic() >= worker.deadline:
+                reply = self._drop(worker, late=True)
+            else:
+                continue
+            if reply is None:
+                continue
+            worker.job = None
+            for said in reply.keys() & {"message", "error"}:
+                reply[said] = hint_at_withheld(reply[said], self._pass_variables)
+            if job is not None:
+                replies[job] = reply
+            elif "signatures" in reply:
+                worker.ready, self._signatures = True, reply["signatures"]
+            else:
+                names = ", ".join(function["function"] for function in self._functions)
+                raise RewardError(reply.get("error") or f"loading the rewards ({names}) failed: {reply['message']}")
+
+    def _drop(self, worker: WorkerProcess, late: bool = False) -> dict:
+        self._workers.remove(worker)
+        return worker.kill(late)
+
+
+class ThisProcess:
+    """A pool without processes, so without isolation and time limit: to debug a reward, and to compare its scores."""
+
+    def __init__(self, functions: list[dict]):
+        self._descriptions = functions
+        self._functions: list[LoadedReward] = []
+
+    def signatures(self) -> list[Signature]:
+        """Load the functions. Raises RewardError when one of them cannot be loaded."""
+        if error := load(self._descriptions, self._functions).get("error"):
+            raise RewardError(error)
+        return [function.signature for function in self._functions]
+
+    def run(self, requests: Sequence[dict], *, stop_at_failure: bool = False) -> list[dict | None]:
+        """One reply per request, as a worker gives it; `stop_at_failure` saves no time limits here."""
+        replies: list[dict | None] = []
+        for request in requests:
+            request = json.loads(json.dumps(request))  # what crosses no border shares no list either
+            reply = self._functions[request["function"]].call(request)
+            replies.append(json.loads(json.dumps(reply, default=plain)))
+        return replies
+
+    def close(self) -> None:
+        self._functions.clear()

@@ -1,0 +1,142 @@
+"""The head's side of a shard that is being decoded: what it has read of each row, and what it drafts behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from policies.decoding.absorbed import new_cache
+from policies.decoding.latent_cache import LatentCache
+from policies.mtp import AbsorbedHead
+from rollout.sampling import DraftVocabulary, Noise, SamplingParams, pick
+from rollout.speculative import confident_drafts
+
+if TYPE_CHECKING:
+    from rollout.shard import Rows
+
+
+@dataclass
+class Prefilled:
+    """Prompts of one prefill, by number, and their hidden states: what the head will read if it ever drafts."""
+
+    numbers_P: Tensor
+    token_ids_PT: Tensor
+    hidden_PTD: Tensor
+    lengths_P: Tensor
+
+
+class Drafter:
+    """Lazy: a head that never drafts reads nothing, and one that drafts again catches up on what was verified since.
+
+    `room`: most tokens that a row may write; `longest`: tokens of the longest prompt; `context`: of the policy.
+    """
+
+    def __init__(
+        self,
+        head: AbsorbedHead,
+        vocabulary: DraftVocabulary | None,
+        params: SamplingParams,
+        *,
+        room: int,
+        longest: int,
+        context: int,
+    ) -> None:
+        self.head, self.vocabulary, self.params = head, vocabulary, params
+        self.room, self.longest, self.context = room, longest, context
+        self.steps = torch.arange(room, device=head.trunk.device)
+        self.cache: LatentCache | None = None  # None until something is drafted
+        self.prefilled: list[Prefilled] = []
+
+    # ---- rows come and go ---------------------------------------------------------------------------------------
+
+    def hold(self, prefilled: Prefilled) -> None:
+        """Rows of these prompts come behind those that live."""
+        if self.cache is None:
+            self.prefilled.append(prefilled)
+        else:
+            self.cache = self.cache.join([self._read(prefilled)])
+
+    def select(self, kept_R: Tensor) -> None:
+        if self.cache is not None:
+            self.cache.select(kept_R)
+
+    def forget(self) -> None:
+        """No row lives any more."""
+        self.cache, self.prefilled = None, []
+
+    def keep(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
+        """The first `kept_R` of these tokens were verified; `hidden_RSD` are the states that precede them."""
+        rows, at = _all(live)[:, None], live.unread[:, None] + self.steps[: tokens_RS.shape[1]]
+        live.unread_tokens[rows, at], live.unread_hidden[rows, at] = tokens_RS, hidden_RSD
+        live.unread = live.unread + kept_R
+
+    # ---- drafting -----------------------------------------------------------------------------------------------
+
+    def draft(self, live: Rows, depth: int, noise: Noise) -> tuple[Tensor, Tensor | None]:
+        """[R, k] tokens from the head, chosen with the very noise that the trunk's choice will use; with
+        `accept: margin` also which of them are taken unverified."""
+        temperature, drafts, confident = self.params.temperature, [], []
+        out = self._catch_up(live)
+        assert self.cache is not None
+        for d in range(depth):
+            logits = self.head.logits(out)
+            drafts.append(pick(logits, temperature, noise.at(d), self.vocabulary))
+            if self.params.accept == "margin":
+                confident.append(confident_drafts(logits, temperature, self.params.margin))
+            if d + 1 < depth:
+                position = (live.prompt_length + live.count + d)[:, None]
+                out = self.head(drafts[-1][:, None], out[:, None], self._clamp(position), self.cache)[:, 0]
+                self.cache.advance(1)
+        self.cache.advance(1 - depth)  # a chain is rolled back, accepted or not: its entries are not those of depth 1
+        return torch.stack(drafts, dim=1), torch.stack(confident, dim=1) if confident else None
+
+    def _catch_up(self, live: Rows) -> Tensor:
+        """Read what was verified since the last draft; the head's output behind each row's newest token [R, D]."""
+        if self.cache is None:
+            self.cache = self._read_prompts(live)
+        new = int(live.unread.max())
+        positions = (live.prompt_length + live.count - live.unread)[:, None] + self.steps[:new]
+        out = self.head(live.unread_tokens[:, :new], live.unread_hidden[:, :new], self._clamp(positions), self.cache)
+        self.cache.advance(live.unread)
+        out = out[_all(live), live.unread - 1]
+        live.unread = torch.zeros_like(live.unread)
+        return out
+
+    def _clamp(self, positions: Tensor) -> Tensor:
+        """A block may reach behind the context, where nothing is kept."""
+        return positions.clamp(max=self.context - 1)
+
+    def _read_prompts(self, live: Rows) -> LatentCache:
+        """The head drafts for the first time: it reads the prompts of the rows that still live."""
+        group = self.params.group_size
+        numbers_R = live.index // group
+        caches, kept = [], []
+        for prefilled in self.prefilled:
+            needed = torch.isin(prefilled.numbers_P, numbers_R)
+            if bool(needed.any()):
+                chosen = Prefilled(**{name: value[needed] for name, value in vars(prefilled).items()})
+                caches.append(self._read(chosen))
+                kept.append(chosen.numbers_P)
+        self.prefilled = []
+        numbers = torch.cat(kept)
+        place = torch.zeros(int(numbers.max()) + 1, dtype=torch.long, device=numbers.device)
+        place[numbers] = torch.arange(len(numbers), device=numbers.device)
+        cache = caches[0].join(caches[1:])
+        cache.select(place[numbers_R] * group + live.index % group)
+        return cache
+
+    def _read(self, prompts: Prefilled) -> LatentCache:
+        head, (count, longest) = self.head, prompts.token_ids_PT.shape
+        cache = new_cache(head.config, 1, count, longest, head.trunk.dtype, head.trunk.device, first=1)
+        positions = torch.arange(longest, device=head.trunk.device).expand(count, -1)
+        head(prompts.token_ids_PT, F.pad(prompts.hidden_PTD, (0, 0, 1, 0))[:, :-1], positions, cache)
+        cache.advance(prompts.lengths_P)
+        return cache.fan_out(self.params.group_size, self.room, self.longest)
+
+
+def _all(live: Rows) -> Tensor:
+    return torch.arange(len(live.index), device=live.index.device)

@@ -1,0 +1,105 @@
+"""Prompts, a policy whose head has learned something, and what the tests of engine, shard and publications share."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from grpo.learner.batch import PackedRow, Sample, collate
+from policies.mtp import draft_loss
+from policies.policy import Policy
+from rollout.engine import Engine
+from rollout.group import Completion, Prompt, RolloutGroup
+from rollout.sampling import SamplingParams
+
+CPU = torch.device("cpu")
+STOPS = tuple(range(7, 280, 15))  # about one token in fifteen
+
+
+def prompts_of(*lengths: int, seed: int = 0) -> list[Prompt]:
+    rng = random.Random(seed)
+    return [Prompt(f"p/{i}", "", [rng.randrange(2, 250) for _ in range(n)]) for i, n in enumerate(lengths)]
+
+
+PROMPTS = prompts_of(9, 1, 17, 4, 4, 2, 30, 11)
+PARAMS = SamplingParams(group_size=4, temperature=0.8, max_completion_tokens=40, stop_token_ids=STOPS, seed=5, step=2)
+
+
+def completions(groups: list[RolloutGroup]) -> list[Completion]:
+    return [completion for group in groups for completion in group.completions]
+
+
+def tokens(groups: list[RolloutGroup]) -> list[list[int]]:
+    return [completion.token_ids for completion in completions(groups)]
+
+
+def taught(policy: Policy, temperature: float, steps: int) -> Policy:
+    """The policy with an MTP head that learned a little on the policy's own rollouts."""
+    optimizer = torch.optim.AdamW(policy.mtp.parameters(), lr=3e-3)
+    params = replace(PARAMS, temperature=temperature, max_completion_tokens=24)
+    groups = Engine(policy).sample(PROMPTS, params)
+    mini = collate(
+        [PackedRow(g.prompt.token_ids, [Sample(0, c.token_ids) for c in g.completions]) for g in groups], CPU
+    )
+    with torch.no_grad():
+        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
+        before = hidden.gather(1, mini.before[..., None].expand_as(hidden))
+    for _ in range(steps):
+        outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, 4)
+        loss = draft_loss(outputs, before, mini.segment, policy.lm_head, temperature) / mini.scored.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return policy
+
+
+def assert_lossless(engine: Engine, prompts: list[Prompt], params: SamplingParams, depths=(1, 2, 3, 4)) -> int:
+    """Samples with every number of drafts; returns how many tokens were compared with those of k = 0."""
+    plain = engine.sample(prompts, replace(params, draft_tokens=0))
+    compared = 0
+    for k in depths:
+        drafted = engine.sample(prompts, replace(params, draft_tokens=k))
+        for with_drafts, without in zip(completions(drafted), completions(plain), strict=True):
+            assert with_drafts.token_ids == without.token_ids
+            assert with_drafts.finish_reason == without.finish_reason
+            assert with_drafts.text == without.text
+            # The same tokens are scored the same, to the rounding of another batch shape.
+            assert with_drafts.logprobs == pytest.approx(without.logprobs, abs=1e-4)
+            assert with_drafts.draft.target_forwards <= without.draft.target_forwards
+            compared += len(without.token_ids)
+        forwards = [sum(c.draft.target_forwards for c in completions(groups)) for groups in (drafted, plain)]
+        assert forwards[0] < forwards[1]
+    return compared
+
+
+@torch.no_grad()
+def unrolled_logits(policy: Policy, prompt: Prompt, verified: list[int], drafts: list[int]) -> torch.Tensor:
+    """[k, V]: what the unrolled head, as training sees it, says of each of these drafts after the verified tokens."""
+    mini = collate([PackedRow(prompt.token_ids, [Sample(0, verified + drafts)])], CPU)
+    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
+    before = hidden.gather(1, mini.before[..., None].expand_as(hidden))
+    outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, len(drafts))
+    entry = len(prompt.token_ids) + len(verified) - 1  # of the newest verified token
+    return torch.stack([output[0, entry] for output in outputs]) @ policy.lm_head.T
+
+
+@torch.no_grad()
+def enumerated(policy: Policy, prompt: list[int], temperature: float, length: int, stop: int) -> dict[tuple, float]:
+    """Probability of every completion of at most `length` tokens, by the stock model."""
+    vocabulary, found, open_ends = policy.lm_head.shape[0], {}, {(): 0.0}
+    for place in range(length):
+        prefixes = list(open_ends)
+        rows = torch.tensor([prompt + list(prefix) for prefix in prefixes])
+        logprobs = (policy.trunk(rows, use_cache=False).logits[:, -1] / temperature).double().log_softmax(-1)
+        longer = {
+            (*prefix, v): open_ends[prefix] + logprobs[i, v].item()
+            for i, prefix in enumerate(prefixes)
+            for v in range(vocabulary)
+        }
+        done = {ids for ids in longer if ids[-1] == stop or place == length - 1}
+        found |= {ids: math.exp(longer[ids]) for ids in done}
+        open_ends = {ids: score for ids, score in longer.items() if ids not in done}
+    assert sum(found.values()) == pytest.approx(1.0)
+    return found

@@ -1,0 +1,592 @@
+"""The losses by hand, against the installed TRL, by finite differences, and split into micro-batches (contract 10)."""
+
+import doctest
+import inspect
+import math
+from collections import defaultdict
+from dataclasses import fields
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import grpo.algorithm.losses
+import grpo.algorithm.surrogates
+from grpo.algorithm.losses import entropy_threshold, mask_truncated_completions, policy_loss, value_loss
+from grpo.algorithm.surrogates import importance_correction, kl_penalty
+from grpo.config.run import LearnerOptions, LossOptions
+from policies.logprobs import entropy, token_logprobs
+
+torch.set_num_threads(1)
+
+MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+LOSS_TYPES = {
+    "grpo": {},
+    "dr_grpo": {"max_completion_length": 9},
+    "dapo": {"epsilon_high": 0.28},
+    "bnpo": {},
+    "cispo": {"epsilon_high": 1.1},
+    "sapo": {},
+    "reinforce": {},
+}
+
+
+def test_docstring_examples():
+    assert doctest.testmod(grpo.algorithm.losses).failed == 0
+    assert doctest.testmod(grpo.algorithm.surrogates).failed == 0
+
+
+# ---- by hand -----------------------------------------------------------------------------------------------------
+
+# Two completions: ratios π/π_old are 3/2, 1, 3/4 (advantage 2), and 1/2, 2 (advantage -1), padded with NaN.
+POLICY = torch.tensor([[0.6, 0.5, 0.3], [0.2, 0.8, math.nan]]).log()
+OLD = torch.tensor([[0.4, 0.5, 0.4], [0.4, 0.4, math.nan]]).log()
+ADVANTAGES = torch.tensor([2.0, -1.0])
+MASK = torch.tensor([[True, True, True], [True, True, False]])
+
+BY_HAND = {
+    # ε = 0.2: min(r·Â, clip(r)·Â) = 2.4, 2, 1.5 and -0.8 (the clip holds 0.5 at 0.8), -2 (unbounded above).
+    # Minus the mean of the two means: -(5.9 / 3 - 2.8 / 2) / 2
+    "grpo": ({}, -(5.9 / 3 - 1.4) / 2),
+    "dapo": ({}, -(5.9 - 2.8) / 5),
+    "bnpo": ({}, -(5.9 - 2.8) / 5),
+    "dr_grpo": ({"max_completion_length": 10}, -(5.9 - 2.8) / (2 * 10)),
+    # ε_high = 0.4: 1.5 is held at 1.4, so 2.8 in place of 2.4
+    "dapo clip higher": ({"epsilon_high": 0.4}, -(6.3 - 2.8) / 5),
+    # δ = 1.6 caps the ratio 2 of the negative advantage: -1.6 in place of -2
+    "dapo two-sided": ({"delta": 1.6}, -(5.9 - 2.4) / 5),
+    # weights min(r, 1.2) = 1.2, 1, 0.75 and 0.5, 1.2; times Â·log π
+    "cispo": (
+        {"epsilon_high": 1.2},
+        -(2 * (1.2 * math.log(0.6) + math.log(0.5) + 0.75 * math.log(0.3)) - 0.5 * math.log(0.2) - 1.2 * math.log(0.8))
+        / 5,
+    ),
+    # 4·σ(r - 1)·2 = 8·(σ(.5), σ(0), σ(-.25)) = 4.97967, 4, 3.50259; with τ = 1.05: -4/1.05·(σ(-.525), σ(1.05))
+    # = -(1.41594, 2.82200)
+    "sapo": ({}, -((4.97967 + 4 + 3.50259) / 3 - (1.41594 + 2.82200) / 2) / 2),
+    "reinforce": ({}, -(2 * math.log(0.6 * 0.5 * 0.3) - math.log(0.2 * 0.8)) / 5),
+    # s₁ = (3/2 · 1 · 3/4)^(1/3) = 1.125^(1/3) = 1.0400, s₂ = (1/2 · 2)^(1/2) = 1; neither is clipped
+    "grpo sequence": ({"importance_sampling_level": "sequence"}, -(2 * 1.125 ** (1 / 3) - 1) / 2),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_loss_by_hand(name):
+    options, expected = BY_HAND[name]
+    loss, metrics = policy_loss(POLICY, OLD, ADVANTAGES, MASK, loss_type=name.split()[0], **options)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+    assert metrics["loss/policy"].item() == loss.item()
+
+
+def test_metrics_by_hand():
+    _, metrics = policy_loss(
+        POLICY,
+        OLD,
+        ADVANTAGES,
+        MASK,
+        sampling_logprobs=torch.tensor([[0.4, 0.5, 0.4], [0.4, 0.2, math.nan]]).log(),
+        reference_logprobs=torch.tensor([[0.6, 0.5, 0.3], [0.2, 0.4, math.nan]]).log(),
+        kl_estimator="k1",
+        entropy=torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, math.nan]]),
+        importance_sampling_mode="token_truncate",
+        importance_sampling_clip_max=1.5,
+    )
+    expected = {
+        "policy/ratio_mean": (1.5 + 1 + 0.75 + 0.5 + 2) / 5,
+        "policy/clip_fraction": 2 / 5,
+        "policy/clip_fraction_low": 1 / 5,  # 0.5, Â < 0
+        "policy/clip_fraction_high": 1 / 5,  # 1.5, Â > 0
+        "policy/entropy": 15 / 5,
+        "loss/kl": math.log(0.8 / 0.4) / 5,  # only the last token differs
+        "mismatch/logprob_abs_mean": math.log(0.4 / 0.2) / 5,
+        "mismatch/kl": (2 - 1 - math.log(2)) / 5,  # k3: ρ - 1 - log ρ at ρ = π_old / μ = 2
+        "mismatch/weight_mean": (1 + 1 + 1 + 1 + 1.5) / 5,
+    }
+    assert {name: metrics[name].item() for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert set(metrics) == {"loss/policy", *expected}
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_kl_penalty_by_hand():
+    # the same five tokens; d = log π_ref - log π = log(1/2) on the last one only: k3 = 1/2 + log 2 - 1 = 0.19315
+    reference = torch.tensor([[0.6, 0.5, 0.3], [0.2, 0.4, math.nan]]).log()
+    without = policy_loss(POLICY, OLD, ADVANTAGES, MASK)[0]
+    k3 = 0.5 + math.log(2) - 1
+    for estimator, kl in {"k1": math.log(2), "k2": math.log(2) ** 2 / 2, "k3": k3, "unbiased": 2 * k3}.items():
+        options = {"reference_logprobs": reference, "kl_estimator": estimator, "beta": 0.1}
+        loss, metrics = policy_loss(POLICY, OLD, ADVANTAGES, MASK, **options)
+        assert (loss - without).item() == pytest.approx(0.1 * kl / 5, abs=1e-6)
+        assert metrics["loss/kl"].item() == pytest.approx(kl / 5, abs=1e-6)
+    assert policy_loss(POLICY, OLD, ADVANTAGES, MASK, beta=0.1, kl_estimator="none")[0] == without
+
+
+def test_kl_is_exactly_zero_where_policy_and_reference_are_one():
+    logprobs = torch.tensor([[-0.3, -7.0]])
+    for estimator in ("k1", "k2", "k3", "unbiased"):
+        assert not kl_penalty(logprobs, logprobs, torch.ones(1, 2), estimator).any()
+
+
+def test_kl_gradients_are_what_the_docstring_says():
+    """Exact expectations over a vocabulary of four, on-policy."""
+    torch.manual_seed(0)
+    logits, reference = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.randn(4).double().log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    probabilities = logprobs.detach().exp()
+
+    def gradient(value):
+        return torch.autograd.grad(value, logits, retain_graph=True)[0]
+
+    def expected(estimator):
+        ratio = (logprobs - logprobs.detach()).exp()
+        return gradient((probabilities * kl_penalty(logprobs, reference, ratio, estimator)).sum())
+
+    forward = gradient((logprobs.exp() * (logprobs - reference)).sum())  # KL(π ‖ π_ref)
+    backward = gradient((reference.exp() * (reference - logprobs)).sum())  # KL(π_ref ‖ π)
+    assert forward.abs().max() > 0.01
+    torch.testing.assert_close(expected("k2"), forward)
+    torch.testing.assert_close(expected("unbiased"), forward)
+    torch.testing.assert_close(expected("k3"), backward)
+    torch.testing.assert_close(expected("k1"), torch.zeros_like(forward))
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights"),
+    [  # ratios π_old / μ: 4, 1/2 and 1, 1/5 (the third token is padding); products 2 and 1/5
+        ("token_truncate", [[3.0, 0.5], [1.0, 0.4]]),
+        ("token_mask", [[0.0, 0.5], [1.0, 0.0]]),
+        ("sequence_truncate", [[2.0], [0.4]]),
+        ("sequence_mask", [[2.0], [0.0]]),
+    ],
+)
+def test_importance_correction_by_hand(mode, weights):
+    old, sampling = torch.tensor([[0.8, 0.3, 1.0], [0.5, 0.1, 1.0]]), torch.tensor([[0.2, 0.6, 0.1], [0.5, 0.5, 0.1]])
+    mask = torch.tensor([[True, True, False]] * 2)
+    old.requires_grad_()
+    actual = importance_correction(old.log(), sampling.log(), mask, mode, clip_max=3.0, clip_min=0.4)
+    assert not actual.requires_grad
+    torch.testing.assert_close(actual[:, :2], torch.tensor(weights))
+
+
+def test_entropy_bonus_and_top_entropy_by_hand():
+    entropies = torch.tensor([[0.1, 0.5, 0.2], [0.4, 0.3, math.nan]])
+    loss, _ = policy_loss(POLICY, OLD, ADVANTAGES, MASK, entropy=entropies, entropy_coef=0.1)
+    assert loss.item() == pytest.approx(-3.1 / 5 - 0.1 * 1.5 / 5, abs=1e-6)
+    # ρ = 1/2: the threshold is the median, 0.3, so 0.5, 0.4 and 0.3 stay: objectives 2, -0.8, -2; still over 5 tokens
+    top = {"entropy": entropies, "top_entropy_quantile": 0.5}
+    assert policy_loss(POLICY, OLD, ADVANTAGES, MASK, **top)[0].item() == pytest.approx(0.8 / 5, abs=1e-6)
+    # the bonus is the mean over those three
+    loss, _ = policy_loss(POLICY, OLD, ADVANTAGES, MASK, **top, entropy_coef=0.1)
+    assert loss.item() == pytest.approx(0.8 / 5 - 0.1 * 1.2 / 3, abs=1e-6)
+
+
+def test_value_loss_by_hand():
+    # V 1, 0, 5; V_old 0.5, 0, 5; R 2, 1, 0 (masked). clip(V) = 0.7, 0: squares 1, 1, clipped 1.69, 1
+    values, old, returns = (
+        torch.tensor([[1.0, 0.0, 5.0]]),
+        torch.tensor([[0.5, 0.0, 5.0]]),
+        torch.tensor([[2.0, 1.0, 0]]),
+    )
+    mask = torch.tensor([[True, True, False]])
+    loss, metrics = value_loss(values, old, returns, mask)
+    assert loss.item() == pytest.approx((1.69 + 1) / 2 / 2)
+    assert metrics["value/clip_fraction"].item() == 0.5
+    assert value_loss(values, old, returns, mask, num_completion_tokens=4)[0].item() == pytest.approx(loss.item() / 2)
+
+
+def test_truncated_completions_leave_the_loss_and_stay_in_the_count_of_sequences():
+    mask = mask_truncated_completions(MASK, ["stop", "length"])
+    assert mask.tolist() == [[True] * 3, [False] * 3]
+    assert mask_truncated_completions(MASK, ["abort", "stop"]).tolist() == [[False] * 3, [True, True, False]]
+    assert policy_loss(POLICY, OLD, ADVANTAGES, mask)[0].item() == pytest.approx(-5.9 / 3)
+    assert policy_loss(POLICY, OLD, ADVANTAGES, mask, loss_type="grpo")[0].item() == pytest.approx(-5.9 / 3 / 2)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_fully_masked_batch_is_zero_and_finite(loss_type):
+    policy = POLICY.clone().requires_grad_()
+    options = {"entropy": torch.zeros(2, 3), "entropy_coef": 0.1, "top_entropy_quantile": 0.5}
+    loss, metrics = policy_loss(
+        policy, OLD, ADVANTAGES, torch.zeros_like(MASK), loss_type=loss_type, **LOSS_TYPES[loss_type], **options
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert not policy.grad.any()
+    assert not any(value.item() for value in metrics.values())
+
+
+# ---- a toy policy ------------------------------------------------------------------------------------------------
+
+
+def toy(seed=0, completions=6, length=5, vocabulary=7):
+    """A softmax policy with free logits, tokens sampled from it, and older, sampling and reference versions of it."""
+    torch.manual_seed(seed)
+    logits = torch.randn(completions, length, vocabulary, dtype=torch.float64)
+    token_ids = torch.distributions.Categorical(logits=logits).sample()
+    mask = torch.arange(length) < torch.tensor([[5], [1], [3], [4], [2], [5]])[:completions]
+
+    def logprobs_of_another(distance):
+        return token_logprobs(logits + distance * torch.randn_like(logits), token_ids)
+
+    given = {
+        "old_logprobs": logprobs_of_another(0.2),
+        "sampling_logprobs": logprobs_of_another(0.4),
+        "reference_logprobs": logprobs_of_another(0.5),
+        "advantages": torch.randn(completions, dtype=torch.float64),
+        "mask": mask,
+    }
+    return logits.requires_grad_(), token_ids, given
+
+
+def toy_loss(logits, token_ids, given, **options):
+    return policy_loss(token_logprobs(logits, token_ids), **given, entropy=entropy(logits), **options)
+
+
+EVERYTHING = {"beta": 0.1, "entropy_coef": 0.05, "importance_sampling_mode": "token_truncate", "delta": 1.5}
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_gradient_by_finite_differences(loss_type, level):
+    logits, token_ids, given = toy(completions=3, length=3, vocabulary=4)
+    # CISPO's weight is held fixed in its gradient; a cap below every ratio holds it fixed in the differences as well
+    options = LOSS_TYPES[loss_type] | ({"epsilon_high": 0.1} if loss_type == "cispo" else {})
+    options |= EVERYTHING | {"loss_type": loss_type, "importance_sampling_level": level}
+    _, metrics = toy_loss(logits, token_ids, given, **options)
+    if loss_type == "cispo":
+        assert metrics["policy/clip_fraction"] == 1
+    assert torch.autograd.gradcheck(lambda x: toy_loss(x, token_ids, given, **options)[0], logits)
+
+
+def test_cispo_gradient_is_the_clipped_weight_times_the_score():
+    logits, token_ids, given = toy()
+    loss, metrics = toy_loss(logits, token_ids, given, loss_type="cispo", epsilon_high=1.1)
+    assert 0 < metrics["policy/clip_fraction"] < 1
+    logprobs = token_logprobs(logits, token_ids)
+    weight = (logprobs - given["old_logprobs"]).detach().exp().clamp(max=1.1)
+    expected = -(weight * given["advantages"][:, None] * logprobs)[given["mask"]].mean()
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected)))
+
+
+def test_on_policy_every_loss_has_the_gradient_of_reinforce():
+    """r = 1: clipping is idle and ∇r = ∇log π. Sequences of one length make all the denominators agree."""
+    logits, token_ids, given = toy()
+    given |= {"mask": torch.ones_like(given["mask"]), "old_logprobs": None}
+    gradients = {}
+    for loss_type, options in LOSS_TYPES.items():
+        options = options | {"max_completion_length": 5}
+        loss, metrics = toy_loss(logits, token_ids, given, loss_type=loss_type, **options)
+        gradients[loss_type] = torch.autograd.grad(loss, logits)[0]
+        assert metrics["policy/ratio_mean"] == 1
+        assert not metrics.get("policy/clip_fraction", torch.tensor(0.0))
+    for gradient in gradients.values():
+        torch.testing.assert_close(gradient, gradients["reinforce"])
+
+
+def test_a_step_down_the_rank_weighted_loss_raises_what_it_rewards():
+    """Phase 3 of `rank_softmax`: -mean(weight · Â · log π), token by token."""
+    logits, token_ids, given = toy()
+    weights_B, advantages_BT = torch.rand(6, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    given |= {"advantages": weights_B[:, None] * advantages_BT, "old_logprobs": None}
+    loss, _ = toy_loss(logits, token_ids, given, loss_type="reinforce")
+    before = token_logprobs(logits, token_ids)
+    assert loss.item() == pytest.approx(-(weights_B[:, None] * advantages_BT * before)[given["mask"]].mean().item())
+    after = token_logprobs(logits - torch.autograd.grad(loss, logits)[0], token_ids)
+    assert torch.equal((after - before > 0)[given["mask"]], (advantages_BT > 0)[given["mask"]])
+
+
+# ---- contract 10 -------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "plain": {},
+    "everything": EVERYTHING,
+    "gspo": {"importance_sampling_level": "sequence", "importance_sampling_mode": "sequence_mask"},
+    "top entropy": {"top_entropy_quantile": 0.4, "entropy_coef": 0.05},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("loss_type", sorted(set(LOSS_TYPES) - {"bnpo"}))
+def test_contract_10_micro_batching_changes_nothing(loss_type, variant):
+    logits, token_ids, given = toy()
+    mask = given["mask"]
+    options = VARIANTS[variant] | LOSS_TYPES[loss_type] | {"loss_type": loss_type}
+    if variant == "top entropy":
+        options["top_entropy_threshold"] = entropy_threshold(entropy(logits)[mask], 0.4)
+    whole, whole_metrics = toy_loss(logits, token_ids, given, **options)
+    [whole_gradient] = torch.autograd.grad(whole, logits)
+    counts = {"num_completion_tokens": int(mask.sum()), "num_sequences": len(mask)}
+
+    total, total_metrics = 0.0, defaultdict(float)
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):  # micro-batches of 1, 3 and 2 completions, 5, 8 and 7 tokens
+        part = {name: value[rows] for name, value in given.items()}
+        loss, metrics = toy_loss(logits[rows], token_ids[rows], part, **options, **counts)
+        loss.backward()
+        total += loss.item()
+        for name, value in metrics.items():
+            total_metrics[name] += value.item()
+
+    assert total == pytest.approx(whole.item(), abs=1e-12)
+    torch.testing.assert_close(logits.grad, whole_gradient)
+    assert dict(total_metrics) == pytest.approx({name: value.item() for name, value in whole_metrics.items()})
+
+
+def test_bnpo_is_local_by_definition():
+    """A mean over each micro-batch: it adds up only where the micro-batches hold equally many tokens per completion."""
+    logits, token_ids, given = toy()
+    total = {}
+    for name, mask in {"ragged": given["mask"], "equal": torch.ones_like(given["mask"])}.items():
+        given["mask"] = mask
+        whole = toy_loss(logits, token_ids, given, loss_type="bnpo")[0].item()
+        parts = [
+            toy_loss(logits[rows], token_ids[rows], {k: v[rows] for k, v in given.items()}, loss_type="bnpo",
+                     num_sequences=6)[0].item()
+            for rows in (slice(0, 2), slice(2, 6))
+        ]  # fmt: skip
+        total[name] = sum(parts) - whole
+    assert total["equal"] == pytest.approx(0, abs=1e-12)
+    assert abs(total["ragged"]) > 1e-3
+
+
+def test_contract_10_value_loss_adds_up_over_micro_batches():
+    torch.manual_seed(0)
+    values, old, returns = torch.randn(3, 4, 5)
+    mask = torch.rand(4, 5) < 0.7
+    whole, _ = value_loss(values, old, returns, mask)
+    parts = [
+        value_loss(*(x[rows] for x in (values, old, returns, mask)), num_completion_tokens=int(mask.sum()))[0]
+        for rows in (slice(0, 1), slice(1, 4))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_contract_1_only_the_mask_decides_what_counts(loss_type, level):
+    """Padding may hold anything, NaN included, so a pad token that equals the stop token is no trap."""
+    logits, token_ids, given = toy()
+    mask = given.pop("mask")
+    inputs = given | {
+        "policy_logprobs": token_logprobs(logits, token_ids).detach(),
+        "entropy": entropy(logits).detach(),
+    }
+    inputs["advantages"] = given["advantages"][:, None].repeat(1, mask.shape[1])
+
+    def run(inputs):
+        inputs["policy_logprobs"].requires_grad_()
+        options = EVERYTHING | LOSS_TYPES[loss_type] | {"loss_type": loss_type, "importance_sampling_level": level}
+        loss, metrics = policy_loss(**inputs, mask=mask, **options)
+        loss.backward()
+        return loss, metrics, inputs["policy_logprobs"].grad
+
+    loss, metrics, gradient = run(inputs)
+    poisoned = {name: value.detach().masked_fill(~mask, math.nan) for name, value in inputs.items()}
+    loss_again, metrics_again, gradient_again = run(poisoned)
+    assert loss_again == loss
+    assert metrics_again == metrics
+    assert torch.equal(gradient_again, gradient)
+    assert not gradient[~mask].any()
+    last = mask & ~mask.roll(-1, dims=1).index_fill(1, torch.tensor([mask.shape[1] - 1]), False)
+    assert last.sum() == len(mask)
+    assert gradient[last].all()  # the stop token learns
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "ppo"}, "loss_type='ppo' is unknown; use 'grpo', 'dr_grpo', 'dapo'"),
+        ({"loss_type": "cispo"}, "cispo needs epsilon_high, the cap of the ratio"),
+        ({"loss_type": "dr_grpo"}, "dr_grpo needs max_completion_length"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level='word' is unknown; use 'token' or"),
+        ({"beta": 0.1}, "beta=0.1 needs reference_logprobs"),
+        ({"beta": 0.1, "kl_estimator": "k4", "reference_logprobs": OLD}, "kl_estimator='k4' is unknown"),
+        ({"importance_sampling_mode": "token_mask"}, "token_mask needs sampling_logprobs"),
+        ({"importance_sampling_mode": "mask", "sampling_logprobs": OLD}, "importance_sampling_mode='mask' is unknown"),
+        ({"entropy_coef": 0.1}, "entropy_coef=0.1 needs entropy"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2 needs entropy"),
+    ],
+)
+def test_bad_input_names_the_way_out(options, message):
+    with pytest.raises(ValueError, match=message):
+        policy_loss(POLICY, OLD, ADVANTAGES, MASK, **options)
+
+
+# ---- the installed TRL -------------------------------------------------------------------------------------------
+
+
+def trl_loss(logprobs, entropies, given, **options):
+    """TRL's own loss on given log-probabilities: a trainer with everything but that taken away."""
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    mask = given["mask"].long()
+    mode = options.get("importance_sampling_mode")
+    inputs = {
+        "prompt_ids": mask[:, :0],
+        "prompt_mask": mask[:, :0],
+        "completion_ids": mask,
+        "completion_mask": mask,
+        "advantages": given["advantages"],
+        "old_per_token_logps": given["old_logprobs"],
+        "ref_per_token_logps": given["reference_logprobs"],
+        "num_items_in_batch": mask.sum(),
+    }
+    if mode:
+        inputs["importance_sampling_ratio"] = importance_correction(
+            given["old_logprobs"], given["sampling_logprobs"], given["mask"], mode, 1.5, 0.5
+        )
+    epsilon, epsilon_high = options.get("epsilon", 0.2), options.get("epsilon_high")
+    accelerator = SimpleNamespace(
+        num_processes=1,
+        sync_gradients=True,
+        gather=lambda x: x,
+        reduce=lambda x, reduction: x,
+        pad_across_processes=lambda x, dim, pad_index: x,
+    )
+    trainer = SimpleNamespace(
+        accelerator=accelerator,
+        model=SimpleNamespace(training=True),
+        args=SimpleNamespace(
+            delta=options.get("delta"),
+            use_bias_correction_kl=options.get("kl_estimator", "unbiased") == "unbiased",
+            sapo_temperature_pos=1.0,
+            sapo_temperature_neg=1.05,
+            steps_per_generation=1,
+        ),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, entropies, None),
+        get_high_entropy_mask=partial(GRPOTrainer.get_high_entropy_mask, SimpleNamespace(accelerator=accelerator)),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        loss_type=options["loss_type"],
+        importance_sampling_level=options.get("importance_sampling_level", "token"),
+        epsilon_low=epsilon,
+        epsilon_high=epsilon if epsilon_high is None else epsilon_high,
+        beta=options.get("beta", 0.0),
+        entropy_coef=options.get("entropy_coef", 0.0),
+        _entropy_bonus_enabled=options.get("entropy_coef", 0.0) != 0,
+        top_entropy_quantile=options.get("top_entropy_quantile", 1.0),
+        max_completion_length=options.get("max_completion_length"),
+        use_vllm=mode is not None,
+        vllm_importance_sampling_correction=True,
+        use_adaptive_entropy=False,
+        aux_loss_enabled=False,
+        off_policy_mask_threshold=None,
+        current_gradient_accumulation_steps=1,
+    )
+    return GRPOTrainer._compute_loss(trainer, None, inputs), trainer._metrics["train"]
+
+
+TRL_VARIANTS = {
+    "plain": {},
+    "k3": {"beta": 0.1, "kl_estimator": "k3"},
+    "unbiased KL": {"beta": 0.1},
+    "entropy bonus": {"entropy_coef": 0.05},
+    "top entropy": {"top_entropy_quantile": 0.3},
+    "top entropy with bonus": {"top_entropy_quantile": 0.3, "entropy_coef": 0.05},
+    "delta": {"delta": 1.3},
+    **{mode: {"importance_sampling_mode": mode} for mode in MODES},
+    "everything": {"beta": 0.1, "delta": 1.3, "entropy_coef": 0.05, "importance_sampling_mode": "sequence_truncate"},
+}
+
+
+@pytest.mark.parametrize("variant", TRL_VARIANTS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", [loss_type for loss_type in LOSS_TYPES if loss_type != "reinforce"])
+def test_equals_trl(loss_type, level, variant):
+    for seed in range(3):
+        logits, token_ids, given = toy(seed)
+        options = TRL_VARIANTS[variant] | LOSS_TYPES[loss_type]
+        options |= {"loss_type": loss_type, "importance_sampling_level": level}
+        ours, metrics = toy_loss(
+            logits,
+            token_ids,
+            given,
+            **options,
+            importance_sampling_clip_max=1.5,
+            importance_sampling_clip_min=0.5,
+        )
+        expected, trl_metrics = trl_loss(token_logprobs(logits, token_ids), entropy(logits), given, **options)
+        assert ours.item() == pytest.approx(expected.item(), abs=1e-5)
+        gradients = [torch.autograd.grad(loss, logits)[0] for loss in (ours, expected)]
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
+        assert gradients[0].abs().max() > 1e-3
+        if level == "token" and loss_type in ("grpo", "dr_grpo", "dapo", "bnpo"):
+            assert metrics["policy/clip_fraction"].item() == pytest.approx(trl_metrics["clip_ratio/region_mean"][0])
+
+
+def test_options_and_defaults_are_those_of_trl():
+    """Same name, same default, and the same names for the same choices."""
+    from trl import GRPOConfig
+
+    theirs = {field.name: field.default for field in fields(GRPOConfig)}
+    shared = {name: field.default for name, field in LossOptions.model_fields.items() if name in theirs}
+    assert shared.keys() == {
+        *("loss_type", "importance_sampling_level", "scale_rewards", "multi_objective_aggregation", "epsilon"),
+        *("epsilon_high", "delta", "beta", "entropy_coef", "top_entropy_quantile", "mask_truncated_completions"),
+        *("sapo_temperature_pos", "sapo_temperature_neg"),
+    }
+    assert shared == {name: theirs[name] for name in shared}
+    assert theirs["use_bias_correction_kl"]
+    assert LossOptions().kl_estimator == "unbiased"
+    assert theirs["vllm_importance_sampling_clip_max"] == LossOptions().importance_clip_max
+    assert theirs["vllm_importance_sampling_clip_min"] == LossOptions().importance_clip_min
+    assert theirs["num_iterations"] == LearnerOptions().updates_per_batch
+    for name in ("epsilon", "epsilon_high"):
+        assert inspect.signature(policy_loss).parameters[name].default == theirs[name]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_importance_correction_equals_trl(mode):
+    """The weights themselves: TRL computes them where it scores completions."""
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    _, _, given = toy(2)
+    mask, lengths = given["mask"], given["mask"].sum(1).tolist()
+    count, length = mask.shape
+    sampling = [row[:n].tolist() for row, n in zip(given["sampling_logprobs"], lengths, strict=True)]
+    completion_ids = [[1] * n for n in lengths]
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(device=torch.device("cpu"), process_index=0, gather=lambda x: x),
+        model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        args=SimpleNamespace(
+            per_device_train_batch_size=count,
+            steps_per_generation=1,
+            gradient_accumulation_steps=1,
+            gradient_checkpointing_kwargs=None,
+        ),
+        _tokenizer=SimpleNamespace(pad_token_id=0),
+        _generate=lambda _: ([[1]] * count, completion_ids, None, [""] * count, sampling, {}, None, None),
+        _calculate_rewards=lambda *_: torch.zeros(count, 1),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (given["old_logprobs"], None, None),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _logs=defaultdict(list) | {"rewards": defaultdict(list)},
+        _pending_extra_logs={},
+        _pending_metrics={},
+        reward_weights=torch.ones(1),
+        reward_funcs=[None],
+        reward_func_names=[""],
+        multi_objective_aggregation="sum_then_normalize",
+        scale_rewards="group",
+        num_generations=count,
+        num_iterations=1,
+        beta=0.0,
+        tools=None,
+        environments=None,
+        environment_factories=None,
+        pad_to_multiple_of=None,
+        mask_truncated_completions=False,
+        use_vllm=True,
+        vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_max=1.5,
+        vllm_importance_sampling_clip_min=0.5,
+        log_multimodal=False,
+    )
+    output = GRPOTrainer._generate_and_score_completions(trainer, [{"prompt": ""}] * count)
+    expected = output["importance_sampling_ratio"]
+    assert expected.shape[1] == (1 if mode.startswith("sequence") else length)
+    assert len(expected.unique()) > 2  # bounds bite here and there
+    assert torch.isin(expected, torch.tensor([0.0, 0.5, 1.5])).any()
+    ours = importance_correction(given["old_logprobs"], given["sampling_logprobs"], mask, mode, 1.5, 0.5)
+    torch.testing.assert_close(ours, expected.to(ours.dtype), rtol=0, atol=1e-5)

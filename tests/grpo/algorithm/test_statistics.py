@@ -1,0 +1,154 @@
+"""Statistics of an evaluation against numbers worked out by hand, brute force, and numpy's bootstrap."""
+
+from decimal import Decimal
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo.algorithm.statistics import (
+    answer_reader,
+    corpus_bleu,
+    estimate,
+    majority,
+    majority_at_k,
+    pass_at_k,
+    powers_of_two,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize(
+    ("hits", "trials", "expected"),
+    [(1, 10, (0.0179, 0.4042)), (0, 20, (0.0, 0.1611)), (20, 20, (0.8389, 1.0)), (50, 100, (0.4038, 0.5962))],
+)
+def test_the_interval_is_wilsons(hits, trials, expected):
+    """Against the roots of (p - hits/trials)² = z² p (1 - p) / trials, which define it, and published values."""
+    low, high = wilson_interval(hits, trials)
+    assert (low, high) == pytest.approx(expected, abs=1e-4)
+    for p in (low, high):
+        assert (p - hits / trials) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / trials, abs=1e-12)
+
+
+def test_nothing_tried_is_nothing_known():
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert (estimate([]).low, estimate([]).high, estimate([]).problems) == (0.0, 1.0, 0)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60))
+def test_one_completion_a_problem_gives_the_plain_wilson_interval(outcomes):
+    found = estimate([float(outcome) for outcome in outcomes])
+    assert (found.low, found.high) == pytest.approx(wilson_interval(sum(outcomes), len(outcomes)), abs=1e-9)
+    assert found.value == sum(outcomes) / len(outcomes)
+
+
+def test_copies_of_a_completion_do_not_narrow_the_interval():
+    """Eight times the same completion of each problem tell no more than one."""
+    right = [True, False, False, True, False]
+    once = estimate([float(r) for r in right])
+    assert estimate([np.mean([r] * 8) for r in right]) == once
+    wide, narrow = once.high - once.low, np.subtract(*wilson_interval(16, 40)[::-1])
+    assert wide > 2 * narrow  # what counting completions as independent would have claimed
+
+
+def test_the_interval_agrees_with_a_bootstrap_over_problems():
+    random = np.random.default_rng(0)
+    difficulty = random.beta(0.6, 1.2, size=400)
+    values = random.binomial(4, difficulty) / 4
+    means = random.choice(values, size=(4000, len(values))).mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    found = estimate(list(values))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.004)
+    independent = wilson_interval(values.sum() * 4, 4 * len(values))
+    assert found.high - found.low > 1.3 * (independent[1] - independent[0])
+
+
+def test_the_interval_has_a_width_where_nothing_succeeded():
+    assert estimate([0.0] * 100).high == pytest.approx(0.037, abs=1e-3)
+    assert estimate([1.0] * 100).low == pytest.approx(0.963, abs=1e-3)
+
+
+@pytest.mark.parametrize("n", [1, 3, 6])
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one(n):
+    for correct in range(n + 1):
+        completions = [True] * correct + [False] * (n - correct)
+        for k in range(1, n + 1):
+            subsets = list(combinations(completions, k))
+            assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_pass_at_k_by_the_product_form_of_the_paper():
+    """Chen et al. 2021, figure 3: 1 - Π_{i = n - c + 1}^{n} (1 - k / i); also for many completions."""
+    for n, correct, k in ((100, 7, 16), (256, 1, 64), (1000, 500, 4)):
+        product = np.prod(1.0 - k / np.arange(n - correct + 1, n + 1))
+        assert pass_at_k(n, correct, k) == pytest.approx(1.0 - product)
+    assert pass_at_k(4, 1, 2) == 1 - comb(3, 2) / comb(4, 2) == 0.5
+
+
+def test_pass_at_k_needs_k_completions():
+    with pytest.raises(ValueError, match="pass@4 cannot be estimated from 3 completions"):
+        pass_at_k(3, 1, 4)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(0, []), (1, [1]), (2, [1, 2]), (7, [1, 2, 4]), (8, [1, 2, 4, 8])])
+def test_powers_of_two(most, expected):
+    assert powers_of_two(most) == expected
+
+
+@pytest.mark.parametrize(
+    ("answers", "winner"),
+    [([7, 42, 42], 42), ([7, 42, 42, 7], 7), ([None, None, 5], 5), ([None], None), ([], None), ([0, None, None], 0)],
+)
+def test_the_majority_and_its_ties(answers, winner):
+    assert majority(answers) == winner
+
+
+def test_a_majority_vote_is_over_disjoint_runs_of_k():
+    answers, correct = [7, 7, 42, 42, 42, 7], [False, False, True, True, True, False]
+    assert majority_at_k(answers, correct, 1) == 0.5
+    assert majority_at_k(answers, correct, 2) == pytest.approx(2 / 3)  # 7, 42, and a tie that 42 opens
+    assert majority_at_k(answers, correct, 3) == 0.5
+    assert majority_at_k(answers, correct, 4) == 0.0  # one run, and a tie that 7 opens; the last two are left over
+    assert majority_at_k([None, None], [False, False], 2) == 0.0
+    assert majority_at_k([7, 7], [True, False], 2) == 1.0  # as correct as the first that gives it
+
+
+def test_contract_6_a_vote_without_a_mark_is_not_counted_as_wrong():
+    assert majority_at_k([7, 7], [None, None], 2) is None
+    assert majority_at_k([7, 7], [None, True], 2) == 1.0  # the other completion with this answer says it
+    assert majority_at_k([7, 7, 1, 1], [None, None, True, True], 2) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "text", "answer"),
+    [
+        ("gsm8k", {}, "6 * 7 = 42\n#### 42.0", Decimal(42)),
+        ("gsm8k", {}, "so 42", None),
+        ("gsm8k", {"mode": "flexible"}, "so 42", Decimal(42)),
+        ("gsm8k_flexible", {}, "so 42 it is", Decimal(42)),
+        ("gsm8k_boxed", {}, r"\boxed{42}", Decimal(42)),
+        ("gsm8k_lm_eval", {}, "#### 1,042.\n#### 7", "1042"),
+        ("reasoning_gym", {}, "<answer>one</answer> or <answer> Two\n three </answer>", "two three"),
+        ("mine.py:score", {}, "because #### Yes", "yes"),
+        ("mine.py:score", {}, "  Yes ", "yes"),
+        ("mine.py:score", {}, " ", None),
+    ],
+)
+def test_the_answer_is_read_as_the_reward_reads_it(function, arguments, text, answer):
+    assert answer_reader(function, arguments)(text) == answer
+
+
+def test_bleu_is_sacrebleus_corpus_score():
+    pytest.importorskip("sacrebleu")
+    from sacrebleu import corpus_bleu as reference
+
+    completions = ["the cat sat on the mat today", "2 + 3 = 5 apples are left"]
+    solutions = ["the cat sat on a mat today", "2 + 3 = 5 pears are left"]
+    score, signature = corpus_bleu(completions, solutions)
+    assert score == pytest.approx(reference(completions, [solutions]).score)
+    assert 0 < score < 100
+    assert "version:" in signature
+    assert corpus_bleu(solutions, solutions)[0] == pytest.approx(100)

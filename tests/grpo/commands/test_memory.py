@@ -1,0 +1,297 @@
+"""Memory from a configuration alone, against what real policies, learners and engines hold."""
+
+from __future__ import annotations
+
+import base64
+import doctest
+import io
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from grpo.cli import main
+from grpo.commands import memory
+from grpo.commands.memory import (
+    activation_bytes,
+    derived_bytes,
+    learner_memory,
+    memory_of_run,
+    meta_policy,
+    storage_bytes,
+    tensors_of,
+)
+from grpo.config.mtp import MtpConfig
+from grpo.config.options import load
+from grpo.config.run import LearnerOptions, LossOptions, MTPOptions, SftConfig, TrainConfig
+from grpo.learner.learner import CHUNK_ELEMENTS, Learner
+from policies.anatomy import anatomy
+from policies.policy import Policy, PolicyError, read_config, read_tokenizer
+from rollout.pool import LocalPool
+from rollout.worker import Worker
+
+ROOT = Path(__file__).parents[3]
+DTYPES = [torch.float32, torch.bfloat16]
+TARGETS = {"all": None, "attention": ["q_proj", "o_proj"], "head too": ["q_proj", "experts", "router", "mtp"]}
+
+
+def options(kind: type, dtype: torch.dtype = torch.float32, **given):
+    return load(kind, None, {"output_dir": "x", "dtype": str(dtype).removeprefix("torch."), **given})
+
+
+def in_dtype(policy: Policy, dtype: torch.dtype, folder) -> Policy:
+    """As a run loads it: routers stay in fp32."""
+    policy.save(folder / "policy")
+    return Policy.load(folder / "policy", dtype)
+
+
+def step(learner: Learner) -> None:
+    """A gradient for everything, and a step of the optimizer."""
+    policy = learner.policy
+    ids = torch.arange(6)[None] % policy.config.vocab_size
+    visible = torch.ones(1, 6, 6, dtype=torch.bool).tril()
+    hidden = policy.hidden(ids, ids, visible)
+    loss = (hidden @ policy.lm_head.T).float().square().mean()
+    if policy.mtp is not None and learner.mtp.loss_weight:
+        loss = loss + sum(out.float().square().mean() for out in policy.unroll(hidden, ids, ids, visible, 1))
+    learner.masters.backward(loss)
+    learner.optimizer.step()
+
+
+def moved(learner: Learner) -> list[torch.Tensor]:
+    return [p for group in learner.optimizer.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("targets", [False, *TARGETS])
+def test_a_learner_holds_what_was_foretold(random_policy, tmp_path, dtype, targets):
+    policy = in_dtype(random_policy(), dtype, tmp_path)
+    shape = policy.config
+    given = {} if targets is False else {"lora.rank": 3, "lora.targets": TARGETS[targets]}
+    config = options(TrainConfig, dtype, **given)
+    if config.lora:
+        policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
+    learner = Learner(policy, config.learner, config.mtp)
+    foretold = learner_memory(shape, True, config, lora_options=config.lora)
+    assert foretold.weights == storage_bytes(tensors_of(policy))
+    assert foretold.weights == sum(t.nbytes for t in (*policy.parameters(), *policy.buffers()))
+    assert foretold.masters == sum(master.nbytes for _, master in learner.masters.pairs)
+    step(learner)
+    assert foretold.gradients == sum(p.grad.nbytes for p in moved(learner))
+    state = learner.optimizer.state
+    assert foretold.moments == sum(state[p][key].nbytes for p in moved(learner) for key in ("exp_avg", "exp_avg_sq"))
+    own = {t.untyped_storage()._cdata for t in tensors_of(policy)}
+    fresh = [t for t in learner.weights().values() if t.untyped_storage()._cdata not in own]
+    assert foretold.publication == storage_bytes(fresh)
+
+
+def test_what_is_not_trained_costs_nothing(random_policy):
+    """An exact form keeps its latent norms, a head with loss_weight 0 gets no gradient, and AdamW skips both."""
+    policy = random_policy(quartet_exact_mla=True, attention_bias=True)
+    config = options(TrainConfig, **{"mtp.loss_weight": 0})
+    foretold = learner_memory(policy.config, True, config)
+    learner = Learner(policy, LearnerOptions(), MTPOptions(loss_weight=0))
+    step(learner)
+    with_gradient = [p for p in moved(learner) if p.grad is not None]
+    assert foretold.gradients == sum(p.grad.nbytes for p in with_gradient)
+    assert foretold.moments == 2 * foretold.gradients
+    frozen = policy.config.num_hidden_layers * (12 + 12 + 8)  # a norm of 12 latents; a bias of those and 8 rotated keys
+    assert foretold.gradients == 4 * (sum(p.numel() for p in policy.trunk.parameters()) - frozen)
+
+
+def test_a_reference_is_a_second_policy_unless_adapters_can_be_switched_off(random_policy):
+    policy = random_policy()
+    learner = Learner(policy, LearnerOptions(), MTPOptions(), LossOptions(beta=0.1))
+    config = options(TrainConfig, **{"loss.beta": 0.1})
+    foretold = learner_memory(policy.config, True, config)
+    assert foretold.reference == storage_bytes(tensors_of(learner.reference))
+    assert learner_memory(policy.config, True, config, warm_start=True).reference == 0
+    adapted = options(TrainConfig, **{"loss.beta": 0.1, "lora.rank": 2})
+    assert learner_memory(policy.config, True, adapted, lora_options=adapted.lora).reference == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [{}, {"q_lora_rank": 6, "kv_lora_rank": 40}])
+def test_samplers_hold_what_was_foretold(random_policy, tmp_path, dtype, shape):
+    """In process and in a Ray worker: a copy in the policy's own precision."""
+    policy = in_dtype(random_policy(**shape), dtype, tmp_path)
+    here, elsewhere = (
+        memory_of_run(policy.config, True, options(TrainConfig, dtype, **{"rollout.workers": workers}))[-1]
+        for workers in (0, 1)
+    )
+    local = LocalPool(policy, dtype, 2).engine
+    name = str(dtype).removeprefix("torch.")
+    worker = Worker(policy.skeleton(), name, name, "cpu", 1).engine
+    for engine, foretold in ((local, here), (worker, elsewhere)):
+        assert foretold.sampler == storage_bytes(tensors_of(engine.policy))
+        own = {t.untyped_storage()._cdata for t in tensors_of(engine.policy)}
+        derived = tensors_of([engine.trunk, engine.head])
+        held = [t for t in derived if t.is_mkldnn or t.untyped_storage()._cdata not in own]
+        assert foretold.derived == storage_bytes(held) == foretold.publication > 0
+
+
+def test_biases_cost_what_is_left_out_of_the_derived(random_policy):
+    policy = random_policy(attention_bias=True)
+    (foretold,) = memory_of_run(policy.config, True, options(TrainConfig))
+    assert 0 < derived_bytes(policy, torch.float32, policy.device) - foretold.derived < 0.02 * foretold.derived
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_causal_lm_decodes_from_its_copy(hf_policy, tmp_path, dtype):
+    policy = in_dtype(hf_policy("llama"), dtype, tmp_path)
+    for workers in (0, 2):
+        config = options(TrainConfig, dtype, **{"rollout.workers": workers, "rollout.max_completion_tokens": 10})
+        found = memory_of_run(policy.config, False, config)[-1]
+        assert (found.sampler, found.derived) == (storage_bytes(tensors_of(policy)), 0)
+        cache = 64 * 10 * 3 * 2 * 2 * 8  # rows · tokens · layers · (K and V) · KV heads · width of a head
+        logits = 64 * policy.config.vocab_size
+        assert found.rollout == cache * dtype.itemsize + logits * (dtype.itemsize + 4)
+
+
+def saved_for_backward(policy: Policy, tokens: int) -> int:
+    """Bytes that autograd keeps between a forward and its backward pass, without parameters."""
+    own = {t.untyped_storage()._cdata for t in tensors_of(policy)}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = policy.hidden(ids, torch.arange(tokens)[None], torch.ones(1, tokens, tokens, dtype=torch.bool).tril())
+        size = storage_bytes(kept.values())
+    assert hidden.requires_grad
+    return size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["llama", "deepseek"])
+def test_activations_are_roughly_what_autograd_keeps(hf_policy, random_policy, dtype, kind):
+    policy = hf_policy("llama") if kind == "llama" else random_policy(mtp=False, q_lora_rank=16)
+    policy = policy.to(dtype)
+    rough = activation_bytes(policy, 64, 64, dtype, 0, checkpointing=False) - CHUNK_ELEMENTS * (dtype.itemsize + 12)
+    assert 0.6 < rough / saved_for_backward(policy, 64) < 1.6
+
+
+def test_checkpointing_keeps_one_layer(random_policy):
+    policy = random_policy(mtp=False, num_hidden_layers=8)
+    whole, spared = (activation_bytes(policy, 1000, 100, torch.float32, 0, checkpointing=c) for c in (False, True))
+    fixed = CHUNK_ELEMENTS * 16 + 1000 * 100 * 5
+    assert 4 * (spared - fixed) < whole - fixed
+
+
+def test_each_kind_of_device_has_a_column(random_policy):
+    shape = random_policy().config
+    both = {"warm_start.steps": 3, "rollout.workers": 4, "lora.rank": 2}
+    warm, learner, worker = memory_of_run(shape, True, options(TrainConfig, **both))
+    assert [device.name for device in (warm, learner, worker)] == ["warm start", "learner", "each of 4 workers"]
+    assert warm.gradients > learner.gradients  # the warm start trains every weight, adapters or not
+    assert learner.sampler == learner.rollout == worker.weights == worker.moments == 0
+    (alone,) = memory_of_run(shape, True, options(SftConfig))
+    assert (alone.sampler, alone.publication) == (0, 0)
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(memory.table([warm, learner, worker]))
+    shown = console.export_text()
+    assert "each of 4 workers" in shown
+    assert "reference" not in shown
+
+
+def test_teaching_a_head_trains_the_head_alone(random_policy):
+    policy = random_policy()
+    (device,) = memory_of_run(policy.config, True, options(MtpConfig))
+    assert policy.mtp is not None
+    head = sum(p.numel() for p in policy.mtp.parameters())
+    assert (device.gradients, device.moments, device.masters) == (4 * head, 8 * head, 0)
+
+
+def test_nothing_is_allocated(random_policy):
+    policy = meta_policy(random_policy().config, True, torch.bfloat16)
+    assert {tensor.device.type for tensor in tensors_of(policy)} == {"meta"}
+
+
+def test_docstring_examples():
+    assert doctest.testmod(memory).failed == 0
+
+
+# ---- Moonlight-16B-A3B, whose architecture is all that the example's folder has --------------------------------------
+
+MOONLIGHT = ROOT / "examples/07_moonlight_16b"
+
+
+def test_moonlights_architecture_has_the_published_sizes():
+    """15.29 B and 2.24 B active without embeddings are the figures of its model card."""
+    shape = read_config(MOONLIGHT / "architecture")
+    attention = 2048 * 16 * 192 + 2048 * 576 + 512 + 512 * 16 * 256 + 16 * 128 * 2048 + 2 * 2048
+    expert, shared, router = 3 * 2048 * 1408, 3 * 2048 * 2816, 64 * 2048
+    dense = 3 * 2048 * 11264
+    inside = 27 * attention + dense + 26 * (64 * expert + shared + router) + 2048
+    active = 27 * attention + dense + 26 * (6 * expert + shared + router) + 2048
+    embeddings = 2 * 163840 * 2048
+    assert (round(inside / 1e9, 2), round(active / 1e9, 2)) == (15.29, 2.24)
+    counted = anatomy(shape, 0, context=1, lora_rank=1, lora_alpha=1.0)
+    assert (counted.parameters, counted.active_parameters) == (inside + embeddings, active + embeddings)
+
+
+@pytest.mark.parametrize("name", ["1_mtp", "2_grpo_lora", "3_grpo_lora_workers"])
+def test_moonlights_configurations_pass_the_dry_run(name, monkeypatch, capsys, tmp_path):
+    """On the data that is always there; the file's own is GSM8K. What it prints is what the README says."""
+    monkeypatch.setattr(memory, "will_block", lambda dtype, device: False)  # as on a GPU
+    monkeypatch.chdir(tmp_path)
+    command = "mtp" if name == "1_mtp" else "train"
+    words = [command, str(MOONLIGHT / f"{name}.yaml"), "--model", str(MOONLIGHT / "architecture")]
+    assert main([*words, "--data.name", "word_problems", "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert "30.8" in shown  # GiB of bfloat16 weights
+    assert ("each of 4 workers" in shown) == (name == "3_grpo_lora_workers")
+    [peaks] = [re.findall(r"\d+\.\d\d", line) for line in shown.splitlines() if "at most, about" in line]
+    readme = (MOONLIGHT / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2] for line in readme.splitlines() if ".yaml`: " in line or line.startswith("| each of")]
+    said = {"1_mtp": rows[:1], "2_grpo_lora": rows[1:2], "3_grpo_lora_workers": rows[2:4]}[name]
+    assert [f"{float(peak):.0f}" for peak in peaks] == [cell.strip() for cell in said]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_moonlights_readme_says_of_memory_is_what_is_computed():
+    figures = runpy.run_path(str(MOONLIGHT / "figures.py"), run_name="figures")
+    readme = (MOONLIGHT / "README.md").read_text(encoding="utf-8")
+    assert figures["written"](readme) == readme, f"run python {MOONLIGHT.relative_to(ROOT) / 'figures.py'}, and commit"
+    begin, end = readme.index(figures["BEGIN"]), readme.index(figures["END"])
+    assert "full updates, any number of ranks | 319 |" in readme[begin:end]
+
+
+def test_moonlights_tokenizer_is_converted_without_running_its_code(tmp_path, monkeypatch):
+    """A made-up vocabulary in the format of the checkpoint: bytes, four merges, special tokens up to the last row."""
+    pytest.importorskip("tiktoken")
+    ranks = [bytes([byte]) for byte in range(256)] + [b"ll", b"ell", b" 1", b"12"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(ranks)]
+    (tmp_path / "tiktoken.model").write_text("\n".join(lines) + "\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "vocab_size": 266}))
+    added = {number: {"content": name} for number, name in ((260, "[BOS]"), (263, "<|im_end|>"))}
+    own = {"auto_map": {"AutoTokenizer": ["tokenization_moonshot.Its", None]}, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added, **own}))
+    module = (
+        'raise SystemExit\nclass Its:\n    pat_str = "|".join([r"[A-Z]", r"[a-z]+", r" ?\\d{1,3}", r"[^a-zA-Z0-9]"])\n'
+    )
+    (tmp_path / "tokenization_moonshot.py").write_text(module)
+    with pytest.raises(PolicyError, match="custom code"):
+        read_tokenizer(tmp_path)
+    monkeypatch.setattr("sys.argv", ["tokenizer.py", str(tmp_path)])
+    runpy.run_path(str(MOONLIGHT / "tokenizer.py"), run_name="__main__")
+    tokenizer = read_tokenizer(tmp_path)
+    assert tokenizer.encode("Hello 123<|im_end|>") == [
+        72,
+        257,
+        111,
+        258,
+        50,
+        51,
+        263,
+    ]  # H|ello| 123: " 1" merges before "12"
+    assert (len(tokenizer), tokenizer.eos_token_id) == (266, 263)
+    assert tokenizer.decode([265]) == "<|reserved_token_265|>"

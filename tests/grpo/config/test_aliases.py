@@ -1,0 +1,146 @@
+"""Names that users know from TRL, verl and unsloth lead to the right option, or say why there is none."""
+
+import dataclasses
+
+import pytest
+from trl import GRPOConfig
+
+from grpo.config.aliases import MEANS, NOT_SUPPORTED, hint
+from grpo.config.inference import EvalConfig, SampleConfig
+from grpo.config.mtp import MtpConfig
+from grpo.config.options import ConfigError, _options, load
+from grpo.config.problems import unknown_option
+from grpo.config.run import SftConfig, TrainConfig
+
+
+def names(model) -> list[str]:
+    return [option.key for option in _options(model.model_construct())]
+
+
+def said(key: str, model=TrainConfig, flags=("resume", "dry_run", "print_config")) -> str:
+    """What `key` is answered, without the key itself."""
+    return unknown_option(key, 1, "command line", [*names(model), *flags]).partition("): ")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("learning_rate", "learner.learning_rate"),
+        ("num_generations", "rollout.group_size"),
+        ("max_completion_length", "rollout.max_completion_tokens"),
+        ("per_device_train_batch_size", "prompts_per_step"),
+        ("num_train_epochs", "steps"),
+        ("max_steps", "steps"),
+        ("model_name_or_path", "model"),
+        ("report_to", "log.trackers"),
+        ("save_steps", "checkpoint.every"),
+        ("bf16", "dtype"),
+        ("use_peft", "lora.rank"),
+        ("warmup_steps", "learner.warmup_steps"),
+        ("num-generations", "rollout.group_size"),
+        ("beta", "loss.beta"),
+        ("actor_rollout_ref.rollout.n", "rollout.group_size"),
+        ("actor_rollout_ref.actor.optim.lr", "learner.learning_rate"),
+        ("critic.optim.lr", "value.learning_rate"),
+        ("actor_rollout_ref.actor.kl_loss_coef", "loss.beta"),
+        ("data.train_batch_size", "prompts_per_step"),
+        ("data.max_response_length", "rollout.max_completion_tokens"),
+        ("trainer.total_epochs", "steps"),
+        ("algorithm.adv_estimator", "loss.advantage"),
+        ("mtp.lr", "mtp.learning_rate"),
+    ],
+)
+def test_a_name_of_another_trainer_leads_to_our_option(name, ours):
+    assert said(name).startswith(f"no such option; did you mean {ours}?")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("top_p", "bias the gradient"),
+        ("actor_rollout_ref.rollout.top_k", "bias the gradient"),
+        ("use_vllm", "quartet's own engine"),
+        ("vllm_gpu_memory_utilization", "quartet's own engine"),
+        ("push_to_hub", "quartet uploads nothing"),
+        ("hub_model_id", "quartet uploads nothing"),
+        ("load_in_4bit", "cannot be trained"),
+        ("fsdp_config", "accelerate launch"),
+        ("data.max_prompt_length", "a prompt is never cut"),
+    ],
+)
+def test_a_name_without_counterpart_is_told_why(name, why):
+    assert said(name).startswith("not supported, because ")
+    assert why in said(name)
+    assert "did you mean" not in said(name)
+
+
+def test_every_option_of_trls_grpo_config_is_answered():
+    """With an option that there is, or with a reason; never with a guess."""
+    known = names(TrainConfig)
+    for field in dataclasses.fields(GRPOConfig):
+        if field.name in known:
+            continue
+        answer = said(field.name)
+        ours = answer.partition("did you mean ")[2].partition("?")[0]
+        is_known = ours in known or ours == "--resume"
+        assert is_known or answer.startswith("not supported, because "), (field.name, answer)
+        if ours.rpartition(".")[2] != field.name:  # a guess by similarity would be wrong here
+            assert field.name in MEANS or answer.startswith("not supported"), (field.name, answer)
+
+
+def test_every_alias_leads_to_an_option_of_train_and_none_hides_one():
+    known = names(TrainConfig)
+    for name, meaning in MEANS.items():
+        target = meaning.partition("; ")[0].split()[0]
+        assert target in known or target == "--resume", name
+        assert name not in NOT_SUPPORTED
+        assert name not in known
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "ours"),
+    [
+        (SftConfig, "learning_rate", "warm_start.learning_rate"),
+        (SftConfig, "max_steps", "warm_start.steps"),
+        (SftConfig, "per_device_train_batch_size", "warm_start.batch_size"),
+        (MtpConfig, "learning_rate", "head.learning_rate"),
+        (MtpConfig, "num_generations", "rollout.group_size"),
+        (EvalConfig, "max_new_tokens", "max_completion_tokens"),
+        (EvalConfig, "num_generations", "samples"),
+        (EvalConfig, "dataset_name", "data"),
+        (SampleConfig, "num_generations", "group_size"),
+    ],
+)
+def test_each_command_is_led_to_its_own_option(model, name, ours):
+    assert said(name, model).startswith(f"no such option; did you mean {ours}?")
+
+
+def test_a_command_that_has_no_such_option_is_not_sent_to_another():
+    assert hint("learning_rate", names(EvalConfig)) is None
+    assert said("learning_rate", EvalConfig) == "no such option; see --help all for all options"
+
+
+@pytest.mark.parametrize("name", ["use_something", "foo", "eval_limits_of_time", "mtp.colour", "zero_stage"])
+def test_what_is_like_nothing_gets_no_suggestion(name):
+    assert said(name) == "no such option; see --help all for all options"
+
+
+def test_a_word_with_several_meanings_shows_them_all():
+    assert said("levels") == "no such option; did you mean data.levels, warm_start.levels or eval.levels?"
+
+
+def test_a_section_of_verls_is_answered_line_by_line(tmp_path):
+    file = tmp_path / "verl.yaml"
+    file.write_text(
+        "output_dir: x\nactor_rollout_ref:\n  rollout:\n    n: 5\n    top_p: 0.9\n  model: {path: a/b}\n"
+        "something: {a: 1}\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        load(TrainConfig, file, {})
+    assert error.value.problems == [
+        f"actor_rollout_ref.rollout.n=5 ({file}, line 4): no such option; did you mean rollout.group_size?",
+        f"actor_rollout_ref.rollout.top_p=0.9 ({file}, line 5): not supported, because it cuts the distribution, so "
+        "the sampled tokens are no longer the policy's and bias the gradient",
+        f"actor_rollout_ref.model.path=a/b ({file}, line 6): no such option; did you mean model?",
+        f"something ({file}, line 7): no such option; see --help all for all options",
+    ]

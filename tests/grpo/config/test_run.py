@@ -1,0 +1,183 @@
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from trl import GRPOConfig
+
+import grpo
+from grpo.algorithm.losses import policy_loss
+from grpo.config.inference import EvalConfig, SampleConfig, defaults_of_run
+from grpo.config.options import ConfigError, _options, dump_yaml, load
+from grpo.config.run import DataOptions, LossOptions, RolloutOptions, ScoringOptions, SftConfig, TrainConfig
+from rewards.group_score import FailurePolicy
+
+CONFIGS = [TrainConfig, SftConfig, EvalConfig, SampleConfig]
+
+# Ours <- TRL's, where the names differ.
+TRL_NAMES = {
+    "importance_correction": None,  # `vllm_importance_sampling_correction` and `.._mode`; ours is off, contract 8
+    "importance_clip_max": "vllm_importance_sampling_clip_max",
+    "importance_clip_min": "vllm_importance_sampling_clip_min",
+    "kl_estimator": None,
+    "advantage": None,
+}
+
+
+def test_a_kl_penalty_without_an_estimator_is_refused():
+    with pytest.raises(ValidationError, match="beta=0.1 weighs a KL penalty, but kl_estimator=none computes none"):
+        LossOptions(beta=0.1, kl_estimator="none")
+    assert LossOptions(kl_estimator="none").beta == 0
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_option_says_what_it_does(config):
+    for option in _options(config.model_construct()):
+        if not option.is_group and option.model is None:
+            assert re.fullmatch(r".{9,}[.]", option.help), option.key
+
+
+def test_every_option_is_read_somewhere():
+    """An option that no code reads would be a promise that nobody keeps (a `seed` that never reached the sampler)."""
+    folder = Path(grpo.__file__).parent
+    code = "".join(file.read_text() for file in folder.rglob("*.py") if file.parent.name != "config")
+    names = {option.key.rpartition(".")[2] for config in CONFIGS for option in _options(config.model_construct())}
+    unread = {name for name in names if not re.search(rf"\.{name}\b", code)}
+    assert unread == set()
+
+
+def test_loss_options_have_the_defaults_of_trl():
+    theirs = {name: field.default for name, field in GRPOConfig.__dataclass_fields__.items()}
+    for name, field in LossOptions.model_fields.items():
+        other = TRL_NAMES.get(name, name)
+        if other is not None:
+            assert other in theirs, f"TRL has no {other}"
+            assert field.default == theirs[other], name
+
+
+def test_loss_options_are_those_of_the_loss():
+    """Same names and defaults as the function that they are handed to, but for what only the learner knows."""
+    parameters = inspect.signature(policy_loss).parameters
+    for name, field in LossOptions.model_fields.items():
+        if name in parameters:
+            assert parameters[name].default == field.default, name
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "abort",
+        "drop_sample",
+        "drop_group",
+        "score=0",
+        "score=-1.5",
+        "score=1e-3",
+        "score",
+        "zero",
+        "score=x",
+        "score=inf",
+    ],
+)
+def test_what_a_failure_means_is_refused_where_the_scorer_would(words):
+    try:
+        FailurePolicy.parse(words)
+        usable = True
+    except RuntimeError:
+        usable = False
+    if usable:
+        assert ScoringOptions(on_error=words).on_error == words
+    else:
+        with pytest.raises(ValidationError):
+            ScoringOptions(on_error=words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"rollout.group_size": 1}, "rollout.group_size=1"),
+        (
+            {"rollout.accept": "margin"},
+            "rollout.accept=margin (command line): takes tokens that the policy has not verified",
+        ),
+        ({"rollout.temperature": 0}, "rollout.temperature=0"),
+        ({"rollout.top_p": 0.9}, "rollout.top_p=0.9"),  # contract 2: there is none in training
+        ({"loss.epsilon": -0.1}, "loss.epsilon=-0.1"),
+        ({"eval.every": 5}, "eval.every=5 with eval.limit=0"),
+        ({"loss.loss_type": "cispo"}, "epsilon_high"),
+        (
+            {"loss.advantage": "rloo", "loss.multi_objective_aggregation": "normalize_then_sum"},
+            "rloo takes the weighted sum: use sum_then_normalize",
+        ),
+        ({"learner.learning_rate": 0}, "learner.learning_rate=0"),
+        ({"learner.learning_rate": float("nan")}, "learner.learning_rate"),
+        ({"mtp.share": 0}, "mtp.share=0"),
+        ({"rewards": []}, "rewards"),
+        ({"data.levels": []}, "data.levels"),
+        ({"device": 3}, "device=3"),
+        ({"steps": 0}, "steps=0"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(overrides, message):
+    with pytest.raises(ConfigError) as refusal:
+        load(TrainConfig, None, {"output_dir": "r"} | overrides)
+    assert any(message in problem for problem in refusal.value.problems)
+
+
+def test_cispo_with_its_cap_is_fine():
+    config = load(TrainConfig, None, {"output_dir": "r", "loss.loss_type": "cispo", "loss.epsilon_high": 5.0})
+    assert config.loss.epsilon_high == 5.0
+
+
+def test_supervised_defaults_are_a_run_and_those_of_grpo_skip_it():
+    assert load(SftConfig, None, {"output_dir": "r"}).warm_start.steps > 0
+    assert load(TrainConfig, None, {"output_dir": "r"}).warm_start.steps == 0
+    # A partial option keeps the rest of its group's default.
+    assert load(SftConfig, None, {"output_dir": "r", "warm_start.batch_size": 3}).warm_start.steps == 200
+
+
+def test_a_run_hands_over_every_option_of_its_evaluation(tmp_path):
+    given = {
+        "output_dir": str(tmp_path),
+        "seed": 5,
+        "data.name": "gsm8k",
+        "data.prompt_column": "problem",
+        "data.solution_column": "solution",
+        "data.template": "chat",
+        "data.system_prompt": "Be brief.",
+        "data.few_shot": 2,
+        "eval.split": "validation",
+        "eval.levels": [2, 3],
+        "eval.limit": 17,
+        "rollout.temperature": 0.5,
+        "rollout.max_completion_tokens": 99,
+        "rollout.draft_tokens": 3,
+        "rewards": [{"function": "math_equivalence", "weight": 2.0}],
+        "reward.on_error": "score=0",
+    }
+    run = load(TrainConfig, None, given)
+    (tmp_path / "config.yaml").write_text(dump_yaml(run))
+    config = load(EvalConfig, None, defaults_of_run(tmp_path))
+    data = {name: getattr(run.data, name) for name in ("prompt_column", "solution_column", "template", "few_shot")}
+    assert {name: getattr(config, name) for name in data} == data
+    assert (config.data, config.split, config.levels, config.limit) == ("gsm8k", "validation", [2, 3], 17)
+    assert (config.temperature, config.max_completion_tokens, config.draft_tokens) == (0.5, 99, 3)
+    assert (config.seed, config.system_prompt) == (5, "Be brief.")
+    assert (config.rewards, config.reward) == (run.rewards, run.reward)
+
+
+def test_a_run_without_evaluation_is_evaluated_on_everything(tmp_path):
+    (tmp_path / "config.yaml").write_text(dump_yaml(load(TrainConfig, None, {"output_dir": str(tmp_path)})))
+    config = load(EvalConfig, None, defaults_of_run(tmp_path))
+    assert config.limit is None
+    assert config.levels == DataOptions().levels
+
+
+def test_eval_has_the_defaults_of_training():
+    """`quartet eval MODEL` after `quartet train --model MODEL` asks the same questions in the same way."""
+    ours, data, rollout = EvalConfig(), DataOptions(), RolloutOptions()
+    for name in ("prompt_column", "solution_column", "template", "system_prompt", "few_shot", "levels"):
+        assert getattr(ours, name) == getattr(data, name)
+    for name in ("temperature", "max_completion_tokens", "draft_tokens"):
+        assert getattr(ours, name) == getattr(rollout, name)
+    assert ours.data == data.name

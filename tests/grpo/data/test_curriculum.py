@@ -1,0 +1,230 @@
+import json
+from collections import Counter, defaultdict
+from types import SimpleNamespace
+
+import pytest
+from rich.progress import Progress
+
+from grpo.algorithm.verdicts import Verdicts
+from grpo.collector import Collector
+from grpo.config.options import ConfigError, load
+from grpo.config.run import CurriculumOptions, RolloutOptions, TrainConfig
+from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth, learnability, ramp
+from grpo.data.examples import Example
+from grpo.data.prompts import PromptStream
+from grpo.run.log import read_metrics, read_rollouts
+from grpo.train import Trainer
+from rewards.group_score import GroupScore, RewardFailure
+from rollout.group import Prompt, RolloutGroup
+from rollout.sampling import SamplingParams
+
+# Ten examples; the solution of example i has (7 i mod 10) + 1 letters, so their order by length is another one.
+EXAMPLES = [Example(str(i), f"{i} = ?", "x" * (7 * i % 10 + 1)) for i in range(10)]
+BY_LENGTH = [str(i) for i in (0, 3, 6, 9, 2, 5, 8, 1, 4, 7)]
+
+
+def _ids(examples) -> list[str]:
+    return [example.example_id for example in examples]
+
+
+def test_a_ramp_is_straight_and_then_flat():
+    assert [ramp(step, 5, 2, 10) for step in range(1, 8)] == [2, 4, 6, 8, 10, 10, 10]
+    assert ramp(1, 1, 2, 10) == 10
+
+
+def test_completions_grow_longer_and_drafts_deeper():
+    options = CurriculumOptions(steps=4, completion_tokens=10, draft_depth=1)
+    assert [completion_tokens(options, 40, step) for step in (1, 2, 3, 4, 9)] == [10, 20, 30, 40, 40]
+    assert [draft_depth(options, 4, step) for step in (1, 2, 3, 4, 9)] == [1, 2, 3, 4, 4]
+    assert completion_tokens(CurriculumOptions(), 40, 1) == 40
+    assert draft_depth(CurriculumOptions(), 4, 1) == 4
+
+
+def test_without_options_it_is_the_shuffled_stream():
+    curriculum, stream = Curriculum(EXAMPLES, CurriculumOptions(), seed=3), PromptStream(EXAMPLES, 3)
+    for step in range(1, 8):
+        assert curriculum.take(4, step) == stream.take(4)
+    curriculum.record([("0", 1.0)])
+    assert curriculum.metrics(7) == {}
+
+
+def test_short_ones_come_first_and_longer_ones_as_they_open():
+    curriculum = Curriculum(EXAMPLES, CurriculumOptions(steps=5, shortest_share=0.2))
+    assert set(_ids(curriculum.take(2, 1))) == set(BY_LENGTH[:2])
+    assert set(_ids(curriculum.take(2, 2))) == set(BY_LENGTH[2:4])  # 0.4 is open: the two that nobody has seen
+    assert set(_ids(curriculum.take(2, 3))) == set(BY_LENGTH[4:6])
+    assert curriculum.metrics(3) == {"curriculum/open": 0.6, "curriculum/seen": 0.6}
+    assert set(_ids(curriculum.take(4, 5))) == set(BY_LENGTH[6:])
+    again = [_ids(curriculum.take(5, step)) for step in (6, 7)]
+    assert sorted(again[0] + again[1]) == sorted(BY_LENGTH)  # nobody a third time before everybody was there twice
+
+
+def test_a_step_is_filled_even_where_too_few_are_open():
+    curriculum = Curriculum(EXAMPLES, CurriculumOptions(steps=9, shortest_share=0.1))
+    assert set(_ids(curriculum.take(4, 1))) == set(BY_LENGTH[:4])
+    with pytest.raises(ValueError, match="cannot take 11 different prompts from 10 examples"):
+        curriculum.take(11, 1)
+
+
+def test_a_running_pass_rate_and_its_weight():
+    curriculum = Curriculum(EXAMPLES, CurriculumOptions(by_difficulty=True))
+    curriculum.record([("4", 1.0), ("5", 0.0)])
+    curriculum.record([("4", 0.5)])
+    curriculum.record([("4", 0.25)])
+    assert curriculum.pass_rates == {"4": 0.5, "5": 0.0}  # ((1 + 0.5) / 2 + 0.25) / 2
+    assert [learnability(rate) for rate in (0.5, 0.25, 0.0, 1.0)] == [0.25, 0.1875, 0.01, 0.01]
+    assert curriculum.metrics(1)["curriculum/pass_rate"] == 0.25
+
+
+def _pass_rates(*scores: GroupScore, full_marks: float = 1.0) -> dict[str, float]:
+    """What a curriculum has recorded after one step in which the groups of its prompts got these scores."""
+    options = CurriculumOptions(shortest_share=0.5, by_difficulty=True)
+    curriculum = Curriculum(EXAMPLES[: len(scores)], options)
+    by_id = {example.example_id: score for example, score in zip(EXAMPLES, scores, strict=False)}
+    task = SimpleNamespace(
+        first_reward="r",
+        verdicts=Verdicts("r", "undeclared", gold=full_marks),
+        prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1]),
+        score=lambda groups: [by_id[group.prompt.prompt_id] for group in groups],
+    )
+    pool = SimpleNamespace(sample=lambda prompts, params, on_finished: [RolloutGroup(prompt, []) for prompt in prompts])
+    config = SimpleNamespace(
+        prompts_per_step=len(scores), curriculum=options, rollout=RolloutOptions(), mtp=SimpleNamespace(depth=1)
+    )
+    collector = Collector(config, task, curriculum, pool, SamplingParams(), None)
+    collector.collect(1, Progress(disable=True), defaultdict(float))
+    return curriculum.pass_rates
+
+
+def test_a_mark_that_differs_from_full_marks_by_rounding_alone_passes():
+    """As for a tie: ten times 0.1 is 1, and 1.1 + 2.2 is 3.3 though floats say otherwise."""
+    tenths, sums = sum([0.1] * 10), 1.1 + 2.2
+    assert (tenths < 1.0, sums > 3.3) == (True, True)
+    assert _pass_rates(GroupScore([tenths, 1.0], {"r": [tenths, 1.0]})) == {"0": 1.0}
+    assert _pass_rates(GroupScore([3.3, sums], {"r": [3.3, sums]}), full_marks=sums) == {"0": 1.0}
+    assert _pass_rates(GroupScore([0.999, 1.0], {"r": [0.999, 1.0]})) == {"0": 0.5}
+
+
+def test_contract_6_a_mark_that_is_missing_is_no_failure_to_pass():
+    """Abstained, dropped, failed with a substitute: none of them says that a prompt is hard."""
+
+    def failed(sample: int, function: str = "r") -> RewardFailure:
+        return RewardFailure(function, "", sample, "raised", "")
+
+    assert _pass_rates(GroupScore([1.0, None, None, 0.0], {"r": [1.0, None, None, 0.0]})) == {"0": 0.5}
+    assert _pass_rates(GroupScore([None, 1.0], {"r": [None, 1.0]}, [failed(0)])) == {"0": 1.0}
+    assert _pass_rates(GroupScore([-1.0, 1.0], {"r": [-1.0, 1.0]}, [failed(0)])) == {"0": 1.0}
+    other = GroupScore([-1.0, 1.0], {"r": [0.0, 1.0], "other": [-1.0, 0.0]}, [failed(0, "other")])
+    assert _pass_rates(other) == {"0": 0.5}
+    # Without any mark there is nothing to record: the prompt counts as unseen.
+    unmarked = GroupScore([None, None], {"r": [None, None]}, [failed(0), failed(1)], dropped=True)
+    assert _pass_rates(unmarked, GroupScore([0.0, 1.0], {"r": [0.0, 1.0]})) == {"1": 0.5}
+
+
+def test_learnable_prompts_are_drawn_in_proportion_to_what_they_teach():
+    """One draw at a time: P(i) = w_i / Σ w, here .25 for two prompts and .01 for eight."""
+    curriculum = Curriculum(EXAMPLES, CurriculumOptions(by_difficulty=True), seed=1)
+    curriculum.record([(e.example_id, 0.5 if e.example_id in "27" else float(int(e.example_id) % 2)) for e in EXAMPLES])
+    drawn = Counter(_ids(example for step in range(4000) for example in curriculum.take(1, step)))
+    assert sum(drawn.values()) == 4000
+    for example in EXAMPLES:
+        expected = 4000 * (0.25 if example.example_id in "27" else 0.01) / 0.58
+        assert drawn[example.example_id] == pytest.approx(expected, abs=4 * expected**0.5)
+
+
+def test_where_most_fail_what_passes_now_and_then_returns_before_the_unseen():
+    """Seen: one prompt with p(1−p) = .25 and three with .01, mean .07; that is the weight of each of six unseen."""
+    curriculum = Curriculum(EXAMPLES, CurriculumOptions(by_difficulty=True), seed=1)
+    curriculum.record([("0", 0.5), ("1", 0.0), ("2", 0.0), ("3", 0.0)])
+    drawn = Counter(_ids(example for step in range(4000) for example in curriculum.take(1, step)))
+    for example in EXAMPLES:
+        weight = {"0": 0.25, "1": 0.01, "2": 0.01, "3": 0.01}.get(example.example_id, 0.07)
+        expected = 4000 * weight / 0.70
+        assert drawn[example.example_id] == pytest.approx(expected, abs=4 * expected**0.5)
+
+
+def test_draws_within_a_step_differ_and_hold_no_example_twice():
+    curriculum = Curriculum(EXAMPLES, CurriculumOptions(by_difficulty=True))
+    draws = [tuple(_ids(curriculum.take(5, 1, draw))) for draw in range(6)]
+    assert len(set(draws)) == 6
+    assert all(len(set(draw)) == 5 for draw in draws)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"by_difficulty": True}, {"shortest_share": 0.3}, {"shortest_share": 0.3, "by_difficulty": True}]
+)
+def test_contract_9_the_state_goes_through_json_and_resumes(options):
+    options = CurriculumOptions(steps=6, **options)
+
+    def steps(curriculum, first, last):
+        taken = []
+        for step in range(first, last + 1):
+            examples = curriculum.take(4, step)
+            curriculum.record((e.example_id, int(e.example_id) * step % 5 / 4) for e in examples)
+            taken.append(_ids(examples))
+        return taken
+
+    whole, first, second = (Curriculum(EXAMPLES, options, seed=2) for _ in range(3))
+    expected = steps(whole, 1, 9)
+    begun = steps(first, 1, 4)
+    state = first.state_dict()
+    written = json.dumps(state)
+    second.load_state_dict(json.loads(written))
+    assert begun + steps(second, 5, 9) == expected
+    assert second.state_dict() == whole.state_dict()
+    steps(first, 5, 9)
+    assert json.dumps(state) == written  # what was handed out is a copy
+    first.load_state_dict(state)
+    assert steps(first, 5, 9) == expected[4:]
+
+
+def test_a_state_of_other_data_is_refused():
+    state = Curriculum(EXAMPLES, CurriculumOptions(by_difficulty=True)).state_dict()
+    with pytest.raises(ValueError, match="the training data have changed since the checkpoint"):
+        Curriculum(EXAMPLES[1:], CurriculumOptions(by_difficulty=True)).load_state_dict(state)
+
+
+def test_a_curriculum_that_begins_beyond_its_end_is_refused(tmp_path):
+    for key, message in (
+        ("completion_tokens", "curriculum.completion_tokens=300 is where it begins; it ends at rollout.max_completion"),
+        ("draft_depth", "curriculum.draft_depth=300 is where it begins; it ends at mtp.depth=4"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(TrainConfig, None, {"output_dir": tmp_path, f"curriculum.{key}": 300})
+
+
+def test_a_run_with_every_curriculum(micro_config, tmp_path):
+    (tmp_path / "long.py").write_text(
+        "def long(completions, **_):\n    return [float(sum(map(str.isalpha, text)) >= 12) for text in completions]\n"
+    )
+    given = {
+        "rewards": [{"function": f"{tmp_path}/long.py:long"}],
+        "curriculum.steps": 3,
+        "curriculum.shortest_share": 0.3,
+        "curriculum.by_difficulty": True,
+        "curriculum.completion_tokens": 4,
+        "curriculum.draft_depth": 1,
+        "mtp.every": 1,
+    }
+    trainer = Trainer(micro_config(tmp_path / "r", **given))
+    curriculum_examples = trainer.task.train
+    trainer.run()
+    lines = read_metrics(tmp_path / "r")
+    assert [line["curriculum/completion_tokens"] for line in lines] == [4, 7, 10]
+    assert [line["curriculum/draft_depth"] for line in lines] == [1, 2, 2]
+    assert [line["completion/length_max"] for line in lines] == [4, 7, 10]
+    assert ["draft/drafted_depth_2" in line for line in lines] == [False, True, True]
+    assert [line["curriculum/open"] for line in lines] == pytest.approx([8 / 24, 16 / 24, 1])
+    rates: dict[str, float] = {}
+    for step in (1, 2, 3):
+        rollouts = read_rollouts(tmp_path / "r", step)
+        for group in (rollouts[i : i + 4] for i in range(0, 16, 4)):
+            passed, name = sum(line["reward"] >= 1 for line in group) / 4, group[0]["prompt_id"]
+            rates[name] = 0.5 * (rates.get(name, passed) + passed)
+        assert lines[step - 1]["curriculum/pass_rate"] == pytest.approx(sum(rates.values()) / len(rates))
+    assert sum(rates.values()) > 0
+    opened = sorted(len(example.solution) for example in curriculum_examples)[:8]
+    drawn = {line["prompt_id"] for line in read_rollouts(tmp_path / "r", 1)}
+    lengths = [len(e.solution) for e in curriculum_examples if e.example_id in drawn]
+    assert len(lengths) == 4
+    assert max(lengths) <= max(opened)

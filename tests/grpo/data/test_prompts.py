@@ -1,0 +1,223 @@
+import json
+import random
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from grpo.data.examples import Example, load_examples
+from grpo.data.prompts import PromptStream, PromptTemplate, encode_prompt
+from rollout.group import Prompt
+
+SHOT = Example("shot", "1 + 1 = ?", "1 + 1 = 2\n#### 2", {"question": "1 + 1 = ?", "answer": "#### 2", "level": 1})
+EXAMPLE = Example("sum/0", "2 + 3 = ?", "2 + 3 = 5\n#### 5", {"question": "2 + 3 = ?", "answer": "#### 5", "level": 2})
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    texts = [f"{e.question}\n{e.solution}" for e in load_examples("word_problems", "train", limit=300)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=CHAT)
+
+
+def add_special_tokens(tokenizer, pattern):
+    specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=specials)
+
+
+def test_a_format_string_over_the_columns(tokenizer):
+    prompt = encode_prompt(EXAMPLE, tokenizer, PromptTemplate("Level {level}: {question} {{think}}\n"))
+    assert prompt.text == "Level 2: 2 + 3 = ? {think}\n"
+    assert prompt == Prompt("sum/0", prompt.text, prompt.token_ids, EXAMPLE.columns)
+    assert tokenizer.decode(prompt.token_ids) == prompt.text
+
+
+def test_the_question_field_is_the_prompt_column():
+    example = Example("0", "the problem", "", {"question": "another column", "problem": "the problem"})
+    assert PromptTemplate("{question}").render(example) == "the problem"
+
+
+def test_few_shot_examples_come_first_with_their_solutions():
+    template = PromptTemplate("Q: {question}\nA: ", few_shot=[SHOT])
+    assert template.render(EXAMPLE) == "Q: 1 + 1 = ?\nA: 1 + 1 = 2\n#### 2\n\nQ: 2 + 3 = ?\nA: "
+
+
+def test_the_chat_template(tokenizer):
+    prompt = encode_prompt(EXAMPLE, tokenizer, PromptTemplate("chat", system_prompt="Add.", few_shot=[SHOT]))
+    assert prompt.text == (
+        "<s>system\nAdd.</s>\n<s>user\n1 + 1 = ?</s>\n<s>assistant\n1 + 1 = 2\n#### 2</s>\n"
+        "<s>user\n2 + 3 = ?</s>\n<s>assistant\n"
+    )
+    assert prompt.token_ids.count(tokenizer.bos_token_id) == 5
+    assert tokenizer.decode(prompt.token_ids) == prompt.text
+    plain = PromptTemplate("chat").render(EXAMPLE, tokenizer)
+    assert plain == "<s>user\n2 + 3 = ?</s>\n<s>assistant\n"
+
+
+def test_worked_examples_and_an_instruction_in_the_users_message(tokenizer):
+    """As lm-evaluation-harness' chat prompts without multiturn: one message of the user holds them all."""
+    form = "Answer with a number.\n\n{examples}Question: {question}\nAnswer:"
+    template = PromptTemplate("chat", system_prompt="Add.", few_shot=[SHOT, SHOT], user_turn=form)
+    worked = "Question: 1 + 1 = ?\nAnswer: 1 + 1 = 2\n#### 2\n\n"
+    asked = f"Answer with a number.\n\n{worked}{worked}Question: 2 + 3 = ?\nAnswer:"
+    assert template.messages(EXAMPLE) == [
+        {"role": "system", "content": "Add."},
+        {"role": "user", "content": asked},
+    ]
+    assert encode_prompt(EXAMPLE, tokenizer, template).text == (
+        f"<s>system\nAdd.</s>\n<s>user\n{asked}</s>\n<s>assistant\n"
+    )
+    bare = PromptTemplate("chat", user_turn=form).messages(EXAMPLE)
+    assert bare[0]["content"] == "Answer with a number.\n\nQuestion: 2 + 3 = ?\nAnswer:"
+
+
+def test_without_examples_in_it_the_users_form_is_that_of_every_turn():
+    template = PromptTemplate("chat", few_shot=[SHOT], user_turn="Level {level}: {question}")
+    assert template.messages(EXAMPLE) == [
+        {"role": "user", "content": "Level 1: 1 + 1 = ?"},
+        {"role": "assistant", "content": "1 + 1 = 2\n#### 2"},
+        {"role": "user", "content": "Level 2: 2 + 3 = ?"},
+    ]
+    with pytest.raises(ValueError, match=r"user_turn='\{topic\}' asks for \{topic\}; the columns are question, answer"):
+        PromptTemplate("chat", user_turn="{topic}").messages(EXAMPLE)
+
+
+def test_the_chat_template_writes_its_own_special_tokens(tokenizer):
+    add_special_tokens(tokenizer, "<s> $A")
+    ids = encode_prompt(EXAMPLE, tokenizer, PromptTemplate("chat")).token_ids
+    assert ids[:1] == [tokenizer.bos_token_id] != ids[1:2]
+
+
+def test_a_format_string_gets_bos_and_stays_open(tokenizer):
+    bare = encode_prompt(EXAMPLE, tokenizer, PromptTemplate()).token_ids
+    add_special_tokens(tokenizer, "<s> $A </s>")
+    assert encode_prompt(EXAMPLE, tokenizer, PromptTemplate()).token_ids == [tokenizer.bos_token_id, *bare]
+
+
+@pytest.mark.parametrize("field", ["solution", "question.__class__", "", "0"])
+def test_an_unknown_field_names_the_columns(field):
+    with pytest.raises(ValueError, match=rf"asks for \{{{field}\}}; the columns are question, answer, level"):
+        PromptTemplate(f"{{question}} {{{field}}}").render(EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "Solve it."}, "makes every prompt the same; put {question} into it"),
+        ({"format": "{question"}, "write {{ or }} for a plain brace"),
+        ({"format": "{question}", "system_prompt": "Add."}, "system_prompt needs format='chat'"),
+        ({"format": "{question}", "user_turn": "{question}"}, "user_turn needs format='chat'"),
+        ({"format": "chat", "user_turn": "{question} {examples}"}, "needs {question}, after {examples} if it has that"),
+        ({"format": "chat", "user_turn": "{examples}{question"}, "write {{ or }} for a plain brace"),
+    ],
+)
+def test_a_template_that_cannot_work_is_refused_at_once(options, message):
+    with pytest.raises(ValueError) as error:
+        PromptTemplate(**options)
+    assert message in str(error.value)
+
+
+def test_chat_without_a_chat_template_is_refused(tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template; use a format string"):
+        encode_prompt(EXAMPLE, tokenizer, PromptTemplate("chat"))
+
+
+def test_a_prompt_without_tokens_is_refused():
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    with pytest.raises(ValueError, match="the prompt of sum/0 has no tokens"):
+        encode_prompt(EXAMPLE, empty, PromptTemplate())
+
+
+def numbered(n):
+    return [Example(str(i), f"{i} + 1 = ?", str(i + 1)) for i in range(n)]
+
+
+def ids(examples):
+    return [example.example_id for example in examples]
+
+
+@pytest.mark.parametrize(("size", "n"), [(10, 5), (10, 3), (10, 10), (7, 6), (1, 1)])
+def test_contract_9_a_stopped_run_resumes_to_the_same_data_order(size, n):
+    uninterrupted = PromptStream(numbered(size), seed=4)
+    for _ in range(12):
+        state = json.loads(json.dumps(uninterrupted.state_dict()))
+        resumed = PromptStream(numbered(size), seed=4)
+        resumed.load_state_dict(state)
+        assert resumed.take(n) == uninterrupted.take(n)
+        assert resumed.state_dict() == uninterrupted.state_dict()
+
+
+def test_contract_9_the_steps_after_a_resume_are_the_same_too():
+    whole = PromptStream(numbered(10), seed=1)
+    steps = [ids(whole.take(4)) for _ in range(30)]
+    stopped = PromptStream(numbered(10), seed=1)
+    for step in range(30):
+        fresh = PromptStream(numbered(10), seed=1)
+        fresh.load_state_dict(stopped.state_dict())
+        assert [ids(fresh.take(4)) for _ in range(30 - step)] == steps[step:]
+        stopped.take(4)
+
+
+def test_resuming_at_an_epoch_boundary_starts_the_next_epoch():
+    stream = PromptStream(numbered(6), seed=2)
+    first = ids(stream.take(6))
+    resumed = PromptStream(numbered(6), seed=2)
+    resumed.load_state_dict(stream.state_dict())
+    second = ids(resumed.take(6))
+    assert sorted(first) == sorted(second) == list("012345")
+    assert first != second
+    assert ids(stream.take(6)) == second
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7])
+def test_every_epoch_holds_every_example_once_and_no_step_holds_one_twice(n):
+    stream = PromptStream(numbered(7), seed=0)
+    steps = [ids(stream.take(n)) for _ in range(35)]
+    assert all(len(set(step)) == n for step in steps)
+    taken = [example_id for step in steps for example_id in step]
+    assert len(taken) == 35 * n
+    for epoch in range(5 * n):
+        assert sorted(taken[7 * epoch : 7 * epoch + 7]) == list("0123456")
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone():
+    random.seed(0)
+    first = ids(PromptStream(numbered(20), seed=0).take(20))
+    random.seed(1)
+    stream = PromptStream(numbered(20), seed=0)
+    assert ids(stream.take(20)) == first
+    assert ids(stream.take(20)) != first
+    assert ids(PromptStream(numbered(20), seed=1).take(20)) != first
+
+
+def test_a_step_larger_than_the_data_is_refused():
+    stream = PromptStream(numbered(3))
+    with pytest.raises(ValueError, match="cannot take 4 different prompts from 3 examples; use 1 to 3"):
+        stream.take(4)
+    with pytest.raises(ValueError, match="cannot take 0"):
+        stream.take(0)
+    with pytest.raises(ValueError, match="at least one example"):
+        PromptStream([])
+
+
+def test_other_data_or_another_seed_do_not_resume():
+    state = PromptStream(numbered(5), seed=0).state_dict()
+    with pytest.raises(ValueError, match="began with the data order of seed=0, not of seed=1"):
+        PromptStream(numbered(5), seed=1).load_state_dict(state)
+    changed = [*numbered(4), Example("4", "9 + 9 = ?", "18")]
+    with pytest.raises(ValueError, match="training data have changed"):
+        PromptStream(changed, seed=0).load_state_dict(state)

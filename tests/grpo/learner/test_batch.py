@@ -1,0 +1,103 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo.learner.batch import PackedRow, Sample, TrainingBatch, collate, micro_batches, split_rows
+
+CPU = torch.device("cpu")
+
+
+def _row(prompt: list[int], *completions: list[int], start: int = 0) -> PackedRow:
+    return PackedRow(prompt, [Sample(start + i, ids) for i, ids in enumerate(completions)])
+
+
+def _row_of(prompt: int, lengths: list[int]) -> PackedRow:
+    return _row([1] * prompt, *([2] * length for length in lengths))
+
+
+def test_a_packed_row_holds_its_prompt_once():
+    mini = collate([_row([7, 8], [1, 2], [3])], CPU)
+    assert mini.token_ids.tolist() == [[7, 8, 1, 2, 3]]
+    assert mini.position_ids.tolist() == [[0, 1, 2, 3, 2]]
+    assert mini.segment.tolist() == [[0, 0, 1, 1, 2]]
+    assert mini.before[0, 2:].tolist() == [1, 2, 1]  # the prompt's last token predicts both first tokens
+    assert mini.scored.tolist() == [[False, False, True, True, True]]
+    assert mini.mask.tolist() == [[True, True], [True, False]]
+    assert mini.visible[0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],  # the second completion does not see the first
+    ]
+    # The MTP head has no entry for the first token: it combines a token with the state before it.
+    assert mini.head_visible[0, :, 0].tolist() == [True, False, False, False, False]
+    assert torch.equal(mini.head_visible[..., 1:], mini.visible[..., 1:])
+
+
+def test_padding_is_seen_by_nobody_and_sees_something():
+    mini = collate([_row([7], [1]), _row([7, 8], [1, 2], [3])], CPU)
+    assert mini.segment[0].tolist() == [0, 1, -1, -1, -1]
+    assert not mini.visible[0, :2, 2:].any()
+    # An empty row of the softmax would be NaN, also in the head, which has no entry for a prompt of one token.
+    assert mini.head_visible.any(dim=-1).all()
+
+
+def test_contract_1_masks_come_from_lengths_even_where_padding_equals_the_stop_token():
+    pad = eos = 0  # what `collate` pads with
+    mini = collate([_row([5, eos, 6], [4, eos], [eos]), _row([5], [9, 9, 9, pad])], CPU)
+    assert mini.mask.sum(dim=1).tolist() == [2, 1, 4]
+    assert mini.token_ids[mini.scored].tolist() == [4, eos, eos, 9, 9, 9, pad]
+
+
+def test_values_travel_between_rows_and_completions():
+    mini = collate([_row([7, 8], [1, 2], [3]), _row([9], [4, 5, 6])], CPU)
+    flat = torch.arange(1.0, 7.0, requires_grad=True)
+    by_completion = mini.by_completion(flat)
+    assert by_completion.tolist() == [[1, 2, 0], [3, 0, 0], [4, 5, 6]]
+    by_completion.sum().backward()
+    assert flat.grad.tolist() == [1] * 6
+    assert mini.padded([[1, 2], [3], [4, 5, 6]]).tolist() == by_completion.tolist()
+    assert [sample.token_ids for sample in mini.samples] == [[1, 2], [3], [4, 5, 6]]
+
+
+def test_rows_are_split_at_the_budget_in_order_and_a_long_completion_gets_its_own():
+    samples = [Sample(i, [1] * length) for i, length in enumerate([3, 3, 9, 1])]
+    rows = split_rows([5, 5], samples, max_tokens=8)
+    assert [[sample.index for sample in row.samples] for row in rows] == [[0, 1], [2], [3]]
+    assert [row.length for row in rows] == [8, 11, 3]
+    assert len(split_rows([5, 5], samples, max_tokens=100)) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(1, 5), st.lists(st.integers(1, 6), min_size=1, max_size=4)), min_size=1, max_size=8
+    ),
+    budget=st.integers(1, 80),
+)
+def test_every_row_is_in_one_micro_batch_and_the_budget_holds(shapes, budget):
+    rows = [_row_of(prompt, lengths) for prompt, lengths in shapes]
+    minis = list(micro_batches(rows, budget, CPU))
+    assert sorted(id(row) for mini in minis for row in mini.rows) == sorted(map(id, rows))
+    for mini in minis:
+        assert mini.token_ids.numel() <= budget or len(mini.rows) == 1
+        assert mini.token_ids.shape[1] == max(row.length for row in mini.rows)
+        assert int(mini.scored.sum()) == int(mini.mask.sum()) == sum(row.num_completion_tokens for row in mini.rows)
+
+
+def test_a_batch_is_tied_where_no_advantage_is_left():
+    tied, untied = PackedRow([1], [Sample(0, [2])]), PackedRow([1], [Sample(0, [2], advantage=-0.5)])
+    assert tied.tied
+    assert not untied.tied
+    assert TrainingBatch([tied], torch.zeros(1, 1), 1, 1).all_tied
+    assert not TrainingBatch([tied, untied], torch.zeros(2, 1), 2, 2).all_tied
+
+
+@pytest.mark.parametrize("budget", [1, 7, 8, 1000])
+def test_splitting_keeps_every_sample_once(budget):
+    samples = [Sample(i, [i + 1] * (i % 4 + 1)) for i in range(9)]
+    rows = split_rows([5, 5, 5], samples, budget)
+    assert [sample for row in rows for sample in row.samples] == samples
+    assert all(row.length <= budget or len(row.samples) == 1 for row in rows)

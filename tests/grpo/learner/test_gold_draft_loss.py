@@ -1,0 +1,72 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from grpo.config.options import ConfigError, load
+from grpo.config.run import LearnerOptions, MTPOptions, SftConfig, TrainConfig
+from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.gold_draft_loss import gold_draft_loss
+from grpo.learner.learner import Learner
+
+ROWS = [
+    PackedRow([5, 6, 7], [Sample(0, [8, 9, 10, 11]), Sample(1, [12, 13])]),
+    PackedRow([6, 5], [Sample(2, [9, 8, 7])]),
+]
+
+
+def _preceding(policy, mini):
+    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
+    return hidden.gather(1, mini.before[..., None].expand_as(hidden))
+
+
+def test_the_loss_is_the_cross_entropy_of_the_gold_tokens_averaged_over_depths(random_policy):
+    """Drafts at depth d of a completion of n tokens: n − d, each of a token of that completion."""
+    policy = random_policy(1)
+    mini = collate(ROWS, torch.device("cpu"))
+    preceding = _preceding(policy, mini)
+    loss = gold_draft_loss(policy, preceding, mini, [0, 1], depth=2, chunk=3)
+    outputs = policy.unroll(preceding, mini.token_ids, mini.position_ids, mini.head_visible, 2)
+    # (row, entry, depth, gold): completions stand behind the prompt, one after the other.
+    drafts = [(0, 3, 1, 9), (0, 4, 1, 10), (0, 5, 1, 11), (0, 7, 1, 13), (1, 2, 1, 8), (1, 3, 1, 7)]
+    drafts += [(0, 3, 2, 10), (0, 4, 2, 11), (1, 2, 2, 7)]
+    expected = sum(
+        F.cross_entropy(F.linear(outputs[depth - 1][row, entry], policy.lm_head).float(), torch.tensor(gold))
+        for row, entry, depth, gold in drafts
+    )
+    torch.testing.assert_close(loss, expected / 2, rtol=1e-5, atol=1e-5)
+    only = gold_draft_loss(policy, preceding, mini, [1], depth=2, chunk=3)
+    assert 0 < only < loss
+
+
+def _gradients(policy, options: MTPOptions, monkeypatch) -> dict[str, torch.Tensor]:
+    learner = Learner(policy, LearnerOptions(), options)
+    found = {}
+
+    def keep(step):
+        found.update({n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None})
+        return {}
+
+    monkeypatch.setattr(learner, "_update", keep)
+    metrics = learner.sft_step(ROWS, 1)
+    assert metrics["loss/mtp"] > 0
+    return found
+
+
+def test_train_trunk_adds_the_heads_gradient_to_the_trunks(random_policy, monkeypatch):
+    """Its gradient is that of λ/tokens · loss through hidden states, embeddings and LM head, beside the SFT loss's."""
+    plain = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3), monkeypatch)
+    trained = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3, train_trunk=True), monkeypatch)
+    policy = random_policy(1)
+    mini = collate(ROWS, torch.device("cpu"))
+    (0.3 / 9 * gold_draft_loss(policy, _preceding(policy, mini), mini, [0, 1], 2, 100)).backward()
+    alone = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    for name in ("trunk.model.embed_tokens.weight", "trunk.lm_head.weight", "trunk.model.layers.0.mlp.up_proj.weight"):
+        assert alone[name].abs().max() > 0
+        torch.testing.assert_close(trained[name], plain[name] + alone[name], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(trained["mtp.eh_proj.weight"], alone["mtp.eh_proj.weight"], rtol=1e-4, atol=1e-6)
+
+
+def test_contract_7_grpo_refuses_it(tmp_path):
+    with pytest.raises(ConfigError, match="mtp.train_trunk: in GRPO the draft head never touches the trunk"):
+        load(TrainConfig, None, {"output_dir": tmp_path, "mtp.train_trunk": True})
+    assert load(SftConfig, None, {"output_dir": tmp_path, "mtp.train_trunk": True}).mtp.train_trunk

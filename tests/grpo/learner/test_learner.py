@@ -1,0 +1,930 @@
+"""The learner against transformers' own forward on plain padded rows, and against numbers worked out by hand."""
+
+import copy
+import math
+import random
+import statistics
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from grpo.config.run import LearnerOptions, LossOptions, MTPOptions
+from grpo.learner.batch import PackedRow, Sample, collate, micro_batches, split_rows
+from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.learner.optimizer import schedule
+from policies.conversion.dense import convert_dense, frozen_parameter_names
+from policies.policy import Policy
+from rewards.group_score import GroupScore
+from rollout.group import Completion, Prompt, RolloutGroup
+
+CPU = torch.device("cpu")
+REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]  # the third group is tied
+
+
+def _learner(policy: Policy, *, mtp: float = 0.0, depth: int = 3, **given) -> Learner:
+    """A learner whose options are given by their own names, wherever they belong."""
+    loss = {name: given.pop(name) for name in list(given) if name in LossOptions.model_fields}
+    options = {
+        name: given.pop(name) for name in list(given) if name in LearnerOptions.model_fields and name != "schedule"
+    }
+    head = MTPOptions(loss_weight=mtp, depth=depth, share=given.pop("share", 1.0), every=given.pop("every", 1))
+    options = {"learning_rate": 1e-3, "max_grad_norm": 1e9} | options
+    return Learner(policy, LearnerOptions(**options), head, LossOptions(**loss), **given)
+
+
+def _groups(policy: Policy, seed: int = 0, lengths=((4, 2, 6), (1, 5, 3), (2, 2, 3))) -> list[RolloutGroup]:
+    """Random tokens, with the log-probabilities that transformers' own forward gives them."""
+    rng = random.Random(seed)
+    groups = []
+    for g, group_lengths in enumerate(lengths):
+        prompt = Prompt(f"p/{g}", "", [rng.randrange(2, 300) for _ in range(1 + 3 * g)])
+        ids = [[rng.randrange(2, 300) for _ in range(length)] for length in group_lengths]
+        with torch.no_grad():
+            logprobs = _stock_logprobs(policy, prompt.token_ids, ids)
+        completions = [
+            Completion(tokens, scores.tolist(), "", "stop", 0) for tokens, scores in zip(ids, logprobs, strict=True)
+        ]
+        groups.append(RolloutGroup(prompt, completions))
+    return groups
+
+
+def _scores(rewards=REWARDS) -> list[GroupScore]:
+    return [GroupScore(list(row), {"exact": list(row)}) for row in rewards]
+
+
+def _stock_logprobs(policy: Policy, prompt: list[int], completions: list[list[int]], temperature: float = 1.0):
+    """log π of every completion token by the stock model: one padded row per completion, shifted by one here."""
+    rows = [prompt + ids for ids in completions]
+    longest = max(map(len, rows))
+    padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    logprobs = (policy.trunk(input_ids=padded, attention_mask=mask).logits / temperature).log_softmax(-1)
+    return [
+        logprobs[i, len(prompt) - 1 : len(row) - 1].gather(1, torch.tensor(completions[i])[:, None])[:, 0]
+        for i, row in enumerate(rows)
+    ]
+
+
+def _rows(policy: Policy, **given) -> list[PackedRow]:
+    return _learner(policy).prepare(_groups(policy, **given), _scores()).rows
+
+
+@torch.no_grad()
+def _all_logprobs(learner: Learner, rows: list[PackedRow], budget: int) -> dict[int, list[float]]:
+    """The learner's log-probabilities of every sample, by its index."""
+    found = {}
+    for mini in micro_batches(rows, budget, CPU):
+        scored = learner._forward(mini).logprobs
+        found |= {s.index: scored[c, : len(s.token_ids)].tolist() for c, s in enumerate(mini.samples)}
+    return found
+
+
+def _gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def _snapshot(learner: Learner) -> dict[str, torch.Tensor]:
+    """Parameters and AdamW's state, by name."""
+    tensors, state = learner.state()
+    flat = {f"{kind}/{name}": t.clone() for kind, mapping in tensors.items() for name, t in mapping.items()}
+    return flat | {"version": torch.tensor(state["policy_version"])}
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], relative: float = 1e-5) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).norm() <= relative * b[name].norm() + 1e-9, name
+
+
+# ---- contract 10: a packed group computes what padded rows compute --------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("budget", [1, 30, 10_000])
+def test_contract_10_packed_logprobs_are_those_of_padded_rows(micro_policy, budget, temperature):
+    policy = micro_policy(0)
+    learner = _learner(policy, temperature=temperature)
+    groups = _groups(policy)
+    with torch.no_grad():
+        packed = _all_logprobs(learner, learner.prepare(groups, _scores()).rows, budget)
+        for g, group in enumerate(groups):
+            ids = [completion.token_ids for completion in group.completions]
+            padded = _stock_logprobs(policy, group.prompt.token_ids, ids, temperature)
+            for i, expected in enumerate(padded):
+                got = torch.tensor(packed[3 * g + i])
+                assert (got - expected).abs().max() < 1e-4
+                assert abs(got[0] - expected[0]) < 1e-4  # the first token, which the shared prompt predicts
+
+
+def _head_outputs(policy: Policy, ids: list[int], hidden: torch.Tensor, start: int, depth: int):
+    """{(d, n): output [D]}: a causal sequence through transformers' own decoder layer for every chain on its own."""
+    head, model = policy.mtp, policy.trunk.get_decoder()
+    embeddings = model.embed_tokens(torch.tensor(ids))
+    outputs = {}
+    for n in range(start, len(ids)):
+        x = head.enter(embeddings[1 : n + 1], hidden[:n])
+        for d in range(1, depth + 1):
+            mask = torch.full((len(x), len(x)), -torch.inf).triu(1)[None, None]
+            rope = model.rotary_emb(x[None], torch.arange(1, len(x) + 1)[None])
+            out = head.norm(head.block(x[None], attention_mask=mask, position_embeddings=rope))[0, -1]
+            outputs[d, n] = out
+            if n + d == len(ids):
+                break
+            x = torch.cat([x, head.enter(embeddings[n + d], out)[None]])
+    return outputs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy, temperature):
+    policy, depth = micro_policy(1), 4
+    learner = _learner(policy, mtp=2.0, depth=depth, temperature=temperature)
+    rows = _rows(policy, seed=1)
+    tokens = sum(row.num_completion_tokens for row in rows)
+    weights = [1.0, 0.6, 0.36, 0.216]
+    expected_loss = torch.zeros(())
+    with torch.no_grad():
+        mini = collate(rows, CPU)
+        out = learner._forward(mini)
+        packed = policy.unroll(out.preceding, mini.token_ids, mini.position_ids, mini.head_visible, depth)
+        for b, row in enumerate(rows):
+            start = first = len(row.prompt_ids)
+            for sample in row.samples:
+                ids = row.prompt_ids + sample.token_ids
+                hidden = policy.trunk.get_decoder()(input_ids=torch.tensor([ids])).last_hidden_state[0]
+                for (d, n), output in _head_outputs(policy, ids, hidden, first, depth).items():
+                    assert (packed[d - 1][b, start + n - first] - output).abs().max() < 1e-4
+                    if n + d < len(ids):  # the drafted token belongs to the completion, and has a teacher
+                        teacher = (policy.trunk.lm_head(hidden[n + d - 1]) / temperature).log_softmax(-1)
+                        draft = (policy.trunk.lm_head(output) / temperature).log_softmax(-1)
+                        expected_loss += weights[d - 1] / sum(weights) * (teacher.exp() * (teacher - draft)).sum()
+                start += len(sample.token_ids)
+        loss = learner._head_loss(mini, out, learner._teaching(rows, step=1), Counter())
+    torch.testing.assert_close(loss, 2.0 * expected_loss / tokens, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"loss_type": "grpo"}, {"loss_type": "dr_grpo"}, {"beta": 0.1}, {"top_entropy_quantile": 0.3}]
+)
+def test_contract_10_micro_batches_and_split_rows_change_nothing(micro_policy, given):
+    """One forward for all; a row each; and rows that are cut, so that a group meets its prompt twice."""
+    results = []
+    for budget in (10_000, 20, 9):
+        policy = micro_policy(2)
+        learner = _learner(
+            policy,
+            mtp=1.0,
+            tokens_per_micro_batch=budget,
+            entropy_coef=0.01,
+            max_completion_tokens=6,
+            learning_rate=1e-9,
+            **given,
+        )
+        batch = learner.prepare(_groups(policy, seed=2), _scores())
+        metrics = learner.step(batch, 1)
+        results.append((len(batch.rows), metrics, _gradients(policy)))
+    assert results[0][0] == 3 < results[2][0]
+    for _, metrics, gradients in results[1:]:
+        _assert_close(gradients, results[0][2])
+        for name, value in results[0][1].items():
+            if not name.startswith("time/"):
+                assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_contract_10_a_tied_group_adds_nothing_and_stays_in_the_denominator(micro_policy):
+    whole, part = _learner(micro_policy(0)), _learner(micro_policy(0))
+    groups = _groups(whole.policy)
+    batch = whole.prepare(groups, _scores())
+    assert (batch.tied_groups, batch.num_samples, batch.num_completion_tokens) == (1, 9, 28)
+    whole.step(batch, 1)
+    part.step(part.prepare(groups[:2], _scores(REWARDS[:2])), 1)
+    assert batch.tokens_read == 21  # its forward was spared
+    _assert_close(_gradients(whole.policy), {n: g * 21 / 28 for n, g in _gradients(part.policy).items()})
+
+
+@pytest.mark.parametrize("every", [1, 2])  # the head learns from the tied group too, or there is no head to teach
+def test_contract_10_a_tied_group_counts_for_bnpo_whatever_the_head_does(micro_policy, every):
+    """In one micro-batch, its local mean over tokens is the global one of dapo."""
+    local, whole = (_learner(micro_policy(0), loss_type=kind, mtp=1.0, every=every) for kind in ("bnpo", "dapo"))
+    for learner in (local, whole):
+        learner.step(learner.prepare(_groups(learner.policy), _scores()), 1)
+    _assert_close(_gradients(local.policy.trunk), _gradients(whole.policy.trunk))
+
+
+def _stock_entropies(policy: Policy, groups: list[RolloutGroup]) -> list[torch.Tensor]:
+    """Of every completion's tokens, by transformers' own forward."""
+    entropies = []
+    for group in groups:
+        for completion in group.completions:
+            ids = group.prompt.token_ids + completion.token_ids
+            logits = policy.trunk(input_ids=torch.tensor([ids])).logits[0, len(group.prompt.token_ids) - 1 : -1]
+            entropies.append(torch.distributions.Categorical(logits=logits).entropy())
+    return entropies
+
+
+@pytest.mark.parametrize("budget", [10_000, 9])
+@pytest.mark.parametrize("masking", [False, True])
+def test_top_entropy_is_the_top_of_the_whole_step(micro_policy, budget, masking):
+    """By hand: the tied group's tokens are in the quantile, though its advantages are zero; masked completions not."""
+    policy = micro_policy(3)
+    groups = _groups(policy, seed=3)
+    groups[0].completions[2].finish_reason = "length"
+    counted = [not masking or c.finish_reason == "stop" for group in groups for c in group.completions]
+    by_hand = copy.deepcopy(policy)
+    learner = _learner(
+        policy, top_entropy_quantile=0.5, tokens_per_micro_batch=budget, mask_truncated_completions=masking
+    )
+    metrics = learner.step(learner.prepare(groups, _scores()), 1)
+    with torch.no_grad():
+        entropies = _stock_entropies(by_hand, groups)
+    pool = torch.cat([e for e, kept in zip(entropies, counted, strict=True) if kept])
+    highest = pool.sort(descending=True).values[: math.ceil(0.5 * len(pool))]
+    untied = torch.cat([e for e, kept in zip(entropies[:6], counted[:6], strict=True) if kept])
+    alone = untied.sort(descending=True).values[: math.ceil(0.5 * len(untied))]
+    assert len(alone) != (untied >= highest[-1]).sum()  # without the tied group, others would be the top
+    loss = torch.zeros(())
+    for g, (group, rewards) in enumerate(zip(groups[:2], REWARDS[:2], strict=True)):
+        ids = [completion.token_ids for completion in group.completions]
+        scored = _stock_logprobs(by_hand, group.prompt.token_ids, ids)
+        for i, (logprobs, advantage) in enumerate(zip(scored, _advantages(rewards), strict=True)):
+            chosen = (entropies[3 * g + i] >= highest[-1] - 1e-6) * counted[3 * g + i]
+            loss = loss - (advantage * (logprobs - logprobs.detach()).exp() * chosen).sum() / len(pool)
+    loss.backward()
+    assert metrics["loss/policy"] == pytest.approx(loss.item(), abs=1e-5)
+    assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    expected = {name: g for name, g in _gradients(by_hand.trunk).items() if g.norm() > 1e-6}
+    _assert_close({name: policy.trunk.get_parameter(name).grad for name in expected}, expected, relative=1e-3)
+
+
+def test_top_entropy_follows_the_policy_from_update_to_update(micro_policy):
+    policy = micro_policy(3)
+    learner = _learner(policy, top_entropy_quantile=0.3, updates_per_batch=3, learning_rate=1e-2, epsilon=0.05)
+    thresholds, look_ahead = [], learner._look_ahead
+
+    def noted(*given):
+        logprobs, threshold = look_ahead(*given)
+        thresholds.append((logprobs is not None, threshold.item()))
+        return logprobs, threshold
+
+    learner._look_ahead = noted
+    metrics = learner.step(learner.prepare(_groups(policy, seed=3), _scores()), 1)
+    assert [is_old for is_old, _ in thresholds] == [True, False, False]  # the ratio's anchor stays
+    assert len({value for _, value in thresholds}) == 3
+    assert metrics["policy/clip_fraction"] > 0
+
+
+# ---- contracts 1, 7 and 8 -------------------------------------------------------------------------------------------
+
+
+def test_contract_1_the_stop_token_is_learned_even_where_it_is_the_padding(micro_policy):
+    """Raising a completion that ends with the stop token (id 0, what rows are padded with) raises stopping."""
+    policy = micro_policy(0)
+    stop = policy.stop_token_ids[0]
+    assert stop == 0
+    groups = _groups(policy)
+    for completion in groups[0].completions:
+        completion.token_ids[-1] = stop
+    learner = _learner(policy, learning_rate=1e-2)
+    rows = learner.prepare(groups, _scores([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])).rows
+    before = _all_logprobs(learner, rows, 1000)[0]
+    learner.step(learner.prepare(groups, _scores([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])), 1)
+    after = _all_logprobs(learner, rows, 1000)[0]
+    assert len(before) == len(groups[0].completions[0].token_ids)
+    assert after[-1] > before[-1]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_contract_7_the_draft_head_never_touches_the_trunks_gradient(micro_policy, lora):
+    gradients = []
+    for weight in (0.0, 1.0):
+        policy = micro_policy(3)
+        if lora:
+            torch.manual_seed(0)
+            policy.add_lora(4, 8.0)
+        learner = _learner(policy, mtp=weight)
+        groups = _groups(policy, seed=3)[:2]  # no tied group: its forward would be spared without the head
+        learner.step(learner.prepare(groups, _scores(REWARDS[:2])), 1)
+        gradients.append(_gradients(policy.trunk))
+        assert bool(_gradients(policy.mtp)) == bool(weight)
+    assert gradients[0]
+    assert _same(*gradients)
+
+
+def test_contract_8_the_samplers_floats_stay_out_of_the_loss_and_are_compared(micro_policy):
+    gradients, metrics = [], []
+    for shift in (0.0, 0.5):
+        policy = micro_policy(4)
+        learner = _learner(policy)
+        groups = _groups(policy, seed=4)
+        for group in groups:
+            for completion in group.completions:
+                completion.logprobs = [logprob - shift for logprob in completion.logprobs]
+        metrics.append(learner.step(learner.prepare(groups, _scores()), 1))
+        gradients.append(_gradients(policy))
+    assert _same(*gradients)
+    assert metrics[0]["policy/ratio_mean"] == metrics[1]["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics[0]["policy/clip_fraction"] == 0
+    assert metrics[0]["mismatch/logprob_abs_mean"] < 1e-5
+    assert metrics[0]["mismatch/kl"] < 1e-6
+    assert metrics[1]["mismatch/logprob_abs_mean"] == pytest.approx(0.5, abs=1e-4)
+    assert metrics[1]["mismatch/kl"] == pytest.approx(math.exp(0.5) - 1.5, abs=1e-4)
+
+
+def test_contract_8_the_correction_is_on_where_it_was_asked_for(micro_policy):
+    policy = micro_policy(4)
+    groups = _groups(policy, seed=4)
+    for group in groups:
+        for completion in group.completions:
+            completion.logprobs = [logprob - 0.5 for logprob in completion.logprobs]
+    plain, corrected = _learner(micro_policy(4)), _learner(policy, importance_correction="token_truncate")
+    plain.step(plain.prepare(groups, _scores()), 1)
+    metrics = corrected.step(corrected.prepare(groups, _scores()), 1)
+    assert metrics["mismatch/weight_mean"] == pytest.approx(math.exp(0.5), rel=1e-3)
+    scaled = {name: g * math.exp(0.5) for name, g in _gradients(plain.policy).items()}
+    _assert_close(_gradients(policy), scaled, relative=1e-3)
+
+
+# ---- one step by hand -----------------------------------------------------------------------------------------------
+
+
+def _advantages(rewards: list[float]) -> list[float]:
+    mean, spread = statistics.fmean(rewards), statistics.stdev(rewards)
+    return [(reward - mean) / (spread + 1e-4) for reward in rewards]
+
+
+def test_one_step_of_grpo_against_hand_worked_numbers(micro_policy):
+    policy = micro_policy(5)
+    groups = _groups(policy, seed=5)
+    by_hand = copy.deepcopy(policy)
+    learner = _learner(policy, betas=(0.9, 0.95), weight_decay=0.1, learning_rate=1e-2)
+    before = {name: p.detach().clone() for name, p in policy.trunk.named_parameters()}
+    metrics = learner.step(learner.prepare(groups, _scores()), 1)
+
+    # Advantages by the formula, log-probabilities by transformers, the loss as one reads it in the paper (DAPO):
+    # minus the mean over all tokens of ratio · advantage, where the ratio is 1 and its gradient that of log π.
+    tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
+    loss = torch.zeros(())
+    value = 0.0
+    for group, rewards in zip(groups, REWARDS, strict=True):
+        advantages = [0.0] * 3 if len(set(rewards)) == 1 else _advantages(rewards)
+        ids = [completion.token_ids for completion in group.completions]
+        for logprobs, advantage in zip(_stock_logprobs(by_hand, group.prompt.token_ids, ids), advantages, strict=True):
+            loss = loss - advantage * logprobs.sum() / tokens
+            value -= advantage * len(logprobs) / tokens
+    loss.backward()
+    assert metrics["loss/policy"] == pytest.approx(value, abs=1e-6)
+    expected = {name: g for name, g in _gradients(by_hand.trunk).items() if g.abs().sum() > 0}
+    got = {name: g for name, g in _gradients(policy.trunk).items() if name in expected}
+    _assert_close(got, expected, relative=1e-4)
+    norm = sum(g.double().square().sum() for g in _gradients(policy.trunk).values()).sqrt()
+    assert metrics["learner/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert metrics["learner/learning_rate"] == 1e-2
+
+    # AdamW's first step: m̂ = g and v̂ = g², so a parameter moves by lr · g / (|g| + ε), and a matrix decays.
+    for name, parameter in policy.trunk.named_parameters():
+        g, decay = parameter.grad, 0.1 if parameter.dim() > 1 else 0.0
+        moved = before[name] * (1 - 1e-2 * decay) - 1e-2 * g / (g.abs() + 1e-8)
+        torch.testing.assert_close(parameter.detach(), moved, rtol=1e-5, atol=1e-6)
+
+
+def test_later_steps_are_those_of_torchs_own_adamw_with_clipped_gradients(micro_policy):
+    policy = micro_policy(5)
+    learner = _learner(policy, mtp=1.0, max_grad_norm=0.05, learning_rate=1e-3)
+    twin = copy.deepcopy(policy)
+    pairs = list(zip(policy.named_parameters(), twin.named_parameters(), strict=True))
+    oracle = torch.optim.AdamW(
+        [
+            {"params": [q for (n, _), (_, q) in pairs if n.startswith("trunk.")], "lr": 1e-3},
+            {"params": [q for (n, _), (_, q) in pairs if n.startswith("mtp.")], "lr": MTPOptions().learning_rate},
+        ],
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+    )
+    for step in (1, 2, 3):
+        metrics = learner.step(learner.prepare(_groups(policy, seed=step), _scores()), step)
+        assert metrics["learner/grad_norm"] > 0.05
+        for module in (policy.trunk, policy.mtp):
+            clipped = sum(g.double().square().sum() for g in _gradients(module).values()).sqrt()
+            assert clipped == pytest.approx(0.05, rel=1e-3)
+        for (_, p), (_, q) in pairs:
+            q.grad = None if p.grad is None else p.grad.clone()
+        oracle.step()
+        for (_, p), (_, q) in pairs:  # the fused kernel rounds its own way: by less than 1e-4 of a step
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_the_gradient_predicts_how_the_surrogate_falls(micro_policy):
+    """A finite difference: one small step of plain gradient descent lowers the loss by about lr · |g|²."""
+    policy = micro_policy(6)
+    groups = _groups(policy, seed=6)
+    learner = _learner(policy, learning_rate=1e-12)
+    learner.step(learner.prepare(groups, _scores()), 1)
+    gradients = _gradients(policy.trunk)
+
+    def surrogate() -> float:
+        total, tokens = 0.0, sum(len(c.token_ids) for group in groups for c in group.completions)
+        for group, rewards in zip(groups[:2], REWARDS[:2], strict=True):
+            ids = [completion.token_ids for completion in group.completions]
+            now = _stock_logprobs(policy, group.prompt.token_ids, ids)
+            for logprobs, completion, advantage in zip(now, group.completions, _advantages(rewards), strict=True):
+                ratio = (logprobs.double() - torch.tensor(completion.logprobs, dtype=torch.float64)).exp()
+                total -= advantage * ratio.sum().item() / tokens
+        return total
+
+    squared = sum(g.double().square().sum().item() for g in gradients.values())
+    rate = 1e-3 / squared
+    with torch.no_grad():
+        before = surrogate()
+        for name, parameter in policy.trunk.named_parameters():
+            parameter -= rate * gradients[name]
+        after = surrogate()
+    assert (before - after) / (rate * squared) == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_step_raises_the_rewarded_completion_and_lowers_the_other(micro_policy):
+    policy = micro_policy(7)
+    groups = _groups(policy, seed=7)[:1]
+    learner = _learner(policy, learning_rate=1e-3)
+    batch = learner.prepare(groups, _scores([[1.0, None, 0.0]]))
+    before = _all_logprobs(learner, batch.rows, 1000)
+    learner.step(batch, 1)
+    after = _all_logprobs(learner, batch.rows, 1000)
+    assert set(before) == {0, 2}  # the one without a reward has no place in the batch
+    assert sum(after[0]) > sum(before[0])
+    assert sum(after[2]) < sum(before[2])
+
+
+def test_several_updates_on_a_batch_meet_the_clip(micro_policy):
+    policy = micro_policy(8)
+    learner = _learner(policy, updates_per_batch=4, learning_rate=1e-2, epsilon=0.05)
+    metrics = learner.step(learner.prepare(_groups(policy, seed=8), _scores()), 1)
+    assert metrics["learner/updates"] == 4
+    assert learner.policy_version == 1
+    assert metrics["policy/clip_fraction"] > 0
+    assert metrics["policy/ratio_mean"] != 1.0
+
+
+# ---- what a step leaves alone ---------------------------------------------------------------------------------------
+
+
+def test_an_all_tied_batch_changes_nothing_and_says_so(micro_policy):
+    policy = micro_policy(0)
+    learner = _learner(policy, mtp=1.0, weight_decay=0.1)
+    learner.step(learner.prepare(_groups(policy), _scores()), 1)  # momentum that would move on
+    before = _snapshot(learner)
+    batch = learner.prepare(_groups(policy, seed=1), _scores([[1.0] * 3, [0.0] * 3, [0.5, None, None]]))
+    metrics = learner.step(batch, 2)
+    assert batch.tied_groups == 3
+    assert metrics["learner/updates"] == 0
+    assert _same(before, _snapshot(learner))
+
+
+def test_a_batch_without_any_reward_changes_nothing_not_even_with_an_entropy_bonus(micro_policy):
+    policy = micro_policy(0)
+    learner = _learner(policy, entropy_coef=0.1)
+    learner.step(learner.prepare(_groups(policy), _scores()), 1)
+    before = _snapshot(learner)
+    metrics = learner.step(learner.prepare(_groups(policy), _scores([[None] * 3] * 3)), 2)
+    assert metrics["learner/updates"] == 0
+    assert _same(before, _snapshot(learner))
+
+
+@pytest.mark.parametrize("given", [{"beta": 0.1}, {"entropy_coef": 0.01}])
+def test_a_tied_batch_still_feels_the_kl_and_the_entropy_bonus(micro_policy, given):
+    policy = micro_policy(0)
+    learner = _learner(policy, **given)
+    learner.step(learner.prepare(_groups(policy), _scores()), 1)
+    before = _snapshot(learner)
+    metrics = learner.step(learner.prepare(_groups(policy), _scores([[1.0] * 3] * 3)), 2)
+    assert metrics["learner/updates"] == 1
+    assert not _same(before, _snapshot(learner))
+
+
+def test_contract_2_the_old_policy_is_scored_at_the_temperature_of_the_new_one(micro_policy):
+    """Where nothing moves between two updates, their ratio is 1."""
+    policy = micro_policy(0)
+    learner = _learner(policy, temperature=0.7, updates_per_batch=2)
+    for group in learner.optimizer.param_groups:
+        group["peak"] = 0.0
+    metrics = learner.step(learner.prepare(_groups(policy), _scores()), 1)
+    assert metrics["learner/updates"] == 2
+    assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics["policy/clip_fraction"] == 0.0
+
+
+def test_the_entropy_bonus_has_the_gradient_of_the_mean_entropy(micro_policy):
+    """By transformers' own forward. All groups are tied, so that nothing else has a gradient."""
+    policy, temperature = micro_policy(0), 0.7
+    by_hand, groups = copy.deepcopy(policy), _groups(policy)
+    learner = _learner(policy, entropy_coef=0.3, temperature=temperature, learning_rate=1e-9)
+    learner.step(learner.prepare(groups, _scores([[1.0] * 3] * 3)), 1)
+    entropies = []
+    for group in groups:
+        for completion in group.completions:
+            ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
+            logits = by_hand.trunk(input_ids=ids).logits[0, len(group.prompt.token_ids) - 1 : -1] / temperature
+            entropies.append(torch.distributions.Categorical(logits=logits).entropy())
+    (-0.3 * torch.cat(entropies).mean()).backward()
+    expected = {name: g for name, g in _gradients(by_hand.trunk).items() if g.norm() > 1e-7}
+    assert len(expected) > 10
+    got = _gradients(policy.trunk)
+    _assert_close({name: got[name] for name in expected}, expected, relative=1e-4)
+
+
+@pytest.mark.parametrize(("share", "step", "taught"), [(0.5, 1, [1, 3]), (0.5, 2, [0, 2]), (0.25, 3, [3])])
+def test_a_share_of_the_groups_teaches_the_head_with_the_whole_weight(micro_policy, share, step, taught):
+    """Whatever share of a step teaches, each of its tokens counts as if it were the whole step."""
+    lengths = ((4, 2, 6), (1, 5, 3), (2, 2, 3), (5, 1, 1))
+    groups = _groups(micro_policy(0), lengths=lengths)
+    scores = _scores([[1.0, 0.0, 0.5]] * 4)
+    gradients, losses = [], []
+    for chosen, given in ((range(4), share), (taught, 1.0)):
+        learner = _learner(micro_policy(0), mtp=2.0, share=given)
+        batch = learner.prepare([groups[g] for g in chosen], [scores[g] for g in chosen])
+        losses.append(learner.step(batch, step)["loss/mtp"])
+        gradients.append(_gradients(learner.policy.mtp))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] > 0
+    _assert_close(*gradients)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(micro_policy):
+    policy = micro_policy(0)
+    learner = _learner(policy, mtp=1.0)
+    learner.step(learner.prepare(_groups(policy), _scores()), 1)
+    before = _snapshot(learner)
+    batch = learner.prepare(_groups(policy), _scores())
+    rows = [
+        PackedRow(row.prompt_ids, [replace(sample, advantage=math.nan) for sample in row.samples]) for row in batch.rows
+    ]
+    with pytest.raises(NonFiniteStep, match="step 2: the loss is nan"):
+        learner.step(replace(batch, rows=rows), 2)
+    assert _same(before, _snapshot(learner))
+    assert not _gradients(policy)
+
+
+@pytest.mark.parametrize("part", ["trunk.lm_head.weight", "mtp.eh_proj.weight"])
+def test_a_gradient_that_is_not_finite_changes_nothing(micro_policy, part):
+    policy = micro_policy(0)
+    learner = _learner(policy, mtp=1.0)
+    learner.step(learner.prepare(_groups(policy), _scores()), 1)
+    before = _snapshot(learner)
+    hook = policy.get_parameter(part).register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(NonFiniteStep, match="step 2: the gradient norm is"):
+        learner.step(learner.prepare(_groups(policy), _scores()), 2)
+    hook.remove()
+    assert _same(before, _snapshot(learner))
+    assert not _gradients(policy)
+    learner.step(learner.prepare(_groups(policy), _scores()), 2)
+    assert not _same(before, _snapshot(learner))
+
+
+def test_updates_before_one_that_is_not_finite_are_counted_as_a_new_version(micro_policy):
+    """Nobody may go on sampling with weights that carry the version of others (contract 5)."""
+    policy = micro_policy(0)
+    learner = _learner(policy, updates_per_batch=2)
+    calls = []
+
+    def second_time(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return gradient * (math.inf if len(calls) > 1 else 1.0)
+
+    policy.get_parameter("trunk.lm_head.weight").register_hook(second_time)
+    before = _snapshot(learner)
+    with pytest.raises(NonFiniteStep):
+        learner.step(learner.prepare(_groups(policy), _scores()), 1)
+    assert not torch.equal(before["policy/trunk.lm_head.weight"], policy.lm_head)
+    assert learner.policy_version == 1
+
+
+# ---- the reference policy -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "unbiased"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_contract_2_the_kl_is_zero_at_the_first_step_and_only_there(micro_policy, lora, estimator):
+    """At a temperature other than 1: the reference is scored with the policy's."""
+    policy = micro_policy(9)
+    if lora:
+        policy.add_lora(4, 8.0)
+    learner = _learner(policy, beta=0.1, kl_estimator=estimator, learning_rate=1e-2, temperature=0.7)
+    assert (learner.reference is None) == lora  # adapters off need no copy
+    batch = learner.prepare(_groups(policy, seed=9), _scores())
+    first, second = learner.step(batch, 1), learner.step(batch, 2)
+    assert first["loss/kl"] == 0.0
+    assert abs(second["loss/kl"]) > 1e-6
+
+
+def test_the_reference_is_frozen_and_not_optimised(micro_policy):
+    policy = micro_policy(9)
+    learner = _learner(policy, beta=0.1, learning_rate=1e-2)
+    before = {name: p.clone() for name, p in learner.reference.named_parameters()}
+    learner.step(learner.prepare(_groups(policy, seed=9), _scores()), 1)
+    optimised = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
+    for name, parameter in learner.reference.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert not parameter.requires_grad
+        assert id(parameter) not in optimised
+
+
+def test_lora_trains_the_adapters_and_the_head_alone(micro_policy):
+    policy = micro_policy(9)
+    policy.add_lora(4, 8.0)
+    learner = _learner(policy, mtp=1.0)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    published = {name: t.clone() for name, t in learner.weights().items()}
+    learner.step(learner.prepare(_groups(policy, seed=9), _scores()), 1)
+    moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
+    assert any(".lora_B." in name for name in moved)
+    assert all(".lora_" in name or name.startswith("mtp.") for name in moved)
+    # What is published is the merged trunk, under the names of a plain policy.
+    changed = {name for name, t in learner.weights().items() if not torch.equal(t, published[name])}
+    assert "trunk.model.layers.0.self_attn.o_proj.weight" in changed
+    assert not any("lora" in name for name in learner.weights())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_makes_a_converted_policy_exact_stays_as_it_is(micro_policy, lora):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    policy = Policy(convert_dense(LlamaForCausalLM(config).eval()), None, micro_policy(0).tokenizer)
+    if lora:
+        policy.add_lora(4, 8.0)
+    learner = _learner(policy, weight_decay=0.1, learning_rate=1e-2)
+    names = frozen_parameter_names(policy.config)
+    frozen = {n: p for n, p in policy.trunk.named_parameters() if n.endswith(tuple(names))}
+    assert len(frozen) == 4
+    before = {name: p.detach().clone() for name, p in policy.trunk.named_parameters()}
+    groups = _groups(policy)
+    learner.step(learner.prepare(groups, _scores()), 1)
+    optimised = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
+    for name, parameter in frozen.items():
+        assert id(parameter) not in optimised
+        assert torch.equal(parameter, before[name])
+    moved = [name for name, p in policy.trunk.named_parameters() if not torch.equal(p, before[name])]
+    assert len(moved) > 10
+    # It is still the function that the stock model computes.
+    assert learner.step(learner.prepare(_groups(policy), _scores()), 2)["mismatch/logprob_abs_mean"] < 1e-4
+
+
+# ---- preparing a batch ----------------------------------------------------------------------------------------------
+
+
+def test_prepare_gives_every_scored_sample_its_advantage_and_place(micro_policy):
+    policy = micro_policy(0)
+    learner = _learner(policy, scale_rewards="none", tokens_per_micro_batch=8)
+    groups = _groups(policy)
+    batch = learner.prepare(groups, _scores([[1.0, None, 0.0], [2.0, 2.0, 5.0], [None, None, None]]))
+    samples = {sample.index: sample for row in batch.rows for sample in row.samples}
+    assert {index: sample.advantage for index, sample in samples.items()} == {0: 0.5, 2: -0.5, 3: -1, 4: -1, 5: 2}
+    assert batch.advantages.tolist() == [[0.5, 0.0, -0.5], [-1.0, -1.0, 2.0], [0.0, 0.0, 0.0]]
+    for index, sample in samples.items():
+        completion = groups[index // 3].completions[index % 3]
+        assert sample.token_ids == completion.token_ids
+        assert sample.sampling_logprobs == completion.logprobs
+    assert batch.num_samples == 5
+    assert batch.num_completion_tokens == sum(len(sample.token_ids) for sample in samples.values())
+    assert all(row.length <= 8 or len(row.samples) == 1 for row in batch.rows)
+
+
+def test_other_estimators_are_chosen_by_name(micro_policy):
+    policy = micro_policy(0)
+    groups = [RolloutGroup(group.prompt, group.completions[:2]) for group in _groups(policy)[:2]]
+    advantages = {
+        name: _learner(policy, advantage=name).prepare(groups, _scores([[1.0, 1.0], [1.0, 0.0]])).advantages.tolist()
+        for name in ("group_relative", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
+    }
+    # Means and standard deviations (n - 1): of the group 1/2, √½; of the batch 3/4, ½; of the centred batch 0, √(1/6).
+    assert advantages["group_relative"][1] == pytest.approx([0.5 / 0.7072068, -0.5 / 0.7072068])
+    assert advantages["rloo"] == [[0.0, 0.0], [1.0, -1.0]]
+    assert advantages["reinforce_plus_plus"][1] == pytest.approx([0.25 / 0.5001, -0.75 / 0.5001])
+    assert advantages["reinforce_plus_plus_baseline"][1] == pytest.approx([0.5 / 0.4083483, -0.5 / 0.4083483])
+
+
+def test_several_rewards_can_be_normalised_each_before_they_are_summed(micro_policy):
+    parts = {"right": [1.0, 1.0, 0.0], "short": [0.1, 0.3, 0.2]}
+    score = GroupScore([1.1, 1.3, 0.2], parts)
+    learner = _learner(
+        micro_policy(0),
+        multi_objective_aggregation="normalize_then_sum",
+        reward_weights={"right": 1.0, "short": 1.0},
+    )
+    groups = _groups(learner.policy)[:1]
+    # The docstring of advantages.multi_objective works these out.
+    expected = torch.tensor([[-0.2984, 1.1152, -0.8168]])
+    torch.testing.assert_close(learner.prepare(groups, [score]).advantages, expected, rtol=0, atol=1e-4)
+    summed = _learner(micro_policy(0)).prepare(groups, [score]).advantages
+    torch.testing.assert_close(summed, torch.tensor([[0.3981, 0.7394, -1.1376]]), rtol=0, atol=1e-4)
+
+
+def test_truncated_completions_leave_the_loss_and_its_denominator(micro_policy):
+    policy = micro_policy(0)
+    groups = _groups(policy)
+    groups[0].completions[2].finish_reason = "length"  # 6 of the 28 tokens
+    learner = _learner(policy, mask_truncated_completions=True)
+    batch = learner.prepare(groups, _scores())
+    assert batch.num_completion_tokens == 22
+    assert batch.num_samples == 9
+    metrics = learner.step(batch, 1)
+    assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)  # a mean over the tokens that are in the loss
+    masked = _gradients(policy)
+    plain = _learner(micro_policy(0))
+    scores = _scores()
+    rows = [
+        PackedRow(row.prompt_ids, [s for s in row.samples if s.finish_reason == "stop"])
+        for row in plain.prepare(groups, scores).rows
+    ]
+    plain.step(replace(batch, rows=rows), 1)
+    _assert_close(masked, _gradients(plain.policy))
+
+
+def test_a_batch_of_truncated_completions_is_no_failure(micro_policy):
+    policy = micro_policy(0)
+    groups = _groups(policy)
+    for group in groups:
+        for completion in group.completions:
+            completion.finish_reason = "length"
+    learner = _learner(policy, mask_truncated_completions=True)
+    metrics = learner.step(learner.prepare(groups, _scores()), 1)
+    assert metrics["loss/policy"] == 0.0
+    assert metrics["learner/grad_norm"] == 0.0
+
+
+# ---- the MTP head's share, supervised steps, schedules, state -------------------------------------------------------
+
+
+def test_the_head_learns_every_so_many_steps_from_another_share_of_the_groups(micro_policy):
+    policy = micro_policy(0)
+    learner = _learner(policy, mtp=1.0, every=2, share=0.5)
+    rows = [PackedRow([5], [Sample(i, [1, 2])]) for i in range(4)]
+    place = {id(row): i for i, row in enumerate(rows)}
+    chosen = {step: [place[row] for row in learner._teaching(rows, step)] for step in range(1, 7)}
+    assert chosen == {1: [], 2: [1, 3], 3: [], 4: [0, 2], 5: [], 6: [1, 3]}
+    before = {name: p.detach().clone() for name, p in policy.mtp.named_parameters()}
+    metrics = learner.step(learner.prepare(_groups(policy), _scores()), 1)
+    assert "loss/mtp" not in metrics
+    assert all(torch.equal(p, before[name]) for name, p in policy.mtp.named_parameters())
+    assert learner.step(learner.prepare(_groups(policy), _scores()), 2)["loss/mtp"] > 0
+    assert not all(torch.equal(p, before[name]) for name, p in policy.mtp.named_parameters())
+
+
+def test_the_heads_gradient_does_not_depend_on_how_rows_are_split(micro_policy):
+    """`share` is one of the groups, not of the rows that memory happens to cut them into."""
+    gradients = []
+    for budget in (10_000, 9):
+        policy = micro_policy(2)
+        learner = _learner(policy, mtp=1.0, share=0.5, tokens_per_micro_batch=budget)
+        learner.step(learner.prepare(_groups(policy, seed=2), _scores()), 1)
+        gradients.append(_gradients(policy.mtp))
+    _assert_close(*gradients)
+
+
+def test_a_supervised_step_is_the_mean_cross_entropy_of_the_solutions(micro_policy):
+    policy = micro_policy(0)
+    learner = _learner(policy, mtp=1.0, tokens_per_micro_batch=16)
+    solutions = [([5, 6, 7], [8, 9, 0]), ([10], [11, 12, 13, 14, 0])]
+    rows = [PackedRow(prompt, [Sample(0, ids)]) for prompt, ids in solutions]
+    with torch.no_grad():
+        logprobs = [_stock_logprobs(policy, prompt, [ids])[0] for prompt, ids in solutions]
+    metrics = learner.sft_step(rows, 1)
+    assert metrics["loss/sft"] == pytest.approx(-torch.cat(logprobs).mean().item(), rel=1e-5)
+    assert metrics["loss/mtp"] > 0
+    for step in range(2, 30):
+        last = learner.sft_step(rows, step)
+    assert last["loss/sft"] < 0.5 * metrics["loss/sft"]
+    settled = [learner.sft_step(rows, step)["loss/mtp"] for step in range(30, 150)]  # its teacher stands still now
+    assert settled[-1] < 0.2 * metrics["loss/mtp"]
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(micro_policy):
+    """Policies come from checkpoints in eval mode, in which transformers ignores it without a word."""
+    gradients, forwards = [], []
+    for checkpointing in (False, True):
+        policy = micro_policy(0)
+        policy.trunk.eval()
+        learner = _learner(policy, mtp=1.0, gradient_checkpointing=checkpointing)
+        batch, calls = learner.prepare(_groups(policy), _scores()), []
+        policy.trunk.model.layers[1].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        metrics = learner.step(batch, 1)
+        gradients.append(_gradients(policy))
+        forwards.append((len(calls), metrics["moe/load_max"]))
+    _assert_close(*gradients)
+    assert [count for count, _ in forwards] == [1, 2]
+    assert forwards[1][1] == forwards[0][1]
+
+
+def test_load_statistics_count_the_tokens_of_the_completions_once(micro_policy):
+    policy = micro_policy(0)
+    policy.add_lora(4, 8.0)
+    learner = _learner(policy, beta=0.1)
+    batch = learner.prepare(_groups(policy), _scores())
+    metrics = learner.step(batch, 1)
+    counts = learner.balancer.counts
+    assert counts.shape == (1, 4)
+    assert counts.sum() == 2 * 28  # two experts a token; the reference's forward is not counted
+    load = counts[0] / 14
+    assert metrics["moe/load_max"] == pytest.approx(load.max().item())
+    assert metrics["moe/max_violation"] == pytest.approx(load.max().item() - 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup", "expected"),
+    [
+        ("constant", 0, [1, 1, 1, 1]),
+        ("constant", 2, [0.5, 1, 1, 1]),
+        ("linear", 2, [0.5, 1, 1, 0.5]),
+        ("cosine", 0, [1, 0.8536, 0.5, 0.1464]),
+    ],
+)
+def test_schedules_by_hand(kind, warmup, expected):
+    assert [schedule(kind, 4, warmup)(step) for step in (1, 2, 3, 4)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_schedule_scales_both_learning_rates(micro_policy):
+    learner = _learner(micro_policy(0), mtp=1.0, learning_rate=1e-3, schedule=schedule("linear", 4, 0))
+    for step, factor in ((1, 1.0), (2, 0.75), (4, 0.25)):
+        metrics = learner.step(learner.prepare(_groups(learner.policy, seed=step), _scores()), step)
+        assert metrics["learner/learning_rate"] == pytest.approx(factor * 1e-3)
+        rates = {group["lr"] for group in learner.optimizer.param_groups}
+        assert rates == {factor * 1e-3, factor * MTPOptions().learning_rate}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_contract_9_a_learner_goes_on_from_its_state_with_the_same_bits(micro_policy, lora):
+    def fresh() -> Learner:
+        policy = micro_policy(0)
+        if lora:
+            torch.manual_seed(1)
+            policy.add_lora(4, 8.0)
+        return _learner(policy, mtp=1.0, beta=0.1, learning_rate=1e-2)
+
+    whole = fresh()
+    groups = [_groups(micro_policy(0), seed=step) for step in range(4)]
+    for step in (1, 2):
+        whole.step(whole.prepare(groups[step], _scores()), step)
+    tensors, state = copy.deepcopy(whole.state())
+    assert state == {"policy_version": 2, "skipped_in_a_row": 0}
+    resumed = fresh()
+    assert not _same(_snapshot(whole), _snapshot(resumed))
+    resumed.load_state(tensors, state)
+    assert _same(_snapshot(whole), _snapshot(resumed))
+    for learner in (whole, resumed):
+        learner.step(learner.prepare(groups[3], _scores()), 3)
+    assert _same(_snapshot(whole), _snapshot(resumed))
+
+
+def test_moments_come_back_on_the_device_of_their_parameter(micro_policy):
+    """A checkpoint is read on the CPU. `meta` stands for any other device: it only knows where a tensor is."""
+    learner = _learner(micro_policy(0), mtp=1.0, advantage="gae")
+    learner.step(learner.prepare(_groups(learner.policy), _scores()), 1)
+    tensors, state = learner.state()
+    assert len(tensors["optimizer"]) > 100
+    learner.policy.to("meta")
+    learner.value_head.to("meta")
+    learner.optimizer.state = defaultdict(dict)
+    learner.load_state(tensors, state)
+    for parameter, moments in learner.optimizer.state.items():
+        assert {value.device.type for value in moments.values()} == {parameter.device.type} == {"meta"}
+    assert sum(map(len, learner.optimizer.state.values())) == len(tensors["optimizer"])
+
+
+def test_the_state_of_another_policy_is_refused_by_name(micro_policy):
+    learner, adapted = _learner(micro_policy(0)), micro_policy(0)
+    adapted.add_lora(4, 8.0)
+    tensors, state = _learner(adapted).state()
+    with pytest.raises(ValueError, match=r"another policy: .*lora.*check model and lora"):
+        learner.load_state(tensors, state)
+    few, all_ = micro_policy(0), micro_policy(0)
+    few.add_lora(4, 8.0, ["q_proj"])
+    all_.add_lora(4, 8.0)
+    tensors, state = _learner(few).state()
+    with pytest.raises(ValueError, match=r"another policy: it lacks .*lora_A.*check model and lora"):
+        _learner(all_).load_state(tensors, state)
+
+
+def test_split_rows_of_a_group_score_the_same(micro_policy):
+    policy = micro_policy(0)
+    learner = _learner(policy)
+    group = _groups(policy)[2]
+    samples = [Sample(i, c.token_ids) for i, c in enumerate(group.completions)]
+    with torch.no_grad():
+        whole = _all_logprobs(learner, split_rows(group.prompt.token_ids, samples, 1000), 1000)
+        cut = _all_logprobs(learner, split_rows(group.prompt.token_ids, samples, 10), 1000)
+    for index, logprobs in whole.items():
+        assert cut[index] == pytest.approx(logprobs, abs=1e-5)

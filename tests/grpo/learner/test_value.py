@@ -1,0 +1,310 @@
+"""PPO and rank_softmax: value head, token advantages by hand, the step they take, and what is saved of them."""
+
+import copy
+import doctest
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import grpo.learner.value
+from grpo.config.run import LearnerOptions, LossOptions, MTPOptions, TrainConfig, ValueOptions
+from grpo.learner.batch import PackedRow, Sample, TrainingBatch
+from grpo.learner.learner import Learner
+from grpo.learner.value import ValueHead, explained_variance, with_token_advantages
+from grpo.run import checkpoint
+from grpo.run.log import read_metrics, read_rollouts
+from grpo.run.stop import Stopped
+from grpo.train import Trainer
+from policies.logprobs import token_logprobs
+from rewards.group_score import LARGEST, GroupScore
+from rollout.group import Completion, Prompt, RolloutGroup
+
+REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]
+LENGTHS = ((4, 2, 6), (1, 5, 3), (2, 2, 3))
+
+
+def _learner(policy, advantage="gae", *, value=None, **given) -> Learner:
+    names = LearnerOptions.model_fields
+    options = {"learning_rate": 1e-3} | {k: given.pop(k) for k in list(given) if k in names}
+    loss = LossOptions(advantage=advantage, **given)
+    head = MTPOptions(loss_weight=0)
+    return Learner(policy, LearnerOptions(**options), head, loss, value=ValueOptions(**(value or {})))
+
+
+def _groups(seed=0) -> list[RolloutGroup]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(count):
+        return torch.randint(2, 300, (count,), generator=generator).tolist()
+
+    return [
+        RolloutGroup(
+            Prompt(f"p/{g}", "", tokens(1 + 3 * g)),
+            [Completion(tokens(n), [-1.0] * n, "", "stop", 0) for n in lengths],
+        )
+        for g, lengths in enumerate(LENGTHS)
+    ]
+
+
+def _scores(rewards=REWARDS) -> list[GroupScore]:
+    return [GroupScore(list(row), {"exact": list(row)}) for row in rewards]
+
+
+def _gradients(module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+# ---- by hand ------------------------------------------------------------------------------------------------------
+
+
+def test_docstring_examples():
+    assert doctest.testmod(grpo.learner.value).failed == 0
+
+
+def _batch() -> TrainingBatch:
+    """One group: a good completion of two tokens, a bad one of one token, one without a reward."""
+    samples = [Sample(0, [5, 6]), Sample(1, [7])]
+    return TrainingBatch([PackedRow([3], samples)], torch.zeros(1, 3), 2, 3)
+
+
+VALUES = {0: torch.tensor([0.5, 0.8]), 1: torch.tensor([0.4])}
+
+
+def test_token_advantages_by_hand():
+    # δ of the first: 0.8 - 0.5 = 0.3, 1 - 0.8 = 0.2; λ = ½ gives 0.3 + 0.1 = 0.4 and 0.2. Of the second: 0 - 0.4.
+    options = ValueOptions(lam=0.5, whiten_advantages=False)
+    batch = with_token_advantages(_batch(), VALUES, [[1.0, 0.0, None]], options)
+    good, bad = batch.rows[0].samples
+    assert good.token_advantages == pytest.approx([0.4, 0.2])
+    assert good.returns == pytest.approx([0.9, 1.0])
+    assert good.values == pytest.approx([0.5, 0.8])
+    assert bad.token_advantages == pytest.approx([-0.4])
+    assert bad.returns == pytest.approx([0.0])
+    assert batch.advantages == [[good.token_advantages, bad.token_advantages, []]]
+    residuals, returns = [0.4, 0.2, -0.4], [0.9, 1.0, 0.0]
+    mean, spread = sum(residuals) / 3, sum(returns) / 3
+    explained = 1 - sum((x - mean) ** 2 for x in residuals) / sum((x - spread) ** 2 for x in returns)
+    assert batch.metrics["value/explained_variance"] == pytest.approx(explained, abs=1e-6)
+
+
+def test_discount_by_hand():
+    options = ValueOptions(gamma=0.5, lam=1.0, whiten_advantages=False)
+    good = with_token_advantages(_batch(), VALUES, [[1.0, 0.0, None]], options).rows[0].samples[0]
+    assert good.returns == pytest.approx([0.5, 1.0])  # λ = 1: the discounted score itself
+
+
+def test_whitening_by_hand():
+    # 0.4, 0.2, -0.4: mean 1/15, std √((1/9 + 4/225 + 49/225) / 2) = √(78/225 / 2)
+    batch = with_token_advantages(_batch(), VALUES, [[1.0, 0.0, None]], ValueOptions(lam=0.5))
+    std = math.sqrt(78 / 225 / 2) + 1e-4
+    expected = [(a - 1 / 15) / std for a in (0.4, 0.2, -0.4)]
+    flat = [a for sample in batch.rows[0].samples for a in sample.token_advantages]
+    assert flat == pytest.approx(expected, abs=1e-5)
+    # a completion that is not in the loss has no say in mean and std
+    batch = with_token_advantages(_batch(), VALUES, [[1.0, 0.0, None]], ValueOptions(lam=0.5), left_out=[1])
+    std = math.sqrt(0.02) + 1e-4
+    assert batch.rows[0].samples[0].token_advantages == pytest.approx([0.1 / std, -0.1 / std], abs=1e-4)
+
+
+def test_rank_weights_by_hand(micro_policy):
+    """Ranks 1 and 0 of the two that were scored: weights e / (1 + e) and 1 / (1 + e), on Â = R - V with V = 0."""
+    learner = _learner(micro_policy(0), "rank_softmax", value={"whiten_advantages": False, "lam": 1.0})
+    assert learner.loss.loss_type == "reinforce"
+    groups = _groups()[:1]
+    batch = learner.prepare(groups, _scores([[2.0, -1.0, None]]))
+    e = math.e
+    assert batch.rows[0].samples[0].token_advantages == pytest.approx([2 * e / (1 + e)] * 4)
+    assert batch.rows[0].samples[1].token_advantages == pytest.approx([-1 / (1 + e)] * 2)
+    assert batch.advantages[0][2] == []
+
+
+def test_another_loss_may_be_asked_for():
+    assert LossOptions(advantage="rank_softmax").loss_type == "reinforce"
+    assert LossOptions(advantage="rank_softmax", loss_type="dapo").loss_type == "dapo"
+    assert LossOptions(advantage="gae").loss_type == "dapo"
+
+
+def test_nothing_is_explained_where_all_returns_are_one():
+    assert explained_variance(torch.rand(3), torch.ones(3)) == {}
+
+
+def test_the_value_head_starts_at_zero_and_draws_nothing_from_the_global_noise():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    head, again = ValueHead(8, 4), ValueHead(8, 4)
+    assert torch.equal(torch.rand(2), expected)
+    assert not head(torch.randn(5, 8)).any()
+    assert torch.equal(head.layers[0].weight, again.layers[0].weight)
+    assert len(list(ValueHead(8, 0).parameters())) == 2
+    assert head(torch.randn(5, 8).bfloat16()).dtype == torch.float32
+
+
+# ---- one step -----------------------------------------------------------------------------------------------------
+
+
+def _padded_hidden(policy, prompt, ids):
+    """Stock hidden states that precede the tokens of one completion, and log π of them."""
+    out = policy.trunk(input_ids=torch.tensor([prompt + ids]), output_hidden_states=True)
+    first = len(prompt) - 1
+    logprobs = token_logprobs(out.logits[0, first:-1], torch.tensor(ids))
+    return out.hidden_states[-1][0, first:-1], logprobs
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rank_softmax"])
+def test_one_step_against_the_stock_model(micro_policy, advantage):
+    """Values, GAE, weights, both losses and their gradients, from plain padded rows and the formulas."""
+    policy = micro_policy(1)
+    by_hand = copy.deepcopy(policy)
+    learner = _learner(policy, advantage, max_grad_norm=1e9, value={"hidden_size": 0, "lam": 0.9})
+    with torch.no_grad():
+        learner.value_head.layers[0].weight.normal_(0, 0.1)
+    head = copy.deepcopy(learner.value_head)
+    groups = _groups(1)
+    metrics = learner.step(learner.prepare(groups, _scores()), 1)
+
+    cells = []
+    for group, rewards in zip(groups, REWARDS, strict=True):
+        ranks = [sum(o < r for o in rewards) + (sum(o == r for o in rewards) - 1) / 2 for r in rewards]
+        total = sum(map(math.exp, ranks))
+        for completion, reward, rank in zip(group.completions, rewards, ranks, strict=True):
+            hidden, logprobs = _padded_hidden(by_hand, group.prompt.token_ids, completion.token_ids)
+            values = head(hidden.detach())
+            deltas = [*(values[1:] - values[:-1]).tolist(), reward - values[-1].item()]
+            gae = [sum(0.9 ** (u - t) * deltas[u] for u in range(t, len(deltas))) for t in range(len(deltas))]
+            returns = torch.tensor(gae) + values.detach()
+            cells.append((torch.tensor(gae), returns, values, logprobs, math.exp(rank) / total))
+    everything = torch.cat([gae for gae, *_ in cells])
+    mean, std = everything.mean(), everything.std() + 1e-4
+    loss = value = torch.zeros(())
+    for gae, returns, values, logprobs, weight in cells:
+        advantages = (gae - mean) / std * (weight if advantage == "rank_softmax" else 1.0)
+        score = logprobs if advantage == "rank_softmax" else (logprobs - logprobs.detach()).exp()
+        loss = loss - (advantages * score).sum() / len(everything)
+        value = value + (values - returns).square().sum() / len(everything) / 2
+    (loss + 0.1 * value).backward()
+    assert metrics["loss/policy"] == pytest.approx(loss.item(), abs=1e-5)
+    assert metrics["loss/value"] == pytest.approx(value.item(), abs=1e-5)
+    for name, expected in (_gradients(by_hand.trunk) | _gradients(head)).items():
+        module = learner.value_head if name.startswith("layers.") else policy.trunk
+        got = module.get_parameter(name).grad
+        assert (got - expected).norm() <= 1e-3 * expected.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rank_softmax"])
+def test_contract_10_micro_batches_change_nothing_with_values(micro_policy, advantage):
+    gradients, metrics = [], []
+    for budget in (10_000, 20, 9):
+        policy = micro_policy(2)
+        learner = _learner(policy, advantage, tokens_per_micro_batch=budget, learning_rate=1e-9)
+        metrics.append(learner.step(learner.prepare(_groups(2), _scores()), 1))
+        gradients.append(_gradients(policy.trunk) | _gradients(learner.value_head))
+    for other in gradients[1:]:
+        assert other.keys() == gradients[0].keys()
+        for name, g in other.items():
+            assert (g - gradients[0][name]).norm() <= 1e-5 * gradients[0][name].norm() + 1e-8, name
+    for name in ("loss/policy", "loss/value", "value/grad_norm", "loss/total"):
+        assert [m[name] for m in metrics] == pytest.approx([metrics[0][name]] * 3, rel=1e-4, abs=1e-6)
+
+
+def test_the_values_learn_what_the_score_will_be(micro_policy):
+    policy = micro_policy(0)
+    learner = _learner(policy, learning_rate=1e-12, value={"learning_rate": 1e-2, "cliprange_value": 1e9, "lam": 1})
+    groups = _groups()
+    first = learner.step(learner.prepare(groups, _scores()), 1)
+    for step in range(2, 60):
+        last = learner.step(learner.prepare(groups, _scores()), step)
+    assert last["loss/value"] < 0.1 * first["loss/value"]
+    assert last["value/explained_variance"] > 0.7  # first tokens share one state, and differ in their score
+    assert first["value/explained_variance"] == pytest.approx(0.0, abs=1e-6)  # V = 0
+
+
+def test_the_value_loss_reaches_the_trunk_only_where_asked(micro_policy):
+    gradients = []
+    for value in ({"vf_coef": 0.1}, {"vf_coef": 5.0}, {"vf_coef": 5.0, "train_trunk": True}):
+        policy = micro_policy(3)
+        learner = _learner(policy, value=value)
+        with torch.no_grad():
+            learner.value_head.layers[-1].weight.fill_(0.1)
+        learner.step(learner.prepare(_groups(3), _scores()), 1)
+        gradients.append(_gradients(policy.trunk))
+    assert all(torch.equal(gradients[0][name], g) for name, g in gradients[1].items())
+    assert not all(torch.equal(gradients[0][name], g) for name, g in gradients[2].items())
+
+
+def test_several_updates_meet_the_clips(micro_policy):
+    learner = _learner(
+        micro_policy(8), updates_per_batch=4, learning_rate=1e-2, epsilon=0.05, value={"cliprange_value": 0.01}
+    )
+    metrics = learner.step(learner.prepare(_groups(8), _scores()), 1)
+    assert metrics["policy/clip_fraction"] > 0
+    assert metrics["value/clip_fraction"] > 0
+
+
+def test_an_all_zero_batch_takes_no_step_and_a_tied_one_learns_from_its_values(micro_policy):
+    learner = _learner(micro_policy(0))
+    nothing = learner.prepare(_groups(), _scores([[0.0] * 3] * 3))  # V = 0 and no score anywhere
+    assert nothing.tied_groups == 3
+    assert learner.step(nothing, 1)["learner/updates"] == 0
+    tied = learner.prepare(_groups(), _scores([[1.0] * 3] * 3))
+    assert tied.tied_groups == 3
+    assert learner.step(tied, 2)["learner/updates"] == 1
+
+
+# ---- saved, and not published -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rank_softmax"])
+def test_the_largest_scores_that_a_reward_may_give_take_a_finite_step(micro_policy, advantage):
+    learner = _learner(micro_policy(0), advantage)
+    largest = [[LARGEST, -LARGEST, 0.0], [0.0, LARGEST, 1.0], [1.0, 1.0, 1.0]]
+    metrics = learner.step(learner.prepare(_groups(), _scores(largest)), 1)  # raises NonFiniteStep otherwise
+    assert metrics["learner/updates"] == 1.0
+
+
+def test_the_value_head_is_never_published(micro_policy):
+    learner, plain = _learner(micro_policy(0)), _learner(micro_policy(0), "group_relative")
+    assert learner.value_head is not None
+    assert plain.value_head is None
+    assert learner.weights().keys() == plain.weights().keys()
+    assert "value" in learner.state()[0]
+    assert "value" not in plain.state()[0]
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("gae", "group_relative"), ("group_relative", "gae")])
+def test_a_state_with_another_estimator_is_refused(micro_policy, saved, resumed):
+    tensors, state = _learner(micro_policy(0), saved).state()
+    learner = _learner(micro_policy(0), resumed)
+    with pytest.raises(ValueError, match=r"the checkpoint's value tensors .* resume with the loss.advantage"):
+        learner.load_state(tensors, state)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rank_softmax"])
+def test_contract_9_a_stopped_run_with_values_resumes_to_the_same_bits(micro_config, tmp_path, advantage):
+    def config(folder) -> TrainConfig:
+        given = {"loss.advantage": advantage, "learner.updates_per_batch": 2, "data.limit": 10, "steps": 4}
+        return micro_config(folder, **given)
+
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    Trainer(config(whole)).run()
+    with pytest.raises(Stopped):
+        Trainer(config(folder), stop_after=2).run()
+    Trainer(config(folder), resume="auto").run()
+    first, second = (checkpoint.load(path / "checkpoints/step_000004") for path in (whole, folder))
+    assert first.state == second.state
+    assert first.tensors.keys() == second.tensors.keys() == {"policy", "optimizer", "value"}
+    for part, tensors in first.tensors.items():
+        assert [name for name, t in tensors.items() if not torch.equal(t, second.tensors[part][name])] == []
+    assert any(name.startswith("value.") for name in first.tensors["optimizer"])
+    before = checkpoint.load(folder / "checkpoints/step_000002").tensors["value"]
+    assert all(not torch.equal(t, before[name]) for name, t in first.tensors["value"].items())
+    for step in range(1, 5):
+        assert read_rollouts(folder, step) == read_rollouts(whole, step)
+    line = read_rollouts(folder, 3)[0]
+    assert len(line["advantage"]) == len(line["token_ids"])
+    metrics = read_metrics(folder)[2]
+    assert {"loss/value", "value/clip_fraction", "value/grad_norm"} <= metrics.keys()
+    with safe_open(folder / "policy/model.safetensors", framework="pt") as saved:
+        assert not any(name.startswith(("value", "layers")) for name in saved.keys())  # noqa: SIM118

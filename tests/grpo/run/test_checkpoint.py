@@ -1,0 +1,373 @@
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from grpo.run import checkpoint
+from grpo.run.checkpoint import CheckpointError
+from policies.policy import PolicyError
+
+
+def _tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {"policy": {"weight": torch.full((3, 4), value)}, "optimizer": {"step": torch.tensor(value)}}
+
+
+def _save(root: Path, step: int, value: float, **options) -> Path:
+    return checkpoint.save(root, step, _tensors(value), {"value": value}, **options)
+
+
+def _value(path: Path | None) -> float:
+    """The value that a checkpoint holds, after checking that all of its parts agree."""
+    assert path is not None
+    found = checkpoint.load(path)
+    assert found.tensors["policy"]["weight"].tolist() == [[found.state["value"]] * 4] * 3
+    assert found.tensors["optimizer"]["step"].item() == found.state["value"]
+    return found.state["value"]
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def _killed(action, call: int) -> bool:
+    """Run `action` in a process that kills itself just before its `call`-th change to the disk.
+
+    False when it ended before that.
+    """
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        calls = 0
+
+        def deadly(function):
+            def wrapper(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return wrapper
+
+        try:
+            for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
+                setattr(os, name, deadly(getattr(os, name)))
+            checkpoint.save_file = deadly(checkpoint.save_file)
+            action()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False
+
+
+def test_a_checkpoints_files_have_the_mode_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = _save(tmp_path, 1, 0.5)
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == dict.fromkeys(
+        ["policy.safetensors", "optimizer.safetensors", "state.json", "manifest.json"], "0o640"
+    )
+
+
+def test_contract_9_a_killed_save_leaves_the_previous_checkpoint(tmp_path):
+    outcomes = []
+    for call in range(1, 100):
+        root = tmp_path / str(call)
+        _save(root, 1, 1.0)
+        killed = _killed(lambda root=root: _save(root, 2, 2.0, keep=1), call)
+        newest = checkpoint.find(root, "auto")
+        outcomes.append(_value(newest))
+        assert newest.name == f"step_{int(outcomes[-1]):06d}"
+        for visible in root.glob("step_*"):
+            _value(visible)
+        _save(root, 3, 3.0)
+        assert not list(root.glob(".step_*")), "the next save cleans up"
+        if not killed:
+            break
+    assert not killed
+    assert len(outcomes) > 12, "the save was killed at many moments"
+    assert outcomes == sorted(outcomes)
+    assert outcomes.count(1.0) > 8
+    assert outcomes.count(2.0) > 3, "and also while the older checkpoint was being removed"
+
+
+def test_contract_9_a_killed_save_over_the_only_checkpoint_leaves_one_of_the_two(tmp_path):
+    outcomes = []
+    for call in range(1, 100):
+        root = tmp_path / str(call)
+        _save(root, 1, 1.0)
+        killed = _killed(lambda root=root: _save(root, 1, 2.0), call)
+        outcomes.append(_value(checkpoint.find(root, "auto")))
+        _save(root, 1, 3.0)
+        assert _value(checkpoint.find(root, "auto")) == 3.0
+        assert [path.name for path in root.iterdir()] == ["step_000001"]
+        if not killed:
+            break
+    assert not killed
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {1.0, 2.0}
+
+
+def test_contract_9_every_file_and_both_folders_reach_the_disk_in_order(tmp_path, monkeypatch):
+    order = []
+    fsync, replace = checkpoint._fsync, os.replace
+    monkeypatch.setattr(checkpoint, "_fsync", lambda path: (fsync(path), order.append(path.name)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (replace(*paths), order.append("renamed")))
+    path = _save(tmp_path, 1, 1.0)
+    before, after = order[: order.index("renamed")], order[order.index("renamed") + 1 :]
+    assert sorted(before) == sorted([".step_000001.partial", *(file.name for file in path.iterdir())])
+    assert before[-1] == ".step_000001.partial"
+    assert after == [tmp_path.name]
+
+
+def test_contract_9_random_states_and_bits_come_back(tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    python = random.Random(3)
+    version, words, gauss = python.getstate()
+    tied = torch.randn(4, 4, generator=generator)
+    tensors = {
+        "policy": {
+            "embed": tied,
+            "head": tied,  # tied
+            "view": tied[1:3, ::2],  # shares memory, strided
+            "half": torch.tensor([float("nan"), -0.0, 1e-40]).bfloat16(),
+            "count": torch.arange(3),
+            "empty": torch.zeros(0, 5),
+            "scalar": torch.tensor(0.1, dtype=torch.float64, requires_grad=True),
+        },
+        "rng": {"torch": generator.get_state()},
+        "nothing": {},
+    }
+    state = {
+        "python": [version, list(words), gauss],
+        "tenth": 0.1,
+        "name": "Zoë\ud800",
+        "none": None,
+        "yes": True,
+    }
+    loaded = checkpoint.load(checkpoint.save(tmp_path, 7, tensors, state))
+    assert (loaded.step, loaded.state) == (7, state)
+    assert loaded.tensors.keys() == tensors.keys()
+    for name, mapping in tensors.items():
+        assert loaded.tensors[name].keys() == mapping.keys()
+        for key, tensor in mapping.items():
+            copy = loaded.tensors[name][key]
+            assert (copy.dtype, copy.shape) == (tensor.dtype, tensor.shape)
+            assert _bits(copy).equal(_bits(tensor))
+    restored = random.Random()
+    version, words, gauss = loaded.state["python"]
+    restored.setstate((version, tuple(words), gauss))
+    assert restored.random() == python.random()
+    again = torch.Generator()
+    again.set_state(loaded.tensors["rng"]["torch"])
+    assert torch.rand(3, generator=again).equal(torch.rand(3, generator=generator))
+
+
+@pytest.mark.parametrize("name", ["policy.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_a_damaged_file_is_named_with_the_checkpoint_to_resume_from(tmp_path, name, damage):
+    _save(tmp_path, 9, 9.0)
+    _save(tmp_path, 10, 10.0)
+    path = _save(tmp_path, 11, 11.0)
+    (tmp_path / "step_000010" / "state.json").write_text("{}")  # so that step 9 is the one before that is intact
+    content = bytearray((path / name).read_bytes())
+    if damage == "flip":
+        content[-3] ^= 1
+    if damage == "cut":
+        del content[-3:]
+    (path / name).write_bytes(content)
+    if damage == "delete":
+        (path / name).unlink()
+    assert checkpoint.find(tmp_path, "auto") == path, "a damaged checkpoint is not skipped in silence"
+    with pytest.raises(CheckpointError, match=rf"step_000011 is damaged: {name}.*resume from .*step_000009"):
+        checkpoint.load(path)
+
+
+def test_any_flipped_byte_of_the_manifest_is_seen(tmp_path):
+    path = _save(tmp_path, 1, 1.0)
+    intact = (path / "manifest.json").read_bytes()
+    for index in range(len(intact)):
+        (path / "manifest.json").write_bytes(intact[:index] + bytes([intact[index] ^ 1]) + intact[index + 1 :])
+        with pytest.raises(CheckpointError, match=r"manifest\.json"):
+            checkpoint.load(path)
+
+
+def test_damage_with_nothing_before_it_says_so(tmp_path):
+    path = _save(tmp_path, 1, 1.0)
+    (path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest.json .*none before it is intact: start a new run"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        ("fsync", OSError(errno.ENOSPC, "No space left on device")),
+        ("save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+        ("replace", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_a_full_disk_names_path_bytes_and_way_out(tmp_path, monkeypatch, function, error):
+    _save(tmp_path, 1, 1.0)
+
+    def full(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint if function == "save_file" else os, function, full)
+        with pytest.raises(CheckpointError, match=r"step_000002: .*needs \d+ bytes, \d+ are free: make room"):
+            _save(tmp_path, 2, 2.0, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+    assert _value(tmp_path / "step_000001") == 1.0
+
+
+def test_a_failed_replacement_puts_the_former_checkpoint_back(tmp_path, monkeypatch):
+    _save(tmp_path, 1, 1.0)
+    real = os.replace
+
+    def only_away(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", only_away)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        _save(tmp_path, 1, 2.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+    assert _value(tmp_path / "step_000001") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        ((1, 2), "state.a.b"),
+        (float("nan"), "state.a.b"),
+        (torch.zeros(2), "state.a.b"),
+        ([0, {"c": b"x"}], r"state.a.b\[1\].c"),
+        ({3: "x"}, "state.a.b"),
+        (Path("x"), "state.a.b"),
+    ],
+)
+def test_state_that_json_would_change_is_refused_by_key(tmp_path, value, key):
+    with pytest.raises(CheckpointError, match=f"^{key} is .*JSON takes only"):
+        checkpoint.save(tmp_path, 1, {}, {"a": {"b": value}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_keep_protect_and_later_steps(tmp_path):
+    for step in (1, 2, 3, 4):
+        _save(tmp_path, step, float(step), keep=2, protect=[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000003", "step_000004"]
+    _save(tmp_path, 2, 2.0, keep=1)  # resumed before 3: what came later stays until it is discarded
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000003", "step_000004"]
+    assert [path.name for path in checkpoint.discard_after(tmp_path, 2)] == ["step_000003", "step_000004"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
+    with pytest.raises(CheckpointError, match="keep=0"):
+        _save(tmp_path, 5, 5.0, keep=0)
+
+
+def test_find(tmp_path):
+    root = tmp_path / "checkpoints"
+    assert checkpoint.find(root, "auto") is None
+    _save(root, 999_999, 1.0)
+    newest = _save(root, 1_000_000, 2.0)
+    (root / ".step_1000001.partial").mkdir()
+    (root / "step_notes").mkdir()
+    assert checkpoint.find(root, "auto") == newest
+    assert checkpoint.find(root, str(root / "step_999999")) == root / "step_999999"
+    with pytest.raises(CheckpointError, match=r"step_000005 is no checkpoint.*use auto, or one of: .*step_999999"):
+        checkpoint.find(root, str(root / "step_000005"))
+
+
+def test_the_manifest_lists_every_other_file(tmp_path):
+    path = _save(tmp_path, 3, 3.0)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    assert sorted([*files, "manifest.json"]) == sorted(file.name for file in path.iterdir())
+    assert all(file["bytes"] == (path / name).stat().st_size for name, file in files.items())
+
+
+SAVES = """
+import sys, torch
+from pathlib import Path
+from grpo.run import checkpoint
+torch.set_num_threads(1)
+root, step = Path(sys.argv[1]), int(sys.argv[2])
+print("ready", flush=True)
+while True:
+    step += 1
+    tensors = {"policy": {"weight": torch.full((3, 4), float(step)), "big": torch.full((400, 400), float(step))},
+               "optimizer": {"step": torch.tensor(float(step))}}
+    checkpoint.save(root, step, tensors, {"value": float(step)}, keep=2)
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_contract_9_kill_9_at_random_moments_of_real_saves_loses_nothing_that_was_announced(tmp_path):
+    """A process saves one checkpoint after the other until it is killed; the next goes on behind what it left."""
+    generator, step = random.Random(5), 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVES, str(tmp_path), str(step)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(generator.uniform(0.01, 0.25))
+        process.kill()
+        announced = [int(line) for line in process.stdout.read().split()]
+        process.wait()
+        newest = checkpoint.find(tmp_path, "auto")
+        found = 0 if newest is None else int(_value(newest))
+        assert found in ((announced or [step])[-1], (announced or [step])[-1] + 1)
+        for visible in tmp_path.glob("step_*"):
+            _value(visible)
+        step = found
+    assert step > 8, "many saves were made in between"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full_loses_nothing(small_disk):
+    tensors = {"policy": {"weight": torch.full((3, 4), 1.0), "big": torch.zeros(300, 300)}}  # 360 kB
+    checkpoint.save(small_disk, 1, tensors, {"value": 1.0})
+    for attempt in (2, 3):
+        with pytest.raises(CheckpointError, match=rf"step_00000{attempt}: .*needs \d+ bytes, \d+ are free: make room"):
+            checkpoint.save(small_disk, attempt, tensors, {"value": 2.0}, keep=1)
+        assert [path.name for path in small_disk.iterdir()] == ["step_000001"]
+        assert checkpoint.load(small_disk / "step_000001").state == {"value": 1.0}
+
+
+def test_a_policy_that_a_full_disk_refuses_leaves_the_former_one(small_disk, micro_policy):
+    micro_policy(0).save(small_disk / "policy")
+    former = {path.name: path.read_bytes() for path in (small_disk / "policy").iterdir()}
+    (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - 20_000))
+    with pytest.raises(PolicyError, match=r"cannot write the policy to .*disk/policy: .*needs \d+ bytes: make room"):
+        micro_policy(1).save(small_disk / "policy")
+    assert sorted(path.name for path in small_disk.iterdir()) == ["other", "policy"]
+    assert {path.name: path.read_bytes() for path in (small_disk / "policy").iterdir()} == former

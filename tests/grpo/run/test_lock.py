@@ -1,0 +1,138 @@
+"""One run at a time writes into a folder, and a dead one blocks nobody."""
+
+import errno
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo.config.mtp import MtpConfig
+from grpo.config.options import load
+from grpo.config.run import SftConfig
+from grpo.mtp import mtp
+from grpo.run import lock
+from grpo.run.lock import FolderInUse, RunLock
+from grpo.run.log import RunLog, read_metrics
+from grpo.run.stop import Stopped
+from grpo.sft import sft
+from grpo.train import Trainer
+
+ROOT = Path(__file__).parents[3]
+HOLDS = """
+import subprocess, sys, time
+from pathlib import Path
+from grpo.run.lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.take()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_refusal_names_process_and_host_and_ends_with_that_process(tmp_path, number):
+    """Also where a program that it has started outlives it."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(FolderInUse, match=rf"process {holder.pid} on host {re.escape(socket.gethostname())}\)"):
+            RunLock(tmp_path)
+        holder.send_signal(number)
+        holder.wait(timeout=20)
+        with RunLock(tmp_path):
+            assert json.loads((tmp_path / ".lock").read_text()) == {"pid": os.getpid(), "host": socket.gethostname()}
+    finally:
+        os.kill(child, signal.SIGKILL)
+        holder.kill()
+
+
+def test_a_folder_that_is_not_there_is_made_by_taking_it(tmp_path):
+    with RunLock(tmp_path / "a/b") as lock:
+        assert not (tmp_path / "a").exists()
+        lock.take()
+        lock.take()
+        with pytest.raises(FolderInUse):
+            RunLock(tmp_path / "a/b")
+    RunLock(tmp_path / "a/b")
+
+
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    RunLock(tmp_path)
+    assert "cannot be locked (" in caplog.text
+
+
+def _files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+@pytest.mark.parametrize("command", ["train", "sft", "mtp"])
+def test_a_run_refuses_the_folder_of_another_one(micro_config, micro_preset, letters, tmp_path, command, resume):
+    folder = tmp_path / "run"
+    options = {
+        "model": micro_preset,
+        "output_dir": folder,
+        "threads": 1,
+        "data.levels": [1],
+        "data.limit": 8,
+        "rewards": [{"function": letters}],
+        "log.trackers": [],
+    }
+
+    def start() -> None:
+        if command == "train":
+            Trainer(micro_config(folder), resume=resume)
+        elif command == "sft":
+            sft(load(SftConfig, None, options), resume=resume)
+        else:
+            mtp(load(MtpConfig, None, options | {"prompts_per_step": 2}), resume=resume)
+
+    with RunLog(folder, "steps: 3\n", trackers=[], quiet=True) as log:  # before its first step, too
+        before = _files(folder)
+        with pytest.raises(FolderInUse, match=f"process {os.getpid()} on host .*choose another output_dir"):
+            start()
+        log.step(1, {"reward/mean": 1.0})
+        assert _files(folder).keys() == before.keys()
+    assert [line["step"] for line in read_metrics(folder)] == [1]
+
+
+def test_the_lock_is_free_after_a_refusal_a_stop_a_failure_and_the_end(micro_config, tmp_path, monkeypatch):
+    folder, given = tmp_path / "run", {"warm_start.steps": 0, "eval.limit": 0}
+    trainer = Trainer(micro_config(folder, **given), stop_after=1)
+    with pytest.raises(FolderInUse):
+        Trainer(micro_config(folder, **given), resume="auto")
+    with pytest.raises(Stopped):
+        trainer.run()
+    RunLock(folder).release()
+    with pytest.raises(ValueError, match="another configuration") as refusal:
+        Trainer(micro_config(folder, seed=3, **given), resume="auto")
+    RunLock(folder).release()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as failure:
+            Trainer(micro_config(folder, **given), resume="auto").run()
+    RunLock(folder).release()
+    ended = Trainer(micro_config(folder, **given), resume="auto")
+    ended.run()
+    RunLock(folder).release()
+    assert refusal
+    assert failure  # they keep what they were raised in alive
+
+
+def test_two_demos_of_one_second_get_folders_of_their_own():
+    shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    [name] = re.findall(r"--output_dir (\S+\$\(date [^)]*\)\S*)", shown)
+    stopped_clock = f"date() {{ echo 1; }}; echo {name}"
+    names = {subprocess.run(["sh", "-c", stopped_clock], capture_output=True, text=True).stdout for _ in range(3)}
+    assert len(names) == 3

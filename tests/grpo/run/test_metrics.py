@@ -1,0 +1,124 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from grpo.run.metrics import METRICS, check, rollout_metrics, table
+from rewards.group_score import GroupScore, RewardFailure
+from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
+
+
+def _completion(tokens: int, reason: str, draft: DraftStats) -> Completion:
+    return Completion(list(range(tokens)), [-0.5] * tokens, "x", reason, policy_version=0, draft=draft)
+
+
+def _score(rewards, errors=(), metrics=None, dropped=False, **parts) -> GroupScore:
+    return GroupScore(rewards, parts, list(errors), metrics=metrics or {}, dropped=dropped)
+
+
+def test_rollout_metrics_by_hand():
+    prompt = Prompt("p", "2 + 2 =", [1, 2])
+    groups = [
+        RolloutGroup(
+            prompt,
+            [
+                # a first token, then (1 + 2) + (1 + 1) in 2 forwards
+                _completion(6, "stop", DraftStats(2, drafted=[2, 2], accepted=[2, 1])),
+                # a first token, then (1 + 0) + (1 + 1) + 1 in 3 forwards, one of them without a draft
+                _completion(5, "length", DraftStats(3, drafted=[2], accepted=[1], fallbacks=1)),
+            ],
+        ),
+        RolloutGroup(prompt, [_completion(1, "abort", DraftStats(0)), _completion(4, "stop", DraftStats(3))]),
+        RolloutGroup(prompt, [_completion(2, "stop", DraftStats(1)), _completion(2, "stop", DraftStats(1))]),
+    ]
+    failure = RewardFailure("exact", "p", 0, "raised", "boom")
+    scores = [
+        _score([1.0, 0.0], exact=[1.0, 0.0], form=[None, 0.5], metrics={"retries": 2.0}),
+        _score([None, 0.5], errors=[failure], dropped=True, exact=[None, 0.5], metrics={"retries": 4.0}),
+        _score([0.25, 0.25], exact=[0.25, 0.25]),
+    ]
+    assert rollout_metrics(groups, scores) == {
+        "reward/mean": pytest.approx(2.0 / 5),
+        "reward/std": pytest.approx(0.5 / 3),  # 0.5, 0 (one score), 0
+        "reward/abstained": pytest.approx(1 / 6),
+        "reward/errors": 1,
+        "reward/part/exact": pytest.approx(2.0 / 5),
+        "reward/part/form": 0.5,
+        "reward/metric/retries": 3.0,
+        "group/tied": pytest.approx(2 / 3),
+        "group/dropped": 1,
+        "completion/tokens": 20,
+        "completion/length_mean": pytest.approx(20 / 6),
+        "completion/length_max": 6,
+        "completion/clipped": pytest.approx(1 / 6),
+        "completion/aborted": pytest.approx(1 / 6),
+        "draft/tokens_per_forward": pytest.approx(14 / 10),
+        "draft/fallback_rate": pytest.approx(1 / 10),
+        "draft/drafted_depth_1": 4,
+        "draft/acceptance_depth_1": 0.75,
+        "draft/drafted_depth_2": 2,
+        "draft/acceptance_depth_2": 0.5,
+        "policy/entropy": 0.5,  # every log-probability is -0.5
+    }
+
+
+def test_plain_decoding_is_one_token_per_forward_and_has_no_acceptance():
+    group = RolloutGroup(Prompt("p", "", [1]), [_completion(n, "stop", DraftStats(n - 1)) for n in (3, 5)])
+    metrics = rollout_metrics([group], [_score([None, None])])
+    assert metrics["draft/tokens_per_forward"] == 1
+    assert metrics["reward/abstained"] == metrics["group/tied"] == 1
+    assert not {"reward/mean", "reward/std"} & metrics.keys()
+    assert not [name for name in metrics if "depth" in name]
+
+
+def test_tokens_per_forward_is_one_plus_the_acceptances_when_every_forward_drafts():
+    """The sum of DESIGN's glossary: forwards that draft k tokens each give 1 + Σ accepted_d / drafted_d."""
+    draft = DraftStats(target_forwards=10, drafted=[10, 10], accepted=[8, 5])
+    group = RolloutGroup(Prompt("p", "", [1]), [_completion(1 + 10 + 8 + 5, "stop", draft)])
+    metrics = rollout_metrics([group], [_score([1.0])])
+    acceptance = metrics["draft/acceptance_depth_1"] + metrics["draft/acceptance_depth_2"]
+    assert metrics["draft/tokens_per_forward"] == pytest.approx(1 + acceptance)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("reward/mean", "reward/mean"),
+        ("reward/part/gsm8k format", "reward/part/<name>"),
+        ("draft/acceptance_depth_12", "draft/acceptance_depth_<d>"),
+    ],
+)
+def test_documented_names(name, row):
+    assert check(name) == row
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("reward/meen", "reward/mean"), ("draft/acceptance_depth_x", "draft/acceptance_depth_<d>"), ("", "")],
+)
+def test_an_undocumented_name_raises_with_the_nearest(name, nearest):
+    with pytest.raises(ValueError, match=f"{name}' is not documented; did you mean '{nearest}"):
+        check(name)
+
+
+def test_every_pattern_documents_itself_and_no_other():
+    for pattern in METRICS:
+        assert check(pattern.replace("<d>", "1").replace("<name>", "x")) == pattern
+
+
+def test_every_metric_that_the_code_names_is_documented():
+    root = Path(__file__).parents[3]
+    areas = "|".join({name.partition("/")[0] for name in METRICS})
+    literal = re.compile(rf'"((?:{areas})/[a-z0-9_/]+)"')
+    sources = [path for package in ("grpo", "rollout", "policies") for path in (root / package).rglob("*.py")]
+    names = {name for path in sources for name in literal.findall(path.read_text())}
+    assert len(names) > 20
+    for name in names:
+        check(name)
+
+
+def test_the_table_is_markdown_with_one_row_a_metric():
+    lines = table().splitlines()
+    assert len(lines) == 2 + len(METRICS)
+    for line in lines:
+        assert line.replace(r"\|", "").count("|") == 3

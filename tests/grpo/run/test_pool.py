@@ -1,0 +1,176 @@
+"""The pool of a run: what happens to its workers is told, and a run whose workers or whose Ray fail ends by itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import grpo.run.pool
+from grpo.run.log import RunLog, read_metrics
+from grpo.run.pool import open_run_pool
+from grpo.run.stop import GivenUp, InterruptiblePool, StopSignal
+from grpo.train import Trainer
+from rollout.pool import LocalPool
+
+ROOT = Path(__file__).parents[3]
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    lines = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    return [event for event in lines if event["event"] == kind]
+
+
+def test_a_lost_worker_is_an_event_and_a_stop_ends_the_wait_for_one(micro_config, micro_policy, tmp_path, monkeypatch):
+    given: dict = {}
+    monkeypatch.setattr(grpo.run.pool, "open_pool", lambda *_, **options: given.update(options))
+    config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.timeout_s": 7.5})
+    with StopSignal() as stop, RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
+        open_run_pool(micro_policy(), config, stop, run_log)
+        assert given["timeout_s"] == 7.5
+        given["on_lost"](1, "it died", "it is replaced")
+        given["while_waiting"]()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(GivenUp):
+            given["while_waiting"]()
+    [event] = events(tmp_path, "worker_lost")
+    assert (event["worker"], event["reason"], event["action"]) == (1, "it died", "it is replaced")
+
+
+def test_restarts_are_a_metric_of_their_step(micro_config, tmp_path, monkeypatch):
+    counts = iter([{"rollout/restarts": 2.0}, {"rollout/restarts": 0.0}])
+    monkeypatch.setattr(LocalPool, "metrics", lambda _: next(counts))
+    Trainer(micro_config(tmp_path / "run", **{"steps": 2, "warm_start.steps": 0})).run()
+    assert [line["rollout/restarts"] for line in read_metrics(tmp_path / "run")] == [2.0, 0.0]
+    assert events(tmp_path / "run", "undocumented_metric") == []
+
+
+def test_a_publication_that_a_stop_cuts_short_does_not_undo_the_step(micro_policy):
+    """What was learned counts: the step gets its line, and the next sampling is given up."""
+
+    class Waiting(LocalPool):
+        def __init__(self) -> None:
+            pass
+
+        def publish(self, weights, version) -> None:
+            raise GivenUp
+
+    stop = StopSignal()
+    InterruptiblePool(Waiting(), stop).publish({}, 1)
+
+
+# ---- whole runs ----
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """A run with a Ray worker that goes on until something happens to it."""
+    runs: list[subprocess.Popen] = []
+
+    def start(**options: str) -> subprocess.Popen:
+        words = {
+            "output_dir": tmp_path / "run",
+            "threads": 1,
+            "data.levels": "[1]",
+            "steps": 10000,
+            "rollout.workers": 1,
+        }
+        words |= {"prompts_per_step": 2, "rollout.max_completion_tokens": 16, "rollout.draft_tokens": 0} | options
+        command = [sys.executable, "-m", "grpo", "train", *(w for k, v in words.items() for w in (f"--{k}", str(v)))]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_ADDRESS", "RAY_AUTH"))}
+        runs.append(
+            subprocess.Popen(
+                command,
+                env=environment | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=(tmp_path / "stderr").open("w"),
+                text=True,
+            )
+        )
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        children = psutil.Process(run.pid).children(recursive=True) if run.poll() is None else []
+        run.kill()
+        run.wait()
+        for child in psutil.wait_procs(children, timeout=20)[1]:
+            child.kill()
+
+
+def until_step(run: subprocess.Popen, step: int) -> None:
+    for text in run.stdout:
+        if text.startswith(f"step {step:5d}  reward"):
+            return
+    raise AssertionError(f"the run ended before step {step}")
+
+
+def below(run: subprocess.Popen, name: str) -> psutil.Process:
+    """The process of that name; of a worker that is at work the name goes on."""
+    [found] = [p for p in psutil.Process(run.pid).children(recursive=True) if p.name().startswith(name)]
+    return found
+
+
+def ends(run: subprocess.Popen, stderr: Path) -> tuple[int, list[str]]:
+    """The exit code, and what `quartet` says; there must be no traceback, and nothing may be left running."""
+    started = psutil.Process(run.pid).children(recursive=True)
+    run.communicate(timeout=180)
+    assert psutil.wait_procs(started, timeout=20)[1] == []
+    text = stderr.read_text()
+    assert "Traceback" not in text
+    return run.returncode, [line for line in text.splitlines() if line.startswith("quartet:")]
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_was_killed_goes_on_and_tells(start, tmp_path):
+    run = start()
+    until_step(run, 2)
+    below(run, "ray::Worker").kill()
+    until_step(run, 6)
+    run.terminate()
+    code, [said] = ends(run, tmp_path / "stderr")
+    assert (code, "go on with --resume auto" in said) == (143, True)
+    [event] = events(tmp_path / "run", "worker_lost")
+    assert (event["worker"], event["action"]) == (0, "it is replaced")
+    assert "died" in event["reason"]
+    assert sum(line["rollout/restarts"] for line in read_metrics(tmp_path / "run")) == 1
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_run_that_waits_for_a_stopped_worker(start, tmp_path):
+    run = start()
+    until_step(run, 2)
+    worker = below(run, "ray::Worker")
+    worker.suspend()
+    run.terminate()
+    code, [said] = ends(run, tmp_path / "stderr")
+    assert (code, "go on with --resume auto" in said) == (143, True)
+    assert not worker.is_running()
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_is_replaced_after_its_time(start, tmp_path):
+    run = start(**{"rollout.timeout_s": "5"})
+    until_step(run, 2)
+    below(run, "ray::Worker").suspend()
+    until_step(run, 6)
+    [event] = events(tmp_path / "run", "worker_lost")
+    assert event["reason"] == "its shard took longer than rollout.timeout_s=5"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["raylet", "ray::RuntimeEnvAgent", "ray::DashboardAgent", "gcs_server"])
+def test_a_run_whose_ray_dies_ends_with_one_message(start, tmp_path, name):
+    run = start()
+    until_step(run, 2)
+    below(run, name).kill()
+    code, [said] = ends(run, tmp_path / "stderr")
+    assert code == 1
+    assert "Ray's" in said
+    assert "has died" in said
+    assert said.endswith("go on with --resume auto")

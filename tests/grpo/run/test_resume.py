@@ -1,0 +1,599 @@
+"""Contract 9: a stopped run resumes to the same bits. N steps = k steps + stop + resume."""
+
+import errno
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from grpo.config.options import load
+from grpo.config.run import SftConfig
+from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.policy_source import find_policy, load_found
+from grpo.run import checkpoint, log
+from grpo.run.best import best_step
+from grpo.run.log import RunLog, read_metrics, read_rollouts
+from grpo.run.resume import base_changed, refuse_changed_config
+from grpo.run.stop import Stopped
+from grpo.sft import sft
+from grpo.train import Trainer
+from policies.files.digests import DIGESTS, write_digests
+from policies.policy import Policy, PolicyError
+
+STEPS = 5
+CURRICULUM = {
+    "curriculum.steps": 4,
+    "curriculum.by_difficulty": True,
+    "curriculum.completion_tokens": 5,
+    "curriculum.draft_depth": 1,
+}
+KINDS = {
+    # 5 steps of 4 prompts over 10 examples: epochs end inside steps 3 and 5; over 12, exactly behind step 3.
+    "full": {"data.limit": 10},
+    "full, epochs end between steps": {"data.limit": 12},
+    "lora": {"data.limit": 10, "lora.rank": 4, "loss.beta": 0.05},
+    "full, with a reference": {"data.limit": 10, "loss.beta": 0.05},
+    "balanced": {"balance.bias_rate": 0.01, "balance.entropy_weight": 0.1, "balance.sequence_weight": 0.1},
+    "cosine, share": {"data.limit": 10, "learner.schedule": "cosine", "learner.warmup_steps": 2, "mtp.share": 0.5},
+    "curriculum": {"data.limit": 14, **CURRICULUM},
+    "short first, dynamic sampling": {
+        "data.limit": 14,
+        "curriculum.steps": 4,
+        "curriculum.shortest_share": 0.3,
+        "rollout.refill_draws": 2,
+    },
+    "dynamic sampling, epochs end inside refills": {"data.limit": 10, "rollout.refill_draws": 2},
+    "lora, curriculum, dynamic sampling": {
+        "data.limit": 14,
+        "lora.rank": 4,
+        **CURRICULUM,
+        "rollout.refill_draws": 2,
+        "rollout.refill_prompts": "same",
+    },
+}
+
+
+def _config(micro_config, folder: Path, kind: str, **given):
+    options = {"steps": STEPS, "learner.weight_decay": 0.01, "warm_start.batch_size": 3} | KINDS[kind]
+    if "dynamic" in kind:
+        options["rewards"] = [{"function": f"{folder.parent / 'coarse.py'}:coarse"}]
+        (folder.parent / "coarse.py").write_text(COARSE)
+    return micro_config(folder, **options | given)
+
+
+COARSE = """
+def coarse(completions, **_):
+    return [float(completion.count("e") > 0) for completion in completions]
+"""
+
+
+def _tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Parameters, reference and optimizer state of a checkpoint, by file and name."""
+    saved = checkpoint.load(folder / f"checkpoints/step_{step:06d}")
+    return {f"{file}/{name}": t for file, mapping in saved.tensors.items() for name, t in mapping.items()}
+
+
+def _assert_same_checkpoint(a: Path, b: Path, step: int) -> None:
+    first, second = _tensors(a, step), _tensors(b, step)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    states = [json.loads((folder / f"checkpoints/step_{step:06d}/state.json").read_text()) for folder in (a, b)]
+    assert states[0] == states[1]
+
+
+def _untimed(folder: Path) -> list[dict]:
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/", "run/"))}
+        for line in read_metrics(folder)
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(micro_config, tmp_path_factory):
+    """`whole(kind)`: the folder of an uninterrupted run of that kind, made once."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(kind: str) -> Path:
+        if kind not in folders:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            Trainer(_config(micro_config, folder, kind)).run()
+            folders[kind] = folder
+        return folders[kind]
+
+    return folder_of
+
+
+def _stop_after(micro_config, folder: Path, kind: str, k: int) -> None:
+    with pytest.raises(Stopped, match=f"stopped after step {k}; go on with --resume auto"):
+        Trainer(_config(micro_config, folder, kind), stop_after=k).run()
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())][-1] == f"step_{k:06d}"
+    assert not (folder / "policy").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [2, 3])
+def test_contract_9_a_stopped_run_resumes_to_the_same_bits(micro_config, whole, tmp_path, kind, k):
+    reference, folder = whole(kind), tmp_path / "run"
+    _stop_after(micro_config, folder, kind, k)
+    Trainer(_config(micro_config, folder, kind), resume="auto").run()
+    # The next rollouts: tokens, log-probabilities, rewards and advantages of every later step.
+    for step in range(1, STEPS + 1):
+        assert read_rollouts(folder, step) == read_rollouts(reference, step)
+        _assert_same_checkpoint(folder, reference, step)
+    assert _untimed(folder) == _untimed(reference)
+    # The parameters did move, also after the resume, and so did the head and its moments.
+    before, after = _tensors(folder, k), _tensors(folder, STEPS)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("policy/trunk.") for name in moved)
+    assert any(name.startswith("policy/mtp.") for name in moved)
+    assert any(name.startswith("optimizer/") and name.endswith("exp_avg_sq") for name in moved)
+    assert not any(name.startswith("reference/") for name in moved)
+    assert ("lora" in kind) == any(".lora_" in name for name in after)
+    assert ("reference" in kind) == any(name.startswith("reference/") for name in after)
+    if "dynamic" in kind:
+        assert sum(line["group/refilled"] for line in read_metrics(folder)) > 0
+    if "curriculum" in kind:
+        assert read_metrics(folder)[-1]["curriculum/seen"] > 0.2
+
+
+def test_contract_9_several_stops_are_as_good_as_one(micro_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    _stop_after(micro_config, folder, "full", 1)
+    for k in (2, 4):
+        with pytest.raises(Stopped):
+            Trainer(_config(micro_config, folder, "full"), resume="auto", stop_after=k).run()
+    Trainer(_config(micro_config, folder, "full"), resume="auto").run()
+    _assert_same_checkpoint(folder, whole("full"), STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora, curriculum, dynamic sampling"])
+def test_contract_9_with_two_ray_workers(micro_config, whole, tmp_path, kind):
+    folder, given = tmp_path / "run", {"rollout.workers": 2}
+    with pytest.raises(Stopped):
+        Trainer(_config(micro_config, folder, kind, **given), stop_after=2).run()
+    Trainer(_config(micro_config, folder, kind, **given), resume="auto").run()
+    reference = whole(kind)
+    for step in range(1, STEPS + 1):
+        assert read_rollouts(folder, step) == read_rollouts(reference, step)
+    _assert_same_checkpoint(folder, reference, STEPS)
+
+
+def test_a_run_that_was_cut_off_behind_its_checkpoint_writes_no_step_twice(micro_config, whole, tmp_path, monkeypatch):
+    """Killed in step 4 while steps are saved every two: what step 3 wrote is removed and written again."""
+    folder, step = tmp_path / "run", Learner.step
+
+    def interrupted(self, batch, number, *rest):
+        if number == 4:
+            raise KeyboardInterrupt
+        return step(self, batch, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(_config(micro_config, folder, "full", **{"checkpoint.every": 2})).run()
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
+    Trainer(_config(micro_config, folder, "full", **{"checkpoint.every": 2}), resume="auto").run()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert _untimed(folder) == _untimed(whole("full"))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"step_{i:06d}" for i in (2, 4, 5)]
+
+
+def test_resume_from_a_path_goes_back_and_drops_what_came_later(micro_config, whole, tmp_path):
+    reference, folder = whole("full"), tmp_path / "run"
+    shutil.copytree(reference, folder)
+    path = str(folder / "checkpoints/step_000002")
+    with pytest.raises(Stopped):
+        Trainer(_config(micro_config, folder, "full"), resume=path, stop_after=3).run()
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [f"step_{i:06d}" for i in (1, 2, 3)]
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
+    assert not (folder / "rollouts/step_000004.jsonl.zst").exists()
+    _assert_same_checkpoint(folder, reference, 3)
+
+
+def test_resume_of_a_finished_run_takes_no_step(micro_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("full"), folder)
+    before = _untimed(folder)
+    Trainer(_config(micro_config, folder, "full"), resume="auto").run()
+    assert _untimed(folder) == before
+
+
+def test_a_finished_run_can_be_given_more_steps(micro_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("full"), folder)
+    Trainer(_config(micro_config, folder, "full", steps=STEPS + 1), resume="auto").run()
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_where_nothing_is_saved_starts_from_the_beginning(micro_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    Trainer(_config(micro_config, folder, "full"), resume="auto").run()
+    assert _untimed(folder) == _untimed(whole("full"))
+
+
+def test_resume_from_what_is_no_checkpoint_lists_those_there_are(micro_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("full"), folder)
+    with pytest.raises(checkpoint.CheckpointError, match=r"is no checkpoint .*step_000005"):
+        Trainer(_config(micro_config, folder, "full"), resume=str(tmp_path / "nowhere"))
+
+
+def test_a_resume_with_another_configuration_is_refused_with_the_differences(micro_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("full"), folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    changed = _config(
+        micro_config, folder, "full", **{"learner.learning_rate": 0.5, "rollout.group_size": 2, "lora.rank": 4}
+    )
+    with pytest.raises(ValueError) as refusal:
+        Trainer(changed, resume="auto")
+    message = str(refusal.value)
+    for part in (
+        "  learner.learning_rate: 0.01 then, 0.5 now",
+        "  rollout.group_size: 4 then, 2 now",
+        "lora",
+        "--force",
+    ):
+        assert part in message
+    assert "checkpoint.every" not in message
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_forced_resume_goes_on_with_the_new_configuration(micro_config, tmp_path):
+    folder = tmp_path / "run"
+    _stop_after(micro_config, folder, "full", 2)
+    changed = _config(micro_config, folder, "full", **{"learner.learning_rate": 1e-3})
+    Trainer(changed, resume="auto", force=True).run()
+    rates = [line["learner/learning_rate"] for line in read_metrics(folder)]
+    assert rates == [1e-2, 1e-2, 1e-3, 1e-3, 1e-3]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events][-3:] == ["resume", "config_changed", "end"]
+    assert "learning_rate: 0.001" in (folder / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"checkpoint.every": 4, "checkpoint.keep": 1},
+        {"log.table_every": 3, "eval.every": 1, "eval.limit": 2},
+        {"reward.timeout_s": 3.0, "threads": None},
+        {"steps": 9},
+    ],
+)
+def test_what_does_not_touch_the_training_may_change(micro_config, whole, given):
+    folder = whole("full")
+    refuse_changed_config(folder / "config.yaml", _config(micro_config, folder, "full", **given))
+
+
+def test_steps_are_part_of_a_schedule_that_decays_over_them(micro_config, whole):
+    folder = whole("cosine, share")
+    longer = _config(micro_config, folder, "cosine, share", steps=9)
+    with pytest.raises(ValueError, match="steps: 5 then, 9 now"):
+        refuse_changed_config(folder / "config.yaml", longer)
+
+
+def test_a_forced_resume_with_another_model_loses_nothing(micro_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("full"), folder)
+    adapted = _config(micro_config, folder, "full", **{"lora.rank": 4})
+    path = str(folder / "checkpoints/step_000002")
+    with pytest.raises(ValueError, match="the checkpoint is of another policy"):
+        Trainer(adapted, resume=path, force=True).run()
+    assert len(list((folder / "checkpoints").iterdir())) == STEPS
+
+
+def _lora_on_a_folder(micro_config, micro_policy, tmp_path, warm_start: int):
+    """A LoRA run that was stopped after step 1, its configuration, and the file of the weights that it builds on."""
+    model, folder = tmp_path / "model", tmp_path / "run"
+    micro_policy(3).save(model)
+    given = {"model": str(model), "lora.rank": 4, "warm_start.steps": warm_start, "steps": 2}
+    config = micro_config(folder, **given)
+    with pytest.raises(Stopped):
+        Trainer(config, stop_after=1).run()
+    return config, (folder / "warm_start" if warm_start else model) / "model.safetensors"
+
+
+def _change_one_weight(file: Path) -> None:
+    tensors = load_file(file)
+    tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] += 1e-3
+    save_file(tensors, file, {"format": "pt"})
+    if (file.parent / DIGESTS).exists():  # changed on purpose, and not damaged
+        write_digests(file.parent)
+
+
+@pytest.mark.parametrize("warm_start", [0, 2])
+def test_adapters_are_not_continued_on_other_base_weights(micro_config, micro_policy, tmp_path, warm_start):
+    config, file = _lora_on_a_folder(micro_config, micro_policy, tmp_path, warm_start)
+    shutil.copytree(file.parent, tmp_path / "original")
+    _change_one_weight(file)
+    named = "warm start .*warm_start" if warm_start else "model='.*model'"
+    with pytest.raises(ValueError, match=rf"{named}: the base weights are not those .* of step 1 .*--force"):
+        Trainer(config, resume="auto").run()
+    with pytest.raises(PolicyError, match=r"the base weights are not those .*put back the files"):
+        load_found(find_policy(str(tmp_path / "run")), config)
+    shutil.copytree(tmp_path / "original", file.parent, dirs_exist_ok=True)
+    for dtype in ("float32", "bfloat16"):
+        load_found(find_policy(str(tmp_path / "run")), config.model_copy(update={"dtype": dtype}))
+    Trainer(config, resume="auto").run()
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "reward/mean" in line] == [1, 2]
+
+
+def test_a_forced_resume_puts_adapters_on_other_base_weights_and_says_so(micro_config, micro_policy, tmp_path):
+    config, file = _lora_on_a_folder(micro_config, micro_policy, tmp_path, 0)
+    _change_one_weight(file)
+    Trainer(config, resume="auto", force=True).run()
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "base_changed"] == [1]
+    # What is saved from now on belongs to the new base, and an earlier version's checkpoint names none.
+    saved = checkpoint.load(tmp_path / "run" / "checkpoints/step_000002")
+    policy = load_found(find_policy(str(tmp_path / "run/checkpoints/step_000002")), config)
+    assert base_changed(policy, saved, "") is None
+    del saved.state["base"]
+    assert base_changed(micro_policy(0), saved, "") is None
+
+
+def test_the_checkpoint_of_another_run_brings_its_configuration_along(micro_config, whole, tmp_path):
+    """In a folder of its own, the run goes on; nothing says there what the configuration was."""
+    reference, folder = whole("full"), tmp_path / "run"
+    path = str(reference / "checkpoints/step_000003")
+    changed = _config(micro_config, folder, "full", **{"seed": 7, "learner.learning_rate": 0.5})
+    with pytest.raises(ValueError, match=r"(?s)was started with .*learner.learning_rate: 0.01 then, 0.5 now.*seed: 0"):
+        Trainer(changed, resume=path)
+    assert not folder.exists()
+    Trainer(_config(micro_config, folder, "full"), resume=path).run()
+    _assert_same_checkpoint(folder, reference, STEPS)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_checkpoint_of_another_command_is_refused(micro_config, micro_preset, whole, tmp_path, force):
+    with pytest.raises(Stopped):
+        sft(_sft_config(micro_preset, tmp_path / "sft"), stop_after=2)
+    ours, theirs = whole("full") / "checkpoints/step_000002", tmp_path / "sft/checkpoints/step_000002"
+    with pytest.raises(ValueError, match="step_000002 was saved by another command of quartet"):
+        Trainer(_config(micro_config, tmp_path / "run", "full"), resume=str(theirs), force=force)
+    with pytest.raises(ValueError, match="step_000002 was saved by another command of quartet"):
+        sft(_sft_config(micro_preset, tmp_path / "sft"), resume=str(ours), force=force)
+
+
+def test_other_training_data_are_noticed(micro_config, tmp_path):
+    rows = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}"} for i in range(10)]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"data.name": str(data), "data.levels": [1], "data.limit": None, "steps": 2}
+    with pytest.raises(Stopped):
+        Trainer(_config(micro_config, tmp_path / "run", "full", **given), stop_after=1).run()
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+    with pytest.raises(ValueError, match="the training data have changed since the checkpoint"):
+        Trainer(_config(micro_config, tmp_path / "run", "full", **given), resume="auto").run()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(micro_config, tmp_path):
+    folder = tmp_path / "run"
+    _stop_after(micro_config, folder, "full", 2)
+    file = folder / "checkpoints/step_000002/policy.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointError, match=r"policy.safetensors.*resume from .*step_000001"):
+        Trainer(_config(micro_config, folder, "full"), resume="auto")
+    Trainer(_config(micro_config, folder, "full"), resume=str(folder / "checkpoints/step_000001")).run()
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4, 5]
+
+
+def test_only_the_newest_checkpoints_are_kept(micro_config, tmp_path):
+    folder = tmp_path / "run"
+    Trainer(_config(micro_config, folder, "full", **{"checkpoint.keep": 2})).run()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
+
+
+def test_a_full_disk_during_a_save_loses_nothing(micro_config, whole, tmp_path, monkeypatch):
+    folder, save_file = tmp_path / "run", checkpoint.save_file
+
+    def full(tensors, path):
+        if "step_000003" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(checkpoint.CheckpointError, match=r"step_000003: .*needs \d+ bytes.*make room.*then resume"):
+            Trainer(_config(micro_config, folder, "full")).run()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
+    Trainer(_config(micro_config, folder, "full"), resume="auto").run()
+    _assert_same_checkpoint(folder, whole("full"), STEPS)
+    assert _untimed(folder) == _untimed(whole("full"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"force": True}, "--force only lets --resume go on .* never overwrites a run; add --resume auto"),
+        ({"resume": "auto", "stop_after": 5}, "--stop_after=5: the run goes on from step 5; give a later step"),
+        ({"resume": "auto", "force": True, "steps": 3}, "step_000005 is of step 5, the run ends at step 3"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(micro_config, whole, tmp_path, flags, message):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("full"), folder)
+    steps = flags.get("steps", STEPS + 1)
+    with pytest.raises(ValueError, match=message):
+        Trainer(_config(micro_config, folder, "full", steps=steps), **{k: v for k, v in flags.items() if k != "steps"})
+
+
+def test_the_line_of_a_resume_is_short_and_its_record_is_not(micro_config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    _stop_after(micro_config, folder, "full", 1)
+    capsys.readouterr()
+    changed = _config(micro_config, folder, "full", **{"learner.learning_rate": 0.5})
+    with pytest.raises(Stopped):
+        Trainer(changed, resume="auto", force=True, stop_after=2).run()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "resume: step=1"
+    assert lines[1] == "config_changed: learner.learning_rate=0.01 -> 0.5"
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert "versions" in next(event for event in events if event["event"] == "resume")["environment"]
+
+
+# ---- the best checkpoint --------------------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_by_accuracy_stays_and_becomes_a_policy(micro_config, tmp_path, monkeypatch):
+    """Accuracies 0.1 (before GRPO), 0.3, 0.6, 0.6, 0.2 and 0.5 at the end: step 3 is the latest of the best."""
+    accuracies = {0: 0.1, 1: 0.3, 2: 0.6, 3: 0.6, 4: 0.2, 5: 0.5}
+    evaluation = RunLog.evaluation
+
+    def told(self, step, results):
+        evaluation(self, step, results | {"eval/accuracy": accuracies[step]})
+
+    monkeypatch.setattr(RunLog, "evaluation", told)
+    folder = tmp_path / "run"
+    given = {
+        "checkpoint.keep_best": True,
+        "checkpoint.keep": 1,
+        "checkpoint.every": 2,
+        "eval.every": 1,
+        "eval.limit": 2,
+    }
+    with pytest.raises(Stopped):
+        Trainer(_config(micro_config, folder, "full", **given), stop_after=4).run()
+    assert list(checkpoint.saved(folder / "checkpoints")) == [3, 4]
+    Trainer(_config(micro_config, folder, "full", **given), resume="auto").run()
+    assert list(checkpoint.saved(folder / "checkpoints")) == [3, 5]
+    best, last = Policy.load(folder / "best_policy"), Policy.load(folder / "policy")
+    kept = checkpoint.load(folder / "checkpoints/step_000003").tensors["policy"]
+    parameters = dict(best.named_parameters())
+    assert all(parameters[name].equal(tensor) for name, tensor in kept.items() if name in parameters)
+    assert not all(q.equal(p) for p, q in zip(best.parameters(), last.parameters(), strict=True))
+
+
+def test_the_best_checkpoint_by_reward_where_nothing_is_evaluated(micro_config, tmp_path):
+    folder = tmp_path / "run"
+    given = {"checkpoint.keep_best": True, "checkpoint.keep": 1, "checkpoint.every": 2, "steps": 6}
+    Trainer(_config(micro_config, folder, "full", **given)).run()
+    rewards = [line["reward/mean"] for line in read_metrics(folder)]
+    means = {step: rewards[step - 2] + rewards[step - 1] for step in (2, 4, 6)}
+    best = max(means, key=means.__getitem__)
+    assert list(checkpoint.saved(folder / "checkpoints")) == sorted({best, 6})
+    assert (folder / "best_policy/config.json").exists()
+
+
+def test_best_step():
+    lines = [
+        {"step": 1, "reward/mean": 0.9},
+        {"step": 2, "reward/mean": 0.1, "eval/accuracy": 0.5},
+        {"step": 3, "reward/mean": 0.6, "eval/accuracy": None},
+        {"step": 4, "reward/mean": 0.5, "eval/accuracy": 0.5},
+    ]
+    assert best_step(lines, [1, 2, 3, 4]) == 4
+    assert best_step(lines, [1, 2, 3]) == 2
+    assert best_step(lines, [1, 3]) is None
+    assert best_step(lines, [1, 2, 3, 4], window=1) == 1
+    assert best_step(lines, [2, 4], window=2) == 4  # 0.5 and 0.55
+
+
+# ---- quartet sft ----------------------------------------------------------------------------------------------------
+
+SFT = {
+    "warm_start.steps": 6,
+    "warm_start.batch_size": 4,
+    "warm_start.learning_rate": 1e-2,
+    "data.levels": [1],
+    "rewards": [{"function": "gsm8k"}],
+    "checkpoint.every": 2,
+    "checkpoint.keep": None,
+    "eval.limit": 3,
+    "rollout.max_completion_tokens": 5,
+    "rollout.draft_tokens": 2,
+    "threads": 1,
+    "log.trackers": [],
+}
+
+
+def _sft_config(model: str, folder: Path, **given):
+    return load(SftConfig, None, SFT | {"model": model, "output_dir": folder} | given)
+
+
+@pytest.mark.parametrize(("k", "limit"), [(2, 18), (3, 12), (5, 18)])  # 12 examples: an epoch ends behind step 3
+def test_contract_9_supervised_fine_tuning_resumes_to_the_same_bits(micro_preset, tmp_path, k, limit):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    given = {"data.limit": limit}
+    results = sft(_sft_config(micro_preset, whole, **given))
+    assert list(results["evaluations"]) == [
+        f"{when}, {how}" for when in ("before", "after") for how in ("sampled", "greedy")
+    ]
+    with pytest.raises(Stopped, match=f"stopped after step {k} of the warm start; go on with --resume auto"):
+        sft(_sft_config(micro_preset, folder, **given), stop_after=k)
+    assert not (folder / "policy").exists()
+    assert list(checkpoint.saved(folder / "checkpoints")) == [step for step in (2, 4) if step <= k] + [k] * (k % 2)
+    sft(_sft_config(micro_preset, folder, **given), resume="auto")
+    _assert_same_checkpoint(folder, whole, 6)
+    assert _untimed(folder) == _untimed(whole)
+    losses = {line["step"]: line["loss/sft"] for line in read_metrics(folder) if "loss/sft" in line}
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+    assert losses[6] < losses[1]
+    before, after = _tensors(folder, k), _tensors(folder, 6)
+    assert sum(not before[name].equal(tensor) for name, tensor in after.items()) > 10
+    assert not sft(_sft_config(micro_preset, folder, **given), resume="auto")["evaluations"]  # it was finished
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "error"),
+    [
+        (Learner, "sft_step", 4, NonFiniteStep("the loss is nan")),
+        (log, "append_line", 4, OSError(28, "No space left on device")),  # one evaluation, then one a step
+        (Learner, "_update", 4, OSError(28, "No space left on device")),
+    ],
+)
+def test_contract_9_a_failure_in_supervised_fine_tuning_saves_the_last_whole_step(
+    micro_preset, tmp_path, monkeypatch, owner, name, call, error
+):
+    folder, given = tmp_path / "run", {"checkpoint.every": 100}
+    sft(_sft_config(micro_preset, tmp_path / "whole", **given))
+    real, calls = getattr(owner, name), []
+
+    def fails(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        with pytest.raises(type(error)):
+            sft(_sft_config(micro_preset, folder, **given))
+    assert list(checkpoint.saved(folder / "checkpoints")) == [3]
+    sft(_sft_config(micro_preset, folder, **given), resume="auto")
+    _assert_same_checkpoint(folder, tmp_path / "whole", 6)
+    assert _untimed(folder) == _untimed(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_contract_9_supervised_fine_tuning_is_stopped_by_a_signal(micro_preset, tmp_path, monkeypatch, kind):
+    step = Learner.sft_step
+
+    def interrupted(self, rows, number):
+        if number == 3:
+            signal.raise_signal(kind)
+        return step(self, rows, number)
+
+    monkeypatch.setattr(Learner, "sft_step", interrupted)
+    with pytest.raises(Stopped, match="stopped after step 3 of the warm start; go on with --resume auto"):
+        sft(_sft_config(micro_preset, tmp_path / "run", **{"checkpoint.every": 100}))
+    assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [3]
+
+
+def test_what_sft_refuses(micro_preset, tmp_path):
+    with pytest.raises(Stopped):
+        sft(_sft_config(micro_preset, tmp_path / "run"), stop_after=2)
+    with pytest.raises(ValueError, match="warm_start.batch_size: 4 then, 5 now"):
+        sft(_sft_config(micro_preset, tmp_path / "run", **{"warm_start.batch_size": 5}), resume="auto")
+    with pytest.raises(ValueError, match="--force only lets"):
+        sft(_sft_config(micro_preset, tmp_path / "run"), force=True)
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        sft(_sft_config(micro_preset, tmp_path / "run"))

@@ -1,0 +1,369 @@
+"""Signals and failures: the last whole step is saved, and the run resumes to the same bits."""
+
+import ctypes
+import errno
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.run import checkpoint, log, pool, stop
+from grpo.run.log import RunLog, read_metrics, read_rollouts
+from grpo.run.stop import GivenUp, Stopped, StopSignal
+from grpo.task import Task
+from grpo.train import Trainer
+from rewards.group_score import RewardFailed, RewardFailure
+from rollout.engine import Engine, RolloutError
+from rollout.pool import LocalPool
+
+SMALL = {"data.limit": 10, "learner.tokens_per_micro_batch": 64, "checkpoint.every": 100, "eval.limit": 3}
+
+
+def _terminate(kind: signal.Signals = signal.SIGTERM) -> None:
+    signal.raise_signal(kind)
+
+
+def _at_call(monkeypatch, owner, name: str, number: int, kind: signal.Signals = signal.SIGTERM) -> list[int]:
+    """A signal arrives when `owner.name` is called for the number-th time; returns a list that grows with the calls."""
+    real, calls = getattr(owner, name), []
+
+    def called(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            _terminate(kind)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, called)
+    return calls
+
+
+def _untimed(folder) -> list[dict]:
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/", "run/"))}
+        for line in read_metrics(folder)
+    ]
+
+
+def _weights(folder, step: int) -> dict:
+    saved = checkpoint.load(folder / f"checkpoints/step_{step:06d}")
+    return {f"{file}/{name}": t for file, mapping in saved.tensors.items() for name, t in mapping.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(micro_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    Trainer(micro_config(folder, **SMALL)).run()
+    return folder
+
+
+def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    Trainer(micro_config(folder, **SMALL | given), resume="auto").run()
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert _untimed(folder) == _untimed(whole)
+    for step in (1, 2, 3):
+        assert read_rollouts(folder, step) == read_rollouts(whole, step)
+    first, second = _weights(folder, 3), _weights(whole, 3)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not first[name].equal(second[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "owner", "name", "call", "saved", "message"),
+    [
+        (signal.SIGHUP, Trainer, "_initial_policy", 1, None, "stopped after step 1 of the warm start; go on"),
+        (signal.SIGINT, Learner, "sft_step", 2, None, "stopped after step 2 of the warm start; go on"),
+        (signal.SIGTERM, Engine, "sample", 1, None, "stopped before step 1; go on"),  # the evaluation before GRPO
+        (signal.SIGINT, Learner, "prepare", 1, None, "stopped before step 1; go on"),
+        (signal.SIGTERM, Learner, "prepare", 2, 1, "stopped after step 1; go on"),
+        (signal.SIGHUP, Learner, "prepare", 3, 2, "stopped after step 2; go on"),
+        (signal.SIGINT, Learner, "weights", 3, 2, "stopped after step 2; go on"),  # published after the second update
+    ],
+)
+def test_contract_9_a_signal_at_any_time_leaves_a_step_boundary(
+    micro_config, whole, tmp_path, monkeypatch, owner, name, call, saved, message, kind
+):
+    folder, handler = tmp_path / "run", signal.getsignal(kind)
+    with monkeypatch.context() as patch:
+        _at_call(patch, owner, name, call, kind)
+        with pytest.raises(Stopped, match=message) as stopped:
+            Trainer(micro_config(folder, **SMALL)).run()
+    assert stopped.value.number == kind
+    assert signal.getsignal(kind) == handler
+    assert list(checkpoint.saved(folder / "checkpoints")) == ([saved] if saved else [])
+    _resumes_to_the_same(micro_config, folder, whole)
+
+
+def test_contract_9_the_step_in_progress_is_given_up_between_two_micro_batches(
+    micro_config, whole, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        updates: list[int] = []
+        update = Learner._update
+        patch.setattr(Learner, "_update", lambda self, step: (updates.append(step), update(self, step))[1])
+        losses = _at_call(patch, Learner, "_policy_loss", 10**9)
+        step = Learner.step
+
+        def second_step(self, batch, number, *rest):
+            if number == 2:
+                losses.clear()
+                _at_call(patch, Learner, "_backward", 2)
+            return step(self, batch, number, *rest)
+
+        patch.setattr(Learner, "step", second_step)
+        with pytest.raises(Stopped, match="stopped after step 1"):
+            Trainer(micro_config(folder, **SMALL)).run()
+    assert len(losses) == 2 < len(read_rollouts(folder, 2)) / 4, "two micro-batches of step 2, and no more"
+    assert updates == [1, 2, 3, 1]  # those of the warm start, and step 1
+    assert list(checkpoint.saved(folder / "checkpoints")) == [1]
+    _resumes_to_the_same(micro_config, folder, whole)
+
+
+def test_a_step_whose_first_update_is_made_is_finished(micro_config, tmp_path, monkeypatch):
+    given = {"learner.updates_per_batch": 2}
+    with monkeypatch.context() as patch:
+        _at_call(patch, Learner, "_update", 3 + 1)  # the first update of step 1
+        with pytest.raises(Stopped, match="stopped after step 1"):
+            Trainer(micro_config(tmp_path / "a", **SMALL | given)).run()
+    assert read_metrics(tmp_path / "a")[-1]["learner/updates"] == 2
+    Trainer(micro_config(tmp_path / "b", steps=1, **SMALL | given)).run()
+    first, second = _weights(tmp_path / "a", 1), _weights(tmp_path / "b", 1)
+    assert all(first[name].equal(tensor) for name, tensor in second.items())
+
+
+def test_contract_9_an_evaluation_that_was_given_up_is_made_when_the_run_goes_on(micro_config, tmp_path, monkeypatch):
+    given = {"eval.every": 2, "steps": 3}
+    Trainer(micro_config(tmp_path / "whole", **SMALL | given)).run()
+    folder, record = tmp_path / "run", Trainer._evaluate
+
+    def interrupted(self, pool, prompts, sampling, step):
+        if step == 2:
+            _terminate()
+        return record(self, pool, prompts, sampling, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", interrupted)
+        with pytest.raises(Stopped, match="stopped after step 2"):
+            Trainer(micro_config(folder, **SMALL | given)).run()
+    assert "eval/reward_mean" not in read_metrics(folder)[2]
+    _resumes_to_the_same(micro_config, folder, tmp_path / "whole", **given)
+
+
+def test_a_stop_in_the_last_evaluation_loses_nothing(micro_config, whole, tmp_path, monkeypatch):
+    folder, record = tmp_path / "run", Trainer._evaluate
+
+    def interrupted(self, pool, prompts, sampling, step):
+        if step == 3:
+            _terminate()
+        return record(self, pool, prompts, sampling, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", interrupted)
+        with pytest.raises(Stopped, match="stopped after step 3"):
+            Trainer(micro_config(folder, **SMALL)).run()
+    assert not (folder / "policy").exists()
+    _resumes_to_the_same(micro_config, folder, whole)
+    assert (folder / "policy").exists()
+
+
+# ---- failures -------------------------------------------------------------------------------------------------------
+
+
+def _events(folder, name: str) -> list[dict]:
+    return [e for e in map(json.loads, (folder / "events.jsonl").read_text().splitlines()) if e["event"] == name]
+
+
+def _fails_at_call(monkeypatch, owner, name: str, number: int, error: Exception, after: bool = False) -> None:
+    """`owner.name` raises when it is called for the number-th time, `after` it has done its work or before."""
+    real, calls = getattr(owner, name), []
+
+    def called(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number and not after:
+            raise error
+        result = real(*args, **kwargs)
+        if len(calls) == number:
+            raise error
+        return result
+
+    monkeypatch.setattr(owner, name, called)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+REWARD = RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom"))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "error", "saved"),
+    [
+        (Task, "score", 4, REWARD, 1),  # two in the evaluation before GRPO, then one a step
+        (LocalPool, "sample", 4, RolloutError("workers died 4 times"), 1),
+        (LocalPool, "publish", 3, RolloutError("workers died 4 times"), 2),  # one before step 1, then one a step
+        (Learner, "_backward", 3 + 4, NonFiniteStep("the loss is nan"), None),  # the warm start takes the first three
+        (RunLog, "rollouts", 3, FULL, 2),
+        (Trainer, "_evaluate", 2, REWARD, 3),
+        (Learner, "sft_step", 3, NonFiniteStep("the loss is nan"), "warm start"),
+    ],
+)
+def test_contract_9_a_failure_saves_the_last_whole_step(
+    micro_config, whole, tmp_path, monkeypatch, owner, name, call, error, saved
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        _fails_at_call(patch, owner, name, call, error)
+        with pytest.raises(type(error), match=str(error.args[-1])):
+            Trainer(micro_config(folder, **SMALL)).run()
+    steps = list(checkpoint.saved(folder / "checkpoints"))
+    [event] = _events(folder, "failed")
+    assert type(error).__name__ in event["error"]
+    if saved == "warm start":
+        assert steps == []
+        assert list(checkpoint.saved(folder / "warm_start_checkpoints")) == [2] == [event["saved_step"]]
+    elif saved:
+        assert steps == [saved] == [event["saved_step"]]
+    _resumes_to_the_same(micro_config, folder, whole)
+
+
+def test_a_reward_that_aborts_is_an_event(micro_config, tmp_path, monkeypatch):
+    _fails_at_call(monkeypatch, Task, "score", 2, REWARD)
+    with pytest.raises(RewardFailed):
+        Trainer(micro_config(tmp_path / "run", **SMALL | {"eval.limit": 0})).run()
+    [event] = _events(tmp_path / "run", "reward_error")
+    assert (event["step"], event["function"], event["message"]) == (2, "letters", "boom")
+
+
+def test_a_step_that_fails_after_its_first_update_is_kept_with_its_line(micro_config, tmp_path, monkeypatch):
+    _fails_at_call(monkeypatch, Learner, "_update", 3 + 4, NonFiniteStep("the gradient norm is nan"))
+    with pytest.raises(NonFiniteStep):
+        Trainer(micro_config(tmp_path / "run", **SMALL | {"learner.updates_per_batch": 2, "eval.limit": 0})).run()
+    assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [2]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_a_failure_that_cannot_be_saved_is_told_as_it_is(micro_config, tmp_path, monkeypatch, capsys):
+    """The disk is full for everything: the message is that of the first failure."""
+    folder = tmp_path / "run"
+    _fails_at_call(monkeypatch, RunLog, "rollouts", 2, OSError(errno.ENOSPC, "No space left", "rollouts/step_000002"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="rollouts/step_000002"):
+        Trainer(micro_config(folder, **SMALL)).run()
+    [event] = _events(folder, "failed")
+    assert event["saved_step"] == 0
+    assert "cannot write checkpoint" in event["not_saved"]
+
+
+def test_a_run_whose_events_cannot_be_written_either_is_saved_and_told(micro_config, whole, tmp_path, monkeypatch):
+    """Events and metrics are on a full disk, checkpoints on another one."""
+    folder, append = tmp_path / "run", log.append_line
+    with monkeypatch.context() as patch:
+
+        def full(stream, values):
+            if values.get("step") == 2 or values.get("event") == "failed":
+                raise OSError(errno.ENOSPC, "No space left", stream.name)
+            append(stream, values)
+
+        patch.setattr(log, "append_line", full)
+        with pytest.raises(OSError, match="metrics.jsonl"):
+            Trainer(micro_config(folder, **SMALL)).run()
+    assert list(checkpoint.saved(folder / "checkpoints")) == [2]
+    _resumes_to_the_same(micro_config, folder, whole)
+
+
+# ---- the signals themselves -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGHUP", "SIGHUP"), ("SIGHUP", "SIGTERM"), ("SIGTERM", "SIGINT")],
+)
+def test_the_second_signal_ends_the_process_at_once(first, second):
+    code = "import os, signal, time\nfrom grpo.run.stop import StopSignal\nwith StopSignal() as stop:\n"
+    code += f"    os.kill(os.getpid(), signal.{first})\n    assert stop.asked\n    print('once', flush=True)\n"
+    code += f"    os.kill(os.getpid(), signal.{second})\n    time.sleep(60)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (-signal.Signals[second], "once\n")
+
+
+@pytest.mark.parametrize("in_c", [False, True])
+def test_a_signal_while_a_library_starts_asks_as_any_other(micro_config, whole, tmp_path, monkeypatch, in_c):
+    """Ray answers SIGTERM by sys.exit from the beginning of its start on, and later by a handler in C++."""
+    folder, real = tmp_path / "run", pool.open_pool
+
+    def starts(*arguments, **named):
+        if in_c:
+            ctypes.CDLL(None).signal(int(signal.SIGTERM), ctypes.c_void_p(1))  # SIG_IGN, which Python does not see
+            end = time.monotonic() + 0.3
+            while time.monotonic() < end:
+                pass
+        else:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        _terminate()
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "open_pool", starts)
+        with pytest.raises(Stopped, match="stopped before step 1; go on"):
+            Trainer(micro_config(folder, **SMALL)).run()
+    assert signal.signal is stop._SIGNAL
+    _resumes_to_the_same(micro_config, folder, whole)
+
+
+def test_a_handler_that_a_library_has_left_behind_is_replaced():
+    with StopSignal() as stop:
+        with stop.kept():
+            ctypes.CDLL(None).signal(int(signal.SIGTERM), ctypes.c_void_p(1))
+        _terminate()
+        assert stop.asked
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_terminal_that_is_closed_ends_nothing_before_its_time():
+    """SIGHUP comes when the terminal is gone: what is printed from then on must not fail."""
+    code = "import os, time\nfrom grpo.run.stop import StopSignal\nwith StopSignal() as stop:\n"
+    code += "    print('begun', flush=True)\n    while not stop.asked: time.sleep(0.01)\n"
+    code += "    print('shown to nobody', flush=True)\n    os.write(int(os.environ['OUT']), stop.name.encode())\n"
+    end, out = os.pipe()
+    child, terminal = pty.fork()
+    if child == 0:
+        os.set_inheritable(out, True)
+        os.execve(sys.executable, [sys.executable, "-c", code], os.environ | {"OUT": str(out)})
+    os.close(out)
+    assert os.read(terminal, 5) == b"begun"
+    os.close(terminal)
+    with os.fdopen(end, "rb") as stream:
+        assert stream.read() == b"SIGHUP"
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            _terminate()
+            assert not stop.asked
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_check_raises_once_it_was_asked_for_and_the_former_handler_comes_back():
+    handler = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        stop.check()
+        _terminate()
+        with pytest.raises(GivenUp):
+            stop.check()
+        stop.listen()  # not again: a second signal must end the process
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler

@@ -1,0 +1,114 @@
+"""Foreign text never controls the terminal: not in errors, events, warnings or tables."""
+
+import io
+import json
+import logging
+import re
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from grpo.cli import main
+from grpo.run.console import Terminal
+from grpo.run.escape import escaped
+from grpo.run.log import RunLog
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\x7f\u202e"
+CONTROL = re.compile(r"[^\n\t\x20-\x7e\xa1-\u1fff\u2030-\ud7ff]")
+
+
+def test_newlines_and_tabs_stay_and_everything_else_is_escaped():
+    assert escaped("one\n\ttwo é五") == "one\n\ttwo é五"
+    assert escaped(EVIL) == r"\x1b]0;owned\x07\x1b[2J\x9b31m\r\x7f\u202e"
+    assert escaped("\ud83d") == r"\ud83d"
+
+
+def _reward(folder, model):
+    file = folder / "mine.py"
+    file.write_text(f"def grade(completions, **_):\n    raise ValueError('first line\\nsecond ' + {EVIL!r})\n")
+    return ["--model", model, "--rewards", f"[{{function: '{file}:grade'}}]"]
+
+
+def _column(folder, model):
+    file = folder / "data.jsonl"
+    file.write_text(json.dumps({EVIL: "x", "answer": "#### 5"}) + "\n")
+    return ["--model", model, "--data.name", str(file)]
+
+
+def _bad_cell(folder, model):
+    file = folder / "data.csv"
+    file.write_text(f"question,answer\n2 + 3,{EVIL.replace(chr(13), '')}\n")
+    return ["--model", model, "--data.name", str(file)]
+
+
+def _model_type(folder, model):
+    (folder / "model").mkdir()
+    (folder / "model/config.json").write_text(json.dumps({"model_type": f"x{EVIL}"}))
+    return ["--model", str(folder / "model")]
+
+
+def _option(folder, model):
+    return ["--model", model, f"--steps{EVIL}", "3"]
+
+
+@pytest.fixture(scope="module")
+def model(micro_policy, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "micro"
+    micro_policy(0).save(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("hostile", [_reward, _column, _bad_cell, _model_type, _option])
+def test_an_error_shows_control_characters_and_sends_none(tmp_path, model, capsys, hostile):
+    words = ["train", "--output_dir", str(tmp_path / "r"), "--threads", "1", "--dry_run", *hostile(tmp_path, model)]
+    assert main(words) in (1, 2)
+    shown = capsys.readouterr()
+    assert shown.err.startswith("quartet: ")
+    assert r"\x1b]0;owned\x07" in shown.err
+    assert not CONTROL.search(shown.err)
+    assert not CONTROL.search(shown.out)
+    if hostile is _reward:
+        assert "first line\nsecond " in shown.err
+
+
+def test_tables_titles_and_lines_on_the_terminal_are_only_text():
+    stream = io.StringIO()
+    console = Terminal(file=stream, force_terminal=True, color_system=None, width=200, legacy_windows=False)
+    table = Table(title=f"title {EVIL}")
+    table.add_column(f"column {EVIL}")
+    table.add_row(f"a string [/red] :smile: {EVIL}")
+    table.add_row(Text(f"a text {EVIL}", style="red"))
+    console.print(table)
+    console.print(f"a line {EVIL}", soft_wrap=True)
+    shown = stream.getvalue()
+    assert not CONTROL.search(re.sub(r"[\u2500-\u257f]", "", shown))
+    assert "[/red] :smile:" in shown
+    assert shown.count(r"\x1b]0;owned") == 5
+
+
+def test_rich_itself_may_still_colour_and_move():
+    stream = io.StringIO()
+    console = Terminal(file=stream, force_terminal=True, color_system="standard", width=80)
+    console.print(Text("red", style="red"))
+    console.show_cursor(False)
+    assert stream.getvalue() == "\x1b[31mred\x1b[0m\n\x1b[?25l"
+
+
+def test_events_are_echoed_escaped(tmp_path, capsys):
+    with RunLog(tmp_path / "run", "model: tiny\n", trackers=[]) as log:
+        assert isinstance(log.console, Terminal)
+        log.event("reward_error", message=EVIL)
+    assert not CONTROL.search(capsys.readouterr().out)
+    [line] = (tmp_path / "run/events.jsonl").read_text().splitlines()
+    assert json.loads(line)["message"] == EVIL  # the record keeps what was said
+
+
+def test_warnings_are_escaped(tmp_path, capsys, monkeypatch):
+    assert main(["train", "--nosuch", "1"]) == 2  # what any command does first
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.getLogger(), "handlers", [])  # pytest's own
+        logging.getLogger("rewards.scorer").warning("reward failed: %s", EVIL)
+    shown = capsys.readouterr().err
+    assert shown == f"reward failed: {escaped(EVIL)}\n"

@@ -1,0 +1,547 @@
+"""`quartet mtp` on micro policies: the head learns, the trunk does not move, a stopped run goes on to the same bits."""
+
+import json
+import math
+import signal
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from grpo.cli import main
+from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
+from grpo.config.options import load
+from grpo.learner.batch import PackedRow, Sample
+from grpo.learner.head_learner import HeadLearner
+from grpo.learner.learner import Learner, NonFiniteStep
+from grpo.mtp import coverage, dry_run, mtp, rows_of
+from grpo.policy_source import find_policy, load_found
+from grpo.run import checkpoint
+from grpo.run.log import RunLog, read_metrics
+from grpo.run.stop import GivenUp, InterruptiblePool, Stopped
+from grpo.sft import sft
+from policies.policy import Policy, PolicyError
+from rollout.engine import Engine, RolloutError
+from rollout.group import Completion, Prompt, RolloutGroup
+from rollout.pool import LocalPool
+from rollout.sampling import FULL_ROW, SamplingParams
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def taught(micro_config, tmp_path_factory) -> Path:
+    """A micro policy after a little supervision, without a draft head."""
+    folder = tmp_path_factory.mktemp("sft") / "run"
+    options = {"warm_start.steps": 60, "warm_start.batch_size": 8, "mtp.loss_weight": 0.0, "data.limit": 16}
+    sft(micro_config(folder, **options))
+    policy = Policy.load(folder / "policy")
+    policy.mtp = None
+    policy.save(folder.parent / "headless")
+    return folder.parent / "headless"
+
+
+@pytest.fixture(scope="module")
+def config(taught, letters):
+    def build(folder: Path, **given) -> MtpConfig:
+        options = {
+            "model": str(taught),
+            "output_dir": folder,
+            "threads": 1,
+            "steps": STEPS,
+            "prompts_per_step": 4,
+            "data.levels": [1],
+            "data.limit": 10,
+            "rollout.group_size": 4,
+            "rollout.max_completion_tokens": 16,
+            "rollout.draft_tokens": 3,
+            "rewards": [{"function": letters}],
+            "head.depth": 3,
+            "head.reuse": 2,
+            "head.tokens_per_update": 128,
+            "head.learning_rate": 5e-3,
+            "head.draft_vocabulary": 64,
+            "head.tv_share": 0.4,
+            "eval.limit": 0,
+            "checkpoint.keep": None,
+            "log.trackers": [],
+        }
+        return load(MtpConfig, None, options | given)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    mtp(config(folder, **{"checkpoint.every": 1}))
+    return folder
+
+
+def _tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    saved = checkpoint.load(folder / f"checkpoints/step_{step:06d}")
+    return {f"{file}/{name}": t for file, mapping in saved.tensors.items() for name, t in mapping.items()}
+
+
+def _untimed(folder: Path) -> list[dict]:
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/", "run/"))}
+        for line in read_metrics(folder)
+    ]
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_head_learns_to_draft_and_the_trunk_keeps_its_bits(config, taught, tmp_path):
+    given = {"steps": 7, "head.reuse": 3, "eval.limit": 12, "head.draft_vocabulary": None, "prompts_per_step": 8}
+    given["head.restart"] = False
+    results = mtp(config(tmp_path / "run", **given))
+    lines = read_metrics(tmp_path / "run")
+    # The rollouts draft with the head as it is so far.
+    rates = [line["draft/tokens_per_forward"] for line in lines[1:]]
+    assert rates[0] < 1.2
+    assert rates[-1] > 2.0
+    # On held-out problems, which a policy that knows 16 by heart continues as it likes, the head gains less.
+    before, after = lines[0], lines[-1]
+    assert after["eval/tokens_per_forward"] > before["eval/tokens_per_forward"] + 0.2
+    shares = [after[f"eval/acceptance_depth_{d}"] for d in (1, 2, 3)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > before["eval/acceptance_depth_1"] + 0.15
+    assert after["eval/tokens_per_forward"] == pytest.approx(1 + sum(shares), abs=0.2)
+    # Drafts change no token: the completions, and with them the scores, are those of before.
+    for way in ("sampled", "greedy"):
+        first, last = (results["evaluations"][f"{when}, {way}"] for when in ("before", "after"))
+        assert [g.texts for g in first.groups] == [g.texts for g in last.groups]
+    former, policy = Policy.load(taught), Policy.load(tmp_path / "run/policy")
+    assert policy.mtp is not None
+    for name, tensor in former.trunk.state_dict().items():
+        assert torch.equal(policy.trunk.state_dict()[name], tensor), name
+
+
+def test_a_new_head_starts_as_the_trunks_last_layer_and_a_stored_one_only_where_asked(config, taught, tmp_path):
+    def first_acceptance(name: str, **given) -> float:
+        mtp(config(tmp_path / name, **{"steps": 1, "eval.limit": 12, "head.learning_rate": 1e-6} | given))
+        return read_metrics(tmp_path / name)[0]["eval/acceptance_depth_1"]
+
+    started = first_acceptance("started")
+    random = first_acceptance("random", **{"head.restart": False})
+    assert started > random + 0.1
+    stored = {"model": str(tmp_path / "random/policy")}
+    assert first_acceptance("kept", **stored) < started - 0.1
+    assert first_acceptance("again", **stored | {"head.restart": True}) > random + 0.1
+
+
+def test_the_curriculum_comes_first_and_total_variation_last(whole):
+    lines = read_metrics(whole)
+    assert [line["curriculum/draft_depth"] for line in lines] == [1, 2, 3, 3, 3]
+    assert ["loss/mtp" in line for line in lines] == [True, True, True, False, False]
+    assert ["loss/mtp_tv" in line for line in lines] == [False, False, False, True, True]
+    assert all(0 < line["loss/mtp_tv"] < 1 for line in lines[3:])
+    assert [line["learner/updates"] for line in lines] == [2.0 * (line["learner/updates"] // 2) for line in lines]
+    assert not any(name.startswith(("reward/", "group/")) for line in lines for name in line)
+
+
+def test_the_policy_of_a_run_drafts_from_its_trimmed_vocabulary(whole, config):
+    policy = Policy.load(whole / "policy")
+    assert policy.draft_ids.shape == (64,)
+    assert set(policy.stop_token_ids) <= set(policy.draft_ids.tolist())
+    assert all(0.8 < line["draft/vocabulary_coverage"] <= 1 for line in read_metrics(whole))
+
+
+def test_null_drafts_from_the_whole_vocabulary_again(whole, config, tmp_path):
+    mtp(config(tmp_path / "run", model=str(whole), steps=1, **{"head.draft_vocabulary": None}))
+    assert Policy.load(tmp_path / "run/policy").draft_ids is None
+
+
+# ---- contract 9 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_contract_9_a_stopped_run_resumes_to_the_same_bits(whole, config, tmp_path, k):
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped, match=f"stopped after step {k}; go on with --resume auto"):
+        mtp(config(folder, **{"checkpoint.every": 1}), stop_after=k)
+    assert not (folder / "policy").exists()
+    mtp(config(folder, **{"checkpoint.every": 1}), resume="auto")
+    assert _untimed(folder) == _untimed(whole)
+    for step in range(1, STEPS + 1):
+        first, second = _tensors(folder, step), _tensors(whole, step)
+        assert first.keys() == second.keys()
+        assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    names = set(_tensors(whole, 1))
+    assert {name for name in names if name.startswith("policy/trunk.")} <= {
+        name for name in names if name.endswith("e_score_correction_bias")
+    }
+    assert "draft/ids" in names
+    policies = [Policy.load(run / "policy").weights() for run in (folder, whole)]
+    assert all(torch.equal(tensor, policies[1][name]) for name, tensor in policies[0].items())
+
+
+def test_contract_9_a_signal_gives_up_the_rollouts_in_progress(whole, config, tmp_path, monkeypatch):
+    sample, calls = InterruptiblePool.sample, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise GivenUp
+        return sample(self, *arguments)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(InterruptiblePool, "sample", interrupted)
+        with pytest.raises(Stopped, match="stopped after step 2; go on with --resume auto"):
+            mtp(config(folder))
+    mtp(config(folder), resume="auto")
+    assert _untimed(folder) == _untimed(whole)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "error", "saved"),
+    [
+        (LocalPool, "sample", 3, RolloutError("workers died 4 times"), 2),
+        (LocalPool, "publish", 3, RolloutError("workers died 4 times"), 3),
+        (HeadLearner, "_lesson_loss", 1, NonFiniteStep("the loss is nan"), None),
+        (HeadLearner, "teach", 3, NonFiniteStep("the loss is nan"), 2),
+        (RunLog, "step", 3, KeyError("a bug"), 3),
+    ],
+)
+def test_contract_9_a_failure_saves_the_last_whole_step(
+    whole, config, tmp_path, monkeypatch, owner, name, call, error, saved
+):
+    folder, real, calls = tmp_path / "run", getattr(owner, name), []
+
+    def fails(*arguments, **named):
+        calls.append(1)
+        if len(calls) == call:
+            if name == "step":
+                real(*arguments, **named)
+            raise error
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        with pytest.raises(type(error), match=str(error.args[0])):
+            mtp(config(folder))
+    assert list(checkpoint.saved(folder / "checkpoints")) == ([saved] if saved else [])
+    mtp(config(folder), resume="auto")
+    assert _untimed(folder) == _untimed(whole)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_contract_9_a_signal_while_the_head_is_taught_finishes_the_step(whole, config, tmp_path, monkeypatch, kind):
+    folder, teach = tmp_path / "run", HeadLearner.teach
+
+    def interrupted(self, lessons, step):
+        if step == 2:
+            signal.raise_signal(kind)
+        return teach(self, lessons, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadLearner, "teach", interrupted)
+        with pytest.raises(Stopped, match="stopped after step 2; go on with --resume auto"):
+            mtp(config(folder))
+    mtp(config(folder), resume="auto")
+    assert _untimed(folder) == _untimed(whole)
+
+
+def test_a_resume_with_another_configuration_is_refused(whole, config):
+    for given in ({"head.learning_rate": 0.5}, {"steps": STEPS + 1}):
+        with pytest.raises(ValueError, match=next(iter(given)).replace(".", r"\.")):
+            mtp(config(whole, **given), resume="auto")
+
+
+def test_a_checkpoint_of_an_unfinished_run_can_be_evaluated_and_exported(whole, config, tmp_path):
+    source = find_policy(str(whole / f"checkpoints/step_{STEPS:06d}"))
+    loaded, ended = load_found(source, config(tmp_path)).weights(), Policy.load(whole / "policy").weights()
+    assert loaded.keys() == ended.keys()
+    assert [name for name in loaded if not torch.equal(loaded[name], ended[name])] == []
+    assert main(["export", str(whole), str(tmp_path / "exported")]) == 0
+    assert torch.equal(Policy.load(tmp_path / "exported").draft_ids, ended["draft_ids"])
+    assert "from teaching the draft head" in (tmp_path / "exported/README.md").read_text()
+
+
+# ---- contract 3, with a trimmed vocabulary --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocabulary", [None, 2 * FULL_ROW])
+def test_contract_3_a_trimmed_vocabulary_changes_no_token(random_policy, vocabulary):
+    """Also behind publications of another vocabulary, and of none."""
+    policy = random_policy(3, **({} if vocabulary is None else {"vocab_size": vocabulary}))
+    size = policy.config.vocab_size
+    prompts = [Prompt(str(i), "", list(range(3 + i, 9 + 2 * i))) for i in range(4)]
+    params = SamplingParams(4, 0.8, 30, stop_token_ids=(0,), seed=1, draft_tokens=0)
+    plain = _tokens(Engine(policy).sample(prompts, params))
+    source = Policy.from_skeleton(policy.skeleton())
+    source.load_weights(policy.weights())
+    source.mtp = random_policy(3, **({} if vocabulary is None else {"vocab_size": vocabulary})).mtp
+    engine = Engine(policy)
+    for version, every in enumerate((3, 7, None)):
+        source.draft_ids = None if every is None else torch.arange(0, size, every)
+        engine.publish(source.weights(), version)
+        assert (engine.draft_vocabulary is None) == (every is None)
+        groups = engine.sample(prompts, replace(params, draft_tokens=3))
+        assert _tokens(groups) == plain
+        drafted = {
+            token
+            for group in groups
+            for c in group.completions
+            for token, depth in zip(c.token_ids, c.draft.depths, strict=True)
+            if depth
+        }
+        assert every is None or all(token % every == 0 for token in drafted)
+
+
+def _tokens(groups: list[RolloutGroup]) -> list[list[int]]:
+    return [c.token_ids for group in groups for c in group.completions]
+
+
+# ---- the learner ----------------------------------------------------------------------------------------------------
+
+
+def _learner(policy: Policy, steps: int = 10, **given) -> HeadLearner:
+    return HeadLearner(policy, HeadOptions(**given), temperature=0.9, steps=steps, seed=0)
+
+
+def _rows(seed: int = 0, count: int = 3) -> list[PackedRow]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(2, 250, (length,), generator=generator).tolist()
+
+    return [PackedRow(tokens(5 + i), [Sample(j, tokens(6)) for j in range(3)]) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("share", "depth", "steps", "expected"),
+    [
+        (0.5, 4, 12, [1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 4, 4]),
+        (0.0, 3, 3, [3, 3, 3]),
+        (1.0, 2, 4, [1, 1, 1, 1]),
+        (0.3, 1, 3, [1, 1, 1]),
+        (0.1, 4, 3, [1, 4, 4]),
+    ],
+)
+def test_depths_grow_in_equal_parts_of_the_curriculum(random_policy, share, depth, steps, expected):
+    learner = _learner(random_policy(0), steps, depth=depth, curriculum_share=share)
+    assert [learner.depth_at(step) for step in range(1, steps + 1)] == expected
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.2, 2), (0.25, 2), (1.0, 10)])
+def test_the_last_share_of_the_steps_minimises_total_variation(random_policy, share, expected):
+    learner = _learner(random_policy(0), 10, tv_share=share)
+    kinds = [learner.divergence_at(step) for step in range(1, 11)]
+    assert kinds == ["kl"] * (10 - expected) + ["tv"] * expected
+
+
+def test_frequent_tokens_are_those_that_the_policy_expects_to_say(random_policy):
+    policy = random_policy(2)
+    learner = _learner(policy)
+    rows = _rows()
+    mass = torch.zeros(policy.config.vocab_size)
+    for row in rows:  # the trunk alone, completion by completion
+        for sample in row.samples:
+            logits = policy.trunk(torch.tensor([row.prompt_ids + sample.token_ids])).logits[0]
+            at = len(row.prompt_ids) - 1
+            mass += (logits[at:-1].float() / 0.9).softmax(-1).sum(0).detach()
+    stop = int(mass.argmin())
+    policy.trunk.generation_config.eos_token_id = stop
+    ids = learner.frequent_tokens(learner.read(rows), 20).tolist()
+    assert ids == sorted({*mass.topk(19).indices.tolist(), stop})
+    assert learner.frequent_tokens(learner.read(rows), policy.config.vocab_size) is None
+
+
+@pytest.mark.parametrize("trims", [False, True])
+def test_grpo_and_this_command_teach_the_head_the_same_loss(random_policy, trims):
+    """The same rows through `Learner.sft_step`'s head loss and through a lesson: the same gradient."""
+    gradients = []
+    for kind in ("lesson", "learner"):
+        policy, rows = random_policy(5), _rows()
+        policy.draft_ids = torch.arange(0, policy.config.vocab_size, 3) if trims else None
+        learner = _learner(policy, depth=3)
+        lessons = learner.read(rows)
+        tokens = sum(row.num_completion_tokens for row in rows)
+        for lesson in lessons:
+            if kind == "lesson":
+                loss = learner._lesson_loss(lesson, 3, "kl") * lesson.tokens / tokens
+            else:
+                teaching = {id(row): 1 / tokens for row in rows}
+                loss = Learner._head_loss(learner, lesson.mini, learner._forward(lesson.mini), teaching, _Sums())
+            loss.backward()
+        gradients.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(name.startswith("mtp.") for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
+class _Sums(dict):
+    def __missing__(self, name: str) -> float:
+        return 0.0
+
+
+def test_reuse_passes_over_the_batch_and_the_trunk_reads_it_once(random_policy, monkeypatch):
+    policy, reads = random_policy(6), []
+    hidden = Policy.hidden
+    monkeypatch.setattr(Policy, "hidden", lambda self, *a: reads.append(1) or hidden(self, *a))
+    learner = _learner(policy, reuse=4, tokens_per_update=40, curriculum_share=0.0, depth=2)
+    lessons = learner.read(_rows())
+    assert len(lessons) == len(reads) == 3
+    losses = [learner.teach(lessons, step)["loss/mtp"] for step in range(1, 5)]
+    assert len(reads) == 3
+    assert learner.teach(lessons, 5)["learner/updates"] == 12
+    assert losses[-1] < losses[0]
+    assert learner.policy_version == 5
+
+
+def test_bfloat16_heads_have_masters(random_policy):
+    policy = random_policy(6).to(torch.bfloat16)
+    learner = _learner(policy, reuse=1, learning_rate=1e-6)
+    lessons = learner.read(_rows())
+    before = {name: tensor.clone() for name, tensor in learner.state()[0]["policy"].items()}
+    learner.teach(lessons, 1)
+    after = learner.state()[0]["policy"]
+    moved = [name for name in after if not torch.equal(before[name], after[name])]
+    assert any(name.endswith("eh_proj.weight") for name in moved)  # by less than bfloat16 can tell
+    assert after["mtp.eh_proj.weight"].dtype == torch.float32
+    assert math.isfinite(learner.teach(lessons, 2)["loss/mtp"])
+
+
+def test_groups_are_cut_and_coverage_is_counted():
+    groups = [
+        RolloutGroup(Prompt("a", "", [1, 2, 3]), [Completion([4, 5], [], "", "stop", 0) for _ in range(3)]),
+        RolloutGroup(Prompt("b", "", [1]), [Completion([7, 8], [], "", "stop", 0)]),
+    ]
+    rows = rows_of(groups, 7)
+    assert [(row.prompt_ids, len(row.samples)) for row in rows] == [([1, 2, 3], 2), ([1, 2, 3], 1), ([1], 1)]
+    assert coverage(groups, torch.tensor([4, 7])) == 0.5
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_takes_a_model_or_a_file(taught, letters, tmp_path, capsys):
+    config = tmp_path / "head.yaml"
+    config.write_text(f"model: {taught}\noutput_dir: {tmp_path / 'a'}\nsteps: 2\nrewards:\n- function: {letters}\n")
+    words = ["--threads", "1", "--prompts_per_step", "2", "--data.levels", "[1]", "--data.limit", "8"]
+    words += ["--rollout.max_completion_tokens", "6", "--rollout.draft_tokens", "1", "--log.trackers", "[]"]
+    words += ["--head.depth", "2", "--eval.limit", "2"]
+    assert main(["mtp", str(config), *words, "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert "head: FLOPs per token and pass" in shown
+    assert "memory: fits: about" in shown
+    assert f"disk at {tmp_path}: fits: about" in shown
+    assert not (tmp_path / "a").exists()
+    assert main(["mtp", str(config), *words]) == 0
+    assert "after, sampled" in capsys.readouterr().out
+    assert main(["mtp", str(config), *words, "--dry_run"]) == 1
+    assert "already holds a run" in capsys.readouterr().err
+    assert not find_spec("matplotlib") or (tmp_path / "a/plots/acceptance.png").is_file()
+    # The run as MODEL brings its data and rewards along.
+    assert main(["mtp", str(tmp_path / "a"), *words, "--output_dir", str(tmp_path / "b"), "--print-config"]) == 0
+    shown = capsys.readouterr().out
+    assert letters in shown
+    assert main(["mtp", str(tmp_path / "a"), *words, "--output_dir", str(tmp_path / "b"), "--steps", "1"]) == 0
+    assert json.loads((tmp_path / "b/metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
+    assert main(["eval", str(tmp_path / "b"), "--limit", "2", "--draft_tokens", "2"]) == 0
+
+
+def test_a_checkpoint_folder_brings_nothing_along(taught):
+    assert defaults_of_run(taught) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"head.curriculum_share": 0.7, "head.tv_share": 0.4}, "together at most 1"),
+        ({"eval.every": 2}, "eval.every=2 is for quartet train; drop it"),
+        ({"head.draft_vocabulary": 3}, "head.draft_vocabulary"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(config, tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path / "run", **given)
+
+
+def test_more_prompts_than_there_are_is_refused_before_the_model_loads(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo.mtp.load_policy", lambda *a: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="prompts_per_step=50, but there are 10 training examples"):
+        mtp(config(tmp_path / "run", prompts_per_step=50))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_test_split_is_never_trained_on(config, tmp_path):
+    with pytest.raises(ValueError, match="must not be trained on"):
+        mtp(config(tmp_path / "run", **{"data.split": "heldout"}))
+
+
+def test_a_model_of_another_type_is_refused_with_the_way_out(hf_policy, config, tmp_path):
+    hf_policy("qwen3").save(tmp_path / "qwen")
+    with pytest.raises(PolicyError, match="'qwen3', which has no MTP head .*quartet convert"):
+        mtp(config(tmp_path / "run", model=str(tmp_path / "qwen")))
+
+
+def test_a_policy_that_has_no_head_and_is_to_have_none_is_refused(hf_policy, config, tmp_path):
+    with pytest.raises(PolicyError, match="add_mtp=False, but model=.*headless' has no MTP head to teach; leave"):
+        mtp(config(tmp_path / "run", add_mtp=False))
+    hf_policy("qwen3").save(tmp_path / "qwen")
+    with pytest.raises(PolicyError, match="'qwen3', which has no MTP head .*quartet convert"):
+        dry_run(config(tmp_path / "run", model=str(tmp_path / "qwen"), add_mtp=False), Console(quiet=True))
+
+
+def test_prompts_that_leave_no_room_are_refused_before_anything_is_sampled(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo.mtp.open_run_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
+    with pytest.raises(ValueError, match=r"10 prompts, the first of them .* context of 256 with max_completion_tokens"):
+        mtp(config(tmp_path / "run", **{"rollout.max_completion_tokens": 250}))
+
+
+def test_a_head_that_diverges_says_what_to_lower_and_goes_on_from_the_checkpoint(config, tmp_path, monkeypatch):
+    given = {"steps": 2, "checkpoint.every": 1, "head.tv_share": 0.0}
+    loss = HeadLearner._lesson_loss
+
+    def diverging(learner, lesson, depth, divergence):
+        return loss(learner, lesson, depth, divergence) * (math.nan if learner.policy_version else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadLearner, "_lesson_loss", diverging)
+        with pytest.raises(NonFiniteStep, match=r"step 2: the loss is nan.*lower head.learning_rate.*--resume auto"):
+            mtp(config(tmp_path / "run", **given))
+    mtp(config(tmp_path / "run", **given | {"head.learning_rate": 1e-3}), resume="auto", force=True)
+    assert (tmp_path / "run/policy").exists()
+
+
+def test_of_several_mtp_layers_the_first_is_taught_and_the_others_stay(random_policy, config, tmp_path, caplog):
+    random_policy(4).save(tmp_path / "deep")
+    file = tmp_path / "deep/model.safetensors"
+    tensors = load_file(file)
+    first = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.2.")}
+    for layer in (3, 4):
+        tensors |= {name.replace(".2.", f".{layer}.", 1): torch.randn_like(t) for name, t in first.items()}
+    save_file(tensors, file, {"format": "pt"})
+    shape = tmp_path / "deep/config.json"
+    shape.write_text(json.dumps(json.loads(shape.read_text()) | {"num_nextn_predict_layers": 3}))
+    mtp(config(tmp_path / "run", model=str(tmp_path / "deep"), steps=1, **{"head.tv_share": 0.0}))
+    assert "has 3 MTP layers: the first is trained and drafts at every depth" in caplog.text
+    after = load_file(tmp_path / "run/policy/model.safetensors")
+    assert after.keys() == tensors.keys()
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, tensors[name])}
+    assert "model.layers.2.eh_proj.weight" in moved
+    assert moved <= set(first)
+
+
+def test_several_processes_are_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="teaches in one process"):
+        mtp(config(tmp_path / "run"))
+
+
+def test_the_pool_of_a_trimmed_policy_starts_trimmed(random_policy):
+    policy = random_policy(0)
+    policy.draft_ids = torch.tensor([0, 4, 9])
+    pool = LocalPool(policy, torch.float32, 4)
+    assert pool.engine.head.draft_ids.tolist() == [0, 4, 9]

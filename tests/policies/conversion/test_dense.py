@@ -1,0 +1,489 @@
+"""Dense -> MLA: the stock DeepSeek-V3 forward must compute what the dense model computed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from dense_models import LENGTH, MAX_POSITIONS, ROPES, SHAPES, VOCABULARY, dense_model, random_ids, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from policies.conversion import dense
+from policies.conversion.calibration import observe
+from policies.conversion.compress import compress
+from policies.conversion.dense import convert_checkpoint, convert_dense, frozen_parameter_names, new_folder
+from policies.conversion.experts import ExpertShards, shard_feed_forward
+from policies.conversion.head import start_head
+from policies.conversion.parity import ParityFailed, ParityReport, parity
+from policies.conversion.supported import UnsupportedCheckpoint, check_convertible
+from policies.policy import Policy, PolicyError
+
+torch.set_num_threads(1)
+
+
+def assert_same_function(dense: LlamaForCausalLM) -> DeepseekV3ForCausalLM:
+    converted = convert_dense(dense)
+    report = parity(dense, converted, random_ids(), new_tokens=16)
+    assert report.passed, f"\n{report}"
+    assert report.max_logit_difference < 1e-4 * report.max_logit  # ten times better than asked for
+    assert report.top1_agreement == 1.0
+    assert abs(report.kl_mean) < 1e-6
+    assert report.num_tokens == 2 * LENGTH
+    return converted
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_every_shape_gives_the_same_logits_and_text(shape: tuple[int, int, int, int], tied: bool) -> None:
+    converted = assert_same_function(dense_model(shape, tie_word_embeddings=tied))
+    assert type(converted) is DeepseekV3ForCausalLM
+    assert not converted.training
+    assert (converted.lm_head.weight is converted.model.embed_tokens.weight) == tied
+
+
+def test_the_shape_of_smollm2() -> None:
+    changes = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "initializer_range": 0.1}
+    converted = assert_same_function(dense_model((9, 3, 64, 576), **changes))
+    config = converted.config
+    assert (config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim) == (196, 192, 0)
+    assert converted.model.layers[0].self_attn.kv_a_proj_with_mqa.bias[192:196].tolist() == [7 * 2.0**11] * 4
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES.keys())
+def test_fixed_rope_scalings_are_folded_into_the_factors(rope: dict) -> None:
+    dense = dense_model(rope_parameters=dict(rope))
+    plain = dense_model()
+    ids = random_ids()
+    assert (dense(ids).logits - plain(ids).logits).abs().max() > 0.1 * plain(ids).logits.abs().max()
+    converted = assert_same_function(dense)
+    frequencies = converted.model.rotary_emb.inv_freq, dense.model.rotary_emb.inv_freq.repeat(2)
+    torch.testing.assert_close(*frequencies, rtol=2.0**-23, atol=0.0)  # one bit
+
+
+def test_mistral_with_a_window_that_never_acts() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(**settings(sliding_window=None))
+    assert_same_function(MistralForCausalLM(config).eval())
+    check_convertible(MistralConfig(**settings(sliding_window=MAX_POSITIONS)))
+
+
+def test_the_random_models_attend_sharply_and_use_positions() -> None:
+    """Else the parity tests would prove little: uniform attention forgives every mistake in q and k."""
+    dense = dense_model(attn_implementation="eager")
+    ids = random_ids(rows=1)
+    out = dense(ids, output_attentions=True)
+    assert (
+        torch.stack(out.attentions)[..., LENGTH // 2 :, :].amax(-1).mean() > 10 / LENGTH
+    )  # uniform: at most 2 / LENGTH
+    elsewhere = dense(ids, position_ids=torch.zeros_like(ids)).logits
+    assert (out.logits - elsewhere).abs().max() > 0.3 * out.logits.abs().max()
+
+
+def test_frequencies_are_the_dense_ones_to_the_last_bit_in_every_group() -> None:
+    dense = dense_model(
+        (9, 3, 64, 576), num_hidden_layers=1, rope_parameters={"rope_type": "default", "rope_theta": 1e5}
+    )
+    converted = convert_dense(dense)
+    expected = dense.model.rotary_emb.inv_freq.repeat(3)
+    rotary = converted.model.rotary_emb
+    for length in (MAX_POSITIONS, MAX_POSITIONS + 1):  # the short and the long factors
+        cos, _ = rotary(torch.zeros(1), torch.tensor([[length - 1]]))
+        assert torch.equal(rotary.inv_freq, expected)
+        assert torch.equal(cos[0, 0, :96], (expected * (length - 1)).cos())
+
+
+def test_frequencies_do_not_come_from_a_buffer_that_was_cast() -> None:
+    dense = dense_model()
+    expected = dense.model.rotary_emb.inv_freq.clone()
+    dense.bfloat16().float()
+    assert not torch.equal(dense.model.rotary_emb.inv_freq, expected)
+    assert torch.equal(convert_dense(dense).model.rotary_emb.inv_freq, expected.repeat(2))
+
+
+def test_the_latents_pass_the_norm_unchanged() -> None:
+    dense = dense_model()
+    attention = convert_dense(dense).model.layers[0].self_attn
+    x = torch.randn(50, 48) * 3
+    expected = dense.model.layers[0].self_attn.v_proj(x)
+    latents, _ = attention.kv_a_proj_with_mqa(x).split([20, 16], dim=-1)
+    normed = attention.kv_a_layernorm(latents)
+    torch.testing.assert_close(normed[:, :16], expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(normed[:, 16:], torch.zeros(50, 4))
+
+
+@pytest.mark.parametrize("rank", [2, 16, 64, 192, 256, 320, 1024, 4096])
+def test_the_constants_are_exact_in_bfloat16(rank: int) -> None:
+    values = torch.tensor(dense._four_squares(rank + 4)) * dense.NORM_WEIGHT
+    assert torch.equal(values.bfloat16().double(), values.double())
+    assert values.double().square().sum() == (rank + 4) * dense.NORM_WEIGHT**2
+
+
+def test_conversion_changes_neither_the_source_nor_the_random_state() -> None:
+    dense = dense_model()
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    state = torch.get_rng_state()
+    converted = convert_dense(dense)
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.zero_()
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+# What a test of parity is worth: it must fail when something is wrong.
+
+
+def test_parity_notices_a_norm_that_was_trained() -> None:
+    dense = dense_model()
+    converted = convert_dense(dense)
+    with torch.no_grad():
+        converted.model.layers[1].self_attn.kv_a_layernorm.weight[:16].mul_(1.01)
+    report = parity(dense, converted, random_ids(), new_tokens=2)
+    assert not report.passed
+    assert "FAILED" in str(report)
+
+
+def test_parity_notices_a_wrong_frequency() -> None:
+    dense = dense_model()
+    converted = convert_dense(dense)
+    rope = converted.config.rope_parameters
+    rope["short_factor"] = [
+        *rope["short_factor"][:5],
+        rope["short_factor"][5] * 1.1,
+        *rope["short_factor"][6:],
+    ]
+    wrong = DeepseekV3ForCausalLM(converted.config).eval()
+    wrong.load_state_dict(converted.state_dict())
+    assert not parity(dense, wrong, random_ids(length=MAX_POSITIONS // 2), new_tokens=2).passed
+
+
+def test_parity_counts_rows_of_any_length_and_never_passes_nan() -> None:
+    dense = dense_model()
+    report = parity(dense, dense, [random_ids()[0, :5], random_ids()[0, :9]], new_tokens=2)
+    assert (report.num_tokens, report.max_logit_difference, report.greedy_identical) == (14, 0.0, True)
+    broken = convert_dense(dense)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    assert not parity(dense, broken, [random_ids()[0, :5]], new_tokens=2).passed
+
+
+def test_a_report_passes_within_a_thousandth_of_the_largest_logit() -> None:
+    fields = {"kl_mean": 0.0, "top1_agreement": 1.0, "greedy_identical": True, "num_tokens": 1}
+    assert ParityReport(max_logit_difference=0.02, max_logit=20.0, **fields).passed
+    assert not ParityReport(max_logit_difference=0.021, max_logit=20.0, **fields).passed
+    fields["greedy_identical"] = False
+    assert not ParityReport(max_logit_difference=0.0, max_logit=20.0, **fields).passed
+
+
+# Frozen parameters.
+
+
+def frozen(model: torch.nn.Module, names: list[str]) -> set[str]:
+    return {name for name, _ in model.named_parameters() if name.endswith(tuple(names))}
+
+
+def test_frozen_names_match_the_norm_and_the_bias_of_every_layer_and_nothing_else() -> None:
+    converted = convert_dense(dense_model())
+    listed = frozen_parameter_names(converted.config)
+    ends = ("kv_a_layernorm.weight", "kv_a_proj_with_mqa.bias")
+    assert frozen(converted, listed) == {f"model.layers.{i}.self_attn.{end}" for i in (0, 1) for end in ends}
+    wrapped = get_peft_model(converted, LoraConfig(target_modules="all-linear", r=2))
+    names = frozen(wrapped, listed)
+    assert len(names) == 4
+    assert not any("lora" in name for name in names)
+    assert frozen_parameter_names(dense_model().config) == []
+
+
+def test_training_around_the_frozen_parameters_keeps_the_norm_cancelled() -> None:
+    converted = convert_dense(dense_model()).train()
+    names = frozen(converted, frozen_parameter_names(converted.config))
+    for name, parameter in converted.named_parameters():
+        parameter.requires_grad_(name not in names)
+    trained = [parameter for parameter in converted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    ids, losses = random_ids(), []
+    for _ in range(8):
+        loss = converted(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    attention = converted.model.layers[0].self_attn
+    latents, _ = attention.kv_a_proj_with_mqa(torch.randn(50, 48)).split([20, 16], dim=-1)
+    normed = attention.kv_a_layernorm(latents)
+    # Adam moves the constants' weight rows too, whose gradients are tiny; w makes that harmless.
+    torch.testing.assert_close(normed[:, :16], latents[:, :16], rtol=1e-3, atol=1e-5)
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (Qwen2Config(), "model_type='qwen2'.*biases"),
+        (Qwen3Config(), "model_type='qwen3'.*q_norm, k_norm"),
+        (SmolLM3Config(), "model_type='smollm3'.*no rotary embedding"),
+        (LlamaConfig(**settings(attention_bias=True)), "attention_bias=True"),
+        (LlamaConfig(**settings(mlp_bias=True)), "mlp_bias=True"),
+        (LlamaConfig(**settings(hidden_act="gelu")), "hidden_act='gelu'"),
+        (LlamaConfig(**settings((4, 3, 8, 32))), "num_key_value_heads=3"),
+        (LlamaConfig(**settings((4, 2, 3, 32))), "head_dim=3"),
+        (MistralConfig(**settings(sliding_window=16)), "sliding_window=16.*max_position_embeddings=64"),
+        (LlamaConfig(**settings(quantization_config={"quant_method": "gguf"})), "quantization_config"),
+        (
+            LlamaConfig(**settings(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})),
+            "rope_type='dynamic'.*default, linear, llama3, yarn",
+        ),
+        (
+            LlamaConfig(
+                **settings(
+                    rope_parameters={
+                        **{"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0},
+                        **{"short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+                        "original_max_position_embeddings": 32,
+                    }
+                )
+            ),
+            "rope_type='longrope'",
+        ),
+        (
+            LlamaConfig(
+                **settings(
+                    rope_parameters={
+                        **{"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+                        "partial_rotary_factor": 0.5,
+                    }
+                )
+            ),
+            "partial_rotary_factor=0.5",
+        ),
+    ],
+    ids=lambda value: value.split(".*")[0] if isinstance(value, str) else "",
+)
+def test_what_cannot_be_exact_is_refused_by_name(config: LlamaConfig, named: str) -> None:
+    with pytest.raises(UnsupportedCheckpoint, match=named):
+        check_convertible(config)
+
+
+def test_weights_that_are_not_float32_are_refused_by_name() -> None:
+    with pytest.raises(
+        UnsupportedCheckpoint, match=r"embed_tokens\.weight\.dtype=torch\.bfloat16.*dtype=torch\.float32"
+    ):
+        convert_dense(dense_model().bfloat16())
+
+
+def test_wrapped_and_headless_models_are_refused_by_name() -> None:
+    wrapped = get_peft_model(dense_model(), LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(UnsupportedCheckpoint, match=r"PeftModel.*merge adapters"):
+        convert_dense(wrapped)
+    with pytest.raises(UnsupportedCheckpoint, match="LlamaForSequenceClassification"):
+        convert_dense(LlamaForSequenceClassification(LlamaConfig(**settings())))
+
+
+def test_longrope_is_carried_where_its_factors_never_change() -> None:
+    factors = [1.0, 2.0, 3.0, 4.0]
+    rope = {"rope_type": "longrope", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    dense = dense_model(rope_parameters=rope | {"short_factor": factors, "long_factor": factors})
+    assert dense.model.rotary_emb.attention_scaling > 1.1  # and so is its factor on cos and sin
+    assert_same_function(dense)
+
+
+# Checkpoints on disk.
+
+TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<unk>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    folder = tmp_path / "in" / "dense"
+    dense = dense_model(tie_word_embeddings=True, eos_token_id=2)
+    dense.generation_config.temperature = 0.7
+    dense.generation_config.do_sample = True
+    dense.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "LICENSE").write_text("do as you like")
+    return folder
+
+
+PROMPTS = [" ".join(f"w{7 * i * i % 95 + 3}" for i in range(50)), "w5 w9 w31"]
+
+
+def test_a_converted_checkpoint_loads_in_stock_transformers(source: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "out" / "mla"
+    report = convert_checkpoint(str(source), destination, prompts=PROMPTS)
+    assert report.passed
+    assert report.num_tokens == 53
+    assert [path.name for path in destination.parent.iterdir()] == ["mla"]
+
+    loaded = AutoModelForCausalLM.from_pretrained(destination)
+    assert type(loaded) is DeepseekV3ForCausalLM
+    assert loaded.config.num_nextn_predict_layers == 0
+    assert len(frozen(loaded, frozen_parameter_names(loaded.config))) == 4
+    assert (loaded.generation_config.temperature, loaded.generation_config.eos_token_id) == (0.7, 2)
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    ids = random_ids()
+    assert torch.equal(loaded(ids).logits, convert_dense(dense)(ids).logits)
+
+    tokenizer = AutoTokenizer.from_pretrained(destination)
+    assert (tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id) == (TEMPLATE, 2, 0)
+    assert tokenizer("w5 w9 w31").input_ids == [5, 9, 31]
+    assert (destination / "LICENSE").read_text() == "do as you like"
+    assert json.loads((destination / "config.json").read_text())["quartet_exact_mla"] is True
+    assert {path.suffix for path in destination.iterdir()} <= {".json", ".jinja", ".safetensors", ""}
+
+
+@st.composite
+def dense_models(draw: st.DrawFn) -> LlamaForCausalLM | MistralForCausalLM:
+    """MHA, GQA and MQA, heads that do not add up to the hidden size, tied or not, every rope that is carried."""
+    groups, head_dim = draw(st.integers(1, 4)), 2 * draw(st.integers(1, 6))
+    heads = groups * draw(st.integers(1, 3))
+    shape = heads, groups, head_dim, 8 * heads * draw(st.integers(1, 2))
+    changes: dict = {
+        "tie_word_embeddings": draw(st.booleans()),
+        "intermediate_size": 24 * draw(st.integers(1, 3)),
+        "num_hidden_layers": draw(st.integers(2, 3)),
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
+    }
+    if rope := draw(st.sampled_from([None, *ROPES.values()])):
+        changes["rope_parameters"] = dict(rope)
+    if draw(st.booleans()):
+        torch.manual_seed(0)
+        return MistralForCausalLM(MistralConfig(**settings(shape, sliding_window=None, **changes))).eval()
+    return dense_model(shape, **changes)
+
+
+@hypothesis_settings(max_examples=12, deadline=None, derandomize=True)
+@given(dense=dense_models(), moe=st.booleans(), mtp=st.booleans(), cache=st.sampled_from([None, 0.5, 0.8]))
+def test_any_dense_model_goes_to_disk_and_loads_in_stock_transformers(
+    dense: LlamaForCausalLM, moe: bool, mtp: bool, cache: float | None
+) -> None:
+    ids = random_ids()
+    if cache is None:
+        trunk = convert_dense(dense)
+    else:
+        full = 2 * dense.config.num_key_value_heads * dense.config.head_dim
+        trunk, _ = compress(dense, observe(dense, list(ids)), max(7, round(cache * full) + 4))
+    if moe:
+        shape = ExpertShards(shared_experts=1, experts_per_group=2, expert_groups=3)
+        plain, trunk = trunk, shard_feed_forward(trunk, shape)
+        assert parity(plain, trunk, ids, new_tokens=4).passed
+    policy = Policy(trunk, start_head(trunk, list(ids)) if mtp else None, word_tokenizer())
+    with tempfile.TemporaryDirectory() as folder:
+        policy.save(f"{folder}/mla")
+        stock = AutoModelForCausalLM.from_pretrained(f"{folder}/mla")
+        again = Policy.load(f"{folder}/mla")
+    assert type(stock) is DeepseekV3ForCausalLM
+    assert torch.equal(stock(ids).logits, trunk(ids).logits)
+    if cache is None:
+        report = parity(dense, stock, ids, new_tokens=16)
+        assert report.passed, f"\n{report}"
+    assert (again.mtp is not None) == mtp
+    if mtp:
+        for name, tensor in policy.mtp.state_dict().items():
+            assert torch.equal(again.mtp.state_dict()[name], tensor), name
+
+
+def test_a_destination_that_is_not_empty_is_refused_by_name(source: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "taken"
+    destination.mkdir()
+    convert_checkpoint(str(source), destination, prompts=PROMPTS)  # an empty folder is as good as none
+    before = {path.name: path.stat().st_mtime_ns for path in destination.iterdir()}
+    with pytest.raises(FileExistsError, match=r"taken.*not empty"):
+        convert_checkpoint(str(source), destination, prompts=PROMPTS)
+    assert {path.name: path.stat().st_mtime_ns for path in destination.iterdir()} == before
+
+
+def test_a_conversion_without_parity_publishes_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "NORM_WEIGHT", 0.5)  # too weak to cancel the norm
+    with pytest.raises(ParityFailed, match="max logit difference"):
+        convert_checkpoint(str(source), tmp_path / "out" / "mla", prompts=PROMPTS)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("interruption", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_an_interrupted_conversion_leaves_nothing_behind(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruption: BaseException
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise interruption
+
+    monkeypatch.setattr(dense.shutil, "copy", stop)  # weights and tokenizer have been written by then
+    with pytest.raises(type(interruption)):
+        convert_checkpoint(str(source), tmp_path / "out" / "mla", prompts=PROMPTS)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_unsupported_checkpoint_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    LlamaConfig(**settings(mlp_bias=True)).save_pretrained(source)  # there are no weights at all
+    with pytest.raises(UnsupportedCheckpoint, match="mlp_bias=True"):
+        convert_checkpoint(str(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_destination_that_cannot_be_written_is_refused_before_anything_is_read(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match=r"destination='.*file/mla' cannot be written.*name another"):
+        convert_checkpoint("no/such/model", tmp_path / "file" / "mla")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="link"), new_folder(tmp_path / "link"):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("damage", ["missing", "misshapen", "cut short"])
+def test_a_damaged_source_is_an_error_that_names_the_tensor_or_the_file(
+    source: Path, tmp_path: Path, damage: str
+) -> None:
+    file, name = source / "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
+    tensors = load_file(file)
+    named = {
+        "missing": rf"lacks the tensors {name}",
+        "misshapen": rf"{name} \(expected \[16, 48\], found \[16, 47\]\)",
+        "cut short": r"model\.safetensors \([\d,]+ bytes\) is damaged",
+    }[damage]
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "misshapen":
+        tensors[name] = tensors[name][:, :47].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    if damage == "cut short":
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(PolicyError, match=named):
+        convert_checkpoint(str(source), tmp_path / "out" / "mla", prompts=PROMPTS)
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,0 +1,224 @@
+"""Format, length, text, equivalence and remote rewards, against hand-worked numbers and other implementations."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from rewards import RewardSpec, Scorer
+from rewards.built_in.format import gsm8k_format, regex_format, tag_format
+from rewards.built_in.length import length_penalty, repetition_penalty, soft_overlong_punishment
+from rewards.built_in.remote import remote
+
+
+def test_regex_format():
+    assert regex_format(None, ["say yes", "no"], pattern=r"yes\Z") == [1.0, 0.0]
+    assert regex_format(None, [[{"role": "assistant", "content": "yes"}]], pattern="y") == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("<think>a</think><answer>b</answer>", 1.0),
+        ("\n<think>\na < b\n</think>\n\n<answer>b</answer> \n", 1.0),
+        ("<think></think><answer></answer>", 1.0),
+        ("so <think>a</think><answer>b</answer>", 0.0),
+        ("<think>a</think> so <answer>b</answer>", 0.0),
+        ("<think>a</think><answer>b</answer> so", 0.0),
+        ("<answer>b</answer><think>a</think>", 0.0),
+        ("<think>a<answer>b</answer></think>", 0.0),
+        ("<think>a</think><answer>b</answer><answer>c</answer>", 0.0),
+        ("<think>a</think><answer>b", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_tag_format(text, reward):
+    assert tag_format(None, [text]) == [reward]
+
+
+def test_tag_format_with_other_tags():
+    assert tag_format(None, ["<a>1</a>", "<b>1</b>"], tags=["a"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("6 * 7 = 42\n#### 42", 1.0),
+        ("#### -1,234.5\n", 1.0),
+        ("#### $42", 1.0),
+        ("#### 42 apples", 0.0),
+        ("#### 42.", 0.0),
+        ("#### 42\nDone.", 0.0),
+        ("#### 41\n#### 42", 0.0),
+        ("####\n42", 0.0),
+        ("#### 1,23", 0.0),
+        ("42", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_gsm8k_format(text, reward):
+    assert gsm8k_format(None, [text]) == [reward]
+
+
+def test_length_penalty():
+    ids = [[0] * 120, [0] * 100, [0] * 90]
+    assert length_penalty(None, ids, ids, target=100, per_token=0.01) == pytest.approx([-0.2, 0.0, 0.0])
+    assert length_penalty(None, ids, ids, target=100, per_token=0.01, exact=True) == pytest.approx([-0.2, 0.0, -0.1])
+
+
+@pytest.mark.parametrize("ngram", [1, 2, 3])
+def test_repetition_penalty_equals_trl(ngram):
+    peer = pytest.importorskip("trl.rewards").get_repetition_penalty_reward(ngram_size=ngram, max_penalty=-0.5)
+    ids = [[], [1], [1, 2, 3, 4], [5] * 9, [1, 2] * 5, [1, 2, 3] * 4]
+    assert repetition_penalty(None, ids, ids, ngram=ngram, max_penalty=-0.5) == pytest.approx(peer(completion_ids=ids))
+
+
+def test_soft_overlong_punishment_equals_trl():
+    peer = pytest.importorskip("trl.rewards").get_soft_overlong_punishment(100, 20)
+    ids = [[0] * length for length in (0, 79, 80, 81, 90, 99, 100, 101, 500)]
+    ours = soft_overlong_punishment(None, ids, ids, max_length=100, cache_length=20)
+    assert ours == pytest.approx(peer(completion_ids=ids))
+    assert ours[4] == -0.5
+    assert soft_overlong_punishment(None, ids, ids, max_length=100, cache_length=0)[-3:] == [0.0, -1.0, -1.0]
+
+
+def test_impossible_lengths_are_refused():
+    with pytest.raises(ValueError, match="cache_length=200 must lie between 0 and max_length=100"):
+        soft_overlong_punishment(None, [""], [[1]], max_length=100, cache_length=200)
+    with pytest.raises(ValueError, match="ngram=0"):
+        repetition_penalty(None, [""], [[1]], ngram=0)
+
+
+def test_bleu_and_chrf():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    from rewards.built_in.text import bleu, chrf
+
+    gold, other = "the cat sat on the mat", "a cat is on the mat"
+    assert bleu(None, [gold, "dog"], reference=[gold, gold]) == pytest.approx([1.0, 0.0])
+    assert chrf(None, [gold, ""], reference=[gold, gold]) == pytest.approx([1.0, 0.0])
+    expected = sacrebleu.sentence_bleu(other, [gold, "is a cat"]).score / 100
+    assert bleu(None, [other], reference=[[gold, "is a cat"]]) == pytest.approx([expected])
+    assert chrf(None, [other], reference=[gold]) == pytest.approx([sacrebleu.sentence_chrf(other, [gold]).score / 100])
+    with pytest.raises(ValueError, match="reference None is neither a string nor a list"):
+        bleu(None, [gold], reference=[None])
+
+
+def test_math_equivalence():
+    pytest.importorskip("math_verify")
+    from rewards.built_in.equivalence import math_equivalence
+
+    texts = [r"so $\frac{1}{2}$", r"\boxed{0.5}", "#### 1/2", "so 2", "no idea", ""]
+    assert math_equivalence(None, texts, answer=["#### 0.5"] * 6) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert math_equivalence(None, ["$x+1$"], answer=["$1 + x$"]) == [1.0]
+    assert math_equivalence(None, ["#### 18"], answer=["9 * 2 = <<9*2=18>>18\n#### 18"]) == [1.0]
+    with pytest.raises(ValueError, match="gold answer '' is no expression"):
+        math_equivalence(None, ["1"], answer=["#### "])
+
+
+def test_math_equivalence_runs_no_text_as_code(tmp_path):
+    pytest.importorskip("math_verify")
+    from rewards.built_in.equivalence import math_equivalence
+
+    code = f"__import__('pathlib').Path('{tmp_path}/run').touch()"
+    forms = ["%s", "$%s$", r"\boxed{%s}", "#### 1+%s", r"$\text{%s}$", r"$x \land \operatorname{%s}$", "(1)+(%s)"]
+    assert math_equivalence(None, [form % code for form in forms], answer=["42"] * len(forms)) == [0.0] * len(forms)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_number_beyond_all_bounds_is_a_failure_and_no_hang():
+    pytest.importorskip("math_verify")
+    with Scorer([RewardSpec("math_equivalence")], timeout_s=1.5, on_error="drop_sample") as scorer:
+        [score] = scorer.score(["p"], [["10**10**10"]], [{"answer": "42"}], prompt_ids=["a"])
+    assert [error.kind for error in score.errors] == ["timeout"]
+
+
+def test_math_equivalence_is_the_same_in_a_thread():
+    pytest.importorskip("math_verify")
+    from rewards.built_in.equivalence import math_equivalence
+
+    scores = []
+    thread = threading.Thread(target=lambda: scores.extend(math_equivalence(None, ["$1/2$"], answer=["0.5"])))
+    thread.start()
+    thread.join()
+    assert scores == [1.0]
+
+
+class Grader(BaseHTTPRequestHandler):
+    """Answers with the next of `server.answers`: (status, body) or a delay in seconds."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.seen.append((dict(self.headers), json.loads(body)))
+        answer = self.server.answers.pop(0)
+        if isinstance(answer, float):
+            time.sleep(answer)
+            answer = (200, {})
+        self.send_response(answer[0])
+        self.end_headers()
+        self.wfile.write(json.dumps(answer[1]).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = HTTPServer(("127.0.0.1", 0), Grader)
+    server.seen = []
+    server.url = f"http://127.0.0.1:{server.server_port}/grade"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def ask(server, **options):
+    return remote(
+        ["p"] * 2, ["a", "b"], server.url, backoff_s=0.01, answer=["1", "2"], trainer_state=object(), **options
+    )
+
+
+def test_remote_sends_columns_and_returns_rewards(server, monkeypatch):
+    monkeypatch.setenv("GRADER_TOKEN", "secret")
+    server.answers = [(200, {"rewards": [1.0, None]})]
+    assert ask(server, token_variable="GRADER_TOKEN") == [1.0, None]
+    headers, body = server.seen[0]
+    assert headers["Authorization"] == "Bearer secret"
+    assert body == {"prompts": ["p", "p"], "completions": ["a", "b"], "columns": {"answer": ["1", "2"]}}
+
+
+def test_remote_tries_again_under_the_same_key(server):
+    server.answers = [(503, {}), (429, {}), (200, {"rewards": [1.0, 0.0]})]
+    assert ask(server) == [1.0, 0.0]
+    assert len({headers["Idempotency-Key"] for headers, _ in server.seen}) == 1
+    assert len(server.seen) == 3
+
+
+def test_remote_does_not_repeat_a_request_that_is_wrong(server):
+    server.answers = [(400, {"error": "no such task"})]
+    with pytest.raises(RuntimeError, match=r"no rewards after 1 tries: HTTP 400 .*no such task"):
+        ask(server)
+
+
+def test_remote_gives_up_loudly(server):
+    server.answers = [0.2, 0.2]
+    with pytest.raises(RuntimeError, match=r"no rewards after 2 tries: .*timed out"):
+        ask(server, retries=1, request_timeout_s=0.05)
+
+
+def test_remote_refuses_an_answer_of_another_shape(server):
+    server.answers = [(200, [1.0, 0.0])]
+    with pytest.raises(RuntimeError, match=r'instead of \{"rewards"'):
+        ask(server)
+
+
+def test_remote_refuses_other_schemes_and_unset_tokens():
+    with pytest.raises(ValueError, match="http:// or https://"):
+        remote(["p"], ["c"], "file:///etc/passwd")
+    with pytest.raises(ValueError, match="'NO_SUCH_TOKEN' is not set"):
+        remote(["p"], ["c"], "http://127.0.0.1:9", token_variable="NO_SUCH_TOKEN")

@@ -1,0 +1,210 @@
+"""Models that we did not write, in the same engine: their own numbers, whatever runs beside them."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import ray
+import torch
+
+from policies.policy import Policy, PolicyError
+from rollout.backends.hf import RowCache
+from rollout.engine import Engine, RolloutError
+from rollout.group import Completion, Prompt, RolloutGroup
+from rollout.pool import LocalPool, open_pool, start_ray
+from rollout.sampling import SamplingParams
+from rollout.shard import Decoding
+
+torch.set_num_threads(1)
+STOPS = tuple(range(7, 280, 15))
+PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 8 + n)]) for i, n in enumerate((9, 1, 17, 4, 4, 30))]
+PARAMS = SamplingParams(group_size=4, temperature=0.8, max_completion_tokens=30, stop_token_ids=STOPS, seed=5, step=2)
+# As many KV heads as heads, one, and two; tied; biases; a norm on queries and keys; a head wider than its share;
+# layers that slide within a window longer than any row; learned positions; parallel blocks; experts.
+KINDS: dict[str, dict] = {
+    "llama": {"num_key_value_heads": 4},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 24},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 64, "sliding_window_pattern": 2},
+    "gpt2": {"n_positions": 256},
+    "gpt_neox": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+}
+ESSENTIAL = ("llama", "qwen2", "qwen3")
+
+
+def completions(groups: list[RolloutGroup]) -> list[Completion]:
+    return [completion for group in groups for completion in group.completions]
+
+
+def tokens(groups: list[RolloutGroup]) -> list[list[int]]:
+    return [completion.token_ids for completion in completions(groups)]
+
+
+@torch.no_grad()
+def differences(policy: Policy, groups: list[RolloutGroup], temperature: float) -> torch.Tensor:
+    """|engine − model| of every sampled token's log-probability; the model reads one plain row at a time."""
+    found = []
+    for group in groups:
+        for completion in group.completions:
+            ids = torch.tensor(completion.token_ids)
+            row = torch.tensor([group.prompt.token_ids + completion.token_ids])
+            logits = policy.trunk(input_ids=row, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1]
+            own = (logits.float() / temperature).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+            found.append((own - torch.tensor(completion.logprobs)).abs())
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contract_2_log_probabilities_are_the_models_own(hf_policy, kind):
+    policy = hf_policy(kind, 3, **KINDS[kind])
+    assert policy.backend == "transformers"
+    groups = Engine(policy).sample(PROMPTS, PARAMS)
+    apart = differences(policy, groups, PARAMS.temperature)
+    assert apart.max() < 1e-4
+    assert apart.mean() < 1e-5
+    lengths = {len(ids) for ids in tokens(groups)}
+    assert len(lengths) > 4  # ragged, so that rows of several lengths and prompts were decoded together
+    assert {c.finish_reason for c in completions(groups)} == {"stop", "length"}
+    assert all(c.draft.target_forwards == len(c.token_ids) - 1 for c in completions(groups))
+
+
+@pytest.mark.parametrize("kind", ESSENTIAL)
+def test_greedy_decoding_is_that_of_generate(hf_policy, kind):
+    policy = hf_policy(kind, 3, **KINDS[kind])
+    params = replace(PARAMS, temperature=0.0, group_size=1, stop_token_ids=(0,), max_completion_tokens=20)
+    for group in Engine(policy).sample(PROMPTS, params):
+        row = torch.tensor([group.prompt.token_ids])
+        out = policy.trunk.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=20)
+        assert group.completions[0].token_ids == out[0, row.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("kind", ESSENTIAL)
+def test_contract_4_tokens_do_not_depend_on_what_runs_beside_them(hf_policy, kind):
+    engine = Engine(hf_policy(kind, 4, **KINDS[kind]))
+    together = tokens(engine.sample(PROMPTS, PARAMS))
+    assert tokens([group for prompt in PROMPTS for group in engine.sample([prompt], PARAMS)]) == together
+    backwards = engine.sample(PROMPTS[::-1], PARAMS)
+    assert tokens(backwards[::-1]) == together
+    few = [group.completions[:2] for group in engine.sample(PROMPTS, PARAMS)]
+    assert [
+        [c.token_ids for c in group.completions] for group in engine.sample(PROMPTS, replace(PARAMS, group_size=2))
+    ] == [[c.token_ids for c in group] for group in few]
+    assert tokens(engine.sample(PROMPTS, PARAMS.at(3))) != together
+    # Room for two groups at a time: the others wait, and take the places of rows that ended.
+    assert tokens(Engine(engine.policy, max_rows=8).sample(PROMPTS, PARAMS)) == together
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    start_ray(2)
+    yield
+    ray.shutdown()
+
+
+def test_contract_4_the_number_of_workers_changes_no_token(cluster, hf_policy):
+    before, after = hf_policy("qwen2", 5, tie_word_embeddings=True), hf_policy("qwen2", 6, tie_word_embeddings=True)
+    local = open_pool(before, prompts_per_shard=2)
+    pool = open_pool(before, workers=2, prompts_per_shard=2)
+    try:
+        for version, policy in enumerate((before, after)):
+            pool.publish(policy.weights(), version)
+            local.publish(policy.weights(), version)
+            groups = pool.sample(PROMPTS, PARAMS)
+            assert groups == local.sample(PROMPTS, PARAMS)
+            assert {c.policy_version for c in completions(groups)} == {version}
+    finally:
+        pool.close()
+
+
+def test_contract_5_adapters_arrive_merged_and_later_weights_replace_them(hf_policy):
+    policy = hf_policy("qwen3", 7)
+    plain = open_pool(policy).sample(PROMPTS, PARAMS)
+    policy.add_lora(rank=2, alpha=4.0)
+    pool = open_pool(policy)
+    assert pool.sample(PROMPTS, PARAMS) == plain  # an adapter starts at zero
+    with torch.no_grad():
+        for name, parameter in policy.trunk.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    pool.publish(policy.weights(), 1)
+    groups = pool.sample(PROMPTS, PARAMS)
+    assert tokens(groups) != tokens(plain)
+    assert differences(policy, groups, PARAMS.temperature).max() < 1e-4
+
+
+def test_prompts_are_stored_once_and_ended_rows_leave(hf_policy):
+    engine = Engine(hf_policy("qwen2", 3))
+    with torch.inference_mode():
+        batch = Decoding(engine, PROMPTS, PARAMS)
+        cache, widths = batch.cache, []
+        assert isinstance(cache, RowCache)
+        assert cache.latents.prefix.latents_LPTE.shape[1] == len(PROMPTS) * 2  # for each KV head, not for each row
+        while not batch.done:
+            widths.append((len(batch.live.index), cache.latents.rows))
+            batch.forward()
+    assert all(slots == 2 * rows for rows, slots in widths)
+    assert widths[-1][0] < widths[0][0] / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pool_samples_in_the_precision_it_was_asked_for(hf_policy, dtype):
+    policy = hf_policy("llama", 8)
+    pool = LocalPool(policy, dtype, 8)
+    groups = pool.sample(PROMPTS, PARAMS)
+    assert {p.dtype for p in pool.engine.policy.parameters()} == {dtype}
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    apart = differences(policy, groups, PARAMS.temperature)
+    assert apart.mean() < (1e-5 if dtype == torch.float32 else 0.1)
+    assert dtype == torch.float32 or apart.mean() > 1e-4
+
+
+def test_drafts_asked_of_a_model_without_a_head_are_refused(hf_policy):
+    with pytest.raises(RolloutError, match=r"rollout.draft_tokens=2, but this policy has no MTP head; set it to 0"):
+        Engine(hf_policy("qwen2")).sample(PROMPTS, replace(PARAMS, draft_tokens=2))
+
+
+def test_attention_that_is_more_than_attention_is_refused(hf_policy):
+    with pytest.raises(ValueError, match="Gemma2Attention adds softcap to its attention scores"):
+        Engine(hf_policy("gemma2", head_dim=8)).sample(PROMPTS, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "context"),
+    [
+        ("qwen2", {}, 256),
+        ("qwen2", {"sliding_window": 64}, 256),  # not used unless use_sliding_window says so
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, 64),
+        ("mistral", {"sliding_window": 64}, 64),
+        ("mistral", {"sliding_window": None}, 256),
+        ("gemma3_text", {"head_dim": 8, "sliding_window": 32}, 32),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 256),
+    ],
+)
+def test_the_context_ends_where_a_window_would_hide_something(hf_policy, kind, config, context):
+    policy = hf_policy(kind, **config)
+    assert policy.max_length == context
+    prompt = Prompt("long", "", [5] * (context - 10))
+    engine = Engine(policy)
+    engine.check([prompt], replace(PARAMS, max_completion_tokens=10))
+    with pytest.raises(RolloutError, match=f"it passes the context of {context}"):
+        engine.check([prompt], replace(PARAMS, max_completion_tokens=11))
+
+
+def test_within_its_window_a_sliding_model_is_the_models_own(hf_policy):
+    policy = hf_policy("mistral", sliding_window=64)
+    params = replace(PARAMS, max_completion_tokens=34, stop_token_ids=())
+    groups = Engine(policy).sample(PROMPTS, params)
+    assert max(len(g.prompt.token_ids) for g in groups) + 34 == 64
+    assert differences(policy, groups, PARAMS.temperature).max() < 1e-4
+
+
+def test_the_tokenizers_own_stop_token_comes_first(hf_policy):
+    policy = hf_policy("llama")
+    policy.trunk.generation_config.eos_token_id = [9, 0, 4]
+    assert policy.stop_token_ids == [0, 9, 4]
+    policy.trunk.generation_config.eos_token_id = None
+    assert policy.stop_token_ids == [0]
+    policy = Policy(policy.trunk, None, type(policy.tokenizer)(tokenizer_object=policy.tokenizer._tokenizer))
+    with pytest.raises(PolicyError, match="names a stop token"):
+        _ = policy.stop_token_ids

@@ -1,0 +1,65 @@
+"""The depth controller: expected tokens over measured milliseconds, worked out by hand."""
+
+import doctest
+import math
+
+import pytest
+
+import rollout.costs
+import rollout.depth
+from rollout.depth import CostTable, DepthController
+
+TABLE = CostTable(rows=[1, 4], rounds=[[10.0, 12.0, 14.0], [20.0, 30.0, 44.0]])
+
+
+def test_docstring_examples():
+    assert doctest.testmod(rollout.depth).failed == 0
+    assert doctest.testmod(rollout.costs).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "expected"),
+    [(1, 0, 10), (1, 2, 14), (2, 0, 10 + 10 / 3), (3, 1, 24), (4, 2, 44), (9, 1, 30), (1, 3, math.inf)],
+)
+def test_costs_are_linear_between_what_was_measured(rows, depth, expected):
+    assert TABLE.milliseconds(rows, depth) == pytest.approx(expected)
+
+
+def test_a_depth_that_was_not_measured_at_many_rows_is_not_chosen_there():
+    table = CostTable(rows=[1, 8], rounds=[[10.0, 10.1, 10.2], [10.0, 10.1]])
+    controller = DepthController(table, 4)
+    assert controller.pick(1, 9) == 2
+    assert controller.pick(4, 9) == 1
+    assert table.max_depth == 2
+
+
+def test_the_depth_with_the_most_expected_tokens_a_millisecond_is_picked():
+    """Before any draft every depth is believed to be accepted in 3 of 4 cases: 1, 1.75, 2.3125 tokens."""
+    controller = DepthController(TABLE, 4)
+    assert controller.pick(1, 9) == 2  # .1, .1458, .1652 tokens a millisecond
+    assert controller.pick(4, 9) == 1  # .05, .0583, .0526
+    assert controller.pick(1, 1) == 1
+    assert controller.pick(1, 0) == 0
+
+
+def test_what_the_drafts_have_shown_changes_the_depth():
+    controller = DepthController(TABLE, 4)
+    controller.observe(100, [90, 20])  # depth 2 is accepted in (3 + 20) of (4 + 90) cases behind depth 1
+    assert controller.pick(1, 9) == 1  # 1.894 / 12 = .158 against (1.894 + .219) / 14 = .151
+    controller.observe(400, [0, 0])
+    assert controller.pick(1, 9) == 0  # 93 of 504: 1.185 / 12 = .0987 against .1
+    controller.observe(100_000, [100_000, 100_000])
+    assert controller.pick(4, 9) == 2  # 3 / 44 = .068 against 2 / 30 = .067
+
+
+def test_equal_speeds_pick_the_shallower_depth():
+    controller = DepthController(CostTable(rows=[1], rounds=[[1.0, 1.75]]), 4)
+    assert controller.pick(1, 9) == 0
+
+
+def test_the_table_is_read_back_and_a_broken_one_is_named(tmp_path):
+    TABLE.save(tmp_path / "draft_costs.json")
+    assert CostTable.load(tmp_path / "draft_costs.json") == TABLE
+    (tmp_path / "draft_costs.json").write_text('{"rows": [1]}')
+    with pytest.raises(ValueError, match=r"draft_costs.json is no table of draft costs.*delete it"):
+        CostTable.load(tmp_path / "draft_costs.json")

@@ -1,0 +1,287 @@
+"""Rows that wait, depths that change, drafts taken unverified, experts noted: the tokens stay what they are."""
+
+import math
+import pickle
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from engine_cases import PARAMS, PROMPTS, completions, prompts_of, taught, tokens, unrolled_logits
+
+from policies.moe import RoutingRecorder
+from policies.policy import Policy
+from rollout.depth import CostTable, DepthController
+from rollout.drafts import head
+from rollout.engine import Engine, RolloutError
+from rollout.group import Prompt
+from rollout.pool import LocalPool
+from rollout.shard import Decoding
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def policy(random_policy) -> Policy:
+    return taught(random_policy(11, attention_bias=True), 0.8, steps=25)
+
+
+@pytest.fixture(scope="module")
+def plain(policy) -> list[list[int]]:
+    return tokens(Engine(policy).sample(PROMPTS, PARAMS))
+
+
+# ---- rows that wait ----
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+@pytest.mark.parametrize("max_rows", [1, 8, 13])
+def test_contract_4_rows_that_waited_get_the_same_tokens(policy, max_rows, draft_tokens, group_size):
+    params = replace(PARAMS, draft_tokens=draft_tokens, group_size=group_size)
+    expected = tokens(Engine(policy).sample(PROMPTS, replace(params, draft_tokens=0)))
+    assert tokens(Engine(policy, max_rows=max_rows).sample(PROMPTS, params)) == expected
+
+
+def test_finished_rows_leave_and_waiting_ones_take_their_places(policy, plain):
+    engine = Engine(policy, max_rows=16)
+    with torch.inference_mode():
+        decoding, seen = Decoding(engine, PROMPTS, replace(PARAMS, draft_tokens=2)), []
+        while not decoding.done:
+            seen.append((decoding.alive, len(decoding.waiting)))
+            decoding.forward()
+    assert seen[0] == (16, 4)
+    assert max(alive for alive, _ in seen) <= 16
+    waiting = [count for _, count in seen]
+    assert waiting == sorted(waiting, reverse=True)
+    refills = [i for i in range(1, len(seen)) if waiting[i] < waiting[i - 1]]
+    assert len(refills) >= 2
+    assert all(seen[i][0] > 4 for i in refills)  # beside rows that were still going on
+    assert tokens(decoding.groups()) == plain
+
+
+def test_a_finished_row_is_no_longer_computed(policy):
+    widths = []
+    engine = Engine(policy)
+    with torch.inference_mode():
+        decoding = Decoding(engine, PROMPTS, PARAMS)
+        while not decoding.done:
+            widths.append((decoding.alive, decoding.cache.rows))
+            decoding.forward()
+    assert all(rows <= alive * 8 / 7 + 1 for alive, rows in widths)
+    assert widths[-1][1] < widths[0][1] / 2
+
+
+# ---- depths that change ----
+
+CHEAP = CostTable(rows=[1], rounds=[[1.0, 1.01, 1.02, 1.03, 1.04]])
+
+
+def test_contract_3_any_sequence_of_depths_gives_the_same_tokens(policy, plain, monkeypatch):
+    """0 included, also for a long time at first, so that the head has much to read when it drafts at last."""
+    for pattern in ([0, 3, 0, 0, 1, 4], [0] * 12 + [2, 0, 4], [4, 0], [0, 1]):
+        asked = []
+
+        def pick(controller, rows, most, pattern=pattern, asked=asked):
+            asked.append(min(pattern[len(asked) % len(pattern)], most))
+            return asked[-1]
+
+        monkeypatch.setattr(DepthController, "pick", pick)
+        groups = Engine(policy, costs=CHEAP).sample(PROMPTS, replace(PARAMS, draft_tokens=None))
+        assert tokens(groups) == plain
+        assert len(set(asked)) > 1
+        late = [c for c in completions(groups) if len(c.token_ids) > 25]
+        assert sum(sum(c.draft.accepted) for c in late) > 0
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize(("pattern", "share"), [([8] * 4 + [0] * 25 + [8], 0.0), ([0, 8, 0, 0, 5], 0.1), ([8], 0.5)])
+def test_rows_that_end_far_apart_leave_each_others_entries_alone(policy, monkeypatch, group_size, pattern, share):
+    """Some rows accept every draft and end early, the others a `share` of them, and drafting pauses meanwhile.
+    The head then reads more tokens of a late row than an early row has room for. Every draft of a row that goes on is
+    still what the unrolled head says."""
+    rng = random.Random(0)
+    prompts = prompts_of(*(rng.randrange(12, 20) for _ in range(32 // group_size)))
+    params = replace(PARAMS, stop_token_ids=(), group_size=group_size, draft_tokens=None)
+    token_ids = tokens(Engine(policy).sample(prompts, replace(params, draft_tokens=0)))
+    early = rng.sample(range(32), 3)  # fewer than the eighth of the batch at which ended rows leave
+    asked, calls, logits, draft, choose = [], [], [], head.Drafter.draft, head.pick
+
+    def pick_depth(controller, rows, most):
+        calls.append(min(pattern[len(calls) % len(pattern)], most))
+        return calls[-1]
+
+    def pick_token(logits_RV, *rest):
+        logits.append(logits_RV)
+        return choose(logits_RV, *rest)
+
+    def draft_and_change(self, live, depth, noise):
+        """Notes the head's drafts; what is verified instead is right for early rows, and a share of the others."""
+        logits.clear()
+        drafts, confident = draft(self, live, depth, noise)
+        changed = drafts.clone()
+        for r in live.alive.nonzero()[:, 0].tolist():
+            row, count = int(live.index[r]), int(live.count[r])
+            asked.append((row, count, drafts[r].tolist(), torch.stack([step[r] for step in logits])))
+            right = token_ids[row][count : count + depth]
+            changed[r, : len(right)] = torch.tensor(right)
+            if row not in early and rng.random() >= share:
+                changed[r, 0] = (changed[r, 0] + 1) % 250
+        return changed, confident
+
+    monkeypatch.setattr(DepthController, "pick", pick_depth)
+    monkeypatch.setattr(head, "pick", pick_token)
+    monkeypatch.setattr(head.Drafter, "draft", draft_and_change)
+    engine = Engine(policy, costs=CostTable(rows=[1], rounds=[[1.0] * 9]))
+    assert tokens(engine.sample(prompts, params)) == token_ids
+    for row, count, drafts, said in asked[:: 1 + len(asked) // 60] + asked[-10:]:
+        expected = unrolled_logits(policy, prompts[row // group_size], token_ids[row][:count], drafts)
+        torch.testing.assert_close(said, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("max_rows", [8, 256])
+def test_contract_3_the_controllers_depths_give_the_same_tokens(policy, plain, max_rows):
+    engine = Engine(policy, max_rows=max_rows, costs=CHEAP)
+    groups = engine.sample(PROMPTS, replace(PARAMS, draft_tokens=None))
+    assert tokens(groups) == plain
+    assert sum(c.draft.target_forwards for c in completions(groups)) < sum(map(len, plain)) - len(plain)
+    assert groups == Engine(policy, max_rows=max_rows, costs=CHEAP).sample(PROMPTS, replace(PARAMS, draft_tokens=None))
+
+
+def test_where_drafts_cost_too_much_none_are_made(policy, plain):
+    costs = CostTable(rows=[1], rounds=[[1.0, 9.0, 17.0]])
+    groups = Engine(policy, costs=costs).sample(PROMPTS, replace(PARAMS, draft_tokens=None))
+    assert tokens(groups) == plain
+    assert sum(sum(c.draft.drafted) for c in completions(groups)) == 0
+
+
+def test_costs_are_measured_once_and_kept(policy):
+    engine = Engine(policy)
+    engine.sample(PROMPTS, replace(PARAMS, draft_tokens=None, max_completion_tokens=4))
+    costs = engine.costs
+    assert costs.rows == [1, 2, 4, 8, 16, 32]
+    assert all(len(rounds) >= 2 and min(rounds) > 0 for rounds in costs.rounds)
+    engine.sample(PROMPTS, replace(PARAMS, draft_tokens=None, max_completion_tokens=4))
+    engine.publish(policy.weights(), 1)
+    assert engine.costs is costs
+
+
+def test_without_a_head_the_controller_has_nothing_to_choose(random_policy):
+    engine = Engine(random_policy(1, mtp=False))
+    assert engine.sample(PROMPTS, replace(PARAMS, draft_tokens=None)) == engine.sample(PROMPTS, PARAMS)
+    assert engine.costs is None
+
+
+# ---- accept: margin ----
+
+
+def test_margin_takes_clear_drafts_unverified_and_counts_the_others(policy):
+    params = replace(PARAMS, draft_tokens=3, accept="margin", stop_token_ids=())
+    never = completions(Engine(policy).sample(PROMPTS, replace(params, margin=1e9)))
+    assert [c.token_ids for c in never] == tokens(Engine(policy).sample(PROMPTS, replace(params, accept="exact")))
+    assert all(c.draft.fallbacks >= c.draft.target_forwards - 1 and sum(c.draft.accepted) == 0 for c in never)
+    always = completions(Engine(policy).sample(PROMPTS, replace(params, margin=0.0)))
+    assert all(c.draft.fallbacks == 0 and c.draft.accepted == c.draft.drafted for c in always)
+    assert [c.token_ids for c in always] != [c.token_ids for c in never]
+    some = completions(Engine(policy).sample(PROMPTS, replace(params, margin=1.0)))
+    assert 0 < sum(c.draft.fallbacks for c in some) < sum(c.draft.target_forwards for c in some)
+
+
+@torch.no_grad()
+def test_margin_scores_what_it_took_under_the_trunk(policy):
+    from policies.logprobs import shifted_logprobs
+
+    params = replace(PARAMS, draft_tokens=3, accept="margin", margin=0.5)
+    for group in Engine(policy).sample(PROMPTS, params):
+        for completion in group.completions:
+            ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
+            stock = shifted_logprobs(policy.trunk(ids, use_cache=False).logits, ids, PARAMS.temperature)
+            stock = stock[0, len(group.prompt.token_ids) - 1 :]
+            torch.testing.assert_close(torch.tensor(completion.logprobs), stock, rtol=0, atol=1e-4)
+
+
+# ---- experts ----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+def test_the_experts_noted_are_those_the_stock_model_uses(policy, draft_tokens):
+    engine = Engine(policy, max_rows=9)
+    groups = engine.sample(PROMPTS, replace(PARAMS, draft_tokens=draft_tokens, record_routing=True))
+    for group in groups:
+        for completion in group.completions:
+            ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
+            with RoutingRecorder(policy.trunk) as recorder:
+                policy.trunk(ids, use_cache=False)
+            used = torch.stack(recorder.experts, dim=1).sort(-1).values  # [T, MoE layers, k]
+            length = len(group.prompt.token_ids)
+            assert torch.equal(group.prompt_routing.sort(-1).values.long(), used[:length])
+            assert torch.equal(completion.routing.sort(-1).values.long()[:-1], used[length:-1])
+            assert completion.routing.shape == used[length:].shape
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 3, 8, None])
+def test_the_last_token_of_a_completion_has_no_experts(policy, draft_tokens):
+    """It is never read for its own sake: what was read in its place is a draft, or it again after its row had ended."""
+    engine = Engine(policy, max_rows=9, costs=CHEAP)
+    params = replace(PARAMS, draft_tokens=draft_tokens, record_routing=True)
+    for completion in completions(engine.sample(PROMPTS, params)):
+        assert (completion.routing[-1] == -1).all()
+        assert (completion.routing[:-1] >= 0).all()
+
+
+def test_completions_of_one_token_have_no_experts_and_their_prompts_have(policy):
+    for group in Engine(policy).sample(PROMPTS, replace(PARAMS, max_completion_tokens=1, record_routing=True)):
+        assert all(completion.routing.tolist() == [[[-1, -1]]] for completion in group.completions)
+        assert (group.prompt_routing >= 0).all()
+
+
+# ---- failures ----
+
+
+def test_what_is_not_finite_is_marked_and_the_rest_is_not_lost(random_policy):
+    policy = random_policy(1)
+    healthy = tokens(Engine(policy).sample(PROMPTS, PARAMS))
+    with torch.no_grad():
+        policy.trunk.get_input_embeddings().weight[PROMPTS[2].token_ids[0]] = math.nan
+    touched = PROMPTS[2].token_ids[0]
+    with pytest.raises(RolloutError, match=r"not finite.*'p/2'") as caught:
+        Engine(policy).sample(PROMPTS, PARAMS)
+    found = completions(caught.value.groups)
+    assert len(found) == len(healthy) == 32
+    for i, (completion, ids) in enumerate(zip(found, healthy, strict=True)):
+        if touched in PROMPTS[i // 4].token_ids + ids[:-1]:
+            assert completion.finish_reason == "abort"
+            assert completion.token_ids == ids[: len(completion.token_ids)]  # what came before is good
+        else:
+            assert completion.token_ids == ids
+    assert sum(c.finish_reason != "abort" for c in found) >= 16
+
+
+def test_a_prompt_that_cannot_be_continued_costs_no_other_one(policy, plain):
+    prompts = [*PROMPTS[:3], Prompt("empty", "", []), *PROMPTS[3:], Prompt("long", "", [5] * 250)]
+    for sampler in (Engine(policy), LocalPool(policy, torch.float32, 3)):
+        with pytest.raises(RolloutError, match=r"(?s)'empty' has no tokens.*'long' has 250 tokens") as caught:
+            sampler.sample(prompts, PARAMS)
+        assert [group.prompt for group in caught.value.groups] == PROMPTS
+        assert tokens(caught.value.groups) == plain
+
+
+def test_the_error_travels_between_processes_with_its_groups(policy):
+    groups = Engine(policy).sample(PROMPTS[:2], replace(PARAMS, max_completion_tokens=2))
+    arrived = pickle.loads(pickle.dumps(RolloutError("named", groups)))
+    assert (str(arrived), arrived.groups) == ("named", groups)
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 2, None])
+def test_weights_that_are_not_finite_are_told_of_whatever_is_drafted(random_policy, draft_tokens):
+    """Also where the controller's costs are measured first, with tokens that meet them."""
+    policy = random_policy(1)
+    with torch.no_grad():
+        policy.trunk.model.norm.weight.fill_(math.nan)
+    engine = Engine(policy)
+    with pytest.raises(
+        RolloutError, match=r"not finite for completions of 2 of 2 prompts.*lower learner.learning_rate"
+    ):
+        engine.sample(PROMPTS[:2], replace(PARAMS, draft_tokens=draft_tokens))
+    assert draft_tokens is not None or engine.costs.max_depth > 0
