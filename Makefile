@@ -8,7 +8,7 @@ RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo reference smollm2 test test-slow lint clean
+.PHONY: help demo reference docs smollm2 test test-slow lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -18,8 +18,10 @@ demo: $(RUN_STAMP) ## install, then train the tiny policy on word problems and s
 	$(BIN)/quartet train examples/01_demo.yaml --output_dir runs/demo-$$(date +%Y%m%d-%H%M%S)-$$$$ $(ARGS)
 
 reference: $(RUN_STAMP) ## write docs/reference.md from the options and metrics
-	@mkdir -p docs
-	$(BIN)/quartet reference > docs/reference.md
+	$(BIN)/python docs/write_reference.py > docs/reference.md
+
+docs: $(DEV_STAMP) reference ## build the site into site/, where every warning is an error
+	$(BIN)/zensical build --clean --strict
 
 smollm2: $(RUN_STAMP) ## prepare SmolLM2-135M-Instruct, converted, for examples/02_*.yaml
 	$(BIN)/python examples/prepare_smollm2.py $(ARGS)
@@ -36,7 +38,7 @@ lint: $(DEV_STAMP) ## style and types
 	$(BIN)/mypy
 
 clean: ## remove the environment, builds and caches; runs/ and models/ stay
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) dist build site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find policies rollout rewards grpo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so that an interrupted installation is taken up again.

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tomllib
-import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -297,11 +296,13 @@ def test_rewards_load_neither_torch_nor_ray():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The distribution as a user gets it, unpacked."""
+    """The distribution as a user gets it: a wheel made from the source distribution, then installed into a folder."""
     folder = tmp_path_factory.mktemp("wheel")
-    _python("-m", "hatchling", "build", "-t", "wheel", "-d", str(folder))
+    _python("-m", "build", "--no-isolation", "--outdir", str(folder))
     [file] = folder.glob("*.whl")
-    zipfile.ZipFile(file).extractall(folder / "site")
+    assert len(list(folder.glob("*.tar.gz"))) == 1
+    options = ["--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check"]
+    _python("-m", "pip", "install", "--quiet", *options, "--target", str(folder / "site"), str(file))
     return folder / "site"
 
 
@@ -313,7 +314,8 @@ def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel):
         for file in (ROOT / package).rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     }
-    assert {file for file in shipped if ".dist-info/" not in file} == written
+    assert {file for file in shipped if ".dist-info/" not in file} == written | {"bin/quartet"}
+    assert {f"{package}/py.typed" for package in MAY_IMPORT} <= shipped
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert listed == {"packages": list(MAY_IMPORT)}
 
@@ -329,11 +331,28 @@ def test_the_wheel_runs_its_command_from_an_empty_folder(wheel, tmp_path):
     usage = _python("-m", "grpo", "--help", cwd=tmp_path, path=wheel)
     for command in ("sft", "train", "eval", "sample", "convert"):
         assert command in usage
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert _python(str(wheel / "bin/quartet"), "--version", cwd=tmp_path, path=wheel) == f"quartet {version}\n"
 
 
-def test_the_reference_page_is_what_the_options_say(capsys):
-    from grpo.cli import main
+def test_the_public_names_of_the_wheel_are_there(wheel, tmp_path):
+    code = f"import importlib\nfor package in {list(MAY_IMPORT)}:\n"
+    code += "    module = importlib.import_module(package)\n"
+    code += "    print(package, *[name for name in getattr(module, '__all__', ()) if hasattr(module, name)])"
+    found = dict(line.partition(" ")[::2] for line in _python("-c", code, cwd=tmp_path, path=wheel).splitlines())
+    for package in MAY_IMPORT:
+        assert set(found[package].split()) == _public_names(package), package
+    assert {"load_reward", "right_at"} <= _public_names("rewards")
 
-    main(["reference"])
-    page = Path(__file__).parents[1] / "docs/reference.md"
-    assert page.read_text() == capsys.readouterr().out, "run `make reference` and commit docs/reference.md"
+
+def _public_names(package: str) -> set[str]:
+    """`__all__` as it is written in the package."""
+    for node in ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def test_the_reference_page_is_what_the_options_say():
+    said = _python(str(ROOT / "docs/write_reference.py"), path=ROOT)
+    assert (ROOT / "docs/reference.md").read_text() == said, "run `make reference` and commit docs/reference.md"
