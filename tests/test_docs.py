@@ -105,11 +105,6 @@ def test_every_block_names_its_language_and_what_is_not_run_says_why():
 
 @pytest.mark.parametrize("block", of("python"))
 def test_python_runs(block, folder):
-    if "runs when grpo.train exists" in block.says:
-        import grpo
-
-        if not hasattr(grpo, "train"):
-            pytest.skip("grpo.train is not there yet")
     write_files(block.page, folder)
     (folder / "block.py").write_text(block.text, encoding="utf-8")
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -96,8 +96,8 @@ def test_rows_learn_every_token_but_the_first(benchmark):
     pretraining = benchmark("pretraining")
     text = pretraining.load_text(None, 300, 16, seed=0, documents=40)
     batch = text.batch(step=2, size=3)
-    assert [row.prompt_ids + row.samples[0].token_ids for row in batch] == text.train[3:6].tolist()
-    assert {len(row.prompt_ids) for row in batch} == {1}
+    assert [row.prompt_token_ids + row.samples[0].token_ids for row in batch] == text.train[3:6].tolist()
+    assert {len(row.prompt_token_ids) for row in batch} == {1}
     last = len(text.train) // 3 + 1
     assert len(text.batch(last, 3)) == 3  # the epoch starts again
 
