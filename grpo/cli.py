@@ -54,7 +54,7 @@ def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
     except KeyboardInterrupt as error:
         if isinstance(error, Interrupted):
             return _fail(str(error), 128 + error.number)
-        way_on = "; what was saved stays, `--resume auto` goes on from the last checkpoint" if resumable else ""
+        way_on = "; what was saved is kept, and `--resume auto` continues from the last checkpoint" if resumable else ""
         return _fail(f"interrupted{way_on}", EXIT_INTERRUPTED)
     except Exception as error:
         # The first three are here already; the others take seconds to import.

@@ -9,13 +9,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
+from grpo.config.sampling import SamplingOptions
 from grpo.learner.optimizer import freeze_exact_parts
 from grpo.run.metrics import rollout_metrics
 from grpo.sampling import sampling_params
@@ -112,11 +112,10 @@ class rollout_func:
         self.calls[mode] = step, call + 1
         self.publications += 1
         self.pool.publish(self.policy.weights(), self.publications)
-        options = SimpleNamespace(
+        options = SamplingOptions(
             temperature=trainer.temperature,
             max_completion_tokens=trainer.max_completion_length,
             draft_tokens=self.draft_tokens,
-            accept="exact",
         )
         params = sampling_params(self.policy, options, size, trainer.args.seed).at(step, call)
         params = replace(params, stop_token_ids=tuple(trainer.eos_token_ids))

@@ -31,7 +31,7 @@ from policies.policy import Policy, read_config
 
 @dataclass
 class Compression:
-    """`cache` and `dense_cache` are numbers a token and layer; `recovered` is None where nothing was trained."""
+    """`cache` and `dense_cache` are numbers per token and layer. `recovered` is None where nothing was trained."""
 
     cache: int
     dense_cache: int
@@ -45,8 +45,9 @@ class Compression:
 
 @dataclass
 class Conversion:
-    """`parity` compares the saved policy with the dense model, or with what compression or noise made of it: `against`
-    says which. `noise` is how far noise on the experts moved it. `draft_agreement` is a share of held-out tokens."""
+    """`parity` compares the saved policy with the dense model, or with that model after compression or noise:
+    `against` says which. `noise` is how far noise on the experts moved it. `draft_agreement` is a share of the
+    held-out tokens."""
 
     destination: str
     parity: ParityReport
@@ -60,8 +61,8 @@ def convert(source: str, destination: Path, config: ConvertConfig, *, mtp: bool,
     """Writes `destination`, complete or not at all.
 
     Raises FileExistsError for a destination that is not empty, OSError for one that cannot be written, PolicyError for
-    a damaged source, UnsupportedCheckpoint for one that cannot be carried over, ValueError for sizes out of range and
-    text that is too short; all of them before any weight is read. Raises RecoveryDiverged and ParityFailed after.
+    a damaged source, UnsupportedCheckpoint for one that cannot be converted, ValueError for sizes out of range and
+    text that is too short; all of them before any weight is read. Raises RecoveryDiverged and ParityFailed later.
     """
     with new_folder(destination) as folder:
         check_model(source)
@@ -81,7 +82,7 @@ def convert(source: str, destination: Path, config: ConvertConfig, *, mtp: bool,
 
 
 def check(dense: PretrainedConfig, config: ConvertConfig, mtp: bool) -> ExpertShards | None:
-    """Refuses by the dense model's configuration alone; how its feed-forward is to be cut, None if it stays."""
+    """How the feed-forward is cut into experts, or None. Raises where the dense configuration does not allow it."""
     check_convertible(dense)
     if config.rank is not None:
         check_sizes(dense, config.rank, config.rotary)
@@ -115,7 +116,7 @@ def _build(
     mtp: bool,
     progress: Progress,
 ) -> tuple[Policy, PreTrainedModel, Conversion]:
-    """The policy to save, the model that it must equal, and what is to be reported."""
+    """The policy to save, the model that it must equal, and what the report says."""
     prompts = parity_prompts(dense.tokenizer)
     nothing_yet = ParityReport(0.0, 0.0, 0.0, 0.0, False, 0)
     result, reference = Conversion("", nothing_yet), dense.trunk
@@ -186,7 +187,7 @@ def _bar(progress: Progress, what: str, total: int) -> Iterator[Callable[[], Non
 
 
 def show(conversion: Conversion, console: Console) -> None:
-    """What compression cost and recovery gave back, what noise did, and the parity report of what was saved."""
+    """Print what compression cost and recovery regained, what noise did, and the parity report of the saved policy."""
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`quartet eval`: one policy on one set of held-out problems, sampled and greedy, and all that is measured beside."""
+"""`quartet eval`: one policy on one set of held-out problems, sampled and greedy, with everything that is measured."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COMPLETIONS = "completions.jsonl"
 class ModelEvaluation:
     """What `quartet eval` found. `results` hold `sampled` and `greedy`, or the one that was asked for.
 
-    `trained_on` of the problems were met in training; more than 0 only with `allow_trained_on`.
+    `trained_on` counts the problems that the policy was trained on; more than 0 only with `allow_trained_on`.
     """
 
     config: EvalConfig
@@ -64,7 +64,7 @@ class CompletionsFile:
      "finish_reason": "stop", "tokens": 93}
 
     `correct` is null where the first reward gave no mark, or its marks do not say right or wrong. Raises
-    FileExistsError where there is one already.
+    FileExistsError if the file exists.
     """
 
     def __init__(self, folder: Path, task: Task) -> None:
@@ -84,7 +84,7 @@ class CompletionsFile:
             file.writelines(lines)
 
     def close(self) -> None:
-        """Withdraw `correct` from all lines if a late mark has shown that the reward is no accuracy."""
+        """Set `correct` to null in all lines if a late mark has shown that the reward is no accuracy."""
         if self.task.verdicts.are_given or self.task.verdicts.declared:
             return
         rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]]
@@ -112,7 +112,7 @@ class CompletionsFile:
 
 
 def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
-    """Everything about model and data that can be checked is checked before the policy is loaded."""
+    """Evaluate the policy of `config`. What can be checked of model and data is checked before the policy is loaded."""
     source = find_policy(config.model)
     if source.checkpoint is None:
         check_options(config.model_copy(update={"model": source.folder}))
@@ -162,7 +162,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
         except RolloutError as error:
             if completions is None or not error.groups:
                 raise
-            raise RolloutError(f"{error}\nthe other completions stand in {completions.path}", error.groups) from None
+            raise RolloutError(f"{error}\nthe other completions are in {completions.path}", error.groups) from None
         finally:
             if completions:
                 completions.close()
@@ -183,7 +183,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
 
 
 def _bleu(result: Evaluation, task: Task) -> tuple[float | None, str | None]:
-    """Of all completions against the gold solutions as they are trained on; None where there are none."""
+    """BLEU of all completions against the gold solutions as they are trained on; None where there are none."""
     pairs = [
         (text, example.solution)
         for group, example in zip(result.groups, task.heldout, strict=True)

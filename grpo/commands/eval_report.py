@@ -28,7 +28,7 @@ def show(evaluation: ModelEvaluation, console: Console) -> None:
         table.add_row(label, *(own.get(label, "") for own in cells.values()))
     console.print(table)
     for line in _notes(evaluation):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)  # paths stay in one piece
+        console.print(line, markup=False, highlight=False, soft_wrap=True)  # paths are not broken into lines
 
 
 def _cells(result: Evaluation) -> dict[str, str]:
@@ -91,7 +91,7 @@ def _notes(evaluation: ModelEvaluation) -> list[str]:
 
 
 def as_json(evaluation: ModelEvaluation) -> dict[str, Any]:
-    """What the table shows and how it came about, with the machine that it was measured on (contract 11)."""
+    """What the table shows and how it was measured, with the machine (contract 11)."""
     config, source, perplexity = evaluation.config, evaluation.source, evaluation.perplexity
     return {
         "model": config.model,

@@ -1,6 +1,6 @@
-"""`quartet export`: a run's policy as a folder that other tools load, with all that it needs to travel.
+"""`quartet export`: a run's policy as a folder that other tools load, with everything they need.
 
-    DST/config.json, *.safetensors, generation_config.json   what stock transformers loads, MTP layers behind the last
+    DST/config.json, *.safetensors, generation_config.json   what stock transformers loads, MTP layers after the last
         tokenizer*, chat_template.jinja
         LICENSE ...                                          of the base, where it has one
         README.md                                            the model card: the run's own numbers
@@ -44,12 +44,12 @@ from policies.policy import Policy, read_config
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", TRAINED_ON)
-# Leaves that peft takes for routed experts or the router in models whose experts transformers stacks.
+# Modules that peft takes for routed experts or the router in models whose experts transformers stacks.
 REINTERPRETED = {"gate_proj", "up_proj", "down_proj", "gate"}
 
 
 class ExportError(ValueError):
-    """A run that cannot be exported as asked; the message names what is missing and the way out."""
+    """A run that cannot be exported as asked; the message says what is missing and what to do."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False) -
 
 
 def origin_of(model: str) -> Origin:
-    """Where the weights of `model` came from first, through runs that continue runs, and under which licence."""
+    """The model that the weights of `model` first came from, through runs that continue runs, and its licence."""
     while run := _run_around(Path(model)):
         model = str(_read_run(run).config["model"])
     if model in presets.PRESETS:
@@ -118,7 +118,7 @@ def origin_of(model: str) -> Origin:
 
 
 def _run_around(path: Path) -> Path | None:
-    """The run that `path` is, or lies in as policy/, warm_start/ or checkpoints/step_000010/."""
+    """The run that `path` is, or that holds it as policy/, warm_start/ or checkpoints/step_000010/."""
     if not path.is_dir():
         return None
     path = path.resolve()
@@ -142,7 +142,7 @@ def _what(source: PolicySource) -> str:
 
 
 def _write_merged(source: PolicySource, run: Run, folder: Path) -> None:
-    """The policy as it was saved, or a checkpoint's, adapters merged."""
+    """Write the policy as it was saved, or that of a checkpoint, with its adapters merged."""
     if source.checkpoint is not None:
         load_found(source, _options(run)).save(folder)
         return
@@ -150,7 +150,7 @@ def _write_merged(source: PolicySource, run: Run, folder: Path) -> None:
         raise ExportError(f"{source.folder} holds no safetensors; let the run end: --resume auto")
     config = read_config(source.folder)
     check_policy(Path(source.folder))
-    # What is exported may be edited, and the record names a checkpoint of the run.
+    # The export may be edited, and the record names a checkpoint of the run.
     shutil.copytree(source.folder, folder, ignore=shutil.ignore_patterns(DIGESTS, RECORD))
     if isinstance(config, DeepseekV3Config):  # a policy that was saved before we wrote these fields
         file = folder / "config.json"
@@ -214,7 +214,7 @@ def peft_config(model: Any, rank: int, alpha: float, base: str) -> LoraConfig:
 
 @torch.no_grad()
 def _refuse_other_base(policy: Policy, saved: str, base: str) -> None:
-    """Base and adapters must add up to the policy that the run saved, or the base has changed since."""
+    """Refuse a base that has changed: base and adapters must add up to the policy that the run saved."""
     merged, trained = lora.merged_state(policy.trunk), Policy.load(saved, next(policy.trunk.parameters()).dtype)
     worst = max((_difference(merged[name], t), name) for name, t in trained.trunk.state_dict().items())
     if worst[0] > 1e-3:
@@ -225,12 +225,12 @@ def _refuse_other_base(policy: Policy, saved: str, base: str) -> None:
 
 
 def _refuse_moved_parts(policy: Policy, base: str) -> None:
-    """An adapter cannot carry what else moved in the trunk: the experts' bias of a balanced run."""
+    """Refuse a run that moved more than its adapters: the experts' bias of a balanced run."""
     files = WeightFiles(base)
     biases = {n.replace(".base_layer", ""): b for n, b in policy.trunk.named_buffers() if n.endswith("correction_bias")}
     for name, own in biases.items():
         if not torch.equal(files.read(name)[name].float(), own.float()):
-            raise ExportError(f"the run moved {name} (balance.bias_rate), which no adapter carries; drop --adapter")
+            raise ExportError(f"the run moved {name} (balance.bias_rate), which an adapter cannot hold; drop --adapter")
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -21,9 +21,9 @@ CONTEXT = 4096
 
 
 def inspect(model: str, context: int | None = None) -> Anatomy:
-    """Counts a preset, a run, a checkpoint folder or a hub id, whose weights are neither loaded nor fetched.
+    """Count the parts of a preset, a run, a checkpoint folder or a hub id, without loading or fetching its weights.
 
-    `context`: tokens to attend to; 4096 or the policy's longest by default. A folder's files are checked by the way.
+    `context`: tokens to attend to; 4096 or the policy's longest by default. The files of a folder are checked, too.
     Raises PolicyError.
     """
     model = find_policy(model, read=False).base
@@ -40,7 +40,7 @@ def inspect(model: str, context: int | None = None) -> Anatomy:
 
 
 def _mtp_depth(model: str, config: Any) -> int:
-    """How many MTP layers are stored, as far as that can be told without fetching weights."""
+    """How many MTP layers are stored, as far as that is known without fetching weights."""
     if not isinstance(config, DeepseekV3Config):
         return 0
     if Path(model).is_dir():
@@ -89,7 +89,7 @@ def _rows(a: Anatomy) -> Iterator[tuple[str, str]]:
     else:
         yield "cache per token", f"{4 * a.cache_numbers:,} bytes (bfloat16: {2 * a.cache_numbers:,})"
         yield "FLOPs per token, prefill", f"{_count(a.prefill_flops)} (mean over a prompt of {a.context:,} tokens)"
-        yield "FLOPs per token, decode", f"{_count(a.decode_flops)} (behind {a.context:,} tokens)"
+        yield "FLOPs per token, decode", f"{_count(a.decode_flops)} (after {a.context:,} tokens)"
     reached = f"reached at rank {a.lora_rank_within_aim}" if a.lora_rank_within_aim else "out of reach at this size"
     aim = f"aim: {LORA_AIM:.0%}, {reached}" if a.lora_share > LORA_AIM else ""
     share = f"{a.lora_share:.2%} of the parameters" + (f"; {aim}" if aim else "")

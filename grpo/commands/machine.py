@@ -1,4 +1,4 @@
-"""What this machine has of memory and disk, held against what a run will take at most."""
+"""The memory and disk of this machine, compared with the most that a run will need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from grpo.commands.memory import DeviceMemory
 
 GIB = 2**30
-PROCESS = 0.4 * GIB  # what torch itself takes in each process
+PROCESS = 0.4 * GIB  # what torch itself needs in each process
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 LESS_MEMORY = (
     "lower learner.tokens_per_micro_batch or rollout.workers, or use dtype: bfloat16, lora.rank or "
@@ -24,12 +24,12 @@ LESS_DISK = "lower checkpoint.keep, make room, or use another output_dir"
 def verdicts(
     devices: Sequence[DeviceMemory], workers: int, device: torch.device, folder: Path, disk: float
 ) -> Iterator[str]:
-    """A line for memory and one for disk: what the run needs, what is here, and whether it fits.
+    """A line for memory and one for disk: what the run needs, what this machine has, and whether it fits.
 
     `devices` are those of `memory_of_run`, the last of them a Ray worker where there are `workers`; `disk` bytes will
     be written into `folder`. Estimates are rough, so nothing is refused.
     """
-    before = [it for it in devices if it.name == "warm start"]  # gone when GRPO begins
+    before = [it for it in devices if it.name == "warm start"]  # freed when GRPO begins
     rest = [it for it in devices if it.name != "warm start"]
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -47,7 +47,7 @@ def verdicts(
 
 
 def main_memory() -> tuple[float, float]:
-    """(bytes in all, bytes free), within the limit of a container."""
+    """(total bytes, free bytes), within the limit of a container."""
     memory = psutil.virtual_memory()
     texts = [path.read_text().strip() for path in map(Path, LIMITS) if path.is_file()]
     total = min([memory.total, *(int(text) for text in texts if text.isdigit())])

@@ -1,15 +1,15 @@
-"""Memory of a run by device, told from its configuration alone: models are built without storage, no weight is loaded.
+"""Memory of a run by device, from its configuration alone: models are built without storage, no weight is loaded.
 
-Exact, to the byte: weights, masters, gradients, moments, reference, the sampler and what it derives, W + ΔW.
+Exact, to the byte: weights, fp32 copies, gradients, moments, reference, the sampler and its derived tensors, W + ΔW.
 Rough, to a third or so:
 
     activations   each token keeps, for the backward pass, the input and the output of every linear module and of the
-                  experts that it visits, and of every norm its fp32 input, that normalised, and the result; with
-                  gradient checkpointing the input of every layer and all this for one layer. The attention mask of the
-                  tokens beside it, and one chunk of logits in four copies. Adapters of routed experts keep W + ΔW.
+                  experts that it uses, and of every norm its fp32 input, that normalised, and the result; with
+                  gradient checkpointing the input of every layer and all this for one layer. Also the attention mask of
+                  the tokens, and one chunk of logits in four copies. Adapters of routed experts keep W + ΔW.
     rollout       latents of all rows at full length, and the logits of one forward; prompts are not counted
 
-Not counted: what torch itself takes (about 0.4 GiB a process, with CUDA 0.5 GiB on the device), fragmentation (leave a
+Not counted: what torch itself needs (about 0.4 GiB a process, with CUDA 0.5 GiB on the device), fragmentation (leave a
 fifth free), reward models, the evaluation of `quartet sft`, copies of the weights in main memory on their way to a
 Ray worker (one for the learner, one for Ray, one for every worker).
 """
@@ -47,7 +47,7 @@ MAX_ROWS = 256  # that an engine decodes together
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on one device. What stands above `activations` lies there all the time; of the rest one at a time."""
+    """Bytes on one device. The fields before `activations` are held all the time, the others one at a time."""
 
     name: str
     weights: int = 0  # of the policy that learns, adapters and draft head with it
@@ -192,7 +192,7 @@ def sampler_memory(shape: PretrainedConfig, head: bool, config: TrainConfig | Mt
 def activation_bytes(
     policy: Policy, tokens: int, row: int, dtype: torch.dtype, head_depth: int, checkpointing: bool
 ) -> int:
-    """Of one micro-batch of `tokens` in rows of `row`, by the formula at the top of this file. Rough."""
+    """Bytes of one micro-batch of `tokens` in rows of `row`, by the formula at the top of this file. Rough."""
     layers, count = _kept_bytes(policy.trunk, policy.config, dtype), policy.config.num_hidden_layers
     experts = sum(weight.nbytes for weight in _adapted(policy) if weight.dim() == 3)
     kept = tokens * sum(layers.values()) + experts
@@ -206,7 +206,7 @@ def activation_bytes(
 
 
 def derived_bytes(policy: Policy, dtype: torch.dtype, device: torch.device) -> int:
-    """What decoding in `dtype` on `device` holds beside the policy's own tensors; `policy` may be without storage."""
+    """What decoding in `dtype` on `device` holds besides the policy's own tensors; `policy` may be without storage."""
     own, derived = {_storage(tensor) for tensor in tensors_of(policy)}, derive(policy, dtype)
     held = storage_bytes(tensor for tensor in tensors_of(derived) if _storage(tensor) not in own)
     if policy.device.type == "meta" and will_block(dtype, device):
@@ -224,7 +224,7 @@ def meta_policy(shape: PretrainedConfig, head: bool, dtype: torch.dtype) -> Poli
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of all that lies behind `tensors`; what several share counts once."""
+    """Bytes of the storage of `tensors`; what several share counts once."""
     return sum(
         {
             _storage(tensor): tensor.nbytes if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
@@ -251,7 +251,7 @@ def parts_of(holder: Any, kind: type[Part]) -> Iterator[Part]:
 
 
 def table(devices: Sequence[DeviceMemory]) -> Table:
-    """GiB, a column per kind of device; rows that are zero everywhere are left out."""
+    """A table in GiB with a column per kind of device; rows of zeros are left out."""
     shown = Table(title="memory in GiB, by device", title_justify="left")
     shown.add_column("")
     for device in devices:
@@ -285,7 +285,7 @@ def _logits_bytes(dtype: torch.dtype) -> int:
 
 
 def _kept_bytes(model: nn.Module, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes that a token keeps, by layer number; "" for what stands in no layer."""
+    """Bytes that a token keeps, by layer number; "" for what is in no layer."""
     kept: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

@@ -1,4 +1,4 @@
-"""The model card of an exported policy: what its run folder says, and nothing else."""
+"""The model card of an exported policy, from its run folder alone."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def model_card(
 ) -> str:
     """`what` of the run `run` is exported as `name` into `folder`; `base`: the adapters' base, None if merged.
 
-    `left`: a sentence on what the export leaves out. `step`: what is exported; the run's later numbers are not of it.
+    `left` is a sentence on what the export leaves out. `step` is the exported step; later numbers are left out.
     """
     config, _ = read_yaml(run / "config.yaml")
     here = hardware.read(run / hardware.FILE)
@@ -126,7 +126,7 @@ def _drafting(folder: Path) -> Iterator[str]:
     if config.get("model_type") != "deepseek_v3" or not depth:
         return
     yield (
-        f"The draft head (multi-token prediction) lies behind the last layer, in DeepSeek-V3's naming: "
+        f"The draft head (multi-token prediction) follows the last layer, in DeepSeek-V3's naming: "
         f"`model.layers.{first}`{f' to `model.layers.{first + depth - 1}`' if depth > 1 else ''}. "
         "transformers names these tensors as unexpected when it loads the model without it."
     )
@@ -171,7 +171,7 @@ def _evaluations(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> Iter
 
 
 def _interval(accuracy: float, problems: int) -> str:
-    """Wilson's; none where the share is not one of whole problems, as some completions had no mark or several each."""
+    """Wilson's interval; empty where the share is not of whole problems: some had no mark, or several completions."""
     if abs(accuracy * problems - round(accuracy * problems)) > 1e-6:
         return "-"
     low, high = wilson_interval(round(accuracy * problems), problems)

@@ -1,4 +1,4 @@
-"""KL distillation after compression: the compressed policy learns to say what the dense one says, on given text."""
+"""KL distillation after compression: the compressed policy learns the distributions of the dense one on given text."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def recover(
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> int:
-    """Moves `student` in place; returns the number of steps done, fewer than `steps` where Ctrl-C or SIGTERM ended it.
+    """Train `student` in place; returns the number of steps done, fewer than `steps` where Ctrl-C or SIGTERM ended it.
 
-    A signal is heeded between two steps. The loss is KL(dense ‖ student) in nats a token over whole vocabularies, on
-    `windows` [T] in shuffled order. `on_step(step, loss)` follows every step. Raises RecoveryDiverged.
+    A signal takes effect between two steps. The loss is KL(dense ‖ student) in nats per token over the vocabulary, on
+    `windows` [T] in shuffled order. `on_step(step, loss)` is called after every step. Raises RecoveryDiverged.
     """
     frozen = tuple(frozen_parameter_names(student.config))
     trained = []
@@ -75,7 +75,7 @@ def recover(
 
 
 def _shuffled(count: int, seed: int) -> Iterator[int]:
-    """0 … count − 1 in an order of its own for every pass."""
+    """0 … count − 1, in another order in every pass."""
     generator = random.Random(f"recovery {seed}")
     while True:
         yield from generator.sample(range(count), count)

@@ -19,7 +19,7 @@ from rewards.protocol import did_you_mean
 from rewards.registry import find_reward
 from rewards.scorer import RewardSpec, Scorer
 
-SCORE = "score"  # the weighted sum, as against one reward's value
+SCORE = "score"  # the weighted sum, not one reward's value
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Change:
 
     @property
     def size(self) -> float:
-        """How far it moved; from or to an abstention is farthest."""
+        """How far the value moved; from or to an abstention counts as the farthest."""
         return float("inf") if self.before is None or self.after is None else abs(self.after - self.before)
 
 
@@ -66,7 +66,7 @@ class Replay:
 
 
 def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
-    """Score the rollouts of `run` with `function`; nothing in the run's folder is touched.
+    """Score the rollouts of `run` with `function`; the run's folder stays as it is.
 
     The columns are those of the run's data, found by prompt id. Raises FileNotFoundError for a folder that is no run,
     ValueError for steps, names or prompts that are not there, RewardError for a reward that fails.
@@ -77,7 +77,7 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
     spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
     examples = {example.example_id: example for example in _examples(settings)}
     against = _against(config.against, spec.label, list(read_rollouts(run, steps[0])[0]["parts"]))
-    models = [model["name"] for model in settings.get("reward_models", [])]  # whose scores stand in the record
+    models = [model["name"] for model in settings.get("reward_models", [])]  # whose scores are in the record
     columns = [*next(iter(examples.values())).columns, *models]
     result = Replay(str(run), function, against)
     with Scorer(
@@ -154,12 +154,12 @@ def _examples(settings: dict[str, Any]) -> list[Example]:
         return examples_of(data, data.name, data.split, limit=data.limit, seed=settings["seed"])
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}; run this where the run was started: its data are named from there"
+            f"{error}; run this where the run was started: the path of its data is relative to there"
         ) from error
 
 
 def _groups(lines: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Completions of one prompt stand together, sample 0 first."""
+    """The lines of each prompt: its completions follow each other, sample 0 first."""
     group: list[dict[str, Any]] = []
     for line in lines:
         if group and line["sample"] == 0:

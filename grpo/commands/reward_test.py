@@ -44,7 +44,7 @@ class KindResult:
 
 @dataclass(frozen=True)
 class Surprise:
-    """A completion whose score is not as expected; a `fault` fails the test, the others are worth a look."""
+    """A completion whose score is unexpected. A `fault` fails the test; the others are worth a look."""
 
     prompt_id: str
     kind: str
@@ -58,7 +58,7 @@ class Surprise:
 class RewardCheck:
     """What `check_reward` found. `problems` fail the test, `notes` do not.
 
-    `differing`: completions that scored differently when scored again, in this process, or among other neighbours.
+    `differing`: completions that scored differently when scored again, in this process, or in another batch.
     `latency_ms`: one completion alone, isolation included. `length_correlation`: Pearson's r of score and length in
     characters, over gold solutions, and over gold, wrong and other ones; None where either is constant.
     """
@@ -107,7 +107,7 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
             verdicts.see(row)
         check.no_accuracy = verdicts.note
         if scorer.asks_for("completion_ids"):
-            check.notes.append("completion_ids were stand-ins: the bytes of the text, one token each")
+            check.notes.append("completion_ids were made up: the bytes of the text, one token each")
     _judge(check, trial, scores)
     _weigh(check, trial, scores, config.timeout_s)
     return check
@@ -124,7 +124,7 @@ class _Trial:
         self.probes: list[list[Probe]] = probes(examples)
 
     def score(self, scorer: Scorer, *, backwards: bool = False) -> Scores:
-        """The scores of all probes; `backwards` gives every completion other neighbours."""
+        """The scores of all probes; `backwards` puts every completion into another place of the batch."""
         order = range(len(self.examples))[:: -1 if backwards else 1]
         step = -1 if backwards else 1
         groups = self._score(scorer, order, [self.probes[i][::step] for i in order])
@@ -172,7 +172,7 @@ class _Trial:
 def _compare(
     check: RewardCheck, trial: _Trial, spec: RewardSpec, scorer: Scorer, scores: Scores, columns: list[str]
 ) -> None:
-    """Determinism: the same completions again, in this process, and among other neighbours."""
+    """Determinism: the same completions again, in this process, and in another batch."""
     again = trial.score(scorer)
     with (
         contextlib.redirect_stdout(sys.stderr),  # where a worker's prints go

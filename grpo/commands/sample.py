@@ -78,13 +78,13 @@ def _read_lines(text: str, source: str, plain: bool = False) -> list[Example]:
 
 
 def _example(name: str, prompt: str, row: dict[str, Any]) -> Example:
-    """The noise depends on `name`, so it does not contain the file's: a copy gives the same tokens."""
+    """The noise depends on `name`, which leaves out the file's name: a copy of the file gives the same tokens."""
     return Example(name, prompt, "", {**row, "prompt": prompt})
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Groups in the order of the prompts; `faults` tells which prompts have none, and why."""
+    """Groups in the order of the prompts; `faults` says which prompts have no group, and why."""
 
     groups: list[RolloutGroup]
     tokenizer: PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ class Sampled:
 
 
 def sample(config: SampleConfig, examples: list[Example], console: Console) -> Sampled:
-    """One group per prompt. A prompt that cannot be continued costs no other one."""
+    """Sample one group per prompt. If a prompt cannot be continued, the others still are."""
     template = PromptTemplate(config.template, config.system_prompt, _worked_examples(config), config.user_turn)
     # A run's template may call the prompt by the name of its column.
     examples = [replace(e, columns={config.prompt_column: e.question} | e.columns) for e in examples]

@@ -45,9 +45,9 @@ def summary(result: Result) -> None:
 
 
 def evaluations(results: Mapping[str, Evaluation]) -> None:
-    """A row for every evaluation; fits 80 columns without a heading in two lines.
+    """Print a row for every evaluation; it fits 80 columns, with headings in one line.
 
-    Where one of them is no accuracy, all of them show the mean reward.
+    If one of them has no accuracy, all of them show the mean reward.
     """
     judged = all(result.interval is not None for result in results.values())
     measures = ("correct", "accuracy (95 %)") if judged else ("completions", "reward, mean")
@@ -94,7 +94,7 @@ def speeds(results: Sequence[Speed]) -> None:
 
 
 def groups(sampled: Sequence[RolloutGroup], tokenizer: PreTrainedTokenizerBase, limit: int = 4) -> None:
-    """The first groups as text, drafted tokens in colour; all of them stand in the JSON."""
+    """Print the first groups as text, with drafted tokens in colour; the JSON has all of them."""
     for group in sampled[:limit]:
         CONSOLE.rule(visible(group.prompt.text.strip(), 100), align="left")
         for completion in group.completions:
@@ -153,7 +153,7 @@ def dry_run(
 def show_memory(
     devices: Sequence[memory.DeviceMemory], config: SftConfig | MtpConfig, disk: float, console: Console
 ) -> None:
-    """The table of memory by device, and whether this machine has so much, and `disk` bytes of disk."""
+    """Print memory by device, and whether this machine has that much, and `disk` bytes of disk."""
     console.print(memory.table(devices))
     workers = 0 if type(config) is SftConfig else config.rollout.workers
     for line in machine.verdicts(devices, workers, device_of(config.device), config.output_dir, disk):
@@ -191,7 +191,7 @@ def _estimates(config: SftConfig, shape: Any, head: bool) -> tuple[list[tuple[st
     saved = math.ceil(_steps(config) / config.checkpoint.every)
     kept = min(config.checkpoint.keep or saved, saved)
     rows.append(("disk: checkpoints", f"{_gib(each * kept)} ({kept} kept)"))
-    disk += each * min(kept + 1, saved)  # the next one is complete before the oldest goes
+    disk += each * min(kept + 1, saved)  # the next one is complete before the oldest is deleted
     return [*rows, ("disk: policies", _gib(policies))], disk
 
 
@@ -206,7 +206,7 @@ def _lora_parameters(shape: Any, options: LoraOptions) -> int:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
-        head = MTPHead(shape) if isinstance(shape, DeepseekV3Config) else None  # whether there is one, the run will see
+        head = MTPHead(shape) if isinstance(shape, DeepseekV3Config) else None  # the run will know whether it has one
         lora.inject(model, options.rank, options.alpha, options.targets, head)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 

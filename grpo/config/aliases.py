@@ -1,7 +1,7 @@
 """What TRL, transformers' Trainer, verl and unsloth call an option, and what it is here.
 
-`MEANS` leads from their name to ours (the first that the command has), with a note after a semicolon where the two
-differ. `NOT_SUPPORTED` says why there is none. A name of verl's may be written with its whole path or any end of it:
+`MEANS` maps their name to ours (the first that the command has), with a note after a semicolon where the two differ.
+`NOT_SUPPORTED` says why there is none. A name of verl's may be written with its whole path or any end of it:
 `actor_rollout_ref.actor.optim.lr` is found as `lr`.
 """
 
@@ -71,16 +71,16 @@ MEANS: dict[str, str] = {
     "response_length": "rollout.max_completion_tokens",
     "max_new_tokens": "rollout.max_completion_tokens",
     "max_tokens": "rollout.max_completion_tokens",
-    "filter_groups.enable": "rollout.refill_draws; it says how often a tied group is sampled again",
+    "filter_groups.enable": "rollout.refill_draws; it is how often a tied group is sampled again",
     "filter_groups.max_num_gen_batches": "rollout.refill_draws",
-    "dynamic_sampling": "rollout.refill_draws; it says how often a tied group is sampled again",
+    "dynamic_sampling": "rollout.refill_draws; it is how often a tied group is sampled again",
     # the loss
     "kl_coef": "loss.beta",
     "kl_loss_coef": "loss.beta",
     "use_kl_loss": "loss.beta; the KL penalty is on where it is above 0",
     "kl_loss_type": "loss.kl_estimator",
     "kl_penalty": "loss.kl_estimator",
-    "use_bias_correction_kl": "loss.kl_estimator; the name of the corrected one is unbiased",
+    "use_bias_correction_kl": "loss.kl_estimator; the corrected one is called unbiased",
     "clip_ratio": "loss.epsilon",
     "clip_ratio_low": "loss.epsilon",
     "clip_ratio_high": "loss.epsilon_high",
@@ -100,7 +100,7 @@ MEANS: dict[str, str] = {
     "vllm_importance_sampling_clip_min": "loss.importance_clip_min",
     "rollout_is": "loss.importance_correction",
     "rollout_is_threshold": "loss.importance_clip_max",
-    "router_aux_loss_coef": "balance.sequence_weight; balance.bias_rate is DeepSeek-V3's way",
+    "router_aux_loss_coef": "balance.sequence_weight; DeepSeek-V3 uses balance.bias_rate",
     # rewards and data
     "reward_funcs": f"rewards; {_REWARD}",
     "reward_functions": f"rewards; {_REWARD}",
@@ -170,8 +170,8 @@ MEANS: dict[str, str] = {
     "num_completions_to_print": "log.table_every; every completion is kept in rollouts/",
     "report_to": "log.trackers",
     "logger": "log.trackers",
-    "run_name": "output_dir; the run is called as its folder",
-    "experiment_name": "output_dir; the run is called as its folder",
+    "run_name": "output_dir; the run has the name of its folder",
+    "experiment_name": "output_dir; the run has the name of its folder",
     "default_local_dir": "output_dir",
     "resume_from_checkpoint": "--resume; on the command line, --resume auto or a checkpoint's folder",
     "resume_mode": "--resume; on the command line, --resume auto or a checkpoint's folder",
@@ -187,9 +187,9 @@ _QUANTISED = "packed weights cannot be trained; lora.rank and dtype: bfloat16 sa
 _NO_TRAINER = "quartet's own loop takes the place of transformers' Trainer and has no such switch"
 _VALUE_HEAD = "the value head reads the policy's hidden states (loss.advantage: gae), so there is no model of its own"
 _STEPS = "every step is written to metrics.jsonl and shown in one line"
-_PROJECT = "a tracker is named in log.trackers, and the run is called as output_dir"
-_REFERENCE = "the reference of loss.beta is the policy that the run starts from, and stays so"
-_ONE_BATCH = "a step samples once and learns once; learner.updates_per_batch learns from the same batch several times"
+_PROJECT = "a tracker is named in log.trackers, and the run has the name of output_dir"
+_REFERENCE = "the reference of loss.beta is the policy that the run starts from, and it never changes"
+_ONE_BATCH = "a step samples once and learns once; learner.updates_per_batch is the number of updates on the same batch"
 _ENTROPY = "the entropy bonus has a fixed weight, loss.entropy_coef"
 
 # Reason: names.
@@ -208,7 +208,7 @@ _WHY: dict[str, str] = {
     "dtype is float32 or bfloat16": "fp16 fp16_full_eval bf16_full_eval tf32",
     "every weight is trained unless lora.rank is given": "full_finetuning",
     "sampler and learner must compute the same: adapters are plain LoRA": "lora_dropout use_dora use_rslora",
-    "lora.targets says all that is trained": "lora_modules_to_save lora_task_type",
+    "lora.targets names everything that is trained": "lora_modules_to_save lora_task_type",
     "the optimizer is AdamW, with moments in fp32": "optim optim_args optim_target_modules adam_epsilon",
     "learner.schedule is constant, linear or cosine, and has no more settings": "lr_scheduler_kwargs",
     _STEPS: "logging_steps logging_strategy logging_first_step logging_nan_inf_filter",
@@ -220,9 +220,9 @@ _WHY: dict[str, str] = {
     "the sampler's mismatch is corrected by loss.importance_correction": "off_policy_mask_threshold",
     "prompts are always shuffled, by seed": "shuffle_dataset",
     "data.name takes a hub id, a folder or a file; save the configuration that you want as a file": "dataset_config",
-    "the data is checked as a whole before anything trains": "dataset_streaming",
+    "all data is checked before training starts": "dataset_streaming",
     "code that comes with a model is never run": "trust_remote_code",
-    "all that can be chosen of a model is dtype and device": "model_init_kwargs",
+    "the options of a model are dtype and device": "model_init_kwargs",
     "model takes a folder: download the revision that you want, and give its folder": "model_revision",
     "groups are always packed, with their prompt once": "packing padding_free use_remove_padding",
     "quartet chooses its kernels itself": "attn_implementation use_liger_kernel torch_compile",

@@ -29,7 +29,7 @@ _STOP_AFTER = "save and stop after step N, as if interrupted"
 _RUN = (
     _PRINT_CONFIG,
     _flag("dry_run", "check all that can be checked without training, and stop"),
-    _argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint of output_dir, or from this one"),
+    _argument("--resume", metavar="auto|PATH", help="continue from the newest checkpoint of output_dir, or this one"),
     _flag("force", "resume although the configuration has changed"),
     _argument("--stop_after", "--stop-after", type=int, metavar="N", help=_STOP_AFTER),
 )
@@ -59,7 +59,7 @@ CONVERT = (
     _flag("mtp", "add a draft head, started from the last layer"),
     _json("what is printed"),
 )
-_WHAT = "attend to so many tokens; 4096 or the policy's longest by default"
+_WHAT = "tokens to attend to; by default 4096, or the policy's longest context if that is less"
 INSPECT = (
     _argument("model", metavar="MODEL", help="a preset, a run folder, a checkpoint folder or a hub id"),
     _argument("--context", type=int, metavar="TOKENS", help=_WHAT),

@@ -1,4 +1,4 @@
-"""Options of the data, and of the order in which training meets it."""
+"""Options of the data: which problems, how they become prompts, and in which order training sees them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ class PromptOptions(ProblemOptions):
     template: str = "{question}\n"
     """A format string over the data's columns, or `chat` for the model's own chat template."""
     system_prompt: str | None = None
-    """System message in front of every chat prompt (template: chat)."""
+    """System message before every chat prompt (template: chat)."""
     user_turn: str | None = None
     """template: chat: a format string for the user's message, such as "Be brief.\\n\\n{examples}Question: {question}".
-    The worked examples go where {examples} is, each in the form of what follows it; without it they are turns."""
+    Worked examples are put where {examples} is, each in the form of the text after it; without {examples} they are
+    turns of the chat."""
     few_shot: int = Field(default=0, ge=0)
-    """Worked examples from the training split in front of every prompt."""
+    """How many worked examples, from the training split, come before every prompt."""
 
 
 class SourceOptions(Options):
@@ -45,12 +46,13 @@ class SourceOptions(Options):
     split: str = "train"
     """The split that is trained on; a test split is refused here."""
     limit: int | None = Field(default=None, ge=1)
-    """Use the first so many examples only."""
+    """Use only the first examples, at most this many; null uses all."""
     holdout: float | None = Field(default=None, gt=0, lt=1)
-    """Hold out this share of the examples for evaluation instead of a split of its own. Each problem's content decides,
-    so that appended rows move no other row."""
+    """Hold out this share of the examples for evaluation, where the data has no split for it. The content of a problem
+    decides whether it is held out, so that rows appended later move no other row."""
     holdout_seed: int = 0
-    """Another number holds out other problems. The run's `seed` does not, so that all seeds can be compared."""
+    """Another number holds out other problems. The run's `seed` has no influence on them, so that runs with different
+    seeds can be compared."""
 
 
 class DataOptions(PromptOptions, SourceOptions):
@@ -58,16 +60,18 @@ class DataOptions(PromptOptions, SourceOptions):
 
 
 class CurriculumOptions(Options):
-    """What GRPO meets first: short prompts, learnable prompts, short completions, shallow drafts. Off by default."""
+    """What GRPO begins with: short prompts, learnable prompts, short completions, shallow drafts. Off by default."""
 
     steps: int = Field(default=100, ge=1)
-    """Everything below has grown to the whole by this step, in a straight line."""
+    """The step at which the curriculum ends; everything below grows linearly until then."""
     shortest_share: float = Field(default=1.0, gt=0, le=1)
-    """Share of the training examples open at step 1, shortest gold solutions first; of the open ones the least seen."""
+    """Share of the training examples that may be drawn at step 1: those with the shortest gold solutions. Among the
+    examples that may be drawn, those drawn least often come first."""
     by_difficulty: bool = False
-    """Draw prompts ∝ p(1−p), p being the running share of a prompt's completions with full marks (1, what a gold
-    solution gets where that is more, or what the reward declares); unseen: the mean."""
+    """Draw prompts in proportion to p(1−p), where p is the running share of a prompt's completions with full marks (1,
+    what a gold solution gets where that is more, or what the reward declares). Prompts not yet drawn count as the mean
+    of the others."""
     completion_tokens: int | None = Field(default=None, ge=1)
-    """Length limit of completions at step 1, growing to rollout.max_completion_tokens; null is that from the start."""
+    """Length limit of completions at step 1; it grows to rollout.max_completion_tokens. null is the full limit."""
     draft_depth: int | None = Field(default=None, ge=1)
-    """Depth of the draft head at step 1, growing to mtp.depth; null is that from the start."""
+    """Depth of the draft head at step 1; it grows to mtp.depth. null is the full depth."""

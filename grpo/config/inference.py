@@ -17,14 +17,14 @@ from grpo.config.yaml_file import read_yaml
 
 class _UseOptions(SamplingOptions, PromptOptions, ModelOptions):
     margin: float = Field(default=2.0, ge=0)
-    """accept: margin takes a draft whose best token leads the second by so many nats."""
+    """accept: margin takes a draft whose best token leads the second by more than this many nats."""
     stop: str | list[str] = Field(default_factory=list)
-    """Texts that end a completion, as lm-evaluation-harness' `until`: generation ends with the first of them, and the
-    completion before it. One text, in which \\n is a line break, or a list such as ["Question:", "</s>"]."""
+    """Texts that end a completion, like `until` of lm-evaluation-harness: the completion ends before the first of them.
+    Give one text, in which \\n is a line break, or a list such as ["Question:", "</s>"]."""
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        r"""In a text that is given alone, as a shell hands it over, `\n` and `\t` mean a line break and a tab."""
+        r"""In one text, as a shell passes it on, `\n` and `\t` mean a line break and a tab."""
         given = [self.stop.replace(r"\n", "\n").replace(r"\t", "\t")] if isinstance(self.stop, str) else self.stop
         return tuple(given)
 
@@ -37,20 +37,20 @@ class _UseOptions(SamplingOptions, PromptOptions, ModelOptions):
 
 
 class EvalConfig(RewardsOptions, _UseOptions):
-    """Accuracy or mean reward on held-out problems, sampled and greedy. A run folder brings data and rewards along."""
+    """Accuracy or mean reward on held-out problems, sampled and greedy. A run folder brings its data and rewards."""
 
     data: str = "word_problems"
     """`word_problems`, `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with test.jsonl, or one data file."""
     split: str | None = None
     """The split; `heldout` for word_problems and reasoning_gym, `test` otherwise."""
     limit: int | None = Field(default=None, ge=1)
-    """Use the first so many problems only."""
+    """Use only the first problems, at most this many; null uses all."""
     holdout: float | None = Field(default=None, gt=0, lt=1)
     """Evaluate only the share of `split` (by default `train`) that a run with this `data.holdout` holds out."""
     holdout_seed: int = 0
     """The run's `data.holdout_seed`."""
     allow_trained_on: bool = False
-    """Evaluate problems that the policy was trained on, too, and say how many they are. They are refused otherwise."""
+    """Evaluate also problems that the policy was trained on, and report how many. Otherwise they are refused."""
     samples: int = Field(default=1, ge=0)
     """Completions per problem at the sampling temperature; above 1, pass@k and majority votes too (where there is
     an accuracy); 0 for none."""
@@ -88,17 +88,17 @@ class SampleConfig(_UseOptions):
 
 
 def sample_defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
-    """Options of `quartet sample` that a run folder brings along, so that a prompt looks as it did in training."""
+    """Options of `quartet sample` that a run folder brings, so that a prompt looks as it did in training."""
     brought = defaults_of_run(folder, data)
     return {name: value for name, value in brought.items() if name in SampleConfig.model_fields}
 
 
 def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
-    """Options of `quartet eval` that a run folder brings along, so that its held-out problems are met again.
+    """Options of `quartet eval` that a run folder brings, so that the same held-out problems are evaluated.
 
-    A checkpoint inside a run brings its run's. `data` is what the user asks for: other data than the run's come with
-    their own split, columns and number of problems. A failing reward does not end an evaluation: where the run says
-    `abort`, the completion has no mark, and the failure is counted.
+    A checkpoint inside a run brings the options of its run. `data` is what the user asks for: data other than the
+    run's have their own split, columns and number of problems. A failing reward does not end an evaluation: where the
+    run says `abort`, the completion has no mark, and the failure is counted.
     """
     run_folder = folder.parent.parent if (folder / "manifest.json").is_file() else folder
     path = run_folder / "config.yaml"

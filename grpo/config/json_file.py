@@ -1,4 +1,4 @@
-"""JSON that others wrote: what Python's reader lets through, or dies of, is refused in words."""
+"""JSON that others wrote: what Python's reader lets through, or fails on, is refused with a message."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-MOST_NESTED = 100  # lists and objects inside each other; Python's own limit is near 1,000, wherever it is met
+MOST_NESTED = 100  # lists and objects inside each other; Python's own limit is near 1,000, and depends on the caller
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -31,7 +31,7 @@ def read_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file without a last one that is being written, or was when the writer was killed."""
+    """The lines of a file, without the last one if it is incomplete (being written, or its writer was killed)."""
     return path.read_bytes().split(b"\n")[:-1]
 
 
@@ -51,7 +51,7 @@ def read_objects(path: Path, lines: Iterable[bytes]) -> list[dict[str, Any]]:
 
 @contextmanager
 def expecting(path: Path | str, what: str) -> Iterator[None]:
-    """Around code that takes a parsed file apart: ValueError naming the file where it lacks something, or holds it in
+    """For code that takes a parsed file apart: raises ValueError with the file's name where something is missing or has
     another type."""
     try:
         yield
@@ -62,7 +62,7 @@ def expecting(path: Path | str, what: str) -> Iterator[None]:
 
 
 def unfit(value: Any, level: int = 0) -> str | None:
-    """Why `value` cannot travel through tokenizers, rewards and records, or None: a lone surrogate, too deep a nest.
+    """Why tokenizers, rewards and records cannot take `value`, or None: a lone surrogate, or nested too deeply.
 
     >>> unfit({"question": "q37\\ud83d"})
     "holds the lone surrogate '\\\\ud83d', half a character"

@@ -13,7 +13,7 @@ class LearnerOptions(Options):
     """The optimizer and how a batch is cut."""
 
     learning_rate: float = Field(default=1e-6, gt=0)
-    """Peak learning rate of the policy (LoRA wants about ten times that of full updates)."""
+    """Peak learning rate of the policy (LoRA needs about ten times the rate of full updates)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay of the learning rate over `steps`."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -27,13 +27,13 @@ class LearnerOptions(Options):
     updates_per_batch: int = Field(default=1, ge=1)
     """Optimizer updates on each batch of rollouts; above 1 the old log-probabilities are computed first."""
     tokens_per_micro_batch: int = Field(default=8192, ge=1)
-    """Padded tokens of one forward and backward; bounds memory, changes no gradient."""
+    """Padded tokens of one forward and backward pass; this bounds the memory and changes no gradient."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     on_non_finite: Literal["abort", "skip"] = "abort"
-    """What a non-finite loss or gradient does; the step is never taken, and the batch is written to the run folder."""
+    """What happens after a non-finite loss or gradient. No step is taken; the batch is written to the run folder."""
     max_skipped_in_a_row: int = Field(default=3, ge=1)
-    """on_non_finite: skip gives up after so many."""
+    """on_non_finite: skip gives up after this many skipped steps in a row."""
     routing_replay: bool = False
     """MoE: the learner's forward uses the experts that the sampler chose, for the prompt too."""
 
@@ -57,7 +57,8 @@ class BalanceOptions(Options):
     """
 
     bias_rate: float = Field(default=0.0, ge=0)
-    """Step of the experts' bias after every step: up for those chosen less than the mean (0.001 in DeepSeek-V3)."""
+    """How far an expert's bias moves after every step: up where it was chosen less than the mean, down where more
+    (0.001 in DeepSeek-V3)."""
     entropy_weight: float = Field(default=0.0, ge=0)
     """Weight of -H(mean gate) + mean H(gate), summed over layers; its mean is over a micro-batch."""
     sequence_weight: float = Field(default=0.0, ge=0)
@@ -65,16 +66,16 @@ class BalanceOptions(Options):
 
 
 class MTPOptions(Options):
-    """Training of the draft head beside the policy, detached from it."""
+    """Training of the draft head during the training of the policy, detached from it."""
 
     loss_weight: float = Field(default=1.0, ge=0)
     """Weight of the draft loss; 0 leaves the head as it is."""
     every: int = Field(default=1, ge=1)
-    """Train the head every so many steps."""
+    """Train the head in every n-th step."""
     share: float = Field(default=1.0, gt=0, le=1)
-    """Share of a step's groups that the head learns from, another share every step; its cost shrinks with it."""
+    """Share of a step's groups that the head learns from, other groups in every step; the cost shrinks with it."""
     depth: int = Field(default=4, ge=1)
-    """Depths that are unrolled in training."""
+    """How many depths are unrolled in training."""
     train_trunk: bool = False
     """`quartet sft` only: cross-entropy on the gold tokens through head and trunk (DeepSeek-V3; loss_weight 0.3 or 0.1
     there), instead of teaching the head alone."""

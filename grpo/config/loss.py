@@ -1,4 +1,4 @@
-"""Options of the policy loss, and of the value function beside it."""
+"""Options of the policy loss, and of the value head that some advantage estimators use."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LossOptions(Options):
     """Weight of the entropy bonus."""
     top_entropy_quantile: float = Field(default=1.0, ge=0, le=1)
     """Train on this share of the step's tokens, highest entropy first (TRL: of each micro-batch); 0 keeps the top one.
-    Below 1 it costs one more forward an update."""
+    Below 1 it costs one more forward per update."""
     mask_truncated_completions: bool = False
     """Leave completions that hit the length limit out of the loss."""
     importance_correction: CorrectionMode | Literal["auto", "none"] = "auto"
@@ -84,7 +84,7 @@ class LossOptions(Options):
 
 
 class ValueOptions(Options):
-    """The value head of `loss.advantage: gae` and `rank_softmax`; PPO's names and defaults. Never published."""
+    """The value head of `loss.advantage: gae` and `rank_softmax`; names and defaults are PPO's. No sampler gets it."""
 
     learning_rate: float = Field(default=1e-3, gt=0)
     """Learning rate of the head."""
@@ -101,6 +101,6 @@ class ValueOptions(Options):
     lam: float = Field(default=0.95, ge=0, le=1)
     """GAE's λ: 0 trusts the values, 1 the score alone."""
     whiten_advantages: bool = True
-    """Advantages with mean 0 and standard deviation 1 over the step's tokens."""
+    """Give advantages mean 0 and standard deviation 1 over the step's tokens."""
     rank_temperature: float = Field(default=1.0, gt=0)
     """rank_softmax: weights are softmax(rank / this); a high one weighs all completions alike."""

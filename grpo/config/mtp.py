@@ -18,16 +18,16 @@ class HeadOptions(Options):
     """How the draft head is taught; the trunk stays as it is."""
 
     depth: int = Field(default=4, ge=1)
-    """Depths that are unrolled in the end, and drafted in the evaluation."""
+    """How many depths are unrolled at the end of training, and drafted in the evaluation."""
     curriculum_share: float = Field(default=0.3, ge=0, le=1)
     """Share of the steps in which the depth grows from 1 to `depth`; 0 unrolls all of them from the start."""
     tv_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the steps, the last ones, that minimise total variation, the share of drafts rejected, instead of KL."""
+    """Share of the steps, at the end, that minimise total variation (the share of rejected drafts) instead of KL."""
     restart: bool | None = None
-    """Start the head as the trunk's last layer, fitted to training examples; null does so where none was stored."""
+    """Start the head as the trunk's last layer, fitted to training examples; null does so where there is none."""
     draft_vocabulary: int | None = Field(default=None, ge=16)
-    """Draft only this many tokens, those that the policy says most often in the first step's rollouts, and the stop
-    tokens; null drafts any. Cheaper drafts, and never another token."""
+    """Draft only from this many tokens: the most frequent ones in the first step's rollouts, and the stop tokens. null
+    drafts any token. Fewer make drafts cheaper and never change a completion."""
     reuse: int = Field(default=3, ge=1)
     """Passes over each batch of rollouts: sampling is the costly part, and the trunk reads a batch once."""
     tokens_per_update: int = Field(default=1024, ge=1)
@@ -62,7 +62,7 @@ class MtpConfig(RunConfig):
     steps: int = Field(default=60, ge=1)
     """Batches of rollouts."""
     prompts_per_step: int = Field(default=16, ge=1)
-    """Prompts of a batch; its completions are this times rollout.group_size."""
+    """Prompts per batch; its completions are this times rollout.group_size."""
     rollout: RolloutOptions = RolloutOptions(group_size=4)
     head: HeadOptions = HeadOptions()
     eval: EvalOptions = EvalOptions(limit=32)
@@ -73,7 +73,7 @@ class MtpConfig(RunConfig):
         if head.curriculum_share + head.tv_share > 1:
             raise ValueError(
                 f"head.curriculum_share={head.curriculum_share} and head.tv_share={head.tv_share} are the first and "
-                "the last share of the steps; together at most 1"
+                "the last share of the steps; their sum must be at most 1"
             )
         for key, value in (
             ("eval.every", self.eval.every),
@@ -87,7 +87,7 @@ class MtpConfig(RunConfig):
 
 
 def defaults_of_run(folder: Path) -> dict[str, Any]:
-    """What a run folder brings along to `quartet mtp FOLDER`: data, rewards, sampling and precision of that run."""
+    """What a run folder brings to `quartet mtp FOLDER`: data, rewards, sampling and precision of that run."""
     path = folder / "config.yaml"
     if not path.is_file():
         return {}

@@ -62,7 +62,7 @@ class _Option(NamedTuple):
     key: str  # rollout.group_size; inside a list rewards[].function
     field: FieldInfo
     default: Any  # PydanticUndefined where a value is required
-    model: type[BaseModel] | None = None  # whose options stand below this one
+    model: type[BaseModel] | None = None  # whose options come below this one
     in_list: bool = False  # below each item of this one
 
     @property

@@ -10,15 +10,15 @@ from grpo.config.options import Options
 
 
 class ModelOptions(Options):
-    """What a policy is loaded from; shared by every command."""
+    """What a policy is loaded from, and how it computes."""
 
     model: str = "tiny"
     """A preset (`tiny`), a checkpoint folder or a hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of learner and sampler; the optimizer keeps fp32 masters of bfloat16 weights."""
+    """Precision of learner and sampler; the optimizer keeps fp32 copies of bfloat16 weights."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of this process. null is OMP_NUM_THREADS, else one for every 8 M parameters of the policy, as far as
-    there are cores; a run that is resumed keeps its number."""
+    """CPU threads of this process. null takes OMP_NUM_THREADS where it is set, else one thread for every 8 M parameters
+    of the policy, but no more than there are cores. A resumed run keeps its number of threads."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
     add_mtp: bool = False

@@ -25,7 +25,7 @@ def describe(key: str, value: Any, where: str, what: str) -> str:
 
 
 def unknown_option(key: str, value: Any, where: str, names: Iterable[str]) -> str:
-    """What another trainer calls it is led to our name, or told why there is none; else the nearest name of all."""
+    """About an unknown option: our name for another trainer's option, or why we have none, or the nearest name."""
     wanted = re.sub(r"\[\d+\]", "[]", key).replace("-", "_")
     names = list(names)
     way_out = hint(wanted, names) or _nearest(wanted, names)
@@ -45,7 +45,7 @@ def _nearest(wanted: str, names: list[str]) -> str:
         ends = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in names}, n=1, cutoff=SIMILAR)
         found = alike or difflib.get_close_matches(wanted, names, n=1, cutoff=SIMILAR)
         found = found or [name for name in names if name.rpartition(".")[2] in ends]
-    shown = [name for name in found if "[]" not in name] or found  # what stands in a list has no option of its own
+    shown = [name for name in found if "[]" not in name] or found  # an item of a list has no option of its own
     if not shown or len(shown) > 4:
         return "see --help all for all options"
     return f"did you mean {' or '.join([', '.join(shown[:-1]), shown[-1]] if shown[1:] else shown)}?"
@@ -60,7 +60,7 @@ def _leaves(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
 
 
 class Source(NamedTuple):
-    """What the user wrote, where it stands, and what could have been written."""
+    """What the user wrote, where it was written, and what could have been written."""
 
     file: Path | None
     lines: Mapping[Place, int]

@@ -16,7 +16,7 @@ Config = TypeVar("Config", bound=BaseModel)
 
 
 class FunctionOptions(Options):
-    """Which function, and what it counts."""
+    """Which function, and its weight."""
 
     function: str
     """A built-in name (`gsm8k`, `gsm8k_format`, ...) or `path/to/file.py:function`."""
@@ -32,9 +32,9 @@ class CallOptions(Options):
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments bound to the function, such as {target: 30}."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Columns of the data for parameters of another name, such as {reference: answer}."""
+    """Parameters that read a column of another name: {reference: answer} passes column `answer` as `reference`."""
     chat: bool = False
-    """Hand prompts and completions to it as chat messages instead of strings."""
+    """Pass prompts and completions to the function as chat messages instead of strings."""
 
 
 class RewardOptions(CallOptions, FunctionOptions):
@@ -45,18 +45,18 @@ class RewardModelOptions(Options):
     """A model whose scores are a column for the rewards: read it with the built-in reward `column`, or by its name."""
 
     name: str = Field(pattern=r"^[A-Za-z]\w*$")
-    """The column's name; also how the scores are called in metrics and in the rollout record."""
+    """Name of the column, and of the scores in metrics and in the rollout record."""
     model: str
     """A checkpoint folder (safetensors), a run folder or a hub id; frozen, on the policy's device."""
     kind: Literal["classifier", "perplexity"] = "classifier"
-    """`classifier`: a logit of any sequence classifier. `perplexity`: of the completion under a language model, whose
-    own tokenizer reads it; 1 or more, so it wants a negative weight."""
+    """`classifier`: a logit of any sequence classifier. `perplexity`: the perplexity of the completion under a language
+    model with its own tokenizer. It is 1 or more, and lower is better, so give it a negative weight."""
     label: int | None = Field(default=None, ge=0)
-    """classifier: the label whose logit is the score; needed where there is more than one."""
+    """classifier: the label whose logit is the score; required where there is more than one."""
     chat: bool = False
     """classifier: read question and completion through the model's own chat template, instead of as one text."""
     batch_size: int = Field(default=8, ge=1)
-    """Completions of one forward."""
+    """Completions per forward."""
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> RewardModelOptions:
@@ -69,7 +69,7 @@ class ScoringOptions(Options):
     """How rewards are run, and what happens when one fails."""
 
     on_error: str = "abort"
-    """`abort`, `drop_sample`, `drop_group` or `score=x`: a failing reward is never silently a zero."""
+    """When a reward fails: `abort`, `drop_sample`, `drop_group` or `score=x`. A failure is never silently a zero."""
     timeout_s: float = Field(default=10.0, gt=0)
     """Wall-clock seconds that a reward may take per batch, and per completion when the batch is rerun one by one."""
     workers: int = Field(default=1, ge=1)
@@ -92,10 +92,11 @@ class RewardsOptions(Options):
     """What scores completions; training and evaluation have these options."""
 
     rewards: list[RewardOptions] = Field(default_factory=lambda: [RewardOptions(function="gsm8k")], min_length=1)
-    """Reward functions; the score is their weighted sum. The first one judges held-out completions: accuracy where its
-    marks say right or wrong (`rewards.right_at`, or all of them 0 and 1), else the mean reward."""
+    """Reward functions; the score is their weighted sum. The first one judges held-out completions: evaluation
+    reports accuracy where its marks say right or wrong (`rewards.right_at`, or all of them are 0 and 1), else the mean
+    reward."""
     reward_models: list[RewardModelOptions] = Field(default_factory=list)
-    """Models that score completions beside the policy."""
+    """Models other than the policy that score completions."""
     reward: ScoringOptions = ScoringOptions()
 
 

@@ -23,7 +23,7 @@ class RewardTestConfig(_TrialOptions, ProblemOptions):
     split: str = "train"
     """The split."""
     limit: int | None = Field(default=200, ge=1)
-    """Use the first so many rows only; null uses them all."""
+    """Use only the first rows, at most this many; null uses all."""
     full_marks: float | None = None
     """What a right completion scores; by default what the function declares (`rewards.right_at`), else 1, or what the
     first gold solution gets where that is more."""
@@ -35,7 +35,8 @@ class ReplayConfig(_TrialOptions):
     """Score the recorded completions of a run again, with another function, and show what changes."""
 
     against: str | None = None
-    """The recorded value to compare with: a reward's name, or `score` for the weighted sum; the namesake by default."""
+    """The recorded value to compare with: a reward's name, or `score` for the weighted sum. null takes the reward of
+    the same name, else the only one, else `score`."""
     steps: list[int] | None = None
     """Steps to score, such as `[1, 50]`; null scores all that are recorded."""
     on_error: str = Field(default="abort", pattern=r"^(abort|drop_sample)$")

@@ -20,20 +20,20 @@ class CheckpointOptions(Options):
     """When to save and what to keep."""
 
     every: int = Field(default=50, ge=1)
-    """Save every so many steps, and at the end."""
+    """Save after every n-th step, and at the end."""
     keep: int | None = Field(default=2, ge=1)
-    """How many checkpoints stay; null keeps all."""
+    """How many checkpoints are kept, the newest ones; null keeps all."""
     keep_best: bool = False
-    """The best one stays too, and becomes `best_policy/`: by eval/accuracy, or by eval/reward_mean where the
-    reward is no accuracy (evaluated steps are saved then), or by reward/mean over the `every` steps before it where
-    nothing was evaluated. GRPO only."""
+    """Keep the best checkpoint too, and write its policy to `best_policy/`. It is the best by eval/accuracy, or by
+    eval/reward_mean where the reward is no accuracy (evaluated steps are saved then), or by reward/mean over the
+    `every` steps before it where nothing was evaluated. GRPO only."""
 
 
 class EvalOptions(Options):
-    """Held-out evaluation before, during and after training; off the training clock."""
+    """Held-out evaluation before, during and after training; its time does not count as training time."""
 
     every: int | None = Field(default=None, ge=1)
-    """Evaluate every so many steps as well; null evaluates at the two ends only."""
+    """Evaluate after every n-th step too; null evaluates only before the first step and after the last."""
     limit: int = Field(default=0, ge=0)
     """Held-out problems; 0 turns evaluation off."""
     samples: int = Field(default=1, ge=1)
@@ -51,7 +51,7 @@ class LogOptions(Options):
     """What a person sees and what is kept."""
 
     table_every: int = Field(default=10, ge=1)
-    """Show a table of sample completions every so many steps."""
+    """Show a table of sample completions after every n-th step."""
     trackers: list[str] | None = None
     """Trackers of accelerate (`tensorboard`, `wandb`, ...); TensorBoard when installed, [] for none."""
     measure_speed: bool = False
@@ -70,7 +70,7 @@ class RunConfig(RewardsOptions, ModelOptions):
 
 
 class SftConfig(RunConfig):
-    """Supervised fine-tuning on prompts and gold solutions; the MTP head is trained beside the trunk."""
+    """Supervised fine-tuning on prompts and gold solutions; the MTP head is trained together with the trunk."""
 
     # What `quartet sft --help` shows; `--help all` shows all.
     common: ClassVar[tuple[str, ...]] = (
@@ -110,7 +110,7 @@ class TrainConfig(SftConfig):
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.loss.epsilon_high is None and self.loss.loss_type == "cispo":
-            raise ValueError("loss.epsilon_high: loss_type cispo needs it (the cap of the ratio, 5.0 in ScaleRL)")
+            raise ValueError("loss.epsilon_high is required by loss_type cispo: it caps the ratio (ScaleRL uses 5.0)")
         if self.loss.multi_objective_aggregation != "sum_then_normalize" and self.loss.advantage != "group_relative":
             raise ValueError(
                 f"loss.multi_objective_aggregation=normalize_then_sum is for loss.advantage group_relative alone; "
@@ -120,17 +120,17 @@ class TrainConfig(SftConfig):
             raise ValueError("mtp.train_trunk: in GRPO the draft head never touches the trunk; use it in quartet sft")
         if self.eval.every and not self.eval.limit:
             raise ValueError(
-                f"eval.every={self.eval.every} with eval.limit=0 evaluates nothing; set eval.limit, or drop it"
+                f"eval.every={self.eval.every} with eval.limit=0 evaluates nothing; set eval.limit, or drop eval.every"
             )
         tokens, depth = self.curriculum.completion_tokens, self.curriculum.draft_depth
         if tokens is not None and tokens > (last := self.rollout.max_completion_tokens):
             raise ValueError(
-                f"curriculum.completion_tokens={tokens} is where it begins; it ends at "
-                f"rollout.max_completion_tokens={last}: use at most that"
+                f"curriculum.completion_tokens={tokens} is the limit at step 1, and it grows to "
+                f"rollout.max_completion_tokens={last}: use at most {last}"
             )
         if depth is not None and depth > self.mtp.depth:
             raise ValueError(
-                f"curriculum.draft_depth={depth} is where it begins; it ends at mtp.depth={self.mtp.depth}: "
-                "use at most that"
+                f"curriculum.draft_depth={depth} is the depth at step 1, and it grows to mtp.depth={self.mtp.depth}: "
+                f"use at most {self.mtp.depth}"
             )
         return self

@@ -15,11 +15,11 @@ class SamplingOptions(Options):
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     max_completion_tokens: int = Field(default=256, ge=1)
-    """A completion ends here if it has not stopped by itself."""
+    """Longest completion, in tokens; a completion that has not stopped by then is cut."""
     draft_tokens: int | None = Field(default=None, ge=0)
-    """MTP drafts per forward of the trunk, 0 for none; null chooses by measured cost. Never changes a token."""
+    """Drafts per forward of the trunk; 0 for none, null chooses by measured cost. Drafts never change a token."""
     accept: Literal["exact", "margin"] = "exact"
-    """`margin` is lossy: clear drafts are taken unverified (faster, counted as such); `exact` never changes a token."""
+    """`exact` never changes a token. `margin` is lossy: clear drafts are taken unverified (and counted)."""
 
 
 class RolloutOptions(SamplingOptions):
@@ -28,9 +28,9 @@ class RolloutOptions(SamplingOptions):
     group_size: int = 8
     """Completions per prompt; GRPO compares them with each other, so at least 2."""
     temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature; the learner scores at the same one. There is no top-p or top-k: they bias the gradient."""
+    """Sampling temperature; the learner scores at the same one. There is no top-p or top-k: both bias the gradient."""
     accept: Literal["exact", "margin"] = "exact"
-    """`exact` alone: what `quartet eval` and `quartet sample` may take unverified (margin) is refused for training."""
+    """Only `exact`: `margin` takes unverified drafts and is refused for training (quartet eval and sample have it)."""
     workers: int = Field(default=0, ge=0)
     """Ray rollout workers; 0 samples in this process, without Ray."""
     threads_per_worker: int = Field(default=1, ge=1)
@@ -40,7 +40,7 @@ class RolloutOptions(SamplingOptions):
     timeout_s: float = Field(default=3600.0, gt=0)
     """Seconds that a Ray worker may take for a shard; then it is killed, and a new one samples the same tokens."""
     refill_draws: int = Field(default=0, ge=0)
-    """Dynamic sampling: tied groups are sampled again, at most so many times a step; 0 keeps them."""
+    """Dynamic sampling: tied groups are sampled again, at most this many times per step; 0 keeps them."""
     refill_prompts: Literal["new", "same"] = "new"
     """What takes a tied group's place: the next prompts of the data, or the same prompt with new noise."""
 

@@ -14,7 +14,7 @@ from grpo.config.json_file import MOST_NESTED, unfit
 
 MOST_BYTES, MOST_VALUES = 1_000_000, 100_000  # of a configuration; there are some hundred options
 Place = tuple[str | int, ...]
-"""Where a value stands: `("rewards", 0, "function")`, shown as `rewards[0].function`."""
+"""The place of a value: `("rewards", 0, "function")`, shown as `rewards[0].function`."""
 
 
 class ConfigError(ValueError):
@@ -64,7 +64,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _construct(text: str, lines: dict[Place, list[int]]) -> Any:
-    """The value in `text`, and in `lines` on which lines every key stands. Raises `yaml.YAMLError`."""
+    """The value in `text`, and in `lines` the lines of every key. Raises `yaml.YAMLError`."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -99,7 +99,7 @@ def show_place(place: Place) -> str:
 
 
 def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, list[int]], left: Iterator[int]) -> None:
-    """Notes on which lines every key stands: more than one if it is repeated.
+    """Note the lines of every key: more than one if it is repeated.
 
     An alias (`*name`) is followed. Raises `yaml.YAMLError` where aliases make a value of itself, or a small text a
     giant: the values count here as often as they would be read.
@@ -131,7 +131,7 @@ def _missing(path: Path) -> str:
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
     """The mapping in a file and the line of each of its keys.
 
-    Raises ConfigError where there is no such file, no mapping in it, or a key stands twice.
+    Raises ConfigError where there is no such file, no mapping in it, or a key is there twice.
     """
     if not path.is_file():
         raise ConfigError([_missing(path)])
@@ -154,7 +154,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
     repeated = [(place, found) for place, found in lines.items() if len(found) > 1]
     if repeated:
         raise ConfigError(
-            f"{path}: {show_place(place)} stands on lines {' and '.join(map(str, found))}; keep one"
+            f"{path}: {show_place(place)} is given on lines {' and '.join(map(str, found))}; keep one"
             for place, found in repeated
         )
     return data, {place: found[0] for place, found in lines.items()}

@@ -1,1 +1,1 @@
-"""From a data set to prompts, and the order in which training meets them."""
+"""From a dataset to prompts, and the order in which training takes them."""

@@ -19,7 +19,7 @@ CHARACTERS_PER_TOKEN = 8  # more of a file is not read
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Windows of token ids [T], all of one length: `heldout` ones are the last of the text, and in no other list."""
+    """Windows of token ids [T], all of one length: `heldout` are the last ones of the text and in no other list."""
 
     windows: list[Tensor]
     heldout: list[Tensor]
@@ -28,11 +28,11 @@ class CalibrationText:
 def calibration_text(
     source: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, heldout_tokens: int, window: int
 ) -> CalibrationText:
-    """At most `tokens` for measuring and training and `heldout_tokens` behind them, held out.
+    """At most `tokens` for measuring and training, and after them `heldout_tokens` that are held out.
 
-    A shorter text is used up: a fifth of its windows are held out then. Documents end with the tokenizer's eos; each
-    window starts with bos where the tokenizer puts one before a text. Raises ValueError for a text of fewer than two
-    windows, and what `load_examples` raises.
+    A shorter text is used completely, and a fifth of its windows are held out. Documents end with the tokenizer's eos;
+    each window starts with bos where the tokenizer puts one before a text. Raises ValueError for a text of fewer than
+    two windows, and what `load_examples` raises.
 
     >>> calibration_text("gsm8k", tokenizer, tokens=4096, heldout_tokens=1024, window=512).heldout[0].shape
     torch.Size([512])

@@ -1,4 +1,4 @@
-"""What training meets when: which prompts, how long their completions may be, how deep the draft head learns.
+"""What a step trains on: which prompts, how long their completions may be, how deep the draft head learns.
 
 Everything is a function of the seed, the step and the outcomes that were recorded, never of a clock (contract 9).
 """
@@ -15,11 +15,11 @@ from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
 
 MEMORY = 0.5  # share of the former estimate in a prompt's running pass rate
-FLOOR = 0.01  # weight of a prompt that always or never passes: it comes back now and then, for policies change
+FLOOR = 0.01  # weight of a prompt that always or never passes: it is drawn now and then, because policies change
 
 
 def ramp(step: int, steps: int, first: float, last: float) -> float:
-    """From `first` at step 1 to `last` at step `steps`, in a straight line, and `last` from there on.
+    """Grows linearly from `first` at step 1 to `last` at step `steps`, and stays `last` after that.
 
     >>> [ramp(step, 5, 1, 3) for step in (1, 2, 5, 9)]
     [1.0, 1.5, 3.0, 3.0]
@@ -48,14 +48,14 @@ def learnability(pass_rate: float) -> float:
 class Curriculum:
     """Examples without end. Without an option it is a PromptStream: shuffled epochs.
 
-    `shortest_share` opens the examples by the length of their gold solution, shortest first; among those that are
-    open the least seen come first. `by_difficulty` draws from the open ones without replacement, with probability
-    ∝ `learnability` (Efraimidis & Spirakis 2006: the n largest of log(u)/w). An unseen prompt counts as much as the
-    seen ones do on average: where most fail, one that passes now and then comes back before all others were tried.
+    `shortest_share` opens the examples by the length of their gold solution, shortest first. Of the open examples,
+    those drawn least often come first. `by_difficulty` draws from the open ones without replacement, with probability
+    ∝ `learnability` (Efraimidis & Spirakis 2006: the n largest of log(u)/w). A prompt that was never drawn has the
+    mean weight of the others: where most fail, one that sometimes passes is drawn again before all others were tried.
 
     >>> curriculum = Curriculum(examples, CurriculumOptions(by_difficulty=True))
     >>> [example] = curriculum.take(1, step=1)
-    >>> curriculum.record([(example.example_id, 1.0)])      # always solved: it will come rarely
+    >>> curriculum.record([(example.example_id, 1.0)])      # always solved, so it will be drawn rarely
     """
 
     def __init__(self, examples: Sequence[Example], options: CurriculumOptions, seed: int = 0) -> None:
@@ -119,6 +119,6 @@ class Curriculum:
         return {"stream": self.stream.state_dict(), "seen": dict(self.seen), "pass_rates": dict(self.pass_rates)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises ValueError if the seed or the data are others."""
+        """Continue from `state`. Raises ValueError if the seed or the data differ."""
         self.stream.load_state_dict(state["stream"])
         self.seen, self.pass_rates = dict(state["seen"]), dict(state["pass_rates"])

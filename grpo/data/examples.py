@@ -50,7 +50,7 @@ class Example:
 
 
 def beyond_context(text: str, context: int) -> str | None:
-    """Why `text` cannot fit into a context of so many tokens, by its length alone; None where a tokenizer must tell.
+    """Why `text` cannot fit into a context of `context` tokens, by its length alone; None if a tokenizer must decide.
 
     >>> beyond_context("2 + 3 = ?" * 10_000, context=512)
     'has 90,000 characters, more than a context of 512 tokens can hold'
@@ -90,13 +90,13 @@ def load_examples(
     - `word_problems`, with `levels` (default [1]) and `seed`; 20,000 problems unless `limit` says otherwise,
     - `reasoning_gym:TASK`, with `task_options` and `seed`; 2,000 problems unless `limit` says otherwise,
     - `gsm8k` (from data/gsm8k or ../shared/data/gsm8k where such a folder exists, else from the hub), or any hub id,
-      with its configuration behind a colon (`owner/name:config`),
+      with its configuration after a colon (`owner/name:config`),
     - a folder that holds `{split}.jsonl` (or .json, .parquet, .csv), or such a file, whatever `split` is.
 
     The prompt column holds text, or chat messages of which the last one is the user's. All columns of a row go to the
-    rewards; question and solution also do as `question` and `answer` where the row has no columns of these names.
+    rewards; where the row has no columns `question` and `answer`, these names hold the question and the solution.
     `solution_column=None` is for data without solutions. `check` says what else is wrong with the columns of an
-    example, or None. `contexts` says by column how many tokens there is room for: a text that cannot fit is a bad row.
+    example, or None. `contexts` maps a column to the number of tokens that fit: a row with a longer text is a bad row.
 
     Raises FileNotFoundError for a missing file, and ValueError for held-out data loaded with purpose "train",
     an unknown name, no rows, a missing column and bad rows (the first ten with number and reason).
@@ -138,7 +138,7 @@ def load_examples(
         checks.insert(0, lambda columns: GSM8K_TEST if is_gsm8k_test_question(_texts(columns.values())) else None)
     try:
         rows = list(islice(numbered, limit))
-    except Exception as error:  # whatever a library meets in a damaged file
+    except Exception as error:  # whatever a library raises for a damaged file
         raise ValueError(f"{path or source} cannot be read: {type(error).__name__}: {error}") from error
     checks += [partial(_beyond, name, context) for name, context in (contexts or {}).items()]
     return _checked(rows, prefix, str(path or source), prompt_column, solution_column, checks)
@@ -168,7 +168,7 @@ def examples_of(
 
 
 def gold_check(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> Check | None:
-    """What finds gold answers that the gsm8k rewards among `rewards` cannot read; None where there are none.
+    """A check for gold answers that the gsm8k rewards among `rewards` cannot read; None where none of them is used.
 
     `rewards` are (function, columns for its parameters), as in a config.
 
@@ -192,7 +192,7 @@ def gold_check(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> Check | None
 
 
 def default_heldout_split(name: str) -> str:
-    """The split that is evaluated on where none is named.
+    """The split for evaluation where the user names none.
 
     >>> default_heldout_split("gsm8k"), default_heldout_split("reasoning_gym:leg_counting")
     ('test', 'heldout')

@@ -100,7 +100,7 @@ def _pair(evaluated: str, known: str) -> str:
 
 
 def record_trained_on(run: Path, fingerprints: Iterable[str]) -> None:
-    """Write the fingerprints of all problems that the policy of this run has met in training, here and before."""
+    """Write the fingerprints of all problems that the policy of this run was trained on, here and before."""
     lines = sorted({*fingerprints, *trained_on(run)})
     write_file(run / TRAINED_ON, "".join(f"{line}\n" for line in lines))
 

@@ -1,4 +1,4 @@
-"""From an example to its prompt, and the order in which training meets the prompts."""
+"""From an example to its prompt, and the order in which training takes the prompts."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PromptTemplate:
     `format` is a format string over the columns, in which `{question}` is the prompt column, or "chat": the
     tokenizer's chat template around the question as the user's message, after `system_prompt`, if any.
     `few_shot` examples go first, with their solutions. `user_turn` is a format string for the user's message of a chat;
-    where it says {examples}, they are in that message, each in the form of what follows. Raises ValueError for a format
-    without fields, with broken braces, or with a field that the example does not have.
+    where it has {examples}, they are in that message, each in the form of the text after it. Raises ValueError for a
+    format without fields, with broken braces, or with a field that the example does not have.
 
     >>> PromptTemplate("Question: {question} Answer: ").render(Example("0", "2 + 3 = ?", "5"))
     'Question: 2 + 3 = ? Answer: '
@@ -69,7 +69,7 @@ class PromptTemplate:
         return str(apply_chat_template(tokenizer, messages, add_generation_prompt=True, tokenize=False))
 
     def messages(self, example: Example) -> list[dict[str, Any]] | None:
-        """What the chat template is rendered from: system message, worked examples as turns, the prompt.
+        """The messages for the chat template: system message, worked examples as turns, the prompt.
 
         None for a format string. Raises ValueError where both the template and the data bring a system message.
         """
@@ -84,7 +84,7 @@ class PromptTemplate:
                     "message of its own; drop system_prompt"
                 )
         asked = self._turns(example)
-        if asked[0]["role"] == "system":  # stays in front of the worked examples
+        if asked[0]["role"] == "system":  # it stays before the worked examples
             messages.append(asked.pop(0))
         for shot in () if self._gathers_examples else self.few_shot:
             messages += [turn for turn in self._turns(shot) if turn["role"] != "system"]
@@ -92,7 +92,7 @@ class PromptTemplate:
         return [*messages, *asked]
 
     def content(self, example: Example) -> str:
-        """The columns that the prompt shows, without the words of the template: what makes this problem this one.
+        """The columns that the prompt shows, without the words of the template. They tell one problem from another.
 
         >>> PromptTemplate("Context: {context} Question: {question}").content(
         ...     Example("0", "Who?", "Ada", {"context": "Ada wrote it.", "page": 3}))
@@ -153,29 +153,29 @@ def _shown(key: str, form: str, example: Example) -> dict[str, Any]:
 
 
 def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> Any:
-    """transformers' own, but what a template raises is a ValueError that says whose template it is."""
+    """The function of transformers; whatever a template raises becomes a ValueError that names the tokenizer."""
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # a template is a program
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} (chat_template.jinja, or tokenizer_config.json) fails on "
-            f"the roles {', '.join(message['role'] for message in messages)}: {type(error).__name__}: {error}; mend "
+            f"the roles {', '.join(message['role'] for message in messages)}: {type(error).__name__}: {error}; correct "
             "it, or use a format string as template"
         ) from error
 
 
 def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> Prompt:
-    """The prompt with the token ids that are sampled from and trained on; nothing tokenises it again.
+    """The prompt with the token ids that are sampled from and trained on. It is never tokenised again.
 
-    A format string gets the special tokens that the tokenizer puts in front (bos); a chat template writes its
-    own. Raises ValueError for a prompt without tokens.
+    The text of a format string gets the special tokens that the tokenizer puts first (bos); a chat template writes
+    its own. Raises ValueError for a prompt without tokens.
     """
     text = template.render(example, tokenizer)
     token_ids = plain = tokenizer.encode(text, add_special_tokens=False)
     if not template.is_chat:
         token_ids = tokenizer.encode(text)
         if token_ids[-1:] == [tokenizer.eos_token_id] != plain[-1:]:
-            token_ids = token_ids[:-1]  # some tokenizers close every text, and a prompt must stay open
+            token_ids = token_ids[:-1]  # some tokenizers end every text with eos, and a prompt must stay open
     if not token_ids:
         raise ValueError(f"the prompt of {example.example_id} has no tokens: {text!r}")
     return Prompt(example.example_id, text, token_ids, example.columns, template.messages(example))
@@ -220,7 +220,7 @@ class PromptStream:
         return [self._examples[index] for index in chosen]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, for JSON."""
+        """The position of the stream, for JSON."""
         return {
             "seed": self._seed,
             "fingerprint": self._fingerprint,

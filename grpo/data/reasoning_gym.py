@@ -15,7 +15,7 @@ from rewards.protocol import RewardError
 PREFIX = "reasoning_gym:"
 SPLITS = ("train", "heldout")
 JUNK = ("I do not know.", "lorem ipsum dolor sit amet", "?!")  # texts without an answer
-HELD_OUT = 4  # one question in so many
+HELD_OUT = 4  # one question in this many
 COUNT = 2_000  # some tasks take 0.1 s and more to make one
 
 
@@ -24,10 +24,10 @@ def reasoning_gym_problems(
 ) -> list[dict[str, Any]]:
     r"""Distinct problems with the keys `question`, `answer`, `metadata` (what the task's scorer reads) and `id`.
 
-    A hash of the question decides its split, so that no question is in both, whatever the seed. Fewer than `count`
-    come back where the task repeats itself. A few tasks (such as `word_ladder` and `knight_swap`) are the same in the
-    next process, and a run on them can be resumed, only with PYTHONHASHSEED set. Raises ValueError for what cannot be
-    had (the package, the task, the split, the options) and for a task without gold answers.
+    A hash of the question decides its split, so that no question is in both, whatever the seed. The list is shorter
+    than `count` where the task repeats itself. A few tasks (such as `word_ladder` and `knight_swap`) give the same
+    problems in the next process only with PYTHONHASHSEED set; without it a run on them cannot be resumed. Raises
+    ValueError where package, task, split or options do not exist, and for a task without gold answers.
 
     >>> problem = reasoning_gym_problems("leg_counting", "train", count=1)[0]
     >>> problem["question"][-32:], problem["answer"]
@@ -52,7 +52,7 @@ def _problems(dataset: Any, task: str, split: str, seed: int) -> Iterator[dict[s
         if key in met or (key[0] % HELD_OUT == 0) != (split == "heldout"):
             continue
         met.add(key)
-        metadata = json.loads(json.dumps(entry["metadata"], default=str))  # the scorer's processes speak JSON
+        metadata = json.loads(json.dumps(entry["metadata"], default=str))  # the scorer's processes exchange JSON
         identity = {"id": f"reasoning_gym/{task}/{seed}/{index}"}
         yield identity | {"question": question, "answer": entry["answer"], "metadata": metadata}
 
@@ -62,7 +62,7 @@ def _dataset(task: str, seed: int, size: int, options: dict[str, Any]) -> Any:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise ValueError(f"{PREFIX}{task} needs reasoning-gym: pip install 'quartet-rl[reasoning-gym]'") from error
+        raise ValueError(f"{PREFIX}{task} requires reasoning-gym: pip install 'quartet-rl[reasoning-gym]'") from error
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=1, cutoff=0.5)
         hint = f"did you mean {PREFIX}{near[0]}?" if near else f"tasks are {', '.join(sorted(DATASETS))}"
@@ -90,7 +90,7 @@ def _check_gradable(task: str, problem: Mapping[str, Any]) -> None:
     if not fault:
         try:
             mark, *junk = score(None, texts, question=question, answer=answer, metadata=metadata)
-        except RewardError:  # a scorer that we do not call: the problems can do with a reward of one's own
+        except RewardError:  # we cannot call this scorer; the user may have a reward of their own
             return
         wrongly_right = [text for text, got in zip(JUNK, junk, strict=True) if got >= 1.0]
         if mark != 1.0:

@@ -25,7 +25,7 @@ TOO_MANY_FIELDS = "fields beyond the header"
 
 
 def local_file(source: str, split: str) -> Path | None:
-    """The file that `source` names, or None where it can only be a hub id."""
+    """The file that `source` names, or None if it can only be a hub id. Raises FileNotFoundError and ValueError."""
     path = Path(source).expanduser()
     if path.is_dir():
         candidates = [path / f"{split}{kind}" for kind in FILE_KINDS]
@@ -47,7 +47,7 @@ def local_file(source: str, split: str) -> Path | None:
 
 
 def file_rows(path: Path) -> Iterable[tuple[int, Any]]:
-    """(row number, row); a row of a .jsonl file that cannot be read is the error that it raised."""
+    """(row number from 1, row). A row of a .jsonl file that cannot be read is the ValueError that it raised."""
     if path.suffix == ".jsonl":
         # not splitlines(): JSON strings may hold U+2028, which ends a line for Python and not for JSON
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
@@ -73,7 +73,7 @@ def _csv_rows(path: Path) -> list[Any]:
                 raise ValueError(f"{path}: the header has the column {twice[0]!r} twice; rename or remove one")
             return list(reader)
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not CSV in UTF-8: {error} (behind line {reader.line_num})") from error
+            raise ValueError(f"{path} is not CSV in UTF-8: {error} (after line {reader.line_num})") from error
 
 
 def _json_or_error(text: bytes) -> Any:
@@ -89,7 +89,7 @@ def load_dataset(name: str, config: str | None = None, **options: Any) -> Iterab
     why = "" if "data_files" in options else hub.unreachable()
     if why:
         datasets.config.HF_HUB_OFFLINE = True
-        why += ", and only what is in the cache can be had. "
+        why += ", and only the cache can be used. "
     try:
         return datasets.load_dataset(name, config, **options)
     except Exception as error:

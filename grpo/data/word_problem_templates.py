@@ -1,7 +1,7 @@
 """The templates of the built-in word problems, and the ranges of each level.
 
 A template's letters are its numbers: m and n are drawn from a level's multipliers, other letters from its
-quantities, and what an equation results in is worked out. Names, things and wording are few and regular, so
+quantities, and the result of an equation is computed. Names, things and wording are few and regular, so
 that a model of a few million parameters can learn them.
 """
 

@@ -13,7 +13,7 @@ integer of at least 2, which keeps all plurals right. Solutions of levels 1 and 
 policy copies before it computes; with the tokenizer of the `tiny` preset they have 24 to 41 tokens.
 
 The numbers of its question decide whether a problem is held out, whatever its template, name, things, level and
-seed. So the numbers of a held-out problem are never met in training, not even in another order or another story.
+seed. So the numbers of a held-out problem are never trained on, not even in another order or another story.
 Its single equations may be: 3 + 4 = 7 can be one step of a training problem that has a third number.
 """
 
@@ -35,8 +35,8 @@ SALT = 256  # of the first 300, it spreads the held-out numbers most evenly over
 def word_problems(split: str, levels: Sequence[int], seed: int = 0, *, count: int = 20_000) -> list[dict[str, Any]]:
     """Distinct word problems with the keys `question`, `answer`, `level` and `id`.
 
-    Levels take turns, and within a level its templates do. Problem i depends on (split, levels, seed) and i
-    alone, not on `count`. Fewer than `count` come back where the smallest level has no more. Raises ValueError
+    Levels take turns, and within a level its templates do. Problem i depends only on (split, levels, seed) and
+    i, not on `count`. The list is shorter than `count` where the smallest level has no more. Raises ValueError
     for an unknown split or level.
 
     >>> problem = word_problems("train", [2], count=1)[0]

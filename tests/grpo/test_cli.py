@@ -138,7 +138,7 @@ def test_help_and_typos_answer_without_loading_what_is_slow(words):
             "rollout.group_size=1 (command line): gives every completion a zero advantage; use 2 or more",
         ),
         (["--loss.loss_type", "dapoo"], "loss.loss_type=dapoo (command line): expected 'grpo', 'dr_grpo', 'dapo'"),
-        (["--loss.loss_type", "cispo"], "loss.epsilon_high: loss_type cispo needs it"),
+        (["--loss.loss_type", "cispo"], "loss.epsilon_high is required by loss_type cispo"),
         (["--steps", "many"], "steps=many (command line): expected a valid integer"),
         (
             ["--reward.on_error", "zero"],
@@ -165,7 +165,7 @@ def test_a_wrong_option_is_named_with_the_way_out(tmp_path, capsys, words, messa
         ("# nothing here\n", "{file}: is empty"),
         ("steps: [1\n", "{file}, line 2: is not valid YAML"),
         ("- steps\n", "{file}: expected a mapping"),
-        ("steps: 3\nsteps: 4\n", "{file}: steps stands on lines 1 and 2"),
+        ("steps: 3\nsteps: 4\n", "{file}: steps is given on lines 1 and 2"),
         ("rewards: []\n", "rewards"),
         ("rewards:\n- functoin: gsm8k\n", "did you mean rewards[].function?"),
     ],

@@ -213,7 +213,7 @@ def test_ctrl_c_in_a_recovery_keeps_what_it_has_reached(convert, text, monkeypat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rank", "20"], "rank=20 is chosen by what the model computes on text; add --calibrate FILE"),
+        (["--rank", "20"], "rank=20 requires text to measure the model on; add --calibrate FILE"),
         (["--rank", "99", "--calibrate", "{text}"], "rank=99 is out of range: .* = 32 numbers .*; use 7 to 36"),
         (["--rank", "20", "--rotary", "18", "--calibrate", "{text}"], "rotary=18 is out of range: .* from 2 to 14"),
         (["--rank", "20", "--rotary", "5", "--calibrate", "{text}"], "rotary=5 is odd"),

@@ -166,7 +166,7 @@ def test_everything_that_a_function_may_ask_for_is_there(file):
     found = check(f"{file}:everything", arguments={"bonus": 0.5})
     assert found.full_marks == 1.5
     assert found.problems == []
-    assert "completion_ids were stand-ins: the bytes of the text, one token each" in found.notes
+    assert "completion_ids were made up: the bytes of the text, one token each" in found.notes
 
 
 def test_abstentions_and_slowness_are_said(file):

@@ -246,8 +246,8 @@ def test_a_command_without_options_also_suggests_the_nearest_flag():
         ("", "{file}: is empty; write options such as `steps: 10`, or name no file"),
         ("# steps: 3\n", "{file}: is empty; write options such as `steps: 10`, or name no file"),
         ("- steps\n", "{file}: expected a mapping such as `steps: 10`, got [steps]"),
-        ("steps: 3\nlora:\n  rank: 1\nsteps: 4\n", "{file}: steps stands on lines 1 and 4; keep one"),
-        ("rewards:\n- w: 1\n  w: 2\n", "{file}: rewards[0].w stands on lines 2 and 3; keep one"),
+        ("steps: 3\nlora:\n  rank: 1\nsteps: 4\n", "{file}: steps is given on lines 1 and 4; keep one"),
+        ("rewards:\n- w: 1\n  w: 2\n", "{file}: rewards[0].w is given on lines 2 and 3; keep one"),
         ("steps: [3\n", "{file}, line 2: is not valid YAML: expected ',' or ']', but got '<stream end>'"),
     ],
 )  # fmt: skip

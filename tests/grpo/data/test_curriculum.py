@@ -201,8 +201,11 @@ def test_a_state_of_other_data_is_refused():
 
 def test_a_curriculum_that_begins_beyond_its_end_is_refused(tmp_path):
     for key, message in (
-        ("completion_tokens", "curriculum.completion_tokens=300 is where it begins; it ends at rollout.max_completion"),
-        ("draft_depth", "curriculum.draft_depth=300 is where it begins; it ends at mtp.depth=4"),
+        (
+            "completion_tokens",
+            "curriculum.completion_tokens=300 is the limit at step 1, and it grows to rollout.max_completion",
+        ),
+        ("draft_depth", "curriculum.draft_depth=300 is the depth at step 1, and it grows to mtp.depth=4"),
     ):
         with pytest.raises(ConfigError, match=message):
             load(TrainConfig, None, {"output_dir": tmp_path, f"curriculum.{key}": 300})

@@ -240,7 +240,7 @@ def test_text_that_is_not_utf_8_is_named_by_row(tmp_path):
 @pytest.mark.parametrize("content", [b'question,answer\n"q,1\nr,2\n', b"question,answer\ncaf\xe9,1\n"])
 def test_a_csv_file_that_cannot_be_read_is_named(tmp_path, content):
     (tmp_path / "rows.csv").write_bytes(content)
-    with pytest.raises(ValueError, match=r"rows\.csv is not CSV in UTF-8: .* \(behind line \d\)"):
+    with pytest.raises(ValueError, match=r"rows\.csv is not CSV in UTF-8: .* \(after line \d\)"):
         load_examples(tmp_path / "rows.csv", "train")
 
 
