@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from trl import GRPOConfig
 
-from grpo.config.aliases import MEANS, NOT_SUPPORTED, hint
+from grpo.config.aliases import hint, table
 from grpo.config.inference import EvalConfig, SampleConfig
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import ConfigError, _options, load
@@ -85,15 +85,15 @@ def test_every_option_of_trls_grpo_config_is_answered():
         is_known = ours in known or ours == "--resume"
         assert is_known or answer.startswith("not supported, because "), (field.name, answer)
         if ours.rpartition(".")[2] != field.name:  # a guess by similarity would be wrong here
-            assert field.name in MEANS or answer.startswith("not supported"), (field.name, answer)
+            assert field.name in table("means") or answer.startswith("not supported"), (field.name, answer)
 
 
 def test_every_alias_leads_to_an_option_of_train_and_none_hides_one():
     known = names(TrainConfig)
-    for name, meaning in MEANS.items():
+    for name, meaning in table("means").items():
         target = meaning.partition("; ")[0].split()[0]
         assert target in known or target == "--resume", name
-        assert name not in NOT_SUPPORTED
+        assert name not in table("not_supported")
         assert name not in known
 
 
