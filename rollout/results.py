@@ -1,4 +1,4 @@
-"""What is kept of every completion of a shard while it is decoded, and the groups that come of it."""
+"""What a shard has sampled so far, for every completion, and the groups made of it at the end."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Results:
         routing = None
         if self.routing is not None:
             routing = self.routing.cpu()
-            # No token follows the last one, so it was not read for one: its place holds some draft's experts, or none.
+            # The last token is never read for a next one: at its place are the experts of some draft, or none.
             routing[torch.arange(len(routing)), self.counts.cpu() - 1] = -1
         completions = []
         for row, (count, token_ids, logprobs, depths, stopped, aborted, cut) in enumerate(

@@ -1,4 +1,4 @@
-"""The rows of a shard that are being decoded, and the prompts that they continue: what shard and drafter share."""
+"""The rows of a shard that are being decoded, and the prompts that they continue. Shard and drafter share them."""
 
 from __future__ import annotations
 

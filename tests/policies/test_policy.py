@@ -345,7 +345,7 @@ def test_published_names_and_shapes_must_be_those_of_the_policy(random_policy):
     policy = random_policy(1)
     before = tensors(policy)
     weights = {name: tensor + 1 for name, tensor in before.items()}
-    with pytest.raises(PolicyError, match="does not have.*trunk.adapter"):
+    with pytest.raises(PolicyError, match="this policy lacks.*trunk.adapter"):
         policy.load_weights(weights | {"trunk.adapter": torch.zeros(2)})
     norm = "trunk.model.norm.weight"
     with pytest.raises(PolicyError, match=rf"{norm}.*\[1\].*\[32\]"):
