@@ -30,26 +30,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from policies import lora
+from policies import layout, lora
 from policies.contradictions import contradictions, refuse_type
 from policies.files import hub
 from policies.files.atomic import heed_umask, write_folder
 from policies.files.digests import DIGESTS, fault
-from policies.layout import (
-    PolicyError,
-    Shape,
-    WeightFiles,
-    check_tensors,
-    fill_head,
-    find_file,
-    head_state,
-    may_idle,
-    mtp_layers,
-    own_copies,
-    read_draft_vocabulary,
-    refuse_differences,
-    write_draft_vocabulary,
-)
+from policies.layout import PolicyError, Shape, WeightFiles, find_file, mtp_layers
 from policies.mtp import MTPHead
 
 LOGGER = logging.getLogger(__name__)
@@ -83,7 +69,7 @@ def load(source: str | Path, dtype: torch.dtype, *, add_mtp: bool, seed: int) ->
     config = read_config(source)
     files = WeightFiles(source)
     if isinstance(config, DeepseekV3Config) and files.shapes:
-        check_tensors(files, config)
+        layout.check_tensors(files, config)
     tokenizer = read_tokenizer(source)
     trunk, report = _load_trunk(source, dtype)
     if not isinstance(trunk, DeepseekV3ForCausalLM):
@@ -97,13 +83,13 @@ def load(source: str | Path, dtype: torch.dtype, *, add_mtp: bool, seed: int) ->
     elif config.num_nextn_predict_layers:
         LOGGER.warning(NO_HEAD, files.source, config.num_nextn_predict_layers)
     if policy.mtp is not None and layers:
-        fill_head(policy.mtp, files.read(f"model.layers.{layers[0]}."), layers[0])
+        layout.fill_head(policy.mtp, files.read(f"model.layers.{layers[0]}."), layers[0])
         for layer in layers[1:]:
             policy.further_mtp |= files.read(f"model.layers.{layer}.")
-        if own := own_copies(files, layers[0], trunk):
+        if own := layout.own_copies(files, layers[0], trunk):
             LOGGER.warning(OWN_COPIES, files.source, ", ".join(own))
     if policy.mtp is not None:
-        policy.draft_ids = read_draft_vocabulary(files.source, trunk.config.vocab_size)
+        policy.draft_ids = layout.read_draft_vocabulary(files.source, trunk.config.vocab_size)
     if len(layers) > 1:
         LOGGER.warning(FURTHER_LAYERS, files.source, len(layers))
     return policy
@@ -140,7 +126,7 @@ def save(folder: Path, policy: Checkpoint) -> None:
     state, further = lora.merged_state(trunk), mtp_layers(config, policy.further_mtp)
     if policy.mtp is not None:
         head = lora.merged_state(policy.mtp)
-        state |= head_state(config, config.num_hidden_layers, head, may_idle(config)) | policy.further_mtp
+        state |= layout.head_state(config, config.num_hidden_layers, head, layout.may_idle(config)) | policy.further_mtp
     if isinstance(trunk, DeepseekV3ForCausalLM):
         config.num_nextn_predict_layers = 0 if policy.mtp is None else 1 + len(further)
     try:
@@ -150,7 +136,7 @@ def save(folder: Path, policy: Checkpoint) -> None:
             heed_umask(partial)
             policy.tokenizer.save_pretrained(partial)
             if policy.draft_ids is not None:
-                write_draft_vocabulary(partial, policy.draft_ids)
+                layout.write_draft_vocabulary(partial, policy.draft_ids)
     except (OSError, SafetensorError) as error:
         what = f"cannot write the policy to {folder}: {error}; needs {sum(t.nbytes for t in state.values())} bytes"
         raise PolicyError(f"{what}: make room or use another disk; what was saved before is intact") from error
@@ -250,4 +236,4 @@ def _check_report(source: str | Path, config: PretrainedConfig, report: dict) ->
     expected: dict[str, Shape] = dict.fromkeys(report["missing_keys"], ())
     for name, stored, own in report["mismatched_keys"]:
         found[name], expected[name] = tuple(stored), tuple(own)
-    refuse_differences(source, expected, found)
+    layout.refuse_differences(source, expected, found)

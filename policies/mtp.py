@@ -176,18 +176,15 @@ def draft_loss(
     FLOPs per scored token, V or K columns: 2·D·V for the teacher, which all depths share, and 4·D·V for each depth.
     """
     head = lm_head.detach() if draft_ids is None else lm_head.detach()[draft_ids]
-    alive = [(segment_BT > 0) & (F.pad(segment_BT, (d, 0), value=-1)[:, :-d] == segment_BT) for d in _depths(outputs)]
+    depths = range(1, len(outputs) + 1)
+    alive = [(segment_BT > 0) & (F.pad(segment_BT, (d, 0), value=-1)[:, :-d] == segment_BT) for d in depths]
     targets = alive[0].flatten().nonzero()[:, 0]  # depth 1 drafts every token that a deeper one drafts
     alive_DN = torch.stack([a.flatten()[targets] for a in alive])
-    weights = [DEPTH_DECAY ** (d - 1) for d in _depths(outputs)]
+    weights = [DEPTH_DECAY ** (d - 1) for d in depths]
     weights = [weight / sum(weights) for weight in weights]
     teacher_ND = teacher_hidden_BTD.detach().flatten(0, 1)
     rows = [output.flatten(0, 1) for output in outputs]
     return _Divergences.apply(teacher_ND, head, targets, alive_DN, weights, temperature, divergence, chunk, *rows)
-
-
-def _depths(outputs: Sequence[Tensor]) -> range:
-    return range(1, len(outputs) + 1)
 
 
 class _Divergences(torch.autograd.Function):

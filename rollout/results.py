@@ -81,16 +81,6 @@ class Results:
     def groups(
         self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, strings: StopStrings | None, version: int
     ) -> list[RolloutGroup]:
-        completions = self._completions(tokenizer, strings, version)
-        size = len(completions) // max(len(prompts), 1)
-        return [
-            RolloutGroup(prompt, completions[i * size : (i + 1) * size], self.prompt_routing.get(i))
-            for i, prompt in enumerate(prompts)
-        ]
-
-    def _completions(
-        self, tokenizer: PreTrainedTokenizerBase, strings: StopStrings | None, version: int
-    ) -> list[Completion]:
         stats = zip(*(x.tolist() for x in (self.forwards, self.drafted, self.accepted, self.fallbacks)), strict=True)
         rows = (self.counts, self.token_ids, self.logprobs, self.depths, self.stopped, self.aborted, self.cut)
         routing = None
@@ -116,7 +106,11 @@ class Results:
                     routing=None if routing is None else routing[row, :count],
                 )
             )
-        return completions
+        size = len(completions) // max(len(prompts), 1)
+        return [
+            RolloutGroup(prompt, completions[i * size : (i + 1) * size], self.prompt_routing.get(i))
+            for i, prompt in enumerate(prompts)
+        ]
 
     def _places(self, live: Rows, start_R: Tensor, new: int) -> tuple[Tensor, Tensor]:
         """Where `new` tokens of each row go, from `start_R` on."""

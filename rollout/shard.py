@@ -25,7 +25,7 @@ from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, row_key
 from rollout.speculative import verify_draft
 from rollout.stop_strings import StopStrings
 
-# The most padded tokens of one prefill, for prompts of like length. More do not fit the caches of a CPU.
+# One prefill reads at most so many tokens with padding; on a CPU, more do not fit its caches.
 PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16384, 1024
 
 
@@ -90,7 +90,8 @@ class Decoding:
             new, cache = self._prefill([self.waiting.pop() for _ in range(size)])
             rows.append(new)
             caches.append(cache)
-        self.live, self.cache = Rows.concat(rows), _join(caches)
+        self.live = Rows.concat(rows)
+        self.cache = caches[0].join(caches[1:]) if len(caches) > 1 else caches[0]
         self._retire()
 
     def _prefill(self, numbers: Sequence[int]) -> tuple[Rows, Any]:
@@ -244,7 +245,3 @@ class Decoding:
             if end is not None:
                 kept[i], cut[i] = end - count, True
         return torch.tensor(kept, device=self.device), torch.tensor(cut, device=self.device)
-
-
-def _join(caches: Sequence[Any]) -> Any:
-    return caches[0].join(caches[1:]) if len(caches) > 1 else caches[0]
