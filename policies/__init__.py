@@ -1,1 +1,1 @@
-"""The policy: DeepSeek-V3 architecture (MoE + MLA) with a multi-token prediction head. Nothing about RL."""
+"""The policy: DeepSeek-V3 architecture (MoE + MLA) with a multi-token prediction head, without anything of RL."""

@@ -1,13 +1,13 @@
-"""What a policy is made of and what a token costs, counted from its configuration: no weight is loaded.
+"""The parts of a policy and the cost of a token, counted from its configuration without loading a weight.
 
-A multiply-add is two FLOPs, and only matrix products count. L layers, D hidden size, H heads, r = kv_lora_rank,
+A multiply-add is two FLOPs, and only matrix products are counted. L layers, D hidden size, H heads, r = kv_lora_rank,
 d_n, d_r = the unrotated and rotated part of a query, d_v of a value, S tokens to attend to.
 
     cache       an MLA layer keeps r + d_r numbers a token, one of grouped-query attention 2 · KV heads · head_dim
-    prefill     2 · weights + 2 · L · H · S · (d_n + d_r + d_v), keys and values expanded, without the LM head
+    prefill     2 · weights + 2 · L · H · S · (d_n + d_r + d_v): keys and values are expanded; without the LM head
     decode      2 · weights + 2 · L · H · S · (2r + d_r), absorbed: latents are attended as they are cached
-                (DeepSeek-V2, section 2.1.2), r + d_r where d_n = 0; the weights are those of `AbsorbedBlock`, and the
-                LM head counts
+                (DeepSeek-V2, section 2.1.2), r + d_r if d_n = 0; the weights are those of `AbsorbedBlock`, and the
+                LM head is counted
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Experts:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Parameters are numbers of weights (tied ones once), `active` those that one token uses: the whole embedding,
-    and of the routed experts the share that is chosen. `cache_numbers` and FLOPs are per token over all layers,
-    None where layers do not attend fully. `prefill_flops` is the mean over a prompt of `context` tokens,
-    `decode_flops` that of the token behind it. `lora` counts adapters of every default target."""
+    """Parameters are numbers of weights, where tied ones count once. The `active` ones are those that one token uses:
+    the whole embedding, and of the routed experts the share that is chosen. `cache_numbers` and FLOPs are per token
+    over all layers, None if layers do not attend fully. `prefill_flops` is the mean over a prompt of `context` tokens,
+    `decode_flops` is for the token after it. `lora_parameters` are the adapters of every default target."""
 
     model_type: str
     layers: int
@@ -63,18 +63,18 @@ class Anatomy:
 
     @property
     def lora_rank_within_aim(self) -> int:
-        """The largest rank whose adapters are at most 3 % of the parameters; 0 where rank 1 has more."""
+        """The largest rank whose adapters are at most 3 % of the parameters, or 0 if rank 1 has more."""
         return int(LORA_AIM * self.parameters * self.lora_rank / self.lora_parameters)
 
 
 def anatomy(config: PretrainedConfig, mtp_depth: int, *, context: int, lora_rank: int, lora_alpha: float) -> Anatomy:
-    """Counts on a model without storage. Raises ValueError for `context` < 1.
+    """Counts on a model without storage. Raises ValueError if `context` < 1.
 
     >>> round(anatomy(DeepseekV3Config(), 1, context=4096, lora_rank=16, lora_alpha=32.0).parameters / 1e9)
     671
     """
     if context < 1:
-        raise ValueError(f"context={context}: name the number of tokens that a token attends to, 1 or more")
+        raise ValueError(f"context={context}: give the number of tokens that a token attends to, 1 or more")
     with torch.device("meta"):
         trunk = AutoModelForCausalLM.from_config(config)
         head = MTPHead(config) if mtp_depth and isinstance(config, DeepseekV3Config) else None
@@ -100,7 +100,7 @@ def anatomy(config: PretrainedConfig, mtp_depth: int, *, context: int, lora_rank
 
 
 def count_parameters(model: nn.Module, config: PretrainedConfig) -> tuple[int, int]:
-    """(all, active) parameters of `model`; stacked experts, the parameters of three axes, count by their share."""
+    """(all, active) parameters of `model`. Of stacked experts (three axes) the chosen share is active."""
     total, active = 0, 0.0
     for name, parameter in model.named_parameters():
         stacked = parameter.dim() == 3 and ".experts." in name
@@ -110,7 +110,7 @@ def count_parameters(model: nn.Module, config: PretrainedConfig) -> tuple[int, i
 
 
 def cache_numbers(config: PretrainedConfig) -> int | None:
-    """Numbers that all layers keep for a token; times 4 or 2 for bytes in float32 or bfloat16.
+    """The count of numbers that all layers keep for a token. Times 4 or 2 it is bytes in float32 or bfloat16.
 
     >>> cache_numbers(DeepseekV3Config())  # 61 · (512 + 64); keys and values of all 128 heads would be 57 times that
     35136
@@ -124,7 +124,7 @@ def cache_numbers(config: PretrainedConfig) -> int | None:
 
 
 def absorbed_weights(config: DeepseekV3Config) -> int:
-    """Weights of one layer's absorbed attention that a token meets; folded where `AbsorbedBlock` folds."""
+    """Weights of one layer's absorbed attention that a token uses, folded as `AbsorbedBlock` folds them."""
     heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
     rope, nope, value = config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim
     width = hidden if config.q_lora_rank is None else config.q_lora_rank

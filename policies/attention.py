@@ -1,10 +1,10 @@
-"""Attention of packed rows `[prompt | c1 | … | cG]` on a CPU, without the scores that a mask would throw away.
+"""Attention of packed rows `[prompt | c1 | … | cG]` on a CPU, without the scores that a mask would discard.
 
-Every token attends to its prompt, a completion's also to those before it in the completion: one block of scores for the
-prompt's keys and one for each completion. They are merged by the logarithms of their softmax's denominators, and the
-backward pass computes their weights again from the merged ones, as FlashAttention does (Dao et al. 2022, sections 3.1
-and B.2). Of the 425,000 pairs of tokens in a row of a 140-token prompt and eight completions of 64 tokens, 124,000 are
-computed. Below float32 the scores are float32 all the same, and the other products round as the tensors do.
+Every token attends to its prompt, and one of a completion also to the tokens before it there: this is one block of
+scores for the prompt's keys and one for each completion. Blocks are merged by the logarithms of their softmax's
+denominators, and the backward pass computes their weights again from the merged ones, as FlashAttention does (Dao et
+al. 2022, sections 3.1 and B.2). Of the 425,000 pairs of tokens in a row of a 140-token prompt and eight completions of
+64 tokens, 124,000 are computed. Below float32 the scores are float32, and other products have the tensors' precision.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "sdpa_packed"
-BEYOND = ("softcap", "s_aux", "position_bias")  # what some models add to their scores
+BEYOND = ("softcap", "s_aux", "position_bias")  # some models add these to their scores
 
 
 @dataclass(frozen=True)
 class Block:
-    """The tokens `queries` of a row attend to its tokens `keys`, token i of the former to 0 … i of the latter.
+    """The tokens `queries` of a row attend to its tokens `keys`: token i of the queries to 0 … i of the keys.
 
     >>> Block(row=0, queries=slice(0, 9), keys=slice(0, 4))     # a prompt of 4 tokens, with 5 of its completions
     """
@@ -42,15 +42,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Packing:
-    """All that the tokens of a micro-batch [B, T] attend to; every token is a query of one block or of two."""
+    """All that the tokens of a micro-batch [B, T] attend to. Every token is a query of one block or of two."""
 
     shape: tuple[int, int]
     blocks: Sequence[Block]
 
     @cached_property
     def pays(self) -> bool:
-        """Blocks are more operators and a second computation of the scores: half of the pairs must be spared
-        (measured). One completion a row spares too few."""
+        """Blocks need more operators and compute the scores twice, so they pay if they spare half of the pairs
+        (measured). With one completion in each row they spare too few."""
         rows, length = self.shape
         return sum(block.pairs for block in self.blocks) <= rows * length**2 / 2
 
@@ -97,7 +97,7 @@ def _at(x_BHT: Tensor, block: Block) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
-    """[H, queries, keys] in float32 or above, -inf where a key comes after its query."""
+    """[H, queries, keys] in float32 or above, -inf for keys after their query."""
     wide = torch.promote_types(query.dtype, torch.float32)
     keys = key[block.row, :, block.keys].to(wide)
     scores = (_at(query, block).to(wide) @ keys.transpose(1, 2)).mul_(scale)
@@ -112,9 +112,9 @@ def _for_every_head(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
-    """Queries [B, H, T, K], keys [B, h, T, K] and values [B, h, T, V], h dividing H -> [B, T, H, V]. Differentiable.
+    """Queries [B, H, T, K], keys [B, h, T, K] and values [B, h, T, V] -> [B, T, H, V], zero at padding; h divides H.
 
-    At padding it is zero.
+    It is differentiable.
     """
     out: Tensor = _PackedAttention.apply(query, key, value, packing, scale)
     return out.transpose(1, 2)
@@ -131,7 +131,7 @@ def attend(
     packing: Packing | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """[B, T, H, V]: transformers' `sdpa` under `attention_mask`, which `packing` replaces where it can be used."""
+    """[B, T, H, V]: transformers' `sdpa` under `attention_mask`, or `packed_attention` if `packing` can be used."""
     beyond = dropout or any(options.get(name) is not None for name in BEYOND)
     if packing is None or query.device.type != "cpu" or beyond or not packing.pays:
         return sdpa_attention_forward(

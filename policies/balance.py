@@ -1,4 +1,4 @@
-"""Keeping a router's experts equally busy: three mechanisms, alone or together, and what to watch.
+"""Three mechanisms that keep a router's experts equally busy, alone or together, and statistics of the load.
 
 s_te is the sigmoid score of token t for expert e, g_te = s_te / Σ_e s_te its *gate*: a distribution over the experts.
 Axes: N tokens, E routed experts, k of them chosen by each token, S sequences, L layers with a router.
@@ -19,7 +19,7 @@ def gates(router_logits_NE: Tensor) -> Tensor:
 
 
 def entropy(gates_NE: Tensor) -> Tensor:
-    """−Σ_e g log g of each token in nats, [N]; log E where all experts are equally good.
+    """−Σ_e g log g of each token in nats, [N]. It is log E if all experts are equally good.
 
     >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))             # log 2 = 0.6931
     tensor([0.6931, 0.0000])
@@ -28,10 +28,10 @@ def entropy(gates_NE: Tensor) -> Tensor:
 
 
 def entropy_regulariser(gates_NE: Tensor) -> Tensor:
-    """−H(mean gate) + mean H(gate), to be minimised: every expert equally wanted, every token sure of its own.
+    """−H(mean gate) + mean H(gate), to be minimised: all experts are wanted equally, and each token is sure of its own.
 
-    It is minus the mutual information of token and expert, between −log E and 0. The mean is over the N tokens given:
-    cut into parts, the parts' mean is the larger number, for each part is to be balanced on its own.
+    It is minus the mutual information of token and expert, between −log E and 0. The mean is over the N tokens given.
+    If they are cut into parts, the mean over the parts is larger, since each part is to be balanced on its own.
 
     >>> entropy_regulariser(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))     # −log 2 + 0
     tensor(-0.6931)
@@ -40,11 +40,11 @@ def entropy_regulariser(gates_NE: Tensor) -> Tensor:
 
 
 def sequence_loss(router_logits_NE: Tensor, sequence_N: Tensor, sequences: int, top_k: int) -> Tensor:
-    """Σ_e f_e P_e of each sequence, [S]: 1 where its experts are equally busy, E / k where the same k do it all.
+    """Σ_e f_e P_e of each sequence, [S]: 1 if its experts are equally busy, E / k if the same k do everything.
 
     f_e = E / (k T) Σ_t 1[s_te among the k best of t] and P_e = 1/T Σ_t g_te, over the T tokens of the sequence; the
     k best are those of the plain scores, without bias and expert groups. `sequence_N` numbers each token's sequence
-    from 0; one without tokens gets 0. Source: DeepSeek-V3, arXiv:2412.19437, eq. 17-20, before its factor α.
+    from 0. A sequence without tokens gets 0. Source: DeepSeek-V3, arXiv:2412.19437, eq. 17-20, before its factor α.
 
     >>> logits = torch.tensor([[0.75, 0.25]] * 2).logit()               # two tokens, both want expert 0
     >>> sequence_loss(logits, torch.tensor([0, 0]), 1, top_k=1)         # f = (2, 0), P = (0.75, 0.25)
@@ -60,9 +60,9 @@ def sequence_loss(router_logits_NE: Tensor, sequence_N: Tensor, sequences: int, 
 
 
 def move_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
-    """b_e + rate · sign(mean(c) − c_e): experts chosen less than the mean become easier to choose.
+    """b_e + rate · sign(mean(c) − c_e): experts that were chosen less than the mean become easier to choose.
 
-    The bias chooses experts and never weighs them, so it has no gradient and disturbs none.
+    The bias affects which experts are chosen and not their weights, so it has no gradient and changes none.
     Source: auxiliary-loss-free balancing, arXiv:2408.15664, algorithm 1.
 
     >>> move_bias(torch.zeros(3), torch.tensor([5, 1, 3]), rate=0.5)    # the mean is 3
@@ -73,7 +73,7 @@ def move_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
 
 
 def load_statistics(counts_LE: Tensor, entropy_L: Tensor, layers: Sequence[int]) -> dict[str, float]:
-    """Load of an expert over its even share, from tokens routed to it; each layer, and what sums them up.
+    """Load of an expert relative to its even share, by the tokens routed to it: over all layers and for each.
 
     `entropy_L`: mean entropy of a token's gate, nats. `layers` are the numbers of the L layers in the trunk.
 

@@ -1,7 +1,7 @@
-"""Reading and writing a policy's folder in the DeepSeek-V3 layout, with messages that say what is wrong with one.
+"""Reading and writing a policy's folder, with messages that name what is wrong in it.
 
-safetensors with the MTP head as layer `num_hidden_layers`, config.json and the tokenizer. Stock transformers loads the
-trunk from it.
+The folder holds safetensors in the DeepSeek-V3 layout (`policies.layout`), config.json and the tokenizer. Stock
+transformers loads the trunk from it.
 """
 
 from __future__ import annotations
@@ -30,26 +30,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from policies import lora
+from policies import layout, lora
 from policies.contradictions import contradictions, refuse_type
 from policies.files import hub
 from policies.files.atomic import heed_umask, write_folder
 from policies.files.digests import DIGESTS, fault
-from policies.layout import (
-    PolicyError,
-    Shape,
-    WeightFiles,
-    check_tensors,
-    fill_head,
-    find_file,
-    head_state,
-    may_idle,
-    mtp_layers,
-    own_copies,
-    read_draft_vocabulary,
-    refuse_differences,
-    write_draft_vocabulary,
-)
+from policies.layout import PolicyError, Shape, WeightFiles, find_file, mtp_layers
 from policies.mtp import MTPHead
 
 LOGGER = logging.getLogger(__name__)
@@ -59,7 +45,7 @@ NO_HEAD = (
 )
 OWN_COPIES = (
     "model=%r: %s differ from the trunk's. The draft head uses the trunk's in their place, so it may draft worse than "
-    "it did (no token changes), and a policy that is saved does not hold them"
+    "before (no token changes), and a policy that is saved does not hold them"
 )
 FURTHER_LAYERS = (
     "model=%r has %d MTP layers: the first is trained and drafts at every depth, the others are kept and saved "
@@ -83,7 +69,7 @@ def load(source: str | Path, dtype: torch.dtype, *, add_mtp: bool, seed: int) ->
     config = read_config(source)
     files = WeightFiles(source)
     if isinstance(config, DeepseekV3Config) and files.shapes:
-        check_tensors(files, config)
+        layout.check_tensors(files, config)
     tokenizer = read_tokenizer(source)
     trunk, report = _load_trunk(source, dtype)
     if not isinstance(trunk, DeepseekV3ForCausalLM):
@@ -97,20 +83,20 @@ def load(source: str | Path, dtype: torch.dtype, *, add_mtp: bool, seed: int) ->
     elif config.num_nextn_predict_layers:
         LOGGER.warning(NO_HEAD, files.source, config.num_nextn_predict_layers)
     if policy.mtp is not None and layers:
-        fill_head(policy.mtp, files.read(f"model.layers.{layers[0]}."), layers[0])
+        layout.fill_head(policy.mtp, files.read(f"model.layers.{layers[0]}."), layers[0])
         for layer in layers[1:]:
             policy.further_mtp |= files.read(f"model.layers.{layer}.")
-        if own := own_copies(files, layers[0], trunk):
+        if own := layout.own_copies(files, layers[0], trunk):
             LOGGER.warning(OWN_COPIES, files.source, ", ".join(own))
     if policy.mtp is not None:
-        policy.draft_ids = read_draft_vocabulary(files.source, trunk.config.vocab_size)
+        policy.draft_ids = layout.read_draft_vocabulary(files.source, trunk.config.vocab_size)
     if len(layers) > 1:
         LOGGER.warning(FURTHER_LAYERS, files.source, len(layers))
     return policy
 
 
 def _load_trunk(source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict]:
-    """The model, and what transformers says of its tensors."""
+    """The model, and the report of transformers on its tensors."""
     try:
         with _quiet_loading() as logged:
             trunk, report = AutoModelForCausalLM.from_pretrained(
@@ -123,7 +109,7 @@ def _load_trunk(source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel
             )
     except (OSError, ValueError) as error:
         raise _unreachable(source, error) from error
-    except RuntimeError as error:  # experts that cannot be stacked; transformers names them in its log alone
+    except RuntimeError as error:  # experts that cannot be stacked; only the log of transformers names them
         unfit = re.findall(r"^(\S+) +\| CONVERSION", "\n".join(record.getMessage() for record in logged), re.M)
         if not unfit:
             raise _unusable(source, "config.json or a weight", error) from error
@@ -140,7 +126,7 @@ def save(folder: Path, policy: Checkpoint) -> None:
     state, further = lora.merged_state(trunk), mtp_layers(config, policy.further_mtp)
     if policy.mtp is not None:
         head = lora.merged_state(policy.mtp)
-        state |= head_state(config, config.num_hidden_layers, head, may_idle(config)) | policy.further_mtp
+        state |= layout.head_state(config, config.num_hidden_layers, head, layout.may_idle(config)) | policy.further_mtp
     if isinstance(trunk, DeepseekV3ForCausalLM):
         config.num_nextn_predict_layers = 0 if policy.mtp is None else 1 + len(further)
     try:
@@ -150,16 +136,16 @@ def save(folder: Path, policy: Checkpoint) -> None:
             heed_umask(partial)
             policy.tokenizer.save_pretrained(partial)
             if policy.draft_ids is not None:
-                write_draft_vocabulary(partial, policy.draft_ids)
+                layout.write_draft_vocabulary(partial, policy.draft_ids)
     except (OSError, SafetensorError) as error:
         what = f"cannot write the policy to {folder}: {error}; needs {sum(t.nbytes for t in state.values())} bytes"
         raise PolicyError(f"{what}: make room or use another disk; what was saved before is intact") from error
 
 
 def check_policy(folder: Path) -> None:
-    """Raises PolicyError where a file of a policy that a run has saved is not what it wrote.
+    """Raises PolicyError if a file of a policy that a run has saved is not what the run wrote.
 
-    A folder without digests passes: of another tool, or of an older version.
+    A folder without digests passes: it comes from another tool or an older version.
     """
     if (folder / DIGESTS).is_file() and (found := fault(folder, DIGESTS)):
         raise PolicyError(
@@ -169,7 +155,7 @@ def check_policy(folder: Path) -> None:
 
 
 def read_config(source: str | Path) -> PretrainedConfig:
-    """The configuration of a folder or hub id. Raises PolicyError naming fields that contradict each other."""
+    """The configuration of a folder or hub id. Raises PolicyError, which names fields that contradict each other."""
     if why := hub.why_absent(source):
         raise _unreachable(source, why)
     refuse_type(source)
@@ -178,7 +164,7 @@ def read_config(source: str | Path) -> PretrainedConfig:
         faults = list(contradictions(config))
     except (OSError, ValueError) as error:
         raise _unreachable(source, error) from error
-    except Exception as error:  # transformers reads a damaged file into whatever it meets first
+    except Exception as error:  # a damaged file can make transformers raise anything
         raise _unusable(source, "config.json", error) from error
     if faults:
         raise PolicyError(f"model={str(source)!r}: config.json contradicts itself: " + "; ".join(faults))
@@ -186,8 +172,8 @@ def read_config(source: str | Path) -> PretrainedConfig:
 
 
 def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id. Raises PolicyError where it is missing or damaged, and where the generation
-    config is: transformers passes over that in silence."""
+    """The tokenizer of a folder or hub id. Raises PolicyError if it is missing or damaged, or if the generation config
+    is damaged, which transformers ignores silently."""
     name = "generation_config.json"
     if why := hub.why_absent(source):
         raise _unreachable(source, why)
@@ -198,14 +184,14 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         tokenizer.encode("2 + 3 = ?")  # some damage shows when it is used
         return tokenizer
-    except Exception as error:  # transformers and tokenizers read a damaged file into whatever they meet first
+    except Exception as error:  # a damaged file can make transformers and tokenizers raise anything
         raise PolicyError(
             f"model={str(source)!r}: {name} is missing or damaged ({error}); copy or download it again"
         ) from error
 
 
 def _refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:
-    """transformers keeps a stored LM head that differs from the embedding; what is built from the config would not."""
+    """transformers keeps a stored LM head that differs from the embedding; a model made from the config has none."""
     head = trunk.get_output_embeddings()
     if trunk.config.tie_word_embeddings and head is not None and head.weight is not trunk.get_input_embeddings().weight:
         raise PolicyError(
@@ -226,7 +212,7 @@ def _unreachable(source: str | Path, error: Exception | str) -> PolicyError:
 
 @contextmanager
 def _quiet_loading() -> Iterator[list[logging.LogRecord]]:
-    """transformers logs the MTP layer's keys as unexpected; `_check_report` judges. Yields what was not shown."""
+    """Hides what transformers logs, such as the MTP layer's keys as unexpected, and yields it instead."""
     library, bars = logging.getLogger("transformers"), transformers_logging.is_progress_bar_enabled()
     level, handlers, propagate = library.level, library.handlers, library.propagate
     kept = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
@@ -243,11 +229,11 @@ def _quiet_loading() -> Iterator[list[logging.LogRecord]]:
 
 
 def _check_report(source: str | Path, config: PretrainedConfig, report: dict) -> None:
-    """Missing, misshapen and stray tensors are an error that names them; layers behind the last, MTP's, are none."""
+    """Raises PolicyError, which names missing, misshapen and stray tensors. MTP layers, after the last, are ignored."""
     stray = set(report["unexpected_keys"])
     stray -= {n for layer in mtp_layers(config, stray) for n in stray if n.startswith(f"model.layers.{layer}.")}
     found: dict[str, Shape] = dict.fromkeys(stray, ())
     expected: dict[str, Shape] = dict.fromkeys(report["missing_keys"], ())
     for name, stored, own in report["mismatched_keys"]:
         found[name], expected[name] = tuple(stored), tuple(own)
-    refuse_differences(source, expected, found)
+    layout.refuse_differences(source, expected, found)

@@ -1,4 +1,4 @@
-"""Fields of a configuration that contradict each other, found before any weight is read; DeepSeek-V3's in full."""
+"""Fields of a configuration that contradict each other, found before a weight is read; all of DeepSeek-V3's."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from policies.layout import PolicyError, find_file
 
-# What released configurations say of themselves, and what transformers' DeepseekV3 computes whatever they say.
-# Every policy that we save says it too: without topk_method vLLM refuses the router's bias, without scoring_func it
-# computes another router and does not say so.
+# Released configurations have these values, and transformers' DeepseekV3 computes them whatever a configuration has.
+# Every policy that we save has them too: without topk_method vLLM refuses the router's bias, and without scoring_func
+# it silently computes another router.
 FIXED_FIELDS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
-# Relatives of DeepSeek-V3, by the beginning of their model_type, and why they are no policy of ours.
+# Relatives of DeepSeek-V3 by the beginning of their model_type, and why they cannot be a policy of ours.
 REFUSED_TYPES = {
     "kimi_k2": (
-        "its classes and its tokenizer are code in the model's repository, which is never run, and transformers has "
-        "none. The architecture is DeepSeek-V3's: a folder with dequantised weights, model_type: deepseek_v3 in "
+        "its classes and its tokenizer are code in the model's repository, which is never run, and transformers "
+        "has none. The architecture is DeepSeek-V3's: a folder with dequantised weights, model_type: deepseek_v3 in "
         "config.json and a tokenizer.json can be used (see examples/07_moonlight_16b/tokenizer.py)"
     ),
     "deepseek_v32": (
-        "its attention reads only what an indexer chooses (DeepSeek Sparse Attention), and our decoding path computes "
-        "none; use DeepSeek-V3 or V3.1"
+        "its attention reads only what an indexer chooses (DeepSeek Sparse Attention), and our decoding path has no "
+        "indexer; use DeepSeek-V3 or V3.1"
     ),
     "deepseek_v4": (
         "our decoding path computes neither its compressed sparse attention nor its hyper-connections; use DeepSeek-V3 "
@@ -40,18 +40,21 @@ POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings"),
 )
-MOST_LAYERS = {"num_hidden_layers": 10_000, "num_nextn_predict_layers": 100}  # more is damage, and building it hangs
+MOST_LAYERS = {
+    "num_hidden_layers": 10_000,
+    "num_nextn_predict_layers": 100,
+}  # more is damage, and would take too long to build
 ROUTING = ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok")
 ROUTER_FIELDS = (*ROUTING, "moe_intermediate_size", "n_shared_experts")
 
 
 def refuse_type(source: str | Path) -> None:
-    """Raises PolicyError for a model_type that we refuse, or that transformers does not know, with the reason."""
+    """Raises PolicyError with the reason for a model_type that we refuse or that transformers does not know."""
     try:
         file = find_file(str(source), "config.json")
         fields = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     except (OSError, ValueError):
-        return  # transformers says what is wrong with the source or the file
+        return  # transformers will name what is wrong with the source or the file
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if not isinstance(kind, str):
         return
@@ -65,7 +68,7 @@ def refuse_type(source: str | Path) -> None:
 
 
 def contradictions(config: PretrainedConfig) -> Iterator[str]:
-    """One sentence for each fault: the field, its value, what it contradicts, and the way out.
+    """Yields one sentence for each fault: the field, its value, what it contradicts, and the way out.
 
     >>> list(contradictions(DeepseekV3Config(n_routed_experts=250)))
     ['n_routed_experts=250 is not a multiple of n_group=8; use one of 248, 256, or another n_group']
@@ -96,7 +99,7 @@ def _tokens_and_rope(config: PretrainedConfig) -> Iterator[str]:
     kind = rope.get("rope_type", "default")
     if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
         known = ", ".join(["default", *sorted(ROPE_INIT_FUNCTIONS)])
-        yield f"rope_parameters.rope_type={kind!r} is none of those that transformers computes: {known}"
+        yield f"rope_parameters.rope_type={kind!r} is not one that transformers computes: {known}"
 
 
 def _wrong_values(config: DeepseekV3Config) -> Iterator[str]:

@@ -1,11 +1,11 @@
-"""The DeepSeek-V3 checkpoint layout: which tensors stand where, and whether the files of a checkpoint hold them.
+"""The DeepSeek-V3 checkpoint layout: the name of every tensor, and whether the files of a checkpoint hold them.
 
 config.json                        num_hidden_layers = N, num_nextn_predict_layers = D
 model.safetensors                  or model-0000i-of-0000n.safetensors and model.safetensors.index.json
     model.layers.{0 … N-1}.*       the trunk
     model.layers.{N … N+D-1}.*     the MTP layers: enorm, hnorm, eh_proj, a decoder layer, shared_head.norm
     *.mlp.experts.{e}.gate_proj    experts one by one; in memory they are stacked, gate and up fused
-draft_vocabulary.json              {"token_ids": [0, 5, ...]}: all that the MTP head may draft (ours; often absent)
+draft_vocabulary.json              {"token_ids": [0, 5, ...]}: what the MTP head may draft (ours, often absent)
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ OPTIONAL: dict[str, Any] = {
 
 
 class PolicyError(ValueError):
-    """A checkpoint that cannot be a policy; the message names what is wrong and the way out."""
+    """A checkpoint that cannot be a policy. The message names what is wrong and the way out."""
 
 
 class WeightFiles:
-    """The safetensors of a checkpoint, by folder or hub id (a hub id's files are fetched into its cache).
+    """The safetensors of a checkpoint, by folder or hub id (the files of a hub id are fetched into its cache).
 
-    `shapes` is read from the files' headers alone. Raises PolicyError: a file that the index names is missing,
-    a file is damaged or cut short, or it does not hold what the index says.
+    `shapes` is read from the headers of the files. Raises PolicyError if a file that the index names is missing, if a
+    file is damaged or cut short, or if it does not hold the tensors that the index places in it.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -98,7 +98,7 @@ class WeightFiles:
 
 
 def layer_name(layer: int, name: str) -> str:
-    """The place of an MTP head's parameter in the checkpoint: block and norms side by side.
+    """The name of an MTP head's parameter in the checkpoint, where block and norms are side by side.
 
     >>> layer_name(61, "block.self_attn.o_proj.weight"), layer_name(61, "norm.weight")
     ('model.layers.61.self_attn.o_proj.weight', 'model.layers.61.shared_head.norm.weight')
@@ -108,7 +108,7 @@ def layer_name(layer: int, name: str) -> str:
 
 
 def expert_views(name: str, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A stacked tensor of the experts as the layout names it: one by one, gate and up apart; others as they are."""
+    """A stacked tensor as the layout names it: experts one by one, gate and up apart. Other tensors stay whole."""
     experts, _, fused = name.rpartition(".")
     if not experts.endswith(".experts"):
         yield name, stacked
@@ -122,8 +122,8 @@ def expert_views(name: str, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
 def head_state(config: DeepseekV3Config, layer: int, state: Mapping[str, Tensor], idle: bool) -> dict[str, Tensor]:
     """A head's `state` under its names in the layout.
 
-    `idle`: the block of a dense head becomes the shared expert of an MoE block whose routed experts write zeros, the
-    same function. Released MTP layers are MoE, and so is what transformers' own MTP module expects.
+    `idle`: the block of a dense head becomes the shared expert of an MoE block whose routed experts write zeros, which
+    is the same function. Released MTP layers are MoE, and transformers' own MTP module expects one.
     """
     named = {layer_name(layer, name): tensor for name, tensor in state.items()}
     if not idle:
@@ -141,7 +141,7 @@ def head_state(config: DeepseekV3Config, layer: int, state: Mapping[str, Tensor]
 
 
 def may_idle(config: DeepseekV3Config) -> bool:
-    """Is this a dense trunk whose head can be stored as MoE, at the price of few zeros? So it is once converted."""
+    """Whether this is a dense trunk whose head can be stored as MoE with few zeros, as a converted one can."""
     dense = config.first_k_dense_replace >= config.num_hidden_layers
     shared = config.n_shared_experts * config.moe_intermediate_size
     return dense and shared == config.intermediate_size and 2 <= config.n_routed_experts <= 8 and config.n_group == 1
@@ -158,7 +158,7 @@ def mtp_layers(config: PretrainedConfig, names: Iterable[str]) -> list[int]:
 
 
 def check_tensors(files: WeightFiles, config: DeepseekV3Config) -> None:
-    """Raises PolicyError where a checkpoint lacks tensors, or has others or of other shapes than its config says."""
+    """Raises PolicyError if tensors of a checkpoint are missing, not explained by its config, or of other shapes."""
     first, depth = config.num_hidden_layers, config.num_nextn_predict_layers
     stored = mtp_layers(config, files.shapes)
     found = {name: shape for name, shape in files.shapes.items() if not _is_copy(config, name)}
@@ -168,7 +168,7 @@ def check_tensors(files: WeightFiles, config: DeepseekV3Config) -> None:
             for layer in range(first, first + depth if stored else first):
                 idle = may_idle(config) and _router(layer) in found
                 own |= head_state(config, layer, MTPHead(config).state_dict(), idle)
-    except Exception as error:  # sizes that make no model fail wherever they are met first
+    except Exception as error:  # sizes that make no model fail in many places
         raise PolicyError(f"model={files.source!r}: config.json makes no model: {error!r}; {WAY_OUT}") from error
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     expected: dict[str, Shape] = {}
@@ -189,7 +189,7 @@ def check_tensors(files: WeightFiles, config: DeepseekV3Config) -> None:
 
 
 def refuse_differences(source: str | Path, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
-    """Raises PolicyError naming tensors that are missing, misshapen or not expected."""
+    """Raises PolicyError, which names tensors that are missing, misshapen or not expected."""
     misshapen = {name for name in expected.keys() & found.keys() if expected[name] != found[name]}
     for kind, names in (
         ("lacks the tensors", expected.keys() - found.keys()),
@@ -210,9 +210,9 @@ def _described(name: str, expected: Shape | None, found: Shape | None) -> str:
 
 @torch.no_grad()
 def fill_head(head: MTPHead, stored: Mapping[str, Tensor], layer: int) -> None:
-    """Copy MTP layer `layer` of a checkpoint into `head`; `check_tensors` has seen that they fit.
+    """Copy MTP layer `layer` of a checkpoint into `head`; `check_tensors` has checked that its tensors fit.
 
-    Raises PolicyError where a dense head is to take an MoE block whose routed experts do something.
+    Raises PolicyError if the head is dense and the layer an MoE block whose routed experts compute something.
     """
     if not hasattr(head.block.mlp, "experts") and _router(layer) in stored:
         routed = f"model.layers.{layer}.mlp.experts."
@@ -238,7 +238,7 @@ def _is_copy(config: DeepseekV3Config, name: str) -> bool:
 
 
 def own_copies(files: WeightFiles, layer: int, trunk: PreTrainedModel) -> list[str]:
-    """Names of the embedding and the LM head of MTP layer `layer`, where it brings some that are not the trunk's."""
+    """Names of the embedding and LM head of MTP layer `layer`, if it has them and they differ from the trunk's."""
     shared = {
         f"model.layers.{layer}.embed_tokens.weight": trunk.get_input_embeddings().weight,
         f"model.layers.{layer}.shared_head.head.weight": trunk.get_output_embeddings().weight,
@@ -256,7 +256,7 @@ def write_draft_vocabulary(folder: Path, ids_K: Tensor) -> None:
 
 
 def read_draft_vocabulary(source: str, vocabulary: int) -> Tensor | None:
-    """The token ids that may be drafted [K], None where the checkpoint names none. Raises PolicyError if damaged."""
+    """The token ids that may be drafted [K], or None without such a file. Raises PolicyError if it is damaged."""
     path = find_file(source, DRAFT_VOCABULARY)
     if path is None:
         return None
@@ -274,7 +274,7 @@ def read_draft_vocabulary(source: str, vocabulary: int) -> Tensor | None:
 
 def find_file(source: str, name: str) -> str | None:
     if hub.is_id(source):
-        hub.unreachable()  # else each file that is not there costs a minute of retries
+        hub.unreachable()  # it tells the hub's libraries; else each absent file costs a minute of retries
     return cached_file(source, name, **OPTIONAL)
 
 

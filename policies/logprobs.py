@@ -1,7 +1,7 @@
-"""Log-probabilities and entropies of tokens: the only place that shifts by one.
+"""Log-probabilities and entropies of tokens. Logits and tokens are shifted by one only here.
 
-Everything is computed in fp32 (fp64 stays fp64), under the temperature-scaled distribution, because that is
-the one the tokens were sampled from (contract 2).
+Everything is computed in fp32 (fp64 stays fp64) and under the temperature-scaled distribution, because the tokens were
+sampled from that one (contract 2).
 
 Shapes: B rows of T tokens, N scored tokens, vocabulary V, width D.
 """
@@ -19,9 +19,9 @@ CHUNK_ELEMENTS = 1 << 22  # logits that the learner holds at a time: 16 MB in fp
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature)[token_ids] where both are already aligned: [..., V], [...] -> [...].
+    """log softmax(logits / temperature)[token_ids] of aligned logits and tokens: [..., V], [...] -> [...].
 
-    Raises ValueError when they are not aligned or the temperature is not positive.
+    Raises ValueError if they are not aligned or the temperature is not positive.
 
     >>> logits = torch.tensor([[0.0, 0.0], [0.0, 1.0986123]])       # log 3 = 1.0986
     >>> token_logprobs(logits, torch.tensor([0, 1])).exp()          # 1/2 and 3/4
@@ -66,10 +66,10 @@ def logprobs_from_hidden(
     chunk: int = CHUNK,
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies without ever holding all the logits: [N, D], [V, D], [N] -> [N], [N].
+    """Log-probabilities and entropies without all logits in memory at once: [N, D], [V, D], [N] -> [N], [N].
 
-    Logits are made `chunk` rows at a time, and made again in the backward pass, so memory grows with chunk · V,
-    never with N · V. Differentiable in `hidden` and `lm_head_weight`; the entropy only with `entropy_grad=True`.
+    `chunk` rows of logits are made at a time, and again in the backward pass, so memory grows with chunk · V and not
+    with N · V. Differentiable in `hidden` and `lm_head_weight`, the entropy only with `entropy_grad=True`.
 
     >>> hidden, lm_head_weight = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0986123]])
     >>> logprobs, entropies = logprobs_from_hidden(hidden, lm_head_weight, torch.tensor([0, 1]))
@@ -110,7 +110,7 @@ class _Scored(torch.autograd.Function):
         of_logprob, of_entropy = (zero if gradient is None else gradient for gradient in gradients)
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:
-            # Summed in fp32: bf16 would round the sum away, a little with every chunk.
+            # Summed in fp32, since bf16 would lose a little of the sum with every chunk.
             grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for start in range(0, len(hidden), ctx.chunk):
             at = slice(start, start + ctx.chunk)

@@ -1,4 +1,4 @@
-"""LoRA through peft, injected in place; merged weights are computed beside the base, never into it."""
+"""LoRA through peft, injected in place. Merged weights are new tensors; the base is never written to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_TARGETS = (
     "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "k_proj", "v_proj", "o_proj",
     "gate_proj", "up_proj", "down_proj", "experts",
 )  # fmt: skip
-# Targets that are parameters and no linear modules, by the ends of their names.
+# Targets that are parameters rather than linear modules, by the ends of their names.
 PARAMETERS = {
     "experts": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     "router": ("mlp.gate.weight",),
@@ -28,19 +28,19 @@ HEAD = "mtp"
 def inject(
     trunk: nn.Module, rank: int, alpha: float, targets: Sequence[str] | None = None, head: nn.Module | None = None
 ) -> None:
-    """Freeze `trunk` and add adapters to the named modules of it; without `targets`, every default one that it has.
+    """Freeze `trunk` and add adapters to the named modules of it, or without `targets` to every default one it has.
 
     "experts" and "router" mean the 3-D parameters of the routed experts and the routers' weights. "mtp" freezes the
-    draft head too and adapts all of it: linear layers, experts, and the router where "router" is named beside it;
-    without it the head stays fully trainable. Peft starts B at zero: the first step moves B alone, A from the second.
+    draft head too and adapts all of it: linear layers, experts, and the router if "router" is named too. Without "mtp"
+    the head stays fully trainable. As peft starts B at zero, the first step changes B alone.
 
-    Raises ValueError naming a target that matches nothing and the nearest names.
+    Raises ValueError, which names a target that matches nothing and the nearest names.
 
     >>> inject(policy.trunk, 8, 16.0, ["o_proj", "experts", "router", "mtp"], policy.mtp)
     """
     available = target_names(trunk) | ({HEAD} if head is not None else set())
     defaults = [target for target in DEFAULT_TARGETS if target in available]
-    defaults = defaults or sorted(target_names(trunk.get_decoder()))  # GPT-NeoX and others call them otherwise
+    defaults = defaults or sorted(target_names(trunk.get_decoder()))  # GPT-NeoX and others have other names
     wanted = defaults if targets is None else list(targets)
     for target in wanted:
         if target not in available:
@@ -57,7 +57,7 @@ def inject(
 
 
 def target_names(model: nn.Module) -> set[str]:
-    """What `lora.targets` may name: the linear modules of `model` by their last names, "experts" and "router"."""
+    """The names that `lora.targets` may hold: last names of linear modules of `model`, "experts" and "router"."""
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target, ends in PARAMETERS.items():
         if any(name.endswith(ends) for name, _ in model.named_parameters()):
@@ -73,8 +73,8 @@ def _adapt(model: nn.Module, rank: int, alpha: float, targets: Collection[str]) 
         target_modules=sorted(target for target in targets if target not in PARAMETERS),
         target_parameters=[name for target, names in PARAMETERS.items() if target in targets for name in names] or None,
     )
-    # peft reads the targets of a DeepSeek-V3 model in a sense of its own: gate_proj, up_proj and down_proj would mean
-    # the routed experts alone, and the dense and shared ones get nothing. Behind a plain container it takes our word.
+    # For a DeepSeek-V3 model peft takes gate_proj, up_proj and down_proj as the routed experts alone, so that the dense
+    # and shared ones would get no adapter. Inside a plain container it takes the names as they are.
     inject_adapter_in_model(config, nn.ModuleList([model]), adapter_name=ADAPTER)
 
 
@@ -87,7 +87,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def effective_weight(module: nn.Module) -> Tensor:
-    """The weight that `module` computes with, W + ΔW where it has an adapter that is on; differentiable."""
+    """The weight that `module` computes with: W + ΔW if it has an adapter that is on. Differentiable."""
     if not isinstance(module, LoraLayer):
         return module.weight
     base = module.get_base_layer().weight
@@ -111,9 +111,9 @@ class adapter_off:
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict the model would have if W + ΔW were its weights, under its names without adapters.
+    """The state dict that the model would have if W + ΔW were its weights, under its names without adapters.
 
-    peft's in-place merge and unmerge drift by rounding; here the base is read only.
+    peft's merge and unmerge in place drift by rounding; here the base is only read.
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}

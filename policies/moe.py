@@ -1,4 +1,4 @@
-"""The routers of a trunk, and what they choose in a forward of the model itself."""
+"""The routers of a trunk, and a record of what they choose in a forward of the model itself."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 
 
 def routers(trunk: nn.Module) -> dict[int, DeepseekV3TopkRouter]:
-    """The routers of a trunk by the number of their layer, in the order in which a forward runs through them."""
+    """The routers of a trunk by the number of their layer, in the order of a forward."""
     named = ((name, m) for name, m in trunk.named_modules() if isinstance(m, DeepseekV3TopkRouter))
     return {int(name.split("layers.", 1)[1].split(".", 1)[0]): router for name, router in named}
 
 
 class RoutingRecorder:
-    """Context that notes what every router of `trunk` says, one tensor a layer: `logits` [N, E], with their gradient,
-    and `experts` [N, k], those chosen."""
+    """Context that records the output of every router of `trunk`, one tensor for each layer: the `logits` [N, E] with
+    their gradient, and the chosen `experts` [N, k]."""
 
     def __init__(self, trunk: nn.Module) -> None:
         self.logits: list[Tensor] = []

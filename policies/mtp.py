@@ -1,14 +1,14 @@
-"""The multi-token prediction head (DeepSeek-V3, eq. 21–23): one module, applied recurrently to any depth.
+"""The multi-token prediction head (DeepSeek-V3, eq. 21–23): one module that is applied recurrently to any depth.
 
 An entry n of the head combines the hidden state that precedes token n with the embedding of token n, and predicts
 token n + 1. Depth 1 takes the trunk's hidden states. Depth d continues a chain: it takes the previous depth's output
-instead and embeds token n + d − 1. What an entry attends to is the same in training and in drafting:
+instead and embeds token n + d − 1. In training and in drafting alike, an entry attends to
 
     depth 1   every depth-1 entry of the same sequence up to its own,
-    depth d   what its chain's depth-1 entry attends to, and the chain's own entries at depths 2 … d.
+    depth d   whatever its chain's depth-1 entry attends to, and the chain's own entries at depths 2 … d.
 
-While drafting that is one cache: verified tokens leave depth-1 entries behind, a chain is appended and rolled back.
-Released code concatenates [embedding; hidden] in front of `eh_proj`, the reverse of the paper's text; so do we.
+For drafting this is one cache: verified tokens add depth-1 entries, and a chain is appended and rolled back. Released
+code concatenates [embedding; hidden] before `eh_proj`, the reverse of the paper's text, and so do we.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEPTH_DECAY = 0.6  # weight of depth d in the draft loss ∝ 0.6^(d-1) (FastMTP)
 
 
 def block_config(config: DeepseekV3Config) -> DeepseekV3Config:
-    """The head's block is MoE like the trunk's last layers, and dense where the trunk has no experts at all."""
+    """The configuration of the head's block: MoE like the trunk's last layers, or dense if the trunk has no experts."""
     dense = config.first_k_dense_replace >= config.num_hidden_layers
     block = copy.deepcopy(config)
     block.first_k_dense_replace = 1 if dense else 0
@@ -41,7 +41,7 @@ def block_config(config: DeepseekV3Config) -> DeepseekV3Config:
 
 
 class MTPHead(nn.Module):
-    """Norms, projection and one decoder layer; embedding, rotary module and LM head are the trunk's."""
+    """Norms, projection and one decoder layer. Embedding, rotary module and LM head are the trunk's."""
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class MTPHead(nn.Module):
                 parameter.zero_()
 
     def cast(self, dtype: torch.dtype) -> MTPHead:
-        """In place, like transformers casts a trunk: the router's weight and bias stay in float32."""
+        """Cast in place, as transformers casts a trunk: the router's weight and bias stay in float32."""
         router = {name: tensor for name, tensor in self.state_dict().items() if ".gate." in name}
         self.to(dtype)
         for name, tensor in self.state_dict(keep_vars=True).items():
@@ -88,9 +88,9 @@ class MTPHead(nn.Module):
 
         `hidden_BTD[n]` is the trunk's hidden state that precedes token n, `embeddings_BTD[n]` embeds token n, and
         `rope(s)` gives cos and sin of every entry's position plus s. `visible_BTT[n, m]`: entry n attends to m.
-        Output d of entry n is meaningful where tokens n … n + d − 1 follow each other in one sequence; the
-        caller knows where that ends. No chain starts before entry `first`, as none does inside a prompt: earlier
-        entries are attended to, and their outputs are zero.
+        Output d of entry n has a meaning if tokens n … n + d − 1 follow each other in one sequence, whose end the
+        caller knows. No chain starts before entry `first`, such as inside a prompt: earlier entries are attended to,
+        and their outputs are zero.
         """
         outputs: list[Tensor] = []
         chain: list[tuple[Tensor, Tensor]] = []
@@ -162,36 +162,33 @@ def draft_loss(
     draft_ids: Tensor | None = None,
     divergence: Divergence = "kl",
 ) -> Tensor:
-    """How far each depth's drafts are from the trunk at the rollout temperature, weighted 0.6^(d−1).
+    """The distance of each depth's drafts from the trunk at the rollout temperature, weighted 0.6^(d−1).
 
-    `outputs[d-1][n]` drafts token n + d; its teacher is the trunk's distribution of that token, from
-    `teacher_hidden_BTD[n + d]`, the hidden state that precedes it. `segment_BT` numbers the completions of a row
-    from 1 and is below 1 elsewhere: a chain starts and ends inside one completion. Teacher and LM head are
-    detached (contract 7). Returns the sum over drafts; divide by the step's completion tokens.
+    `outputs[d-1][n]` drafts token n + d. Its teacher is the trunk's distribution of that token, from the hidden state
+    that precedes it, `teacher_hidden_BTD[n + d]`. `segment_BT` numbers the completions of a row from 1 and is below 1
+    elsewhere, since a chain starts and ends inside one completion. Teacher and LM head are detached (contract 7).
+    Returns the sum over drafts, to be divided by the step's completion tokens.
 
     `divergence`: `kl`, forward KL(trunk ‖ draft), or `tv`, 1 − Σ min(p, q), the share of drafts that the best coupling
-    would reject (Bebop). Over `draft_ids` [K] alone where the head has a trimmed vocabulary, both renormalised:
-    Σ p log(p/q) over K has its minimum at q = p / p(K) all the same, and nothing is computed V wide.
+    would reject (Bebop). If the head has a trimmed vocabulary, both are renormalised over its `draft_ids` [K]:
+    Σ p log(p/q) over K has its minimum at q = p / p(K) too, and nothing is computed over all V.
 
     FLOPs per scored token, V or K columns: 2·D·V for the teacher, which all depths share, and 4·D·V for each depth.
     """
     head = lm_head.detach() if draft_ids is None else lm_head.detach()[draft_ids]
-    alive = [(segment_BT > 0) & (F.pad(segment_BT, (d, 0), value=-1)[:, :-d] == segment_BT) for d in _depths(outputs)]
-    targets = alive[0].flatten().nonzero()[:, 0]  # a token that a deeper chain drafts is always drafted at depth 1 too
+    depths = range(1, len(outputs) + 1)
+    alive = [(segment_BT > 0) & (F.pad(segment_BT, (d, 0), value=-1)[:, :-d] == segment_BT) for d in depths]
+    targets = alive[0].flatten().nonzero()[:, 0]  # depth 1 drafts every token that a deeper one drafts
     alive_DN = torch.stack([a.flatten()[targets] for a in alive])
-    weights = [DEPTH_DECAY ** (d - 1) for d in _depths(outputs)]
+    weights = [DEPTH_DECAY ** (d - 1) for d in depths]
     weights = [weight / sum(weights) for weight in weights]
     teacher_ND = teacher_hidden_BTD.detach().flatten(0, 1)
     rows = [output.flatten(0, 1) for output in outputs]
     return _Divergences.apply(teacher_ND, head, targets, alive_DN, weights, temperature, divergence, chunk, *rows)
 
 
-def _depths(outputs: Sequence[Tensor]) -> range:
-    return range(1, len(outputs) + 1)
-
-
 class _Divergences(torch.autograd.Function):
-    """The sum that `draft_loss` returns, its gradient computed beside it: logits are made once and never kept."""
+    """The sum that `draft_loss` returns. Its gradient is computed with it, so logits are made once and never kept."""
 
     @staticmethod
     def forward(
@@ -215,7 +212,7 @@ class _Divergences(torch.autograd.Function):
             for d, (output, gradient, weight, alive) in enumerate(
                 zip(outputs_ND, gradients, weights, alive_DC, strict=True), start=1
             ):
-                entries = (at - d).clamp(min=0)  # of dead ones anything: they count nothing
+                entries = (at - d).clamp(min=0)  # of dead ones any entry will do: they are masked
                 log_q = F.log_softmax(F.linear(output[entries], head_VD).float() / temperature, dim=-1)
                 values, slopes = measure(p, log_p, log_q)
                 total += weight * values.masked_fill(~alive, 0.0).sum()

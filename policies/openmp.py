@@ -1,9 +1,9 @@
-"""How OpenMP's threads wait for each other: briefly.
+"""OpenMP's threads wait for each other only briefly before they sleep.
 
-libgomp, which comes with torch's wheels, lets a thread spin for milliseconds before it sleeps. That saves a wake-up
-where every thread has a core of its own. Beside one other busy process the spinning thread takes the core that another
+libgomp, which comes with torch's wheels, lets a thread spin for milliseconds before it sleeps. That saves a wake-up if
+every thread has a core of its own. Beside another busy process, however, the spinning thread takes the core that a
 thread of the same region needs: a run with two threads on two cores became 15 times slower (benchmarks/beside.py).
-After a short spin it sleeps instead, and the system wakes it at once.
+After a short spin the thread sleeps instead, and the system wakes it at once.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from __future__ import annotations
 import os
 import sys
 
-# Turns of libgomp's loop, about 50 µs: regions that follow each other closely still meet a thread that is awake.
+# Turns of libgomp's loop, about 50 µs: between regions that follow each other closely, threads stay awake.
 # LLVM's and Intel's runtimes (macOS, conda) wait 200 ms by default, and count in milliseconds.
 WAITING = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
 CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
 
 def waiting_variables() -> dict[str, str]:
-    """For the environment of a process that will load torch; empty where the user has chosen how threads wait."""
+    """For the environment of a process that will load torch. Empty if the user has chosen how threads wait."""
     return {} if any(name in os.environ for name in CHOICES) else dict(WAITING)
 
 
 def wait_briefly() -> None:
-    """For this process and those that it starts. Once torch is loaded it is too late, and nothing is changed: the
-    runtime reads its variables when it is loaded."""
+    """For this process and those that it starts. Nothing is changed if torch is loaded already, since the runtime has
+    read its variables then."""
     if "torch" not in sys.modules:
         os.environ |= waiting_variables()

@@ -1,4 +1,4 @@
-"""The policy: a causal language model, optionally an MTP head beside it, and its tokenizer."""
+"""The policy: a causal language model, its tokenizer, and optionally an MTP head."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Policy(nn.Module):
     def __init__(self, trunk: PreTrainedModel, mtp: MTPHead | None, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.trunk, self.mtp, self.tokenizer = trunk, mtp, tokenizer
-        # The tokens that the head may draft [K], ascending; None: all. A buffer for its device only, see `weights`.
+        # The tokens that the head may draft [K], ascending; None: all. It is a buffer only to follow the device.
         self.draft_ids: Tensor | None
         self.register_buffer("draft_ids", None, persistent=False)
-        # A checkpoint's MTP layers behind the first, by their names there: kept and saved as they are.
+        # A checkpoint's MTP layers after the first, by their names there. They are kept and saved as they are.
         self.further_mtp: dict[str, Tensor] = {}
         if trunk.config._attn_implementation == "sdpa":
             trunk.config._attn_implementation = ATTENTION
-        if self.backend == "native":  # vLLM reads them, and routes otherwise without them; transformers does not
+        if self.backend == "native":  # vLLM reads them and routes differently without them; transformers ignores them
             trunk.config.update(FIXED_FIELDS)
 
     @property
@@ -61,12 +61,12 @@ class Policy(nn.Module):
 
     @property
     def backend(self) -> Literal["native", "transformers"]:
-        """Who decodes it: absorbed MLA with drafts (DeepSeek-V3), or the model's own forward without them."""
+        """What decodes it: absorbed MLA with drafts (DeepSeek-V3), or the model's own forward without drafts."""
         return "native" if isinstance(self.trunk, DeepseekV3ForCausalLM) else "transformers"
 
     @property
     def max_length(self) -> int:
-        """The context in tokens: as long as no sliding window hides anything and no position changes its rotation."""
+        """The context in tokens, within which no sliding window hides a token and no position changes its rotation."""
         config = self.config
         limits = [getattr(config, "max_position_embeddings", None)]
         layers = set(getattr(config, "layer_types", None) or ["sliding_attention"])
@@ -78,13 +78,13 @@ class Policy(nn.Module):
             limits.append(rope.get("original_max_position_embeddings"))
         if not any(limits):
             raise PolicyError(
-                f"a model of type {config.model_type!r} names no max_position_embeddings, hence no context"
+                f"a model of type {config.model_type!r} has no max_position_embeddings, so its context is unknown"
             )
         return min(limit for limit in limits if limit)
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """The tokens that end a completion, from the generation config, else the tokenizer; the latter's own first."""
+        """The tokens that end a completion, from the generation config or else the tokenizer, whose own comes first."""
         eos = self.trunk.generation_config.eos_token_id if self.trunk.generation_config else None
         eos = self.tokenizer.eos_token_id if eos is None else eos
         if eos is None:
@@ -99,8 +99,8 @@ class Policy(nn.Module):
         visible_BTT: Tensor,
         packing: Packing | None = None,
     ) -> Tensor:
-        """Final hidden states [B, T, D] under an explicit mask: token n attends to m where `visible_BTT[b, n, m]`.
-        `packing` says the same of packed rows, for a kernel that makes use of it."""
+        """Final hidden states [B, T, D] under an explicit mask: token n attends to m if `visible_BTT[b, n, m]`.
+        `packing` describes the same mask of packed rows, for a kernel that can use it."""
         mask = torch.zeros(visible_BTT.shape, dtype=self.lm_head.dtype, device=token_ids_BT.device)
         mask = mask.masked_fill(~visible_BTT, torch.finfo(mask.dtype).min)[:, None]
         out = self.trunk.get_decoder()(
@@ -121,7 +121,7 @@ class Policy(nn.Module):
         depth: int,
         first: int = 0,
     ) -> list[Tensor]:
-        """The head's outputs at depths 1 … depth; see `MTPHead.unroll`. The trunk gets no gradient (contract 7)."""
+        """The head's outputs at depths 1 … depth, see `MTPHead.unroll`. The trunk gets no gradient (contract 7)."""
         assert self.mtp is not None
         model = self.trunk.get_decoder()
         with torch.no_grad():
@@ -136,7 +136,7 @@ class Policy(nn.Module):
         )
 
     def cast(self, dtype: torch.dtype) -> Policy:
-        """In place, as transformers casts what it loads: routers and rotary frequencies stay in float32."""
+        """Cast in place, as transformers casts what it loads: routers and rotary frequencies stay in float32."""
         exact = {name: tensor.data for name, tensor in self._named_tensors() if ".gate." in name or "inv_freq" in name}
         self.to(dtype)
         for name, tensor in self._named_tensors():
@@ -144,16 +144,16 @@ class Policy(nn.Module):
         return self
 
     def _named_tensors(self) -> list[tuple[str, Tensor]]:
-        """Parameters and buffers, those included that no checkpoint holds."""
+        """Parameters and buffers, including those that no checkpoint holds."""
         return [*self.named_parameters(), *self.named_buffers()]
 
     def add_lora(self, rank: int, alpha: float, targets: list[str] | None = None) -> None:
-        """Freeze the trunk and give it adapters; the MTP head stays fully trainable unless `targets` name "mtp"."""
+        """Freeze the trunk and add adapters to it. The MTP head stays fully trainable unless `targets` hold "mtp"."""
         lora.inject(self.trunk, rank, alpha, targets, self.mtp)
 
     def weights(self) -> dict[str, Tensor]:
-        """Every tensor that sampling depends on, adapters merged: parameters, buffers such as the expert bias, and the
-        draft vocabulary."""
+        """Every tensor on which sampling depends, with adapters merged: parameters, buffers such as the expert bias,
+        and the draft vocabulary."""
         state = {f"trunk.{name}": t for name, t in lora.merged_state(self.trunk).items()}
         if self.mtp is not None:
             state |= {f"mtp.{name}": t for name, t in lora.merged_state(self.mtp).items()}
@@ -161,12 +161,12 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy published tensors into this (plain) policy: all of its tensors, in their shapes, or none at all."""
+        """Copy published tensors into this policy without adapters: all of its tensors in their shapes, or none."""
         own = self.state_dict(keep_vars=True)
         weights = dict(weights)
-        draft_ids = weights.pop("draft_ids", None)  # of any length, or none: no tensor of ours to copy into
+        draft_ids = weights.pop("draft_ids", None)  # it may be absent, or of another length than our own
         if unknown := [name for name in weights if name not in own]:
-            raise PolicyError(f"published tensors that this policy does not have: {unknown[:5]}")
+            raise PolicyError(f"the publication has tensors that this policy lacks: {unknown[:5]}")
         if missing := [name for name in own if name not in weights]:
             raise PolicyError(f"the publication lacks tensors of this policy: {missing[:5]}")
         for name, tensor in weights.items():
@@ -177,12 +177,12 @@ class Policy(nn.Module):
         self.draft_ids = None if draft_ids is None else draft_ids.to(self.device, copy=True)
 
     def save(self, folder: str | Path) -> None:
-        """Write the checkpoint, adapters merged, complete or not at all. Raises PolicyError where the disk refuses."""
+        """Write the checkpoint with adapters merged, all of it or nothing. Raises PolicyError if the disk refuses."""
         parts = self.trunk, self.mtp, self.tokenizer, self.draft_ids, self.further_mtp
         checkpoint.save(Path(folder), Checkpoint(*parts))
 
     def skeleton(self) -> dict[str, bytes]:
-        """Config and tokenizer as files: all that a worker needs besides published weights."""
+        """Config and tokenizer as files, which are all that a worker needs besides published weights."""
         with tempfile.TemporaryDirectory() as folder:
             self.trunk.config.save_pretrained(folder)
             if self.trunk.generation_config is not None:
@@ -193,7 +193,7 @@ class Policy(nn.Module):
 
     @classmethod
     def from_skeleton(cls, files: Mapping[str, bytes], dtype: torch.dtype = torch.float32) -> Policy:
-        """A policy of the same shape with weights yet to be published."""
+        """A policy of the same shape, whose weights are yet to be published."""
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)
@@ -212,8 +212,8 @@ class Policy(nn.Module):
     ) -> Policy:
         """A policy from a folder or hub id. `add_mtp` gives a fresh head to a DeepSeek-V3 trunk that has none.
 
-        Raises PolicyError naming the tensor, file or field that is wrong, before any weight is loaded where the files'
-        headers tell.
+        Raises PolicyError, which names the tensor, file or field that is wrong. If the headers of the files show it, no
+        weight is loaded before.
         """
         stored = checkpoint.load(source, dtype, add_mtp=add_mtp, seed=seed)
         policy = cls(stored.trunk, stored.mtp, stored.tokenizer)

@@ -1,4 +1,4 @@
-"""Tiny policies that run anywhere: random weights and a small tokenizer learned from the text they will read."""
+"""Tiny policies that run anywhere, with random weights and a small tokenizer learned from the text they will read."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ PRESETS: dict[str, dict] = {
         "initializer_range": 0.06,
     },
 }
-VOCABULARY = 640  # enough for every word and number of the word problems to be one token
+VOCABULARY = 640  # enough to make every word and number of the word problems one token
 
 
 def small_tokenizer(corpus: Iterable[str], vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A byte-level BPE learned from `corpus`; a number up to 999 is one piece, a token if frequent."""
+    """A byte-level BPE learned from `corpus`. A number up to 999 is one piece, and one token if it is frequent."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -60,7 +60,7 @@ def small_tokenizer(corpus: Iterable[str], vocab_size: int = VOCABULARY) -> PreT
 
 
 def build(preset: str, corpus: Iterable[str], seed: int = 0, vocab_size: int = VOCABULARY) -> Policy:
-    """A fresh policy. `corpus`: text of the kind it will read, for the tokenizer; `seed` fixes the weights."""
+    """A fresh policy. The tokenizer learns from `corpus`, text of the kind it will read; `seed` fixes the weights."""
     tokenizer = small_tokenizer(corpus, vocab_size)
     config = DeepseekV3Config(
         vocab_size=len(tokenizer),

@@ -1,8 +1,8 @@
 """Routing replay: a forward that uses the experts that another one has chosen (R3, arXiv:2510.11370).
 
-Sampler and learner round differently, and a router near a tie then chooses other experts for the same token: a jump
-that no importance ratio describes well. Replay keeps the choice; the weights of the experts are computed anew, so
-the router goes on learning.
+Sampler and learner round differently, so a router near a tie chooses other experts for the same token. No importance
+ratio describes such a jump well. Replay keeps the choice; the weights of the experts are computed again, so the router
+continues to learn.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 
 
 class RoutingReplay:
-    """Context in which the routers of these trunks choose `experts_BTLk`; None leaves them alone.
+    """Context in which the routers of these trunks choose `experts_BTLk`; None changes nothing.
 
     `experts_BTLk` [B, T, L, k], integers: the k experts (in any order) of every token that the forward reads, at each
-    of the trunk's L MoE layers in their order. -1 where nothing was recorded: there the router chooses itself.
-    Backward belongs inside the context too, because gradient checkpointing runs the routers again.
+    of the trunk's L MoE layers in their order. At -1 nothing was recorded, and the router chooses itself. The backward
+    pass must be inside the context too, since gradient checkpointing runs the routers again.
 
     >>> with RoutingReplay([policy.trunk], torch.tensor([[[[0, 3]], [[-1, -1]]]])):     # two tokens, one MoE layer
     ...     loss(policy.hidden(token_ids, position_ids, visible)).backward()

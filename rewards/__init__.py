@@ -1,4 +1,4 @@
-"""Rewards: plain Python, completion -> number. Importing this loads neither torch nor ray."""
+"""Rewards: plain Python functions from a completion to a number. Importing this loads neither torch nor ray."""
 
 from rewards.group_score import GroupScore, RewardFailed, RewardFailure
 from rewards.protocol import RewardError, Signature, per_completion, right_at, text_of

@@ -1,4 +1,4 @@
-"""What scoring a group gives: rewards, their parts, and the failures with what a policy made of them."""
+"""The score of a group: its rewards, their parts, and the failures with the policy that handles them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rewards.protocol import RewardError, did_you_mean
 
 ACTIONS = ("abort", "drop_sample", "drop_group", "score")
 # The largest reward, alone and times its weight. A standard deviation needs the sum of squares of all scores of a step,
-# and the value function computes in fp32: of 1e15 both stay finite (1e30 a score, with fp32 up to 3e38).
+# and the value function computes in fp32. Up to 1e15 both stay finite: a square is 1e30, and fp32 reaches 3e38.
 LARGEST = 1e15
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean, also where the sum overflows; NaN where both infinities are among the values."""
+    """The mean, even if the sum overflows; NaN if both infinities are among the values."""
     values = list(values)
     try:
         return math.fsum(values) / len(values)
@@ -26,7 +26,7 @@ def mean(values: Iterable[float]) -> float:
 
 @dataclass(frozen=True)
 class FailurePolicy:
-    """What a failure means, read from `reward.on_error`.
+    """The handling of failures, read from `reward.on_error`.
 
     >>> FailurePolicy.parse("score=-1")
     FailurePolicy(action='score', substitute=-1.0)
@@ -55,10 +55,10 @@ class FailurePolicy:
 
 @dataclass(frozen=True)
 class RewardFailure:
-    """One completion that one function gave no usable number for.
+    """One completion for which one function gave no usable number.
 
     `kind`: raised, timeout, nan, inf, too_large (beyond `LARGEST`, alone or times its weight), wrong_length, died (its
-    process ended) or not_a_number.
+    process ended), or not_a_number.
     """
 
     function: str
@@ -75,7 +75,7 @@ class RewardFailure:
 
 
 class RewardFailed(RewardError):
-    """A failure that `on_error: abort` ends with; `failure` says whose it was."""
+    """The failure at which `on_error: abort` ended; `failure` names function, prompt and sample."""
 
     def __init__(self, message: str, failure: RewardFailure):
         super().__init__(message)
@@ -86,8 +86,9 @@ class RewardFailed(RewardError):
 class GroupScore:
     """The result for one prompt's G completions.
 
-    `rewards` [G] is combined; `parts` [G] per function, unweighted; `extras` [G] per logged column; `metrics` are the
-    numbers that were logged for the batch that the group was in. `dropped`: the policy took out the whole group.
+    `rewards` [G] are the combined ones, `parts` [G] those of each function without weights, and `extras` [G] the values
+    of each logged column. `metrics` are the numbers logged for the batch that the group was in. `dropped`: the failure
+    policy removed the whole group.
 
     >>> GroupScore(rewards=[1.2, None], parts={"gsm8k": [1.0, None], "gsm8k_format": [1.0, None]}).errors
     []
@@ -102,7 +103,7 @@ class GroupScore:
 
 
 class GroupTally:
-    """Collects what the functions say about one group, in any order."""
+    """Collects the results of the functions for one group, in any order."""
 
     def __init__(self, prompt_id: str, size: int, weights: dict[str, float]):
         self.prompt_id, self.size, self.weights = prompt_id, size, weights
@@ -127,7 +128,7 @@ class GroupTally:
         self.metrics.setdefault(name, []).append(value)
 
     def result(self, policy: FailurePolicy) -> GroupScore:
-        """Combine by weight and by policy (`abort` is the scorer's to raise)."""
+        """Combine by weight and by failure policy (for `abort` the scorer raises)."""
         errors = sorted(self.errors, key=lambda error: error.sample_index)
         left_out = {error.sample_index for error in errors}
         if policy.action == "score":
@@ -149,7 +150,7 @@ class GroupTally:
 
 
 def _fault(value: float, weight: float) -> dict[str, str] | None:
-    """Why advantages cannot be computed from this value, or None."""
+    """Why no advantage can be computed from this value, or None."""
     if not math.isfinite(value):
         return {"kind": "nan" if math.isnan(value) else "inf", "message": f"returned {value}"}
     if max(abs(value), abs(weight * value)) <= LARGEST:

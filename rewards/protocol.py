@@ -1,14 +1,15 @@
 """What a reward is: `reward(prompts, completions, **columns) -> list[float | None]`, sync or async.
 
 The signature and the shapes are TRL's, so a function written for TRL's `GRPOTrainer` works here and ours work
-there. All arguments are passed by keyword, one list entry per completion, and only those that the function names:
+there. Arguments are passed by keyword, one list entry per completion, and only those that the function names:
 
 - `prompts`, `completions`: strings, or chat messages (`[{"role": "assistant", "content": "..."}]`)
 - `completion_ids` (sampled token ids), `trainer_state` (`.global_step`, ...)
 - `log_extra(column, values)` (one value per completion), `log_metric(name, value)` (one number per batch)
 - any column of the data set, by its name. `**kwargs` receives the remaining columns; `**_` declines them.
 
-A returned None abstains. A completion's reward must depend on its own row only, since batches are cut anyhow.
+None means that the function abstains. A completion's reward must depend only on its own row, since batches are
+cut in any way.
 
 >>> def short(completions, **_):
 ...     return [1.0 if len(completion) < 20 else 0.0 for completion in completions]
@@ -37,12 +38,12 @@ PROVIDED = ("prompts", "completions", "completion_ids", "trainer_state", "log_ex
 
 
 class RewardError(RuntimeError):
-    """A reward that cannot be used or has failed. The message says which one, on what, and the way out."""
+    """A reward that cannot be used or has failed. The message names the reward, its input, and the way out."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The parameters of a reward function, as far as they decide what is passed to it, and its `right_at`.
+    """The parameters of a reward function that decide what is passed to it, and its `right_at`.
 
     >>> def grade(prompts, completions, answer, strict=True, **_): ...
     >>> Signature.of(grade)
@@ -56,7 +57,7 @@ class Signature:
 
     @classmethod
     def of(cls, function: Reward) -> Signature:
-        """Raises TypeError or ValueError for a function that keywords cannot reach."""
+        """Raises TypeError or ValueError for a function that cannot be called by keyword."""
         required: list[str] = []
         optional: list[str] = []
         takes_rest = False
@@ -91,7 +92,7 @@ class Signature:
             )
 
     def check_arguments(self, label: str, arguments: Iterable[str]) -> None:
-        """Raise RewardError when an argument to bind is no named parameter (`**kwargs` would hide a typo)."""
+        """Raise RewardError if an argument to bind is not a named parameter (`**kwargs` would hide a typo)."""
         options = [name for name in (*self.required, *self.optional) if name not in PROVIDED]
         for name in arguments:
             if name not in options:
@@ -107,12 +108,12 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 def right_at(mark: float | None) -> Callable[[AnyReward], AnyReward]:
-    """Declare what the marks of a reward say: a completion is right from `mark` on, and wrong below it.
+    """Declare what the marks of a reward mean: a completion is right from `mark` on, and wrong below it.
 
-    An evaluation reports accuracy, pass@k and majority votes of such a reward, as its first one, and the mean reward of
-    others. None declares that its marks never say right or wrong (a format, a length). Without a declaration, marks
-    count as right and wrong only where every one that was seen is 0 or 1. The `mark` is before the reward's weight.
-    Raises ValueError for a `mark` that is not finite.
+    If its first reward is declared so, an evaluation reports accuracy, pass@k and majority votes, and otherwise the
+    mean reward. None declares that marks do not mean right or wrong (a format, a length). Without a declaration, they
+    do so only if every mark that was seen is 0 or 1. The `mark` is before the reward's weight. Raises ValueError for a
+    `mark` that is not finite.
 
     >>> @right_at(1.0)
     ... def works(completions, answer, **_):        # 1.0 for the right answer, 0.5 more for an equation
@@ -121,7 +122,7 @@ def right_at(mark: float | None) -> Callable[[AnyReward], AnyReward]:
     1.0
     """
     if mark is not None and not math.isfinite(mark):
-        raise ValueError(f"right_at({mark}): give the mark from which on a completion is right, or None")
+        raise ValueError(f"right_at({mark}): give the mark from which a completion is right, or None")
 
     def declare(function: AnyReward) -> AnyReward:
         function.right_at = mark  # type: ignore[attr-defined]
@@ -131,7 +132,7 @@ def right_at(mark: float | None) -> Callable[[AnyReward], AnyReward]:
 
 
 def per_completion(function: Reward) -> Reward:
-    """Make a reward of a function of one completion; sync or async (then all completions run concurrently).
+    """Make a reward from a function of one completion, sync or async (then all completions run concurrently).
 
     It may take `prompt`, `completion`, columns by name (one row's value each), `completion_ids` (one completion's),
     `trainer_state`, `log_metric`, and `log_extra(column, value)` with one value instead of a list.
@@ -198,7 +199,7 @@ def _note(extras: dict[str, list], i: int, count: int, column: str, value: Any) 
 
 
 def bind(function: Reward, arguments: Mapping[str, Any]) -> Reward:
-    """`function` with keyword arguments fixed; a per-completion function gets them whole, not row by row."""
+    """`function` with keyword arguments fixed. A per-completion function gets them whole, not row by row."""
     if not arguments:
         return function
     if hasattr(function, "of_one"):
@@ -207,7 +208,7 @@ def bind(function: Reward, arguments: Mapping[str, Any]) -> Reward:
 
 
 def text_of(completion: str | Messages) -> str:
-    """The text of a plain or chat completion: of a chat, what its last message says.
+    """The text of a plain completion, or that of the last message of a chat completion.
 
     >>> text_of([{"role": "assistant", "content": "#### 42"}])
     '#### 42'

@@ -1,4 +1,4 @@
-"""Which code of a file a function can reach: what a change must touch before the function may score otherwise."""
+"""Which code of a file a function can reach: while that stays the same, so do the function's scores."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import hashlib
 import symtable
 from collections.abc import Iterator
 
-DYNAMIC = {"eval", "exec", "globals", "locals", "vars"}  # with these, any name of the file may be meant
+DYNAMIC = {"eval", "exec", "globals", "locals", "vars"}  # with these, a function may use any name of its file
 
 
 def code_sha256(content: bytes, name: str) -> str:
     """SHA-256 of what the function `name` reaches in the file `content`.
 
-    That is its definition, and by name the functions, classes, constants and imports of the same file that it uses,
-    that those use, and so on, with the statements that may change them when the file is loaded. Comments, layout and
-    everything else in the file do not count, nor does code in other files. It is the hash of the whole file where the
-    file is no valid Python, where `name` is bound in no visible way, and where names are looked up as strings (eval).
+    It reaches its own definition and, by name, the functions, classes, constants and imports of the same file that it
+    uses, those that these use, and so on, with the statements that may change them when the file is loaded. Comments,
+    layout, the rest of the file and other files are ignored. It is the hash of the whole file if that is not valid
+    Python, if `name` is bound in no visible way, or if names are looked up as strings (eval).
     """
     try:
         statements = list(_statements(ast.parse(content)))
@@ -24,7 +24,7 @@ def code_sha256(content: bytes, name: str) -> str:
     except (SyntaxError, ValueError):
         return hashlib.sha256(content).hexdigest()
     binds = [_bound(statement) for statement in statements]
-    own: set[str] = set().union(*binds)  # without built-in functions
+    own: set[str] = set().union(*binds)  # the file's own names, without built-in functions
     sets = [bound | _changed(statement) & own for statement, bound in zip(statements, binds, strict=True)]
     reached, taken = {name}, {i for i, bound in enumerate(binds) if "*" in bound}
     while new := {i for i in range(len(statements)) if i not in taken and reached & sets[i]}:
@@ -37,7 +37,7 @@ def code_sha256(content: bytes, name: str) -> str:
 
 
 def _statements(module: ast.Module) -> Iterator[ast.stmt]:
-    """Those of the file, one for each imported name, without what runs in scripts only."""
+    """The statements of the file, one for each imported name, without those that run only in scripts."""
     for statement in module.body:
         if isinstance(statement, ast.Import):
             for alias in statement.names:
@@ -50,7 +50,7 @@ def _statements(module: ast.Module) -> Iterator[ast.stmt]:
 
 
 def _names(statement: ast.stmt) -> set[str]:
-    """The names of the file that a statement mentions; locals of its functions are not among them."""
+    """The names of the file that a statement mentions, without locals of its functions."""
 
     def visit(table: symtable.SymbolTable) -> Iterator[str]:
         for symbol in table.get_symbols():
@@ -63,7 +63,7 @@ def _names(statement: ast.stmt) -> set[str]:
 
 
 def _bound(statement: ast.stmt) -> set[str]:
-    """The names that a statement gives a value to; "*" where the file does not say which, and for __future__."""
+    """The names to which a statement gives a value; "*" if the file does not show them, and for __future__."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {statement.name}
     if isinstance(statement, ast.Import | ast.ImportFrom):

@@ -1,4 +1,4 @@
-"""Where rewards come from: built-ins by name, and users' functions as `path/to/file.py:function`."""
+"""Finds rewards: built-ins by name, and users' functions as `path/to/file.py:function`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CALLABLES: dict[str, Reward] = {}  # functions of this process that were handed 
 
 @dataclass(frozen=True)
 class Source:
-    """A reward by name and, when it is a user's, the file that holds it as it was when first read."""
+    """A reward by name and, if it is a user's, its file as it was when first read."""
 
     function: str
     attribute: str
@@ -54,12 +54,12 @@ class Source:
 
     @property
     def code_sha256(self) -> str | None:
-        """Of the function and what it reaches in its file; see `rewards.reached_code`."""
+        """SHA-256 of the function and what it reaches in its file, see `rewards.reached_code`."""
         return code_sha256(self.content, self.attribute) if self.path else None
 
 
 def find_reward(function: str) -> Source:
-    """Read, without running it, what `function` names. Raises RewardError with the nearest valid name."""
+    """Read what `function` names, without running it. Raises RewardError with the nearest valid name."""
     file, colon, attribute = function.rpartition(":")
     if not colon:
         if function not in BUILT_IN:
@@ -79,14 +79,14 @@ def _source(function: str, what: str) -> Source:
     file, _, attribute = function.rpartition(":")
     path = Path(file).expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
-        raise RewardError(f"{what} {function!r}: {path} is not a Python file that is there")
+        raise RewardError(f"{what} {function!r}: {path} is not an existing Python file")
     return Source(function, attribute, str(path), path.read_bytes())
 
 
 def load_reward(function: str | Source) -> Reward:
     """The function that `function` names: `"gsm8k"` or `"path/to/file.py:function"`.
 
-    A user's file runs as a module of its own, with its folder on `sys.path` as if it had been started from there.
+    A user's file runs as a module of its own, with its folder on `sys.path` as if it had been started there.
 
     >>> load_reward("gsm8k")(prompts=["6 * 7 = ?"], completions=["#### 42"], answer=["#### 42"])
     [1.0]
@@ -128,7 +128,7 @@ def _attribute_of(module: ModuleType, source: Source, what: str) -> Callable[...
 
 
 class _ReadOnce(importlib.abc.SourceLoader):
-    """Runs the bytes that were hashed, whatever the file holds by now."""
+    """Runs the bytes that were hashed, even if the file has changed since."""
 
     def __init__(self, path: str, content: bytes):
         self.path, self.content = path, content

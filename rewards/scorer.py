@@ -1,4 +1,4 @@
-"""Scores groups of completions with several reward functions. Plain lists in, plain lists out."""
+"""Scores groups of completions with several reward functions. It takes and returns plain lists."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from rewards.spec import Group, RewardFunction, RewardSpec, check_specs
 
 logger = logging.getLogger(__name__)
 
-BATCH = 256  # completions in one call at most: what one time limit covers and what one failure reruns
+BATCH = 256  # the most completions in one call, which has one time limit; after a failure they run again
 
 
 class Scorer:
-    """Scores completions in worker processes, each call under a time limit that kills.
+    """Scores completions in worker processes. A call that exceeds its time limit is killed.
 
-    A call that fails is repeated completion by completion, so that the failure is charged where it belongs.
-    `on_error` says what a failure then means (contract 6, never a silent zero):
+    A call that fails is repeated completion by completion, so that the failure is that of one completion. `on_error`
+    then decides what happens (contract 6: never a silent zero):
 
     - `abort`: raise RewardError that names function, prompt, sample and cause
     - `drop_sample`: the completion's reward is None
     - `drop_group`: all rewards of its group are None, and `dropped` is set
-    - `score=<number>`: that number stands in for the function's, and is weighted like it
+    - `score=<number>`: that number replaces the function's, and is weighted like it
 
-    `timeout_s` limits each call, of a batch (at most 256 completions) as of one completion alone. Raises RewardError
-    when a function cannot be loaded, or asks for a column that is not among `columns`. `isolated=False` calls the
-    functions in this process, without a limit: for a debugger, and to see that the scores are the same. A function that
-    was handed over from Python (`registry.name_callable`) has no file for a worker to load: then all are called here.
-    `pass_variables` are environment variables for the workers besides the usual few (`rewards.isolation.variables`).
+    `timeout_s` limits each call, whether of a batch (at most 256 completions) or of one completion. Raises RewardError
+    if a function cannot be loaded, or asks for a column that is not among `columns`. `isolated=False` calls the
+    functions in this process, without a limit, for a debugger or to compare the scores. A function that was handed over
+    from Python (`registry.name_callable`) has no file for a worker to load: then all are called here. `pass_variables`
+    are environment variables for the workers besides the usual few (`rewards.isolation.variables`).
 
     >>> with Scorer([RewardSpec("gsm8k"), RewardSpec("gsm8k_format", weight=0.5)], columns=["answer"]) as scorer:
     ...     [group] = scorer.score(["6 * 7 = "], [["#### 42", "41"]], [{"answer": "#### 42"}], prompt_ids=["a"])
@@ -92,12 +92,12 @@ class Scorer:
     ) -> list[GroupScore]:
         """Score P groups of completions at once: prompts [P], completions [P][G], columns [P], prompt_ids [P].
 
-        A reward is the weighted sum over the functions that did not abstain, None where all of them did.
-        `completion_ids` [P][G][L] and `trainer_state` (JSON-able; it arrives as an object: `trainer_state.global_step`)
-        are for functions that ask for them. `completion_columns` [P]{name: [G]} are columns with a value for every
-        completion, such as a reward model's score; they win over a column of the same name. `messages` [P] are the chat
-        messages of the prompts, for functions with `chat`; without them the prompt is one message of the user. Raises
-        RewardError: see the class.
+        A reward is the weighted sum over the functions that did not abstain, or None if all did. `completion_ids`
+        [P][G][L] and `trainer_state` (JSON-able; functions get an object: `trainer_state.global_step`) are for
+        functions that ask for them. `completion_columns` [P]{name: [G]} are columns with a value for every completion,
+        such as a reward model's score; they replace a column of the same name. `messages` [P] are the chat messages of
+        the prompts, for functions with `chat`; without them the prompt is one message of the user. Raises RewardError
+        as described for the class.
         """
         ids = [None] * len(prompts) if completion_ids is None else completion_ids
         own = [{}] * len(prompts) if completion_columns is None else completion_columns
@@ -128,10 +128,10 @@ class Scorer:
         trainer_state: Mapping[str, Any] | None = None,
         messages: Messages | None = None,
     ) -> GroupScore:
-        """Score one row, twice in one batch, before any model is loaded: the score of a group of two.
+        """Score one row twice in one batch, before any model is loaded. Returns the score of a group of two.
 
-        Raises RewardError with the fix, whatever `on_error` says. Stand-ins for what does not exist yet: the
-        completion's bytes as its token ids, and step 0 as trainer state.
+        Raises RewardError with the fix, whatever `on_error` is. As there are no tokens and no trainer yet, the bytes of
+        the completion are its token ids, and the trainer state is that of step 0.
         """
         tokens = list(completion.encode(errors="replace") if completion_ids is None else completion_ids)
         state = trainer_state or {"global_step": 0, "max_steps": 1, "epoch": 0.0}
@@ -139,7 +139,7 @@ class Scorer:
         return self._score([group], state, FailurePolicy("abort"), rerun=False)[0]
 
     def right_at(self, label: str) -> RightAt:
-        """What the function with this label declares about its marks, see `rewards.right_at`."""
+        """What the function with this label has declared about its marks, see `rewards.right_at`."""
         return next(function.signature.right_at for function in self._functions if function.label == label)
 
     def asks_for(self, name: str) -> bool:
@@ -147,7 +147,7 @@ class Scorer:
         return any(function.signature.asks_for(name) for function in self._functions)
 
     def describe(self) -> list[dict[str, Any]]:
-        """For the run's record, one dict per function: its spec, `path` and `sha256` of a user's file, and
+        """One dict per function for the run's record: its spec, `path` and `sha256` of a user's file, and
         `code_sha256` of what the function reaches in it."""
         return [
             asdict(function.spec)
@@ -184,7 +184,7 @@ class Scorer:
         for (function, batch), reply in zip(calls, replies, strict=True):
             assert reply is not None
             places = [(tallies[i], sample) for i in batch for sample in range(tallies[i].size)]
-            # A worker may have been killed from outside: a death counts when it happens again.
+            # A worker may have been killed from outside, so only a second death is a failure.
             if rerun and "kind" in reply and (len(places) > 1 or reply["kind"] == "died"):
                 suspects.append((function, batch, reply))
             else:
@@ -204,7 +204,7 @@ class Scorer:
         return [tally.result(policy) for tally in tallies]
 
     def _batches(self, groups: list[Group]) -> Iterator[range]:
-        """Runs of whole groups, enough for every worker, of BATCH completions at most unless one group has more."""
+        """Ranges of whole groups: enough for all workers, each of at most BATCH completions unless a group has more."""
         total = sum(len(group.completions) for group in groups)
         most = min(BATCH, math.ceil(total / self._workers))
         start, size = 0, 0
@@ -217,7 +217,7 @@ class Scorer:
             yield range(start, len(groups))
 
     def _note(self, function: RewardFunction, places: list[tuple[GroupTally, int]], reply: dict) -> None:
-        """Write down what a reply says about the (group, sample) places that were asked about."""
+        """Add a reply to the tallies of the (group, sample) places that were asked about."""
         values = [reply] * len(places) if "kind" in reply else reply["rewards"]
         for (tally, sample), value in zip(places, values, strict=True):
             tally.note(function.label, sample, value)
@@ -237,8 +237,8 @@ class Scorer:
     def _warn(self, function: RewardFunction, reply: dict) -> None:
         fix = f"; raise reward.timeout_s={self._timeout_s:g}" if reply["kind"] == "timeout" else ""
         logger.warning(
-            "reward %r failed on a batch (%s: %s) and on none of its completions alone: their scores stand, and every "
-            "such batch costs a rerun%s",
+            "reward %r failed on a batch (%s: %s) but on none of its completions alone: their scores are kept, and "
+            "every such batch costs a rerun%s",
             *(function.label, reply["kind"], reply["message"], fix),
         )
 
@@ -247,5 +247,5 @@ class Scorer:
         return (
             f"{failure}\nNo reward was made up for it. Fix the function; {slower}or choose with reward.on_error what a "
             "failure means: 'drop_sample' (leave this completion out), 'drop_group' (leave its whole group out), "
-            "'score=0' (count it as 0). A function that has no opinion on a completion returns None"
+            "'score=0' (count it as 0). A function that cannot judge a completion should return None"
         )

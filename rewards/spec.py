@@ -1,4 +1,4 @@
-"""A reward function of a run: what a user says about it, and what it is sent for a batch of groups."""
+"""A reward function of a run: how a user specifies it, and what it is sent for a batch of groups."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rewards.registry import find_reward
 class RewardSpec:
     """One reward function of a run, as plain data.
 
-    `function` is a built-in's name or `path/to/file.py:function`; `arguments` are bound to its parameters; `chat` hands
-    it prompts and completions as chat messages instead of strings; `name` labels it in metrics; `columns` names the
-    columns for parameters that are called otherwise: `{"reference": "answer"}`.
+    `function` is a built-in's name or `path/to/file.py:function`. `arguments` are bound to its parameters. With `chat`
+    it gets prompts and completions as chat messages instead of strings. `name` is its label in metrics. `columns` maps
+    parameters to columns of other names: `{"reference": "answer"}`.
 
     >>> RewardSpec("regex_format", weight=0.2, arguments={"pattern": "#### [0-9]+"}).label
     'regex_format'
@@ -52,14 +52,14 @@ class Group:
         return replace(self, completions=[self.completions[sample]], completion_ids=ids, completion_columns=own)
 
     def renamed(self, names: Mapping[str, str]) -> Group:
-        """With the columns that `names` maps parameters to under the parameters' names as well."""
+        """The group with the columns to which `names` maps parameters also under the parameters' names."""
         own = {name: self.columns[column] for name, column in names.items() if column in self.columns}
         each = {name: self.completion_columns[c] for name, c in names.items() if c in self.completion_columns}
         return replace(self, columns={**self.columns, **own}, completion_columns={**self.completion_columns, **each})
 
 
 class RewardFunction:
-    """A spec with its source and signature: what the worker needs to load it, and to call it."""
+    """A spec with its source and signature, which a worker needs to load it and to call it."""
 
     def __init__(self, spec: RewardSpec, index: int):
         self.spec, self.index, self.label = spec, index, spec.label
@@ -74,7 +74,7 @@ class RewardFunction:
         }
 
     def check(self, columns: Sequence[str] | None) -> None:
-        """Raise RewardError for a parameter without a value, where the columns are known, and for mistyped names."""
+        """Raise RewardError for mistyped names and, if the columns are known, for a parameter without a value."""
         label, own = repr(self.spec.function), self.spec.columns
         self.signature.check_arguments(label, own)
         if columns is None:
@@ -88,7 +88,7 @@ class RewardFunction:
         self.signature.check(label, [*columns, *own], self.spec.arguments)
 
     def request(self, groups: Sequence[Group], trainer_state: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The message for a batch. Raises RewardError when something that the function asks for is missing."""
+        """The message for a batch. Raises RewardError if something that the function asks for is missing."""
         groups = [group.renamed(self.spec.columns) for group in groups]
         per_completion = groups[0].completion_columns
         names = self._columns([*groups[0].columns, *per_completion])
@@ -117,9 +117,9 @@ class RewardFunction:
         return request
 
     def _columns(self, columns: Sequence[str]) -> list[str]:
-        """The columns to send: those it names, and the others if it takes `**kwargs`."""
+        """The columns to send: those that the function names, and all others if it takes `**kwargs`."""
         signature = self.signature
-        # A built-in's parameters with a default are options: a column that happens to be called `mode` is not meant.
+        # A built-in's parameters with a default are options: it ignores a column that happens to be called `mode`.
         if wrong := [n for n in signature.optional if n in self.spec.columns and not self.source.path]:
             raise RewardError(
                 f"reward {self.spec.function!r}: columns has {wrong[0]}={self.spec.columns[wrong[0]]}, but this is "
@@ -163,7 +163,7 @@ def check_specs(specs: Sequence[RewardSpec], substitute: float) -> None:
 
 
 def _not_json(value: Any) -> str | None:
-    """What in `value` JSON cannot carry unchanged, in words, or None."""
+    """The part of `value` that JSON cannot hold unchanged, in words, or None."""
     if value is None or isinstance(value, str | int | float):
         return None
     if isinstance(value, list | tuple):

@@ -1,1 +1,1 @@
-"""Rollouts: prompts in, groups of completions out, drafted by the policy's MTP head and exact."""
+"""Rollouts: prompts become groups of completions. The policy's MTP head drafts them, and drafts change no token."""

@@ -1,10 +1,10 @@
-"""The Ray of a pool: a cluster of its own on loopback, or one that is there already; and whether it still lives.
+"""The Ray cluster of a pool, its own on loopback or an existing one, and a check whether it is still alive.
 
-Loopback is open to every user of a machine, and who may talk to Ray may run code in it. So a cluster of our own asks
-for a token, which is in a folder that only its own user may read, like all the other files of that cluster.
+Every user of a machine can reach loopback, and whoever can talk to Ray can run code in it. So a cluster of our own
+requires a token. The token is in a folder that only its own user may read, like all other files of that cluster.
 
-Ray ends a driver whose raylet has died without an exception, at the driver's next use of shared memory. So a pool asks
-`Cluster.check` before every such use, and keeps nothing in shared memory between its calls.
+If its raylet has died, Ray ends a driver without an exception when the driver next uses shared memory. So a pool calls
+`Cluster.check` before each such use, and keeps nothing in shared memory between its calls.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import psutil
 
 from rollout.engine import RolloutError
 
-GCS_TIMEOUT_S = 24 * 3600  # Ray's own 60 s would end the process while it learns, before `check` can name the reason
-LONGEST_FOLDER = 21  # letters: the paths of Ray's sockets begin with it, and the system cuts them at 103 to 107
+GCS_TIMEOUT_S = 24 * 3600  # Ray's own 60 s end a process while it learns, before `check` can name the reason
+LONGEST_FOLDER = 21  # letters: paths of Ray's sockets begin with it, and systems allow them 103 to 107
 LEAVE_S = 5.0  # how long the processes of a cluster that was shut down may take to end
 
 
 class Cluster:
-    """The cluster that this process is connected to. With `address` or RAY_ADDRESS it is one of the user's.
+    """The cluster that this process is connected to; with `address` or RAY_ADDRESS it is the user's.
 
-    A cluster that this process is connected to already is used as it is, and left when the pool closes.
+    If this process is connected already, that cluster is used as it is and stays when the pool closes.
     """
 
     def __init__(self, cpus: int, address: str | None = None) -> None:
@@ -45,8 +45,8 @@ class Cluster:
         self.processes = _vital_processes()
 
     def check(self, *, ask: bool = False) -> None:
-        """Raises RolloutError when Ray has died. With `ask` its own records are read as well: they know of a raylet
-        that is about to end, a moment before its process has."""
+        """Raises RolloutError when Ray has died. With `ask` its own records are read as well: they show that a raylet
+        is about to end, a moment before its process has."""
         for name, process in self.processes.items():
             if not _lives(process):
                 raise RolloutError(
@@ -62,7 +62,7 @@ class Cluster:
                 )
 
     def close(self) -> None:
-        """Shut down what was started for this pool. A stopped worker does not end by itself: it is killed."""
+        """Shut down what was started for this pool. A worker under SIGSTOP does not end, so it is killed."""
         if not self.owned:
             return
         raylet = self.processes.get("raylet")
@@ -74,7 +74,7 @@ class Cluster:
 
 
 def _vital_processes() -> dict[str, psutil.Process]:
-    """The raylet of this process, and the cluster's gcs_server where it runs on this machine, by name."""
+    """By name: the raylet of this process, and the gcs_server of its cluster if that runs on this machine."""
     import ray
 
     node = ray._private.worker._global_node
@@ -94,9 +94,9 @@ def _lives(process: psutil.Process) -> bool:
 
 
 class Seclusion:
-    """A private folder for Ray's files, and in it a token without which this cluster refuses every request.
+    """A private folder for Ray's files, with a token without which this cluster refuses every request.
 
-    Ray and the processes that it starts find the token through environment variables, which `end` puts back.
+    Ray and the processes that it starts find the token through environment variables, which `end` restores.
     """
 
     VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -114,7 +114,7 @@ class Seclusion:
         self._tell_ray()
 
     def end(self) -> None:
-        """After Ray was shut down. What the dying processes still write is removed as far as possible."""
+        """Call it after Ray was shut down. What ending processes still write is removed as far as possible."""
         for name, value in self._before.items():
             os.environ.pop(name, None)
             if value is not None:
@@ -124,7 +124,7 @@ class Seclusion:
 
     @staticmethod
     def _tell_ray() -> None:
-        """Ray has read the variables when it was imported, and keeps a token that it has read."""
+        """Make Ray read the variables again: it has read them at its import, and keeps a token that it has read."""
         import ray
 
         raylet: Any = ray._raylet
@@ -132,26 +132,24 @@ class Seclusion:
         raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
-_seclusion: Seclusion | None = None  # of the cluster that this process has started; Ray knows one a process
+_seclusion: Seclusion | None = None  # of the cluster that this process has started; Ray allows one for each process
 
 
 def start_ray(cpus: int, address: str | None = None) -> None:
-    """A cluster of our own on loopback, without dashboard and usage reports; or an existing one by address, with the
-    user's own settings.
-
-    Ray takes SIGTERM over. A handler that the caller had is put back.
+    """Start a cluster of our own on loopback, without dashboard and usage reports, or connect to an existing one by its
+    address, with the user's own settings. Ray replaces the handler of SIGTERM; the caller's own is restored.
     """
     handler: Any = signal.getsignal(signal.SIGTERM)
     try:
         _start_ray(cpus, address)
     finally:
         if callable(handler):
-            with suppress(ValueError):  # not the main thread: Ray has not taken it either
+            with suppress(ValueError):  # not the main thread, where Ray has not replaced it either
                 signal.signal(signal.SIGTERM, handler)
 
 
 def stop_ray() -> None:
-    """Disconnect; of a cluster that `start_ray` has started nothing stays."""
+    """Disconnect, and remove everything of a cluster that `start_ray` has started."""
     global _seclusion
     import ray
 
@@ -171,12 +169,12 @@ def _start_ray(cpus: int, address: str | None) -> None:
     if address:
         ray.init(address=address, logging_level=logging.WARNING)
         return
-    stop_ray()  # of a former cluster, where somebody has called ray.shutdown() alone
+    stop_ray()  # if the caller has ended a former cluster by ray.shutdown() alone, its folder is still there
     atexit.unregister(stop_ray)
-    atexit.register(stop_ray)  # before Ray's own, which would leave the folder
+    atexit.register(stop_ray)  # it runs before Ray's own, which would leave the folder
     _seclusion = Seclusion()
-    # Ray takes 127.0.0.1 for "find my address" and then listens on every interface, except where it does not support
-    # clusters at all, as on Windows: there every process of it is bound to loopback.
+    # Ray reads 127.0.0.1 as "find my address" and then listens on every interface, except where it supports no
+    # clusters at all, as on Windows: there it binds all its processes to loopback.
     constants = ray._private.ray_constants
     clusters, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
     try:
@@ -187,13 +185,13 @@ def _start_ray(cpus: int, address: str | None) -> None:
             logging_level=logging.WARNING,
             log_to_driver=True,
             configure_logging=True,
-            _temp_dir=str(_seclusion.folder / "ray"),  # which Ray opens to everybody: it needs a closed one around it
+            _temp_dir=str(_seclusion.folder / "ray"),  # Ray opens it to all users, so it is in a closed one
             _system_config={
                 "gcs_rpc_server_reconnect_timeout_s": GCS_TIMEOUT_S,
-                "worker_niceness": 0,  # Ray's own 15 leaves a worker next to nothing beside any other busy process
+                "worker_niceness": 0,  # with Ray's own 15 any other busy process takes nearly all of the time
             },
         )
-    except Exception as error:  # Ray has no narrower one for processes that do not start in time
+    except Exception as error:  # Ray raises nothing narrower when processes do not start in time
         _kill_below(str(_seclusion.folder))
         stop_ray()
         raise RolloutError(
@@ -205,7 +203,7 @@ def _start_ray(cpus: int, address: str | None) -> None:
 
 
 def _kill_below(folder: str) -> None:
-    """What of a cluster in this folder has started: Ray knows nothing of it when its start fails."""
+    """Kill what has started of the cluster in this folder: when its start fails, Ray does not."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if any(folder in word for word in process.cmdline()):

@@ -45,7 +45,8 @@ def _rounds(decoder: Decoder, rows: int, depths: list[int]) -> list[float]:
         for depth, decoding in decodings.items():
             started = time.perf_counter()
             decoding.forward()
-            _wait_for(decoder.trunk.device)
+            if decoder.trunk.device.type == "cuda":
+                torch.cuda.synchronize(decoder.trunk.device)
             times[depth].append(1e3 * (time.perf_counter() - started))
     measured = {depth: median(values) for depth, values in times.items()}
     costs = [measured[0]]
@@ -65,8 +66,3 @@ def _begin(decoder: Decoder, rows: int, depth: int) -> Decoding:
     decoding = Decoding(decoder, [prompt], SamplingParams(rows, 1.0, completion, draft_tokens=depth), aborts=False)
     decoding.forward()
     return decoding
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

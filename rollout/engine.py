@@ -1,6 +1,6 @@
-"""One device, one copy of the policy, no Ray: what a rollout worker is made of.
+"""One copy of the policy on one device, without Ray. A rollout worker has one.
 
-The engine holds weights and everything derived from them; `rollout.shard` does the decoding.
+The engine holds weights and everything derived from them; `rollout.shard` decodes with them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from rollout.shard import Decoding
 
 
 class RolloutError(RuntimeError):
-    """Sampling cannot go on; the message names the prompt or the setting, and the way out.
+    """Sampling cannot go on. The message names the prompt or the setting, and the way out.
 
-    `groups` are the groups that were sampled all the same; completions that failed in them are marked `abort`.
+    `groups` are those that were sampled all the same; completions of them that failed are marked `abort`.
     """
 
     def __init__(self, message: str, groups: Sequence[RolloutGroup] = ()) -> None:
@@ -35,9 +35,9 @@ class RolloutError(RuntimeError):
 
 
 class Engine:
-    """Samples groups from its own copy of a policy. Adapters of `policy` must be merged already.
+    """Samples groups from its own copy of a policy, whose adapters must be merged already.
 
-    `max_rows` completions are decoded together; the others of a call wait until finished ones leave.
+    At most `max_rows` completions are decoded together; the others of a call wait until finished ones leave.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Engine:
         self._derive()
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Take over new weights and rebuild everything derived from them."""
+        """Copy new weights and rebuild everything derived from them."""
         self.policy.load_weights(weights)
         self._derive()
         self.version = version
@@ -72,7 +72,7 @@ class Engine:
         return Decoder(*parts, self.version, self.max_rows, self.costs)
 
     def check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-        """Raises RolloutError or ValueError, naming prompt or key, before anything is computed."""
+        """Raises RolloutError or ValueError, which name the prompt or key, before anything is computed."""
         self._check_params(params)
         for prompt in prompts:
             if fault := self._fault(prompt, params):
@@ -91,7 +91,7 @@ class Engine:
             )
         if params.record_routing and not getattr(self.trunk, "has_experts", False):
             raise RolloutError(
-                "learner.routing_replay: this policy routes to no experts that could be replayed; drop it"
+                "learner.routing_replay: this policy has no experts whose routing could be replayed; drop it"
             )
         vocabulary = len(self.trunk.embedding)
         for token in params.stop_token_ids:
@@ -122,10 +122,10 @@ class Engine:
         params: SamplingParams,
         on_finished: Callable[[int], None] | None = None,
     ) -> list[RolloutGroup]:
-        """One group per prompt. `on_finished` hears how many completions have ended since it was last called.
+        """One group per prompt. `on_finished` gets the number of completions that have ended since it was last called.
 
-        Raises RolloutError when a prompt cannot be continued or logits are not finite, behind everything else: its
-        `groups` hold the prompts that were sampled.
+        If a prompt cannot be continued or logits are not finite, the other prompts are still sampled, and RolloutError
+        is raised at the end with their `groups`.
         """
         self._check_params(params)
         faulty = [(prompt, self._fault(prompt, params)) for prompt in prompts]
@@ -155,6 +155,6 @@ class Engine:
 
     @torch.inference_mode()
     def measure_costs(self, rows: int, depth: int = MAX_DEPTH) -> CostTable:
-        """Time drafting and verifying with up to `rows` live rows; the depth controller goes by it from now on."""
+        """Time drafting and verifying with up to `rows` live rows. The depth controller uses the result from now on."""
         self.costs = measure(self.decoder, rows, depth)
         return self.costs

@@ -1,4 +1,4 @@
-"""What flows out of sampling: a prompt, its completions, and how each of them was drafted."""
+"""What sampling takes and returns: a prompt, its completions, and how each of them was drafted."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as the policy sees it. `columns` travel to the reward functions by name.
+    """One prompt as the policy sees it. Reward functions get its `columns` by name.
 
-    `messages` are the chat messages that a chat template made `text` from, for rewards with `chat: true`.
+    `messages` are the chat messages from which a chat template made `text`; rewards with `chat: true` get them.
 
     >>> Prompt("gsm8k/train/0", "2 + 3 = ?", [17, 4, 21], {"answer": "#### 5"}).columns["answer"]
     '#### 5'
@@ -33,11 +33,11 @@ class Prompt:
 class DraftStats:
     """How one completion was decoded.
 
-    `target_forwards` counts the decoding forwards of the trunk that this completion took part in. The first token is
-    not theirs: it comes from the prefill, which the whole group shares. `drafted[d]` and `accepted[d]` count drafts at
-    depth d + 1; a draft behind a stop token or behind the length limit counts as drafted only. `depths` tells of every
-    token at which depth it was drafted, 0 for the trunk's own. `fallbacks`: forwards in which `accept: margin` found a
-    draft that was not clear enough to take.
+    `target_forwards` counts the decoding forwards of the trunk that this completion took part in. They do not give the
+    first token, which comes from the prefill that the whole group shares. `drafted[d]` and `accepted[d]` count drafts
+    at depth d + 1; a draft after a stop token or past the length limit counts as drafted only. `depths` has the depth
+    at which each token was drafted, 0 for a token of the trunk's own. `fallbacks` counts the forwards in which
+    `accept: margin` found a draft that was not clear enough to take.
 
     >>> DraftStats(2, [2, 2], [2, 1], depths=[0, 1, 2, 0, 1, 0]).target_forwards  # a first token, then 1 + 2 and 1 + 1
     2
@@ -54,12 +54,12 @@ class DraftStats:
 class Completion:
     """One sampled completion. `token_ids` end with the stop token when `finish_reason` is `stop`.
 
-    With stop strings (`quartet eval` and `quartet sample` alone) they may end with the token that completed one, and
-    `text` ends before it.
+    With stop strings, which only `quartet eval` and `quartet sample` have, they may end with the token that completed
+    one, and `text` ends before the string.
 
     `logprobs[t]` scores `token_ids[t]` under the temperature-scaled policy that really sampled it (contract 2).
-    `routing` [Lc, MoE layers, k], integers: the experts that the trunk used when it read `token_ids[t]`, -1 for a
-    token that it never read (the last one).
+    `routing` [Lc, MoE layers, k], integers: the experts that the trunk used when it read `token_ids[t]`, -1 for the
+    last token, which it never read.
     """
 
     token_ids: list[int]
@@ -74,7 +74,7 @@ class Completion:
 def tokens_per_forward(completions: Iterable[Completion]) -> float | None:
     """Tokens that a decoding forward of the trunk gave: 1 without drafts, 1 + Σ acceptance at depth d with them.
 
-    None where nothing was decoded beyond first tokens.
+    It is None where no completion has more than its first token.
     """
     tokens = forwards = 0
     for completion in completions:
@@ -85,7 +85,7 @@ def tokens_per_forward(completions: Iterable[Completion]) -> float | None:
 
 @dataclass
 class RolloutGroup:
-    """The G completions of one prompt, sample index in order. `prompt_routing` [Lp, MoE layers, k]: its experts."""
+    """The G completions of one prompt by sample index. `prompt_routing` [Lp, MoE layers, k]: the prompt's experts."""
 
     prompt: Prompt
     completions: list[Completion]

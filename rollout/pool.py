@@ -1,7 +1,7 @@
-"""The pool of engines: shards, dispatch, weight publication, lost workers. Without workers it is one engine in process.
+"""The pool of engines: it cuts prompts into shards, publishes weights and replaces lost workers.
 
-A step's prompts are cut into shards that depend on the step alone. One forward never mixes shards, so tokens do not
-depend on the number of workers, on who is faster, or on a retry (contract 4).
+Without workers it is one engine in this process. The shards of a step depend on the step alone, and a forward never
+mixes two of them, so tokens depend neither on the number of workers, nor on their speed, nor on a retry (contract 4).
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from rollout.worker import PackedWeights, Worker, pack
 
 MAX_RESTARTS = 3  # of all workers together, between two publications
 TIMEOUT_S = 3600.0  # the default of rollout.timeout_s
-START_TIMEOUT_S = 600.0  # at least so long may a worker take to start and to confirm weights
-POLL_S = 0.2  # how often a waiting pool looks whether it should go on waiting
+START_TIMEOUT_S = 600.0  # a worker may take at least so long to start and to confirm weights
+POLL_S = 0.2  # how often a waiting pool checks whether it should go on waiting
 
 OnFinished = Callable[[int], None]
 OnLost = Callable[[int, str, str], None]
 
 
 class Pool(Protocol):
-    """What samples. `sample` returns groups in the order of the prompts, whoever sampled them. A prompt that fails
-    costs no other one: the RolloutError that names it has the other `groups`."""
+    """Samples. `sample` returns groups in the order of the prompts. If some prompts fail, the others are still sampled,
+    and the RolloutError that names the failed ones has the other `groups`."""
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None: ...
 
@@ -44,11 +44,11 @@ class Pool(Protocol):
     ) -> list[RolloutGroup]: ...
 
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
-        """The table that every depth controller goes by, measured at up to `rows` live rows where there is none yet."""
+        """Sets the table that every depth controller uses; without `costs` it is measured at up to `rows` live rows."""
         ...
 
     def metrics(self) -> dict[str, float]:
-        """`rollout/restarts` since it was last asked for; nothing without workers."""
+        """`rollout/restarts` since the last call; empty without workers."""
         ...
 
     def close(self) -> None: ...
@@ -66,11 +66,11 @@ def open_pool(
     while_waiting: Callable[[], None] = lambda: None,
     on_lost: OnLost = lambda worker, reason, action: None,
 ) -> Pool:
-    """A pool with the weights of `policy` published to it; it never shares memory with `policy` itself.
+    """A pool to which the weights of `policy` are published. It never shares memory with `policy` itself.
 
-    The rest is for Ray workers. One that takes longer than `timeout_s` for a shard is replaced, as if it had died.
-    `while_waiting` is called several times a second while the pool waits for workers; what it raises ends the wait.
-    `on_lost` gets the number of a worker that died or was late, the reason, and what is done about it.
+    The other arguments are for Ray workers. A worker that takes longer than `timeout_s` for a shard is replaced, as if
+    it had died. `while_waiting` is called several times a second while the pool waits for workers; an exception that it
+    raises ends the wait. `on_lost` gets the number of a worker that died or was late, the reason, and what is done.
     """
     if workers == 0:
         return LocalPool(policy, dtype, prompts_per_shard)
@@ -118,8 +118,8 @@ class LocalPool:
 
 
 class RayPool:
-    """Ray actors with an engine each. A worker that dies or is late is replaced, and its shard sampled again: the same
-    tokens. Raises RolloutError when workers are lost again and again, or when Ray itself dies."""
+    """Ray actors with an engine each. A worker that dies or is late is replaced, and its shard is sampled again, which
+    gives the same tokens. Raises RolloutError when workers are lost again and again, or when Ray itself dies."""
 
     def __init__(
         self,
@@ -145,12 +145,12 @@ class RayPool:
         self.arguments = (policy.skeleton(), *precisions, self.device, threads)
         self.published: tuple[PackedWeights, str, int] | None = None
         self.costs: CostTable | None = None
-        self.restarts = self._untold_restarts = 0
+        self.restarts = self._unreported_restarts = 0
         self.workers: list[Any] = []
         try:
             self.workers += [self._start() for _ in range(workers)]
             self.publish(policy.weights(), 0)
-        except BaseException:  # a stop among them: nobody else can close a pool that was not made
+        except BaseException:  # also a stop of the run: a pool whose making failed can be closed only here
             self.close()
             raise
 
@@ -164,15 +164,15 @@ class RayPool:
         return actor.remote(*self.arguments)
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Every worker confirms the digest of what it holds before anybody samples with it (contract 5)."""
+        """Every worker confirms the digest of what it holds before any worker samples with it (contract 5)."""
         packed = {name: (dtype, shape, data.copy()) for name, (dtype, shape, data) in pack(weights).items()}
         self.published = packed, digest(weights), version
         self.restarts = 0
         self._confirm(*range(len(self.workers)))
 
     def _confirm(self, *workers: int) -> None:
-        """The weights go through shared memory, which holds them no longer than this takes; see rollout/cluster.py.
-        Where it is cut short, nobody samples before the next publication."""
+        """The weights go through shared memory and leave it when this returns; see rollout/cluster.py. If it is cut
+        short, no worker samples before the next publication."""
         assert self.published is not None
         (packed, expected, version), self.published = self.published, None
         self.cluster.check()
@@ -184,7 +184,7 @@ class RayPool:
         self.published = packed, expected, version
 
     def _answer(self, i: int, method: str, *arguments: Any) -> Any:
-        """What worker i answers; where it is lost, its successor is asked."""
+        """What worker i answers. If the worker is lost, its successor is asked."""
         limit = max(self.timeout_s, START_TIMEOUT_S)
         while True:
             self.cluster.check()
@@ -206,7 +206,7 @@ class RayPool:
         return self.ray.wait(list(references), num_returns=1, timeout=POLL_S)[0]
 
     def _late(self, deadlines: Mapping[Any, float]) -> list[Any]:
-        """References whose deadline has passed, and that are not ready."""
+        """References that are not ready though their deadline has passed."""
         passed = [reference for reference, deadline in deadlines.items() if time.monotonic() > deadline]
         return self.ray.wait(passed, num_returns=len(passed), timeout=0)[1] if passed else []
 
@@ -218,10 +218,10 @@ class RayPool:
             raise
         except errors.RayError as error:
             self.cluster.check(ask=True)
-            raise RolloutError(f"Ray has lost what a rollout worker answered: {error}") from error
+            raise RolloutError(f"Ray has lost the answer of a rollout worker: {error}") from error
 
     def _replace(self, i: int, why: Exception | str) -> None:
-        self.cluster.check(ask=True)  # where Ray has died, its workers die first
+        self.cluster.check(ask=True)  # if Ray has died, its workers died first
         reason = " ".join(str(why).split())
         self.restarts += 1
         given_up = self.restarts > MAX_RESTARTS
@@ -232,8 +232,8 @@ class RayPool:
                 f"{i}: {reason}. If memory ran out, lower rollout.workers or rollout.prompts_per_shard; if a shard "
                 "needs more time, raise rollout.timeout_s"
             )
-        self._untold_restarts += 1
-        self.ray.kill(self.workers[i])  # if only out of sight, it still holds the processor that its successor needs
+        self._unreported_restarts += 1
+        self.ray.kill(self.workers[i])  # if it only seems lost, it still holds the processor of its successor
         self.workers[i] = self._start()
 
     def sample(
@@ -284,7 +284,7 @@ class RayPool:
         return groups
 
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
-        """Measured by one worker alone, with the threads that a worker has."""
+        """One worker measures them alone, with the threads that a worker has."""
         if costs is None:
             before = self.workers[0]
             costs = self._answer(0, "measure_costs", rows)
@@ -294,11 +294,11 @@ class RayPool:
         return costs
 
     def metrics(self) -> dict[str, float]:
-        restarts, self._untold_restarts = self._untold_restarts, 0
+        restarts, self._unreported_restarts = self._unreported_restarts, 0
         return {"rollout/restarts": float(restarts)}
 
     def close(self) -> None:
-        with suppress(RolloutError):  # a cluster that has died has no workers left
+        with suppress(RolloutError):  # if the cluster has died, no worker is left
             self.cluster.check()
             for worker in self.workers:
                 self.ray.kill(worker)

@@ -1,4 +1,4 @@
-"""What is kept of every completion of a shard while it is decoded, and the groups that come of it."""
+"""What a shard has sampled so far, for every completion, and the groups made of it at the end."""
 
 from __future__ import annotations
 
@@ -81,22 +81,12 @@ class Results:
     def groups(
         self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, strings: StopStrings | None, version: int
     ) -> list[RolloutGroup]:
-        completions = self._completions(tokenizer, strings, version)
-        size = len(completions) // max(len(prompts), 1)
-        return [
-            RolloutGroup(prompt, completions[i * size : (i + 1) * size], self.prompt_routing.get(i))
-            for i, prompt in enumerate(prompts)
-        ]
-
-    def _completions(
-        self, tokenizer: PreTrainedTokenizerBase, strings: StopStrings | None, version: int
-    ) -> list[Completion]:
         stats = zip(*(x.tolist() for x in (self.forwards, self.drafted, self.accepted, self.fallbacks)), strict=True)
         rows = (self.counts, self.token_ids, self.logprobs, self.depths, self.stopped, self.aborted, self.cut)
         routing = None
         if self.routing is not None:
             routing = self.routing.cpu()
-            # No token follows the last one, so it was not read for one: its place holds some draft's experts, or none.
+            # The last token is never read for a next one: at its place are the experts of some draft, or none.
             routing[torch.arange(len(routing)), self.counts.cpu() - 1] = -1
         completions = []
         for row, (count, token_ids, logprobs, depths, stopped, aborted, cut) in enumerate(
@@ -117,7 +107,11 @@ class Results:
                     routing=None if routing is None else routing[row, :count],
                 )
             )
-        return completions
+        size = len(completions) // max(len(prompts), 1)
+        return [
+            RolloutGroup(prompt, completions[i * size : (i + 1) * size], self.prompt_routing.get(i))
+            for i, prompt in enumerate(prompts)
+        ]
 
     def _places(self, live: Rows, start_R: Tensor, new: int) -> tuple[Tensor, Tensor]:
         """Where `new` tokens of each row go, from `start_R` on."""

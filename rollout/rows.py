@@ -1,4 +1,4 @@
-"""The rows of a shard that are being decoded, and the prompts that they continue: what shard and drafter share."""
+"""The rows of a shard that are being decoded, and the prompts that they continue. Shard and drafter share them."""
 
 from __future__ import annotations
 
@@ -40,18 +40,10 @@ class Rows:
     @classmethod
     def start(cls, index: Tensor, keys_R2: Tensor, prompt_length: Tensor, hidden_RD: Tensor, unread: int) -> Rows:
         """Rows without a token, with room for `unread` tokens that the head has yet to read."""
-        empty = torch.zeros_like(index)
-        return cls(
-            index=index,
-            keys_R2=keys_R2,
-            prompt_length=prompt_length,
-            last=empty,
-            count=empty,
-            alive=torch.ones_like(index, dtype=torch.bool),
-            unread=empty,
-            unread_tokens=index.new_zeros(len(index), unread),
-            unread_hidden=hidden_RD.new_zeros(len(index), unread, hidden_RD.shape[-1]),
-        )
+        none, alive = torch.zeros_like(index), torch.ones_like(index, dtype=torch.bool)
+        tokens = index.new_zeros(len(index), unread)
+        hidden = hidden_RD.new_zeros(len(index), unread, hidden_RD.shape[-1])
+        return cls(index, keys_R2, prompt_length, none, none, alive, none, tokens, hidden)
 
     @property
     def every(self) -> Tensor:

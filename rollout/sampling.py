@@ -1,8 +1,8 @@
-"""How a token is chosen: keyed noise, so that a sampled token is a function of its key and nothing else (contract 4).
+"""How a token is chosen: by keyed noise, so that given the logits it depends on its key alone (contract 4).
 
 token = argmax_v (logit_v / T + gumbel(key, position, v)): the Gumbel-max trick draws from softmax(logit / T) exactly,
-and a draft that uses the same noise on its own logits often agrees with the trunk. Noise comes from hashing
-(key, position, v), never from a stream, so that drafting, batching and retries cannot shift it.
+and a draft that uses the same noise on its own logits often agrees with the trunk. The noise is a hash of
+(key, position, v) and no stream, so drafting, batching and retries cannot shift it.
 
 Axes: N rows (or row and position), V vocabulary, B blocks of BLOCK neighbouring tokens, K tokens that may be drafted.
 """
@@ -20,17 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FULL_ROW = 1024  # vocabularies up to this size take a noise for every token
-BLOCK = 256  # larger ones draw a block of this many tokens first, then a token inside it
+BLOCK = 256  # of larger ones a block of this many tokens is drawn first, then a token inside it
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """`temperature` 0 is greedy. `step` and `draw` are part of every noise key: a new step sees new noise.
+    """`temperature` 0 is greedy. `step` and `draw` are part of every noise key, so a new step has new noise.
 
-    `draft_tokens` None lets the depth controller choose before every forward. `accept="margin"` is lossy: a draft
-    whose two best log-probabilities lie more than `margin` apart is taken unverified; never for training (contract 3).
-    `record_routing` notes the experts of every token, for a learner that replays them. `stop_strings` end a completion
-    with the token that completes one, and its text before it; never for training, whose text is that of its tokens.
+    `draft_tokens` None lets the depth controller choose before every forward. `accept="margin"` is lossy: it takes a
+    draft unverified where its two best log-probabilities differ by more than `margin`; it is never used in training
+    (contract 3). `record_routing` records the experts of every token, for a learner that replays them. `stop_strings`
+    end a completion with the token that completes one of them, and its text before the string. They are never used in
+    training, where the text is that of the tokens.
     """
 
     group_size: int = 8
@@ -50,7 +51,7 @@ class SamplingParams:
         return replace(self, step=step, draw=draw)
 
     def check(self) -> None:
-        """Raises ValueError naming the field, its value and what would work."""
+        """Raises ValueError, which names the field, its value and what would work."""
         if self.group_size < 1:
             raise ValueError(f"rollout.group_size={self.group_size}: sample at least 1 completion per prompt")
         if not 0 <= self.temperature < float("inf"):
@@ -91,8 +92,8 @@ def _mix(x: Tensor) -> Tensor:
 class Noise:
     """The noise of rows at their positions. One object serves the drafts and the verification of the same positions.
 
-    `keys_N2` [..., 2] and `positions` [...], broadcast against each other, give the rows; `positions` counts from the
-    completion's first token.
+    `keys_N2` [..., 2] and `positions` [...] are broadcast against each other; `positions` counts from the completion's
+    first token.
     """
 
     def __init__(self, keys_N2: Tensor, positions: Tensor, vocabulary: int) -> None:
@@ -102,23 +103,23 @@ class Noise:
         self._words = first, _mix(keys_N2[..., 1] ^ first)
         if self.flat:
             self.table = self.gumbel(torch.arange(vocabulary, device=place.device))
-        else:  # of the blocks; their names are negative and no token's
+        else:  # of the blocks, whose ids are negative and thus no token's
             self.table = self.gumbel(-1 - torch.arange(-(-vocabulary // BLOCK), device=place.device))
 
     def uniform(self, ids: Tensor) -> Tensor:
-        """Keyed uniforms in (0, 1), 23 bits each. `ids` [..., K] or [K]: which noises of each row."""
+        """Keyed uniforms in (0, 1), 23 bits each, one for each of `ids` [..., K] or [K] in every row."""
         first, second = self._words
         x = _mix(ids.to(torch.int32) * 0x3C6EF372 + first[..., None])
         x += second[..., None]
         x = _mix(x)
-        # 23 bits and a half fit a float32 exactly; with 24 the largest would round to 1, an infinite Gumbel noise.
+        # A float32 holds 23 bits and a half exactly; with 24 the largest would round to 1, whose noise is infinite.
         return (((x >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23
 
     def gumbel(self, ids: Tensor) -> Tensor:
         return self.uniform(ids).log_().neg_().log_().neg_()
 
     def at(self, place: int) -> Noise:
-        """The noise of one place where rows have several: [R, S, ...] -> [R, ...]."""
+        """The noise of one of the places that each row has: [R, S, ...] -> [R, ...]."""
         return self._view(lambda x: x[:, place])
 
     def flatten(self) -> Noise:
@@ -132,9 +133,9 @@ class Noise:
 
 
 class DraftVocabulary:
-    """The tokens that may be drafted, ascending, and where they lie in the blocks of the whole vocabulary.
+    """The tokens that may be drafted, ascending, and their places in the blocks of the whole vocabulary.
 
-    Leaving rare tokens out makes drafts cheaper and changes no token: what cannot be drafted comes from the trunk.
+    Drafts are cheaper without rare tokens, and no sampled token changes: the trunk gives those that cannot be drafted.
     """
 
     def __init__(self, ids_K: Tensor, vocabulary: int) -> None:
@@ -143,7 +144,7 @@ class DraftVocabulary:
         blocks = -(-vocabulary // BLOCK)
         counts = torch.bincount(self.block_K, minlength=blocks)
         within = torch.arange(len(ids_K), device=ids_K.device) - (counts.cumsum(0) - counts)[self.block_K]
-        self.named = F.pad(ids_K, (0, 1))  # the id of every column; K, an empty place, has none that matters
+        self.named = F.pad(ids_K, (0, 1))  # the id of every column; column K is an empty place, whose id has no effect
         # [B, widest]: the columns of each block.
         self.members = ids_K.new_full((blocks, int(counts.max())), len(ids_K))
         self.members[self.block_K, within] = torch.arange(len(ids_K), device=ids_K.device)
@@ -152,11 +153,11 @@ class DraftVocabulary:
 def choose(
     logits_NV: Tensor, temperature: float, noise: Noise, vocabulary: DraftVocabulary | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sampled token ids [N] and their log-probabilities [N] under softmax(logits / T); greedy is scored at T = 1.
+    """Sampled token ids [N] and their log-probabilities [N] under softmax(logits / T); greedy ones are scored at T = 1.
 
-    A large vocabulary is drawn in two levels, a block and then a token inside it, each as the largest perturbed
-    log-probability. P(block) · P(token | block) = P(token): exact, at a hundredth of the noise. With a draft
-    `vocabulary`, the logits are those of its K tokens and the same noise serves.
+    From a large vocabulary a block is drawn and then a token inside it, each as the largest perturbed log-probability.
+    This is exact, since P(block) · P(token | block) = P(token), and needs a hundredth of the noise. With a draft
+    `vocabulary` the logits are those of its K tokens, and the noise is the same.
     """
     logits_NV = _scaled(logits_NV, temperature)
     if temperature == 0 or noise.flat:
@@ -181,7 +182,7 @@ def choose(
 
 
 def pick(logits_NV: Tensor, temperature: float, noise: Noise, vocabulary: DraftVocabulary | None = None) -> Tensor:
-    """The tokens of `choose`, where nobody asks for their log-probabilities: drafts."""
+    """The tokens of `choose` without their log-probabilities, for drafts."""
     if temperature and not noise.flat:
         return choose(logits_NV, temperature, noise, vocabulary)[0]
     best = _best_of_all(_scaled(logits_NV, temperature).float(), temperature, noise, vocabulary)
@@ -193,13 +194,13 @@ def _scaled(logits_NV: Tensor, temperature: float) -> Tensor:
 
 
 def _best_of_all(logits_NV: Tensor, temperature: float, noise: Noise, vocabulary: DraftVocabulary | None) -> Tensor:
-    """The column [N] of the largest logit, perturbed unless greedy."""
+    """The column [N] of the largest logit, which is perturbed unless sampling is greedy."""
     if temperature:
         logits_NV = logits_NV + (noise.table if vocabulary is None else noise.table[:, vocabulary.ids])
     return logits_NV.argmax(-1)
 
 
 def logprobs_of(logits_NV: Tensor, tokens_N: Tensor, temperature: float) -> Tensor:
-    """Log-probability of given tokens [N] under softmax(logits / T); greedy is scored at T = 1."""
+    """Log-probability of given tokens [N] under softmax(logits / T); greedy ones are scored at T = 1."""
     scaled = logits_NV.float() / (temperature or 1.0)
     return scaled.gather(1, tokens_N[:, None])[:, 0] - scaled.logsumexp(-1)

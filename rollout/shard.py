@@ -1,7 +1,7 @@
-"""One shard being decoded: prefill each prompt once, then draft, verify and keep, until every row has ended.
+"""Decoding one shard: prefill each prompt once, then draft and verify until every row has ended.
 
-Rows are ragged: each has its own length, also in the middle of a drafted block. Finished rows leave, and prompts that
-waited take their places.
+Rows are ragged: each has its own length, also in the middle of a drafted block. Finished rows leave, and waiting
+prompts take their places.
 
 Axes: P prompts, G completions each, R live rows, S = k + 1 tokens of a verifying forward, D hidden, V vocabulary.
 """
@@ -25,15 +25,14 @@ from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, row_key
 from rollout.speculative import verify_draft
 from rollout.stop_strings import StopStrings
 
-# Padded tokens of one prefill; prompts of like length go together. On a CPU more of them leave its caches.
+# One prefill reads at most so many tokens with padding; on a CPU, more do not fit its caches.
 PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16384, 1024
 
 
 class Decoding:
     """Decodes one shard: call `forward` until `done`, then take the `groups`.
 
-    A row whose logits are not finite is aborted. With `aborts=False` it goes on: its tokens mean nothing, but a round
-    takes as long as any other.
+    A row whose logits are not finite is aborted. With `aborts=False` it goes on, which is for measuring time.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Decoding:
         self.strings = StopStrings(decoder.tokenizer, params.stop_strings) if params.stop_strings else None
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=self.device)
         self.results = Results(len(prompts) * params.group_size, self.room, self.max_depth, self.device)
-        # The longest first, so that the prompts of one prefill need little padding. Taken from the end.
+        # Sorted by length, so that the prompts of one prefill need little padding; the longest are taken first.
         self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         self.longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
         self.live: Rows | None = None
@@ -74,13 +73,13 @@ class Decoding:
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
     def _refill(self) -> None:
-        """Admit waiting prompts where at least a quarter of the rows are free."""
+        """Admit waiting prompts if at least a quarter of the rows is free."""
         group, most = self.params.group_size, self.decoder.max_rows
         while self.waiting and (not self.alive or most - self.alive >= max(group, most // 4)):
             self._admit(max(1, (most - self.alive) // group))
 
     def _admit(self, places: int) -> None:
-        """Prefill up to `places` prompts and put their rows after those that live."""
+        """Prefill up to `places` prompts and add their rows after the live ones."""
         rows, caches = ([self.live], [self.cache]) if self.alive and self.live is not None else ([], [])
         if self.drafter and not rows:
             self.drafter.forget()
@@ -91,12 +90,13 @@ class Decoding:
             new, cache = self._prefill([self.waiting.pop() for _ in range(size)])
             rows.append(new)
             caches.append(cache)
-        self.live, self.cache = Rows.concat(rows), _join(caches)
+        self.live = Rows.concat(rows)
+        self.cache = caches[0].join(caches[1:]) if len(caches) > 1 else caches[0]
         self._retire()
 
     def _prefill(self, numbers: Sequence[int]) -> tuple[Rows, Any]:
-        """Read these prompts once; their latents become the prefixes that rows share, and the last hidden state of each
-        gives the first token of its rows."""
+        """Read these prompts once. Their latents become the prefixes that rows share, and the last hidden state of each
+        gives its rows their first tokens."""
         group, prompts = self.params.group_size, [self.prompts[i] for i in numbers]
         lengths = torch.tensor([len(p.token_ids) for p in prompts], device=self.device)
         longest = int(lengths.max())
@@ -126,8 +126,8 @@ class Decoding:
         return rows, cache
 
     def _retire(self) -> None:
-        """Count the rows that ended. They leave when they are an eighth of the batch: moving the caches at every
-        single end would cost more."""
+        """Count the rows that ended. They leave when they are an eighth of the batch, since moving the caches at each
+        end would cost more."""
         live = self.live
         assert live is not None
         live.alive = live.alive & ~self.results.stopped[live.index] & (live.count < self.params.max_completion_tokens)
@@ -143,7 +143,7 @@ class Decoding:
     # ---- one round ----------------------------------------------------------------------------------------------
 
     def forward(self) -> None:
-        """Draft k tokens a row, verify them in one forward of the trunk, and fill the places of rows that ended."""
+        """Draft k tokens for each row, verify them in one forward of the trunk, and refill the places of ended rows."""
         live = self.live
         assert live is not None
         depth = self._depth(live)
@@ -161,7 +161,7 @@ class Decoding:
         self._refill()
 
     def _depth(self, live: Rows) -> int:
-        """How deep to draft now; never deeper than the longest row can still use."""
+        """The depth of the next drafts: at most what the row with the most room can still use."""
         if not self.max_depth:
             return 0
         count = live.count if self.alive == len(live.count) else live.count[live.alive]
@@ -180,7 +180,7 @@ class Decoding:
         confident_RK: Tensor | None,
         noise: Noise,
     ) -> Tensor:
-        """Choose the trunk's tokens and keep those up to the first draft that fails; how many each row kept [R]."""
+        """Choose tokens, keep those up to the first draft that fails, and return how many each row kept [R]."""
         targets, logprobs, accepted = self._choose(logits_RSV, drafts_RK, confident_RK, noise)
         steps = self.steps[: targets.shape[1]]
         kept, stopped, cut = self._until_end(live, targets, accepted)
@@ -245,7 +245,3 @@ class Decoding:
             if end is not None:
                 kept[i], cut[i] = end - count, True
         return torch.tensor(kept, device=self.device), torch.tensor(cut, device=self.device)
-
-
-def _join(caches: Sequence[Any]) -> Any:
-    return caches[0].join(caches[1:]) if len(caches) > 1 else caches[0]

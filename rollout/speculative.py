@@ -1,4 +1,4 @@
-"""Verification of drafts: with noise that is keyed by position, a draft is right exactly when the trunk agrees."""
+"""Verification of drafts: as noise is keyed by position, a draft is right exactly where the trunk chooses the same."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def verify_draft(targets_RS: Tensor, drafts_RK: Tensor) -> Tensor:
-    """How many drafts of each row the trunk accepts: the leading ones that equal its own choice. [R]
+    """How many drafts of each row the trunk accepts [R]: the leading ones that equal its own choice.
 
-    `targets_RS` (S = K + 1) are the trunk's choices in place of each of the K drafts and behind the last one; the token
+    `targets_RS` (S = K + 1) are the trunk's choices in place of each of the K drafts and after the last one. The token
     after the last accepted draft is therefore always the trunk's own (the bonus token).
 
     >>> verify_draft(torch.tensor([[5, 6, 7], [5, 9, 7]]), torch.tensor([[5, 6], [4, 9]]))
@@ -20,7 +20,7 @@ def verify_draft(targets_RS: Tensor, drafts_RK: Tensor) -> Tensor:
 
 
 def confident_drafts(logits_NV: Tensor, temperature: float, margin: float) -> Tensor:
-    """`accept: margin`: whose log p(best) − log p(second best) passes `margin` nats at the temperature. [N]
+    """Which drafts `accept: margin` takes [N]: log p(best) − log p(second best) > `margin` nats at the temperature.
 
     >>> confident_drafts(torch.tensor([[5.0, 1.0, 0.0], [1.0, 0.5, 0.0]]), temperature=1.0, margin=2.0)
     tensor([ True, False])

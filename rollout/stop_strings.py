@@ -1,4 +1,4 @@
-"""Texts that end a completion, as lm-evaluation-harness' `until`. For evaluation and sampling, never for training."""
+"""Texts that end a completion, like `until` of lm-evaluation-harness. They are for evaluation, never for training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class StopStrings:
-    """Where a completion ends that says one of `strings`. A stop string may begin and end inside of tokens.
+    """Finds where a completion contains one of `strings`. A stop string may begin and end inside of tokens.
 
     >>> StopStrings(tokenizer, ["Question:"]).cut("So 4.\\nQuestion: what")
     'So 4.\\n'
@@ -18,11 +18,11 @@ class StopStrings:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
         self.tokenizer, self.strings = tokenizer, strings
-        # A token is a byte or more, a character four bytes at most; some more, for decoding may trim the first token.
+        # A token is at least a byte, and a character at most four. Decoding may trim the first token, hence a few more.
         self.window = 4 * max(map(len, strings)) + 8
 
     def end(self, ids: list[int], known: int) -> int | None:
-        """How many of the tokens it takes until a stop string is complete, or None; the first `known` have none."""
+        """The number of tokens that complete the first stop string, or None. The first `known` tokens have none."""
         if not self._said(ids[max(0, known - self.window) :]):
             return None
         return next((n for n in range(known + 1, len(ids) + 1) if self._said(ids[:n])), None)

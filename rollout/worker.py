@@ -1,4 +1,4 @@
-"""A rollout worker: one engine behind a Ray actor, and how weights travel to it."""
+"""A rollout worker: one engine in a Ray actor, and how weights reach it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PackedWeights = dict[str, tuple[str, list[int], np.ndarray]]
 
 
 def pack(weights: Mapping[str, Tensor]) -> PackedWeights:
-    """Tensors as bytes with type and shape: Ray shares NumPy arrays without copying, and NumPy knows no bfloat16."""
+    """Tensors as bytes with type and shape, since Ray shares NumPy arrays without a copy and NumPy has no bfloat16."""
     return {
         name: (
             str(tensor.dtype).removeprefix("torch."),
@@ -37,17 +37,17 @@ def unpack(packed: PackedWeights) -> dict[str, Tensor]:
 
 
 class Worker:
-    """Samples shards with confirmed weights only. Made a Ray actor by the pool."""
+    """Samples shards, only with weights that it has confirmed. The pool makes it a Ray actor."""
 
     def __init__(self, skeleton: dict[str, bytes], held: str, dtype: str, device: str, threads: int) -> None:
-        """`held`: precision of its copy of the policy, that of the weights to come; `dtype`: that of decoding."""
+        """`held`: precision of its copy of the policy and of the published weights; `dtype`: precision of decoding."""
         torch.set_num_threads(threads)
         policy = Policy.from_skeleton(skeleton, getattr(torch, held)).to(device)
         self.engine = Engine(policy, getattr(torch, dtype))
         self.engine.version = -1
 
     def publish(self, packed: PackedWeights, version: int) -> str:
-        """Take over weights; returns the digest of what arrived (contract 5)."""
+        """Copy weights; returns the digest of what arrived (contract 5)."""
         weights = unpack(packed)
         self.engine.publish(weights, version)
         return digest(weights)

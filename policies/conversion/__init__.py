@@ -1,1 +1,1 @@
-"""From a dense checkpoint of the Llama family to a policy."""
+"""Conversion of a dense checkpoint of the Llama family to a policy."""

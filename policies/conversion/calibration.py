@@ -1,4 +1,4 @@
-"""What a dense model computes with: second moments of the inputs of its attention, and how far back its heads look.
+"""Second moments of the inputs of a dense model's attention, and how far back its heads attend.
 
 L layers, D hidden size, H query heads, J = head_dim / 2 rotary frequencies, T tokens of a window.
 """
@@ -20,12 +20,12 @@ from policies.conversion.supported import dense_shape
 
 @dataclass
 class LayerMoments:
-    """Of the normed input x of one layer's attention, in float64 on the CPU.
+    """Moments of the normed input x of one layer's attention, in float64 on the CPU.
 
     `queries` [D, D] is E[x xᵀ] over all tokens. `keys` [D, D] and `mean` [D] are E[x xᵀ] and E[x] with each token
-    weighed by the attention it gets from all heads: errors of a token that nobody looks at do not matter. `turn`
-    [H, J] is E[e^{iω(n − m)}] over what head h attends to from position m: 1 where the rotation of frequency ω hardly
-    changes over the distances that the head looks back, near 0 where it goes round and round.
+    weighed by the attention that it gets from all heads, since errors of a token without attention do not matter.
+    `turn` [H, J] is E[e^{iω(n − m)}] over what head h attends to from position m: 1 if the rotation of frequency ω
+    hardly changes over the distances at which the head attends, near 0 if it makes many turns.
     """
 
     queries: Tensor

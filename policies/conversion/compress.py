@@ -1,22 +1,22 @@
-"""Dense Llama-family checkpoint -> MLA with a smaller cache: what the exact form caches, projected on fewer numbers.
+"""Dense Llama-family checkpoint -> MLA with a smaller cache: the cache of the exact form, projected to fewer numbers.
 
-The exact form caches a rotary key and a latent of G·d numbers each. Here keys and values of one layer are seen as
-linear functions of its input x, whose moments `calibration.observe` has measured, and R numbers a token are kept:
-a rotary key, a latent shared by values and unrotated keys, and the constants that cancel its norm.
+The exact form caches a rotary key and a latent of G·d numbers each. Keys and values of one layer are linear functions
+of its input x, whose moments `calibration.observe` has measured. Here R numbers are kept for each token: a rotary key,
+a latent shared by values and unrotated keys, and the constants that cancel its norm.
 
 **Rotary keys.** Frequency ω turns the keys of all groups by the same angle, so a complex map across groups commutes
-with it: at each frequency the G complex keys, weighed by the queries that meet them, turn into G uncorrelated
-components (a complex unitary PCA). Components that lose most without rotation keep it.
+with it. At each frequency the G complex keys, weighed by the queries that they are multiplied with, become G
+uncorrelated components (a complex unitary PCA). The components that lose most without rotation keep it.
 
-**The others** lose it: head h meets them turned by the mean angle over the tokens that it attends to, E[e^{iω(n−m)}].
-With the values they form one vector u, of which the latent keeps the r principal components under the metric M of
-what an error costs,
+**The others** lose it: for head h they are turned by the mean angle over the tokens that it attends to,
+E[e^{iω(n−m)}]. With the values they form one vector u. The latent keeps its r principal components under the metric M,
+which is the cost of an error,
 
     E[(u − û)ᵀ M (u − û)],   M = Σ_h  ρ_h E[q_h q_hᵀ] / d   for keys,   Σ_h W_o,hᵀ W_o,h   for values,
 
 in squared units of the attention's output: a logit that is off by ε moves the output of head h by ε times the spread
-of its values, ρ_h = tr(W_o,h Cov(v) W_o,hᵀ). The means of values are carried exactly, by a constant latent; those of
-unrotated keys shift all logits of a query alike, which softmax does not see.
+of its values, ρ_h = tr(W_o,h Cov(v) W_o,hᵀ). A constant latent keeps the means of values exactly. The means of
+unrotated keys shift all logits of a query alike, which does not change the softmax.
 
 G KV groups, H query heads, J = d/2 frequencies, C rotary and N unrotated components, r latents.
 """
@@ -37,14 +37,14 @@ from policies.conversion.dense import NUM_CONSTANTS, assemble, check_dense, cons
 from policies.conversion.supported import dense_shape
 
 SMALLEST_RANK = 2 + 1 + NUM_CONSTANTS
-SPLITS = 8  # how many sizes of the rotary key are tried
+SPLITS = 8  # the number of sizes of the rotary key that are tried
 RIDGE = 1e-9
 
 
 @dataclass(frozen=True)
 class Split:
-    """`rotary` [C, 2]: (frequency, rank of the component) of each rotary pair; `latents`: r; `error`: predicted, as
-    a share of what attention computes."""
+    """`rotary` [C, 2]: (frequency, rank of the component) of each rotary pair; `latents`: r; `error`: the predicted
+    error as a share of what attention computes."""
 
     rotary: Tensor
     latents: int
@@ -52,7 +52,7 @@ class Split:
 
 
 class _Layer:
-    """One dense layer's attention in float64, its keys turned into uncorrelated components at each frequency."""
+    """One dense layer's attention in float64, with its keys as uncorrelated components at each frequency."""
 
     def __init__(self, attention: Any, config: PreTrainedConfig, moments: LayerMoments, rope_scale: float) -> None:
         heads, groups, d = dense_shape(config)
@@ -89,7 +89,7 @@ class _Layer:
         self._weigh(out_HDd)
 
     def _weigh(self, out_HDd: Tensor) -> None:
-        """u = all components, real then imaginary parts, then values, as a map of x; Cov(u), and the metric M."""
+        """u = all components (real, then imaginary parts) and then the values, as a map of x; Cov(u); the metric M."""
         frequencies = self.queries.shape[1]
         keys = self.components.flatten(0, 1)
         self.u = torch.cat([keys.real, keys.imag, self.values])
@@ -137,7 +137,7 @@ class _Layer:
         plain = self.queries[:, nope] * (keep * rope_scale**2)  # [H, F, D]
         queries = torch.cat([plain.real, plain.imag, rotary_queries], dim=1)
 
-        # Head h meets unrotated component i, of frequency f(i), with q_f · z_i: its key at f is Σ_i conj(z_i) a_i.
+        # Head h multiplies unrotated component i, of frequency f(i), by q_f · z_i: its key at f is Σ_i conj(z_i) a_i.
         turned = self.turned[unrotated[:, 0], :, unrotated[:, 1]]  # [N, H]
         at = torch.zeros(len(nope), len(unrotated), dtype=torch.complex128)
         at[[nope.index(f) for f in unrotated[:, 0].tolist()], range(len(unrotated))] = 1
@@ -169,10 +169,10 @@ class _Layer:
 def compress(
     model: PreTrainedModel, moments: Sequence[LayerMoments], rank: int, rotary: int | None = None
 ) -> tuple[DeepseekV3ForCausalLM, Split]:
-    """The dense `model` as MLA that caches `rank` numbers a token and layer, its exact form 2·G·d + 4.
+    """The dense `model` as MLA that caches `rank` numbers for each token and layer; its exact form caches 2·G·d + 4.
 
-    `rotary`: the size of the rotary key; by default that of the least predicted error. Raises ValueError for sizes out
-    of range and `UnsupportedCheckpoint` for a model that has no exact form either.
+    `rotary` is the size of the rotary key, by default that of the least predicted error. Raises ValueError for sizes
+    out of range and `UnsupportedCheckpoint` for a model that has no exact form either.
     """
     check_dense(model)
     check_sizes(model.config, rank, rotary)
@@ -190,7 +190,7 @@ def compress(
 
 
 def exact_rank(config: PreTrainedConfig) -> int:
-    """Numbers that the exact form caches a token and layer."""
+    """The count of numbers that the exact form caches for each token and layer."""
     _, groups, head_dim = dense_shape(config)
     return 2 * groups * head_dim + NUM_CONSTANTS
 
@@ -209,7 +209,7 @@ def check_sizes(config: PreTrainedConfig, rank: int, rotary: int | None = None) 
 
 
 def choose_split(layers: Sequence[_Layer], rank: int, rotary: int | None = None) -> Split:
-    """What of `rank` goes to the rotary key: the split of the least error over all layers."""
+    """How much of `rank` is for the rotary key: the split with the least error over all layers."""
     loss = torch.stack([layer.loss / layer.total for layer in layers]).mean(0)  # [J, G]
     ranked = loss.flatten().argsort(descending=True)
     budget = rank - NUM_CONSTANTS

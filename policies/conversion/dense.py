@@ -1,33 +1,33 @@
 """Dense Llama-family checkpoint -> multi-head latent attention (MLA), exact at initialisation.
 
-The result is a *stock* transformers `DeepseekV3ForCausalLM`: none of our code is needed to load or run it.
+The result is a *stock* transformers `DeepseekV3ForCausalLM`, which loads and runs without our code.
 The dense model has n query heads, G key/value heads (KV groups) and head dimension d; let R = G·d.
 
 **Keys.** MLA has one rotary key, shared by all heads. It becomes the G dense keys side by side (rope
 dimension R, `qk_nope_head_dim=0`). A query head fills its own group's block and is zero elsewhere, so q·k is
-the dense product. DeepSeek scales scores by R^-½ where Llama uses d^-½; the query takes up √(R/d) = √G.
+the dense product. DeepSeek scales scores by R^-½ and Llama by d^-½, so the query is multiplied by √(R/d) = √G.
 
 **Rotation.** Llama rotates the pair (j, j + d/2) of a head at frequency ω_j; DeepSeek rotates the neighbours
 (2p, 2p + 1) of its key at θ^(-2p/R). Pair p = g·d/2 + j takes its two rows from (j, j + d/2) of group g. To
 repeat the same ω_j in every group, `rope_type="longrope"` divides each frequency by a factor of its own:
-1/(factor_p · θ^(2p/R)). With θ = 1 the factor is simply 1/ω_j, and ω_j comes back with the same bits (one
-bit off at most where the dense model scales its frequencies). Short and long factors are equal, so the length
-of the context changes nothing.
+1/(factor_p · θ^(2p/R)). With θ = 1 the factor is simply 1/ω_j, which gives ω_j back with the same bits (at most
+one bit off if the dense model scales its frequencies). Short and long factors are equal, so the length of the
+context changes nothing.
 
-**Values.** The latent is W_v x itself, R numbers; `kv_b_proj` hands each head its group's block.
+**Values.** The latent is W_v x itself, R numbers; `kv_b_proj` gives each head its group's block.
 
 **Cancelling the latent's RMSNorm.** The norm divides by the root of the latent's mean square, which differs
-from token to token. Four constant latents (zero rows in the weight, B_i in the bias) drown the difference.
-Choose ΣB_i² = (R + 4)·w²; then
+from token to token. Four constant latents (zero rows in the weight, B_i in the bias) make the difference
+negligible. Choose ΣB_i² = (R + 4)·w²; then
 
     mean square = (‖v‖² + ΣB_i²) / (R + 4) = w² · (1 + ‖v‖² / ((R + 4)·w²))
 
 and a norm weight of w on the data and 0 on the constants gives v back, with relative error
 ‖v‖² / (2(R + 4)w²). Every integer is a sum of four squares (Lagrange), so B_i = w·a_i with
-a_1² + … + a_4² = R + 4 is exact even in bfloat16 (R = 192: 196 = 7² + 7² + 7² + 7²). Training must leave the
-norm and the bias alone, weight decay included: `frozen_parameter_names`.
+a_1² + … + a_4² = R + 4 is exact even in bfloat16 (R = 192: 196 = 7² + 7² + 7² + 7²). Training must not change
+the norm and the bias, not even by weight decay; see `frozen_parameter_names`.
 
-Cost: the cache holds 2R + 4 numbers a token (dense: 2R); `q_proj` grows G-fold, mostly zeros.
+Cost: the cache holds 2R + 4 numbers for each token (dense: 2R); `q_proj` grows G-fold, mostly zeros.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from policies.conversion.supported import UnsupportedCheckpoint, check_convertib
 from policies.layout import find_file
 from policies.policy import Policy, read_config
 
-# A power of two keeps w·a_i exact. At 2^11 the norm's error drowns in float32 rounding, at 2^9 not quite.
+# A power of two keeps w·a_i exact. At 2^11 the norm's error is below float32 rounding, at 2^9 not quite.
 NORM_WEIGHT = 2.0**11
 NUM_CONSTANTS = 4
 SHARED_FIELDS = (
@@ -81,8 +81,8 @@ PARITY_TEXTS = (
 def convert_dense(model: PreTrainedModel) -> DeepseekV3ForCausalLM:
     """The same function of the tokens as `model`, as MLA with a dense feed-forward in every layer.
 
-    float32 in, float32 out, on the same device, in eval mode; `model` is left as it is. Raises
-    `UnsupportedCheckpoint` where the result would not be exact.
+    The result is in float32 like `model`, on the same device and in eval mode; `model` does not change. Raises
+    `UnsupportedCheckpoint` if the result would not be exact.
     """
     check_dense(model)
     _, groups, head_dim = dense_shape(model.config)
@@ -94,22 +94,22 @@ def convert_dense(model: PreTrainedModel) -> DeepseekV3ForCausalLM:
 
 
 def check_dense(model: PreTrainedModel) -> None:
-    """Raises `UnsupportedCheckpoint` unless `model` is a plain float32 causal LM that can be carried over exactly."""
+    """Raises `UnsupportedCheckpoint` unless `model` is a plain float32 causal LM that can be converted exactly."""
     check_convertible(model.config)
     if not isinstance(model, LlamaForCausalLM | MistralForCausalLM):
         kind, why = type(model).__name__, "only a plain causal LM has the expected parameters"
         raise UnsupportedCheckpoint("type(model)", kind, why, "merge adapters and unwrap it first")
     for name, tensor in model.state_dict().items():
         if tensor.dtype != torch.float32:
-            why, way_out = "rearranged weights are rounded once more", "load it with dtype=torch.float32"
+            why, way_out = "rearranged weights would be rounded again", "load it with dtype=torch.float32"
             raise UnsupportedCheckpoint(f"{name}.dtype", tensor.dtype, why, way_out)
 
 
 def frozen_parameter_names(config: PreTrainedConfig) -> list[str]:
-    """Names of the parameters that training must leave alone; none for a model that was not converted.
+    """Names of the parameters that training must not change; empty for a model that was not converted.
 
-    PEFT and other wrappers put a prefix before a name, so compare with `name.endswith(...)`. The last of a layer
-    is the name of the bias inside a LoRA adapter.
+    PEFT and other wrappers put a prefix before a name, so compare with `name.endswith(...)`. The last name of each
+    layer is that of the bias inside a LoRA adapter.
 
     >>> frozen_parameter_names(DeepseekV3Config(num_hidden_layers=1, quartet_exact_mla=True))[:2]
     ['model.layers.0.self_attn.kv_a_layernorm.weight', 'model.layers.0.self_attn.kv_a_proj_with_mqa.bias']
@@ -125,11 +125,11 @@ def frozen_parameter_names(config: PreTrainedConfig) -> list[str]:
 
 
 def convert_checkpoint(source: str, destination: str | Path, *, prompts: list[str] | None = None) -> ParityReport:
-    """Converts the checkpoint `source` (a folder or hub id) into the folder `destination`, and proves it.
+    """Converts the checkpoint `source` (a folder or hub id) into the folder `destination`, and checks the result.
 
     The saved files are loaded again and compared with the source on `prompts` (default: three short texts)
-    before the folder gets its name; on any failure it does not appear. It holds safetensors, config,
-    generation config, tokenizer, chat template and licence: a plain `AutoModelForCausalLM` loads it.
+    before the folder gets its name; after any failure there is no such folder. It holds safetensors, config,
+    generation config, tokenizer, chat template and licence, and a plain `AutoModelForCausalLM` loads it.
 
     Raises `FileExistsError` for a destination that is not empty, `PolicyError` for a source that is damaged,
     `UnsupportedCheckpoint` and `ParityFailed`.
@@ -150,7 +150,7 @@ def load_dense(source: str) -> Policy:
 
 @contextmanager
 def new_folder(destination: str | Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `destination` at the end of the block; if it raises, nothing does."""
+    """A folder to write into, which becomes `destination` at the end of the block, unless the block raises."""
     destination = Path(destination)
     taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
     if taken or destination.is_symlink():
@@ -186,13 +186,13 @@ def require_parity(report: ParityReport, source: str, destination: str | Path) -
 
 def dense_rotary(model: Any) -> tuple[Tensor, float]:
     """Frequencies [head_dim / 2] of a dense model, and its factor on cos and sin."""
-    rotary = type(model.model.rotary_emb)(model.config)  # anew: a cast of the model casts its frequencies as well
+    rotary = type(model.model.rotary_emb)(model.config)  # casting a model casts its frequencies too
     return rotary.inv_freq, float(rotary.attention_scaling)
 
 
 def mla_config(model: Any, frequencies: Tensor, latents: int, unrotated: int = 0) -> DeepseekV3Config:
-    """Of the MLA form of the dense `model`: a rotary key of these `frequencies`, one for each pair, `latents` beside
-    the constants, `unrotated` dimensions of a query that meet the latent, and the model's own factor on cos and sin."""
+    """The configuration of the MLA form of the dense `model`: a rotary key with these `frequencies`, one for each pair,
+    `latents` beside the constants, and `unrotated` dimensions of a query for the latent."""
     dense = model.config
     heads, _, head_dim = dense_shape(dense)
     factors = (1 / frequencies.double()).tolist()
@@ -233,7 +233,7 @@ def mla_config(model: Any, frequencies: Tensor, latents: int, unrotated: int = 0
 def assemble(
     model: PreTrainedModel, config: DeepseekV3Config, attention: Iterable[Mapping[str, Tensor]]
 ) -> DeepseekV3ForCausalLM:
-    """The MLA form of the dense `model`: these weights in the attention of each layer, its own everywhere else."""
+    """The MLA form of the dense `model`, with these weights in the attention of each layer and its own elsewhere."""
     state = model.state_dict()
     for layer, weights in enumerate(attention):
         prefix = f"model.layers.{layer}.self_attn."
@@ -250,8 +250,8 @@ def assemble(
 
 
 def constants(latents: int) -> tuple[Tensor, float]:
-    """(biases of the constants [4], weight of the norm): beside them, `latents` numbers pass the latent norm as
-    they are."""
+    """(biases of the constants [4], weight of the norm) with which the norm leaves `latents` other numbers as they
+    are."""
     return NORM_WEIGHT * torch.tensor(_four_squares(latents + NUM_CONSTANTS), dtype=torch.float64), NORM_WEIGHT
 
 

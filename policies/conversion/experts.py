@@ -1,12 +1,12 @@
-"""Dense feed-forward -> mixture of experts that computes the same, with a router that learns from the first step.
+"""Dense feed-forward -> mixture of experts that computes the same, whose router learns from the first step.
 
 A SwiGLU layer is a sum over its hidden units, so it splits into shards: the first few become the shared expert, the
 other k the routed ones. Every expert group gets a copy of all k. Router rows are equal inside a group; with
-`topk_group=1` and `num_experts_per_tok=k` a token meets one group, all of it, each expert with the same score. The
-normalised weights are then 1/k, and `routed_scaling_factor=k` makes them 1: the dense sum, whichever group wins.
+`topk_group=1` and `num_experts_per_tok=k` a token uses all of one group, each expert with the same score. The
+normalised weights are then 1/k, and `routed_scaling_factor=k` makes them 1, which gives the dense sum for any group.
 
 The gradient of a router row is not zero: more weight on one shard is less on the others, and their outputs differ.
-Shards cost what the dense layer cost; parameters grow by the copies. Copies start equal; noise lets them part.
+Shards cost as much as the dense layer; parameters grow by the copies. The copies start equal; noise separates them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from transformers.initialization import no_init_weights
 
 from policies.conversion.supported import UnsupportedCheckpoint
 
-ROW_MULTIPLE = 8  # torch's grouped_mm wants rows of 16 bytes, in bf16 too
+ROW_MULTIPLE = 8  # torch's grouped_mm needs rows of a multiple of 16 bytes, in bf16 too
 
 
 @dataclass(frozen=True)
 class ExpertShards:
-    """How a feed-forward is cut: shards of intermediate_size / (shared_experts + experts_per_group) units, in
-    `expert_groups` copies; the first `dense_layers` stay as they are."""
+    """How a feed-forward is cut: into shards of intermediate_size / (shared_experts + experts_per_group) units, with
+    `expert_groups` copies. The first `dense_layers` stay as they are."""
 
     shared_experts: int = 2
     experts_per_group: int = 2
@@ -39,7 +39,7 @@ class ExpertShards:
         return self.shared_experts + self.experts_per_group
 
     def check(self, config: PreTrainedConfig) -> None:
-        """Raises ValueError naming what does not fit the dense model of this `config`."""
+        """Raises ValueError, which names what does not fit the dense model of this `config`."""
         for name, least, why in (
             ("shared_experts", 1, "every MoE layer of DeepSeek-V3 has a shared expert"),
             ("experts_per_group", 2, "the router scores a group by its two best experts"),
@@ -75,7 +75,7 @@ class ExpertShards:
 
 @torch.no_grad()
 def shard_feed_forward(model: DeepseekV3ForCausalLM, shape: ExpertShards, seed: int = 0) -> DeepseekV3ForCausalLM:
-    """The same function of the tokens as `model`, whose layers are all dense, with experts behind
+    """The same function of the tokens as `model`, whose layers are all dense, with experts after the first
     `shape.dense_layers`. `seed` fixes the router. Raises as `ExpertShards.check` does."""
     shape.check(model.config)
     k, groups = shape.experts_per_group, shape.expert_groups
@@ -114,7 +114,7 @@ def shard_feed_forward(model: DeepseekV3ForCausalLM, shape: ExpertShards, seed: 
 
 @torch.no_grad()
 def add_noise(model: DeepseekV3ForCausalLM, noise: float, seed: int = 0) -> None:
-    """Lets the copies of each shard part: normal noise of `noise` times the root mean square of each expert tensor."""
+    """Separates the copies of each shard by normal noise, `noise` times the root mean square of an expert tensor."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:

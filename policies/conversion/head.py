@@ -1,8 +1,8 @@
-"""A draft head for a trunk that has none: it starts as the trunk's last layer, and drafts before any training.
+"""A draft head for a trunk that has none. It starts as the trunk's last layer and can draft before any training.
 
-The last layer turns the residual stream x_n into what predicts token n + 1. A head has no x_n; it has the embedding of
-token n and the hidden state before it. `eh_proj` is the linear map of these two that comes nearest to x_n on given text
-(ridge regression, each token weighed by 1 / |x_n|², since the layer norms its input).
+The last layer turns the residual stream x_n into what predicts token n + 1. A head does not have x_n, but the embedding
+of token n and the hidden state before it. `eh_proj` is the linear map of these two that is nearest to x_n on given text
+(ridge regression with each token weighed by 1 / |x_n|², since the layer norms its input).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RIDGE = 1e-3  # of the mean diagonal
 def start_head(
     trunk: DeepseekV3ForCausalLM, windows: Sequence[Tensor], on_window: Callable[[], None] = lambda: None
 ) -> MTPHead:
-    """A head of `trunk`, fitted on `windows`, token ids [T] each, T ≥ 2; nothing in it is random."""
+    """A head of `trunk`, fitted on `windows`, token ids [T] each, T ≥ 2. Nothing in it is random."""
     with torch.random.fork_rng(devices=[]):
         head = MTPHead(trunk.config).to(trunk.device)
     last = trunk.model.layers[-1]
@@ -60,9 +60,9 @@ def start_head(
 def self_written(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int = 40, length: int = 128, seed: int = 0
 ) -> list[Tensor]:
-    """Text that `model` samples from nothing, `rows` of `length` tokens [T]: where no other text is given.
+    """Text that `model` samples after a start token, `rows` of `length` tokens [T], for use when no text is given.
 
-    Raises ValueError for a tokenizer that names no token to start from.
+    Raises ValueError if the tokenizer has no token to start from.
     """
     start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
     if start is None:
@@ -78,7 +78,7 @@ def self_written(
 
 @torch.no_grad()
 def draft_agreement(policy: Policy, windows: Sequence[Tensor]) -> float:
-    """The share of tokens whose first draft is the policy's own first choice, each window [T] read once."""
+    """The share of tokens whose first draft is the policy's own first choice. Each window [T] is read once."""
     assert policy.mtp is not None
     agreed = total = 0
     for window in windows:
@@ -87,7 +87,7 @@ def draft_agreement(policy: Policy, windows: Sequence[Tensor]) -> float:
         visible = torch.ones(1, len(window), len(window), dtype=torch.bool, device=policy.device).tril()
         hidden = policy.hidden(ids, positions, visible)
         before = F.pad(hidden, (0, 0, 1, 0))[:, :-1]
-        visible[..., 0] = False  # nothing precedes the first token: it has no entry
+        visible[..., 0] = False  # the first token has no entry, since nothing precedes it
         visible[:, 0, 0] = True
         (drafts,) = policy.unroll(before, ids, positions, visible, depth=1)
         agree = F.linear(drafts, policy.lm_head).argmax(-1) == F.linear(hidden, policy.lm_head).argmax(-1)

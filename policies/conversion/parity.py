@@ -1,4 +1,4 @@
-"""Does a converted model compute what its source does, and if not, how near is it? Logits, KL, text, perplexity."""
+"""How near a converted model is to its source, by logits, KL, text and perplexity."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 
 
 class ParityFailed(RuntimeError):
-    """The converted model does not compute what the dense one does. Nothing was published."""
+    """The converted model does not compute what the dense one does. No folder was written."""
 
 
 @dataclass(frozen=True)
 class ParityReport:
     """How far a converted model is from its dense source.
 
-    `max_logit_difference` and `max_logit` are absolute values, `kl_mean` is KL(dense ‖ converted) in nats a
-    token, `top1_agreement` a share in [0, 1], `greedy_identical` compares the continuations of every prompt.
+    `max_logit_difference` and `max_logit` are absolute values, `kl_mean` is KL(dense ‖ converted) in nats per token,
+    `top1_agreement` is a share in [0, 1], and `greedy_identical` compares the continuations of every prompt.
     """
 
     max_logit_difference: float
@@ -59,7 +59,7 @@ def parity(
     token_ids: Tensor | Sequence[Tensor],
     new_tokens: int = 32,
 ) -> ParityReport:
-    """Compares the logits at every position of the prompts, and greedy continuations of `new_tokens` tokens.
+    """Compares the logits at every position of the prompts and greedy continuations of `new_tokens` tokens.
 
     `token_ids` is [B, L] without padding, or a list of [L_i]. Both models are in eval mode.
     """
@@ -86,10 +86,10 @@ def parity(
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What is left of a dense model in one that was compressed, on text that neither was fitted to.
+    """How near a compressed model is to the dense one, on text to which neither was fitted.
 
-    `kl_mean` is KL(dense ‖ compressed) in nats a token, `top1_agreement` a share in [0, 1]; the perplexities are those
-    of the text itself, the first token of each window left out.
+    `kl_mean` is KL(dense ‖ compressed) in nats per token, and `top1_agreement` a share in [0, 1]. The perplexities are
+    those of the text itself, without the first token of each window.
     """
 
     kl_mean: float

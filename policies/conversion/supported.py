@@ -1,4 +1,4 @@
-"""Which dense checkpoints can be carried over to DeepSeek-V3 exactly, and why the others cannot."""
+"""Which dense checkpoints can be converted to DeepSeek-V3 exactly, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ REFUSED_FAMILIES = {
     "qwen2": "its q_proj, k_proj and v_proj have biases, and MLA's query has none",
     "qwen3": "it normalises each query and key head (q_norm, k_norm), and MLA does not",
     "smollm3": "some of its layers have no rotary embedding, and MLA rotates in every layer",
-    "deepseek_v3": "it is MLA already, and `--rank` compresses dense checkpoints alone",
+    "deepseek_v3": "it is MLA already, and `--rank` compresses only dense checkpoints",
 }
 
 
 class UnsupportedCheckpoint(ValueError):
-    """The checkpoint cannot be carried over exactly: names the field, its value, why, and what would work.
+    """The checkpoint cannot be converted exactly. The message names the field, its value, why, and what would work.
 
     >>> str(UnsupportedCheckpoint("mlp_bias", True, "the feed-forward has no biases", "use False"))
     'mlp_bias=True cannot be carried over exactly: the feed-forward has no biases; use False'
@@ -61,7 +61,7 @@ def check_convertible(config: PreTrainedConfig) -> None:
 
 
 def _check_rope(rope: dict[str, Any], need: Any) -> None:
-    """Any fixed list of frequencies can be carried, and so can a fixed factor on cos and sin."""
+    """Any fixed list of frequencies can be converted, and so can a fixed factor on cos and sin."""
     kind, share = rope.get("rope_type", rope), rope.get("partial_rotary_factor") or 1.0
     fixed = kind in STATIC_ROPE_TYPES or (kind == "longrope" and rope["short_factor"] == rope["long_factor"])
     why, static = "its frequencies change with the length of the text", ", ".join(STATIC_ROPE_TYPES)

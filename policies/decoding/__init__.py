@@ -1,1 +1,1 @@
-"""A policy laid out for decoding: absorbed attention over a latent cache."""
+"""A policy in the form that decodes: absorbed attention over a latent cache."""

@@ -1,8 +1,8 @@
 """Absorbed MLA: decoding over the latent cache as attention with one key/value head (DeepSeek-V2, section 2.1.2).
 
 `kv_b_proj` expands a latent c into keys W_uk c and values W_uv c of every head. Since q·(W_uk c) = (W_ukᵀ q)·c, and the
-attended value is W_uv (Σ p c), neither is ever expanded: queries move into the latent space and only the result leaves
-it. Everything here is derived from a policy's weights and is rebuilt whenever they change (contract 5).
+attended value is W_uv (Σ p c), neither needs to be expanded: queries are mapped into the latent space, and only the
+result is mapped back. Everything here is derived from a policy's weights and is rebuilt when they change (contract 5).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from policies.decoding.linear import FixedLinear
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding over halves: pairs are (x[i], x[i + d/2]). `cos`, `sin` are those of `RotaryTable`."""
+    """Rotary embedding of the pairs (x[i], x[i + d/2]). `cos` and `sin` are those of `RotaryTable`."""
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
 
 
 class RotaryTable:
-    """[cos | cos] and [-sin | sin] of every position [T, rope], made by the policy's own rotary module once."""
+    """[cos | cos] and [-sin | sin] of every position [T, rope], computed once by the policy's own rotary module."""
 
     def __init__(self, rotary: torch.nn.Module, length: int, dtype: torch.dtype, device: torch.device) -> None:
         positions = torch.arange(length, device=device)[None]
@@ -63,13 +63,13 @@ class AbsorbedBlock:
         last = attention.q_proj if attention.q_lora_rank is None else attention.q_b_proj
         query = last.weight.detach().float().view(heads, nope + self.rope, -1) * attention.scaling
         if self.config.rope_interleave:
-            # Pairs (2i, 2i+1) become (i, i + d/2): the same rotation, without strided reads at every step.
+            # Pairs (2i, 2i+1) become (i, i + d/2), which is the same rotation without strided reads at every step.
             halves = torch.cat([torch.arange(0, self.rope, 2), torch.arange(1, self.rope, 2)])
             query = torch.cat([query[:, :nope], query[:, nope:][:, halves]], dim=1)
             kv_weight = torch.cat([kv_weight[:rank], kv_weight[rank:][halves]])
             if kv_bias is not None:
                 kv_bias = torch.cat([kv_bias[:rank], kv_bias[rank:][halves]])
-        # Folding W_uk into the query projection saves an operation and costs FLOPs; likewise W_uv and o_proj.
+        # Folding W_uk into the query projection saves an operation but costs FLOPs; so does folding W_uv into o_proj.
         width = query.shape[-1]
         self.up_key = up_key.to(dtype) if nope else None
         if nope and rank * width <= 1.5 * nope * (width + rank):
@@ -113,7 +113,7 @@ class AbsorbedBlock:
         self.dense_down = FixedLinear(dense.down_proj.weight.detach().to(dtype))
 
     def __call__(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache, layer: int) -> Tensor:
-        """[B, S, D] -> [B, S, D]; appends S vectors a row to the planned cache. `rope`: cos, sin [B, S, rope]."""
+        """[B, S, D] -> [B, S, D]. Appends S vectors to each row of the planned cache. `rope`: cos, sin [B, S, rope]."""
         cos, sin = rope
         batch, new, hidden = x_BSD.shape
         h = F.rms_norm(x_BSD, (hidden,), self.input_norm, self.eps)
@@ -152,7 +152,7 @@ class AbsorbedBlock:
 
 
 class AbsorbedTrunk:
-    """The whole trunk for decoding. `policy.trunk` must carry plain weights (adapters already merged)."""
+    """The whole trunk for decoding. Adapters of `trunk` must be merged already."""
 
     def __init__(self, trunk: torch.nn.Module, dtype: torch.dtype, length: int) -> None:
         config, model = trunk.config, trunk.model

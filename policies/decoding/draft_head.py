@@ -13,10 +13,10 @@ from policies.mtp import MTPHead
 
 
 class AbsorbedHead:
-    """The head for drafting: plain tensors and the absorbed block, derived anew at each publication."""
+    """The head for drafting: plain tensors and the absorbed block, which each publication derives again."""
 
     def __init__(self, head: MTPHead, trunk: AbsorbedTrunk, draft_ids: Tensor | None = None) -> None:
-        """`draft_ids` [K], ascending: the tokens that `logits` are of; None: all."""
+        """`draft_ids` [K], ascending: the tokens that have `logits`; None: all."""
         dtype = trunk.dtype
         self.trunk, self.config = trunk, head.config
         self.enorm = head.enorm.weight.detach().to(dtype)

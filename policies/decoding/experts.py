@@ -1,4 +1,4 @@
-"""Mixture of experts as it decodes: routing, and one grouped product for the experts of all tokens."""
+"""Mixture of experts for decoding: routing, and grouped products for the experts of all tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import DeepseekV3Config
 
 
 def route(router_logits_NE: Tensor, bias_E: Tensor, config: DeepseekV3Config) -> tuple[Tensor, Tensor]:
-    """Sigmoid router of DeepSeek-V3 (eq. 12–16): choose by score + bias, weigh by score.
+    """Sigmoid router of DeepSeek-V3 (eq. 12–16): it chooses by score + bias and weighs by score.
 
     An expert group's score is the sum of its two best experts. Returns (weights, experts), both [N, k].
     """
@@ -28,7 +28,7 @@ def route(router_logits_NE: Tensor, bias_E: Tensor, config: DeepseekV3Config) ->
 
 
 def run_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Σ_k weight · Expert_k(x): tokens sorted by expert, two grouped matrix products, summed back. Returns [N, D]."""
+    """Σ_k weight · Expert_k(x) [N, D], by two grouped matrix products over the tokens sorted by expert."""
     top_k = experts_Nk.shape[1]
     sorted_experts, order = experts_Nk.flatten().sort(stable=True)
     ends = torch.searchsorted(

@@ -1,4 +1,4 @@
-"""The MLA latent cache of a batch of rows: append, roll back, and one shared copy of every prompt.
+"""The MLA latent cache of a batch of rows, with appending, rollback and one shared copy of every prompt.
 
 Each cached token is one vector `[latent (kv_lora_rank) | rotated key (qk_rope_head_dim)]`, the same for all heads.
 Axes: L layers, R rows, S new tokens a row, H heads, P prompts, E width of a cached vector, V its latent part.
@@ -19,15 +19,15 @@ from torch import Tensor
 
 @dataclass
 class Prefix:
-    """Latents of P prompts, stored once and attended by every row that descends from them."""
+    """Latents of P prompts, which are stored once and attended to by all rows that continue them."""
 
     latents_LPTE: Tensor
     lengths_P: Tensor
     row_prompt_R: Tensor
 
     def __post_init__(self) -> None:
-        # Rows of one prompt lie next to each other. Where prompts have unequal numbers of live rows, each gets
-        # `widest` slots, so that one batched matrix product serves all rows of a prompt together.
+        # Rows of one prompt are next to each other. If prompts have unequal numbers of live rows, each gets `widest`
+        # slots, so that one batched matrix product serves all rows of a prompt together.
         counts_P = torch.bincount(self.row_prompt_R, minlength=len(self.lengths_P))
         first_P = counts_P.cumsum(0) - counts_P
         self.widest = int(counts_P.max())
@@ -37,7 +37,7 @@ class Prefix:
         self._mask: tuple[int, Tensor] | None = None
 
     def mask_P1T(self, first: int) -> Tensor:
-        """-inf at the entries of a prompt that its rows may not attend to: those before `first`, and padding."""
+        """-inf at the entries of a prompt to which its rows may not attend: those before `first`, and padding."""
         if self._mask is None or self._mask[0] != first:
             columns = torch.arange(self.latents_LPTE.shape[2], device=self.lengths_P.device)
             visible_PT = (columns < self.lengths_P[:, None]) & (columns >= first)
@@ -77,11 +77,11 @@ class Prefix:
 
 
 class LatentCache:
-    """A preallocated cache. `plan(S)` opens room for S tokens a row, the layers `attend`, and `advance(n)` keeps the
-    first n of them; whatever lies behind a row's length is overwritten by the next plan, so a rollback is free.
+    """A preallocated cache. `plan(S)` makes room for S tokens in each row, the layers `attend`, and `advance(n)` keeps
+    the first n of them. The next plan overwrites what comes after a row's length, so a rollback costs nothing.
 
-    Every layer has a tensor of its own: where all are copied, no more than one exists twice.
-    `first` hides the first entries of every prompt: an MTP head has no entry for a prompt's first token.
+    Every layer has a tensor of its own, so that only one at a time exists twice while all are copied.
+    `first` hides the first entries of every prompt, since an MTP head has no entry for a prompt's first token.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class LatentCache:
         prefix: Prefix | None = None,
         first: int = 0,
     ) -> None:
-        zeros = torch.zeros if prefix is None else _room  # a cache of prompts is filled at once
+        zeros = torch.zeros if prefix is None else _room  # the cache of prompts is filled at once
         shape = rows, capacity, width
         self.layers_RTE = [zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.lengths_R = torch.zeros(rows, dtype=torch.long, device=device)
@@ -115,7 +115,7 @@ class LatentCache:
 
     def fan_out(self, group_size: int, capacity: int, longest_prompt: int = 0) -> LatentCache:
         """A new cache in which every row of this one is the shared prefix of `group_size` empty rows with room for
-        `capacity` tokens. A group of one goes on in its prompt's own row, `longest_prompt` + `capacity` long."""
+        `capacity` tokens. A group of one continues in its prompt's own row, `longest_prompt` + `capacity` long."""
         prompts, _, width = self.layers_RTE[0].shape
         longest = int(self.lengths_R.max())
         if group_size == 1:
@@ -136,16 +136,15 @@ class LatentCache:
         )
 
     def plan(self, new: int) -> None:
-        """Make room for `new` tokens a row after each row's own length and fix who may attend to whom.
+        """Make room for `new` tokens after each row's own length, and compute the masks.
 
-        A row may be given more tokens than it has room for, where rows of a batch have ended or are about to, and
-        others still read many. What passes its room goes to its last entry, never into the next row; that entry must
-        hold nothing that the row keeps.
+        A row may get more tokens than it has room for, if it has ended or is about to while others still read many.
+        Those past its room go to its last entry and never into the next row, so the row must not keep that entry.
         """
         device = self.lengths_R.device
         steps_S = torch.arange(new, device=device)
         at_RS = (self.lengths_R[:, None] + steps_S).clamp(max=self.capacity - 1)
-        # In steps of sixteen: temporary tensors that grow with every token leave a gap in the heap with every token.
+        # In steps of sixteen: temporary tensors that grow with every token leave gaps in the heap.
         self._reach = min(self.capacity, -(-(int(self.lengths_R.max()) + new) // 16) * 16)
         self._flat = (torch.arange(self.rows, device=device)[:, None] * self.capacity + at_RS).reshape(-1)
         columns = torch.arange(self._reach, device=device)
@@ -153,13 +152,13 @@ class LatentCache:
         if self.prefix is None and self.first:
             visible &= (columns >= self.first) | (columns == at_RS[..., None])
         self._mask_RST = _mask(visible, self.layers_RTE[0].dtype)
-        self._mask_RNT: Tensor | None = None  # the same for every head, made when their number is known
+        self._mask_RNT: Tensor | None = None  # the same for every head; made when their number is known
 
     def attend(self, layer: int, query_RSHK: Tensor, new_RSE: Tensor) -> Tensor:
         """Append the new tokens' vectors and attend; returns the attended latents [R, S, H, V].
 
-        The key of a cached vector is its last K entries: the whole vector, or its rotated part alone where the
-        policy has no unrotated key. The query already carries the softmax scale.
+        The key of a cached vector is its last K entries: the whole vector, or only its rotated part if the policy has
+        no unrotated key. The query includes the softmax scale already.
         """
         rows, new, heads, key_width = query_RSHK.shape
         own = self.layers_RTE[layer]
@@ -171,7 +170,7 @@ class LatentCache:
         if self.prefix is not None:
             latents, mask = self.prefix.latents_LPTE[layer], self.prefix.mask_P1T(self.first)
             shared_out, shared_total = attention(self.prefix.by_prompt(query), latents, self.value_width, mask)
-            if self.first:  # a prompt of one token has nothing to see
+            if self.first:  # in a prompt of one token nothing is visible
                 shared_total = shared_total + mask.amax(-1, keepdim=True)
             shared_out, shared_total = (self.prefix.by_row(x, new * heads) for x in (shared_out, shared_total))
             share = torch.sigmoid(shared_total - total)  # of the prompt in the softmax over both
@@ -182,13 +181,13 @@ class LatentCache:
         self.lengths_R = self.lengths_R + kept_R
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows (ascending) and forget the others, and the prompts that no row needs any more."""
+        """Keep these rows, in ascending order; drop the others, and prompts that no row needs any more."""
         self._copy([self], [rows], capacity=self.capacity)
         if self.prefix is not None:
             self.prefix = self.prefix.select(rows)
 
     def join(self, others: Sequence[LatentCache]) -> LatentCache:
-        """Take in the rows of `others`, which come from calls of `fan_out` with like arguments and are used up."""
+        """Add the rows of `others`, which come from calls of `fan_out` with like arguments and lose their rows."""
         caches = [self, *others]
         prefixes = [cache.prefix for cache in others if cache.prefix is not None]
         self._copy(caches, [slice(None)] * len(caches), capacity=max(cache.capacity for cache in caches))
@@ -197,7 +196,7 @@ class LatentCache:
         return self
 
     def _copy(self, caches: Sequence[LatentCache], rows: Sequence[Tensor | slice], *, capacity: int) -> None:
-        """Become the given rows of `caches`, which lose theirs: layer by layer, and only what they hold."""
+        """Become the given rows of `caches`, layer by layer and without unused entries; `caches` lose their rows."""
         lengths = [cache.lengths_R[chosen] for cache, chosen in zip(caches, rows, strict=True)]
         counts, reaches = [len(part) for part in lengths], [int(part.max()) for part in lengths]
         self.lengths_R = torch.cat(lengths)
@@ -206,13 +205,13 @@ class LatentCache:
             whole = _room(shape, dtype=latents.dtype, device=latents.device)
             for cache, chosen, part, reach in zip(caches, rows, whole.split(counts), reaches, strict=True):
                 part[:, :reach] = cache.layers_RTE[layer][chosen, :reach]
-                cache.layers_RTE[layer] = latents.new_empty(0)  # not a view, which would keep the whole
+                cache.layers_RTE[layer] = latents.new_empty(0)  # a view would keep the whole tensor
             self.layers_RTE[layer] = whole
 
 
 def _room(shape: tuple[int, int, int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, not garbage: a masked entry has weight 0, and 0 · NaN would still be NaN. On a CPU they take no memory
-    until they are written, and none when they are gone: most completions end before their limit."""
+    """Zeros, since a masked entry has weight 0, and 0 · NaN would be NaN. On a CPU they take no memory until they are
+    written, and free it at once: most completions end before their limit."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not size or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -227,18 +226,18 @@ def _mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
 def attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor) -> tuple[Tensor, Tensor]:
     """Attended values [B, N, V], and the logarithms of the softmax's denominators [B, N, 1], in float32 or above.
 
-    Keys are the last K entries of the cached vectors and values the first V. A query that sees nothing gets anything
-    finite.
+    Keys are the last K entries of the cached vectors and values the first V. A query to which nothing is visible gets
+    arbitrary finite values.
     """
     attend = fused_attention if query_BNK.device.type == "cpu" else plain_attention
     return attend(query_BNK, cached_BTE, value_width, mask_BNT)
 
 
 def fused_attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor) -> tuple[Tensor, Tensor]:
-    """By torch's kernel for a CPU, which reads latents where they lie: a batched product would copy them in bf16.
+    """By torch's kernel for a CPU, which reads latents in place; a batched product would copy them in bf16.
 
-    It wants keys and values of one width. The narrower of them gets entries of its neighbour, which meet zeros in the
-    query or are cut off the result.
+    It needs keys and values of one width. The narrower of them is widened into its neighbour's entries, which are
+    multiplied by zeros of the query or cut off the result.
     """
     key_width = query_BNK.shape[-1]
     width = max(key_width, value_width)
@@ -255,5 +254,5 @@ def plain_attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mas
     """By products and a softmax, on any device."""
     scores = query_BNK @ cached_BTE[..., -query_BNK.shape[-1] :].transpose(1, 2)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + mask_BNT
-    weights = scores.softmax(-1).nan_to_num()  # of a query that sees nothing
+    weights = scores.softmax(-1).nan_to_num()  # of a query to which nothing is visible
     return weights.to(cached_BTE.dtype) @ cached_BTE[..., :value_width], scores.logsumexp(-1, keepdim=True)

@@ -1,8 +1,8 @@
-"""Products with weights that many calls share, laid out once for the CPU's kernels.
+"""Products with weights that many calls share, arranged once for the CPU's kernels.
 
-oneDNN multiplies bf16 weights in blocks, and `F.linear` lays plain ones out anew at every call, which takes half of its
-time and more. The operators that keep the layout are torch's own, those of a frozen Inductor graph, but not public:
-where they are missing or refuse, `F.linear` does the product.
+oneDNN multiplies bf16 weights in blocks, and `F.linear` rearranges plain ones at every call, which takes half of its
+time or more. Torch has operators that keep the arrangement, those of a frozen Inductor graph, but they are not public.
+If they are missing or refuse, `F.linear` computes the product.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class FixedLinear:
-    """x Wᵀ + b for inference: no gradient, and a later change of the weight may or may not be seen.
+    """x Wᵀ + b for inference. It has no gradient, and a later change of the weight may or may not have an effect.
 
     >>> FixedLinear(torch.eye(3)[:2])(torch.tensor([[5.0, 6.0, 7.0]]))
     tensor([[5., 6.]])
@@ -48,7 +48,7 @@ def _product(x: Tensor, blocked: Any, bias: Tensor | None) -> Tensor:
 
 @cache
 def _can_block() -> bool:
-    """Whether this build of torch and this processor do it, and rightly: a small product is compared."""
+    """Whether this build of torch and this processor compute a small product correctly."""
     x, weight, bias = torch.linspace(-1, 2, 96 + 512 + 16).bfloat16().split([96, 512, 16])
     x, weight = x.view(3, 32), weight.view(16, 32)
     try:

@@ -1,1 +1,1 @@
-"""Files that are complete or absent, their digests, and the hub they may come from."""
+"""Files that are complete or absent, their digests, and the hub from which they may come."""

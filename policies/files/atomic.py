@@ -1,7 +1,7 @@
-"""Files and folders that are complete or not there: written aside, fsynced, renamed.
+"""Files and folders that are complete or absent: they are written aside, fsynced and renamed.
 
-`.NAME.partial` was being written when a process was killed, `.NAME.removed` deleted, and `.NAME.replaced` is the former
-folder of this name. `tidy` removes them, and puts a former folder back whose successor never arrived.
+A process that is killed may leave `.NAME.partial`, which it was writing, `.NAME.removed`, which it was deleting, and
+`.NAME.replaced`, the former folder of this name. `tidy` removes them, and restores a former folder without a successor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """The file as it was or with this content, whatever happens. Text is UTF-8. Raises OSError naming the file."""
+    """Write `content` (text as UTF-8), all of it or nothing. Raises OSError, which names the file."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as stream:
@@ -30,7 +30,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
-    """`.NAME.partial`, to be filled inside; it takes the place of `folder` at the end, unless something was raised."""
+    """Yields `.NAME.partial` to be filled; at the end it replaces `folder`, unless an exception was raised."""
     partial, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -59,9 +59,9 @@ def fsync(path: Path) -> None:
 
 
 def tidy(folder: Path, names: Collection[str] | None = None) -> None:
-    """Remove what a killed process has left in `folder`, of files and folders with these names where `names` are given.
+    """Remove what a killed process has left in `folder`; with `names`, only of files and folders with these names.
 
-    Nobody else may be writing there.
+    No other process may be writing there.
     """
     for path in list(folder.glob(".*")):
         name, _, suffix = path.name.removeprefix(".").rpartition(".")
@@ -74,8 +74,8 @@ def tidy(folder: Path, names: Collection[str] | None = None) -> None:
 
 
 def heed_umask(folder: Path) -> None:
-    """Give the safetensors of `folder` the mode of any other new file. The library writes them with 0600, whatever the
-    umask is, so that nobody else of a team could read the weights beside a config.json that they can read."""
+    """Give the safetensors of `folder` the mode of any other new file. Their library writes them with 0600 whatever the
+    umask is, so that others of a team could read config.json but not the weights."""
     probe = folder / ".mode"
     probe.touch()
     mode = probe.stat().st_mode

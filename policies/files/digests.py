@@ -1,4 +1,4 @@
-"""Sizes and SHA-256 of a folder's files, in a file beside them: what was written is what is read."""
+"""Sizes and SHA-256 of a folder's files, in a file beside them: they show whether what is read is what was written."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ DIGESTS = "digests.json"  # of a policy's folder
 
 
 def digests(folder: Path) -> str:
-    """Of all the files that are in `folder` now: {"files": {"config.json": {"bytes": .., "sha256": ".."}, ..}}."""
+    """JSON for all files that are in `folder` now: {"files": {"config.json": {"bytes": .., "sha256": ".."}, ..}}."""
     return json.dumps(
         {"files": {file.name: size_and_hash(file) for file in sorted(folder.iterdir()) if file.is_file()}}, indent=1
     )
 
 
 def write_digests(folder: Path) -> None:
-    """For `policies.checkpoint.check_policy`, beside the files of a policy that is complete."""
+    """Write them beside the files of a complete policy, for `policies.checkpoint.check_policy`."""
     (folder / DIGESTS).unlink(missing_ok=True)
     write_file(folder / DIGESTS, digests(folder))
 
 
 def fault(folder: Path, name: str, needed: Collection[str] = ()) -> str | None:
-    """What is wrong with a folder, in words, or None. Weights that are not listed are wrong, and `needed` files that
-    are not there; other files may have been added."""
+    """What is wrong with a folder, in words, or None. Unlisted weights are wrong, and so are absent `needed` files;
+    other files may have been added."""
     try:
         expected = dict(json.loads((folder / name).read_text())["files"])
         listed = {*expected, *(file.name for file in folder.glob("*.safetensors")), *needed}

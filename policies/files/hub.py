@@ -1,4 +1,4 @@
-"""Whether the hub answers, asked once and briefly: its libraries retry for a minute, and then blame a file."""
+"""Whether the hub answers, which is asked once and briefly: its libraries retry for a minute and then blame a file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from huggingface_hub.utils import validate_repo_id
 TIMEOUT_S = 5.0
 
 
-_found: list[str] = []  # why the hub did not answer; it is asked once a process
+_found: list[str] = []  # why the hub did not answer; each process asks it once
 
 
 def is_id(source: str) -> bool:
-    """Can this only be a hub id? It is nothing on this disk, and has the form of one."""
+    """Whether this can only be a hub id: it has the form of one and is not on this disk."""
     try:
         validate_repo_id(source)
     except HFValidationError:
@@ -29,7 +29,7 @@ def is_id(source: str) -> bool:
 
 
 def unreachable() -> str:
-    """Why hub ids can only come from the cache, or empty. Then the hub's libraries are told not to try."""
+    """Why hub ids can only come from the cache, or empty. With a reason, the hub's libraries no longer try."""
     if constants.is_offline_mode():
         return _found[0] if _found else "HF_HUB_OFFLINE is set, so nothing is fetched"
     if not _found:
@@ -40,13 +40,13 @@ def unreachable() -> str:
 
 
 def _silence(endpoint: str) -> str:
-    """Empty where the hub answers, whatever it answers; else why it does not."""
+    """Why the hub does not answer, or empty if it answers anything."""
     silence = [f"no answer within {TIMEOUT_S:g} s"]
 
     def ask() -> None:
         silence.append(_ask(endpoint))
 
-    asking = threading.Thread(target=ask, daemon=True)  # the time limit of urllib does not bound the look-up of a name
+    asking = threading.Thread(target=ask, daemon=True)  # the time limit of urllib excludes the look-up of a name
     asking.start()
     asking.join(TIMEOUT_S)
     return silence[-1]
@@ -58,15 +58,15 @@ def _ask(endpoint: str) -> str:
             return ""
     except urllib.error.HTTPError:
         return ""
-    except urllib.error.URLError as error:  # a certificate that is refused here may be known to the hub's library
+    except urllib.error.URLError as error:  # the hub's library may accept a certificate that is refused here
         return "" if isinstance(error.reason, ssl.SSLError) else str(error.reason)
     except (OSError, http.client.HTTPException) as error:
         return str(error)
 
 
 def why_absent(source: str | Path, kind: str = "model") -> str:
-    """Why the hub id `source` cannot be had here, with the way out. Empty where it may be had: it is a folder, the hub
-    answers, or there is a copy in the cache."""
+    """Why the hub id `source` cannot be loaded, with the way out. Empty if it may be: `source` is a folder, the hub
+    answers, or the cache has a copy."""
     source = str(source)
     if not is_id(source) or not (why := unreachable()):
         return ""

@@ -1,1 +1,1 @@
-"""The rewards that have a name."""
+"""The rewards that are used by name."""

@@ -1,4 +1,4 @@
-"""A reward that is there already: a number in the data, or what a reward model of the run has computed."""
+"""A reward that exists already, in the data or from a reward model of the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rewards.protocol import Completions
 def column(prompts: list | None, completions: Completions, name: str, **columns) -> list[float | None]:
     """The values of the column `name`, as they are; None abstains.
 
-    Raises ValueError where there is no such column, and for a value that is no finite number.
+    Raises ValueError if there is no such column, or if a value is not a finite number.
 
     >>> column(None, ["so 4", "so 5"], name="helpfulness", helpfulness=[0.25, -1])
     [0.25, -1.0]
@@ -22,5 +22,5 @@ def column(prompts: list | None, completions: Completions, name: str, **columns)
 
 def _finite(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"column {name!r} holds {value!r}, which is no finite number")
+        raise ValueError(f"column {name!r} holds {value!r}, which is not a finite number")
     return float(value)

@@ -1,11 +1,11 @@
 r"""Mathematical equivalence by math-verify (optional extra `math`): `1/2`, `0.5` and `\frac{1}{2}` are equal.
 
-Its own time limits use SIGALRM, which works in a main thread only and elsewhere made graders score a silent 0. They
-are off here: the scorer's workers have the time limit. A text such as `10**10**10` reaches it, and is a failure like
-any other: `reward.on_error` should be `drop_sample` or `score=0` here, since a policy will write such things.
+Its own time limits use SIGALRM, which works only in a main thread and elsewhere made graders silently score 0. They are
+off here, since the scorer's workers have a time limit. A text such as `10**10**10` exceeds it, which is a failure like
+any other. As a policy will write such texts, `reward.on_error` should be `drop_sample` or `score=0`.
 
-Of a completion, math-verify gives sympy's parser, which evaluates what it reads, nothing but digits, blanks and the
-characters of `+-*/^().`; everything else goes through a grammar of LaTeX.
+math-verify passes only digits, blanks and the characters `+-*/^().` of a completion to sympy's parser, which evaluates
+what it reads. Everything else goes through a grammar of LaTeX.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ti
 
 @right_at(1.0)
 def math_equivalence(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
-    r"""1.0 where the last expression of the completion equals the gold one, else 0.0.
+    r"""1.0 if the last expression of the completion equals the gold one, else 0.0.
 
     `answer` is an expression (LaTeX or plain), or a solution that ends with `#### expression`. A completion without
     a readable expression scores 0.0; an unreadable gold raises ValueError.
@@ -46,5 +46,5 @@ def _gold(answer: str | int | float) -> list:
     expression = str(answer).rpartition("####")[2].strip()
     parsed = _parse(expression) or _parse(f"${expression}$")
     if not parsed:
-        raise ValueError(f"the gold answer {expression[-60:]!r} is no expression that math-verify can read")
+        raise ValueError(f"math-verify cannot read the gold answer {expression[-60:]!r}")
     return parsed

@@ -1,4 +1,4 @@
-"""Format rewards: 1.0 where a completion has the asked-for form, else 0.0. None of them looks at the answer."""
+"""Format rewards: 1.0 if a completion has the wanted form, else 0.0. They do not depend on the answer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rewards.protocol import Completions, right_at, text_of
 
 @right_at(None)
 def regex_format(prompts: list | None, completions: Completions, pattern: str, **_) -> list[float]:
-    """1.0 where `pattern` is found. Anchor it (`\\A`, `\\Z`) to match the whole; `(?s)` lets `.` match newlines.
+    """1.0 if `pattern` is found. Anchor it (`\\A`, `\\Z`) to match the whole; with `(?s)` a `.` matches newlines too.
 
-    Python's `re` backtracks: a pattern such as `(a+)+b` can hang, and is then killed by the scorer's time limit.
+    Python's `re` backtracks: a pattern such as `(a+)+b` may never end, and then the scorer's time limit kills it.
 
     >>> regex_format(None, ["The answer is 4.", "4"], pattern=r"answer is \\d+")
     [1.0, 0.0]
@@ -26,7 +26,7 @@ def regex_format(prompts: list | None, completions: Completions, pattern: str, *
 def tag_format(
     prompts: list | None, completions: Completions, tags: Sequence[str] = ("think", "answer"), **_
 ) -> list[float]:
-    """1.0 where the completion is `<tag>...</tag>` for each of `tags`, in order, each once, and nothing else.
+    """1.0 if the completion is `<tag>...</tag>` for each of `tags`, each once, in their order, and nothing else.
 
     >>> tag_format(None, ["<think>6 * 7</think> <answer>42</answer>", "<answer>42</answer>"])
     [1.0, 0.0]
@@ -36,7 +36,7 @@ def tag_format(
 
 @right_at(None)
 def gsm8k_format(prompts: list | None, completions: Completions, **_) -> list[float]:
-    r"""1.0 where the completion holds one `####` and ends with it and a number, as GSM8K's solutions do.
+    r"""1.0 if the completion has one `####` and ends with it and a number, like GSM8K's solutions.
 
     >>> gsm8k_format(None, ["6 * 7 = 42\n#### 42", "42", "#### 42 is the answer"])
     [1.0, 0.0, 0.0]

@@ -1,4 +1,4 @@
-r"""GSM8K correctness: the final number of a completion against the gold number, compared exactly.
+r"""GSM8K correctness: the final number of a completion is compared with the gold number, exactly.
 
 | completion ends with          | strict | flexible | why                                                      |
 |-------------------------------|--------|----------|----------------------------------------------------------|
@@ -14,16 +14,16 @@ r"""GSM8K correctness: the final number of a completion against the gold number,
 | `#### 42 ... #### Notes`      | 42     | 42       | a `####` without a number is a heading                   |
 | `#### 1,23`, `#### 1.2.3`     | none   | the number before | not a number                                    |
 | `#### 84/2`, `#### 6*7=42`    | none   | 2, 42    | an expression is not yet an answer                       |
-| `#### 1 234`, `#### 1'234`    | none   | 234      | never 1, which is not what it says                       |
+| `#### 1 234`, `#### 1'234`    | none   | 234      | never 1, which is not the number written                 |
 | `#### 7½`, `#### 7²`          | none   | 7        | nor 7                                                    |
 | `#### The answer is 42`       | none   | 42       | strict: the number follows the marker, on its line       |
 | `\boxed{42}`                  | none   | 42       | mode `boxed` gives 42                                    |
 | no number                     | none   | none     |                                                          |
 
-`none` scores 0.0: the completion gave no answer. A malformed *gold* raises instead: that is the data's fault.
+`none` scores 0.0, since the completion gave no answer. A malformed *gold* answer is a fault of the data and raises.
 
-`strict` is the default, since training should reward the format that is graded: under `flexible`, any number said last
-scores, and the policy drifts away from `####`. Everything here takes time linear in the length of the text.
+`strict` is the default, since training should reward the format that is graded: under `flexible` any last number
+scores, and the policy drifts away from `####`. All functions here take time linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def extract_answer(text: str, mode: Mode = "strict") -> Decimal | None:
 
 
 def gold_answer(answer: str | int | float) -> Decimal:
-    """The number of a gold solution (`"... #### 42"`) or of a bare gold number. Raises ValueError without one."""
+    """The number of a gold solution (`"... #### 42"`) or a bare gold number. Raises ValueError without one."""
     return _gold_answer(str(answer))
 
 
@@ -94,9 +94,9 @@ def _gold_answer(text: str) -> Decimal:
 
 @right_at(1.0)
 def gsm8k(prompts: list | None, completions: Completions, answer: list[str], mode: Mode = "strict", **_) -> list[float]:
-    """1.0 where the completion's final number equals the gold one, else 0.0. Raises ValueError for a bad gold.
+    """1.0 if the completion's final number equals the gold one, else 0.0. Raises ValueError for a bad gold answer.
 
-    TRL hands every column of the data to a reward: a list for `mode` is a column of that name, and is not meant.
+    TRL passes every column of the data to a reward, so a list for `mode` is a column of that name and is ignored.
 
     >>> gsm8k(None, ["#### 1,234", "#### 12"], answer=["#### 1234", "#### 1234"])
     [1.0, 0.0]
@@ -121,10 +121,10 @@ def gsm8k_boxed(prompts: list | None, completions: Completions, answer: list[str
 
 @right_at(1.0)
 def gsm8k_lm_eval(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
-    """1.0 where lm-evaluation-harness' `exact_match,strict-match` of GSM8K (task version 3.0) is 1, else 0.0.
+    """1.0 if lm-evaluation-harness' `exact_match,strict-match` of GSM8K (task version 3.0) is 1, else 0.0.
 
-    Take it to compare with published figures, and `gsm8k` to train: this one lets a policy guess first and go on.
-    It compares texts, after leaving out commas and one last full stop. The differences:
+    Use it to compare with published figures, and `gsm8k` to train, since here a policy may guess first and go on.
+    It compares texts without commas and one last full stop. The differences are
 
     | completion                       | `gsm8k`        | here  | why                                                  |
     |----------------------------------|----------------|-------|------------------------------------------------------|
@@ -133,7 +133,7 @@ def gsm8k_lm_eval(prompts: list | None, completions: Completions, answer: list[s
     | `#### $42`, `#### -$42`, `#### +42` | 42, -42, 42 | none  | no sign but `-`, no currency                         |
     | `#### −5` (U+2212), `#### ４２`  | -5, 42         | none  | ASCII only                                           |
     | `#### 42.0`, `#### 042`          | equal to 42    | wrong | texts are compared, not numbers                      |
-    | `#### 84/2`, `#### 1 234`        | none           | 84, 1 | what follows is not looked at                        |
+    | `#### 84/2`, `#### 1 234`        | none           | 84, 1 | what follows is ignored                              |
     | `#### 1,23`, `#### 1.2.3`        | none           | 123, 1.2.3 | commas count nowhere                            |
 
     Raises ValueError for a gold answer without a number, as `gsm8k` does.
@@ -149,13 +149,13 @@ def gsm8k_lm_eval(prompts: list | None, completions: Completions, answer: list[s
 
 
 def lm_eval_answer(text: str) -> str | None:
-    """What lm-evaluation-harness reads as the answer of a completion, in the form in which it compares."""
+    """The answer of a completion as lm-evaluation-harness reads it, in the form that it compares."""
     match = _LM_EVAL.search(text)
     return _lm_eval_form(match[1]) if match else None
 
 
 def _lm_eval_form(text: str) -> str:
-    """After its `regexes_to_ignore`, in their order: `,`, `\\$`, `(?s).*#### ` and `\\.$`."""
+    """The text without its `regexes_to_ignore`, in their order: `,`, `\\$`, `(?s).*#### ` and `\\.$`."""
     text = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
     return re.sub(r"\.$", "", text).lower()
 
@@ -165,14 +165,14 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def _single(text: str, match: re.Match[str] | None) -> Decimal | None:
-    """The number of `match`, unless what follows makes it the start of an expression."""
+    """The number of `match`, or None if the text after it makes it the start of an expression."""
     if match is None or _CONTINUED.match(text, match.start("digits") + len(_digits(match))):
         return None
     return _value(match)
 
 
 def _digits(match: re.Match[str]) -> str:
-    return match["digits"].rstrip(".,")  # a full stop or comma behind a number is not part of it
+    return match["digits"].rstrip(".,")  # a full stop or comma after a number is not part of it
 
 
 def _value(match: re.Match[str]) -> Decimal | None:
@@ -180,7 +180,7 @@ def _value(match: re.Match[str]) -> Decimal | None:
     if not _WELL_FORMED.fullmatch(digits):
         return None
     sign = "-" if "-" in (match["sign"], match["inner_sign"]) else ""
-    return Decimal(sign + digits.replace(",", ""))  # not -Decimal(...), which rounds to 28 digits
+    return Decimal(sign + digits.replace(",", ""))  # -Decimal(...) would round to 28 digits
 
 
 def _last_boxed(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Penalties on length and repetition, counted in tokens. All are at most 0; add them to a correctness reward."""
+"""Penalties on length and repetition, counted in tokens. They are at most 0; add them to a correctness reward."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def soft_overlong_punishment(
     [-0.5]
     """
     if not 0 <= cache_length <= max_length:
-        raise ValueError(f"cache_length={cache_length} must lie between 0 and max_length={max_length}")
+        raise ValueError(f"cache_length={cache_length} must be between 0 and max_length={max_length}")
     free = max_length - cache_length
     return [
         0.0 if len(ids) <= free else -1.0 if len(ids) > max_length else (free - len(ids)) / cache_length

@@ -1,4 +1,4 @@
-"""The scorer of each reasoning-gym task (optional extra `reasoning-gym`), on the columns that its problems bring."""
+"""The scorer of each reasoning-gym task (optional extra `reasoning-gym`), on the columns of its problems."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def reasoning_gym(
     log_metric: Callable[[str, float], None] | None = None,
     **_,
 ) -> list[float]:
-    """What the task's own scorer gives, mostly 1.0 for a right answer and something below for a close one.
+    """The mark of the task's own scorer, mostly 1.0 for a right answer and less for a close one.
 
-    The answer of a completion is what stands in its last `<answer>` tags, else behind its last `####`, else all of it.
-    A completion that the scorer raises on (most expect a form, such as numbers) gets 0.0, and the share of these is
-    logged as `reasoning_gym/unreadable`. Where the scorer raises on the gold answer of the row too, the row is broken,
-    and its exception goes on. Raises RewardError for a task whose scorer would run the completion as code.
+    The answer of a completion is the text in its last `<answer>` tags, else after its last `####`, else all of it. If
+    the scorer raises on a completion (most expect a form, such as numbers), the completion gets 0.0, and the share of
+    these is logged as `reasoning_gym/unreadable`. If the scorer raises on the gold answer of the row too, the row is
+    broken and the exception goes on. Raises RewardError for a task whose scorer would run the completion as code.
 
     >>> metadata = {"source_dataset": "leg_counting"}
     >>> reasoning_gym(None, ["<answer>8</answer>", "7"], question=["?"] * 2, answer=["8"] * 2, metadata=[metadata] * 2)
@@ -52,14 +52,14 @@ def reasoning_gym(
     return [mark or 0.0 for mark in marks]
 
 
-def _mark(said: str, entry: dict[str, Any]) -> float | None:
-    """What the scorer gives, or None where it raises and the completion is to blame."""
+def _mark(answer: str, entry: dict[str, Any]) -> float | None:
+    """The mark of the scorer, or None if it raises because of the completion."""
     scorer = _scorer(entry["metadata"]["source_dataset"])
     try:
-        return float(scorer(said, entry))
+        return float(scorer(answer, entry))
     except MemoryError:
         raise
-    except Exception:  # scorers parse in any way, and raise anything: but not on the gold answer of a sound row
+    except Exception:  # scorers may raise anything, but not on the gold answer of a sound row
         scorer(entry["answer"], entry)
         return None
 

@@ -1,4 +1,4 @@
-"""A reward that is computed elsewhere, over HTTP.
+"""A reward that another service computes, over HTTP.
 
 Request: POST, JSON `{"prompts": [...], "completions": [...], "columns": {"answer": [...]}}`.
 Response: JSON `{"rewards": [1.0, null, ...]}`, one per completion.
@@ -27,12 +27,12 @@ def remote(
     token_variable: str | None = None,
     **columns,
 ) -> list[float | None]:
-    """Ask `url` for the rewards. Raises RuntimeError when it gives none.
+    """Ask `url` for the rewards. Raises RuntimeError if it gives none.
 
-    A refused or broken connection, a timeout, and the statuses 429 and 5xx are tried again, `retries` times, after
-    `backoff_s`, then twice that, and so on. Every try carries the same `Idempotency-Key`, a digest of the body, so the
-    server can answer a repeat from memory. Keep (retries + 1) * request_timeout_s below the scorer's timeout_s.
-    `token_variable` names the environment variable that holds a bearer token: tokens do not belong in a config.
+    After a refused or broken connection, a timeout, or the statuses 429 and 5xx, the request is sent again, up to
+    `retries` times, after `backoff_s`, then twice that, and so on. Every try has the same `Idempotency-Key`, a digest
+    of the body, so that the server can recognise a repeat. Keep (retries + 1) * request_timeout_s below the scorer's
+    timeout_s. `token_variable` names the environment variable that holds a bearer token, as no config should hold one.
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"url={url!r}: a remote reward is reached by http:// or https://")

@@ -1,4 +1,4 @@
-"""Closeness to a reference text, by sacrebleu (optional extra `text`), scaled to [0, 1].
+"""Closeness to a reference text by sacrebleu (optional extra `text`), scaled to [0, 1].
 
 The column `reference` holds a string or a list of strings (alternatives) per row.
 """

@@ -1,1 +1,1 @@
-"""Reward functions run in processes of their own."""
+"""Processes in which reward functions run, apart from the training."""

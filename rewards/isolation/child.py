@@ -1,8 +1,8 @@
 """The child process that runs reward functions: JSON lines over a socket, one answer per request.
 
-Standard output belongs to the user's functions (it goes where standard error goes). The process ends with its parent,
-whatever it is doing: a thread waits for the socket to hang up, and faulthandler's watchdog, which needs no GIL, ends a
-call that outlives its time limit after writing down where it was stuck.
+Standard output is for the user's functions and goes to standard error. The process ends with its parent, whatever it
+is doing: a thread waits until the socket is closed. A call that exceeds its time limit is ended by faulthandler's
+watchdog, which needs no GIL and first writes down where the call was stuck.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from rewards.registry import Source, load_reward
 
 
 def serve(socket_fd: int, trace_fd: int) -> None:
-    """Answer requests until the parent hangs up."""
+    """Answer requests until the parent closes the socket."""
     for fd in (socket_fd, trace_fd):
         os.set_inheritable(fd, False)
     threading.Thread(target=_end_with_parent, args=(socket_fd,), daemon=True).start()
-    with contextlib.suppress(OSError):  # Linux: out of memory, the kernel takes this process before the trainer
+    with contextlib.suppress(OSError):  # Linux: if memory runs out, the kernel kills this process before the trainer
         Path("/proc/self/oom_score_adj").write_text("1000")
     connection = socket.socket(fileno=socket_fd)
     lines = connection.makefile("rb", buffering=1 << 20)
@@ -56,13 +56,13 @@ def serve(socket_fd: int, trace_fd: int) -> None:
 
 def _end_with_parent(socket_fd: int) -> None:
     hang_up = select.poll()
-    hang_up.register(socket_fd, 0)  # no event asked for: only hang-ups and errors are reported
+    hang_up.register(socket_fd, 0)  # without an event it reports only that the socket was closed, and errors
     hang_up.poll()
     os.killpg(os.getpgrp(), signal.SIGKILL)  # with every process that a reward has started
 
 
 def load(descriptions: list[dict], functions: list[LoadedReward]) -> dict:
-    """Append the functions that are described; the reply holds their signatures, or the error of the first one."""
+    """Append the functions that are described. The reply holds their signatures, or the first error."""
     for description in descriptions:
         try:
             functions.append(LoadedReward(**description))
@@ -75,7 +75,7 @@ def load(descriptions: list[dict], functions: list[LoadedReward]) -> dict:
 
 
 class LoadedReward:
-    """A reward function with its arguments bound, and what it takes to call it on a request."""
+    """A reward function with its arguments bound, which can be called on a request."""
 
     def __init__(
         self,
@@ -139,9 +139,9 @@ class LoadedReward:
                 shown = repr(result)[:80]
                 return {"kind": "wrong_length", "message": f"returned {shown}, not a list of {len(completions)}"}
             rewards = [_number(value) for value in result]
-        except KeyboardInterrupt:  # Ctrl-C, where this is the user's own process
+        except KeyboardInterrupt:  # Ctrl-C, if this is the user's own process
             raise
-        except BaseException as error:  # SystemExit too: a reward does not end the worker
+        except BaseException as error:  # also SystemExit, since a reward must not end the worker
             hint = "" if self.chat else _expects_messages(error)
             return {"kind": "raised", "message": _describe(error, self.path) + hint}
         if len(rewards) != len(completions):
@@ -164,7 +164,7 @@ async def _await(result):
 
 
 def _number(value: Any) -> float | dict | None:
-    """A float (of anything that is a number: int, bool, numpy or torch scalar), None, or a note of what it was."""
+    """A float for any number (int, bool, numpy or torch scalar), None for None, or else a failure."""
     if value is None:
         return None
     with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -174,20 +174,20 @@ def _number(value: Any) -> float | dict | None:
 
 
 def plain(value: Any) -> Any:
-    """What JSON makes of a logged extra that it does not know."""
+    """A form that JSON can hold of a logged extra that it cannot."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _expects_messages(error: BaseException) -> str:
-    """The way out where a function seems to index the strings that it gets as if they were chat messages."""
+    """The way out, if a function seems to index the strings that it gets as if they were chat messages."""
     signs = {TypeError: "string indices must be integers", AttributeError: "'str' object has no attribute"}
     if not any(isinstance(error, kind) and sign in str(error) for kind, sign in signs.items()):
         return ""
-    return "; it gets strings. If it reads chat messages, say chat: true beside its name"
+    return "; it gets strings. If it reads chat messages, set chat: true beside its name"
 
 
 def _describe(error: BaseException, path: str | None) -> str:
-    """`ValueError: boom (my_rewards.py:12 in grade)`: the innermost line of the user's file, else of any file."""
+    """`ValueError: boom (my_rewards.py:12 in grade)`, with the innermost line of the user's file or else of any."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename == path] or frames
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name})" if own else ""

@@ -1,8 +1,8 @@
-"""A pool of worker processes with a time limit that kills.
+"""A pool of worker processes, which are killed at a time limit.
 
-Workers are started when first needed, by a fresh interpreter (no fork, no `__main__` of the caller), in a session of
-their own. A worker that answers late, or dies, is killed with everything it started, and replaced; only a process that
-a reward has put into yet another session (`start_new_session=True`) is out of reach.
+Workers are started when first needed, by a fresh interpreter (without a fork and without the caller's `__main__`), in a
+session of their own. A worker that answers late or dies is killed with everything it started, and replaced. Only a
+process that a reward has put into another session (`start_new_session=True`) escapes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rewards.isolation.variables import hint_at_withheld, worker_variables
 from rewards.protocol import RewardError, Signature
 
 START_TIMEOUT_S = 120.0  # a user's file may import heavy libraries
-GRACE_S = 1.0  # a late worker ends itself and leaves a trace; after this it is killed
+GRACE_S = 1.0  # a late worker has so long to end itself and leave a trace before it is killed
 
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -60,14 +60,14 @@ class WorkerProcess:
         self._buffer = bytearray()
 
     def ask(self, request: dict, timeout_s: float) -> None:
-        """Send a request. Raises OSError when the worker is gone."""
+        """Send a request. Raises OSError if the worker has died."""
         self.timeout_s = timeout_s
         self.socket.settimeout(timeout_s)
         self.socket.sendall(json.dumps(request | {"timeout_s": timeout_s}).encode() + b"\n")
         self.deadline = time.monotonic() + timeout_s + GRACE_S
 
     def receive(self) -> dict | None:
-        """The reply, or None while it is incomplete. Raises EOFError when the worker is gone."""
+        """The reply, or None while it is incomplete. Raises EOFError if the worker has died."""
         try:
             chunk = self.socket.recv(1 << 20)
         except ConnectionResetError:
@@ -90,7 +90,7 @@ class WorkerProcess:
             self._process.wait()
 
     def kill(self, late: bool = False) -> dict:
-        """Stop the worker, free its files, and say what became of its request: `timeout` or `died`."""
+        """Stop the worker and free its files. Returns the failure of its request, `timeout` or `died`."""
         self.stop()
         trace = os.pread(self._trace.fileno(), 1 << 16, 0).decode(errors="replace")
         self.socket.close()
@@ -104,7 +104,7 @@ class WorkerProcess:
 
 
 def stuck_at(trace: str) -> str:
-    """Where a worker was when its time was over, from faulthandler's dump: the innermost line of a reward."""
+    """Where a worker was when its time was over: the innermost line of a reward in faulthandler's dump."""
     frames = re.findall(r'File "(.+)", line (\d+) in (.+)', trace.split("\n\n")[-1])  # the main thread comes last
     libraries = (os.path.dirname(os.__file__), *(str(folder) for folder in sys.path if "-packages" in folder))
     own = [frame for frame in frames if not frame[0].startswith(("<", *libraries))] or frames
@@ -112,7 +112,7 @@ def stuck_at(trace: str) -> str:
 
 
 class WorkerPool:
-    """Runs requests on up to `size` workers. Safe to call from several threads (one call at a time runs)."""
+    """Runs requests on up to `size` workers. Several threads may call it; one call runs at a time."""
 
     def __init__(
         self, functions: list[dict], *, size: int, timeout_s: float, pass_variables: Sequence[str] = ()
@@ -126,7 +126,7 @@ class WorkerPool:
         self._closed = False
 
     def signatures(self) -> list[Signature]:
-        """Load the functions in one worker. Raises RewardError when one of them cannot be loaded."""
+        """Load the functions in one worker. Raises RewardError if one of them cannot be loaded."""
         self.run([])
         names = ("required", "optional")
         return [Signature(**s | {name: tuple(s[name]) for name in names}) for s in self._signatures]
@@ -145,7 +145,7 @@ class WorkerPool:
                     self._collect(replies)
                     if stop_at_failure and any(reply is not None and "kind" in reply for reply in replies):
                         break
-            finally:  # after an error, Ctrl-C or a stop, a late answer must not meet the next request
+            finally:  # after an error, Ctrl-C or a stop, no late answer may reach the next request
                 for worker in self._busy():
                     self._drop(worker)
         return replies
@@ -163,7 +163,7 @@ class WorkerPool:
         return [worker for worker in self._workers if worker.job is not None or not worker.ready]
 
     def _start_workers(self, num_waiting: int) -> bool:
-        """Start what is missing for the work at hand; True while no worker is ready."""
+        """Start the workers that the waiting requests need. True while no worker is ready."""
         if self._closed:
             raise RewardError("this scorer is closed; make a new one")
         jobs = num_waiting + sum(worker.job is not None for worker in self._workers)
@@ -183,7 +183,7 @@ class WorkerPool:
             worker.job = waiting[0]
             try:
                 worker.ask(requests[worker.job], self._timeout_s)
-            except OSError:  # it died while idle: another one takes the request, unless it has never served any
+            except OSError:  # it died while idle; another worker gets the request, unless this one has never served any
                 verdict = self._drop(worker)
                 if worker.served <= 1:
                     replies[waiting.popleft()] = verdict
@@ -227,23 +227,23 @@ class WorkerPool:
 
 
 class ThisProcess:
-    """A pool without processes, so without isolation and time limit: to debug a reward, and to compare its scores."""
+    """A pool without processes, isolation and time limits, to debug a reward or to compare its scores."""
 
     def __init__(self, functions: list[dict]):
         self._descriptions = functions
         self._functions: list[LoadedReward] = []
 
     def signatures(self) -> list[Signature]:
-        """Load the functions. Raises RewardError when one of them cannot be loaded."""
+        """Load the functions. Raises RewardError if one of them cannot be loaded."""
         if error := load(self._descriptions, self._functions).get("error"):
             raise RewardError(error)
         return [function.signature for function in self._functions]
 
     def run(self, requests: Sequence[dict], *, stop_at_failure: bool = False) -> list[dict | None]:
-        """One reply per request, as a worker gives it; `stop_at_failure` saves no time limits here."""
+        """One reply per request, as a worker gives it. `stop_at_failure` has no effect."""
         replies: list[dict | None] = []
         for request in requests:
-            request = json.loads(json.dumps(request))  # what crosses no border shares no list either
+            request = json.loads(json.dumps(request))  # as between processes, no list is shared
             reply = self._functions[request["function"]].call(request)
             replies.append(json.loads(json.dumps(reply, default=plain)))
         return replies

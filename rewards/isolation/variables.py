@@ -1,7 +1,7 @@
-"""Which environment variables a reward worker gets: a named few, and those that the user lists.
+"""Which environment variables a reward worker gets: a few by name, and those that the user lists.
 
-A reward runs a user's or a third party's code on what a model wrote; the keys and tokens of the training process are
-none of its business. This is no sandbox: a reward may still read the files that its user may read.
+A reward runs a user's or a third party's code on what a model wrote, and needs no keys and tokens of the training
+process. This is not a sandbox: a reward may still read the files that its user may read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PASSED = re.compile(
             "(OMP|KMP|GOMP|MKL|OPENBLAS|BLIS|VECLIB|NUMEXPR|RAYON)_[A-Z0-9_]+|TOKENIZERS_PARALLELISM",
             "(CUDA|HIP|ROCR|NVIDIA)_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|CUDA_HOME",
             "HF_(HOME|ENDPOINT|HUB_CACHE|HUB_OFFLINE|DATASETS_CACHE|DATASETS_OFFLINE)|TRANSFORMERS_OFFLINE",
-            "TORCH_HOME|NLTK_DATA|SACREBLEU",  # where libraries keep what they downloaded
+            "TORCH_HOME|NLTK_DATA|SACREBLEU",  # where libraries keep downloads
             "SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE",
         ]
     )
@@ -44,7 +44,7 @@ def worker_variables(names: Iterable[str] = ()) -> dict[str, str]:
 
 
 def hint_at_withheld(message: str, names: Iterable[str] = ()) -> str:
-    """`message` with the way out where it names a variable that is set here and was not passed to the worker."""
+    """`message`, with the way out if it names a variable that is set here and was not passed to the worker."""
     passed = worker_variables(names)
     words = set(re.findall(r"\w+", message))
     withheld = [name for name in os.environ if name in words and "_" in name.strip("_") and name not in passed]

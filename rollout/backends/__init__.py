@@ -1,4 +1,4 @@
-"""What decodes: our absorbed MLA with its MTP head, or any causal LM of transformers. The engine is the same."""
+"""What decodes: our absorbed MLA with its MTP head, or any causal LM of transformers. One engine serves both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rollout.sampling import DraftVocabulary
 
 
 class DecodingTrunk(Protocol):
-    """Token ids and positions [B, S] and a cache in, final hidden states [B, S, D] out."""
+    """Takes token ids and positions [B, S] and a cache, and returns final hidden states [B, S, D]."""
 
     device: torch.device
     dtype: torch.dtype
@@ -33,7 +33,7 @@ class DecodingTrunk(Protocol):
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a shard is decoded with: all that was derived from one version of the weights, and the engine's settings.
+    """All that a shard needs of an engine: what was derived from one version of the weights, and the settings.
 
     `context`: the most tokens of a sequence; `max_rows`: the most completions that are decoded together.
     """
@@ -49,7 +49,7 @@ class Decoder:
 
 
 def derive(policy: Policy, dtype: torch.dtype) -> tuple[DecodingTrunk, AbsorbedHead | None]:
-    """Trunk and draft head for decoding, with everything derived from the policy's present weights."""
+    """Trunk and draft head for decoding, derived from the weights that the policy has now."""
     if policy.backend == "transformers":
         return HFTrunk(policy.trunk, dtype), None
     trunk = AbsorbedTrunk(policy.trunk, dtype, policy.max_length)

@@ -1,8 +1,8 @@
-"""Decoding any causal LM of transformers, behind the calls of `policies.decoding.absorbed.AbsorbedTrunk`.
+"""Decoding any causal LM of transformers, called like `policies.decoding.absorbed.AbsorbedTrunk`.
 
-The model's own forward runs; its attention alone is ours. Grouped-query attention is MLA attention with one latent
-row per KV head: the vector of a cached token is [value | key], and the query heads that share a KV head are the heads
-of its row. So the latent cache serves here too: prompts stored and attended once, rows of every length.
+The model's own forward runs, except for its attention, which is ours. Grouped-query attention is MLA attention with
+one latent row per KV head: the vector of a cached token is [value | key], and the query heads that share a KV head are
+the heads of its row. So the latent cache serves here too: it stores a prompt once and takes rows of every length.
 
 Axes: P prompts, G completions each, R rows, S new tokens a row, H query heads, K KV heads, N = H / K.
 """
@@ -26,7 +26,7 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # what some models add to t
 
 
 class PromptCache:
-    """Keys and values of right-padded prompts; one forward fills it, then `fan_out` shares it among their rows."""
+    """Keys and values of right-padded prompts. One forward fills it; `fan_out` then shares it among their rows."""
 
     def __init__(self) -> None:
         self.layers: dict[int, Tensor] = {}
@@ -37,7 +37,7 @@ class PromptCache:
     def attend(
         self, module: nn.Module, query_PHTD: Tensor, key_PKTD: Tensor, value_PKTD: Tensor, scale: float
     ) -> Tensor:
-        """Plain causal attention [P, T, H, ·]; what stands behind a prompt's end is never looked at."""
+        """Plain causal attention [P, T, H, ·]. Tokens of a prompt never attend to the padding after it."""
         self.layers[module.layer_idx] = torch.cat([value_PKTD, key_PKTD], dim=-1)
         self.value_width = value_PKTD.shape[-1]
         return sdpa_attention_forward(module, query_PHTD, key_PKTD, value_PKTD, None, scaling=scale, is_causal=True)[0]
@@ -46,7 +46,7 @@ class PromptCache:
         self.lengths = lengths_P
 
     def fan_out(self, group_size: int, capacity: int, longest_prompt: int = 0) -> RowCache:
-        """The cache of P · G empty rows behind these prompts, with room for `capacity` tokens each."""
+        """The cache of P · G empty rows that continue these prompts, with room for `capacity` tokens each."""
         if not self.layers:
             raise ValueError("its layers do not attend through the attention interface of transformers")
         entries_LPKTE = torch.stack([self.layers[layer] for layer in sorted(self.layers)])
@@ -72,8 +72,8 @@ class PromptCache:
 
 
 class RowCache:
-    """Keys and values of the rows. `slots_RK`: where the latent cache has each KV head of each row; it wants those of
-    one prompt and head side by side, [P, K, G], while rows are [P, G]."""
+    """Keys and values of the rows. `slots_RK`: the place of each KV head of each row in the latent cache, which needs
+    those of one prompt and head side by side, [P, K, G], while rows are [P, G]."""
 
     def __init__(self, latents: LatentCache, slots_RK: Tensor) -> None:
         self.latents = latents
@@ -109,7 +109,7 @@ class RowCache:
         return RowCache(self.latents.join([cache.latents for cache in others]), torch.cat(slots))
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows (ascending) and forget the others."""
+        """Keep these rows, in ascending order, and drop the others."""
         slots_RK = self.slots_RK[rows]
         kept = slots_RK.flatten().sort().values
         self.latents.select(kept)
@@ -138,7 +138,7 @@ AttentionInterface.register(ATTENTION, _attend)
 
 
 class HFTrunk:
-    """The model for decoding. `trunk` must carry plain weights; its parameters are cast to `dtype` in place."""
+    """The model for decoding. `trunk` must have plain weights; its parameters are cast to `dtype` in place."""
 
     def __init__(self, trunk: PreTrainedModel, dtype: torch.dtype) -> None:
         for parameter in trunk.parameters():

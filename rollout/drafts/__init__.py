@@ -1,1 +1,1 @@
-"""Where drafts come from."""
+"""The sources of drafts."""

@@ -31,7 +31,7 @@ class Drafter:
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
     def hold(self, prefilled: Prefilled) -> None:
-        """Rows of these prompts come after those that live."""
+        """Rows of these prompts are added after the live ones."""
         if self.cache is None:
             self.prefilled.append(prefilled)
         else:
@@ -42,7 +42,7 @@ class Drafter:
             self.cache.select(kept_R)
 
     def forget(self) -> None:
-        """No row is live any more."""
+        """Drop everything: no row is live any more."""
         self.cache, self.prefilled = None, []
 
     def keep(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
@@ -54,8 +54,8 @@ class Drafter:
     # ---- drafting -----------------------------------------------------------------------------------------------
 
     def draft(self, live: Rows, depth: int, noise: Noise) -> tuple[Tensor, Tensor | None]:
-        """[R, k] tokens from the head, chosen with the very noise that the trunk's choice will use; with
-        `accept: margin` also which of them are taken unverified."""
+        """Drafts [R, k] of the head, chosen with the same noise that the trunk's choice will use; with
+        `accept: margin` also which of them are taken unverified [R, k]."""
         temperature, drafts, confident = self.params.temperature, [], []
         out = self._catch_up(live)
         assert self.cache is not None
@@ -68,11 +68,11 @@ class Drafter:
                 position = (live.prompt_length + live.count + d)[:, None]
                 out = self.head(drafts[-1][:, None], out[:, None], self._clamp(position), self.cache)[:, 0]
                 self.cache.advance(1)
-        self.cache.advance(1 - depth)  # a chain is rolled back, accepted or not: its entries are not those of depth 1
+        self.cache.advance(1 - depth)  # accepted or not, a chain is rolled back: its entries are not those of depth 1
         return torch.stack(drafts, dim=1), torch.stack(confident, dim=1) if confident else None
 
     def _catch_up(self, live: Rows) -> Tensor:
-        """Read what was verified since the last draft; the head's output after each row's newest token [R, D]."""
+        """Read what was verified since the last draft; returns the head's output for each row's newest token [R, D]."""
         if self.cache is None:
             self.cache = self._read_prompts(live)
         new = int(live.unread.max())
@@ -88,7 +88,7 @@ class Drafter:
         return positions.clamp(max=self.context - 1)
 
     def _read_prompts(self, live: Rows) -> LatentCache:
-        """The head drafts for the first time: it reads the prompts of the rows that still live."""
+        """Before its first draft the head reads the prompts of the rows that are still live."""
         group = self.params.group_size
         numbers_R = live.index // group
         caches, kept = [], []

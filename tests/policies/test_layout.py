@@ -310,7 +310,7 @@ def test_old_checkpoints_rotary_frequencies_and_a_stored_tied_head_are_no_fault(
         ({"rms_norm_eps": -1.0}, r"rms_norm_eps=-1.0 must be greater than 0"),
         ({"pad_token_id": 9999}, r"pad_token_id=9999 contradicts vocab_size=280: ids run from 0 to 279"),
         ({"eos_token_id": [0, 280]}, r"eos_token_id=\[0, 280\] contradicts vocab_size=280"),
-        ({"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}}, r"rope_type='yarm' is none of .*yarn"),
+        ({"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}}, r"rope_type='yarm' is not one that .*yarn"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, r"config.json is not usable.*yarn.*factor"),
     ],
 )

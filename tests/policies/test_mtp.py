@@ -82,7 +82,7 @@ def drafted(policy, prompt_token_ids: list[int], completion: list[int], start: i
 @torch.no_grad()
 def test_the_unrolled_head_is_the_drafting_head_at_every_depth_and_position(policy):
     depth = 4
-    mini = packed((5, [6, 3, 1]), (1, [2, 4]))  # the second prompt leaves no entry behind
+    mini = packed((5, [6, 3, 1]), (1, [2, 4]))  # the second prompt makes no entry
     outputs = unrolled(policy, mini, depth)
     compared = 0
     for b, row in enumerate(mini.rows):
@@ -115,7 +115,7 @@ def test_drafting_ragged_rows_together_equals_each_alone(random_policy):
     cache = cache.fan_out(2, 16)
 
     def chains(fresh: torch.Tensor, done: torch.Tensor) -> list[torch.Tensor]:
-        """Enter `fresh[r]` verified tokens behind the `done[r]` of before, then draft; outputs [2, D] by depth."""
+        """Enter `fresh[r]` verified tokens after the `done[r]` of before, then draft; outputs [2, D] by depth."""
         at = len(prompt) + done[:, None] + torch.arange(int(fresh.max()))
         r = torch.arange(2)
         out = head(ids[r[:, None], at], before[r[:, None], at], positions[r[:, None], at], cache)
@@ -406,7 +406,7 @@ def test_contract_7_the_draft_head_never_touches_the_trunks_gradient(random_poli
     assert any(beside[name].any() for name in beside if name.startswith("mtp."))
     for name, gradient in without.items():
         assert torch.equal(gradient, beside[name]), name
-    # The whole trunk hears from the policy's own loss: the comparison above compares something.
+    # The policy's own loss gives all of the trunk gradients, so the comparison above compares something.
     assert len(without) == len(dict(policy.trunk.named_parameters()))
 
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from policies.policy import Policy, PolicyError, digest
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30]])
-LAYER = "model.layers.2."  # the head's place behind a trunk of two layers
+LAYER = "model.layers.2."  # the head's place after a trunk of two layers
 CONFIGS = {
     "plain": {},
     "biases_and_query_latent": {"attention_bias": True, "q_lora_rank": 10},
@@ -345,7 +345,7 @@ def test_published_names_and_shapes_must_be_those_of_the_policy(random_policy):
     policy = random_policy(1)
     before = tensors(policy)
     weights = {name: tensor + 1 for name, tensor in before.items()}
-    with pytest.raises(PolicyError, match="does not have.*trunk.adapter"):
+    with pytest.raises(PolicyError, match="this policy lacks.*trunk.adapter"):
         policy.load_weights(weights | {"trunk.adapter": torch.zeros(2)})
     norm = "trunk.model.norm.weight"
     with pytest.raises(PolicyError, match=rf"{norm}.*\[1\].*\[32\]"):
@@ -358,7 +358,7 @@ def test_published_names_and_shapes_must_be_those_of_the_policy(random_policy):
 def test_the_digest_changes_with_a_bit_a_name_a_shape_and_a_type():
     weights = {"a": torch.arange(4.0), "b": torch.zeros(2, dtype=torch.bfloat16), "c": torch.tensor(3)}
     original = digest(weights)
-    assert digest(dict(reversed(weights.items()))) == original  # order is nobody's business
+    assert digest(dict(reversed(weights.items()))) == original  # their order does not matter
     assert digest({name: tensor.clone() for name, tensor in weights.items()}) == original
     flipped = weights["a"].clone()
     flipped.view(torch.int32)[2] ^= 1

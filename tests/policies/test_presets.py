@@ -104,7 +104,7 @@ def test_an_unknown_preset_is_a_key_error_that_names_it():
 
 @given(st.text(max_size=60))
 def test_every_text_survives_the_tokenizer(tokenizer, text):
-    """Bytes are its alphabet: nothing is unknown. The names of its two special tokens stand for the tokens."""
+    """Bytes are its alphabet: nothing is unknown. The names of its two special tokens are read as these tokens."""
     assert tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=False) == text
 
 

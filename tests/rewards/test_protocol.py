@@ -167,5 +167,5 @@ def test_a_missing_function_names_those_that_are_there(reward_file):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(RewardError, match=r"nowhere.py is not a Python file that is there"):
+    with pytest.raises(RewardError, match=r"nowhere.py is not an existing Python file"):
         load_reward(f"{tmp_path}/nowhere.py:grade")

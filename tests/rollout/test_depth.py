@@ -44,7 +44,7 @@ def test_the_depth_with_the_most_expected_tokens_a_millisecond_is_picked():
 
 def test_what_the_drafts_have_shown_changes_the_depth():
     controller = DepthController(TABLE, 4)
-    controller.observe(100, [90, 20])  # depth 2 is accepted in (3 + 20) of (4 + 90) cases behind depth 1
+    controller.observe(100, [90, 20])  # depth 2 is accepted in (3 + 20) of (4 + 90) cases after depth 1
     assert controller.pick(1, 9) == 1  # 1.894 / 12 = .158 against (1.894 + .219) / 14 = .151
     controller.observe(400, [0, 0])
     assert controller.pick(1, 9) == 0  # 93 of 504: 1.185 / 12 = .0987 against .1

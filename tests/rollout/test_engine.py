@@ -263,7 +263,7 @@ def test_one_token_is_enough(engine, draft_tokens):
 
 @pytest.mark.parametrize("draft_tokens", [0, 4])
 def test_the_context_can_be_filled_to_its_last_place(engine, draft_tokens):
-    """Drafts may reach behind the last position; the tokens before it are the ones of a longer context."""
+    """Drafts may reach past the last position; the tokens before it are those of a longer context."""
     prompts = prompts_of(256 - 12, 256 - 20, seed=3)
     params = replace(PARAMS, stop_token_ids=(), max_completion_tokens=12, draft_tokens=draft_tokens)
     groups = engine.sample(prompts, params)

@@ -1,4 +1,4 @@
-"""The pool: who samples changes nothing, weights are confirmed, workers may die, and nothing stays behind.
+"""The pool: the number of workers changes nothing, weights are confirmed, workers may die, nothing remains.
 
 Ray takes seconds to start: the tests share one cluster of three processors, and a pool of two workers in it.
 """
@@ -345,7 +345,7 @@ def test_a_dead_process_of_ray_is_named_before_it_takes_this_one_along(pool, pol
     with subprocess.Popen(["sleep", "600"]) as process:
         monkeypatch.setitem(pool.cluster.processes, name, psutil.Process(process.pid))
         pool.cluster.check(ask=True)
-        process.kill()  # it is a zombie from now on, as a raylet is that nobody waits for
+        process.kill()  # now it is a zombie, like a raylet for which no process waits
         for use in (lambda: pool.sample(PROMPTS, PARAMS), lambda: pool.publish(policies[1].weights(), 1)):
             with pytest.raises(RolloutError, match=rf"Ray's {name} \(process {process.pid}\) has died.*--resume auto"):
                 use()
@@ -533,7 +533,7 @@ def test_ctrl_c_while_a_second_pool_samples_leaves_no_process(script):
     script.stdin.flush()
     line(script, "sampling")
     running = ray_processes(script)
-    os.killpg(script.pid, signal.SIGINT)  # as a terminal does: the whole group hears it
+    os.killpg(script.pid, signal.SIGINT)  # as a terminal does, to the whole group
     assert script.wait(timeout=60) != 0
     assert psutil.wait_procs(running, timeout=20)[1] == []
 

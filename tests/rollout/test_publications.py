@@ -1,4 +1,4 @@
-"""All that is promised of rollouts, once more behind two publications with a step of GRPO between them."""
+"""The promises about rollouts, checked again after two publications with a step of GRPO between them."""
 
 import math
 from collections import Counter

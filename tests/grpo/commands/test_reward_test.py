@@ -219,7 +219,7 @@ def test_the_row_of_a_failure_is_the_one_at_fault(tmp_path):
         ),
         (["{file}:wants_one"], 1, "decorate it with @rewards.per_completion"),
         (["{file}:contain"], 1, "did you mean 'contains'?"),
-        (["{file}x:contains"], 1, "is not a Python file that is there"),
+        (["{file}x:contains"], 1, "is not an existing Python file"),
         (["gsm8"], 1, "did you mean 'gsm8k'?"),
         (["gsm8", "--data", "nobody/nothing"], 1, "did you mean 'gsm8k'?"),  # before any download
         (["gsm8k", "--data", "nowhere.jsonl"], 1, "there is no file or folder 'nowhere.jsonl'"),

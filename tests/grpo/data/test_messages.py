@@ -121,7 +121,7 @@ def test_the_dry_run_sees_the_rendered_format_string_and_the_messages_of_a_chat(
 @pytest.mark.parametrize("function", ["indexes", "reads"])
 def test_a_reward_that_takes_strings_for_messages_is_told_of_chat_true(source, function):
     columns = {"question": "2 + 3 = ?"}
-    with Scorer([RewardSpec(f"{source}:{function}")]) as scorer, pytest.raises(RewardError, match="say chat: true"):
+    with Scorer([RewardSpec(f"{source}:{function}")]) as scorer, pytest.raises(RewardError, match="set chat: true"):
         scorer.dry_run("2 + 3 = ?", "5", columns)
     with Scorer([RewardSpec(f"{source}:{function}", chat=True)]) as scorer:
         assert scorer.dry_run("2 + 3 = ?", "5", columns).rewards == [1.0, 1.0]

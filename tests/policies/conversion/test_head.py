@@ -25,7 +25,7 @@ def test_the_head_is_the_last_layer_behind_the_nearest_linear_map(random_policy,
             out = trunk(window[None], output_hidden_states=True)
             final = trunk.model(window[None]).last_hidden_state[0, :-1]
             embedded = trunk.model.embed_tokens(window[1:])
-        entered = out.hidden_states[-2][0, 1:]  # what the last layer reads, of the token behind
+        entered = out.hidden_states[-2][0, 1:]  # what the last layer reads of the next token
         both = [x * x.square().mean(-1, keepdim=True).add(trunk.config.rms_norm_eps).rsqrt() for x in (embedded, final)]
         given.append(torch.cat(both, 1) / entered.norm(dim=1, keepdim=True))
         wanted.append(entered / entered.norm(dim=1, keepdim=True))

@@ -36,7 +36,7 @@ def test_route_equals_the_stock_router(given):
     logits, stock_weights, stock_experts = router(x)
     weights, experts = route(logits, router.e_score_correction_bias, chosen)
     by_id, stock_by_id = experts.sort(), stock_experts.sort()
-    assert torch.equal(by_id.values, stock_by_id.values)  # the order inside a token's choice is nobody's business
+    assert torch.equal(by_id.values, stock_by_id.values)  # the order inside a token's choice does not matter
     torch.testing.assert_close(weights.gather(1, by_id.indices), stock_weights.gather(1, stock_by_id.indices))
 
 

@@ -97,7 +97,7 @@ def test_any_ragged_history_equals_loops(data):
 
 
 def test_the_heads_cache_hides_the_first_entry_of_every_prompt():
-    """An MTP head has no entry for the first token: later ones do not see it, in the prompt and behind it."""
+    """An MTP head has no entry for the first token: later ones do not see it, in the prompt and after it."""
     torch.manual_seed(0)
     cache = make(2, layers=1, first=1)
     cache.plan(3)

@@ -85,7 +85,7 @@ def test_soft_overlong_punishment_equals_trl():
 
 
 def test_impossible_lengths_are_refused():
-    with pytest.raises(ValueError, match="cache_length=200 must lie between 0 and max_length=100"):
+    with pytest.raises(ValueError, match="cache_length=200 must be between 0 and max_length=100"):
         soft_overlong_punishment(None, [""], [[1]], max_length=100, cache_length=200)
     with pytest.raises(ValueError, match="ngram=0"):
         repetition_penalty(None, [""], [[1]], ngram=0)
@@ -113,7 +113,7 @@ def test_math_equivalence():
     assert math_equivalence(None, texts, answer=["#### 0.5"] * 6) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     assert math_equivalence(None, ["$x+1$"], answer=["$1 + x$"]) == [1.0]
     assert math_equivalence(None, ["#### 18"], answer=["9 * 2 = <<9*2=18>>18\n#### 18"]) == [1.0]
-    with pytest.raises(ValueError, match="gold answer '' is no expression"):
+    with pytest.raises(ValueError, match="cannot read the gold answer ''"):
         math_equivalence(None, ["1"], answer=["#### "])
 
 

@@ -1,4 +1,4 @@
-"""Worker processes: none is left behind, none loads torch, and a late or dying one is replaced."""
+"""Worker processes: none remains, none loads torch, and a late or dying one is replaced."""
 
 import os
 import signal
