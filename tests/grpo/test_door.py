@@ -129,7 +129,7 @@ def test_an_objective_of_the_users_own_is_used_with_its_denominators(file):
         ({"advantage": "{}:centered"}, r"'centered' is not there \(did you mean 'centred'"),
         (
             {"advantage": "nowhere.py:centred"},
-            "loss.advantage 'nowhere.py:centred': .*nowhere.py is not an existing Python file",
+            "'nowhere.py:centred': .*nowhere.py is not an existing Python file",
         ),
     ],
 )
