@@ -92,7 +92,7 @@ class Results:
         for row, (count, token_ids, logprobs, depths, stopped, aborted, cut) in enumerate(
             zip(*(x.tolist() for x in rows), strict=True)
         ):
-            ids = token_ids[:count]
+            ids, (forwards, drafted, accepted, fallbacks) = token_ids[:count], next(stats)
             text = str(tokenizer.decode(ids[:-1] if stopped and not cut else ids))
             reason: FinishReason = "abort" if aborted else "stop" if stopped else "length"
             completions.append(
@@ -102,7 +102,7 @@ class Results:
                     text=strings.cut(text) if strings else text,
                     finish_reason=reason,
                     policy_version=version,
-                    draft=DraftStats(*next(stats), depths[:count]),
+                    draft=DraftStats(forwards, drafted, accepted, fallbacks, depths[:count]),
                     routing=None if routing is None else routing[row, :count],
                 )
             )
