@@ -1,4 +1,4 @@
-"""What drafts cost on this machine, measured: the table from which the depth controller chooses."""
+"""Measures what drafts cost on this machine: the table from which the depth controller chooses a depth."""
 
 from __future__ import annotations
 

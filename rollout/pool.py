@@ -34,8 +34,8 @@ OnLost = Callable[[int, str, str], None]
 
 
 class Pool(Protocol):
-    """Samples. `sample` returns groups in the order of the prompts. If some prompts fail, the others are still sampled,
-    and the RolloutError that names the failed ones has the other `groups`."""
+    """A sampler of groups. `sample` returns them in the order of the prompts. If some prompts fail, the others are
+    still sampled, and the RolloutError that names the failed ones has the other `groups`."""
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None: ...
 
@@ -180,7 +180,7 @@ class RayPool:
         for i in workers:
             got = self._answer(i, "publish", reference, version)
             if got != expected:
-                raise RolloutError(f"worker {i} holds weights {got}, published were {expected} (version {version})")
+                raise RolloutError(f"worker {i} holds weights {got}, not the published {expected} (version {version})")
         self.published = packed, expected, version
 
     def _answer(self, i: int, method: str, *arguments: Any) -> Any:

@@ -92,8 +92,7 @@ class Results:
         for row, (count, token_ids, logprobs, depths, stopped, aborted, cut) in enumerate(
             zip(*(x.tolist() for x in rows), strict=True)
         ):
-            forwards, drafted, accepted, fallbacks = next(stats)
-            ids = token_ids[:count]
+            ids, (forwards, drafted, accepted, fallbacks) = token_ids[:count], next(stats)
             text = str(tokenizer.decode(ids[:-1] if stopped and not cut else ids))
             reason: FinishReason = "abort" if aborted else "stop" if stopped else "length"
             completions.append(

@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from policies.decoding.latent_cache import LatentCache, Prefix
 
 ATTENTION = "quartet"
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # what some models add to their scores
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # some models add these to their scores
 
 
 class PromptCache:

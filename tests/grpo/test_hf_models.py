@@ -231,7 +231,7 @@ def test_drafts_asked_by_eval_are_refused_under_their_name(saved):
         ("gpt_oss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "adds s_aux to its attention"),
         ("bloom", {}, "do not attend through the attention interface"),
         ("mamba", {}, "do not attend through the attention interface"),
-        ("bloom", {"max_position_embeddings": None}, "names no max_position_embeddings"),
+        ("bloom", {"max_position_embeddings": None}, "has no max_position_embeddings"),
     ],
 )
 def test_a_model_that_computes_something_else_is_refused_by_name(hf_policy, kind, config, reason):

@@ -184,7 +184,7 @@ def test_contract_5_a_worker_refuses_a_version_that_it_does_not_hold(pool):
 def test_contract_5_weights_that_a_worker_does_not_confirm_are_not_sampled_with(pool, policies, monkeypatch, expected):
     with monkeypatch.context() as patch:
         patch.setattr(rollout.pool, "digest", lambda weights: "what the learner holds")
-        with pytest.raises(RolloutError, match=r"worker 0 holds weights \w+, published were what the learner holds"):
+        with pytest.raises(RolloutError, match=r"worker 0 holds weights \w+, not the published what the learner holds"):
             pool.publish(policies[1].weights(), 1)
     with pytest.raises(RolloutError, match="publish"):
         pool.sample(PROMPTS, PARAMS)
