@@ -10,6 +10,7 @@ The machine must be quiet otherwise.
 
     python benchmarks/beside.py --json beside.json
     taskset -c 0,1 python benchmarks/beside.py --threads 1 2 --repeats 3
+    python benchmarks/beside.py --threads --width 640 --warm_start_steps 4 --steps 2 --prompts 4     # 23 M parameters
 """
 
 from __future__ import annotations
@@ -62,13 +63,27 @@ def run(variables: dict[str, str], words: list[str], options: argparse.Namespace
     return {"warm start": warm_start, "GRPO step": median(steps)}
 
 
+def wider(width: int, folder: Path) -> Path:
+    """A policy of the demo's shape and this width, with random weights: large ones get more threads by default."""
+    from grpo.data.word_problems import word_problems
+    from policies.presets import PRESETS, build
+
+    PRESETS["wider"] = PRESETS["tiny"] | {"hidden_size": width, "intermediate_size": 2 * width}
+    PRESETS["wider"]["moe_intermediate_size"] = width // 2
+    texts = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1, 2], count=400)]
+    build("wider", texts, 0).save(folder)
+    return folder
+
+
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every row of the table: medians of the repeats, alone and beside, and their ratios. All of them take turns."""
-    rows: list[tuple[str, dict[str, str], list[str]]] = [("default", {}, [])]
+    wide = ["--model", str(wider(options.width, Path(tempfile.mkdtemp()) / "policy"))] if options.width else []
+    rows: list[tuple[str, dict[str, str], list[str]]] = [("default", {}, wide)]
     for threads in options.threads:
         ways = WAYS if threads > 1 else {"libgomp's default": OF_LIBGOMP}  # one thread waits for nobody
         rows += [
-            (f"{threads} threads, {way}", variables, ["--threads", str(threads)]) for way, variables in ways.items()
+            (f"{threads} threads, {way}", variables, [*wide, "--threads", str(threads)])
+            for way, variables in ways.items()
         ]
     alone: list[list[dict[str, float]]] = [[] for _ in rows]
     beside: list[list[dict[str, float]]] = [[] for _ in rows]
@@ -100,6 +115,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="GRPO steps")
     parser.add_argument("--prompts", type=int, default=32, help="prompts of a GRPO step")
     parser.add_argument("--workers", type=int, default=0, help="Ray workers")
+    parser.add_argument("--width", type=int, help="a policy with random weights of this width, not the demo's")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
