@@ -474,7 +474,7 @@ def test_weights_that_are_not_finite_name_the_problem_and_the_other_completions_
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, problems)))
     given = {"data": str(tmp_path / "d.jsonl"), "prompts_per_batch": 2, "max_completion_tokens": 4}
     config = _config(tmp_path / "policy", **given, output=tmp_path / "out", greedy=False)
-    with pytest.raises(RolloutError, match=r"(?s)not finite .* of 1 of 2 prompts, \['.*/1'\].*stand in .*completions"):
+    with pytest.raises(RolloutError, match=r"(?s)not finite .* of 1 of 2 prompts, \['.*/1'\].*are in .*completions"):
         evaluate_model(config, QUIET)
     kept = [json.loads(line)["prompt"] for line in (tmp_path / "out/completions.jsonl").read_text().splitlines()]
     assert kept == ["how many\n", "3 + 4\n", "7 left?\n"]
