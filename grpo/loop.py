@@ -43,7 +43,7 @@ class Run(Generic[Config]):
     ...     run.restore(learner=learner, prompts=prompts)  # from the checkpoint to go on from
     ...     with run:
     ...         for step in run.steps():
-    ...             run.learn(learner, lambda: learner.step(batch, step), rate="learner.learning_rate", batch=file)
+    ...             run.learn(lambda: learner.step(batch, step), rate="learner.learning_rate", batch=file)
     ...             run.record()
     ...             run.save_if_due()
     """
