@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerBase
 
+from grpo.algorithm import own
 from grpo.commands import machine, memory
 from grpo.config.learner import LoraOptions
 from grpo.config.mtp import MtpConfig
@@ -137,6 +138,8 @@ def dry_run(
     """Check output folder, data, template, rewards and model without training, as the run with these flags would; print
     counts, estimates, and whether this machine has what they ask for."""
     check_options(config)
+    if isinstance(config, TrainConfig):
+        own.check(config.loss)
     saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=_steps(config))
     refuse_folder(config.output_dir, resuming=resume is not None)
     shape, head = read_shape(config)

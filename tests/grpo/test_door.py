@@ -9,6 +9,7 @@ import torch
 import grpo
 import rewards
 from grpo.algorithm import losses, own
+from grpo.commands import summary
 from grpo.config.loss import LossOptions
 from grpo.config.options import ConfigError, load
 from grpo.learner.prepare import estimate
@@ -136,6 +137,9 @@ def test_an_objective_of_the_users_own_is_used_with_its_denominators(file):
 def test_what_is_not_there_or_not_marked_is_refused_before_a_model_is_loaded(file, options, message):
     with pytest.raises((ValueError, rewards.RewardError), match=message):
         own.check(LossOptions(**{name: value.format(file) for name, value in options.items()}))
+    config = {"output_dir": file.parent / "r"} | {f"loss.{name}": value.format(file) for name, value in options.items()}
+    with pytest.raises((ValueError, rewards.RewardError), match=message):
+        summary.dry_run(load(grpo.TrainConfig, None, config))
 
 
 def test_a_misspelt_estimator_is_no_file(tmp_path):
