@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from grpo.config.options import Options
 
@@ -18,7 +19,14 @@ Advantage = Literal[
     "group_relative", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae", "rank_softmax"
 ]
 
-Own = Annotated[str, Field(pattern=r"\.py:\w+$"), "FILE.py:FUNCTION"]
+
+def _names_a_function(name: str) -> str:
+    if not re.search(r"\.py:\w+$", name):
+        raise ValueError("path/to/file.py:function")  # completes "expected 'grpo', 'dapo' or"
+    return name
+
+
+Own = Annotated[str, AfterValidator(_names_a_function), "FILE.py:FUNCTION"]
 
 
 class LossOptions(Options):
