@@ -65,6 +65,7 @@ class Run(Generic[Config]):
         self.config, self.log, self.stop, self.ranks = config, log, stop, ranks
         self.folder, self.checkpoints, self.saved = config.output_dir, checkpoints, saved
         self.last, self.stop_after, self.of = last, stop_after, of
+        self.inner = bool(of)  # a training inside the run: its steps have no metrics, and the last one is not saved
         self.start = self.step = self.saved_step = saved.step if saved else 0  # `step` is the last whole one
         self.resumes = self.forced = False
         self.metrics: defaultdict[str, float] = defaultdict(float)  # of the step in progress
@@ -208,7 +209,7 @@ class Run(Generic[Config]):
 
     def record(self, more: Mapping[str, float] | None = None, *, show: bool = True) -> None:
         """The line of the step in metrics.jsonl."""
-        if self.of:
+        if self.inner:
             return
         self.metrics |= more or {}
         self.metrics["time/step"] = time.perf_counter() - self._started
@@ -226,7 +227,7 @@ class Run(Generic[Config]):
     def save_if_due(self, also: bool = False) -> None:
         """Every `checkpoint.every` steps, at the end, and where `also` says so."""
         at_the_end = self.step == self.last
-        if also or (not self.of if at_the_end else self.step % self.config.checkpoint.every == 0):
+        if also or (not self.inner if at_the_end else self.step % self.config.checkpoint.every == 0):
             self.save()
 
     def save(self) -> None:
@@ -244,7 +245,7 @@ class Run(Generic[Config]):
     def best_step(self, *being_saved: int) -> int | None:
         """The step of the best checkpoint, which stays; None where none was asked for (`checkpoint.keep_best`)."""
         options = self.config.checkpoint
-        if self.of or not options.keep_best or not isinstance(self.config, TrainConfig):
+        if self.inner or not options.keep_best or not isinstance(self.config, TrainConfig):
             return None
         saved = [*checkpoint.saved(self.checkpoints), *being_saved]
         return best_step(read_metrics(self.folder), saved, None if self.config.eval.every else options.every)

@@ -100,7 +100,7 @@ def test_gae_by_hand():
     # γ = 0.9, λ = 0.5, V = 1, 2, 3, rewards 0, 0, 10. Backwards:
     # δ₂ = 10 - 3 = 7, δ₁ = 0.9·3 - 2 = 0.7, δ₀ = 0.9·2 - 1 = 0.8
     # Â₂ = 7, Â₁ = 0.7 + 0.45·7 = 3.85, Â₀ = 0.8 + 0.45·3.85 = 2.5325
-    # row 2 stops after one token: δ₀ = 4 - 1 = 3; what lies behind (NaN here) has no say
+    # row 2 stops after one token: δ₀ = 4 - 1 = 3; what follows (NaN here) does not count
     values = torch.tensor([[1.0, 2.0, 3.0], [1.0, NAN, NAN]])
     rewards = torch.tensor([[0.0, 0.0, 10.0], [4.0, NAN, NAN]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
