@@ -25,19 +25,21 @@ from rollout.sampling import SamplingParams
 class Collector:
     """Draws the groups of each step, and keeps the record of them. The curriculum is its only state."""
 
-    def __init__(
-        self, config: TrainConfig, run: Run, task: Task, curriculum: Curriculum, pool: Pool, policy: Policy
-    ) -> None:
-        self.config, self.run, self.task, self.curriculum, self.pool = config, run, task, curriculum, pool
+    def __init__(self, run: Run[TrainConfig], task: Task, curriculum: Curriculum, pool: Pool, policy: Policy) -> None:
+        self.run, self.task, self.curriculum, self.pool = run, task, curriculum, pool
         self.tokenizer = policy.tokenizer
+        config = run.config
+        self.rollout, self.prompts_per_step, self.deepest = config.rollout, config.prompts_per_step, config.mtp.depth
         sampling = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed)
         self.sampling = replace(sampling, record_routing=config.learner.routing_replay)
-        self.tied_steps = TiedSteps(config, task.first_reward, task.full_marks)
+        self.tied_steps = TiedSteps(
+            config.data, config.rollout, config.warm_start.steps, task.first_reward, task.full_marks
+        )
 
     def collect(self, step: int) -> Drawn:
         """The scored groups of a step, with an event for every reward that failed. Adds to the metrics of the run."""
-        options, params, metrics = self.config.rollout, self._params(step), self.run.metrics
-        self.task.reached(step - 1, self.config)
+        options, params, metrics = self.rollout, self._params(step), self.run.metrics
+        self.task.reached(step - 1)
 
         def take(count: int, draw: int = 0) -> list[Prompt]:
             examples = self.curriculum.take(count, step, draw)
@@ -59,7 +61,7 @@ class Collector:
             return tied if options.refill_prompts == "same" else take(len(tied), draw)
 
         with self.run.log.progress() as progress:
-            drawn = draw_groups(take(self.config.prompts_per_step), options.refill_draws, sample, replacements)
+            drawn = draw_groups(take(self.prompts_per_step), options.refill_draws, sample, replacements)
         for failure in (failure for score in drawn.all_scores for failure in score.errors):
             self.run.log.event("reward_error", step=step, **vars(failure))
         metrics |= rollout_metrics(drawn.all_groups, drawn.all_scores) | self._metrics(step, drawn)
@@ -74,7 +76,7 @@ class Collector:
 
     def draft_depth(self, step: int) -> int:
         """How deep the head learns."""
-        return draft_depth(self.config.curriculum, self.config.mtp.depth, step)
+        return draft_depth(self.curriculum.options, self.deepest, step)
 
     def _score(self, groups: list[RolloutGroup], step: int) -> list[GroupScore]:
         try:
@@ -85,18 +87,18 @@ class Collector:
 
     def _metrics(self, step: int, drawn: Drawn) -> dict[str, float]:
         """curriculum/* of the options that are on, and group/* of dynamic sampling."""
-        metrics, options = self.curriculum.metrics(step), self.config.curriculum
+        metrics, options = self.curriculum.metrics(step), self.curriculum.options
         if options.completion_tokens is not None:
             metrics["curriculum/completion_tokens"] = float(self._params(step).max_completion_tokens)
         if options.draft_depth is not None:
             metrics["curriculum/draft_depth"] = float(self.draft_depth(step))
-        return metrics | (drawn.metrics() if self.config.rollout.refill_draws else {})
+        return metrics | (drawn.metrics() if self.rollout.refill_draws else {})
 
     def _params(self, step: int) -> SamplingParams:
         """A head that has not learned deep drafts yet does not make them."""
         depth, drafts = self.draft_depth(step), self.sampling.draft_tokens
-        limit = completion_tokens(self.config.curriculum, self.sampling.max_completion_tokens, step)
-        if depth < self.config.mtp.depth:
+        limit = completion_tokens(self.curriculum.options, self.sampling.max_completion_tokens, step)
+        if depth < self.deepest:
             drafts = depth if drafts is None else min(drafts, depth)
         return replace(self.sampling, max_completion_tokens=limit, draft_tokens=drafts)
 

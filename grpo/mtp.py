@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,9 +55,11 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
         )
         prompts = PromptStream(task.train, config.seed)
         run.restore(learner=learner, prompts=prompts)
-        with open_run_pool(policy, config, run.stop, run.log) as pool:
-            use_costs_of_run(pool, policy, config, resumes=run.step > 0)
-            held_out = HeldOut(task, policy, pool, run.log, config, draft_tokens=config.head.depth)
+        with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log) as pool:
+            use_costs_of_run(pool, policy, config.rollout, run.folder, resumes=run.step > 0)
+            sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
+            sampling = replace(sampling, draft_tokens=config.head.depth)
+            held_out = HeldOut(task, policy, pool, run.log, config.eval, sampling)
             with run:
                 if run.step == 0:
                     _evaluate(held_out, 0, "before")

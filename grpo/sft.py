@@ -20,6 +20,7 @@ from grpo.learner.parallel import ALONE, Ranks
 from grpo.loop import Run
 from grpo.policy_source import check_options, load_policy, save_policy, with_threads
 from grpo.run.stop import InterruptiblePool
+from grpo.sampling import sampling_params
 from grpo.task import Task
 from policies.policy import Policy
 from rollout.pool import open_pool
@@ -81,9 +82,10 @@ def supervise(policy: Policy, task: Task, run: Run[SftConfig] | Run[TrainConfig]
 
 
 def _evaluate(when: str, run: Run[SftConfig], task: Task, policy: Policy) -> dict[str, Evaluation]:
-    options = run.config.eval
+    config, options = run.config, run.config.eval
     if not task.heldout:
         return {}
-    sampler = open_pool(policy, dtype=getattr(torch, run.config.dtype), prompts_per_shard=options.prompts_per_batch)
-    held_out = HeldOut(task, policy, InterruptiblePool(sampler, run.stop), run.log, run.config)
+    sampler = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=options.prompts_per_batch)
+    sampling = sampling_params(policy, config.rollout, options.samples, config.seed)
+    held_out = HeldOut(task, policy, InterruptiblePool(sampler, run.stop), run.log, options, sampling)
     return held_out.evaluate(run.step, when)

@@ -78,6 +78,7 @@ class Task:
         prompt = known[0].question if self.template.is_chat else self.template.render(known[0])
         self.solution_column = data.solution_column
         self.trainer_state: dict[str, float] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
+        self.prompts_per_step = 0
         specs = [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
         self.reward_weights = {spec.label: spec.weight for spec in specs}
         self.first_reward = specs[0].label
@@ -117,6 +118,8 @@ class Task:
             met=trained_on(config.model),
             contexts=_contexts(config),
         )
+        if isinstance(config, TrainConfig):
+            task.trainer_state["max_steps"], task.prompts_per_step = config.steps, config.prompts_per_step
         try:
             task.check_counts(config)
         except ValueError:
@@ -218,10 +221,10 @@ class Task:
         ids = [*tokenizer.encode(text, add_special_tokens=False), stop]
         return PackedRow(self.prompt(example, tokenizer).token_ids, [Sample(0, ids)])
 
-    def reached(self, steps_done: int, config: TrainConfig) -> None:
+    def reached(self, steps_done: int) -> None:
         """Set what rewards that ask for `trainer_state` receive from now on, by TRL's names."""
-        epoch = steps_done * config.prompts_per_step / len(self.train)
-        self.trainer_state = {"global_step": steps_done, "max_steps": config.steps, "epoch": epoch}
+        epoch = steps_done * self.prompts_per_step / max(len(self.train), 1)
+        self.trainer_state |= {"global_step": steps_done, "epoch": epoch}
 
     @property
     def full_marks(self) -> float:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from grpo.algorithm.dynamic_sampling import Drawn
-from grpo.config.run import TrainConfig
+from grpo.config.data import DataOptions
+from grpo.config.sampling import RolloutOptions
 
 STEPS = 5  # in a row, before it is said
 
@@ -14,8 +15,11 @@ STEPS = 5  # in a row, before it is said
 class TiedSteps:
     """Counts the steps in a row whose advantages were all zero. `full_marks` of `first_reward` is a right answer."""
 
-    def __init__(self, config: TrainConfig, first_reward: str, full_marks: float) -> None:
-        self.config, self.first_reward, self.full_marks = config, first_reward, full_marks
+    def __init__(
+        self, data: DataOptions, rollout: RolloutOptions, warm_steps: int, first_reward: str, full_marks: float
+    ) -> None:
+        self.data, self.rollout, self.warm_steps = data, rollout, warm_steps
+        self.first_reward, self.full_marks = first_reward, full_marks
         self.in_a_row: list[Drawn] = []
         self.told = False
 
@@ -56,13 +60,13 @@ class TiedSteps:
         )
 
     def _when_easy(self) -> list[str]:
-        data = self.config.data
+        data = self.data
         harder = f"data.levels (now {data.levels})" if data.name == "word_problems" else f"data.name (now {data.name})"
         return [f"use harder problems: {harder}; of these there is little left to learn", *self._spread()]
 
     def _when_hard(self) -> list[str]:
         return [
-            f"start warmer on gold solutions: warm_start.steps (now {self.config.warm_start.steps})",
+            f"start warmer on gold solutions: warm_start.steps (now {self.warm_steps})",
             "begin with easier problems: curriculum.shortest_share below 1, curriculum.by_difficulty: true",
             *self._spread(),
             "give parts of the marks for parts of the answer, by a second reward (rewards)",
@@ -71,7 +75,7 @@ class TiedSteps:
 
     def _spread(self) -> list[str]:
         """What makes the completions of a group differ, and what replaces groups in which they do not."""
-        rollout = self.config.rollout
+        rollout = self.rollout
         return [
             f"raise rollout.temperature (now {rollout.temperature:g})",
             f"use a larger rollout.group_size (now {rollout.group_size})",
@@ -82,7 +86,7 @@ class TiedSteps:
         groups = [group for drawn in self.in_a_row for group in drawn.groups]
         reasons = [completion.finish_reason for group in groups for completion in group.completions]
         cut = reasons.count("length") / max(len(reasons), 1)
-        limit = self.config.rollout.max_completion_tokens
+        limit = self.rollout.max_completion_tokens
         return f" ({cut:.0%} of them were cut at rollout.max_completion_tokens={limit})" if cut > 0.5 else ""
 
 

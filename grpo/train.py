@@ -22,6 +22,7 @@ from grpo.policy_source import check_options, load_policy, save_policy, with_thr
 from grpo.run import checkpoint
 from grpo.run.pool import open_run_pool, use_costs_of_run
 from grpo.run.resume import BaseWeights
+from grpo.sampling import sampling_params
 from grpo.sft import supervise
 from grpo.task import Task
 from policies.files.digests import write_digests
@@ -54,11 +55,12 @@ def train(
         curriculum = Curriculum(task.train, config.curriculum, config.seed)
         run.restore(learner=learner, curriculum=curriculum, **_base(run, learner))
         ranks.hand_over(learner)
-        with open_run_pool(policy, config, run.stop, run.log) as pool:
+        with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log) as pool:
             pool.publish(learner.weights(), learner.policy_version)
-            use_costs_of_run(pool, policy, config, resumes=run.resumes)
-            collector = Collector(config, run, task, curriculum, pool, policy)
-            held_out = HeldOut(task, policy, pool, run.log, config)
+            use_costs_of_run(pool, policy, config.rollout, run.folder, resumes=run.resumes)
+            collector = Collector(run, task, curriculum, pool, policy)
+            sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
+            held_out = HeldOut(task, policy, pool, run.log, config.eval, sampling)
             with run:
                 if held_out.due(run.step, run.last) and not held_out.done(run.step):
                     held_out.evaluate(run.step, "before GRPO" if run.step == 0 else None)
@@ -78,7 +80,7 @@ def train(
                         held_out.evaluate(step)
                 if not run.ended_before:
                     held_out.evaluate(run.last, "after GRPO")
-                speeds = held_out.speeds()
+                speeds = held_out.speeds() if config.log.measure_speed else []
             save_policy(policy, run.folder / "policy", run.last)
             if config.checkpoint.keep_best:
                 _save_best(run, learner)

@@ -2,47 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo.config.mtp import MtpConfig
-from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.run import EvalOptions
 from grpo.evaluation.evaluate import Evaluation, Speed, evaluate_run, measure_speed
 from grpo.run.log import RunLog
 from grpo.run.records import read_metrics
-from grpo.sampling import sampling_params
 from grpo.task import Task
 from policies.policy import Policy
 from rollout.pool import Pool
+from rollout.sampling import SamplingParams
 
 
 class HeldOut:
-    """Samples every held-out problem at the run's temperature and greedily, with the same noise each time.
+    """Samples every held-out problem as `sampling` says and greedily, with the same noise each time.
 
     `results` are the evaluations so far that have a name, such as "before GRPO, sampled".
     """
 
     def __init__(
-        self,
-        task: Task,
-        policy: Policy,
-        pool: Pool,
-        log: RunLog,
-        config: SftConfig | MtpConfig,
-        draft_tokens: int | None = None,
+        self, task: Task, policy: Policy, pool: Pool, log: RunLog, options: EvalOptions, sampling: SamplingParams
     ) -> None:
-        """`draft_tokens`: another number of drafts than the run's."""
-        self.task, self.pool, self.log, self.config = task, pool, log, config
+        self.task, self.pool, self.log, self.options, self.sampling = task, pool, log, options, sampling
         self.prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
-        self.sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
-        if draft_tokens is not None:
-            self.sampling = replace(self.sampling, draft_tokens=draft_tokens)
         self.results: dict[str, Evaluation] = {}
 
     def due(self, step: int, last: int) -> bool:
         """Before the first step and every `eval.every` steps; the evaluation after the last step is not meant."""
-        every = self.config.eval.every
+        every = self.options.every
         return bool(self.prompts) and step < last and (step == 0 or bool(every and step % every == 0))
 
     def done(self, step: int) -> bool:
@@ -53,16 +42,15 @@ class HeldOut:
         """The results of `step`, which are recorded too, by way of sampling; with `when` under names of their own."""
         if not self.prompts:
             return {}
-        if isinstance(self.config, TrainConfig):
-            self.task.reached(step, self.config)
-        found = evaluate_run(self.pool, self.task, self.prompts, self.sampling, self.config.eval, self.log, step)
+        self.task.reached(step)
+        found = evaluate_run(self.pool, self.task, self.prompts, self.sampling, self.options, self.log, step)
         named = {f"{when}, {way}" if when else way: result for way, result in found.items()}
         self.results |= named if when else {}
         return named
 
     def speeds(self) -> list[Speed]:
-        """Of sampling with and without drafts at 1, 8 and 32 rows, where it was asked for."""
-        if not (self.config.log.measure_speed and self.prompts and self.sampling.draft_tokens != 0):
+        """Of sampling with and without drafts at 1, 8 and 32 rows."""
+        if not self.prompts or self.sampling.draft_tokens == 0:
             return []
         return measure_speed(self.pool, self.prompts, self.sampling, rows=(1, 8, 32))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from grpo.config.mtp import MtpConfig
-from grpo.config.run import TrainConfig
+from grpo.config.sampling import RolloutOptions
 from grpo.run.log import RunLog
 from grpo.run.stop import InterruptiblePool, StopSignal
 from policies.policy import Policy
@@ -14,11 +15,10 @@ from rollout.pool import Pool, open_pool
 
 
 def open_run_pool(
-    policy: Policy, config: TrainConfig | MtpConfig, stop: StopSignal, run_log: RunLog
+    policy: Policy, rollout: RolloutOptions, dtype: str, stop: StopSignal, run_log: RunLog
 ) -> InterruptiblePool:
-    """Workers as `config.rollout` asks for them. A stop that is asked for interrupts their work, a worker that is lost
+    """Workers as `rollout` asks for them. A stop that is asked for interrupts their work, a worker that is lost
     is an event. Raises GivenUp where a stop was asked for before they were ready."""
-    rollout = config.rollout
 
     def on_lost(worker: int, reason: str, action: str) -> None:
         run_log.event("worker_lost", worker=worker, action=action, reason=reason)
@@ -27,7 +27,7 @@ def open_run_pool(
         pool = open_pool(
             policy,
             rollout.workers,
-            dtype=getattr(torch, config.dtype),
+            dtype=getattr(torch, dtype),
             threads=rollout.threads_per_worker,
             prompts_per_shard=rollout.prompts_per_shard,
             timeout_s=rollout.timeout_s,
@@ -37,12 +37,11 @@ def open_run_pool(
     return InterruptiblePool(pool, stop)
 
 
-def use_costs_of_run(pool: Pool, policy: Policy, config: TrainConfig | MtpConfig, *, resumes: bool) -> None:
+def use_costs_of_run(pool: Pool, policy: Policy, rollout: RolloutOptions, folder: Path, *, resumes: bool) -> None:
     """Where a controller chooses the depth: the table that was saved, or a new one, measured once and saved."""
-    rollout = config.rollout
     if rollout.draft_tokens is not None or policy.mtp is None:
         return
-    path, rows = config.output_dir / "draft_costs.json", rollout.prompts_per_shard * rollout.group_size
+    path, rows = folder / "draft_costs.json", rollout.prompts_per_shard * rollout.group_size
     saved = CostTable.load(path) if resumes and path.exists() else None
     costs = pool.use_costs(saved, rows)
     if saved is None:

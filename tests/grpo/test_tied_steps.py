@@ -17,7 +17,8 @@ def observe(micro_config, tmp_path):
     """`observe([[rewards of a group], ...] of each step, **options)`: what is told after each step."""
 
     def run(steps, advantages=None, reason="stop", **options):
-        tied = TiedSteps(micro_config(tmp_path, **options), "gsm8k", 1.0)
+        config = micro_config(tmp_path, **options)
+        tied = TiedSteps(config.data, config.rollout, config.warm_start.steps, "gsm8k", 1.0)
         told = []
         for groups in steps:
             completion = Completion([1], [0.0], "x", reason, 0, DraftStats())

@@ -7,8 +7,8 @@ from rich.progress import Progress
 
 from grpo.algorithm.verdicts import Verdicts
 from grpo.collector import Collector
-from grpo.config.data import CurriculumOptions
-from grpo.config.learner import LearnerOptions
+from grpo.config.data import CurriculumOptions, DataOptions
+from grpo.config.learner import LearnerOptions, WarmStartOptions
 from grpo.config.options import ConfigError, load
 from grpo.config.run import TrainConfig
 from grpo.config.sampling import RolloutOptions
@@ -97,17 +97,19 @@ def _pass_rates(*scores: GroupScore, full_marks: float = 1.0) -> dict[str, float
     )
     pool = SimpleNamespace(sample=lambda prompts, params, on_finished: [RolloutGroup(prompt, []) for prompt in prompts])
     config = SimpleNamespace(
+        output_dir=None,
+        data=DataOptions(),
+        warm_start=WarmStartOptions(),
         prompts_per_step=len(scores),
-        curriculum=options,
         rollout=RolloutOptions(),
         mtp=SimpleNamespace(depth=1),
         learner=LearnerOptions(),
         seed=0,
     )
     log = SimpleNamespace(progress=lambda: Progress(disable=True), event=lambda *_, **__: None)
-    run = Run(SimpleNamespace(output_dir=None), log, StopSignal(), ALONE, checkpoints=None, saved=None, last=1)
+    run = Run(config, log, StopSignal(), ALONE, checkpoints=None, saved=None, last=1)
     policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[])
-    Collector(config, run, task, curriculum, pool, policy).collect(1)
+    Collector(run, task, curriculum, pool, policy).collect(1)
     return curriculum.pass_rates
 
 

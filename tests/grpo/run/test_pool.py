@@ -32,7 +32,7 @@ def test_a_lost_worker_is_an_event_and_a_stop_ends_the_wait_for_one(micro_config
     monkeypatch.setattr(grpo.run.pool, "open_pool", lambda *_, **options: given.update(options))
     config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.timeout_s": 7.5})
     with StopSignal() as stop, RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
-        open_run_pool(micro_policy(), config, stop, run_log)
+        open_run_pool(micro_policy(), config.rollout, config.dtype, stop, run_log)
         assert given["timeout_s"] == 7.5
         given["on_lost"](1, "it died", "it is replaced")
         given["while_waiting"]()
