@@ -1,4 +1,4 @@
-"""One run, in one process or in the several that accelerate has launched."""
+"""One run, in one process or in the several that accelerate, torchrun or Ray Train has launched."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from typing import Any
 
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.held_out import Result
-from grpo.follower import follow
-from grpo.learner.parallel import Team, join
+from grpo.learner.parallel import join
 from grpo.policy_source import device_of, with_threads
+from grpo.run.stop import ignore_signals
 from grpo.sft import sft
 from grpo.train import train
 
 
 def launch(config: SftConfig, **flags: Any) -> Result | None:
-    """`quartet train` or `quartet sft`: what the summary shows, None on the ranks that only help to learn.
+    """`quartet train` or `quartet sft`: what the summary shows, None on the ranks that do not show one.
 
     `flags` are resume, stop_after and force.
     """
     config = with_threads(config, flags.get("resume"))
-    ranks = join(cpu=device_of(config.device).type == "cpu")
-    if isinstance(ranks, Team) and ranks.rank:
-        follow(config, ranks)
-        return None
-    with ranks.leading():
+    ranks = join(device_of(config.device).type == "cpu", config.learner.parallel)
+    if not ranks.first:
+        ignore_signals()  # rank 0 decides how the run ends
+    with ranks.together():
         if isinstance(config, TrainConfig):
-            return train(config, ranks=ranks, **flags)
-        return sft(config, ranks=ranks, **flags)
+            result = train(config, ranks=ranks, **flags)
+        else:
+            result = sft(config, ranks=ranks, **flags)
+    return result if ranks.first else None

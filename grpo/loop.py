@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 import psutil
 import torch
@@ -24,11 +24,12 @@ from grpo.run import checkpoint
 from grpo.run.best import best_step
 from grpo.run.checkpoint import Checkpoint
 from grpo.run.lock import RunLock
-from grpo.run.log import RunLog
+from grpo.run.log import NoLog, RunLog
 from grpo.run.records import read_metrics
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import record_rewards, refuse_changed_rewards
 from grpo.run.stop import GivenUp, Stopped, StopSignal
+from policies.sharding import attend
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -55,7 +56,7 @@ class Run(Generic[Config]):
         stop: StopSignal,
         ranks: Ranks,
         *,
-        checkpoints: Path,
+        checkpoints: Path | None = None,
         saved: Checkpoint | None,
         last: int,
         stop_after: int | None = None,
@@ -63,7 +64,8 @@ class Run(Generic[Config]):
     ) -> None:
         """The steps up to `last`. `of` names a training inside the run, and completes "stopped after step 3"."""
         self.config, self.log, self.stop, self.ranks = config, log, stop, ranks
-        self.folder, self.checkpoints, self.saved = config.output_dir, checkpoints, saved
+        self.folder, self.saved = config.output_dir, saved
+        self.checkpoints = checkpoints or self.folder / "checkpoints"
         self.last, self.stop_after, self.of = last, stop_after, of
         self.inner = bool(of)  # a training inside the run: its steps have no metrics, and the last one is not saved
         self.start = self.step = self.saved_step = saved.step if saved else 0  # `step` is the last whole one
@@ -96,6 +98,14 @@ class Run(Generic[Config]):
         `rewards` describe the reward functions (`Scorer.describe`). Everything that can be refused is refused before
         the folder is touched: see `RunLock`, `saved_state`, `refuse_changed_rewards` and `RunLog` for the errors.
         """
+        if not ranks.first:
+            path = ranks.from_first(lambda: None)
+            saved = checkpoint.load(path) if path else None
+            quiet = cast(RunLog, NoLog(config.output_dir))
+            run = cls(config, quiet, StopSignal(), ranks, saved=saved, last=steps, stop_after=stop_after)
+            run.resumes, run.forced = resume is not None, force
+            yield run
+            return
         with RunLock(config.output_dir) as lock:
             saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=steps)
             if resume is not None and not force:
@@ -114,9 +124,9 @@ class Run(Generic[Config]):
                 StopSignal() as stop,
             ):
                 record_rewards(log, rewards)
-                folder = config.output_dir / "checkpoints"
-                run = cls(config, log, stop, ranks, checkpoints=folder, saved=saved, last=steps, stop_after=stop_after)
+                run = cls(config, log, stop, ranks, saved=saved, last=steps, stop_after=stop_after)
                 run.resumes, run.forced = resume is not None, force
+                ranks.from_first(lambda: saved.path if saved else None)
                 try:
                     yield run
                 except GivenUp:  # outside the steps
@@ -128,7 +138,7 @@ class Run(Generic[Config]):
         Its steps are not those of the run: they have no metrics, and the last one is not saved.
         """
         folder = self.folder / name
-        found = checkpoint.find(folder, "auto")
+        found = self.ranks.from_first(lambda: checkpoint.find(folder, "auto"))
         saved = checkpoint.load(found) if found else None
         return Run(self.config, self.log, self.stop, self.ranks, checkpoints=folder, saved=saved, last=last, of=of)
 
@@ -145,7 +155,7 @@ class Run(Generic[Config]):
                     part.load_state(self.saved.tensors, self.saved.state[name])
                 elif name in self.saved.state:
                     part.load_state_dict(self.saved.state[name])
-        checkpoint.discard_after(self.checkpoints, self.start)
+        self.ranks.from_first(lambda: checkpoint.discard_after(self.checkpoints, self.start))
 
     # ---- the steps --------------------------------------------------------------------------------------------------
 
@@ -161,7 +171,7 @@ class Run(Generic[Config]):
                 self.save()
                 raise self.stopped()
             if step < self.last:
-                self.stop.check()
+                self.ranks.from_first(self.stop.check)
 
     @property
     def _learner(self) -> Learner:
@@ -171,6 +181,10 @@ class Run(Generic[Config]):
     def moved(self) -> bool:
         """Whether the step in progress has changed the policy."""
         return self._learner.updates != self._updates
+
+    def alone(self, act: Callable[..., object], *arguments: Any, **named: Any) -> None:
+        """Rank 0 acts, while the others wait. If it fails or is stopped, they end as it does."""
+        self.ranks.from_first(lambda: act(*arguments, **named) and None)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -235,6 +249,11 @@ class Run(Generic[Config]):
             return
         self._refused = self.step
         tensors, state = self._learner.state()
+        if not self.ranks.first:
+            for mapping in tensors.values():
+                attend(mapping.values())
+            self.saved_step = self.step
+            return
         others = {name: part.state_dict() for name, part in self._parts.items() if part is not self._learner}
         everything = {"learner": state, **others, **self.log.state()}
         best, keep = self.best_step(self.step), self.config.checkpoint.keep
@@ -270,11 +289,12 @@ class Run(Generic[Config]):
             return
         self._settle()
         if isinstance(error, GivenUp):
+            self.stop.number = error.number
             self.save()
             action = "what was in progress is given up"
             self.log.event("signal", name=self.stop.name, action=action, saved_step=self.saved_step)
             raise self.stopped() from None
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and (self.ranks.size == 1 or isinstance(error, NonFiniteStep)):
             self._save_what_failed(error)
 
     def _settle(self) -> None:

@@ -47,7 +47,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
     _check_model(config)
     config = with_threads(config, resume)
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
-    with Task.of(config) as task, Run.open(config, config.steps, task.scorer.describe(), **flags) as run:
+    with Task.of(config) as task, Run.open(config, config.steps, task.describe_rewards(), **flags) as run:
         task.record_split(run.log)
         policy = _policy_with_head(config, task, begins=run.saved is None)
         learner = HeadLearner(

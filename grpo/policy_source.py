@@ -9,8 +9,9 @@ import difflib
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig
+from transformers.distributed import DistributedConfig
 
 from grpo.agreement import check_agreement
 from grpo.config.json_file import read_json
@@ -27,6 +29,7 @@ from grpo.config.options import load
 from grpo.config.policy import ModelOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.yaml_file import read_yaml
+from grpo.learner.parallel import ALONE, Ranks
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 from grpo.run.resume import base_changed
@@ -205,11 +208,28 @@ def with_threads(config: Config, resume: str | None) -> Config:
 # ---- loading it -----------------------------------------------------------------------------------------------------
 
 
-def load_policy(options: ModelOptions, corpus: Iterable[str] = ()) -> Policy:
+def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks = ALONE) -> Policy:
     """The policy that `options.model` means, on its device: a preset gets fresh weights, and a tokenizer learned from
-    `corpus`. Raises PolicyError or CheckpointError for what cannot be loaded."""
+    `corpus`. Several ranks share it, as `learner.parallel` says.
+
+    Raises PolicyError or CheckpointError for what cannot be loaded.
+    """
     check_options(options)
-    return load_found(find_policy(options.model), options, corpus)
+    source = find_policy(options.model)
+    if ranks.layout is None:
+        return load_found(source, options, corpus)
+    with tempfile.TemporaryDirectory() as folder:
+        if source.folder in presets.PRESETS or source.checkpoint:  # rank 0 makes it, the others get its files
+            files = ranks.from_first(lambda: _files(load_found(source, options, corpus), Path(folder)))
+            source = replace(source, folder=folder, checkpoint=None)
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+        return _load(source.folder, options, layout=ranks.layout)
+
+
+def _files(policy: Policy, folder: Path) -> dict[str, bytes]:
+    policy.save(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def load_found(
@@ -221,7 +241,9 @@ def load_found(
     return _load_checkpoint(source, source.saved, options, merged)
 
 
-def _load(model: str, options: ModelOptions, corpus: Iterable[str] = ()) -> Policy:
+def _load(
+    model: str, options: ModelOptions, corpus: Iterable[str] = (), layout: DistributedConfig | None = None
+) -> Policy:
     if options.threads:
         torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
@@ -229,10 +251,11 @@ def _load(model: str, options: ModelOptions, corpus: Iterable[str] = ()) -> Poli
         policy = presets.build(model, corpus, options.seed).cast(dtype)
     else:
         check_policy(Path(model))
-        policy = Policy.load(model, dtype, add_mtp=options.add_mtp, seed=options.seed)
+        policy = Policy.load(model, dtype, add_mtp=options.add_mtp, seed=options.seed, layout=layout)
     if not options.threads:
         torch.set_num_threads(threads_for(sum(parameter.numel() for parameter in policy.trunk.parameters())))
-    policy = policy.to(device_of(options.device))
+    if layout is None:
+        policy = policy.to(device_of(options.device))
     if policy.backend == "transformers":
         check_agreement(policy)
     return policy

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from functools import partial
 from math import nan
 from typing import Any
-
-import torch
 
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.data.prompts import PromptStream
@@ -19,11 +19,11 @@ from grpo.learner.build import sft_learner
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.loop import Run
 from grpo.policy_source import check_options, load_policy, save_policy, with_threads
-from grpo.run.stop import InterruptiblePool
+from grpo.run.pool import open_run_pool
 from grpo.sampling import sampling_params
 from grpo.task import Task
+from policies.files.digests import write_digests
 from policies.policy import Policy
-from rollout.pool import open_pool
 
 
 def sft(
@@ -39,9 +39,12 @@ def sft(
     config = with_threads(config, resume)
     steps = config.warm_start.steps
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
-    with Task.of(config) as task, Run.open(config, steps, task.scorer.describe(), ranks=ranks, **flags) as run:
+    with (
+        Task.of(config, scores=ranks.first) as task,
+        Run.open(config, steps, task.describe_rewards(), ranks=ranks, **flags) as run,
+    ):
         task.record_split(run.log)
-        policy = load_policy(config, task.corpus())
+        policy = load_policy(config, task.corpus(), ranks)
         results: dict[str, Evaluation] = {}
         if run.step == 0:
             results |= _evaluate("before", run, task, policy)
@@ -55,11 +58,9 @@ def sft(
 def supervise(policy: Policy, task: Task, run: Run[SftConfig] | Run[TrainConfig]) -> None:
     """Train `policy` in place for the steps of `run`; the last step's metrics are left in `run.metrics`."""
     config, options = run.config, run.config.warm_start
-    run.ranks.begin("sft", policy)
     learner = sft_learner(policy, config, run.ranks)
     prompts = PromptStream(task.train_for(options.levels), config.seed)
     run.restore(learner=learner, prompts=prompts)
-    run.ranks.hand_over(learner)
     token, raw = policy.stop_token_ids[0], not options.strip_calculator_marks
     with run, run.log.progress() as progress:
         bar = progress.add_task("warm start", total=run.last, completed=run.start)
@@ -67,7 +68,7 @@ def supervise(policy: Policy, task: Task, run: Run[SftConfig] | Run[TrainConfig]
             examples = prompts.take(options.batch_size)
             rows = [task.solution(example, policy.tokenizer, token, raw) for example in examples]
             run.learn(
-                partial(run.ranks.call, learner, "sft_step", rows, step),
+                partial(learner.sft_step, rows, step),
                 rate="warm_start.learning_rate",
                 batch=run.folder / "events.jsonl",
                 examples=[example.example_id for example in examples],
@@ -81,11 +82,40 @@ def supervise(policy: Policy, task: Task, run: Run[SftConfig] | Run[TrainConfig]
             run.save_if_due()
 
 
+def warm_start(run: Run[TrainConfig], task: Task) -> None:
+    """Supervised steps into `warm_start/`, unless the run that is being resumed has made them."""
+    config, folder, steps = run.config, run.folder / "warm_start", "warm_start_checkpoints"
+    if config.warm_start.steps and not (run.resumes and folder.exists()):
+        if not run.resumes:
+            run.alone(shutil.rmtree, run.folder / steps, ignore_errors=True)
+        started = time.perf_counter()
+        policy = load_policy(config, task.corpus(), run.ranks)
+        task.check_lengths(policy, config.rollout.max_completion_tokens)
+        supervise(policy, task, run.part(steps, config.warm_start.steps, " of the warm start"))
+        seconds = round(time.perf_counter() - started, 1)
+        run.log.event("warm_start_done", seconds=seconds, folder=str(folder))
+        policy.save(folder)
+        run.alone(write_digests, folder)
+    run.alone(shutil.rmtree, run.folder / steps, ignore_errors=True)
+
+
+def first_policy(run: Run[TrainConfig], task: Task) -> Policy:
+    """The policy that GRPO starts from."""
+    config = run.config
+    if config.warm_start.steps:
+        config = config.model_copy(update={"model": str(run.folder / "warm_start")})
+    policy = load_policy(config, task.corpus(), run.ranks)
+    task.check_lengths(policy, config.rollout.max_completion_tokens)
+    return policy
+
+
 def _evaluate(when: str, run: Run[SftConfig], task: Task, policy: Policy) -> dict[str, Evaluation]:
     config, options = run.config, run.config.eval
     if not task.heldout:
         return {}
-    sampler = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=options.prompts_per_batch)
+    rollout = config.rollout.model_copy(update={"workers": 0, "prompts_per_shard": options.prompts_per_batch})
+    pool = open_run_pool(policy, rollout, config.dtype, run.stop, run.log, samples=run.ranks.first)
     sampling = sampling_params(policy, config.rollout, options.samples, config.seed)
-    held_out = HeldOut(task, policy, InterruptiblePool(sampler, run.stop), run.log, options, sampling)
-    return held_out.evaluate(run.step, when)
+    held_out = HeldOut(task, policy, pool, run.log, options, sampling)
+    run.alone(held_out.evaluate, run.step, when)
+    return held_out.results

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -54,11 +55,13 @@ class Task:
         device: str = "auto",
         met: Collection[str] = frozenset(),
         contexts: Mapping[str, int] | None = None,
+        scores: bool = True,
     ) -> None:
         """`heldout`: how many held-out problems, None for all of them, 0 for none. `device` is the reward models'.
 
         `met` are fingerprints of problems that the policy was trained on before. Raises ValueError where one of these,
         a training problem or a worked example is among the held-out problems. `contexts`: see `load_examples`.
+        Without `scores` no reward is loaded: another process scores.
         """
         check = gold_check((reward.function, reward.columns) for reward in rewards if "answer" not in reward.arguments)
         self.template = PromptTemplate(data.template, data.system_prompt, user_turn=data.user_turn)
@@ -79,11 +82,15 @@ class Task:
         self.solution_column = data.solution_column
         self.trainer_state: dict[str, float] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
         self.prompts_per_step = 0
+        self.scores = scores
         specs = [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
         self.reward_weights = {spec.label: spec.weight for spec in specs}
         self.first_reward = specs[0].label
         self.read_answer = answer_reader(specs[0].function, specs[0].arguments)
-        self.models = ModelRewards(reward_models, known[0].columns)
+        self.models = ModelRewards(reward_models if scores else (), known[0].columns)
+        if not scores:
+            self.verdicts = Verdicts(self.first_reward, "undeclared", None)
+            return
         self.scorer = Scorer(
             specs,
             on_error=scoring.on_error,
@@ -103,7 +110,7 @@ class Task:
         self.verdicts = Verdicts(self.first_reward, declared, gold.parts[self.first_reward][0])
 
     @classmethod
-    def of(cls, config: SftConfig | MtpConfig) -> Task:
+    def of(cls, config: SftConfig | MtpConfig, *, scores: bool = True) -> Task:
         held = config.eval
         task = cls(
             config.data,
@@ -117,6 +124,7 @@ class Task:
             device=config.device,
             met=trained_on(config.model),
             contexts=_contexts(config),
+            scores=scores,
         )
         if isinstance(config, TrainConfig):
             task.trainer_state["max_steps"], task.prompts_per_step = config.steps, config.prompts_per_step
@@ -145,8 +153,14 @@ class Task:
                 f"{len(both)} of the others are the same problems: {', '.join(both[:5])}. Take them out of the data"
             )
 
+    def describe_rewards(self) -> list[dict[str, Any]]:
+        """What a run records of its reward functions; nothing where another process scores."""
+        return self.scorer.describe() if self.scores else []
+
     def record_split(self, run_log: RunLog) -> None:
         """Write into the run folder what is trained on, and say how the held-out problems are set apart from it."""
+        if not self.scores:
+            return
         record_trained_on(run_log.output_dir, self.trained_on)
         if not self.heldout:
             return
@@ -247,7 +261,8 @@ class Task:
         return scores
 
     def close(self) -> None:
-        self.scorer.close()
+        if self.scores:
+            self.scorer.close()
 
     def __enter__(self) -> Task:
         return self

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from grpo.algorithm import own
@@ -18,15 +17,13 @@ from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.loop import Run
-from grpo.policy_source import check_options, load_policy, save_policy, with_threads
+from grpo.policy_source import check_options, save_policy, with_threads
 from grpo.run import checkpoint
 from grpo.run.pool import open_run_pool, use_costs_of_run
 from grpo.run.resume import BaseWeights
 from grpo.sampling import sampling_params
-from grpo.sft import supervise
+from grpo.sft import first_policy, warm_start
 from grpo.task import Task
-from policies.files.digests import write_digests
-from policies.policy import Policy
 from rewards.protocol import Reward
 
 
@@ -47,26 +44,29 @@ def train(
     own.check(config.loss)
     config = with_threads(with_rewards(config, reward), resume)
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
-    with Task.of(config) as task, Run.open(config, config.steps, task.scorer.describe(), ranks=ranks, **flags) as run:
+    with (
+        Task.of(config, scores=ranks.first) as task,
+        Run.open(config, config.steps, task.describe_rewards(), ranks=ranks, **flags) as run,
+    ):
         task.record_split(run.log)
-        policy = initial_policy(run, task)
-        ranks.begin("grpo", policy)
-        learner = grpo_learner(policy, config, task.reward_weights, ranks)
+        warm_start(run, task)
+        policy = first_policy(run, task)
+        again = partial(first_policy, run, task)
+        learner = grpo_learner(policy, config, task.reward_weights, ranks, again)
         curriculum = Curriculum(task.train, config.curriculum, config.seed)
         run.restore(learner=learner, curriculum=curriculum, **_base(run, learner))
-        ranks.hand_over(learner)
-        with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log) as pool:
+        with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log, samples=ranks.first) as pool:
             pool.publish(learner.weights(), learner.policy_version)
-            use_costs_of_run(pool, policy, config.rollout, run.folder, resumes=run.resumes)
+            run.alone(use_costs_of_run, pool, policy, config.rollout, run.folder, resumes=run.resumes)
             collector = Collector(run, task, curriculum, pool, policy)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
             held_out = HeldOut(task, policy, pool, run.log, config.eval, sampling)
             with run:
                 if held_out.due(run.step, run.last) and not held_out.done(run.step):
-                    held_out.evaluate(run.step, "before GRPO" if run.step == 0 else None)
+                    run.alone(held_out.evaluate, run.step, "before GRPO" if run.step == 0 else None)
                 for step in run.steps():
-                    ranks.call(learner, "set_draft_depth", collector.draft_depth(step))
-                    drawn = collector.collect(step)
+                    learner.set_draft_depth(collector.draft_depth(step))
+                    drawn = ranks.from_first(partial(collector.collect, step))
                     batch = learner.prepare(drawn.groups, drawn.scores)
                     collector.keep(step, drawn, batch)
                     learn(run, learner, batch, step)
@@ -77,36 +77,14 @@ def train(
                     evaluates = held_out.due(step, run.last)
                     run.save_if_due(config.checkpoint.keep_best and evaluates)
                     if evaluates:
-                        held_out.evaluate(step)
+                        run.alone(held_out.evaluate, step)
                 if not run.ended_before:
-                    held_out.evaluate(run.last, "after GRPO")
-                speeds = held_out.speeds() if config.log.measure_speed else []
+                    run.alone(held_out.evaluate, run.last, "after GRPO")
+                speeds = held_out.speeds() if config.log.measure_speed and ranks.first else []
             save_policy(policy, run.folder / "policy", run.last)
             if config.checkpoint.keep_best:
                 _save_best(run, learner)
     return Result(run.folder, policy, held_out.results, speeds)
-
-
-def initial_policy(run: Run[TrainConfig], task: Task) -> Policy:
-    """The policy that GRPO starts from: warm-started now, or by the run that is being resumed."""
-    config, folder, steps = run.config, run.folder / "warm_start", "warm_start_checkpoints"
-    if config.warm_start.steps and not (run.resumes and folder.exists()):
-        if not run.resumes:
-            shutil.rmtree(run.folder / steps, ignore_errors=True)
-        started = time.perf_counter()
-        policy = load_policy(config, task.corpus())
-        task.check_lengths(policy, config.rollout.max_completion_tokens)
-        supervise(policy, task, run.part(steps, config.warm_start.steps, " of the warm start"))
-        seconds = round(time.perf_counter() - started, 1)
-        run.log.event("warm_start_done", seconds=seconds, folder=str(folder))
-        policy.save(folder)
-        write_digests(folder)
-    if config.warm_start.steps:
-        shutil.rmtree(run.folder / steps, ignore_errors=True)
-        config = config.model_copy(update={"model": str(folder)})
-    policy = load_policy(config, task.corpus())
-    task.check_lengths(policy, config.rollout.max_completion_tokens)
-    return policy
 
 
 def learn(run: Run, learner: Learner, batch: TrainingBatch, step: int) -> None:
@@ -121,7 +99,7 @@ def learn(run: Run, learner: Learner, batch: TrainingBatch, step: int) -> None:
                 run.stop.check()  # several ranks finish their step: they are in it together
 
         run.learn(
-            lambda: run.ranks.call(learner, "step", batch, step, own=(advance,)),
+            lambda: learner.step(batch, step, advance),
             rate="learner.learning_rate",
             batch=run.folder / "rollouts" / f"step_{step:06d}.jsonl.zst",
         )
@@ -143,7 +121,7 @@ def _base(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:
 
 
 def _save_best(run: Run, learner: Learner) -> None:
-    if (best := run.best_step()) is not None:
+    if (best := run.ranks.from_first(run.best_step)) is not None:
         found = checkpoint.load(checkpoint.saved(run.checkpoints)[best])
         learner.load_state(found.tensors, found.state["learner"])
         save_policy(learner.policy, run.folder / "best_policy", best)

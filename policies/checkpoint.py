@@ -28,9 +28,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
-from policies import layout, lora
+from policies import layout as hf
+from policies import lora, sharding
 from policies.contradictions import contradictions, refuse_type
 from policies.files import hub
 from policies.files.atomic import heed_umask, write_folder
@@ -64,14 +66,16 @@ class Checkpoint:
     further_mtp: dict[str, Tensor] = field(default_factory=dict)
 
 
-def load(source: str | Path, dtype: torch.dtype, *, add_mtp: bool, seed: int) -> Checkpoint:
+def load(
+    source: str | Path, dtype: torch.dtype, *, add_mtp: bool, seed: int, layout: DistributedConfig | None = None
+) -> Checkpoint:
     """See `Policy.load`."""
     config = read_config(source)
     files = WeightFiles(source)
     if isinstance(config, DeepseekV3Config) and files.shapes:
-        layout.check_tensors(files, config)
+        hf.check_tensors(files, config)
     tokenizer = read_tokenizer(source)
-    trunk, report = _load_trunk(source, dtype)
+    trunk, report = _load_trunk(source, dtype, layout)
     if not isinstance(trunk, DeepseekV3ForCausalLM):
         _check_report(source, config, report)
         return Checkpoint(trunk, None, tokenizer)
@@ -83,19 +87,21 @@ def load(source: str | Path, dtype: torch.dtype, *, add_mtp: bool, seed: int) ->
     elif config.num_nextn_predict_layers:
         LOGGER.warning(NO_HEAD, files.source, config.num_nextn_predict_layers)
     if policy.mtp is not None and layers:
-        layout.fill_head(policy.mtp, files.read(f"model.layers.{layers[0]}."), layers[0])
+        hf.fill_head(policy.mtp, files.read(f"model.layers.{layers[0]}."), layers[0])
         for layer in layers[1:]:
             policy.further_mtp |= files.read(f"model.layers.{layer}.")
-        if own := layout.own_copies(files, layers[0], trunk):
+        if own := hf.own_copies(files, layers[0], trunk):
             LOGGER.warning(OWN_COPIES, files.source, ", ".join(own))
     if policy.mtp is not None:
-        policy.draft_ids = layout.read_draft_vocabulary(files.source, trunk.config.vocab_size)
+        policy.draft_ids = hf.read_draft_vocabulary(files.source, trunk.config.vocab_size)
     if len(layers) > 1:
         LOGGER.warning(FURTHER_LAYERS, files.source, len(layers))
     return policy
 
 
-def _load_trunk(source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict]:
+def _load_trunk(
+    source: str | Path, dtype: torch.dtype, layout: DistributedConfig | None
+) -> tuple[PreTrainedModel, dict]:
     """The model, and the report of transformers on its tensors."""
     try:
         with _quiet_loading() as logged:
@@ -106,6 +112,7 @@ def _load_trunk(source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # `_check_report` refuses them by name
                 output_loading_info=True,
+                **(sharding.layout_arguments(source, layout) if layout else {}),
             )
     except (OSError, ValueError) as error:
         raise _unreachable(source, error) from error
@@ -126,9 +133,12 @@ def save(folder: Path, policy: Checkpoint) -> None:
     state, further = lora.merged_state(trunk), mtp_layers(config, policy.further_mtp)
     if policy.mtp is not None:
         head = lora.merged_state(policy.mtp)
-        state |= layout.head_state(config, config.num_hidden_layers, head, layout.may_idle(config)) | policy.further_mtp
+        state |= hf.head_state(config, config.num_hidden_layers, head, hf.may_idle(config)) | policy.further_mtp
     if isinstance(trunk, DeepseekV3ForCausalLM):
         config.num_nextn_predict_layers = 0 if policy.mtp is None else 1 + len(further)
+    state = sharding.collected(state)
+    if not sharding.leads():
+        return
     try:
         with write_folder(folder) as partial:
             with _quiet_loading():
@@ -136,7 +146,7 @@ def save(folder: Path, policy: Checkpoint) -> None:
             heed_umask(partial)
             policy.tokenizer.save_pretrained(partial)
             if policy.draft_ids is not None:
-                layout.write_draft_vocabulary(partial, policy.draft_ids)
+                hf.write_draft_vocabulary(partial, policy.draft_ids)
     except (OSError, SafetensorError) as error:
         what = f"cannot write the policy to {folder}: {error}; needs {sum(t.nbytes for t in state.values())} bytes"
         raise PolicyError(f"{what}: make room or use another disk; what was saved before is intact") from error
@@ -236,4 +246,4 @@ def _check_report(source: str | Path, config: PretrainedConfig, report: dict) ->
     expected: dict[str, Shape] = dict.fromkeys(report["missing_keys"], ())
     for name, stored, own in report["mismatched_keys"]:
         found[name], expected[name] = tuple(stored), tuple(own)
-    layout.refuse_differences(source, expected, found)
+    hf.refuse_differences(source, expected, found)

@@ -11,6 +11,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from policies.sharding import gathered, like, release
+
 ADAPTER = "default"
 
 DEFAULT_TARGETS = (
@@ -89,8 +91,8 @@ def has_adapter(model: nn.Module) -> bool:
 def effective_weight(module: nn.Module) -> Tensor:
     """The weight that `module` computes with: W + ΔW if it has an adapter that is on. Differentiable."""
     if not isinstance(module, LoraLayer):
-        return module.weight
-    base = module.get_base_layer().weight
+        return gathered(module)
+    base = gathered(module.get_base_layer())
     return base if module.disable_adapters else base + module.get_delta_weight(ADAPTER)
 
 
@@ -115,10 +117,11 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
     peft's merge and unmerge in place drift by rounding; here the base is only read.
     """
+    release(model)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for _, layer in adapters(model):
         parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
         base = getattr(layer.get_base_layer(), parameter)
-        state[names[id(base)]] = base.detach() + layer.get_delta_weight(ADAPTER).to(base.dtype)
+        state[names[id(base)]] = base.detach() + like(layer.get_delta_weight(ADAPTER).to(base.dtype), base)
     return {name.replace(".base_layer", ""): t for name, t in state.items() if ".lora_" not in name}

@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 
-from policies import checkpoint, lora
+from policies import checkpoint, lora, sharding
 from policies.attention import ATTENTION, Packing
 from policies.checkpoint import Checkpoint, read_config, read_tokenizer
 from policies.contradictions import FIXED_FIELDS
@@ -57,7 +58,9 @@ class Policy(nn.Module):
 
     @property
     def lm_head(self) -> Tensor:
-        return lora.effective_weight(self.trunk.get_output_embeddings())
+        """[V, D], whole where it is sharded."""
+        tied = self.config.tie_word_embeddings
+        return lora.effective_weight(self.trunk.get_input_embeddings() if tied else self.trunk.get_output_embeddings())
 
     @property
     def backend(self) -> Literal["native", "transformers"]:
@@ -101,16 +104,15 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Final hidden states [B, T, D] under an explicit mask: token n attends to m if `visible_BTT[b, n, m]`.
         `packing` describes the same mask of packed rows, for a kernel that can use it."""
-        mask = torch.zeros(visible_BTT.shape, dtype=self.lm_head.dtype, device=token_ids_BT.device)
+        mask = torch.zeros(visible_BTT.shape, dtype=self.trunk.dtype, device=token_ids_BT.device)
         mask = mask.masked_fill(~visible_BTT, torch.finfo(mask.dtype).min)[:, None]
-        out = self.trunk.get_decoder()(
+        return sharding.decoder(self.trunk)(
             input_ids=token_ids_BT,
             position_ids=position_ids_BT,
             attention_mask=mask,
             use_cache=False,
             **({"packing": packing} if packing else {}),
-        )
-        return out.last_hidden_state
+        ).last_hidden_state
 
     def unroll(
         self,
@@ -173,7 +175,7 @@ class Policy(nn.Module):
             if tensor.shape != own[name].shape:
                 raise PolicyError(f"published {name} is {list(tensor.shape)}, here it is {list(own[name].shape)}")
         for name, tensor in weights.items():
-            own[name].copy_(tensor)
+            own[name].copy_(sharding.whole(tensor))
         self.draft_ids = None if draft_ids is None else draft_ids.to(self.device, copy=True)
 
     def save(self, folder: str | Path) -> None:
@@ -208,16 +210,24 @@ class Policy(nn.Module):
 
     @classmethod
     def load(
-        cls, source: str | Path, dtype: torch.dtype = torch.float32, *, add_mtp: bool = False, seed: int = 0
+        cls,
+        source: str | Path,
+        dtype: torch.dtype = torch.float32,
+        *,
+        add_mtp: bool = False,
+        seed: int = 0,
+        layout: DistributedConfig | None = None,
     ) -> Policy:
         """A policy from a folder or hub id. `add_mtp` gives a fresh head to a DeepSeek-V3 trunk that has none.
 
+        With `layout` its weights are spread over the processes of this run, see sharding.py.
         Raises PolicyError, which names the tensor, file or field that is wrong. If the headers of the files show it, no
         weight is loaded before.
         """
-        stored = checkpoint.load(source, dtype, add_mtp=add_mtp, seed=seed)
+        stored = checkpoint.load(source, dtype, add_mtp=add_mtp, seed=seed, layout=layout)
         policy = cls(stored.trunk, stored.mtp, stored.tokenizer)
         policy.draft_ids, policy.further_mtp = stored.draft_ids, stored.further_mtp
+        sharding.wrap(policy.trunk, policy.mtp)
         return policy
 
 
@@ -225,7 +235,7 @@ def digest(weights: Mapping[str, Tensor]) -> str:
     """A fingerprint of names, shapes and bits, the same in every process (contract 5)."""
     whole = hashlib.blake2b(digest_size=16)
     for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
+        tensor = sharding.whole(weights[name].detach()).cpu().contiguous()
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()

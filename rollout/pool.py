@@ -22,7 +22,7 @@ from rollout.depth import CostTable
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
-from rollout.worker import PackedWeights, Worker, pack
+from rollout.worker import PackedWeights, Worker, pack, unpack
 
 MAX_RESTARTS = 3  # of all workers together, between two publications
 TIMEOUT_S = 3600.0  # the default of rollout.timeout_s
@@ -166,7 +166,7 @@ class RayPool:
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Every worker confirms the digest of what it holds before any worker samples with it (contract 5)."""
         packed = {name: (dtype, shape, data.copy()) for name, (dtype, shape, data) in pack(weights).items()}
-        self.published = packed, digest(weights), version
+        self.published = packed, digest(unpack(packed)), version
         self.restarts = 0
         self._confirm(*range(len(self.workers)))
 

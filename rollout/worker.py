@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from policies.policy import Policy, digest
+from policies.sharding import whole
 from rollout.depth import CostTable
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt, RolloutGroup
@@ -23,7 +24,7 @@ def pack(weights: Mapping[str, Tensor]) -> PackedWeights:
         name: (
             str(tensor.dtype).removeprefix("torch."),
             list(tensor.shape),
-            tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(),
+            whole(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy(),
         )
         for name, tensor in weights.items()
     }

@@ -9,6 +9,38 @@ from pydantic import Field
 from grpo.config.options import Options
 
 
+class ParallelOptions(Options):
+    """How several processes share one learner: their number is replicate x fsdp x tensor."""
+
+    fsdp: int | None = Field(default=None, ge=1)
+    """Ranks that each hold a share of every weight, gradient and moment (FSDP2); null: all that the others leave."""
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that each compute a part of every MLP, expert, embedding and LM head, on the same rows."""
+    expert: int = Field(default=1, ge=1)
+    """Ranks that each hold some of the routed experts whole; tokens travel to them. It divides fsdp x tensor."""
+    replicate: int = Field(default=1, ge=1)
+    """Copies of all that, each for other rows."""
+    fsdp_cpu_offload: bool = False
+    """Shards wait in the memory of the host, and each layer visits the device: slow, and small there."""
+
+    def shares(self, size: int) -> int:
+        """`fsdp` for a run of `size` processes. Raises ValueError where the options do not fit their number."""
+        others = self.replicate * self.tensor
+        fsdp = self.fsdp or max(size // others, 1)
+        if others * fsdp != size:
+            wanted = f"a multiple of {others}" if self.fsdp is None else str(others * fsdp)
+            raise ValueError(
+                f"learner.parallel: replicate={self.replicate}, fsdp={self.fsdp}, tensor={self.tensor} need {wanted} "
+                f"processes, and there are {size}; start so many with accelerate launch, torchrun or learner.workers"
+            )
+        if self.expert > 1 and (fsdp * self.tensor % self.expert or self.expert % self.tensor):
+            raise ValueError(
+                f"learner.parallel.expert={self.expert} must divide fsdp x tensor = {fsdp * self.tensor} and be a "
+                f"multiple of tensor = {self.tensor}"
+            )
+        return fsdp
+
+
 class LearnerOptions(Options):
     """The optimizer and how a batch is cut."""
 
@@ -34,6 +66,7 @@ class LearnerOptions(Options):
     """What happens after a non-finite loss or gradient. No step is taken; the batch is written to the run folder."""
     max_skipped_in_a_row: int = Field(default=3, ge=1)
     """on_non_finite: skip gives up after this many skipped steps in a row."""
+    parallel: ParallelOptions = ParallelOptions()
     routing_replay: bool = False
     """MoE: the learner's forward uses the experts that the sampler chose, for the prompt too."""
 

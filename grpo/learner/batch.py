@@ -97,6 +97,7 @@ class MicroBatch:
     rows: Sequence[PackedRow]
     packing: Packing  # the same as `visible`, in blocks
     routing: Tensor | None = None  # [B, T, MoE layers, k] the experts that the sampler chose, -1 where it did not say
+    counts: bool = True  # False: it only keeps other ranks company, which have one micro-batch more
 
     @property
     def samples(self) -> list[Sample]:
@@ -155,13 +156,18 @@ def split_rows(
 
 def micro_batches(rows: Sequence[PackedRow], max_tokens: int, device: torch.device) -> Iterator[MicroBatch]:
     """Rows of similar length together, at most `max_tokens` padded tokens at a time."""
+    return (collate(part, device) for part in cut(rows, max_tokens))
+
+
+def cut(rows: Sequence[PackedRow], max_tokens: int) -> Iterator[Sequence[PackedRow]]:
+    """The rows of each micro-batch."""
     ordered = sorted(rows, key=lambda row: row.length)
     start = 0
     while start < len(ordered):
         end = start + 1
         while end < len(ordered) and ordered[end].length * (end + 1 - start) <= max_tokens:
             end += 1
-        yield collate(ordered[start:end], device)
+        yield ordered[start:end]
         start = end
 
 

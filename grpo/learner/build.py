@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from grpo.config.run import SftConfig, TrainConfig
@@ -26,9 +28,13 @@ def sft_learner(policy: Policy, config: SftConfig, ranks: Ranks = ALONE) -> Lear
 
 
 def grpo_learner(
-    policy: Policy, config: TrainConfig, reward_weights: dict[str, float] | None = None, ranks: Ranks = ALONE
+    policy: Policy,
+    config: TrainConfig,
+    reward_weights: dict[str, float],
+    ranks: Ranks = ALONE,
+    reload: Callable[[], Policy] | None = None,
 ) -> Learner:
-    """Around a policy without adapters. `reward_weights` are for `Learner.prepare` alone."""
+    """Around a policy without adapters. `reload` gives the same one again: a reference where it is sharded."""
     torch.manual_seed(config.seed)  # the first values of adapters and of the value head are drawn
     if config.lora:
         policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
@@ -44,4 +50,5 @@ def grpo_learner(
         reward_weights=reward_weights,
         schedule=schedule(config.learner.schedule, config.steps, config.learner.warmup_steps),
         ranks=ranks,
+        reload=None if ranks.layout is None else reload,
     )

@@ -35,15 +35,19 @@ def head_loss(
     preceding_BTD: Tensor,  # the hidden state that predicts each token
     weights: Mapping[int, float],  # see `teaching`
     temperature: float,
+    together: bool = False,  # several ranks gather the head's weights at once
 ) -> Tensor | None:
-    """The draft loss of the rows that teach, weighted; None where this micro-batch has none of them.
+    """The draft loss of the rows that teach, weighted. Where this micro-batch has none of them it is None, or
+    `together` that of its first row, with weight zero.
 
     With `train_trunk` it is the loss on gold tokens, and the trunk's as well (`quartet sft` only, contract 7).
     """
     chosen = [b for b, row in enumerate(mini.rows) if row.group in weights]
-    if not chosen:
+    if not chosen and not (together and weights):
         return None
-    chunk = max(1, CHUNK_ELEMENTS // policy.lm_head.shape[0])
+    chosen = chosen or [0]
+    lm_head = policy.lm_head
+    chunk = max(1, CHUNK_ELEMENTS // lm_head.shape[0])
     if options.train_trunk:
         loss = gold_draft_loss(policy, preceding_BTD, mini, chosen, options.depth, chunk)
     else:
@@ -52,8 +56,8 @@ def head_loss(
         preceding = preceding_BTD[chosen]
         outputs = policy.unroll(preceding, ids, positions, visible, options.depth, first)
         segment, vocabulary = mini.segment[chosen], policy.draft_ids
-        loss = draft_loss(outputs, preceding, segment, policy.lm_head, temperature, chunk, draft_ids=vocabulary)
-    return loss * weights[mini.rows[chosen[0]].group]
+        loss = draft_loss(outputs, preceding, segment, lm_head, temperature, chunk, draft_ids=vocabulary)
+    return loss * weights.get(mini.rows[chosen[0]].group, 0.0)
 
 
 def gold_draft_loss(

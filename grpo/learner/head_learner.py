@@ -10,7 +10,7 @@ k = 4: 0.12 + 0.51 GFLOP with V = 49,152, 0.12 + 0.09 with K = 8,192, and 0.25 /
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +137,6 @@ class HeadLearner(Learner):
         tensors, state = super().state()
         return tensors | ({} if self.policy.draft_ids is None else {"draft": {"ids": self.policy.draft_ids}}), state
 
-    def load_state(self, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+    def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> None:
         super().load_state(tensors, state)
         self.policy.draft_ids = tensors["draft"]["ids"].to(self.policy.device) if "draft" in tensors else None

@@ -25,7 +25,7 @@ from grpo.algorithm.losses import entropy_threshold, mask_truncated_completions,
 from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
 from grpo.config.loss import CorrectionMode, LossOptions, ValueOptions
 from grpo.learner import state as learner_state
-from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch, micro_batches
+from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch, collate, cut, micro_batches
 from grpo.learner.draft_head import head_loss, teaching
 from grpo.learner.experts import Balancer
 from grpo.learner.likelihood import Forward, Likelihood
@@ -62,6 +62,7 @@ class Learner:
         value: ValueOptions | None = None,
         sampler_differs: bool | None = None,  # in precision or version; None: it does below fp32
         ranks: Ranks = ALONE,
+        reload: Callable[[], Policy] | None = None,  # `policy` again, where it is sharded and so cannot be copied
     ) -> None:
         self.ranks = ranks
         self.policy, self.options, self.mtp = policy, options, mtp
@@ -78,7 +79,7 @@ class Learner:
                     module.training = True  # else transformers ignores it; what is inside (dropout) stays in eval mode
         self.reference: Policy | None = None
         if self.loss.beta > 0 and not has_adapter(policy.trunk):
-            self.reference = copy.deepcopy(policy).requires_grad_(False)
+            self.reference = (reload() if reload else copy.deepcopy(policy)).requires_grad_(False)
         differs = policy.trunk.dtype != torch.float32 if sampler_differs is None else sampler_differs
         self.importance_correction = _importance_correction(self.loss.importance_correction, differs)
         self.value_head: ValueHead | None = None
@@ -146,7 +147,7 @@ class Learner:
         # The loss and its parts are summands over the whole step; everything else is a mean over the tokens read.
         tokens_read = sum(tokens_in_loss(row.samples, self.loss) for row in rows)
         read = batch.num_completion_tokens / max(tokens_read, 1)
-        minis = list(self._micro_batches(self.ranks.share(rows)))
+        minis = list(self._shared(rows))
         old: list[Tensor] | None = None
         for update in range(self.options.updates_per_batch):
             self.update.zero()
@@ -155,17 +156,20 @@ class Learner:
             logprobs, threshold = self._look_ahead(minis, update)
             old = old or logprobs  # of the policy that sampled, for every update
             for i, mini in enumerate(minis):
+                own_sums = Counter[str]()
                 with self.likelihood.replaying(mini):
                     out = self.likelihood.forward(mini)
                     loss, parts = self._policy_loss(mini, out, batch, old[i] if old else None, threshold)
-                    farthest = max(farthest, parts.pop("mismatch/logprob_abs_max"))
-                    sums.update({n: part * (1.0 if n.startswith("loss/") else read) for n, part in parts.items()})
+                    far = parts.pop("mismatch/logprob_abs_max")
+                    own_sums.update({n: part * (1.0 if n.startswith("loss/") else read) for n, part in parts.items()})
                     loss = loss + out.balance
-                    sums["loss/total"] += loss.item()
-                    loss = loss + self._value_loss(mini, out, batch, sums)
+                    own_sums["loss/total"] += loss.item()
+                    loss = loss + self._value_loss(mini, out, batch, own_sums)
                     if update == 0:
-                        loss = loss + self._head_loss(mini, out, taught, sums)
-                    self.update.backward(loss, step, self.ranks)
+                        loss = loss + self._head_loss(mini, out, taught, own_sums)
+                    self.update.backward(loss * mini.counts, step, self.ranks)
+                if mini.counts:
+                    sums, farthest = sums + own_sums, max(farthest, far)
                 if on_micro_batch:
                     on_micro_batch(update * len(minis) + i + 1, len(minis) * self.options.updates_per_batch)
             metrics |= self.ranks.sum_metrics(dict(sums) | {"mismatch/logprob_abs_max": farthest}) | self._update(step)
@@ -191,12 +195,13 @@ class Learner:
         self.update.zero()
         sums: Counter[str] = Counter()
         self.balancer.begin(rows)
-        for mini in self._micro_batches(self.ranks.share(rows)):
+        for mini in self._shared(rows):
             out = self.likelihood.forward(mini)
             loss = -out.logprobs.sum() / tokens
-            sums["loss/sft"] += loss.item()
-            head = self._head_loss(mini, out, taught, sums)
-            self.update.backward(loss + out.balance + head, step, self.ranks)
+            own_sums = Counter({"loss/sft": loss.item()})
+            head = self._head_loss(mini, out, taught, own_sums)
+            self.update.backward((loss + out.balance + head) * mini.counts, step, self.ranks)
+            sums.update(own_sums if mini.counts else {})
         metrics = self.ranks.sum_metrics(sums) | self._update(step)
         self.balancer.sum_over(self.ranks)
         return metrics | self.balancer.end()
@@ -208,6 +213,16 @@ class Learner:
 
     def _micro_batches(self, rows: Sequence[PackedRow]) -> Iterator[MicroBatch]:
         return micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device)
+
+    def _shared(self, rows: Sequence[PackedRow]) -> Iterator[MicroBatch]:
+        """The micro-batches of this rank. All ranks gather weights together, so one that has fewer than another gets
+        some that count nothing."""
+        most, ranks = self.options.tokens_per_micro_batch, self.ranks
+        numbers = [sum(1 for _ in cut(ranks.share(rows, reader), most)) for reader in range(ranks.readers)]
+        yield from self._micro_batches(ranks.share(rows))
+        for _ in range(max(numbers) - numbers[ranks.reader]):
+            shortest = min(rows, key=lambda row: row.length)
+            yield replace(collate([shortest], self.policy.device), counts=False)
 
     # ---- its losses, each a summand over the step ------------------------------------------------------------------
 
@@ -223,7 +238,7 @@ class Learner:
             with self.likelihood.replaying(mini):
                 out = self.likelihood.forward(mini)
             logprobs.append(out.logprobs)
-            entropies.append(out.entropy[self._mask(mini)])
+            entropies += [out.entropy[self._mask(mini)]] if mini.counts else []
         threshold = None
         if selective:
             threshold = entropy_threshold(self.ranks.gather(entropies), self.loss.top_entropy_quantile)
@@ -268,7 +283,8 @@ class Learner:
         return self.value.vf_coef * loss
 
     def _head_loss(self, mini: MicroBatch, out: Forward, taught: Mapping[int, float], sums: Counter[str]) -> Tensor:
-        loss = head_loss(self.policy, self.mtp, mini, out.preceding, taught, self.temperature)
+        together = self.ranks.readers > 1
+        loss = head_loss(self.policy, self.mtp, mini, out.preceding, taught, self.temperature, together)
         if loss is None:
             return out.preceding.new_zeros(())
         sums["loss/mtp"] += loss.item()
@@ -288,7 +304,7 @@ class Learner:
         counters = {"policy_version": self.policy_version, "skipped_in_a_row": self.skipped_in_a_row}
         return learner_state.take(*self._stateful), counters
 
-    def load_state(self, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+    def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> None:
         """The inverse of `state`. Raises ValueError naming what does not fit."""
         learner_state.put(tensors, *self._stateful)
         self.policy_version, self.skipped_in_a_row = state["policy_version"], state["skipped_in_a_row"]

@@ -41,14 +41,15 @@ class Likelihood:
         with RoutingRecorder(policy.trunk) as routing:
             preceding = self.preceding(mini, policy)
         balance = preceding.new_zeros(())
-        if torch.is_grad_enabled():  # not for old and reference log-probabilities
+        if torch.is_grad_enabled() and mini.counts:  # not for old and reference log-probabilities
             balance = self.balancer.observe(routing, mini)
+        lm_head = policy.lm_head
         logprobs, entropy = logprobs_from_hidden(
             preceding[mini.scored],
-            policy.lm_head,
+            lm_head,
             mini.token_ids[mini.scored],
             self.temperature,
-            chunk=max(1, CHUNK_ELEMENTS // policy.lm_head.shape[0]),
+            chunk=max(1, CHUNK_ELEMENTS // lm_head.shape[0]),
             entropy_grad=self.entropy_grad,
         )
         return Forward(mini.by_completion(logprobs), mini.by_completion(entropy), preceding, balance)

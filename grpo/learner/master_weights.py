@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class MasterWeights:
@@ -30,13 +31,17 @@ class MasterWeights:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to those of the masters, in fp32. Each leaves its parameter as soon as it is
-        there, so the rounded ones are never in memory beside the sums."""
-        hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter, _ in self.pairs]
+        there, so the rounded ones are never in memory beside the sums (FSDP brings the shards at the end)."""
+        plain = [parameter for parameter, _ in self.pairs if not isinstance(parameter, DTensor)]
+        hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in plain]
         try:
             loss.backward()
         finally:
             for hook in hooks:
                 hook.remove()
+        for parameter, _ in self.pairs:
+            if parameter.grad is not None:
+                self._take(parameter)
 
     def _take(self, parameter: Tensor) -> None:
         assert parameter.grad is not None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from grpo.config.learner import MTPOptions
 from policies.conversion.dense import frozen_parameter_names
@@ -28,6 +31,15 @@ def parameter_groups(policy: Policy, learning_rate: float, weight_decay: float, 
             if chosen:
                 groups.append({"params": chosen, "lr": peak, "peak": peak, "weight_decay": decay})
     return groups
+
+
+def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors that are sharded over the same ranks in the same way: torch computes only with such at once."""
+    together: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        kind = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+        together.setdefault(kind, []).append(tensor)
+    return list(together.values())
 
 
 def schedule(kind: str, steps: int, warmup: int) -> Callable[[int], float]:

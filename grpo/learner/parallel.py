@@ -1,35 +1,34 @@
-"""Several processes that learn together: rank 0 runs the run, the others compute their share of every gradient.
+"""Several processes that learn together. Every one runs the same loop; rank 0 alone samples, scores and writes files.
 
-Rank 0 says what comes next; the others (grpo/follower.py) do the same call on their own copy of the learner. Inside
-it `share` cuts the rows, and the sums below make gradients, metrics and counts those of the whole batch, so that
-every rank takes the same optimizer step. Started by `accelerate launch -m grpo train ...`.
+Rank 0 tells the others what it drew (`from_first`). Each reads its share of the rows, and FSDP averages the gradients
+(policies/sharding.py). The loss is multiplied by the number of readers, so the average is the gradient of the whole
+batch. The ranks of one tensor-parallel group read the same rows.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, NoReturn, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
 
+from grpo.config.learner import ParallelOptions
 from grpo.learner.batch import PackedRow
-from grpo.run.stop import Stopped
-from policies.policy import Policy
+from grpo.run.stop import GivenUp, Stopped
 
-TIMEOUT_S = 1800.0  # how long a rank waits for another inside a step; waiting for the next step has no limit
-POLL_S = 0.02  # how often a waiting rank asks for the next step
-
-
-class Stateful(Protocol):
-    """A learner, as far as it is handed over."""
-
-    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]: ...
+TIMEOUT = timedelta(minutes=30)  # how long a rank waits for another inside a step
+PATIENCE = timedelta(days=30)  # how long it waits for what rank 0 samples, which has limits of its own
+T = TypeVar("T")
 
 
 class RankFailed(RuntimeError):
@@ -40,88 +39,122 @@ class Ranks:
     """One process alone: every row is its own, every sum is there already."""
 
     rank, size = 0, 1
+    layout: DistributedConfig | None = None  # how weights are spread, None where every process has all
+    reader, readers = 0, 1  # which share of the rows this process reads, and how many shares there are
 
-    def share(self, rows: Sequence[PackedRow]) -> Sequence[PackedRow]:
-        """The rows of this rank."""
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, rows: Sequence[PackedRow], reader: int | None = None) -> Sequence[PackedRow]:
+        """The rows of this reader, or of another one."""
         return rows
 
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sum the gradients over the ranks, in place. A parameter without one on every rank stays without."""
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank. If it raises there, every rank raises."""
+        return make()
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Average the gradients that FSDP does not, in place."""
 
     def sum_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Sum every entry over the ranks that have it; what ends in `_max` is their maximum."""
+        """Sum every entry over the readers that have it; what ends in `_max` is their maximum."""
         return dict(sums)
 
     def sum_tensors(self, *tensors: Tensor) -> None:
-        """Sum each over the ranks, in place."""
+        """Sum each over the readers, in place."""
 
     def gather(self, values_N: Sequence[Tensor]) -> Tensor:
-        """One vector of the values [N] of all ranks."""
+        """One vector of the values [N] of all readers."""
         return torch.cat(list(values_N))
 
-    # ---- what rank 0 says to the others ---------------------------------------------------------------------------
-
-    def begin(self, kind: str, policy: Policy) -> None:
-        """The others build the learner of this `kind` (sft, grpo) around a copy of `policy`."""
-
-    def hand_over(self, learner: Stateful) -> None:
-        """The others take over the state of `learner`."""
-
-    def call(self, learner: Stateful, name: str, *arguments: Any, own: tuple[Any, ...] = ()) -> Any:
-        """`learner.name(*arguments)` on every rank; `own` (a progress bar) are further arguments on this one."""
-        return getattr(learner, name)(*arguments, *own)
-
     @contextmanager
-    def leading(self) -> Iterator[None]:
-        """Around everything that rank 0 does: its end, good or bad, ends the others."""
+    def together(self) -> Iterator[None]:
+        """Around the run: a rank that fails leaves its message, and the others end with it."""
         yield
 
 
 ALONE = Ranks()
 
 
-def join(cpu: bool) -> Ranks:
-    """This process among those that accelerate has launched; ALONE where it has not.
+def join(cpu: bool, options: ParallelOptions) -> Ranks:
+    """This process among those that accelerate, torchrun or Ray Train has launched; ALONE where there are no others.
 
-    Raises ValueError where several were asked for and `accelerate launch --cpu` has started one.
+    Raises ValueError where `learner.parallel` does not fit their number, and where several were asked for and
+    `accelerate launch --cpu` has started one.
     """
     if "WORLD_SIZE" not in os.environ and {"MASTER_ADDR", "ACCELERATE_USE_CPU"} <= os.environ.keys():
         raise ValueError(
             "accelerate launch --cpu starts one process whatever --num_processes says; for several on CPUs use "
             "accelerate launch --multi_gpu --num_processes N -m grpo ... --device cpu"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    fsdp = options.shares(size)
+    if size == 1:
         return ALONE
     if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and os.path.isdir("/sys/class/net/lo"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens on the interface of the host's name
     from accelerate import PartialState
 
-    state = PartialState(cpu=cpu, timeout=timedelta(seconds=TIMEOUT_S))
+    state = PartialState(cpu=cpu, timeout=TIMEOUT)
     if state.process_index == 0:
         print(f"learning in {state.num_processes} processes on {state.device.type}", flush=True)
-    return Team(state.process_index, state.num_processes, state.device)
+    layout = DistributedConfig(
+        fsdp_size=fsdp,
+        tp_size=options.tensor,
+        ep_size=options.expert,
+        dp_replicate_size=options.replicate,
+        fsdp_cpu_offload=options.fsdp_cpu_offload,
+        ep_implementation="all_to_all",
+    )
+    return Team(state.process_index, state.device, layout)
 
 
 class Team(Ranks):
     """One of several processes with a torch.distributed group."""
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
-        self.rank, self.size, self.device = rank, size, device
+    def __init__(self, rank: int, device: torch.device, layout: DistributedConfig) -> None:
+        tensor = layout.tp_size
+        self.rank, self.size, self.device, self.layout = rank, layout.dp_size * tensor, device, layout
+        self.reader, self.readers, self._counts = rank // tensor, layout.dp_size, rank % tensor == 0
+        self._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._store = dist.distributed_c10d._get_default_store()
-        self._messages = 0
+        self._store.set(f"process/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
 
-    def share(self, rows: Sequence[PackedRow]) -> Sequence[PackedRow]:
-        return sorted(rows, key=lambda row: -row.length)[self.rank :: self.size]
+    def share(self, rows: Sequence[PackedRow], reader: int | None = None) -> Sequence[PackedRow]:
+        return sorted(rows, key=lambda row: -row.length)[self.reader if reader is None else reader :: self.readers]
 
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        parameters = list(parameters)
-        there = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
-        with self._together():
-            dist.all_reduce(there)
-            for parameter, ranks in zip(parameters, there.tolist(), strict=True):
-                if ranks:
-                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    dist.all_reduce(parameter.grad)
+    def from_first(self, make: Callable[[], T]) -> T:
+        told: list[Any] = [None]
+        if self.first:
+            try:
+                told = [(make(), "", "")]
+            except BaseException as error:
+                dist.broadcast_object_list([(None, type(error).__name__, str(error))], group=self._waiting)
+                raise
+        dist.broadcast_object_list(told, group=self._waiting)
+        made, kind, message = told[0]
+        if kind:
+            self._raise(kind, message)
+        return made
+
+    def _raise(self, kind: str, message: str) -> NoReturn:
+        """As rank 0 has ended, so does this one."""
+        if kind == "GivenUp":
+            raise GivenUp(int(message))
+        if kind == "Stopped":
+            raise Stopped(message)
+        raise RankFailed(f"rank 0 failed: {kind}: {message}")
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        there = torch.tensor([float(p.grad is not None) for p in plain], device=self.device)
+        dist.all_reduce(there)
+        for parameter, ranks in zip(plain, there.tolist(), strict=True):
+            if ranks:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.size  # the copies of a tensor group are equal
 
     def sum_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         total: dict[str, float] = {}
@@ -132,109 +165,52 @@ class Team(Ranks):
         return total
 
     def sum_tensors(self, *tensors: Tensor) -> None:
-        with self._together():
-            for tensor in tensors:
-                dist.all_reduce(tensor)
+        for tensor in tensors:
+            dist.all_reduce(tensor if self._counts else tensor.zero_())
 
     def gather(self, values_N: Sequence[Tensor]) -> Tensor:
         own = torch.cat([torch.zeros(0, device=self.device), *values_N])
         return torch.cat([part.to(self.device) for part in self._gather(own.cpu())])
 
     def _gather(self, own: Any) -> list[Any]:
-        parts = [None] * self.size
-        with self._together():
-            dist.all_gather_object(parts, own)
-        return parts
-
-    # ---- rank 0 ---------------------------------------------------------------------------------------------------
-
-    def begin(self, kind: str, policy: Policy) -> None:
-        dtype = str(next(policy.parameters()).dtype).removeprefix("torch.")
-        self._send("begin", kind, policy.skeleton(), dtype)
-        self.broadcast(policy.weights())
-
-    def hand_over(self, learner: Stateful) -> None:
-        tensors, state = learner.state()
-        self._send("state", state, list(tensors))
-        for mapping in tensors.values():
-            self.broadcast(mapping)
-
-    def call(self, learner: Stateful, name: str, *arguments: Any, own: tuple[Any, ...] = ()) -> Any:
-        self._send("call", name, arguments)
-        return getattr(learner, name)(*arguments, *own)
+        """One entry of each reader."""
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, own if self._counts else None)
+        return [part for part in parts if part is not None]
 
     @contextmanager
-    def leading(self) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
         try:
             yield
-            self._send("end", None)
-        except Stopped as error:
-            self._send("end", str(error))
+        except (RankFailed, Stopped):
             raise
         except BaseException as error:
-            self.fail(f"{type(error).__name__}: {error}")
-            raise
-
-    def _send(self, *message: Any) -> None:
-        """Announced in the store, where the others wait without a limit and see a failure; then broadcast."""
-        self._store.set(f"message/{self._messages}", "")
-        self._messages += 1
-        with self._together():
-            dist.broadcast_object_list([message], src=0)
-
-    # ---- the others -----------------------------------------------------------------------------------------------
-
-    def receive(self) -> tuple[Any, ...]:
-        """The next message of rank 0. Raises RankFailed if there will be none."""
-        while not self._told(f"message/{self._messages}"):  # Store.wait would warn at each of its timeouts
-            self._raise_failure()
-            time.sleep(POLL_S)
-        self._messages += 1
-        message: list[Any] = [None]
-        with self._together():
-            dist.broadcast_object_list(message, src=0)
-        return message[0]
-
-    # ---- both -----------------------------------------------------------------------------------------------------
-
-    def broadcast(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Named tensors of rank 0, on every rank."""
-        described = [[(name, list(t.shape), t.dtype) for name, t in tensors.items()] if tensors is not None else None]
-        with self._together():
-            dist.broadcast_object_list(described, src=0)
-            result = {}
-            for name, shape, dtype in described[0] or []:
-                if tensors is None:
-                    tensor = torch.empty(shape, dtype=dtype, device=self.device)
-                else:
-                    tensor = tensors[name].detach().to(self.device).contiguous()
-                dist.broadcast(tensor, src=0)
-                result[name] = tensor
-        return result
-
-    def fail(self, message: str) -> None:
-        """Leave a last word for the others, whose own calls end with this process."""
-        try:
-            if not self._store.check(["failed"]):
-                self._store.set("failed", f"rank {self.rank} failed: {message}")
-        except dist.DistError:
-            return  # the store is gone, and with it every rank that could read
-
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Inside, a rank that is gone is an error that says what ended it."""
-        try:
-            yield
-        except RuntimeError as error:
-            self._raise_failure()
-            raise RankFailed(f"another process of this run is gone or does not answer: {error}") from error
-
-    def _raise_failure(self) -> None:
-        if self._told("failed"):
-            raise RankFailed(self._store.get("failed").decode())
-
-    def _told(self, key: str) -> bool:
-        try:
-            return self._store.check([key])
-        except dist.DistError as error:
+            message = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+            with suppress(dist.DistError):  # without rank 0 there is no store, and nobody to read
+                if not self._store.check(["failed"]):
+                    if not isinstance(error, RuntimeError) or not _lost_connection(error):
+                        self._store.set("failed", message)
+                        raise
+                    raise RankFailed(self._who_is_gone()) from error
+                raise RankFailed(self._store.get("failed").decode()) from error
             raise RankFailed("rank 0 is gone without a word; see what it has printed") from error
+
+    def _who_is_gone(self) -> str:
+        """A process that was killed says nothing. On this machine its number tells."""
+        gone = []
+        for rank in range(self.size):
+            host, pid = json.loads(self._store.get(f"process/{rank}"))
+            if host == socket.gethostname() and not _alive(pid):
+                gone.append(f"rank {rank} (process {pid})")
+        return f"{' and '.join(gone) or 'a rank on another machine'} is gone without a word"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _lost_connection(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Connection", "NCCL"))

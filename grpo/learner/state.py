@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from grpo.learner.master_weights import MasterWeights
 from policies.policy import Policy
+from policies.sharding import like, release
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -19,6 +22,7 @@ def take(
     value_head: nn.Module | None,
 ) -> Tensors:
     """Trained parameters (adapters as they are, masters for bf16), AdamW's moments, reference and value head."""
+    release(policy)
     trained = {n: masters.of(p).detach() for n, p in policy.named_parameters() if p.requires_grad}
     buffers = {n: b for n, b in policy.named_buffers() if n.endswith("e_score_correction_bias")}
     names = {id(masters.of(p)): n for n, p in _named_parameters(policy, value_head).items()}
@@ -33,7 +37,7 @@ def take(
 
 @torch.no_grad()
 def put(
-    tensors: Tensors,
+    tensors: Mapping[str, Mapping[str, Tensor]],
     policy: Policy,
     masters: MasterWeights,
     optimizer: torch.optim.Optimizer,
@@ -41,6 +45,7 @@ def put(
     value_head: nn.Module | None,
 ) -> None:
     """The inverse of `take`. Raises ValueError naming what does not fit this learner; then nothing was changed."""
+    release(policy)
     own = _named_parameters(policy, value_head) | dict(policy.named_buffers())
     wrong = [f"{n} {list(t.shape)}" for n, t in tensors["policy"].items() if n not in own or own[n].shape != t.shape]
     if wrong:
@@ -59,13 +64,15 @@ def put(
                 "options) that it had, or start a new run from its policy"
             )
         for name, parameter in module.named_parameters() if module is not None else ():
-            parameter.copy_(tensors[part][name])
+            parameter.copy_(like(tensors[part][name], parameter))
     for name, tensor in tensors["policy"].items():
-        masters.of(own[name]).copy_(tensor)
+        moved = masters.of(own[name])
+        moved.copy_(like(tensor, moved))
     masters.write_back()
     for name, value in tensors["optimizer"].items():
         owner, key = name.rsplit("/", 1)
         moved = masters.of(own[owner])
+        value = like(value, moved) if value.shape == moved.shape else value
         optimizer.state[moved][key] = value.to(moved.device, copy=True)
 
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from grpo.config.learner import LearnerOptions
 from grpo.learner.master_weights import MasterWeights
+from grpo.learner.optimizer import by_mesh
 from grpo.learner.parallel import Ranks
+from policies.sharding import whole
 
 
 class NonFiniteStep(RuntimeError):
@@ -29,18 +31,22 @@ class Update:
         """`groups` have `params`, `peak` (the learning rate at its highest) and `weight_decay`; `schedule(step)` is the
         factor of the peak."""
         self.masters, self.options, self.schedule, self.count = masters, options, schedule, 0
-        moved = [group | {"params": [masters.of(parameter) for parameter in group["params"]]} for group in groups]
+        moved = [
+            group | {"params": part}
+            for group in groups
+            for part in by_mesh([masters.of(parameter) for parameter in group["params"]])
+        ]
         self.optimizer = torch.optim.AdamW(moved, betas=options.betas, fused=True)  # no temporaries
 
     def zero(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor, step: int, ranks: Ranks) -> None:
-        """Raises NonFiniteStep; with several ranks, all of them see it in the summed gradient."""
+        """Raises NonFiniteStep; with several ranks, all of them see it in the gradient of the whole batch."""
         if ranks.size == 1 and not math.isfinite(loss.item()):
             self.zero()
             raise NonFiniteStep(f"step {step}: the loss is {loss.item()}")
-        self.masters.backward(loss)
+        self.masters.backward(loss * ranks.readers)  # gradients are averaged over them
 
     def make(
         self, step: int, ranks: Ranks, modules: Sequence[nn.Module | None]
@@ -49,7 +55,7 @@ class Update:
 
         Returns the metrics and the norms before clipping. Raises NonFiniteStep, and then nothing has moved.
         """
-        ranks.sum_gradients(tensor for group in self.optimizer.param_groups for tensor in group["params"])
+        ranks.average_gradients(tensor for group in self.optimizer.param_groups for tensor in group["params"])
         norms = [self._clip(module) for module in modules]
         if not math.isfinite(sum(norms)):
             self.zero()
@@ -67,4 +73,9 @@ class Update:
         """Clip the gradient of what the optimizer moves in place of a module's parameters; returns its norm before."""
         moved = [self.masters.of(parameter) for parameter in module.parameters()] if module is not None else []
         moved = [tensor for tensor in moved if tensor.grad is not None]
-        return nn.utils.clip_grad_norm_(moved, self.options.max_grad_norm).item() if moved else 0.0
+        together = by_mesh(moved)  # torch adds up only what is sharded alike
+        norms = [whole(nn.utils.get_total_norm([t.grad for t in part if t.grad is not None])) for part in together]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        for part in together:
+            nn.utils.clip_grads_with_norm_(part, self.options.max_grad_norm, norm)
+        return norm.item()

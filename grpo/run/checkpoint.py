@@ -15,7 +15,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+import struct
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from math import isfinite
@@ -23,15 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
 from grpo.config.json_file import read_json
 from policies.files.atomic import fsync as _fsync
 from policies.files.atomic import heed_umask
 from policies.files.digests import digests, fault
+from policies.sharding import whole
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
+DTYPES = {  # as safetensors names them
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 MANIFEST, STATE = "manifest.json", "state.json"
 
 
@@ -42,8 +47,9 @@ class CheckpointError(RuntimeError):
 @dataclass(frozen=True)
 class Checkpoint:
     step: int
-    tensors: dict[str, dict[str, torch.Tensor]]  # on the CPU; tied tensors come back as equal copies
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]  # read from the files when they are asked for
     state: dict[str, Any]
+    path: Path
 
 
 def save(
@@ -108,10 +114,10 @@ def load(path: Path, only: Collection[str] | None = None) -> Checkpoint:
         step, state = document["step"], document["state"]
         if type(step) is not int or not isinstance(state, dict):
             raise ValueError(f"{STATE} holds no step and state")
-        tensors = {file.stem: load_file(file) for file in files}
+        tensors = {file.stem: _Stored(file) for file in files}
     except (ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged, though its sums are right: {error!r}") from error
-    return Checkpoint(step, tensors, state)
+    return Checkpoint(step, tensors, state, path)
 
 
 def find(root: Path, which: str) -> Path | None:
@@ -150,14 +156,45 @@ def saved(root: Path) -> dict[int, Path]:
 
 def _write(folder: Path, tensors: Tensors, document: str) -> None:
     for name, mapping in tensors.items():
-        # Cloned: safetensors refuses tied tensors, views and strides.
-        own = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in mapping.items()}
-        save_file(own, folder / f"{name}.safetensors")
+        _write_tensors(mapping, folder / f"{name}.safetensors")
     heed_umask(folder)
     (folder / STATE).write_text(document)
     (folder / MANIFEST).write_text(digests(folder))
     for path in [*folder.iterdir(), folder]:
         _fsync(path)
+
+
+def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """As safetensors, one tensor after the other: those of a sharded learner are never whole all at once."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+class _Stored(Mapping[str, torch.Tensor]):
+    """The tensors of a file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, "pt")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _fault(path: Path) -> str | None:

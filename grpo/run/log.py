@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -269,6 +269,19 @@ class RunLog:
                 check(name)
             except ValueError as error:
                 self.event("undocumented_metric", error=str(error))
+
+
+class NoLog:
+    """The log of a rank that is not the first: whatever it is told, it writes and shows nothing."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+
+    def progress(self) -> Progress:
+        return Progress(disable=True)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 def refuse_folder(output_dir: Path, *, resuming: bool) -> None:

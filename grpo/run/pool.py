@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from grpo.config.sampling import RolloutOptions
 from grpo.run.log import RunLog
 from grpo.run.stop import InterruptiblePool, StopSignal
 from policies.policy import Policy
+from policies.sharding import attend
 from rollout.depth import CostTable
+from rollout.group import RolloutGroup
 from rollout.pool import Pool, open_pool
 
 
+class NoPool:
+    """The pool of a rank that does not sample: it takes part in publications."""
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        attend(weights.values())
+
+    def sample(self, *_: object) -> list[RolloutGroup]:
+        raise NotImplementedError("rank 0 alone samples")
+
+    def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
+        raise NotImplementedError("rank 0 alone samples")
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
 def open_run_pool(
-    policy: Policy, rollout: RolloutOptions, dtype: str, stop: StopSignal, run_log: RunLog
+    policy: Policy, rollout: RolloutOptions, dtype: str, stop: StopSignal, run_log: RunLog, *, samples: bool = True
 ) -> InterruptiblePool:
     """Workers as `rollout` asks for them. A stop that is asked for interrupts their work, a worker that is lost
     is an event. Raises GivenUp where a stop was asked for before they were ready."""
@@ -23,6 +46,9 @@ def open_run_pool(
     def on_lost(worker: int, reason: str, action: str) -> None:
         run_log.event("worker_lost", worker=worker, action=action, reason=reason)
 
+    if not samples:
+        attend(policy.weights().values())
+        return InterruptiblePool(NoPool(), stop)
     with stop.kept():  # Ray would put handlers of its own in place
         pool = open_pool(
             policy,

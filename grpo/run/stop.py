@@ -38,7 +38,12 @@ class Stopped(Exception):
 
 
 class GivenUp(Exception):
-    """A signal ended the work in progress between two micro-batches; nothing of it has reached the policy."""
+    """A signal ended the work in progress between two micro-batches; nothing of it has reached the policy. `number` is
+    the signal's."""
+
+    def __init__(self, number: int = 0) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class Interrupted(KeyboardInterrupt):
@@ -164,7 +169,7 @@ class StopSignal(Handler):
 
     def check(self) -> None:
         if self.asked:
-            raise GivenUp
+            raise GivenUp(self.number)
 
     def stopped(self, step: int, of: str = "") -> Stopped:
         """For a run that ends after this step. `of` completes "after step 3"."""

@@ -1,0 +1,110 @@
+"""A policy that is spread over several processes: by transformers (tensor and expert parallel) and torch (FSDP2).
+
+    fsdp        every rank keeps a share of each weight, and gathers a layer when it needs it
+    tensor      MLPs, experts, embedding and LM head are computed in parts, on the same rows
+    expert      the routed experts are on different ranks, and tokens travel to them
+    replicate   copies of all that, each for other rows
+
+A sharded weight is a DTensor. Everything outside the model's own forward reads it through `whole`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The value of a tensor that may be sharded. Every rank must ask for it. Gradients flow to the shards."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def leave_head_to_us(config: PretrainedConfig) -> PretrainedConfig:
+    """By transformers' plan FSDP gathers the LM head in its forward, which we never call: logits are made in chunks.
+
+    Final norm and embedding belong to the root then, which stays gathered from the forward to the backward pass.
+    """
+    config.base_model_fsdp_plan = {"layers.*": "free_full_weight"}
+    return config
+
+
+def layout_arguments(source: str | Path, layout: DistributedConfig) -> dict[str, Any]:
+    """For `from_pretrained`: every rank reads its shards alone."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    return {"config": leave_head_to_us(config), "distributed_config": layout}
+
+
+def wrap(trunk: PreTrainedModel, head: nn.Module | None) -> None:
+    """Shard the draft head as the trunk is, and let FSDP gather weights for the methods that we call."""
+    layout = getattr(trunk.config, "distributed_config", None)
+    if layout is None:
+        return
+    trunk.config.distributed_config = None  # else save_pretrained gathers again what it is given, and writes it down
+    vars(trunk.config).pop("base_model_fsdp_plan", None)
+    if not isinstance(trunk, FSDPModule):
+        return
+
+    trunk.decode = MethodType(lambda self, **inputs: self.get_decoder()(**inputs), trunk)
+    register_fsdp_forward_method(trunk, "decode")
+    if head is not None:
+        names = ("dp_replicate", "fsdp") if layout.dp_replicate_size > 1 else "fsdp"
+        fully_shard(head.to(trunk.device), mesh=trunk._mesh_manager.get_mesh(names))
+        register_fsdp_forward_method(head, "unroll")
+
+
+def decoder(trunk: PreTrainedModel) -> Callable[..., Any]:
+    """The forward of `trunk` without its LM head."""
+    return trunk.decode if isinstance(trunk, FSDPModule) else trunk.get_decoder()
+
+
+def gathered(module: nn.Module) -> Tensor:
+    """The whole weight of a module whose forward is not called. FSDP frees it after the next backward pass."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
+    return whole(module.weight)
+
+
+def release(module: nn.Module) -> None:
+    """Free what FSDP has gathered and no backward pass has freed, so that parameters are the shards again."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def like(tensor: Tensor, reference: Tensor) -> Tensor:
+    """A whole tensor, the same on every rank, sharded as `reference` is."""
+    if not isinstance(reference, DTensor):
+        return tensor
+    return distribute_tensor(
+        tensor.to(reference.device), reference.device_mesh, reference.placements, src_data_rank=None
+    )
+
+
+def leads() -> bool:
+    """Whether this process is alone or rank 0, which writes the files of all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def collected(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors on rank 0, in the memory of the host where they were sharded; nothing elsewhere."""
+    found = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor)
+        if leads():
+            found[name] = value.cpu() if isinstance(tensor, DTensor) else value
+    return found
+
+
+def attend(tensors: Iterable[Tensor]) -> None:
+    """Take part while rank 0 reads these tensors `whole`, one after the other."""
+    for tensor in tensors:
+        whole(tensor)
