@@ -228,13 +228,10 @@ def _mtp(args: argparse.Namespace) -> None:
     from grpo.commands import summary
 
     if args.dry_run:
-        from grpo.commands.mtp_dry_run import dry_run
+        return summary.mtp_dry_run(config, resuming=args.resume is not None)
+    from grpo.mtp import mtp
 
-        dry_run(config, summary.CONSOLE, resuming=args.resume is not None)
-    else:
-        from grpo.mtp import mtp
-
-        summary.summary(mtp(config, **_flags(args)))
+    summary.summary(mtp(config, **_flags(args)))
 
 
 def _eval(args: argparse.Namespace) -> int:
