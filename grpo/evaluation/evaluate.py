@@ -168,6 +168,11 @@ def _by_depth(counts: Sequence[Sequence[int]]) -> list[int]:
     return [sum(depth) for depth in zip_longest(*counts, fillvalue=0)]
 
 
+def both_ways(sampling: SamplingParams) -> dict[str, SamplingParams]:
+    """`sampled` as `sampling` says, and `greedy`."""
+    return {"sampled": sampling, "greedy": replace(sampling, temperature=0.0, group_size=1)}
+
+
 def evaluate_ways(
     pool: Pool,
     task: Task,
@@ -179,38 +184,18 @@ def evaluate_ways(
 ) -> dict[str, Evaluation]:
     """An evaluation for each way of sampling, with noise that is the same at every evaluation."""
     total = sum(params.group_size for params in ways.values()) * len(prompts)
-    bar = progress.add_task("evaluating", total=total)
+    advance = partial(progress.advance, progress.add_task("evaluating", total=total))
     results = {}
-    for name, params in ways.items():
-        results[name] = evaluate(
-            pool,
-            task,
-            prompts,
-            params.at(0),
-            prompts_per_batch,
-            lambda ended: progress.advance(bar, ended),
-            partial(on_batch, name) if on_batch else None,
-        )
+    for way, params in ways.items():
+        note = partial(on_batch, way) if on_batch else None
+        results[way] = evaluate(pool, task, prompts, params.at(0), prompts_per_batch, advance, note)
     if not task.verdicts.are_given:  # a later way may have shown it
         return {name: result.without_verdicts() for name, result in results.items()}
     return results
 
 
-def evaluate_both_ways(
-    pool: Pool,
-    task: Task,
-    prompts: Sequence[Prompt],
-    sampling: SamplingParams,
-    prompts_per_batch: int,
-    progress: Progress,
-) -> dict[str, Evaluation]:
-    """`sampled` at the sampling temperature and `greedy`."""
-    ways = {"sampled": sampling, "greedy": replace(sampling, temperature=0.0, group_size=1)}
-    return evaluate_ways(pool, task, prompts, ways, prompts_per_batch, progress)
-
-
 def as_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
-    """The results of `evaluate_both_ways` under their names in metrics.jsonl; what there is not is left out."""
+    """The results `sampled` and `greedy` under their names in metrics.jsonl; what there is not is left out."""
     sampled, greedy = results["sampled"], results["greedy"]
     judged = {
         "eval/accuracy": sampled.accuracy,
@@ -242,10 +227,10 @@ def evaluate_run(
     step: int,
 ) -> dict[str, Evaluation]:
     """An evaluation both ways inside a run: its results are metrics and a plot, each failed reward is an event."""
-    params = replace(sampling, group_size=options.samples)
+    ways = both_ways(replace(sampling, group_size=options.samples))
     try:
         with run_log.progress() as progress:
-            results = evaluate_both_ways(pool, task, prompts, params, options.prompts_per_batch, progress)
+            results = evaluate_ways(pool, task, prompts, ways, options.prompts_per_batch, progress)
     except RewardFailed as error:
         run_log.event("reward_error", step=step, evaluation="given up", **vars(error.failure))
         raise
