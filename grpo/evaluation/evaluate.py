@@ -9,22 +9,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from statistics import fmean, median
-from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
 from grpo.algorithm.statistics import Estimate, estimate, majority_at_k, pass_at_k, powers_of_two
-from grpo.run.plots import plot_quietly
 from grpo.task import Task
-from rewards.group_score import GroupScore, RewardFailed, RewardFailure
+from rewards.group_score import GroupScore, RewardFailure
 from rollout.engine import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from grpo.config.run import EvalOptions
-    from grpo.run.log import RunLog
 
 OnFinished = Callable[[int], None]
 OnBatch = Callable[[Sequence[RolloutGroup], Sequence[GroupScore]], None]
@@ -215,31 +209,6 @@ def as_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
     metrics |= {f"eval/part/{name}": value for name, value in sampled.parts.items()}
     metrics |= {f"eval/pass_at_{k}": passed.value for k, passed in sampled.pass_at.items() if k > 1}
     return metrics | {f"eval/majority_at_{k}": vote.value for k, vote in sampled.majority_at.items() if k > 1}
-
-
-def evaluate_run(
-    pool: Pool,
-    task: Task,
-    prompts: Sequence[Prompt],
-    sampling: SamplingParams,
-    options: EvalOptions,
-    run_log: RunLog,
-    step: int,
-) -> dict[str, Evaluation]:
-    """An evaluation both ways inside a run: its results are metrics and a plot, each failed reward is an event."""
-    ways = both_ways(replace(sampling, group_size=options.samples))
-    try:
-        with run_log.progress() as progress:
-            results = evaluate_ways(pool, task, prompts, ways, options.prompts_per_batch, progress)
-    except RewardFailed as error:
-        run_log.event("reward_error", step=step, evaluation="given up", **vars(error.failure))
-        raise
-    for name, result in results.items():
-        for failure in result.failures:
-            run_log.event("reward_error", step=step, evaluation=name, **vars(failure))
-    run_log.evaluation(step, as_metrics(results))
-    plot_quietly(run_log.output_dir, only=["eval_accuracy", "eval_reward"])
-    return results
 
 
 def failure_kinds(failures: Sequence[RewardFailure]) -> dict[str, int]:
