@@ -192,11 +192,6 @@ class PromptStream:
     ['1', '0', '2', '0']
     """
 
-    _order: list[int]
-    _epoch: int
-    _position: int
-    _carried: list[int]
-
     def __init__(self, examples: Sequence[Example], seed: int = 0):
         if not examples:
             raise ValueError("a PromptStream needs at least one example")
