@@ -40,7 +40,7 @@ class PromptTemplate:
         if self.user_turn is not None:
             if not self.is_chat:
                 raise ValueError("user_turn needs format='chat'; with a format string, write it into the string")
-            if not set(_fields("user_turn", self.user_turn.rpartition("{examples}")[2])):
+            if not set(_fields("user_turn", self.user_turn.rpartition("{examples}")[2])) - {"examples"}:
                 raise ValueError(f"user_turn={self.user_turn!r} needs {{question}}, after {{examples}} if it has that")
         if self.is_chat:
             return
