@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerBase
+from transformers import DeepseekV3Config, PreTrainedTokenizerBase
 
 from grpo.algorithm import own
 from grpo.commands import machine, memory
@@ -27,7 +27,6 @@ from grpo.run.log import refuse_folder
 from grpo.run.plots import plot_quietly
 from grpo.run.resume import saved_state
 from grpo.task import Task
-from policies import lora
 from policies.mtp import MTPHead
 from rollout.group import RolloutGroup, tokens_per_forward
 
@@ -211,8 +210,7 @@ def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
 
 def _estimates(config: SftConfig, shape: Any, head: bool) -> tuple[list[tuple[str, str]], float]:
     """Sizes from the config alone, and the bytes on disk: the model is built without storage."""
-    with torch.device("meta"):
-        total = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+    total = sum(p.numel() for p in memory.meta_policy(shape, False, torch.float32).trunk.parameters())
     size = 2 if config.dtype == "bfloat16" else 4
     lora = config.lora if isinstance(config, TrainConfig) else None
     trained = total if lora is None else _lora_parameters(shape, lora)
@@ -234,11 +232,10 @@ def _steps(config: SftConfig) -> int:
 
 def _lora_parameters(shape: Any, options: LoraOptions) -> int:
     """Raises ValueError for targets that the model does not have."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape)
-        head = MTPHead(shape) if isinstance(shape, DeepseekV3Config) else None  # the run will know whether it has one
-        lora.inject(model, options.rank, options.alpha, options.targets, head)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    may_draft = isinstance(shape, DeepseekV3Config)  # the run will know whether it has a head
+    policy = memory.meta_policy(shape, may_draft, torch.float32)
+    policy.add_lora(options.rank, options.alpha, options.targets)
+    return sum(p.numel() for p in policy.trunk.parameters() if p.requires_grad)
 
 
 def _gib(size: float) -> str:
