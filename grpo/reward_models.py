@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from grpo.config.reward import RewardModelOptions
@@ -140,11 +141,9 @@ class _Model(ABC):
         readable.sort(key=lambda i: len(encoded[i][0]))
         for first in range(0, len(readable), self.options.batch_size):
             batch = readable[first : first + self.options.batch_size]
-            longest = len(encoded[batch[-1]][0])
-            pad = self.tokenizer.pad_token_id
-            rows = [encoded[i][0] + [pad] * (longest - len(encoded[i][0])) for i in batch]
-            token_ids = torch.tensor(rows, device=self.device)
-            lengths = torch.tensor([len(encoded[i][0]) for i in batch], device=self.device)
+            rows = [torch.tensor(encoded[i][0], device=self.device) for i in batch]
+            token_ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+            lengths = torch.tensor([len(row) for row in rows], device=self.device)
             starts = torch.tensor([encoded[i][1] for i in batch], device=self.device)
             values = self._score(token_ids, lengths, starts).float()
             for i, value in zip(batch, values.tolist(), strict=True):

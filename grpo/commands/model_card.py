@@ -144,11 +144,9 @@ def _evaluations(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> Iter
         yield "The run evaluated no held-out problems."
         return
     judged = measure == ACCURACY
-    headings = [
-        heading
-        for way in ("sampled", "greedy")
-        for heading in ([f"accuracy, {way}", "95 % interval"] if judged else [f"mean reward, {way}"])
-    ]
+    headings = ["mean reward, sampled", "mean reward, greedy"]
+    if judged:
+        headings = ["accuracy, sampled", "95 % interval", "accuracy, greedy", "95 % interval"]
     rows = [f"| | problems | {' | '.join(headings)} |", "|---" * (2 + len(headings)) + "|"]
     for when, line in zip(("before", "after"), (evaluated[0], evaluated[-1]), strict=True):
         if when == "after" and len(evaluated) == 1:
