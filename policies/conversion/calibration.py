@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,17 +41,13 @@ def observe(
 ) -> list[LayerMoments]:
     """The moments of every layer of a Llama-family `model` over `windows`, token ids [T] each."""
     sums = [_Sums() for _ in model.model.layers]
-    hooks = [
-        layer.self_attn.register_forward_pre_hook(_observer(model.config, total), with_kwargs=True)
-        for layer, total in zip(model.model.layers, sums, strict=True)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer, total in zip(model.model.layers, sums, strict=True):
+            observer = _observer(model.config, total)
+            hooks.enter_context(layer.self_attn.register_forward_pre_hook(observer, with_kwargs=True))
         for window in windows:
             model.model(window[None].to(model.device), use_cache=False)
             on_window()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [total.moments() for total in sums]
 
 
