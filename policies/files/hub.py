@@ -39,11 +39,8 @@ def unreachable() -> str:
 def _silence(endpoint: str) -> str:
     """Why the hub does not answer, or empty if it answers anything."""
     silence = [f"no answer within {TIMEOUT_S:g} s"]
-
-    def ask() -> None:
-        silence.append(_ask(endpoint))
-
-    asking = threading.Thread(target=ask, daemon=True)  # the time limit of urllib excludes the look-up of a name
+    # In a thread, since the time limit of urllib excludes the look-up of a name.
+    asking = threading.Thread(target=lambda: silence.append(_ask(endpoint)), daemon=True)
     asking.start()
     asking.join(TIMEOUT_S)
     return silence[-1]
