@@ -48,15 +48,14 @@ class Cluster:
         """Raises RolloutError when Ray has died. With `ask` its own records are read as well: they show that a raylet
         is about to end, a moment before its process has."""
         dead = [f"{name} (process {process.pid})" for name, process in self.processes.items() if not _lives(process)]
-        fault = f"{dead[0]} has died" if dead else ""
         if ask and not dead:
             here = self.ray.get_runtime_context().get_node_id()
             if not any(node["NodeID"] == here and node["Alive"] for node in self.ray.nodes()):
-                fault = "raylet on this machine has died or lost one of its agents"
-        if fault:
+                dead = ["raylet on this machine, or one of its agents,"]
+        if dead:
             raise RolloutError(
-                f"Ray's {fault}, and with it all rollout workers. If memory ran out, lower rollout.workers or "
-                "rollout.prompts_per_shard; go on with --resume auto"
+                f"Ray's {dead[0]} has died, and with it all rollout workers. If memory ran out, lower rollout.workers "
+                "or rollout.prompts_per_shard; go on with --resume auto"
             )
 
     def close(self) -> None:
