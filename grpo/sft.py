@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from functools import partial
 from math import nan
 from typing import Any
@@ -22,6 +24,7 @@ from grpo.policy_source import check_options, load_policy, save_policy, with_thr
 from grpo.run.stop import InterruptiblePool
 from grpo.sampling import sampling_params
 from grpo.task import Task
+from policies.files.digests import write_digests
 from policies.policy import Policy
 from rollout.pool import open_pool
 
@@ -79,6 +82,28 @@ def supervise(policy: Policy, task: Task, run: Run[SftConfig] | Run[TrainConfig]
                 shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
                 run.log.say(f"warm start {step:4d}/{run.last}  {shown}")
             run.save_if_due()
+
+
+def initial_policy(run: Run[TrainConfig], task: Task) -> Policy:
+    """The policy that GRPO starts from: warm-started now, or by the run that is being resumed."""
+    config, folder, steps = run.config, run.folder / "warm_start", "warm_start_checkpoints"
+    if config.warm_start.steps and not (run.resumes and folder.exists()):
+        if not run.resumes:
+            shutil.rmtree(run.folder / steps, ignore_errors=True)
+        started = time.perf_counter()
+        policy = load_policy(config, task.corpus())
+        task.check_lengths(policy, config.rollout.max_completion_tokens)
+        supervise(policy, task, run.part(steps, config.warm_start.steps, " of the warm start"))
+        seconds = round(time.perf_counter() - started, 1)
+        run.log.event("warm_start_done", seconds=seconds, folder=str(folder))
+        policy.save(folder)
+        write_digests(folder)
+    if config.warm_start.steps:
+        shutil.rmtree(run.folder / steps, ignore_errors=True)
+        config = config.model_copy(update={"model": str(folder)})
+    policy = load_policy(config, task.corpus())
+    task.check_lengths(policy, config.rollout.max_completion_tokens)
+    return policy
 
 
 def _evaluate(when: str, run: Run[SftConfig], task: Task, policy: Policy) -> dict[str, Evaluation]:

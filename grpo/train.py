@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,15 +16,13 @@ from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.loop import Run
-from grpo.policy_source import check_options, load_policy, save_policy, with_threads
+from grpo.policy_source import check_options, save_policy, with_threads
 from grpo.run import checkpoint
 from grpo.run.pool import open_run_pool, use_costs_of_run
 from grpo.run.resume import BaseWeights
 from grpo.sampling import sampling_params
-from grpo.sft import supervise
+from grpo.sft import initial_policy
 from grpo.task import Task
-from policies.files.digests import write_digests
-from policies.policy import Policy
 from rewards.protocol import Reward
 
 
@@ -85,28 +81,6 @@ def train(
             if config.checkpoint.keep_best:
                 _save_best(run, learner)
     return Result(run.folder, policy, held_out.results, speeds)
-
-
-def initial_policy(run: Run[TrainConfig], task: Task) -> Policy:
-    """The policy that GRPO starts from: warm-started now, or by the run that is being resumed."""
-    config, folder, steps = run.config, run.folder / "warm_start", "warm_start_checkpoints"
-    if config.warm_start.steps and not (run.resumes and folder.exists()):
-        if not run.resumes:
-            shutil.rmtree(run.folder / steps, ignore_errors=True)
-        started = time.perf_counter()
-        policy = load_policy(config, task.corpus())
-        task.check_lengths(policy, config.rollout.max_completion_tokens)
-        supervise(policy, task, run.part(steps, config.warm_start.steps, " of the warm start"))
-        seconds = round(time.perf_counter() - started, 1)
-        run.log.event("warm_start_done", seconds=seconds, folder=str(folder))
-        policy.save(folder)
-        write_digests(folder)
-    if config.warm_start.steps:
-        shutil.rmtree(run.folder / steps, ignore_errors=True)
-        config = config.model_copy(update={"model": str(folder)})
-    policy = load_policy(config, task.corpus())
-    task.check_lengths(policy, config.rollout.max_completion_tokens)
-    return policy
 
 
 def learn(run: Run, learner: Learner, batch: TrainingBatch, step: int) -> None:
