@@ -182,13 +182,14 @@ def _version() -> str:
 
 
 def _load(args: argparse.Namespace, file: Path | None = None, brought: Mapping[str, Any] | None = None) -> Any:
-    """The command's options: their defaults, then what a run folder brings, the file, and the command line.
+    """The command's options: their defaults, then those of them that a run folder brings, the file, the command line.
 
     None where they were only to be printed, which then is done.
     """
     from grpo.config.options import dump_yaml, load
 
-    config: Any = load(args.options, file, {**(brought or {}), **args.overrides}, args.flags)
+    known = {name: value for name, value in (brought or {}).items() if name in args.options.model_fields}
+    config: Any = load(args.options, file, known | args.overrides, args.flags)
     if getattr(args, "print_config", False):
         print(dump_yaml(config), end="")
         return None
@@ -228,13 +229,10 @@ def _mtp(args: argparse.Namespace) -> None:
     from grpo.commands import summary
 
     if args.dry_run:
-        from grpo.commands.mtp_dry_run import dry_run
+        return summary.mtp_dry_run(config, resuming=args.resume is not None)
+    from grpo.mtp import mtp
 
-        dry_run(config, summary.CONSOLE, resuming=args.resume is not None)
-    else:
-        from grpo.mtp import mtp
-
-        summary.summary(mtp(config, **_flags(args)))
+    summary.summary(mtp(config, **_flags(args)))
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -256,9 +254,9 @@ def _eval(args: argparse.Namespace) -> int:
 def _sample(args: argparse.Namespace) -> int:
     if not args.prompt and args.prompts is None:
         args.options_parser.error('there are no prompts: give --prompt "some text", --prompts FILE.jsonl, --prompts -')
-    from grpo.config.inference import sample_defaults_of_run
+    from grpo.config.inference import defaults_of_run
 
-    brought = sample_defaults_of_run(Path(args.policy), args.overrides.get("data"))
+    brought = defaults_of_run(Path(args.policy), args.overrides.get("data"))
     config = _load(args, brought=brought | {"model": args.policy})
     from grpo.commands import summary
     from grpo.commands.sample import prompts_of, sample
@@ -279,7 +277,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     conversion = convert.convert(args.source, args.destination, config, mtp=args.mtp, console=summary.CONSOLE)
     convert.show(conversion, summary.CONSOLE)
-    _write(args.json, convert.as_json(conversion))
+    _write(args.json, asdict(conversion))
 
 
 def _inspect(args: argparse.Namespace) -> None:

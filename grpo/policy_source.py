@@ -40,6 +40,7 @@ from policies.files import hub
 from policies.files.atomic import write_file
 from policies.files.digests import write_digests
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
+from policies.sharding import leads
 
 Config = TypeVar("Config", bound=SftConfig | MtpConfig)
 
@@ -312,6 +313,8 @@ def save_policy(policy: Policy, folder: Path, step: int) -> None:
     A copy of the run says the same: no file time is looked at.
     """
     policy.save(folder)
+    if not leads():
+        return
     path = checkpoint.saved(folder.parent / "checkpoints").get(step)
     write_file(folder / RECORD, json.dumps({"step": step, "checkpoint": _digest(path) if path else None}) + "\n")
     write_digests(folder)

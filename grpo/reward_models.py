@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from grpo.config.reward import RewardModelOptions
@@ -108,8 +109,14 @@ class _Model(ABC):
         self.source = saved_model(options.model)
         try:
             self._load()
+            if self.tokenizer.pad_token_id is None:
+                self.tokenizer.pad_token = self.tokenizer.eos_token
+            if self.tokenizer.pad_token_id is None:
+                raise ValueError("its tokenizer has neither a padding nor an end token")
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"reward_models: {options.name}: {self.source} cannot be loaded: {error}") from error
+        # Decoders find the last token by this: another padding token than the tokenizer's would be scored itself.
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.to(device).eval().requires_grad_(False)
         positions = getattr(self.model.config, "max_position_embeddings", None)
         self.limit = min(positions or float("inf"), self.tokenizer.model_max_length)
@@ -134,11 +141,9 @@ class _Model(ABC):
         readable.sort(key=lambda i: len(encoded[i][0]))
         for first in range(0, len(readable), self.options.batch_size):
             batch = readable[first : first + self.options.batch_size]
-            longest = len(encoded[batch[-1]][0])
-            pad = self.tokenizer.pad_token_id
-            rows = [encoded[i][0] + [pad] * (longest - len(encoded[i][0])) for i in batch]
-            token_ids = torch.tensor(rows, device=self.device)
-            lengths = torch.tensor([len(encoded[i][0]) for i in batch], device=self.device)
+            rows = [torch.tensor(encoded[i][0], device=self.device) for i in batch]
+            token_ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+            lengths = torch.tensor([len(row) for row in rows], device=self.device)
             starts = torch.tensor([encoded[i][1] for i in batch], device=self.device)
             values = self._score(token_ids, lengths, starts).float()
             for i, value in zip(batch, values.tolist(), strict=True):
@@ -165,9 +170,6 @@ class _Classifier(_Model):
             raise ValueError("chat: true, but its tokenizer has no chat template")
         if self.options.chat:  # one that raises does so now
             self._encode(Prompt("", "question", []), Completion([], [], "answer", "stop", 0))
-        _need_padding(self.tokenizer)
-        # Decoders find the last token by this: another padding token than the tokenizer's would be scored itself.
-        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
 
     def _encode(self, prompt: Prompt, completion: Completion) -> tuple[list[int], int]:
         if not self.options.chat:
@@ -189,7 +191,6 @@ class _Perplexity(_Model):
         policy = Policy.load(self.source, dtype)
         self.model, self.tokenizer = policy.trunk, policy.tokenizer
         self.stop = policy.stop_token_ids[0]
-        _need_padding(self.tokenizer)
 
     def _encode(self, prompt: Prompt, completion: Completion) -> tuple[list[int], int]:
         start = self.tokenizer.encode(prompt.text, add_special_tokens=False)
@@ -204,10 +205,3 @@ class _Perplexity(_Model):
         tokens = torch.arange(1, token_ids_BT.shape[1], device=self.device)
         mask = (tokens >= starts_B[:, None]) & (tokens < lengths_B[:, None])
         return (-logprobs.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)).exp()
-
-
-def _need_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None:
-        raise ValueError("its tokenizer has neither a padding nor an end token")

@@ -90,13 +90,8 @@ def load_statistics(counts_LE: Tensor, entropy_L: Tensor, layers: Sequence[int])
         "router_entropy": entropy_L,
         "dead_experts": (counts_LE == 0).sum(dim=1).float(),
     }
-    metrics = {
-        "moe/load_min": each["load_min"].mean().item(),
-        "moe/load_max": each["load_max"].mean().item(),
-        "moe/max_violation": each["load_max"].mean().item() - 1.0,
-        "moe/router_entropy": entropy_L.mean().item(),
-        "moe/dead_experts": each["dead_experts"].sum().item(),
-    }
+    metrics = {f"moe/{name}": values.mean().item() for name, values in each.items()}
+    metrics["moe/dead_experts"] = each["dead_experts"].sum().item()
     for i, layer in enumerate(layers):
         metrics |= {f"moe/layer_{layer}/{name}": values[i].item() for name, values in each.items()}
     return metrics

@@ -40,10 +40,9 @@ POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings"),
 )
-MOST_LAYERS = {
-    "num_hidden_layers": 10_000,
-    "num_nextn_predict_layers": 100,
-}  # more is damage, and would take too long to build
+COUNTS = ("qk_nope_head_dim", "num_nextn_predict_layers", "first_k_dense_replace")
+# More is damage, and would take too long to build.
+MOST_LAYERS = {"num_hidden_layers": 10_000, "num_nextn_predict_layers": 100}
 ROUTING = ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok")
 ROUTER_FIELDS = (*ROUTING, "moe_intermediate_size", "n_shared_experts")
 
@@ -104,11 +103,8 @@ def _tokens_and_rope(config: PretrainedConfig) -> Iterator[str]:
 
 def _wrong_values(config: DeepseekV3Config) -> Iterator[str]:
     has_experts = (config.first_k_dense_replace or 0) < config.num_hidden_layers
-    for field in POSITIVE_FIELDS + (ROUTER_FIELDS if has_experts else ()):
-        value = getattr(config, field)
-        if value is None or value < 1:
-            yield f"{field}={value!r} must be 1 or more"
-    for field, least in (("qk_nope_head_dim", 0), ("num_nextn_predict_layers", 0), ("first_k_dense_replace", 0)):
+    positive = POSITIVE_FIELDS + (ROUTER_FIELDS if has_experts else ())
+    for field, least in (dict.fromkeys(positive, 1) | dict.fromkeys(COUNTS, 0)).items():
         value = getattr(config, field)
         if value is None or value < least:
             yield f"{field}={value!r} must be {least} or more"

@@ -243,12 +243,8 @@ def own_copies(files: WeightFiles, layer: int, trunk: PreTrainedModel) -> list[s
         f"model.layers.{layer}.embed_tokens.weight": trunk.get_input_embeddings().weight,
         f"model.layers.{layer}.shared_head.head.weight": trunk.get_output_embeddings().weight,
     }
-
-    def differs(name: str) -> bool:
-        stored, own = files.read(name)[name], shared[name]
-        return stored.shape != own.shape or not torch.equal(stored.to(own), own)
-
-    return [name for name in shared if name in files.shapes and differs(name)]
+    there = [name for name in shared if name in files.shapes]
+    return [name for name in there if not torch.equal(files.read(name)[name].to(shared[name]), shared[name])]
 
 
 def write_draft_vocabulary(folder: Path, ids_K: Tensor) -> None:

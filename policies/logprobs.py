@@ -76,7 +76,6 @@ def logprobs_from_hidden(
     >>> logprobs.exp(), entropies                                   # log 2 and 2 log 2 - 3/4 log 3
     (tensor([0.5000, 0.7500]), tensor([0.6931, 0.5623]))
     """
-
     scored: tuple[Tensor, Tensor] = _Scored.apply(hidden, lm_head_weight, token_ids, temperature, chunk, entropy_grad)
     return scored
 

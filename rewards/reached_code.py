@@ -64,13 +64,8 @@ def _names(statement: ast.stmt) -> set[str]:
 
 def _bound(statement: ast.stmt) -> set[str]:
     """The names to which a statement gives a value; "*" if the file does not show them, and for __future__."""
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return {statement.name}
-    if isinstance(statement, ast.Import | ast.ImportFrom):
-        [alias] = statement.names
-        if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
-            return {"*"}
-        return {alias.asname or alias.name.partition(".")[0]}
+    if isinstance(statement, ast.ImportFrom) and (statement.module == "__future__" or statement.names[0].name == "*"):
+        return {"*"}
     table = symtable.symtable(ast.unparse(statement), "reward", "exec")
     return {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
 

@@ -16,26 +16,17 @@ from typing import Any
 from rewards.protocol import Reward, RewardError, did_you_mean
 from rewards.reached_code import code_sha256
 
-BUILT_IN = {
-    "gsm8k": "rewards.built_in.gsm8k",
-    "gsm8k_flexible": "rewards.built_in.gsm8k",
-    "gsm8k_boxed": "rewards.built_in.gsm8k",
-    "gsm8k_lm_eval": "rewards.built_in.gsm8k",
-    "math_equivalence": "rewards.built_in.equivalence",
-    "regex_format": "rewards.built_in.format",
-    "tag_format": "rewards.built_in.format",
-    "gsm8k_format": "rewards.built_in.format",
-    "length_penalty": "rewards.built_in.length",
-    "repetition_penalty": "rewards.built_in.length",
-    "soft_overlong_punishment": "rewards.built_in.length",
-    "bleu": "rewards.built_in.text",
-    "chrf": "rewards.built_in.text",
-    "remote": "rewards.built_in.remote",
-    "column": "rewards.built_in.column",
-    "reasoning_gym": "rewards.built_in.reasoning",
+_MODULES = {
+    "gsm8k": ("gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval"),
+    "equivalence": ("math_equivalence",),
+    "format": ("regex_format", "tag_format", "gsm8k_format"),
+    "length": ("length_penalty", "repetition_penalty", "soft_overlong_punishment"),
+    "text": ("bleu", "chrf"),
+    "remote": ("remote",),
+    "column": ("column",),
+    "reasoning": ("reasoning_gym",),
 }
-
-
+BUILT_IN = {name: f"rewards.built_in.{module}" for module, names in _MODULES.items() for name in names}
 CALLABLES: dict[str, Reward] = {}  # functions of this process that were handed over from Python
 
 

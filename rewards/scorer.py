@@ -167,12 +167,7 @@ class Scorer:
         self.close()
 
     def _score(
-        self,
-        groups: list[Group],
-        trainer_state: Mapping[str, Any] | None,
-        policy: FailurePolicy,
-        *,
-        rerun: bool = True,
+        self, groups: list[Group], trainer_state: Mapping[str, Any] | None, policy: FailurePolicy, *, rerun: bool = True
     ) -> list[GroupScore]:
         weights = {function.label: function.spec.weight for function in self._functions}
         tallies = [GroupTally(group.prompt_id, len(group.completions), weights) for group in groups]

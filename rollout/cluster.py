@@ -47,19 +47,16 @@ class Cluster:
     def check(self, *, ask: bool = False) -> None:
         """Raises RolloutError when Ray has died. With `ask` its own records are read as well: they show that a raylet
         is about to end, a moment before its process has."""
-        for name, process in self.processes.items():
-            if not _lives(process):
-                raise RolloutError(
-                    f"Ray's {name} (process {process.pid}) has died, and with it all rollout workers. "
-                    "If memory ran out, lower rollout.workers or rollout.prompts_per_shard; go on with --resume auto"
-                )
-        if ask:
+        dead = [f"{name} (process {process.pid})" for name, process in self.processes.items() if not _lives(process)]
+        if ask and not dead:
             here = self.ray.get_runtime_context().get_node_id()
             if not any(node["NodeID"] == here and node["Alive"] for node in self.ray.nodes()):
-                raise RolloutError(
-                    "Ray's raylet on this machine has died or lost one of its agents, and with it all rollout workers. "
-                    "If memory ran out, lower rollout.workers or rollout.prompts_per_shard; go on with --resume auto"
-                )
+                dead = ["raylet on this machine, or one of its agents,"]
+        if dead:
+            raise RolloutError(
+                f"Ray's {dead[0]} has died, and with it all rollout workers. If memory ran out, lower rollout.workers "
+                "or rollout.prompts_per_shard; go on with --resume auto"
+            )
 
     def close(self) -> None:
         """Shut down what was started for this pool. A worker under SIGSTOP does not end, so it is killed."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from itertools import pairwise
 from statistics import median
 
+import numpy as np
 import torch
 
 from rollout.backends import Decoder
@@ -48,12 +48,7 @@ def _rounds(decoder: Decoder, rows: int, depths: list[int]) -> list[float]:
             if decoder.trunk.device.type == "cuda":
                 torch.cuda.synchronize(decoder.trunk.device)
             times[depth].append(1e3 * (time.perf_counter() - started))
-    measured = {depth: median(values) for depth, values in times.items()}
-    costs = [measured[0]]
-    for shallow, deep in pairwise(depths):
-        step = (measured[deep] - measured[shallow]) / (deep - shallow)
-        costs += [measured[shallow] + step * (i + 1) for i in range(deep - shallow)]
-    return costs
+    return np.interp(range(depths[-1] + 1), depths, [median(times[depth]) for depth in depths]).tolist()
 
 
 def _begin(decoder: Decoder, rows: int, depth: int) -> Decoding:

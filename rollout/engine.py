@@ -41,12 +41,7 @@ class Engine:
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        dtype: torch.dtype = torch.float32,
-        *,
-        max_rows: int = 256,
-        costs: CostTable | None = None,
+        self, policy: Policy, dtype: torch.dtype = torch.float32, *, max_rows: int = 256, costs: CostTable | None = None
     ) -> None:
         keep_freed_memory()
         self.policy, self.dtype, self.max_rows, self.costs = policy, dtype, max_rows, costs
@@ -117,10 +112,7 @@ class Engine:
 
     @torch.inference_mode()
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams,
-        on_finished: Callable[[int], None] | None = None,
+        self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: Callable[[int], None] | None = None
     ) -> list[RolloutGroup]:
         """One group per prompt. `on_finished` gets the number of completions that have ended since it was last called.
 

@@ -82,16 +82,15 @@ class Results:
         self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, strings: StopStrings | None, version: int
     ) -> list[RolloutGroup]:
         stats = zip(*(x.tolist() for x in (self.forwards, self.drafted, self.accepted, self.fallbacks)), strict=True)
-        rows = (self.counts, self.token_ids, self.logprobs, self.depths, self.stopped, self.aborted, self.cut)
+        found = (self.counts, self.token_ids, self.logprobs, self.depths, self.stopped, self.aborted, self.cut)
+        rows = enumerate(zip(*(x.tolist() for x in found), strict=True))
         routing = None
         if self.routing is not None:
             routing = self.routing.cpu()
             # The last token is never read for a next one: at its place are the experts of some draft, or none.
             routing[torch.arange(len(routing)), self.counts.cpu() - 1] = -1
         completions = []
-        for row, (count, token_ids, logprobs, depths, stopped, aborted, cut) in enumerate(
-            zip(*(x.tolist() for x in rows), strict=True)
-        ):
+        for row, (count, token_ids, logprobs, depths, stopped, aborted, cut) in rows:
             ids, (forwards, drafted, accepted, fallbacks) = token_ids[:count], next(stats)
             text = str(tokenizer.decode(ids[:-1] if stopped and not cut else ids))
             reason: FinishReason = "abort" if aborted else "stop" if stopped else "length"

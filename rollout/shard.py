@@ -57,9 +57,7 @@ class Decoding:
         self.longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
         self.live: Rows | None = None
         self.cache: Any = None
-        self.drafter: Drafter | None = None
-        if self.max_depth:
-            self.drafter = Drafter(decoder, params, self.room, self.longest)
+        self.drafter = Drafter(decoder, params, self.room, self.longest) if self.max_depth else None
         self.admitted = self.ended_rows = self.alive = 0
         self._refill()
 

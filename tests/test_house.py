@@ -23,7 +23,7 @@ FLOORS = (
     ("__init__", "__main__"),
     ("cli",),
     ("launch",),
-    ("train", "follower"),
+    ("train",),
     ("sft", "mtp", "commands", "trl_bridge"),
     ("collector", "evaluation"),
     ("tied_steps", "task"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -225,22 +226,14 @@ def _same(a: Tensor, b: Tensor) -> Tensor:
 
 def _as_tensor(rewards: Any) -> Tensor:
     """fp64 rewards from a tensor or nested lists; None becomes NaN."""
-    if isinstance(rewards, Tensor):
-        rewards = rewards.detach().double()
-    else:
-        rewards = torch.tensor(_none_to_nan(rewards), dtype=torch.float64)
+    rewards = rewards if isinstance(rewards, Tensor) else torch.from_numpy(np.array(rewards, dtype=np.float64))
+    rewards = rewards.detach().double()
     if rewards.isinf().any():
         where = rewards.isinf().nonzero()[0].tolist()
         raise ValueError(
             f"the reward at {where} is {rewards[tuple(where)].item()}; return a finite number, or None to abstain"
         )
     return rewards
-
-
-def _none_to_nan(rewards: Any) -> Any:
-    if isinstance(rewards, Sequence):
-        return [_none_to_nan(item) for item in rewards]
-    return torch.nan if rewards is None else rewards
 
 
 def _nanstd(x: Tensor, dim: int) -> Tensor:

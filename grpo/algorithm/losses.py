@@ -218,11 +218,7 @@ def _objective(
             return cispo_surrogate(ratio, advantages, policy_logprobs, cap), clipped
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     low, high = (ratio < 1 - epsilon) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
-    clipped = {
-        "policy/clip_fraction": low | high,
-        "policy/clip_fraction_low": low,
-        "policy/clip_fraction_high": high,
-    }
+    clipped = {"policy/clip_fraction": low | high, "policy/clip_fraction_low": low, "policy/clip_fraction_high": high}
     return clipped_surrogate(ratio, advantages, epsilon, epsilon_high, options.delta), clipped
 
 

@@ -33,11 +33,7 @@ def importance_ratio(policy_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor
 
 
 def clipped_surrogate(
-    ratio: Tensor,
-    advantages: Tensor,
-    epsilon: float = 0.2,
-    epsilon_high: float = 0.2,
-    delta: float | None = None,
+    ratio: Tensor, advantages: Tensor, epsilon: float = 0.2, epsilon_high: float = 0.2, delta: float | None = None
 ) -> Tensor:
     """min(r·Â, clip(r, 1 - ε, 1 + ε_high)·Â), to be maximised.
 

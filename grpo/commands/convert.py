@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -135,17 +134,14 @@ def _build(
             reference, result.against = trunk, "the policy with noise"
     policy = Policy(trunk, None, dense.tokenizer)
     if mtp:
-        text = text or _self_written(dense, config)
+        if text is None:
+            rows = self_written(dense.trunk, dense.tokenizer, length=min(128, dense.max_length), seed=config.seed)
+            held = len(rows) // 5
+            text = CalibrationText(rows[:-held], rows[-held:])
         with _bar(progress, "fitting the draft head", len(text.windows)) as advance:
             policy.mtp = start_head(trunk, text.windows, advance)
         result.draft_agreement = draft_agreement(policy, text.heldout)
     return policy, reference, result
-
-
-def _self_written(dense: Policy, config: ConvertConfig) -> CalibrationText:
-    rows = self_written(dense.trunk, dense.tokenizer, length=min(128, dense.max_length), seed=config.seed)
-    held = len(rows) // 5
-    return CalibrationText(rows[:-held], rows[-held:])
 
 
 def _compress(
@@ -226,7 +222,3 @@ def _table(compression: Compression) -> Table:
     table.add_row("top-1 agreement", "100 %", *[f"{100 * f.top1_agreement:.1f} %" for f in compressed])
     table.add_row("perplexity", f"{before.dense_perplexity:.3f}", *[f"{f.perplexity:.3f}" for f in compressed])
     return table
-
-
-def as_json(conversion: Conversion) -> dict[str, Any]:
-    return asdict(conversion)

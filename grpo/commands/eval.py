@@ -17,13 +17,12 @@ from grpo.config.data import DataOptions, PromptOptions
 from grpo.config.inference import EvalConfig
 from grpo.data.examples import default_heldout_split
 from grpo.data.leakage import trained_on
-from grpo.evaluation.evaluate import Evaluation, evaluate_ways
+from grpo.evaluation.evaluate import Evaluation, both_ways, evaluate_ways
 from grpo.evaluation.perplexity import Perplexity, gold_perplexity
 from grpo.policy_source import PolicySource, check_options, find_policy, known_context, load_found
 from grpo.run.console import progress_bars
 from grpo.sampling import sampling_params
 from grpo.task import Task
-from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.engine import RolloutError
 from rollout.group import RolloutGroup
@@ -138,27 +137,20 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
         contexts={config.prompt_column: context} if context else None,
     ) as task:
         completions = CompletionsFile(config.output, task) if config.output else None
+        write = completions.write if completions else None
         policy = load_found(source, config)
         task.check_lengths(policy, config.max_completion_tokens)
         prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
         sampling = sampling_params(policy, config, max(config.samples, 1), config.seed)
         sampling = replace(sampling, margin=config.margin, stop_strings=config.stop_strings)
-        ways = {"sampled": sampling, "greedy": replace(sampling, temperature=0.0, group_size=1)}
         asked = {"sampled": config.samples > 0, "greedy": config.greedy}
+        ways = {way: params for way, params in both_ways(sampling).items() if asked[way]}
         pool = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=config.prompts_per_batch)
         if sampling.draft_tokens is None and policy.mtp is not None:
             pool.use_costs(None, config.prompts_per_batch * sampling.group_size)  # else measured on the clock
         try:
             with progress_bars(console, enabled=True) as progress:
-                results = evaluate_ways(
-                    pool,
-                    task,
-                    prompts,
-                    {name: params for name, params in ways.items() if asked[name]},
-                    config.prompts_per_batch,
-                    progress,
-                    completions.write if completions else None,
-                )
+                results = evaluate_ways(pool, task, prompts, ways, config.prompts_per_batch, progress, write)
         except RolloutError as error:
             if completions is None or not error.groups:
                 raise
@@ -166,6 +158,8 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
         finally:
             if completions:
                 completions.close()
+        stop = policy.stop_token_ids[0]
+        solutions = [task.solution(e, policy.tokenizer, stop) for e in task.heldout if e.solution]
         bleus = {name: _bleu(result, task) for name, result in results.items()}
         return ModelEvaluation(
             config=config,
@@ -175,7 +169,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
             trained_on=sum(fingerprint in met for fingerprint in task.fingerprints(task.heldout)),
             rewards=task.scorer.describe(),
             results={name: replace(result, bleu=bleus[name][0]) for name, result in results.items()},
-            perplexity=_perplexity(policy, task),
+            perplexity=gold_perplexity(policy, solutions),
             bleu_signature=next(signature for _, signature in bleus.values()),
             peak_memory_gib=peak_memory_gib(),
             no_accuracy=task.verdicts.note,
@@ -192,11 +186,6 @@ def _bleu(result: Evaluation, task: Task) -> tuple[float | None, str | None]:
     ]
     found = corpus_bleu([text for text, _ in pairs], [solution for _, solution in pairs]) if pairs else None
     return found or (None, None)
-
-
-def _perplexity(policy: Policy, task: Task) -> Perplexity | None:
-    stop = policy.stop_token_ids[0]
-    return gold_perplexity(policy, [task.solution(e, policy.tokenizer, stop) for e in task.heldout if e.solution])
 
 
 def peak_memory_gib() -> dict[str, float]:

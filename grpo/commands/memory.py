@@ -119,7 +119,8 @@ def learner_memory(
     warm_start: bool = False,
 ) -> DeviceMemory:
     """What `Learner` holds; its warm start trains every weight and has no reference."""
-    policy, dtype = meta_policy(shape, head, getattr(torch, config.dtype)), getattr(torch, config.dtype)
+    dtype = getattr(torch, config.dtype)
+    policy = meta_policy(shape, head, dtype)
     freeze_exact_parts(policy)
     plain = storage_bytes(tensors_of(policy))
     if lora_options is not None:
@@ -225,12 +226,8 @@ def meta_policy(shape: PretrainedConfig, head: bool, dtype: torch.dtype) -> Poli
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storage of `tensors`; what several share counts once."""
-    return sum(
-        {
-            _storage(tensor): tensor.nbytes if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
-            for tensor in tensors
-        }.values()
-    )
+    sizes = {_storage(t): t.nbytes if t.is_mkldnn else t.untyped_storage().nbytes() for t in tensors}
+    return sum(sizes.values())
 
 
 def tensors_of(holder: Any) -> Iterator[Tensor]:

@@ -16,7 +16,6 @@ from grpo.algorithm.verdicts import ACCURACY, held_out_metric
 from grpo.config.json_file import expecting, read_json, read_objects, whole_lines
 from grpo.config.yaml_file import read_yaml
 from grpo.run import hardware
-from grpo.run.hardware import caption
 from grpo.run.metrics import METRICS
 from grpo.run.records import read_metrics
 
@@ -51,7 +50,7 @@ class Origin:
 
     model: str
     preset: bool = False
-    terms: dict[str, str] = field(default_factory=dict)
+    terms: dict[str, Any] = field(default_factory=dict)
     licence_files: list[Path] = field(default_factory=list)
 
     @property
@@ -112,9 +111,7 @@ def _front_matter(origin: Origin, base: str | None) -> str:
         pipeline_tag="text-generation",
         base_model=origin.model if shared else None,
         tags=["grpo", "quartet-rl"],
-        license=origin.terms.get("license"),
-        license_name=origin.terms.get("license_name"),
-        license_link=origin.terms.get("license_link"),
+        **origin.terms,
     )
     return data.to_yaml()
 
@@ -147,11 +144,9 @@ def _evaluations(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> Iter
         yield "The run evaluated no held-out problems."
         return
     judged = measure == ACCURACY
-    headings = [
-        heading
-        for way in ("sampled", "greedy")
-        for heading in ([f"accuracy, {way}", "95 % interval"] if judged else [f"mean reward, {way}"])
-    ]
+    headings = ["mean reward, sampled", "mean reward, greedy"]
+    if judged:
+        headings = ["accuracy, sampled", "95 % interval", "accuracy, greedy", "95 % interval"]
     rows = [f"| | problems | {' | '.join(headings)} |", "|---" * (2 + len(headings)) + "|"]
     for when, line in zip(("before", "after"), (evaluated[0], evaluated[-1]), strict=True):
         if when == "after" and len(evaluated) == 1:
@@ -200,12 +195,14 @@ def _meaning(metric: str) -> str:
 
 def _machines(run: Path, here: dict[str, Any]) -> Iterator[str]:
     """The machine of the start, and of every resume."""
-    rows = [f"- started {here['time']}: {caption(here)}"]
+    rows = [f"- started {here['time']}: {hardware.caption(here)}"]
     path = run / "events.jsonl"
     with expecting(path, "record of events"):
         for event in read_objects(path, whole_lines(path)) if path.is_file() else []:
             if event.get("event") == "resume" and "environment" in event:
-                rows.append(f"- resumed at step {event['step']}, {event['time']}: {caption(event['environment'])}")
+                rows.append(
+                    f"- resumed at step {event['step']}, {event['time']}: {hardware.caption(event['environment'])}"
+                )
     yield "\n".join(rows)
     yield ", ".join(f"{package} {version}" for package, version in here["versions"].items())
 

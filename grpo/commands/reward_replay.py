@@ -111,7 +111,10 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
                 for line, old, new in zip(group, olds, news, strict=True)
                 if old != new
             ]
-            result.steps.append(_step_change(step, before, after, len(changes)))
+            ties = sum(map(tied, before)), sum(map(tied, after))
+            result.steps.append(
+                StepChange(step, sum(map(len, before)), _mean(before), _mean(after), len(changes), *ties, len(groups))
+            )
             result.changes += changes
             result.failures += [failure for score in scores for failure in score.errors]
     result.changes.sort(key=lambda change: -change.size)
@@ -188,25 +191,6 @@ def _recorded(line: dict[str, Any], against: str) -> float | None:
     return line["reward"] if against == SCORE else line["parts"].get(against)
 
 
-def _step_change(
-    step: int, before: list[list[float | None]], after: list[list[float | None]], changed: int
-) -> StepChange:
-    return StepChange(
-        step,
-        sum(map(len, before)),
-        _mean(before),
-        _mean(after),
-        changed,
-        _tied(before),
-        _tied(after),
-        len(before),
-    )
-
-
 def _mean(groups: list[list[float | None]]) -> float | None:
     values = [value for group in groups for value in group if value is not None]
     return mean(values) if values else None
-
-
-def _tied(groups: list[list[float | None]]) -> int:
-    return sum(map(tied, groups))

@@ -173,17 +173,13 @@ def _compare(
     check: RewardCheck, trial: _Trial, spec: RewardSpec, scorer: Scorer, scores: Scores, columns: list[str]
 ) -> None:
     """Determinism: the same completions again, in this process, and in another batch."""
-    again = trial.score(scorer)
+    others = {"scored again": trial.score(scorer)}
     with (
         contextlib.redirect_stdout(sys.stderr),  # where a worker's prints go
         Scorer([spec], columns=columns, isolated=False) as here,
     ):
-        in_this_process = trial.score(here)
-    others = {
-        "scored again": again,
-        "in this process": in_this_process,
-        "among other completions": trial.score(scorer, backwards=True),
-    }
+        others["in this process"] = trial.score(here)
+    others["among other completions"] = trial.score(scorer, backwards=True)
     for name, other in others.items():
         places = [
             (i, j) for i, row in enumerate(scores) for j, score in enumerate(row) if not _equal(score, other[i][j])
@@ -221,31 +217,17 @@ def _judge(check: RewardCheck, trial: _Trial, scores: Scores) -> None:
         places = [(i, j) for i, row in enumerate(trial.probes) for j, probe in enumerate(row) if probe.kind == kind]
         values = [score for i, j in places if (score := scores[i][j]) is not None]
         unexpected = [] if check.shaping else [(i, j) for i, j in places if _unexpected(expected, scores[i], j, check)]
-        check.kinds.append(
-            KindResult(
-                kind,
-                len(places),
-                fmean(values) if values else None,
-                min(values, default=None),
-                max(values, default=None),
-                sum(value >= check.full_marks for value in values),
-                len(places) - len(values),
-                len(unexpected),
-            )
-        )
+        mean, low, high = fmean(values) if values else None, min(values, default=None), max(values, default=None)
+        full = sum(value >= check.full_marks for value in values)
+        abstained = len(places) - len(values)
+        check.kinds.append(KindResult(kind, len(places), mean, low, high, full, abstained, len(unexpected)))
         fault = expected in ("full", "less")
         due = {"full": f"{check.full_marks:g}", "less": f"below {check.full_marks:g}", "same": "as gold"}
-        for i, j in unexpected:
-            check.surprises.append(
-                Surprise(
-                    trial.examples[i].example_id,
-                    kind,
-                    scores[i][j],
-                    due.get(expected, due["less"]),
-                    trial.probes[i][j].text,
-                    fault,
-                )
-            )
+        wanted = due.get(expected, due["less"])
+        check.surprises += [
+            Surprise(trial.examples[i].example_id, kind, scores[i][j], wanted, trial.probes[i][j].text, fault)
+            for i, j in unexpected
+        ]
         if unexpected:
             what = {"full": "miss full marks", "same": "score not as it does"}.get(expected, "get full marks")
             (check.problems if fault else check.notes).append(f"{meaning}: {len(unexpected)} of {len(places)} {what}")

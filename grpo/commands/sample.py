@@ -25,36 +25,30 @@ from rollout.pool import open_pool
 
 
 def prompts_of(texts: Sequence[str], file: Path | None) -> list[Example]:
-    """The prompts of the command line, then those of a file; the file `-` is standard input."""
+    """The prompts of the command line, then those of a file."""
     if "" in texts:
         raise ValueError('--prompt "": is empty; write the text that the policy continues')
     examples = [_example(f"prompt {number}", text, {}) for number, text in enumerate(texts, start=1)]
-    if file is not None:
-        examples += read_stdin() if str(file) == "-" else read_prompts(file)
-    return examples
+    return examples + (read_prompts(file) if file else [])
 
 
 def read_prompts(path: Path) -> list[Example]:
-    """Lines such as `{"prompt": "2 + 3 = ?"}`. Raises ValueError naming file and line."""
-    if not path.is_file():
+    """Lines such as `{"prompt": "2 + 3 = ?"}`. `-` is standard input, where a line may also be plain text.
+
+    Raises ValueError naming file and line.
+    """
+    stdin = str(path) == "-"
+    if not stdin and not path.is_file():
         raise ValueError(f"--prompts {path}: there is no such file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = sys.stdin.buffer.read().decode("utf-8-sig") if stdin else path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path}: is not UTF-8 text (byte {error.start})") from None
-    return _read_lines(text, str(path))
+        what = "standard input is" if stdin else "is"
+        raise ValueError(f"--prompts {path}: {what} not UTF-8 text (byte {error.start})") from None
+    return _read_lines(text, "standard input" if stdin else str(path), plain=stdin)
 
 
-def read_stdin() -> list[Example]:
-    """Standard input: lines of JSON as in a file, or plain text, one prompt a line."""
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts -: standard input is not UTF-8 text (byte {error.start})") from None
-    return _read_lines(text, "standard input", plain=True)
-
-
-def _read_lines(text: str, source: str, plain: bool = False) -> list[Example]:
+def _read_lines(text: str, source: str, plain: bool) -> list[Example]:
     examples = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -93,7 +87,10 @@ class Sampled:
 
 def sample(config: SampleConfig, examples: list[Example], console: Console) -> Sampled:
     """Sample one group per prompt. If a prompt cannot be continued, the others still are."""
-    template = PromptTemplate(config.template, config.system_prompt, _worked_examples(config), config.user_turn)
+    worked = (
+        examples_of(config, config.data, "train", limit=config.few_shot, seed=config.seed) if config.few_shot else []
+    )
+    template = PromptTemplate(config.template, config.system_prompt, worked, config.user_turn)
     # A run's template may call the prompt by the name of its column.
     examples = [replace(e, columns={config.prompt_column: e.question} | e.columns) for e in examples]
     if not template.is_chat:
@@ -114,9 +111,3 @@ def sample(config: SampleConfig, examples: list[Example], console: Console) -> S
             if not error.groups:
                 raise
             return Sampled(error.groups, policy.tokenizer, str(error))
-
-
-def _worked_examples(config: SampleConfig) -> list[Example]:
-    if not config.few_shot:
-        return []
-    return examples_of(config, config.data, "train", limit=config.few_shot, seed=config.seed)

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerBase
+from transformers import DeepseekV3Config, PreTrainedTokenizerBase
 
 from grpo.algorithm import own
 from grpo.commands import machine, memory
@@ -28,6 +27,7 @@ from grpo.run.log import refuse_folder
 from grpo.run.plots import plot_quietly
 from grpo.run.resume import saved_state
 from grpo.task import Task
+from policies.mtp import MTPHead
 from rollout.group import RolloutGroup, tokens_per_forward
 
 CONSOLE = Terminal()
@@ -150,17 +150,46 @@ def dry_run(
         for name, value in (*_counts(config, task), *rows):
             table.add_row(name, value)
         CONSOLE.print(table)
-    show_memory(memory.memory_of_run(shape, head, config), config, disk, CONSOLE)
+    _show_memory(memory.memory_of_run(shape, head, config), config, disk)
 
 
-def show_memory(
-    devices: Sequence[memory.DeviceMemory], config: SftConfig | MtpConfig, disk: float, console: Console
-) -> None:
+def mtp_dry_run(config: MtpConfig, *, resuming: bool = False) -> None:
+    """Check data, template, rewards, model and folder of `quartet mtp` without training; print counts, FLOPs per token
+    of the head, memory and disk."""
+    refuse_folder(config.output_dir, resuming=resuming)
+    shape, _ = read_shape(config.model_copy(update={"add_mtp": True}))
+    assert isinstance(shape, DeepseekV3Config)  # others have been refused
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in MTPHead(shape).named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    own = sum(sizes.values()) - experts + experts * shape.num_experts_per_tok // shape.n_routed_experts
+    depth, width = config.head.depth, min(config.head.draft_vocabulary or shape.vocab_size, shape.vocab_size)
+    completions = config.prompts_per_step * config.rollout.group_size
+    with Task.of(config) as task:
+        task.check_chat_template(config.model)
+        table = Table(title="dry run: nothing was trained", show_header=False)
+        table.add_row("training examples", f"{len(task.train):,} ({config.data.name}, {config.data.split})")
+        table.add_row("held-out examples", f"{len(task.heldout):,}")
+    table.add_row("steps", f"{config.steps:,} × {completions:,} completions, {config.head.reuse} passes over each")
+    table.add_row("completions in all", f"{config.steps * completions:,}")
+    table.add_row("draft vocabulary", f"{width:,} of {shape.vocab_size:,} tokens")
+    table.add_row("head: parameters", f"{sum(sizes.values()) / 1e6:,.1f} M, {depth} depths")
+    table.add_row("head: FLOPs per token and pass", f"{6 * own * depth / 1e6:,.0f} M")
+    table.add_row("LM head: the same", f"{(2 + 4 * depth) * shape.hidden_size * width / 1e6:,.0f} M")
+    CONSOLE.print(table)
+    learner = memory.head_learner_memory(shape, config)
+    saved = math.ceil(config.steps / config.checkpoint.every)
+    kept = min((config.checkpoint.keep or saved) + 1, saved)  # the next one is complete before the oldest goes
+    disk = learner.weights + kept * (learner.gradients + learner.moments)
+    _show_memory(memory.memory_of_run(shape, True, config), config, disk)
+
+
+def _show_memory(devices: Sequence[memory.DeviceMemory], config: SftConfig | MtpConfig, disk: float) -> None:
     """Print memory by device, and whether this machine has that much, and `disk` bytes of disk."""
-    console.print(memory.table(devices))
+    CONSOLE.print(memory.table(devices))
     workers = 0 if type(config) is SftConfig else config.rollout.workers
     for line in machine.verdicts(devices, workers, device_of(config.device), config.output_dir, disk):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
@@ -181,8 +210,7 @@ def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
 
 def _estimates(config: SftConfig, shape: Any, head: bool) -> tuple[list[tuple[str, str]], float]:
     """Sizes from the config alone, and the bytes on disk: the model is built without storage."""
-    with torch.device("meta"):
-        total = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+    total = sum(p.numel() for p in memory.meta_policy(shape, False, torch.float32).trunk.parameters())
     size = 2 if config.dtype == "bfloat16" else 4
     lora = config.lora if isinstance(config, TrainConfig) else None
     trained = total if lora is None else _lora_parameters(shape, lora)
@@ -204,14 +232,10 @@ def _steps(config: SftConfig) -> int:
 
 def _lora_parameters(shape: Any, options: LoraOptions) -> int:
     """Raises ValueError for targets that the model does not have."""
-    from policies import lora
-    from policies.mtp import MTPHead
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape)
-        head = MTPHead(shape) if isinstance(shape, DeepseekV3Config) else None  # the run will know whether it has one
-        lora.inject(model, options.rank, options.alpha, options.targets, head)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    may_draft = isinstance(shape, DeepseekV3Config)  # the run will know whether it has a head
+    policy = memory.meta_policy(shape, may_draft, torch.float32)
+    policy.add_lora(options.rank, options.alpha, options.targets)
+    return sum(p.numel() for p in policy.trunk.parameters() if p.requires_grad)
 
 
 def _gib(size: float) -> str:

@@ -87,14 +87,9 @@ class SampleConfig(_UseOptions):
     """The column that is the prompt: in the worked examples, and as a name for your prompt in `template`."""
 
 
-def sample_defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
-    """Options of `quartet sample` that a run folder brings, so that a prompt looks as it did in training."""
-    brought = defaults_of_run(folder, data)
-    return {name: value for name, value in brought.items() if name in SampleConfig.model_fields}
-
-
 def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
-    """Options of `quartet eval` that a run folder brings, so that the same held-out problems are evaluated.
+    """Options of `quartet eval` that a run folder brings, so that the same held-out problems are evaluated. `quartet
+    sample` takes those that it has, so that a prompt looks as it did in training.
 
     A checkpoint inside a run brings the options of its run. `data` is what the user asks for: data other than the
     run's have their own split, columns and number of problems. A failing reward does not end an evaluation: where the

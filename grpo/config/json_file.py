@@ -19,15 +19,9 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(f"nested more than {MOST_NESTED} levels deep") from None
 
 
-def read_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
+def read_json(path: Path, kind: type = dict) -> Any:
     """The value in a file, which is a `kind`. Raises ValueError naming the file, OSError where it cannot be read."""
-    try:
-        value = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{path} is damaged: it holds a {type(value).__name__}")
-    return value
+    return _checked(path.read_bytes(), kind, str(path))
 
 
 def whole_lines(path: Path) -> list[bytes]:
@@ -37,16 +31,17 @@ def whole_lines(path: Path) -> list[bytes]:
 
 def read_objects(path: Path, lines: Iterable[bytes]) -> list[dict[str, Any]]:
     """The object on every line. Raises ValueError naming file and line."""
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = parse_json(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is damaged: {error}") from error
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}, line {number} is damaged: it holds a {type(value).__name__}, not an object")
-        found.append(value)
-    return found
+    return [_checked(line, dict, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _checked(text: bytes, kind: type, where: str) -> Any:
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{where} is damaged: it holds a {type(value).__name__}, not a {kind.__name__}")
+    return value
 
 
 @contextmanager

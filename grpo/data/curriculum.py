@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ class Curriculum:
         self.options, self.seed = options, seed
         self.stream = PromptStream(examples, seed)
         self.examples = sorted(examples, key=lambda example: len(example.solution))
-        self.seen: dict[str, int] = {}
+        self.seen: Counter[str] = Counter()
         self.pass_rates: dict[str, float] = {}
 
     @property
@@ -89,12 +90,11 @@ class Curriculum:
         def order(example: Example) -> tuple[float, float]:
             u = 1.0 - noise.random()  # uniform in (0, 1]
             if not self.options.by_difficulty:
-                return self.seen.get(example.example_id, 0), u
+                return self.seen[example.example_id], u
             return 0.0, -math.log(u) / weights.get(example.example_id, unseen)
 
         chosen = sorted(candidates, key=order)[:n]
-        for example in chosen:
-            self.seen[example.example_id] = self.seen.get(example.example_id, 0) + 1
+        self.seen.update(example.example_id for example in chosen)
         return chosen
 
     def record(self, outcomes: Iterable[tuple[str, float]]) -> None:
@@ -121,4 +121,4 @@ class Curriculum:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`. Raises ValueError if the seed or the data differ."""
         self.stream.load_state_dict(state["stream"])
-        self.seen, self.pass_rates = dict(state["seen"]), dict(state["pass_rates"])
+        self.seen, self.pass_rates = Counter(state["seen"]), dict(state["pass_rates"])

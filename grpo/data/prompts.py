@@ -40,7 +40,7 @@ class PromptTemplate:
         if self.user_turn is not None:
             if not self.is_chat:
                 raise ValueError("user_turn needs format='chat'; with a format string, write it into the string")
-            if not set(_fields("user_turn", self._asked_form)) - {"examples"}:
+            if not set(_fields("user_turn", self.user_turn.rpartition("{examples}")[2])) - {"examples"}:
                 raise ValueError(f"user_turn={self.user_turn!r} needs {{question}}, after {{examples}} if it has that")
         if self.is_chat:
             return
@@ -110,26 +110,17 @@ class PromptTemplate:
     def _gathers_examples(self) -> bool:
         return self.user_turn is not None and "{examples}" in self.user_turn
 
-    @property
-    def _asked_form(self) -> str:
-        """The part of `user_turn` that asks one question."""
-        return (self.user_turn or "").rpartition("{examples}")[2]
-
     def _turns(self, example: Example) -> list[dict[str, Any]]:
         """The messages of one problem; the last one, the user's, in the form of `user_turn`."""
         turns = list(example.messages or [{"role": "user", "content": example.question}])
         if self.user_turn is not None:
-            head = _fill("user_turn", self.user_turn.rpartition("{examples}")[0], example)
-            worked = [self._worked(shot) for shot in (self.few_shot if self._gathers_examples else ())]
-            turns[-1] = turns[-1] | {"content": "".join([head, *worked, self._ask(example)])}
+            head, gathers, ask = self.user_turn.rpartition("{examples}")
+            parts = [_fill("user_turn", head, example)]
+            for shot in self.few_shot if gathers else ():
+                asked = _fill("user_turn", ask, shot)
+                parts.append(f"{asked}{'' if asked[-1:].isspace() else ' '}{shot.solution}\n\n")
+            turns[-1] = turns[-1] | {"content": "".join([*parts, _fill("user_turn", ask, example)])}
         return turns
-
-    def _worked(self, shot: Example) -> str:
-        asked = self._ask(shot)
-        return f"{asked}{'' if asked[-1:].isspace() else ' '}{shot.solution}\n\n"
-
-    def _ask(self, example: Example) -> str:
-        return _fill("user_turn", self._asked_form, example)
 
 
 def _fields(key: str, form: str) -> list[str]:
@@ -191,11 +182,6 @@ class PromptStream:
     >>> [example.example_id for example in stream.take(2) + stream.take(2)]
     ['1', '0', '2', '0']
     """
-
-    _order: list[int]
-    _epoch: int
-    _position: int
-    _carried: list[int]
 
     def __init__(self, examples: Sequence[Example], seed: int = 0):
         if not examples:

@@ -9,22 +9,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from statistics import fmean, median
-from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
 from grpo.algorithm.statistics import Estimate, estimate, majority_at_k, pass_at_k, powers_of_two
-from grpo.run.plots import plot_quietly
 from grpo.task import Task
-from rewards.group_score import GroupScore, RewardFailed, RewardFailure
+from rewards.group_score import GroupScore, RewardFailure
 from rollout.engine import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from grpo.config.run import EvalOptions
-    from grpo.run.log import RunLog
 
 OnFinished = Callable[[int], None]
 OnBatch = Callable[[Sequence[RolloutGroup], Sequence[GroupScore]], None]
@@ -168,6 +162,11 @@ def _by_depth(counts: Sequence[Sequence[int]]) -> list[int]:
     return [sum(depth) for depth in zip_longest(*counts, fillvalue=0)]
 
 
+def both_ways(sampling: SamplingParams) -> dict[str, SamplingParams]:
+    """`sampled` as `sampling` says, and `greedy`."""
+    return {"sampled": sampling, "greedy": replace(sampling, temperature=0.0, group_size=1)}
+
+
 def evaluate_ways(
     pool: Pool,
     task: Task,
@@ -179,38 +178,18 @@ def evaluate_ways(
 ) -> dict[str, Evaluation]:
     """An evaluation for each way of sampling, with noise that is the same at every evaluation."""
     total = sum(params.group_size for params in ways.values()) * len(prompts)
-    bar = progress.add_task("evaluating", total=total)
+    advance = partial(progress.advance, progress.add_task("evaluating", total=total))
     results = {}
-    for name, params in ways.items():
-        results[name] = evaluate(
-            pool,
-            task,
-            prompts,
-            params.at(0),
-            prompts_per_batch,
-            lambda ended: progress.advance(bar, ended),
-            partial(on_batch, name) if on_batch else None,
-        )
+    for way, params in ways.items():
+        note = partial(on_batch, way) if on_batch else None
+        results[way] = evaluate(pool, task, prompts, params.at(0), prompts_per_batch, advance, note)
     if not task.verdicts.are_given:  # a later way may have shown it
         return {name: result.without_verdicts() for name, result in results.items()}
     return results
 
 
-def evaluate_both_ways(
-    pool: Pool,
-    task: Task,
-    prompts: Sequence[Prompt],
-    sampling: SamplingParams,
-    prompts_per_batch: int,
-    progress: Progress,
-) -> dict[str, Evaluation]:
-    """`sampled` at the sampling temperature and `greedy`."""
-    ways = {"sampled": sampling, "greedy": replace(sampling, temperature=0.0, group_size=1)}
-    return evaluate_ways(pool, task, prompts, ways, prompts_per_batch, progress)
-
-
 def as_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
-    """The results of `evaluate_both_ways` under their names in metrics.jsonl; what there is not is left out."""
+    """The results `sampled` and `greedy` under their names in metrics.jsonl; what there is not is left out."""
     sampled, greedy = results["sampled"], results["greedy"]
     judged = {
         "eval/accuracy": sampled.accuracy,
@@ -230,31 +209,6 @@ def as_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
     metrics |= {f"eval/part/{name}": value for name, value in sampled.parts.items()}
     metrics |= {f"eval/pass_at_{k}": passed.value for k, passed in sampled.pass_at.items() if k > 1}
     return metrics | {f"eval/majority_at_{k}": vote.value for k, vote in sampled.majority_at.items() if k > 1}
-
-
-def evaluate_run(
-    pool: Pool,
-    task: Task,
-    prompts: Sequence[Prompt],
-    sampling: SamplingParams,
-    options: EvalOptions,
-    run_log: RunLog,
-    step: int,
-) -> dict[str, Evaluation]:
-    """An evaluation both ways inside a run: its results are metrics and a plot, each failed reward is an event."""
-    params = replace(sampling, group_size=options.samples)
-    try:
-        with run_log.progress() as progress:
-            results = evaluate_both_ways(pool, task, prompts, params, options.prompts_per_batch, progress)
-    except RewardFailed as error:
-        run_log.event("reward_error", step=step, evaluation="given up", **vars(error.failure))
-        raise
-    for name, result in results.items():
-        for failure in result.failures:
-            run_log.event("reward_error", step=step, evaluation=name, **vars(failure))
-    run_log.evaluation(step, as_metrics(results))
-    plot_quietly(run_log.output_dir, only=["eval_accuracy", "eval_reward"])
-    return results
 
 
 def failure_kinds(failures: Sequence[RewardFailure]) -> dict[str, int]:

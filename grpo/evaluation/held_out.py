@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from grpo.config.run import EvalOptions
-from grpo.evaluation.evaluate import Evaluation, Speed, evaluate_run, measure_speed
+from grpo.evaluation.evaluate import Evaluation, Speed, as_metrics, both_ways, evaluate_ways, measure_speed
 from grpo.run.log import RunLog
+from grpo.run.plots import plot_quietly
 from grpo.run.records import read_metrics
 from grpo.task import Task
 from policies.policy import Policy
+from rewards.group_score import RewardFailed
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams
 
@@ -39,11 +41,27 @@ class HeldOut:
         return any(line["step"] == step and "eval/prompts" in line for line in read_metrics(self.log.output_dir))
 
     def evaluate(self, step: int, when: str | None = None) -> dict[str, Evaluation]:
-        """The results of `step`, which are recorded too, by way of sampling; with `when` under names of their own."""
+        """The results of `step` by way of sampling; with `when` under names of their own.
+
+        They become metrics and a plot of the run, and each failed reward an event.
+        """
         if not self.prompts:
             return {}
         self.task.reached(step)
-        found = evaluate_run(self.pool, self.task, self.prompts, self.sampling, self.options, self.log, step)
+        ways = both_ways(replace(self.sampling, group_size=self.options.samples))
+        try:
+            with self.log.progress() as progress:
+                found = evaluate_ways(
+                    self.pool, self.task, self.prompts, ways, self.options.prompts_per_batch, progress
+                )
+        except RewardFailed as error:
+            self.log.event("reward_error", step=step, evaluation="given up", **vars(error.failure))
+            raise
+        for way, result in found.items():
+            for failure in result.failures:
+                self.log.event("reward_error", step=step, evaluation=way, **vars(failure))
+        self.log.evaluation(step, as_metrics(found))
+        plot_quietly(self.log.output_dir, only=["eval_accuracy", "eval_reward"])
         named = {f"{when}, {way}" if when else way: result for way, result in found.items()}
         self.results |= named if when else {}
         return named

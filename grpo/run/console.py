@@ -79,9 +79,8 @@ def sample_table(
     advantages: Sequence[Sequence[Any]],
     *,
     encoding: str = "utf-8",
-    max_groups: int = 2,
 ) -> Table:
-    """The best and the worst completion of the first groups that have both (of the first ones, if none has)."""
+    """The best and the worst completion of the first two groups that have both (of the first two, if none has)."""
     table = Table(title=f"step {step}: sample completions", show_lines=True, title_justify="left", expand=True)
     for column in ("prompt", "completion"):
         table.add_column(column, overflow="fold", ratio=2 if column == "prompt" else 3)
@@ -89,7 +88,7 @@ def sample_table(
         table.add_column(column, justify="right", no_wrap=True)
     rows = list(zip(groups, scores, advantages, strict=True))
     spread = [row for row in rows if len({reward for reward in row[1].rewards if reward is not None}) > 1]
-    for group, score, row in (spread or rows)[:max_groups]:
+    for group, score, row in (spread or rows)[:2]:
         rewards = [-math.inf if reward is None else reward for reward in score.rewards]
         order = sorted(range(len(rewards)), key=rewards.__getitem__)
         for position, index in enumerate(dict.fromkeys([order[-1], order[0]])):

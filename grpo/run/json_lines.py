@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -25,23 +23,13 @@ def open_lines(path: Path) -> FileIO:
 def append_line(stream: FileIO, values: dict[str, Any]) -> None:
     """A whole line or, where the disk refuses it, none."""
     line = json_line(values).encode()
-    with _naming(stream.name):
-        end = stream.seek(0, os.SEEK_END)
-        try:
-            while line:
-                line = line[stream.write(line) :]
-        except OSError:
-            stream.truncate(end)
-            raise
-
-
-@contextmanager
-def _naming(path: Path | str) -> Iterator[None]:
-    """A full disk says on its own no file name."""
+    end = stream.seek(0, os.SEEK_END)
     try:
-        yield
+        while line:
+            line = line[stream.write(line) :]
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        stream.truncate(end)
+        raise OSError(error.errno, error.strerror, str(stream.name)) from error  # a full disk says on its own no name
 
 
 def json_line(values: dict[str, Any]) -> str:

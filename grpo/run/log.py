@@ -183,9 +183,7 @@ class RunLog:
         try:
             yield
         except BaseException as error:
-            with suppress(
-                OSError
-            ):  # on a full disk the user needs to read what ended the run, not that its end was not recorded
+            with suppress(OSError):  # on a full disk the user needs to read what ended the run, not what the disk said
                 self._end(error)
             raise
         self._end(None)

@@ -106,11 +106,7 @@ METRICS: dict[str, str] = {
 }
 
 
-def _regex(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace("<d>", r"\d+").replace("<name>", ".+"))
-
-
-_PATTERNS = {pattern: _regex(pattern) for pattern in METRICS}
+_PATTERNS = {row: re.compile(re.escape(row).replace("<d>", r"\d+").replace("<name>", ".+")) for row in METRICS}
 
 
 def check(name: str) -> str:
@@ -157,9 +153,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
         "completion/length_max": max(lengths, default=None),
         "completion/clipped": _mean(reason == "length" for reason in reasons),
         "completion/aborted": _mean(reason == "abort" for reason in reasons),
+        "policy/entropy": _mean(-logprob for completion in completions for logprob in completion.logprobs),
     }
-    surprises = [-logprob for completion in completions for logprob in completion.logprobs]
-    metrics["policy/entropy"] = _mean(surprises)
     for name in sorted({name for score in scores for name in score.parts}):
         parts = (part for score in scores for part in score.parts.get(name, []) if part is not None)
         metrics[f"reward/part/{name}"] = _mean(parts)

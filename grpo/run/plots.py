@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from policies.files.atomic import write_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Rows = list[dict[str, Any]]
 Series = tuple[list[int], list[float]]
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; depths are one hue, dark to light.
@@ -30,12 +32,6 @@ PARTS = {
     "other": "#C8C8C8",
 }
 BESIDE: dict[str, Any] = {"frameon": False, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
-ONE_LINE = [  # file, metric, title, bottom of the y axis at zero
-    ("reward", "reward/mean", "Reward, mean per step", False),
-    ("length", "completion/length_mean", "Completion length, mean tokens", True),
-    ("entropy", "policy/entropy", "Policy entropy, nats per token", True),
-    ("tokens_per_forward", "draft/tokens_per_forward", "Completion tokens per forward", False),
-]
 
 
 def plot_run(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
@@ -56,19 +52,19 @@ def plot_run(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
         raise ValueError(f"{output_dir}/metrics.jsonl has {len(rows)} steps; a curve needs two")
     machine = output_dir / hardware.FILE
     foot = hardware.caption(hardware.read(machine)) if machine.exists() else ""
-    judged = held_out_metric(rows) == ACCURACY
-    drawings: list[tuple[str, Any]] = [
-        (file, lambda axes, spec=spec: _draw_line(axes, rows, *spec)) for file, *spec in ONE_LINE
-    ]
-    drawings += [
-        ("eval_accuracy", lambda axes: judged and _draw_accuracy(axes, rows)),
-        ("eval_reward", lambda axes: not judged and _draw_held_out_reward(axes, rows)),
-        ("acceptance", lambda axes: _draw_acceptance(axes, rows)),
-        ("expert_load", lambda axes: _draw_load(axes, rows)),
-        ("time", lambda axes: _draw_time(axes, rows)),
+    drawings: list[tuple[str, str, Callable[[Axes, Rows], bool]]] = [
+        ("reward", "Reward, mean per step", partial(_draw_line, name="reward/mean")),
+        ("length", "Completion length, mean tokens", partial(_draw_line, name="completion/length_mean", bottom=0)),
+        ("entropy", "Policy entropy, nats per token", partial(_draw_line, name="policy/entropy", bottom=0)),
+        ("tokens_per_forward", "Completion tokens per forward", partial(_draw_line, name="draft/tokens_per_forward")),
+        ("eval_accuracy", "Accuracy on held-out prompts, 95 % intervals", partial(_draw_held_out, metric=ACCURACY)),
+        ("eval_reward", "Mean reward on held-out prompts", partial(_draw_held_out, metric=MEAN_REWARD)),
+        ("acceptance", "Drafts accepted, fraction of those made", _draw_acceptance),
+        ("expert_load", "Load of the most and least used expert", _draw_load),
+        ("time", "Where a step's time goes, seconds", _draw_time),
     ]
     written = []
-    for file, draw in drawings:
+    for file, title, draw in drawings:
         if only and file not in only:
             continue
         figure = Figure(figsize=(6, 3.6), dpi=150, layout="constrained")  # no pyplot: no window, no global state
@@ -76,10 +72,11 @@ def plot_run(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
         axes.set_axisbelow(True)
+        axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("step", color=GREY)
         axes.tick_params(colors=GREY)
         path = output_dir / "plots" / f"{file}.png"
-        if draw(axes):
+        if draw(axes, rows):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
             figure.supxlabel(foot[:130], fontsize=6, color=GREY)
             path.parent.mkdir(exist_ok=True)
@@ -98,7 +95,7 @@ def plot_quietly(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
     return plot_run(output_dir, only) if measured and importlib.util.find_spec("matplotlib") else []
 
 
-def series(rows: list[dict[str, Any]], name: str) -> Series:
+def series(rows: Rows, name: str) -> Series:
     """Steps and values of a metric where it was measured, and finite (to 1e300, which matplotlib can still scale).
 
     >>> series([{"step": 1, "loss/mtp": 2.0}, {"step": 2, "loss/mtp": None}, {"step": 3}], "loss/mtp")
@@ -139,90 +136,72 @@ def _window(values: list[Any]) -> int:
     return 2 * (len(values) // 40) + 1
 
 
-def _draw_line(axes: Axes, rows: list[dict[str, Any]], name: str, title: str, from_zero: bool) -> bool:
+def _draw_line(axes: Axes, rows: Rows, name: str, bottom: float | None = None) -> bool:
     points = series(rows, name)
     if len(points[0]) < 2:
         return False
     _draw(axes, points, BLUE)
-    axes.set_title(title, loc="left", fontsize=11)
-    if from_zero:
-        axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=bottom)
     return True
 
 
-def _draw_accuracy(axes: Axes, rows: list[dict[str, Any]]) -> bool:
-    """Sampled and greedy accuracy as they were measured, unsmoothed, each in its 95 % interval."""
+def _draw_held_out(axes: Axes, rows: Rows, metric: str) -> bool:
+    """Sampled and greedy values as they were measured, unsmoothed; an accuracy in its 95 % interval."""
+    if held_out_metric(rows) != metric:
+        return False
     prompts = dict(zip(*series(rows, "eval/prompts"), strict=True))
     drawn = False
-    for name, label, color in (("eval/accuracy", "sampled", BLUE), ("eval/accuracy_greedy", "greedy", ORANGE)):
+    for name, label, color in ((metric, "sampled", BLUE), (f"{metric}_greedy", "greedy", ORANGE)):
         steps, values = series(rows, name)
         if len(steps) < 2:
             continue
         drawn = True
-        axes.plot(steps, values, color=color, linewidth=2, marker="o", markersize=4, label=f"{label}: {values[-1]:.3f}")
-        counts = [prompts.get(step, 0) for step in steps]
-        bounds = [wilson_interval(value * n, n) for value, n in zip(values, counts, strict=True)]
-        lows, highs = [low for low, _ in bounds], [high for _, high in bounds]
-        axes.fill_between(steps, lows, highs, color=color, alpha=0.12, linewidth=0)
-    axes.set_title("Accuracy on held-out prompts, 95 % intervals", loc="left", fontsize=11)
+        last = f"{values[-1]:.3f}" if metric == ACCURACY else f"{values[-1]:.3g}"
+        axes.plot(steps, values, color=color, linewidth=2, marker="o", markersize=4, label=f"{label}: {last}")
+        if metric == ACCURACY:
+            counts = [prompts.get(step, 0) for step in steps]
+            bounds = [wilson_interval(value * n, n) for value, n in zip(values, counts, strict=True)]
+            lows, highs = zip(*bounds, strict=True)
+            axes.fill_between(steps, lows, highs, color=color, alpha=0.12, linewidth=0)
     if drawn:
         axes.legend(**BESIDE)
     return drawn
 
 
-def _draw_held_out_reward(axes: Axes, rows: list[dict[str, Any]]) -> bool:
-    """Sampled and greedy mean reward as they were measured, unsmoothed."""
-    drawn = False
-    for name, label, color in ((MEAN_REWARD, "sampled", BLUE), (f"{MEAN_REWARD}_greedy", "greedy", ORANGE)):
-        steps, values = series(rows, name)
-        if len(steps) < 2:
-            continue
-        drawn = True
-        axes.plot(steps, values, color=color, linewidth=2, marker="o", markersize=4, label=f"{label}: {values[-1]:.3g}")
-    axes.set_title("Mean reward on held-out prompts", loc="left", fontsize=11)
-    if drawn:
-        axes.legend(**BESIDE)
-    return drawn
-
-
-def _draw_acceptance(axes: Axes, rows: list[dict[str, Any]]) -> bool:
+def _draw_each(axes: Axes, rows: Rows, metric: str, hues: str, label: str) -> bool:
+    """A curve for every number that <d> in the name of `metric` was, dark to light."""
     from matplotlib import colormaps
 
-    names = {name for row in rows for name in row if re.fullmatch(r"draft/acceptance_depth_\d+", name)}
-    depths = sorted(int(name.rpartition("_")[2]) for name in names)
-    if not depths:
-        return False
-    for index, depth in enumerate(depths):
-        color = colormaps["Blues"](0.95 - 0.55 * index / max(1, len(depths) - 1))
-        points = series(rows, f"draft/acceptance_depth_{depth}")
+    found = (re.fullmatch(metric.replace("<d>", r"(\d+)"), name) for name in {name for row in rows for name in row})
+    numbers = sorted(int(match[1]) for match in found if match)
+    for index, number in enumerate(numbers):
+        points = series(rows, metric.replace("<d>", str(number)))
         if points[0]:
-            _draw(axes, points, color, f"depth {depth}")
+            color = colormaps[hues](0.95 - 0.55 * index / max(1, len(numbers) - 1))
+            _draw(axes, points, color, label.replace("<d>", str(number)))
+    return bool(numbers)
+
+
+def _draw_acceptance(axes: Axes, rows: Rows) -> bool:
+    if not _draw_each(axes, rows, "draft/acceptance_depth_<d>", "Blues", "depth <d>"):
+        return False
     axes.set_ylim(0, 1)
-    axes.set_title("Drafts accepted, fraction of those made", loc="left", fontsize=11)
     axes.legend(**BESIDE)
     return True
 
 
-def _draw_load(axes: Axes, rows: list[dict[str, Any]]) -> bool:
+def _draw_load(axes: Axes, rows: Rows) -> bool:
     """The most and the least used expert of every layer, a hue each; their even share is the line at 1."""
-    from matplotlib import colormaps
-
-    names = {name for row in rows for name in row if re.fullmatch(r"moe/layer_\d+/load_max", name)}
-    layers = sorted(int(re.findall(r"\d+", name)[0]) for name in names)
-    if not layers:
+    if not _draw_each(axes, rows, "moe/layer_<d>/load_max", "Reds", "max, layer <d>"):
         return False
-    for bound, hues in (("max", colormaps["Reds"]), ("min", colormaps["Blues"])):
-        for index, layer in enumerate(layers):
-            points = series(rows, f"moe/layer_{layer}/load_{bound}")
-            _draw(axes, points, hues(0.95 - 0.55 * index / max(1, len(layers) - 1)), f"{bound}, layer {layer}")
+    _draw_each(axes, rows, "moe/layer_<d>/load_min", "Blues", "min, layer <d>")
     axes.axhline(1.0, color=GREY, linewidth=0.8, linestyle=":")
     axes.set_ylim(bottom=0)
-    axes.set_title("Load of the most and least used expert", loc="left", fontsize=11)
     axes.legend(**BESIDE)
     return True
 
 
-def _draw_time(axes: Axes, rows: list[dict[str, Any]]) -> bool:
+def _draw_time(axes: Axes, rows: Rows) -> bool:
     timed = [row for row in rows if any(row.get(part) is not None for part in PARTS)]
     steps = [row["step"] for row in timed]
     parts = {part: [row.get(part) or 0.0 for row in timed] for part in PARTS if part != "other"}
@@ -233,8 +212,6 @@ def _draw_time(axes: Axes, rows: list[dict[str, Any]]) -> bool:
         return False
     colors = [PARTS[part] for part in stack]
     axes.stackplot(steps, *stack.values(), colors=colors, labels=[part.removeprefix("time/") for part in stack])
-    axes.set_title("Where a step's time goes, seconds", loc="left", fontsize=11)
     axes.set_ylim(bottom=0)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], **BESIDE)
+    axes.legend(reverse=True, **BESIDE)
     return True

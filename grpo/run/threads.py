@@ -21,20 +21,16 @@ def threads_for(parameters: int) -> int:
 
 
 def saved_threads(output_dir: Path, resume: str | None) -> int | None:
-    """The number of the run that is resumed, from its config.yaml; None for a new run.
+    """The number of the run that is resumed, from the config.yaml in `output_dir` or beside the checkpoint that
+    `resume` names; None for a new run.
 
     Where config.yaml says null, the run was started when all cores were the default.
     """
-    saved = _config_file(output_dir, resume)
-    return read_yaml(saved)[0].get("threads") or _asked_for() or _cores() if saved else None
-
-
-def _config_file(output_dir: Path, resume: str | None) -> Path | None:
-    """Of the run that is resumed: the one in `output_dir`, or the one whose checkpoint `resume` names."""
     if resume is None:
         return None
     runs = [output_dir] if resume == "auto" else [output_dir, *Path(resume).absolute().parents[1:2]]
-    return next((run / "config.yaml" for run in runs if (run / "config.yaml").is_file()), None)
+    saved = [run / "config.yaml" for run in runs if (run / "config.yaml").is_file()]
+    return read_yaml(saved[0])[0].get("threads") or _asked_for() or _cores() if saved else None
 
 
 def _asked_for() -> int | None:

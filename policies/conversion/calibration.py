@@ -6,7 +6,9 @@ L layers, D hidden size, H query heads, J = head_dim / 2 rotary frequencies, T t
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,32 +41,19 @@ def observe(
     model: PreTrainedModel, windows: Sequence[Tensor], on_window: Callable[[], None] = lambda: None
 ) -> list[LayerMoments]:
     """The moments of every layer of a Llama-family `model` over `windows`, token ids [T] each."""
-    sums = [_Sums() for _ in model.model.layers]
-    hooks = [
-        layer.self_attn.register_forward_pre_hook(_observer(model.config, total), with_kwargs=True)
-        for layer, total in zip(model.model.layers, sums, strict=True)
-    ]
-    try:
+    sums: list[dict[str, Any]] = [defaultdict(float) for _ in model.model.layers]
+    with ExitStack() as hooks:
+        for layer, total in zip(model.model.layers, sums, strict=True):
+            observer = _observer(model.config, total)
+            hooks.enter_context(layer.self_attn.register_forward_pre_hook(observer, with_kwargs=True))
         for window in windows:
             model.model(window[None].to(model.device), use_cache=False)
             on_window()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [total.moments() for total in sums]
+    tokens = sum(map(len, windows))
+    return [LayerMoments(**{name: (part / tokens).cpu() for name, part in total.items()}) for total in sums]
 
 
-class _Sums:
-    def __init__(self) -> None:
-        self.tokens = self.queries = self.keys = self.mean = self.turn = 0.0  # type: Any
-
-    def moments(self) -> LayerMoments:
-        count = self.tokens
-        parts = (self.queries, self.keys, self.mean, self.turn)
-        return LayerMoments(*((part / count).cpu() for part in parts))
-
-
-def _observer(config: Any, total: _Sums) -> Callable[[Any, tuple, dict], None]:
+def _observer(config: Any, total: dict[str, Any]) -> Callable[[Any, tuple, dict], None]:
     heads, groups, head_dim = dense_shape(config)
 
     def observe_layer(attention: Any, args: tuple, kwargs: dict) -> None:
@@ -83,10 +72,9 @@ def _observer(config: Any, total: _Sums) -> Callable[[Any, tuple, dict], None]:
         seen_HTJ = attended_HTT.to(angle_TJ.dtype) @ angle_TJ
         x = x[0].double()
         received_T = attended_HTT.sum((0, 1)).double() / heads
-        total.tokens += length
-        total.queries += x.T @ x
-        total.keys += (x * received_T[:, None]).T @ x
-        total.mean += received_T @ x
-        total.turn += (seen_HTJ * angle_TJ.conj()).sum(1).to(torch.complex128)
+        total["queries"] += x.T @ x
+        total["keys"] += (x * received_T[:, None]).T @ x
+        total["mean"] += received_T @ x
+        total["turn"] += (seen_HTJ * angle_TJ.conj()).sum(1).to(torch.complex128)
 
     return observe_layer

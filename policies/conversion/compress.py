@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -214,6 +215,7 @@ def choose_split(layers: Sequence[_Layer], rank: int, rotary: int | None = None)
     ranked = loss.flatten().argsort(descending=True)
     budget = rank - NUM_CONSTANTS
 
+    @cache
     def split(pairs: int) -> Split:
         chosen = ranked[:pairs].sort().values
         kept = torch.stack([chosen // loss.shape[1], chosen % loss.shape[1]], 1)
@@ -225,17 +227,12 @@ def choose_split(layers: Sequence[_Layer], rank: int, rotary: int | None = None)
     if rotary is not None:
         return split(rotary // 2)
     most = min(len(ranked), (budget - 1) // 2)
-    tried: dict[int, Split] = {}
     step = max(1, most // SPLITS)
-    for pairs in {*range(most, 0, -step), 1}:
-        tried[pairs] = split(pairs)
-    best = min(tried.values(), key=lambda s: s.error)
+    best = min(map(split, {*range(most, 0, -step), 1}), key=lambda s: s.error)
     while step > 1:
         step = (step + 1) // 2 if step > 2 else 1
-        for pairs in (len(best.rotary) - step, len(best.rotary) + step):
-            if 1 <= pairs <= most and pairs not in tried:
-                tried[pairs] = split(pairs)
-        best = min(tried.values(), key=lambda s: s.error)
+        near = (len(best.rotary), len(best.rotary) - step, len(best.rotary) + step)
+        best = min((split(pairs) for pairs in near if 1 <= pairs <= most), key=lambda s: s.error)
     return best
 
 

@@ -240,6 +240,11 @@ def assemble(
         for name in "qkv":
             del state[f"{prefix}{name}_proj.weight"]
         state |= {prefix + name: tensor.float() for name, tensor in weights.items()}
+    return rebuilt(model, config, state)
+
+
+def rebuilt(model: PreTrainedModel, config: DeepseekV3Config, state: Mapping[str, Tensor]) -> DeepseekV3ForCausalLM:
+    """A model of this `config` with the weights `state`; all else is that of `model`."""
     with no_init_weights():
         converted = DeepseekV3ForCausalLM(config)
     converted.load_state_dict(state)

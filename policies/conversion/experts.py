@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedConfig
-from transformers.initialization import no_init_weights
 
+from policies.conversion.dense import rebuilt
 from policies.conversion.supported import UnsupportedCheckpoint
 
 ROW_MULTIPLE = 8  # torch's grouped_mm needs rows of a multiple of 16 bytes, in bf16 too
@@ -103,13 +103,7 @@ def shard_feed_forward(model: DeepseekV3ForCausalLM, shape: ExpertShards, seed: 
         split["gate.weight"] = rows_GD.repeat_interleave(k, dim=0)
         split["gate.e_score_correction_bias"] = torch.zeros(k * groups)
         state |= {prefix + name: tensor for name, tensor in split.items()}
-    with no_init_weights():
-        sharded = DeepseekV3ForCausalLM(config)
-    sharded.load_state_dict(state)
-    sharded.tie_weights()
-    sharded.generation_config = copy.deepcopy(model.generation_config)
-    torch.nn.Module.to(sharded, model.device)
-    return sharded.eval()
+    return rebuilt(model, config, state)
 
 
 @torch.no_grad()

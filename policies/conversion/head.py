@@ -32,12 +32,11 @@ def start_head(
     head.block.load_state_dict(last.state_dict())
     head.norm.load_state_dict(trunk.model.norm.state_dict())
     seen: list[Tensor] = []
-    hook = last.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs.get("hidden_states", *args)), with_kwargs=True
-    )
     width = trunk.config.hidden_size
     gram = torch.zeros(2 * width, 3 * width, dtype=torch.float64)
-    try:
+    with last.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get("hidden_states", *args)), with_kwargs=True
+    ):
         for window in windows:
             ids = window[None].to(trunk.device)
             hidden = trunk.model(ids, use_cache=False).last_hidden_state[0, :-1]
@@ -48,8 +47,6 @@ def start_head(
             rows = (rows / target.double().norm(dim=1, keepdim=True)).cpu()
             gram += rows[:, : 2 * width].T @ rows
             on_window()
-    finally:
-        hook.remove()
     within, towards = gram[:, : 2 * width], gram[:, 2 * width :]
     diagonal = within.diagonal()
     diagonal += RIDGE * diagonal.mean()

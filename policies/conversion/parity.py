@@ -54,10 +54,7 @@ class ParityReport:
 
 @torch.no_grad()
 def parity(
-    dense: PreTrainedModel,
-    converted: PreTrainedModel,
-    token_ids: Tensor | Sequence[Tensor],
-    new_tokens: int = 32,
+    dense: PreTrainedModel, converted: PreTrainedModel, token_ids: Tensor | Sequence[Tensor], new_tokens: int = 32
 ) -> ParityReport:
     """Compares the logits at every position of the prompts and greedy continuations of `new_tokens` tokens.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PreTrainedConfig
 
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -57,11 +55,9 @@ def check_convertible(config: PreTrainedConfig) -> None:
     why = f"num_attention_heads={heads} is not a multiple of it"
     need(heads % groups == 0, "num_key_value_heads", groups, why, "use a divisor")
     need(head_dim % 2 == 0, "head_dim", head_dim, "rotary dimensions come in pairs", "use an even head_dim")
-    _check_rope(config.rope_parameters, need)
 
-
-def _check_rope(rope: dict[str, Any], need: Any) -> None:
-    """Any fixed list of frequencies can be converted, and so can a fixed factor on cos and sin."""
+    # Any fixed list of frequencies can be converted, and so can a fixed factor on cos and sin.
+    rope = config.rope_parameters
     kind, share = rope.get("rope_type", rope), rope.get("partial_rotary_factor") or 1.0
     fixed = kind in STATIC_ROPE_TYPES or (kind == "longrope" and rope["short_factor"] == rope["long_factor"])
     why, static = "its frequencies change with the length of the text", ", ".join(STATIC_ROPE_TYPES)

@@ -166,7 +166,12 @@ class AbsorbedTrunk:
         self.rope = RotaryTable(model.rotary_emb, length, dtype, self.device)
 
     def cache(self, rows: int, capacity: int) -> LatentCache:
-        return new_cache(self.config, len(self.blocks), rows, capacity, self.dtype, self.device)
+        return self.cache_of(len(self.blocks), rows, capacity)
+
+    def cache_of(self, layers: int, rows: int, capacity: int, first: int = 0) -> LatentCache:
+        rank = self.config.kv_lora_rank
+        shape = layers, rows, capacity, rank + self.config.qk_rope_head_dim
+        return LatentCache(*shape, rank, dtype=self.dtype, device=self.device, first=first)
 
     def __call__(self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: LatentCache) -> Tensor:
         """Final hidden states [B, S, D], after the last norm."""
@@ -184,16 +189,3 @@ class AbsorbedTrunk:
     def routing(self) -> Tensor:
         """The experts that the last call used, [B · S, MoE layers, k]."""
         return torch.stack([block.experts for block in self.blocks if block.gate is not None], dim=1)
-
-
-def new_cache(
-    config: DeepseekV3Config,
-    layers: int,
-    rows: int,
-    capacity: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    first: int = 0,
-) -> LatentCache:
-    width = config.kv_lora_rank + config.qk_rope_head_dim
-    return LatentCache(layers, rows, capacity, width, config.kv_lora_rank, dtype=dtype, device=device, first=first)

@@ -105,6 +105,13 @@ class LatentCache:
         self.prefix = prefix
         self.first = first
 
+    @classmethod
+    def after(cls, prefix: Prefix, capacity: int, value_width: int, first: int = 0) -> LatentCache:
+        """The empty cache of the rows that continue `prefix`."""
+        latents = prefix.latents_LPTE
+        shape = len(latents), len(prefix.row_prompt_R), capacity, latents.shape[-1]
+        return cls(*shape, value_width, dtype=latents.dtype, device=latents.device, prefix=prefix, first=first)
+
     @property
     def rows(self) -> int:
         return len(self.lengths_R)
@@ -116,24 +123,14 @@ class LatentCache:
     def fan_out(self, group_size: int, capacity: int, longest_prompt: int = 0) -> LatentCache:
         """A new cache in which every row of this one is the shared prefix of `group_size` empty rows with room for
         `capacity` tokens. A group of one continues in its prompt's own row, `longest_prompt` + `capacity` long."""
-        prompts, _, width = self.layers_RTE[0].shape
         longest = int(self.lengths_R.max())
         if group_size == 1:
             self._copy([self], [slice(None)], capacity=max(longest, longest_prompt) + capacity)
             return self
-        row_prompt_R = torch.arange(prompts, device=self.lengths_R.device).repeat_interleave(group_size)
+        row_prompt_R = torch.arange(self.rows, device=self.lengths_R.device).repeat_interleave(group_size)
         latents_LPTE = torch.stack([latents[:, :longest] for latents in self.layers_RTE])
-        return LatentCache(
-            len(self.layers_RTE),
-            prompts * group_size,
-            capacity,
-            width,
-            self.value_width,
-            dtype=latents_LPTE.dtype,
-            device=latents_LPTE.device,
-            prefix=Prefix(latents_LPTE, self.lengths_R, row_prompt_R),
-            first=self.first,
-        )
+        prefix = Prefix(latents_LPTE, self.lengths_R, row_prompt_R)
+        return LatentCache.after(prefix, capacity, self.value_width, self.first)
 
     def plan(self, new: int) -> None:
         """Make room for `new` tokens after each row's own length, and compute the masks.

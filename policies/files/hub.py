@@ -7,6 +7,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
@@ -14,9 +15,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 TIMEOUT_S = 5.0
-
-
-_found: list[str] = []  # why the hub did not answer; each process asks it once
 
 
 def is_id(source: str) -> bool:
@@ -28,25 +26,21 @@ def is_id(source: str) -> bool:
     return not Path(source).exists()
 
 
+@cache
 def unreachable() -> str:
     """Why hub ids can only come from the cache, or empty. With a reason, the hub's libraries no longer try."""
     if constants.is_offline_mode():
-        return _found[0] if _found else "HF_HUB_OFFLINE is set, so nothing is fetched"
-    if not _found:
-        why = _silence(constants.ENDPOINT)
-        _found.append(f"{constants.ENDPOINT} cannot be reached ({why})" if why else "")
-        constants.HF_HUB_OFFLINE = bool(why)
-    return _found[0]
+        return "HF_HUB_OFFLINE is set, so nothing is fetched"
+    why = _silence(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = bool(why)
+    return f"{constants.ENDPOINT} cannot be reached ({why})" if why else ""
 
 
 def _silence(endpoint: str) -> str:
     """Why the hub does not answer, or empty if it answers anything."""
     silence = [f"no answer within {TIMEOUT_S:g} s"]
-
-    def ask() -> None:
-        silence.append(_ask(endpoint))
-
-    asking = threading.Thread(target=ask, daemon=True)  # the time limit of urllib excludes the look-up of a name
+    # In a thread, since the time limit of urllib excludes the look-up of a name.
+    asking = threading.Thread(target=lambda: silence.append(_ask(endpoint)), daemon=True)
     asking.start()
     asking.join(TIMEOUT_S)
     return silence[-1]

@@ -54,12 +54,7 @@ def repetition_penalty(
 
 @right_at(None)
 def soft_overlong_punishment(
-    prompts: list | None,
-    completions: list,
-    completion_ids: list[list[int]],
-    max_length: int,
-    cache_length: int,
-    **_,
+    prompts: list | None, completions: list, completion_ids: list[list[int]], max_length: int, cache_length: int, **_
 ) -> list[float]:
     """0 up to `max_length - cache_length` tokens, then linear to -1 at `max_length` (DAPO, Yu et al. 2025, eq. 13).
 

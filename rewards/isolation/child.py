@@ -78,13 +78,7 @@ class LoadedReward:
     """A reward function with its arguments bound, which can be called on a request."""
 
     def __init__(
-        self,
-        function: str,
-        attribute: str,
-        path: str | None,
-        content: str,
-        arguments: Mapping[str, Any],
-        chat: bool,
+        self, function: str, attribute: str, path: str | None, content: str, arguments: Mapping[str, Any], chat: bool
     ):
         reward = load_reward(Source(function, attribute, path, content.encode("latin-1")))
         try:

@@ -117,7 +117,6 @@ class WorkerPool:
     def __init__(
         self, functions: list[dict], *, size: int, timeout_s: float, pass_variables: Sequence[str] = ()
     ) -> None:
-        """`pass_variables`: environment variables for the workers besides the usual few."""
         self._functions, self._size, self._timeout_s = functions, size, timeout_s
         self._pass_variables = pass_variables
         self._workers: list[WorkerProcess] = []

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from policies.decoding.absorbed import AbsorbedTrunk
@@ -17,20 +16,6 @@ from rollout.depth import CostTable
 from rollout.sampling import DraftVocabulary
 
 
-class DecodingTrunk(Protocol):
-    """Takes token ids and positions [B, S] and a cache, and returns final hidden states [B, S, D]."""
-
-    device: torch.device
-    dtype: torch.dtype
-    embedding: Tensor  # [V, D]
-
-    def cache(self, rows: int, capacity: int) -> Any: ...
-
-    def __call__(self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: Any) -> Tensor: ...
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class Decoder:
     """All that a shard needs of an engine: what was derived from one version of the weights, and the settings.
@@ -38,7 +23,7 @@ class Decoder:
     `context`: the most tokens of a sequence; `max_rows`: the most completions that are decoded together.
     """
 
-    trunk: Any  # a DecodingTrunk; where experts are recorded, `routing()` gives those of the last call
+    trunk: Any  # an AbsorbedTrunk or an HFTrunk; where experts are recorded, `routing()` gives those of the last call
     head: AbsorbedHead | None
     draft_vocabulary: DraftVocabulary | None
     tokenizer: PreTrainedTokenizerBase
@@ -48,7 +33,7 @@ class Decoder:
     costs: CostTable | None
 
 
-def derive(policy: Policy, dtype: torch.dtype) -> tuple[DecodingTrunk, AbsorbedHead | None]:
+def derive(policy: Policy, dtype: torch.dtype) -> tuple[AbsorbedTrunk | HFTrunk, AbsorbedHead | None]:
     """Trunk and draft head for decoding, derived from the weights that the policy has now."""
     if policy.backend == "transformers":
         return HFTrunk(policy.trunk, dtype), None

@@ -50,23 +50,14 @@ class PromptCache:
         if not self.layers:
             raise ValueError("its layers do not attend through the attention interface of transformers")
         entries_LPKTE = torch.stack([self.layers[layer] for layer in sorted(self.layers)])
-        layers, prompts, heads, _, width = entries_LPKTE.shape
+        prompts, heads = entries_LPKTE.shape[1:3]
         device, count = entries_LPKTE.device, prompts * heads
         prefix = Prefix(
             entries_LPKTE.flatten(1, 2),
             self.lengths.repeat_interleave(heads),
             torch.arange(count, device=device).repeat_interleave(group_size),
         )
-        latents = LatentCache(
-            layers,
-            count * group_size,
-            capacity,
-            width,
-            self.value_width,
-            dtype=entries_LPKTE.dtype,
-            device=device,
-            prefix=prefix,
-        )
+        latents = LatentCache.after(prefix, capacity, self.value_width)
         slots = torch.arange(count * group_size, device=device).view(prompts, heads, group_size)
         return RowCache(latents, slots.transpose(1, 2).reshape(-1, heads))
 

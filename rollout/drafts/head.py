@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policies.decoding.absorbed import new_cache
 from policies.decoding.latent_cache import LatentCache
 from rollout.backends import Decoder
 from rollout.rows import Prefilled, Rows
@@ -108,7 +107,7 @@ class Drafter:
 
     def _read(self, prompts: Prefilled) -> LatentCache:
         head, (count, longest) = self.head, prompts.token_ids_PT.shape
-        cache = new_cache(head.config, 1, count, longest, head.trunk.dtype, head.trunk.device, first=1)
+        cache = head.cache(count, longest)
         positions = torch.arange(longest, device=head.trunk.device).expand(count, -1)
         head(prompts.token_ids_PT, F.pad(prompts.hidden_PTD, (0, 0, 1, 0))[:, :-1], positions, cache)
         cache.advance(prompts.lengths_P)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from grpo.cli import main
-from grpo.commands.mtp_dry_run import dry_run
+from grpo.commands.summary import mtp_dry_run
 from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
 from grpo.config.options import load
 from grpo.learner.batch import PackedRow, Sample
@@ -494,7 +493,7 @@ def test_a_policy_that_has_no_head_and_is_to_have_none_is_refused(hf_policy, con
         mtp(config(tmp_path / "run", add_mtp=False))
     hf_policy("qwen3").save(tmp_path / "qwen")
     with pytest.raises(PolicyError, match="'qwen3', which has no MTP head .*quartet convert"):
-        dry_run(config(tmp_path / "run", model=str(tmp_path / "qwen"), add_mtp=False), Console(quiet=True))
+        mtp_dry_run(config(tmp_path / "run", model=str(tmp_path / "qwen"), add_mtp=False))
 
 
 def test_prompts_that_leave_no_room_are_refused_before_anything_is_sampled(config, tmp_path, monkeypatch):

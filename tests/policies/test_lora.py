@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from policies import lora
-from policies.decoding.absorbed import new_cache
 from policies.mtp import draft_loss
 from policies.policy import Policy, digest
 from rollout.pool import open_pool
@@ -155,7 +154,7 @@ def test_contract_5_adapters_of_every_part_reach_the_sampler(policy):
         hidden = policy.hidden(tokens, positions, visible)
         drafted = policy.unroll(hidden, tokens, positions, visible, depth=1)[0]
         got = engine.trunk(tokens, positions, engine.trunk.cache(1, 8))
-        cache = new_cache(engine.head.config, 1, 1, 8, torch.float32, torch.device("cpu"))
+        cache = engine.trunk.cache_of(1, 1, 8)
         got_drafted = engine.head(tokens, hidden, positions, cache)
     torch.testing.assert_close(got, hidden, rtol=0, atol=1e-4)
     torch.testing.assert_close(got_drafted, drafted, rtol=0, atol=1e-4)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from grpo.learner.batch import MicroBatch, PackedRow, Sample, collate
-from policies.decoding.absorbed import AbsorbedTrunk, new_cache
+from policies.decoding.absorbed import AbsorbedTrunk
 from policies.decoding.draft_head import AbsorbedHead
 from policies.logprobs import logprobs_from_hidden
 from policies.mtp import DEPTH_DECAY, MTPHead, draft_loss
@@ -64,7 +64,7 @@ def drafted(policy, prompt_token_ids: list[int], completion: list[int], start: i
     hidden = trunk(ids, positions, trunk.cache(1, ids.shape[1]))
     before = torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
     end = len(prompt_token_ids)
-    cache = new_cache(head.config, 1, 1, end, torch.float32, CPU, first=1)
+    cache = head.cache(1, end)
     head(ids[:, :end], before[:, :end], positions[:, :end], cache)
     cache.advance(end)
     cache = cache.fan_out(1, 32)
@@ -109,7 +109,7 @@ def test_drafting_ragged_rows_together_equals_each_alone(random_policy):
     ids = torch.tensor([prompt + completion for completion in completions])
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     before = torch.nn.functional.pad(trunk(ids, positions, trunk.cache(2, 10)), (0, 0, 1, 0))[:, :-1]
-    cache = new_cache(head.config, 1, 1, 4, torch.float32, CPU, first=1)
+    cache = head.cache(1, 4)
     head(ids[:1, :4], before[:1, :4], positions[:1, :4], cache)
     cache.advance(4)
     cache = cache.fan_out(2, 16)

@@ -9,7 +9,8 @@ from grpo.config.data import DataOptions
 from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.config.run import EvalOptions
 from grpo.evaluation import evaluate as evaluation
-from grpo.evaluation.evaluate import as_metrics, evaluate, evaluate_run, failure_kinds, measure_speed
+from grpo.evaluation.evaluate import as_metrics, evaluate, failure_kinds, measure_speed
+from grpo.evaluation.held_out import HeldOut
 from grpo.run.log import RunLog
 from grpo.run.metrics import check
 from grpo.run.records import read_metrics
@@ -222,6 +223,12 @@ def test_metrics_of_an_evaluation_are_documented():
 # ---- inside a run ---------------------------------------------------------------------------------------------------
 
 
+def _held_out(pool, task, options, log) -> HeldOut:
+    held_out = HeldOut(task, SimpleNamespace(tokenizer=None), pool, log, options, SAMPLING)
+    held_out.prompts = _prompts(2)
+    return held_out
+
+
 def _events(folder):
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
@@ -233,7 +240,7 @@ def test_inside_a_run_failures_are_events_and_results_are_metrics_and_a_plot(own
     folder = tmp_path / "run"
     with _task(own, on_error="drop_sample") as task, RunLog(folder, "", trackers=[], quiet=True) as log:
         for step in (0, 5):
-            results = evaluate_run(pool, task, _prompts(2), SAMPLING, options, log, step)
+            results = _held_out(pool, task, options, log).evaluate(step)
     assert results["sampled"].without_mark == 2
     failed = [event for event in _events(folder) if event["event"] == "reward_error"]
     assert [(e["step"], e["evaluation"], e["prompt_id"], e["kind"]) for e in failed] == [
@@ -254,7 +261,7 @@ def test_inside_a_run_that_aborts_the_failure_is_an_event_too(own, tmp_path):
         RunLog(folder, "", trackers=[], quiet=True) as log,
         pytest.raises(RewardError, match="boom"),
     ):
-        evaluate_run(pool, task, _prompts(2), SAMPLING, EvalOptions(samples=2), log, 5)
+        _held_out(pool, task, EvalOptions(samples=2), log).evaluate(5)
     [event] = [event for event in _events(folder) if event["event"] == "reward_error"]
     assert (event["step"], event["prompt_id"], event["sample_index"]) == (5, "p/0", 1)
 

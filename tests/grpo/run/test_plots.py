@@ -44,7 +44,7 @@ def test_the_accuracy_is_drawn_both_ways_in_its_intervals_unsmoothed(run):
     from matplotlib.figure import Figure
 
     axes = Figure().add_subplot()
-    assert plots._draw_accuracy(axes, read_metrics(run))
+    assert plots._draw_held_out(axes, read_metrics(run), plots.ACCURACY)
     curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
     assert curves == {"sampled: 0.500": ([0, 60], [0.25, 0.5]), "greedy: 0.750": ([0, 60], [0.5, 0.75])}
     bounds = [band.get_paths()[0].get_extents() for band in axes.collections]

@@ -16,17 +16,18 @@ from policies.policy import AutoConfig, AutoTokenizer, PolicyError, read_config,
 @pytest.fixture
 def online(monkeypatch, tmp_path):
     """`online(url)`: the hub is expected at `url`, and its cache is empty; no library may ask it."""
+    hub.unreachable.cache_clear()
 
     def expect(url):
         monkeypatch.setattr(constants, "ENDPOINT", url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(hub, "_found", [])
         monkeypatch.setenv("no_proxy", "*")
         for library in (AutoConfig, AutoTokenizer):
             monkeypatch.setattr(library, "from_pretrained", lambda *_, **__: pytest.fail("would retry for a minute"))
 
-    return expect
+    yield expect
+    hub.unreachable.cache_clear()
 
 
 NOBODY = "http://127.0.0.1:9"  # refuses at once
