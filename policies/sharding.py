@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -57,7 +58,11 @@ def wrap(trunk: PreTrainedModel, head: nn.Module | None) -> None:
     register_fsdp_forward_method(trunk, "decode")
     if head is not None:
         names = ("dp_replicate", "fsdp") if layout.dp_replicate_size > 1 else "fsdp"
-        fully_shard(head.to(trunk.device), mesh=trunk._mesh_manager.get_mesh(names))
+        mesh = trunk._mesh_manager.get_mesh(names)
+        routers = [part for part in head.to(trunk.device).modules() if isinstance(part, DeepseekV3TopkRouter)]
+        for router in routers:  # float32 at any precision, and FSDP gathers one at a time
+            fully_shard(router, mesh=mesh)
+        fully_shard(head, mesh=mesh)
         register_fsdp_forward_method(head, "unroll")
 
 

@@ -169,7 +169,8 @@ class Learner:
                         loss = loss + self._head_loss(mini, out, taught, own_sums)
                     self.update.backward(loss * mini.counts, step, self.ranks)
                 if mini.counts:
-                    sums, farthest = sums + own_sums, max(farthest, far)
+                    sums.update(own_sums)
+                    farthest = max(farthest, far)
                 if on_micro_batch:
                     on_micro_batch(update * len(minis) + i + 1, len(minis) * self.options.updates_per_batch)
             metrics |= self.ranks.sum_metrics(dict(sums) | {"mismatch/logprob_abs_max": farthest}) | self._update(step)

@@ -1,0 +1,141 @@
+"""Run by test_parallel.py as N gloo processes: learners of several layouts, compared with one process alone.
+
+python many_ranks.py FOLDER CASES        with RANK and WORLD_SIZE set; CASES is JSON {name: {"parallel": {...}, ...}}
+
+Rank 0 computes what one process would, and writes FOLDER/differences.json: by case the largest relative difference of
+a gradient of the first step, of a weight after five steps by SGD, of a loss of five steps by AdamW, and whether a
+second run of the same layout gave the same bits.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import MICRO
+
+from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions, ParallelOptions
+from grpo.config.loss import LossOptions
+from grpo.learner.learner import Learner
+from grpo.learner.parallel import ALONE, join
+from policies.policy import Policy
+from policies.presets import PRESETS, build
+from policies.sharding import release, whole
+from rewards.group_score import GroupScore
+from rollout.group import Completion, Prompt, RolloutGroup
+
+STEPS = 5
+
+
+def groups_of(count: int, step: int, experts: int, layers: int) -> tuple[list[RolloutGroup], list[GroupScore]]:
+    """Rollouts as they would have been recorded, with the experts of every token."""
+    generator = torch.Generator().manual_seed(step)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(5, 100, (length,), generator=generator).tolist()
+
+    def routing(length: int) -> torch.Tensor:
+        chosen = [torch.randperm(experts, generator=generator)[:2] for _ in range(length * layers)]
+        return torch.stack(chosen).view(length, layers, 2)
+
+    groups, scores = [], []
+    for p in range(count):
+        completions = []
+        for g in range(3):
+            tokens = ids(3 + (5 * p + 3 * g) % 8)
+            logprobs = [-2.0 - 0.01 * g] * len(tokens)
+            completions.append(Completion(tokens, logprobs, "", "stop", 0, routing=routing(len(tokens))))
+        prompt = Prompt(str(p), "", ids(6 + p), {})
+        groups.append(RolloutGroup(prompt, completions, prompt_routing=routing(len(prompt.token_ids))))
+        scores.append(GroupScore([0.3 * p, 1.0, 0.1], {}))
+    return groups, scores
+
+
+def learner_of(folder: Path, case: dict, ranks) -> Learner:
+    def load() -> Policy:
+        return Policy.load(folder, getattr(torch, case.get("dtype", "float32")), layout=ranks.layout)
+
+    policy = load()
+    torch.manual_seed(0)
+    if "lora" in case:
+        policy.add_lora(4, 8.0, case["lora"])
+    options = {"tokens_per_micro_batch": 40, "max_grad_norm": 0.5, "learning_rate": 1e-3} | case.get("learner", {})
+    return Learner(
+        policy,
+        LearnerOptions(**options),
+        MTPOptions(depth=2, share=0.5),
+        LossOptions(**case.get("loss", {})),
+        balance=BalanceOptions(bias_rate=0.01, sequence_weight=0.01),
+        ranks=ranks,
+        reload=load if ranks.layout else None,
+    )
+
+
+def run(folder: Path, case: dict, ranks, optimizer: str) -> tuple[dict, list[dict], dict]:
+    """Gradients of the first step, metrics of every step, weights after the last one, all of them whole."""
+    learner = learner_of(folder, case, ranks)
+    if optimizer == "sgd":
+        groups = [{**group, "momentum": 0.0} for group in learner.optimizer.param_groups]
+        for group in groups:
+            group["peak"] = group["lr"] = 1e-2
+        learner.update.optimizer = torch.optim.SGD([{"params": g["params"]} | {"peak": 1e-2} for g in groups], lr=1e-2)
+    shape = learner.policy.config
+    gradients, metrics = {}, []
+    for step in range(1, STEPS + 1):
+        rollouts = groups_of(5, step, shape.n_routed_experts, 1)
+        metrics.append(learner.step(learner.prepare(*rollouts), step))
+        if step == 1:
+            release(learner.policy)
+            named = learner.policy.named_parameters()
+            moved = {name: learner.masters.of(p).grad for name, p in named}
+            gradients = {name: whole(g).clone() for name, g in moved.items() if g is not None}
+    release(learner.policy)
+    weights = {name: whole(p.detach()).clone() for name, p in learner.policy.named_parameters()}
+    weights |= {n: b.clone() for n, b in learner.policy.named_buffers() if n.endswith("correction_bias")}
+    return gradients, metrics, weights
+
+
+def far(one: dict, other: dict) -> float:
+    assert one.keys() == other.keys(), one.keys() ^ other.keys()
+    return max(((one[n] - other[n]).norm() / one[n].norm().clamp(min=1e-8)).item() for n in one)
+
+
+def main(folder: Path, cases: dict) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    rank = int(os.environ["RANK"])
+    differences = {}
+    for name, case in cases.items():
+        shape = json.dumps(case.get("shape", {}), sort_keys=True)
+        PRESETS["micro"] = MICRO | case.get("shape", {})
+        ranks = join(True, ParallelOptions(**case["parallel"]))
+        path = folder / f"policy-{abs(hash(shape)) if False else len(shape)}"
+        if rank == 0 and not path.exists():
+            build("micro", ["two plus three is five\n"] * 5, 0).save(path)
+        dist.barrier()
+        found = {optimizer: run(path, case, ranks, optimizer) for optimizer in ("sgd", "adamw")}
+        again = run(path, case, ranks, "adamw")
+        if rank == 0:
+            alone = {optimizer: run(path, case, ALONE, optimizer) for optimizer in ("sgd", "adamw")}
+            losses = [
+                abs(two[key] - one[key]) / max(abs(one[key]), 1e-2)
+                for one, two in zip(alone["adamw"][1], found["adamw"][1], strict=True)
+                for key in one
+                if key.startswith(("loss/", "learner/grad_norm", "policy/entropy", "moe/"))
+            ]
+            differences[name] = {
+                "gradients": far(alone["sgd"][0], found["sgd"][0]),
+                "weights": far(alone["sgd"][2], found["sgd"][2]),
+                "losses": max(losses),
+                "same_bits": all(torch.equal(t, again[2][n]) for n, t in found["adamw"][2].items()),
+            }
+            (folder / "differences.json").write_text(json.dumps(differences))
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
