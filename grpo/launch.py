@@ -1,30 +1,104 @@
-"""One run, in one process or in the several that accelerate, torchrun or Ray Train has launched."""
+"""One run: in one process, in those that accelerate or torchrun has launched, or in those that Ray Train launches."""
 
 from __future__ import annotations
 
+import os
+import threading
 from typing import Any
 
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.held_out import Result
-from grpo.learner.parallel import join
-from grpo.policy_source import device_of, with_threads
-from grpo.run.stop import ignore_signals
+from grpo.learner.parallel import RankFailed, join
+from grpo.policy_source import check_options, device_of, with_threads
+from grpo.run import stop
+from grpo.run.stop import Stopped, StopSignal, ignore_signals
 from grpo.sft import sft
 from grpo.train import train
 
 
 def launch(config: SftConfig, **flags: Any) -> Result | None:
-    """`quartet train` or `quartet sft`: what the summary shows, None on the ranks that do not show one.
+    """`quartet train` or `quartet sft`: what the summary shows, None in a process that shows none.
 
     `flags` are resume, stop_after and force.
     """
+    check_options(config)
     config = with_threads(config, flags.get("resume"))
+    if config.learner.workers and "WORLD_SIZE" not in os.environ:
+        _through_ray(config, flags)
+        return None
     ranks = join(device_of(config.device).type == "cpu", config.learner.parallel)
     if not ranks.first:
         ignore_signals()  # rank 0 decides how the run ends
     with ranks.together():
-        if isinstance(config, TrainConfig):
-            result = train(config, ranks=ranks, **flags)
-        else:
-            result = sft(config, ranks=ranks, **flags)
+        run: Any = train if isinstance(config, TrainConfig) else sft
+        result = run(config, ranks=ranks, **flags)
     return result if ranks.first else None
+
+
+def _through_ray(config: SftConfig, flags: dict[str, Any]) -> None:
+    """`learner.workers` ranks on the cluster of RAY_ADDRESS, or on one of our own on this machine.
+
+    A signal reaches them through a file in the run folder, which all machines see. Raises Stopped, or RankFailed with
+    the words of the rank that failed first.
+    """
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from rollout.cluster import start_ray, stop_ray
+
+    folder, workers, threads = config.output_dir.absolute(), config.learner.workers, config.threads or 1
+    gpus = device_of(config.device).type == "cuda"
+    asked, ended = folder / stop.ASKED, []
+    asked.unlink(missing_ok=True)
+    trainer = TorchTrainer(
+        _rank,
+        train_loop_config={
+            "config": config.model_copy(update={"output_dir": folder}),
+            "flags": flags,
+            "at": os.getcwd(),
+        },
+        torch_config=TorchConfig("nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(None, workers, gpus, {"CPU": threads, "GPU": int(gpus)}),
+        run_config=RunConfig(storage_path=str(folder / "ray")),
+    )
+    with StopSignal() as signal:
+        start_ray(workers * threads + config.rollout.workers * config.rollout.threads_per_worker)
+        try:
+            work = threading.Thread(target=lambda: ended.append(_end_of(trainer)), daemon=True)
+            work.start()
+            while work.is_alive():
+                work.join(0.5)
+                if signal.asked and not asked.exists():
+                    asked.write_text(str(signal.number))
+        finally:
+            asked.unlink(missing_ok=True)
+            stop_ray()
+    if ended[0]:
+        raise ended[0]
+
+
+def _end_of(trainer: Any) -> Exception | None:
+    """How the run ends, where it does not reach its last step."""
+    try:
+        told = trainer.fit().metrics or {}
+        return Stopped(told["stopped"], told["number"]) if "stopped" in told else None
+    except Exception as error:  # of Ray Train, which knows the exception of each rank
+        failures = getattr(error, "worker_failures", {})
+        first = next((f for f in failures.values() if "RankFailed" not in repr(f)), error)
+        return RankFailed(" ".join(str(first).split()))
+
+
+def _rank(given: dict[str, Any]) -> None:
+    """What each worker of Ray Train runs."""
+    from ray.train import report
+
+    from grpo.commands.summary import summary
+
+    os.chdir(given["at"])
+    stop.asked_by = given["config"].output_dir / stop.ASKED
+    try:
+        result = launch(given["config"], **given["flags"])
+    except Stopped as error:
+        return report({"stopped": str(error), "number": int(error.number)})
+    if result is not None:
+        summary(result)

@@ -29,7 +29,7 @@ from grpo.config.options import load
 from grpo.config.policy import ModelOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.yaml_file import read_yaml
-from grpo.learner.parallel import ALONE, Ranks
+from grpo.learner.parallel import ALONE, Ranks, refuse_layout
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 from grpo.run.resume import base_changed
@@ -149,7 +149,16 @@ def check_options(options: ModelOptions) -> str:
         raise PolicyError(
             f"template=chat: model={model!r} has no chat template; use a format string such as '{{question}}\\n'"
         )
+    learner = getattr(options, "learner", None)
+    if learner and max(learner.parallel.tensor, learner.parallel.expert) > 1:
+        refuse_layout(learner.parallel, _shape(model), getattr(options, "lora", None))
     return model
+
+
+def _shape(model: str) -> PretrainedConfig:
+    """Of a checkpoint or preset."""
+    preset = presets.PRESETS.get(model)
+    return DeepseekV3Config(vocab_size=presets.VOCABULARY, **preset) if preset else read_config(model)
 
 
 def _head_options(options: ModelOptions) -> list[str]:
@@ -184,9 +193,9 @@ def saved_model(model: str) -> str:
 def read_shape(options: ModelOptions) -> tuple[PretrainedConfig, bool]:
     """The configuration of `options.model`, and whether the policy will have a draft head. Raises PolicyError."""
     model = check_options(options)
+    shape = _shape(model)
     if model in presets.PRESETS:
-        return DeepseekV3Config(vocab_size=presets.VOCABULARY, **presets.PRESETS[model]), True
-    shape = read_config(model)
+        return shape, True
     native = isinstance(shape, DeepseekV3Config)
     return shape, native and (options.add_mtp or bool(shape.num_nextn_predict_layers))
 

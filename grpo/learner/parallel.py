@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig
 from transformers.distributed import DistributedConfig
 
-from grpo.config.learner import ParallelOptions
+from grpo.config.learner import LoraOptions, ParallelOptions
 from grpo.learner.batch import PackedRow
 from grpo.run.stop import GivenUp, Stopped
 
@@ -108,6 +109,36 @@ def join(cpu: bool, options: ParallelOptions) -> Ranks:
         ep_implementation="all_to_all",
     )
     return Team(state.process_index, state.device, layout)
+
+
+def refuse_layout(options: ParallelOptions, shape: PretrainedConfig, lora: LoraOptions | None) -> None:
+    """Raises ValueError for what this model cannot do in such a layout, before it is loaded."""
+    tensor, expert = options.tensor, options.expert
+    plan = dict(shape.base_model_tp_plan or {})
+    experts, width = getattr(shape, "n_routed_experts", None), getattr(shape, "moe_intermediate_size", None)
+    if tensor > 1 and not plan:
+        raise ValueError(
+            f"learner.parallel.tensor={tensor}: transformers has no tensor-parallel plan for a model of type "
+            f"{shape.model_type!r}; use learner.parallel.fsdp"
+        )
+    if tensor > 1 and "layers.*.self_attn.k_proj" in plan and shape.num_key_value_heads % tensor:
+        raise ValueError(
+            f"learner.parallel.tensor={tensor} does not divide this model's {shape.num_key_value_heads} key/value heads"
+        )
+    if tensor > 1 and width and width % tensor:
+        raise ValueError(f"learner.parallel.tensor={tensor} does not divide the width of an expert, {width}")
+    if expert > 1 and not (experts and shape.base_model_ep_plan):
+        raise ValueError(f"learner.parallel.expert={expert}: this model has no routed experts; set it to 1")
+    if experts and experts % expert:
+        raise ValueError(f"learner.parallel.expert={expert} does not divide this model's {experts} routed experts")
+    split = {"experts"} if expert > 1 else set()
+    if tensor > 1:
+        split |= {"lm_head"} | {"experts" if ".experts" in key else key.rsplit(".", 1)[-1] for key in plan}
+    if lora and (wrong := sorted(split if lora.targets is None else split.intersection(lora.targets))):
+        raise ValueError(
+            f"lora.targets: learner.parallel.tensor={tensor}, expert={expert} split {', '.join(wrong)} over ranks, and "
+            "peft adapts whole weights alone; name other targets, or spread the weights by learner.parallel.fsdp"
+        )
 
 
 class Team(Ranks):

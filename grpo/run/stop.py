@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 KEEP_S = 0.02
 _SIGNAL = signal.signal
+ASKED = ".stop"  # the file in a run folder with the signal that was sent to the process that has started this one
+asked_by: Path | None = None
 
 
 class Stopped(Exception):
@@ -168,6 +171,8 @@ class StopSignal(Handler):
         return signal.Signals(self.number).name if self.asked else "none"
 
     def check(self) -> None:
+        if asked_by and asked_by.exists():
+            self.number = self.number or int(asked_by.read_text() or signal.SIGTERM)
         if self.asked:
             raise GivenUp(self.number)
 

@@ -110,11 +110,10 @@ def main(folder: Path, cases: dict) -> None:
     rank = int(os.environ["RANK"])
     differences = {}
     for name, case in cases.items():
-        shape = json.dumps(case.get("shape", {}), sort_keys=True)
         PRESETS["micro"] = MICRO | case.get("shape", {})
         ranks = join(True, ParallelOptions(**case["parallel"]))
-        path = folder / f"policy-{abs(hash(shape)) if False else len(shape)}"
-        if rank == 0 and not path.exists():
+        path = folder / name
+        if rank == 0:
             build("micro", ["two plus three is five\n"] * 5, 0).save(path)
         dist.barrier()
         found = {optimizer: run(path, case, ranks, optimizer) for optimizer in ("sgd", "adamw")}

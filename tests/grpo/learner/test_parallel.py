@@ -1,30 +1,25 @@
 """Several processes: the gradients of one, and nobody left hanging when one of them fails."""
 
-import copy
+import functools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file
-from two_ranks import gradients, groups_of
+from transformers import DeepseekV3Config, GPT2Config, Qwen2Config
 
-from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
-from grpo.config.loss import LossOptions
-from grpo.data.word_problems import word_problems
-from grpo.learner import parallel
-from grpo.learner.learner import Learner
-from grpo.learner.parallel import ALONE, Team, join
+from grpo.config.learner import LoraOptions, ParallelOptions
+from grpo.learner.parallel import ALONE, join, refuse_layout
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics, read_rollouts
-from policies.presets import build
 
 HERE = Path(__file__).parents[2] / "cases"
 
@@ -65,7 +60,7 @@ def _end(processes: list[subprocess.Popen], timeout: float = 300) -> list[tuple[
 
 def test_one_process_is_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert join(cpu=True) is ALONE
+    assert join(True, ParallelOptions()) is ALONE
     assert ALONE.sum_metrics({"a": 1.0}) == {"a": 1.0}
     assert ALONE.share([1, 2]) == [1, 2]
 
@@ -76,89 +71,122 @@ def test_one_process_where_several_were_asked_for_is_refused(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     with pytest.raises(ValueError, match="--cpu starts one process .* use accelerate launch --multi_gpu"):
-        join(cpu=True)
+        join(True, ParallelOptions())
 
 
-def _learned(ranks) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Gradients and metrics of one step."""
-    corpus = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=50)]
-    learner = Learner(
-        build("micro", corpus, 0),
-        LearnerOptions(tokens_per_micro_batch=40, max_grad_norm=1e9),
-        MTPOptions(depth=2),
-        LossOptions(top_entropy_quantile=0.5, entropy_coef=0.01),
-        balance=BalanceOptions(bias_rate=0.01),
-        ranks=ranks,
-    )
-    metrics = learner.step(learner.prepare(*groups_of(5)), 2)
-    return gradients(learner), {name: value for name, value in metrics.items() if not name.startswith("time/")}
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+
+SHAPE = DeepseekV3Config(n_routed_experts=4, moe_intermediate_size=16)
+LORA = ["q_proj", "kv_b_proj", "o_proj"]
+CASES = {
+    2: {
+        "fsdp": {"parallel": {}},
+        "tensor": {"parallel": {"tensor": 2}},
+        "fsdp with expert": {"parallel": {"fsdp": 2, "expert": 2}},
+        "replicate": {"parallel": {"replicate": 2}},
+        "lora, all targets": {"parallel": {}, "lora": None},
+        "value head": {"parallel": {}, "loss": {"advantage": "gae"}},
+    },
+    4: {
+        "fsdp x tensor": {"parallel": {"tensor": 2}},
+        "fsdp x tensor with expert": {"parallel": {"tensor": 2, "expert": 4}},
+        "replicate x fsdp": {"parallel": {"replicate": 2}},
+        "lora and reference": {"parallel": {"tensor": 2}, "lora": LORA, "loss": {"beta": 0.1}},
+        "reference": {"parallel": {}, "loss": {"loss_type": "grpo", "beta": 0.1}},
+        "tied embeddings": {"parallel": {"tensor": 2}, "shape": {"tie_word_embeddings": True}},
+        "replayed routing": {
+            "parallel": {"expert": 2},
+            "learner": {"routing_replay": True, "updates_per_batch": 2, "gradient_checkpointing": True},
+        },
+        "entropy": {"parallel": {}, "loss": {"top_entropy_quantile": 0.4, "entropy_coef": 0.01}},
+    },
+}
 
 
-class TwoRanks:
-    """torch.distributed for two ranks that run in turn, in one process, for several rounds.
-
-    A call combines what its rank hands in with what the other rank handed in at the same place of the round before.
-    What depends on one exchange is right a round later, so after as many rounds as exchanges depend on each other
-    both ranks have the sums that two processes would have.
-    """
-
-    ReduceOp, DistError = dist.ReduceOp, dist.DistError
-
-    def __init__(self) -> None:
-        self.rank, self.before, self.now = 0, {0: [], 1: []}, {0: [], 1: []}
-
-    def exchange(self, value):
-        """The values of both ranks. In the first round the other rank has given none: then the own value, twice."""
-        own, other = self.now[self.rank], self.before[1 - self.rank]
-        own.append(copy.deepcopy(value))
-        theirs = other[len(own) - 1] if len(own) <= len(other) else value
-        return [value, theirs] if self.rank == 0 else [theirs, value]
-
-    def all_reduce(self, tensor, op=dist.ReduceOp.SUM):
-        total = sum(part.clone() for part in self.exchange(tensor))
-        tensor.copy_(total / 2 if op == dist.ReduceOp.AVG else total)
-
-    def all_gather_object(self, parts, own):
-        parts[:] = self.exchange(own)
+def _differences(size: int, folder: Path, cases: dict) -> dict[str, dict]:
+    ended = _end(_ranks([str(HERE / "many_ranks.py"), str(folder), json.dumps(cases)], size), timeout=900)
+    assert [code for code, _, _ in ended] == [0] * size, ended
+    return json.loads((folder / "differences.json").read_text())
 
 
-def test_contract_15_two_ranks_give_the_gradients_of_one(micro_preset, monkeypatch):
-    """The arithmetic of several ranks without their processes, which the slow test below has."""
-    one, expected = _learned(ALONE)
-    world = TwoRanks()
-    monkeypatch.setattr(parallel, "dist", world)
-    for _ in range(4):
-        results = []
-        for rank in (0, 1):
-            world.rank, world.now[rank] = rank, []
-            team = object.__new__(Team)
-            team.rank, team.size, team.device = rank, 2, torch.device("cpu")
-            results.append(_learned(team))
-        world.before = dict(world.now)
-    for two, metrics in results:
-        assert one.keys() == two.keys()
-        for name, gradient in one.items():
-            assert torch.linalg.vector_norm(gradient - two[name]) <= 1e-5 * torch.linalg.vector_norm(gradient), name
-        assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory) -> Callable[[int], dict[str, dict]]:
+    """How far the layouts of so many ranks are from one process; they run once."""
+    return functools.cache(lambda size: _differences(size, tmp_path_factory.mktemp(f"of{size}"), CASES[size]))
+
+
+def _check(found: dict) -> None:
+    assert found["gradients"] <= 1e-5
+    assert found["weights"] <= 1e-4
+    assert found["losses"] <= 1e-3
+    assert found["same_bits"]
+
+
+def test_contract_15_two_ranks_give_the_gradients_of_one(tmp_path):
+    """One layout; the slow tests below have the others."""
+    [found] = _differences(2, tmp_path, {"fsdp": CASES[2]["fsdp"]}).values()
+    _check(found)
 
 
 @pytest.mark.slow
-def test_two_gloo_processes_give_the_gradients_of_one(tmp_path):
-    script = [str(HERE / "two_ranks.py"), str(tmp_path / "found.safetensors")]
-    alone = subprocess.run([sys.executable, *script], capture_output=True, text=True, check=False)
-    assert alone.returncode == 0, alone.stderr
-    ended = _end(_ranks(script))
-    assert [code for code, _, _ in ended] == [0, 0], ended
-    one = load_file(tmp_path / "found0of1.safetensors")
-    assert len(one) > 100
-    for rank in (0, 1):
-        two = load_file(tmp_path / f"found{rank}of2.safetensors")
-        assert one.keys() == two.keys()
-        for name, gradient in one.items():
-            assert torch.linalg.vector_norm(gradient - two[name]) <= 1e-5 * torch.linalg.vector_norm(gradient), name
-        first, second = (json.loads((tmp_path / f"found{n}.json").read_text()) for n in ("0of1", f"{rank}of2"))
-        for kind in first:
-            assert first[kind] == pytest.approx(second[kind], rel=1e-4, abs=1e-6), kind
+@pytest.mark.parametrize(("size", "case"), [(size, case) for size in CASES for case in CASES[size]])
+def test_every_layout_learns_as_one_process(differences, size, case):
+    _check(differences(size)[case])
+
+
+@pytest.mark.slow
+def test_a_layout_in_bf16_learns_as_one_process_up_to_rounding(tmp_path):
+    [found] = _differences(2, tmp_path, {"bf16": {"parallel": {}, "dtype": "bfloat16"}}).values()
+    assert found["gradients"] <= 1e-2
+    assert found["weights"] <= 1e-3
+    assert found["same_bits"]
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "named"),
+    [
+        ({"fsdp": 2}, 1, "fsdp=2, tensor=1 need 2 processes, and there are 1"),
+        ({"tensor": 2}, 3, "replicate=1, fsdp=None, tensor=2 need a multiple of 2 processes, and there are 3"),
+        ({"fsdp": 2, "tensor": 2}, 2, "need 4 processes"),
+        ({"expert": 3}, 2, "learner.parallel.expert=3 must divide fsdp x tensor = 2"),
+        ({"tensor": 4, "expert": 2}, 4, "multiple of tensor = 4"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_number_of_processes_are_named(options, size, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        ParallelOptions(**options).shares(size)
+
+
+@pytest.mark.parametrize(
+    ("options", "lora", "named"),
+    [
+        ({"tensor": 3}, None, "learner.parallel.tensor=3 does not divide the width of an expert, 16"),
+        ({"expert": 3}, None, "learner.parallel.expert=3 does not divide this model's 4 routed experts"),
+        (
+            {"tensor": 2},
+            LoraOptions(),
+            "lora.targets: learner.parallel.tensor=2, expert=1 split down_proj, ",
+        ),
+        ({"expert": 2}, LoraOptions(targets=["q_proj", "experts"]), "tensor=1, expert=2 split experts over ranks"),
+    ],
+)
+def test_what_a_layout_cannot_do_is_named_before_a_model_is_loaded(options, lora, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        refuse_layout(ParallelOptions(**options), SHAPE, lora)
+
+
+def test_what_a_layout_can_do_is_not_refused():
+    refuse_layout(ParallelOptions(tensor=2, expert=4), SHAPE, LoraOptions(targets=LORA))
+    refuse_layout(ParallelOptions(), SHAPE, LoraOptions())
+
+
+def test_other_architectures_are_split_where_transformers_has_a_plan():
+    with pytest.raises(ValueError, match="does not divide this model's 3 key/value heads"):
+        refuse_layout(ParallelOptions(tensor=2), Qwen2Config(num_attention_heads=6, num_key_value_heads=3), None)
+    with pytest.raises(ValueError, match="has no routed experts"):
+        refuse_layout(ParallelOptions(expert=2), Qwen2Config(), None)
+    with pytest.raises(ValueError, match="no tensor-parallel plan for a model of type 'gpt2'"):
+        refuse_layout(ParallelOptions(tensor=2), GPT2Config(), None)
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
