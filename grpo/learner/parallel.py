@@ -11,9 +11,9 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -37,11 +37,20 @@ class RankFailed(RuntimeError):
 
 
 class Ranks:
-    """One process alone: every row is its own, every sum is there already."""
+    """The processes of a run, seen from one. Without `layout` it is alone: all rows are its own, all sums are there."""
 
-    rank, size = 0, 1
-    layout: DistributedConfig | None = None  # how weights are spread, None where every process has all
-    reader, readers = 0, 1  # which share of the rows this process reads, and how many shares there are
+    def __init__(
+        self, layout: DistributedConfig | None = None, rank: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
+        self.layout, self.rank, self.device = layout, rank, device
+        tensor = layout.tp_size if layout else 1
+        # Which share of the rows this process reads, and how many shares there are.
+        self.reader, self.readers = rank // tensor, layout.dp_size if layout else 1
+        self.size, self._counts = self.readers * tensor, rank % tensor == 0
+        if self.size > 1:
+            self._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._store = dist.distributed_c10d._get_default_store()
+            self._store.set(f"process/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
 
     @property
     def first(self) -> bool:
@@ -49,30 +58,99 @@ class Ranks:
 
     def share(self, rows: Sequence[PackedRow], reader: int | None = None) -> Sequence[PackedRow]:
         """The rows of this reader, or of another one."""
-        return rows
+        if self.size == 1:
+            return rows
+        return sorted(rows, key=lambda row: -row.length)[self.reader if reader is None else reader :: self.readers]
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank. If it raises there, every rank raises."""
-        return make()
+        if self.size == 1:
+            return make()
+        told: list[Any] = [None]
+        if self.first:
+            try:
+                told = [(make(), "", "")]
+            except BaseException as error:
+                dist.broadcast_object_list([(None, type(error).__name__, str(error))], group=self._waiting)
+                raise
+        dist.broadcast_object_list(told, group=self._waiting)
+        made, kind, message = told[0]
+        if kind == "GivenUp":
+            raise GivenUp(int(message))
+        if kind:
+            raise RankFailed(f"rank 0 failed: {kind}: {message}")
+        return made
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Average the gradients that FSDP does not, in place."""
+        """Average the gradients that FSDP does not, in place. One that no rank has stays absent."""
+        plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        if self.size == 1 or not plain:
+            return
+        there = torch.tensor([float(p.grad is not None) for p in plain], device=self.device)
+        dist.all_reduce(there)
+        for parameter, ranks in zip(plain, there.tolist(), strict=True):
+            if ranks:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.size  # the copies of a tensor group are equal
 
     def sum_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Sum every entry over the readers that have it; what ends in `_max` is their maximum."""
-        return dict(sums)
+        total: dict[str, float] = {}
+        for part in self._gather(dict(sums)):
+            for name, value in part.items():
+                former = total.get(name, 0.0)
+                total[name] = max(former, value) if name.endswith("_max") else former + value
+        return total
 
     def sum_tensors(self, *tensors: Tensor) -> None:
         """Sum each over the readers, in place."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.all_reduce(tensor if self._counts else tensor.zero_())
 
     def gather(self, values_N: Sequence[Tensor]) -> Tensor:
         """One vector of the values [N] of all readers."""
-        return torch.cat(list(values_N))
+        own = torch.cat([torch.zeros(0, device=self.device), *values_N])
+        return torch.cat([part.to(self.device) for part in self._gather(own.cpu())])
+
+    def _gather(self, own: T) -> list[T]:
+        """One entry of each reader."""
+        if self.size == 1:
+            return [own]
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, own if self._counts else None)
+        return [part for part in parts if part is not None]
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Around the run: a rank that fails leaves its message, and the others end with it."""
-        yield
+        try:
+            yield
+        except BaseException as error:
+            if self.size == 1 or isinstance(error, RankFailed | Stopped):
+                raise
+            said = isinstance(error, dist.DistError) or any(
+                word in str(error) for word in ("onnection", "gloo", "NCCL")
+            )
+            lost = isinstance(error, RuntimeError) and said  # another rank has ended
+            try:
+                if not lost and not self._store.check(["failed"]):
+                    self._store.set("failed", f"rank {self.rank} failed: {type(error).__name__}: {error}")
+                    raise
+                words = self._store.get("failed").decode() if self._store.check(["failed"]) else self._who_is_gone()
+            except dist.DistError:
+                words = "rank 0 is gone without a word; see what it has printed"
+            raise RankFailed(words) from error
+
+    def _who_is_gone(self) -> str:
+        """A process that was killed says nothing. On this machine its number tells."""
+        gone = []
+        for rank in range(self.size):
+            host, pid = json.loads(self._store.get(f"process/{rank}"))
+            lives = psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+            if host == socket.gethostname() and not lives:
+                gone.append(f"rank {rank} (process {pid})")
+        return f"{' and '.join(gone) or 'a rank on another machine'} is gone without a word"
 
 
 ALONE = Ranks()
@@ -108,7 +186,7 @@ def join(cpu: bool, options: ParallelOptions) -> Ranks:
         fsdp_cpu_offload=options.fsdp_cpu_offload,
         ep_implementation="all_to_all",
     )
-    return Team(state.process_index, state.device, layout)
+    return Ranks(layout, state.process_index, state.device)
 
 
 def refuse_layout(options: ParallelOptions, shape: PretrainedConfig, lora: LoraOptions | None) -> None:
@@ -139,109 +217,3 @@ def refuse_layout(options: ParallelOptions, shape: PretrainedConfig, lora: LoraO
             f"lora.targets: learner.parallel.tensor={tensor}, expert={expert} split {', '.join(wrong)} over ranks, and "
             "peft adapts whole weights alone; name other targets, or spread the weights by learner.parallel.fsdp"
         )
-
-
-class Team(Ranks):
-    """One of several processes with a torch.distributed group."""
-
-    def __init__(self, rank: int, device: torch.device, layout: DistributedConfig) -> None:
-        tensor = layout.tp_size
-        self.rank, self.size, self.device, self.layout = rank, layout.dp_size * tensor, device, layout
-        self.reader, self.readers, self._counts = rank // tensor, layout.dp_size, rank % tensor == 0
-        self._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self._store = dist.distributed_c10d._get_default_store()
-        self._store.set(f"process/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
-
-    def share(self, rows: Sequence[PackedRow], reader: int | None = None) -> Sequence[PackedRow]:
-        return sorted(rows, key=lambda row: -row.length)[self.reader if reader is None else reader :: self.readers]
-
-    def from_first(self, make: Callable[[], T]) -> T:
-        told: list[Any] = [None]
-        if self.first:
-            try:
-                told = [(make(), "", "")]
-            except BaseException as error:
-                dist.broadcast_object_list([(None, type(error).__name__, str(error))], group=self._waiting)
-                raise
-        dist.broadcast_object_list(told, group=self._waiting)
-        made, kind, message = told[0]
-        if kind:
-            self._raise(kind, message)
-        return made
-
-    def _raise(self, kind: str, message: str) -> NoReturn:
-        """As rank 0 has ended, so does this one."""
-        if kind == "GivenUp":
-            raise GivenUp(int(message))
-        if kind == "Stopped":
-            raise Stopped(message)
-        raise RankFailed(f"rank 0 failed: {kind}: {message}")
-
-    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-        there = torch.tensor([float(p.grad is not None) for p in plain], device=self.device)
-        dist.all_reduce(there)
-        for parameter, ranks in zip(plain, there.tolist(), strict=True):
-            if ranks:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self.size  # the copies of a tensor group are equal
-
-    def sum_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        total: dict[str, float] = {}
-        for part in self._gather(dict(sums)):
-            for name, value in part.items():
-                former = total.get(name, 0.0)
-                total[name] = max(former, value) if name.endswith("_max") else former + value
-        return total
-
-    def sum_tensors(self, *tensors: Tensor) -> None:
-        for tensor in tensors:
-            dist.all_reduce(tensor if self._counts else tensor.zero_())
-
-    def gather(self, values_N: Sequence[Tensor]) -> Tensor:
-        own = torch.cat([torch.zeros(0, device=self.device), *values_N])
-        return torch.cat([part.to(self.device) for part in self._gather(own.cpu())])
-
-    def _gather(self, own: Any) -> list[Any]:
-        """One entry of each reader."""
-        parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, own if self._counts else None)
-        return [part for part in parts if part is not None]
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        try:
-            yield
-        except (RankFailed, Stopped):
-            raise
-        except BaseException as error:
-            message = f"rank {self.rank} failed: {type(error).__name__}: {error}"
-            with suppress(dist.DistError):  # without rank 0 there is no store, and nobody to read
-                if not self._store.check(["failed"]):
-                    if not isinstance(error, RuntimeError) or not _lost_connection(error):
-                        self._store.set("failed", message)
-                        raise
-                    raise RankFailed(self._who_is_gone()) from error
-                raise RankFailed(self._store.get("failed").decode()) from error
-            raise RankFailed("rank 0 is gone without a word; see what it has printed") from error
-
-    def _who_is_gone(self) -> str:
-        """A process that was killed says nothing. On this machine its number tells."""
-        gone = []
-        for rank in range(self.size):
-            host, pid = json.loads(self._store.get(f"process/{rank}"))
-            if host == socket.gethostname() and not _alive(pid):
-                gone.append(f"rank {rank} (process {pid})")
-        return f"{' and '.join(gone) or 'a rank on another machine'} is gone without a word"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _lost_connection(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Connection", "NCCL"))
