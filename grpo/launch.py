@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from typing import Any
 
@@ -41,11 +42,16 @@ def _through_ray(config: SftConfig, flags: dict[str, Any]) -> None:
     A signal reaches them through a file in the run folder, which all machines see. Raises Stopped, or RankFailed with
     the words of the rank that failed first.
     """
+    os.environ |= {"RAY_TRAIN_METRICS_ENABLED": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} | os.environ
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2.api import data_parallel_trainer
 
     from rollout.cluster import start_ray, stop_ray
 
+    if "RAY_ADDRESS" not in os.environ:  # it would ask the dashboard, which our own cluster has none of
+        data_parallel_trainer.PlacementGroupCleanerCallback = ControllerCallback
     folder, workers, threads = config.output_dir.absolute(), config.learner.workers, config.threads or 1
     gpus = device_of(config.device).type == "cuda"
     asked, ended = folder / stop.ASKED, []
@@ -72,33 +78,32 @@ def _through_ray(config: SftConfig, flags: dict[str, Any]) -> None:
                     asked.write_text(str(signal.number))
         finally:
             asked.unlink(missing_ok=True)
+            shutil.rmtree(folder / "ray", ignore_errors=True)
             stop_ray()
     if ended[0]:
         raise ended[0]
 
 
 def _end_of(trainer: Any) -> Exception | None:
-    """How the run ends, where it does not reach its last step."""
+    """What rank 0 has ended with, where it did not reach its last step."""
     try:
-        told = trainer.fit().metrics or {}
-        return Stopped(told["stopped"], told["number"]) if "stopped" in told else None
+        stopped = trainer.fit().return_value
+        return Stopped(*stopped) if stopped else None
     except Exception as error:  # of Ray Train, which knows the exception of each rank
         failures = getattr(error, "worker_failures", {})
         first = next((f for f in failures.values() if "RankFailed" not in repr(f)), error)
         return RankFailed(" ".join(str(first).split()))
 
 
-def _rank(given: dict[str, Any]) -> None:
-    """What each worker of Ray Train runs."""
-    from ray.train import report
-
+def _rank(given: dict[str, Any]) -> tuple[str, int] | None:
+    """What each worker of Ray Train runs. Returns why the run has stopped before its end."""
     from grpo.commands.summary import summary
 
     os.chdir(given["at"])
     stop.asked_by = given["config"].output_dir / stop.ASKED
     try:
-        result = launch(given["config"], **given["flags"])
+        if result := launch(given["config"], **given["flags"]):
+            summary(result)
     except Stopped as error:
-        return report({"stopped": str(error), "number": int(error.number)})
-    if result is not None:
-        summary(result)
+        return str(error), int(error.number)
+    return None

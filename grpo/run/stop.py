@@ -172,7 +172,7 @@ class StopSignal(Handler):
 
     def check(self) -> None:
         if asked_by and asked_by.exists():
-            self.number = self.number or int(asked_by.read_text() or signal.SIGTERM)
+            self.number = self.number or int(asked_by.read_text().split()[0])
         if self.asked:
             raise GivenUp(self.number)
 

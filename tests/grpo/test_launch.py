@@ -1,0 +1,114 @@
+"""Ray Train starts the ranks of a learner by one command, and the user's Ctrl-C reaches them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from grpo.run import checkpoint
+from grpo.run.records import read_metrics
+
+
+@pytest.fixture(scope="module")
+def words(micro_policy, letters, tmp_path_factory):
+    """`words(folder, **options)`: a small run with two learner ranks."""
+    model = tmp_path_factory.mktemp("model") / "micro"
+    micro_policy(0).save(model)
+
+    def words(folder: Path, **given: object) -> list[str]:
+        options = {
+            "output_dir": folder,
+            "model": model,
+            "threads": 1,
+            "steps": 2,
+            "prompts_per_step": 3,
+            "rollout.group_size": 3,
+            "rollout.max_completion_tokens": 6,
+            "learner.workers": 2,
+            "learner.learning_rate": 1e-3,
+            "data.levels": [1],
+            "data.limit": 12,
+            "rewards": f"[{{function: '{letters}'}}]",
+            "mtp.depth": 2,
+            "log.trackers": "[]",
+            "checkpoint.every": 1,
+        }
+        both = (word for key, value in (options | given).items() for word in (f"--{key}", str(value)))
+        return [sys.executable, "-m", "grpo", "train", *both]
+
+    return words
+
+
+def _weights(folder: Path) -> dict:
+    return load_file(folder / "policy/model.safetensors")
+
+
+def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=280
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_and_two_samplers_on_two_nodes_learn_as_one_process(words, tmp_path):
+    """A simulated cluster of two nodes; the whole run is one command."""
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        nodes.add_node(num_cpus=2)
+        given = {"rollout.workers": 2}
+        done = _run(words(tmp_path / "many", **given), RAY_ADDRESS=nodes.address)
+    finally:
+        nodes.shutdown()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "learning in 2 processes on cpu" in done.stdout + done.stderr
+    alone = _run(words(tmp_path / "one", **{"learner.workers": 0}))
+    assert alone.returncode == 0, alone.stderr
+    one, many = _weights(tmp_path / "one"), _weights(tmp_path / "many")
+    assert one.keys() == many.keys()
+    for name, tensor in one.items():
+        assert (tensor - many[name]).abs().max() <= 1e-4, name
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_leaves_no_process(words, tmp_path):
+    folder = tmp_path / "run"
+    given = {"steps": 100000, "checkpoint.every": 100000}
+    process = subprocess.Popen(words(folder, **given), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not ((folder / "metrics.jsonl").exists() and read_metrics(folder)):
+        time.sleep(0.2)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    [step] = checkpoint.saved(folder / "checkpoints")
+    assert f"stopped after step {step}; go on with --resume auto" in said
+    assert not [child for child in psutil.wait_procs(below, timeout=10)[1] if child.is_running()]
+    assert not (folder / ".stop").exists()
+    # The same run goes on in one process.
+    on = _run(words(folder, **{"learner.workers": 0, "steps": step + 1}) + ["--resume", "auto", "--force"])
+    assert on.returncode == 0, on.stderr
+    assert [line["step"] for line in read_metrics(folder)] == list(range(1, step + 2))
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_ends_the_run_with_its_message(words, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "def fails(completions, **_):\n"
+        "    if not all('####' in completion for completion in completions):  # a gold solution passes\n"
+        "        raise ValueError('this reward is broken')\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    done = _run(words(tmp_path / "run", rewards=f"[{{function: '{own}:fails'}}]"))
+    assert done.returncode == 1
+    assert "quartet: " in done.stderr
+    assert "this reward is broken" in done.stderr.split("quartet: ")[-1]
