@@ -91,8 +91,8 @@ def _end_of(trainer: Any) -> Exception | None:
         return Stopped(*stopped) if stopped else None
     except Exception as error:  # of Ray Train, which knows the exception of each rank
         failures = getattr(error, "worker_failures", {})
-        first = next((f for f in failures.values() if "RankFailed" not in repr(f)), error)
-        return RankFailed(" ".join(str(first).split()))
+        first = next(iter(failures.values()), error)
+        return RankFailed(str(getattr(first, "_base_exc", first)))
 
 
 def _rank(given: dict[str, Any]) -> tuple[str, int] | None:
@@ -106,4 +106,7 @@ def _rank(given: dict[str, Any]) -> tuple[str, int] | None:
             summary(result)
     except Stopped as error:
         return str(error), int(error.number)
+    except Exception as error:  # in words: Ray cannot carry every exception to the process that has started this one
+        words = f"rank {os.environ['RANK']} failed: {type(error).__name__}: {error}"
+        raise RankFailed(str(error) if isinstance(error, RankFailed) else words) from None
     return None

@@ -103,6 +103,7 @@ def _load_trunk(
     source: str | Path, dtype: torch.dtype, layout: DistributedConfig | None
 ) -> tuple[PreTrainedModel, dict]:
     """The model, and the report of transformers on its tensors."""
+    shared = sharding.layout_arguments(source, layout) if layout else {}
     try:
         with _quiet_loading() as logged:
             trunk, report = AutoModelForCausalLM.from_pretrained(
@@ -112,7 +113,7 @@ def _load_trunk(
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # `_check_report` refuses them by name
                 output_loading_info=True,
-                **(sharding.layout_arguments(source, layout) if layout else {}),
+                **shared,
             )
     except (OSError, ValueError) as error:
         raise _unreachable(source, error) from error

@@ -23,6 +23,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
+from policies.layout import PolicyError
+
 
 def whole(tensor: Tensor) -> Tensor:
     """The value of a tensor that may be sharded. Every rank must ask for it. Gradients flow to the shards."""
@@ -39,8 +41,15 @@ def leave_head_to_us(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def layout_arguments(source: str | Path, layout: DistributedConfig) -> dict[str, Any]:
-    """For `from_pretrained`: every rank reads its shards alone."""
+    """For `from_pretrained`: every rank reads its shards alone. Raises PolicyError where one would get no expert."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    experts, ranks = getattr(config, "n_routed_experts", None) or 0, layout.efsdp_size
+    own = experts // layout.ep_size
+    if own and -(-own // ranks) * (ranks - 1) >= own:  # FSDP cuts into equal shares, and the last ones can be empty
+        raise PolicyError(
+            f"learner.parallel: FSDP cannot spread {own} experts over {ranks} ranks, since one would get none; choose "
+            "numbers where fsdp x tensor / expert divides n_routed_experts / expert"
+        )
     return {"config": leave_head_to_us(config), "distributed_config": layout}
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -288,6 +289,13 @@ def test_a_refusal_of_rank_0_ends_every_rank(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_rank_that_would_get_no_expert_is_refused(run, tmp_path):
+    ended = _end(_ranks(run(tmp_path / "r"), size=3))
+    assert [code for code, _, _ in ended] == [1, 1, 1]
+    assert "FSDP cannot spread 4 experts over 3 ranks, since one would get none" in ended[0][2]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_the_other(run, tmp_path, victim):
     folder = tmp_path / "r"
@@ -299,8 +307,9 @@ def test_a_rank_that_is_killed_ends_the_other(run, tmp_path, victim):
     ended = _end(processes)
     assert ended[victim][0] == -signal.SIGKILL
     assert ended[1 - victim][0] == 1
-    assert "quartet: " in ended[1 - victim][2]
-    assert "gone" in ended[1 - victim][2]
+    said = ended[1 - victim][2]
+    assert "quartet: " in said
+    assert ("rank 0 is gone" if victim == 0 else f"rank 1 (process {processes[1].pid}) is gone") in said
 
 
 @pytest.mark.slow
@@ -318,3 +327,64 @@ def test_sigterm_to_every_rank_saves_and_ends_all_of_them(run, tmp_path):
     assert f"stopped after step {last}; go on with --resume auto" in ended[0][2]
     assert list(checkpoint.saved(folder / "checkpoints")) == [last]
     assert (ended[1][0], ended[1][2]) == (143, ended[0][2])
+
+
+@pytest.mark.slow
+def test_ranks_killed_at_ten_moments_end_the_others_by_name_and_the_run_goes_on(run, tmp_path):
+    """Steps and saves take turns of a few hundredths of a second here, so some of the moments are in a save."""
+    folder, noise = tmp_path / "r", random.Random(0)
+    for moment in range(10):
+        before = len(read_metrics(folder)) if moment else 0
+        processes = _ranks(run(folder, steps=100000) + (["--resume", "auto"] if moment else []))
+        victim, deadline = noise.randrange(2), time.monotonic() + 240
+        while time.monotonic() < deadline and not (
+            (folder / "metrics.jsonl").exists() and len(read_metrics(folder)) > before + 1
+        ):
+            time.sleep(0.05)
+        assert len(read_metrics(folder)) > before + 1, "it goes on from the last checkpoint"
+        time.sleep(noise.random())
+        processes[victim].kill()
+        ended = _end(processes, timeout=30)
+        for rank, (code, _, said) in enumerate(ended):
+            if rank != victim:
+                assert code == 1
+                assert f"rank {victim} (process {processes[victim].pid}) is gone" in said or (
+                    victim == 0 and "rank 0 is gone" in said
+                ), said
+        assert checkpoint.load(checkpoint.newest(folder / "checkpoints")).step >= before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_run_of_two_ranks_resumes_on_another_number(run, tmp_path, size):
+    """The curve goes on: the same steps as of a run that was never interrupted, within rounding."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = _end(_ranks(run(whole, steps=4)))
+    assert [code for code, _, _ in done] == [0, 0], done
+    first = _end(_ranks([*run(parts, steps=4), "--stop_after", "2"]))
+    assert [code for code, _, _ in first] == [143, 143], first
+    ended = _end(_ranks([*run(parts, steps=4), "--resume", "auto"], size))
+    assert [code for code, _, _ in ended] == [0] * size, ended
+    assert [line["step"] for line in read_metrics(parts)] == [1, 2, 3, 4]
+    for name, tensor in _weights(whole, 4).items():
+        assert torch.allclose(tensor, _weights(parts, 4)[name], rtol=1e-3, atol=2e-5), name
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_resumes_on_two_to_the_same_bits(run, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert [code for code, _, _ in _end(_ranks(run(whole, steps=3)))] == [0, 0]
+    assert [code for code, _, _ in _end(_ranks([*run(parts, steps=3), "--stop_after", "1"]))] == [143, 143]
+    assert [code for code, _, _ in _end(_ranks([*run(parts, steps=3), "--resume", "auto"]))] == [0, 0]
+    for name, tensor in _weights(whole, 3).items():
+        assert torch.equal(tensor, _weights(parts, 3)[name]), name
+
+
+@pytest.mark.slow
+def test_128_experts_each_split_in_8_learn_as_one_process(tmp_path):
+    """And the bytes that ranks exchange are those of the formula: see `exchanged` in many_ranks.py."""
+    shape = {"n_routed_experts": 128, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    case = {"parallel": {"tensor": 8}, "shape": shape, "steps": 1, "count_bytes": True}
+    [found] = _differences(8, tmp_path, {"128 in 8": case}).values()
+    _check(found)
+    assert found["bytes"] == found["formula"]
