@@ -8,7 +8,7 @@ RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo reference docs smollm2 test test-slow lint clean
+.PHONY: help demo reference docs smollm2 test test-slow gpu lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -31,6 +31,9 @@ test: $(DEV_STAMP) ## install, then run every test that is quick, on up to four 
 
 test-slow: $(DEV_STAMP) ## the long proofs
 	$(PYTEST) -m "slow and not gpu and not peer" $(ARGS)
+
+gpu: $(DEV_STAMP) ## on a CUDA machine: its tests, and rollouts and steps against generate and TRL; ARGS=--cpu in small
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 lint: $(DEV_STAMP) ## style and types
 	$(BIN)/ruff check .

@@ -11,12 +11,12 @@ SmolLM2-135M-Instruct (first `make smollm2`), prompts from GSM8K's training ques
 
 Every contender runs in a process of its own, one after the other, so that a peak is its own. All get the same prompts,
 the same reward (a hash of the text, so that no group is tied and none is spared), weights of the same precision, one
-group a micro-batch, and completions of exactly the same length: stop tokens do not end them. In bf16 ours keeps fp32
-master weights and moments, which `trl` and `trl_no_checkpointing` do not and `trl_autocast` does.
+group a micro-batch (or `--groups`), and completions of exactly the same length: stop tokens do not end them. In bf16
+ours keeps fp32 master weights and moments, which `trl` and `trl_no_checkpointing` do not and `trl_autocast` does.
 
     python benchmarks/learner.py --json benchmarks/results/learner.json
     python benchmarks/learner.py --json out.json --dtype bfloat16 --steps 4 --threads 2
-    python benchmarks/learner.py --json /tmp/tiny.json --prompts 1 --group_size 2 --tokens 8
+    python benchmarks/learner.py --json tiny.json --prompts 1 --group_size 2 --tokens 8
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of every completion")
     parser.add_argument("--steps", type=int, default=2, help="steps that count, after one to warm up")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
+    parser.add_argument("--groups", type=int, default=1, help="groups a micro-batch; a divisor of --prompts")
+    parser.add_argument("--data", default="gsm8k", help="where the prompts come from; word_problems needs no hub")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where everything is computed")
     parser.add_argument("--dense", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--mla", type=Path, default=Path("models/smollm2-135m-mla"))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
@@ -91,6 +94,8 @@ def _arguments() -> argparse.Namespace:
             parser.error(f"{folder} is no checkpoint; `make smollm2` prepares it")
     if args.group_size < 2 or min(args.prompts, args.tokens, args.steps, args.threads) < 1:
         parser.error("--group_size needs 2 or more; --prompts, --tokens, --steps and --threads 1 or more")
+    if args.groups < 1 or args.prompts % args.groups:
+        parser.error(f"--groups {args.groups} does not divide --prompts {args.prompts}")
     return args
 
 
@@ -107,7 +112,7 @@ def _in_its_own_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
         if done.returncode != 0:
             sys.exit(f"{name} failed:\n{log.read_text()[-4000:]}")
         result: dict[str, Any] = json.loads(out.read_text())
-    result["median"] = {part: median(values) for part, values in result["seconds"].items()}
+    result["median"] = _medians(result)
     shown = "  ".join(f"{part} {value:.2f} s" for part, value in result["median"].items())
     print(f"  {shown}  peak {result['peak_memory_gib']:.2f} GiB", flush=True)
     return result
@@ -123,7 +128,16 @@ def _run_one(args: argparse.Namespace) -> dict[str, Any]:
     else:
         seconds, children = run_ours(args, args.mla if args.contender == "ours_mla" else args.dense)
     warm = {part: values[1:] for part, values in seconds.items()}
-    return {"seconds": warm, "warm_up_seconds": seconds["step"][0], "peak_memory_gib": _peak_gib() + children}
+    peak = _peak_gib() + children if args.device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
+    return {"seconds": warm, "warm_up_seconds": seconds["step"][0], "peak_memory_gib": peak}
+
+
+def _wait_for_device(args: argparse.Namespace) -> None:
+    """Before a clock is read: a GPU computes on while Python goes ahead."""
+    if args.device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
 
 
 def _peak_gib(pid: int | str = "self") -> float:
@@ -142,7 +156,7 @@ def _questions(args: argparse.Namespace) -> list[Any]:
     from grpo.data.examples import load_examples
 
     count = args.prompts * (args.steps + 1)
-    return list(load_examples("gsm8k", "train", purpose="train", limit=count))
+    return list(load_examples(args.data, "train", purpose="train", limit=count))
 
 
 def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
@@ -159,12 +173,12 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
     from rollout.sampling import SamplingParams
 
     dtype = getattr(torch, args.dtype)
-    policy = Policy.load(folder, dtype)
+    policy = Policy.load(folder, dtype).to(args.device)
     template = PromptTemplate("chat")
     prompts = [encode_prompt(example, policy.tokenizer, template) for example in _questions(args)]
     longest = max(len(prompt.token_ids) for prompt in prompts)
     options = LearnerOptions(
-        tokens_per_micro_batch=longest + args.group_size * args.tokens,
+        tokens_per_micro_batch=args.groups * (longest + args.group_size * args.tokens),
         gradient_checkpointing=args.contender == "ours_dense_checkpointing",
     )
     learner = Learner(policy, options, MTPOptions(), max_completion_tokens=args.tokens, reward_weights={"reward": 1.0})
@@ -187,6 +201,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
             metrics = learner.step(learner.prepare(groups, scores), step)
             learned = time.perf_counter()
             pool.publish(learner.weights(), learner.policy_version)
+            _wait_for_device(args)
             ended = time.perf_counter()
             assert {len(c.token_ids) for group in groups for c in group.completions} == {args.tokens}
             assert metrics["learner/updates"] == 1
@@ -222,6 +237,7 @@ def run_trl(args: argparse.Namespace) -> Seconds:
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             started = time.perf_counter()
             out = super()._generate_and_score_completions(inputs)
+            _wait_for_device(args)
             self.sampling_seconds = time.perf_counter() - started
             assert out["completion_mask"].sum(1).unique().tolist() == [args.tokens]
             assert len(out["completion_mask"]) == args.prompts * args.group_size
@@ -232,14 +248,15 @@ def run_trl(args: argparse.Namespace) -> Seconds:
             self.started = time.perf_counter()
 
         def on_step_end(self, *given: Any, **named: Any) -> None:
+            _wait_for_device(args)
             seconds["step"].append(time.perf_counter() - self.started)
             seconds["learn"].append(seconds["step"][-1] - trainer.sampling_seconds)
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder,
-            per_device_train_batch_size=args.group_size,
-            gradient_accumulation_steps=args.prompts,
+            per_device_train_batch_size=args.groups * args.group_size,
+            gradient_accumulation_steps=args.prompts // args.groups,
             num_generations=args.group_size,
             max_completion_length=args.tokens,
             max_steps=args.steps + 1,
@@ -247,7 +264,7 @@ def run_trl(args: argparse.Namespace) -> Seconds:
             generation_kwargs={"min_new_tokens": args.tokens},
             gradient_checkpointing=args.contender != "trl_no_checkpointing",
             bf16=autocast,  # without it, weights and arithmetic have the precision that the model is loaded in
-            use_cpu=True,
+            use_cpu=args.device == "cpu",
             shuffle_dataset=False,
             save_strategy="no",
             report_to=[],
@@ -266,6 +283,10 @@ def run_trl(args: argparse.Namespace) -> Seconds:
         )
         trainer.train()
     return seconds
+
+
+def _medians(result: dict[str, Any]) -> dict[str, float]:
+    return {part: median(values) for part, values in result["seconds"].items()}
 
 
 def _ratios(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:

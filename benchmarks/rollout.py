@@ -65,15 +65,15 @@ Sampler = Callable[[Sequence[Sequence[int]], Job], None]
 # ---- contenders: each is built once and samples one call of a job ----
 
 
-def generate(model: Path) -> Sampler:
+def generate(model: Path, device: str) -> Sampler:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
 
     def sample(prompts: Sequence[Sequence[int]], job: Job) -> None:
         rows = [ids for ids in prompts for _ in range(job.group_size)]
-        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(device)
         out = policy.generate(
             **batch,
             do_sample=True,
@@ -89,13 +89,13 @@ def generate(model: Path) -> Sampler:
     return sample
 
 
-def ours(model: Path, depth: int | None) -> Sampler:
+def ours(model: Path, depth: int | None, device: str) -> Sampler:
     from policies.policy import Policy
     from rollout.engine import Engine
     from rollout.group import Prompt
     from rollout.sampling import SamplingParams
 
-    engine = Engine(Policy.load(model, torch.bfloat16), torch.bfloat16)
+    engine = Engine(Policy.load(model, torch.bfloat16).to(device), torch.bfloat16)
     if depth is None:
         engine.measure_costs(64)
 
@@ -133,41 +133,51 @@ def floor(model: Path) -> Sampler:
     return sample
 
 
-def contender(name: str, model: Path, dense: Path) -> Sampler:
+def contender(name: str, model: Path, dense: Path, device: str) -> Sampler:
     if name == "generate":
-        return generate(dense)
-    return floor(model) if name == "floor" else ours(model, OURS[name])
+        return generate(dense, device)
+    return floor(model) if name == "floor" else ours(model, OURS[name], device)
 
 
-def work(name: str, jobs: Sequence[Job], model: Path, dense: Path) -> dict[str, Any]:
-    """Seconds of every call of every job, warm-ups left out, and the peak memory of this process."""
+def work(name: str, jobs: Sequence[Job], model: Path, dense: Path, device: str = "cpu") -> dict[str, Any]:
+    """Seconds of every call of every job, warm-ups left out, and the peak memory of this process and of its GPU."""
     import resource
 
-    sample = contender(name, model, dense)
+    sample = contender(name, model, dense, device)
     results = {}
     for job in jobs:
         seconds = []
         for prompts in job.prompts:
             started = time.perf_counter()
             sample(prompts, job)
+            if device != "cpu":
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
         results[job.name] = seconds[1:]
         rate = job.rows * job.tokens / median(seconds[1:])
         print(f"{name:16s} {job.name:24s} {rate:8.1f} tokens/s", file=sys.stderr, flush=True)
-    return {"seconds": results, "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    peak = {"peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    if device != "cpu":
+        peak["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    return {"seconds": results, **peak}
 
 
 # ---- the comparison ----
 
 
 def make_jobs(
-    tokenizer_of: Path, rows: Sequence[int], tokens: Sequence[int], repeats: int, template: str = "chat"
+    tokenizer_of: Path,
+    rows: Sequence[int],
+    tokens: Sequence[int],
+    repeats: int,
+    template: str = "chat",
+    data: str = "gsm8k",
 ) -> list[Job]:
     """Distinct prompts and, from 8 rows on, groups of 8; no prompt comes twice."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
-    questions = iter(load_examples("gsm8k", "train"))
+    questions = iter(load_examples(data, "train"))
 
     def prompt() -> list[int]:
         question = next(questions).question
@@ -191,10 +201,12 @@ def in_its_own_process(command: list[str], jobs: Sequence[Job]) -> dict[str, Any
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    jobs = make_jobs(args.dense, args.rows, args.tokens, args.repeats, args.template)
+    jobs = make_jobs(args.dense, args.rows, args.tokens, args.repeats, args.template, args.data)
     has_head = json.loads((args.model / "config.json").read_text()).get("num_nextn_predict_layers", 0) > 0
     names = ["floor", "generate", "vllm", *(OURS if has_head else ["ours k=0"])]
     names = [name for name in names if not args.only or name in args.only]
+    if args.device != "cpu":
+        names = [name for name in names if name not in ("floor", "vllm")]  # both are of the CPU
     results = {}
     for name in names:
         if name == "vllm":
@@ -203,7 +215,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 continue
             command = [str(args.vllm), str(HERE / "peers/vllm_cpu.py"), str(args.dense)]
         else:
-            command = [sys.executable, __file__, "--model", str(args.model), "--dense", str(args.dense), "--work", name]
+            command = [sys.executable, __file__, "--model", str(args.model), "--dense", str(args.dense)]
+            command += ["--device", args.device, "--work", name]
         results[name] = in_its_own_process(command, jobs)
     rates = {
         name: {job.name: job.rows * job.tokens / median(result["seconds"][job.name]) for job in jobs}
@@ -410,6 +423,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=whole_numbers, default=[64, 256])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--template", default="chat", help="what a head was taught with, such as '{question}\\n'")
+    parser.add_argument("--data", default="gsm8k", help="where the questions come from; word_problems needs no hub")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the comparison")
     parser.add_argument("--gain", type=Path, metavar="RUN", help="a run folder: what MTP gains on its policy")
     parser.add_argument("--depths", type=whole_numbers, default=[1, 2, 3, 4])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="for --gain; the run's own by default")
@@ -422,7 +437,7 @@ def main() -> None:
     if args.work:
         source, result = args.files
         jobs = [Job(**job) for job in json.loads(source.read_text())]
-        result.write_text(json.dumps(work(args.work, jobs, args.model, args.dense)))
+        result.write_text(json.dumps(work(args.work, jobs, args.model, args.dense, args.device)))
         return
     needed = [args.gain / "config.yaml"] if args.gain else [args.model, args.dense]
     for path in needed:

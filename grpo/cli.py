@@ -70,10 +70,12 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from grpo.learner.parallel import RankFailed
     from grpo.learner.update import NonFiniteStep
     from grpo.run.checkpoint import CheckpointError
+    from grpo.run.memory_errors import OutOfMemory
     from policies.conversion.parity import ParityFailed
     from rollout.engine import RolloutError
 
-    return CheckpointError, NonFiniteStep, ParityFailed, RankFailed, RecoveryDiverged, RolloutError, Stopped
+    some = CheckpointError, NonFiniteStep, OutOfMemory, ParityFailed
+    return *some, RankFailed, RecoveryDiverged, RolloutError, Stopped
 
 
 def _option_of(error: Exception, args: argparse.Namespace) -> str:

@@ -11,6 +11,7 @@ from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth
 from grpo.learner.batch import TrainingBatch
 from grpo.loop import Run
+from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics
 from grpo.sampling import sampling_params
 from grpo.task import Task
@@ -48,7 +49,7 @@ class Collector:
         def sample(prompts: Sequence[Prompt], draw: int) -> tuple[list[RolloutGroup], list[GroupScore]]:
             what = f"step {step}: {'sampling' if draw == 0 else f'refill {draw}'}"
             bar = progress.add_task(what, total=len(prompts) * params.group_size)
-            with self.run.timed("time/rollout"):
+            with self.run.timed("time/rollout"), phase("sampling", self.run.config):
                 groups = self.pool.sample(prompts, params.at(step, draw), lambda ended: progress.advance(bar, ended))
             with self.run.timed("time/reward"):
                 scores = self._score(groups, step)

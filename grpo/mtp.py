@@ -23,6 +23,7 @@ from grpo.learner.batch import PackedRow, Sample, split_rows
 from grpo.learner.head_learner import HeadLearner
 from grpo.loop import Run
 from grpo.policy_source import check_options, load_policy, save_policy, with_threads
+from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics
 from grpo.run.pool import open_run_pool, use_costs_of_run
 from grpo.sampling import sampling_params
@@ -50,9 +51,10 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
     with Task.of(config) as task, Run.open(config, config.steps, task.describe_rewards(), **flags) as run:
         task.record_split(run.log)
         policy = _policy_with_head(config, task, begins=run.saved is None)
-        learner = HeadLearner(
-            policy, config.head, temperature=config.rollout.temperature, steps=config.steps, seed=config.seed
-        )
+        with phase("loading", config):
+            learner = HeadLearner(
+                policy, config.head, temperature=config.rollout.temperature, steps=config.steps, seed=config.seed
+            )
         prompts = PromptStream(task.train, config.seed)
         run.restore(learner=learner, prompts=prompts)
         with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log) as pool:
@@ -68,7 +70,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
                     for step in run.steps():
                         groups = _sample(run, task, prompts, pool, policy, step)
                         _teach(run, learner, groups, step)
-                        with run.timed("time/publish"):
+                        with run.timed("time/publish"), phase("publishing", config):
                             pool.publish(learner.weights(), learner.policy_version)
                         run.record(pool.metrics())
                         run.save_if_due()
@@ -113,7 +115,7 @@ def _sample(
     config = run.config
     taken = [task.prompt(example, policy.tokenizer) for example in prompts.take(config.prompts_per_step)]
     sampling = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed)
-    with run.timed("time/rollout"):
+    with run.timed("time/rollout"), phase("sampling", config):
         groups = pool.sample(taken, sampling.at(step))
     metrics = rollout_metrics(groups, [])
     run.metrics |= {name: value for name, value in metrics.items() if not name.startswith(("reward/", "group/"))}
@@ -123,7 +125,7 @@ def _sample(
 
 def _teach(run: Run, learner: HeadLearner, groups: Sequence[RolloutGroup], step: int) -> None:
     options, policy = learner.head_options, learner.policy
-    with run.timed("time/learn"):
+    with run.timed("time/learn"), phase("learning", run.config):
         lessons = learner.read(rows_of(groups, options.tokens_per_update))
         if step == 1 and options.draft_vocabulary is not None:
             policy.draft_ids = learner.frequent_tokens(lessons, options.draft_vocabulary)

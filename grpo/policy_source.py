@@ -32,6 +32,7 @@ from grpo.config.yaml_file import read_yaml
 from grpo.learner.parallel import ALONE, Ranks, refuse_layout
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
+from grpo.run.memory_errors import phase
 from grpo.run.resume import base_changed
 from grpo.run.threads import saved_threads, threads_for
 from policies import presets
@@ -257,15 +258,16 @@ def _load(
     if options.threads:
         torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
-    if model in presets.PRESETS:
-        policy = presets.build(model, corpus, options.seed).cast(dtype)
-    else:
-        check_policy(Path(model))
-        policy = Policy.load(model, dtype, add_mtp=options.add_mtp, seed=options.seed, layout=layout)
-    if not options.threads:
-        torch.set_num_threads(threads_for(sum(parameter.numel() for parameter in policy.trunk.parameters())))
-    if layout is None:
-        policy = policy.to(device_of(options.device))
+    with phase("loading", options):
+        if model in presets.PRESETS:
+            policy = presets.build(model, corpus, options.seed).cast(dtype)
+        else:
+            check_policy(Path(model))
+            policy = Policy.load(model, dtype, add_mtp=options.add_mtp, seed=options.seed, layout=layout)
+        if not options.threads:
+            torch.set_num_threads(threads_for(sum(parameter.numel() for parameter in policy.trunk.parameters())))
+        if layout is None:
+            policy = policy.to(device_of(options.device))
     if policy.backend == "transformers":
         check_agreement(policy)
     return policy
@@ -337,13 +339,10 @@ def _went_on(run: Path, newest: Path) -> bool:
     record = _record(run / "policy")
     if record.get("checkpoint"):
         return record["checkpoint"] != _digest(newest)
-    end = record.get("step") or _last_step(run / "config.yaml")
-    return end is not None and end != _step_of(newest)
-
-
-def _last_step(config: Path) -> int | None:
+    config = run / "config.yaml"
     options = read_yaml(config)[0] if config.is_file() else {}
-    return options.get("steps") or options.get("warm_start", {}).get("steps")
+    end = record.get("step") or options.get("steps") or options.get("warm_start", {}).get("steps")
+    return end is not None and end != _step_of(newest)
 
 
 def _record(folder: Path) -> dict[str, Any]:

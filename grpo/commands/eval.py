@@ -21,6 +21,7 @@ from grpo.evaluation.evaluate import Evaluation, both_ways, evaluate_ways
 from grpo.evaluation.perplexity import Perplexity, gold_perplexity
 from grpo.policy_source import PolicySource, check_options, find_policy, known_context, load_found
 from grpo.run.console import progress_bars
+from grpo.run.memory_errors import phase
 from grpo.sampling import sampling_params
 from grpo.task import Task
 from rewards.group_score import GroupScore
@@ -145,11 +146,12 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
         sampling = replace(sampling, margin=config.margin, stop_strings=config.stop_strings)
         asked = {"sampled": config.samples > 0, "greedy": config.greedy}
         ways = {way: params for way, params in both_ways(sampling).items() if asked[way]}
-        pool = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=config.prompts_per_batch)
+        with phase("loading", config):
+            pool = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=config.prompts_per_batch)
         if sampling.draft_tokens is None and policy.mtp is not None:
             pool.use_costs(None, config.prompts_per_batch * sampling.group_size)  # else measured on the clock
         try:
-            with progress_bars(console, enabled=True) as progress:
+            with phase("evaluating", config), progress_bars(console, enabled=True) as progress:
                 results = evaluate_ways(pool, task, prompts, ways, config.prompts_per_batch, progress, write)
         except RolloutError as error:
             if completions is None or not error.groups:

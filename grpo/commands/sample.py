@@ -18,6 +18,7 @@ from grpo.data.examples import Example, beyond_context, examples_of
 from grpo.data.prompts import PromptTemplate, encode_prompt
 from grpo.policy_source import find_policy, load_found
 from grpo.run.console import progress_bars
+from grpo.run.memory_errors import phase
 from grpo.sampling import sampling_params
 from rollout.engine import RolloutError
 from rollout.group import RolloutGroup
@@ -102,8 +103,9 @@ def sample(config: SampleConfig, examples: list[Example], console: Console) -> S
         if fault := beyond_context(example.question, policy.max_length):
             raise ValueError(f"--prompts, {example.example_id}: the prompt {fault}")
     prompts = [encode_prompt(example, policy.tokenizer, template) for example in examples]
-    pool = open_pool(policy, dtype=getattr(torch, config.dtype))
-    with progress_bars(console, enabled=True) as progress:
+    with phase("loading", config):
+        pool = open_pool(policy, dtype=getattr(torch, config.dtype))
+    with phase("sampling", config), progress_bars(console, enabled=True) as progress:
         bar = progress.add_task("sampling", total=len(prompts) * params.group_size)
         try:
             return Sampled(pool.sample(prompts, params, lambda ended: progress.advance(bar, ended)), policy.tokenizer)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from grpo.config.run import EvalOptions
 from grpo.evaluation.evaluate import Evaluation, Speed, as_metrics, both_ways, evaluate_ways, measure_speed
 from grpo.run.log import RunLog
+from grpo.run.memory_errors import phase
 from grpo.run.plots import plot_quietly
 from grpo.run.records import read_metrics
 from grpo.task import Task
@@ -50,7 +52,7 @@ class HeldOut:
         self.task.reached(step)
         ways = both_ways(replace(self.sampling, group_size=self.options.samples))
         try:
-            with self.log.progress() as progress:
+            with phase("evaluating", SimpleNamespace(eval=self.options)), self.log.progress() as progress:
                 found = evaluate_ways(
                     self.pool, self.task, self.prompts, ways, self.options.prompts_per_batch, progress
                 )

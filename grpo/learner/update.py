@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from grpo.config.learner import LearnerOptions
 from grpo.learner.master_weights import MasterWeights
 from grpo.learner.optimizer import by_mesh
 from grpo.learner.parallel import Ranks
+from grpo.run.memory_errors import phase
 from policies.sharding import whole
 
 
@@ -64,8 +66,9 @@ class Update:
         scale = self.schedule(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * scale
-        self.optimizer.step()
-        self.masters.write_back()
+        with phase("stepping", SimpleNamespace(learner=self.options)):
+            self.optimizer.step()
+            self.masters.write_back()
         self.count += 1
         return {"learner/grad_norm": norms[0], "learner/learning_rate": self.optimizer.param_groups[0]["lr"]}, norms
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from grpo.config.sampling import RolloutOptions
 from grpo.run.log import RunLog
+from grpo.run.memory_errors import phase
 from grpo.run.stop import InterruptiblePool, StopSignal
 from policies.policy import Policy
 from policies.sharding import attend
@@ -49,7 +51,8 @@ def open_run_pool(
     if not samples:
         attend(policy.weights().values())
         return InterruptiblePool(NoPool(), stop)
-    with stop.kept():  # Ray would put handlers of its own in place
+    options = SimpleNamespace(rollout=rollout, dtype=dtype)
+    with stop.kept(), phase("loading", options):  # Ray would put handlers of its own in place
         pool = open_pool(
             policy,
             rollout.workers,

@@ -1,0 +1,146 @@
+"""Full memory, in every phase of a run: one message that names the phase and the option to lower."""
+
+import errno
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rollout.engine
+from grpo.cli import main
+from grpo.config.inference import EvalConfig, SampleConfig
+from grpo.config.learner import LearnerOptions
+from grpo.config.options import load
+from grpo.config.run import TrainConfig
+from grpo.run.memory_errors import NAMES, WAYS, OutOfMemory, is_full, phase
+from policies.policy import Policy
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.06 GiB is "
+    "free. Including non-PyTorch memory, this process has 78.05 GiB memory in use. If reserved but unallocated memory "
+    "is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+)
+PLACES = {
+    "loading": (Policy, "to", "set dtype: bfloat16"),
+    "evaluating": (rollout.engine.Engine, "sample", "lower eval.prompts_per_batch=64"),
+    "sampling": (rollout.engine.Engine, "sample", "lower rollout.prompts_per_shard=2, lower rollout.max_completion_to"),
+    "stepping": (torch.optim.AdamW, "step", "start more processes, which share the weights (learner.parallel.fsdp)"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_run_says_in_one_message_what_was_going_on_and_what_to_lower(
+    name, micro_policy, letters, tmp_path, monkeypatch, capsys
+):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError(CUDA)
+
+    micro_policy(0).save(tmp_path / "micro")
+    place, method, way_out = PLACES[name]
+    monkeypatch.setattr(place, method, full)
+    options = [
+        "--model",
+        tmp_path / "micro",
+        "--output_dir",
+        tmp_path / "run",
+        "--rewards",
+        f"[{{function: {letters}}}]",
+    ]
+    options += ["--threads", 1, "--steps", 2, "--prompts_per_step", 2, "--data.levels", "[1]", "--data.limit", 8]
+    options += ["--rollout.group_size", 2, "--rollout.max_completion_tokens", 6, "--rollout.prompts_per_shard", 2]
+    options += ["--rollout.draft_tokens", 0, "--log.trackers", "[]", "--eval.limit", 2 if name == "evaluating" else 0]
+    assert main(["train", *map(str, options)]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    [line] = [line for line in said.splitlines() if line.startswith("quartet: ")]
+    assert line.startswith(f"quartet: out of memory while {NAMES[name]}: ")
+    assert way_out in line
+    assert line.endswith(
+        "Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.06 GiB is free"
+    )
+
+
+def test_learning_says_which_of_its_options_can_still_be_lowered():
+    def said(**options) -> str:
+        with (
+            pytest.raises(OutOfMemory) as caught,
+            phase("learning", SimpleNamespace(learner=LearnerOptions(**options))),
+        ):
+            raise torch.OutOfMemoryError(CUDA)
+        return str(caught.value)
+
+    assert "lower learner.tokens_per_micro_batch=8192, set learner.gradient_checkpointing: true, or start" in said()
+    assert "gradient_checkpointing" not in said(gradient_checkpointing=True)
+    assert "tokens_per_micro_batch" not in said(tokens_per_micro_batch=1)
+
+
+def test_a_phase_of_which_nothing_can_be_lowered_asks_for_another_device():
+    said = "while sampling: use a device with more memory. CUDA"
+    with pytest.raises(OutOfMemory, match=said), phase("sampling", SimpleNamespace()):
+        raise torch.OutOfMemoryError(CUDA)
+
+
+def test_full_memory_of_the_host_is_the_same_error():
+    said, config = "backward pass: .* can't allocate memory: you tried", SimpleNamespace(learner=LearnerOptions())
+    with pytest.raises(OutOfMemory, match=said), phase("learning", config):
+        torch.empty(10**15)
+
+
+def test_every_option_that_a_phase_names_is_there(tmp_path):
+    configs = [load(TrainConfig, None, {"output_dir": tmp_path}), EvalConfig(), SampleConfig()]
+
+    def has(config: object, key: str) -> bool:
+        for part in key.split("."):
+            if not hasattr(config, part):
+                return False
+            config = getattr(config, part)
+        return True
+
+    keys = {way.key for ways in WAYS.values() for way in ways} - {"head.tokens_per_update"}  # of MtpConfig
+    assert [key for key in sorted(keys) if not any(has(config, key) for config in configs)] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError(CUDA), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_full_memory_is(error, full):
+    assert is_full(error) is full
+
+
+def test_other_errors_pass_and_the_innermost_phase_is_named():
+    with pytest.raises(ZeroDivisionError), phase("learning", SimpleNamespace()):
+        1 / 0  # noqa: B018
+    nothing = SimpleNamespace()
+    with pytest.raises(OutOfMemory, match="the optimizer step"), phase("learning", nothing), phase("stepping", nothing):
+        raise torch.OutOfMemoryError(CUDA)
+
+
+def test_what_the_failed_computation_has_held_is_freed():
+    """The exception outlives it: while it is handled, a checkpoint is written."""
+    held = []
+
+    def compute() -> None:
+        activations = torch.zeros(3)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError(CUDA)
+
+    try:
+        with phase("learning", SimpleNamespace()):
+            compute()
+    except OutOfMemory:
+        gc.collect()
+        assert held[0]() is None
+    else:
+        pytest.fail("nothing was raised")

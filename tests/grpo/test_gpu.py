@@ -1,0 +1,167 @@
+"""On a CUDA device: what the rest of the suite shows on a CPU. `make gpu` runs these first.
+
+QUARTET_GPU_TESTS=cpu runs them on a CPU, so that they are known to run: `make gpu ARGS=--cpu`.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.learner.learner import Learner
+from grpo.run import checkpoint
+from grpo.run.memory_errors import OutOfMemory, phase
+from grpo.run.records import read_metrics
+from grpo.train import train
+from policies.policy import Policy
+from rewards.group_score import GroupScore
+from rollout.engine import Engine
+from rollout.group import Prompt, RolloutGroup
+from rollout.sampling import SamplingParams
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+PROMPTS = [Prompt(f"p/{i}", "", [5 + i, 7, 9 + 3 * i, 11][: 2 + i]) for i in range(3)]
+PARAMS = SamplingParams(group_size=4, max_completion_tokens=12, draft_tokens=2)
+
+
+def _learner(policy: Policy, **options) -> Learner:
+    given = LearnerOptions(**{"learning_rate": 1e-2, "tokens_per_micro_batch": 64} | options)
+    return Learner(policy, given, MTPOptions(depth=2), max_completion_tokens=12, reward_weights={"r": 1.0})
+
+
+def _batch(learner: Learner, groups: list[RolloutGroup]):
+    scores = [GroupScore(rewards, {"r": rewards}) for rewards in ([1.0, 0.0, 0.5, 0.2],) * len(groups)]
+    return learner.prepare(groups, scores)
+
+
+def _gradients(policy: Policy, groups: list[RolloutGroup]) -> dict[str, torch.Tensor]:
+    """Of one step of GRPO, before the optimizer takes them."""
+    learner = _learner(policy)
+    found: dict[str, torch.Tensor] = {}
+    learner.update.optimizer.step = lambda: found.update(
+        {name: p.grad.cpu().clone() for name, p in policy.named_parameters() if p.grad is not None}
+    )
+    learner.step(_batch(learner, groups), 1)
+    return found
+
+
+def test_forward_and_backward_are_those_of_a_cpu(random_policy):
+    """Whatever attends to packed rows there: blocks on a CPU, flex attention on a GPU."""
+    groups = Engine(random_policy(2), torch.float32).sample(PROMPTS, PARAMS)
+    expected = _gradients(random_policy(2), groups)
+    found = _gradients(random_policy(2).to(DEVICE), groups)
+    assert found.keys() == expected.keys()
+    assert len(expected) > 30
+    for name, gradient in expected.items():
+        far = torch.linalg.vector_norm(found[name] - gradient)
+        assert far <= 1e-3 * torch.linalg.vector_norm(gradient) + 1e-6, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_engine_says_of_its_tokens_what_the_learner_says(random_policy, dtype):
+    """In float32 the same log-probabilities; in bfloat16 they differ by roundings, and the learner still steps."""
+    policy = random_policy(2).cast(dtype).to(DEVICE)
+    learner = _learner(policy)
+    groups = Engine(policy, dtype).sample(PROMPTS, PARAMS)
+    metrics = learner.step(_batch(learner, groups), 1)
+    assert metrics["learner/updates"] == 1
+    assert metrics["mismatch/logprob_abs_max"] <= (1e-4 if dtype == torch.float32 else 0.7)
+    assert all(torch.isfinite(parameter).all() for parameter in policy.parameters())
+
+
+def test_drafts_change_no_token(random_policy):
+    engine = Engine(random_policy(2).to(DEVICE), torch.float32)
+
+    def tokens(drafts: int) -> list[list[int]]:
+        groups = engine.sample(PROMPTS, replace(PARAMS, draft_tokens=drafts))
+        return [completion.token_ids for group in groups for completion in group.completions]
+
+    assert tokens(0) == tokens(2) == tokens(2)
+
+
+def test_what_was_learned_is_sampled_from_once_it_is_published(random_policy):
+    policy = random_policy(2).to(DEVICE)
+    engine, learner = Engine(random_policy(2).to(DEVICE), torch.float32), _learner(policy)
+    before = engine.sample(PROMPTS, PARAMS)
+    learner.step(_batch(learner, before), 1)
+    stale = learner.step(_batch(learner, engine.sample(PROMPTS, PARAMS.at(2))), 2)
+    engine.publish(learner.weights(), learner.policy_version)
+    fresh = learner.step(_batch(learner, engine.sample(PROMPTS, PARAMS.at(3))), 3)
+    assert stale["mismatch/logprob_abs_max"] > 1e-2
+    assert fresh["mismatch/logprob_abs_max"] <= 1e-4
+
+
+def test_bf16_weights_move_with_their_masters(random_policy):
+    """A step of 1e-5 is lost in bfloat16 alone. The masters keep it, and twenty of them are seen."""
+    policy = random_policy(2).cast(torch.bfloat16).to(DEVICE)
+    learner = _learner(policy, learning_rate=1e-5)
+    batch = _batch(learner, Engine(policy, torch.bfloat16).sample(PROMPTS, PARAMS))
+    name, weight = next((n, p) for n, p in policy.named_parameters() if n.endswith("kv_b_proj.weight"))
+    first = weight.detach().clone()
+    for step in range(1, 21):
+        learner.step(batch, step)
+    master = learner.masters.of(dict(policy.named_parameters())[name])
+    assert master.dtype == torch.float32
+    assert master.device.type == weight.device.type == DEVICE.type
+    assert not torch.equal(weight, first)
+    torch.testing.assert_close(weight.float(), master.float(), rtol=1e-2, atol=1e-3)
+
+
+def test_a_run_trains_on_the_device(micro_config, tmp_path):
+    result = train(micro_config(tmp_path / "run", device=DEVICE.type))
+    assert result.policy.device.type == DEVICE.type
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert ("memory/device_gib" in lines[-1]) == CUDA
+
+
+def test_full_memory_of_the_device_names_the_option_and_leaves_the_run_usable(random_policy):
+    """A real one, by asking the allocator for more than there can be."""
+    config = SimpleNamespace(learner=LearnerOptions(tokens_per_micro_batch=64))
+    said = "lower learner.tokens_per_micro_batch=64"
+    with pytest.raises(OutOfMemory, match=said), phase("learning", config):
+        torch.empty(10**15, device=DEVICE)
+    policy = random_policy(2).to(DEVICE)
+    assert len(Engine(policy, torch.float32).sample(PROMPTS, PARAMS)) == len(PROMPTS)
+
+
+def test_a_run_of_fsdp_is_that_of_one_process(micro_policy, letters, tmp_path):
+    """One process on each GPU, or two on a CPU: the same first step, by FSDP2."""
+    size = torch.cuda.device_count() if CUDA else 2
+    if size < 2:
+        pytest.skip("FSDP needs two GPUs")
+    micro_policy(0).save(tmp_path / "micro")
+    options = {
+        "model": tmp_path / "micro", "device": DEVICE.type, "threads": 1, "steps": 1, "prompts_per_step": 2 * size,
+        "data.levels": "[1]", "data.limit": 4 * size, "rollout.group_size": 3, "rollout.max_completion_tokens": 6,
+        "rewards": f"[{{function: '{letters}'}}]", "mtp.depth": 2, "log.trackers": "[]", "learner.learning_rate": 1e-4,
+    }  # fmt: skip
+    words = ["-m", "grpo", "train", *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if CUDA else {"ACCELERATE_USE_CPU": "true"})
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    ranks = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    started = []
+    for name, environments in (("one", [{}]), ("several", ranks)):
+        started += [
+            subprocess.Popen([sys.executable, *words, "--output_dir", str(tmp_path / name)], env=shared | environment)
+            for environment in environments
+        ]
+    try:
+        assert [process.wait(240) for process in started] == [0] * (1 + size)
+    finally:
+        for process in started:
+            process.kill()
+    one, several = (checkpoint.load(tmp_path / name / "checkpoints/step_000001") for name in ("one", "several"))
+    for name, tensor in one.tensors["policy"].items():
+        torch.testing.assert_close(several.tensors["policy"][name].cpu(), tensor.cpu(), rtol=1e-3, atol=2e-5)
