@@ -25,6 +25,7 @@ from grpo.run.best import best_step
 from grpo.run.checkpoint import Checkpoint
 from grpo.run.lock import RunLock
 from grpo.run.log import NoLog, RunLog
+from grpo.run.memory_errors import phase
 from grpo.run.records import read_metrics
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import record_rewards, refuse_changed_rewards
@@ -204,7 +205,8 @@ class Run(Generic[Config]):
         """
         learner = self._learner
         try:
-            self.metrics |= take()
+            with phase("learning", self.config):
+                self.metrics |= take()
         except NonFiniteStep as error:
             options, skipped = learner.options, learner.skipped_in_a_row + 1
             self.log.event("non_finite", step=self._begun, error=str(error), batch=str(batch), unshown=unshown)

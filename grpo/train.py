@@ -19,6 +19,7 @@ from grpo.learner.parallel import ALONE, Ranks
 from grpo.loop import Run
 from grpo.policy_source import check_options, save_policy, with_threads
 from grpo.run import checkpoint
+from grpo.run.memory_errors import phase
 from grpo.run.pool import open_run_pool, use_costs_of_run
 from grpo.run.resume import BaseWeights
 from grpo.sampling import sampling_params
@@ -56,7 +57,8 @@ def train(
         curriculum = Curriculum(task.train, config.curriculum, config.seed)
         run.restore(learner=learner, curriculum=curriculum, **_base(run, learner))
         with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log, samples=ranks.first) as pool:
-            pool.publish(learner.weights(), learner.policy_version)
+            with phase("publishing", config):
+                pool.publish(learner.weights(), learner.policy_version)
             run.alone(use_costs_of_run, pool, policy, config.rollout, run.folder, resumes=run.resumes)
             collector = Collector(run, task, curriculum, pool, policy)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
@@ -67,11 +69,12 @@ def train(
                 for step in run.steps():
                     learner.set_draft_depth(collector.draft_depth(step))
                     drawn = ranks.from_first(partial(collector.collect, step))
-                    batch = learner.prepare(drawn.groups, drawn.scores)
+                    with phase("learning", config):
+                        batch = learner.prepare(drawn.groups, drawn.scores)
                     collector.keep(step, drawn, batch)
                     learn(run, learner, batch, step)
                     if run.moved:
-                        with run.timed("time/publish"):
+                        with run.timed("time/publish"), phase("publishing", config):
                             pool.publish(learner.weights(), learner.policy_version)
                     run.record(pool.metrics())
                     evaluates = held_out.due(step, run.last)

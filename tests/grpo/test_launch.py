@@ -94,7 +94,7 @@ def test_ctrl_c_saves_and_leaves_no_process(words, tmp_path):
     assert not [child for child in psutil.wait_procs(below, timeout=10)[1] if child.is_running()]
     assert not (folder / ".stop").exists()
     # The same run goes on in one process.
-    on = _run(words(folder, **{"learner.workers": 0, "steps": step + 1}) + ["--resume", "auto", "--force"])
+    on = _run([*words(folder, **{"learner.workers": 0, "steps": step + 1}), "--resume", "auto", "--force"])
     assert on.returncode == 0, on.stderr
     assert [line["step"] for line in read_metrics(folder)] == list(range(1, step + 2))
 

@@ -14,6 +14,7 @@ from grpo.config.inference import EvalConfig, SampleConfig
 from grpo.config.learner import LearnerOptions
 from grpo.config.options import load
 from grpo.config.run import TrainConfig
+from grpo.learner.likelihood import Likelihood
 from grpo.run.memory_errors import NAMES, WAYS, OutOfMemory, is_full, phase
 from policies.policy import Policy
 
@@ -26,6 +27,8 @@ PLACES = {
     "loading": (Policy, "to", "set dtype: bfloat16"),
     "evaluating": (rollout.engine.Engine, "sample", "lower eval.prompts_per_batch=64"),
     "sampling": (rollout.engine.Engine, "sample", "lower rollout.prompts_per_shard=2, lower rollout.max_completion_to"),
+    "learning": (Likelihood, "forward", "lower learner.tokens_per_micro_batch=8192, set learner.gradient_check"),
+    "publishing": (rollout.engine.Engine, "publish", "set rollout.workers: 1"),
     "stepping": (torch.optim.AdamW, "step", "start more processes, which share the weights (learner.parallel.fsdp)"),
 }
 
