@@ -29,6 +29,7 @@ from grpo.config.options import load
 from grpo.config.policy import ModelOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.yaml_file import read_yaml
+from grpo.learner.eight_bit import refuse_without_torchao
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
@@ -136,6 +137,7 @@ def check_model(model: str) -> None:
 
 def check_options(options: ModelOptions) -> str:
     """The checkpoint or preset that `options` mean. Raises PolicyError for what it can be seen not to be or to do."""
+    refuse_without_torchao(options)
     model = find_policy(options.model, read=False).base
     if asked := _head_options(options):
         kind = "deepseek_v3" if model in presets.PRESETS else read_config(model).model_type
@@ -158,8 +160,7 @@ def _head_options(options: ModelOptions) -> list[str]:
     drafts = getattr(rollout or options, "draft_tokens", None)
     asked = [f"{'rollout.' if rollout else ''}draft_tokens={drafts}"] if drafts else []
     asked += ["add_mtp=True"] if options.add_mtp else []
-    usual = dict(MTPOptions())
-    trained = [f"mtp.{name}={value}" for name, value in mtp if value != usual[name]]
+    trained = [f"mtp.{name}={value}" for name, value in mtp if value != getattr(MTPOptions(), name)]
     return asked + (trained if mtp.loss_weight else [])
 
 
@@ -168,9 +169,7 @@ def known_context(model: str) -> int | None:
     model = find_policy(model, read=False).base
     if model in presets.PRESETS:
         return int(presets.PRESETS[model]["max_position_embeddings"])
-    if not Path(model).is_dir():
-        return None
-    return getattr(read_config(model), "max_position_embeddings", None)
+    return getattr(read_config(model), "max_position_embeddings", None) if Path(model).is_dir() else None
 
 
 def saved_model(model: str) -> str:
