@@ -22,7 +22,8 @@ def take(
     reference: Policy | None,
     value_head: nn.Module | None,
 ) -> Tensors:
-    """Trained parameters (adapters as they are, masters for bf16), AdamW's moments (of 8 bits: codes and scales), reference and value head."""
+    """Trained parameters (adapters as they are, masters for bf16), AdamW's moments (in 8 bits codes and scales),
+    reference and value head."""
     release(policy)
     trained = {n: masters.of(p).detach() for n, p in policy.named_parameters() if p.requires_grad}
     buffers = {n: b for n, b in policy.named_buffers() if n.endswith("e_score_correction_bias")}
