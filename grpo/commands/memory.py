@@ -89,11 +89,14 @@ def learner_memory(
     *,
     lora_options: LoraOptions | None = None,
     warm_start: bool = False,
-    processes: int | None = None,
+    processes: int = 0,
 ) -> DeviceMemory:
-    """What `Learner` holds on each of so many ranks (None: see `Shares.of`). Its warm start trains every weight and has
+    """What `Learner` holds on each of so many ranks (0: see `Shares.of`). Its warm start trains every weight and has
     no reference."""
-    dtype, shares = getattr(torch, config.dtype), Shares.of(config.learner.parallel, processes)
+    dtype, shares = (
+        getattr(torch, config.dtype),
+        Shares.of(config.learner.parallel, processes or config.learner.workers),
+    )
     policy = meta_policy(shape, head, dtype)
     freeze_exact_parts(policy)
     plain = dict(policy.named_parameters())

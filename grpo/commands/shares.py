@@ -33,8 +33,8 @@ class Shares:
     replicate: int = 1
 
     @classmethod
-    def of(cls, options: ParallelOptions, processes: int | None = None) -> Shares:
-        """For so many processes; None: what launched this one, else as many as the options imply.
+    def of(cls, options: ParallelOptions, processes: int = 0) -> Shares:
+        """For so many processes; 0: those that were launched with this one, else as many as the options imply.
 
         Raises ValueError as `ParallelOptions.shares` does.
         """

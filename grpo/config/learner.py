@@ -69,6 +69,9 @@ class LearnerOptions(Options):
     """What happens after a non-finite loss or gradient. No step is taken; the batch is written to the run folder."""
     max_skipped_in_a_row: int = Field(default=3, ge=1)
     """on_non_finite: skip gives up after this many skipped steps in a row."""
+    workers: int = Field(default=0, ge=0)
+    """Learner ranks that Ray Train starts, on the cluster of RAY_ADDRESS or on this machine; 0: accelerate, torchrun or
+    nobody has started several."""
     parallel: ParallelOptions = ParallelOptions()
     routing_replay: bool = False
     """MoE: the learner's forward uses the experts that the sampler chose, for the prompt too."""
