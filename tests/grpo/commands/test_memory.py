@@ -25,7 +25,8 @@ from grpo.commands.memory import (
     storage_bytes,
     tensors_of,
 )
-from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.commands.shares import Shares
+from grpo.config.learner import LearnerOptions, MTPOptions, ParallelOptions
 from grpo.config.loss import LossOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
@@ -90,6 +91,68 @@ def test_a_learner_holds_what_was_foretold(random_policy, tmp_path, dtype, targe
     own = {t.untyped_storage()._cdata for t in tensors_of(policy)}
     fresh = [t for t in learner.weights().values() if t.untyped_storage()._cdata not in own]
     assert foretold.publication == storage_bytes(fresh)
+
+
+@pytest.mark.parametrize(
+    ("layout", "cut"),
+    [
+        ({"fsdp": 2}, {"experts": 2, "q_proj": 2, "router": 2}),
+        ({"tensor": 2}, {"experts": 2, "q_proj": 1, "router": 1, "lm_head": 2, "shared": 2}),
+        ({"fsdp": 2, "tensor": 2}, {"experts": 4, "q_proj": 2, "router": 2, "lm_head": 4}),
+        ({"fsdp": 4, "expert": 2}, {"experts": 4, "q_proj": 4, "shared": 4}),
+        ({"fsdp": 2, "tensor": 2, "expert": 4}, {"experts": 4, "q_proj": 2, "shared": 4, "head": 2}),
+        ({"replicate": 3}, {"experts": 1, "q_proj": 1}),
+    ],
+)
+def test_a_rank_holds_its_share(layout, cut):
+    names = {
+        "experts": "trunk.model.layers.1.mlp.experts.down_proj",
+        "q_proj": "trunk.model.layers.1.self_attn.q_proj.weight",
+        "router": "trunk.model.layers.1.mlp.gate.weight",
+        "shared": "trunk.model.layers.1.mlp.shared_experts.gate_proj.weight",
+        "lm_head": "trunk.lm_head.weight",
+        "head": "mtp.block.mlp.experts.down_proj",
+    }
+    weight = torch.empty(8, 16, 16, device="meta")
+    given = Shares.of(ParallelOptions(**layout))
+    assert {part: weight.numel() / given.held(names[part], weight) for part in cut} == cut
+    assert given.held("trunk.a.lora_A.default.weight", weight) == weight.numel()
+    ranks = given.ranks
+    with pytest.raises(ValueError, match=f"and there are {ranks + 1}"):
+        Shares.of(ParallelOptions(**{"fsdp": given.fsdp} | layout), ranks + 1)
+
+
+def test_a_row_that_cannot_be_halved_is_rounded_up():
+    assert Shares(fsdp=2).held("trunk.model.norm.weight", torch.empty(33)) == 17
+
+
+def test_what_is_shared_shrinks_and_what_is_gathered_stays(random_policy):
+    shape, found = random_policy().config, {}
+    for ranks in (1, 2, 4):
+        found[ranks] = learner_memory(shape, True, options(TrainConfig, **{"learner.parallel.fsdp": ranks}))
+    for name in ("weights", "gradients", "moments"):
+        one, two, four = (getattr(found[ranks], name) for ranks in (1, 2, 4))
+        assert two == pytest.approx(one / 2, rel=0.02)
+        assert four == pytest.approx(one / 4, rel=0.05)
+    assert found[1].gathered == found[1].buffers == found[1].saving == 0
+    assert found[2].gathered == found[4].gathered > 0
+    assert found[2].count == 2
+    config = options(TrainConfig, **{"learner.parallel.fsdp": 2, "mtp.loss_weight": 0})
+    assert learner_memory(shape, True, config).gathered < found[2].gathered  # a head at rest is not gathered
+    first, others = memory_of_run(shape, True, options(TrainConfig, **{"learner.parallel.fsdp": 4}))
+    assert (first.name, others.name, others.count) == ("rank 0, which samples", "each of 3 other ranks", 3)
+    assert first.peak > others.peak
+
+
+def test_moments_of_8_bits_are_what_was_foretold(random_policy):
+    pytest.importorskip("torchao")
+    policy = random_policy(hidden_size=128, intermediate_size=192, moe_intermediate_size=64)
+    config = options(TrainConfig, **{"learner.optimizer": "adamw_8bit"})
+    learner = Learner(policy, config.learner, config.mtp)
+    step(learner)
+    tensors, _ = learner.state()
+    kept = sum(t.nbytes for name, t in tensors["optimizer"].items() if not name.endswith("/step"))
+    assert learner_memory(policy.config, True, config).moments == kept
 
 
 def test_what_is_not_trained_costs_nothing(random_policy):
