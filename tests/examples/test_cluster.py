@@ -47,7 +47,12 @@ def job(tmp_path):
     return begin
 
 
-WAITS = "trap 'echo saved > saved; exit 143' TERM; while true; do sleep 0.1; done"
+# It saves for a second, and a second TERM ends it at once.
+WAITS = """
+trap 'trap "exit 1" TERM; touch saving; sleep 1; touch saved; exit 143' TERM
+touch ready
+while true; do sleep 0.1; done
+"""
 
 
 def _until(found, seconds=90):
@@ -60,9 +65,10 @@ def _until(found, seconds=90):
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_job_that_slurm_ends_saves_and_is_queued_again_once(job, tmp_path, number):
     process = job(WAITS)
-    _until(lambda: any(line.startswith("quartet") for line in job.notes()))
-    time.sleep(0.5)  # the trap of the program is set
+    _until((tmp_path / "ready").exists)
     process.send_signal(number)
+    _until((tmp_path / "saving").exists)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     assert (tmp_path / "saved").exists()
     assert job.notes().count("scontrol requeue 7") == 1
@@ -81,7 +87,7 @@ def test_a_job_that_ends_or_fails_by_itself_is_not_queued_again(job):
 
 def test_ray_asks_for_a_token_and_every_node_joins(job):
     assert job("exit 0").wait(60) == 0
-    started = [line for line in job.notes() if "ray start" in line]
+    started = sorted((line for line in job.notes() if "ray start" in line), key=lambda line: "--head" not in line)
     assert re.match(r"srun --nodes=1 --ntasks=1 -w node1 ray start --head --node-ip-address 10.0.0.1 ", started[0])
     assert started[1].startswith("srun --nodes=1 --ntasks=1 --exclude node1 ray start --address 10.0.0.1:6379 ")
     assert "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN" in (HERE / "slurm.sbatch").read_text()
