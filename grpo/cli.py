@@ -210,7 +210,7 @@ def _run(args: argparse.Namespace) -> None:
     from grpo.commands import summary
 
     if args.dry_run:
-        return summary.dry_run(config, **_flags(args))
+        return summary.dry_run(config, device_gib=args.device_gib, **_flags(args))
     from grpo.launch import launch
 
     results = launch(config, **_flags(args))
@@ -231,7 +231,7 @@ def _mtp(args: argparse.Namespace) -> None:
     from grpo.commands import summary
 
     if args.dry_run:
-        return summary.mtp_dry_run(config, resuming=args.resume is not None)
+        return summary.mtp_dry_run(config, resuming=args.resume is not None, device_gib=args.device_gib)
     from grpo.mtp import mtp
 
     summary.summary(mtp(config, **_flags(args)))

@@ -29,6 +29,7 @@ from grpo.config.options import load
 from grpo.config.policy import ModelOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.yaml_file import read_yaml
+from grpo.learner.eight_bit import refuse_without_torchao
 from grpo.learner.parallel import ALONE, Ranks, refuse_layout
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
@@ -67,9 +68,6 @@ class PolicySource:
     checkpoint: Path | None = None
     step: int | None = None
     saved: Checkpoint | None = field(default=None, compare=False, repr=False)
-
-
-# ---- which one ------------------------------------------------------------------------------------------------------
 
 
 def find_policy(model: str, *, read: bool = True) -> PolicySource:
@@ -137,6 +135,7 @@ def check_model(model: str) -> None:
 
 def check_options(options: ModelOptions) -> str:
     """The checkpoint or preset that `options` mean. Raises PolicyError for what it can be seen not to be or to do."""
+    refuse_without_torchao(options)
     model = find_policy(options.model, read=False).base
     if asked := _head_options(options):
         kind = "deepseek_v3" if model in presets.PRESETS else read_config(model).model_type
@@ -168,8 +167,7 @@ def _head_options(options: ModelOptions) -> list[str]:
     drafts = getattr(rollout or options, "draft_tokens", None)
     asked = [f"{'rollout.' if rollout else ''}draft_tokens={drafts}"] if drafts else []
     asked += ["add_mtp=True"] if options.add_mtp else []
-    usual = dict(MTPOptions())
-    trained = [f"mtp.{name}={value}" for name, value in mtp if value != usual[name]]
+    trained = [f"mtp.{name}={value}" for name, value in mtp if value != getattr(MTPOptions(), name)]
     return asked + (trained if mtp.loss_weight else [])
 
 
@@ -178,9 +176,7 @@ def known_context(model: str) -> int | None:
     model = find_policy(model, read=False).base
     if model in presets.PRESETS:
         return int(presets.PRESETS[model]["max_position_embeddings"])
-    if not Path(model).is_dir():
-        return None
-    return getattr(read_config(model), "max_position_embeddings", None)
+    return getattr(read_config(model), "max_position_embeddings", None) if Path(model).is_dir() else None
 
 
 def saved_model(model: str) -> str:
@@ -195,10 +191,9 @@ def read_shape(options: ModelOptions) -> tuple[PretrainedConfig, bool]:
     """The configuration of `options.model`, and whether the policy will have a draft head. Raises PolicyError."""
     model = check_options(options)
     shape = _shape(model)
-    if model in presets.PRESETS:
-        return shape, True
     native = isinstance(shape, DeepseekV3Config)
-    return shape, native and (options.add_mtp or bool(shape.num_nextn_predict_layers))
+    stored = getattr(shape, "num_nextn_predict_layers", 0)
+    return shape, model in presets.PRESETS or (native and bool(options.add_mtp or stored))
 
 
 def with_threads(config: Config, resume: str | None) -> Config:
@@ -214,9 +209,6 @@ def with_threads(config: Config, resume: str | None) -> Config:
         threads = threads_for(sum(parameter.numel() for parameter in trunk.parameters()))
     torch.set_num_threads(threads)
     return cast(Config, config.model_copy(update={"threads": threads}))
-
-
-# ---- loading it -----------------------------------------------------------------------------------------------------
 
 
 def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks = ALONE) -> Policy:
@@ -313,9 +305,6 @@ def device_of(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={name}: there is no CUDA device here; use cpu or auto")
     return torch.device(name)
-
-
-# ---- saving it ------------------------------------------------------------------------------------------------------
 
 
 def save_policy(policy: Policy, folder: Path, step: int) -> None:

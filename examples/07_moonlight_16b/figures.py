@@ -26,10 +26,12 @@ def block() -> str:
 
 def _block() -> str:
     shape = read_config(HERE / "architecture")
-    lora, workers = (load(TrainConfig, HERE / f"{name}.yaml", {}) for name in ("2_grpo_lora", "3_grpo_lora_workers"))
+    names = ("2_grpo_lora", "3_grpo_lora_workers", "4_grpo_full")
+    lora, workers, spread = (load(TrainConfig, HERE / f"{name}.yaml", {}) for name in names)
     (head,) = memory_of_run(shape, True, load(MtpConfig, HERE / "1_mtp.yaml", {}))
     (rank_0,) = memory_of_run(shape, True, lora)
     learner, worker = memory_of_run(shape, True, workers)
+    first, other = memory_of_run(shape, True, spread)
     (full,) = memory_of_run(shape, True, lora.model_copy(update={"lora": None}))
     assert lora.lora is not None
     with_experts = lora.lora.model_copy(update={"targets": [*(lora.lora.targets or []), "experts"]})
@@ -43,15 +45,20 @@ def _block() -> str:
         "the other ranks, learner alone": (learner, ""),
         "`3_grpo_lora_workers.yaml`: each rank, a learner": (learner, "four GPUs of 80 GB"),
         "each of its four workers": (worker, "four GPUs of 80 GB; 48 GB might do"),
-        "full updates, any number of ranks": (full, "**no GPU**"),
+        "`4_grpo_full.yaml`: rank 0, learner and sampler": (first, "eight GPUs of 80 GB"),
+        "each of its seven other ranks": (other, "eight GPUs of 80 GB; 48 GB might do"),
+        "full updates in one process, AdamW in fp32": (full, "**no GPU**"),
     }
     lines = ["| GiB, from `--dry_run` | on one device | fits in theory |", "|---|---|---|"]
     lines += [f"| {name} | {_gib(device.peak)} | {fits or '—'} |" for name, (device, fits) in rows.items()]
     added = experts.publication - rank_0.publication
     each = learner.gradients + learner.moments + learner.reference
     said = {
-        "full updates": f"weights {_gib(full.weights)}, fp32 masters {_gib(full.masters)}, gradients "
+        "full updates in one process": f"weights {_gib(full.weights)}, fp32 masters {_gib(full.masters)}, gradients "
         f"{_gib(full.gradients)}, moments {_gib(full.moments)}",
+        "full updates on each of eight": f"weights {_gib(other.weights)}, fp32 masters {_gib(other.masters)}, "
+        f"gradients {_gib(other.gradients)}, moments of 8 bits {_gib(other.moments)}, gathered by FSDP "
+        f"{_gib(other.buffers + other.gathered)}, activations {_gib(other.activations)}",
         "adapters on the routed experts": f"{_gib(added)} more of W + ΔW at each publication",
         "a checkpoint of the LoRA run": f"{_gib(each)}, its `policy/` {_gib((trunk + mtp) * 2)}",
         "parameters": f"{trunk / 1e9:.2f} B, the draft head {mtp / 1e9:.2f} B",

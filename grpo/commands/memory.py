@@ -3,10 +3,13 @@
 Exact, to the byte: weights, fp32 copies, gradients, moments, reference, the sampler and its derived tensors, W + ΔW.
 Rough, to a third or so:
 
+What a rank holds of a sharded learner is in shares.py.
+
     activations   each token keeps, for the backward pass, the input and the output of every linear module and of the
                   experts that it uses, and of every norm its fp32 input, that normalised, and the result; with
                   gradient checkpointing the input of every layer and all this for one layer. Also the attention mask of
-                  the tokens, and one chunk of logits in four copies. Adapters of routed experts keep W + ΔW.
+                  the tokens, one chunk of logits in four copies, and a gradient of the LM head. Adapters of routed
+                  experts keep W + ΔW. The draft head keeps its attention weights, at every depth.
     rollout       latents of all rows at full length, and the logits of one forward; prompts are not counted
 
 Not counted: what torch itself needs (about 0.4 GiB a process, with CUDA 0.5 GiB on the device), fragmentation (leave a
@@ -16,16 +19,17 @@ Ray worker (one for the learner, one for Ray, one for every worker).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, TypeVar, cast
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedTokenizerBase
 
+from grpo.commands.memory_table import WARM_START, DeviceMemory
+from grpo.commands.shares import Shares, largest_bytes, moment_bytes
 from grpo.config.learner import LoraOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
@@ -45,52 +49,12 @@ Part = TypeVar("Part")
 MAX_ROWS = 256  # that an engine decodes together
 
 
-@dataclass(frozen=True)
-class DeviceMemory:
-    """Bytes on one device. The fields before `activations` are held all the time, the others one at a time."""
-
-    name: str
-    weights: int = 0  # of the policy that learns, adapters and draft head with it
-    masters: int = 0
-    gradients: int = 0
-    moments: int = 0
-    reference: int = 0
-    sampler: int = 0  # its own copy of the policy
-    derived: int = 0  # from that copy, for decoding
-    activations: int = 0
-    rollout: int = 0
-    publication: int = 0  # W + ΔW, and what was derived before, until the new is there
-
-    @property
-    def peak(self) -> int:
-        """
-        >>> DeviceMemory("a", weights=2, moments=8, activations=5, rollout=3, publication=1).peak
-        15
-        """
-        steady = (self.weights, self.masters, self.gradients, self.moments, self.reference, self.sampler, self.derived)
-        return sum(steady) + max(self.activations, self.rollout, self.publication)
-
-
-ROWS = {
-    "weights": "weights",
-    "masters": "fp32 masters of bfloat16 weights",
-    "gradients": "gradients",
-    "moments": "AdamW moments",
-    "reference": "reference policy",
-    "sampler": "sampler: its own copy",
-    "derived": "sampler: derived from it",
-    "activations": "then: activations of a micro-batch ≈",
-    "rollout": "or: latent cache and logits ≈",
-    "publication": "or: publication of the weights",
-    "peak": "at most, about",
-}
-
-
 def memory_of_run(shape: PretrainedConfig, head: bool, config: SftConfig | MtpConfig) -> list[DeviceMemory]:
-    """One entry per kind of device: a warm start, the learner (with the sampler where there are no Ray workers), and a
-    Ray worker. Of several ranks each holds such a learner, and the first one alone the sampler.
+    """One entry per kind of device: a warm start, the learner (rank 0 with the sampler where there are no Ray workers),
+    the other ranks where there are any, and a Ray worker.
 
-    `head`: there is a draft head. Raises ValueError for adapters that the model cannot have.
+    `head`: there is a draft head. Raises ValueError for adapters that the model cannot have, and for a
+    `learner.parallel` that fits no number of processes.
     """
     if isinstance(config, MtpConfig):
         learner = head_learner_memory(shape, config)
@@ -100,14 +64,22 @@ def memory_of_run(shape: PretrainedConfig, head: bool, config: SftConfig | MtpCo
         return [learner_memory(shape, head, config)]
     found = []
     if isinstance(config, TrainConfig) and config.warm_start.steps:
-        found.append(replace(learner_memory(shape, head, config, warm_start=True), name="warm start"))
+        found.append(replace(learner_memory(shape, head, config, warm_start=True), name=WARM_START))
     workers = config.rollout.workers
+    ranks = learner.count
     if not workers:
         sampler = sampler_memory(shape, head, config)
-        both = {f.name: getattr(learner, f.name) + getattr(sampler, f.name) for f in fields(learner)[1:]}
-        return [*found, DeviceMemory("learner and sampler", **both)]
-    name = "the worker" if workers == 1 else f"each of {workers} workers"
-    return [*found, learner, replace(sampler_memory(shape, head, config), name=name)]
+        both = {f.name: getattr(learner, f.name) + getattr(sampler, f.name) for f in fields(learner)[2:]}
+        if ranks == 1:
+            return [*found, DeviceMemory("learner and sampler", **both)]
+        first = DeviceMemory("rank 0, which samples", **both)
+        return [*found, first, replace(learner, name=_each(ranks - 1, "other rank"), count=ranks - 1)]
+    sampler = replace(sampler_memory(shape, head, config), name=_each(workers, "worker"), count=workers)
+    return [*found, learner, sampler]
+
+
+def _each(count: int, what: str) -> str:
+    return f"the {what}" if count == 1 else f"each of {count} {what}s"
 
 
 def learner_memory(
@@ -117,38 +89,61 @@ def learner_memory(
     *,
     lora_options: LoraOptions | None = None,
     warm_start: bool = False,
+    processes: int = 0,
 ) -> DeviceMemory:
-    """What `Learner` holds; its warm start trains every weight and has no reference."""
-    dtype = getattr(torch, config.dtype)
+    """What `Learner` holds on each of so many ranks (0: see `Shares.of`). Its warm start trains every weight and has
+    no reference."""
+    dtype, shares = (
+        getattr(torch, config.dtype),
+        Shares.of(config.learner.parallel, processes or config.learner.workers),
+    )
     policy = meta_policy(shape, head, dtype)
     freeze_exact_parts(policy)
-    plain = storage_bytes(tensors_of(policy))
+    plain = dict(policy.named_parameters())
     if lora_options is not None:
         policy.add_lora(lora_options.rank, lora_options.alpha, lora_options.targets)
     grpo = isinstance(config, TrainConfig) and not warm_start
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    taught, value, depth = sum(p.numel() for p in trained), 0, 0
-    if policy.mtp is not None and config.mtp.loss_weight:
-        depth = config.mtp.depth
-    elif policy.mtp is not None:  # it has masters, but never a gradient
-        taught -= sum(p.numel() for p in policy.mtp.parameters() if p.requires_grad)
+    weights = dict(policy.named_parameters())
+    trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    # A draft head that is left as it is has masters, but never a gradient.
+    depth = config.mtp.depth if policy.mtp is not None and config.mtp.loss_weight else 0
+    taught = {name: weight for name, weight in trained.items() if depth or not name.startswith("mtp.")}
+    value: dict[str, Tensor] = {}
     if isinstance(config, TrainConfig) and grpo and config.loss.advantage in ("gae", "rank_softmax"):
         with torch.device("meta"):
-            value = sum(p.numel() for p in ValueHead(shape.hidden_size, config.value.hidden_size).parameters())
+            value = dict(ValueHead(shape.hidden_size, config.value.hidden_size).named_parameters())
     row, tokens = _row_tokens(config), config.learner.tokens_per_micro_batch
     anchored = False
     if isinstance(config, TrainConfig) and grpo:
         tokens = min(tokens, config.prompts_per_step * row)
         anchored = config.loss.beta > 0 and lora_options is None
+
+    def held(chosen: Mapping[str, Tensor], bytes_of: Callable[[Tensor], float] = lambda weight: 4) -> int:
+        """Bytes of the shares of a rank, where a number of a weight takes `bytes_of` it."""
+        return round(sum(shares.held(name, weight) * bytes_of(weight) for name, weight in chosen.items()))
+
+    eight = config.learner.optimizer == "adamw_8bit"
+    whole = 2 * largest_bytes(weights.values(), 4) if shares.ranks > 1 else 0  # the parts, then together
+    buffers = sum(buffer.nbytes for buffer in policy.buffers())
+    used = {name: weight for name, weight in weights.items() if depth or not name.startswith("mtp.")}
+    outside, layer = shares.gathered_bytes(used)
+    loading = sum(weight.nbytes for name, weight in weights.items() if name.startswith("mtp.")) if shares.gathers else 0
+    learns_head = policy.lm_head.numel() * 4 if policy.lm_head.requires_grad else 0
+    activations = activation_bytes(policy, tokens, row, dtype, depth, config.learner.gradient_checkpointing)
     return DeviceMemory(
-        "learner",
-        weights=storage_bytes(tensors_of(policy)) + 4 * value,
-        masters=4 * sum(p.numel() for p in trained if p.dtype != torch.float32),
-        gradients=4 * (taught + value),
-        moments=8 * (taught + value),
-        reference=plain if anchored else 0,
-        activations=activation_bytes(policy, tokens, row, dtype, depth, config.learner.gradient_checkpointing),
-        publication=sum(weight.nbytes for weight in _adapted(policy)) if grpo else 0,
+        "learner" if shares.ranks == 1 else f"each of {shares.ranks} ranks",
+        shares.ranks,
+        weights=held(weights, Tensor.element_size) + held(value) + buffers,
+        masters=held({name: weight for name, weight in trained.items() if weight.dtype != torch.float32}),
+        gradients=held(taught | value),
+        moments=held(taught | value, lambda weight: moment_bytes(weight) if eight else 8),
+        reference=held(plain, Tensor.element_size) + buffers if anchored else 0,
+        loading=loading,
+        activations=activations + learns_head,
+        buffers=round(outside),
+        gathered=round(outside + 4 * layer),
+        publication=(sum(weight.nbytes for weight in _adapted(policy)) if grpo else 0) + whole,
+        saving=whole,
     )
 
 
@@ -202,6 +197,7 @@ def activation_bytes(
         kept = tokens * (count * policy.config.hidden_size * dtype.itemsize + largest) + experts // count
     if policy.mtp is not None:
         kept += head_depth * tokens * sum(_kept_bytes(policy.mtp, policy.config, dtype).values())
+        kept += head_depth * tokens * min(tokens, row) * policy.config.num_attention_heads * 4
     mask = tokens * min(tokens, row) * (1 + dtype.itemsize)
     return kept + mask + _logits_bytes(dtype)
 
@@ -245,20 +241,6 @@ def parts_of(holder: Any, kind: type[Part]) -> Iterator[Part]:
             yield from parts_of(part, kind)
     elif type(holder).__module__.startswith("policies."):
         yield from parts_of(list(vars(holder).values()), kind)
-
-
-def table(devices: Sequence[DeviceMemory]) -> Table:
-    """A table in GiB with a column per kind of device; rows of zeros are left out."""
-    shown = Table(title="memory in GiB, by device", title_justify="left")
-    shown.add_column("")
-    for device in devices:
-        shown.add_column(device.name, justify="right")
-    for name, words in ROWS.items():
-        sizes = [getattr(device, name) for device in devices]
-        if any(sizes):
-            end = name in ("derived", "publication", "peak")
-            shown.add_row(words, *(f"{size / 2**30:,.2f}" if size else "" for size in sizes), end_section=end)
-    return shown
 
 
 def _storage(tensor: Tensor) -> int:

@@ -13,8 +13,9 @@ from rich.table import Table
 from transformers import DeepseekV3Config, PreTrainedTokenizerBase
 
 from grpo.algorithm import own
-from grpo.commands import machine, memory
-from grpo.config.learner import LoraOptions
+from grpo.commands import machine, memory, memory_table
+from grpo.commands.memory_table import DeviceMemory
+from grpo.config.learner import LoraOptions, ParallelOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
@@ -133,10 +134,15 @@ def groups_as_json(sampled: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
 
 
 def dry_run(
-    config: SftConfig, *, resume: str | None = None, stop_after: int | None = None, force: bool = False
+    config: SftConfig,
+    *,
+    resume: str | None = None,
+    stop_after: int | None = None,
+    force: bool = False,
+    device_gib: float | None = None,
 ) -> None:
     """Check output folder, data, template, rewards and model without training, as the run with these flags would; print
-    counts, estimates, and whether this machine has what they ask for."""
+    counts, estimates, and whether this machine, or devices of `device_gib`, have what they ask for."""
     check_options(config)
     if isinstance(config, TrainConfig):
         own.check(config.loss)
@@ -150,10 +156,10 @@ def dry_run(
         for name, value in (*_counts(config, task), *rows):
             table.add_row(name, value)
         CONSOLE.print(table)
-    _show_memory(memory.memory_of_run(shape, head, config), config, disk)
+    _show_memory(memory.memory_of_run(shape, head, config), config, disk, device_gib)
 
 
-def mtp_dry_run(config: MtpConfig, *, resuming: bool = False) -> None:
+def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float | None = None) -> None:
     """Check data, template, rewards, model and folder of `quartet mtp` without training; print counts, FLOPs per token
     of the head, memory and disk."""
     refuse_folder(config.output_dir, resuming=resuming)
@@ -181,14 +187,15 @@ def mtp_dry_run(config: MtpConfig, *, resuming: bool = False) -> None:
     saved = math.ceil(config.steps / config.checkpoint.every)
     kept = min((config.checkpoint.keep or saved) + 1, saved)  # the next one is complete before the oldest goes
     disk = learner.weights + kept * (learner.gradients + learner.moments)
-    _show_memory(memory.memory_of_run(shape, True, config), config, disk)
+    _show_memory(memory.memory_of_run(shape, True, config), config, disk, device_gib)
 
 
-def _show_memory(devices: Sequence[memory.DeviceMemory], config: SftConfig | MtpConfig, disk: float) -> None:
+def _show_memory(
+    devices: Sequence[DeviceMemory], config: SftConfig | MtpConfig, disk: float, gib: float | None
+) -> None:
     """Print memory by device, and whether this machine has that much, and `disk` bytes of disk."""
-    CONSOLE.print(memory.table(devices))
-    workers = 0 if type(config) is SftConfig else config.rollout.workers
-    for line in machine.verdicts(devices, workers, device_of(config.device), config.output_dir, disk):
+    CONSOLE.print(memory_table.table(devices))
+    for line in machine.verdicts(devices, device_of(config.device), config.output_dir, disk, gib):
         CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -217,7 +224,10 @@ def _estimates(config: SftConfig, shape: Any, head: bool) -> tuple[list[tuple[st
     rows = [("parameters", f"{total / 1e6:,.1f} M, trained {trained / 1e6:,.1f} M ({trained / total:.1%})")]
     grpo = isinstance(config, TrainConfig)
     policies = disk = total * size * (1 + (grpo and config.warm_start.steps > 0))
-    learner = memory.learner_memory(shape, head, config, lora_options=lora)
+    alone = config.model_copy(
+        update={"learner": config.learner.model_copy(update={"parallel": ParallelOptions(fsdp=1)})}
+    )
+    learner = memory.learner_memory(shape, head, alone, lora_options=lora, processes=1)
     each = learner.gradients + learner.moments + learner.reference  # trained weights are as large as gradients
     saved = math.ceil(_steps(config) / config.checkpoint.every)
     kept = min(config.checkpoint.keep or saved, saved)

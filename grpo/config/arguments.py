@@ -26,9 +26,11 @@ _FUNCTION = {"metavar": "FILE:FN", "help": "path/to/file.py:function, or a built
 _POLICY = _argument("policy", metavar="MODEL", help="a run folder, a checkpoint folder or a hub id")
 _PRINT_CONFIG = _flag("print_config", "print the effective options and stop")
 _STOP_AFTER = "save and stop after step N, as if interrupted"
+_DEVICE = "with --dry_run: does the run fit devices of GIB GiB each, in place of those at hand"
 _RUN = (
     _PRINT_CONFIG,
     _flag("dry_run", "check all that can be checked without training, and stop"),
+    _argument("--device_gib", "--device-gib", type=float, metavar="GIB", help=_DEVICE),
     _argument("--resume", metavar="auto|PATH", help="continue from the newest checkpoint of output_dir, or this one"),
     _flag("force", "resume although the configuration has changed"),
     _argument("--stop_after", "--stop-after", type=int, metavar="N", help=_STOP_AFTER),

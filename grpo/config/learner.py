@@ -44,6 +44,9 @@ class ParallelOptions(Options):
 class LearnerOptions(Options):
     """The optimizer and how a batch is cut."""
 
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps AdamW's moments in 8 bits, 2 bytes a weight in place of 8. It needs torchao (extra `low-memory`)
+    and a C++ compiler."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate of the policy (LoRA needs about ten times the rate of full updates)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

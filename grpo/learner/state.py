@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from grpo.learner.eight_bit import CODES, SCALE, moment_of, parts
 from grpo.learner.master_weights import MasterWeights
 from policies.policy import Policy
 from policies.sharding import like, release
@@ -21,12 +22,18 @@ def take(
     reference: Policy | None,
     value_head: nn.Module | None,
 ) -> Tensors:
-    """Trained parameters (adapters as they are, masters for bf16), AdamW's moments, reference and value head."""
+    """Trained parameters (adapters as they are, masters for bf16), AdamW's moments (in 8 bits codes and scales),
+    reference and value head."""
     release(policy)
     trained = {n: masters.of(p).detach() for n, p in policy.named_parameters() if p.requires_grad}
     buffers = {n: b for n, b in policy.named_buffers() if n.endswith("e_score_correction_bias")}
     names = {id(masters.of(p)): n for n, p in _named_parameters(policy, value_head).items()}
-    moments = {f"{names[id(p)]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    moments = {
+        f"{names[id(p)]}/{key}{end}": part
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        for end, part in parts(value).items()
+    }
     tensors = {"policy": trained | buffers, "optimizer": moments}
     if reference is not None:
         tensors["reference"] = dict(reference.named_parameters())
@@ -53,6 +60,9 @@ def put(
     lacking = [n for n, p in policy.named_parameters() if p.requires_grad and n not in tensors["policy"]]
     if lacking:
         raise ValueError(f"the checkpoint is of another policy: it lacks {lacking[:5]}; check model and lora")
+    in_8_bits = hasattr(optimizer, "block_size")
+    if not in_8_bits and any(name.endswith(CODES) for name in tensors["optimizer"]):
+        raise ValueError("the checkpoint's moments have 8 bits; resume with learner.optimizer: adamw_8bit")
     for part, module, option in (
         ("reference", reference, "loss.beta"),
         ("value", value_head, "loss.advantage"),
@@ -69,9 +79,16 @@ def put(
         moved = masters.of(own[name])
         moved.copy_(like(tensor, moved))
     masters.write_back()
-    for name, value in tensors["optimizer"].items():
-        owner, key = name.rsplit("/", 1)
-        moved = masters.of(own[owner])
+    stored = tensors["optimizer"]
+    for name in stored:
+        owner, key = name.removesuffix(CODES).rsplit("/", 1)
+        moved, value = masters.of(own[owner]), stored[name]
+        if key.endswith(SCALE):
+            continue  # it was read with its codes
+        if in_8_bits and key != "step":
+            scale = stored[f"{owner}/{key}{SCALE}"] if name.endswith(CODES) else None
+            optimizer.state[moved][key] = moment_of(optimizer, moved, key == "exp_avg", value, scale)
+            continue
         value = like(value, moved) if value.shape == moved.shape else value
         optimizer.state[moved][key] = value.to(moved.device, copy=True)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config.learner import LearnerOptions
+from grpo.learner.eight_bit import adamw_8bit
 from grpo.learner.master_weights import MasterWeights
 from grpo.learner.optimizer import by_mesh
 from grpo.learner.parallel import Ranks
@@ -38,7 +39,11 @@ class Update:
             for group in groups
             for part in by_mesh([masters.of(parameter) for parameter in group["params"]])
         ]
-        self.optimizer = torch.optim.AdamW(moved, betas=options.betas, fused=True)  # no temporaries
+        self.optimizer: torch.optim.Optimizer
+        if options.optimizer == "adamw_8bit":
+            self.optimizer = adamw_8bit(moved, options.betas)
+        else:
+            self.optimizer = torch.optim.AdamW(moved, betas=options.betas, fused=True)  # no temporaries
 
     def zero(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -65,12 +70,14 @@ class Update:
             raise NonFiniteStep(f"step {step}: the gradient norm is {norm} (MTP head: {head}, value head: {value})")
         scale = self.schedule(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * scale
+            rate, former = group["peak"] * scale, group["lr"]
+            group["lr"] = torch.full_like(former, rate) if isinstance(former, Tensor) else rate
         with phase("stepping", SimpleNamespace(learner=self.options)):
             self.optimizer.step()
             self.masters.write_back()
         self.count += 1
-        return {"learner/grad_norm": norms[0], "learner/learning_rate": self.optimizer.param_groups[0]["lr"]}, norms
+        rate = self.optimizer.param_groups[0]["peak"] * scale
+        return {"learner/grad_norm": norms[0], "learner/learning_rate": rate}, norms
 
     def _clip(self, module: nn.Module | None) -> float:
         """Clip the gradient of what the optimizer moves in place of a module's parameters; returns its norm before."""

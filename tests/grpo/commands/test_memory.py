@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from grpo.cli import main
-from grpo.commands import memory
+from grpo.commands import memory, memory_table, shares
 from grpo.commands.memory import (
     activation_bytes,
     derived_bytes,
@@ -25,7 +25,8 @@ from grpo.commands.memory import (
     storage_bytes,
     tensors_of,
 )
-from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.commands.shares import Shares
+from grpo.config.learner import LearnerOptions, MTPOptions, ParallelOptions
 from grpo.config.loss import LossOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
@@ -90,6 +91,68 @@ def test_a_learner_holds_what_was_foretold(random_policy, tmp_path, dtype, targe
     own = {t.untyped_storage()._cdata for t in tensors_of(policy)}
     fresh = [t for t in learner.weights().values() if t.untyped_storage()._cdata not in own]
     assert foretold.publication == storage_bytes(fresh)
+
+
+@pytest.mark.parametrize(
+    ("layout", "cut"),
+    [
+        ({"fsdp": 2}, {"experts": 2, "q_proj": 2, "router": 2}),
+        ({"tensor": 2}, {"experts": 2, "q_proj": 1, "router": 1, "lm_head": 2, "shared": 2}),
+        ({"fsdp": 2, "tensor": 2}, {"experts": 4, "q_proj": 2, "router": 2, "lm_head": 4}),
+        ({"fsdp": 4, "expert": 2}, {"experts": 4, "q_proj": 4, "shared": 4}),
+        ({"fsdp": 2, "tensor": 2, "expert": 4}, {"experts": 4, "q_proj": 2, "shared": 4, "head": 2}),
+        ({"replicate": 3}, {"experts": 1, "q_proj": 1}),
+    ],
+)
+def test_a_rank_holds_its_share(layout, cut):
+    names = {
+        "experts": "trunk.model.layers.1.mlp.experts.down_proj",
+        "q_proj": "trunk.model.layers.1.self_attn.q_proj.weight",
+        "router": "trunk.model.layers.1.mlp.gate.weight",
+        "shared": "trunk.model.layers.1.mlp.shared_experts.gate_proj.weight",
+        "lm_head": "trunk.lm_head.weight",
+        "head": "mtp.block.mlp.experts.down_proj",
+    }
+    weight = torch.empty(8, 16, 16, device="meta")
+    given = Shares.of(ParallelOptions(**layout))
+    assert {part: weight.numel() / given.held(names[part], weight) for part in cut} == cut
+    assert given.held("trunk.a.lora_A.default.weight", weight) == weight.numel()
+    ranks = given.ranks
+    with pytest.raises(ValueError, match=f"and there are {ranks + 1}"):
+        Shares.of(ParallelOptions(**{"fsdp": given.fsdp} | layout), ranks + 1)
+
+
+def test_a_row_that_cannot_be_halved_is_rounded_up():
+    assert Shares(fsdp=2).held("trunk.model.norm.weight", torch.empty(33)) == 17
+
+
+def test_what_is_shared_shrinks_and_what_is_gathered_stays(random_policy):
+    shape, found = random_policy().config, {}
+    for ranks in (1, 2, 4):
+        found[ranks] = learner_memory(shape, True, options(TrainConfig, **{"learner.parallel.fsdp": ranks}))
+    for name in ("weights", "gradients", "moments"):
+        one, two, four = (getattr(found[ranks], name) for ranks in (1, 2, 4))
+        assert two == pytest.approx(one / 2, rel=0.02)
+        assert four == pytest.approx(one / 4, rel=0.05)
+    assert found[1].gathered == found[1].buffers == found[1].saving == 0
+    assert found[2].gathered == found[4].gathered > 0
+    assert found[2].count == 2
+    config = options(TrainConfig, **{"learner.parallel.fsdp": 2, "mtp.loss_weight": 0})
+    assert learner_memory(shape, True, config).gathered < found[2].gathered  # a head at rest is not gathered
+    first, others = memory_of_run(shape, True, options(TrainConfig, **{"learner.parallel.fsdp": 4}))
+    assert (first.name, others.name, others.count) == ("rank 0, which samples", "each of 3 other ranks", 3)
+    assert first.peak > others.peak
+
+
+def test_moments_of_8_bits_are_what_was_foretold(random_policy):
+    pytest.importorskip("torchao")
+    policy = random_policy(hidden_size=128, intermediate_size=192, moe_intermediate_size=64)
+    config = options(TrainConfig, **{"learner.optimizer": "adamw_8bit"})
+    learner = Learner(policy, config.learner, config.mtp)
+    step(learner)
+    tensors, _ = learner.state()
+    kept = sum(t.nbytes for name, t in tensors["optimizer"].items() if not name.endswith("/step"))
+    assert learner_memory(policy.config, True, config).moments == kept
 
 
 def test_what_is_not_trained_costs_nothing(random_policy):
@@ -199,7 +262,7 @@ def test_each_kind_of_device_has_a_column(random_policy):
     (alone,) = memory_of_run(shape, True, options(SftConfig))
     assert (alone.sampler, alone.publication) == (0, 0)
     console = Console(record=True, width=120, file=io.StringIO())
-    console.print(memory.table([warm, learner, worker]))
+    console.print(memory_table.table([warm, learner, worker]))
     shown = console.export_text()
     assert "each of 4 workers" in shown
     assert "reference" not in shown
@@ -219,7 +282,7 @@ def test_nothing_is_allocated(random_policy):
 
 
 def test_docstring_examples():
-    assert doctest.testmod(memory).failed == 0
+    assert sum(doctest.testmod(module).failed for module in (memory, memory_table, shares)) == 0
 
 
 # ---- Moonlight-16B-A3B, whose architecture is all that the example's folder has --------------------------------------
@@ -241,7 +304,7 @@ def test_moonlights_architecture_has_the_published_sizes():
     assert (counted.parameters, counted.active_parameters) == (inside + embeddings, active + embeddings)
 
 
-@pytest.mark.parametrize("name", ["1_mtp", "2_grpo_lora", "3_grpo_lora_workers"])
+@pytest.mark.parametrize("name", ["1_mtp", "2_grpo_lora", "3_grpo_lora_workers", "4_grpo_full"])
 def test_moonlights_configurations_pass_the_dry_run(name, monkeypatch, capsys, tmp_path):
     """On the data that is always there; the file's own is GSM8K. What it prints is what the README says."""
     monkeypatch.setattr(memory, "will_block", lambda dtype, device: False)  # as on a GPU
@@ -250,12 +313,13 @@ def test_moonlights_configurations_pass_the_dry_run(name, monkeypatch, capsys, t
     words = [command, str(MOONLIGHT / f"{name}.yaml"), "--model", str(MOONLIGHT / "architecture")]
     assert main([*words, "--data.name", "word_problems", "--dry_run"]) == 0
     shown = capsys.readouterr().out
-    assert "30.8" in shown  # GiB of bfloat16 weights
+    assert ("3.85" if name == "4_grpo_full" else "30.8") in shown  # GiB of bfloat16 weights
     assert ("each of 4 workers" in shown) == (name == "3_grpo_lora_workers")
     [peaks] = [re.findall(r"\d+\.\d\d", line) for line in shown.splitlines() if "at most, about" in line]
     readme = (MOONLIGHT / "README.md").read_text(encoding="utf-8")
     rows = [line.split("|")[2] for line in readme.splitlines() if ".yaml`: " in line or line.startswith("| each of")]
-    said = {"1_mtp": rows[:1], "2_grpo_lora": rows[1:2], "3_grpo_lora_workers": rows[2:4]}[name]
+    places = {"1_mtp": (0, 1), "2_grpo_lora": (1, 2), "3_grpo_lora_workers": (2, 4), "4_grpo_full": (4, 6)}
+    said = rows[slice(*places[name])]
     assert [f"{float(peak):.0f}" for peak in peaks] == [cell.strip() for cell in said]
     assert not list(tmp_path.iterdir())
 
@@ -265,7 +329,7 @@ def test_what_moonlights_readme_says_of_memory_is_what_is_computed():
     readme = (MOONLIGHT / "README.md").read_text(encoding="utf-8")
     assert figures["written"](readme) == readme, f"run python {MOONLIGHT.relative_to(ROOT) / 'figures.py'}, and commit"
     begin, end = readme.index(figures["BEGIN"]), readme.index(figures["END"])
-    assert "full updates, any number of ranks | 319 |" in readme[begin:end]
+    assert re.search(r"full updates in one process, AdamW in fp32 \| 3\d\d \|", readme[begin:end])
 
 
 def test_moonlights_tokenizer_is_converted_without_running_its_code(tmp_path, monkeypatch):

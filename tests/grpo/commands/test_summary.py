@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from grpo.commands import machine, summary
-from grpo.commands.memory import DeviceMemory
+from grpo.commands.memory_table import DeviceMemory
 from grpo.config.options import load
 from grpo.config.run import SftConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
@@ -266,21 +266,44 @@ def test_a_dry_run_holds_its_estimates_against_this_machine(shown, micro_config,
     assert memory.startswith("memory: fits only when others give some back: about")
     assert disk.startswith(f"disk at {tmp_path}: DOES NOT FIT: about 0.0 GiB are needed, there are 0.0 GiB; ")
     memory, _ = told(total=0.3, free=0.2, room=7)
-    assert memory.startswith("memory: DOES NOT FIT: about")
+    assert memory.startswith("memory: DOES NOT FIT when loading in the warm start: about")
     assert memory.endswith("learner.gradient_checkpointing: true")
 
 
 def test_every_worker_counts_and_a_warm_start_is_over_before_grpo_begins(tmp_path):
-    def peak(name, gib):
-        return DeviceMemory(name, weights=int(gib * machine.GIB))
+    def peak(name, gib, count=1):
+        return DeviceMemory(name, count, weights=int(gib * machine.GIB))
 
-    def needed(devices, workers):
-        line, _ = machine.verdicts(devices, workers, torch.device("cpu"), tmp_path, 0)
+    def needed(devices):
+        line, _ = machine.verdicts(devices, torch.device("cpu"), tmp_path, 0)
         return float(line.partition("about ")[2].split()[0])
 
-    assert needed([peak("learner and sampler", 2)], 0) == 2.4
-    assert needed([peak("learner", 2), peak("each of 3 workers", 1)], 3) == pytest.approx(6.6)
-    assert needed([peak("warm start", 5), peak("learner", 2), peak("the worker", 1)], 1) == pytest.approx(5.4)
+    assert needed([peak("learner and sampler", 2)]) == 2.4
+    assert needed([peak("learner", 2), peak("each of 3 workers", 1, 3)]) == pytest.approx(6.6)
+    assert needed([peak("warm start", 5), peak("learner", 2), peak("the worker", 1)]) == pytest.approx(5.4)
+
+
+def test_where_a_run_does_not_fit_it_says_at_which_part(tmp_path):
+    def told(gib, **given):
+        sizes = {name: int(size * machine.GIB) for name, size in given.items()}
+        rank = DeviceMemory("each of 8 ranks", 8, **sizes)
+        line, _ = machine.verdicts([rank], torch.device("cpu"), tmp_path, 0, gib)
+        return line
+
+    held = {"weights": 10, "moments": 20}
+    assert told(40, **held, activations=5) == (
+        "memory of a device of 40 GiB: fits: about 35.0 GiB are needed, there are 40.0 GiB"
+    )
+    for part, given in {
+        "loading": {"weights": 45},
+        "sampling": held | {"rollout": 11, "activations": 12},
+        "learning": held | {"activations": 6, "gathered": 6, "saving": 15},
+        "publishing": held | {"publication": 11},
+        "saving": held | {"saving": 11},
+    }.items():
+        line = told(40, **given)
+        assert line.startswith(f"memory of a device of 40 GiB: DOES NOT FIT when {part} (each of 8 ranks): about ")
+        assert "learner.parallel.fsdp" in line
 
 
 def test_the_limit_of_a_container_is_this_machines_memory(tmp_path, monkeypatch):

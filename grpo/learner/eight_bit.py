@@ -1,0 +1,111 @@
+"""AdamW whose moments are codes of 8 bits with a scale for each block of them, by torchao: 2 bytes a weight, not 8.
+
+torchao cuts what a rank holds into blocks of 256 numbers. Here a block never crosses a row: its length divides the last
+dimension. So codes and scales can be sharded as their weight is, and a checkpoint fits any number of ranks.
+
+Moments of fewer than 4,096 numbers on a rank, and of rows that no block fits, stay fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from policies.sharding import like
+
+LEAST, SHORTEST, LONGEST = 4096, 32, 256  # numbers in a moment, as in bitsandbytes; in a block
+CODES, SCALE = ".codes", ".scale"
+
+
+def refuse_without_torchao(options: object) -> None:
+    """Raises ValueError where `learner.optimizer` of a run asks for a package that is not installed."""
+    optimizer = getattr(getattr(options, "learner", None), "optimizer", "adamw")
+    if optimizer == "adamw_8bit" and find_spec("torchao") is None:
+        raise ValueError(
+            "learner.optimizer=adamw_8bit needs torchao: pip install 'quartet-rl[low-memory]', or use adamw"
+        )
+
+
+def adamw_8bit(groups: Sequence[dict], betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """As `torch.optim.AdamW`; the learning rate of a group must be a tensor."""
+    from torchao.optim import AdamW8bit
+
+    class InRows(AdamW8bit):
+        def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+            self.block_size = block_of(p) or p.numel() + 1  # which divides nothing: fp32
+            return super()._new_buffer(p, signed)
+
+    return InRows(groups, betas=betas)
+
+
+def block_of(weight: Tensor) -> int:
+    """How many numbers of a moment share a scale, the same on every rank; 0 where it stays fp32.
+
+    >>> block_of(torch.zeros(49152, 576)), block_of(torch.zeros(576))
+    (192, 0)
+    """
+    shards = [1] * weight.dim()
+    for i, placement in enumerate(weight.placements if isinstance(weight, DTensor) else ()):
+        if (dim := getattr(placement, "dim", None)) is not None:
+            shards[dim] *= weight.device_mesh.size(i)
+    least = [size - (ranks - 1) * -(-size // ranks) for size, ranks in zip(weight.shape, shards, strict=True)]
+    if min(least) <= 0 or prod(least) < LEAST or weight.shape[-1] % shards[-1]:
+        return 0
+    return next((block for block in range(LONGEST, SHORTEST - 1, -1) if least[-1] % block == 0), 0)
+
+
+def parts(moment: Tensor) -> dict[str, Tensor]:
+    """What a checkpoint keeps of an entry of the optimizer's state, by the end of its name: itself, or codes [..., N]
+    and scales [..., N / block], sharded as it is."""
+    own: Any = moment.to_local() if isinstance(moment, DTensor) else moment
+    if not hasattr(own, "codes"):
+        return {"": moment}
+    return {CODES: _spread(own.codes, moment), SCALE: _spread(own.scale.view(*own.shape[:-1], -1), moment)}
+
+
+def moment_of(
+    optimizer: torch.optim.Optimizer, weight: Tensor, signed: bool, value: Tensor, scale: Tensor | None
+) -> Tensor:
+    """The inverse of `parts`: `value` is the whole moment, or the whole codes with their `scale`.
+
+    The bits are the same where the blocks are. Else the numbers are rounded again: where fewer ranks hold more of a
+    weight, or a run goes on from fp32 moments.
+    """
+    fresh = cast(Any, optimizer)._new_buffer(weight, signed)
+    own: Any = fresh.to_local() if isinstance(fresh, DTensor) else fresh
+    if scale is not None and hasattr(own, "codes") and _own(like(scale, weight)).numel() == own.scale.numel():
+        own.codes.copy_(_own(like(value, weight)))
+        own.scale.copy_(_own(like(scale, weight)).flatten())
+        return fresh
+    if scale is not None:
+        value = _numbers(value, scale, signed)
+    own.copy_(_own(like(value, weight)).to(own.device))
+    return fresh
+
+
+def _numbers(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
+    from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned
+
+    numbers = torch.tensor(get_qmap_signed() if signed else get_qmap_unsigned(), device=codes.device)[codes.int()]
+    return (numbers.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _spread(own: Tensor, moment: Tensor) -> Tensor:
+    """`own` of every rank as one tensor that is sharded as `moment` is, with rows of another length."""
+    if not isinstance(moment, DTensor):
+        return own
+    shape = [*moment.shape[:-1], moment.shape[-1] * own.shape[-1] // moment.to_local().shape[-1]]
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        own, moment.device_mesh, moment.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )

@@ -1,0 +1,45 @@
+"""Run by test_eight_bit.py as N ranks: steps with 8-bit moments, saved, and taken up again.
+
+python eight_bit_ranks.py POLICY FOLDER [CHECKPOINT]      with RANK and WORLD_SIZE set, or not
+
+It makes three steps, or those that are left after CHECKPOINT. FOLDER gets step_000002 and step_000003.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from two_ranks import groups_of
+
+from grpo.config.learner import LearnerOptions, MTPOptions, ParallelOptions
+from grpo.learner.learner import Learner
+from grpo.learner.parallel import join
+from grpo.run import checkpoint
+from policies.policy import Policy
+from policies.sharding import attend
+
+
+def main(source: str, folder: str, saved: str | None = None) -> None:
+    torch.set_num_threads(1)
+    ranks = join(True, ParallelOptions())
+    policy = Policy.load(source, layout=ranks.layout)
+    options = LearnerOptions(optimizer="adamw_8bit", learning_rate=1e-3, tokens_per_micro_batch=60)
+    learner = Learner(policy, options, MTPOptions(depth=2), ranks=ranks)
+    first = 1
+    if saved:
+        found = checkpoint.load(Path(saved))
+        learner.load_state(found.tensors, found.state)
+        first = found.step + 1
+    for step in range(first, 4):
+        learner.step(learner.prepare(*groups_of(5)), step)
+        if step > 1:
+            tensors, state = learner.state()
+            if ranks.first:
+                checkpoint.save(Path(folder), step, tensors, state)
+            else:
+                for mapping in tensors.values():
+                    attend(mapping.values())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

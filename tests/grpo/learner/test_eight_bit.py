@@ -1,0 +1,111 @@
+"""AdamW with moments of 8 bits: what it holds, that it learns, and that it goes on to the same bits."""
+
+import doctest
+from importlib import util
+from pathlib import Path
+
+import pytest
+import torch
+from start_ranks import run_ranks
+from two_ranks import groups_of
+
+from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.options import load
+from grpo.config.run import TrainConfig
+from grpo.learner import eight_bit
+from grpo.learner.eight_bit import block_of, parts
+from grpo.learner.learner import Learner
+from grpo.policy_source import check_options
+from grpo.run import checkpoint
+
+CASES = Path(__file__).parents[2] / "cases"
+EIGHT = LearnerOptions(optimizer="adamw_8bit", learning_rate=1e-3, tokens_per_micro_batch=60)
+needs_torchao = pytest.mark.skipif(util.find_spec("torchao") is None, reason="torchao is not installed")
+
+
+def test_a_run_without_torchao_is_refused_before_its_model_is_looked_at(monkeypatch, tmp_path):
+    monkeypatch.setattr(eight_bit, "find_spec", lambda name: None)
+    given = {"model": "nowhere", "output_dir": tmp_path / "r", "learner.optimizer": "adamw_8bit"}
+    with pytest.raises(ValueError, match=r"adamw_8bit needs torchao: pip install 'quartet-rl\[low-memory\]', or use"):
+        check_options(load(TrainConfig, None, given))
+
+
+def test_docstring_examples():
+    assert doctest.testmod(eight_bit).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [((64, 64), 64), ((64, 512), 256), ((8, 96, 192), 192), ((4096,), 256), ((63, 64), 0), ((64, 577), 0)],
+)
+def test_a_block_divides_a_row(shape, block):
+    assert block_of(torch.zeros(shape)) == block
+
+
+@pytest.fixture(scope="module")
+def wide_policy(random_policy):
+    """Wide enough for moments of 8 bits, also on two ranks."""
+    return lambda: random_policy(hidden_size=128, intermediate_size=192, moe_intermediate_size=64)
+
+
+@needs_torchao
+def test_moments_are_codes_and_come_back_to_the_same_bits(wide_policy):
+    """Against AdamW: nearly the same step. Resumed from what a checkpoint keeps: the same one."""
+    batch = groups_of(5)
+
+    def steps(learner, numbers):
+        for number in numbers:
+            learner.step(learner.prepare(*batch), number)
+        return {name: p.detach().clone() for name, p in learner.policy.named_parameters()}
+
+    whole = Learner(wide_policy(), EIGHT, MTPOptions(depth=2))
+    steps(whole, (1, 2))
+    tensors, state = whole.state()
+    kept = {kind: {name: t.clone() for name, t in mapping.items()} for kind, mapping in tensors.items()}
+    codes = [name for name in kept["optimizer"] if name.endswith(".codes")]
+    assert len(codes) > 10
+    assert all(kept["optimizer"][name].dtype == torch.uint8 for name in codes)
+    numbers = [sum(part.nbytes for part in parts(m).values()) / m.numel() for m in _large_moments(whole)]
+    assert max(numbers) <= 1 + 4 / 32
+    expected = steps(whole, (3,))
+    resumed = Learner(wide_policy(), EIGHT, MTPOptions(depth=2))
+    resumed.load_state(kept, state)
+    found = steps(resumed, (3,))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    usual = Learner(wide_policy(), EIGHT.model_copy(update={"optimizer": "adamw"}), MTPOptions(depth=2))
+    begin = {name: p.detach().clone() for name, p in usual.policy.named_parameters()}
+    moved = steps(usual, (1, 2, 3))
+    far = torch.cat([(moved[name] - expected[name]).flatten() for name in moved]).norm()
+    way = torch.cat([(moved[name] - begin[name]).flatten() for name in moved]).norm()
+    assert 0 < far < 0.1 * way
+    with pytest.raises(ValueError, match="moments have 8 bits; resume with learner.optimizer: adamw_8bit"):
+        usual.load_state(kept, state)
+    resumed.load_state(usual.state()[0], state)  # fp32 moments are rounded
+    assert [name for name in resumed.state()[0]["optimizer"] if name.endswith(".codes")] == codes
+
+
+def _large_moments(learner):
+    states = learner.optimizer.state.values()
+    return [state["exp_avg"] for state in states if hasattr(state["exp_avg"], "codes")]
+
+
+@needs_torchao
+@pytest.mark.slow
+def test_two_ranks_resume_to_the_same_bits_and_one_rank_takes_their_moments(wide_policy, tmp_path):
+    wide_policy().save(tmp_path / "policy")
+    script = [str(CASES / "eight_bit_ranks.py"), str(tmp_path / "policy")]
+
+    def run(folder: str, size: int, *saved: Path):
+        run_ranks([*script, str(tmp_path / folder), *map(str, saved)], size)
+        return checkpoint.load(tmp_path / folder / "step_000003").tensors
+
+    whole = run("whole", 2)
+    resumed = run("resumed", 2, tmp_path / "whole/step_000002")
+    for kind, mapping in whole.items():
+        for name, tensor in mapping.items():
+            assert torch.equal(tensor, resumed[kind][name]), name
+    before = checkpoint.load(tmp_path / "whole/step_000002").tensors["optimizer"]
+    assert sum(name.endswith(".codes") for name in before) > 10
+    alone = run("alone", 1, tmp_path / "whole/step_000002")
+    for name, tensor in whole["policy"].items():
+        torch.testing.assert_close(alone["policy"][name], tensor, rtol=1e-3, atol=1e-4)
