@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import MICRO
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions, ParallelOptions
 from grpo.config.loss import LossOptions
@@ -85,7 +86,7 @@ def run(folder: Path, case: dict, ranks, optimizer: str) -> tuple[dict, list[dic
         learner.update.optimizer = torch.optim.SGD([{"params": g["params"]} | {"peak": 1e-2} for g in groups], lr=1e-2)
     shape = learner.policy.config
     gradients, metrics = {}, []
-    for step in range(1, STEPS + 1):
+    for step in range(1, case.get("steps", STEPS) + 1):
         rollouts = groups_of(5, step, shape.n_routed_experts, 1)
         metrics.append(learner.step(learner.prepare(*rollouts), step))
         if step == 1:
@@ -97,6 +98,39 @@ def run(folder: Path, case: dict, ranks, optimizer: str) -> tuple[dict, list[dic
     weights = {name: whole(p.detach()).clone() for name, p in learner.policy.named_parameters()}
     weights |= {n: b.clone() for n, b in learner.policy.named_buffers() if n.endswith("correction_bias")}
     return gradients, metrics, weights
+
+
+class Exchanged(TorchDispatchMode):
+    """The bytes that this process hands to all-reduce inside; a ring sends 2 (n - 1) / n times as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("all_reduce", "allreduce_"):
+            tensors = args[0] if isinstance(args[0], list | tuple) else [args[0]]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return function(*args, **(kwargs or {}))
+
+
+def exchanged(folder: Path, case: dict, ranks) -> dict[str, float]:
+    """Bytes of one forward and backward pass of the trunk, per token, counted and by the formula.
+
+    With D the width and k the experts of a token, an MoE layer reduces D numbers for its experts and D for the shared
+    ones in the forward pass; in the backward pass D for the input of the experts, k for their weights, and 2 D for the
+    input of the shared ones (gate and up). A dense layer reduces D and 2 D, the embedding D.
+    """
+    learner = learner_of(folder, case, ranks)
+    config = learner.policy.config
+    groups, scores = groups_of(1, 1, config.n_routed_experts, 1)
+    [mini] = learner._micro_batches(learner.prepare(groups, scores).rows[:1])
+    with Exchanged() as seen:
+        learner.likelihood.preceding(mini).sum().backward()
+    width, dense = config.hidden_size, config.first_k_dense_replace
+    moe = config.num_hidden_layers - dense
+    numbers = width + dense * 3 * width + moe * (5 * width + config.num_experts_per_tok)
+    return {"bytes": seen.bytes / mini.token_ids.numel(), "formula": 4.0 * numbers}
 
 
 def far(one: dict, other: dict) -> float:
@@ -118,6 +152,7 @@ def main(folder: Path, cases: dict) -> None:
         dist.barrier()
         found = {optimizer: run(path, case, ranks, optimizer) for optimizer in ("sgd", "adamw")}
         again = run(path, case, ranks, "adamw")
+        counted = exchanged(path, case, ranks) if "count_bytes" in case else {}
         if rank == 0:
             alone = {optimizer: run(path, case, ALONE, optimizer) for optimizer in ("sgd", "adamw")}
             losses = [
@@ -132,6 +167,7 @@ def main(folder: Path, cases: dict) -> None:
                 "losses": max(losses),
                 "same_bits": all(torch.equal(t, again[2][n]) for n, t in found["adamw"][2].items()),
             }
+            differences[name] |= counted
             (folder / "differences.json").write_text(json.dumps(differences))
         dist.barrier()
 
