@@ -58,7 +58,7 @@ def _three_ways(policy: Policy, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
     sampled = torch.tensor([value for completion in group.completions for value in completion.logprobs])
 
     mini = collate([PackedRow(prompt, [Sample(i, tokens) for i, tokens in enumerate(ids)])], policy.device)
-    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible, mini.packing)
+    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
     preceding = hidden.gather(1, mini.before[..., None].expand_as(hidden))[mini.scored]
     packed = token_logprobs(preceding @ policy.lm_head.T, mini.token_ids[mini.scored])
 

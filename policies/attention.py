@@ -1,32 +1,49 @@
-"""Attention of packed rows `[prompt | c1 | … | cG]` on a CPU, without the scores that a mask would discard.
+"""Attention of packed rows `[prompt | c1 | … | cG]` without the scores that a mask would discard, nor the mask.
 
-Every token attends to its prompt, and one of a completion also to the tokens before it there: this is one block of
-scores for the prompt's keys and one for each completion. Blocks are merged by the logarithms of their softmax's
-denominators, and the backward pass computes their weights again from the merged ones, as FlashAttention does (Dao et
-al. 2022, sections 3.1 and B.2). Of the 425,000 pairs of tokens in a row of a 140-token prompt and eight completions of
-64 tokens, 124,000 are computed. Below float32 the scores are float32, and other products have the tensors' precision.
+Every token attends to its prompt, and one of a completion also to the tokens before it there. All kernels derive what
+they need from `Packing`, the number of every token's completion:
+
+    CPU                   blocks of scores, here
+    CUDA                  torch's flex attention under a `BlockMask`, by transformers
+    what neither can do   torch's `sdpa`, or what the model brings, under a dense mask [B, 1, T, T]
+
+On a CPU there is one block of scores for the prompt's keys and one for each completion, in pieces of 2,048 queries.
+Blocks are merged by the logarithms of their softmax's denominators, and the backward pass computes their weights again
+from the merged ones, as FlashAttention does (Dao et al. 2022, sections 3.1 and B.2). Of the 425,000 pairs of tokens in
+a row of a 140-token prompt and eight completions of 64 tokens, 124,000 are computed. Below float32 the scores are
+float32, and other products have the tensors' precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import compile_friendly_flex_attention, flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "sdpa_packed"
 BEYOND = ("softcap", "s_aux", "position_bias")  # some models add these to their scores
+PIECE = 2048  # queries of a block; rows up to it have the same bits as without pieces
+STRIP = 1024  # queries for which tiles are found at a time, a multiple of their 128
+NARROWEST = 16  # head of flex attention on CUDA
+# Kernels are compiled for a few shapes each, and past this limit torch would compute every score without a word.
+torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # torch's mask_mod: row, head, query, key
 
 
 @dataclass(frozen=True)
 class Block:
-    """The tokens `queries` of a row attend to its tokens `keys`: token i of the queries to 0 … i of the keys.
+    """The queries `queries` of a row attend to its tokens `keys`: query i to keys 0 … i + `ahead`.
 
     >>> Block(row=0, queries=slice(0, 9), keys=slice(0, 4))     # a prompt of 4 tokens, with 5 of its completions
     """
@@ -34,30 +51,139 @@ class Block:
     row: int
     queries: slice
     keys: slice
+    ahead: int = 0
 
     @property
     def pairs(self) -> int:
         return (self.queries.stop - self.queries.start) * (self.keys.stop - self.keys.start)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packing:
-    """All that the tokens of a micro-batch [B, T] attend to. Every token is a query of one block or of two."""
+    """All that the tokens of a micro-batch attend to. Made for one forward pass: what is derived from it is kept.
 
-    shape: tuple[int, int]
-    blocks: Sequence[Block]
+    `segment` [B, T] is 0 in a prompt, 1 … G in its completions and below 0 in padding. A token attends to the prompt
+    and to its own completion, up to itself; padding to itself alone, since a softmax of nothing is NaN. The first
+    query is token `first`; Q = T − first.
+
+    >>> Packing(torch.tensor([[0, 0, 1, 2, -1]])).visible[0].int().tolist()
+    [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 0, 1]]
+    """
+
+    segment: Tensor
+    first: int = 0
+    _masks: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """B, Q and T."""
+        rows, length = self.segment.shape
+        return rows, length - self.first, length
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """For the kernel on a CPU. Every token is a query of one block or of two, and padding of none."""
+        return [block for row, numbers in enumerate(self.segment.tolist()) for block in self._row(row, numbers)]
+
+    def _row(self, row: int, numbers: list[int]) -> Iterator[Block]:
+        length = max((n for n, number in enumerate(numbers, start=1) if number >= 0), default=0)
+        start = 0
+        for number, run in groupby(numbers):
+            stop = start + len(list(run))
+            if number >= 0:
+                last = stop if number else length
+                for at in range(max(start, self.first), last, PIECE):
+                    upto = min(at + PIECE, last)
+                    queries, keys = slice(at - self.first, upto - self.first), slice(start, min(stop, upto))
+                    yield Block(row, queries, keys, at - start)
+            start = stop
 
     @cached_property
     def pays(self) -> bool:
         """Blocks need more operators and compute the scores twice, so they pay if they spare half of the pairs
-        (measured). With one completion in each row they spare too few."""
-        rows, length = self.shape
-        return sum(block.pairs for block in self.blocks) <= rows * length**2 / 2
+        (measured), and where rows are so long that a mask is large. With one completion in each row they spare too
+        few."""
+        rows, queries, length = self.shape
+        return length > PIECE or sum(block.pairs for block in self.blocks) <= rows * queries * length / 2
+
+    @cached_property
+    def tiles(self) -> BlockMask:
+        """For flex attention: which tiles of 128 queries and 128 keys it computes, and which of them in part.
+
+        A few rows of tiles are found at a time, since torch looks at every pair of tokens for that.
+        """
+        rows, queries, length = self.shape
+        parts = [
+            create_block_mask(
+                self.sees_from(at), rows, None, min(STRIP, queries - at), length, device=self.segment.device
+            )
+            for at in range(0, queries, STRIP)
+        ]
+        names = "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"
+        joined = [torch.cat([getattr(part, name) for part in parts], dim=2) for name in names]
+        return BlockMask.from_kv_blocks(*joined, mask_mod=self.sees_from(0), seq_lengths=(queries, length))
+
+    def sees_from(self, query: int) -> Sees:
+        """Whether a token of a row [b] is attended to [k] by a query [q] that is counted from `query`; [h] is any head.
+
+        All that another micro-batch has otherwise is in tensors. Else a kernel would be compiled for each.
+        """
+        segment, first = self.segment, torch.tensor(self.first + query, device=self.segment.device)
+
+        def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            q = q + first
+            of_query, of_key = segment[b, q], segment[b, k]
+            return ((of_key == of_query) | (of_key == 0)) & (of_key >= 0) & (k <= q) | (k == q)
+
+        return sees
+
+    @property
+    def visible(self) -> Tensor:
+        """[B, Q, T], true where a query attends to a token."""
+        rows, queries, length = self.shape
+        return _visible(self.sees_from(0), (rows, 1, queries, length), self.segment.device)[:, 0]
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """[B, 1, Q, T], 0 where a query attends to a token and the lowest number elsewhere."""
+        if dtype not in self._masks:
+            self._masks[dtype] = _additive(self.visible[:, None], dtype)
+        return self._masks[dtype]
+
+    def mask_for(self, implementation: str | None, dtype: torch.dtype) -> Tensor | BlockMask:
+        """What a model of transformers gets as its mask: the dense one where no kernel of `attend` spares it.
+
+        transformers hands a `BlockMask` on as it is. The kernel on a CPU reads blocks, so there it is one tile in part.
+        """
+        if implementation == ATTENTION and _by_tiles(self.segment):
+            return self.tiles
+        if implementation == ATTENTION and self.pays:
+            rows, queries, length = self.shape
+            one, place = torch.ones(rows, 1, 1, dtype=torch.int32), torch.zeros(rows, 1, 1, 1, dtype=torch.int32)
+            given: dict[str, Any] = {"BLOCK_SIZE": (queries, length), "seq_lengths": (queries, length)}
+            return BlockMask.from_kv_blocks(one, place, mask_mod=self.sees_from(0), compute_q_blocks=False, **given)
+        return self.mask(dtype)
+
+
+def _visible(sees: Sees, shape: Sequence[int], device: torch.device) -> Tensor:
+    """`shape` is [B, 1, Q, T]."""
+    b, h, q, k = (torch.arange(size, device=device) for size in shape)
+    return sees(b[:, None, None, None], h[:, None, None], q[:, None], k)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def _by_tiles(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu"
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float
+    ) -> tuple[Tensor, Tensor]:
         k, v = _for_every_head(query, key, value)
         wide = torch.promote_types(query.dtype, torch.float32)
         out = query.new_zeros(*query.shape[:3], v.shape[-1], dtype=wide)
@@ -72,14 +198,17 @@ class _PackedAttention(torch.autograd.Function):
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, total)
         ctx.packing, ctx.scale = packing, scale
-        return out
+        ctx.set_materialize_grads(False)
+        return out, total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, out, total = ctx.saved_tensors
+        grad = torch.zeros_like(out) if grad is None else grad
         k, v = _for_every_head(query, key, value)
         of_q, of_k, of_v = (torch.zeros_like(x) for x in (query, k, v))
         along = (grad * out).sum(-1, dtype=total.dtype)
+        along = along if grad_total is None else along - grad_total
         for block in ctx.packing.blocks:
             weights_HQK = _scores(query, k, block, ctx.scale).sub_(_at(total, block)[..., None]).exp_()
             g, (k_here, v_here) = _at(grad, block), (x[block.row, :, block.keys] for x in (k, v))
@@ -101,8 +230,9 @@ def _scores(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
     wide = torch.promote_types(query.dtype, torch.float32)
     keys = key[block.row, :, block.keys].to(wide)
     scores = (_at(query, block).to(wide) @ keys.transpose(1, 2)).mul_(scale)
-    later = torch.ones(2 * keys.shape[1:2], dtype=torch.bool, device=key.device).triu_(1)
-    scores[:, : keys.shape[1]].masked_fill_(later, -torch.inf)
+    some = scores[:, : max(keys.shape[1] - 1 - block.ahead, 0)]  # the queries that do not see all of the keys
+    later = torch.ones(some.shape[1:], dtype=torch.bool, device=key.device).triu_(1 + block.ahead)
+    some.masked_fill_(later, -torch.inf)
     return scores
 
 
@@ -111,13 +241,27 @@ def _for_every_head(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     return [x if repeats == 1 else x.repeat_interleave(repeats, dim=1) for x in (key, value)]
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
-    """Queries [B, H, T, K], keys [B, h, T, K] and values [B, h, T, V] -> [B, T, H, V], zero at padding; h divides H.
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Queries [B, H, Q, K], keys [B, h, T, K] and values [B, h, T, V] -> [B, Q, H, V] and [B, H, Q]; h divides H.
 
-    It is differentiable.
+    The second is the logarithm of the softmax's denominator, by which more keys can be merged. Both are differentiable.
+    Of padding they are those of its own key, or by blocks zero and minus infinity.
     """
-    out: Tensor = _PackedAttention.apply(query, key, value, packing, scale)
-    return out.transpose(1, 2)
+    if _by_tiles(query):
+        q, k, v = _wide_enough(query, key, value)
+        given: dict[str, Any] = {"scale": scale, "enable_gqa": True, "return_aux": AuxRequest(lse=True)}
+        out, aux = compile_friendly_flex_attention(q, k, v, block_mask=packing.tiles, **given)
+        out, total = out[..., : value.shape[-1]], aux.lse
+    else:
+        out, total = _PackedAttention.apply(query, key, value, packing, scale)
+    return out.transpose(1, 2), total
+
+
+def _wide_enough(*heads: Tensor) -> list[Tensor]:
+    """With zeros, up to the least width of flex attention on CUDA. Only tiny policies are narrower."""
+    return [F.pad(x, (0, max(0, NARROWEST - x.shape[-1]))) for x in heads]
 
 
 def attend(
@@ -125,20 +269,31 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     packing: Packing | None = None,
     **options: Any,
-) -> tuple[Tensor, None]:
-    """[B, T, H, V]: transformers' `sdpa` under `attention_mask`, or `packed_attention` if `packing` can be used."""
-    beyond = dropout or any(options.get(name) is not None for name in BEYOND)
-    if packing is None or query.device.type != "cpu" or beyond or not packing.pays:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
-        )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return packed_attention(query, key, value, packing, scale), None
+) -> tuple[Tensor, Tensor | None]:
+    """[B, T, H, V]: packed rows by the kernel of their device, and all else by transformers' `sdpa` under a mask.
+
+    `Packing.mask_for` gives the mask. A model that does not hand `packing` on makes the dense one for every layer.
+    """
+    if isinstance(attention_mask, BlockMask):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        beyond = {name for name in BEYOND if options.get(name) is not None}
+        if _by_tiles(query) and not (dropout or "position_bias" in beyond):
+            wide = _wide_enough(query, key, value)
+            out, total = flex_attention_forward(module, *wide, attention_mask, scaling=scale, **options)
+            return out[..., : value.shape[-1]], total
+        if packing is not None and not (_by_tiles(query) or dropout or beyond):
+            return packed_attention(query, key, value, packing, scale)[0], None
+        if packing is None:
+            visible = _visible(attention_mask.mask_mod, attention_mask.shape, query.device)
+        attention_mask = packing.mask(query.dtype) if packing else _additive(visible, query.dtype)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
+    )
 
 
 AttentionInterface.register(ATTENTION, attend)

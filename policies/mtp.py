@@ -28,6 +28,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     apply_rotary_pos_emb_interleave,
 )
 
+from policies.attention import Packing, packed_attention
+
 Divergence = Literal["kl", "tv"]
 DEPTH_DECAY = 0.6  # weight of depth d in the draft loss ∝ 0.6^(d-1) (FastMTP)
 
@@ -80,22 +82,22 @@ class MTPHead(nn.Module):
         hidden_BTD: Tensor,
         embeddings_BTD: Tensor,
         rope: Callable[[int], tuple[Tensor, Tensor]],
-        visible_BTT: Tensor,
+        segment_BT: Tensor,
         depth: int,
         first: int = 0,
     ) -> list[Tensor]:
         """Outputs [B, T, D] of depths 1 … depth, for every entry n of a row at once.
 
         `hidden_BTD[n]` is the trunk's hidden state that precedes token n, `embeddings_BTD[n]` embeds token n, and
-        `rope(s)` gives cos and sin of every entry's position plus s. `visible_BTT[n, m]`: entry n attends to m.
+        `rope(s)` gives cos and sin of every entry's position plus s. Entries attend as tokens of `Packing(segment_BT)`
+        do: the first token of a row has no entry, since nothing precedes it, so it counts as padding.
         Output d of entry n has a meaning if tokens n … n + d − 1 follow each other in one sequence, whose end the
         caller knows. No chain starts before entry `first`, such as inside a prompt: earlier entries are attended to,
         and their outputs are zero.
         """
         outputs: list[Tensor] = []
         chain: list[tuple[Tensor, Tensor]] = []
-        mask = torch.zeros(visible_BTT.shape, dtype=torch.float32, device=hidden_BTD.device)
-        mask = mask.masked_fill(~visible_BTT, float("-inf"))[:, None, first:]
+        packing = Packing(segment_BT, first)
         previous = hidden_BTD
         for d in range(1, depth + 1):
             start = first if d > 1 else 0
@@ -108,7 +110,7 @@ class MTPHead(nn.Module):
                 x, query = x[:, first:], query[:, :, first:]
             else:
                 chain.append((key, value))
-            x = x + self._attend(query, base, chain, mask)
+            x = x + self._attend(query, base, chain, packing)
             x = x + self.block.mlp(self.block.post_attention_layernorm(x))
             previous = self.norm(x)
             outputs.append(F.pad(previous, (0, 0, first, 0)))
@@ -135,20 +137,21 @@ class MTPHead(nn.Module):
 
     def _attend(
         self,
-        query_BHTK: Tensor,
+        query_BHQK: Tensor,
         base: tuple[Tensor, Tensor],
         chain: list[tuple[Tensor, Tensor]],
-        mask: Tensor,
+        packing: Packing,
     ) -> Tensor:
+        """One softmax over the entries at depth 1 and the chain's own: each part is weighed by its denominator."""
         attention = self.block.self_attn
-        key, value = base
-        scores = [(query_BHTK @ key.transpose(2, 3)).float() * attention.scaling + mask]
-        scores += [(query_BHTK * k).sum(-1, keepdim=True).float() * attention.scaling for k, _ in chain]
-        weights = torch.cat(scores, dim=-1).softmax(-1).to(query_BHTK.dtype)
-        out = weights[..., : key.shape[2]] @ value
-        for i, (_, v) in enumerate(chain):
-            out = out + weights[..., key.shape[2] + i, None] * v
-        return attention.o_proj(out.transpose(1, 2).flatten(2))
+        out, total = packed_attention(query_BHQK, *base, packing, attention.scaling)
+        if chain:
+            scores = [(query_BHQK * key).sum(-1).float() * attention.scaling for key, _ in chain]
+            weights = torch.stack([total, *scores]).softmax(0).to(query_BHQK.dtype).transpose(2, 3)[..., None]
+            out = out * weights[0]
+            for weight, (_, value) in zip(weights[1:], chain, strict=True):
+                out = out + weight * value.transpose(1, 2)
+        return attention.o_proj(out.flatten(2))
 
 
 def draft_loss(

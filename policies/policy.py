@@ -95,23 +95,16 @@ class Policy(nn.Module):
         ids = list(eos) if isinstance(eos, list | tuple) else [eos]
         return sorted(ids, key=lambda token: token != self.tokenizer.eos_token_id)
 
-    def hidden(
-        self,
-        token_ids_BT: Tensor,
-        position_ids_BT: Tensor,
-        visible_BTT: Tensor,
-        packing: Packing | None = None,
-    ) -> Tensor:
-        """Final hidden states [B, T, D] under an explicit mask: token n attends to m if `visible_BTT[b, n, m]`.
-        `packing` describes the same mask of packed rows, for a kernel that can use it."""
-        mask = torch.zeros(visible_BTT.shape, dtype=self.trunk.dtype, device=token_ids_BT.device)
-        mask = mask.masked_fill(~visible_BTT, torch.finfo(mask.dtype).min)[:, None]
+    def hidden(self, token_ids_BT: Tensor, position_ids_BT: Tensor, segment_BT: Tensor) -> Tensor:
+        """Final hidden states [B, T, D] of packed rows. `segment_BT` is 0 in a prompt, 1 … G in its completions and
+        below 0 in padding; zeros alone are ordinary causal rows. See `Packing` for what attends to what."""
+        packing = Packing(segment_BT)
         return sharding.decoder(self.trunk)(
             input_ids=token_ids_BT,
             position_ids=position_ids_BT,
-            attention_mask=mask,
+            attention_mask=packing.mask_for(self.config._attn_implementation, self.trunk.dtype),
             use_cache=False,
-            **({"packing": packing} if packing else {}),
+            packing=packing,
         ).last_hidden_state
 
     def unroll(
@@ -119,7 +112,7 @@ class Policy(nn.Module):
         hidden_BTD: Tensor,
         token_ids_BT: Tensor,
         position_ids_BT: Tensor,
-        visible_BTT: Tensor,
+        segment_BT: Tensor,
         depth: int,
         first: int = 0,
     ) -> list[Tensor]:
@@ -132,7 +125,7 @@ class Policy(nn.Module):
             hidden_BTD.detach(),
             embeddings,
             lambda shift: model.rotary_emb(embeddings, position_ids_BT + shift),
-            visible_BTT,
+            segment_BT,
             depth,
             first,
         )

@@ -24,7 +24,7 @@ class RoutingReplay:
     pass must be inside the context too, since gradient checkpointing runs the routers again.
 
     >>> with RoutingReplay([policy.trunk], torch.tensor([[[[0, 3]], [[-1, -1]]]])):     # two tokens, one MoE layer
-    ...     loss(policy.hidden(token_ids, position_ids, visible)).backward()
+    ...     loss(policy.hidden(token_ids, position_ids, segment)).backward()
     """
 
     def __init__(self, trunks: Iterable[nn.Module], experts_BTLk: Tensor | None) -> None:

@@ -1,15 +1,13 @@
 """Memory of a run by device, from its configuration alone: models are built without storage, no weight is loaded.
 
 Exact, to the byte: weights, fp32 copies, gradients, moments, reference, the sampler and its derived tensors, W + ΔW.
-Rough, to a third or so:
-
-What a rank holds of a sharded learner is in shares.py.
+What a rank holds of a sharded learner is in shares.py. Rough, to a third or so:
 
     activations   each token keeps, for the backward pass, the input and the output of every linear module and of the
                   experts that it uses, and of every norm its fp32 input, that normalised, and the result; with
                   gradient checkpointing the input of every layer and all this for one layer. Also the attention mask of
-                  the tokens, one chunk of logits in four copies, and a gradient of the LM head. Adapters of routed
-                  experts keep W + ΔW. The draft head keeps its attention weights, at every depth.
+                  rows up to 2,048 tokens, one chunk of logits in four copies, and a gradient of the LM head. Adapters
+                  of routed experts keep W + ΔW.
     rollout       latents of all rows at full length, and the logits of one forward; prompts are not counted
 
 Not counted: what torch itself needs (about 0.4 GiB a process, with CUDA 0.5 GiB on the device), fragmentation (leave a
@@ -38,6 +36,7 @@ from grpo.learner.value import ValueHead
 from grpo.policy_source import device_of
 from policies import lora
 from policies.anatomy import cache_numbers
+from policies.attention import PIECE
 from policies.decoding.linear import FixedLinear, will_block
 from policies.logprobs import CHUNK_ELEMENTS
 from policies.mtp import MTPHead
@@ -197,8 +196,7 @@ def activation_bytes(
         kept = tokens * (count * policy.config.hidden_size * dtype.itemsize + largest) + experts // count
     if policy.mtp is not None:
         kept += head_depth * tokens * sum(_kept_bytes(policy.mtp, policy.config, dtype).values())
-        kept += head_depth * tokens * min(tokens, row) * policy.config.num_attention_heads * 4
-    mask = tokens * min(tokens, row) * (1 + dtype.itemsize)
+    mask = tokens * row * dtype.itemsize if row <= PIECE else 0
     return kept + mask + _logits_bytes(dtype)
 
 

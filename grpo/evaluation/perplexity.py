@@ -42,7 +42,7 @@ def gold_perplexity(policy: Policy, rows: Sequence[PackedRow]) -> Perplexity | N
     fitting = [row for row in rows if row.length <= policy.max_length]
     nats, tokens = 0.0, 0
     for mini in micro_batches(fitting, TOKENS_PER_FORWARD, policy.device):
-        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible, mini.packing)
+        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
         preceding = hidden.gather(1, mini.before[..., None].expand_as(hidden))
         chunk = max(1, 4 * CHUNK_ELEMENTS // policy.lm_head.shape[0])
         logprobs, _ = logprobs_from_hidden(

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-from policies.attention import Block, Packing
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,10 @@ class MicroBatch:
 
     token_ids: Tensor  # [B, T]
     position_ids: Tensor  # [B, T]
-    visible: Tensor  # [B, T, T] token n attends to m
     before: Tensor  # [B, T] the token whose hidden state predicts token n
-    segment: Tensor  # [B, T] 0 the prompt, 1 … G its completions, -1 padding
+    segment: Tensor  # [B, T] 0 the prompt, 1 … G its completions, -1 padding: all that attention has to know
     mask: Tensor  # [C, L] a completion's tokens; mask[mask] runs in the order of `scored`
     rows: Sequence[PackedRow]
-    packing: Packing  # the same as `visible`, in blocks
     routing: Tensor | None = None  # [B, T, MoE layers, k] the experts that the sampler chose, -1 where it did not say
     counts: bool = True  # False: it only keeps other ranks company, which have one micro-batch more
 
@@ -110,11 +107,9 @@ class MicroBatch:
         return self.segment > 0
 
     @property
-    def head_visible(self) -> Tensor:
-        """What an entry of the MTP head attends to: as above, without the first token, which has no entry."""
-        visible = self.visible.clone()
-        visible[:, 1:, 0] = False
-        return visible
+    def head_segment(self) -> Tensor:
+        """For the MTP head: as `segment`, but the first token, which has no entry, is padding."""
+        return F.pad(self.segment[:, 1:], (1, 0), value=-1)
 
     @property
     def advantages(self) -> Tensor:
@@ -177,7 +172,6 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
     position_ids = torch.zeros(batch, longest, dtype=torch.long)
     before = torch.zeros(batch, longest, dtype=torch.long)
     segment = torch.full((batch, longest), -1)
-    blocks: list[Block] = []
     for b, row in enumerate(rows):
         prompt = len(row.prompt_token_ids)
         token_ids[b, : row.length] = torch.tensor(
@@ -186,31 +180,22 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
         before[b, : row.length] = torch.arange(-1, row.length - 1).clamp(min=0)
         position_ids[b, :prompt] = torch.arange(prompt)
         segment[b, :prompt] = 0
-        blocks.append(Block(b, slice(0, row.length), slice(0, prompt)))
         start = prompt
         for number, sample in enumerate(row.samples, start=1):
             end = start + len(sample.token_ids)
             position_ids[b, start:end] = torch.arange(prompt, prompt + end - start)
             segment[b, start:end] = number
             before[b, start] = prompt - 1
-            blocks.append(Block(b, slice(start, end), slice(start, end)))
             start = end
-    order = torch.arange(longest)
-    causal = order[None, :] <= order[:, None]
-    same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
-    own = torch.eye(longest, dtype=torch.bool)  # padding too: no softmax is empty, not even the MTP head's
-    visible = (causal & same & (segment[:, None, :] >= 0)) | own
     lengths = torch.tensor([len(sample.token_ids) for row in rows for sample in row.samples])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     return MicroBatch(
         token_ids=token_ids.to(device),
         position_ids=position_ids.to(device),
-        visible=visible.to(device),
         before=before.to(device),
         segment=segment.to(device),
         mask=mask.to(device),
         rows=rows,
-        packing=Packing((batch, longest), blocks),
         routing=_routing(rows, longest, device),
     )
 

@@ -52,9 +52,9 @@ def head_loss(
         loss = gold_draft_loss(policy, preceding_BTD, mini, chosen, options.depth, chunk)
     else:
         first = min(len(mini.rows[b].prompt_token_ids) for b in chosen)
-        ids, positions, visible = mini.token_ids[chosen], mini.position_ids[chosen], mini.head_visible[chosen]
+        ids, positions, entries = mini.token_ids[chosen], mini.position_ids[chosen], mini.head_segment[chosen]
         preceding = preceding_BTD[chosen]
-        outputs = policy.unroll(preceding, ids, positions, visible, options.depth, first)
+        outputs = policy.unroll(preceding, ids, positions, entries, options.depth, first)
         segment, vocabulary = mini.segment[chosen], policy.draft_ids
         loss = draft_loss(outputs, preceding, segment, lm_head, temperature, chunk, draft_ids=vocabulary)
     return loss * weights.get(mini.rows[chosen[0]].group, 0.0)
@@ -77,7 +77,7 @@ def gold_draft_loss(
         preceding_BTD[chosen],
         embeddings,
         lambda shift: model.rotary_emb(embeddings, positions_BT + shift),
-        mini.head_visible[chosen],
+        mini.head_segment[chosen],
         depth,
     )
     total = torch.zeros((), device=ids_BT.device)

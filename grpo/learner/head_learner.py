@@ -118,7 +118,7 @@ class HeadLearner(Learner):
         """Mean over the completions' tokens."""
         policy, mini = self.policy, lesson.mini
         first = min(len(row.prompt_token_ids) for row in mini.rows)
-        outputs = policy.unroll(lesson.preceding, mini.token_ids, mini.position_ids, mini.head_visible, depth, first)
+        outputs = policy.unroll(lesson.preceding, mini.token_ids, mini.position_ids, mini.head_segment, depth, first)
         width = len(policy.lm_head if policy.draft_ids is None else policy.draft_ids)
         loss = draft_loss(
             outputs,

@@ -56,7 +56,7 @@ class Likelihood:
 
     def preceding(self, mini: MicroBatch, policy: Policy | None = None) -> Tensor:
         """[B, T, D] the hidden state that predicts each token."""
-        hidden = (policy or self.policy).hidden(mini.token_ids, mini.position_ids, mini.visible, mini.packing)
+        hidden = (policy or self.policy).hidden(mini.token_ids, mini.position_ids, mini.segment)
         return hidden.gather(1, mini.before[..., None].expand_as(hidden))
 
     @torch.no_grad()

@@ -81,12 +81,11 @@ def draft_agreement(policy: Policy, windows: Sequence[Tensor]) -> float:
     for window in windows:
         ids = window[None].to(policy.device)
         positions = torch.arange(len(window), device=policy.device)[None]
-        visible = torch.ones(1, len(window), len(window), dtype=torch.bool, device=policy.device).tril()
-        hidden = policy.hidden(ids, positions, visible)
+        segment = torch.zeros_like(ids)
+        hidden = policy.hidden(ids, positions, segment)
         before = F.pad(hidden, (0, 0, 1, 0))[:, :-1]
-        visible[..., 0] = False  # the first token has no entry, since nothing precedes it
-        visible[:, 0, 0] = True
-        (drafts,) = policy.unroll(before, ids, positions, visible, depth=1)
+        segment[:, 0] = -1  # the first token has no entry, since nothing precedes it
+        (drafts,) = policy.unroll(before, ids, positions, segment, depth=1)
         agree = F.linear(drafts, policy.lm_head).argmax(-1) == F.linear(hidden, policy.lm_head).argmax(-1)
         agreed, total = agreed + int(agree[:, 1:].sum()), total + agree.numel() - 1
     return agreed / total

@@ -44,10 +44,10 @@ def taught(policy: Policy, temperature: float, steps: int) -> Policy:
         [PackedRow(g.prompt.token_ids, [Sample(0, c.token_ids) for c in g.completions]) for g in groups], CPU
     )
     with torch.no_grad():
-        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
+        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
         before = hidden.gather(1, mini.before[..., None].expand_as(hidden))
     for _ in range(steps):
-        outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, 4)
+        outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_segment, 4)
         loss = draft_loss(outputs, before, mini.segment, policy.lm_head, temperature) / mini.scored.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -78,9 +78,9 @@ def assert_lossless(engine: Engine, prompts: list[Prompt], params: SamplingParam
 def unrolled_logits(policy: Policy, prompt: Prompt, verified: list[int], drafts: list[int]) -> torch.Tensor:
     """[k, V]: what the unrolled head, as training sees it, says of each of these drafts after the verified tokens."""
     mini = collate([PackedRow(prompt.token_ids, [Sample(0, verified + drafts)])], CPU)
-    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
+    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
     before = hidden.gather(1, mini.before[..., None].expand_as(hidden))
-    outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, len(drafts))
+    outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_segment, len(drafts))
     entry = len(prompt.token_ids) + len(verified) - 1  # of the newest verified token
     return torch.stack([output[0, entry] for output in outputs]) @ policy.lm_head.T
 

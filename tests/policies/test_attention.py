@@ -1,13 +1,19 @@
-"""Packed attention against plain attention under a mask: values and gradients."""
+"""Packed attention, by blocks and by flex attention, against plain attention under a mask: values and gradients."""
+
+import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import flex_attention as flex
+from transformers.integrations import flex_attention as flex_in_transformers
 
 from grpo.learner.batch import PackedRow, Sample, collate
-from policies.attention import attend, packed_attention
+from policies import attention
+from policies.attention import Packing, attend, packed_attention
 
 SCALE = 0.3
 
@@ -20,15 +26,27 @@ def inputs(mini, heads, kv_heads, key_width, value_width, dtype=torch.float64):
     return [(3 * x).to(dtype).requires_grad_() for x in made]
 
 
+def dense(segment, first=0):
+    """[B, Q, T] by the words of `Packing`, pair by pair."""
+    visible = [
+        [
+            [m == n or (m < n and of_m >= 0 and of_m in (0, of_n)) for m, of_m in enumerate(row)]
+            for n, of_n in enumerate(row)
+        ]
+        for row in segment.tolist()
+    ]
+    return torch.tensor(visible)[:, first:]
+
+
 def by_mask(mini, query, key, value):
-    """With every score: [B, T, H, V]."""
+    """With every score: [B, T, H, V] and [B, H, T]."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    scores = (query @ key.transpose(2, 3) * SCALE).masked_fill(~mini.visible[:, None], -torch.inf)
-    return (scores.softmax(-1) @ value).transpose(1, 2)
+    scores = (query @ key.transpose(2, 3) * SCALE).masked_fill(~dense(mini.segment)[:, None], -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2), scores.logsumexp(-1)
 
 
 def packed(mini, *tensors):
-    return packed_attention(*tensors, mini.packing, SCALE)
+    return packed_attention(*tensors, Packing(mini.segment), SCALE)
 
 
 def rows(*shapes):
@@ -37,23 +55,36 @@ def rows(*shapes):
     return collate(made, torch.device("cpu"))
 
 
+SHAPES = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 8), min_size=1, max_size=4)), min_size=1, max_size=3
+)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    shapes=st.lists(
-        st.tuples(st.integers(1, 9), st.lists(st.integers(1, 8), min_size=1, max_size=4)), min_size=1, max_size=3
-    ),
+    shapes=SHAPES,
     widths=st.sampled_from([(8, 8), (12, 4), (4, 12)]),
     kv_heads=st.sampled_from([1, 2, 4]),
+    piece=st.sampled_from([3, 2048]),
 )
-def test_values_and_gradients_equal_those_under_a_mask(shapes, widths, kv_heads):
+def test_values_and_gradients_equal_those_under_a_mask(shapes, widths, kv_heads, piece):
+    """Also those of the denominators, and of rows that are cut into pieces."""
     mini = rows(*shapes)
-    real = (mini.segment >= 0)[..., None, None]
+    real = mini.segment >= 0
     ours, theirs = (inputs(mini, 4, kv_heads, *widths) for _ in range(2))
-    out, expected = packed(mini, *ours) * real, by_mask(mini, *theirs) * real
-    torch.testing.assert_close(out, expected)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "PIECE", piece)
+        out, total = packed(mini, *ours)
+        expected, logsumexp = by_mask(mini, *theirs)
+        pairs = (out[real], expected[real]), (total.transpose(1, 2)[real], logsumexp.transpose(1, 2)[real])
+        for x, y in pairs:
+            torch.testing.assert_close(x, y)
+        for side in (0, 1):
+            weigh = torch.Generator().manual_seed(1)
+            sum(
+                (pair[side] * torch.randn(pair[side].shape, generator=weigh, dtype=pair[side].dtype)).sum()
+                for pair in pairs
+            ).backward()
     for x, y in zip(ours, theirs, strict=True):
         torch.testing.assert_close(x.grad, y.grad)
 
@@ -63,7 +94,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish():
     mini = rows((3, [2, 5]), (6, [1]))
     for factor in (30.0, -30.0):
         ours, theirs = (inputs(mini, 2, 2, 8, 8) for _ in range(2))
-        out, expected = (f(mini, q * factor, k, v) for f, (q, k, v) in ((packed, ours), (by_mask, theirs)))
+        out, expected = (f(mini, q * factor, k, v)[0] for f, (q, k, v) in ((packed, ours), (by_mask, theirs)))
         real = (mini.segment >= 0)[..., None, None]
         torch.testing.assert_close(out * real, expected * real)
         (out * real).sum().backward()
@@ -74,53 +105,184 @@ def test_scores_far_apart_neither_overflow_nor_vanish():
 
 def test_bfloat16_is_as_near_as_torchs_own():
     mini = rows((40, [30, 25, 7]), (33, [50]))
-    exact = by_mask(mini, *inputs(mini, 3, 3, 16, 16))
+    exact, _ = by_mask(mini, *inputs(mini, 3, 3, 16, 16))
     rounded = inputs(mini, 3, 3, 16, 16, torch.bfloat16)
-    mask = torch.zeros(mini.visible.shape, dtype=torch.bfloat16).masked_fill(~mini.visible, -torch.inf)[:, None]
+    mask = Packing(mini.segment).mask(torch.bfloat16)
     stock = F.scaled_dot_product_attention(*rounded, attn_mask=mask, scale=SCALE).transpose(1, 2)
     real = mini.segment >= 0
-    ours, theirs = ((x.double() - exact)[real].square().mean().sqrt() for x in (packed(mini, *rounded), stock))
+    ours, theirs = ((x.double() - exact)[real].square().mean().sqrt() for x in (packed(mini, *rounded)[0], stock))
     assert ours < 1.2 * theirs
 
 
-@pytest.mark.parametrize(
-    ("shape", "given"),
-    [
-        ((2, [3, 3, 3]), {"dropout": 0.1}),
-        ((2, [3, 3, 3]), {"position_bias": torch.zeros(1, 1, 11, 11)}),
-        ((9, [3]), {}),  # nothing to spare
-    ],
-)
-def test_what_the_kernel_cannot_do_or_not_faster_goes_to_transformers(shape, given, monkeypatch):
+# ---- which kernel computes what ----
+
+
+@pytest.mark.parametrize("given", [{"dropout": 0.1}, {"position_bias": torch.zeros(1, 1, 11, 11)}])
+@pytest.mark.parametrize("handed_on", [True, False])
+def test_what_the_kernel_cannot_do_goes_to_transformers_with_a_dense_mask(given, handed_on, monkeypatch):
     seen = []
-    monkeypatch.setattr("policies.attention.sdpa_attention_forward", lambda *args, **options: seen.append(options))
-    mini = rows(shape)
-    attend(torch.nn.Module(), *inputs(mini, 1, 1, 4, 4), None, packing=mini.packing, **given)
-    assert seen == [{"scaling": None, "dropout": 0.0} | given]
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *args, **options: seen.append((args[4], options)))
+    mini = rows((2, [3, 3, 3]))
+    packing = Packing(mini.segment)
+    mask = packing.mask_for(attention.ATTENTION, torch.float64)
+    assert isinstance(mask, flex.BlockMask)
+    attend(torch.nn.Module(), *inputs(mini, 1, 1, 4, 4), mask, packing=packing if handed_on else None, **given)
+    [(mask, options)] = seen
+    assert options == {"scaling": None, "dropout": 0.0} | given
+    assert torch.equal(mask == 0, dense(mini.segment)[:, None])
+
+
+def test_a_model_that_does_not_hand_the_packing_on_attends_to_the_same():
+    mini = rows((2, [3, 3, 3]))
+    tensors, packing = inputs(mini, 2, 1, 4, 6), Packing(mini.segment)
+    mask = packing.mask_for(attention.ATTENTION, torch.float64)
+    outs = [attend(torch.nn.Module(), *tensors, mask, packing=given)[0] for given in (packing, None)]
+    torch.testing.assert_close(*outs)
+
+
+def test_rows_with_nothing_to_spare_and_other_kernels_get_a_dense_mask():
+    mini = rows((9, [3]), (5, [7]))
+    for packing, name in ((Packing(mini.segment), attention.ATTENTION), (Packing(rows((2, [3] * 4)).segment), "eager")):
+        mask = packing.mask_for(name, torch.float32)
+        assert torch.equal(mask == 0, dense(packing.segment)[:, None])
+        assert packing.mask_for(name, torch.float32) is mask  # one for all layers
+    assert mask.unique().tolist() == [torch.finfo(torch.float32).min, 0.0]
+
+
+def test_long_rows_never_get_a_dense_mask(monkeypatch):
+    monkeypatch.setattr(attention, "PIECE", 5)
+    packing = Packing(rows((9, [3])).segment)
+    assert isinstance(packing.mask_for(attention.ATTENTION, torch.float32), flex.BlockMask)
+    assert max(block.queries.stop - block.queries.start for block in packing.blocks) == 5
 
 
 def test_a_group_is_attended_packed_and_scaled_as_usual():
     mini = rows((2, [3, 3, 3]))
     query, key, value = inputs(mini, 2, 1, 4, 6)
-    out, _ = attend(torch.nn.Module(), query, key, value, torch.full((1, 1, 11, 11), torch.nan), packing=mini.packing)
-    torch.testing.assert_close(out, packed_attention(query, key, value, mini.packing, 0.5))
+    packing = Packing(mini.segment)
+    mask = packing.mask_for(attention.ATTENTION, torch.float64)
+    out, _ = attend(torch.nn.Module(), query, key, value, mask, packing=packing)
+    assert torch.equal(out, packed_attention(query, key, value, packing, 0.5)[0])
 
 
+def gradients_of(policy, mini, segment, checkpointing):
+    if checkpointing:
+        policy.trunk.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.trunk.train()
+    hidden = policy.hidden(mini.token_ids, mini.position_ids, segment)
+    scored = hidden[mini.scored]  # weighted: the gradient of a normalised vector's length is rounding alone
+    weights = torch.randn(scored.shape, generator=torch.Generator().manual_seed(0))
+    (scored * weights).sum().backward()
+    return scored.detach(), {n: p.grad for n, p in policy.trunk.named_parameters() if p.grad is not None}
+
+
+SMALL = {"mtp": False, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "flex"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_policys_gradients_are_those_of_the_mask(random_policy, checkpointing):
+def test_a_policys_states_and_gradients_are_those_of_the_mask(random_policy, checkpointing, kernel, monkeypatch):
     mini = rows((4, [5, 6, 6]), (3, [6, 6, 2]))
-    assert mini.packing.pays
-    gradients = []
-    for packing in (mini.packing, None):
-        policy = random_policy(0, mtp=False, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
-        if checkpointing:
-            policy.trunk.gradient_checkpointing_enable({"use_reentrant": False})
-            policy.trunk.train()
-        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible, packing)
-        scored = hidden[mini.scored]  # weighted: the gradient of a normalised vector's length is rounding alone
-        weights = torch.randn(scored.shape, generator=torch.Generator().manual_seed(0))
-        (scored * weights).sum().backward()
-        gradients.append({n: p.grad for n, p in policy.trunk.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5)
+    assert Packing(mini.segment).pays
+    results = []
+    for implementation in (attention.ATTENTION, "sdpa"):
+        policy = random_policy(0, **SMALL)
+        policy.trunk.config._attn_implementation = implementation  # "sdpa": transformers', under the dense mask
+        with monkeypatch.context() as patch:
+            calls = flex_on_cpu(patch) if kernel == "flex" else []
+            results.append(gradients_of(policy, mini, mini.segment, checkpointing))
+        assert bool(calls) == (kernel == "flex" and implementation == attention.ATTENTION)
+    (hidden, gradients), (expected, wanted) = results
+    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+# ---- flex attention: torch's, not compiled, as it runs on a CPU ----
+
+
+def flex_on_cpu(patch):
+    """What happens on CUDA, except that nothing is compiled. torch refuses the backward pass on a CPU because it has no
+    compiled one there; its plain one computes the same. Returns a list that gets one entry for every call."""
+    calls = []
+
+    def plain(*tensors, training=False, **given):
+        calls.append(given["block_mask"])
+        return flex.flex_attention(*tensors, **given)
+
+    patch.setattr(attention, "_by_tiles", lambda tensor: True)
+    patch.setattr(attention, "compile_friendly_flex_attention", plain)
+    patch.setattr(flex_in_transformers, "compile_friendly_flex_attention", plain)
+    patch.setattr(flex, "_validate_device", lambda *tensors: None)
+    patch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    return calls
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(shapes=SHAPES, first=st.integers(0, 2), head=st.booleans(), long=st.booleans())
+def test_block_mask_mask_and_blocks_are_the_dense_mask(shapes, first, head, long):
+    """`long`: of several tiles, found in several strips."""
+    if long:
+        shapes = [(12 * prompt, [10 * n for n in completions]) for prompt, completions in shapes[:1]]
+    mini = rows(*shapes)
+    segment = mini.head_segment if head else mini.segment
+    expected = dense(segment, first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "STRIP", 128)
+        packing = Packing(segment, first)
+        tiles, count = packing.tiles, math.ceil(packing.shape[2] / 128)
+    assert torch.equal(packing.visible, expected)
+    assert torch.equal(packing.mask(torch.float32)[:, 0] == 0, expected)
+    assert torch.equal(packing.mask(torch.float32)[:, 0] < -1e38, ~expected)
+    # Whole tiles are seen wholly, and those that are left out not at all. In the others the function decides.
+    batch, queries, length = expected.shape
+    assert tiles.shape == (batch, 1, queries, length)
+    asked = flex.create_mask(tiles.mask_mod, batch, None, queries, length, device="cpu")[:, 0]
+    assert torch.equal(asked, expected)
+    rebuilt = torch.zeros_like(expected)
+    for b, i in itertools.product(range(batch), range(math.ceil(queries / 128))):
+        at = slice(128 * i, 128 * i + 128)
+        for j in tiles.full_kv_indices[b, 0, i, : tiles.full_kv_num_blocks[b, 0, i]].tolist():
+            rebuilt[b, at, 128 * j : 128 * j + 128] = True
+        for j in tiles.kv_indices[b, 0, i, : tiles.kv_num_blocks[b, 0, i]].tolist():
+            keys = slice(128 * j, 128 * j + 128)
+            rebuilt[b, at, keys] = asked[b, at, keys]
+    assert torch.equal(rebuilt, expected)
+    assert tiles.kv_indices.shape[-1] == count
+    # The same in blocks, of which padding is in none.
+    by_blocks = torch.zeros_like(expected)
+    for block in packing.blocks:
+        part = by_blocks[block.row, block.queries, block.keys]
+        part |= torch.ones_like(part).tril(block.ahead)
+    real = (segment >= 0)[:, first:, None]
+    assert torch.equal(by_blocks, expected & real)
+
+
+def test_a_block_mask_is_torchs_own():
+    """Made in strips or at once."""
+    packing = Packing(rows((300, [500, 700]), (900, [100])).segment)
+    rows_, queries, length = packing.shape
+    whole = flex.create_block_mask(packing.sees_from(0), rows_, None, queries, length, device="cpu")
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
+        assert torch.equal(getattr(packing.tiles, name), getattr(whole, name)), name
+    assert 0 < whole.full_kv_num_blocks.sum() < 2 * 12 * 12 - whole.kv_num_blocks.sum()
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(shapes=SHAPES)
+def test_flex_attention_equals_blocks(shapes):
+    mini = rows(*shapes)
+    real = (mini.segment >= 0)[..., None, None]
+    results = []
+    for by_flex in (True, False):
+        tensors = [(x.detach() / 3).float().requires_grad_() for x in inputs(mini, 4, 2, 12, 8)]
+        with pytest.MonkeyPatch.context() as patch:
+            calls = flex_on_cpu(patch) if by_flex else []
+            out, total = packed(mini, *tensors)
+            assert len(calls) == by_flex
+            total = total.transpose(1, 2)[..., None].where(real, 0.0)
+            loss = (out * real).square().sum() + total.square().sum()
+            results.append([out * real, total, *torch.autograd.grad(loss, tensors)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)

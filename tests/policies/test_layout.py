@@ -174,8 +174,7 @@ def test_a_dense_head_is_stored_as_moe_and_transformers_own_module_takes_it(rand
         hidden = trunk.model(TOKENS).last_hidden_state[:, :-1]
         positions = torch.arange(1, TOKENS.shape[1])[None]
         expected = stock.forward_layer(0, hidden, positions, None, input_ids=TOKENS[:, 1:])
-        visible = torch.ones(1, 5, 5, dtype=torch.bool).tril()
-        [ours] = policy.unroll(hidden, TOKENS[:, 1:], positions, visible, 1)
+        [ours] = policy.unroll(hidden, TOKENS[:, 1:], positions, torch.zeros_like(positions), 1)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 

@@ -113,12 +113,12 @@ def both_steps(policy: Policy) -> None:
         torch.manual_seed(0)
         tokens = torch.randint(2, 200, (4, 16))
     positions = torch.arange(16).expand(4, 16)
-    visible = torch.ones(16, 16, dtype=torch.bool).tril().expand(4, 16, 16)
+    causal = torch.zeros_like(tokens)
     policy.trunk(tokens, labels=tokens).loss.backward()
     with torch.no_grad():
-        hidden = policy.hidden(tokens, positions, visible)
+        hidden = policy.hidden(tokens, positions, causal)
     hidden = torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
-    outputs = policy.unroll(hidden, tokens, positions, visible, depth=2)
+    outputs = policy.unroll(hidden, tokens, positions, causal, depth=2)
     draft_loss(outputs, hidden, torch.ones_like(tokens), policy.lm_head.detach(), 1.0).backward()
 
 
@@ -149,10 +149,10 @@ def test_contract_5_adapters_of_every_part_reach_the_sampler(policy):
         assert torch.equal(engine.trunk.blocks[1].gate_bias, published[bias])
     # And the sampler computes what the learner computes, trunk and head.
     tokens = torch.tensor([[5, 9, 2, 7, 7, 30]])
-    positions, visible = torch.arange(6)[None], torch.ones(6, 6, dtype=torch.bool).tril()[None]
+    positions, causal = torch.arange(6)[None], torch.zeros_like(tokens)
     with torch.no_grad():
-        hidden = policy.hidden(tokens, positions, visible)
-        drafted = policy.unroll(hidden, tokens, positions, visible, depth=1)[0]
+        hidden = policy.hidden(tokens, positions, causal)
+        drafted = policy.unroll(hidden, tokens, positions, causal, depth=1)[0]
         got = engine.trunk(tokens, positions, engine.trunk.cache(1, 8))
         cache = engine.trunk.cache_of(1, 1, 8)
         got_drafted = engine.head(tokens, hidden, positions, cache)

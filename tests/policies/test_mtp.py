@@ -44,14 +44,14 @@ def packed(*shapes: tuple[int, list[int]]) -> MicroBatch:
 
 def preceding(policy, mini: MicroBatch) -> torch.Tensor:
     """[B, T, D] the trunk's hidden state that precedes each token; differentiable."""
-    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
+    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
     return hidden.gather(1, mini.before[..., None].expand_as(hidden))
 
 
 def unrolled(policy, mini: MicroBatch, depth: int) -> list[torch.Tensor]:
     """`outputs[d - 1][b, n]`: depth d of the chain that starts at token n of row b."""
     with torch.no_grad():
-        return policy.unroll(preceding(policy, mini), mini.token_ids, mini.position_ids, mini.head_visible, depth)
+        return policy.unroll(preceding(policy, mini), mini.token_ids, mini.position_ids, mini.head_segment, depth)
 
 
 def drafted(policy, prompt_token_ids: list[int], completion: list[int], start: int, depth: int) -> list[torch.Tensor]:
@@ -253,7 +253,7 @@ def test_training_the_head_lowers_its_loss_and_every_parameter_learns(random_pol
         before = preceding(policy, mini)
     losses = []
     for _ in range(25):
-        outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, 3)
+        outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_segment, 3)
         loss = draft_loss(outputs, before, mini.segment, policy.lm_head, 1.0)
         optimizer.zero_grad()
         loss.backward()
@@ -317,7 +317,7 @@ def test_the_draft_losss_own_gradient_is_autograds(divergence, draft_ids):
 def test_entries_that_start_no_chain_are_read_and_not_computed(policy):
     mini = packed((5, [6, 3, 1]), (7, [2, 4]))
     before = preceding(policy, mini)
-    arguments = before, mini.token_ids, mini.position_ids, mini.head_visible, 3
+    arguments = before, mini.token_ids, mini.position_ids, mini.head_segment, 3
     for whole, short in zip(policy.unroll(*arguments), policy.unroll(*arguments, first=5), strict=True):
         assert not short[:, :5].any()
         torch.testing.assert_close(short[mini.scored], whole[mini.scored], rtol=0, atol=1e-5)
@@ -392,7 +392,7 @@ def test_contract_7_the_draft_head_never_touches_the_trunks_gradient(random_poli
         logprobs, _ = logprobs_from_hidden(before[mini.scored], policy.lm_head, mini.token_ids[mini.scored], 0.9)
         loss = -logprobs.mean()
         if weight is not None:
-            outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_visible, 3)
+            outputs = policy.unroll(before, mini.token_ids, mini.position_ids, mini.head_segment, 3)
             ids = trimmed(policy) if trims else None
             loss = loss + weight * draft_loss(
                 outputs, before, mini.segment, policy.lm_head, 0.9, draft_ids=ids, divergence=divergence

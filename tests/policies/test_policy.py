@@ -383,16 +383,15 @@ def test_the_digest_is_that_of_a_transposed_tensors_values():
 # ---- hidden states ----
 
 
-def test_hidden_states_follow_an_explicit_mask(random_policy):
-    """A causal mask gives the stock model's states; a hidden token may as well be another one."""
+def test_hidden_states_follow_the_packing(random_policy):
+    """A prompt alone gives the stock model's states; a token of another completion may as well be another one."""
     policy = random_policy(3)
-    length = TOKENS.shape[1]
-    positions, causal = torch.arange(length)[None], torch.ones(1, length, length, dtype=torch.bool).tril()
+    positions, causal = torch.arange(TOKENS.shape[1])[None], torch.zeros_like(TOKENS)
     with torch.no_grad():
         hidden = policy.hidden(TOKENS, positions, causal)
         torch.testing.assert_close(policy.trunk.lm_head(hidden), logits(policy.trunk), rtol=0, atol=1e-4)
         masked = causal.clone()
-        masked[:, 3:, 2] = False
+        masked[:, 2], masked[:, 3:] = 1, 2
         changed = TOKENS.clone()
         changed[0, 2] = 100
         torch.testing.assert_close(

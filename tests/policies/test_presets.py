@@ -70,17 +70,17 @@ def test_a_preset_is_the_same_for_learner_sampler_and_whoever_loads_it(micro_pre
     sampler = Policy.from_skeleton(learner.skeleton(), dtype)
     sampler.load_weights(learner.weights())
     loaded = Policy.load(tmp_path / "saved", dtype)
-    positions, visible = torch.arange(200)[None], torch.ones(200, 200, dtype=torch.bool).tril()[None]
+    positions, causal = torch.arange(200)[None], torch.zeros(1, 200, dtype=torch.long)
     ids = positions % len(learner.tokenizer)
-    expected = learner.hidden(ids, positions, visible)
-    outputs = learner.unroll(expected, ids, positions, visible, 2)
+    expected = learner.hidden(ids, positions, causal)
+    outputs = learner.unroll(expected, ids, positions, causal, 2)
     for other in (sampler, loaded):
         for own in (Policy.named_parameters, Policy.named_buffers):
             mine, theirs = dict(own(learner)), dict(own(other))
             assert {name: tensor.dtype for name, tensor in mine.items()} == {n: t.dtype for n, t in theirs.items()}
             assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
-        assert torch.equal(other.hidden(ids, positions, visible), expected)
-        assert all(map(torch.equal, other.unroll(expected, ids, positions, visible, 2), outputs))
+        assert torch.equal(other.hidden(ids, positions, causal), expected)
+        assert all(map(torch.equal, other.unroll(expected, ids, positions, causal, 2), outputs))
     assert learner.lm_head.dtype == dtype
 
 

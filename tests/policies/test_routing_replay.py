@@ -8,7 +8,7 @@ from policies.routing_replay import RoutingReplay
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 POSITIONS = torch.arange(4).expand(2, 4)
-VISIBLE = torch.ones(4, 4, dtype=torch.bool).tril().expand(2, 4, 4)
+CAUSAL = torch.zeros_like(IDS)
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def policy(random_policy):
 
 def _record(policy, replay=None):
     with RoutingReplay([policy.trunk], replay), RoutingRecorder(policy.trunk) as recorder:
-        hidden = policy.hidden(IDS, POSITIONS, VISIBLE)
+        hidden = policy.hidden(IDS, POSITIONS, CAUSAL)
     return hidden, torch.stack(recorder.experts, dim=1).view(2, 4, 2, 2)
 
 
@@ -43,7 +43,7 @@ def test_other_experts_are_used_and_weighed_by_their_own_scores(policy):
     for layer, router in enumerate(routers):
         router.e_score_correction_bias.fill_(-100.0)
         router.e_score_correction_bias[others[0, 0, layer]] = 100.0
-    forced = policy.hidden(token, torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, 1, dtype=torch.bool))
+    forced = policy.hidden(token, *[torch.zeros_like(token)] * 2)
     torch.testing.assert_close(replayed[0, 0], forced[0, 0], rtol=0, atol=1e-5)
 
 
@@ -60,7 +60,7 @@ def test_tokens_without_a_record_choose_themselves(policy):
 def test_the_router_goes_on_learning(policy):
     _, experts = _record(policy)
     with RoutingReplay([policy.trunk], (experts + 1) % 4):
-        policy.hidden(IDS, POSITIONS, VISIBLE)[..., 0].sum().backward()
+        policy.hidden(IDS, POSITIONS, CAUSAL)[..., 0].sum().backward()
     for layer in policy.trunk.model.layers[1:]:
         assert layer.mlp.gate.weight.grad.abs().sum() > 0
 

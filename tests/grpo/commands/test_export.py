@@ -33,11 +33,10 @@ def logits(model) -> torch.Tensor:
 
 def draft_logits(policy: Policy) -> torch.Tensor:
     """Depth 1 of our head, [1, T - 1, V]."""
-    length = TOKENS.shape[1]
-    positions, visible = torch.arange(length)[None], torch.ones(1, length, length, dtype=torch.bool).tril()
+    positions, causal = torch.arange(TOKENS.shape[1])[None], torch.zeros_like(TOKENS)
     with torch.no_grad():
-        hidden = policy.hidden(TOKENS, positions, visible)[:, :-1]
-        [out] = policy.unroll(hidden, TOKENS[:, 1:], positions[:, 1:], visible[:, 1:, 1:], 1)
+        hidden = policy.hidden(TOKENS, positions, causal)[:, :-1]
+        [out] = policy.unroll(hidden, TOKENS[:, 1:], positions[:, 1:], causal[:, 1:], 1)
         return out @ policy.lm_head.T
 
 

@@ -57,11 +57,11 @@ def step(learner: Learner) -> None:
     """A gradient for everything, and a step of the optimizer."""
     policy = learner.policy
     ids = torch.arange(6)[None] % policy.config.vocab_size
-    visible = torch.ones(1, 6, 6, dtype=torch.bool).tril()
-    hidden = policy.hidden(ids, ids, visible)
+    causal = torch.zeros_like(ids)
+    hidden = policy.hidden(ids, ids, causal)
     loss = (hidden @ policy.lm_head.T).float().square().mean()
     if policy.mtp is not None and learner.mtp.loss_weight:
-        loss = loss + sum(out.float().square().mean() for out in policy.unroll(hidden, ids, ids, visible, 1))
+        loss = loss + sum(out.float().square().mean() for out in policy.unroll(hidden, ids, ids, causal, 1))
     learner.masters.backward(loss)
     learner.optimizer.step()
 
@@ -230,7 +230,7 @@ def saved_for_backward(policy: Policy, tokens: int) -> int:
 
     ids = torch.zeros(1, tokens, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = policy.hidden(ids, torch.arange(tokens)[None], torch.ones(1, tokens, tokens, dtype=torch.bool).tril())
+        hidden = policy.hidden(ids, torch.arange(tokens)[None], torch.zeros_like(ids))
         size = storage_bytes(kept.values())
     assert hidden.requires_grad
     return size

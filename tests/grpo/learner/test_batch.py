@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo.learner.batch import PackedRow, Sample, TrainingBatch, collate, micro_batches, split_rows
+from policies.attention import Packing
 
 CPU = torch.device("cpu")
 
@@ -24,7 +25,7 @@ def test_a_packed_row_holds_its_prompt_once():
     assert mini.before[0, 2:].tolist() == [1, 2, 1]  # the prompt's last token predicts both first tokens
     assert mini.scored.tolist() == [[False, False, True, True, True]]
     assert mini.mask.tolist() == [[True, True], [True, False]]
-    assert mini.visible[0].int().tolist() == [
+    assert Packing(mini.segment).visible[0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
@@ -32,16 +33,15 @@ def test_a_packed_row_holds_its_prompt_once():
         [1, 1, 0, 0, 1],  # the second completion does not see the first
     ]
     # The MTP head has no entry for the first token: it combines a token with the state before it.
-    assert mini.head_visible[0, :, 0].tolist() == [True, False, False, False, False]
-    assert torch.equal(mini.head_visible[..., 1:], mini.visible[..., 1:])
+    assert mini.head_segment.tolist() == [[-1, 0, 1, 1, 2]]
 
 
 def test_padding_is_seen_by_nobody_and_sees_something():
     mini = collate([_row([7], [1]), _row([7, 8], [1, 2], [3])], CPU)
     assert mini.segment[0].tolist() == [0, 1, -1, -1, -1]
-    assert not mini.visible[0, :2, 2:].any()
+    assert not Packing(mini.segment).visible[0, :2, 2:].any()
     # An empty row of the softmax would be NaN, also in the head, which has no entry for a prompt of one token.
-    assert mini.head_visible.any(dim=-1).all()
+    assert Packing(mini.head_segment).visible.any(dim=-1).all()
 
 
 def test_contract_1_masks_come_from_lengths_even_where_padding_equals_the_stop_token():

@@ -16,7 +16,7 @@ ROWS = [
 
 
 def _preceding(policy, mini):
-    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.visible)
+    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
     return hidden.gather(1, mini.before[..., None].expand_as(hidden))
 
 
@@ -26,7 +26,7 @@ def test_the_loss_is_the_cross_entropy_of_the_gold_tokens_averaged_over_depths(r
     mini = collate(ROWS, torch.device("cpu"))
     preceding = _preceding(policy, mini)
     loss = gold_draft_loss(policy, preceding, mini, [0, 1], depth=2, chunk=3)
-    outputs = policy.unroll(preceding, mini.token_ids, mini.position_ids, mini.head_visible, 2)
+    outputs = policy.unroll(preceding, mini.token_ids, mini.position_ids, mini.head_segment, 2)
     # (row, entry, depth, gold): completions stand behind the prompt, one after the other.
     drafts = [(0, 3, 1, 9), (0, 4, 1, 10), (0, 5, 1, 11), (0, 7, 1, 13), (1, 2, 1, 8), (1, 3, 1, 7)]
     drafts += [(0, 3, 2, 10), (0, 4, 2, 11), (1, 2, 2, 7)]

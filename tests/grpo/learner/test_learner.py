@@ -156,7 +156,7 @@ def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy, temper
     with torch.no_grad():
         mini = collate(rows, CPU)
         out = learner.likelihood.forward(mini)
-        packed = policy.unroll(out.preceding, mini.token_ids, mini.position_ids, mini.head_visible, depth)
+        packed = policy.unroll(out.preceding, mini.token_ids, mini.position_ids, mini.head_segment, depth)
         for b, row in enumerate(rows):
             start = first = len(row.prompt_token_ids)
             for sample in row.samples:

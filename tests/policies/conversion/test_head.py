@@ -46,12 +46,11 @@ def test_agreement_is_the_share_of_first_drafts_that_are_the_policys_own_choice(
     agreed = total = 0
     for window in windows:
         length = len(window)
-        everything = torch.ones(1, length, length, dtype=torch.bool).tril()
         with torch.no_grad():
-            hidden = policy.hidden(window[None], torch.arange(length)[None], everything)[0]
+            hidden = policy.hidden(window[None], torch.arange(length)[None], torch.zeros_like(window[None]))[0]
             for n in range(1, length):
                 # Entries 1 … n: token i and the hidden state before it, at the position of token i.
-                part = torch.ones(1, n, n, dtype=torch.bool).tril()
+                part = torch.zeros(1, n, dtype=torch.long)
                 (draft,) = policy.unroll(
                     hidden[None, :n], window[None, 1 : n + 1], torch.arange(1, n + 1)[None], part, 1
                 )
