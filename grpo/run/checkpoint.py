@@ -156,7 +156,7 @@ def saved(root: Path) -> dict[int, Path]:
 
 def _write(folder: Path, tensors: Tensors, document: str) -> None:
     for name, mapping in tensors.items():
-        _write_tensors(mapping, folder / f"{name}.safetensors")
+        save_file(mapping, folder / f"{name}.safetensors")
     heed_umask(folder)
     (folder / STATE).write_text(document)
     (folder / MANIFEST).write_text(digests(folder))
@@ -164,7 +164,7 @@ def _write(folder: Path, tensors: Tensors, document: str) -> None:
         _fsync(path)
 
 
-def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """As safetensors, one tensor after the other: those of a sharded learner are never whole all at once."""
     header, end = {}, 0
     for name, tensor in tensors.items():
