@@ -114,7 +114,7 @@ def load(path: Path, only: Collection[str] | None = None) -> Checkpoint:
         step, state = document["step"], document["state"]
         if type(step) is not int or not isinstance(state, dict):
             raise ValueError(f"{STATE} holds no step and state")
-        tensors = {file.stem: _Stored(file) for file in files}
+        tensors = {file.stem: load_file(file) for file in files}
     except (ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged, though its sums are right: {error!r}") from error
     return Checkpoint(step, tensors, state, path)
@@ -195,6 +195,10 @@ class _Stored(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def load_file(path: Path) -> Mapping[str, torch.Tensor]:
+    return _Stored(path)
 
 
 def _fault(path: Path) -> str | None:

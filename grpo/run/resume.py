@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FREE_TO_CHANGE = (
     *("output_dir", "steps", "log", "checkpoint", "eval", "threads"),
     *("reward.timeout_s", "reward.workers", "reward.pass_variables", "rollout.timeout_s"),
+    *("learner.workers", "learner.parallel"),
 )
 
 
@@ -57,10 +58,11 @@ def refuse_changed_config(saved: Path, config: RunConfig) -> None:
     # Over `steps`: other steps are another schedule.
     decays = not isinstance(config, SftConfig) or config.learner.schedule != "constant"
     free = tuple(key for key in FREE_TO_CHANGE if not (decays and key == "steps"))
+    usual = _flat(parse_yaml(dump_yaml(type(config)(output_dir=config.output_dir))))  # where an older run says nothing
     changed = [
         f"  {key}: {then!r} then, {now!r} now"
         for key, (then, now) in changed_options(saved, dump_yaml(config)).items()
-        if not key.startswith(free)
+        if not key.startswith(free) and not (then is None and now == usual.get(key))
     ]
     if changed:
         raise ValueError(

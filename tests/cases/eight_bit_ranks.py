@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from two_ranks import groups_of
+from recorded import groups_of
 
 from grpo.config.learner import LearnerOptions, MTPOptions, ParallelOptions
 from grpo.learner.learner import Learner

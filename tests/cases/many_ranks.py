@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import MICRO
+from recorded import groups_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions, ParallelOptions
@@ -26,34 +27,8 @@ from grpo.learner.parallel import ALONE, join
 from policies.policy import Policy
 from policies.presets import PRESETS, build
 from policies.sharding import release, whole
-from rewards.group_score import GroupScore
-from rollout.group import Completion, Prompt, RolloutGroup
 
 STEPS = 5
-
-
-def groups_of(count: int, step: int, experts: int, layers: int) -> tuple[list[RolloutGroup], list[GroupScore]]:
-    """Rollouts as they would have been recorded, with the experts of every token."""
-    generator = torch.Generator().manual_seed(step)
-
-    def ids(length: int) -> list[int]:
-        return torch.randint(5, 100, (length,), generator=generator).tolist()
-
-    def routing(length: int) -> torch.Tensor:
-        chosen = [torch.randperm(experts, generator=generator)[:2] for _ in range(length * layers)]
-        return torch.stack(chosen).view(length, layers, 2)
-
-    groups, scores = [], []
-    for p in range(count):
-        completions = []
-        for g in range(3):
-            tokens = ids(3 + (5 * p + 3 * g) % 8)
-            logprobs = [-2.0 - 0.01 * g] * len(tokens)
-            completions.append(Completion(tokens, logprobs, "", "stop", 0, routing=routing(len(tokens))))
-        prompt = Prompt(str(p), "", ids(6 + p), {})
-        groups.append(RolloutGroup(prompt, completions, prompt_routing=routing(len(prompt.token_ids))))
-        scores.append(GroupScore([0.3 * p, 1.0, 0.1], {}))
-    return groups, scores
 
 
 def learner_of(folder: Path, case: dict, ranks) -> Learner:
@@ -87,7 +62,7 @@ def run(folder: Path, case: dict, ranks, optimizer: str) -> tuple[dict, list[dic
     shape = learner.policy.config
     gradients, metrics = {}, []
     for step in range(1, case.get("steps", STEPS) + 1):
-        rollouts = groups_of(5, step, shape.n_routed_experts, 1)
+        rollouts = groups_of(5, step, shape.n_routed_experts)
         metrics.append(learner.step(learner.prepare(*rollouts), step))
         if step == 1:
             release(learner.policy)
@@ -123,7 +98,7 @@ def exchanged(folder: Path, case: dict, ranks) -> dict[str, float]:
     """
     learner = learner_of(folder, case, ranks)
     config = learner.policy.config
-    groups, scores = groups_of(1, 1, config.n_routed_experts, 1)
+    groups, scores = groups_of(1, 1, config.n_routed_experts)
     [mini] = learner._micro_batches(learner.prepare(groups, scores).rows[:1])
     with Exchanged() as seen:
         learner.likelihood.preceding(mini).sum().backward()

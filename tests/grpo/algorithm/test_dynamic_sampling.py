@@ -4,7 +4,7 @@ import pytest
 
 from grpo.algorithm.advantages import rank_softmax_weights
 from grpo.algorithm.dynamic_sampling import draw_groups, is_tied
-from grpo.commands.reward_replay import _tied
+from grpo.commands import reward_replay
 from grpo.config.loss import Advantage, LossOptions
 from grpo.learner.prepare import estimate
 from grpo.run.metrics import rollout_metrics
@@ -73,7 +73,7 @@ def test_contract_10_tied_means_one_thing_wherever_it_is_asked(rewards, tied):
     contrast = GroupScore([0.0, 2.0, None][: len(rewards)], {"r": [0.0, 2.0, None][: len(rewards)]})
     assert is_tied(score) is tied
     assert rollout_metrics([group], [score])["group/tied"] == tied
-    assert _tied([list(rewards)]) == tied
+    assert sum(map(reward_replay.tied, [list(rewards)])) == tied
     drawn = draw_groups([_prompt("a")], 1, lambda prompts, draw: ([group], [contrast if draw else score]), _same)
     assert (drawn.refilled == 1) is tied
     for options in [{"advantage": name} for name in get_args(Advantage)] + [

@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -97,7 +98,7 @@ def _pass_rates(*scores: GroupScore, full_marks: float = 1.0) -> dict[str, float
     )
     pool = SimpleNamespace(sample=lambda prompts, params, on_finished: [RolloutGroup(prompt, []) for prompt in prompts])
     config = SimpleNamespace(
-        output_dir=None,
+        output_dir=Path("unused"),
         data=DataOptions(),
         warm_start=WarmStartOptions(),
         prompts_per_step=len(scores),

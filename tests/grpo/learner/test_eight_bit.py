@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded import groups_of
 from start_ranks import run_ranks
-from two_ranks import groups_of
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.options import load

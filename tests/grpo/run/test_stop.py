@@ -82,7 +82,7 @@ def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
 @pytest.mark.parametrize(
     ("kind", "owner", "name", "call", "saved", "message"),
     [
-        (signal.SIGHUP, TRAIN, "first_policy", 1, None, "stopped after step 1 of the warm start; go on"),
+        (signal.SIGHUP, TRAIN, "warm_start", 1, None, "stopped after step 1 of the warm start; go on"),
         (signal.SIGINT, Learner, "sft_step", 2, None, "stopped after step 2 of the warm start; go on"),
         (signal.SIGTERM, Engine, "sample", 1, None, "stopped before step 1; go on"),  # the evaluation before GRPO
         (signal.SIGINT, Learner, "prepare", 1, None, "stopped before step 1; go on"),
