@@ -12,7 +12,7 @@ import os
 import sys
 
 # Turns of libgomp's loop, about 25 µs: between regions that follow each other closely, threads stay awake. Of 500, 1000
-# and 2000, 1000 was as fast as 2000 alone, and at most 2.3 times slower beside a busy process (500: 1.7 times slower).
+# and 2000, 1000 is as fast alone as 2000, and at most 2.3 times slower beside a busy process. 500 is slower alone.
 # LLVM's and Intel's runtimes (macOS, conda) wait 200 ms by default, and count in milliseconds.
 WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
