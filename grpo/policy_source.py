@@ -151,7 +151,8 @@ def check_options(options: ModelOptions) -> str:
         )
     learner = getattr(options, "learner", None)
     if learner and max(learner.parallel.tensor, learner.parallel.expert) > 1:
-        refuse_layout(learner.parallel, _shape(model), getattr(options, "lora", None))
+        itemsize = getattr(torch, options.dtype).itemsize
+        refuse_layout(learner.parallel, _shape(model), getattr(options, "lora", None), itemsize)
     return model
 
 

@@ -189,7 +189,9 @@ def join(cpu: bool, options: ParallelOptions) -> Ranks:
     return Ranks(layout, state.process_index, state.device)
 
 
-def refuse_layout(options: ParallelOptions, shape: PretrainedConfig, lora: LoraOptions | None) -> None:
+def refuse_layout(
+    options: ParallelOptions, shape: PretrainedConfig, lora: LoraOptions | None, itemsize: int = 4
+) -> None:
     """Raises ValueError for what this model cannot do in such a layout, before it is loaded."""
     tensor, expert = options.tensor, options.expert
     plan = dict(shape.base_model_tp_plan or {})
@@ -205,6 +207,11 @@ def refuse_layout(options: ParallelOptions, shape: PretrainedConfig, lora: LoraO
         )
     if tensor > 1 and width and width % tensor:
         raise ValueError(f"learner.parallel.tensor={tensor} does not divide the width of an expert, {width}")
+    if tensor > 1 and width and width // tensor * itemsize % 16:
+        raise ValueError(
+            f"learner.parallel.tensor={tensor} leaves {width // tensor} numbers of an expert's width of {width} to each "
+            f"rank, and its products need a multiple of {16 // itemsize}; use a smaller one, or expert"
+        )
     if expert > 1 and not (experts and shape.base_model_ep_plan):
         raise ValueError(f"learner.parallel.expert={expert}: this model has no routed experts; set it to 1")
     if experts and experts % expert:

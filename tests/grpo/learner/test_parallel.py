@@ -162,6 +162,11 @@ def test_sizes_that_do_not_fit_the_number_of_processes_are_named(options, size, 
     ("options", "lora", "named"),
     [
         ({"tensor": 3}, None, "learner.parallel.tensor=3 does not divide the width of an expert, 16"),
+        (
+            {"tensor": 8},
+            None,
+            "leaves 2 numbers of an expert's width of 16 to each rank, and its products need a multiple",
+        ),
         ({"expert": 3}, None, "learner.parallel.expert=3 does not divide this model's 4 routed experts"),
         (
             {"tensor": 2},
@@ -383,7 +388,7 @@ def test_a_run_of_two_ranks_resumes_on_two_to_the_same_bits(run, tmp_path):
 @pytest.mark.slow
 def test_128_experts_each_split_in_8_learn_as_one_process(tmp_path):
     """And the bytes that ranks exchange are those of the formula: see `exchanged` in many_ranks.py."""
-    shape = {"n_routed_experts": 128, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    shape = {"n_routed_experts": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2}
     case = {"parallel": {"tensor": 8}, "shape": shape, "steps": 1, "count_bytes": True}
     [found] = _differences(8, tmp_path, {"128 in 8": case}).values()
     _check(found)
