@@ -30,7 +30,7 @@ test: $(DEV_STAMP) ## install, then run every test that is quick, on up to four 
 	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not peer" $(ARGS)
 
 test-slow: $(DEV_STAMP) ## the long proofs
-	$(PYTEST) -m "slow and not gpu and not peer" $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile -m "slow and not gpu and not peer" $(ARGS)
 
 gpu: $(DEV_STAMP) ## on a CUDA machine: its tests, and rollouts and steps against generate and TRL; ARGS=--cpu in small
 	$(BIN)/python benchmarks/gpu.py $(ARGS)

@@ -209,8 +209,8 @@ def refuse_layout(
         raise ValueError(f"learner.parallel.tensor={tensor} does not divide the width of an expert, {width}")
     if tensor > 1 and width and width // tensor * itemsize % 16:
         raise ValueError(
-            f"learner.parallel.tensor={tensor} leaves {width // tensor} numbers of an expert's width of {width} to each "
-            f"rank, and its products need a multiple of {16 // itemsize}; use a smaller one, or expert"
+            f"learner.parallel.tensor={tensor} leaves {width // tensor} numbers of an expert's width of {width} to each"
+            f" rank, and its products need a multiple of {16 // itemsize}; use a smaller one, or expert"
         )
     if expert > 1 and not (experts and shape.base_model_ep_plan):
         raise ValueError(f"learner.parallel.expert={expert}: this model has no routed experts; set it to 1")
