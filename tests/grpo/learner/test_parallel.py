@@ -2,20 +2,18 @@
 
 import functools
 import json
-import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from start_ranks import end_of, start_ranks
 from transformers import DeepseekV3Config, GPT2Config, Qwen2Config
 
 from grpo.config.learner import LoraOptions, ParallelOptions
@@ -24,42 +22,6 @@ from grpo.run import checkpoint
 from grpo.run.records import read_metrics, read_rollouts
 
 HERE = Path(__file__).parents[2] / "cases"
-
-
-def _free_port() -> int:
-    """Below those that the system gives to connections: none of them may take it before the first rank does."""
-    while True:
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", random.randrange(20000, 32000)))
-            return probe.getsockname()[1]
-
-
-def _ranks(command: list[str], size: int = 2) -> list[subprocess.Popen]:
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(size)}
-    shared |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(size), "ACCELERATE_USE_CPU": "true"}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-
-
-def _end(processes: list[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str, str]]:
-    try:
-        ended = []
-        for process in processes:
-            out, err = process.communicate(timeout=timeout)
-            ended.append((process.returncode, out, err))
-        return ended
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
 
 
 def test_one_process_is_alone(monkeypatch):
@@ -108,7 +70,7 @@ CASES = {
 
 
 def _differences(size: int, folder: Path, cases: dict) -> dict[str, dict]:
-    ended = _end(_ranks([str(HERE / "many_ranks.py"), str(folder), json.dumps(cases)], size), timeout=900)
+    ended = end_of(start_ranks([str(HERE / "many_ranks.py"), str(folder), json.dumps(cases)], size), timeout=900)
     assert [code for code, _, _ in ended] == [0] * size, ended
     return json.loads((folder / "differences.json").read_text())
 
@@ -242,7 +204,7 @@ def test_a_run_of_two_ranks_through_accelerate_is_that_of_one(run, tmp_path):
     subprocess.run([sys.executable, *run(one)], check=True, capture_output=True)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--main_process_port", str(_free_port())]
+    launcher += ["--main_process_port", str(random.randrange(20000, 32000))]
     done = subprocess.run([*launcher, *run(two)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("learning in 2 processes on cpu") == 1
@@ -262,7 +224,7 @@ def test_supervised_fine_tuning_of_two_ranks_is_that_of_one(run, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     given = {"rewards": "[{function: gsm8k}]", "warm_start.steps": 3}
     subprocess.run([sys.executable, *run(one, command="sft", **given)], check=True, capture_output=True)
-    ended = _end(_ranks(run(two, command="sft", **given)))
+    ended = end_of(start_ranks(run(two, command="sft", **given)))
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert ended[1][1:] == ("", "")
     for name, tensor in _weights(one, 3).items():
@@ -280,7 +242,7 @@ def fails(completions, **_):
 @pytest.mark.slow
 def test_a_failure_of_rank_0_ends_every_rank_with_its_message(run, tmp_path):
     (tmp_path / "own.py").write_text(FAILS)
-    ended = _end(_ranks(run(tmp_path / "r", reward=f"{tmp_path / 'own.py'}:fails")))
+    ended = end_of(start_ranks(run(tmp_path / "r", reward=f"{tmp_path / 'own.py'}:fails")))
     assert [code for code, _, _ in ended] == [1, 1]
     assert "this reward is broken" in ended[0][2]
     assert ended[1][2].startswith("quartet: rank 0 failed: RewardFailed:")
@@ -291,14 +253,14 @@ def test_a_failure_of_rank_0_ends_every_rank_with_its_message(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_refusal_of_rank_0_ends_every_rank(run, tmp_path):
-    ended = _end(_ranks(run(tmp_path / "r", prompts_per_step=99)))
+    ended = end_of(start_ranks(run(tmp_path / "r", prompts_per_step=99)))
     assert [code for code, _, _ in ended] == [1, 1]
     assert "prompts_per_step=99, but there are" in ended[1][2]
 
 
 @pytest.mark.slow
 def test_a_rank_that_would_get_no_expert_is_refused(run, tmp_path):
-    ended = _end(_ranks(run(tmp_path / "r"), size=3))
+    ended = end_of(start_ranks(run(tmp_path / "r"), size=3))
     assert [code for code, _, _ in ended] == [1, 1, 1]
     assert "FSDP cannot spread 4 experts over 3 ranks, since one would get none" in ended[0][2]
 
@@ -307,12 +269,12 @@ def test_a_rank_that_would_get_no_expert_is_refused(run, tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_the_other(run, tmp_path, victim):
     folder = tmp_path / "r"
-    processes = _ranks(run(folder, steps=100000))
+    processes = start_ranks(run(folder, steps=100000))
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not ((folder / "metrics.jsonl").exists() and read_metrics(folder)):
         time.sleep(0.1)
     processes[victim].kill()
-    ended = _end(processes)
+    ended = end_of(processes)
     assert ended[victim][0] == -signal.SIGKILL
     assert ended[1 - victim][0] == 1
     said = ended[1 - victim][2]
@@ -323,13 +285,13 @@ def test_a_rank_that_is_killed_ends_the_other(run, tmp_path, victim):
 @pytest.mark.slow
 def test_sigterm_to_every_rank_saves_and_ends_all_of_them(run, tmp_path):
     folder = tmp_path / "r"
-    processes = _ranks(run(folder, steps=100000, **{"checkpoint.every": 100000}))
+    processes = start_ranks(run(folder, steps=100000, **{"checkpoint.every": 100000}))
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not ((folder / "metrics.jsonl").exists() and read_metrics(folder)):
         time.sleep(0.1)
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    ended = _end(processes)
+    ended = end_of(processes)
     assert ended[0][0] == 143
     last = read_metrics(folder)[-1]["step"]
     assert f"stopped after step {last}; go on with --resume auto" in ended[0][2]
@@ -343,7 +305,7 @@ def test_ranks_killed_at_ten_moments_end_the_others_by_name_and_the_run_goes_on(
     folder, noise = tmp_path / "r", random.Random(0)
     for moment in range(10):
         before = len(read_metrics(folder)) if moment else 0
-        processes = _ranks(run(folder, steps=100000) + (["--resume", "auto"] if moment else []))
+        processes = start_ranks(run(folder, steps=100000) + (["--resume", "auto"] if moment else []))
         victim, deadline = noise.randrange(2), time.monotonic() + 240
         while time.monotonic() < deadline and not (
             (folder / "metrics.jsonl").exists() and len(read_metrics(folder)) > before + 1
@@ -352,7 +314,7 @@ def test_ranks_killed_at_ten_moments_end_the_others_by_name_and_the_run_goes_on(
         assert len(read_metrics(folder)) > before + 1, "it goes on from the last checkpoint"
         time.sleep(noise.random())
         processes[victim].kill()
-        ended = _end(processes, timeout=30)
+        ended = end_of(processes, timeout=30)
         for rank, (code, _, said) in enumerate(ended):
             if rank != victim:
                 assert code == 1
@@ -367,11 +329,11 @@ def test_ranks_killed_at_ten_moments_end_the_others_by_name_and_the_run_goes_on(
 def test_a_run_of_two_ranks_resumes_on_another_number(run, tmp_path, size):
     """The curve goes on: the same steps as of a run that was never interrupted, within rounding."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = _end(_ranks(run(whole, steps=4)))
+    done = end_of(start_ranks(run(whole, steps=4)))
     assert [code for code, _, _ in done] == [0, 0], done
-    first = _end(_ranks([*run(parts, steps=4), "--stop_after", "2"]))
+    first = end_of(start_ranks([*run(parts, steps=4), "--stop_after", "2"]))
     assert [code for code, _, _ in first] == [143, 143], first
-    ended = _end(_ranks([*run(parts, steps=4), "--resume", "auto"], size))
+    ended = end_of(start_ranks([*run(parts, steps=4), "--resume", "auto"], size))
     assert [code for code, _, _ in ended] == [0] * size, ended
     assert [line["step"] for line in read_metrics(parts)] == [1, 2, 3, 4]
     for name, tensor in _weights(whole, 4).items():
@@ -381,9 +343,9 @@ def test_a_run_of_two_ranks_resumes_on_another_number(run, tmp_path, size):
 @pytest.mark.slow
 def test_a_run_of_two_ranks_resumes_on_two_to_the_same_bits(run, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert [code for code, _, _ in _end(_ranks(run(whole, steps=3)))] == [0, 0]
-    assert [code for code, _, _ in _end(_ranks([*run(parts, steps=3), "--stop_after", "1"]))] == [143, 143]
-    assert [code for code, _, _ in _end(_ranks([*run(parts, steps=3), "--resume", "auto"]))] == [0, 0]
+    assert [code for code, _, _ in end_of(start_ranks(run(whole, steps=3)))] == [0, 0]
+    assert [code for code, _, _ in end_of(start_ranks([*run(parts, steps=3), "--stop_after", "1"]))] == [143, 143]
+    assert [code for code, _, _ in end_of(start_ranks([*run(parts, steps=3), "--resume", "auto"]))] == [0, 0]
     for name, tensor in _weights(whole, 3).items():
         assert torch.equal(tensor, _weights(parts, 3)[name]), name
 
