@@ -15,6 +15,7 @@ from grpo.run import stop
 from grpo.run.stop import Stopped, StopSignal, ignore_signals
 from grpo.sft import sft
 from grpo.train import train
+from policies.files.atomic import write_file
 
 
 def launch(config: SftConfig, **flags: Any) -> Result | None:
@@ -75,7 +76,7 @@ def _through_ray(config: SftConfig, flags: dict[str, Any]) -> None:
             while work.is_alive():
                 work.join(0.5)
                 if signal.asked and not asked.exists():
-                    asked.write_text(str(signal.number))
+                    write_file(asked, str(signal.number))  # whole or not there
         finally:
             asked.unlink(missing_ok=True)
             shutil.rmtree(folder / "ray", ignore_errors=True)

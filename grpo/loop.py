@@ -254,7 +254,7 @@ class Run(Generic[Config]):
         if not self.ranks.first:
             for mapping in tensors.values():
                 attend(mapping.values())
-            self.saved_step = self.step
+            self.saved_step, self._refused = self.step, -1
             return
         others = {name: part.state_dict() for name, part in self._parts.items() if part is not self._learner}
         everything = {"learner": state, **others, **self.log.state()}
@@ -296,7 +296,7 @@ class Run(Generic[Config]):
             action = "what was in progress is given up"
             self.log.event("signal", name=self.stop.name, action=action, saved_step=self.saved_step)
             raise self.stopped() from None
-        if isinstance(error, Exception) and (self.ranks.size == 1 or isinstance(error, NonFiniteStep)):
+        if isinstance(error, Exception) and (self.ranks.ended_together or isinstance(error, NonFiniteStep)):
             self._save_what_failed(error)
 
     def _settle(self) -> None:

@@ -96,7 +96,8 @@ def warm_start(run: Run[TrainConfig], task: Task) -> None:
         run.log.event("warm_start_done", seconds=seconds, folder=str(folder))
         policy.save(folder)
         run.alone(write_digests, folder)
-    run.alone(shutil.rmtree, run.folder / steps, ignore_errors=True)
+    if config.warm_start.steps:
+        run.alone(shutil.rmtree, run.folder / steps, ignore_errors=True)
 
 
 def first_policy(run: Run[TrainConfig], task: Task) -> Policy:

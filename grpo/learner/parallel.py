@@ -47,6 +47,7 @@ class Ranks:
         # Which share of the rows this process reads, and how many shares there are.
         self.reader, self.readers = rank // tensor, layout.dp_size if layout else 1
         self.size, self._counts = self.readers * tensor, rank % tensor == 0
+        self.ended_together = self.size == 1  # an error has reached every rank at once: together they can still save
         if self.size > 1:
             self._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
             self._store = dist.distributed_c10d._get_default_store()
@@ -72,9 +73,11 @@ class Ranks:
                 told = [(make(), "", "")]
             except BaseException as error:
                 dist.broadcast_object_list([(None, type(error).__name__, str(error))], group=self._waiting)
+                self.ended_together = True
                 raise
         dist.broadcast_object_list(told, group=self._waiting)
         made, kind, message = told[0]
+        self.ended_together = bool(kind)
         if kind == "GivenUp":
             raise GivenUp(int(message))
         if kind:

@@ -183,7 +183,7 @@ class _Stored(Mapping[str, torch.Tensor]):
 
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path, "pt")
-        self._names = list(self._file.keys())
+        self._names = dict.fromkeys(self._file.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._names:

@@ -27,10 +27,10 @@ class NoPool:
         attend(weights.values())
 
     def sample(self, *_: object) -> list[RolloutGroup]:
-        raise NotImplementedError("rank 0 alone samples")
+        raise RuntimeError("rank 0 alone samples")
 
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
-        raise NotImplementedError("rank 0 alone samples")
+        raise RuntimeError("rank 0 alone samples")
 
     def metrics(self) -> dict[str, float]:
         return {}

@@ -252,6 +252,23 @@ def test_a_failure_of_rank_0_ends_every_rank_with_its_message(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_failure_of_rank_0_saves_the_last_whole_step(run, tmp_path):
+    """Every rank learns of it at the same point, so together they can still save what was learned."""
+    (tmp_path / "own.py").write_text(
+        "def late(completions, trainer_state, **_):\n"
+        "    if trainer_state.global_step >= 2:\n"
+        "        raise ValueError('this reward fails late')\n"
+        "    return [float(len(completion)) for completion in completions]\n"
+    )
+    given = {"steps": 5, "checkpoint.every": 100}
+    ended = end_of(start_ranks(run(tmp_path / "r", reward=f"{tmp_path / 'own.py'}:late", **given)))
+    assert [code for code, _, _ in ended] == [1, 1], ended
+    assert "this reward fails late" in ended[0][2]
+    assert "this reward fails late" in ended[1][2]
+    assert list(checkpoint.saved(tmp_path / "r/checkpoints")) == [2]
+
+
+@pytest.mark.slow
 def test_a_refusal_of_rank_0_ends_every_rank(run, tmp_path):
     ended = end_of(start_ranks(run(tmp_path / "r", prompts_per_step=99)))
     assert [code for code, _, _ in ended] == [1, 1]
