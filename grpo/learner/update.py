@@ -74,6 +74,8 @@ class Update:
             group["lr"] = torch.full_like(former, rate) if isinstance(former, Tensor) else rate
         with phase("stepping", SimpleNamespace(learner=self.options)):
             self.optimizer.step()
+            moved = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+            torch.autograd.graph.increment_version(moved)  # fused steps do not, and who shares the weights must see it
             self.masters.write_back()
         self.count += 1
         rate = self.optimizer.param_groups[0]["peak"] * scale
