@@ -70,7 +70,9 @@ def open_pool(
 ) -> Pool:
     """A pool to which the weights of `policy` are published.
 
-    Without workers it reads the weights of `policy` itself where it can, see LocalPool. The other arguments are for Ray workers. A worker that takes longer than `timeout_s` for a shard is replaced, as if
+    Without workers it reads the weights of `policy` itself where it can, see LocalPool.
+
+    The other arguments are for Ray workers. A worker that takes longer than `timeout_s` for a shard is replaced, as if
     it had died. `while_waiting` is called several times a second while the pool waits for workers; an exception that it
     raises ends the wait. `on_lost` gets the number of a worker that died or was late, the reason, and what is done.
     """

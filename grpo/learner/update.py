@@ -41,7 +41,7 @@ class Update:
         ]
         self.optimizer: torch.optim.Optimizer
         if options.optimizer == "adamw_8bit":
-            self.optimizer = adamw_8bit(moved, options.betas)
+            self.optimizer = adamw_8bit(moved, options.betas, rounds=options.stochastic_rounding)
         else:
             self.optimizer = torch.optim.AdamW(moved, betas=options.betas, fused=True)  # no temporaries
 

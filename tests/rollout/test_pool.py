@@ -131,7 +131,9 @@ def test_a_local_pool_keeps_weights_of_others_apart_from_the_policy(random_polic
     assert digest(policy.weights()) == before
 
 
-@pytest.mark.parametrize("change", [lambda policy: policy.add_lora(2, 4.0, ["o_proj"]), lambda policy: policy.bfloat16()])
+@pytest.mark.parametrize(
+    "change", [lambda policy: policy.add_lora(2, 4.0, ["o_proj"]), lambda policy: policy.bfloat16()]
+)
 def test_a_local_pool_shares_no_weights_of_another_form(random_policy, change):
     policy = random_policy(21)
     assert open_pool(policy).engine.policy is policy
