@@ -184,7 +184,7 @@ def test_a_reference_is_a_second_policy_unless_adapters_can_be_switched_off(rand
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [{}, {"q_lora_rank": 6, "kv_lora_rank": 40}])
 def test_samplers_hold_what_was_foretold(random_policy, tmp_path, dtype, shape):
-    """In process nothing of its own, since it reads the learner's weights; in a Ray worker a copy in their precision."""
+    """In process nothing of its own, it reads the learner's weights; in a Ray worker a copy in their precision."""
     policy = in_dtype(random_policy(**shape), dtype, tmp_path)
     here, elsewhere = (
         memory_of_run(policy.config, True, options(TrainConfig, dtype, **{"rollout.workers": workers}))[-1]
