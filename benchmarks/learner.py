@@ -211,6 +211,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
             )
             scored = time.perf_counter()
             metrics = learner.step(learner.prepare(groups, scores), step)
+            learner.update.zero()  # as `quartet train` does
             learned = time.perf_counter()
             pool.publish(learner.weights(), learner.policy_version)
             _wait_for_device(args)

@@ -220,6 +220,7 @@ class Run(Generic[Config]):
             self.metrics["learner/updates"] = 0.0
         else:
             learner.skipped_in_a_row = 0
+        learner.update.zero()  # the next rollouts need the memory
         assert self._begun is not None
         self.step = self._begun
 

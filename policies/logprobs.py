@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 256  # rows of logits held in fp32 at a time: 256 · 49,152 · 4 bytes = 50 MB
+GRADIENT_CHUNKS = 4  # whose gradients become one product with the hidden states: the sum is as large as the LM head
 CHUNK_ELEMENTS = 1 << 22  # logits that the learner holds at a time: 16 MB in fp32, whatever the vocabulary
 
 
@@ -68,7 +69,8 @@ def logprobs_from_hidden(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies without all logits in memory at once: [N, D], [V, D], [N] -> [N], [N].
 
-    `chunk` rows of logits are made at a time, and again in the backward pass, so memory grows with chunk · V and not
+    `chunk` rows of logits are made at a time, and again in the backward pass, whose gradients of GRADIENT_CHUNKS times
+    as many rows are there at once. So memory grows with chunk · V and not
     with N · V. Differentiable in `hidden` and `lm_head_weight`, the entropy only with `entropy_grad=True`.
 
     >>> hidden, lm_head_weight = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0986123]])
@@ -111,21 +113,23 @@ class _Scored(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # Summed in fp32, since bf16 would lose a little of the sum with every chunk.
             grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for start in range(0, len(hidden), ctx.chunk):
-            at = slice(start, start + ctx.chunk)
-            x = _scaled(F.linear(hidden[at], weight), ctx.temperature).sub_(totals[at, None])
-            given = of_logprob[at, None]
-            if gradients[1] is None:
-                x = x.exp_().mul_(-given)
-            else:
-                x = x.exp().mul_(x.add_(entropies[at, None]).mul_(of_entropy[at, None]).add_(given)).neg_()
-            x.scatter_add_(1, token_ids[at, None], given)
-            x = x.div_(ctx.temperature).to(hidden.dtype)
-            grad_hidden[at] = x @ weight
+        for first in range(0, len(hidden), GRADIENT_CHUNKS * ctx.chunk):
+            together = slice(first, first + GRADIENT_CHUNKS * ctx.chunk)
+            of_logits = hidden.new_empty(len(hidden[together]), len(weight))
+            for part, start in zip(of_logits.split(ctx.chunk), range(first, len(hidden), ctx.chunk), strict=False):
+                at = slice(start, start + len(part))
+                x = _scaled(F.linear(hidden[at], weight), ctx.temperature).sub_(totals[at, None])
+                given = of_logprob[at, None]
+                if gradients[1] is None:
+                    x = x.exp_().mul_(-given)
+                else:
+                    x = x.exp().mul_(x.add_(entropies[at, None]).mul_(of_entropy[at, None]).add_(given)).neg_()
+                part.copy_(x.scatter_add_(1, token_ids[at, None], given).div_(ctx.temperature))
+            grad_hidden[together] = of_logits @ weight
             if grad_weight is not None and grad_weight.dtype == weight.dtype:
-                grad_weight.addmm_(x.T, hidden[at])
+                grad_weight.addmm_(of_logits.T, hidden[together])
             elif grad_weight is not None:
-                grad_weight.add_(x.T @ hidden[at])
+                grad_weight.add_(of_logits.T @ hidden[together])
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
 

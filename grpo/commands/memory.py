@@ -38,7 +38,7 @@ from policies import lora
 from policies.anatomy import cache_numbers
 from policies.attention import PIECE
 from policies.decoding.linear import FixedLinear, will_block
-from policies.logprobs import CHUNK_ELEMENTS
+from policies.logprobs import CHUNK_ELEMENTS, GRADIENT_CHUNKS
 from policies.mtp import MTPHead
 from policies.policy import Policy
 from rollout.backends import derive
@@ -261,7 +261,7 @@ def _row_tokens(config: SftConfig | MtpConfig) -> int:
 
 
 def _logits_bytes(dtype: torch.dtype) -> int:
-    return CHUNK_ELEMENTS * (dtype.itemsize + 3 * 4)
+    return CHUNK_ELEMENTS * ((1 + GRADIENT_CHUNKS) * dtype.itemsize + 3 * 4)
 
 
 def _kept_bytes(model: nn.Module, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, int]:

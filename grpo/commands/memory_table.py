@@ -12,7 +12,8 @@ WARM_START = "warm start"  # it is over before GRPO begins
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on one device. The fields before `loading` are held all the time, the others one at a time."""
+    """Bytes on one device. The fields before `loading` are held all the time, but for gradients, and the others one at a
+    time."""
 
     name: str
     count: int = 1  # of such devices
@@ -39,11 +40,11 @@ class DeviceMemory:
         {'loading': 2, 'sampling': 13, 'learning': 15, 'publishing': 11, 'saving': 10}
         """
         loaded = self.weights + self.reference
-        steady = loaded + self.masters + self.gradients + self.moments + self.sampler + self.derived + self.buffers
+        steady = loaded + self.masters + self.moments + self.sampler + self.derived + self.buffers
         return {
             "loading": loaded + self.loading,
             "sampling": steady + self.rollout,
-            "learning": steady + self.activations + self.gathered,
+            "learning": steady + self.gradients + self.activations + self.gathered,
             "publishing": steady + self.publication,
             "saving": steady + self.saving,
         }
