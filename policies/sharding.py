@@ -10,7 +10,7 @@ A sharded weight is a DTensor. Everything outside the model's own forward reads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
@@ -121,16 +121,6 @@ def everyone(own: T) -> list[T]:
     if dist.is_initialized():
         dist.all_gather_object(entries, own)
     return entries
-
-
-def collected(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors on rank 0, in the memory of the host where they were sharded; nothing elsewhere."""
-    found = {}
-    for name, tensor in tensors.items():
-        value = whole(tensor)
-        if leads():
-            found[name] = value.cpu() if isinstance(tensor, DTensor) else value
-    return found
 
 
 def attend(tensors: Iterable[Tensor]) -> None:

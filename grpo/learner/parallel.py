@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,6 @@ from policies.sharding import everyone
 
 TIMEOUT = timedelta(minutes=30)  # how long a rank waits for another inside a step
 PATIENCE = timedelta(days=30)  # how long it waits for what rank 0 samples, which has limits of its own
-HEARD = timedelta(seconds=10)  # how long a rank 0 that fails stays for the others to read why
 T = TypeVar("T")
 
 
@@ -129,24 +129,23 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """Around the run: a rank that fails leaves its message, and the others end with it."""
         over = threading.Event()
-        listener = threading.Thread(target=self._listen, args=[over], daemon=True)
         try:
             if self.size > 1:
-                listener.start()
+                threading.Thread(target=self._listen, args=[over], daemon=True).start()
             yield
         except BaseException as error:
             if self.size == 1 or isinstance(error, RankFailed | Stopped) or getattr(error, "everywhere", False):
                 raise
-            said = isinstance(error, dist.DistError) or any(
-                word in str(error) for word in ("onnection", "gloo", "NCCL")
+            lost = isinstance(error, dist.DistError) or (  # another rank has ended
+                isinstance(error, RuntimeError) and re.search("onnection|gloo|NCCL", str(error))
             )
-            lost = isinstance(error, RuntimeError) and said  # another rank has ended
             try:
                 if not lost and not self._store.check(["failed"]):
                     self._store.set("failed", f"rank {self.rank} failed: {type(error).__name__}: {error}")
-                    if self.first:  # the store ends with it
-                        with suppress(dist.DistError):
-                            self._store.wait([f"heard/{rank}" for rank in range(1, self.size)], HEARD)
+                    with suppress(dist.DistError):
+                        if self.first:  # the store ends with it
+                            heard = [f"heard/{rank}" for rank in range(1, self.size)]
+                            self._store.wait(heard, timedelta(seconds=10))
                     raise
                 words = self._store.get("failed").decode() if self._store.check(["failed"]) else self._who_is_gone()
             except dist.DistError:

@@ -2,8 +2,8 @@
 
 python saving_ranks.py FOLDER ACTION        with RANK and WORLD_SIZE set
 
-    save    step 1 is saved, and FOLDER/whole.safetensors holds its tensors; then a rank cannot write step 2, and a file
-            of step 3 is damaged
+    save    step 1 and the policy are saved, FOLDER/whole.safetensors holds the tensors; then a rank cannot write step 2,
+            and a file of step 3 is damaged
     load    the learner goes on from step 1; its tensors are compared with those of FOLDER/whole.safetensors
 """
 
@@ -24,6 +24,7 @@ from conftest import MICRO
 from many_ranks import learner_of
 from recorded import groups_of
 
+import policies.checkpoint
 from grpo.config.learner import ParallelOptions
 from grpo.learner.parallel import join
 from grpo.run import checkpoint
@@ -75,6 +76,8 @@ def save(learner, ranks, folder: Path) -> dict:
     (root / ".step_000009.partial").mkdir(parents=True, exist_ok=True)
     wait()
     checkpoint.save(root, 1, tensors, {"learner": state})
+    policies.checkpoint.AT_ONCE = 40_000
+    learner.policy.save(folder / "policy")
     kept = flat(tensors)
     if ranks.first:
         save_file(kept, folder / "whole.safetensors")

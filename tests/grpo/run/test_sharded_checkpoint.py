@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from start_ranks import run_ranks
 
 from grpo.run import checkpoint
+from policies.policy import Policy
 from policies.tensor_files import owners
 
 SLOW = pytest.mark.slow
@@ -113,6 +114,22 @@ def test_only_the_mappings_that_are_asked_for_are_opened(saved):
     with safe_open(folder / "whole.safetensors", "pt") as expected:
         assert len(found["policy"]) == sum(name.startswith("policy ") for name in expected.keys())  # noqa: SIM118
     assert "absent" not in found["policy"]
+
+
+def test_a_sharded_policy_is_written_some_layers_at_a_time_as_transformers_names_them(saved):
+    """What rank 0 has gathered is written before it gathers more."""
+    folder, _ = saved(2)
+    files = sorted(path.name for path in (folder / "policy").glob("*.safetensors"))
+    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert len(files) > 2
+    stored = {name: (file, tensor) for file in files for name, tensor in load_file(folder / "policy" / file).items()}
+    index = json.loads((folder / "policy/model.safetensors.index.json").read_text())["weight_map"]
+    assert index == {name: file for name, (file, _) in stored.items()}
+    alone = load_file(saved(1)[0] / "policy/model.safetensors")
+    assert {name: tensor.shape for name, (_, tensor) in stored.items()} == {n: t.shape for n, t in alone.items()}
+    policy, expected = Policy.load(folder / "policy"), load_file(folder / "whole.safetensors")
+    for name, parameter in policy.named_parameters():
+        assert parameter.equal(expected[f"policy {name}"]), name
 
 
 def test_the_bytes_of_many_ranks_are_balanced():
