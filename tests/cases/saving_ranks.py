@@ -2,8 +2,8 @@
 
 python saving_ranks.py FOLDER ACTION        with RANK and WORLD_SIZE set
 
-    save    step 1 and the policy are saved, FOLDER/whole.safetensors holds the tensors; then a rank cannot write step 2,
-            and a file of step 3 is damaged
+    save    step 1 and the policy are saved, and FOLDER/whole.safetensors holds the tensors; then a rank cannot write
+            step 2, and a file of step 3 is damaged
     load    the learner goes on from step 1; its tensors are compared with those of FOLDER/whole.safetensors
 """
 

@@ -134,11 +134,10 @@ def test_a_sharded_policy_is_written_some_layers_at_a_time_as_transformers_names
 
 def test_the_bytes_of_many_ranks_are_balanced():
     """The largest tensors of a policy are far from equal, and three copies of each are saved."""
-    sizes = [4096, *[100, 60, 60, 1, 1] * 30]
+    sizes = [900, *[100, 60, 60, 1, 1] * 30]
     tensors = {part: {str(i): torch.empty(n, device="meta") for i, n in enumerate(sizes)} for part in "abc"}
     owner = owners(tensors, 8)
     loads = [sum(sizes[int(name)] for (_, name), rank in owner.items() if rank == r) for r in range(8)]
-    total = 3 * sum(sizes)
-    assert sum(loads) == total
-    assert max(loads) == max(4096, -(-total // 8)) or max(loads) < 1.05 * total / 8
+    assert sum(loads) == 3 * sum(sizes)
+    assert max(loads) < 1.02 * sum(loads) / 8
     assert owners({"a": {}}, 8) == {}
