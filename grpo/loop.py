@@ -30,7 +30,6 @@ from grpo.run.records import read_metrics
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import record_rewards, refuse_changed_rewards
 from grpo.run.stop import GivenUp, Stopped, StopSignal
-from policies.sharding import attend
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -101,14 +100,15 @@ class Run(Generic[Config]):
         """
         if not ranks.first:
             path = ranks.from_first(lambda: None)
-            saved = checkpoint.load(path) if path else None
+            saved = checkpoint.load(path, together=True) if path else None
             quiet = cast(RunLog, NoLog(config.output_dir))
             run = cls(config, quiet, StopSignal(), ranks, saved=saved, last=steps, stop_after=stop_after)
             run.resumes, run.forced = resume is not None, force
             yield run
             return
         with RunLock(config.output_dir) as lock:
-            saved = saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=steps)
+            flags: dict[str, Any] = {"resume": resume, "force": force, "stop_after": stop_after}
+            saved = saved_state(config, steps=steps, tell=ranks.from_first, **flags)
             if resume is not None and not force:
                 refuse_changed_rewards(config.output_dir, rewards)
             with (
@@ -127,7 +127,6 @@ class Run(Generic[Config]):
                 record_rewards(log, rewards)
                 run = cls(config, log, stop, ranks, saved=saved, last=steps, stop_after=stop_after)
                 run.resumes, run.forced = resume is not None, force
-                ranks.from_first(lambda: saved.path if saved else None)
                 try:
                     yield run
                 except GivenUp:  # outside the steps
@@ -140,7 +139,7 @@ class Run(Generic[Config]):
         """
         folder = self.folder / name
         found = self.ranks.from_first(lambda: checkpoint.find(folder, "auto"))
-        saved = checkpoint.load(found) if found else None
+        saved = checkpoint.load(found, together=True) if found else None
         return Run(self.config, self.log, self.stop, self.ranks, checkpoints=folder, saved=saved, last=last, of=of)
 
     def restore(self, **parts: Any) -> None:
@@ -252,15 +251,13 @@ class Run(Generic[Config]):
             return
         self._refused = self.step
         tensors, state = self._learner.state()
-        if not self.ranks.first:
-            for mapping in tensors.values():
-                attend(mapping.values())
-            self.saved_step, self._refused = self.step, -1
-            return
-        others = {name: part.state_dict() for name, part in self._parts.items() if part is not self._learner}
-        everything = {"learner": state, **others, **self.log.state()}
-        best, keep = self.best_step(self.step), self.config.checkpoint.keep
-        protect = [] if best is None else [best]
+        everything, protect = {}, []
+        if self.ranks.first:
+            others = {name: part.state_dict() for name, part in self._parts.items() if part is not self._learner}
+            everything = {"learner": state, **others, **self.log.state()}
+            best = self.best_step(self.step)
+            protect = [] if best is None else [best]
+        keep = self.config.checkpoint.keep
         checkpoint.save(self.checkpoints, self.step, tensors, everything, keep=keep, protect=protect)
         self.saved_step, self._refused = self.step, -1
 
@@ -297,7 +294,8 @@ class Run(Generic[Config]):
             action = "what was in progress is given up"
             self.log.event("signal", name=self.stop.name, action=action, saved_step=self.saved_step)
             raise self.stopped() from None
-        if isinstance(error, Exception) and (self.ranks.ended_together or isinstance(error, NonFiniteStep)):
+        of_all = self.ranks.ended_together or isinstance(error, NonFiniteStep) or getattr(error, "everywhere", False)
+        if isinstance(error, Exception) and of_all:
             self._save_what_failed(error)
 
     def _settle(self) -> None:

@@ -219,7 +219,7 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks 
     Raises PolicyError or CheckpointError for what cannot be loaded.
     """
     check_options(options)
-    source = find_policy(options.model)
+    source = find_policy(options.model, read=ranks.first)
     if ranks.layout is None:
         return load_found(source, options, corpus)
     with tempfile.TemporaryDirectory() as folder:

@@ -125,7 +125,7 @@ def _base(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:
 
 def _save_best(run: Run, learner: Learner) -> None:
     if (best := run.ranks.from_first(run.best_step)) is not None:
-        found = checkpoint.load(checkpoint.saved(run.checkpoints)[best])
+        found = checkpoint.load(checkpoint.saved(run.checkpoints)[best], together=True)
         learner.load_state(found.tensors, found.state["learner"])
         save_policy(learner.policy, run.folder / "best_policy", best)
         run.log.event("best", step=best, folder=str(run.folder / "best_policy"))

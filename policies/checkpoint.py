@@ -6,17 +6,20 @@ transformers loads the trunk from it.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from policies import layout as hf
@@ -41,6 +45,7 @@ from policies.layout import PolicyError, Shape, WeightFiles, find_file, mtp_laye
 from policies.mtp import MTPHead
 
 LOGGER = logging.getLogger(__name__)
+AT_ONCE = 5e9  # bytes of a sharded policy that rank 0 gathers, whole layers, before it writes them
 NO_HEAD = (
     "model=%r: config.json promises num_nextn_predict_layers=%d, but no MTP layer is stored (transformers drops them "
     "when it saves): no draft head; add_mtp: true gives a fresh one"
@@ -137,13 +142,15 @@ def save(folder: Path, policy: Checkpoint) -> None:
         state |= hf.head_state(config, config.num_hidden_layers, head, hf.may_idle(config)) | policy.further_mtp
     if isinstance(trunk, DeepseekV3ForCausalLM):
         config.num_nextn_predict_layers = 0 if policy.mtp is None else 1 + len(further)
-    state = sharding.collected(state)
+    parts = _gathered(state)
     if not sharding.leads():
+        for _ in parts:
+            pass
         return
     try:
         with write_folder(folder) as partial:
             with _quiet_loading():
-                trunk.save_pretrained(partial, state_dict=state)
+                _write(trunk, parts, partial)
             heed_umask(partial)
             policy.tokenizer.save_pretrained(partial)
             if policy.draft_ids is not None:
@@ -151,6 +158,44 @@ def save(folder: Path, policy: Checkpoint) -> None:
     except (OSError, SafetensorError) as error:
         what = f"cannot write the policy to {folder}: {error}; needs {sum(t.nbytes for t in state.values())} bytes"
         raise PolicyError(f"{what}: make room or use another disk; what was saved before is intact") from error
+
+
+def _gathered(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The whole tensors of `state` on rank 0, layer by layer until AT_ONCE was gathered; empty mappings elsewhere."""
+    layers = defaultdict(list)
+    for name in state:
+        layers[".".join(name.split(".")[:3]) if ".layers." in name else ""].append(name)
+    found, size = {}, 0
+    for names in layers.values():
+        for name in names:
+            value = sharding.whole(state[name])
+            if sharding.leads():
+                found[name] = value.cpu() if isinstance(state[name], DTensor) else value
+            size += value.nbytes if isinstance(state[name], DTensor) else 0
+        if size >= AT_ONCE:
+            yield found
+            found, size = {}, 0
+    if found:
+        yield found
+
+
+def _write(trunk: PreTrainedModel, parts: Iterable[dict[str, Tensor]], folder: Path) -> None:
+    """As transformers writes them, with an index where there are several parts."""
+    files = []
+    for part in parts:
+        trunk.save_pretrained(folder, state_dict=part)
+        if (file := folder / SAFE_WEIGHTS_NAME).exists():  # else so large that transformers has cut it
+            files.append(file.rename(folder / f"part_{len(files)}"))
+    names: dict[str, str] = {}
+    for i, file in enumerate(files):
+        number = f"-{i + 1:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+        path = file.rename(folder / SAFE_WEIGHTS_NAME.replace(".", f"{number}.", 1))
+        with safe_open(path, "pt") as stored:
+            names |= dict.fromkeys(stored.keys(), path.name)
+    if len(files) > 1:
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        index = {"metadata": {"total_size": size}, "weight_map": names}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=1))
 
 
 def check_policy(folder: Path) -> None:

@@ -10,10 +10,10 @@ A sharded weight is a DTensor. Everything outside the model's own forward reads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from transformers.distributed import DistributedConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from policies.layout import PolicyError
+
+T = TypeVar("T")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -103,19 +105,22 @@ def like(tensor: Tensor, reference: Tensor) -> Tensor:
     )
 
 
+def place() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def leads() -> bool:
-    """Whether this process is alone or rank 0, which writes the files of all."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    """Whether this process is alone or rank 0."""
+    return place()[0] == 0
 
 
-def collected(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors on rank 0, in the memory of the host where they were sharded; nothing elsewhere."""
-    found = {}
-    for name, tensor in tensors.items():
-        value = whole(tensor)
-        if leads():
-            found[name] = value.cpu() if isinstance(tensor, DTensor) else value
-    return found
+def everyone(own: T) -> list[T]:
+    """What every process gives, on all of them."""
+    entries: list[Any] = [own] * place()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(entries, own)
+    return entries
 
 
 def attend(tensors: Iterable[Tensor]) -> None:

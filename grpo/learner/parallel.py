@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,6 +28,7 @@ from transformers.distributed import DistributedConfig
 from grpo.config.learner import LoraOptions, ParallelOptions
 from grpo.learner.batch import PackedRow
 from grpo.run.stop import GivenUp, Stopped
+from policies.sharding import everyone
 
 TIMEOUT = timedelta(minutes=30)  # how long a rank waits for another inside a step
 PATIENCE = timedelta(days=30)  # how long it waits for what rank 0 samples, which has limits of its own
@@ -47,6 +50,7 @@ class Ranks:
         # Which share of the rows this process reads, and how many shares there are.
         self.reader, self.readers = rank // tensor, layout.dp_size if layout else 1
         self.size, self._counts = self.readers * tensor, rank % tensor == 0
+        self._heard = ""  # what a rank that failed has said
         self.ended_together = self.size == 1  # an error has reached every rank at once: together they can still save
         if self.size > 1:
             self._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -118,32 +122,46 @@ class Ranks:
 
     def _gather(self, own: T) -> list[T]:
         """One entry of each reader."""
-        if self.size == 1:
-            return [own]
-        parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, own if self._counts else None)
+        parts = [own] if self.size == 1 else everyone(own if self._counts else None)
         return [part for part in parts if part is not None]
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Around the run: a rank that fails leaves its message, and the others end with it."""
+        over = threading.Event()
         try:
+            if self.size > 1:
+                threading.Thread(target=self._listen, args=[over], daemon=True).start()
             yield
         except BaseException as error:
-            if self.size == 1 or isinstance(error, RankFailed | Stopped):
+            if self.size == 1 or isinstance(error, RankFailed | Stopped) or getattr(error, "everywhere", False):
                 raise
-            said = isinstance(error, dist.DistError) or any(
-                word in str(error) for word in ("onnection", "gloo", "NCCL")
+            lost = isinstance(error, dist.DistError) or (  # another rank has ended
+                isinstance(error, RuntimeError) and re.search("onnection|gloo|NCCL", str(error))
             )
-            lost = isinstance(error, RuntimeError) and said  # another rank has ended
             try:
                 if not lost and not self._store.check(["failed"]):
                     self._store.set("failed", f"rank {self.rank} failed: {type(error).__name__}: {error}")
+                    with suppress(dist.DistError):
+                        if self.first:  # the store ends with it
+                            heard = [f"heard/{rank}" for rank in range(1, self.size)]
+                            self._store.wait(heard, timedelta(seconds=10))
                     raise
                 words = self._store.get("failed").decode() if self._store.check(["failed"]) else self._who_is_gone()
             except dist.DistError:
-                words = "rank 0 is gone without a word; see what it has printed"
+                words = self._heard or "rank 0 is gone without a word; see what it has printed"
             raise RankFailed(words) from error
+        finally:
+            over.set()
+
+    def _listen(self, over: threading.Event) -> None:
+        """Keep the message of a rank that fails: it is in the store, which ends with rank 0."""
+        with suppress(dist.DistError):
+            store = self._store.clone()  # the other one may be waiting
+            while not over.wait(0.5):
+                if store.check(["failed"]):
+                    self._heard = store.get("failed").decode()
+                    return store.set(f"heard/{self.rank}", "")
 
     def _who_is_gone(self) -> str:
         """A process that was killed says nothing. On this machine its number tells."""

@@ -1,8 +1,11 @@
 """Checkpoints that are complete or invisible: written aside, fsynced, hashed, renamed.
 
-    checkpoints/step_000010/policy.safetensors   one file for each mapping of tensors
+    checkpoints/step_000010/policy.safetensors   one file for each mapping of tensors, or as many as there are ranks
                             state.json           {"step": 10, "state": {...}}
                             manifest.json        {"files": {"state.json": {"bytes": .., "sha256": ".."}, ..}}
+
+All ranks write into one folder, each files of its own (`policies.tensor_files`), so all machines must see it. The files
+do not say how many ranks there were: any number reads them.
 
 Hidden siblings are left by a save that was killed, and removed by the next: `.step_000010.partial` was being
 written, `.removed` deleted, and `.replaced` is the former checkpoint of a step that was saved again (put back
@@ -15,8 +18,7 @@ import errno
 import json
 import os
 import shutil
-import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from math import isfinite
@@ -24,24 +26,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from grpo.config.json_file import read_json
-from policies.files.atomic import fsync as _fsync
-from policies.files.atomic import heed_umask
-from policies.files.digests import digests, fault
-from policies.sharding import whole
+from policies import tensor_files
+from policies.files.atomic import fsync, write_file
+from policies.files.digests import fault, listing, size_and_hash
+from policies.sharding import everyone, leads, place
+from policies.tensor_files import Tensors
 
-Tensors = Mapping[str, Mapping[str, torch.Tensor]]
-DTYPES = {  # as safetensors names them
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 MANIFEST, STATE = "manifest.json", "state.json"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, found or trusted. The message names the file and the way out."""
+
+    everywhere = False  # every rank has raised it
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,11 @@ def save(
 ) -> Path:
     """Write `root/step_<step>` and return it; killed or failed, it leaves earlier checkpoints as they were.
 
-    Then older checkpoints are removed: `keep` remain, this one included, besides the steps in `protect`.
-    Those of later steps are left alone. A step that exists already is replaced.
-    Raises CheckpointError: `state` holds a value that JSON would change, or the disk refuses a write.
+    Every rank calls it; `state`, `keep` and `protect` are those of rank 0. Then older checkpoints are removed: `keep`
+    remain, this one included, besides the steps in `protect`. Those of later steps are left alone. A step that exists
+    already is replaced.
+    Raises CheckpointError: `state` holds a value that JSON would change, or the disk refuses a write. All ranks raise
+    it where it refuses one of theirs.
 
     >>> save(Path("runs/a/checkpoints"), 10, {"policy": model.state_dict()}, {"prompts_seen": 80}, keep=3)
     PosixPath('runs/a/checkpoints/step_000010')
@@ -74,47 +76,78 @@ def save(
         raise CheckpointError(f"keep={keep} would keep no checkpoint; use 1 or more, or None to keep all")
     _refuse_non_json(state, "state")
     document = json.dumps({"step": step, "state": state}, indent=1, allow_nan=False)
-    root.mkdir(parents=True, exist_ok=True)
     target = root / f"step_{step:06d}"
     partial, replaced = (root / f".{target.name}.{suffix}" for suffix in ("partial", "replaced"))
-    try:
+
+    def begin() -> None:
+        root.mkdir(parents=True, exist_ok=True)
         _recover(root)
         for leftover in root.glob(".step_*"):
             shutil.rmtree(leftover)
         partial.mkdir()
-        _write(partial, tensors, document)
+
+    def write() -> dict[str, dict[str, Any]]:
+        return {path.name: size_and_hash(path) for path in tensor_files.write(tensors, partial)}
+
+    def finish() -> None:
+        write_file(partial / STATE, document)
+        files = {name: entry for part in written for name, entry in part.items()}
+        write_file(partial / MANIFEST, listing(files | {STATE: size_and_hash(partial / STATE)}))
         if target.exists():
             os.replace(target, replaced)
         os.replace(partial, target)
-        _fsync(root)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        _recover(root)
-        raise CheckpointError(_why_not_written(target, tensors, document, error)) from error
-    shutil.rmtree(replaced, ignore_errors=True)
-    older = [path for other, path in saved(root).items() if other < step and other not in protect]
-    for path in older[: max(0, len(older) - keep + 1)] if keep else []:
-        _remove(path)
+        fsync(root)
+
+    try:
+        _together(target, tensors, begin if leads() else None)
+        written = _together(target, tensors, write)
+        _together(target, tensors, finish if leads() else None)
+    except CheckpointError:
+        if leads():
+            shutil.rmtree(partial, ignore_errors=True)
+            _recover(root)
+        raise
+    if leads():
+        shutil.rmtree(replaced, ignore_errors=True)
+        older = [path for other, path in saved(root).items() if other < step and other not in protect]
+        for path in older[: max(0, len(older) - keep + 1)] if keep else []:
+            _remove(path)
     return target
 
 
-def load(path: Path, only: Collection[str] | None = None) -> Checkpoint:
+def _together(target: Path, tensors: Tensors, act: Callable[[], Any] | None) -> list[Any]:
+    """What `act` returns on each rank. Where it fails on one, every rank raises the same CheckpointError."""
+    done, refused = None, None
+    try:
+        done = act() if act else None
+    except OSError as error:
+        refused = error
+    ended = everyone((done, _why_not_written(target, tensors, refused) if refused else ""))
+    for rank, (_, why) in enumerate(ended):
+        if why:
+            who = f"rank {rank} of {len(ended)}: " if len(ended) > 1 else ""
+            raise _everywhere(CheckpointError(f"cannot write checkpoint {target}: {who}{why}")) from refused
+    return [done for done, _ in ended]
+
+
+def load(path: Path, only: Collection[str] | None = None, *, together: bool = False) -> Checkpoint:
     """Read a checkpoint whose sizes and hashes are right; else raise CheckpointError, naming the file.
 
-    `only` names the mappings of tensors that are wanted, None is all of them.
+    `only` names the mappings of tensors that are wanted, None is all of them. With `together` every rank calls it, and
+    each hashes a part of the files.
     """
-    if fault := _fault(path):
+    if fault := _fault(path, together):
         before = takewhile(lambda other: other != path, saved(path.parent).values())
-        earlier = [other for other in before if not _fault(other)]
+        earlier = [other for other in before if not _fault(other, together)]
         way_out = f"resume from {earlier[-1]}" if earlier else "none before it is intact: start a new run"
-        raise CheckpointError(f"checkpoint {path} is damaged: {fault}; {way_out}")
-    files = [file for file in sorted(path.glob("*.safetensors")) if only is None or file.stem in only]
+        error = CheckpointError(f"checkpoint {path} is damaged: {fault}; {way_out}")
+        raise _everywhere(error) if together else error
     try:
         document = read_json(path / STATE)
         step, state = document["step"], document["state"]
         if type(step) is not int or not isinstance(state, dict):
             raise ValueError(f"{STATE} holds no step and state")
-        tensors = {file.stem: load_file(file) for file in files}
+        tensors = tensor_files.read(path, only)
     except (ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged, though its sums are right: {error!r}") from error
     return Checkpoint(step, tensors, state, path)
@@ -154,56 +187,13 @@ def saved(root: Path) -> dict[int, Path]:
     return dict(sorted(found))
 
 
-def _write(folder: Path, tensors: Tensors, document: str) -> None:
-    for name, mapping in tensors.items():
-        save_file(mapping, folder / f"{name}.safetensors")
-    heed_umask(folder)
-    (folder / STATE).write_text(document)
-    (folder / MANIFEST).write_text(digests(folder))
-    for path in [*folder.iterdir(), folder]:
-        _fsync(path)
-
-
-def save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """As safetensors, one tensor after the other: those of a sharded learner are never whole all at once."""
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            file.write(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-class _Stored(Mapping[str, torch.Tensor]):
-    """The tensors of a file, each read when it is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, "pt")
-        self._names = dict.fromkeys(self._file.keys())
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def load_file(path: Path) -> Mapping[str, torch.Tensor]:
-    return _Stored(path)
-
-
-def _fault(path: Path) -> str | None:
+def _fault(path: Path, together: bool = False) -> str | None:
     """What is wrong with a checkpoint, in words, or None."""
-    return fault(path, MANIFEST, needed=[STATE])
+    if not together:
+        return fault(path, MANIFEST, needed=[STATE])
+    rank, ranks = place()
+    found = everyone(fault(path, MANIFEST, needed=[STATE], share=slice(rank, None, ranks)))
+    return next(filter(None, found), None)
 
 
 def _remove(path: Path) -> None:
@@ -219,13 +209,21 @@ def _recover(root: Path) -> None:
             os.replace(former, target)
 
 
-def _why_not_written(target: Path, tensors: Tensors, document: str, error: Exception) -> str:
-    message = f"cannot write checkpoint {target}: {error}"
-    if getattr(error, "errno", 0) != errno.ENOSPC and "os error 28" not in str(error):
-        return message
-    needed = len(document) + sum(tensor.nbytes for mapping in tensors.values() for tensor in mapping.values())
-    way_out = "make room, keep fewer checkpoints or use another disk, then resume; earlier ones are intact"
-    return f"{message}; needs {needed} bytes, {shutil.disk_usage(target.parent).free} are free: {way_out}"
+def _why_not_written(target: Path, tensors: Tensors, error: OSError) -> str:
+    way_out = "then resume; earlier ones are intact"
+    if error.errno == errno.ENOENT and not leads():
+        return f"{error}: output_dir must be a folder that the machines of all ranks see; choose another, {way_out}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error}: let this process write there, or use another disk, {way_out}"
+    needed = sum(tensor.nbytes for mapping in tensors.values() for tensor in mapping.values())
+    free = shutil.disk_usage(next(path for path in target.parents if path.exists())).free
+    make_room = "make room, keep fewer checkpoints or use another disk"
+    return f"{error}; needs {needed} bytes, {free} are free: {make_room}, {way_out}"
+
+
+def _everywhere(error: CheckpointError) -> CheckpointError:
+    error.everywhere = True
+    return error
 
 
 def _refuse_non_json(value: Any, key: str) -> None:

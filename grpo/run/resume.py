@@ -23,9 +23,17 @@ FREE_TO_CHANGE = (
 
 
 def saved_state(
-    config: RunConfig, *, resume: str | None, force: bool, stop_after: int | None, steps: int
+    config: RunConfig,
+    *,
+    resume: str | None,
+    force: bool,
+    stop_after: int | None,
+    steps: int,
+    tell: Callable[[Callable[[], Path | None]], Path | None] = lambda find: find(),
 ) -> Checkpoint | None:
     """The checkpoint that --resume names, None where the run begins. Refuses flags that make no sense together.
+
+    `tell` finds it, and tells the other ranks, which verify it with this one.
 
     Raises ValueError for these and for a changed configuration (listing the differences, unless `force`), be it that
     of the folder or that of the run whose checkpoint this is; CheckpointError for one that is not there or damaged.
@@ -35,8 +43,9 @@ def saved_state(
             "--force only lets --resume go on with a changed configuration, and never overwrites a run; "
             "add --resume auto, or choose another output_dir"
         )
-    found = checkpoint.find(config.output_dir / "checkpoints", resume) if resume is not None else None
-    saved = checkpoint.load(found) if found else None
+    root = config.output_dir / "checkpoints"
+    found = tell(lambda: checkpoint.find(root, resume) if resume is not None else None)
+    saved = checkpoint.load(found, together=True) if found else None
     place = "curriculum" if isinstance(config, TrainConfig) else "prompts"
     if saved and place not in saved.state:
         raise ValueError(f"{found} was saved by another command of quartet; resume with that one")

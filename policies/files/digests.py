@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ DIGESTS = "digests.json"  # of a policy's folder
 
 def digests(folder: Path) -> str:
     """JSON for all files that are in `folder` now: {"files": {"config.json": {"bytes": .., "sha256": ".."}, ..}}."""
-    return json.dumps(
-        {"files": {file.name: size_and_hash(file) for file in sorted(folder.iterdir()) if file.is_file()}}, indent=1
-    )
+    return listing({file.name: size_and_hash(file) for file in folder.iterdir() if file.is_file()})
+
+
+def listing(files: Mapping[str, dict[str, Any]]) -> str:
+    """JSON of the `size_and_hash` of files by name, as `fault` reads it."""
+    return json.dumps({"files": dict(sorted(files.items()))}, indent=1)
 
 
 def write_digests(folder: Path) -> None:
@@ -26,15 +29,15 @@ def write_digests(folder: Path) -> None:
     write_file(folder / DIGESTS, digests(folder))
 
 
-def fault(folder: Path, name: str, needed: Collection[str] = ()) -> str | None:
+def fault(folder: Path, name: str, needed: Collection[str] = (), share: slice = slice(None)) -> str | None:
     """What is wrong with a folder, in words, or None. Unlisted weights are wrong, and so are absent `needed` files;
-    other files may have been added."""
+    other files may have been added. `share` looks at some of the files only, in the order of their names."""
     try:
         expected = dict(json.loads((folder / name).read_text())["files"])
         listed = {*expected, *(file.name for file in folder.glob("*.safetensors")), *needed}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{name} cannot be read ({error!r})"
-    for file in sorted(listed):
+    for file in sorted(listed)[share]:
         found = size_and_hash(folder / file) if (folder / file).is_file() else "missing"
         if found != expected.get(file):
             return f"{file} is {found}, {name} says {expected.get(file)}"

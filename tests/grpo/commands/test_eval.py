@@ -24,6 +24,7 @@ from grpo.learner.batch import PackedRow, Sample
 from grpo.policy_source import find_policy, load_found
 from grpo.run import checkpoint
 from grpo.train import train
+from policies import tensor_files
 from policies.policy import Policy, PolicyError
 from rollout.engine import RolloutError
 
@@ -161,11 +162,11 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_evaluated_all_the_same(u
     assert evaluation.results["sampled"].completions
 
 
-@pytest.mark.parametrize("moment", ["fault", "load_file"])
+@pytest.mark.parametrize(("module", "moment"), [(checkpoint, "fault"), (tensor_files, "read")])
 def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_the_newer_one(
-    unfinished, tmp_path, monkeypatch, moment
+    unfinished, tmp_path, monkeypatch, module, moment
 ):
-    folder, real, removed = tmp_path / "run", getattr(checkpoint, moment), []
+    folder, real, removed = tmp_path / "run", getattr(module, moment), []
     shutil.copytree(unfinished / "stopped", folder)
 
     def rotated(*arguments, **named):
@@ -174,7 +175,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_the_newer_on
             os.rename(folder / "checkpoints/step_000002", folder / "checkpoints/step_000004")
         return real(*arguments, **named)
 
-    monkeypatch.setattr(checkpoint, moment, rotated)
+    monkeypatch.setattr(module, moment, rotated)
     found = find_policy(str(folder))
     assert found.checkpoint == folder / "checkpoints/step_000004"
     assert set(found.saved.tensors) == {"policy"}

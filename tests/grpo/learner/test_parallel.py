@@ -4,6 +4,7 @@ import functools
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from transformers import DeepseekV3Config, GPT2Config, Qwen2Config
 from grpo.config.learner import LoraOptions, ParallelOptions
 from grpo.learner.parallel import ALONE, join, refuse_layout
 from grpo.run import checkpoint
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_events, read_metrics, read_rollouts
 
 HERE = Path(__file__).parents[2] / "cases"
 
@@ -273,6 +274,42 @@ def test_a_refusal_of_rank_0_ends_every_rank(run, tmp_path):
     ended = end_of(start_ranks(run(tmp_path / "r", prompts_per_step=99)))
     assert [code for code, _, _ in ended] == [1, 1]
     assert "prompts_per_step=99, but there are" in ended[1][2]
+
+
+@pytest.mark.slow
+def test_what_rank_0_meets_alone_is_told_by_every_rank(run, tmp_path):
+    """Here a folder that holds a run: only rank 0 looks at it, while the others wait in their next exchange."""
+    shutil.copytree(HERE / "run_0.1.0/run", tmp_path / "r")
+    ended = end_of(start_ranks(run(tmp_path / "r"), size=3))
+    assert [code for code, _, _ in ended] == [1, 1, 1]
+    assert "already holds a run; choose another output_dir" in ended[0][2]
+    for _, _, said in ended[1:]:
+        assert said.startswith("quartet: rank 0 failed: FileExistsError: output_dir=")
+        assert "already holds a run; choose another output_dir" in said
+
+
+CANNOT_WRITE = """
+import os, resource, runpy, sys
+if os.environ["RANK"] == "1":  # which writes nothing but its files of checkpoints
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+sys.argv = ["quartet", *sys.argv[1:]]
+runpy.run_module("grpo", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_write_its_part_of_a_checkpoint_ends_the_run_on_all(run, tmp_path):
+    folder = tmp_path / "r"
+    ended = end_of(start_ranks(["-c", CANNOT_WRITE, *run(folder, **{"warm_start.steps": 0})[2:]]))
+    assert [code for code, _, _ in ended] == [1, 1], ended
+    said = r"quartet: cannot write checkpoint \S+step_000001: rank 1 of 2: .*00002-of-00002.safetensors'; needs"
+    for _, _, shown in ended:
+        assert re.match(said, shown), shown
+    assert not list((folder / "checkpoints").iterdir())
+    [failed] = [event for event in read_events(folder) if event["event"] == "failed"]
+    assert failed["saved_step"] == 0
+    done = end_of(start_ranks([*run(folder, **{"warm_start.steps": 0}), "--resume", "auto"]))
+    assert [code for code, _, _ in done] == [0, 0], done
 
 
 @pytest.mark.slow

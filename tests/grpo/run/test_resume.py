@@ -23,6 +23,7 @@ from grpo.run.resume import base_changed, refuse_changed_config
 from grpo.run.stop import Stopped
 from grpo.sft import sft
 from grpo.train import train
+from policies import tensor_files
 from policies.files.digests import DIGESTS, write_digests
 from policies.policy import Policy, PolicyError
 
@@ -395,15 +396,15 @@ def test_only_the_newest_checkpoints_are_kept(micro_config, tmp_path):
 
 
 def test_a_full_disk_during_a_save_loses_nothing(micro_config, whole, tmp_path, monkeypatch):
-    folder, save_file = tmp_path / "run", checkpoint.save_file
+    folder, save_file = tmp_path / "run", tensor_files.save_file
 
-    def full(tensors, path):
+    def full(tensors, values, path):
         if "step_000003" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path)
+        save_file(tensors, values, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(tensor_files, "save_file", full)
         with pytest.raises(checkpoint.CheckpointError, match=r"step_000003: .*needs \d+ bytes.*make room.*then resume"):
             train(_config(micro_config, folder, "full"))
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000001", "step_000002"]

@@ -21,6 +21,7 @@ from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import GivenUp, Stopped, StopSignal
 from grpo.task import Task
 from grpo.train import train
+from policies import tensor_files
 from rewards.group_score import RewardFailed, RewardFailure
 from rollout.engine import Engine, RolloutError
 from rollout.pool import LocalPool
@@ -260,7 +261,7 @@ def test_a_failure_that_cannot_be_saved_is_told_as_it_is(micro_config, tmp_path,
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     with pytest.raises(OSError, match="rollouts/step_000002"):
         train(micro_config(folder, **SMALL))
     [event] = _events(folder, "failed")
