@@ -19,6 +19,8 @@ from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import DraftVocabulary, SamplingParams
 from rollout.shard import Decoding
 
+OnFinished = Callable[[int], None]  # hears how many completions have ended since the last call
+
 
 class RolloutError(RuntimeError):
     """Sampling cannot go on. The message names the prompt or the setting, and the way out.

@@ -37,6 +37,7 @@ from grpo.learner.update import Update
 from grpo.learner.value import ValueHead, head_value_loss
 from policies.lora import has_adapter
 from policies.policy import Policy
+from policies.publication import Publication
 from rollout.group import RolloutGroup
 
 if TYPE_CHECKING:
@@ -297,8 +298,9 @@ class Learner:
 
     # ---- weights and state --------------------------------------------------------------------------------------
 
-    def weights(self) -> dict[str, Tensor]:
-        return self.policy.weights()
+    def weights(self) -> Publication:
+        """What is published: to be read before the next step."""
+        return self.policy.publication()
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """What a checkpoint keeps; see state.py."""

@@ -72,6 +72,8 @@ METRICS: dict[str, str] = {
     "moe/layer_<d>/router_entropy": "moe/router_entropy of layer d alone",
     "moe/layer_<d>/dead_experts": "moe/dead_experts of layer d alone",
     "rollout/restarts": "Ray workers replaced since the last line (died, or later than rollout.timeout_s), count",
+    "publish/bytes": "weights that the rollout workers got since the last line, one copy for each node, bytes",
+    "publish/confirm_s": "from the message to the last worker's confirmation, with all its digests, seconds",
     "learner/learning_rate": "learning rate of the policy at this step",
     "learner/grad_norm": "norm of the gradient before clipping",
     "learner/updates": "optimizer updates in this step, count",
