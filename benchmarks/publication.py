@@ -13,6 +13,7 @@ import argparse
 import json
 import shlex
 import sys
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +32,7 @@ from rewards.group_score import GroupScore
 from rollout.engine import RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Pool, open_pool
+from rollout.publication.message import Sender
 from rollout.sampling import SamplingParams
 
 SAMPLING = SamplingParams(group_size=4, max_completion_tokens=16, draft_tokens=4)
@@ -61,8 +63,8 @@ def policy_of(model: str | None, backend: str, dtype: torch.dtype, width: int = 
     return Policy(LlamaForCausalLM(config).to(dtype).eval(), None, policy.tokenizer)
 
 
-def learner_of(policy: Policy) -> Learner:
-    options = LearnerOptions(learning_rate=5e-4)
+def learner_of(policy: Policy, rate: float = 5e-4) -> Learner:
+    options = LearnerOptions(learning_rate=rate)
     return Learner(policy, options, MTPOptions(depth=4, every=1), LossOptions(), temperature=SAMPLING.temperature)
 
 
@@ -104,15 +106,90 @@ def alarms(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def bytes_sent(options: argparse.Namespace) -> dict[str, Any]:
+    """MB of the last of five publications, between which the optimizer steps: everything, differences, adapters."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for rate in (5e-4, 1e-6):
+            for adapters in (False, True):
+                policy = policy_of(options.model, "native", dtype)
+                if adapters:
+                    policy.add_lora(8, 16.0, TARGETS)
+                learner = learner_of(policy, rate)
+                pool, senders = open_pool(policy, dtype=dtype), [Sender(), Sender(deltas=True)]
+                for number in range(5):
+                    pool.publish(learner.weights(), number)
+                    messages, seconds = [], []
+                    for sender in senders:
+                        started = time.perf_counter()
+                        messages.append(sender.take(learner.weights(), number))
+                        seconds.append(time.perf_counter() - started)
+                    step(learner, pool, number + 1)
+                name = (
+                    f"{str(dtype).removeprefix('torch.')}, rate {rate:g}, {'adapters' if adapters else 'all weights'}"
+                )
+                whole = senders[0].everything().bytes
+                found[name] = {
+                    "everything_mb": round(whole / 1e6, 3),
+                    "sent_mb": round(messages[0].bytes / 1e6, 3),
+                    "as_differences_mb": round(messages[1].bytes / 1e6, 3),
+                    "differences_ms_per_mb": round(1e3 * (seconds[1] - seconds[0]) / messages[0].bytes * 1e6, 2),
+                }
+                print(name, found[name], flush=True)
+    return found
+
+
+def seconds_taken(options: argparse.Namespace) -> dict[str, Any]:
+    """By policy, by what is sent and by number of workers: seconds of a publication, of its canaries, and MB."""
+    found: dict[str, Any] = {}
+    for width in options.widths:
+        for adapters in (True, False):
+            policy = policy_of(None, "native", torch.float32, width)
+            numbers = sum(parameter.numel() for parameter in policy.parameters())
+            if adapters:
+                policy.mtp.requires_grad_(False)
+                policy.add_lora(8, 16.0, TARGETS)
+            learner = learner_of(policy, 5e-4)
+            for workers in options.workers:
+                pool = open_pool(policy, workers)
+                publisher = Publisher(pool, learner, SAMPLING)
+                taken, canaries, sent = [], [], []
+                try:
+                    for _ in range(options.repeats + 1):
+                        with torch.no_grad():
+                            for parameter in policy.parameters():
+                                if parameter.requires_grad:
+                                    parameter.add_(1e-5)
+                        started = time.perf_counter()
+                        pool.publish(learner.weights(), learner.policy_version)
+                        taken.append(time.perf_counter() - started)
+                        sent.append(pool.metrics()["publish/bytes"])
+                        canaries.append(publisher.publish()["canary/seconds"])
+                finally:
+                    pool.close()
+                name = f"{numbers / 1e6:.1f} M, {'adapters' if adapters else 'all weights'}"
+                found.setdefault(name, {})[f"{workers} workers"] = {
+                    "seconds": [round(value, 4) for value in sorted(taken[1:])],
+                    "median_s": round(median(taken[1:]), 4),
+                    "canaries_s": round(median(canaries[1:]), 4),
+                    "mb": round(sent[-1] / 1e6, 3),
+                }
+                print(name, workers, found[name][f"{workers} workers"], flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["alarms"])
+    parser.add_argument("what", choices=["alarms", "bytes", "seconds"])
     parser.add_argument("--model")
     parser.add_argument("--publications", type=int, default=200)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--widths", type=int, nargs="+", default=[192, 640], help="of the policies that are published")
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    result = {"alarms": alarms}[options.what](options)
+    result = {"alarms": alarms, "bytes": bytes_sent, "seconds": seconds_taken}[options.what](options)
     if options.json:
         former = json.loads(options.json.read_text()) if options.json.exists() else {}
         record = {"environment": hardware.describe(), "command": shlex.join(["python", *sys.argv]), "result": result}

@@ -75,6 +75,7 @@ def train(
                         batch = learner.prepare(drawn.groups, drawn.scores)
                     collector.keep(step, drawn, batch)
                     learn(run, learner, batch, step)
+                    collector.keep(step, drawn, batch, learner.policy_logprobs)
                     if run.moved:
                         with run.timed("time/publish"), phase("publishing", config):
                             run.metrics |= publisher.publish()

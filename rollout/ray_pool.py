@@ -17,6 +17,7 @@ from rollout.cluster import Cluster
 from rollout.depth import CostTable
 from rollout.engine import OnFinished, RolloutError
 from rollout.group import Prompt, RolloutGroup
+from rollout.publication.canaries import other_canaries
 from rollout.publication.digests import Held
 from rollout.publication.message import Message, Sender
 from rollout.sampling import SamplingParams
@@ -65,6 +66,9 @@ class RayPool:
         self.published: int | None = None  # the version that every worker has confirmed
         self.confirmed: dict[int, int | None] = {}  # the version of each worker
         self.costs: CostTable | None = None
+        # Prompts and parameters of the canaries of this version, and what a worker has sampled that passed them.
+        self.canaries: tuple[Sequence[Prompt], SamplingParams, list[RolloutGroup]] | None = None
+        self.precision = dtype
         self.restarts = 0
         self._unreported: defaultdict[str, float] = defaultdict(float)
         self.workers: list[Any] = []
@@ -89,7 +93,7 @@ class RayPool:
 
         Where the policy has adapters, a worker that holds the version before gets A and B, and what else is trained.
         """
-        self.published, self.restarts = None, 0
+        self.published, self.canaries, self.restarts = None, None, 0
         self._confirm(range(len(self.workers)), self.sender.take(weights, version))
 
     def _confirm(self, workers: Iterable[int], change: Message | None = None) -> None:
@@ -220,7 +224,7 @@ class RayPool:
 
         def again(i: int, number: int, shard: Sequence[Prompt], reason: str) -> None:
             self._replace(i, reason)
-            self._confirm([i])
+            self._admit(i)
             waiting.append((number, shard))
 
         while waiting or running:
@@ -254,13 +258,22 @@ class RayPool:
         return groups
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
-        version, groups, running = self._version(), dict[str, list[RolloutGroup]](), dict[Any, tuple[int, float]]()
+        self.canaries = None
+        found = self._sample_on(range(len(self.workers)), prompts, params)
+        self.canaries = prompts, params, found[0]
+        return {f"worker {i}": found[i] for i in sorted(found)}
+
+    def _sample_on(
+        self, workers: Iterable[int], prompts: Sequence[Prompt], params: SamplingParams
+    ) -> dict[int, list[RolloutGroup]]:
+        """The groups of all prompts by each of these workers; a lost one is replaced, and its successor asked."""
+        version, groups, running = self._version(), dict[int, list[RolloutGroup]](), dict[Any, tuple[int, float]]()
 
         def ask(i: int) -> None:
             reference = self.workers[i].sample.remote(list(prompts), params, version, self.costs)
             running[reference] = i, time.monotonic() + self.publish_timeout_s
 
-        for i in range(len(self.workers)):
+        for i in workers:
             ask(i)
         late = f"its canaries took longer than rollout.publish_timeout_s={self.publish_timeout_s:g}"
         while running:
@@ -271,8 +284,17 @@ class RayPool:
                     self._confirm([i])
                     ask(i)
                 else:
-                    groups[f"worker {i}"] = answer
-        return dict(sorted(groups.items()))
+                    groups[i] = answer
+        return groups
+
+    def _admit(self, i: int) -> None:
+        """A worker that takes another's place gets the weights, and passes the canaries that the others have passed."""
+        self._confirm([i])
+        if self.canaries is not None:
+            prompts, params, passed = self.canaries
+            own = self._sample_on([i], prompts, params)[i]
+            if fault := other_canaries(own, passed, self.precision):
+                raise RolloutError(f"worker {i}, which is new, {fault} (version {self.published})")
 
     def held(self) -> dict[str, Held]:
         return {}
@@ -283,7 +305,7 @@ class RayPool:
             before = self.workers[0]
             costs = self._answer(0, "measure_costs", rows)
             if self.workers[0] is not before:
-                self._confirm([0])
+                self._admit(0)
         self.costs = costs
         return costs
 

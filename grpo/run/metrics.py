@@ -51,9 +51,11 @@ METRICS: dict[str, str] = {
     "value/clip_fraction": "tokens whose value the clip holds back, fraction",
     "value/explained_variance": "1 - Var(return - value) / Var(return) over tokens; 1 is a perfect value function",
     "value/grad_norm": "norm of the value head's gradient before clipping",
-    "mismatch/logprob_abs_mean": "|learner's - sampler's log-probability| of the sampled tokens, mean, nats",
+    "mismatch/logprob_abs_mean": "|learner's - sampler's log-probability| of the sampled tokens, mean, nats; what is "
+    "more than canary/* comes from age",
     "mismatch/logprob_abs_max": "the largest of them",
     "mismatch/kl": "KL of the sampler from the learner (k3 estimate), mean, nats per token",
+    "mismatch/age_mean": "versions between the sampler and the learner, mean over tokens (absent at 0)",
     "mismatch/weight_mean": "importance correction of the sampler's mismatch, mean over tokens",
     "draft/acceptance_depth_<d>": "drafts accepted at depth d / drafts made at depth d",
     "draft/drafted_depth_<d>": "drafts made at depth d, count",
@@ -72,7 +74,8 @@ METRICS: dict[str, str] = {
     "moe/layer_<d>/router_entropy": "moe/router_entropy of layer d alone",
     "moe/layer_<d>/dead_experts": "moe/dead_experts of layer d alone",
     "rollout/restarts": "Ray workers replaced since the last line (died, or later than rollout.timeout_s), count",
-    "canary/logprob_abs_mean": "|learner's - sampler's log-probability| of a publication's canaries, mean, nats",
+    "canary/logprob_abs_mean": "the same of a publication's canaries, which both score with the same weights: what "
+    "precision and backend alone give, nats",
     "canary/logprob_abs_max": "the largest of them",
     "canary/seconds": "sampling the canaries, scoring them and comparing digests; part of time/publish",
     "publish/bytes": "weights that the rollout workers got since the last line, one copy for each node, bytes",

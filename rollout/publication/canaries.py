@@ -90,3 +90,23 @@ def compare(
             )
         worst = Agreement(max(worst.mean, mean), max(worst.most, most), fault)
     return worst
+
+
+def other_canaries(own: Sequence[RolloutGroup], passed: Sequence[RolloutGroup], dtype: torch.dtype) -> str | None:
+    """How the canaries of a sampler differ from those of one that has passed, or None.
+
+    The tokens are the same up to ties, and where two completions part, no more of them is compared.
+    """
+    far, count, total = [0.0], 0, 0
+    for mine, other in zip(own, passed, strict=True):
+        for one, two in zip(mine.completions, other.completions, strict=True):
+            total += len(two.token_ids)
+            for t, (token, expected) in enumerate(zip(one.token_ids, two.token_ids, strict=True)):
+                if token != expected:
+                    break
+                far.append(abs(one.logprobs[t] - two.logprobs[t]))
+                count += 1
+    limit = TOLERANCES[dtype].most
+    if 2 * count >= total and max(far) <= limit:
+        return None
+    return f"samples other canaries than those before it: {count} of {total} tokens, {max(far):.2g} nats apart"
