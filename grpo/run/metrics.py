@@ -77,6 +77,7 @@ METRICS: dict[str, str] = {
     "canary/logprob_abs_mean": "the same of a publication's canaries, which both score with the same weights: what "
     "precision and backend alone give, nats",
     "canary/logprob_abs_max": "the largest of them",
+    "canary/repeats": "1 where a publication's first canaries differed by more than is allowed, and its second did not",
     "canary/seconds": "sampling the canaries, scoring them and comparing digests; part of time/publish",
     "publish/bytes": "weights that the rollout workers got since the last line, one copy for each node, bytes",
     "publish/confirm_s": "from the message to the last worker's confirmation, with all its digests, seconds",

@@ -223,7 +223,9 @@ class InterruptiblePool:
         return self.pool.sample(prompts, params, forward)
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
+        """Nothing once a stop was asked for, since a publication may have been cut short."""
         try:
+            self.stop.check()
             return self.pool.sample_on_each(prompts, params)
         except GivenUp:
             return {}

@@ -49,11 +49,11 @@ def canary_prompts(vocabulary: int, context: int) -> list[Prompt]:
     ]
 
 
-def canary_params(params: SamplingParams, version: int, context: int) -> SamplingParams:
-    """As the run samples, with noise of their own, so that its tokens stay what they are."""
+def canary_params(params: SamplingParams, context: int) -> SamplingParams:
+    """As `params` say, but short, of full length, and with drafts that need no table of costs."""
     drafts = DRAFTS if params.draft_tokens is None else params.draft_tokens
     return replace(
-        params.at(version),
+        params,
         group_size=COMPLETIONS,
         max_completion_tokens=max(1, min(TOKENS, context - context // 2)),
         stop_token_ids=(),

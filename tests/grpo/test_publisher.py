@@ -2,6 +2,7 @@
 
 import copy
 import re
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import MethodType
@@ -14,6 +15,7 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from grpo.publisher import Publisher
+from grpo.run.stop import InterruptiblePool, StopSignal
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.engine import Engine, RolloutError
@@ -200,6 +202,35 @@ def test_contract_13_canaries_change_no_token_of_the_run(policy_of):
     before = pool.sample(PROMPTS, PARAMS)
     Publisher(pool, learner_of(policy), PARAMS).publish()
     assert pool.sample(PROMPTS, PARAMS) == before
+
+
+def test_canaries_that_fail_once_are_made_again(policy_of, monkeypatch):
+    policy = policy_of("native")
+    pool = open_pool(policy)
+    publisher, sample, calls = Publisher(pool, learner_of(policy), PARAMS), pool.sample_on_each, []
+
+    def flip(prompts, params):
+        """An expert takes another's place, for one token of the first attempt."""
+        sampled = sample(prompts, params)
+        calls.append(params.draw)
+        if params.draw == 0:
+            sampled["the sampler"][0].completions[0].logprobs[3] += 0.2
+        return sampled
+
+    monkeypatch.setattr(pool, "sample_on_each", flip)
+    metrics = publisher.publish()
+    assert calls == [0, 1]
+    assert metrics["canary/repeats"] == 1
+    assert metrics["canary/logprob_abs_max"] < 1e-4
+
+
+def test_a_publication_that_a_stop_cuts_short_has_no_canaries(policy_of):
+    policy = policy_of("native")
+    stop = StopSignal()
+    publisher = Publisher(InterruptiblePool(open_pool(policy), stop), learner_of(policy), PARAMS)
+    assert publisher.publish()["canary/repeats"] == 0
+    stop.number = signal.SIGTERM
+    assert publisher.publish() == {}
 
 
 def test_a_context_shorter_than_the_canaries_has_short_ones(policy_of):
