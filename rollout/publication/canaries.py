@@ -27,7 +27,7 @@ class Tolerance:
 
 
 # benchmarks/publication.py measures what honest publications give.
-TOLERANCES = {torch.float32: Tolerance(1e-4, 1e-3), torch.bfloat16: Tolerance(0.15, 1.0)}
+TOLERANCES = {torch.float32: Tolerance(1e-4, 1e-3), torch.bfloat16: Tolerance(0.15, 2.0)}
 Scores = list[list[list[float]]]  # by prompt and completion, of each token
 
 
