@@ -32,7 +32,7 @@ from policies.presets import PRESETS, build
 from rewards.group_score import GroupScore
 from rollout.engine import RolloutError
 from rollout.group import Prompt, RolloutGroup
-from rollout.pool import Pool, open_pool
+from rollout.pool import LocalPool, Pool, open_pool
 from rollout.publication.canaries import canary_params, compare
 from rollout.publication.message import Sender
 from rollout.sampling import SamplingParams
@@ -97,6 +97,7 @@ def alarms(options: argparse.Namespace) -> dict[str, Any]:
                 0,
                 0,
             )
+            first = wrong(publisher, pool, dtype)
             for number in range(1, options.publications + 1):
                 try:
                     metrics = publisher.publish()
@@ -115,12 +116,15 @@ def alarms(options: argparse.Namespace) -> dict[str, Any]:
                 "mean: median and largest": [median(means), max(means)],
                 "one token: median and largest": [median(mosts), max(mosts)],
             }
-            found[name] |= wrong(publisher, pool, dtype)
+            found[name] |= {
+                "wrong, before the first step": first,
+                "wrong, after the last": wrong(publisher, pool, dtype),
+            }
             print(name, found[name], flush=True)
     return found
 
 
-def wrong(publisher: Publisher, pool: Pool, dtype: torch.dtype) -> dict[str, list[float]]:
+def wrong(publisher: Publisher, pool: LocalPool, dtype: torch.dtype) -> dict[str, list[float]]:
     """Mean and largest difference, median of three, where the temperature is wrong, and where rope turns backwards."""
     found: dict[str, list[float]] = {}
 
@@ -128,9 +132,8 @@ def wrong(publisher: Publisher, pool: Pool, dtype: torch.dtype) -> dict[str, lis
         means, mosts = [], []
         for number in range(3):
             params = canary_params(publisher.params.at(number), publisher.context)
-            params = replace(params, temperature=params.temperature * factor)
-            sampled = pool.sample_on_each(publisher.prompts, params)
-            agreement = compare(sampled, publisher._scores(sampled), 0, dtype)
+            sampled = pool.sample_on_each(publisher.prompts, replace(params, temperature=params.temperature * factor))
+            agreement = compare(sampled, publisher.scores(sampled, params.temperature), 0, dtype)
             means.append(agreement.mean)
             mosts.append(agreement.most)
         found[name] = [median(means), median(mosts)]
@@ -138,8 +141,10 @@ def wrong(publisher: Publisher, pool: Pool, dtype: torch.dtype) -> dict[str, lis
     for factor in (0.8, 1.1, 1.25):
         measure(f"temperature x {factor}", factor)
     if pool.engine.policy.backend == "native":
-        pool.engine.trunk.rope.sin = -pool.engine.trunk.rope.sin
+        rope = pool.engine.trunk.rope
+        rope.sin = -rope.sin
         measure("wrong rope", 1.0)
+        rope.sin = -rope.sin
     return found
 
 

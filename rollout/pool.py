@@ -74,9 +74,9 @@ def open_pool(
 
     The other arguments are for Ray workers. A worker that takes longer than `timeout_s` for a shard, or than
     `publish_timeout_s` to take new weights over, is replaced, as if it had died. `publish_deltas`: workers get the
-    compressed differences between two versions; None: where the cluster has several nodes. `while_waiting` is called
-    several times a second while the pool waits for workers; an exception that it raises ends the wait. `on_lost` gets
-    the number of a worker that died or was late, the reason, and what is done.
+    compressed differences between two versions; None: where the cluster has eight nodes or more. `while_waiting` is
+    called several times a second while the pool waits for workers; an exception that it raises ends the wait. `on_lost`
+    gets the number of a worker that died or was late, the reason, and what is done.
     """
     if workers == 0:
         return LocalPool(policy, dtype, prompts_per_shard)
