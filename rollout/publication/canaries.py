@@ -1,7 +1,7 @@
 """Canaries: a few completions of fixed prompts that every sampler makes of every version (contract 13).
 
 They go through the ordinary path of sampling, with drafts, at HOTTER times the run's temperature. The learner scores
-the very same tokens. A sampler that holds other weights, or computes with them otherwise, gives other log-probabilities.
+the very same tokens. A sampler that holds other weights, or computes otherwise, gives other log-probabilities.
 """
 
 from __future__ import annotations
