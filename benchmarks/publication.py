@@ -108,6 +108,7 @@ def alarms(options: argparse.Namespace) -> dict[str, Any]:
                     count += 1
                     print(error, flush=True)
                 step(learner, pool, number)
+            pool.publish(learner.weights(), learner.policy_version)
             name = f"{backend}, {str(dtype).removeprefix('torch.')}"
             found[name] = {
                 "publications": options.publications,
