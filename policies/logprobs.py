@@ -70,8 +70,8 @@ def logprobs_from_hidden(
     """Log-probabilities and entropies without all logits in memory at once: [N, D], [V, D], [N] -> [N], [N].
 
     `chunk` rows of logits are made at a time, and again in the backward pass, whose gradients of GRADIENT_CHUNKS times
-    as many rows are there at once. So memory grows with chunk · V and not
-    with N · V. Differentiable in `hidden` and `lm_head_weight`, the entropy only with `entropy_grad=True`.
+    as many rows are there at once. So memory grows with chunk · V and not with N · V.
+    Differentiable in `hidden` and `lm_head_weight`, the entropy only with `entropy_grad=True`.
 
     >>> hidden, lm_head_weight = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0986123]])
     >>> logprobs, entropies = logprobs_from_hidden(hidden, lm_head_weight, torch.tensor([0, 1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -111,17 +112,62 @@ class adapter_off:
             layer.enable_adapters(True)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter of one weight as it is published: A [E r, in] and B [out, E r] for E experts, 1 for a plain matrix.
+
+    `transposed`: the weights of the experts are [in, out] each, and not [out, in].
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    experts: int = 1
+    transposed: bool = False
+
+    @torch.no_grad()
+    def merge(self, base: Tensor) -> Tensor:
+        """W + ΔW as a new tensor, in the precision of W; to the bit what peft's own layer would add."""
+        a, b, dtype = self.a, self.b, self.b.dtype
+        if self.experts > 1:
+            a = a.reshape(self.experts, -1, a.shape[-1])
+            b = b.reshape(b.shape[0], -1, self.experts)
+            delta = torch.einsum("o r e, e r i -> e i o" if self.transposed else "o r e, e r i -> e o i", b, a)
+            delta = delta * self.scale
+        elif b.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            delta = (b.float() @ a.float() * self.scale).to(dtype)
+        else:
+            delta = b @ a * self.scale
+        return base + like(delta.to(base.dtype), base)
+
+
+def unmerged_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
+    """The state dict of `model` under its names without adapters, and by these names the adapters of its weights."""
+    release(model)
+
+    def plain(name: str) -> str:
+        return name.replace(".base_layer", "")
+
+    names = {id(parameter): plain(name) for name, parameter in model.named_parameters()}
+    found = {}
+    for _, layer in adapters(model):
+        of_parameter = isinstance(layer, ParamWrapper)
+        base = getattr(layer.get_base_layer(), layer.parameter_name if of_parameter else "weight")
+        found[names[id(base)]] = Adapter(
+            layer.lora_A[ADAPTER].weight.detach(),
+            layer.lora_B[ADAPTER].weight.detach(),
+            layer.scaling[ADAPTER],
+            layer.num_experts if of_parameter else 1,
+            of_parameter and not layer._did_swap_in_out_features,
+        )
+    state = {plain(name): tensor.detach() for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    return state, found
+
+
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that the model would have if W + ΔW were its weights, under its names without adapters.
 
     peft's merge and unmerge in place drift by rounding; here the base is only read.
     """
-    release(model)
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for _, layer in adapters(model):
-        parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-        base = getattr(layer.get_base_layer(), parameter)
-        state[names[id(base)]] = base.detach() + like(layer.get_delta_weight(ADAPTER).to(base.dtype), base)
-    return {name.replace(".base_layer", ""): t for name, t in state.items() if ".lora_" not in name}
+    state, found = unmerged_state(model)
+    return {name: found[name].merge(tensor) if name in found else tensor for name, tensor in state.items()}

@@ -28,6 +28,7 @@ from policies.checkpoint import Checkpoint, read_config, read_tokenizer
 from policies.contradictions import FIXED_FIELDS
 from policies.layout import PolicyError
 from policies.mtp import MTPHead
+from policies.publication import Publication
 
 __all__ = ["Policy", "PolicyError", "digest", "read_config", "read_tokenizer"]
 
@@ -149,10 +150,22 @@ class Policy(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """Every tensor on which sampling depends, with adapters merged: parameters, buffers such as the expert bias,
         and the draft vocabulary."""
-        state = {f"trunk.{name}": t for name, t in lora.merged_state(self.trunk).items()}
-        if self.mtp is not None:
-            state |= {f"mtp.{name}": t for name, t in lora.merged_state(self.mtp).items()}
-        return state if self.draft_ids is None else state | {"draft_ids": self.draft_ids}
+        return dict(self.publication())
+
+    def publication(self) -> Publication:
+        """The same, with each adapter apart from its weight until that is read."""
+        tensors: dict[str, Tensor] = {}
+        adapters: dict[str, lora.Adapter] = {}
+        for part, model in (("trunk", self.trunk), ("mtp", self.mtp)):
+            if model is not None:
+                state, found = lora.unmerged_state(model)
+                tensors |= {f"{part}.{name}": tensor for name, tensor in state.items()}
+                adapters |= {f"{part}.{name}": adapter for name, adapter in found.items()}
+        if self.draft_ids is not None:
+            tensors["draft_ids"] = self.draft_ids
+        named = self.named_parameters(remove_duplicate=False) if adapters else ()
+        frozen = (name.replace(".base_layer", "") for name, parameter in named if not parameter.requires_grad)
+        return Publication(tensors, adapters, frozenset(frozen))
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

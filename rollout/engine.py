@@ -16,8 +16,11 @@ from rollout.backends import Decoder, derive
 from rollout.costs import measure
 from rollout.depth import MAX_DEPTH, CostTable
 from rollout.group import Prompt, RolloutGroup
+from rollout.publication.digests import digests
 from rollout.sampling import DraftVocabulary, SamplingParams
 from rollout.shard import Decoding
+
+OnFinished = Callable[[int], None]  # hears how many completions have ended since the last call
 
 
 class RolloutError(RuntimeError):
@@ -59,6 +62,7 @@ class Engine:
         self.draft_vocabulary = None
         if self.head is not None and self.head.draft_ids is not None:
             self.draft_vocabulary = DraftVocabulary(self.head.draft_ids, len(self.trunk.embedding))
+        self.held = digests(self.policy.weights())  # where nothing was derived anew, they are the old ones
 
     @property
     def decoder(self) -> Decoder:

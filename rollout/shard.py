@@ -29,6 +29,11 @@ from rollout.stop_strings import StopStrings
 PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16384, 1024
 
 
+def shards(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
+    """The prompts that are sampled together: `size` neighbours each, whoever samples them."""
+    return [prompts[i : i + size] for i in range(0, len(prompts), size)]
+
+
 class Decoding:
     """Decodes one shard: call `forward` until `done`, then take the `groups`.
 

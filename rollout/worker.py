@@ -1,40 +1,49 @@
-"""A rollout worker: one engine in a Ray actor, and how weights reach it."""
+"""A rollout worker: one engine in a Ray actor, and how it takes a publication over."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import numpy as np
 import torch
 from torch import Tensor
 
-from policies.policy import Policy, digest
-from policies.sharding import whole
+from policies.lora import Adapter
+from policies.policy import Policy
 from rollout.depth import CostTable
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt, RolloutGroup
+from rollout.publication.digests import Held
+from rollout.publication.message import Message, unpack, with_differences
 from rollout.sampling import SamplingParams
 
-PackedWeights = dict[str, tuple[str, list[int], np.ndarray]]
 
+class Receiver:
+    """Takes publications over: an engine, and the weights under its adapters."""
 
-def pack(weights: Mapping[str, Tensor]) -> PackedWeights:
-    """Tensors as bytes with type and shape, since Ray shares NumPy arrays without a copy and NumPy has no bfloat16."""
-    return {
-        name: (
-            str(tensor.dtype).removeprefix("torch."),
-            list(tensor.shape),
-            whole(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy(),
-        )
-        for name, tensor in weights.items()
-    }
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._under: dict[str, Tensor] = {}
 
-
-def unpack(packed: PackedWeights) -> dict[str, Tensor]:
-    return {
-        name: torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).reshape(shape)
-        for name, (dtype, shape, data) in packed.items()
-    }
+    def take(self, message: Message) -> Held:
+        """Loads a publication; returns the digests of what the engine decodes with then."""
+        engine = self.engine
+        if message.since is not None and engine.version != message.since:
+            raise RolloutError(
+                f"a worker holds policy version {engine.version}, and what it got follows version {message.since}"
+            )
+        engine.version = -1  # while it is neither the old one nor the new one
+        weights = unpack(message.tensors)
+        if message.since is None:
+            self._under = {name: weights[name].clone() for name in message.adapters}
+        else:
+            own = engine.policy.weights()
+            try:
+                weights = own | weights | with_differences(own, message.deltas)
+            except ValueError:  # what it holds is not what the differences follow
+                return {}
+        for name, (factors, scale, experts, transposed) in message.adapters.items():
+            adapter = Adapter(**unpack(factors), scale=scale, experts=experts, transposed=transposed)
+            weights[name] = adapter.merge(self._under[name])
+        engine.publish(weights, message.version)
+        return engine.held
 
 
 class Worker:
@@ -46,12 +55,11 @@ class Worker:
         policy = Policy.from_skeleton(skeleton, getattr(torch, held)).to(device)
         self.engine = Engine(policy, getattr(torch, dtype))
         self.engine.version = -1
+        self.receiver = Receiver(self.engine)
 
-    def publish(self, packed: PackedWeights, version: int) -> str:
-        """Copy weights; returns the digest of what arrived (contract 5)."""
-        weights = unpack(packed)
-        self.engine.publish(weights, version)
-        return digest(weights)
+    def publish(self, message: Message) -> Held:
+        """Take weights over; returns the digests of what the engine holds from now on (contract 5)."""
+        return self.receiver.take(message)
 
     def measure_costs(self, rows: int) -> CostTable:
         return self.engine.measure_costs(min(rows, self.engine.max_rows))

@@ -39,6 +39,10 @@ class RolloutOptions(SamplingOptions):
     """Prompts whose groups are sampled together; the number of workers never changes a token."""
     timeout_s: float = Field(default=3600.0, gt=0)
     """Seconds that a Ray worker may take for a shard; then it is killed, and a new one samples the same tokens."""
+    publish_timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds that a Ray worker may need for new weights; then it is killed and replaced. A new one has 600."""
+    publish_deltas: bool | None = None
+    """Workers get the compressed difference of two versions, which pays on a slow network; null: from 8 nodes on."""
     refill_draws: int = Field(default=0, ge=0)
     """Dynamic sampling: tied groups are sampled again, at most this many times per step; 0 keeps them."""
     refill_prompts: Literal["new", "same"] = "new"

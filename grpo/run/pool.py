@@ -14,20 +14,39 @@ from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
 from grpo.run.stop import InterruptiblePool, StopSignal
 from policies.policy import Policy
+from policies.publication import Publication
 from policies.sharding import attend
 from rollout.depth import CostTable
 from rollout.group import RolloutGroup
 from rollout.pool import Pool, open_pool
+from rollout.publication.digests import Held
 
 
 class NoPool:
-    """The pool of a rank that does not sample: it takes part in publications."""
+    """The pool of a rank that does not sample: it takes part in publications.
+
+    `keeps`: the pool of rank 0 keeps what is fixed, and reads only the parts that change (RayPool); else it reads the
+    merged weights.
+    """
+
+    def __init__(self, keeps: bool) -> None:
+        self.keeps, self._last = keeps, Publication({})
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        attend(weights.values())
+        if self.keeps:
+            last, self._last = self._last, Publication.of(weights)
+            attend(self._last.parts(last))
+        else:
+            attend(weights.values())
 
     def sample(self, *_: object) -> list[RolloutGroup]:
         raise RuntimeError("rank 0 alone samples")
+
+    def sample_on_each(self, *_: object) -> dict[str, list[RolloutGroup]]:
+        raise RuntimeError("rank 0 alone samples")
+
+    def held(self) -> dict[str, Held]:
+        return {}
 
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
         raise RuntimeError("rank 0 alone samples")
@@ -49,8 +68,9 @@ def open_run_pool(
         run_log.event("worker_lost", worker=worker, action=action, reason=reason)
 
     if not samples:
-        attend(policy.weights().values())
-        return InterruptiblePool(NoPool(), stop)
+        others = NoPool(keeps=rollout.workers > 0)
+        others.publish(policy.publication(), 0)
+        return InterruptiblePool(others, stop)
     options = SimpleNamespace(rollout=rollout, dtype=dtype)
     with stop.kept(), phase("loading", options):  # Ray would put handlers of its own in place
         pool = open_pool(
@@ -60,6 +80,8 @@ def open_run_pool(
             threads=rollout.threads_per_worker,
             prompts_per_shard=rollout.prompts_per_shard,
             timeout_s=rollout.timeout_s,
+            publish_timeout_s=rollout.publish_timeout_s,
+            publish_deltas=rollout.publish_deltas,
             while_waiting=stop.check,
             on_lost=on_lost,
         )

@@ -21,14 +21,16 @@ import ray
 import torch
 
 import rollout.cluster
-import rollout.pool
+import rollout.ray_pool
 from policies.openmp import WAITING
 from policies.policy import Policy, digest
 from rollout.engine import RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import LocalPool, Pool, RayPool, open_pool, shards, start_ray
+from rollout.publication.digests import digests
+from rollout.publication.message import Sender
 from rollout.sampling import SamplingParams
-from rollout.worker import Worker, pack, unpack
+from rollout.worker import Worker
 
 torch.set_num_threads(1)
 PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 10 + 3 * i)]) for i in range(7)]
@@ -91,20 +93,6 @@ def test_shards_keep_the_order_and_every_prompt():
     assert shards([], 3) == []
 
 
-def test_weights_survive_their_journey():
-    weights = {
-        "bf16": torch.randn(3, 4).bfloat16(),
-        "transposed": torch.randn(3, 4).T,
-        "scalar": torch.tensor(2.5),
-        "whole": torch.arange(4),
-    }
-    arrived = unpack(pack(weights))
-    assert digest(arrived) == digest(weights)
-    for name, tensor in weights.items():
-        assert torch.equal(arrived[name], tensor)
-        assert arrived[name].dtype == tensor.dtype
-
-
 def test_contract_4_a_local_pool_samples_the_same_whatever_the_shards(policies, expected):
     for size in (1, 3, 100):
         assert tokens(LocalPool(policies[0], torch.float32, size).sample(PROMPTS, PARAMS)) == tokens(expected(0))
@@ -156,7 +144,7 @@ def test_contract_5_a_worker_without_weights_refuses_to_sample(policies):
     worker = Worker(policies[0].skeleton(), "float32", "float32", "cpu", threads=1)
     with pytest.raises(RolloutError, match="holds policy version -1, but version 0 was asked for"):
         worker.sample(PROMPTS, PARAMS, 0)
-    assert worker.publish(pack(policies[0].weights()), 0) == digest(policies[0].weights())
+    assert worker.publish(Sender().take(policies[0].weights(), 0)) == digests(policies[0].weights())
     assert len(worker.sample(PROMPTS[:1], PARAMS, 0)) == 1
 
 
@@ -205,13 +193,53 @@ def test_contract_5_a_worker_refuses_a_version_that_it_does_not_hold(pool):
 
 def test_contract_5_weights_that_a_worker_does_not_confirm_are_not_sampled_with(pool, policies, monkeypatch, expected):
     with monkeypatch.context() as patch:
-        patch.setattr(rollout.pool, "digest", lambda weights: "what the learner holds")
-        with pytest.raises(RolloutError, match=r"worker 0 holds weights \w+, not the published what the learner holds"):
+        patch.setattr(Sender, "difference", lambda self, held: max(held))
+        with pytest.raises(RolloutError, match=r"worker \d does not hold .* version 1: .* is trunk.model.norm"):
             pool.publish(policies[1].weights(), 1)
     with pytest.raises(RolloutError, match="publish"):
         pool.sample(PROMPTS, PARAMS)
     pool.publish(policies[1].weights(), 1)
     assert pool.sample(PROMPTS, PARAMS) == expected(1)
+
+
+def test_contract_5_with_adapters_workers_get_a_and_b_alone_and_a_new_one_everything(pool, random_policy):
+    """Tokens are those of a pool in this process that was given merged weights."""
+    policy = random_policy(21)
+    policy.add_lora(rank=2, alpha=4.0, targets=["o_proj", "experts"])
+    policy.mtp.requires_grad_(False)
+    local, sent = open_pool(policy, prompts_per_shard=2), []
+    pool.metrics()
+    for version in range(4):
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                if ".lora_B." in name:
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(version)))
+        if version == 3:
+            ray.kill(pool.workers[1])
+        pool.publish(policy.publication(), version)
+        local.publish(policy.weights(), version)
+        assert pool.sample(PROMPTS, PARAMS) == local.sample(PROMPTS, PARAMS)
+        sent.append(pool.metrics()["publish/bytes"])
+    assert sent[1] == sent[2] < 0.2 * sent[0]
+    assert sent[3] == sent[0] + sent[1]
+
+
+def test_contract_5_a_worker_whose_digests_differ_after_a_and_b_gets_everything(pool, random_policy):
+    policy = random_policy(21)
+    policy.add_lora(rank=2, alpha=4.0, targets=["o_proj"])
+
+    def spoil(worker) -> None:
+        with torch.no_grad():
+            worker.engine.policy.trunk.get_input_embeddings().weight.add_(1)
+
+    pool.publish(policy.publication(), 0)
+    ray.get(call(pool.workers[0], spoil))
+    pool.metrics()
+    pool.publish(policy.publication(), 1)
+    assert pool.metrics()["publish/bytes"] > sum(t.nbytes for t in policy.weights().values())
+    assert tokens(pool.sample(PROMPTS, PARAMS)) == tokens(
+        open_pool(policy, prompts_per_shard=2).sample(PROMPTS, PARAMS)
+    )
 
 
 def test_an_error_in_a_worker_arrives_as_it_is_and_the_pool_goes_on(pool, expected):
@@ -242,7 +270,7 @@ def test_contract_4_a_worker_that_dies_is_replaced_and_gives_the_same_tokens(poo
     assert pool.restarts == 1
 
 
-def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, expected):
+def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, policies, expected):
     """The second worker's process ends without a word as soon as the first shard is done."""
     died = []
 
@@ -253,7 +281,7 @@ def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, expect
     assert pool.sample(PROMPTS, PARAMS, on_finished) == expected(0)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(died)
-    pool.publish(unpack(pool.published[0]), 0)  # and one that dies between two steps
+    pool.publish(policies[0].weights(), 0)  # and one that dies between two steps
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
 
 
@@ -271,13 +299,13 @@ def test_a_worker_that_answers_no_more_gives_its_place_to_its_replacement(pool, 
     assert ray.get(guest.is_in.remote())
     pool._replace(0, RuntimeError("out of sight"))
     assert psutil.wait_procs([process], timeout=20)[1] == []
-    pool._confirm(0)
+    pool._confirm([0])
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
     ray.kill(guest)
 
 
 def test_workers_that_keep_dying_stop_the_run_with_advice(pool, monkeypatch):
-    monkeypatch.setattr(rollout.pool, "MAX_RESTARTS", 0)
+    monkeypatch.setattr(rollout.ray_pool, "MAX_RESTARTS", 0)
     ray.kill(pool.workers[0])
     lost: list[tuple] = []
     monkeypatch.setattr(pool, "on_lost", lambda *what: lost.append(what))
@@ -300,11 +328,11 @@ def test_contract_4_a_late_worker_is_replaced_and_its_shard_sampled_again(pool, 
     assert pool.workers[1] is before[1]
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(busy)
-    assert [pool.metrics(), pool.metrics()] == [{"rollout/restarts": 1.0}, {"rollout/restarts": 0.0}]
+    assert [pool.metrics()["rollout/restarts"], pool.metrics()] == [1.0, {"rollout/restarts": 0.0}]
 
 
 def test_workers_that_are_always_late_end_the_run_with_advice(pool, monkeypatch):
-    monkeypatch.setattr(rollout.pool, "MAX_RESTARTS", 0)
+    monkeypatch.setattr(rollout.ray_pool, "MAX_RESTARTS", 0)
     monkeypatch.setattr(pool, "timeout_s", 0.5)
     busy = [call(worker, lambda _: time.sleep(600)) for worker in pool.workers]
     with pytest.raises(RolloutError, match=r"longer than rollout.timeout_s=0.5.*raise rollout.timeout_s"):
@@ -313,6 +341,33 @@ def test_workers_that_are_always_late_end_the_run_with_advice(pool, monkeypatch)
         ray.kill(worker)
     monkeypatch.undo()
     del busy
+
+
+def test_contract_5_a_stopped_worker_is_named_in_a_publication_and_replaced(pool, policies, expected, monkeypatch):
+    lost: list[tuple] = []
+    monkeypatch.setattr(pool, "on_lost", lambda *what: lost.append(what))
+    monkeypatch.setattr(pool, "publish_timeout_s", 5.0)
+    before = list(pool.workers)
+    psutil.Process(ray.get(call(before[1], lambda _: os.getpid()))).suspend()
+    pool.publish(policies[1].weights(), 1)
+    reason = "it took longer than rollout.publish_timeout_s=5 to take the weights over"
+    assert lost == [(1, reason, "it is replaced")]
+    assert pool.workers[0] is before[0]
+    assert pool.sample(PROMPTS, PARAMS) == expected(1)
+
+
+def test_contract_13_every_worker_samples_the_canaries_and_a_new_one_passes_those_of_the_others(pool, expected):
+    groups = pool.sample_on_each(PROMPTS[:2], PARAMS)
+    local = expected(0)[:2]
+    assert groups == {"worker 0": local, "worker 1": local}
+    ray.kill(pool.workers[0])
+    assert pool.sample(PROMPTS, PARAMS) == expected(0)  # its successor has passed
+    *_, passed = pool.canaries
+    for completion in passed[0].completions:
+        completion.logprobs[0] += 0.1  # as if the others were other samplers
+    ray.kill(pool.workers[1])
+    with pytest.raises(RolloutError, match="worker 1, which is new, samples other canaries than those before it"):
+        pool.sample(PROMPTS, PARAMS)
 
 
 @pytest.mark.parametrize("waits_in", ["sample", "publish", "use_costs"])
@@ -353,7 +408,7 @@ def test_contract_5_a_worker_that_dies_while_draft_costs_are_measured_is_replace
         costs = pool.use_costs(None, 2)
         assert costs.rows == [1, 2]
         assert pool.costs is costs
-        assert pool.metrics() == {"rollout/restarts": 1.0}
+        assert pool.metrics()["rollout/restarts"] == 1.0
         assert tokens(pool.sample(PROMPTS, PARAMS)) == tokens(expected(0))  # the new worker holds the weights
     finally:
         pool.costs = None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from start_ranks import run_ranks
 
 import grpo.run.pool
 from grpo.run.log import RunLog
@@ -63,6 +64,17 @@ def test_a_publication_that_a_stop_cuts_short_does_not_undo_the_step(micro_polic
 
     stop = StopSignal()
     InterruptiblePool(Waiting(), stop).publish({}, 1)
+
+
+def test_ranks_that_share_a_policy_publish_its_adapters_alone(micro_policy, tmp_path):
+    """Rank 0 gathers everything once, and later A, B and the draft head; the other ranks take part."""
+    micro_policy(0).save(tmp_path / "policy")
+    told, _ = run_ranks([str(ROOT / "tests/cases/publishing_ranks.py"), str(tmp_path / "policy")], 2)
+    first, *later = [line.split() for line in told.splitlines()[-3:]]
+    assert first[1] == first[3]
+    head = sum(name.startswith("mtp.") for name in micro_policy(0).weights())
+    assert [line[1] for line in later] == [str(head + 1)] * 2  # and the expert bias
+    assert [first[2], *(line[2] for line in later)] == ["True"] * 3
 
 
 # ---- whole runs ----

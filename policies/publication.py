@@ -1,0 +1,63 @@
+"""What a policy publishes: every tensor on which sampling depends, and which of them can change.
+
+A policy with adapters learns A and B alone. A sampler that keeps the weights under them needs nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from policies.lora import Adapter
+
+
+class Publication(Mapping[str, Tensor]):
+    """The tensors by name. One with an adapter is merged, W + ΔW, whenever it is read, and nothing else is copied.
+
+    `tensors` are those without their adapters, and `adapters` those of some of them. `fixed` names the ones that
+    stay as they are while the adapters learn; without adapters there are none.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        adapters: Mapping[str, Adapter] | None = None,
+        fixed: frozenset[str] = frozenset(),
+    ) -> None:
+        self.tensors, self.adapters, self.fixed = dict(tensors), dict(adapters or {}), fixed
+        local = {n: t.to_local() if isinstance(t, DTensor) else t for n, t in self.tensors.items() if n in fixed}
+        # Where the fixed tensors are, and how often they have been written to. Of those under adapters nobody knows:
+        # peft replaces routed experts in every forward, and torch counts it as a write.
+        self.marks = {
+            name: (tensor.data_ptr(), 0 if name in self.adapters else tensor._version) for name, tensor in local.items()
+        }
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor]) -> Publication:
+        """Of tensors that nobody knows more about."""
+        return weights if isinstance(weights, Publication) else cls(weights)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        return self.adapters[name].merge(tensor) if name in self.adapters else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def changes(self, since: Publication | None) -> dict[str, Tensor]:
+        """The tensors, without their adapters, that somebody needs who has those of `since`, which gave its adapters
+        too; None: all. Ranks that share a policy get the same names in the same order."""
+        if since is None or not self.fixed or self.marks != since.marks:
+            return self.tensors
+        return {name: tensor for name, tensor in self.tensors.items() if name not in self.fixed}
+
+    def parts(self, since: Publication | None) -> Iterator[Tensor]:
+        """All that is read of it then, in this order: the tensors, and A and B of each adapter."""
+        yield from self.changes(since).values()
+        for adapter in self.adapters.values():
+            yield from (adapter.a, adapter.b)

@@ -1,0 +1,36 @@
+"""Digests of weights, tensor by tensor: what a sampler holds is compared with what was published (contract 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import xxhash
+from torch import Tensor
+
+from policies.sharding import whole
+
+Held = dict[str, tuple[str, str]]  # by tensor: its type, and its digest
+
+
+def digest_of(tensor: Tensor) -> str:
+    """Of shape, type and bits, the same in every process; as fast as memory, and not made against forgery."""
+    host = whole(tensor.detach()).cpu().contiguous()
+    found = xxhash.xxh3_128(f"{host.dtype} {tuple(host.shape)}".encode())
+    found.update(host.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def digests(weights: Mapping[str, Tensor]) -> Held:
+    return {name: (str(t.dtype).removeprefix("torch."), digest_of(t)) for name, t in weights.items()}
+
+
+def first_difference(weights: Mapping[str, Tensor], held: Held) -> str | None:
+    """The first tensor that a sampler lacks, has too much or holds otherwise; None where there is none.
+
+    A sampler may hold a tensor in another type, and then what counts is the value in that type.
+    """
+    for name, tensor in weights.items():
+        if name not in held or digest_of(tensor.to(getattr(torch, held[name][0]))) != held[name][1]:
+            return name
+    return next((name for name in held if name not in weights), None)

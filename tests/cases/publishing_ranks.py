@@ -1,0 +1,48 @@
+"""Run by test_pool.py as N ranks that share a policy with adapters: three publications, of which rank 0 keeps a copy.
+
+python publishing_ranks.py POLICY      with RANK and WORLD_SIZE set
+
+Rank 0 prints, of each publication: how many tensors were sent, and whether a worker holds the bits that the ranks would
+merge themselves.
+"""
+
+import sys
+
+import torch
+
+from grpo.config.learner import ParallelOptions
+from grpo.learner.parallel import join
+from grpo.run.pool import NoPool
+from policies.policy import Policy
+from policies.sharding import collected
+from rollout.engine import Engine
+from rollout.publication.digests import digests
+from rollout.publication.message import Sender
+from rollout.worker import Receiver
+
+
+def main(source: str) -> None:
+    torch.set_num_threads(1)
+    ranks = join(True, ParallelOptions())
+    policy = Policy.load(source, layout=ranks.layout)
+    torch.manual_seed(0)
+    policy.add_lora(4, 8.0)
+    others, sender = NoPool(keeps=True), Sender()
+    worker = Receiver(Engine(Policy.from_skeleton(policy.skeleton())))
+    for version in range(3):
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01 * (1 + version))
+        if ranks.first:
+            message = sender.take(policy.publication(), version)
+            held = worker.take(message)
+        else:
+            others.publish(policy.publication(), version)
+        merged = collected(policy.weights())
+        if ranks.first:
+            print(version, len(message.tensors), held == digests(merged), len(merged), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
