@@ -31,8 +31,8 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
+from policies import four_bit, lora, sharding
 from policies import layout as hf
-from policies import lora, sharding
 from policies.contradictions import contradictions, refuse_type
 from policies.files import hub
 from policies.files.atomic import heed_umask, write_folder
@@ -67,7 +67,13 @@ class Checkpoint:
 
 
 def load(
-    source: str | Path, dtype: torch.dtype, *, add_mtp: bool, seed: int, layout: DistributedConfig | None = None
+    source: str | Path,
+    dtype: torch.dtype,
+    *,
+    add_mtp: bool,
+    seed: int,
+    layout: DistributedConfig | None = None,
+    in_4_bits: bool = False,
 ) -> Checkpoint:
     """See `Policy.load`."""
     config = read_config(source)
@@ -75,7 +81,7 @@ def load(
     if isinstance(config, DeepseekV3Config) and files.shapes:
         hf.check_tensors(files, config)
     tokenizer = read_tokenizer(source)
-    trunk, report = _load_trunk(source, dtype, layout)
+    trunk, report = _load_trunk(source, dtype, layout, in_4_bits)
     if not isinstance(trunk, DeepseekV3ForCausalLM):
         _check_report(source, config, report)
         return Checkpoint(trunk, None, tokenizer)
@@ -100,10 +106,11 @@ def load(
 
 
 def _load_trunk(
-    source: str | Path, dtype: torch.dtype, layout: DistributedConfig | None
+    source: str | Path, dtype: torch.dtype, layout: DistributedConfig | None, in_4_bits: bool
 ) -> tuple[PreTrainedModel, dict]:
     """The model, and the report of transformers on its tensors."""
-    shared = sharding.layout_arguments(source, layout) if layout else {}
+    given = sharding.layout_arguments(source, layout) if layout else {}
+    given |= four_bit.loading(dtype) if in_4_bits else {}
     try:
         with _quiet_loading() as logged:
             trunk, report = AutoModelForCausalLM.from_pretrained(
@@ -113,7 +120,7 @@ def _load_trunk(
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # `_check_report` refuses them by name
                 output_loading_info=True,
-                **shared,
+                **given,
             )
     except (OSError, ValueError) as error:
         raise _unreachable(source, error) from error
@@ -125,6 +132,8 @@ def _load_trunk(
     except Exception as error:
         raise _unusable(source, "config.json or a weight", error) from error
     _refuse_untied(source, trunk)
+    if in_4_bits:
+        four_bit.settle(trunk)
     return trunk, report
 
 

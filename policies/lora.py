@@ -11,6 +11,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from policies import four_bit
+from policies.four_bit import is_held, plain_weight
 from policies.sharding import gathered, like, release
 
 ADAPTER = "default"
@@ -75,9 +77,15 @@ def _adapt(model: nn.Module, rank: int, alpha: float, targets: Collection[str]) 
         target_modules=sorted(target for target in targets if target not in PARAMETERS),
         target_parameters=[name for target, names in PARAMETERS.items() if target in targets for name in names] or None,
     )
+    holder = nn.ModuleList([model])
+    holder.is_loaded_in_4bit = any(is_held(parameter) for parameter in model.parameters())  # peft asks for it
     # For a DeepSeek-V3 model peft takes gate_proj, up_proj and down_proj as the routed experts alone, so that the dense
     # and shared ones would get no adapter. Inside a plain container it takes the names as they are.
-    inject_adapter_in_model(config, nn.ModuleList([model]), adapter_name=ADAPTER)
+    inject_adapter_in_model(config, holder, adapter_name=ADAPTER)
+    for _, layer in adapters(model):
+        if is_held(base := getattr(layer.get_base_layer(), "weight", None)):  # beside codes peft leaves them in fp32
+            for part in (layer.lora_A, layer.lora_B):
+                part.to(base.quant_state.dtype)
 
 
 def adapters(model: nn.Module) -> Iterable[tuple[str, LoraLayer]]:
@@ -92,7 +100,7 @@ def effective_weight(module: nn.Module) -> Tensor:
     """The weight that `module` computes with: W + ΔW if it has an adapter that is on. Differentiable."""
     if not isinstance(module, LoraLayer):
         return gathered(module)
-    base = gathered(module.get_base_layer())
+    base = plain_weight(gathered(module.get_base_layer()))
     return base if module.disable_adapters else base + module.get_delta_weight(ADAPTER)
 
 
@@ -118,10 +126,11 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     peft's merge and unmerge in place drift by rounding; here the base is only read.
     """
     release(model)
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state = four_bit.plain_state(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for _, layer in adapters(model):
         parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
         base = getattr(layer.get_base_layer(), parameter)
-        state[names[id(base)]] = base.detach() + like(layer.get_delta_weight(ADAPTER).to(base.dtype), base)
+        plain = state[name := names[id(base)]]
+        state[name] = plain + like(layer.get_delta_weight(ADAPTER).to(plain.dtype), base)
     return {name.replace(".base_layer", ""): t for name, t in state.items() if ".lora_" not in name}

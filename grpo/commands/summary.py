@@ -20,7 +20,7 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.evaluation.held_out import Result
-from grpo.policy_source import check_options, device_of, read_shape
+from grpo.policy_source import check_options, read_shape
 from grpo.run import hardware
 from grpo.run.console import Terminal, visible
 from grpo.run.draft_colours import LEGEND, coloured
@@ -195,7 +195,7 @@ def _show_memory(
 ) -> None:
     """Print memory by device, and whether this machine has that much, and `disk` bytes of disk."""
     CONSOLE.print(memory_table.table(devices))
-    for line in machine.verdicts(devices, device_of(config.device), config.output_dir, disk, gib):
+    for line in machine.verdicts(devices, hardware.device_of(config.device), config.output_dir, disk, gib):
         CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
