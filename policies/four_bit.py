@@ -61,7 +61,7 @@ def bytes_of(weight: Tensor) -> int:
     return -(-weight.numel() // 2) + 4 * -(-weight.numel() // BLOCK) + CODE_BYTES
 
 
-def is_held(parameter: Tensor | None) -> bool:
+def is_held(parameter: Tensor) -> bool:
     """Whether this parameter is in 4 bits."""
     return getattr(parameter, "quant_state", None) is not None
 

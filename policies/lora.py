@@ -83,7 +83,8 @@ def _adapt(model: nn.Module, rank: int, alpha: float, targets: Collection[str]) 
     # and shared ones would get no adapter. Inside a plain container it takes the names as they are.
     inject_adapter_in_model(config, holder, adapter_name=ADAPTER)
     for _, layer in adapters(model):
-        if is_held(base := getattr(layer.get_base_layer(), "weight", None)):  # beside codes peft leaves them in fp32
+        base = getattr(layer.get_base_layer(), "weight", None)
+        if base is not None and is_held(base):  # beside codes peft leaves them in fp32
             for part in (layer.lora_A, layer.lora_B):
                 part.to(base.quant_state.dtype)
 

@@ -1,6 +1,7 @@
 """Memory of a run by device, from its configuration alone: models are built without storage, no weight is loaded.
 
-Exact, to the byte: weights, fp32 copies, gradients, moments, reference, the sampler and its derived tensors, W + ΔW.
+Exact, to the byte: weights (codes and scales of a base in 4 bits), fp32 copies, gradients, moments, reference, the
+sampler and its derived tensors, W + ΔW.
 What a rank holds of a sharded learner is in shares.py. Rough, to a third or so:
 
     activations   each token keeps, for the backward pass, the input and the output of every linear module and of the

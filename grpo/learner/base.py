@@ -64,7 +64,7 @@ def refuse_checkpoint(options: Any, checkpoint: Path | None) -> None:
         )
 
 
-def counts(trunk: nn.Module) -> dict[str, int]:
+def counts(trunk: nn.Module) -> dict[str, Any]:
     """How many weights of a loaded base are in 4 bits, how many are not, and how many of those are routed experts'."""
     base = [(name, weight) for name, weight in trunk.named_parameters() if ".lora_" not in name]
     held = sum(weight.quant_state.shape.numel() for _, weight in base if four_bit.is_held(weight))
