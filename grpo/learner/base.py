@@ -49,8 +49,9 @@ def check_base(options: Any) -> None:
     try:
         _try_out(device)
     except Exception as error:  # whatever bitsandbytes and its libraries raise
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
-            f"lora.base=nf4: bitsandbytes cannot compute on device={device} here ({type(error).__name__}: {error}); "
+            f"lora.base=nf4: bitsandbytes cannot compute on device={device} here ({words}); "
             f"use another device, or {WAY_OUT}"
         ) from error
 

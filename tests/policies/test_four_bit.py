@@ -95,38 +95,37 @@ def test_the_sampler_gets_what_the_learner_computes_with(folder, dtype, targets)
     sampler = Policy.from_skeleton(policy.skeleton(), dtype)
     sampler.load_weights(published)
     assert torch.equal(sampler.lm_head, policy.lm_head)
-    for name, layer in lora.adapters(policy.trunk):
-        if not isinstance(layer, lora.ParamWrapper) and four_bit.is_held(layer.get_base_layer().weight):
+    for name, layer in linear(policy):
+        if four_bit.is_held(layer.get_base_layer().weight):
             assert type(layer).__module__ == "peft.tuners.lora.bnb"
             assert torch.equal(lora.effective_weight(layer), published[f"trunk.{name}.weight"])
     if dtype == torch.float32:
         assert (logits(sampler).log_softmax(-1) - logits(policy).log_softmax(-1)).abs().max() < 1e-4
         return
-    layers = zip(lora.adapters(policy.trunk), lora.adapters(_ordinary(policy, folder)), strict=True)
-    for (_, layer), (_, usual) in layers:
-        if isinstance(layer, lora.ParamWrapper):
-            continue
+    for (_, layer), (_, usual) in zip(linear(policy), linear(_ordinary(policy, folder)), strict=True):
         x = torch.randn(5, layer.in_features, dtype=dtype)
         assert (layer(x) - usual(x)).abs().max() <= 2**-7 * usual(x).abs().max()
 
 
-def _ordinary(policy: Policy, folder) -> torch.nn.Module:
+def linear(policy: Policy) -> list:
+    """The adapted linear modules of the trunk."""
+    return [(n, layer) for n, layer in lora.adapters(policy.trunk) if not isinstance(layer, lora.ParamWrapper)]
+
+
+def _ordinary(policy: Policy, folder) -> Policy:
     """The same adapters over the same numbers, held as ordinary weights."""
     usual = Policy.load(folder, policy.trunk.dtype)
-    with lora.adapter_off(policy), torch.no_grad():
-        for name, weight in held(policy).items():
-            dict(usual.named_parameters())[name.replace(".base_layer", "")].copy_(four_bit.plain_weight(weight))
-    targets = sorted({name.rsplit(".", 1)[-1] for name, layer in lora.adapters(policy.trunk)
-                      if not isinstance(layer, lora.ParamWrapper)})  # fmt: skip
-    usual.add_lora(4, 8.0, targets)
     own = dict(usual.named_parameters())
     with torch.no_grad():
+        for name, weight in held(policy).items():
+            own[name.replace(".base_layer", "")].copy_(four_bit.plain_weight(weight))
+        usual.add_lora(4, 8.0, sorted({name.rsplit(".", 1)[-1] for name, _ in linear(policy)}))
+        own = dict(usual.named_parameters())
         for name, parameter in policy.named_parameters():
             if ".lora_" in name and name in own:
                 own[name].copy_(parameter)
-    layers = {name for name, layer in lora.adapters(policy.trunk) if not isinstance(layer, lora.ParamWrapper)}
-    assert layers == {name for name, _ in lora.adapters(usual.trunk)}
-    return usual.trunk
+    assert [name for name, _ in linear(policy)] == [name for name, _ in linear(usual)]
+    return usual
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
