@@ -10,8 +10,9 @@ from typing import Any
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.held_out import Result
 from grpo.learner.parallel import RankFailed, join
-from grpo.policy_source import check_options, device_of, with_threads
+from grpo.policy_source import check_options, with_threads
 from grpo.run import stop
+from grpo.run.hardware import device_of
 from grpo.run.stop import Stopped, StopSignal, ignore_signals
 from grpo.sft import sft
 from grpo.train import train

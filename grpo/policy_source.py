@@ -29,10 +29,12 @@ from grpo.config.options import load
 from grpo.config.policy import ModelOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.yaml_file import read_yaml
+from grpo.learner.base import check_base, in_4_bits, refuse_checkpoint
 from grpo.learner.eight_bit import check_optimizer
 from grpo.learner.parallel import ALONE, Ranks, refuse_layout
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
+from grpo.run.hardware import device_of
 from grpo.run.memory_errors import phase
 from grpo.run.resume import base_changed
 from grpo.run.threads import saved_threads, threads_for
@@ -136,7 +138,10 @@ def check_model(model: str) -> None:
 def check_options(options: ModelOptions) -> str:
     """The checkpoint or preset that `options` mean. Raises PolicyError for what it can be seen not to be or to do."""
     check_optimizer(options)
-    model = find_policy(options.model, read=False).base
+    check_base(options)
+    source = find_policy(options.model, read=False)
+    refuse_checkpoint(options, source.checkpoint)
+    model = source.base
     if asked := _head_options(options):
         kind = "deepseek_v3" if model in presets.PRESETS else read_config(model).model_type
         if kind != "deepseek_v3":
@@ -241,12 +246,16 @@ def load_found(
 ) -> Policy:
     """The policy of `source` on its device; without `merged` a LoRA checkpoint keeps its adapters apart."""
     if source.checkpoint is None or source.saved is None:
-        return _load(source.folder, options, corpus)
+        return _load(source.folder, options, corpus, nf4=in_4_bits(options))
     return _load_checkpoint(source, source.saved, options, merged)
 
 
 def _load(
-    model: str, options: ModelOptions, corpus: Iterable[str] = (), layout: DistributedConfig | None = None
+    model: str,
+    options: ModelOptions,
+    corpus: Iterable[str] = (),
+    layout: DistributedConfig | None = None,
+    nf4: bool = False,
 ) -> Policy:
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -256,7 +265,7 @@ def _load(
             policy = presets.build(model, corpus, options.seed).cast(dtype)
         else:
             check_policy(Path(model))
-            policy = Policy.load(model, dtype, add_mtp=options.add_mtp, seed=options.seed, layout=layout)
+            policy = Policy.load(model, dtype, add_mtp=options.add_mtp, seed=options.seed, layout=layout, in_4_bits=nf4)
         if not options.threads:
             torch.set_num_threads(threads_for(sum(parameter.numel() for parameter in policy.trunk.parameters())))
         if layout is None:
@@ -275,7 +284,7 @@ def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOpti
             "let the run end: --resume auto"
         )
     like_the_run = options.model_copy(update={"add_mtp": config.add_mtp, "seed": config.seed})
-    policy = _load(base, like_the_run)
+    policy = _load(base, like_the_run, nf4=in_4_bits(config))
     if isinstance(config, MtpConfig):
         policy.draft_ids = saved.tensors["draft"]["ids"].to(policy.device) if "draft" in saved.tensors else None
     elif config.lora:
@@ -298,14 +307,6 @@ def _copy(tensors: Mapping[str, Tensor], policy: Policy, where: Path) -> None:
         raise PolicyError(f"{where} holds tensors that its run's model does not have: {wrong[:5]}")
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
-
-
-def device_of(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={name}: there is no CUDA device here; use cpu or auto")
-    return torch.device(name)
 
 
 def save_policy(policy: Policy, folder: Path, step: int) -> None:

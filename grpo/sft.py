@@ -15,6 +15,7 @@ from grpo.config.run import SftConfig, TrainConfig
 from grpo.data.prompts import PromptStream
 from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import HeldOut, Result
+from grpo.learner.base import counts, in_4_bits
 from grpo.learner.build import sft_learner
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.loop import Run
@@ -106,6 +107,8 @@ def first_policy(run: Run[TrainConfig], task: Task) -> Policy:
     if config.warm_start.steps:
         config = config.model_copy(update={"model": str(run.folder / "warm_start")})
     policy = load_policy(config, task.corpus(), run.ranks)
+    if in_4_bits(config):
+        run.log.event("base_in_4_bits", **counts(policy.trunk))
     task.check_lengths(policy, config.rollout.max_completion_tokens)
     return policy
 

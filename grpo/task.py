@@ -26,8 +26,9 @@ from grpo.data.prompts import PromptTemplate, encode_prompt
 from grpo.data.reasoning_gym import PREFIX
 from grpo.data.word_problems import shared_with_training
 from grpo.learner.batch import PackedRow, Sample
-from grpo.policy_source import device_of, find_policy, known_context
+from grpo.policy_source import find_policy, known_context
 from grpo.reward_models import ModelRewards
+from grpo.run.hardware import device_of
 from grpo.run.log import RunLog
 from policies.policy import Policy, read_tokenizer
 from rewards.scorer import GroupScore, RewardSpec, Scorer

@@ -35,8 +35,8 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
+from policies import four_bit, lora, sharding
 from policies import layout as hf
-from policies import lora, sharding
 from policies.contradictions import contradictions, refuse_type
 from policies.files import hub
 from policies.files.atomic import heed_umask, write_folder
@@ -72,7 +72,13 @@ class Checkpoint:
 
 
 def load(
-    source: str | Path, dtype: torch.dtype, *, add_mtp: bool, seed: int, layout: DistributedConfig | None = None
+    source: str | Path,
+    dtype: torch.dtype,
+    *,
+    add_mtp: bool,
+    seed: int,
+    layout: DistributedConfig | None = None,
+    in_4_bits: bool = False,
 ) -> Checkpoint:
     """See `Policy.load`."""
     config = read_config(source)
@@ -80,7 +86,7 @@ def load(
     if isinstance(config, DeepseekV3Config) and files.shapes:
         hf.check_tensors(files, config)
     tokenizer = read_tokenizer(source)
-    trunk, report = _load_trunk(source, dtype, layout)
+    trunk, report = _load_trunk(source, dtype, layout, in_4_bits)
     if not isinstance(trunk, DeepseekV3ForCausalLM):
         _check_report(source, config, report)
         return Checkpoint(trunk, None, tokenizer)
@@ -105,10 +111,11 @@ def load(
 
 
 def _load_trunk(
-    source: str | Path, dtype: torch.dtype, layout: DistributedConfig | None
+    source: str | Path, dtype: torch.dtype, layout: DistributedConfig | None, in_4_bits: bool
 ) -> tuple[PreTrainedModel, dict]:
     """The model, and the report of transformers on its tensors."""
-    shared = sharding.layout_arguments(source, layout) if layout else {}
+    given = sharding.layout_arguments(source, layout) if layout else {}
+    given |= four_bit.loading(dtype) if in_4_bits else {}
     try:
         with _quiet_loading() as logged:
             trunk, report = AutoModelForCausalLM.from_pretrained(
@@ -118,7 +125,7 @@ def _load_trunk(
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # `_check_report` refuses them by name
                 output_loading_info=True,
-                **shared,
+                **given,
             )
     except (OSError, ValueError) as error:
         raise _unreachable(source, error) from error
@@ -130,6 +137,8 @@ def _load_trunk(
     except Exception as error:
         raise _unusable(source, "config.json or a weight", error) from error
     _refuse_untied(source, trunk)
+    if in_4_bits:
+        four_bit.settle(trunk)
     return trunk, report
 
 
@@ -181,7 +190,7 @@ def _gathered(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 def _write(trunk: PreTrainedModel, parts: Iterable[dict[str, Tensor]], folder: Path) -> None:
     """As transformers writes them, with an index where there are several parts."""
-    files = []
+    files: list[Path] = []
     for part in parts:
         trunk.save_pretrained(folder, state_dict=part)
         if (file := folder / SAFE_WEIGHTS_NAME).exists():  # else so large that transformers has cut it

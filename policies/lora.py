@@ -12,6 +12,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from policies import four_bit
+from policies.four_bit import is_held, plain_weight
 from policies.sharding import gathered, like, release
 
 ADAPTER = "default"
@@ -76,9 +78,16 @@ def _adapt(model: nn.Module, rank: int, alpha: float, targets: Collection[str]) 
         target_modules=sorted(target for target in targets if target not in PARAMETERS),
         target_parameters=[name for target, names in PARAMETERS.items() if target in targets for name in names] or None,
     )
+    holder = nn.ModuleList([model])
+    holder.is_loaded_in_4bit = any(is_held(parameter) for parameter in model.parameters())  # peft asks for it
     # For a DeepSeek-V3 model peft takes gate_proj, up_proj and down_proj as the routed experts alone, so that the dense
     # and shared ones would get no adapter. Inside a plain container it takes the names as they are.
-    inject_adapter_in_model(config, nn.ModuleList([model]), adapter_name=ADAPTER)
+    inject_adapter_in_model(config, holder, adapter_name=ADAPTER)
+    for _, layer in adapters(model):
+        base = getattr(layer.get_base_layer(), "weight", None)
+        if base is not None and is_held(base):  # beside codes peft leaves them in fp32
+            for part in (layer.lora_A, layer.lora_B):
+                part.to(base.quant_state.dtype)
 
 
 def adapters(model: nn.Module) -> Iterable[tuple[str, LoraLayer]]:
@@ -93,7 +102,7 @@ def effective_weight(module: nn.Module) -> Tensor:
     """The weight that `module` computes with: W + ΔW if it has an adapter that is on. Differentiable."""
     if not isinstance(module, LoraLayer):
         return gathered(module)
-    base = gathered(module.get_base_layer())
+    base = plain_weight(gathered(module.get_base_layer()))
     return base if module.disable_adapters else base + module.get_delta_weight(ADAPTER)
 
 
@@ -128,6 +137,7 @@ class Adapter:
     @torch.no_grad()
     def merge(self, base: Tensor) -> Tensor:
         """W + ΔW as a new tensor, in the precision of W; to the bit what peft's own layer would add."""
+        base = plain_weight(base)
         a, b, dtype = self.a, self.b, self.b.dtype
         if self.experts > 1:
             a = a.reshape(self.experts, -1, a.shape[-1])
@@ -142,7 +152,10 @@ class Adapter:
 
 
 def unmerged_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
-    """The state dict of `model` under its names without adapters, and by these names the adapters of its weights."""
+    """The state dict of `model` under its names without adapters, and by these names the adapters of its weights.
+
+    A weight in 4 bits is there as it is; `plain_weight` gives its numbers.
+    """
     release(model)
 
     def plain(name: str) -> str:
@@ -160,8 +173,8 @@ def unmerged_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Adapt
             layer.num_experts if of_parameter else 1,
             of_parameter and not layer._did_swap_in_out_features,
         )
-    state = {plain(name): tensor.detach() for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    return state, found
+    state = four_bit.state_of(model)
+    return {plain(name): tensor for name, tensor in state.items() if ".lora_" not in name}, found
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
@@ -170,4 +183,6 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     peft's merge and unmerge in place drift by rounding; here the base is only read.
     """
     state, found = unmerged_state(model)
-    return {name: found[name].merge(tensor) if name in found else tensor for name, tensor in state.items()}
+    return {
+        name: found[name].merge(tensor) if name in found else plain_weight(tensor) for name, tensor in state.items()
+    }

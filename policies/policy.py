@@ -227,14 +227,16 @@ class Policy(nn.Module):
         add_mtp: bool = False,
         seed: int = 0,
         layout: DistributedConfig | None = None,
+        in_4_bits: bool = False,
     ) -> Policy:
         """A policy from a folder or hub id. `add_mtp` gives a fresh head to a DeepSeek-V3 trunk that has none.
 
-        With `layout` its weights are spread over the processes of this run, see sharding.py.
+        With `layout` its weights are spread over the processes of this run, see sharding.py. With `in_4_bits` it can
+        learn by adapters alone, see four_bit.py.
         Raises PolicyError, which names the tensor, file or field that is wrong. If the headers of the files show it, no
         weight is loaded before.
         """
-        stored = checkpoint.load(source, dtype, add_mtp=add_mtp, seed=seed, layout=layout)
+        stored = checkpoint.load(source, dtype, add_mtp=add_mtp, seed=seed, layout=layout, in_4_bits=in_4_bits)
         policy = cls(stored.trunk, stored.mtp, stored.tokenizer)
         policy.draft_ids, policy.further_mtp = stored.draft_ids, stored.further_mtp
         sharding.wrap(policy.trunk, policy.mtp)

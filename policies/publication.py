@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from policies.four_bit import plain_weight
 from policies.lora import Adapter
 
 
 class Publication(Mapping[str, Tensor]):
-    """The tensors by name. One with an adapter is merged, W + ΔW, whenever it is read, and nothing else is copied.
+    """The tensors by name. One with an adapter is merged, W + ΔW, whenever it is read, one in 4 bits gets its numbers
+    then, and nothing else is copied.
 
     `tensors` are those without their adapters, and `adapters` those of some of them. `fixed` names the ones that
     stay as they are while the adapters learn; without adapters there are none.
@@ -41,7 +43,7 @@ class Publication(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.tensors[name]
-        return self.adapters[name].merge(tensor) if name in self.adapters else tensor
+        return self.adapters[name].merge(tensor) if name in self.adapters else plain_weight(tensor)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

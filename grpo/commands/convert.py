@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, DeepseekV3ForCausalLM, PretrainedConfig,
 from grpo.commands.recovery import recover
 from grpo.config.convert import ConvertConfig
 from grpo.data.calibration_text import CalibrationText, calibration_text
-from grpo.policy_source import check_model, device_of
+from grpo.policy_source import check_model
 from grpo.run.console import progress_bars
+from grpo.run.hardware import device_of
 from policies.conversion.calibration import observe
 from policies.conversion.compress import check_sizes, compress
 from policies.conversion.dense import convert_dense, load_dense, new_folder, parity_prompts, require_parity, save_as

@@ -84,6 +84,9 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False) -
         if adapter:
             if _write_adapter(found, source, folder).mtp is not None:
                 left = "The draft head is not among them: export without `--adapter` for it."
+            if found.config["lora"].get("base"):
+                left += " They were trained over a base in 4 bits: load it so, or export without `--adapter`."
+                left = left.strip()
         else:
             _write_merged(source, found, folder)
         for file in origin.licence_files:

@@ -1,6 +1,7 @@
 """Memory of a run by device, from its configuration alone: models are built without storage, no weight is loaded.
 
-Exact, to the byte: weights, fp32 copies, gradients, moments, reference, the sampler and its derived tensors, W + ΔW.
+Exact, to the byte: weights (codes and scales of a base in 4 bits), fp32 copies, gradients, moments, reference, the
+sampler and its derived tensors, W + ΔW.
 What a rank holds of a sharded learner is in shares.py. Rough, to a third or so:
 
     activations   each token keeps, for the backward pass, the input and the output of every linear module and of the
@@ -33,8 +34,8 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.optimizer import freeze_exact_parts
 from grpo.learner.value import ValueHead
-from grpo.policy_source import device_of
-from policies import lora
+from grpo.run.hardware import device_of
+from policies import four_bit, lora
 from policies.anatomy import cache_numbers
 from policies.attention import PIECE
 from policies.decoding.linear import FixedLinear, will_block
@@ -101,6 +102,7 @@ def learner_memory(
     policy = meta_policy(shape, head, dtype)
     freeze_exact_parts(policy)
     plain = dict(policy.named_parameters())
+    small = four_bit.chosen(policy.trunk) if lora_options is not None and lora_options.base else {}
     if lora_options is not None:
         policy.add_lora(lora_options.rank, lora_options.alpha, lora_options.targets)
     grpo = isinstance(config, TrainConfig) and not warm_start
@@ -124,6 +126,8 @@ def learner_memory(
         """Bytes of the shares of a rank, where a number of a weight takes `bytes_of` it."""
         return round(sum(shares.held(name, weight) * bytes_of(weight) for name, weight in chosen.items()))
 
+    saved = sum(weight.nbytes - four_bit.bytes_of(weight) for weight in small.values())
+    published = {id(weight): weight.nbytes for weight in (*_adapted(policy), *small.values())}
     eight = config.learner.optimizer == "adamw_8bit"
     whole = 2 * largest_bytes(weights.values(), 4) if shares.ranks > 1 else 0  # the parts, then together
     buffers = sum(buffer.nbytes for buffer in policy.buffers())
@@ -135,16 +139,16 @@ def learner_memory(
     return DeviceMemory(
         "learner" if shares.ranks == 1 else f"each of {shares.ranks} ranks",
         shares.ranks,
-        weights=held(weights, Tensor.element_size) + held(value) + buffers,
+        weights=held(weights, Tensor.element_size) + held(value) + buffers - saved,
         masters=0 if config.learner.stochastic_rounding else held(below),
         gradients=held(taught | value),
         moments=held(taught | value, lambda weight: moment_bytes(weight) if eight else 8),
         reference=held(plain, Tensor.element_size) + buffers if anchored else 0,
         loading=loading,
-        activations=activations + learns_head,
+        activations=activations + learns_head + max((weight.nbytes for weight in small.values()), default=0),
         buffers=round(outside),
         gathered=round(outside + 4 * layer),
-        publication=(sum(weight.nbytes for weight in _adapted(policy)) if grpo else 0) + whole,
+        publication=(sum(published.values()) if grpo else 0) + whole,
         saving=whole,
     )
 

@@ -12,8 +12,8 @@ WARM_START = "warm start"  # it is over before GRPO begins
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on one device. The fields before `loading` are held all the time, but for gradients, and the others one at a
-    time."""
+    """Bytes on one device. The fields before `loading` are held all the time, gradients only while a step learns, and
+    the others one at a time."""
 
     name: str
     count: int = 1  # of such devices

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
-from transformers import DeepseekV3Config, PreTrainedTokenizerBase
+from transformers import DeepseekV3Config, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.algorithm import own
 from grpo.commands import machine, memory, memory_table
@@ -20,7 +20,7 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.evaluation.held_out import Result
-from grpo.policy_source import check_options, device_of, read_shape
+from grpo.policy_source import check_options, read_shape
 from grpo.run import hardware
 from grpo.run.console import Terminal, visible
 from grpo.run.draft_colours import LEGEND, coloured
@@ -28,6 +28,7 @@ from grpo.run.log import refuse_folder
 from grpo.run.plots import plot_quietly
 from grpo.run.resume import saved_state
 from grpo.task import Task
+from policies import four_bit
 from policies.mtp import MTPHead
 from rollout.group import RolloutGroup, tokens_per_forward
 
@@ -195,7 +196,7 @@ def _show_memory(
 ) -> None:
     """Print memory by device, and whether this machine has that much, and `disk` bytes of disk."""
     CONSOLE.print(memory_table.table(devices))
-    for line in machine.verdicts(devices, device_of(config.device), config.output_dir, disk, gib):
+    for line in machine.verdicts(devices, hardware.device_of(config.device), config.output_dir, disk, gib):
         CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -217,11 +218,14 @@ def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
 
 def _estimates(config: SftConfig, shape: Any, head: bool) -> tuple[list[tuple[str, str]], float]:
     """Sizes from the config alone, and the bytes on disk: the model is built without storage."""
-    total = sum(p.numel() for p in memory.meta_policy(shape, False, torch.float32).trunk.parameters())
+    trunk = memory.meta_policy(shape, False, torch.float32).trunk
+    total = sum(p.numel() for p in trunk.parameters())
     size = 2 if config.dtype == "bfloat16" else 4
     lora = config.lora if isinstance(config, TrainConfig) else None
     trained = total if lora is None else _lora_parameters(shape, lora)
     rows = [("parameters", f"{total / 1e6:,.1f} M, trained {trained / 1e6:,.1f} M ({trained / total:.1%})")]
+    if lora is not None and lora.base:
+        rows.append(("base in 4 bits", _in_4_bits(trunk)))
     grpo = isinstance(config, TrainConfig)
     policies = disk = total * size * (1 + (grpo and config.warm_start.steps > 0))
     alone = config.model_copy(
@@ -234,6 +238,13 @@ def _estimates(config: SftConfig, shape: Any, head: bool) -> tuple[list[tuple[st
     rows.append(("disk: checkpoints", f"{_gib(each * kept)} ({kept} kept)"))
     disk += each * min(kept + 1, saved)  # the next one is complete before the oldest is deleted
     return [*rows, ("disk: policies", _gib(policies))], disk
+
+
+def _in_4_bits(trunk: PreTrainedModel) -> str:
+    chosen = sum(weight.numel() for weight in four_bit.chosen(trunk).values())
+    experts = sum(weight.numel() for name, weight in trunk.named_parameters() if ".experts." in name)
+    left = f", routers and routed experts ({experts / 1e6:,.1f} M)" if experts else ""
+    return f"{chosen / 1e6:,.1f} M parameters, not those of embedding, LM head, norms{left}"
 
 
 def _steps(config: SftConfig) -> int:

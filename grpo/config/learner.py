@@ -83,6 +83,9 @@ class LearnerOptions(Options):
 class LoraOptions(Options):
     """Low-rank adapters through peft."""
 
+    base: Literal["nf4"] | None = None
+    """nf4 keeps the frozen weights under the adapters in 4 bits (bitsandbytes, extra `low-memory`): those of the linear
+    modules, but not embedding, LM head, routers, routed experts and draft head. null keeps them in `dtype`."""
     rank: int = Field(default=16, ge=1)
     """Rank of the adapters."""
     alpha: float = Field(default=32.0, gt=0)

@@ -108,10 +108,11 @@ def base_digest(policy: Policy, kept: Collection[str]) -> str:
 
     For a LoRA run these are the base weights. Bits and names count, and how many files they came from does not.
     """
-    from policies.policy import digest  # with transformers, which readers of a run's records do not need
+    from policies import four_bit  # with transformers, which readers of a run's records do not need
+    from policies.policy import digest
 
-    weights = policy.named_parameters()
-    return digest({name.replace(".base_layer", ""): tensor for name, tensor in weights if name not in kept})
+    weights = {n.replace(".base_layer", ""): weight for n, weight in policy.named_parameters() if n not in kept}
+    return digest({n + end: part for n, weight in weights.items() for end, part in four_bit.parts(weight).items()})
 
 
 def base_changed(policy: Policy, saved: Checkpoint, source: str) -> str | None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policies.four_bit import plain_weight
 from policies.publication import Publication
 from policies.sharding import whole
 from rollout.publication import deltas as delta
@@ -76,7 +77,7 @@ class Sender:
         one before."""
         now, last, former = Publication.of(weights), self._last, self.version
         self._last = self.version = None  # if this is cut short, the next publication is whole
-        changed = {name: _copied(tensor) for name, tensor in now.changes(last).items()}
+        changed = {name: _copied(plain_weight(tensor)) for name, tensor in now.changes(last).items()}
         adapters = {
             name: replace(adapter, a=_copied(adapter.a), b=_copied(adapter.b)) for name, adapter in now.adapters.items()
         }

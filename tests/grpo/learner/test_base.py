@@ -1,0 +1,165 @@
+"""`lora.base: nf4`: who is refused, and a run that stops and goes on to the same bits."""
+
+import json
+import re
+from importlib import util
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+
+from grpo.commands import summary
+from grpo.commands.export import export
+from grpo.commands.memory import learner_memory
+from grpo.config.options import load
+from grpo.config.run import TrainConfig
+from grpo.learner import base
+from grpo.learner.learner import Learner
+from grpo.policy_source import check_options, find_policy, load_found
+from grpo.run.records import read_metrics
+from grpo.run.resume import base_digest
+from grpo.run.stop import Stopped
+from grpo.train import train
+from policies import four_bit
+from policies.policy import Policy, PolicyError, digest
+
+needs_bitsandbytes = pytest.mark.skipif(util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+NF4 = {"lora.rank": 4, "lora.base": "nf4", "warm_start.steps": 0}
+
+
+def options(tmp_path, **given):
+    return load(TrainConfig, None, {"model": "nowhere", "output_dir": tmp_path / "r", **NF4, **given})
+
+
+def test_a_run_without_bitsandbytes_is_refused_before_its_model_is_looked_at(monkeypatch, tmp_path):
+    monkeypatch.setattr(base, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"nf4 needs bitsandbytes: pip install 'quartet-rl\[low-memory\]', or set"):
+        check_options(options(tmp_path))
+
+
+REFUSED = {
+    "workers": ({"learner.workers": 2}, "several ranks .* learn in one process, or set lora.base to null"),
+    "fsdp": ({"learner.parallel.fsdp": 2}, "several ranks"),
+    "replicate": ({"learner.parallel.replicate": 2}, "several ranks"),
+    "warm start": ({"warm_start.steps": 3}, "warm_start.steps=3: .* run quartet sft before"),
+    "preset": ({"model": "tiny"}, "model=tiny: a preset has random weights; train it before"),
+    "device": ({"device": "meta"}, "cannot compute on device=meta here .* use another device"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_base_in_4_bits_cannot_have_is_refused_before_its_model_is_looked_at(case, monkeypatch, tmp_path):
+    given, message = REFUSED[case]
+    if case != "device":  # bitsandbytes itself is asked after the others
+        monkeypatch.setattr(base, "find_spec", lambda name: True)
+    elif util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    with pytest.raises(ValueError, match=rf"lora\.base=nf4.*{message}"):
+        check_options(options(tmp_path, **given))
+
+
+def test_ranks_that_others_have_started_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(base, "find_spec", lambda name: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"lora\.base=nf4 with several ranks"):
+        check_options(options(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def folder(micro_policy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "policy"
+    micro_policy(0).save(folder)
+    return folder
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_stops_goes_on_to_the_same_bits_and_ends_as_an_ordinary_policy(folder, micro_config, tmp_path, dtype):
+    def config(name):
+        return micro_config(tmp_path / name, model=str(folder), dtype=dtype, steps=2, **NF4)
+
+    whole = train(config("whole"))
+    with pytest.raises(Stopped):
+        train(config("parts"), stop_after=1)
+    checkpoint = tmp_path / "parts/checkpoints/step_000001"
+    with safe_open(checkpoint / "policy.safetensors", "pt") as kept:
+        trunk = [name for name in kept.keys() if name.startswith("trunk.")]  # noqa: SIM118
+    assert trunk
+    assert all(".lora_" in name or name.endswith("e_score_correction_bias") for name in trunk)
+    of_step_1 = load_found(find_policy(str(checkpoint)), config("parts"))
+    with pytest.raises(ValueError, match=r"lora\.base=nf4 needs a saved policy, .* quartet export"):
+        check_options(micro_config(tmp_path / "next", model=str(checkpoint), **NF4))
+    parts = train(config("parts"), resume="auto")
+    ends = [
+        digest(Policy.load(tmp_path / name / "policy", getattr(torch, dtype)).weights()) for name in ("whole", "parts")
+    ]
+    assert ends[0] == ends[1] == digest(whole.policy.weights()) == digest(parts.policy.weights())
+    assert digest(of_step_1.weights()) != ends[0]
+    last = find_policy(str(tmp_path / "whole/checkpoints/step_000002"))
+    assert digest(load_found(last, config("whole")).weights()) == ends[0]
+    assert "quant" not in (tmp_path / "whole/policy/config.json").read_text()
+    assert "over a base in 4 bits" in export(tmp_path / "parts", tmp_path / "adapter", adapter=True)
+    assert "over a base in 4 bits" not in export(tmp_path / "parts", tmp_path / "merged")
+    assert digest(Policy.load(tmp_path / "merged", getattr(torch, dtype)).weights()) == ends[0]
+    metrics = read_metrics(tmp_path / "whole")
+    farthest = [row["mismatch/logprob_abs_max"] for row in metrics if "mismatch/logprob_abs_max" in row]
+    assert farthest
+    assert dtype == "bfloat16" or max(farthest) < 1e-4
+    events = [json.loads(line) for line in (tmp_path / "whole/events.jsonl").read_text().splitlines()]
+    [event] = [event for event in events if event["event"] == "base_in_4_bits"]
+    assert (event["in_4_bits"], event["routed_experts"]) == (_in_4_bits(folder), 4 * 3 * 16 * 32)
+
+
+def _in_4_bits(folder) -> int:
+    return sum(weight.numel() for weight in four_bit.chosen(Policy.load(folder).trunk).values())
+
+
+@needs_bitsandbytes
+def test_another_base_is_refused_also_where_its_codes_are_the_same(folder, micro_config, tmp_path):
+    """Weights twice as large have the same codes and other scales."""
+    other, place = Policy.load(folder), tmp_path / "base"
+    with torch.no_grad():
+        for weight in four_bit.chosen(other.trunk).values():
+            weight.mul_(2)
+    other.save(tmp_path / "other")
+    policies = [Policy.load(path, in_4_bits=True) for path in (folder, tmp_path / "other", folder)]
+    digests = [base_digest(policy, []) for policy in policies]
+    assert digests[0] == digests[2] != digests[1]
+
+    Policy.load(folder).save(place)
+    config = micro_config(tmp_path / "r", model=str(place), steps=2, **NF4)
+    with pytest.raises(Stopped):
+        train(config, stop_after=1)
+    other.save(place)
+    with pytest.raises(ValueError, match="the base weights are not those that the adapters of step 1 were trained on"):
+        train(config, resume="auto")
+    with pytest.raises(PolicyError, match="the base weights are not those"):
+        load_found(find_policy(str(tmp_path / "r")), config)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", [None, ["q_proj", "experts", "mtp"]])
+def test_the_learner_holds_what_the_dry_run_foretold(folder, tmp_path, dtype, targets):
+    config = options(tmp_path, dtype=dtype, **{"lora.targets": targets})
+    policy = Policy.load(folder, getattr(torch, dtype), in_4_bits=True)
+    policy.add_lora(4, 32.0, targets)
+    learner = Learner(policy, config.learner, config.mtp)
+    foretold = learner_memory(policy.config, True, config, lora_options=config.lora)
+    held = [(weight, weight.quant_state) for weight in policy.parameters() if four_bit.is_held(weight)]
+    tensors = [*policy.parameters(), *policy.buffers(), *(part for _, q in held for part in (q.absmax, q.code))]
+    assert foretold.weights == sum(tensor.nbytes for tensor in tensors)
+    assert foretold.masters == sum(master.nbytes for _, master in learner.masters.pairs)
+    own = {tensor.untyped_storage()._cdata for tensor in tensors}
+    fresh = [t for t in learner.weights().values() if t.untyped_storage()._cdata not in own]
+    assert foretold.publication == sum(tensor.nbytes for tensor in fresh)
+    usual = config.model_copy(update={"lora": config.lora.model_copy(update={"base": None})})
+    assert learner_memory(policy.config, True, usual, lora_options=usual.lora).weights > foretold.weights
+
+
+@needs_bitsandbytes
+def test_the_dry_run_says_what_stays_as_it_is(folder, micro_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(summary, "CONSOLE", Console(width=200))
+    summary.dry_run(micro_config(tmp_path / "r", model=str(folder), **NF4))
+    assert re.search(r"base in 4 bits +│ 0\.0 M parameters, .* and routed experts \(0\.0 M\)", capsys.readouterr().out)
