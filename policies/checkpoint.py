@@ -45,7 +45,7 @@ from policies.layout import PolicyError, Shape, WeightFiles, find_file, mtp_laye
 from policies.mtp import MTPHead
 
 LOGGER = logging.getLogger(__name__)
-AT_ONCE = 5e9  # bytes of a sharded policy that rank 0 gathers, whole layers, before it writes them
+AT_ONCE = 5e9  # bytes of whole layers that are gathered for one file
 NO_HEAD = (
     "model=%r: config.json promises num_nextn_predict_layers=%d, but no MTP layer is stored (transformers drops them "
     "when it saves): no draft head; add_mtp: true gives a fresh one"
@@ -170,17 +170,18 @@ def save(folder: Path, policy: Checkpoint) -> None:
 
 
 def _gathered(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The whole tensors of `state` on rank 0, layer by layer until AT_ONCE was gathered; empty mappings elsewhere."""
+    """The whole tensors of `state` on rank 0, some layers at a time. All ranks take part; the others get nothing."""
     layers = defaultdict(list)
     for name in state:
-        layers[".".join(name.split(".")[:3]) if ".layers." in name else ""].append(name)
+        numbered = re.match(r".*?\.\d+\.", name)
+        layers[numbered[0] if numbered else ""].append(name)
     found, size = {}, 0
     for names in layers.values():
         for name in names:
             value = sharding.whole(state[name])
             if sharding.leads():
                 found[name] = value.cpu() if isinstance(state[name], DTensor) else value
-            size += value.nbytes if isinstance(state[name], DTensor) else 0
+            size += value.nbytes
         if size >= AT_ONCE:
             yield found
             found, size = {}, 0
@@ -189,12 +190,11 @@ def _gathered(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def _write(trunk: PreTrainedModel, parts: Iterable[dict[str, Tensor]], folder: Path) -> None:
-    """As transformers writes them, with an index where there are several parts."""
+    """As transformers writes them: one file for each part, with an index where there are several."""
     files: list[Path] = []
     for part in parts:
-        trunk.save_pretrained(folder, state_dict=part)
-        if (file := folder / SAFE_WEIGHTS_NAME).exists():  # else so large that transformers has cut it
-            files.append(file.rename(folder / f"part_{len(files)}"))
+        trunk.save_pretrained(folder, state_dict=part, max_shard_size="1TB")
+        files.append((folder / SAFE_WEIGHTS_NAME).rename(folder / f"part_{len(files)}"))
     names: dict[str, str] = {}
     for i, file in enumerate(files):
         number = f"-{i + 1:05d}-of-{len(files):05d}" if len(files) > 1 else ""

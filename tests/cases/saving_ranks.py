@@ -76,7 +76,8 @@ def save(learner, ranks, folder: Path) -> dict:
     (root / ".step_000009.partial").mkdir(parents=True, exist_ok=True)
     wait()
     checkpoint.save(root, 1, tensors, {"learner": state})
-    policies.checkpoint.AT_ONCE = 40_000
+    if ranks.size > 1:
+        policies.checkpoint.AT_ONCE = 40_000
     learner.policy.save(folder / "policy")
     kept = flat(tensors)
     if ranks.first:
