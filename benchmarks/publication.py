@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -236,7 +234,7 @@ def main() -> None:
     result = {"alarms": alarms, "bytes": bytes_sent, "seconds": seconds_taken}[options.what](options)
     if options.json:
         former = json.loads(options.json.read_text()) if options.json.exists() else {}
-        record = {"environment": hardware.describe(), "command": shlex.join(["python", *sys.argv]), "result": result}
+        record = {"environment": hardware.describe(), "result": result}
         options.json.write_text(json.dumps(former | {options.what: record}, indent=1) + "\n")
 
 
