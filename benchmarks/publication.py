@@ -206,7 +206,7 @@ def seconds_taken(options: argparse.Namespace) -> dict[str, Any]:
                         pool.publish(learner.weights(), learner.policy_version)
                         taken.append(time.perf_counter() - started)
                         sent.append(pool.metrics()["publish/bytes"])
-                        canaries.append(publisher.publish()["canary/seconds"])
+                        canaries.append(publisher.publish()["time/canaries"])
                 finally:
                     pool.close()
                 name = f"{numbers / 1e6:.1f} M, {'adapters' if adapters else 'all weights'}"
