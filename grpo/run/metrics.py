@@ -90,7 +90,7 @@ METRICS: dict[str, str] = {
     "time/learn": "log-probabilities, backward and optimizer, seconds",
     "time/publish": "handing the new weights to the sampler, seconds",
     "time/canaries": "sampling the canaries, scoring them, comparing digests; part of time/publish, seconds",
-    "time/confirm": "a part of time/publish: from the message to the last worker's confirmation, with all its digests, seconds",
+    "time/confirm": "from the message to the last worker's confirmation; part of time/publish, seconds",
     "time/evaluate": "held-out evaluation, off the training clock, seconds",
     "time/checkpoint": "writing a checkpoint, seconds",
     "speed/completion_tokens_per_second": "completion tokens / time/rollout",
