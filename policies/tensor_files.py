@@ -84,10 +84,12 @@ def save_file(shapes: Mapping[str, Tensor], values: Iterable[Tensor], path: Path
 
 
 def read(folder: Path, only: Collection[str] | None = None) -> dict[str, Mapping[str, Tensor]]:
-    """The mappings whose files are in `folder`, or `only` these. A tensor is read when it is asked for."""
+    """The mappings whose files are in `folder`, or `only` these. A tensor is read when it is asked for. Raises
+    FileNotFoundError if there is no such folder."""
     files = defaultdict(list)
-    for path in sorted(folder.glob("*.safetensors")):
-        if (part := NAME.sub(r"\1", path.stem)) and (only is None or part in only):
+    for path in sorted(folder.iterdir()):  # where glob would find nothing in a folder that was just removed
+        part = NAME.sub(r"\1", path.stem)
+        if path.suffix == ".safetensors" and (only is None or part in only):
             files[part].append(path)
     return {part: _Stored(paths) for part, paths in files.items()}
 

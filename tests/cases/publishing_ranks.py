@@ -14,7 +14,7 @@ from grpo.config.learner import ParallelOptions
 from grpo.learner.parallel import join
 from grpo.run.pool import NoPool
 from policies.policy import Policy
-from policies.sharding import collected
+from policies.sharding import whole
 from rollout.engine import Engine
 from rollout.publication.digests import digests
 from rollout.publication.message import Sender
@@ -39,7 +39,7 @@ def main(source: str) -> None:
             held = worker.take(message)
         else:
             others.publish(policy.publication(), version)
-        merged = collected(policy.weights())
+        merged = {name: whole(tensor) for name, tensor in policy.weights().items()}
         if ranks.first:
             print(version, len(message.tensors), held == digests(merged), len(merged), flush=True)
 

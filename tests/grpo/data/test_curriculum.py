@@ -109,7 +109,7 @@ def _pass_rates(*scores: GroupScore, full_marks: float = 1.0) -> dict[str, float
     )
     log = SimpleNamespace(progress=lambda: Progress(disable=True), event=lambda *_, **__: None)
     run = Run(config, log, StopSignal(), ALONE, checkpoints=None, saved=None, last=1)
-    policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[])
+    policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native")
     Collector(run, task, curriculum, pool, policy).collect(1)
     return curriculum.pass_rates
 

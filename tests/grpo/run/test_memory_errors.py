@@ -16,6 +16,7 @@ from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.learner.likelihood import Likelihood
 from grpo.run.memory_errors import NAMES, WAYS, OutOfMemory, is_full, phase
+from grpo.run.stop import InterruptiblePool
 from policies.policy import Policy
 
 CUDA = (
@@ -25,8 +26,8 @@ CUDA = (
 )
 PLACES = {
     "loading": (Policy, "to", "set dtype: bfloat16"),
-    "evaluating": (rollout.engine.Engine, "sample", "lower eval.prompts_per_batch=64"),
-    "sampling": (rollout.engine.Engine, "sample", "lower rollout.prompts_per_shard=2, lower rollout.max_completion_to"),
+    "evaluating": (InterruptiblePool, "sample", "lower eval.prompts_per_batch=64"),
+    "sampling": (InterruptiblePool, "sample", "lower rollout.prompts_per_shard=2, lower rollout.max_completion_to"),
     "learning": (Likelihood, "forward", "lower learner.tokens_per_micro_batch=8192, set learner.gradient_check"),
     "publishing": (rollout.engine.Engine, "publish", "set rollout.workers: 1"),
     "stepping": (torch.optim.AdamW, "step", "start more processes, which share the weights (learner.parallel.fsdp)"),
