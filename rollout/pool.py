@@ -144,7 +144,9 @@ class LocalPool:
         return {"the sampler": self.engine.sample(prompts, params)}
 
     def held(self) -> dict[str, Held]:
-        return {"the sampler": self.engine.held}
+        if self.shares and self.engine.derived:  # it reads the learner's own
+            return {}
+        return {"the sampler": self.engine.held()}
 
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
         self.engine.costs = costs or self.engine.measure_costs(min(rows, self.engine.max_rows))

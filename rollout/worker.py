@@ -43,7 +43,7 @@ class Receiver:
             adapter = Adapter(**unpack(factors), scale=scale, experts=experts, transposed=transposed)
             weights[name] = adapter.merge(self._under[name])
         engine.publish(weights, message.version)
-        return engine.held
+        return engine.held()
 
 
 class Worker:
