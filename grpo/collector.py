@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from statistics import fmean
+
+from rich.progress import Progress
 
 from grpo.algorithm.dynamic_sampling import Drawn, draw_groups
 from grpo.config.run import TrainConfig
@@ -25,7 +29,8 @@ from rollout.sampling import SamplingParams
 
 
 class Collector:
-    """Draws the groups of each step, and keeps the record of them. The curriculum is its only state."""
+    """Draws the groups of each step, and keeps the record of them. Its state is the curriculum, and `later`: the pass
+    rates of steps that were sampled ahead, which the curriculum learns only when it is their turn (contract 12)."""
 
     def __init__(self, run: Run[TrainConfig], task: Task, curriculum: Curriculum, pool: Pool, policy: Policy) -> None:
         self.run, self.task, self.curriculum, self.pool = run, task, curriculum, pool
@@ -34,14 +39,22 @@ class Collector:
         self.rollout, self.prompts_per_step, self.deepest = config.rollout, config.prompts_per_step, config.mtp.depth
         sampling = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed)
         self.sampling = replace(sampling, record_routing=config.learner.routing_replay)
+        self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate
         self.tied_steps = TiedSteps(
             config.data, config.rollout, config.warm_start.steps, task.first_reward, task.full_marks
         )
 
-    def collect(self, step: int) -> Drawn:
-        """The scored groups of a step, with an event for every reward that failed. Adds to the metrics of the run."""
-        options, params, metrics = self.rollout, self._params(step), self.run.metrics
+    def collect(self, step: int, quiet: bool = False) -> Drawn:
+        """The scored groups of a step, with an event for every reward that failed. `quiet` draws no bars."""
+        options, params, seconds = self.rollout, self._params(step), {"time/rollout": 0.0, "time/reward": 0.0}
         self.task.reached(step - 1)
+        self._learn_rates(up_to=step - 1 - options.ahead)
+
+        @contextmanager
+        def timed(name: str) -> Iterator[None]:
+            started = time.perf_counter()
+            yield
+            seconds[name] += time.perf_counter() - started
 
         def take(count: int, draw: int = 0) -> list[Prompt]:
             examples = self.curriculum.take(count, step, draw)
@@ -50,25 +63,36 @@ class Collector:
         def sample(prompts: Sequence[Prompt], draw: int) -> tuple[list[RolloutGroup], list[GroupScore]]:
             what = f"step {step}: {'sampling' if draw == 0 else f'refill {draw}'}"
             bar = progress.add_task(what, total=len(prompts) * params.group_size)
-            with self.run.timed("time/rollout"), phase("sampling", self.run.config):
+            with timed("time/rollout"), phase("sampling", self.run.config):
                 groups = self.pool.sample(prompts, params.at(step, draw), lambda ended: progress.advance(bar, ended))
-            with self.run.timed("time/reward"):
+            with timed("time/reward"):
                 scores = self._score(groups, step)
             progress.remove_task(bar)
             rates = [(group.prompt.prompt_id, self._pass_rate(s)) for group, s in zip(groups, scores, strict=True)]
-            self.curriculum.record((prompt_id, rate) for prompt_id, rate in rates if rate is not None)
+            self.later += [(step, prompt_id, rate) for prompt_id, rate in rates if rate is not None]
+            if not options.ahead:
+                self._learn_rates(up_to=step)
             return groups, scores
 
         def replacements(tied: list[Prompt], draw: int) -> Sequence[Prompt]:
             return tied if options.refill_prompts == "same" else take(len(tied), draw)
 
-        with self.run.log.progress() as progress:
+        with Progress(disable=True) if quiet else self.run.log.progress() as progress:
             drawn = draw_groups(take(self.prompts_per_step), options.refill_draws, sample, replacements)
         for failure in (failure for score in drawn.all_scores for failure in score.errors):
             self.run.log.event("reward_error", step=step, **vars(failure))
-        metrics |= rollout_metrics(drawn.all_groups, drawn.all_scores) | self._metrics(step, drawn)
+        drawn.metrics |= seconds | rollout_metrics(drawn.all_groups, drawn.all_scores) | self._metrics(step, drawn)
         self.run.stop.check()
         return drawn
+
+    def _learn_rates(self, up_to: int) -> None:
+        self.curriculum.record((prompt_id, rate) for step, prompt_id, rate in self.later if step <= up_to)
+        self.later = [entry for entry in self.later if entry[0] > up_to]
+
+    def prompt(self, prompt_id: str) -> Prompt:
+        """The prompt of one of the training problems, again."""
+        [example] = [example for example in self.task.train if example.example_id == prompt_id]
+        return self.task.prompt(example, self.tokenizer)
 
     def keep(
         self, step: int, drawn: Drawn, batch: TrainingBatch, policy_logprobs: Mapping[int, list[float]] | None = None
@@ -109,7 +133,7 @@ class Collector:
             metrics["curriculum/completion_tokens"] = float(self._params(step).max_completion_tokens)
         if options.draft_depth is not None:
             metrics["curriculum/draft_depth"] = float(self.draft_depth(step))
-        return metrics | (drawn.metrics() if self.rollout.refill_draws else {})
+        return metrics | (drawn.counts() if self.rollout.refill_draws else {})
 
     def _params(self, step: int) -> SamplingParams:
         """A head that has not learned deep drafts yet does not make them."""

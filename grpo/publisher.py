@@ -37,6 +37,7 @@ class Publisher:
 
     def __init__(self, pool: Pool, learner: Learner, params: SamplingParams) -> None:
         self.pool, self.learner, self.params = pool, learner, params
+        self.version: int | None = None  # that the samplers hold
         policy = learner.policy
         self.dtype, self.context = policy.trunk.dtype, policy.max_length
         self.prompts = canary_prompts(policy.config.vocab_size, self.context)
@@ -46,6 +47,7 @@ class Publisher:
         learner, version = self.learner, self.learner.policy_version
         weights, ranks = learner.weights(), learner.ranks
         self.pool.publish(weights, version)
+        self.version = version
         started = time.perf_counter()
         ranks.from_first(partial(self._compare_digests, weights, version))
         for attempt in range(ATTEMPTS):

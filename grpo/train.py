@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from grpo.ahead import Batches
 from grpo.algorithm import own
 from grpo.collector import Collector
 from grpo.config.reward import with_rewards
@@ -56,13 +57,15 @@ def train(
         again = partial(first_policy, run, task)
         learner = grpo_learner(policy, config, task.reward_weights, ranks, again)
         curriculum = Curriculum(task.train, config.curriculum, config.seed)
-        run.restore(learner=learner, curriculum=curriculum, **_base(run, learner))
+        batches = Batches(run)
+        ahead = {"batches": batches} if config.rollout.ahead else {}
+        run.restore(learner=learner, **ahead, curriculum=curriculum, **_base(run, learner))
         with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log, samples=ranks.first) as pool:
             publisher = Publisher(pool, learner, sampling_params(policy, config.rollout, 1, config.seed))
             with phase("publishing", config):
                 publisher.publish()
             run.alone(use_costs_of_run, pool, policy, config.rollout, run.folder, resumes=run.resumes)
-            collector = Collector(run, task, curriculum, pool, policy)
+            collector = batches.collector = Collector(run, task, curriculum, pool, policy)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
             held_out = HeldOut(task, policy, pool, run.log, config.eval, sampling)
             with run:
@@ -70,17 +73,21 @@ def train(
                     run.alone(held_out.evaluate, run.step, "before GRPO" if run.step == 0 else None)
                 for step in run.steps():
                     learner.set_draft_depth(collector.draft_depth(step))
-                    drawn = ranks.from_first(partial(collector.collect, step))
+                    drawn = ranks.from_first(partial(batches.take, step))
+                    run.metrics |= drawn.metrics
+                    if ahead:
+                        _publish(run, publisher)
+                        batches.start(step + 1)
                     with phase("learning", config):
                         batch = learner.prepare(drawn.groups, drawn.scores)
                     collector.keep(step, drawn, batch)
-                    learn(run, learner, batch, step)
+                    learn(run, learner, batch, step, batches.complete)
                     collector.keep(step, drawn, batch, learner.policy_logprobs)
-                    if run.moved:
-                        with run.timed("time/publish"), phase("publishing", config):
-                            run.metrics |= publisher.publish()
-                    run.record(pool.metrics())
                     evaluates = held_out.due(step, run.last)
+                    if not ahead or evaluates or step == run.last:
+                        batches.settle()
+                        _publish(run, publisher)
+                    run.record(pool.metrics())
                     run.save_if_due(config.checkpoint.keep_best and evaluates)
                     if evaluates:
                         run.alone(held_out.evaluate, step)
@@ -93,8 +100,18 @@ def train(
     return Result(run.folder, policy, held_out.results, speeds)
 
 
-def learn(run: Run, learner: Learner, batch: TrainingBatch, step: int) -> None:
-    """One step of the learner with a bar of its micro-batches. A stop is heeded until the first update is made."""
+def _publish(run: Run[TrainConfig], publisher: Publisher) -> None:
+    """Where the samplers hold an older version."""
+    if publisher.version != publisher.learner.policy_version:
+        with run.timed("time/publish"), phase("publishing", run.config):
+            run.metrics |= publisher.publish()
+
+
+def learn(
+    run: Run, learner: Learner, batch: TrainingBatch, step: int, before_update: Callable[[], None] = lambda: None
+) -> None:
+    """One step of the learner with a bar of its micro-batches. A stop is heeded until the first update is made, and
+    rank 0 calls `before_update` then: what that raises undoes the step."""
     with run.log.progress() as progress:
         bar = progress.add_task(f"step {step}: learning", total=None)
 
@@ -103,6 +120,8 @@ def learn(run: Run, learner: Learner, batch: TrainingBatch, step: int) -> None:
             in_first_update = finished * learner.options.updates_per_batch <= total
             if run.ranks.size == 1 and in_first_update and finished < total:
                 run.stop.check()  # several ranks finish their step: they are in it together
+            if finished * learner.options.updates_per_batch == total:
+                run.ranks.from_first(before_update)
 
         run.learn(
             lambda: learner.step(batch, step, advance),

@@ -17,7 +17,7 @@ class Drawn:
     """The groups that a step learns from, with their scores and the draw that each came from (0: the first).
 
     `replaced` are the groups that were sampled and not learned from: tied ones whose place another took, and
-    refills that were tied again.
+    refills that were tied again. `metrics` are those of its sampling and scoring.
     """
 
     groups: list[RolloutGroup]
@@ -25,6 +25,7 @@ class Drawn:
     draws: list[int] = field(default_factory=list)
     replaced: list[tuple[RolloutGroup, GroupScore]] = field(default_factory=list)
     refilled: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def tied(self) -> list[int]:
@@ -38,7 +39,7 @@ class Drawn:
     def all_scores(self) -> list[GroupScore]:
         return self.scores + [score for _, score in self.replaced]
 
-    def metrics(self) -> dict[str, float]:
+    def counts(self) -> dict[str, float]:
         return {
             "group/tied": len(self.tied) / len(self.groups),
             "group/refilled": float(self.refilled),

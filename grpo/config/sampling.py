@@ -33,6 +33,9 @@ class RolloutOptions(SamplingOptions):
     """Only `exact`: `margin` takes unverified drafts and is refused for training (quartet eval and sample have it)."""
     workers: int = Field(default=0, ge=0)
     """Ray rollout workers; 0 samples in this process, without Ray."""
+    ahead: Literal[0, 1] = 0
+    """1 samples the next batch while the learner works on this one, with weights that are one step older, by at least
+    one worker. Timing changes no bit; the importance correction is on."""
     threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of each Ray worker."""
     prompts_per_shard: int = Field(default=8, ge=1)

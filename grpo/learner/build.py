@@ -59,7 +59,9 @@ def grpo_learner(
             temperature=config.rollout.temperature,
             max_completion_tokens=config.rollout.max_completion_tokens,
             reward_weights=reward_weights,
-            sampler_differs=config.dtype != "float32" or sampling_backend(config, policy) not in OWN_BACKENDS,
+            sampler_differs=config.dtype != "float32"
+            or config.rollout.ahead > 0
+            or sampling_backend(config, policy) not in OWN_BACKENDS,
             schedule=schedule(config.learner.schedule, config.steps, config.learner.warmup_steps),
             ranks=ranks,
             reload=None if ranks.layout is None else reload,

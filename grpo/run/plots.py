@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -201,10 +201,19 @@ def _draw_load(axes: Axes, rows: Rows) -> bool:
     return True
 
 
+def _on_the_clock(row: Mapping[str, float]) -> Mapping[str, float]:
+    """Of a batch that was sampled ahead only the wait for it."""
+    if "time/wait" not in row:
+        return row
+    learn = (row.get("time/learn") or 0.0) - row["time/wait"]
+    return {**row, "time/rollout": row["time/wait"], "time/reward": 0.0, "time/learn": max(0.0, learn)}
+
+
 def _draw_time(axes: Axes, rows: Rows) -> bool:
     timed = [row for row in rows if any(row.get(part) is not None for part in PARTS)]
     steps = [row["step"] for row in timed]
-    parts = {part: [row.get(part) or 0.0 for row in timed] for part in PARTS if part != "other"}
+    seen = [_on_the_clock(row) for row in timed]
+    parts = {part: [row.get(part) or 0.0 for row in seen] for part in PARTS if part != "other"}
     totals = [row.get("time/step") or 0.0 for row in timed]
     parts["other"] = [max(0.0, total - sum(p[i] for p in parts.values())) for i, total in enumerate(totals)]
     stack = {part: running_mean(values, _window(steps)) for part, values in parts.items() if any(values)}

@@ -118,7 +118,7 @@ def test_tied_groups_are_drawn_again_and_only_these():
     assert sample.calls == [(["a", "b", "c"], 0), (["a", "c"], 1), (["a"], 2)]
     assert (_names(drawn), drawn.draws) == (["a", "b", "c"], [2, 0, 1])
     assert [group.prompt.prompt_id for group, _ in drawn.replaced] == ["a", "c", "a"]
-    assert drawn.metrics() == {"group/tied": 0.0, "group/refilled": 2.0, "group/drawn": 6.0}
+    assert drawn.counts() == {"group/tied": 0.0, "group/refilled": 2.0, "group/drawn": 6.0}
 
 
 def test_new_prompts_take_the_places_until_the_budget_is_spent():
@@ -127,7 +127,7 @@ def test_new_prompts_take_the_places_until_the_budget_is_spent():
     assert sample.calls == [(["a", "b", "c"], 0), (["new1.0", "new1.1"], 1), (["new2.0"], 2)]
     assert (_names(drawn), drawn.draws) == (["a", "b", "new1.1"], [0, 0, 1])
     assert [group.prompt.prompt_id for group in drawn.all_groups] == ["a", "b", "new1.1", "new1.0", "c", "new2.0"]
-    assert drawn.metrics() == {"group/tied": 1 / 3, "group/refilled": 1.0, "group/drawn": 6.0}
+    assert drawn.counts() == {"group/tied": 1 / 3, "group/refilled": 1.0, "group/drawn": 6.0}
     drawn = draw_groups([_prompt(name) for name in "abc"], 9, Sampler(sample.mixed), _new)
     assert (_names(drawn), drawn.draws) == (["new3.0", "b", "new1.1"], [3, 0, 1])
     assert drawn.tied == []
