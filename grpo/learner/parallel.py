@@ -194,6 +194,11 @@ def join(cpu: bool, options: ParallelOptions) -> Ranks:
         )
     size = int(os.environ.get("WORLD_SIZE", "1"))
     fsdp = options.shares(size)
+    if cpu and options.fsdp_cpu_offload:
+        raise ValueError(
+            "learner.parallel.fsdp_cpu_offload=true: on a CPU the shards are in the host's memory already; set it to "
+            "false, or use --device cuda"
+        )
     if size == 1:
         return ALONE
     if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and os.path.isdir("/sys/class/net/lo"):
