@@ -88,7 +88,7 @@ def test_a_run_stops_goes_on_to_the_same_bits_and_ends_as_an_ordinary_policy(fol
     assert trunk
     assert all(".lora_" in name or name.endswith("e_score_correction_bias") for name in trunk)
     of_step_1 = load_found(find_policy(str(checkpoint)), config("parts"))
-    with pytest.raises(ValueError, match=r"lora\.base=nf4 needs a saved policy, .* quartet export"):
+    with pytest.raises(ValueError, match=r"lora\.base=nf4 needs a saved policy, .*quartet export"):
         check_options(micro_config(tmp_path / "next", model=str(checkpoint), **NF4))
     parts = train(config("parts"), resume="auto")
     ends = [
