@@ -90,11 +90,12 @@ def _tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {f"{file}/{name}": t for file, mapping in saved.tensors.items() for name, t in mapping.items()}
 
 
+# A publication that is cut short or fails has no canaries in the line of its step.
+UNCOMPARED = ("time/", "speed/", "memory/", "run/", "canary/")
+
+
 def _untimed(folder: Path) -> list[dict]:
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/", "run/"))}
-        for line in read_metrics(folder)
-    ]
+    return [{k: v for k, v in line.items() if not k.startswith(UNCOMPARED)} for line in read_metrics(folder)]
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
