@@ -27,7 +27,7 @@ from grpo.config.learner import MTPOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
 from grpo.config.policy import ModelOptions
-from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.run import RunConfig, SftConfig, TrainConfig
 from grpo.config.yaml_file import read_yaml
 from grpo.learner.eight_bit import refuse_without_torchao
 from grpo.learner.parallel import ALONE, Ranks, refuse_layout
@@ -36,6 +36,7 @@ from grpo.run.checkpoint import Checkpoint
 from grpo.run.memory_errors import phase
 from grpo.run.resume import base_changed
 from grpo.run.threads import saved_threads, threads_for
+from grpo.run.vllm import refuse_backend
 from policies import presets
 from policies.checkpoint import check_policy
 from policies.files import hub
@@ -149,6 +150,8 @@ def check_options(options: ModelOptions) -> str:
         raise PolicyError(
             f"template=chat: model={model!r} has no chat template; use a format string such as '{{question}}\\n'"
         )
+    if isinstance(options, RunConfig) and options.rollout.backend != "auto":
+        refuse_backend(options, _shape(model))
     learner = getattr(options, "learner", None)
     if learner and max(learner.parallel.tensor, learner.parallel.expert) > 1:
         itemsize = getattr(torch, options.dtype).itemsize

@@ -52,6 +52,7 @@ def grpo_learner(
             max_completion_tokens=config.rollout.max_completion_tokens,
             reward_weights=reward_weights,
             schedule=schedule(config.learner.schedule, config.steps, config.learner.warmup_steps),
+            sampler_differs=True if config.rollout.backend == "vllm" else None,
             ranks=ranks,
             reload=None if ranks.layout is None else reload,
         )

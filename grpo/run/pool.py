@@ -13,12 +13,19 @@ from grpo.config.sampling import RolloutOptions
 from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
 from grpo.run.stop import InterruptiblePool, StopSignal
+from grpo.run.vllm import vllm_settings
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import attend
+from rollout.backends.vllm.pool import VLLMPool
 from rollout.depth import CostTable
 from rollout.group import RolloutGroup
 from rollout.pool import Pool, open_pool
+
+NO_KEYED_NOISE = (
+    "vLLM draws with seeds of its own: its tokens are not those of our engine, nor the same with other drafts, threads "
+    "or batches. The same step of the same run repeats"
+)
 
 
 class NoPool:
@@ -70,19 +77,23 @@ def open_run_pool(
             policy,
             rollout.workers,
             dtype=getattr(torch, dtype),
-            threads=rollout.threads_per_worker,
+            threads=torch.get_num_threads() if rollout.backend == "vllm" else rollout.threads_per_worker,
             prompts_per_shard=rollout.prompts_per_shard,
             timeout_s=rollout.timeout_s,
             publish_timeout_s=rollout.publish_timeout_s,
             while_waiting=stop.check,
             on_lost=on_lost,
+            vllm=vllm_settings(rollout, run_log.output_dir) if rollout.backend == "vllm" else None,
         )
+    if isinstance(pool, VLLMPool):
+        run_log.event("vllm", version=pool.state["vllm"], url=pool.client.url, unshown={"load": pool.state["load"]})
+        run_log.event("keyed_noise", available=False, why=NO_KEYED_NOISE)
     return InterruptiblePool(pool, stop)
 
 
 def use_costs_of_run(pool: Pool, policy: Policy, rollout: RolloutOptions, folder: Path, *, resumes: bool) -> None:
     """Where a controller chooses the depth: the table that was saved, or a new one, measured once and saved."""
-    if rollout.draft_tokens is not None or policy.mtp is None:
+    if rollout.draft_tokens is not None or policy.mtp is None or rollout.backend == "vllm":
         return
     path, rows = folder / "draft_costs.json", rollout.prompts_per_shard * rollout.group_size
     saved = CostTable.load(path) if resumes and path.exists() else None
