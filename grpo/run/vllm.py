@@ -81,9 +81,10 @@ def _refuse_server(options: VLLMOptions) -> None:
             )
         state, where = state_of(options.python), f"rollout.vllm.python={options.python}"
     if not (state["tried"] or options.untried_version):
+        tried = ", ".join(state["tried_versions"])
         raise ValueError(
             f"{where}: nobody has compared the log-probabilities of vLLM {state['vllm']} with ours, and older "
-            f"ones were silently wrong on CPUs; install one of {', '.join(state['tried_versions'])} (make vllm), or set "
+            f"ones were silently wrong on CPUs; install one of {tried} (make vllm), or set "
             "rollout.vllm.untried_version"
         )
 
