@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -10,6 +10,7 @@ from grpo.algorithm.dynamic_sampling import Drawn, draw_groups
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth
 from grpo.learner.batch import TrainingBatch
+from grpo.learner.build import sampling_backend
 from grpo.loop import Run
 from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics
@@ -28,7 +29,7 @@ class Collector:
 
     def __init__(self, run: Run[TrainConfig], task: Task, curriculum: Curriculum, pool: Pool, policy: Policy) -> None:
         self.run, self.task, self.curriculum, self.pool = run, task, curriculum, pool
-        self.tokenizer = policy.tokenizer
+        self.tokenizer, self.backend = policy.tokenizer, sampling_backend(run.config, policy)
         config = run.config
         self.rollout, self.prompts_per_step, self.deepest = config.rollout, config.prompts_per_step, config.mtp.depth
         sampling = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed)
@@ -69,9 +70,24 @@ class Collector:
         self.run.stop.check()
         return drawn
 
-    def keep(self, step: int, drawn: Drawn, batch: TrainingBatch) -> None:
-        """The step's completions into the folder of the run, and a word where nothing is learned for long."""
-        self.run.log.rollouts(step, drawn.groups, drawn.scores, batch.advantages, draws=drawn.draws)
+    def keep(
+        self, step: int, drawn: Drawn, batch: TrainingBatch, policy_logprobs: Mapping[int, list[float]] | None = None
+    ) -> None:
+        """The step's completions into the folder of the run, and a word where nothing is learned for long.
+
+        Once it was learned from them, they are written again with the learner's log-probabilities.
+        """
+        self.run.log.rollouts(
+            step,
+            drawn.groups,
+            drawn.scores,
+            batch.advantages,
+            draws=drawn.draws,
+            backend=self.backend,
+            policy_logprobs=policy_logprobs,
+        )
+        if policy_logprobs is not None:
+            return
         if told := self.tied_steps.observe(drawn, batch.advantages):
             self.run.log.nothing_learned(step, *told)
 

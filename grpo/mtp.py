@@ -23,6 +23,7 @@ from grpo.learner.batch import PackedRow, Sample, split_rows
 from grpo.learner.head_learner import HeadLearner
 from grpo.loop import Run
 from grpo.policy_source import check_options, load_policy, save_policy, with_threads
+from grpo.publisher import Publisher
 from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics
 from grpo.run.pool import open_run_pool, use_costs_of_run
@@ -61,6 +62,9 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
             use_costs_of_run(pool, policy, config.rollout, run.folder, resumes=run.step > 0)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
             sampling = replace(sampling, draft_tokens=config.head.depth)
+            publisher = Publisher(pool, learner, sampling)
+            with phase("publishing", config):
+                publisher.publish()
             held_out = HeldOut(task, policy, pool, run.log, config.eval, sampling)
             with run:
                 if run.step == 0:
@@ -71,7 +75,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
                         groups = _sample(run, task, prompts, pool, policy, step)
                         _teach(run, learner, groups, step)
                         with run.timed("time/publish"), phase("publishing", config):
-                            pool.publish(learner.weights(), learner.policy_version)
+                            run.metrics |= publisher.publish()
                         run.record(pool.metrics())
                         run.save_if_due()
                         progress.advance(bar)

@@ -150,7 +150,7 @@ def check_options(options: ModelOptions) -> str:
         raise PolicyError(
             f"template=chat: model={model!r} has no chat template; use a format string such as '{{question}}\\n'"
         )
-    if isinstance(options, RunConfig) and options.rollout.backend != "auto":
+    if isinstance(options, RunConfig) and options.rollout.backend:
         refuse_backend(options, _shape(model))
     learner = getattr(options, "learner", None)
     if learner and max(learner.parallel.tensor, learner.parallel.expert) > 1:

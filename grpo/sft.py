@@ -114,7 +114,7 @@ def _evaluate(when: str, run: Run[SftConfig], task: Task, policy: Policy) -> dic
     config, options = run.config, run.config.eval
     if not task.heldout:
         return {}
-    own = {"workers": 0, "backend": "auto", "prompts_per_shard": options.prompts_per_batch}
+    own = {"workers": 0, "backend": None, "prompts_per_shard": options.prompts_per_batch}
     rollout = config.rollout.model_copy(update=own)
     pool = open_run_pool(policy, rollout, config.dtype, run.stop, run.log, samples=run.ranks.first)
     sampling = sampling_params(policy, config.rollout, options.samples, config.seed)

@@ -18,6 +18,7 @@ from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.loop import Run
 from grpo.policy_source import check_options, save_policy, with_threads
+from grpo.publisher import Publisher
 from grpo.run import checkpoint
 from grpo.run.memory_errors import phase
 from grpo.run.pool import open_run_pool, use_costs_of_run
@@ -57,8 +58,9 @@ def train(
         curriculum = Curriculum(task.train, config.curriculum, config.seed)
         run.restore(learner=learner, curriculum=curriculum, **_base(run, learner))
         with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log, samples=ranks.first) as pool:
+            publisher = Publisher(pool, learner, sampling_params(policy, config.rollout, 1, config.seed))
             with phase("publishing", config):
-                pool.publish(learner.weights(), learner.policy_version)
+                publisher.publish()
             run.alone(use_costs_of_run, pool, policy, config.rollout, run.folder, resumes=run.resumes)
             collector = Collector(run, task, curriculum, pool, policy)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
@@ -73,9 +75,10 @@ def train(
                         batch = learner.prepare(drawn.groups, drawn.scores)
                     collector.keep(step, drawn, batch)
                     learn(run, learner, batch, step)
+                    collector.keep(step, drawn, batch, learner.policy_logprobs)
                     if run.moved:
                         with run.timed("time/publish"), phase("publishing", config):
-                            pool.publish(learner.weights(), learner.policy_version)
+                            run.metrics |= publisher.publish()
                     run.record(pool.metrics())
                     evaluates = held_out.due(step, run.last)
                     run.save_if_due(config.checkpoint.keep_best and evaluates)

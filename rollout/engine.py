@@ -17,6 +17,7 @@ from rollout.costs import measure
 from rollout.depth import MAX_DEPTH, CostTable
 from rollout.faults import not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
+from rollout.publication.digests import digests
 from rollout.sampling import DraftVocabulary, SamplingParams
 from rollout.shard import Decoding
 
@@ -62,6 +63,7 @@ class Engine:
         self.draft_vocabulary = None
         if self.head is not None and self.head.draft_ids is not None:
             self.draft_vocabulary = DraftVocabulary(self.head.draft_ids, len(self.trunk.embedding))
+        self.held = digests(self.policy.weights())  # where nothing was derived anew, they are the old ones
 
     @property
     def decoder(self) -> Decoder:

@@ -18,6 +18,7 @@ from rollout.cluster import start_ray as start_ray
 from rollout.depth import CostTable
 from rollout.engine import Engine, OnFinished, RolloutError
 from rollout.group import Prompt, RolloutGroup
+from rollout.publication.digests import Held
 from rollout.ray_pool import PUBLISH_TIMEOUT_S, TIMEOUT_S, OnLost, RayPool
 from rollout.sampling import SamplingParams
 from rollout.shard import shards
@@ -32,6 +33,14 @@ class Pool(Protocol):
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]: ...
+
+    def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
+        """The groups of all these prompts by every sampler, under its name: canaries (publication/canaries.py)."""
+        ...
+
+    def held(self) -> dict[str, Held]:
+        """By sampler, the digests of the tensors that it holds; empty where `publish` has compared them already."""
+        ...
 
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
         """Sets the table that every depth controller uses; without `costs` it is measured at up to `rows` live rows."""
@@ -54,6 +63,7 @@ def open_pool(
     address: str | None = None,
     timeout_s: float = TIMEOUT_S,
     publish_timeout_s: float = PUBLISH_TIMEOUT_S,
+    publish_deltas: bool | None = None,
     while_waiting: Callable[[], None] = lambda: None,
     on_lost: OnLost = lambda worker, reason, action: None,
     vllm: VLLMSettings | None = None,
@@ -61,9 +71,10 @@ def open_pool(
     """A pool to which the weights of `policy` are published. It never shares memory with `policy` itself.
 
     The other arguments are for Ray workers. A worker that takes longer than `timeout_s` for a shard, or than
-    `publish_timeout_s` to take new weights over, is replaced, as if it had died. `while_waiting` is called several
-    times a second while the pool waits for workers; an exception that it raises ends the wait. `on_lost` gets the
-    number of a worker that died or was late, the reason, and what is done.
+    `publish_timeout_s` to take new weights over, is replaced, as if it had died. `publish_deltas`: workers get the
+    compressed differences between two versions; None: where the cluster has several nodes. `while_waiting` is called
+    several times a second while the pool waits for workers; an exception that it raises ends the wait. `on_lost` gets
+    the number of a worker that died or was late, the reason, and what is done.
 
     With `vllm` a server of vLLM samples in their place, with `threads`, and `while_waiting` is called while it does.
     """
@@ -72,7 +83,9 @@ def open_pool(
     if workers == 0:
         return LocalPool(policy, dtype, prompts_per_shard)
     limits = timeout_s, publish_timeout_s
-    return RayPool(policy, workers, dtype, threads, prompts_per_shard, address, limits, while_waiting, on_lost)
+    return RayPool(
+        policy, workers, dtype, threads, prompts_per_shard, address, limits, publish_deltas, while_waiting, on_lost
+    )
 
 
 class LocalPool:
@@ -99,6 +112,12 @@ class LocalPool:
         if faults:
             raise RolloutError("\n".join(faults), groups)
         return groups
+
+    def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
+        return {"the sampler": self.engine.sample(prompts, params)}
+
+    def held(self) -> dict[str, Held]:
+        return {"the sampler": self.engine.held}
 
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
         self.engine.costs = costs or self.engine.measure_costs(min(rows, self.engine.max_rows))

@@ -17,6 +17,8 @@ from rollout.cluster import Cluster
 from rollout.depth import CostTable
 from rollout.engine import OnFinished, RolloutError
 from rollout.group import Prompt, RolloutGroup
+from rollout.publication.canaries import other_canaries
+from rollout.publication.digests import Held
 from rollout.publication.message import Message, Sender
 from rollout.sampling import SamplingParams
 from rollout.shard import shards
@@ -44,6 +46,7 @@ class RayPool:
         prompts_per_shard: int,
         address: str | None,
         timeouts_s: tuple[float, float],
+        deltas: bool | None,
         while_waiting: Callable[[], None],
         on_lost: OnLost,
     ) -> None:
@@ -58,10 +61,14 @@ class RayPool:
         held = next(policy.parameters()).dtype
         precisions = (str(kind).removeprefix("torch.") for kind in (held, dtype))
         self.arguments = (policy.skeleton(), *precisions, self.device, threads)
-        self.sender = Sender()
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        self.sender = Sender(deltas=nodes > 1 if deltas is None else deltas)
         self.published: int | None = None  # the version that every worker has confirmed
         self.confirmed: dict[int, int | None] = {}  # the version of each worker
         self.costs: CostTable | None = None
+        # Prompts and parameters of the canaries of this version, and what a worker has sampled that passed them.
+        self.canaries: tuple[Sequence[Prompt], SamplingParams, list[RolloutGroup]] | None = None
+        self.precision = dtype
         self.restarts = 0
         self._unreported: defaultdict[str, float] = defaultdict(float)
         self.workers: list[Any] = []
@@ -86,7 +93,7 @@ class RayPool:
 
         Where the policy has adapters, a worker that holds the version before gets A and B, and what else is trained.
         """
-        self.published, self.restarts = None, 0
+        self.published, self.canaries, self.restarts = None, None, 0
         self._confirm(range(len(self.workers)), self.sender.take(weights, version))
 
     def _confirm(self, workers: Iterable[int], change: Message | None = None) -> None:
@@ -114,28 +121,23 @@ class RayPool:
 
         for i in workers:
             send(i)
+        late = f"it took longer than rollout.publish_timeout_s={self.publish_timeout_s:g} to take the weights over"
         while running:
-            finished = self._wait(list(running))
-            late = self._late({reference: deadline for reference, (*_, deadline) in running.items()})
-            for reference in [*finished, *late]:
+            deadlines = {reference: deadline for reference, (*_, deadline) in running.items()}
+            for reference, held, lost in self._ended(deadlines, late):
                 i, everything, _ = running.pop(reference)
-                try:
-                    if reference in late:
-                        limit = f"rollout.publish_timeout_s={self.publish_timeout_s:g}"
-                        self._replace(i, f"it took longer than {limit} to take the weights over")
-                        send(i)
-                    elif (wrong := self.sender.difference(self._get(reference))) is None:
-                        self.confirmed[i] = self.sender.version
-                    elif not everything:
-                        send(i, everything=True)
-                    else:
-                        raise RolloutError(
-                            f"worker {i} does not hold what was published as version {self.sender.version}: the first "
-                            f"tensor that differs is {wrong}"
-                        )
-                except self.ray.exceptions.RayActorError as error:
-                    self._replace(i, f"it died: {error}")
+                if lost:
+                    self._replace(i, lost)
                     send(i)
+                elif (wrong := self.sender.difference(held)) is None:
+                    self.confirmed[i] = self.sender.version
+                elif not everything:
+                    send(i, everything=True)
+                else:
+                    raise RolloutError(
+                        f"worker {i} does not hold what was published as version {self.sender.version}: the first "
+                        f"tensor that differs is {wrong}"
+                    )
         self._unreported["publish/confirm_s"] += time.monotonic() - started
         self.published = self.sender.version
 
@@ -166,6 +168,18 @@ class RayPool:
         passed = [reference for reference, deadline in deadlines.items() if time.monotonic() > deadline]
         return self.ray.wait(passed, num_returns=len(passed), timeout=0)[1] if passed else []
 
+    def _ended(self, deadlines: Mapping[Any, float], late: str) -> list[tuple[Any, Any, str]]:
+        """References that are ready, with their answers or why their worker is lost, and those whose time is up."""
+        ended: list[tuple[Any, Any, str]] = []
+        for reference in self._wait(list(deadlines)):
+            try:
+                ended.append((reference, self._get(reference), ""))
+            except self.ray.exceptions.RayActorError as error:
+                ended.append((reference, None, f"it died: {error}"))
+            except self.ray.exceptions.RayTaskError as error:
+                raise error.cause or error from None  # without the worker's stack in its message
+        return ended + [(reference, None, late) for reference in self._late(deadlines)]
+
     def _get(self, reference: Any) -> Any:
         errors = self.ray.exceptions
         try:
@@ -193,12 +207,15 @@ class RayPool:
         self.ray.kill(self.workers[i])  # if it only seems lost, it still holds the processor of its successor
         self.workers[i] = self._start()
 
+    def _version(self) -> int:
+        if self.published is None:
+            raise RolloutError("the last publication was not confirmed by every worker: publish the weights again")
+        return self.published
+
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
-        if self.published is None:
-            raise RolloutError("the last publication was not confirmed by every worker: publish the weights again")
-        version = self.published
+        version = self._version()
         waiting = list(enumerate(shards(prompts, self.prompts_per_shard)))[::-1]
         done: dict[int, list[RolloutGroup]] = {}
         faults: dict[int, str] = {}
@@ -207,7 +224,7 @@ class RayPool:
 
         def again(i: int, number: int, shard: Sequence[Prompt], reason: str) -> None:
             self._replace(i, reason)
-            self._confirm([i])
+            self._admit(i)
             waiting.append((number, shard))
 
         while waiting or running:
@@ -240,13 +257,55 @@ class RayPool:
             raise RolloutError("\n".join(faults[number] for number in sorted(faults)), groups)
         return groups
 
+    def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
+        self.canaries = None
+        found = self._sample_on(range(len(self.workers)), prompts, params)
+        self.canaries = prompts, params, found[0]
+        return {f"worker {i}": found[i] for i in sorted(found)}
+
+    def _sample_on(
+        self, workers: Iterable[int], prompts: Sequence[Prompt], params: SamplingParams
+    ) -> dict[int, list[RolloutGroup]]:
+        """The groups of all prompts by each of these workers; a lost one is replaced, and its successor asked."""
+        version, groups, running = self._version(), dict[int, list[RolloutGroup]](), dict[Any, tuple[int, float]]()
+
+        def ask(i: int) -> None:
+            reference = self.workers[i].sample.remote(list(prompts), params, version, self.costs)
+            running[reference] = i, time.monotonic() + self.publish_timeout_s
+
+        for i in workers:
+            ask(i)
+        late = f"its canaries took longer than rollout.publish_timeout_s={self.publish_timeout_s:g}"
+        while running:
+            for reference, answer, lost in self._ended({r: deadline for r, (_, deadline) in running.items()}, late):
+                i, _ = running.pop(reference)
+                if lost:
+                    self._replace(i, lost)
+                    self._confirm([i])
+                    ask(i)
+                else:
+                    groups[i] = answer
+        return groups
+
+    def _admit(self, i: int) -> None:
+        """A worker that takes another's place gets the weights, and passes the canaries that the others have passed."""
+        self._confirm([i])
+        if self.canaries is not None:
+            prompts, params, passed = self.canaries
+            own = self._sample_on([i], prompts, params)[i]
+            if fault := other_canaries(own, passed, self.precision):
+                raise RolloutError(f"worker {i}, which is new, {fault} (version {self.published})")
+
+    def held(self) -> dict[str, Held]:
+        return {}
+
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
         """One worker measures them alone, with the threads that a worker has."""
         if costs is None:
             before = self.workers[0]
             costs = self._answer(0, "measure_costs", rows)
             if self.workers[0] is not before:
-                self._confirm([0])
+                self._admit(0)
         self.costs = costs
         return costs
 

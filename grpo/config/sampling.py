@@ -43,9 +43,9 @@ class VLLMOptions(Options):
 class RolloutOptions(SamplingOptions):
     """How completions are sampled."""
 
-    backend: Literal["auto", "native", "transformers", "vllm"] = "auto"
-    """What samples: `native` our engine for DeepSeek-V3 policies, `transformers` our engine for other models, `auto`
-    the one of these two that fits, `vllm` vLLM in an environment of its own (`quartet train` only)."""
+    backend: Literal["native", "transformers", "vllm"] | None = None
+    """What samples: our engine, which decodes DeepSeek-V3 policies itself (`native`) and other models by transformers'
+    own forward (null: the one that fits), or vLLM in an environment of its own (`quartet train` only)."""
     group_size: int = 8
     """Completions per prompt; GRPO compares them with each other, so at least 2."""
     temperature: float = Field(default=1.0, gt=0)
@@ -63,6 +63,8 @@ class RolloutOptions(SamplingOptions):
     publish_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds that a Ray worker may need for new weights; then it is killed and replaced. A new one has 600."""
     vllm: VLLMOptions = VLLMOptions()
+    publish_deltas: bool | None = None
+    """Workers get the compressed difference between two versions; null: where the Ray cluster has several nodes."""
     refill_draws: int = Field(default=0, ge=0)
     """Dynamic sampling: tied groups are sampled again, at most this many times per step; 0 keeps them."""
     refill_prompts: Literal["new", "same"] = "new"

@@ -77,6 +77,12 @@ class TrainingBatch:
     tied_groups: int = 0
     metrics: dict[str, float] = field(default_factory=dict)  # what was measured while it was prepared
     seconds: float = 0.0  # that the values took
+    tokens_by_version: dict[int, int] = field(default_factory=dict)  # completion tokens that each version has sampled
+
+    def age(self, version: int) -> float:
+        """How many versions older than `version` the policy was that sampled a token, mean over tokens."""
+        tokens = sum(self.tokens_by_version.values())
+        return sum(max(version - v, 0) * n for v, n in self.tokens_by_version.items()) / max(tokens, 1)
 
     @property
     def all_tied(self) -> bool:

@@ -13,6 +13,14 @@ from grpo.learner.parallel import ALONE, Ranks
 from grpo.run.memory_errors import phase
 from policies.policy import Policy
 
+# Their log-probabilities are the learner's up to rounding in float32 (contract 8).
+OWN_BACKENDS = ("native", "transformers")
+
+
+def sampling_backend(config: TrainConfig, policy: Policy) -> str:
+    """The engine that samples: the one that was asked for, or the one that decodes this policy."""
+    return config.rollout.backend or policy.backend
+
 
 def sft_learner(policy: Policy, config: SftConfig, ranks: Ranks = ALONE) -> Learner:
     """Adapters are not used here even where GRPO will: LoRA starts from the warm policy."""
@@ -51,8 +59,8 @@ def grpo_learner(
             temperature=config.rollout.temperature,
             max_completion_tokens=config.rollout.max_completion_tokens,
             reward_weights=reward_weights,
+            sampler_differs=config.dtype != "float32" or sampling_backend(config, policy) not in OWN_BACKENDS,
             schedule=schedule(config.learner.schedule, config.steps, config.learner.warmup_steps),
-            sampler_differs=True if config.rollout.backend == "vllm" else None,
             ranks=ranks,
             reload=None if ranks.layout is None else reload,
         )

@@ -61,7 +61,7 @@ class Learner:
         learning_rate: float | None = None,
         schedule: Callable[[int], float] | None = None,
         value: ValueOptions | None = None,
-        sampler_differs: bool | None = None,  # in precision or version; None: it does below fp32
+        sampler_differs: bool | None = None,  # in precision or backend; None: it does below fp32
         ranks: Ranks = ALONE,
         reload: Callable[[], Policy] | None = None,  # `policy` again, where it is sharded and so cannot be copied
     ) -> None:
@@ -81,8 +81,10 @@ class Learner:
         self.reference: Policy | None = None
         if self.loss.beta > 0 and not has_adapter(policy.trunk):
             self.reference = (reload() if reload else copy.deepcopy(policy)).requires_grad_(False)
-        differs = policy.trunk.dtype != torch.float32 if sampler_differs is None else sampler_differs
-        self.importance_correction = _importance_correction(self.loss.importance_correction, differs)
+        self.sampler_differs = policy.trunk.dtype != torch.float32 if sampler_differs is None else sampler_differs
+        self.importance_correction = _importance_correction(self.loss.importance_correction, self.sampler_differs)
+        # log π_old of what the last step learned from, by Sample.index; what needed no forward is not there.
+        self.policy_logprobs: dict[int, list[float]] = {}
         self.value_head: ValueHead | None = None
         if self.loss.advantage in ("gae", "rank_softmax"):
             self.value_head = ValueHead(policy.config.hidden_size, self.value.hidden_size).to(policy.device)
@@ -140,6 +142,11 @@ class Learner:
         started = time.perf_counter()
         anchored = self.loss.beta > 0 or self.loss.entropy_coef != 0 or self.balancer.trains
         metrics: dict[str, float] = dict(batch.metrics)
+        self.policy_logprobs = {}
+        if age := batch.age(self.policy_version):
+            metrics["mismatch/age_mean"] = age
+        differs = self.sampler_differs or age > 0
+        self.importance_correction = _importance_correction(self.loss.importance_correction, differs)
         if batch.all_tied and not (anchored and batch.rows):
             return metrics | {"learner/updates": 0.0, "time/learn": batch.seconds + time.perf_counter() - started}
         taught = teaching(self.policy, self.mtp, batch.rows, step)
@@ -170,16 +177,23 @@ class Learner:
                         loss = loss + self._head_loss(mini, out, taught, own_sums)
                     self.update.backward(loss * mini.counts, step, self.ranks)
                 if mini.counts:
+                    if update == 0:
+                        self._remember(mini, out.logprobs)
                     sums.update(own_sums)
                     farthest = max(farthest, far)
                 if on_micro_batch:
                     on_micro_batch(update * len(minis) + i + 1, len(minis) * self.options.updates_per_batch)
             metrics |= self.ranks.sum_metrics(dict(sums) | {"mismatch/logprob_abs_max": farthest}) | self._update(step)
             self.policy_version += update == 0
+        self.policy_logprobs = self.ranks.union(self.policy_logprobs)
         self.balancer.sum_over(self.ranks)
         metrics |= self.balancer.end()
         metrics["learner/updates"] = float(self.options.updates_per_batch)
         return metrics | {"time/learn": batch.seconds + time.perf_counter() - started}
+
+    def _remember(self, mini: MicroBatch, logprobs_CL: Tensor) -> None:
+        for sample, values in zip(mini.samples, logprobs_CL.tolist(), strict=True):
+            self.policy_logprobs[sample.index] = values[: len(sample.token_ids)]
 
     def _rows_that_count(
         self, rows: Sequence[PackedRow], anchored: bool, taught: Mapping[int, float]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from grpo.learner.batch import MicroBatch
+from grpo.learner.batch import MicroBatch, PackedRow, Sample, collate
 from grpo.learner.experts import Balancer
 from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.lora import adapter_off
 from policies.moe import RoutingRecorder
 from policies.policy import Policy
 from policies.routing_replay import RoutingReplay
+from rollout.group import RolloutGroup
 
 
 @dataclass(frozen=True)
@@ -71,3 +73,22 @@ class Likelihood:
         """Policy and reference alike, so that the KL between them starts at zero."""
         policies = [self.policy] if self.reference is None else [self.policy, self.reference]
         return RoutingReplay([policy.trunk for policy in policies], mini.routing)
+
+
+@torch.no_grad()
+def logprobs_of_groups(policy: Policy, groups: Sequence[RolloutGroup], temperature: float) -> list[list[list[float]]]:
+    """Of every token, by group and completion. Every rank that shares the policy must ask for the same groups."""
+    rows = [
+        PackedRow(group.prompt.token_ids, [Sample(i, c.token_ids) for i, c in enumerate(group.completions)])
+        for group in groups
+    ]
+    mini = collate(rows, policy.device)
+    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
+    preceding = hidden.gather(1, mini.before[..., None].expand_as(hidden))
+    scored, lm_head = mini.scored, policy.lm_head
+    chunk = max(1, CHUNK_ELEMENTS // lm_head.shape[0])
+    logprobs, _ = logprobs_from_hidden(
+        preceding[scored], lm_head, mini.token_ids[scored], temperature, chunk=chunk, entropy_grad=False
+    )
+    values = iter(logprobs.tolist())
+    return [[[next(values) for _ in c.token_ids] for c in group.completions] for group in groups]

@@ -111,6 +111,10 @@ class Ranks:
         for tensor in tensors if self.size > 1 else ():
             dist.all_reduce(tensor if self._counts else tensor.zero_())
 
+    def union(self, own: dict[int, T]) -> dict[int, T]:
+        """The entries of all readers."""
+        return {key: value for part in self._gather(own) for key, value in part.items()}
+
     def gather(self, values_N: Sequence[Tensor]) -> Tensor:
         """One vector of the values [N] of all readers."""
         own = torch.cat([torch.zeros(0, device=self.device), *values_N])

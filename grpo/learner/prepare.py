@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -84,7 +85,10 @@ def pack(
         if samples:
             routing = _recorded(group.prompt_routing, group) if routing_replay else None
             rows += split_rows(group.prompt.token_ids, samples, max_tokens, routing, group=g)
-    return TrainingBatch(rows, advantages_PG, count, tokens, int(tied_P.sum()))
+    versions = Counter[int]()
+    for completion in (completion for group in groups for completion in group.completions):
+        versions[completion.policy_version] += len(completion.token_ids)
+    return TrainingBatch(rows, advantages_PG, count, tokens, int(tied_P.sum()), tokens_by_version=dict(versions))
 
 
 @torch.no_grad()

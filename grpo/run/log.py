@@ -17,7 +17,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -33,7 +32,15 @@ from grpo.run.console import Terminal, progress_bars, sample_table, step_line, v
 from grpo.run.json_lines import append_line, json_line, open_lines
 from grpo.run.lock import RunLock
 from grpo.run.metrics import check
-from grpo.run.records import holds_a_run, is_evaluation, keep_lines, read_events, rollout_path, truncate
+from grpo.run.records import (
+    holds_a_run,
+    is_evaluation,
+    keep_lines,
+    read_events,
+    rollout_lines,
+    rollout_path,
+    truncate,
+)
 from grpo.run.resume import changed_options
 from grpo.run.stop import GivenUp, Stopped
 from grpo.run.trackers import installed, start
@@ -130,20 +137,23 @@ class RunLog:
         scores: Sequence[GroupScore],
         advantages: Any,
         draws: Sequence[int] | None = None,
+        backend: str | None = None,
+        policy_logprobs: Mapping[int, Sequence[float]] | None = None,
     ) -> None:
-        """Keep all completions of a step, and now and then show a few.
+        """Keep all completions of a step, and now and then show a few; not when they come again with the learner's
+        log-probabilities, by [group, sample] flattened.
 
         `advantages` [P, G] are numbers, or [P, G, Lc] one for every token, as lists, tensors or arrays. `draws` [P]:
         0, or the refill of dynamic sampling that a group comes from.
         """
         advantages = [_plain(row) for row in advantages]
-        lines = [
-            json_line({"step": step, "draw": draw} | line)
-            for draw, group, score, row in zip(draws or [0] * len(groups), groups, scores, advantages, strict=True)
-            for line in _rollout_lines(group, score, row)
-        ]
-        write_file(rollout_path(self.output_dir, step), zstandard.compress("".join(lines).encode()))
-        if self._table_every and (step == 1 or step % self._table_every == 0):
+        lines = rollout_lines(groups, scores, advantages, policy_logprobs)
+        head = {"step": step} | ({"backend": backend} if backend else {})
+        size = len(lines) // max(len(groups), 1)
+        drawn = [draw for draw in draws or [0] * len(groups) for _ in range(size)]
+        text = "".join(json_line({**head, "draw": draw, **line}) for draw, line in zip(drawn, lines, strict=True))
+        write_file(rollout_path(self.output_dir, step), zstandard.compress(text.encode()))
+        if policy_logprobs is None and self._table_every and (step == 1 or step % self._table_every == 0):
             self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
 
     def event(self, event: str, /, *, unshown: Mapping[str, Any] | None = None, **fields: Any) -> None:
@@ -307,28 +317,6 @@ def refuse_folder(output_dir: Path, *, resuming: bool) -> None:
             f"output_dir={output_dir} already holds a run; choose another output_dir, go on with --resume auto, "
             "or delete it"
         )
-
-
-def _rollout_lines(group: RolloutGroup, score: GroupScore, advantages: list[Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt_id": group.prompt.prompt_id,
-            "prompt": group.prompt.text,
-            **({"messages": group.prompt.messages} if group.prompt.messages else {}),
-            "sample": sample,
-            "text": completion.text,
-            "token_ids": completion.token_ids,
-            "logprobs": completion.logprobs,
-            "reward": score.rewards[sample],
-            "parts": {name: values[sample] for name, values in score.parts.items()},
-            "extras": {name: values[sample] for name, values in score.extras.items()},
-            "advantage": advantage,
-            "finish_reason": completion.finish_reason,
-            "policy_version": completion.policy_version,
-            "draft": asdict(completion.draft),
-        }
-        for sample, (completion, advantage) in enumerate(zip(group.completions, advantages, strict=True))
-    ]
 
 
 def _number(name: str, value: Any) -> float:

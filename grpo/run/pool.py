@@ -21,6 +21,7 @@ from rollout.backends.vllm.pool import VLLMPool
 from rollout.depth import CostTable
 from rollout.group import RolloutGroup
 from rollout.pool import Pool, open_pool
+from rollout.publication.digests import Held
 
 NO_KEYED_NOISE = (
     "vLLM draws with seeds of its own: its tokens are not those of our engine, nor the same with other drafts, threads "
@@ -47,6 +48,12 @@ class NoPool:
 
     def sample(self, *_: object) -> list[RolloutGroup]:
         raise RuntimeError("rank 0 alone samples")
+
+    def sample_on_each(self, *_: object) -> dict[str, list[RolloutGroup]]:
+        raise RuntimeError("rank 0 alone samples")
+
+    def held(self) -> dict[str, Held]:
+        return {}
 
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
         raise RuntimeError("rank 0 alone samples")
@@ -81,6 +88,7 @@ def open_run_pool(
             prompts_per_shard=rollout.prompts_per_shard,
             timeout_s=rollout.timeout_s,
             publish_timeout_s=rollout.publish_timeout_s,
+            publish_deltas=rollout.publish_deltas,
             while_waiting=stop.check,
             on_lost=on_lost,
             vllm=vllm_settings(rollout, run_log.output_dir) if rollout.backend == "vllm" else None,

@@ -1,4 +1,4 @@
-"""Reading what a run has written: metrics, events and rollouts; and taking back what came after a step."""
+"""What a run has written: metrics, events and rollouts are read, and what came after a step is taken back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import zstandard
 
 from grpo.config.json_file import read_objects, whole_lines
 from policies.files.atomic import write_file
+from rewards.group_score import GroupScore
+from rollout.group import RolloutGroup
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
@@ -58,6 +61,43 @@ def read_rollouts(output_dir: Path, step: int) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if fault := _rollout_fault(line):
             raise ValueError(f"{path}, line {number} is damaged: {fault}")
+    return lines
+
+
+def rollout_lines(
+    groups: Sequence[RolloutGroup],
+    scores: Sequence[GroupScore],
+    advantages: Sequence[Any],
+    policy_logprobs: Mapping[int, Sequence[float]] | None = None,
+) -> list[dict[str, Any]]:
+    """The record of each completion. `advantages` [P, G]; `policy_logprobs` are the learner's, by [group, sample]
+    flattened, and null for a completion from which nothing was to be learned."""
+    lines: list[dict[str, Any]] = []
+    for group, score, row in zip(groups, scores, advantages, strict=True):
+        for sample, (completion, advantage) in enumerate(zip(group.completions, row, strict=True)):
+            learned = {}
+            if policy_logprobs is not None:
+                values = policy_logprobs.get(len(lines))
+                learned = {"policy_logprobs": None if values is None else [round(value, 6) for value in values]}
+            lines.append(
+                {
+                    "prompt_id": group.prompt.prompt_id,
+                    "prompt": group.prompt.text,
+                    **({"messages": group.prompt.messages} if group.prompt.messages else {}),
+                    "sample": sample,
+                    "text": completion.text,
+                    "token_ids": completion.token_ids,
+                    "logprobs": completion.logprobs,
+                    **learned,
+                    "reward": score.rewards[sample],
+                    "parts": {name: values[sample] for name, values in score.parts.items()},
+                    "extras": {name: values[sample] for name, values in score.extras.items()},
+                    "advantage": advantage,
+                    "finish_reason": completion.finish_reason,
+                    "policy_version": completion.policy_version,
+                    "draft": asdict(completion.draft),
+                }
+            )
     return lines
 
 

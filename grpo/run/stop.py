@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rollout.depth import CostTable
     from rollout.group import Prompt, RolloutGroup
     from rollout.pool import OnFinished, Pool
+    from rollout.publication.digests import Held
     from rollout.sampling import SamplingParams
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -220,6 +221,17 @@ class InterruptiblePool:
 
         self.stop.check()
         return self.pool.sample(prompts, params, forward)
+
+    def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
+        """Nothing once a stop was asked for, since a publication may have been cut short."""
+        try:
+            self.stop.check()
+            return self.pool.sample_on_each(prompts, params)
+        except GivenUp:
+            return {}
+
+    def held(self) -> dict[str, Held]:
+        return self.pool.held()
 
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
         self.stop.check()

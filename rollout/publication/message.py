@@ -1,14 +1,14 @@
 """A publication on its way to a worker: everything, or what has changed since the last one.
 
 With adapters only A and B travel, and what else is trained. The worker keeps the weights under them and computes W + ΔW
-into its own copy.
+into its own copy. Of tensors that changed, the compressed difference can travel (deltas.py).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from policies.lora import Adapter
 from policies.publication import Publication
 from policies.sharding import whole
 from rollout.engine import Engine, RolloutError
-from rollout.publication.digests import Held, digest_of, digests
+from rollout.publication import deltas as delta
+from rollout.publication.digests import Held, digest_of
 
 PackedTensor = tuple[str, list[int], np.ndarray]
 PackedWeights = dict[str, PackedTensor]
@@ -53,17 +54,20 @@ class Message:
     since: int | None
     tensors: PackedWeights
     adapters: dict[str, tuple[PackedWeights, float, int, bool]]
+    deltas: PackedWeights = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        parts = [self.tensors, *(factors for factors, *_ in self.adapters.values())]
+        parts = [self.tensors, self.deltas, *(factors for factors, *_ in self.adapters.values())]
         return sum(data.nbytes for part in parts for _, _, data in part.values())
 
 
 class Sender:
     """The pool's side: a copy of what was published last, on the host, for the workers that are yet to come."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, deltas: bool = False) -> None:
+        """`deltas`: send the difference to the version before where it is shorter."""
+        self.deltas = deltas
         self.version: int | None = None
         self.weights = Publication({})  # the copy
         self._last: Publication | None = None  # what it was copied from
@@ -78,11 +82,25 @@ class Sender:
         adapters = {
             name: replace(adapter, a=_copied(adapter.a), b=_copied(adapter.b)) for name, adapter in now.adapters.items()
         }
-        partial = len(changed) < len(now)
+        partial, differences = len(changed) < len(now), dict[str, PackedTensor]()
+        if self.deltas and former is not None and now.keys() == self.weights.keys() and last is not None:
+            differences = self._differences(changed)
         self.weights = Publication((self.weights.tensors if partial else {}) | changed, adapters, now.fixed)
         self._last, self.version = now, version
         self._digests = {}
-        return self._message(changed, former if partial else None)
+        sent = {name: tensor for name, tensor in changed.items() if name not in differences}
+        since = former if partial or differences else None
+        return replace(self._message(sent, since), deltas=differences)
+
+    def _differences(self, tensors: Mapping[str, Tensor]) -> PackedWeights:
+        """Of those that have kept type and shape, and for which a difference pays."""
+        new, old, found = pack(tensors), pack({name: self.weights.tensors[name] for name in tensors}), {}
+        for name, (kind, shape, data) in new.items():
+            same = old[name][:2] == (kind, shape) and data.size
+            packed = delta.encode(data, old[name][2], data.nbytes // tensors[name].numel()) if same else None
+            if packed is not None:
+                found[name] = kind, shape, packed
+        return found
 
     def everything(self) -> Message:
         """For a worker that holds nothing, or something else than it should."""
@@ -116,7 +134,7 @@ class Receiver:
         self._under: dict[str, Tensor] = {}
 
     def take(self, message: Message) -> Held:
-        """Loads a publication; returns the digests of what the engine's policy holds then."""
+        """Loads a publication; returns the digests of what the engine decodes with then."""
         engine = self.engine
         if message.since is not None and engine.version != message.since:
             raise RolloutError(
@@ -127,12 +145,26 @@ class Receiver:
         if message.since is None:
             self._under = {name: weights[name].clone() for name in message.adapters}
         else:
-            weights = engine.policy.weights() | weights
+            own = engine.policy.weights()
+            try:
+                weights = own | weights | _added(own, message.deltas)
+            except ValueError:  # what it holds is not what the differences follow
+                return {}
         for name, (factors, scale, experts, transposed) in message.adapters.items():
             adapter = Adapter(**unpack(factors), scale=scale, experts=experts, transposed=transposed)
             weights[name] = adapter.merge(self._under[name])
         engine.publish(weights, message.version)
-        return digests(engine.policy.weights())
+        return engine.held
+
+
+def _added(own: Mapping[str, Tensor], deltas: PackedWeights) -> dict[str, Tensor]:
+    """The new tensors. Raises ValueError where the own one has another type or shape."""
+    new = {}
+    for name, (kind, shape, old) in pack({name: own[name] for name in deltas if name in own}).items():
+        if (kind, shape) != deltas[name][:2]:
+            raise ValueError(name)
+        new[name] = kind, shape, delta.decode(deltas[name][2], old, own[name].element_size())
+    return unpack(new)
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -321,6 +321,33 @@ def test_workers_that_are_always_late_end_the_run_with_advice(pool, monkeypatch)
     del busy
 
 
+def test_contract_5_a_stopped_worker_is_named_in_a_publication_and_replaced(pool, policies, expected, monkeypatch):
+    lost: list[tuple] = []
+    monkeypatch.setattr(pool, "on_lost", lambda *what: lost.append(what))
+    monkeypatch.setattr(pool, "publish_timeout_s", 5.0)
+    before = list(pool.workers)
+    psutil.Process(ray.get(call(before[1], lambda _: os.getpid()))).suspend()
+    pool.publish(policies[1].weights(), 1)
+    reason = "it took longer than rollout.publish_timeout_s=5 to take the weights over"
+    assert lost == [(1, reason, "it is replaced")]
+    assert pool.workers[0] is before[0]
+    assert pool.sample(PROMPTS, PARAMS) == expected(1)
+
+
+def test_contract_13_every_worker_samples_the_canaries_and_a_new_one_passes_those_of_the_others(pool, expected):
+    groups = pool.sample_on_each(PROMPTS[:2], PARAMS)
+    local = expected(0)[:2]
+    assert groups == {"worker 0": local, "worker 1": local}
+    ray.kill(pool.workers[0])
+    assert pool.sample(PROMPTS, PARAMS) == expected(0)  # its successor has passed
+    *_, passed = pool.canaries
+    for completion in passed[0].completions:
+        completion.logprobs[0] += 0.1  # as if the others were other samplers
+    ray.kill(pool.workers[1])
+    with pytest.raises(RolloutError, match="worker 1, which is new, samples other canaries than those before it"):
+        pool.sample(PROMPTS, PARAMS)
+
+
 @pytest.mark.parametrize("waits_in", ["sample", "publish", "use_costs"])
 def test_what_while_waiting_raises_ends_every_wait(pool, policies, expected, monkeypatch, waits_in):
     """A stop that is asked for while a worker does not answer."""

@@ -19,6 +19,7 @@ from rollout.depth import CostTable
 from rollout.engine import OnFinished, RolloutError
 from rollout.faults import not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
+from rollout.publication.digests import Held
 from rollout.sampling import SamplingParams
 
 LOAD_S = 600.0  # vLLM imports itself and makes the model
@@ -168,7 +169,10 @@ class VLLMPool:
         return [RolloutGroup(prompt, made[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
-        return {"vllm": self.sample(prompts, params)}
+        return {"vLLM": self.sample(prompts, params)}
+
+    def held(self) -> dict[str, Held]:
+        return {}  # `publish` has compared them
 
     def _check(self, params: SamplingParams) -> None:
         params.check()
@@ -179,7 +183,7 @@ class VLLMPool:
                 "drafts at that depth only"
             )
         if params.record_routing:
-            raise RolloutError("learner.routing_replay: vLLM's experts are not recorded; use rollout.backend: auto")
+            raise RolloutError("learner.routing_replay: vLLM's experts are not recorded; leave rollout.backend out")
         if params.accept != "exact":
             raise RolloutError("accept=margin is our own engine's; vLLM verifies every draft")
         if params.stop_strings:

@@ -1,0 +1,92 @@
+"""Publishing what was learned, so that nobody samples with anything else (contracts 5 and 13)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NoReturn
+
+from torch import Tensor
+
+from grpo.learner.learner import Learner
+from grpo.learner.likelihood import logprobs_of_groups
+from rollout.engine import RolloutError
+from rollout.group import RolloutGroup
+from rollout.pool import Pool
+from rollout.publication.canaries import Agreement, Scores, canary_params, canary_prompts, compare
+from rollout.publication.digests import first_difference
+from rollout.sampling import SamplingParams
+
+ADVICE = (
+    "Nothing was sampled with it. The last step is saved: go on with --resume auto. If this comes again, the sampler "
+    "cannot run this policy as the learner does; sample with rollout.workers=0, or in float32"
+)
+
+# Two experts of nearly equal score may change places between sampler and learner, which moves a log-probability by more
+# than rounding does. That does not happen twice, to other tokens, and a fault does.
+ATTEMPTS = 2
+
+
+class Publisher:
+    """Hands a learner's weights to the samplers of a pool. `params`: how the run samples.
+
+    A version is admitted when every sampler holds the published tensors and its canaries have the learner's
+    log-probabilities; otherwise `publish` raises RolloutError, which names the sampler and what differs.
+    """
+
+    def __init__(self, pool: Pool, learner: Learner, params: SamplingParams) -> None:
+        self.pool, self.learner, self.params = pool, learner, params
+        policy = learner.policy
+        self.dtype, self.context = policy.trunk.dtype, policy.max_length
+        self.prompts = canary_prompts(policy.config.vocab_size, self.context)
+
+    def publish(self) -> dict[str, float]:
+        """Every rank takes part. Returns canary/* of this publication, nothing where a stop has cut it short."""
+        learner, version = self.learner, self.learner.policy_version
+        weights, ranks = learner.weights(), learner.ranks
+        self.pool.publish(weights, version)
+        started = time.perf_counter()
+        ranks.from_first(partial(self._compare_digests, weights, version))
+        for attempt in range(ATTEMPTS):
+            params = canary_params(self.params.at(version, attempt), self.context)
+            sampled = ranks.from_first(partial(self.pool.sample_on_each, self.prompts, params))
+            if not sampled:
+                return {}
+            scores = self._scores(sampled)
+            agreement: Agreement = ranks.from_first(partial(compare, sampled, scores, version, self.dtype))
+            if not agreement.fault:
+                break
+        if agreement.fault:
+            ranks.from_first(partial(_refuse, agreement.fault))
+        return {
+            "canary/logprob_abs_mean": agreement.mean,
+            "canary/logprob_abs_max": agreement.most,
+            "canary/repeats": float(attempt),
+            "canary/seconds": time.perf_counter() - started,
+        }
+
+    def _compare_digests(self, weights: Mapping[str, Tensor], version: int) -> None:
+        if self.learner.ranks.size > 1:  # ranks that share the weights would have to gather them all again
+            return
+        for sampler, held in self.pool.held().items():
+            if wrong := first_difference(weights, held):
+                _refuse(
+                    f"{sampler} does not hold what was published as version {version}: the first tensor that differs "
+                    f"is {wrong}"
+                )
+
+    def _scores(self, sampled: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Scores]:
+        """The learner's log-probabilities. Samplers that have made the same tokens are scored together."""
+        known: dict[str, Scores] = {}
+        scores = {}
+        for sampler, groups in sampled.items():
+            tokens = str([[completion.token_ids for completion in group.completions] for group in groups])
+            if tokens not in known:
+                known[tokens] = logprobs_of_groups(self.learner.policy, groups, self.params.temperature)
+            scores[sampler] = known[tokens]
+        return scores
+
+
+def _refuse(fault: str) -> NoReturn:
+    raise RolloutError(f"{fault}. {ADVICE}")

@@ -1,0 +1,112 @@
+"""Canaries: a few completions of fixed prompts that every sampler makes of every version (contract 13).
+
+They go through the ordinary path of sampling, with drafts. The learner scores the very same tokens. A sampler that
+holds other weights, or computes with them otherwise, gives other log-probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from rollout.group import Prompt, RolloutGroup
+from rollout.sampling import SamplingParams
+
+PROMPTS, PROMPT_TOKENS, COMPLETIONS, TOKENS = 3, 12, 2, 8
+DRAFTS = 2  # where a controller would choose; its table of costs may not be measured yet
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Of |sampler's - learner's log-probability|, in nats: of its mean over all canaries, and of one token."""
+
+    mean: float
+    most: float
+
+
+# benchmarks/publication.py measures what honest publications give.
+TOLERANCES = {torch.float32: Tolerance(1e-4, 1e-3), torch.bfloat16: Tolerance(0.15, 1.0)}
+Scores = list[list[list[float]]]  # by prompt and completion, of each token
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What a publication's canaries gave. `fault` names the worker and the token where a sampler differs."""
+
+    mean: float
+    most: float
+    fault: str | None
+
+
+def canary_prompts(vocabulary: int, context: int) -> list[Prompt]:
+    """The same for every version: tokens from everywhere in the vocabulary."""
+    length = max(1, min(PROMPT_TOKENS, context // 2))
+    return [
+        Prompt(f"canary/{i}", "", [(7919 * (i * length + t) + 13) % vocabulary for t in range(length)])
+        for i in range(PROMPTS)
+    ]
+
+
+def canary_params(params: SamplingParams, context: int) -> SamplingParams:
+    """As `params` say, but short, of full length, and with drafts that need no table of costs."""
+    drafts = DRAFTS if params.draft_tokens is None else params.draft_tokens
+    return replace(
+        params,
+        group_size=COMPLETIONS,
+        max_completion_tokens=max(1, min(TOKENS, context - context // 2)),
+        stop_token_ids=(),
+        stop_strings=(),
+        draft_tokens=drafts,
+        record_routing=False,
+    )
+
+
+def compare(
+    sampled: Mapping[str, Sequence[RolloutGroup]], scores: Mapping[str, Scores], version: int, dtype: torch.dtype
+) -> Agreement:
+    """How far the log-probabilities of each sampler are from the learner's `scores`, over all samplers the worst."""
+    tolerance = TOLERANCES[dtype]
+    worst = Agreement(0.0, 0.0, None)
+    for worker, groups in sampled.items():
+        found = [
+            (abs(own - score) if own == own and score == score else float("inf"), group, i, t, own, score)
+            for group, by_completion in zip(groups, scores[worker], strict=True)
+            for i, (completion, of_learner) in enumerate(zip(group.completions, by_completion, strict=True))
+            for t, (own, score) in enumerate(zip(completion.logprobs, of_learner, strict=True))
+        ]
+        mean, most = sum(far for far, *_ in found) / len(found), max(far for far, *_ in found)
+        fault = worst.fault
+        if not fault and (mean > tolerance.mean or most > tolerance.most):
+            limit = tolerance.most if most > tolerance.most else tolerance.mean
+            _, group, i, t, own, score = next(each for each in found if each[0] > limit)
+            fault = (
+                f"{worker} computes other log-probabilities than the learner with version {version}: mean difference "
+                f"{mean:.2g}, largest {most:.2g} nats, where {tolerance.mean:g} and {tolerance.most:g} are allowed in "
+                f"{str(dtype).removeprefix('torch.')}. The first token that differs is token {t} of completion {i} of "
+                f"{group.prompt.prompt_id}, id {group.completions[i].token_ids[t]}: sampler {own:.5f}, learner "
+                f"{score:.5f}"
+            )
+        worst = Agreement(max(worst.mean, mean), max(worst.most, most), fault)
+    return worst
+
+
+def other_canaries(own: Sequence[RolloutGroup], passed: Sequence[RolloutGroup], dtype: torch.dtype) -> str | None:
+    """How the canaries of a sampler differ from those of one that has passed, or None.
+
+    The tokens are the same up to ties, and where two completions part, no more of them is compared.
+    """
+    far, count, total = [0.0], 0, 0
+    for mine, other in zip(own, passed, strict=True):
+        for one, two in zip(mine.completions, other.completions, strict=True):
+            total += len(two.token_ids)
+            for t, (token, expected) in enumerate(zip(one.token_ids, two.token_ids, strict=True)):
+                if token != expected:
+                    break
+                far.append(abs(one.logprobs[t] - two.logprobs[t]))
+                count += 1
+    limit = TOLERANCES[dtype].most
+    if 2 * count >= total and max(far) <= limit:
+        return None
+    return f"samples other canaries than those before it: {count} of {total} tokens, {max(far):.2g} nats apart"
