@@ -7,7 +7,7 @@
 
 `train`: every step publishes to both samplers and samples with both; the learner learns from vLLM's groups. `mismatch`
 is |learner's - sampler's log-probability|. `stale` is the same between vLLM's tokens and the weights of the step after:
-what a sampler would show that had not taken the new weights. The reward is the share of digits, so that no group is tied.
+what a sampler would show that had not taken the new weights. The reward is the share of digits, so that no group ties.
 
 `drafts`: log-probabilities and accepted drafts of the demo policy and of a random one with latents of 512 + 64.
 """
