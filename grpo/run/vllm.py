@@ -64,7 +64,7 @@ def _refuse_model(config: RunConfig, shape: PretrainedConfig) -> None:
     if isinstance(shape, DeepseekV3Config) and rope.get("rope_type") == "longrope":
         raise ValueError(
             f"model={config.model!r} is a dense model in MLA form, whose rotary frequencies vLLM does not compute (it "
-            "divides by zero): name the dense original as the model, which is the same policy, or leave "
+            "divides by zero): name the dense original as the model (its exact form is the same policy), or leave "
             "rollout.backend out"
         )
 

@@ -91,7 +91,9 @@ class VLLMProcess:
             state = "Its process still runs"
         elif code < 0:
             name = signal.Signals(-code).name
-            state = f"Its process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+            state = f"Its process was ended by {name}" + (
+                ", perhaps since the host had no memory left" if name == "SIGKILL" else ""
+            )
         else:
             state = f"Its process has ended with status {code}"
         with open(self.log, "rb") as file:
