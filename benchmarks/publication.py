@@ -14,6 +14,7 @@ import json
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +32,8 @@ from policies.presets import PRESETS, build
 from rewards.group_score import GroupScore
 from rollout.engine import RolloutError
 from rollout.group import Prompt, RolloutGroup
-from rollout.pool import Pool, open_pool
+from rollout.pool import LocalPool, Pool, open_pool
+from rollout.publication.canaries import canary_params, compare
 from rollout.publication.message import Sender
 from rollout.sampling import SamplingParams
 
@@ -68,11 +70,15 @@ def learner_of(policy: Policy, rate: float = 5e-4) -> Learner:
     return Learner(policy, options, MTPOptions(depth=4, every=1), LossOptions(), temperature=SAMPLING.temperature)
 
 
+def sampling_of(policy: Policy) -> SamplingParams:
+    return SAMPLING if policy.mtp else replace(SAMPLING, draft_tokens=0)
+
+
 def step(learner: Learner, pool: Pool, number: int) -> None:
     """A step of GRPO on what the pool samples, with the share of even tokens as reward."""
     vocabulary = learner.policy.config.vocab_size
     prompts = [Prompt(f"p/{i}", "", [(37 * (i + number) + 11 * t) % vocabulary for t in range(10)]) for i in range(4)]
-    groups: list[RolloutGroup] = pool.sample(prompts, SAMPLING.at(number))
+    groups: list[RolloutGroup] = pool.sample(prompts, sampling_of(learner.policy).at(number))
     marks = [[sum(t % 2 == 0 for t in c.token_ids) / len(c.token_ids) for c in group.completions] for group in groups]
     learner.step(learner.prepare(groups, [GroupScore(row, {"even": row}) for row in marks]), number)
 
@@ -84,13 +90,20 @@ def alarms(options: argparse.Namespace) -> dict[str, Any]:
         for dtype in (torch.float32, torch.bfloat16):
             learner = learner_of(policy_of(options.model, backend, dtype))
             pool = open_pool(learner.policy, dtype=dtype)
-            params = SAMPLING if backend == "native" else SamplingParams(draft_tokens=0)
-            publisher, means, mosts, count = Publisher(pool, learner, params), [], [], 0
+            publisher, means, mosts, repeats, count = (
+                Publisher(pool, learner, sampling_of(learner.policy)),
+                [],
+                [],
+                0,
+                0,
+            )
+            first = wrong(publisher, pool, dtype)
             for number in range(1, options.publications + 1):
                 try:
                     metrics = publisher.publish()
                     means.append(metrics["canary/logprob_abs_mean"])
                     mosts.append(metrics["canary/logprob_abs_max"])
+                    repeats += int(metrics["canary/repeats"])
                 except RolloutError as error:
                     count += 1
                     print(error, flush=True)
@@ -99,10 +112,39 @@ def alarms(options: argparse.Namespace) -> dict[str, Any]:
             found[name] = {
                 "publications": options.publications,
                 "alarms": count,
+                "repeats": repeats,
                 "mean: median and largest": [median(means), max(means)],
                 "one token: median and largest": [median(mosts), max(mosts)],
             }
+            found[name] |= {
+                "wrong, before the first step": first,
+                "wrong, after the last": wrong(publisher, pool, dtype),
+            }
             print(name, found[name], flush=True)
+    return found
+
+
+def wrong(publisher: Publisher, pool: LocalPool, dtype: torch.dtype) -> dict[str, list[float]]:
+    """Mean and largest difference, median of three, where the temperature is wrong, and where rope turns backwards."""
+    found: dict[str, list[float]] = {}
+
+    def measure(name: str, factor: float) -> None:
+        means, mosts = [], []
+        for number in range(3):
+            params = canary_params(publisher.params.at(number), publisher.context)
+            sampled = pool.sample_on_each(publisher.prompts, replace(params, temperature=params.temperature * factor))
+            agreement = compare(sampled, publisher.scores(sampled, params.temperature), 0, dtype)
+            means.append(agreement.mean)
+            mosts.append(agreement.most)
+        found[name] = [median(means), median(mosts)]
+
+    for factor in (0.8, 1.1, 1.25):
+        measure(f"temperature x {factor}", factor)
+    if pool.engine.policy.backend == "native":
+        rope = pool.engine.trunk.rope
+        rope.sin = -rope.sin
+        measure("wrong rope", 1.0)
+        rope.sin = -rope.sin
     return found
 
 
@@ -160,6 +202,7 @@ def seconds_taken(options: argparse.Namespace) -> dict[str, Any]:
                             for parameter in policy.parameters():
                                 if parameter.requires_grad:
                                     parameter.add_(1e-5)
+                        pool.metrics()
                         started = time.perf_counter()
                         pool.publish(learner.weights(), learner.policy_version)
                         taken.append(time.perf_counter() - started)

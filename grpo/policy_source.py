@@ -29,7 +29,7 @@ from grpo.config.options import load
 from grpo.config.policy import ModelOptions
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
 from grpo.config.yaml_file import read_yaml
-from grpo.learner.eight_bit import refuse_without_torchao
+from grpo.learner.eight_bit import check_optimizer
 from grpo.learner.parallel import ALONE, Ranks, refuse_layout
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
@@ -136,7 +136,7 @@ def check_model(model: str) -> None:
 
 def check_options(options: ModelOptions) -> str:
     """The checkpoint or preset that `options` mean. Raises PolicyError for what it can be seen not to be or to do."""
-    refuse_without_torchao(options)
+    check_optimizer(options)
     model = find_policy(options.model, read=False).base
     if asked := _head_options(options):
         kind = "deepseek_v3" if model in presets.PRESETS else read_config(model).model_type

@@ -53,7 +53,7 @@ class Publisher:
             sampled = ranks.from_first(partial(self.pool.sample_on_each, self.prompts, params))
             if not sampled:
                 return {}
-            scores = self._scores(sampled)
+            scores = self.scores(sampled, params.temperature)
             agreement: Agreement = ranks.from_first(partial(compare, sampled, scores, version, self.dtype))
             if not agreement.fault:
                 break
@@ -76,14 +76,14 @@ class Publisher:
                     f"is {wrong}"
                 )
 
-    def _scores(self, sampled: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Scores]:
+    def scores(self, sampled: Mapping[str, Sequence[RolloutGroup]], temperature: float) -> dict[str, Scores]:
         """The learner's log-probabilities. Samplers that have made the same tokens are scored together."""
         known: dict[str, Scores] = {}
         scores = {}
         for sampler, groups in sampled.items():
             tokens = str([[completion.token_ids for completion in group.completions] for group in groups])
             if tokens not in known:
-                known[tokens] = logprobs_of_groups(self.learner.policy, groups, self.params.temperature)
+                known[tokens] = logprobs_of_groups(self.learner.policy, groups, temperature)
             scores[sampler] = known[tokens]
         return scores
 

@@ -169,7 +169,10 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy published tensors into this policy without adapters: all of its tensors in their shapes, or none."""
+        """Copy published tensors into this policy without adapters: all of its tensors in their shapes, or none.
+
+        Its own tensors stay as they are.
+        """
         own = self.state_dict(keep_vars=True)
         weights = dict(weights)
         draft_ids = weights.pop("draft_ids", None)  # it may be absent, or of another length than our own
@@ -181,7 +184,8 @@ class Policy(nn.Module):
             if tensor.shape != own[name].shape:
                 raise PolicyError(f"published {name} is {list(tensor.shape)}, here it is {list(own[name].shape)}")
         for name, tensor in weights.items():
-            own[name].copy_(sharding.whole(tensor))
+            if tensor.data_ptr() != own[name].data_ptr():
+                own[name].copy_(sharding.whole(tensor))
         self.draft_ids = None if draft_ids is None else draft_ids.to(self.device, copy=True)
 
     def save(self, folder: str | Path) -> None:

@@ -28,8 +28,11 @@ class Publication(Mapping[str, Tensor]):
     ) -> None:
         self.tensors, self.adapters, self.fixed = dict(tensors), dict(adapters or {}), fixed
         local = {n: t.to_local() if isinstance(t, DTensor) else t for n, t in self.tensors.items() if n in fixed}
-        # Where the fixed tensors are, and how often they have been written to.
-        self.marks = {name: (tensor.data_ptr(), tensor._version) for name, tensor in local.items()}
+        # Where the fixed tensors are, and how often they have been written to. Of those under adapters nobody knows:
+        # peft replaces routed experts in every forward, and torch counts it as a write.
+        self.marks = {
+            name: (tensor.data_ptr(), 0 if name in self.adapters else tensor._version) for name, tensor in local.items()
+        }
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> Publication:

@@ -11,7 +11,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from policies.lora import has_adapter
 from policies.policy import Policy
 from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
 from rollout.cluster import start_ray as start_ray
@@ -68,13 +70,15 @@ def open_pool(
     on_lost: OnLost = lambda worker, reason, action: None,
     vllm: VLLMSettings | None = None,
 ) -> Pool:
-    """A pool to which the weights of `policy` are published. It never shares memory with `policy` itself.
+    """A pool to which the weights of `policy` are published.
+
+    Without workers it reads the weights of `policy` itself where it can, see LocalPool.
 
     The other arguments are for Ray workers. A worker that takes longer than `timeout_s` for a shard, or than
     `publish_timeout_s` to take new weights over, is replaced, as if it had died. `publish_deltas`: workers get the
-    compressed differences between two versions; None: where the cluster has several nodes. `while_waiting` is called
-    several times a second while the pool waits for workers; an exception that it raises ends the wait. `on_lost` gets
-    the number of a worker that died or was late, the reason, and what is done.
+    compressed differences between two versions; None: where the cluster has eight nodes or more. `while_waiting` is
+    called several times a second while the pool waits for workers; an exception that it raises ends the wait. `on_lost`
+    gets the number of a worker that died or was late, the reason, and what is done.
 
     With `vllm` a server of vLLM samples in their place, with `threads`, and `while_waiting` is called while it does.
     """
@@ -88,20 +92,44 @@ def open_pool(
     )
 
 
+def _copy(policy: Policy) -> Policy:
+    """The same policy with its adapters merged."""
+    copy = Policy.from_skeleton(policy.skeleton(), next(policy.parameters()).dtype).to(policy.device)
+    copy.load_weights(policy.weights())
+    return copy
+
+
 class LocalPool:
-    """One engine in this process, without Ray."""
+    """One engine in this process, without Ray.
+
+    It has no copy of a policy that has its own precision, no adapters and no shards: it reads that policy's weights,
+    and a publication derives anew what follows from them. If they have moved since, it refuses to sample (contract 5).
+    When other weights are published to it, it makes a copy.
+    """
 
     def __init__(self, policy: Policy, dtype: torch.dtype, prompts_per_shard: int) -> None:
-        copy = Policy.from_skeleton(policy.skeleton(), next(policy.parameters()).dtype).to(policy.device)
-        copy.load_weights(policy.weights())
-        self.engine, self.prompts_per_shard = Engine(copy, dtype), prompts_per_shard
+        split = any(isinstance(parameter, DTensor) for parameter in policy.parameters())
+        self.shares = policy.trunk.dtype == dtype and not has_adapter(policy) and not split
+        self.engine, self.prompts_per_shard = Engine(policy if self.shares else _copy(policy), dtype), prompts_per_shard
+        self._published = self._writes()
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        own = self.engine.policy.state_dict() if self.shares else {}
+        if any(name in own and own[name].data_ptr() != tensor.data_ptr() for name, tensor in weights.items()):
+            self.shares, self.engine.policy = False, _copy(self.engine.policy)
         self.engine.publish(weights, version)
+        self._published = self._writes()
+
+    def _writes(self) -> int:
+        """How often torch has written to the weights that are shared."""
+        shared = self.engine.policy.state_dict(keep_vars=True).values() if self.shares else ()
+        return sum(tensor._version for tensor in shared)
 
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
+        if self._writes() != self._published:
+            raise RolloutError("the policy has learned since its last publication: publish its weights first")
         groups, faults = [], []
         for shard in shards(prompts, self.prompts_per_shard):
             try:
@@ -114,7 +142,7 @@ class LocalPool:
         return groups
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
-        return {"the sampler": self.engine.sample(prompts, params)}
+        return {"the sampler": self.sample(prompts, params)}
 
     def held(self) -> dict[str, Held]:
         return {"the sampler": self.engine.held}

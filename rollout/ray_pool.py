@@ -28,6 +28,8 @@ MAX_RESTARTS = 3  # of all workers together, between two publications
 TIMEOUT_S = 3600.0  # the default of rollout.timeout_s
 PUBLISH_TIMEOUT_S = 600.0  # and of rollout.publish_timeout_s
 START_TIMEOUT_S = 600.0  # a worker may take at least so long to start and to confirm weights
+# From here on compressed differences (2.4 ms a MB, a third to two thirds fewer bytes) beat 10 Gb/s out of one machine.
+DELTA_NODES = 8
 POLL_S = 0.2  # how often a waiting pool checks whether it should go on waiting
 
 OnLost = Callable[[int, str, str], None]
@@ -62,7 +64,7 @@ class RayPool:
         precisions = (str(kind).removeprefix("torch.") for kind in (held, dtype))
         self.arguments = (policy.skeleton(), *precisions, self.device, threads)
         nodes = sum(node["Alive"] for node in ray.nodes())
-        self.sender = Sender(deltas=nodes > 1 if deltas is None else deltas)
+        self.sender = Sender(deltas=nodes >= DELTA_NODES if deltas is None else deltas)
         self.published: int | None = None  # the version that every worker has confirmed
         self.confirmed: dict[int, int | None] = {}  # the version of each worker
         self.costs: CostTable | None = None

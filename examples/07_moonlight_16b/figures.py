@@ -40,7 +40,7 @@ def _block() -> str:
         trunk = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
         mtp = sum(p.numel() for p in MTPHead(shape).parameters())
     rows = {
-        "`1_mtp.yaml`: learner and sampler": (head, "one GPU of 96 GB or more; 80 GB leave nothing to spare"),
+        "`1_mtp.yaml`: learner and sampler": (head, "one GPU of 80 GB; 48 GB leave little to spare"),
         "`2_grpo_lora.yaml`: rank 0, learner and sampler": (rank_0, "four GPUs of 141 GB (H200)"),
         "the other ranks, learner alone": (learner, ""),
         "`3_grpo_lora_workers.yaml`: each rank, a learner": (learner, "four GPUs of 80 GB"),

@@ -68,6 +68,8 @@ def memory_of_run(shape: PretrainedConfig, head: bool, config: SftConfig | MtpCo
     ranks = learner.count
     if not workers:
         sampler = sampler_memory(shape, head, config)
+        if ranks == 1 and not getattr(config, "lora", None):
+            sampler = replace(sampler, sampler=0)  # it reads the learner's weights, see LocalPool
         both = {f.name: getattr(learner, f.name) + getattr(sampler, f.name) for f in fields(learner)[2:]}
         if ranks == 1:
             return [*found, DeviceMemory("learner and sampler", **both)]
@@ -104,6 +106,7 @@ def learner_memory(
     grpo = isinstance(config, TrainConfig) and not warm_start
     weights = dict(policy.named_parameters())
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    below = {name: weight for name, weight in trained.items() if weight.dtype != torch.float32}
     # A draft head that is left as it is has masters, but never a gradient.
     depth = config.mtp.depth if policy.mtp is not None and config.mtp.loss_weight else 0
     taught = {name: weight for name, weight in trained.items() if depth or not name.startswith("mtp.")}
@@ -133,7 +136,7 @@ def learner_memory(
         "learner" if shares.ranks == 1 else f"each of {shares.ranks} ranks",
         shares.ranks,
         weights=held(weights, Tensor.element_size) + held(value) + buffers,
-        masters=held({name: weight for name, weight in trained.items() if weight.dtype != torch.float32}),
+        masters=0 if config.learner.stochastic_rounding else held(below),
         gradients=held(taught | value),
         moments=held(taught | value, lambda weight: moment_bytes(weight) if eight else 8),
         reference=held(plain, Tensor.element_size) + buffers if anchored else 0,

@@ -47,6 +47,9 @@ class LearnerOptions(Options):
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """adamw_8bit keeps AdamW's moments in 8 bits, 2 bytes a weight in place of 8. It needs torchao (extra `low-memory`)
     and a C++ compiler."""
+    stochastic_rounding: bool = False
+    """bfloat16 weights have no fp32 masters, 4 bytes a weight: each step is rounded up or down by chance, right in the
+    mean. It needs adamw_8bit."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate of the policy (LoRA needs about ten times the rate of full updates)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

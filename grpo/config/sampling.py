@@ -64,7 +64,7 @@ class RolloutOptions(SamplingOptions):
     """Seconds that a Ray worker may need for new weights; then it is killed and replaced. A new one has 600."""
     vllm: VLLMOptions = VLLMOptions()
     publish_deltas: bool | None = None
-    """Workers get the compressed difference between two versions; null: where the Ray cluster has several nodes."""
+    """Workers get the compressed difference of two versions, which pays on a slow network; null: from 8 nodes on."""
     refill_draws: int = Field(default=0, ge=0)
     """Dynamic sampling: tied groups are sampled again, at most this many times per step; 0 keeps them."""
     refill_prompts: Literal["new", "same"] = "new"

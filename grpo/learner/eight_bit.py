@@ -23,25 +23,46 @@ LEAST, SHORTEST, LONGEST = 4096, 32, 256  # numbers in a moment, as in bitsandby
 CODES, SCALE = ".codes", ".scale"
 
 
-def refuse_without_torchao(options: object) -> None:
-    """Raises ValueError where `learner.optimizer` of a run asks for a package that is not installed."""
-    optimizer = getattr(getattr(options, "learner", None), "optimizer", "adamw")
+def check_optimizer(options: object) -> None:
+    """Raises ValueError where a run asks for a package that is not installed, or for rounding that it cannot have."""
+    learner = getattr(options, "learner", None)
+    optimizer = getattr(learner, "optimizer", "adamw")
+    if getattr(learner, "stochastic_rounding", False):
+        if optimizer != "adamw_8bit":
+            raise ValueError(
+                f"learner.stochastic_rounding=true with learner.optimizer={optimizer}: torchao's optimizer alone "
+                "rounds so; use adamw_8bit, or set it to false"
+            )
+        if (dtype := getattr(options, "dtype", None)) != "bfloat16":
+            raise ValueError(
+                f"learner.stochastic_rounding=true with dtype={dtype}: only bfloat16 weights are rounded; use "
+                "dtype: bfloat16, or set it to false"
+            )
     if optimizer == "adamw_8bit" and find_spec("torchao") is None:
         raise ValueError(
             "learner.optimizer=adamw_8bit needs torchao: pip install 'quartet-rl[low-memory]', or use adamw"
         )
 
 
-def adamw_8bit(groups: Sequence[dict], betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """As `torch.optim.AdamW`; the learning rate of a group must be a tensor."""
+def adamw_8bit(groups: Sequence[dict], betas: tuple[float, float], *, rounds: bool = False) -> torch.optim.Optimizer:
+    """As `torch.optim.AdamW`; the learning rate of a group must be a tensor. With `rounds`, bfloat16 weights are
+    rounded stochastically: to the nearer neighbour by the chance that makes the mean exact."""
     from torchao.optim import AdamW8bit
 
     class InRows(AdamW8bit):
         def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
             self.block_size = block_of(p) or p.numel() + 1  # which divides nothing: fp32
-            return super()._new_buffer(p, signed)
+            return super()._new_buffer(torch.empty_like(p, dtype=torch.float32), signed)  # also of a bfloat16 weight
 
-    return InRows(groups, betas=betas)
+        def step(self, closure: Any = None) -> None:
+            """The chance depends on how many steps were made before: a run that goes on makes the same ones, and
+            ranks that hold the same weight round it alike."""
+            done = max((int(state["step"]) for state in self.state.values()), default=0)
+            with torch.random.fork_rng():
+                torch.manual_seed(done)
+                super().step(closure)
+
+    return InRows(groups, betas=betas, bf16_stochastic_round=rounds)
 
 
 def block_of(weight: Tensor) -> int:

@@ -91,7 +91,7 @@ class Learner:
         self.likelihood = Likelihood(
             policy, self.reference, self.balancer, temperature, entropy_grad=self.loss.entropy_coef != 0
         )
-        self.masters = MasterWeights(policy)
+        self.masters = MasterWeights(policy, rounds=options.stochastic_rounding)
         groups = parameter_groups(policy, learning_rate or options.learning_rate, options.weight_decay, mtp)
         if self.value_head is not None:
             rate = self.value.learning_rate

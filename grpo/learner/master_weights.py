@@ -1,7 +1,8 @@
 """fp32 masters of weights that compute in a lower precision.
 
 bf16 keeps 8 bits: a weight of 0.1 next differs by 0.0005, so an update of 1e-6 is rounded away, every time. The
-optimizer therefore moves fp32 copies; policy, reference and sampler compute with their rounded values.
+optimizer therefore moves fp32 copies; policy, reference and sampler compute with their rounded values. Without copies
+it must round by chance (`learner.stochastic_rounding`): then the mean of many steps is exact, though one step is not.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ class MasterWeights:
     >>> optimizer.step(); masters.write_back()
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        rounded = [p for p in module.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
-        self.pairs = [(p, p.detach().float()) for p in rounded]
+    def __init__(self, module: nn.Module, *, rounds: bool = False) -> None:
+        """With `rounds` there are no copies, and gradients alone are fp32."""
+        low = [p for p in module.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+        self.pairs = [] if rounds else [(p, p.detach().float()) for p in low]
+        self.rounded = low if rounds else []
+        for parameter in self.rounded:  # FSDP brings its gradients in the precision of the weights
+            parameter.grad_dtype = None if isinstance(parameter, DTensor) else torch.float32
         self._of = {id(p): master for p, master in self.pairs}
 
     def of(self, parameter: Tensor) -> Tensor:
@@ -42,6 +47,9 @@ class MasterWeights:
         for parameter, _ in self.pairs:
             if parameter.grad is not None:
                 self._take(parameter)
+        for parameter in self.rounded:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.float()
 
     def _take(self, parameter: Tensor) -> None:
         assert parameter.grad is not None

@@ -41,7 +41,7 @@ class Update:
         ]
         self.optimizer: torch.optim.Optimizer
         if options.optimizer == "adamw_8bit":
-            self.optimizer = adamw_8bit(moved, options.betas)
+            self.optimizer = adamw_8bit(moved, options.betas, rounds=options.stochastic_rounding)
         else:
             self.optimizer = torch.optim.AdamW(moved, betas=options.betas, fused=True)  # no temporaries
 
@@ -74,6 +74,8 @@ class Update:
             group["lr"] = torch.full_like(former, rate) if isinstance(former, Tensor) else rate
         with phase("stepping", SimpleNamespace(learner=self.options)):
             self.optimizer.step()
+            moved = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+            torch.autograd.graph.increment_version(moved)  # fused steps do not, and who shares the weights must see it
             self.masters.write_back()
         self.count += 1
         rate = self.optimizer.param_groups[0]["peak"] * scale

@@ -86,7 +86,7 @@ class Sender:
         if self.deltas and former is not None and now.keys() == self.weights.keys() and last is not None:
             differences = self._differences(changed)
         self.weights = Publication((self.weights.tensors if partial else {}) | changed, adapters, now.fixed)
-        self._last, self.version = now, version
+        self._last, self.version = now if now.fixed else Publication({}), version  # no merged tensor is kept
         self._digests = {}
         sent = {name: tensor for name, tensor in changed.items() if name not in differences}
         since = former if partial or differences else None

@@ -1,6 +1,6 @@
 """Run by test_eight_bit.py as N ranks: steps with 8-bit moments, saved, and taken up again.
 
-python eight_bit_ranks.py POLICY FOLDER [CHECKPOINT]      with RANK and WORLD_SIZE set, or not
+python eight_bit_ranks.py POLICY FOLDER float32|bfloat16 [CHECKPOINT]      with RANK and WORLD_SIZE set, or not
 
 It makes three steps, or those that are left after CHECKPOINT. FOLDER gets step_000002 and step_000003.
 """
@@ -19,11 +19,16 @@ from policies.policy import Policy
 from policies.sharding import attend
 
 
-def main(source: str, folder: str, saved: str | None = None) -> None:
+def main(source: str, folder: str, dtype: str, saved: str | None = None) -> None:
     torch.set_num_threads(1)
     ranks = join(True, ParallelOptions())
-    policy = Policy.load(source, layout=ranks.layout)
-    options = LearnerOptions(optimizer="adamw_8bit", learning_rate=1e-3, tokens_per_micro_batch=60)
+    policy = Policy.load(source, getattr(torch, dtype), layout=ranks.layout)
+    options = LearnerOptions(
+        optimizer="adamw_8bit",
+        stochastic_rounding=dtype == "bfloat16",
+        learning_rate=1e-3,
+        tokens_per_micro_batch=60,
+    )
     learner = Learner(policy, options, MTPOptions(depth=2), ranks=ranks)
     first = 1
     if saved:

@@ -116,7 +116,9 @@ def turn_the_other_way(engine: Engine) -> None:
 
 def sample_hotter(engine: Engine) -> None:
     sample = engine.sample
-    engine.sample = lambda prompts, params, *more: sample(prompts, replace(params, temperature=1.0), *more)
+    engine.sample = lambda prompts, params, *more: sample(
+        prompts, replace(params, temperature=1.25 * params.temperature), *more
+    )
 
 
 SABOTAGE = {

@@ -48,6 +48,8 @@ def test_only_what_a_policy_with_adapters_learns_changes(random_policy):
     trunk = {name for name in changes if name.startswith("trunk.")}
     assert trunk == {"trunk.model.layers.1.mlp.gate.e_score_correction_bias"}  # balancing moves it
     assert len(changes) - len(trunk) == sum(name.startswith("mtp.") for name in first)  # the head is trained whole
+    policy.trunk(torch.tensor([[5, 9, 2, 7]]), labels=torch.tensor([[5, 9, 2, 7]])).loss.backward()
+    assert policy.publication().changes(first).keys() == changes.keys()
     with torch.no_grad():
         policy.trunk.get_input_embeddings().weight.add_(1)  # somebody has written to what should stay
     assert policy.publication().changes(first).keys() == first.keys()

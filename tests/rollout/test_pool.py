@@ -23,7 +23,7 @@ import torch
 import rollout.cluster
 import rollout.ray_pool
 from policies.openmp import WAITING
-from policies.policy import Policy
+from policies.policy import Policy, digest
 from rollout.engine import RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import LocalPool, Pool, RayPool, open_pool, shards, start_ray
@@ -98,13 +98,35 @@ def test_contract_4_a_local_pool_samples_the_same_whatever_the_shards(policies, 
         assert tokens(LocalPool(policies[0], torch.float32, size).sample(PROMPTS, PARAMS)) == tokens(expected(0))
 
 
-def test_contract_5_a_local_pool_has_weights_of_its_own(random_policy, expected):
+def test_contract_5_a_local_pool_never_samples_with_weights_that_were_not_published(random_policy, expected):
     policy = random_policy(21)
     pool = open_pool(policy, prompts_per_shard=2)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.zero_()
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
+    with torch.no_grad():
+        policy.mtp.norm.weight.add_(1.0)
+    with pytest.raises(RolloutError, match="has learned since its last publication: publish its weights first"):
+        pool.sample(PROMPTS, PARAMS)
+    pool.publish(policy.weights(), 1)
+    assert {c.policy_version for group in pool.sample(PROMPTS, PARAMS) for c in group.completions} == {1}
+
+
+def test_a_local_pool_keeps_weights_of_others_apart_from_the_policy(random_policy, policies, expected):
+    policy = random_policy(21)
+    pool = open_pool(policy, prompts_per_shard=2)
+    before = digest(policy.weights())
+    pool.publish(policies[1].weights(), 1)
+    assert pool.sample(PROMPTS, PARAMS) == expected(1)
+    assert digest(policy.weights()) == before
+
+
+@pytest.mark.parametrize(
+    "change", [lambda policy: policy.add_lora(2, 4.0, ["o_proj"]), lambda policy: policy.bfloat16()]
+)
+def test_a_local_pool_shares_no_weights_of_another_form(random_policy, change):
+    policy = random_policy(21)
+    assert open_pool(policy).engine.policy is policy
+    change(policy)
+    assert open_pool(policy).engine.policy is not policy
 
 
 def test_a_local_pool_samples_with_the_adapter(random_policy):

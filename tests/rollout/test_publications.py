@@ -14,7 +14,7 @@ from grpo.learner.learner import Learner
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.depth import CostTable
-from rollout.engine import Engine
+from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import LocalPool
 from rollout.sampling import SamplingParams
@@ -56,6 +56,17 @@ def test_contracts_2_3_and_4_hold_after_two_publications_with_an_update_between(
         assert metrics["mismatch/logprob_abs_max"] < 1e-4
         seen.append(plain)
     assert seen[0] != seen[1]
+
+
+def test_contract_5_a_pool_that_shares_the_learners_weights_sees_a_fused_step(random_policy):
+    policy = random_policy(17)
+    learner, pool = learner_of(policy, PARAMS.temperature), LocalPool(policy, torch.float32, 3)
+    assert pool.engine.policy is learner.policy
+    updated(learner, pool.sample(PROMPTS[:2], PARAMS), 1)
+    with pytest.raises(RolloutError, match="has learned since its last publication"):
+        pool.sample(PROMPTS[:2], PARAMS)
+    pool.publish(learner.weights(), 1)
+    assert pool.sample(PROMPTS[:2], PARAMS)
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 3])
