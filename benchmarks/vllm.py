@@ -1,9 +1,9 @@
 """vLLM beside our own engine, as samplers of one learner: the same weights, prompts and numbers, in turn, in one run.
 
     make vllm && make smollm2
-    python benchmarks/vllm.py train --json vllm.json              # GRPO on GSM8K: fp32 and bf16, all weights and LoRA
+    python -m benchmarks.vllm train --json vllm.json              # GRPO on GSM8K: fp32 and bf16, all weights and LoRA
     quartet sft examples/01_demo.yaml --output_dir runs/demo --warm_start.steps 400
-    python benchmarks/vllm.py drafts --demo runs/demo/policy --json drafts.json
+    python -m benchmarks.vllm drafts --demo runs/demo/policy --json drafts.json
 
 `train`: every step publishes to both samplers and samples with both; the learner learns from vLLM's groups. `mismatch`
 is |learner's - sampler's log-probability|. `stale` is the same between vLLM's tokens and the weights of the step after:

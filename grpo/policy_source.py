@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,12 +23,13 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfi
 from transformers.distributed import DistributedConfig
 
 from grpo.agreement import check_agreement
+from grpo.backend import refuse_backend
 from grpo.config.json_file import read_json
 from grpo.config.learner import MTPOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
 from grpo.config.policy import ModelOptions
-from grpo.config.run import RunConfig, SftConfig, TrainConfig
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.yaml_file import read_yaml
 from grpo.learner.eight_bit import check_optimizer
 from grpo.learner.parallel import ALONE, Ranks, refuse_layout
@@ -36,7 +38,6 @@ from grpo.run.checkpoint import Checkpoint
 from grpo.run.memory_errors import phase
 from grpo.run.resume import base_changed
 from grpo.run.threads import saved_threads, threads_for
-from grpo.run.vllm import refuse_backend
 from policies import presets
 from policies.checkpoint import check_policy
 from policies.files import hub
@@ -102,8 +103,7 @@ def find_policy(model: str, *, read: bool = True) -> PolicySource:
 
 
 def _of_checkpoint(folder: Path, meaning: str, read: bool) -> PolicySource:
-    run = folder.parent.parent
-    base = str(run / "warm_start")
+    base = str((run := folder.parent.parent) / "warm_start")
     if not Path(base).is_dir():
         base = _run_config(run).model
     saved = checkpoint.load(folder, PARTS) if read else None
@@ -147,15 +147,13 @@ def check_options(options: ModelOptions) -> str:
             )
     template = getattr(getattr(options, "data", None), "template", getattr(options, "template", None))
     if template == "chat" and (model in presets.PRESETS or not read_tokenizer(model).chat_template):
-        raise PolicyError(
-            f"template=chat: model={model!r} has no chat template; use a format string such as '{{question}}\\n'"
-        )
-    if isinstance(options, RunConfig) and options.rollout.backend:
-        refuse_backend(options, _shape(model))
+        what = "use a format string such as '{question}\\n'"
+        raise PolicyError(f"template=chat: model={model!r} has no chat template; {what}")
+    refuse_backend(options, partial(_shape, model))
     learner = getattr(options, "learner", None)
     if learner and max(learner.parallel.tensor, learner.parallel.expert) > 1:
-        itemsize = getattr(torch, options.dtype).itemsize
-        refuse_layout(learner.parallel, _shape(model), getattr(options, "lora", None), itemsize)
+        lora, itemsize = getattr(options, "lora", None), getattr(torch, options.dtype).itemsize
+        refuse_layout(learner.parallel, _shape(model), lora, itemsize)
     return model
 
 

@@ -15,27 +15,13 @@ from policies.policy import Policy
 from rollout.backends import Decoder, derive
 from rollout.costs import measure
 from rollout.depth import MAX_DEPTH, CostTable
+from rollout.faults import OnFinished as OnFinished
+from rollout.faults import RolloutError as RolloutError
 from rollout.faults import not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
 from rollout.publication.digests import digests
 from rollout.sampling import DraftVocabulary, SamplingParams
 from rollout.shard import Decoding
-
-OnFinished = Callable[[int], None]  # hears how many completions have ended since the last call
-
-
-class RolloutError(RuntimeError):
-    """Sampling cannot go on. The message names the prompt or the setting, and the way out.
-
-    `groups` are those that were sampled all the same; completions of them that failed are marked `abort`.
-    """
-
-    def __init__(self, message: str, groups: Sequence[RolloutGroup] = ()) -> None:
-        super().__init__(message)
-        self.groups = list(groups)
-
-    def __reduce__(self) -> tuple:
-        return type(self), (str(self), self.groups)
 
 
 class Engine:

@@ -1,11 +1,27 @@
-"""Why a prompt cannot be continued, or its completions cannot be used, in words that hold for every engine."""
+"""What goes wrong in sampling, in words that hold for every engine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
+
+OnFinished = Callable[[int], None]  # hears how many completions have ended since the last call
+
+
+class RolloutError(RuntimeError):
+    """Sampling cannot go on. The message names the prompt or the setting, and the way out.
+
+    `groups` are those that were sampled all the same; completions of them that failed are marked `abort`.
+    """
+
+    def __init__(self, message: str, groups: Sequence[RolloutGroup] = ()) -> None:
+        super().__init__(message)
+        self.groups = list(groups)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.groups)
 
 
 def prompt_fault(prompt: Prompt, params: SamplingParams, vocabulary: int, limit: int) -> str | None:

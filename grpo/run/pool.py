@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +10,15 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from grpo.config.sampling import RolloutOptions
+from grpo.config.sampling import RolloutOptions, VLLMOptions
 from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
 from grpo.run.stop import InterruptiblePool, StopSignal
-from grpo.run.vllm import vllm_settings
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import attend
-from rollout.backends.vllm.pool import VLLMPool
+from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
+from rollout.backends.vllm.process import TOKEN
 from rollout.depth import CostTable
 from rollout.group import RolloutGroup
 from rollout.pool import Pool, open_pool
@@ -108,3 +109,33 @@ def use_costs_of_run(pool: Pool, policy: Policy, rollout: RolloutOptions, folder
     costs = pool.use_costs(saved, rows)
     if saved is None:
         costs.save(path)
+
+
+def vllm_settings(rollout: RolloutOptions, folder: Path) -> VLLMSettings:
+    """`folder`: of the run, which gets the log of vLLM."""
+    options = rollout.vllm
+    return VLLMSettings(
+        url=options.url,
+        token=vllm_token(options) if options.url else "",
+        python=options.python,
+        engine=options.engine,
+        draft_tokens=rollout.draft_tokens or 0,
+        log=folder / "vllm.log",
+        silence_s=options.silence_s,
+        publish_s=rollout.publish_timeout_s,
+    )
+
+
+def vllm_token(options: VLLMOptions) -> str:
+    """Of the server at `rollout.vllm.url`. Raises ValueError where there is none."""
+    if options.token_file is None:
+        token, where = os.environ.get(TOKEN, ""), f"the environment variable {TOKEN}"
+    else:
+        where = f"rollout.vllm.token_file={options.token_file}"
+        try:
+            token = options.token_file.read_text().strip()
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read: {error}") from error
+    if not token or not token.isascii() or not token.isprintable():
+        raise ValueError(f"rollout.vllm.url={options.url}: {where} holds no token; put the server's there")
+    return token

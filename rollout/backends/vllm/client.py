@@ -13,12 +13,18 @@ from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
 
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 
 CONNECT_S = 10.0
 ANSWER_S = 60.0  # for what needs no computation; another trainer may be served before
 POLL_S = 0.2  # how often a waiting client checks whether it should go on waiting
+LONGEST = 1000  # characters of an error of vLLM's
 PROTOCOL = 1
+
+
+def short(text: str) -> str:
+    """vLLM's errors can name every model that it knows."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 class Lost(RolloutError):
@@ -133,7 +139,7 @@ class Client:
             if not isinstance(answer, dict):
                 raise ValueError(f"it answers {line[:80]!r}")
             if "error" in answer:
-                raise RolloutError(f"vLLM at {self.url} cannot answer {path}: {answer['error']}")
+                raise RolloutError(f"vLLM at {self.url} cannot answer {path}: {short(answer['error'])}")
             if response.status != 200:
                 raise ValueError(f"it answers {path} with status {response.status}")
             yield answer

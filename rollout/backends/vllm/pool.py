@@ -16,15 +16,14 @@ from rollout.backends.vllm.client import Client
 from rollout.backends.vllm.completions import completion_of, seed_of
 from rollout.backends.vllm.process import PYTHON, VLLMProcess
 from rollout.depth import CostTable
-from rollout.engine import OnFinished, RolloutError
-from rollout.faults import not_finite, prompt_fault
+from rollout.faults import OnFinished, RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
-from rollout.publication.digests import Held
 from rollout.sampling import SamplingParams
 
 LOAD_S = 600.0  # vLLM imports itself and makes the model
 MAX_ROWS = 256  # completions that are decoded together, as many as in our own engine
 KV_CACHE_BYTES = 2 << 30  # on a CPU; vLLM waits with rows that have no place in it
+MOST_TOKENS = 4096  # of a forward on a CPU
 GPU_SHARE = 0.4  # of a GPU's memory, which the learner needs too
 
 
@@ -96,6 +95,8 @@ class VLLMPool:
         }
         if on_cpu:
             arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES}
+            # It cannot read a prompt in pieces and draw with a seed: a generator of a CPU cannot be turned back.
+            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.context, MOST_TOKENS)}
         else:
             arguments["gpu_memory_utilization"] = GPU_SHARE
         if drafts:
@@ -156,7 +157,8 @@ class VLLMPool:
             "max_tokens": params.max_completion_tokens,
             "stop_token_ids": list(params.stop_token_ids),
         }
-        found, ended = [], 0
+        found: list[dict[str, Any]] = []
+        ended = 0
         for answer in self.client.post("/sample", job, limit_s=self.settings.silence_s):
             found = answer.get("completions", found)
             now = len(found) or answer["ended"]
@@ -171,7 +173,7 @@ class VLLMPool:
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         return {"vLLM": self.sample(prompts, params)}
 
-    def held(self) -> dict[str, Held]:
+    def held(self) -> dict[str, dict[str, tuple[str, str]]]:
         return {}  # `publish` has compared them
 
     def _check(self, params: SamplingParams) -> None:

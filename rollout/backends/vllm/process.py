@@ -14,7 +14,7 @@ from pathlib import Path
 from select import select
 from typing import Any, BinaryIO
 
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 
 SERVER = Path(__file__).parent / "inside" / "quartet_server.py"
 PYTHON = Path(".vllm/bin/python")  # where `make vllm` puts it

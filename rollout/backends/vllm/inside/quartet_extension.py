@@ -15,6 +15,10 @@ ALIGNMENT = 64  # bytes; every tensor begins at a multiple of it
 class Extension:
     """Its methods are called by `collective_rpc`, in every worker process of the engine."""
 
+    model_runner: Any  # the worker's own
+    vllm_config: Any
+    model_config: Any
+
     def quartet_publish(self, path: str, tensors: list[list[Any]], chosen: list[str]) -> dict[str, str]:
         """Loads the tensors in the file `path` into the trunk and, with drafts, into the draft head.
 

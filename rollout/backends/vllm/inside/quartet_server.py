@@ -117,7 +117,7 @@ class Engine:
         try:
             for i, (ids, seed) in enumerate(job["rows"]):
                 params = SamplingParams(
-                    temperature=job["temperature"],
+                    temperature=min(job["temperature"], 2.0),
                     max_tokens=job["max_tokens"],
                     stop_token_ids=job["stop_token_ids"],
                     ignore_eos=True,  # the stop tokens are those that were named
@@ -126,6 +126,7 @@ class Engine:
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
+                params.temperature = job["temperature"]  # its limit of 2 is one of manners, and canaries are hotter
                 engine.add_request(str(i), {"prompt_token_ids": ids}, params)
             while engine.has_unfinished_requests():
                 for output in engine.step():

@@ -48,6 +48,15 @@ def worst_gap(policy: Policy, pool: VLLMPool, params: SamplingParams) -> float:
     return max(gaps)
 
 
+def is_wrong(policy: Policy, pool: VLLMPool, params: SamplingParams) -> bool:
+    """Some shapes are refused where the experts are left unpacked, and temperatures never written may give NaN."""
+    try:
+        pool.publish(policy.publication(), 1)
+        return worst_gap(policy, pool, params) > 100 * EXACT
+    except RolloutError as error:
+        return "size of tensor" in str(error) or "not finite" in str(error)
+
+
 def moved(policy: Policy) -> Policy:
     """As an optimizer would: every tensor that is published."""
     with torch.no_grad():
@@ -107,6 +116,14 @@ def test_completions_end_and_count_as_those_of_our_engine(pool):
     assert sum(heard) == len(made)
 
 
+def test_more_rows_than_are_decoded_together(pool):
+    """They wait for a place; prompts are read whole, since reading in pieces fails where a seed is given."""
+    many = [replace(prompt, prompt_id=f"{prompt.prompt_id}/{i}") for i in range(20) for prompt in PROMPTS]
+    made = completions(pool.sample(many, PARAMS))
+    assert len(made) == 20 * len(PROMPTS) * PARAMS.group_size > 256
+    assert all(c.token_ids for c in made)
+
+
 def test_prompts_that_cannot_be_continued_leave_the_others(pool):
     bad = [Prompt("empty", "", []), Prompt("odd", "", [9999]), Prompt("long", "", [3] * 250)]
     with pytest.raises(
@@ -140,8 +157,7 @@ def test_a_bypass_is_still_needed(random_policy, tmp_path, bypass):
     params = replace(PARAMS, draft_tokens=settings.draft_tokens)
     pool = VLLMPool(policy, settings, torch.float32)
     try:
-        pool.publish(moved(policy).publication(), 1)
-        assert worst_gap(policy, pool, params) > 100 * EXACT
+        assert is_wrong(moved(policy), pool, params)
     finally:
         pool.close()
 
@@ -176,7 +192,7 @@ def test_a_model_that_vllm_lacks(random_policy, tmp_path):
     settings = VLLMSettings(
         python=PYTHON, log=tmp_path / "vllm.log", engine={"hf_overrides": {"architectures": ["Odd"]}}
     )
-    with pytest.raises(RolloutError, match=r"cannot answer /load: .*Odd"):
+    with pytest.raises(RolloutError, match=r"(?s)cannot answer /load: .*Odd.*not supported"):
         VLLMPool(policy, settings, torch.float32)
 
 

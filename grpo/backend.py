@@ -1,25 +1,31 @@
-"""vLLM as the sampler of a run: what of it can be seen not to work before a model is loaded, and its settings."""
+"""Which engine samples in a run: what can be seen not to work before a model is loaded."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 from transformers import DeepseekV3Config, PretrainedConfig
 
 from grpo.config.run import RunConfig, TrainConfig
-from grpo.config.sampling import RolloutOptions, VLLMOptions
+from grpo.config.sampling import VLLMOptions
+from grpo.run.pool import vllm_token
 from rollout.backends.vllm.client import Client
-from rollout.backends.vllm.pool import VLLMSettings
-from rollout.backends.vllm.process import TOKEN, state_of
+from rollout.backends.vllm.process import state_of
 
-FIXED = ("model", "dtype", "load_format", "logprobs_mode", "seed", "skip_tokenizer_init", "speculative_config")
-FIXED += ("trust_remote_code", "worker_extension_cls", "per_request_spec_decode_metrics")
+FIXED = (  # arguments of vLLM's engine
+    *("model", "dtype", "load_format", "logprobs_mode", "seed", "skip_tokenizer_init", "speculative_config"),
+    *("trust_remote_code", "worker_extension_cls", "per_request_spec_decode_metrics"),
+)
 
 
-def refuse_backend(config: RunConfig, shape: PretrainedConfig) -> None:
-    """Raises ValueError or RolloutError where `rollout.backend` cannot sample this model in this run."""
-    backend, native = config.rollout.backend, isinstance(shape, DeepseekV3Config)
+def refuse_backend(config: Any, read_shape: Callable[[], PretrainedConfig]) -> None:
+    """Raises ValueError or RolloutError where `rollout.backend` cannot sample a model of this shape in this run."""
+    if not isinstance(config, RunConfig) or config.rollout.backend is None:
+        return
+    backend, shape = config.rollout.backend, read_shape()
+    native = isinstance(shape, DeepseekV3Config)
     if backend == "native" and not native:
         raise ValueError(
             f"rollout.backend=native decodes DeepSeek-V3 policies, and model={config.model!r} is of type "
@@ -72,7 +78,7 @@ def _refuse_model(config: RunConfig, shape: PretrainedConfig) -> None:
 def _refuse_server(options: VLLMOptions) -> None:
     """Asks the server, or the interpreter that would run it, for its version. A server has ten seconds to answer."""
     if options.url:
-        state, where = Client(options.url, _token(options)).state(), f"rollout.vllm.url={options.url}"
+        state, where = Client(options.url, vllm_token(options)).state(), f"rollout.vllm.url={options.url}"
     else:
         if not options.python.is_file():
             raise ValueError(
@@ -87,32 +93,3 @@ def _refuse_server(options: VLLMOptions) -> None:
             f"ones were silently wrong on CPUs; install one of {tried} (make vllm), or set "
             "rollout.vllm.untried_version"
         )
-
-
-def vllm_settings(rollout: RolloutOptions, folder: Path) -> VLLMSettings:
-    """`folder`: of the run, which gets the log of vLLM."""
-    options = rollout.vllm
-    return VLLMSettings(
-        url=options.url,
-        token=_token(options) if options.url else "",
-        python=options.python,
-        engine=options.engine,
-        draft_tokens=rollout.draft_tokens or 0,
-        log=folder / "vllm.log",
-        silence_s=options.silence_s,
-        publish_s=rollout.publish_timeout_s,
-    )
-
-
-def _token(options: VLLMOptions) -> str:
-    if options.token_file is None:
-        token, where = os.environ.get(TOKEN, ""), f"the environment variable {TOKEN}"
-    else:
-        where = f"rollout.vllm.token_file={options.token_file}"
-        try:
-            token = options.token_file.read_text().strip()
-        except OSError as error:
-            raise ValueError(f"{where} cannot be read: {error}") from error
-    if not token or not token.isascii() or not token.isprintable():
-        raise ValueError(f"rollout.vllm.url={options.url}: {where} holds no token; put the server's there")
-    return token

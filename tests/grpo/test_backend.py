@@ -11,13 +11,15 @@ from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig
 from grpo.config.sampling import RolloutOptions
 from grpo.policy_source import check_options
-from grpo.run.vllm import vllm_settings
+from grpo.run.pool import vllm_settings
 from grpo.sampling import sampling_params
 from grpo.sft import sft
 from policies.conversion.dense import convert_checkpoint
 from policies.policy import Policy
 from policies.presets import small_tokenizer
 from rollout.engine import RolloutError
+
+DENSE = {"rollout.draft_tokens": 0, "mtp.depth": 4, "mtp.every": 1, "warm_start.steps": 0}  # nothing of a draft head
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def test_a_version_that_nobody_has_tried_needs_a_word(micro_config, tmp_path, py
 def test_the_exact_mla_form_is_refused_and_its_original_is_not(micro_config, tmp_path, python, dense_folder):
     convert_checkpoint(str(dense_folder), tmp_path / "mla")
     given = {"rollout.backend": "vllm", "rollout.vllm.python": str(python), "rollout.vllm.untried_version": True}
-    given |= {"rollout.draft_tokens": 0}
+    given |= DENSE
     with pytest.raises(ValueError, match="dense model in MLA form.*name the dense original"):
         check_options(micro_config(tmp_path / "r", model=str(tmp_path / "mla"), **given))
     check_options(micro_config(tmp_path / "r", model=str(dense_folder), **given))
