@@ -56,7 +56,7 @@ def first_difference(tensors: Mapping[str, Tensor], held: Mapping[str, str]) -> 
     hashlib, and not the faster digests of rollout.publication, since vLLM's environment need have nothing else.
     """
     for name, tensor in tensors.items():
-        found = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+        found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(_bytes(tensor))
         if held.get(name) != found.hexdigest():
             return name

@@ -53,7 +53,7 @@ def _digests(weights: dict[str, torch.Tensor]) -> dict[str, str]:
     """Of type, shape and bits, as rollout/backends/vllm/weights.py makes them."""
     found = {}
     for name, tensor in weights.items():
-        digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         found[name] = digest.hexdigest()
     return found
