@@ -95,9 +95,7 @@ def test_the_exact_mla_form_is_refused_and_its_original_is_not(micro_config, tmp
 
 @pytest.mark.parametrize(("backend", "fits"), [("native", False), ("transformers", True)])
 def test_our_engines_are_named_by_the_model_that_they_decode(micro_config, tmp_path, dense_folder, backend, fits):
-    dense = micro_config(
-        tmp_path / "r", model=str(dense_folder), **{"rollout.backend": backend, "rollout.draft_tokens": 0}
-    )
+    dense = micro_config(tmp_path / "r", model=str(dense_folder), **{"rollout.backend": backend}, **DENSE)
     mla = micro_config(tmp_path / "r", **{"rollout.backend": backend})
     check_options(dense if fits else mla)
     with pytest.raises(ValueError, match=f"rollout.backend={backend}.*leave it out"):
