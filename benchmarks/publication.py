@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +106,7 @@ def alarms(options: argparse.Namespace) -> dict[str, Any]:
                     count += 1
                     print(error, flush=True)
                 step(learner, pool, number)
+            pool.publish(learner.weights(), learner.policy_version)
             name = f"{backend}, {str(dtype).removeprefix('torch.')}"
             found[name] = {
                 "publications": options.publications,
@@ -207,7 +206,7 @@ def seconds_taken(options: argparse.Namespace) -> dict[str, Any]:
                         pool.publish(learner.weights(), learner.policy_version)
                         taken.append(time.perf_counter() - started)
                         sent.append(pool.metrics()["publish/bytes"])
-                        canaries.append(publisher.publish()["canary/seconds"])
+                        canaries.append(publisher.publish()["time/canaries"])
                 finally:
                     pool.close()
                 name = f"{numbers / 1e6:.1f} M, {'adapters' if adapters else 'all weights'}"
@@ -235,7 +234,7 @@ def main() -> None:
     result = {"alarms": alarms, "bytes": bytes_sent, "seconds": seconds_taken}[options.what](options)
     if options.json:
         former = json.loads(options.json.read_text()) if options.json.exists() else {}
-        record = {"environment": hardware.describe(), "command": shlex.join(["python", *sys.argv]), "result": result}
+        record = {"environment": hardware.describe(), "result": result}
         options.json.write_text(json.dumps(former | {options.what: record}, indent=1) + "\n")
 
 

@@ -63,7 +63,7 @@ class Publisher:
             "canary/logprob_abs_mean": agreement.mean,
             "canary/logprob_abs_max": agreement.most,
             "canary/repeats": float(attempt),
-            "canary/seconds": time.perf_counter() - started,
+            "time/canaries": time.perf_counter() - started,
         }
 
     def _compare_digests(self, weights: Mapping[str, Tensor], version: int) -> None:

@@ -19,7 +19,7 @@ from rollout.faults import OnFinished as OnFinished
 from rollout.faults import RolloutError as RolloutError
 from rollout.faults import not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
-from rollout.publication.digests import digests
+from rollout.publication.digests import Held, digests
 from rollout.sampling import DraftVocabulary, SamplingParams
 from rollout.shard import Decoding
 
@@ -40,16 +40,21 @@ class Engine:
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy new weights and rebuild everything derived from them."""
+        self.derived = False
         self.policy.load_weights(weights)
         self._derive()
         self.version = version
+
+    def held(self) -> Held:
+        """The digests of the weights that are decoded with; empty where nothing was derived from the newest ones."""
+        return digests(self.policy.weights()) if self.derived else {}
 
     def _derive(self) -> None:
         self.trunk, self.head = derive(self.policy, self.dtype)
         self.draft_vocabulary = None
         if self.head is not None and self.head.draft_ids is not None:
             self.draft_vocabulary = DraftVocabulary(self.head.draft_ids, len(self.trunk.embedding))
-        self.held = digests(self.policy.weights())  # where nothing was derived anew, they are the old ones
+        self.derived = True
 
     @property
     def decoder(self) -> Decoder:

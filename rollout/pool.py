@@ -125,11 +125,14 @@ class LocalPool:
         shared = self.engine.policy.state_dict(keep_vars=True).values() if self.shares else ()
         return sum(tensor._version for tensor in shared)
 
+    def _refuse_unpublished(self) -> None:
+        if self._writes() != self._published:
+            raise RolloutError("the policy has learned since its last publication: publish its weights first")
+
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
-        if self._writes() != self._published:
-            raise RolloutError("the policy has learned since its last publication: publish its weights first")
+        self._refuse_unpublished()
         groups, faults = [], []
         for shard in shards(prompts, self.prompts_per_shard):
             try:
@@ -142,10 +145,13 @@ class LocalPool:
         return groups
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
-        return {"the sampler": self.sample(prompts, params)}
+        self._refuse_unpublished()
+        return {"the sampler": self.engine.sample(prompts, params)}
 
     def held(self) -> dict[str, Held]:
-        return {"the sampler": self.engine.held}
+        if self.shares and self.engine.derived:  # it reads the learner's own
+            return {}
+        return {"the sampler": self.engine.held()}
 
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
         self.engine.costs = costs or self.engine.measure_costs(min(rows, self.engine.max_rows))

@@ -140,7 +140,7 @@ class RayPool:
                         f"worker {i} does not hold what was published as version {self.sender.version}: the first "
                         f"tensor that differs is {wrong}"
                     )
-        self._unreported["publish/confirm_s"] += time.monotonic() - started
+        self._unreported["time/confirm"] += time.monotonic() - started
         self.published = self.sender.version
 
     def _answer(self, i: int, method: str, *arguments: Any) -> Any:

@@ -14,10 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policies.lora import Adapter
 from policies.publication import Publication
 from policies.sharding import whole
-from rollout.engine import Engine, RolloutError
 from rollout.publication import deltas as delta
 from rollout.publication.digests import Held, digest_of
 
@@ -126,38 +124,7 @@ class Sender:
         return next((name for name in held if name not in weights), None)
 
 
-class Receiver:
-    """The worker's side: an engine, and the weights under its adapters."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._under: dict[str, Tensor] = {}
-
-    def take(self, message: Message) -> Held:
-        """Loads a publication; returns the digests of what the engine decodes with then."""
-        engine = self.engine
-        if message.since is not None and engine.version != message.since:
-            raise RolloutError(
-                f"a worker holds policy version {engine.version}, and what it got follows version {message.since}"
-            )
-        engine.version = -1  # while it is neither the old one nor the new one
-        weights = unpack(message.tensors)
-        if message.since is None:
-            self._under = {name: weights[name].clone() for name in message.adapters}
-        else:
-            own = engine.policy.weights()
-            try:
-                weights = own | weights | _added(own, message.deltas)
-            except ValueError:  # what it holds is not what the differences follow
-                return {}
-        for name, (factors, scale, experts, transposed) in message.adapters.items():
-            adapter = Adapter(**unpack(factors), scale=scale, experts=experts, transposed=transposed)
-            weights[name] = adapter.merge(self._under[name])
-        engine.publish(weights, message.version)
-        return engine.held
-
-
-def _added(own: Mapping[str, Tensor], deltas: PackedWeights) -> dict[str, Tensor]:
+def with_differences(own: Mapping[str, Tensor], deltas: PackedWeights) -> dict[str, Tensor]:
     """The new tensors. Raises ValueError where the own one has another type or shape."""
     new = {}
     for name, (kind, shape, old) in pack({name: own[name] for name in deltas if name in own}).items():

@@ -17,7 +17,8 @@ from policies.policy import Policy
 from policies.sharding import collected
 from rollout.engine import Engine
 from rollout.publication.digests import digests
-from rollout.publication.message import Receiver, Sender
+from rollout.publication.message import Sender
+from rollout.worker import Receiver
 
 
 def main(source: str) -> None:

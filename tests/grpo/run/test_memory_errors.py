@@ -37,7 +37,11 @@ PLACES = {
 def test_a_run_says_in_one_message_what_was_going_on_and_what_to_lower(
     name, micro_policy, letters, tmp_path, monkeypatch, capsys
 ):
-    def full(*_, **__):
+    sample = rollout.engine.Engine.sample
+
+    def full(*given, **named):
+        if PLACES[name][1] == "sample" and given[1][0].prompt_id.startswith("canary/"):  # they are few and short
+            return sample(*given, **named)
         raise torch.OutOfMemoryError(CUDA)
 
     micro_policy(0).save(tmp_path / "micro")

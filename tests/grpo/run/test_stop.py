@@ -212,7 +212,7 @@ REWARD = RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom")
         (LocalPool, "sample", 4, RolloutError("workers died 4 times"), 1),
         (LocalPool, "publish", 3, RolloutError("workers died 4 times"), 2),  # one before step 1, then one a step
         (Update, "backward", 3 + 4, NonFiniteStep("the loss is nan"), None),  # the warm start takes the first three
-        (RunLog, "rollouts", 3, FULL, 2),
+        (RunLog, "rollouts", 5, FULL, 2),
         (HeldOut, "evaluate", 2, REWARD, 3),
         (Learner, "sft_step", 3, NonFiniteStep("the loss is nan"), "warm start"),
     ],

@@ -10,7 +10,8 @@ from policies.policy import Policy
 from rollout.engine import Engine, RolloutError
 from rollout.publication.deltas import decode, encode
 from rollout.publication.digests import digests, first_difference
-from rollout.publication.message import Receiver, Sender, pack, unpack
+from rollout.publication.message import Sender, pack, unpack
+from rollout.worker import Receiver
 
 TARGETS = {"attention": ["o_proj", "kv_b_proj"], "everything": ["o_proj", "experts", "router", "lm_head", "mtp"]}
 
