@@ -35,6 +35,23 @@ def before_start(chosen: frozenset[str], arguments: dict[str, Any]) -> None:
         sampler.expand_batch_to_tokens = _expand
 
 
+def allow_any_temperature() -> None:
+    """vLLM takes requests at temperatures up to 2. Canaries are hotter, so that a sure policy hides no fault."""
+    from vllm import SamplingParams
+
+    checked = SamplingParams._verify_args
+
+    def verify(self: SamplingParams) -> None:
+        temperature = self.temperature
+        self.temperature = min(temperature, 2.0)
+        try:
+            checked(self)
+        finally:
+            self.temperature = temperature
+
+    SamplingParams._verify_args = verify
+
+
 def _expand(x: torch.Tensor, ends: torch.Tensor, count: int, replace_from: int = 0, replace_to: int = 0):
     """[a, b] with ends [2, 5] -> [a, a, b, b, b], where `replace_to` takes the place of `replace_from`."""
     import torch

@@ -76,6 +76,7 @@ class Engine:
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         from vllm import EngineArgs, LLMEngine  # and not LLM, which insists on a tokenizer
 
+        bypasses.allow_any_temperature()
         bypasses.before_start(self.chosen, arguments)
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(load["config"]))
@@ -117,7 +118,7 @@ class Engine:
         try:
             for i, (ids, seed) in enumerate(job["rows"]):
                 params = SamplingParams(
-                    temperature=min(job["temperature"], 2.0),
+                    temperature=job["temperature"],
                     max_tokens=job["max_tokens"],
                     stop_token_ids=job["stop_token_ids"],
                     ignore_eos=True,  # the stop tokens are those that were named
@@ -126,7 +127,6 @@ class Engine:
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
-                params.temperature = job["temperature"]  # its limit of 2 is one of manners, and canaries are hotter
                 engine.add_request(str(i), {"prompt_token_ids": ids}, params)
             while engine.has_unfinished_requests():
                 for output in engine.step():
