@@ -147,8 +147,8 @@ def check_options(options: ModelOptions) -> str:
             )
     template = getattr(getattr(options, "data", None), "template", getattr(options, "template", None))
     if template == "chat" and (model in presets.PRESETS or not read_tokenizer(model).chat_template):
-        what = "use a format string such as '{question}\\n'"
-        raise PolicyError(f"template=chat: model={model!r} has no chat template; {what}")
+        what = "has no chat template; use a format string such as '{question}\\n'"
+        raise PolicyError(f"template=chat: model={model!r} {what}")
     refuse_backend(options, partial(_shape, model))
     learner = getattr(options, "learner", None)
     if learner and max(learner.parallel.tensor, learner.parallel.expert) > 1:

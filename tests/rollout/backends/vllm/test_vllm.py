@@ -1,17 +1,19 @@
 """A real vLLM of its own environment (`make vllm`): its log-probabilities are the learner's; each bypass is needed."""
 
 import json
+import math
 import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import completions, prompts_of, tokens
+from engine_cases import completions, enumerated, prompts_of, tokens
 from vllm_cases import gone
 
 from grpo.learner.likelihood import logprobs_of_groups
@@ -128,6 +130,28 @@ def test_more_rows_than_are_decoded_together(pool):
     made = completions(pool.sample(many, PARAMS))
     assert len(made) == 20 * len(PROMPTS) * PARAMS.group_size > 256
     assert all(c.token_ids for c in made)
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+def test_tokens_are_drawn_as_the_policy_says(random_policy, tmp_path, draft_tokens):
+    """Log-probabilities do not show it. With drafts as without."""
+    policy = random_policy(16, vocab_size=6, **HEADS)
+    settings = VLLMSettings(python=PYTHON, draft_tokens=draft_tokens, log=tmp_path / "vllm.log")
+    params = SamplingParams(4000, 0.8, 3, (2,), seed=1, draft_tokens=draft_tokens)
+    pool = VLLMPool(policy, settings, torch.float32)
+    try:
+        [group] = pool.sample([Prompt("toy", "", [3, 4])], params)
+    finally:
+        pool.close()
+    counts = Counter(tuple(completion.token_ids) for completion in group.completions)
+    expected = {ids: p * 4000 for ids, p in enumerated(policy, [3, 4], 0.8, length=3, stop=2).items()}
+    cells = [(counts[ids], mean) for ids, mean in expected.items() if mean >= 8]
+    cells.append((4000 - sum(n for n, _ in cells), 4000 - sum(mean for _, mean in cells)))
+    freedom = len(cells) - 1
+    z = (sum((n - mean) ** 2 / mean for n, mean in cells) - freedom) / math.sqrt(2 * freedom)
+    assert abs(z) < 4
+    drafted = sum(sum(completion.draft.drafted) for completion in group.completions)
+    assert (drafted > 1000) == bool(draft_tokens)
 
 
 def test_prompts_that_cannot_be_continued_leave_the_others(pool):
