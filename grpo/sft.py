@@ -117,7 +117,8 @@ def _evaluate(when: str, run: Run[SftConfig], task: Task, policy: Policy) -> dic
     config, options = run.config, run.config.eval
     if not task.heldout:
         return {}
-    rollout = config.rollout.model_copy(update={"workers": 0, "prompts_per_shard": options.prompts_per_batch})
+    own = {"workers": 0, "backend": None, "prompts_per_shard": options.prompts_per_batch}
+    rollout = config.rollout.model_copy(update=own)
     pool = open_run_pool(policy, rollout, config.dtype, run.stop, run.log, samples=run.ranks.first)
     sampling = sampling_params(policy, config.rollout, options.samples, config.seed)
     held_out = HeldOut(task, policy, pool, run.log, options, sampling)

@@ -15,26 +15,13 @@ from policies.policy import Policy
 from rollout.backends import Decoder, derive
 from rollout.costs import measure
 from rollout.depth import MAX_DEPTH, CostTable
+from rollout.faults import OnFinished as OnFinished
+from rollout.faults import RolloutError as RolloutError
+from rollout.faults import not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
 from rollout.publication.digests import Held, digests
 from rollout.sampling import DraftVocabulary, SamplingParams
 from rollout.shard import Decoding
-
-OnFinished = Callable[[int], None]  # hears how many completions have ended since the last call
-
-
-class RolloutError(RuntimeError):
-    """Sampling cannot go on. The message names the prompt or the setting, and the way out.
-
-    `groups` are those that were sampled all the same; completions of them that failed are marked `abort`.
-    """
-
-    def __init__(self, message: str, groups: Sequence[RolloutGroup] = ()) -> None:
-        super().__init__(message)
-        self.groups = list(groups)
-
-    def __reduce__(self) -> tuple:
-        return type(self), (str(self), self.groups)
 
 
 class Engine:
@@ -103,21 +90,7 @@ class Engine:
                 raise ValueError(f"rollout.stop_token_ids: {token} is outside the vocabulary of {vocabulary} tokens")
 
     def _fault(self, prompt: Prompt, params: SamplingParams) -> str | None:
-        """Why this prompt cannot be continued, and the way out."""
-        vocabulary, limit, length = len(self.trunk.embedding), self.policy.max_length, len(prompt.token_ids)
-        if length == 0:
-            return f"prompt {prompt.prompt_id!r} has no tokens; a policy continues at least one"
-        if outside := [token for token in prompt.token_ids if not 0 <= token < vocabulary]:
-            return (
-                f"prompt {prompt.prompt_id!r} holds token {outside[0]}, outside the vocabulary of {vocabulary}; "
-                "use the policy's own tokenizer"
-            )
-        if length + params.max_completion_tokens > limit:
-            return (
-                f"prompt {prompt.prompt_id!r} has {length} tokens; with rollout.max_completion_tokens="
-                f"{params.max_completion_tokens} it passes the context of {limit}: shorten one of them"
-            )
-        return None
+        return prompt_fault(prompt, params, len(self.trunk.embedding), self.policy.max_length)
 
     @torch.inference_mode()
     def sample(
@@ -143,13 +116,8 @@ class Engine:
                 break
             decoding.forward()
         groups = decoding.groups()
-        failed = [g.prompt.prompt_id for g in groups if any(c.finish_reason == "abort" for c in g.completions)]
-        if failed:
-            faults.append(
-                f"the policy's logits are not finite for completions of {len(failed)} of {len(groups)} prompts, "
-                f"{failed[:4]}: the weights hold NaN or overflow; resume from an earlier checkpoint with a lower "
-                "learner.learning_rate"
-            )
+        if fault := not_finite(groups):
+            faults.append(fault)
         if faults:
             raise RolloutError("\n".join(faults), groups)
         return groups

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from policies.lora import has_adapter
 from policies.policy import Policy
+from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
 from rollout.cluster import start_ray as start_ray
 from rollout.depth import CostTable
 from rollout.engine import Engine, OnFinished, RolloutError
@@ -67,6 +68,7 @@ def open_pool(
     publish_deltas: bool | None = None,
     while_waiting: Callable[[], None] = lambda: None,
     on_lost: OnLost = lambda worker, reason, action: None,
+    vllm: VLLMSettings | None = None,
 ) -> Pool:
     """A pool to which the weights of `policy` are published.
 
@@ -77,7 +79,11 @@ def open_pool(
     compressed differences between two versions; None: where the cluster has eight nodes or more. `while_waiting` is
     called several times a second while the pool waits for workers; an exception that it raises ends the wait. `on_lost`
     gets the number of a worker that died or was late, the reason, and what is done.
+
+    With `vllm` a server of vLLM samples in their place, with `threads`, and `while_waiting` is called while it does.
     """
+    if vllm is not None:
+        return VLLMPool(policy, vllm, dtype, threads, while_waiting)
     if workers == 0:
         return LocalPool(policy, dtype, prompts_per_shard)
     limits = timeout_s, publish_timeout_s

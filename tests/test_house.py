@@ -29,7 +29,7 @@ FLOORS = (
     ("tied_steps", "task"),
     ("reward_models",),
     ("policy_source", "loop"),
-    ("agreement", "sampling", "publisher"),
+    ("agreement", "backend", "sampling", "publisher"),
     ("learner",),
     ("run",),
     ("data", "algorithm"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -22,9 +23,29 @@ class SamplingOptions(Options):
     """`exact` never changes a token. `margin` is lossy: clear drafts are taken unverified (and counted)."""
 
 
+class VLLMOptions(Options):
+    """vLLM as the sampler, where rollout.backend is vllm. `make vllm` installs it beside quartet."""
+
+    python: Path = Path(".vllm/bin/python")
+    """The interpreter of vLLM's environment; a server is started with it and ends with the run."""
+    url: str | None = None
+    """http://HOST:PORT of a server that runs already (see docs/guides/vllm.md); null starts one on loopback."""
+    token_file: Path | None = None
+    """File that holds the token of that server; null takes it from the environment variable QUARTET_VLLM_TOKEN."""
+    engine: dict[str, Any] = Field(default={})
+    """More arguments of vLLM's engine, such as {max_model_len: 2048} or {tensor_parallel_size: 2}."""
+    silence_s: float = Field(default=300.0, gt=0)
+    """Seconds that may pass without a forward being finished; after that the server counts as hung."""
+    untried_version: bool = False
+    """Go on with a version of vLLM whose log-probabilities nobody has compared with ours yet."""
+
+
 class RolloutOptions(SamplingOptions):
     """How completions are sampled."""
 
+    backend: Literal["native", "transformers", "vllm"] | None = None
+    """What samples: our engine, which decodes DeepSeek-V3 policies itself (`native`) and other models by transformers'
+    own forward (null: the one that fits), or vLLM in an environment of its own (`quartet train` only)."""
     group_size: int = 8
     """Completions per prompt; GRPO compares them with each other, so at least 2."""
     temperature: float = Field(default=1.0, gt=0)
@@ -44,6 +65,7 @@ class RolloutOptions(SamplingOptions):
     """Seconds that a Ray worker may take for a shard; then it is killed, and a new one samples the same tokens."""
     publish_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds that a Ray worker may need for new weights; then it is killed and replaced. A new one has 600."""
+    vllm: VLLMOptions = VLLMOptions()
     publish_deltas: bool | None = None
     """Workers get the compressed difference of two versions, which pays on a slow network; null: from 8 nodes on."""
     refill_draws: int = Field(default=0, ge=0)

@@ -19,7 +19,7 @@ OWN_BACKENDS = ("native", "transformers")
 
 def sampling_backend(config: TrainConfig, policy: Policy) -> str:
     """The engine that samples: the one that was asked for, or the one that decodes this policy."""
-    return getattr(config.rollout, "backend", None) or policy.backend
+    return config.rollout.backend or policy.backend
 
 
 def sft_learner(policy: Policy, config: SftConfig, ranks: Ranks = ALONE) -> Learner:

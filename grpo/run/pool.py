@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,17 +10,24 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from grpo.config.sampling import RolloutOptions
+from grpo.config.sampling import RolloutOptions, VLLMOptions
 from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
 from grpo.run.stop import InterruptiblePool, StopSignal
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import attend
+from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
+from rollout.backends.vllm.process import TOKEN
 from rollout.depth import CostTable
 from rollout.group import RolloutGroup
 from rollout.pool import Pool, open_pool
 from rollout.publication.digests import Held
+
+NO_KEYED_NOISE = (
+    "vLLM draws with seeds of its own: its tokens are not those of our engine, nor the same with other drafts, threads "
+    "or batches. The same step of the same run repeats"
+)
 
 
 class NoPool:
@@ -77,23 +85,57 @@ def open_run_pool(
             policy,
             max(rollout.workers, rollout.ahead),
             dtype=getattr(torch, dtype),
-            threads=rollout.threads_per_worker,
+            threads=torch.get_num_threads() if rollout.backend == "vllm" else rollout.threads_per_worker,
             prompts_per_shard=rollout.prompts_per_shard,
             timeout_s=rollout.timeout_s,
             publish_timeout_s=rollout.publish_timeout_s,
             publish_deltas=rollout.publish_deltas,
             while_waiting=stop.check,
             on_lost=on_lost,
+            vllm=vllm_settings(rollout, run_log.output_dir) if rollout.backend == "vllm" else None,
         )
+    if isinstance(pool, VLLMPool):
+        run_log.event("vllm", version=pool.state["vllm"], url=pool.client.url, unshown={"load": pool.state["load"]})
+        run_log.event("keyed_noise", available=False, why=NO_KEYED_NOISE)
     return InterruptiblePool(pool, stop)
 
 
 def use_costs_of_run(pool: Pool, policy: Policy, rollout: RolloutOptions, folder: Path, *, resumes: bool) -> None:
     """Where a controller chooses the depth: the table that was saved, or a new one, measured once and saved."""
-    if rollout.draft_tokens is not None or policy.mtp is None:
+    if rollout.draft_tokens is not None or policy.mtp is None or rollout.backend == "vllm":
         return
     path, rows = folder / "draft_costs.json", rollout.prompts_per_shard * rollout.group_size
     saved = CostTable.load(path) if resumes and path.exists() else None
     costs = pool.use_costs(saved, rows)
     if saved is None:
         costs.save(path)
+
+
+def vllm_settings(rollout: RolloutOptions, folder: Path) -> VLLMSettings:
+    """`folder`: of the run, which gets the log of vLLM."""
+    options = rollout.vllm
+    return VLLMSettings(
+        url=options.url,
+        token=vllm_token(options) if options.url else "",
+        python=options.python,
+        engine=options.engine,
+        draft_tokens=rollout.draft_tokens or 0,
+        log=folder / "vllm.log",
+        silence_s=options.silence_s,
+        publish_s=rollout.publish_timeout_s,
+    )
+
+
+def vllm_token(options: VLLMOptions) -> str:
+    """Of the server at `rollout.vllm.url`. Raises ValueError where there is none."""
+    if options.token_file is None:
+        token, where = os.environ.get(TOKEN, ""), f"the environment variable {TOKEN}"
+    else:
+        where = f"rollout.vllm.token_file={options.token_file}"
+        try:
+            token = options.token_file.read_text().strip()
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read: {error}") from error
+    if not token or not token.isascii() or not token.isprintable():
+        raise ValueError(f"rollout.vllm.url={options.url}: {where} holds no token; put the server's there")
+    return token

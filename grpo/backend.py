@@ -1,0 +1,95 @@
+"""Which engine samples in a run: what can be seen not to work before a model is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from transformers import DeepseekV3Config, PretrainedConfig
+
+from grpo.config.run import RunConfig, TrainConfig
+from grpo.config.sampling import VLLMOptions
+from grpo.run.pool import vllm_token
+from rollout.backends.vllm.client import Client
+from rollout.backends.vllm.process import state_of
+
+FIXED = (  # arguments of vLLM's engine
+    *("model", "dtype", "load_format", "logprobs_mode", "seed", "skip_tokenizer_init", "speculative_config"),
+    *("trust_remote_code", "worker_extension_cls", "per_request_spec_decode_metrics"),
+)
+
+
+def refuse_backend(config: Any, read_shape: Callable[[], PretrainedConfig]) -> None:
+    """Raises ValueError or RolloutError where `rollout.backend` cannot sample a model of this shape in this run."""
+    if not isinstance(config, RunConfig) or config.rollout.backend is None:
+        return
+    backend, shape = config.rollout.backend, read_shape()
+    native = isinstance(shape, DeepseekV3Config)
+    if backend == "native" and not native:
+        raise ValueError(
+            f"rollout.backend=native decodes DeepSeek-V3 policies, and model={config.model!r} is of type "
+            f"{shape.model_type!r}: leave it out, or convert the model (quartet convert)"
+        )
+    if backend == "transformers" and native:
+        raise ValueError(
+            f"rollout.backend=transformers: model={config.model!r} is a DeepSeek-V3 policy, which our engine decodes "
+            "with drafts and faster; leave it out"
+        )
+    if backend == "vllm":
+        _refuse_options(config)
+        _refuse_model(config, shape)
+        if os.environ.get("RANK", "0") == "0":  # of several learners the first one samples
+            _refuse_server(config.rollout.vllm)
+
+
+def _refuse_options(config: RunConfig) -> None:
+    rollout = config.rollout
+    if not isinstance(config, TrainConfig):
+        raise ValueError("rollout.backend=vllm is for quartet train; this command samples with our own engine: drop it")
+    if rollout.workers:
+        raise ValueError(
+            f"rollout.workers={rollout.workers} with rollout.backend=vllm: vLLM is one server, which batches "
+            "by itself; set it to 0, and rollout.vllm.engine={tensor_parallel_size: N} to use several GPUs"
+        )
+    if config.learner.routing_replay:
+        raise ValueError("learner.routing_replay: the experts that vLLM chose are not recorded; set it to false")
+    if rollout.draft_tokens and config.curriculum.draft_depth is not None:
+        raise ValueError(
+            f"curriculum.draft_depth={config.curriculum.draft_depth}: vLLM drafts at one depth, "
+            f"rollout.draft_tokens={rollout.draft_tokens}; drop one of them"
+        )
+    if rollout.draft_tokens and config.log.measure_speed:
+        raise ValueError("log.measure_speed: vLLM cannot leave its drafts out; set it to false, or draft_tokens to 0")
+    if fixed := [name for name in FIXED if name in rollout.vllm.engine]:
+        raise ValueError(f"rollout.vllm.engine.{fixed[0]}: quartet sets it, by its own options; drop it")
+
+
+def _refuse_model(config: RunConfig, shape: PretrainedConfig) -> None:
+    rope = getattr(shape, "rope_parameters", None) or {}
+    if isinstance(shape, DeepseekV3Config) and rope.get("rope_type") == "longrope":
+        raise ValueError(
+            f"model={config.model!r} is a dense model in MLA form, whose rotary frequencies vLLM does not compute (it "
+            "divides by zero): name the dense original as the model (its exact form is the same policy), or leave "
+            "rollout.backend out"
+        )
+
+
+def _refuse_server(options: VLLMOptions) -> None:
+    """Asks the server, or the interpreter that would run it, for its version. A server has ten seconds to answer."""
+    if options.url:
+        state, where = Client(options.url, vllm_token(options)).state(), f"rollout.vllm.url={options.url}"
+    else:
+        if not options.python.is_file():
+            raise ValueError(
+                f"rollout.vllm.python={options.python}: there is no such interpreter here; `make vllm` installs vLLM "
+                "into .vllm, or name the one of another environment"
+            )
+        state, where = state_of(options.python), f"rollout.vllm.python={options.python}"
+    if not (state["tried"] or options.untried_version):
+        tried = ", ".join(state["tried_versions"])
+        raise ValueError(
+            f"{where}: nobody has compared the log-probabilities of vLLM {state['vllm']} with ours, and older "
+            f"ones were silently wrong on CPUs; install one of {tried} (make vllm), or set "
+            "rollout.vllm.untried_version"
+        )

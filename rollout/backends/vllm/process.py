@@ -1,0 +1,117 @@
+"""The vLLM server that we start ourselves: in an environment of its own, on loopback, and never for longer than us."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from select import select
+from typing import Any, BinaryIO
+
+from rollout.faults import RolloutError
+
+SERVER = Path(__file__).parent / "inside" / "quartet_server.py"
+PYTHON = Path(".vllm/bin/python")  # where `make vllm` puts it
+TOKEN = "QUARTET_VLLM_TOKEN"  # the environment variable of the server's secret
+START_S = 60.0  # the server listens before it imports vLLM
+END_S = 5.0
+TOLD_LINES = 12  # of the log, in an error
+
+
+def state_of(python: Path) -> dict[str, Any]:
+    """What a server with this interpreter would say of itself. Raises RolloutError where it cannot start."""
+    command = [str(python), str(SERVER), "--state"]
+    try:
+        done = subprocess.run(command, env=_clean(), capture_output=True, text=True, timeout=START_S, check=True)
+        return json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        said = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1:]
+        raise RolloutError(
+            f"rollout.vllm.python={python} cannot run vLLM's server: {' '.join(said)}; install it with `make vllm`"
+        ) from error
+
+
+def _clean() -> dict[str, str]:
+    """Our environment without what is meant for our own interpreter."""
+    return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", TOKEN)}
+
+
+class VLLMProcess:
+    """A server of our own, with its `url` and `token`. Its log is appended to the file `log`.
+
+    It is in a process group of its own, so that Ctrl-C reaches us alone, and it watches us: if we are killed, it ends.
+    Raises RolloutError if it does not listen in time.
+    """
+
+    def __init__(self, python: Path, log: Path, threads: int, while_waiting: Callable[[], None]) -> None:
+        self.log, self.token = log, secrets.token_hex(32)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        given = _clean() | {"OMP_NUM_THREADS": str(threads), TOKEN: self.token}
+        with open(log, "ab") as written:
+            self.process = subprocess.Popen(
+                [str(python), str(SERVER), "--parent", str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=written,
+                env=given,
+                start_new_session=True,
+            )
+        try:
+            self.url = f"http://127.0.0.1:{self._port(while_waiting)}"
+        except BaseException:
+            self.close()
+            raise
+
+    def _port(self, while_waiting: Callable[[], None]) -> int:
+        """What it says first."""
+        said, deadline = self.process.stdout, time.monotonic() + START_S
+        assert said is not None
+        while not select([said], [], [], 0.1)[0]:
+            while_waiting()
+            if time.monotonic() > deadline:
+                raise RolloutError(f"vLLM's server has not started within {START_S:g} s. {self.told()}")
+        line = said.readline()
+        if not line:
+            self.process.wait()
+            raise RolloutError(f"vLLM's server could not start. {self.told()}")
+        return int(json.loads(line)["port"])
+
+    def told(self) -> str:
+        """What is known of its end, for an error."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.5)  # a connection is cut a moment before the process is gone
+        code = self.process.poll()
+        if code is None:
+            state = "Its process still runs"
+        elif code < 0:
+            name = signal.Signals(-code).name
+            state = f"Its process was ended by {name}" + (
+                ", perhaps since the host had no memory left" if name == "SIGKILL" else ""
+            )
+        else:
+            state = f"Its process has ended with status {code}"
+        with open(self.log, "rb") as file:
+            lines = last_lines(file)
+        return f"{state}; go on with --resume auto. The end of its log, {self.log}:\n" + "\n".join(lines)
+
+    def close(self) -> None:
+        """Ends it and all that it has started."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(END_S)
+        if self.process.stdout:
+            self.process.stdout.close()
+
+
+def last_lines(file: BinaryIO, count: int = TOLD_LINES) -> list[str]:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 20_000))
+    return file.read().decode(errors="replace").splitlines()[-count:]

@@ -1,0 +1,182 @@
+"""Bad servers: each is an error with the way out, in bounded time. They are real ones, on loopback."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from rollout.backends.vllm import client as client_module
+from rollout.backends.vllm.client import PROTOCOL, Client, Lost
+from rollout.engine import RolloutError
+
+STATE = {"protocol": PROTOCOL, "vllm": "0.32.0", "on_cpu": True, "tried": True, "tried_versions": ["0.32.0"]}
+
+
+@contextmanager
+def server(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[Client]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            answer(self)
+
+        def do_POST(self):
+            answer(self)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.daemon_threads = True
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield Client(f"http://127.0.0.1:{running.server_port}", "t" * 16, why=lambda: "the end of its log")
+        running.shutdown()
+
+
+def said(status: int, body: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+
+    return answer
+
+
+def test_an_honest_answer():
+    with server(said(200, json.dumps(STATE).encode())) as client:
+        assert client.state() == STATE
+
+
+def test_nobody_listens():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(Lost, match=rf"127.0.0.1:{port} is lost at /state .*refused.*and now"):
+        Client(f"http://127.0.0.1:{port}", "t" * 16, why=lambda: "and now").state()
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "https://host", "http://", "http://host:1/v1"])
+def test_an_address_that_is_none(url):
+    with pytest.raises(ValueError, match=r"rollout.vllm.url='.*expected http://HOST:PORT"):
+        Client(url, "t" * 16)
+
+
+def test_a_wrong_token_names_where_ours_is_from():
+    with (
+        server(said(401, b'{"error": "wrong token"}')) as client,
+        pytest.raises(RolloutError, match="refuses our token.*rollout.vllm.token_file.*QUARTET_VLLM_TOKEN"),
+    ):
+        client.state()
+
+
+def test_an_upload_that_is_refused_before_it_was_read():
+    """The connection breaks while we still send; the answer says why."""
+    with server(said(401, b'{"error": "wrong token"}')) as client, pytest.raises(RolloutError, match="our token"):
+        client.upload("/publish", {}, [memoryview(bytes(1 << 20))] * 64, 64 << 20, limit_s=10)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"<html>It works!</html>", "is no server of ours"),
+        (b"[1]", "is no server of ours"),
+        (b"{}", f"speaks protocol None, and this quartet {PROTOCOL}"),
+        (json.dumps(STATE | {"protocol": 99}).encode(), "speaks protocol 99"),
+        (b"", "closed the connection before its answer was whole.*the end of its log"),
+    ],
+)
+def test_a_server_of_something_else(body, message):
+    with server(said(200, body)) as client, pytest.raises(RolloutError, match=message):
+        client.state()
+
+
+def test_what_the_server_cannot_do_is_told():
+    with (
+        server(said(500, b'{"error": "ValueError: no such architecture"}')) as client,
+        pytest.raises(RolloutError, match="cannot answer /load: ValueError: no such architecture"),
+    ):
+        list(client.post("/load", {}, limit_s=10))
+
+
+def test_a_server_that_dies_in_the_middle():
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.end_headers()
+        request.wfile.write(b'{"ended": 1}\n')
+        request.wfile.flush()
+        request.connection.shutdown(socket.SHUT_RDWR)
+
+    with server(answer) as client:
+        lines = client.post("/sample", {}, limit_s=10)
+        assert next(lines) == {"ended": 1}
+        with pytest.raises(RolloutError, match="is lost at /sample .*before its answer was whole.*end of its log"):
+            next(lines)
+
+
+def test_an_error_in_the_middle_of_a_stream():
+    with (
+        server(said(200, b'{"ended": 1}\n{"error": "RuntimeError: full"}\n')) as client,
+        pytest.raises(RolloutError, match="cannot answer /sample: RuntimeError: full"),
+    ):
+        list(client.post("/sample", {}, limit_s=10))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_server_that_hangs(first):
+    """Before its first line, or after one; the limit is of the silence and not of the whole."""
+    release = threading.Event()
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        if first:
+            request.send_response(200)
+            request.end_headers()
+            for ended in range(4):
+                time.sleep(0.2)
+                request.wfile.write(json.dumps({"ended": ended}).encode() + b"\n")
+                request.wfile.flush()
+        release.wait(30)
+
+    with server(answer) as client:
+        got, started = [], time.monotonic()
+        with pytest.raises(Lost, match="has not answered /sample for 0.5 s.*the end of its log"):
+            got.extend(client.post("/sample", {}, limit_s=0.5))
+        assert time.monotonic() - started < 20
+        release.set()
+    assert len(got) == (4 if first else 0)
+
+
+def test_an_address_that_swallows_packets(monkeypatch):
+    """A listening socket whose queue is full answers no connection; there is a limit for that too."""
+    monkeypatch.setattr(client_module, "CONNECT_S", 0.5)
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        port, kept = full.getsockname()[1], []
+        for _ in range(4):
+            one = socket.socket()
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", port))
+            kept.append(one)
+        with pytest.raises(Lost, match="has not answered /load for 0.5 s"):
+            list(Client(f"http://127.0.0.1:{port}", "t" * 16).post("/load", {}, limit_s=0.5))
+        for one in kept:
+            one.close()
+
+
+def test_a_stop_ends_the_wait():
+    class Stop(Exception):
+        pass
+
+    def stop() -> None:
+        raise Stop
+
+    release = threading.Event()
+    with server(lambda request: release.wait(30)) as client:
+        client.while_waiting = stop
+        with pytest.raises(Stop):
+            client.state()
+        release.set()
