@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -126,9 +128,9 @@ def test_completions_end_and_count_as_those_of_our_engine(pool):
 
 def test_more_rows_than_are_decoded_together(pool):
     """They wait for a place; prompts are read whole, since reading in pieces fails where a seed is given."""
-    many = [replace(prompt, prompt_id=f"{prompt.prompt_id}/{i}") for i in range(20) for prompt in PROMPTS]
+    many = prompts_of(*[201] * 90, seed=1)  # more tokens than a forward takes, by rows that do not divide it
     made = completions(pool.sample(many, PARAMS))
-    assert len(made) == 20 * len(PROMPTS) * PARAMS.group_size > 256
+    assert len(made) == 90 * PARAMS.group_size > 256
     assert all(c.token_ids for c in made)
 
 
@@ -260,4 +262,33 @@ def test_a_server_that_dies_in_the_middle_ends_the_call_with_its_log(random_poli
         pool.sample(many, replace(PARAMS, draft_tokens=0, max_completion_tokens=200, stop_token_ids=()))
     assert time.monotonic() - started < 60
     pool.close()
+    assert gone(pid)
+
+
+OF_A_TRAINER = """
+import sys
+from pathlib import Path
+import torch
+from policies.policy import Policy
+from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
+from rollout.group import Prompt
+from rollout.sampling import SamplingParams
+folder, python, log = map(Path, sys.argv[1:])
+pool = VLLMPool(Policy.load(folder), VLLMSettings(python=python, log=log), torch.float32)
+print(pool.process.process.pid, flush=True)
+while True:
+    pool.sample([Prompt(str(i), "", [3, 4, 5]) for i in range(64)], SamplingParams(8, 1.0, 200))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_it_ends_with_a_trainer_that_is_killed_while_it_samples(random_policy, tmp_path, number):
+    random_policy(17, mtp=False, **HEADS).save(tmp_path / "policy")
+    environment = os.environ | {"PYTHONPATH": str(PYTHON.parents[2])}
+    command = [sys.executable, "-c", OF_A_TRAINER, str(tmp_path / "policy"), str(PYTHON), str(tmp_path / "vllm.log")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        pid = int(trainer.stdout.readline())
+        assert not gone(pid, 1.0)
+        trainer.send_signal(number)
     assert gone(pid)
