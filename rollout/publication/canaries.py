@@ -7,7 +7,7 @@ the very same tokens. A sampler that holds other weights, or computes otherwise,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
@@ -22,14 +22,20 @@ DRAFTS = 2  # where a controller would choose; its table of costs may not be mea
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Of |sampler's - learner's log-probability|, in nats: of its mean over all canaries, and of one token."""
+    """Of |sampler's - learner's log-probability|: of its mean over all canaries, and of one token.
+
+    Both are in units of the spread (standard deviation) of the learner's log-probabilities over the canaries: rounding
+    moves those of a policy with larger logits, or at a lower temperature, further.
+    """
 
     mean: float
     most: float
 
 
 # benchmarks/publication.py measures what honest publications give.
-TOLERANCES = {torch.float32: Tolerance(5e-5, 5e-4), torch.bfloat16: Tolerance(0.025, 0.5)}
+TOLERANCES = {torch.float32: Tolerance(2e-4, 2e-3), torch.bfloat16: Tolerance(0.1, 2.0)}
+LEAST_SPREAD = 0.25  # nats; a policy that is sure of everything has none
+SLOPE, ERRORS = 0.05, 4.0  # how far a slope may be from 1: so much, and so many standard errors of it
 Scores = list[list[list[float]]]  # by prompt and completion, of each token
 
 
@@ -69,8 +75,11 @@ def canary_params(params: SamplingParams, context: int) -> SamplingParams:
 def compare(
     sampled: Mapping[str, Sequence[RolloutGroup]], scores: Mapping[str, Scores], version: int, dtype: torch.dtype
 ) -> Agreement:
-    """How far the log-probabilities of each sampler are from the learner's `scores`, over all samplers the worst."""
-    tolerance = TOLERANCES[dtype]
+    """How far the log-probabilities of each sampler are from the learner's `scores`, over all samplers the worst.
+
+    Another temperature moves all of them in proportion, which a straight line through them shows where rounding would
+    hide it from the differences: its slope is the learner's temperature by the sampler's.
+    """
     worst = Agreement(0.0, 0.0, None)
     for worker, groups in sampled.items():
         found = [
@@ -80,19 +89,38 @@ def compare(
             for t, (own, score) in enumerate(zip(completion.logprobs, of_learner, strict=True))
         ]
         mean, most = sum(far for far, *_ in found) / len(found), max(far for far, *_ in found)
+        own_N, score_N = (torch.tensor([entry[at] for entry in found], dtype=torch.float64) for at in (4, 5))
+        spread = max(score_N.std(unbiased=False).item(), LEAST_SPREAD)
+        tolerance = Tolerance(*(limit * spread for limit in astuple(TOLERANCES[dtype])))
         fault = worst.fault
         if not fault and (mean > tolerance.mean or most > tolerance.most):
             limit = tolerance.most if most > tolerance.most else tolerance.mean
             _, group, i, t, own, score = next(each for each in found if each[0] > limit)
             fault = (
                 f"{worker} computes other log-probabilities than the learner with version {version}: mean difference "
-                f"{mean:.2g}, largest {most:.2g} nats, where {tolerance.mean:g} and {tolerance.most:g} are allowed in "
-                f"{str(dtype).removeprefix('torch.')}. The first token that differs is token {t} of completion {i} of "
-                f"{group.prompt.prompt_id}, id {group.completions[i].token_ids[t]}: sampler {own:.5f}, learner "
+                f"{mean:.2g}, largest {most:.2g} nats, where {tolerance.mean:.2g} and {tolerance.most:.2g} are allowed "
+                f"in {str(dtype).removeprefix('torch.')}. The first token that differs is token {t} of completion {i} "
+                f"of {group.prompt.prompt_id}, id {group.completions[i].token_ids[t]}: sampler {own:.5f}, learner "
                 f"{score:.5f}"
+            )
+        elif not fault and (slope := _wrong_slope(own_N, score_N)):
+            fault = (
+                f"{worker} samples version {version} at another temperature than the learner: its log-probabilities "
+                f"are those of {1 / slope:.3g} times the temperature that was asked for"
             )
         worst = Agreement(max(worst.mean, mean), max(worst.most, most), fault)
     return worst
+
+
+def _wrong_slope(own_N: torch.Tensor, score_N: torch.Tensor) -> float | None:
+    """The slope of the least-squares line of `own_N` over `score_N`, where it cannot be 1."""
+    own, score = own_N - own_N.mean(), score_N - score_N.mean()
+    square = score.square().sum().item()
+    if not square > 0:
+        return None
+    slope = (own @ score).item() / square
+    error = ((own - slope * score).square().mean().item() / square) ** 0.5
+    return slope if slope > 0 and abs(slope - 1) > SLOPE + ERRORS * error else None
 
 
 def other_canaries(own: Sequence[RolloutGroup], passed: Sequence[RolloutGroup], dtype: torch.dtype) -> str | None:
@@ -109,7 +137,7 @@ def other_canaries(own: Sequence[RolloutGroup], passed: Sequence[RolloutGroup], 
                     break
                 far.append(abs(one.logprobs[t] - two.logprobs[t]))
                 count += 1
-    limit = TOLERANCES[dtype].most
+    limit = TOLERANCES[dtype].most * LEAST_SPREAD
     if 2 * count >= total and max(far) <= limit:
         return None
     return f"samples other canaries than those before it: {count} of {total} tokens, {max(far):.2g} nats apart"
