@@ -25,6 +25,7 @@ FLOORS = (
     ("launch",),
     ("train",),
     ("sft", "mtp", "commands", "trl_bridge"),
+    ("ahead",),
     ("collector", "evaluation"),
     ("tied_steps", "task"),
     ("reward_models",),

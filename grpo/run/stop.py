@@ -101,6 +101,8 @@ class Handler:
             return
 
         def again(*_: object) -> None:
+            if signal.signal is not refuse:  # it is over: a timer that is set now would end the process
+                return
             self.listen()
             signal.setitimer(signal.ITIMER_REAL, KEEP_S)  # set anew each time: a fork starts over at every signal
 

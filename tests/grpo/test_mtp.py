@@ -208,7 +208,7 @@ def test_contract_9_a_signal_gives_up_the_rollouts_in_progress(whole, config, tm
     ("owner", "name", "call", "error", "saved"),
     [
         (LocalPool, "sample", 3, RolloutError("workers died 4 times"), 2),
-        (LocalPool, "publish", 3, RolloutError("workers died 4 times"), 3),
+        (LocalPool, "publish", 4, RolloutError("workers died 4 times"), 3),  # one before step 1, then one a step
         (HeadLearner, "_lesson_loss", 1, NonFiniteStep("the loss is nan"), None),
         (HeadLearner, "teach", 3, NonFiniteStep("the loss is nan"), 2),
         (RunLog, "step", 3, KeyError("a bug"), 3),

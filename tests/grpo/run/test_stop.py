@@ -238,6 +238,15 @@ def test_contract_9_a_failure_saves_the_last_whole_step(
     _resumes_to_the_same(micro_config, folder, whole)
 
 
+def test_an_alarm_that_comes_late_sets_no_timer():
+    """The process would end by SIGALRM: it came to Python after the library had started."""
+    with StopSignal() as stop:
+        with stop.kept():
+            late = signal.getsignal(signal.SIGALRM)
+        late(signal.SIGALRM, None)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
 def test_a_reward_that_aborts_is_an_event(micro_config, tmp_path, monkeypatch):
     _fails_at_call(monkeypatch, Task, "score", 2, REWARD)
     with pytest.raises(RewardFailed):
