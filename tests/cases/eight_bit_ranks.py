@@ -16,7 +16,6 @@ from grpo.learner.learner import Learner
 from grpo.learner.parallel import join
 from grpo.run import checkpoint
 from policies.policy import Policy
-from policies.sharding import attend
 
 
 def main(source: str, folder: str, dtype: str, saved: str | None = None) -> None:
@@ -38,12 +37,7 @@ def main(source: str, folder: str, dtype: str, saved: str | None = None) -> None
     for step in range(first, 4):
         learner.step(learner.prepare(*groups_of(5)), step)
         if step > 1:
-            tensors, state = learner.state()
-            if ranks.first:
-                checkpoint.save(Path(folder), step, tensors, state)
-            else:
-                for mapping in tensors.values():
-                    attend(mapping.values())
+            checkpoint.save(Path(folder), step, *learner.state())
 
 
 if __name__ == "__main__":
