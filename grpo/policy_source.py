@@ -155,8 +155,7 @@ def check_options(options: ModelOptions) -> str:
         what = "has no chat template; use a format string such as '{question}\\n'"
         raise PolicyError(f"template=chat: model={model!r} {what}")
     refuse_backend(options, partial(_shape, model))
-    learner = getattr(options, "learner", None)
-    if learner and max(learner.parallel.tensor, learner.parallel.expert) > 1:
+    if (learner := getattr(options, "learner", None)) and max(learner.parallel.tensor, learner.parallel.expert) > 1:
         lora, itemsize = getattr(options, "lora", None), getattr(torch, options.dtype).itemsize
         refuse_layout(learner.parallel, _shape(model), lora, itemsize)
     return model
