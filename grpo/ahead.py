@@ -114,7 +114,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"dtype": str(value.dtype).removeprefix("torch."), "numbers": value.tolist()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        numbers = bool(value) and isinstance(value[0], int | float)  # one for each token: they are many
+        return list(value) if numbers else [_plain(entry) for entry in value]
     return {key: _plain(entry) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
