@@ -70,7 +70,7 @@ def _through_ray(config: SftConfig, flags: dict[str, Any]) -> None:
         run_config=RunConfig(storage_path=str(folder / "ray")),
     )
     with StopSignal() as signal:
-        start_ray(workers * threads + config.rollout.workers * config.rollout.threads_per_worker)
+        start_ray(workers * threads + config.rollout.samplers * config.rollout.threads_per_worker)
         try:
             work = threading.Thread(target=lambda: ended.append(_end_of(trainer)), daemon=True)
             work.start()

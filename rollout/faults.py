@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 
-OnFinished = Callable[[int], None]  # hears how many completions have ended since the last call
+OnFinished = Callable[[int], None]  # gets the number of completions that have ended since it was last called
 
 
 class RolloutError(RuntimeError):

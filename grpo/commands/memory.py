@@ -65,7 +65,7 @@ def memory_of_run(shape: PretrainedConfig, head: bool, config: SftConfig | MtpCo
     found = []
     if isinstance(config, TrainConfig) and config.warm_start.steps:
         found.append(replace(learner_memory(shape, head, config, warm_start=True), name=WARM_START))
-    workers = config.rollout.workers
+    workers = config.rollout.samplers
     ranks = learner.count
     if not workers:
         sampler = sampler_memory(shape, head, config)

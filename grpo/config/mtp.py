@@ -78,6 +78,7 @@ class MtpConfig(RunConfig):
         for key, value in (
             ("eval.every", self.eval.every),
             ("rollout.refill_draws", self.rollout.refill_draws),
+            ("rollout.ahead", self.rollout.ahead),
             ("checkpoint.keep_best", self.checkpoint.keep_best),
             ("log.measure_speed", self.log.measure_speed),
         ):

@@ -73,6 +73,11 @@ class RolloutOptions(SamplingOptions):
     refill_prompts: Literal["new", "same"] = "new"
     """What takes a tied group's place: the next prompts of the data, or the same prompt with new noise."""
 
+    @property
+    def samplers(self) -> int:
+        """Ray workers that the run has: sampling ahead needs one, and vLLM none."""
+        return 0 if self.backend == "vllm" else max(self.workers, self.ahead)
+
     @field_validator("accept")
     @classmethod
     def _lossless(cls, accept: str) -> str:

@@ -76,14 +76,14 @@ def open_run_pool(
         run_log.event("worker_lost", worker=worker, action=action, reason=reason)
 
     if not samples:
-        others = NoPool(keeps=rollout.workers + rollout.ahead > 0)
+        others = NoPool(keeps=rollout.samplers > 0)
         others.publish(policy.publication(), 0)
         return InterruptiblePool(others, stop)
     options = SimpleNamespace(rollout=rollout, dtype=dtype)
     with stop.kept(), phase("loading", options):  # Ray would put handlers of its own in place
         pool = open_pool(
             policy,
-            max(rollout.workers, rollout.ahead),
+            rollout.samplers,
             dtype=getattr(torch, dtype),
             threads=torch.get_num_threads() if rollout.backend == "vllm" else rollout.threads_per_worker,
             prompts_per_shard=rollout.prompts_per_shard,

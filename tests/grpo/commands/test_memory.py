@@ -32,6 +32,7 @@ from grpo.config.loss import LossOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
 from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.sampling import RolloutOptions
 from grpo.learner.learner import Learner
 from policies.anatomy import anatomy
 from policies.logprobs import CHUNK_ELEMENTS
@@ -252,6 +253,21 @@ def test_checkpointing_keeps_one_layer(random_policy):
     whole, spared = (activation_bytes(policy, 1000, 100, torch.float32, 0, checkpointing=c) for c in (False, True))
     fixed = CHUNK_ELEMENTS * 32 + 1000 * 100 * 5
     assert 4 * (spared - fixed) < whole - fixed
+
+
+def test_what_samples_ahead_is_a_worker_with_a_copy_of_its_own(random_policy):
+    shape = random_policy().config
+    learner, worker = memory_of_run(shape, True, options(TrainConfig, **{"rollout.ahead": 1}))
+    assert (learner.name, learner.sampler, worker.name) == ("learner", 0, "the worker")
+    assert worker.sampler > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "samplers"),
+    [({}, 0), ({"ahead": 1}, 1), ({"ahead": 1, "workers": 3}, 3), ({"ahead": 1, "backend": "vllm"}, 0)],
+)
+def test_the_ray_workers_of_a_run(given, samplers):
+    assert RolloutOptions(**given).samplers == samplers
 
 
 def test_each_kind_of_device_has_a_column(random_policy):

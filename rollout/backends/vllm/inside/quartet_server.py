@@ -1,4 +1,5 @@
-"""vLLM behind a small HTTP server, for one trainer: weights and token ids in, token ids and log-probabilities out.
+"""Runs vLLM as a small HTTP server for one trainer. It takes weights and prompts as token ids, and gives completions as
+token ids with their log-probabilities.
 
 vLLM's own interpreter runs this file, so it imports nothing of quartet. `quartet train` starts it; by hand it is
 
