@@ -1,0 +1,312 @@
+"""How a policy writes calls of tools and reads their results, in token ids that are never tokenised again.
+
+There are two forms. A model whose chat template writes calls and results keeps that form: transformers' response
+parsing reads it, and the chat template writes the rest. Every other model uses the marks of GSM8K's solutions, which
+need no chat template: a turn that ends in `<<48/2=` is a call, and its result is written as `24>>`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from transformers.utils import get_json_schema
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONGEST_CALL = 20_000  # characters; a longer call is refused before it is parsed
+_CLOSED_MARK = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")  # the model wrote call and result itself, so nothing is called
+_OPEN_MARK = re.compile(r"<<(.*)=", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a tool. The arguments are checked: they have the names and types of the tool's parameters."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one sampled turn says. `content` is its text without calls.
+
+    If a call is bad, then `error` is what the model is told, and none of the calls is in `calls`. Answer such a turn
+    with `reply([("error", turn.error)])`.
+    """
+
+    content: str
+    calls: tuple[Call, ...] = ()
+    error: str | None = None
+
+
+class BadCall(ValueError):
+    """A call that cannot be made. The message is for the model: it says what is wrong and how it should be."""
+
+
+class TurnFormat:
+    """Reads turns and writes results, for one tokenizer and one list of tools.
+
+    A tool is a function or a bound method with type hints and a docstring that describes each argument; `schemas` holds
+    its JSON schema. `plain` chooses the form: True for the marks of GSM8K's solutions, False for the model's own form,
+    and None for the model's own one if its chat template has calls. `stop_token_ids` are the policy's, and by default
+    the tokenizer's eos. Raises ValueError for a tool without such a docstring, for two tools of one name, and for a
+    chat template whose calls cannot be parsed.
+
+    >>> form = TurnFormat(tokenizer, [calculate])        # a tokenizer without a chat template
+    >>> form.read(tokenizer.encode("Each gets <<48/2=<|end|>"))
+    Turn(content='Each gets ', calls=(Call(name='calculate', arguments={'expression': '48/2'}),), error=None)
+    >>> tokenizer.decode(form.reply([("calculate", "24")]))
+    '24>>'
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tools: Sequence[Callable[..., Any]],
+        *,
+        plain: bool | None = None,
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
+        self._tools = {tool.__name__: tool for tool in tools}
+        if len(self._tools) < len(tools):
+            raise ValueError(f"two tools have one name: {', '.join(tool.__name__ for tool in tools)}; rename one")
+        self.schemas = [_schema(tool) for tool in tools]
+        self._parameters = {tool.__name__: list(inspect.signature(tool).parameters) for tool in tools}
+        self._arguments = {tool.__name__: _arguments_of(tool) for tool in tools}
+        self._tokenizer = tokenizer
+        own = None if plain else _response_template(tokenizer)
+        if own is None and plain is False:
+            raise ValueError(
+                f"the chat template of {tokenizer.name_or_path!r} has no form for calls of tools; use the plain form"
+            )
+        self.is_plain = own is None
+        added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = [*added.values(), *tokenizer.all_special_tokens]
+        self._stops = {tokenizer.eos_token_id, *stop_token_ids}
+        self._response_template = own
+        if not self.is_plain:
+            self._opening = self._render([_USER], add_generation_prompt=True)
+
+    def tools_prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """The ids of the first prompt, with what the tools are, up to and with the generation prompt.
+
+        The plain form describes the tools in the system message. Without a chat template it describes nothing, since a
+        base model must have learned the marks, and the prompt is one line for each message.
+        """
+        if not self.is_plain:
+            return self._encode(self._render(messages, add_generation_prompt=True, tools=self.schemas))
+        if not self._tokenizer.chat_template:
+            ids = self._tokenizer.encode("".join(f"{message['content']}\n" for message in messages))
+            return ids[:-1] if ids[-1:] == [self._tokenizer.eos_token_id] else ids
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        about = "\n\n".join([*(message["content"] for message in system), self._about()])
+        asked = [{"role": "system", "content": about}, *messages[len(system) :]]
+        return self._encode(self._render(asked, add_generation_prompt=True))
+
+    def read(self, token_ids: Sequence[int]) -> Turn:
+        """What a sampled turn says; `token_ids` may end with its stop token. It never raises for what a model wrote."""
+        ids = list(token_ids)
+        try:
+            if self.is_plain:
+                ids = ids[:-1] if ids[-1:] and ids[-1] in self._stops else ids
+                content, calls = self._read_marks(str(self._tokenizer.decode(ids)))
+            else:
+                content, calls = self._read_own(ids)
+            return Turn(content, tuple(self._checked(name, arguments) for name, arguments in calls))
+        except BadCall as error:
+            return Turn(str(self._tokenizer.decode(ids, skip_special_tokens=True)), error=str(error))
+
+    def reply(self, results: Sequence[tuple[str, str]]) -> list[int]:
+        """The ids that follow a sampled turn: the results of its calls, up to and with the generation prompt.
+
+        `results` are (tool, text), in the order of the calls. The ids depend on them alone. A special token that a text
+        spells out, such as `<|im_end|>`, is broken by a blank, so that a tool cannot end its own message.
+        """
+        texts = [(name, self._without_special_tokens(text)) for name, text in results]
+        if self.is_plain:
+            return self._encode("\n".join(text for _, text in texts) + ">>")
+        name = texts[0][0]  # some templates take the name from the call, and some have one call in a turn
+        called = [_USER, _calls([Call(name, {})])]
+        answers = [{"role": "tool", "name": name, "content": text} for name, text in texts]
+        before = self._up_to_the_stop_token(self._render(called))
+        after = self._render([*called, *answers], add_generation_prompt=True)
+        # A template may drop thoughts once a result follows. The end of the call stays as it is.
+        end_of_call = next((before[i:] for i in range(len(before)) if before[i:] in after), "")
+        if name not in end_of_call:
+            raise ValueError(
+                f"the chat template of {self._tokenizer.name_or_path!r} writes a call in another way once its result "
+                "follows, so results cannot be appended to sampled tokens; use the plain form"
+            )
+        ids = self._encode(after.partition(end_of_call)[2])
+        return ids[1:] if ids[0] in self._stops else ids  # the sampled turn already ends with it
+
+    def write(self, turn: Turn) -> list[int]:
+        """The ids of a turn as the model should write it, with its stop token: `read` in reverse, to make SFT data."""
+        if not self.is_plain:
+            written = self._up_to_the_stop_token(self._render([_USER, {**_calls(turn.calls), "content": turn.content}]))
+            if not written.startswith(self._opening):
+                raise ValueError(
+                    f"the chat template of {self._tokenizer.name_or_path!r} writes a turn in another way than it asks "
+                    "for one, so it cannot make examples of turns"
+                )
+            return self._encode(written[len(self._opening) :])
+        if len(turn.calls) > 1:
+            raise ValueError(f"the plain form has one call in a turn, not {len(turn.calls)}")
+        marks = "".join(f"<<{self._mark(call)}=" for call in turn.calls)
+        return [*self._encode(turn.content + marks), self._tokenizer.eos_token_id]
+
+    def _checked(self, name: str, arguments: Any) -> Call:
+        """The call with its arguments in the types of the tool, "7" as 7 for an int. Raises BadCall."""
+        if name not in self._tools:
+            raise BadCall(f"There is no tool {name!r}. Tools: {', '.join(self._tools)}.")
+        if not isinstance(arguments, dict):
+            raise BadCall(f"The arguments of {name} must be a JSON object, not {json.dumps(arguments)[:80]}.")
+        try:
+            checked = self._arguments[name].model_validate(arguments)
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
+            raise BadCall(f"Wrong arguments of {name}: {'; '.join(faults)[:500]}.") from error
+        given = sorted(checked.model_fields_set, key=list(type(checked).model_fields).index)
+        return Call(name, {self._parameters[name][int(field[1:])]: getattr(checked, field) for field in given})
+
+    def _read_marks(self, text: str) -> tuple[str, list[tuple[str, Any]]]:
+        """The plain form. A call ends its turn and goes from `<<` to `=`; marks that the model has closed are text."""
+        hidden = _CLOSED_MARK.sub(lambda mark: "." * len(mark.group()), text)
+        start, inside = hidden.find("<<"), _OPEN_MARK.search(hidden.rstrip())
+        if start < 0:
+            return text, []
+        if inside is None or inside.end() < len(hidden.rstrip()):
+            if "\n" in hidden[start:] or ">>" in hidden[start:]:
+                return text, []
+            raise BadCall("A call begins with << and ends with = at the end of a turn.")
+        if len(said := text[start + 2 : inside.end() - 1]) > LONGEST_CALL:
+            raise BadCall(f"A call may have {LONGEST_CALL} characters; this one has {len(said)}.")
+        name, _, rest = said.strip().partition(" ")
+        if name not in self._tools:
+            if len(self._tools) > 1:
+                raise BadCall(f"There is no tool {name!r}. Tools: {', '.join(self._tools)}.")
+            name, rest = next(iter(self._tools), ""), said
+        return text[:start], [(name, self._from_mark(name, rest.strip()))]
+
+    def _from_mark(self, name: str, said: str) -> Any:
+        """The arguments of a mark: a JSON object, or the text itself for a tool with one parameter."""
+        fields = self._parameters.get(name, [])
+        try:
+            read = json.loads(said) if said else {}
+        except ValueError:
+            read = None
+        if isinstance(read, dict) and (set(read) <= set(fields) or len(fields) != 1):
+            return read
+        if len(fields) == 1:
+            return {fields[0]: said}
+        raise BadCall(f"The arguments of {name} must be a JSON object with the keys {', '.join(fields)}.")
+
+    def _mark(self, call: Call) -> str:
+        fields, values = self._parameters[call.name], list(call.arguments.values())
+        alone = len(fields) == len(values) == 1 and isinstance(values[0], str)
+        said = values[0] if alone else json.dumps(call.arguments)
+        return said if len(self._tools) == 1 else f"{call.name} {said}"
+
+    def _read_own(self, ids: list[int]) -> tuple[str, list[tuple[str, Any]]]:
+        """The model's own form, by transformers' response parsing."""
+        try:
+            said = self._tokenizer.parse_response(
+                ids, self._response_template, prefix=self._opening, tools=self.schemas
+            )
+            calls = [call.get("function", call) for call in said.get("tool_calls") or []]
+            read = [(str(call["name"]), call.get("arguments") or {}) for call in calls]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BadCall(f"This call cannot be read: {error!s:.200}.") from error
+        if any(len(json.dumps(arguments)) > LONGEST_CALL for _, arguments in read):
+            raise BadCall(f"A call may have {LONGEST_CALL} characters.")
+        return str(said.get("content") or ""), read
+
+    def _about(self) -> str:
+        """The tools and the marks, for the system message of a chat in the plain form."""
+        lines = ["You can call tools. Write a call in marks and end your turn after =; the result follows:"]
+        for schema in self.schemas:
+            function = schema["function"]
+            fields = list(function["parameters"]["properties"])
+            said = fields[0] if len(fields) == 1 else json.dumps(dict.fromkeys(fields, "..."))
+            name = f"{function['name']} " if len(self.schemas) > 1 else ""
+            lines.append(f"<<{name}{said}=result>> {function['description']}")
+        return "\n".join(lines)
+
+    def _up_to_the_stop_token(self, text: str) -> str:
+        """Templates write a line break after the token that ends a turn; the model does not sample it."""
+        ends = [text.rfind(token) + len(token) for token in self._special if token in text]
+        end = max(ends, default=len(text))
+        return text[:end] if not text[end:].strip() else text
+
+    def _without_special_tokens(self, text: str) -> str:
+        for token in self._special:
+            text = text.replace(token, f"{token[:1]} {token[1:]}")
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+        try:
+            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+        except Exception as error:  # a template is a program
+            raise ValueError(
+                f"the chat template of {self._tokenizer.name_or_path!r} fails on the roles "
+                f"{', '.join(message['role'] for message in messages)}: {type(error).__name__}: {error}"
+            ) from error
+
+
+_USER = {"role": "user", "content": "."}
+
+
+def _calls(calls: Sequence[Call]) -> dict[str, Any]:
+    functions = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls]
+    return {"role": "assistant", "content": ""} | ({"tool_calls": functions} if functions else {})
+
+
+def _response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """How the model writes calls: its tokenizer says so, or TRL knows its chat template. None if it writes none."""
+    if not tokenizer.chat_template:
+        return None
+    if own := getattr(tokenizer, "response_template", None):
+        return own
+    from trl.chat_template_utils import add_response_schema, supports_tool_calling
+
+    if not supports_tool_calling(tokenizer) or "tools" not in tokenizer.chat_template:
+        return None
+    try:
+        return add_response_schema(deepcopy(tokenizer)).response_template
+    except ValueError as error:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} writes calls of tools, but neither the tokenizer nor TRL "
+            "says how to parse them; put response_template into tokenizer_config.json, or use the plain form"
+        ) from error
+
+
+def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_json_schema(tool)
+    except Exception as error:  # transformers has an exception for each of many faults
+        raise ValueError(
+            f"tool {tool.__name__!r}: {error} A tool needs a type hint for each parameter, and a docstring with "
+            "'Args:' that describes each one"
+        ) from error
+
+
+def _arguments_of(tool: Callable[..., Any]) -> type[BaseModel]:
+    """Checks arguments by the type hints of the tool's parameters, and refuses any other. Its fields are p0, p1, ..."""
+    hints, fields = typing.get_type_hints(tool), {}
+    for i, (name, parameter) in enumerate(inspect.signature(tool).parameters.items()):
+        default = ... if parameter.default is parameter.empty else parameter.default
+        fields[f"p{i}"] = (hints[name], Field(default, alias=name))
+    options = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+    return create_model(tool.__name__, __config__=options, **fields)  # type: ignore[call-overload]
