@@ -81,7 +81,7 @@ class Task:
         # A chat template is the model's, and no model is loaded yet: the bare question then replaces its text.
         prompt = known[0].question if self.template.is_chat else self.template.render(known[0])
         self.solution_column = data.solution_column
-        self.trainer_state: dict[str, float] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
+        self.trainer_state: dict[str, Any] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
         self.prompts_per_step = 0
         self.scores = scores
         specs = [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
@@ -129,6 +129,7 @@ class Task:
         )
         if isinstance(config, TrainConfig):
             task.trainer_state["max_steps"], task.prompts_per_step = config.steps, config.prompts_per_step
+        task.trainer_state["output_dir"] = str(config.output_dir)
         try:
             task.check_counts(config)
         except ValueError:

@@ -8,8 +8,9 @@ there. Arguments are passed by keyword, one list entry per completion, and only 
 - `log_extra(column, values)` (one value per completion), `log_metric(name, value)` (one number per batch)
 - any column of the data set, by its name. `**kwargs` receives the remaining columns; `**_` declines them.
 
-None means that the function abstains. A completion's reward must depend only on its own row, since batches are
-cut in any way.
+None means that the function abstains. An exception in the list, in place of a number, is the failure of that completion
+alone; one that is raised is the failure of the batch, which is then scored again completion by completion. A
+completion's reward must depend only on its own row, since batches are cut in any way.
 
 >>> def short(completions, **_):
 ...     return [1.0 if len(completion) < 20 else 0.0 for completion in completions]

@@ -23,6 +23,7 @@ _MODULES = {
     "length": ("length_penalty", "repetition_penalty", "soft_overlong_punishment"),
     "text": ("bleu", "chrf"),
     "remote": ("remote",),
+    "judge": ("judge",),
     "column": ("column",),
     "reasoning": ("reasoning_gym",),
 }

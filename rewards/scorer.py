@@ -63,7 +63,7 @@ class Scorer:
         self._functions = [RewardFunction(spec, index) for index, spec in enumerate(specs)]
         self._logged_by: dict[str, str] = {}
         descriptions = [function.description() for function in self._functions]
-        tokens = [spec.arguments.get("token_variable") for spec in specs if spec.function == "remote"]
+        tokens = [spec.arguments.get("token_variable") for spec in specs if spec.function in ("remote", "judge")]
         named = [*pass_variables, *(name for name in tokens if name)]
         self._pool: WorkerPool | ThisProcess = (
             WorkerPool(descriptions, size=workers, timeout_s=timeout_s, pass_variables=named)

@@ -33,6 +33,9 @@ def show_check(check: RewardCheck, console: Console) -> None:
         for name, r in check.length_correlation.items()
     )
     _say(console, f"with length   {correlations}")
+    if check.logged:
+        sums = ", ".join(f"{name} {total:,.10g}" for name, total in check.logged.items())
+        _say(console, f"logged        in all: {sums}")
     _say(console, f"evaluation    {check.no_accuracy or 'its marks say right or wrong: accuracy is reported'}")
     if check.surprises:
         console.print(_surprises(check.surprises, console.encoding))

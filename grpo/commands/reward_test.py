@@ -60,7 +60,9 @@ class RewardCheck:
 
     `differing`: completions that scored differently when scored again, in this process, or in another batch.
     `latency_ms`: one completion alone, isolation included. `length_correlation`: Pearson's r of score and length in
-    characters, over gold solutions, and over gold, wrong and other ones; None where either is constant.
+    characters, over gold solutions, and over gold, wrong and other ones; None where either is constant. `logged`: the
+    sums of the numbers that the function logged for each completion when it scored all of them for the first time, and
+    `failures` those of that time.
     """
 
     function: str
@@ -74,6 +76,8 @@ class RewardCheck:
     latency_ms: dict[str, float] = field(default_factory=dict)
     completions_per_second: float = 0.0
     length_correlation: dict[str, float | None] = field(default_factory=dict)
+    logged: dict[str, float] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
     surprises: list[Surprise] = field(default_factory=list)
     no_accuracy: str | None = None  # why an evaluation with it reports none
     problems: list[str] = field(default_factory=list)
@@ -91,7 +95,7 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
     spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
     columns = list(examples[0].columns)
     options: dict[str, Any] = {"columns": columns, "pass_variables": config.pass_variables}
-    with Scorer([spec], timeout_s=config.timeout_s, **options) as scorer:
+    with Scorer([spec], timeout_s=config.timeout_s, on_error=config.on_error, **options) as scorer:
         trial = _Trial(function, examples)
         gold = trial.dry_run(scorer)
         verdicts = Verdicts(spec.label, scorer.right_at(spec.label), gold)
@@ -101,7 +105,8 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
         started = time.perf_counter()
         scores = trial.score(scorer)
         check.completions_per_second = sum(map(len, scores)) / (time.perf_counter() - started)
-        _compare(check, trial, spec, scorer, scores, columns)
+        check.logged, check.failures = trial.logged, trial.failures
+        _compare(check, trial, spec, scorer, scores, columns, config.on_error)
         check.latency_ms = _latency(trial, scorer)
         for row in scores:
             verdicts.see(row)
@@ -122,6 +127,8 @@ class _Trial:
         self.prompts = [f"{example.question}\n" for example in examples]
         self.messages = [e.messages or [{"role": "user", "content": e.question}] for e in examples]
         self.probes: list[list[Probe]] = probes(examples)
+        self.logged: dict[str, float] = {}  # of the last scoring of all
+        self.failures: list[str] = []
 
     def score(self, scorer: Scorer, *, backwards: bool = False) -> Scores:
         """The scores of all probes; `backwards` puts every completion into another place of the batch."""
@@ -150,6 +157,12 @@ class _Trial:
         except RewardFailed as error:
             i = self.row_of[error.failure.prompt_id]
             raise self.failed(error.failure, i, chosen[list(rows).index(i)][error.failure.sample_index]) from None
+        self.failures = [str(failure) for group in groups for failure in group.errors]
+        self.logged = {
+            name: math.fsum(value for group in groups for value in group.extras.get(name, []) if value is not None)
+            for name in dict.fromkeys(name for group in groups for name in group.extras)
+            if all(isinstance(v, int | float | None) for group in groups for v in group.extras.get(name, []))
+        }
         return [group.rewards for group in groups]
 
     def dry_run(self, scorer: Scorer) -> float | None:
@@ -170,13 +183,19 @@ class _Trial:
 
 
 def _compare(
-    check: RewardCheck, trial: _Trial, spec: RewardSpec, scorer: Scorer, scores: Scores, columns: list[str]
+    check: RewardCheck,
+    trial: _Trial,
+    spec: RewardSpec,
+    scorer: Scorer,
+    scores: Scores,
+    columns: list[str],
+    on_error: str,
 ) -> None:
     """Determinism: the same completions again, in this process, and in another batch."""
     others = {"scored again": trial.score(scorer)}
     with (
         contextlib.redirect_stdout(sys.stderr),  # where a worker's prints go
-        Scorer([spec], columns=columns, isolated=False) as here,
+        Scorer([spec], columns=columns, on_error=on_error, isolated=False) as here,
     ):
         others["in this process"] = trial.score(here)
     others["among other completions"] = trial.score(scorer, backwards=True)
@@ -231,8 +250,10 @@ def _judge(check: RewardCheck, trial: _Trial, scores: Scores) -> None:
         if unexpected:
             what = {"full": "miss full marks", "same": "score not as it does"}.get(expected, "get full marks")
             (check.problems if fault else check.notes).append(f"{meaning}: {len(unexpected)} of {len(places)} {what}")
-    if abstained := sum(kind.abstained for kind in check.kinds):
+    if abstained := sum(kind.abstained for kind in check.kinds) - len(check.failures):
         check.notes.append(f"{abstained} completions got no score: the function abstained")
+    if check.failures:
+        check.problems.append(f"{len(check.failures)} completions failed; the first: {check.failures[0]}")
     if not check.shaping and not any(probe.kind in ("wrong", "other") for row in trial.probes for probe in row):
         check.notes.append("no wrong completion could be made: no gold solution has a digit, and all are alike")
 

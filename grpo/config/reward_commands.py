@@ -13,6 +13,8 @@ class _TrialOptions(CallOptions):
     """Wall-clock seconds that the function may take per batch of at most 256 completions."""
     pass_variables: list[str] = Field(default_factory=list)
     """Environment variables that the function may read besides the usual few, such as [OPENAI_API_KEY]."""
+    on_error: str = Field(default="abort", pattern=r"^(abort|drop_sample)$")
+    """`abort` ends at the first failure; `drop_sample` counts failures and goes on."""
 
 
 class RewardTestConfig(_TrialOptions, ProblemOptions):
@@ -39,7 +41,5 @@ class ReplayConfig(_TrialOptions):
     the same name, else the only one, else `score`."""
     steps: list[int] | None = None
     """Steps to score, such as `[1, 50]`; null scores all that are recorded."""
-    on_error: str = Field(default="abort", pattern=r"^(abort|drop_sample)$")
-    """`abort` ends at the first failure; `drop_sample` counts failures and goes on."""
     workers: int = Field(default=1, ge=1)
     """Processes that score."""

@@ -161,6 +161,8 @@ def _number(value: Any) -> float | dict | None:
     """A float for any number (int, bool, numpy or torch scalar), None for None, or else a failure."""
     if value is None:
         return None
+    if isinstance(value, Exception):
+        return {"kind": "raised", "message": _describe(value.with_traceback(None), None)}
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         if hasattr(value, "__float__"):
             return float(value)

@@ -157,12 +157,12 @@ def test_without_any_mark_there_is_neither_accuracy_nor_mean(task):
 
 
 def test_what_the_built_in_rewards_declare():
-    """`column` and `remote` hand on what others say, so their marks show it."""
+    """`column`, `remote` and `judge` hand on what others say, so their marks show it."""
     for name in BUILT_IN:
         if name in ("bleu", "chrf"):
             pytest.importorskip("sacrebleu")
         judges = (name.startswith("gsm8k") and name != "gsm8k_format") or name in ("math_equivalence", "reasoning_gym")
-        expected = "undeclared" if name in ("column", "remote") else 1.0 if judges else None
+        expected = "undeclared" if name in ("column", "remote", "judge") else 1.0 if judges else None
         assert Signature.of(load_reward(name)).right_at == expected, name
 
 

@@ -4,6 +4,7 @@ import doctest
 import json
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import psutil
@@ -12,10 +13,13 @@ import pytest
 from grpo.cli import main
 from grpo.commands import reward_probes
 from grpo.commands.reward_probes import HOSTILE, KINDS, probes
+from grpo.commands.reward_report import show_check
 from grpo.commands.reward_test import check_reward
 from grpo.config.reward_commands import RewardTestConfig
 from grpo.data.examples import Example
+from grpo.run.console import Terminal
 from rewards import RewardError
+from tests.cases.judges import judge_server, verdict
 
 EXAMPLE = Path(__file__).parents[3] / "examples/03_custom_reward.py"
 SOURCE = """
@@ -301,3 +305,33 @@ def test_data_without_a_wrong_completion_says_so(tmp_path, file):
     (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "yes"}\n')
     found = check(f"{file}:everything", data=str(tmp_path / "rows.jsonl"))
     assert any("no wrong completion could be made" in note for note in found.notes)
+
+
+def test_a_judge_shows_its_cost_what_was_kept_and_what_failed():
+    def answer(asked):  # right: the number of the last line; it breaks on empty texts
+        gold, said = (part.rpartition("####")[2].strip() for part in asked.split("|"))
+        return verdict("{" if not said else float(gold == said), tokens=7)
+
+    with judge_server(answer) as server:
+        arguments = {
+            "url": server.url,
+            "model": "m",
+            "rubric": "{answer}|{completion}",
+            "retries": 1,
+            "backoff_s": 0.001,
+        }
+        found = check("judge", limit=3, arguments=arguments, on_error="drop_sample")
+        shown = StringIO()
+        show_check(found, Terminal(file=shown, width=200))
+        with pytest.raises(RewardError, match=r"fails on row 1 .*the verdict is no JSON"):
+            check("judge", limit=3, arguments=arguments)
+    empty = 3 * 2 + 1  # nothing, only spaces, and one hostile text that ends with the marks
+    assert len(found.failures) == empty
+    assert found.problems[0].startswith(f"{empty} completions failed; the first: reward 'judge' failed on prompt")
+    asked = sum(kind.count for kind in found.kinds)
+    kept = found.logged["judge_cached"]
+    assert found.logged["judge_retries"] == empty
+    assert found.logged["judge_tokens"] == 7 * (asked - kept + empty)
+    assert f"judge_tokens {found.logged['judge_tokens']:g}" in shown.getvalue()
+    assert f"problem: {empty} completions failed" in shown.getvalue()
+    assert "abstained" not in shown.getvalue()

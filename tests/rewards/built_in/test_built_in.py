@@ -201,13 +201,13 @@ def test_remote_tries_again_under_the_same_key(server):
 
 def test_remote_does_not_repeat_a_request_that_is_wrong(server):
     server.answers = [(400, {"error": "no such task"})]
-    with pytest.raises(RuntimeError, match=r"no rewards after 1 tries: HTTP 400 .*no such task"):
+    with pytest.raises(RuntimeError, match=r"no usable answer after 1 tries: HTTP 400 .*no such task"):
         ask(server)
 
 
 def test_remote_gives_up_loudly(server):
     server.answers = [0.2, 0.2]
-    with pytest.raises(RuntimeError, match=r"no rewards after 2 tries: .*timed out"):
+    with pytest.raises(RuntimeError, match=r"no usable answer after 2 tries: .*timed out"):
         ask(server, retries=1, request_timeout_s=0.05)
 
 
