@@ -11,7 +11,7 @@ weights are still those that the next batch needs, or finds that batch ready to 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from grpo.collector import Collector
 from grpo.config.run import TrainConfig
 from grpo.loop import Run
 from rewards.group_score import GroupScore, RewardFailure
-from rollout.group import Completion, DraftStats, RolloutGroup
+from rollout.group import Completion, DraftStats, RolloutGroup, ToolStats
+
+BY_ENVIRONMENT = ("text", "token_ids", "messages")  # parts of a prompt to which an environment may have added
 
 
 class Batches:
@@ -102,10 +104,11 @@ class Batches:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses, tensors of integers and what JSON knows, as JSON takes it; of a prompt its id alone."""
+    """Dataclasses, tensors of integers and what JSON knows, as JSON takes it; of a prompt what is not in the data."""
     if isinstance(value, RolloutGroup):
         return {
             "prompt_id": value.prompt.prompt_id,
+            "prompt": {name: getattr(value.prompt, name) for name in BY_ENVIRONMENT},
             "completions": _plain(value.completions),
             "prompt_routing": _plain(value.prompt_routing),
         }
@@ -124,10 +127,14 @@ def _drawn(state: dict[str, Any], collector: Collector) -> Drawn:
 
     def group(found: dict[str, Any]) -> RolloutGroup:
         completions = [completion(each) for each in found["completions"]]
-        return RolloutGroup(collector.prompt(found["prompt_id"]), completions, _tensor(found["prompt_routing"]))
+        prompt = replace(collector.prompt(found["prompt_id"]), **found.get("prompt", {}))
+        return RolloutGroup(prompt, completions, _tensor(found["prompt_routing"]))
 
     def completion(found: dict[str, Any]) -> Completion:
-        return Completion(**found | {"draft": DraftStats(**found["draft"]), "routing": _tensor(found["routing"])})
+        parts = {"draft": DraftStats(**found["draft"]), "routing": _tensor(found["routing"])}
+        if found.get("tools") is not None:
+            parts["tools"] = ToolStats(**found["tools"])
+        return Completion(**found | parts)
 
     def score(found: dict[str, Any]) -> GroupScore:
         return GroupScore(**found | {"errors": [RewardFailure(**error) for error in found["errors"]]})

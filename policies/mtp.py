@@ -168,8 +168,9 @@ def draft_loss(
     """The distance of each depth's drafts from the trunk at the rollout temperature, weighted 0.6^(d−1).
 
     `outputs[d-1][n]` drafts token n + d. Its teacher is the trunk's distribution of that token, from the hidden state
-    that precedes it, `teacher_hidden_BTD[n + d]`. `segment_BT` numbers the completions of a row from 1 and is below 1
-    elsewhere, since a chain starts and ends inside one completion. Teacher and LM head are detached (contract 7).
+    that precedes it, `teacher_hidden_BTD[n + d]`. `segment_BT` numbers the completions of a row from 1, or the turns of
+    each, and is below 1 elsewhere, since a chain starts and ends inside one of them. Teacher and LM head are detached
+    (contract 7).
     Returns the sum over drafts, to be divided by the step's completion tokens.
 
     `divergence`: `kl`, forward KL(trunk ‖ draft), or `tv`, 1 − Σ min(p, q), the share of drafts that the best coupling

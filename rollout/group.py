@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "max_turns", "environment", "abort"]
+ENDED: tuple[FinishReason, ...] = ("stop", "environment")  # what no limit has cut
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,25 @@ class DraftStats:
 
 
 @dataclass
+class ToolStats:
+    """What the tools of one episode did: `calls` that were made, `errors` that tools raised, and `bad_calls` that named
+    no tool, had wrong arguments or could not be read. `reward` is what the environment's `get_reward` gave. `failure`
+    says why the environment could not go on, `{"kind": ..., "message": ...}`.
+    """
+
+    calls: int = 0
+    errors: int = 0
+    bad_calls: int = 0
+    reward: float | None = None
+    failure: dict[str, str] | None = None
+
+
+@dataclass
 class Completion:
     """One sampled completion. `token_ids` end with the stop token when `finish_reason` is `stop`.
+
+    With tools it is an episode of several turns. `turns` are then its messages, the assistant's and the tools', and
+    `sampled` [Lc] is false for tokens that a tool wrote, whose `logprobs` are 0. Both are empty without tools.
 
     With stop strings, which only `quartet eval` and `quartet sample` have, they may end with the token that completed
     one, and `text` ends before the string.
@@ -69,16 +87,40 @@ class Completion:
     policy_version: int
     draft: DraftStats = field(default_factory=DraftStats)
     routing: Tensor | None = field(default=None, compare=False)
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    tools: ToolStats | None = None
+
+    @property
+    def num_sampled(self) -> int:
+        """How many of its tokens the policy sampled.
+
+        >>> Completion([5, 6, 7], [-0.1, 0.0, -0.2], "", "stop", 0, sampled=[True, False, True]).num_sampled
+        2
+        """
+        return sum(self.sampled) if self.sampled else len(self.token_ids)
+
+    @property
+    def num_turns(self) -> int:
+        """Turns of the policy; 1 without tools."""
+        return max(1, sum(message["role"] == "assistant" for message in self.turns))
+
+    @property
+    def answer(self) -> str:
+        """What a reward reads: the text, or that of the policy's last turn where there were tools."""
+        said = [message["content"] for message in self.turns if message["role"] == "assistant"]
+        return said[-1] if said else self.text
 
 
 def tokens_per_forward(completions: Iterable[Completion]) -> float | None:
     """Tokens that a decoding forward of the trunk gave: 1 without drafts, 1 + Σ acceptance at depth d with them.
 
-    It is None where no completion has more than its first token.
+    It is None where no completion has more than its first token. Reading a tool's tokens gives the first token of the
+    next turn, as reading the prompt gives that of the first turn.
     """
     tokens = forwards = 0
     for completion in completions:
-        tokens += len(completion.token_ids) - 1
+        tokens += completion.num_sampled - completion.num_turns
         forwards += completion.draft.target_forwards
     return tokens / forwards if forwards else None
 
@@ -93,4 +135,5 @@ class RolloutGroup:
 
     @property
     def texts(self) -> list[str]:
-        return [completion.text for completion in self.completions]
+        """What rewards read, see `Completion.answer`."""
+        return [completion.answer for completion in self.completions]

@@ -162,7 +162,7 @@ def gae(
 
     δ_t = r_t + γ V_{t+1} - V_t and Â_t = δ_t + γλ Â_{t+1}, with V = 0 after the last token (Schulman et al.,
     arXiv:1506.02438, eq. 16; PPO, arXiv:1707.06347, eq. 11-12). Returns are Â + V, the targets of the value
-    function. Rows are padded on the right.
+    function. What is off the mask is passed over: padding, and tokens that a tool wrote between two sampled ones.
 
     >>> rewards, values = torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[0.5, 0.8, 9.0]])
     >>> gae(rewards, values, torch.tensor([[True, True, False]]), gamma=1.0, lam=0.5)   # δ = 0.3, 0.2
@@ -173,8 +173,10 @@ def gae(
     advantage_B = next_value_B = torch.zeros_like(values_BT[:, 0])
     for t in reversed(range(values_BT.shape[1])):
         delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
-        advantage_B = delta_B + gamma * lam * advantage_B
-        advantages_BT[:, t], next_value_B = advantage_B, values_BT[:, t]
+        advantage_B = torch.where(mask_BT[:, t], delta_B + gamma * lam * advantage_B, advantage_B)
+        next_value_B = torch.where(mask_BT[:, t], values_BT[:, t], next_value_B)
+        advantages_BT[:, t] = advantage_B
+    advantages_BT = advantages_BT.masked_fill(~mask_BT, 0.0)
     return advantages_BT, advantages_BT + values_BT
 
 

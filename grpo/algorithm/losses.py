@@ -33,6 +33,7 @@ from grpo.algorithm.surrogates import (
     sapo_surrogate,
 )
 from grpo.config.loss import CorrectionMode, LossOptions, LossType
+from rollout.group import ENDED
 
 Given = TypeVar("Given")
 
@@ -165,13 +166,13 @@ def entropy_threshold(entropies_N: Tensor, top_entropy_quantile: float) -> Tenso
 
 
 def mask_truncated_completions(mask: Tensor, finish_reasons: Sequence[str]) -> Tensor:
-    """Overlong filtering (DAPO, arXiv:2503.14476, §3.4): what did not stop by itself leaves the loss.
+    """Overlong filtering (DAPO, arXiv:2503.14476, §3.4): what was cut by a limit leaves the loss.
 
     >>> mask_truncated_completions(torch.tensor([[True, True], [True, True]]), ["stop", "length"])
     tensor([[ True,  True],
             [False, False]])
     """
-    return mask & torch.tensor([[reason == "stop"] for reason in finish_reasons], device=mask.device)
+    return mask & torch.tensor([[reason in ENDED] for reason in finish_reasons], device=mask.device)
 
 
 def value_loss(

@@ -1,7 +1,8 @@
 """Groups as the learner reads them: every prompt once, followed by its completions (contract 10).
 
 A packed row is `[prompt | c1 | … | cG]`. A completion attends to the prompt and to itself, its positions continue the
-prompt's, and the prompt's last token predicts the first token of all G completions.
+prompt's, and the prompt's last token predicts the first token of all G completions. Tokens that a tool wrote are read
+like those of a prompt, and nothing is learned from them.
 Axes: B rows, T tokens of a row, C completions of the micro-batch, L completion tokens (padded).
 """
 
@@ -32,6 +33,11 @@ class Sample:
     values: list[float] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
     routing: Tensor | None = None  # [Lc, MoE layers, k]; see RolloutGroup
+    sampled: list[bool] = field(default_factory=list)  # [Lc] false where a tool wrote; empty without tools
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(self.sampled) if self.sampled else len(self.token_ids)
 
     @property
     def tied(self) -> bool:
@@ -54,11 +60,12 @@ class PackedRow:
 
     @property
     def length(self) -> int:
-        return len(self.prompt_token_ids) + self.num_completion_tokens
+        return len(self.prompt_token_ids) + sum(len(sample.token_ids) for sample in self.samples)
 
     @property
     def num_completion_tokens(self) -> int:
-        return sum(len(sample.token_ids) for sample in self.samples)
+        """Those that were sampled."""
+        return sum(sample.num_sampled for sample in self.samples)
 
     @property
     def tied(self) -> bool:
@@ -97,7 +104,8 @@ class MicroBatch:
     position_ids: Tensor  # [B, T]
     before: Tensor  # [B, T] the token whose hidden state predicts token n
     segment: Tensor  # [B, T] 0 the prompt, 1 … G its completions, -1 padding: all that attention has to know
-    mask: Tensor  # [C, L] a completion's tokens; mask[mask] runs in the order of `scored`
+    turn: Tensor  # [B, T] as `segment`, but each turn has a number of its own, and what tools wrote is -1
+    mask: Tensor  # [C, L] a completion's sampled tokens; mask[mask] runs in the order of `scored`
     rows: Sequence[PackedRow]
     routing: Tensor | None = None  # [B, T, MoE layers, k] the experts that the sampler chose, -1 where it did not say
     counts: bool = True  # False: it only keeps other ranks company, which have one micro-batch more
@@ -109,8 +117,8 @@ class MicroBatch:
 
     @property
     def scored(self) -> Tensor:
-        """[B, T]: token n belongs to a completion."""
-        return self.segment > 0
+        """[B, T]: token n was sampled."""
+        return self.turn > 0
 
     @property
     def head_segment(self) -> Tensor:
@@ -125,7 +133,7 @@ class MicroBatch:
         return torch.tensor([sample.advantage for sample in self.samples], device=self.mask.device)
 
     def padded(self, per_token: Sequence[Sequence[float]]) -> Tensor:
-        """Values given per completion as [C, L], zeros after each end."""
+        """Values given per token of each completion as [C, L], zeros after each end."""
         out = torch.zeros(self.mask.shape, device=self.mask.device)
         for c, values in enumerate(per_token):
             out[c, : len(values)] = torch.tensor(values)
@@ -177,7 +185,7 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
     token_ids = torch.zeros(batch, longest, dtype=torch.long)
     position_ids = torch.zeros(batch, longest, dtype=torch.long)
     before = torch.zeros(batch, longest, dtype=torch.long)
-    segment = torch.full((batch, longest), -1)
+    segment, turn = (torch.full((batch, longest), -1) for _ in range(2))
     for b, row in enumerate(rows):
         prompt = len(row.prompt_token_ids)
         token_ids[b, : row.length] = torch.tensor(
@@ -185,25 +193,42 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
         )
         before[b, : row.length] = torch.arange(-1, row.length - 1).clamp(min=0)
         position_ids[b, :prompt] = torch.arange(prompt)
-        segment[b, :prompt] = 0
-        start = prompt
+        segment[b, :prompt] = turn[b, :prompt] = 0
+        start, turns = prompt, 0
         for number, sample in enumerate(row.samples, start=1):
             end = start + len(sample.token_ids)
             position_ids[b, start:end] = torch.arange(prompt, prompt + end - start)
             segment[b, start:end] = number
             before[b, start] = prompt - 1
+            own = _turns(sample)
+            turn[b, start:end] = own.where(own < 0, own + turns)
+            turns += max(int(own.max()), 0)
             start = end
-    lengths = torch.tensor([len(sample.token_ids) for row in rows for sample in row.samples])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    samples = [sample for row in rows for sample in row.samples]
+    mask = torch.zeros(len(samples), max(len(sample.token_ids) for sample in samples), dtype=torch.bool)
+    for c, sample in enumerate(samples):
+        mask[c, : len(sample.token_ids)] = _turns(sample) > 0
     return MicroBatch(
         token_ids=token_ids.to(device),
         position_ids=position_ids.to(device),
         before=before.to(device),
         segment=segment.to(device),
+        turn=turn.to(device),
         mask=mask.to(device),
         rows=rows,
         routing=_routing(rows, longest, device),
     )
+
+
+def _turns(sample: Sample) -> Tensor:
+    """[Lc]: 1 for the tokens of the first turn, 2 for those of the second, and so on; -1 for what tools wrote.
+
+    >>> _turns(Sample(0, [4, 5, 6, 7], sampled=[True, False, False, True])).tolist()
+    [1, -1, -1, 2]
+    """
+    sampled = torch.tensor(sample.sampled or [True] * len(sample.token_ids))
+    begins = sampled & ~F.pad(sampled[:-1], (1, 0), value=False)
+    return begins.long().cumsum(0).where(sampled, -1)
 
 
 def _routing(rows: Sequence[PackedRow], longest: int, device: torch.device) -> Tensor | None:

@@ -55,8 +55,8 @@ def head_loss(
         ids, positions, entries = mini.token_ids[chosen], mini.position_ids[chosen], mini.head_segment[chosen]
         preceding = preceding_BTD[chosen]
         outputs = policy.unroll(preceding, ids, positions, entries, options.depth, first)
-        segment, vocabulary = mini.segment[chosen], policy.draft_ids
-        loss = draft_loss(outputs, preceding, segment, lm_head, temperature, chunk, draft_ids=vocabulary)
+        turn, vocabulary = mini.turn[chosen], policy.draft_ids
+        loss = draft_loss(outputs, preceding, turn, lm_head, temperature, chunk, draft_ids=vocabulary)
     return loss * weights.get(mini.rows[chosen[0]].group, 0.0)
 
 
@@ -70,7 +70,7 @@ def gold_draft_loss(
     """
     assert policy.mtp is not None
     chosen = list(rows)
-    ids_BT, positions_BT, segment_BT = mini.token_ids[chosen], mini.position_ids[chosen], mini.segment[chosen]
+    ids_BT, positions_BT, turn_BT = mini.token_ids[chosen], mini.position_ids[chosen], mini.turn[chosen]
     model = policy.trunk.get_decoder()
     embeddings = model.embed_tokens(ids_BT)
     outputs = policy.mtp.unroll(
@@ -82,8 +82,8 @@ def gold_draft_loss(
     )
     total = torch.zeros((), device=ids_BT.device)
     for d, output in enumerate(outputs, start=1):
-        ahead = F.pad(segment_BT, (0, d))[:, d:]
-        alive = (segment_BT > 0) & (ahead == segment_BT)
+        ahead = F.pad(turn_BT, (0, d))[:, d:]
+        alive = (turn_BT > 0) & (ahead == turn_BT)
         gold = F.pad(ids_BT, (0, d))[:, d:][alive]
         if len(gold):
             logprobs, _ = logprobs_from_hidden(output[alive], policy.lm_head, gold, 1.0, chunk=chunk)

@@ -123,7 +123,7 @@ class HeadLearner(Learner):
         loss = draft_loss(
             outputs,
             lesson.preceding,
-            mini.segment,
+            mini.turn,
             policy.lm_head,
             self.temperature,
             max(1, CHUNK_ELEMENTS // 4 // width),

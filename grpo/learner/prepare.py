@@ -15,7 +15,7 @@ from grpo.algorithm import advantages, own
 from grpo.config.loss import LossOptions, ValueOptions
 from grpo.learner.batch import MicroBatch, Sample, TrainingBatch, split_rows
 from grpo.learner.value import with_token_advantages
-from rollout.group import RolloutGroup
+from rollout.group import ENDED, RolloutGroup
 
 if TYPE_CHECKING:
     from rewards.scorer import GroupScore
@@ -76,6 +76,7 @@ def pack(
                 advantages_PG[g, i].item(),
                 c.finish_reason,
                 routing=_recorded(c.routing, group) if routing_replay else None,
+                sampled=c.sampled,
             )
             for i, c in enumerate(group.completions)
             if score.rewards[i] is not None
@@ -87,7 +88,7 @@ def pack(
             rows += split_rows(group.prompt.token_ids, samples, max_tokens, routing, group=g)
     versions = Counter[int]()
     for completion in (completion for group in groups for completion in group.completions):
-        versions[completion.policy_version] += len(completion.token_ids)
+        versions[completion.policy_version] += completion.num_sampled
     return TrainingBatch(rows, advantages_PG, count, tokens, int(tied_P.sum()), tokens_by_version=dict(versions))
 
 
@@ -116,11 +117,11 @@ def with_values(
 
 
 def tokens_in_loss(samples: Sequence[Sample], loss: LossOptions) -> int:
-    return sum(len(sample.token_ids) for sample in samples if in_loss(sample, loss))
+    return sum(sample.num_sampled for sample in samples if in_loss(sample, loss))
 
 
 def in_loss(sample: Sample, loss: LossOptions) -> bool:
-    return sample.finish_reason == "stop" or not loss.mask_truncated_completions
+    return sample.finish_reason in ENDED or not loss.mask_truncated_completions
 
 
 def _recorded(routing: Tensor | None, group: RolloutGroup) -> Tensor:

@@ -59,8 +59,9 @@ def with_token_advantages(
         return batch
     group = len(rewards_PG[0])
     rewards = torch.tensor([rewards_PG[i // group][i % group] for i in samples])
-    lengths = torch.tensor([len(sample.token_ids) for sample in samples.values()])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    lengths = [len(sample.token_ids) for sample in samples.values()]
+    learned = [torch.tensor(sample.sampled or [True] * len(sample.token_ids)) for sample in samples.values()]
+    mask = pad_sequence(learned, batch_first=True)  # with False
     values_BT = pad_sequence([values[i].cpu() for i in samples], batch_first=True)
     advantages, returns = gae(outcome_rewards(rewards, mask), values_BT, mask, options.gamma, options.lam)
     if options.whiten_advantages:

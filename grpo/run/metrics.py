@@ -10,7 +10,7 @@ from statistics import pstdev
 
 from grpo.algorithm.advantages import tied
 from rewards.group_score import GroupScore, mean
-from rollout.group import RolloutGroup, tokens_per_forward
+from rollout.group import Completion, RolloutGroup, tokens_per_forward
 
 # <d> stands for a number, <name> for any name. A value covers one step unless its row says otherwise.
 METRICS: dict[str, str] = {
@@ -29,11 +29,18 @@ METRICS: dict[str, str] = {
     "curriculum/pass_rate": "running share of a prompt's marked completions with full marks, mean over the prompts met",
     "curriculum/completion_tokens": "length limit of completions at this step, tokens",
     "curriculum/draft_depth": "depth to which the draft head is unrolled at this step",
-    "completion/tokens": "completion tokens sampled, stop tokens included, count",
+    "completion/tokens": "completion tokens sampled, stop tokens included, count; without what tools wrote",
     "completion/length_mean": "length of a completion, stop token included, mean, tokens",
     "completion/length_max": "length of the longest completion, tokens",
     "completion/clipped": "completions cut by max_completion_tokens (finish_reason length), fraction",
+    "completion/out_of_turns": "completions cut by max_turns (finish_reason max_turns), fraction; with tools",
     "completion/aborted": "completions whose sampling was given up (finish_reason abort), fraction",
+    "tools/turns_mean": "turns of the policy in a completion, mean",
+    "tools/calls_mean": "calls of tools that were made in a completion, mean",
+    "tools/errors": "calls at which the tool raised, and the policy was told so, fraction of the calls",
+    "tools/bad_calls": "turns in which a call named no tool, had wrong arguments or could not be read, fraction",
+    "tools/failures": "completions whose environment could not go on (late, died, not a finite number), count",
+    "tools/tokens": "tokens that tools wrote, which nothing is learned from, count",
     "loss/total": "what the optimizer minimises for the policy: every term with its weight",
     "loss/policy": "policy term of the loss, by the chosen loss_type",
     "loss/kl": "KL of the policy from the reference, before beta, mean, nats per token",
@@ -147,11 +154,11 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
     """
     completions = [completion for group in groups for completion in group.completions]
     scored = [[reward for reward in score.rewards if reward is not None] for score in scores]
-    lengths = [len(completion.token_ids) for completion in completions]
+    lengths = [completion.num_sampled for completion in completions]
     drafts = [completion.draft for completion in completions]
     forwards = sum(draft.target_forwards for draft in drafts)
     reasons = [completion.finish_reason for completion in completions]
-    metrics = {
+    metrics: dict[str, float | None] = {
         "reward/mean": _mean(reward for rewards in scored for reward in rewards),
         "reward/std": _mean(pstdev(rewards) for rewards in scored if rewards),
         "reward/abstained": _mean(reward is None for score in scores for reward in score.rewards),
@@ -163,8 +170,10 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
         "completion/length_max": max(lengths, default=None),
         "completion/clipped": _mean(reason == "length" for reason in reasons),
         "completion/aborted": _mean(reason == "abort" for reason in reasons),
-        "policy/entropy": _mean(-logprob for completion in completions for logprob in completion.logprobs),
-    }
+        "policy/entropy": _mean(
+            -logprob for c in completions for logprob, own in zip_longest(c.logprobs, c.sampled, fillvalue=True) if own
+        ),
+    } | _tool_metrics(completions)
     for name in sorted({name for score in scores for name in score.parts}):
         parts = (part for score in scores for part in score.parts.get(name, []) if part is not None)
         metrics[f"reward/part/{name}"] = _mean(parts)
@@ -180,6 +189,23 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
             metrics[f"draft/drafted_depth_{depth}"] = made
             metrics[f"draft/acceptance_depth_{depth}"] = taken / made
     return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def _tool_metrics(completions: Sequence[Completion]) -> dict[str, float | None]:
+    """tools/*, where there were tools."""
+    episodes = [(completion, completion.tools) for completion in completions if completion.tools is not None]
+    if not episodes:
+        return {}
+    turns, calls = (sum(n) for n in zip(*((c.num_turns, tools.calls) for c, tools in episodes), strict=True))
+    return {
+        "completion/out_of_turns": _mean(completion.finish_reason == "max_turns" for completion, _ in episodes),
+        "tools/turns_mean": turns / len(episodes),
+        "tools/calls_mean": calls / len(episodes),
+        "tools/errors": sum(tools.errors for _, tools in episodes) / calls if calls else None,
+        "tools/bad_calls": sum(tools.bad_calls for _, tools in episodes) / turns,
+        "tools/failures": sum(tools.failure is not None for _, tools in episodes),
+        "tools/tokens": sum(len(completion.token_ids) - completion.num_sampled for completion, _ in episodes),
+    }
 
 
 def _mean(values: Iterable[float]) -> float | None:
