@@ -72,11 +72,12 @@ def sampling_of(policy: Policy) -> SamplingParams:
     return SAMPLING if policy.mtp else replace(SAMPLING, draft_tokens=0)
 
 
-def step(learner: Learner, pool: Pool, number: int) -> None:
+def step(learner: Learner, pool: Pool, number: int, params: SamplingParams | None = None) -> None:
     """A step of GRPO on what the pool samples, with the share of even tokens as reward."""
+    params = params or sampling_of(learner.policy)
     vocabulary = learner.policy.config.vocab_size
     prompts = [Prompt(f"p/{i}", "", [(37 * (i + number) + 11 * t) % vocabulary for t in range(10)]) for i in range(4)]
-    groups: list[RolloutGroup] = pool.sample(prompts, sampling_of(learner.policy).at(number))
+    groups: list[RolloutGroup] = pool.sample(prompts, params.at(number))
     marks = [[sum(t % 2 == 0 for t in c.token_ids) / len(c.token_ids) for c in group.completions] for group in groups]
     learner.step(learner.prepare(groups, [GroupScore(row, {"even": row}) for row in marks]), number)
 

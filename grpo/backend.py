@@ -53,7 +53,10 @@ def _refuse_options(config: RunConfig) -> None:
             "by itself; set it to 0, and rollout.vllm.engine={tensor_parallel_size: N} to use several GPUs"
         )
     if config.learner.routing_replay:
-        raise ValueError("learner.routing_replay: the experts that vLLM chose are not recorded; set it to false")
+        raise ValueError(
+            "learner.routing_replay: vLLM 0.32 returns the experts that it chose with its second model runner alone, "
+            "which needs Triton: on a CPU it refuses to start, and on CUDA nobody has tried it; set it to false"
+        )
     if rollout.draft_tokens and config.curriculum.draft_depth is not None:
         raise ValueError(
             f"curriculum.draft_depth={config.curriculum.draft_depth}: vLLM drafts at one depth, "

@@ -33,8 +33,8 @@ NO_KEYED_NOISE = (
 class NoPool:
     """The pool of a rank that does not sample: it takes part in publications.
 
-    `keeps`: the pool of rank 0 keeps what is fixed, and reads only the parts that change (RayPool); else it reads the
-    merged weights.
+    `keeps`: the pool of rank 0 keeps what is fixed, and reads only the parts that change (RayPool, VLLMPool); else it
+    reads the merged weights.
     """
 
     def __init__(self, keeps: bool) -> None:
@@ -76,7 +76,7 @@ def open_run_pool(
         run_log.event("worker_lost", worker=worker, action=action, reason=reason)
 
     if not samples:
-        others = NoPool(keeps=rollout.samplers > 0)
+        others = NoPool(keeps=rollout.samplers > 0 or rollout.backend == "vllm")
         others.publish(policy.publication(), 0)
         return InterruptiblePool(others, stop)
     options = SimpleNamespace(rollout=rollout, dtype=dtype)
@@ -95,7 +95,8 @@ def open_run_pool(
             vllm=vllm_settings(rollout, run_log.output_dir) if rollout.backend == "vllm" else None,
         )
     if isinstance(pool, VLLMPool):
-        run_log.event("vllm", version=pool.state["vllm"], url=pool.client.url, unshown={"load": pool.state["load"]})
+        more = {"load": pool.state["load"], "merged_adapters": pool.updates.merged}
+        run_log.event("vllm", version=pool.state["vllm"], url=pool.client.url, unshown=more)
         run_log.event("keyed_noise", available=False, why=NO_KEYED_NOISE)
     return InterruptiblePool(pool, stop)
 

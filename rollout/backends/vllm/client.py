@@ -19,7 +19,7 @@ CONNECT_S = 10.0
 ANSWER_S = 60.0  # for what needs no computation; another trainer may be served before
 POLL_S = 0.2  # how often a waiting client checks whether it should go on waiting
 LONGEST = 1000  # characters of an error of vLLM's
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 def short(text: str) -> str:
@@ -29,6 +29,10 @@ def short(text: str) -> str:
 
 class Lost(RolloutError):
     """The server is unreachable, has died or has stopped answering."""
+
+
+class NotOurs(Lost):
+    """Something else listens there."""
 
 
 class Client:
@@ -52,13 +56,29 @@ class Client:
 
     def state(self) -> dict[str, Any]:
         """What the server says of itself: `vllm`, its version, `tried`, `on_cpu`, and the `load` that it holds."""
-        [state] = self._ask("GET", "/state", (), 0, ANSWER_S)
+        try:
+            [state] = self._ask("GET", "/state", (), 0, ANSWER_S)
+        except NotOurs:
+            self._refuse_plain()
+            raise
         if state.get("protocol") != PROTOCOL:
             raise RolloutError(
                 f"vLLM at {self.url} speaks protocol {state.get('protocol')}, and this quartet {PROTOCOL}: start it "
                 "with the quartet_server.py of this version"
             )
         return state
+
+    def _refuse_plain(self) -> None:
+        found: dict[str, Any] = {}
+        with suppress(RolloutError):
+            [found] = self._ask("GET", "/version", (), 0, ANSWER_S)
+        if "version" in found:
+            raise RolloutError(
+                f"rollout.vllm.url={self.url} is a plain `vllm serve` (vLLM {found['version']}). It cannot confirm "
+                "the digests of the weights that it has taken, it lets whoever reaches its port load others, and its "
+                "batches depend on the clock. Start inside/quartet_server.py with the same interpreter in its place "
+                "(docs/guides/vllm.md), or leave the url out"
+            )
 
     def post(self, path: str, what: dict[str, Any], *, limit_s: float) -> Iterator[dict[str, Any]]:
         """The lines of the answer as they come; between two of them at most `limit_s` may pass."""
@@ -152,8 +172,8 @@ class Client:
         if isinstance(error, TimeoutError):
             return self._lost(f"has not answered {path} for {limit_s:g} s")
         if isinstance(error, ValueError | HTTPException):
-            return self._lost(f"is no server of ours, or another version of it: {error}")
+            return self._lost(f"is no server of ours, or another version of it: {error}", NotOurs)
         return self._lost(f"is lost at {path} ({type(error).__name__}: {error})")
 
-    def _lost(self, what: str) -> Lost:
-        return Lost(f"vLLM at {self.url} {what}. {self.why()}")
+    def _lost(self, what: str, kind: type[Lost] = Lost) -> Lost:
+        return kind(f"vLLM at {self.url} {what}. {self.why()}")

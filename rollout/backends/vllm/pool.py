@@ -70,6 +70,7 @@ class VLLMPool:
                 "set it to 0, or load the policy with a head"
             )
         self.version: int | None = None  # that vLLM has confirmed
+        self.updates = wire.Updates(policy, head=settings.draft_tokens > 0)
         self._unreported: dict[str, float] = {}
         self.process: VLLMProcess | None = None
         url, token, why = settings.url, settings.token, _lost_elsewhere
@@ -100,11 +101,13 @@ class VLLMPool:
         else:
             arguments["gpu_memory_utilization"] = GPU_SHARE
         if drafts:
-            arguments["speculative_config"] = {"method": "mtp", "num_speculative_tokens": drafts}
+            # Drafts that are drawn are accepted where a policy is not sure, and greedy ones are not.
+            drawn = {"num_speculative_tokens": drafts, "draft_sample_method": "probabilistic"}
+            arguments["speculative_config"] = {"method": "mtp", **drawn}
             arguments["per_request_spec_decode_metrics"] = "detailed"
         config = self.policy.config.to_dict() | {"architectures": [type(self.policy.trunk).__name__]}
         if self.policy.backend == "native":
-            config["num_nextn_predict_layers"] = int(self.policy.mtp is not None)
+            config["num_nextn_predict_layers"] = int(drafts > 0)
         load = {
             "config": config,
             "arguments": arguments | dict(self.settings.engine),
@@ -115,16 +118,24 @@ class VLLMPool:
         return state
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """vLLM confirms the digest of every tensor that it has loaded before it samples with them (contract 5)."""
+        """vLLM confirms the digest of every tensor that it was sent, and that it has loaded all of them, before it
+        samples with them (contract 5)."""
         self.version = None
-        tensors = wire.in_checkpoint_layout(self.policy, weights)
-        header, size = {"version": version, "tensors": wire.described(tensors)}, wire.length(tensors)
-        answer = self.client.upload("/publish", header, wire.stream(tensors), size, limit_s=self.settings.publish_s)
-        self._unreported["publish/bytes"] = self._unreported.get("publish/bytes", 0.0) + size
-        if (wrong := wire.first_difference(tensors, answer["held"])) is not None:
-            raise RolloutError(
-                f"vLLM does not hold what was published as version {version}: the first tensor that differs is {wrong}"
-            )
+        try:
+            update = self.updates.take(weights)
+            header, size = update.header() | {"version": version}, wire.length(update.tensors)
+            parts = wire.stream(update.tensors)
+            answer = self.client.upload("/publish", header, parts, size, limit_s=self.settings.publish_s)
+            self._unreported["publish/bytes"] = self._unreported.get("publish/bytes", 0.0) + size
+            wrong = wire.first_difference(update.tensors, answer["held"]) or next(iter(answer["unused"]), None)
+            if wrong is not None:
+                raise RolloutError(
+                    f"vLLM does not hold what was published as version {version}: the first tensor that differs is "
+                    f"{wrong}"
+                )
+        except BaseException:
+            self.updates.forget()
+            raise
         self.version = version
 
     def sample(
@@ -185,7 +196,9 @@ class VLLMPool:
                 "drafts at that depth only"
             )
         if params.record_routing:
-            raise RolloutError("learner.routing_replay: vLLM's experts are not recorded; leave rollout.backend out")
+            raise RolloutError(
+                "learner.routing_replay: the experts that vLLM chose are not recorded; leave rollout.backend out"
+            )
         if params.accept != "exact":
             raise RolloutError("accept=margin is our own engine's; vLLM verifies every draft")
         if params.stop_strings:

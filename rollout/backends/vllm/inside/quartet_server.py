@@ -10,7 +10,7 @@ and `rollout.vllm.url` names it. Requests are answered one after the other, each
 
     GET  /state      what is installed and what is loaded
     POST /load       {"config": ..., "arguments": ..., "without": []}: makes the engine, whose weights are none yet
-    POST /publish    one line of JSON, then the bytes of the tensors; answers the digests of what was loaded
+    POST /publish    one line of JSON, then the bytes of the tensors; answers the digests of what was read
     POST /sample     {"rows": [[ids, seed]], ...}: lines of JSON, the last one with the completions
 
 All requests of a call are there before the first step, and the prefix cache is emptied before: the same call gives the
@@ -37,7 +37,7 @@ from typing import Any
 
 import quartet_bypasses as bypasses
 
-PROTOCOL = 1
+PROTOCOL = 2
 BEAT_S = 2.0  # while it samples it says so at least this often, once a step is done
 READ_TIMEOUT_S = 60.0  # of a client that says nothing
 
@@ -63,7 +63,9 @@ class Engine:
     """vLLM's engine of one model, and the version of the weights that it has confirmed."""
 
     def __init__(self, load: dict[str, Any]) -> None:
-        self.load, self.version, self.on_cpu = load, None, installed()[1]
+        self.load, self.on_cpu = load, installed()[1]
+        self.version: int | None = None
+        self.base: str | None = None  # of the last whole publication
         self.chosen = bypasses.ALL - set(load["without"]) if self.on_cpu else frozenset()
         arguments = dict(load["arguments"])
         if self.on_cpu:
@@ -92,16 +94,18 @@ class Engine:
             self.engine = LLMEngine.from_engine_args(made)
         self.context = self.engine.model_config.max_model_len
 
-    def publish(self, path: str, header: dict[str, Any]) -> dict[str, str]:
-        self.version = None
-        first, *others = self.engine.collective_rpc(
-            "quartet_publish", args=(path, header["tensors"], sorted(self.chosen))
-        )
+    def publish(self, path: str, header: dict[str, Any]) -> dict[str, Any]:
+        """`unused` names what no worker has loaded."""
+        if not header["whole"] and header["base"] != self.base:
+            raise RuntimeError("it does not hold the weights under these adapters: publish everything again")
+        self.version = self.base = None
+        answers = self.engine.collective_rpc("quartet_publish", args=(path, header, sorted(self.chosen)))
         self._forget_prefixes()
-        if any(other != first for other in others):
+        held, unused = answers[0]
+        if any(other != held for other, _ in answers):
             raise RuntimeError("the workers of vLLM have loaded different weights")
-        self.version = header["version"]
-        return first
+        self.version, self.base = header["version"], header["base"]
+        return {"held": held, "unused": [name for name in unused if all(name in each for _, each in answers)]}
 
     def _forget_prefixes(self) -> None:
         if not self.engine.reset_prefix_cache():
@@ -109,6 +113,7 @@ class Engine:
 
     def sample(self, job: dict[str, Any], said: Any) -> dict[str, Any]:
         """`said` is called with the number of completions that have ended; it raises where nobody listens."""
+        import torch
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -116,6 +121,7 @@ class Engine:
             raise RuntimeError(f"it holds version {self.version}, but version {job['version']} was asked for")
         self._forget_prefixes()
         engine, ended = self.engine, {}
+        torch.manual_seed(job["rows"][0][1])  # vLLM draws drafts without the seeds of their requests
         try:
             for i, (ids, seed) in enumerate(job["rows"]):
                 params = SamplingParams(
@@ -205,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
                         raise ConnectionError(f"{count} bytes of {length} are missing")
                     file.write(read)
                     count -= len(read)
-            self._say(200, {"held": engine.publish(f"/proc/{os.getpid()}/fd/{held}", header)})
+            self._say(200, engine.publish(f"/proc/{os.getpid()}/fd/{held}", header))
         finally:
             os.close(held)
 

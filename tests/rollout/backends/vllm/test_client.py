@@ -94,6 +94,18 @@ def test_a_server_of_something_else(body, message):
         client.state()
 
 
+def test_a_plain_vllm_serve_is_told_from_ours():
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        known = request.path == "/version"
+        said(200 if known else 404, b'{"version": "0.32.0"}' if known else b'{"detail": "Not Found"}')(request)
+
+    with (
+        server(answer) as client,
+        pytest.raises(RolloutError, match=r"is a plain `vllm serve` \(vLLM 0.32.0\).*quartet_server.py"),
+    ):
+        client.state()
+
+
 def test_what_the_server_cannot_do_is_told():
     with (
         server(said(500, b'{"error": "ValueError: no such architecture"}')) as client,

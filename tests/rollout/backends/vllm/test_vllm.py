@@ -11,12 +11,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from engine_cases import completions, enumerated, prompts_of, tokens
-from vllm_cases import gone
+from vllm_cases import HEADS, PYTHON, gone, needs_vllm
 
 from grpo.learner.likelihood import logprobs_of_groups
 from grpo.run.stop import Stopped
@@ -28,12 +27,7 @@ from rollout.engine import RolloutError
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 
-PYTHON = Path(__file__).parents[4] / ".vllm/bin/python"
-pytestmark = [
-    pytest.mark.peer,
-    pytest.mark.skipif(not PYTHON.is_file(), reason="vLLM is not installed: make vllm"),
-]
-HEADS = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}  # a size that its attention on CPUs knows
+pytestmark = needs_vllm
 PROMPTS = prompts_of(9, 1, 17, 4, 30, 11)
 PARAMS = SamplingParams(3, 0.7, 24, tuple(range(7, 280, 15)), seed=5, step=2, draft_tokens=2)
 EXACT = 1e-4  # nats, in float32; a fault moves log-probabilities by far more
@@ -100,6 +94,29 @@ def test_logprobs_are_the_learners_after_every_publication(policy, pool):
             assert worst_gap(policy, pool, replace(PARAMS, temperature=temperature)) < EXACT
     assert pool.metrics()["publish/bytes"] > 0
     assert {c.policy_version for c in completions(pool.sample(PROMPTS, PARAMS))} == {2}
+
+
+def test_adapters_travel_alone_and_are_merged_there(random_policy, pool):
+    """Of a policy of the same shape, so that this vLLM serves it: linear layers, experts and the draft head."""
+    policy = random_policy(18, **HEADS)
+    policy.add_lora(2, 4.0, ["q_proj", "o_proj", "gate_proj", "experts", "mtp"])
+    other = VLLMPool(policy, VLLMSettings(url=pool.client.url, token=pool.client.token, draft_tokens=2), torch.float32)
+    whole = other.metrics()["publish/bytes"]
+    for version in (1, 2):
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        assert worst_gap(policy, other, PARAMS) > 100 * EXACT
+        other.publish(policy.publication(), version)
+        assert worst_gap(policy, other, PARAMS) < EXACT
+    assert 0 < other.metrics()["publish/bytes"] / 2 < whole / 3
+    pool.publish(pool.policy.publication(), 3)  # everything, by another trainer
+    with pytest.raises(RolloutError, match="does not hold the weights under these adapters"):
+        other.publish(policy.publication(), 4)
+    other.publish(policy.publication(), 5)
+    assert worst_gap(policy, other, PARAMS) < EXACT
+    pool.publish(pool.policy.publication(), 6)
 
 
 def test_the_same_request_gives_the_same_bits_whatever_came_between(pool):
@@ -267,7 +284,6 @@ def test_a_server_that_dies_in_the_middle_ends_the_call_with_its_log(random_poli
 
 OF_A_TRAINER = """
 import sys
-from pathlib import Path
 import torch
 from policies.policy import Policy
 from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
