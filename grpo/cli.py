@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.config import arguments
+from grpo.error_lines import expected_errors, fail, option_of
 from grpo.run.escape import EscapingFormatter, escaped
 from grpo.run.stop import CommandSignals, Interrupted, Stopped, said_of
 from policies.openmp import wait_briefly
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception:
             if not signals.number:
                 raise
-            return _fail(said_of(signals.number), 128 + signals.number)  # an interrupted import may raise anything
+            return fail(said_of(signals.number), 128 + signals.number)  # an interrupted import may raise anything
 
 
 def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
@@ -50,51 +50,18 @@ def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
         signals.unwinds = not resumable  # a run has a StopSignal of its own as soon as there is something to save
         return int(args.command(args) or 0)
     except ConfigError as error:
-        return _fail("\n  ".join(["the configuration is not usable:", *error.problems]), EXIT_USAGE)
+        return fail("\n  ".join(["the configuration is not usable:", *error.problems]), EXIT_USAGE)
     except KeyboardInterrupt as error:
         if isinstance(error, Interrupted):
-            return _fail(str(error), 128 + error.number)
+            return fail(str(error), 128 + error.number)
         way_on = "; what was saved is kept, and `--resume auto` continues from the last checkpoint" if resumable else ""
-        return _fail(f"interrupted{way_on}", EXIT_INTERRUPTED)
+        return fail(f"interrupted{way_on}", EXIT_INTERRUPTED)
     except Exception as error:
         # The first three are here already; the others take seconds to import.
-        if not isinstance(error, ValueError | OSError | RewardError) and not isinstance(error, _expected_errors()):
+        if not isinstance(error, ValueError | OSError | RewardError) and not isinstance(error, expected_errors()):
             raise
         code = 128 + error.number if isinstance(error, Stopped) else EXIT_ERROR
-        return _fail(f"{_option_of(error, args)}{error}", code)
-
-
-def _expected_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message is written for the user; anything else is a bug and keeps its traceback."""
-    from grpo.commands.recovery import RecoveryDiverged
-    from grpo.learner.parallel import RankFailed
-    from grpo.learner.update import NonFiniteStep
-    from grpo.run.checkpoint import CheckpointError
-    from grpo.run.memory_errors import OutOfMemory
-    from policies.conversion.parity import ParityFailed
-    from rollout.engine import RolloutError
-
-    some = CheckpointError, NonFiniteStep, OutOfMemory, ParityFailed
-    return *some, RankFailed, RecoveryDiverged, RolloutError, Stopped
-
-
-def _option_of(error: Exception, args: argparse.Namespace) -> str:
-    """`output_dir: ` for an error of the operating system about a file in the folder that this option names."""
-    if not isinstance(error, OSError) or not isinstance(error.filename, str | Path):
-        return ""  # one of our own messages, which name it themselves
-    file = Path(error.filename).absolute()
-    given = {name: value for name, value in vars(args).items() if isinstance(value, Path)}
-    given |= {name: value for name, value in getattr(args, "overrides", {}).items() if isinstance(value, str | Path)}
-    named = {name: Path(value).absolute() for name, value in given.items() if str(value)}
-    of_file = [name for name, path in named.items() if file == path or path in file.parents or file in path.parents]
-    longest = max(of_file, key=lambda name: len(named[name].parts), default=None)
-    return f"{longest}: " if longest else ""
-
-
-def _fail(message: str, code: int) -> int:
-    """The one place that prints errors. They quote what others wrote: rewards, column names, checkpoints."""
-    print(escaped(f"quartet: {message}"), file=sys.stderr)
-    return code
+        return fail(f"{option_of(error, args)}{error}", code)
 
 
 class Command(NamedTuple):
@@ -138,6 +105,8 @@ def _commands() -> dict[str, Command]:
             "a run's policy for other tools, with tokenizer, licence and model card", _export, arguments.EXPORT
         ),
         "plot": Command("draw the curves of a run into its folder", _plot, arguments.PLOT),
+        "view": Command("a page of one or more runs, live while they run", _view, arguments.VIEW),
+        "report": Command("the same page as one HTML file to send away", _report, arguments.REPORT),
         "reference": Command("print the reference page of all options and metrics", _reference),
     }
 
@@ -270,7 +239,7 @@ def _sample(args: argparse.Namespace) -> int:
     sampled = sample(config, examples, summary.CONSOLE)
     summary.groups(sampled.groups, sampled.tokenizer)
     _write(args.json, {"groups": summary.groups_as_json(sampled.groups)})
-    return _fail(sampled.faults, EXIT_ERROR) if sampled.faults else 0
+    return fail(sampled.faults, EXIT_ERROR) if sampled.faults else 0
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -304,6 +273,18 @@ def _plot(args: argparse.Namespace) -> None:
     from grpo.run.plots import plot_run
 
     print(*plot_run(args.run), sep="\n")
+
+
+def _view(args: argparse.Namespace) -> None:
+    from grpo.view.server import view
+
+    view(args.runs, args.host, args.port)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from grpo.view.report import report
+
+    print(report(args.run, args.output or args.run / "report.html", args.steps))
 
 
 def _reward_test(args: argparse.Namespace) -> int:

@@ -22,9 +22,10 @@ MAY_IMPORT = {
 FLOORS = (
     ("__init__", "__main__"),
     ("cli",),
+    ("error_lines",),
     ("launch",),
     ("train",),
-    ("sft", "mtp", "commands", "trl_bridge"),
+    ("sft", "mtp", "commands", "view", "trl_bridge"),
     ("ahead",),
     ("collector", "evaluation"),
     ("tied_steps", "task"),

@@ -73,3 +73,13 @@ EXPORT = (
     _flag("adapter", "the adapters of a LoRA run alone, in peft's format"),
 )
 PLOT = (_argument("run", type=Path, metavar="RUN", help="a run folder"),)
+VIEW = (
+    _argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder; several are drawn over one another"),
+    _argument("--host", default="127.0.0.1", help="the address to listen on, by default this machine alone"),
+    _argument("--port", type=int, default=0, help="by default one that is free"),
+)
+REPORT = (
+    _argument("run", type=Path, metavar="RUN", help="a run folder"),
+    _argument("--output", type=Path, metavar="FILE.html", help="by default report.html in the run folder"),
+    _argument("--steps", type=int, nargs="+", metavar="N", help="steps whose rollouts it shows; by default three"),
+)

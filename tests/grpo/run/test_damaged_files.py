@@ -15,7 +15,6 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo.cli import _expected_errors
 from grpo.commands.export import _read_run
 from grpo.commands.model_card import Origin, model_card
 from grpo.commands.reward_replay import _settings
@@ -25,6 +24,7 @@ from grpo.config.mtp import defaults_of_run as mtp_defaults_of_run
 from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.data.examples import load_examples
+from grpo.error_lines import expected_errors
 from grpo.run import checkpoint, hardware
 from grpo.run.log import RunLog
 from grpo.run.records import read_metrics, read_rollouts, recorded_steps, truncate
@@ -37,7 +37,7 @@ from policies.policy import Policy
 from rewards.protocol import RewardError
 from rollout.depth import CostTable, DepthController
 
-PRINTED = (ValueError, OSError, RewardError, *_expected_errors())
+PRINTED = (ValueError, OSError, RewardError, *expected_errors())
 CHAOS = int(os.environ.get("QUARTET_CHAOS", "1"))
 SETTINGS: dict[str, Any] = {
     "deadline": None,

@@ -1,0 +1,117 @@
+"use strict";
+// The overview: the curves of one run, or of all that were named, over one another.
+{
+  const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A", "#8C564B"];
+  // [title, pattern of the metrics, kind]; a title whose metrics were never measured is left out.
+  const CHARTS = [
+    ["Reward", /^reward\/(mean|part\/.*)$/],
+    ["Held out, 95 % intervals", /^eval\/(accuracy|accuracy_greedy|reward_mean|reward_mean_greedy|pass_at_\d+)$/],
+    ["Groups that are tied", /^group\/tied$/],
+    ["Entropy, nats per token", /^policy\/entropy$/],
+    ["Length, tokens", /^completion\/length_(mean|max)$/],
+    ["Cut and given up, share", /^completion\/(clipped|aborted)$/],
+    ["KL and mismatch, nats", /^(loss\/kl|mismatch\/(kl|logprob_abs_mean|logprob_abs_max)|canary\/logprob_abs_mean)$/],
+    ["Ratio and clipping", /^(policy\/clip_fraction|policy\/ratio_mean|mismatch\/weight_mean)$/],
+    ["Loss", /^loss\/(total|policy|mtp|value|sft)$/],
+    ["Gradient norm", /^learner\/grad_norm$/],
+    ["Tokens per forward", /^(draft|eval)\/tokens_per_forward$/],
+    ["Drafts accepted, by depth", /^draft\/acceptance_depth_\d+$/],
+    ["Experts: load, 1 is even", /^moe\/load_(min|max)$/],
+    ["Seconds of a step", /^time\/(rollout|reward|learn|publish|evaluate|checkpoint)$/, "stack"],
+    ["Tokens per second", /^speed\/completion_tokens_per_second$/],
+    ["Memory, GiB", /^memory\/.*gib$/],
+    ["Faults", /^(faults\/.*|reward\/(errors|abstained)|run\/(interruptions|failures)|rollout\/restarts|log\/not_finite)$/],
+  ];
+  const settings = { smooth: 0, log: false, chosen: null };
+
+  const smoothed = (values, share) => {
+    if (!share) return values;
+    let sum = 0, weight = 0;
+    return values.map((value) => {
+      if (value == null) return null;
+      sum = share * sum + (1 - share) * value;
+      weight = share * weight + (1 - share);
+      return sum / weight;
+    });
+  };
+
+  // Names that would draw a curve twice are left out: a single part is the reward, an accuracy the mean of its marks.
+  const telling = (names) => {
+    const parts = names.filter((name) => name.startsWith("reward/part/"));
+    return names.filter((name) => !(parts.length === 1 && name === parts[0]) && !(names.includes("eval/accuracy") && name.startsWith("eval/reward_mean")));
+  };
+
+  const lines = (runs, pattern, kind) => {
+    const traces = [];
+    runs.forEach(({ name, rows }, r) => {
+      const names = telling([...new Set(rows.flatMap(Object.keys))].filter((key) => pattern.test(key)).sort());
+      names.forEach((metric, m) => {
+        const there = rows.filter((row) => row[metric] != null);
+        const color = COLORS[(runs.length > 1 ? r : m) % COLORS.length];
+        const common = { x: there.map((row) => row.step), legendgroup: `${r}${metric}`, mode: there.length < 40 ? "lines+markers" : "lines" };
+        const low = there.filter((row) => row[`${metric}/low`] != null);
+        if (low.length) {
+          traces.push({ x: [...low, ...[...low].reverse()].map((row) => row.step), hoverinfo: "skip", showlegend: false, legendgroup: common.legendgroup,
+            y: [...low.map((row) => row[`${metric}/low`]), ...[...low].reverse().map((row) => row[`${metric}/high`])],
+            fill: "toself", line: { width: 0 }, fillcolor: `${color}22`, mode: "lines" });
+        }
+        traces.push({ ...common, y: smoothed(there.map((row) => row[metric]), kind ? 0 : settings.smooth), name: runs.length > 1 ? `${name} ${metric}` : metric,
+          line: { color, width: 1.8, dash: runs.length > 1 ? ["solid", "dot", "dash", "dashdot"][m % 4] : "solid" }, marker: { size: 4 },
+          ...(kind === "stack" && runs.length === 1 ? { stackgroup: "one", mode: "lines" } : {}),
+          hovertemplate: `step %{x}: %{y:.4g}<extra>${metric.replace(/[<>&%{}]/g, "")}</extra>` });
+      });
+    });
+    return traces;
+  };
+
+  view.draw = (box, traces, extra = {}) => {
+    const ink = view.style("--ink"), line = view.style("--line");
+    const axis = { gridcolor: line, zerolinecolor: line, automargin: true };
+    Plotly.react(box, traces, { margin: { l: 8, r: 8, t: 6, b: 26 }, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
+      font: { color: ink, size: 11 }, showlegend: traces.length > 1, legend: { orientation: "h", y: -0.14, font: { size: 10 } },
+      xaxis: { ...axis, title: { text: "" } }, yaxis: { ...axis, type: settings.log ? "log" : "linear", rangemode: "normal" }, hovermode: "closest", ...extra },
+    { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
+  };
+
+  view.pages.overview = async (run) => {
+    const all = view.runs.map((name, index) => ({ name, index }));
+    const shown = settings.chosen ?? new Set([run]);
+    shown.add(run);
+    settings.chosen = shown;
+    const found = () => Promise.all([...shown].sort().map((index) => view.ask(`${index}/overview`)));
+    let runs = await found();
+    const cards = view.make("div", { class: "cards" });
+    const facts = view.make("p", { class: "soft" });
+    const redraw = () => {
+      const last = runs[0].rows.at(-1);
+      const ended = runs[0].ended;
+      facts.textContent = last ? `step ${last.step}` + (ended?.event === "end" ? `, ${ended.how}${ended.error ? `: ${ended.error}` : ""}` : ", running or cut off") : "nothing was measured yet";
+      const wanted = CHARTS.map(([title, pattern, kind]) => [title, lines(runs, pattern, kind)]).filter(([, traces]) => traces.length);
+      const old = new Map([...cards.children].map((card) => [card.dataset.title, card]));
+      cards.replaceChildren(...wanted.map(([title, traces]) => {
+        const card = old.get(title) ?? view.make("div", { class: "card", "data-title": title }, view.make("h2", {}, title), view.make("div", { class: "chart" }));
+        queueMicrotask(() => {
+          view.draw(card.lastChild, traces);
+          if (!card.lastChild.dataset.bound) {
+            card.lastChild.dataset.bound = "1";
+            card.lastChild.on("plotly_click", ({ points }) => {
+              if (runs.length === 1 && runs[0].recorded.includes(points[0].x)) location.hash = view.link(run, "step", points[0].x);
+            });
+          }
+        });
+        return card;
+      }));
+    };
+    const tools = view.make("div", { class: "tools" },
+      view.make("label", {}, "smoothing", view.make("input", { type: "range", min: 0, max: 0.98, step: 0.02, value: settings.smooth,
+        oninput: (event) => { settings.smooth = +event.target.value; redraw(); } })),
+      view.make("label", {}, view.make("input", { type: "checkbox", checked: settings.log, onchange: (event) => { settings.log = event.target.checked; redraw(); } }), "log scale"),
+      all.length > 1 ? all.map(({ name, index }) => view.make("label", {}, view.make("input", { type: "checkbox", checked: shown.has(index), disabled: index === run,
+        onchange: async (event) => { event.target.checked ? shown.add(index) : shown.delete(index); runs = await found(); redraw(); } }), name)) : "",
+      runs[0].recorded.length ? view.make("a", { href: view.link(run, "step", runs[0].recorded.at(-1)) }, "rollouts of the newest step") : "");
+    const config = view.make("details", {}, view.make("summary", {}, "configuration"), view.make("pre", { class: "text" }, runs[0].config));
+    const meanings = view.make("details", {}, view.make("summary", {}, "what the metrics mean, and their last values"),
+      view.table([["metric", ([name]) => name], ["last", ([name]) => runs[0].rows.findLast((row) => row[name] != null)?.[name]], ["meaning", ([, meaning]) => meaning]], Object.entries(runs[0].meanings)));
+    return { title: "overview", nodes: [facts, tools, cards, config, meanings], ready: redraw, live: async () => { runs = await found(); redraw(); } };
+  };
+}

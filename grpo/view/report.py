@@ -1,0 +1,45 @@
+"""`quartet report`: the page of a run as one HTML file to send away, with the rollouts of a few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo.view.page import self_contained
+from grpo.view.run_files import RunFiles, finite
+from policies.files.atomic import write_file
+
+GROUPS_PER_STEP = 8
+
+
+def report(folder: Path, output: Path, steps: Sequence[int] | None = None) -> Path:
+    """Write the report of a run. `steps`: those whose rollouts it contains, without it the first, middle and last one.
+
+    Of each step the groups with the widest spread of rewards are chosen, at most GROUPS_PER_STEP. Raises ValueError for
+    a folder that is no run, FileNotFoundError for a step that was not recorded.
+    """
+    run = RunFiles(folder)
+    overview = run.overview()
+    recorded: list[int] = overview["recorded"]
+    if steps is None:
+        steps = sorted({recorded[0], recorded[len(recorded) // 2], recorded[-1]}) if recorded else []
+    answers: dict[str, Any] = {"runs": [run.name], "0/events": run.events()}
+    for step in steps:
+        answers[f"0/step/{step}"] = found = run.step(step)
+        for number in _telling(found["groups"]):
+            answers[f"0/group/{step}/{number}"] = run.group(step, number)
+    answers["0/overview"] = overview | {"recorded": list(steps)}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_file(output, self_contained(f"{run.name}: report", finite(answers)))
+    return output
+
+
+def _telling(groups: Sequence[dict[str, Any]]) -> list[int]:
+    """The numbers of the groups whose rewards differ most, ascending."""
+
+    def spread(number: int) -> float:
+        rewards = [reward for reward in groups[number]["rewards"] if reward is not None]
+        return max(rewards) - min(rewards) if rewards else -1.0
+
+    return sorted(sorted(range(len(groups)), key=lambda number: -spread(number))[:GROUPS_PER_STEP])

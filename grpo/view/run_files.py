@@ -1,0 +1,168 @@
+"""One run folder as its page shows it: dictionaries made of what the run has written. Nothing in it is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from grpo.algorithm.statistics import wilson_interval
+from grpo.run.metrics import METRICS
+from grpo.run.metrics import check as row_of
+from grpo.run.records import read_events, read_metrics, read_rollouts, recorded_steps, rollout_path
+
+ACCURACIES = ("eval/accuracy", "eval/accuracy_greedy")
+
+
+class RunFiles:
+    """Reads a run that may still be running. Raises ValueError for a folder that is none.
+
+    >>> RunFiles(Path("runs/demo")).step(3)["groups"][0]["rewards"]
+    [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"RUN={folder}: there is no such folder")
+        if not (folder / "metrics.jsonl").is_file():
+            raise ValueError(f"RUN={folder}: is no run folder (no metrics.jsonl in it)")
+        self.folder, self.name = folder, folder.resolve().name
+        self._tokenizer: Tokenizer | None = None
+        self._step: tuple[int, float, list[list[dict[str, Any]]]] | None = None
+
+    def overview(self, after: int = -1) -> dict[str, Any]:
+        """Metrics of the steps from `after` on, what they mean, and the steps whose rollouts were recorded."""
+        rows = [self._with_interval(row) for row in read_metrics(self.folder) if row["step"] >= after]
+        names = sorted({name for row in rows for name in row} - {"step"})
+        config = self.folder / "config.yaml"
+        return {
+            "name": self.name,
+            "rows": rows,
+            "meanings": {name: _meaning(name) for name in names},
+            "recorded": recorded_steps(self.folder),
+            "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+            "ended": next((e for e in reversed(read_events(self.folder)) if e["event"] in ("end", "resume")), None),
+        }
+
+    def events(self) -> list[dict[str, Any]]:
+        return read_events(self.folder)
+
+    def step(self, step: int) -> dict[str, Any]:
+        """The groups of a step, each in a few numbers. Raises FileNotFoundError without a record."""
+        from grpo.algorithm.advantages import tied  # loads torch, for which the first page does not wait
+
+        groups = []
+        for lines in self._groups(step):
+            rewards = [line.get("reward") for line in lines]
+            groups.append(
+                {
+                    "prompt_id": lines[0]["prompt_id"],
+                    "prompt": lines[0]["prompt"],
+                    "rewards": rewards,
+                    "advantages": [line.get("advantage") for line in lines],
+                    "lengths": [len(line["token_ids"]) for line in lines],
+                    "reasons": [line.get("finish_reason") for line in lines],
+                    "parts": {name: [line["parts"].get(name) for line in lines] for name in lines[0]["parts"]},
+                    "tied": tied(rewards),
+                }
+            )
+        failures = [e for e in read_events(self.folder) if e.get("step") == step and "error" in e]
+        return {"step": step, "groups": groups, "failures": failures}
+
+    def group(self, step: int, number: int) -> dict[str, Any]:
+        """A group with every token: its text and what was recorded of it. Raises IndexError where there is none."""
+        groups = self._groups(step)
+        if not 0 <= number < len(groups):
+            raise IndexError(f"step {step} has groups 0 to {len(groups) - 1}, and none with the number {number}")
+        lines = groups[number]
+        return {
+            "step": step,
+            "number": number,
+            "groups": len(groups),
+            "prompt_id": lines[0]["prompt_id"],
+            "prompt": lines[0]["prompt"],
+            "completions": [self._completion(line) for line in lines],
+        }
+
+    def _completion(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        shown = ("sample", "text", "reward", "parts", "extras", "advantage", "finish_reason", "policy_version", "turns")
+        found = {name: line.get(name) for name in shown}
+        count = len(line["token_ids"])
+        for name in ("logprobs", "policy_logprobs", "sampled", "versions"):
+            values = line.get(name)
+            found[name] = values if isinstance(values, list) and len(values) == count else None
+        depths = (line.get("draft") or {}).get("depths") or []
+        found["depths"] = depths if len(depths) == count else None
+        return found | {"tokens": self._texts(line["token_ids"])}
+
+    def _texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text that each token adds. A token that ends in the middle of a character adds nothing, and the one that
+        completes it all of it; without a tokenizer in the run folder they are numbers."""
+        tokenizer = self._find_tokenizer()
+        if tokenizer is None:
+            return [f"{token} " for token in token_ids]
+        stream = DecodeStream(skip_special_tokens=False)
+        texts = []
+        for token in token_ids:
+            try:
+                texts.append(stream.step(tokenizer, token) or "")
+            except Exception:  # of the Rust library, which names no narrower one; a damaged record has such tokens
+                stream = DecodeStream(skip_special_tokens=False)
+                texts.append(f"<{token}>")
+        return texts
+
+    def _find_tokenizer(self) -> Tokenizer | None:
+        if self._tokenizer is None:
+            found = sorted(self.folder.glob("**/tokenizer.json"), key=lambda path: len(path.parts))
+            self._tokenizer = Tokenizer.from_file(str(found[0])) if found else None
+        return self._tokenizer
+
+    def _groups(self, step: int) -> list[list[dict[str, Any]]]:
+        """The lines of a step, group by group. The last step that was asked for is kept."""
+        path = rollout_path(self.folder, step)
+        changed = path.stat().st_mtime if path.exists() else 0.0
+        if self._step is None or self._step[:2] != (step, changed):
+            self._step = step, changed, split_groups(read_rollouts(self.folder, step))
+        return self._step[2]
+
+    def _with_interval(self, row: dict[str, Any]) -> dict[str, Any]:
+        """With the 95 % intervals of the accuracies of this step."""
+        count = row.get("eval/prompts")
+        for name in ACCURACIES:
+            if (value := row.get(name)) is not None and count:
+                row[f"{name}/low"], row[f"{name}/high"] = wilson_interval(value * count, count)
+        return row
+
+
+def split_groups(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """A group begins with its sample 0.
+
+    >>> split_groups([{"sample": 0}, {"sample": 1}, {"sample": 0}])
+    [[{'sample': 0}, {'sample': 1}], [{'sample': 0}]]
+    """
+    groups: list[list[dict[str, Any]]] = []
+    for line in lines:
+        if line["sample"] == 0 or not groups:
+            groups.append([])
+        groups[-1].append(line)
+    return groups
+
+
+def finite(value: Any) -> Any:
+    """The same without numbers that JSON does not know, which a damaged record may hold: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    return [finite(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _meaning(name: str) -> str:
+    try:
+        return METRICS[row_of(name.removesuffix("/low").removesuffix("/high"))]
+    except ValueError:
+        return ""

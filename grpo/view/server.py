@@ -1,0 +1,153 @@
+"""`quartet view`: the page of one or more runs on this machine, by Starlette and uvicorn.
+
+It listens on loopback unless told otherwise. Whoever asks for data shows the token that is in the printed address, so
+that another user of the machine, or a web page that guesses the port, sees nothing.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from grpo.view.index import Index
+from grpo.view.page import ASSETS, PACKAGES, plotly, shell
+from grpo.view.run_files import RunFiles, finite
+
+UPDATE_S = 2.0  # how often new records of a running run are looked for
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+class Shown:
+    """The runs of a page, and what it may ask of them. Raises ValueError for a folder that holds no run."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.runs = [RunFiles(folder) for folder in folders]
+        self.indices = [Index(run.folder) for run in self.runs]
+
+    def keep_up(self, stop: threading.Event) -> None:
+        """Read what running runs write, until `stop` is set."""
+        while not stop.is_set():
+            for index in self.indices:
+                index.update(stop)
+            stop.wait(UPDATE_S)
+
+    def questions(self) -> dict[str, Callable[[dict[str, str]], Any]]:
+        """By path: what is answered, given the parameters of path and query."""
+
+        def run(asked: dict[str, str]) -> RunFiles:
+            return self.runs[_number(asked, "run", len(self.runs))]
+
+        def index(asked: dict[str, str]) -> Index:
+            return self.indices[_number(asked, "run", len(self.runs))]
+
+        return {
+            "runs": lambda _: [run.name for run in self.runs],
+            "{run}/overview": lambda asked: run(asked).overview(_number(asked, "after")),
+            "{run}/events": lambda asked: run(asked).events(),
+            "{run}/step/{step}": lambda asked: run(asked).step(_number(asked, "step")),
+            "{run}/group/{step}/{number}": lambda asked: run(asked).group(
+                _number(asked, "step"), _number(asked, "number")
+            ),
+            "{run}/search": lambda asked: index(asked).search(asked),
+            "{run}/prompts": lambda asked: index(asked).prompts(),
+            "{run}/places": lambda asked: index(asked).places(asked.get("prompt", "")),
+            "{run}/index": lambda asked: index(asked).state(),
+        }
+
+
+def app(shown: Shown, token: str) -> Any:
+    """The Starlette application. Raises ValueError without the packages of the extra `view`."""
+    try:
+        from starlette.applications import Starlette
+        from starlette.responses import HTMLResponse, JSONResponse, Response
+        from starlette.routing import Route
+    except ModuleNotFoundError as error:
+        raise ValueError(PACKAGES) from error
+    plotly()
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> Any:
+        stop = threading.Event()
+        thread = threading.Thread(target=shown.keep_up, args=[stop], daemon=True)
+        thread.start()
+        yield
+        stop.set()
+        thread.join(5)
+        for index in shown.indices:
+            index.close()
+
+    def answer(make: Callable[[dict[str, str]], Any]) -> Callable[..., Any]:
+        def handler(request: Any) -> Response:
+            if not hmac.compare_digest(request.headers.get("x-token", "").encode(), token.encode()):
+                fault = "the token is missing or wrong; open the address that quartet view has printed"
+                return JSONResponse({"error": fault}, 403, HEADERS)
+            try:
+                found = make(dict(request.query_params) | dict(request.path_params))
+            except (ValueError, IndexError, FileNotFoundError) as error:
+                missing = isinstance(error, IndexError | FileNotFoundError)
+                return JSONResponse({"error": str(error)}, 404 if missing else 400, HEADERS)
+            body = json.dumps(finite(found), ensure_ascii=True, allow_nan=False)
+            return Response(body, 200, HEADERS, "application/json")
+
+        return handler
+
+    def asset(request: Any) -> Response:
+        name = request.path_params["name"]
+        if name == "plotly.js":
+            return Response(plotly(), 200, {"Cache-Control": "max-age=86400"}, "text/javascript")
+        if name not in ASSETS:
+            return Response("there is no such file", 404, HEADERS)
+        kind = "text/css" if name.endswith(".css") else "text/javascript"
+        return Response((Path(__file__).parent / "assets" / name).read_text(encoding="utf-8"), 200, HEADERS, kind)
+
+    return Starlette(
+        routes=[
+            Route("/", lambda _: HTMLResponse(shell(), 200, HEADERS)),
+            Route("/assets/{name}", asset),
+            *(Route(f"/api/{path}", answer(make)) for path, make in shown.questions().items()),
+        ],
+        lifespan=lifespan,
+    )
+
+
+def _number(asked: dict[str, str], name: str, below: int | None = None) -> int:
+    value = asked.get(name, "0")
+    if not value.lstrip("-").isdecimal() or len(value) > 12:
+        raise ValueError(f"{name}={value!r} is no number")
+    if below is not None and not 0 <= int(value) < below:
+        raise IndexError(f"{name}={value}: there are {below}")
+    return int(value)
+
+
+def view(folders: Sequence[Path], host: str, port: int, say: Callable[[str], None] = print) -> None:
+    """Serve until Ctrl-C. `port` 0 takes a free one. Raises OSError where the address cannot be listened on."""
+    token = secrets.token_urlsafe(16)
+    application = app(Shown(folders), token)
+    import uvicorn
+
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(128)  # whoever opens the address at once waits for the server
+    except OSError as error:
+        raise OSError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from error
+    port = listening.getsockname()[1]
+    shown = f"[{host}]" if ":" in host else host
+    say(f"open http://{shown}:{port}/?token={token}   (Ctrl-C ends it)")
+    with listening:
+        server = uvicorn.Server(uvicorn.Config(application, log_level="error", lifespan="on"))
+        server.run(sockets=[listening])

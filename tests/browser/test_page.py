@@ -1,0 +1,242 @@
+"""The page of a run in a real browser: every page, its links and keys, hostile text, and what appears while it runs."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from grpo.run.records import read_rollouts, rollout_path
+
+CASE = Path(__file__).parents[1] / "cases/run_to_view"
+HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\x1b[31m \u202eright to left\u202c "
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="session")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-browser")
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if path is None:
+        pytest.skip("needs the program chromium (apt install chromium), or its path in CHROMIUM")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two runs; in the fourth step of the first is hostile text."""
+    root = tmp_path_factory.mktemp("runs")
+    for name in ("first", "second"):
+        shutil.copytree(CASE, root / name)
+    lines = read_rollouts(root / "first", 4)
+    lines[0]["text"], lines[0]["prompt_id"] = HOSTILE + "long " * 200_000, "<b>id</b>/%2f"
+    for line in lines[:4]:
+        line["prompt"], line["parts"] = HOSTILE, {"<i>part</i>": 1.0}
+    _write(root / "first", 4, lines)
+    return root
+
+
+def _write(folder: Path, step: int, lines: list[dict]) -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    rollout_path(folder, step).write_bytes(zstandard.ZstdCompressor().compress(text.encode()))
+
+
+@pytest.fixture(scope="module")
+def address(folders):
+    command = [sys.executable, "-m", "grpo", "view", str(folders / "first"), str(folders / "second")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    yield re.search(r"open (\S+)", process.stdout.readline())[1]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+
+
+@pytest.fixture
+def page(browser, address):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(20_000)
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.go = lambda where="": (
+        page.goto("about:blank"),
+        page.goto(f"{address}#/0/{where}"),
+        page.wait_for_selector("h1"),
+    )
+    yield page
+    assert errors == []
+    assert page.evaluate("window.hacked") is None
+    page.close()
+
+
+def _title(page, text: str) -> None:
+    page.wait_for_function("text => document.querySelector('h1')?.textContent === text", arg=text)
+
+
+def test_the_overview_draws_what_was_measured(page):
+    page.go()
+    page.wait_for_selector(".card .main-svg")
+    assert page.locator(".card h2").first.text_content() == "Reward"
+    assert "finished" in page.text_content("main")
+    drawn = page.evaluate("[...document.querySelectorAll('.chart')].map((chart) => chart.data[0].x.length)")
+    assert drawn[0] == 4
+    page.get_by_label("log scale").check()
+    assert page.evaluate("document.querySelector('.chart').layout.yaxis.type") == "log"
+
+
+def test_a_second_run_is_drawn_over_the_first(page):
+    page.go()
+    page.get_by_label("second").check()
+    page.wait_for_function("document.querySelector('.chart').data?.some(({name}) => name.startsWith('second'))")
+
+
+def test_smoothing_is_an_exponential_mean(page):
+    page.go()
+    page.wait_for_selector(".card .main-svg")
+    before = page.evaluate("document.querySelector('.chart').data[0].y")
+    page.locator("input[type=range]").fill("0.5")
+    after = page.evaluate("document.querySelector('.chart').data[0].y")
+    assert after[0] == pytest.approx(before[0])
+    assert after[1] == pytest.approx((0.5 * before[0] * 0.5 + 0.5 * before[1]) / 0.75)
+
+
+def test_one_goes_from_a_step_to_a_group_to_its_tokens(page):
+    page.go("step/2")
+    assert page.locator(".side > a").count() == 4
+    page.locator(".side > a").nth(3).click()
+    _title(page, "step 2, group 3")
+    assert page.locator(".side .card").count() == 4
+    page.select_option("select", label="mismatch")
+    token = page.locator(".side .text span").nth(2)
+    token.hover()
+    assert "mismatch" in page.text_content("#tip")
+    assert "token 2" in page.text_content("#tip")
+    page.keyboard.press("ArrowLeft")
+    _title(page, "step 2, group 2")
+
+
+def test_keys_go_everywhere(page):
+    page.go()
+    for key, title in {"s": "step 4", "ArrowLeft": "step 3", "d": "data", "e": "events", "/": "search"}.items():
+        page.keyboard.press(key)
+        _title(page, title)
+    page.keyboard.press("Tab")
+    page.go("group/2/0")
+    page.keyboard.press("c")
+    assert page.locator("select").first.input_value() == "1"
+    page.keyboard.press("?")
+    assert "light or dark" in page.text_content("dialog")
+    page.keyboard.press("Escape")
+    assert page.locator("dialog").count() == 0
+
+
+def test_dark_is_kept(page):
+    page.go()
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.keyboard.press("t")
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert dark != before
+    page.go("events")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == dark
+
+
+def test_search_finds_and_its_address_says_what_was_sought(page):
+    page.go("search")
+    page.fill("input[name=regex]", r"####\s\d")
+    page.fill("input[name=first]", "2")
+    page.fill("input[name=last]", "3")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("tbody tr")
+    sought = page.url
+    steps = {int(text) for text in page.locator("tbody td:first-child").all_text_contents()}
+    assert steps == {2, 3}
+    page.goto("about:blank")
+    page.goto(sought)
+    page.wait_for_selector("tbody tr")
+    page.fill("input[name=regex]", "(")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".fault")
+    assert "no regular expression" in page.text_content(".fault")
+
+
+def test_prompts_sort_and_lead_to_their_completions_side_by_side(page):
+    page.go("data")
+    page.click("th button:has-text('pass rate')")
+    rates = [float(text) for text in page.locator("tbody td:nth-child(3)").all_text_contents()]
+    assert rates == sorted(rates, reverse=True)
+    page.locator("tbody a").last.click()
+    page.wait_for_selector("main .text")
+    assert page.text_content("h1").startswith("prompt ")
+
+
+def test_a_diff_marks_what_was_added_and_removed(page):
+    page.go()
+    parts = page.evaluate("view.diff('a b c', 'a x c d')")
+    assert parts == [[0, "a "], [-1, "b"], [1, "x"], [0, " c"], [1, " d"]]
+
+
+@pytest.mark.parametrize(
+    "where", ["step/4", "group/4/0", "search/text%3Dright", "data", "diff/%3Cb%3Eid%3C%2Fb%3E%2F%252f"]
+)
+def test_hostile_text_is_shown_and_not_executed(page, where):
+    page.go(where)
+    page.wait_for_selector("main .text, main table, main .side")
+    assert page.locator("main script, main img, main b:has-text('id')").count() == 0
+    assert "<script>" in page.text_content("main") or "<b>id</b>" in page.text_content("main")
+
+
+@pytest.mark.parametrize("width", [400, 1280, 3840])
+def test_nothing_is_cut_off(browser, address, width):
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    for where in ("overview", "step/3", "group/4/0", "search/text%3Da", "data", "events"):
+        page.goto("about:blank")
+        page.goto(f"{address}#/0/{where}")
+        page.wait_for_selector("h1")
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, where
+    page.close()
+
+
+def test_a_new_step_appears_while_the_page_is_open(page, folders):
+    page.go()
+    page.wait_for_selector(".card .main-svg")
+    with open(folders / "first/metrics.jsonl", "a") as metrics:
+        metrics.write(json.dumps({"step": 5, "reward/mean": 0.5}) + "\n")
+    page.wait_for_function("document.querySelector('.chart').data[0].x.at(-1) === 5")
+    shutil.copy(rollout_path(folders / "first", 3), rollout_path(folders / "first", 5))
+    page.keyboard.press("s")
+    _title(page, "step 5")
+
+
+def test_without_its_token_the_page_says_what_to_do(browser, address):
+    page = browser.new_page()
+    page.goto(address.partition("?")[0])
+    page.wait_for_selector(".fault")
+    assert "open the address that quartet view has printed" in page.text_content(".fault")
+    page.close()
+
+
+def test_a_report_works_from_its_file(browser, tmp_path):
+    from grpo.view.report import report
+
+    page = browser.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(report(CASE, tmp_path / "r.html").as_uri())
+    page.wait_for_selector(".card .main-svg")
+    page.keyboard.press("s")
+    page.wait_for_selector(".side > a")
+    page.locator(".side > a").first.click()
+    page.wait_for_selector(".side .text span")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("e")
+    page.wait_for_selector("table")
+    assert errors == []
+    page.close()

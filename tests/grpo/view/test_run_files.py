@@ -1,0 +1,83 @@
+"""What the page of a run is told, over a recorded run of four steps with four groups of four."""
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from grpo.algorithm.statistics import wilson_interval
+from grpo.run.records import read_metrics, read_rollouts
+from grpo.view.run_files import RunFiles, finite, split_groups
+
+CASE = Path(__file__).parents[2] / "cases/run_to_view"
+
+
+@pytest.fixture
+def run():
+    return RunFiles(CASE)
+
+
+def test_the_overview_has_every_metric_with_its_meaning_and_intervals(run):
+    found = run.overview()
+    measured = read_metrics(CASE)
+    assert [row["step"] for row in found["rows"]] == [0, 1, 2, 3, 4]
+    for row, expected in zip(found["rows"], measured, strict=True):
+        assert row.items() >= expected.items()
+    first = found["rows"][0]
+    bounds = wilson_interval(first["eval/accuracy"] * 16, 16)
+    assert (first["eval/accuracy/low"], first["eval/accuracy/high"]) == bounds
+    assert "eval/accuracy/low" not in found["rows"][1]
+    assert "scores" in found["meanings"]["reward/std"]
+    assert all(found["meanings"].values())
+    assert found["recorded"] == [1, 2, 3, 4]
+    assert found["ended"]["how"] == "finished"
+    assert [row["step"] for row in run.overview(after=3)["rows"]] == [3, 4]
+
+
+def test_a_step_is_its_groups(run):
+    lines, found = read_rollouts(CASE, 2), run.step(2)
+    assert len(found["groups"]) == 4
+    assert [r for group in found["groups"] for r in group["rewards"]] == [line["reward"] for line in lines]
+    assert [n for group in found["groups"] for n in group["lengths"]] == [len(line["token_ids"]) for line in lines]
+    assert [group["tied"] for group in found["groups"]] == [len(set(g["rewards"])) == 1 for g in found["groups"]]
+
+
+def test_the_tokens_of_a_completion_make_its_text(run):
+    tokenizer = Tokenizer.from_file(str(CASE / "warm_start/tokenizer.json"))
+    for line, completion in zip(read_rollouts(CASE, 3)[4:8], run.group(3, 1)["completions"], strict=True):
+        assert len(completion["tokens"]) == len(line["token_ids"]) == len(completion["logprobs"])
+        assert "".join(completion["tokens"]) == tokenizer.decode(line["token_ids"], skip_special_tokens=False)
+        assert completion["logprobs"] == line["logprobs"]
+
+
+def test_a_token_that_completes_a_character_has_all_of_it(run):
+    tokenizer = Tokenizer.from_file(str(CASE / "warm_start/tokenizer.json"))
+    ids = tokenizer.encode("née 😀!").ids
+    assert len(ids) > len("née 😀!")  # characters in several tokens
+    assert "".join(run._texts(ids)) == "née 😀!"
+    assert not any("�" in text for text in run._texts(ids))
+
+
+def test_what_is_not_there_is_said(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no rollouts of step 9.*there are steps 1 to 4"):
+        run.step(9)
+    with pytest.raises(IndexError, match="groups 0 to 3, and none with the number 4"):
+        run.group(1, 4)
+    with pytest.raises(ValueError, match="no such folder"):
+        RunFiles(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"is no run folder \(no metrics.jsonl in it\)"):
+        RunFiles(tmp_path)
+
+
+def test_lists_that_do_not_fit_the_tokens_are_left_out(run):
+    line = {"token_ids": [5, 6], "logprobs": [0.0], "draft": {"depths": [1, 2, 3]}}
+    completion = run._completion(line)
+    assert completion["logprobs"] is completion["depths"] is completion["policy_logprobs"] is None
+
+
+def test_numbers_that_json_does_not_know_become_null():
+    assert finite({"a": [float("nan"), (1.5, float("inf"))]}) == {"a": [None, [1.5, None]]}
+
+
+def test_a_group_begins_with_its_sample_0():
+    assert [len(group) for group in split_groups([{"sample": n} for n in (0, 1, 0, 0, 1, 2)])] == [2, 1, 3]

@@ -1,0 +1,156 @@
+"""`quartet view` as a browser meets it, and `quartet report`."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from grpo.cli import main
+from grpo.run.records import read_rollouts, rollout_path
+from grpo.view.page import self_contained
+
+CASE = Path(__file__).parents[2] / "cases/run_to_view"
+pytest.importorskip("starlette", reason="needs the extra view")
+pytest.importorskip("plotly", reason="needs the extra view")
+
+
+class Served:
+    def __init__(self, *words: str) -> None:
+        command = [sys.executable, "-m", "grpo", "view", *words]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.said = self.process.stdout.readline()
+        self.address, self.token = re.search(r"open (http://\S+)/\?token=(\S+)", self.said).groups()
+
+    def get(self, path: str, token: str | None = None) -> tuple[int, bytes, dict]:
+        headers = {"x-token": self.token if token is None else token}
+        request = urllib.request.Request(f"{self.address}{path}", headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, response.read(), dict(response.headers)
+        except urllib.error.HTTPError as error:
+            return error.code, error.read(), dict(error.headers)
+
+    def ask(self, path: str):
+        return json.loads(self.get(f"/api/{path}")[1])
+
+    def end(self, number: int = signal.SIGINT) -> int:
+        self.process.send_signal(number)
+        self.rest = self.process.stdout.read()
+        return self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("one", "two"):
+        shutil.copytree(CASE, folder / name)
+    served = Served(str(folder / "one"), str(folder / "two"))
+    yield served
+    assert served.end() == 130
+    assert served.rest.strip() == "quartet: interrupted"
+
+
+def test_it_listens_on_this_machine_alone(served):
+    assert served.address.startswith("http://127.0.0.1:")
+
+
+@pytest.mark.parametrize("token", ["", "wrong", "é"])
+def test_data_needs_the_token(served, token):
+    status, body, _ = served.get("/api/runs", token.encode().decode("latin-1"))
+    assert status == 403
+    assert "the token is missing or wrong" in json.loads(body)["error"]
+
+
+def test_every_question_is_answered(served):
+    assert served.ask("runs") == ["one", "two"]
+    assert [row["step"] for row in served.ask("1/overview?after=2")["rows"]] == [2, 3, 4]
+    assert len(served.ask("0/step/2")["groups"]) == 4
+    assert served.ask("0/group/2/3")["number"] == 3
+    assert served.ask("0/events")[-1]["event"] == "end"
+    assert served.ask("0/index")["recorded"] == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "message"),
+    [
+        ("2/overview", 404, "run=2: there are 2"),
+        ("x/overview", 400, "run='x' is no number"),
+        ("0/step/99", 404, "no rollouts of step 99"),
+        ("0/step/-1", 404, "no rollouts of step -1"),
+        ("0/group/1/77", 404, "none with the number 77"),
+        ("0/search?regex=(", 400, "no regular expression"),
+        ("0/step/" + "9" * 40, 400, "is no number"),
+    ],
+)
+def test_a_wrong_question_gets_an_error(served, path, status, message):
+    found, body, _ = served.get(f"/api/{path}")
+    assert (found, message in json.loads(body)["error"]) == (status, True)
+
+
+def test_the_page_loads_nothing_from_elsewhere(served):
+    status, page, headers = served.get("/", "")
+    assert status == 200
+    assert headers["content-security-policy"].startswith("default-src 'self'")
+    assert not re.search(rb'(src|href)="(?!/assets/|data:)', page)
+    for name in re.findall(rb'(?:src|href)="(/assets/[^"]+)"', page):
+        assert served.get(name.decode())[0] == 200
+    assert served.get("/assets/..%2f..%2fserver.py")[0] == 404
+    assert served.get("/assets/server.py")[0] == 404
+
+
+class _Scripts(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_a_report_is_one_file_in_which_text_stays_text(tmp_path, capsys):
+    shutil.copytree(CASE, tmp_path / "run")
+    lines = read_rollouts(tmp_path / "run", 4)
+    for line in lines:
+        line["text"] = line["prompt"] = "</script><script>alert(1)</script><!--"
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    rollout_path(tmp_path / "run", 4).write_bytes(zstandard.ZstdCompressor().compress(text.encode()))
+    assert main(["report", str(tmp_path / "run"), "--steps", "2", "4"]) == 0
+    written = tmp_path / "run/report.html"
+    assert capsys.readouterr().out.strip() == str(written)
+    page = _Scripts()
+    page.feed(written.read_text(encoding="utf-8"))
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("script") == 7  # the answers, Plotly and five of ours
+    assert not any("src" in attributes or "href" in attributes for tag, attributes in page.tags if tag != "link")
+
+
+def test_answers_come_back_as_they_were():
+    answers = {"a": "</script> \u2028 é 😀 <b>", "b": [1.5, None]}
+    page = self_contained("<title>", answers)
+    embedded = re.search(r'<script type="application/json" id="answers">(.*?)</script>', page, re.DOTALL)[1]
+    assert json.loads(embedded) == answers
+    assert "<title>&lt;title&gt;</title>" in page
+
+
+@pytest.mark.parametrize("words", [["view", "nowhere"], ["report", "nowhere"], ["report", ".", "--output", "r.html"]])
+def test_a_folder_that_is_no_run_is_named(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 1
+    assert f"RUN={words[1]}: " in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_address_in_use_is_named(served, capsys):
+    port = served.address.rpartition(":")[2]
+    assert main(["view", str(CASE), "--port", port]) == 1
+    assert f"--port {port}: cannot listen there (Address already in use)" in capsys.readouterr().err
