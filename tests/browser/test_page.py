@@ -94,7 +94,7 @@ def test_the_overview_draws_what_was_measured(page):
 def test_a_second_run_is_drawn_over_the_first(page):
     page.go()
     page.get_by_label("second").check()
-    page.wait_for_function("document.querySelector('.chart').data?.some(({name}) => name.startsWith('second'))")
+    page.wait_for_function("() => document.querySelector('.chart').data?.some(({name}) => name.startsWith('second'))")
 
 
 def test_smoothing_is_an_exponential_mean(page):
@@ -113,7 +113,7 @@ def test_one_goes_from_a_step_to_a_group_to_its_tokens(page):
     page.locator(".side > a").nth(3).click()
     _title(page, "step 2, group 3")
     assert page.locator(".side .card").count() == 4
-    page.select_option("select", label="mismatch")
+    page.select_option("main select", label="mismatch")
     token = page.locator(".side .text span").nth(2)
     token.hover()
     assert "mismatch" in page.text_content("#tip")
@@ -130,11 +130,11 @@ def test_keys_go_everywhere(page):
     page.keyboard.press("Tab")
     page.go("group/2/0")
     page.keyboard.press("c")
-    assert page.locator("select").first.input_value() == "1"
+    assert page.locator("main select").input_value() == "1"
     page.keyboard.press("?")
     assert "light or dark" in page.text_content("dialog")
     page.keyboard.press("Escape")
-    assert page.locator("dialog").count() == 0
+    page.wait_for_selector("dialog", state="detached")
 
 
 def test_dark_is_kept(page):
@@ -209,7 +209,7 @@ def test_a_new_step_appears_while_the_page_is_open(page, folders):
     page.wait_for_selector(".card .main-svg")
     with open(folders / "first/metrics.jsonl", "a") as metrics:
         metrics.write(json.dumps({"step": 5, "reward/mean": 0.5}) + "\n")
-    page.wait_for_function("document.querySelector('.chart').data[0].x.at(-1) === 5")
+    page.wait_for_function("() => document.querySelector('.chart').data[0].x.at(-1) === 5")
     shutil.copy(rollout_path(folders / "first", 3), rollout_path(folders / "first", 5))
     page.keyboard.press("s")
     _title(page, "step 5")
