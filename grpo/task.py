@@ -262,6 +262,11 @@ class Task:
         self.verdicts.see_scores(scores)
         return scores
 
+    def lost(self) -> dict[str, float]:
+        """faults/* of the reward workers since the last call; empty where none was lost."""
+        count, seconds = self.scorer.take_lost() if self.scores else (0, 0.0)
+        return {"faults/reward_worker": float(count), "faults/reward_seconds": seconds} if count else {}
+
     def close(self) -> None:
         if self.scores:
             self.scorer.close()

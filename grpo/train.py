@@ -87,7 +87,7 @@ def train(
                     if not ahead or evaluates or step == run.last:
                         batches.settle()
                         _publish(run, publisher)
-                    run.record(pool.metrics())
+                    run.record(pool.metrics() | task.lost())
                     run.save_if_due(config.checkpoint.keep_best and evaluates)
                     if evaluates:
                         run.alone(held_out.evaluate, step)

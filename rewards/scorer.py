@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -62,6 +63,7 @@ class Scorer:
         self._timeout_s, self._workers = timeout_s, workers
         self._functions = [RewardFunction(spec, index) for index, spec in enumerate(specs)]
         self._logged_by: dict[str, str] = {}
+        self._lost, self._lost_s = 0, 0.0
         descriptions = [function.description() for function in self._functions]
         tokens = [spec.arguments.get("token_variable") for spec in specs if spec.function in ("remote", "judge")]
         named = [*pass_variables, *(name for name in tokens if name)]
@@ -156,6 +158,12 @@ class Scorer:
             for function in self._functions
         ]
 
+    def take_lost(self) -> tuple[int, float]:
+        """How many worker processes died or were late since the last call, and the seconds that it took until their
+        work was done again or given up."""
+        found, self._lost, self._lost_s = (self._lost, self._lost_s), 0, 0.0
+        return found
+
     def close(self) -> None:
         """End all worker processes. The scorer cannot be used afterwards."""
         self._pool.close()
@@ -168,6 +176,16 @@ class Scorer:
 
     def _score(
         self, groups: list[Group], trainer_state: Mapping[str, Any] | None, policy: FailurePolicy, *, rerun: bool = True
+    ) -> list[GroupScore]:
+        try:
+            return self._scores(groups, trainer_state, policy, rerun)
+        finally:
+            if lost := self._pool.take_lost():
+                self._lost += len(lost)
+                self._lost_s += time.monotonic() - min(lost)
+
+    def _scores(
+        self, groups: list[Group], trainer_state: Mapping[str, Any] | None, policy: FailurePolicy, rerun: bool
     ) -> list[GroupScore]:
         weights = {function.label: function.spec.weight for function in self._functions}
         tallies = [GroupTally(group.prompt_id, len(group.completions), weights) for group in groups]

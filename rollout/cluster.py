@@ -137,12 +137,31 @@ def start_ray(cpus: int, address: str | None = None) -> None:
     address, with the user's own settings. Ray replaces the handler of SIGTERM; the caller's own is restored.
     """
     handler: Any = signal.getsignal(signal.SIGTERM)
+    _silence_remarks()
     try:
         _start_ray(cpus, address)
     finally:
         if callable(handler):
             with suppress(ValueError):  # not the main thread, where Ray has not replaced it either
                 signal.signal(signal.SIGTERM, handler)
+
+
+def _silence_remarks() -> None:
+    """Ray prints a paragraph for every process that dies, beside the line in which a run says what it does about it.
+    What actors themselves print is still shown."""
+    import ray
+
+    module: Any = ray._private.worker
+    show = module.print_to_stdstream
+    if getattr(show, "without_remarks", False):
+        return
+
+    def without_remarks(data: dict[str, Any], *arguments: Any, **named: Any) -> None:
+        if data.get("pid") != "raylet":
+            show(data, *arguments, **named)
+
+    without_remarks.without_remarks = True  # type: ignore[attr-defined]
+    module.print_to_stdstream = without_remarks
 
 
 def stop_ray() -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from threading import Lock
+from typing import Literal
 
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 
 OnFinished = Callable[[int], None]  # gets the number of completions that have ended since it was last called
+OnLost = Callable[[str, str, str], None]  # gets what was lost, such as "worker 1", why, and what is done about it
+Kind = Literal["worker", "node", "object_store", "vllm"]
+MOST_LOST = 3  # losses that a pool mends between two publications
 
 
 class RolloutError(RuntimeError):
@@ -22,6 +30,76 @@ class RolloutError(RuntimeError):
 
     def __reduce__(self) -> tuple:
         return type(self), (str(self), self.groups)
+
+
+class Faults:
+    """Counts what a pool has lost, and the seconds that it took until the lost work was done again.
+
+    `most` losses are mended between two publications; the next one ends the run. Work that is lost at the same time
+    counts once: the seconds are those in which any of it was missing.
+
+    >>> faults.lost("worker", "worker 1", "its process 7 was killed", work="shard 3", since=shard_began)
+    >>> faults.done("shard 3")   # 2.5 s after the shard had begun for the first time
+    >>> faults.metrics()
+    {"faults/worker": 1.0, "faults/sampling_seconds": 2.5}
+    """
+
+    def __init__(self, on_lost: OnLost = lambda what, reason, action: None, most: int = MOST_LOST) -> None:
+        self.on_lost, self.most = on_lost, most
+        self.since_publication = 0
+        self._unreported: defaultdict[str, float] = defaultdict(float)
+        self._missing: set[Hashable] = set()  # lost work
+        self._began = 0.0  # when the first of it began
+        self._lock = Lock()  # with rollout.ahead a thread samples while another asks for the metrics
+
+    def published(self) -> None:
+        """From here on losses count anew, and work that was missing is given up."""
+        self.since_publication = 0
+        self._missing.clear()
+
+    def lost(
+        self, kind: Kind, what: str, reason: str, *, work: Hashable, since: float, action: str = "it is replaced"
+    ) -> None:
+        """`work` had begun at `since`, of time.monotonic(), and has to be done again. Raises RolloutError where too
+        much was lost."""
+        self.since_publication += 1
+        given_up = self.since_publication > self.most
+        self.on_lost(what, reason, "the run ends" if given_up else action)
+        if given_up:
+            raise RolloutError(
+                f"{self.since_publication} losses since the last publication; the last one was {what}: {reason}. If "
+                "memory ran out, lower rollout.workers or rollout.prompts_per_shard; if a shard needs more time, raise "
+                "rollout.timeout_s; go on with --resume auto"
+            )
+        with self._lock:
+            self._unreported[f"faults/{kind}"] += 1
+            self._began = min(self._began, since) if self._missing else since
+            self._missing.add(work)
+
+    def done(self, work: Hashable) -> None:
+        """Call it for all work that ends, lost before or not."""
+        with self._lock:
+            if work in self._missing:
+                self._missing.remove(work)
+                if not self._missing:
+                    self._unreported["faults/sampling_seconds"] += time.monotonic() - self._began
+
+    def metrics(self) -> dict[str, float]:
+        """faults/* since the last call; empty where nothing was lost."""
+        with self._lock:
+            found, self._unreported = dict(self._unreported), defaultdict(float)
+        return found
+
+
+def why_died(error: Exception) -> tuple[Kind, str]:
+    """What was lost with a Ray actor, and why, in fewer words than Ray's where these only guess."""
+    said = " ".join(str(error).split())
+    if "its node has died" in said:
+        node = re.search(r"Node Id: (\w+)", said)
+        return "node", f"its machine left the cluster{f' (node {node[1][:8]})' if node else ''}"
+    if "Worker exit type: SYSTEM_ERROR" in said and (process := re.search(r"pid: (\d+)", said)):
+        return "worker", f"its process {process[1]} was killed or crashed, perhaps since memory ran out"
+    return "worker", f"it died: {said}"
 
 
 def prompt_fault(prompt: Prompt, params: SamplingParams, vocabulary: int, limit: int) -> str | None:

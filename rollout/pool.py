@@ -19,9 +19,10 @@ from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
 from rollout.cluster import start_ray as start_ray
 from rollout.depth import CostTable
 from rollout.engine import Engine, OnFinished, RolloutError
+from rollout.faults import OnLost
 from rollout.group import Prompt, RolloutGroup
 from rollout.publication.digests import Held
-from rollout.ray_pool import PUBLISH_TIMEOUT_S, TIMEOUT_S, OnLost, RayPool
+from rollout.ray_pool import PUBLISH_TIMEOUT_S, TIMEOUT_S, RayPool
 from rollout.sampling import SamplingParams
 from rollout.shard import shards
 
@@ -49,7 +50,7 @@ class Pool(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """`rollout/restarts` and publish/* since the last call; empty without workers."""
+        """faults/* and publish/* since the last call; empty without workers."""
         ...
 
     def close(self) -> None: ...
@@ -67,7 +68,7 @@ def open_pool(
     publish_timeout_s: float = PUBLISH_TIMEOUT_S,
     publish_deltas: bool | None = None,
     while_waiting: Callable[[], None] = lambda: None,
-    on_lost: OnLost = lambda worker, reason, action: None,
+    on_lost: OnLost = lambda what, reason, action: None,
     vllm: VLLMSettings | None = None,
 ) -> Pool:
     """A pool to which the weights of `policy` are published.
@@ -78,7 +79,7 @@ def open_pool(
     `publish_timeout_s` to take new weights over, is replaced, as if it had died. `publish_deltas`: workers get the
     compressed differences between two versions; None: where the cluster has eight nodes or more. `while_waiting` is
     called several times a second while the pool waits for workers; an exception that it raises ends the wait. `on_lost`
-    gets the number of a worker that died or was late, the reason, and what is done.
+    gets what died or was late, such as "worker 1", the reason, and what is done.
 
     With `vllm` a server of vLLM samples in their place, with `threads`, and `while_waiting` is called while it does.
     """

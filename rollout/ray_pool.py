@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +16,7 @@ from policies.policy import Policy
 from rollout.cluster import Cluster
 from rollout.depth import CostTable
 from rollout.engine import OnFinished, RolloutError
+from rollout.faults import Faults, Kind, OnLost, why_died
 from rollout.group import Prompt, RolloutGroup
 from rollout.publication.canaries import other_canaries
 from rollout.publication.digests import Held
@@ -24,15 +25,12 @@ from rollout.sampling import SamplingParams
 from rollout.shard import shards
 from rollout.worker import Worker
 
-MAX_RESTARTS = 3  # of all workers together, between two publications
 TIMEOUT_S = 3600.0  # the default of rollout.timeout_s
 PUBLISH_TIMEOUT_S = 600.0  # and of rollout.publish_timeout_s
 START_TIMEOUT_S = 600.0  # a worker may take at least so long to start and to confirm weights
 # From here on compressed differences (2.4 ms a MB, a third to two thirds fewer bytes) beat 10 Gb/s out of one machine.
 DELTA_NODES = 8
 POLL_S = 0.2  # how often a waiting pool checks whether it should go on waiting
-
-OnLost = Callable[[int, str, str], None]
 
 
 class RayPool:
@@ -57,7 +55,7 @@ class RayPool:
         self.ray = ray
         self.prompts_per_shard, self.threads = prompts_per_shard, threads
         self.timeout_s, self.publish_timeout_s = timeouts_s  # of a shard, of a publication
-        self.while_waiting, self.on_lost = while_waiting, on_lost
+        self.while_waiting, self.faults = while_waiting, Faults(on_lost)
         self.cluster = Cluster(workers * threads, address)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         held = next(policy.parameters()).dtype
@@ -71,7 +69,6 @@ class RayPool:
         # Prompts and parameters of the canaries of this version, and what a worker has sampled that passed them.
         self.canaries: tuple[Sequence[Prompt], SamplingParams, list[RolloutGroup]] | None = None
         self.precision = dtype
-        self.restarts = 0
         self._unreported: defaultdict[str, float] = defaultdict(float)
         self.workers: list[Any] = []
         try:
@@ -95,7 +92,8 @@ class RayPool:
 
         Where the policy has adapters, a worker that holds the version before gets A and B, and what else is trained.
         """
-        self.published, self.canaries, self.restarts = None, None, 0
+        self.published, self.canaries = None, None
+        self.faults.published()
         self._confirm(range(len(self.workers)), self.sender.take(weights, version))
 
     def _confirm(self, workers: Iterable[int], change: Message | None = None) -> None:
@@ -109,6 +107,7 @@ class RayPool:
         self.cluster.check()
         started, sent = time.monotonic(), dict[bool, Any]()
         running: dict[Any, tuple[int, bool, float]] = {}
+        began: dict[int, float] = {}
 
         def send(i: int, everything: bool = False) -> None:
             former = self.confirmed.pop(i, None)
@@ -118,8 +117,9 @@ class RayPool:
                 sent[everything] = self.ray.put(message)
                 self._unreported["publish/bytes"] += message.bytes
             limit = max(self.publish_timeout_s, START_TIMEOUT_S if former is None else 0.0)
+            began[i] = time.monotonic()
             reference = self.workers[i].publish.remote(sent[everything])
-            running[reference] = i, everything, time.monotonic() + limit
+            running[reference] = i, everything, began[i] + limit
 
         for i in workers:
             send(i)
@@ -129,10 +129,11 @@ class RayPool:
             for reference, held, lost in self._ended(deadlines, late):
                 i, everything, _ = running.pop(reference)
                 if lost:
-                    self._replace(i, lost)
+                    self._replace(i, *lost, ("publication", i), began[i])
                     send(i)
                 elif (wrong := self.sender.difference(held)) is None:
                     self.confirmed[i] = self.sender.version
+                    self.faults.done(("publication", i))
                 elif not everything:
                     send(i, everything=True)
                 else:
@@ -148,16 +149,15 @@ class RayPool:
         limit = max(self.timeout_s, START_TIMEOUT_S)
         while True:
             self.cluster.check()
-            reference, deadline = getattr(self.workers[i], method).remote(*arguments), time.monotonic() + limit
-            ready = False
-            while not ready and time.monotonic() < deadline:
-                ready = bool(self._wait([reference]))
-            try:
-                if ready:
-                    return self._get(reference)
-                self._replace(i, f"no answer to {method} after {limit:g} s")
-            except self.ray.exceptions.RayActorError as error:
-                self._replace(i, f"it died: {error}")
+            reference, began = getattr(self.workers[i], method).remote(*arguments), time.monotonic()
+            ended: list[tuple[Any, Any, tuple[Kind, str] | None]] = []
+            while not ended:
+                ended = self._ended({reference: began + limit}, f"no answer to {method} after {limit:g} s")
+            [(_, answer, lost)] = ended
+            if not lost:
+                self.faults.done(method)
+                return answer
+            self._replace(i, *lost, method, began)
 
     def _wait(self, references: Sequence[Any]) -> list[Any]:
         """One of the references that is ready, or none after POLL_S."""
@@ -170,17 +170,17 @@ class RayPool:
         passed = [reference for reference, deadline in deadlines.items() if time.monotonic() > deadline]
         return self.ray.wait(passed, num_returns=len(passed), timeout=0)[1] if passed else []
 
-    def _ended(self, deadlines: Mapping[Any, float], late: str) -> list[tuple[Any, Any, str]]:
+    def _ended(self, deadlines: Mapping[Any, float], late: str) -> list[tuple[Any, Any, tuple[Kind, str] | None]]:
         """References that are ready, with their answers or why their worker is lost, and those whose time is up."""
-        ended: list[tuple[Any, Any, str]] = []
+        ended: list[tuple[Any, Any, tuple[Kind, str] | None]] = []
         for reference in self._wait(list(deadlines)):
             try:
-                ended.append((reference, self._get(reference), ""))
+                ended.append((reference, self._get(reference), None))
             except self.ray.exceptions.RayActorError as error:
-                ended.append((reference, None, f"it died: {error}"))
+                ended.append((reference, None, why_died(error)))
             except self.ray.exceptions.RayTaskError as error:
                 raise error.cause or error from None  # without the worker's stack in its message
-        return ended + [(reference, None, late) for reference in self._late(deadlines)]
+        return ended + [(reference, None, ("worker", late)) for reference in self._late(deadlines)]
 
     def _get(self, reference: Any) -> Any:
         errors = self.ray.exceptions
@@ -192,19 +192,10 @@ class RayPool:
             self.cluster.check(ask=True)
             raise RolloutError(f"Ray has lost the answer of a rollout worker: {error}") from error
 
-    def _replace(self, i: int, why: Exception | str) -> None:
+    def _replace(self, i: int, kind: Kind, why: str, work: Hashable, since: float) -> None:
+        """Worker i is lost, and with it `work`, which had begun at `since`."""
         self.cluster.check(ask=True)  # if Ray has died, its workers died first
-        reason = " ".join(str(why).split())
-        self.restarts += 1
-        given_up = self.restarts > MAX_RESTARTS
-        self.on_lost(i, reason, "the run ends" if given_up else "it is replaced")
-        if given_up:
-            raise RolloutError(
-                f"rollout workers died {self.restarts} times since the last publication; the last error was: worker "
-                f"{i}: {reason}. If memory ran out, lower rollout.workers or rollout.prompts_per_shard; if a shard "
-                "needs more time, raise rollout.timeout_s"
-            )
-        self._unreported["rollout/restarts"] += 1
+        self.faults.lost(kind, f"worker {i}", why, work=work, since=since)
         self.confirmed.pop(i, None)
         self.ray.kill(self.workers[i])  # if it only seems lost, it still holds the processor of its successor
         self.workers[i] = self._start()
@@ -224,8 +215,8 @@ class RayPool:
         running: dict[Any, tuple[int, int, Sequence[Prompt], float]] = {}
         idle = list(range(len(self.workers)))
 
-        def again(i: int, number: int, shard: Sequence[Prompt], reason: str) -> None:
-            self._replace(i, reason)
+        def again(i: int, number: int, shard: Sequence[Prompt], kind: Kind, reason: str, began: float) -> None:
+            self._replace(i, kind, reason, ("shard", number), began)
             self._admit(i)
             waiting.append((number, shard))
 
@@ -233,21 +224,24 @@ class RayPool:
             while waiting and idle:
                 number, shard = waiting.pop()
                 i = idle.pop(0)
+                began = time.monotonic()
                 reference = self.workers[i].sample.remote(list(shard), params, version, self.costs)
-                running[reference] = i, number, shard, time.monotonic() + self.timeout_s
+                running[reference] = i, number, shard, began
             finished = self._wait(list(running))
-            late = self._late({reference: deadline for reference, (*_, deadline) in running.items()})
+            late = self._late({reference: began + self.timeout_s for reference, (*_, began) in running.items()})
             for reference in [*finished, *late]:
-                i, number, shard, _ = running.pop(reference)
+                i, number, shard, began = running.pop(reference)
                 try:
                     if reference in finished:
                         done[number] = self._get(reference)
+                        self.faults.done(("shard", number))
                         if on_finished:
                             on_finished(len(shard) * params.group_size)
                     else:
-                        again(i, number, shard, f"its shard took longer than rollout.timeout_s={self.timeout_s:g}")
+                        late_by = f"its shard took longer than rollout.timeout_s={self.timeout_s:g}"
+                        again(i, number, shard, "worker", late_by, began)
                 except self.ray.exceptions.RayActorError as error:
-                    again(i, number, shard, f"it died: {error}")
+                    again(i, number, shard, *why_died(error), began)
                 except self.ray.exceptions.RayTaskError as error:
                     if not isinstance(error.cause, RolloutError):
                         raise error.cause or error from None  # without the worker's stack in its message
@@ -273,20 +267,22 @@ class RayPool:
 
         def ask(i: int) -> None:
             reference = self.workers[i].sample.remote(list(prompts), params, version, self.costs)
-            running[reference] = i, time.monotonic() + self.publish_timeout_s
+            running[reference] = i, time.monotonic()
 
         for i in workers:
             ask(i)
         late = f"its canaries took longer than rollout.publish_timeout_s={self.publish_timeout_s:g}"
         while running:
-            for reference, answer, lost in self._ended({r: deadline for r, (_, deadline) in running.items()}, late):
-                i, _ = running.pop(reference)
+            deadlines = {reference: began + self.publish_timeout_s for reference, (_, began) in running.items()}
+            for reference, answer, lost in self._ended(deadlines, late):
+                i, began = running.pop(reference)
                 if lost:
-                    self._replace(i, lost)
+                    self._replace(i, *lost, ("canaries", i), began)
                     self._confirm([i])
                     ask(i)
                 else:
                     groups[i] = answer
+                    self.faults.done(("canaries", i))
         return groups
 
     def _admit(self, i: int) -> None:
@@ -312,7 +308,7 @@ class RayPool:
         return costs
 
     def metrics(self) -> dict[str, float]:
-        metrics = {"rollout/restarts": 0.0} | self._unreported
+        metrics = self.faults.metrics() | self._unreported
         self._unreported.clear()
         return metrics
 

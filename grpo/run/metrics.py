@@ -79,7 +79,13 @@ METRICS: dict[str, str] = {
     "moe/layer_<d>/max_violation": "moe/max_violation of layer d alone",
     "moe/layer_<d>/router_entropy": "moe/router_entropy of layer d alone",
     "moe/layer_<d>/dead_experts": "moe/dead_experts of layer d alone",
-    "rollout/restarts": "Ray workers replaced since the last line (died, or later than rollout.timeout_s), count",
+    "faults/worker": "Ray workers that died or were late (rollout.timeout_s, rollout.publish_timeout_s), and were "
+    "replaced; as all faults/* since the last line, and absent at 0, count",
+    "faults/node": "Ray workers that were replaced since their machine left the cluster, count",
+    "faults/object_store": "times that Ray's object store was full and was waited for, count",
+    "faults/sampling_seconds": "from the start of what these have lost to its being done again, seconds",
+    "faults/reward_worker": "processes of reward functions that died or passed reward.timeout_s, count",
+    "faults/reward_seconds": "from the start of what they scored to its being scored again or given up, seconds",
     "canary/logprob_abs_mean": "the same of a publication's canaries, which both score with the same weights: what "
     "precision and backend alone give, nats",
     "canary/logprob_abs_max": "the largest of them",

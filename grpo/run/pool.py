@@ -69,11 +69,11 @@ class NoPool:
 def open_run_pool(
     policy: Policy, rollout: RolloutOptions, dtype: str, stop: StopSignal, run_log: RunLog, *, samples: bool = True
 ) -> InterruptiblePool:
-    """Workers as `rollout` asks for them. A stop that is asked for interrupts their work, a worker that is lost
-    is an event. Raises GivenUp where a stop was asked for before they were ready."""
+    """Workers as `rollout` asks for them. A stop that is asked for interrupts their work, what is lost is an
+    event. Raises GivenUp where a stop was asked for before they were ready."""
 
-    def on_lost(worker: int, reason: str, action: str) -> None:
-        run_log.event("worker_lost", worker=worker, action=action, reason=reason)
+    def on_lost(what: str, reason: str, action: str) -> None:
+        run_log.event("lost", what=what, action=action, reason=reason)
 
     if not samples:
         others = NoPool(keeps=rollout.samplers > 0 or rollout.backend == "vllm")

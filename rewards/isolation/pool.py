@@ -64,7 +64,8 @@ class WorkerProcess:
         self.timeout_s = timeout_s
         self.socket.settimeout(timeout_s)
         self.socket.sendall(json.dumps(request | {"timeout_s": timeout_s}).encode() + b"\n")
-        self.deadline = time.monotonic() + timeout_s + GRACE_S
+        self.asked = time.monotonic()
+        self.deadline = self.asked + timeout_s + GRACE_S
 
     def receive(self) -> dict | None:
         """The reply, or None while it is incomplete. Raises EOFError if the worker has died."""
@@ -123,6 +124,12 @@ class WorkerPool:
         self._signatures: list[dict] = []
         self._lock = threading.Lock()
         self._closed = False
+        self._lost: list[float] = []
+
+    def take_lost(self) -> list[float]:
+        """When the requests began whose workers died or were late, since the last call; in time.monotonic()."""
+        lost, self._lost = self._lost, []
+        return lost
 
     def signatures(self) -> list[Signature]:
         """Load the functions in one worker. Raises RewardError if one of them cannot be loaded."""
@@ -183,7 +190,7 @@ class WorkerPool:
             try:
                 worker.ask(requests[worker.job], self._timeout_s)
             except OSError:  # it died while idle; another worker gets the request, unless this one has never served any
-                verdict = self._drop(worker)
+                verdict = self._lose(worker)
                 if worker.served <= 1:
                     replies[waiting.popleft()] = verdict
             else:
@@ -202,9 +209,9 @@ class WorkerPool:
                 try:
                     reply = worker.receive()
                 except EOFError:
-                    reply = self._drop(worker)
+                    reply = self._lose(worker)
             elif time.monotonic() >= worker.deadline:
-                reply = self._drop(worker, late=True)
+                reply = self._lose(worker, late=True)
             else:
                 continue
             if reply is None:
@@ -219,6 +226,10 @@ class WorkerPool:
             else:
                 names = ", ".join(function["function"] for function in self._functions)
                 raise RewardError(reply.get("error") or f"loading the rewards ({names}) failed: {reply['message']}")
+
+    def _lose(self, worker: WorkerProcess, late: bool = False) -> dict:
+        self._lost.append(worker.asked)
+        return self._drop(worker, late)
 
     def _drop(self, worker: WorkerProcess, late: bool = False) -> dict:
         self._workers.remove(worker)
@@ -246,6 +257,9 @@ class ThisProcess:
             reply = self._functions[request["function"]].call(request)
             replies.append(json.loads(json.dumps(reply, default=plain)))
         return replies
+
+    def take_lost(self) -> list[float]:
+        return []
 
     def close(self) -> None:
         self._functions.clear()

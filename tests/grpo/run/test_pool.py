@@ -17,6 +17,7 @@ from grpo.run.log import RunLog
 from grpo.run.pool import open_run_pool
 from grpo.run.records import read_metrics
 from grpo.run.stop import GivenUp, InterruptiblePool, StopSignal
+from grpo.task import Task
 from grpo.train import train
 from rollout.pool import LocalPool
 
@@ -35,20 +36,22 @@ def test_a_lost_worker_is_an_event_and_a_stop_ends_the_wait_for_one(micro_config
     with StopSignal() as stop, RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
         open_run_pool(micro_policy(), config.rollout, config.dtype, stop, run_log)
         assert given["timeout_s"] == 7.5
-        given["on_lost"](1, "it died", "it is replaced")
+        given["on_lost"]("worker 1", "it died", "it is replaced")
         given["while_waiting"]()
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(GivenUp):
             given["while_waiting"]()
-    [event] = events(tmp_path, "worker_lost")
-    assert (event["worker"], event["reason"], event["action"]) == (1, "it died", "it is replaced")
+    [event] = events(tmp_path, "lost")
+    assert (event["what"], event["reason"], event["action"]) == ("worker 1", "it died", "it is replaced")
 
 
-def test_restarts_are_a_metric_of_their_step(micro_config, tmp_path, monkeypatch):
-    counts = iter([{"rollout/restarts": 2.0}, {"rollout/restarts": 0.0}])
+def test_what_was_lost_is_a_metric_of_its_step(micro_config, tmp_path, monkeypatch):
+    counts = iter([{"faults/worker": 2.0}, {}])
+    monkeypatch.setattr(Task, "lost", lambda _: {"faults/reward_worker": 1.0})
     monkeypatch.setattr(LocalPool, "metrics", lambda _: next(counts))
     train(micro_config(tmp_path / "run", **{"steps": 2, "warm_start.steps": 0}))
-    assert [line["rollout/restarts"] for line in read_metrics(tmp_path / "run")] == [2.0, 0.0]
+    lines = read_metrics(tmp_path / "run")
+    assert [(line.get("faults/worker"), line["faults/reward_worker"]) for line in lines] == [(2, 1), (None, 1)]
     assert events(tmp_path / "run", "undocumented_metric") == []
 
 
@@ -118,6 +121,7 @@ def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
 
 def until_step(run: subprocess.Popen, step: int) -> None:
     for text in run.stdout:
+        assert "(raylet)" not in text  # Ray's own remarks
         if text.startswith(f"step {step:5d}  reward"):
             return
     raise AssertionError(f"the run ended before step {step}")
@@ -148,10 +152,12 @@ def test_a_run_whose_worker_was_killed_goes_on_and_tells(start, tmp_path):
     run.terminate()
     code, [said] = ends(run, tmp_path / "stderr")
     assert (code, "go on with --resume auto" in said) == (143, True)
-    [event] = events(tmp_path / "run", "worker_lost")
-    assert (event["worker"], event["action"]) == (0, "it is replaced")
-    assert "died" in event["reason"]
-    assert sum(line["rollout/restarts"] for line in read_metrics(tmp_path / "run")) == 1
+    [event] = events(tmp_path / "run", "lost")
+    assert (event["what"], event["action"]) == ("worker 0", "it is replaced")
+    assert "was killed or crashed" in event["reason"]
+    told = [line for line in read_metrics(tmp_path / "run") if "faults/worker" in line]
+    assert [line["faults/worker"] for line in told] == [1]
+    assert 0 < told[0]["faults/sampling_seconds"] < told[0]["time/rollout"] + told[0].get("time/publish", 0)
 
 
 @pytest.mark.slow
@@ -172,7 +178,7 @@ def test_a_stopped_worker_is_replaced_after_its_time(start, tmp_path):
     until_step(run, 2)
     below(run, "ray::Worker").suspend()
     until_step(run, 6)
-    [event] = events(tmp_path / "run", "worker_lost")
+    [event] = events(tmp_path / "run", "lost")
     assert event["reason"] == "its shard took longer than rollout.timeout_s=5"
 
 

@@ -63,6 +63,9 @@ def test_a_late_worker_is_replaced_and_takes_its_children_along(tmp_path):
         [first] = score(scorer, ["fine"]).extras["pid"]
         result = score(scorer, ["child_and_sleep"], prompt=str(tmp_path / "children"))
         assert result.errors[0].kind == "timeout"
+        lost, seconds = scorer.take_lost()
+        assert (lost, seconds > 0.7) == (1, True)
+        assert scorer.take_lost() == (0, 0.0)
         assert gone([first, *read_pids(tmp_path / "children", 1)], within_s=1)
         [second] = score(scorer, ["fine"]).extras["pid"]
         assert second != first
@@ -75,6 +78,8 @@ def test_a_worker_that_died_while_idle_is_replaced_without_a_failure():
         result = score(scorer, ["fine"])
         assert result.rewards == [1.0]
         assert result.extras["pid"] != [first]
+        lost, seconds = scorer.take_lost()
+        assert (lost, seconds > 0) == (1, True)
 
 
 def test_workers_share_the_work():
