@@ -18,7 +18,7 @@ import signal
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -26,6 +26,7 @@ from rollout.engine import RolloutError
 
 GCS_TIMEOUT_S = 24 * 3600  # Ray's own 60 s end a process while it learns, before `check` can name the reason
 LONGEST_FOLDER = 21  # letters: paths of Ray's sockets begin with it, and systems allow them 103 to 107
+LOCK = "lock"  # the file in the folder of a cluster that the process which has started it keeps locked
 LEAVE_S = 5.0  # how long the processes of a cluster that was shut down may take to end
 
 
@@ -90,10 +91,35 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
+def _is_free(file: IO[str]) -> bool:
+    """Takes the lock of an open file, which the system gives back when this process ends."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # there is none on Windows
+        return False
+    return True
+
+
+def _tidy(place: Path) -> None:
+    """Remove what killed runs have left here: their folders, and those of Ray's processes that end much later."""
+    for path in place.glob(f"quartet-*/{LOCK}"):
+        with suppress(OSError), open(path) as file:  # perhaps somebody else's
+            if not _is_free(file):
+                continue
+            for process in psutil.process_iter():
+                with suppress(psutil.Error):
+                    if process.environ().get("RAY_AUTH_TOKEN_PATH") == str(path.with_name("token")):
+                        process.kill()
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
 class Seclusion:
     """A private folder for Ray's files, with a token without which this cluster refuses every request.
 
-    Ray and the processes that it starts find the token through environment variables, which `end` restores.
+    Ray and the processes that it starts find the token through environment variables, which `end` restores. What a run
+    that was killed has left is removed first.
     """
 
     VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -102,7 +128,11 @@ class Seclusion:
         place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
         if os.name == "posix" and len(place) > LONGEST_FOLDER:
             place = "/tmp"
+        _tidy(Path(place))
         self.folder = Path(tempfile.mkdtemp(prefix="quartet-", dir=place))  # 0700
+        self._lock = open(self.folder / "new", "w")  # noqa: SIM115 - held as long as this process lives
+        _is_free(self._lock)  # from now on it is not
+        os.rename(self.folder / "new", self.folder / LOCK)
         path = self.folder / "token"
         path.touch(mode=0o600)
         path.write_text(secrets.token_hex(32))
@@ -118,6 +148,7 @@ class Seclusion:
                 os.environ[name] = value
         self._tell_ray()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
 
     @staticmethod
     def _tell_ray() -> None:
