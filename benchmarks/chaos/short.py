@@ -1,11 +1,11 @@
-"""`quartet` whose workers may take a minute to start and not ten, so that a worker that was stopped is found soon."""
+"""`quartet` whose workers may take two minutes to start and not ten, so that one that was stopped is found soon."""
 
 import sys
 
 import rollout.ray_pool
 from grpo.__main__ import main
 
-rollout.ray_pool.START_TIMEOUT_S = 60.0
+rollout.ray_pool.START_TIMEOUT_S = 120.0
 
 if __name__ == "__main__":
     sys.exit(main())
