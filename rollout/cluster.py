@@ -16,6 +16,8 @@ import secrets
 import shutil
 import signal
 import tempfile
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +29,8 @@ from rollout.engine import RolloutError
 GCS_TIMEOUT_S = 24 * 3600  # Ray's own 60 s end a process while it learns, before `check` can name the reason
 LONGEST_FOLDER = 21  # letters: paths of Ray's sockets begin with it, and systems allow them 103 to 107
 LOCK = "lock"  # the file in the folder of a cluster that the process which has started it keeps locked
+STOPPED_S = 30.0  # how long a process of Ray's may be stopped before it counts as dead
+POLL_S = 0.2
 LEAVE_S = 5.0  # how long the processes of a cluster that was shut down may take to end
 
 
@@ -44,23 +48,46 @@ class Cluster:
         if self.owned:
             start_ray(cpus, address)
         self.processes = _vital_processes()
+        self._closed = threading.Event()
+        if self.owned:
+            threading.Thread(target=self._watch, daemon=True, name="ray").start()
+
+    def _watch(self) -> None:
+        """A call of Ray's that waits for a process under SIGSTOP can only be ended from outside."""
+        since: dict[int, float] = {}
+        while not self._closed.wait(POLL_S):
+            for process in self.processes.values():
+                if not _stopped(process):
+                    since.pop(process.pid, None)
+                elif time.monotonic() - since.setdefault(process.pid, time.monotonic()) > STOPPED_S:
+                    with suppress(psutil.Error):
+                        process.kill()
 
     def check(self, *, ask: bool = False) -> None:
         """Raises RolloutError when Ray has died. With `ask` its own records are read as well: they show that a raylet
-        is about to end, a moment before its process has."""
-        dead = [f"{name} (process {process.pid})" for name, process in self.processes.items() if not _lives(process)]
+        is about to end, a moment before its process has. Under SIGSTOP it has half a minute to go on."""
+        deadline = time.monotonic() + STOPPED_S + LEAVE_S
+        while (hung := [name for name, p in self.processes.items() if _stopped(p)]) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        dead = [
+            f"{name} (process {process.pid})"
+            for name, process in self.processes.items()
+            if name in hung or not _lives(process)
+        ]
         if ask and not dead:
             here = self.ray.get_runtime_context().get_node_id()
             if not any(node["NodeID"] == here and node["Alive"] for node in self.ray.nodes()):
                 dead = ["raylet on this machine, or one of its agents,"]
         if dead:
+            how = "has died or was stopped" if hung else "has died"
             raise RolloutError(
-                f"Ray's {dead[0]} has died, and with it all rollout workers. If memory ran out, lower rollout.workers "
+                f"Ray's {dead[0]} {how}, and with it all rollout workers. If memory ran out, lower rollout.workers "
                 "or rollout.prompts_per_shard; go on with --resume auto"
             )
 
     def close(self) -> None:
         """Shut down what was started for this pool. A worker under SIGSTOP does not end, so it is killed."""
+        self._closed.set()
         if not self.owned:
             return
         raylet = self.processes.get("raylet")
@@ -87,6 +114,13 @@ def _vital_processes() -> dict[str, psutil.Process]:
 def _lives(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _stopped(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() == psutil.STATUS_STOPPED
     except psutil.NoSuchProcess:
         return False
 

@@ -77,6 +77,7 @@ def undisturbed(folder: Path, options: dict[str, Any]) -> dict[int, str]:
         raise RuntimeError(f"the run that nothing happens to has failed: {run.stderr.read_text()[-2000:]}")
     found = run.checkpoints()
     known.write_text(json.dumps(found))
+    run.left()
     shutil.rmtree(folder)
     return found
 

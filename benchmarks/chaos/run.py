@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from grpo.run import checkpoint
 
@@ -29,8 +31,10 @@ class Watched:
 
     def __init__(self, folder: Path, options: dict[str, Any], environment: dict[str, str]) -> None:
         self.folder, self.options = folder, options
-        self.temporary = folder.parent / "ray"  # Ray's folders are made below it
-        self.temporary.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = Path(
+            tempfile.mkdtemp(prefix="ch-", dir="/tmp")
+        )  # Ray's folders are made below it: a short name
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(self.temporary)}
         self.environment = kept | own | environment
@@ -104,7 +108,10 @@ class Watched:
                 ports = [c.laddr.port for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
                 found += [f"port {port} of process {process.pid}" for port in ports]
         found += [f"shared memory: {path}" for path in sorted(set(SHARED_MEMORY.iterdir()) - self.memory_before)]
-        return found + [f"folder: {path}" for path in sorted(self.temporary.iterdir())]
+        found += [f"folder: {path}" for path in sorted(self.temporary.iterdir())]
+        if not found:
+            self.temporary.rmdir()
+        return found
 
     def kill(self) -> None:
         """Everything, at the end of a run that has not ended by itself."""
@@ -137,7 +144,7 @@ def digest(path: Path) -> str:
         for name in sorted(saved.tensors[kind]):
             tensor = saved.tensors[kind][name]
             found.update(f"{kind} {name} {tensor.dtype} {list(tensor.shape)}".encode())
-            found.update(tensor.contiguous().flatten().view(dtype=__import__("torch").uint8).numpy().tobytes())
+            found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     state = {name: part for name, part in saved.state.items() if name not in ("log", "unwritten")}
     for drawn in state.get("batches", {}).get("batches", {}).values():
         drawn["metrics"] = {name: value for name, value in drawn["metrics"].items() if not name.startswith("time/")}

@@ -1,13 +1,16 @@
-"""What a killed run leaves of its Ray cluster is removed by the next one."""
+"""What a killed run leaves of its Ray cluster is removed by the next one, and a stopped raylet holds nobody."""
 
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from rollout.cluster import Seclusion
+from rollout.cluster import Cluster, Seclusion
+from rollout.faults import RolloutError
 
 OTHER = """
 import rollout.cluster
@@ -39,3 +42,56 @@ def test_the_folder_and_processes_of_a_killed_run_are_removed_and_those_of_a_liv
     assert psutil.wait_procs([psutil.Process(int(pid))] if psutil.pid_exists(int(pid)) else [], timeout=10)[1] == []
     seclusion.end()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def ray_process(monkeypatch):
+    """A Cluster whose raylet is a process that only sleeps."""
+    monkeypatch.setattr("rollout.cluster.STOPPED_S", 0.5)
+    monkeypatch.setattr("rollout.cluster.LEAVE_S", 2.0)
+    with subprocess.Popen(["sleep", "600"]) as sleeps:
+        process = psutil.Process(sleeps.pid)
+        monkeypatch.setattr("rollout.cluster._vital_processes", lambda: {"raylet": process})
+        monkeypatch.setattr("rollout.cluster.start_ray", lambda *_: None)
+        yield process
+        sleeps.kill()
+
+
+def stop(process: psutil.Process) -> None:
+    process.suspend()
+    while process.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
+
+
+def test_a_raylet_that_is_stopped_for_a_moment_is_waited_for(ray_process, monkeypatch):
+    monkeypatch.setattr("rollout.cluster.STOPPED_S", 60.0)
+    cluster = Cluster(1)
+    stop(ray_process)
+    goes_on = threading.Timer(0.5, ray_process.resume)
+    goes_on.start()
+    cluster.check()
+    goes_on.join()
+    assert ray_process.is_running()
+    cluster._closed.set()
+
+
+def test_a_raylet_that_stays_stopped_is_killed_and_named(ray_process):
+    """The thread does it: a call of Ray's that waits for the raylet never comes back to `check`."""
+    cluster = Cluster(1)
+    stop(ray_process)
+    deadline = time.monotonic() + 20
+    while ray_process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with pytest.raises(RolloutError, match=rf"Ray's raylet \(process {ray_process.pid}\) has died, and.*--resume auto"):
+        cluster.check()
+    cluster._closed.set()
+
+
+def test_a_raylet_of_somebody_else_that_stays_stopped_is_named_and_lives(ray_process, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("rollout.cluster.LEAVE_S", 0.2)
+    cluster = Cluster(1)
+    stop(ray_process)
+    with pytest.raises(RolloutError, match=rf"Ray's raylet \(process {ray_process.pid}\) has died or was stopped, and"):
+        cluster.check()
+    assert ray_process.status() == psutil.STATUS_STOPPED
