@@ -1,6 +1,7 @@
 # `make` lists the targets. PYTHON=python3.12 chooses the interpreter; ARGS="--steps 2" reaches the command.
 PYTHON ?= python3
 ARGS ?=
+DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S-%N)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -18,7 +19,8 @@ help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(RUN_STAMP) ## install, then train the tiny policy on word problems and show what it learned
-	$(BIN)/quartet train examples/01_demo.yaml --output_dir runs/demo-$$(date +%Y%m%d-%H%M%S)-$$$$ $(ARGS)
+	$(BIN)/quartet train examples/01_demo.yaml --output_dir $(DEMO) $(ARGS)
+	@test ! -f $(DEMO)/metrics.jsonl || echo "every rollout, token by token: $$($(BIN)/quartet report $(DEMO))"
 
 reference: $(RUN_STAMP) ## write docs/reference.md from the options and metrics
 	$(BIN)/python docs/write_reference.py > docs/reference.md

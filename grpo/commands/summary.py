@@ -44,6 +44,7 @@ def summary(result: Result) -> None:
     plot_quietly(result.folder)
     names = [f"  {path.name}{'/' if path.is_dir() else ''}" for path in sorted(result.folder.iterdir())]
     lines = ["", hardware.caption(hardware.describe()), f"the files of the run are in {result.folder}:", *names]
+    lines.append(f"`quartet view {result.folder}` shows its curves and rollouts")
     CONSOLE.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)  # paths stay in one piece
 
 
