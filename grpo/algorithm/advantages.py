@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grpo.algorithm.ties import ABSOLUTE, RELATIVE
 from grpo.config.loss import Aggregation, ScaleRewards
 
 Rewards: TypeAlias = Tensor | Sequence[Sequence[float | None]]
 
 EPSILON = 1e-4
-RELATIVE, ABSOLUTE = 1e-6, 1e-8  # how far apart rewards may be that are the same up to fp32 rounding
 
 
 def group_relative(rewards_PG: Rewards, scale_rewards: ScaleRewards = "group") -> tuple[Tensor, Tensor]:
@@ -206,20 +206,11 @@ def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def tied_groups(rewards_PG: Rewards) -> Tensor:
-    """[P] bool: groups with fewer than two rewards, or with rewards that are all equal up to fp32 rounding."""
+    """[P] bool: `tied` (grpo/algorithm/ties.py) for each group."""
     rewards_PG = _as_tensor(rewards_PG)
     highest_P = rewards_PG.nan_to_num(nan=-torch.inf).amax(dim=1)
     lowest_P = rewards_PG.nan_to_num(nan=torch.inf).amin(dim=1)
     return (lowest_P >= highest_P) | _same(lowest_P, highest_P)
-
-
-def tied(rewards: Sequence[float | None]) -> bool:
-    """`tied_groups` of one group.
-
-    >>> tied([0.1 + 0.2, 0.3, None]), tied([0.3, 0.3001])
-    (True, False)
-    """
-    return bool(tied_groups([rewards])[0])
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:

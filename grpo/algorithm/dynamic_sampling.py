@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from grpo.algorithm.advantages import tied
+from grpo.algorithm.ties import tied
 from rewards.group_score import GroupScore
 from rollout.group import Prompt, RolloutGroup
 
@@ -48,7 +48,7 @@ class Drawn:
 
 
 def is_tied(score: GroupScore) -> bool:
-    """Every score of the group is the same up to rounding, or there are fewer than two; see advantages.tied."""
+    """Every score of the group is the same up to rounding, or there are fewer than two; see grpo.algorithm.ties."""
     return tied(score.rewards)
 
 

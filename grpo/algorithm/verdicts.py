@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from grpo.algorithm.advantages import tied
+from grpo.algorithm.ties import tied
 from rewards.group_score import GroupScore
 from rewards.protocol import RightAt
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo.algorithm.advantages import tied
+from grpo.algorithm.ties import tied
 from grpo.config.data import DataOptions
 from grpo.config.json_file import expecting
 from grpo.config.reward_commands import ReplayConfig

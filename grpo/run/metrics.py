@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from statistics import pstdev
 
+from grpo.algorithm.ties import tied
 from rewards.group_score import GroupScore, mean
 from rollout.group import Completion, RolloutGroup, tokens_per_forward
 
@@ -157,8 +158,6 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
     >>> rollout_metrics([group], [score])["reward/mean"]      # score.rewards == [1.0, 0.0, None]
     0.5
     """
-    from grpo.algorithm.advantages import tied  # loads torch, which a reader of METRICS does not wait for
-
     completions = [completion for group in groups for completion in group.completions]
     scored = [[reward for reward in score.rewards if reward is not None] for score in scores]
     lengths = [completion.num_sampled for completion in completions]

@@ -11,11 +11,13 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from grpo.algorithm.statistics import wilson_interval
+from grpo.algorithm.ties import tied
+from grpo.algorithm.verdicts import ACCURACY
 from grpo.run.metrics import METRICS
 from grpo.run.metrics import check as row_of
 from grpo.run.records import read_events, read_metrics, read_rollouts, recorded_steps, rollout_path
 
-ACCURACIES = ("eval/accuracy", "eval/accuracy_greedy")
+ACCURACIES = (ACCURACY, f"{ACCURACY}_greedy")
 
 
 class RunFiles:
@@ -53,8 +55,6 @@ class RunFiles:
 
     def step(self, step: int) -> dict[str, Any]:
         """The groups of a step, each in a few numbers. Raises FileNotFoundError without a record."""
-        from grpo.algorithm.advantages import tied  # loads torch, for which the first page does not wait
-
         groups = []
         for lines in self._groups(step):
             rewards = [line.get("reward") for line in lines]
