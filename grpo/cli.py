@@ -209,17 +209,26 @@ def _mtp(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> int:
     from grpo.config.inference import defaults_of_run
 
-    brought = defaults_of_run(Path(args.policy), args.overrides.get("data"))
-    config = _load(args, brought=brought | {"model": args.policy})
+    first = args.policies[0]
+    brought = defaults_of_run(Path(first), args.overrides.get("data"))
+    config = _load(args, brought=brought | {"model": first})
     if config is None:
         return 0
     from grpo.commands import eval_report, summary
     from grpo.commands.eval import evaluate_model
+    from grpo.policy_source import find_policy
 
-    evaluation = evaluate_model(config, summary.CONSOLE)
-    eval_report.show(evaluation, summary.CONSOLE)
-    _write(args.json, eval_report.as_json(evaluation))
-    return EXIT_ERROR if evaluation.without_any_mark else 0
+    for policy in args.policies:
+        find_policy(policy)  # a wrong name is an error before the first one is evaluated
+    found = []
+    for policy in args.policies:
+        output = config.output and config.output / str(len(found)) if found else config.output
+        found.append(evaluate_model(config.model_copy(update={"model": policy, "output": output}), summary.CONSOLE))
+        eval_report.show(found[-1], summary.CONSOLE)
+    if len(found) > 1:
+        eval_report.show_paired(found[0], found[1:], summary.CONSOLE)
+    _write(args.json, eval_report.as_json(found[0]) if len(found) == 1 else eval_report.paired_as_json(found))
+    return EXIT_ERROR if any(evaluation.without_any_mark for evaluation in found) else 0
 
 
 def _sample(args: argparse.Namespace) -> int:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from grpo.algorithm.statistics import INTERVAL_METHOD, Estimate
 from grpo.commands.eval import COMPLETIONS, ModelEvaluation
 from grpo.evaluation.evaluate import Evaluation, failure_kinds
+from grpo.evaluation.paired import PairedDifference, compare
 from grpo.run import hardware
 
 FAILURES_SHOWN = 5
 FAILURES_KEPT = 100
+PER_PROBLEM = "by_problem", "rewards_by_problem"
 
 
 def show(evaluation: ModelEvaluation, console: Console) -> None:
@@ -29,6 +33,25 @@ def show(evaluation: ModelEvaluation, console: Console) -> None:
     console.print(table)
     for line in _notes(evaluation):
         console.print(line, markup=False, highlight=False, soft_wrap=True)  # paths are not broken into lines
+
+
+def show_paired(first: ModelEvaluation, others: Sequence[ModelEvaluation], console: Console) -> None:
+    """A row for each way of sampling and each policy after the first: its difference from the first one."""
+    table = Table(title=f"against {first.config.model}, problem by problem", title_justify="left")
+    for name in ("policy", "", "difference (95 % interval)", "problems", "unpaired"):
+        table.add_column(name, justify="left" if name in ("policy", "") else "right")
+    for other in others:
+        for way, found in pairs(first, other).items():
+            more = "-" if found.unpaired is None else f"{found.unpaired:.1f} x"
+            shown = f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+            table.add_row(escape(str(other.config.model)), way, shown, f"{found.problems:,}", more)
+    console.print(table)
+    console.print("unpaired: how many times as many problems the same interval would need without common noise")
+
+
+def pairs(first: ModelEvaluation, other: ModelEvaluation) -> dict[str, PairedDifference]:
+    """By way of sampling, over the problems that both have."""
+    return {way: compare(first.results[way], result) for way, result in other.results.items()}
 
 
 def _cells(result: Evaluation) -> dict[str, str]:
@@ -90,6 +113,13 @@ def _notes(evaluation: ModelEvaluation) -> list[str]:
     return [*notes, hardware.caption(hardware.describe())]
 
 
+def paired_as_json(evaluations: Sequence[ModelEvaluation]) -> dict[str, Any]:
+    """Every policy as `as_json` has it, and the differences from the first one."""
+    first, *others = evaluations
+    paired = [{"model": other.config.model} | {w: vars(p) for w, p in pairs(first, other).items()} for other in others]
+    return {"models": [as_json(evaluation) for evaluation in evaluations], "against_first": paired}
+
+
 def as_json(evaluation: ModelEvaluation) -> dict[str, Any]:
     """What the table shows and how it was measured, with the machine (contract 11)."""
     config, source, perplexity = evaluation.config, evaluation.source, evaluation.perplexity
@@ -115,7 +145,9 @@ def as_json(evaluation: ModelEvaluation) -> dict[str, Any]:
 def _values(result: Evaluation) -> dict[str, Any]:
     """Without `correct`, `accuracy`, `interval_95`, `pass_at` and `majority_at` where there is no accuracy."""
     judged = ("correct", "interval", "pass_at", "majority_at")
-    plain = {name: value for name, value in vars(result).items() if name not in ("groups", "failures", *judged)}
+    plain = {
+        name: value for name, value in vars(result).items() if name not in ("groups", "failures", *PER_PROBLEM, *judged)
+    }
     if result.interval is not None:
         plain |= {
             "correct": result.correct,

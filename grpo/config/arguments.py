@@ -41,7 +41,12 @@ _WHAT = "options from a file; the command line wins"
 TRAIN = (_argument("config", metavar="CONFIG.yaml", help=_WHAT, **_FILE), *_RUN)
 _WHAT = "options from a file (the command line wins), or the policy: a run or checkpoint folder, or a hub id"
 MTP = (_argument("config", metavar="CONFIG.yaml|MODEL", help=_WHAT, **_FILE), *_RUN)
-EVAL = (_POLICY, _PRINT_CONFIG, _json("what the table shows"))
+_WHAT = "a run folder, a checkpoint folder or a hub id; further ones are compared with the first, problem by problem"
+EVAL = (
+    _argument("policies", nargs="+", metavar="MODEL", help=_WHAT),
+    _PRINT_CONFIG,
+    _json("what the tables show"),
+)
 _WHAT = 'lines such as {"prompt": "2 + 3 = ?"}; - reads standard input, where a line may also be plain text'
 SAMPLE = (
     _POLICY,

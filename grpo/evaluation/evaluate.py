@@ -33,7 +33,8 @@ class Evaluation:
     `completions` are those that the first function gave a mark. `without_mark` others count neither as right nor as
     wrong: it abstained from `abstained` of them, and failed on the rest.
     `failures` are those of all reward functions. `interval` is the 95 % interval of the accuracy, over problems (see
-    `estimate`). `acceptance[d]` are drafts accepted at depth d + 1 / drafts made there.
+    `estimate`). `acceptance[d]` are drafts accepted at depth d + 1 / drafts made there. `by_problem` has for each group
+    the share of its completions that are right, without an accuracy their mean reward; None where there is neither.
     """
 
     prompts: int
@@ -56,6 +57,8 @@ class Evaluation:
     fallback_rate: float = 0.0
     bleu: float | None = None
     failures: list[RewardFailure] = field(default_factory=list)
+    by_problem: list[float | None] = field(default_factory=list)
+    rewards_by_problem: list[float | None] = field(default_factory=list)
 
     @property
     def accuracy(self) -> float | None:
@@ -63,7 +66,8 @@ class Evaluation:
 
     def without_verdicts(self) -> Evaluation:
         """The same, where the marks turned out to say neither right nor wrong."""
-        return replace(self, correct=None, interval=None, pass_at={}, majority_at={})
+        none = {"correct": None, "interval": None, "pass_at": {}, "majority_at": {}}
+        return replace(self, **none, by_problem=self.rewards_by_problem)
 
 
 def evaluate(
@@ -148,8 +152,15 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
         acceptance=[taken / made for made, taken in zip(drafted, accepted, strict=True) if made],
         fallback_rate=sum(draft.fallbacks for draft in drafts) / forwards if forwards else 0.0,
         failures=failures,
+        by_problem=[fmean(right) if right else None for right in marked],
+        rewards_by_problem=[_mean_of(score.rewards) for score in scores],
     )
     return result if task.verdicts.are_given else result.without_verdicts()
+
+
+def _mean_of(rewards: Sequence[float | None]) -> float | None:
+    there = [reward for reward in rewards if reward is not None]
+    return fmean(there) if there else None
 
 
 def _majority(task: Task, groups: Sequence[RolloutGroup], verdicts: Sequence[list[bool | None]], k: int) -> Estimate:
