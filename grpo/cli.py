@@ -215,12 +215,12 @@ def _eval(args: argparse.Namespace) -> int:
     if config is None:
         return 0
     from grpo.commands import eval_report, summary
-    from grpo.commands.eval import evaluate_model
+    from grpo.commands.eval import ModelEvaluation, evaluate_model
     from grpo.policy_source import find_policy
 
     for policy in args.policies:
         find_policy(policy)  # a wrong name is an error before the first one is evaluated
-    found = []
+    found: list[ModelEvaluation] = []
     for policy in args.policies:
         output = config.output and config.output / str(len(found)) if found else config.output
         found.append(evaluate_model(config.model_copy(update={"model": policy, "output": output}), summary.CONSOLE))

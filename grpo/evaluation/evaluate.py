@@ -66,8 +66,8 @@ class Evaluation:
 
     def without_verdicts(self) -> Evaluation:
         """The same, where the marks turned out to say neither right nor wrong."""
-        none = {"correct": None, "interval": None, "pass_at": {}, "majority_at": {}}
-        return replace(self, **none, by_problem=self.rewards_by_problem)
+        rewards = self.rewards_by_problem
+        return replace(self, correct=None, interval=None, pass_at={}, majority_at={}, by_problem=rewards)
 
 
 def evaluate(
