@@ -18,6 +18,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,7 @@ from typing import IO, Any
 import psutil
 
 from rollout.engine import RolloutError
+from rollout.faults import Faults
 
 GCS_TIMEOUT_S = 24 * 3600  # Ray's own 60 s end a process while it learns, before `check` can name the reason
 LONGEST_FOLDER = 21  # letters: paths of Ray's sockets begin with it, and systems allow them 103 to 107
@@ -84,6 +86,31 @@ class Cluster:
                 f"Ray's {dead[0]} {how}, and with it all rollout workers. If memory ran out, lower rollout.workers "
                 "or rollout.prompts_per_shard; go on with --resume auto"
             )
+
+    def put(self, value: Any, faults: Faults, limit_s: float, while_waiting: Callable[[], None]) -> Any:
+        """A reference to `value` in shared memory. If that is full it is waited for, and counted once. Raises
+        RolloutError where there is no room after `limit_s` seconds."""
+        errors, began, waits = self.ray.exceptions, time.monotonic(), False
+        while True:
+            self.check()
+            try:
+                reference = self.ray.put(value)
+            except (errors.ObjectStoreFullError, errors.OutOfDiskError):
+                if time.monotonic() > began + limit_s:
+                    raise RolloutError(
+                        f"Ray's object store on this machine was full for rollout.publish_timeout_s={limit_s:g}, and "
+                        "weights have no room in it: end what fills it, or start the cluster with a larger "
+                        "--object-store-memory; go on with --resume auto"
+                    ) from None
+                if not waits:
+                    store = "the object store", "it is full"
+                    faults.lost("object_store", *store, work="put", since=began, action="it is waited for")
+                waits = True
+                while_waiting()
+                time.sleep(POLL_S)
+            else:
+                faults.done("put")
+                return reference
 
     def close(self) -> None:
         """Shut down what was started for this pool. A worker under SIGSTOP does not end, so it is killed."""

@@ -114,7 +114,7 @@ class RayPool:
             everything = everything or change is None or former is None or former != change.since
             if everything not in sent:
                 message = self.sender.everything() if change is None or everything else change
-                sent[everything] = self.ray.put(message)
+                sent[everything] = self.cluster.put(message, self.faults, self.publish_timeout_s, self.while_waiting)
                 self._unreported["publish/bytes"] += message.bytes
             limit = max(self.publish_timeout_s, START_TIMEOUT_S if former is None else 0.0)
             began[i] = time.monotonic()

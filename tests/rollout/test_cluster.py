@@ -8,9 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from rollout.cluster import Cluster, Seclusion
-from rollout.faults import RolloutError
+from rollout.faults import Faults, RolloutError
 
 OTHER = """
 import rollout.cluster
@@ -95,3 +96,42 @@ def test_a_raylet_of_somebody_else_that_stays_stopped_is_named_and_lives(ray_pro
     with pytest.raises(RolloutError, match=rf"Ray's raylet \(process {ray_process.pid}\) has died or was stopped, and"):
         cluster.check()
     assert ray_process.status() == psutil.STATUS_STOPPED
+
+
+# ---- a full object store ----
+
+
+class FullStore:
+    """Ray, whose object store has room at the third time of asking, or never."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, full: float) -> None:
+        self.full = full
+
+    def put(self, value: str) -> str:
+        self.full -= 1
+        if self.full >= 0:
+            raise ray.exceptions.OutOfDiskError("no room")
+        return f"reference to {value}"
+
+
+def test_a_full_object_store_is_waited_for_and_counted_once(ray_process):
+    told, waited = [], []
+    cluster, faults = Cluster(1), Faults(lambda *what: told.append(what))
+    cluster.ray = FullStore(2)
+    assert cluster.put("weights", faults, 60.0, lambda: waited.append(1)) == "reference to weights"
+    assert (told, len(waited)) == ([("the object store", "it is full", "it is waited for")], 2)
+    counted = faults.metrics()
+    assert (counted["faults/object_store"], counted["faults/sampling_seconds"] > 0.3) == (1, True)
+    cluster._closed.set()
+
+
+def test_an_object_store_that_stays_full_ends_the_run_with_its_name(ray_process):
+    cluster = Cluster(1)
+    cluster.ray = FullStore(float("inf"))
+    with pytest.raises(
+        RolloutError, match="object store on this machine was full for rollout.publish_timeout_s=0.3, and"
+    ):
+        cluster.put("weights", Faults(), 0.3, lambda: None)
+    cluster._closed.set()
