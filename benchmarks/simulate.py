@@ -1,6 +1,6 @@
 """What more nodes and batches sampled ahead would give: a simulation of 1 to 64 nodes from costs measured on one.
 
-Every node has samplers and one rank of the learner, and the batch grows with the nodes, so that without any waiting a
+Every node has samplers and ranks of the learner, and the batch grows with the nodes, so that without any waiting a
 step would take the same time on all of them. What is simulated: shards handed to free samplers in their order, a shard
 that lasts as long as its longest completion, publications between two batches, scoring by one process, and the schedule
 of `rollout.ahead` (grpo/ahead.py). What is not: slower machines, faults, ranks that wait for each other.
@@ -94,6 +94,7 @@ class Cluster:
 
     nodes: int
     workers: int = 1  # on each node
+    ranks: int = 1  # of the learner, on each node
     prompts: int = 16  # of a step, on each node
     prompts_per_shard: int = 8
     bandwidth: float = 1.25e9
@@ -197,7 +198,7 @@ def simulate(costs: Costs, groups: Sequence[Group], cluster: Cluster, ahead: int
                 hand_out(seconds, cluster.workers * cluster.nodes),
                 sum(seconds),
                 completions * costs.score_per_completion,
-                tokens * costs.learn_per_token / cluster.nodes,
+                tokens * costs.learn_per_token / (cluster.ranks * cluster.nodes),
             )
         )
     publish = costs.publish + (cluster.nodes - 1) * costs.publish_bytes / cluster.bandwidth
@@ -251,7 +252,7 @@ def draw(path: Path, rows: list[dict[str, Any]], caption: str) -> None:
         line[0].legend(fontsize=8, frameon=False)
     for panel in axes[-1]:
         panel.set_xlabel("nodes")
-    figure.text(0.5, -0.02, caption, ha="center", fontsize=7, color="#767676")
+    figure.text(0.5, -0.03, caption, ha="center", fontsize=7, color="#767676")
     figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
 
 
@@ -264,8 +265,9 @@ def main() -> int:
     parser.add_argument("--learner", type=Path, default=RESULTS / "learner_bf16.json")
     parser.add_argument("--publication", type=Path, default=RESULTS / "publication.json")
     parser.add_argument("--bytes", type=float, default=2.7e8, help="of a publication (135 M parameters in bf16)")
-    parser.add_argument("--lengths", type=Path, default=RESULTS / "lengths_gsm8k.json")
+    parser.add_argument("--lengths", type=Path, default=RESULTS / "lengths_demo.json")
     parser.add_argument("--workers", type=int, default=1, help="samplers on each node")
+    parser.add_argument("--ranks", type=int, default=3, help="ranks of the learner on each node")
     parser.add_argument("--prompts", type=int, default=16, help="prompts of a step on each node")
     parser.add_argument("--prompts_per_shard", type=int, default=8)
     parser.add_argument("--bandwidth", type=float, default=1.25e9, help="bytes a second out of a node")
@@ -289,7 +291,7 @@ def main() -> int:
     rows = []
     for name, chosen in (("recorded lengths", groups), ("equal lengths", equal(groups))):
         for nodes in NODES:
-            shape = (options.workers, options.prompts, options.prompts_per_shard, options.bandwidth)
+            shape = (options.workers, options.ranks, options.prompts, options.prompts_per_shard, options.bandwidth)
             for ahead in AHEAD:
                 result = simulate(costs, chosen, Cluster(nodes, *shape), ahead)
                 rows.append({"lengths": name, "nodes": nodes, "ahead": ahead} | result)
@@ -299,7 +301,11 @@ def main() -> int:
         what = {"source": source, "costs": asdict(costs), "cluster": asdict(Cluster(1, *shape)), "rows": rows}
         options.json.write_text(json.dumps(what, indent=1) + "\n")
     if options.png:
-        draw(options.png, rows, f"simulated from {source}; {options.workers} sampler and one learner rank on each node")
+        draw(
+            options.png,
+            rows,
+            f"simulated from {source}; on each node {options.workers} sampler and {options.ranks} ranks",
+        )
     return 0
 
 
