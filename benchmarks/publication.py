@@ -164,18 +164,18 @@ def bytes_sent(options: argparse.Namespace) -> dict[str, Any]:
                     messages, seconds = [], []
                     for sender in senders:
                         started = time.perf_counter()
-                        messages.append(sender.take(learner.weights(), number))
+                        messages.append(sum(part.bytes for part in sender.messages(learner.weights(), number)))
                         seconds.append(time.perf_counter() - started)
                     step(learner, pool, number + 1)
                 name = (
                     f"{str(dtype).removeprefix('torch.')}, rate {rate:g}, {'adapters' if adapters else 'all weights'}"
                 )
-                whole = senders[0].everything().bytes
+                whole = sum(part.bytes for part in senders[0].again())
                 found[name] = {
                     "everything_mb": round(whole / 1e6, 3),
-                    "sent_mb": round(messages[0].bytes / 1e6, 3),
-                    "as_differences_mb": round(messages[1].bytes / 1e6, 3),
-                    "differences_ms_per_mb": round(1e3 * (seconds[1] - seconds[0]) / messages[0].bytes * 1e6, 2),
+                    "sent_mb": round(messages[0] / 1e6, 3),
+                    "as_differences_mb": round(messages[1] / 1e6, 3),
+                    "differences_ms_per_mb": round(1e3 * (seconds[1] - seconds[0]) / messages[0] * 1e6, 2),
                 }
                 print(name, found[name], flush=True)
     return found

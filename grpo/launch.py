@@ -17,6 +17,7 @@ from grpo.run.stop import Stopped, StopSignal, ignore_signals
 from grpo.sft import sft
 from grpo.train import train
 from policies.files.atomic import write_file
+from rollout.places import refuse_open
 
 
 def launch(config: SftConfig, **flags: Any) -> Result | None:
@@ -25,6 +26,8 @@ def launch(config: SftConfig, **flags: Any) -> Result | None:
     `flags` are resume, stop_after and force.
     """
     check_options(config)
+    if "WORLD_SIZE" not in os.environ and (config.learner.workers or config.rollout.samplers):
+        refuse_open()
     config = with_threads(config, flags.get("resume"))
     if config.learner.workers and "WORLD_SIZE" not in os.environ:
         _through_ray(config, flags)

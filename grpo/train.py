@@ -75,6 +75,7 @@ def train(
                     learner.set_draft_depth(collector.draft_depth(step))
                     drawn = ranks.from_first(partial(batches.take, step))
                     run.metrics |= drawn.metrics
+                    run.alone(pool.sleep)
                     if ahead:
                         _publish(run, publisher)
                         batches.start(step + 1)

@@ -111,7 +111,7 @@ class rollout_func:
         call = count if last == step else 0
         self.calls[mode] = step, call + 1
         self.publications += 1
-        self.pool.publish(self.policy.weights(), self.publications)
+        self.pool.publish(self.policy.publication(), self.publications)
         options = SamplingOptions(
             temperature=trainer.temperature,
             max_completion_tokens=trainer.max_completion_length,

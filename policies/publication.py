@@ -58,8 +58,21 @@ class Publication(Mapping[str, Tensor]):
             return self.tensors
         return {name: tensor for name, tensor in self.tensors.items() if name not in self.fixed}
 
+    def read(self, since: Publication | None) -> list[str]:
+        """The tensors that are read for somebody who has those of `since`: the changes, and those under adapters, whose
+        merged value he confirms."""
+        changes = self.changes(since)
+        return [name for name in self.tensors if name in changes or name in self.adapters]
+
     def parts(self, since: Publication | None) -> Iterator[Tensor]:
-        """All that is read of it then, in this order: the tensors, and A and B of each adapter."""
+        """All that somebody needs then, in this order: the changes, and A and B of each adapter."""
         yield from self.changes(since).values()
         for adapter in self.adapters.values():
             yield from (adapter.a, adapter.b)
+
+    def read_parts(self, since: Publication | None) -> Iterator[Tensor]:
+        """What `read` names, in this order: each tensor, and A and B of its adapter."""
+        for name in self.read(since):
+            yield self.tensors[name]
+            if adapter := self.adapters.get(name):
+                yield from (adapter.a, adapter.b)

@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
+import torch
 
 from rollout.engine import RolloutError
 from rollout.faults import Faults
+from rollout.places import refuse_open
 
 GCS_TIMEOUT_S = 24 * 3600  # Ray's own 60 s end a process while it learns, before `check` can name the reason
 LONGEST_FOLDER = 21  # letters: paths of Ray's sockets begin with it, and systems allow them 103 to 107
@@ -42,13 +44,13 @@ class Cluster:
     If this process is connected already, that cluster is used as it is and stays when the pool closes.
     """
 
-    def __init__(self, cpus: int, address: str | None = None) -> None:
+    def __init__(self, cpus: int, address: str | None = None, hidden_gpus: int = 0) -> None:
         import ray
 
         self.ray = ray
         self.owned = not ray.is_initialized()
         if self.owned:
-            start_ray(cpus, address)
+            start_ray(cpus, address, hidden_gpus)
         self.processes = _vital_processes()
         self._closed = threading.Event()
         if self.owned:
@@ -130,11 +132,12 @@ def _vital_processes() -> dict[str, psutil.Process]:
     import ray
 
     node = ray._private.worker._global_node
-    marks = {"raylet": node.raylet_socket_name, "gcs_server": node.session_name}
+    marks = {"raylet": f"={node.raylet_socket_name}", "gcs_server": node.session_name}
     return {
         process.info["name"]: process
         for process in psutil.process_iter(["name", "cmdline"])
-        if (mark := marks.get(process.info["name"])) and any(mark in word for word in process.info["cmdline"] or ())
+        if (mark := marks.get(process.info["name"]))
+        and any(word.endswith(mark) for word in process.info["cmdline"] or ())
     }
 
 
@@ -224,14 +227,15 @@ class Seclusion:
 _seclusion: Seclusion | None = None  # of the cluster that this process has started; Ray allows one for each process
 
 
-def start_ray(cpus: int, address: str | None = None) -> None:
+def start_ray(cpus: int, address: str | None = None, hidden_gpus: int = 0) -> None:
     """Start a cluster of our own on loopback, without dashboard and usage reports, or connect to an existing one by its
-    address, with the user's own settings. Ray replaces the handler of SIGTERM; the caller's own is restored.
+    address, with the user's own settings. A cluster of our own has no use of the first `hidden_gpus` of this machine.
+    Ray replaces the handler of SIGTERM; the caller's own is restored.
     """
     handler: Any = signal.getsignal(signal.SIGTERM)
     _silence_remarks()
     try:
-        _start_ray(cpus, address)
+        _start_ray(cpus, address, hidden_gpus)
     finally:
         if callable(handler):
             with suppress(ValueError):  # not the main thread, where Ray has not replaced it either
@@ -267,7 +271,7 @@ def stop_ray() -> None:
         _seclusion = None
 
 
-def _start_ray(cpus: int, address: str | None) -> None:
+def _start_ray(cpus: int, address: str | None, hidden_gpus: int) -> None:
     global _seclusion
     import ray
 
@@ -275,12 +279,17 @@ def _start_ray(cpus: int, address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
+        refuse_open(address)
         ray.init(address=address, logging_level=logging.WARNING)
         return
     stop_ray()  # if the caller has ended a former cluster by ray.shutdown() alone, its folder is still there
     atexit.unregister(stop_ray)
     atexit.register(stop_ray)  # it runs before Ray's own, which would leave the folder
     _seclusion = Seclusion()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden_gpus:
+        gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[hidden_gpus:])
     # Ray reads 127.0.0.1 as "find my address" and then listens on every interface, except where it supports no
     # clusters at all, as on Windows: there it binds all its processes to loopback.
     constants = ray._private.ray_constants
@@ -308,6 +317,9 @@ def _start_ray(cpus: int, address: str | None) -> None:
         ) from error
     finally:
         constants.ENABLE_RAY_CLUSTER = clusters
+        if hidden_gpus:
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+            os.environ |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
 
 
 def _kill_below(folder: str) -> None:

@@ -45,6 +45,11 @@ class Engine:
         self._derive()
         self.version = version
 
+    def forget(self) -> None:
+        """Drop what was derived from the weights, until the next publication."""
+        del self.trunk, self.head
+        self.derived = False
+
     def held(self) -> Held:
         """The digests of the weights that are decoded with; empty where nothing was derived from the newest ones."""
         return digests(self.policy.weights()) if self.derived else {}

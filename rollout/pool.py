@@ -21,10 +21,12 @@ from rollout.depth import CostTable
 from rollout.engine import Engine, OnFinished, RolloutError
 from rollout.faults import OnLost
 from rollout.group import Prompt, RolloutGroup
+from rollout.places import PLACEMENT_TIMEOUT_S, Places
 from rollout.publication.digests import Held
 from rollout.ray_pool import PUBLISH_TIMEOUT_S, TIMEOUT_S, RayPool
 from rollout.sampling import SamplingParams
 from rollout.shard import shards
+from rollout.workers import OnReady
 
 
 class Pool(Protocol):
@@ -39,6 +41,10 @@ class Pool(Protocol):
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         """The groups of all these prompts by every sampler, under its name: canaries (publication/canaries.py)."""
+        ...
+
+    def sleep(self) -> None:
+        """Nothing is sampled before the next publication: samplers on the learner's GPUs leave their memory."""
         ...
 
     def held(self) -> dict[str, Held]:
@@ -66,9 +72,13 @@ def open_pool(
     address: str | None = None,
     timeout_s: float = TIMEOUT_S,
     publish_timeout_s: float = PUBLISH_TIMEOUT_S,
-    publish_deltas: bool | None = None,
+    publish_deltas: bool = False,
+    gpus: float = 1.0,
+    placement_timeout_s: float = PLACEMENT_TIMEOUT_S,
+    colocate: bool | None = None,
     while_waiting: Callable[[], None] = lambda: None,
     on_lost: OnLost = lambda what, reason, action: None,
+    on_ready: OnReady = lambda worker, where: None,
     vllm: VLLMSettings | None = None,
 ) -> Pool:
     """A pool to which the weights of `policy` are published.
@@ -77,9 +87,13 @@ def open_pool(
 
     The other arguments are for Ray workers. A worker that takes longer than `timeout_s` for a shard, or than
     `publish_timeout_s` to take new weights over, is replaced, as if it had died. `publish_deltas`: workers get the
-    compressed differences between two versions; None: where the cluster has eight nodes or more. `while_waiting` is
+    compressed differences between two versions, for which a copy of the version before is kept. `while_waiting` is
     called several times a second while the pool waits for workers; an exception that it raises ends the wait. `on_lost`
     gets what died or was late, such as "worker 1", the reason, and what is done.
+
+    Each worker has `threads` processors and, where the cluster has GPUs, `gpus` of one; `placement_timeout_s` is how
+    long the pool waits for room. With `colocate` workers and learner take turns on the same GPUs; None: where there are
+    no others. `on_ready` gets the number of each worker that has started, and where it is.
 
     With `vllm` a server of vLLM samples in their place, with `threads`, and `while_waiting` is called while it does.
     """
@@ -87,9 +101,17 @@ def open_pool(
         return VLLMPool(policy, vllm, dtype, threads, while_waiting)
     if workers == 0:
         return LocalPool(policy, dtype, prompts_per_shard)
-    limits = timeout_s, publish_timeout_s
     return RayPool(
-        policy, workers, dtype, threads, prompts_per_shard, address, limits, publish_deltas, while_waiting, on_lost
+        policy,
+        Places(workers, threads, gpus, placement_timeout_s, colocate),
+        dtype,
+        prompts_per_shard,
+        address,
+        (timeout_s, publish_timeout_s),
+        publish_deltas,
+        while_waiting,
+        on_lost,
+        on_ready,
     )
 
 
@@ -149,6 +171,9 @@ class LocalPool:
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         self._refuse_unpublished()
         return {"the sampler": self.engine.sample(prompts, params)}
+
+    def sleep(self) -> None:
+        pass
 
     def held(self) -> dict[str, Held]:
         if self.shares and self.engine.derived:  # it reads the learner's own

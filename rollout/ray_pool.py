@@ -1,204 +1,260 @@
-"""Rollout workers as Ray actors: shards are handed out to them, weights published, and lost ones replaced."""
+"""A pool whose workers are Ray actors: it hands shards out to them and publishes weights."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from policies.openmp import waiting_variables
 from policies.policy import Policy
 from rollout.cluster import Cluster
 from rollout.depth import CostTable
 from rollout.engine import OnFinished, RolloutError
-from rollout.faults import Faults, Kind, OnLost, why_died
+from rollout.faults import Faults, OnLost
 from rollout.group import Prompt, RolloutGroup
+from rollout.places import Places
 from rollout.publication.canaries import other_canaries
 from rollout.publication.digests import Held
-from rollout.publication.message import Message, Sender
+from rollout.publication.message import Message, Moved, Sender
 from rollout.sampling import SamplingParams
 from rollout.shard import shards
-from rollout.worker import Worker
+from rollout.workers import START_TIMEOUT_S, Call, Lost, OnReady, Workers
 
 TIMEOUT_S = 3600.0  # the default of rollout.timeout_s
 PUBLISH_TIMEOUT_S = 600.0  # and of rollout.publish_timeout_s
-START_TIMEOUT_S = 600.0  # a worker may take at least so long to start and to confirm weights
-# From here on compressed differences (2.4 ms a MB, a third to two thirds fewer bytes) beat 10 Gb/s out of one machine.
-DELTA_NODES = 8
-POLL_S = 0.2  # how often a waiting pool checks whether it should go on waiting
+
+
+@dataclass
+class Given:
+    """A call by which a worker gives its weights to another."""
+
+    to: int
 
 
 class RayPool:
     """Ray actors with an engine each. A worker that dies or is late is replaced, and its shard is sampled again, which
-    gives the same tokens. Raises RolloutError when workers are lost again and again, or when Ray itself dies."""
+    gives the same tokens. Raises RolloutError when workers are lost again and again, or when Ray itself dies.
+
+    No copy of the weights is kept. A new worker gets them from another one, or else from the learner's own tensors,
+    which must still be those that were published.
+    """
 
     def __init__(
         self,
         policy: Policy,
-        workers: int,
+        places: Places,
         dtype: torch.dtype,
-        threads: int,
         prompts_per_shard: int,
         address: str | None,
         timeouts_s: tuple[float, float],
-        deltas: bool | None,
+        deltas: bool,
         while_waiting: Callable[[], None],
         on_lost: OnLost,
+        on_ready: OnReady,
     ) -> None:
         import ray
 
         self.ray = ray
-        self.prompts_per_shard, self.threads = prompts_per_shard, threads
+        self.prompts_per_shard, self.precision = prompts_per_shard, dtype
+        self.faults = Faults(on_lost)
         self.timeout_s, self.publish_timeout_s = timeouts_s  # of a shard, of a publication
-        self.while_waiting, self.faults = while_waiting, Faults(on_lost)
-        self.cluster = Cluster(workers * threads, address)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.in_turn, learners = places.taken(policy)
+        self.cluster = Cluster(places.count * places.threads, address, learners)
+        if not ray.cluster_resources().get("GPU"):
+            places = replace(places, gpus=0.0)
+        device = "cuda" if places.gpus else "cpu"
         held = next(policy.parameters()).dtype
         precisions = (str(kind).removeprefix("torch.") for kind in (held, dtype))
-        self.arguments = (policy.skeleton(), *precisions, self.device, threads)
-        nodes = sum(node["Alive"] for node in ray.nodes())
-        self.sender = Sender(deltas=nodes >= DELTA_NODES if deltas is None else deltas)
-        self.published: int | None = None  # the version that every worker has confirmed
-        self.confirmed: dict[int, int | None] = {}  # the version of each worker
+        arguments = (policy.skeleton(), *precisions, device, places.threads)
+        self.sender = Sender(deltas=deltas, cast=dtype if policy.backend == "transformers" else None)
+        self.published: int | None = None  # the version that the confirmed workers hold
+        self.confirmed: set[int] = set()
         self.costs: CostTable | None = None
         # Prompts and parameters of the canaries of this version, and what a worker has sampled that passed them.
         self.canaries: tuple[Sequence[Prompt], SamplingParams, list[RolloutGroup]] | None = None
-        self.precision = dtype
+        self.passed: set[int] = set()  # the workers that have passed them
         self._unreported: defaultdict[str, float] = defaultdict(float)
-        self.workers: list[Any] = []
         try:
-            self.workers += [self._start() for _ in range(workers)]
+            self.workers = Workers(places, arguments, self.cluster, while_waiting, self.faults, on_ready)
+            self.workers.wait_for(places.count)
             self.publish(policy.publication(), 0)
         except BaseException:  # also a stop of the run: a pool whose making failed can be closed only here
             self.close()
             raise
 
-    def _start(self) -> Any:
-        limits = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        actor = self.ray.remote(Worker).options(
-            num_cpus=self.threads,
-            num_gpus=1 if self.device == "cuda" else 0,
-            runtime_env={"env_vars": limits | waiting_variables() | {"TOKENIZERS_PARALLELISM": "false"}},
-        )
-        return actor.remote(*self.arguments)
-
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Every worker confirms the digests of what it holds before any worker samples with it (contract 5).
+        """Every worker that is there confirms the digests of what it holds before any worker samples with it
+        (contract 5). One that starts later gets the weights then.
 
-        Where the policy has adapters, a worker that holds the version before gets A and B, and what else is trained.
+        Where the policy has adapters, a worker that holds the version before gets A and B, and what else is trained. If
+        this is cut short, no worker samples before the next publication.
         """
         self.published, self.canaries = None, None
         self.faults.published()
-        self._confirm(range(len(self.workers)), self.sender.take(weights, version))
-
-    def _confirm(self, workers: Iterable[int], change: Message | None = None) -> None:
-        """These workers take the last publication over, all at once. A worker gets all of it where it does not hold
-        what `change` follows, and where the digest of a tensor differs.
-
-        A message goes through shared memory, once for each node, and leaves it when this returns; see
-        rollout/cluster.py. If this is cut short, no worker samples before the next publication.
-        """
-        self.published = None
-        self.cluster.check()
-        started, sent = time.monotonic(), dict[bool, Any]()
-        running: dict[Any, tuple[int, bool, float]] = {}
-        began: dict[int, float] = {}
-
-        def send(i: int, everything: bool = False) -> None:
-            former = self.confirmed.pop(i, None)
-            everything = everything or change is None or former is None or former != change.since
-            if everything not in sent:
-                message = self.sender.everything() if change is None or everything else change
-                sent[everything] = self.cluster.put(message, self.faults, self.publish_timeout_s, self.while_waiting)
-                self._unreported["publish/bytes"] += message.bytes
-            limit = max(self.publish_timeout_s, START_TIMEOUT_S if former is None else 0.0)
-            began[i] = time.monotonic()
-            reference = self.workers[i].publish.remote(sent[everything])
-            running[reference] = i, everything, began[i] + limit
-
-        for i in workers:
-            send(i)
-        late = f"it took longer than rollout.publish_timeout_s={self.publish_timeout_s:g} to take the weights over"
-        while running:
-            deadlines = {reference: deadline for reference, (*_, deadline) in running.items()}
-            for reference, held, lost in self._ended(deadlines, late):
-                i, everything, _ = running.pop(reference)
-                if lost:
-                    self._replace(i, *lost, ("publication", i), began[i])
-                    send(i)
-                elif (wrong := self.sender.difference(held)) is None:
-                    self.confirmed[i] = self.sender.version
-                    self.faults.done(("publication", i))
-                elif not everything:
-                    send(i, everything=True)
-                else:
-                    raise RolloutError(
-                        f"worker {i} does not hold what was published as version {self.sender.version}: the first "
-                        f"tensor that differs is {wrong}"
-                    )
+        if self.in_turn and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        started = time.monotonic()
+        self._stream(self.sender.messages(weights, version), self.workers.there() or self.workers.wait_for(1))
+        self._settle()
         self._unreported["time/confirm"] += time.monotonic() - started
-        self.published = self.sender.version
+        self.published = version
 
-    def _answer(self, i: int, method: str, *arguments: Any) -> Any:
-        """What worker i answers. If the worker is lost, its successor is asked."""
-        limit = max(self.timeout_s, START_TIMEOUT_S)
-        while True:
-            self.cluster.check()
-            reference, began = getattr(self.workers[i], method).remote(*arguments), time.monotonic()
-            ended: list[tuple[Any, Any, tuple[Kind, str] | None]] = []
-            while not ended:
-                ended = self._ended({reference: began + limit}, f"no answer to {method} after {limit:g} s")
-            [(_, answer, lost)] = ended
-            if not lost:
-                self.faults.done(method)
-                return answer
-            self._replace(i, *lost, method, began)
+    def _stream(self, messages: Iterator[Message], to: Sequence[int]) -> None:
+        """These workers take a publication over, all at once and part by part. Those are not confirmed afterwards that
+        were lost, or that do not hold what the publication follows.
 
-    def _wait(self, references: Sequence[Any]) -> list[Any]:
-        """One of the references that is ready, or none after POLL_S."""
-        self.while_waiting()
-        self.cluster.check()
-        return self.ray.wait(list(references), num_returns=1, timeout=POLL_S)[0]
-
-    def _late(self, deadlines: Mapping[Any, float]) -> list[Any]:
-        """References that are not ready though their deadline has passed."""
-        passed = [reference for reference, deadline in deadlines.items() if time.monotonic() > deadline]
-        return self.ray.wait(passed, num_returns=len(passed), timeout=0)[1] if passed else []
-
-    def _ended(self, deadlines: Mapping[Any, float], late: str) -> list[tuple[Any, Any, tuple[Kind, str] | None]]:
-        """References that are ready, with their answers or why their worker is lost, and those whose time is up."""
-        ended: list[tuple[Any, Any, tuple[Kind, str] | None]] = []
-        for reference in self._wait(list(deadlines)):
-            try:
-                ended.append((reference, self._get(reference), None))
-            except self.ray.exceptions.RayActorError as error:
-                ended.append((reference, None, why_died(error)))
-            except self.ray.exceptions.RayTaskError as error:
-                raise error.cause or error from None  # without the worker's stack in its message
-        return ended + [(reference, None, ("worker", late)) for reference in self._late(deadlines)]
-
-    def _get(self, reference: Any) -> Any:
-        errors = self.ray.exceptions
+        A part goes through shared memory, once for each node, and leaves it before the next one; see cluster.py.
+        """
+        former, self.confirmed, self.passed = self.confirmed, set(), set()
+        held: dict[int, Held] = {}
+        late = f"it took longer than rollout.publish_timeout_s={self.publish_timeout_s:g} to take the weights over"
+        began, taking, since = time.monotonic(), set(to), None
         try:
-            return self.ray.get(reference)
-        except (errors.RayActorError, errors.RayTaskError):
-            raise
-        except errors.RayError as error:
-            self.cluster.check(ask=True)
-            raise RolloutError(f"Ray has lost the answer of a rollout worker: {error}") from error
+            for message in messages:
+                if message.first:
+                    since = message.since
+                    taking &= former if since is not None else taking
+                if not taking:
+                    break
+                sent = self.cluster.put(message, self.faults, self.publish_timeout_s, self.workers.while_waiting)
+                self._unreported["publish/bytes"] += message.bytes
+                limit_s = self.publish_timeout_s
+                calls = {self.workers.call(i, "publish", sent): Call(i, None, limit_s, late, began) for i in taking}
+                while calls:
+                    for call, answer, lost in self.workers.ended(calls):
+                        if lost:
+                            self._replace(call, lost)
+                            taking.discard(call.worker)
+                        held[call.worker] = _sound(answer)
+                del sent
+        finally:
+            for _ in messages:  # ranks that share the weights are gathering them
+                pass
+        for i in taking:
+            if (wrong := self.sender.difference(held[i])) is None:
+                self._confirm(i)
+            elif since is None:
+                self._refuse(i, wrong)
 
-    def _replace(self, i: int, kind: Kind, why: str, work: Hashable, since: float) -> None:
-        """Worker i is lost, and with it `work`, which had begun at `since`."""
-        self.cluster.check(ask=True)  # if Ray has died, its workers died first
-        self.faults.lost(kind, f"worker {i}", why, work=work, since=since)
-        self.confirmed.pop(i, None)
-        self.ray.kill(self.workers[i])  # if it only seems lost, it still holds the processor of its successor
-        self.workers[i] = self._start()
+    def _stream_again(self, to: Sequence[int]) -> None:
+        """From the learner's tensors. Some move in a forward of the learner and come back (peft's routed experts)."""
+        deadline = time.monotonic() + self.publish_timeout_s
+        while True:
+            try:
+                return self._stream(self.sender.again(), to)
+            except Moved:
+                if time.monotonic() > deadline:
+                    raise
+                self.workers.pause()
+
+    def _refuse(self, i: int, wrong: str) -> None:
+        raise RolloutError(
+            f"worker {i} does not hold what was published as version {self.sender.version}: the first tensor that "
+            f"differs is {wrong}"
+        )
+
+    def _confirm(self, i: int) -> None:
+        self.confirmed.add(i)
+        self.faults.done(("weights", i))
+
+    def _replace(self, call: Call, lost: Lost, work: Hashable = None) -> None:
+        self.confirmed.discard(call.worker)
+        self.workers.replace(call, lost, work)
+
+    def _settle(self) -> None:
+        """Every worker that is there has the weights and has passed the canaries."""
+        for _ in self._done([], 0.0, "", everyone=True):
+            pass
+
+    def _done(
+        self, jobs: Sequence[tuple[str, tuple]], limit_s: float, late: str, *, everyone: bool = False
+    ) -> Generator[tuple[int, Any], None, None]:
+        """Has workers do `jobs`, each a method and its arguments. Returns the number of a job and its answer, as they
+        come. A job whose worker is lost, or takes longer than `limit_s`, is done by another one.
+
+        A worker without the weights gets them from one that has no job, and passes the canaries that the others have
+        passed; with `everyone` this ends only when all have.
+        """
+        waiting = list(enumerate(jobs))[::-1]
+        calls: dict[Any, Call] = {}
+        try:
+            while waiting or calls or (everyone and not self._all_in()):
+                self._hand_out(waiting, calls, limit_s, late, everyone)
+                for call, answer, lost in self.workers.ended(calls) if calls else ():
+                    if isinstance(call.what, Given):
+                        self._given(call, answer, lost)
+                    elif lost:
+                        self._replace(call, lost, ("job", call.what[0]) if call.what else None)
+                        waiting += [call.what] if call.what else []
+                    elif call.what:
+                        self.faults.done(("job", call.what[0]))
+                        yield call.what[0], answer
+                    else:
+                        self._passes(call.worker, _sound(answer))
+        finally:
+            for call in calls.values():
+                if isinstance(call.what, Given):  # it would go on taking old weights
+                    self.workers.restart(call.what.to)
+
+    def _all_in(self) -> bool:
+        ready = self.passed if self.canaries else self.confirmed
+        return bool(ready) and ready.issuperset(self.workers.there())
+
+    def _hand_out(self, waiting: list, calls: dict[Any, Call], limit_s: float, late: str, everyone: bool) -> None:
+        """Something to do for each worker that has nothing to do."""
+        busy = {call.worker for call in calls.values()}
+        busy |= {call.what.to for call in calls.values() if isinstance(call.what, Given)}
+        free = [i for i in self.workers.there() if i not in busy]
+        lacking = [i for i in free if i not in self.confirmed]
+        if not self.confirmed and not busy:
+            return self._stream_again(lacking) if lacking else self.workers.pause()
+
+        def ask(i: int, what: Any, limit_s: float, late: str, method: str, *arguments: Any) -> None:
+            calls[self.workers.call(i, method, *arguments)] = Call(i, what, limit_s, late)
+
+        limit = f"took longer than rollout.publish_timeout_s={self.publish_timeout_s:g}"
+        for i in sorted(self.confirmed.intersection(free)):
+            if self.canaries and i not in self.passed:
+                prompts, params, _ = self.canaries
+                arguments = list(prompts), params, self.sender.version, self.costs
+                ask(i, None, self.publish_timeout_s, f"its canaries {limit}", "sample", *arguments)
+            elif lacking and (waiting or everyone):
+                taker = lacking.pop(0)
+                told = f"worker {i} {limit} to give worker {taker} its weights"
+                ask(i, Given(taker), self.publish_timeout_s, told, "give", self.workers.actors[taker])
+            elif waiting:
+                job = waiting.pop()
+                method, arguments = job[1]
+                ask(i, job, limit_s, late, method, *arguments)
+
+    def _given(self, call: Call, answer: tuple[Held | Lost, int] | None, lost: Lost | None) -> None:
+        """What has become of two workers of which one has given the other its weights."""
+        taker = call.what.to
+        if lost:  # if they are late, nobody knows which of them does not answer
+            self._replace(call, lost)
+            self._replace(replace(call, worker=taker), lost)
+            return
+        held, sent = _sound(answer)
+        self._unreported["publish/bytes"] += sent
+        if isinstance(held, tuple):
+            self._replace(replace(call, worker=taker), held)
+        elif wrong := self.sender.difference(held):
+            self._refuse(taker, wrong)
+        else:
+            self._confirm(taker)
+
+    def _passes(self, i: int, own: list[RolloutGroup]) -> None:
+        assert self.canaries is not None
+        *_, passed = self.canaries
+        if fault := other_canaries(own, passed, self.precision):
+            raise RolloutError(f"worker {i}, which is new, {fault} (version {self.published})")
+        self.passed.add(i)
 
     def _version(self) -> int:
         if self.published is None:
@@ -208,91 +264,51 @@ class RayPool:
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
-        version = self._version()
-        waiting = list(enumerate(shards(prompts, self.prompts_per_shard)))[::-1]
+        version, found = self._version(), shards(prompts, self.prompts_per_shard)
+        jobs = [("sample", (list(shard), params, version, self.costs)) for shard in found]
         done: dict[int, list[RolloutGroup]] = {}
         faults: dict[int, str] = {}
-        running: dict[Any, tuple[int, int, Sequence[Prompt], float]] = {}
-        idle = list(range(len(self.workers)))
-
-        def again(i: int, number: int, shard: Sequence[Prompt], kind: Kind, reason: str, began: float) -> None:
-            self._replace(i, kind, reason, ("shard", number), began)
-            self._admit(i)
-            waiting.append((number, shard))
-
-        while waiting or running:
-            while waiting and idle:
-                number, shard = waiting.pop()
-                i = idle.pop(0)
-                began = time.monotonic()
-                reference = self.workers[i].sample.remote(list(shard), params, version, self.costs)
-                running[reference] = i, number, shard, began
-            finished = self._wait(list(running))
-            late = self._late({reference: began + self.timeout_s for reference, (*_, began) in running.items()})
-            for reference in [*finished, *late]:
-                i, number, shard, began = running.pop(reference)
-                try:
-                    if reference in finished:
-                        done[number] = self._get(reference)
-                        self.faults.done(("shard", number))
-                        if on_finished:
-                            on_finished(len(shard) * params.group_size)
-                    else:
-                        late_by = f"its shard took longer than rollout.timeout_s={self.timeout_s:g}"
-                        again(i, number, shard, "worker", late_by, began)
-                except self.ray.exceptions.RayActorError as error:
-                    again(i, number, shard, *why_died(error), began)
-                except self.ray.exceptions.RayTaskError as error:
-                    if not isinstance(error.cause, RolloutError):
-                        raise error.cause or error from None  # without the worker's stack in its message
-                    done[number] = error.cause.groups
-                    faults[number] = str(error.cause)
-                idle.append(i)
+        late = f"its shard took longer than rollout.timeout_s={self.timeout_s:g}"
+        with closing(self._done(jobs, self.timeout_s, late)) as answers:
+            for number, answer in answers:
+                if isinstance(answer, RolloutError):
+                    faults[number], done[number] = str(answer), answer.groups
+                else:
+                    done[number] = answer
+                    if on_finished:
+                        on_finished(len(found[number]) * params.group_size)
         groups = [group for number in sorted(done) for group in done[number]]
         if faults:
             raise RolloutError("\n".join(faults[number] for number in sorted(faults)), groups)
         return groups
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
-        self.canaries = None
-        found = self._sample_on(range(len(self.workers)), prompts, params)
-        self.canaries = prompts, params, found[0]
+        """By each worker that holds the weights; one that is lost meanwhile is replaced, and passes them later."""
+        version, self.canaries, found = self._version(), None, dict[int, list[RolloutGroup]]()
+        late = f"its canaries took longer than rollout.publish_timeout_s={self.publish_timeout_s:g}"
+        while not found:
+            self._settle()
+            arguments, limit_s = (list(prompts), params, version, self.costs), self.publish_timeout_s
+            calls = {self.workers.call(i, "sample", *arguments): Call(i, 0, limit_s, late) for i in self.confirmed}
+            while calls:
+                for call, answer, lost in self.workers.ended(calls):
+                    if lost:
+                        self._replace(call, lost)
+                    else:
+                        found[call.worker] = _sound(answer)
+        self.canaries, self.passed = (prompts, params, found[min(found)]), set(found)
         return {f"worker {i}": found[i] for i in sorted(found)}
 
-    def _sample_on(
-        self, workers: Iterable[int], prompts: Sequence[Prompt], params: SamplingParams
-    ) -> dict[int, list[RolloutGroup]]:
-        """The groups of all prompts by each of these workers; a lost one is replaced, and its successor asked."""
-        version, groups, running = self._version(), dict[int, list[RolloutGroup]](), dict[Any, tuple[int, float]]()
-
-        def ask(i: int) -> None:
-            reference = self.workers[i].sample.remote(list(prompts), params, version, self.costs)
-            running[reference] = i, time.monotonic()
-
-        for i in workers:
-            ask(i)
-        late = f"its canaries took longer than rollout.publish_timeout_s={self.publish_timeout_s:g}"
-        while running:
-            deadlines = {reference: began + self.publish_timeout_s for reference, (_, began) in running.items()}
-            for reference, answer, lost in self._ended(deadlines, late):
-                i, began = running.pop(reference)
+    def sleep(self) -> None:
+        if not self.in_turn:
+            return
+        self.published = None
+        late = f"it took longer than rollout.publish_timeout_s={self.publish_timeout_s:g} to leave the GPU"
+        calls = {self.workers.call(i, "sleep"): Call(i, None, self.publish_timeout_s, late) for i in self.confirmed}
+        while calls:
+            for call, _, lost in self.workers.ended(calls):
                 if lost:
-                    self._replace(i, *lost, ("canaries", i), began)
-                    self._confirm([i])
-                    ask(i)
-                else:
-                    groups[i] = answer
-                    self.faults.done(("canaries", i))
-        return groups
-
-    def _admit(self, i: int) -> None:
-        """A worker that takes another's place gets the weights, and passes the canaries that the others have passed."""
-        self._confirm([i])
-        if self.canaries is not None:
-            prompts, params, passed = self.canaries
-            own = self._sample_on([i], prompts, params)[i]
-            if fault := other_canaries(own, passed, self.precision):
-                raise RolloutError(f"worker {i}, which is new, {fault} (version {self.published})")
+                    self._replace(call, lost)
 
     def held(self) -> dict[str, Held]:
         return {}
@@ -300,12 +316,11 @@ class RayPool:
     def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
         """One worker measures them alone, with the threads that a worker has."""
         if costs is None:
-            before = self.workers[0]
-            costs = self._answer(0, "measure_costs", rows)
-            if self.workers[0] is not before:
-                self._admit(0)
-        self.costs = costs
-        return costs
+            limit = max(self.timeout_s, START_TIMEOUT_S)
+            late = f"no answer to measure_costs after {limit:g} s"
+            [(_, costs)] = self._done([("measure_costs", (rows,))], limit, late)
+        self.costs = _sound(costs)
+        return self.costs
 
     def metrics(self) -> dict[str, float]:
         metrics = self.faults.metrics() | self._unreported
@@ -313,9 +328,14 @@ class RayPool:
         return metrics
 
     def close(self) -> None:
-        with suppress(RolloutError):  # if the cluster has died, no worker is left
+        with suppress(RolloutError, AttributeError):  # if the cluster has died, no worker is left
             self.cluster.check()
-            for worker in self.workers:
-                self.ray.kill(worker)
-        self.workers = []
+            self.workers.close()
         self.cluster.close()
+
+
+def _sound(answer: Any) -> Any:
+    """What a worker has answered, unless it is an error."""
+    if isinstance(answer, RolloutError):
+        raise answer
+    return answer

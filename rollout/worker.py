@@ -1,49 +1,75 @@
-"""A rollout worker: one engine in a Ray actor, and how it takes a publication over."""
+"""A rollout worker: one engine in a Ray actor, how it takes a publication over, and how it gives it to a new worker."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from policies.lora import Adapter
 from policies.policy import Policy
+from policies.publication import Publication
 from rollout.depth import CostTable
 from rollout.engine import Engine, RolloutError
+from rollout.faults import Kind, why_died
 from rollout.group import Prompt, RolloutGroup
+from rollout.places import here
 from rollout.publication.digests import Held
-from rollout.publication.message import Message, unpack, with_differences
+from rollout.publication.message import PART_BYTES, Message, everything, unpack, with_differences
 from rollout.sampling import SamplingParams
 
 
 class Receiver:
-    """Takes publications over: an engine, and the weights under its adapters."""
+    """Takes publications over: an engine, and what is under its merged weights: the plain ones, and A and B."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._under: dict[str, Tensor] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._taking: int | None = None  # the version of which parts are yet to come
+        self._device = engine.policy.device
 
     def take(self, message: Message) -> Held:
-        """Loads a publication; returns the digests of what the engine decodes with then."""
-        engine = self.engine
-        if message.since is not None and engine.version != message.since:
-            raise RolloutError(
-                f"a worker holds policy version {engine.version}, and what it got follows version {message.since}"
-            )
-        engine.version = -1  # while it is neither the old one nor the new one
+        """Loads a part of a publication. After the last one it returns the digests of what the engine decodes with
+        then, and nothing before, nor where what it holds is not what the publication follows."""
+        engine, policy = self.engine, self.engine.policy
+        if message.first:
+            if message.since is None:
+                self._under, self._adapters, policy.draft_ids = {}, {}, None
+            elif engine.version != message.since:
+                raise RolloutError(
+                    f"a worker holds policy version {engine.version}, and what it got follows version {message.since}"
+                )
+            engine.version = -1  # while it is neither the old one nor the new one
+            policy.to(self._device)  # it may have slept
+            self._taking = message.version
+        elif self._taking != message.version:
+            return {}
+        self._taking = None
         weights = unpack(message.tensors)
-        if message.since is None:
-            self._under = {name: weights[name].clone() for name in message.adapters}
-        else:
-            own = engine.policy.weights()
-            try:
-                weights = own | weights | with_differences(own, message.deltas)
-            except ValueError:  # what it holds is not what the differences follow
-                return {}
+        try:
+            weights |= with_differences(policy.weights() if message.deltas else {}, message.deltas)
+        except ValueError:
+            return {}
         for name, (factors, scale, experts, transposed) in message.adapters.items():
-            adapter = Adapter(**unpack(factors), scale=scale, experts=experts, transposed=transposed)
-            weights[name] = adapter.merge(self._under[name])
-        engine.publish(weights, message.version)
+            copies = {factor: tensor.clone() for factor, tensor in unpack(factors).items()}
+            self._adapters[name] = Adapter(**copies, scale=scale, experts=experts, transposed=transposed)
+            if name in weights:
+                self._under[name] = weights[name].clone()
+            weights[name] = self._adapters[name].merge(self._under[name])
+        policy.load_weights(policy.weights() | weights)
+        if not message.last:
+            self._taking = message.version
+            return {}
+        engine.publish(policy.weights(), message.version)
         return engine.held()
+
+    def messages(self, part_bytes: int = PART_BYTES) -> Iterator[Message]:
+        """All that it holds, for a new worker."""
+        weights = Publication(self.engine.policy.weights() | self._under, self._adapters)
+        return everything(weights, self.engine.version, part_bytes)
 
 
 class Worker:
@@ -57,9 +83,35 @@ class Worker:
         self.engine.version = -1
         self.receiver = Receiver(self.engine)
 
+    def ready(self) -> dict[str, Any]:
+        """Answers as soon as the worker can be given something to do: where it is."""
+        return here()
+
     def publish(self, message: Message) -> Held:
         """Take weights over; returns the digests of what the engine holds from now on (contract 5)."""
         return self.receiver.take(message)
+
+    def give(self, worker: Any) -> tuple[Held | tuple[Kind, str], int]:
+        """Give another worker the weights of this one, in parts through Ray's store. Returns the digests of what it
+        holds then, or why it is lost, and the bytes that were sent."""
+        import ray
+
+        held: Held = {}
+        sent = 0
+        try:
+            for message in self.receiver.messages():
+                sent += message.bytes
+                held = ray.get(worker.publish.remote(message))
+        except ray.exceptions.RayActorError as error:
+            return why_died(error), sent
+        return held, sent
+
+    def sleep(self) -> None:
+        """Leave the GPU to the learner until the next publication. The weights wait in the host's memory."""
+        self.engine.forget()
+        self.engine.policy.to("cpu")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def measure_costs(self, rows: int) -> CostTable:
         return self.engine.measure_costs(min(rows, self.engine.max_rows))
@@ -71,5 +123,7 @@ class Worker:
             raise RolloutError(
                 f"a worker holds policy version {self.engine.version}, but version {version} was asked for"
             )
+        if not self.engine.derived:
+            raise RolloutError("a worker sleeps until the next publication")
         self.engine.costs = costs or self.engine.costs
         return self.engine.sample(prompts, params)

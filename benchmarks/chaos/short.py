@@ -2,10 +2,10 @@
 
 import sys
 
-import rollout.ray_pool
+import rollout.workers
 from grpo.__main__ import main
 
-rollout.ray_pool.START_TIMEOUT_S = 120.0
+rollout.workers.START_TIMEOUT_S = 120.0
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from grpo.config.options import Options
 
@@ -59,6 +59,12 @@ class RolloutOptions(SamplingOptions):
     one worker. Timing changes no bit; the importance correction is on."""
     threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of each Ray worker."""
+    gpus_per_worker: float = Field(default=1.0, ge=0, le=1)
+    """Share of a GPU of each Ray worker, where the cluster has GPUs; with .5 two share one, with 0 they use none."""
+    colocate: bool = False
+    """Ray workers and learner use the same GPUs in turn, which they do anyway where there is only one."""
+    placement_timeout_s: float = Field(default=300.0, gt=0)
+    """Seconds that the Ray workers may wait for room in the cluster; then the run ends and says what there is."""
     prompts_per_shard: int = Field(default=8, ge=1)
     """Prompts whose groups are sampled together; the number of workers never changes a token."""
     timeout_s: float = Field(default=3600.0, gt=0)
@@ -66,8 +72,8 @@ class RolloutOptions(SamplingOptions):
     publish_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds that a Ray worker may need for new weights; then it is killed and replaced. A new one has 600."""
     vllm: VLLMOptions = VLLMOptions()
-    publish_deltas: bool | None = None
-    """Workers get the compressed difference of two versions, which pays on a slow network; null: from 8 nodes on."""
+    publish_deltas: bool = False
+    """Workers get the compressed difference of two versions: for slow networks. The learner keeps a copy for it."""
     refill_draws: int = Field(default=0, ge=0)
     """Dynamic sampling: tied groups are sampled again, at most this many times per step; 0 keeps them."""
     refill_prompts: Literal["new", "same"] = "new"
@@ -77,6 +83,20 @@ class RolloutOptions(SamplingOptions):
     def samplers(self) -> int:
         """Ray workers that the run has: sampling ahead needs one, and vLLM none."""
         return 0 if self.backend == "vllm" else max(self.workers, self.ahead)
+
+    @field_validator("publish_deltas", mode="before")
+    @classmethod
+    def _as_it_was(cls, deltas: object) -> object:
+        return deltas is not None and deltas  # null was the default once
+
+    @model_validator(mode="after")
+    def _in_turn(self) -> RolloutOptions:
+        if self.colocate and self.ahead:
+            raise ValueError(
+                f"colocate=true: with ahead={self.ahead} sampling and learning go on at the same time, and cannot use "
+                "the same GPUs in turn; set one of them back"
+            )
+        return self
 
     @field_validator("accept")
     @classmethod

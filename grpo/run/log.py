@@ -49,6 +49,7 @@ from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
 
 SHOWN_PER_EVENT = 3
+SHOWN_ALWAYS = ("learner", "worker")  # of which one is not like another
 WRITTEN = (
     *("config.yaml", "environment.json", "metrics.jsonl", "rewards.json", "draft_costs.json"),
     *("policy", "best_policy", "warm_start"),
@@ -162,7 +163,7 @@ class RunLog:
         `unshown` goes into the record alone.
         """
         self._write_event(event, fields | dict(unshown or {}))
-        self._events_seen[event] += 1
+        self._events_seen[event] += event not in SHOWN_ALWAYS
         if self._events_seen[event] > SHOWN_PER_EVENT:
             return
         text = " ".join(f"{name}={value}" for name, value in fields.items())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,12 @@ from grpo.run.memory_errors import phase
 from grpo.run.stop import InterruptiblePool, StopSignal
 from policies.policy import Policy
 from policies.publication import Publication
-from policies.sharding import attend
+from policies.sharding import attend, everyone
 from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
 from rollout.backends.vllm.process import TOKEN
 from rollout.depth import CostTable
 from rollout.group import RolloutGroup
+from rollout.places import here
 from rollout.pool import Pool, open_pool
 from rollout.publication.digests import Held
 
@@ -28,24 +30,30 @@ NO_KEYED_NOISE = (
     "vLLM draws with seeds of its own: its tokens are not those of our engine, nor the same with other drafts, threads "
     "or batches. The same step of the same run repeats"
 )
+Reads = Callable[[Publication, Publication | None], Iterator[Tensor]]
 
 
 class NoPool:
     """The pool of a rank that does not sample: it takes part in publications.
 
-    `keeps`: the pool of rank 0 keeps what is fixed, and reads only the parts that change (RayPool, VLLMPool); else it
-    reads the merged weights.
+    `reads`: what the pool of rank 0 reads of a publication after another one; without it the merged weights. `in_turn`:
+    samplers use this GPU after each publication.
     """
 
-    def __init__(self, keeps: bool) -> None:
-        self.keeps, self._last = keeps, Publication({})
+    def __init__(self, reads: Reads | None, in_turn: bool = False) -> None:
+        self.reads, self.in_turn, self._last = reads, in_turn, Publication({})
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        if self.keeps:
+        if self.reads:
             last, self._last = self._last, Publication.of(weights)
-            attend(self._last.parts(last))
+            attend(self.reads(self._last, last))
         else:
             attend(weights.values())
+        if self.in_turn and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def sleep(self) -> None:
+        pass
 
     def sample(self, *_: object) -> list[RolloutGroup]:
         raise RuntimeError("rank 0 alone samples")
@@ -75,8 +83,13 @@ def open_run_pool(
     def on_lost(what: str, reason: str, action: str) -> None:
         run_log.event("lost", what=what, action=action, reason=reason)
 
+    def on_ready(worker: int, where: dict[str, Any]) -> None:
+        run_log.event("worker", worker=worker, **where)
+
+    ranks = everyone(here()) if rollout.samplers else []
     if not samples:
-        others = NoPool(keeps=rollout.samplers > 0 or rollout.backend == "vllm")
+        own = Publication.read_parts if rollout.samplers else None
+        others = NoPool(Publication.parts if rollout.backend == "vllm" else own, in_turn=rollout.colocate)
         others.publish(policy.publication(), 0)
         return InterruptiblePool(others, stop)
     options = SimpleNamespace(rollout=rollout, dtype=dtype)
@@ -91,9 +104,15 @@ def open_run_pool(
             publish_timeout_s=rollout.publish_timeout_s,
             publish_deltas=rollout.publish_deltas,
             while_waiting=stop.check,
+            gpus=rollout.gpus_per_worker,
+            placement_timeout_s=rollout.placement_timeout_s,
+            colocate=False if rollout.ahead else rollout.colocate or None,
             on_lost=on_lost,
+            on_ready=on_ready,
             vllm=vllm_settings(rollout, run_log.output_dir) if rollout.backend == "vllm" else None,
         )
+    for rank, where in enumerate([here(), *ranks[1:]] if ranks else []):  # rank 0 may know its node only now
+        run_log.event("learner", rank=rank, **where)
     if isinstance(pool, VLLMPool):
         more = {"load": pool.state["load"], "merged_adapters": pool.updates.merged}
         run_log.event("vllm", version=pool.state["vllm"], url=pool.client.url, unshown=more)

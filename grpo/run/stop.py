@@ -232,6 +232,9 @@ class InterruptiblePool:
         except GivenUp:
             return {}
 
+    def sleep(self) -> None:
+        self.pool.sleep()
+
     def held(self) -> dict[str, Held]:
         return self.pool.held()
 

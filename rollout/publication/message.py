@@ -1,4 +1,7 @@
-"""A publication on its way to a worker: everything, or what has changed since the last one.
+"""A publication on its way to workers: everything, or what has changed since the last one.
+
+It travels in parts, so that nobody holds a second copy of all weights. Nothing of it is kept afterwards: a worker that
+comes later gets it from another worker, or from the learner's own tensors where these are still the same.
 
 With adapters only A and B travel, and what else is trained. The worker keeps the weights under them and computes W + ΔW
 into its own copy. Of tensors that changed, the compressed difference can travel (deltas.py).
@@ -7,21 +10,32 @@ into its own copy. Of tensors that changed, the compressed difference can travel
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from policies.four_bit import plain_weight
 from policies.publication import Publication
 from policies.sharding import whole
+from rollout.faults import RolloutError
 from rollout.publication import deltas as delta
 from rollout.publication.digests import Held, digest_of
 
 PackedTensor = tuple[str, list[int], np.ndarray]
 PackedWeights = dict[str, PackedTensor]
+PART_BYTES = 1 << 30  # of a message; a tensor is never cut
+NOT_AGAIN = (
+    "and the learner cannot publish it again in the middle of a step. Go on with --resume auto, and with "
+    "rollout.workers of 2 or more, which give each other the weights"
+)
+
+
+class Moved(RolloutError):
+    """The learner's tensors are not those that were published."""
 
 
 def pack(weights: Mapping[str, Tensor]) -> PackedWeights:
@@ -47,10 +61,12 @@ def unpack(packed: PackedWeights) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Message:
-    """What a worker needs that holds version `since`; None: what a new one needs."""
+    """A part of a publication, for workers that hold version `since`; None: for those that may hold anything."""
 
     version: int
     since: int | None
+    first: bool
+    last: bool
     tensors: PackedWeights
     adapters: dict[str, tuple[PackedWeights, float, int, bool]]
     deltas: PackedWeights = field(default_factory=dict)
@@ -62,67 +78,119 @@ class Message:
 
 
 class Sender:
-    """The pool's side: a copy of what was published last, on the host, for the workers that are yet to come."""
+    """The side of the learner. It keeps the digests of what was published last, and no tensor of its own."""
 
-    def __init__(self, *, deltas: bool = False) -> None:
-        """`deltas`: send the difference to the version before where it is shorter."""
-        self.deltas = deltas
+    def __init__(self, *, deltas: bool = False, cast: torch.dtype | None = None, part_bytes: int = PART_BYTES) -> None:
+        """`deltas`: send the difference to the version before where it is shorter. This alone needs a copy of that.
+
+        `cast`: samplers may hold tensors in this type. `part_bytes`: the size from which a message is sent.
+        """
+        self.deltas, self.cast, self.part_bytes = deltas, cast, part_bytes
         self.version: int | None = None
-        self.weights = Publication({})  # the copy
-        self._last: Publication | None = None  # what it was copied from
-        self._digests: dict[tuple[str, str], str] = {}
+        self._last: Publication | None = None  # of which the fixed tensors need not be sent again
+        self._source = Publication({})  # references to the learner's tensors
+        self._digests: dict[str, dict[str, str]] = {}  # by tensor and type
+        self._before: PackedWeights = {}  # the copy for `deltas`
 
-    def take(self, weights: Mapping[str, Tensor], version: int) -> Message:
-        """Copies a publication, tensor by tensor where it is sharded. What it returns is for the workers that hold the
-        one before."""
+    def messages(self, weights: Mapping[str, Tensor], version: int) -> Iterator[Message]:
+        """A publication in parts. Each must be put where workers read it before the next is asked for: its tensors may
+        be the learner's own memory. If they are not all asked for, the next publication is whole.
+
+        Ranks that share the weights gather what `Publication.parts` says.
+        """
         now, last, former = Publication.of(weights), self._last, self.version
-        self._last = self.version = None  # if this is cut short, the next publication is whole
-        changed = {name: _copied(plain_weight(tensor)) for name, tensor in now.changes(last).items()}
-        adapters = {
-            name: replace(adapter, a=_copied(adapter.a), b=_copied(adapter.b)) for name, adapter in now.adapters.items()
-        }
-        partial, differences = len(changed) < len(now), dict[str, PackedTensor]()
-        if self.deltas and former is not None and now.keys() == self.weights.keys() and last is not None:
-            differences = self._differences(changed)
-        self.weights = Publication((self.weights.tensors if partial else {}) | changed, adapters, now.fixed)
-        self._last, self.version = now if now.fixed else Publication({}), version  # no merged tensor is kept
-        self._digests = {}
-        sent = {name: tensor for name, tensor in changed.items() if name not in differences}
-        since = former if partial or differences else None
-        return replace(self._message(sent, since), deltas=differences)
+        self._last = self.version = None
+        self._source, changed = now, now.changes(last)
+        compares = self.deltas and former is not None and now.keys() == self._digests.keys()
+        since = former if compares or len(changed) < len(now) else None
+        found: dict[str, dict[str, str]] = {}
 
-    def _differences(self, tensors: Mapping[str, Tensor]) -> PackedWeights:
-        """Of those that have kept type and shape, and for which a difference pays."""
-        new, old, found = pack(tensors), pack({name: self.weights.tensors[name] for name in tensors}), {}
-        for name, (kind, shape, data) in new.items():
-            same = old[name][:2] == (kind, shape) and data.size
-            packed = delta.encode(data, old[name][2], data.nbytes // tensors[name].numel()) if same else None
-            if packed is not None:
-                found[name] = kind, shape, packed
-        return found
+        def seen(name: str, value: Tensor) -> None:
+            found[name] = self._digests_of(value)
 
-    def everything(self) -> Message:
-        """For a worker that holds nothing, or something else than it should."""
-        return self._message(self.weights.tensors, None)
+        names = now.read(last)
+        for message in _messages(now, names, changed, version, since, self.part_bytes, seen):
+            yield self._with_differences(message, compares) if self.deltas else message
+        self._digests = {name: found[name] if name in found else self._digests[name] for name in now}
+        self._last, self.version = now if now.fixed else Publication({}), version
 
-    def _message(self, tensors: Mapping[str, Tensor], since: int | None) -> Message:
-        assert self.version is not None
-        adapters = {
-            name: (pack({"a": adapter.a, "b": adapter.b}), adapter.scale, adapter.experts, adapter.transposed)
-            for name, adapter in self.weights.adapters.items()
-        }
-        return Message(self.version, since, pack(tensors), adapters)
+    def again(self) -> Iterator[Message]:
+        """All that was published last, once more from the learner's own tensors. Raises RolloutError where they are
+        spread over processes, or are not what was published any more."""
+        source, version = self._source, self.version
+        assert version is not None
+        if any(isinstance(tensor, DTensor) for tensor in source.tensors.values()):
+            raise RolloutError(f"no worker is left that holds version {version}, {NOT_AGAIN}")
+
+        def seen(name: str, value: Tensor) -> None:
+            if self._digests_of(value) != self._digests[name]:
+                raise Moved(f"no worker is left that holds version {version}, {NOT_AGAIN}")
+
+        yield from _messages(source, list(source), source.tensors, version, None, self.part_bytes, seen)
+
+    def _digests_of(self, value: Tensor) -> dict[str, str]:
+        kinds = {value.dtype, self.cast or value.dtype}
+        return {str(kind).removeprefix("torch."): digest_of(value.to(kind)) for kind in kinds}
+
+    def _with_differences(self, message: Message, compares: bool) -> Message:
+        """The tensors of which a difference pays are sent as that; all are copied for the next publication."""
+        tensors, found = message.tensors, PackedWeights()
+        for name, (kind, shape, data) in tensors.items():
+            if compares and data.size and self._before[name][:2] == (kind, shape):
+                packed = delta.encode(data, self._before[name][2], getattr(torch, kind).itemsize)
+                if packed is not None:
+                    found[name] = kind, shape, packed
+            self._before[name] = kind, shape, data.copy()
+        rest = {name: packed for name, packed in tensors.items() if name not in found}
+        return replace(message, tensors=rest, deltas=found)
 
     def difference(self, held: Held) -> str | None:
         """The first tensor that a worker does not hold as it was published, see `first_difference`."""
-        weights = self.weights
-        for name in weights:
+        for name, digests in self._digests.items():
             kind, found = held.get(name, ("", ""))
-            if kind and (name, kind) not in self._digests:
-                self._digests[name, kind] = digest_of(weights[name].to(getattr(torch, kind)))
-            if found != self._digests.get((name, kind)):
+            if not found or digests.get(kind) != found:
                 return name
-        return next((name for name in held if name not in weights), None)
+        return next((name for name in held if name not in self._digests), None)
+
+
+def _messages(
+    weights: Publication,
+    names: Sequence[str],
+    sent: Container[str],
+    version: int,
+    since: int | None,
+    part_bytes: int,
+    seen: Callable[[str, Tensor], None] = lambda name, value: None,
+) -> Iterator[Message]:
+    """The tensors that are `sent`, without their adapters, and the adapters of all `names`, in parts. `seen` gets each
+    name with its tensor, merged."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name in names:
+        if size >= part_bytes:
+            size = 0
+            parts.append([])
+        parts[-1].append(name)
+        size += weights.tensors[name].nbytes
+    for part in parts:
+        tensors: dict[str, Tensor] = {}
+        adapters = {}
+        for name in part:
+            value = _on_host(plain_weight(weights.tensors[name]))
+            if name in sent:
+                tensors[name] = value
+            if adapter := weights.adapters.get(name):
+                adapter = replace(adapter, a=_on_host(adapter.a), b=_on_host(adapter.b))
+                factors = pack({"a": adapter.a, "b": adapter.b})
+                adapters[name] = factors, adapter.scale, adapter.experts, adapter.transposed
+                value = adapter.merge(value)
+            seen(name, value)
+        yield Message(version, since, part is parts[0], part is parts[-1], pack(tensors), adapters)
+
+
+def everything(weights: Publication, version: int, part_bytes: int = PART_BYTES) -> Iterator[Message]:
+    """What a worker gives to one that holds nothing, or something else than it should."""
+    return _messages(weights, list(weights), weights.tensors, version, None, part_bytes)
 
 
 def with_differences(own: Mapping[str, Tensor], deltas: PackedWeights) -> dict[str, Tensor]:
@@ -135,7 +203,6 @@ def with_differences(own: Mapping[str, Tensor], deltas: PackedWeights) -> dict[s
     return unpack(new)
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    """The whole tensor on the host, in memory of its own."""
-    value = whole(tensor.detach())
-    return value.cpu() if value.device.type != "cpu" else value.clone()
+def _on_host(tensor: Tensor) -> Tensor:
+    """The whole tensor in the host's memory, which is its own where it is there already."""
+    return whole(tensor.detach()).cpu()

@@ -1,4 +1,4 @@
-"""Run by test_pool.py as N ranks that share a policy with adapters: three publications, of which rank 0 keeps a copy.
+"""Run by test_pool.py as N ranks that share a policy with adapters: three publications, gathered part by part.
 
 python publishing_ranks.py POLICY      with RANK and WORLD_SIZE set
 
@@ -14,6 +14,7 @@ from grpo.config.learner import ParallelOptions
 from grpo.learner.parallel import join
 from grpo.run.pool import NoPool
 from policies.policy import Policy
+from policies.publication import Publication
 from policies.sharding import whole
 from rollout.engine import Engine
 from rollout.publication.digests import digests
@@ -27,7 +28,7 @@ def main(source: str) -> None:
     policy = Policy.load(source, layout=ranks.layout)
     torch.manual_seed(0)
     policy.add_lora(4, 8.0)
-    others, sender = NoPool(keeps=True), Sender()
+    others, sender = NoPool(Publication.read_parts), Sender(part_bytes=10_000)
     worker = Receiver(Engine(Policy.from_skeleton(policy.skeleton())))
     for version in range(3):
         with torch.no_grad():
@@ -35,13 +36,14 @@ def main(source: str) -> None:
                 if parameter.requires_grad:
                     parameter.add_(0.01 * (1 + version))
         if ranks.first:
-            message = sender.take(policy.publication(), version)
-            held = worker.take(message)
+            tensors = 0
+            for message in sender.messages(policy.publication(), version):
+                tensors, held = tensors + len(message.tensors), worker.take(message)
         else:
             others.publish(policy.publication(), version)
         merged = {name: whole(tensor) for name, tensor in policy.weights().items()}
         if ranks.first:
-            print(version, len(message.tensors), held == digests(merged), len(merged), flush=True)
+            print(version, tensors, held == digests(merged), len(merged), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Ray Train starts the ranks of a learner by one command, and the user's Ctrl-C reaches them."""
 
+import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
+from rollout.cluster import Seclusion
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +58,55 @@ def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.slow
-def test_two_ranks_and_two_samplers_on_two_nodes_learn_as_one_process(words, tmp_path):
-    """A simulated cluster of two nodes; the whole run is one command."""
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """The address of a simulated cluster that asks for a token, with four processors on each node."""
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    try:
-        nodes.add_node(num_cpus=2)
-        given = {"rollout.workers": 2}
-        done = _run(words(tmp_path / "many", **given), RAY_ADDRESS=nodes.address)
-    finally:
-        nodes.shutdown()
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    Seclusion._tell_ray()
+    settings = {"worker_niceness": 0}  # as in a cluster of our own
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "_system_config": settings})
+    nodes.add_node(num_cpus=4)
+    yield nodes.address
+    nodes.shutdown()
+    monkeypatch.undo()
+    Seclusion._tell_ray()
+
+
+@pytest.mark.slow
+def test_four_samplers_on_two_nodes_and_learners_on_one_say_where_they_are_and_end_with_ctrl_c(
+    words, tmp_path, two_nodes
+):
+    folder = tmp_path / "run"
+    command = words(folder, **{"steps": 100000, "checkpoint.every": 100000, "rollout.workers": 4})
+    environment = os.environ | {"RAY_ADDRESS": two_nodes}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not ((folder / "metrics.jsonl").exists() and read_metrics(folder)):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    learners, workers = ([event for event in events if event["event"] == kind] for kind in ("learner", "worker"))
+    assert [event["rank"] for event in learners] == [0, 1]
+    assert len({event["node"] for event in learners}) == 1
+    assert sorted(event["worker"] for event in workers) == [0, 1, 2, 3]
+    assert len({event["node"] for event in workers}) == 2
+    for event in (*learners, *workers):
+        assert event["threads"] == 1
+        assert f"node={event['node']} process={event['process']}" in said
+    left = [psutil.Process(e["process"]) for e in (*learners, *workers) if psutil.pid_exists(e["process"])]
+    assert psutil.wait_procs(left, timeout=30)[1] == []
+
+
+@pytest.mark.slow
+def test_two_ranks_and_two_samplers_on_two_nodes_learn_as_one_process(words, tmp_path, two_nodes):
+    """The whole run is one command."""
+    given = {"rollout.workers": 2}
+    done = _run(words(tmp_path / "many", **given), RAY_ADDRESS=two_nodes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "learning in 2 processes on cpu" in done.stdout + done.stderr
     alone = _run(words(tmp_path / "one", **{"learner.workers": 0}))

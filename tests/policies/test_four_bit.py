@@ -73,7 +73,7 @@ def test_a_worker_gets_the_numbers_of_the_base_once_and_then_adapters_alone(fold
     policy, sender = adapted(folder, targets=["q_proj"]), Sender()
     worker, sent = Receiver(Engine(Policy.from_skeleton(policy.skeleton()))), []
     for version in range(2):
-        message = sender.take(policy.publication(), version)
+        [message] = sender.messages(policy.publication(), version)
         assert worker.take(message) == digests(policy.weights())
         sent.append(len(message.tensors))
         with torch.no_grad():

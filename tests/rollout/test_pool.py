@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -21,7 +22,6 @@ import ray
 import torch
 
 import rollout.cluster
-import rollout.ray_pool
 from policies.openmp import WAITING
 from policies.policy import Policy, digest
 from rollout.engine import RolloutError
@@ -31,6 +31,7 @@ from rollout.publication.digests import digests
 from rollout.publication.message import Sender
 from rollout.sampling import SamplingParams
 from rollout.worker import Worker
+from rollout.workers import Call
 
 torch.set_num_threads(1)
 PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 10 + 3 * i)]) for i in range(7)]
@@ -61,8 +62,10 @@ def shared(cluster, policies) -> Iterator[RayPool]:
 
 @pytest.fixture
 def pool(shared, policies) -> RayPool:
-    """The shared pool, holding version 0 again."""
+    """The shared pool, both of whose workers hold version 0 again."""
     shared.publish(policies[0].weights(), 0)
+    shared.workers.wait_for(2)
+    shared._settle()
     return shared
 
 
@@ -78,6 +81,23 @@ def expected(policies) -> Callable[[int], list[RolloutGroup]]:
 
 def tokens(groups: list[RolloutGroup]) -> list[list[list[int]]]:
     return [[completion.token_ids for completion in group.completions] for group in groups]
+
+
+def again(pool: RayPool) -> None:
+    """Sample, find out who is lost, and let the successor in."""
+    pool.sample(PROMPTS, PARAMS)
+    pool.workers.wait_for(2)
+    pool._settle()
+
+
+@contextmanager
+def learning(policy: Policy) -> Iterator[None]:
+    """Its weights are not what was published."""
+    before = policy.mtp.norm.weight.detach().clone()
+    with torch.no_grad():
+        policy.mtp.norm.weight.add_(1)
+        yield
+        policy.mtp.norm.weight.copy_(before)
 
 
 def call(worker, function: Callable):
@@ -144,7 +164,8 @@ def test_contract_5_a_worker_without_weights_refuses_to_sample(policies):
     worker = Worker(policies[0].skeleton(), "float32", "float32", "cpu", threads=1)
     with pytest.raises(RolloutError, match="holds policy version -1, but version 0 was asked for"):
         worker.sample(PROMPTS, PARAMS, 0)
-    assert worker.publish(Sender().take(policies[0].weights(), 0)) == digests(policies[0].weights())
+    [message] = Sender().messages(policies[0].weights(), 0)
+    assert worker.publish(message) == digests(policies[0].weights())
     assert len(worker.sample(PROMPTS[:1], PARAMS, 0)) == 1
 
 
@@ -171,6 +192,13 @@ def test_contract_4_the_number_of_workers_changes_nothing(pool, policies, expect
         assert single.sample(PROMPTS, PARAMS) == expected(0)
         reversed_groups = single.sample(PROMPTS[::-1], PARAMS)
         assert tokens(reversed_groups) == tokens(expected(0))[::-1]
+        ray.kill(single.workers.actors[0])
+        assert single.sample(PROMPTS, PARAMS) == expected(0)  # its successor got the weights from the learner again
+        with learning(policies[0]):
+            ray.kill(single.workers.actors[0])
+            single.publish_timeout_s = 0.0
+            with pytest.raises(RolloutError, match="no worker is left that holds version 0, and the learner cannot"):
+                single.sample(PROMPTS, PARAMS)
     finally:
         single.close()
     assert ray.is_initialized()  # the cluster was there before the pool
@@ -186,7 +214,7 @@ def test_contract_5_every_worker_samples_with_what_was_published_last(pool, poli
 
 
 def test_contract_5_a_worker_refuses_a_version_that_it_does_not_hold(pool):
-    for worker in pool.workers:
+    for worker in pool.workers.actors:
         with pytest.raises(RolloutError, match="holds policy version 0, but version 7 was asked for"):
             ray.get(worker.sample.remote(PROMPTS, PARAMS, 7))
 
@@ -215,13 +243,17 @@ def test_contract_5_with_adapters_workers_get_a_and_b_alone_and_a_new_one_everyt
                 if ".lora_B." in name:
                     parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(version)))
         if version == 3:
-            ray.kill(pool.workers[1])
+            ray.kill(pool.workers.actors[1])
         pool.publish(policy.publication(), version)
         local.publish(policy.weights(), version)
         assert pool.sample(PROMPTS, PARAMS) == local.sample(PROMPTS, PARAMS)
+        if version == 3:  # its successor has started, and gets the weights from the other worker
+            pool.workers.wait_for(2)
+            pool._settle()
         sent.append(pool.metrics()["publish/bytes"])
     assert sent[1] == sent[2] < 0.2 * sent[0]
     assert sent[3] == sent[0] + sent[1]
+    assert pool.sample(PROMPTS, PARAMS) == local.sample(PROMPTS, PARAMS)
 
 
 def test_contract_5_a_worker_whose_digests_differ_after_a_and_b_gets_everything(pool, random_policy):
@@ -233,13 +265,33 @@ def test_contract_5_a_worker_whose_digests_differ_after_a_and_b_gets_everything(
             worker.engine.policy.trunk.get_input_embeddings().weight.add_(1)
 
     pool.publish(policy.publication(), 0)
-    ray.get(call(pool.workers[0], spoil))
+    ray.get(call(pool.workers.actors[0], spoil))
     pool.metrics()
     pool.publish(policy.publication(), 1)
     assert pool.metrics()["publish/bytes"] > sum(t.nbytes for t in policy.weights().values())
     assert tokens(pool.sample(PROMPTS, PARAMS)) == tokens(
         open_pool(policy, prompts_per_shard=2).sample(PROMPTS, PARAMS)
     )
+
+
+def test_a_publication_is_in_shared_memory_part_by_part(pool, policies, expected, monkeypatch):
+    core, real = ray._private.worker.global_worker.core_worker, ray.put
+    sizes: dict[str, int] = {}
+    held: list[int] = []
+
+    def put(message):
+        reference = real(message)
+        sizes[reference.hex()] = message.bytes
+        counts = {str(name): count["local"] for name, count in core.get_all_reference_counts().items()}
+        held.append(sum(size for name, size in sizes.items() if any(name in key and counts[key] for key in counts)))
+        return reference
+
+    monkeypatch.setattr(ray, "put", put)
+    monkeypatch.setattr(pool.sender, "part_bytes", 20_000)
+    pool.publish(policies[1].weights(), 1)
+    assert sum(sizes.values()) == sum(tensor.nbytes for tensor in policies[1].weights().values())
+    assert 0 < max(held) < 0.5 * sum(sizes.values())
+    assert pool.sample(PROMPTS, PARAMS) == expected(1)
 
 
 def test_an_error_in_a_worker_arrives_as_it_is_and_the_pool_goes_on(pool, expected):
@@ -255,18 +307,18 @@ def test_workers_wait_briefly_for_their_threads_and_are_as_important_as_the_lear
     def seen(worker) -> tuple:
         return {name: os.environ.get(name) for name in WAITING}, os.nice(0)
 
-    assert ray.get([call(worker, seen) for worker in pool.workers]) == [(WAITING, os.nice(0))] * 2
+    assert ray.get([call(worker, seen) for worker in pool.workers.actors]) == [(WAITING, os.nice(0))] * 2
 
 
 # ---- workers that die ----
 
 
 def test_contract_4_a_worker_that_dies_is_replaced_and_gives_the_same_tokens(pool, expected):
-    before = list(pool.workers)
+    before = list(pool.workers.actors)
     ray.kill(before[0])
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
-    assert pool.workers[0] is not before[0]
-    assert pool.workers[1] is before[1]
+    assert pool.workers.actors[0] is not before[0]
+    assert pool.workers.actors[1] is before[1]
     assert pool.faults.since_publication == 1
 
 
@@ -276,18 +328,22 @@ def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, polici
 
     def on_finished(_: int) -> None:
         if not died:
-            died.append(call(pool.workers[1], lambda _: os._exit(1)))
+            died.append(call(pool.workers.actors[1], lambda _: os._exit(1)))
 
     assert pool.sample(PROMPTS, PARAMS, on_finished) == expected(0)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(died)
+    with learning(policies[0]):  # what its successor lacks it can get from the other worker alone
+        pool.workers.wait_for(2)
+        pool._settle()
+    assert pool.confirmed == {0, 1}
     pool.publish(policies[0].weights(), 0)  # and one that dies between two steps
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
 
 
 def test_a_worker_that_answers_no_more_gives_its_place_to_its_replacement(pool, expected):
     """Ray may lose sight of a worker that still lives; it must not keep the processor that the next one waits for."""
-    process = psutil.Process(ray.get(call(pool.workers[0], lambda _: os.getpid())))
+    process = psutil.Process(ray.get(call(pool.workers.actors[0], lambda _: os.getpid())))
 
     class Guest:
         """Somebody else's actor, on the third processor: no spare one is left for the replacement."""
@@ -297,16 +353,16 @@ def test_a_worker_that_answers_no_more_gives_its_place_to_its_replacement(pool, 
 
     guest = ray.remote(Guest).options(num_cpus=1).remote()
     assert ray.get(guest.is_in.remote())
-    pool._replace(0, "worker", "out of sight", "nothing", 0.0)
+    pool._replace(Call(0, None, 1.0, ""), ("worker", "out of sight"))
     assert psutil.wait_procs([process], timeout=20)[1] == []
-    pool._confirm([0])
+    pool.workers.wait_for(2)
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
     ray.kill(guest)
 
 
 def test_workers_that_keep_dying_stop_the_run_with_advice(pool, monkeypatch):
     monkeypatch.setattr(pool.faults, "most", 0)
-    ray.kill(pool.workers[0])
+    ray.kill(pool.workers.actors[0])
     lost: list[tuple] = []
     monkeypatch.setattr(pool.faults, "on_lost", lambda *what: lost.append(what))
     with pytest.raises(RolloutError, match="1 losses since .* the last one was worker 0: .*lower rollout.workers or"):
@@ -321,11 +377,11 @@ def test_contract_4_a_late_worker_is_replaced_and_its_shard_sampled_again(pool, 
     monkeypatch.setattr(pool.faults, "on_lost", lambda *what: lost.append(what))
     monkeypatch.setattr(pool, "timeout_s", 4.0)  # an honest shard takes a fraction of it, also beside other work
     pool.metrics()
-    before, busy = list(pool.workers), call(pool.workers[0], lambda _: time.sleep(600))
+    before, busy = list(pool.workers.actors), call(pool.workers.actors[0], lambda _: time.sleep(600))
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
     assert lost == [("worker 0", "its shard took longer than rollout.timeout_s=4", "it is replaced")]
-    assert pool.workers[0] is not before[0]
-    assert pool.workers[1] is before[1]
+    assert pool.workers.actors[0] is not before[0]
+    assert pool.workers.actors[1] is before[1]
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(busy)
     told = pool.metrics()
@@ -336,10 +392,10 @@ def test_contract_4_a_late_worker_is_replaced_and_its_shard_sampled_again(pool, 
 def test_workers_that_are_always_late_end_the_run_with_advice(pool, monkeypatch):
     monkeypatch.setattr(pool.faults, "most", 0)
     monkeypatch.setattr(pool, "timeout_s", 0.5)
-    busy = [call(worker, lambda _: time.sleep(600)) for worker in pool.workers]
+    busy = [call(worker, lambda _: time.sleep(600)) for worker in pool.workers.actors]
     with pytest.raises(RolloutError, match=r"longer than rollout.timeout_s=0.5.*raise rollout.timeout_s"):
         pool.sample(PROMPTS, PARAMS)
-    for worker in pool.workers:
+    for worker in pool.workers.actors:
         ray.kill(worker)
     monkeypatch.undo()
     del busy
@@ -349,12 +405,12 @@ def test_contract_5_a_stopped_worker_is_named_in_a_publication_and_replaced(pool
     lost: list[tuple] = []
     monkeypatch.setattr(pool.faults, "on_lost", lambda *what: lost.append(what))
     monkeypatch.setattr(pool, "publish_timeout_s", 5.0)
-    before = list(pool.workers)
+    before = list(pool.workers.actors)
     psutil.Process(ray.get(call(before[1], lambda _: os.getpid()))).suspend()
     pool.publish(policies[1].weights(), 1)
     reason = "it took longer than rollout.publish_timeout_s=5 to take the weights over"
     assert lost == [("worker 1", reason, "it is replaced")]
-    assert pool.workers[0] is before[0]
+    assert pool.workers.actors[0] is before[0]
     assert pool.sample(PROMPTS, PARAMS) == expected(1)
 
 
@@ -362,14 +418,17 @@ def test_contract_13_every_worker_samples_the_canaries_and_a_new_one_passes_thos
     groups = pool.sample_on_each(PROMPTS[:2], PARAMS)
     local = expected(0)[:2]
     assert groups == {"worker 0": local, "worker 1": local}
-    ray.kill(pool.workers[0])
-    assert pool.sample(PROMPTS, PARAMS) == expected(0)  # its successor has passed
+    ray.kill(pool.workers.actors[0])
+    assert pool.sample(PROMPTS, PARAMS) == expected(0)
+    pool.workers.wait_for(2)
+    pool._settle()  # its successor has passed
+    assert pool.passed == {0, 1}
     *_, passed = pool.canaries
     for completion in passed[0].completions:
         completion.logprobs[0] += 0.1  # as if the others were other samplers
-    ray.kill(pool.workers[1])
+    ray.kill(pool.workers.actors[1])
     with pytest.raises(RolloutError, match="worker 1, which is new, samples other canaries than those before it"):
-        pool.sample(PROMPTS, PARAMS)
+        again(pool)
 
 
 @pytest.mark.parametrize("waits_in", ["sample", "publish", "use_costs"])
@@ -386,8 +445,8 @@ def test_what_while_waiting_raises_ends_every_wait(pool, policies, expected, mon
         if len(polls) == 3:
             raise GivenUp
 
-    monkeypatch.setattr(pool, "while_waiting", stop)
-    busy = call(pool.workers[0], lambda _: time.sleep(600))
+    monkeypatch.setattr(pool.workers, "while_waiting", stop)
+    busy = call(pool.workers.actors[0], lambda _: time.sleep(600))
     waiting = {
         "sample": lambda: pool.sample(PROMPTS[:2], PARAMS),
         "publish": lambda: pool.publish(policies[1].weights(), 1),
@@ -396,15 +455,16 @@ def test_what_while_waiting_raises_ends_every_wait(pool, policies, expected, mon
     with pytest.raises(GivenUp):
         waiting[waits_in]()
     if waits_in == "publish":
+        assert pool.sender.version == 1  # ranks that share the weights have gathered all of them
         with pytest.raises(RolloutError, match="not confirmed by every worker"):
             pool.sample(PROMPTS, PARAMS)
-    ray.kill(pool.workers[0])
+    ray.kill(pool.workers.actors[0])
     monkeypatch.undo()
     del busy
 
 
 def test_contract_5_a_worker_that_dies_while_draft_costs_are_measured_is_replaced(pool, expected):
-    ray.kill(pool.workers[0])
+    ray.kill(pool.workers.actors[0])
     pool.metrics()
     try:
         costs = pool.use_costs(None, 2)

@@ -184,6 +184,9 @@ class VLLMPool:
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         return {"vLLM": self.sample(prompts, params)}
 
+    def sleep(self) -> None:
+        pass
+
     def held(self) -> dict[str, dict[str, tuple[str, str]]]:
         return {}  # `publish` has compared them
 

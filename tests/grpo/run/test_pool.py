@@ -13,6 +13,7 @@ import pytest
 from start_ranks import run_ranks
 
 import grpo.run.pool
+from grpo.learner.learner import Learner
 from grpo.run.log import RunLog
 from grpo.run.pool import open_run_pool
 from grpo.run.records import read_metrics
@@ -53,6 +54,36 @@ def test_what_was_lost_is_a_metric_of_its_step(micro_config, tmp_path, monkeypat
     lines = read_metrics(tmp_path / "run")
     assert [(line.get("faults/worker"), line["faults/reward_worker"]) for line in lines] == [(2, 1), (None, 1)]
     assert events(tmp_path / "run", "undocumented_metric") == []
+
+
+def test_samplers_sleep_while_the_learner_works(micro_config, tmp_path, monkeypatch):
+    """Only the order of the calls can be seen without a GPU."""
+    calls: list[str] = []
+
+    def noted(owner, name, word):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **named: (calls.append(word), real(*given, **named))[1])
+
+    for name in ("publish", "sample", "sleep"):
+        noted(LocalPool, name, name)
+    noted(Learner, "step", "learn")
+    train(micro_config(tmp_path / "run", **{"steps": 2, "warm_start.steps": 0, "eval.limit": 0}))
+    seen = [call for call, former in zip(calls, [None, *calls], strict=False) if call != former]
+    assert seen[: seen.index("sleep") + 3] == ["publish", "sample", "sleep", "learn", "publish"]
+    assert seen.count("sleep") == 2
+
+
+def test_a_run_says_who_is_where(micro_config, micro_policy, tmp_path, monkeypatch):
+    given: dict = {}
+    monkeypatch.setattr(grpo.run.pool, "open_pool", lambda *_, **options: given.update(options))
+    config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.gpus_per_worker": 0.5})
+    with StopSignal() as stop, RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
+        open_run_pool(micro_policy(), config.rollout, config.dtype, stop, run_log)
+        given["on_ready"](1, {"node": "1a2b3c4d on a", "process": 7, "threads": 1})
+    assert (given["gpus"], given["placement_timeout_s"], given["colocate"]) == (0.5, 300.0, None)
+    [learner], [worker] = events(tmp_path, "learner"), events(tmp_path, "worker")
+    assert (learner["rank"], learner["process"]) == (0, os.getpid())
+    assert (worker["worker"], worker["node"], worker["process"]) == (1, "1a2b3c4d on a", 7)
 
 
 def test_a_publication_that_a_stop_cuts_short_does_not_undo_the_step(micro_policy):

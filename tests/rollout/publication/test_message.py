@@ -1,16 +1,20 @@
 """Messages: what a worker gets of a publication, and that it holds the learner's bits afterwards."""
 
+import gc
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import rollout.publication.message
 from policies.policy import Policy
 from rollout.engine import Engine, RolloutError
 from rollout.publication.deltas import decode, encode
 from rollout.publication.digests import digests, first_difference
-from rollout.publication.message import Sender, pack, unpack
+from rollout.publication.message import Message, Moved, Sender, pack, unpack
 from rollout.worker import Receiver
 
 TARGETS = {"attention": ["o_proj", "kv_b_proj"], "everything": ["o_proj", "experts", "router", "lm_head", "mtp"]}
@@ -28,6 +32,19 @@ def receiver(policy: Policy) -> Receiver:
     engine = Engine(Policy.from_skeleton(policy.skeleton(), policy.trunk.dtype), policy.trunk.dtype)
     engine.version = -1
     return Receiver(engine)
+
+
+def take(sender: Sender, weights, version: int) -> Message:
+    """A publication that is small enough for one part."""
+    [message] = sender.messages(weights, version)
+    return message
+
+
+def given(worker: Receiver, to: Receiver) -> dict:
+    """What a worker holds that has got everything from another."""
+    for message in worker.messages(20_000):
+        held = to.take(message)
+    return held
 
 
 def test_weights_survive_their_journey():
@@ -51,11 +68,11 @@ def test_with_adapters_a_and_b_alone_give_the_sampler_the_learners_bits(random_p
     policy = random_policy(3).cast(dtype)
     policy.add_lora(2, 4.0, TARGETS[targets])
     sender, worker = Sender(), receiver(policy)
-    first = sender.take(policy.publication(), 0)
+    first = take(sender, policy.publication(), 0)
     worker.take(first)
     for version in (1, 2):
         learn(policy)
-        message = sender.take(policy.publication(), version)
+        message = take(sender, policy.publication(), version)
         assert set(message.tensors).isdisjoint(first.adapters)
         assert message.bytes < 0.5 * first.bytes
         held = worker.take(message)
@@ -73,13 +90,13 @@ def test_differences_give_the_same_bits_in_fewer_bytes(random_policy, targets, d
         policy.add_lora(2, 4.0, targets)
     senders, worker = [Sender(deltas=True), Sender()], receiver(policy)
     for sender in senders:
-        worker.take(sender.take(policy.publication(), 0))
+        worker.take(take(sender, policy.publication(), 0))
     for version in (1, 2):
         with torch.no_grad():
             for parameter in policy.parameters():
                 if parameter.requires_grad:
                     parameter.mul_(1 + 2**-9)
-        message, plain = (sender.take(policy.publication(), version) for sender in senders)
+        message, plain = (take(sender, policy.publication(), version) for sender in senders)
         assert message.since == version - 1
         assert message.deltas
         assert message.bytes < plain.bytes
@@ -88,16 +105,18 @@ def test_differences_give_the_same_bits_in_fewer_bytes(random_policy, targets, d
 
 def test_a_worker_that_holds_other_bits_than_a_difference_follows_does_not_confirm_it(random_policy):
     policy = random_policy(3)
-    sender, worker = Sender(deltas=True), receiver(policy)
-    worker.take(sender.take(policy.weights(), 0))
+    sender, worker = Sender(deltas=True, cast=torch.bfloat16), receiver(policy)
+    worker.take(take(sender, policy.weights(), 0))
     with torch.no_grad():
         worker.engine.policy.trunk.model.norm.weight.add_(1)
         policy.trunk.model.norm.weight.mul_(1.001)
-    assert sender.difference(worker.take(sender.take(policy.weights(), 1))) == "trunk.model.norm.weight"
-    assert worker.take(sender.everything()) == digests(policy.weights())
+    assert sender.difference(worker.take(take(sender, policy.weights(), 1))) == "trunk.model.norm.weight"
+    [again] = sender.again()
+    assert worker.take(again) == digests(policy.weights())
     worker.engine.policy.trunk.model.norm.to(torch.bfloat16)  # a sampler that holds another type
-    assert worker.take(sender.take(policy.weights(), 2)) == {}
-    assert sender.difference(worker.take(sender.everything())) is None
+    assert worker.take(take(sender, policy.weights(), 2)) == {}
+    [again] = sender.again()
+    assert sender.difference(worker.take(again)) is None
 
 
 def test_a_damaged_difference_is_refused():
@@ -118,28 +137,104 @@ def test_a_new_worker_gets_everything_and_one_that_missed_a_version_refuses_the_
     policy = random_policy(3)
     policy.add_lora(2, 4.0, TARGETS["attention"])
     sender, worker = Sender(), receiver(policy)
-    sender.take(policy.publication(), 0)
+    take(sender, policy.publication(), 0)
     learn(policy)
-    message = sender.take(policy.publication(), 1)
+    message = take(sender, policy.publication(), 1)
     with pytest.raises(RolloutError, match="holds policy version -1, and what it got follows version 0"):
         worker.take(message)
-    assert worker.take(sender.everything()) == digests(policy.weights())
-    assert sender.everything().bytes > message.bytes
+    [again] = sender.again()
+    assert worker.take(again) == digests(policy.weights())
+    assert again.bytes > message.bytes
 
 
-def test_a_sender_keeps_nothing_of_the_learners_memory(random_policy):
+@pytest.mark.parametrize("targets", [None, *TARGETS])
+def test_a_worker_gives_another_one_what_it_holds(random_policy, targets):
+    """Also the weights under its adapters, so that both can follow the next publication."""
     policy = random_policy(3)
-    sender = Sender()
-    sender.take(policy.publication(), 0)
-    before = digests(policy.weights())
+    if targets:
+        policy.add_lora(2, 4.0, TARGETS[targets])
+    sender, workers = Sender(), [receiver(policy), receiver(policy)]
+    for version in range(2):
+        workers[0].take(take(sender, policy.publication(), version))
+        learn(policy) if version == 0 else None
+    assert given(*workers) == digests(policy.weights())
+    assert workers[1].engine.version == 1
     learn(policy)
-    assert receiver(policy).take(sender.everything()) == before
+    message = take(sender, policy.publication(), 2)
+    for worker in workers:
+        assert worker.take(message) == digests(policy.weights())
+
+
+def test_the_learner_gives_again_only_what_was_published(random_policy):
+    policy = random_policy(3)
+    sender, worker = Sender(), receiver(policy)
+    take(sender, policy.publication(), 0)
+    for message in sender.again():
+        assert worker.take(message) == digests(policy.weights())
+    policy.mtp.norm.weight.data[0] += 1
+    with pytest.raises(Moved, match="no worker is left that holds version 0.*--resume auto.*rollout.workers of 2"):
+        list(sender.again())
+    policy.mtp.norm.weight.data[0] -= 1
+    assert len(list(sender.again())) == 1
+
+
+def test_parts_of_two_publications_are_not_mixed(random_policy):
+    policy = random_policy(3)
+    sender, worker = Sender(part_bytes=20_000), receiver(policy)
+    first, second = (list(sender.messages(policy.weights(), version)) for version in range(2))
+    assert [worker.take(part) for part in (*first[:2], second[0], *first[2:])][-1] == {}
+    assert worker.engine.version == -1
+    assert [worker.take(part) for part in second][-1] == digests(policy.weights())
+    assert worker.engine.version == 1
+
+
+def memory() -> dict[int, int]:
+    """Bytes of all tensors of this process by their address; views are counted once."""
+    storages = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    tracemalloc.start()  # NumPy tells it of its arrays
+    yield
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_publication_never_holds_a_second_copy_of_the_weights(random_policy, monkeypatch, traced, adapters):
+    """As from a GPU or from shards, where each tensor is copied to the host: a part and a tensor, and nothing after."""
+    policy = random_policy(3)
+    if adapters:
+        policy.add_lora(2, 4.0, ["experts", "o_proj"])
+    sizes, sender = [tensor.nbytes for tensor in policy.weights().values()], Sender(part_bytes=20_000)
+    gc.collect()
+    before, traced_before = memory(), tracemalloc.get_traced_memory()[0]
+    monkeypatch.setattr(rollout.publication.message, "_on_host", lambda tensor: tensor.detach().clone())
+
+    def held() -> int:
+        tensors = sum(size for address, size in memory().items() if address not in before)
+        return tensors + tracemalloc.get_traced_memory()[0] - traced_before
+
+    small = 0.25 * sum(sizes)  # names and digests, and what Python keeps of its own
+    limit = sender.part_bytes + 2 * max(sizes) + small  # the tensor that fills a part, and a merged one
+    assert limit < 0.75 * sum(sizes)
+    for version in range(2):
+        sent, most = 0, 0
+        for message in sender.messages(policy.publication(), version):
+            sent += message.bytes
+            most = max(most, held())
+            del message
+        gc.collect()
+        assert most <= limit
+        assert held() < small
+        assert sent >= (0.02 if version and adapters else 1) * sum(sizes)
 
 
 def test_the_first_tensor_that_differs_is_named(random_policy):
     policy = random_policy(3)
     sender = Sender()
-    sender.take(policy.weights(), 0)
+    take(sender, policy.weights(), 0)
     held = digests(policy.weights())
     assert sender.difference(held) is None
     assert first_difference(policy.weights(), held) is None
@@ -152,8 +247,8 @@ def test_the_first_tensor_that_differs_is_named(random_policy):
 def test_a_sampler_may_hold_another_type(random_policy):
     """The transformers backend decodes in bf16 what it got in fp32."""
     policy = random_policy(3)
-    sender = Sender()
-    sender.take(policy.weights(), 0)
+    sender = Sender(cast=torch.bfloat16)
+    take(sender, policy.weights(), 0)
     held = digests({name: tensor.bfloat16() for name, tensor in policy.weights().items()})
     assert sender.difference(held) is None
     moved = {name: tensor.bfloat16() * 2 for name, tensor in policy.weights().items()}
@@ -164,9 +259,10 @@ def test_a_publication_that_is_cut_short_is_followed_by_a_whole_one(random_polic
     policy = random_policy(3)
     policy.add_lora(2, 4.0, TARGETS["attention"])
     sender = Sender()
-    sender.take(policy.publication(), 0)
+    take(sender, policy.publication(), 0)
     cut = policy.publication()
-    cut.adapters["trunk.cut"] = replace(next(iter(cut.adapters.values())), a=None)
+    name, adapter = next(iter(cut.adapters.items()))
+    cut.adapters[name] = replace(adapter, a=None)
     with pytest.raises(AttributeError):
-        sender.take(cut, 1)
-    assert sender.take(policy.publication(), 2).since is None
+        take(sender, cut, 1)
+    assert take(sender, policy.publication(), 2).since is None
