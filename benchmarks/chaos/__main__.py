@@ -72,7 +72,7 @@ def undisturbed(folder: Path, options: dict[str, Any]) -> dict[int, str]:
     known = folder.with_suffix(".json")
     if known.exists():
         return {int(step): found for step, found in json.loads(known.read_text()).items()}
-    run = Watched(folder, options, {})
+    run = Watched(folder, options)
     run.start()
     if run.process.wait(600):
         raise RuntimeError(f"the run that nothing happens to has failed: {run.stderr.read_text()[-2000:]}")
@@ -145,8 +145,7 @@ def one(folder: Path, kind: str, seed: int, count: int, expected: dict[int, str]
     """A run, its strikes, its end."""
     started, name = time.monotonic(), f"run_{seed}"
     shared = SharedCluster() if kind == "three nodes" else None
-    environment = {"RAY_ADDRESS": shared.address} if shared else {}
-    run = Watched(folder / name / "run", options, environment)
+    run = Watched(folder / name / "run", options, shared.environment if shared else None)
     choices = SHARED_CLUSTER if shared else OWN_CLUSTER
     blows = plan(seed, count, choices, measures=kind == "own cluster")
     result: dict[str, Any] = {"seed": seed, "kind": kind}

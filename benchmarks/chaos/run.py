@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,9 @@ TITLES = {"sampling": ".sample", "publishing": ".publish", "measuring": ".measur
 class Watched:
     """A run, started again with `start` until it has come to its end; all that it ever started is remembered."""
 
-    def __init__(self, folder: Path, options: dict[str, Any], environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, options: dict[str, Any], environment: dict[str, str] | None = None) -> None:
+        """`environment`: of a run in a cluster that this process has started; None for one that starts its own."""
+        self.guest = environment is not None
         self.folder, self.options = folder, options
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = Path(
@@ -37,7 +38,7 @@ class Watched:
         )  # Ray's folders are made below it: a short name
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(self.temporary)}
-        self.environment = kept | own | environment
+        self.environment = kept | own | (environment or {})
         self.memory_before = set(SHARED_MEMORY.iterdir())
         self.known: dict[int, psutil.Process] = {}
         self.sessions: set[int] = set()
@@ -55,9 +56,9 @@ class Watched:
         self.sessions.add(self.process.pid)
 
     def look(self) -> list[psutil.Process]:
-        """The living processes below the run."""
+        """The living processes below the run, and those of the cluster in which it is a guest."""
         with suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(self.process.pid).children(recursive=True):
+            for process in psutil.Process(None if self.guest else self.process.pid).children(recursive=True):
                 self.known.setdefault(process.pid, process)
         return [process for process in self.known.values() if alive(process)]
 
@@ -114,12 +115,13 @@ class Watched:
         return found
 
     def kill(self) -> None:
-        """Everything, at the end of a run that has not ended by itself."""
-        for process in [*self.look(), psutil.Process(self.process.pid)] if self.process.poll() is None else self.look():
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGCONT)
-                process.kill()
-        self.process.wait()
+        """Everything of a run that has not ended by itself."""
+        if self.process.poll() is None:
+            own = [] if self.guest else self.look()
+            for process in [*own, psutil.Process(self.process.pid)]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.process.wait()
 
 
 def alive(process: psutil.Process) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 import psutil
 
 from benchmarks.chaos.run import TITLES, Watched, alive, title
+from rollout.cluster import Seclusion
 
 MOMENT_S = 90.0  # in which every moment comes again
 MOMENTS = ("idle", "sampling", "publishing", "saving")
@@ -107,20 +110,20 @@ class SharedCluster:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
+        self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ |= self.environment
+        Seclusion._tell_ray()
         settings = {"automatic_object_spilling_enabled": False, "local_fs_capacity_threshold": 0.0}
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 1, "object_store_memory": self.STORE, "_system_config": settings},
         )
+        self.environment["RAY_ADDRESS"] = self.cluster.address
         self.nodes = [self._add(), self._add()]
         self.filler: subprocess.Popen | None = None
 
     def _add(self):
         return self.cluster.add_node(num_cpus=1, object_store_memory=self.STORE)
-
-    @property
-    def address(self) -> str:
-        return self.cluster.address
 
     def remove(self) -> str:
         """A node other than the driver's goes, and another one comes."""
@@ -131,7 +134,7 @@ class SharedCluster:
 
     def fill(self, seconds: float) -> str:
         """The driver's node, by another driver, for so long."""
-        words = ["-c", FILLER, self.address, str(seconds)]
+        words = ["-c", FILLER, self.cluster.address, str(seconds)]
         self.filler = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True)
         assert self.filler.stdout is not None
         return self.filler.stdout.readline().strip()
@@ -141,6 +144,9 @@ class SharedCluster:
             self.filler.kill()
             self.filler.wait()
         self.cluster.shutdown()
+        for name in self.environment.keys() & os.environ.keys():
+            del os.environ[name]
+        Seclusion._tell_ray()
 
 
 FILLER = """
