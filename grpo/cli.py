@@ -269,9 +269,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from grpo.commands.export import export
+    from grpo.commands.push import run_export
 
-    print(escaped(export(args.run, args.destination, adapter=args.adapter)))
+    print(escaped(run_export(args.run, args.destination, args.push_to_hub, adapter=args.adapter)))
 
 
 def _plot(args: argparse.Namespace) -> None:

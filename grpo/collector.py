@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
 from rich.progress import Progress
 
+from grpo.algorithm.alarms import Alarm, Alarms, Watched
 from grpo.algorithm.dynamic_sampling import Drawn, draw_groups
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth
@@ -40,6 +42,7 @@ class Collector:
         sampling = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed)
         self.sampling = replace(sampling, record_routing=config.learner.routing_replay)
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate
+        self.alarms = Alarms(task.watched_rewards()) if run.config.log.alarms and run.ranks.first else None
         self.tied_steps = TiedSteps(
             config.data, config.rollout, config.warm_start.steps, task.first_reward, task.full_marks
         )
@@ -114,6 +117,25 @@ class Collector:
             return
         if told := self.tied_steps.observe(drawn, batch.advantages):
             self.run.log.nothing_learned(step, *told)
+        if self.alarms:
+            self._sound(step, self.alarms.observe(list(map(_watched, drawn.all_groups, drawn.all_scores))))
+            self.run.metrics |= self.alarms.values
+
+    def evaluated(self, step: int, results: Mapping[str, Any]) -> None:
+        """An alarm where the reward rises and held-out accuracy falls; by gold answers where the data have them."""
+        result = results.get("sampled")
+        if result is None or not self.alarms:
+            return
+        seen = [one for group in result.groups for one in _watched(group, None)]
+        right = [one.right for one in seen if one.right is not None]
+        accuracy = fmean(right) if right else result.accuracy
+        if accuracy is not None:
+            self._sound(step, self.alarms.evaluated(accuracy, len(right) or result.completions))
+
+    def _sound(self, step: int, alarms: Sequence[Alarm]) -> None:
+        for alarm in alarms:
+            what = {"kind": alarm.kind, "reward": alarm.reward, "value": round(alarm.value, 4)}
+            self.run.log.event("alarm", step=step, said=alarm.said, unshown=what | {"examples": alarm.examples})
 
     def draft_depth(self, step: int) -> int:
         """How deep the head learns."""
@@ -154,3 +176,14 @@ class Collector:
         passed = [self.task.verdicts.has_full_marks(mark) for mark in marks]
         marked = [right for right in passed if right is not None]
         return fmean(marked) if marked else None
+
+
+def _watched(group: RolloutGroup, score: GroupScore | None) -> list[Watched]:
+    """The completions as the alarms see them; `score` is None where marks do not matter."""
+    prompt = group.prompt
+    question, answer = str(prompt.columns.get("question", prompt.text)), prompt.columns.get("answer")
+    marks = {"score": score.rewards} | score.parts if score else {}
+    return [
+        Watched.of(prompt.prompt_id, question, answer, c.text, c.token_ids, {name: of[i] for name, of in marks.items()})
+        for i, c in enumerate(group.completions)
+    ]

@@ -242,6 +242,12 @@ class Task:
         epoch = steps_done * self.prompts_per_step / max(len(self.train), 1)
         self.trainer_state |= {"global_step": steps_done, "epoch": epoch}
 
+    def watched_rewards(self) -> list[str]:
+        """The marks that alarms watch: of every reward but those that declare to judge a form or a length, and the
+        score where it is something else."""
+        declared = [name for name in self.reward_weights if self.scores and self.scorer.right_at(name) is not None]
+        return declared if declared and len(self.reward_weights) == 1 else [*declared, "score"]
+
     @property
     def full_marks(self) -> float:
         return self.verdicts.full_marks

@@ -27,6 +27,7 @@ from grpo.run.resume import BaseWeights
 from grpo.sampling import sampling_params
 from grpo.sft import first_policy, warm_start
 from grpo.task import Task
+from grpo.teacher import check_teacher, load_teacher
 from rewards.protocol import Reward
 
 
@@ -45,6 +46,7 @@ def train(
     """
     check_options(config)
     own.check(config.loss)
+    check_teacher(config)
     config = with_threads(with_rewards(config, reward), resume)
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
     with (
@@ -55,7 +57,7 @@ def train(
         warm_start(run, task)
         policy = first_policy(run, task)
         again = partial(first_policy, run, task)
-        learner = grpo_learner(policy, config, task.reward_weights, ranks, again)
+        learner = grpo_learner(policy, config, task.reward_weights, ranks, again, load_teacher(config))
         curriculum = Curriculum(task.train, config.curriculum, config.seed)
         batches = Batches(run)
         ahead = {"batches": batches} if config.rollout.ahead else {}
@@ -67,7 +69,7 @@ def train(
             run.alone(use_costs_of_run, pool, policy, config.rollout, run.folder, resumes=run.resumes)
             collector = batches.collector = Collector(run, task, curriculum, pool, policy)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
-            held_out = HeldOut(task, policy, pool, run.log, config.eval, sampling)
+            held_out = HeldOut(task, policy, pool, run.log, config.eval, sampling, collector.evaluated)
             with run:
                 if held_out.due(run.step, run.last) and not held_out.done(run.step):
                     run.alone(held_out.evaluate, run.step, "before GRPO" if run.step == 0 else None)

@@ -154,6 +154,20 @@ def rank_softmax_weights(returns_PG: Rewards, temperature: float = 1.0) -> Tenso
     return (rank_PG / temperature).softmax(dim=1).nan_to_num(nan=0.0).float()
 
 
+def distill(old_logprobs_BT: Tensor, teacher_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """On-policy distillation: Â_t = log π_T(y_t) - log π_old(y_t), 0 off the mask. [B, T] of three -> [B, T].
+
+    Its policy gradient is in expectation minus the gradient of KL(π || π_T) of the next token, at the states that the
+    policy itself has reached (Gu et al., MiniLLM, arXiv:2306.08543, eq. 3-4, without what a token does to later ones;
+    Lu et al., On-Policy Distillation, 2025). The mean of -Â over tokens estimates that KL.
+
+    >>> old, teacher = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.25, 0.5]]).log()
+    >>> distill(old, teacher, torch.tensor([[True, True]]))                     # -log 2, log 2
+    tensor([[-0.6931,  0.6931]])
+    """
+    return (teacher_logprobs_BT - old_logprobs_BT).detach().masked_fill(~mask_BT, 0.0)
+
+
 @torch.no_grad()
 def gae(
     rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0, lam: float = 0.95

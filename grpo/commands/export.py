@@ -65,8 +65,9 @@ class Run:
         return str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
-def export(run: str | Path, destination: str | Path, *, adapter: bool = False) -> str:
-    """Writes `destination`, complete or not at all, and returns what to tell the user.
+def export(run: str | Path, destination: str | Path, *, adapter: bool = False, hub_id: str = "") -> str:
+    """Writes `destination`, complete or not at all, and returns what to tell the user. `hub_id` is what its model
+    card loads, where that is not the folder.
 
     `run` is a run folder or a checkpoint inside one. Raises FileExistsError for a destination that exists, ExportError,
     PolicyError or CheckpointError for a run that cannot be exported.
@@ -97,7 +98,8 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False) -
             if (found.folder / name).is_file():
                 shutil.copy(found.folder / name, folder / "run" / name)
         base = found.base if adapter else None
-        card = model_card(found.folder, destination.name, origin, _what(source), base, folder, left, source.step)
+        what, called = _what(source), hub_id or destination.name
+        card = model_card(found.folder, called, origin, what, base, folder, left, source.step)
         (folder / "README.md").write_text(card, encoding="utf-8")
         folder.rename(destination)
     licence = f"licence: {origin.licence_note}"

@@ -28,6 +28,7 @@ from grpo.run.log import refuse_folder
 from grpo.run.plots import plot_quietly
 from grpo.run.resume import saved_state
 from grpo.task import Task
+from grpo.teacher import check_teacher
 from policies import four_bit
 from policies.mtp import MTPHead
 from rollout.group import RolloutGroup, tokens_per_forward
@@ -148,6 +149,7 @@ def dry_run(
     check_options(config)
     if isinstance(config, TrainConfig):
         own.check(config.loss)
+        check_teacher(config)
     saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=_steps(config))
     refuse_folder(config.output_dir, resuming=resume is not None)
     shape, head = read_shape(config)

@@ -74,7 +74,8 @@ INSPECT = (
 )
 EXPORT = (
     _argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint inside one"),
-    _DESTINATION,
+    _argument("destination", metavar="DST", help="the folder to write; not needed with --push_to_hub", **_FILE),
+    _argument("--push_to_hub", "--push-to-hub", metavar="OWNER/NAME", help="upload it; a new repository is private"),
     _flag("adapter", "the adapters of a LoRA run alone, in peft's format"),
 )
 PLOT = (_argument("run", type=Path, metavar="RUN", help="a run folder"),)

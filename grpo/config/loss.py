@@ -16,7 +16,7 @@ CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "s
 ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 Advantage = Literal[
-    "group_relative", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae", "rank_softmax"
+    "group_relative", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae", "rank_softmax", "distill"
 ]
 
 
@@ -43,7 +43,8 @@ class LossOptions(Options):
     """Several rewards: sum and normalise, or normalise each first."""
     advantage: Advantage | Own = "group_relative"
     """The estimator. `gae` is PPO, `rank_softmax` weighs GAE by rank in the group (loss_type reinforce); both use the
-    value head (`value`). Or `path/to/file.py:function`, marked with `@grpo.advantage`."""
+    value head (`value`). `distill` learns from a teacher (`distill`). Or `path/to/file.py:function`, marked with
+    `@grpo.advantage`."""
     epsilon: float = Field(default=0.2, ge=0)
     """Clip range below 1."""
     epsilon_high: float | None = Field(default=None, ge=0)
@@ -89,6 +90,17 @@ class LossOptions(Options):
                 "unbiased, or drop beta"
             )
         return self
+
+
+class DistillOptions(Options):
+    """`loss.advantage: distill`: a teacher's log-probabilities of what the policy itself has sampled are what it learns
+    from (on-policy distillation; the gradient is that of the reverse KL of every token)."""
+
+    teacher: str | None = None
+    """The teacher: a checkpoint folder, a run folder or a hub id, of any architecture, with the policy's tokenizer."""
+    reward_weight: float = Field(default=0.0, ge=0)
+    """Weight of the score's group-relative advantage, which is added to the teacher's; 0 learns from the teacher alone.
+    """
 
 
 class ValueOptions(Options):

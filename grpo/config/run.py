@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from grpo.config.data import CurriculumOptions, DataOptions
 from grpo.config.learner import BalanceOptions, LearnerOptions, LoraOptions, MTPOptions, WarmStartOptions
-from grpo.config.loss import LossOptions, ValueOptions
+from grpo.config.loss import DistillOptions, LossOptions, ValueOptions
 from grpo.config.options import Options
 from grpo.config.policy import ModelOptions
 from grpo.config.reward import RewardsOptions
@@ -54,6 +54,9 @@ class LogOptions(Options):
     """Show a table of sample completions after every n-th step."""
     trackers: list[str] | None = None
     """Trackers of accelerate (`tensorboard`, `wandb`, ...); TensorBoard when installed, [] for none."""
+    alarms: bool = True
+    """Warn where a reward seems to be hacked: it follows length, repetition, numbers of the question or the form of an
+    answer better than right answers. GRPO only."""
     measure_speed: bool = False
     """At the end, time sampling with and without drafts on held-out prompts."""
 
@@ -104,6 +107,7 @@ class TrainConfig(SftConfig):
     lora: LoraOptions | None = None
     """Adapters; null updates every weight."""
     loss: LossOptions = LossOptions()
+    distill: DistillOptions = DistillOptions()
     value: ValueOptions = ValueOptions()
     curriculum: CurriculumOptions = CurriculumOptions()
 
@@ -115,6 +119,11 @@ class TrainConfig(SftConfig):
             raise ValueError(
                 f"loss.multi_objective_aggregation=normalize_then_sum is for loss.advantage group_relative alone; "
                 f"{self.loss.advantage} takes the weighted sum: use sum_then_normalize"
+            )
+        if (self.loss.advantage == "distill") != (self.distill.teacher is not None):
+            raise ValueError(
+                f"loss.advantage={self.loss.advantage} and distill.teacher={self.distill.teacher}: distill needs a "
+                "teacher, and nothing else has one; set both, or neither"
             )
         if self.mtp.train_trunk:
             raise ValueError("mtp.train_trunk: in GRPO the draft head never touches the trunk; use it in quartet sft")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +24,21 @@ from rollout.sampling import SamplingParams
 class HeldOut:
     """Samples every held-out problem as `sampling` says and greedily, with the same noise each time.
 
-    `results` are the evaluations so far that have a name, such as "before GRPO, sampled".
+    `results` are the evaluations so far that have a name, such as "before GRPO, sampled". `heed` is called with the
+    step and its evaluations by way of sampling.
     """
 
     def __init__(
-        self, task: Task, policy: Policy, pool: Pool, log: RunLog, options: EvalOptions, sampling: SamplingParams
+        self,
+        task: Task,
+        policy: Policy,
+        pool: Pool,
+        log: RunLog,
+        options: EvalOptions,
+        sampling: SamplingParams,
+        heed: Callable[[int, Mapping[str, Evaluation]], None] = lambda step, found: None,
     ) -> None:
+        self.heed = heed
         self.task, self.pool, self.log, self.options, self.sampling = task, pool, log, options, sampling
         self.prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
         self.results: dict[str, Evaluation] = {}
@@ -63,6 +73,7 @@ class HeldOut:
             for failure in result.failures:
                 self.log.event("reward_error", step=step, evaluation=way, **vars(failure))
         self.log.evaluation(step, as_metrics(found))
+        self.heed(step, found)
         plot_quietly(self.log.output_dir, only=["eval_accuracy", "eval_reward"])
         named = {f"{when}, {way}" if when else way: result for way, result in found.items()}
         self.results |= named if when else {}

@@ -33,6 +33,7 @@ from grpo.learner.master_weights import MasterWeights
 from grpo.learner.optimizer import freeze_exact_parts, parameter_groups
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.learner.prepare import pack, tokens_in_loss, with_values
+from grpo.learner.teacher import Teacher
 from grpo.learner.update import Update
 from grpo.learner.value import ValueHead, head_value_loss
 from policies.lora import has_adapter
@@ -64,7 +65,9 @@ class Learner:
         sampler_differs: bool | None = None,  # in precision or backend; None: it does below fp32
         ranks: Ranks = ALONE,
         reload: Callable[[], Policy] | None = None,  # `policy` again, where it is sharded and so cannot be copied
+        teacher: Teacher | None = None,  # of loss.advantage: distill
     ) -> None:
+        self.teacher = teacher
         self.ranks = ranks
         self.policy, self.options, self.mtp = policy, options, mtp
         self.loss, self.value = loss or LossOptions(), value or ValueOptions()
@@ -117,6 +120,8 @@ class Learner:
             max_tokens=options.tokens_per_micro_batch,
             routing_replay=options.routing_replay,
         )
+        if self.teacher:
+            batch = self.teacher.weigh(batch)
         if self.value_head is None:
             return batch
         return with_values(batch, scores, self.loss, self.value, self._values, self._micro_batches(batch.rows))
@@ -140,7 +145,7 @@ class Learner:
         A batch in which every advantage is zero changes nothing, not even momentum, and says so in its metrics.
         """
         started = time.perf_counter()
-        anchored = self.loss.beta > 0 or self.loss.entropy_coef != 0 or self.balancer.trains
+        anchored = self.loss.beta > 0 or self.loss.entropy_coef != 0 or self.balancer.trains or self.teacher is not None
         metrics: dict[str, float] = dict(batch.metrics)
         self.policy_logprobs = {}
         if age := batch.age(self.policy_version):
@@ -272,10 +277,13 @@ class Learner:
         options, mask = self.loss, self._mask(mini)
         sampling = mini.padded([sample.sampling_logprobs for sample in mini.samples])
         old = out.logprobs.detach() if old is None else old
+        advantages, taught = mini.advantages, {}
+        if self.teacher:
+            advantages, taught = self.teacher.advantages(self.likelihood, mini, mask, old, batch.num_completion_tokens)
         loss, metrics = policy_loss(
             out.logprobs,
             old,
-            mini.advantages,
+            advantages,
             mask,
             options,
             num_sequences=batch.num_samples,
@@ -288,7 +296,7 @@ class Learner:
             max_completion_length=self.max_completion_tokens or None,
         )
         farthest = (old - sampling).masked_fill(~mask, 0.0).abs().max().item()
-        return loss, {n: float(v) for n, v in metrics.items()} | {"mismatch/logprob_abs_max": farthest}
+        return loss, {n: float(v) for n, v in metrics.items()} | {"mismatch/logprob_abs_max": farthest, **taught}
 
     def _value_loss(self, mini: MicroBatch, out: Forward, batch: TrainingBatch, sums: Counter[str]) -> Tensor:
         """PPO's clipped value loss on the hidden states of this forward; zero without a value head."""

@@ -44,6 +44,7 @@ METRICS: dict[str, str] = {
     "loss/total": "what the optimizer minimises for the policy: every term with its weight",
     "loss/policy": "policy term of the loss, by the chosen loss_type",
     "loss/kl": "KL of the policy from the reference, before beta, mean, nats per token",
+    "loss/teacher_kl": "KL of the policy from the teacher (loss.advantage: distill), mean, nats per token",
     "loss/mtp": "loss of the draft head over its depths, detached from the trunk; nats per token",
     "loss/mtp_tv": "the same by total variation (head.tv_share): share of drafts rejected at best, fraction",
     "loss/value": "loss of the value head (PPO baseline), mean per token, squared score",
@@ -87,6 +88,13 @@ METRICS: dict[str, str] = {
     "faults/sampling_seconds": "from the start of what these have lost to its being done again, seconds",
     "faults/reward_worker": "processes of reward functions that died or passed reward.timeout_s, count",
     "faults/reward_seconds": "from the start of what they scored to its being scored again or given up, seconds",
+    "alarm/length/<name>": "correlation of the marks of `name` with length inside groups; alarms look at five steps",
+    "alarm/repetition/<name>": "the same with the share of 3-grams of tokens that a completion had before",
+    "alarm/copied/<name>": "the same with: the answer is a number of the question, and wrong",
+    "alarm/right/<name>": "the same with being right, where the data have gold answers of numbers",
+    "alarm/format/<name>": "wrong completions among those with the best mark of `name`; only where nine of ten "
+    "well-formed ones have it; fraction",
+    "alarm/identical": "completions whose text another prompt got too, fraction",
     "canary/logprob_abs_mean": "the same of a publication's canaries, which both score with the same weights: what "
     "precision and backend alone give, nats",
     "canary/logprob_abs_max": "the largest of them",

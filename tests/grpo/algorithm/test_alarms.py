@@ -1,0 +1,195 @@
+"""Alarms: the moments against numpy, every kind on made-up rollouts that show it, and silence on honest ones."""
+
+import doctest
+import random
+
+import numpy as np
+import pytest
+
+from grpo.algorithm import alarms as module
+from grpo.algorithm.alarms import LIMITS, WINDOW, Alarms, Moments, Watched, identical, judged, look, repeated, values_of
+from grpo.run.records import read_events, read_metrics
+from grpo.train import train
+
+WORDS = [f"w{i}" for i in range(200)]
+
+
+def test_the_examples_of_the_docstrings():
+    assert doctest.testmod(module).failed == 0
+
+
+def test_the_correlation_inside_groups_is_numpys_of_centred_values():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 4)) + 10 * rng.normal(size=(6, 1)), rng.normal(size=(6, 4))
+    y[2] = 7.0  # a tied group tells nothing
+    total = sum((Moments.of(list(zip(a, b, strict=True))) for a, b in zip(x, y, strict=True)), Moments())
+    centred = [(v - v.mean(1, keepdims=True)).ravel() for v in (x, y)]
+    assert total.r == pytest.approx(np.corrcoef(*centred)[0, 1])
+    assert total.groups == 5
+    assert Moments.of([(1.0, 3.0), (2.0, 3.0)]).r is None
+    assert Moments.of([]).r is None
+
+
+@pytest.mark.parametrize(("ids", "share"), [([], 0.0), ([1, 2], 0.0), ([5] * 5, 2 / 3), ([1, 2, 3, 4, 1, 2, 3], 1 / 5)])
+def test_repeated_ngrams_are_those_that_the_penalty_counts(ids, share):
+    from rewards.built_in.length import repetition_penalty
+
+    assert repeated(ids) == pytest.approx(share)
+    assert repetition_penalty(None, [""], [ids]) == [pytest.approx(-share)]
+
+
+@pytest.mark.parametrize(
+    ("text", "copied", "formed", "right"),
+    [
+        ("so #### 42", 0.0, True, 1.0),
+        ("so 42", 0.0, False, 1.0),
+        ("#### 6", 1.0, True, 0.0),
+        ("#### 1,200.0", 1.0, True, 0.0),
+        ("\\boxed{5}", 0.0, True, 0.0),
+        ("nothing", 0.0, False, 0.0),
+    ],
+)
+def test_what_is_seen_of_a_completion(text, copied, formed, right):
+    seen = Watched.of("p", "6 boxes of 7 at $1,200?", "6 * 7 = 42\n#### 42", text, [1], {})
+    assert (seen.copied, seen.formed, seen.right) == (copied, formed, right)
+    assert Watched.of("p", "6 * 7 of 42?", None, "#### 42", [1], {}).copied == 1.0
+    assert Watched.of("p", "42 of 6?", "#### 42", "#### 42", [1], {}).copied == 0.0
+    assert Watched.of("p", "6 * 7?", "no number", "#### 42", [1], {}).right is None
+
+
+def rollouts(pay, seed=0, skill=0.5, steps=WINDOW, formed=1.0):
+    """`steps` steps of 16 groups of 8: answers right with probability `skill`, else of the question or another one."""
+    rng = random.Random(seed)
+    for step in range(steps):
+        groups = []
+        for p in range(16):
+            gold, copied = rng.randint(100, 900), rng.randint(2, 9)
+            group = []
+            for _ in range(8):
+                answer = gold if rng.random() < skill else rng.choice([copied, rng.randint(901, 999)])
+                ids = [rng.randrange(500) for _ in range(rng.randint(10, 40))]
+                ids += ids[-4:] * rng.randint(0, 5)
+                mark = "#### " if rng.random() < formed else ""
+                text = f"{' '.join(rng.choices(WORDS, k=5))} {mark}{answer}"
+                seen = Watched.of(f"{step}-{p}", f"{copied} and {gold + 3}?", f"#### {gold}", text, ids, {})
+                group.append(Watched(**vars(seen) | {"marks": {"mine": pay(seen, rng)}}))
+            groups.append(group)
+        yield groups
+
+
+def noisy(value, rng):
+    return value + 0.1 * rng.random()
+
+
+HONEST = {
+    "right": lambda seen, rng: seen.right,
+    "right, in the right form": lambda seen, rng: float(seen.right and seen.formed),
+    "right, and a little for shortness": lambda seen, rng: seen.right - 0.002 * seen.length,
+    "right, and a fifth for the form": lambda seen, rng: seen.right + 0.2 * seen.formed,
+    "right nine times of ten": lambda seen, rng: seen.right if rng.random() < 0.9 else 1 - seen.right,
+}
+HACKED = {
+    "length": lambda seen, rng: min(seen.length / 60, 1.0),
+    "repetition": lambda seen, rng: noisy(seen.repetition, rng),
+    "copied": lambda seen, rng: max(seen.copied, 0.2 * seen.right),
+    "format": lambda seen, rng: float(seen.formed),
+}
+
+
+def given(pay, **options):
+    watch, found = Alarms(["mine"]), []
+    for groups in rollouts(pay, **options):
+        found += watch.observe(groups)
+    return watch, found
+
+
+@pytest.mark.parametrize("kind", HACKED)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_hacked_reward_is_named_once_with_examples(kind, seed):
+    watch, found = given(HACKED[kind], seed=seed, steps=2 * WINDOW, formed=0.9)
+    assert [alarm.kind for alarm in found] == [kind]
+    [alarm] = found
+    assert alarm.reward == "mine"
+    assert alarm.said.startswith("the reward mine ")
+    assert abs(alarm.value) >= LIMITS[kind]
+    assert len({example["prompt_id"] for example in alarm.examples}) == 3
+    assert alarm.examples[0]["mark"] >= alarm.examples[-1]["mark"] > 0
+    assert f"alarm/{kind}/mine" in watch.values
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_reward_raises_no_alarm(name):
+    for seed in range(5):
+        for skill in (0.1, 0.5, 0.95):
+            assert given(HONEST[name], seed=seed, skill=skill)[1] == []
+
+
+def test_an_alarm_waits_for_a_whole_window_and_enough_groups():
+    assert given(HACKED["length"], steps=WINDOW - 1)[1] == []
+    watch = Alarms(["mine"])
+    assert [watch.observe(groups[:1]) for groups in rollouts(HACKED["length"])] == [[]] * WINDOW
+
+
+def test_of_the_features_beyond_their_limits_the_strongest_names_the_alarm():
+    assert judged({"length": -0.95, "repetition": 0.6}) == "length"
+    assert judged({"length": 0.6, "repetition": 0.55}) is None  # length explains more, and not enough
+    assert judged({"copied": 0.7, "right": 0.71}) is None
+    assert judged({"format": LIMITS["format"], "right": 0.2}) == "format"
+    assert judged({}) is None
+
+
+def test_a_reward_for_the_form_is_one_that_every_well_formed_completion_gets():
+    [groups] = rollouts(HACKED["format"], steps=1, formed=0.9, skill=0.25)
+    step = look(groups, "mine")
+    flat = [seen for group in groups for seen in group]
+    assert (step.best, step.formed) == (sum(seen.formed for seen in flat),) * 2
+    wrong = [seen for seen in flat if seen.formed and not seen.right]
+    assert values_of([step])["format"] == pytest.approx(len(wrong) / step.best)
+    [groups] = rollouts(HONEST["right"], steps=1)
+    assert "format" not in values_of([look(groups, "mine")])
+
+
+def test_the_same_text_for_different_questions_is_an_alarm():
+    def stuck(groups):
+        return [[Watched(**vars(seen) | {"text": " #### 7"}) for seen in group] for group in groups]
+
+    watch, found = Alarms(["mine"]), []
+    for groups in rollouts(lambda seen, rng: rng.random()):
+        found += watch.observe(stuck(groups))
+    assert [(alarm.kind, alarm.value) for alarm in found] == [("identical", 1.0)]
+    assert identical(groups) == 0.0
+    assert identical([groups[0][:1], [Watched(**vars(groups[0][0]) | {"prompt_id": "other"}), *groups[1][:2]]]) == 0.5
+    same = [[Watched(**vars(groups[0][0])) for _ in range(8)]]  # inside a group it is a policy that is sure
+    assert identical(same) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rises", "sounds"),
+    [(0.6, 0.4, True, True), (0.6, 0.4, False, False), (0.6, 0.57, True, False), (0.4, 0.6, True, False)],
+)
+def test_a_reward_that_rises_while_held_out_accuracy_falls(before, after, rises, sounds):
+    watch = Alarms(["mine"])
+    assert watch.evaluated(before, 128) == []
+    for i, groups in enumerate(rollouts(lambda seen, rng: seen.right, steps=WINDOW + 2)):
+        level = i / 10 if rises else -i / 10
+        watch.observe([[Watched(**vars(s) | {"marks": {"mine": s.right + level}}) for s in group] for group in groups])
+    found = watch.evaluated(after, 128)
+    assert [alarm.kind for alarm in found] == (["held_out"] if sounds else [])
+    if sounds:  # 0.2 over the root of (0.24 + 0.24) / 128
+        assert found[0].value == pytest.approx(0.2 / (0.48 / 128) ** 0.5)
+
+
+def test_a_run_warns_records_examples_and_measures(micro_config, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "def long(completions, completion_ids, **_):\n    return [len(ids) / 48 for ids in completion_ids]\n"
+    )
+    reward = {"rewards": [{"function": f"{tmp_path / 'mine.py'}:long"}], "mtp.every": 9}
+    options = {"prompts_per_step": 8, "rollout.max_completion_tokens": 48, "warm_start.steps": 0} | reward
+    train(micro_config(tmp_path / "run", **options, steps=WINDOW))
+    events = [event for event in read_events(tmp_path / "run") if event["event"] == "alarm"]
+    assert [(event["kind"], event["reward"], event["step"]) for event in events] == [("length", "long", WINDOW)]
+    assert {"prompt_id", "text", "mark"} == set(events[0]["examples"][0])
+    assert "alarm: step=5 said=the reward long follows the length of completions (r = +1.00)" in capsys.readouterr().out
+    assert read_metrics(tmp_path / "run")[-1]["alarm/length/long"] == pytest.approx(1.0)
+    train(micro_config(tmp_path / "off", **options | {"steps": 1, "log.alarms": False}))
+    assert not [name for name in read_metrics(tmp_path / "off")[-1] if name.startswith("alarm/")]

@@ -1,0 +1,152 @@
+"""On-policy distillation: hand-worked numbers, the gradient of the KL by autograd, transformers' own forward, a run."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from recorded import groups_of
+
+from grpo.algorithm.advantages import distill, group_relative
+from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.loss import LossOptions
+from grpo.config.options import ConfigError
+from grpo.learner.learner import Learner
+from grpo.learner.teacher import Teacher
+from grpo.run.records import read_metrics, read_rollouts
+from grpo.teacher import check_teacher
+from grpo.train import train
+
+
+def learner_of(policy, teacher, temperature=1.0, **options) -> Learner:
+    options = LearnerOptions(**{"learning_rate": 1e-3, "max_grad_norm": 1e9} | options)
+    loss = LossOptions(advantage="distill")
+    return Learner(policy, options, MTPOptions(loss_weight=0.0), loss, temperature=temperature, teacher=teacher)
+
+
+def test_an_advantage_is_the_log_ratio_of_the_teacher_to_the_policy():
+    old, teacher = torch.tensor([[0.5, 0.25, 0.5]]).log(), torch.tensor([[0.25, 0.5, 0.1]]).log()
+    log2 = torch.tensor(2.0).log()
+    found = distill(old, teacher, torch.tensor([[True, True, False]]))
+    assert torch.allclose(found, torch.stack([-log2, log2, torch.tensor(0.0)])[None])
+
+
+def test_its_policy_gradient_is_in_expectation_that_of_the_reverse_kl():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(7, generator=generator, dtype=torch.float64).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    advantages = distill(logprobs.detach()[None], teacher[None], torch.ones(1, 7, dtype=torch.bool))[0]
+    [found] = torch.autograd.grad((logprobs.exp().detach() * advantages * logprobs).sum(), logits, retain_graph=True)
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=logits), torch.distributions.Categorical(logits=teacher)
+    )
+    [expected] = torch.autograd.grad(-kl, logits)
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
+def by_hand(policy, teacher, groups, scores, reward_weight, temperature):
+    """The gradient and the KL by one forward of transformers for each completion."""
+    total, kl = torch.zeros(()), 0.0
+    tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
+    weights = group_relative([score.rewards for score in scores])[0] * reward_weight
+    for group, row in zip(groups, weights, strict=True):
+        for completion, weight in zip(group.completions, row, strict=True):
+            ids, start = torch.tensor([group.prompt.token_ids + completion.token_ids]), len(group.prompt.token_ids)
+            both = []
+            for one in (policy, teacher):
+                logits = one.trunk(input_ids=ids, use_cache=False).logits[0, start - 1 : -1] / temperature
+                both.append(torch.log_softmax(logits, -1).gather(-1, ids[0, start:, None])[:, 0])
+            own, other = both[0], both[1].detach()
+            total = total - ((other - own.detach() + weight) * own).sum() / tokens
+            kl += (own.detach() - other).sum().item() / tokens
+    total.backward()
+    return {name: p.grad for name, p in policy.trunk.named_parameters() if p.grad is not None}, kl
+
+
+@pytest.mark.parametrize("kind", ["deepseek", "llama"])
+@pytest.mark.parametrize(("reward_weight", "budget", "temperature"), [(0.0, 10_000, 1.0), (0.5, 12, 0.7)])
+def test_the_learners_gradient_is_that_of_transformers_own_forward(
+    random_policy, hf_policy, kind, reward_weight, budget, temperature
+):
+    policy = random_policy(1)
+    teacher = random_policy(2) if kind == "deepseek" else hf_policy("llama", 2)
+    groups, scores = groups_of(3)
+    scores[1].rewards[:] = [0.5] * 3  # tied: nothing for the score, everything for the teacher
+    copies = copy.deepcopy(policy)
+    before = copy.deepcopy(teacher.trunk.state_dict())
+    learner = learner_of(policy, Teacher(teacher, reward_weight), temperature, tokens_per_micro_batch=budget)
+    metrics = learner.step(learner.prepare(groups, scores), 1)
+    expected, kl = by_hand(copies, teacher, groups, scores, reward_weight, temperature)
+    assert metrics["loss/teacher_kl"] == pytest.approx(kl, abs=1e-4)
+    assert len(expected) > 10
+    for name, gradient in expected.items():
+        if gradient.norm() > 1e-6:
+            found = policy.trunk.get_parameter(name).grad
+            assert torch.allclose(found, gradient, atol=1e-3 * gradient.norm().item() + 1e-7), name
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.trunk.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def folders(random_policy, tmp_path_factory):
+    root = tmp_path_factory.mktemp("policies")
+    for seed, name in ((1, "student"), (2, "teacher")):
+        random_policy(seed, mtp=False).save(root / name)
+    return root
+
+
+def options_of(folders, micro_config, output, **given):
+    options = {
+        "model": str(folders / "student"),
+        "loss.advantage": "distill",
+        "warm_start.steps": 0,
+        "rollout.draft_tokens": 0,
+    }
+    return micro_config(output, **options | {"distill.teacher": str(folders / "teacher")} | given)
+
+
+def test_a_run_comes_nearer_to_its_teacher_and_goes_on_to_the_same_bits(folders, micro_config, tmp_path):
+    options = {"steps": 12, "prompts_per_step": 8, "learner.learning_rate": 2e-2, "checkpoint.every": 6}
+    whole = train(options_of(folders, micro_config, tmp_path / "whole", **options))
+    kl = [line["loss/teacher_kl"] for line in read_metrics(tmp_path / "whole") if "loss/teacher_kl" in line]
+    assert len(kl) == 12
+    assert sum(kl[-3:]) < 0.8 * sum(kl[:3])
+    assert {line["advantage"] for line in read_rollouts(tmp_path / "whole", 1)} == {0.0}  # the score has no part in it
+    config = options_of(folders, micro_config, tmp_path / "cut", **options)
+    with pytest.raises(Exception, match="stopped after step 6"):
+        train(config, stop_after=6)
+    cut = train(config, resume="auto")
+    tensors = cut.policy.trunk.state_dict()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in whole.policy.trunk.state_dict().items())
+
+
+def test_another_tokenizer_is_refused_before_anything_is_loaded(folders, micro_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo.policy_source.load_found", lambda *_, **__: pytest.fail("a policy was loaded"))
+    check_teacher(options_of(folders, micro_config, tmp_path / "run"))
+    file = tmp_path / "other/tokenizer.json"
+    shutil.copytree(folders / "teacher", file.parent)
+    original = json.loads(file.read_text())
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            train(options_of(folders, micro_config, tmp_path / "run", **{"distill.teacher": str(file.parent)}))
+
+    vocabulary = original["model"]["vocab"]
+    swapped = vocabulary | {"1": vocabulary["2"], "2": vocabulary["1"]}
+    file.write_text(json.dumps(original | {"model": original["model"] | {"vocab": swapped}}))
+    refused(r"2 of \d+ tokens have another id or are not there, the first of them '1' \(\d+ and \d+\)")
+    spaced = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    file.write_text(json.dumps(original | {"pre_tokenizer": spaced}))
+    refused(r"is \[.*\] for one and \[.*\] for the other")
+    with pytest.raises(ValueError, match=r"model='tiny' is a preset, which learns a tokenizer"):
+        check_teacher(options_of(folders, micro_config, tmp_path / "run", model="tiny"))
+    with pytest.raises(ValueError, match="is a preset, which has learned nothing"):
+        check_teacher(options_of(folders, micro_config, tmp_path / "run", **{"distill.teacher": "tiny"}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", [{"distill.teacher": None}, {"loss.advantage": "rloo"}])
+def test_a_teacher_and_distill_need_each_other(folders, micro_config, tmp_path, given):
+    with pytest.raises(ConfigError, match="distill needs a teacher, and nothing else has one"):
+        options_of(folders, micro_config, tmp_path, **given)
