@@ -20,6 +20,7 @@ from grpo.learner.parallel import ALONE, Ranks
 from grpo.loop import Run
 from grpo.policy_source import check_options, save_policy, with_threads
 from grpo.publisher import Publisher
+from grpo.reward_models import check_teacher, load_teacher
 from grpo.run import checkpoint
 from grpo.run.memory_errors import phase
 from grpo.run.pool import open_run_pool, use_costs_of_run
@@ -27,7 +28,6 @@ from grpo.run.resume import BaseWeights
 from grpo.sampling import sampling_params
 from grpo.sft import first_policy, warm_start
 from grpo.task import Task
-from grpo.teacher import check_teacher, load_teacher
 from rewards.protocol import Reward
 
 

@@ -21,6 +21,7 @@ from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.evaluation.held_out import Result
 from grpo.policy_source import check_options, read_shape
+from grpo.reward_models import check_teacher
 from grpo.run import hardware
 from grpo.run.console import Terminal, visible
 from grpo.run.draft_colours import LEGEND, coloured
@@ -28,7 +29,6 @@ from grpo.run.log import refuse_folder
 from grpo.run.plots import plot_quietly
 from grpo.run.resume import saved_state
 from grpo.task import Task
-from grpo.teacher import check_teacher
 from policies import four_bit
 from policies.mtp import MTPHead
 from rollout.group import RolloutGroup, tokens_per_forward

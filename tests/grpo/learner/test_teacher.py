@@ -14,8 +14,8 @@ from grpo.config.loss import LossOptions
 from grpo.config.options import ConfigError
 from grpo.learner.learner import Learner
 from grpo.learner.teacher import Teacher
+from grpo.reward_models import check_teacher
 from grpo.run.records import read_metrics, read_rollouts
-from grpo.teacher import check_teacher
 from grpo.train import train
 
 
