@@ -97,7 +97,7 @@ class Updates:
         for name, adapter in adapters.items():
             if adapter.experts == 1 and id(tensors[name]) in found:
                 self._names[name] = found[id(tensors[name])]
-            elif adapter.experts > 1 and self.policy.backend == "native":
+            elif adapter.experts > 1 and not adapter.transposed and self.policy.backend == "native":
                 part, _, rest = name.partition(".")
                 layers = self.policy.config.num_hidden_layers
                 self._names[name] = rest if part == "trunk" else layer_name(layers, rest)
@@ -112,8 +112,6 @@ class Updates:
             yield name, f"{name}.lora_A", a, b
             return
         a, b = a.reshape(count, -1, a.shape[-1]), b.reshape(b.shape[0], -1, count).permute(2, 0, 1)
-        if adapter.transposed:
-            a, b = b.transpose(1, 2), a.transpose(1, 2)
         views = list(expert_views(name, b))
         for i, (view_name, view) in enumerate(views):
             e = i * count // len(views)
