@@ -261,6 +261,9 @@ def alarms(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
                 count += 1
                 print(error, flush=True)
             learn(learner, pool, number, params)
+            if number % 25 == 0:
+                worst = max(metrics["canary/logprob_abs_max"] for metrics in found)
+                print(f"{dtype}: {number} publications, {count} alarms, one token up to {worst:.2g}", flush=True)
     finally:
         pool.close()
     made: dict[str, Any] = {"dtype": dtype, "publications": options.publications, "alarms": count}

@@ -75,8 +75,8 @@ class Client:
         if "version" in found:
             raise RolloutError(
                 f"rollout.vllm.url={self.url} is a plain `vllm serve` (vLLM {found['version']}). It cannot confirm "
-                "the digests of the weights that it has taken, it lets whoever reaches its port load others, and its "
-                "batches depend on the clock. Start inside/quartet_server.py with the same interpreter in its place "
+                "the digests of the weights that it has taken, takes them in its development mode alone and then from "
+                "whoever reaches its port, and its batches depend on the clock. Start inside/quartet_server.py with the same interpreter in its place "
                 "(docs/guides/vllm.md), or leave the url out"
             )
 
