@@ -74,10 +74,10 @@ class Client:
             [found] = self._ask("GET", "/version", (), 0, ANSWER_S)
         if "version" in found:
             raise RolloutError(
-                f"rollout.vllm.url={self.url} is a plain `vllm serve` (vLLM {found['version']}). It cannot confirm "
-                "the digests of the weights that it has taken, takes them in its development mode alone and then from "
-                "whoever reaches its port, and its batches depend on the clock. Start inside/quartet_server.py with the same interpreter in its place "
-                "(docs/guides/vllm.md), or leave the url out"
+                f"rollout.vllm.url={self.url} is a plain `vllm serve` (vLLM {found['version']}). It cannot confirm the "
+                "digests of the weights that it has taken, takes them in its development mode alone and then from "
+                "whoever reaches its port, and its batches depend on the clock. Start inside/quartet_server.py with "
+                "the same interpreter in its place (docs/guides/vllm.md), or leave the url out"
             )
 
     def post(self, path: str, what: dict[str, Any], *, limit_s: float) -> Iterator[dict[str, Any]]:
