@@ -294,7 +294,7 @@ class Run(Generic[Config]):
             action = "what was in progress is given up"
             self.log.event("signal", name=self.stop.name, action=action, saved_step=self.saved_step)
             raise self.stopped() from None
-        of_all = self.ranks.ended_together or isinstance(error, NonFiniteStep) or getattr(error, "everywhere", False)
+        of_all = self.ranks.size == 1 or getattr(error, "everywhere", False)
         if isinstance(error, Exception) and of_all:
             self._save_what_failed(error)
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from policies import four_bit
 from policies.four_bit import is_held, plain_weight
-from policies.sharding import gathered, like, release
+from policies.sharding import Split, gathered, like, release
 
 ADAPTER = "default"
 
@@ -78,16 +83,81 @@ def _adapt(model: nn.Module, rank: int, alpha: float, targets: Collection[str]) 
         target_modules=sorted(target for target in targets if target not in PARAMETERS),
         target_parameters=[name for target, names in PARAMETERS.items() if target in targets for name in names] or None,
     )
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        config._register_custom_module({nn.Linear: _Whole})
     holder = nn.ModuleList([model])
     holder.is_loaded_in_4bit = any(is_held(parameter) for parameter in model.parameters())  # peft asks for it
     # For a DeepSeek-V3 model peft takes gate_proj, up_proj and down_proj as the routed experts alone, so that the dense
     # and shared ones would get no adapter. Inside a plain container it takes the names as they are.
     inject_adapter_in_model(config, holder, adapter_name=ADAPTER)
-    for _, layer in adapters(model):
+    for name, layer in adapters(model):
         base = getattr(layer.get_base_layer(), "weight", None)
         if base is not None and is_held(base):  # beside codes peft leaves them in fp32
             for part in (layer.lora_A, layer.lora_B):
                 part.to(base.quant_state.dtype)
+        for part in _sharded(layer, whole_output=name == "lm_head"):
+            part.register_hook(lambda grad: grad * model._tp_size)  # it is summed over more ranks than other gradients
+
+
+class _Whole(Linear):
+    """A and B for the whole of a weight that is sharded. peft would make them for the part of this rank."""
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+
+def _sharded(layer: LoraLayer, whole_output: bool) -> list[Tensor]:
+    """Let an adapter compute on its rank's part of a weight that tensor or expert parallel splits.
+
+    A and B are whole on every rank, so nothing else has to know. Returns those of them whose gradient on one rank is a
+    part of a sum over the ranks.
+    """
+    base = layer.get_base_layer()
+    if isinstance(layer, ParamWrapper):
+        split = Split.of(layer.get_param())
+        return _adapt_parameter(layer, base, split) if split or isinstance(base, FSDPModule) else []
+    split = Split.of(base.weight)
+    return [] if split is None or whole_output else _adapt_linear(layer, split)
+
+
+def _adapt_linear(layer: LoraLayer, split: Split) -> list[Tensor]:
+    def writes_a_part(x: Tensor) -> Tensor:  # of the output, by rows of B; the gradient of x is a sum over the ranks
+        x = DTensor.from_local(x, split.mesh, [Replicate()]).to_local(grad_placements=[Partial()])
+        return F.linear(x, split.part(module.weight))
+
+    def reads_a_part(x: Tensor) -> Tensor:  # of the input, by columns of A; the output is a sum over the ranks
+        x = F.linear(x, split.part(module.weight))
+        return DTensor.from_local(x, split.mesh, [Partial()]).redistribute(placements=[Replicate()]).to_local()
+
+    rows = split.placement.dim == 0
+    module = (layer.lora_B if rows else layer.lora_A)[ADAPTER]
+    module.forward = writes_a_part if rows else reads_a_part
+    return [module.weight]
+
+
+def _adapt_parameter(layer: ParamWrapper, base: nn.Module, split: Split | None) -> list[Tensor]:
+    """Routed experts and routers get W + ΔW inside their forward, where FSDP has gathered W; experts that are split
+    compute with local tensors there."""
+    name, forward = layer.parameter_name, base.forward
+
+    def adapted(*inputs: Any) -> Any:
+        weight = base._parameters[name]
+        if layer.disable_adapters:
+            return forward(*inputs)
+        if split:  # [E, out, r] and [E, r, in], where the weight is [E, out, in]
+            lhs, rhs, scale = layer.get_delta_factors(ADAPTER)
+            parts = split.part(lhs, kept=2), split.part(rhs, kept=1)
+            base._parameters[name] = torch.baddbmm(weight.to_local(), *parts, alpha=scale)
+        else:
+            base._parameters[name] = weight + layer.get_delta_weight(ADAPTER)
+        try:
+            return forward(*inputs)
+        finally:
+            base._parameters[name] = weight
+
+    base.forward = adapted
+    layer._activate_lora = lambda active: nullcontext()
+    return [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight] if split else []
 
 
 def adapters(model: nn.Module) -> Iterable[tuple[str, LoraLayer]]:

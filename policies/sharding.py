@@ -10,16 +10,18 @@ A sharded weight is a DTensor. Everything outside the model's own forward reads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers import AutoConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
@@ -33,26 +35,51 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def leave_head_to_us(config: PretrainedConfig) -> PretrainedConfig:
-    """By transformers' plan FSDP gathers the LM head in its forward, which we never call: logits are made in chunks.
+def like(tensor: Tensor, reference: Tensor) -> Tensor:
+    """A whole tensor, the same on every rank, sharded as `reference` is."""
+    if not isinstance(reference, DTensor):
+        return tensor
+    mesh, placements = reference.device_mesh, reference.placements
+    return distribute_tensor(tensor.to(reference.device), mesh, placements, src_data_rank=None)
 
-    Final norm and embedding belong to the root then, which stays gathered from the forward to the backward pass.
-    """
-    config.base_model_fsdp_plan = {"layers.*": "free_full_weight"}
-    return config
+
+@dataclass(frozen=True)
+class Split:
+    """How tensor or expert parallel splits a weight: over the ranks of `mesh`, along `placement.dim`."""
+
+    mesh: DeviceMesh
+    placement: Shard
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Split | None:
+        """None where neither splits it."""
+        if isinstance(weight, DTensor):
+            for name, placement in zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=True):
+                if name in ("tp", "ep") and (mesh := weight.device_mesh[name]).size() > 1:
+                    return cls(mesh, placement)
+        return None
+
+    def part(self, factor: Tensor, kept: int | None = None) -> Tensor:
+        """This rank's part of a whole factor that has the dimensions of the weight, except for `kept`."""
+        if self.placement.dim == kept:
+            return factor
+        parts, _ = self.placement._split_tensor(factor, self.mesh.size(), with_padding=False, contiguous=False)
+        return parts[self.mesh.get_local_rank()]
 
 
 def layout_arguments(source: str | Path, layout: DistributedConfig) -> dict[str, Any]:
     """For `from_pretrained`: every rank reads its shards alone. Raises PolicyError where one would get no expert."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    experts, ranks = getattr(config, "n_routed_experts", None) or 0, layout.efsdp_size
-    own = experts // layout.ep_size
+    own, ranks = (getattr(config, "n_routed_experts", None) or 0) // layout.ep_size, layout.efsdp_size
     if own and -(-own // ranks) * (ranks - 1) >= own:  # FSDP cuts into equal shares, and the last ones can be empty
         raise PolicyError(
             f"learner.parallel: FSDP cannot spread {own} experts over {ranks} ranks, since one would get none; choose "
             "numbers where fsdp x tensor / expert divides n_routed_experts / expert"
         )
-    return {"config": leave_head_to_us(config), "distributed_config": layout}
+    # Final norm, embedding and LM head belong to the root then, which stays gathered until the backward pass. By the
+    # plan of transformers FSDP gathers the head in its forward, which we never call: logits are made in chunks.
+    config.base_model_fsdp_plan = {"layers.*": "free_full_weight"}
+    return {"config": config, "distributed_config": layout}
 
 
 def wrap(trunk: PreTrainedModel, head: nn.Module | None) -> None:
@@ -64,16 +91,13 @@ def wrap(trunk: PreTrainedModel, head: nn.Module | None) -> None:
     vars(trunk.config).pop("base_model_fsdp_plan", None)
     if not isinstance(trunk, FSDPModule):
         return
-
     trunk.decode = MethodType(lambda self, **inputs: self.get_decoder()(**inputs), trunk)
     register_fsdp_forward_method(trunk, "decode")
     if head is not None:
-        names = ("dp_replicate", "fsdp") if layout.dp_replicate_size > 1 else "fsdp"
-        mesh = trunk._mesh_manager.get_mesh(names)
+        mesh = trunk._mesh_manager.get_mesh(("dp_replicate", "fsdp") if layout.dp_replicate_size > 1 else "fsdp")
         routers = [part for part in head.to(trunk.device).modules() if isinstance(part, DeepseekV3TopkRouter)]
-        for router in routers:  # float32 at any precision, and FSDP gathers one at a time
-            fully_shard(router, mesh=mesh)
-        fully_shard(head, mesh=mesh)
+        for part in [*routers, head]:  # routers are float32 at any precision, and FSDP gathers one at a time
+            fully_shard(part, mesh=mesh)
         register_fsdp_forward_method(head, "unroll")
 
 
@@ -96,15 +120,6 @@ def release(module: nn.Module) -> None:
             part.reshard()
 
 
-def like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """A whole tensor, the same on every rank, sharded as `reference` is."""
-    if not isinstance(reference, DTensor):
-        return tensor
-    return distribute_tensor(
-        tensor.to(reference.device), reference.device_mesh, reference.placements, src_data_rank=None
-    )
-
-
 def place() -> tuple[int, int]:
     """The rank of this process, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -121,9 +136,3 @@ def everyone(own: T) -> list[T]:
     if dist.is_initialized():
         dist.all_gather_object(entries, own)
     return entries
-
-
-def attend(tensors: Iterable[Tensor]) -> None:
-    """Take part while rank 0 reads these tensors `whole`, one after the other."""
-    for tensor in tensors:
-        whole(tensor)

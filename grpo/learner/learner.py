@@ -124,13 +124,21 @@ class Learner:
             batch = self.teacher.weigh(batch)
         if self.value_head is None:
             return batch
-        return with_values(batch, scores, self.loss, self.value, self._values, self._micro_batches(batch.rows))
+        started = time.perf_counter()
+        batch = with_values(batch, scores, self.loss, self.value, self._values(batch.rows))
+        return replace(batch, seconds=time.perf_counter() - started)
 
-    def _values(self, mini: MicroBatch) -> Tensor:
-        """[C, L]: the value before each token."""
+    @torch.no_grad()
+    def _values(self, rows: Sequence[PackedRow]) -> dict[int, Tensor]:
+        """By sample index [Lc]: the value before each token. Each rank reads its share of the rows."""
         assert self.value_head is not None
-        with self.likelihood.replaying(mini):
-            return mini.by_completion(self.value_head(self.likelihood.preceding(mini)[mini.scored]))
+        values: dict[int, Tensor] = {}
+        for mini in self._shared(rows):
+            with self.likelihood.replaying(mini):
+                each = self.value_head(self.likelihood.preceding(mini)[mini.scored]).cpu()
+            parts = each.split([len(sample.token_ids) for sample in mini.samples])
+            values |= {s.index: part for s, part in zip(mini.samples, parts, strict=True) if mini.counts}
+        return self.ranks.union(values)
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
@@ -259,10 +267,11 @@ class Learner:
             with self.likelihood.replaying(mini):
                 out = self.likelihood.forward(mini)
             logprobs.append(out.logprobs)
-            entropies += [out.entropy[self._mask(mini)]] if mini.counts else []
+            entropies += [out.entropy[self._mask(mini)].cpu()] if mini.counts else []
         threshold = None
         if selective:
-            threshold = entropy_threshold(self.ranks.gather(entropies), self.loss.top_entropy_quantile)
+            read = [entropy for part in self.ranks.gather(entropies) for entropy in part]
+            threshold = entropy_threshold(torch.cat([torch.zeros(0), *read]), self.loss.top_entropy_quantile)
         return logprobs if several else None, threshold
 
     def _mask(self, mini: MicroBatch) -> Tensor:

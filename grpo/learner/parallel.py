@@ -7,7 +7,6 @@ batch. The ranks of one tensor-parallel group read the same rows.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -38,6 +37,8 @@ T = TypeVar("T")
 class RankFailed(RuntimeError):
     """Another process of the run has failed; the message is its own."""
 
+    everywhere = True  # every rank of the run raises at this point, and together they can still save
+
 
 class Ranks:
     """The processes of a run, seen from one. Without `layout` it is alone: all rows are its own, all sums are there."""
@@ -45,21 +46,16 @@ class Ranks:
     def __init__(
         self, layout: DistributedConfig | None = None, rank: int = 0, device: torch.device | str = "cpu"
     ) -> None:
-        self.layout, self.rank, self.device = layout, rank, device
+        self.layout, self.rank, self.device, self.first = layout, rank, device, rank == 0
         tensor = layout.tp_size if layout else 1
         # Which share of the rows this process reads, and how many shares there are.
         self.reader, self.readers = rank // tensor, layout.dp_size if layout else 1
         self.size, self._counts = self.readers * tensor, rank % tensor == 0
-        self._heard = ""  # what a rank that failed has said
-        self.ended_together = self.size == 1  # an error has reached every rank at once: together they can still save
         if self.size > 1:
             self._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
             self._store = dist.distributed_c10d._get_default_store()
-            self._store.set(f"process/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
+            self._processes = everyone((socket.gethostname(), os.getpid()))
+            self._heard = ""  # what a rank that failed has said
 
     def share(self, rows: Sequence[PackedRow], reader: int | None = None) -> Sequence[PackedRow]:
         """The rows of this reader, or of another one."""
@@ -71,40 +67,31 @@ class Ranks:
         """What `make` returns on rank 0, on every rank. If it raises there, every rank raises."""
         if self.size == 1:
             return make()
-        told: list[Any] = [None]
+        told: list[Any] = [None, None]  # what was made, and the error of the others where it was not
+        own: Any = None
         if self.first:
             try:
-                told = [(make(), "", "")]
+                told[0] = make()
             except BaseException as error:
-                dist.broadcast_object_list([(None, type(error).__name__, str(error))], group=self._waiting)
-                self.ended_together = True
-                raise
+                own, words = error, f"rank 0 failed: {type(error).__name__}: {error}"
+                told[1] = error if isinstance(error, GivenUp) else RankFailed(words)
         dist.broadcast_object_list(told, group=self._waiting)
-        made, kind, message = told[0]
-        self.ended_together = bool(kind)
-        if kind == "GivenUp":
-            raise GivenUp(int(message))
-        if kind:
-            raise RankFailed(f"rank 0 failed: {kind}: {message}")
-        return made
+        if ended := own or told[1]:
+            ended.everywhere = True
+            raise ended
+        return told[0]
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Average the gradients that FSDP does not, in place. One that no rank has stays absent."""
-        plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-        if self.size == 1 or not plain:
-            return
-        there = torch.tensor([float(p.grad is not None) for p in plain], device=self.device)
-        dist.all_reduce(there)
-        for parameter, ranks in zip(plain, there.tolist(), strict=True):
-            if ranks:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self.size  # the copies of a tensor group are equal
+        """Average the gradients that FSDP does not, in place. All ranks have them for the same parameters."""
+        for tensor in parameters if self.size > 1 else ():
+            if tensor.grad is not None and not isinstance(tensor, DTensor):
+                dist.all_reduce(tensor.grad)
+                tensor.grad /= self.size  # the copies of a tensor group are equal
 
     def sum_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Sum every entry over the readers that have it; what ends in `_max` is their maximum."""
         total: dict[str, float] = {}
-        for part in self._gather(dict(sums)):
+        for part in self.gather(dict(sums)):
             for name, value in part.items():
                 former = total.get(name, 0.0)
                 total[name] = max(former, value) if name.endswith("_max") else former + value
@@ -117,44 +104,34 @@ class Ranks:
 
     def union(self, own: dict[int, T]) -> dict[int, T]:
         """The entries of all readers."""
-        return {key: value for part in self._gather(own) for key, value in part.items()}
+        return {key: value for part in self.gather(own) for key, value in part.items()}
 
-    def gather(self, values_N: Sequence[Tensor]) -> Tensor:
-        """One vector of the values [N] of all readers."""
-        own = torch.cat([torch.zeros(0, device=self.device), *values_N])
-        return torch.cat([part.to(self.device) for part in self._gather(own.cpu())])
-
-    def _gather(self, own: T) -> list[T]:
-        """One entry of each reader."""
+    def gather(self, own: T) -> list[T]:
+        """One entry of each reader. Tensors in it must be in the host's memory."""
         parts = [own] if self.size == 1 else everyone(own if self._counts else None)
         return [part for part in parts if part is not None]
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Around the run: a rank that fails leaves its message, and the others end with it."""
-        over = threading.Event()
+        over, listener = threading.Event(), threading.Thread(target=lambda: self._listen(over), daemon=True)
         try:
             if self.size > 1:
-                threading.Thread(target=self._listen, args=[over], daemon=True).start()
+                listener.start()
             yield
         except BaseException as error:
-            if self.size == 1 or isinstance(error, RankFailed | Stopped) or getattr(error, "everywhere", False):
+            if self.size == 1 or isinstance(error, Stopped) or getattr(error, "everywhere", False):
                 raise
-            lost = isinstance(error, dist.DistError) or (  # another rank has ended
-                isinstance(error, RuntimeError) and re.search("onnection|gloo|NCCL", str(error))
-            )
-            try:
-                if not lost and not self._store.check(["failed"]):
-                    self._store.set("failed", f"rank {self.rank} failed: {type(error).__name__}: {error}")
-                    with suppress(dist.DistError):
-                        if self.first:  # the store ends with it
-                            heard = [f"heard/{rank}" for rank in range(1, self.size)]
-                            self._store.wait(heard, timedelta(seconds=10))
-                    raise
-                words = self._store.get("failed").decode() if self._store.check(["failed"]) else self._who_is_gone()
-            except dist.DistError:
-                words = self._heard or "rank 0 is gone without a word; see what it has printed"
-            raise RankFailed(words) from error
+            if isinstance(error, dist.DistError) or (
+                type(error) is RuntimeError and re.search("onnection|gloo|NCCL", str(error))
+            ):  # another rank has ended, and what it said may be on its way
+                listener.join(2)
+                raise RankFailed(self._heard or self._who_is_gone()) from error
+            with suppress(dist.DistError):
+                self._store.compare_set("failed", "", f"rank {self.rank} failed: {type(error).__name__}: {error}")
+                if self.first:  # the store ends with it
+                    self._store.wait([f"heard/{rank}" for rank in range(1, self.size)], timedelta(seconds=10))
+            raise
         finally:
             over.set()
 
@@ -169,13 +146,13 @@ class Ranks:
 
     def _who_is_gone(self) -> str:
         """A process that was killed says nothing. On this machine its number tells."""
-        gone = []
-        for rank in range(self.size):
-            host, pid = json.loads(self._store.get(f"process/{rank}"))
-            lives = psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-            if host == socket.gethostname() and not lives:
-                gone.append(f"rank {rank} (process {pid})")
-        return f"{' and '.join(gone) or 'a rank on another machine'} is gone without a word"
+        gone = [
+            f"rank {rank} (process {pid})"
+            for rank, (host, pid) in enumerate(self._processes)
+            if host == socket.gethostname()
+            and not (psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        ]
+        return f"{' and '.join(gone) or 'a rank on another machine'} is gone without a word; see what it has printed"
 
 
 ALONE = Ranks()
@@ -195,10 +172,7 @@ def join(cpu: bool, options: ParallelOptions) -> Ranks:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     fsdp = options.shares(size)
     if cpu and options.fsdp_cpu_offload:
-        raise ValueError(
-            "learner.parallel.fsdp_cpu_offload=true: on a CPU the shards are in the host's memory already; set it to "
-            "false, or use --device cuda"
-        )
+        raise ValueError("learner.parallel.fsdp_cpu_offload=true: on a CPU the shards are in the host's memory already")
     if size == 1:
         return ALONE
     if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and os.path.isdir("/sys/class/net/lo"):
@@ -224,33 +198,26 @@ def refuse_layout(
 ) -> None:
     """Raises ValueError for what this model cannot do in such a layout, before it is loaded."""
     tensor, expert = options.tensor, options.expert
-    plan = dict(shape.base_model_tp_plan or {})
-    experts, width = getattr(shape, "n_routed_experts", None), getattr(shape, "moe_intermediate_size", None)
-    if tensor > 1 and not plan:
-        raise ValueError(
-            f"learner.parallel.tensor={tensor}: transformers has no tensor-parallel plan for a model of type "
-            f"{shape.model_type!r}; use learner.parallel.fsdp"
-        )
-    if tensor > 1 and "layers.*.self_attn.k_proj" in plan and shape.num_key_value_heads % tensor:
-        raise ValueError(
-            f"learner.parallel.tensor={tensor} does not divide this model's {shape.num_key_value_heads} key/value heads"
-        )
-    if tensor > 1 and width and width % tensor:
-        raise ValueError(f"learner.parallel.tensor={tensor} does not divide the width of an expert, {width}")
-    if tensor > 1 and width and width // tensor * itemsize % 16:
-        raise ValueError(
-            f"learner.parallel.tensor={tensor} leaves {width // tensor} numbers of an expert's width of {width} to each"
-            f" rank, and its products need a multiple of {16 // itemsize}; use a smaller one, or expert"
-        )
-    if expert > 1 and not (experts and shape.base_model_ep_plan):
-        raise ValueError(f"learner.parallel.expert={expert}: this model has no routed experts; set it to 1")
-    if experts and experts % expert:
-        raise ValueError(f"learner.parallel.expert={expert} does not divide this model's {experts} routed experts")
-    split = {"experts"} if expert > 1 else set()
-    if tensor > 1:
-        split |= {"lm_head"} | {"experts" if ".experts" in key else key.rsplit(".", 1)[-1] for key in plan}
-    if lora and (wrong := sorted(split if lora.targets is None else split.intersection(lora.targets))):
-        raise ValueError(
-            f"lora.targets: learner.parallel.tensor={tensor}, expert={expert} split {', '.join(wrong)} over ranks, and "
-            "peft adapts whole weights alone; name other targets, or spread the weights by learner.parallel.fsdp"
-        )
+    plan = shape.base_model_tp_plan or {} if tensor > 1 else {}
+    experts = getattr(shape, "n_routed_experts", None) or 0
+    width = getattr(shape, "moe_intermediate_size", None) or 0 if tensor > 1 else 0
+    heads = shape.num_key_value_heads if "layers.*.self_attn.k_proj" in plan else 0
+    part, unit = width // tensor, 16 // itemsize  # of numbers, in which the products of experts take them
+    adapted = {key for key in plan if lora and (lora.targets is None or key.rsplit(".", 1)[-1] in lora.targets)}
+    odd = sorted({plan[key] for key in adapted} - {"colwise", "rowwise", "packed_colwise", "moe_tp_experts"})
+    for key, refused, words in (
+        ("expert", expert > 1 and not (experts and shape.base_model_ep_plan), "needs a model with routed experts"),
+        ("expert", experts % expert, f"does not divide this model's {experts} routed experts"),
+        ("tensor", tensor > 1 and not plan, f"has no plan in transformers for a model of type {shape.model_type!r}"),
+        ("tensor", heads % tensor, f"does not divide this model's {heads} key/value heads"),
+        ("tensor", width % tensor, f"does not divide the width of an expert, {width}"),
+        (
+            "tensor",
+            part % unit,
+            f"leaves each rank {part} of an expert's {width} units, which must be a multiple of {unit}",
+        ),
+        ("tensor", odd, f"splits some of lora.targets in a way that adapters do not know, {odd}"),
+    ):
+        if refused:
+            number = getattr(options, key)
+            raise ValueError(f"learner.parallel.{key}={number} {words}; use another number, or learner.parallel.fsdp")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from grpo.algorithm import advantages, own
 from grpo.config.loss import LossOptions, ValueOptions
-from grpo.learner.batch import MicroBatch, Sample, TrainingBatch, split_rows
+from grpo.learner.batch import Sample, TrainingBatch, split_rows
 from grpo.learner.value import with_token_advantages
 from rollout.group import ENDED, RolloutGroup
 
@@ -92,28 +90,20 @@ def pack(
     return TrainingBatch(rows, advantages_PG, count, tokens, int(tied_P.sum()), tokens_by_version=dict(versions))
 
 
-@torch.no_grad()
 def with_values(
     batch: TrainingBatch,
     scores: Sequence[GroupScore],
     loss: LossOptions,
     options: ValueOptions,
-    values_of: Callable[[MicroBatch], Tensor],  # [C, L]: the value before each token
-    minis: Iterable[MicroBatch],
+    values: Mapping[int, Tensor],  # by sample index [Lc]: the value before each token
 ) -> TrainingBatch:
     """Advantages of every token, from the values that the states had when they were sampled."""
-    started = time.perf_counter()
-    values: dict[int, Tensor] = {}
-    for mini in minis:
-        values_CL = values_of(mini)
-        values |= {s.index: values_CL[c, : len(s.token_ids)] for c, s in enumerate(mini.samples)}
     rewards_PG = [score.rewards for score in scores]
     weights_PG = None
     if loss.advantage == "rank_softmax":
         weights_PG = advantages.rank_softmax_weights(rewards_PG, options.rank_temperature)
     left_out = [s.index for row in batch.rows for s in row.samples if not in_loss(s, loss)]
-    batch = with_token_advantages(batch, values, rewards_PG, options, weights_PG=weights_PG, left_out=left_out)
-    return replace(batch, seconds=time.perf_counter() - started)
+    return with_token_advantages(batch, values, rewards_PG, options, weights_PG=weights_PG, left_out=left_out)
 
 
 def tokens_in_loss(samples: Sequence[Sample], loss: LossOptions) -> int:

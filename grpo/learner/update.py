@@ -21,6 +21,8 @@ from policies.sharding import whole
 class NonFiniteStep(RuntimeError):
     """Loss or gradient is NaN or infinite. No step was taken."""
 
+    everywhere = True  # every rank raises it
+
 
 class Update:
     """AdamW over the groups of parameters that move, and the masters that it moves in place of lower precisions.

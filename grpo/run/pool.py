@@ -17,7 +17,7 @@ from grpo.run.memory_errors import phase
 from grpo.run.stop import InterruptiblePool, StopSignal
 from policies.policy import Policy
 from policies.publication import Publication
-from policies.sharding import attend, everyone
+from policies.sharding import everyone, whole
 from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
 from rollout.backends.vllm.process import TOKEN
 from rollout.depth import CostTable
@@ -46,9 +46,8 @@ class NoPool:
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         if self.reads:
             last, self._last = self._last, Publication.of(weights)
-            attend(self.reads(self._last, last))
-        else:
-            attend(weights.values())
+        for tensor in self.reads(self._last, last) if self.reads else weights.values():
+            whole(tensor)  # every rank gathers it when rank 0 does
         if self.in_turn and torch.cuda.is_available():
             torch.cuda.empty_cache()
 

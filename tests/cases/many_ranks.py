@@ -72,6 +72,8 @@ def run(folder: Path, case: dict, ranks, optimizer: str) -> tuple[dict, list[dic
     release(learner.policy)
     weights = {name: whole(p.detach()).clone() for name, p in learner.policy.named_parameters()}
     weights |= {n: b.clone() for n, b in learner.policy.named_buffers() if n.endswith("correction_bias")}
+    if "lora" in case:  # as they are published: with B A
+        weights |= {f"published {name}": whole(tensor).clone() for name, tensor in learner.weights().items()}
     return gradients, metrics, weights
 
 

@@ -14,6 +14,8 @@ from grpo.config.loss import LossOptions, ValueOptions
 from grpo.config.run import TrainConfig
 from grpo.learner.batch import PackedRow, Sample, TrainingBatch
 from grpo.learner.learner import Learner
+from grpo.learner.parallel import Ranks
+from grpo.learner.prepare import pack
 from grpo.learner.value import ValueHead, explained_variance, with_token_advantages
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics, read_rollouts
@@ -209,6 +211,33 @@ def test_contract_10_micro_batches_change_nothing_with_values(micro_policy, adva
             assert (g - gradients[0][name]).norm() <= 1e-5 * gradients[0][name].norm() + 1e-8, name
     for name in ("loss/policy", "loss/value", "value/grad_norm", "loss/total"):
         assert [m[name] for m in metrics] == pytest.approx([metrics[0][name]] * 3, rel=1e-4, abs=1e-6)
+
+
+class _Reader(Ranks):
+    """One of two readers, who hears nothing of the other."""
+
+    def __init__(self, reader: int) -> None:
+        super().__init__()
+        self.size, self.reader, self.readers = 2, reader, 2
+
+    def gather(self, own):
+        return [own]
+
+
+def test_every_rank_values_its_share_of_the_rows(micro_policy):
+    learner = _learner(micro_policy(2), tokens_per_micro_batch=20)
+    with torch.no_grad():
+        learner.value_head.layers[-1].weight.fill_(0.1)
+    rows = pack(_groups(2), _scores(), learner.loss, {}, max_tokens=20).rows
+    alone, shares = learner._values(rows), []
+    for reader in (0, 1):
+        learner.ranks = _Reader(reader)
+        shares.append(learner._values(rows))
+    assert shares[0].keys() & shares[1].keys() == set()
+    assert min(map(len, shares)) >= 3
+    both = shares[0] | shares[1]
+    assert both.keys() == alone.keys() == set(range(9))
+    assert all(torch.allclose(both[i], values, atol=1e-6) for i, values in alone.items())
 
 
 def test_the_values_learn_what_the_score_will_be(micro_policy):
