@@ -60,7 +60,6 @@ class RayPool:
     ) -> None:
         import ray
 
-        self.ray = ray
         self.prompts_per_shard, self.precision = prompts_per_shard, dtype
         self.faults = Faults(on_lost)
         self.timeout_s, self.publish_timeout_s = timeouts_s  # of a shard, of a publication
@@ -122,9 +121,9 @@ class RayPool:
                     taking &= former if since is not None else taking
                 if not taking:
                     break
-                sent = self.cluster.put(message, self.faults, self.publish_timeout_s, self.workers.while_waiting)
-                self._unreported["publish/bytes"] += message.bytes
                 limit_s = self.publish_timeout_s
+                sent = self.cluster.put(message, self.faults, limit_s, self.workers.while_waiting)
+                self._unreported["publish/bytes"] += message.bytes
                 calls = {self.workers.call(i, "publish", sent): Call(i, None, limit_s, late, began) for i in taking}
                 while calls:
                     for call, answer, lost in self.workers.ended(calls):

@@ -142,7 +142,7 @@ def refused(learner: Learner, pool: Pool, sabotage: Callable[[], None]) -> str:
 
 
 def in_worker(pool: Pool, sabotage: Callable[[Engine], None]) -> None:
-    ray.get(pool.workers[0].__ray_call__.remote(lambda worker: sabotage(worker.engine)))
+    ray.get(pool.workers.actors[0].__ray_call__.remote(lambda worker: sabotage(worker.engine)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -539,14 +539,14 @@ def test_a_client_without_the_token_is_refused(pool):
 def test_a_cluster_that_the_user_names_keeps_the_users_settings(monkeypatch):
     seen: list[dict] = []
     monkeypatch.setattr(ray, "init", lambda **given: seen.append(given | dict(os.environ)))
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/somebody/token")
     start_ray(1, "192.0.2.1:6379")
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.2:6379")
     start_ray(1)
     assert [(s["address"], s["RAY_AUTH_MODE"], s["RAY_AUTH_TOKEN_PATH"]) for s in seen] == [
-        ("192.0.2.1:6379", "disabled", "/home/somebody/token"),
-        ("192.0.2.2:6379", "disabled", "/home/somebody/token"),
+        ("192.0.2.1:6379", "token", "/home/somebody/token"),
+        ("192.0.2.2:6379", "token", "/home/somebody/token"),
     ]
 
 
