@@ -309,7 +309,7 @@ def _held_out_share(
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """All examples of `data.split` in two, by the content of each problem."""
     assert data.holdout
-    if data.name == "word_problems" or data.name.startswith(PREFIX):
+    if data.name in ("word_problems", "word_game") or data.name.startswith(PREFIX):
         raise ValueError(f"data.holdout={data.holdout}: {data.name} has a held-out split of its own; drop data.holdout")
     if heldout_split not in (None, data.split):
         raise ValueError(

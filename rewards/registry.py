@@ -64,10 +64,11 @@ def find_reward(function: str) -> Source:
         if function not in CALLABLES:
             raise RewardError(f"reward {function!r} was a function of a script; run it there: train(..., reward=...)")
         return Source(function, attribute)
-    return _source(function, "reward")
+    return find_function(function, "reward")
 
 
-def _source(function: str, what: str) -> Source:
+def find_function(function: str, what: str) -> Source:
+    """Read the file that `path/to/file.py:function` names, without running it; `what` is for errors. RewardError."""
     file, _, attribute = function.rpartition(":")
     path = Path(file).expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
@@ -90,9 +91,9 @@ def load_reward(function: str | Source) -> Reward:
     return _attribute_of(module, source, "reward")
 
 
-def load_function(function: str, what: str) -> Callable[..., Any]:
+def load_function(function: str | Source, what: str) -> Callable[..., Any]:
     """The function that `path/to/file.py:function` names; `what` is the option that errors name. Raises RewardError."""
-    source = _source(function, what)
+    source = find_function(function, what) if isinstance(function, str) else function
     return _attribute_of(_module_of(source), source, what)
 
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "policies": set(),
-    "rollout": {"policies"},
+    "rollout": {"policies", "rewards"},  # of rewards the isolated processes alone, see below
     "rewards": set(),
     "grpo": {"policies", "rollout", "rewards"},
 }
@@ -185,6 +185,26 @@ def test_an_import_against_the_arrows_is_found(tmp_path):
         "rewards/text.py imports tests",
         "rollout/pool.py imports grpo",
     ]
+
+
+def _of_rewards(source: str) -> set[str]:
+    """The modules of rewards that a module of rollout imports and should not."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            whole = node.module == "rewards"
+            found |= {f"rewards.{alias.name}" for alias in node.names} if whole else {node.module}
+    return {name for name in found if name.split(".")[0] == "rewards" and not name.startswith("rewards.isolation")}
+
+
+def test_rollout_takes_from_rewards_the_isolated_processes_alone():
+    assert set().union(*(_of_rewards(file.read_text()) for file in (ROOT / "rollout").rglob("*.py"))) == set()
+    allowed = "from rewards.isolation.pool import WorkerPool\nfrom rewards import isolation"
+    assert _of_rewards(allowed) == set()
+    wrong = "import rewards\nfrom rewards import Scorer, isolation\nfrom rewards.registry import find_reward"
+    assert _of_rewards(wrong) == {"rewards", "rewards.Scorer", "rewards.registry"}
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)

@@ -41,8 +41,8 @@ class SourceOptions(Options):
     """Which dataset a run trains on, and which of its rows."""
 
     name: str = "word_problems"
-    """`word_problems` (built in), `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with train.jsonl and test.jsonl, or
-    one data file."""
+    """`word_problems` or `word_game` (built in), `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with train.jsonl and
+    test.jsonl, or one data file."""
     split: str = "train"
     """The split that is trained on; a test split is refused here."""
     limit: int | None = Field(default=None, ge=1)

@@ -19,6 +19,8 @@ from grpo.data.source import BUILT_IN, GSM8K, TOO_MANY_FIELDS, file_rows, load_d
 from grpo.data.word_problems import word_problems
 from rewards.built_in.gsm8k import gold_answer
 from rewards.protocol import text_of
+from rollout.environments.word_game import COUNT as GAMES
+from rollout.environments.word_game import word_games
 
 GSM8K_COPIES = ("data/gsm8k", "../shared/data/gsm8k")  # train.jsonl and test.jsonl here spare the hub
 MOST_BAD_ROWS_NAMED = 10
@@ -88,6 +90,7 @@ def load_examples(
     `name_or_path` is one of
 
     - `word_problems`, with `levels` (default [1]) and `seed`; 20,000 problems unless `limit` says otherwise,
+    - `word_game`, with `seed`, for the environment of that name; 5,000 games unless `limit` says otherwise,
     - `reasoning_gym:TASK`, with `task_options` and `seed`; 2,000 problems unless `limit` says otherwise,
     - `gsm8k` (from data/gsm8k or ../shared/data/gsm8k where such a folder exists, else from the hub), or any hub id,
       with its configuration after a colon (`owner/name:config`),
@@ -126,6 +129,9 @@ def load_examples(
     if source == "word_problems":
         problems = word_problems(split, [1] if levels is None else levels, seed, count=limit or 20_000)
         return [_example(row["id"], row, "question", "answer") for row in problems]
+    if source == "word_game":
+        games = word_games(split, seed, count=limit or GAMES)
+        return [_example(row["id"], row, "question", "answer") for row in games]
     if path:
         prefix = f"{path.resolve().parent.name}/{path.stem}"
         numbered = file_rows(path)
@@ -197,7 +203,7 @@ def default_heldout_split(name: str) -> str:
     >>> default_heldout_split("gsm8k"), default_heldout_split("reasoning_gym:leg_counting")
     ('test', 'heldout')
     """
-    return "heldout" if name == "word_problems" or name.startswith(PREFIX) else "test"
+    return "heldout" if name in ("word_problems", "word_game") or name.startswith(PREFIX) else "test"
 
 
 def _checked(

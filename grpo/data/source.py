@@ -19,7 +19,7 @@ from grpo.config.json_file import parse_json
 from policies.files import hub
 
 GSM8K = "openai/gsm8k:main"
-BUILT_IN = {"word_problems": "word_problems", "gsm8k": GSM8K, "openai/gsm8k": GSM8K}
+BUILT_IN = {"word_problems": "word_problems", "word_game": "word_game", "gsm8k": GSM8K, "openai/gsm8k": GSM8K}
 FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
 TOO_MANY_FIELDS = "fields beyond the header"
 

@@ -1,4 +1,4 @@
-"""The child process that runs reward functions: JSON lines over a socket, one answer per request.
+"""The child process that runs reward functions and tools: JSON lines over a socket, one answer per request.
 
 Standard output is for the user's functions and goes to standard error. The process ends with its parent, whatever it
 is doing: a thread waits until the socket is closed. A call that exceeds its time limit is ended by faulthandler's
@@ -13,6 +13,7 @@ import faulthandler
 import inspect
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -25,11 +26,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from rewards.protocol import Reward, RewardError, Signature, bind
-from rewards.registry import Source, load_reward
+from rewards.registry import Source, find_function, load_function, load_reward
 
 
-def serve(socket_fd: int, trace_fd: int) -> None:
-    """Answer requests until the parent closes the socket."""
+def serve(socket_fd: int, trace_fd: int, memory: int) -> None:
+    """Answer requests until the parent closes the socket. `memory` is the most bytes of data, or 0 for no limit."""
+    if memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     for fd in (socket_fd, trace_fd):
         os.set_inheritable(fd, False)
     threading.Thread(target=_end_with_parent, args=(socket_fd,), daemon=True).start()
@@ -37,7 +40,7 @@ def serve(socket_fd: int, trace_fd: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     connection = socket.socket(fileno=socket_fd)
     lines = connection.makefile("rb", buffering=1 << 20)
-    functions: list[LoadedReward] = []
+    functions: list[LoadedReward | LoadedTool] = []
     for line in lines:
         request = json.loads(line)
         faulthandler.dump_traceback_later(request["timeout_s"], exit=True, file=trace_fd)
@@ -61,16 +64,17 @@ def _end_with_parent(socket_fd: int) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)  # with every process that a reward has started
 
 
-def load(descriptions: list[dict], functions: list[LoadedReward]) -> dict:
+def load(descriptions: list[dict], functions: Any) -> dict:
     """Append the functions that are described. The reply holds their signatures, or the first error."""
     for description in descriptions:
+        what = "reward" if "chat" in description else "tool"
         try:
-            functions.append(LoadedReward(**description))
+            functions.append((LoadedReward if what == "reward" else LoadedTool)(**description))
         except RewardError as error:
             return {"error": str(error)}
         except BaseException as error:
             cause = _describe(error, description["path"])
-            return {"error": f"reward {description['function']!r} cannot be loaded: {cause}"}
+            return {"error": f"{what} {description['function']!r} cannot be loaded: {cause}"}
     return {"signatures": [asdict(function.signature) for function in functions]}
 
 
@@ -143,6 +147,38 @@ class LoadedReward:
             return {"kind": "wrong_length", "message": message}
         means = {name: sum(values) / len(values) for name, values in metrics.items()}
         return {"rewards": rewards, "extras": extras, "metrics": means}
+
+
+class LoadedTool:
+    """A tool, which can be called on a request with the key `arguments`. It answers with a text."""
+
+    def __init__(self, function: str, attribute: str, path: str, content: str):
+        self.function = load_function(Source(function, attribute, path, content.encode("latin-1")), "tool")
+        try:
+            self.signature = Signature.of(self.function)
+        except (TypeError, ValueError) as error:
+            raise RewardError(f"tool {function!r}: {error}") from error
+        self.path = path
+
+    def call(self, request: dict) -> dict:
+        """`{"text": ...}`, or the failure of the tool, in which `told` is what the model may know of it."""
+        try:
+            result = self.function(**request["arguments"])
+            if inspect.isawaitable(result):
+                result = asyncio.run(_await(result))
+            return {"text": str(result)}
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            told = str(error) or type(error).__name__
+            return {"kind": "raised", "message": _describe(error, self.path), "told": told[:2000]}
+
+
+def describe_tool(function: str) -> dict:
+    """What a worker needs to load a tool, `path/to/file.py:function`. Raises RewardError if there is no such file."""
+    source = find_function(function, "tool")
+    content = source.content.decode("latin-1")
+    return {"function": function, "attribute": source.attribute, "path": source.path, "content": content}
 
 
 def _repeat(values: list, counts: list[int]) -> list:

@@ -32,21 +32,21 @@ GRACE_S = 1.0  # a late worker has so long to end itself and leave a trace befor
 
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from rewards.isolation.child import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
+    "from rewards.isolation.child import serve; serve(*map(int, sys.argv[2:]))"
 )
 
 
 class WorkerProcess:
     """One child process and the socket to it. `job` is the index of the request that it works on, if any."""
 
-    def __init__(self, pass_variables: Sequence[str] = ()) -> None:
+    def __init__(self, pass_variables: Sequence[str] = (), memory: int = 0) -> None:
         self.socket, theirs = socket.socketpair()
         self._trace = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill()
         fds = (theirs.fileno(), self._trace.fileno())
         path = [folder or os.getcwd() for folder in sys.path]
         defaults = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}  # the order of sets: the same in all workers
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-u", "-c", _BOOT, json.dumps(path), *map(str, fds)],
+            [sys.executable, "-P", "-u", "-c", _BOOT, json.dumps(path), *map(str, fds), str(memory)],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             stdout=2,
@@ -113,13 +113,22 @@ def stuck_at(trace: str) -> str:
 
 
 class WorkerPool:
-    """Runs requests on up to `size` workers. Several threads may call it; one call runs at a time."""
+    """Runs requests on up to `size` workers. Several threads may call it; one call runs at a time.
+
+    `memory` limits the bytes of data of each worker (RLIMIT_DATA); beyond it a function gets a MemoryError.
+    """
 
     def __init__(
-        self, functions: list[dict], *, size: int, timeout_s: float, pass_variables: Sequence[str] = ()
+        self,
+        functions: list[dict],
+        *,
+        size: int,
+        timeout_s: float,
+        pass_variables: Sequence[str] = (),
+        memory: int = 0,
     ) -> None:
         self._functions, self._size, self._timeout_s = functions, size, timeout_s
-        self._pass_variables = pass_variables
+        self._pass_variables, self._memory = pass_variables, memory
         self._workers: list[WorkerProcess] = []
         self._signatures: list[dict] = []
         self._lock = threading.Lock()
@@ -171,15 +180,17 @@ class WorkerPool:
     def _start_workers(self, num_waiting: int) -> bool:
         """Start the workers that the waiting requests need. True while no worker is ready."""
         if self._closed:
-            raise RewardError("this scorer is closed; make a new one")
+            raise RewardError("this scorer or tool box is closed; make a new one")
         jobs = num_waiting + sum(worker.job is not None for worker in self._workers)
         while len(self._workers) < min(self._size, max(jobs, 1)):
-            worker = WorkerProcess(self._pass_variables)
+            worker = WorkerProcess(self._pass_variables, self._memory)
             self._workers.append(worker)
             try:
                 worker.ask({"functions": self._functions}, START_TIMEOUT_S)
             except OSError as error:
-                raise RewardError(f"a reward worker cannot start: {self._drop(worker)['message']}") from error
+                raise RewardError(
+                    f"a worker for rewards or tools cannot start: {self._drop(worker)['message']}"
+                ) from error
         return not any(worker.ready for worker in self._workers)
 
     def _dispatch(self, requests: Sequence[dict], waiting: deque[int], replies: list[dict | None]) -> None:
@@ -225,7 +236,7 @@ class WorkerPool:
                 worker.ready, self._signatures = True, reply["signatures"]
             else:
                 names = ", ".join(function["function"] for function in self._functions)
-                raise RewardError(reply.get("error") or f"loading the rewards ({names}) failed: {reply['message']}")
+                raise RewardError(reply.get("error") or f"loading {names} failed: {reply['message']}")
 
     def _lose(self, worker: WorkerProcess, late: bool = False) -> dict:
         self._lost.append(worker.asked)

@@ -164,6 +164,29 @@ class TurnFormat:
         marks = "".join(f"<<{self._mark(call)}=" for call in turn.calls)
         return [*self._encode(turn.content + marks), self._tokenizer.eos_token_id]
 
+    def demonstration(self, solution: str) -> tuple[list[int], list[bool]]:
+        """A solution whose marks are calls, as an episode to learn from: its ids, and which of them the policy writes.
+
+        A mark in one line such as `<<48/2=24>>` is a call and its result, in whatever form the model has. A mark that
+        is no call of one of the tools stays text. In the plain form the episode is the solution, word by word.
+        """
+        ids: list[int] = []
+        sampled: list[bool] = []
+        start = 0
+        for mark in _CLOSED_MARK.finditer(solution):
+            said, _, result = mark.group()[2:-2].rpartition("=")
+            try:
+                call = self._checked(*self._from_mark(said))
+            except BadCall:
+                continue
+            turn = self.write(Turn(solution[start : mark.start()], (call,)))
+            written = self.reply([(call.name, result)])
+            ids += turn + written
+            sampled += [True] * len(turn) + [False] * len(written)
+            start = mark.end()
+        last = self.write(Turn(solution[start:]))
+        return ids + last, sampled + [True] * len(last)
+
     def _checked(self, name: str, arguments: Any) -> Call:
         """The call with its arguments in the types of the tool, "7" as 7 for an int. Raises BadCall."""
         if name not in self._tools:
@@ -190,24 +213,25 @@ class TurnFormat:
             raise BadCall("A call begins with << and ends with = at the end of a turn.")
         if len(said := text[start + 2 : inside.end() - 1]) > LONGEST_CALL:
             raise BadCall(f"A call may have {LONGEST_CALL} characters; this one has {len(said)}.")
+        return text[:start], [self._from_mark(said)]
+
+    def _from_mark(self, said: str) -> tuple[str, Any]:
+        """A tool's name, which may be left out if there is one tool, and its arguments: a JSON object, or the text
+        itself for a tool with one parameter."""
         name, _, rest = said.strip().partition(" ")
         if name not in self._tools:
             if len(self._tools) > 1:
                 raise BadCall(f"There is no tool {name!r}. Tools: {', '.join(self._tools)}.")
             name, rest = next(iter(self._tools), ""), said
-        return text[:start], [(name, self._from_mark(name, rest.strip()))]
-
-    def _from_mark(self, name: str, said: str) -> Any:
-        """The arguments of a mark: a JSON object, or the text itself for a tool with one parameter."""
-        fields = self._parameters.get(name, [])
+        said, fields = rest.strip(), self._parameters.get(name, [])
         try:
             read = json.loads(said) if said else {}
         except ValueError:
             read = None
         if isinstance(read, dict) and (set(read) <= set(fields) or len(fields) != 1):
-            return read
+            return name, read
         if len(fields) == 1:
-            return {fields[0]: said}
+            return name, {fields[0]: said}
         raise BadCall(f"The arguments of {name} must be a JSON object with the keys {', '.join(fields)}.")
 
     def _mark(self, call: Call) -> str:

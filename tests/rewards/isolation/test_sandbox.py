@@ -5,6 +5,7 @@ The attacks are such that they would do little harm if one of them were not cont
 
 import os
 import socket
+import struct
 import sys
 import tempfile
 import threading
@@ -147,6 +148,34 @@ def test_an_attack_is_contained_and_attributed(name, secret):
         assert outcome.exit_code == EXITS.get(name, outcome.exit_code) != 0
     assert outcome.stdout.strip().startswith(SAYS.get(name, ""))
     assert ERRORS.get(name, "") in outcome.stderr
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("import socket; socket.create_connection(('127.0.0.1', {port}), timeout=1)", "ConnectionRefusedError"),
+        ("import socket; socket.create_connection(('1.1.1.1', 53), timeout=1)", "Network is unreachable"),
+        ("import socket; socket.socket(1).connect('\\0quartet{port}')", "ConnectionRefusedError"),
+        ("import os, signal; os.kill({pid}, signal.SIGCONT)", "ProcessLookupError"),
+        ("import os; os.chroot('/tmp')", "PermissionError"),
+        ("import os; os.mknod('/tmp/mem', 0o20666, os.makedev(1, 1))", "PermissionError"),
+        (NATIVE + "assert libc.mount(b'none', b'/tmp', b'tmpfs', 0, None), 1 / 0\nraise OSError('EPERM')", "EPERM"),
+        (NATIVE + "assert libc.unshare(0x10000000), 1 / 0\nraise OSError('no namespace')", "no namespace"),
+    ],
+)
+def test_the_namespaces_hold_without_the_filter(program, said, monkeypatch):
+    """Two walls: what the filter refuses would find nothing after it either."""
+    allow_all = struct.pack("HBBI", 6, 0, 0, 0x7FFF0000)  # one instruction of BPF: return SECCOMP_RET_ALLOW
+    monkeypatch.setattr(sandbox, "_seccomp_filter", lambda: allow_all)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+        port = server.getsockname()[1]
+        abstract.bind(f"\0quartet{port}")
+        abstract.listen()
+        program = program if program.startswith(NATIVE) else program.format(port=port, pid=os.getpid())
+        outcome = run_python(program, limits=QUICK)
+    assert outcome.exit_code == 1
+    assert said in outcome.stderr.strip().rpartition("\n")[2]
 
 
 @needs_sandbox

@@ -1,0 +1,85 @@
+"""A game in several turns that a tiny policy learns in minutes: find a word in a sorted list, in three guesses.
+
+The list has seven words. After each guess the policy reads whether the word comes before or after it. Who halves the
+list each time always wins; who guesses without reading wins 3 of 7 games.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+_WORDS = "ant bat bee cat cow cub dog eel elk emu ewe fly fox gnu hen hog jay owl pig ram rat sow yak"
+LENGTH, GUESSES, COUNT = 7, 3, 5_000
+
+
+class WordGame:
+    """One game. Rewards 1 if the word was found.
+
+    >>> game = WordGame()
+    >>> game.reset(question="ant bee cat dog eel fox gnu", word="cat")
+    >>> game.guess("dog"), game.guess("cat"), game.get_reward()
+    ('before', 'yes', 1.0)
+    """
+
+    def reset(self, question: str, word: str, **columns: Any) -> None:
+        """`question` is the list of words, and `word` the one to find."""
+        self._words, self._word = question.split(), word
+        self._guesses: list[str] = []
+
+    def guess(self, word: str) -> str:
+        """Guesses the word and says whether it comes before or after the guess.
+
+        Args:
+            word: A word of the list.
+        """
+        if self._word in self._guesses or len(self._guesses) == GUESSES:
+            return "over"
+        self._guesses.append(word)
+        return _answer(self._words, word, self._word)
+
+    def get_reward(self) -> float:
+        """1 if the word was found, else 0."""
+        return float(self._word in self._guesses)
+
+
+def word_games(split: str, seed: int = 0, *, count: int = COUNT) -> list[dict[str, str]]:
+    """Games with the keys `question` (the list), `word`, `answer` and `id`; a list of words is there once.
+
+    `answer` is a game to learn the form from, played by guesses at random, in the marks of
+    `TurnFormat.demonstration`. A hash of the list puts about one in eight into the split `heldout`, whatever the seed.
+    Raises ValueError for another split than `train` and `heldout`, and for more than 20,000 games.
+
+    >>> game = word_games("train", count=1)[0]
+    >>> game["question"], game["word"], game["answer"]
+    ('dog eel emu fly hog jay pig', 'hog', '<<fly=after>><<emu=after>><<jay=before>>')
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"word_game has no split {split!r}; use train or heldout")
+    if not 1 <= count <= 20_000:
+        raise ValueError(f"word_game cannot make {count} games; ask for 1 to 20,000")
+    rng = random.Random(f"word_game/{split}/{seed}")
+    games: dict[str, dict[str, str]] = {}
+    while len(games) < count:
+        words = sorted(rng.sample(_WORDS.split(), LENGTH))
+        question = " ".join(words)
+        if question in games or (hashlib.sha256(question.encode()).digest()[0] % 8 == 0) != (split == "heldout"):
+            continue
+        word, guesses = rng.choice(words), rng.sample(words, GUESSES)
+        if word in guesses:
+            guesses = guesses[: guesses.index(word) + 1]
+        marks = [f"<<{guess}={_answer(words, guess, word)}>>" for guess in guesses]
+        games[question] = {
+            "question": question,
+            "word": word,
+            "answer": "".join(marks),
+            "id": f"word_game/{'-'.join(words)}/{word}",
+        }
+    return list(games.values())
+
+
+def _answer(words: list[str], guess: str, word: str) -> str:
+    if guess not in words:
+        return "not in the list"
+    return "yes" if guess == word else "before" if word < guess else "after"

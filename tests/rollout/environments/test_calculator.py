@@ -1,0 +1,155 @@
+"""Arithmetic without eval, and GSM8K's marked solutions as episodes with the calculator."""
+
+import json
+import random
+import re
+import time
+from fractions import Fraction
+
+import pytest
+
+from policies.presets import small_tokenizer
+from rollout.environments.calculator import LONGEST, Calculator, evaluate, recalculated
+from rollout.environments.format import Call, TurnFormat
+
+SOLUTION = "He has 48/2 = <<48/2=24>>24 left.\nThat is 24+1.5 = $<<24+1.5=25.50>>25.50.\n#### 25.50"
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("48/2", "24"),
+        ("0.1+0.2", "0.3"),
+        ("1/3", "0.333333"),
+        ("2/3", "0.666667"),
+        ("-1/8", "-0.125"),
+        ("2*(3+4)-5", "9"),
+        ("(1+2", None),
+        ("7//2 + 7 % 2", "4"),
+        ("2**10", "1024"),
+        ("2**-1", "0.5"),
+        ("-2**2", "-4"),
+        (" .5 * 100 ", "50"),
+        ("-1/10**9", "0"),
+        ("12345678901234567890 / 10", "1234567890123456789"),
+    ],
+)
+def test_arithmetic(expression, value):
+    if value is None:
+        with pytest.raises(ValueError, match="not an arithmetic expression"):
+            evaluate(expression)
+    else:
+        assert evaluate(expression) == value
+
+
+@pytest.mark.parametrize(
+    ("expression", "said"),
+    [
+        ("1/0", "division by zero"),
+        ("1 % 0", "division by zero"),
+        ("0 ** -1", "division by zero"),
+        ("9**9**9", "an exponent must be a whole number up to 100"),
+        ("2**0.5", "an exponent must be a whole number up to 100"),
+        ("(10**100)**100", "a number is too large"),
+        ("10**31", "a number is too large"),
+        ("1+" * LONGEST + "1", f"an expression may have {LONGEST} characters"),
+        ("__import__('os').system('true')", "is no number"),
+        ("(1).__class__", "is no number"),
+        ("x := 3", "not an arithmetic expression"),
+        ("[1][0]", "is no number"),
+        ("'a' * 3", "is no number"),
+        ("True + 1", "is no number"),
+        ("2j * 2", "is no number"),
+        ("1 << 3", "no operation with"),
+        ("~1", "is no number"),
+        ("lambda: 1", "is no number"),
+        ("3 apples", "not an arithmetic expression"),
+        ("", "not an arithmetic expression"),
+        ("(" * 90 + ")" * 90, "is no number"),
+        ("1e999", "inf"),
+        ("\0", "not an arithmetic expression"),
+    ],
+)
+def test_what_is_no_arithmetic_is_refused_at_once(expression, said):
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+        evaluate(expression)
+    assert time.perf_counter() - started < 0.5
+
+
+def test_results_are_those_of_python():
+    """Against Python's own evaluation, over fractions, of 300 random expressions."""
+    rng = random.Random(0)
+    compared = 0
+    for _ in range(300):
+        numbers = [str(rng.randint(1, 99)) for _ in range(4)]
+        text = numbers[0] + "".join(rng.choice(["+", "-", "*", "/", "//", "%"]) + n for n in numbers[1:])
+        exact = re.sub(r"\d+", r"Fraction(\g<0>)", text)
+        try:
+            value = eval(exact, {"Fraction": Fraction})
+        except ZeroDivisionError:
+            continue
+        assert abs(Fraction(evaluate(text)) - value) <= Fraction(1, 2 * 10**6), text
+        compared += 1
+    assert compared > 250
+
+
+def test_the_tool_is_described_to_the_policy():
+    form = TurnFormat(small_tokenizer([SOLUTION] * 20), [Calculator().calculate])
+    assert [schema["function"]["name"] for schema in form.schemas] == ["calculate"]
+    calculator = Calculator()
+    assert calculator.reset(question="?", answer="#### 4") is None
+    [call] = form.read(form._tokenizer.encode("so <<2*2=")).calls
+    assert (call, calculator.calculate(**call.arguments)) == (Call("calculate", {"expression": "2*2"}), "4")
+
+
+def test_a_marked_solution_becomes_an_episode():
+    """Which tokens the tool writes: `24>>` and `25.5>>`. What the policy writes ends each turn with the stop token."""
+    tokenizer = small_tokenizer([SOLUTION] * 20)
+    form = TurnFormat(tokenizer, [Calculator().calculate])
+    marked = recalculated(SOLUTION)
+    assert marked == SOLUTION.replace("=25.50>>", "=25.5>>")
+    ids, sampled = form.demonstration(marked)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == marked
+    assert tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if not own]) == "24>>25.5>>"
+    turns = tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if own]).split("<|end|>")
+    assert turns == [
+        "He has 48/2 = <<48/2=",
+        "24 left.\nThat is 24+1.5 = $<<24+1.5=",
+        "25.50.\n#### 25.50",
+        "",
+    ]
+
+
+def test_marks_that_are_no_calls_stay_text():
+    form = TurnFormat(small_tokenizer([SOLUTION] * 20), [Calculator().calculate, evaluate_twice])
+    text = "so <<x=3>>3 and <<evaluate_twice 2=4>>"
+    ids, sampled = form.demonstration(text)
+    assert form._tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert form._tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if not own]) == "4>>"
+    assert recalculated("so <<x+1=3>>3") == "so <<x+1=3>>3"
+
+
+def evaluate_twice(expression: str) -> str:
+    """Evaluates twice.
+
+    Args:
+        expression: numbers
+    """
+    return evaluate(evaluate(expression))
+
+
+def test_the_marks_of_gsm8k_are_calls(gsm8k_folder):
+    """The calculator answers all 4,282 marks of the test set. 96 % of its answers are the marks' own, to the letter;
+    the others are such as 27 for 27.00."""
+    from rollout.environments.calculator import _MARK
+
+    marks = same = unchanged = 0
+    for line in (gsm8k_folder / "test.jsonl").read_text(encoding="utf-8").splitlines():
+        solution = json.loads(line)["answer"]
+        found = _MARK.findall(solution)
+        assert len(found) == solution.count("<<")
+        marks += len(found)
+        same += sum(evaluate(expression) == result for expression, result in found)
+        unchanged += recalculated(solution) == solution
+    assert (marks, same, unchanged) == (4282, 4126, 1256)

@@ -1,0 +1,100 @@
+"""The word game, without any engine: rules, problems, and that halving the list wins."""
+
+import statistics
+
+import pytest
+
+from grpo.data.examples import default_heldout_split, load_examples
+from policies.presets import small_tokenizer
+from rollout.environments.format import TurnFormat
+from rollout.environments.word_game import GUESSES, WordGame, word_games
+
+
+def new_game(question="ant bee cat dog eel fox gnu", word="cat", **columns) -> WordGame:
+    game = WordGame()
+    assert game.reset(question=question, word=word, **columns) is None
+    return game
+
+
+def test_the_answers_lead_to_the_word():
+    game = new_game()
+    assert [game.guess(word) for word in ("dog", "bee", "cat")] == ["before", "after", "yes"]
+    assert game.get_reward() == 1.0
+    assert game.guess("cat") == "over"
+
+
+def test_there_are_three_guesses():
+    game = new_game()
+    assert [game.guess(word) for word in ("dog", "owl", "gnu", "cat")] == [
+        "before",
+        "not in the list",
+        "before",
+        "over",
+    ]
+    assert game.get_reward() == 0.0
+
+
+def play(game: WordGame, words: list[str], reads: bool) -> float:
+    """Halves the list as the answers say, or as if every answer were `after`."""
+    while words:
+        middle = len(words) // 2
+        answer = game.guess(words[middle])
+        if answer in ("yes", "over"):
+            break
+        words = words[:middle] if answer == "before" and reads else words[middle + 1 :]
+    return game.get_reward()
+
+
+def test_who_reads_the_answers_wins():
+    games = word_games("train", count=200)
+    reading = [play(new_game(**game), game["question"].split(), True) for game in games]
+    blind = [play(new_game(**game), game["question"].split(), False) for game in games]
+    assert statistics.mean(reading) == 1.0
+    assert 0.3 < statistics.mean(blind) < 0.56  # three of seven
+
+
+def test_games_are_distinct_and_held_out_by_their_words():
+    train, heldout = word_games("train", count=3000), word_games("heldout", count=1000)
+    lists = [game["question"] for game in (*train, *heldout)]
+    assert len(set(lists)) == 4000
+    assert all(game["word"] in game["question"].split() == sorted(game["question"].split()) for game in train)
+    assert word_games("train", seed=1, count=10) != train[:10] == word_games("train", count=10)
+    other_seed = {game["question"] for game in word_games("train", seed=1, count=3000)}
+    assert not other_seed & {game["question"] for game in heldout}
+    with pytest.raises(ValueError, match="word_game has no split 'test'; use train or heldout"):
+        word_games("test")
+    with pytest.raises(ValueError, match="word_game cannot make 20001 games"):
+        word_games("train", count=20001)
+
+
+def test_a_run_can_name_the_games_as_data():
+    examples = load_examples("word_game", "train", limit=5)
+    assert [example.columns["word"] for example in examples] == [game["word"] for game in word_games("train", count=5)]
+    assert examples[0].solution == examples[0].columns["answer"]
+    assert default_heldout_split("word_game") == "heldout"
+    assert len(load_examples("word_game", "heldout", purpose="eval")) == 5000
+
+
+def test_a_demonstration_is_a_game():
+    """Its guesses, played again, get the answers that are written in it, and a few tokens are enough."""
+    games = word_games("train", count=300)
+    tokenizer = small_tokenizer([f"{game['question']}\n{game['answer']}\n" for game in games])
+    form = TurnFormat(tokenizer, [WordGame().guess])
+    won = 0
+    for game in games[:100]:
+        ids, sampled = form.demonstration(game["answer"])
+        assert len(ids) <= 32
+        turns: list[list[int]] = [[]]
+        for token, own in zip(ids, sampled, strict=True):
+            if own:
+                turns[-1].append(token)
+                if token == tokenizer.eos_token_id:
+                    turns.append([])
+        played = new_game(**game)
+        calls = [call for turn in turns for call in form.read(turn).calls]
+        answers = [played.guess(**call.arguments) for call in calls]
+        assert 1 <= len(calls) <= GUESSES
+        marks = [f"<<{call.arguments['word']}={answer}>>" for call, answer in zip(calls, answers, strict=True)]
+        assert "".join(marks) == game["answer"]
+        won += played.get_reward()
+    assert 25 < won < 60
