@@ -190,7 +190,7 @@ def _limit_of(exit_code: int, errors: str) -> Limit | None:
 def _walls(limits: Limits) -> list[str]:
     """bubblewrap's options: what the program can see and reach."""
     options = ["--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL", "--die-with-parent"]
-    options += ["--uid", "65534", "--gid", "65534", "--new-session", "--hostname", "sandbox", "--clearenv"]
+    options += ["--uid", "65534", "--gid", "65534", "--new-session", "--hostname", "sandbox"]
     variables = {"PATH": "/nowhere", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
     variables |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     for name, value in variables.items():

@@ -15,7 +15,7 @@ LENGTH, GUESSES, COUNT = 7, 3, 5_000
 
 
 class WordGame:
-    """One game. Rewards 1 if the word was found.
+    """One game, which is `done` when the word was found or no guess is left. Its reward is 1 if the word was found.
 
     >>> game = WordGame()
     >>> game.reset(question="ant bee cat dog eel fox gnu", word="cat")
@@ -27,6 +27,7 @@ class WordGame:
         """`question` is the list of words, and `word` the one to find."""
         self._words, self._word = question.split(), word
         self._guesses: list[str] = []
+        self.done = False
 
     def guess(self, word: str) -> str:
         """Guesses the word and says whether it comes before or after the guess.
@@ -34,9 +35,10 @@ class WordGame:
         Args:
             word: A word of the list.
         """
-        if self._word in self._guesses or len(self._guesses) == GUESSES:
+        if self.done:
             return "over"
         self._guesses.append(word)
+        self.done = word == self._word or len(self._guesses) == GUESSES
         return _answer(self._words, word, self._word)
 
     def get_reward(self) -> float:

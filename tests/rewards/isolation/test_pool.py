@@ -14,6 +14,7 @@ import pytest
 from rewards import RewardError, RewardSpec, Scorer
 from rewards.isolation.pool import WorkerPool, stuck_at
 from rewards.scorer import BATCH
+from rewards.spec import RewardFunction
 
 FILE = Path(__file__).parents[2] / "cases/faulty_rewards.py"
 FAULTY = RewardSpec(f"{FILE}:faulty")
@@ -228,3 +229,20 @@ def test_a_pool_starts_no_process_before_it_is_used():
     pool = WorkerPool([], size=2, timeout_s=1.0)
     assert set(psutil.Process().children()) == before
     pool.close()
+
+
+def test_a_function_that_needs_too_much_memory_gets_an_error(tmp_path):
+    path = tmp_path / "greedy.py"
+    path.write_text("def greedy(completions, **_):\n    return [len(bytearray(int(c))) for c in completions]\n")
+    spec = RewardFunction(RewardSpec(f"{path}:greedy"), 0)
+    request = {"function": 0, "prompts": [""], "columns": {}, "completion_columns": {}}
+    pool = WorkerPool([spec.description()], size=1, timeout_s=20.0, memory=256 << 20)
+    try:
+        fits, too_much, after = pool.run(
+            [request | {"completions": [[size]]} for size in ("1000", "500000000", "2000")]
+        )
+    finally:
+        pool.close()
+    assert (fits["rewards"], after["rewards"]) == ([1000.0], [2000.0])
+    assert too_much["kind"] == "raised"
+    assert too_much["message"].startswith("MemoryError (greedy.py:2")

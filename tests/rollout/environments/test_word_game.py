@@ -19,19 +19,20 @@ def new_game(question="ant bee cat dog eel fox gnu", word="cat", **columns) -> W
 def test_the_answers_lead_to_the_word():
     game = new_game()
     assert [game.guess(word) for word in ("dog", "bee", "cat")] == ["before", "after", "yes"]
-    assert game.get_reward() == 1.0
+    assert (game.get_reward(), game.done) == (1.0, True)
     assert game.guess("cat") == "over"
 
 
 def test_there_are_three_guesses():
     game = new_game()
+    assert (game.get_reward(), game.done) == (0.0, False)
     assert [game.guess(word) for word in ("dog", "owl", "gnu", "cat")] == [
         "before",
         "not in the list",
         "before",
         "over",
     ]
-    assert game.get_reward() == 0.0
+    assert (game.get_reward(), game.done) == (0.0, True)
 
 
 def play(game: WordGame, words: list[str], reads: bool) -> float:
