@@ -1,0 +1,97 @@
+"""Environments of OpenEnv servers (optional extra `openenv`) in TRL's contract: the tools of the server are methods."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
+
+
+class OpenEnv:
+    """One episode on a server. Its reward is the sum of the rewards of its steps. `openenv` makes the classes."""
+
+    _url: str
+
+    def reset(self, **columns: Any) -> None:
+        """Begin an episode, with the data's columns. Its seed is drawn from `random`: it follows the rollout's key."""
+        self._client = _client(self._url)
+        self._client.connect()
+        self._reward, self.done = 0.0, False
+        self._note(self._client.reset(seed=random.getrandbits(31), **columns))
+
+    def get_reward(self) -> float:
+        """The sum of the rewards of all steps."""
+        return self._reward
+
+    def _call(self, tool: str, arguments: dict[str, Any]) -> str:
+        from openenv.core.env_server.mcp_types import CallToolAction
+
+        result = self._client.step(CallToolAction(tool_name=tool, arguments=arguments))
+        self._note(result)
+        said = result.observation
+        if error := getattr(said, "error", None):
+            raise RuntimeError(error.message)
+        value = getattr(said, "result", None)
+        return str(value["data"] if isinstance(value, dict) and "data" in value else value)
+
+    def _note(self, result: Any) -> None:
+        self._reward += result.reward or 0.0
+        self.done = bool(result.done)
+
+
+def openenv(url: str) -> type[OpenEnv]:
+    """The class of a server's environment, for `environment: my_environment.py:Maze`. Its tools are asked for now.
+
+    The server must list its tools (`MCPEnvironment` of OpenEnv). For one with actions of its own, write a class in
+    TRL's contract around its client. Raises ImportError without the package, and ValueError for a server without
+    tools. If the server does not answer, OpenEnv's client raises.
+
+    >>> Maze = openenv("http://127.0.0.1:8000")
+    """
+    client = _client(url)
+    try:
+        client.connect()
+        client.reset()
+        tools = client.list_tools()
+    finally:
+        client.close()
+    if not tools:
+        raise ValueError(f"the OpenEnv server at {url} lists no tools; write a class around its client instead")
+    return type("OpenEnv", (OpenEnv,), {"_url": url, **{tool.name: _method(tool) for tool in tools}})
+
+
+def _client(url: str) -> Any:
+    try:
+        from openenv.core.mcp_client import MCPToolClient
+    except ImportError as error:
+        raise ImportError("an OpenEnv server needs the package openenv: pip install 'quartet-rl[openenv]'") from error
+    return MCPToolClient(base_url=url).sync()
+
+
+def _method(tool: Any) -> Callable[..., Any]:
+    """A method with the signature and the docstring from which transformers makes the schema of the tool."""
+
+    def call(self: OpenEnv, **arguments: Any) -> str:
+        return self._call(tool.name, arguments)
+
+    about, _, described = (tool.description or tool.name).partition("Args:")
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    lines, hints = [], {}
+    for name, schema in tool.input_schema.get("properties", {}).items():
+        hints[name] = _TYPES.get(schema.get("type"), str)
+        required = name in tool.input_schema.get("required", [])
+        default = inspect.Parameter.empty if required else schema.get("default")
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+        )
+        said = re.search(rf"^\s*{re.escape(name)}\b[^:\n]*:\s*(.+)", described, re.MULTILINE)
+        lines.append(f"    {name}: {schema.get('description') or (said.group(1) if said else name)}")
+    call.__name__ = tool.name
+    call.__doc__ = "\n".join([about.strip() or tool.name, *(["", "Args:", *lines] if lines else [])])
+    call.__annotations__ = hints
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call

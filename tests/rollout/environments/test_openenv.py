@@ -1,0 +1,90 @@
+"""A server built with OpenEnv's package, on loopback, as an environment in TRL's contract (pip install openenv)."""
+
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from policies.presets import small_tokenizer
+from rollout.environments.format import Call, TurnFormat
+
+SERVER = Path(__file__).parents[2] / "cases/openenv_server.py"
+
+
+@pytest.fixture(scope="module")
+def url():
+    pytest.importorskip("openenv.core.mcp_client", reason="OpenEnv is not installed: pip install openenv")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, str(SERVER), str(port)])
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert server.poll() is None, "the server has ended"
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.peer
+def test_an_openenv_server_is_an_environment(url):
+    from rollout.environments.openenv import openenv
+
+    environment = openenv(url)()
+    assert environment.reset(number=5, answer="unused") is None
+    form = TurnFormat(small_tokenizer(["3 + 4 = 7\n"]), [environment.guess])
+    function = form.schemas[0]["function"]
+    assert (function["name"], function["description"]) == ("guess", "Guesses the number.")
+    assert function["parameters"] == {
+        "type": "object",
+        "properties": {
+            "number": {"type": "integer", "description": "From 1 to 9."},
+            "politely": {"type": "boolean", "description": "Whether to say please."},
+        },
+        "required": ["number"],
+    }
+    [call] = form.read(form._tokenizer.encode('<<guess {"number": "3"}=')).calls
+    assert call == Call("guess", {"number": 3})
+    assert environment.guess(**call.arguments) == "higher"
+    assert (environment.done, environment.get_reward()) == (False, -0.1)
+    with pytest.raises(RuntimeError, match="from 1 to 9"):
+        environment.guess(number=10)
+    assert environment.guess(number=5, politely=False) == "right"
+    assert (environment.done, round(environment.get_reward(), 6)) == (True, 0.8)
+
+
+@pytest.mark.peer
+def test_episodes_are_apart_and_seeded_by_random(url):
+    from rollout.environments.openenv import openenv
+
+    kind = openenv(url)
+    numbers = []
+    for seed in (0, 0, 1):
+        random.seed(seed)
+        game = kind()
+        game.reset()
+        numbers.append(next(n for n in range(1, 10) if game.guess(number=n) == "right"))
+    assert numbers[0] == numbers[1] != numbers[2]
+    one, two = kind(), kind()
+    one.reset(number=2)
+    two.reset(number=9)
+    assert [one.guess(number=4), two.guess(number=4)] == ["lower", "higher"]
+
+
+def test_without_the_package_the_way_out_is_named(monkeypatch):
+    from rollout.environments.openenv import openenv
+
+    monkeypatch.setitem(sys.modules, "openenv.core.mcp_client", None)
+    with pytest.raises(ImportError, match=r"pip install 'quartet-rl\[openenv\]'"):
+        openenv("http://127.0.0.1:1")
