@@ -18,6 +18,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -57,21 +58,22 @@ class Cluster:
             threading.Thread(target=self._watch, daemon=True, name="ray").start()
 
     def _watch(self) -> None:
-        """A call of Ray's that waits for a process under SIGSTOP can only be ended from outside."""
-        since: dict[int, float] = {}
+        """A call of Ray's that waits for a process under SIGSTOP can only be ended from outside. Looks are counted, and
+        not seconds: with Ctrl-Z this process stops as well."""
+        seen: dict[int, int] = defaultdict(int)
         while not self._closed.wait(POLL_S):
             for process in self.processes.values():
-                if not _stopped(process):
-                    since.pop(process.pid, None)
-                elif time.monotonic() - since.setdefault(process.pid, time.monotonic()) > STOPPED_S:
+                seen[process.pid] = seen[process.pid] + 1 if _stopped(process) else 0
+                if seen[process.pid] * POLL_S > STOPPED_S:
                     with suppress(psutil.Error):
                         process.kill()
 
     def check(self, *, ask: bool = False) -> None:
         """Raises RolloutError when Ray has died. With `ask` its own records are read as well: they show that a raylet
         is about to end, a moment before its process has. Under SIGSTOP it has half a minute to go on."""
-        deadline = time.monotonic() + STOPPED_S + LEAVE_S
-        while (hung := [name for name, p in self.processes.items() if _stopped(p)]) and time.monotonic() < deadline:
+        for _ in range(round((STOPPED_S + LEAVE_S) / POLL_S)):
+            if not (hung := [name for name, process in self.processes.items() if _stopped(process)]):
+                break
             time.sleep(POLL_S)
         dead = [
             f"{name} (process {process.pid})"
