@@ -17,7 +17,7 @@ import psutil
 from benchmarks.chaos.run import TITLES, Watched, alive, title
 from rollout.cluster import Seclusion
 
-MOMENT_S = 90.0  # in which every moment comes again
+MOMENT_S = 300.0  # in which every moment comes again
 MOMENTS = ("idle", "sampling", "publishing", "saving")
 # By what is struck: how, and how often among others. What of Ray dies alone ends the run, which is then resumed.
 OWN_CLUSTER = {
