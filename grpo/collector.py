@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from statistics import fmean
 from typing import Any
 
@@ -15,6 +17,7 @@ from grpo.algorithm.alarms import Alarm, Alarms, Watched
 from grpo.algorithm.dynamic_sampling import Drawn, draw_groups
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth
+from grpo.in_flight import group_of, plain
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.build import sampling_backend
 from grpo.loop import Run
@@ -25,14 +28,19 @@ from grpo.task import Task
 from grpo.tied_steps import TiedSteps
 from policies.policy import Policy
 from rewards.group_score import GroupScore, RewardFailed
+from rollout.continued import Begun, go_on
+from rollout.faults import OnFinished
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams
 
+Take = Callable[[int, int], Sequence[Prompt]]  # so many prompts for this draw of the step
+
 
 class Collector:
-    """Draws the groups of each step, and keeps the record of them. Its state is the curriculum, and `later`: the pass
-    rates of steps that were sampled ahead, which the curriculum learns only when it is their turn (contract 12)."""
+    """Draws the groups of each step, and keeps the record of them. Its state is the curriculum; `later`, the pass rates
+    of steps that were sampled ahead, which the curriculum learns only when it is their turn (contract 12); and `begun`,
+    the groups that go on in the next step."""
 
     def __init__(self, run: Run[TrainConfig], task: Task, curriculum: Curriculum, pool: Pool, policy: Policy) -> None:
         self.run, self.task, self.curriculum, self.pool = run, task, curriculum, pool
@@ -43,6 +51,7 @@ class Collector:
         self.sampling = replace(sampling, record_routing=config.learner.routing_replay)
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate
         self.alarms = Alarms(task.watched_rewards()) if run.config.log.alarms and run.ranks.first else None
+        self.begun: list[Begun] = []
         self.tied_steps = TiedSteps(
             config.data, config.rollout, config.warm_start.steps, task.first_reward, task.full_marks
         )
@@ -67,12 +76,16 @@ class Collector:
             what = f"step {step}: {'sampling' if draw == 0 else f'refill {draw}'}"
             bar = progress.add_task(what, total=len(prompts) * params.group_size)
             with timed("time/rollout"), phase("sampling", self.run.config):
-                groups = self.pool.sample(prompts, params.at(step, draw), lambda ended: progress.advance(bar, ended))
+                tell = partial(progress.advance, bar)
+                if options.partial is None:
+                    groups = self.pool.sample(prompts, params.at(step, draw), tell)
+                else:
+                    groups = self._complete(step, prompts, take, tell)
             with timed("time/reward"):
                 scores = self._score(groups, step)
             progress.remove_task(bar)
             rates = [(group.prompt.prompt_id, self._pass_rate(s)) for group, s in zip(groups, scores, strict=True)]
-            self.later += [(step, prompt_id, rate) for prompt_id, rate in rates if rate is not None]
+            self.later = self.later + [(step, prompt_id, rate) for prompt_id, rate in rates if rate is not None]
             if not options.ahead:
                 self._learn_rates(up_to=step)
             return groups, scores
@@ -87,6 +100,48 @@ class Collector:
         drawn.metrics |= seconds | rollout_metrics(drawn.all_groups, drawn.all_scores) | self._metrics(step, drawn)
         self.run.stop.check()
         return drawn
+
+    def _complete(self, step: int, prompts: Sequence[Prompt], take: Take, tell: OnFinished) -> list[RolloutGroup]:
+        """With these prompts and those that have begun, one budget is spent. Where no group is complete by then, as in
+        the first steps, the next prompts begin too and another is spent: the step has to learn from something."""
+        assert self.rollout.partial is not None
+        whole: list[Begun] = []
+        for draw in count():
+            new = [Begun(self._params(step).at(step, draw), RolloutGroup(prompt, [])) for prompt in prompts]
+            begun = go_on(self.pool, [*self.begun, *new], self.rollout.partial, self.tokenizer, tell)
+            whole, self.begun = [b for b in begun if not b.unfinished], [b for b in begun if b.unfinished]
+            if whole:
+                break
+            prompts = take(self.prompts_per_step, draw + 1)
+        return [each.group for each in whole]
+
+    def snapshot(self) -> Any:
+        """For `put_back`, which undoes what was collected since."""
+        return self.curriculum.state_dict(), self.later, self.begun
+
+    def put_back(self, before: Any) -> None:
+        curriculum, self.later, self.begun = before
+        self.curriculum.load_state_dict(curriculum)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        state = self.curriculum.state_dict()
+        if self.rollout.ahead:
+            state["later"] = [list(entry) for entry in self.later]
+        if self.rollout.partial is not None:
+            state["begun"] = [
+                {"step": begun.params.step, "draw": begun.params.draw, "group": plain(begun.group)}
+                for begun in self.begun
+            ]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """All but the curriculum's, which is there already."""
+        self.later = [(step, prompt_id, rate) for step, prompt_id, rate in state.get("later", [])]
+        self.begun = [
+            Begun(self._params(found["step"]).at(found["step"], found["draw"]), group_of(found["group"], self.prompt))
+            for found in state.get("begun", [])
+        ]
 
     def _learn_rates(self, up_to: int) -> None:
         self.curriculum.record((prompt_id, rate) for step, prompt_id, rate in self.later if step <= up_to)
@@ -155,6 +210,8 @@ class Collector:
             metrics["curriculum/completion_tokens"] = float(self._params(step).max_completion_tokens)
         if options.draft_depth is not None:
             metrics["curriculum/draft_depth"] = float(self.draft_depth(step))
+        if self.rollout.partial is not None:
+            metrics["rollout/carried"] = float(sum(begun.unfinished for begun in self.begun))
         return metrics | (drawn.counts() if self.rollout.refill_draws else {})
 
     def _params(self, step: int) -> SamplingParams:

@@ -146,7 +146,8 @@ class Run(Generic[Config]):
         """Take these parts (learner, prompts, ...) back to the checkpoint, and save them from now on.
 
         A learner has `state` and `load_state`, with tensors; every other part has `state_dict` and `load_state_dict`.
-        A part that a checkpoint of an older version lacks stays as it is.
+        It may have `tensors`, which are saved too, and `undo`, which takes a step back that has failed; without that
+        its state is asked for before every step. A part that a checkpoint of an older version lacks stays as it is.
         """
         self._parts = parts
         if self.saved:
@@ -163,7 +164,7 @@ class Run(Generic[Config]):
         """The numbers of the steps that are left. Between two of them the run ends if a signal has asked for it."""
         for step in range(self.start + 1, self.last + 1):
             self._begun, self._updates, self._started = step, self._learner.updates, time.perf_counter()
-            self._before = {name: part.state_dict() for name, part in self._parts.items() if part is not self._learner}
+            self._before = {name: part.state_dict() for name, part in self._others.items() if not hasattr(part, "undo")}
             self.metrics.clear()
             yield step
             self._begun = None
@@ -176,6 +177,10 @@ class Run(Generic[Config]):
     @property
     def _learner(self) -> Learner:
         return self._parts["learner"]
+
+    @property
+    def _others(self) -> dict[str, Any]:
+        return {name: part for name, part in self._parts.items() if not isinstance(part, Learner)}
 
     @property
     def moved(self) -> bool:
@@ -253,10 +258,12 @@ class Run(Generic[Config]):
         tensors, state = self._learner.state()
         everything, protect = {}, []
         if self.ranks.first:
-            others = {name: part.state_dict() for name, part in self._parts.items() if part is not self._learner}
+            others = {name: part.state_dict() for name, part in self._others.items()}
             everything = {"learner": state, **others, **self.log.state()}
             best = self.best_step(self.step)
             protect = [] if best is None else [best]
+        for part in self._others.values():
+            tensors |= part.tensors() if hasattr(part, "tensors") else {}
         keep = self.config.checkpoint.keep
         checkpoint.save(self.checkpoints, self.step, tensors, everything, keep=keep, protect=protect)
         self.saved_step, self._refused = self.step, -1
@@ -307,6 +314,9 @@ class Run(Generic[Config]):
         if self.step != self._begun:
             for name, state in self._before.items():
                 self._parts[name].load_state_dict(state)
+            for part in self._others.values():
+                if hasattr(part, "undo"):
+                    part.undo()
         elif self._recorded != self.step:
             self.record()
 

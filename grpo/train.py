@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -59,35 +59,33 @@ def train(
         again = partial(first_policy, run, task)
         learner = grpo_learner(policy, config, task.reward_weights, ranks, again, load_teacher(config))
         curriculum = Curriculum(task.train, config.curriculum, config.seed)
-        batches = Batches(run)
-        ahead = {"batches": batches} if config.rollout.ahead else {}
-        run.restore(learner=learner, **ahead, curriculum=curriculum, **_base(run, learner))
+        batches = Batches(run, curriculum)
+        run.restore(learner=learner, curriculum=batches, **_base(run, learner))
         with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log, samples=ranks.first) as pool:
             publisher = Publisher(pool, learner, sampling_params(policy, config.rollout, 1, config.seed))
             with phase("publishing", config):
                 publisher.publish()
             run.alone(use_costs_of_run, pool, policy, config.rollout, run.folder, resumes=run.resumes)
-            collector = batches.collector = Collector(run, task, curriculum, pool, policy)
+            collector = Collector(run, task, curriculum, pool, policy)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
             held_out = HeldOut(task, policy, pool, run.log, config.eval, sampling, collector.evaluated)
             with run:
+                batches.begin(collector, learner, partial(_publish, run, publisher))
                 if held_out.due(run.step, run.last) and not held_out.done(run.step):
                     run.alone(held_out.evaluate, run.step, "before GRPO" if run.step == 0 else None)
                 for step in run.steps():
                     learner.set_draft_depth(collector.draft_depth(step))
-                    drawn = ranks.from_first(partial(batches.take, step))
+                    drawn = batches.take(step)
                     run.metrics |= drawn.metrics
                     run.alone(pool.sleep)
-                    if ahead:
-                        _publish(run, publisher)
-                        batches.start(step + 1)
+                    batches.go_on(step)
                     with phase("learning", config):
                         batch = learner.prepare(drawn.groups, drawn.scores)
                     collector.keep(step, drawn, batch)
-                    learn(run, learner, batch, step, batches.complete)
+                    learn(run, learner, batch, step, batches)
                     collector.keep(step, drawn, batch, learner.policy_logprobs)
                     evaluates = held_out.due(step, run.last)
-                    if not ahead or evaluates or step == run.last:
+                    if not batches.ahead or evaluates or step == run.last:
                         batches.settle()
                         _publish(run, publisher)
                     run.record(pool.metrics() | task.lost())
@@ -110,27 +108,29 @@ def _publish(run: Run[TrainConfig], publisher: Publisher) -> None:
             run.metrics |= publisher.publish()
 
 
-def learn(
-    run: Run, learner: Learner, batch: TrainingBatch, step: int, before_update: Callable[[], None] = lambda: None
-) -> None:
-    """One step of the learner with a bar of its micro-batches. A stop is heeded until the first update is made, and
-    rank 0 calls `before_update` then: what that raises undoes the step."""
+def learn(run: Run, learner: Learner, batch: TrainingBatch, step: int, batches: Batches) -> None:
+    """One step of the learner with a bar of its micro-batches. Until the first update is made, a stop is heeded and
+    sampling ahead goes on; what that raises undoes the step."""
     with run.log.progress() as progress:
         bar = progress.add_task(f"step {step}: learning", total=None)
 
         def advance(finished: int, total: int) -> None:
             progress.update(bar, completed=finished, total=total)
-            in_first_update = finished * learner.options.updates_per_batch <= total
-            if run.ranks.size == 1 and in_first_update and finished < total:
-                run.stop.check()  # several ranks finish their step: they are in it together
-            if finished * learner.options.updates_per_batch == total:
-                run.ranks.from_first(before_update)
+            left = total - finished * learner.options.updates_per_batch
+            if left > 0:
+                if run.ranks.size == 1:  # several ranks finish their step: they are in it together
+                    run.stop.check()
+                batches.go_on(step)
+            elif left == 0:
+                batches.before_update(step)
 
         run.learn(
             lambda: learner.step(batch, step, advance),
             rate="learner.learning_rate",
             batch=run.folder / "rollouts" / f"step_{step:06d}.jsonl.zst",
         )
+        if not run.moved:  # there may have been nothing to learn
+            batches.before_update(step)
 
 
 def _base(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:

@@ -18,6 +18,7 @@ class Prompt:
     """One prompt as the policy sees it. Reward functions get its `columns` by name.
 
     `messages` are the chat messages from which a chat template made `text`; rewards with `chat: true` get them.
+    `first_sample` is the index in its group of the first completion that is sampled, which is part of the noise's key.
 
     >>> Prompt("gsm8k/train/0", "2 + 3 = ?", [17, 4, 21], {"answer": "#### 5"}).columns["answer"]
     '#### 5'
@@ -28,6 +29,7 @@ class Prompt:
     token_ids: list[int]
     columns: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, Any]] | None = None
+    first_sample: int = 0
 
 
 @dataclass
@@ -77,7 +79,8 @@ class Completion:
 
     `logprobs[t]` scores `token_ids[t]` under the temperature-scaled policy that really sampled it (contract 2).
     `routing` [Lc, MoE layers, k], integers: the experts that the trunk used when it read `token_ids[t]`, -1 for the
-    last token, which it never read.
+    last token, which it never read. `versions` [Lc] are the policy versions that sampled each token; it is empty where
+    all are `policy_version`, the one that sampled the last.
     """
 
     token_ids: list[int]
@@ -90,6 +93,7 @@ class Completion:
     turns: list[dict[str, Any]] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     tools: ToolStats | None = None
+    versions: list[int] = field(default_factory=list)
 
     @property
     def num_sampled(self) -> int:
@@ -110,6 +114,10 @@ class Completion:
         """What a reward reads: the text, or that of the policy's last turn where there were tools."""
         said = [message["content"] for message in self.turns if message["role"] == "assistant"]
         return said[-1] if said else self.text
+
+    @property
+    def version_of_tokens(self) -> list[int]:
+        return self.versions or [self.policy_version] * len(self.token_ids)
 
 
 def tokens_per_forward(completions: Iterable[Completion]) -> float | None:

@@ -29,9 +29,10 @@ class SamplingParams:
 
     `draft_tokens` None lets the depth controller choose before every forward. `accept="margin"` is lossy: it takes a
     draft unverified where its two best log-probabilities differ by more than `margin`; it is never used in training
-    (contract 3). `record_routing` records the experts of every token, for a learner that replays them. `stop_strings`
-    end a completion with the token that completes one of them, and its text before the string. They are never used in
-    training, where the text is that of the tokens.
+    (contract 3). `start` counts the tokens that the completions have already, as the end of their prompts: the noise
+    goes on after them. `record_routing` records the experts of every token, for a learner that replays them.
+    `stop_strings` end a completion with the token that completes one of them, and its text before the string. They are
+    never used in training, where the text is that of the tokens.
     """
 
     group_size: int = 8
@@ -42,6 +43,7 @@ class SamplingParams:
     draft_tokens: int | None = 0
     step: int = 0
     draw: int = 0
+    start: int = 0
     accept: Literal["exact", "margin"] = "exact"
     margin: float = 2.0
     record_routing: bool = False

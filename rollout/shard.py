@@ -116,7 +116,7 @@ class Decoding:
             self.drafter.hold(Prefilled(torch.tensor(numbers, device=self.device), token_ids, hidden, lengths))
         self.admitted += len(prompts) * group
         last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
-        keys = [row_key(self.params, p.prompt_id, sample) for p in prompts for sample in range(group)]
+        keys = [row_key(self.params, p.prompt_id, p.first_sample + i) for p in prompts for i in range(group)]
         rows = Rows.start(
             torch.tensor([i * group + sample for i in numbers for sample in range(group)], device=self.device),
             torch.tensor(keys, dtype=torch.int32, device=self.device),
@@ -172,7 +172,8 @@ class Decoding:
         return self.controller.pick(self.alive, most) if self.controller else min(self.max_depth, most)
 
     def _noise(self, rows: Rows, places: int) -> Noise:
-        return Noise(rows.keys_R2[:, None], rows.count[:, None] + self.steps[:places], self.vocabulary)
+        positions = self.params.start + rows.count[:, None] + self.steps[:places]
+        return Noise(rows.keys_R2[:, None], positions, self.vocabulary)
 
     def _settle(
         self,

@@ -63,6 +63,7 @@ def grpo_learner(
             reward_weights=reward_weights,
             sampler_differs=config.dtype != "float32"
             or config.rollout.ahead > 0
+            or config.rollout.partial is not None
             or sampling_backend(config, policy) not in OWN_BACKENDS,
             schedule=schedule(config.learner.schedule, config.steps, config.learner.warmup_steps),
             ranks=ranks,

@@ -86,7 +86,7 @@ def pack(
             rows += split_rows(group.prompt.token_ids, samples, max_tokens, routing, group=g)
     versions = Counter[int]()
     for completion in (completion for group in groups for completion in group.completions):
-        versions[completion.policy_version] += completion.num_sampled
+        versions.update(completion.versions or {completion.policy_version: completion.num_sampled})
     return TrainingBatch(rows, advantages_PG, count, tokens, int(tied_P.sum()), tokens_by_version=dict(versions))
 
 

@@ -75,10 +75,7 @@ def put(
             )
         for name, parameter in module.named_parameters() if module is not None else ():
             parameter.copy_(like(tensors[part][name], parameter))
-    for name, tensor in tensors["policy"].items():
-        moved = masters.of(own[name])
-        moved.copy_(like(tensor, moved))
-    masters.write_back()
+    put_weights(tensors["policy"], policy, masters)
     stored = tensors["optimizer"]
     for name in stored:
         owner, key = name.removesuffix(CODES).rsplit("/", 1)
@@ -91,6 +88,17 @@ def put(
             continue
         value = like(value, moved) if value.shape == moved.shape else value
         optimizer.state[moved][key] = value.to(moved.device, copy=True)
+
+
+@torch.no_grad()
+def put_weights(weights: Mapping[str, Tensor], policy: Policy, masters: MasterWeights) -> None:
+    """The policy takes the weights that `take` gives under "policy"."""
+    release(policy)
+    own = dict(policy.named_parameters()) | dict(policy.named_buffers())
+    for name, tensor in weights.items():
+        moved = masters.of(own[name])
+        moved.copy_(like(tensor, moved))
+    masters.write_back()
 
 
 def _named_parameters(policy: Policy, value_head: nn.Module | None) -> dict[str, nn.Parameter]:

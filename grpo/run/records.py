@@ -96,6 +96,7 @@ def rollout_lines(
                     "finish_reason": completion.finish_reason,
                     **({} if completion.tools is None else _episode(completion)),
                     "policy_version": completion.policy_version,
+                    **({"policy_versions": completion.versions} if completion.versions else {}),
                     "draft": asdict(completion.draft),
                 }
             )

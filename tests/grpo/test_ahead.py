@@ -1,37 +1,75 @@
 """Batches that are sampled ahead: the same bits whatever the timing, and nothing lost by a stop (contract 12)."""
 
+import os
 import random
+import signal
+import threading
 import time
+from contextlib import contextmanager
 
+import psutil
 import pytest
 import ray
 
+from grpo.ahead import OLDER
 from grpo.collector import Collector
+from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
 from grpo.run import checkpoint
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_events, read_metrics, read_rollouts
 from grpo.run.stop import Stopped
 from grpo.task import Task
 from grpo.train import train
 from rewards.group_score import RewardFailed, RewardFailure
-from rollout.pool import start_ray
+from rollout.pool import LocalPool, _copy, start_ray
 
-AHEAD = {"rollout.ahead": 1, "steps": 6, "eval.limit": 3, "eval.every": 3, "checkpoint.every": 2}
+RUN = {"steps": 6, "eval.limit": 3, "eval.every": 3, "checkpoint.every": 2}
 HARD = {"curriculum.by_difficulty": True, "rollout.refill_draws": 1, "rollout.refill_prompts": "new"}
+both = pytest.mark.parametrize("ahead", [1, 2])
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def cluster():
-    start_ray(3)
+    start_ray(4)
     yield
     ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def whole(micro_config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ahead") / "run"
-    train(micro_config(folder, **AHEAD | HARD))
-    return folder
+def in_process():
+    """`with in_process():` a copy of the policy in this process samples, as a Ray worker would, which starts slowly."""
+
+    @contextmanager
+    def replaced():
+        def pool_of(policy, workers, *, dtype, prompts_per_shard, **_):
+            return LocalPool(_copy(policy), dtype, prompts_per_shard)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("grpo.run.pool.open_pool", pool_of)
+            yield
+
+    return replaced
+
+
+@pytest.fixture
+def without_ray(in_process):
+    with in_process():
+        yield
+
+
+@pytest.fixture(scope="module")
+def options(micro_config):
+    return lambda folder, ahead, **given: micro_config(folder, **RUN | HARD | {"rollout.ahead": ahead} | given)
+
+
+@pytest.fixture(scope="module")
+def whole(options, in_process, tmp_path_factory):
+    """The folders of undisturbed runs."""
+    folders = {ahead: tmp_path_factory.mktemp("ahead") / "run" for ahead in (1, 2)}
+    with in_process():
+        for ahead, folder in folders.items():
+            train(options(folder, ahead))
+    return folders
 
 
 def kept(folder, step: int) -> dict:
@@ -40,69 +78,107 @@ def kept(folder, step: int) -> dict:
     tensors = {
         (kind, name): t.numpy().tobytes() for kind, mapping in saved.tensors.items() for name, t in mapping.items()
     }
-    for drawn in saved.state.get("batches", {}).get("batches", {}).values():
+    for drawn in saved.state["curriculum"].get("batches", {}).values():
         drawn["metrics"] = {name: value for name, value in drawn["metrics"].items() if not name.startswith("time/")}
     return tensors | {"state": {name: part for name, part in saved.state.items() if name not in ("log", "unwritten")}}
 
 
 def untimed(folder) -> list[dict]:
-    parts = ("time/", "speed/", "memory/", "run/", "publish/")
+    # A publication that a stop cuts short has no canaries.
+    parts = ("time/", "speed/", "memory/", "run/", "publish/", "canary/", "faults/")
     return [{k: v for k, v in line.items() if not k.startswith(parts)} for line in read_metrics(folder)]
 
 
-def same(folder, other) -> None:
+def same(folder, other, steps: int = 6, first: int = 2) -> None:
+    """Metrics, rollouts, and the checkpoints from step `first` on."""
     assert untimed(folder) == untimed(other)
-    for step in (2, 4, 6):
+    for step in range(first, steps + 1, 2):
         assert kept(folder, step) == kept(other, step)
-    for step in range(1, 7):
+    for step in range(1, steps + 1):
         assert read_rollouts(folder, step) == read_rollouts(other, step)
 
 
-def test_contract_12_a_batch_has_the_weights_of_its_schedule(whole):
-    versions = [{row["policy_version"] for row in read_rollouts(whole, step)} for step in range(1, 7)]
-    assert versions == [{0}, {0}, {1}, {2}, {3}, {4}]
-    assert [line.get("mismatch/age_mean", 0) for line in read_metrics(whole) if "loss/total" in line] == [
-        0,
-        1,
-        1,
-        1,
-        1,
-        1,
-    ]
+def late(patch, chance: random.Random, owner: type, name: str) -> None:
+    """Every call begins after a random delay."""
+    real = getattr(owner, name)
+
+    def called(*arguments, **named):
+        time.sleep(chance.random() / 5)
+        return real(*arguments, **named)
+
+    patch.setattr(owner, name, called)
 
 
-def test_contract_12_timing_and_workers_change_no_bit(micro_config, whole, tmp_path, monkeypatch):
+def mortal(patch, chance: random.Random, every: int) -> None:
+    """In every n-th step a worker of this process is killed at a random moment."""
+    real = Learner.step
+
+    def kill(after: float) -> None:
+        time.sleep(after)
+        children = psutil.Process().children(recursive=True)
+        if workers := [child for child in children if "".join(child.cmdline()).startswith("ray::Worker")]:
+            chance.choice(workers).kill()
+
+    def step(self, batch, number, *arguments):
+        if number % every == 0:
+            threading.Thread(target=kill, args=[chance.random() / 2]).start()
+        return real(self, batch, number, *arguments)
+
+    patch.setattr(Learner, "step", step)
+
+
+@both
+def test_contract_12_a_batch_has_the_weights_of_its_schedule(whole, ahead):
+    versions = [{row["policy_version"] for row in read_rollouts(whole[ahead], step)} for step in range(1, 7)]
+    assert versions == [{max(0, step - 1 - ahead)} for step in range(1, 7)]
+    ages = [line.get("mismatch/age_mean", 0) for line in read_metrics(whole[ahead]) if "loss/total" in line]
+    assert ages == [min(ahead, step) for step in range(6)]
+
+
+@both
+@pytest.mark.usefixtures("without_ray")
+def test_contract_12_an_evaluation_has_the_weights_of_its_step(options, tmp_path, ahead, monkeypatch):
+    seen, real = [], HeldOut.evaluate
+
+    def evaluate(self, step, *arguments):
+        seen.append((step, self.pool.pool.engine.version))
+        return real(self, step, *arguments)
+
+    monkeypatch.setattr(HeldOut, "evaluate", evaluate)
+    train(options(tmp_path / "run", ahead, steps=5, **{"eval.every": 2}))
+    assert seen == [(step, step) for step in (0, 2, 4, 5)]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_contract_12_timing_deaths_and_workers_change_no_bit(options, whole, tmp_path, monkeypatch):
+    """Two Ray workers, of which one is killed, against a run in one process that nothing delays."""
     chance = random.Random(0)
-
-    def late(owner, name):
-        real = getattr(owner, name)
-
-        def called(*arguments, **named):
-            time.sleep(chance.random() / 5)
-            return real(*arguments, **named)
-
-        monkeypatch.setattr(owner, name, called)
-
-    late(Collector, "collect")
-    late(Learner, "step")
-    train(micro_config(tmp_path / "run", **AHEAD | HARD | {"rollout.workers": 2}))
-    same(tmp_path / "run", whole)
+    late(monkeypatch, chance, Collector, "collect")
+    late(monkeypatch, chance, Learner, "step")
+    mortal(monkeypatch, chance, every=4)
+    train(options(tmp_path / "run", 2, **{"rollout.workers": 2}))
+    assert [event for event in read_events(tmp_path / "run") if event["event"] == "worker_lost"]
+    same(tmp_path / "run", whole[2])
 
 
+@both
+@pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize("stop", [2, 3])  # before and after an evaluation
-def test_contract_12_a_stopped_run_goes_on_with_the_batch_in_flight(micro_config, whole, tmp_path, stop):
-    config = micro_config(tmp_path / "run", **AHEAD | HARD)
+def test_contract_12_a_stopped_run_goes_on_with_the_batches_in_flight(options, whole, tmp_path, ahead, stop):
+    config = options(tmp_path / "run", ahead)
     with pytest.raises(Stopped):
         train(config, stop_after=stop)
-    saved = checkpoint.load(tmp_path / f"run/checkpoints/step_{stop:06d}").state["batches"]
-    assert list(saved["batches"]) == [str(stop + 1)]
+    saved = checkpoint.load(tmp_path / f"run/checkpoints/step_{stop:06d}")
+    assert list(saved.state["curriculum"]["batches"]) == [str(stop + 1 + i) for i in range(ahead)]
+    assert OLDER not in saved.tensors
     train(config, resume="auto")
-    same(tmp_path / "run", whole)
+    same(tmp_path / "run", whole[ahead])
 
 
-@pytest.mark.parametrize("call", [4, 5, 6])
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize(("ahead", "call"), [(1, 4), (1, 5), (2, 5), (2, 6)])
 def test_contract_9_a_failure_ahead_of_its_time_saves_the_last_whole_step(
-    micro_config, whole, tmp_path, monkeypatch, call
+    options, whole, tmp_path, monkeypatch, ahead, call
 ):
     """The reward of a batch that is sampled ahead fails: the step in progress is undone, and no bit is lost."""
     folder, real, calls = tmp_path / "run", Task.score, []
@@ -113,17 +189,94 @@ def test_contract_9_a_failure_ahead_of_its_time_saves_the_last_whole_step(
             raise RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom"))
         return real(*arguments)
 
-    config = micro_config(folder, **AHEAD | HARD)
+    config = options(folder, ahead)
     with monkeypatch.context() as patch:
         patch.setattr(Task, "score", failing)
         with pytest.raises(RewardFailed, match="boom"):
             train(config)
     train(config, resume="auto")
-    assert kept(folder, 6) == kept(whole, 6)
+    assert kept(folder, 6) == kept(whole[ahead], 6)
+
+
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize("how", ["failure", "signal"])
+@pytest.mark.parametrize("batch", [4, 5])  # whose weights are those before step 2, which is saved anyway, and step 3
+def test_contract_9_a_batch_whose_weights_are_gone_is_sampled_with_them_again(
+    options, whole, tmp_path, monkeypatch, batch, how
+):
+    """The run ends after the update that has changed the weights that this batch needs."""
+    folder, collect, step, updated = tmp_path / "run", Collector.collect, Learner.step, threading.Event()
+
+    def learn(self, batch_, number, *arguments):
+        metrics = step(self, batch_, number, *arguments)
+        updated.set() if number == batch - 2 else None
+        return metrics
+
+    def ending(self, number, *arguments):
+        if number != batch:
+            return collect(self, number, *arguments)
+        assert updated.wait(60)
+        if how == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not self.run.stop.asked:
+                time.sleep(0.01)
+        collect(self, number, *arguments)
+        raise RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom"))
+
+    config = options(folder, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", learn)
+        patch.setattr(Collector, "collect", ending)
+        with pytest.raises(Stopped if how == "signal" else RewardFailed):
+            train(config)
+    saved = checkpoint.load(folder / f"checkpoints/step_{batch - 2:06d}")
+    assert saved.state["curriculum"]["older_version"] == batch - 3
+    assert OLDER in saved.tensors
+    train(config, resume="auto")
+    same(folder, whole[2], first=4)
 
 
 def test_ahead_0_is_the_run_without_the_option(micro_config, tmp_path):
     for name, given in (("plain", {}), ("zero", {"rollout.ahead": 0})):
         train(micro_config(tmp_path / name, **HARD | given))
     assert kept(tmp_path / "plain", 3) == kept(tmp_path / "zero", 3)
-    assert "batches" not in checkpoint.load(tmp_path / "zero/checkpoints/step_000003").state
+    saved = checkpoint.load(tmp_path / "zero/checkpoints/step_000003").state["curriculum"]
+    assert not {"batches", "later"} & saved.keys()
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_contract_12_completions_that_go_on_are_in_flight_too(options, tmp_path):
+    """rollout.partial: the batch of step t has tokens of the versions up to t - 1 - ahead."""
+    given = {"rollout.partial": 4, "rollout.refill_draws": 0}
+    train(options(tmp_path / "whole", 2, **given))
+    rows = [row for step in range(1, 7) for row in read_rollouts(tmp_path / "whole", step)]
+    assert any("policy_versions" in row for row in rows)
+    for step in range(1, 7):
+        latest = {row["policy_version"] for row in read_rollouts(tmp_path / "whole", step)}
+        assert max(latest) == max(0, step - 3)
+    config = options(tmp_path / "run", 2, **given)
+    with pytest.raises(Stopped):
+        train(config, stop_after=3)
+    train(config, resume="auto")
+    same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.usefixtures("cluster")
+def test_contract_12_twelve_disturbed_steps_give_the_same_bits(options, tmp_path, ahead):
+    """0 (one is started) to 3 workers, random delays, a worker killed every third step, a stop in the middle."""
+    more = {"steps": 12, "eval.every": 5}
+    train(options(tmp_path / "quiet", ahead, **more))
+    for workers in range(4):
+        chance, folder = random.Random(10 * ahead + workers), tmp_path / f"run{workers}"
+        config = options(folder, ahead, **more | {"rollout.workers": workers})
+        with pytest.MonkeyPatch.context() as patch:
+            late(patch, chance, Collector, "collect")
+            late(patch, chance, Learner, "step")
+            mortal(patch, chance, every=3)
+            with pytest.raises(Stopped):
+                train(config, stop_after=chance.randrange(3, 10))
+            train(config, resume="auto")
+        assert [event for event in read_events(folder) if event["event"] == "worker_lost"]
+        same(folder, tmp_path / "quiet", steps=12)

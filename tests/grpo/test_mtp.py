@@ -464,6 +464,7 @@ def test_a_checkpoint_folder_brings_nothing_along(taught):
         ({"head.curriculum_share": 0.7, "head.tv_share": 0.4}, "their sum must be at most 1"),
         ({"eval.every": 2}, "eval.every=2 is for quartet train; drop it"),
         ({"rollout.ahead": 1}, "rollout.ahead=1 is for quartet train; drop it"),
+        ({"rollout.partial": 8}, "rollout.partial=8 is for quartet train; drop it"),
         ({"head.draft_vocabulary": 3}, "head.draft_vocabulary"),
     ],
 )

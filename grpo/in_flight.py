@@ -1,0 +1,66 @@
+"""Groups that were sampled and not learned from yet, as the JSON of a checkpoint takes them (contract 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo.algorithm.dynamic_sampling import Drawn
+from rewards.group_score import GroupScore, RewardFailure
+from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, ToolStats
+
+BY_ENVIRONMENT = ("text", "token_ids", "messages")  # parts of a prompt to which an environment may have added
+PromptOf = Callable[[str], Prompt]
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tensors of integers and what JSON knows, as JSON takes it; of a prompt what is not in the data."""
+    if isinstance(value, RolloutGroup):
+        return {
+            "prompt_id": value.prompt.prompt_id,
+            "prompt": {name: getattr(value.prompt, name) for name in BY_ENVIRONMENT},
+            "completions": plain(value.completions),
+            "prompt_routing": plain(value.prompt_routing),
+        }
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Tensor):
+        return {"dtype": str(value.dtype).removeprefix("torch."), "numbers": value.tolist()}
+    if isinstance(value, list | tuple):
+        numbers = bool(value) and isinstance(value[0], int | float)  # one for each token: they are many
+        return list(value) if numbers else [plain(entry) for entry in value]
+    return {key: plain(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
+def group_of(found: Mapping[str, Any], prompt_of: PromptOf) -> RolloutGroup:
+    """The inverse of `plain` for a group; `prompt_of` gives the prompt of an id."""
+    prompt = replace(prompt_of(found["prompt_id"]), **found["prompt"])
+    return RolloutGroup(prompt, list(map(_completion, found["completions"])), _tensor(found["prompt_routing"]))
+
+
+def drawn_of(found: Mapping[str, Any], prompt_of: PromptOf) -> Drawn:
+    """The inverse of `plain` for what a step has drawn."""
+    made = {
+        "groups": [group_of(each, prompt_of) for each in found["groups"]],
+        "scores": [_score(each) for each in found["scores"]],
+        "replaced": [(group_of(one, prompt_of), _score(other)) for one, other in found["replaced"]],
+    }
+    return Drawn(**{**found, **made})
+
+
+def _completion(found: Mapping[str, Any]) -> Completion:
+    tools = None if found["tools"] is None else ToolStats(**found["tools"])
+    parts = {"draft": DraftStats(**found["draft"]), "routing": _tensor(found["routing"]), "tools": tools}
+    return Completion(**{**found, **parts})
+
+
+def _score(found: Mapping[str, Any]) -> GroupScore:
+    return GroupScore(**{**found, "errors": [RewardFailure(**error) for error in found["errors"]]})
+
+
+def _tensor(found: Mapping[str, Any] | None) -> Tensor | None:
+    return None if found is None else torch.tensor(found["numbers"], dtype=getattr(torch, found["dtype"]))
