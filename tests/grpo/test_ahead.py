@@ -157,7 +157,7 @@ def test_contract_12_timing_deaths_and_workers_change_no_bit(options, whole, tmp
     late(monkeypatch, chance, Learner, "step")
     mortal(monkeypatch, chance, every=4)
     train(options(tmp_path / "run", 2, **{"rollout.workers": 2}))
-    assert [event for event in read_events(tmp_path / "run") if event["event"] == "worker_lost"]
+    assert [event for event in read_events(tmp_path / "run") if event["event"] == "lost"]
     same(tmp_path / "run", whole[2])
 
 
@@ -278,5 +278,5 @@ def test_contract_12_twelve_disturbed_steps_give_the_same_bits(options, tmp_path
             with pytest.raises(Stopped):
                 train(config, stop_after=chance.randrange(3, 10))
             train(config, resume="auto")
-        assert [event for event in read_events(folder) if event["event"] == "worker_lost"]
+        assert [event for event in read_events(folder) if event["event"] == "lost"]
         same(folder, tmp_path / "quiet", steps=12)
