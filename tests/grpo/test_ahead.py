@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import psutil
 import pytest
 import ray
+from safetensors.torch import load_file
+from start_ranks import end_of, run_ranks, start_ranks
 
 from grpo.ahead import OLDER
 from grpo.collector import Collector
@@ -280,3 +282,50 @@ def test_contract_12_twelve_disturbed_steps_give_the_same_bits(options, tmp_path
             train(config, resume="auto")
         assert [event for event in read_events(folder) if event["event"] == "lost"]
         same(folder, tmp_path / "quiet", steps=12)
+
+
+@pytest.mark.slow
+@both
+def test_contract_15_two_ranks_sample_ahead_as_one_process(micro_policy, letters, tmp_path, ahead):
+    """And a stop in the middle changes no bit of them either."""
+    micro_policy(0).save(tmp_path / "model")
+
+    def words(name: str, *more: str) -> list[str]:
+        options = {
+            "output_dir": tmp_path / name,
+            "model": tmp_path / "model",
+            "threads": 1,
+            "steps": 5,
+            "prompts_per_step": 3,
+            "rollout.group_size": 3,
+            "rollout.max_completion_tokens": 6,
+            "rollout.ahead": ahead,
+            "learner.learning_rate": 1e-3,
+            "data.levels": [1],
+            "data.limit": 12,
+            "rewards": f"[{{function: '{letters}'}}]",
+            "mtp.depth": 2,
+            "log.trackers": "[]",
+            "checkpoint.every": 1,
+            "checkpoint.keep": "null",
+        }
+        return [
+            "-m",
+            "grpo",
+            "train",
+            *(word for key, value in options.items() for word in (f"--{key}", str(value))),
+            *more,
+        ]
+
+    run_ranks(words("whole"), 2)
+    run_ranks(words("alone"), 1)
+    assert {code for code, _, _ in end_of(start_ranks(words("run", "--stop_after", "2"), 2))} == {143}
+    run_ranks(words("run", "--resume", "auto"), 2)
+    assert kept(tmp_path / "run", 5) == kept(tmp_path / "whole", 5)
+    for step in range(1, 6):
+        versions = {row["policy_version"] for row in read_rollouts(tmp_path / "whole", step)}
+        assert versions == {max(0, step - 1 - ahead)}
+        one, two = (read_rollouts(tmp_path / name, step) for name in ("alone", "whole"))
+        assert [row["token_ids"] for row in one] == [row["token_ids"] for row in two]
+    one, two = (load_file(tmp_path / name / "policy/model.safetensors") for name in ("alone", "whole"))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4

@@ -1,0 +1,170 @@
+"""Does sampling ahead pay? One thread for the worker and one for the learner, against one process with two threads.
+
+Short runs of `quartet train`, in turn: the demo (examples/01_demo.yaml, after a short warm start of its own) and
+SmolLM2 (examples/02_gsm8k_smollm2_lora.yaml, if it was prepared). Seconds are those of a step of GRPO, in the mean over
+the steps after the first three, from which the pipeline is full.
+
+    two threads      rollout.ahead: 0, one process with two threads
+    one thread       rollout.ahead: 0, one process with one thread: what its rollout and its learning take alone
+    ahead 1, 2       a worker with one thread, a learner with one thread
+
+The ceiling is t(two threads) / max(rollout with rewards, learning) of the row `one thread`: nothing is faster than its
+slower half. It is printed first. The bar is 0.9 of it. The machine must be quiet.
+
+    python benchmarks/ahead.py --json benchmarks/results/ahead.json          # about five minutes on two cores
+    python benchmarks/ahead.py --curves --json benchmarks/results/ahead_curves.json
+
+`--curves` trains the whole demo with ahead 0, 1 and 2 and three seeds: nine trainings of two minutes or more each, one
+after the other, about 25 minutes. It prints the accuracies, and whether ahead is within the spread of the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from grpo.run.hardware import describe
+from grpo.run.records import read_metrics
+from policies.openmp import CHOICES
+
+BAR = 0.9
+ROOT = Path(__file__).parents[1]
+ROWS: dict[str, tuple[int, int]] = {  # threads of the learner, rollout.ahead
+    "two threads": (2, 0),
+    "one thread": (1, 0),
+    "ahead 1": (1, 1),
+    "ahead 2": (1, 2),
+}
+QUIET = ["--eval.limit", "0", "--log.measure_speed", "false", "--log.trackers", "[]", "--checkpoint.every", "1000"]
+FILLED = 3  # steps after which as much is in flight as ever
+
+
+def quartet(*words: object) -> None:
+    """Raises CalledProcessError when the command fails."""
+    kept = {k: v for k, v in os.environ.items() if k not in (*CHOICES, "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    command = [sys.executable, "-m", "grpo", *map(str, words)]
+    subprocess.run(command, env=kept | {"PYTHONPATH": str(ROOT)}, check=True, stdout=subprocess.DEVNULL)
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(folder) if "time/step" in line]
+
+
+def seconds_of(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the steps in which the pipeline was full. What the learner waited for is not learning."""
+    full = steps[FILLED:]
+    waited = [step.get("time/wait", 0.0) for step in full]
+    return {
+        "step": fmean(step["time/step"] for step in full),
+        "rollout": fmean(step["time/rollout"] + step.get("time/reward", 0.0) for step in full),
+        "learn": fmean(max(0.0, step["time/learn"] - wait) for step, wait in zip(full, waited, strict=True)),
+        "wait": fmean(waited),
+        "publish": fmean(step.get("time/publish", 0.0) for step in full),
+    }
+
+
+def compared(seconds: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The ceiling, what each ahead reached of it, and what it gained."""
+    two, one = seconds["two threads"], seconds["one thread"]
+    found = {"ceiling": two["step"] / max(one["rollout"], one["learn"])}
+    for row in (row for row in seconds if row.startswith("ahead")):
+        found[row] = two["step"] / seconds[row]["step"]
+        found[f"{row} of the ceiling"] = found[row] / found["ceiling"]
+    return found
+
+
+def pays(words: list[object], steps: int, repeats: int) -> dict[str, Any]:
+    """All rows take turns; of the repeats the median."""
+    taken: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(repeats):
+            for row, (threads, ahead) in ROWS.items():
+                out = Path(folder) / f"{row} {repeat}".replace(" ", "_")
+                given = ["--threads", threads, "--rollout.ahead", ahead, "--steps", steps + FILLED]
+                quartet("train", *words, *QUIET, *given, "--output_dir", out)
+                taken[row].append(seconds_of(steps_of(out)))
+                if repeat == 0 and row == "one thread":
+                    print(
+                        f"ceiling {compared({r: taken[r][0] for r in ('two threads', row)})['ceiling']:.3f}", flush=True
+                    )
+    seconds = {row: {what: median(t[what] for t in times) for what in times[0]} for row, times in taken.items()}
+    found = compared(seconds)
+    for row, times in seconds.items():
+        shown = "  ".join(f"{what} {value:6.3f}" for what, value in times.items())
+        gained = f"  {found[row]:.3f}x, {found[f'{row} of the ceiling']:.3f} of the ceiling" if row in found else ""
+        print(f"{row:12s} {shown} s{gained}", flush=True)
+    best = max(found[f"ahead {ahead} of the ceiling"] for ahead in (1, 2))
+    held = "held" if best >= BAR else "MISSED"
+    print(f"ceiling {found['ceiling']:.3f}; reached {best:.3f} of it; the bar is {BAR}: {held}")
+    return {"seconds": seconds, "compared": found, "repeats": repeats, "steps": steps}
+
+
+def curves(options: argparse.Namespace) -> dict[str, Any]:
+    """Held-out accuracy during the demo's GRPO, by ahead and seed."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in options.seeds:
+            for ahead in (0, 1, 2):
+                out = Path(folder) / f"{ahead}_{seed}"
+                given = ["--seed", seed, "--rollout.ahead", ahead, "--threads", 1, "--eval.every", 10]
+                quartet(
+                    "train", ROOT / "examples/01_demo.yaml", "--output_dir", out, *given, "--log.measure_speed", "false"
+                )
+                points = [[m["step"], m["eval/accuracy"]] for m in read_metrics(out) if "eval/accuracy" in m]
+                found.setdefault(f"ahead {ahead}", {})[str(seed)] = points
+                print(f"ahead {ahead} seed {seed}: " + "  ".join(f"{s}: {a:.3f}" for s, a in points), flush=True)
+    last = {row: [points[-1][1] for points in seeds.values()] for row, seeds in found.items()}
+    spread = max(last["ahead 0"]) - min(last["ahead 0"])
+    for row in ("ahead 1", "ahead 2"):
+        away = fmean(last[row]) - fmean(last["ahead 0"])
+        within = "within" if abs(away) <= spread else "OUTSIDE"
+        print(f"{row}: {away:+.3f} in the mean, {within} the seeds' spread of {spread:.3f}")
+    return {"curves": found, "last": last}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--curves", action="store_true", help="the demo's accuracy in place of seconds")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--warm_start_steps", type=int, default=300, help="of the demo's policy, before what is timed")
+    parser.add_argument("--demo_steps", type=int, default=12)
+    parser.add_argument("--smollm2_steps", type=int, default=4)
+    parser.add_argument("--smollm2", type=Path, default=ROOT / "models/smollm2-135m-mla")
+    parser.add_argument("--data", default="gsm8k", help="for SmolLM2: gsm8k, or a folder with its train.jsonl")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--only", choices=["demo", "smollm2"])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    started, results = time.perf_counter(), dict[str, Any]()
+    if options.curves:
+        results["curves"] = curves(options)
+    if not options.curves and options.only != "smollm2":
+        with tempfile.TemporaryDirectory() as folder:
+            policy, given = Path(folder) / "warm", ["--warm_start.steps", options.warm_start_steps, "--threads", 2]
+            demo = ROOT / "examples/01_demo.yaml"
+            quartet("train", demo, "--output_dir", policy, "--steps", 1, *QUIET, *given)
+            print("demo", flush=True)
+            words = [demo, "--model", policy / "policy", "--warm_start.steps", 0]
+            results["demo"] = pays(words, options.demo_steps, options.repeats)
+    if not options.curves and options.only != "demo" and not options.smollm2.exists():
+        print(f"SmolLM2 is left out: {options.smollm2} is not there; `make smollm2` prepares it")
+    elif not options.curves and options.only != "demo":
+        print("SmolLM2", flush=True)
+        words = [ROOT / "examples/02_gsm8k_smollm2_lora.yaml", "--model", options.smollm2, "--data.name", options.data]
+        words += ["--prompts_per_step", 2, "--rollout.group_size", 4, "--rollout.max_completion_tokens", 48]
+        results["smollm2"] = pays(words, options.smollm2_steps, options.repeats)
+    print(f"{time.perf_counter() - started:.0f} s in all")
+    if options.json:
+        options.json.write_text(json.dumps({"environment": describe(), "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
