@@ -20,10 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from grpo.algorithm.dynamic_sampling import Drawn
+from grpo.algorithm.in_flight import drawn_of, plain
 from grpo.collector import Collector
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum
-from grpo.in_flight import drawn_of, plain
 from grpo.learner.learner import Learner
 from grpo.loop import Run
 

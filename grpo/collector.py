@@ -15,9 +15,9 @@ from rich.progress import Progress
 
 from grpo.algorithm.alarms import Alarm, Alarms, Watched
 from grpo.algorithm.dynamic_sampling import Drawn, draw_groups
+from grpo.algorithm.in_flight import group_of, plain
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth
-from grpo.in_flight import group_of, plain
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.build import sampling_backend
 from grpo.loop import Run

@@ -28,7 +28,7 @@ FLOORS = (
     ("sft", "mtp", "commands", "view", "trl_bridge"),
     ("ahead",),
     ("collector", "evaluation"),
-    ("tied_steps", "task", "in_flight"),
+    ("tied_steps", "task"),
     ("reward_models", "actor"),
     ("policy_source", "loop"),
     ("agreement", "backend", "sampling", "publisher"),
