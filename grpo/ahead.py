@@ -85,9 +85,10 @@ class Batches:
         """Begin the batches up to `step` + ahead, each when the one before is complete: all of them where it `wait`s,
         those that can begin now where it does not. The learner holds the weights of `step` - 1, or no batch is left."""
         while self.next <= min(step + self.ahead, self.run.last):
-            if not wait and not self.run.ranks.from_first(self._idle):
+            if wait:
+                self.run.ranks.from_first(self.complete)
+            elif not self.run.ranks.from_first(self._completed):
                 return
-            self.run.ranks.from_first(self.complete)
             self.publish()
             self._start()
 
@@ -99,8 +100,14 @@ class Batches:
         if self.ahead == 1:  # the next step waits for this batch anyway, and no copy is needed
             self.run.ranks.from_first(self.complete)
         else:
-            complete = self.run.ranks.from_first(self._idle)
+            complete = self.run.ranks.from_first(self._completed)
             self._older = None if complete else (self.learner.policy_version, self._copy())
+
+    def _completed(self) -> bool:
+        """Whether nothing is sampled now. Raises what the sampling has raised, if it has ended."""
+        if idle := self._idle():
+            self.complete()
+        return idle
 
     def _idle(self) -> bool:
         return self._sampling is None or self._sampling[0].done()

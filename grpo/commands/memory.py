@@ -126,6 +126,9 @@ def learner_memory(
         """Bytes of the shares of a rank, where a number of a weight takes `bytes_of` it."""
         return round(sum(shares.held(name, weight) * bytes_of(weight) for name, weight in chosen.items()))
 
+    def kept_as(weight: Tensor) -> int:
+        return weight.element_size() if config.learner.stochastic_rounding else 4
+
     saved = sum(weight.nbytes - four_bit.bytes_of(weight) for weight in small.values())
     published = {id(weight): weight.nbytes for weight in (*_adapted(policy), *small.values())}
     eight = config.learner.optimizer == "adamw_8bit"
@@ -141,6 +144,7 @@ def learner_memory(
         shares.ranks,
         weights=held(weights, Tensor.element_size) + held(value) + buffers - saved,
         masters=0 if config.learner.stochastic_rounding else held(below),
+        older=held(trained, kept_as) if isinstance(config, TrainConfig) and grpo and config.rollout.ahead > 1 else 0,
         gradients=held(taught | value),
         moments=held(taught | value, lambda weight: moment_bytes(weight) if eight else 8),
         reference=held(plain, Tensor.element_size) + buffers if anchored else 0,

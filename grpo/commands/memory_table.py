@@ -24,6 +24,7 @@ class DeviceMemory:
     reference: int = 0
     sampler: int = 0  # its own copy of the policy
     derived: int = 0  # from that copy, for decoding
+    older: int = 0  # weights that the batch in flight needs (rollout.ahead: 2)
     buffers: int = 0  # that FSDP keeps from its first step on
     loading: int = 0  # what is whole for a moment while shares are read
     activations: int = 0
@@ -40,7 +41,8 @@ class DeviceMemory:
         {'loading': 2, 'sampling': 13, 'learning': 15, 'publishing': 11, 'saving': 10}
         """
         loaded = self.weights + self.reference
-        steady = loaded + self.masters + self.moments + self.sampler + self.derived + self.buffers
+        steady = loaded + self.masters + self.moments + self.sampler + self.derived
+        steady += self.older + self.buffers
         return {
             "loading": loaded + self.loading,
             "sampling": steady + self.rollout,
@@ -62,6 +64,7 @@ ROWS = {
     "reference": "reference policy",
     "sampler": "sampler: its own copy",
     "derived": "sampler: derived from it",
+    "older": "older weights, for the batch in flight",
     "buffers": "buffers of FSDP",
     "activations": "then: activations of a micro-batch ≈",
     "gathered": "with: layers that FSDP has gathered ≈",

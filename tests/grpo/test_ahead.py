@@ -13,7 +13,7 @@ import ray
 from safetensors.torch import load_file
 from start_ranks import end_of, run_ranks, start_ranks
 
-from grpo.ahead import OLDER
+from grpo.ahead import OLDER, Batches
 from grpo.collector import Collector
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
@@ -236,6 +236,31 @@ def test_contract_9_a_batch_whose_weights_are_gone_is_sampled_with_them_again(
     assert OLDER in saved.tensors
     train(config, resume="auto")
     same(folder, whole[2], first=4)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_contract_9_a_batch_that_fails_just_before_the_update_undoes_the_step(options, whole, tmp_path, monkeypatch):
+    folder, collect, start = tmp_path / "run", Collector.collect, Batches._start
+
+    def failing(self, number, *arguments):
+        if number == 4:
+            raise RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom"))
+        return collect(self, number, *arguments)
+
+    def start_and_see(self):
+        start(self)
+        while self.next == 5 and not self._idle():
+            time.sleep(0.01)
+
+    config = options(folder, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Collector, "collect", failing)
+        patch.setattr(Batches, "_start", start_and_see)
+        with pytest.raises(RewardFailed):
+            train(config)
+    assert list(checkpoint.saved(folder / "checkpoints")) == [1]
+    train(config, resume="auto")
+    same(folder, whole[2])
 
 
 def test_ahead_0_is_the_run_without_the_option(micro_config, tmp_path):

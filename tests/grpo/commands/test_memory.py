@@ -260,11 +260,21 @@ def test_what_samples_ahead_is_a_worker_with_a_copy_of_its_own(random_policy):
     learner, worker = memory_of_run(shape, True, options(TrainConfig, **{"rollout.ahead": 1}))
     assert (learner.name, learner.sampler, worker.name) == ("learner", 0, "the worker")
     assert worker.sampler > 0
+    assert learner.older == 0
+    older, _ = memory_of_run(shape, True, options(TrainConfig, **{"rollout.ahead": 2}))
+    trained = sum(p.numel() for p in random_policy().parameters())
+    assert 4 * trained == older.older == older.peak - learner.peak
 
 
 @pytest.mark.parametrize(
     ("given", "samplers"),
-    [({}, 0), ({"ahead": 1}, 1), ({"ahead": 1, "workers": 3}, 3), ({"ahead": 1, "backend": "vllm"}, 0)],
+    [
+        ({}, 0),
+        ({"ahead": 1}, 1),
+        ({"ahead": 2}, 1),
+        ({"ahead": 1, "workers": 3}, 3),
+        ({"ahead": 1, "backend": "vllm"}, 0),
+    ],
 )
 def test_the_ray_workers_of_a_run(given, samplers):
     assert RolloutOptions(**given).samplers == samplers
