@@ -31,12 +31,15 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from grpo.run.hardware import describe
-from grpo.run.records import read_metrics
-from policies.openmp import CHOICES
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # else `rollout` would be a file here
+
+from grpo.run.hardware import describe  # noqa: E402
+from grpo.run.records import read_metrics  # noqa: E402
+from policies.openmp import CHOICES  # noqa: E402
 
 BAR = 0.9
-ROOT = Path(__file__).parents[1]
+ROOT = HERE.parent
 ROWS: dict[str, tuple[int, int]] = {  # threads of the learner, rollout.ahead
     "two threads": (2, 0),
     "one thread": (1, 0),
