@@ -102,6 +102,8 @@ class Batches:
         else:
             complete = self.run.ranks.from_first(self._completed)
             self._older = None if complete else (self.learner.policy_version, self._copy())
+            if not complete:
+                self.collector.pool.keep()  # for a worker that takes the place of one that died
 
     def _completed(self) -> bool:
         """Whether nothing is sampled now. Raises what the sampling has raised, if it has ended."""

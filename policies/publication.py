@@ -6,6 +6,7 @@ A policy with adapters learns A and B alone. A sampler that keeps the weights un
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -40,6 +41,15 @@ class Publication(Mapping[str, Tensor]):
     def of(cls, weights: Mapping[str, Tensor]) -> Publication:
         """Of tensors that nobody knows more about."""
         return weights if isinstance(weights, Publication) else cls(weights)
+
+    def kept(self) -> Publication:
+        """The same with copies of what a learner changes."""
+        tensors = {name: t if name in self.fixed else t.detach().clone() for name, t in self.tensors.items()}
+        adapters = {
+            name: replace(adapter, a=adapter.a.detach().clone(), b=adapter.b.detach().clone())
+            for name, adapter in self.adapters.items()
+        }
+        return Publication(tensors, adapters, self.fixed)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.tensors[name]

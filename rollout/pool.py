@@ -43,6 +43,10 @@ class Pool(Protocol):
         """The groups of all these prompts by every sampler, under its name: canaries (publication/canaries.py)."""
         ...
 
+    def keep(self) -> None:
+        """The learner is about to change the weights that were published, and what is sampled still needs them."""
+        ...
+
     def sleep(self) -> None:
         """Nothing is sampled before the next publication: samplers on the learner's GPUs leave their memory."""
         ...
@@ -171,6 +175,9 @@ class LocalPool:
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         self._refuse_unpublished()
         return {"the sampler": self.engine.sample(prompts, params)}
+
+    def keep(self) -> None:
+        pass
 
     def sleep(self) -> None:
         pass

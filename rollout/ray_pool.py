@@ -298,6 +298,9 @@ class RayPool:
         self.canaries, self.passed = (prompts, params, found[min(found)]), set(found)
         return {f"worker {i}": found[i] for i in sorted(found)}
 
+    def keep(self) -> None:
+        self.sender.keep()
+
     def sleep(self) -> None:
         if not self.in_turn:
             return

@@ -51,6 +51,9 @@ class NoPool:
         if self.in_turn and torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def keep(self) -> None:
+        pass
+
     def sleep(self) -> None:
         pass
 

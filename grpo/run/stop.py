@@ -232,6 +232,9 @@ class InterruptiblePool:
         except GivenUp:
             return {}
 
+    def keep(self) -> None:
+        self.pool.keep()
+
     def sleep(self) -> None:
         self.pool.sleep()
 

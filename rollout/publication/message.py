@@ -114,6 +114,10 @@ class Sender:
         self._digests = {name: found[name] if name in found else self._digests[name] for name in now}
         self._last, self.version = now if now.fixed else Publication({}), version
 
+    def keep(self) -> None:
+        """From now on `again` reads a copy: the learner goes on while samplers still need this version."""
+        self._source = self._source.kept()
+
     def again(self) -> Iterator[Message]:
         """All that was published last, once more from the learner's own tensors. Raises RolloutError where they are
         spread over processes, or are not what was published any more."""

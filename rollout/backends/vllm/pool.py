@@ -184,6 +184,9 @@ class VLLMPool:
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         return {"vLLM": self.sample(prompts, params)}
 
+    def keep(self) -> None:
+        pass
+
     def sleep(self) -> None:
         pass
 

@@ -178,6 +178,28 @@ def test_the_learner_gives_again_only_what_was_published(random_policy):
     assert len(list(sender.again())) == 1
 
 
+@pytest.mark.parametrize("targets", [None, *TARGETS])
+def test_what_is_kept_is_given_again_after_the_learner_has_moved_on(random_policy, targets):
+    policy = random_policy(3)
+    if targets:
+        policy.add_lora(2, 4.0, TARGETS[targets])
+    sender, worker, former = Sender(), receiver(policy), receiver(policy)
+    for message in sender.messages(policy.publication(), 0):
+        former.take(message)
+    published = digests(policy.weights())
+    sender.keep()
+    learn(policy)
+    [again] = sender.again()
+    assert worker.take(again) == published != digests(policy.weights())
+    change = take(sender, policy.publication(), 1)  # the next publication follows as if nothing had been kept
+    assert (change.since == 0) == bool(targets)
+    for each in (worker, former):
+        assert each.take(change) == digests(policy.weights())
+    learn(policy)
+    with pytest.raises(Moved):
+        list(sender.again())
+
+
 def test_parts_of_two_publications_are_not_mixed(random_policy):
     policy = random_policy(3)
     sender, worker = Sender(part_bytes=20_000), receiver(policy)
