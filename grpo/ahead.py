@@ -25,6 +25,7 @@ from grpo.collector import Collector
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum
 from grpo.learner.learner import Learner
+from grpo.learner.state import put_weights
 from grpo.loop import Run
 
 OLDER = "ahead"  # the older weights, among the tensors of a checkpoint
@@ -183,5 +184,6 @@ class Batches:
 
     def _hold(self, version: int, weights: Any) -> None:
         """The learner takes these weights, and the workers get them."""
-        self.learner.put_weights(weights, version)
+        put_weights(weights, self.learner.policy, self.learner.masters)
+        self.learner.policy_version = version
         self.publish()

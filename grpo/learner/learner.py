@@ -343,11 +343,6 @@ class Learner:
         learner_state.put(tensors, *self._stateful)
         self.policy_version, self.skipped_in_a_row = state["policy_version"], state["skipped_in_a_row"]
 
-    def put_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """The policy takes the weights that `state` gives under "policy"; nothing else changes."""
-        learner_state.put_weights(weights, self.policy, self.masters)
-        self.policy_version = version
-
     @property
     def _stateful(self) -> tuple[Policy, MasterWeights, torch.optim.Optimizer, Policy | None, ValueHead | None]:
         return self.policy, self.masters, self.optimizer, self.reference, self.value_head
