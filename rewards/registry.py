@@ -24,6 +24,7 @@ _MODULES = {
     "text": ("bleu", "chrf"),
     "remote": ("remote",),
     "judge": ("judge",),
+    "code": ("code",),
     "column": ("column",),
     "reasoning": ("reasoning_gym",),
 }

@@ -161,7 +161,11 @@ def test_what_the_built_in_rewards_declare():
     for name in BUILT_IN:
         if name in ("bleu", "chrf"):
             pytest.importorskip("sacrebleu")
-        judges = (name.startswith("gsm8k") and name != "gsm8k_format") or name in ("math_equivalence", "reasoning_gym")
+        judges = (name.startswith("gsm8k") and name != "gsm8k_format") or name in (
+            "math_equivalence",
+            "reasoning_gym",
+            "code",
+        )
         expected = "undeclared" if name in ("column", "remote", "judge") else 1.0 if judges else None
         assert Signature.of(load_reward(name)).right_at == expected, name
 

@@ -1,0 +1,109 @@
+"""A reward for programs: 1 where the tests of the problem pass, run in the sandbox of `rewards.isolation`."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from rewards.isolation.sandbox import Limits, SandboxUnavailable, run_python, unavailable
+from rewards.protocol import Completions, right_at, text_of
+
+_FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+
+# Reads the word by which the results are known before the program can, and says it after each test that passed.
+_HARNESS = """
+def run():
+    import json, os, sys
+    given, out = json.loads(sys.stdin.readline()), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    space = {"__name__": "__main__"}
+    exec(compile(given["program"], "program.py", "exec"), space)
+    for i, test in enumerate(given["tests"]):
+        try:
+            exec(compile(test, f"test {i}", "exec"), space)
+        except Exception as error:
+            os.write(out, f"{given['word']} {i} {type(error).__name__}: {error!s:.200}\\n".encode(errors="replace"))
+        else:
+            os.write(out, f"{given['word']} {i} passed\\n".encode())
+run()
+"""
+
+
+@right_at(1.0)
+def code(
+    prompts: list | None,
+    completions: Completions,
+    tests: list,
+    partial_marks: bool = False,
+    seconds: float = 5.0,
+    memory_mib: int = 512,
+    concurrency: int = 2,
+    log_extra: Callable[[str, list], None] | None = None,
+    **_,
+) -> list[float]:
+    """1.0 where every test passes, else 0.0, or with `partial_marks` the share that passes.
+
+    The program is the last block between ``` marks, or without one the whole completion. `tests` is for each completion
+    Python text, such as `assert double(2) == 4`, or a list of such texts, which run after the program, in its names. A
+    program that fails, ends itself or passes a limit (`seconds`, `memory_mib`, no network, no files) has failed the
+    tests that it did not come to: that is no failure of the reward. `code_result` is logged for each completion.
+
+    A test runs beside the program that it tests: one that looks for the harness in the interpreter can pass it. Raises
+    SandboxUnavailable where no code can be run, and ValueError for tests that are missing or no Python.
+
+    >>> code(None, ["def double(x): return 2 * x", "def double(x): return x"], tests=["assert double(2) == 4"] * 2)
+    [1.0, 0.0]
+    """
+    if problem := unavailable():
+        raise SandboxUnavailable(problem)
+    limits = Limits(seconds=seconds, memory=memory_mib << 20)
+    each = [_tests(given) for given in tests]
+    programs = [program_of(text_of(completion)) for completion in completions]
+    with ThreadPoolExecutor(max(concurrency, 1)) as threads:
+        results = list(threads.map(partial(_passed, limits=limits), programs, each))
+    if log_extra:
+        log_extra("code_result", [said for _, said in results])
+    return [
+        passed / len(own) if partial_marks else float(passed == len(own))
+        for (passed, _), own in zip(results, each, strict=True)
+    ]
+
+
+def program_of(text: str) -> str:
+    r"""The last block between ``` marks, or the whole text.
+
+    >>> program_of("So:\n```python\nx = 1\n```\nDone.")
+    'x = 1\n'
+    """
+    blocks = _FENCE.findall(text)
+    return blocks[-1] if blocks else text
+
+
+def _tests(given: str | Sequence[str]) -> list[str]:
+    tests = [given] if isinstance(given, str) else list(given)
+    if not tests or not all(isinstance(test, str) and test.strip() for test in tests):
+        raise ValueError(f"tests={given!r:.200}: a problem has one test or more, each of them Python text")
+    for test in tests:
+        try:
+            ast.parse(test)
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"the test {test!r:.200} is no Python: {error}") from error
+    return tests
+
+
+def _passed(program: str, tests: list[str], limits: Limits) -> tuple[int, str]:
+    """How many tests passed, and in words what became of the others."""
+    word = secrets.token_hex(16)
+    given = json.dumps({"word": word, "program": program, "tests": tests})
+    outcome = run_python(_HARNESS, stdin=f"{given}\n", limits=limits)
+    said = dict(line.split(" ", 2)[1:] for line in outcome.stdout.splitlines() if line.startswith(f"{word} "))
+    wrong = [f"test {i}: {what}" for i, what in said.items() if what != "passed"]
+    if len(said) < len(tests):
+        last = outcome.stderr.strip().rpartition("\n")[2]
+        wrong.append(f"limit: {outcome.limit}" if outcome.limit else last or f"it ended with {outcome.exit_code}")
+    return sum(what == "passed" for what in said.values()), "; ".join(wrong)[:500] or "passed"

@@ -1,0 +1,117 @@
+"""The code reward: gold passes, mutants fail, tricks do not pay, and the sandbox holds."""
+
+import pytest
+
+from rewards import RewardError, RewardSpec, Scorer
+from rewards.built_in.code import code, program_of
+from rewards.isolation import sandbox
+from tests.cases.small_tasks import small_tasks
+from tests.rewards.isolation.test_sandbox import ATTACKS
+
+pytestmark = pytest.mark.skipif(bool(sandbox.unavailable()), reason=f"no sandbox: {sandbox.unavailable()}")
+TEST = "assert double(2) == 4"
+
+
+def marks(programs, tests=TEST, **options):
+    logged = {}
+    found = code(None, programs, tests=[tests] * len(programs), log_extra=logged.__setitem__, **options)
+    return found, logged["code_result"]
+
+
+def check(tasks):
+    programs = [program for task in tasks for program in (task.gold, task.mutant)]
+    found = code(None, programs, tests=[task.tests for task in tasks for _ in range(2)], seconds=20.0)
+    wrong = [
+        task.name for task, gold, mutant in zip(tasks, found[::2], found[1::2], strict=True) if (gold, mutant) != (1, 0)
+    ]
+    assert wrong == []
+
+
+def test_gold_passes_and_a_mutant_fails_on_one_task_of_each_family():
+    check(small_tasks()[::8][:6])
+
+
+@pytest.mark.slow
+def test_gold_passes_and_mutants_fail_on_164_tasks():
+    tasks = small_tasks()
+    assert len({task.question for task in tasks}) == 164
+    check(tasks)
+
+
+def test_the_program_is_the_last_block():
+    assert program_of("no block") == "no block"
+    assert program_of("```py\na\n```\ntext\n```\nb\n```") == "b\n"
+    assert program_of("```python\ncut off") == "cut off"
+    found, _ = marks(["Like this:\n```python\ndef double(x):\n    return 2 * x\n```\nIt doubles."])
+    assert found == [1.0]
+
+
+TRICKS = {
+    "ends well before the tests": "import sys\nsys.exit(0)",
+    "ends at once": "import os\nos._exit(0)",
+    "says that it passed": "print('0 passed')\nprint('* 0 passed')\ndef double(x): return 0",
+    "reads what the tests are told": "import sys\nprint(sys.stdin.read())\ndef double(x): return 0",
+    "reads them again": """
+import glob, json, os
+for path in [*glob.glob("/proc/*/fd/*"), "/dev/stdin"]:
+    try:
+        os.lseek(0, 0, 0)
+        text = os.read(0, 1 << 20).decode() or open(path).read(1 << 20)
+        print(json.loads(text)["word"], 0, "passed", flush=True)
+        os._exit(0)
+    except (OSError, ValueError):
+        pass
+""",
+    "closes the output": "import os\nos.close(1)\ndef double(x): return 0",
+    "loops": "while True: pass",
+    "eats memory": "x = bytearray(1 << 33)",
+    "is no Python": "def double(x) return",
+    "is empty": "",
+}
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_a_trick_does_not_pay(name):
+    found, [said] = marks([TRICKS[name]], seconds=1.0)
+    assert found == [0.0]
+    assert said != "passed"
+
+
+def test_partial_marks_are_the_share_of_tests_and_a_limit_is_named():
+    program = "def double(x):\n    while x > 5: pass\n    return 2 * x if x else 1"
+    tests = ["assert double(1) == 2", "assert double(0) == 0", "assert double(2) == 4", "assert double(6) == 12"]
+    assert marks([program], tests, partial_marks=True, seconds=1.0) == (
+        [0.5],
+        ["test 1: AssertionError: ; limit: time"],
+    )
+    assert marks([program], tests, seconds=1.0)[0] == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("tests", "message"),
+    [
+        ([], "one test or more"),
+        ("", "one test or more"),
+        ("assert double(2 == 4", "is no Python"),
+        ([1], "one test or more"),
+    ],
+)
+def test_tests_that_are_none_fail_loudly(tests, message):
+    with Scorer([RewardSpec("code")], columns=["tests"]) as scorer, pytest.raises(RewardError, match=message):
+        scorer.score(["q"], [["def double(x): return 2 * x"]], [{"tests": tests}], prompt_ids=["p"])
+
+
+def test_contract_6_a_machine_without_a_sandbox_is_a_failure_and_no_zero(monkeypatch):
+    monkeypatch.setattr("rewards.built_in.code.unavailable", lambda: "bubblewrap is missing")
+    with (
+        Scorer([RewardSpec("code")], columns=["tests"], isolated=False) as scorer,
+        pytest.raises(RewardError, match="bubblewrap is missing"),
+    ):
+        scorer.dry_run("q", "x = 1", {"tests": TEST})
+
+
+@pytest.mark.slow
+def test_the_programs_that_attack_the_sandbox_earn_nothing():
+    attacks = [program for program, _ in ATTACKS.values()]
+    assert len(attacks) >= 30
+    assert code(None, attacks, tests=[TEST] * len(attacks), seconds=1.0) == [0.0] * len(attacks)
