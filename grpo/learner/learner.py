@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from grpo.algorithm import own
 from grpo.algorithm.losses import entropy_threshold, mask_truncated_completions, policy_loss
 from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
-from grpo.config.loss import CorrectionMode, LossOptions, ValueOptions
+from grpo.config.loss import LossOptions, ValueOptions
 from grpo.learner import state as learner_state
 from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch, collate, cut, micro_batches
 from grpo.learner.draft_head import head_loss, teaching
@@ -32,7 +32,7 @@ from grpo.learner.likelihood import Forward, Likelihood
 from grpo.learner.master_weights import MasterWeights
 from grpo.learner.optimizer import freeze_exact_parts, parameter_groups
 from grpo.learner.parallel import ALONE, Ranks
-from grpo.learner.prepare import pack, tokens_in_loss, with_values
+from grpo.learner.prepare import importance_correction_of, pack, tokens_in_loss, with_values
 from grpo.learner.teacher import Teacher
 from grpo.learner.update import Update
 from grpo.learner.value import ValueHead, head_value_loss
@@ -85,7 +85,7 @@ class Learner:
         if self.loss.beta > 0 and not has_adapter(policy.trunk):
             self.reference = (reload() if reload else copy.deepcopy(policy)).requires_grad_(False)
         self.sampler_differs = policy.trunk.dtype != torch.float32 if sampler_differs is None else sampler_differs
-        self.importance_correction = _importance_correction(self.loss.importance_correction, self.sampler_differs)
+        self.importance_correction = importance_correction_of(self.loss.importance_correction, self.sampler_differs)
         # log π_old of what the last step learned from, by Sample.index; what needed no forward is not there.
         self.policy_logprobs: dict[int, list[float]] = {}
         self.value_head: ValueHead | None = None
@@ -159,7 +159,7 @@ class Learner:
         if age := batch.age(self.policy_version):
             metrics["mismatch/age_mean"] = age
         differs = self.sampler_differs or age > 0
-        self.importance_correction = _importance_correction(self.loss.importance_correction, differs)
+        self.importance_correction = importance_correction_of(self.loss.importance_correction, differs)
         if batch.all_tied and not (anchored and batch.rows):
             return metrics | {"learner/updates": 0.0, "time/learn": batch.seconds + time.perf_counter() - started}
         taught = teaching(self.policy, self.mtp, batch.rows, step)
@@ -346,10 +346,3 @@ class Learner:
     @property
     def _stateful(self) -> tuple[Policy, MasterWeights, torch.optim.Optimizer, Policy | None, ValueHead | None]:
         return self.policy, self.masters, self.optimizer, self.reference, self.value_head
-
-
-def _importance_correction(option: CorrectionMode | Literal["auto", "none"], differs: bool) -> CorrectionMode | None:
-    """Contract 8: what the user chose; by itself, on where sampler and learner differ."""
-    if option == "auto":
-        return "token_truncate" if differs else None
-    return None if option == "none" else option

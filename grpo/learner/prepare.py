@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from grpo.algorithm import advantages, own
-from grpo.config.loss import LossOptions, ValueOptions
+from grpo.config.loss import CorrectionMode, LossOptions, ValueOptions
 from grpo.learner.batch import Sample, TrainingBatch, split_rows
 from grpo.learner.value import with_token_advantages
 from rollout.group import ENDED, RolloutGroup
@@ -121,3 +121,10 @@ def _recorded(routing: Tensor | None, group: RolloutGroup) -> Tensor:
             "set it to false, or sample with an engine that records them"
         )
     return routing
+
+
+def importance_correction_of(option: CorrectionMode | Literal["auto", "none"], differs: bool) -> CorrectionMode | None:
+    """Contract 8: what the user chose; by itself, on where sampler and learner differ."""
+    if option == "auto":
+        return "token_truncate" if differs else None
+    return None if option == "none" else option
