@@ -98,6 +98,24 @@ def load_function(function: str | Source, what: str) -> Callable[..., Any]:
     return _attribute_of(_module_of(source), source, what)
 
 
+def load_class(name: str, what: str) -> type:
+    """The class that `path/to/file.py:Class` or `package.module:Class` names; `what` is the option that errors name.
+    Raises RewardError."""
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py"):
+        module, where = _module_of(find_function(name, what)), place
+    else:
+        module, where = importlib.import_module(place), place
+    found = getattr(module, attribute, None)
+    if not isinstance(found, type):
+        own = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
+        raise RewardError(
+            f"{what} {name!r}: {where} has no class {attribute!r}{did_you_mean(attribute, own)}. It defines: "
+            f"{', '.join(own) or 'no class'}"
+        )
+    return found
+
+
 def name_callable(reward: Reward) -> str:
     """A name for a function of this process, by which a run can ask for it: `python:short`. It cannot be isolated."""
     name = f"python:{getattr(reward, '__name__', type(reward).__name__)}"

@@ -15,6 +15,7 @@ from policies.policy import Policy
 from rollout.backends import Decoder, derive
 from rollout.costs import measure
 from rollout.depth import MAX_DEPTH, CostTable
+from rollout.environments.episodes import Arena, Episodes
 from rollout.faults import OnFinished as OnFinished
 from rollout.faults import RolloutError as RolloutError
 from rollout.faults import not_finite, prompt_fault
@@ -36,6 +37,7 @@ class Engine:
         keep_freed_memory()
         self.policy, self.dtype, self.max_rows, self.costs = policy, dtype, max_rows, costs
         self.version = 0
+        self._arena: Arena | None = None
         self._derive()
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
@@ -107,12 +109,10 @@ class Engine:
         is raised at the end with their `groups`.
         """
         self._check_params(params)
-        faulty = [(prompt, self._fault(prompt, params)) for prompt in prompts]
-        faults = [fault for _, fault in faulty if fault]
-        prompts = [prompt for prompt, fault in faulty if not fault]
+        episodes, prompts, faults = self._begin(prompts, params)
         if params.draft_tokens is None and self.head is not None and self.costs is None and prompts:
             self.measure_costs(min(len(prompts) * params.group_size, self.max_rows))
-        decoding, announced = Decoding(self.decoder, prompts, params), 0
+        decoding, announced = Decoding(self.decoder, prompts, params, episodes=episodes), 0
         while True:
             if on_finished and decoding.ended_rows > announced:  # some end with their first token, in the prefill
                 on_finished(decoding.ended_rows - announced)
@@ -121,11 +121,36 @@ class Engine:
                 break
             decoding.forward()
         groups = decoding.groups()
+        if episodes:
+            episodes.finish(groups)
         if fault := not_finite(groups):
             faults.append(fault)
         if faults:
             raise RolloutError("\n".join(faults), groups)
         return groups
+
+    def _begin(
+        self, prompts: Sequence[Prompt], params: SamplingParams
+    ) -> tuple[Episodes | None, list[Prompt], list[str]]:
+        """The prompts that can be continued, with what their environments add, and why others cannot."""
+        episodes, begun = None, list[Prompt | str](prompts)
+        if params.environment is not None:
+            if self._arena is None or self._arena.spec != params.environment:
+                self.close()
+                self._arena = Arena(params.environment, self.policy.tokenizer, params.stop_token_ids)
+            episodes = Episodes(self._arena, params)
+            begun = episodes.begin(prompts)
+        faults = [prompt if isinstance(prompt, str) else self._fault(prompt, params) for prompt in begun]
+        if episodes:
+            episodes.keep([not fault for fault in faults])
+        kept = [prompt for prompt, fault in zip(begun, faults, strict=True) if isinstance(prompt, Prompt) and not fault]
+        return episodes, kept, [fault for fault in faults if fault]
+
+    def close(self) -> None:
+        """End the processes of the tools, where there are any."""
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
 
     @torch.inference_mode()
     def measure_costs(self, rows: int, depth: int = MAX_DEPTH) -> CostTable:

@@ -195,4 +195,4 @@ class LocalPool:
         return {}
 
     def close(self) -> None:
-        pass
+        self.engine.close()

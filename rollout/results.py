@@ -112,5 +112,6 @@ class Results:
         ]
 
     def _places(self, live: Rows, start_R: Tensor, new: int) -> tuple[Tensor, Tensor]:
-        """Where `new` tokens of each row go, from `start_R` on."""
-        return live.index[:, None], start_R[:, None] + self.steps[:new]
+        """Where `new` tokens of each row go, from `start_R` on. The last place is never kept: it takes what is past it,
+        such as the padding after a short text of a tool."""
+        return live.index[:, None], (start_R[:, None] + self.steps[:new]).clamp(max=len(self.steps) - 1)

@@ -32,7 +32,8 @@ class Rows:
     prompt_length: Tensor
     last: Tensor  # its newest token, which the trunk has not read yet
     count: Tensor  # tokens of its completion so far, `last` included
-    alive: Tensor  # False once it has ended
+    alive: Tensor  # False once it has ended, and while it waits for its tools
+    waits: Tensor  # True while it waits for its tools
     unread: Tensor  # how many tokens the head has not read
     unread_tokens: Tensor
     unread_hidden: Tensor
@@ -41,9 +42,10 @@ class Rows:
     def start(cls, index: Tensor, keys_R2: Tensor, prompt_length: Tensor, hidden_RD: Tensor, unread: int) -> Rows:
         """Rows without a token, with room for `unread` tokens that the head has yet to read."""
         none, alive = torch.zeros_like(index), torch.ones_like(index, dtype=torch.bool)
+        waits = torch.zeros_like(alive)
         tokens = index.new_zeros(len(index), unread)
         hidden = hidden_RD.new_zeros(len(index), unread, hidden_RD.shape[-1])
-        return cls(index, keys_R2, prompt_length, none, none, alive, none, tokens, hidden)
+        return cls(index, keys_R2, prompt_length, none, none, alive, waits, none, tokens, hidden)
 
     @property
     def every(self) -> Tensor:
@@ -52,6 +54,11 @@ class Rows:
 
     def select(self, kept: Tensor) -> Rows:
         return Rows(**{name: value[kept] for name, value in vars(self).items()})
+
+    def put(self, rows: Tensor, part: Rows) -> None:
+        """The inverse of `select`: these rows become those of `part`."""
+        for name, value in vars(part).items():
+            vars(self)[name] = vars(self)[name].index_copy(0, rows, value)
 
     @staticmethod
     def concat(parts: Sequence[Rows]) -> Rows:

@@ -24,6 +24,22 @@ BLOCK = 256  # of larger ones a block of this many tokens is drawn first, then a
 
 
 @dataclass(frozen=True)
+class EnvironmentSpec:
+    """The tools of a run and their environments, see rollout/environments/protocol.py.
+
+    `tools` are functions, `path.py:function`. `environments` are pairs of a name and `path.py:Class`; a single one that
+    serves all prompts has the name "". `max_turns`: of the policy in one episode. The calls of a turn may take
+    `timeout_s`, in one of `workers` processes.
+    """
+
+    tools: tuple[str, ...] = ()
+    environments: tuple[tuple[str, str], ...] = ()
+    max_turns: int = 8
+    timeout_s: float = 10.0
+    workers: int = 1
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """`temperature` 0 is greedy. `step` and `draw` are part of every noise key, so a new step has new noise.
 
@@ -32,7 +48,8 @@ class SamplingParams:
     (contract 3). `start` counts the tokens that the completions have already, as the end of their prompts: the noise
     goes on after them. `record_routing` records the experts of every token, for a learner that replays them.
     `stop_strings` end a completion with the token that completes one of them, and its text before the string. They are
-    never used in training, where the text is that of the tokens.
+    never used in training, where the text is that of the tokens. With an `environment` a completion is an episode of
+    several turns, and `max_completion_tokens` limits all that is sampled and written in it.
     """
 
     group_size: int = 8
@@ -48,6 +65,7 @@ class SamplingParams:
     margin: float = 2.0
     record_routing: bool = False
     stop_strings: tuple[str, ...] = ()
+    environment: EnvironmentSpec | None = None
 
     def at(self, step: int, draw: int = 0) -> SamplingParams:
         return replace(self, step=step, draw=draw)

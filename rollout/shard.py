@@ -18,6 +18,7 @@ from torch import Tensor
 from rollout.backends import Decoder
 from rollout.depth import DepthController
 from rollout.drafts.head import Drafter
+from rollout.environments.episodes import Episodes
 from rollout.group import Prompt, RolloutGroup
 from rollout.results import Results
 from rollout.rows import Prefilled, Rows
@@ -37,13 +38,22 @@ def shards(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
 class Decoding:
     """Decodes one shard: call `forward` until `done`, then take the `groups`.
 
-    A row whose logits are not finite is aborted. With `aborts=False` it goes on, which is for measuring time.
+    A row whose logits are not finite is aborted. With `aborts=False` it goes on, which is for measuring time. With
+    `episodes` a row that ends a turn waits for its tools while the others are decoded. It keeps its place and its
+    cache, and goes on after what the tools wrote.
     """
 
     def __init__(
-        self, decoder: Decoder, prompts: Sequence[Prompt], params: SamplingParams, *, aborts: bool = True
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        aborts: bool = True,
+        episodes: Episodes | None = None,
     ) -> None:
         self.decoder, self.prompts, self.params, self.aborts = decoder, prompts, params, aborts
+        self.episodes = episodes
         self.trunk, self.device = decoder.trunk, decoder.trunk.device
         self.vocabulary = len(decoder.trunk.embedding)
         self.prefill_tokens = CPU_PREFILL_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS
@@ -63,7 +73,7 @@ class Decoding:
         self.live: Rows | None = None
         self.cache: Any = None
         self.drafter = Drafter(decoder, params, self.room, self.longest) if self.max_depth else None
-        self.admitted = self.ended_rows = self.alive = 0
+        self.admitted = self.ended_rows = self.alive = self.held = 0  # `held`: rows that live or wait
         self._refill()
 
     @property
@@ -78,12 +88,12 @@ class Decoding:
     def _refill(self) -> None:
         """Admit waiting prompts if at least a quarter of the rows is free."""
         group, most = self.params.group_size, self.decoder.max_rows
-        while self.waiting and (not self.alive or most - self.alive >= max(group, most // 4)):
-            self._admit(max(1, (most - self.alive) // group))
+        while self.waiting and (not self.held or most - self.held >= max(group, most // 4)):
+            self._admit(max(1, (most - self.held) // group))
 
     def _admit(self, places: int) -> None:
         """Prefill up to `places` prompts and add their rows after the live ones."""
-        rows, caches = ([self.live], [self.cache]) if self.alive and self.live is not None else ([], [])
+        rows, caches = ([self.live], [self.cache]) if self.held and self.live is not None else ([], [])
         if self.drafter and not rows:
             self.drafter.forget()
         while self.waiting and places > 0:
@@ -131,17 +141,67 @@ class Decoding:
     def _retire(self) -> None:
         """Count the rows that ended. They leave when they are an eighth of the batch, since moving the caches at each
         end would cost more."""
-        live = self.live
-        assert live is not None
-        live.alive = live.alive & ~self.results.stopped[live.index] & (live.count < self.params.max_completion_tokens)
-        kept = live.alive.nonzero()[:, 0]
-        self.alive = len(kept)
-        self.ended_rows = self.admitted - self.alive
-        if 0 < self.alive <= len(live.alive) * 7 // 8:
+        live = self._count()
+        # By counts, never by a clock: tools run while the others are decoded, until an eighth of the rows waits.
+        while self.episodes is not None and 0 < (self.held - self.alive) * 8 >= self.alive:
+            self._go_on(live, self.episodes)
+            live = self._count()
+        if 0 < self.held <= len(live.alive) * 7 // 8:
+            kept = (live.alive | live.waits).nonzero()[:, 0]
             self.live = live.select(kept)
             self.cache.select(kept)
             if self.drafter:
                 self.drafter.select(kept)
+
+    def _count(self) -> Rows:
+        """Find the rows that ended, and ask the environments of those that ended a turn."""
+        live = self.live
+        assert live is not None
+        stopped = self.results.stopped[live.index]
+        if self.episodes is not None:
+            rows = (live.alive & stopped & ~self.results.cut[live.index]).nonzero()[:, 0]
+            ended = {int(i): self.results.token_ids[i, : self.results.counts[i]].tolist() for i in live.index[rows]}
+            live.waits[rows] = torch.tensor(self.episodes.ask(ended), dtype=torch.bool, device=self.device)
+        live.alive = live.alive & ~stopped & (live.count < self.params.max_completion_tokens)
+        self.alive = int(live.alive.sum())
+        self.held = self.alive + int(live.waits.sum())
+        self.ended_rows = self.admitted - self.held
+        return live
+
+    # ---- between turns ------------------------------------------------------------------------------------------
+
+    def _go_on(self, live: Rows, episodes: Episodes) -> None:
+        """Wait for the tools. The rows whose episodes go on read what these wrote, and get their next token."""
+        written, rows = episodes.written(), live.waits.nonzero()[:, 0].tolist()
+        live.waits = torch.zeros_like(live.waits)
+        reads = [(row, ids) for row in rows if (ids := written[int(live.index[row])]) is not None]
+        while reads:
+            size = max(1, self.prefill_tokens // (1 + max(len(ids) for _, ids in reads)))
+            self._read(live, reads[:size])
+            reads = reads[size:]
+
+    def _read(self, live: Rows, reads: Sequence[tuple[int, list[int]]]) -> None:
+        """One forward of these rows alone: their stop token, and the tokens that follow it."""
+        rows = torch.tensor([row for row, _ in reads], device=self.device)
+        new = torch.tensor([len(ids) for _, ids in reads], device=self.device)
+        part, longest = live.select(rows), int(new.max())
+        ids = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids in reads], device=self.device)
+        inputs = torch.cat([self.results.token_ids[part.index, part.count - 1][:, None], ids], dim=1)
+        positions = (part.prompt_length + part.count - 1)[:, None] + self.steps[: longest + 1]
+        cache = self.cache.take(rows)
+        hidden = self.trunk(inputs, positions.clamp(max=self.decoder.context - 1), cache)
+        if self.params.record_routing:
+            self.results.add_routing(part, self.trunk.routing(), longest + 1)
+        cache.advance(new + 1)
+        self.cache.put(rows, cache)
+        self.results.stopped[part.index] = False
+        self.results.add(part, ids, torch.zeros_like(ids, dtype=torch.float32), new, torch.zeros_like(part.waits), None)
+        if self.drafter:
+            self.drafter.keep(part, ids, hidden[:, :-1], new)
+        part.count, part.alive = part.count + new, torch.ones_like(part.alive)
+        last = hidden[part.every, new][:, None]
+        self._settle(part, self.trunk.logits(last), last, None, None, self._noise(part, 1))
+        live.put(rows, part)
 
     # ---- one round ----------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Axes: L layers, R rows, S new tokens a row, H heads, P prompts, E width of a cac
 
 from __future__ import annotations
 
+import copy
 import math
 import mmap
 from collections.abc import Sequence
@@ -182,6 +183,24 @@ class LatentCache:
         self._copy([self], [rows], capacity=self.capacity)
         if self.prefix is not None:
             self.prefix = self.prefix.select(rows)
+
+    def take(self, rows: Tensor) -> LatentCache:
+        """A copy of these rows, in ascending order, for a forward of them alone. `put` brings them back."""
+        taken, reach = copy.copy(self), int(self.lengths_R[rows].max())
+        taken.lengths_R, taken.layers_RTE = self.lengths_R[rows], []
+        taken.prefix = None if self.prefix is None else self.prefix.select(rows)
+        for latents in self.layers_RTE:
+            part = _room((len(rows), *latents.shape[1:]), dtype=latents.dtype, device=latents.device)
+            part[:, :reach] = latents[rows, :reach]
+            taken.layers_RTE.append(part)
+        return taken
+
+    def put(self, rows: Tensor, taken: LatentCache) -> None:
+        """The inverse of `take`: these rows become what they are there."""
+        reach = int(taken.lengths_R.max())
+        self.lengths_R = self.lengths_R.index_copy(0, rows, taken.lengths_R)
+        for latents, part in zip(self.layers_RTE, taken.layers_RTE, strict=True):
+            latents[rows, :reach] = part[:, :reach]
 
     def join(self, others: Sequence[LatentCache]) -> LatentCache:
         """Add the rows of `others`, which come from calls of `fan_out` with like arguments and lose their rows."""

@@ -19,12 +19,13 @@ import signal
 import socket
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from rewards.isolation.environments import LoadedEnvironments
 from rewards.protocol import Reward, RewardError, Signature, bind
 from rewards.registry import Source, find_function, load_function, load_reward
 
@@ -40,7 +41,7 @@ def serve(socket_fd: int, trace_fd: int, memory: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     connection = socket.socket(fileno=socket_fd)
     lines = connection.makefile("rb", buffering=1 << 20)
-    functions: list[LoadedReward | LoadedTool] = []
+    functions: list[Any] = []
     for line in lines:
         request = json.loads(line)
         faulthandler.dump_traceback_later(request["timeout_s"], exit=True, file=trace_fd)
@@ -64,17 +65,17 @@ def _end_with_parent(socket_fd: int) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)  # with every process that a reward has started
 
 
-def load(descriptions: list[dict], functions: Any) -> dict:
+def load(descriptions: list[dict], functions: list[Any]) -> dict:
     """Append the functions that are described. The reply holds their signatures, or the first error."""
     for description in descriptions:
-        what = "reward" if "chat" in description else "tool"
+        kind = description.get("kind", "reward" if "chat" in description else "tool")
         try:
-            functions.append((LoadedReward if what == "reward" else LoadedTool)(**description))
+            functions.append(KINDS[kind](**{name: value for name, value in description.items() if name != "kind"}))
         except RewardError as error:
             return {"error": str(error)}
         except BaseException as error:
-            cause = _describe(error, description["path"])
-            return {"error": f"{what} {description['function']!r} cannot be loaded: {cause}"}
+            cause = _describe(error, description.get("path"))
+            return {"error": f"{kind} {description['function']!r} cannot be loaded: {cause}"}
     return {"signatures": [asdict(function.signature) for function in functions]}
 
 
@@ -179,6 +180,13 @@ def describe_tool(function: str) -> dict:
     source = find_function(function, "tool")
     content = source.content.decode("latin-1")
     return {"function": function, "attribute": source.attribute, "path": source.path, "content": content}
+
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "reward": LoadedReward,
+    "tool": LoadedTool,
+    "environments": LoadedEnvironments,
+}
 
 
 def _repeat(values: list, counts: list[int]) -> list:

@@ -106,6 +106,16 @@ class RowCache:
         self.latents.select(kept)
         self._place(torch.searchsorted(kept, slots_RK))
 
+    def take(self, rows: Tensor) -> RowCache:
+        """A copy of these rows, in ascending order, for a forward of them alone. `put` brings them back."""
+        slots_RK = self.slots_RK[rows]
+        kept = slots_RK.flatten().sort().values
+        return RowCache(self.latents.take(kept), torch.searchsorted(kept, slots_RK))
+
+    def put(self, rows: Tensor, taken: RowCache) -> None:
+        """The inverse of `take`."""
+        self.latents.put(self.slots_RK[rows].flatten().sort().values, taken.latents)
+
 
 _CACHE: ContextVar[PromptCache | RowCache] = ContextVar("cache of the forward that runs")
 

@@ -47,6 +47,7 @@ class Drafter:
     def keep(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
         """The first `kept_R` of these tokens were verified; `hidden_RSD` are the states that precede them."""
         rows, at = live.every[:, None], live.unread[:, None] + self.steps[: tokens_RS.shape[1]]
+        at = at.clamp(max=self.room - 1)  # nothing is kept there
         live.unread_tokens[rows, at], live.unread_hidden[rows, at] = tokens_RS, hidden_RSD
         live.unread = live.unread + kept_R
 

@@ -1,0 +1,128 @@
+"""What an environment is, and how a policy's turns reach it.
+
+The contract is TRL's (`environment_factory`, `tools`): a class without arguments, with one object for each rollout.
+
+    class Guess:
+        def reset(self, secret: int, **columns) -> str | None:    # gets the data's columns
+            self.secret, self.score = secret, 0.0
+            return "Guess a number from 1 to 9."                   # added to the last message of the prompt
+
+        def guess(self, number: int) -> str:                       # every public method is a tool
+            '''Guess the number.
+
+            Args:
+                number: The guess.
+            '''
+            self.score = float(number == self.secret)
+            return "higher" if number < self.secret else "lower" if number > self.secret else "right"
+
+        def get_reward(self) -> float:                             # optional
+            return self.score
+
+Methods may be async. What a tool raises is told to the policy as `{'error': '...'}`. Three things are ours. The random
+numbers of `random` and numpy follow from the rollout's key: all rollouts of a group begin alike, and then each has its
+own. An attribute `done` that is true ends the episode. An episode may be made anew at any time, with the same calls, so
+an environment must not depend on a clock or on what other episodes did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rewards.isolation.environments import OWN, load_class, load_function, methods_of
+from rewards.isolation.pool import WorkerPool
+from rollout.sampling import EnvironmentSpec, SamplingParams, row_key
+
+COLUMN = "environment"  # of the data, where it chooses among several environments
+BUILT_IN = {
+    "calculator": "rollout.environments.calculator:Calculator",
+    "python": "rollout.environments.python:Python",
+    "word_game": "rollout.environments.word_game:WordGame",
+}
+
+
+def path_of(spec: EnvironmentSpec, name: str) -> str:
+    """Where the class of this environment is.
+
+    >>> path_of(EnvironmentSpec(environments=(("", "word_game"),)), "")
+    'rollout.environments.word_game:WordGame'
+    """
+    given = dict(spec.environments)[name]
+    return BUILT_IN.get(given, given)
+
+
+def chosen(spec: EnvironmentSpec, columns: Mapping[str, Any]) -> str:
+    """The name of the environment of a prompt. Raises ValueError where its column names none."""
+    names = [name for name, _ in spec.environments]
+    if names in ([], [""]):
+        return ""
+    named = columns.get(COLUMN)
+    if named not in names:
+        raise ValueError(f"column {COLUMN!r} holds {named!r}; the environments are {', '.join(names)}")
+    return str(named)
+
+
+def columns_of(spec: EnvironmentSpec, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """What `reset` gets: all columns but the one that chooses. Raises ValueError for a value that JSON cannot hold."""
+    several = [name for name, _ in spec.environments] not in ([], [""])
+    given = {name: value for name, value in columns.items() if not (several and name == COLUMN)}
+    for name, value in given.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"column {name!r} cannot be sent to an environment: {error}") from error
+    return given
+
+
+def tools_of(spec: EnvironmentSpec, name: str) -> list[Callable[..., Any]]:
+    """The tools of this environment, without `self`, for their schemas; they are never called.
+
+    Raises RewardError or ValueError for what is no tool or no environment.
+    """
+    found: list[Callable[..., Any]] = [load_function(tool, "tools") for tool in spec.tools]
+    if spec.environments:
+        path = path_of(spec, name)
+        environment = load_class(path, "environment")
+        if not callable(getattr(environment, "reset", None)):
+            raise ValueError(f"environment {path!r} has no method `reset`, which is called for each rollout")
+        found += [types.MethodType(method, object()) for method in methods_of(environment).values()]
+        if not found:
+            raise ValueError(f"environment {path!r} has no tools: give it a public method besides {' and '.join(OWN)}")
+    return found
+
+
+def open_workers(spec: EnvironmentSpec) -> WorkerPool:
+    """The processes in which tools run. Raises RewardError if something cannot be loaded there."""
+    environments = {name: path_of(spec, name) for name, _ in spec.environments}
+    description = {
+        "kind": "environments",
+        "function": ", ".join([*spec.tools, *environments.values()]),
+        "tools": list(spec.tools),
+        "environments": environments,
+    }
+    pool = WorkerPool([description], size=spec.workers, timeout_s=spec.timeout_s)
+    pool.run([])
+    return pool
+
+
+def run(pool: WorkerPool, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The replies, see `LoadedEnvironments.call`. A worker that died may have been killed from outside, so its request
+    is repeated once."""
+    asked = [request | {"function": 0} for request in requests]
+    replies = pool.run(asked)
+    for i, reply in enumerate(replies):
+        if reply is not None and reply.get("kind") == "died":
+            [replies[i]] = pool.run([asked[i]])
+    return [reply for reply in replies if reply is not None]
+
+
+def seeds(params: SamplingParams, prompt_id: str, sample: int) -> tuple[int, int]:
+    """Of the group and of the rollout, from their keys: seed, step, draw, prompt, and sample."""
+    text = f"environment/{params.seed}/{params.step}/{params.draw}/{prompt_id}".encode()
+    group = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    first, second = (word % 2**32 for word in row_key(params, prompt_id, sample))
+    return group, first << 32 | second

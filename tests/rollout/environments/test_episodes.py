@@ -1,0 +1,297 @@
+"""Episodes in the engine: several turns change nothing of what one turn promises."""
+
+import os
+import signal
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import PARAMS, assert_lossless, completions, prompts_of, taught, tokens, unrolled_logits
+from talking import Talking
+
+from grpo.learner.batch import PackedRow, Sample, collate
+from policies.logprobs import token_logprobs
+from rollout.drafts.head import Drafter
+from rollout.engine import Engine, RolloutError
+from rollout.environments.episodes import Arena
+from rollout.environments.protocol import chosen, columns_of, seeds
+from rollout.group import Prompt
+from rollout.sampling import EnvironmentSpec, Noise, choose, row_key
+
+torch.set_num_threads(1)
+GUESSING = Path(__file__).parents[2] / "cases" / "guessing.py"
+TEXT = "3 + 4 = 7, how many apples are left? "
+PROMPTS = [replace(prompt, text=TEXT[: 4 + 4 * i]) for i, prompt in enumerate(prompts_of(*[1] * 8))]
+SPEC = EnvironmentSpec(environments=(("", f"{GUESSING}:Guess"),), max_turns=5)
+EPISODES = replace(PARAMS, max_completion_tokens=90, environment=SPEC)
+SLOW = replace(SPEC, environments=(("", f"{GUESSING}:Slow"),), timeout_s=0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _talking():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rollout.environments.episodes.TurnFormat", Talking)
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine(random_policy):
+    engine = Engine(taught(random_policy(11, attention_bias=True), 0.8, steps=25))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def sampled(engine):
+    return engine.sample(PROMPTS, EPISODES)
+
+
+def test_contract_3_speculation_is_lossless_over_turns(engine, sampled):
+    compared = assert_lossless(engine, PROMPTS, EPISODES, depths=(1, 3))
+    assert compared > 1500
+    ended = Counter(c.finish_reason for c in completions(sampled))
+    assert min(ended["stop"], ended["length"], ended["max_turns"]) >= 3, ended
+    assert max(c.num_turns for c in completions(sampled)) == 5
+    assert sum(len(c.token_ids) - c.num_sampled for c in completions(sampled)) > 200
+
+
+def test_drafts_of_every_turn_are_what_the_trained_head_says(engine, monkeypatch):
+    """After what tools wrote, too: the head has read it. Anything wrong would cost acceptance and no token."""
+    asked, draft = [], Drafter.draft
+
+    def spy(drafter, live, depth, noise):
+        drafts, confident = draft(drafter, live, depth, noise)
+        for r in live.alive.nonzero()[:, 0].tolist():
+            asked.append((int(live.index[r]), int(live.count[r]), drafts[r].tolist()))
+        return drafts, confident
+
+    monkeypatch.setattr(Drafter, "draft", spy)
+    groups = engine.sample(PROMPTS[2:5], replace(EPISODES, draft_tokens=2, group_size=2))
+    rows, later = completions(groups), 0
+    for row, count, drafts in asked:
+        verified, prompt = rows[row].token_ids[:count], groups[row // 2].prompt
+        logits = unrolled_logits(engine.policy, prompt, verified, drafts)
+        key = torch.tensor([row_key(EPISODES, prompt.prompt_id, row % 2)], dtype=torch.int32)
+        noise = Noise(key, count + torch.arange(len(drafts)), logits.shape[1])
+        assert drafts == choose(logits, EPISODES.temperature, noise)[0].tolist()
+        later += not all(rows[row].sampled[:count])
+    assert later > 30
+
+
+@pytest.mark.slow
+def test_contract_3_speculation_is_lossless_over_20_000_multi_turn_tokens(engine):
+    params = replace(EPISODES, group_size=8)
+    assert sum(assert_lossless(engine, PROMPTS, params.at(step), depths=(1, 2, 3, 4)) for step in range(6)) > 20_000
+
+
+def test_contract_4_batches_refills_and_other_prompts_change_no_token(engine, sampled):
+    """Alone, in another order, and in a batch so small that rows are refilled while others wait for their tools."""
+    small = Engine(engine.policy, max_rows=6)
+    try:
+        assert tokens(small.sample(PROMPTS, EPISODES)) == tokens(sampled)
+        backwards = small.sample(PROMPTS[::-1], replace(EPISODES, draft_tokens=2))
+        assert tokens(backwards[::-1]) == tokens(sampled)
+    finally:
+        small.close()
+    one = replace(EPISODES, environment=replace(SPEC, workers=2))
+    assert tokens(engine.sample(PROMPTS[2:3], one)) == tokens(sampled[2:3])
+
+
+def test_contract_4_a_killed_tool_process_changes_no_token(engine, sampled, monkeypatch):
+    """Its episodes are made anew with the same calls."""
+    ask, killed = Arena.ask, []
+
+    def kill(arena, requests):
+        answer = ask(arena, requests)
+        answer.result()
+        if len(killed) < 3 and any(request["history"] for request in requests):
+            process = arena.pool._workers[0]._process
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            killed.append(process.pid)
+        return answer
+
+    monkeypatch.setattr(Arena, "ask", kill)
+    again = engine.sample(PROMPTS, EPISODES)
+    assert len(killed) == 3
+    assert tokens(again) == tokens(sampled)
+    assert [c.tools for c in completions(again)] == [c.tools for c in completions(sampled)]
+
+
+def _assert_learner_agrees(policy, groups, temperature: float) -> int:
+    """Log-probabilities of the sampled tokens by the learner's packed forward; what tools wrote has none."""
+    rows = [
+        PackedRow(g.prompt.token_ids, [Sample(i, c.token_ids, sampled=c.sampled) for i, c in enumerate(g.completions)])
+        for g in groups
+    ]
+    mini = collate(rows, policy.device)
+    with torch.no_grad():
+        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
+        before = hidden.gather(1, mini.before[..., None].expand_as(hidden))[mini.scored]
+        logits = before @ policy.lm_head.T / temperature
+        learner = mini.by_completion(token_logprobs(logits, mini.token_ids[mini.scored]))
+    engine = mini.padded([c.logprobs for c in completions(groups)])
+    assert (learner - engine).abs().max() < 1e-4
+    assert not engine[~mini.mask].any()
+    return int(mini.mask.sum())
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+def test_contract_2_the_sampler_scores_as_the_learner_does(engine, draft_tokens):
+    groups = engine.sample(PROMPTS, replace(EPISODES, draft_tokens=draft_tokens))
+    assert _assert_learner_agrees(engine.policy, groups, EPISODES.temperature) > 800
+
+
+def test_models_of_transformers_have_episodes_too(hf_policy):
+    engine = Engine(hf_policy("qwen3", 3))
+    try:
+        groups = engine.sample(PROMPTS, replace(EPISODES, temperature=1.0))
+        assert _assert_learner_agrees(engine.policy, groups, 1.0) > 200
+        assert sum(c.num_turns for c in completions(groups)) > 40
+    finally:
+        engine.close()
+
+
+def test_the_experts_of_every_token_are_recorded(random_policy):
+    """Routing of turns and of what tools wrote, against one forward over the whole episode."""
+    policy = random_policy(12)
+    engine = Engine(policy)
+    try:
+        groups = engine.sample(PROMPTS[:3], replace(EPISODES, record_routing=True))
+        for completion in completions(groups):
+            assert (completion.routing[:-1] >= 0).all()
+            assert (completion.routing[-1] == -1).all()
+        whole = [replace(g.prompt, token_ids=g.prompt.token_ids + c.token_ids) for g in groups for c in g.completions]
+        once = replace(PARAMS, group_size=1, max_completion_tokens=1, record_routing=True)
+        read = engine.sample(whole, once)
+        for group, completion in zip(read, completions(groups), strict=True):
+            length = len(completion.token_ids)
+            assert torch.equal(group.prompt_routing[-length:-1], completion.routing[:-1])
+    finally:
+        engine.close()
+
+
+def test_a_turn_costs_its_new_tokens_only(engine, monkeypatch):
+    """Tokens that the trunk computes, against reading prompt and episode again at each turn."""
+    counted, forward = Counter(), type(engine.trunk).__call__
+
+    def count(trunk, ids, positions, cache):
+        counted["tokens"] += ids.numel()
+        return forward(trunk, ids, positions, cache)
+
+    monkeypatch.setattr(type(engine.trunk), "__call__", count)
+    params = replace(EPISODES, group_size=1, environment=replace(SPEC, max_turns=8), max_completion_tokens=120)
+    prefilled = cached = 0
+    for given in PROMPTS:
+        counted.clear()
+        [group] = engine.sample([given], params)
+        [completion], prompt = group.completions, len(group.prompt.token_ids)
+        # Every token once, but for the last, which is never read.
+        assert counted["tokens"] == prompt + len(completion.token_ids) - 1
+        own = completion.sampled
+        turns = [place for place in range(1, len(own)) if own[place] and not own[place - 1]]
+        cached += counted["tokens"]
+        # Reading it again at a turn gives the turn's first token; what came before it would be in the cache already.
+        prefilled += prompt + sum(own) - len(turns) - 1 + sum(prompt + place for place in turns)
+    assert prefilled > 1.5 * cached
+
+
+def test_a_group_begins_alike_and_then_each_rollout_has_its_own_randomness(engine):
+    engine.sample(PROMPTS[:1], EPISODES)
+    own = [seeds(EPISODES, "p/0", sample) for sample in range(4)]
+    assert len({group for group, _ in own}) == 1
+    assert len({rollout for _, rollout in own}) == 4
+    assert seeds(EPISODES.at(7), "p/0", 0)[0] != own[0][0]
+    arena = engine._arena
+
+    def said(sample: int) -> tuple[str, str]:
+        request = {"episode": "e", "environment": "", "columns": {}, "seeds": list(own[sample]), "history": []}
+        [reply] = arena.ask([request | {"calls": [["guess", {"number": "1234"}]], "ends": True}]).result()
+        digits, _, secret = reply["results"][0][0].split()
+        return digits, secret
+
+    assert len({said(sample)[1] for sample in range(4)}) == 1
+    assert len({said(sample)[0] for sample in range(4)}) > 2
+    assert said(0) == said(0)
+
+
+def test_what_happened_is_recorded(sampled):
+    for completion in completions(sampled):
+        stats, calls = completion.tools, [m for m in completion.turns if m.get("tool_calls")]
+        assert stats.calls == len(calls) == stats.reward
+        told = [m["content"] for m in completion.turns if m["role"] == "tool"]
+        assert stats.errors == told.count("{'error': 'no sevens'}")
+        assert stats.bad_calls == told.count("no such tool")
+        assert completion.answer == [m["content"] for m in completion.turns if m["role"] == "assistant"][-1]
+        assert completion.num_turns <= 5
+    assert sum(c.tools.bad_calls for c in completions(sampled)) > 0
+
+
+@pytest.mark.parametrize(
+    ("fate", "kind", "words"),
+    [("hangs", "timeout", "no result after 0.5 s, stuck at guessing.py"), ("dies", "died", "exit code 3")],
+)
+def test_contract_6_a_tool_that_cannot_go_on_is_a_failure_of_its_rollout_alone(engine, fate, kind, words):
+    params = replace(EPISODES, environment=SLOW, group_size=2)
+    prompts = [replace(PROMPTS[2], text="a", columns={"fate": fate}), replace(PROMPTS[6], text="b", columns={})]
+    failed, well = engine.sample(prompts, params)
+    found = [c.tools.failure for c in failed.completions if c.tools.failure]
+    assert found
+    for failure in found:
+        assert failure["kind"] == kind
+        assert words in failure["message"]
+    assert all(c.tools.failure is None and c.tools.reward is not None for c in well.completions)
+    assert tokens([well]) == tokens(engine.sample(prompts[1:], params))
+
+
+def test_an_environment_ends_its_episode_and_adds_to_the_prompt(engine):
+    params = replace(EPISODES, environment=SLOW)
+    [group] = engine.sample([replace(PROMPTS[6], text="how many apples", columns={"fate": "ends"})], params)
+    assert group.prompt.messages[0]["content"].startswith("how many apples ")
+    assert engine.policy.tokenizer.decode(group.prompt.token_ids).startswith("how many apples ")
+    ended = [c for c in group.completions if c.finish_reason == "environment"]
+    assert ended
+    for completion in ended:
+        assert completion.tools.calls == 2
+        assert completion.sampled[-1]
+        assert completion.turns[-1]["role"] == "tool"
+
+
+def test_bad_environments_are_refused_by_name(engine, tmp_path):
+    different = replace(EPISODES, environment=replace(SPEC, environments=(("", f"{GUESSING}:Different"),)))
+    with pytest.raises(RolloutError, match=r"prompt 'p/0': reset gave the rollouts of one group different texts"):
+        engine.sample(PROMPTS[:1], different)
+    with pytest.raises(RuntimeError, match=r"has no class 'Gues' \(did you mean 'Guess'\?\)"):
+        engine.sample(PROMPTS, replace(EPISODES, environment=EnvironmentSpec(environments=(("", f"{GUESSING}:Gues"),))))
+    (tmp_path / "bare.py").write_text(
+        "class Bare:\n    def act(self): ...\n\n\nclass Idle:\n    def reset(self): ...\n"
+    )
+    for name, words in (("Bare", "has no method `reset`"), ("Idle", "has no tools")):
+        spec = EnvironmentSpec(environments=(("", f"{tmp_path}/bare.py:{name}"),))
+        with pytest.raises(ValueError, match=words):
+            engine.sample(PROMPTS, replace(EPISODES, environment=spec))
+    several = replace(SPEC, environments=(("a", "x.py:A"), ("b", "x.py:B")))
+    with pytest.raises(ValueError, match="column 'environment' holds None; the environments are a, b"):
+        chosen(several, {})
+    assert chosen(several, {"environment": "b"}) == "b"
+    assert columns_of(several, {"environment": "b", "x": 1}) == {"x": 1}
+    with pytest.raises(ValueError, match="column 'x' cannot be sent to an environment"):
+        columns_of(SPEC, {"x": object()})
+
+
+def test_tools_need_no_environment(engine):
+    params = replace(EPISODES, environment=EnvironmentSpec(tools=(f"{GUESSING}:double",), max_turns=3))
+    groups = engine.sample(PROMPTS[:3], params)
+    told = [m for c in completions(groups) for m in c.turns if m["role"] == "tool" and m["name"] == "double"]
+    assert told
+    assert all(c.tools.reward is None and c.tools.failure is None for c in completions(groups))
+
+
+def test_a_prompt_that_an_environment_makes_too_long_is_named(engine):
+    long = replace(PROMPTS[6], text="a", columns={"long": 400})
+    with pytest.raises(RolloutError, match=r"prompt 'p/6' has \d+ tokens") as caught:
+        engine.sample([PROMPTS[0], long], replace(EPISODES, environment=SLOW))
+    assert [group.prompt.prompt_id for group in caught.value.groups] == ["p/0"]
+    assert isinstance(caught.value.groups[0].prompt, Prompt)
