@@ -23,7 +23,7 @@ from grpo.learner.build import sampling_backend
 from grpo.loop import Run
 from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics
-from grpo.sampling import sampling_params
+from grpo.sampling import environment_of, sampling_params
 from grpo.task import Task
 from grpo.tied_steps import TiedSteps
 from policies.policy import Policy
@@ -48,7 +48,9 @@ class Collector:
         config = run.config
         self.rollout, self.prompts_per_step, self.deepest = config.rollout, config.prompts_per_step, config.mtp.depth
         sampling = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed)
-        self.sampling = replace(sampling, record_routing=config.learner.routing_replay)
+        self.sampling = replace(
+            sampling, record_routing=config.learner.routing_replay, environment=environment_of(config)
+        )
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate
         self.alarms = Alarms(task.watched_rewards()) if run.config.log.alarms and run.ranks.first else None
         self.begun: list[Begun] = []

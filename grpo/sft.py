@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 from math import nan
 from typing import Any
@@ -21,7 +22,7 @@ from grpo.learner.parallel import ALONE, Ranks
 from grpo.loop import Run
 from grpo.policy_source import check_options, load_policy, save_policy, with_threads
 from grpo.run.pool import open_run_pool
-from grpo.sampling import sampling_params
+from grpo.sampling import environment_of, sampling_params
 from grpo.task import Task
 from policies.files.digests import write_digests
 from policies.policy import Policy
@@ -121,6 +122,7 @@ def _evaluate(when: str, run: Run[SftConfig], task: Task, policy: Policy) -> dic
     rollout = config.rollout.model_copy(update=own)
     pool = open_run_pool(policy, rollout, config.dtype, run.stop, run.log, samples=run.ranks.first)
     sampling = sampling_params(policy, config.rollout, options.samples, config.seed)
+    sampling = replace(sampling, environment=environment_of(config))
     held_out = HeldOut(task, policy, pool, run.log, options, sampling)
     run.alone(held_out.evaluate, run.step, when)
     return held_out.results

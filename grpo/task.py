@@ -14,9 +14,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from grpo.actor import Actor
 from grpo.algorithm.statistics import answer_reader
 from grpo.algorithm.verdicts import Verdicts
 from grpo.config.data import DataOptions
+from grpo.config.environment import rewards_of
 from grpo.config.mtp import MtpConfig
 from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
 from grpo.config.run import SftConfig, TrainConfig
@@ -30,9 +32,11 @@ from grpo.policy_source import find_policy, known_context
 from grpo.reward_models import ModelRewards
 from grpo.run.hardware import device_of
 from grpo.run.log import RunLog
+from grpo.sampling import environment_of
 from policies.policy import Policy, read_tokenizer
 from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rollout.group import Prompt, RolloutGroup
+from rollout.sampling import EnvironmentSpec
 
 TAKE_OUT = "Take them out of one of the two"
 LONGEST_TEXT = 4000  # characters of an example that a preset's tokenizer learns from: one endless word takes hours
@@ -57,12 +61,13 @@ class Task:
         met: Collection[str] = frozenset(),
         contexts: Mapping[str, int] | None = None,
         scores: bool = True,
+        environment: EnvironmentSpec | None = None,
     ) -> None:
         """`heldout`: how many held-out problems, None for all of them, 0 for none. `device` is the reward models'.
 
         `met` are fingerprints of problems that the policy was trained on before. Raises ValueError where one of these,
         a training problem or a worked example is among the held-out problems. `contexts`: see `load_examples`.
-        Without `scores` no reward is loaded: another process scores.
+        Without `scores` no reward is loaded: another process scores. With an `environment` solutions are episodes.
         """
         check = gold_check((reward.function, reward.columns) for reward in rewards if "answer" not in reward.arguments)
         self.template = PromptTemplate(data.template, data.system_prompt, user_turn=data.user_turn)
@@ -84,6 +89,7 @@ class Task:
         self.trainer_state: dict[str, Any] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
         self.prompts_per_step = 0
         self.scores = scores
+        self.actor = Actor(environment, known[0])
         specs = [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
         self.reward_weights = {spec.label: spec.weight for spec in specs}
         self.first_reward = specs[0].label
@@ -97,11 +103,11 @@ class Task:
             on_error=scoring.on_error,
             timeout_s=scoring.timeout_s,
             workers=scoring.workers,
-            columns=[*known[0].columns, *self.models.names],
+            columns=[*known[0].columns, *self.models.names, *self.actor.columns],
             pass_variables=scoring.pass_variables,
         )
         try:
-            columns = known[0].columns | dict.fromkeys(self.models.names, 0.0)
+            columns = known[0].columns | dict.fromkeys([*self.models.names, *self.actor.columns], 0.0)
             gold = self.scorer.dry_run(prompt, known[0].solution, columns, messages=messages)
             self.models.load(device_of(device))
         except BaseException:
@@ -115,7 +121,7 @@ class Task:
         held = config.eval
         task = cls(
             config.data,
-            config.rewards,
+            rewards_of(config),
             config.reward,
             seed=config.seed,
             heldout=held.limit,
@@ -126,6 +132,7 @@ class Task:
             met=trained_on(config.model),
             contexts=_contexts(config),
             scores=scores,
+            environment=environment_of(config),
         )
         if isinstance(config, TrainConfig):
             task.trainer_state["max_steps"], task.prompts_per_step = config.steps, config.prompts_per_step
@@ -233,9 +240,11 @@ class Task:
 
         `raw` keeps GSM8K's calculator marks.
         """
-        text = example.columns[self.solution_column] if raw else example.solution
-        ids = [*tokenizer.encode(text, add_special_tokens=False), stop]
-        return PackedRow(self.prompt(example, tokenizer).token_ids, [Sample(0, ids)])
+        prompt, marked = self.prompt(example, tokenizer), example.columns.get(self.solution_column, example.solution)
+        if self.actor.acts:
+            return self.actor.solution(prompt, marked, tokenizer, stop)
+        ids = [*tokenizer.encode(marked if raw else example.solution, add_special_tokens=False), stop]
+        return PackedRow(prompt.token_ids, [Sample(0, ids)])
 
     def reached(self, steps_done: int) -> None:
         """Set what rewards that ask for `trainer_state` receive from now on, by TRL's names."""
@@ -260,7 +269,7 @@ class Task:
             [group.prompt.columns for group in groups],
             prompt_ids=[group.prompt.prompt_id for group in groups],
             completion_ids=[[c.token_ids for c in group.completions] for group in groups],
-            completion_columns=columns,
+            completion_columns=self.actor.added(columns, groups),
             trainer_state=self.trainer_state,
             messages=[group.prompt.messages for group in groups],
         )

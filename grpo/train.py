@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from grpo.run import checkpoint
 from grpo.run.memory_errors import phase
 from grpo.run.pool import open_run_pool, use_costs_of_run
 from grpo.run.resume import BaseWeights
-from grpo.sampling import sampling_params
+from grpo.sampling import environment_of, sampling_params
 from grpo.sft import first_policy, warm_start
 from grpo.task import Task
 from rewards.protocol import Reward
@@ -68,6 +69,7 @@ def train(
             run.alone(use_costs_of_run, pool, policy, config.rollout, run.folder, resumes=run.resumes)
             collector = Collector(run, task, curriculum, pool, policy)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
+            sampling = replace(sampling, environment=environment_of(config))
             held_out = HeldOut(task, policy, pool, run.log, config.eval, sampling, collector.evaluated)
             with run:
                 batches.begin(collector, learner, partial(_publish, run, publisher))

@@ -25,7 +25,7 @@ _MODULES = {
     "remote": ("remote",),
     "judge": ("judge",),
     "code": ("code",),
-    "column": ("column",),
+    "column": ("column", "environment"),
     "reasoning": ("reasoning_gym",),
 }
 BUILT_IN = {name: f"rewards.built_in.{module}" for module, names in _MODULES.items() for name in names}

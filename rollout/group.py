@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -108,6 +108,13 @@ class Completion:
     def num_turns(self) -> int:
         """Turns of the policy; 1 without tools."""
         return max(1, sum(message["role"] == "assistant" for message in self.turns))
+
+    @property
+    def episode(self) -> dict[str, Any]:
+        """`turns`, `sampled` and `tools` as JSON takes them; nothing without tools."""
+        if self.tools is None:
+            return {}
+        return {"turns": self.turns, "sampled": self.sampled, "tools": asdict(self.tools)}
 
     @property
     def answer(self) -> str:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from grpo.algorithm.statistics import corpus_bleu
 from grpo.config.data import DataOptions, PromptOptions
+from grpo.config.environment import rewards_of
 from grpo.config.inference import EvalConfig
 from grpo.data.examples import default_heldout_split
 from grpo.data.leakage import trained_on
@@ -22,7 +23,7 @@ from grpo.evaluation.perplexity import Perplexity, gold_perplexity
 from grpo.policy_source import PolicySource, check_options, find_policy, known_context, load_found
 from grpo.run.console import progress_bars
 from grpo.run.memory_errors import phase
-from grpo.sampling import sampling_params
+from grpo.sampling import environment_of, sampling_params
 from grpo.task import Task
 from rewards.group_score import GroupScore
 from rollout.engine import RolloutError
@@ -98,7 +99,7 @@ class CompletionsFile:
                 "sample": sample,
                 "prompt": group.prompt.text,
                 "completion": completion.text,
-                "answer": task.read_answer(completion.text),
+                "answer": task.read_answer(completion.answer),
                 "solution": columns.get(task.solution_column),
                 "correct": task.verdicts.of(score.parts[task.first_reward][sample]),
                 "reward": score.rewards[sample],
@@ -126,7 +127,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
     context = known_context(source.folder) if source.checkpoint is None else None
     with Task(
         data,
-        config.rewards,
+        rewards_of(config),
         config.reward,
         seed=config.seed,
         train=False,
@@ -136,6 +137,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
         device=config.device,
         met=frozenset() if config.allow_trained_on else met,
         contexts={config.prompt_column: context} if context else None,
+        environment=environment_of(config),
     ) as task:
         completions = CompletionsFile(config.output, task) if config.output else None
         write = completions.write if completions else None
@@ -144,6 +146,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
         prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
         sampling = sampling_params(policy, config, max(config.samples, 1), config.seed)
         sampling = replace(sampling, margin=config.margin, stop_strings=config.stop_strings)
+        sampling = replace(sampling, environment=environment_of(config))
         asked = {"sampled": config.samples > 0, "greedy": config.greedy}
         ways = {way: params for way, params in both_ways(sampling).items() if asked[way]}
         with phase("loading", config):

@@ -19,7 +19,7 @@ from grpo.data.prompts import PromptTemplate, encode_prompt
 from grpo.policy_source import find_policy, load_found
 from grpo.run.console import progress_bars
 from grpo.run.memory_errors import phase
-from grpo.sampling import sampling_params
+from grpo.sampling import environment_of, sampling_params
 from rollout.engine import RolloutError
 from rollout.group import RolloutGroup
 from rollout.pool import open_pool
@@ -99,6 +99,7 @@ def sample(config: SampleConfig, examples: list[Example], console: Console) -> S
     policy = load_found(find_policy(config.model), config)
     params = sampling_params(policy, config, config.group_size, config.seed)
     params = replace(params, margin=config.margin, stop_strings=config.stop_strings)
+    params = replace(params, environment=environment_of(config))
     for example in examples:
         if fault := beyond_context(example.question, policy.max_length):
             raise ValueError(f"--prompts, {example.example_id}: the prompt {fault}")

@@ -117,7 +117,8 @@ def groups(sampled: Sequence[RolloutGroup], tokenizer: PreTrainedTokenizerBase, 
 
 
 def groups_as_json(sampled: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
-    """`{"prompt", "completions": [{"text", "token_ids", "logprobs", "finish_reason", "draft"}]}` per group."""
+    """`{"prompt", "completions": [{"text", "token_ids", "logprobs", "finish_reason", "draft"}]}` per group, with
+    `turns`, `sampled` and `tools` where there were tools."""
     return [
         {
             "prompt": group.prompt.columns.get("prompt", group.prompt.text),
@@ -128,6 +129,7 @@ def groups_as_json(sampled: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
                     "logprobs": completion.logprobs,
                     "finish_reason": completion.finish_reason,
                     "draft": asdict(completion.draft),
+                    **completion.episode,
                 }
                 for completion in group.completions
             ],

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from grpo.config.data import PromptOptions
+from grpo.config.environment import EnvironmentOptions
 from grpo.config.json_file import expecting
 from grpo.config.policy import ModelOptions
 from grpo.config.reward import RewardsOptions, ScoringOptions
@@ -15,7 +16,7 @@ from grpo.config.sampling import SamplingOptions
 from grpo.config.yaml_file import read_yaml
 
 
-class _UseOptions(SamplingOptions, PromptOptions, ModelOptions):
+class _UseOptions(EnvironmentOptions, SamplingOptions, PromptOptions, ModelOptions):
     margin: float = Field(default=2.0, ge=0)
     """accept: margin takes a draft whose best token leads the second by more than this many nats."""
     stop: str | list[str] = Field(default_factory=list)
@@ -114,6 +115,7 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
         **{name: of_data[name] for name in ("template", "system_prompt", "user_turn", "few_shot") if name in of_data},
         **{name: rollout[name] for name in ("temperature", "max_completion_tokens", "draft_tokens")},
         **{name: run[name] for name in ("seed", "rewards")},
+        **{name: run[name] for name in EnvironmentOptions.model_fields if name in run},
         "reward_models": run.get("reward_models", []),
         "reward": reward,
     }

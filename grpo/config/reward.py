@@ -91,13 +91,19 @@ class ScoringOptions(Options):
 class RewardsOptions(Options):
     """What scores completions; training and evaluation have these options."""
 
-    rewards: list[RewardOptions] = Field(default_factory=lambda: [RewardOptions(function="gsm8k")], min_length=1)
+    rewards: list[RewardOptions] = Field(default_factory=lambda: [RewardOptions(function="gsm8k")])
     """Reward functions; the score is their weighted sum. The first one judges held-out completions: evaluation
     reports accuracy where its marks say right or wrong (`rewards.right_at`, or all of them are 0 and 1), else the mean
-    reward."""
+    reward. An empty list is for an environment that has a reward."""
     reward_models: list[RewardModelOptions] = Field(default_factory=list)
     """Models other than the policy that score completions."""
     reward: ScoringOptions = ScoringOptions()
+
+    @model_validator(mode="after")
+    def _scores(self) -> RewardsOptions:
+        if not self.rewards and not getattr(self, "environment", None):
+            raise ValueError("rewards=[] scores nothing; name a reward, or an environment that has one")
+        return self
 
 
 def with_rewards(config: Config, reward: Reward | Sequence[Reward] | None) -> Config:

@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from grpo.config.data import CurriculumOptions, DataOptions
+from grpo.config.environment import EnvironmentOptions
 from grpo.config.learner import BalanceOptions, LearnerOptions, LoraOptions, MTPOptions, WarmStartOptions
 from grpo.config.loss import DistillOptions, LossOptions, ValueOptions
 from grpo.config.options import Options
@@ -72,7 +73,7 @@ class RunConfig(RewardsOptions, ModelOptions):
     log: LogOptions = LogOptions()
 
 
-class SftConfig(RunConfig):
+class SftConfig(EnvironmentOptions, RunConfig):
     """Supervised fine-tuning on prompts and gold solutions; the MTP head is trained together with the trunk."""
 
     # What `quartet sft --help` shows; `--help all` shows all.

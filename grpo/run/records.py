@@ -16,7 +16,7 @@ import zstandard
 from grpo.config.json_file import read_objects, whole_lines
 from policies.files.atomic import write_file
 from rewards.group_score import GroupScore
-from rollout.group import Completion, RolloutGroup
+from rollout.group import RolloutGroup
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
@@ -94,19 +94,13 @@ def rollout_lines(
                     "extras": {name: values[sample] for name, values in score.extras.items()},
                     "advantage": advantage,
                     "finish_reason": completion.finish_reason,
-                    **({} if completion.tools is None else _episode(completion)),
+                    **completion.episode,
                     "policy_version": completion.policy_version,
                     **({"policy_versions": completion.versions} if completion.versions else {}),
                     "draft": asdict(completion.draft),
                 }
             )
     return lines
-
-
-def _episode(completion: Completion) -> dict[str, Any]:
-    """What a completion with tools has beside the others: `turns`, `sampled` and `tools`."""
-    assert completion.tools is not None
-    return {"turns": completion.turns, "sampled": completion.sampled, "tools": asdict(completion.tools)}
 
 
 def recorded_steps(output_dir: Path) -> list[int]:

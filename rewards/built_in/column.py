@@ -1,4 +1,4 @@
-"""A reward that exists already, in the data or from a reward model of the run."""
+"""Rewards that exist already: in the data, from a reward model of the run, or from the environment of an episode."""
 
 from __future__ import annotations
 
@@ -18,6 +18,25 @@ def column(prompts: list | None, completions: Completions, name: str, **columns)
     if name not in columns:
         raise ValueError(f"there is no column {name!r}; the columns are {', '.join(sorted(columns)) or 'none'}")
     return [None if value is None else _finite(name, value) for value in columns[name]]
+
+
+def environment(
+    prompts: list | None, completions: Completions, environment_reward: list[float | str | None], **_
+) -> list[float | ValueError | None]:
+    """What `get_reward` of each completion's environment gave; None abstains. Runs with tools have this reward.
+
+    A text in its place says why the environment could not go on: that is a failure of the completion.
+
+    >>> environment(None, ["so 4", "so 5"], environment_reward=[0.25, None])
+    [0.25, None]
+    """
+    return [_of_environment(value) for value in environment_reward]
+
+
+def _of_environment(value: float | str | None) -> float | ValueError | None:
+    if isinstance(value, str):
+        return ValueError(f"the environment could not go on: {value}")
+    return None if value is None else float(value)
 
 
 def _finite(name: str, value: float) -> float:

@@ -16,6 +16,18 @@ from rollout.group import FinishReason, Prompt, RolloutGroup, ToolStats
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
 
+def first_messages(prompt: Prompt, observation: str | None) -> list[dict[str, Any]]:
+    """The messages of a prompt, with what `reset` said at the end of the last one. A text is the user's message.
+
+    >>> first_messages(Prompt("a", "2 + 3 = ?\\n", [5]), " Use the tool.")
+    [{'role': 'user', 'content': '2 + 3 = ? Use the tool.'}]
+    """
+    text = prompt.text.removesuffix("\n")  # the form ends a message itself
+    messages = [dict(message) for message in prompt.messages or [{"role": "user", "content": text}]]
+    messages[-1]["content"] += observation or ""
+    return messages
+
+
 class Arena:
     """What the episodes of all shards share: the processes of the tools, and the form of turns."""
 
@@ -110,11 +122,9 @@ class Episodes:
         return f"prompt {episode.prompt.prompt_id!r}: {why}"
 
     def _prompt(self, episode: Episode, observation: str | None) -> Prompt:
-        prompt = episode.prompt
-        messages = [dict(message) for message in prompt.messages or [{"role": "user", "content": prompt.text}]]
-        messages[-1]["content"] += observation or ""
+        messages = first_messages(episode.prompt, observation)
         ids = self.arena.formats[episode.environment].tools_prompt(messages)
-        return replace(prompt, text=str(self.arena.tokenizer.decode(ids)), token_ids=ids, messages=messages)
+        return replace(episode.prompt, text=str(self.arena.tokenizer.decode(ids)), token_ids=ids, messages=messages)
 
     def ask(self, ended: Mapping[int, list[int]]) -> list[bool]:
         """Start the tools of turns that have ended, given their completions so far. Returns which rows wait for them;

@@ -109,6 +109,20 @@ def open_workers(spec: EnvironmentSpec) -> WorkerPool:
     return pool
 
 
+def check(spec: EnvironmentSpec, columns: Mapping[str, Any]) -> None:
+    """Begin an episode of a prompt with these columns. Raises ValueError or RewardError for what cannot begin."""
+    for name, _ in spec.environments or (("", ""),):
+        tools_of(spec, name)
+    request = {"episode": "check", "environment": chosen(spec, columns), "columns": columns_of(spec, columns)}
+    pool = open_workers(spec)
+    try:
+        [reply] = run(pool, [request | {"seeds": [0, 0], "history": [], "calls": [], "ends": True}])
+    finally:
+        pool.close()
+    if "kind" in reply:
+        raise ValueError(f"the environment cannot begin with the first example: {reply['kind']}: {reply['message']}")
+
+
 def run(pool: WorkerPool, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The replies, see `LoadedEnvironments.call`. A worker that died may have been killed from outside, so its request
     is repeated once."""

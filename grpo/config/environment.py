@@ -1,0 +1,45 @@
+"""Options of tools and environments, with which completions become episodes of several turns."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from grpo.config.options import Options
+from grpo.config.reward import RewardOptions, RewardsOptions
+
+
+class EnvironmentOptions(Options):
+    """What a policy acts in; training, evaluation and sampling have these options."""
+
+    tools: list[str] = Field(default_factory=list)
+    """Functions that the policy may call, `path/to/file.py:function`, with type hints and a docstring (as in TRL)."""
+    environment: str | dict[str, str] | None = None
+    """A class in TRL's contract, one object for each completion: `calculator`, `python`, `word_game`, or
+    `path/to/file.py:Class`. A mapping of names to classes lets the column `environment` of the data choose. What its
+    `get_reward` gives is the reward `environment`."""
+    max_turns: int = Field(default=8, ge=1)
+    """Turns that the policy may take in one completion. The calls of the last one are made, and nothing follows."""
+    tool_timeout_s: float = Field(default=10.0, gt=0)
+    """Seconds that the calls of one turn may take; then the process of the tool is killed (see reward.on_error)."""
+    tool_workers: int = Field(default=1, ge=1)
+    """Processes that run tools, for each sampler."""
+
+    @property
+    def has_tools(self) -> bool:
+        return bool(self.tools or self.environment)
+
+    @field_validator("environment")
+    @classmethod
+    def _has_names(cls, environment: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        if isinstance(environment, dict) and (not environment or "" in environment):
+            raise ValueError("needs a name for each environment, which the column `environment` of the data holds")
+        return environment
+
+
+def rewards_of(config: RewardsOptions) -> list[RewardOptions]:
+    """The rewards of a run. With tools the one named `environment` is among them: it hands over what `get_reward` gave,
+    and the failures of tools."""
+    acts = isinstance(config, EnvironmentOptions) and config.has_tools
+    if not acts or any(reward.function == "environment" for reward in config.rewards):
+        return config.rewards
+    return [*config.rewards, RewardOptions(function="environment")]

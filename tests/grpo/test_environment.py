@@ -1,0 +1,167 @@
+"""Runs whose completions are episodes: options, training, evaluation, sampling, and what is refused."""
+
+import inspect
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo.cli import main
+from grpo.config.inference import EvalConfig, defaults_of_run
+from grpo.config.options import load
+from grpo.config.run import TrainConfig
+from grpo.learner.learner import Learner
+from grpo.run.records import read_metrics, read_rollouts
+from grpo.sampling import environment_of
+from grpo.train import train
+from rewards.group_score import RewardFailed
+from rewards.protocol import RewardError
+from rollout.environments.format import Call, Turn, TurnFormat
+
+CASES = Path(__file__).parents[1] / "cases"
+INCREMENT, SLOW = f"{CASES}/incrementing.py:IncrementEnv", f"{CASES}/guessing.py:Slow"
+
+
+class Eager(TurnFormat):
+    """Whatever a policy that knows nothing writes is a call of the first tool; the rest is the plain form."""
+
+    def read(self, token_ids) -> Turn:
+        number = sum(token_ids) % 4
+        if number == 3:
+            return Turn("done")
+        [tool, field] = {"increment": ("increment", "step"), "guess": ("guess", "number")}[next(iter(self._tools))]
+        return Turn("", (Call(tool, {field: number if field == "step" else str(number)}),))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _eager():
+    """A policy that knows nothing ends a turn now and then: about one token in fifteen is a stop token."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rollout.environments.episodes.TurnFormat", Eager)
+        patch.setattr("policies.policy.Policy.stop_token_ids", property(lambda _: [0, *range(7, 250, 15)]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(micro_config, tmp_path_factory):
+    """A run of three steps, with a warm start, an evaluation and drafts."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    given = {"environment": INCREMENT, "rollout.max_completion_tokens": 40, "eval.limit": 3, "steps": 2}
+    config = micro_config(folder, **given, **{"rollout.temperature": 1.3, "reward.on_error": "drop_sample"})
+    train(config)
+    return folder
+
+
+def test_contract_14_a_class_as_trl_documents_it_trains_unchanged(whole):
+    lines = read_rollouts(whole, 1)
+    told = [turn for line in lines for turn in line["turns"] if turn["role"] == "tool"]
+    assert len(told) > 5
+    for line in lines:
+        reached = [int(turn["content"]) for turn in line["turns"] if turn["role"] == "tool"]
+        target = len(line["messages"][0]["content"].partition(" Reach ")[0]) % 5
+        assert line["prompt"].rstrip().endswith(f" Reach {target}.")
+        assert line["parts"]["environment"] == float((reached[-1:] or [0])[0] == target)
+        assert line["reward"] == pytest.approx(line["parts"]["environment"] + line["parts"]["letters"])
+        assert len(line["sampled"]) == len(line["token_ids"]) == len(line["logprobs"])
+    metrics = read_metrics(whole)
+    assert metrics[1]["reward/part/environment"] >= 0
+    assert metrics[1]["tools/turns_mean"] > 1
+    assert metrics[1]["tools/tokens"] == sum(not own for line in lines for own in line["sampled"])
+    assert metrics[1]["learner/updates"] == 1
+    assert "eval/part/environment" in metrics[0]
+
+
+def test_its_tools_are_those_that_trl_finds():
+    from incrementing import IncrementEnv
+
+    from rewards.isolation.environments import methods_of
+
+    members = inspect.getmembers(IncrementEnv, predicate=inspect.isfunction)
+    of_trl = [n for n, _ in members if n not in ("reset", "get_reward") and not n.startswith("_")]
+    assert list(methods_of(IncrementEnv)) == of_trl == ["increment", "read"]
+
+
+def test_a_run_brings_its_environment_to_eval_and_sample(whole, tmp_path):
+    brought = defaults_of_run(whole)
+    assert (brought["environment"], brought["max_turns"]) == (INCREMENT, 8)
+    config = load(EvalConfig, None, {"model": str(whole)} | brought)
+    assert environment_of(config).environments == (("", INCREMENT),)
+    assert main(["eval", str(whole), "--limit", "2", "--output", str(tmp_path), "--threads", "1"]) == 0
+    written = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    assert {"environment", "letters"} == set(written[0]["parts"])
+    sampled = tmp_path / "sampled.json"
+    assert main(["sample", str(whole), "--prompt", "3 + 4 = ?", "--json", str(sampled), "--threads", "1"]) == 0
+    [group] = json.loads(sampled.read_text())["groups"]
+    assert group["prompt"] == "3 + 4 = ?"
+    assert group["completions"][0]["turns"][0]["role"] == "assistant"
+
+
+def test_contract_9_a_stopped_run_with_turns_goes_on_to_the_same_bits(micro_config, whole, tmp_path):
+    folder = tmp_path / "again"
+    options = {"environment": INCREMENT, "rollout.max_completion_tokens": 40, "eval.limit": 3, "steps": 2}
+    options |= {"rollout.temperature": 1.3, "reward.on_error": "drop_sample"}
+    with pytest.raises(BaseException, match="stopped after step 1"):
+        train(micro_config(folder, **options), stop_after=1)
+    train(micro_config(folder, **options), resume="auto")
+    for step in (1, 2):
+        assert read_rollouts(folder, step) == read_rollouts(whole, step)
+
+
+def test_contract_6_a_failing_environment_is_named_and_never_a_zero(micro_config, tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}", "fate": "nan" if i == 3 else ""} for i in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"environment": SLOW, "data.name": str(data), "data.limit": None, "steps": 1, "prompts_per_step": 8}
+    given |= {"warm_start.steps": 0, "rewards": []}
+    with pytest.raises(RewardFailed, match=r"reward 'environment' failed on prompt '.*3', sample 0: nan"):
+        train(micro_config(tmp_path / "abort", **given))
+    train(micro_config(tmp_path / "drop", **given, **{"reward.on_error": "drop_sample"}))
+    lines = read_rollouts(tmp_path / "drop", 1)
+    assert sum(line["reward"] is None for line in lines) == 4
+    assert all(line["parts"].keys() == {"environment"} for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"environment": "nowhere.py:Env"}, "nowhere.py is not an existing Python file"),
+        ({"environment": f"{CASES}/incrementing.py:Increment"}, "has no class 'Increment'"),
+        ({"environment": {"": INCREMENT}}, "needs a name for each environment"),
+        ({"environment": {"a": INCREMENT, "b": SLOW}}, "column 'environment' holds None; the environments are a, b"),
+        ({"tools": [f"{CASES}/guessing.py:triple"]}, "'triple' is not there"),
+        ({"rewards": []}, r"rewards=\[\] scores nothing"),
+        ({"environment": INCREMENT, "rollout.backend": "vllm"}, "tools and environments need our own engine"),
+        ({"environment": INCREMENT, "max_turns": 0}, "max_turns"),
+    ],
+)
+def test_what_cannot_begin_is_refused_before_a_policy_is_loaded(micro_config, tmp_path, monkeypatch, given, words):
+    monkeypatch.setattr(Learner, "__init__", lambda *_: pytest.fail("loaded a policy"))
+    monkeypatch.setattr(sys.modules["grpo.sft"], "load_policy", lambda *_: pytest.fail("loaded a policy"))
+    with pytest.raises((ValueError, RewardError), match=words):
+        train(micro_config(tmp_path / "run", **given))
+
+
+def test_a_warm_start_learns_calls_and_not_their_results(micro_config, tmp_path, monkeypatch):
+    """A marked solution is an episode; what the tool wrote is no target."""
+    seen, step = [], Learner.sft_step
+
+    def spy(learner, rows, number):
+        seen.extend(rows)
+        return step(learner, rows, number)
+
+    monkeypatch.setattr(Learner, "sft_step", spy)
+    given = {"environment": "word_game", "data.name": "word_game", "rewards": [], "steps": 1, "warm_start.steps": 1}
+    train(micro_config(tmp_path / "run", **given))
+    torch.manual_seed(0)
+    for row in seen:
+        [sample] = row.samples
+        assert 0 < sample.num_sampled < len(sample.token_ids)
+        assert sample.sampled[0]
+
+
+def test_without_tools_nothing_changes():
+    config = load(TrainConfig, None, {"output_dir": "runs/x"})
+    assert environment_of(config) is None
+    assert not config.has_tools
