@@ -14,7 +14,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.actor import Actor
 from grpo.algorithm.statistics import answer_reader
 from grpo.algorithm.verdicts import Verdicts
 from grpo.config.data import DataOptions
@@ -32,7 +31,7 @@ from grpo.policy_source import find_policy, known_context
 from grpo.reward_models import ModelRewards
 from grpo.run.hardware import device_of
 from grpo.run.log import RunLog
-from grpo.sampling import environment_of
+from grpo.sampling import Actor, environment_of
 from policies.policy import Policy, read_tokenizer
 from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rollout.group import Prompt, RolloutGroup

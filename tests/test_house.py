@@ -29,7 +29,7 @@ FLOORS = (
     ("ahead",),
     ("collector", "evaluation"),
     ("tied_steps", "task"),
-    ("reward_models", "actor"),
+    ("reward_models",),
     ("policy_source", "loop"),
     ("agreement", "backend", "sampling", "publisher"),
     ("learner",),

@@ -29,7 +29,7 @@ from rollout.group import Prompt, RolloutGroup
 from rollout.pool import LocalPool, Pool, RayPool, open_pool, shards, start_ray
 from rollout.publication.digests import digests
 from rollout.publication.message import Sender
-from rollout.sampling import SamplingParams
+from rollout.sampling import EnvironmentSpec, SamplingParams
 from rollout.worker import Worker
 from rollout.workers import Call
 
@@ -341,6 +341,31 @@ def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, polici
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
 
 
+def test_contract_4_episodes_are_the_same_with_workers_and_after_one_has_died(cluster, random_policy):
+    """A random policy that calls tools: every other token begins a call, and one in twenty ends a turn."""
+    policy = random_policy(23, vocab_size=471)
+    policy.tokenizer.add_tokens([f"<<{number}=" for number in range(200)])
+    echo = Path(__file__).parents[1] / "cases" / "guessing.py"
+    spec = EnvironmentSpec(environments=(("", f"{echo}:Guess"),), max_turns=4)
+    prompts = [replace(prompt, text="3 + 4 = 7, how many"[: 5 + i]) for i, prompt in enumerate(PROMPTS)]
+    params = replace(PARAMS, max_completion_tokens=40, environment=spec)
+    local = open_pool(policy, prompts_per_shard=2)
+    alone = local.sample(prompts, params)
+    local.close()
+    assert sum(c.tools.calls for group in alone for c in group.completions) > 3
+    pool, died = open_pool(policy, workers=1, prompts_per_shard=2), []
+
+    def on_finished(_: int) -> None:
+        if not died:
+            died.append(call(pool.workers[0], lambda _: os._exit(1)))
+
+    try:
+        assert pool.sample(prompts, params, on_finished) == alone
+        assert died
+    finally:
+        pool.close()
+
+
 def test_a_worker_that_answers_no_more_gives_its_place_to_its_replacement(pool, expected):
     """Ray may lose sight of a worker that still lives; it must not keep the processor that the next one waits for."""
     process = psutil.Process(ray.get(call(pool.workers.actors[0], lambda _: os.getpid())))
@@ -580,7 +605,7 @@ SCRIPT = textwrap.dedent(
     from policies.policy import Policy
     from rollout.group import Prompt
     from rollout.pool import open_pool
-    from rollout.sampling import SamplingParams
+    from rollout.sampling import EnvironmentSpec, SamplingParams
 
     pool = open_pool(Policy.load(sys.argv[1]), workers=1)
     params = SamplingParams(2, max_completion_tokens=4)
