@@ -124,21 +124,14 @@ class Learner:
             batch = self.teacher.weigh(batch)
         if self.value_head is None:
             return batch
-        started = time.perf_counter()
-        batch = with_values(batch, scores, self.loss, self.value, self._values(batch.rows))
-        return replace(batch, seconds=time.perf_counter() - started)
+        minis = self._shared(batch.rows)
+        return with_values(batch, scores, self.loss, self.value, self._values, minis, self.ranks)
 
-    @torch.no_grad()
-    def _values(self, rows: Sequence[PackedRow]) -> dict[int, Tensor]:
-        """By sample index [Lc]: the value before each token. Each rank reads its share of the rows."""
+    def _values(self, mini: MicroBatch) -> Tensor:
+        """[C, L]: the value before each token."""
         assert self.value_head is not None
-        values: dict[int, Tensor] = {}
-        for mini in self._shared(rows):
-            with self.likelihood.replaying(mini):
-                each = self.value_head(self.likelihood.preceding(mini)[mini.scored]).cpu()
-            parts = each.split([len(sample.token_ids) for sample in mini.samples])
-            values |= {s.index: part for s, part in zip(mini.samples, parts, strict=True) if mini.counts}
-        return self.ranks.union(values)
+        with self.likelihood.replaying(mini):
+            return mini.by_completion(self.value_head(self.likelihood.preceding(mini)[mini.scored]))
 
     # ---- one step ----------------------------------------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from grpo.algorithm import advantages, own
 from grpo.config.loss import CorrectionMode, LossOptions, ValueOptions
-from grpo.learner.batch import Sample, TrainingBatch, split_rows
+from grpo.learner.batch import MicroBatch, Sample, TrainingBatch, split_rows
+from grpo.learner.parallel import Ranks
 from grpo.learner.value import with_token_advantages
 from rollout.group import ENDED, RolloutGroup
 
@@ -90,20 +93,31 @@ def pack(
     return TrainingBatch(rows, advantages_PG, count, tokens, int(tied_P.sum()), tokens_by_version=dict(versions))
 
 
+@torch.no_grad()
 def with_values(
     batch: TrainingBatch,
     scores: Sequence[GroupScore],
     loss: LossOptions,
     options: ValueOptions,
-    values: Mapping[int, Tensor],  # by sample index [Lc]: the value before each token
+    values_of: Callable[[MicroBatch], Tensor],  # [C, L]: the value before each token
+    minis: Iterable[MicroBatch],  # of this rank
+    ranks: Ranks,
 ) -> TrainingBatch:
     """Advantages of every token, from the values that the states had when they were sampled."""
+    started = time.perf_counter()
+    values: dict[int, Tensor] = {}
+    for mini in minis:
+        values_CL = values_of(mini)
+        own = {s.index: values_CL[c, : len(s.token_ids)].cpu() for c, s in enumerate(mini.samples)}
+        values |= own if mini.counts else {}
+    values = ranks.union(values)
     rewards_PG = [score.rewards for score in scores]
     weights_PG = None
     if loss.advantage == "rank_softmax":
         weights_PG = advantages.rank_softmax_weights(rewards_PG, options.rank_temperature)
     left_out = [s.index for row in batch.rows for s in row.samples if not in_loss(s, loss)]
-    return with_token_advantages(batch, values, rewards_PG, options, weights_PG=weights_PG, left_out=left_out)
+    batch = with_token_advantages(batch, values, rewards_PG, options, weights_PG=weights_PG, left_out=left_out)
+    return replace(batch, seconds=time.perf_counter() - started)
 
 
 def tokens_in_loss(samples: Sequence[Sample], loss: LossOptions) -> int:

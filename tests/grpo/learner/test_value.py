@@ -15,7 +15,6 @@ from grpo.config.run import TrainConfig
 from grpo.learner.batch import PackedRow, Sample, TrainingBatch
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import Ranks
-from grpo.learner.prepare import pack
 from grpo.learner.value import ValueHead, explained_variance, with_token_advantages
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics, read_rollouts
@@ -214,25 +213,27 @@ def test_contract_10_micro_batches_change_nothing_with_values(micro_policy, adva
 
 
 class _Reader(Ranks):
-    """One of two readers, who hears nothing of the other."""
+    """One of `readers`, who knows what the others say."""
 
-    def __init__(self, reader: int) -> None:
+    def __init__(self, reader: int, readers: int, known: dict) -> None:
         super().__init__()
-        self.size, self.reader, self.readers = 2, reader, 2
+        self.size, self.reader, self.readers, self.known = readers, reader, readers, known
 
     def gather(self, own):
-        return [own]
+        self.own = own
+        return [self.known, own]
 
 
 def test_every_rank_values_its_share_of_the_rows(micro_policy):
     learner = _learner(micro_policy(2), tokens_per_micro_batch=20)
     with torch.no_grad():
         learner.value_head.layers[-1].weight.fill_(0.1)
-    rows = pack(_groups(2), _scores(), learner.loss, {}, max_tokens=20).rows
-    alone, shares = learner._values(rows), []
-    for reader in (0, 1):
-        learner.ranks = _Reader(reader)
-        shares.append(learner._values(rows))
+    found: list[dict] = []
+    for reader, readers in ((0, 1), (0, 2), (1, 2)):
+        learner.ranks = _Reader(reader, readers, found[0] if found else {})
+        learner.prepare(_groups(2), _scores())
+        found.append(learner.ranks.own)
+    alone, *shares = found
     assert shares[0].keys() & shares[1].keys() == set()
     assert min(map(len, shares)) >= 3
     both = shares[0] | shares[1]
