@@ -126,6 +126,11 @@ class TrainConfig(SftConfig):
                 f"loss.advantage={self.loss.advantage} and distill.teacher={self.distill.teacher}: distill needs a "
                 "teacher, and nothing else has one; set both, or neither"
             )
+        if self.has_tools and self.rollout.partial is not None:
+            raise ValueError(
+                f"rollout.partial={self.rollout.partial}: an episode with tools or an environment is sampled in one "
+                "step, since its environment does not wait for the next one; set partial to null"
+            )
         if self.mtp.train_trunk:
             raise ValueError("mtp.train_trunk: in GRPO the draft head never touches the trunk; use it in quartet sft")
         if self.eval.every and not self.eval.limit:

@@ -27,7 +27,7 @@ from typing import Any
 
 from rewards.isolation.environments import LoadedEnvironments
 from rewards.protocol import Reward, RewardError, Signature, bind
-from rewards.registry import Source, find_function, load_function, load_reward
+from rewards.registry import Source, load_reward
 
 
 def serve(socket_fd: int, trace_fd: int, memory: int) -> None:
@@ -68,7 +68,7 @@ def _end_with_parent(socket_fd: int) -> None:
 def load(descriptions: list[dict], functions: list[Any]) -> dict:
     """Append the functions that are described. The reply holds their signatures, or the first error."""
     for description in descriptions:
-        kind = description.get("kind", "reward" if "chat" in description else "tool")
+        kind = description.get("kind", "reward")
         try:
             functions.append(KINDS[kind](**{name: value for name, value in description.items() if name != "kind"}))
         except RewardError as error:
@@ -150,41 +150,8 @@ class LoadedReward:
         return {"rewards": rewards, "extras": extras, "metrics": means}
 
 
-class LoadedTool:
-    """A tool, which can be called on a request with the key `arguments`. It answers with a text."""
-
-    def __init__(self, function: str, attribute: str, path: str, content: str):
-        self.function = load_function(Source(function, attribute, path, content.encode("latin-1")), "tool")
-        try:
-            self.signature = Signature.of(self.function)
-        except (TypeError, ValueError) as error:
-            raise RewardError(f"tool {function!r}: {error}") from error
-        self.path = path
-
-    def call(self, request: dict) -> dict:
-        """`{"text": ...}`, or the failure of the tool, in which `told` is what the model may know of it."""
-        try:
-            result = self.function(**request["arguments"])
-            if inspect.isawaitable(result):
-                result = asyncio.run(_await(result))
-            return {"text": str(result)}
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            told = str(error) or type(error).__name__
-            return {"kind": "raised", "message": _describe(error, self.path), "told": told[:2000]}
-
-
-def describe_tool(function: str) -> dict:
-    """What a worker needs to load a tool, `path/to/file.py:function`. Raises RewardError if there is no such file."""
-    source = find_function(function, "tool")
-    content = source.content.decode("latin-1")
-    return {"function": function, "attribute": source.attribute, "path": source.path, "content": content}
-
-
 KINDS: dict[str, Callable[..., Any]] = {
     "reward": LoadedReward,
-    "tool": LoadedTool,
     "environments": LoadedEnvironments,
 }
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo import ahead
 from grpo.algorithm.advantages import gae
+from grpo.algorithm.dynamic_sampling import Drawn
+from grpo.algorithm.in_flight import drawn_of
+from grpo.algorithm.in_flight import plain as plain_of
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample, collate
@@ -143,11 +145,6 @@ def test_records_metrics_and_checkpoints_keep_the_turns(micro_policy):
     entropy = [-p for c in group.completions for p, own in zip(c.logprobs, c.sampled, strict=True) if own]
     assert metrics["policy/entropy"] == pytest.approx(sum(entropy) / 12)
 
-    class Collector:
-        @staticmethod
-        def prompt(prompt_id: str) -> Prompt:
-            return Prompt(prompt_id, "as in the data", [1])
-
-    drawn = ahead.Drawn([group], SCORES, draws=[0], replaced=[], metrics={})
-    back = ahead._drawn(json.loads(json.dumps(ahead._plain(drawn))), Collector())
+    drawn = Drawn([group], SCORES, draws=[0], replaced=[], metrics={})
+    back = drawn_of(json.loads(json.dumps(plain_of(drawn))), lambda prompt_id: Prompt(prompt_id, "as in the data", [1]))
     assert back.groups == [group]
