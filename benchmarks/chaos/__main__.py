@@ -68,18 +68,14 @@ def letters(completions, **_):
 
 
 def undisturbed(folder: Path, options: dict[str, Any]) -> dict[int, str]:
-    """The checkpoints of a run that nothing happens to, as digests. They are kept beside the runs."""
-    known = folder.with_suffix(".json")
-    if known.exists():
-        return {int(step): found for step, found in json.loads(known.read_text()).items()}
+    """The checkpoints of a run that nothing happens to, as digests."""
     run = Watched(folder, options)
     run.start()
     if run.process.wait(600):
         raise RuntimeError(f"the run that nothing happens to has failed: {run.stderr.read_text()[-2000:]}")
     found = run.checkpoints()
-    known.write_text(json.dumps(found))
     run.left()
-    shutil.rmtree(folder)
+    shutil.rmtree(folder.parent)
     return found
 
 
