@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.held_out import Result
@@ -16,7 +16,6 @@ from grpo.run.hardware import device_of
 from grpo.run.stop import Stopped, StopSignal, ignore_signals
 from grpo.sft import sft
 from grpo.train import train
-from policies.files.atomic import write_file
 from rollout.places import refuse_open
 
 
@@ -30,18 +29,17 @@ def launch(config: SftConfig, **flags: Any) -> Result | None:
         refuse_open()
     config = with_threads(config, flags.get("resume"))
     if config.learner.workers and "WORLD_SIZE" not in os.environ:
-        _through_ray(config, flags)
-        return None
+        return _through_ray(config, flags)
     ranks = join(device_of(config.device).type == "cpu", config.learner.parallel)
     if not ranks.first:
         ignore_signals()  # rank 0 decides how the run ends
     with ranks.together():
-        run: Any = train if isinstance(config, TrainConfig) else sft
-        result = run(config, ranks=ranks, **flags)
+        act: Any = train if isinstance(config, TrainConfig) else sft
+        result = act(config, ranks=ranks, **flags)
     return result if ranks.first else None
 
 
-def _through_ray(config: SftConfig, flags: dict[str, Any]) -> None:
+def _through_ray(config: SftConfig, flags: dict[str, Any]) -> Result:
     """`learner.workers` ranks on the cluster of RAY_ADDRESS, or on one of our own on this machine.
 
     A signal reaches them through a file in the run folder, which all machines see. Raises Stopped, or RankFailed with
@@ -51,67 +49,49 @@ def _through_ray(config: SftConfig, flags: dict[str, Any]) -> None:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.execution.callback import ControllerCallback
-    from ray.train.v2.api import data_parallel_trainer
+    from ray.train.v2.api import data_parallel_trainer, exceptions
 
     from rollout.cluster import start_ray, stop_ray
 
     if "RAY_ADDRESS" not in os.environ:  # it would ask the dashboard, which our own cluster has none of
         data_parallel_trainer.PlacementGroupCleanerCallback = ControllerCallback
-    folder, workers, threads = config.output_dir.absolute(), config.learner.workers, config.threads or 1
-    gpus = device_of(config.device).type == "cuda"
-    asked, ended = folder / stop.ASKED, []
-    asked.unlink(missing_ok=True)
+    config = config.model_copy(update={"output_dir": config.output_dir.absolute()})
+    files, asked = config.output_dir / "ray", config.output_dir / stop.ASKED
+    workers, threads, gpus = config.learner.workers, config.threads or 1, device_of(config.device).type == "cuda"
     trainer = TorchTrainer(
         _rank,
-        train_loop_config={
-            "config": config.model_copy(update={"output_dir": folder}),
-            "flags": flags,
-            "at": os.getcwd(),
-        },
+        train_loop_config={"config": config, "flags": flags, "at": os.getcwd()},
         torch_config=TorchConfig("nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(None, workers, gpus, {"CPU": threads, "GPU": int(gpus)}),
-        run_config=RunConfig(storage_path=str(folder / "ray")),
+        run_config=RunConfig(storage_path=str(files)),
     )
-    with StopSignal() as signal:
-        start_ray(workers * threads + config.rollout.samplers * config.rollout.threads_per_worker)
+    asked.unlink(missing_ok=True)
+    with StopSignal(tell=asked) as signals, signals.kept():
         try:
-            work = threading.Thread(target=lambda: ended.append(_end_of(trainer)), daemon=True)
-            work.start()
-            while work.is_alive():
-                work.join(0.5)
-                if signal.asked and not asked.exists():
-                    write_file(asked, str(signal.number))  # whole or not there
+            start_ray(workers * threads + config.rollout.samplers * config.rollout.threads_per_worker)
+            ended = trainer.fit().return_value
+        except exceptions.TrainingFailedError as error:  # it knows the exception of each rank
+            first = next(iter(getattr(error, "worker_failures", {}).values()), error)
+            raise RankFailed(str(getattr(first, "_base_exc", first))) from error
         finally:
             asked.unlink(missing_ok=True)
-            shutil.rmtree(folder / "ray", ignore_errors=True)
+            shutil.rmtree(files, ignore_errors=True)
             stop_ray()
-    if ended[0]:
-        raise ended[0]
+    if isinstance(ended, Stopped):
+        raise ended
+    return ended
 
 
-def _end_of(trainer: Any) -> Exception | None:
-    """What rank 0 has ended with, where it did not reach its last step."""
-    try:
-        stopped = trainer.fit().return_value
-        return Stopped(*stopped) if stopped else None
-    except Exception as error:  # of Ray Train, which knows the exception of each rank
-        failures = getattr(error, "worker_failures", {})
-        first = next(iter(failures.values()), error)
-        return RankFailed(str(getattr(first, "_base_exc", first)))
-
-
-def _rank(given: dict[str, Any]) -> tuple[str, int] | None:
-    """What each worker of Ray Train runs. Returns why the run has stopped before its end."""
-    from grpo.commands.summary import summary
-
+def _rank(given: dict[str, Any]) -> Result | Stopped | None:
+    """What each worker of Ray Train runs. Rank 0 returns how the run has ended."""
     os.chdir(given["at"])
     stop.asked_by = given["config"].output_dir / stop.ASKED
     try:
-        if result := launch(given["config"], **given["flags"]):
-            summary(result)
-    except Stopped as error:
-        return str(error), int(error.number)
+        result = launch(given["config"], **given["flags"])
+        return result and replace(result, policy=cast(Any, None))
+    except Stopped as stopped:
+        return stopped
+    except RankFailed:
+        raise
     except Exception as error:  # in words: Ray cannot carry every exception to the process that has started this one
-        words = f"rank {os.environ['RANK']} failed: {type(error).__name__}: {error}"
-        raise RankFailed(str(error) if isinstance(error, RankFailed) else words) from None
-    return None
+        raise RankFailed(f"rank {os.environ['RANK']} failed: {type(error).__name__}: {error}") from None

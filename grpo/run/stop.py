@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from policies.files.atomic import write_file
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -158,11 +160,12 @@ class StopSignal(Handler):
 
     `check` raises GivenUp once a stop was asked for: it is called where the work can be given up. By default the second
     signal ends the process at once, without any clean-up. With `at_once=False` it has the effect that it had outside.
+    `tell` is a file for other processes, which read there what came (`asked_by`).
     """
 
-    def __init__(self, *, at_once: bool = True) -> None:
+    def __init__(self, *, at_once: bool = True, tell: Path | None = None) -> None:
         super().__init__()
-        self._at_once = at_once
+        self._at_once, self._tell = at_once, tell
 
     @property
     def asked(self) -> bool:
@@ -188,6 +191,9 @@ class StopSignal(Handler):
         return super().after_the_first() if self._at_once else self._usual
 
     def on_signal(self, number: int) -> None:
+        if self._tell:
+            self._tell.parent.mkdir(parents=True, exist_ok=True)
+            write_file(self._tell, str(number))
         if number == signal.SIGINT and self._at_once and 2 in self._terminals:
             os.write(2, b"\nstopping at the last whole step; Ctrl-C again ends the run at once and saves nothing\n")
 
