@@ -71,7 +71,8 @@ def judge(
     `_reason`; as metrics their means, and `_failed`. Two judges of one run need two prefixes. Raises ValueError for a
     rubric, scale or key that cannot be used.
 
-    >>> judge(["6 * 7?"], ["42"], url="http://127.0.0.1:8000/v1", model="m", rubric="Is {completion} right? {prompt}")
+    >>> url, rubric = "http://127.0.0.1:8000/v1", "Is {completion} right? {prompt}"
+    >>> judge(["6 * 7?"], ["42"], url=url, model="m", rubric=rubric)  # doctest: +SKIP
     [1.0]
     """
     names = _names(rubric, columns)

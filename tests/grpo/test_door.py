@@ -143,5 +143,5 @@ def test_what_is_not_there_or_not_marked_is_refused_before_a_model_is_loaded(fil
 
 
 def test_a_misspelt_estimator_is_no_file(tmp_path):
-    with pytest.raises(ConfigError, match="loss.advantage=rlooo .*'rank_softmax' or path/to/file.py:function$"):
+    with pytest.raises(ConfigError, match="loss.advantage=rlooo .*'rank_softmax' or 'distill' or path/to/file.py"):
         load(grpo.TrainConfig, None, {"output_dir": str(tmp_path), "loss.advantage": "rlooo"})

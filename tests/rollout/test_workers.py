@@ -8,7 +8,7 @@ import pytest
 import ray
 import torch
 
-from rollout.cluster import start_ray, stop_ray
+from rollout.cluster import Seclusion, start_ray, stop_ray
 from rollout.engine import RolloutError
 from rollout.group import Prompt
 from rollout.places import Places, here, refuse_open
@@ -45,6 +45,7 @@ def test_a_cluster_on_a_network_is_refused_without_a_token(monkeypatch, tmp_path
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
     if address:
         monkeypatch.setenv("RAY_ADDRESS", address)
+    Seclusion._tell_ray()  # an earlier test of this process may have had a token
     if refused:
         with pytest.raises(
             ValueError, match=r"RAY_ADDRESS=.* is on a network, .* with RAY_AUTH_MODE=token and the same"

@@ -106,6 +106,7 @@ def _pass_rates(*scores: GroupScore, full_marks: float = 1.0) -> dict[str, float
         mtp=SimpleNamespace(depth=1),
         learner=LearnerOptions(),
         seed=0,
+        log=SimpleNamespace(alarms=False),
     )
     log = SimpleNamespace(progress=lambda: Progress(disable=True), event=lambda *_, **__: None)
     run = Run(config, log, StopSignal(), ALONE, checkpoints=None, saved=None, last=1)
