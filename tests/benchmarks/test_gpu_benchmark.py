@@ -106,6 +106,7 @@ def test_the_pieces_of_a_gpu_are_all_there_and_their_steps_can_be_parsed(gpu, mo
             assert gpu.benchmark("learner")._arguments().device == "cuda"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_small_form_runs_every_piece(tmp_path):
     file = tmp_path / "gpu.json"

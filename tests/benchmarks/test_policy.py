@@ -136,6 +136,7 @@ def test_without_models_part_c_is_skipped_with_a_reason_and_the_file_names_its_m
     assert {"hardware", "versions", "command"} <= record["environment"].keys()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_parts_a_and_b_run(tmp_path):
     file = tmp_path / "out.json"
@@ -169,6 +170,7 @@ def test_the_balance_benchmark_measures_what_it_prints(benchmark, tmp_path, monk
         assert result["inside_aim"] == (result["lowest"] >= 0.45 and result["highest"] <= 0.55)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_half_of_the_experts_each_with_the_bias_and_not_without(benchmark):
     """k/E = ½ from scratch: every expert's activation rate is inside 45 to 55 %, and without balancing it is not."""

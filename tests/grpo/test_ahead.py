@@ -288,6 +288,7 @@ def test_contract_12_completions_that_go_on_are_in_flight_too(options, tmp_path)
     same(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @both
 @pytest.mark.usefixtures("cluster")
@@ -309,6 +310,7 @@ def test_contract_12_twelve_disturbed_steps_give_the_same_bits(options, tmp_path
         same(folder, tmp_path / "quiet", steps=12)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @both
 def test_contract_15_two_ranks_sample_ahead_as_one_process(micro_policy, letters, tmp_path, ahead):

@@ -75,6 +75,7 @@ def two_nodes(monkeypatch):
     Seclusion._tell_ray()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_four_samplers_on_two_nodes_and_learners_on_one_say_where_they_are_and_end_with_ctrl_c(
     words, tmp_path, two_nodes

@@ -110,6 +110,7 @@ def test_every_layout_learns_as_one_process(differences, size, case):
     _check(differences(size)[case])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_layout_in_bf16_learns_as_one_process_up_to_rounding(tmp_path):
     [found] = _differences(2, tmp_path, {"bf16": {"parallel": {}, "dtype": "bfloat16"}}).values()
@@ -209,6 +210,7 @@ def _weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return checkpoint.load(folder / f"checkpoints/step_{step:06d}").tensors["policy"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_of_two_ranks_through_accelerate_is_that_of_one(run, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -376,6 +378,7 @@ def test_sigterm_to_every_rank_saves_and_ends_all_of_them(run, tmp_path):
     assert (ended[1][0], ended[1][2]) == (143, ended[0][2])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ranks_killed_at_ten_moments_end_the_others_by_name_and_the_run_goes_on(run, tmp_path):
     """Steps and saves take turns of a few hundredths of a second here, so some of the moments are in a save."""
@@ -399,6 +402,7 @@ def test_ranks_killed_at_ten_moments_end_the_others_by_name_and_the_run_goes_on(
         assert checkpoint.load(checkpoint.newest(folder / "checkpoints")).step >= before
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_run_of_two_ranks_resumes_on_another_number(run, tmp_path, size):
@@ -425,6 +429,7 @@ def test_a_run_of_two_ranks_resumes_on_two_to_the_same_bits(run, tmp_path):
         assert torch.equal(tensor, _weights(parts, 3)[name]), name
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_128_experts_each_split_in_8_learn_as_one_process(tmp_path):
     """And the bytes that ranks exchange are those of the formula: see `exchanged` in many_ranks.py."""

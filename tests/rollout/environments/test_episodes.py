@@ -80,6 +80,7 @@ def test_drafts_of_every_turn_are_what_the_trained_head_says(engine, monkeypatch
     assert later > 30
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_contract_3_speculation_is_lossless_over_20_000_multi_turn_tokens(engine):
     params = replace(EPISODES, group_size=8)
