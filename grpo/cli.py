@@ -216,14 +216,12 @@ def _eval(args: argparse.Namespace) -> int:
         return 0
     from grpo.commands import eval_report, summary
     from grpo.commands.eval import ModelEvaluation, evaluate_model
-    from grpo.policy_source import find_policy
 
-    for policy in args.policies:
-        find_policy(policy)  # a wrong name is an error before the first one is evaluated
     found: list[ModelEvaluation] = []
     for policy in args.policies:
         output = config.output and config.output / str(len(found)) if found else config.output
-        found.append(evaluate_model(config.model_copy(update={"model": policy, "output": output}), summary.CONSOLE))
+        own = config.model_copy(update={"model": policy, "output": output})
+        found.append(evaluate_model(own, summary.CONSOLE, args.policies[len(found) + 1 :]))
         eval_report.show(found[-1], summary.CONSOLE)
     if len(found) > 1:
         eval_report.show_paired(found[0], found[1:], summary.CONSOLE)

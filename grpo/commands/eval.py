@@ -112,8 +112,11 @@ class CompletionsFile:
         ]
 
 
-def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
-    """Evaluate the policy of `config`. What can be checked of model and data is checked before the policy is loaded."""
+def evaluate_model(config: EvalConfig, console: Console, others: Sequence[str] = ()) -> ModelEvaluation:
+    """Evaluate the policy of `config`. What can be checked of model and data is checked before the policy is loaded.
+
+    `others` are evaluated on the same problems later: what one of them was trained on is refused now.
+    """
     source = find_policy(config.model)
     if source.checkpoint is None:
         check_options(config.model_copy(update={"model": source.folder}))
@@ -124,6 +127,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
     )
     split = data.split if config.holdout else config.split or default_heldout_split(config.data)
     met = trained_on(source.folder)
+    refused = met.union(*(trained_on(find_policy(other).folder) for other in others))
     context = known_context(source.folder) if source.checkpoint is None else None
     with Task(
         data,
@@ -135,7 +139,7 @@ def evaluate_model(config: EvalConfig, console: Console) -> ModelEvaluation:
         heldout_split=split,
         reward_models=config.reward_models,
         device=config.device,
-        met=frozenset() if config.allow_trained_on else met,
+        met=frozenset() if config.allow_trained_on else refused,
         contexts={config.prompt_column: context} if context else None,
         environment=environment_of(config),
     ) as task:

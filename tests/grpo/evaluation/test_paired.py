@@ -8,6 +8,7 @@ from statistics import variance
 import pytest
 
 from grpo.cli import main
+from grpo.data.leakage import TRAINED_ON, problem_fingerprint
 from grpo.evaluation.paired import paired_difference
 
 
@@ -70,3 +71,20 @@ def test_a_wrong_name_is_an_error_before_anything_is_evaluated(micro_policy, tmp
     said = capsys.readouterr()
     assert "nowhere" in said.err
     assert said.out == ""
+
+
+def test_contract_16_what_a_later_policy_was_trained_on_is_refused_before_the_first_is_evaluated(
+    micro_policy, tmp_path, capsys
+):
+    for name in "ab":
+        micro_policy(0).save(tmp_path / name)
+    problem = {"question": "Tom has 3 apples. How many?", "answer": "#### 3"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(problem) + "\n")
+    fingerprint = problem_fingerprint(problem["question"])
+    (tmp_path / "b" / TRAINED_ON).write_text(f"{fingerprint}\n")
+    words = ["--data", str(tmp_path / "data.jsonl"), "--max_completion_tokens", "4", "--threads", "1"]
+    assert main(["eval", str(tmp_path / "a"), str(tmp_path / "b"), *words]) == 1
+    said = capsys.readouterr()
+    assert "trained on" in said.err
+    assert "accuracy" not in said.out
+    assert main(["eval", str(tmp_path / "a"), *words]) == 0
