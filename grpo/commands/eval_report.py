@@ -37,7 +37,7 @@ def show(evaluation: ModelEvaluation, console: Console) -> None:
 
 def show_paired(first: ModelEvaluation, others: Sequence[ModelEvaluation], console: Console) -> None:
     """A row for each way of sampling and each policy after the first: its difference from the first one."""
-    table = Table(title=f"against {first.config.model}, problem by problem", title_justify="left")
+    table = Table(title=f"against {escape(str(first.config.model))}, problem by problem", title_justify="left")
     for name in ("policy", "", "difference (95 % interval)", "problems", "unpaired"):
         table.add_column(name, justify="left" if name in ("policy", "") else "right")
     for other in others:
