@@ -163,7 +163,8 @@ class RayPool:
         self.faults.done(("weights", i))
 
     def _replace(self, call: Call, lost: Lost, work: Hashable = None) -> None:
-        self.confirmed.discard(call.worker)
+        for those in (self.confirmed, self.passed):
+            those.discard(call.worker)
         self.workers.replace(call, lost, work)
 
     def _settle(self) -> None:
