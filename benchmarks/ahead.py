@@ -6,10 +6,12 @@ the steps after the first three, from which the pipeline is full.
 
     two threads      rollout.ahead: 0, one process with two threads
     one thread       rollout.ahead: 0, one process with one thread: what its rollout and its learning take alone
+    two at once      the same twice, side by side: what both take while the other core is busy
     ahead 1, 2       a worker with one thread, a learner with one thread
 
 The ceiling is t(two threads) / max(rollout with rewards, learning) of the row `one thread`: nothing is faster than its
-slower half. It is printed first. The bar is 0.9 of it. The machine must be quiet.
+slower half. It is printed first. The bar is 0.9 of it. The ceiling of `two at once` is what this machine leaves of it,
+whose cores may share caches, memory or units of arithmetic. The machine must be quiet.
 
     python benchmarks/ahead.py --json benchmarks/results/ahead.json          # about five minutes on two cores
     python benchmarks/ahead.py --curves --json benchmarks/results/ahead_curves.json
@@ -43,6 +45,7 @@ ROOT = HERE.parent
 ROWS: dict[str, tuple[int, int]] = {  # threads of the learner, rollout.ahead
     "two threads": (2, 0),
     "one thread": (1, 0),
+    "two at once": (1, 0),
     "ahead 1": (1, 1),
     "ahead 2": (1, 2),
 }
@@ -50,11 +53,15 @@ QUIET = ["--eval.limit", "0", "--log.measure_speed", "false", "--log.trackers", 
 FILLED = 3  # steps after which as much is in flight as ever
 
 
-def quartet(*words: object) -> None:
-    """Raises CalledProcessError when the command fails."""
+def quartet(*words: object, times: int = 1) -> None:
+    """The same run so many times at once, in folders of their own. Raises CalledProcessError when one fails."""
     kept = {k: v for k, v in os.environ.items() if k not in (*CHOICES, "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     command = [sys.executable, "-m", "grpo", *map(str, words)]
-    subprocess.run(command, env=kept | {"PYTHONPATH": str(ROOT)}, check=True, stdout=subprocess.DEVNULL)
+    given: dict[str, Any] = {"env": kept | {"PYTHONPATH": str(ROOT)}, "stdout": subprocess.DEVNULL}
+    beside = [subprocess.Popen([*command[:-1], f"{command[-1]}_{i}"], **given) for i in range(1, times)]
+    subprocess.run(command, check=True, **given)
+    if any(process.wait() for process in beside):
+        raise subprocess.CalledProcessError(1, command)
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
@@ -78,6 +85,8 @@ def compared(seconds: dict[str, dict[str, float]]) -> dict[str, float]:
     """The ceiling, what each ahead reached of it, and what it gained."""
     two, one = seconds["two threads"], seconds["one thread"]
     found = {"ceiling": two["step"] / max(one["rollout"], one["learn"])}
+    if both := seconds.get("two at once"):
+        found["ceiling with both cores busy"] = two["step"] / max(both["rollout"], both["learn"])
     for row in (row for row in seconds if row.startswith("ahead")):
         found[row] = two["step"] / seconds[row]["step"]
         found[f"{row} of the ceiling"] = found[row] / found["ceiling"]
@@ -92,7 +101,7 @@ def pays(words: list[object], steps: int, repeats: int) -> dict[str, Any]:
             for row, (threads, ahead) in ROWS.items():
                 out = Path(folder) / f"{row} {repeat}".replace(" ", "_")
                 given = ["--threads", threads, "--rollout.ahead", ahead, "--steps", steps + FILLED]
-                quartet("train", *words, *QUIET, *given, "--output_dir", out)
+                quartet("train", *words, *QUIET, *given, "--output_dir", out, times=1 + (row == "two at once"))
                 taken[row].append(seconds_of(steps_of(out)))
                 if repeat == 0 and row == "one thread":
                     print(
@@ -107,6 +116,7 @@ def pays(words: list[object], steps: int, repeats: int) -> dict[str, Any]:
     best = max(found[f"ahead {ahead} of the ceiling"] for ahead in (1, 2))
     held = "held" if best >= BAR else "MISSED"
     print(f"ceiling {found['ceiling']:.3f}; reached {best:.3f} of it; the bar is {BAR}: {held}")
+    print(f"with both cores busy the ceiling is {found['ceiling with both cores busy']:.3f}")
     return {"seconds": seconds, "compared": found, "repeats": repeats, "steps": steps}
 
 

@@ -37,3 +37,7 @@ def test_the_ceiling_is_the_slower_half_and_what_is_reached_a_share_of_it(script
     assert found["ceiling"] == pytest.approx(6 / 5)
     assert (found["ahead 1"], found["ahead 1 of the ceiling"]) == pytest.approx((1.2, 1.0))
     assert (found["ahead 2"], found["ahead 2 of the ceiling"]) == pytest.approx((0.8, 2 / 3))
+    assert "ceiling with both cores busy" not in found
+    busy = script.compared(rows | {"two at once": row(11.0, 6.0, 5.0)})
+    assert busy["ceiling with both cores busy"] == pytest.approx(1.0)
+    assert busy["ceiling"] == found["ceiling"]
