@@ -89,7 +89,9 @@ class Reader:
         """Of the whole gradient."""
         return math.sqrt(sum(dot(whole, whole) for whole in self.wholes))
 
-    def weigh(self, learner: ReadLearner, mini: MicroBatch, out: Forward, loss: Tensor, others: dict[str, Tensor]) -> None:
+    def weigh(
+        self, learner: ReadLearner, mini: MicroBatch, out: Forward, loss: Tensor, others: dict[str, Tensor]
+    ) -> None:
         """The weights of the tokens of one row, with what changed them; then the tokens' own gradients.
 
         `loss` is the policy loss as it is; `others` the losses without a clip, a mask or a correction, and "as it is"

@@ -61,17 +61,24 @@ def read_groups(
         with expecting(path, "record of a step"):
             groups.append(_group(prompt, lines))
             scores.append(_score(lines))
+            if len(lines) != len(groups[0].completions):
+                raise ValueError(
+                    f"prompt {first['prompt_id']!r} has {len(lines)} completions, and the first one has "
+                    f"{len(groups[0].completions)}"
+                )
     return groups, scores
 
 
 def _group(prompt: Prompt, lines: Sequence[dict[str, Any]]) -> RolloutGroup:
+    if bad := [line["sample"] for line in lines if not len(line["logprobs"]) == len(line["token_ids"]) > 0]:
+        raise ValueError(f"sample {bad[0]} of {prompt.prompt_id!r} has not one log-probability for each token")
     completions = [
         Completion(
-            line["token_ids"],
-            line["logprobs"],
+            [int(token) for token in line["token_ids"]],
+            [float(value) for value in line["logprobs"]],
             line["text"],
             line["finish_reason"],
-            line["policy_version"],
+            int(line["policy_version"]),
             turns=line.get("turns", []),
             sampled=line.get("sampled", []),
             tools=ToolStats(**line["tools"]) if line.get("tools") else None,
