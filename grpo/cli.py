@@ -302,7 +302,12 @@ def _why(args: argparse.Namespace) -> None:
 
     names = ("group", "groups", "tokens", "heldout", "what_if")
     console = Terminal()
-    found = explain(args.run, args.step, **{name: getattr(args, name) for name in names}, say=console.print)
+    found = explain(
+        args.run,
+        args.step,
+        **{name: getattr(args, name) for name in names},
+        say=lambda text: console.print(text, soft_wrap=True),
+    )
     show(found, console)
     _write(args.json, asdict(found))
 

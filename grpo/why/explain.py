@@ -55,11 +55,12 @@ class TokenPart:
     norm: float
     cosine: float
     share: float  # of the whole gradient, along it
+    removed: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Alternative:
-    """The step as it might have been: `change` of the held-out log-probability, and its gradient beside the real one."""
+    """The step as it might have been: the `change` of the held-out log-probability, and the gradient."""
 
     what: str
     norm: float
@@ -220,7 +221,8 @@ class _Explainer:
             norm = reader.norm
             share = part.dot / norm**2 if norm else 0.0
             text = str(tokenizer.decode([token]))
-            return TokenPart(index % size, position, text, part.weight, part.norm, part.cosine(norm), share)
+            cosine, removed = part.cosine(norm), part.removed()
+            return TokenPart(index % size, position, text, part.weight, part.norm, cosine, share, removed)
 
         found = [shown(*place, part) for place, part in reader.tokens.items()]
         return sorted(found, key=lambda token: -abs(token.share))

@@ -39,6 +39,10 @@ class Part:
     weight: float = 0.0  # -Σ w of a token, for the loss as it is: above 0 its probability was raised
     weights: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
 
+    def note(self, name: str, change: float, before: float) -> None:
+        self.weights[name][0] += change
+        self.weights[name][1] += before
+
     def removed(self) -> dict[str, float]:
         """By what has changed the weights: Σ|change| over Σ|w without it|, 0 where it has changed nothing.
 
@@ -100,31 +104,30 @@ class Reader:
         self._group = mini.rows[0].group
         if self.given is None:
             return
-        weights_CL = _by_logprob(loss, out)
-        if others:
-            on_CL = _by_logprob(others["as it is"], out)
-            for name in others.keys() - {"as it is"}:
-                off_CL = _by_logprob(others[name], out)
-                sums = self.groups[self._group].weights[name]
-                sums[0] += (off_CL - on_CL).abs().sum().item()
-                sums[1] += off_CL.abs().sum().item()
-        if self._group == self.tokens_of:
-            self._read_tokens(learner, mini, out, weights_CL)
+        weights_CL, on_CL = _by_logprob(loss, out), _by_logprob(others.pop("as it is"), out)
+        off = {name: _by_logprob(other, out) for name, other in others.items()}
+        for name, off_CL in off.items():
+            self.groups[self._group].note(name, (off_CL - on_CL).abs().sum().item(), off_CL.abs().sum().item())
+        if self._group != self.tokens_of:
+            return
+        strength_CL = torch.stack([weights_CL.abs(), *(off_CL.abs() for off_CL in off.values())]).amax(0)
+        order = strength_CL.flatten().argsort(descending=True, stable=True)[: self.most].tolist()
+        for c, t in (divmod(place, strength_CL.shape[1]) for place in order):
+            if strength_CL[c, t] > 0:
+                part = self.tokens[mini.samples[c].index, t]
+                self._read_token(learner, part, out.logprobs[c, t], weights_CL[c, t].item())
+                for name, off_CL in off.items():
+                    part.note(name, (off_CL - on_CL)[c, t].abs().item(), off_CL[c, t].abs().item())
 
-    def _read_tokens(self, learner: ReadLearner, mini: MicroBatch, out: Forward, weights_CL: Tensor) -> None:
-        assert self.given is not None
-        whole, moved = self.given[self._update], [p for p in learner.policy.trunk.parameters() if p.requires_grad]
-        order = weights_CL.abs().flatten().argsort(descending=True, stable=True)[: self.most].tolist()
-        for c, t in (divmod(place, weights_CL.shape[1]) for place in order):
-            weight = weights_CL[c, t].item()
-            if weight == 0.0:
-                break
-            found = torch.autograd.grad(out.logprobs[c, t], moved, retain_graph=True, allow_unused=True)
-            gradient: Gradient = [None if part is None else part.float() * weight for part in found]
-            part = self.tokens[mini.samples[c].index, t]
-            part.dot += dot(gradient, whole)
-            part.square += dot(gradient, gradient)
-            part.weight -= weight
+    def _read_token(self, learner: ReadLearner, part: Part, logprob: Tensor, weight: float) -> None:
+        if weight == 0.0 or self.given is None:
+            return
+        moved = [parameter for parameter in learner.policy.trunk.parameters() if parameter.requires_grad]
+        found = torch.autograd.grad(logprob, moved, retain_graph=True, allow_unused=True)
+        gradient: Gradient = [None if one is None else one.float() * weight for one in found]
+        part.dot += dot(gradient, self.given[self._update])
+        part.square += dot(gradient, gradient)
+        part.weight -= weight
 
     def read(self, learner: ReadLearner, done: int, total: int) -> None:
         """Called after the backward pass of each row, and before the update that follows the last one."""
@@ -142,14 +145,15 @@ class Reader:
             self._sum, self._update = [], self._update + 1
 
     def _close(self) -> None:
-        assert self._open is not None and self.given is not None
+        assert self._open is not None
+        assert self.given is not None
         (number, gradient), self._open = self._open, None
         self.groups[number].dot += dot(gradient, self.given[self._update])
         self.groups[number].square += dot(gradient, gradient)
 
 
 class ReadLearner(Learner):
-    """A learner whose step a `reader` may read. Each row is a micro-batch of its own then, those of a group together."""
+    """A learner whose step a `reader` may read. Each row is then a micro-batch, group after group."""
 
     reader: Reader | None = None
 
@@ -199,7 +203,7 @@ class ReadLearner(Learner):
 def without(
     options: LossOptions, correction: CorrectionMode | None
 ) -> dict[str, tuple[LossOptions, CorrectionMode | None]]:
-    """The loss without each of the things that take something from a token, and "as it is"; KL and entropy are left out.
+    """The loss without each thing that takes something from a token, and "as it is"; KL and entropy are left out.
 
     >>> list(without(LossOptions(mask_truncated_completions=True), "token_truncate"))
     ['as it is', 'clip', 'truncation', 'importance weights']

@@ -55,8 +55,8 @@ def read_groups(
         if prompt is None or prompt.text != first["prompt"]:
             what = "is not there" if prompt is None else "has another text"
             raise ValueError(
-                f"{path}: the data ({config.data.name}) have changed since the run: its prompt {first['prompt_id']!r} {what} "
-                "now; put the data back that the run was trained on"
+                f"{path}: the data ({config.data.name}) have changed since the run: its prompt {first['prompt_id']!r} "
+                f"{what} now; put the data back that the run was trained on"
             )
         with expecting(path, "record of a step"):
             groups.append(_group(prompt, lines))

@@ -67,8 +67,8 @@ def _again(found: Explanation) -> str:
     if found.difference < CLOSE:
         return f"replay: from {begin}; the {found.compared} recorded metrics of the learner came out within {close}"
     return (
-        f"replay: from {begin}; THIS IS NOT THE STEP THAT WAS RECORDED: its metrics differ by up to {close}. The run may "
-        "have had another configuration then, another device or another version"
+        f"replay: from {begin}; THIS IS NOT THE STEP THAT WAS RECORDED: its metrics differ by up to {close}. The run "
+        "may have had another configuration then, another device or another version"
     )
 
 
@@ -103,6 +103,7 @@ def _tokens(found: Explanation, encoding: str) -> Table:
     table.add_column("token")
     for name in ("sample", "position", "weight", "norm", "cosine", "share"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("removed")
     for token in found.tokens[:TOKENS]:
         table.add_row(
             Text(repr(visible(token.text, CHARACTERS, encoding))),
@@ -112,6 +113,7 @@ def _tokens(found: Explanation, encoding: str) -> Table:
             f"{token.norm:.3g}",
             f"{token.cosine:+.3f}",
             f"{token.share:+.2%}",
+            ", ".join(f"{name} {share:.0%}" for name, share in token.removed.items() if share),
         )
     table.caption = "weight above 0: the step raises the token; share: of the step's gradient, along it"
     return table
@@ -152,7 +154,7 @@ def _raised(change: float) -> str:
 def _without(group: GroupPart, change: float) -> str:
     """What the step would have done without a group."""
     assert group.effect is not None
-    return f" (without it the change were {change - group.effect:+.3g})"
+    return f" (without it the change would have been {change - group.effect:+.3g})"
 
 
 def _effect(group: GroupPart) -> str:

@@ -63,7 +63,7 @@ class Rewind:
         return self.learner.policy
 
     def replay(self, step: int) -> None:
-        """Take a recorded step. One that was not finite moved nothing in the run, which went on, and nor does it here."""
+        """Take a recorded step. One that was not finite moved nothing in the run, which went on, nor does it here."""
         groups, scores = read_groups(self.config, step, self.task, self.policy)
         try:
             self.take(self.learner, groups, scores, step)

@@ -118,7 +118,8 @@ def test_what_if_equals_training_with_it(run, micro_config, tmp_path, monkeypatc
             continue  # a run cannot go on with a reference that its checkpoints lack
         expected = retrained(run, tmp_path / str(number), micro_config, monkeypatch, **options)
         assert found.before + found.what_if[number].change == pytest.approx(expected, rel=1e-6)
-    assert found.what_if[0].cosine == pytest.approx(1.0, abs=0.2) and found.what_if[3].cosine < 0.2
+    assert found.what_if[0].cosine == pytest.approx(1.0, abs=0.2)
+    assert found.what_if[3].cosine < 0.2
     assert len({round(other.change, 9) for other in found.what_if}) == 4
 
 
@@ -148,7 +149,8 @@ def test_a_step_of_tied_groups_changed_nothing(micro_config, tmp_path):
     assert answer(found) == [
         "Step 1 changed nothing: in each of its 4 groups all rewards are equal, so there was nothing to prefer."
     ]
-    assert found.change == 0.0 and all(group.effect == 0.0 for group in found.groups)
+    assert found.change == 0.0
+    assert all(group.effect == 0.0 for group in found.groups)
 
 
 def test_the_command_answers_in_words_first_and_escapes_what_others_wrote(run, tmp_path, capsys):
@@ -159,14 +161,17 @@ def test_the_command_answers_in_words_first_and_escapes_what_others_wrote(run, t
     assert said.startswith("cost: 0 recorded steps from checkpoint 2")
     assert "because of group " in said.splitlines()[1] + said.splitlines()[2]
     found = json.loads((tmp_path / "out.json").read_text())
-    assert len(found["groups"]) == 4 and found["step"] == 3
+    assert len(found["groups"]) == 4
+    assert found["step"] == 3
     shown = explain(run, 3, heldout=2, groups=1)
     hostile = replace(shown, groups=[replace(shown.groups[0], prompt="\x1b[31m[red]", prompt_id="a\x07\nb")])
     hostile.groups[0].effect = hostile.change
     console = Console(width=200, record=True)
     show(hostile, console)
     text = console.export_text()
-    assert "\x1b" not in text and "\x07" not in text and "\\x1b[31m[red]" in text
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "\\x1b[31m[red]" in text
 
 
 def test_what_cannot_be_explained_is_refused_by_name(run, tmp_path, capsys, monkeypatch):

@@ -64,7 +64,9 @@ def stock_gradient(policy, g: int, token: tuple[int, int] | None = None) -> torc
             if token in (None, (i, t)):
                 total = total - ADVANTAGES[g][i] * logprobs[len(PROMPTS[g]) - 1 + t, chosen] / TOKENS
     found = torch.autograd.grad(total, moved, allow_unused=True)
-    return torch.cat([torch.zeros_like(p).flatten() if f is None else f.flatten() for p, f in zip(moved, found)])
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if f is None else f.flatten() for p, f in zip(moved, found, strict=True)]
+    )
 
 
 def test_the_parts_are_the_gradients_of_their_groups_and_add_up_to_the_whole(learner):
@@ -79,7 +81,8 @@ def test_the_parts_are_the_gradients_of_their_groups_and_add_up_to_the_whole(lea
         assert part.cosine(reader.norm) == pytest.approx(torch.cosine_similarity(stock[g], whole, 0).item(), abs=1e-4)
         expected = torch.cosine_similarity(stock[g], rest, 0).item()
         assert part.cosine_with_rest(reader.norm) == pytest.approx(expected, abs=1e-4)
-    assert reader.groups[2].square == 0.0 and reader.groups[2].cosine(reader.norm) == 0.0  # tied
+    assert reader.groups[2].square == 0.0
+    assert reader.groups[2].cosine(reader.norm) == 0.0
 
 
 def test_the_tokens_of_a_group_are_its_part(learner):
@@ -99,7 +102,8 @@ def test_a_step_that_is_read_moves_what_the_step_moves(learner):
     reader = seen.read(Reader(), seen.prepare(groups(), scores()), 1)
     assert len(reader.wholes) == metrics["learner/updates"] == 3
     last = math.sqrt(sum((g * g).sum().item() for g in reader.wholes[-1] if g is not None))
-    assert last == pytest.approx(metrics["learner/grad_norm"], rel=1e-4) and last > 0.1  # before it was clipped
+    assert last == pytest.approx(metrics["learner/grad_norm"], rel=1e-4)
+    assert last > 0.1
     for (name, a), b in zip(plain.policy.trunk.named_parameters(), seen.policy.trunk.parameters(), strict=True):
         assert torch.allclose(a, b, atol=2e-5), name
     assert seen.reader is None
@@ -121,7 +125,8 @@ def test_the_clip_removes_nothing_at_the_first_update_and_something_later(learne
     fraction = metrics.step(metrics.prepare(groups(), scores()), 1)["policy/clip_fraction"]
     assert fraction > 0
     shares = [reader.groups[g].removed()["clip"] for g in (0, 1)]
-    assert 0 < max(shares) <= 0.75 and min(shares) >= 0  # of the tokens of both updates, of which one was not clipped
+    assert 0 < max(shares) <= 0.75
+    assert min(shares) >= 0
     assert read(learner(epsilon=0.01)).groups[0].removed()["clip"] == 0.0
 
 
@@ -129,7 +134,8 @@ def test_without_names_only_what_the_loss_has():
     assert list(without(LossOptions(loss_type="reinforce"), None)) == ["as it is"]
     found = without(LossOptions(beta=0.1, top_entropy_quantile=0.2, delta=2.0), "token_mask")
     assert list(found) == ["as it is", "clip", "low entropy", "importance weights"]
-    assert found["clip"][0].delta is None and found["clip"][0].epsilon == NO_CLIP
+    assert found["clip"][0].delta is None
+    assert found["clip"][0].epsilon == NO_CLIP
     assert all(options.beta == 0 for options, _ in found.values())
 
 
