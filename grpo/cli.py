@@ -297,19 +297,10 @@ def _report(args: argparse.Namespace) -> None:
 
 def _why(args: argparse.Namespace) -> None:
     from grpo.run.console import Terminal
-    from grpo.why.explain import explain
-    from grpo.why.report import show
+    from grpo.why.report import tell
 
-    names = ("group", "groups", "tokens", "heldout", "what_if")
-    console = Terminal()
-    found = explain(
-        args.run,
-        args.step,
-        **{name: getattr(args, name) for name in names},
-        say=lambda text: console.print(text, soft_wrap=True),
-    )
-    show(found, console)
-    _write(args.json, asdict(found))
+    given = {name: getattr(args, name) for name in ("group", "groups", "tokens", "heldout", "what_if")}
+    _write(args.json, asdict(tell(args.run, args.step, Terminal(), **given)))
 
 
 def _reward_test(args: argparse.Namespace) -> int:

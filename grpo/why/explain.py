@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from grpo.config.options import add_options, parse
 from grpo.config.run import TrainConfig
 from grpo.evaluation.perplexity import gold_perplexity
 from grpo.learner.batch import PackedRow
+from grpo.learner.update import NonFiniteStep
 from grpo.run.records import read_metrics, read_rollouts, split_groups
 from grpo.task import Task
 from grpo.why.reading import Part, Reader, ReadLearner, dot
@@ -83,7 +85,7 @@ class Explanation:
     held_out: str
     before: float
     after: float
-    norm: float
+    norms: list[float]  # of the gradient of each update, before clipping
     largest_norm: float  # learner.max_grad_norm
     groups: list[GroupPart]
     tokens_of: int | None = None
@@ -93,6 +95,11 @@ class Explanation:
     @property
     def change(self) -> float:
         return self.after - self.before
+
+    @property
+    def norm(self) -> float:
+        """Of the gradients of all updates, as one vector."""
+        return math.hypot(*self.norms)
 
 
 def explain(
@@ -118,6 +125,9 @@ def explain(
     >>> explain(Path("runs/demo"), 31).groups[0].effect
     0.00042
     """
+    for name, value in (("groups", groups), ("tokens", tokens), ("heldout", heldout)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: give 1 or more, or leave it out")
     config = read_config(run)
     alternatives = {" ".join(words): read_alternative(run, words) for words in what_if}
     recorded = split_groups(read_rollouts(run, step))
@@ -146,7 +156,12 @@ class _Explainer:
         rewind.hold()
         self.groups, self.scores = read_groups(config, self.step, rewind.task, rewind.policy)
         before = self._measure(rewind.learner)
-        metrics = rewind.take(rewind.learner, self.groups, self.scores, self.step)
+        try:
+            metrics = rewind.take(rewind.learner, self.groups, self.scores, self.step)
+        except NonFiniteStep as error:
+            raise NonFiniteStep(
+                f"{error}: this step changed nothing, and neither gradient nor effect can be told"
+            ) from None
         after = self._measure(rewind.learner)
         reader = self._read(rewind.back(), self.scores, group, tokens)
         parts = [self._part(number, reader) for number in range(len(self.groups))]
@@ -165,7 +180,7 @@ class _Explainer:
             held_out=self.words,
             before=before,
             after=after,
-            norm=reader.norm,
+            norms=[math.sqrt(dot(whole, whole)) for whole in reader.wholes],
             largest_norm=config.learner.max_grad_norm,
             groups=parts,
             tokens_of=group,

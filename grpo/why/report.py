@@ -2,54 +2,74 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from grpo.run.console import visible
-from grpo.why.explain import Explanation, GroupPart
+from grpo.why.explain import Explanation, GroupPart, explain
 
 OPPOSES = -0.1  # cosine with the rest from which a group works against it
 CLOSE = 1e-3  # a step whose metrics differ by more is not the one that was recorded
-GROUPS, TOKENS, CHARACTERS = 40, 24, 60
+NAMED, GROUPS, TOKENS, CHARACTERS = 3, 40, 24, 60
 
 
 def opponents(found: Explanation) -> list[GroupPart]:
-    """The groups whose gradients oppose what the others gave, the strongest first."""
-    against = [group for group in found.groups if group.cosine_with_rest < OPPOSES]
-    return sorted(against, key=lambda group: group.cosine_with_rest)
+    """The groups that work against the others, the strongest first: by their gradients, or because the step would have
+    done more than twice as much without them."""
+
+    def hinders(group: GroupPart) -> bool:
+        return group.effect is not None and group.effect * found.change < 0 and abs(group.effect) > abs(found.change)
+
+    against = [group for group in found.groups if group.cosine_with_rest < OPPOSES or hinders(group)]
+    return sorted(against, key=lambda group: (group.cosine_with_rest >= OPPOSES, group.cosine_with_rest))
 
 
 def answer(found: Explanation) -> list[str]:
     """What the step did and because of what, in sentences. A group that works against the others comes first."""
     if not found.updates:
         return [f"Step {found.step} changed nothing: {_why_nothing(found)}."]
+    lines = [
+        f"{_name(group)} works against the other groups of step {found.step}: the cosine of its gradient with theirs is "
+        f"{group.cosine_with_rest:+.2f}{_effect(group)}. Its rewards are {_rewards(group)}: look at them first."
+        for group in opponents(found)[:NAMED]
+    ]
     change = found.change
-    against, lines = opponents(found), []
-    for group in against[:3]:
-        lines.append(
-            f"{_name(group)} works against the other groups of step {found.step}: the cosine of its gradient with "
-            f"theirs is {group.cosine_with_rest:+.2f}{_effect(group)}. Its rewards are {_rewards(group)}: look at them "
-            "first."
-        )
     said = f"The step {_raised(change)} the log-probability of {found.held_out} by {abs(change):.3g} nats per token"
+    if found.tokens_of is not None:
+        group = found.groups[found.tokens_of]
+        return [
+            *lines,
+            f"{said}, to which {_name(group, begins=False)} added {group.effect or 0.0:+.2g}.{_strongest(found)}",
+        ]
     causes = [group for group in found.groups if group.effect is not None and group.effect * change > 0]
     causes.sort(key=lambda group: -abs(group.effect or 0.0))
     if causes:
         said += f" because of {_name(causes[0], begins=False)}{_without(causes[0], change)}"
-        said += f", and of {_numbers(causes[1:3])}" if causes[1:] else ""
+        said += f", and of {_numbers(causes[1:NAMED])}" if causes[1:] else ""
     else:
         said += ", and no group that was left out is the reason"
     return [*lines, f"{said}."]
+
+
+def tell(run: Path, step: int, console: Console, **given: Any) -> Explanation:
+    """Explain a step on this console; `given` and what is raised are those of `explain`."""
+    found = explain(run, step, say=partial(_say, console), **given)
+    show(found, console)
+    return found
 
 
 def show(found: Explanation, console: Console) -> None:
     for line in answer(found):
         _say(console, line)
     _say(console, _again(found))
-    clipped = found.norm > found.largest_norm
-    cut = f"; each update was cut to learner.max_grad_norm={found.largest_norm:g}" if clipped else ""
-    _say(console, f"held out: {found.before:.4f} before, {found.after:.4f} after; gradient norm {found.norm:.3g}{cut}")
+    norms, cut = ", ".join(f"{norm:.3g}" for norm in found.norms), sum(n > found.largest_norm for n in found.norms)
+    limit = f"; {cut} of them cut to learner.max_grad_norm={found.largest_norm:g}" if cut else ""
+    _say(console, f"held out: {found.before:.4f} before, {found.after:.4f} after; norm of each update: {norms}{limit}")
     console.print(_groups(found, console.encoding))
     if found.tokens:
         console.print(_tokens(found, console.encoding))
@@ -161,6 +181,14 @@ def _effect(group: GroupPart) -> str:
     if group.effect is None:
         return ""
     return f", and it {_raised(group.effect)} the held-out log-probability by {abs(group.effect):.2g}"
+
+
+def _strongest(found: Explanation) -> str:
+    if not found.tokens:
+        return " None of its tokens has a part."
+    token = found.tokens[0]
+    done = "raised" if token.weight > 0 else "lowered"
+    return f" Its strongest token is {token.text!r} of completion {token.sample}, which the step {done}."
 
 
 def _rewards(group: GroupPart) -> str:

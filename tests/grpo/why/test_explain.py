@@ -23,6 +23,7 @@ from grpo.why.report import answer, opponents, show
 from policies.policy import Policy
 
 OPTIONS = {"eval.limit": 8, "learner.updates_per_batch": 2, "learner.learning_rate": 3e-3}
+TAKE = Batches.take  # as it is without a test
 # Letters as in `letters`; where the prompt is FLIPPED, the sign of the reward is wrong.
 SABOTAGE = """
 def letters(completions, prompts, **_):
@@ -43,10 +44,9 @@ def retrained(run, copy, micro_config, monkeypatch, without: int | None = None, 
     shutil.copytree(run, copy)
     checkpoint.discard_after(copy / "checkpoints", 2)
     shutil.rmtree(copy / "policy")
-    take = Batches.take
 
     def less(self, step):
-        drawn = take(self, step)
+        drawn = TAKE(self, step)
         kept = [i for i in range(len(drawn.groups)) if i != without]
         pick = {name: [getattr(drawn, name)[i] for i in kept] for name in ("groups", "scores", "draws")}
         return replace(drawn, **pick)
