@@ -34,8 +34,8 @@ def answer(found: Explanation) -> list[str]:
     if not found.updates:
         return [f"Step {found.step} changed nothing: {_why_nothing(found)}."]
     lines = [
-        f"{_name(group)} works against the other groups of step {found.step}: the cosine of its gradient with theirs is "
-        f"{group.cosine_with_rest:+.2f}{_effect(group)}. Its rewards are {_rewards(group)}: look at them first."
+        f"{_name(group)} works against the other groups of step {found.step}: the cosine of its gradient with theirs "
+        f"is {group.cosine_with_rest:+.2f}{_effect(group)}. Its rewards are {_rewards(group)}: look at them first."
         for group in opponents(found)[:NAMED]
     ]
     change = found.change

@@ -39,8 +39,8 @@ def shown(found: Explanation) -> str:
 
 def test_the_step_raised_it_because_of_the_group_that_added_most():
     assert answer(FOUND) == [
-        "The step raised the log-probability of the gold solutions of 8 held-out problems by 0.25 nats per token because "
-        "of group 1 (p/1) (without it the change would have been +0.125), and of group 0 (+0.05)."
+        "The step raised the log-probability of the gold solutions of 8 held-out problems by 0.25 nats per token "
+        "because of group 1 (p/1) (without it the change would have been +0.125), and of group 0 (+0.05)."
     ]
     [lowered] = answer(replace(FOUND, after=-1.75))  # group 2 is the only one that lowered it
     assert "The step lowered" in lowered
@@ -83,7 +83,8 @@ def test_one_group_is_shown_with_its_tokens_and_what_others_would_have_done():
     found = replace(FOUND, tokens_of=1, tokens=tokens, what_if=[Alternative("loss.advantage=rloo", 2.0, None, 1, 0.5)])
     [said] = answer(found)
     assert said.endswith(
-        "to which group 1 (p/1) added +0.12. Its strongest token is ' \\x1b[2J7' of completion 1, which the step lowered."
+        "to which group 1 (p/1) added +0.12. Its strongest token is ' \\x1b[2J7' of completion 1, which the step "
+        "lowered."
     )
     text = shown(found)
     assert "\x1b" not in text
