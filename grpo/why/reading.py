@@ -110,14 +110,20 @@ class Reader:
             self.groups[self._group].note(name, (off_CL - on_CL).abs().sum().item(), off_CL.abs().sum().item())
         if self._group != self.tokens_of:
             return
-        strength_CL = torch.stack([weights_CL.abs(), *(off_CL.abs() for off_CL in off.values())]).amax(0)
+        for c, t in self._chosen(mini, torch.stack([weights_CL, *off.values()]).abs().amax(0)):
+            part = self.tokens[mini.samples[c].index, t]
+            self._read_token(learner, part, out.logprobs[c, t], weights_CL[c, t].item())
+            for name, off_CL in off.items():
+                part.note(name, (off_CL - on_CL)[c, t].abs().item(), off_CL[c, t].abs().item())
+
+    def _chosen(self, mini: MicroBatch, strength_CL: Tensor) -> list[tuple[int, int]]:
+        """Completion and position of the strongest tokens of a row; they are the same at every update."""
+        if self._update:
+            place = {sample.index: c for c, sample in enumerate(mini.samples)}
+            return [(place[index], t) for index, t in self.tokens if index in place]
         order = strength_CL.flatten().argsort(descending=True, stable=True)[: self.most].tolist()
-        for c, t in (divmod(place, strength_CL.shape[1]) for place in order):
-            if strength_CL[c, t] > 0:
-                part = self.tokens[mini.samples[c].index, t]
-                self._read_token(learner, part, out.logprobs[c, t], weights_CL[c, t].item())
-                for name, off_CL in off.items():
-                    part.note(name, (off_CL - on_CL)[c, t].abs().item(), off_CL[c, t].abs().item())
+        pairs = [divmod(number, strength_CL.shape[1]) for number in order]
+        return [(c, t) for c, t in pairs if strength_CL[c, t] > 0]
 
     def _read_token(self, learner: ReadLearner, part: Part, logprob: Tensor, weight: float) -> None:
         if weight == 0.0 or self.given is None:
