@@ -50,8 +50,9 @@ def read_groups(
     for lines in split_groups(read_rollouts(config.output_dir, step)):
         first = lines[0]
         example = examples.get(first["prompt_id"])
-        plain = example and task.prompt(example, tokenizer)
-        prompt = plain and task.actor.begun(plain, first.get("messages"), tokenizer, policy.stop_token_ids)
+        prompt = None if example is None else task.prompt(example, tokenizer)
+        if prompt is not None:
+            prompt = task.actor.begun(prompt, first.get("messages"), tokenizer, policy.stop_token_ids)
         if prompt is None or prompt.text != first["prompt"]:
             what = "is not there" if prompt is None else "has another text"
             raise ValueError(
