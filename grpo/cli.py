@@ -104,6 +104,7 @@ def _commands() -> dict[str, Command]:
         "export": Command(
             "a run's policy for other tools, with tokenizer, licence and model card", _export, arguments.EXPORT
         ),
+        "why": Command("what a step of a run has done, and which groups and tokens did it", _why, arguments.WHY),
         "plot": Command("draw the curves of a run into its folder", _plot, arguments.PLOT),
         "view": Command("a page of one or more runs, live while they run", _view, arguments.VIEW),
         "report": Command("the same page as one HTML file to send away", _report, arguments.REPORT),
@@ -292,6 +293,14 @@ def _report(args: argparse.Namespace) -> None:
     from grpo.view.report import report
 
     print(report(args.run, args.output or args.run / "report.html", args.steps))
+
+
+def _why(args: argparse.Namespace) -> None:
+    from grpo.run.console import Terminal
+    from grpo.why.report import tell
+
+    given = {name: getattr(args, name) for name in ("group", "groups", "tokens", "heldout", "what_if")}
+    _write(args.json, asdict(tell(args.run, args.step, Terminal(), **given)))
 
 
 def _reward_test(args: argparse.Namespace) -> int:

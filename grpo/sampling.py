@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -63,7 +64,7 @@ class Actor:
         self.environment = environment
         if environment is not None:
             check(environment, example.columns)
-        self._forms: dict[tuple[str, int], TurnFormat] = {}
+        self._forms: dict[tuple[str, tuple[int, ...]], TurnFormat] = {}
 
     @property
     def acts(self) -> bool:
@@ -84,14 +85,30 @@ class Actor:
 
     def solution(self, prompt: Prompt, marked: str, tokenizer: PreTrainedTokenizerBase, stop: int) -> PackedRow:
         """A solution whose marks are calls, `<<48/2=24>>`, as an episode to learn from. `reset` is not called."""
-        assert self.environment is not None
-        name = chosen(self.environment, prompt.columns)
-        if (name, stop) not in self._forms:
-            tools = tools_of(self.environment, name)
-            self._forms[name, stop] = TurnFormat(tokenizer, tools, stop_token_ids=[stop])
-        form = self._forms[name, stop]
+        form = self._form(prompt, tokenizer, (stop,))
         ids, sampled = form.demonstration(marked)
         return PackedRow(form.tools_prompt(first_messages(prompt, None)), [Sample(0, ids, sampled=sampled)])
+
+    def begun(
+        self,
+        prompt: Prompt,
+        messages: list[dict[str, Any]] | None,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[int],
+    ) -> Prompt:
+        """The prompt as its episodes began, from the messages that were recorded of it. `reset` is not called."""
+        if not (self.acts and messages):
+            return prompt
+        ids = self._form(prompt, tokenizer, tuple(stops)).tools_prompt(messages)
+        return replace(prompt, text=str(tokenizer.decode(ids)), token_ids=ids, messages=messages)
+
+    def _form(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> TurnFormat:
+        assert self.environment is not None
+        name = chosen(self.environment, prompt.columns)
+        if (name, stops) not in self._forms:
+            tools = tools_of(self.environment, name)
+            self._forms[name, stops] = TurnFormat(tokenizer, tools, stop_token_ids=stops)
+        return self._forms[name, stops]
 
 
 def _reward(completion: Completion) -> float | str | None:

@@ -25,7 +25,7 @@ FLOORS = (
     ("error_lines",),
     ("launch",),
     ("train",),
-    ("sft", "mtp", "commands", "view", "trl_bridge"),
+    ("sft", "mtp", "commands", "view", "why", "trl_bridge"),
     ("ahead",),
     ("collector", "evaluation"),
     ("tied_steps", "task"),

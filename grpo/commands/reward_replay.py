@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from grpo.config.json_file import expecting
 from grpo.config.reward_commands import ReplayConfig
 from grpo.config.yaml_file import read_yaml
 from grpo.data.examples import Example, examples_of
-from grpo.run.records import read_rollouts, recorded_steps
+from grpo.run.records import read_rollouts, recorded_steps, split_groups
 from rewards.group_score import RewardFailure, mean
 from rewards.protocol import did_you_mean
 from rewards.registry import find_reward
@@ -89,7 +88,7 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
         pass_variables=config.pass_variables,
     ) as scorer:
         for step in steps:
-            groups = list(_groups(read_rollouts(run, step)))
+            groups = split_groups(read_rollouts(run, step))
             rows = [_columns(examples, group[0], settings["data"]["name"]) for group in groups]
             scores = scorer.score(
                 [group[0]["prompt"] for group in groups],
@@ -159,17 +158,6 @@ def _examples(settings: dict[str, Any]) -> list[Example]:
         raise FileNotFoundError(
             f"{error}; run this where the run was started: the path of its data is relative to there"
         ) from error
-
-
-def _groups(lines: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The lines of each prompt: its completions follow each other, sample 0 first."""
-    group: list[dict[str, Any]] = []
-    for line in lines:
-        if group and line["sample"] == 0:
-            yield group
-            group = []
-        group.append(line)
-    yield group
 
 
 def _columns(examples: dict[str, Example], line: dict[str, Any], data: str) -> dict[str, Any]:

@@ -89,3 +89,14 @@ REPORT = (
     _argument("--output", type=Path, metavar="FILE.html", help="by default report.html in the run folder"),
     _argument("--steps", type=int, nargs="+", metavar="N", help="steps whose rollouts it shows; by default three"),
 )
+_WHAT = "the step with other options on the same rollouts, such as loss.advantage=rloo; give it again for another one"
+WHY = (
+    _argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it is touched"),
+    _argument("step", type=int, metavar="STEP", help="a step whose rollouts are recorded"),
+    _argument("--group", type=int, metavar="N", help="this group of the step alone, token by token"),
+    _argument("--groups", type=int, metavar="N", help="leave out at most N groups; by default what ten minutes allow"),
+    _argument("--tokens", type=int, default=400, metavar="N", help="with --group: read at most N tokens; 400"),
+    _argument("--heldout", type=int, default=64, metavar="N", help="measure by the solutions of N problems; 64"),
+    _argument("--what_if", "--what-if", nargs="+", action="append", default=[], metavar="KEY=VALUE", help=_WHAT),
+    _json("all that was found"),
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +14,8 @@ from grpo.learner.parallel import ALONE, Ranks
 from grpo.learner.teacher import Teacher
 from grpo.run.memory_errors import phase
 from policies.policy import Policy
+
+Kind = TypeVar("Kind", bound=Learner)
 
 # Their log-probabilities are the learner's up to rounding in float32 (contract 8).
 OWN_BACKENDS = ("native", "transformers")
@@ -45,13 +48,14 @@ def grpo_learner(
     ranks: Ranks = ALONE,
     reload: Callable[[], Policy] | None = None,
     teacher: Policy | None = None,
-) -> Learner:
+    kind: type[Kind] = Learner,  # type: ignore[assignment]
+) -> Kind:
     """Around a policy without adapters. `reload` gives the same one again: a reference where it is sharded."""
     torch.manual_seed(config.seed)  # the first values of adapters and of the value head are drawn
     with phase("loading", config):
         if config.lora:
             policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
-        return Learner(
+        return kind(
             policy,
             config.learner,
             config.mtp,

@@ -64,6 +64,20 @@ def read_rollouts(output_dir: Path, step: int) -> list[dict[str, Any]]:
     return lines
 
 
+def split_groups(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """A group begins with its sample 0.
+
+    >>> split_groups([{"sample": 0}, {"sample": 1}, {"sample": 0}])
+    [[{'sample': 0}, {'sample': 1}], [{'sample': 0}]]
+    """
+    groups: list[list[dict[str, Any]]] = []
+    for line in lines:
+        if line["sample"] == 0 or not groups:
+            groups.append([])
+        groups[-1].append(line)
+    return groups
+
+
 def rollout_lines(
     groups: Sequence[RolloutGroup],
     scores: Sequence[GroupScore],

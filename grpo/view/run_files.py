@@ -15,7 +15,7 @@ from grpo.algorithm.ties import tied
 from grpo.algorithm.verdicts import ACCURACY
 from grpo.run.metrics import METRICS
 from grpo.run.metrics import check as row_of
-from grpo.run.records import read_events, read_metrics, read_rollouts, recorded_steps, rollout_path
+from grpo.run.records import read_events, read_metrics, read_rollouts, recorded_steps, rollout_path, split_groups
 
 ACCURACIES = (ACCURACY, f"{ACCURACY}_greedy")
 
@@ -136,20 +136,6 @@ class RunFiles:
             if (value := row.get(name)) is not None and count:
                 row[f"{name}/low"], row[f"{name}/high"] = wilson_interval(value * count, count)
         return row
-
-
-def split_groups(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """A group begins with its sample 0.
-
-    >>> split_groups([{"sample": 0}, {"sample": 1}, {"sample": 0}])
-    [[{'sample': 0}, {'sample': 1}], [{'sample': 0}]]
-    """
-    groups: list[list[dict[str, Any]]] = []
-    for line in lines:
-        if line["sample"] == 0 or not groups:
-            groups.append([])
-        groups[-1].append(line)
-    return groups
 
 
 def finite(value: Any) -> Any:

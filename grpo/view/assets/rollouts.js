@@ -37,7 +37,8 @@
       steps.map((other) => view.make("option", { value: other, selected: other === step }, `step ${other}`)));
     return { title: `step ${step}`, previous: () => go(-1), next: () => go(1), nodes: [
       view.make("div", { class: "tools" }, view.make("button", { onclick: () => go(-1), disabled: at <= 0 }, "←"), choice, view.make("button", { onclick: () => go(1), disabled: at === steps.length - 1 }, "→"),
-        view.make("span", { class: "soft" }, `${groups.length} groups, ${groups.filter((group) => group.tied).length} tied (grey: they teach nothing)`)),
+        view.make("span", { class: "soft" }, `${groups.length} groups, ${groups.filter((group) => group.tied).length} tied (grey: they teach nothing)`),
+        view.make("code", { class: "soft", title: "type this to see what the step has done, and because of what" }, `quartet why RUN ${step}`)),
       failures.map((event) => view.make("p", { class: "fault" }, `${event.event}: ${cut(String(event.error), 400)}`)),
       view.make("div", { class: "side" }, groups.map(card))] };
   };

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from grpo.algorithm.statistics import wilson_interval
-from grpo.run.records import read_metrics, read_rollouts
-from grpo.view.run_files import RunFiles, finite, split_groups
+from grpo.run.records import read_metrics, read_rollouts, split_groups
+from grpo.view.run_files import RunFiles, finite
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"
 

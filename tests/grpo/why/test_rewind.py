@@ -1,0 +1,59 @@
+"""A run's recorded steps, taken again: from a checkpoint and from the start, to the bits that the run had."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo.learner.learner import Learner
+from grpo.run import checkpoint
+from grpo.task import Task
+from grpo.train import train
+from grpo.why.recorded import read_config
+from grpo.why.rewind import Rewind, difference, first_step
+
+KINDS = {
+    "full": {},
+    "preset": {"warm_start.steps": 0},
+    "lora": {"lora.rank": 4, "loss.beta": 0.1},
+    "ppo": {"loss.advantage": "gae", "loss.beta": 0.1, "learner.updates_per_batch": 2},
+    "bfloat16": {"dtype": "bfloat16"},
+    "ahead": {"rollout.ahead": 1, "balance.bias_rate": 0.01, "curriculum.draft_depth": 1},
+}
+
+
+def replayed(folder: Path, step: int) -> Learner:
+    """The learner after `step`, by the records."""
+    config = read_config(folder)
+    with Task.of(config, scores=False) as task:
+        rewind = Rewind(config, step, task)
+        for each in range(rewind.begins + 1, step + 1):
+            rewind.replay(each)
+        return rewind.learner
+
+
+def flat(learner: Learner) -> dict[str, torch.Tensor]:
+    return {f"{kind}/{name}": t for kind, part in learner.state()[0].items() for name, t in part.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replayed_step_leaves_the_bits_of_its_checkpoint(micro_config, tmp_path, kind):
+    train(micro_config(tmp_path / "run", **KINDS[kind]))
+    root = tmp_path / "run/checkpoints"
+    saved = checkpoint.load(checkpoint.saved(root)[3])
+    expected = {f"{k}/{n}": t for k, part in saved.tensors.items() for n, t in part.items() if k != "ahead"}
+    shutil.rmtree(checkpoint.saved(root)[2])
+    for begins in (1, 0):  # one step before the last is replayed, then both, from the warm start
+        assert first_step(read_config(tmp_path / "run"), 3) == begins
+        found = flat(replayed(tmp_path / "run", 3))
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+        shutil.rmtree(checkpoint.saved(root)[1], ignore_errors=True) if begins else None
+
+
+def test_a_difference_is_relative_and_of_the_learner_alone():
+    recorded = {"loss/policy": 0.5, "learner/grad_norm": 2.0, "loss/kl": None, "reward/mean": 1.0}
+    again = {"loss/policy": 0.5, "learner/grad_norm": 1.0, "loss/kl": 1.0, "reward/mean": 9.0, "policy/entropy": 1.0}
+    assert difference(recorded, again) == (2, "learner/grad_norm", 0.5)
+    assert difference({}, again) == (0, "", 0.0)
