@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,17 @@ REPORT = (
     _argument("--output", type=Path, metavar="FILE.html", help="by default report.html in the run folder"),
     _argument("--steps", type=int, nargs="+", metavar="N", help="steps whose rollouts it shows; by default three"),
 )
+_WHAT = "run folders; those that differ in nothing but the seed are one group"
+COMPARE = (
+    _argument("runs", type=Path, nargs="+", metavar="RUN", help=_WHAT),
+    _argument("--metrics", nargs="+", default=[], metavar="NAME", help="by default reward/mean and eval/accuracy"),
+    _argument("--steps", type=int, nargs="+", default=[], metavar="N", help="by default at most twelve, evenly spaced"),
+    _json("what the tables show"),
+)
+
+
+def version() -> str:
+    try:
+        return metadata.version("quartet-rl")
+    except metadata.PackageNotFoundError:
+        return "(run from its source, not installed)"

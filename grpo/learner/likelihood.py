@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,24 @@ class Likelihood:
         """Policy and reference alike, so that the KL between them starts at zero."""
         policies = [self.policy] if self.reference is None else [self.policy, self.reference]
         return RoutingReplay([policy.trunk for policy in policies], mini.routing)
+
+    @torch.no_grad()
+    def moved(self, rows: Sequence[PackedRow], before: Mapping[int, Sequence[float]]) -> float:
+        """KL(before ‖ now) of the policy in nats per token of these rows, which it sampled: the mean of r - 1 - log r,
+        with r the ratio of the probabilities now and before (Schulman's k3).
+
+        `before` are the log-probabilities of the rows' completions by `Sample.index`. Every rank that shares the policy
+        must ask for the same rows.
+        """
+        total, tokens = 0.0, 0
+        for row in rows:
+            mini = collate([row], self.policy.device)
+            with self.replaying(mini):
+                now = self.forward(mini).logprobs
+            log_ratio = (now - mini.padded([before[sample.index] for sample in row.samples]))[mini.mask]
+            total += (log_ratio.expm1() - log_ratio).sum().item()
+            tokens += row.num_completion_tokens
+        return total / tokens
 
 
 @torch.no_grad()
