@@ -27,7 +27,9 @@ CURVES = {
     "accuracy": ("eval/accuracy", "eval/reward_mean"),
 }
 PHASES = {"sampling": "time/rollout", "reward": "time/reward", "learning": "time/learn", "publishing": "time/publish"}
-WIDTH, FRAMES_PER_SECOND, STEPS_TIMED = 40, 2, 20
+WIDTH, BESIDE = 40, 48  # columns of a curve, and of the words beside it
+NAME = 24  # columns of the run's name; of a longer one the end is shown
+FRAMES_PER_SECOND, STEPS_TIMED = 2, 20
 
 
 def sparkline(values: Sequence[float], width: int = WIDTH, blocks: str = BLOCKS) -> str:
@@ -79,6 +81,8 @@ class Panel:
 
     def stop(self) -> None:
         self._note = ""
+        for task in self._bars.task_ids:
+            self._bars.remove_task(task)
         self._live.stop()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -116,16 +120,17 @@ class Panel:
         curves = {label: curve for label, curve in self._curves.items() if curve}
         if "reward" in curves:
             curves = {label: curve for label, curve in curves.items() if label in ("reward", "accuracy")}
+        width = max(8, min(WIDTH, self.console.width - BESIDE))
         grid = Table.grid(padding=(0, 2))
         for label, curve in curves.items():
             values = [value for _, value in curve]
             span = f"{min(values):.3f} to {max(values):.3f}, step {curve[-1][0]}"
-            grid.add_row(label, Text(f"{values[-1]:.3f}", "bold"), Text(sparkline(values, WIDTH, blocks), "cyan"), span)
+            grid.add_row(label, Text(f"{values[-1]:.3f}", "bold"), Text(sparkline(values, width, blocks), "cyan"), span)
         lines += [grid] if curves else []
         if self._metrics:
             lines += [_one_line("  ".join(step_words(self._metrics, without=("reward",)))), _one_line(self._split())]
         lines += [Text(self._note, "yellow")] if self._note else []
-        if self._live.is_started and self._bars.tasks:
+        if self._bars.tasks:
             lines.append(self._bars.make_tasks_table(self._bars.tasks))
         return Group(*lines)
 
@@ -135,7 +140,8 @@ class Panel:
             words.append(f"about {clock(fmean(self._seconds) * (self.last - self._step))} left")
         grid = Table.grid(padding=(0, 2))
         bar = ProgressBar(self.last, self._step, width=20)
-        grid.add_row(Text(self.name, "bold"), f"step {self._step}/{self.last}", bar, ", ".join(words))
+        name = self.name if len(self.name) <= NAME else f"...{self.name[3 - NAME :]}"
+        grid.add_row(Text(name, "bold"), f"step {self._step}/{self.last}", bar, ", ".join(words))
         return grid
 
     def _split(self) -> str:

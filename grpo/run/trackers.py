@@ -33,10 +33,15 @@ def installed(names: Sequence[str] | None) -> list[str]:
 
 
 def start(name: str, output_dir: Path, config_yaml: str, resume_step: int) -> Any:
-    """A started accelerate tracker: log(values, step), finish(). Files go below output_dir."""
+    """A started accelerate tracker: log(values, step), finish(). Files of TensorBoard and wandb go below output_dir.
+
+    Raises ValueError with the tracker's own words where it cannot start: nobody is logged in, or no server answers.
+    """
+    from accelerate.state import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     tracker_class = LOGGER_TYPE_TO_CLASS[name]
+    PartialState()  # without it wandb and trackio raise; TensorBoard and MLflow make it themselves
     if name == "tensorboard":  # purge_step hides what a resumed run will write again
         tracker = tracker_class("tensorboard", output_dir, purge_step=resume_step + 1)
     elif name == "wandb":  # which writes into the working directory otherwise
@@ -45,9 +50,14 @@ def start(name: str, output_dir: Path, config_yaml: str, resume_step: int) -> An
         tracker = tracker_class(output_dir.name, output_dir / name)
     else:
         tracker = tracker_class(output_dir.name)
-    tracker.start()
-    if name != "tensorboard":  # TensorBoard's form of it adds a second run beside every run
-        tracker.store_init_configuration(yaml.safe_load(config_yaml) or {})
+    try:
+        tracker.start()
+        if name != "tensorboard":  # TensorBoard's form of it adds a second run beside every run
+            tracker.store_init_configuration(yaml.safe_load(config_yaml) or {})
+    except Exception as error:  # each tracker has exceptions of its own
+        raise ValueError(
+            f"log.trackers: {name} cannot start ({error}); mend that, or take it out of the list"
+        ) from error
     return tracker
 
 
