@@ -283,7 +283,9 @@ def _plot(args: argparse.Namespace) -> None:
     from grpo.run.plots import plot_run
     from grpo.run.records import check_run
 
-    print(*plot_run(check_run(args.run)), sep="\n")
+    folder = check_run(args.run)
+    print("drawing ...", flush=True)  # matplotlib takes seconds
+    print(*plot_run(folder), sep="\n")
 
 
 def _view(args: argparse.Namespace) -> None:

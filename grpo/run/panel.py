@@ -28,7 +28,7 @@ CURVES = {
 }
 PHASES = {"sampling": "time/rollout", "reward": "time/reward", "learning": "time/learn", "publishing": "time/publish"}
 WIDTH, BESIDE = 40, 48  # columns of a curve, and of the words beside it
-NAME = 24  # columns of the run's name; of a longer one the end is shown
+NAME = 20  # columns of the run's name; of a longer one the end is shown
 FRAMES_PER_SECOND, STEPS_TIMED = 2, 20
 
 
@@ -139,7 +139,7 @@ class Panel:
         if self._seconds and self._step < self.last:
             words.append(f"about {clock(fmean(self._seconds) * (self.last - self._step))} left")
         grid = Table.grid(padding=(0, 2))
-        bar = ProgressBar(self.last, self._step, width=20)
+        bar = ProgressBar(self.last, self._step, width=12)
         name = self.name if len(self.name) <= NAME else f"...{self.name[3 - NAME :]}"
         grid.add_row(Text(name, "bold"), f"step {self._step}/{self.last}", bar, ", ".join(words))
         return grid

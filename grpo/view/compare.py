@@ -152,7 +152,8 @@ def _spread(steps: Sequence[int]) -> list[int]:
 
 def show(comparison: Comparison, console: Console) -> None:
     groups = comparison.groups
-    table = Table(title="runs that differ in nothing but the seed are one group", title_justify="left")
+    console.print("runs that differ in nothing but the seed are one group")
+    table = Table()
     for name in ("", "seeds", "runs"):
         table.add_column(name, overflow="fold")
     for letter, group in groups.items():
@@ -160,12 +161,14 @@ def show(comparison: Comparison, console: Console) -> None:
         table.add_row(letter, seeds, "\n".join(str(run.folder) for run in group))
     console.print(table)
     if comparison.differing:
-        table = Table("option", *groups, title="what the groups differ in", title_justify="left")
+        console.print("what the groups differ in")
+        table = Table("option", *groups)
         for key, of in comparison.differing.items():
             table.add_row(key, *(str(of[letter]) for letter in groups))
         console.print(table)
     for metric, points in comparison.points.items():
-        table = Table(title=metric, title_justify="left")
+        console.print(metric, highlight=False)
+        table = Table()
         for heading in ("step", *(f"{letter} (n = {len(group)})" for letter, group in groups.items())):
             table.add_column(heading, justify="right")
         for step, at in points.items():
