@@ -6,15 +6,15 @@ Modules that load transformers or Ray are imported inside the commands, so that 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.config import arguments
+from grpo.config.json_file import write_json
 from grpo.error_lines import expected_errors, fail, option_of
 from grpo.run.escape import EscapingFormatter, escaped
 from grpo.run.stop import CommandSignals, Interrupted, Stopped, said_of
@@ -108,6 +108,7 @@ def _commands() -> dict[str, Command]:
         "plot": Command("draw the curves of a run into its folder", _plot, arguments.PLOT),
         "view": Command("a page of one or more runs, live while they run", _view, arguments.VIEW),
         "report": Command("the same page as one HTML file to send away", _report, arguments.REPORT),
+        "compare": Command("curves of runs with several seeds, in numbers", _compare, arguments.COMPARE),
         "reference": Command("print the reference page of all options and metrics", _reference),
     }
 
@@ -119,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quartet", description="GRPO for MoE/MLA language models with lossless multi-token rollouts."
     )
-    parser.add_argument("--version", action="version", version=f"quartet {_version()}")
+    parser.add_argument("--version", action="version", version=f"quartet {arguments.version()}")
     groups = {"": _add_group(parser)}
     for name, command in _commands().items():
         group, _, last = name.rpartition(" ")
@@ -146,13 +147,6 @@ def _help(parser: Any) -> None:
     parser.print_help()
 
 
-def _version() -> str:
-    try:
-        return metadata.version("quartet-rl")
-    except metadata.PackageNotFoundError:
-        return "(run from its source, not installed)"
-
-
 def _load(args: argparse.Namespace, file: Path | None = None, brought: Mapping[str, Any] | None = None) -> Any:
     """The command's options: their defaults, then those of them that a run folder brings, the file, the command line.
 
@@ -169,6 +163,12 @@ def _load(args: argparse.Namespace, file: Path | None = None, brought: Mapping[s
     return config
 
 
+def _begin() -> None:
+    """The first sign of life, before torch and transformers are loaded, which takes seconds."""
+    if os.environ.get("RANK", "0") == "0":
+        print("loading torch and transformers ...", flush=True)
+
+
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
     return {"resume": args.resume, "stop_after": args.stop_after, "force": args.force}
 
@@ -177,6 +177,7 @@ def _run(args: argparse.Namespace) -> None:
     config = _load(args, args.config)
     if config is None:
         return
+    _begin()
     from grpo.commands import summary
 
     if args.dry_run:
@@ -198,6 +199,7 @@ def _mtp(args: argparse.Namespace) -> None:
         config = _load(args, brought=defaults_of_run(file) | {"model": str(file)})
     if config is None:
         return
+    _begin()
     from grpo.commands import summary
 
     if args.dry_run:
@@ -215,6 +217,7 @@ def _eval(args: argparse.Namespace) -> int:
     config = _load(args, brought=brought | {"model": first})
     if config is None:
         return 0
+    _begin()
     from grpo.commands import eval_report, summary
     from grpo.commands.eval import ModelEvaluation, evaluate_model
 
@@ -237,6 +240,7 @@ def _sample(args: argparse.Namespace) -> int:
 
     brought = defaults_of_run(Path(args.policy), args.overrides.get("data"))
     config = _load(args, brought=brought | {"model": args.policy})
+    _begin()
     from grpo.commands import summary
     from grpo.commands.sample import prompts_of, sample
 
@@ -252,6 +256,7 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> None:
     config = _load(args)
+    _begin()
     from grpo.commands import convert, summary
 
     conversion = convert.convert(args.source, args.destination, config, mtp=args.mtp, console=summary.CONSOLE)
@@ -260,6 +265,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    _begin()
     from grpo.commands import inspect, summary
 
     anatomy = inspect.inspect(args.model, args.context)
@@ -268,19 +274,19 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    _begin()
     from grpo.commands.push import run_export
 
     print(escaped(run_export(args.run, args.destination, args.push_to_hub, adapter=args.adapter)))
 
 
 def _plot(args: argparse.Namespace) -> None:
-    if not args.run.is_dir():
-        raise ValueError(f"RUN={args.run}: there is no such folder")
-    if not (args.run / "metrics.jsonl").is_file():
-        raise ValueError(f"RUN={args.run}: is no run folder (no metrics.jsonl in it)")
     from grpo.run.plots import plot_run
+    from grpo.run.records import check_run
 
-    print(*plot_run(args.run), sep="\n")
+    folder = check_run(args.run)
+    print("drawing ...", flush=True)  # matplotlib takes seconds
+    print(*plot_run(folder), sep="\n")
 
 
 def _view(args: argparse.Namespace) -> None:
@@ -301,6 +307,15 @@ def _why(args: argparse.Namespace) -> None:
 
     given = {name: getattr(args, name) for name in ("group", "groups", "tokens", "heldout", "what_if")}
     _write(args.json, asdict(tell(args.run, args.step, Terminal(), **given)))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from grpo.run.console import Terminal
+    from grpo.view.compare import as_json, compare, show
+
+    comparison = compare(args.runs, args.metrics, args.steps)
+    show(comparison, Terminal())
+    _write(args.json, as_json(comparison))
 
 
 def _reward_test(args: argparse.Namespace) -> int:
@@ -338,9 +353,6 @@ def _reference(args: argparse.Namespace) -> None:
 
 
 def _write(path: Path | None, content: dict[str, Any]) -> None:
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")  # lone surrogates, as JSON escapes
-    print(f"written to {path}")
+    if path is not None:
+        write_json(path, content)
+        print(f"written to {path}")

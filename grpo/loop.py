@@ -116,13 +116,15 @@ class Run(Generic[Config]):
                     config.output_dir,
                     dump_yaml(config),
                     table_every=0 if isinstance(config, MtpConfig) else config.log.table_every,
+                    every=config.log.every,
+                    last=steps,
                     trackers=config.log.trackers,
                     resume_step=None if resume is None else saved.step if saved else 0,
                     lock=lock,
                     unwritten=saved.state.get("unwritten") if saved else None,
                 ) as log,
                 log.until_its_end(),
-                StopSignal() as stop,
+                StopSignal(show=log.note) as stop,
             ):
                 record_rewards(log, rewards)
                 run = cls(config, log, stop, ranks, saved=saved, last=steps, stop_after=stop_after)

@@ -5,6 +5,7 @@
         LICENSE ...                                          of the base, where it has one
         README.md                                            the model card: the run's own numbers
         run/config.yaml, environment.json, metrics.jsonl     what the card was made from
+            report.html                                  what `quartet report` has made, where it is there
         trained_on.txt                                   fingerprints of the problems that it was trained on
 
 `--adapter` writes the adapters of a LoRA run instead, in peft's format.
@@ -28,7 +29,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from grpo.commands.model_card import Origin, model_card
+from grpo.commands.model_card import REPORT, Origin, model_card
 from grpo.config.policy import ModelOptions
 from grpo.config.yaml_file import read_yaml
 from grpo.data.leakage import TRAINED_ON
@@ -43,7 +44,7 @@ from policies.layout import WeightFiles, find_file
 from policies.policy import Policy, read_config
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
-RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", TRAINED_ON)
+RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", REPORT, TRAINED_ON)
 # Modules that peft takes for routed experts or the router in models whose experts transformers stacks.
 REINTERPRETED = {"gate_proj", "up_proj", "down_proj", "gate"}
 

@@ -19,6 +19,7 @@ from grpo.run import hardware
 from grpo.run.metrics import METRICS
 from grpo.run.records import read_metrics
 
+REPORT = "report.html"
 SHOWN_METRICS = (
     *("reward/mean", "reward/std", "completion/length_mean", "completion/clipped", "policy/entropy", "group/tied"),
     *("draft/tokens_per_forward", "draft/acceptance_depth_1", "moe/load_min", "moe/load_max"),
@@ -95,6 +96,7 @@ def model_card(
         *evaluations,
         "## Training",
         *_training(lines),
+        _report(run),
         f"The effective configuration (`run/config.yaml`):\n\n{_code('yaml', yaml.safe_dump(config, sort_keys=False))}",
         "## Hardware, versions, command",
         *_machines(run, here),
@@ -187,6 +189,12 @@ def _training(lines: list[dict[str, Any]]) -> Iterator[str]:
         rows.append(f"| `{metric}` | {values[0]} | {values[1]} | {_meaning(metric)} |")
     yield f"{last['step']} steps; every step's numbers are in `run/metrics.jsonl`."
     yield "\n".join(rows)
+
+
+def _report(run: Path) -> str:
+    if (run / REPORT).is_file():
+        return f"[The report of the run](run/{REPORT}) shows its curves, and rollouts token by token."
+    return f"`quartet report {run.name}` writes its curves, and rollouts token by token, into one page."
 
 
 def _meaning(metric: str) -> str:

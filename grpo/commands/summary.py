@@ -14,6 +14,7 @@ from transformers import DeepseekV3Config, PreTrainedModel, PreTrainedTokenizerB
 
 from grpo.algorithm import own
 from grpo.commands import machine, memory, memory_table
+from grpo.commands.draft_colours import LEGEND, coloured
 from grpo.commands.memory_table import DeviceMemory
 from grpo.config.learner import LoraOptions, ParallelOptions
 from grpo.config.mtp import MtpConfig
@@ -24,8 +25,7 @@ from grpo.policy_source import check_options, read_shape
 from grpo.reward_models import check_teacher
 from grpo.run import hardware
 from grpo.run.console import Terminal, visible
-from grpo.run.draft_colours import LEGEND, coloured
-from grpo.run.log import refuse_folder
+from grpo.run.lock import refuse_folder
 from grpo.run.plots import plot_quietly
 from grpo.run.resume import saved_state
 from grpo.task import Task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,17 @@ WHY = (
     _argument("--what_if", "--what-if", nargs="+", action="append", default=[], metavar="KEY=VALUE", help=_WHAT),
     _json("all that was found"),
 )
+_RUNS = "run folders; those that differ in nothing but the seed are one group"
+COMPARE = (
+    _argument("runs", type=Path, nargs="+", metavar="RUN", help=_RUNS),
+    _argument("--metrics", nargs="+", default=[], metavar="NAME", help="by default reward/mean and eval/accuracy"),
+    _argument("--steps", type=int, nargs="+", default=[], metavar="N", help="by default at most twelve, evenly spaced"),
+    _json("what the tables show"),
+)
+
+
+def version() -> str:
+    try:
+        return metadata.version("quartet-rl")
+    except metadata.PackageNotFoundError:
+        return "(run from its source, not installed)"

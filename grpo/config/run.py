@@ -51,6 +51,8 @@ class EvalOptions(Options):
 class LogOptions(Options):
     """What a person sees and what is kept."""
 
+    every: int = Field(default=1, ge=1)
+    """Print a line after every n-th step, and after the first and the last one. A terminal shows a panel instead."""
     table_every: int = Field(default=10, ge=1)
     """Show a table of sample completions after every n-th step."""
     trackers: list[str] | None = None

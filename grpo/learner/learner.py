@@ -192,6 +192,7 @@ class Learner:
             metrics |= self.ranks.sum_metrics(dict(sums) | {"mismatch/logprob_abs_max": farthest}) | self._update(step)
             self.policy_version += update == 0
         self.policy_logprobs = self.ranks.union(self.policy_logprobs)
+        metrics["policy/step_kl"] = self.likelihood.moved(rows, self.policy_logprobs)
         self.balancer.sum_over(self.ranks)
         metrics |= self.balancer.end()
         metrics["learner/updates"] = float(self.options.updates_per_batch)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,6 +73,28 @@ class Likelihood:
         """Policy and reference alike, so that the KL between them starts at zero."""
         policies = [self.policy] if self.reference is None else [self.policy, self.reference]
         return RoutingReplay([policy.trunk for policy in policies], mini.routing)
+
+    @torch.no_grad()
+    def moved(self, rows: Sequence[PackedRow], before: Mapping[int, Sequence[float]]) -> float:
+        """KL(before ‖ now) of the policy in nats per token: the mean of r - 1 - log r over tokens that it sampled, with
+        r the ratio of their probabilities now and before (Schulman's k3).
+
+        The tokens are those of the first group that teaches something, without completions whose advantage is zero;
+        where no group does, those of the first one. `before` are log-probabilities by `Sample.index`. Every rank that
+        shares the policy must ask for the same rows.
+        """
+        telling = [row for row in rows if not row.tied] or rows
+        total, tokens = 0.0, 0
+        for row in telling:
+            if row.group == telling[0].group:
+                samples = [sample for sample in row.samples if not sample.tied] or row.samples
+                mini = collate([replace(row, samples=samples)], self.policy.device)
+                with self.replaying(mini):
+                    now = self.forward(mini).logprobs
+                log_ratio = (now - mini.padded([before[sample.index] for sample in samples]))[mini.mask]
+                total += (log_ratio.expm1() - log_ratio).sum().item()
+                tokens += sum(sample.num_sampled for sample in samples)
+        return total / tokens
 
 
 @torch.no_grad()

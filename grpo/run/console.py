@@ -1,9 +1,9 @@
-"""What a person sees while a run goes: one line a step, sample completions, progress bars."""
+"""What a person sees while a run goes: one line a step, sample completions, progress bars. See also panel.py."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -15,6 +15,8 @@ from rich.text import Text
 from grpo.run.escape import escaped
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
+
+TEXT_WIDTH = 96
 
 
 def visible(text: str, limit: int = 400, encoding: str = "utf-8") -> str:
@@ -35,41 +37,54 @@ def visible(text: str, limit: int = 400, encoding: str = "utf-8") -> str:
 
 class Terminal(Console):
     """The console of every command. Text on it is only text, whoever wrote it: control characters are shown as
-    escapes, and [brackets] and :words: mean nothing."""
+    escapes, and [brackets] and :words: mean nothing. What moves is drawn on a terminal alone, also where FORCE_COLOR
+    asks for colours in a file. The cursor is never hidden, so a command that is killed leaves it as it was."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
+        if "force_terminal" not in options:
+            self.is_interactive = self.is_interactive and self.file.isatty()
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=escaped(segment.text))
 
 
-# The step line: template, scale, and the metric shown (the first of them that is there).
-_LINE: list[tuple[str, float, tuple[str, ...]]] = [
-    ("reward {:.3f}", 1, ("reward/mean",)),
-    ("tied {:.0f}%", 100, ("group/tied",)),
-    ("length {:.1f}", 1, ("completion/length_mean",)),
-    ("clipped {:.0f}%", 100, ("completion/clipped",)),
-    ("loss {:+.4f}", 1, ("loss/total", "loss/policy", "loss/sft")),
-    ("entropy {:.3f}", 1, ("policy/entropy",)),
-    ("{:.2f} tokens/forward", 1, ("draft/tokens_per_forward",)),
-    ("{:.0f} tokens/s", 1, ("speed/completion_tokens_per_second",)),
-    ("{:.1f} s", 1, ("time/step",)),
-]
+# The step in words: template, scale, and the metric shown.
+_WORDS: dict[str, tuple[str, float, str]] = {
+    "reward": ("reward {:.3f}", 1, "reward/mean"),
+    "tied": ("tied {:.0f}%", 100, "group/tied"),
+    "step": ("step KL {:.2g}", 1, "policy/step_kl"),
+    "norm": ("grad norm {:.2g}", 1, "learner/grad_norm"),
+    "length": ("length {:.1f}", 1, "completion/length_mean"),
+    "clipped": ("clipped {:.0f}%", 100, "completion/clipped"),
+    "entropy": ("entropy {:.3f}", 1, "policy/entropy"),
+    "forward": ("{:.2f} tokens/forward", 1, "draft/tokens_per_forward"),
+    "speed": ("{:.0f} tokens/s", 1, "speed/completion_tokens_per_second"),
+    "time": ("{:.1f} s", 1, "time/step"),
+}
+
+
+def step_words(metrics: Mapping[str, float], without: Collection[str] = ()) -> list[str]:
+    """What a person reads of a step; what was not measured is left out, and so is what `without` names.
+
+    >>> step_words({"reward/mean": 0.5, "group/tied": 0.25, "time/step": 1.44}, without=["reward"])
+    ['tied 25%', '1.4 s']
+    """
+    shown = [row for key, row in _WORDS.items() if key not in without and row[2] in metrics]
+    return [template.format(metrics[name] * scale) for template, scale, name in shown]
 
 
 def step_line(step: int, metrics: Mapping[str, float]) -> str:
-    """One step in one line; what was not measured is left out.
+    """One step in one line.
 
     >>> step_line(7, {"reward/mean": 0.5, "group/tied": 0.25, "time/step": 1.44})
     'step     7  reward 0.500  tied 25%  1.4 s'
     """
-    words = [f"step {step:5d}"]
-    for template, scale, names in _LINE:
-        if values := [metrics[name] for name in names if name in metrics]:
-            words.append(template.format(values[0] * scale))
-    return "  ".join(words)
+    return "  ".join([f"step {step:5d}", *step_words(metrics)])
 
 
 def sample_table(
@@ -80,26 +95,22 @@ def sample_table(
     *,
     encoding: str = "utf-8",
 ) -> Table:
-    """The best and the worst completion of the first two groups that have both (of the first two, if none has)."""
-    table = Table(title=f"step {step}: sample completions", show_lines=True, title_justify="left", expand=True)
-    for column in ("prompt", "completion"):
-        table.add_column(column, overflow="fold", ratio=2 if column == "prompt" else 3)
-    for column in ("tokens", "reward", "advantage"):
-        table.add_column(column, justify="right", no_wrap=True)
+    """The best and the worst completion of the first two groups that have both (of the first two, if none has). The
+    text has the width that the terminal leaves, and not more than a person reads with ease."""
+    table = Table(title=f"step {step}: sample completions", title_justify="left", show_header=False, show_lines=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold", max_width=TEXT_WIDTH)
     rows = list(zip(groups, scores, advantages, strict=True))
     spread = [row for row in rows if len({reward for reward in row[1].rewards if reward is not None}) > 1]
     for group, score, row in (spread or rows)[:2]:
+        table.add_row("prompt", Text(visible(group.prompt.text, 200, encoding)))  # Text: no markup is read
         rewards = [-math.inf if reward is None else reward for reward in score.rewards]
         order = sorted(range(len(rewards)), key=rewards.__getitem__)
-        for position, index in enumerate(dict.fromkeys([order[-1], order[0]])):
+        for index in dict.fromkeys([order[-1], order[0]]):
             completion = group.completions[index]
-            table.add_row(
-                Text("" if position else visible(group.prompt.text, 200, encoding)),  # Text: no markup is read
-                Text(visible(completion.text, 300, encoding)),
-                f"{len(completion.token_ids)} {completion.finish_reason}",
-                _number(score.rewards[index]),
-                _number(row[index]),
-            )
+            marks = f"reward {_number(score.rewards[index])}\nadvantage {_number(row[index])}"
+            marks += f"\n{len(completion.token_ids)} tokens, {completion.finish_reason}"
+            table.add_row(marks, Text(visible(completion.text, 300, encoding)))
     return table
 
 
@@ -122,5 +133,10 @@ def progress_bars(console: Console, *, enabled: bool) -> Progress:
         task = progress.add_task("sampling", total=256, unit="completions")
         progress.update(task, completed=120)
     """
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), _Count(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal))
+    return Progress(
+        *progress_columns(), console=console, transient=True, disable=not (enabled and console.is_interactive)
+    )
+
+
+def progress_columns() -> tuple[ProgressColumn, ...]:
+    return TextColumn("{task.description}", markup=False), BarColumn(), _Count(), TimeElapsedColumn()

@@ -1,4 +1,4 @@
-"""runs/NAME/.lock: one run at a time writes into a folder."""
+"""Who may write into a run folder: one run at a time (runs/NAME/.lock), and none where a run has been before."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import json
 import logging
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Self
+
+from grpo.run.records import holds_a_run
 
 LOGGER = logging.getLogger(__name__)
 FILE = ".lock"
@@ -77,3 +81,30 @@ def _owner(descriptor: int) -> str:
         return f"process {owner['pid']} on host {owner['host']}"
     except (ValueError, TypeError, KeyError):  # it has not written its name yet
         return "which has just begun"
+
+
+def refuse_folder(output_dir: Path, *, resuming: bool) -> None:
+    """Raises FileExistsError for a folder that holds a run, unless it is `resuming`, and OSError for one that cannot be
+    written. The folder is left as it was, also where it was not there."""
+    made: list[Path] = []
+    try:
+        holds = holds_a_run(output_dir)
+        for folder in [] if holds else reversed([output_dir, *output_dir.parents]):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        with TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        at = next((f": {str(path)!r}" for path in output_dir.parents if str(path) == error.filename), "")
+        why = f"{error.strerror}{at}"
+        raise type(error)(f"output_dir: {output_dir} cannot be written ({why}); choose another folder") from error
+    finally:
+        for folder in reversed(made):
+            with suppress(OSError):  # another process has put something into it
+                folder.rmdir()
+    if holds and not resuming:
+        raise FileExistsError(
+            f"output_dir={output_dir} already holds a run; choose another output_dir, go on with --resume auto, "
+            "or delete it"
+        )

@@ -16,22 +16,23 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, Self
 
 import zstandard
 from rich.console import Console
 from rich.progress import Progress
 
+from grpo.config.differences import changed_options
 from grpo.config.json_file import read_objects, whole_lines
 from grpo.run import hardware
 from grpo.run.console import Terminal, progress_bars, sample_table, step_line, visible
 from grpo.run.json_lines import append_line, json_line, open_lines
-from grpo.run.lock import RunLock
+from grpo.run.lock import RunLock, refuse_folder
 from grpo.run.metrics import check
+from grpo.run.panel import Panel
 from grpo.run.records import (
     holds_a_run,
     is_evaluation,
@@ -41,9 +42,8 @@ from grpo.run.records import (
     rollout_path,
     truncate,
 )
-from grpo.run.resume import changed_options
 from grpo.run.stop import GivenUp, Stopped
-from grpo.run.trackers import installed, start
+from grpo.run.trackers import installed, log_rollouts, start
 from policies.files.atomic import tidy, write_file
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
@@ -64,7 +64,8 @@ class RunLog:
     that no step is written twice; 0 starts over in the same folder. `unwritten` is the line of that step where the
     disk refused it, see `state`. None is a new run: FileExistsError if there is one already. `lock` is the folder's, if
     it was taken before; FolderInUse while another run has it. `trackers` are accelerate's names, None is TensorBoard
-    where installed; ValueError if one is missing.
+    where installed; ValueError if one is missing. On a terminal a panel is drawn, if `last` names the last step.
+    Without one every `every`-th step has a line, and so have the first and the last one.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class RunLog:
         config_yaml: str,
         *,
         table_every: int = 10,
+        every: int = 1,
+        last: int | None = None,
         trackers: Sequence[str] | None = None,
         quiet: bool = False,
         resume_step: int | None = None,
@@ -90,7 +93,7 @@ class RunLog:
         self.output_dir = output_dir
         self.console = console or Terminal(quiet=quiet)
         self._quiet = quiet
-        self._table_every = table_every
+        self._table_every, self._every, self._last = table_every, every, last
         self._events_seen: Counter[str] = Counter()
         self._checked: set[str] = set()
         self._last_step: int | None = None
@@ -109,12 +112,18 @@ class RunLog:
         self._ends_before = self._early_ends()
         self._describe_run(config_yaml, resume_step if resumes else None)
         self._trackers = [start(name, output_dir, config_yaml, resume_step or 0) for name in tracker_names]
+        self._panel: Panel | None = None
+        if last is not None and self.console.is_interactive and not quiet:
+            self._panel = Panel(self.console, str(output_dir), last, former)
+            self._panel.start()
 
     def step(self, step: int, metrics: Mapping[str, float], *, show: bool = True) -> None:
-        """Record the metrics of a step, and show them in one line. A NaN or infinity is written as null, counted."""
+        """Record the metrics of a step, and show them. A NaN or infinity is written as null, counted."""
         finite = self._record(step, {**metrics, **self._ends_before})
         self._last_step = step
-        if show:
+        if self._panel:
+            self._panel.step(step, finite)
+        elif show and (step in (1, self._last) or step % self._every == 0):
             self.say(step_line(step, finite))
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
@@ -128,8 +137,11 @@ class RunLog:
             self._metrics.close()
             self._metrics = open_lines(self.output_dir / "metrics.jsonl")
         named = {name if "/" in name else f"eval/{name}": value for name, value in results.items()}
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in self._record(step, named).items())
+        finite = self._record(step, named)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in finite.items())
         self.say(f"step {step:5d}  {shown}")
+        if self._panel:
+            self._panel.evaluation(step, finite)
 
     def rollouts(
         self,
@@ -156,6 +168,7 @@ class RunLog:
         write_file(rollout_path(self.output_dir, step), zstandard.compress(text.encode()))
         if policy_logprobs is None and self._table_every and (step == 1 or step % self._table_every == 0):
             self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
+            self._track(lambda tracker: log_rollouts(tracker, step, lines))
 
     def event(self, event: str, /, *, unshown: Mapping[str, Any] | None = None, **fields: Any) -> None:
         """Record what does not happen every step (a failure, a resume, a signal); show the first few of each.
@@ -204,7 +217,8 @@ class RunLog:
         how = "interrupted" if isinstance(error, KeyboardInterrupt) else how
         why = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
         self._write_event("end", {"how": how, "after_step": self._last_step} | why)
-        self._track(self._last_step or 0, {"run/finished": float(how == "finished")})
+        finished = {"run/finished": float(how == "finished")}
+        self._track(lambda tracker: tracker.log(finished, step=self._last_step or 0))
 
     def _early_ends(self) -> dict[str, float]:
         """How often the run ended before its time, by run/* metric; empty where it never did."""
@@ -212,11 +226,19 @@ class RunLog:
         counts = {"run/interruptions": ends["stopped"] + ends["interrupted"], "run/failures": ends["failed"]}
         return {name: float(count) for name, count in counts.items() if count}
 
-    def progress(self) -> Progress:
+    def progress(self) -> AbstractContextManager[Progress]:
         """Live bars; see console.progress_bars. Without a terminal, or quiet, they draw nothing."""
-        return progress_bars(self.console, enabled=not self._quiet)
+        return self._panel.progress() if self._panel else progress_bars(self.console, enabled=not self._quiet)
+
+    def note(self, text: str) -> bool:
+        """Show a line in the panel until the run ends; whether there is a panel. Handlers of signals may call this."""
+        if self._panel:
+            self._panel.note(text)
+        return self._panel is not None
 
     def close(self) -> None:
+        if self._panel:
+            self._panel.stop()
         for tracker in self._trackers:
             tracker.finish()
         self._trackers = []
@@ -260,13 +282,13 @@ class RunLog:
         append_line(self._metrics, self.unwritten)
         self.unwritten = None
         self._warn_of_undocumented(values)
-        self._track(step, finite)
+        self._track(lambda tracker: tracker.log(dict(finite), step=step))
         return finite
 
-    def _track(self, step: int, values: Mapping[str, float]) -> None:
+    def _track(self, tell: Callable[[Any], None]) -> None:
         for tracker in list(self._trackers):
             try:
-                tracker.log(dict(values), step=step)
+                tell(tracker)
             except Exception as error:  # a tracker must not end the run: it is dropped, in sight
                 self._trackers.remove(tracker)
                 self.event("tracker_dropped", tracker=tracker.name, error=repr(error))
@@ -291,33 +313,6 @@ class NoLog:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None
-
-
-def refuse_folder(output_dir: Path, *, resuming: bool) -> None:
-    """Raises FileExistsError for a folder that holds a run, unless it is `resuming`, and OSError for one that cannot be
-    written. The folder is left as it was, also where it was not there."""
-    made: list[Path] = []
-    try:
-        holds = holds_a_run(output_dir)
-        for folder in [] if holds else reversed([output_dir, *output_dir.parents]):
-            if not folder.exists():
-                folder.mkdir()
-                made.append(folder)
-        with TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        at = next((f": {str(path)!r}" for path in output_dir.parents if str(path) == error.filename), "")
-        why = f"{error.strerror}{at}"
-        raise type(error)(f"output_dir: {output_dir} cannot be written ({why}); choose another folder") from error
-    finally:
-        for folder in reversed(made):
-            with suppress(OSError):  # another process has put something into it
-                folder.rmdir()
-    if holds and not resuming:
-        raise FileExistsError(
-            f"output_dir={output_dir} already holds a run; choose another output_dir, go on with --resume auto, "
-            "or delete it"
-        )
 
 
 def _number(name: str, value: Any) -> float:

@@ -37,7 +37,7 @@ BESIDE: dict[str, Any] = {"frameon": False, "loc": "center left", "bbox_to_ancho
 def plot_run(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
     """Draw what the run has measured (or `only` these) into `output_dir/plots/*.png` and return the files.
 
-    Raises ModuleNotFoundError without matplotlib, ValueError before the second step.
+    Raises ValueError without matplotlib, and before the second step.
 
     >>> plot_run(Path("runs/demo"))
     [PosixPath('runs/demo/plots/reward.png'), PosixPath('runs/demo/plots/length.png'), ...]
@@ -46,7 +46,7 @@ def plot_run(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'quartet-rl[plots]'") from error
+        raise ValueError("plots need matplotlib: pip install 'quartet-rl[plots]'") from error
     rows = read_metrics(output_dir)
     if len(rows) < 2:
         raise ValueError(f"{output_dir}/metrics.jsonl has {len(rows)} steps; a curve needs two")

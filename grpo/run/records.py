@@ -19,6 +19,15 @@ from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
 
 
+def check_run(folder: Path) -> Path:
+    """The folder itself. Raises ValueError for one that holds no run."""
+    if not folder.is_dir():
+        raise ValueError(f"RUN={folder}: there is no such folder")
+    if not (folder / "metrics.jsonl").is_file():
+        raise ValueError(f"RUN={folder}: is no run folder (no metrics.jsonl in it)")
+    return folder
+
+
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """One dict a step, steps ascending; the eval/* line of a step is merged into it.
 

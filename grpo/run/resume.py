@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from grpo.config.differences import changed_options, flat
 from grpo.config.options import dump_yaml
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
-from grpo.config.yaml_file import parse_yaml, read_yaml
+from grpo.config.yaml_file import parse_yaml
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 
@@ -67,7 +68,7 @@ def refuse_changed_config(saved: Path, config: RunConfig) -> None:
     # Over `steps`: other steps are another schedule.
     decays = not isinstance(config, SftConfig) or config.learner.schedule != "constant"
     free = tuple(key for key in FREE_TO_CHANGE if not (decays and key == "steps"))
-    usual = _flat(parse_yaml(dump_yaml(type(config)(output_dir=config.output_dir))))  # where an older run says nothing
+    usual = flat(parse_yaml(dump_yaml(type(config)(output_dir=config.output_dir))))  # where an older run says nothing
     changed = [
         f"  {key}: {then!r} then, {now!r} now"
         for key, (then, now) in changed_options(saved, dump_yaml(config)).items()
@@ -131,29 +132,3 @@ def _other_base(source: str, step: int, then: str, now: str) -> str:
         f"{source}: the base weights are not those that the adapters of step {step} were trained on (digest "
         f"{then} then, {now} now); put back the files that the run began with, or start a new run in another output_dir"
     )
-
-
-def changed_options(saved: Path, now: str) -> dict[str, tuple[Any, Any]]:
-    """What a run's config.yaml and a YAML text differ in. Raises ConfigError naming a file that is damaged."""
-    return differences(read_yaml(saved)[0], parse_yaml(now))
-
-
-def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
-    """What two trees of options differ in, by dotted key.
-
-    >>> differences({"steps": 3, "lora": {"rank": 4}}, {"steps": 5, "lora": {"rank": 4}})
-    {'steps': (3, 5)}
-    """
-    former, present = _flat(before), _flat(now)
-    return {
-        key: (former.get(key), present.get(key))
-        for key in sorted(former.keys() | present.keys())
-        if former.get(key) != present.get(key)
-    }
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    below = [_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
-    return {key: value for flat in below for key, value in flat.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 KEEP_S = 0.02
+STOPPING = "stopping at the last whole step; Ctrl-C again ends the run at once and saves nothing"
 _SIGNAL = signal.signal
 ASKED = ".stop"  # the file in a run folder with the signal that was sent to the process that has started this one
 asked_by: Path | None = None
@@ -160,12 +161,15 @@ class StopSignal(Handler):
 
     `check` raises GivenUp once a stop was asked for: it is called where the work can be given up. By default the second
     signal ends the process at once, without any clean-up. With `at_once=False` it has the effect that it had outside.
-    `tell` is a file for other processes, which read there what came (`asked_by`).
+    `tell` is a file for other processes, which read there what came (`asked_by`). `show` is called with what to tell
+    the user after Ctrl-C; where it returns False, or is None, that is written to the terminal here.
     """
 
-    def __init__(self, *, at_once: bool = True, tell: Path | None = None) -> None:
+    def __init__(
+        self, *, at_once: bool = True, tell: Path | None = None, show: Callable[[str], bool] | None = None
+    ) -> None:
         super().__init__()
-        self._at_once, self._tell = at_once, tell
+        self._at_once, self._tell, self._show = at_once, tell, show
 
     @property
     def asked(self) -> bool:
@@ -194,8 +198,9 @@ class StopSignal(Handler):
         if self._tell:
             self._tell.parent.mkdir(parents=True, exist_ok=True)
             write_file(self._tell, str(number))
-        if number == signal.SIGINT and self._at_once and 2 in self._terminals:
-            os.write(2, b"\nstopping at the last whole step; Ctrl-C again ends the run at once and saves nothing\n")
+        shown = number != signal.SIGINT or not self._at_once or (self._show and self._show(STOPPING))
+        if not shown and 2 in self._terminals:
+            os.write(2, f"\n{STOPPING}\n".encode())
 
 
 def ignore_signals() -> None:

@@ -15,7 +15,15 @@ from grpo.algorithm.ties import tied
 from grpo.algorithm.verdicts import ACCURACY
 from grpo.run.metrics import METRICS
 from grpo.run.metrics import check as row_of
-from grpo.run.records import read_events, read_metrics, read_rollouts, recorded_steps, rollout_path, split_groups
+from grpo.run.records import (
+    check_run,
+    read_events,
+    read_metrics,
+    read_rollouts,
+    recorded_steps,
+    rollout_path,
+    split_groups,
+)
 
 ACCURACIES = (ACCURACY, f"{ACCURACY}_greedy")
 
@@ -28,11 +36,7 @@ class RunFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise ValueError(f"RUN={folder}: there is no such folder")
-        if not (folder / "metrics.jsonl").is_file():
-            raise ValueError(f"RUN={folder}: is no run folder (no metrics.jsonl in it)")
-        self.folder, self.name = folder, folder.resolve().name
+        self.folder, self.name = check_run(folder), folder.resolve().name
         self._tokenizer: Tokenizer | None = None
         self._step: tuple[int, float, list[list[dict[str, Any]]]] | None = None
 

@@ -15,10 +15,19 @@ from grpo.algorithm.statistics import (
     estimate,
     majority,
     majority_at_k,
+    mean_interval,
     pass_at_k,
     powers_of_two,
     wilson_interval,
 )
+
+
+def test_the_interval_of_a_few_seeds_by_hand():
+    # mean 2, deviations -1 0 1: variance 1, standard error 1 / sqrt(3); t of two degrees of freedom is 4.303
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert mean_interval([1.0, 2.0]) is None
+    # 40 values of 0 and 40 of 1: mean .5, variance 80 · .25 / 79, and as many degrees of freedom are nearly a normal
+    assert mean_interval([0.0, 1.0] * 40) == pytest.approx((0.5 - 1.96 * (20 / 79 / 80) ** 0.5, 0.6103), abs=1e-3)
 
 
 @pytest.mark.parametrize(

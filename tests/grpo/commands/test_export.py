@@ -229,6 +229,17 @@ def test_the_card_says_what_the_run_says(runs, base, tmp_path):
     assert r"model\.layers\.(2)\." in body
 
 
+def test_the_card_links_the_report_of_the_run_and_brings_it(runs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(runs["full", True][0], folder)
+    export(folder, tmp_path / "without")
+    assert "`quartet report run` writes its curves" in (tmp_path / "without/README.md").read_text()
+    (folder / "report.html").write_text("<html>a report")
+    export(folder, tmp_path / "with")
+    assert "[The report of the run](run/report.html)" in (tmp_path / "with/README.md").read_text()
+    assert (tmp_path / "with/run/report.html").read_text() == "<html>a report"
+
+
 def test_the_card_claims_nothing_that_the_run_did_not_record(runs, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(runs["full", False][0], folder)

@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 
 from grpo.commands import machine, summary
+from grpo.commands.draft_colours import pieces
 from grpo.commands.memory_table import DeviceMemory
 from grpo.config.options import load
 from grpo.config.run import SftConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.evaluation.held_out import Result
 from grpo.learner.learner import Learner
-from grpo.run.draft_colours import pieces
 from grpo.train import train
 from policies.policy import PolicyError
 from policies.presets import VOCABULARY

@@ -127,6 +127,35 @@ def test_contract_10_packed_logprobs_are_those_of_padded_rows(micro_policy, budg
                 assert abs(got[0] - expected[0]) < 1e-4  # the first token, which the shared prompt predicts
 
 
+def test_the_step_size_is_the_kl_of_the_first_group_by_hand(micro_policy):
+    learner = _learner(micro_policy(0))
+    rows = learner.prepare(_groups(learner.policy), _scores()).rows
+    now = _all_logprobs(learner, rows, 10_000)
+    halved = {index: [value + math.log(2) for value in values] for index, values in now.items()}
+    assert learner.likelihood.moved(rows, now) == pytest.approx(0, abs=1e-7)
+    # Each token has half the probability that it had: 1/2 - 1 - ln 1/2.
+    assert learner.likelihood.moved(rows, halved) == pytest.approx(0.1931, abs=1e-4)
+
+
+@pytest.mark.parametrize("budget", [8, 10_000])
+def test_a_step_tells_how_far_it_has_moved_the_policy(micro_policy, budget):
+    """On what the first group has to teach, also where it is cut into several rows: its third advantage is zero."""
+    policy = micro_policy(0)
+    learner = _learner(policy, learning_rate=1e-2, tokens_per_micro_batch=budget)
+    groups = _groups(policy)
+
+    @torch.no_grad()
+    def logprobs():
+        ids = [completion.token_ids for completion in groups[0].completions[:2]]
+        return torch.cat(_stock_logprobs(policy, groups[0].prompt.token_ids, ids))
+
+    before, metrics = logprobs(), learner.step(learner.prepare(groups, _scores()), 1)
+    log_ratio = logprobs() - before
+    expected = (log_ratio.exp() - 1 - log_ratio).mean().item()
+    assert expected > 1e-3
+    assert metrics["policy/step_kl"] == pytest.approx(expected, rel=1e-3)
+
+
 def _head_outputs(policy: Policy, ids: list[int], hidden: torch.Tensor, start: int, depth: int):
     """{(d, n): output [D]}: a causal sequence through transformers' own decoder layer for every chain on its own."""
     head, model = policy.mtp, policy.trunk.get_decoder()
@@ -830,7 +859,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(micro_policy)
         gradients.append(_gradients(policy))
         forwards.append((len(calls), metrics["moe/load_max"]))
     _assert_close(*gradients)
-    assert [count for count, _ in forwards] == [1, 2]
+    assert [count for count, _ in forwards] == [2, 3]  # the last one tells how far the step has moved the policy
     assert forwards[1][1] == forwards[0][1]
 
 

@@ -19,6 +19,7 @@ from grpo.commands.export import _read_run
 from grpo.commands.model_card import Origin, model_card
 from grpo.commands.reward_replay import _settings
 from grpo.commands.sample import read_prompts
+from grpo.config.differences import changed_options
 from grpo.config.inference import defaults_of_run
 from grpo.config.mtp import defaults_of_run as mtp_defaults_of_run
 from grpo.config.options import load
@@ -28,7 +29,6 @@ from grpo.error_lines import expected_errors
 from grpo.run import checkpoint, hardware
 from grpo.run.log import RunLog
 from grpo.run.records import read_metrics, read_rollouts, recorded_steps, truncate
-from grpo.run.resume import changed_options
 from grpo.run.reward_record import read_rewards
 from grpo.train import train
 from policies.files.digests import size_and_hash

@@ -424,6 +424,24 @@ def test_a_tracker_that_fails_is_dropped_in_sight_and_the_run_goes_on(tmp_path, 
     assert event["error"] == "ConnectionError('no network')"
 
 
+def test_a_tracker_that_cannot_start_is_named_with_its_own_words(tmp_path, monkeypatch):
+    from accelerate import tracking
+
+    class NoKey(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "nokey", False, None
+
+        def __init__(self, run_name):
+            super().__init__()
+
+        def start(self):
+            raise RuntimeError("no API key configured")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "nokey", NoKey)
+    monkeypatch.setattr(run_log, "installed", lambda names: ["nokey"])
+    with pytest.raises(ValueError, match=r"log\.trackers: nokey cannot start \(no API key configured\)"):
+        _open(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["wandb", "tensorbord"])
 def test_a_tracker_that_is_not_there_is_refused_before_the_folder_is_touched(tmp_path, name):
     from accelerate.tracking import get_available_trackers

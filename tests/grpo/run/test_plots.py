@@ -69,7 +69,7 @@ def test_without_matplotlib_the_error_says_what_to_install(run, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'quartet-rl\[plots\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'quartet-rl\[plots\]'"):
         plot_run(run)
 
 

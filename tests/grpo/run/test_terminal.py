@@ -91,8 +91,10 @@ def test_rich_itself_may_still_colour_and_move():
     stream = io.StringIO()
     console = Terminal(file=stream, force_terminal=True, color_system="standard", width=80)
     console.print(Text("red", style="red"))
-    console.show_cursor(False)
-    assert stream.getvalue() == "\x1b[31mred\x1b[0m\n\x1b[?25l"
+    console.clear()
+    assert stream.getvalue() == "\x1b[31mred\x1b[0m\n\x1b[2J\x1b[H"
+    console.show_cursor(False)  # never hidden: a command that is killed could not show it again
+    assert "\x1b[?25l" not in stream.getvalue()
 
 
 def test_events_are_echoed_escaped(tmp_path, capsys):

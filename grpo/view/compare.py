@@ -1,0 +1,219 @@
+"""`quartet compare`: curves with seeds, in numbers. Runs that differ in nothing but the seed are one group."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from string import ascii_uppercase
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from grpo.algorithm.statistics import mean_interval
+from grpo.algorithm.verdicts import ACCURACY, MEAN_REWARD
+from grpo.config.differences import flat
+from grpo.config.yaml_file import read_yaml
+from grpo.run.records import check_run, read_metrics
+
+OF_A_SEED = ("seed", "output_dir")  # what may differ inside a group
+REWARD = "reward/mean"
+STEPS_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: its options by dotted key, and its metrics by step."""
+
+    folder: Path
+    options: dict[str, Any]
+    rows: dict[int, dict[str, float]]
+
+    @property
+    def seed(self) -> Any:
+        return self.options.get("seed")
+
+    def values(self, metric: str) -> dict[int, float]:
+        return {step: row[metric] for step, row in self.rows.items() if row.get(metric) is not None}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One metric of a group at one step: a value of each run that has one, at least one."""
+
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.values)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of the mean over seeds; see `mean_interval`."""
+        return mean_interval(self.values)
+
+    def __str__(self) -> str:
+        """
+        >>> print(Point([0.5]), Point([0.25, 0.75]), Point([0.1, 0.2, 0.3]), sep="; ")
+        0.500; 0.500 (0.250, 0.750); 0.200 ± 0.248
+        """
+        if self.interval:
+            return f"{self.mean:.3f} ± {self.interval[1] - self.mean:.3f}"
+        each = ", ".join(f"{value:.3f}" for value in self.values)
+        return f"{self.mean:.3f} ({each})" if self.values[1:] else f"{self.mean:.3f}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`groups` by letter, the options in which they differ by letter, and the points by metric, step and letter."""
+
+    groups: dict[str, list[Run]]
+    differing: dict[str, dict[str, Any]]
+    points: dict[str, dict[int, dict[str, Point]]]
+
+
+def compare(folders: Sequence[Path], metrics: Sequence[str] = (), steps: Sequence[int] = ()) -> Comparison:
+    """Without `metrics`: the mean reward and the held-out accuracy, or the held-out reward where there is none.
+
+    Without `steps`: at most STEPS_SHOWN of those that have the metric, evenly spaced. Raises ValueError for a folder
+    that is no run, for two runs with the same options and seed, which are one and the same, and for a metric or step
+    that no run has.
+
+    >>> compare([Path("runs/a0"), Path("runs/a1")]).points["eval/accuracy"][60]["A"].values
+    [0.771, 0.754]
+    """
+    runs = [_read(folder) for folder in folders]
+    grouped: list[list[Run]] = []
+    for run in runs:
+        same = next((group for group in grouped if _apart_from_seed(group[0]) == _apart_from_seed(run)), None)
+        if same is None:
+            grouped.append([run])
+            continue
+        if twin := next((other for other in same if other.seed == run.seed), None):
+            raise ValueError(
+                f"RUN={run.folder}: {twin.folder} has the same options and seed {run.seed}, so the two are one run and "
+                "say nothing about its spread; name one of them"
+            )
+        same.append(run)
+    groups = {_letter(i): group for i, group in enumerate(grouped)}
+    recorded = {name for run in runs for row in run.rows.values() for name, value in row.items() if value is not None}
+    for name in metrics:
+        if name not in recorded:
+            near = difflib.get_close_matches(name, recorded, n=1, cutoff=0)
+            raise ValueError(f"--metrics {name}: no run has recorded it; the nearest that was recorded is {near[0]!r}")
+    held_out = ACCURACY if ACCURACY in recorded else MEAN_REWARD
+    chosen = list(metrics) or [name for name in (REWARD, held_out) if name in recorded]
+    if not chosen:
+        raise ValueError(f"the runs have recorded neither {REWARD} nor {held_out}; name others with --metrics")
+    keys = sorted({key for group in grouped for key in group[0].options} - set(OF_A_SEED))
+    differing = {key: {letter: group[0].options.get(key) for letter, group in groups.items()} for key in keys}
+    differing = {key: of for key, of in differing.items() if any(value != of["A"] for value in of.values())}
+    return Comparison(groups, differing, {name: _points(name, groups, steps) for name in chosen})
+
+
+def _read(folder: Path) -> Run:
+    config = check_run(folder) / "config.yaml"
+    if not config.is_file():
+        raise ValueError(f"RUN={folder}: has no config.yaml, so nothing says which runs belong together")
+    return Run(folder, flat(read_yaml(config)[0]), {row["step"]: row for row in read_metrics(folder)})
+
+
+def _apart_from_seed(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in run.options.items() if key not in OF_A_SEED}
+
+
+def _letter(number: int) -> str:
+    """A to Z, then A1, B1 and so on."""
+    rounds, place = divmod(number, len(ascii_uppercase))
+    return ascii_uppercase[place] + (str(rounds) if rounds else "")
+
+
+def _points(metric: str, groups: dict[str, list[Run]], steps: Sequence[int]) -> dict[int, dict[str, Point]]:
+    values = {letter: [run.values(metric) for run in group] for letter, group in groups.items()}
+    there = sorted({step for group in values.values() for run in group for step in run})
+    if lost := sorted(set(steps) - {step for group in groups.values() for run in group for step in run.rows}):
+        raise ValueError(f"--steps {lost[0]}: no run has recorded this step")
+    found: dict[int, dict[str, Point]] = {}
+    for step in [step for step in there if step in steps] if steps else _spread(there):
+        at = {letter: [run[step] for run in group if step in run] for letter, group in values.items()}
+        found[step] = {letter: Point(numbers) for letter, numbers in at.items() if numbers}
+    return found
+
+
+def _spread(steps: Sequence[int]) -> list[int]:
+    """The first, the last, and evenly spaced ones between them."""
+    if len(steps) <= STEPS_SHOWN:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (STEPS_SHOWN - 1))] for i in range(STEPS_SHOWN)]
+
+
+def show(comparison: Comparison, console: Console) -> None:
+    groups = comparison.groups
+    console.print("runs that differ in nothing but the seed are one group")
+    table = Table()
+    for name in ("", "seeds", "runs"):
+        table.add_column(name, overflow="fold")
+    for letter, group in groups.items():
+        seeds = ", ".join(str(run.seed) for run in group)
+        table.add_row(letter, seeds, "\n".join(str(run.folder) for run in group))
+    console.print(table)
+    if comparison.differing:
+        console.print("what the groups differ in")
+        table = Table("option", *groups)
+        for key, of in comparison.differing.items():
+            table.add_row(key, *(str(of[letter]) for letter in groups))
+        console.print(table)
+    for metric, points in comparison.points.items():
+        console.print(metric, highlight=False)
+        table = Table()
+        for heading in ("step", *(f"{letter} (n = {len(group)})" for letter, group in groups.items())):
+            table.add_column(heading, justify="right")
+        for step, at in points.items():
+            table.add_row(str(step), *(_cell(at.get(letter), len(group)) for letter, group in groups.items()))
+        console.print(table)
+    for line in _notes(comparison):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _cell(point: Point | None, runs: int) -> str:
+    if point is None:
+        return "-"
+    return str(point) if len(point.values) == runs else f"{point} [n = {len(point.values)}]"
+
+
+def _notes(comparison: Comparison) -> Iterator[str]:
+    counts = {len(point.values) for of in comparison.points.values() for at in of.values() for point in at.values()}
+    if counts & {1}:
+        yield "one seed: the value itself; it says nothing about how far another seed would be from it"
+    if counts & {2}:
+        yield "two seeds: their mean and the two values; they are too few for an interval"
+    if counts - {1, 2}:
+        yield "three seeds and more: their mean ± half of its 95 % interval (Student's t)"
+    folders = " ".join(str(run.folder) for group in comparison.groups.values() for run in group)
+    yield f"`quartet view {folders}` draws the curves over one another"
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """What the tables show, with every run's value."""
+    return {
+        "groups": {
+            letter: {"runs": [str(run.folder) for run in group], "seeds": [run.seed for run in group]}
+            for letter, group in comparison.groups.items()
+        },
+        "differing": comparison.differing,
+        "metrics": {
+            metric: [
+                {"step": step}
+                | {
+                    letter: {"n": len(point.values), "mean": point.mean, "interval_95": point.interval}
+                    | {"values": point.values}
+                    for letter, point in at.items()
+                }
+                for step, at in points.items()
+            ]
+            for metric, points in comparison.points.items()
+        },
+    }

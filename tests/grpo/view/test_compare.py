@@ -1,0 +1,101 @@
+"""Runs as curves with seeds: which belong together, numbers by hand, and how many seeds each number has."""
+
+import json
+import math
+import re
+
+import pytest
+import yaml
+
+from grpo.cli import main
+from grpo.view.compare import Point, compare
+
+
+@pytest.fixture
+def make(tmp_path):
+    """`make("a", seed=0, rate=0.1, reward=[.1, .2])`: a run folder with these mean rewards from step 1 on."""
+
+    def make(name, seed=0, rate=0.1, reward=(0.5,), accuracy=None):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"seed": seed, "output_dir": str(folder), "steps": 3, "learner": {"learning_rate": rate}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        rows = [{"step": step, "reward/mean": value} for step, value in enumerate(reward, start=1)]
+        rows += [{"step": 0, "eval/accuracy": accuracy}] if accuracy is not None else []
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return make
+
+
+def test_runs_that_differ_in_nothing_but_the_seed_are_one_group(make):
+    runs = [make("a0"), make("b0", rate=0.2), make("a1", seed=1), make("a2", seed=2)]
+    found = compare(runs)
+    assert {letter: [run.folder for run in group] for letter, group in found.groups.items()} == {
+        "A": [runs[0], runs[2], runs[3]],
+        "B": [runs[1]],
+    }
+    assert found.differing == {"learner.learning_rate": {"A": 0.1, "B": 0.2}}
+
+
+def test_the_mean_over_seeds_and_its_interval_by_hand(make):
+    runs = [make(f"a{seed}", seed=seed, reward=[value, 1.0]) for seed, value in enumerate((0.1, 0.2, 0.6))]
+    point = compare(runs).points["reward/mean"][1]["A"]
+    # mean .3, deviations -.2 -.1 .3, variance .14 / 2 = .07; t of 2 degrees of freedom 4.303
+    half = 4.303 * math.sqrt(0.07 / 3)
+    assert (point.mean, point.interval) == (pytest.approx(0.3), pytest.approx((0.3 - half, 0.3 + half)))
+    assert str(point) == "0.300 ± 0.657"
+    assert str(Point([0.25])) == "0.250"
+    assert str(Point([0.25, 0.75])) == "0.500 (0.250, 0.750)"  # two values have no interval worth the name
+    assert Point([0.25, 0.75]).interval is None
+
+
+def test_a_run_that_has_not_got_so_far_is_not_counted(make, capsys):
+    runs = [make("a0", reward=[0.1, 0.2]), make("a1", seed=1, reward=[0.3]), make("b", rate=0.2, reward=[0.5, None])]
+    assert [point.values for point in compare(runs).points["reward/mean"][2].values()] == [[0.2]]
+    assert main(["compare", *map(str, runs)]) == 0
+    shown = capsys.readouterr().out
+    assert "0.200 [n = 1]" in shown
+    assert "0.200 (0.100, 0.300)" in shown
+    assert "one seed: the value itself; it says nothing about how far another seed would be from it" in shown
+    assert "two seeds: their mean and the two values" in shown
+    assert "three seeds" not in shown
+    assert f"`quartet view {' '.join(map(str, [runs[0], runs[1], runs[2]]))}`" in shown
+
+
+def test_json_has_the_value_of_every_run(make, tmp_path, capsys):
+    runs = [make(f"a{seed}", seed=seed, accuracy=seed / 4) for seed in range(3)]
+    assert main(["compare", *map(str, runs), "--json", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["groups"] == {"A": {"runs": [str(run) for run in runs], "seeds": [0, 1, 2]}}
+    assert found["differing"] == {}
+    assert list(found["metrics"]) == ["reward/mean", "eval/accuracy"]
+    [row] = found["metrics"]["eval/accuracy"]
+    assert (row["step"], row["A"]["n"], row["A"]["mean"], row["A"]["values"]) == (0, 3, 0.25, [0.0, 0.25, 0.5])
+    assert row["A"]["interval_95"] == pytest.approx([0.25 - 4.303 * 0.25 / math.sqrt(3), 0.25 + 4.303 * 0.25 / 3**0.5])
+
+
+def test_steps_are_those_that_were_asked_for_or_a_dozen_from_first_to_last(make):
+    run = make("a", reward=[step / 100 for step in range(1, 101)])
+    points = compare([run]).points["reward/mean"]
+    assert (len(points), min(points), max(points)) == (12, 1, 100)
+    assert list(compare([run], steps=[7, 3]).points["reward/mean"]) == [3, 7]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--metrics", "reward/meen"], "--metrics reward/meen: no run has recorded it; the nearest .* 'reward/mean'"),
+        (["--steps", "9"], "--steps 9: no run has recorded this step"),
+    ],
+)
+def test_what_no_run_has_is_refused(make, capsys, options, message):
+    assert main(["compare", str(make("a")), *options]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_same_run_twice_is_no_second_seed(make, tmp_path):
+    with pytest.raises(ValueError, match=r"RUN=.*b: .*a has the same options and seed 0, so the two are one run"):
+        compare([make("a"), make("b")])
+    with pytest.raises(ValueError, match="there is no such folder"):
+        compare([tmp_path / "none"])
