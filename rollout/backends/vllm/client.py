@@ -28,7 +28,9 @@ def short(text: str) -> str:
 
 
 class Lost(RolloutError):
-    """The server is unreachable, has died or has stopped answering."""
+    """The server is unreachable, has died or has stopped answering. `how` says which, in a few words."""
+
+    how = "it has not started"
 
 
 class NotOurs(Lost):
@@ -176,4 +178,6 @@ class Client:
         return self._lost(f"is lost at {path} ({type(error).__name__}: {error})")
 
     def _lost(self, what: str, kind: type[Lost] = Lost) -> Lost:
-        return kind(f"vLLM at {self.url} {what}. {self.why()}")
+        lost = kind(f"vLLM at {self.url} {what}. {self.why()}")
+        lost.how = f"it {what}"
+        return lost

@@ -21,8 +21,9 @@ from grpo.learner.likelihood import logprobs_of_groups
 from grpo.run.stop import Stopped
 from grpo.train import train
 from policies.policy import Policy
-from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
+from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import VLLMProcess
+from rollout.backends.vllm.settings import VLLMSettings
 from rollout.engine import RolloutError
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
@@ -286,7 +287,8 @@ OF_A_TRAINER = """
 import sys
 import torch
 from policies.policy import Policy
-from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
+from rollout.backends.vllm.pool import VLLMPool
+from rollout.backends.vllm.settings import VLLMSettings
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 folder, python, log = map(Path, sys.argv[1:])
