@@ -173,7 +173,7 @@ class Client:
             return error
         if isinstance(error, TimeoutError):
             return self._lost(f"has not answered {path} for {limit_s:g} s")
-        if isinstance(error, ValueError | HTTPException):
+        if isinstance(error, ValueError | HTTPException) and not isinstance(error, ConnectionError):
             return self._lost(f"is no server of ours, or another version of it: {error}", NotOurs)
         return self._lost(f"is lost at {path} ({type(error).__name__}: {error})")
 
