@@ -22,7 +22,7 @@ class Guess:
             number: The guess.
         """
         self.guesses.append(number)
-        if self.kill and len(self.guesses) == 2 and not os.path.exists(self.kill):  # in its second turn
+        if self.kill and not os.path.exists(self.kill):  # once: between two turns of an episode
             with open(self.kill, "a") as file:
                 file.write(f"{os.getppid()}\n")
             os.kill(os.getppid(), signal.SIGKILL)
