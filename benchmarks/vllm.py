@@ -49,7 +49,8 @@ from grpo.task import Task
 from policies.mtp import MTPHead
 from policies.policy import Policy
 from policies.presets import small_tokenizer
-from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
+from rollout.backends.vllm.pool import VLLMPool
+from rollout.backends.vllm.settings import VLLMSettings
 from rollout.engine import RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import LocalPool, Pool

@@ -55,14 +55,16 @@ def _through_ray(config: SftConfig, flags: dict[str, Any]) -> Result:
 
     if "RAY_ADDRESS" not in os.environ:  # it would ask the dashboard, which our own cluster has none of
         data_parallel_trainer.PlacementGroupCleanerCallback = ControllerCallback
+    gpus = device_of(config.device).type == "cuda"
+    share = gpu_share(config) if gpus else 0
     config = config.model_copy(update={"output_dir": config.output_dir.absolute()})
     files, asked = config.output_dir / "ray", config.output_dir / stop.ASKED
-    workers, threads, gpus = config.learner.workers, config.threads or 1, device_of(config.device).type == "cuda"
+    workers, threads = config.learner.workers, config.threads or 1
     trainer = TorchTrainer(
         _rank,
         train_loop_config={"config": config, "flags": flags, "at": os.getcwd()},
         torch_config=TorchConfig("nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(None, workers, gpus, {"CPU": threads, "GPU": int(gpus)}),
+        scaling_config=ScalingConfig(None, workers, gpus, {"CPU": threads, "GPU": share}),
         run_config=RunConfig(storage_path=str(files)),
     )
     asked.unlink(missing_ok=True)
@@ -80,6 +82,26 @@ def _through_ray(config: SftConfig, flags: dict[str, Any]) -> Result:
     if isinstance(ended, Stopped):
         raise ended
     return ended
+
+
+def gpu_share(config: SftConfig) -> float:
+    """What Ray gives each rank of a GPU: all of it, or with `rollout.colocate` what a worker leaves.
+
+    More than half, so that no two ranks get the same one. Raises ValueError where a worker would leave less.
+
+    >>> gpu_share(TrainConfig(output_dir="r", rollout={"workers": 2, "colocate": True, "gpus_per_worker": 0.4}))
+    0.6
+    """
+    rollout = config.rollout
+    if not (rollout.colocate and rollout.samplers):
+        return 1.0
+    if rollout.gpus_per_worker >= 0.5:
+        raise ValueError(
+            f"rollout.gpus_per_worker={rollout.gpus_per_worker:g} with rollout.colocate=true and learner.workers="
+            f"{config.learner.workers}: Ray places both, and each learner needs more than half of a GPU, so that no "
+            "two share one; set it to 0.4"
+        )
+    return round(1.0 - rollout.gpus_per_worker, 4)  # Ray knows ten-thousandths
 
 
 def _rank(given: dict[str, Any]) -> Result | Stopped | None:

@@ -104,7 +104,11 @@ class Run(Generic[Config]):
             quiet = cast(RunLog, NoLog(config.output_dir))
             run = cls(config, quiet, StopSignal(), ranks, saved=saved, last=steps, stop_after=stop_after)
             run.resumes, run.forced = resume is not None, force
-            yield run
+            try:
+                yield run
+            except GivenUp as error:  # outside the steps: rank 0 has told it
+                run.stop.number = error.number
+                raise run.stopped() from None
             return
         with RunLock(config.output_dir) as lock:
             flags: dict[str, Any] = {"resume": resume, "force": force, "stop_after": stop_after}
@@ -131,8 +135,10 @@ class Run(Generic[Config]):
                 run.resumes, run.forced = resume is not None, force
                 try:
                     yield run
-                except GivenUp:  # outside the steps
-                    raise stop.stopped(run.step) from None
+                except GivenUp as error:  # outside the steps
+                    stopped = run.stopped()
+                    stopped.everywhere = ranks.size == 1 or getattr(error, "everywhere", False)
+                    raise stopped from None
 
     def part(self, name: str, last: int, of: str) -> Run[Config]:
         """A training inside this one, which goes on from its own checkpoints in `name`.

@@ -22,11 +22,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import psutil
 import torch
 
+from rollout.deadline import within
 from rollout.engine import RolloutError
 from rollout.faults import Faults
 from rollout.places import refuse_open
@@ -35,8 +36,10 @@ GCS_TIMEOUT_S = 24 * 3600  # Ray's own 60 s end a process while it learns, befor
 LONGEST_FOLDER = 21  # letters: paths of Ray's sockets begin with it, and systems allow them 103 to 107
 LOCK = "lock"  # the file in the folder of a cluster that the process which has started it keeps locked
 STOPPED_S = 30.0  # how long a process of Ray's may be stopped before it counts as dead
+ASK_S = 60.0  # how long the gcs_server of a cluster may take to answer
 POLL_S = 0.2
 LEAVE_S = 5.0  # how long the processes of a cluster that was shut down may take to end
+T = TypeVar("T")
 
 
 class Cluster:
@@ -82,7 +85,7 @@ class Cluster:
         ]
         if ask and not dead:
             here = self.ray.get_runtime_context().get_node_id()
-            if not any(node["NodeID"] == here and node["Alive"] for node in self.ray.nodes()):
+            if not any(node["NodeID"] == here and node["Alive"] for node in self.ask(self.ray.nodes)):
                 dead = ["raylet on this machine, or one of its agents,"]
         if dead:
             how = "has died or was stopped" if hung else "has died"
@@ -90,6 +93,21 @@ class Cluster:
                 f"Ray's {dead[0]} {how}, and with it all rollout workers. If memory ran out, lower rollout.workers "
                 "or rollout.prompts_per_shard; go on with --resume auto"
             )
+
+    def ask(self, call: Callable[..., T], *arguments: Any) -> T:
+        """What a `call` of Ray's returns that the cluster's gcs_server has to answer: such calls know no time limit.
+        Raises RolloutError where that has died, or has not answered for ASK_S seconds; the call is left in a thread.
+
+        >>> cluster.ask(ray.cluster_resources)
+        {"CPU": 4.0, "node:127.0.0.1": 1.0}
+        """
+        try:
+            return within(ASK_S, self.check, lambda: call(*arguments))
+        except TimeoutError:
+            raise RolloutError(
+                f"Ray's gcs_server has not answered {getattr(call, '__name__', 'a question')} for {ASK_S:g} s: it "
+                "hangs, or the network to it. Start the cluster again, and go on with --resume auto"
+            ) from None
 
     def put(self, value: Any, faults: Faults, limit_s: float, while_waiting: Callable[[], None]) -> Any:
         """A reference to `value` in shared memory. If that is full it is waited for, and counted once. Raises

@@ -16,6 +16,15 @@ OnFinished = Callable[[int], None]  # gets the number of completions that have e
 OnLost = Callable[[str, str, str], None]  # gets what was lost, such as "worker 1", why, and what is done about it
 Kind = Literal["worker", "node", "object_store", "vllm"]
 MOST_LOST = 3  # losses that a pool mends between two publications
+ADVICE = (
+    "If memory ran out, lower rollout.workers or rollout.prompts_per_shard; if a shard needs more time, raise "
+    "rollout.timeout_s"
+)
+VLLM_ADVICE = (
+    "If memory ran out, give vLLM less by rollout.vllm.engine ({kv_cache_memory_bytes: N} on a CPU, "
+    "{gpu_memory_utilization: SHARE} on a GPU); if a forward or a publication needs more time, raise "
+    "rollout.vllm.silence_s or rollout.publish_timeout_s"
+)
 
 
 class RolloutError(RuntimeError):
@@ -67,9 +76,8 @@ class Faults:
         self.on_lost(what, reason, "the run ends" if given_up else action)
         if given_up:
             raise RolloutError(
-                f"{self.since_publication} losses since the last publication; the last one was {what}: {reason}. If "
-                "memory ran out, lower rollout.workers or rollout.prompts_per_shard; if a shard needs more time, raise "
-                "rollout.timeout_s; go on with --resume auto"
+                f"{self.since_publication} losses since the last publication; the last one was {what}: {reason}. "
+                f"{VLLM_ADVICE if kind == 'vllm' else ADVICE}; go on with --resume auto"
             )
         with self._lock:
             self._unreported[f"faults/{kind}"] += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
@@ -47,17 +47,16 @@ class Places:
     def __str__(self) -> str:
         return f"{self.count} x {self.threads} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
 
-    def lacking(self) -> str:
-        """What is said where the cluster has no room for them."""
-        import ray
-
-        nodes = [node for node in ray.nodes() if node["Alive"]]
+    def lacking(self, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float]) -> str:
+        """What is said where the cluster has no room for them: `ray.nodes()` and `ray.available_resources()`."""
         has = "; ".join(
-            f"node {node['NodeID'][:8]} on {node['NodeManagerHostname']}: {_share(node['Resources'])}" for node in nodes
+            f"node {node['NodeID'][:8]} on {node['NodeManagerHostname']}: {_share(node['Resources'])}"
+            for node in nodes
+            if node["Alive"]
         )
         return (
             f"rollout.workers needs {self}, and within rollout.placement_timeout_s={self.timeout_s:g} the cluster had "
-            f"no place for that. It has {has}; free: {_share(ray.available_resources())}. Lower rollout.workers, "
+            f"no place for that. It has {has}; free: {_share(free)}. Lower rollout.workers, "
             "rollout.threads_per_worker or rollout.gpus_per_worker, or add machines"
         )
 

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from policies.lora import has_adapter
 from policies.policy import Policy
-from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
+from rollout.backends.vllm.pool import VLLMPool
+from rollout.backends.vllm.settings import VLLMSettings
 from rollout.cluster import start_ray as start_ray
 from rollout.depth import CostTable
 from rollout.engine import Engine, OnFinished, RolloutError
@@ -99,10 +100,10 @@ def open_pool(
     long the pool waits for room. With `colocate` workers and learner take turns on the same GPUs; None: where there are
     no others. `on_ready` gets the number of each worker that has started, and where it is.
 
-    With `vllm` a server of vLLM samples in their place, with `threads`, and `while_waiting` is called while it does.
+    With `vllm` a server of vLLM samples in their place, with `threads`; `while_waiting` and `on_lost` are as above.
     """
     if vllm is not None:
-        return VLLMPool(policy, vllm, dtype, threads, while_waiting)
+        return VLLMPool(policy, vllm, dtype, threads, while_waiting, on_lost)
     if workers == 0:
         return LocalPool(policy, dtype, prompts_per_shard)
     return RayPool(

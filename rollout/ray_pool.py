@@ -65,7 +65,7 @@ class RayPool:
         self.timeout_s, self.publish_timeout_s = timeouts_s  # of a shard, of a publication
         self.in_turn, learners = places.taken(policy)
         self.cluster = Cluster(places.count * places.threads, address, learners)
-        if not ray.cluster_resources().get("GPU"):
+        if not self.cluster.ask(ray.cluster_resources).get("GPU"):
             places = replace(places, gpus=0.0)
         device = "cuda" if places.gpus else "cpu"
         held = next(policy.parameters()).dtype
@@ -104,9 +104,10 @@ class RayPool:
         self._unreported["time/confirm"] += time.monotonic() - started
         self.published = version
 
-    def _stream(self, messages: Iterator[Message], to: Sequence[int]) -> None:
+    def _stream(self, messages: Iterator[Message], to: Sequence[int], *, again: bool = False) -> None:
         """These workers take a publication over, all at once and part by part. Those are not confirmed afterwards that
-        were lost, or that do not hold what the publication follows.
+        were lost, or that do not hold what the publication follows. What is sent `again` may have moved between its
+        digest and its arrival: then Moved is raised.
 
         A part goes through shared memory, once for each node, and leaves it before the next one; see cluster.py.
         """
@@ -138,22 +139,25 @@ class RayPool:
         for i in taking:
             if (wrong := self.sender.difference(held[i])) is None:
                 self._confirm(i)
+            elif again:
+                raise Moved(self._refusal(i, wrong))
             elif since is None:
-                self._refuse(i, wrong)
+                raise RolloutError(self._refusal(i, wrong))
 
     def _stream_again(self, to: Sequence[int]) -> None:
-        """From the learner's tensors. Some move in a forward of the learner and come back (peft's routed experts)."""
+        """From the learner's tensors. Some move in a forward of the learner and come back (peft's routed experts). With
+        rollout.ahead the learner may update them in another thread while they are read: then `keep` has made a copy."""
         deadline = time.monotonic() + self.publish_timeout_s
         while True:
             try:
-                return self._stream(self.sender.again(), to)
+                return self._stream(self.sender.again(), to, again=True)
             except Moved:
                 if time.monotonic() > deadline:
                     raise
                 self.workers.pause()
 
-    def _refuse(self, i: int, wrong: str) -> None:
-        raise RolloutError(
+    def _refusal(self, i: int, wrong: str) -> str:
+        return (
             f"worker {i} does not hold what was published as version {self.sender.version}: the first tensor that "
             f"differs is {wrong}"
         )
@@ -245,7 +249,7 @@ class RayPool:
         if isinstance(held, tuple):
             self._replace(replace(call, worker=taker), held)
         elif wrong := self.sender.difference(held):
-            self._refuse(taker, wrong)
+            raise RolloutError(self._refusal(taker, wrong))
         else:
             self._confirm(taker)
 

@@ -66,7 +66,7 @@ class Workers:
         self._left: set[str] = set()  # what was said of machines that have left
         self._without_place: float | None = None  # since when
         share = {"CPU": float(places.threads)} | ({"GPU": places.gpus} if places.gpus else {})
-        self.group = ray.util.placement_group([share] * places.count, strategy="SPREAD")
+        self.group = cluster.ask(ray.util.placement_group, [share] * places.count, "SPREAD")
         self._at = partial(PlacementGroupSchedulingStrategy, self.group)
         for i in range(places.count):
             self._start(i)
@@ -99,12 +99,13 @@ class Workers:
         elif self._without_place is None:
             self._without_place = time.monotonic()
         elif time.monotonic() > self._without_place + self.places.timeout_s:
-            raise RolloutError(self.places.lacking())
+            ask = self.cluster.ask
+            raise RolloutError(self.places.lacking(ask(self.ray.nodes), ask(self.ray.available_resources)))
         return [i for i in range(len(self.actors)) if i not in starting]
 
     def _placed(self) -> bool:
         """Whether Ray has found a place for every worker."""
-        return bool(self.ray.util.placement_group_table(self.group)["state"] == "CREATED")
+        return bool(self.cluster.ask(self.ray.util.placement_group_table, self.group)["state"] == "CREATED")
 
     def wait_for(self, count: int) -> list[int]:
         """Those that have started, once there are so many of them."""
@@ -165,11 +166,11 @@ class Workers:
 
     def restart(self, i: int) -> None:
         """Kill it, since one that only seems lost holds the processor of its successor, and start another."""
-        self.ray.kill(self.actors[i])
+        self.cluster.ask(self.ray.kill, self.actors[i])
         self._start(i)
 
     def close(self) -> None:
         for actor in self.actors:
-            self.ray.kill(actor)
+            self.cluster.ask(self.ray.kill, actor)
         self.actors, self._starting = [], {}
-        self.ray.util.remove_placement_group(self.group)
+        self.cluster.ask(self.ray.util.remove_placement_group, self.group)

@@ -7,6 +7,7 @@ checkpoints must be those of a run that nothing happened to, and nothing of it m
 
     python -m benchmarks.chaos --json benchmarks/results/chaos.json      # 100 strikes, ten runs; about 40 minutes
     python -m benchmarks.chaos --faults 6 --runs 2 --first 3
+    python -m benchmarks.chaos --runs 1 --strike "reward worker, SIGSTOP, saving" --strike "run, SIGTERM, idle"
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def struck(run: Watched, blows: list[Strike], shared: SharedCluster | None, seed
         entry = vars(blow) | {"victim": victim, "at_step": before, "seconds": round(time.monotonic() - started, 1)}
         if shared and shared.filler:
             shared.filler.kill()
-        results.append(entry | outcome(run, blow, before))
+        came = outcome(run, blow, before) if victim else {"what_came": "not struck", "fault": True}
+        results.append(entry | came)
         print(f"  seed {seed}: {results[-1]}", flush=True)
         if results[-1]["what_came"] == "hung" or not resume(run):
             break
@@ -122,7 +124,8 @@ def outcome(run: Watched, blow: Strike, before: int) -> dict[str, Any]:
         return {"what_came": "went on to its end", "fault": False}
     said = " ".join(run.said())
     if blow.what == "run":
-        return {"what_came": f"ended by {blow.how}", "fault": code not in (-9, 143, -15), "code": code}
+        expected = {"SIGKILL": -9, "SIGTERM": 143}[blow.how]
+        return {"what_came": f"ended by {blow.how}", "fault": code != expected, "code": code}
     saved = [event["saved_step"] for event in run.events("failed")][-1:]
     named = "--resume auto" in said and "Traceback" not in run.stderr.read_text() and bool(saved)
     return {"what_came": f"stopped, step {saved} saved", "said": said[:600], "code": code, "fault": not named}
@@ -138,13 +141,13 @@ def resume(run: Watched) -> bool:
     return True
 
 
-def one(folder: Path, kind: str, seed: int, count: int, expected: dict[int, str], options: dict) -> dict[str, Any]:
+def one(
+    folder: Path, kind: str, seed: int, blows: list[Strike], expected: dict[int, str], options: dict
+) -> dict[str, Any]:
     """A run, its strikes, its end."""
     started, name = time.monotonic(), f"run_{seed}"
     shared = SharedCluster() if kind == "three nodes" else None
     run = Watched(folder / name / "run", options, shared.environment if shared else None)
-    choices = SHARED_CLUSTER if shared else OWN_CLUSTER
-    blows = plan(seed, count, choices, measures=kind == "own cluster")
     result: dict[str, Any] = {"seed": seed, "kind": kind}
     try:
         result["strikes"] = struck(run, blows, shared, seed)
@@ -195,6 +198,9 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed; seed modulo 3 chooses the kind of run")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--folder", type=Path, help="where the runs are; those at fault stay there")
+    parser.add_argument(
+        "--strike", type=Strike.read, action="append", help="WHAT, HOW, MOMENT: in place of the drawn ones"
+    )
     parser.add_argument("--json", type=Path, help="add the results to those in this file")
     options = parser.parse_args()
 
@@ -212,7 +218,9 @@ def main() -> int:
         if kind not in expected:
             expected[kind] = undisturbed(folder / kind.replace(" ", "_").replace(",", "") / "run", chosen)
         count = options.faults // options.runs + (seed - options.first < options.faults % options.runs)
-        runs.append(one(folder, kind, seed, count, expected[kind], chosen))
+        choices = SHARED_CLUSTER if kind == "three nodes" else OWN_CLUSTER
+        blows = options.strike or plan(seed, count, choices, measures=kind == "own cluster")
+        runs.append(one(folder, kind, seed, blows, expected[kind], chosen))
         if options.json:
             before = json.loads(options.json.read_text())["runs"] if options.json.exists() else []
             others = [run for run in before if run["seed"] != seed]

@@ -21,12 +21,12 @@ MOMENT_S = 300.0  # in which every moment comes again
 MOMENTS = ("idle", "sampling", "publishing", "saving")
 # By what is struck: how, and how often among others. What of Ray dies alone ends the run, which is then resumed.
 OWN_CLUSTER = {
-    ("worker", "SIGKILL"): 5,
-    ("worker", "SIGSTOP"): 3,
-    ("reward worker", "SIGKILL"): 1,
-    ("reward worker", "SIGSTOP"): 1,
+    ("worker", "SIGKILL"): 3,
+    ("worker", "SIGSTOP"): 4,
+    ("reward worker", "SIGKILL"): 2,
+    ("reward worker", "SIGSTOP"): 2,
     ("run", "SIGKILL"): 1,
-    ("run", "SIGTERM"): 1,
+    ("run", "SIGTERM"): 2,
     ("raylet", "SIGKILL"): 1,
     ("raylet", "SIGSTOP"): 1,
     ("gcs_server", "SIGKILL"): 1,
@@ -37,28 +37,42 @@ SHARED_CLUSTER = {
     ("node", "removed"): 4,
     ("object store", "full"): 3,
     ("worker", "SIGKILL"): 1,
+    ("worker", "SIGSTOP"): 2,
     ("run", "SIGKILL"): 1,
+    ("run", "SIGTERM"): 1,
 }
-ENDS_THE_RUN = ("raylet", "gcs_server", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "run")
 
 
 @dataclass(frozen=True)
 class Strike:
-    """`what` is struck by `how` in the first `moment` of that kind."""
+    """`what` is struck by `how` in the first `moment` of that kind.
+
+    >>> Strike.read("reward worker, SIGSTOP, saving")
+    Strike(what="reward worker", how="SIGSTOP", moment="saving")
+    """
 
     what: str
     how: str
     moment: str
 
+    @classmethod
+    def read(cls, words: str) -> Strike:
+        """Raises ValueError where there is no such strike."""
+        what, how, moment = (word.strip() for word in words.split(","))
+        if (what, how) not in OWN_CLUSTER | SHARED_CLUSTER or moment not in (*MOMENTS, "measuring"):
+            raise ValueError(words)
+        return cls(what, how, moment)
+
 
 def plan(seed: int, count: int, choices: dict[tuple[str, str], int], *, measures: bool) -> list[Strike]:
-    """Where the run `measures` costs, a worker is struck while it does so first."""
+    """Drawn as from a pack of cards, in which each kind of strike is as often as `choices` says: no kind is missed for
+    long. Where the run `measures` costs, a worker is struck while it does so first."""
     chance = random.Random(seed)
     found = [Strike("worker", chance.choice(["SIGKILL", "SIGSTOP"]), "measuring")] if measures else []
-    kinds, weights = list(choices), list(choices.values())
     while len(found) < count:
-        what, how = chance.choices(kinds, weights)[0]
-        found.append(Strike(what, how, chance.choice(MOMENTS)))
+        pack = [kind for kind, often in choices.items() for _ in range(often)]
+        chance.shuffle(pack)
+        found += [Strike(what, how, chance.choice(MOMENTS)) for what, how in pack[: count - len(found)]]
     return found
 
 

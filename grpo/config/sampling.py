@@ -35,7 +35,8 @@ class VLLMOptions(Options):
     engine: dict[str, Any] = Field(default={})
     """More arguments of vLLM's engine, such as {max_model_len: 2048} or {tensor_parallel_size: 2}."""
     silence_s: float = Field(default=300.0, gt=0)
-    """Seconds that may pass without a forward being finished; after that the server counts as hung."""
+    """Seconds that may pass without a forward being finished; after that the server counts as hung. One of our own is
+    killed and started again."""
     untried_version: bool = False
     """Go on with a version of vLLM whose log-probabilities nobody has compared with ours yet."""
 

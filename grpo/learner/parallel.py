@@ -55,7 +55,10 @@ class Ranks:
             self._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
             self._store = dist.distributed_c10d._get_default_store()
             self._processes = everyone((socket.gethostname(), os.getpid()))
-            self._heard = ""  # what a rank that failed has said
+            self._heard, self._stopped = (
+                "",
+                0,
+            )  # what a rank that failed has said, and the signal that has stopped rank 0
 
     def share(self, rows: Sequence[PackedRow], reader: int | None = None) -> Sequence[PackedRow]:
         """The rows of this reader, or of another one."""
@@ -113,22 +116,29 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around the run: a rank that fails leaves its message, and the others end with it."""
+        """Around the run: a rank that fails leaves its message, and the others end with it. So do they where rank 0 was
+        asked to stop while they did something together."""
         over, listener = threading.Event(), threading.Thread(target=lambda: self._listen(over), daemon=True)
         try:
             if self.size > 1:
                 listener.start()
             yield
         except BaseException as error:
-            if self.size == 1 or isinstance(error, Stopped) or getattr(error, "everywhere", False):
+            if self.size == 1 or getattr(error, "everywhere", False):
                 raise
             if isinstance(error, dist.DistError) or (
                 type(error) is RuntimeError and re.search("onnection|gloo|NCCL", str(error))
             ):  # another rank has ended, and what it said may be on its way
                 listener.join(2)
+                if self._stopped:
+                    raise Stopped(self._heard, self._stopped) from None
                 raise RankFailed(self._heard or self._who_is_gone()) from error
+            words = f"rank {self.rank} failed: {type(error).__name__}: {error}"
             with suppress(dist.DistError):
-                self._store.compare_set("failed", "", f"rank {self.rank} failed: {type(error).__name__}: {error}")
+                if isinstance(error, Stopped):
+                    words = str(error)
+                    self._store.set("stopped", str(error.number))
+                self._store.compare_set("failed", "", words)
                 if self.first:  # the store ends with it
                     self._store.wait([f"heard/{rank}" for rank in range(1, self.size)], timedelta(seconds=10))
             raise
@@ -141,6 +151,7 @@ class Ranks:
             store = self._store.clone()  # the other one may be waiting
             while not over.wait(0.5):
                 if store.check(["failed"]):
+                    self._stopped = int(store.get("stopped")) if store.check(["stopped"]) else 0
                     self._heard = store.get("failed").decode()
                     return store.set(f"heard/{self.rank}", "")
 

@@ -88,6 +88,8 @@ METRICS: dict[str, str] = {
     "replaced; as all faults/* since the last line, and absent at 0, count",
     "faults/node": "Ray workers that were replaced since their machine left the cluster, count",
     "faults/object_store": "times that Ray's object store was full and was waited for, count",
+    "faults/vllm": "servers of vLLM that died or hung (rollout.vllm.silence_s, rollout.publish_timeout_s), and were "
+    "started again, count",
     "faults/sampling_seconds": "from the start of what these have lost to its being done again, seconds",
     "faults/reward_worker": "processes of reward functions that died or passed reward.timeout_s, count",
     "faults/reward_seconds": "from the start of what they scored to its being scored again or given up, seconds",

@@ -18,8 +18,9 @@ from grpo.run.stop import InterruptiblePool, StopSignal
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import everyone, whole
-from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
+from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import TOKEN
+from rollout.backends.vllm.settings import VLLMSettings
 from rollout.depth import CostTable
 from rollout.group import RolloutGroup
 from rollout.places import here

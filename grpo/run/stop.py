@@ -36,8 +36,11 @@ asked_by: Path | None = None
 class Stopped(Exception):
     """A signal or --stop_after ended the run at a step boundary; everything up to there is saved.
 
-    `number` is the signal's. A run that --stop_after has ended exits as after SIGTERM.
+    `number` is the signal's. A run that --stop_after has ended exits as after SIGTERM. `everywhere`: every rank of the
+    run raises it at this point.
     """
+
+    everywhere = True
 
     def __init__(self, message: str, number: int = 0) -> None:
         super().__init__(message)

@@ -3,14 +3,15 @@
 import asyncio
 import os
 import random
+import signal
 import time
 
 
 class Guess:
     """Answers what it is told with random digits, how often it was told something, and its secret."""
 
-    def reset(self, start: int = 0, **columns) -> str | None:
-        self.guesses, self.start = [], start
+    def reset(self, start: int = 0, kill: str = "", **columns) -> str | None:
+        self.guesses, self.start, self.kill = [], start, kill
         self.secret = random.randrange(1000)
         return None
 
@@ -21,6 +22,10 @@ class Guess:
             number: The guess.
         """
         self.guesses.append(number)
+        if self.kill and not os.path.exists(self.kill):  # once: between two turns of an episode
+            with open(self.kill, "a") as file:
+                file.write(f"{os.getppid()}\n")
+            os.kill(os.getppid(), signal.SIGKILL)
         if number.startswith("7"):
             raise ValueError("no sevens")
         said = f" {random.randrange(1000)} {len(self.guesses)} {self.secret}"

@@ -98,6 +98,50 @@ def test_a_raylet_of_somebody_else_that_stays_stopped_is_named_and_lives(ray_pro
     assert ray_process.status() == psutil.STATUS_STOPPED
 
 
+# ---- a gcs_server that does not answer ----
+
+
+def test_what_the_gcs_server_does_not_answer_is_an_error_after_a_while(ray_process, monkeypatch):
+    """It may be on another machine, where nobody sees that it was stopped."""
+    monkeypatch.setattr("rollout.cluster.ASK_S", 0.5)
+    cluster, hangs = Cluster(1), threading.Event()
+    assert cluster.ask(pow, 2, 5) == 32
+    with pytest.raises(ZeroDivisionError):
+        cluster.ask(divmod, 1, 0)
+
+    def nodes() -> None:
+        hangs.wait(60)
+
+    began = time.monotonic()
+    with pytest.raises(RolloutError, match="gcs_server has not answered nodes for 0.5 s.*--resume auto"):
+        cluster.ask(nodes)
+    assert time.monotonic() < began + 10
+    ray_process.kill()
+    with pytest.raises(RolloutError, match="Ray's raylet .* has died"):
+        cluster.ask(nodes)
+    hangs.set()
+    cluster._closed.set()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGSTOP")
+def test_a_gcs_server_under_sigstop_holds_no_question(monkeypatch):
+    """The real one, which nobody watches here, as that of a cluster on other machines."""
+    monkeypatch.setattr("rollout.cluster.ASK_S", 2.0)
+    cluster = Cluster(1)
+    gcs = cluster.processes.pop("gcs_server")
+    try:
+        assert cluster.ask(ray.cluster_resources)["CPU"] == 1
+        stop(gcs)
+        for question in (ray.cluster_resources, ray.nodes, ray.available_resources):
+            began = time.monotonic()
+            with pytest.raises(RolloutError, match=f"has not answered {question.__name__} for 2 s"):
+                cluster.ask(question)
+            assert time.monotonic() < began + 10
+    finally:
+        gcs.resume()
+        cluster.close()
+
+
 # ---- a full object store ----
 
 

@@ -341,8 +341,11 @@ def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, polici
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
 
 
-def test_contract_4_episodes_are_the_same_with_workers(cluster, random_policy):
-    """A random policy that calls tools: every other token begins a call, and one in twenty ends a turn."""
+def test_contract_4_episodes_are_the_same_with_workers_and_after_one_is_killed_in_the_middle(
+    cluster, random_policy, tmp_path
+):
+    """A random policy that calls tools: every other token begins a call, and one in twenty ends a turn. A tool kills
+    the worker whose child it is."""
     policy = random_policy(23, vocab_size=471)
     policy.tokenizer.add_tokens([f"<<{number}=" for number in range(200)])
     echo = Path(__file__).parents[1] / "cases" / "guessing.py"
@@ -356,6 +359,11 @@ def test_contract_4_episodes_are_the_same_with_workers(cluster, random_policy):
     pool = open_pool(policy, workers=1, prompts_per_shard=2)
     try:
         assert pool.sample(prompts, params) == alone
+        prompts = [replace(prompt, columns={"kill": str(tmp_path / "killed")}) for prompt in prompts]
+        again = pool.sample(prompts, params)
+        assert [group.completions for group in again] == [group.completions for group in alone]
+        assert len((tmp_path / "killed").read_text().splitlines()) == 1  # between two turns of an episode
+        assert pool.metrics()["faults/worker"] == 1
     finally:
         pool.close()
 
@@ -493,6 +501,38 @@ def test_contract_5_a_worker_that_dies_while_draft_costs_are_measured_is_replace
         assert tokens(pool.sample(PROMPTS, PARAMS)) == tokens(expected(0))  # the new worker holds the weights
     finally:
         pool.costs = None
+
+
+def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_are_sent_once_more(
+    cluster, random_policy, monkeypatch
+):
+    """rollout.ahead: a thread gives the weights to a new worker, while the learner makes its copy and goes on. The
+    update comes after the digest, and before the bytes are in shared memory."""
+    policy = random_policy(24)
+    pool = open_pool(policy, workers=1, prompts_per_shard=2)
+    try:
+        expected, put, sent = pool.sample(PROMPTS, PARAMS), pool.cluster.put, []
+
+        def torn(message, *arguments):
+            if not sent:
+                pool.keep()
+                with torch.no_grad():
+                    for parameter in policy.parameters():
+                        parameter.add_(1)
+            sent.append(message)
+            return put(message, *arguments)
+
+        monkeypatch.setattr(pool.cluster, "put", torn)
+        ray.kill(pool.workers.actors[0])
+        assert pool.sample(PROMPTS, PARAMS) == expected
+        assert len(sent) == 2
+        monkeypatch.setattr(pool, "publish_timeout_s", 3.0)
+        monkeypatch.setattr(pool.sender, "difference", lambda held: "trunk.norm")  # and one that never holds them
+        ray.kill(pool.workers.actors[0])
+        with pytest.raises(RolloutError, match="does not hold what was published as version 0: .* is trunk.norm"):
+            pool.sample(PROMPTS, PARAMS)
+    finally:
+        pool.close()
 
 
 # ---- Ray itself dies ----

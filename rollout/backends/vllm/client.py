@@ -28,7 +28,9 @@ def short(text: str) -> str:
 
 
 class Lost(RolloutError):
-    """The server is unreachable, has died or has stopped answering."""
+    """The server is unreachable, has died or has stopped answering. `how` says which, in a few words."""
+
+    how = "it has not started"
 
 
 class NotOurs(Lost):
@@ -171,9 +173,11 @@ class Client:
             return error
         if isinstance(error, TimeoutError):
             return self._lost(f"has not answered {path} for {limit_s:g} s")
-        if isinstance(error, ValueError | HTTPException):
+        if isinstance(error, ValueError | HTTPException) and not isinstance(error, ConnectionError):
             return self._lost(f"is no server of ours, or another version of it: {error}", NotOurs)
         return self._lost(f"is lost at {path} ({type(error).__name__}: {error})")
 
     def _lost(self, what: str, kind: type[Lost] = Lost) -> Lost:
-        return kind(f"vLLM at {self.url} {what}. {self.why()}")
+        lost = kind(f"vLLM at {self.url} {what}. {self.why()}")
+        lost.how = f"it {what}"
+        return lost

@@ -2,49 +2,31 @@
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from policies.policy import Policy
+from policies.publication import Publication
 from rollout.backends.vllm import weights as wire
-from rollout.backends.vllm.client import Client
+from rollout.backends.vllm.client import Client, Lost
 from rollout.backends.vllm.completions import completion_of, seed_of
-from rollout.backends.vllm.process import PYTHON, VLLMProcess
+from rollout.backends.vllm.process import VLLMProcess
+from rollout.backends.vllm.settings import VLLMSettings
 from rollout.depth import CostTable
-from rollout.faults import OnFinished, RolloutError, not_finite, prompt_fault
+from rollout.faults import Faults, OnFinished, OnLost, RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
+from rollout.publication.canaries import other_canaries
 from rollout.sampling import SamplingParams
 
 LOAD_S = 600.0  # vLLM imports itself and makes the model
-MAX_ROWS = 256  # completions that are decoded together, as many as in our own engine
-KV_CACHE_BYTES = 2 << 30  # on a CPU; vLLM waits with rows that have no place in it
-MOST_TOKENS = 4096  # of a forward on a CPU
-GPU_SHARE = 0.4  # of a GPU's memory, which the learner needs too
-
-
-@dataclass(frozen=True)
-class VLLMSettings:
-    """Where vLLM is: a server that runs already (`url`, `token`), or an interpreter to start one with (`python`).
-
-    `engine` are more arguments of vLLM's engine. `draft_tokens` drafts are made in every forward, by the policy's MTP
-    head. A server of our own appends to `log`. `silence_s` may pass without a finished forward, `publish_s` until new
-    weights are loaded.
-    """
-
-    url: str | None = None
-    token: str = ""
-    python: Path = PYTHON
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    draft_tokens: int = 0
-    log: Path = Path("vllm.log")
-    silence_s: float = 300.0
-    publish_s: float = 600.0
-    without: Sequence[str] = ()  # bypasses of inside/quartet_bypasses.py that a test leaves out
+PAUSE_S = 0.2  # until weights are read again that were moving
+T = TypeVar("T")
 
 
 class VLLMPool:
@@ -53,6 +35,11 @@ class VLLMPool:
     The prompts of a call are sampled together; vLLM batches them by itself. Its noise is not keyed as ours is: the
     tokens are others than those of our engine, and other ones with drafts than without. The same call with the same
     weights gives the same bits on a CPU.
+
+    A server of our own that dies or hangs is replaced. The new one gets the weights that were published last, passes
+    the canaries that the lost one has passed, and does all of the lost call again. The weights come from the learner's
+    own tensors, which must still be those that were published. `on_lost` gets each loss; when there were too many since
+    the last publication, RolloutError is raised. A server at `settings.url` is not ours to start: its loss is raised.
     """
 
     def __init__(
@@ -62,88 +49,142 @@ class VLLMPool:
         dtype: torch.dtype,
         threads: int = 1,
         while_waiting: Callable[[], None] = lambda: None,
+        on_lost: OnLost = lambda what, reason, action: None,
     ) -> None:
         self.settings, self.policy, self.context = settings, policy, policy.max_length
+        self.precision, self.threads, self.while_waiting = dtype, threads, while_waiting
         if settings.draft_tokens and policy.mtp is None:
             raise RolloutError(
                 f"rollout.draft_tokens={settings.draft_tokens}, but this policy has no MTP head; "
                 "set it to 0, or load the policy with a head"
             )
+        self.faults = Faults(on_lost)
         self.version: int | None = None  # that vLLM has confirmed
         self.updates = wire.Updates(policy, head=settings.draft_tokens > 0)
-        self._unreported: dict[str, float] = {}
+        self.digests: dict[str, str] = {}  # of all that was published, by its name in the layout
+        self.published: tuple[Publication, int] | None = None  # the learner's tensors, or a copy of them
+        self.canaries: tuple[Sequence[Prompt], SamplingParams, list[RolloutGroup]] | None = None  # of this version
+        self._unreported: defaultdict[str, float] = defaultdict(float)
         self.process: VLLMProcess | None = None
-        url, token, why = settings.url, settings.token, _lost_elsewhere
-        if url is None:
-            self.process = VLLMProcess(settings.python, settings.log, threads, while_waiting)
-            url, token, why = self.process.url, self.process.token, self.process.told
-        self.client = Client(url, token, while_waiting, why)
+        self._is_lost = False
         try:
-            self.state = self._load(dtype)
+            self._open()
             self.publish(policy.publication(), 0)
         except BaseException:
             self.close()
             raise
 
-    def _load(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Has the model made, whose weights are published next. Returns what the server says of itself."""
-        drafts, on_cpu = self.settings.draft_tokens, self.client.state()["on_cpu"]
-        arguments: dict[str, Any] = {
-            "dtype": str(dtype).removeprefix("torch."),
-            "max_model_len": self.context,
-            "max_num_seqs": MAX_ROWS,
-            "enable_prefix_caching": True,
-        }
-        if on_cpu:
-            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES}
-            # It cannot read a prompt in pieces and draw with a seed: a generator of a CPU cannot be turned back.
-            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.context, MOST_TOKENS)}
-        else:
-            arguments["gpu_memory_utilization"] = GPU_SHARE
-        if drafts:
-            # Drafts that are drawn are accepted where a policy is not sure, and greedy ones are not.
-            drawn = {"num_speculative_tokens": drafts, "draft_sample_method": "probabilistic"}
-            arguments["speculative_config"] = {"method": "mtp", **drawn}
-            arguments["per_request_spec_decode_metrics"] = "detailed"
-        config = self.policy.config.to_dict() | {"architectures": [type(self.policy.trunk).__name__]}
-        if self.policy.backend == "native":
-            config["num_nextn_predict_layers"] = int(drafts > 0)
-        load = {
-            "config": config,
-            "arguments": arguments | dict(self.settings.engine),
-            "without": list(self.settings.without),
-        }
-        [state] = self.client.post("/load", load, limit_s=LOAD_S)
-        self.context = min(self.context, state["context"])
-        return state
+    def _open(self) -> None:
+        """A server with the model, whose weights are published next."""
+        self.close()
+        url, token, why = self.settings.url, self.settings.token, _lost_elsewhere
+        if url is None:
+            self.process = VLLMProcess(self.settings.python, self.settings.log, self.threads, self.while_waiting)
+            url, token, why = self.process.url, self.process.token, self.process.told
+        self.client = Client(url, token, self.while_waiting, why)
+        on_cpu = self.client.state()["on_cpu"]
+        load = self.settings.load(self.policy, self.precision, self.context, on_cpu)
+        [self.state] = self.client.post("/load", load, limit_s=LOAD_S)  # what the server says of itself
+        self.context = min(self.context, self.state["context"])
+        self._is_lost = False
+
+    def _mended(self, work: str, act: Callable[[], T]) -> T:
+        """What `act` returns. If the server is lost, there is a new one, with no weights, and `act` is called again."""
+        while True:
+            began = time.monotonic()
+            try:
+                if self._is_lost:
+                    self._open()
+                found = act()
+            except Lost as lost:
+                if self.settings.url is not None:
+                    raise
+                self._lose(lost.how, work, began)
+            else:
+                self.faults.done(work)
+                return found
+
+    def _lose(self, how: str, work: str, began: float) -> None:
+        self._is_lost, self.version = True, None
+        self.updates.forget()
+        why = f"{how}; {self.process.state()}" if self.process else how
+        again = "it is started again"
+        self.faults.lost("vllm", "vLLM", f"{why} (its log: {self.settings.log})", work=work, since=began, action=again)
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """vLLM confirms the digest of every tensor that it was sent, and that it has loaded all of them, before it
         samples with them (contract 5)."""
-        self.version = None
+        self.faults.published()
+        self.version = self.published = self.canaries = None
+        source = Publication.of(weights)
         try:
-            update = self.updates.take(weights)
-            header, size = update.header() | {"version": version}, wire.length(update.tensors)
-            parts = wire.stream(update.tensors)
-            answer = self.client.upload("/publish", header, parts, size, limit_s=self.settings.publish_s)
-            self._unreported["publish/bytes"] = self._unreported.get("publish/bytes", 0.0) + size
-            wrong = wire.first_difference(update.tensors, answer["held"]) or next(iter(answer["unused"]), None)
-            if wrong is not None:
-                raise RolloutError(
-                    f"vLLM does not hold what was published as version {version}: the first tensor that differs is "
-                    f"{wrong}"
-                )
+            update = self.updates.take(source)  # ranks that share the weights gather them here, once
+
+            def act() -> None:
+                fits = update.whole or self.updates.follows
+                self._send(update if fits else self._everything(source), version)
+
+            self._mended("publish", act)
         except BaseException:
             self.updates.forget()
             raise
+        self.published = source, version
+
+    def _everything(self, source: Publication) -> wire.Update:
+        """For a server that holds nothing. Raises RolloutError where other ranks would have to take part."""
+        if any(isinstance(tensor, DTensor) for tensor in source.tensors.values()):
+            raise RolloutError(
+                "vLLM was lost and started again, but the weights are spread over several ranks, which cannot publish "
+                "them again in the middle of a step: go on with --resume auto"
+            )
+        self.updates.forget()
+        return self.updates.take(source)
+
+    def _send(self, update: wire.Update, version: int) -> None:
+        held, unused = self._upload(update, version)
+        wrong = wire.first_difference(update.tensors, held) or next(iter(unused), None)
+        if wrong is not None:
+            raise RolloutError(
+                f"vLLM does not hold what was published as version {version}: the first tensor that differs is {wrong}"
+            )
+        self.digests = held if update.whole else self.digests | held
         self.version = version
+
+    def _upload(self, update: wire.Update, version: int) -> tuple[dict[str, str], list[str]]:
+        header, size = update.header() | {"version": version}, wire.length(update.tensors)
+        parts = wire.stream(update.tensors)
+        answer = self.client.upload("/publish", header, parts, size, limit_s=self.settings.publish_s)
+        self._unreported["publish/bytes"] += size
+        return answer["held"], answer["unused"]
+
+    def _publish_again(self) -> None:
+        """To a new server: what was published last, to the bit. With rollout.ahead the learner may be about to change
+        it in another thread: then `keep` has made a copy, which is read next."""
+        deadline = time.monotonic() + self.settings.publish_s
+        while True:
+            assert self.published is not None
+            source, version = self.published
+            if self._upload(self._everything(source), version)[0] == self.digests:
+                break
+            if time.monotonic() > deadline:
+                raise RolloutError(
+                    f"vLLM was lost and started again, and the learner no longer has the weights of version {version}: "
+                    "go on with --resume auto"
+                )
+            self.while_waiting()
+            time.sleep(PAUSE_S)
+        self.version = version
+        if self.canaries is not None:
+            prompts, params, passed = self.canaries
+            if fault := other_canaries(self._answer(prompts, params), passed, self.precision):
+                raise RolloutError(f"vLLM, which was started again, {fault} (version {version})")
 
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
         """One group per prompt, as `Engine.sample` gives them, with its errors. Raises RolloutError for parameters that
-        vLLM cannot sample with, and where its server fails or is lost."""
-        if self.version is None:
+        vLLM cannot sample with, and where its server fails or is lost too often."""
+        if self.published is None:
             raise RolloutError("vLLM has not confirmed the last publication: publish the weights again")
         self._check(params)
         reasons = [prompt_fault(prompt, params, self.policy.config.vocab_size, self.context) for prompt in prompts]
@@ -159,6 +200,25 @@ class VLLMPool:
     def _groups(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None
     ) -> list[RolloutGroup]:
+        told = 0
+
+        def tell(ended: int) -> None:
+            nonlocal told
+            if on_finished and ended > told:  # a new server begins at 0 again
+                on_finished(ended - told)
+                told = ended
+
+        def act() -> list[RolloutGroup]:
+            if self.version is None:
+                self._publish_again()
+            return self._answer(prompts, params, tell)
+
+        return self._mended("sample", act)
+
+    def _answer(
+        self, prompts: Sequence[Prompt], params: SamplingParams, tell: Callable[[int], None] = lambda ended: None
+    ) -> list[RolloutGroup]:
+        """`tell` gets the number of completions that have ended. Raises Lost where the server is."""
         version, size, drafts = self.version, params.group_size, self.settings.draft_tokens
         assert version is not None
         job = {
@@ -169,23 +229,24 @@ class VLLMPool:
             "stop_token_ids": list(params.stop_token_ids),
         }
         found: list[dict[str, Any]] = []
-        ended = 0
         for answer in self.client.post("/sample", job, limit_s=self.settings.silence_s):
             found = answer.get("completions", found)
-            now = len(found) or answer["ended"]
-            if on_finished and now > ended:
-                on_finished(now - ended)
-            ended = now
+            tell(len(found) or answer["ended"])
         if len(found) != size * len(prompts):
             raise RolloutError(f"vLLM at {self.client.url} gave {len(found)} completions, not {size * len(prompts)}")
         made = [completion_of(row, self.policy.tokenizer, version, drafts) for row in found]
         return [RolloutGroup(prompt, made[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
-        return {"vLLM": self.sample(prompts, params)}
+        self.canaries = None
+        groups = self.sample(prompts, params)
+        self.canaries = prompts, params, groups
+        return {"vLLM": groups}
 
     def keep(self) -> None:
-        pass
+        if self.published is not None:
+            source, version = self.published
+            self.published = source.kept(), version
 
     def sleep(self) -> None:
         pass
@@ -217,7 +278,8 @@ class VLLMPool:
         raise RolloutError("vLLM drafts at one depth: with it rollout.draft_tokens is a number, or null for none")
 
     def metrics(self) -> dict[str, float]:
-        found, self._unreported = self._unreported, {}
+        found = self.faults.metrics() | self._unreported
+        self._unreported.clear()
         return found
 
     def close(self) -> None:

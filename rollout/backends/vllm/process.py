@@ -14,6 +14,7 @@ from pathlib import Path
 from select import select
 from typing import Any, BinaryIO
 
+from rollout.backends.vllm.client import Lost
 from rollout.faults import RolloutError
 
 SERVER = Path(__file__).parent / "inside" / "quartet_server.py"
@@ -46,7 +47,7 @@ class VLLMProcess:
     """A server of our own, with its `url` and `token`. Its log is appended to the file `log`.
 
     It is in a process group of its own, so that Ctrl-C reaches us alone, and it watches us: if we are killed, it ends.
-    Raises RolloutError if it does not listen in time.
+    Raises Lost, a RolloutError, if it does not listen in time.
     """
 
     def __init__(self, python: Path, log: Path, threads: int, while_waiting: Callable[[], None]) -> None:
@@ -75,30 +76,36 @@ class VLLMProcess:
         while not select([said], [], [], 0.1)[0]:
             while_waiting()
             if time.monotonic() > deadline:
-                raise RolloutError(f"vLLM's server has not started within {START_S:g} s. {self.told()}")
+                raise Lost(f"vLLM's server has not started within {START_S:g} s. {self.told()}")
         line = said.readline()
         if not line:
             self.process.wait()
-            raise RolloutError(f"vLLM's server could not start. {self.told()}")
+            raise Lost(f"vLLM's server could not start. {self.told()}")
         return int(json.loads(line)["port"])
+
+    def state(self) -> str:
+        """Whether it runs, or how it has ended."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.5)  # a connection is cut a moment before the process is gone
+        code, named = self.process.poll(), f"its process {self.process.pid}"
+        if code is None:
+            return f"{named} still runs"
+        if code >= 0:
+            return f"{named} has ended with status {code}"
+        name = signal.Signals(-code).name
+        return f"{named} was ended by {name}" + (
+            ", perhaps since the host had no memory left" if name == "SIGKILL" else ""
+        )
 
     def told(self) -> str:
         """What is known of its end, for an error."""
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.5)  # a connection is cut a moment before the process is gone
-        code = self.process.poll()
-        if code is None:
-            state = "Its process still runs"
-        elif code < 0:
-            name = signal.Signals(-code).name
-            state = f"Its process was ended by {name}" + (
-                ", perhaps since the host had no memory left" if name == "SIGKILL" else ""
-            )
-        else:
-            state = f"Its process has ended with status {code}"
+        state = self.state()
         with open(self.log, "rb") as file:
             lines = last_lines(file)
-        return f"{state}; go on with --resume auto. The end of its log, {self.log}:\n" + "\n".join(lines)
+        return (
+            f"{state[0].upper()}{state[1:]}; go on with --resume auto. The end of its log, {self.log}:\n"
+            + "\n".join(lines)
+        )
 
     def close(self) -> None:
         """Ends it and all that it has started."""

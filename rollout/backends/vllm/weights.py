@@ -85,6 +85,11 @@ class Updates:
         """The next publication is whole."""
         self._last = None
 
+    @property
+    def follows(self) -> bool:
+        """Whether what was taken last is known to arrive at a server that holds what was before it."""
+        return self._last is not None
+
     def _layout(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return in_checkpoint_layout(
             self.policy, {n: tensor for n, tensor in weights.items() if self.head or not n.startswith("mtp.")}

@@ -378,6 +378,36 @@ def test_sigterm_to_every_rank_saves_and_ends_all_of_them(run, tmp_path):
     assert (ended[1][0], ended[1][2]) == (143, ended[0][2])
 
 
+STOPS = """
+import os, runpy, signal, sys
+import grpo.run.pool, grpo.train
+
+def costs(pool, *_, **__):
+    os.kill(os.getpid(), signal.SIGTERM)
+    pool.use_costs(None, 1)
+
+def opened(*_, while_waiting, **__):
+    os.kill(os.getpid(), signal.SIGTERM)
+    while_waiting()
+
+if sys.argv[1] == "measuring":  # rank 0 alone calls either of them
+    grpo.train.use_costs_of_run = costs
+else:
+    grpo.run.pool.open_pool = opened
+sys.argv = ["quartet", *sys.argv[2:]]
+runpy.run_module("grpo", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["measuring", "opening"])
+def test_a_stop_before_the_first_step_ends_every_rank_alike(run, tmp_path, moment):
+    """Rank 0 tells the others, or they wait for it inside a publication."""
+    ended = end_of(start_ranks(["-c", STOPS, moment, *run(tmp_path / "r", **{"warm_start.steps": 0})[2:]]))
+    said = "quartet: stopped before step 1; go on with --resume auto\n"
+    assert [(code, errors) for code, _, errors in ended] == [(143, said)] * 2
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_ranks_killed_at_ten_moments_end_the_others_by_name_and_the_run_goes_on(run, tmp_path):

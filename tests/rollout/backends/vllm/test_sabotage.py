@@ -16,8 +16,9 @@ from grpo.learner.learner import Learner
 from grpo.publisher import Publisher
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
+from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import VLLMProcess
+from rollout.backends.vllm.settings import VLLMSettings
 from rollout.engine import RolloutError
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams

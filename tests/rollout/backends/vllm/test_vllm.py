@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,8 +19,9 @@ from grpo.learner.likelihood import logprobs_of_groups
 from grpo.run.stop import Stopped
 from grpo.train import train
 from policies.policy import Policy
-from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
+from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import VLLMProcess
+from rollout.backends.vllm.settings import VLLMSettings
 from rollout.engine import RolloutError
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
@@ -267,26 +266,73 @@ def test_a_run_trains_is_logged_resumes_to_the_same_bits_and_leaves_no_process(m
     assert "vLLM" in (tmp_path / "whole/vllm.log").read_text()
 
 
-def test_a_server_that_dies_in_the_middle_ends_the_call_with_its_log(random_policy, tmp_path):
-    policy = random_policy(15, **HEADS)
-    pool = VLLMPool(policy, VLLMSettings(python=PYTHON, log=tmp_path / "vllm.log"), torch.float32)
-    assert pool.process is not None
-    pid = pool.process.process.pid
-    threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
-    started = time.monotonic()
-    many = [replace(prompt, prompt_id=f"{i}") for i, prompt in enumerate(PROMPTS * 40)]
-    with pytest.raises(RolloutError, match=r"(?s)is lost.*SIGKILL.*--resume auto.*vllm.log"):
-        pool.sample(many, replace(PARAMS, draft_tokens=0, max_completion_tokens=200, stop_token_ids=()))
-    assert time.monotonic() - started < 60
-    pool.close()
-    assert gone(pid)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_is_lost_in_the_middle_is_replaced_and_gives_the_same(random_policy, tmp_path, number):
+    policy, told = random_policy(15, **HEADS), []
+    settings = VLLMSettings(python=PYTHON, log=tmp_path / "vllm.log", silence_s=20.0)
+    pool = VLLMPool(policy, settings, torch.float32, on_lost=lambda *what: told.append(what))
+    params = replace(PARAMS, draft_tokens=0, max_completion_tokens=100, stop_token_ids=())
+    many = [replace(prompt, prompt_id=f"{i}") for i, prompt in enumerate(PROMPTS * 10)]
+    try:
+        pool.sample_on_each(PROMPTS[:2], params)
+        expected = pool.sample(many, params)
+        assert pool.process is not None
+        pid, heard = pool.process.process.pid, []
+
+        def strike(ended: int) -> None:
+            if not heard:
+                os.kill(pid, number)
+            heard.append(ended)
+
+        assert pool.sample(many, params, strike) == expected
+        assert sum(heard) == len(completions(expected))
+        [(what, why, action)] = told
+        assert (what, action) == ("vLLM", "it is started again")
+        assert ("SIGKILL" if number == signal.SIGKILL else "has not answered /sample for 20 s") in why
+        assert pool.metrics()["faults/vllm"] == 1
+        assert gone(pid)
+    finally:
+        pool.close()
+
+
+def test_a_run_whose_server_is_killed_twice_is_that_of_one_that_is_not(
+    micro_config, micro_preset, tmp_path, monkeypatch
+):
+    from policies.presets import PRESETS
+
+    calls: dict[str, int] = {"_answer": 0, "_upload": 0}
+
+    def struck_at(name: str, number: int) -> None:
+        act = getattr(VLLMPool, name)
+
+        def struck_first(pool: VLLMPool, *arguments: object) -> object:
+            calls[name] += struck
+            if struck and calls[name] == number:
+                assert pool.process is not None
+                os.kill(pool.process.process.pid, signal.SIGKILL)
+            return act(pool, *arguments)
+
+        monkeypatch.setattr(VLLMPool, name, struck_first)
+
+    struck_at("_answer", 4)
+    struck_at("_upload", 3)
+    monkeypatch.setitem(PRESETS, micro_preset, {**PRESETS[micro_preset], **HEADS})
+    given, results = {"rollout.backend": "vllm", "rollout.vllm.python": PYTHON, "steps": 2}, []
+    for struck in (False, True):
+        results.append(train(micro_config(tmp_path / str(struck), **given)))
+    a, b = (result.policy.state_dict() for result in results)
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+    events = [json.loads(line) for line in (tmp_path / "True/events.jsonl").read_text().splitlines()]
+    assert [event["what"] for event in events if event["event"] == "lost"] == ["vLLM", "vLLM"]
+    assert sum(line.get("faults/vllm") or 0 for line in results[1].metrics) == 2
 
 
 OF_A_TRAINER = """
 import sys
 import torch
 from policies.policy import Policy
-from rollout.backends.vllm.pool import VLLMPool, VLLMSettings
+from rollout.backends.vllm.pool import VLLMPool
+from rollout.backends.vllm.settings import VLLMSettings
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 folder, python, log = map(Path, sys.argv[1:])

@@ -1,0 +1,82 @@
+"""Our server with an engine that computes nothing, and that is struck: our own interpreter runs this in vLLM's place.
+
+    vllm_fake.py FILE SERVER ...
+
+Each line of FILE names a moment (load, publish, sample) and a signal. The first one is taken out when its moment comes,
+and the server gets the signal. `always` as a third word leaves the line there, and `sample odd` makes other tokens from
+then on. The tokens follow from all weights, with their adapters, and from the seeds.
+"""
+
+import hashlib
+import os
+import random
+import signal
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+FILE, SERVER = Path(sys.argv[1]), Path(sys.argv[2])
+sys.path.insert(0, str(SERVER.parent))
+sys.modules["vllm"] = types.ModuleType("vllm")
+sys.modules["vllm"].SamplingParams = types.SimpleNamespace(_verify_args=None)  # type: ignore[attr-defined]
+
+import quartet_extension as extension  # noqa: E402
+import quartet_server as server  # noqa: E402
+
+
+def struck(moment: str) -> bool:
+    """Whether the tokens are to be other ones."""
+    lines = FILE.read_text().splitlines()
+    if not lines or lines[0].split()[0] != moment:
+        return False
+    _, how, *always = lines[0].split()
+    if how == "odd":
+        return True
+    if not always:
+        FILE.write_text("\n".join(lines[1:]))
+    os.kill(os.getpid(), getattr(signal, how))
+    return False
+
+
+class Engine:
+    def __init__(self, load: dict[str, Any]) -> None:
+        struck("load")
+        self.load, self.context = load, load["arguments"]["max_model_len"]
+        self.version: int | None = None
+        self.base: str | None = None
+        self.held: dict[str, Any] = {}
+
+    def publish(self, path: str, header: dict[str, Any]) -> dict[str, Any]:
+        struck("publish")
+        if not header["whole"] and header["base"] != self.base:
+            raise RuntimeError("it does not hold the weights under these adapters: publish everything again")
+        read = extension._read(path, header["tensors"])
+        self.held = read if header["whole"] else {**self.held, **read}
+        weights = extension._digests(extension._merged(self.held, header["adapters"]))
+        self.key = hashlib.sha256(str(sorted(weights.items())).encode()).hexdigest()
+        self.version, self.base = header["version"], header["base"]
+        return {"held": extension._digests(read), "unused": []}
+
+    def sample(self, job: dict[str, Any], said: Any) -> dict[str, Any]:
+        if self.version != job["version"]:
+            raise RuntimeError(f"it holds version {self.version}")
+        said(1)
+        odd = struck("sample")
+        found = []
+        for _, seed in job["rows"]:
+            chance = random.Random(f"{self.key} {seed} {odd}")
+            ids = [chance.randrange(9, 250) for _ in range(job["max_tokens"])]
+            row = {"ids": ids, "logprobs": [chance.random() - 2 for _ in ids], "reason": "length"}
+            found.append(row | {"drafted": [], "accepted": []})
+        return {"completions": found}
+
+
+def main() -> None:
+    server.Engine = Engine  # type: ignore[misc,assignment]
+    server.installed = lambda: ("0.32.0", True)
+    sys.argv = [str(SERVER), *sys.argv[3:]]
+    server.main()
+
+
+main()

@@ -1,0 +1,223 @@
+"""A server of our own that dies or hangs is replaced, with the same weights and the same canaries, and counted."""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import prompts_of
+from vllm_cases import gone
+
+from policies.policy import Policy
+from rollout.backends.vllm import pool as pool_module
+from rollout.backends.vllm.pool import VLLMPool
+from rollout.backends.vllm.process import VLLMProcess
+from rollout.backends.vllm.settings import VLLMSettings
+from rollout.engine import RolloutError
+from rollout.group import RolloutGroup
+from rollout.sampling import SamplingParams
+
+PROMPTS, CANARIES = prompts_of(9, 1, 17), prompts_of(4)
+PARAMS = SamplingParams(3, 0.7, 8, seed=5, step=2)
+LIMIT_S = 3.0
+
+
+class Case:
+    """A pool with a fake server, the strikes that it still gets, and what was told of its losses."""
+
+    def __init__(self, policy: Policy, folder: Path) -> None:
+        self.policy, self.file, python = policy, folder / "strikes", folder / "python"
+        self.file.write_text("")
+        script = Path(__file__).parents[3] / "cases/vllm_fake.py"
+        python.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, str(script), str(self.file)])} "$@"\n')
+        python.chmod(0o755)
+        self.told: list[tuple[str, ...]] = []
+        self.settings = VLLMSettings(python=python, log=folder / "vllm.log", silence_s=LIMIT_S, publish_s=LIMIT_S)
+        self.pool = VLLMPool(policy, self.settings, torch.float32, on_lost=lambda *what: self.told.append(what))
+
+    def strike(self, *lines: str) -> None:
+        self.file.write_text("\n".join(lines))
+
+    @property
+    def pid(self) -> int:
+        assert self.pool.process is not None
+        return self.pool.process.process.pid
+
+    def sample(self, on_finished: Callable[[int], None] | None = None) -> list[RolloutGroup]:
+        return self.pool.sample(PROMPTS, PARAMS, on_finished)
+
+    def move(self) -> None:
+        with torch.no_grad():
+            for parameter in self.policy.parameters():
+                parameter.add_(1.0)
+
+
+@pytest.fixture
+def case(random_policy, tmp_path) -> Iterator[Case]:
+    case = Case(random_policy(3, mtp=False), tmp_path)
+    yield case
+    case.pool.close()
+
+
+HOW = {
+    "SIGKILL": "was ended by SIGKILL, perhaps since the host had no memory left",
+    "SIGSTOP": f"has not answered /MOMENT for {LIMIT_S:g} s; its process PID still runs",
+}
+
+
+@pytest.mark.parametrize("number", HOW)
+def test_one_that_is_lost_while_it_samples_is_replaced_and_gives_the_same(case, number):
+    case.pool.sample_on_each(CANARIES, PARAMS)
+    expected, former = case.sample(), case.pid
+    case.pool.metrics()
+    case.strike(f"sample {number}")
+    heard: list[int] = []
+    assert case.sample(heard.append) == expected
+    assert sum(heard) == len(PROMPTS) * PARAMS.group_size
+    [(what, why, action)] = case.told
+    assert (what, action) == ("vLLM", "it is started again")
+    assert HOW[number].replace("MOMENT", "sample").replace("PID", str(former)) in why
+    assert str(case.settings.log) in why
+    found = case.pool.metrics()
+    assert (found["faults/vllm"], found["publish/bytes"] > 0) == (1, True)
+    assert found["faults/sampling_seconds"] > (LIMIT_S if number == "SIGSTOP" else 0)
+    assert gone(former)
+    assert case.sample() == expected
+    assert "faults/vllm" not in case.pool.metrics()
+
+
+@pytest.mark.parametrize("number", HOW)
+def test_one_that_is_lost_in_a_publication_gets_it_from_the_beginning(case, number):
+    case.strike(f"publish {number}")
+    case.pool.publish(case.policy.publication(), 1)
+    [(_, why, _)] = case.told
+    assert "/publish" in why
+    assert case.pool.metrics()["faults/vllm"] == 1
+    assert {c.policy_version for group in case.sample() for c in group.completions} == {1}
+
+
+def test_one_that_has_died_while_nobody_asked_is_found_at_the_next_call(case):
+    expected = case.sample()
+    os.kill(case.pid, signal.SIGKILL)
+    assert case.sample() == expected
+    os.kill(case.pid, signal.SIGKILL)
+    case.pool.publish(case.policy.publication(), 1)
+    assert len(case.told) == 2
+
+
+def test_contract_5_with_adapters_a_new_one_gets_everything_and_the_next_publication_is_short_again(
+    random_policy, tmp_path
+):
+    policy = random_policy(4, mtp=False)
+    policy.add_lora(2, 4.0, ["q_proj", "experts"])
+    case = Case(policy, tmp_path)
+    try:
+        whole = case.pool.metrics()["publish/bytes"]
+        for version in (1, 2):
+            with torch.no_grad():
+                for name, parameter in policy.named_parameters():
+                    if "lora_" in name:
+                        parameter.add_(0.3)
+            case.strike(*["publish SIGKILL"] * (version - 1))
+            case.pool.publish(policy.publication(), version)
+            sent = case.pool.metrics()["publish/bytes"]
+            assert sent < whole / 3 if version == 1 else sent == whole
+            expected = case.sample()
+            case.strike("sample SIGKILL")
+            assert case.sample() == expected
+            assert case.pool.metrics()["publish/bytes"] == whole
+        case.pool.publish(policy.publication(), 3)
+        assert case.pool.metrics()["publish/bytes"] < whole / 3
+    finally:
+        case.pool.close()
+
+
+def test_losses_one_after_the_other_end_the_run_with_the_culprit(case):
+    case.strike("sample SIGKILL", "load SIGKILL", "publish SIGKILL")
+    expected = case.sample()
+    assert case.pool.metrics()["faults/vllm"] == 3
+    case.pool.publish(case.policy.publication(), 0)  # from here on they count anew
+    assert case.sample() == expected
+    case.strike("sample SIGKILL always")
+    with pytest.raises(
+        RolloutError, match=r"^4 losses since .* vLLM: it is lost at /sample .*SIGKILL.*silence_s.*--resume auto$"
+    ):
+        case.sample()
+    assert [action for *_, action in case.told[3:]] == [*["it is started again"] * 3, "the run ends"]
+
+
+def test_a_server_by_url_is_not_ours_to_start(case):
+    server = VLLMProcess(case.settings.python, case.settings.log, 1, lambda: None)
+    other = VLLMPool(case.policy, replace(case.settings, url=server.url, token=server.token), torch.float32)
+    os.kill(server.process.pid, signal.SIGKILL)
+    with pytest.raises(RolloutError, match="is lost.*start it again at the address in rollout.vllm.url"):
+        other.sample(PROMPTS, PARAMS)
+    assert other.metrics().keys() == {"publish/bytes"}
+    server.close()
+
+
+def test_contract_13_a_new_one_passes_the_canaries_that_the_lost_one_has_passed(case):
+    case.pool.sample_on_each(CANARIES, PARAMS)
+    case.strike("sample SIGKILL", "sample odd")
+    with pytest.raises(RolloutError, match=r"vLLM, which was started again, samples other canaries .*\(version 0\)"):
+        case.sample()
+
+
+def test_weights_that_the_learner_no_longer_has_are_not_published_again(case):
+    expected = case.sample()
+    case.pool.keep()
+    case.move()
+    case.strike("sample SIGKILL")
+    assert case.sample() == expected  # from the copy
+    case.pool.publish(case.policy.publication(), 1)
+    case.move()
+    case.strike("sample SIGKILL")
+    with pytest.raises(RolloutError, match="no longer has the weights of version 1: go on with --resume auto"):
+        case.sample()
+
+
+def test_weights_that_the_learner_changes_while_they_are_sent_again_are_sent_once_more(case, monkeypatch):
+    """rollout.ahead: a thread samples, and the learner makes its copy while that sends."""
+    expected = case.sample()
+
+    def stream(tensors):
+        if not moved:
+            moved.append(True)
+            case.pool.keep()
+            case.move()
+        return whole(tensors)
+
+    moved: list[bool] = []
+    whole = pool_module.wire.stream
+    monkeypatch.setattr(pool_module.wire, "stream", stream)
+    case.strike("sample SIGKILL")
+    assert case.sample() == expected
+    assert moved
+
+
+def test_weights_that_are_spread_over_ranks_are_not_published_again(case, monkeypatch):
+    monkeypatch.setattr(pool_module, "DTensor", torch.Tensor)
+    case.strike("publish SIGKILL")
+    case.pool.publish(case.policy.publication(), 1)  # rank 0 has gathered them
+    case.strike("sample SIGKILL")
+    with pytest.raises(RolloutError, match="spread over several ranks.*--resume auto"):
+        case.sample()
+
+
+def test_a_stop_ends_the_start_of_a_new_one(case):
+    class Stop(Exception):
+        pass
+
+    def stop() -> None:
+        if case.told:
+            raise Stop
+
+    case.pool.while_waiting = case.pool.client.while_waiting = stop
+    case.strike("sample SIGKILL")
+    with pytest.raises(Stop):
+        case.sample()
