@@ -9,8 +9,8 @@ short SFT on gold solutions teaches the student to write at all. From there, for
 
 All data are short problems of GSM8K's train split; the held-out ones are in no arm and not in the warm start. Two
 measures, in nats per token over the whole vocabulary, exact at every state: KL(student || teacher) at the states that
-the student itself reaches on held-out questions, and KL(teacher || student) along their gold solutions. A run that
-ended is not run again.
+the student itself reaches on held-out questions, and KL(teacher || student) along their gold solutions. What has ended
+is not run again, so a benchmark that was stopped goes on.
 
     python benchmarks/distill.py --json benchmarks/results/distill.json
     python benchmarks/distill.py --seeds 0 --arms sft distill
@@ -48,12 +48,13 @@ from rollout.sampling import SamplingParams  # noqa: E402
 
 TEACHER = "models/smollm2-135m-mla"
 ARMS = ("sft", "distill", "top_k")
-QUESTION, SOLUTION = 56, 72  # the most tokens of a problem that is used
-HELD_OUT, SAMPLES = 24, 2  # problems, and the student's completions of each, that the measures are taken on
+QUESTION, SOLUTION = 40, 56  # the most tokens of a problem that is used
+HELD_OUT, SAMPLES = 16, 2  # problems, and the student's completions of each, that the measures are taken on
 OPTIONS: dict[str, Any] = {
     "data.template": "{question}\n",
     "mtp.loss_weight": 0.0,
     "log.trackers": [],
+    "log.table_every": 1000,
     "checkpoint.every": 1000,
     "learner.tokens_per_micro_batch": 2048,
     "threads": 1,
@@ -127,7 +128,11 @@ def divergences(policy: Policy, teacher: Policy, rows: Sequence[PackedRow]) -> d
     return {"policy_to_teacher": forward / count, "teacher_to_policy": backward / count}
 
 
-def measure(policy: Policy, teacher: Policy, heldout: Sequence[Example], tokens: int) -> dict[str, Any]:
+def measure(folder: Path, teacher: Policy, heldout: Sequence[Example], tokens: int) -> dict[str, Any]:
+    """Both measures of the policy of a run, from `measured.json` in its folder where they are there already."""
+    if (file := folder / "measured.json").is_file():
+        return json.loads(file.read_text())
+    policy = Policy.load(folder / "policy")
     tokenizer, template = policy.tokenizer, PromptTemplate(OPTIONS["data.template"])
     prompts = [encode_prompt(example, tokenizer, template) for example in heldout]
     stop = tuple(policy.stop_token_ids)
@@ -138,11 +143,13 @@ def measure(policy: Policy, teacher: Policy, heldout: Sequence[Example], tokens:
         PackedRow(prompt.token_ids, [Sample(0, [*tokenizer.encode(example.solution), stop[0]])])
         for prompt, example in zip(prompts, heldout, strict=True)
     ]
-    return {
+    found = {
         "own": divergences(policy, teacher, own)["policy_to_teacher"],
         "gold": divergences(policy, teacher, gold)["teacher_to_policy"],
         "text": groups[0].completions[0].text,
     }
+    file.write_text(json.dumps(found) + "\n")
+    return found
 
 
 def run_sft(model: str, folder: Path, examples: Sequence[Example], seed: int, args: argparse.Namespace) -> None:
@@ -182,13 +189,13 @@ def run_seed(
             taken, tokens = batches_of(order, teacher.tokenizer, args.batch, wanted)
             run_sft(start, folder / "sft/run", taken, seed, args)
             found[arm] = {"tokens": tokens, "steps": len(taken) // args.batch}
-            trained = folder / "sft/run/policy"
+            trained = folder / "sft/run"
         else:
             run_distill(start, folder / arm, data, seed, args.top_k if arm == "top_k" else None, args)
             tokens, kl = rolled_out(folder / arm)
             found[arm] = {"tokens": tokens, "steps": len(kl), "teacher_kl": [round(value, 4) for value in kl]}
-            trained = folder / arm / "policy"
-        found[arm] |= measure(Policy.load(trained), teacher, heldout, args.tokens)
+            trained = folder / arm
+        found[arm] |= measure(trained, teacher, heldout, args.tokens)
         print(f"seed {seed} {arm}: {json.dumps(found[arm])}", flush=True)
     return found
 
@@ -218,7 +225,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--layers", type=int, default=4, help="of the student")
-    parser.add_argument("--warm_tokens", type=int, default=8000, help="of gold solutions, before all arms")
+    parser.add_argument("--warm_tokens", type=int, default=6000, help="of gold solutions, before all arms")
     parser.add_argument("--batch", type=int, default=8, help="solutions of a step of SFT")
     parser.add_argument("--sft_learning_rate", type=float, default=5e-4)
     parser.add_argument("--steps", type=int, default=12)
@@ -237,7 +244,7 @@ def main() -> None:
         make_student(args.teacher, student, args.layers)
     run_sft(str(student), args.folder / "warm/run", warm, 0, args)
     start = args.folder / "warm/run/policy"
-    before = {"tokens": tokens} | measure(Policy.load(start), teacher, heldout, args.tokens)
+    before = {"tokens": tokens} | measure(start.parent, teacher, heldout, args.tokens)
     print(f"warm: {json.dumps(before)}", flush=True)
     left = training[len(warm) :]
     seeds = {str(seed): run_seed(seed, str(start), left, heldout, teacher, args) for seed in args.seeds}
