@@ -13,6 +13,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is written for the user; anything else is a bug and keeps its traceback."""
     from grpo.commands.recovery import RecoveryDiverged
     from grpo.learner.parallel import RankFailed
+    from grpo.learner.teacher_server import TeacherError
     from grpo.learner.update import NonFiniteStep
     from grpo.run.checkpoint import CheckpointError
     from grpo.run.memory_errors import OutOfMemory
@@ -21,7 +22,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
     from rollout.engine import RolloutError
 
     some = CheckpointError, NonFiniteStep, OutOfMemory, ParityFailed
-    return *some, RankFailed, RecoveryDiverged, RolloutError, Stopped
+    return *some, RankFailed, RecoveryDiverged, RolloutError, Stopped, TeacherError
 
 
 def option_of(error: Exception, args: argparse.Namespace) -> str:

@@ -16,11 +16,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
+from grpo.config.loss import DistillOptions
 from grpo.config.policy import ModelOptions
 from grpo.config.reward import RewardModelOptions
 from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptTemplate, apply_chat_template, encode_prompt
+from grpo.learner.teacher import Scores, TeacherPolicy
+from grpo.learner.teacher_server import TeacherServer
 from grpo.policy_source import find_policy, load_policy, saved_model
 from policies import presets
 from policies.logprobs import shifted_logprobs
@@ -220,7 +223,8 @@ class _Perplexity(_Model):
 
 
 def check_teacher(config: TrainConfig) -> None:
-    """Raises ValueError for a teacher with another tokenizer than the policy's, before either of them is loaded."""
+    """Raises ValueError for a teacher with another tokenizer than the policy's, before either of them is loaded, and
+    TeacherError for a server that does not score tokens."""
     if config.distill.teacher is None:
         return
     named = f"distill.teacher={config.distill.teacher!r}"
@@ -237,13 +241,28 @@ def check_teacher(config: TrainConfig) -> None:
             f"{named} reads other tokens than model={config.model!r}: {fault}. A teacher scores the ids that the "
             "policy has sampled: name one with the same tokenizer"
         )
+    if server := _server(config.distill):
+        ids = read_tokenizer(policy).encode(PROBES[0], add_special_tokens=False)
+        server.score([ids], [1], config.distill.top_k or 0)
 
 
-def load_teacher(config: TrainConfig) -> Policy | None:
-    """The frozen teacher, in the policy's precision and on its device; None where there is none."""
+def load_teacher(config: TrainConfig) -> Scores | None:
+    """The frozen teacher, in the policy's precision and on its device, or at its server; None where there is none."""
     if config.distill.teacher is None:
         return None
-    return load_policy(ModelOptions(model=config.distill.teacher, dtype=config.dtype, device=config.device))
+    return _server(config.distill) or TeacherPolicy(load_policy(teacher_options(config)))
+
+
+def teacher_options(config: TrainConfig) -> ModelOptions:
+    """What is loaded as the teacher."""
+    assert config.distill.teacher is not None
+    return ModelOptions(model=config.distill.teacher, dtype=config.dtype, device=config.device)
+
+
+def _server(options: DistillOptions) -> TeacherServer | None:
+    if options.url is None or options.teacher is None:
+        return None
+    return TeacherServer(options.url, options.teacher, options.token_variable)
 
 
 def _difference(policy: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.abc
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def find_reward(function: str) -> Source:
         if function not in BUILT_IN:
             raise RewardError(
                 f"reward {function!r} is not built in{did_you_mean(function, BUILT_IN)}. "
-                f"Built in: {', '.join(BUILT_IN)}. Name your own as path/to/file.py:function"
+                f"Built in: {', '.join(BUILT_IN)}. Name your own as path/to/file.py:function{_of_hub(function)}"
             )
         return Source(function, function)
     if file == "python":
@@ -73,8 +74,18 @@ def find_function(function: str, what: str) -> Source:
     file, _, attribute = function.rpartition(":")
     path = Path(file).expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
-        raise RewardError(f"{what} {function!r}: {path} is not an existing Python file")
+        raise RewardError(f"{what} {function!r}: {path} is not an existing Python file{_of_hub(file)}")
     return Source(function, attribute, str(path), path.read_bytes())
+
+
+def _of_hub(name: str) -> str:
+    """What a hub id can be here; empty for another name."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or name.endswith(".py"):
+        return ""
+    return (
+        f". If {name} is a hub id: functions are not taken from the hub, since code of its repositories is never run; "
+        f"a reward model is, under reward_models (model: {name}), and the reward `column` reads its score"
+    )
 
 
 def load_reward(function: str | Source) -> Reward:

@@ -152,6 +152,22 @@ def aggregate(
     raise ValueError(f"loss_type={loss_type!r} is unknown; use {known}")
 
 
+def top_k_kl(logprobs_NK: Tensor, teacher_logprobs_NK: Tensor) -> Tensor:
+    """KL(π || π_T) of the next token over K tokens and the rest as one: [N, K] of both at the same tokens -> [N].
+
+    It leaves out how the two differ inside the rest: KL = this + π(rest)·KL(π in the rest || π_T in the rest). So it is
+    never above the KL of the whole vocabulary, and equal to it where at most one token is in the rest. Differentiable
+    in the first; a rest below 1e-7 counts as 1e-7.
+
+    >>> own, teacher = torch.tensor([[0.25, 0.5]]).log(), torch.tensor([[0.5, 0.25]]).log()      # 1/4 is in both rests
+    >>> top_k_kl(own, teacher)                                      # 1/4 log 1/2 + 1/2 log 2 + 0 = 1/4 log 2
+    tensor([0.1733])
+    """
+    rest_N, teacher_rest_N = ((1 - x.exp().sum(-1)).clamp(min=1e-7) for x in (logprobs_NK, teacher_logprobs_NK))
+    within_N = (logprobs_NK.exp() * (logprobs_NK - teacher_logprobs_NK)).sum(-1)
+    return within_N + rest_N * (rest_N.log() - teacher_rest_N.log())
+
+
 def entropy_threshold(entropies_N: Tensor, top_entropy_quantile: float) -> Tensor:
     """The entropy from which on a token is among the top ρ of these tokens, a scalar; infinite without tokens.
 

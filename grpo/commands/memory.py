@@ -1,7 +1,7 @@
 """Memory of a run by device, from its configuration alone: models are built without storage, no weight is loaded.
 
-Exact, to the byte: weights (codes and scales of a base in 4 bits), fp32 copies, gradients, moments, reference, the
-sampler and its derived tensors, W + ΔW.
+Exact, to the byte: weights (codes and scales of a base in 4 bits), fp32 copies, gradients, moments, reference,
+teacher, the sampler and its derived tensors, W + ΔW.
 What a rank holds of a sharded learner is in shares.py. Rough, to a third or so:
 
     activations   each token keeps, for the backward pass, the input and the output of every linear module and of the
@@ -34,6 +34,8 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.optimizer import freeze_exact_parts
 from grpo.learner.value import ValueHead
+from grpo.policy_source import read_shape
+from grpo.reward_models import teacher_options
 from grpo.run.hardware import device_of
 from policies import four_bit, lora
 from policies.anatomy import cache_numbers
@@ -60,6 +62,7 @@ def memory_of_run(shape: PretrainedConfig, head: bool, config: SftConfig | MtpCo
         learner = head_learner_memory(shape, config)
     elif isinstance(config, TrainConfig):
         learner = learner_memory(shape, head, config, lora_options=config.lora)
+        learner = replace(learner, teacher=teacher_bytes(config))
     else:
         return [learner_memory(shape, head, config)]
     found = []
@@ -155,6 +158,14 @@ def learner_memory(
         publication=(sum(published.values()) if grpo else 0) + whole,
         saving=whole,
     )
+
+
+def teacher_bytes(config: TrainConfig) -> int:
+    """What the teacher of `loss.advantage: distill` holds on each rank, whole; its forwards keep nothing."""
+    if config.distill.teacher is None or config.distill.url is not None:
+        return 0
+    options = teacher_options(config)
+    return storage_bytes(tensors_of(meta_policy(*read_shape(options), getattr(torch, options.dtype))))
 
 
 def head_learner_memory(shape: PretrainedConfig, config: MtpConfig) -> DeviceMemory:

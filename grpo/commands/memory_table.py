@@ -22,6 +22,7 @@ class DeviceMemory:
     gradients: int = 0
     moments: int = 0
     reference: int = 0
+    teacher: int = 0  # of loss.advantage: distill
     sampler: int = 0  # its own copy of the policy
     derived: int = 0  # from that copy, for decoding
     older: int = 0  # weights that the batch in flight needs (rollout.ahead: 2)
@@ -40,7 +41,7 @@ class DeviceMemory:
         >>> DeviceMemory("a", weights=2, moments=8, activations=5, rollout=3, publication=1).phases
         {'loading': 2, 'sampling': 13, 'learning': 15, 'publishing': 11, 'saving': 10}
         """
-        loaded = self.weights + self.reference
+        loaded = self.weights + self.reference + self.teacher
         steady = loaded + self.masters + self.moments + self.sampler + self.derived
         steady += self.older + self.buffers
         return {
@@ -62,6 +63,7 @@ ROWS = {
     "gradients": "gradients",
     "moments": "AdamW moments",
     "reference": "reference policy",
+    "teacher": "teacher",
     "sampler": "sampler: its own copy",
     "derived": "sampler: derived from it",
     "older": "older weights, for the batch in flight",

@@ -128,6 +128,12 @@ class TrainConfig(SftConfig):
                 f"loss.advantage={self.loss.advantage} and distill.teacher={self.distill.teacher}: distill needs a "
                 "teacher, and nothing else has one; set both, or neither"
             )
+        if self.distill.url is not None and self.rollout.temperature != 1:
+            raise ValueError(
+                f"distill.url={self.distill.url} with rollout.temperature={self.rollout.temperature}: a server scores "
+                "given tokens at temperature 1 alone; set rollout.temperature to 1, or url to null to load the teacher "
+                "here"
+            )
         if self.has_tools and self.rollout.partial is not None:
             raise ValueError(
                 f"rollout.partial={self.rollout.partial}: an episode with tools or an environment is sampled in one "

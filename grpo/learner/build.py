@@ -11,7 +11,7 @@ from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.learner import Learner
 from grpo.learner.optimizer import schedule
 from grpo.learner.parallel import ALONE, Ranks
-from grpo.learner.teacher import Teacher
+from grpo.learner.teacher import Scores, Teacher
 from grpo.run.memory_errors import phase
 from policies.policy import Policy
 
@@ -47,7 +47,7 @@ def grpo_learner(
     reward_weights: dict[str, float],
     ranks: Ranks = ALONE,
     reload: Callable[[], Policy] | None = None,
-    teacher: Policy | None = None,
+    teacher: Scores | None = None,
     kind: type[Kind] = Learner,  # type: ignore[assignment]
 ) -> Kind:
     """Around a policy without adapters. `reload` gives the same one again: a reference where it is sharded."""
@@ -72,5 +72,5 @@ def grpo_learner(
             schedule=schedule(config.learner.schedule, config.steps, config.learner.warmup_steps),
             ranks=ranks,
             reload=None if ranks.layout is None else reload,
-            teacher=Teacher(teacher, config.distill.reward_weight) if teacher else None,
+            teacher=Teacher(teacher, config.distill.reward_weight, config.distill.top_k) if teacher else None,
         )

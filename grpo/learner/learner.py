@@ -280,9 +280,10 @@ class Learner:
         options, mask = self.loss, self._mask(mini)
         sampling = mini.padded([sample.sampling_logprobs for sample in mini.samples])
         old = out.logprobs.detach() if old is None else old
-        advantages, taught = mini.advantages, {}
+        advantages, term, taught = mini.advantages, 0.0, {}
         if self.teacher:
-            advantages, taught = self.teacher.advantages(self.likelihood, mini, mask, old, batch.num_completion_tokens)
+            given = self.likelihood, mini, out, mask, old, batch.num_completion_tokens
+            advantages, term, taught = self.teacher.teach(*given)
         loss, metrics = policy_loss(
             out.logprobs,
             old,
@@ -299,7 +300,7 @@ class Learner:
             max_completion_length=self.max_completion_tokens or None,
         )
         farthest = (old - sampling).masked_fill(~mask, 0.0).abs().max().item()
-        return loss, {n: float(v) for n, v in metrics.items()} | {"mismatch/logprob_abs_max": farthest, **taught}
+        return loss + term, {n: float(v) for n, v in metrics.items()} | {"mismatch/logprob_abs_max": farthest, **taught}
 
     def _value_loss(self, mini: MicroBatch, out: Forward, batch: TrainingBatch, sums: Counter[str]) -> Tensor:
         """PPO's clipped value loss on the hidden states of this forward; zero without a value head."""

@@ -44,7 +44,8 @@ METRICS: dict[str, str] = {
     "loss/total": "what the optimizer minimises for the policy: every term with its weight",
     "loss/policy": "policy term of the loss, by the chosen loss_type",
     "loss/kl": "KL of the policy from the reference, before beta, mean, nats per token",
-    "loss/teacher_kl": "KL of the policy from the teacher (loss.advantage: distill), mean, nats per token",
+    "loss/teacher_kl": "KL of the policy from the teacher (loss.advantage: distill), mean, nats per token: "
+    "an estimate, or with distill.top_k the KL of the teacher's k tokens and the rest",
     "loss/mtp": "loss of the draft head over its depths, detached from the trunk; nats per token",
     "loss/mtp_tv": "the same by total variation (head.tv_share): share of drafts rejected at best, fraction",
     "loss/value": "loss of the value head (PPO baseline), mean per token, squared score",

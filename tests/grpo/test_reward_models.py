@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,6 +109,27 @@ def test_a_classifiers_score_is_its_logit_whatever_the_batch(folders):
         assert [len(own[name]) for own in found] == [3, 1]
         assert flat(found, name) == pytest.approx(alone, abs=1e-5)
         assert len({round(score, 3) for score in alone}) == 4
+
+
+def test_a_hub_id_is_read_from_the_hubs_cache(folders, tmp_path):
+    """In a process of its own, since the hub's libraries read their variables when they are imported."""
+    repository = tmp_path / "hub/models--owner--score"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("a1b2")
+    shutil.copytree(folders / "score", repository / "snapshots/a1b2")
+    code = (
+        "import torch\nfrom grpo.config.reward import RewardModelOptions\nfrom grpo.reward_models import ModelRewards\n"
+        "from rollout.group import Completion, Prompt, RolloutGroup\n"
+        "rewards = ModelRewards([RewardModelOptions(name='rm', model='owner/score')])\n"
+        "rewards.load(torch.device('cpu'))\n"
+        "group = RolloutGroup(Prompt('p', '2 + 3?', [1], {}), [Completion([1], [0.0], ' 5', 'stop', 0)])\n"
+        "print(rewards.columns([group])[0]['rm'][0])"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    _, found = columns({"name": "rm", "model": str(folders / "score")}, groups=[group("2 + 3?", " 5")])
+    assert float(done.stdout) == pytest.approx(found[0]["rm"][0], abs=1e-6)
 
 
 def test_a_label_chooses_the_logit_and_special_tokens_are_the_tokenizers(folders):

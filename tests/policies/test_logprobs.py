@@ -13,9 +13,11 @@ from policies.logprobs import (
     CHUNK,
     GRADIENT_CHUNKS,
     entropy,
+    logprobs_at,
     logprobs_from_hidden,
     shifted_logprobs,
     token_logprobs,
+    top_logprobs,
 )
 
 torch.set_num_threads(1)
@@ -156,3 +158,23 @@ def test_memory_does_not_scale_with_tokens_times_vocabulary(entropy_grad):
     assert sum(saved) < num_tokens * vocabulary  # what waits for the backward pass
     assert hidden.grad is not None
     assert weight.grad is not None
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_several_tokens_of_a_position_are_as_in_log_softmax_with_their_gradients(chunk):
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 4, generator=generator, dtype=torch.float64, requires_grad=True) for n in (5, 7))
+    ids, logprobs = top_logprobs(hidden, head, 3, 0.7, chunk=chunk)
+    whole = (hidden @ head.T / 0.7).log_softmax(-1)
+    best = whole.topk(3)
+    assert torch.equal(ids, best.indices)
+    assert torch.allclose(logprobs, best.values)
+    assert not logprobs.requires_grad
+    asked = ids.flip(-1)  # in any order
+    found = logprobs_at(hidden, head, asked, 0.7, chunk=chunk)
+    assert torch.allclose(found, whole.gather(-1, asked))
+    weights = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    expected = torch.autograd.grad((whole.gather(-1, asked) * weights).sum(), (hidden, head))
+    for own, other in zip(torch.autograd.grad((found * weights).sum(), (hidden, head)), expected, strict=True):
+        assert torch.allclose(own, other)
+    assert top_logprobs(hidden, head, 99)[0].shape == (5, 7)

@@ -166,6 +166,21 @@ def test_a_missing_function_names_those_that_are_there(reward_file):
         load_reward(f"{reward_file}:Grader")
 
 
+@pytest.mark.parametrize("name", ["owner/name", "owner/name:score", "an-owner/a.name:score"])
+def test_a_reward_by_hub_id_is_refused_with_the_way_to_a_reward_model(name):
+    with pytest.raises(
+        RewardError, match=r"functions are not taken from the hub, .*reward_models \(model: (an-)?owner/"
+    ):
+        load_reward(name)
+
+
+@pytest.mark.parametrize("name", ["gsm8", "rewards/nowhere.py:score", "/owner/name:score", "a/b/c:score"])
+def test_what_is_no_hub_id_is_not_called_one(name):
+    with pytest.raises(RewardError) as error:
+        load_reward(name)
+    assert "hub" not in str(error.value)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(RewardError, match=r"nowhere.py is not an existing Python file"):
         load_reward(f"{tmp_path}/nowhere.py:grade")

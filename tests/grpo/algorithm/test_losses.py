@@ -13,7 +13,7 @@ import torch
 import grpo.algorithm.losses
 import grpo.algorithm.surrogates
 from grpo.algorithm import losses
-from grpo.algorithm.losses import entropy_threshold, mask_truncated_completions, value_loss
+from grpo.algorithm.losses import entropy_threshold, mask_truncated_completions, top_k_kl, value_loss
 from grpo.algorithm.surrogates import importance_correction, kl_penalty
 from grpo.config.learner import LearnerOptions
 from grpo.config.loss import LossOptions
@@ -601,3 +601,34 @@ def test_importance_correction_equals_trl(mode):
     assert torch.isin(expected, torch.tensor([0.0, 0.5, 1.5])).any()
     ours = importance_correction(given["old_logprobs"], given["sampling_logprobs"], mask, mode, 1.5, 0.5)
     torch.testing.assert_close(ours, expected.to(ours.dtype), rtol=0, atol=1e-5)
+
+
+# ---- the KL of the teacher's k tokens and the rest ---------------------------------------------------------------
+
+
+def test_a_kl_of_k_tokens_and_the_rest_by_hand():
+    # rests are 1/8 and 1/4: 1/2 log(1/2 : 1/2) + 3/8 log(3/8 : 1/4) + 1/8 log(1/8 : 1/4)
+    found = top_k_kl(torch.tensor([[0.5, 0.375]]).log(), torch.tensor([[0.5, 0.25]]).log())
+    assert found.item() == pytest.approx(3 / 8 * math.log(3 / 2) - 1 / 8 * math.log(2))
+
+
+def test_what_is_left_out_is_the_kl_inside_the_rest():
+    # The two tokens of the rest are 3/16 and 1/16 of the policy, 1/8 and 1/8 of the teacher. As one they agree.
+    own, teacher = (
+        torch.tensor([[1 / 4, 1 / 2, 3 / 16, 1 / 16]]).log(),
+        torch.tensor([[1 / 4, 1 / 2, 1 / 8, 1 / 8]]).log(),
+    )
+    assert top_k_kl(own[:, :2], teacher[:, :2]).item() == pytest.approx(0, abs=1e-7)
+    inside = 1 / 4 * (3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2))
+    for kept in (3, 4):  # a rest of one token, and none
+        assert top_k_kl(own[:, :kept], teacher[:, :kept]).item() == pytest.approx(inside, abs=1e-6)
+
+
+def test_its_gradient_over_all_tokens_is_that_of_the_kl():
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    teacher = torch.randn(3, 6, generator=torch.Generator().manual_seed(2)).log_softmax(-1)
+    own = logits.log_softmax(-1)
+    expected = torch.autograd.grad((own.exp() * (own - teacher)).sum(), logits, retain_graph=True)[0]
+    for kept, close in ((5, True), (6, True), (2, False)):
+        [found] = torch.autograd.grad(top_k_kl(own[:, :kept], teacher[:, :kept]).sum(), logits, retain_graph=True)
+        assert torch.allclose(found, expected, atol=1e-5) == close

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,28 @@ def test_a_reference_is_a_second_policy_unless_adapters_can_be_switched_off(rand
     assert learner_memory(policy.config, True, config, warm_start=True).reference == 0
     adapted = options(TrainConfig, **{"loss.beta": 0.1, "lora.rank": 2})
     assert learner_memory(policy.config, True, adapted, lora_options=adapted.lora).reference == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["llama", "deepseek"])
+def test_a_teacher_is_held_whole_on_every_rank(hf_policy, random_policy, tmp_path, dtype, kind):
+    teacher = in_dtype(hf_policy("llama", 2) if kind == "llama" else random_policy(2), dtype, tmp_path)
+    shape, folder = random_policy().config, str(tmp_path / "policy")
+    given = {"loss.advantage": "distill", "distill.teacher": folder}
+    for more in ({}, {"learner.parallel.fsdp": 2}, {"rollout.workers": 2}):
+        found = memory_of_run(shape, True, options(TrainConfig, dtype, **given | more))
+        assert len(found) == (2 if more else 1)
+        samples = [device.name.endswith("workers") for device in found]
+        held = storage_bytes(tensors_of(teacher))
+        assert [device.teacher for device in found] == [0 if alone else held for alone in samples]
+    [with_it] = memory_of_run(shape, True, options(TrainConfig, dtype, **given))
+    [without] = memory_of_run(shape, True, options(TrainConfig, dtype))
+    assert with_it.peak - without.peak == with_it.teacher > 0
+    assert [row for row in memory_table.table([replace(with_it, teacher=2**30)]).columns[0].cells if "teacher" in row]
+    warm = memory_of_run(shape, True, options(TrainConfig, dtype, **given | {"warm_start.steps": 1}))[0]
+    assert (warm.name, warm.teacher) == ("warm start", 0)
+    elsewhere = options(TrainConfig, dtype, **given | {"distill.url": "http://127.0.0.1:9/v1"})
+    assert memory_of_run(shape, True, elsewhere) == [without]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

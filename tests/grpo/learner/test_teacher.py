@@ -13,7 +13,7 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.config.options import ConfigError
 from grpo.learner.learner import Learner
-from grpo.learner.teacher import Teacher
+from grpo.learner.teacher import Teacher, TeacherPolicy
 from grpo.reward_models import check_teacher
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.train import train
@@ -65,10 +65,32 @@ def by_hand(policy, teacher, groups, scores, reward_weight, temperature):
     return {name: p.grad for name, p in policy.trunk.named_parameters() if p.grad is not None}, kl
 
 
+def top_by_hand(policy, teacher, groups, scores, reward_weight, temperature, k):
+    """The same with the KL over the teacher's k likeliest tokens and the rest, from whole distributions."""
+    total, kl = torch.zeros(()), 0.0
+    tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
+    weights = group_relative([score.rewards for score in scores])[0] * reward_weight
+    for group, row in zip(groups, weights, strict=True):
+        for completion, weight in zip(group.completions, row, strict=True):
+            ids, start = torch.tensor([group.prompt.token_ids + completion.token_ids]), len(group.prompt.token_ids)
+            p, q = (
+                (one.trunk(input_ids=ids, use_cache=False).logits[0, start - 1 : -1] / temperature).softmax(-1)
+                for one in (policy, teacher)
+            )
+            own, order = p.gather(-1, ids[0, start:, None]).log(), q.detach().argsort(-1, descending=True)
+            p, q = (x.gather(-1, order) for x in (p, q.detach()))
+            p, q = (torch.cat([x[:, :k], x[:, k:].sum(-1, keepdim=True)], -1) for x in (p, q))
+            divergence = (p * (p / q).log()).sum() / tokens
+            total, kl = total + divergence - (weight * own).sum() / tokens, kl + divergence.item()
+    total.backward()
+    return {name: p.grad for name, p in policy.trunk.named_parameters() if p.grad is not None}, kl
+
+
 @pytest.mark.parametrize("kind", ["deepseek", "llama"])
+@pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize(("reward_weight", "budget", "temperature"), [(0.0, 10_000, 1.0), (0.5, 12, 0.7)])
 def test_the_learners_gradient_is_that_of_transformers_own_forward(
-    random_policy, hf_policy, kind, reward_weight, budget, temperature
+    random_policy, hf_policy, kind, reward_weight, budget, temperature, top_k
 ):
     policy = random_policy(1)
     teacher = random_policy(2) if kind == "deepseek" else hf_policy("llama", 2)
@@ -76,9 +98,11 @@ def test_the_learners_gradient_is_that_of_transformers_own_forward(
     scores[1].rewards[:] = [0.5] * 3  # tied: nothing for the score, everything for the teacher
     copies = copy.deepcopy(policy)
     before = copy.deepcopy(teacher.trunk.state_dict())
-    learner = learner_of(policy, Teacher(teacher, reward_weight), temperature, tokens_per_micro_batch=budget)
+    taught = Teacher(TeacherPolicy(teacher), reward_weight, top_k)
+    learner = learner_of(policy, taught, temperature, tokens_per_micro_batch=budget)
     metrics = learner.step(learner.prepare(groups, scores), 1)
-    expected, kl = by_hand(copies, teacher, groups, scores, reward_weight, temperature)
+    given = copies, teacher, groups, scores, reward_weight, temperature
+    expected, kl = by_hand(*given) if top_k is None else top_by_hand(*given, top_k)
     assert metrics["loss/teacher_kl"] == pytest.approx(kl, abs=1e-4)
     assert len(expected) > 10
     for name, gradient in expected.items():
@@ -106,8 +130,10 @@ def options_of(folders, micro_config, output, **given):
     return micro_config(output, **options | {"distill.teacher": str(folders / "teacher")} | given)
 
 
-def test_a_run_comes_nearer_to_its_teacher_and_goes_on_to_the_same_bits(folders, micro_config, tmp_path):
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_a_run_comes_nearer_to_its_teacher_and_goes_on_to_the_same_bits(folders, micro_config, tmp_path, top_k):
     options = {"steps": 12, "prompts_per_step": 8, "learner.learning_rate": 2e-2, "checkpoint.every": 6}
+    options["distill.top_k"] = top_k
     whole = train(options_of(folders, micro_config, tmp_path / "whole", **options))
     kl = [line["loss/teacher_kl"] for line in read_metrics(tmp_path / "whole") if "loss/teacher_kl" in line]
     assert len(kl) == 12

@@ -7,8 +7,10 @@ import time
 import pytest
 from huggingface_hub import constants
 
+from grpo.config.reward import RewardModelOptions
 from grpo.data.examples import load_examples
 from grpo.policy_source import check_model
+from grpo.reward_models import ModelRewards
 from policies.files import hub
 from policies.policy import AutoConfig, AutoTokenizer, PolicyError, read_config, read_tokenizer
 
@@ -109,3 +111,12 @@ def test_a_data_set_by_hub_id_says_so_too(online, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     with pytest.raises(ValueError, match=rf"dataset owner/data, train: .*\n{NOBODY} cannot be reached.*the cache"):
         load_examples("owner/data", "train")
+
+
+@pytest.mark.parametrize("kind", ["classifier", "perplexity"])
+def test_a_reward_model_by_hub_id_says_so_too(online, kind):
+    online(NOBODY)
+    with pytest.raises(ValueError, match="^reward_models: rm: model='owner/name' cannot be used: ") as error:
+        ModelRewards([RewardModelOptions(name="rm", model="owner/name", kind=kind)])
+    assert f"{NOBODY} cannot be reached (" in str(error.value)
+    assert "hf download owner/name --local-dir FOLDER" in str(error.value)
