@@ -16,7 +16,7 @@ import zstandard
 from grpo.config.json_file import read_objects, whole_lines
 from policies.files.atomic import write_file
 from rewards.group_score import GroupScore
-from rollout.group import RolloutGroup
+from rollout.group import RolloutGroup, ToolStats
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
@@ -158,8 +158,22 @@ def _rollout_fault(line: dict[str, Any]) -> str | None:
     for name, kind in (kinds | {"extras": dict}).items():
         if not isinstance(line.get(name), kind):
             return f"its {name!r} is {line.get(name)!r:.60}"
+    if "tools" in line and (fault := _episode_fault(line)):
+        return fault
     marks = {"reward": line.get("reward"), **line["parts"]}
     return next((f"its {name!r} is {mark!r:.60}" for name, mark in marks.items() if not _is_metric(mark)), None)
+
+
+def _episode_fault(line: dict[str, Any]) -> str | None:
+    turns, tools = line.get("turns"), line["tools"]
+    texts = [[turn.get("role"), turn.get("content")] for turn in turns or [] if isinstance(turn, dict)]
+    if not isinstance(turns, list) or len(texts) < len(turns) or any(type(text) is not str for text in sum(texts, [])):
+        return f"its 'turns' is {turns!r:.60}"
+    known = isinstance(tools, dict) and tools.keys() == ToolStats.__dataclass_fields__.keys()
+    failure = tools["failure"] if known else None
+    if not known or not _is_metric(tools["reward"]) or not (failure is None or {"kind", "message"} <= set(failure)):
+        return f"its 'tools' is {tools!r:.60}"
+    return None
 
 
 def rollout_path(output_dir: Path, step: int) -> Path:
