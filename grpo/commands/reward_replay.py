@@ -107,7 +107,7 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
                     | {name: [_environment_reward(line) for line in group] for name in acted}
                     for group in groups
                 ],
-                turns=[[line["turns"] for line in group] if "turns" in group[0] else None for group in groups],
+                turns=[[line.get("turns", []) for line in group] if "turns" in group[0] else None for group in groups],
             )
             before = [[_recorded(line, against) for line in group] for group in groups]
             after = [score.rewards for score in scores]

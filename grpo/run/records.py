@@ -166,14 +166,17 @@ def _rollout_fault(line: dict[str, Any]) -> str | None:
 
 def _episode_fault(line: dict[str, Any]) -> str | None:
     turns, tools = line.get("turns"), line["tools"]
-    texts = [[turn.get("role"), turn.get("content")] for turn in turns or [] if isinstance(turn, dict)]
-    if not isinstance(turns, list) or len(texts) < len(turns) or any(type(text) is not str for text in sum(texts, [])):
+    if not isinstance(turns, list) or not all(map(_is_message, turns)):
         return f"its 'turns' is {turns!r:.60}"
-    known = isinstance(tools, dict) and tools.keys() == ToolStats.__dataclass_fields__.keys()
-    failure = tools["failure"] if known else None
-    if not known or not _is_metric(tools["reward"]) or not (failure is None or {"kind", "message"} <= set(failure)):
+    if not isinstance(tools, dict) or tools.keys() != ToolStats.__dataclass_fields__.keys():
         return f"its 'tools' is {tools!r:.60}"
-    return None
+    failure = tools["failure"]
+    known = failure is None or (isinstance(failure, dict) and {"kind", "message"} <= failure.keys())
+    return None if known and _is_metric(tools["reward"]) else f"its 'tools' is {tools!r:.60}"
+
+
+def _is_message(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
 
 
 def rollout_path(output_dir: Path, step: int) -> Path:

@@ -50,8 +50,8 @@ class LoadedEnvironments:
 
         Keys of the request: `episode` (a name), `environment` (a key of `environments`), `columns`, `seeds` (of the
         group and of the rollout), `history` and `calls` ([[tool, arguments], ...]), and `ends`, which asks for the
-        reward and brings `turns`, the messages of the episode. The reply has `observation` (what `reset` gave), `results` [[text, whether the tool raised], ...],
-        `done`, and `reward`.
+        reward and brings `turns`, the messages of the episode. The reply has `observation` (what `reset` gave),
+        `results` [[text, whether the tool raised], ...], `done`, and `reward`.
 
         If memory runs out, all objects are dropped, and the episode is repeated alone: only what it needs itself is its
         failure.

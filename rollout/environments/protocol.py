@@ -21,11 +21,12 @@ The contract is TRL's (`environment_factory`, `tools`): a class without argument
 
 Methods may be async. What a tool raises is told to the policy as `{'error': '...'}`. Four things are ours. The random
 numbers of `random` and numpy follow from the rollout's key: all rollouts of a group begin alike, and then each has its
-own. An attribute `done` that is true ends the episode. A `get_reward` with a parameter `turns` gets the messages of the
-episode. An episode may be made anew at any time, with the same calls, so an environment must not depend on a clock or on
-what other episodes did.
+own. An attribute `done` that is true ends the episode. A `get_reward` with a parameter `turns` gets the messages of
+the episode. An episode may be made anew at any time, with the same calls, so an environment must not depend on a clock
+or on what other episodes did.
 
-A built-in environment has `pure = True` if its tools answer by their arguments alone. Demonstrations then have its answers.
+A built-in environment has `pure = True` if its tools answer by their arguments alone. Demonstrations then have its
+answers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tasks of the package `verifiers` (0.4) in TRL's contract: the tools of their toolsets are methods.
 
-The package itself lets a program of its own talk to an OpenAI endpoint, and starts a server for the tools. Here the tools
-are called in the worker process, and the messages of our episode become the trace that the task's rewards read.
+The package itself lets a program of its own talk to an OpenAI endpoint, and starts a server for the tools. Here the
+tools are called in the worker process, and the messages of our episode become the trace that the task's rewards read.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ class Verifiers:
 def verifiers(task: Any) -> type[Verifiers]:
     """The class of a `verifiers.v1.Task`, for `environment: my_environment.py:Search`. `task` may be a taskset's id.
 
-    The data need a column for each field of the task's data. Raises ImportError without the package, and ValueError for
-    a task that needs more than its toolsets: a runtime (a container), a `setup` or `finalize` of its own, several states.
+    The data need a column for each field of the task's data. Raises ImportError without the package, and ValueError
+    for a task that needs more than its toolsets: a container, a `setup` or `finalize`, a runtime, several states.
 
     >>> Search = verifiers("my_taskset")
     """
     try:
         from verifiers import v1
     except ImportError as error:
-        raise ImportError("a task of verifiers needs the package: pip install 'verifiers>=0.4,<0.5'") from error
+        raise ImportError("a task of verifiers needs the package: pip install 'quartet-rl[verifiers]'") from error
     kind = v1.task_type(task) if isinstance(task, str) else task
     toolsets = kind.toolsets(kind.config_type()())
     own = [name for name in ("setup", "finalize") if getattr(kind, name) is not getattr(v1.Task, name)]
@@ -74,7 +74,9 @@ def verifiers(task: Any) -> type[Verifiers]:
         "a state for each of several toolsets": sum(type(toolset.state) is not v1.State for toolset in toolsets) > 1,
     }.items():
         if there:
-            raise ValueError(f"task {kind.__name__} needs {what}, which only verifiers itself has; write a class instead")
+            raise ValueError(
+                f"task {kind.__name__} needs {what}, which only verifiers itself has; write a class instead"
+            )
     methods = {}
     for place, toolset in enumerate(toolsets):
         for name, tool in inspect.getmembers(type(toolset), inspect.isfunction):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 
 from grpo.cli import main
 from grpo.commands.reward_replay import replay
@@ -121,6 +122,34 @@ def test_its_tools_are_those_that_trl_finds():
     members = inspect.getmembers(IncrementEnv, predicate=inspect.isfunction)
     of_trl = [n for n, _ in members if n not in ("reset", "get_reward") and not n.startswith("_")]
     assert list(methods_of(IncrementEnv)) == of_trl == ["increment", "read"]
+
+
+TOOLS = {"calls": 1, "errors": 0, "bad_calls": 0, "reward": 1.0, "failure": None}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"turns": None}, "its 'turns' is None"),
+        ({"turns": [{"role": "assistant"}]}, "its 'turns' is "),
+        ({"turns": ["said"]}, "its 'turns' is "),
+        ({"tools": 3}, "its 'tools' is 3"),
+        ({"tools": {"reward": 1.0}}, "its 'tools' is "),
+        ({"tools": TOOLS | {"reward": "1"}}, "its 'tools' is "),
+        ({"tools": TOOLS | {"failure": 3}}, "its 'tools' is "),
+        ({"tools": TOOLS | {"reward": None, "failure": {"kind": "died", "message": "m"}}}, None),
+    ],
+)
+def test_a_damaged_record_of_an_episode_is_named(whole, tmp_path, damage, words):
+    [line, *_] = read_rollouts(whole, 1)
+    (tmp_path / "rollouts").mkdir()
+    written = zstandard.compress(json.dumps(line | damage).encode() + b"\n")
+    (tmp_path / "rollouts/step_000001.jsonl.zst").write_bytes(written)
+    if words is None:
+        assert read_rollouts(tmp_path, 1) == [line | damage]
+    else:
+        with pytest.raises(ValueError, match=f"line 1 is damaged: {words}"):
+            read_rollouts(tmp_path, 1)
 
 
 def test_a_run_brings_its_environment_to_eval_and_sample(whole, tmp_path):

@@ -105,7 +105,9 @@ def test_a_class_of_trl_runs_unchanged_in_both(model, micro_config, tmp_path):
         model=AutoModelForCausalLM.from_pretrained(model),
         processing_class=AutoTokenizer.from_pretrained(model),
         reward_funcs=watch,
-        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": q}], "question": q} for q in QUESTIONS]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": [{"role": "user", "content": q}], "question": q} for q in QUESTIONS]
+        ),
         environment_factory=IncrementEnv,
         args=GRPOConfig(
             str(tmp_path / "trl"),
@@ -147,4 +149,6 @@ def test_a_class_of_trl_runs_unchanged_in_both(model, micro_config, tmp_path):
     for line in lines:
         told = [turn["content"] for turn in line["turns"] if turn["role"] == "tool" and turn["name"] == "increment"]
         reached = int(told[-1]) if told else 0
-        assert line["parts"]["environment"] == float(reached == len(line["messages"][0]["content"].split(" Reach")[0]) % 5)
+        assert line["parts"]["environment"] == float(
+            reached == len(line["messages"][0]["content"].split(" Reach")[0]) % 5
+        )
