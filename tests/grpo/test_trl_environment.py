@@ -68,12 +68,13 @@ def model(tmp_path_factory) -> Path:
     length = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([ids + [tokenizer.pad_token_id] * (length - len(ids)) for ids, _ in rows])
     labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
-    for _ in range(80):
+    for step in range(250):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 250)
         loss = learned(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.1
+    assert loss < 0.03  # about a token in fifty is its own choice, 2 or 3: .02 nats
     folder = tmp_path_factory.mktemp("model")
     learned.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
