@@ -69,7 +69,7 @@ def word_games(split: str, seed: int = 0, *, count: int = COUNT) -> list[dict[st
         question = " ".join(words)
         if question in games or (hashlib.sha256(question.encode()).digest()[0] % 8 == 0) != (split == "heldout"):
             continue
-        word, possible, marks = rng.choice(words), words, []
+        word, possible, marks = rng.choice(words), words, list[str]()
         while word in possible and len(marks) < GUESSES:
             guess = rng.choice(possible)
             answer = _answer(words, guess, word)
