@@ -14,9 +14,9 @@ from grpo.data.examples import Example
 from grpo.learner.batch import PackedRow, Sample
 from policies.policy import Policy
 from rollout.environments.episodes import first_messages
-from rollout.environments.format import TurnFormat
-from rollout.environments.protocol import check, chosen, tools_of
-from rollout.group import Completion, Prompt, RolloutGroup
+from rollout.environments.format import Answers, TurnFormat
+from rollout.environments.protocol import answers_of, check, chosen, tools_of
+from rollout.group import Prompt, RolloutGroup, ToolStats
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
 REWARD = "environment_reward"  # the column that the reward `environment` reads
@@ -50,6 +50,7 @@ def environment_of(options: object) -> EnvironmentSpec | None:
         environments=tuple(environments.items()),
         max_turns=options.max_turns,
         timeout_s=options.tool_timeout_s,
+        memory_mb=options.tool_memory_mb,
         workers=options.tool_workers,
     )
 
@@ -65,6 +66,7 @@ class Actor:
         if environment is not None:
             check(environment, example.columns)
         self._forms: dict[tuple[str, tuple[int, ...]], TurnFormat] = {}
+        self._answers: dict[str, Answers | None] = {}
 
     @property
     def acts(self) -> bool:
@@ -79,14 +81,21 @@ class Actor:
         if not self.acts:
             return list(columns)
         return [
-            {**own, REWARD: [_reward(completion) for completion in group.completions]}
+            {**own, REWARD: [environment_reward(completion.tools) for completion in group.completions]}
             for own, group in zip(columns, groups, strict=True)
         ]
 
     def solution(self, prompt: Prompt, marked: str, tokenizer: PreTrainedTokenizerBase, stop: int) -> PackedRow:
-        """A solution whose marks are calls, `<<48/2=24>>`, as an episode to learn from. `reset` is not called."""
+        """A solution whose marks are calls, `<<48/2=24>>`, as an episode to learn from. `reset` is not called.
+
+        The results are the solution's own, or those of the tool where it is built in and `pure`, as in a rollout.
+        """
+        assert self.environment is not None
+        name = chosen(self.environment, prompt.columns)
+        if name not in self._answers:
+            self._answers[name] = answers_of(self.environment, name)
         form = self._form(prompt, tokenizer, (stop,))
-        ids, sampled = form.demonstration(marked)
+        ids, sampled = form.demonstration(marked, self._answers[name])
         return PackedRow(form.tools_prompt(first_messages(prompt, None)), [Sample(0, ids, sampled=sampled)])
 
     def begun(
@@ -111,9 +120,9 @@ class Actor:
         return self._forms[name, stops]
 
 
-def _reward(completion: Completion) -> float | str | None:
+def environment_reward(tools: ToolStats | None) -> float | str | None:
     """A number, None to abstain, or why the environment could not go on."""
-    if completion.tools is None:
+    if tools is None:
         return None
-    failure = completion.tools.failure
-    return completion.tools.reward if failure is None else f"{failure['kind']}: {failure['message']}"
+    failure = tools.failure
+    return tools.reward if failure is None else f"{failure['kind']}: {failure['message']}"

@@ -271,6 +271,7 @@ class Task:
             completion_columns=self.actor.added(columns, groups),
             trainer_state=self.trainer_state,
             messages=[group.prompt.messages for group in groups],
+            turns=[group.turns for group in groups],
         )
         self.models.record(scores, columns)
         self.verdicts.see_scores(scores)

@@ -209,14 +209,17 @@ def bind(function: Reward, arguments: Mapping[str, Any]) -> Reward:
 
 
 def text_of(completion: str | Messages) -> str:
-    """The text of a plain completion, or that of the last message of a chat completion.
+    """The text of a plain completion, or that of the policy's last message in a chat completion.
 
-    >>> text_of([{"role": "assistant", "content": "#### 42"}])
+    If no message is the policy's, it is the text of the last one.
+
+    >>> text_of([{"role": "assistant", "content": "#### 42"}, {"role": "tool", "name": "check", "content": "right"}])
     '#### 42'
     """
     if isinstance(completion, str):
         return completion
-    content = completion[-1]["content"] if completion else ""
+    said = [message for message in completion if message.get("role") == "assistant"] or completion
+    content = said[-1].get("content") if said else ""
     if isinstance(content, list):  # content blocks
         return "".join(block.get("text", "") for block in content)
     return content or ""

@@ -91,6 +91,7 @@ class Scorer:
         trainer_state: Mapping[str, Any] | None = None,
         completion_columns: Sequence[Mapping[str, Sequence[Any]]] | None = None,
         messages: Sequence[Messages | None] | None = None,
+        turns: Sequence[Sequence[Messages] | None] | None = None,
     ) -> list[GroupScore]:
         """Score P groups of completions at once: prompts [P], completions [P][G], columns [P], prompt_ids [P].
 
@@ -98,26 +99,29 @@ class Scorer:
         [P][G][L] and `trainer_state` (JSON-able; functions get an object: `trainer_state.global_step`) are for
         functions that ask for them. `completion_columns` [P]{name: [G]} are columns with a value for every completion,
         such as a reward model's score; they replace a column of the same name. `messages` [P] are the chat messages of
-        the prompts, for functions with `chat`; without them the prompt is one message of the user. Raises RewardError
-        as described for the class.
+        the prompts, for functions with `chat`; without them the prompt is one message of the user. `turns` [P][G] are
+        the messages of completions that are episodes, for the same functions; without them a completion is one message
+        of the assistant. Raises RewardError as described for the class.
         """
         ids = [None] * len(prompts) if completion_ids is None else completion_ids
         own = [{}] * len(prompts) if completion_columns is None else completion_columns
         chats = [None] * len(prompts) if messages is None else messages
-        parts = (prompts, completions, columns, prompt_ids, ids, own, chats)
+        episodes = [None] * len(prompts) if turns is None else turns
+        parts = (prompts, completions, columns, prompt_ids, ids, own, chats, episodes)
         if len(set(map(len, parts))) > 1:
             raise RewardError(
-                "prompts, completions, columns, prompt_ids, completion_ids, completion_columns and messages "
+                "prompts, completions, columns, prompt_ids, completion_ids, completion_columns, messages and turns "
                 "have the lengths "
                 f"{', '.join(str(len(part)) for part in parts)}; give one of each per group"
             )
         groups = []
-        for prompt, texts, row, prompt_id, tokens, values, chat in zip(*parts, strict=True):
-            for name, there in {"completion_ids": tokens, **values}.items():
+        for prompt, texts, row, prompt_id, tokens, values, chat, episode in zip(*parts, strict=True):
+            for name, there in {"completion_ids": tokens, "turns": episode, **values}.items():
                 if there is not None and len(there) != len(texts):
                     raise RewardError(f"prompt {prompt_id!r}: {len(there)} {name}, {len(texts)} completions")
             tokens = None if tokens is None else [list(sample) for sample in tokens]
-            groups.append(Group(prompt, list(texts), row, prompt_id, tokens, values, chat))
+            said = None if episode is None else list(episode)
+            groups.append(Group(prompt, list(texts), row, prompt_id, tokens, values, chat, said))
         return self._score(groups, trainer_state, self._policy)
 
     def dry_run(

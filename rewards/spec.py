@@ -45,11 +45,15 @@ class Group:
     completion_ids: list[list[int]] | None
     completion_columns: Mapping[str, Sequence[Any]]
     messages: Messages | None = None  # of the prompt
+    turns: list[Messages] | None = None  # of each completion, where they are episodes
 
     def only(self, sample: int) -> Group:
         ids = None if self.completion_ids is None else [self.completion_ids[sample]]
         own = {name: [values[sample]] for name, values in self.completion_columns.items()}
-        return replace(self, completions=[self.completions[sample]], completion_ids=ids, completion_columns=own)
+        turns = None if self.turns is None else [self.turns[sample]]
+        return replace(
+            self, completions=[self.completions[sample]], completion_ids=ids, completion_columns=own, turns=turns
+        )
 
     def renamed(self, names: Mapping[str, str]) -> Group:
         """The group with the columns to which `names` maps parameters also under the parameters' names."""
@@ -95,7 +99,7 @@ class RewardFunction:
         request: dict[str, Any] = {
             "function": self.index,
             "prompts": [(group.messages if self.spec.chat else None) or group.prompt for group in groups],
-            "completions": [group.completions for group in groups],
+            "completions": [(group.turns if self.spec.chat else None) or group.completions for group in groups],
             "columns": {
                 name: [self._value(group, name) for group in groups] for name in names if name not in per_completion
             },

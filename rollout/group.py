@@ -119,12 +119,21 @@ class Completion:
     @property
     def answer(self) -> str:
         """What a reward reads: the text, or that of the policy's last turn where there were tools."""
-        said = [message["content"] for message in self.turns if message["role"] == "assistant"]
-        return said[-1] if said else self.text
+        return answer_of(self.text, self.turns)
 
     @property
     def version_of_tokens(self) -> list[int]:
         return self.versions or [self.policy_version] * len(self.token_ids)
+
+
+def answer_of(text: str, turns: list[dict[str, Any]]) -> str:
+    """The text of the policy's last turn, or `text` without turns.
+
+    >>> answer_of("4.5>>5", [{"role": "tool", "content": "4.5"}, {"role": "assistant", "content": "5"}])
+    '5'
+    """
+    said = [message["content"] for message in turns if message["role"] == "assistant"]
+    return said[-1] if said else text
 
 
 def tokens_per_forward(completions: Iterable[Completion]) -> float | None:
@@ -152,3 +161,8 @@ class RolloutGroup:
     def texts(self) -> list[str]:
         """What rewards read, see `Completion.answer`."""
         return [completion.answer for completion in self.completions]
+
+    @property
+    def turns(self) -> list[list[dict[str, Any]]] | None:
+        """What rewards with `chat: true` read of episodes: the messages of each. None without tools."""
+        return [completion.turns for completion in self.completions] if any(c.tools for c in self.completions) else None

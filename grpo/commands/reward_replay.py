@@ -13,10 +13,12 @@ from grpo.config.reward_commands import ReplayConfig
 from grpo.config.yaml_file import read_yaml
 from grpo.data.examples import Example, examples_of
 from grpo.run.records import read_rollouts, recorded_steps, split_groups
+from grpo.sampling import REWARD, environment_reward
 from rewards.group_score import RewardFailure, mean
 from rewards.protocol import did_you_mean
 from rewards.registry import find_reward
 from rewards.scorer import RewardSpec, Scorer
+from rollout.group import ToolStats, answer_of
 
 SCORE = "score"  # the weighted sum, not one reward's value
 
@@ -77,7 +79,8 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
     examples = {example.example_id: example for example in _examples(settings)}
     against = _against(config.against, spec.label, list(read_rollouts(run, steps[0])[0]["parts"]))
     models = [model["name"] for model in settings.get("reward_models", [])]  # whose scores are in the record
-    columns = [*next(iter(examples.values())).columns, *models]
+    acted = [REWARD] if settings.get("environment") or settings.get("tools") else []
+    columns = [*next(iter(examples.values())).columns, *models, *acted]
     result = Replay(str(run), function, against)
     with Scorer(
         [spec],
@@ -92,15 +95,18 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
             rows = [_columns(examples, group[0], settings["data"]["name"]) for group in groups]
             scores = scorer.score(
                 [group[0]["prompt"] for group in groups],
-                [[line["text"] for line in group] for group in groups],
+                [[answer_of(line["text"], line.get("turns", [])) for line in group] for group in groups],
                 rows,
                 prompt_ids=[group[0]["prompt_id"] for group in groups],
                 completion_ids=[[line["token_ids"] for line in group] for group in groups],
                 messages=[group[0].get("messages") for group in groups],
                 trainer_state={"global_step": step - 1, "max_steps": settings["steps"], "epoch": 0.0},
                 completion_columns=[
-                    {name: [_number(line["extras"].get(name)) for line in group] for name in models} for group in groups
+                    {name: [_number(line["extras"].get(name)) for line in group] for name in models}
+                    | {name: [_environment_reward(line) for line in group] for name in acted}
+                    for group in groups
                 ],
+                turns=[[line.get("turns", []) for line in group] if "turns" in group[0] else None for group in groups],
             )
             before = [[_recorded(line, against) for line in group] for group in groups]
             after = [score.rewards for score in scores]
@@ -173,6 +179,10 @@ def _columns(examples: dict[str, Example], line: dict[str, Any], data: str) -> d
 
 def _number(recorded: float | None) -> float:
     return float("nan") if recorded is None else recorded  # NaN is null in JSON
+
+
+def _environment_reward(line: dict[str, Any]) -> float | str | None:
+    return environment_reward(ToolStats(**line["tools"]) if "tools" in line else None)
 
 
 def _recorded(line: dict[str, Any], against: str) -> float | None:

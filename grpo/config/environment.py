@@ -21,6 +21,9 @@ class EnvironmentOptions(Options):
     """Turns that the policy may take in one completion. The calls of the last one are made, and nothing follows."""
     tool_timeout_s: float = Field(default=10.0, gt=0)
     """Seconds that the calls of one turn may take; then the process of the tool is killed (see reward.on_error)."""
+    tool_memory_mb: int | None = Field(default=None, ge=1)
+    """Most MiB of data that a process of tools may hold; null sets no limit. An episode that needs more fails alone
+    (see reward.on_error)."""
     tool_workers: int = Field(default=1, ge=1)
     """Processes that run tools, for each sampler."""
 

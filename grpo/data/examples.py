@@ -252,7 +252,7 @@ def _fault(row: Any, needed: list[str]) -> str | None:
         if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
             if fault := _fault_of_chat(value, "user" if column == needed[0] else "assistant"):
                 return f"{column!r} {fault}"
-            value = text_of(value)
+            value = text_of(value[-1:])
         if value is None:
             return f"{column!r} is missing"
         if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -292,10 +292,10 @@ def _texts(values: Iterable[Any]) -> Iterable[Any]:
 def _example(example_id: str, row: dict[str, Any], prompt_column: str, solution_column: str | None) -> Example:
     asked, solution = row[prompt_column], ""
     messages = asked if isinstance(asked, list) else None
-    question = text_of(messages) if messages else str(asked)
+    question = text_of(messages[-1:]) if messages else str(asked)
     columns = {"question": question, **row, prompt_column: messages or question}
     if solution_column is not None:
         found = row[solution_column]
-        solution = text_of(found) if isinstance(found, list) else str(found)
+        solution = text_of(found[-1:]) if isinstance(found, list) else str(found)
         columns = {"answer": solution, **columns, solution_column: solution}
     return Example(example_id, question, clean_solution(solution), columns, messages)

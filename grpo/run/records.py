@@ -16,7 +16,7 @@ import zstandard
 from grpo.config.json_file import read_objects, whole_lines
 from policies.files.atomic import write_file
 from rewards.group_score import GroupScore
-from rollout.group import RolloutGroup
+from rollout.group import RolloutGroup, ToolStats
 
 
 def check_run(folder: Path) -> Path:
@@ -181,8 +181,25 @@ def _rollout_fault(line: dict[str, Any]) -> str | None:
     for name, kind in (kinds | {"extras": dict}).items():
         if not isinstance(line.get(name), kind):
             return f"its {name!r} is {line.get(name)!r:.60}"
+    if "tools" in line and (fault := _episode_fault(line)):
+        return fault
     marks = {"reward": line.get("reward"), **line["parts"]}
     return next((f"its {name!r} is {mark!r:.60}" for name, mark in marks.items() if not _is_metric(mark)), None)
+
+
+def _episode_fault(line: dict[str, Any]) -> str | None:
+    turns, tools = line.get("turns"), line["tools"]
+    if not isinstance(turns, list) or not all(map(_is_message, turns)):
+        return f"its 'turns' is {turns!r:.60}"
+    if not isinstance(tools, dict) or tools.keys() != ToolStats.__dataclass_fields__.keys():
+        return f"its 'tools' is {tools!r:.60}"
+    failure = tools["failure"]
+    known = failure is None or (isinstance(failure, dict) and {"kind", "message"} <= failure.keys())
+    return None if known and _is_metric(tools["reward"]) else f"its 'tools' is {tools!r:.60}"
+
+
+def _is_message(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
 
 
 def rollout_path(output_dir: Path, step: int) -> Path:

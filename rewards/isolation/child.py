@@ -95,8 +95,8 @@ class LoadedReward:
         self.path, self.chat = path, chat
 
     def call(self, request: dict) -> dict:
-        """Score one batch. Keys of the request: prompts [P], completions [P][G], columns {name: [P]},
-        completion_columns {name: [P][G]}, and optionally completion_ids [P][G][L] and trainer_state."""
+        """Score one batch. Keys of the request: prompts [P], completions [P][G] (texts or messages), columns
+        {name: [P]}, completion_columns {name: [P][G]}, and optionally completion_ids [P][G][L] and trainer_state."""
         counts = [len(group) for group in request["completions"]]
         completions = _flat(request["completions"])
         prompts = _repeat(request["prompts"], counts)
@@ -104,7 +104,10 @@ class LoadedReward:
             prompts = [
                 [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts
             ]
-            completions = [[{"role": "assistant", "content": completion}] for completion in completions]
+            completions = [
+                [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+                for completion in completions
+            ]
         extras: dict[str, list] = {}
         metrics: dict[str, list[float]] = {}
 

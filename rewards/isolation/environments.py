@@ -50,9 +50,22 @@ class LoadedEnvironments:
 
         Keys of the request: `episode` (a name), `environment` (a key of `environments`), `columns`, `seeds` (of the
         group and of the rollout), `history` and `calls` ([[tool, arguments], ...]), and `ends`, which asks for the
-        reward. The reply has `observation` (what `reset` gave), `results` [[text, whether the tool raised], ...],
-        `done`, and `reward`.
+        reward and brings `turns`, the messages of the episode. The reply has `observation` (what `reset` gave),
+        `results` [[text, whether the tool raised], ...], `done`, and `reward`.
+
+        If memory runs out, all objects are dropped, and the episode is repeated alone: only what it needs itself is its
+        failure.
         """
+        try:
+            return self._reply(request)
+        except MemoryError:
+            self._episodes.clear()
+        try:
+            return self._reply(request)
+        except MemoryError as error:
+            return {"kind": "memory", "message": f"it needs more memory than its process may have ({error!s:.200})"}
+
+    def _reply(self, request: dict) -> dict:
         name, history = request["episode"], request["history"]
         episode = self._episodes.pop(name, None)
         try:
@@ -63,8 +76,8 @@ class LoadedEnvironments:
             results = [episode.call(tool, arguments) for tool, arguments in request["calls"]]
             reply = {"observation": episode.observation, "results": results, "done": episode.done}
             if request["ends"]:
-                return reply | {"reward": episode.reward()}
-        except KeyboardInterrupt:
+                return reply | {"reward": episode.reward(request.get("turns", []))}
+        except (KeyboardInterrupt, MemoryError):
             raise
         except BaseException as error:  # also SystemExit, since an environment must not end the worker
             return {"kind": "raised", "message": f"{type(error).__name__}: {error!s:.2000}"}
@@ -116,7 +129,7 @@ class _Episode:
         with self._randomness():
             try:
                 return str(self.loaded.wait(self.tools[tool](**arguments))), False
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, MemoryError):
                 raise
             except BaseException as error:
                 return str({"error": str(error)}), True
@@ -127,11 +140,14 @@ class _Episode:
         done = getattr(self.environment, "done", False)
         return not callable(done) and bool(done)
 
-    def reward(self) -> float | None:
-        if not hasattr(self.environment, "get_reward"):
+    def reward(self, turns: list[dict[str, Any]]) -> float | None:
+        """What `get_reward` gives, with `turns` where it has a parameter of that name."""
+        get_reward = getattr(self.environment, "get_reward", None)
+        if get_reward is None:
             return None
+        given = {"turns": turns} if "turns" in inspect.signature(get_reward).parameters else {}
         with self._randomness():
-            reward = self.loaded.wait(self.environment.get_reward())
+            reward = self.loaded.wait(get_reward(**given))
         return None if reward is None else float(reward)
 
     def _seed(self, seed: int) -> None:

@@ -115,7 +115,8 @@ def stuck_at(trace: str) -> str:
 class WorkerPool:
     """Runs requests on up to `size` workers. Several threads may call it; one call runs at a time.
 
-    `memory` limits the bytes of data of each worker (RLIMIT_DATA); beyond it a function gets a MemoryError.
+    `memory` limits the bytes of data of each worker (RLIMIT_DATA) in whole MiB, as `tool_memory_mb` says; beyond it a
+    function gets a MemoryError.
     """
 
     def __init__(
@@ -188,9 +189,8 @@ class WorkerPool:
             try:
                 worker.ask({"functions": self._functions}, START_TIMEOUT_S)
             except OSError as error:
-                raise RewardError(
-                    f"a worker for rewards or tools cannot start: {self._drop(worker)['message']}"
-                ) from error
+                why = self._drop(worker)["message"]
+                raise RewardError(f"a worker for rewards or tools cannot start: {why}{self._limit()}") from error
         return not any(worker.ready for worker in self._workers)
 
     def _dispatch(self, requests: Sequence[dict], waiting: deque[int], replies: list[dict | None]) -> None:
@@ -236,7 +236,10 @@ class WorkerPool:
                 worker.ready, self._signatures = True, reply["signatures"]
             else:
                 names = ", ".join(function["function"] for function in self._functions)
-                raise RewardError(reply.get("error") or f"loading {names} failed: {reply['message']}")
+                raise RewardError((reply.get("error") or f"loading {names} failed: {reply['message']}") + self._limit())
+
+    def _limit(self) -> str:
+        return f"; it may need more memory than tool_memory_mb={self._memory >> 20}" if self._memory else ""
 
     def _lose(self, worker: WorkerProcess, late: bool = False) -> dict:
         self._lost.append(worker.asked)

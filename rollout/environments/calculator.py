@@ -1,17 +1,15 @@
-"""A calculator for arithmetic, and what it makes of the marks in GSM8K's solutions."""
+"""A calculator for arithmetic, as the marks in GSM8K's solutions ask one."""
 
 from __future__ import annotations
 
 import ast
 import operator
-import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
 LONGEST = 200  # characters of an expression
 _LARGEST = 10**30  # no step of a calculation may give more
-_MARK = re.compile(r"<<([^<>]+?)=([^<>=]*)>>")
 _OPERATIONS: Mapping[type, Callable[[Fraction, Fraction], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -72,6 +70,8 @@ class Calculator:
     '24'
     """
 
+    pure = True
+
     def reset(self, **columns: Any) -> None:
         """Nothing is kept between problems."""
 
@@ -82,21 +82,3 @@ class Calculator:
             expression: Numbers with + - * / and brackets, such as 48/2.
         """
         return evaluate(expression)
-
-
-def recalculated(solution: str) -> str:
-    """A solution with GSM8K's marks, each with the result that the calculator gives, as a policy meets it in a rollout.
-
-    `TurnFormat.demonstration` makes an episode of it. A mark that the calculator refuses stays as it is.
-
-    >>> recalculated("He pays 2*1.50 = $<<2*1.50=3.00>>3.00.\n#### 3")
-    'He pays 2*1.50 = $<<2*1.50=3>>3.00.\n#### 3'
-    """
-
-    def again(mark: re.Match[str]) -> str:
-        try:
-            return f"<<{mark.group(1)}={evaluate(mark.group(1))}>>"
-        except ValueError:
-            return mark.group()
-
-    return _MARK.sub(again, solution)

@@ -186,11 +186,17 @@ class Episodes:
         return ids
 
     def _request(self, episode: Episode, calls: list[list[Any]], ends: bool = False) -> dict[str, Any]:
-        return episode.request | {"history": list(episode.history), "calls": calls, "ends": ends}
+        request = episode.request | {"history": list(episode.history), "calls": calls, "ends": ends}
+        return request | {"turns": episode.turns} if ends else request
 
     def finish(self, groups: Sequence[RolloutGroup]) -> None:
         """Complete the groups: turns, what was sampled, why the episode ended, and the environment's own reward."""
         completions = [completion for group in groups for completion in group.completions]
+        for episode, completion in zip(self.episodes, completions, strict=True):
+            if len(completion.token_ids) > max(episode.begins, episode.length):  # a turn that a limit has cut
+                rest = completion.token_ids[episode.begins :]
+                content = str(self.arena.tokenizer.decode(rest, skip_special_tokens=True))
+                episode.turns.append({"role": "assistant", "content": content})
         alive = [episode for episode in self.episodes if episode.stats.failure is None]
         replies = iter(self.arena.ask([self._request(episode, [], ends=True) for episode in alive]).result())
         for episode, completion in zip(self.episodes, completions, strict=True):
@@ -200,10 +206,6 @@ class Episodes:
                 stats.reward = reply.get("reward")
                 if "kind" in reply:
                     stats.failure = {"kind": reply["kind"], "message": reply["message"]}
-            if len(completion.token_ids) > max(episode.begins, episode.length):  # a turn that a limit has cut
-                rest = completion.token_ids[episode.begins :]
-                content = str(self.arena.tokenizer.decode(rest, skip_special_tokens=True))
-                episode.turns.append({"role": "assistant", "content": content})
             completion.finish_reason = episode.reason or completion.finish_reason
             completion.sampled = [True] * len(completion.token_ids)
             for start, end in episode.written:

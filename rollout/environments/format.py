@@ -11,7 +11,8 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from transformers.utils import get_json_schema
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Answers = Callable[[str, Mapping[str, Any]], str]
 LONGEST_CALL = 20_000  # characters; a longer call is refused before it is parsed
 _CLOSED_MARK = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")  # the model wrote call and result itself, so nothing is called
 _OPEN_MARK = re.compile(r"<<(.*)=", re.DOTALL)
@@ -164,11 +166,13 @@ class TurnFormat:
         marks = "".join(f"<<{self._mark(call)}=" for call in turn.calls)
         return [*self._encode(turn.content + marks), self._tokenizer.eos_token_id]
 
-    def demonstration(self, solution: str) -> tuple[list[int], list[bool]]:
+    def demonstration(self, solution: str, answers: Answers | None = None) -> tuple[list[int], list[bool]]:
         """A solution whose marks are calls, as an episode to learn from: its ids, and which of them the policy writes.
 
         A mark in one line such as `<<48/2=24>>` is a call and its result, in whatever form the model has. A mark that
-        is no call of one of the tools stays text. In the plain form the episode is the solution, word by word.
+        is no call of one of the tools stays text. With `answers` the result is what the tool gives (tool and arguments
+        to text), as in a rollout, and not the solution's; where the tool raises, it stays the solution's. In the plain
+        form the episode is otherwise the solution, word by word.
         """
         ids: list[int] = []
         sampled: list[bool] = []
@@ -179,6 +183,9 @@ class TurnFormat:
                 call = self._checked(*self._from_mark(said))
             except BadCall:
                 continue
+            if answers is not None:
+                with suppress(Exception):
+                    result = answers(call.name, call.arguments)
             turn = self.write(Turn(solution[start : mark.start()], (call,)))
             written = self.reply([(call.name, result)])
             ids += turn + written

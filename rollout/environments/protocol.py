@@ -19,10 +19,14 @@ The contract is TRL's (`environment_factory`, `tools`): a class without argument
         def get_reward(self) -> float:                             # optional
             return self.score
 
-Methods may be async. What a tool raises is told to the policy as `{'error': '...'}`. Three things are ours. The random
+Methods may be async. What a tool raises is told to the policy as `{'error': '...'}`. Four things are ours. The random
 numbers of `random` and numpy follow from the rollout's key: all rollouts of a group begin alike, and then each has its
-own. An attribute `done` that is true ends the episode. An episode may be made anew at any time, with the same calls, so
-an environment must not depend on a clock or on what other episodes did.
+own. An attribute `done` that is true ends the episode. A `get_reward` with a parameter `turns` gets the messages of
+the episode. An episode may be made anew at any time, with the same calls, so an environment must not depend on a clock
+or on what other episodes did.
+
+A built-in environment has `pure = True` if its tools answer by their arguments alone. Demonstrations then have its
+answers.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from typing import Any
 
 from rewards.isolation.environments import OWN, load_class, load_function, methods_of
 from rewards.isolation.pool import WorkerPool
+from rollout.environments.format import Answers
 from rollout.sampling import EnvironmentSpec, SamplingParams, row_key
 
 COLUMN = "environment"  # of the data, where it chooses among several environments
@@ -95,8 +100,25 @@ def tools_of(spec: EnvironmentSpec, name: str) -> list[Callable[..., Any]]:
     return found
 
 
+def answers_of(spec: EnvironmentSpec, name: str) -> Answers | None:
+    """What the tools of a built-in environment that is `pure` answer to a call: tool and arguments. None for any other.
+
+    They are called in this process, so what they answer depends on the arguments alone. It raises what the tool raises.
+
+    >>> answers_of(EnvironmentSpec(environments=(("", "calculator"),)), "")("calculate", {"expression": "48/2"})
+    '24'
+    """
+    given = dict(spec.environments).get(name)
+    environment = load_class(BUILT_IN[given], "environment") if given in BUILT_IN else None
+    if environment is None or not getattr(environment, "pure", False):
+        return None
+    its = environment()
+    return lambda tool, arguments: str(getattr(its, tool)(**arguments))
+
+
 def open_workers(spec: EnvironmentSpec) -> WorkerPool:
-    """The processes in which tools run. Raises RewardError if something cannot be loaded there."""
+    """The processes in which tools run. Raises RewardError if something cannot be loaded there, or not with so little
+    memory."""
     environments = {name: path_of(spec, name) for name, _ in spec.environments}
     description = {
         "kind": "environments",
@@ -104,7 +126,8 @@ def open_workers(spec: EnvironmentSpec) -> WorkerPool:
         "tools": list(spec.tools),
         "environments": environments,
     }
-    pool = WorkerPool([description], size=spec.workers, timeout_s=spec.timeout_s)
+    memory = (spec.memory_mb or 0) << 20
+    pool = WorkerPool([description], size=spec.workers, timeout_s=spec.timeout_s, memory=memory)
     pool.run([])
     return pool
 
@@ -116,7 +139,9 @@ def check(spec: EnvironmentSpec, columns: Mapping[str, Any]) -> None:
     request = {"episode": "check", "environment": chosen(spec, columns), "columns": columns_of(spec, columns)}
     pool = open_workers(spec)
     try:
-        [reply] = run(pool, [request | {"seeds": [0, 0], "history": [], "calls": [], "ends": True}])
+        turns = [{"role": "assistant", "content": ""}]
+        begin = {"seeds": [0, 0], "history": [], "calls": [], "ends": True, "turns": turns}
+        [reply] = run(pool, [request | begin])
     finally:
         pool.close()
     if "kind" in reply:

@@ -1,7 +1,8 @@
 """A game in several turns that a tiny policy learns in minutes: find a word in a sorted list, in three guesses.
 
 The list has seven words. After each guess the policy reads whether the word comes before or after it. Who halves the
-list each time always wins; who guesses without reading wins 3 of 7 games.
+list each time always wins. Who guesses any word that is still possible wins 68 of 100 games, and who guesses without
+reading 3 of 7.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ class WordGame:
 def word_games(split: str, seed: int = 0, *, count: int = COUNT) -> list[dict[str, str]]:
     """Games with the keys `question` (the list), `word`, `answer` and `id`; a list of words is there once.
 
-    `answer` is a game to learn the form from, played by guesses at random, in the marks of
-    `TurnFormat.demonstration`. A hash of the list puts about one in eight into the split `heldout`, whatever the seed.
-    Raises ValueError for another split than `train` and `heldout`, and for more than 20,000 games.
+    `answer` is a game to learn the form from, in the marks of `TurnFormat.demonstration`. Each guess is drawn at random
+    from the words that are still possible. A hash of the list puts about one in eight into the split `heldout`,
+    whatever the seed. Raises ValueError for another split than `train` and `heldout`, and for more than 20,000 games.
 
     >>> game = word_games("train", count=1)[0]
     >>> game["question"], game["word"], game["answer"]
-    ('dog eel emu fly hog jay pig', 'hog', '<<fly=after>><<emu=after>><<jay=before>>')
+    ('dog eel emu fly hog jay pig', 'hog', '<<fly=after>><<jay=before>><<hog=yes>>')
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"word_game has no split {split!r}; use train or heldout")
@@ -68,10 +69,12 @@ def word_games(split: str, seed: int = 0, *, count: int = COUNT) -> list[dict[st
         question = " ".join(words)
         if question in games or (hashlib.sha256(question.encode()).digest()[0] % 8 == 0) != (split == "heldout"):
             continue
-        word, guesses = rng.choice(words), rng.sample(words, GUESSES)
-        if word in guesses:
-            guesses = guesses[: guesses.index(word) + 1]
-        marks = [f"<<{guess}={_answer(words, guess, word)}>>" for guess in guesses]
+        word, possible, marks = rng.choice(words), words, list[str]()
+        while word in possible and len(marks) < GUESSES:
+            guess = rng.choice(possible)
+            answer = _answer(words, guess, word)
+            marks.append(f"<<{guess}={answer}>>")
+            possible = [other for other in possible if _answer(words, guess, other) == answer != "yes"]
         games[question] = {
             "question": question,
             "word": word,

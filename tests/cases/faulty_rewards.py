@@ -87,6 +87,13 @@ def chat(prompts, completions, **_):
     return [float(completion[0]["content"] == "yes") for completion in completions]
 
 
+def messages(completions, **_):
+    """How many messages each has."""
+    if any(completion[0]["content"] == "raise" for completion in completions):
+        raise ValueError("boom")
+    return [float(len(completion)) for completion in completions]
+
+
 def everything(completions, completion_ids, answer, trainer_state, log_extra, log_metric, scale=1.0, **kwargs):
     log_extra("ids", completion_ids)
     log_metric("step", trainer_state.global_step)

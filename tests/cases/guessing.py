@@ -36,7 +36,7 @@ class Guess:
 
 
 class Slow(Guess):
-    """An async tool. The third rollout's second call hangs, dies or ends the episode, as the column `fate` says."""
+    """An async tool. The second call hangs, dies, ends the episode or needs memory, as the column `fate` says."""
 
     def reset(self, fate: str = "", **columns) -> str | None:
         super().reset()
@@ -55,6 +55,10 @@ class Slow(Guess):
             time.sleep(60)
         if len(self.guesses) == 2 and self.fate == "dies":
             os._exit(3)
+        if len(self.guesses) == 2 and self.fate == "hungry":
+            self.food = bytearray(4 << 30)
+        if len(self.guesses) == 2 and self.fate == "large":
+            self.food = bytearray(60 << 20)
         self.done = self.fate == "ends" and len(self.guesses) == 2
         return f" {number[:2]}"
 

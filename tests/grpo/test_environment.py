@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 
 from grpo.cli import main
+from grpo.commands.reward_replay import replay
 from grpo.config.inference import EvalConfig, defaults_of_run
 from grpo.config.options import load
+from grpo.config.reward_commands import ReplayConfig
 from grpo.config.run import TrainConfig
 from grpo.learner.learner import Learner
 from grpo.run.records import read_metrics, read_rollouts
@@ -31,7 +34,8 @@ class Eager(TurnFormat):
         number = sum(token_ids) % 4
         if number == 3:
             return Turn("done")
-        [tool, field] = {"increment": ("increment", "step"), "guess": ("guess", "number")}[next(iter(self._tools))]
+        tool = next(iter(self._tools))
+        field = {"increment": "step", "guess": "number", "calculate": "expression"}[tool]
         return Turn("", (Call(tool, {field: number if field == "step" else str(number)}),))
 
 
@@ -73,6 +77,44 @@ def test_contract_14_a_class_as_trl_documents_it_trains_unchanged(whole):
     assert "eval/part/environment" in metrics[0]
 
 
+CHAT = """
+def calls(prompts, completions, **_):
+    found = []
+    for prompt, messages in zip(prompts, completions):
+        assert prompt[-1]["role"] == "user" and messages[0]["role"] == "assistant"
+        assert " Reach " in prompt[-1]["content"] or len(messages) == 1  # the gold solution, before any episode
+        called = [call["function"]["arguments"]["step"] for m in messages for call in m.get("tool_calls", [])]
+        told = [m["content"] for m in messages if m["role"] == "tool" and m["name"] == "increment"]
+        assert told == [str(sum(called[: i + 1])) for i in range(len(told))]
+        found.append(len(told))
+    return found
+
+def last(completions, **_):
+    return [len(text) for text in completions]
+"""
+
+
+def test_rewards_read_all_messages_with_chat_and_the_last_turn_without(micro_config, tmp_path):
+    """As TRL passes them: the policy's messages with their `tool_calls`, and the tools'. A replay scores the same."""
+    (tmp_path / "mine.py").write_text(CHAT)
+    calls, last = f"{tmp_path}/mine.py:calls", f"{tmp_path}/mine.py:last"
+    given = {"environment": INCREMENT, "rollout.max_completion_tokens": 40, "steps": 1, "warm_start.steps": 0}
+    given |= {"rewards": [{"function": calls, "chat": True}, {"function": last}], "rollout.temperature": 1.3}
+    train(micro_config(tmp_path / "run", **given))
+    lines = read_rollouts(tmp_path / "run", 1)
+    for line in lines:
+        told = [turn["role"] for turn in line["turns"]].count("tool")
+        said = [turn["content"] for turn in line["turns"] if turn["role"] == "assistant"]
+        assert (line["parts"]["calls"], line["parts"]["last"]) == (told, len(said[-1]))
+    assert len({line["parts"]["calls"] for line in lines}) > 1
+    assert any(len(line["text"]) > line["parts"]["last"] for line in lines)
+    again = [replay(tmp_path / "run", calls, ReplayConfig(chat=True)), replay(tmp_path / "run", last, ReplayConfig())]
+    again.append(replay(tmp_path / "run", "environment", ReplayConfig()))
+    for result in again:
+        assert result.changes == result.failures == []
+    assert {result.against for result in again} == {"calls", "last", "environment"}
+
+
 def test_its_tools_are_those_that_trl_finds():
     from incrementing import IncrementEnv
 
@@ -81,6 +123,34 @@ def test_its_tools_are_those_that_trl_finds():
     members = inspect.getmembers(IncrementEnv, predicate=inspect.isfunction)
     of_trl = [n for n, _ in members if n not in ("reset", "get_reward") and not n.startswith("_")]
     assert list(methods_of(IncrementEnv)) == of_trl == ["increment", "read"]
+
+
+TOOLS = {"calls": 1, "errors": 0, "bad_calls": 0, "reward": 1.0, "failure": None}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"turns": None}, "its 'turns' is None"),
+        ({"turns": [{"role": "assistant"}]}, "its 'turns' is "),
+        ({"turns": ["said"]}, "its 'turns' is "),
+        ({"tools": 3}, "its 'tools' is 3"),
+        ({"tools": {"reward": 1.0}}, "its 'tools' is "),
+        ({"tools": TOOLS | {"reward": "1"}}, "its 'tools' is "),
+        ({"tools": TOOLS | {"failure": 3}}, "its 'tools' is "),
+        ({"tools": TOOLS | {"reward": None, "failure": {"kind": "died", "message": "m"}}}, None),
+    ],
+)
+def test_a_damaged_record_of_an_episode_is_named(whole, tmp_path, damage, words):
+    [line, *_] = read_rollouts(whole, 1)
+    (tmp_path / "rollouts").mkdir()
+    written = zstandard.compress(json.dumps(line | damage).encode() + b"\n")
+    (tmp_path / "rollouts/step_000001.jsonl.zst").write_bytes(written)
+    if words is None:
+        assert read_rollouts(tmp_path, 1) == [line | damage]
+    else:
+        with pytest.raises(ValueError, match=f"line 1 is damaged: {words}"):
+            read_rollouts(tmp_path, 1)
 
 
 def test_a_run_brings_its_environment_to_eval_and_sample(whole, tmp_path):
@@ -160,6 +230,26 @@ def test_a_warm_start_learns_calls_and_not_their_results(micro_config, tmp_path,
         [sample] = row.samples
         assert 0 < sample.num_sampled < len(sample.token_ids)
         assert sample.sampled[0]
+
+
+def test_a_warm_start_shows_what_the_calculator_writes(micro_config, tmp_path, monkeypatch):
+    """The solutions say 3.00 and 7, as GSM8K's may; the episode says what the policy will read."""
+    seen, step = [], Learner.sft_step
+
+    def spy(learner, rows, number):
+        seen.extend((row, learner.policy.tokenizer) for row in rows)
+        return step(learner, rows, number)
+
+    monkeypatch.setattr(Learner, "sft_step", spy)
+    solution = "He pays <<2*1.50=3.00>>3.00 and <<3+3=7>>7.\n#### 3"
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{i}?", "answer": solution}) + "\n" for i in range(8)))
+    given = {"environment": "calculator", "data.name": str(data), "data.limit": None, "warm_start.steps": 1, "steps": 1}
+    train(micro_config(tmp_path / "run", **given))
+    for row, tokenizer in seen:
+        [sample] = row.samples
+        written = [i for i, own in zip(sample.token_ids, sample.sampled, strict=True) if not own]
+        assert tokenizer.decode(written) == "3>>6>>"
 
 
 def test_without_tools_nothing_changes():

@@ -110,6 +110,8 @@ def test_bound_arguments_are_not_split_over_rows():
     [
         ("plain", "plain"),
         ([{"role": "assistant", "content": "chat"}], "chat"),
+        ([{"role": "assistant", "content": "said"}, {"role": "tool", "name": "t", "content": "written"}], "said"),
+        ([{"role": "user", "content": "asked"}, {"role": "assistant", "content": "answered"}], "answered"),
         ([{"role": "tool", "content": "4"}, {"role": "assistant", "content": "last"}], "last"),
         ([{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], "ab"),
         ([{"role": "assistant", "content": None}], ""),

@@ -281,6 +281,18 @@ def test_chat_functions_get_messages():
     assert score_one([mine("chat", chat=True)], ["yes", "no"]).rewards == [1.0, 0.0]
 
 
+def test_chat_functions_get_all_messages_of_an_episode():
+    """Also where a batch has failed and is scored again one by one. Other functions get the texts."""
+    told = {"role": "tool", "name": "t", "content": "4"}
+    turns = [[{"role": "assistant", "content": said}, *[told] * i] for i, said in enumerate(["a", "raise", "b"])]
+    specs = [mine("messages", chat=True), RewardSpec("regex_format", arguments={"pattern": "^x$"})]
+    with Scorer(specs, on_error="drop_sample") as scorer:
+        [score] = scorer.score(["p"], [["x", "y", "z"]], [{}], prompt_ids=["a"], turns=[turns])
+        assert score.parts == {"messages": [1.0, None, 3.0], "regex_format": [1.0, 0.0, 0.0]}
+        with pytest.raises(RewardError, match="1 turns, 3 completions"):
+            scorer.score(["p"], [["x", "y", "z"]], [{}], prompt_ids=["a"], turns=[turns[:1]])
+
+
 @pytest.mark.parametrize("on_error", ["abort", "drop_sample", "drop_group", "score=0"])
 def test_a_function_that_cannot_be_pickled(on_error):
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):

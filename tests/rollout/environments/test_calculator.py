@@ -9,9 +9,12 @@ from fractions import Fraction
 import pytest
 
 from policies.presets import small_tokenizer
-from rollout.environments.calculator import LONGEST, Calculator, evaluate, recalculated
+from rollout.environments.calculator import LONGEST, Calculator, evaluate
 from rollout.environments.format import Call, TurnFormat
+from rollout.environments.protocol import answers_of
+from rollout.sampling import EnvironmentSpec
 
+ANSWERS = answers_of(EnvironmentSpec(environments=(("", "calculator"),)), "")
 SOLUTION = "He has 48/2 = <<48/2=24>>24 left.\nThat is 24+1.5 = $<<24+1.5=25.50>>25.50.\n#### 25.50"
 
 
@@ -104,13 +107,12 @@ def test_the_tool_is_described_to_the_policy():
 
 
 def test_a_marked_solution_becomes_an_episode():
-    """Which tokens the tool writes: `24>>` and `25.5>>`. What the policy writes ends each turn with the stop token."""
+    """Which tokens the tool writes: `24>>` and `25.5>>`, where the solution has 25.50. What the policy writes ends each
+    turn with the stop token."""
     tokenizer = small_tokenizer([SOLUTION] * 20)
     form = TurnFormat(tokenizer, [Calculator().calculate])
-    marked = recalculated(SOLUTION)
-    assert marked == SOLUTION.replace("=25.50>>", "=25.5>>")
-    ids, sampled = form.demonstration(marked)
-    assert tokenizer.decode(ids, skip_special_tokens=True) == marked
+    ids, sampled = form.demonstration(SOLUTION, ANSWERS)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == SOLUTION.replace("=25.50>>", "=25.5>>")
     assert tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if not own]) == "24>>25.5>>"
     turns = tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if own]).split("<|end|>")
     assert turns == [
@@ -127,7 +129,22 @@ def test_marks_that_are_no_calls_stay_text():
     ids, sampled = form.demonstration(text)
     assert form._tokenizer.decode(ids, skip_special_tokens=True) == text
     assert form._tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if not own]) == "4>>"
-    assert recalculated("so <<x+1=3>>3") == "so <<x+1=3>>3"
+
+
+def test_the_tools_answers_are_those_of_a_pure_environment_that_is_built_in():
+    form = TurnFormat(small_tokenizer([SOLUTION] * 20), [Calculator().calculate])
+    text = "so <<x+1=3>>3, <<2*1.50=3.00>>3"  # the calculator refuses the first
+    ids, sampled = form.demonstration(text, ANSWERS)
+    assert form._tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if not own]) == "3>>3>>"
+    ids, sampled = form.demonstration(text)
+    assert form._tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if not own]) == "3>>3.00>>"
+    for path in ("word_game", "python", f"{__file__}:Pure"):
+        assert answers_of(EnvironmentSpec(environments=(("", path),)), "") is None
+    assert answers_of(EnvironmentSpec(tools=(f"{__file__}:evaluate_twice",)), "") is None
+
+
+class Pure(Calculator):
+    """A user's class, which is not run in this process."""
 
 
 def evaluate_twice(expression: str) -> str:
@@ -142,14 +159,13 @@ def evaluate_twice(expression: str) -> str:
 def test_the_marks_of_gsm8k_are_calls(gsm8k_folder):
     """The calculator answers all 4,282 marks of the test set. 96 % of its answers are the marks' own, to the letter;
     the others are such as 27 for 27.00."""
-    from rollout.environments.calculator import _MARK
-
+    form = TurnFormat(small_tokenizer([SOLUTION] * 20), [Calculator().calculate])
     marks = same = unchanged = 0
     for line in (gsm8k_folder / "test.jsonl").read_text(encoding="utf-8").splitlines():
         solution = json.loads(line)["answer"]
-        found = _MARK.findall(solution)
+        found = re.findall(r"<<([^<>]+?)=([^<>=]*)>>", solution)
         assert len(found) == solution.count("<<")
         marks += len(found)
         same += sum(evaluate(expression) == result for expression, result in found)
-        unchanged += recalculated(solution) == solution
+        unchanged += form.demonstration(solution, ANSWERS) == form.demonstration(solution)
     assert (marks, same, unchanged) == (4282, 4126, 1256)

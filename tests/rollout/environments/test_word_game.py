@@ -98,4 +98,21 @@ def test_a_demonstration_is_a_game():
         marks = [f"<<{call.arguments['word']}={answer}>>" for call, answer in zip(calls, answers, strict=True)]
         assert "".join(marks) == game["answer"]
         won += played.get_reward()
-    assert 25 < won < 60
+    assert 55 < won < 80
+
+
+def test_demonstrations_guess_what_is_possible_and_win_two_of_three_games():
+    """With n words and g guesses, f(n, g) = 1/n + Σ over guesses k of ((k-1) f(k-1, g-1) + (n-k) f(n-k, g-1)) / n²;
+    f(7, 3) = .678."""
+
+    def wins(n: int, g: int) -> float:
+        if not n or not g:
+            return 0.0
+        return 1 / n + sum((k - 1) * wins(k - 1, g - 1) + (n - k) * wins(n - k, g - 1) for k in range(1, n + 1)) / n**2
+
+    assert wins(3, 2) == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
+    games = word_games("train", count=5000)
+    won = sum(game["answer"].endswith("=yes>>") for game in games) / 5000
+    assert won == pytest.approx(wins(7, 3), abs=0.02) == pytest.approx(0.678, abs=0.02)
+    firsts = [game["question"].split().index(game["answer"][2:5]) for game in games]
+    assert all(600 < firsts.count(place) < 830 for place in range(7))
