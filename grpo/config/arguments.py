@@ -54,6 +54,7 @@ SAMPLE = (
     _argument("--prompts", type=Path, metavar="FILE.jsonl|-", help=_WHAT),
     _json("groups and completions"),
 )
+SERVE = (_POLICY, _PRINT_CONFIG)
 REWARD_TEST = (_argument("function", **_FUNCTION), _json("what was found"))
 REWARD_REPLAY = (
     _argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it is touched"),
