@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_a_head_that_does_not_pay_off_still_reads_in_time(policy, monkeypatch):
         depths.append(serving.undrafted == 0)
         assert serving.live is None or int(serving.live.unread.max()) <= serving.unread
     drafts = [i for i, drafted in enumerate(depths) if drafted]
-    assert [b - a for a, b in zip(drafts, drafts[1:], strict=False)] == [UNREAD + 1] * (len(drafts) - 1)
+    assert [b - a for a, b in pairwise(drafts)] == [UNREAD + 1] * (len(drafts) - 1)
     assert len(drafts) == 2
     assert client.ids == alone(engine, client).token_ids
 
