@@ -41,9 +41,7 @@ _WHAT = "options from a file; the command line wins"
 TRAIN = (_argument("config", metavar="CONFIG.yaml", help=_WHAT, **_FILE), *_RUN)
 _WHAT = "options from a file (the command line wins), or the policy: a run or checkpoint folder, or a hub id"
 MTP = (_argument("config", metavar="CONFIG.yaml|MODEL", help=_WHAT, **_FILE), *_RUN)
-_WHAT = (
-    "a run, a checkpoint folder, a hub id, or http://HOST:PORT of a server; further ones are compared with the first"
-)
+_WHAT = "a run, a checkpoint, a hub id, or http://HOST:PORT of a server; further ones are compared with the first"
 EVAL = (
     _argument("policies", nargs="+", metavar="MODEL", help=_WHAT),
     _PRINT_CONFIG,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from grpo.config.policy import ModelOptions
 from grpo.config.sampling import SamplingOptions
@@ -37,3 +37,20 @@ class ServeConfig(SamplingOptions, ModelOptions):
     """Completions that may wait for a free row; a request for more is answered with status 429 and Retry-After."""
     shutdown_s: int = Field(default=30, ge=1)
     """Seconds that running requests have to finish after SIGTERM."""
+    replicas: int = Field(default=1, ge=1)
+    """Copies of the policy, each in a process with `threads` processors (1 by default), by Ray Serve where there are
+    several (extra `serve-ray`)."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Ray Serve begins more replicas when all batches are full, up to so many, and ends them again; null keeps
+    `replicas`."""
+
+    @property
+    def called(self) -> str:
+        """The name of the policy."""
+        return self.name or Path(self.model).name
+
+    @model_validator(mode="after")
+    def _more(self) -> ServeConfig:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas={self.max_replicas} is less than replicas={self.replicas}; raise it")
+        return self

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,13 +87,17 @@ def begin(config: ServeConfig, say: Callable[[str], None] = print) -> tuple[Any,
     params = replace(sampling_params(engines[0].policy, config, 1, 0), margin=config.margin)
     engines[0].check([], params)
     batcher = Batcher(engines[0], params, most_waiting=config.max_queue, wait_s=config.batch_wait_ms / 1e3)
-    served = Served(config.name or Path(config.model).name, batcher, params, source.meaning)
+    served = Served(config.called, batcher, params, source.meaning)
     return app(served, key, starts=partial(follower.keep_up, served) if follower else None), served
 
 
 def serve(config: ServeConfig, say: Callable[[str], None] = print) -> None:
     """Serve until a signal comes. Then no new request is taken, and those that run have `shutdown_s` seconds."""
     read_key(config)
+    if (config.max_replicas or config.replicas) > 1:
+        from grpo.serve.replicas import serve_replicas
+
+        return serve_replicas(config, say)
     listening, address = listen(config.host, config.port)
     with listening:
         application, served = begin(config, partial(print, file=sys.stderr, flush=True))
