@@ -155,12 +155,9 @@ class ServedPool:
 
 
 def refuse_what_the_server_decides(config: EvalConfig) -> None:
-    """Raises ValueError for options that only a policy in this process could follow."""
-    given = {
-        "draft_tokens": config.draft_tokens is not None,
-        "accept": config.accept != "exact",
-        "tools and environment": config.has_tools,
-    }
+    """Raises ValueError for options that only a policy in this process could follow. Drafts change no token, so that
+    `draft_tokens` has no effect."""
+    given = {"accept": config.accept != "exact", "tools and environment": config.has_tools}
     if wrong := [name for name, there in given.items() if there]:
         raise ValueError(
             f"{', '.join(wrong)}: the server at {config.model} decides that; give it to `quartet serve`, or evaluate "

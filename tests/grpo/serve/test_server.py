@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,17 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import uvicorn
+from serving_cases import Running, until
 
 from grpo.cli import main
 from grpo.config.options import load
 from grpo.config.serve import ServeConfig
-from grpo.listening import listen
 from grpo.policy_source import find_policy, load_found
 from grpo.serve import app as application
-from grpo.serve.app import app
 from grpo.serve.follow import Follower
-from grpo.serve.server import begin, load_engine, read_key
+from grpo.serve.server import load_engine, read_key
 from grpo.train import train
 from rollout.engine import Engine
 from rollout.group import Prompt
@@ -48,65 +45,6 @@ def model(random_policy, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("policies") / "micro"
     policy.save(folder)
     return str(folder)
-
-
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, model: str, **given) -> None:
-        options = {"model": model, "threads": 1, "draft_tokens": 2, "max_completion_tokens": 40} | given
-        self.application, self.served = begin(load(ServeConfig, None, options))
-        self.socket, self.address = listen("127.0.0.1", 0)
-        self.server = uvicorn.Server(uvicorn.Config(self.application, log_level="error", lifespan="on"))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
-        self.thread.start()
-
-    @property
-    def batcher(self):
-        return self.served.batcher
-
-    def ask(self, path: str, body=None, headers=None) -> tuple[int, dict, dict]:
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"} | (headers or {})
-        request = urllib.request.Request(f"http://{self.address}{path}", data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return response.status, json.loads(response.read()), dict(response.headers)
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read()), dict(error.headers)
-
-    def complete(self, prompt, **given) -> dict:
-        status, answer, _ = self.ask("/v1/completions", {"model": "micro", "prompt": prompt, "seed": 1} | given)
-        assert status == 200, answer
-        return answer
-
-    def stream(self, path: str, body: dict) -> list[dict]:
-        data = json.dumps({"model": "micro", "seed": 1, "stream": True} | body).encode()
-        request = urllib.request.Request(f"http://{self.address}{path}", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            events = response.read().decode().split("\n\n")
-        assert events[-2:] == ["data: [DONE]", ""]
-        return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
-
-    def begins(self, body: dict) -> socket.socket:
-        """A request whose answer nobody reads yet."""
-        data = json.dumps({"model": "micro", "prompt": "2 + 3", "max_tokens": 200, "seed": 2} | body).encode()
-        sent = socket.create_connection(self.address.split(":"))
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {self.address}\r\nContent-Type: application/json\r\n"
-        sent.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-        return sent
-
-    def end(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(60)
-        self.socket.close()
-
-
-def until(true, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -450,16 +388,10 @@ def test_a_run_that_goes_on_is_followed_and_an_answer_is_of_one_policy(tmp_path,
     config = load(ServeConfig, None, {"model": str(run), "threads": 1, "draft_tokens": 0, "name": "micro"})
     with pytest.raises(ValueError, match="is no run folder"):
         Follower(str(tmp_path), 2, load_engine, print)
-    _, served = begin(config)
-    said = []
+    server = Running(str(run), draft_tokens=0, name="micro")
+    served, said = server.served, []
     follower = Follower(str(run), 2, lambda source: load_engine(config, source, served.batcher.engine), said.append)
     answers = []
-    server = Running.__new__(Running)
-    server.served, server.application = served, app(served)
-    server.socket, server.address = listen("127.0.0.1", 0)
-    server.server = uvicorn.Server(uvicorn.Config(server.application, log_level="error", lifespan="on"))
-    server.thread = threading.Thread(target=server.server.run, kwargs={"sockets": [server.socket]})
-    server.thread.start()
     try:
         assert not follower.look(served)
         with ThreadPoolExecutor(1) as threads:
