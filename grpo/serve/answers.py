@@ -43,10 +43,11 @@ class Answer:
     def pieces(self, index: int, news: News) -> list[dict[str, Any]]:
         """The chunks of one round of one completion."""
         stream, completion, chunks = self.streams[index], news.completion, []
-        text = stream.add([token for token in news.token_ids if token not in self.stops])
-        if completion is not None:
+        if completion is None:
+            text = stream.add(news.token_ids)
+        else:  # its last tokens may complete a stop text, or be a stop token
             self.done[index] = completion
-            text += stream.finish(completion.text)
+            text = stream.finish(completion.text)
         ids, logprobs = self._without_stop(news.token_ids, news.logprobs)
         scored = self._logprobs(ids, logprobs) if self.asked.wants_logprobs and ids else None
         if self.is_chat and index not in self.opened:

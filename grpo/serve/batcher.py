@@ -61,7 +61,7 @@ class Batcher:
         self._new: list[Request] = []
         self._gone: list[Request] = []
         self._newer: Engine | None = None
-        self._waiting, self._closed = 0, False
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         self._thread.start()
 
@@ -76,17 +76,16 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        return self._waiting
+        return len(self._new) + sum(len(batch.asked) for batch in list(self._batches))
 
     def submit(self, requests: Sequence[Request]) -> None:
         """They join the batch. Raises Full, and then none of them does."""
         with self._changed:
-            free = max(0, self.engine.max_rows - self.rows)
-            if self._waiting + len(requests) > self.most_waiting + free:
+            free, waiting = max(0, self.engine.max_rows - self.rows), self.waiting
+            if waiting + len(requests) > self.most_waiting + free:
                 self.counts.refused += 1
-                raise Full(max(1, math.ceil(self._seconds * self._waiting / self.engine.max_rows)))
+                raise Full(max(1, math.ceil(self._seconds * waiting / self.engine.max_rows)))
             self._new += requests
-            self._waiting += len(requests)
             self._changed.notify()
 
     def cancel(self, requests: Sequence[Request]) -> None:
@@ -108,7 +107,7 @@ class Batcher:
         self._thread.join(30)
 
     def metrics(self) -> dict[str, int]:
-        return asdict(self.counts) | {"rows": self.rows, "waiting": self._waiting, "max_rows": self.engine.max_rows}
+        return asdict(self.counts) | {"rows": self.rows, "waiting": self.waiting, "max_rows": self.engine.max_rows}
 
     # ---- the thread ---------------------------------------------------------------------------------------------
 
@@ -124,8 +123,6 @@ class Batcher:
                     fresh = Serving(self.engine.decoder, self.params)
                     self._batches = [fresh if other is batch else other for other in self._batches]
             self._batches = [b for b in self._batches[:-1] if b.busy] + self._batches[-1:]
-            with self._changed:
-                self._waiting = len(self._new) + len(self._batches[-1].asked)
         for batch in self._batches:
             batch.give_up("the server has ended")
 

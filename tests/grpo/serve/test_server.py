@@ -32,9 +32,9 @@ from rollout.serving import Serving
 
 torch.set_num_threads(1)
 CHAT = (
-    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
+    "{% if tools %}tools: {{ tools | tojson }}{{ '\n' }}{% endif %}"
     "{% for m in messages %}{{ m.role }}: {{ m.content }}"
-    "{% for call in m.tool_calls or [] %}<<{{ call.function.arguments.x }}={% endfor %}\n{% endfor %}"
+    "{% for call in m.tool_calls or [] %}<<{{ call.function.arguments.x }}={% endfor %}{{ '\n' }}{% endfor %}"
 )
 
 
@@ -412,7 +412,7 @@ def test_a_run_that_goes_on_is_followed_and_an_answer_is_of_one_policy(tmp_path,
         assert not follower.look(served)
         assert not follower.look(served)
         assert "the policy from before stays" in said[1]
-        assert (len(said), served.batcher.counts.not_loaded) == (2, 2)
+        assert (len(said), served.batcher.counts.not_loaded) == (2, 1)  # it is said once
         assert server.ask("/health")[1]["policy_version"] == 3
     finally:
         server.end()
