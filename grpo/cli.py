@@ -80,6 +80,7 @@ def _commands() -> dict[str, Command]:
     from grpo.config.mtp import MtpConfig
     from grpo.config.reward_commands import ReplayConfig, RewardTestConfig
     from grpo.config.run import SftConfig, TrainConfig
+    from grpo.config.serve import ServeConfig
 
     return {
         "train": Command("GRPO, after an optional warm start", _run, arguments.TRAIN, TrainConfig),
@@ -87,6 +88,7 @@ def _commands() -> dict[str, Command]:
         "mtp": Command("teach the draft head what the policy says", _mtp, arguments.MTP, MtpConfig),
         "eval": Command("accuracy or mean reward of a policy on held-out problems", _eval, arguments.EVAL, EvalConfig),
         "sample": Command("completions of your own prompts", _sample, arguments.SAMPLE, SampleConfig),
+        "serve": Command("a policy for other programs, by OpenAI's API", _serve, arguments.SERVE, ServeConfig),
         "reward": Command("try a reward function, or score a run again with another one", _help),
         "reward test": Command(
             "gold, empty, wrong and hostile completions", _reward_test, arguments.REWARD_TEST, RewardTestConfig
@@ -252,6 +254,17 @@ def _sample(args: argparse.Namespace) -> int:
     summary.groups(sampled.groups, sampled.tokenizer)
     _write(args.json, {"groups": summary.groups_as_json(sampled.groups)})
     return fail(sampled.faults, EXIT_ERROR) if sampled.faults else 0
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from grpo.config.inference import defaults_of_run
+
+    config = _load(args, brought=defaults_of_run(Path(args.policy)) | {"model": args.policy})
+    if config is None:
+        return
+    from grpo.serve.server import serve
+
+    serve(config)
 
 
 def _convert(args: argparse.Namespace) -> None:

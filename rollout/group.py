@@ -74,7 +74,7 @@ class Completion:
     With tools it is an episode of several turns. `turns` are then its messages, the assistant's and the tools', and
     `sampled` [Lc] is false for tokens that a tool wrote, whose `logprobs` are 0. Both are empty without tools.
 
-    With stop strings, which only `quartet eval` and `quartet sample` have, they may end with the token that completed
+    With stop strings, which training does not have, they may end with the token that completed
     one, and `text` ends before the string.
 
     `logprobs[t]` scores `token_ids[t]` under the temperature-scaled policy that really sampled it (contract 2).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -77,6 +78,21 @@ class Results:
             self.routing = torch.full(shape, -1, dtype=torch.int16, device=experts.device)
         for i, row, length in zip(numbers, experts, lengths_P.tolist(), strict=True):
             self.prompt_routing[i] = row[:length].to(torch.int16).cpu()
+
+    def of(self, rows: Sequence[int]) -> Results:
+        """Of these completions alone, as copies."""
+        some = copy.copy(self)
+        for name, value in self._by_completion().items():
+            vars(some)[name] = value[list(rows)]
+        return some
+
+    def clear(self, rows: Sequence[int]) -> None:
+        """The places of these completions are for other ones from now on."""
+        for value in self._by_completion().values():
+            value[list(rows)] = 0
+
+    def _by_completion(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "steps"}
 
     def groups(
         self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, strings: StopStrings | None, version: int

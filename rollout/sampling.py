@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FULL_ROW = 1024  # vocabularies up to this size take a noise for every token
+Chosen = Tensor | slice  # which rows
 BLOCK = 256  # of larger ones a block of this many tokens is drawn first, then a token inside it
 
 
@@ -143,6 +144,10 @@ class Noise:
         """The noise of one of the places that each row has: [R, S, ...] -> [R, ...]."""
         return self._view(lambda x: x[:, place])
 
+    def of(self, rows: Chosen) -> Noise:
+        """The noise of some rows: [N, ...] -> [n, ...]."""
+        return self._view(lambda x: x[rows])
+
     def flatten(self) -> Noise:
         """[R, S, ...] -> [R · S, ...]."""
         return self._view(lambda x: x.flatten(0, 1))
@@ -171,15 +176,36 @@ class DraftVocabulary:
         self.members[self.block_K, within] = torch.arange(len(ids_K), device=ids_K.device)
 
 
+def by_temperature(temperature_N: Tensor, make: Callable[[float, Chosen], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What `make` gives for the rows of each temperature, called once for each; the results [N] are in row order.
+
+    A row thus gets the bits that it would get in a batch of its own temperature. `temperature_N` is float64, since a
+    temperature such as 0.7 would be another one in float32.
+
+    >>> by_temperature(torch.tensor([0.0, 1.0, 0.0]).double(), lambda t, rows: (torch.full((3,), t)[rows],))
+    (tensor([0., 1., 0.]),)
+    """
+    different = temperature_N.unique().tolist()
+    if len(different) == 1:
+        return make(different[0], slice(None))
+    rows = [(temperature_N == temperature).nonzero()[:, 0] for temperature in different]
+    found = zip(*map(make, different, rows), strict=True)
+    order = torch.cat(rows).argsort()
+    return tuple(torch.cat(parts)[order] for parts in found)
+
+
 def choose(
-    logits_NV: Tensor, temperature: float, noise: Noise, vocabulary: DraftVocabulary | None = None
+    logits_NV: Tensor, temperature: float | Tensor, noise: Noise, vocabulary: DraftVocabulary | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sampled token ids [N] and their log-probabilities [N] under softmax(logits / T); greedy ones are scored at T = 1.
 
     From a large vocabulary a block is drawn and then a token inside it, each as the largest perturbed log-probability.
     This is exact, since P(block) · P(token | block) = P(token), and needs a hundredth of the noise. With a draft
-    `vocabulary` the logits are those of its K tokens, and the noise is the same.
+    `vocabulary` the logits are those of its K tokens, and the noise is the same. `temperature` [N], float64, gives
+    every row its own.
     """
+    if isinstance(temperature, Tensor):
+        return by_temperature(temperature, lambda t, r: choose(logits_NV[r], t, noise.of(r), vocabulary))  # type: ignore[return-value]
     logits_NV = _scaled(logits_NV, temperature)
     if temperature == 0 or noise.flat:
         logits = logits_NV.float()
@@ -202,8 +228,12 @@ def choose(
     return ids[rows, best], p[rows, best].log()
 
 
-def pick(logits_NV: Tensor, temperature: float, noise: Noise, vocabulary: DraftVocabulary | None = None) -> Tensor:
+def pick(
+    logits_NV: Tensor, temperature: float | Tensor, noise: Noise, vocabulary: DraftVocabulary | None = None
+) -> Tensor:
     """The tokens of `choose` without their log-probabilities, for drafts."""
+    if isinstance(temperature, Tensor):
+        return by_temperature(temperature, lambda t, r: (pick(logits_NV[r], t, noise.of(r), vocabulary),))[0]
     if temperature and not noise.flat:
         return choose(logits_NV, temperature, noise, vocabulary)[0]
     best = _best_of_all(_scaled(logits_NV, temperature).float(), temperature, noise, vocabulary)
@@ -221,7 +251,9 @@ def _best_of_all(logits_NV: Tensor, temperature: float, noise: Noise, vocabulary
     return logits_NV.argmax(-1)
 
 
-def logprobs_of(logits_NV: Tensor, tokens_N: Tensor, temperature: float) -> Tensor:
+def logprobs_of(logits_NV: Tensor, tokens_N: Tensor, temperature: float | Tensor) -> Tensor:
     """Log-probability of given tokens [N] under softmax(logits / T); greedy ones are scored at T = 1."""
+    if isinstance(temperature, Tensor):
+        return by_temperature(temperature, lambda t, r: (logprobs_of(logits_NV[r], tokens_N[r], t),))[0]
     scaled = logits_NV.float() / (temperature or 1.0)
     return scaled.gather(1, tokens_N[:, None])[:, 0] - scaled.logsumexp(-1)

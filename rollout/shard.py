@@ -63,6 +63,7 @@ class Decoding:
         self.max_depth = self.controller.max_depth if self.controller else self.fixed_depth or 0
         # A forward writes S tokens after a row's end; only those that the row keeps are counted.
         self.room = params.max_completion_tokens + self.max_depth + 1
+        self.unread = self.room if self.max_depth else 0  # tokens of a row that the head may leave unread
         self.steps = torch.arange(self.room, device=self.device)
         self.strings = StopStrings(decoder.tokenizer, params.stop_strings) if params.stop_strings else None
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=self.device)
@@ -79,6 +80,23 @@ class Decoding:
     @property
     def done(self) -> bool:
         return self.ended_rows == len(self.results)
+
+    # What a row is sampled with. Here it is the same for all rows; requests that are served have their own.
+
+    def temperature(self, rows: Rows) -> float | Tensor:
+        return self.params.temperature
+
+    def limit(self, rows: Rows) -> int | Tensor:
+        """Most tokens of a completion."""
+        return self.params.max_completion_tokens
+
+    def key(self, number: int, sample: int) -> tuple[int, int]:
+        """Of the noise of one completion of the prompt with this number."""
+        prompt = self.prompts[number]
+        return row_key(self.params, prompt.prompt_id, prompt.first_sample + sample)
+
+    def stop_strings(self, index: int) -> StopStrings | None:
+        return self.strings
 
     def groups(self) -> list[RolloutGroup]:
         return self.results.groups(self.prompts, self.decoder.tokenizer, self.strings, self.decoder.version)
@@ -126,13 +144,13 @@ class Decoding:
             self.drafter.hold(Prefilled(torch.tensor(numbers, device=self.device), token_ids, hidden, lengths))
         self.admitted += len(prompts) * group
         last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
-        keys = [row_key(self.params, p.prompt_id, p.first_sample + i) for p in prompts for i in range(group)]
+        keys = [self.key(number, sample) for number in numbers for sample in range(group)]
         rows = Rows.start(
             torch.tensor([i * group + sample for i in numbers for sample in range(group)], device=self.device),
             torch.tensor(keys, dtype=torch.int32, device=self.device),
             lengths.repeat_interleave(group),
             last.repeat_interleave(group, dim=0),
-            unread=self.room if self.max_depth else 0,
+            unread=self.unread,
         )
         logits = self.trunk.logits(last).repeat_interleave(group, dim=0)[:, None]
         self._settle(rows, logits, last.repeat_interleave(group, dim=0)[:, None], None, None, self._noise(rows, 1))
@@ -147,11 +165,15 @@ class Decoding:
             self._go_on(live, self.episodes)
             live = self._count()
         if 0 < self.held <= len(live.alive) * 7 // 8:
-            kept = (live.alive | live.waits).nonzero()[:, 0]
-            self.live = live.select(kept)
-            self.cache.select(kept)
-            if self.drafter:
-                self.drafter.select(kept)
+            self._keep((live.alive | live.waits).nonzero()[:, 0])
+
+    def _keep(self, rows: Tensor) -> None:
+        """The others leave."""
+        assert self.live is not None
+        self.live = self.live.select(rows)
+        self.cache.select(rows)
+        if self.drafter:
+            self.drafter.select(rows)
 
     def _count(self) -> Rows:
         """Find the rows that ended, and ask the environments of those that ended a turn."""
@@ -162,7 +184,7 @@ class Decoding:
             rows = (live.alive & stopped & ~self.results.cut[live.index]).nonzero()[:, 0]
             ended = {int(i): self.results.token_ids[i, : self.results.counts[i]].tolist() for i in live.index[rows]}
             live.waits[rows] = torch.tensor(self.episodes.ask(ended), dtype=torch.bool, device=self.device)
-        live.alive = live.alive & ~stopped & (live.count < self.params.max_completion_tokens)
+        live.alive = live.alive & ~stopped & (live.count < self.limit(live))
         self.alive = int(live.alive.sum())
         self.held = self.alive + int(live.waits.sum())
         self.ended_rows = self.admitted - self.held
@@ -211,7 +233,9 @@ class Decoding:
         assert live is not None
         depth = self._depth(live)
         noise = self._noise(live, depth + 1)
-        drafts, confident = self.drafter.draft(live, depth, noise) if self.drafter and depth else (None, None)
+        drafts, confident = None, None
+        if self.drafter and depth:
+            drafts, confident = self.drafter.draft(live, depth, noise, self.temperature(live))
         inputs = live.last[:, None] if drafts is None else torch.cat([live.last[:, None], drafts], dim=1)
         positions = (live.prompt_length + live.count - 1)[:, None] + self.steps[: depth + 1]
         positions = positions.clamp(max=self.decoder.context - 1)  # no token past the context is kept
@@ -227,8 +251,8 @@ class Decoding:
         """The depth of the next drafts: at most what the row with the most room can still use."""
         if not self.max_depth:
             return 0
-        count = live.count if self.alive == len(live.count) else live.count[live.alive]
-        most = self.params.max_completion_tokens - int(count.min()) - 1
+        left = self.limit(live) - live.count
+        most = int((left if self.alive == len(left) else left[live.alive]).max()) - 1
         return self.controller.pick(self.alive, most) if self.controller else min(self.max_depth, most)
 
     def _noise(self, rows: Rows, places: int) -> Noise:
@@ -245,7 +269,7 @@ class Decoding:
         noise: Noise,
     ) -> Tensor:
         """Choose tokens, keep those up to the first draft that fails, and return how many each row kept [R]."""
-        targets, logprobs, accepted = self._choose(logits_RSV, drafts_RK, confident_RK, noise)
+        targets, logprobs, accepted = self._choose(live, logits_RSV, drafts_RK, confident_RK, noise)
         steps = self.steps[: targets.shape[1]]
         kept, stopped, cut = self._until_end(live, targets, accepted)
         taken = steps < kept[:, None]
@@ -268,10 +292,12 @@ class Decoding:
         return kept
 
     def _choose(
-        self, logits_RSV: Tensor, drafts_RK: Tensor | None, confident_RK: Tensor | None, noise: Noise
+        self, live: Rows, logits_RSV: Tensor, drafts_RK: Tensor | None, confident_RK: Tensor | None, noise: Noise
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The tokens [R, S] and their log-probabilities [R, S], and how many drafts of each row are accepted [R]."""
-        temperature, new = self.params.temperature, logits_RSV.shape[1]
+        temperature, new = self.temperature(live), logits_RSV.shape[1]
+        if isinstance(temperature, Tensor):
+            temperature = temperature.repeat_interleave(new)
         flat = logits_RSV.flatten(0, 1)
         targets, logprobs = (x.view(-1, new) for x in choose(flat, temperature, noise.flatten()))
         if drafts_RK is None:
@@ -286,26 +312,28 @@ class Decoding:
         self, live: Rows, targets_RS: Tensor, accepted_R: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """How many of its tokens each row keeps [R], which rows stop [R], and which of them at a stop string [R]."""
-        params, steps = self.params, self.steps[: targets_RS.shape[1]]
+        steps = self.steps[: targets_RS.shape[1]]
         kept = live.alive.long() if accepted_R is None else accepted_R + 1
-        kept = torch.minimum(kept, params.max_completion_tokens - live.count) * live.alive
+        kept = torch.minimum(kept, self.limit(live) - live.count) * live.alive
         is_stop = (targets_RS[..., None] == self.stops).any(-1) & (steps < kept[:, None])
         stopped = is_stop.any(1)
         kept = torch.where(stopped, is_stop.long().argmax(1) + 1, kept)
         if self.strings is None:
             return kept, stopped, None
-        kept, cut = self._until_strings(self.strings, live, targets_RS, kept, stopped)
+        kept, cut = self._until_strings(live, targets_RS, kept, stopped)
         return kept, stopped | cut, cut
 
     def _until_strings(
-        self, strings: StopStrings, live: Rows, targets_RS: Tensor, kept_R: Tensor, stopped_R: Tensor
+        self, live: Rows, targets_RS: Tensor, kept_R: Tensor, stopped_R: Tensor
     ) -> tuple[Tensor, Tensor]:
         """How many tokens each row keeps [R] up to its first stop string, and which rows [R] end with one."""
         kept, cut = kept_R.tolist(), [False] * len(kept_R)
         rows = zip(live.index.tolist(), live.count.tolist(), targets_RS.tolist(), stopped_R.tolist(), strict=True)
         for i, (index, count, targets, stopped) in enumerate(rows):
-            new = targets[: kept[i] - stopped]  # a stop token is no text
-            end = strings.end([*self.results.token_ids[index, :count].tolist(), *new], count) if new else None
+            new, strings = targets[: kept[i] - stopped], self.stop_strings(index)  # a stop token is no text
+            if not new or strings is None:
+                continue
+            end = strings.end([*self.results.token_ids[index, :count].tolist(), *new], count)
             if end is not None:
                 kept[i], cut[i] = end - count, True
         return torch.tensor(kept, device=self.device), torch.tensor(cut, device=self.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rollout.sampling import by_temperature
+
 
 def verify_draft(targets_RS: Tensor, drafts_RK: Tensor) -> Tensor:
     """How many drafts of each row the trunk accepts [R]: the leading ones that equal its own choice.
@@ -19,11 +21,13 @@ def verify_draft(targets_RS: Tensor, drafts_RK: Tensor) -> Tensor:
     return agree.cumprod(dim=1).sum(dim=1)
 
 
-def confident_drafts(logits_NV: Tensor, temperature: float, margin: float) -> Tensor:
+def confident_drafts(logits_NV: Tensor, temperature: float | Tensor, margin: float) -> Tensor:
     """Which drafts `accept: margin` takes [N]: log p(best) − log p(second best) > `margin` nats at the temperature.
 
     >>> confident_drafts(torch.tensor([[5.0, 1.0, 0.0], [1.0, 0.5, 0.0]]), temperature=1.0, margin=2.0)
     tensor([ True, False])
     """
+    if isinstance(temperature, Tensor):
+        return by_temperature(temperature, lambda t, rows: (confident_drafts(logits_NV[rows], t, margin),))[0]
     best, second = logits_NV.float().topk(2, dim=-1).values.unbind(-1)
     return (best - second) / (temperature or 1.0) > margin

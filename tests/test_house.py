@@ -25,13 +25,13 @@ FLOORS = (
     ("error_lines",),
     ("launch",),
     ("train",),
-    ("sft", "mtp", "commands", "view", "why", "trl_bridge"),
+    ("sft", "mtp", "commands", "view", "why", "serve", "trl_bridge"),
     ("ahead",),
     ("collector", "evaluation"),
     ("tied_steps", "task"),
     ("reward_models",),
     ("policy_source", "loop"),
-    ("agreement", "backend", "sampling", "publisher"),
+    ("agreement", "backend", "sampling", "publisher", "listening"),
     ("learner",),
     ("run",),
     ("data", "algorithm"),
@@ -237,6 +237,8 @@ def test_an_arrow_that_goes_up_is_found(tmp_path):
         ("what is a draft's cost?", "rollout/costs.py", "def measure("),
         ("where do rewards run?", "rewards/isolation/child.py", "def serve("),
         ("which room decides which policy a path means?", "grpo/policy_source.py", "def find_policy("),
+        ("where do requests join a batch?", "rollout/serving.py", "def _join("),
+        ("who answers 429?", "grpo/serve/batcher.py", "class Full("),
     ],
 )
 def test_a_newcomers_question_is_answered_by_one_file(question, file, answer):
@@ -351,7 +353,7 @@ def test_the_wheel_imports_from_an_empty_folder(wheel, tmp_path):
 
 def test_the_wheel_runs_its_command_from_an_empty_folder(wheel, tmp_path):
     usage = _python("-m", "grpo", "--help", cwd=tmp_path, path=wheel)
-    for command in ("sft", "train", "eval", "sample", "convert"):
+    for command in ("sft", "train", "eval", "sample", "serve", "convert"):
         assert command in usage
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert _python(str(wheel / "bin/quartet"), "--version", cwd=tmp_path, path=wheel) == f"quartet {version}\n"

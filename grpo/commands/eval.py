@@ -20,15 +20,18 @@ from grpo.data.examples import default_heldout_split
 from grpo.data.leakage import trained_on
 from grpo.evaluation.evaluate import Evaluation, both_ways, evaluate_ways
 from grpo.evaluation.perplexity import Perplexity, gold_perplexity
+from grpo.evaluation.served import is_address, open_served
 from grpo.policy_source import PolicySource, check_options, find_policy, known_context, load_found
 from grpo.run.console import progress_bars
 from grpo.run.memory_errors import phase
 from grpo.sampling import environment_of, sampling_params
 from grpo.task import Task
+from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.engine import RolloutError
 from rollout.group import RolloutGroup
-from rollout.pool import open_pool
+from rollout.pool import Pool, open_pool
+from rollout.sampling import SamplingParams
 
 COMPLETIONS = "completions.jsonl"
 
@@ -117,8 +120,9 @@ def evaluate_model(config: EvalConfig, console: Console, others: Sequence[str] =
 
     `others` are evaluated on the same problems later: what one of them was trained on is refused now.
     """
-    source = find_policy(config.model)
-    if source.checkpoint is None:
+    served = open_served(config) if is_address(config.model) else None
+    source = served.source if served else find_policy(config.model)
+    if not served and source.checkpoint is None:
         check_options(config.model_copy(update={"model": source.folder}))
     data = DataOptions(
         name=config.data,
@@ -126,9 +130,9 @@ def evaluate_model(config: EvalConfig, console: Console, others: Sequence[str] =
         **{name: getattr(config, name) for name in (*PromptOptions.model_fields, "holdout", "holdout_seed")},
     )
     split = data.split if config.holdout else config.split or default_heldout_split(config.data)
-    met = trained_on(source.folder)
-    refused = met.union(*(trained_on(find_policy(other).folder) for other in others))
-    context = known_context(source.folder) if source.checkpoint is None else None
+    met = frozenset() if served else trained_on(source.folder)
+    refused = met.union(*(trained_on(find_policy(other).folder) for other in others if not is_address(other)))
+    context = known_context(source.folder) if not served and source.checkpoint is None else None
     with Task(
         data,
         rewards_of(config),
@@ -145,18 +149,22 @@ def evaluate_model(config: EvalConfig, console: Console, others: Sequence[str] =
     ) as task:
         completions = CompletionsFile(config.output, task) if config.output else None
         write = completions.write if completions else None
-        policy = load_found(source, config)
-        task.check_lengths(policy, config.max_completion_tokens)
-        prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
-        sampling = sampling_params(policy, config, max(config.samples, 1), config.seed)
+        policy = None if served else load_found(source, config)
+        sampling = SamplingParams(
+            max(config.samples, 1), config.temperature, config.max_completion_tokens, seed=config.seed
+        )
+        if policy:
+            task.check_lengths(policy, config.max_completion_tokens)
+            prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
+            sampling = sampling_params(policy, config, sampling.group_size, config.seed)
+        else:
+            assert served is not None
+            prompts = [served.prompt(example, task.template) for example in task.heldout]
         sampling = replace(sampling, margin=config.margin, stop_strings=config.stop_strings)
         sampling = replace(sampling, environment=environment_of(config))
         asked = {"sampled": config.samples > 0, "greedy": config.greedy}
         ways = {way: params for way, params in both_ways(sampling).items() if asked[way]}
-        with phase("loading", config):
-            pool = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=config.prompts_per_batch)
-        if sampling.draft_tokens is None and policy.mtp is not None:
-            pool.use_costs(None, config.prompts_per_batch * sampling.group_size)  # else measured on the clock
+        pool = served or _open(policy, config, sampling)
         try:
             with phase("evaluating", config), progress_bars(console, enabled=True) as progress:
                 results = evaluate_ways(pool, task, prompts, ways, config.prompts_per_batch, progress, write)
@@ -167,22 +175,34 @@ def evaluate_model(config: EvalConfig, console: Console, others: Sequence[str] =
         finally:
             if completions:
                 completions.close()
-        stop = policy.stop_token_ids[0]
-        solutions = [task.solution(e, policy.tokenizer, stop) for e in task.heldout if e.solution]
         bleus = {name: _bleu(result, task) for name, result in results.items()}
         return ModelEvaluation(
             config=config,
-            source=source,
+            source=served.source if served else source,
             split=split,
             problems=len(prompts),
             trained_on=sum(fingerprint in met for fingerprint in task.fingerprints(task.heldout)),
             rewards=task.scorer.describe(),
             results={name: replace(result, bleu=bleus[name][0]) for name, result in results.items()},
-            perplexity=gold_perplexity(policy, solutions),
+            perplexity=_perplexity(policy, task) if policy else None,
             bleu_signature=next(signature for _, signature in bleus.values()),
             peak_memory_gib=peak_memory_gib(),
             no_accuracy=task.verdicts.note,
         )
+
+
+def _open(policy: Policy | None, config: EvalConfig, sampling: SamplingParams) -> Pool:
+    assert policy is not None
+    with phase("loading", config):
+        pool = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=config.prompts_per_batch)
+    if sampling.draft_tokens is None and policy.mtp is not None:
+        pool.use_costs(None, config.prompts_per_batch * sampling.group_size)  # else measured on the clock
+    return pool
+
+
+def _perplexity(policy: Policy, task: Task) -> Perplexity | None:
+    stop = policy.stop_token_ids[0]
+    return gold_perplexity(policy, [task.solution(e, policy.tokenizer, stop) for e in task.heldout if e.solution])
 
 
 def _bleu(result: Evaluation, task: Task) -> tuple[float | None, str | None]:

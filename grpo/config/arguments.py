@@ -42,7 +42,7 @@ _WHAT = "options from a file; the command line wins"
 TRAIN = (_argument("config", metavar="CONFIG.yaml", help=_WHAT, **_FILE), *_RUN)
 _WHAT = "options from a file (the command line wins), or the policy: a run or checkpoint folder, or a hub id"
 MTP = (_argument("config", metavar="CONFIG.yaml|MODEL", help=_WHAT, **_FILE), *_RUN)
-_WHAT = "a run folder, a checkpoint folder or a hub id; further ones are compared with the first, problem by problem"
+_WHAT = "a run, a checkpoint, a hub id, or http://HOST:PORT of a server; further ones are compared with the first"
 EVAL = (
     _argument("policies", nargs="+", metavar="MODEL", help=_WHAT),
     _PRINT_CONFIG,
@@ -55,6 +55,7 @@ SAMPLE = (
     _argument("--prompts", type=Path, metavar="FILE.jsonl|-", help=_WHAT),
     _json("groups and completions"),
 )
+SERVE = (_POLICY, _PRINT_CONFIG)
 REWARD_TEST = (_argument("function", **_FUNCTION), _json("what was found"))
 REWARD_REPLAY = (
     _argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it is touched"),

@@ -63,6 +63,8 @@ class EvalConfig(RewardsOptions, _UseOptions):
     """Sampling temperature of the sampled row; the greedy row has none."""
     prompts_per_batch: int = Field(default=32, ge=1)
     """Problems that are sampled together."""
+    api_key_file: Path | None = None
+    """MODEL may be the address of a server, http://HOST:PORT: a file with the key that it wants."""
     reward: ScoringOptions = ScoringOptions(on_error="drop_sample")
 
     @model_validator(mode="after")

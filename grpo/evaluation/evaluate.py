@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from statistics import fmean, median
+from typing import Protocol
 
 from rich.progress import Progress
 
@@ -22,6 +23,14 @@ from rollout.sampling import SamplingParams
 
 OnFinished = Callable[[int], None]
 OnBatch = Callable[[Sequence[RolloutGroup], Sequence[GroupScore]], None]
+
+
+class Sampler(Protocol):
+    """What an evaluation needs of a pool, or of a server (see served.py)."""
+
+    def sample(
+        self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
+    ) -> list[RolloutGroup]: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Evaluation:
 
 
 def evaluate(
-    pool: Pool,
+    pool: Sampler,
     task: Task,
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
@@ -179,7 +188,7 @@ def both_ways(sampling: SamplingParams) -> dict[str, SamplingParams]:
 
 
 def evaluate_ways(
-    pool: Pool,
+    pool: Sampler,
     task: Task,
     prompts: Sequence[Prompt],
     ways: Mapping[str, SamplingParams],

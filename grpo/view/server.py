@@ -9,13 +9,13 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from grpo.listening import listen
 from grpo.view.index import Index
 from grpo.view.page import ASSETS, PACKAGES, plotly, shell
 from grpo.view.run_files import RunFiles, finite
@@ -137,17 +137,8 @@ def view(folders: Sequence[Path], host: str, port: int, say: Callable[[str], Non
     application = app(Shown(folders), token)
     import uvicorn
 
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.socket(family)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(128)  # whoever opens the address at once waits for the server
-    except OSError as error:
-        raise OSError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from error
-    port = listening.getsockname()[1]
-    shown = f"[{host}]" if ":" in host else host
-    say(f"open http://{shown}:{port}/?token={token}   (Ctrl-C ends it)")
+    listening, address = listen(host, port)
+    say(f"open http://{address}/?token={token}   (Ctrl-C ends it)")
     with listening:
         server = uvicorn.Server(uvicorn.Config(application, log_level="error", lifespan="on"))
         server.run(sockets=[listening])

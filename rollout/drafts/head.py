@@ -47,16 +47,16 @@ class Drafter:
     def keep(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
         """The first `kept_R` of these tokens were verified; `hidden_RSD` are the states that precede them."""
         rows, at = live.every[:, None], live.unread[:, None] + self.steps[: tokens_RS.shape[1]]
-        at = at.clamp(max=self.room - 1)  # nothing is kept there
+        at = at.clamp(max=live.unread_tokens.shape[1] - 1)  # nothing is kept there
         live.unread_tokens[rows, at], live.unread_hidden[rows, at] = tokens_RS, hidden_RSD
         live.unread = live.unread + kept_R
 
     # ---- drafting -----------------------------------------------------------------------------------------------
 
-    def draft(self, live: Rows, depth: int, noise: Noise) -> tuple[Tensor, Tensor | None]:
+    def draft(self, live: Rows, depth: int, noise: Noise, temperature: float | Tensor) -> tuple[Tensor, Tensor | None]:
         """Drafts [R, k] of the head, chosen with the same noise that the trunk's choice will use; with
         `accept: margin` also which of them are taken unverified [R, k]."""
-        temperature, drafts, confident = self.params.temperature, [], []
+        drafts, confident = [], []
         out = self._catch_up(live)
         assert self.cache is not None
         for d in range(depth):

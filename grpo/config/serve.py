@@ -1,0 +1,56 @@
+"""Options of `quartet serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from grpo.config.policy import ModelOptions
+from grpo.config.sampling import SamplingOptions
+
+
+class ServeConfig(SamplingOptions, ModelOptions):
+    """A policy for other programs, by OpenAI's API. A run folder brings its temperature, limit and drafts."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on, by default this machine alone. Another one needs `api_key_file`."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """The port; 0 takes one that is free."""
+    name: str | None = None
+    """The name that requests call the policy by; null takes the last part of MODEL."""
+    api_key_file: Path | None = None
+    """A file with the key that clients must send, as `Authorization: Bearer KEY`."""
+    follow: bool = False
+    """Serve the newest checkpoint of a run that is still training, as soon as it is saved."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature of requests that name none; 0 is greedy."""
+    max_completion_tokens: int = Field(default=256, ge=1)
+    """Longest completion of requests that name no limit, in tokens."""
+    margin: float = Field(default=2.0, ge=0)
+    """accept: margin takes a draft whose best token leads the second by more than this many nats."""
+    max_batch_size: int = Field(default=32, ge=1)
+    """Completions that are decoded together; the others wait."""
+    batch_wait_ms: float = Field(default=50.0, ge=0)
+    """Milliseconds that a request may wait for others before it joins a running batch. An idle server does not wait."""
+    max_queue: int = Field(default=128, ge=1)
+    """Completions that may wait for a free row; a request for more is answered with status 429 and Retry-After."""
+    shutdown_s: int = Field(default=30, ge=1)
+    """Seconds that running requests have to finish after SIGTERM."""
+    replicas: int = Field(default=1, ge=1)
+    """Copies of the policy, each in a process with `threads` processors (1 by default), by Ray Serve where there are
+    several (extra `serve-ray`)."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Ray Serve begins more replicas when all batches are full, up to so many, and ends them again; null keeps
+    `replicas`."""
+
+    @property
+    def called(self) -> str:
+        """The name of the policy."""
+        return self.name or Path(self.model).name
+
+    @model_validator(mode="after")
+    def _more(self) -> ServeConfig:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas={self.max_replicas} is less than replicas={self.replicas}; raise it")
+        return self

@@ -1,0 +1,242 @@
+"""The server as an ASGI application. uvicorn serves it in one process, and Ray Serve mounts it in each replica."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from grpo.serve.answers import Answer, event
+from grpo.serve.api_error import ApiError
+from grpo.serve.asked import Asked, ChatAsked, CompletionAsked, read
+from grpo.serve.batcher import Full
+from grpo.serve.served import Job, Served
+from rollout.serving import News
+from rollout.serving import Request as Row
+
+MOST_BYTES, BODY_S = 1 << 24, 30.0  # of a body, and the seconds that it may take to arrive
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+
+class Wanted:
+    """The rows of one request: what they are told arrives in `news`, in the loop of the server."""
+
+    def __init__(self, served: Served, jobs: list[Job]) -> None:
+        self.served, self.loop = served, asyncio.get_running_loop()
+        self.queue: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
+        self.rows: list[Row] = [job.request(self._tell) for job in jobs]
+        try:
+            served.batcher.submit(self.rows)
+        except Full as full:
+            message = f"too many requests wait (at most {served.batcher.most_waiting}); try again in {full.retry_s} s"
+            headers = {"Retry-After": str(full.retry_s)}
+            raise ApiError(message, 429, code="rate_limit_exceeded", headers=headers) from None
+
+    def _tell(self, index: int, news: News) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, news))
+
+    async def news(self) -> AsyncIterator[tuple[int, News]]:
+        """Until every row has ended. Raises ApiError where one can get no more."""
+        ended = 0
+        while ended < len(self.rows):
+            index, news = await self.queue.get()
+            if news.error is not None:
+                raise ApiError(news.error, 503 if "has ended" in news.error else 500, code="decoding_failed")
+            if news.completion is not None:
+                ended += 1
+                if news.completion.finish_reason == "abort":
+                    raise ApiError("the policy's logits are not finite", 500, code="not_finite")
+            yield index, news
+
+    def leave(self) -> None:
+        """Nobody reads the rest: the rows are free."""
+        self.served.batcher.cancel(self.rows)
+
+
+class _Stream(StreamingResponse):
+    """A stream that frees its rows however it ends."""
+
+    def __init__(self, answer: Answer, wanted: Wanted) -> None:
+        super().__init__(self._events(answer, wanted), headers=HEADERS, media_type="text/event-stream")
+        self.wanted = wanted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except ClientDisconnect:
+            pass
+        finally:
+            self.wanted.leave()
+
+    @staticmethod
+    async def _events(answer: Answer, wanted: Wanted) -> AsyncIterator[bytes]:
+        try:
+            async for index, news in wanted.news():
+                for chunk in answer.pieces(index, news):
+                    yield event(chunk)
+        except ApiError as error:
+            yield event(error.body())
+            return
+        for chunk in answer.closing():
+            yield event(chunk)
+        yield event("[DONE]")
+
+
+def app(served: Served, key: str | None = None, *, starts: Callable[[], Awaitable[None]] | None = None) -> Starlette:
+    """The application. With a `key` every question about models needs it as `Authorization: Bearer KEY`; without one
+    only a request that names a loopback host is answered, so that no web page can ask by a name of its own.
+
+    `starts` runs beside the server until it ends.
+    """
+
+    def answering(kind: type[Asked]) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            _refuse_strangers(request, key)
+            if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+                raise ApiError("send the request as Content-Type: application/json", 415)
+            asked = read(kind, await _body(request))
+            jobs = await asyncio.to_thread(served.jobs, asked)
+            wanted = Wanted(served, jobs)
+            found = Answer(served, asked, jobs)
+            if asked.stream:
+                return _Stream(found, wanted)
+            try:
+                return await _whole(request, found, wanted)
+            finally:
+                wanted.leave()
+
+        return answer
+
+    def models(request: Request) -> Response:
+        _refuse_strangers(request, key)
+        name = request.path_params.get("name")
+        if name not in (None, served.name):
+            message = f"the model {name!r:.60} does not exist; here it is {served.name!r}"
+            raise ApiError(message, 404, param="model", code="model_not_found")
+        one = {"id": served.name, "object": "model", "created": 0, "owned_by": "quartet"}
+        one |= {"policy_version": served.batcher.engine.version, "meaning": served.meaning}
+        one |= {"max_model_len": served.context, "accept": served.defaults.accept}
+        return JSONResponse({"object": "list", "data": [one]} if name is None else one, headers=HEADERS)
+
+    def health(request: Request) -> Response:
+        alive = served.batcher.alive
+        state = {
+            "status": "ok" if alive else "the decoding thread has ended",
+            "policy_version": served.batcher.engine.version,
+        }
+        return JSONResponse(state, 200 if alive else 503, HEADERS)
+
+    def metrics(request: Request) -> Response:
+        _refuse_strangers(request, key)
+        return PlainTextResponse(prometheus(served), 200, HEADERS, "text/plain; version=0.0.4")
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        beside = asyncio.ensure_future(starts()) if starts else None
+        yield
+        if beside:
+            beside.cancel()
+        await asyncio.to_thread(served.batcher.close)
+
+    return Starlette(
+        routes=[
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", models),
+            Route("/v1/completions", answering(CompletionAsked), methods=["POST"]),
+            Route("/v1/chat/completions", answering(ChatAsked), methods=["POST"]),
+            Route("/health", health),
+            Route("/metrics", metrics),
+        ],
+        exception_handlers={ApiError: _said, HTTPException: _not_found, ClientDisconnect: _gone, Exception: _broken},
+        lifespan=lifespan,
+    )
+
+
+def prometheus(served: Served) -> str:
+    """What was counted, in the text form of Prometheus."""
+    lines = []
+    values = served.batcher.metrics() | {"policy_version": served.batcher.engine.version}
+    for name, value in values.items():
+        kind = "gauge" if name in ("rows", "waiting", "max_rows", "policy_version") else "counter"
+        lines += [f"# TYPE quartet_{name} {kind}", f'quartet_{name}{{accept="{served.defaults.accept}"}} {value}']
+    return "\n".join(lines) + "\n"
+
+
+async def _whole(request: Request, answer: Answer, wanted: Wanted) -> Response:
+    """The answer in one piece. The rows are given up where the client goes away before."""
+
+    async def collect() -> None:
+        async for index, news in wanted.news():
+            if news.completion is not None:
+                answer.done[index] = news.completion
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(collect()), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientDisconnect
+        tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+    return JSONResponse(answer.whole(), headers=HEADERS)
+
+
+async def _body(request: Request) -> bytes:
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                parts.append(part)
+                size += len(part)
+                if size > MOST_BYTES:
+                    raise ApiError(f"the body has more than {MOST_BYTES:,} bytes; shorten it", 413)
+    except TimeoutError:
+        raise ApiError(f"the body has not arrived within {BODY_S:g} s", 408) from None
+    return b"".join(parts)
+
+
+def _refuse_strangers(request: Request, key: str | None) -> None:
+    if key is not None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), key.encode()):
+            message = "the key is missing or wrong; send Authorization: Bearer KEY, with the key of --api_key_file"
+            raise ApiError(message, 401, code="invalid_api_key")
+        return
+    host = request.headers.get("host", "")
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    if name not in LOOPBACK:
+        raise ApiError(f"host {host!r:.60}: without a key only {LOOPBACK[0]} and {LOOPBACK[1]} are answered", 403)
+
+
+async def _said(_: Request, error: Any) -> Response:
+    return JSONResponse(error.body(), error.status, HEADERS | error.headers)
+
+
+async def _not_found(request: Request, error: Any) -> Response:
+    message = f"{request.method} {request.url.path}: {str(error.detail).lower()}"
+    return JSONResponse(ApiError(message, error.status_code).body(), error.status_code, HEADERS)
+
+
+async def _gone(_: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _broken(_: Request, error: Exception) -> Response:
+    message = f"the server has a fault: {type(error).__name__}; its standard error has more"
+    return JSONResponse(ApiError(message, 500).body(), 500, HEADERS)

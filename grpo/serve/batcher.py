@@ -1,0 +1,196 @@
+"""The thread that decodes what clients ask for, and what it counts."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from rollout.engine import Engine
+from rollout.sampling import SamplingParams
+from rollout.serving import News, Request, Serving
+
+
+class Full(Exception):
+    """Too many requests wait. `retry_s`: whole seconds after which it is worth trying again."""
+
+    def __init__(self, retry_s: int) -> None:
+        super().__init__(retry_s)
+        self.retry_s = retry_s
+
+
+@dataclass
+class Counts:
+    """What a server has done since it began. `row_rounds` / `rounds` are the rows of a mean round."""
+
+    completions: int = 0
+    completion_tokens: int = 0
+    cancelled: int = 0
+    refused: int = 0  # with 429
+    failed: int = 0
+    rounds: int = 0
+    row_rounds: int = 0
+    target_forwards: int = 0  # summed over completions, as the following
+    drafted: int = 0
+    accepted: int = 0
+    fallbacks: int = 0  # accept: margin; forwards with a draft that was not clear enough
+    policies: int = 1  # that were served, one after another
+    not_loaded: int = 0  # newer ones that could not be loaded
+
+
+class Batcher:
+    """Requests of one policy join its running batch between rounds.
+
+    Those that come while a batch is decoded wait for others for at most `wait_s`, or until they fill the free rows, as
+    each join copies the caches of all rows. At most `most_waiting` wait. `replace` gives a newer policy: the requests
+    that are decoded stay with the one that began them, and all others get the newer one.
+    """
+
+    def __init__(self, engine: Engine, params: SamplingParams, *, most_waiting: int, wait_s: float) -> None:
+        self.params, self.most_waiting, self.wait_s = params, most_waiting, wait_s
+        self.engine, self.counts = engine, Counts()
+        self._batches = [Serving(engine.decoder, params)]
+        self._since: float | None = None  # when the oldest of those that wait has come
+        self._seconds = 1.0  # that a completion takes, a moving mean
+        self._began: dict[Request, float] = {}
+        self._changed = threading.Condition()
+        self._new: list[Request] = []
+        self._gone: list[Request] = []
+        self._newer: Engine | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._closed
+
+    @property
+    def rows(self) -> int:
+        """Rows that are decoded now."""
+        return sum(len(batch.requests) for batch in list(self._batches))
+
+    @property
+    def waiting(self) -> int:
+        return len(self._new) + sum(len(batch.asked) for batch in list(self._batches))
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """They join the batch. Raises Full, and then none of them does."""
+        with self._changed:
+            free, waiting = max(0, self.engine.max_rows - self.rows), self.waiting
+            if waiting + len(requests) > self.most_waiting + free:
+                self.counts.refused += 1
+                raise Full(max(1, math.ceil(self._seconds * waiting / self.engine.max_rows)))
+            self._new += requests
+            self._changed.notify()
+
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """Nobody waits for these any more. Those that have ended already are left alone."""
+        with self._changed:
+            self._gone += requests
+            self._changed.notify()
+
+    def replace(self, engine: Engine) -> None:
+        with self._changed:
+            self._newer = engine
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread. Requests that are not finished are told so."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(30)
+
+    def metrics(self) -> dict[str, int]:
+        return asdict(self.counts) | {"rows": self.rows, "waiting": self.waiting, "max_rows": self.engine.max_rows}
+
+    # ---- the thread ---------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while self._take():
+            for batch in list(self._batches):
+                try:
+                    self._round(batch)
+                except Exception as error:  # memory may have run out: the others are told, and the next ones served
+                    given_up = batch.give_up(f"decoding failed: {type(error).__name__}: {error}")
+                    self.counts.failed += len(given_up)
+                    fresh = Serving(self.engine.decoder, self.params)
+                    self._batches = [fresh if other is batch else other for other in self._batches]
+            self._batches = [b for b in self._batches[:-1] if b.busy] + self._batches[-1:]
+        for batch in self._batches:
+            batch.give_up("the server has ended")
+
+    def _take(self) -> bool:
+        """Wait for something to do, and take over what others have left here. False at the end."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closed or self._new or self._gone or self._newer or any(b.busy for b in self._batches)
+            )
+            new, gone, newer = self._new, self._gone, self._newer
+            self._new, self._gone, self._newer = [], [], None
+            if self._closed:
+                for request in new:
+                    self._batches[-1].add(request)
+                return False
+        if newer is not None:
+            self._swap(newer)
+        now = time.monotonic()
+        for request in new:
+            self._began[request] = now
+            self._watch(request)
+            self._batches[-1].add(request)
+        if new and self._since is None:
+            self._since = now
+        for request in gone:
+            if self._began.pop(request, None) is not None:
+                self.counts.cancelled += 1
+                for batch in self._batches:
+                    batch.drop(request)
+        return True
+
+    def _swap(self, engine: Engine) -> None:
+        batch = Serving(engine.decoder, self.params)
+        batch.asked, self._batches[-1].asked = self._batches[-1].asked, batch.asked
+        self._batches.append(batch)
+        self.engine = engine
+        self.counts.policies += 1
+
+    def _round(self, batch: Serving) -> None:
+        if not batch.busy:
+            return
+        waited = self._since is not None and time.monotonic() - self._since >= self.wait_s
+        joins = not batch.requests or len(batch.asked) >= batch.free or waited
+        batch.round(join=joins)
+        if not batch.asked:
+            self._since = None
+        if batch.alive:
+            self.counts.rounds += 1
+            self.counts.row_rounds += batch.alive
+
+    def _watch(self, request: Request) -> None:
+        """Count its completion before the client gets it."""
+        tell = request.tell
+
+        def counted(news: News) -> None:
+            if (completion := news.completion) is not None:
+                draft, counts = completion.draft, self.counts
+                counts.completions += 1
+                counts.completion_tokens += len(completion.token_ids)
+                counts.target_forwards += draft.target_forwards
+                counts.drafted, counts.accepted = (
+                    counts.drafted + sum(draft.drafted),
+                    counts.accepted + sum(draft.accepted),
+                )
+                counts.fallbacks += draft.fallbacks
+                self._seconds += (time.monotonic() - self._began[request] - self._seconds) / 8
+            if completion is not None or news.error is not None:
+                self._began.pop(request, None)
+            tell(news)
+
+        request.tell = counted

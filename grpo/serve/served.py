@@ -1,0 +1,124 @@
+"""What is served: a policy with its tokenizer, and how a request becomes prompts and parameters of the sampler."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo.data.examples import Example, beyond_context
+from grpo.data.prompts import PromptTemplate, apply_chat_template, encode_prompt
+from grpo.serve.api_error import ApiError
+from grpo.serve.asked import Asked, ChatAsked, CompletionAsked
+from grpo.serve.batcher import Batcher
+from rollout.engine import RolloutError
+from rollout.group import Prompt
+from rollout.sampling import SamplingParams
+from rollout.serving import News, Request
+
+AS_IT_IS = PromptTemplate("{prompt}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One completion that is asked for, and its place among the choices."""
+
+    index: int
+    prompt: Prompt
+    params: SamplingParams
+
+    def request(self, tell: Callable[[int, News], None]) -> Request:
+        return Request(self.prompt, self.params, lambda news: tell(self.index, news))
+
+
+class Served:
+    """A policy under a name. `defaults` hold for what a request does not say.
+
+    `meaning` says what the policy is, such as "the newest checkpoint; the run has not ended".
+    """
+
+    def __init__(self, name: str, batcher: Batcher, defaults: SamplingParams, meaning: str) -> None:
+        self.name, self.batcher, self.defaults, self.meaning = name, batcher, defaults, meaning
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.batcher.engine.policy.tokenizer
+
+    @property
+    def context(self) -> int:
+        return self.batcher.engine.policy.max_length
+
+    def jobs(self, asked: Asked) -> list[Job]:
+        """The completions of a request. Raises ApiError for what cannot be sampled."""
+        if asked.model != self.name:
+            message = f"the model {asked.model!r:.60} does not exist; here it is {self.name!r}"
+            raise ApiError(message, 404, param="model", code="model_not_found")
+        texts, param = [], "prompt"
+        if isinstance(asked, ChatAsked):
+            texts, param = [self._chat(asked)], "messages"
+        elif isinstance(asked, CompletionAsked):
+            texts = [self._prompt(given, asked.prompt_id or "") for given in asked.prompt]
+        seed = secrets.randbits(31) if asked.seed is None else asked.seed
+        jobs = []
+        for prompt in texts:
+            params = self._params(asked, prompt, param, seed)
+            for sample in range(asked.completions):
+                jobs.append(Job(len(jobs), replace(prompt, first_sample=sample), params))
+        most = self.batcher.most_waiting
+        if len(jobs) > most:
+            raise ApiError(f"{len(jobs)} completions in one request; ask for at most {most}", param="n")
+        return jobs
+
+    def _params(self, asked: Asked, prompt: Prompt, param: str, seed: int) -> SamplingParams:
+        room, limit = self.context - len(prompt.token_ids), asked.limit
+        if room < (limit or 1):
+            raise ApiError(
+                f"the context is {self.context} tokens: the prompt has {len(prompt.token_ids)}, and the completion may "
+                f"have {limit or 1}; shorten one of them",
+                param=param,
+                code="context_length_exceeded",
+            )
+        params = replace(
+            self.defaults,
+            temperature=self.defaults.temperature if asked.temperature is None else asked.temperature,
+            max_completion_tokens=limit or min(self.defaults.max_completion_tokens, room),
+            stop_strings=tuple(asked.stop),
+            seed=seed,
+        )
+        try:
+            self.batcher.engine.check([prompt], params)
+        except (RolloutError, ValueError) as error:
+            raise ApiError(str(error), param=param, code="invalid_value") from None
+        return params
+
+    def _prompt(self, given: str | list[int], prompt_id: str) -> Prompt:
+        if not isinstance(given, str):
+            return Prompt(prompt_id, "", given)
+        self._refuse_long(given, "prompt")
+        try:
+            return encode_prompt(Example(prompt_id, given, "", {"prompt": given}), self.tokenizer, AS_IT_IS)
+        except ValueError as error:
+            raise ApiError(str(error), param="prompt", code="invalid_value") from None
+
+    def _chat(self, asked: ChatAsked) -> Prompt:
+        if not self.tokenizer.chat_template:
+            message = "the policy has no chat template; use /v1/completions, with the prompt as the policy knows it"
+            raise ApiError(message, param="messages", code="no_chat_template")
+        self._refuse_long("".join(message["content"] for message in asked.messages), "messages")
+        options: dict[str, Any] = {"tools": asked.tools} if asked.tools else {}
+        try:
+            text = apply_chat_template(
+                self.tokenizer, asked.messages, add_generation_prompt=True, tokenize=False, **options
+            )
+        except ValueError as error:
+            raise ApiError(str(error), param="messages", code="invalid_value") from None
+        ids = self.tokenizer.encode(str(text), add_special_tokens=False)
+        return Prompt(asked.prompt_id or "", str(text), ids, messages=asked.messages)
+
+    def _refuse_long(self, text: str, param: str) -> None:
+        """Before it is tokenised, which takes a second for a megabyte."""
+        if fault := beyond_context(text, self.context):
+            raise ApiError(f"{param} {fault}; shorten it", param=param, code="context_length_exceeded")

@@ -1,0 +1,116 @@
+"""`quartet serve`: a policy behind an address, by uvicorn in one process or by Ray Serve in several."""
+
+from __future__ import annotations
+
+import ipaddress
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from grpo.config.serve import ServeConfig
+from grpo.listening import listen
+from grpo.policy_source import PolicySource, check_options, find_policy, load_found
+from grpo.run.memory_errors import phase
+from grpo.sampling import sampling_params
+from rollout.engine import Engine
+
+if TYPE_CHECKING:
+    from grpo.serve.served import Served
+
+PACKAGES = "quartet serve needs the packages of the extra serve: pip install 'quartet-rl[serve]'"
+
+
+def read_key(config: ServeConfig) -> str | None:
+    """The key that clients must show. Raises ValueError for another address than loopback without one."""
+    if config.api_key_file is None:
+        if not _is_loopback(config.host):
+            raise ValueError(
+                f"host={config.host!r} lets other machines in; give a file with a key, --api_key_file FILE, or leave "
+                "--host out"
+            )
+        return None
+    if not config.api_key_file.is_file():
+        raise ValueError(f"api_key_file={config.api_key_file}: there is no such file; write the key into it")
+    key = config.api_key_file.read_text(encoding="utf-8").strip()
+    if len(key) < 8 or not key.isascii() or not key.isprintable():
+        raise ValueError(
+            f"api_key_file={config.api_key_file}: a key has 8 printable ASCII characters or more, in one line"
+        )
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def load_engine(config: ServeConfig, source: PolicySource, like: Engine | None = None) -> Engine:
+    """An engine with the policy of `source`. Its depth controller takes the costs of the engine `like` it, or measures
+    them."""
+    policy = load_found(source, config)
+    with phase("loading", config):
+        costs = like.costs if like is not None else None
+        engine = Engine(policy, getattr(torch, config.dtype), max_rows=config.max_batch_size, costs=costs)
+        engine.version = source.step or 0
+        if config.draft_tokens is None and engine.head is not None and costs is None:
+            engine.measure_costs(config.max_batch_size)
+    return engine
+
+
+def begin(config: ServeConfig, say: Callable[[str], None] = print) -> tuple[Any, Served]:
+    """The ASGI application and what it serves. Raises ValueError without the packages of the extra `serve`."""
+    try:
+        from grpo.serve.app import app
+    except ModuleNotFoundError as error:
+        raise ValueError(PACKAGES) from error
+    from grpo.serve.batcher import Batcher
+    from grpo.serve.follow import Follower
+    from grpo.serve.served import Served
+
+    key = read_key(config)
+    source = find_policy(config.model)
+    engines: list[Engine] = []
+
+    def load(newer: PolicySource) -> Engine:
+        return load_engine(config, newer, engines[0])
+
+    if source.checkpoint is None:
+        check_options(config.model_copy(update={"model": source.folder}))
+    follower = Follower(config.model, source.step, load, say) if config.follow else None
+    engines.append(load_engine(config, source))
+    params = replace(sampling_params(engines[0].policy, config, 1, 0), margin=config.margin)
+    engines[0].check([], params)
+    batcher = Batcher(engines[0], params, most_waiting=config.max_queue, wait_s=config.batch_wait_ms / 1e3)
+    served = Served(config.called, batcher, params, source.meaning)
+    return app(served, key, starts=partial(follower.keep_up, served) if follower else None), served
+
+
+def serve(config: ServeConfig, say: Callable[[str], None] = print) -> None:
+    """Serve until a signal comes. Then no new request is taken, and those that run have `shutdown_s` seconds."""
+    read_key(config)
+    if (config.max_replicas or config.replicas) > 1:
+        from grpo.serve.replicas import serve_replicas
+
+        return serve_replicas(config, say)
+    listening, address = listen(config.host, config.port)
+    with listening:
+        application, served = begin(config, partial(print, file=sys.stderr, flush=True))
+        import uvicorn
+
+        version = f"policy version {served.batcher.engine.version}"
+        say(f"{served.name} ({version}, {served.meaning}) at http://{address}/v1   (Ctrl-C ends it)")
+        settings = uvicorn.Config(
+            application,
+            log_level="error",
+            lifespan="on",
+            timeout_graceful_shutdown=config.shutdown_s,
+            timeout_keep_alive=75,
+            server_header=False,
+        )
+        uvicorn.Server(settings).run(sockets=[listening])

@@ -1,0 +1,51 @@
+"""The text of a completion while it grows, in pieces that together are the text of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no whole character
+
+
+class TextStream:
+    """Tokens in, text out. Text is held back while it may be half a character, or the beginning of a stop text.
+
+    >>> stream = TextStream(tokenizer, ["Question:"])
+    >>> stream.add(tokenizer.encode("So 4.\\nQue")), stream.finish("So 4.\\nQuick")
+    ('So 4.\\n', 'Quick')
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop_strings = tokenizer, stop_strings
+        self.ids: list[int] = []
+        self.start = self.end = 0  # the tokens before `end` are text already; those from `start` on give its context
+        self.text = ""
+        self.sent = 0
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        """The next piece, perhaps empty, once these tokens follow."""
+        self.ids += token_ids
+        known = str(self.tokenizer.decode(self.ids[self.start : self.end]))
+        whole = str(self.tokenizer.decode(self.ids[self.start :]))
+        if not whole.endswith(BROKEN):
+            self.text += whole[len(known) :]
+            self.start, self.end = self.end, len(self.ids)
+        return self._piece(len(self.text) - self._held())
+
+    def finish(self, whole: str) -> str:
+        """The last piece, given the text of the completion."""
+        self.text = whole
+        return self._piece(len(whole))
+
+    def _held(self) -> int:
+        """Characters at the end that may begin a stop text."""
+        most = max(map(len, self.stop_strings), default=0) - 1
+        tails = range(min(most, len(self.text)), 0, -1)
+        return next((n for n in tails if any(s.startswith(self.text[-n:]) for s in self.stop_strings)), 0)
+
+    def _piece(self, until: int) -> str:
+        piece = self.text[self.sent : until]
+        self.sent = max(self.sent, until)
+        return piece

@@ -1,0 +1,196 @@
+"""A batch that requests join and leave while it is decoded, each with its own temperature, limit, seed and stop texts.
+
+A request gets the tokens that it would get alone: noise is keyed by seed, prompt and sample, and by the position of the
+token (contract 4).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rollout.backends import Decoder
+from rollout.group import Completion, Prompt
+from rollout.results import Results
+from rollout.rows import Rows
+from rollout.sampling import SamplingParams, row_key
+from rollout.shard import Decoding
+from rollout.stop_strings import StopStrings
+
+UNREAD = 64  # rounds without a draft; in the next one the head drafts, so that what it has not read stays short
+
+
+@dataclass(frozen=True)
+class News:
+    """What a request is told after a round: its new tokens and their log-probabilities, and its end.
+
+    `completion` is there once it has ended. It is whole, with the tokens of all rounds. `error` says why the request
+    can get no more. `version` is the policy's.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    completion: Completion | None = None
+    error: str | None = None
+    version: int = 0
+
+
+@dataclass(eq=False)
+class Request:
+    """One completion that is asked for. `params` may differ from those of the batch in `temperature`,
+    `max_completion_tokens`, `seed` and `stop_strings` alone. `tell` is called after every round that gave it something,
+    in the thread that decodes.
+    """
+
+    prompt: Prompt
+    params: SamplingParams
+    tell: Callable[[News], None]
+    told: int = 0
+
+
+class Serving(Decoding):
+    """Call `add` and `drop` between rounds, and `round` while it is `busy`. One thread calls all of them.
+
+    >>> serving = Serving(engine.decoder, SamplingParams(group_size=1, stop_token_ids=(2,)))
+    >>> serving.add(Request(Prompt("", "2 + 3 = ", [5, 9, 6]), replace(serving.params, temperature=0.0), print))
+    >>> while serving.busy:
+    ...     serving.round()
+    """
+
+    def __init__(self, decoder: Decoder, params: SamplingParams) -> None:
+        self.requests: dict[int, Request] = {}  # by their places in the results, while they are decoded
+        self.asked: deque[Request] = deque()
+        self.most_rows, self.undrafted = decoder.max_rows, 0
+        super().__init__(decoder, [], params)
+        self.room = decoder.context + self.max_depth + 1
+        self.unread = UNREAD + 2 * (self.max_depth + 1) if self.max_depth else 0
+        self.steps = torch.arange(self.room, device=self.device)
+        if self.drafter:
+            self.drafter.steps = self.steps
+        self.results = Results(self.most_rows, self.room, self.max_depth, self.device)
+        self.prompts: list[Prompt] = [Prompt("", "", [])] * self.most_rows
+        self.limits = torch.ones(self.most_rows, dtype=torch.long, device=self.device)
+        self.temperatures = torch.ones(self.most_rows, dtype=torch.float64, device=self.device)
+        self.ends: dict[int, StopStrings] = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.requests or self.asked)
+
+    @property
+    def free(self) -> int:
+        """Rows that could join."""
+        return self.most_rows - len(self.requests)
+
+    def add(self, request: Request) -> None:
+        """The request joins as soon as a row is free. Check it with `Engine.check` first."""
+        self.asked.append(request)
+
+    def drop(self, request: Request) -> None:
+        """Nobody waits for it any more: its row is free from now on. It may have ended already."""
+        if request in self.asked:
+            self.asked.remove(request)
+        for place, other in list(self.requests.items()):
+            if other is request:
+                self._leave(place)
+                if self.live is not None:
+                    self.live.alive = self.live.alive & (self.live.index != place)
+                    self._retire()
+
+    def round(self, join: bool = True) -> None:
+        """Requests join, and each row gets a token or more. Without `join` those that wait go on waiting."""
+        if join and self.asked and self.free:
+            self._join()
+        if self.alive:
+            self.forward()
+        self._tell()
+
+    def give_up(self, why: str) -> list[Request]:
+        """Decoding cannot go on: everybody is told `why`."""
+        given_up = [*self.requests.values(), *self.asked]
+        self.requests, self.asked, self.live, self.alive, self.held = {}, deque(), None, 0, 0
+        for request in given_up:
+            request.tell(News(error=why))
+        return given_up
+
+    # ---- what a row is sampled with -----------------------------------------------------------------------------
+
+    def temperature(self, rows: Rows) -> Tensor:
+        return self.temperatures[rows.index]
+
+    def limit(self, rows: Rows) -> Tensor:
+        return self.limits[rows.index]
+
+    def key(self, number: int, sample: int) -> tuple[int, int]:
+        prompt = self.prompts[number]
+        return row_key(self.requests[number].params, prompt.prompt_id, prompt.first_sample + sample)
+
+    def stop_strings(self, index: int) -> StopStrings | None:
+        return self.ends.get(index)
+
+    # ---- rows come and go ---------------------------------------------------------------------------------------
+
+    def _refill(self) -> None:
+        """Nobody joins in the middle of a round."""
+
+    def _join(self) -> None:
+        if self.live is not None and 0 < self.alive < len(self.live.alive):
+            # The place of a row that has ended is free only without the row, which still writes there.
+            self._keep(self.live.alive.nonzero()[:, 0])
+        free = [place for place in range(self.most_rows) if place not in self.requests]
+        joining = {place: self.asked.popleft() for place in free[: len(self.asked)]}
+        places = list(joining)
+        self.requests |= joining
+        self.results.clear(places)
+        for place, request in joining.items():
+            self.prompts[place] = request.prompt
+            if request.params.stop_strings:
+                self.ends[place] = StopStrings(self.decoder.tokenizer, request.params.stop_strings)
+        self.strings = next(iter(self.ends.values()), None)
+        params = [request.params for request in joining.values()]
+        self.limits[places] = self.limits.new_tensor([own.max_completion_tokens for own in params])
+        self.temperatures[places] = self.temperatures.new_tensor([own.temperature for own in params])
+        self.waiting = sorted(places, key=lambda place: len(self.prompts[place].token_ids))
+        self.longest = len(self.prompts[self.waiting[-1]].token_ids)
+        self.room = max(own.max_completion_tokens for own in params) + self.max_depth + 1
+        if self.drafter:
+            self.drafter.room, self.drafter.longest = self.room, self.longest
+        self._admit(len(places))
+
+    def _leave(self, place: int) -> None:
+        del self.requests[place]
+        self.ends.pop(place, None)
+        self.strings = next(iter(self.ends.values()), None)
+
+    def _depth(self, live: Rows) -> int:
+        """As in any shard, but the head drafts at once, and again before it has too much to read."""
+        depth = super()._depth(live)
+        if self.drafter and (self.drafter.cache is None or self.undrafted >= UNREAD):
+            depth = max(depth, 1)
+        self.undrafted = 0 if depth else self.undrafted + 1
+        return depth
+
+    # ---- what they are told -------------------------------------------------------------------------------------
+
+    def _tell(self) -> None:
+        if not self.requests:
+            return
+        alive = set() if self.live is None else set(self.live.index[self.live.alive].tolist())
+        counts = self.results.counts.tolist()
+        for place, request in list(self.requests.items()):
+            new, ended = slice(request.told, counts[place]), place not in alive
+            ids, logprobs = (x[place, new].tolist() for x in (self.results.token_ids, self.results.logprobs))
+            request.told = counts[place]
+            completion = self._completion(place) if ended else None
+            if ended:
+                self._leave(place)
+            request.tell(News(ids, logprobs, completion, version=self.decoder.version))
+
+    def _completion(self, place: int) -> Completion:
+        only = self.results.of([place])
+        parts = [self.prompts[place]], self.decoder.tokenizer, self.ends.get(place), self.decoder.version
+        return only.groups(*parts)[0].completions[0]
