@@ -1,4 +1,4 @@
-"""`quartet`: the table of its commands, parsing and printing. The work is done in train, sft, mtp and commands/.
+"""`quartet`: the table of its commands, and how they are parsed and end. What each one does is in actions.py.
 
 Modules that load transformers or Ray are imported inside the commands, so that --help and a typo answer at once.
 """
@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from grpo import actions
 from grpo.config import arguments
-from grpo.config.json_file import write_json
-from grpo.error_lines import expected_errors, fail, option_of
-from grpo.run.escape import EscapingFormatter, escaped
+from grpo.error_lines import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, expected_errors, fail, option_of
+from grpo.run.escape import EscapingFormatter
 from grpo.run.stop import CommandSignals, Interrupted, Stopped, said_of
 from policies.openmp import wait_briefly
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-
-EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +41,7 @@ def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
     parser, resumable = build_parser(), False
     try:
         args = parse(parser, argv)
-        resumable = args.command in (_run, _mtp)
+        resumable = args.command in (actions.run, actions.mtp)
         signals.unwinds = not resumable  # a run has a StopSignal of its own as soon as there is something to save
         return int(args.command(args) or 0)
     except ConfigError as error:
@@ -83,34 +78,38 @@ def _commands() -> dict[str, Command]:
     from grpo.config.serve import ServeConfig
 
     return {
-        "train": Command("GRPO, after an optional warm start", _run, arguments.TRAIN, TrainConfig),
-        "sft": Command("supervised fine-tuning on prompts and gold solutions", _run, arguments.TRAIN, SftConfig),
-        "mtp": Command("teach the draft head what the policy says", _mtp, arguments.MTP, MtpConfig),
-        "eval": Command("accuracy or mean reward of a policy on held-out problems", _eval, arguments.EVAL, EvalConfig),
-        "sample": Command("completions of your own prompts", _sample, arguments.SAMPLE, SampleConfig),
-        "serve": Command("a policy for other programs, by OpenAI's API", _serve, arguments.SERVE, ServeConfig),
+        "train": Command("GRPO, after an optional warm start", actions.run, arguments.TRAIN, TrainConfig),
+        "sft": Command("supervised fine-tuning on prompts and gold solutions", actions.run, arguments.TRAIN, SftConfig),
+        "mtp": Command("teach the draft head what the policy says", actions.mtp, arguments.MTP, MtpConfig),
+        "eval": Command(
+            "accuracy or mean reward of a policy on held-out problems", actions.evaluate, arguments.EVAL, EvalConfig
+        ),
+        "sample": Command("completions of your own prompts", actions.sample, arguments.SAMPLE, SampleConfig),
+        "serve": Command("a policy for other programs, by OpenAI's API", actions.serve, arguments.SERVE, ServeConfig),
         "reward": Command("try a reward function, or score a run again with another one", _help),
         "reward test": Command(
-            "gold, empty, wrong and hostile completions", _reward_test, arguments.REWARD_TEST, RewardTestConfig
+            "gold, empty, wrong and hostile completions", actions.reward_test, arguments.REWARD_TEST, RewardTestConfig
         ),
         "reward replay": Command(
-            "score a run's completions again", _reward_replay, arguments.REWARD_REPLAY, ReplayConfig
+            "score a run's completions again", actions.reward_replay, arguments.REWARD_REPLAY, ReplayConfig
         ),
         "convert": Command(
-            "a dense Llama-family checkpoint as DeepSeek-V3", _convert, arguments.CONVERT, ConvertConfig
+            "a dense Llama-family checkpoint as DeepSeek-V3", actions.convert, arguments.CONVERT, ConvertConfig
         ),
         "policy": Command("what a policy is made of", _help),
         "policy inspect": Command(
-            "parameters, cache and FLOPs per token, experts, MTP layers, LoRA's share", _inspect, arguments.INSPECT
+            "parameters, cache and FLOPs per token, experts, MTP layers, LoRA's share",
+            actions.inspect,
+            arguments.INSPECT,
         ),
         "export": Command(
-            "a run's policy for other tools, with tokenizer, licence and model card", _export, arguments.EXPORT
+            "a run's policy for other tools, with tokenizer, licence and model card", actions.export, arguments.EXPORT
         ),
-        "why": Command("what a step of a run has done, and which groups and tokens did it", _why, arguments.WHY),
-        "plot": Command("draw the curves of a run into its folder", _plot, arguments.PLOT),
-        "view": Command("a page of one or more runs, live while they run", _view, arguments.VIEW),
-        "report": Command("the same page as one HTML file to send away", _report, arguments.REPORT),
-        "compare": Command("curves of runs with several seeds, in numbers", _compare, arguments.COMPARE),
+        "why": Command("what a step of a run has done, and which groups and tokens did it", actions.why, arguments.WHY),
+        "plot": Command("draw the curves of a run into its folder", actions.plot, arguments.PLOT),
+        "view": Command("a page of one or more runs, live while they run", actions.view, arguments.VIEW),
+        "report": Command("the same page as one HTML file to send away", actions.report, arguments.REPORT),
+        "compare": Command("curves of runs with several seeds, in numbers", actions.compare, arguments.COMPARE),
         "reference": Command("print the reference page of all options and metrics", _reference),
     }
 
@@ -149,212 +148,6 @@ def _help(parser: Any) -> None:
     parser.print_help()
 
 
-def _load(args: argparse.Namespace, file: Path | None = None, brought: Mapping[str, Any] | None = None) -> Any:
-    """The command's options: their defaults, then those of them that a run folder brings, the file, the command line.
-
-    None where they were only to be printed, which then is done.
-    """
-    from grpo.config.options import dump_yaml, load
-
-    known = {name: value for name, value in (brought or {}).items() if name in args.options.model_fields}
-    config: Any = load(args.options, file, known | args.overrides, args.flags)
-    if getattr(args, "print_config", False):
-        print(dump_yaml(config), end="")
-        return None
-    args.output_dir = getattr(config, "output_dir", None)
-    return config
-
-
-def _begin() -> None:
-    """The first sign of life, before torch and transformers are loaded, which takes seconds."""
-    if os.environ.get("RANK", "0") == "0":
-        print("loading torch and transformers ...", flush=True)
-
-
-def _flags(args: argparse.Namespace) -> dict[str, Any]:
-    return {"resume": args.resume, "stop_after": args.stop_after, "force": args.force}
-
-
-def _run(args: argparse.Namespace) -> None:
-    config = _load(args, args.config)
-    if config is None:
-        return
-    _begin()
-    from grpo.commands import summary
-
-    if args.dry_run:
-        return summary.dry_run(config, device_gib=args.device_gib, **_flags(args))
-    from grpo.launch import launch
-
-    results = launch(config, **_flags(args))
-    if results is not None:
-        summary.summary(results)
-
-
-def _mtp(args: argparse.Namespace) -> None:
-    from grpo.config.mtp import defaults_of_run
-
-    file: Path | None = args.config
-    if file is None or file.suffix in (".yaml", ".yml"):
-        config = _load(args, file)
-    else:
-        config = _load(args, brought=defaults_of_run(file) | {"model": str(file)})
-    if config is None:
-        return
-    _begin()
-    from grpo.commands import summary
-
-    if args.dry_run:
-        return summary.mtp_dry_run(config, resuming=args.resume is not None, device_gib=args.device_gib)
-    from grpo.mtp import mtp
-
-    summary.summary(mtp(config, **_flags(args)))
-
-
-def _eval(args: argparse.Namespace) -> int:
-    from grpo.config.inference import defaults_of_run
-
-    first = args.policies[0]
-    brought = defaults_of_run(Path(first), args.overrides.get("data"))
-    config = _load(args, brought=brought | {"model": first})
-    if config is None:
-        return 0
-    _begin()
-    from grpo.commands import eval_report, summary
-    from grpo.commands.eval import ModelEvaluation, evaluate_model
-
-    found: list[ModelEvaluation] = []
-    for policy in args.policies:
-        output = config.output and config.output / str(len(found)) if found else config.output
-        own = config.model_copy(update={"model": policy, "output": output})
-        found.append(evaluate_model(own, summary.CONSOLE, args.policies[len(found) + 1 :]))
-        eval_report.show(found[-1], summary.CONSOLE)
-    if len(found) > 1:
-        eval_report.show_paired(found[0], found[1:], summary.CONSOLE)
-    _write(args.json, eval_report.as_json(found[0]) if len(found) == 1 else eval_report.paired_as_json(found))
-    return EXIT_ERROR if any(evaluation.without_any_mark for evaluation in found) else 0
-
-
-def _sample(args: argparse.Namespace) -> int:
-    if not args.prompt and args.prompts is None:
-        args.options_parser.error('there are no prompts: give --prompt "some text", --prompts FILE.jsonl, --prompts -')
-    from grpo.config.inference import defaults_of_run
-
-    brought = defaults_of_run(Path(args.policy), args.overrides.get("data"))
-    config = _load(args, brought=brought | {"model": args.policy})
-    _begin()
-    from grpo.commands import summary
-    from grpo.commands.sample import prompts_of, sample
-
-    examples = prompts_of(args.prompt, args.prompts)
-    if brought and "template" not in args.overrides:
-        shots = f" and {config.few_shot} worked examples" if config.few_shot else ""
-        print(f"prompts are written as in the run: template {config.template!r}{shots}")
-    sampled = sample(config, examples, summary.CONSOLE)
-    summary.groups(sampled.groups, sampled.tokenizer)
-    _write(args.json, {"groups": summary.groups_as_json(sampled.groups)})
-    return fail(sampled.faults, EXIT_ERROR) if sampled.faults else 0
-
-
-def _serve(args: argparse.Namespace) -> None:
-    from grpo.config.inference import defaults_of_run
-
-    config = _load(args, brought=defaults_of_run(Path(args.policy)) | {"model": args.policy})
-    if config is None:
-        return
-    from grpo.serve.server import serve
-
-    serve(config)
-
-
-def _convert(args: argparse.Namespace) -> None:
-    config = _load(args)
-    _begin()
-    from grpo.commands import convert, summary
-
-    conversion = convert.convert(args.source, args.destination, config, mtp=args.mtp, console=summary.CONSOLE)
-    convert.show(conversion, summary.CONSOLE)
-    _write(args.json, asdict(conversion))
-
-
-def _inspect(args: argparse.Namespace) -> None:
-    _begin()
-    from grpo.commands import inspect, summary
-
-    anatomy = inspect.inspect(args.model, args.context)
-    summary.CONSOLE.print(inspect.table(args.model, anatomy))
-    _write(args.json, inspect.as_json(args.model, anatomy))
-
-
-def _export(args: argparse.Namespace) -> None:
-    _begin()
-    from grpo.commands.push import run_export
-
-    print(escaped(run_export(args.run, args.destination, args.push_to_hub, adapter=args.adapter)))
-
-
-def _plot(args: argparse.Namespace) -> None:
-    from grpo.run.plots import plot_run
-    from grpo.run.records import check_run
-
-    folder = check_run(args.run)
-    print("drawing ...", flush=True)  # matplotlib takes seconds
-    print(*plot_run(folder), sep="\n")
-
-
-def _view(args: argparse.Namespace) -> None:
-    from grpo.view.server import view
-
-    view(args.runs, args.host, args.port)
-
-
-def _report(args: argparse.Namespace) -> None:
-    from grpo.view.report import report
-
-    print(report(args.run, args.output or args.run / "report.html", args.steps))
-
-
-def _why(args: argparse.Namespace) -> None:
-    from grpo.run.console import Terminal
-    from grpo.why.report import tell
-
-    given = {name: getattr(args, name) for name in ("group", "groups", "tokens", "heldout", "what_if")}
-    _write(args.json, asdict(tell(args.run, args.step, Terminal(), **given)))
-
-
-def _compare(args: argparse.Namespace) -> None:
-    from grpo.run.console import Terminal
-    from grpo.view.compare import as_json, compare, show
-
-    comparison = compare(args.runs, args.metrics, args.steps)
-    show(comparison, Terminal())
-    _write(args.json, as_json(comparison))
-
-
-def _reward_test(args: argparse.Namespace) -> int:
-    config = _load(args)
-    from grpo.commands.reward_report import show_check
-    from grpo.commands.reward_test import check_reward
-    from grpo.run.console import Terminal
-
-    check = check_reward(args.function, config)
-    show_check(check, Terminal())
-    _write(args.json, asdict(check))
-    return EXIT_ERROR if check.problems else 0
-
-
-def _reward_replay(args: argparse.Namespace) -> int:
-    config = _load(args)
-    from grpo.commands.reward_replay import replay
-    from grpo.commands.reward_report import show_replay
-    from grpo.run.console import Terminal
-
-    result = replay(args.run, args.function, config)
-    show_replay(result, Terminal())
-    _write(args.json, asdict(result))
-    return EXIT_ERROR if result.failures else 0
-
-
 def _reference(args: argparse.Namespace) -> None:
     from grpo.config.options import reference_page
     from grpo.run.metrics import table
@@ -363,9 +156,3 @@ def _reference(args: argparse.Namespace) -> None:
         if command.options:
             print(f"# quartet {name}\n\n{reference_page(command.options)}")
     print(f"# Metrics\n\n{table()}", end="")
-
-
-def _write(path: Path | None, content: dict[str, Any]) -> None:
-    if path is not None:
-        write_json(path, content)
-        print(f"written to {path}")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from grpo.run.escape import escaped
 
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
 
 def expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is written for the user; anything else is a bug and keeps its traceback."""

@@ -225,12 +225,13 @@ class Seclusion:
         self._tell_ray()
 
     def end(self) -> None:
-        """Call it after Ray was shut down. What ending processes still write is removed as far as possible."""
+        """Call it after Ray was shut down. What of Ray still runs is killed, since it would make its folder again."""
         for name, value in self._before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
         self._tell_ray()
+        _kill_below(str(self.folder))
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
@@ -343,8 +344,9 @@ def _start_ray(cpus: int, address: str | None, hidden_gpus: int) -> None:
 
 
 def _kill_below(folder: str) -> None:
-    """Kill what has started of the cluster in this folder: when its start fails, Ray does not."""
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
+    """Kill what runs of the cluster in this folder: Ray does not where its start fails, or not at once."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
             if any(folder in word for word in process.cmdline()):
                 process.kill()
+                process.wait(1)

@@ -22,6 +22,7 @@ MAY_IMPORT = {
 FLOORS = (
     ("__init__", "__main__"),
     ("cli",),
+    ("actions",),
     ("error_lines",),
     ("launch",),
     ("train",),
@@ -235,9 +236,9 @@ def test_an_arrow_that_goes_up_is_found(tmp_path):
         ("where is the clip?", "grpo/algorithm/surrogates.py", "def clipped_surrogate("),
         ("who decides to save?", "grpo/loop.py", "def save_if_due("),
         ("what is a draft's cost?", "rollout/costs.py", "def measure("),
-        ("where do rewards run?", "rewards/isolation/child.py", "def serve("),
+        ("where do rewards run?", "rewards/isolation/child.py", "def serve(socket_fd"),
         ("which room decides which policy a path means?", "grpo/policy_source.py", "def find_policy("),
-        ("where do requests join a batch?", "rollout/serving.py", "def _join("),
+        ("where do requests join a batch?", "rollout/serving.py", "def _join(self)"),
         ("who answers 429?", "grpo/serve/batcher.py", "class Full("),
     ],
 )

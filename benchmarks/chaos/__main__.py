@@ -126,7 +126,8 @@ def outcome(run: Watched, blow: Strike, before: int) -> dict[str, Any]:
     if blow.what == "run":
         expected = {"SIGKILL": -9, "SIGTERM": 143}[blow.how]
         return {"what_came": f"ended by {blow.how}", "fault": code != expected, "code": code}
-    saved = [event["saved_step"] for event in run.events("failed")][-1:]
+    saved = [event["saved_step"] for event in run.events("failed")] or [event["step"] for event in run.events("resume")]
+    saved = saved[-1:]  # a run that is struck before its first step has what it has resumed from
     named = "--resume auto" in said and "Traceback" not in run.stderr.read_text() and bool(saved)
     return {"what_came": f"stopped, step {saved} saved", "said": said[:600], "code": code, "fault": not named}
 

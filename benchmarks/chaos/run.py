@@ -148,7 +148,14 @@ def digest(path: Path) -> str:
             found.update(f"{kind} {name} {tensor.dtype} {list(tensor.shape)}".encode())
             found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     state = {name: part for name, part in saved.state.items() if name not in ("log", "unwritten")}
-    for drawn in state.get("batches", {}).get("batches", {}).values():
-        drawn["metrics"] = {name: value for name, value in drawn["metrics"].items() if not name.startswith("time/")}
-    found.update(json.dumps(state, sort_keys=True).encode())
+    found.update(json.dumps(_without_times(state), sort_keys=True).encode())
     return found.hexdigest()
+
+
+def _without_times(state: Any) -> Any:
+    """A batch in flight has metrics, some of which are times."""
+    if isinstance(state, list):
+        return [_without_times(part) for part in state]
+    if not isinstance(state, dict):
+        return state
+    return {name: _without_times(part) for name, part in state.items() if not str(name).startswith("time/")}

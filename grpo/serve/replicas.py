@@ -16,15 +16,16 @@ from rollout.cluster import start_ray, stop_ray
 PACKAGES = "replicas={}: Ray Serve's packages are missing: pip install 'quartet-rl[serve-ray]'"
 
 
-def replica(config: ServeConfig) -> Any:
-    """The ASGI application of one replica, which loads its own copy of the policy."""
-    from grpo.serve.server import begin
+Begin = Callable[[ServeConfig, Callable[[str], None]], tuple[Any, Any]]
 
+
+def replica(begin: Begin, config: ServeConfig) -> Any:
+    """The ASGI application of one replica, which loads its own copy of the policy by `begin`."""
     application, _ = begin(config, partial(print, file=sys.stderr, flush=True))
     return application
 
 
-def serve_replicas(config: ServeConfig, say: Callable[[str], None]) -> None:
+def serve_replicas(config: ServeConfig, begin: Begin, say: Callable[[str], None]) -> None:
     """Serve until a signal comes. Every replica has `threads` processors, and a queue and a batch of its own.
 
     Raises ValueError without the packages of the extra `serve-ray`.
@@ -45,7 +46,7 @@ def serve_replicas(config: ServeConfig, say: Callable[[str], None]) -> None:
                 min_replicas=config.replicas, max_replicas=most, target_ongoing_requests=config.max_batch_size
             )
         deployment = serve.deployment(
-            serve.ingress(partial(replica, own))(type("Policy", (), {})),
+            serve.ingress(partial(replica, begin, own))(type("Policy", (), {})),
             name="policy",
             ray_actor_options={"num_cpus": threads},
             max_ongoing_requests=config.max_batch_size + config.max_queue,

@@ -97,7 +97,7 @@ def serve(config: ServeConfig, say: Callable[[str], None] = print) -> None:
     if (config.max_replicas or config.replicas) > 1:
         from grpo.serve.replicas import serve_replicas
 
-        return serve_replicas(config, say)
+        return serve_replicas(config, begin, say)
     listening, address = listen(config.host, config.port)
     with listening:
         application, served = begin(config, partial(print, file=sys.stderr, flush=True))
