@@ -84,10 +84,12 @@ def test_a_terminal_gets_the_panel_and_keeps_its_last_state(tmp_path):
                 screen.wait_for("3/8")
             log.step(2, STEP | {"reward/mean": 0.75})
             log.event("worker", host="here")
-        after = screen.text[screen.text.rindex("worker: host=here") :]
+    screen.wait_for("step 2/4")  # the last frame, which is drawn when the log is closed
+    screen.wait_for("learning 45%\r\n")
+    after = screen.text[screen.text.rindex("worker: host=here") :]
     assert screen.is_sane()
     assert "step     1  reward" not in screen.text  # a line a step is for pipes
-    assert re.search(r"\.\.\.\S*/demo +step 2/4 .* 0:00 gone, about 0:0\d left", after)
+    assert re.search(r"\.\.\.\S*/demo +step 2/4 .* 0:0\d gone, about 0:0\d left", after)
     assert re.search(r"reward +0\.750 +▁█ +0\.500 to 0\.750, step 2", after)
     assert re.search(r"accuracy +0\.250 +▁ +0\.250 to 0\.250, step 0", after)
     assert "tied 25%  step KL 0.0012  grad norm 0.31  1234 tokens/s  2.0 s" in after
