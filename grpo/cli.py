@@ -34,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
     from grpo.config.options import ConfigError, parse
-    from rewards.protocol import RewardError
 
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(EscapingFormatter())
@@ -52,7 +51,9 @@ def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
         way_on = "; what was saved is kept, and `--resume auto` continues from the last checkpoint" if resumable else ""
         return fail(f"interrupted{way_on}", EXIT_INTERRUPTED)
     except Exception as error:
-        # The first three are here already; the others take seconds to import.
+        from rewards.protocol import RewardError
+
+        # A command that can raise the first three has them already; the others take seconds to import.
         if not isinstance(error, ValueError | OSError | RewardError) and not isinstance(error, expected_errors()):
             raise
         code = 128 + error.number if isinstance(error, Stopped) else EXIT_ERROR

@@ -55,6 +55,7 @@ class Options(BaseModel):
         validate_assignment=True,
         use_attribute_docstrings=True,
         allow_inf_nan=False,
+        defer_build=True,  # a command has options of its own alone, and must say something within a second
     )
 
 
