@@ -55,10 +55,8 @@ class Ranks:
             self._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
             self._store = dist.distributed_c10d._get_default_store()
             self._processes = everyone((socket.gethostname(), os.getpid()))
-            self._heard, self._stopped = (
-                "",
-                0,
-            )  # what a rank that failed has said, and the signal that has stopped rank 0
+            self._heard = ""  # what a rank that failed has said
+            self._stopped = 0  # the signal that rank 0 was stopped by
 
     def share(self, rows: Sequence[PackedRow], reader: int | None = None) -> Sequence[PackedRow]:
         """The rows of this reader, or of another one."""
