@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -94,17 +95,17 @@ class Drafts:
             depth = min(self.max_depth, most) if self.fixed else self.controller.pick(alive, most)
             return Plan(depth, head=depth > 0)
         places = live.alive.nonzero()[:, 0].tolist() if alive < len(live.alive) else range(alive)
-        of_row = dict(zip(places, live.index[live.alive].tolist(), strict=True))
-        kinds = {place: self._best(kinds) for place, row in of_row.items() if (kinds := self.lookup.kinds(row))}
+        expected = cache(lambda kind: self.controller.tokens(kind, self.max_depth)[-1])
+        kinds = {
+            place: max(found, key=expected)
+            for place, row in zip(places, live.index[live.alive].tolist(), strict=True)
+            if (found := self.lookup.kinds(row))
+        }
         depth, head = self.controller.choose(alive, most, Counter(kinds.values()), self.head is not None)
-        if head:
-            by_head = self.controller.tokens(HEAD, depth)[depth]
-            kinds = {p: kind for p, kind in kinds.items() if self.controller.tokens(kind, depth)[depth] >= by_head}
+        if head:  # the rows that take the head's all the same
+            tokens = {kind: self.controller.tokens(kind, depth)[depth] for kind in {HEAD, *kinds.values()}}
+            kinds = {place: kind for place, kind in kinds.items() if tokens[kind] >= tokens[HEAD]}
         return Plan(depth, head, kinds) if depth else Plan()
-
-    def _best(self, kinds: Sequence[Kind]) -> Kind:
-        """The first of those of which most drafts are expected to be accepted."""
-        return max(kinds, key=lambda kind: self.controller.tokens(kind, self.max_depth)[-1])
 
     def draft(self, live: Rows, plan: Plan, noise: Noise) -> Drafted | None:
         if not plan.depth:
