@@ -67,9 +67,11 @@ class Results:
     def add_forward(self, live: Rows, drafts: Drafted | None) -> None:
         self.forwards[live.index] += live.alive
         if drafts:
-            made = (self.steps[: drafts.depth] < drafts.made_R[:, None]) & live.alive[:, None]
+            made = live.alive[:, None]
+            if drafts.made_R is not None:
+                made = made & (self.steps[: drafts.depth] < drafts.made_R[:, None])
+                self.empty[live.index] += (drafts.depth - drafts.made_R) * live.alive
             self.drafted[live.index, : drafts.depth] += made
-            self.empty[live.index] += (drafts.depth - drafts.made_R) * live.alive
             for source, of_source in drafts.by_source().items():
                 if source not in self.sources:
                     self.sources[source] = torch.zeros_like(self.drafted), torch.zeros_like(self.accepted)

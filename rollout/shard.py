@@ -269,8 +269,10 @@ class Decoding:
         if drafted is None:
             return targets, logprobs, None
         if drafted.confident_RK is None:
-            # An empty place is no draft, also where what fills it is the trunk's choice.
-            return targets, logprobs, torch.minimum(verify_draft(targets, drafted.tokens_RK), drafted.made_R)
+            accepted = verify_draft(targets, drafted.tokens_RK)
+            if drafted.made_R is not None:  # an empty place is no draft, also where it holds the trunk's choice
+                accepted = torch.minimum(accepted, drafted.made_R)
+            return targets, logprobs, accepted
         accepted = drafted.confident_RK.long().cumprod(1).sum(1)
         targets = torch.where(self.steps[:new] < accepted[:, None], F.pad(drafted.tokens_RK, (0, 1)), targets)
         return targets, logprobs_of(flat, targets.flatten(), temperature).view(-1, new), accepted

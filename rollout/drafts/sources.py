@@ -30,13 +30,17 @@ class Plan:
 
 @dataclass
 class Drafted:
-    """Drafts [R, k], of which each row has `made_R`; the places after them are empty. `confident_RK` are taken
-    unverified (`accept: margin`). `kinds` has the kind of every row that does not have the head's."""
+    """Drafts [R, k], of which each row has `made_R`; the places after them are empty. Where it is None, none is.
+
+    `confident_RK` are taken unverified (`accept: margin`). `kinds` has the kinds of rows with drafts that were looked
+    up; the others have the head's, if the `head` has drafted.
+    """
 
     tokens_RK: Tensor
-    made_R: Tensor
+    made_R: Tensor | None = None
     confident_RK: Tensor | None = None
     kinds: dict[int, Kind] = field(default_factory=dict)
+    head: bool = False
 
     @property
     def depth(self) -> int:
@@ -46,14 +50,14 @@ class Drafted:
     def nothing(cls, rows: int, depth: int, device: torch.device) -> Drafted:
         """Empty places alone."""
         none = torch.zeros(rows, dtype=torch.long, device=device)
-        return cls(none[:, None].repeat(1, depth), none)
+        return cls(none[:, None].repeat(1, depth), made_R=none)
 
     def by_source(self) -> dict[str, Tensor]:
         """Of every source but the head, which rows have its drafts [R]."""
         rows: dict[str, list[int]] = {}
         for row, (source, _) in self.kinds.items():
             rows.setdefault(source, []).append(row)
-        of_row = torch.zeros_like(self.made_R, dtype=torch.bool)
+        of_row = torch.zeros(len(self.tokens_RK), dtype=torch.bool, device=self.tokens_RK.device)
         return {
             source: of_row.index_fill(0, torch.tensor(which, device=of_row.device), True)
             for source, which in rows.items()
@@ -110,19 +114,21 @@ class Drafts:
     def draft(self, live: Rows, plan: Plan, noise: Noise) -> Drafted | None:
         if not plan.depth:
             return None
-        rows, depth = len(live.index), plan.depth
-        drafted = Drafted.nothing(rows, depth, self.device)
+        depth = plan.depth
         if plan.head and self.head:
-            drafted.tokens_RK, drafted.confident_RK = self.head.draft(live, depth, noise)
-            drafted.made_R = torch.full_like(drafted.made_R, depth)
+            tokens_RK, confident_RK = self.head.draft(live, depth, noise)
+            drafted = Drafted(tokens_RK, confident_RK=confident_RK, head=True)
+        else:
+            drafted = Drafted.nothing(len(live.index), depth, self.device)
         if plan.kinds and self.lookup:
             index, drafted.kinds = live.index.tolist(), plan.kinds
             found = [self.lookup.draft(index[place], source, depth) for place, (source, _) in plan.kinds.items()]
             places = torch.tensor(list(plan.kinds), device=self.device)
             tokens = torch.tensor([drafts + [0] * (depth - len(drafts)) for drafts in found], device=self.device)
             drafted.tokens_RK = drafted.tokens_RK.index_copy(0, places, tokens)
+            made_R = torch.full_like(live.index, depth) if drafted.made_R is None else drafted.made_R
             made = torch.tensor([len(drafts) for drafts in found], device=self.device)
-            drafted.made_R = drafted.made_R.index_copy(0, places, made)
+            drafted.made_R = made_R.index_copy(0, places, made)
         return drafted
 
     def observe(self, live: Rows, alive: int, drafted: Drafted, accepted_R: Tensor) -> None:
@@ -135,10 +141,9 @@ class Drafts:
             self.controller.observe(alive, agreed.sum(0).tolist())
             return
         of_kind: dict[Kind, list[int]] = {}
-        made = drafted.made_R.tolist()
         for place, (taken, lives) in enumerate(zip(accepted_R.tolist(), live.alive.tolist(), strict=True)):
             kind = drafted.kinds.get(place, HEAD)
-            if lives and (made[place] or kind != HEAD):
+            if lives and (kind != HEAD or drafted.head):
                 of_kind.setdefault(kind, []).append(taken)
         for kind, counts in of_kind.items():
             self.controller.observe(len(counts), [sum(count > d for count in counts) for d in range(depth)], kind)

@@ -191,8 +191,8 @@ def test_contracts_3_and_4_no_source_changes_a_token(policy, sources, temperatur
             for counts in draft.by_source.values():
                 assert all(0 <= a <= d for a, d in zip(counts["accepted"], counts["drafted"], strict=True))
                 assert counts["drafted"] == sorted(counts["drafted"], reverse=True)
-        for source in sources:
-            assert totals(groups, source, "accepted") > 0
+        for source in sources if temperature or len(sources) == 1 else ():
+            assert totals(groups, source, "accepted") > 0  # greedy rows are all alike, and one source serves them all
         assert groups == Engine(policy, max_rows=13).sample(prompts, replace(params, draft_tokens=k))
 
 
