@@ -21,6 +21,8 @@ from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.build import sampling_backend
 from grpo.loop import Run
+from grpo.run.history import History
+from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics
 from grpo.sampling import environment_of, sampling_params
@@ -39,8 +41,8 @@ Take = Callable[[int, int], Sequence[Prompt]]  # so many prompts for this draw o
 
 class Collector:
     """Draws the groups of each step, and keeps the record of them. Its state is the curriculum; `later`, the pass rates
-    of steps that were sampled ahead, which the curriculum learns only when it is their turn (contract 12); and `begun`,
-    the groups that go on in the next step."""
+    of steps that were sampled ahead, which the curriculum learns only when it is their turn (contract 12); `begun`, the
+    groups that go on in the next step; and the steps of `history`, if drafts come from it."""
 
     def __init__(self, run: Run[TrainConfig], task: Task, curriculum: Curriculum, pool: Pool, policy: Policy) -> None:
         self.run, self.task, self.curriculum, self.pool = run, task, curriculum, pool
@@ -54,6 +56,9 @@ class Collector:
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate
         self.alarms = Alarms(task.watched_rewards()) if run.config.log.alarms and run.ranks.first else None
         self.begun: list[Begun] = []
+        missing = partial(self._no_history, run.log)
+        looked_up = "history" in self.rollout.draft_sources and self.sampling.draft_tokens != 0
+        self.history = History(run.folder, self.rollout.ahead, missing) if looked_up else None
         self.tied_steps = TiedSteps(
             config.data, config.rollout, config.warm_start.steps, task.first_reward, task.full_marks
         )
@@ -80,7 +85,7 @@ class Collector:
             with timed("time/rollout"), phase("sampling", self.run.config):
                 tell = partial(progress.advance, bar)
                 if options.partial is None:
-                    groups = self.pool.sample(prompts, params.at(step, draw), tell)
+                    groups = self.pool.sample(self._with_history(prompts, step), params.at(step, draw), tell)
                 else:
                     groups = self._complete(step, prompts, take, tell)
             with timed("time/reward"):
@@ -97,6 +102,8 @@ class Collector:
 
         with Progress(disable=True) if quiet else self.run.log.progress() as progress:
             drawn = draw_groups(take(self.prompts_per_step), options.refill_draws, sample, replacements)
+        if self.history:
+            self.history.sampled(step, (group.prompt.prompt_id for group in drawn.groups))
         for failure in (failure for score in drawn.all_scores for failure in score.errors):
             self.run.log.event("reward_error", step=step, **vars(failure))
         drawn.metrics |= seconds | rollout_metrics(drawn.all_groups, drawn.all_scores) | self._metrics(step, drawn)
@@ -110,20 +117,35 @@ class Collector:
         whole: list[Begun] = []
         for draw in count():
             new = [Begun(self._params(step).at(step, draw), RolloutGroup(prompt, [])) for prompt in prompts]
-            begun = go_on(self.pool, [*self.begun, *new], self.rollout.partial, self.tokenizer, tell)
+            begun = [*self.begun, *new]
+            prompts = self._with_history([each.group.prompt for each in begun], step)
+            begun = [
+                replace(each, group=replace(each.group, prompt=prompt))
+                for each, prompt in zip(begun, prompts, strict=True)
+            ]
+            begun = go_on(self.pool, begun, self.rollout.partial, self.tokenizer, tell)
             whole, self.begun = [b for b in begun if not b.unfinished], [b for b in begun if b.unfinished]
             if whole:
                 break
             prompts = take(self.prompts_per_step, draw + 1)
         return [each.group for each in whole]
 
+    def _with_history(self, prompts: Sequence[Prompt], step: int) -> Sequence[Prompt]:
+        return self.history.of(prompts, step) if self.history else prompts
+
+    @staticmethod
+    def _no_history(log: RunLog, step: int, why: str) -> None:
+        log.event("history_missing", step=step, why=why)
+
     def snapshot(self) -> Any:
         """For `put_back`, which undoes what was collected since."""
-        return self.curriculum.state_dict(), self.later, self.begun
+        return self.curriculum.state_dict(), self.later, self.begun, self.history and self.history.steps
 
     def put_back(self, before: Any) -> None:
-        curriculum, self.later, self.begun = before
+        curriculum, self.later, self.begun, steps = before
         self.curriculum.load_state_dict(curriculum)
+        if self.history:
+            self.history.steps = steps
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -135,6 +157,8 @@ class Collector:
                 {"step": begun.params.step, "draw": begun.params.draw, "group": plain(begun.group)}
                 for begun in self.begun
             ]
+        if self.history:
+            state["history"] = self.history.steps
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -144,6 +168,8 @@ class Collector:
             Begun(self._params(found["step"]).at(found["step"], found["draw"]), group_of(found["group"], self.prompt))
             for found in state.get("begun", [])
         ]
+        if self.history:
+            self.history.steps = dict(state.get("history", {}))
 
     def _learn_rates(self, up_to: int) -> None:
         self.curriculum.record((prompt_id, rate) for step, prompt_id, rate in self.later if step <= up_to)

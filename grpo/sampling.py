@@ -23,11 +23,13 @@ REWARD = "environment_reward"  # the column that the reward `environment` reads
 
 
 def sampling_params(policy: Policy, options: SamplingOptions, group_size: int, seed: int) -> SamplingParams:
-    """How `policy` samples under these options: its own stop tokens, drafts where it has a head for them.
+    """How `policy` samples under these options: its own stop tokens, drafts where it has something to draft from.
 
     vLLM has nothing that chooses their number: null is none there.
     """
-    chosen = policy.mtp is not None and getattr(options, "backend", None) != "vllm"
+    sources = tuple(getattr(options, "draft_sources", ["head"]))
+    drafts = (policy.mtp is not None and "head" in sources) or sources != ("head",)
+    chosen = drafts and getattr(options, "backend", None) != "vllm"
     return SamplingParams(
         group_size=group_size,
         temperature=options.temperature,
@@ -35,6 +37,7 @@ def sampling_params(policy: Policy, options: SamplingOptions, group_size: int, s
         stop_token_ids=tuple(policy.stop_token_ids),
         seed=seed,
         draft_tokens=options.draft_tokens if chosen else options.draft_tokens or 0,
+        draft_sources=sources,
         accept=options.accept,
     )
 

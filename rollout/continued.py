@@ -7,7 +7,7 @@ So while the weights stay the same, its tokens are those of a completion that wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -96,10 +96,16 @@ def joined(former: Completion, more: Completion, tokenizer: PreTrainedTokenizerB
             accepted=_sums(a.accepted, b.accepted),
             fallbacks=a.fallbacks + b.fallbacks,
             depths=a.depths + b.depths,
+            sources={name: _both(a.sources.get(name, {}), b.sources.get(name, {})) for name in a.sources | b.sources},
+            empty=a.empty + b.empty,
         ),
         routing=torch.cat([former.routing, more.routing]) if both_routed else None,
         versions=versions if len(set(versions)) > 1 else [],
     )
+
+
+def _both(one: Mapping[str, list[int]], other: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    return {name: _sums(one.get(name, []), other.get(name, [])) for name in ("drafted", "accepted")}
 
 
 def _sums(one: Iterable[int], other: Iterable[int]) -> list[int]:

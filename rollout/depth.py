@@ -1,4 +1,5 @@
-"""How many tokens to draft before the next verification, 0 included: as many as give the most tokens per millisecond.
+"""How many tokens to draft before the next verification, 0 included, and from what: what gives the most tokens per
+millisecond.
 
 A draft is accepted only after every shallower one, so with conditional acceptances a_i a forward is expected to give
 1 + Σ_{d≤k} Π_{i≤d} a_i tokens (Leviathan et al. 2023, eq. 1, there with one a for all depths). Its cost comes from a
@@ -11,20 +12,25 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from policies.files.atomic import write_file
 
-PRIOR_ACCEPTED, PRIOR_DRAFTED = 3.0, 4.0  # assumed of every depth before the first draft: ¾ are accepted
+# Assumed of every depth before the first draft: ¾ of the head's are accepted, and half of what was looked up.
+PRIOR_ACCEPTED, PRIOR_LOOKED_UP, PRIOR_DRAFTED = 3.0, 2.0, 4.0
 MAX_DEPTH = 8
+
+Kind = tuple[str, int]  # a source of drafts, and how many tokens before them were looked up there: 0 for the head
+HEAD: Kind = ("head", 0)
 
 
 @dataclass(frozen=True)
 class CostTable:
     """`rounds[i][k]`: milliseconds of a round with `rows[i]` live rows that makes k drafts each and verifies them.
 
+    `lookups`: the same where drafts cost nothing but their verification; None where no such source was asked for.
     Costs are linear between two numbers of rows and constant outside. A depth that was not measured costs infinity.
 
     >>> CostTable(rows=[1, 3], rounds=[[10.0, 12.0], [20.0, 28.0]]).milliseconds(2, 1)
@@ -33,25 +39,35 @@ class CostTable:
 
     rows: list[int]
     rounds: list[list[float]]
+    lookups: list[list[float]] | None = None
 
     @property
     def max_depth(self) -> int:
-        return max(len(costs) for costs in self.rounds) - 1
+        return max(len(costs) for costs in [*self.rounds, *(self.lookups or [])]) - 1
 
-    def milliseconds(self, rows: int, depth: int) -> float:
+    def milliseconds(self, rows: int, depth: int, looked_up: bool = False) -> float:
+        """With `looked_up` the head drafts nothing."""
+        rounds = self.lookups if looked_up else self.rounds
+        if rounds is None:
+            return math.inf
         right = min(bisect_left(self.rows, rows), len(self.rows) - 1)
         left = right - 1 if right and rows < self.rows[right] else right
-        if depth >= min(len(self.rounds[left]), len(self.rounds[right])):
+        if depth >= min(len(rounds[left]), len(rounds[right])):
             return math.inf
         span = max(self.rows[right] - self.rows[left], 1)
         share = min(max((rows - self.rows[left]) / span, 0.0), 1.0)
-        return (1 - share) * self.rounds[left][depth] + share * self.rounds[right][depth]
+        return (1 - share) * rounds[left][depth] + share * rounds[right][depth]
 
     def _check(self) -> None:
         """Raises TypeError or ValueError for a table in which no cost can be looked up."""
-        if not 0 < len(self.rows) == len(self.rounds) or self.rows != sorted(set(self.rows)) or self.rows[0] < 1:
+        tables = [self.rounds] if self.lookups is None else [self.rounds, self.lookups]
+        if (
+            any(not 0 < len(self.rows) == len(table) for table in tables)
+            or self.rows != sorted(set(self.rows))
+            or self.rows[0] < 1
+        ):
             raise ValueError("rows must ascend from 1 or more, with rounds for each")
-        for costs in self.rounds:
+        for costs in (costs for table in tables for costs in table):
             if not costs or not all(0 < float(cost) < math.inf for cost in costs):
                 raise ValueError("the milliseconds of a round must be above 0 and finite")
         if not all(type(rows) is int for rows in self.rows):
@@ -72,29 +88,69 @@ class CostTable:
 
 
 class DepthController:
-    """Chooses the depth for one shard, from the costs and from what share of the shard's own drafts was accepted."""
+    """Chooses the depth for one shard, from the costs and from what share of the shard's own drafts was accepted.
 
-    def __init__(self, costs: CostTable, max_depth: int) -> None:
-        self.costs, self.max_depth = costs, min(max_depth, costs.max_depth)
-        self.reached = [PRIOR_DRAFTED] * self.max_depth
-        self.accepted = [PRIOR_ACCEPTED] * self.max_depth
+    Without `costs` the depth is always `max_depth`, as far as there is something to draft.
+    """
 
-    def observe(self, rows: int, accepted: Sequence[int]) -> None:
-        """Of `rows` rows, `accepted[d]` accepted their draft at depth d + 1 and every one before it."""
+    def __init__(self, costs: CostTable | None, max_depth: int) -> None:
+        self.costs, self.max_depth = costs, min(max_depth, costs.max_depth) if costs else max_depth
+        self.reached: dict[Kind, list[float]] = {}
+        self.accepted: dict[Kind, list[float]] = {}
+
+    def observe(self, rows: int, accepted: Sequence[int], kind: Kind = HEAD) -> None:
+        """Of `rows` rows with drafts of this kind, `accepted[d]` accepted theirs at depth d + 1 and all before it."""
+        of_kind, taken = self._of(kind)
         reached = rows
         for depth, count in enumerate(accepted):
-            self.reached[depth] += reached
-            self.accepted[depth] += count
+            of_kind[depth] += reached
+            taken[depth] += count
             reached = count
 
+    def tokens(self, kind: Kind, depth: int) -> list[float]:
+        """By the number of drafts of this kind, 0 to `depth`: the tokens that a forward is expected to give a row."""
+        reached, accepted = self._of(kind)
+        chain, expected = 1.0, [1.0]
+        for d in range(depth):
+            chain *= accepted[d] / reached[d]
+            expected.append(expected[-1] + chain)
+        return expected
+
     def pick(self, rows: int, most: int) -> int:
-        """The depth for the next forward of `rows` live rows, at most `most`. Of two equal ones it is the smaller."""
-        best, best_speed = 0, 1 / self.costs.milliseconds(rows, 0)
-        expected = chain = 1.0
-        for depth in range(1, min(self.max_depth, most) + 1):
-            chain *= self.accepted[depth - 1] / self.reached[depth - 1]
-            expected += chain
-            speed = expected / self.costs.milliseconds(rows, depth)
-            if speed > best_speed:
-                best, best_speed = depth, speed
+        """The depth for the next forward of `rows` live rows with drafts of the head, at most `most`. Of two equal ones
+        it is the smaller."""
+        return self.choose(rows, most, {}, head=True)[0]
+
+    def choose(self, rows: int, most: int, found: Mapping[Kind, int], head: bool) -> tuple[int, bool]:
+        """The depth, and whether the head drafts. `found`: how many of the rows can look up a draft, by its kind.
+
+        Where the head drafts too, a row takes the drafts of which more are expected to be accepted.
+        """
+        most = min(self.max_depth, most)
+        by_head = self.tokens(HEAD, most) if head else [1.0] * (most + 1)
+        looked_up = [(self.tokens(kind, most), count / rows) for kind, count in found.items()]
+        if self.costs is None:
+            better = sum(share for tokens, share in looked_up if tokens[most] >= by_head[most])
+            return (most if head or found else 0), head and better < 1
+        others = 1 - sum(share for _, share in looked_up)
+        best, best_speed = (0, False), 1 / self.costs.milliseconds(rows, 0)
+        for depth in range(1, most + 1):
+            if found:
+                tokens = others + sum(share * tokens[depth] for tokens, share in looked_up)
+                speed = tokens / self.costs.milliseconds(rows, depth, looked_up=True)
+                if speed > best_speed:
+                    best, best_speed = (depth, False), speed
+            if head:
+                of_head = by_head[depth]
+                tokens = others * of_head + sum(share * max(tokens[depth], of_head) for tokens, share in looked_up)
+                speed = tokens / self.costs.milliseconds(rows, depth)
+                if speed > best_speed:
+                    best, best_speed = (depth, True), speed
         return best
+
+    def _of(self, kind: Kind) -> tuple[list[float], list[float]]:
+        if kind not in self.reached:
+            prior = PRIOR_ACCEPTED if kind == HEAD else PRIOR_LOOKED_UP
+            self.reached[kind] = [PRIOR_DRAFTED] * self.max_depth
+            self.accepted[kind] = [prior] * self.max_depth
+        return self.reached[kind], self.accepted[kind]

@@ -78,10 +78,10 @@ class Engine:
 
     def _check_params(self, params: SamplingParams) -> None:
         params.check()
-        if params.draft_tokens and self.head is None:
+        if params.draft_tokens and not self._drafts(params):
             raise RolloutError(
-                f"rollout.draft_tokens={params.draft_tokens}, but this policy has no MTP head; "
-                "set it to 0, or load the policy with a head"
+                f"rollout.draft_tokens={params.draft_tokens}, but this policy has no MTP head; set it to 0, load the "
+                "policy with a head, or draft from what the group has sampled (rollout.draft_sources=[siblings])"
             )
         if params.accept == "margin" and (self.head is None or params.draft_tokens == 0):
             raise RolloutError(
@@ -95,6 +95,10 @@ class Engine:
         for token in params.stop_token_ids:
             if not 0 <= token < vocabulary:
                 raise ValueError(f"rollout.stop_token_ids: {token} is outside the vocabulary of {vocabulary} tokens")
+
+    def _drafts(self, params: SamplingParams) -> bool:
+        """Whether there is anything to draft from."""
+        return params.looks_up or (self.head is not None and "head" in params.draft_sources)
 
     def _fault(self, prompt: Prompt, params: SamplingParams) -> str | None:
         return prompt_fault(prompt, params, len(self.trunk.embedding), self.policy.max_length)
@@ -110,8 +114,9 @@ class Engine:
         """
         self._check_params(params)
         episodes, prompts, faults = self._begin(prompts, params)
-        if params.draft_tokens is None and self.head is not None and self.costs is None and prompts:
-            self.measure_costs(min(len(prompts) * params.group_size, self.max_rows))
+        measured = self.costs is not None and (self.costs.lookups is not None or not params.looks_up)
+        if params.draft_tokens is None and self._drafts(params) and not measured and prompts:
+            self.measure_costs(min(len(prompts) * params.group_size, self.max_rows), lookups=params.looks_up)
         decoding, announced = Decoding(self.decoder, prompts, params, episodes=episodes), 0
         while True:
             if on_finished and decoding.ended_rows > announced:  # some end with their first token, in the prefill
@@ -153,7 +158,8 @@ class Engine:
             self._arena = None
 
     @torch.inference_mode()
-    def measure_costs(self, rows: int, depth: int = MAX_DEPTH) -> CostTable:
-        """Time drafting and verifying with up to `rows` live rows. The depth controller uses the result from now on."""
-        self.costs = measure(self.decoder, rows, depth)
+    def measure_costs(self, rows: int, depth: int = MAX_DEPTH, *, lookups: bool = False) -> CostTable:
+        """Time drafting and verifying with up to `rows` live rows; with `lookups` also verifying alone. The depth
+        controller uses the result from now on."""
+        self.costs = measure(self.decoder, rows, depth, lookups)
         return self.costs

@@ -19,6 +19,7 @@ class Prompt:
 
     `messages` are the chat messages from which a chat template made `text`; rewards with `chat: true` get them.
     `first_sample` is the index in its group of the first completion that is sampled, which is part of the noise's key.
+    `history` are the token ids of completions that this prompt had in earlier steps: drafts may come from them.
 
     >>> Prompt("gsm8k/train/0", "2 + 3 = ?", [17, 4, 21], {"answer": "#### 5"}).columns["answer"]
     '#### 5'
@@ -30,6 +31,7 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, Any]] | None = None
     first_sample: int = 0
+    history: list[list[int]] = field(default_factory=list, repr=False)
 
 
 @dataclass
@@ -42,6 +44,9 @@ class DraftStats:
     at which each token was drafted, 0 for a token of the trunk's own. `fallbacks` counts the forwards in which
     `accept: margin` found a draft that was not clear enough to take.
 
+    `sources` has `{"drafted": [...], "accepted": [...]}` of each source but the head, to which the other drafts belong.
+    `empty` counts the places of drafts for which no source had one: the trunk reads those in vain.
+
     >>> DraftStats(2, [2, 2], [2, 1], depths=[0, 1, 2, 0, 1, 0]).target_forwards  # a first token, then 1 + 2 and 1 + 1
     2
     """
@@ -51,6 +56,22 @@ class DraftStats:
     accepted: list[int] = field(default_factory=list)
     fallbacks: int = 0
     depths: list[int] = field(default_factory=list)
+    sources: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    empty: int = 0
+
+    @property
+    def by_source(self) -> dict[str, dict[str, list[int]]]:
+        """`sources` with the head's share, where it has drafted.
+
+        >>> DraftStats(9, [9], [6], sources={"siblings": {"drafted": [4], "accepted": [3]}}).by_source["head"]
+        {'drafted': [5], 'accepted': [3]}
+        """
+        head = {"drafted": list(self.drafted), "accepted": list(self.accepted)}
+        for counts in self.sources.values():
+            for name, values in counts.items():
+                for depth, count in enumerate(values):
+                    head[name][depth] -= count
+        return ({"head": head} if any(head["drafted"]) else {}) | self.sources
 
 
 @dataclass

@@ -56,8 +56,9 @@ class Pool(Protocol):
         """By sampler, the digests of the tensors that it holds; empty where `publish` has compared them already."""
         ...
 
-    def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
-        """Sets the table that every depth controller uses; without `costs` it is measured at up to `rows` live rows."""
+    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False) -> CostTable:
+        """Sets the table that every depth controller uses; without `costs` it is measured at up to `rows` live rows,
+        with `lookups` also for drafts that are looked up."""
         ...
 
     def metrics(self) -> dict[str, float]:
@@ -188,8 +189,8 @@ class LocalPool:
             return {}
         return {"the sampler": self.engine.held()}
 
-    def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
-        self.engine.costs = costs or self.engine.measure_costs(min(rows, self.engine.max_rows))
+    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False) -> CostTable:
+        self.engine.costs = costs or self.engine.measure_costs(min(rows, self.engine.max_rows), lookups=lookups)
         return self.engine.costs
 
     def metrics(self) -> dict[str, float]:

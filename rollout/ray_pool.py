@@ -320,12 +320,12 @@ class RayPool:
     def held(self) -> dict[str, Held]:
         return {}
 
-    def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
+    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False) -> CostTable:
         """One worker measures them alone, with the threads that a worker has."""
         if costs is None:
             limit = max(self.timeout_s, START_TIMEOUT_S)
             late = f"no answer to measure_costs after {limit:g} s"
-            [(_, costs)] = self._done([("measure_costs", (rows,))], limit, late)
+            [(_, costs)] = self._done([("measure_costs", (rows, lookups))], limit, late)
         self.costs = _sound(costs)
         return self.costs
 

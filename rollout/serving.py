@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rollout.backends import Decoder
+from rollout.drafts.sources import Plan
 from rollout.group import Completion, Prompt
 from rollout.results import Results
 from rollout.rows import Rows
@@ -66,12 +67,13 @@ class Serving(Decoding):
         self.asked: deque[Request] = deque()
         self.most_rows, self.undrafted = decoder.max_rows, 0
         super().__init__(decoder, [], params)
-        self.room = decoder.context + self.max_depth + 1
-        self.unread = UNREAD + 2 * (self.max_depth + 1) if self.max_depth else 0
+        depth = self.drafts.max_depth
+        self.room = decoder.context + depth + 1
+        self.unread = UNREAD + 2 * (depth + 1) if depth else 0
         self.steps = torch.arange(self.room, device=self.device)
         if self.drafter:
             self.drafter.steps = self.steps
-        self.results = Results(self.most_rows, self.room, self.max_depth, self.device)
+        self.results = Results(self.most_rows, self.room, depth, self.device)
         self.prompts: list[Prompt] = [Prompt("", "", [])] * self.most_rows
         self.limits = torch.ones(self.most_rows, dtype=torch.long, device=self.device)
         self.temperatures = torch.ones(self.most_rows, dtype=torch.float64, device=self.device)
@@ -156,7 +158,7 @@ class Serving(Decoding):
         self.temperatures[places] = self.temperatures.new_tensor([own.temperature for own in params])
         self.waiting = sorted(places, key=lambda place: len(self.prompts[place].token_ids))
         self.longest = len(self.prompts[self.waiting[-1]].token_ids)
-        self.room = max(own.max_completion_tokens for own in params) + self.max_depth + 1
+        self.room = max(own.max_completion_tokens for own in params) + self.drafts.max_depth + 1
         if self.drafter:
             self.drafter.room, self.drafter.longest = self.room, self.longest
         self._admit(len(places))
@@ -166,13 +168,13 @@ class Serving(Decoding):
         self.ends.pop(place, None)
         self.strings = next(iter(self.ends.values()), None)
 
-    def _depth(self, live: Rows) -> int:
+    def _plan(self, live: Rows) -> Plan:
         """As in any shard, but the head drafts at once, and again before it has too much to read."""
-        depth = super()._depth(live)
-        if self.drafter and (self.drafter.cache is None or self.undrafted >= UNREAD):
-            depth = max(depth, 1)
-        self.undrafted = 0 if depth else self.undrafted + 1
-        return depth
+        plan = super()._plan(live)
+        if self.drafter and not plan.depth and (self.drafter.cache is None or self.undrafted >= UNREAD):
+            plan = Plan(1, head=True)
+        self.undrafted = 0 if plan.depth else self.undrafted + 1
+        return plan
 
     # ---- what they are told -------------------------------------------------------------------------------------
 

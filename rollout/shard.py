@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rollout.backends import Decoder
-from rollout.depth import DepthController
-from rollout.drafts.head import Drafter
+from rollout.drafts.sources import Drafted, Drafts, Plan
 from rollout.environments.episodes import Episodes
 from rollout.group import Prompt, RolloutGroup
 from rollout.results import Results
@@ -57,23 +56,18 @@ class Decoding:
         self.trunk, self.device = decoder.trunk, decoder.trunk.device
         self.vocabulary = len(decoder.trunk.embedding)
         self.prefill_tokens = CPU_PREFILL_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS
-        self.fixed_depth, self.controller = params.draft_tokens, None
-        if self.fixed_depth is None and decoder.costs is not None and decoder.head is not None:
-            self.controller = DepthController(decoder.costs, decoder.costs.max_depth)
-        self.max_depth = self.controller.max_depth if self.controller else self.fixed_depth or 0
-        # A forward writes S tokens after a row's end; only those that the row keeps are counted.
-        self.room = params.max_completion_tokens + self.max_depth + 1
-        self.unread = self.room if self.max_depth else 0  # tokens of a row that the head may leave unread
+        self.longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+        self.drafts = Drafts(decoder, prompts, params, self.longest)
+        self.drafter, self.room = self.drafts.head, self.drafts.room
+        self.unread = self.room if self.drafter else 0  # tokens of a row that the head may leave unread
         self.steps = torch.arange(self.room, device=self.device)
         self.strings = StopStrings(decoder.tokenizer, params.stop_strings) if params.stop_strings else None
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=self.device)
-        self.results = Results(len(prompts) * params.group_size, self.room, self.max_depth, self.device)
+        self.results = Results(len(prompts) * params.group_size, self.room, self.drafts.max_depth, self.device)
         # Sorted by length, so that the prompts of one prefill need little padding; the longest are taken first.
         self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
-        self.longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
         self.live: Rows | None = None
         self.cache: Any = None
-        self.drafter = Drafter(decoder, params, self.room, self.longest) if self.max_depth else None
         self.admitted = self.ended_rows = self.alive = self.held = 0  # `held`: rows that live or wait
         self._refill()
 
@@ -142,6 +136,9 @@ class Decoding:
         cache = cache.fan_out(group, self.room, self.longest)
         if self.drafter:
             self.drafter.hold(Prefilled(torch.tensor(numbers, device=self.device), token_ids, hidden, lengths))
+        if self.drafts.lookup:
+            for number in numbers:
+                self.drafts.lookup.begin(number)
         self.admitted += len(prompts) * group
         last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
         keys = [self.key(number, sample) for number in numbers for sample in range(group)]
@@ -153,7 +150,7 @@ class Decoding:
             unread=self.unread,
         )
         logits = self.trunk.logits(last).repeat_interleave(group, dim=0)[:, None]
-        self._settle(rows, logits, last.repeat_interleave(group, dim=0)[:, None], None, None, self._noise(rows, 1))
+        self._settle(rows, logits, last.repeat_interleave(group, dim=0)[:, None], None, self._noise(rows, 1))
         return rows, cache
 
     def _retire(self) -> None:
@@ -218,42 +215,46 @@ class Decoding:
         self.cache.put(rows, cache)
         self.results.stopped[part.index] = False
         self.results.add(part, ids, torch.zeros_like(ids, dtype=torch.float32), new, torch.zeros_like(part.waits), None)
-        if self.drafter:
-            self.drafter.keep(part, ids, hidden[:, :-1], new)
+        self.drafts.keep(part, ids, hidden[:, :-1], new)
         part.count, part.alive = part.count + new, torch.ones_like(part.alive)
         last = hidden[part.every, new][:, None]
-        self._settle(part, self.trunk.logits(last), last, None, None, self._noise(part, 1))
+        self._settle(part, self.trunk.logits(last), last, None, self._noise(part, 1))
         live.put(rows, part)
 
     # ---- one round ----------------------------------------------------------------------------------------------
 
-    def forward(self) -> None:
-        """Draft k tokens for each row, verify them in one forward of the trunk, and refill the places of ended rows."""
+    def forward(self, empty: int = 0) -> None:
+        """Draft k tokens for each row, verify them in one forward of the trunk, and refill the places of ended rows.
+
+        With `empty` so many places are verified that hold no draft, which is for measuring time.
+        """
         live = self.live
         assert live is not None
-        depth = self._depth(live)
-        noise = self._noise(live, depth + 1)
-        drafts, confident = None, None
-        if self.drafter and depth:
-            drafts, confident = self.drafter.draft(live, depth, noise, self.temperature(live))
-        inputs = live.last[:, None] if drafts is None else torch.cat([live.last[:, None], drafts], dim=1)
+        if empty:
+            noise, drafted = self._noise(live, empty + 1), Drafted.nothing(len(live.index), empty, self.device)
+        else:
+            plan = self._plan(live)
+            noise = self._noise(live, plan.depth + 1)
+            drafted = self.drafts.draft(live, plan, noise, self.temperature(live))
+        depth = drafted.depth if drafted else 0
+        inputs = torch.cat([live.last[:, None], drafted.tokens_RK], dim=1) if drafted else live.last[:, None]
         positions = (live.prompt_length + live.count - 1)[:, None] + self.steps[: depth + 1]
         positions = positions.clamp(max=self.decoder.context - 1)  # no token past the context is kept
         hidden = self.trunk(inputs, positions, self.cache)
         if self.params.record_routing:
             self.results.add_routing(live, self.trunk.routing(), depth + 1)
-        self.results.add_forward(live, depth)
-        self.cache.advance(self._settle(live, self.trunk.logits(hidden), hidden, drafts, confident, noise))
+        self.results.add_forward(live, drafted)
+        self.cache.advance(self._settle(live, self.trunk.logits(hidden), hidden, drafted, noise))
         self._retire()
         self._refill()
 
-    def _depth(self, live: Rows) -> int:
-        """The depth of the next drafts: at most what the row with the most room can still use."""
-        if not self.max_depth:
-            return 0
+    def _plan(self, live: Rows) -> Plan:
+        """What is drafted next: at most what the row with the most room can still use."""
+        if not self.drafts.max_depth:
+            return Plan()
         left = self.limit(live) - live.count
         most = int((left if self.alive == len(left) else left[live.alive]).max()) - 1
-        return self.controller.pick(self.alive, most) if self.controller else min(self.max_depth, most)
+        return self.drafts.plan(live, self.alive, most)
 
     def _noise(self, rows: Rows, places: int) -> Noise:
         positions = self.params.start + rows.count[:, None] + self.steps[:places]
@@ -264,12 +265,11 @@ class Decoding:
         live: Rows,
         logits_RSV: Tensor,
         hidden_RSD: Tensor,
-        drafts_RK: Tensor | None,
-        confident_RK: Tensor | None,
+        drafted: Drafted | None,
         noise: Noise,
     ) -> Tensor:
         """Choose tokens, keep those up to the first draft that fails, and return how many each row kept [R]."""
-        targets, logprobs, accepted = self._choose(live, logits_RSV, drafts_RK, confident_RK, noise)
+        targets, logprobs, accepted = self._choose(live, logits_RSV, drafted, noise)
         steps = self.steps[: targets.shape[1]]
         kept, stopped, cut = self._until_end(live, targets, accepted)
         taken = steps < kept[:, None]
@@ -279,20 +279,16 @@ class Decoding:
             live.alive = live.alive & ~broken
             kept, stopped = kept * ~broken, stopped & ~broken
         self.results.add(live, targets, logprobs, kept, stopped, cut)
-        if accepted is not None:
-            depth = len(steps) - 1
-            self.results.add_drafts(live, accepted, kept, depth, confident_RK is not None)
-            if self.controller:
-                agreed = (steps[:depth] < accepted[:, None]) & live.alive[:, None]
-                self.controller.observe(self.alive, agreed.sum(0).tolist())
+        if drafted and accepted is not None:
+            self.results.add_drafts(live, drafted, accepted, kept)
+            self.drafts.observe(live, self.alive, drafted, accepted)
         live.last = targets.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
         live.count = live.count + kept
-        if self.drafter:
-            self.drafter.keep(live, targets, hidden_RSD, kept)
+        self.drafts.keep(live, targets, hidden_RSD, kept)
         return kept
 
     def _choose(
-        self, live: Rows, logits_RSV: Tensor, drafts_RK: Tensor | None, confident_RK: Tensor | None, noise: Noise
+        self, live: Rows, logits_RSV: Tensor, drafted: Drafted | None, noise: Noise
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The tokens [R, S] and their log-probabilities [R, S], and how many drafts of each row are accepted [R]."""
         temperature, new = self.temperature(live), logits_RSV.shape[1]
@@ -300,12 +296,15 @@ class Decoding:
             temperature = temperature.repeat_interleave(new)
         flat = logits_RSV.flatten(0, 1)
         targets, logprobs = (x.view(-1, new) for x in choose(flat, temperature, noise.flatten()))
-        if drafts_RK is None:
+        if drafted is None:
             return targets, logprobs, None
-        if confident_RK is None:
-            return targets, logprobs, verify_draft(targets, drafts_RK)
-        accepted = confident_RK.long().cumprod(1).sum(1)
-        targets = torch.where(self.steps[:new] < accepted[:, None], F.pad(drafts_RK, (0, 1)), targets)
+        if drafted.confident_RK is None:
+            accepted = verify_draft(targets, drafted.tokens_RK)
+            if drafted.made_R is not None:  # an empty place is no draft, also where it holds the trunk's choice
+                accepted = torch.minimum(accepted, drafted.made_R)
+            return targets, logprobs, accepted
+        accepted = drafted.confident_RK.long().cumprod(1).sum(1)
+        targets = torch.where(self.steps[:new] < accepted[:, None], F.pad(drafted.tokens_RK, (0, 1)), targets)
         return targets, logprobs_of(flat, targets.flatten(), temperature).view(-1, new), accepted
 
     def _until_end(

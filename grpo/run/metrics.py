@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from statistics import pstdev
+from typing import Any
 
 from grpo.algorithm.ties import tied
 from rewards.group_score import GroupScore, mean
 from rollout.group import Completion, RolloutGroup, tokens_per_forward
+
+COUNTS = ("drafted", "accepted")
 
 # <d> stands for a number, <name> for any name. A value covers one step unless its row says otherwise.
 METRICS: dict[str, str] = {
@@ -70,6 +73,12 @@ METRICS: dict[str, str] = {
     "mismatch/weight_mean": "importance correction of the sampler's mismatch, mean over tokens",
     "draft/acceptance_depth_<d>": "drafts accepted at depth d / drafts made at depth d",
     "draft/drafted_depth_<d>": "drafts made at depth d, count",
+    "draft/<name>/acceptance_depth_<d>": "the same of the drafts of one source: head, siblings or history "
+    "(rollout.draft_sources)",
+    "draft/<name>/drafted_depth_<d>": "drafts that this source made at depth d, count",
+    "draft/<name>/rejected_per_token": "drafts of this source that the trunk read in vain / completion tokens: what "
+    "they cost beside their making",
+    "draft/empty_per_token": "places without a draft that the trunk read, since other rows had one / completion tokens",
     "draft/tokens_per_forward": "completion tokens after the first / decoding forwards of the trunk; 1 without drafts",
     "draft/vocabulary_coverage": "sampled tokens that are in the trimmed draft vocabulary, fraction",
     "draft/head_age": "steps that TRL's trainer has taken since the MTP head was last trained (TRL bridge only), count",
@@ -202,13 +211,27 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
     if forwards:
         metrics["draft/tokens_per_forward"] = tokens_per_forward(completions)
         metrics["draft/fallback_rate"] = sum(draft.fallbacks for draft in drafts) / forwards
-    drafted = [sum(depth) for depth in zip_longest(*(draft.drafted for draft in drafts), fillvalue=0)]
-    accepted = [sum(depth) for depth in zip_longest(*(draft.accepted for draft in drafts), fillvalue=0)]
+    metrics |= _acceptance("draft", [vars(draft) for draft in drafts])
+    by_source = [draft.by_source for draft in drafts] if any(draft.sources for draft in drafts) else []
+    for source in sorted(set().union(*by_source)):
+        of_source = [counts[source] for counts in by_source if source in counts]
+        metrics |= _acceptance(f"draft/{source}", of_source)
+        rejected = sum(sum(counts["drafted"]) - sum(counts["accepted"]) for counts in of_source)
+        metrics[f"draft/{source}/rejected_per_token"] = rejected / sum(lengths)
+    if by_source:
+        metrics["draft/empty_per_token"] = sum(draft.empty for draft in drafts) / sum(lengths)
+    return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def _acceptance(area: str, counts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of drafts with these counts by depth: how many were made, and what share of them was accepted."""
+    drafted, accepted = ([sum(at) for at in zip_longest(*(c[name] for c in counts), fillvalue=0)] for name in COUNTS)
+    metrics: dict[str, float] = {}
     for depth, (made, taken) in enumerate(zip(drafted, accepted, strict=True), start=1):
         if made:
-            metrics[f"draft/drafted_depth_{depth}"] = made
-            metrics[f"draft/acceptance_depth_{depth}"] = taken / made
-    return {name: float(value) for name, value in metrics.items() if value is not None}
+            metrics[f"{area}/drafted_depth_{depth}"] = made
+            metrics[f"{area}/acceptance_depth_{depth}"] = taken / made
+    return metrics
 
 
 def _tool_metrics(completions: Sequence[Completion]) -> dict[str, float | None]:

@@ -255,9 +255,9 @@ class InterruptiblePool:
     def held(self) -> dict[str, Held]:
         return self.pool.held()
 
-    def use_costs(self, costs: CostTable | None, rows: int) -> CostTable:
+    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False) -> CostTable:
         self.stop.check()
-        return self.pool.use_costs(costs, rows)
+        return self.pool.use_costs(costs, rows, lookups)
 
     def metrics(self) -> dict[str, float]:
         return self.pool.metrics()

@@ -2,6 +2,7 @@
 
 import doctest
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -60,6 +61,16 @@ def test_equal_speeds_pick_the_shallower_depth():
 def test_the_table_is_read_back_and_a_broken_one_is_named(tmp_path):
     TABLE.save(tmp_path / "draft_costs.json")
     assert CostTable.load(tmp_path / "draft_costs.json") == TABLE
+    looked_up = replace(TABLE, lookups=[[10.0, 10.5], [20.0, 22.0]])
+    looked_up.save(tmp_path / "draft_costs.json")
+    assert CostTable.load(tmp_path / "draft_costs.json") == looked_up
+    assert looked_up.milliseconds(1, 1, looked_up=True) == 10.5
+    assert looked_up.milliseconds(1, 2, looked_up=True) == TABLE.milliseconds(1, 1, looked_up=True) == math.inf
+    (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0]], "lookups": [[-1.0]]}')
+    with pytest.raises(ValueError, match="must be above 0 and finite"):
+        CostTable.load(tmp_path / "draft_costs.json")
+    (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0, 2.0]]}')  # of an older version
+    assert CostTable.load(tmp_path / "draft_costs.json") == CostTable([1], [[1.0, 2.0]])
     (tmp_path / "draft_costs.json").write_text('{"rows": [1]}')
     with pytest.raises(ValueError, match=r"draft_costs.json is no table of draft costs.*delete it"):
         CostTable.load(tmp_path / "draft_costs.json")
