@@ -36,6 +36,25 @@ def model(tmp_path_factory) -> Path:
     tokenizer = small_tokenizer(corpus, 1024)
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
     tokenizer.chat_template = TEMPLATE.read_text()
+    config = Qwen2Config(
+        vocab_size=len(tokenizer) + 8,  # Qwen's class may add tokens of its own
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder
+    )  # the class that both trainers read: Qwen's splits words its own way
     form = TurnFormat(tokenizer, [environment.increment, environment.read])
     rows = []
     for question in QUESTIONS:
@@ -50,19 +69,6 @@ def model(tmp_path_factory) -> Path:
             rows.append((ids + last, labels + last))
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     learned = Qwen2ForCausalLM(config)
     optimizer = torch.optim.AdamW(learned.parameters(), lr=5e-3)
     length = max(len(ids) for ids, _ in rows)
@@ -75,9 +81,7 @@ def model(tmp_path_factory) -> Path:
         loss.backward()
         optimizer.step()
     assert loss < 0.03  # about a token in fifty is its own choice, 2 or 3: .02 nats
-    folder = tmp_path_factory.mktemp("model")
     learned.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 
