@@ -259,7 +259,7 @@ def _serve(args: argparse.Namespace) -> None:
         return
     from grpo.serve.server import serve
 
-    serve(config)
+    serve(config, follow=args.follow)
 
 
 def _convert(args: argparse.Namespace) -> None:

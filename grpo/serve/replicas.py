@@ -16,15 +16,15 @@ from rollout.cluster import start_ray, stop_ray
 PACKAGES = "replicas={}: Ray Serve's packages are missing: pip install 'quartet-rl[serve-ray]'"
 
 
-def replica(config: ServeConfig) -> Any:
+def replica(config: ServeConfig, follow: bool) -> Any:
     """The ASGI application of one replica, which loads its own copy of the policy."""
     from grpo.serve.server import begin
 
-    application, _ = begin(config, partial(print, file=sys.stderr, flush=True))
+    application, _ = begin(config, partial(print, file=sys.stderr, flush=True), follow=follow)
     return application
 
 
-def serve_replicas(config: ServeConfig, say: Callable[[str], None]) -> None:
+def serve_replicas(config: ServeConfig, say: Callable[[str], None], follow: bool) -> None:
     """Serve until a signal comes. Every replica has `threads` processors, and a queue and a batch of its own.
 
     Raises ValueError without the packages of the extra `serve-ray`.
@@ -45,7 +45,7 @@ def serve_replicas(config: ServeConfig, say: Callable[[str], None]) -> None:
                 min_replicas=config.replicas, max_replicas=most, target_ongoing_requests=config.max_batch_size
             )
         deployment = serve.deployment(
-            serve.ingress(partial(replica, own))(type("Policy", (), {})),
+            serve.ingress(partial(replica, own, follow))(type("Policy", (), {})),
             name="policy",
             ray_actor_options={"num_cpus": threads},
             max_ongoing_requests=config.max_batch_size + config.max_queue,
