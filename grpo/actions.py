@@ -133,7 +133,7 @@ def serve(args: argparse.Namespace) -> None:
         return
     from grpo.serve.server import serve
 
-    serve(config)
+    serve(config, follow=args.follow)
 
 
 def convert(args: argparse.Namespace) -> None:

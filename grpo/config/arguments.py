@@ -55,7 +55,8 @@ SAMPLE = (
     _argument("--prompts", type=Path, metavar="FILE.jsonl|-", help=_WHAT),
     _json("groups and completions"),
 )
-SERVE = (_POLICY, _PRINT_CONFIG)
+_WHAT = "serve the newest checkpoint of a run that is still training, as soon as it is saved"
+SERVE = (_POLICY, _flag("follow", _WHAT), _PRINT_CONFIG)
 REWARD_TEST = (_argument("function", **_FUNCTION), _json("what was found"))
 REWARD_REPLAY = (
     _argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it is touched"),

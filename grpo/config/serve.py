@@ -21,8 +21,6 @@ class ServeConfig(SamplingOptions, ModelOptions):
     """The name that requests call the policy by; null takes the last part of MODEL."""
     api_key_file: Path | None = None
     """A file with the key that clients must send, as `Authorization: Bearer KEY`."""
-    follow: bool = False
-    """Serve the newest checkpoint of a run that is still training, as soon as it is saved."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature of requests that name none; 0 is greedy."""
     max_completion_tokens: int = Field(default=256, ge=1)

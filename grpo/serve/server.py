@@ -63,7 +63,7 @@ def load_engine(config: ServeConfig, source: PolicySource, like: Engine | None =
     return engine
 
 
-def begin(config: ServeConfig, say: Callable[[str], None] = print) -> tuple[Any, Served]:
+def begin(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bool = False) -> tuple[Any, Served]:
     """The ASGI application and what it serves. Raises ValueError without the packages of the extra `serve`."""
     try:
         from grpo.serve.app import app
@@ -82,7 +82,7 @@ def begin(config: ServeConfig, say: Callable[[str], None] = print) -> tuple[Any,
 
     if source.checkpoint is None:
         check_options(config.model_copy(update={"model": source.folder}))
-    follower = Follower(config.model, source.step, load, say) if config.follow else None
+    follower = Follower(config.model, source.step, load, say) if follow else None
     engines.append(load_engine(config, source))
     params = replace(sampling_params(engines[0].policy, config, 1, 0), margin=config.margin)
     engines[0].check([], params)
@@ -91,16 +91,16 @@ def begin(config: ServeConfig, say: Callable[[str], None] = print) -> tuple[Any,
     return app(served, key, starts=partial(follower.keep_up, served) if follower else None), served
 
 
-def serve(config: ServeConfig, say: Callable[[str], None] = print) -> None:
+def serve(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bool = False) -> None:
     """Serve until a signal comes. Then no new request is taken, and those that run have `shutdown_s` seconds."""
     read_key(config)
     if (config.max_replicas or config.replicas) > 1:
         from grpo.serve.replicas import serve_replicas
 
-        return serve_replicas(config, begin, say)
+        return serve_replicas(config, partial(begin, follow=follow), say)
     listening, address = listen(config.host, config.port)
     with listening:
-        application, served = begin(config, partial(print, file=sys.stderr, flush=True))
+        application, served = begin(config, partial(print, file=sys.stderr, flush=True), follow=follow)
         import uvicorn
 
         version = f"policy version {served.batcher.engine.version}"

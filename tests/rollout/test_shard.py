@@ -115,10 +115,10 @@ def test_rows_that_end_far_apart_leave_each_others_entries_alone(policy, monkeyp
         logits.append(logits_RV)
         return choose(logits_RV, *rest)
 
-    def draft_and_change(self, live, depth, noise):
+    def draft_and_change(self, live, depth, noise, temperature):
         """Notes the head's drafts; what is verified instead is right for early rows, and a share of the others."""
         logits.clear()
-        drafts, confident = draft(self, live, depth, noise)
+        drafts, confident = draft(self, live, depth, noise, temperature)
         changed = drafts.clone()
         for r in live.alive.nonzero()[:, 0].tolist():
             row, count = int(live.index[r]), int(live.count[r])
