@@ -211,9 +211,7 @@ class Decoding:
         if empty:
             noise, drafted = self._noise(live, empty + 1), Drafted.nothing(len(live.index), empty, self.device)
         else:
-            count = live.count if self.alive == len(live.count) else live.count[live.alive]
-            most = self.params.max_completion_tokens - int(count.min()) - 1  # what the row with the most room can use
-            plan = self.drafts.plan(live, self.alive, most)
+            plan = self.drafts.plan(live, self.alive)
             noise = self._noise(live, plan.depth + 1)
             drafted = self.drafts.draft(live, plan, noise)
         depth = drafted.depth if drafted else 0

@@ -76,7 +76,7 @@ class Drafts:
         self.max_depth = params.draft_tokens or 0
         if params.draft_tokens is None and costs is not None and (has_head or params.looks_up):
             self.max_depth = costs.max_depth
-        self.fixed = params.draft_tokens is not None
+        self.fixed, self.limit = params.draft_tokens is not None, params.max_completion_tokens
         self.controller = DepthController(None if self.fixed else costs, self.max_depth)
         # A forward writes k + 1 tokens after a row's end; only those that the row keeps are counted.
         self.room = params.max_completion_tokens + self.max_depth + 1
@@ -91,9 +91,13 @@ class Drafts:
         if self.lookup:
             self.lookup.keep(live.index.tolist(), tokens_RS.tolist(), kept_R.tolist())
 
-    def plan(self, live: Rows, alive: int, most: int) -> Plan:
-        """`alive` of the rows go on; the one with the most room can still use `most` drafts."""
-        if not self.max_depth or most < 1:
+    def plan(self, live: Rows, alive: int) -> Plan:
+        """`alive` of the rows go on."""
+        if not self.max_depth:
+            return Plan()
+        count = live.count if alive == len(live.count) else live.count[live.alive]
+        most = self.limit - int(count.min()) - 1  # what the row with the most room can still use
+        if most < 1:
             return Plan()
         if self.lookup is None:
             depth = min(self.max_depth, most) if self.fixed else self.controller.pick(alive, most)
