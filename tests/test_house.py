@@ -235,7 +235,7 @@ def test_an_arrow_that_goes_up_is_found(tmp_path):
     [
         ("where is the clip?", "grpo/algorithm/surrogates.py", "def clipped_surrogate("),
         ("who decides to save?", "grpo/loop.py", "def save_if_due("),
-        ("what is a draft's cost?", "rollout/costs.py", "def measure("),
+        ("what is a draft's cost?", "rollout/drafts/costs.py", "def measure("),
         ("where do rewards run?", "rewards/isolation/child.py", "def serve(socket_fd"),
         ("which room decides which policy a path means?", "grpo/policy_source.py", "def find_policy("),
         ("where do requests join a batch?", "rollout/serving.py", "def _join(self)"),

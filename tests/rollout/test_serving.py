@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_cases import PROMPTS, STOPS, taught
 
-from rollout.depth import CostTable
+from rollout.drafts.depth import CostTable
 from rollout.engine import Engine
 from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, pick
 from rollout.serving import UNREAD, News, Request, Serving

@@ -35,7 +35,7 @@ from policies.files.digests import size_and_hash
 from policies.layout import INDEX, WeightFiles
 from policies.policy import Policy
 from rewards.protocol import RewardError
-from rollout.depth import CostTable, DepthController
+from rollout.drafts.depth import CostTable, DepthController
 
 PRINTED = (ValueError, OSError, RewardError, *expected_errors())
 CHAOS = int(os.environ.get("QUARTET_CHAOS", "1"))
