@@ -3,7 +3,7 @@
 Short runs of the demo (`quartet train examples/01_demo.yaml`: a warm start, then GRPO), alone and beside a process that
 only counts, in turn. The rows differ in the number of threads and in how OpenMP's threads wait for each other:
 
-    default            nothing is set: our number of threads, our way to wait (policies/openmp.py, grpo/run/threads.py)
+    default            nothing is set: our number of threads, our way to wait (policies/openmp.py, grpo/run/hardware.py)
     N threads          N threads, waiting as the row says: libgomp's own default, not at all (passive), or our way
 
 The machine must be quiet otherwise.

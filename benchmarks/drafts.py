@@ -34,7 +34,7 @@ from grpo.data.examples import load_examples  # noqa: E402
 from grpo.run.hardware import describe  # noqa: E402
 from grpo.run.records import read_rollouts, recorded_steps  # noqa: E402
 from policies.policy import Policy  # noqa: E402
-from rollout.drafts.depth import DepthController, Kind  # noqa: E402
+from rollout.depth import DepthController, Kind  # noqa: E402
 from rollout.drafts.lookup import Lookup  # noqa: E402
 from rollout.engine import Engine  # noqa: E402
 from rollout.group import Prompt  # noqa: E402

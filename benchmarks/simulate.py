@@ -29,7 +29,7 @@ from statistics import fmean
 from typing import Any
 
 from grpo.run.records import read_metrics, read_rollouts
-from rollout.drafts.depth import CostTable
+from rollout.depth import CostTable
 
 RESULTS = Path(__file__).parent / "results"
 NODES = (1, 2, 4, 8, 16, 32, 64)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from grpo.config.json_file import write_json
-from grpo.error_lines import EXIT_ERROR, fail
 from grpo.run.escape import escaped
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def _load(args: argparse.Namespace, file: Path | None = None, brought: Mapping[str, Any] | None = None) -> Any:
@@ -228,3 +230,38 @@ def _write(path: Path | None, content: dict[str, Any]) -> None:
     if path is not None:
         write_json(path, content)
         print(f"written to {path}")
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message is written for the user; anything else is a bug and keeps its traceback."""
+    from grpo.commands.recovery import RecoveryDiverged
+    from grpo.learner.parallel import RankFailed
+    from grpo.learner.teacher_server import TeacherError
+    from grpo.learner.update import NonFiniteStep
+    from grpo.run.checkpoint import CheckpointError
+    from grpo.run.memory_errors import OutOfMemory
+    from grpo.run.stop import Stopped
+    from policies.conversion.parity import ParityFailed
+    from rollout.engine import RolloutError
+
+    some = CheckpointError, NonFiniteStep, OutOfMemory, ParityFailed
+    return *some, RankFailed, RecoveryDiverged, RolloutError, Stopped, TeacherError
+
+
+def option_of(error: Exception, args: argparse.Namespace) -> str:
+    """`output_dir: ` for an error of the operating system about a file in the folder that this option names."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | Path):
+        return ""  # one of our own messages, which name it themselves
+    file = Path(error.filename).absolute()
+    given = {name: value for name, value in vars(args).items() if isinstance(value, Path)}
+    given |= {name: value for name, value in getattr(args, "overrides", {}).items() if isinstance(value, str | Path)}
+    named = {name: Path(value).absolute() for name, value in given.items() if str(value)}
+    of_file = [name for name, path in named.items() if file == path or path in file.parents or file in path.parents]
+    longest = max(of_file, key=lambda name: len(named[name].parts), default=None)
+    return f"{longest}: " if longest else ""
+
+
+def fail(message: str, code: int) -> int:
+    """The one place that prints errors. They quote what others wrote: rewards, column names, checkpoints."""
+    print(escaped(f"quartet: {message}"), file=sys.stderr)
+    return code

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo import actions
+from grpo.actions import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, expected_errors, fail, option_of
 from grpo.config import arguments
-from grpo.error_lines import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, expected_errors, fail, option_of
 from grpo.run.escape import EscapingFormatter
 from grpo.run.stop import CommandSignals, Interrupted, Stopped, said_of
 from policies.openmp import wait_briefly

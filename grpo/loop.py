@@ -21,12 +21,11 @@ from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
-from grpo.run.best import best_step
 from grpo.run.checkpoint import Checkpoint
 from grpo.run.lock import RunLock
 from grpo.run.log import NoLog, RunLog
 from grpo.run.memory_errors import phase
-from grpo.run.records import read_metrics
+from grpo.run.records import best_step, read_metrics
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import record_rewards, refuse_changed_rewards
 from grpo.run.stop import GivenUp, Stopped, StopSignal

@@ -36,10 +36,9 @@ from grpo.learner.eight_bit import check_optimizer
 from grpo.learner.parallel import ALONE, Ranks, refuse_layout
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
-from grpo.run.hardware import device_of
+from grpo.run.hardware import device_of, saved_threads, threads_for
 from grpo.run.memory_errors import phase
 from grpo.run.resume import base_changed
-from grpo.run.threads import saved_threads, threads_for
 from policies import presets
 from policies.checkpoint import check_policy
 from policies.files import hub

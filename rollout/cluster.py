@@ -37,8 +37,7 @@ LONGEST_FOLDER = 21  # letters: paths of Ray's sockets begin with it, and system
 LOCK = "lock"  # the file in the folder of a cluster that the process which has started it keeps locked
 STOPPED_S = 30.0  # how long a process of Ray's may be stopped before it counts as dead
 ASK_S = 60.0  # how long the gcs_server of a cluster may take to answer
-POLL_S = 0.2
-LEAVE_S = 5.0  # how long the processes of a cluster that was shut down may take to end
+POLL_S, LEAVE_S = 0.2, 5.0  # the second: how long the processes of a cluster that was shut down may take to end
 T = TypeVar("T")
 
 
@@ -110,8 +109,7 @@ class Cluster:
             ) from None
 
     def put(self, value: Any, faults: Faults, limit_s: float, while_waiting: Callable[[], None]) -> Any:
-        """A reference to `value` in shared memory. If that is full it is waited for, and counted once. Raises
-        RolloutError where there is no room after `limit_s` seconds."""
+        """A reference to `value` in shared memory. A full one is waited for: RolloutError after `limit_s` seconds."""
         errors, began, waits = self.ray.exceptions, time.monotonic(), False
         while True:
             self.check()

@@ -13,8 +13,8 @@ from torch import Tensor
 from policies.allocator import keep_freed_memory
 from policies.policy import Policy
 from rollout.backends import Decoder, derive
-from rollout.drafts.costs import measure
-from rollout.drafts.depth import MAX_DEPTH, CostTable
+from rollout.costs import measure
+from rollout.depth import MAX_DEPTH, CostTable
 from rollout.environments.episodes import Arena, Episodes
 from rollout.faults import OnFinished as OnFinished
 from rollout.faults import RolloutError as RolloutError

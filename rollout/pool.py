@@ -18,7 +18,7 @@ from policies.policy import Policy
 from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.cluster import start_ray as start_ray
-from rollout.drafts.depth import CostTable
+from rollout.depth import CostTable
 from rollout.engine import Engine, OnFinished, RolloutError
 from rollout.faults import OnLost
 from rollout.group import Prompt, RolloutGroup

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from policies.policy import Policy
 from rollout.cluster import Cluster
-from rollout.drafts.depth import CostTable
+from rollout.depth import CostTable
 from rollout.engine import OnFinished, RolloutError
 from rollout.faults import Faults, OnLost
 from rollout.group import Prompt, RolloutGroup

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from rollout.backends import Decoder
 from rollout.drafts.sources import Drafted, Drafts, Plan
+from rollout.drafts.speculative import verify_draft
 from rollout.environments.episodes import Episodes
 from rollout.group import Prompt, RolloutGroup
 from rollout.results import Results
 from rollout.rows import Prefilled, Rows
 from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, row_key
-from rollout.speculative import verify_draft
 from rollout.stop_strings import StopStrings
 
 # One prefill reads at most so many tokens with padding; on a CPU, more do not fit its caches.

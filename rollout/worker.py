@@ -11,7 +11,7 @@ from torch import Tensor
 from policies.lora import Adapter
 from policies.policy import Policy
 from policies.publication import Publication
-from rollout.drafts.depth import CostTable
+from rollout.depth import CostTable
 from rollout.engine import Engine, RolloutError
 from rollout.faults import Kind, why_died
 from rollout.group import Prompt, RolloutGroup

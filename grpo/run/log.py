@@ -25,8 +25,8 @@ import zstandard
 from rich.console import Console
 from rich.progress import Progress
 
-from grpo.config.differences import changed_options
 from grpo.config.json_file import read_objects, whole_lines
+from grpo.config.yaml_file import changed_options
 from grpo.run import hardware
 from grpo.run.console import Terminal, progress_bars, sample_table, step_line, visible
 from grpo.run.json_lines import append_line, json_line, open_lines

@@ -21,7 +21,7 @@ from policies.sharding import everyone, whole
 from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import TOKEN
 from rollout.backends.vllm.settings import VLLMSettings
-from rollout.drafts.depth import CostTable
+from rollout.depth import CostTable
 from rollout.group import RolloutGroup
 from rollout.places import here
 from rollout.pool import Pool, open_pool

@@ -6,13 +6,15 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import zstandard
 
+from grpo.algorithm.verdicts import held_out_metric
 from grpo.config.json_file import read_objects, whole_lines
 from policies.files.atomic import write_file
 from rewards.group_score import GroupScore
@@ -210,3 +212,22 @@ def _step(rollout_path: Path) -> int | None:
     """The step of a record, whole or being written; None of any other file."""
     name = re.fullmatch(r"step_([0-9]{1,18})\.jsonl\.(zst|partial)", rollout_path.name)
     return int(name[1]) if name else None
+
+
+def best_step(lines: Sequence[Mapping[str, Any]], saved: Collection[int], window: int | None = None) -> int | None:
+    """The step of `saved` that did best on held-out problems, the latest of equals; None where none was evaluated.
+
+    By eval/accuracy, or by eval/reward_mean where the reward's marks do not say right or wrong. With a `window`: by
+    reward/mean, on average over so many steps up to it. `lines`: `read_metrics`.
+
+    >>> best_step([{"step": 1, "eval/accuracy": 0.5}, {"step": 2, "eval/accuracy": 0.4}], saved=[1, 2])
+    1
+    """
+    name = held_out_metric(lines) if window is None else "reward/mean"
+    known = {line["step"]: line[name] for line in lines if line.get(name) is not None}
+    values = {}
+    for step in saved:
+        near = [known[s] for s in range(step - (window or 1) + 1, step + 1) if s in known]
+        if near:
+            values[step] = fmean(near)
+    return max(values, key=lambda step: (values[step], step), default=None)

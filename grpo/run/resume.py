@@ -6,10 +6,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo.config.differences import changed_options, flat
 from grpo.config.options import dump_yaml
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
-from grpo.config.yaml_file import parse_yaml
+from grpo.config.yaml_file import changed_options, flat, parse_yaml
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 

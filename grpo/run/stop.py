@@ -19,7 +19,7 @@ from policies.files.atomic import write_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rollout.drafts.depth import CostTable
+    from rollout.depth import CostTable
     from rollout.group import Prompt, RolloutGroup
     from rollout.pool import OnFinished, Pool
     from rollout.publication.digests import Held

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grpo.config.serve import ServeConfig
-from grpo.listening import listen
 from grpo.policy_source import PolicySource, check_options, find_policy, load_found
+from grpo.run.listening import listen
 from grpo.run.memory_errors import phase
 from grpo.sampling import sampling_params
 from rollout.engine import Engine

@@ -15,8 +15,7 @@ from rich.table import Table
 
 from grpo.algorithm.statistics import mean_interval
 from grpo.algorithm.verdicts import ACCURACY, MEAN_REWARD
-from grpo.config.differences import flat
-from grpo.config.yaml_file import read_yaml
+from grpo.config.yaml_file import flat, read_yaml
 from grpo.run.records import check_run, read_metrics
 
 OF_A_SEED = ("seed", "output_dir")  # what may differ inside a group

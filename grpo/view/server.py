@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from grpo.listening import listen
+from grpo.run.listening import listen
 from grpo.view.index import Index
 from grpo.view.page import ASSETS, PACKAGES, plotly, shell
 from grpo.view.run_files import RunFiles, finite

@@ -12,7 +12,7 @@ from policies.decoding.absorbed import AbsorbedTrunk
 from policies.decoding.draft_head import AbsorbedHead
 from policies.policy import Policy
 from rollout.backends.hf import HFTrunk
-from rollout.drafts.depth import CostTable
+from rollout.depth import CostTable
 from rollout.sampling import DraftVocabulary
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from policies.decoding.latent_cache import LatentCache
 from rollout.backends import Decoder
+from rollout.drafts.speculative import confident_drafts
 from rollout.rows import Prefilled, Rows
 from rollout.sampling import Noise, SamplingParams, pick
-from rollout.speculative import confident_drafts
 
 
 class Drafter:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from rollout.drafts.depth import Kind
+from rollout.depth import Kind
 from rollout.group import Prompt
 from rollout.sampling import CountedChoice, SamplingParams, row_key
 

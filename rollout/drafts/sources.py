@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rollout.backends import Decoder
-from rollout.drafts.depth import HEAD, DepthController, Kind
+from rollout.depth import HEAD, DepthController, Kind
 from rollout.drafts.head import Drafter
 from rollout.drafts.lookup import Lookup
 from rollout.group import Prompt

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import simulate
 from benchmarks.simulate import Batch, Cluster, Costs, equal, forwards, hand_out, lengths_of, schedule, shard_seconds
 from grpo.train import train
-from rollout.drafts.depth import CostTable
+from rollout.depth import CostTable
 from rollout.shard import Decoding, shards
 
 FLAT = CostTable([1], [[10.0]])

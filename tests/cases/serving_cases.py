@@ -12,7 +12,7 @@ import uvicorn
 
 from grpo.config.options import load
 from grpo.config.serve import ServeConfig
-from grpo.listening import listen
+from grpo.run.listening import listen
 from grpo.serve.server import begin
 
 

@@ -22,7 +22,7 @@ from grpo.train import train
 from policies.conversion.dense import convert_checkpoint, frozen_parameter_names
 from policies.policy import Policy, PolicyError
 from rewards.protocol import RewardError
-from rollout.drafts.depth import CostTable
+from rollout.depth import CostTable
 from rollout.engine import Engine
 
 EVERY_STEP = {

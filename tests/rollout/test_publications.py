@@ -13,7 +13,7 @@ from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.drafts.depth import CostTable
+from rollout.depth import CostTable
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import LocalPool

@@ -8,11 +8,11 @@ import pytest
 import torch
 from engine_cases import PROMPTS, STOPS, taught
 
-from rollout.drafts.depth import CostTable
+from rollout.depth import CostTable
+from rollout.drafts.speculative import confident_drafts
 from rollout.engine import Engine
 from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, pick
 from rollout.serving import UNREAD, News, Request, Serving
-from rollout.speculative import confident_drafts
 
 torch.set_num_threads(1)
 BASE = SamplingParams(group_size=1, temperature=1.0, max_completion_tokens=40, stop_token_ids=STOPS)

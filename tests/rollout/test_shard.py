@@ -11,8 +11,8 @@ from engine_cases import PARAMS, PROMPTS, completions, prompts_of, taught, token
 
 from policies.moe import RoutingRecorder
 from policies.policy import Policy
+from rollout.depth import CostTable, DepthController
 from rollout.drafts import head
-from rollout.drafts.depth import CostTable, DepthController
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt
 from rollout.pool import LocalPool

@@ -18,7 +18,7 @@ from rollout.backends.vllm.client import Client, Lost
 from rollout.backends.vllm.completions import completion_of, seed_of
 from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
-from rollout.drafts.depth import CostTable
+from rollout.depth import CostTable
 from rollout.faults import Faults, OnFinished, OnLost, RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
 from rollout.publication.canaries import other_canaries

@@ -16,9 +16,8 @@ from grpo.config.options import load
 from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.evaluation.evaluate import as_metrics, evaluate, evaluate_ways
 from grpo.run import plots
-from grpo.run.best import best_step
 from grpo.run.metrics import check
-from grpo.run.records import read_metrics
+from grpo.run.records import best_step, read_metrics
 from grpo.task import Task
 from grpo.train import train
 from rewards import BUILT_IN, Signature, load_reward, per_completion, right_at

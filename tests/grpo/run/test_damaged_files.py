@@ -15,17 +15,17 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from grpo.actions import expected_errors
 from grpo.commands.export import _read_run
 from grpo.commands.model_card import Origin, model_card
 from grpo.commands.reward_replay import _settings
 from grpo.commands.sample import read_prompts
-from grpo.config.differences import changed_options
 from grpo.config.inference import defaults_of_run
 from grpo.config.mtp import defaults_of_run as mtp_defaults_of_run
 from grpo.config.options import load
 from grpo.config.run import TrainConfig
+from grpo.config.yaml_file import changed_options
 from grpo.data.examples import load_examples
-from grpo.error_lines import expected_errors
 from grpo.run import checkpoint, hardware
 from grpo.run.log import RunLog
 from grpo.run.records import read_metrics, read_rollouts, recorded_steps, truncate
@@ -35,7 +35,7 @@ from policies.files.digests import size_and_hash
 from policies.layout import INDEX, WeightFiles
 from policies.policy import Policy
 from rewards.protocol import RewardError
-from rollout.drafts.depth import CostTable, DepthController
+from rollout.depth import CostTable, DepthController
 
 PRINTED = (ValueError, OSError, RewardError, *expected_errors())
 CHAOS = int(os.environ.get("QUARTET_CHAOS", "1"))

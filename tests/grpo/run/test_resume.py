@@ -16,9 +16,8 @@ from grpo.learner.learner import Learner
 from grpo.learner.update import NonFiniteStep
 from grpo.policy_source import find_policy, load_found
 from grpo.run import checkpoint, log
-from grpo.run.best import best_step
 from grpo.run.log import RunLog
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import best_step, read_metrics, read_rollouts
 from grpo.run.resume import base_changed, refuse_changed_config
 from grpo.run.stop import Stopped
 from grpo.sft import sft

@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-import grpo.run.threads
+import grpo.run.hardware
 from grpo.config.options import dump_yaml
 from grpo.policy_source import load_policy, with_threads
-from grpo.run.threads import threads_for
+from grpo.run.hardware import threads_for
 from grpo.train import train
 from policies.openmp import CHOICES, WAITING
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 def two_cores(monkeypatch) -> Iterator[None]:
     """A machine of two cores whose user has set nothing."""
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(grpo.run.threads, "_cores", lambda: 2)
+    monkeypatch.setattr(grpo.run.hardware, "_cores", lambda: 2)
     yield
     torch.set_num_threads(1)
 
@@ -69,7 +69,7 @@ def test_a_program_that_has_loaded_torch_keeps_its_environment(monkeypatch):
 
 def test_the_number_follows_from_the_size_alone(monkeypatch):
     assert [threads_for(size) for size in (1_000, 2_800_000, 15_999_999, 16_000_000, 135_000_000)] == [1, 1, 1, 2, 2]
-    monkeypatch.setattr(grpo.run.threads, "_cores", lambda: 64)
+    monkeypatch.setattr(grpo.run.hardware, "_cores", lambda: 64)
     assert [threads_for(size) for size in (2_800_000, 135_000_000, 10**12)] == [1, 16, 64]
 
 
@@ -85,7 +85,7 @@ def test_a_policy_alone_is_given_its_threads_too(micro_config, tmp_path, monkeyp
     torch.set_num_threads(2)
     load_policy(config, ["3 + 4 = 7\n"])
     assert torch.get_num_threads() == 1
-    monkeypatch.setattr(grpo.run.threads, "PARAMETERS_PER_THREAD", 1_000)
+    monkeypatch.setattr(grpo.run.hardware, "PARAMETERS_PER_THREAD", 1_000)
     load_policy(config, ["3 + 4 = 7\n"])
     assert torch.get_num_threads() == 2
 
@@ -103,7 +103,7 @@ def _started(config, **flags):
 def test_contract_9_a_run_writes_its_threads_down_and_keeps_them(micro_config, tmp_path, monkeypatch):
     config = micro_config(tmp_path / "run", threads=None)
     with monkeypatch.context() as small:
-        small.setattr(grpo.run.threads, "PARAMETERS_PER_THREAD", 1_000)
+        small.setattr(grpo.run.hardware, "PARAMETERS_PER_THREAD", 1_000)
         _started(config)
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["threads"] == 2
     torch.set_num_threads(1)

@@ -9,8 +9,8 @@ import torch
 from engine_cases import PARAMS, PROMPTS, completions, taught, tokens
 
 from rollout import sampling
+from rollout.depth import HEAD, CostTable, DepthController
 from rollout.drafts import lookup
-from rollout.drafts.depth import HEAD, CostTable, DepthController
 from rollout.drafts.lookup import Continuations, Lookup
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import rollout.speculative
-from rollout.speculative import verify_draft
+import rollout.drafts.speculative
+from rollout.drafts.speculative import verify_draft
 
 
 def test_docstring_examples():
-    assert doctest.testmod(rollout.speculative).failed == 0
+    assert doctest.testmod(rollout.drafts.speculative).failed == 0
 
 
 def test_by_hand():

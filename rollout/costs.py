@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rollout.backends import Decoder
-from rollout.drafts.depth import CostTable
+from rollout.depth import CostTable
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 from rollout.shard import Decoding

@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-import rollout.drafts.costs
-import rollout.drafts.depth
-from rollout.drafts.depth import CostTable, DepthController
+import rollout.costs
+import rollout.depth
+from rollout.depth import CostTable, DepthController
 
 TABLE = CostTable(rows=[1, 4], rounds=[[10.0, 12.0, 14.0], [20.0, 30.0, 44.0]])
 
 
 def test_docstring_examples():
-    assert doctest.testmod(rollout.drafts.depth).failed == 0
-    assert doctest.testmod(rollout.drafts.costs).failed == 0
+    assert doctest.testmod(rollout.depth).failed == 0
+    assert doctest.testmod(rollout.costs).failed == 0
 
 
 @pytest.mark.parametrize(
