@@ -99,7 +99,7 @@ def main() -> None:
                 results[name] = found = measure(folder, steps)
                 print(name, "  ".join(f"{key} {value:.2f}" for key, value in found.items()), flush=True)
     if options.json:
-        found = {"command": " ".join(sys.argv), "hardware": hardware.describe(), "results": results}
+        found = {"environment": hardware.describe(), "results": results}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
