@@ -14,14 +14,14 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FULL_ROW = 1024  # vocabularies up to this size take a noise for every token
-Chosen = Tensor | slice  # which rows
+Chosen: TypeAlias = Tensor | slice  # which rows
 BLOCK = 256  # of larger ones a block of this many tokens is drawn first, then a token inside it
 WORD = 0xFFFFFFFF
 
@@ -278,7 +278,7 @@ def choose(
     every row its own.
     """
     if isinstance(temperature, Tensor):
-        return by_temperature(temperature, lambda t, r: choose(logits_NV[r], t, noise.of(r), vocabulary))  # type: ignore[return-value]
+        return by_temperature(temperature, lambda t, r: choose(logits_NV[r], t, noise.of(r), vocabulary))
     logits_NV = _scaled(logits_NV, temperature)
     if temperature == 0 or noise.flat:
         logits = logits_NV.float()

@@ -230,6 +230,7 @@ class Decoding:
         """
         live = self.live
         assert live is not None
+        drafted: Drafted | None
         if empty:
             noise, drafted = self._noise(live, empty + 1), Drafted.nothing(len(live.index), empty, self.device)
         else:

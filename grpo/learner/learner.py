@@ -280,7 +280,8 @@ class Learner:
         options, mask = self.loss, self._mask(mini)
         sampling = mini.padded([sample.sampling_logprobs for sample in mini.samples])
         old = out.logprobs.detach() if old is None else old
-        advantages, term, taught = mini.advantages, 0.0, {}
+        advantages, term = mini.advantages, 0.0
+        taught: dict[str, float] = {}
         if self.teacher:
             given = self.likelihood, mini, out, mask, old, batch.num_completion_tokens
             advantages, term, taught = self.teacher.teach(*given)

@@ -62,7 +62,7 @@ def _calls(message: Mapping[str, Any]) -> dict[str, Any]:
     if not calls:
         return {}
     read = []
-    for call in calls if isinstance(calls, list) else [None]:
+    for call in calls if isinstance(calls, list) else [{}]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError('a call of a tool is {"type": "function", "function": {"name": ..., "arguments": ...}}')

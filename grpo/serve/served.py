@@ -62,7 +62,7 @@ class Served:
         elif isinstance(asked, CompletionAsked):
             texts = [self._prompt(given, asked.prompt_id or "") for given in asked.prompt]
         seed = secrets.randbits(31) if asked.seed is None else asked.seed
-        jobs = []
+        jobs: list[Job] = []
         for prompt in texts:
             params = self._params(asked, prompt, param, seed)
             for sample in range(asked.completions):
