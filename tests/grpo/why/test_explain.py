@@ -90,15 +90,29 @@ def test_the_step_itself_comes_out_to_the_same_bits(run):
         assert [group.effect is not None for group in found.groups].count(True) == 1
 
 
-@pytest.mark.parametrize("flipped", range(4))
-def test_a_flipped_reward_is_the_first_thing_named(run, micro_config, tmp_path, flipped):
-    prompt = read_rollouts(run, 3)[4 * flipped]["prompt"]
+@pytest.mark.parametrize("flipped", (0, 3))
+def test_a_flipped_reward_is_the_first_thing_named(micro_config, tmp_path, flipped):
+    """Four groups of nearly one prompt and many completions: without a mistake they agree."""
+    data = [{"question": f"Tom has {i} apples.", "answer": "1"} for i in range(8)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    options = {
+        "data.name": str(tmp_path / "data.jsonl"),
+        "data.limit": None,
+        "data.holdout": 0.5,
+        "eval.limit": 2,
+        "steps": 1,
+        "rollout.group_size": 128,
+        "rollout.max_completion_tokens": 2,
+    }
+    train(micro_config(tmp_path / "healthy", **options))
+    healthy = explain(tmp_path / "healthy", 1, groups=1)
+    prompt = read_rollouts(tmp_path / "healthy", 1)[128 * flipped]["prompt"]
     (tmp_path / "mine.py").write_text(SABOTAGE.format(flipped=prompt))
-    rewards = [{"function": f"{tmp_path}/mine.py:letters"}]
-    train(micro_config(tmp_path / "run", **OPTIONS, rewards=rewards))
-    healthy, sabotaged = explain(run, 3), explain(tmp_path / "run", 3)
+    train(micro_config(tmp_path / "run", **options, rewards=[{"function": f"{tmp_path}/mine.py:letters"}]))
+    sabotaged = explain(tmp_path / "run", 1, groups=1)
+    assert [group.cosine_with_rest > 0 for group in healthy.groups] == [True] * 4
     assert opponents(sabotaged)[0].number == flipped
-    assert answer(sabotaged)[0].startswith(f"Group {flipped} (word_problems/")
+    assert answer(sabotaged)[0].startswith(f"Group {flipped} (")
     assert flipped not in [group.number for group in opponents(healthy)]
 
 
