@@ -184,6 +184,7 @@ def test_in_each_gpu_there_is_one_learner_and_one_worker():
         ray.shutdown()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_in_turn_with_their_worker_learn_as_one_process(words, tmp_path):
     done = _run(words(tmp_path / "many", **{"rollout.workers": 1, "rollout.colocate": "true"}))

@@ -20,6 +20,7 @@ TEMPLATE = Path(trl.__file__).parent / "chat_templates/qwen2_5.jinja"
 QUESTIONS = ["Count.", "Count on.", "Go on.", "Count again.", "Start."]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::RuntimeWarning"),
 ]
 

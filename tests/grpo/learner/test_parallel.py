@@ -399,6 +399,7 @@ runpy.run_module("grpo", run_name="__main__")
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["measuring", "opening"])
 def test_a_stop_before_the_first_step_ends_every_rank_alike(run, tmp_path, moment):

@@ -206,6 +206,7 @@ def test_contract_3_the_controllers_choices_give_the_same_tokens(policy, sources
     assert all(totals(groups, source, "accepted") > 0 for source in set(sources) - {"head"})
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("sources", SOURCES, ids="+".join)
 def test_contracts_3_and_4_over_20_000_tokens(policy, sources):
