@@ -16,10 +16,8 @@ from policies.policy import Policy
 from rollout.environments.episodes import first_messages
 from rollout.environments.format import Answers, TurnFormat
 from rollout.environments.protocol import answers_of, check, chosen, tools_of
-from rollout.group import Prompt, RolloutGroup, ToolStats
+from rollout.group import REWARD, Prompt, RolloutGroup, environment_reward
 from rollout.sampling import EnvironmentSpec, SamplingParams
-
-REWARD = "environment_reward"  # the column that the reward `environment` reads
 
 
 def sampling_params(policy: Policy, options: SamplingOptions, group_size: int, seed: int) -> SamplingParams:
@@ -121,11 +119,3 @@ class Actor:
             tools = tools_of(self.environment, name)
             self._forms[name, stops] = TurnFormat(tokenizer, tools, stop_token_ids=stops)
         return self._forms[name, stops]
-
-
-def environment_reward(tools: ToolStats | None) -> float | str | None:
-    """A number, None to abstain, or why the environment could not go on."""
-    if tools is None:
-        return None
-    failure = tools.failure
-    return tools.reward if failure is None else f"{failure['kind']}: {failure['message']}"

@@ -347,4 +347,3 @@ def _kill_below(folder: str) -> None:
         with suppress(psutil.Error):
             if any(folder in word for word in process.cmdline()):
                 process.kill()
-                process.wait(1)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "max_turns", "environment", "abort"]
 ENDED: tuple[FinishReason, ...] = ("stop", "environment")  # what no limit has cut
 
+REWARD = "environment_reward"  # the column that the reward `environment` reads
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -187,3 +189,11 @@ class RolloutGroup:
     def turns(self) -> list[list[dict[str, Any]]] | None:
         """What rewards with `chat: true` read of episodes: the messages of each. None without tools."""
         return [completion.turns for completion in self.completions] if any(c.tools for c in self.completions) else None
+
+
+def environment_reward(tools: ToolStats | None) -> float | str | None:
+    """A number, None to abstain, or why the environment could not go on."""
+    if tools is None:
+        return None
+    failure = tools.failure
+    return tools.reward if failure is None else f"{failure['kind']}: {failure['message']}"

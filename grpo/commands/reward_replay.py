@@ -13,12 +13,11 @@ from grpo.config.reward_commands import ReplayConfig
 from grpo.config.yaml_file import read_yaml
 from grpo.data.examples import Example, examples_of
 from grpo.run.records import read_rollouts, recorded_steps, split_groups
-from grpo.sampling import REWARD, environment_reward
 from rewards.group_score import RewardFailure, mean
 from rewards.protocol import did_you_mean
 from rewards.registry import find_reward
 from rewards.scorer import RewardSpec, Scorer
-from rollout.group import ToolStats, answer_of
+from rollout.group import REWARD, ToolStats, answer_of, environment_reward
 
 SCORE = "score"  # the weighted sum, not one reward's value
 

@@ -196,7 +196,7 @@ def test_a_policys_states_and_gradients_are_those_of_the_mask(random_policy, che
     torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=5e-5)  # 2.4e-5 with AVX2 alone
 
 
 # ---- flex attention: torch's, not compiled, as it runs on a CPU ----

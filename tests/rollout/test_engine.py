@@ -117,8 +117,8 @@ def test_drafts_are_what_the_trained_head_says_behind_the_verified_tokens(engine
     depth, asked = 3, []
     draft = Drafter.draft
 
-    def spy(drafter, live, depth, noise):
-        drafts, confident = draft(drafter, live, depth, noise)
+    def spy(drafter, live, depth, noise, temperature):
+        drafts, confident = draft(drafter, live, depth, noise, temperature)
         for r in live.alive.nonzero()[:, 0].tolist():
             asked.append((int(live.index[r]), int(live.count[r]), drafts[r].tolist()))
         return drafts, confident

@@ -70,7 +70,7 @@ def test_a_wrong_name_is_an_error_before_anything_is_evaluated(micro_policy, tmp
     assert main(["eval", str(tmp_path / "a"), str(tmp_path / "nowhere")]) == 1
     said = capsys.readouterr()
     assert "nowhere" in said.err
-    assert said.out == ""
+    assert said.out == "loading torch and transformers ...\n"
 
 
 def test_contract_16_what_a_later_policy_was_trained_on_is_refused_before_the_first_is_evaluated(

@@ -61,8 +61,8 @@ def test_drafts_of_every_turn_are_what_the_trained_head_says(engine, monkeypatch
     """After what tools wrote, too: the head has read it. Anything wrong would cost acceptance and no token."""
     asked, draft = [], Drafter.draft
 
-    def spy(drafter, live, depth, noise):
-        drafts, confident = draft(drafter, live, depth, noise)
+    def spy(drafter, live, depth, noise, temperature):
+        drafts, confident = draft(drafter, live, depth, noise, temperature)
         for r in live.alive.nonzero()[:, 0].tolist():
             asked.append((int(live.index[r]), int(live.count[r]), drafts[r].tolist()))
         return drafts, confident
