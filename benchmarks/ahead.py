@@ -157,8 +157,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     started, results = time.perf_counter(), dict[str, Any]()
+
+    def keep(part: str, found: dict[str, Any]) -> None:
+        """At once: a run that is cut off keeps what it has."""
+        results[part] = found
+        if options.json:
+            options.json.write_text(json.dumps({"environment": describe(), "results": results}, indent=1) + "\n")
+
     if options.curves:
-        results["curves"] = curves(options)
+        keep("curves", curves(options))
     if not options.curves and options.only != "smollm2":
         with tempfile.TemporaryDirectory() as folder:
             policy, given = Path(folder) / "warm", ["--warm_start.steps", options.warm_start_steps, "--threads", 2]
@@ -166,17 +173,15 @@ def main() -> None:
             quartet("train", demo, "--output_dir", policy, "--steps", 1, *QUIET, *given)
             print("demo", flush=True)
             words = [demo, "--model", policy / "policy", "--warm_start.steps", 0]
-            results["demo"] = pays(words, options.demo_steps, options.repeats)
+            keep("demo", pays(words, options.demo_steps, options.repeats))
     if not options.curves and options.only != "demo" and not options.smollm2.exists():
         print(f"SmolLM2 is left out: {options.smollm2} is not there; `make smollm2` prepares it")
     elif not options.curves and options.only != "demo":
         print("SmolLM2", flush=True)
         words = [ROOT / "examples/02_gsm8k_smollm2_lora.yaml", "--model", options.smollm2, "--data.name", options.data]
         words += ["--prompts_per_step", 2, "--rollout.group_size", 4, "--rollout.max_completion_tokens", 48]
-        results["smollm2"] = pays(words, options.smollm2_steps, options.repeats)
+        keep("smollm2", pays(words, options.smollm2_steps, options.repeats))
     print(f"{time.perf_counter() - started:.0f} s in all")
-    if options.json:
-        options.json.write_text(json.dumps({"environment": describe(), "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
