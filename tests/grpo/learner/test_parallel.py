@@ -380,7 +380,7 @@ def test_sigterm_to_every_rank_saves_and_ends_all_of_them(run, tmp_path):
 
 STOPS = """
 import os, runpy, signal, sys
-import grpo.run.pool, grpo.train
+import grpo.run.pool, grpo.train  # the package also has a function of this name
 
 def costs(pool, *_, **__):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -391,7 +391,7 @@ def opened(*_, while_waiting, **__):
     while_waiting()
 
 if sys.argv[1] == "measuring":  # rank 0 alone calls either of them
-    grpo.train.use_costs_of_run = costs
+    sys.modules["grpo.train"].use_costs_of_run = costs
 else:
     grpo.run.pool.open_pool = opened
 sys.argv = ["quartet", *sys.argv[2:]]
