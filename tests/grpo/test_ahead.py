@@ -271,6 +271,7 @@ def test_ahead_0_is_the_run_without_the_option(micro_config, tmp_path):
     assert not {"batches", "later"} & saved.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 def test_contract_12_completions_that_go_on_are_in_flight_too(options, tmp_path):
     """rollout.partial: the batch of step t has tokens of the versions up to t - 1 - ahead."""

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import pytest
@@ -415,8 +417,9 @@ class Process:
     """`python -m grpo train` in a session of its own, as a terminal would start it."""
 
     def __init__(self, model: str, letters: str, folder: Path, *words: str) -> None:
-        self.folder = folder
-        command = [sys.executable, "-m", "grpo", "train", "--output_dir", str(folder), "--model", model, *MICRO_RUN]
+        self.folder, self.started = folder, list[psutil.Process]()
+        command = [sys.executable, "-X", "faulthandler", "-m", "grpo", "train", "--output_dir", str(folder)]
+        command += ["--model", model, *MICRO_RUN]
         command += ["--rewards", f"[{{function: '{letters}'}}]", "--steps", "100000", "--checkpoint.every", "1000"]
         self.stderr = folder.with_suffix(".err")
         self.process = subprocess.Popen(
@@ -429,26 +432,35 @@ class Process:
         )
 
     def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and self.process.poll() is None:
             metrics = self.folder / "metrics.jsonl"
             if metrics.exists() and f'"step": {step},' in metrics.read_text():
                 self.started = psutil.Process(self.process.pid).children(recursive=True)
                 return
             time.sleep(0.05)
-        pytest.fail(f"step {step} was not reached: {self.stderr.read_text()[-2000:]}")
+        self.give_up(f"step {step} was not reached")
 
     def end(self, number: signal.Signals, group: bool = False) -> tuple[int, str]:
         """Exit code and standard error; no process that it has started is left."""
+        (os.killpg if group else os.kill)(self.process.pid, number)
         try:
-            (os.killpg if group else os.kill)(self.process.pid, number)
-            code = self.process.wait(timeout=60)
-            _, alive = psutil.wait_procs(self.started, timeout=20)
-            assert not alive, [process.cmdline() for process in alive]
-        finally:
-            for process in [*self.started, psutil.Process(self.process.pid)] if self.process.poll() is None else []:
-                process.kill()
+            code = self.process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            self.give_up(f"it did not end after {signal.Signals(number).name}")
+        _, alive = psutil.wait_procs(self.started, timeout=20)
+        assert not alive, [process.cmdline() for process in alive]
         return code, self.stderr.read_text()
+
+    def give_up(self, why: str) -> NoReturn:
+        """Fail with what it has said and with where every thread of it stands, and leave nothing."""
+        started = self.started or psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGABRT)
+        self.process.wait(timeout=60)
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        pytest.fail(f"{why}: {self.stderr.read_text()[-6000:]}")
 
 
 @pytest.mark.parametrize(
@@ -456,7 +468,7 @@ class Process:
     [
         (signal.SIGTERM, False, 0),
         pytest.param(signal.SIGHUP, False, 0, marks=pytest.mark.slow),
-        (signal.SIGINT, True, 0),  # a terminal's Ctrl-C reaches the whole group
+        pytest.param(signal.SIGINT, True, 0, marks=pytest.mark.slow),  # a terminal's Ctrl-C reaches the whole group
         pytest.param(signal.SIGINT, True, 2, marks=pytest.mark.slow),
     ],
 )

@@ -101,6 +101,8 @@ def _untimed(folder: Path) -> list[dict]:
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_the_head_learns_to_draft_and_the_trunk_keeps_its_bits(config, taught, tmp_path):
     given = {"steps": 7, "head.reuse": 3, "eval.limit": 12, "head.draft_vocabulary": None, "prompts_per_step": 8}
     given["head.restart"] = False
@@ -165,7 +167,7 @@ def test_null_drafts_from_the_whole_vocabulary_again(whole, config, tmp_path):
 # ---- contract 9 -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("k", [1, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_contract_9_a_stopped_run_resumes_to_the_same_bits(whole, config, tmp_path, k):
     folder = tmp_path / "run"
     with pytest.raises(Stopped, match=f"stopped after step {k}; go on with --resume auto"):

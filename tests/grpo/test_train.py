@@ -172,6 +172,7 @@ def test_contract_3_drafts_change_no_token(run, micro_config, tmp_path):
     assert all("draft/acceptance_depth_1" not in line for line in read_metrics(tmp_path / "plain"))
 
 
+@pytest.mark.slow
 def test_contract_4_two_ray_workers_sample_the_same_tokens(run, micro_config, tmp_path):
     folder = tmp_path / "workers"
     before = set(psutil.Process().children(recursive=True))

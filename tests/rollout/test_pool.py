@@ -186,6 +186,7 @@ def test_contract_4_workers_sample_what_one_engine_samples(pool, expected):
     assert pool.sample([], PARAMS) == []
 
 
+@pytest.mark.slow
 def test_contract_4_the_number_of_workers_changes_nothing(pool, policies, expected):
     single = open_pool(policies[0], workers=1, prompts_per_shard=2)
     try:
@@ -230,6 +231,7 @@ def test_contract_5_weights_that_a_worker_does_not_confirm_are_not_sampled_with(
     assert pool.sample(PROMPTS, PARAMS) == expected(1)
 
 
+@pytest.mark.slow
 def test_contract_5_with_adapters_workers_get_a_and_b_alone_and_a_new_one_everything(pool, random_policy):
     """Tokens are those of a pool in this process that was given merged weights."""
     policy = random_policy(21)
@@ -341,6 +343,7 @@ def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, polici
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
 
 
+@pytest.mark.slow
 def test_contract_4_episodes_are_the_same_with_workers_and_after_one_is_killed_in_the_middle(
     cluster, random_policy, tmp_path
 ):
@@ -368,6 +371,8 @@ def test_contract_4_episodes_are_the_same_with_workers_and_after_one_is_killed_i
         pool.close()
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_a_worker_that_answers_no_more_gives_its_place_to_its_replacement(pool, expected):
     """Ray may lose sight of a worker that still lives; it must not keep the processor that the next one waits for."""
     process = psutil.Process(ray.get(call(pool.workers.actors[0], lambda _: os.getpid())))
@@ -398,6 +403,7 @@ def test_workers_that_keep_dying_stop_the_run_with_advice(pool, monkeypatch):
     monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_contract_4_a_late_worker_is_replaced_and_its_shard_sampled_again(pool, expected, monkeypatch):
     """Its deadline has passed, so it is killed; the shard goes to its successor, which gives the same tokens."""
     lost: list[tuple] = []
@@ -428,6 +434,7 @@ def test_workers_that_are_always_late_end_the_run_with_advice(pool, monkeypatch)
     del busy
 
 
+@pytest.mark.slow
 def test_contract_5_a_stopped_worker_is_named_in_a_publication_and_replaced(pool, policies, expected, monkeypatch):
     lost: list[tuple] = []
     monkeypatch.setattr(pool.faults, "on_lost", lambda *what: lost.append(what))
@@ -441,6 +448,7 @@ def test_contract_5_a_stopped_worker_is_named_in_a_publication_and_replaced(pool
     assert pool.sample(PROMPTS, PARAMS) == expected(1)
 
 
+@pytest.mark.slow
 def test_contract_13_every_worker_samples_the_canaries_and_a_new_one_passes_those_of_the_others(pool, expected):
     groups = pool.sample_on_each(PROMPTS[:2], PARAMS)
     local = expected(0)[:2]
@@ -458,6 +466,8 @@ def test_contract_13_every_worker_samples_the_canaries_and_a_new_one_passes_thos
         again(pool)
 
 
+@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("waits_in", ["sample", "publish", "use_costs"])
 def test_what_while_waiting_raises_ends_every_wait(pool, policies, expected, monkeypatch, waits_in):
     """A stop that is asked for while a worker does not answer."""
@@ -490,6 +500,7 @@ def test_what_while_waiting_raises_ends_every_wait(pool, policies, expected, mon
     del busy
 
 
+@pytest.mark.slow
 def test_contract_5_a_worker_that_dies_while_draft_costs_are_measured_is_replaced(pool, expected):
     ray.kill(pool.workers.actors[0])
     pool.metrics()
@@ -503,6 +514,7 @@ def test_contract_5_a_worker_that_dies_while_draft_costs_are_measured_is_replace
         pool.costs = None
 
 
+@pytest.mark.slow
 def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_are_sent_once_more(
     cluster, random_policy, monkeypatch
 ):
@@ -702,6 +714,8 @@ def is_loopback(ip: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_a_cluster_listens_on_loopback_only_and_a_closed_pool_leaves_nothing_behind(script):
     line(script, "sampled 1")
     running = ray_processes(script)

@@ -33,6 +33,7 @@ def learner_of(policy: Policy, temperature: float) -> Learner:
     return Learner(policy, options, MTPOptions(depth=3, every=1), LossOptions(), temperature=temperature)
 
 
+@pytest.mark.slow
 def test_contracts_2_3_and_4_hold_after_two_publications_with_an_update_between(random_policy):
     """The learner's own log-probabilities of packed groups, here, and not the stock model's."""
     routed = {"q_lora_rank": 10, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}

@@ -179,6 +179,8 @@ def test_a_reward_that_rises_while_held_out_accuracy_falls(before, after, rises,
         assert found[0].value == pytest.approx(0.2 / (0.48 / 128) ** 0.5)
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_warns_records_examples_and_measures(micro_config, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "def long(completions, completion_ids, **_):\n    return [len(ids) / 48 for ids in completion_ids]\n"

@@ -105,7 +105,10 @@ def test_contract_15_two_ranks_give_the_gradients_of_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "case"), [(size, case) for size in CASES for case in CASES[size]])
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [pytest.param(size, case, marks=[pytest.mark.long] * (size > 2)) for size in CASES for case in CASES[size]],
+)
 def test_every_layout_learns_as_one_process(differences, size, case):
     _check(differences(size)[case])
 

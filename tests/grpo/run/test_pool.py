@@ -100,6 +100,8 @@ def test_a_publication_that_a_stop_cuts_short_does_not_undo_the_step(micro_polic
     InterruptiblePool(Waiting(), stop).publish({}, 1)
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_ranks_that_share_a_policy_publish_its_adapters_alone(micro_policy, tmp_path):
     """Rank 0 gathers everything once, and later A, B and the draft head; the other ranks take part."""
     micro_policy(0).save(tmp_path / "policy")

@@ -117,7 +117,7 @@ def _stop_after(micro_config, folder: Path, kind: str, k: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("k", [2, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_contract_9_a_stopped_run_resumes_to_the_same_bits(micro_config, whole, tmp_path, kind, k):
     reference, folder = whole(kind), tmp_path / "run"
     _stop_after(micro_config, folder, kind, k)

@@ -39,6 +39,8 @@ def saved(tmp_path_factory) -> Callable[[int], tuple[Path, list[dict]]]:
     return save
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_every_rank_writes_its_share_in_files_of_whole_tensors(saved):
     folder, _ = saved(2)
     path = folder / "checkpoints/step_000001"
@@ -66,6 +68,8 @@ def test_one_process_writes_one_file_for_each_mapping(saved):
     assert files == ["manifest.json", "optimizer.safetensors", "policy.safetensors", "state.json", "value.safetensors"]
 
 
+@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"), [(2, 1), (2, 2), pytest.param(1, 2, marks=SLOW), pytest.param(2, 4, marks=SLOW)]
 )

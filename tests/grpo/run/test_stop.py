@@ -85,10 +85,20 @@ def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
     ("kind", "owner", "name", "call", "saved", "message"),
     [
         (signal.SIGHUP, TRAIN, "warm_start", 1, None, "stopped after step 1 of the warm start; go on"),
-        (signal.SIGINT, Learner, "sft_step", 2, None, "stopped after step 2 of the warm start; go on"),
+        pytest.param(
+            signal.SIGINT,
+            Learner,
+            "sft_step",
+            2,
+            None,
+            "stopped after step 2 of the warm start; go on",
+            marks=pytest.mark.slow,
+        ),
         (signal.SIGTERM, Engine, "sample", 1, None, "stopped before step 1; go on"),  # the evaluation before GRPO
-        (signal.SIGINT, Learner, "prepare", 1, None, "stopped before step 1; go on"),
-        (signal.SIGTERM, Learner, "prepare", 2, 1, "stopped after step 1; go on"),
+        pytest.param(
+            signal.SIGINT, Learner, "prepare", 1, None, "stopped before step 1; go on", marks=pytest.mark.slow
+        ),
+        pytest.param(signal.SIGTERM, Learner, "prepare", 2, 1, "stopped after step 1; go on", marks=pytest.mark.slow),
         (signal.SIGHUP, Learner, "prepare", 3, 2, "stopped after step 2; go on"),
         (signal.SIGINT, Learner, "weights", 3, 2, "stopped after step 2; go on"),  # published after the second update
     ],

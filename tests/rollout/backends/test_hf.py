@@ -120,6 +120,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_contract_4_the_number_of_workers_changes_no_token(cluster, hf_policy):
     before, after = hf_policy("qwen2", 5, tie_word_embeddings=True), hf_policy("qwen2", 6, tie_word_embeddings=True)
     local = open_pool(before, prompts_per_shard=2)

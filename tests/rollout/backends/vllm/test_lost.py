@@ -91,6 +91,8 @@ def test_one_that_is_lost_while_it_samples_is_replaced_and_gives_the_same(case, 
     assert "faults/vllm" not in case.pool.metrics()
 
 
+@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("number", HOW)
 def test_one_that_is_lost_in_a_publication_gets_it_from_the_beginning(case, number):
     case.strike(f"publish {number}")
@@ -110,6 +112,7 @@ def test_one_that_has_died_while_nobody_asked_is_found_at_the_next_call(case):
     assert len(case.told) == 2
 
 
+@pytest.mark.slow
 def test_contract_5_with_adapters_a_new_one_gets_everything_and_the_next_publication_is_short_again(
     random_policy, tmp_path
 ):
@@ -137,6 +140,8 @@ def test_contract_5_with_adapters_a_new_one_gets_everything_and_the_next_publica
         case.pool.close()
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_losses_one_after_the_other_end_the_run_with_the_culprit(case):
     case.strike("sample SIGKILL", "load SIGKILL", "publish SIGKILL")
     expected = case.sample()
@@ -168,6 +173,8 @@ def test_contract_13_a_new_one_passes_the_canaries_that_the_lost_one_has_passed(
         case.sample()
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_weights_that_the_learner_no_longer_has_are_not_published_again(case):
     expected = case.sample()
     case.pool.keep()
@@ -200,6 +207,8 @@ def test_weights_that_the_learner_changes_while_they_are_sent_again_are_sent_onc
     assert moved
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_weights_that_are_spread_over_ranks_are_not_published_again(case, monkeypatch):
     monkeypatch.setattr(pool_module, "DTensor", torch.Tensor)
     case.strike("publish SIGKILL")
