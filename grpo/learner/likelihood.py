@@ -17,6 +17,8 @@ from policies.policy import Policy
 from policies.routing_replay import RoutingReplay
 from rollout.group import RolloutGroup
 
+GROUPS_READ = 8  # once more after a step, one completion each, to see how far it has moved the policy
+
 
 @dataclass(frozen=True)
 class Forward:
@@ -79,21 +81,23 @@ class Likelihood:
         """KL(before ‖ now) of the policy in nats per token: the mean of r - 1 - log r over tokens that it sampled, with
         r the ratio of their probabilities now and before (Schulman's k3).
 
-        The tokens are those of the first group that teaches something, without completions whose advantage is zero;
-        where no group does, those of the first one. `before` are log-probabilities by `Sample.index`. Every rank that
-        shares the policy must ask for the same rows.
+        The tokens are those of one completion from each of the first GROUPS_READ groups that teach something, since
+        completions of one group differ much less than groups do; its advantage is not zero. Where no group teaches,
+        they are of the first groups. `before` are log-probabilities by `Sample.index`. Every rank that shares the
+        policy must ask for the same rows.
         """
-        telling = [row for row in rows if not row.tied] or rows
+        read: dict[int, PackedRow] = {}
+        for row in [row for row in rows if not row.tied] or rows:
+            sample = next((sample for sample in row.samples if not sample.tied), row.samples[0])
+            read.setdefault(row.group, replace(row, samples=[sample]))
         total, tokens = 0.0, 0
-        for row in telling:
-            if row.group == telling[0].group:
-                samples = [sample for sample in row.samples if not sample.tied] or row.samples
-                mini = collate([replace(row, samples=samples)], self.policy.device)
-                with self.replaying(mini):
-                    now = self.forward(mini).logprobs
-                log_ratio = (now - mini.padded([before[sample.index] for sample in samples]))[mini.mask]
-                total += (log_ratio.expm1() - log_ratio).sum().item()
-                tokens += sum(sample.num_sampled for sample in samples)
+        for row in list(read.values())[:GROUPS_READ]:
+            mini = collate([row], self.policy.device)
+            with self.replaying(mini):
+                now = self.forward(mini).logprobs
+            log_ratio = (now - mini.padded([before[row.samples[0].index]]))[mini.mask]
+            total += (log_ratio.expm1() - log_ratio).sum().item()
+            tokens += row.samples[0].num_sampled
         return total / tokens
 
 

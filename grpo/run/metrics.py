@@ -57,7 +57,7 @@ METRICS: dict[str, str] = {
     "loss/sft": "cross-entropy of the gold solutions in the warm start, mean, nats per token",
     "policy/entropy": "entropy of the sampling policy, nats per token: the mean of -log-probability of what it sampled",
     "policy/step_kl": "how far the step moved the policy: KL of the one before it from the one after (k3 estimate), on "
-    "the first group that was learned from, mean, nats per token",
+    "one completion of each of the first eight groups that were learned from, mean, nats per token",
     "policy/ratio_mean": "importance ratio of policy to old policy, mean over tokens, 1 when on-policy",
     "policy/clip_fraction": "tokens whose ratio the clip holds back, fraction",
     "policy/clip_fraction_low": "tokens held back at the lower bound, fraction",

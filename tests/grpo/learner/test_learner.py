@@ -127,7 +127,7 @@ def test_contract_10_packed_logprobs_are_those_of_padded_rows(micro_policy, budg
                 assert abs(got[0] - expected[0]) < 1e-4  # the first token, which the shared prompt predicts
 
 
-def test_the_step_size_is_the_kl_of_the_first_group_by_hand(micro_policy):
+def test_the_step_size_is_the_kl_of_one_completion_of_each_group_by_hand(micro_policy):
     learner = _learner(micro_policy(0))
     rows = learner.prepare(_groups(learner.policy), _scores()).rows
     now = _all_logprobs(learner, rows, 10_000)
@@ -139,15 +139,15 @@ def test_the_step_size_is_the_kl_of_the_first_group_by_hand(micro_policy):
 
 @pytest.mark.parametrize("budget", [8, 10_000])
 def test_a_step_tells_how_far_it_has_moved_the_policy(micro_policy, budget):
-    """On what the first group has to teach, also where it is cut into several rows: its third advantage is zero."""
+    """On one completion of each group, also where it is cut into several rows. The third group is tied."""
     policy = micro_policy(0)
     learner = _learner(policy, learning_rate=1e-2, tokens_per_micro_batch=budget)
     groups = _groups(policy)
 
     @torch.no_grad()
     def logprobs():
-        ids = [completion.token_ids for completion in groups[0].completions[:2]]
-        return torch.cat(_stock_logprobs(policy, groups[0].prompt.token_ids, ids))
+        first = [_stock_logprobs(policy, g.prompt.token_ids, [g.completions[0].token_ids])[0] for g in groups[:2]]
+        return torch.cat(first)
 
     before, metrics = logprobs(), learner.step(learner.prepare(groups, _scores()), 1)
     log_ratio = logprobs() - before
