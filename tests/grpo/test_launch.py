@@ -109,6 +109,7 @@ def test_four_samplers_on_two_nodes_and_learners_on_one_say_where_they_are_and_e
     assert psutil.wait_procs(left, timeout=30)[1] == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_and_two_samplers_on_two_nodes_learn_as_one_process(words, tmp_path, two_nodes):
     """The whole run is one command."""
@@ -218,6 +219,7 @@ def test_ctrl_c_saves_and_leaves_no_process(words, tmp_path):
     assert [line["step"] for line in read_metrics(folder)] == list(range(1, step + 2))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_reward_that_fails_ends_the_run_with_its_message(words, tmp_path):
     own = tmp_path / "own.py"

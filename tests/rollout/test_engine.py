@@ -62,7 +62,9 @@ def test_contract_3_speculation_is_lossless(engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
+@pytest.mark.parametrize(
+    "temperature", [pytest.param(0.6, marks=pytest.mark.long), 1.0, pytest.param(1.3, marks=pytest.mark.long)]
+)
 def test_contract_3_speculation_is_lossless_over_20_000_tokens(random_policy, temperature):
     policy = taught(random_policy(12, q_lora_rank=10, n_routed_experts=8, n_group=4, topk_group=2), temperature, 40)
     engine = Engine(policy)

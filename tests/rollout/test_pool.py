@@ -738,6 +738,7 @@ def test_a_cluster_listens_on_loopback_only_and_a_closed_pool_leaves_nothing_beh
     assert not Path(folder).parent.exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ctrl_c_while_a_second_pool_samples_leaves_no_process(script):
     line(script, "sampled 1")
@@ -751,7 +752,7 @@ def test_ctrl_c_while_a_second_pool_samples_leaves_no_process(script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_script_that_is_ended_alone_leaves_no_process(script, number):
     line(script, "sampled 1")
     running = ray_processes(script)

@@ -235,6 +235,7 @@ def test_a_run_of_two_ranks_through_accelerate_is_that_of_one(run, tmp_path):
             assert torch.allclose(tensor, second[name], rtol=1e-3, atol=2e-5), name
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_supervised_fine_tuning_of_two_ranks_is_that_of_one(run, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -267,6 +268,7 @@ def test_a_failure_of_rank_0_ends_every_rank_with_its_message(run, tmp_path):
         assert "Traceback" not in shown
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_failure_of_rank_0_saves_the_last_whole_step(run, tmp_path):
     """Every rank learns of it at the same point, so together they can still save what was learned."""
@@ -284,6 +286,7 @@ def test_a_failure_of_rank_0_saves_the_last_whole_step(run, tmp_path):
     assert list(checkpoint.saved(tmp_path / "r/checkpoints")) == [2]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_refusal_of_rank_0_ends_every_rank(run, tmp_path):
     ended = end_of(start_ranks(run(tmp_path / "r", prompts_per_step=99)))
@@ -291,6 +294,7 @@ def test_a_refusal_of_rank_0_ends_every_rank(run, tmp_path):
     assert "prompts_per_step=99, but there are" in ended[1][2]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_rank_0_meets_alone_is_told_by_every_rank(run, tmp_path):
     """Here a folder that holds a run: only rank 0 looks at it, while the others wait in their next exchange."""
@@ -304,7 +308,9 @@ def test_what_rank_0_meets_alone_is_told_by_every_rank(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "victim"), [("raise", 0), ("raise", 2), ("kill", 1)])
+@pytest.mark.parametrize(
+    ("how", "victim"), [("raise", 0), pytest.param("raise", 2, marks=pytest.mark.long), ("kill", 1)]
+)
 def test_a_rank_that_fails_inside_a_step_is_named_on_every_other_one(how, victim):
     processes = start_ranks([str(HERE / "failing_ranks.py"), how, str(victim)], size=3)
     for rank, (_, said, _) in enumerate(end_of(processes)):
@@ -340,6 +346,7 @@ def test_a_rank_that_cannot_write_its_part_of_a_checkpoint_ends_the_run_on_all(r
     assert [code for code, _, _ in done] == [0, 0], done
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_rank_that_would_get_no_expert_is_refused(run, tmp_path):
     ended = end_of(start_ranks(run(tmp_path / "r"), size=3))
@@ -348,7 +355,7 @@ def test_a_rank_that_would_get_no_expert_is_refused(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_rank_that_is_killed_ends_the_other(run, tmp_path, victim):
     folder = tmp_path / "r"
     processes = start_ranks(run(folder, steps=100000))

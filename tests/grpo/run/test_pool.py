@@ -205,6 +205,7 @@ def test_sigterm_ends_a_run_that_waits_for_a_stopped_worker(start, tmp_path):
     assert not worker.is_running()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_stopped_worker_is_replaced_after_its_time(start, tmp_path):
     run = start(**{"rollout.timeout_s": "5"})
@@ -216,7 +217,14 @@ def test_a_stopped_worker_is_replaced_after_its_time(start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["raylet", "ray::RuntimeEnvAgent", "ray::DashboardAgent", "gcs_server"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "raylet",
+        "gcs_server",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("ray::RuntimeEnvAgent", "ray::DashboardAgent")),
+    ],
+)
 def test_a_run_whose_ray_dies_ends_with_one_message(start, tmp_path, name):
     run = start()
     until_step(run, 2)

@@ -153,7 +153,7 @@ def test_contract_9_several_stops_are_as_good_as_one(micro_config, whole, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora, curriculum, dynamic sampling"])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.long), "lora, curriculum, dynamic sampling"])
 def test_contract_9_with_two_ray_workers(micro_config, whole, tmp_path, kind):
     folder, given = tmp_path / "run", {"rollout.workers": 2}
     with pytest.raises(Stopped):
