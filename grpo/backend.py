@@ -8,9 +8,11 @@ from typing import Any
 
 from transformers import DeepseekV3Config, PretrainedConfig
 
+from grpo.config.policy import ModelOptions
 from grpo.config.run import RunConfig, TrainConfig
 from grpo.config.sampling import VLLMOptions
 from grpo.run.pool import vllm_token
+from policies.attention import sees_prompts_whole
 from rollout.backends.vllm.client import Client
 from rollout.backends.vllm.process import state_of
 
@@ -22,6 +24,7 @@ FIXED = (  # arguments of vLLM's engine
 
 def refuse_backend(config: Any, read_shape: Callable[[], PretrainedConfig]) -> None:
     """Raises ValueError or RolloutError where `rollout.backend` cannot sample a model of this shape in this run."""
+    _refuse_prefix_lm(config, read_shape)
     if not isinstance(config, RunConfig) or config.rollout.backend is None:
         return
     backend, shape = config.rollout.backend, read_shape()
@@ -41,6 +44,30 @@ def refuse_backend(config: Any, read_shape: Callable[[], PretrainedConfig]) -> N
         _refuse_model(config, shape)
         if os.environ.get("RANK", "0") == "0":  # of several learners the first one samples
             _refuse_server(config.rollout.vllm)
+
+
+def _refuse_prefix_lm(options: ModelOptions, read_shape: Callable[[], PretrainedConfig]) -> None:
+    """What a policy that sees its prompts whole cannot be, or do."""
+    rollout, asked = getattr(options, "rollout", None), options.policy.prompt_attention
+    doubtful = rollout and (rollout.partial is not None or rollout.backend == "vllm")
+    if asked == "causal" or not (asked or doubtful):
+        return
+    shape = read_shape()
+    if not (asked or sees_prompts_whole(shape)):
+        return
+    what = f"policy.prompt_attention=bidirectional ({'as asked' if asked else 'so model says in config.json'})"
+    if not isinstance(shape, DeepseekV3Config):
+        raise ValueError(
+            f"{what}: model={options.model!r} is of type {shape.model_type!r}, which masks its prompts by itself; make "
+            "it a DeepSeek-V3 policy first (`quartet convert SRC DST`), or leave prompt_attention out"
+        )
+    if rollout and rollout.backend == "vllm":
+        raise ValueError(f"{what}: vLLM attends to prompts causally alone; leave rollout.backend out")
+    if rollout and rollout.partial is not None:
+        raise ValueError(
+            f"rollout.partial={rollout.partial} with {what}: a completion that goes on is read again with its prompt, "
+            "and would be seen whole too; set partial to null"
+        )
 
 
 def _refuse_options(config: RunConfig) -> None:

@@ -104,9 +104,8 @@ def find_policy(model: str, *, read: bool = True) -> PolicySource:
 
 
 def _of_checkpoint(folder: Path, meaning: str, read: bool) -> PolicySource:
-    base = str((run := folder.parent.parent) / "warm_start")
-    if not Path(base).is_dir():
-        base = _run_config(run).model
+    warm = (run := folder.parent.parent) / "warm_start"
+    base = str(warm) if warm.is_dir() else _run_config(run).model
     saved = checkpoint.load(folder, PARTS) if read else None
     return PolicySource(str(folder), meaning, base, folder, _step_of(folder), saved)
 
@@ -270,6 +269,7 @@ def _load(
             torch.set_num_threads(threads_for(sum(parameter.numel() for parameter in policy.trunk.parameters())))
         if layout is None:
             policy = policy.to(device_of(options.device))
+    policy.attend_to_prompts(options.policy.prompt_attention)
     if policy.backend == "transformers":
         check_agreement(policy)
     return policy
@@ -283,7 +283,7 @@ def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOpti
             f"{source.checkpoint} continues the preset {base!r}, whose tokenizer is saved at the end of the run only; "
             "let the run end: --resume auto"
         )
-    like_the_run = options.model_copy(update={"add_mtp": config.add_mtp, "seed": config.seed})
+    like_the_run = options.model_copy(update={name: getattr(config, name) for name in ("add_mtp", "seed", "policy")})
     policy = _load(base, like_the_run, nf4=in_4_bits(config))
     if isinstance(config, MtpConfig):
         policy.draft_ids = saved.tensors["draft"]["ids"].to(policy.device) if "draft" in saved.tensors else None

@@ -19,6 +19,7 @@ from grpo.config.sampling import SamplingOptions
 from grpo.learner.optimizer import freeze_exact_parts
 from grpo.run.metrics import rollout_metrics
 from grpo.sampling import sampling_params
+from policies.attention import sees_prompts_whole
 from policies.lora import ADAPTER
 from policies.policy import Policy, digest
 from rollout.group import Prompt, RolloutGroup
@@ -84,6 +85,11 @@ class rollout_func:
     ) -> None:
         if draft_tokens and policy.mtp is None:
             raise BridgeError(f"rollout_func: draft_tokens={draft_tokens}, but the policy has no MTP head; use 0")
+        if sees_prompts_whole(policy.config):
+            raise BridgeError(
+                "rollout_func: prompt_attention=bidirectional in config.json: TRL's trainer would learn with causal "
+                "prompts; use quartet train"
+            )
         if warn_every < 1:
             raise BridgeError(f"rollout_func: warn_every={warn_every} must be 1 step or more")
         self.policy, self.draft_tokens, self.dtype = policy, draft_tokens, dtype

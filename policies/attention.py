@@ -1,7 +1,8 @@
 """Attention of packed rows `[prompt | c1 | … | cG]` without the scores that a mask would discard, nor the mask.
 
-Every token attends to its prompt, and one of a completion also to the tokens before it there. All kernels derive what
-they need from `Packing`, the number of every token's completion:
+A token of a completion attends to its prompt and to the tokens before it there, one of a prompt to those before it, or
+in a prefix-LM to the whole prompt. All kernels derive what they need from `Packing`, the number of every token's
+completion:
 
     CPU                   blocks of scores, here
     CUDA                  torch's flex attention under a `BlockMask`, by transformers
@@ -26,12 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.flex_attention import compile_friendly_flex_attention, flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "sdpa_packed"
+PROMPT_ATTENTION = "prompt_attention"  # a field of config.json that only we read
 BEYOND = ("softcap", "s_aux", "position_bias")  # some models add these to their scores
 PIECE = 2048  # queries of a block; rows up to it have the same bits as without pieces
 STRIP = 1024  # queries for which tiles are found at a time, a multiple of their 128
@@ -39,6 +41,11 @@ NARROWEST = 16  # head of flex attention on CUDA
 # Kernels are compiled for a few shapes each, and past this limit torch would compute every score without a word.
 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # torch's mask_mod: row, head, query, key
+
+
+def sees_prompts_whole(config: PretrainedConfig) -> bool:
+    """Whether the tokens of a prompt attend to all of it."""
+    return getattr(config, PROMPT_ATTENTION, "causal") == "bidirectional"
 
 
 @dataclass(frozen=True)
@@ -63,15 +70,19 @@ class Packing:
     """All that the tokens of a micro-batch attend to. Made for one forward pass: what is derived from it is kept.
 
     `segment` [B, T] is 0 in a prompt, 1 … G in its completions and below 0 in padding. A token attends to the prompt
-    and to its own completion, up to itself; padding to itself alone, since a softmax of nothing is NaN. The first
+    and to its own completion, up to itself; padding to itself alone, since a softmax of nothing is NaN. With
+    `both_ways` a token of a prompt attends to all of it (a prefix-LM: Raffel et al. 2020, section 3.2.1). The first
     query is token `first`; Q = T − first.
 
     >>> Packing(torch.tensor([[0, 0, 1, 2, -1]])).visible[0].int().tolist()
     [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 0, 1]]
+    >>> Packing(torch.tensor([[0, 0, 1]]), both_ways=True).visible[0].int().tolist()
+    [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
     """
 
     segment: Tensor
     first: int = 0
+    both_ways: bool = False
     _masks: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -94,8 +105,10 @@ class Packing:
                 last = stop if number else length
                 for at in range(max(start, self.first), last, PIECE):
                     upto = min(at + PIECE, last)
-                    queries, keys = slice(at - self.first, upto - self.first), slice(start, min(stop, upto))
-                    yield Block(row, queries, keys, at - start)
+                    whole = self.both_ways and number == 0
+                    queries = slice(at - self.first, upto - self.first)
+                    keys = slice(start, stop if whole else min(stop, upto))
+                    yield Block(row, queries, keys, stop - start if whole else at - start)
             start = stop
 
     @cached_property
@@ -129,11 +142,13 @@ class Packing:
         All that another micro-batch has otherwise is in tensors. Else a kernel would be compiled for each.
         """
         segment, first = self.segment, torch.tensor(self.first + query, device=self.segment.device)
+        both_ways = self.both_ways
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             q = q + first
             of_query, of_key = segment[b, q], segment[b, k]
-            return ((of_key == of_query) | (of_key == 0)) & (of_key >= 0) & (k <= q) | (k == q)
+            seen = ((of_key == of_query) | (of_key == 0)) & (of_key >= 0) & (k <= q) | (k == q)
+            return seen | ((of_key == 0) & (of_query == 0)) if both_ways else seen
 
         return sees
 

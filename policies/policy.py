@@ -23,7 +23,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from policies import checkpoint, lora, sharding
-from policies.attention import ATTENTION, Packing
+from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, sees_prompts_whole
 from policies.checkpoint import Checkpoint, read_config, read_tokenizer
 from policies.contradictions import FIXED_FIELDS
 from policies.layout import PolicyError
@@ -48,6 +48,22 @@ class Policy(nn.Module):
             trunk.config._attn_implementation = ATTENTION
         if self.backend == "native":  # vLLM reads them and routes differently without them; transformers ignores them
             trunk.config.update(FIXED_FIELDS)
+        self.attend_to_prompts()
+
+    def attend_to_prompts(self, how: str | None = None) -> None:
+        """What the tokens of a prompt see of it: `causal` or `bidirectional`; None: as the configuration says, in which
+        it is kept. Raises PolicyError for anything else, and for a model of another kind that would be bidirectional.
+        """
+        how = how or getattr(self.config, PROMPT_ATTENTION, "causal")
+        if how not in ("causal", "bidirectional"):
+            raise PolicyError(f"config.json: {PROMPT_ATTENTION}={how!r}: use causal or bidirectional")
+        if how == "bidirectional" and self.backend != "native":
+            raise PolicyError(
+                f"policy.{PROMPT_ATTENTION}=bidirectional: a model of type {self.config.model_type!r} masks its "
+                "prompts by itself; use a DeepSeek-V3 policy (quartet convert), or causal"
+            )
+        if how != getattr(self.config, PROMPT_ATTENTION, "causal"):
+            self.config.update({PROMPT_ATTENTION: how})
 
     @property
     def config(self) -> DeepseekV3Config:
@@ -98,8 +114,8 @@ class Policy(nn.Module):
 
     def hidden(self, token_ids_BT: Tensor, position_ids_BT: Tensor, segment_BT: Tensor) -> Tensor:
         """Final hidden states [B, T, D] of packed rows. `segment_BT` is 0 in a prompt, 1 … G in its completions and
-        below 0 in padding; zeros alone are ordinary causal rows. See `Packing` for what attends to what."""
-        packing = Packing(segment_BT)
+        below 0 in padding; ones alone are ordinary causal rows. See `Packing` for what attends to what."""
+        packing = Packing(segment_BT, both_ways=sees_prompts_whole(self.config))
         return sharding.decoder(self.trunk)(
             input_ids=token_ids_BT,
             position_ids=position_ids_BT,
@@ -129,6 +145,7 @@ class Policy(nn.Module):
             segment_BT,
             depth,
             first,
+            sees_prompts_whole(self.config),
         )
 
     def cast(self, dtype: torch.dtype) -> Policy:

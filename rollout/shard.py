@@ -128,7 +128,7 @@ class Decoding:
         token_ids = torch.tensor(
             [p.token_ids + [0] * (longest - len(p.token_ids)) for p in prompts], device=self.device
         )
-        cache = self.trunk.cache(len(prompts), longest)
+        cache = self.trunk.cache(len(prompts), longest, lengths)
         hidden = self.trunk(token_ids, torch.arange(longest, device=self.device).expand_as(token_ids), cache)
         if self.params.record_routing:
             self.results.add_prompt_routing(numbers, self.trunk.routing(), lengths, longest)

@@ -36,6 +36,7 @@ from grpo.data.leakage import TRAINED_ON
 from grpo.policy_source import RECORD, PolicySource, find_policy, load_found
 from grpo.run import checkpoint
 from policies import lora, presets
+from policies.attention import PROMPT_ATTENTION, sees_prompts_whole
 from policies.checkpoint import check_policy
 from policies.contradictions import FIXED_FIELDS
 from policies.files.atomic import heed_umask
@@ -78,6 +79,11 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
         raise FileExistsError(f"destination={str(destination)!r} exists; remove it or name another")
     found = _read_run(run)
     source = find_policy(str(run))
+    if _sees_prompts_whole(found, source):
+        raise ExportError(
+            f"{run} has policy.prompt_attention=bidirectional, and other engines would read its prompts causally "
+            f"without a word: use it with quartet, by `model: {source.folder}`"
+        )
     origin = origin_of(found.config["model"])
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
@@ -106,6 +112,13 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
     licence = f"licence: {origin.licence_note}"
     said = f"{'adapters' if adapter else 'policy'} of {run} ({source.meaning}) written to {destination}; {licence}"
     return f"{said}\n{left}" if left else said
+
+
+def _sees_prompts_whole(run: Run, source: PolicySource) -> bool:
+    asked = (run.config.get("policy") or {}).get(PROMPT_ATTENTION)
+    if asked is None and source.base not in presets.PRESETS:
+        return sees_prompts_whole(read_config(source.base))
+    return asked == "bidirectional"
 
 
 def origin_of(model: str) -> Origin:

@@ -9,6 +9,14 @@ from pydantic import Field
 from grpo.config.options import Options
 
 
+class PolicyOptions(Options):
+    """What a policy computes otherwise than its checkpoint says. The trained policy remembers it."""
+
+    prompt_attention: Literal["causal", "bidirectional"] | None = None
+    """What the tokens of a prompt see of it: those before them (`causal`), or all of it (`bidirectional`, a prefix-LM).
+    Completions are causal either way. null: as the checkpoint was trained, `causal` where it does not say."""
+
+
 class ModelOptions(Options):
     """What a policy is loaded from, and how it computes."""
 
@@ -23,5 +31,6 @@ class ModelOptions(Options):
     """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
     add_mtp: bool = False
     """Give a fresh MTP head to a DeepSeek-V3 checkpoint that has none."""
+    policy: PolicyOptions = PolicyOptions()
     seed: int = 0
     """Seed of everything: weights of a preset, data order, sampling noise."""

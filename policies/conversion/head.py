@@ -81,7 +81,7 @@ def draft_agreement(policy: Policy, windows: Sequence[Tensor]) -> float:
     for window in windows:
         ids = window[None].to(policy.device)
         positions = torch.arange(len(window), device=policy.device)[None]
-        segment = torch.zeros_like(ids)
+        segment = torch.ones_like(ids)
         hidden = policy.hidden(ids, positions, segment)
         before = F.pad(hidden, (0, 0, 1, 0))[:, :-1]
         segment[:, 0] = -1  # the first token has no entry, since nothing precedes it

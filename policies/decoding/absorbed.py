@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
+from policies.attention import sees_prompts_whole
 from policies.decoding.experts import route, run_experts
 from policies.decoding.latent_cache import LatentCache
 from policies.decoding.linear import FixedLinear
@@ -156,6 +157,7 @@ class AbsorbedTrunk:
 
     def __init__(self, trunk: torch.nn.Module, dtype: torch.dtype, length: int) -> None:
         config, model = trunk.config, trunk.model
+        self.both_ways = sees_prompts_whole(config)
         self.config, self.dtype = config, dtype
         self.device: torch.device = model.embed_tokens.weight.device
         self.embedding = model.embed_tokens.weight.detach().to(dtype)
@@ -165,13 +167,16 @@ class AbsorbedTrunk:
         self.blocks = [AbsorbedBlock(layer, config, dtype) for layer in model.layers]
         self.rope = RotaryTable(model.rotary_emb, length, dtype, self.device)
 
-    def cache(self, rows: int, capacity: int) -> LatentCache:
-        return self.cache_of(len(self.blocks), rows, capacity)
+    def cache(self, rows: int, capacity: int, prompts_R: Tensor | None = None) -> LatentCache:
+        """`prompts_R`: the lengths of the prompts that are read first, if they are."""
+        return self.cache_of(len(self.blocks), rows, capacity, prompts_R=prompts_R)
 
-    def cache_of(self, layers: int, rows: int, capacity: int, first: int = 0) -> LatentCache:
-        rank = self.config.kv_lora_rank
+    def cache_of(
+        self, layers: int, rows: int, capacity: int, first: int = 0, prompts_R: Tensor | None = None
+    ) -> LatentCache:
+        rank, whole_R = self.config.kv_lora_rank, prompts_R if self.both_ways else None
         shape = layers, rows, capacity, rank + self.config.qk_rope_head_dim
-        return LatentCache(*shape, rank, dtype=self.dtype, device=self.device, first=first)
+        return LatentCache(*shape, rank, dtype=self.dtype, device=self.device, first=first, whole_R=whole_R)
 
     def __call__(self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: LatentCache) -> Tensor:
         """Final hidden states [B, S, D], after the last norm."""

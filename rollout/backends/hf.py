@@ -149,7 +149,7 @@ class HFTrunk:
         self.head = trunk.get_output_embeddings().weight.detach()
         self.device: torch.device = self.embedding.device
 
-    def cache(self, rows: int, capacity: int) -> PromptCache:
+    def cache(self, rows: int, capacity: int, prompts_R: Tensor | None = None) -> PromptCache:
         return PromptCache()
 
     def __call__(self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: PromptCache | RowCache) -> Tensor:

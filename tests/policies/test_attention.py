@@ -26,11 +26,14 @@ def inputs(mini, heads, kv_heads, key_width, value_width, dtype=torch.float64):
     return [(3 * x).to(dtype).requires_grad_() for x in made]
 
 
-def dense(segment, first=0):
+def dense(segment, first=0, both_ways=False):
     """[B, Q, T] by the words of `Packing`, pair by pair."""
     visible = [
         [
-            [m == n or (m < n and of_m >= 0 and of_m in (0, of_n)) for m, of_m in enumerate(row)]
+            [
+                m == n or (m < n and of_m >= 0 and of_m in (0, of_n)) or (both_ways and of_m == of_n == 0)
+                for m, of_m in enumerate(row)
+            ]
             for n, of_n in enumerate(row)
         ]
         for row in segment.tolist()
@@ -38,15 +41,15 @@ def dense(segment, first=0):
     return torch.tensor(visible)[:, first:]
 
 
-def by_mask(mini, query, key, value):
+def by_mask(mini, query, key, value, both_ways=False):
     """With every score: [B, T, H, V] and [B, H, T]."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    scores = (query @ key.transpose(2, 3) * SCALE).masked_fill(~dense(mini.segment)[:, None], -torch.inf)
+    scores = (query @ key.transpose(2, 3) * SCALE).masked_fill(~dense(mini.segment, 0, both_ways)[:, None], -torch.inf)
     return (scores.softmax(-1) @ value).transpose(1, 2), scores.logsumexp(-1)
 
 
-def packed(mini, *tensors):
-    return packed_attention(*tensors, Packing(mini.segment), SCALE)
+def packed(mini, *tensors, both_ways=False):
+    return packed_attention(*tensors, Packing(mini.segment, both_ways=both_ways), SCALE)
 
 
 def rows(*shapes):
@@ -66,16 +69,17 @@ SHAPES = st.lists(
     widths=st.sampled_from([(8, 8), (12, 4), (4, 12)]),
     kv_heads=st.sampled_from([1, 2, 4]),
     piece=st.sampled_from([3, 2048]),
+    both_ways=st.booleans(),
 )
-def test_values_and_gradients_equal_those_under_a_mask(shapes, widths, kv_heads, piece):
+def test_values_and_gradients_equal_those_under_a_mask(shapes, widths, kv_heads, piece, both_ways):
     """Also those of the denominators, and of rows that are cut into pieces."""
     mini = rows(*shapes)
     real = mini.segment >= 0
     ours, theirs = (inputs(mini, 4, kv_heads, *widths) for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "PIECE", piece)
-        out, total = packed(mini, *ours)
-        expected, logsumexp = by_mask(mini, *theirs)
+        out, total = packed(mini, *ours, both_ways=both_ways)
+        expected, logsumexp = by_mask(mini, *theirs, both_ways)
         pairs = (out[real], expected[real]), (total.transpose(1, 2)[real], logsumexp.transpose(1, 2)[real])
         for x, y in pairs:
             torch.testing.assert_close(x, y)
@@ -220,17 +224,17 @@ def flex_on_cpu(patch):
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(shapes=SHAPES, first=st.integers(0, 2), head=st.booleans(), long=st.booleans())
-def test_block_mask_mask_and_blocks_are_the_dense_mask(shapes, first, head, long):
+@given(shapes=SHAPES, first=st.integers(0, 2), head=st.booleans(), long=st.booleans(), both_ways=st.booleans())
+def test_block_mask_mask_and_blocks_are_the_dense_mask(shapes, first, head, long, both_ways):
     """`long`: of several tiles, found in several strips."""
     if long:
         shapes = [(12 * prompt, [10 * n for n in completions]) for prompt, completions in shapes[:1]]
     mini = rows(*shapes)
     segment = mini.head_segment if head else mini.segment
-    expected = dense(segment, first)
+    expected = dense(segment, first, both_ways)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "STRIP", 128)
-        packing = Packing(segment, first)
+        packing = Packing(segment, first, both_ways)
         tiles, count = packing.tiles, math.ceil(packing.shape[2] / 128)
     assert torch.equal(packing.visible, expected)
     assert torch.equal(packing.mask(torch.float32)[:, 0] == 0, expected)
@@ -270,8 +274,8 @@ def test_a_block_mask_is_torchs_own():
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
-@given(shapes=SHAPES)
-def test_flex_attention_equals_blocks(shapes):
+@given(shapes=SHAPES, both_ways=st.booleans())
+def test_flex_attention_equals_blocks(shapes, both_ways):
     mini = rows(*shapes)
     real = (mini.segment >= 0)[..., None, None]
     results = []
@@ -279,7 +283,7 @@ def test_flex_attention_equals_blocks(shapes):
         tensors = [(x.detach() / 3).float().requires_grad_() for x in inputs(mini, 4, 2, 12, 8)]
         with pytest.MonkeyPatch.context() as patch:
             calls = flex_on_cpu(patch) if by_flex else []
-            out, total = packed(mini, *tensors)
+            out, total = packed(mini, *tensors, both_ways=both_ways)
             assert len(calls) == by_flex
             total = total.transpose(1, 2)[..., None].where(real, 0.0)
             loss = (out * real).square().sum() + total.square().sum()

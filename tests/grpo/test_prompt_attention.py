@@ -1,0 +1,153 @@
+"""policy.prompt_attention: bidirectional. A prompt that sees itself whole, in learner, engine, head and files alike."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from engine_cases import PARAMS, PROMPTS, assert_lossless, completions, taught, unrolled_logits
+
+from grpo.cli import main
+from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.likelihood import logprobs_of_groups
+from grpo.run import checkpoint
+from grpo.run.records import read_metrics
+from grpo.run.stop import Stopped
+from grpo.train import train
+from grpo.trl_bridge import BridgeError, rollout_func
+from policies.policy import Policy, PolicyError
+from rollout.drafts.head import Drafter
+from rollout.engine import Engine
+from rollout.sampling import Noise, choose, row_key
+
+CPU = torch.device("cpu")
+BOTH_WAYS = {"policy.prompt_attention": "bidirectional"}
+
+
+@pytest.fixture(scope="module")
+def policy(random_policy) -> Policy:
+    policy = random_policy(31)
+    policy.attend_to_prompts("bidirectional")
+    return taught(policy, 0.8, 20)
+
+
+@torch.no_grad()
+def states(policy: Policy, prompt: list[int], *completions: list[int]) -> torch.Tensor:
+    mini = collate([PackedRow(prompt, [Sample(i, ids) for i, ids in enumerate(completions)])], CPU)
+    return policy.hidden(mini.token_ids, mini.position_ids, mini.segment)[0]
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+def test_the_first_token_of_a_prompt_sees_its_last_one_and_nothing_of_a_completion(policy):
+    prompt, first, second = [3, 4, 5, 6], [7, 8, 9], [10, 11]
+    whole = states(policy, prompt, first, second)
+    other_prompt = states(policy, [3, 4, 5, 60], first, second)
+    assert apart(whole[0], other_prompt[0]) > 1e-2
+    assert apart(whole[4], other_prompt[4]) > 1e-2
+    other_end = states(policy, prompt, [7, 8, 90], [100, 11])
+    assert apart(whole[:6], other_end[:6]) < 1e-5  # the prompt, and what comes before in its completion
+    assert min(apart(whole[6], other_end[6]), apart(whole[7], other_end[7])) > 1e-2
+
+
+def test_packed_completions_are_those_of_rows_of_their_own(policy):
+    prompt, ids = [3, 4, 5, 6, 7], [[8, 9, 10], [11], [12, 13]]
+    together, start = states(policy, prompt, *ids), 5
+    for own in ids:
+        torch.testing.assert_close(
+            together[start : start + len(own)], states(policy, prompt, own)[5:], rtol=1e-5, atol=1e-5
+        )
+        start += len(own)
+
+
+def test_contract_2_the_engine_says_what_the_learner_says(policy):
+    for draft_tokens in (0, 3):
+        groups = Engine(policy).sample(PROMPTS, replace(PARAMS, draft_tokens=draft_tokens))
+        learned = [own for rows in logprobs_of_groups_one_by_one(policy, groups) for own in rows]
+        for completion, own in zip(completions(groups), learned, strict=True):
+            assert completion.logprobs == pytest.approx(own, abs=1e-4)
+
+
+def logprobs_of_groups_one_by_one(policy, groups):
+    return [logprobs_of_groups(policy, [group], PARAMS.temperature)[0] for group in groups]
+
+
+def test_contract_3_drafts_change_no_token(policy):
+    assert_lossless(Engine(policy), PROMPTS, PARAMS, depths=(1, 3))
+
+
+def test_drafts_are_what_the_head_says_as_training_sees_it(policy, monkeypatch):
+    """A head that read its prompts causally would cost acceptance and no token."""
+    depth, asked, draft = 2, [], Drafter.draft
+
+    def spy(drafter, live, depth, noise, temperature):
+        drafts, confident = draft(drafter, live, depth, noise, temperature)
+        for r in live.alive.nonzero()[:, 0].tolist():
+            asked.append((int(live.index[r]), int(live.count[r]), drafts[r].tolist()))
+        return drafts, confident
+
+    monkeypatch.setattr(Drafter, "draft", spy)
+    rows = completions(Engine(policy).sample(PROMPTS[:4], replace(PARAMS, draft_tokens=depth)))
+    assert len(asked) > 50
+    for row, count, drafts in asked:
+        prompt, sample = PROMPTS[row // PARAMS.group_size], row % PARAMS.group_size
+        logits = unrolled_logits(policy, prompt, rows[row].token_ids[:count], drafts)
+        key = torch.tensor([row_key(PARAMS, prompt.prompt_id, sample)], dtype=torch.int32)
+        noise = Noise(key, count + torch.arange(len(drafts)), logits.shape[1])
+        assert drafts == choose(logits, PARAMS.temperature, noise)[0].tolist()
+
+
+def test_a_saved_policy_a_worker_and_a_reference_see_the_same(policy, tmp_path):
+    policy.save(tmp_path / "p")
+    loaded, worker = Policy.load(tmp_path / "p"), Policy.from_skeleton(policy.skeleton())
+    worker.load_weights(policy.weights())
+    for other in (loaded, worker):
+        assert torch.equal(states(other, [3, 4, 5], [6]), states(policy, [3, 4, 5], [6]))
+    loaded.attend_to_prompts("causal")
+    assert not torch.equal(states(loaded, [3, 4, 5], [6]), states(policy, [3, 4, 5], [6]))
+
+
+def test_contract_9_a_run_trains_stops_goes_on_and_its_policy_remembers(micro_config, tmp_path):
+    given = BOTH_WAYS | {"loss.beta": 0.1, "eval.limit": 4}
+    train(micro_config(tmp_path / "whole", **given))
+    with pytest.raises(Stopped):
+        train(micro_config(tmp_path / "run", **given), stop_after=2)
+    train(micro_config(tmp_path / "run", **given), resume="auto")
+    one, two = (checkpoint.load(tmp_path / f"{name}/checkpoints/step_000003").tensors for name in ("whole", "run"))
+    assert all(torch.equal(tensor, two["policy"][name]) for name, tensor in one["policy"].items())
+    far = [line["mismatch/logprob_abs_max"] for line in read_metrics(tmp_path / "run") if "reward/mean" in line]
+    assert len(far) == 3
+    assert max(far) < 1e-4
+    assert states(Policy.load(tmp_path / "run/policy"), [3, 4], [5]).isfinite().all()
+    assert json.loads((tmp_path / "run/policy/config.json").read_text())["prompt_attention"] == "bidirectional"
+    assert main(["eval", str(tmp_path / "run"), "--limit", "2", "--threads", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"rollout.partial": 4}, "rollout.partial=4 with policy.prompt_attention=bidirectional"),
+        ({"rollout.backend": "vllm"}, "vLLM attends to prompts causally alone"),
+        ({"policy.prompt_attention": "both"}, "policy.prompt_attention=both"),
+    ],
+)
+def test_what_cannot_see_prompts_whole_is_refused_by_name(micro_config, tmp_path, given, said):
+    with pytest.raises(ValueError, match=said):
+        train(micro_config(tmp_path / "r", **BOTH_WAYS | given))
+    assert not (tmp_path / "r").exists()
+
+
+def test_trl_an_export_and_a_damaged_field_are_refused_by_name(policy, micro_config, tmp_path, capsys):
+    with pytest.raises(BridgeError, match="prompt_attention=bidirectional"):
+        rollout_func(policy)
+    policy.save(tmp_path / "p")
+    config = json.loads((tmp_path / "p/config.json").read_text())
+    (tmp_path / "p/config.json").write_text(json.dumps(config | {"prompt_attention": "sideways"}))
+    with pytest.raises(PolicyError, match="prompt_attention='sideways': use causal or bidirectional"):
+        Policy.load(tmp_path / "p")
+    train(micro_config(tmp_path / "run", **BOTH_WAYS, steps=1))
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
+    assert "policy.prompt_attention=bidirectional" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
