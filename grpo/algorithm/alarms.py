@@ -25,7 +25,7 @@ LIMITS: dict[str, float] = {
     "length": 0.8,  # |r| of the marks with the number of tokens, inside groups
     "repetition": 0.5,  # r with the share of repeated n-grams
     "copied": 0.5,  # r with: the answer is a number of the question
-    "format": 0.3,  # wrong completions among those with the best mark, which every well-formed one gets
+    "format": 0.1,  # wrong completions among those with the best mark, which every well-formed one gets
     "identical": 0.5,  # completions that another question got, too
     "held_out": 2.0,  # standard errors by which held-out accuracy fell while the reward rose
 }
