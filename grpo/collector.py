@@ -24,7 +24,7 @@ from grpo.loop import Run
 from grpo.run.history import History
 from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
-from grpo.run.metrics import rollout_metrics
+from grpo.run.metrics import rollout_metrics, tail_share
 from grpo.sampling import environment_of, sampling_params
 from grpo.task import Task
 from grpo.tied_steps import TiedSteps
@@ -65,7 +65,7 @@ class Collector:
 
     def collect(self, step: int, quiet: bool = False) -> Drawn:
         """The scored groups of a step, with an event for every reward that failed. `quiet` draws no bars."""
-        options, params, seconds = self.rollout, self._params(step), {"time/rollout": 0.0, "time/reward": 0.0}
+        options, params, measured = self.rollout, self._params(step), {"time/rollout": 0.0, "time/reward": 0.0}
         self.task.reached(step - 1)
         self._learn_rates(up_to=step - 1 - options.ahead)
 
@@ -73,7 +73,7 @@ class Collector:
         def timed(name: str) -> Iterator[None]:
             started = time.perf_counter()
             yield
-            seconds[name] += time.perf_counter() - started
+            measured[name] += time.perf_counter() - started
 
         def take(count: int, draw: int = 0) -> list[Prompt]:
             examples = self.curriculum.take(count, step, draw)
@@ -86,6 +86,8 @@ class Collector:
                 tell = partial(progress.advance, bar)
                 if options.partial is None:
                     groups = self.pool.sample(self._with_history(prompts, step), params.at(step, draw), tell)
+                    if not draw and (tail := tail_share(groups, options.prompts_per_shard)) is not None:
+                        measured["rollout/tail"] = tail
                 else:
                     groups = self._complete(step, prompts, take, tell)
             with timed("time/reward"):
@@ -106,7 +108,7 @@ class Collector:
             self.history.sampled(step, (group.prompt.prompt_id for group in drawn.groups))
         for failure in (failure for score in drawn.all_scores for failure in score.errors):
             self.run.log.event("reward_error", step=step, **vars(failure))
-        drawn.metrics |= seconds | rollout_metrics(drawn.all_groups, drawn.all_scores) | self._metrics(step, drawn)
+        drawn.metrics |= measured | rollout_metrics(drawn.all_groups, drawn.all_scores) | self._metrics(step, drawn)
         self.run.stop.check()
         return drawn
 

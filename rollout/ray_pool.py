@@ -22,6 +22,7 @@ from rollout.places import Places
 from rollout.publication.canaries import other_canaries
 from rollout.publication.digests import Held
 from rollout.publication.message import Message, Moved, Sender
+from rollout.results import Lengths
 from rollout.sampling import SamplingParams
 from rollout.shard import shards
 from rollout.workers import START_TIMEOUT_S, Call, Lost, OnReady, Workers
@@ -61,7 +62,7 @@ class RayPool:
         import ray
 
         self.prompts_per_shard, self.precision = prompts_per_shard, dtype
-        self.faults = Faults(on_lost)
+        self.faults, self.lengths = Faults(on_lost), Lengths()
         self.timeout_s, self.publish_timeout_s = timeouts_s  # of a shard, of a publication
         self.in_turn, learners = places.taken(policy)
         self.cluster = Cluster(places.count * places.threads, address, learners)
@@ -173,19 +174,19 @@ class RayPool:
 
     def _settle(self) -> None:
         """Every worker that is there has the weights and has passed the canaries."""
-        for _ in self._done([], 0.0, "", everyone=True):
+        for _ in self._done({}, 0.0, "", everyone=True):
             pass
 
     def _done(
-        self, jobs: Sequence[tuple[str, tuple]], limit_s: float, late: str, *, everyone: bool = False
+        self, jobs: Mapping[int, tuple[str, tuple]], limit_s: float, late: str, *, everyone: bool = False
     ) -> Generator[tuple[int, Any], None, None]:
-        """Has workers do `jobs`, each a method and its arguments. Returns the number of a job and its answer, as they
-        come. A job whose worker is lost, or takes longer than `limit_s`, is done by another one.
+        """Has workers do `jobs` in this order, each a method and its arguments. Returns the number of a job and its
+        answer, as they come. A job whose worker is lost, or takes longer than `limit_s`, is done by another one.
 
         A worker without the weights gets them from one that has no job, and passes the canaries that the others have
         passed; with `everyone` this ends only when all have.
         """
-        waiting = list(enumerate(jobs))[::-1]
+        waiting = list(jobs.items())[::-1]
         calls: dict[Any, Call] = {}
         try:
             while waiting or calls or (everyone and not self._all_in()):
@@ -269,7 +270,8 @@ class RayPool:
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
         version, found = self._version(), shards(prompts, self.prompts_per_shard)
-        jobs = [("sample", (list(shard), params, version, self.costs)) for shard in found]
+        order = self.lengths.order(found)
+        jobs = {number: ("sample", (list(found[number]), params, version, self.costs)) for number in order}
         done: dict[int, list[RolloutGroup]] = {}
         faults: dict[int, str] = {}
         late = f"its shard took longer than rollout.timeout_s={self.timeout_s:g}"
@@ -281,7 +283,7 @@ class RayPool:
                     done[number] = answer
                     if on_finished:
                         on_finished(len(found[number]) * params.group_size)
-        groups = [group for number in sorted(done) for group in done[number]]
+        self.lengths.saw(groups := [group for number in sorted(done) for group in done[number]])
         if faults:
             raise RolloutError("\n".join(faults[number] for number in sorted(faults)), groups)
         return groups
@@ -325,7 +327,7 @@ class RayPool:
         if costs is None:
             limit = max(self.timeout_s, START_TIMEOUT_S)
             late = f"no answer to measure_costs after {limit:g} s"
-            [(_, costs)] = self._done([("measure_costs", (rows, lookups))], limit, late)
+            [(_, costs)] = self._done({0: ("measure_costs", (rows, lookups))}, limit, late)
         self.costs = _sound(costs)
         return self.costs
 

@@ -80,6 +80,8 @@ METRICS: dict[str, str] = {
     "they cost beside their making",
     "draft/empty_per_token": "places without a draft that the trunk read, since other rows had one / completion tokens",
     "draft/tokens_per_forward": "completion tokens after the first / decoding forwards of the trunk; 1 without drafts",
+    "rollout/tail": "forwards of a shard in which an eighth of its completions or fewer were still decoded, fraction, "
+    "mean over the shards of the first draw",
     "draft/vocabulary_coverage": "sampled tokens that are in the trimmed draft vocabulary, fraction",
     "draft/head_age": "steps that TRL's trainer has taken since the MTP head was last trained (TRL bridge only), count",
     "draft/fallback_rate": "forwards that fell back to plain decoding / forwards of the trunk",
@@ -221,6 +223,22 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
     if by_source:
         metrics["draft/empty_per_token"] = sum(draft.empty for draft in drafts) / sum(lengths)
     return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def tail_share(groups: Sequence[RolloutGroup], prompts_per_shard: int) -> float | None:
+    """The share of a shard's forwards in which an eighth of its completions or fewer were still decoded, mean.
+
+    >>> tail_share([group], 1)      # its eight completions took 4, 4, 4, 4, 4, 4, 4 and 16 forwards
+    0.75
+    """
+    shares: list[float] = []
+    for start in range(0, len(groups), prompts_per_shard):
+        shard = groups[start : start + prompts_per_shard]
+        forwards = sorted((c.draft.target_forwards for group in shard for c in group.completions), reverse=True)
+        few = max(1, len(forwards) // 8)
+        if len(forwards) > few and forwards[0]:
+            shares.append(1 - forwards[few] / forwards[0])
+    return _mean(shares)
 
 
 def _acceptance(area: str, counts: Sequence[Mapping[str, Any]]) -> dict[str, float]:

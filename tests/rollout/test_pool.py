@@ -184,6 +184,9 @@ def test_contract_4_workers_sample_what_one_engine_samples(pool, expected):
     assert pool.sample(PROMPTS, PARAMS, heard.append) == expected(0)
     assert sum(heard) == len(PROMPTS) * PARAMS.group_size
     assert pool.sample([], PARAMS) == []
+    longest = {g.prompt.prompt_id: max(len(c.token_ids) for c in g.completions) for g in expected(0)}
+    assert pool.lengths.longest == longest  # so that the longest shard begins first, with the same tokens
+    assert pool.sample(PROMPTS, PARAMS) == expected(0)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.run.metrics import METRICS, check, rollout_metrics, table
+from grpo.run.metrics import METRICS, check, rollout_metrics, table, tail_share
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 
@@ -148,3 +148,18 @@ def test_the_table_is_markdown_with_one_row_a_metric():
     assert len(lines) == 2 + len(METRICS)
     for line in lines:
         assert line.replace(r"\|", "").count("|") == 3
+
+
+def test_the_tail_of_a_shard_by_hand():
+    """Eight completions, so that one makes the tail: it alone is decoded in 12 of its 16 forwards, in 0 of 4 next."""
+
+    def group(*forwards: int) -> RolloutGroup:
+        return RolloutGroup(
+            Prompt("p", "", [1]),
+            [Completion([1], [0.0], "", "stop", 0, DraftStats(target_forwards=n)) for n in forwards],
+        )
+
+    first, second = (group(4, 4, 1, 4), group(4, 4, 4, 16)), (group(4, 3, 2, 1), group(4, 4, 4, 4))
+    assert tail_share(first, 2) == pytest.approx(0.75)
+    assert tail_share(first + second, 2) == pytest.approx(0.375)
+    assert tail_share([group(0, 0)], 1) is None  # with one token each nothing was decoded after the prefill
