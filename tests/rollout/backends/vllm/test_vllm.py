@@ -329,6 +329,7 @@ def test_a_run_whose_server_is_killed_twice_is_that_of_one_that_is_not(
 
 OF_A_TRAINER = """
 import sys
+from pathlib import Path
 import torch
 from policies.policy import Policy
 from rollout.backends.vllm.pool import VLLMPool
