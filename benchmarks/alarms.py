@@ -57,8 +57,11 @@ def options_of(folder: Path, name: str) -> TrainConfig:
     return load(TrainConfig, DEMO, OPTIONS | own | {"seed": seed, "rewards": [{"function": reward}]})
 
 
-def looked_at(folder: Path, answers: dict[str, str]) -> dict[str, Any]:
+def looked_at(root: Path, name: str) -> dict[str, Any]:
     """The alarms of a run by its records alone, and the largest values that it had."""
+    folder = root / name
+    with Task.of(options_of(root, name)) as task:
+        answers = {example.example_id: example.columns["answer"] for example in task.train}
     first = next(iter(read_rollouts(folder, 1)[0]["parts"]))
     alarms, found, largest = Alarms([first]), [], Counter[str]()
     for step in recorded_steps(folder):
@@ -92,9 +95,7 @@ def main() -> None:
         for name in chosen:
             if name in RUNS:
                 train(options_of(args.folder, name), resume="auto")
-    with Task.of(warm) as task:
-        answers = {example.example_id: example.columns["answer"] for example in task.train}
-    found = {n: looked_at(args.folder / n, answers) for n in chosen if recorded_steps(args.folder / n)}
+    found = {n: looked_at(args.folder, n) for n in chosen if n in RUNS and recorded_steps(args.folder / n)}
     for name, result in found.items():
         print(name, result["steps"], "steps:", [(a["step"], a["said"]) for a in result["alarms"]] or "no alarm")
         print(" ", result["largest"])
