@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--group", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32, help="of a completion, at most")
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--top_k", type=int, default=64)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
