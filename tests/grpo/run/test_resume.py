@@ -67,6 +67,9 @@ def _config(micro_config, folder: Path, kind: str, **given):
     return micro_config(folder, **options | given)
 
 
+VARIANTS = {  # of others, which `make test-slow` runs
+    *("full, epochs end between steps", "full, with a reference", "cosine, share", "short first, dynamic sampling"),
+}
 COARSE = """
 def coarse(completions, **_):
     return [float(completion.count("e") > 0) for completion in completions]
@@ -116,8 +119,14 @@ def _stop_after(micro_config, folder: Path, kind: str, k: int) -> None:
     assert not (folder / "policy").exists()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("k", [2, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.long])])
+@pytest.mark.parametrize(
+    ("kind", "k"),
+    [
+        pytest.param(kind, k, marks=[pytest.mark.slow, pytest.mark.long] * (k == 3 or kind in VARIANTS))
+        for k in (2, 3)
+        for kind in KINDS
+    ],
+)
 def test_contract_9_a_stopped_run_resumes_to_the_same_bits(micro_config, whole, tmp_path, kind, k):
     reference, folder = whole(kind), tmp_path / "run"
     _stop_after(micro_config, folder, kind, k)
