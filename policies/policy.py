@@ -145,7 +145,6 @@ class Policy(nn.Module):
             segment_BT,
             depth,
             first,
-            sees_prompts_whole(self.config),
         )
 
     def cast(self, dtype: torch.dtype) -> Policy:

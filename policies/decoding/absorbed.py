@@ -169,14 +169,14 @@ class AbsorbedTrunk:
 
     def cache(self, rows: int, capacity: int, prompts_R: Tensor | None = None) -> LatentCache:
         """`prompts_R`: the lengths of the prompts that are read first, if they are."""
-        return self.cache_of(len(self.blocks), rows, capacity, prompts_R=prompts_R)
+        cache = self.cache_of(len(self.blocks), rows, capacity)
+        cache.whole_R = prompts_R if self.both_ways else None
+        return cache
 
-    def cache_of(
-        self, layers: int, rows: int, capacity: int, first: int = 0, prompts_R: Tensor | None = None
-    ) -> LatentCache:
-        rank, whole_R = self.config.kv_lora_rank, prompts_R if self.both_ways else None
+    def cache_of(self, layers: int, rows: int, capacity: int, first: int = 0) -> LatentCache:
+        rank = self.config.kv_lora_rank
         shape = layers, rows, capacity, rank + self.config.qk_rope_head_dim
-        return LatentCache(*shape, rank, dtype=self.dtype, device=self.device, first=first, whole_R=whole_R)
+        return LatentCache(*shape, rank, dtype=self.dtype, device=self.device, first=first)
 
     def __call__(self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: LatentCache) -> Tensor:
         """Final hidden states [B, S, D], after the last norm."""

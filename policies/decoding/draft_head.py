@@ -27,9 +27,9 @@ class AbsorbedHead:
         self.draft_ids = draft_ids
         self.logits = trunk.logits if draft_ids is None else FixedLinear(trunk.head[draft_ids])
 
-    def cache(self, rows: int, capacity: int, prompts_R: Tensor | None = None) -> LatentCache:
+    def cache(self, rows: int, capacity: int) -> LatentCache:
         """Without the first token of each row, to which the head has no entry."""
-        return self.trunk.cache_of(1, rows, capacity, first=1, prompts_R=prompts_R)
+        return self.trunk.cache_of(1, rows, capacity, first=1)
 
     def __call__(self, token_ids_BS: Tensor, hidden_BSD: Tensor, position_ids_BS: Tensor, cache: LatentCache) -> Tensor:
         """Entries for these tokens, given the hidden states that precede them; outputs [B, S, D]."""

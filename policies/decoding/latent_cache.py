@@ -83,7 +83,7 @@ class LatentCache:
 
     Every layer has a tensor of its own, so that only one at a time exists twice while all are copied.
     `first` hides the first entries of every prompt, since an MTP head has no entry for a prompt's first token.
-    `whole_R` are lengths of prompts that are read at once and whose tokens see each other (a prefix-LM).
+    `whole_R`, where it is set, are lengths of prompts that the next plan reads, whose tokens see each other (a prefix-LM).
     """
 
     def __init__(
@@ -98,7 +98,6 @@ class LatentCache:
         device: torch.device,
         prefix: Prefix | None = None,
         first: int = 0,
-        whole_R: Tensor | None = None,
     ) -> None:
         zeros = torch.zeros if prefix is None else _room  # the cache of prompts is filled at once
         shape = rows, capacity, width
@@ -107,7 +106,7 @@ class LatentCache:
         self.value_width = value_width
         self.prefix = prefix
         self.first = first
-        self._whole_R = whole_R
+        self.whole_R: Tensor | None = None
 
     @classmethod
     def after(cls, prefix: Prefix, capacity: int, value_width: int, first: int = 0) -> LatentCache:
@@ -150,9 +149,9 @@ class LatentCache:
         self._flat = (torch.arange(self.rows, device=device)[:, None] * self.capacity + at_RS).reshape(-1)
         columns = torch.arange(self._reach, device=device)
         visible = columns <= at_RS[..., None]
-        if self._whole_R is not None:
-            visible |= columns < self._whole_R[:, None, None]
-            self._whole_R = None  # what comes after the prompt is causal
+        if self.whole_R is not None:
+            visible |= columns < self.whole_R[:, None, None]
+            self.whole_R = None  # what comes after the prompt is causal
         if self.prefix is None and self.first:
             visible &= (columns >= self.first) | (columns == at_RS[..., None])
         self._mask_RST = _mask(visible, self.layers_RTE[0].dtype)

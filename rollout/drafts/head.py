@@ -108,7 +108,7 @@ class Drafter:
 
     def _read(self, prompts: Prefilled) -> LatentCache:
         head, (count, longest) = self.head, prompts.token_ids_PT.shape
-        cache = head.cache(count, longest, prompts.lengths_P)
+        cache = head.cache(count, longest)
         positions = torch.arange(longest, device=head.trunk.device).expand(count, -1)
         head(prompts.token_ids_PT, F.pad(prompts.hidden_PTD, (0, 0, 1, 0))[:, :-1], positions, cache)
         cache.advance(prompts.lengths_P)

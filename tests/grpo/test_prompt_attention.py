@@ -79,7 +79,7 @@ def test_contract_3_drafts_change_no_token(policy):
 
 
 def test_drafts_are_what_the_head_says_as_training_sees_it(policy, monkeypatch):
-    """A head that read its prompts causally would cost acceptance and no token."""
+    """Of a prompt it reads the trunk's states. Causal ones would cost acceptance and no token."""
     depth, asked, draft = 2, [], Drafter.draft
 
     def spy(drafter, live, depth, noise, temperature):
