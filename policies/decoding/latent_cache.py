@@ -83,7 +83,7 @@ class LatentCache:
 
     Every layer has a tensor of its own, so that only one at a time exists twice while all are copied.
     `first` hides the first entries of every prompt, since an MTP head has no entry for a prompt's first token.
-    `whole_R`, where it is set, are lengths of prompts that the next plan reads, whose tokens see each other (a prefix-LM).
+    `whole_R`, where it is set: lengths of prompts that the next plan reads, whose tokens see each other (prefix-LM).
     """
 
     def __init__(
