@@ -86,8 +86,8 @@ class Collector:
                 tell = partial(progress.advance, bar)
                 if options.partial is None:
                     groups = self.pool.sample(self._with_history(prompts, step), params.at(step, draw), tell)
-                    if not draw and (tail := tail_share(groups, options.prompts_per_shard)) is not None:
-                        measured["rollout/tail"] = tail
+                    if not draw and self.backend != "vllm":  # which knows no shards
+                        measured.update(tail_share(groups, options.prompts_per_shard))
                 else:
                     groups = self._complete(step, prompts, take, tell)
             with timed("time/reward"):

@@ -26,6 +26,7 @@ from grpo.learner.teacher import Scores, TeacherPolicy
 from grpo.learner.teacher_server import TeacherServer
 from grpo.policy_source import find_policy, load_policy, saved_model
 from policies import presets
+from policies.attention import sees_prompts_whole
 from policies.logprobs import shifted_logprobs
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from rewards.group_score import GroupScore, mean
@@ -242,6 +243,11 @@ def check_teacher(config: TrainConfig) -> None:
             "policy has sampled: name one with the same tokenizer"
         )
     if server := _server(config.distill):
+        if sees_prompts_whole(read_config(teacher)):
+            raise ValueError(
+                f"{named} has prompt_attention=bidirectional, and the server of distill.url would read its prompts "
+                "causally; set url to null to load the teacher here"
+            )
         ids = read_tokenizer(policy).encode(PROBES[0], add_special_tokens=False)
         server.score([ids], [1], config.distill.top_k or 0)
 

@@ -36,8 +36,9 @@ class Lengths:
         return sorted(range(len(shards)), key=lambda number: -expected[number])
 
     def saw(self, groups: Sequence[RolloutGroup]) -> None:
-        found = {group.prompt.prompt_id: [len(c.token_ids) for c in group.completions] for group in groups}
-        self.longest |= {prompt_id: max(counts) for prompt_id, counts in found.items() if counts}
+        for group in groups:
+            if group.completions:
+                self.longest[group.prompt.prompt_id] = max(len(c.token_ids) for c in group.completions)
 
 
 class Results:

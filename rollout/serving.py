@@ -176,7 +176,7 @@ class Serving(Decoding):
         self.undrafted = 0 if plan.depth else self.undrafted + 1
         return plan
 
-    # ---- what they are told -------------------------------------------------------------------------------------
+    # ---- new tokens go to their requests -----------------------------------------------------------------------------
 
     def _tell(self) -> None:
         if not self.requests:

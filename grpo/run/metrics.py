@@ -225,11 +225,12 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
     return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
-def tail_share(groups: Sequence[RolloutGroup], prompts_per_shard: int) -> float | None:
-    """The share of a shard's forwards in which an eighth of its completions or fewer were still decoded, mean.
+def tail_share(groups: Sequence[RolloutGroup], prompts_per_shard: int) -> dict[str, float]:
+    """rollout/tail of whole shards, which are decoded together from their first token on; none where nothing was
+    decoded after the prefill.
 
     >>> tail_share([group], 1)      # its eight completions took 4, 4, 4, 4, 4, 4, 4 and 16 forwards
-    0.75
+    {"rollout/tail": 0.75}
     """
     shares: list[float] = []
     for start in range(0, len(groups), prompts_per_shard):
@@ -238,7 +239,7 @@ def tail_share(groups: Sequence[RolloutGroup], prompts_per_shard: int) -> float 
         few = max(1, len(forwards) // 8)
         if len(forwards) > few and forwards[0]:
             shares.append(1 - forwards[few] / forwards[0])
-    return _mean(shares)
+    return {"rollout/tail": mean(shares)} if shares else {}
 
 
 def _acceptance(area: str, counts: Sequence[Mapping[str, Any]]) -> dict[str, float]:

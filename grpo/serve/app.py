@@ -29,7 +29,7 @@ HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
 class Wanted:
-    """The rows of one request: what they are told arrives in `news`, in the loop of the server."""
+    """The rows of one request. `news` gives their new tokens, in the event loop of the server."""
 
     def __init__(self, served: Served, jobs: list[Job]) -> None:
         self.served, self.loop = served, asyncio.get_running_loop()

@@ -100,7 +100,7 @@ class Batcher:
             self._changed.notify()
 
     def close(self) -> None:
-        """End the thread. Requests that are not finished are told so."""
+        """End the thread. Requests that are not finished get an error."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -117,7 +117,7 @@ class Batcher:
             for batch in list(self._batches):
                 try:
                     self._round(batch)
-                except Exception as error:  # memory may have run out: the others are told, and the next ones served
+                except Exception as error:  # such as lack of memory: this batch fails, and the server goes on
                     given_up = batch.give_up(f"decoding failed: {type(error).__name__}: {error}")
                     self.counts.failed += len(given_up)
                     fresh = Serving(self.engine.decoder, self.params)

@@ -1,4 +1,4 @@
-"""Several copies of the server behind one address, by Ray Serve: replicas, autoscaling, health checks, restarts."""
+"""Several copies of the server behind one address. Ray Serve starts, checks, restarts and scales them."""
 
 from __future__ import annotations
 

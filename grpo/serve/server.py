@@ -1,4 +1,4 @@
-"""`quartet serve`: a policy behind an address, by uvicorn in one process or by Ray Serve in several."""
+"""`quartet serve` answers requests for a policy's completions. It runs in one process, or in several by Ray Serve."""
 
 from __future__ import annotations
 

@@ -10,9 +10,10 @@ import torch
 from grpo.learner.batch import PackedRow, Sample, collate
 from policies.mtp import draft_loss
 from policies.policy import Policy
+from rollout.drafts.head import Drafter
 from rollout.engine import Engine
 from rollout.group import Completion, Prompt, RolloutGroup
-from rollout.sampling import SamplingParams
+from rollout.sampling import Noise, SamplingParams, choose, row_key
 
 CPU = torch.device("cpu")
 STOPS = tuple(range(7, 280, 15))  # about one token in fifteen
@@ -72,6 +73,30 @@ def assert_lossless(engine: Engine, prompts: list[Prompt], params: SamplingParam
         forwards = [sum(c.draft.target_forwards for c in completions(groups)) for groups in (drafted, plain)]
         assert forwards[0] < forwards[1]
     return compared
+
+
+def spied_drafts(patch: pytest.MonkeyPatch) -> list[tuple[int, int, list[int]]]:
+    """Gets an entry for each live row whenever the head drafts from now on: its index, its count, the drafts."""
+    asked, draft = list[tuple[int, int, list[int]]](), Drafter.draft
+
+    def spy(drafter, live, depth, noise, temperature):
+        drafts, confident = draft(drafter, live, depth, noise, temperature)
+        for r in live.alive.nonzero()[:, 0].tolist():
+            asked.append((int(live.index[r]), int(live.count[r]), drafts[r].tolist()))
+        return drafts, confident
+
+    patch.setattr(Drafter, "draft", spy)
+    return asked
+
+
+def drafts_in_training(
+    policy: Policy, prompt: Prompt, verified: list[int], drafts: list[int], params: SamplingParams, sample: int
+) -> list[int]:
+    """What the unrolled head drafts behind the verified tokens, with the noise of this completion."""
+    logits = unrolled_logits(policy, prompt, verified, drafts)
+    key = torch.tensor([row_key(params, prompt.prompt_id, sample)], dtype=torch.int32)
+    noise = Noise(key, len(verified) + torch.arange(len(drafts)), logits.shape[1])
+    return choose(logits, params.temperature, noise)[0].tolist()
 
 
 @torch.no_grad()

@@ -432,7 +432,7 @@ class Process:
         )
 
     def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self.process.poll() is None:
             metrics = self.folder / "metrics.jsonl"
             if metrics.exists() and f'"step": {step},' in metrics.read_text():
@@ -445,7 +445,7 @@ class Process:
         """Exit code and standard error; no process that it has started is left."""
         (os.killpg if group else os.kill)(self.process.pid, number)
         try:
-            code = self.process.wait(timeout=120)
+            code = self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self.give_up(f"it did not end after {signal.Signals(number).name}")
         _, alive = psutil.wait_procs(self.started, timeout=20)
@@ -454,7 +454,9 @@ class Process:
 
     def give_up(self, why: str) -> NoReturn:
         """Fail with what it has said and with where every thread of it stands, and leave nothing."""
-        started = self.started or psutil.Process(self.process.pid).children(recursive=True)
+        started = self.started
+        with suppress(psutil.NoSuchProcess):  # it has ended by itself
+            started = started or psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGABRT)
         self.process.wait(timeout=60)
         for process in started:

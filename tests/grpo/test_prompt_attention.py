@@ -5,20 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_cases import PARAMS, PROMPTS, assert_lossless, completions, taught, unrolled_logits
+from engine_cases import PARAMS, PROMPTS, assert_lossless, completions, drafts_in_training, spied_drafts, taught
 
 from grpo.cli import main
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.likelihood import logprobs_of_groups
+from grpo.reward_models import check_teacher
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.train import train
 from grpo.trl_bridge import BridgeError, rollout_func
 from policies.policy import Policy, PolicyError
-from rollout.drafts.head import Drafter
 from rollout.engine import Engine
-from rollout.sampling import Noise, choose, row_key
 
 CPU = torch.device("cpu")
 BOTH_WAYS = {"policy.prompt_attention": "bidirectional"}
@@ -65,13 +64,9 @@ def test_packed_completions_are_those_of_rows_of_their_own(policy):
 def test_contract_2_the_engine_says_what_the_learner_says(policy):
     for draft_tokens in (0, 3):
         groups = Engine(policy).sample(PROMPTS, replace(PARAMS, draft_tokens=draft_tokens))
-        learned = [own for rows in logprobs_of_groups_one_by_one(policy, groups) for own in rows]
+        learned = [own for rows in logprobs_of_groups(policy, groups, PARAMS.temperature) for own in rows]
         for completion, own in zip(completions(groups), learned, strict=True):
             assert completion.logprobs == pytest.approx(own, abs=1e-4)
-
-
-def logprobs_of_groups_one_by_one(policy, groups):
-    return [logprobs_of_groups(policy, [group], PARAMS.temperature)[0] for group in groups]
 
 
 def test_contract_3_drafts_change_no_token(policy):
@@ -80,26 +75,15 @@ def test_contract_3_drafts_change_no_token(policy):
 
 def test_drafts_are_what_the_head_says_as_training_sees_it(policy, monkeypatch):
     """Of a prompt it reads the trunk's states. Causal ones would cost acceptance and no token."""
-    depth, asked, draft = 2, [], Drafter.draft
-
-    def spy(drafter, live, depth, noise, temperature):
-        drafts, confident = draft(drafter, live, depth, noise, temperature)
-        for r in live.alive.nonzero()[:, 0].tolist():
-            asked.append((int(live.index[r]), int(live.count[r]), drafts[r].tolist()))
-        return drafts, confident
-
-    monkeypatch.setattr(Drafter, "draft", spy)
-    rows = completions(Engine(policy).sample(PROMPTS[:4], replace(PARAMS, draft_tokens=depth)))
+    asked = spied_drafts(monkeypatch)
+    rows = completions(Engine(policy).sample(PROMPTS[:4], replace(PARAMS, draft_tokens=2)))
     assert len(asked) > 50
     for row, count, drafts in asked:
         prompt, sample = PROMPTS[row // PARAMS.group_size], row % PARAMS.group_size
-        logits = unrolled_logits(policy, prompt, rows[row].token_ids[:count], drafts)
-        key = torch.tensor([row_key(PARAMS, prompt.prompt_id, sample)], dtype=torch.int32)
-        noise = Noise(key, count + torch.arange(len(drafts)), logits.shape[1])
-        assert drafts == choose(logits, PARAMS.temperature, noise)[0].tolist()
+        assert drafts == drafts_in_training(policy, prompt, rows[row].token_ids[:count], drafts, PARAMS, sample)
 
 
-def test_a_saved_policy_a_worker_and_a_reference_see_the_same(policy, tmp_path):
+def test_a_saved_policy_and_a_worker_see_the_same(policy, tmp_path):
     policy.save(tmp_path / "p")
     loaded, worker = Policy.load(tmp_path / "p"), Policy.from_skeleton(policy.skeleton())
     worker.load_weights(policy.weights())
@@ -137,6 +121,18 @@ def test_what_cannot_see_prompts_whole_is_refused_by_name(micro_config, tmp_path
     with pytest.raises(ValueError, match=said):
         train(micro_config(tmp_path / "r", **BOTH_WAYS | given))
     assert not (tmp_path / "r").exists()
+
+
+def test_a_teacher_behind_an_address_is_refused_by_name(policy, random_policy, micro_config, tmp_path):
+    policy.save(tmp_path / "teacher")
+    random_policy(31).save(tmp_path / "student")
+    given = {
+        "loss.advantage": "distill",
+        "distill.teacher": str(tmp_path / "teacher"),
+        "distill.url": "http://[::1]:9/v1",
+    }
+    with pytest.raises(ValueError, match=r"distill\.teacher=.* has prompt_attention=bidirectional"):
+        check_teacher(micro_config(tmp_path / "r", model=str(tmp_path / "student"), **given))
 
 
 def test_trl_an_export_and_a_damaged_field_are_refused_by_name(policy, micro_config, tmp_path, capsys):

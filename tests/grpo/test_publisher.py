@@ -183,9 +183,8 @@ def untie(engine: Engine) -> None:
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
 
 
-@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["native", "transformers"])
+@pytest.mark.parametrize("backend", ["native", pytest.param("transformers", marks=pytest.mark.long)])
 def test_contract_13_workers_are_refused_by_name(cluster, policy_of, backend):
     """Of two workers one is wrong each time."""
     stale = STALE["norm"]

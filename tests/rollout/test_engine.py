@@ -13,19 +13,19 @@ from engine_cases import (
     STOPS,
     assert_lossless,
     completions,
+    drafts_in_training,
     enumerated,
     prompts_of,
+    spied_drafts,
     taught,
     tokens,
-    unrolled_logits,
 )
 
 from policies.logprobs import shifted_logprobs
 from policies.policy import Policy
-from rollout.drafts.head import Drafter
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt, tokens_per_forward
-from rollout.sampling import Noise, SamplingParams, choose, row_key
+from rollout.sampling import SamplingParams
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -116,25 +116,13 @@ def test_contract_3_a_head_that_is_broken_costs_no_token(random_policy):
 def test_drafts_are_what_the_trained_head_says_behind_the_verified_tokens(engine, policy, monkeypatch):
     """Every draft of ragged rows that come and go, against the unrolled head as training sees it: same tokens, same
     noise. A wrong position, cache or hidden state would cost acceptance and no token, so nothing else would notice."""
-    depth, asked = 3, []
-    draft = Drafter.draft
-
-    def spy(drafter, live, depth, noise, temperature):
-        drafts, confident = draft(drafter, live, depth, noise, temperature)
-        for r in live.alive.nonzero()[:, 0].tolist():
-            asked.append((int(live.index[r]), int(live.count[r]), drafts[r].tolist()))
-        return drafts, confident
-
-    monkeypatch.setattr(Drafter, "draft", spy)
+    depth, asked = 3, spied_drafts(monkeypatch)
     rows = completions(engine.sample(PROMPTS, replace(PARAMS, draft_tokens=depth)))
     assert len(asked) > 150
     for row, count, drafts in asked:
         verified = rows[row].token_ids[:count]
         prompt, sample = PROMPTS[row // PARAMS.group_size], row % PARAMS.group_size
-        logits = unrolled_logits(policy, prompt, verified, drafts)
-        key = torch.tensor([row_key(PARAMS, prompt.prompt_id, sample)], dtype=torch.int32)
-        noise = Noise(key, len(verified) + torch.arange(len(drafts)), logits.shape[1])
-        assert drafts == choose(logits, PARAMS.temperature, noise)[0].tolist()
+        assert drafts == drafts_in_training(policy, prompt, verified, drafts, PARAMS, sample)
 
 
 def test_a_head_that_agrees_saves_forwards(random_policy):

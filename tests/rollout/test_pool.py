@@ -189,7 +189,6 @@ def test_contract_4_workers_sample_what_one_engine_samples(pool, expected):
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_contract_4_the_number_of_workers_changes_nothing(pool, policies, expected):
     single = open_pool(policies[0], workers=1, prompts_per_shard=2)
@@ -347,7 +346,6 @@ def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, polici
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_contract_4_episodes_are_the_same_with_workers_and_after_one_is_killed_in_the_middle(
     cluster, random_policy, tmp_path
@@ -519,7 +517,6 @@ def test_contract_5_a_worker_that_dies_while_draft_costs_are_measured_is_replace
         pool.costs = None
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_are_sent_once_more(
     cluster, random_policy, monkeypatch
@@ -720,7 +717,6 @@ def is_loopback(ip: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_cluster_listens_on_loopback_only_and_a_closed_pool_leaves_nothing_behind(script):
     line(script, "sampled 1")

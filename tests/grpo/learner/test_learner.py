@@ -139,17 +139,20 @@ def test_the_step_size_is_the_kl_of_one_completion_of_each_group_by_hand(micro_p
 
 @pytest.mark.parametrize("budget", [8, 10_000])
 def test_a_step_tells_how_far_it_has_moved_the_policy(micro_policy, budget):
-    """On one completion of each group, also where it is cut into several rows. The third group is tied."""
+    """On one completion of each group, also where it is cut into several rows. The advantage of the first group's first
+    one is zero, so it is the second; the third group is tied."""
     policy = micro_policy(0)
     learner = _learner(policy, learning_rate=1e-2, tokens_per_micro_batch=budget)
-    groups = _groups(policy)
+    groups, scores = _groups(policy), _scores([[0.5, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
 
     @torch.no_grad()
     def logprobs():
-        first = [_stock_logprobs(policy, g.prompt.token_ids, [g.completions[0].token_ids])[0] for g in groups[:2]]
-        return torch.cat(first)
+        telling = [(groups[0], 1), (groups[1], 0)]
+        return torch.cat(
+            [_stock_logprobs(policy, g.prompt.token_ids, [g.completions[i].token_ids])[0] for g, i in telling]
+        )
 
-    before, metrics = logprobs(), learner.step(learner.prepare(groups, _scores()), 1)
+    before, metrics = logprobs(), learner.step(learner.prepare(groups, scores), 1)
     log_ratio = logprobs() - before
     expected = (log_ratio.exp() - 1 - log_ratio).mean().item()
     assert expected > 1e-3

@@ -160,6 +160,6 @@ def test_the_tail_of_a_shard_by_hand():
         )
 
     first, second = (group(4, 4, 1, 4), group(4, 4, 4, 16)), (group(4, 3, 2, 1), group(4, 4, 4, 4))
-    assert tail_share(first, 2) == pytest.approx(0.75)
-    assert tail_share(first + second, 2) == pytest.approx(0.375)
-    assert tail_share([group(0, 0)], 1) is None  # with one token each nothing was decoded after the prefill
+    assert tail_share(first, 2) == {"rollout/tail": 0.75}
+    assert tail_share(first + second, 2) == {"rollout/tail": 0.375}
+    assert tail_share([group(0, 0)], 1) == {}  # with one token each nothing was decoded after the prefill

@@ -8,17 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import PARAMS, assert_lossless, completions, prompts_of, taught, tokens, unrolled_logits
+from engine_cases import (
+    PARAMS,
+    assert_lossless,
+    completions,
+    drafts_in_training,
+    prompts_of,
+    spied_drafts,
+    taught,
+    tokens,
+)
 from talking import Talking
 
 from grpo.learner.batch import PackedRow, Sample, collate
 from policies.logprobs import token_logprobs
-from rollout.drafts.head import Drafter
 from rollout.engine import Engine, RolloutError
 from rollout.environments.episodes import Arena
 from rollout.environments.protocol import chosen, columns_of, seeds
 from rollout.group import Prompt
-from rollout.sampling import EnvironmentSpec, Noise, choose, row_key
+from rollout.sampling import EnvironmentSpec
 
 torch.set_num_threads(1)
 GUESSING = Path(__file__).parents[2] / "cases" / "guessing.py"
@@ -59,23 +67,12 @@ def test_contract_3_speculation_is_lossless_over_turns(engine, sampled):
 
 def test_drafts_of_every_turn_are_what_the_trained_head_says(engine, monkeypatch):
     """After what tools wrote, too: the head has read it. Anything wrong would cost acceptance and no token."""
-    asked, draft = [], Drafter.draft
-
-    def spy(drafter, live, depth, noise, temperature):
-        drafts, confident = draft(drafter, live, depth, noise, temperature)
-        for r in live.alive.nonzero()[:, 0].tolist():
-            asked.append((int(live.index[r]), int(live.count[r]), drafts[r].tolist()))
-        return drafts, confident
-
-    monkeypatch.setattr(Drafter, "draft", spy)
+    asked = spied_drafts(monkeypatch)
     groups = engine.sample(PROMPTS[2:5], replace(EPISODES, draft_tokens=2, group_size=2))
     rows, later = completions(groups), 0
     for row, count, drafts in asked:
         verified, prompt = rows[row].token_ids[:count], groups[row // 2].prompt
-        logits = unrolled_logits(engine.policy, prompt, verified, drafts)
-        key = torch.tensor([row_key(EPISODES, prompt.prompt_id, row % 2)], dtype=torch.int32)
-        noise = Noise(key, count + torch.arange(len(drafts)), logits.shape[1])
-        assert drafts == choose(logits, EPISODES.temperature, noise)[0].tolist()
+        assert drafts == drafts_in_training(engine.policy, prompt, verified, drafts, EPISODES, row % 2)
         later += not all(rows[row].sampled[:count])
     assert later > 30
 
