@@ -7,10 +7,10 @@ short SFT on gold solutions teaches the student to write at all. From there, for
     distill   `quartet train` with loss.advantage: distill, on the student's own completions
     top_k     the same with distill.top_k
 
-All data are short problems of GSM8K's train split; the held-out ones are in no arm and not in the warm start. Two
-measures, in nats per token over the whole vocabulary, exact at every state: KL(student || teacher) at the states that
-the student itself reaches on held-out questions, and KL(teacher || student) along their gold solutions. What has ended
-is not run again, so a benchmark that was stopped goes on.
+All learn from short problems of GSM8K's train split. The held-out ones are of the test split, on which nothing is
+trained and by which nothing was chosen. Two measures, in nats per token over the whole vocabulary, exact at every
+state: KL(student || teacher) at the states that the student itself reaches on held-out questions, and KL(teacher ||
+student) along their gold solutions. What has ended is not run again, so a benchmark that was stopped goes on.
 
     python benchmarks/distill.py --json benchmarks/results/distill.json
     python benchmarks/distill.py --seeds 0 --arms sft distill
@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -49,7 +49,8 @@ from rollout.sampling import SamplingParams  # noqa: E402
 TEACHER = "models/smollm2-135m-mla"
 ARMS = ("sft", "distill", "top_k")
 QUESTION, SOLUTION = 40, 56  # the most tokens of a problem that is used
-HELD_OUT, SAMPLES = 16, 2  # problems, and the student's completions of each, that the measures are taken on
+HELD_OUT, SAMPLES = 64, 2  # problems, and the student's completions of each, that the measures are taken on
+TUNED_ON = 16  # problems of the train split by which the learning rate was chosen; nothing is trained on them
 OPTIONS: dict[str, Any] = {
     "data.template": "{question}\n",
     "mtp.loss_weight": 0.0,
@@ -81,15 +82,15 @@ def kept_layers(count: int, kept: int) -> list[int]:
     return [round(i * (count - 1) / (kept - 1)) for i in range(kept)]
 
 
-def problems(data: str, tokenizer: Any, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """Short problems of the train split in a shuffled order: (to train on, held out)."""
+def problems(data: str, split: str, purpose: Literal["train", "eval"], tokenizer: Any) -> list[Example]:
+    """Short problems in a shuffled order."""
     found = []
-    for example in load_examples(data, "train"):
+    for example in load_examples(data, split, purpose=purpose):
         question, solution = (len(tokenizer.encode(text)) for text in (example.question, example.solution))
         if question <= QUESTION and solution < SOLUTION:
             found.append(example)
-    random.Random(seed).shuffle(found)
-    return found[HELD_OUT:], found[:HELD_OUT]
+    random.Random(0).shuffle(found)
+    return found
 
 
 def write_problems(folder: Path, examples: Sequence[Example]) -> str:
@@ -220,7 +221,7 @@ def verdict(seeds: dict[str, dict[str, Any]]) -> dict[str, bool]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default=TEACHER)
-    parser.add_argument("--data", default="gsm8k", help="gsm8k, or a folder with its train.jsonl")
+    parser.add_argument("--data", default="gsm8k", help="gsm8k, or a folder with its train.jsonl and test.jsonl")
     parser.add_argument("--folder", type=Path, default=Path("runs/distill"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
@@ -238,7 +239,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     teacher = Policy.load(args.teacher)
-    training, heldout = problems(args.data, teacher.tokenizer)
+    training = problems(args.data, "train", "train", teacher.tokenizer)[TUNED_ON:]
+    heldout = problems(args.data, "test", "eval", teacher.tokenizer)[:HELD_OUT]
     warm, tokens = batches_of(training, teacher.tokenizer, args.batch, args.warm_tokens)
     if not (student := args.folder / "student").is_dir():
         make_student(args.teacher, student, args.layers)
