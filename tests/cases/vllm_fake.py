@@ -12,17 +12,14 @@ import os
 import random
 import signal
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
 FILE, SERVER = Path(sys.argv[1]), Path(sys.argv[2])
 sys.path.insert(0, str(SERVER.parent))
-sys.modules["vllm"] = types.ModuleType("vllm")
-sys.modules["vllm"].SamplingParams = types.SimpleNamespace(_verify_args=None)  # type: ignore[attr-defined]
 
-import quartet_extension as extension  # noqa: E402
 import quartet_server as server  # noqa: E402
+import quartet_tensors as tensors  # noqa: E402
 
 
 def struck(moment: str) -> bool:
@@ -51,12 +48,12 @@ class Engine:
         struck("publish")
         if not header["whole"] and header["base"] != self.base:
             raise RuntimeError("it does not hold the weights under these adapters: publish everything again")
-        read = extension._read(path, header["tensors"])
+        read = tensors.read(path, header["tensors"])
         self.held = read if header["whole"] else {**self.held, **read}
-        weights = extension._digests(extension._merged(self.held, header["adapters"]))
+        weights = tensors.digests(tensors.merged(self.held, header["adapters"]))
         self.key = hashlib.sha256(str(sorted(weights.items())).encode()).hexdigest()
         self.version, self.base = header["version"], header["base"]
-        return {"held": extension._digests(read), "unused": []}
+        return {"held": tensors.digests(read), "unused": []}
 
     def sample(self, job: dict[str, Any], said: Any) -> dict[str, Any]:
         if self.version != job["version"]:

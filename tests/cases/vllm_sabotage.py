@@ -20,11 +20,11 @@ def fault() -> tuple[str, str]:
 
 def sabotage() -> None:
     """Once vLLM is loaded."""
-    import quartet_extension as extension
+    import quartet_transfer as transfer
     import torch
-    from vllm.model_executor.model_loader.reload import inplace
 
-    read, reload, after = extension._read, inplace.reload_weights, extension.bypasses.after_reload
+    read, after = transfer.tensors.read, transfer.bypasses.after_reload
+    receive = transfer.SharedMemory.receive_weights
     last: dict[str, torch.Tensor] = {}
     turned: list[torch.Tensor] = []
 
@@ -36,23 +36,32 @@ def sabotage() -> None:
         last.update({key: tensor.clone() for key, tensor in found.items()})
         return found
 
-    def reload_others(config: Any, model: torch.nn.Module, weights: Any, *more: Any) -> None:
+    def load_others(engine: Any, update: Any) -> None:
         kind, name = fault()
         while turned:
             turned.pop().neg_()
-        if kind != "frozen":
-            reload(config, model, ((key, t) for key, t in weights if not (kind == "skip" and key == name)), *more)
+        load = engine.model.load_weights
+        if kind == "frozen":
+            engine.model.load_weights = list
+        elif kind == "skip":
+            engine.model.load_weights = lambda weights: load((key, t) for key, t in weights if key != name)
+        try:
+            receive(engine, update)
+        finally:
+            engine.model.__dict__.pop("load_weights", None)
+
+    def keep_head(chosen: frozenset[str], model: torch.nn.Module, tied: bool) -> None:
+        kind, _ = fault()
+        if kind != "untie":
+            after(chosen, model, tied)
         for module in model.modules():
             if kind == "rope" and (table := getattr(module, "cos_sin_cache", None)) is not None:
                 sin = table.chunk(2, dim=-1)[1]
                 if all(sin.data_ptr() != other.data_ptr() for other in turned):
                     turned.append(sin.neg_())
 
-    def keep_head(chosen: frozenset[str], model: torch.nn.Module, tied: bool) -> None:
-        if fault()[0] != "untie":
-            after(chosen, model, tied)
-
-    extension._read, inplace.reload_weights, extension.bypasses.after_reload = read_old, reload_others, keep_head
+    transfer.tensors.read, transfer.bypasses.after_reload = read_old, keep_head
+    transfer.SharedMemory.receive_weights = load_others
 
 
 def main() -> None:

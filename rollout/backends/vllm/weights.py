@@ -23,7 +23,7 @@ from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import whole
 
-ALIGNMENT = 64  # bytes; every tensor begins at a multiple of it, as inside/quartet_extension.py reads them
+ALIGNMENT = 64  # bytes; every tensor begins at a multiple of it, as inside/quartet_tensors.py reads them
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,11 @@ class Engine:
                 skip_tokenizer_init=True,
                 logprobs_mode="processed_logprobs",
                 worker_extension_cls="quartet_extension.Extension",
+                weight_transfer_config={"backend": "quartet"},
                 **arguments,
             )
             self.engine = LLMEngine.from_engine_args(made)
+        self._call("init_weight_transfer_engine", {"bypasses": sorted(self.chosen)})
         self.context = self.engine.model_config.max_model_len
 
     def publish(self, path: str, header: dict[str, Any]) -> dict[str, Any]:
@@ -99,13 +101,25 @@ class Engine:
         if not header["whole"] and header["base"] != self.base:
             raise RuntimeError("it does not hold the weights under these adapters: publish everything again")
         self.version = self.base = None
-        answers = self.engine.collective_rpc("quartet_publish", args=(path, header, sorted(self.chosen)))
+        self._update("start_weight_update", {"path": path, "header": header})
+        if all(self._call("supports_draft_weight_updates")):
+            self._update("start_draft_weight_update", {})  # with the same weights
+        answers = self._call("quartet_confirm")
         self._forget_prefixes()
         held, unused = answers[0]
         if any(other != held for other, _ in answers):
             raise RuntimeError("the workers of vLLM have loaded different weights")
         self.version, self.base = header["version"], header["base"]
         return {"held": held, "unused": [name for name in unused if all(name in each for _, each in answers)]}
+
+    def _update(self, start: str, told: dict[str, Any]) -> None:
+        self._call(start)
+        self._call("update_weights", told)
+        self._call("finish_weight_update")
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """What each worker of vLLM answers."""
+        return self.engine.collective_rpc(method, args=arguments)
 
     def _forget_prefixes(self) -> None:
         if not self.engine.reset_prefix_cache():

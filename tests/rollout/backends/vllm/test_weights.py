@@ -2,9 +2,8 @@
 
 import importlib
 import json
-import sys
 import tempfile
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -33,12 +32,11 @@ CASES = {
 }
 
 
-def extension() -> ModuleType:
-    """What vLLM's workers run, here without vLLM."""
+def inside() -> ModuleType:
+    """What vLLM's workers do with what they read."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SERVER.parent))
-        patch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace(_verify_args=None)))
-        return importlib.import_module("quartet_extension")
+        return importlib.import_module("quartet_tensors")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -120,12 +118,12 @@ def travelled(update: Update) -> dict:
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"".join(stream(update.tensors)))
         file.flush()
-        return extension()._read(file.name, json.loads(json.dumps(update.header()))["tensors"])
+        return inside().read(file.name, json.loads(json.dumps(update.header()))["tensors"])
 
 
 def agree(policy: Policy, held: dict, update: Update, **limits: float) -> None:
     expected = in_checkpoint_layout(policy, policy.publication())
-    found = extension()._merged(held, json.loads(json.dumps(update.header()))["adapters"])
+    found = inside().merged(held, json.loads(json.dumps(update.header()))["adapters"])
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], msg=name, **limits)
@@ -196,7 +194,7 @@ def test_what_no_loader_has_copied_is_seen():
     """Storage is what counts: parts, casts and other views are copies of the tensor; a shape alone is none."""
     tensors = {name: torch.ones(4, 2) for name in ("whole", "part", "cast", "meta", "passed over")}
     own = torch.zeros(4, 2)
-    with extension().Copies() as copies:
+    with inside().Copies() as copies:
         own.copy_(tensors["whole"])
         own[:1].copy_(tensors["part"].narrow(0, 2, 1))
         tensors["cast"].T.to(torch.bfloat16)
