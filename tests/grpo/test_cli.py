@@ -537,6 +537,7 @@ def test_a_signal_in_a_command_without_checkpoints_is_one_line(run, monkeypatch,
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_while_ray_starts_is_one_line(model, letters, tmp_path):
     for delay in (0.2, 1.0, 2.0):
         run = Process(model, letters, tmp_path / f"{delay}", "--rollout.workers", "2")

@@ -332,6 +332,7 @@ runpy.run_module("grpo", run_name="__main__")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_cannot_write_its_part_of_a_checkpoint_ends_the_run_on_all(run, tmp_path):
     folder = tmp_path / "r"
     ended = end_of(start_ranks(["-c", CANNOT_WRITE, *run(folder, **{"warm_start.steps": 0})[2:]]))
@@ -461,6 +462,7 @@ def test_a_run_of_two_ranks_resumes_on_another_number(run, tmp_path, size):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_two_ranks_resumes_on_two_to_the_same_bits(run, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert [code for code, _, _ in end_of(start_ranks(run(whole, steps=3)))] == [0, 0]

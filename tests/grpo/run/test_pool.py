@@ -220,9 +220,11 @@ def test_a_stopped_worker_is_replaced_after_its_time(start, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "raylet",
         "gcs_server",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("ray::RuntimeEnvAgent", "ray::DashboardAgent")),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("raylet", "ray::RuntimeEnvAgent", "ray::DashboardAgent")
+        ),
     ],
 )
 def test_a_run_whose_ray_dies_ends_with_one_message(start, tmp_path, name):
