@@ -28,9 +28,14 @@ from grpo.run.memory_errors import phase
 from grpo.run.records import best_step, read_metrics
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import record_rewards, refuse_changed_rewards
-from grpo.run.stop import GivenUp, Stopped, StopSignal
+from grpo.run.stop import GivenUp, Stopped, StopSignal, last_words
 
 Config = TypeVar("Config", bound=RunConfig)
+
+KILLED = (
+    "quartet: the run has ended without a word: killed from outside, perhaps since memory was full, or by Ray, whose "
+    "raylet has died; go on from the last checkpoint with --resume auto"
+)
 
 
 class Run(Generic[Config]):
@@ -127,6 +132,7 @@ class Run(Generic[Config]):
                     unwritten=saved.state.get("unwritten") if saved else None,
                 ) as log,
                 log.until_its_end(),
+                last_words(KILLED),
                 StopSignal(show=log.note) as stop,
             ):
                 record_rewards(log, rewards)

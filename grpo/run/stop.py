@@ -6,7 +6,9 @@ All signals are handled here. Importing this module is quick: they can be handle
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,6 +33,24 @@ STOPPING = "stopping at the last whole step; Ctrl-C again ends the run at once a
 _SIGNAL = signal.signal
 ASKED = ".stop"  # the file in a run folder with the signal that was sent to the process that has started this one
 asked_by: Path | None = None
+
+
+@contextmanager
+def last_words(text: str) -> Iterator[None]:
+    """Prints `text` on standard error if this process ends inside without a word of its own.
+
+    The kernel kills it when memory is full, and Ray leaves by _exit when its raylet has died. A shell of its own
+    session waits for the end of a pipe, whose other end is here.
+    """
+    if (shell := shutil.which("sh")) is None:
+        yield
+        return
+    command = [shell, "-c", 'read -r left || printf "%s\\n" "$0" >&2', text]
+    waits = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield
+    finally:
+        waits.communicate(b"\n")
 
 
 class Stopped(Exception):
