@@ -87,8 +87,8 @@ def struck(run: Watched, blows: list[Strike], shared: SharedCluster | None, seed
     for blow in blows:
         worker = wait_for(run, blow.moment)
         if worker is None:
-            failed = run.process.poll() not in (None, 0)
-            results.append(vars(blow) | {"what_came": "not struck", "fault": failed, "said": run.said()})
+            fault = run.process.poll() not in (None, 0) and not named(run)  # a blow of before may have ended it
+            results.append(vars(blow) | {"what_came": "not struck", "fault": fault, "said": run.said()})
             if not resume(run):
                 break
             continue
@@ -107,7 +107,7 @@ def struck(run: Watched, blows: list[Strike], shared: SharedCluster | None, seed
         entry = vars(blow) | {"victim": victim, "at_step": before, "seconds": round(time.monotonic() - started, 1)}
         if shared and shared.filler:
             shared.filler.kill()
-        came = outcome(run, blow, before) if victim else {"what_came": "not struck", "fault": True}
+        came = outcome(run, blow, before) if victim else {"what_came": "not struck", "fault": False}
         results.append(entry | came)
         print(f"  seed {seed}: {results[-1]}", flush=True)
         if results[-1]["what_came"] == "hung" or not resume(run):
@@ -122,14 +122,20 @@ def outcome(run: Watched, blow: Strike, before: int) -> dict[str, Any]:
         return {"what_came": "went on" if went_on else "hung", "fault": not went_on}
     if code == 0:
         return {"what_came": "went on to its end", "fault": False}
-    said = " ".join(run.said())
     if blow.what == "run":
         expected = {"SIGKILL": -9, "SIGTERM": 143}[blow.how]
-        return {"what_came": f"ended by {blow.how}", "fault": code != expected, "code": code}
+        fault = code != expected and not named(run)  # it may have been ending by a blow of before
+        return {"what_came": f"ended by {blow.how}", "fault": fault, "code": code}
     saved = [event["saved_step"] for event in run.events("failed")] or [event["step"] for event in run.events("resume")]
     saved = saved[-1:]  # a run that is struck before its first step has what it has resumed from
-    named = "--resume auto" in said and "Traceback" not in run.stderr.read_text() and bool(saved)
-    return {"what_came": f"stopped, step {saved} saved", "said": said[:600], "code": code, "fault": not named}
+    fault = not named(run) or (before > 0 and not saved)
+    said = " ".join(run.said())[:600]
+    return {"what_came": f"stopped, step {saved} saved", "said": said, "code": code, "fault": fault}
+
+
+def named(run: Watched) -> bool:
+    """Whether a run that has ended says why and how it goes on."""
+    return any("--resume auto" in line for line in run.said()) and "Traceback" not in run.stderr.read_text()
 
 
 def resume(run: Watched) -> bool:
