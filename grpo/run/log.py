@@ -221,9 +221,13 @@ class RunLog:
         self._track(lambda tracker: tracker.log(finished, step=self._last_step or 0))
 
     def _early_ends(self) -> dict[str, float]:
-        """How often the run ended before its time, by run/* metric; empty where it never did."""
-        ends = Counter(event.get("how") for event in read_events(self.output_dir) if event["event"] == "end")
+        """How often the run ended before its time, by run/* metric; empty where it never did. One that was killed has
+        no event `end`."""
+        events = read_events(self.output_dir)
+        ends = Counter(event.get("how") for event in events if event["event"] == "end")
+        begun = holds_a_run(self.output_dir) + sum(event["event"] == "resume" for event in events)
         counts = {"run/interruptions": ends["stopped"] + ends["interrupted"], "run/failures": ends["failed"]}
+        counts["run/killed"] = max(0, begun - ends.total())
         return {name: float(count) for name, count in counts.items() if count}
 
     def progress(self) -> AbstractContextManager[Progress]:

@@ -632,6 +632,20 @@ def test_a_run_that_ends_says_so_in_an_event_and_its_metrics(micro_config, tmp_p
     assert not _events(folder, "undocumented_metric")
 
 
+def test_a_run_that_was_killed_is_counted_when_it_goes_on(micro_config, tmp_path):
+    folder, short = tmp_path / "r", {"warm_start.steps": 0, "steps": 3}
+    with pytest.raises(Stopped):
+        train(micro_config(folder, **short), stop_after=1)
+    events = folder / "events.jsonl"
+    lines = events.read_text().splitlines(keepends=True)
+    events.write_text("".join(line for line in lines if json.loads(line)["event"] != "end"))
+    with pytest.raises(Stopped):
+        train(micro_config(folder, **short), resume="auto", stop_after=2)
+    assert _run_metrics(folder) == {"run/killed": 1}
+    train(micro_config(folder, **short), resume="auto")
+    assert _run_metrics(folder) == {"run/killed": 1, "run/interruptions": 1}
+
+
 def test_a_reward_that_ends_a_run_is_an_event_with_function_prompt_and_sample(micro_config, tmp_path):
     path = tmp_path / "late.py"
     path.write_text(
