@@ -149,7 +149,7 @@ METRICS: dict[str, str] = {
     "eval/tokens_per_forward": "draft/tokens_per_forward on held-out prompts",
     "run/interruptions": "times that the run was stopped or interrupted before this step (absent at 0), count",
     "run/failures": "times that an error ended it before this step, such as a reward that raised (absent at 0), count",
-    "run/killed": "times that it ended before this step without a word, such as for want of memory (absent at 0), count",
+    "run/killed": "times that it ended before this step without a word, as for want of memory (absent at 0), count",
     "run/finished": "for trackers, at the end: 1 where the run came to its end, 0 where it was stopped or failed",
     "log/not_finite": "metrics of this step that were NaN or infinite, written as null, count",
 }
