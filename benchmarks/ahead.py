@@ -17,7 +17,8 @@ whose cores may share caches, memory or units of arithmetic. The machine must be
     python benchmarks/ahead.py --curves --json benchmarks/results/ahead_curves.json
 
 `--curves` trains the whole demo with ahead 0, 1 and 2 and three seeds: nine trainings of two to six minutes each, one
-after the other. It prints the accuracies, and whether ahead is within the spread of the seeds.
+after the other; those of a seed share one warm start. It prints the accuracies, and whether ahead is within the spread
+of the seeds.
 """
 
 from __future__ import annotations

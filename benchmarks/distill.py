@@ -130,8 +130,8 @@ def divergences(policy: Policy, teacher: Policy, rows: Sequence[PackedRow]) -> d
 
 
 def measure(folder: Path, teacher: Policy, heldout: Sequence[Example], tokens: int) -> dict[str, Any]:
-    """Both measures of the policy of a run, from `measured.json` in its folder where they are there already."""
-    if (file := folder / "measured.json").is_file():
+    """Both measures of the policy of a run, from its folder where they were taken of as many problems already."""
+    if (file := folder / f"measured_test_{len(heldout)}.json").is_file():
         return json.loads(file.read_text())
     policy = Policy.load(folder / "policy")
     tokenizer, template = policy.tokenizer, PromptTemplate(OPTIONS["data.template"])

@@ -33,8 +33,8 @@ from grpo.run.stop import GivenUp, Stopped, StopSignal, last_words
 Config = TypeVar("Config", bound=RunConfig)
 
 KILLED = (
-    "quartet: the run has ended without a word: killed from outside, perhaps since memory was full, or by Ray, whose "
-    "raylet has died; go on from the last checkpoint with --resume auto"
+    "quartet: the run has ended without a word: it was killed, by somebody or by the system for want of memory, or it "
+    "has crashed, or Ray has ended it, whose raylet has died; go on from the last checkpoint with --resume auto"
 )
 
 

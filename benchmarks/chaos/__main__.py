@@ -107,7 +107,9 @@ def struck(run: Watched, blows: list[Strike], shared: SharedCluster | None, seed
         entry = vars(blow) | {"victim": victim, "at_step": before, "seconds": round(time.monotonic() - started, 1)}
         if shared and shared.filler:
             shared.filler.kill()
-        came = outcome(run, blow, before) if victim else {"what_came": "not struck", "fault": False}
+        came = outcome(run, blow, before)
+        if not victim:  # it is no fault where the run was ending by a blow of before
+            came = {"what_came": "not struck", "fault": run.process.poll() is None or came["fault"]}
         results.append(entry | came)
         print(f"  seed {seed}: {results[-1]}", flush=True)
         if results[-1]["what_came"] == "hung" or not resume(run):
@@ -128,14 +130,17 @@ def outcome(run: Watched, blow: Strike, before: int) -> dict[str, Any]:
         return {"what_came": f"ended by {blow.how}", "fault": fault, "code": code}
     saved = [event["saved_step"] for event in run.events("failed")] or [event["step"] for event in run.events("resume")]
     saved = saved[-1:]  # a run that is struck before its first step has what it has resumed from
-    fault = not named(run) or (before > 0 and not saved)
+    of_ray = blow.what not in ("worker", "reward worker")  # and Ray may end a process at once
+    fault = not named(run, suddenly=of_ray) or (before > 0 and not saved)
     said = " ".join(run.said())[:600]
     return {"what_came": f"stopped, step {saved} saved", "said": said, "code": code, "fault": fault}
 
 
-def named(run: Watched) -> bool:
-    """Whether a run that has ended says why and how it goes on."""
-    return any("--resume auto" in line for line in run.said()) and "Traceback" not in run.stderr.read_text()
+def named(run: Watched, *, suddenly: bool = False) -> bool:
+    """Whether a run that has ended says why and how it goes on; `suddenly`: its last words are enough."""
+    time.sleep(0.5)  # a shell says them
+    said = [line for line in run.said() if suddenly or "without a word" not in line]
+    return any("--resume auto" in line for line in said) and "Traceback" not in run.stderr.read_text()
 
 
 def resume(run: Watched) -> bool:

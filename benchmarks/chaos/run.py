@@ -53,6 +53,7 @@ class Watched:
             self.process = subprocess.Popen(
                 command, env=self.environment, cwd=ROOT, stdout=out, stderr=err, start_new_session=True
             )
+        self.began = time.time()
         self.sessions.add(self.process.pid)
 
     def look(self) -> list[psutil.Process]:

@@ -81,7 +81,8 @@ def wait_for(run: Watched, moment: str) -> psutil.Process | None:
     deadline, looked, workers = time.monotonic() + MOMENT_S, 0.0, list[psutil.Process]()
     while run.process.poll() is None and time.monotonic() < deadline:
         if time.monotonic() > looked + 0.3:
-            workers = [p for p in run.look() if title(p)[:1] and title(p)[0].startswith("ray::Worker")]
+            alive_now = [p for p in run.look() if p.create_time() > run.began]  # and not of before it was killed
+            workers = [p for p in alive_now if title(p)[:1] and title(p)[0].startswith("ray::Worker")]
             learns, looked = run.step > 0, time.monotonic()
         for worker in workers:
             [told] = title(worker)[:1] or [""]

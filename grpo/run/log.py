@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -109,7 +110,7 @@ class RunLog:
         self._former_evaluations = {line["step"] for line in former if is_evaluation(line)}
         if unwritten is not None and unwritten not in former:
             append_line(self._metrics, unwritten)
-        self._ends_before = self._early_ends()
+        self._ends_before = self._early_ends(resumes and resume_step is not None)
         self._describe_run(config_yaml, resume_step if resumes else None)
         self._trackers = [start(name, output_dir, config_yaml, resume_step or 0) for name in tracker_names]
         self._panel: Panel | None = None
@@ -220,14 +221,15 @@ class RunLog:
         finished = {"run/finished": float(how == "finished")}
         self._track(lambda tracker: tracker.log(finished, step=self._last_step or 0))
 
-    def _early_ends(self) -> dict[str, float]:
-        """How often the run ended before its time, by run/* metric; empty where it never did. One that was killed has
-        no event `end`."""
-        events = read_events(self.output_dir)
+    def _early_ends(self, resumes: bool) -> dict[str, float]:
+        """How often the run ended before its time, by run/* metric; empty where it never did. What was killed has no
+        event `end` before the next `resume`, which this process has yet to write."""
+        events = [event for event in read_events(self.output_dir) if event["event"] in ("end", "resume")]
         ends = Counter(event.get("how") for event in events if event["event"] == "end")
-        begun = holds_a_run(self.output_dir) + sum(event["event"] == "resume" for event in events)
+        turns = [event["event"] for event in events] + ["resume"] * resumes
+        killed = sum(turn == "resume" and before != "end" for before, turn in pairwise(["begin", *turns]))
         counts = {"run/interruptions": ends["stopped"] + ends["interrupted"], "run/failures": ends["failed"]}
-        counts["run/killed"] = max(0, begun - ends.total())
+        counts["run/killed"] = killed
         return {name: float(count) for name, count in counts.items() if count}
 
     def progress(self) -> AbstractContextManager[Progress]:

@@ -6,7 +6,6 @@ All signals are handled here. Importing this module is quick: they can be handle
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -42,15 +41,19 @@ def last_words(text: str) -> Iterator[None]:
     The kernel kills it when memory is full, and Ray leaves by _exit when its raylet has died. A shell of its own
     session waits for the end of a pipe, whose other end is here.
     """
-    if (shell := shutil.which("sh")) is None:
+    command = ["sh", "-c", 'read -r left || printf "%s\\n" "$LAST_WORDS" >&2']
+    given: dict[str, Any] = {"env": os.environ | {"LAST_WORDS": text}, "stdin": subprocess.PIPE}
+    try:
+        waits = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, **given)
+    except OSError:  # there is no shell, or no room for it
         yield
         return
-    command = [shell, "-c", 'read -r left || printf "%s\\n" "$0" >&2', text]
-    waits = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         yield
     finally:
-        waits.communicate(b"\n")
+        with suppress(subprocess.TimeoutExpired):
+            waits.communicate(b"\n", timeout=5)
+        waits.kill()
 
 
 class Stopped(Exception):

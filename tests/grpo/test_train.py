@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import psutil
@@ -632,10 +633,14 @@ def test_a_run_that_ends_says_so_in_an_event_and_its_metrics(micro_config, tmp_p
     assert not _events(folder, "undocumented_metric")
 
 
-def test_a_run_that_was_killed_is_counted_when_it_goes_on(micro_config, tmp_path):
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_that_was_killed_is_counted_when_it_goes_on(micro_config, tmp_path, saved):
+    """Also where it had saved nothing, and begins anew."""
     folder, short = tmp_path / "r", {"warm_start.steps": 0, "steps": 3}
     with pytest.raises(Stopped):
         train(micro_config(folder, **short), stop_after=1)
+    if not saved:
+        shutil.rmtree(folder / "checkpoints")
     events = folder / "events.jsonl"
     lines = events.read_text().splitlines(keepends=True)
     events.write_text("".join(line for line in lines if json.loads(line)["event"] != "end"))

@@ -66,6 +66,7 @@ class Engine:
         self.load, self.on_cpu = load, installed()[1]
         self.version: int | None = None
         self.base: str | None = None  # of the last whole publication
+        self.torn = False  # a publication has failed in the middle, and vLLM cannot begin another
         self.chosen = bypasses.ALL - set(load["without"]) if self.on_cpu else frozenset()
         arguments = dict(load["arguments"])
         if self.on_cpu:
@@ -100,11 +101,14 @@ class Engine:
         """`unused` names what no worker has loaded."""
         if not header["whole"] and header["base"] != self.base:
             raise RuntimeError("it does not hold the weights under these adapters: publish everything again")
-        self.version = self.base = None
+        if self.torn:
+            raise RuntimeError("a publication has failed in the middle: start this server anew")
+        self.version, self.base, self.torn = None, None, True
         self._update("start_weight_update", {"path": path, "header": header})
         if all(self._call("supports_draft_weight_updates")):
             self._update("start_draft_weight_update", {})  # with the same weights
         answers = self._call("quartet_confirm")
+        self.torn = False
         self._forget_prefixes()
         held, unused = answers[0]
         if any(other != held for other, _ in answers):

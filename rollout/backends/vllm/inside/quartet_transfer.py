@@ -62,7 +62,8 @@ class SharedMemory(WeightTransferEngine[Chosen, Published]):
 
     def receive_weights(self, update_info: Published) -> None:
         if update_info.path is not None:
-            header: dict[str, Any] = update_info.header or {}
+            assert update_info.header is not None
+            header = update_info.header
             self.read, self.copies = tensors.read(update_info.path, header["tensors"]), tensors.Copies()
             held = self.read if header["whole"] else {**self.held, **self.read}
             self.weights = tensors.merged(held, header["adapters"])
@@ -77,7 +78,7 @@ class SharedMemory(WeightTransferEngine[Chosen, Published]):
         bypasses.after_reload(self.chosen, self.model, tied)
 
     def confirm(self) -> tuple[dict[str, str], list[str]]:
-        """The digests of what was read, and the names of the tensors that no model has taken. Then it forgets both."""
+        """The digests of what was read, and the names of the tensors that no model has taken. The tensors are dropped."""
         unused = [name for name, each in self.weights.items() if each.numel() and not self.copies.of(each)]
         digests = tensors.digests(self.read)
         self.read, self.weights = {}, {}

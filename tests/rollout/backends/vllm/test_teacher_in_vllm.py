@@ -1,6 +1,7 @@
 """A teacher that vLLM's own API server holds, for distill.url: its scores of given tokens are the policy's."""
 
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -44,7 +45,7 @@ def url(teacher, tmp_path_factory) -> Iterator[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     with open(folder / "log", "w") as log:
-        server = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
+        server = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 400
         while True:
@@ -57,7 +58,7 @@ def url(teacher, tmp_path_factory) -> Iterator[str]:
                 time.sleep(1)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        server.terminate()
+        os.killpg(server.pid, signal.SIGKILL)
         server.wait(60)
 
 
