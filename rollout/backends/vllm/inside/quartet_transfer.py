@@ -78,7 +78,7 @@ class SharedMemory(WeightTransferEngine[Chosen, Published]):
         bypasses.after_reload(self.chosen, self.model, tied)
 
     def confirm(self) -> tuple[dict[str, str], list[str]]:
-        """The digests of what was read, and the names of the tensors that no model has taken. The tensors are dropped."""
+        """The digests of what was read, and the names of the tensors that no model took. The tensors are dropped."""
         unused = [name for name, each in self.weights.items() if each.numel() and not self.copies.of(each)]
         digests = tensors.digests(self.read)
         self.read, self.weights = {}, {}
