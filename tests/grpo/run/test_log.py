@@ -264,12 +264,12 @@ def test_half_a_line_of_a_killed_writer_spoils_no_later_line(tmp_path):
 
 
 def test_an_evaluation_that_is_made_again_replaces_the_former_one(tmp_path):
-    with _open(tmp_path)[0] as log:
+    with _open(tmp_path)[0] as log, log.until_its_end():
         log.step(1, {"reward/mean": 1.0})
         log.evaluation(1, {"accuracy": 0.1})
         log.evaluation(1, {"acceptance_depth_1": 0.1})
     for accuracy in (0.2, 0.3):
-        with _open(tmp_path, resume_step=1)[0] as log:
+        with _open(tmp_path, resume_step=1)[0] as log, log.until_its_end():
             log.evaluation(1, {"accuracy": accuracy})
             log.evaluation(1, {"acceptance_depth_1": accuracy})  # a second line of the same evaluation stays
             log.step(2, {"reward/mean": 2.0})

@@ -42,7 +42,8 @@ def test_long_answers_are_cut_in_the_middle():
 def test_nothing_stays_from_call_to_call():
     environment = Python()
     assert environment.run("open('left', 'w').write('x'); x = 1; print('here')") == "here"
-    assert environment.run("import os; print(os.listdir(), 'x' in globals())") == "['main.py'] False"
+    # The folder is /tmp, where an interpreter below the machine's own /tmp has a place too.
+    assert environment.run("import os; print('left' in os.listdir(), 'x' in globals())") == "False False"
 
 
 @needs_sandbox
