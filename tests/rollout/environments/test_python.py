@@ -40,10 +40,17 @@ def test_long_answers_are_cut_in_the_middle():
 
 @needs_sandbox
 def test_nothing_stays_from_call_to_call():
+    """Folders that are there are those of a first call: an interpreter below /tmp has one in the sandbox's /tmp too."""
     environment = Python()
-    assert environment.run("open('left', 'w').write('x'); x = 1; print('here')") == "here"
-    # The folder is /tmp, where an interpreter below the machine's own /tmp has a place too.
-    assert environment.run("import os; print('left' in os.listdir(), 'x' in globals())") == "False False"
+    files = "[name for name in os.listdir() if not os.path.isdir(name)]"
+    look = f"import os; print({files}, sorted(os.listdir()), 'x' in globals())"
+    before = environment.run(look)
+    assert before.startswith("['main.py'] [")
+    assert before.endswith("] False")
+    assert (
+        environment.run("import os; open('left', 'w').write('x'); os.mkdir('folder'); x = 1; print('here')") == "here"
+    )
+    assert environment.run(look) == before
 
 
 @needs_sandbox
