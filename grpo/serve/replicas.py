@@ -1,4 +1,4 @@
-"""Several copies of the server behind one address. Ray Serve starts, checks, restarts and scales them."""
+"""For `quartet serve --replicas N`: Ray Serve starts N copies of the server behind one address, and restarts what dies."""
 
 from __future__ import annotations
 
