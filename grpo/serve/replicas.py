@@ -1,4 +1,4 @@
-"""For `quartet serve --replicas N`: Ray Serve starts N copies of the server behind one address, and restarts what dies."""
+"""For `quartet serve --replicas N`: Ray Serve starts, scales and restarts copies of the server behind one address."""
 
 from __future__ import annotations
 
