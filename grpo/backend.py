@@ -79,10 +79,6 @@ def _refuse_options(config: RunConfig) -> None:
             f"rollout.workers={rollout.workers} with rollout.backend=vllm: vLLM is one server, which batches "
             "by itself; set it to 0, and rollout.vllm.engine={tensor_parallel_size: N} to use several GPUs"
         )
-    if config.has_tools:
-        raise ValueError(
-            "rollout.backend=vllm samples single turns: tools and environments need our own engine; leave it out"
-        )
     if config.learner.routing_replay:
         raise ValueError(
             "learner.routing_replay: vLLM 0.32 returns the experts that it chose with its second model runner alone, "

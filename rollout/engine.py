@@ -6,6 +6,7 @@ The engine holds weights and everything derived from them; `rollout.shard` decod
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from policies.policy import Policy
 from rollout.backends import Decoder, derive
 from rollout.costs import measure
 from rollout.depth import MAX_DEPTH, CostTable
-from rollout.environments.episodes import Arena, Episodes
+from rollout.environments.episodes import Stage
 from rollout.faults import OnFinished as OnFinished
 from rollout.faults import RolloutError as RolloutError
 from rollout.faults import not_finite, prompt_fault
@@ -37,7 +38,7 @@ class Engine:
         keep_freed_memory()
         self.policy, self.dtype, self.max_rows, self.costs = policy, dtype, max_rows, costs
         self.version = 0
-        self._arena: Arena | None = None
+        self.stage = Stage(policy.tokenizer)
         self._derive()
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
@@ -73,7 +74,7 @@ class Engine:
         """Raises RolloutError or ValueError, which name the prompt or key, before anything is computed."""
         self._check_params(params)
         for prompt in prompts:
-            if fault := self._fault(prompt, params):
+            if fault := self._fault(params, prompt):
                 raise RolloutError(fault)
 
     def _check_params(self, params: SamplingParams) -> None:
@@ -100,7 +101,7 @@ class Engine:
         """Whether there is anything to draft from."""
         return params.looks_up or (self.head is not None and "head" in params.draft_sources)
 
-    def _fault(self, prompt: Prompt, params: SamplingParams) -> str | None:
+    def _fault(self, params: SamplingParams, prompt: Prompt) -> str | None:
         return prompt_fault(prompt, params, len(self.trunk.embedding), self.policy.max_length)
 
     @torch.inference_mode()
@@ -113,7 +114,7 @@ class Engine:
         is raised at the end with their `groups`.
         """
         self._check_params(params)
-        episodes, prompts, faults = self._begin(prompts, params)
+        episodes, prompts, faults = self.stage.begin(prompts, params, partial(self._fault, params))
         measured = self.costs is not None and (self.costs.lookups is not None or not params.looks_up)
         if params.draft_tokens is None and self._drafts(params) and not measured and prompts:
             self.measure_costs(min(len(prompts) * params.group_size, self.max_rows), lookups=params.looks_up)
@@ -134,28 +135,9 @@ class Engine:
             raise RolloutError("\n".join(faults), groups)
         return groups
 
-    def _begin(
-        self, prompts: Sequence[Prompt], params: SamplingParams
-    ) -> tuple[Episodes | None, list[Prompt], list[str]]:
-        """The prompts that can be continued, with what their environments add, and why others cannot."""
-        episodes, begun = None, list[Prompt | str](prompts)
-        if params.environment is not None:
-            if self._arena is None or self._arena.spec != params.environment:
-                self.close()
-                self._arena = Arena(params.environment, self.policy.tokenizer, params.stop_token_ids)
-            episodes = Episodes(self._arena, params)
-            begun = episodes.begin(prompts)
-        faults = [prompt if isinstance(prompt, str) else self._fault(prompt, params) for prompt in begun]
-        if episodes:
-            episodes.keep([not fault for fault in faults])
-        kept = [prompt for prompt, fault in zip(begun, faults, strict=True) if isinstance(prompt, Prompt) and not fault]
-        return episodes, kept, [fault for fault in faults if fault]
-
     def close(self) -> None:
         """End the processes of the tools, where there are any."""
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
+        self.stage.close()
 
     @torch.inference_mode()
     def measure_costs(self, rows: int, depth: int = MAX_DEPTH, *, lookups: bool = False) -> CostTable:

@@ -61,10 +61,12 @@ class Engine:
         said(1)
         odd = struck("sample")
         found = []
-        for _, seed in job["rows"]:
+        for _, seed, most in job["rows"]:
             chance = random.Random(f"{self.key} {seed} {odd}")
-            ids = [chance.randrange(9, 250) for _ in range(job["max_tokens"])]
-            row = {"ids": ids, "logprobs": [chance.random() - 2 for _ in ids], "reason": "length"}
+            ids = [chance.randrange(9, 250) for _ in range(most)]
+            stop = next((i for i, token in enumerate(ids, 1) if token in job["stop_token_ids"]), 0)
+            ids = ids[:stop] if stop else ids
+            row = {"ids": ids, "logprobs": [chance.random() - 2 for _ in ids], "reason": "stop" if stop else "length"}
             found.append(row | {"drafted": [], "accepted": []})
         return {"completions": found}
 

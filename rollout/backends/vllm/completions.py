@@ -1,38 +1,82 @@
-"""From our parameters to vLLM's requests, and from its answers to completions."""
+"""From our parameters to vLLM's requests, and from its answers to completions, of one turn or of several."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rollout.group import Completion, DraftStats, FinishReason
+from rollout.group import Completion, DraftStats, FinishReason, Prompt
 from rollout.sampling import SamplingParams, row_key
 
 
-def seed_of(params: SamplingParams, prompt_id: str, sample: int) -> int:
-    """From (run seed, step, draw, prompt, sample), as our own noise is keyed.
+def seed_of(params: SamplingParams, prompt_id: str, sample: int, at: int = 0) -> int:
+    """From (run seed, step, draw, prompt, sample), as our own noise is keyed, and the completion's length `at` which
+    this turn begins.
 
     >>> seed_of(SamplingParams(step=1), "a", 0) == seed_of(SamplingParams(step=2), "a", 0)
     False
     """
     high, low = row_key(params, prompt_id, sample)
-    return ((high & 0x7FFFFFFF) << 32) | (low & 0xFFFFFFFF)
+    first = ((high & 0x7FFFFFFF) << 32) | (low & 0xFFFFFFFF)
+    return (first + at * 0x9E3779B97F4A7C15) % 2**63
 
 
-def completion_of(
-    found: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, version: int, draft_tokens: int
-) -> Completion:
-    """`found`: a row as inside/quartet_server.py gives it. `abort` where a log-probability is not finite."""
-    ids, logprobs, stopped = found["ids"], found["logprobs"], found["reason"] == "stop"
-    reason: FinishReason = "stop" if stopped else "length"
-    if not all(value is not None and math.isfinite(value) for value in logprobs):
-        reason = "abort"
-    text = str(tokenizer.decode(ids[:-1] if stopped else ids))
-    stats = draft_stats(found["drafted"], found["accepted"], len(ids), draft_tokens)
-    return Completion(ids, logprobs, text, reason, version, stats)
+@dataclass
+class Row:
+    """One completion as it grows: what vLLM has sampled in each turn, and what tools wrote between two of them.
+
+    vLLM knows no episodes. It reads the prompt and all that followed anew in every turn, from its prefix cache.
+    """
+
+    prompt: Prompt
+    sample: int
+    draft_tokens: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    reason: FinishReason = "length"
+    draft: DraftStats = field(default_factory=DraftStats)
+
+    def request(self, params: SamplingParams) -> list[Any]:
+        """What is sampled next: its token ids, its seed, and the most tokens."""
+        seed = seed_of(params, self.prompt.prompt_id, self.sample, len(self.ids))
+        return [[*self.prompt.token_ids, *self.ids], seed, params.max_completion_tokens - len(self.ids)]
+
+    def add(self, found: Mapping[str, Any]) -> None:
+        """`found`: a turn as inside/quartet_server.py gives it. `abort` where a log-probability is not finite."""
+        ids, logprobs = found["ids"], found["logprobs"]
+        finite = all(value is not None and math.isfinite(value) for value in logprobs)
+        self.reason = ("stop" if found["reason"] == "stop" else "length") if finite else "abort"
+        self.ids, self.logprobs = self.ids + ids, self.logprobs + logprobs
+        self.draft = joined(self.draft, draft_stats(found["drafted"], found["accepted"], len(ids), self.draft_tokens))
+
+    def write(self, ids: Sequence[int]) -> None:
+        """What tools wrote after the turn."""
+        self.ids, self.logprobs = [*self.ids, *ids], self.logprobs + [0.0] * len(ids)
+        self.draft.depths += [0] * len(ids)
+
+    def completion(self, tokenizer: PreTrainedTokenizerBase, version: int) -> Completion:
+        text = str(tokenizer.decode(self.ids[:-1] if self.reason == "stop" else self.ids))
+        return Completion(self.ids, self.logprobs, text, self.reason, version, self.draft)
+
+
+def joined(before: DraftStats, after: DraftStats) -> DraftStats:
+    """Of both turns.
+
+    >>> joined(DraftStats(2, [2], [1], depths=[0, 1, 0]), DraftStats(1, [1], [0], depths=[0, 0])).drafted
+    [3]
+    """
+    both = (
+        zip_longest(before.drafted, after.drafted, fillvalue=0),
+        zip_longest(before.accepted, after.accepted, fillvalue=0),
+    )
+    drafted, accepted = ([sum(pair) for pair in pairs] for pairs in both)
+    forwards = before.target_forwards + after.target_forwards
+    return DraftStats(forwards, drafted, accepted, depths=before.depths + after.depths)
 
 
 def draft_stats(drafted: Sequence[int], accepted: Sequence[int], tokens: int, depth: int) -> DraftStats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,10 +16,11 @@ from policies.policy import Policy
 from policies.publication import Publication
 from rollout.backends.vllm import weights as wire
 from rollout.backends.vllm.client import Client, Lost
-from rollout.backends.vllm.completions import completion_of, seed_of
+from rollout.backends.vllm.completions import Row
 from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.depth import CostTable
+from rollout.environments.episodes import Episodes, Stage
 from rollout.faults import Faults, OnFinished, OnLost, RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
 from rollout.publication.canaries import other_canaries
@@ -32,9 +34,11 @@ T = TypeVar("T")
 class VLLMPool:
     """A Pool (see rollout/pool.py) whose engine is vLLM's, in a process of its own.
 
-    The prompts of a call are sampled together; vLLM batches them by itself. Its noise is not keyed as ours is: the
-    tokens are others than those of our engine, and other ones with drafts than without. The same call with the same
-    weights gives the same bits on a CPU.
+    The prompts of a call are sampled together; vLLM batches them by itself. With an environment every turn of the
+    episodes is a request, for which vLLM finds what it has read before in its prefix cache.
+
+    Its noise is not keyed as ours is: the tokens are others than those of our engine, and other ones with drafts than
+    without. The same call with the same weights gives the same bits on a CPU.
 
     A server of our own that dies or hangs is replaced. The new one gets the weights that were published last, passes
     the canaries that the lost one has passed, and does all of the lost call again. The weights come from the learner's
@@ -58,6 +62,7 @@ class VLLMPool:
                 f"rollout.draft_tokens={settings.draft_tokens}, but this policy has no MTP head; "
                 "set it to 0, or load the policy with a head"
             )
+        self.stage = Stage(policy.tokenizer)
         self.faults = Faults(on_lost)
         self.version: int | None = None  # that vLLM has confirmed
         self.updates = wire.Updates(policy, head=settings.draft_tokens > 0)
@@ -76,7 +81,7 @@ class VLLMPool:
 
     def _open(self) -> None:
         """A server with the model, whose weights are published next."""
-        self.close()
+        self._end()
         url, token, why = self.settings.url, self.settings.token, _lost_elsewhere
         if url is None:
             self.process = VLLMProcess(self.settings.python, self.settings.log, self.threads, self.while_waiting)
@@ -176,7 +181,7 @@ class VLLMPool:
         self.version = version
         if self.canaries is not None:
             prompts, params, passed = self.canaries
-            if fault := other_canaries(self._answer(prompts, params), passed, self.precision):
+            if fault := other_canaries(self._answer(prompts, params)[0], passed, self.precision):
                 raise RolloutError(f"vLLM, which was started again, {fault} (version {version})")
 
     def sample(
@@ -187,10 +192,7 @@ class VLLMPool:
         if self.published is None:
             raise RolloutError("vLLM has not confirmed the last publication: publish the weights again")
         self._check(params)
-        reasons = [prompt_fault(prompt, params, self.policy.config.vocab_size, self.context) for prompt in prompts]
-        faults = [reason for reason in reasons if reason]
-        prompts = [prompt for prompt, reason in zip(prompts, reasons, strict=True) if not reason]
-        groups = self._groups(prompts, params, on_finished) if prompts else []
+        groups, faults = self._groups(prompts, params, on_finished)
         if fault := not_finite(groups):
             faults.append(fault)
         if faults:
@@ -199,7 +201,7 @@ class VLLMPool:
 
     def _groups(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None
-    ) -> list[RolloutGroup]:
+    ) -> tuple[list[RolloutGroup], list[str]]:
         told = 0
 
         def tell(ended: int) -> None:
@@ -208,7 +210,7 @@ class VLLMPool:
                 on_finished(ended - told)
                 told = ended
 
-        def act() -> list[RolloutGroup]:
+        def act() -> tuple[list[RolloutGroup], list[str]]:
             if self.version is None:
                 self._publish_again()
             return self._answer(prompts, params, tell)
@@ -217,25 +219,61 @@ class VLLMPool:
 
     def _answer(
         self, prompts: Sequence[Prompt], params: SamplingParams, tell: Callable[[int], None] = lambda ended: None
-    ) -> list[RolloutGroup]:
-        """`tell` gets the number of completions that have ended. Raises Lost where the server is."""
-        version, size, drafts = self.version, params.group_size, self.settings.draft_tokens
+    ) -> tuple[list[RolloutGroup], list[str]]:
+        """The groups, and why other prompts cannot be continued. `tell` gets the number of completions that have ended.
+        Raises Lost where the server is.
+
+        The turns of all rows are sampled together, so that the same call has the same batches, and the same bits.
+        """
+        version = self.version
         assert version is not None
+        episodes, prompts, faults = self.stage.begin(prompts, params, partial(self._fault, params))
+        size, drafts = params.group_size, self.settings.draft_tokens
+        rows = [Row(prompt, sample, drafts) for prompt in prompts for sample in range(size)]
+        live, goes_on = list(range(len(rows))), False
+        while live:
+            found = self._turn(
+                [rows[i] for i in live], params, goes_on, tell if episodes is None else lambda ended: None
+            )
+            for i, turn in zip(live, found, strict=True):
+                rows[i].add(turn)
+            live, goes_on = self._go_on(rows, live, episodes) if episodes else [], True
+            tell(len(rows) - len(live))
+        made = [row.completion(self.policy.tokenizer, version) for row in rows]
+        groups = [RolloutGroup(prompt, made[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
+        if episodes:
+            episodes.finish(groups)
+        return groups, faults
+
+    def _go_on(self, rows: Sequence[Row], live: Sequence[int], episodes: Episodes) -> list[int]:
+        """The rows whose episodes go on, after what their tools wrote. Waits for the tools."""
+        asked = {i: rows[i].ids for i in live if rows[i].reason == "stop"}
+        episodes.ask(asked)
+        written = {i: ids for i, ids in episodes.written().items() if ids is not None}
+        for i, ids in written.items():
+            rows[i].write(ids)
+        return sorted(written)
+
+    def _turn(
+        self, rows: Sequence[Row], params: SamplingParams, goes_on: bool, tell: Callable[[int], None]
+    ) -> list[dict[str, Any]]:
         job = {
-            "version": version,
-            "rows": [[p.token_ids, seed_of(params, p.prompt_id, sample)] for p in prompts for sample in range(size)],
+            "version": self.version,
+            "rows": [row.request(params) for row in rows],
+            "goes_on": goes_on,
             "temperature": params.temperature,
-            "max_tokens": params.max_completion_tokens,
             "stop_token_ids": list(params.stop_token_ids),
         }
         found: list[dict[str, Any]] = []
         for answer in self.client.post("/sample", job, limit_s=self.settings.silence_s):
             found = answer.get("completions", found)
             tell(len(found) or answer["ended"])
-        if len(found) != size * len(prompts):
-            raise RolloutError(f"vLLM at {self.client.url} gave {len(found)} completions, not {size * len(prompts)}")
-        made = [completion_of(row, self.policy.tokenizer, version, drafts) for row in found]
-        return [RolloutGroup(prompt, made[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
+        if len(found) != len(rows):
+            raise RolloutError(f"vLLM at {self.client.url} gave {len(found)} completions, not {len(rows)}")
+        return found
+
+    def _fault(self, params: SamplingParams, prompt: Prompt) -> str | None:
+        return prompt_fault(prompt, params, self.policy.config.vocab_size, self.context)
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         self.canaries = None
@@ -283,9 +321,17 @@ class VLLMPool:
         return found
 
     def close(self) -> None:
+        self.stage.close()
+        self._end()
+
+    def _end(self) -> None:
         if self.process is not None:
             self.process.close()
             self.process = None
+
+
+def _nobody(ended: int) -> None:
+    """Turns that end are no completions."""
 
 
 def _lost_elsewhere() -> str:

@@ -202,7 +202,7 @@ def test_a_group_begins_alike_and_then_each_rollout_has_its_own_randomness(engin
     assert len({group for group, _ in own}) == 1
     assert len({rollout for _, rollout in own}) == 4
     assert seeds(EPISODES.at(7), "p/0", 0)[0] != own[0][0]
-    arena = engine._arena
+    arena = engine.stage.arena
 
     def said(sample: int) -> tuple[str, str]:
         request = {"episode": "e", "environment": "", "columns": {}, "seeds": list(own[sample]), "history": []}

@@ -11,11 +11,12 @@ and `rollout.vllm.url` names it. Requests are answered one after the other, each
     GET  /state      what is installed and what is loaded
     POST /load       {"config": ..., "arguments": ..., "without": []}: makes the engine, whose weights are none yet
     POST /publish    one line of JSON, then the bytes of the tensors; answers the digests of what was read
-    POST /sample     {"rows": [[ids, seed]], ...}: lines of JSON, the last one with the completions
+    POST /sample     {"rows": [[ids, seed, most]], ...}: lines of JSON, the last one with the completions; with
+                     "goes_on" they are later turns of rows that it has read before
 
-All requests of a call are there before the first step, and the prefix cache is emptied before: the same call gives the
-same bits. vLLM's own HTTP server starts with what has arrived, so its batches, and with them the last bits, depend on
-the clock.
+All requests of a call are there before the first step, and the prefix cache is emptied before the first turn: the same
+calls give the same bits. vLLM's own HTTP server starts with what has arrived, so its batches, and with them the last
+bits, depend on the clock.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from typing import Any
 
 import quartet_bypasses as bypasses
 
-PROTOCOL = 2
+PROTOCOL = 3
 BEAT_S = 2.0  # while it samples it says so at least this often, once a step is done
 READ_TIMEOUT_S = 60.0  # of a client that says nothing
 
@@ -137,14 +138,15 @@ class Engine:
 
         if self.version is None or self.version != job["version"]:
             raise RuntimeError(f"it holds version {self.version}, but version {job['version']} was asked for")
-        self._forget_prefixes()
-        engine, ended = self.engine, {}
+        if not job["goes_on"]:
+            self._forget_prefixes()
+        engine, ended, cached = self.engine, {}, 0
         torch.manual_seed(job["rows"][0][1])  # vLLM draws drafts without the seeds of their requests
         try:
-            for i, (ids, seed) in enumerate(job["rows"]):
+            for i, (ids, seed, most) in enumerate(job["rows"]):
                 params = SamplingParams(
                     temperature=job["temperature"],
-                    max_tokens=job["max_tokens"],
+                    max_tokens=most,
                     stop_token_ids=job["stop_token_ids"],
                     ignore_eos=True,  # the stop tokens are those that were named
                     seed=seed,
@@ -156,11 +158,12 @@ class Engine:
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     ended[int(output.request_id)] = _completion(output.outputs[0])
+                    cached += output.num_cached_tokens or 0
                 said(len(ended))
         except BaseException:
             engine.abort_request([str(i) for i in range(len(job["rows"])) if i not in ended])
             raise
-        return {"completions": [ended[i] for i in range(len(job["rows"]))]}
+        return {"completions": [ended[i] for i in range(len(job["rows"]))], "cached": cached}
 
 
 def _completion(output: Any) -> dict[str, Any]:

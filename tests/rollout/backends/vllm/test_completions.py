@@ -5,8 +5,8 @@ import math
 import pytest
 
 from policies.presets import small_tokenizer
-from rollout.backends.vllm.completions import completion_of, draft_stats, seed_of
-from rollout.group import DraftStats
+from rollout.backends.vllm.completions import Row, draft_stats, seed_of
+from rollout.group import Completion, DraftStats, Prompt
 from rollout.sampling import SamplingParams
 
 TOKENIZER = small_tokenizer(["two and three is five"])
@@ -16,8 +16,14 @@ def row(**given) -> dict:
     return {"ids": [5, 6, 2], "logprobs": [-1.0, -2.0, -0.5], "reason": "stop", "drafted": [], "accepted": []} | given
 
 
+def completion(found: dict) -> Completion:
+    made = Row(Prompt("a", "", [9]), 0, 0)
+    made.add(found)
+    return made.completion(TOKENIZER, 7)
+
+
 def test_a_stop_token_ends_the_ids_and_not_the_text():
-    stopped, cut = (completion_of(row(reason=reason), TOKENIZER, 7, 0) for reason in ("stop", "length"))
+    stopped, cut = (completion(row(reason=reason)) for reason in ("stop", "length"))
     assert (stopped.token_ids, stopped.finish_reason, stopped.policy_version) == ([5, 6, 2], "stop", 7)
     assert stopped.text == TOKENIZER.decode([5, 6])
     assert (cut.finish_reason, cut.text) == ("length", TOKENIZER.decode([5, 6, 2]))
@@ -26,7 +32,26 @@ def test_a_stop_token_ends_the_ids_and_not_the_text():
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, None])
 def test_a_logprob_that_is_no_number_aborts(bad):
-    assert completion_of(row(logprobs=[-1.0, bad, -0.5]), TOKENIZER, 0, 0).finish_reason == "abort"
+    assert completion(row(logprobs=[-1.0, bad, -0.5])).finish_reason == "abort"
+
+
+def test_two_turns_are_one_completion():
+    """What tools wrote has no log-probability and no forward, and the second turn has noise and room of its own."""
+    params = SamplingParams(max_completion_tokens=20, seed=3)
+    made = Row(Prompt("a", "", [9, 8]), 1, 2)
+    assert made.request(params) == [[9, 8], seed_of(params, "a", 1), 20]
+    made.add(row(drafted=[2], accepted=[1]))
+    made.write([40, 41])
+    ids, seed, most = made.request(params)
+    assert (ids, most) == ([9, 8, 5, 6, 2, 40, 41], 15)
+    assert seed == seed_of(params, "a", 1, at=5) != seed_of(params, "a", 1)
+    assert 0 <= seed < 1 << 63
+    made.add(row(ids=[7, 7, 7, 7], logprobs=[-0.1] * 4, reason="length", drafted=[2, 2], accepted=[2, 0]))
+    whole = made.completion(TOKENIZER, 4)
+    assert whole.token_ids == [5, 6, 2, 40, 41, 7, 7, 7, 7]
+    assert whole.logprobs == [-1.0, -2.0, -0.5, 0.0, 0.0, -0.1, -0.1, -0.1, -0.1]
+    assert (whole.finish_reason, whole.policy_version) == ("length", 4)
+    assert whole.draft == DraftStats(2, [2, 2], [2, 1], depths=[0, 1, 0, 0, 0, 0, 1, 2, 0])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import prompts_of
+from engine_cases import completions, prompts_of
+from talking import Talking
 from vllm_cases import gone
 
 from policies.policy import Policy
@@ -20,11 +21,12 @@ from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.engine import RolloutError
 from rollout.group import RolloutGroup
-from rollout.sampling import SamplingParams
+from rollout.sampling import EnvironmentSpec, SamplingParams
 
 PROMPTS, CANARIES = prompts_of(9, 1, 17), prompts_of(4)
 PARAMS = SamplingParams(3, 0.7, 8, seed=5, step=2)
 LIMIT_S = 3.0
+GUESSING = Path(__file__).parents[3] / "cases/guessing.py"
 
 
 class Case:
@@ -89,6 +91,37 @@ def test_one_that_is_lost_while_it_samples_is_replaced_and_gives_the_same(case, 
     assert gone(former)
     assert case.sample() == expected
     assert "faults/vllm" not in case.pool.metrics()
+
+
+def test_one_that_is_lost_between_two_turns_gives_the_same_episodes(case, monkeypatch):
+    monkeypatch.setattr("rollout.environments.episodes.TurnFormat", Talking)
+    spec = EnvironmentSpec(environments=(("", f"{GUESSING}:Guess"),), max_turns=4)
+    params = replace(PARAMS, max_completion_tokens=60, stop_token_ids=tuple(range(9, 250, 8)), environment=spec)
+    prompts = [replace(prompt, text=str(i)) for i, prompt in enumerate(PROMPTS)]
+    heard: list[int] = []
+    expected = case.pool.sample(prompts, params, heard.append)
+    made = completions(expected)
+    assert sum(heard) == len(made)
+    assert {c.finish_reason for c in made} >= {"stop", "max_turns"}
+    for c in made:
+        assert len(c.token_ids) == len(c.logprobs) == len(c.sampled) == len(c.draft.depths) <= 60
+        assert c.draft.target_forwards == c.num_sampled - c.num_turns
+        assert all(score == 0 for score, own in zip(c.logprobs, c.sampled, strict=True) if not own)
+        assert c.tools is not None
+        assert c.tools.reward is not None
+    assert sum(c.num_sampled < len(c.token_ids) for c in made) > 3
+    answer, turns = VLLMPool._turn, []
+
+    def killed_in_the_third(pool, *arguments):
+        turns.append(len(turns))
+        if len(turns) == 3:
+            os.kill(case.pid, signal.SIGKILL)
+        return answer(pool, *arguments)
+
+    monkeypatch.setattr(VLLMPool, "_turn", killed_in_the_third)
+    assert case.pool.sample(prompts, params) == expected
+    assert len(turns) == 3 + 4
+    assert len(case.told) == 1
 
 
 @pytest.mark.long

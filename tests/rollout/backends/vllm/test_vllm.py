@@ -9,10 +9,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from engine_cases import completions, enumerated, prompts_of, tokens
+from talking import Talking
 from vllm_cases import HEADS, PYTHON, gone, needs_vllm
 
 from grpo.learner.likelihood import logprobs_of_groups
@@ -24,11 +26,12 @@ from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.engine import RolloutError
 from rollout.group import Prompt
-from rollout.sampling import SamplingParams
+from rollout.sampling import EnvironmentSpec, SamplingParams
 
 pytestmark = needs_vllm
 PROMPTS = prompts_of(9, 1, 17, 4, 30, 11)
 PARAMS = SamplingParams(3, 0.7, 24, tuple(range(7, 280, 15)), seed=5, step=2, draft_tokens=2)
+GUESSING = Path(__file__).parents[3] / "cases/guessing.py"
 EXACT = 1e-4  # nats, in float32; a fault moves log-probabilities by far more
 
 
@@ -140,6 +143,45 @@ def test_completions_end_and_count_as_those_of_our_engine(pool):
         assert sum(depth > 0 for depth in c.draft.depths) == sum(c.draft.accepted)
         assert c.draft.target_forwards + sum(c.draft.accepted) >= len(c.token_ids) - 1
     assert sum(heard) == len(made)
+
+
+def test_episodes_are_scored_as_the_learner_scores_them_and_read_their_turns_once(policy, tmp_path, monkeypatch):
+    """Several turns, with drafts: what was read in the turns before comes from the prefix cache, by whole blocks."""
+    monkeypatch.setattr("rollout.environments.episodes.TurnFormat", Talking)
+    spec = EnvironmentSpec(environments=(("", f"{GUESSING}:Guess"),), max_turns=5)
+    params = replace(PARAMS, max_completion_tokens=130, stop_token_ids=tuple(range(7, 280, 11)), environment=spec)
+    prompts = [replace(prompt, text="how many apples are left? " * 20 + str(i)) for i, prompt in enumerate(PROMPTS)]
+    settings = VLLMSettings(python=PYTHON, draft_tokens=2, log=tmp_path / "vllm.log", engine={"block_size": 32})
+    pool, told = VLLMPool(moved(policy), settings, torch.float32), []
+    post = pool.client.post
+
+    def spied(path: str, what: dict, **limits: float) -> Iterator[dict]:
+        for answer in post(path, what, **limits):
+            yield answer
+        told.append((sum(len(ids) for ids, _, _ in what["rows"]), answer["cached"]))
+
+    monkeypatch.setattr(pool.client, "post", spied)
+    try:
+        groups = pool.sample(prompts, params)
+        turns, told[:] = list(told), []
+        assert pool.sample(prompts, params) == groups
+        assert told == turns
+    finally:
+        pool.close()
+    made = completions(groups)
+    assert {c.finish_reason for c in made} >= {"stop", "max_turns"}
+    assert sum(len(c.token_ids) - c.num_sampled for c in made) > 200
+    assert len({tuple(c.token_ids) for c in made}) > 0.9 * len(made)
+    scores = [score for of_group in logprobs_of_groups(policy, groups, params.temperature) for score in of_group]
+    for c, of_learner in zip(made, scores, strict=True):
+        assert c.tools is not None
+        assert c.tools.failure is None
+        for own, score, sampled in zip(c.logprobs, of_learner, c.sampled, strict=True):
+            assert abs(own - score) < EXACT if sampled else own == 0
+    (_, first), *later = turns
+    assert len(later) == 4
+    read, cached = (sum(numbers) for numbers in zip(*later, strict=True))
+    assert cached > 0.6 * read, (read, cached, first)
 
 
 def test_more_rows_than_are_decoded_together(pool):
@@ -335,7 +377,7 @@ from policies.policy import Policy
 from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.group import Prompt
-from rollout.sampling import SamplingParams
+from rollout.sampling import EnvironmentSpec, SamplingParams
 folder, python, log = map(Path, sys.argv[1:])
 pool = VLLMPool(Policy.load(folder), VLLMSettings(python=python, log=log), torch.float32)
 print(pool.process.process.pid, flush=True)
