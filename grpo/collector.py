@@ -30,6 +30,7 @@ from grpo.task import Task
 from grpo.tied_steps import TiedSteps
 from policies.policy import Policy
 from rewards.group_score import GroupScore, RewardFailed
+from rollout.compiled.rounds import FEW_ROWS
 from rollout.continued import Begun, go_on
 from rollout.faults import OnFinished
 from rollout.group import Prompt, RolloutGroup
@@ -49,7 +50,11 @@ class Collector:
         self.tokenizer, self.backend = policy.tokenizer, sampling_backend(run.config, policy)
         config = run.config
         self.rollout, self.prompts_per_step, self.deepest = config.rollout, config.prompts_per_step, config.mtp.depth
-        sampling = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed)
+        options, shard = config.rollout, config.rollout.prompts_per_shard
+        rounds = 0
+        if shard * options.group_size <= FEW_ROWS:
+            rounds = config.steps * -(-config.prompts_per_step // shard) * options.max_completion_tokens
+        sampling = sampling_params(policy, options, options.group_size, config.seed, dtype=config.dtype, rounds=rounds)
         self.sampling = replace(
             sampling, record_routing=config.learner.routing_replay, environment=environment_of(config)
         )

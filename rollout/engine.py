@@ -14,6 +14,7 @@ from torch import Tensor
 from policies.allocator import keep_freed_memory
 from policies.policy import Policy
 from rollout.backends import Decoder, derive
+from rollout.compiled.rounds import Graphs
 from rollout.costs import measure
 from rollout.depth import MAX_DEPTH, CostTable
 from rollout.environments.episodes import Stage
@@ -38,6 +39,7 @@ class Engine:
         keep_freed_memory()
         self.policy, self.dtype, self.max_rows, self.costs = policy, dtype, max_rows, costs
         self.version = 0
+        self.graphs = Graphs()
         self.stage = Stage(policy.tokenizer)
         self._derive()
 
@@ -68,7 +70,7 @@ class Engine:
     def decoder(self) -> Decoder:
         tokenizer, context = self.policy.tokenizer, self.policy.max_length
         parts = self.trunk, self.head, self.draft_vocabulary, tokenizer, context
-        return Decoder(*parts, self.version, self.max_rows, self.costs)
+        return Decoder(*parts, self.version, self.max_rows, self.costs, self.graphs)
 
     def check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
         """Raises RolloutError or ValueError, which name the prompt or key, before anything is computed."""

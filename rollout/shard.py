@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rollout.backends import Decoder
+from rollout.compiled.rounds import Found, Rounds, can_compile
 from rollout.drafts.sources import Drafted, Drafts, Plan
-from rollout.drafts.speculative import verify_draft
+from rollout.drafts.speculative import until_end, verify_draft
 from rollout.environments.episodes import Episodes
 from rollout.group import Prompt, RolloutGroup
 from rollout.results import Results
@@ -66,6 +67,7 @@ class Decoding:
         self.results = Results(len(prompts) * params.group_size, self.room, self.drafts.max_depth, self.device)
         # Sorted by length, so that the prompts of one prefill need little padding; the longest are taken first.
         self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+        self.rounds = Rounds(decoder, params, self.stops) if can_compile(decoder, params) else None
         self.live: Rows | None = None
         self.cache: Any = None
         self.admitted = self.ended_rows = self.alive = self.held = 0  # `held`: rows that live or wait
@@ -230,6 +232,14 @@ class Decoding:
         """
         live = self.live
         assert live is not None
+        if not empty and self._runs_graph(live):
+            self._forward_by_graph(live)
+        else:
+            self._forward(live, empty)
+        self._retire()
+        self._refill()
+
+    def _forward(self, live: Rows, empty: int) -> None:
         drafted: Drafted | None
         if empty:
             noise, drafted = self._noise(live, empty + 1), Drafted.nothing(len(live.index), empty, self.device)
@@ -246,8 +256,18 @@ class Decoding:
             self.results.add_routing(live, self.trunk.routing(), depth + 1)
         self.results.add_forward(live, drafted)
         self.cache.advance(self._settle(live, self.trunk.logits(hidden), hidden, drafted, noise))
-        self._retire()
-        self._refill()
+
+    def _forward_by_graph(self, live: Rows) -> None:
+        assert self.rounds is not None
+        found = self.rounds(live, self.cache, self.drafter, self.limit(live), self.temperature(live))
+        drafted = None if found.drafts is None else Drafted(found.drafts, head=True)
+        self.results.add_forward(live, drafted)
+        self.cache.advance(self._take(live, found, drafted))
+
+    def _runs_graph(self, live: Rows) -> bool:
+        """A graph takes rows without a shared prompt. So none runs before the last prompts are read."""
+        waits = bool(self.waiting) or self.held > self.alive
+        return self.rounds is not None and not waits and self.rounds.fits(live, self.drafter)
 
     def _plan(self, live: Rows) -> Plan:
         """What is drafted next: at most what the row with the most room can still use."""
@@ -271,9 +291,14 @@ class Decoding:
     ) -> Tensor:
         """Choose tokens, keep those up to the first draft that fails, and return how many each row kept [R]."""
         targets, logprobs, accepted = self._choose(live, logits_RSV, drafted, noise)
-        steps = self.steps[: targets.shape[1]]
         kept, stopped, cut = self._until_end(live, targets, accepted)
-        taken = steps < kept[:, None]
+        return self._take(live, Found(targets, logprobs, hidden_RSD, kept, stopped, accepted=accepted), drafted, cut)
+
+    def _take(self, live: Rows, found: Found, drafted: Drafted | None, cut: Tensor | None = None) -> Tensor:
+        """Note what was found. Returns how many tokens each row kept [R], which are none where one is not finite."""
+        targets, logprobs, accepted = found.targets, found.logprobs, found.accepted
+        kept, stopped = found.kept, found.stopped
+        taken = self.steps[: targets.shape[1]] < kept[:, None]
         if not bool(torch.isfinite(logprobs.where(taken, logprobs.new_zeros(())).sum())) and self.aborts:
             broken = (taken & ~torch.isfinite(logprobs)).any(1)
             self.results.aborted[live.index] |= broken
@@ -285,7 +310,7 @@ class Decoding:
             self.drafts.observe(live, self.alive, drafted, accepted)
         live.last = targets.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
         live.count = live.count + kept
-        self.drafts.keep(live, targets, hidden_RSD, kept)
+        self.drafts.keep(live, targets, found.hidden, kept)
         return kept
 
     def _choose(
@@ -312,12 +337,8 @@ class Decoding:
         self, live: Rows, targets_RS: Tensor, accepted_R: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """How many of its tokens each row keeps [R], which rows stop [R], and which of them at a stop string [R]."""
-        steps = self.steps[: targets_RS.shape[1]]
-        kept = live.alive.long() if accepted_R is None else accepted_R + 1
-        kept = torch.minimum(kept, self.limit(live) - live.count) * live.alive
-        is_stop = (targets_RS[..., None] == self.stops).any(-1) & (steps < kept[:, None])
-        stopped = is_stop.any(1)
-        kept = torch.where(stopped, is_stop.long().argmax(1) + 1, kept)
+        left = self.limit(live) - live.count
+        kept, stopped = until_end(targets_RS, accepted_R, live.alive, left, self.stops)
         if self.strings is None:
             return kept, stopped, None
         kept, cut = self._until_strings(live, targets_RS, kept, stopped)

@@ -156,7 +156,7 @@ def evaluate_model(config: EvalConfig, console: Console, others: Sequence[str] =
         if policy:
             task.check_lengths(policy, config.max_completion_tokens)
             prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
-            sampling = sampling_params(policy, config, sampling.group_size, config.seed)
+            sampling = sampling_params(policy, config, sampling.group_size, config.seed, dtype=config.dtype)
         else:
             assert served is not None
             prompts = [served.prompt(example, task.template) for example in task.heldout]

@@ -84,7 +84,7 @@ def begin(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bo
         check_options(config.model_copy(update={"model": source.folder}))
     follower = Follower(config.model, source.step, load, say) if follow else None
     engines.append(load_engine(config, source))
-    params = replace(sampling_params(engines[0].policy, config, 1, 0), margin=config.margin)
+    params = replace(sampling_params(engines[0].policy, config, 1, 0, dtype=config.dtype), margin=config.margin)
     engines[0].check([], params)
     batcher = Batcher(engines[0], params, most_waiting=config.max_queue, wait_s=config.batch_wait_ms / 1e3)
     served = Served(config.called, batcher, params, source.meaning)

@@ -42,6 +42,8 @@ class RotaryTable:
 class AbsorbedBlock:
     """One decoder layer as plain tensors: fused projections, absorbed attention, dense or expert feed-forward."""
 
+    run_experts = staticmethod(run_experts)
+
     def __init__(self, layer: DeepseekV3DecoderLayer, config: DeepseekV3Config, dtype: torch.dtype) -> None:
         attention = layer.self_attn
         self.config = config
@@ -149,7 +151,7 @@ class AbsorbedBlock:
         if self.gate is None:
             return dense
         weights, self.experts = route(F.linear(h_ND.float(), self.gate), self.gate_bias, self.config)
-        return dense + run_experts(h_ND, weights, self.experts, self.gate_up, self.down)
+        return dense + self.run_experts(h_ND, weights, self.experts, self.gate_up, self.down)
 
 
 class AbsorbedTrunk:

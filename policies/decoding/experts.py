@@ -39,3 +39,16 @@ def run_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: T
     out = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
     out = out * weights_Nk.flatten()[order, None].to(out.dtype)
     return torch.empty_like(out).index_copy_(0, order, out).view(len(x_ND), top_k, -1).sum(1)
+
+
+def run_few_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As `run_experts`, for a graph of few tokens: the chosen experts are gathered, or all are computed where there are
+    fewer of them. A graph has no grouped product in float32, which is a loop over the experts on a CPU."""
+    if experts_Nk.numel() <= len(gate_up):
+        gate, up = torch.einsum("nkid,nd->nki", gate_up[experts_Nk], x_ND).chunk(2, dim=-1)
+        out = torch.einsum("nkdi,nki->nkd", down[experts_Nk], F.silu(gate) * up)
+        return (out * weights_Nk[..., None].to(out.dtype)).sum(1)
+    share_NE = x_ND.new_zeros(len(x_ND), len(gate_up)).scatter(1, experts_Nk, weights_Nk.to(x_ND.dtype))
+    gate, up = torch.einsum("eid,nd->eni", gate_up, x_ND).chunk(2, dim=-1)
+    out = torch.einsum("edi,eni->end", down, F.silu(gate) * up)
+    return torch.einsum("end,ne->nd", out, share_NE)

@@ -82,6 +82,7 @@ class LatentCache:
     the first n of them. The next plan overwrites what comes after a row's length, so a rollback costs nothing.
 
     Every layer has a tensor of its own, so that only one at a time exists twice while all are copied.
+    There may be more places than rows (see `own_rows`); the last of them are empty then.
     `first` hides the first entries of every prompt, since an MTP head has no entry for a prompt's first token.
     `whole_R`, where it is set: lengths of prompts that the next plan reads, whose tokens see each other (prefix-LM).
     """
@@ -169,7 +170,7 @@ class LatentCache:
         query = query_RSHK.reshape(rows, new * heads, key_width)
         if self._mask_RNT is None:
             self._mask_RNT = self._mask_RST[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
-        out, total = attention(query, own[:, : self._reach], self.value_width, self._mask_RNT)
+        out, total = attention(query, own[:rows, : self._reach], self.value_width, self._mask_RNT)
         if self.prefix is not None:
             latents, mask = self.prefix.latents_LPTE[layer], self.prefix.mask_P1T(self.first)
             shared_out, shared_total = attention(self.prefix.by_prompt(query), latents, self.value_width, mask)
@@ -179,6 +180,21 @@ class LatentCache:
             share = torch.sigmoid(shared_total - total)  # of the prompt in the softmax over both
             out = torch.lerp(out, shared_out, share.to(out.dtype))
         return out.reshape(rows, new, heads, self.value_width)
+
+    def own_rows(self, places: int, entries: int) -> None:
+        """Give every row a copy of its prompt, `entries` entries, and a place among `places`, of which some stay empty:
+        as a graph needs them, whose sizes are fixed."""
+        prefix, lengths = self.prefix, self.lengths_R
+        starts = torch.zeros_like(lengths) if prefix is None else prefix.lengths_P[prefix.row_prompt_R]
+        ends = list(zip(starts.tolist(), (starts + lengths).tolist(), strict=True))
+        for layer, latents in enumerate(self.layers_RTE):
+            whole = _room((places, entries, latents.shape[2]), dtype=latents.dtype, device=latents.device)
+            for row, (start, end) in enumerate(ends):
+                if prefix is not None:
+                    whole[row, :start] = prefix.latents_LPTE[layer, prefix.row_prompt_R[row], :start]
+                whole[row, start:end] = latents[row, : end - start]
+            self.layers_RTE[layer] = whole
+        self.lengths_R, self.prefix = starts + lengths, None
 
     def advance(self, kept_R: Tensor | int) -> None:
         self.lengths_R = self.lengths_R + kept_R
@@ -220,14 +236,14 @@ class LatentCache:
         """Become the given rows of `caches`, layer by layer and without unused entries; `caches` lose their rows."""
         lengths = [cache.lengths_R[chosen] for cache, chosen in zip(caches, rows, strict=True)]
         counts, reaches = [len(part) for part in lengths], [int(part.max()) for part in lengths]
-        self.lengths_R = torch.cat(lengths)
         for layer, latents in enumerate(self.layers_RTE):
             shape = sum(counts), capacity, latents.shape[2]
             whole = _room(shape, dtype=latents.dtype, device=latents.device)
             for cache, chosen, part, reach in zip(caches, rows, whole.split(counts), reaches, strict=True):
-                part[:, :reach] = cache.layers_RTE[layer][chosen, :reach]
+                part[:, :reach] = cache.layers_RTE[layer][: cache.rows][chosen, :reach]
                 cache.layers_RTE[layer] = latents.new_empty(0)  # a view would keep the whole tensor
             self.layers_RTE[layer] = whole
+        self.lengths_R = torch.cat(lengths)
 
 
 def _room(shape: tuple[int, int, int], *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -31,6 +31,7 @@ class Decoder:
     version: int
     max_rows: int
     costs: CostTable | None
+    graphs: Any = None  # the engine's rollout.compiled.rounds.Graphs
 
 
 def derive(policy: Policy, dtype: torch.dtype) -> tuple[AbsorbedTrunk | HFTrunk, AbsorbedHead | None]:

@@ -73,15 +73,19 @@ class Drafter:
 
     def _catch_up(self, live: Rows) -> Tensor:
         """Read what was verified since the last draft; returns the head's output for each row's newest token [R, D]."""
-        if self.cache is None:
-            self.cache = self._read_prompts(live)
-        new = int(live.unread.max())
+        cache, new = self.ready(live), int(live.unread.max())
         positions = (live.prompt_length + live.count - live.unread)[:, None] + self.steps[:new]
-        out = self.head(live.unread_tokens[:, :new], live.unread_hidden[:, :new], self._clamp(positions), self.cache)
-        self.cache.advance(live.unread)
+        out = self.head(live.unread_tokens[:, :new], live.unread_hidden[:, :new], self._clamp(positions), cache)
+        cache.advance(live.unread)
         out = out[live.every, live.unread - 1]
         live.unread = torch.zeros_like(live.unread)
         return out
+
+    def ready(self, live: Rows) -> LatentCache:
+        """The cache, which holds the prompts of the live rows."""
+        if self.cache is None:
+            self.cache = self._read_prompts(live)
+        return self.cache
 
     def _clamp(self, positions: Tensor) -> Tensor:
         """A block may reach past the context, where no token is kept."""

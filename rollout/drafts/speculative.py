@@ -21,6 +21,24 @@ def verify_draft(targets_RS: Tensor, drafts_RK: Tensor) -> Tensor:
     return agree.cumprod(dim=1).sum(dim=1)
 
 
+def until_end(
+    targets_RS: Tensor, accepted_R: Tensor | None, alive_R: Tensor, left_R: Tensor | int, stops: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How many of its tokens each row keeps [R], and which rows stop [R]: at the first of the `stops` that is kept.
+
+    `accepted_R` are None without drafts; `left_R` is how many tokens a row may still get.
+
+    >>> until_end(torch.tensor([[5, 6, 2]]), torch.tensor([2]), torch.tensor([True]), 9, torch.tensor([6]))
+    (tensor([2]), tensor([True]))
+    """
+    steps = torch.arange(targets_RS.shape[1], device=targets_RS.device)
+    kept = alive_R.long() if accepted_R is None else accepted_R + 1
+    kept = torch.minimum(kept, torch.as_tensor(left_R, device=kept.device)) * alive_R
+    is_stop = (targets_RS[..., None] == stops).any(-1) & (steps < kept[:, None])
+    stopped = is_stop.any(1)
+    return torch.where(stopped, is_stop.long().argmax(1) + 1, kept), stopped
+
+
 def confident_drafts(logits_NV: Tensor, temperature: float | Tensor, margin: float) -> Tensor:
     """Which drafts `accept: margin` takes [N]: log p(best) − log p(second best) > `margin` nats at the temperature.
 

@@ -1,0 +1,221 @@
+"""One round of decoding as a function of tensors alone: drafts, the trunk's step, the choice and the verification.
+
+Eager code decides by numbers, such as how long the longest row is. Here every size is fixed, and what differs from call
+to call is a tensor: lengths, temperatures, limits. So one graph serves all rounds of a bucket (see `Bucket`).
+
+Axes: B places for rows, k drafts, S = k + 1 tokens of a place, C entries of a cache, D hidden, E width of an entry.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from policies.decoding.absorbed import AbsorbedBlock
+from policies.decoding.experts import run_few_experts
+from policies.decoding.latent_cache import plain_attention
+from policies.decoding.linear import FixedLinear
+from rollout.backends import Decoder
+from rollout.drafts.speculative import until_end, verify_draft
+from rollout.sampling import Noise, choose_by_row
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What a graph is made for: `rows` places, `drafts` for each, and caches of `entries`."""
+
+    rows: int
+    drafts: int
+    entries: int
+
+
+@dataclass
+class Inputs:
+    """[B] first everywhere. The last five are there with drafts alone: see Rows and Drafter."""
+
+    last: Tensor
+    count: Tensor
+    prompt_length: Tensor
+    lengths: Tensor  # of the trunk's cache
+    alive: Tensor
+    limit: Tensor
+    keys_B2: Tensor
+    temperature: Tensor  # float32; 0 is greedy
+    start: Tensor  # [], see SamplingParams
+    stops: Tensor  # any number of token ids
+    layers: list[Tensor]  # the trunk's cache, changed in place
+    unread: Tensor | None = None
+    unread_tokens_BS: Tensor | None = None
+    unread_hidden_BSD: Tensor | None = None
+    head_lengths: Tensor | None = None
+    head_layer: Tensor | None = None
+
+    def flat(self) -> list[Tensor]:
+        parts = [value for name, value in vars(self).items() if name != "layers" and value is not None]
+        return [*parts, *self.layers]
+
+    @classmethod
+    def of(cls, flat: Sequence[Tensor], layers: int) -> Inputs:
+        """The inverse of `flat`."""
+        names = [name for name in cls.__dataclass_fields__ if name != "layers"]
+        named = dict(zip(names, flat[: len(flat) - layers], strict=False))
+        return cls(**named, layers=list(flat[len(flat) - layers :]))
+
+
+class GraphCache:
+    """`LatentCache` for rows without a shared prompt, as a graph computes it: every entry is read, and masked."""
+
+    def __init__(self, layers: Sequence[Tensor], lengths_B: Tensor, value_width: int, first: int = 0) -> None:
+        self.layers, self.lengths, self.value_width, self.first = layers, lengths_B, value_width, first
+
+    def plan(self, new: int) -> None:
+        rows, entries = self.layers[0].shape[:2]
+        at = (self.lengths[:, None] + torch.arange(new)).clamp(max=entries - 1)
+        self.at = (torch.arange(rows)[:, None] * entries + at).flatten()
+        columns = torch.arange(entries)
+        visible = columns <= at[..., None]
+        if self.first:
+            visible = visible & ((columns >= self.first) | (columns == at[..., None]))
+        self.mask_BSC = torch.where(visible, 0.0, -torch.inf)
+
+    def attend(self, layer: int, query_BSHK: Tensor, new_BSE: Tensor) -> Tensor:
+        rows, new, heads = query_BSHK.shape[:3]
+        own = self.layers[layer]
+        own.view(-1, own.shape[-1]).index_copy_(0, self.at, new_BSE.flatten(0, 1))
+        mask = self.mask_BSC[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
+        out, _ = plain_attention(query_BSHK.flatten(1, 2), own, self.value_width, mask)
+        return out.view(rows, new, heads, self.value_width)
+
+    def advance(self, kept_B: Tensor | int) -> None:
+        self.lengths = self.lengths + kept_B
+
+
+class Round(nn.Module):
+    """The round of one bucket. Its buffers are the weights of a decoder, under names that stay the same."""
+
+    def __init__(self, decoder: Decoder, bucket: Bucket) -> None:
+        super().__init__()
+        self.bucket, self.decoder = bucket, decoder
+        for name, tensor in weights(decoder, bucket).items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        """Targets [B, S], their log-probabilities, the hidden states before them [B, S, D], how many are kept [B], and
+        which rows stop [B]. With drafts also those [B, k] and how many are accepted [B]."""
+        decoder, depth = _with(self.decoder, dict(self.named_buffers(remove_duplicate=False))), self.bucket.drafts
+        trunk = decoder.trunk
+        given = Inputs.of(flat, len(trunk.blocks))
+        steps = torch.arange(depth + 1)
+        noise = Noise(given.keys_B2[:, None], given.start + given.count[:, None] + steps, len(trunk.embedding))
+        ids, drafts = given.last[:, None], None
+        if depth:
+            drafts = _chain(decoder, given, noise, depth)
+            ids = torch.cat([ids, drafts], dim=1)
+        positions = (given.prompt_length + given.count - 1)[:, None] + steps
+        cache: Any = GraphCache(given.layers, given.lengths, trunk.config.kv_lora_rank)
+        hidden = trunk(ids, positions.clamp(max=decoder.context - 1), cache)
+        flat_logits = trunk.logits(hidden).flatten(0, 1)
+        by_token = given.temperature.repeat_interleave(depth + 1)
+        targets, logprobs = (x.view(-1, depth + 1) for x in choose_by_row(flat_logits, by_token, noise.flatten()))
+        accepted = None if drafts is None else verify_draft(targets, drafts)
+        kept, stopped = until_end(targets, accepted, given.alive, given.limit - given.count, given.stops)
+        found = targets, logprobs, hidden, kept, stopped
+        return found if drafts is None or accepted is None else (*found, drafts, accepted)
+
+
+def _chain(decoder: Decoder, given: Inputs, noise: Noise, depth: int) -> Tensor:
+    """As `Drafter.draft`, for a head that has at most k + 1 tokens of each row to read."""
+    head = decoder.head
+    assert head is not None
+    assert given.unread is not None
+    assert given.unread_tokens_BS is not None
+    assert given.head_layer is not None
+    assert given.head_lengths is not None
+    cache: Any = GraphCache([given.head_layer], given.head_lengths, head.trunk.config.kv_lora_rank, first=1)
+    ends = given.prompt_length + given.count
+    positions = (ends - given.unread)[:, None] + torch.arange(depth + 1)
+    most = decoder.context - 1
+    out = head(given.unread_tokens_BS, given.unread_hidden_BSD, positions.clamp(max=most), cache)
+    cache.advance(given.unread)
+    out = out[torch.arange(len(ends)), (given.unread - 1).clamp(min=0)]
+    drafts: list[Tensor] = []
+    for d in range(depth):
+        drafts.append(choose_by_row(head.logits(out), given.temperature, noise.at(d), decoder.draft_vocabulary)[0])
+        if d + 1 < depth:
+            out = head(drafts[-1][:, None], out[:, None], (ends + d)[:, None].clamp(max=most), cache)[:, 0]
+            cache.advance(1)
+    return torch.stack(drafts, dim=1)
+
+
+def weights(decoder: Decoder, bucket: Bucket) -> dict[str, Tensor]:
+    """All tensors of the decoder that a round reads, by name."""
+    found: dict[str, Tensor] = {}
+    for name, part in _parts(decoder, bucket):
+        found |= {f"{name}_{key}": value for key, value in _tensors(part).items()}
+    return found
+
+
+def _parts(decoder: Decoder, bucket: Bucket) -> list[tuple[str, Any]]:
+    trunk, head = decoder.trunk, decoder.head
+    parts = [("trunk", trunk), ("rope", trunk.rope), *((f"block{i}", block) for i, block in enumerate(trunk.blocks))]
+    if bucket.drafts and head is not None:
+        parts += [("head", head), ("head_block", head.block)]
+        if decoder.draft_vocabulary is not None:
+            parts.append(("vocabulary", decoder.draft_vocabulary))
+    return parts
+
+
+def _tensors(part: Any) -> dict[str, Tensor]:
+    found = {}
+    for name, value in vars(part).items():
+        if isinstance(value, Tensor) and name != "experts":  # those of the last call
+            found[name] = value
+        elif isinstance(value, FixedLinear):
+            found |= {f"{name}_weight": value.weight}
+            if value.bias is not None:
+                found[f"{name}_bias"] = value.bias
+    return found
+
+
+def _with(decoder: Decoder, tensors: dict[str, Tensor]) -> Any:
+    """The decoder with these tensors in place of its own."""
+    trunk = _copy(decoder.trunk, "trunk", tensors)
+    trunk.rope = _copy(trunk.rope, "rope", tensors)
+    trunk.blocks = [_block(block, f"block{i}", tensors) for i, block in enumerate(trunk.blocks)]
+    head = decoder.head
+    if head is not None and "head_norm" in tensors:
+        shares = head.logits is decoder.trunk.logits
+        head = _copy(head, "head", tensors)
+        head.trunk, head.block = trunk, _block(head.block, "head_block", tensors)
+        if shares:
+            head.logits = trunk.logits
+    vocabulary = decoder.draft_vocabulary
+    if vocabulary is not None and "vocabulary_ids" in tensors:
+        vocabulary = _copy(vocabulary, "vocabulary", tensors)
+    made: Any = copy.copy(decoder)
+    for name, value in {"trunk": trunk, "head": head, "draft_vocabulary": vocabulary}.items():
+        object.__setattr__(made, name, value)  # the copy is as frozen as the decoder
+    return made
+
+
+def _block(block: AbsorbedBlock, name: str, tensors: dict[str, Tensor]) -> AbsorbedBlock:
+    made: AbsorbedBlock = _copy(block, name, tensors)
+    made.run_experts = run_few_experts
+    return made
+
+
+def _copy(part: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    made = copy.copy(part)
+    for key, value in vars(part).items():
+        if isinstance(value, FixedLinear):
+            linear = copy.copy(value)
+            linear.weight, linear.bias = tensors[f"{name}_{key}_weight"], tensors.get(f"{name}_{key}_bias")
+            vars(made)[key] = linear
+        elif f"{name}_{key}" in tensors:
+            vars(made)[key] = tensors[f"{name}_{key}"]
+    return made

@@ -1,0 +1,145 @@
+"""When a shard decodes by graphs, and the rows and caches in the sizes that a graph takes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from policies.decoding.absorbed import AbsorbedTrunk
+from policies.decoding.latent_cache import LatentCache
+from rollout.backends import Decoder
+from rollout.compiled.graph import Bucket, Inputs, weights
+from rollout.compiled.store import CompiledRound, find
+from rollout.drafts.head import Drafter
+from rollout.rows import Rows
+from rollout.sampling import SamplingParams
+
+ROWS = (1, 2, 4, 8)  # places of a graph; with more rows the products are what takes the time
+FEW_ROWS = ROWS[-1]
+ENTRIES = 128  # caches grow in steps of so many entries
+STOPS = 8  # and the list of stop tokens in steps of so many
+
+
+@dataclass
+class Found:
+    """What a round gives for R rows, see `Round.forward`."""
+
+    targets: Tensor
+    logprobs: Tensor
+    hidden: Tensor
+    kept: Tensor
+    stopped: Tensor
+    drafts: Tensor | None = None
+    accepted: Tensor | None = None
+
+
+def say(bucket: Bucket) -> None:
+    drafts = f", {bucket.drafts} drafts" if bucket.drafts else ""
+    print(f"compiling a round of decoding ({bucket.rows} rows{drafts}), once: about a minute ...", file=sys.stderr)
+
+
+@dataclass
+class Graphs:
+    """The graphs of one engine. `compiling` is told before one is compiled."""
+
+    compiling: Callable[[Bucket], None] = say
+    loaded: dict[tuple[object, ...], CompiledRound] = field(default_factory=dict)
+    trunk: AbsorbedTrunk | None = None  # to which they are bound
+
+    def run(self, decoder: Decoder, bucket: Bucket, given: Inputs) -> list[Tensor]:
+        if self.trunk is not decoder.trunk:
+            self.trunk = decoder.trunk
+            for (each, *_), graph in self.loaded.items():
+                assert isinstance(each, Bucket)
+                graph.bind(weights(decoder, each))
+        key = bucket, len(given.stops)
+        if key not in self.loaded:
+            graph = find(decoder, bucket, given, self.compiling)
+            graph.bind(weights(decoder, bucket))
+            self.loaded[key] = graph
+        return self.loaded[key](given.flat())
+
+
+def can_compile(decoder: Decoder, params: SamplingParams) -> bool:
+    """Whether graphs are asked for, and can be: they compute a number of drafts of the head, or none, in float32 on a
+    CPU."""
+    trunk = decoder.trunk
+    plain = not (params.looks_up or params.stop_strings or params.record_routing or params.accept != "exact")
+    fits = isinstance(trunk, AbsorbedTrunk) and trunk.dtype == torch.float32 and trunk.device.type == "cpu"
+    return params.compiled and plain and fits and params.draft_tokens is not None
+
+
+class Rounds:
+    """The compiled rounds of one shard, whose stop tokens are `stops`."""
+
+    def __init__(self, decoder: Decoder, params: SamplingParams, stops: Tensor) -> None:
+        self.graphs: Graphs = decoder.graphs
+        self.decoder = decoder
+        self.depth = params.draft_tokens or 0
+        if decoder.head is None or "head" not in params.draft_sources:
+            self.depth = 0
+        self.stops = F.pad(stops, (0, STOPS - len(stops) % STOPS), value=-1)
+        self.start = torch.tensor(params.start)
+
+    def fits(self, live: Rows, drafter: Drafter | None) -> bool:
+        """With more rows, or where the head has much to read, the round is eager."""
+        few = len(live.index) <= FEW_ROWS
+        return few and (not self.depth or drafter is None or int(live.unread.max()) <= self.depth + 1)
+
+    def __call__(
+        self, live: Rows, cache: LatentCache, drafter: Drafter | None, limit: Tensor | int, temperature: Tensor | float
+    ) -> Found:
+        count, depth = len(live.index), self.depth
+        places = next(rows for rows in ROWS if rows >= count)
+        limits = torch.as_tensor(limit).expand(count)
+        head = drafter.ready(live) if depth and drafter else None
+        entries = _arrange([cache, *([head] if head else [])], places)
+        bucket = Bucket(places, depth, entries)
+
+        def of_places(x: Tensor) -> Tensor:
+            if count < places:
+                x = torch.cat([x, x.new_zeros(places - count, *x.shape[1:])])
+            return x.contiguous()
+
+        given = Inputs(
+            last=of_places(live.last),
+            count=of_places(live.count),
+            prompt_length=of_places(live.prompt_length),
+            lengths=of_places(cache.lengths_R),
+            alive=of_places(live.alive),
+            limit=of_places(limits),
+            keys_B2=of_places(live.keys_R2),
+            temperature=of_places(torch.as_tensor(temperature, dtype=torch.float64).expand(count).float()),
+            start=self.start,
+            stops=self.stops,
+            layers=cache.layers_RTE,
+        )
+        if head:
+            given.unread = of_places(live.unread)
+            given.unread_tokens_BS = of_places(live.unread_tokens[:, : depth + 1])
+            given.unread_hidden_BSD = of_places(live.unread_hidden[:, : depth + 1])
+            given.head_lengths, given.head_layer = of_places(head.lengths_R), head.layers_RTE[0]
+        found = Found(*(x[:count] for x in self.graphs.run(self.decoder, bucket, given)))
+        if head:
+            head.advance(live.unread)
+            live.unread = torch.zeros_like(live.unread)
+        return found
+
+
+def _arrange(caches: list[LatentCache], places: int) -> int:
+    """Gives the rows of the caches places of their own, where they have none yet. Returns the entries of each."""
+    shapes = {(*cache.layers_RTE[0].shape[:2], cache.prefix is None) for cache in caches}
+    rows, entries, own = next(iter(shapes))
+    if len(shapes) > 1 or not own or rows != places or entries % ENTRIES:
+        most = max(
+            cache.capacity + (0 if cache.prefix is None else cache.prefix.latents_LPTE.shape[2]) for cache in caches
+        )
+        entries = -(-most // ENTRIES) * ENTRIES
+        for cache in caches:
+            cache.own_rows(places, entries)
+    return entries

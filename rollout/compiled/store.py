@@ -1,0 +1,85 @@
+"""Compiled rounds on disk: a shared library for each bucket of an architecture, without weights, made once.
+
+torch.export traces a round and AOTInductor compiles it. The result is loaded in a tenth of a second, by other runs too.
+Its weights are those of the decoder that it is bound to, in place, so a publication compiles nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rollout.backends import Decoder
+from rollout.compiled.graph import Bucket, Inputs, Round, weights
+
+FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quartet/rounds"
+OPTIONS = {"aot_inductor.package_constants_in_so": False}
+ROOT = Path(__file__).parents[2]
+SOURCES = ["rollout/compiled", "rollout/sampling.py", "rollout/drafts/speculative.py", "policies/decoding"]
+
+
+class CompiledRound:
+    """A graph that is loaded. Call it with `Inputs.flat`; it changes the caches among them."""
+
+    def __init__(self, path: Path) -> None:
+        self.loaded = torch._inductor.aoti_load_package(str(path))
+        self.names = self.loaded.get_constant_fqns()
+        self.bound: dict[str, Tensor] = {}  # kept alive, since the graph holds their addresses alone
+
+    def bind(self, tensors: dict[str, Tensor]) -> None:
+        self.bound = {name: tensors[name] for name in self.names}
+        self.loaded.load_constants(self.bound, check_full_update=True, user_managed=True)
+
+    def __call__(self, flat: Sequence[Tensor]) -> list[Tensor]:
+        return self.loaded.loader.boxed_run(list(flat))
+
+
+def find(decoder: Decoder, bucket: Bucket, example: Inputs, compiling: Callable[[Bucket], None]) -> CompiledRound:
+    """The graph of this bucket, from disk or compiled now, which takes a minute; `compiling` is told before."""
+    path = FOLDER / f"{_key(decoder, bucket, example)}.pt2"
+    if not path.exists():
+        compiling(bucket)
+        FOLDER.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+            made = Path(folder, "round.pt2")
+            _compile(Round(decoder, bucket), example, made)
+            made.replace(path)
+    return CompiledRound(path)
+
+
+def _compile(module: Round, example: Inputs, path: Path) -> None:
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        warnings.simplefilter("ignore")  # of torch's own parts, to each other
+        copies = tuple(tensor.clone() for tensor in example.flat())
+        exported = torch.export.export(module, copies, strict=False)
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=OPTIONS)
+
+
+def _key(decoder: Decoder, bucket: Bucket, example: Inputs) -> str:
+    """Of all that a graph depends on: sizes, this processor, threads, torch, and our own source."""
+    tensors = {name: [*tensor.shape, str(tensor.dtype)] for name, tensor in weights(decoder, bucket).items()}
+    about = {
+        "bucket": vars(bucket),
+        "weights": tensors,
+        "inputs": [[*tensor.shape, str(tensor.dtype)] for tensor in example.flat()],
+        "config": decoder.trunk.config.to_json_string(),
+        "context": decoder.context,
+        "torch": torch.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "sources": _sources(),
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _sources() -> str:
+    files = [file for name in SOURCES for file in sorted((ROOT / name).rglob("*.py")) or [ROOT / name]]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

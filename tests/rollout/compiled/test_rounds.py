@@ -1,0 +1,160 @@
+"""Rounds as functions of tensors give the tokens of eager rounds, with any drafts, batch, temperature and weights."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from engine_cases import PARAMS, PROMPTS, completions, prompts_of, taught, tokens
+from torch import Tensor
+
+from policies.policy import Policy
+from rollout.compiled import rounds
+from rollout.compiled.graph import Bucket, Round, weights
+from rollout.compiled.rounds import FEW_ROWS, Graphs
+from rollout.engine import Engine
+from rollout.group import Prompt, RolloutGroup
+from rollout.sampling import SamplingParams
+from rollout.serving import Request, Serving
+
+torch.set_num_threads(1)
+CASES = {
+    "one row": (PROMPTS[:1], replace(PARAMS, group_size=1)),
+    "one row, three drafts": (PROMPTS[:1], replace(PARAMS, group_size=1, draft_tokens=3)),
+    "three rows of own prompts, two drafts": (PROMPTS[:3], replace(PARAMS, group_size=1, draft_tokens=2)),
+    "two groups": (PROMPTS[2:4], PARAMS),
+    "two groups, two drafts": (PROMPTS[2:4], replace(PARAMS, draft_tokens=2)),
+    "the end of eight groups, two drafts": (PROMPTS, replace(PARAMS, draft_tokens=2)),
+    "greedy": (PROMPTS[:2], replace(PARAMS, temperature=0.0, draft_tokens=1)),
+}
+
+
+class Traced:
+    """In place of a compiled round: the function that it is compiled from."""
+
+    def __init__(self, module: Round) -> None:
+        self.module = module
+
+    def bind(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.module.register_buffer(name, tensor)
+
+    def __call__(self, flat: Sequence[Tensor]) -> list[Tensor]:
+        return list(self.module(*flat))
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[Bucket]:
+    """The buckets of the graphs that were needed; none is compiled."""
+    found: list[Bucket] = []
+
+    def find(decoder, bucket, given, compiling) -> Traced:
+        found.append(bucket)
+        return Traced(Round(decoder, bucket))
+
+    monkeypatch.setattr(rounds, "find", find)
+    return found
+
+
+@pytest.fixture(scope="module")
+def policy(random_policy) -> Policy:
+    return taught(random_policy(11, attention_bias=True), 0.8, steps=25)
+
+
+def assert_same(engine: Engine, prompts: list[Prompt], params: SamplingParams) -> list[RolloutGroup]:
+    eager = engine.sample(prompts, params)
+    by_graph = engine.sample(prompts, replace(params, compiled=True))
+    assert tokens(by_graph) == tokens(eager)
+    assert [c.finish_reason for c in completions(by_graph)] == [c.finish_reason for c in completions(eager)]
+    for one, other in zip(completions(by_graph), completions(eager), strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
+        end = len(one.token_ids) - (params.draft_tokens or 0)  # a graph drafts past the limit, too
+        assert one.draft.depths[:end] == other.draft.depths[:end]
+    return by_graph
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_contracts_3_and_4_a_graph_changes_no_token(policy, random_policy, made, case):
+    """Also with the weights of a publication, which needs no other graph."""
+    before = {name: tensor.clone() for name, tensor in policy.publication().items()}
+    engine, (prompts, params) = Engine(policy), CASES[case]
+    first = assert_same(engine, prompts, params)
+    graphs = list(made)
+    assert graphs
+    assert max(bucket.rows for bucket in graphs) <= FEW_ROWS
+    assert {bucket.drafts for bucket in graphs} == {params.draft_tokens}
+    engine.publish(random_policy(12, attention_bias=True).publication(), version=1)
+    assert tokens(assert_same(engine, prompts, params)) != tokens(first)
+    assert len(set(made)) == len(made)
+    engine.publish(before, version=2)
+    assert tokens(assert_same(engine, prompts, params)) == tokens(first)
+
+
+def test_contract_3_over_many_tokens(policy, made):
+    engine, prompts = Engine(policy), prompts_of(5, 12, seed=3)
+    params = replace(PARAMS, max_completion_tokens=60, stop_token_ids=(7,), draft_tokens=2)
+    count = sum(len(ids) for step in range(4) for ids in tokens(assert_same(engine, prompts, params.at(step))))
+    assert count > 1000
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+def test_requests_that_join_and_leave_get_the_tokens_that_they_get_alone(policy, made, draft_tokens):
+    """Each with its own temperature and limit: they are inputs of one graph."""
+    engine = Engine(policy)
+    own = [replace(PARAMS, temperature=t, max_completion_tokens=m, seed=s, group_size=1) for t, m, s in
+           ((0.0, 30, 1), (0.7, 9, 2), (1.0, 25, 3), (1.3, 40, 4))]  # fmt: skip
+    expected = [tokens(engine.sample([prompt], params))[0] for prompt, params in zip(PROMPTS, own, strict=False)]
+    base = replace(PARAMS, group_size=1, draft_tokens=draft_tokens, compiled=True)
+    found: dict[int, list[int]] = {}
+    with torch.inference_mode():
+        serving = Serving(engine.decoder, base)
+        for i, params in enumerate(own):
+            serving.add(Request(PROMPTS[i], params, lambda news, i=i: found.setdefault(i, []).extend(news.token_ids)))
+            serving.round()
+        while serving.busy:
+            serving.round()
+    assert [found[i] for i in range(len(own))] == expected
+    assert made
+
+
+def test_what_no_graph_computes_is_eager(policy, made):
+    engine = Engine(policy)
+    for params in (
+        replace(PARAMS, stop_strings=("x",)),
+        replace(PARAMS, draft_sources=("siblings",), draft_tokens=2),
+        replace(PARAMS, accept="margin", draft_tokens=2),
+        replace(PARAMS, record_routing=True),
+    ):
+        engine.sample(PROMPTS[:2], replace(params, compiled=True))
+    assert not made
+
+
+def test_broken_logits_abort_a_row_as_eagerly(random_policy, made):
+    policy = random_policy(5)
+    with torch.no_grad():
+        policy.trunk.lm_head.weight[3] = torch.nan
+    engine = Engine(policy)
+    from rollout.engine import RolloutError
+
+    with pytest.raises(RolloutError, match="not finite"):
+        engine.sample(PROMPTS[:1], replace(PARAMS, compiled=True))
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_compiled_round_is_kept_on_disk_without_weights(random_policy, tmp_path, monkeypatch):
+    """Compiled once; another engine finds it, with its own weights, and a publication compiles nothing."""
+    from rollout.compiled import store
+
+    monkeypatch.setattr(store, "FOLDER", tmp_path)
+    told: list[Bucket] = []
+    prompts, params = CASES["three rows of own prompts, two drafts"]
+    for seed in (11, 12):
+        engine = Engine(random_policy(seed))
+        engine.graphs = Graphs(told.append)
+        assert_same(engine, prompts, params)
+        engine.publish(random_policy(seed + 5).publication(), version=1)
+        assert_same(engine, prompts, params)
+        assert len(list(tmp_path.glob("*.pt2"))) == len(told) == len(set(told)) > 0
+    size = sum(tensor.numel() * 4 for tensor in weights(engine.decoder, told[0]).values())
+    assert min(path.stat().st_size for path in tmp_path.glob("*.pt2")) < max(size, 2 << 20)
