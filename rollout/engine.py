@@ -46,12 +46,14 @@ class Engine:
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy new weights and rebuild everything derived from them."""
         self.derived = False
+        self.graphs.release()
         self.policy.load_weights(weights)
         self._derive()
         self.version = version
 
     def forget(self) -> None:
         """Drop what was derived from the weights, until the next publication."""
+        self.graphs.release()
         del self.trunk, self.head
         self.derived = False
 

@@ -51,6 +51,12 @@ class Graphs:
     loaded: dict[tuple[object, ...], CompiledRound] = field(default_factory=dict)
     trunk: AbsorbedTrunk | None = None  # to which they are bound
 
+    def release(self) -> None:
+        """The weights that they are bound to are about to go. The next call binds them to others."""
+        self.trunk = None
+        for graph in self.loaded.values():
+            graph.bound = {}
+
     def run(self, decoder: Decoder, bucket: Bucket, given: Inputs) -> list[Tensor]:
         if self.trunk is not decoder.trunk:
             self.trunk = decoder.trunk

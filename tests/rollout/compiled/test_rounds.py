@@ -33,9 +33,10 @@ class Traced:
     """In place of a compiled round: the function that it is compiled from."""
 
     def __init__(self, module: Round) -> None:
-        self.module = module
+        self.module, self.bound = module, {}
 
     def bind(self, tensors: dict[str, Tensor]) -> None:
+        self.bound = tensors
         for name, tensor in tensors.items():
             self.module.register_buffer(name, tensor)
 

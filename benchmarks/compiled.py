@@ -1,0 +1,125 @@
+"""Graphs against eager rounds, with few rows (`compile: on`). Each pair takes turns, so that both see the same machine.
+
+    quartet train examples/01_demo.yaml --output_dir runs/demo
+    python benchmarks/compiled.py runs/demo/policy --json benchmarks/results/compiled.json
+
+Held-out word problems are continued at T = 1. For each number of rows and drafts: tokens per second without and with
+graphs, medians, and the calls whose tokens differ, which are none; how long each graph took to compile and to load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # else `rollout` would be a file here
+
+import torch  # noqa: E402
+
+from grpo.data.examples import load_examples  # noqa: E402
+from grpo.run.hardware import describe  # noqa: E402
+from policies.policy import Policy  # noqa: E402
+from rollout.compiled import rounds, store  # noqa: E402
+from rollout.compiled.graph import Bucket  # noqa: E402
+from rollout.engine import Engine  # noqa: E402
+from rollout.group import Prompt  # noqa: E402
+from rollout.sampling import SamplingParams  # noqa: E402
+
+
+def timed(engine: Engine, prompts: list[Prompt], params: SamplingParams) -> tuple[float, list[list[int]]]:
+    """Tokens per second, and the tokens."""
+    began = time.perf_counter()
+    ids = [c.token_ids for group in engine.sample(prompts, params) for c in group.completions]
+    return sum(map(len, ids)) / (time.perf_counter() - began), ids
+
+
+def prompts_of(policy: Policy, count: int) -> list[Prompt]:
+    problems = load_examples("word_problems", "heldout", levels=[1, 2], limit=count)
+    texts = [f"{problem.columns['question']}\n" for problem in problems]
+    return [Prompt(str(i), text, policy.tokenizer.encode(text)) for i, text in enumerate(texts)]
+
+
+def compare(engine: Engine, prompts: list[Prompt], rows: int, drafts: int, repeats: int, tokens: int) -> dict[str, Any]:
+    """`rows` completions of as many prompts at a time, by each in turn; the first call of each is the warm-up."""
+    stops = tuple(engine.policy.stop_token_ids)
+    eager = SamplingParams(1, 1.0, tokens, stops, draft_tokens=drafts)
+    rates: dict[str, list[float]] = {"eager": [], "compiled": []}
+    differing = 0
+    for number in range(repeats + 1):
+        part, found = [prompts[(number * rows + i) % len(prompts)] for i in range(rows)], {}
+        for name, params in (("eager", eager), ("compiled", replace(eager, compiled=True))):
+            rate, found[name] = timed(engine, part, params.at(number))
+            if number:
+                rates[name].append(rate)
+        differing += found["eager"] != found["compiled"]
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {"rows": rows, "drafts": drafts, **medians, "differing": differing, "repeats": repeats}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("policy", type=Path)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--drafts", type=int, nargs="+", default=[0, 3])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--cached", action="store_true", help="take graphs that are there, and time no compilation")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    policy = Policy.load(str(options.policy))
+    engine, prompts = Engine(policy), prompts_of(policy, 64)
+    compiled: dict[str, dict[str, float]] = {}
+    find = store.find
+
+    def timed_find(decoder: Any, bucket: Bucket, given: Any, compiling: Any) -> Any:
+        began = time.perf_counter()
+        graph = find(decoder, bucket, given, compiling)
+        cold = time.perf_counter() - began
+        began = time.perf_counter()
+        find(decoder, bucket, given, compiling)
+        compiled[str(asdict(bucket))] = {"first_s": cold, "from_disk_s": time.perf_counter() - began}
+        return graph
+
+    with tempfile.TemporaryDirectory() as folder:
+        if not options.cached:
+            store.FOLDER = Path(folder)
+        rounds.find = timed_find
+        engine.graphs = rounds.Graphs()
+        found = []
+        for rows in options.rows:
+            for drafts in options.drafts:
+                found.append(compare(engine, prompts, rows, drafts, options.repeats, options.tokens))
+                one = found[-1]
+                print(
+                    f"{rows} rows, {drafts} drafts: eager {one['eager']:.0f}, compiled {one['compiled']:.0f} tokens/s, "
+                    f"{one['compiled'] / one['eager']:.2f} times; {one['differing']} calls differ",
+                    flush=True,
+                )
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for bucket, seconds in compiled.items():
+        print(f"{bucket}: {seconds['first_s']:.1f} s at first, {seconds['from_disk_s']:.2f} s from disk")
+    for rows in options.rows:
+        by_drafts = {one["drafts"]: one["compiled"] for one in found if one["rows"] == rows}
+        if 0 in by_drafts:
+            gains = {drafts: rate / by_drafts[0] for drafts, rate in by_drafts.items() if drafts}
+            print(
+                f"{rows} rows, both compiled: "
+                + ", ".join(f"{k} drafts {gain:.2f} times none" for k, gain in gains.items())
+            )
+    if options.json:
+        result = {**describe(), "rates": found, "graphs": compiled, "peak_mib": memory}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
