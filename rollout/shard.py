@@ -282,19 +282,18 @@ class Decoding:
         return Noise(rows.keys_R2[:, None], positions, self.vocabulary)
 
     def _settle(
-        self,
-        live: Rows,
-        logits_RSV: Tensor,
-        hidden_RSD: Tensor,
-        drafted: Drafted | None,
-        noise: Noise,
+        self, live: Rows, logits_RSV: Tensor, hidden_RSD: Tensor, drafted: Drafted | None, noise: Noise
     ) -> Tensor:
         """Choose tokens, keep those up to the first draft that fails, and return how many each row kept [R]."""
         targets, logprobs, accepted = self._choose(live, logits_RSV, drafted, noise)
-        kept, stopped, cut = self._until_end(live, targets, accepted)
-        return self._take(live, Found(targets, logprobs, hidden_RSD, kept, stopped, accepted=accepted), drafted, cut)
+        kept, stopped = until_end(targets, accepted, live.alive, self.limit(live) - live.count, self.stops)
+        found = Found(targets, logprobs, hidden_RSD, kept, stopped, accepted=accepted)
+        if self.strings is not None:
+            found.kept, found.cut = self._until_strings(live, found)
+            found.stopped = stopped | found.cut
+        return self._take(live, found, drafted)
 
-    def _take(self, live: Rows, found: Found, drafted: Drafted | None, cut: Tensor | None = None) -> Tensor:
+    def _take(self, live: Rows, found: Found, drafted: Drafted | None) -> Tensor:
         """Note what was found. Returns how many tokens each row kept [R], which are none where one is not finite."""
         targets, logprobs, accepted = found.targets, found.logprobs, found.accepted
         kept, stopped = found.kept, found.stopped
@@ -304,7 +303,7 @@ class Decoding:
             self.results.aborted[live.index] |= broken
             live.alive = live.alive & ~broken
             kept, stopped = kept * ~broken, stopped & ~broken
-        self.results.add(live, targets, logprobs, kept, stopped, cut)
+        self.results.add(live, targets, logprobs, kept, stopped, found.cut)
         if drafted and accepted is not None:
             self.results.add_drafts(live, drafted, accepted, kept)
             self.drafts.observe(live, self.alive, drafted, accepted)
@@ -333,23 +332,10 @@ class Decoding:
         targets = torch.where(self.steps[:new] < accepted[:, None], F.pad(drafted.tokens_RK, (0, 1)), targets)
         return targets, logprobs_of(flat, targets.flatten(), temperature).view(-1, new), accepted
 
-    def _until_end(
-        self, live: Rows, targets_RS: Tensor, accepted_R: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """How many of its tokens each row keeps [R], which rows stop [R], and which of them at a stop string [R]."""
-        left = self.limit(live) - live.count
-        kept, stopped = until_end(targets_RS, accepted_R, live.alive, left, self.stops)
-        if self.strings is None:
-            return kept, stopped, None
-        kept, cut = self._until_strings(live, targets_RS, kept, stopped)
-        return kept, stopped | cut, cut
-
-    def _until_strings(
-        self, live: Rows, targets_RS: Tensor, kept_R: Tensor, stopped_R: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _until_strings(self, live: Rows, found: Found) -> tuple[Tensor, Tensor]:
         """How many tokens each row keeps [R] up to its first stop string, and which rows [R] end with one."""
-        kept, cut = kept_R.tolist(), [False] * len(kept_R)
-        rows = zip(live.index.tolist(), live.count.tolist(), targets_RS.tolist(), stopped_R.tolist(), strict=True)
+        kept, cut = found.kept.tolist(), [False] * len(found.kept)
+        rows = zip(*(x.tolist() for x in (live.index, live.count, found.targets, found.stopped)), strict=True)
         for i, (index, count, targets, stopped) in enumerate(rows):
             new, strings = targets[: kept[i] - stopped], self.stop_strings(index)  # a stop token is no text
             if not new or strings is None:

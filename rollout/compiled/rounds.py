@@ -36,6 +36,7 @@ class Found:
     stopped: Tensor
     drafts: Tensor | None = None
     accepted: Tensor | None = None
+    cut: Tensor | None = None  # which rows stop at a stop string; no graph finds one
 
 
 def say(bucket: Bucket) -> None:
