@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -60,6 +62,8 @@ def sampling_params(
 def _no_graph(policy: Policy, params: SamplingParams, options: SamplingOptions, dtype: str) -> str | None:
     if dtype != "float32":
         return f"dtype={dtype}, and graphs compute in float32"
+    if shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
+        return f"there is no C++ compiler ({compiler})"
     if policy.backend != "native" or getattr(options, "backend", None) == "vllm":
         return "this policy is not decoded by our own engine"
     if policy.device.type != "cpu":

@@ -128,3 +128,29 @@ def test_settings(tmp_path, monkeypatch, micro_policy):
     assert vllm_settings(none, tmp_path).draft_tokens == 0
     assert sampling_params(micro_policy(), none, 1, 0).draft_tokens == 0
     assert sampling_params(micro_policy(), RolloutOptions(), 1, 0).draft_tokens is None
+
+
+def test_graphs_are_chosen_by_what_is_planned_and_refused_by_name(micro_policy, monkeypatch):
+    """Never by the clock: 100,000 rounds of few rows, or what was asked for."""
+    policy = micro_policy()
+
+    def compiled(given: dict, **more: object) -> bool:
+        options = RolloutOptions.model_validate({"draft_tokens": 0} | given)
+        return sampling_params(policy, options, 1, 0, **more).compiled
+
+    assert [compiled({}, rounds=rounds) for rounds in (0, 99_999, 100_000)] == [False, False, True]
+    assert compiled({"compile": "on"})
+    assert not compiled({"compile": "off"}, rounds=10**9)
+    assert not compiled({}, rounds=10**9, dtype="bfloat16")
+    for given, more, why in (
+        ({}, {"dtype": "bfloat16"}, "dtype=bfloat16"),
+        ({"draft_tokens": None}, {}, "draft_tokens=null .*give a number"),
+        ({"draft_tokens": 2, "draft_sources": ["siblings"]}, {}, "looks drafts up"),
+        ({"backend": "vllm"}, {}, "not decoded by our own engine"),
+    ):
+        with pytest.raises(ValueError, match=f"compile=on: .*{why}.*leave it out"):
+            compiled({"compile": "on"} | given, **more)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="no C\\+\\+ compiler .no-such-compiler"):
+        compiled({"compile": "on"})
+    assert not compiled({}, rounds=10**9)
