@@ -25,6 +25,7 @@ FLOORS = (
     ("actions",),
     ("launch",),
     ("train",),
+    ("agents",),
     ("sft", "mtp", "commands", "view", "why", "serve", "trl_bridge"),
     ("ahead",),
     ("collector", "evaluation"),
