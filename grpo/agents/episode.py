@@ -237,8 +237,9 @@ def _with_answer(said: Said, completion: Completion) -> Said:
 
 
 def _new(known: Said | None, said: Said) -> list[dict[str, Any]]:
-    """What a request says after what is known, as messages; what was said in ids has no text."""
+    """What a request says after what is known, as messages; what was said in ids has no text. An answer in it is not
+    one of the policy, or not as it was given: it is a part of the prompt."""
     rest = said[len(known or "") :]
     if isinstance(rest, str):
         return [{"role": "user", "content": rest}] if rest else []
-    return [message for message in rest if isinstance(message, dict)]
+    return [message for message in rest if isinstance(message, dict) and message["role"] != "assistant"]

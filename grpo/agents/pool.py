@@ -20,7 +20,7 @@ from rollout.engine import Engine, RolloutError
 from rollout.environments.protocol import seeds
 from rollout.faults import OnFinished, not_finite
 from rollout.group import Prompt, RolloutGroup
-from rollout.pool import LocalPool
+from rollout.pool import LocalPool, Pool
 from rollout.sampling import SamplingParams
 
 WAIT_S = 0.01  # that a request may wait for others before it joins the running batch
@@ -40,9 +40,10 @@ def with_agent(pool: InterruptiblePool, config: TrainConfig) -> AbstractContextM
 class AgentPool(InterruptiblePool):
     """Samples with the engine of `local`, which stays open when this is closed. `temperature` is the run's."""
 
-    def __init__(self, local: LocalPool, stop: StopSignal, agent: AgentOptions, temperature: float) -> None:
+    def __init__(self, local: Pool, stop: StopSignal, agent: AgentOptions, temperature: float) -> None:
         from grpo.agents.endpoint import Endpoint  # whose packages are an extra
 
+        assert isinstance(local, LocalPool)  # the options refuse the others
         super().__init__(local, stop)
         self.local, self.agent, self.temperature = local, agent, temperature
         self.endpoint = Endpoint()
