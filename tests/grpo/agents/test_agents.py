@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from agents import ask
+from safetensors.torch import load_file
 
 from grpo.agents.pool import AgentPool
 from grpo.cli import main
@@ -18,7 +19,6 @@ from grpo.commands.reward_replay import replay
 from grpo.config.environment import AgentOptions
 from grpo.config.reward_commands import ReplayConfig
 from grpo.learner.learner import Learner
-from grpo.policy_source import load_policy
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import GivenUp, StopSignal
 from grpo.train import train
@@ -35,7 +35,8 @@ SHORT = {"warm_start.steps": 0, "steps": 2}
 
 
 def learned(folder) -> dict[str, torch.Tensor]:
-    return load_policy(str(folder / "policy")).trunk.state_dict()
+    [file] = (folder / "policy").glob("model*.safetensors")
+    return load_file(file)
 
 
 def sampled(folder, step) -> list[tuple]:
