@@ -1,5 +1,5 @@
-"""A program that solves a word problem by OpenAI's API, as it would with any other server. It asks, and where the answer
-has no number it asks once more, in the same text. `quartet train examples/11_agent.yaml` learns from both answers."""
+"""A program that solves a word problem by OpenAI's API, as it would with any other server. It asks, and where the
+answer has no number it asks once more, in the same text. `quartet train examples/11_agent.yaml` learns from both."""
 
 import re
 

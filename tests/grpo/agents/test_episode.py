@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -207,10 +208,19 @@ def test_contract_4_tokens_follow_from_the_episode_and_what_was_asked(begin, eng
     assert ask(turned, prompt="7")[1].token_ids == other.token_ids
     assert [ask(turned, prompt=TASK)[1].token_ids for _ in range(2)] == [one.token_ids, again.token_ids]
     assert ask(begin(5), prompt=TASK)[1].token_ids != one.token_ids
-    goes_on = ask(episode, prompt=TASK + one.text)[1]  # the noise goes on after the first answer
-    assert goes_on.token_ids[:4] != one.token_ids[:4]
-    jobs = [job_of(e, prompt=TASK + one.text + "?") for e in (turned,)]
-    assert jobs[0].params.start == len(one.token_ids) + len(engine.policy.tokenizer.encode("?"))
+    context, goes_on = ask(episode, prompt=TASK + one.text + "?")  # the noise goes on after what was said
+    start = len(context) - len(ids)
+    assert start == len(one.token_ids) + len(engine.policy.tokenizer.encode("?"))
+    [plain] = engine.sample([Prompt("task/1", TASK, context, first_sample=4)], replace(params, start=start))
+    assert goes_on.token_ids == plain.completions[0].token_ids
+
+
+def test_a_greedy_evaluation_answers_greedily_what_asks_for_the_temperature_of_the_run(begin, params):
+    episode = begin()
+    episode.defaults = replace(params, temperature=0.0)
+    assert job_of(episode, prompt=TASK, temperature=1.0).params.temperature == 0
+    with pytest.raises(ApiError, match=r"temperature=0: the run learns at 1"):
+        job_of(episode, prompt=TASK, temperature=0)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +263,7 @@ def test_an_answer_that_nobody_waited_for_is_not_learned_from(begin):
     late = job_of(episode, prompt="late")
     done = episode.finish({})
     late.keep(two)  # after the end
+    assert len(done.turns) == 1
     assert done.token_ids == two.token_ids
     assert [segment.prompt_token_ids for segment in done.segments] == []
     with pytest.raises(ApiError, match="has ended"):
