@@ -47,6 +47,11 @@ def sampled(folder, step) -> list[tuple]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def _a_proxy_is_not_asked(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+
+
 @pytest.fixture(scope="module")
 def whole(micro_config, tmp_path_factory):
     """An agent of three requests, two of them in one text, and a reward of its own."""
@@ -239,6 +244,7 @@ def test_a_run_of_an_agent_is_evaluated_replayed_and_explained(whole, tmp_path):
     assert main(["eval", str(whole), "--limit", "2", "--output", str(tmp_path), "--threads", "1"]) == 0
     written = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert {"agent", "letters"} == set(written[0]["parts"])
+    assert main(["sample", str(whole), "--prompt", "3 + 4 = ?", "--threads", "1"]) == 0  # without the agent
     again = replay(whole, "agent", ReplayConfig())
     assert (again.changes, again.failures, again.against) == ([], [], "agent")
     found = explain(whole, 2, group=0, tokens=5, heldout=2, say=lambda text: None)
