@@ -47,11 +47,6 @@ def sampled(folder, step) -> list[tuple]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def _a_proxy_is_not_asked(monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-
-
 @pytest.fixture(scope="module")
 def whole(micro_config, tmp_path_factory):
     """An agent of three requests, two of them in one text, and a reward of its own."""
@@ -266,8 +261,9 @@ async def chat(base_url, api_key, question):
 """
 
 
-def test_the_official_client_is_an_agent(tmp_path, micro_policy):
+def test_the_official_client_is_an_agent_and_asks_no_proxy(tmp_path, micro_policy, monkeypatch):
     pytest.importorskip("openai")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     (tmp_path / "mine.py").write_text(OPENAI)
     policy = micro_policy(1)
     policy.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
