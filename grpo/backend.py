@@ -49,7 +49,8 @@ def refuse_backend(config: Any, read_shape: Callable[[], PretrainedConfig]) -> N
 def _refuse_prefix_lm(options: ModelOptions, read_shape: Callable[[], PretrainedConfig]) -> None:
     """What a policy that sees its prompts whole cannot be, or do."""
     rollout, asked = getattr(options, "rollout", None), options.policy.prompt_attention
-    doubtful = rollout and (rollout.partial is not None or rollout.backend == "vllm")
+    agent = getattr(options, "agent", None)
+    doubtful = rollout and (rollout.partial is not None or rollout.backend == "vllm" or agent)
     if asked == "causal" or not (asked or doubtful):
         return
     shape = read_shape()
@@ -67,6 +68,11 @@ def _refuse_prefix_lm(options: ModelOptions, read_shape: Callable[[], Pretrained
         raise ValueError(
             f"rollout.partial={rollout.partial} with {what}: a completion that goes on is read again with its prompt, "
             "and would be seen whole too; set partial to null"
+        )
+    if agent:
+        raise ValueError(
+            f"agent={agent} with {what}: what the policy has written is a part of the next request's prompt, and would "
+            "be seen whole too; use a policy that attends causally"
         )
 
 

@@ -91,7 +91,7 @@ class Collector:
                 tell = partial(progress.advance, bar)
                 if options.partial is None:
                     groups = self.pool.sample(self._with_history(prompts, step), params.at(step, draw), tell)
-                    if not draw and self.backend != "vllm":  # which knows no shards
+                    if not draw and self.backend != "vllm" and not self.run.config.agent:  # which know no shards
                         measured.update(tail_share(groups, options.prompts_per_shard))
                 else:
                     groups = self._complete(step, prompts, take, tell)

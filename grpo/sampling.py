@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config.environment import EnvironmentOptions
+from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.sampling import SamplingOptions
 from grpo.data.examples import Example
 from grpo.learner.batch import PackedRow, Sample
 from policies.policy import Policy
+from rewards.isolation.agents import OWN
+from rewards.isolation.pool import WorkerPool
 from rollout.environments.episodes import first_messages
 from rollout.environments.format import Answers, TurnFormat
 from rollout.environments.protocol import answers_of, check, chosen, tools_of
-from rollout.group import REWARD, Prompt, RolloutGroup, environment_reward
+from rollout.group import AGENT_REWARD, REWARD, Prompt, RolloutGroup, environment_reward
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
 FEWEST_ROUNDS = 100_000  # in which graphs gain three times what they took to compile, .35 ms a layer and round
@@ -91,16 +95,54 @@ def environment_of(options: object) -> EnvironmentSpec | None:
     )
 
 
+def agent_of(options: object) -> AgentOptions | None:
+    """The agent under the options of a command; None without one, and for commands that have none."""
+    return options if isinstance(options, AgentOptions) and options.agent else None
+
+
+def open_agents(options: AgentOptions) -> WorkerPool:
+    """The processes in which the agent runs. Raises RewardError if it cannot be loaded there, or not with so little
+    memory."""
+    description = {"kind": "agent", "function": options.agent}
+    memory = (options.agent_memory_mb or 0) << 20
+    pool = WorkerPool([description], size=options.agent_workers, timeout_s=options.agent_timeout_s, memory=memory)
+    try:
+        pool.run([])
+    except BaseException:
+        pool.close()
+        raise
+    return pool
+
+
+def check_agent(options: AgentOptions, columns: Mapping[str, Any]) -> None:
+    """Raises ValueError or RewardError where the agent cannot be called with these columns."""
+    if taken := [name for name in OWN if name in columns]:
+        raise ValueError(f"agent={options.agent}: column {taken[0]!r} has the name of what every agent gets; rename it")
+    try:
+        json.dumps(columns)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"agent={options.agent}: a column cannot be sent to it: {error}") from error
+    if find_spec("starlette") is None or find_spec("uvicorn") is None:
+        raise ValueError(
+            f"agent={options.agent} needs the packages of the extra serve: pip install 'quartet-rl[serve]'"
+        )
+    open_agents(options).close()
+
+
 class Actor:
-    """The environment of a run as its task sees it: checked early, shown by solutions, a part of the score.
+    """The environment or agent of a run as its task sees it: checked early, shown by solutions, a part of the score.
 
     Raises ValueError or RewardError, before a policy is loaded, where it cannot begin with the first example.
     """
 
-    def __init__(self, environment: EnvironmentSpec | None, example: Example) -> None:
-        self.environment = environment
+    def __init__(
+        self, environment: EnvironmentSpec | None, example: Example, agent: AgentOptions | None = None
+    ) -> None:
+        self.environment, self.agent = environment, agent
         if environment is not None:
             check(environment, example.columns)
+        if agent is not None:
+            check_agent(agent, example.columns)
         self._forms: dict[tuple[str, tuple[int, ...]], TurnFormat] = {}
         self._answers: dict[str, Answers | None] = {}
 
@@ -110,14 +152,15 @@ class Actor:
 
     @property
     def columns(self) -> list[str]:
-        return [REWARD] if self.acts else []
+        return [REWARD] if self.acts else [AGENT_REWARD] if self.agent else []
 
     def added(self, columns: Sequence[Mapping[str, Any]], groups: Sequence[RolloutGroup]) -> list[Mapping[str, Any]]:
-        """The columns of each group, with what the environments gave."""
-        if not self.acts:
+        """The columns of each group, with what the environments or the agents gave."""
+        if not self.columns:
             return list(columns)
+        [name] = self.columns
         return [
-            {**own, REWARD: [environment_reward(completion.tools) for completion in group.completions]}
+            {**own, name: [environment_reward(completion.tools) for completion in group.completions]}
             for own, group in zip(columns, groups, strict=True)
         ]
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo.algorithm.statistics import answer_reader
 from grpo.algorithm.verdicts import Verdicts
 from grpo.config.data import DataOptions
-from grpo.config.environment import rewards_of
+from grpo.config.environment import AgentOptions, rewards_of
 from grpo.config.mtp import MtpConfig
 from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
 from grpo.config.run import SftConfig, TrainConfig
@@ -31,7 +31,7 @@ from grpo.policy_source import find_policy, known_context
 from grpo.reward_models import ModelRewards
 from grpo.run.hardware import device_of
 from grpo.run.log import RunLog
-from grpo.sampling import Actor, environment_of
+from grpo.sampling import Actor, agent_of, environment_of
 from policies.policy import Policy, read_tokenizer
 from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rollout.group import Prompt, RolloutGroup
@@ -61,6 +61,7 @@ class Task:
         contexts: Mapping[str, int] | None = None,
         scores: bool = True,
         environment: EnvironmentSpec | None = None,
+        agent: AgentOptions | None = None,
     ) -> None:
         """`heldout`: how many held-out problems, None for all of them, 0 for none. `device` is the reward models'.
 
@@ -88,7 +89,7 @@ class Task:
         self.trainer_state: dict[str, Any] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
         self.prompts_per_step = 0
         self.scores = scores
-        self.actor = Actor(environment, known[0])
+        self.actor = Actor(environment, known[0], agent)
         specs = [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
         self.reward_weights = {spec.label: spec.weight for spec in specs}
         self.first_reward = specs[0].label
@@ -132,6 +133,7 @@ class Task:
             contexts=_contexts(config),
             scores=scores,
             environment=environment_of(config),
+            agent=agent_of(config),
         )
         if isinstance(config, TrainConfig):
             task.trainer_state["max_steps"], task.prompts_per_step = config.steps, config.prompts_per_step

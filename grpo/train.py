@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from grpo.agents.pool import with_agent
 from grpo.ahead import Batches
 from grpo.algorithm import own
 from grpo.collector import Collector
@@ -63,15 +64,18 @@ def train(
         curriculum = Curriculum(task.train, config.curriculum, config.seed)
         batches = Batches(run, curriculum)
         run.restore(learner=learner, curriculum=batches, **_base(run, learner))
-        with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log, samples=ranks.first) as pool:
+        with (
+            open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log, samples=ranks.first) as pool,
+            with_agent(pool, config) as sampler,
+        ):
             publisher = Publisher(pool, learner, sampling_params(policy, config.rollout, 1, config.seed))
             with phase("publishing", config):
                 publisher.publish()
             run.alone(use_costs_of_run, pool, policy, config.rollout, run.folder, resumes=run.resumes)
-            collector = Collector(run, task, curriculum, pool, policy)
+            collector = Collector(run, task, curriculum, sampler, policy)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
             sampling = replace(sampling, environment=environment_of(config))
-            held_out = HeldOut(task, policy, pool, run.log, config.eval, sampling, collector.evaluated)
+            held_out = HeldOut(task, policy, sampler, run.log, config.eval, sampling, collector.evaluated)
             with run:
                 batches.begin(collector, learner, partial(_publish, run, publisher))
                 if held_out.due(run.step, run.last) and not held_out.done(run.step):

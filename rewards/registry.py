@@ -26,7 +26,7 @@ _MODULES = {
     "remote": ("remote",),
     "judge": ("judge",),
     "code": ("code",),
-    "column": ("column", "environment"),
+    "column": ("column", "environment", "agent"),
     "reasoning": ("reasoning_gym",),
 }
 BUILT_IN = {name: f"rewards.built_in.{module}" for module, names in _MODULES.items() for name in names}

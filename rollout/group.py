@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ FinishReason = Literal["stop", "length", "max_turns", "environment", "abort"]
 ENDED: tuple[FinishReason, ...] = ("stop", "environment")  # what no limit has cut
 
 REWARD = "environment_reward"  # the column that the reward `environment` reads
+AGENT_REWARD = "agent_reward"  # and the one that the reward `agent` reads
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ class ToolStats:
     """What the tools of one episode did: `calls` that were made, `errors` that tools raised, and `bad_calls` that named
     no tool, had wrong arguments or could not be read. `reward` is what the environment's `get_reward` gave. `failure`
     says why the environment could not go on, `{"kind": ..., "message": ...}`.
+
+    An external agent has it too: `calls` are its requests, `errors` those that were refused, and `reward` is what it
+    returned.
     """
 
     calls: int = 0
@@ -90,12 +94,24 @@ class ToolStats:
     failure: dict[str, str] | None = None
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Where a part of an agent's episode begins that has a prompt of its own. `start` counts the tokens of the
+    completion."""
+
+    start: int
+    prompt_token_ids: list[int]
+
+
 @dataclass
 class Completion:
     """One sampled completion. `token_ids` end with the stop token when `finish_reason` is `stop`.
 
     With tools it is an episode of several turns. `turns` are then its messages, the assistant's and the tools', and
     `sampled` [Lc] is false for tokens that a tool wrote, whose `logprobs` are 0. Both are empty without tools.
+
+    With an external agent they are the messages that it and the policy have exchanged. `segments` are then the parts of
+    `token_ids` that follow a prompt of their own; without any all of them follow the prompt of the group.
 
     With stop strings, which training does not have, they may end with the token that completed
     one, and `text` ends before the string.
@@ -117,6 +133,20 @@ class Completion:
     sampled: list[bool] = field(default_factory=list)
     tools: ToolStats | None = None
     versions: list[int] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+
+    def parts(self, prompt: Prompt) -> Iterator[tuple[list[int], slice]]:
+        """What the policy read first, and which tokens follow it: the whole completion after `prompt`, or each of its
+        segments.
+
+        >>> one = Completion([5, 6, 7], [-0.1, -0.3, -0.2], "", "stop", 0, segments=[Segment(0, [1]), Segment(2, [4])])
+        >>> list(one.parts(Prompt("a", "", [9])))
+        [([1], slice(0, 2, None)), ([4], slice(2, 3, None))]
+        """
+        begins = self.segments or ([Segment(0, prompt.token_ids)] if self.token_ids else [])
+        for i, segment in enumerate(begins):
+            end = begins[i + 1].start if i + 1 < len(begins) else len(self.token_ids)
+            yield segment.prompt_token_ids, slice(segment.start, end)
 
     @property
     def num_sampled(self) -> int:
@@ -134,10 +164,11 @@ class Completion:
 
     @property
     def episode(self) -> dict[str, Any]:
-        """`turns`, `sampled` and `tools` as JSON takes them; nothing without tools."""
+        """`turns`, `sampled`, `tools` and `segments` as JSON takes them; nothing without tools."""
         if self.tools is None:
             return {}
-        return {"turns": self.turns, "sampled": self.sampled, "tools": asdict(self.tools)}
+        own = {"segments": [asdict(segment) for segment in self.segments]} if self.segments else {}
+        return {"turns": self.turns, "sampled": self.sampled, "tools": asdict(self.tools), **own}
 
     @property
     def answer(self) -> str:

@@ -155,18 +155,20 @@ class LocalPool:
         shared = self.engine.policy.state_dict(keep_vars=True).values() if self.shares else ()
         return sum(tensor._version for tensor in shared)
 
-    def _refuse_unpublished(self) -> None:
+    def published(self) -> Engine:
+        """The engine. Raises RolloutError where the policy has learned since the weights that it decodes with."""
         if self._writes() != self._published:
             raise RolloutError("the policy has learned since its last publication: publish its weights first")
+        return self.engine
 
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
-        self._refuse_unpublished()
+        engine = self.published()
         groups, faults = [], []
         for shard in shards(prompts, self.prompts_per_shard):
             try:
-                groups += self.engine.sample(shard, params, on_finished)
+                groups += engine.sample(shard, params, on_finished)
             except RolloutError as error:
                 groups += error.groups
                 faults.append(str(error))
@@ -175,8 +177,7 @@ class LocalPool:
         return groups
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
-        self._refuse_unpublished()
-        return {"the sampler": self.engine.sample(prompts, params)}
+        return {"the sampler": self.published().sample(prompts, params)}
 
     def keep(self) -> None:
         pass

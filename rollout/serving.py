@@ -43,8 +43,8 @@ class News:
 @dataclass(eq=False)
 class Request:
     """One completion that is asked for. `params` may differ from those of the batch in `temperature`,
-    `max_completion_tokens`, `seed` and `stop_strings` alone. `tell` is called after every round that gave it something,
-    in the thread that decodes.
+    `max_completion_tokens`, `seed`, `start` and `stop_strings` alone. `tell` is called after every round
+    that gave it something, in the thread that decodes.
     """
 
     prompt: Prompt
@@ -76,6 +76,7 @@ class Serving(Decoding):
         self.results = Results(self.most_rows, self.room, depth, self.device)
         self.prompts: list[Prompt] = [Prompt("", "", [])] * self.most_rows
         self.limits = torch.ones(self.most_rows, dtype=torch.long, device=self.device)
+        self.starts = torch.zeros(self.most_rows, dtype=torch.long, device=self.device)
         self.temperatures = torch.ones(self.most_rows, dtype=torch.float64, device=self.device)
         self.ends: dict[int, StopStrings] = {}
 
@@ -127,6 +128,9 @@ class Serving(Decoding):
     def limit(self, rows: Rows) -> Tensor:
         return self.limits[rows.index]
 
+    def start(self, rows: Rows) -> Tensor:
+        return self.starts[rows.index][:, None]
+
     def key(self, number: int, sample: int) -> tuple[int, int]:
         prompt = self.prompts[number]
         return row_key(self.requests[number].params, prompt.prompt_id, prompt.first_sample + sample)
@@ -155,6 +159,7 @@ class Serving(Decoding):
         self.strings = next(iter(self.ends.values()), None)
         params = [request.params for request in joining.values()]
         self.limits[places] = self.limits.new_tensor([own.max_completion_tokens for own in params])
+        self.starts[places] = self.starts.new_tensor([own.start for own in params])
         self.temperatures[places] = self.temperatures.new_tensor([own.temperature for own in params])
         self.waiting = sorted(places, key=lambda place: len(self.prompts[place].token_ids))
         self.longest = len(self.prompts[self.waiting[-1]].token_ids)

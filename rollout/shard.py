@@ -86,6 +86,11 @@ class Decoding:
         """Most tokens of a completion."""
         return self.params.max_completion_tokens
 
+    def start(self, rows: Rows) -> int | Tensor:
+        """Tokens that a completion had before its prompt ended: [R, 1], or the same for all. Its noise goes on after
+        them."""
+        return self.params.start
+
     def key(self, number: int, sample: int) -> tuple[int, int]:
         """Of the noise of one completion of the prompt with this number."""
         prompt = self.prompts[number]
@@ -278,7 +283,7 @@ class Decoding:
         return self.drafts.plan(live, self.alive, most)
 
     def _noise(self, rows: Rows, places: int) -> Noise:
-        positions = self.params.start + rows.count[:, None] + self.steps[:places]
+        positions = self.start(rows) + rows.count[:, None] + self.steps[:places]
         return Noise(rows.keys_R2[:, None], positions, self.vocabulary)
 
     def _settle(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from rewards.group_score import GroupScore, RewardFailure
-from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, ToolStats
+from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, Segment, ToolStats
 
 BY_ENVIRONMENT = ("text", "token_ids", "messages")  # parts of a prompt to which an environment may have added
 PromptOf = Callable[[str], Prompt]
@@ -55,7 +55,8 @@ def drawn_of(found: Mapping[str, Any], prompt_of: PromptOf) -> Drawn:
 def _completion(found: Mapping[str, Any]) -> Completion:
     tools = None if found["tools"] is None else ToolStats(**found["tools"])
     parts = {"draft": DraftStats(**found["draft"]), "routing": _tensor(found["routing"]), "tools": tools}
-    return Completion(**{**found, **parts})
+    segments = [Segment(**segment) for segment in found.get("segments", [])]
+    return Completion(**{**found, **parts, "segments": segments})
 
 
 def _score(found: Mapping[str, Any]) -> GroupScore:

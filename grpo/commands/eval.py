@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from grpo.agents.pool import AgentPool
 from grpo.algorithm.statistics import corpus_bleu
 from grpo.config.data import DataOptions, PromptOptions
 from grpo.config.environment import rewards_of
@@ -24,7 +25,8 @@ from grpo.evaluation.served import is_address, open_served
 from grpo.policy_source import PolicySource, check_options, find_policy, known_context, load_found
 from grpo.run.console import progress_bars
 from grpo.run.memory_errors import phase
-from grpo.sampling import environment_of, sampling_params
+from grpo.run.stop import StopSignal
+from grpo.sampling import agent_of, environment_of, sampling_params
 from grpo.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore
@@ -146,6 +148,7 @@ def evaluate_model(config: EvalConfig, console: Console, others: Sequence[str] =
         met=frozenset() if config.allow_trained_on else refused,
         contexts={config.prompt_column: context} if context else None,
         environment=environment_of(config),
+        agent=agent_of(config),
     ) as task:
         completions = CompletionsFile(config.output, task) if config.output else None
         write = completions.write if completions else None
@@ -175,6 +178,8 @@ def evaluate_model(config: EvalConfig, console: Console, others: Sequence[str] =
         finally:
             if completions:
                 completions.close()
+            if isinstance(pool, AgentPool):
+                pool.close()
         bleus = {name: _bleu(result, task) for name, result in results.items()}
         return ModelEvaluation(
             config=config,
@@ -197,7 +202,8 @@ def _open(policy: Policy | None, config: EvalConfig, sampling: SamplingParams) -
         pool = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=config.prompts_per_batch)
     if sampling.draft_tokens is None and policy.mtp is not None:
         pool.use_costs(None, config.prompts_per_batch * sampling.group_size)  # else measured on the clock
-    return pool
+    agent = agent_of(config)
+    return AgentPool(pool, StopSignal(), agent, config.temperature) if agent else pool
 
 
 def _perplexity(policy: Policy, task: Task) -> Perplexity | None:

@@ -17,7 +17,7 @@ from rewards.group_score import RewardFailure, mean
 from rewards.protocol import did_you_mean
 from rewards.registry import find_reward
 from rewards.scorer import RewardSpec, Scorer
-from rollout.group import REWARD, ToolStats, answer_of, environment_reward
+from rollout.group import AGENT_REWARD, REWARD, ToolStats, answer_of, environment_reward
 
 SCORE = "score"  # the weighted sum, not one reward's value
 
@@ -79,6 +79,7 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
     against = _against(config.against, spec.label, list(read_rollouts(run, steps[0])[0]["parts"]))
     models = [model["name"] for model in settings.get("reward_models", [])]  # whose scores are in the record
     acted = [REWARD] if settings.get("environment") or settings.get("tools") else []
+    acted += [AGENT_REWARD] if settings.get("agent") else []
     columns = [*next(iter(examples.values())).columns, *models, *acted]
     result = Replay(str(run), function, against)
     with Scorer(

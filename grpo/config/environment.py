@@ -1,4 +1,4 @@
-"""Options of tools and environments, with which completions become episodes of several turns."""
+"""Options of tools, environments and agents, with which completions become episodes of several turns."""
 
 from __future__ import annotations
 
@@ -39,10 +39,26 @@ class EnvironmentOptions(Options):
         return environment
 
 
+class AgentOptions(Options):
+    """A program that asks the policy by OpenAI's API; `quartet train` learns from what it asked."""
+
+    agent: str | None = None
+    """A function of yours, `path/to/file.py:function`, that is called once for each completion. It gets `base_url` and
+    `api_key` for a client of OpenAI's API, `prompt` (the text of the prompt) and the columns of the example; it may be
+    async. A number that it returns is the reward `agent`."""
+    agent_timeout_s: float = Field(default=120.0, gt=0)
+    """Seconds that one call of the agent may take; then its process is killed (see reward.on_error)."""
+    agent_memory_mb: int | None = Field(default=None, ge=1)
+    """Most MiB of data that a process of the agent may hold; null sets no limit."""
+    agent_workers: int = Field(default=4, ge=1)
+    """Processes that run the agent, each of them for one completion at a time: so many are sampled together."""
+
+
 def rewards_of(config: RewardsOptions) -> list[RewardOptions]:
     """The rewards of a run. With tools the one named `environment` is among them: it hands over what `get_reward` gave,
-    and the failures of tools."""
+    and the failures of tools. With an agent the one named `agent` does so."""
     acts = isinstance(config, EnvironmentOptions) and config.has_tools
-    if not acts or any(reward.function == "environment" for reward in config.rewards):
+    name = "environment" if acts else "agent" if isinstance(config, AgentOptions) and config.agent else None
+    if name is None or any(reward.function == name for reward in config.rewards):
         return config.rewards
-    return [*config.rewards, RewardOptions(function="environment")]
+    return [*config.rewards, RewardOptions(function=name)]

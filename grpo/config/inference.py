@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from grpo.config.data import PromptOptions
-from grpo.config.environment import EnvironmentOptions
+from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.json_file import expecting
 from grpo.config.policy import ModelOptions
 from grpo.config.reward import RewardsOptions, ScoringOptions
@@ -37,7 +37,7 @@ class _UseOptions(EnvironmentOptions, SamplingOptions, PromptOptions, ModelOptio
         return stop
 
 
-class EvalConfig(RewardsOptions, _UseOptions):
+class EvalConfig(AgentOptions, RewardsOptions, _UseOptions):
     """Accuracy or mean reward on held-out problems, sampled and greedy. A run folder brings its data and rewards."""
 
     data: str = "word_problems"
@@ -71,6 +71,11 @@ class EvalConfig(RewardsOptions, _UseOptions):
     def _something(self) -> EvalConfig:
         if not (self.samples or self.greedy):
             raise ValueError("samples=0 and greedy=false leave nothing to evaluate; use one of them")
+        if self.agent and (self.has_tools or self.stop or self.model.startswith(("http://", "https://"))):
+            raise ValueError(
+                f"agent={self.agent} asks a policy that is loaded here, and has its tools itself: leave the agent out "
+                "(agent: null), or give MODEL as a folder, without environment, tools and stop"
+            )
         return self
 
 
@@ -120,7 +125,7 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
         # There the head alone drafts, which the policy may not have.
         **({"draft_tokens": None} if other_sources and rollout["draft_tokens"] else {}),
         **{name: run[name] for name in ("seed", "rewards")},
-        **{name: run[name] for name in EnvironmentOptions.model_fields if name in run},
+        **{name: run[name] for name in (*EnvironmentOptions.model_fields, *AgentOptions.model_fields) if name in run},
         "reward_models": run.get("reward_models", []),
         "reward": reward,
     }

@@ -94,15 +94,15 @@ class RewardsOptions(Options):
     rewards: list[RewardOptions] = Field(default_factory=lambda: [RewardOptions(function="gsm8k")])
     """Reward functions; the score is their weighted sum. The first one judges held-out completions: evaluation
     reports accuracy where its marks say right or wrong (`rewards.right_at`, or all of them are 0 and 1), else the mean
-    reward. An empty list is for an environment that has a reward."""
+    reward. An empty list is for an environment or an agent that has a reward."""
     reward_models: list[RewardModelOptions] = Field(default_factory=list)
     """Models other than the policy that score completions."""
     reward: ScoringOptions = ScoringOptions()
 
     @model_validator(mode="after")
     def _scores(self) -> RewardsOptions:
-        if not self.rewards and not getattr(self, "environment", None):
-            raise ValueError("rewards=[] scores nothing; name a reward, or an environment that has one")
+        if not self.rewards and not getattr(self, "environment", None) and not getattr(self, "agent", None):
+            raise ValueError("rewards=[] scores nothing; name a reward, or an environment or agent that has one")
         return self
 
 

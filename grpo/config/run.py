@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from grpo.config.data import CurriculumOptions, DataOptions
-from grpo.config.environment import EnvironmentOptions
+from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.learner import BalanceOptions, LearnerOptions, LoraOptions, MTPOptions, WarmStartOptions
 from grpo.config.loss import DistillOptions, LossOptions, ValueOptions
 from grpo.config.options import Options
@@ -92,7 +92,7 @@ class SftConfig(EnvironmentOptions, RunConfig):
     eval: EvalOptions = EvalOptions()
 
 
-class TrainConfig(SftConfig):
+class TrainConfig(AgentOptions, SftConfig):
     """GRPO, after an optional warm start: sample groups, score them, favour what scored above its group."""
 
     # What `quartet train --help` shows; `--help all` shows all.
@@ -139,6 +139,7 @@ class TrainConfig(SftConfig):
                 f"rollout.partial={self.rollout.partial}: an episode with tools or an environment is sampled in one "
                 "step, since its environment does not wait for the next one; set partial to null"
             )
+        self._refuse_with_agent()
         if self.mtp.train_trunk:
             raise ValueError("mtp.train_trunk: in GRPO the draft head never touches the trunk; use it in quartet sft")
         if self.eval.every and not self.eval.limit:
@@ -157,3 +158,32 @@ class TrainConfig(SftConfig):
                 f"use at most {self.mtp.depth}"
             )
         return self
+
+    def _refuse_with_agent(self) -> None:
+        """Raises ValueError for an option that a run with an agent cannot have."""
+        if self.agent is None:
+            return
+        rollout, own = self.rollout, "the agent's requests are sampled by our own engine, in this process"
+        later = "an episode is sampled in its own step, since the agent does not wait for the next one"
+        refused = {
+            "environment": (self.environment, "an agent has its tools itself; leave one of them out"),
+            "tools": (self.tools, "an agent has its tools itself; leave one of them out"),
+            "rollout.backend": (rollout.backend == "vllm" and "vllm", f"{own}; leave backend out"),
+            "rollout.workers": (rollout.workers, f"{own}; set it to 0"),
+            "rollout.ahead": (rollout.ahead, f"{own}; set it to 0"),
+            "rollout.partial": (rollout.partial, f"{later}; set it to null"),
+            "rollout.draft_sources": (
+                rollout.looks_up and rollout.draft_sources,
+                "the completions of a group may have different prompts, so nothing is looked up in them; use [head]",
+            ),
+            "learner.routing_replay": (self.learner.routing_replay, "no experts are recorded; set it to false"),
+            "loss.advantage": (
+                self.loss.advantage in ("gae", "rank_softmax") and self.loss.advantage,
+                "a value function reads one text from its beginning to its end, and an episode may have several; use "
+                "group_relative, or another one without values",
+            ),
+            "log.measure_speed": (self.log.measure_speed, "what is timed would be the agent; set it to false"),
+        }
+        for name, (value, why) in refused.items():
+            if value:
+                raise ValueError(f"{name}={value} with agent={self.agent}: {why}")

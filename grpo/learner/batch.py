@@ -8,7 +8,7 @@ Axes: B rows, T tokens of a row, C completions of the micro-batch, L completion 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion to learn from. `index` is its place in the step: [group, sample] flattened.
+    """One completion to learn from, or a segment of it. `index` is the completion's place in the step: [group, sample]
+    flattened. `start` is the place of the segment in the completion.
 
     A value function gives `token_advantages`, its `values` and the `returns` that it should have predicted, one for
     each token; other estimators give one `advantage`.
@@ -34,6 +35,7 @@ class Sample:
     returns: list[float] = field(default_factory=list)
     routing: Tensor | None = None  # [Lc, MoE layers, k]; see RolloutGroup
     sampled: list[bool] = field(default_factory=list)  # [Lc] false where a tool wrote; empty without tools
+    start: int = 0
 
     @property
     def num_sampled(self) -> int:
@@ -142,6 +144,23 @@ class MicroBatch:
     def by_completion(self, flat_N: Tensor) -> Tensor:
         """Values of the scored tokens, in row order, as [C, L]; differentiable."""
         return flat_N.new_zeros(self.mask.shape).masked_scatter(self.mask, flat_N)
+
+
+def by_completion(rows: Sequence[PackedRow], values: Mapping[tuple[int, int], list[float]]) -> dict[int, list[float]]:
+    """Values of the tokens of each sample, given by `index` and `start`, as those of each completion by its index. A
+    completion is left out if one of its segments has none.
+
+    >>> rows = [PackedRow([7], [Sample(4, [1], start=2)]), PackedRow([8], [Sample(4, [5, 6])])]
+    >>> by_completion(rows, {(4, 0): [0.1, 0.2], (4, 2): [0.3]})
+    {4: [0.1, 0.2, 0.3]}
+    """
+    samples = sorted((sample for row in rows for sample in row.samples), key=lambda s: (s.index, s.start))
+    lacking = {sample.index for sample in samples if (sample.index, sample.start) not in values}
+    whole: dict[int, list[float]] = {}
+    for sample in samples:
+        if sample.index not in lacking:
+            whole.setdefault(sample.index, []).extend(values[sample.index, sample.start])
+    return whole
 
 
 def split_rows(

@@ -25,7 +25,7 @@ from grpo.algorithm.losses import entropy_threshold, mask_truncated_completions,
 from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions, ValueOptions
 from grpo.learner import state as learner_state
-from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch, collate, cut, micro_batches
+from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch, by_completion, collate, cut, micro_batches
 from grpo.learner.draft_head import head_loss, teaching
 from grpo.learner.experts import Balancer
 from grpo.learner.likelihood import Forward, Likelihood
@@ -88,6 +88,7 @@ class Learner:
         self.importance_correction = importance_correction_of(self.loss.importance_correction, self.sampler_differs)
         # log π_old of what the last step learned from, by Sample.index; what needed no forward is not there.
         self.policy_logprobs: dict[int, list[float]] = {}
+        self._scored: dict[tuple[int, int], list[float]] = {}  # the same of each segment
         self.value_head: ValueHead | None = None
         if self.loss.advantage in ("gae", "rank_softmax"):
             self.value_head = ValueHead(policy.config.hidden_size, self.value.hidden_size).to(policy.device)
@@ -148,7 +149,7 @@ class Learner:
         started = time.perf_counter()
         anchored = self.loss.beta > 0 or self.loss.entropy_coef != 0 or self.balancer.trains or self.teacher is not None
         metrics: dict[str, float] = dict(batch.metrics)
-        self.policy_logprobs = {}
+        self.policy_logprobs, self._scored = {}, {}
         if age := batch.age(self.policy_version):
             metrics["mismatch/age_mean"] = age
         differs = self.sampler_differs or age > 0
@@ -191,8 +192,9 @@ class Learner:
                     on_micro_batch(update * len(minis) + i + 1, len(minis) * self.options.updates_per_batch)
             metrics |= self.ranks.sum_metrics(dict(sums) | {"mismatch/logprob_abs_max": farthest}) | self._update(step)
             self.policy_version += update == 0
-        self.policy_logprobs = self.ranks.union(self.policy_logprobs)
-        metrics["policy/step_kl"] = self.likelihood.moved(rows, self.policy_logprobs)
+        self._scored = self.ranks.union(self._scored)
+        self.policy_logprobs = by_completion(batch.rows, self._scored)
+        metrics["policy/step_kl"] = self.likelihood.moved(rows, self._scored)
         self.balancer.sum_over(self.ranks)
         metrics |= self.balancer.end()
         metrics["learner/updates"] = float(self.options.updates_per_batch)
@@ -200,7 +202,7 @@ class Learner:
 
     def _remember(self, mini: MicroBatch, logprobs_CL: Tensor) -> None:
         for sample, values in zip(mini.samples, logprobs_CL.tolist(), strict=True):
-            self.policy_logprobs[sample.index] = values[: len(sample.token_ids)]
+            self._scored[sample.index, sample.start] = values[: len(sample.token_ids)]
 
     def _rows_that_count(
         self, rows: Sequence[PackedRow], anchored: bool, taught: Mapping[int, float]

@@ -77,14 +77,14 @@ class Likelihood:
         return RoutingReplay([policy.trunk for policy in policies], mini.routing)
 
     @torch.no_grad()
-    def moved(self, rows: Sequence[PackedRow], before: Mapping[int, Sequence[float]]) -> float:
+    def moved(self, rows: Sequence[PackedRow], before: Mapping[tuple[int, int], Sequence[float]]) -> float:
         """KL(before ‖ now) of the policy in nats per token: the mean of r - 1 - log r over tokens that it sampled, with
         r the ratio of their probabilities now and before (Schulman's k3).
 
         The tokens are those of one completion from each of the first GROUPS_READ groups that teach something, since
         completions of one group differ much less than groups do; its advantage is not zero. Where no group teaches,
-        they are of the first groups. `before` are log-probabilities by `Sample.index`. Every rank that shares the
-        policy must ask for the same rows.
+        they are of the first groups. `before` are log-probabilities by `Sample.index` and `start`. Every
+        rank that shares the policy must ask for the same rows.
         """
         read: dict[int, PackedRow] = {}
         for row in [row for row in rows if not row.tied] or rows:
@@ -95,9 +95,10 @@ class Likelihood:
             mini = collate([row], self.policy.device)
             with self.replaying(mini):
                 now = self.forward(mini).logprobs
-            log_ratio = (now - mini.padded([before[row.samples[0].index]]))[mini.mask]
+            [sample] = row.samples
+            log_ratio = (now - mini.padded([before[sample.index, sample.start]]))[mini.mask]
             total += (log_ratio.expm1() - log_ratio).sum().item()
-            tokens += row.samples[0].num_sampled
+            tokens += sample.num_sampled
         return total / tokens
 
 

@@ -32,6 +32,7 @@ from policies.sharding import everyone
 TIMEOUT = timedelta(minutes=30)  # how long a rank waits for another inside a step
 PATIENCE = timedelta(days=30)  # how long it waits for what rank 0 samples, which has limits of its own
 T = TypeVar("T")
+Key = TypeVar("Key", int, tuple[int, int])
 
 
 class RankFailed(RuntimeError):
@@ -103,7 +104,7 @@ class Ranks:
         for tensor in tensors if self.size > 1 else ():
             dist.all_reduce(tensor if self._counts else tensor.zero_())
 
-    def union(self, own: dict[int, T]) -> dict[int, T]:
+    def union(self, own: dict[Key, T]) -> dict[Key, T]:
         """The entries of all readers."""
         return {key: value for part in self.gather(own) for key, value in part.items()}
 

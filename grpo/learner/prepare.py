@@ -61,7 +61,8 @@ def pack(
     max_tokens: int,
     routing_replay: bool = False,
 ) -> TrainingBatch:
-    """Groups with their prompt once, in rows of `max_tokens`; a completion without reward has no place in them.
+    """Groups with their prompt once, in rows of `max_tokens`; a completion without reward has no place in them. The
+    segments of an agent's episodes are packed by their prompts.
 
     Raises ValueError where `routing_replay` finds no recorded experts.
     """
@@ -69,24 +70,25 @@ def pack(
     rows, tokens, count = [], 0, 0
     size = len(groups[0].completions)
     for g, (group, score) in enumerate(zip(groups, scores, strict=True)):
-        samples = [
-            Sample(
-                g * size + i,
-                c.token_ids,
-                c.logprobs,
-                advantages_PG[g, i].item(),
-                c.finish_reason,
-                routing=_recorded(c.routing, group) if routing_replay else None,
-                sampled=c.sampled,
-            )
-            for i, c in enumerate(group.completions)
-            if score.rewards[i] is not None
-        ]
-        count += len(samples)
-        tokens += tokens_in_loss(samples, loss)
-        if samples:
+        by_prompt: dict[tuple[int, ...], list[Sample]] = {}  # those of agents differ within a group
+        for i, c in enumerate(group.completions):
+            for prompt_ids, at in c.parts(group.prompt) if score.rewards[i] is not None else ():
+                sample = Sample(
+                    g * size + i,
+                    c.token_ids[at],
+                    c.logprobs[at],
+                    advantages_PG[g, i].item(),
+                    c.finish_reason,
+                    routing=_recorded(c.routing, group) if routing_replay else None,
+                    sampled=c.sampled[at],
+                    start=at.start,
+                )
+                by_prompt.setdefault(tuple(prompt_ids), []).append(sample)
+        for prompt, samples in by_prompt.items():
+            count += len(samples)
+            tokens += tokens_in_loss(samples, loss)
             routing = _recorded(group.prompt_routing, group) if routing_replay else None
-            rows += split_rows(group.prompt.token_ids, samples, max_tokens, routing, group=g)
+            rows += split_rows(list(prompt), samples, max_tokens, routing, group=g)
     versions = Counter[int]()
     for completion in (completion for group in groups for completion in group.completions):
         versions.update(completion.versions or {completion.policy_version: completion.num_sampled})

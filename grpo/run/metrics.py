@@ -38,12 +38,15 @@ METRICS: dict[str, str] = {
     "completion/clipped": "completions cut by max_completion_tokens (finish_reason length), fraction",
     "completion/out_of_turns": "completions cut by max_turns (finish_reason max_turns), fraction; with tools",
     "completion/aborted": "completions whose sampling was given up (finish_reason abort), fraction",
-    "tools/turns_mean": "turns of the policy in a completion, mean",
-    "tools/calls_mean": "calls of tools that were made in a completion, mean",
-    "tools/errors": "calls at which the tool raised, and the policy was told so, fraction of the calls",
+    "tools/turns_mean": "turns of the policy in a completion, mean; with an agent its answers",
+    "tools/calls_mean": "calls of tools that were made in a completion, mean; with an agent its requests",
+    "tools/errors": "calls at which the tool raised, and the policy was told so, fraction of the calls; with an agent "
+    "requests that got no answer",
     "tools/bad_calls": "turns in which a call named no tool, had wrong arguments or could not be read, fraction",
-    "tools/failures": "completions whose environment could not go on (late, died, not a finite number), count",
-    "tools/tokens": "tokens that tools wrote, which nothing is learned from, count",
+    "tools/failures": "completions whose environment or agent could not go on (late, died, not a number), count",
+    "tools/tokens": "tokens that tools or an agent wrote, which nothing is learned from, count",
+    "agent/segments_mean": "texts that an episode of an agent consists of, mean (absent where each is one that begins "
+    "with the prompt of the data)",
     "loss/total": "what the optimizer minimises for the policy: every term with its weight",
     "loss/policy": "policy term of the loss, by the chosen loss_type",
     "loss/kl": "KL of the policy from the reference, before beta, mean, nats per token",
@@ -259,6 +262,7 @@ def _tool_metrics(completions: Sequence[Completion]) -> dict[str, float | None]:
     episodes = [(completion, completion.tools) for completion in completions if completion.tools is not None]
     if not episodes:
         return {}
+    any_segments = any(completion.segments for completion, _ in episodes)
     turns, calls = (sum(n) for n in zip(*((c.num_turns, tools.calls) for c, tools in episodes), strict=True))
     return {
         "completion/out_of_turns": _mean(completion.finish_reason == "max_turns" for completion, _ in episodes),
@@ -268,6 +272,7 @@ def _tool_metrics(completions: Sequence[Completion]) -> dict[str, float | None]:
         "tools/bad_calls": sum(tools.bad_calls for _, tools in episodes) / turns,
         "tools/failures": sum(tools.failure is not None for _, tools in episodes),
         "tools/tokens": sum(len(completion.token_ids) - completion.num_sampled for completion, _ in episodes),
+        "agent/segments_mean": _mean(max(1, len(c.segments)) for c, _ in episodes) if any_segments else None,
     }
 
 

@@ -93,16 +93,16 @@ class _Stream(StreamingResponse):
         yield event("[DONE]")
 
 
-def app(served: Served, key: str | None = None, *, starts: Callable[[], Awaitable[None]] | None = None) -> Starlette:
-    """The application. With a `key` every question about models needs it as `Authorization: Bearer KEY`; without one
-    only a request that names a loopback host is answered, so that no web page can ask by a name of its own.
-
-    `starts` runs beside the server until it ends.
+def questions(of: Callable[[Request], Served], key: str | None, prefix: str = "") -> list[Route]:
+    """The routes of OpenAI's API under `prefix`; `of` says what is asked. With a `key` every question about models
+    needs it as `Authorization: Bearer KEY`; without one only a request that names a loopback host is answered, so that
+    no web page can ask by a name of its own.
     """
 
     def answering(kind: type[Asked]) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             _refuse_strangers(request, key)
+            served = of(request)
             if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 raise ApiError("send the request as Content-Type: application/json", 415)
             asked = read(kind, await _body(request))
@@ -120,7 +120,7 @@ def app(served: Served, key: str | None = None, *, starts: Callable[[], Awaitabl
 
     def models(request: Request) -> Response:
         _refuse_strangers(request, key)
-        name = request.path_params.get("name")
+        served, name = of(request), request.path_params.get("name")
         if name not in (None, served.name):
             message = f"the model {name!r:.60} does not exist; here it is {served.name!r}"
             raise ApiError(message, 404, param="model", code="model_not_found")
@@ -128,6 +128,17 @@ def app(served: Served, key: str | None = None, *, starts: Callable[[], Awaitabl
         one |= {"policy_version": served.batcher.engine.version, "meaning": served.meaning}
         one |= {"max_model_len": served.context, "accept": served.defaults.accept}
         return JSONResponse({"object": "list", "data": [one]} if name is None else one, headers=HEADERS)
+
+    return [
+        Route(f"{prefix}/v1/models", models),
+        Route(f"{prefix}/v1/models/{{name:path}}", models),
+        Route(f"{prefix}/v1/completions", answering(CompletionAsked), methods=["POST"]),
+        Route(f"{prefix}/v1/chat/completions", answering(ChatAsked), methods=["POST"]),
+    ]
+
+
+def app(served: Served, key: str | None = None, *, starts: Callable[[], Awaitable[None]] | None = None) -> Starlette:
+    """The application of one policy, see `questions`. `starts` runs beside the server until it ends."""
 
     def health(request: Request) -> Response:
         alive = served.batcher.alive
@@ -151,14 +162,11 @@ def app(served: Served, key: str | None = None, *, starts: Callable[[], Awaitabl
 
     return Starlette(
         routes=[
-            Route("/v1/models", models),
-            Route("/v1/models/{name:path}", models),
-            Route("/v1/completions", answering(CompletionAsked), methods=["POST"]),
-            Route("/v1/chat/completions", answering(ChatAsked), methods=["POST"]),
+            *questions(lambda request: served, key),
             Route("/health", health),
             Route("/metrics", metrics),
         ],
-        exception_handlers={ApiError: _said, HTTPException: _not_found, ClientDisconnect: _gone, Exception: _broken},
+        exception_handlers=HANDLERS,
         lifespan=lifespan,
     )
 
@@ -215,7 +223,7 @@ def _refuse_strangers(request: Request, key: str | None) -> None:
     if key is not None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(given.encode(), key.encode()):
-            message = "the key is missing or wrong; send Authorization: Bearer KEY, with the key of --api_key_file"
+            message = "the key is missing or wrong; send Authorization: Bearer KEY, with the server's key"
             raise ApiError(message, 401, code="invalid_api_key")
         return
     host = request.headers.get("host", "")
@@ -240,3 +248,11 @@ async def _gone(_: Request, error: Exception) -> Response:
 async def _broken(_: Request, error: Exception) -> Response:
     message = f"the server has a fault: {type(error).__name__}; its standard error has more"
     return JSONResponse(ApiError(message, 500).body(), 500, HEADERS)
+
+
+HANDLERS: dict[Any, Any] = {
+    ApiError: _said,
+    HTTPException: _not_found,
+    ClientDisconnect: _gone,
+    Exception: _broken,
+}

@@ -83,7 +83,7 @@ class Reader:
         self.given, self.tokens_of, self.most = wholes, tokens_of, most
         self.wholes: list[Gradient] = []
         self.groups: defaultdict[int, Part] = defaultdict(Part)
-        self.tokens: defaultdict[tuple[int, int], Part] = defaultdict(Part)  # by Sample.index and position
+        self.tokens: defaultdict[tuple[int, int], Part] = defaultdict(Part)  # by Sample.index and place in it
         self._sum: Gradient = []
         self._open: tuple[int, Gradient] | None = None  # a group and what its rows so far have given
         self._update, self._group = 0, 0
@@ -111,7 +111,7 @@ class Reader:
         if self._group != self.tokens_of:
             return
         for c, t in self._chosen(mini, torch.stack([weights_CL, *off.values()]).abs().amax(0)):
-            part = self.tokens[mini.samples[c].index, t]
+            part = self.tokens[mini.samples[c].index, mini.samples[c].start + t]
             self._read_token(learner, part, out.logprobs[c, t], weights_CL[c, t].item())
             for name, off_CL in off.items():
                 part.note(name, (off_CL - on_CL)[c, t].abs().item(), off_CL[c, t].abs().item())
@@ -119,8 +119,12 @@ class Reader:
     def _chosen(self, mini: MicroBatch, strength_CL: Tensor) -> list[tuple[int, int]]:
         """Completion and position of the strongest tokens of a row; they are the same at every update."""
         if self._update:
-            place = {sample.index: c for c, sample in enumerate(mini.samples)}
-            return [(place[index], t) for index, t in self.tokens if index in place]
+            place = {
+                (sample.index, sample.start + t): (c, t)
+                for c, sample in enumerate(mini.samples)
+                for t in range(len(sample.token_ids))
+            }
+            return [place[token] for token in self.tokens if token in place]
         order = strength_CL.flatten().argsort(descending=True, stable=True)[: self.most].tolist()
         pairs = [divmod(number, strength_CL.shape[1]) for number in order]
         return [(c, t) for c, t in pairs if strength_CL[c, t] > 0]

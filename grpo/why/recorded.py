@@ -14,7 +14,7 @@ from grpo.run.records import read_rollouts, rollout_path, split_groups
 from grpo.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.group import Completion, Prompt, RolloutGroup, ToolStats
+from rollout.group import Completion, Prompt, RolloutGroup, Segment, ToolStats
 
 
 def read_config(run: Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
@@ -71,7 +71,7 @@ def read_groups(
 
 
 def _group(prompt: Prompt, lines: Sequence[dict[str, Any]]) -> RolloutGroup:
-    if bad := [line["sample"] for line in lines if not len(line["logprobs"]) == len(line["token_ids"]) > 0]:
+    if bad := [line["sample"] for line in lines if not _is_scored(line)]:
         raise ValueError(f"sample {bad[0]} of {prompt.prompt_id!r} has not one log-probability for each token")
     completions = [
         Completion(
@@ -84,10 +84,17 @@ def _group(prompt: Prompt, lines: Sequence[dict[str, Any]]) -> RolloutGroup:
             sampled=line.get("sampled", []),
             tools=ToolStats(**line["tools"]) if line.get("tools") else None,
             versions=line.get("policy_versions", []),
+            segments=[Segment(**segment) for segment in line.get("segments", [])],
         )
         for line in lines
     ]
     return RolloutGroup(prompt, completions)
+
+
+def _is_scored(line: dict[str, Any]) -> bool:
+    """Every token has a log-probability. Only an agent that has failed may have no tokens."""
+    failed = (line.get("tools") or {}).get("failure")
+    return len(line["logprobs"]) == len(line["token_ids"]) and bool(line["token_ids"] or failed)
 
 
 def _score(lines: Sequence[dict[str, Any]]) -> GroupScore:

@@ -1,4 +1,5 @@
-"""Rewards that exist already: in the data, from a reward model of the run, or from the environment of an episode."""
+"""Rewards that exist already: in the data, from a reward model of the run, from the environment of an episode or from
+its agent."""
 
 from __future__ import annotations
 
@@ -30,12 +31,25 @@ def environment(
     >>> environment(None, ["so 4", "so 5"], environment_reward=[0.25, None])
     [0.25, None]
     """
-    return [_of_environment(value) for value in environment_reward]
+    return [_given(value, "the environment could not go on") for value in environment_reward]
 
 
-def _of_environment(value: float | str | None) -> float | ValueError | None:
+def agent(
+    prompts: list | None, completions: Completions, agent_reward: list[float | str | None], **_
+) -> list[float | ValueError | None]:
+    """What the agent of each completion returned; None abstains. Runs with an agent have this reward.
+
+    A text in its place says why the agent has failed: that is a failure of the completion.
+
+    >>> agent(None, ["so 4", "so 5"], agent_reward=[0.25, None])
+    [0.25, None]
+    """
+    return [_given(value, "the agent has failed") for value in agent_reward]
+
+
+def _given(value: float | str | None, failed: str) -> float | ValueError | None:
     if isinstance(value, str):
-        return ValueError(f"the environment could not go on: {value}")
+        return ValueError(f"{failed}: {value}")
     return None if value is None else float(value)
 
 

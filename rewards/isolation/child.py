@@ -25,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from rewards.isolation.agents import LoadedAgent
 from rewards.isolation.environments import LoadedEnvironments
 from rewards.protocol import Reward, RewardError, Signature, bind
 from rewards.registry import Source, load_reward
@@ -156,6 +157,7 @@ class LoadedReward:
 KINDS: dict[str, Callable[..., Any]] = {
     "reward": LoadedReward,
     "environments": LoadedEnvironments,
+    "agent": LoadedAgent,
 }
 
 

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -147,18 +147,29 @@ class WorkerPool:
         names = ("required", "optional")
         return [Signature(**s | {name: tuple(s[name]) for name in names}) for s in self._signatures]
 
-    def run(self, requests: Sequence[dict], *, stop_at_failure: bool = False) -> list[dict | None]:
+    def run(
+        self,
+        requests: Sequence[dict],
+        *,
+        stop_at_failure: bool = False,
+        on_reply: Callable[[int], None] = lambda request: None,
+    ) -> list[dict | None]:
         """One reply per request: the worker's, or `{"kind": "timeout" | "died", "message": ...}`.
 
-        With `stop_at_failure` the requests that were not answered before the first failure stay None.
+        With `stop_at_failure` the requests that were not answered before the first failure stay None. `on_reply` is
+        called with the place of each request that was answered.
         """
         replies: list[dict | None] = [None] * len(requests)
+        told: set[int] = set()
         waiting = deque(range(len(requests)))
         with self._lock:
             try:
                 while self._start_workers(len(waiting)) or waiting or self._busy():
                     self._dispatch(requests, waiting, replies)
                     self._collect(replies)
+                    for place in [i for i, reply in enumerate(replies) if reply is not None and i not in told]:
+                        told.add(place)
+                        on_reply(place)
                     if stop_at_failure and any(reply is not None and "kind" in reply for reply in replies):
                         break
             finally:  # after an error, Ctrl-C or a stop, no late answer may reach the next request
