@@ -237,8 +237,9 @@ class Decoding:
         """
         live = self.live
         assert live is not None
-        if not empty and self._runs_graph(live):
-            self._forward_by_graph(live)
+        waits = bool(self.waiting) or self.held > self.alive  # a graph takes rows without a shared prompt, to the end
+        if self.rounds and not (empty or waits) and self.rounds.fits(live, self.drafter):
+            self._forward_by_graph(live, self.rounds)
         else:
             self._forward(live, empty)
         self._retire()
@@ -262,17 +263,12 @@ class Decoding:
         self.results.add_forward(live, drafted)
         self.cache.advance(self._settle(live, self.trunk.logits(hidden), hidden, drafted, noise))
 
-    def _forward_by_graph(self, live: Rows) -> None:
-        assert self.rounds is not None
-        found = self.rounds(live, self.cache, self.drafter, self.limit(live), self.temperature(live))
+    def _forward_by_graph(self, live: Rows, rounds: Rounds) -> None:
+        own = {"limit": self.limit(live), "temperature": self.temperature(live), "start": self.start(live)}
+        found = rounds(live, self.cache, self.drafter, **own)
         drafted = None if found.drafts is None else Drafted(found.drafts, head=True)
         self.results.add_forward(live, drafted)
         self.cache.advance(self._take(live, found, drafted))
-
-    def _runs_graph(self, live: Rows) -> bool:
-        """A graph takes rows without a shared prompt. So none runs before the last prompts are read."""
-        waits = bool(self.waiting) or self.held > self.alive
-        return self.rounds is not None and not waits and self.rounds.fits(live, self.drafter)
 
     def _plan(self, live: Rows) -> Plan:
         """What is drafted next: at most what the row with the most room can still use."""

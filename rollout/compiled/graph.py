@@ -46,7 +46,7 @@ class Inputs:
     limit: Tensor
     keys_B2: Tensor
     temperature: Tensor  # float32; 0 is greedy
-    start: Tensor  # [], see SamplingParams
+    start: Tensor  # see SamplingParams
     stops: Tensor  # any number of token ids
     layers: list[Tensor]  # the trunk's cache, changed in place
     unread: Tensor | None = None
@@ -111,7 +111,7 @@ class Round(nn.Module):
         trunk = decoder.trunk
         given = Inputs.of(flat, len(trunk.blocks))
         steps = torch.arange(depth + 1)
-        noise = Noise(given.keys_B2[:, None], given.start + given.count[:, None] + steps, len(trunk.embedding))
+        noise = Noise(given.keys_B2[:, None], (given.start + given.count)[:, None] + steps, len(trunk.embedding))
         ids, drafts = given.last[:, None], None
         if depth:
             drafts = _chain(decoder, given, noise, depth)

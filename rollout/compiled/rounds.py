@@ -91,7 +91,6 @@ class Rounds:
         if decoder.head is None or "head" not in params.draft_sources:
             self.depth = 0
         self.stops = F.pad(stops, (0, STOPS - len(stops) % STOPS), value=-1)
-        self.start = torch.tensor(params.start)
 
     def fits(self, live: Rows, drafter: Drafter | None) -> bool:
         """With more rows, or where the head has much to read, the round is eager."""
@@ -99,8 +98,16 @@ class Rounds:
         return few and (not self.depth or drafter is None or int(live.unread.max()) <= self.depth + 1)
 
     def __call__(
-        self, live: Rows, cache: LatentCache, drafter: Drafter | None, limit: Tensor | int, temperature: Tensor | float
+        self,
+        live: Rows,
+        cache: LatentCache,
+        drafter: Drafter | None,
+        *,
+        limit: Tensor | int,
+        temperature: Tensor | float,
+        start: Tensor | int,
     ) -> Found:
+        """The last three are those of all rows, or of each."""
         count, depth = len(live.index), self.depth
         places = next(rows for rows in ROWS if rows >= count)
         limits = torch.as_tensor(limit).expand(count)
@@ -122,7 +129,7 @@ class Rounds:
             limit=of_places(limits),
             keys_B2=of_places(live.keys_R2),
             temperature=of_places(torch.as_tensor(temperature, dtype=torch.float64).expand(count).float()),
-            start=self.start,
+            start=of_places(torch.as_tensor(start).flatten().expand(count)),
             stops=self.stops,
             layers=cache.layers_RTE,
         )
