@@ -64,7 +64,8 @@ def train(
         batches = Batches(run, curriculum)
         run.restore(learner=learner, curriculum=batches, **_base(run, learner))
         with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log, samples=ranks.first) as pool:
-            publisher = Publisher(pool, learner, sampling_params(policy, config.rollout, 1, config.seed))
+            sampling = sampling_params(policy, config.rollout, 1, config.seed)
+            publisher = Publisher(pool, learner, sampling, config.rollout.quantization)
             with phase("publishing", config):
                 publisher.publish()
             run.alone(use_costs_of_run, pool, policy, config.rollout, run.folder, resumes=run.resumes)

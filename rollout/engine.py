@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from policies.allocator import keep_freed_memory
+from policies.decoding.quantized import PLAIN, Copies
 from policies.policy import Policy
 from rollout.backends import Decoder, derive
 from rollout.costs import measure
@@ -33,11 +34,18 @@ class Engine:
     """
 
     def __init__(
-        self, policy: Policy, dtype: torch.dtype = torch.float32, *, max_rows: int = 256, costs: CostTable | None = None
+        self,
+        policy: Policy,
+        dtype: torch.dtype = torch.float32,
+        *,
+        max_rows: int = 256,
+        costs: CostTable | None = None,
+        copies: Copies = PLAIN,
     ) -> None:
+        """`copies`: the matrices that it decodes with may have fewer bits than those that it holds."""
         keep_freed_memory()
         self.policy, self.dtype, self.max_rows, self.costs = policy, dtype, max_rows, costs
-        self.version = 0
+        self.copies, self.version = copies, 0
         self.stage = Stage(policy.tokenizer)
         self._derive()
 
@@ -58,7 +66,7 @@ class Engine:
         return digests(self.policy.weights()) if self.derived else {}
 
     def _derive(self) -> None:
-        self.trunk, self.head = derive(self.policy, self.dtype)
+        self.trunk, self.head = derive(self.policy, self.dtype, self.copies)
         self.draft_vocabulary = None
         if self.head is not None and self.head.draft_ids is not None:
             self.draft_vocabulary = DraftVocabulary(self.head.draft_ids, len(self.trunk.embedding))
