@@ -28,8 +28,8 @@ from policies.policy import Policy
 
 PACKAGES = ("llmcompressor", "compressed_tensors")
 MISSING = (
-    "quartet quantize needs llm-compressor, which asks for an older transformers than it works with: "
-    "pip install 'quartet-rl[quantize]', and then pip install --no-deps llmcompressor==0.14.0.1"
+    "quartet quantize needs llm-compressor, which asks for an older transformers than it works with: make quantize, or "
+    "pip install 'quartet-rl[quantize]' and then pip install --no-deps llmcompressor==0.14.0.1"
 )
 
 
@@ -51,8 +51,9 @@ def quantize(policy: Policy, windows: Sequence[Tensor], config: QuantizeConfig) 
     linearize_moe(trunk)
     kept = _indivisible(trunk, config.group_size)
     _refuse_experts(trunk, kept, config)
+    # Without zero points: transformers leaves out those of routed experts, and refuses those of other matrices.
     weights = {
-        **{"num_bits": config.bits, "type": "int", "symmetric": config.symmetric},
+        **{"num_bits": config.bits, "type": "int", "symmetric": True},
         **{"strategy": "group", "group_size": config.group_size},
     }
     scheme = {
@@ -100,18 +101,13 @@ def _indivisible(trunk: nn.Module, group_size: int) -> list[str]:
 
 
 def _refuse_experts(trunk: nn.Module, kept: list[str], config: QuantizeConfig) -> None:
-    """Raises ValueError for routed experts that transformers would read wrongly: it stacks them while it reads codes,
-    and does so with no plain matrices among them and with no zero points."""
+    """Raises ValueError for routed experts that transformers would not read: it stacks them while it reads codes, with
+    no plain matrices among them."""
     rows = {module.in_features for name, module in trunk.named_modules() if ".experts." in name and name in kept}
     if rows:
         raise ValueError(
             f"group_size={config.group_size} does not divide the rows of the routed experts, {min(rows)} numbers, and "
             "transformers cannot read experts in two precisions; use a smaller one that does"
-        )
-    if not config.symmetric and any(".experts." in name for name, _ in trunk.named_modules()):
-        raise ValueError(
-            f"symmetric=false: transformers leaves the zero points out when it reads the routed experts of "
-            f"{config.model!r}, and vLLM refuses them; use symmetric=true"
         )
 
 

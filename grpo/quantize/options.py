@@ -14,7 +14,7 @@ class QuantizeConfig(EvalConfig):
     accuracy is measured, before and after; it is measured where `data` is given, or where a run folder brings it."""
 
     common: ClassVar[tuple[str, ...]] = (
-        *("method", "bits", "calibrate", "group_size", "symmetric", "calibrate_tokens", "heldout_tokens", "window"),
+        *("method", "bits", "calibrate", "group_size", "calibrate_tokens", "heldout_tokens", "window"),
         *("data", "split", "limit", "samples", "greedy", "template", "max_completion_tokens", "rewards"),
         *("dtype", "device", "threads", "seed"),
     )
@@ -30,8 +30,6 @@ class QuantizeConfig(EvalConfig):
     group_size: Literal[32, 64, 128] = 32
     """Neighbouring weights of a row that share a scale. A matrix with rows that it does not divide keeps its
     precision."""
-    symmetric: bool = True
-    """Each group's numbers are spread around zero; false adds a zero point to each scale."""
     calibrate_tokens: int = Field(default=16384, ge=1)
     """Tokens that the model is measured on."""
     heldout_tokens: int = Field(default=8192, ge=1)
