@@ -70,10 +70,8 @@ class RayPool:
         self.cluster = Cluster(places.count * places.threads, address, learners)
         if not self.cluster.ask(ray.cluster_resources).get("GPU"):
             places = replace(places, gpus=0.0)
-        device = "cuda" if places.gpus else "cpu"
-        held = next(policy.parameters()).dtype
-        precisions = (str(kind).removeprefix("torch.") for kind in (held, dtype))
-        arguments = (policy.skeleton(), *precisions, device, places.threads, copies)
+        precisions = (str(kind).removeprefix("torch.") for kind in (next(policy.parameters()).dtype, dtype))
+        arguments = (policy.skeleton(), *precisions, "cuda" if places.gpus else "cpu", places.threads, copies)
         self.sender = Sender(deltas=deltas, cast=dtype if policy.backend == "transformers" else None)
         self.published: int | None = None  # the version that the confirmed workers hold
         self.confirmed: set[int] = set()
