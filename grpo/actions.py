@@ -148,6 +148,23 @@ def convert(args: argparse.Namespace) -> None:
     _write(args.json, asdict(conversion))
 
 
+def quantize(args: argparse.Namespace) -> None:
+    from grpo.config.inference import defaults_of_run
+
+    brought = defaults_of_run(Path(args.source), args.overrides.get("data"))
+    config = _load(args, brought=brought | {"model": args.source})
+    if config is None:
+        return
+    _begin()
+    from grpo.commands import summary
+    from grpo.quantize import report
+    from grpo.quantize.quantize import quantize
+
+    result = quantize(args.destination, config, summary.CONSOLE)
+    report.show(result, summary.CONSOLE)
+    _write(args.json, report.as_json(result))
+
+
 def inspect(args: argparse.Namespace) -> None:
     _begin()
     from grpo.commands import inspect, summary

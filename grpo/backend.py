@@ -25,6 +25,7 @@ FIXED = (  # arguments of vLLM's engine
 def refuse_backend(config: Any, read_shape: Callable[[], PretrainedConfig]) -> None:
     """Raises ValueError or RolloutError where `rollout.backend` cannot sample a model of this shape in this run."""
     _refuse_prefix_lm(config, read_shape)
+    _refuse_copies(config, read_shape)
     if not isinstance(config, RunConfig) or config.rollout.backend is None:
         return
     backend, shape = config.rollout.backend, read_shape()
@@ -44,6 +45,26 @@ def refuse_backend(config: Any, read_shape: Callable[[], PretrainedConfig]) -> N
         _refuse_model(config, shape)
         if os.environ.get("RANK", "0") == "0":  # of several learners the first one samples
             _refuse_server(config.rollout.vllm)
+
+
+def _refuse_copies(config: Any, read_shape: Callable[[], PretrainedConfig]) -> None:
+    """Matrices in few bits are for GRPO, which corrects for them, and for our engine."""
+    if not isinstance(config, RunConfig) or config.rollout.copies == ("none", "none"):
+        return
+    name = "quantization" if config.rollout.quantization != "none" else "draft_quantization"
+    asked = f"rollout.{name}={getattr(config.rollout, name)}"
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"{asked} is for quartet train, which corrects for another sampler; drop it")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"{asked} with several learners: canaries make the matrices afresh of whole weights, which no rank has; "
+            "drop it, or use one learner"
+        )
+    if not isinstance(shape := read_shape(), DeepseekV3Config):
+        raise ValueError(
+            f"{asked}: model={config.model!r} is of type {shape.model_type!r}, which transformers samples, and our own "
+            "engine alone makes such copies; drop it, or convert the model (quartet convert)"
+        )
 
 
 def _refuse_prefix_lm(options: ModelOptions, read_shape: Callable[[], PretrainedConfig]) -> None:

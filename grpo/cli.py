@@ -77,6 +77,7 @@ def _commands() -> dict[str, Command]:
     from grpo.config.reward_commands import ReplayConfig, RewardTestConfig
     from grpo.config.run import SftConfig, TrainConfig
     from grpo.config.serve import ServeConfig
+    from grpo.quantize.options import QuantizeConfig
 
     return {
         "train": Command("GRPO, after an optional warm start", actions.run, arguments.TRAIN, TrainConfig),
@@ -96,6 +97,12 @@ def _commands() -> dict[str, Command]:
         ),
         "convert": Command(
             "a dense Llama-family checkpoint as DeepSeek-V3", actions.convert, arguments.CONVERT, ConvertConfig
+        ),
+        "quantize": Command(
+            "a policy in 4 or 8 bits a weight, for transformers and vLLM, and what that costs",
+            actions.quantize,
+            arguments.QUANTIZE,
+            QuantizeConfig,
         ),
         "policy": Command("what a policy is made of", _help),
         "policy inspect": Command(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NoReturn
 
@@ -16,6 +16,7 @@ from rollout.group import RolloutGroup
 from rollout.pool import Pool
 from rollout.publication.canaries import Agreement, Scores, canary_params, canary_prompts, compare
 from rollout.publication.digests import first_difference
+from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
 from rollout.sampling import SamplingParams
 
 ADVICE = (
@@ -35,7 +36,9 @@ class Publisher:
     log-probabilities; otherwise `publish` raises RolloutError, which names the sampler and what differs.
     """
 
-    def __init__(self, pool: Pool, learner: Learner, params: SamplingParams) -> None:
+    def __init__(self, pool: Pool, learner: Learner, params: SamplingParams, copies: str = "none") -> None:
+        """`copies`: the kind of the samplers' matrices, see policies/decoding/quantized.py."""
+        self.copies = copies
         self.pool, self.learner, self.params = pool, learner, params
         self.version: int | None = None  # that the samplers hold
         policy = learner.policy
@@ -79,13 +82,18 @@ class Publisher:
                 )
 
     def scores(self, sampled: Mapping[str, Sequence[RolloutGroup]], temperature: float) -> dict[str, Scores]:
-        """The learner's log-probabilities. Samplers that have made the same tokens are scored together."""
+        """The learner's log-probabilities, or where samplers hold matrices in few bits, those of such matrices that are
+        made afresh of its weights. Samplers that have made the same tokens are scored together."""
+        policy = self.learner.policy
+        score: Callable[[Sequence[RolloutGroup], float], Scores] = partial(logprobs_of_groups, policy)
+        if self.copies != "none":
+            score = partial(logprobs_of_trunk, rounded_trunk(policy, self.copies))
         known: dict[str, Scores] = {}
         scores = {}
         for sampler, groups in sampled.items():
             tokens = str([[completion.token_ids for completion in group.completions] for group in groups])
             if tokens not in known:
-                known[tokens] = logprobs_of_groups(self.learner.policy, groups, temperature)
+                known[tokens] = score(groups, temperature)
             scores[sampler] = known[tokens]
         return scores
 

@@ -72,6 +72,8 @@ def _no_graph(policy: Policy, params: SamplingParams, options: SamplingOptions, 
         return "this policy is not decoded by our own engine"
     if policy.device.type != "cpu":
         return f"the policy is on {policy.device.type}, where nobody has tried it"
+    if {getattr(options, "quantization", "none"), getattr(options, "draft_quantization", "none")} != {"none"}:
+        return "a graph has no matrices of fewer bits"
     if params.draft_tokens is None:
         return "draft_tokens=null chooses the number of drafts in every round, and a graph has one (give a number)"
     if params.looks_up:

@@ -68,7 +68,8 @@ def train(
             open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log, samples=ranks.first) as pool,
             with_agent(pool, config) as sampler,
         ):
-            publisher = Publisher(pool, learner, sampling_params(policy, config.rollout, 1, config.seed))
+            sampling = sampling_params(policy, config.rollout, 1, config.seed)
+            publisher = Publisher(pool, learner, sampling, config.rollout.quantization)
             with phase("publishing", config):
                 publisher.publish()
             run.alone(use_costs_of_run, pool, policy, config.rollout, run.folder, resumes=run.resumes)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +39,7 @@ from transformers.utils import logging as transformers_logging
 from policies import four_bit, lora, sharding
 from policies import layout as hf
 from policies.contradictions import contradictions, refuse_type
-from policies.files import hub
+from policies.files import hub, packed
 from policies.files.atomic import heed_umask, write_folder
 from policies.files.digests import DIGESTS, fault
 from policies.layout import PolicyError, Shape, WeightFiles, find_file, mtp_layers
@@ -83,12 +84,16 @@ def load(
     """See `Policy.load`."""
     config = read_config(source)
     files = WeightFiles(source)
-    if isinstance(config, DeepseekV3Config) and files.shapes:
+    codes = packed.is_packed(config)
+    if codes and in_4_bits:
+        raise PolicyError(f"model={str(source)!r} is quantised already; leave lora.base out, or name the original")
+    if isinstance(config, DeepseekV3Config) and files.shapes and not codes:
         hf.check_tensors(files, config)
     tokenizer = read_tokenizer(source)
-    trunk, report = _load_trunk(source, dtype, layout, in_4_bits)
-    if not isinstance(trunk, DeepseekV3ForCausalLM):
+    trunk, report = _load_trunk(source, dtype, layout, in_4_bits, packed.loading(source) if codes else {})
+    if codes or not isinstance(trunk, DeepseekV3ForCausalLM):
         _check_report(source, config, report)
+    if not isinstance(trunk, DeepseekV3ForCausalLM):
         return Checkpoint(trunk, None, tokenizer)
     policy, layers = Checkpoint(trunk, None, tokenizer), mtp_layers(config, files.shapes)
     if layers or add_mtp:
@@ -111,10 +116,10 @@ def load(
 
 
 def _load_trunk(
-    source: str | Path, dtype: torch.dtype, layout: DistributedConfig | None, in_4_bits: bool
+    source: str | Path, dtype: torch.dtype, layout: DistributedConfig | None, in_4_bits: bool, codes: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict]:
-    """The model, and the report of transformers on its tensors."""
-    given = sharding.layout_arguments(source, layout) if layout else {}
+    """The model, and the report of transformers on its tensors. `codes`: how packed weights are read."""
+    given = codes | (sharding.layout_arguments(source, layout) if layout else {})
     given |= four_bit.loading(dtype) if in_4_bits else {}
     try:
         with _quiet_loading() as logged:
@@ -137,7 +142,7 @@ def _load_trunk(
     except Exception as error:
         raise _unusable(source, "config.json or a weight", error) from error
     _refuse_untied(source, trunk)
-    if in_4_bits:
+    if in_4_bits or codes:
         four_bit.settle(trunk)
     return trunk, report
 

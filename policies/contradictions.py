@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, DeepseekV3Config, PretrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from policies.files.packed import is_packed
 from policies.layout import PolicyError, find_file
 
 # Released configurations have these values, and transformers' DeepseekV3 computes them whatever a configuration has.
@@ -82,7 +83,7 @@ def contradictions(config: PretrainedConfig) -> Iterator[str]:
     if not faults and config.first_k_dense_replace < config.num_hidden_layers:
         faults = list(_router(config))
     yield from faults
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None and not is_packed(config):
         method = dict(config.quantization_config).get("quant_method", "unnamed")
         yield f"quantization_config (method {method!r}): packed weights cannot be trained; use a dequantised copy"
 

@@ -29,8 +29,8 @@ def loading(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def settle(trunk: PreTrainedModel) -> None:
-    """Make a model that was just loaded in 4 bits one of ours: its configuration does not say so, and is saved as that
-    of an ordinary model; and no forward writes to its weights."""
+    """Make a model that was just loaded from few bits one of ours: its configuration does not say so, and is saved as
+    that of an ordinary model; and no forward writes to its weights."""
     for part in trunk.modules():
         if isinstance(part, PreTrainedModel):
             vars(part.config).pop("quantization_config", None)

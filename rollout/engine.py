@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from policies.allocator import keep_freed_memory
+from policies.decoding.quantized import PLAIN, Copies
 from policies.policy import Policy
 from rollout.backends import Decoder, derive
 from rollout.compiled.rounds import Graphs
@@ -34,11 +35,18 @@ class Engine:
     """
 
     def __init__(
-        self, policy: Policy, dtype: torch.dtype = torch.float32, *, max_rows: int = 256, costs: CostTable | None = None
+        self,
+        policy: Policy,
+        dtype: torch.dtype = torch.float32,
+        *,
+        max_rows: int = 256,
+        costs: CostTable | None = None,
+        copies: Copies = PLAIN,
     ) -> None:
+        """`copies`: the matrices that it decodes with may have fewer bits than those that it holds."""
         keep_freed_memory()
         self.policy, self.dtype, self.max_rows, self.costs = policy, dtype, max_rows, costs
-        self.version = 0
+        self.copies, self.version = copies, 0
         self.graphs = Graphs()
         self.stage = Stage(policy.tokenizer)
         self._derive()
@@ -62,7 +70,7 @@ class Engine:
         return digests(self.policy.weights()) if self.derived else {}
 
     def _derive(self) -> None:
-        self.trunk, self.head = derive(self.policy, self.dtype)
+        self.trunk, self.head = derive(self.policy, self.dtype, self.copies)
         self.draft_vocabulary = None
         if self.head is not None and self.head.draft_ids is not None:
             self.draft_vocabulary = DraftVocabulary(self.head.draft_ids, len(self.trunk.embedding))
@@ -72,7 +80,8 @@ class Engine:
     def decoder(self) -> Decoder:
         tokenizer, context = self.policy.tokenizer, self.policy.max_length
         parts = self.trunk, self.head, self.draft_vocabulary, tokenizer, context
-        return Decoder(*parts, self.version, self.max_rows, self.costs, self.graphs)
+        graphs = self.graphs if self.copies == PLAIN else None
+        return Decoder(*parts, self.version, self.max_rows, self.costs, graphs)
 
     def check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
         """Raises RolloutError or ValueError, which name the prompt or key, before anything is computed."""

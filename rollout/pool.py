@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from policies.decoding.quantized import PLAIN, Copies
 from policies.lora import has_adapter
 from policies.policy import Policy
 from rollout.backends.vllm.pool import VLLMPool
@@ -86,6 +87,7 @@ def open_pool(
     on_lost: OnLost = lambda what, reason, action: None,
     on_ready: OnReady = lambda worker, where: None,
     vllm: VLLMSettings | None = None,
+    copies: Copies = PLAIN,
 ) -> Pool:
     """A pool to which the weights of `policy` are published.
 
@@ -101,12 +103,14 @@ def open_pool(
     long the pool waits for room. With `colocate` workers and learner take turns on the same GPUs; None: where there are
     no others. `on_ready` gets the number of each worker that has started, and where it is.
 
+    `copies`: the matrices that samplers decode with may have fewer bits, and are made anew by each publication.
+
     With `vllm` a server of vLLM samples in their place, with `threads`; `while_waiting` and `on_lost` are as above.
     """
     if vllm is not None:
         return VLLMPool(policy, vllm, dtype, threads, while_waiting, on_lost)
     if workers == 0:
-        return LocalPool(policy, dtype, prompts_per_shard)
+        return LocalPool(policy, dtype, prompts_per_shard, copies)
     return RayPool(
         policy,
         Places(workers, threads, gpus, placement_timeout_s, colocate),
@@ -118,6 +122,7 @@ def open_pool(
         while_waiting,
         on_lost,
         on_ready,
+        copies,
     )
 
 
@@ -136,10 +141,11 @@ class LocalPool:
     When other weights are published to it, it makes a copy.
     """
 
-    def __init__(self, policy: Policy, dtype: torch.dtype, prompts_per_shard: int) -> None:
+    def __init__(self, policy: Policy, dtype: torch.dtype, prompts_per_shard: int, copies: Copies = PLAIN) -> None:
         split = any(isinstance(parameter, DTensor) for parameter in policy.parameters())
         self.shares = policy.trunk.dtype == dtype and not has_adapter(policy) and not split
-        self.engine, self.prompts_per_shard = Engine(policy if self.shares else _copy(policy), dtype), prompts_per_shard
+        self.engine = Engine(policy if self.shares else _copy(policy), dtype, copies=copies)
+        self.prompts_per_shard = prompts_per_shard
         self._published = self._writes()
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policies.decoding.quantized import Copies
 from policies.policy import Policy
 from rollout.cluster import Cluster
 from rollout.depth import CostTable
@@ -58,6 +59,7 @@ class RayPool:
         while_waiting: Callable[[], None],
         on_lost: OnLost,
         on_ready: OnReady,
+        copies: Copies,
     ) -> None:
         import ray
 
@@ -68,10 +70,8 @@ class RayPool:
         self.cluster = Cluster(places.count * places.threads, address, learners)
         if not self.cluster.ask(ray.cluster_resources).get("GPU"):
             places = replace(places, gpus=0.0)
-        device = "cuda" if places.gpus else "cpu"
-        held = next(policy.parameters()).dtype
-        precisions = (str(kind).removeprefix("torch.") for kind in (held, dtype))
-        arguments = (policy.skeleton(), *precisions, device, places.threads)
+        precisions = (str(kind).removeprefix("torch.") for kind in (next(policy.parameters()).dtype, dtype))
+        arguments = (policy.skeleton(), *precisions, "cuda" if places.gpus else "cpu", places.threads, copies)
         self.sender = Sender(deltas=deltas, cast=dtype if policy.backend == "transformers" else None)
         self.published: int | None = None  # the version that the confirmed workers hold
         self.confirmed: set[int] = set()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policies.decoding.quantized import Copies
 from policies.lora import Adapter
 from policies.policy import Policy
 from policies.publication import Publication
@@ -75,11 +76,14 @@ class Receiver:
 class Worker:
     """Samples shards, only with weights that it has confirmed. The pool makes it a Ray actor."""
 
-    def __init__(self, skeleton: dict[str, bytes], held: str, dtype: str, device: str, threads: int) -> None:
-        """`held`: precision of its copy of the policy and of the published weights; `dtype`: precision of decoding."""
+    def __init__(
+        self, skeleton: dict[str, bytes], held: str, dtype: str, device: str, threads: int, copies: Copies
+    ) -> None:
+        """`held`: precision of its copy of the policy and of the published weights; `dtype`: precision of decoding, in
+        which `copies` may have fewer bits."""
         torch.set_num_threads(threads)
         policy = Policy.from_skeleton(skeleton, getattr(torch, held)).to(device)
-        self.engine = Engine(policy, getattr(torch, dtype))
+        self.engine = Engine(policy, getattr(torch, dtype), copies=copies)
         self.engine.version = -1
         self.receiver = Receiver(self.engine)
 

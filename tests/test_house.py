@@ -24,7 +24,7 @@ FLOORS = (
     ("cli",),
     ("actions",),
     ("launch",),
-    ("train",),
+    ("train", "quantize"),
     ("sft", "mtp", "commands", "view", "why", "trl_bridge"),
     ("agents",),
     ("serve",),

@@ -69,6 +69,12 @@ CONVERT = (
     _flag("mtp", "add a draft head, started from the last layer"),
     _json("what is printed"),
 )
+QUANTIZE = (
+    _argument("source", metavar="SRC", help="a run folder, a checkpoint folder or a hub id"),
+    _DESTINATION,
+    _PRINT_CONFIG,
+    _json("the report, which is beside the weights as well"),
+)
 _WHAT = "tokens to attend to; by default 4096, or the policy's longest context if that is less"
 INSPECT = (
     _argument("model", metavar="MODEL", help="a preset, a run folder, a checkpoint folder or a hub id"),

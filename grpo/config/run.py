@@ -134,6 +134,11 @@ class TrainConfig(AgentOptions, SftConfig):
                 "given tokens at temperature 1 alone; set rollout.temperature to 1, or url to null to load the teacher "
                 "here"
             )
+        if self.rollout.quantization != "none" and self.loss.importance_correction == "none":
+            raise ValueError(
+                f"rollout.quantization={self.rollout.quantization} with loss.importance_correction=none: what samples "
+                "is another policy than what learns, and nothing would correct that; set it to auto"
+            )
         if self.has_tools and self.rollout.partial is not None:
             raise ValueError(
                 f"rollout.partial={self.rollout.partial}: an episode with tools or an environment is sampled in one "

@@ -85,6 +85,11 @@ class RolloutOptions(SamplingOptions):
     publish_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds that a Ray worker may need for new weights; then it is killed and replaced. A new one has 600."""
     vllm: VLLMOptions = VLLMOptions()
+    quantization: Literal["none", "int8", "int4", "fp8"] = "none"
+    """The matrices that our engine samples with, routed experts included, in fewer bits than those that are learned;
+    each publication makes them anew. The importance correction is on. Held-out problems are answered with them too."""
+    draft_quantization: Literal["none", "int8", "int4", "fp8"] | None = None
+    """The same for the MTP head and the LM head of its drafts, which change no token; null: as `quantization`."""
     publish_deltas: bool = False
     """Workers get the compressed difference of two versions: for slow networks. The learner keeps a copy for it."""
     refill_draws: int = Field(default=0, ge=0)
@@ -143,6 +148,27 @@ class RolloutOptions(SamplingOptions):
     def looks_up(self) -> bool:
         """Whether drafts may come from what was written before."""
         return any(source != "head" for source in self.draft_sources)
+
+    @property
+    def copies(self) -> tuple[str, str]:
+        """How what is sampled by, and what drafts are made by, is held."""
+        return self.quantization, self.draft_quantization or self.quantization
+
+    @model_validator(mode="after")
+    def _has_few_bits(self) -> RolloutOptions:
+        name = "quantization" if self.quantization == "fp8" else "draft_quantization"
+        if "fp8" in self.copies:
+            raise ValueError(
+                f"rollout.{name}=fp8: its kernels need CUDA with compute capability 8.9 or more, a CPU has none, and "
+                "nobody has tried them with our engine; use int8 or int4"
+            )
+        if self.copies != ("none", "none") and self.backend in ("transformers", "vllm"):
+            name = "quantization" if self.quantization != "none" else "draft_quantization"
+            raise ValueError(
+                f"rollout.{name}={getattr(self, name)} with rollout.backend={self.backend}: our own engine alone "
+                "makes such copies; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _in_turn(self) -> RolloutOptions:

@@ -15,6 +15,7 @@ from grpo.config.sampling import RolloutOptions, VLLMOptions
 from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
 from grpo.run.stop import InterruptiblePool, StopSignal
+from policies.decoding.quantized import Copies
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import everyone, whole
@@ -113,6 +114,7 @@ def open_run_pool(
             on_lost=on_lost,
             on_ready=on_ready,
             vllm=vllm_settings(rollout, run_log.output_dir) if rollout.backend == "vllm" else None,
+            copies=Copies(*rollout.copies),
         )
     for rank, where in enumerate([here(), *ranks[1:]] if ranks else []):  # rank 0 may know its node only now
         run_log.event("learner", rank=rank, **where)

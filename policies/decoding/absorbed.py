@@ -14,7 +14,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
 from policies.attention import sees_prompts_whole
-from policies.decoding.experts import route, run_experts
+from policies.decoding.experts import held, route, run_experts
 from policies.decoding.latent_cache import LatentCache
 from policies.decoding.linear import FixedLinear
 
@@ -108,8 +108,8 @@ class AbsorbedBlock:
         if hasattr(mlp, "experts"):
             self.gate = mlp.gate.weight.detach().float()
             self.gate_bias = mlp.gate.e_score_correction_bias.detach().float().clone()
-            self.gate_up = mlp.experts.gate_up_proj.detach().to(dtype)
-            self.down = mlp.experts.down_proj.detach().to(dtype)
+            self.gate_up = held(mlp.experts.gate_up_proj.detach().to(dtype))
+            self.down = held(mlp.experts.down_proj.detach().to(dtype))
             dense = mlp.shared_experts
         gate_up = torch.cat([dense.gate_proj.weight.detach(), dense.up_proj.weight.detach()])
         self.dense_gate_up = FixedLinear(gate_up.to(dtype))

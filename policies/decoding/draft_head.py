@@ -8,7 +8,8 @@ from torch import Tensor
 
 from policies.decoding.absorbed import AbsorbedBlock, AbsorbedTrunk
 from policies.decoding.latent_cache import LatentCache
-from policies.decoding.linear import FixedLinear
+from policies.decoding.linear import FixedLinear, kind_of
+from policies.decoding.quantized import kind_now
 from policies.mtp import MTPHead
 
 
@@ -25,7 +26,10 @@ class AbsorbedHead:
         self.norm = head.norm.weight.detach().to(dtype)
         self.block = AbsorbedBlock(head.block, head.config, dtype)
         self.draft_ids = draft_ids
-        self.logits = trunk.logits if draft_ids is None else FixedLinear(trunk.head[draft_ids])
+        shared = draft_ids is None and kind_of(trunk.logits) == kind_now()
+        self.logits = (
+            trunk.logits if shared else FixedLinear(trunk.head if draft_ids is None else trunk.head[draft_ids])
+        )
 
     def cache(self, rows: int, capacity: int) -> LatentCache:
         """Without the first token of each row, to which the head has no entry."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DeepseekV3Config
+
+from policies.decoding.linear import FixedLinear, will_block
+from policies.decoding.quantized import round_experts
 
 
 def route(router_logits_NE: Tensor, bias_E: Tensor, config: DeepseekV3Config) -> tuple[Tensor, Tensor]:
@@ -27,7 +33,10 @@ def route(router_logits_NE: Tensor, bias_E: Tensor, config: DeepseekV3Config) ->
     return weights * config.routed_scaling_factor, experts
 
 
-def run_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+Matrices: TypeAlias = Tensor | Sequence[FixedLinear]  # of all experts: [E, out, in], or one by one
+
+
+def run_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: Matrices, down: Matrices) -> Tensor:
     """Σ_k weight · Expert_k(x) [N, D], by two grouped matrix products over the tokens sorted by expert."""
     top_k = experts_Nk.shape[1]
     sorted_experts, order = experts_Nk.flatten().sort(stable=True)
@@ -35,8 +44,8 @@ def run_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: T
         sorted_experts, torch.arange(len(gate_up), device=order.device), right=True, out_int32=True
     )
     x = x_ND[order // top_k]
-    gate, up = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    out = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+    gate, up = _grouped(x, gate_up, ends).chunk(2, dim=-1)
+    out = _grouped(F.silu(gate) * up, down, ends)
     out = out * weights_Nk.flatten()[order, None].to(out.dtype)
     return torch.empty_like(out).index_copy_(0, order, out).view(len(x_ND), top_k, -1).sum(1)
 
@@ -52,3 +61,17 @@ def run_few_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_u
     gate, up = torch.einsum("eid,nd->eni", gate_up, x_ND).chunk(2, dim=-1)
     out = torch.einsum("edi,eni->end", down, F.silu(gate) * up)
     return torch.einsum("end,ne->nd", out, share_NE)
+
+
+def held(stack_EOI: Tensor) -> Matrices:
+    """The experts as a sampler holds them, see quantized.py."""
+    found = round_experts(stack_EOI, will_block(stack_EOI.dtype, stack_EOI.device))
+    return found if isinstance(found, Tensor) else [FixedLinear(expert) for expert in found]
+
+
+def _grouped(x_MI: Tensor, matrices: Matrices, ends_E: Tensor) -> Tensor:
+    """[M, out]: each expert's rows, which end at `ends_E`, by its matrix."""
+    if isinstance(matrices, Tensor):
+        return F.grouped_mm(x_MI, matrices.transpose(1, 2), offs=ends_E)
+    parts = x_MI.tensor_split(ends_E.tolist()[:-1])
+    return torch.cat([matrix(part) for matrix, part in zip(matrices, parts, strict=True) if len(part)])

@@ -2,7 +2,8 @@
 
 oneDNN multiplies bf16 weights in blocks, and `F.linear` rearranges plain ones at every call, which takes half of its
 time or more. Torch has operators that keep the arrangement, those of a frozen Inductor graph, but they are not public.
-If they are missing or refuse, `F.linear` computes the product.
+If they are missing or refuse, `F.linear` computes the product. A sampler may hold its weights in fewer bits, see
+quantized.py.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from policies.decoding.quantized import pack
 
 
 class FixedLinear:
@@ -26,11 +29,29 @@ class FixedLinear:
         self.in_features = weight_OI.shape[1]
         self.bias = bias_O
         self.blocked = will_block(weight_OI.dtype, weight_OI.device)
-        self.weight: Any = _block(weight_OI) if self.blocked else weight_OI
+        self.packed = pack(weight_OI, self.blocked)
+        weight = weight_OI if self.packed is None else self.packed.plain
+        self.weight: Any = _block(weight) if self.blocked and weight is not None else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return _product(x, self.weight, self.bias) if self.blocked else F.linear(x, self.weight, self.bias)
+        if self.packed is None:
+            return self._product(x, self.bias)
+        if x.numel() <= self.packed.most_rows * self.in_features:
+            out = self.packed(x)
+        elif self.packed.scale_O is None:
+            return self._product(x, self.bias)
+        else:
+            out = self._product(x, None) * self.packed.scale_O
+        return out if self.bias is None else out + self.bias
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(x, self.weight, bias) if self.blocked else F.linear(x, self.weight, bias)
+
+
+def kind_of(linear: FixedLinear) -> str:
+    """`none`, `int8` or `int4`."""
+    return "none" if linear.packed is None else linear.packed.kind
 
 
 def will_block(dtype: torch.dtype, device: torch.device) -> bool:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from policies.decoding.absorbed import AbsorbedTrunk
 from policies.decoding.draft_head import AbsorbedHead
+from policies.decoding.quantized import PLAIN, Copies, held_as
 from policies.policy import Policy
 from rollout.backends.hf import HFTrunk
 from rollout.depth import CostTable
@@ -31,12 +32,18 @@ class Decoder:
     version: int
     max_rows: int
     costs: CostTable | None
-    graphs: Any = None  # the engine's rollout.compiled.rounds.Graphs
+    graphs: Any = None  # the engine's rollout.compiled.rounds.Graphs; None for matrices of fewer bits
 
 
-def derive(policy: Policy, dtype: torch.dtype) -> tuple[AbsorbedTrunk | HFTrunk, AbsorbedHead | None]:
+def derive(
+    policy: Policy, dtype: torch.dtype, copies: Copies = PLAIN
+) -> tuple[AbsorbedTrunk | HFTrunk, AbsorbedHead | None]:
     """Trunk and draft head for decoding, derived from the weights that the policy has now."""
     if policy.backend == "transformers":
+        if copies != PLAIN:
+            raise ValueError(f"rollout.quantization={copies.trunk}: transformers' own forward has no matrices of ours")
         return HFTrunk(policy.trunk, dtype), None
-    trunk = AbsorbedTrunk(policy.trunk, dtype, policy.max_length)
-    return trunk, AbsorbedHead(policy.mtp, trunk, policy.draft_ids) if policy.mtp is not None else None
+    with held_as(copies.trunk):
+        trunk = AbsorbedTrunk(policy.trunk, dtype, policy.max_length)
+    with held_as(copies.drafts):
+        return trunk, AbsorbedHead(policy.mtp, trunk, policy.draft_ids) if policy.mtp is not None else None

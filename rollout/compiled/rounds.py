@@ -78,7 +78,8 @@ def can_compile(decoder: Decoder, params: SamplingParams) -> bool:
     trunk = decoder.trunk
     plain = not (params.looks_up or params.stop_strings or params.record_routing or params.accept != "exact")
     fits = isinstance(trunk, AbsorbedTrunk) and trunk.dtype == torch.float32 and trunk.device.type == "cpu"
-    return params.compiled and plain and fits and params.draft_tokens is not None
+    has_number = params.draft_tokens is not None
+    return params.compiled and decoder.graphs is not None and plain and fits and has_number
 
 
 class Rounds:

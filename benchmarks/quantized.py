@@ -1,0 +1,107 @@
+"""What a sampler with matrices in 8 or 4 bits costs and saves: speed of decoding, a publication, memory.
+
+The kinds take turns in one run, so that a slow moment of the machine is one for all of them. There are no drafts.
+The least time of a kind counts, since other work only adds to it.
+
+    python benchmarks/quantized.py models/smollm2-135m-mla                    # some minutes on two cores
+    python benchmarks/quantized.py tiny --dtype float32 --rows 1 4 --json quantized.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # `rollout` is the package
+
+import torch  # noqa: E402
+
+from grpo.config.policy import ModelOptions  # noqa: E402
+from grpo.data.word_problems import word_problems  # noqa: E402
+from grpo.policy_source import load_policy  # noqa: E402
+from grpo.run.hardware import describe  # noqa: E402
+from policies.decoding.linear import FixedLinear  # noqa: E402
+from policies.decoding.quantized import Copies  # noqa: E402
+from rollout.engine import Engine  # noqa: E402
+from rollout.group import Prompt  # noqa: E402
+from rollout.sampling import SamplingParams  # noqa: E402
+
+KINDS = "none", "int8", "int4"
+CONTEXT, TOKENS = 96, 8  # of the prompt, and decoded in a measurement
+
+
+def bytes_of(engine: Engine) -> int:
+    """Of the matrices that the blocks and the LM head decode with; blocked ones have the size of plain ones."""
+    total = 0
+    for block in (engine.trunk, *engine.trunk.blocks):
+        for value in vars(block).values():
+            for linear in value if isinstance(value, list) else [value]:
+                if isinstance(linear, FixedLinear):
+                    packed = linear.packed
+                    held = [linear.weight, *([packed.codes, packed.scales] if packed else [])]
+                    total += sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+    return total
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    dtype = getattr(torch, args.dtype)
+    corpus = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=200)]
+    policy = load_policy(ModelOptions(model=args.model, dtype=args.dtype, device="cpu", threads=args.threads), corpus)
+    weights, engines, publications = policy.weights(), {}, {}
+    for kind in KINDS:
+        engines[kind] = Engine(policy, dtype, copies=Copies(kind, kind))
+        started = time.perf_counter()
+        engines[kind].publish(weights, 1)
+        publications[kind] = time.perf_counter() - started
+    prompt = Prompt("p", "", [7 * i % policy.config.vocab_size for i in range(CONTEXT)])
+    seconds: dict[str, dict[int, list[float]]] = {kind: {rows: [] for rows in args.rows} for kind in KINDS}
+    for _ in range(args.repeats):
+        for rows in args.rows:
+            for kind in KINDS:
+                params = SamplingParams(rows, 1.0, TOKENS, draft_tokens=0)
+                started = time.perf_counter()
+                engines[kind].sample([prompt], params)
+                whole = time.perf_counter() - started
+                started = time.perf_counter()
+                engines[kind].sample([prompt], SamplingParams(rows, 1.0, 1, draft_tokens=0))
+                prefill = time.perf_counter() - started
+                seconds[kind][rows].append((whole - prefill) / (TOKENS - 1))
+    return {
+        "model": args.model,
+        "dtype": args.dtype,
+        "ms_per_step": {k: {str(r): 1e3 * min(times) for r, times in of.items()} for k, of in seconds.items()},
+        "publication_s": publications,
+        "matrices_mib": {kind: bytes_of(engine) / 2**20 for kind, engine in engines.items()},
+        "repeats": args.repeats,
+        "environment": describe(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a preset, a checkpoint folder or a hub id, of the DeepSeek-V3 form")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 32])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    found = measured(args)
+    print(f"{args.model}, {args.dtype}: milliseconds of a step, and how many times faster than none")
+    for rows in args.rows:
+        plain = found["ms_per_step"]["none"][str(rows)]
+        cells = (f"{k} {ms[str(rows)]:.1f} ({plain / ms[str(rows)]:.2f}x)" for k, ms in found["ms_per_step"].items())
+        print(f"{rows:>4} rows  " + "   ".join(cells))
+    for name in ("publication_s", "matrices_mib"):
+        print(f"{name:<14} " + "   ".join(f"{kind} {value:.2f}" for kind, value in found[name].items()))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

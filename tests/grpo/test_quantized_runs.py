@@ -1,0 +1,62 @@
+"""`rollout.quantization` in a run: what is refused before a model is loaded, and three steps of GRPO."""
+
+import json
+import re
+
+import pytest
+
+from grpo.config.options import ConfigError, load
+from grpo.config.run import SftConfig, TrainConfig
+from grpo.policy_source import check_options
+from grpo.train import train
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rollout.quantization": "fp8"}, r"rollout\.quantization=fp8: its kernels need CUDA .* 8\.9"),
+        ({"rollout.draft_quantization": "fp8"}, r"rollout\.draft_quantization=fp8: its kernels need CUDA"),
+        (
+            {"rollout.quantization": "int8", "rollout.backend": "vllm"},
+            "with rollout.backend=vllm: our own",
+        ),
+        ({"rollout.draft_quantization": "int4", "rollout.backend": "transformers"}, "draft_quantization=int4 with"),
+        (
+            {"rollout.quantization": "int8", "loss.importance_correction": "none"},
+            "rollout.quantization=int8 with loss.importance_correction=none",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(tmp_path, options, words):
+    with pytest.raises(ConfigError) as error:
+        load(TrainConfig, None, {"output_dir": str(tmp_path / "run")} | options)
+    assert re.search(words, "\n".join(error.value.problems))
+
+
+def test_drafts_alone_need_no_correction(tmp_path):
+    options = {"rollout.draft_quantization": "int8", "loss.importance_correction": "none"}
+    config = load(TrainConfig, None, {"output_dir": str(tmp_path / "run")} | options)
+    assert config.rollout.copies == ("none", "int8")
+
+
+def test_other_commands_models_and_ranks_are_refused(tmp_path, hf_policy, monkeypatch):
+    hf_policy("qwen2", 5).save(tmp_path / "qwen2")
+    given = {"output_dir": str(tmp_path / "run"), "rollout.quantization": "int8"}
+    with pytest.raises(ValueError, match="rollout.quantization=int8 is for quartet train"):
+        check_options(load(SftConfig, None, given))
+    with pytest.raises(ValueError, match="rollout.quantization=int8: model=.* is of type 'qwen2'"):
+        check_options(load(TrainConfig, None, given | {"model": str(tmp_path / "qwen2")}))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="rollout.quantization=int8 with several learners"):
+        check_options(load(TrainConfig, None, given))
+
+
+def test_a_run_learns_with_a_quantised_sampler(tmp_path, micro_config):
+    config = micro_config(tmp_path / "run", **{"rollout.quantization": "int8", "rollout.draft_quantization": "int4"})
+    train(config)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    mismatch = [row["mismatch/logprob_abs_mean"] for row in rows if "mismatch/logprob_abs_mean" in row]
+    assert len(mismatch) == 3
+    assert all(1e-6 < value < 0.1 for value in mismatch)  # in float32 it would be 1e-7 without rounding
+    assert all(row["canary/logprob_abs_mean"] < 1e-5 for row in rows if "canary/logprob_abs_mean" in row)
+    assert sum("mismatch/weight_mean" in row for row in rows) == 3  # the importance correction is on
