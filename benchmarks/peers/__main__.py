@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,21 +32,24 @@ from benchmarks.peers.sizes import CONFIGURED, FULL, SMALL, STEP_CONTENDERS, TAS
 PARTS = ("step", "task", "lines", "mistakes", "installs")
 
 
-def contend(command: Sequence[str], out: Path, seconds: float) -> dict[str, Any]:
-    """What a contender has written, with the peak of its tree until the measured steps end; or its error."""
-    marker = out.with_suffix(".measured")
-    started = Started(command, threads=1)
+def contend(command: Sequence[str], out: Path, seconds: float, threads: int) -> dict[str, Any]:
+    """What a contender has written, with the peak of its tree since it is warm; or its error."""
+    warm = out.with_suffix(".warm")
+    started = Started(command, threads=threads)
     try:
         began = time.perf_counter()
-        started.wait(seconds, until=marker.exists)
-        peak = started.peak
+        started.wait(seconds, until=warm.exists)
+        started.peak = 0 if warm.exists() else started.peak
         started.wait(max(0.0, seconds - (time.perf_counter() - began)))
     finally:
         ended = started.end()
     if ended.code != 0:
         why = f"ended after {seconds:.0f} s" if ended.code is None else f"exit code {ended.code}"
         return {"error": f"{why}: {clean(ended.last_line)[:300]}"}
-    return json.loads(out.read_text()) | {"peak_rss_gib": peak / 2**30, "process_s": round(ended.seconds, 1)}
+    return json.loads(out.read_text()) | {
+        "peak_rss_gib": ended.peak_rss_bytes / 2**30,
+        "process_s": round(ended.seconds, 1),
+    }
 
 
 def spread(values: Sequence[float]) -> float:
@@ -80,7 +84,7 @@ def step(form: Form, names: Sequence[str], folder: Path) -> dict[str, Any]:
         if name == "ours_vllm" and not (ROOT / form.step.vllm).exists():
             return {"error": "vLLM is not there; `make vllm` installs it"}
         out = folder / f"{name}_{number}.json"
-        return contend(module("step", name, source, out), out, form.limit_s)
+        return contend(module("step", name, source, out), out, form.limit_s, form.step.threads)
 
     runs, failed = repeated(names, run, form.repeats)
     contenders: dict[str, Any] = {}
@@ -121,7 +125,7 @@ def task(form: Form, names: Sequence[str], folder: Path) -> dict[str, Any]:
         seeded = folder / f"task_{number}.json"
         seeded.write_text(json.dumps(asdict(replace(form.task, seed=number))))
         out = folder / f"task_{name}_{number}.json"
-        return contend(module("learns", name, seeded, out, policy), out, form.limit_s)
+        return contend(module("learns", name, seeded, out, policy), out, form.limit_s, form.task.threads)
 
     runs, failed = repeated(names, run, form.repeats)
     contenders = dict(failed)
@@ -185,12 +189,13 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=STEP_CONTENDERS, default=STEP_CONTENDERS, help="contenders")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, help="how often each contender is run (full: 2)")
-    parser.add_argument("--threads", type=int, help="of every contender (default: 1)")
+    parser.add_argument("--threads", type=int, help="of every contender of the step (full: 2)")
     parser.add_argument("--install_s", type=float, help="seconds that an installation may take (full: 300)")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/peers.json, or peers_small.json")
     parser.add_argument("--docs", type=Path, help="the page; default: docs/peers.md, and none with --small")
     parser.add_argument("--table", action="store_true", help="measure nothing; write the page from the JSON")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     name = "peers_small.json" if args.small else "peers.json"
     out = args.json or ROOT / "benchmarks/results" / name
     docs = args.docs or (None if args.small else ROOT / "docs/peers.md")
@@ -198,8 +203,8 @@ def main() -> int:
     if not args.table:
         form = SMALL if args.small else FULL
         form = replace(form, repeats=args.repeats or form.repeats, install_s=args.install_s or form.install_s)
-        threads = {"threads": args.threads or form.step.threads}
-        form = replace(form, step=replace(form.step, **threads), task=replace(form.task, **threads))
+        if args.threads:
+            form = replace(form, step=replace(form.step, threads=args.threads))
         if not (ROOT / form.step.model / "config.json").exists() and "step" in args.parts:
             parser.error(f"{form.step.model} is not there; `make smollm2` prepares it")
         words = " ".join(["python -m benchmarks.peers", *sys.argv[1:]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
@@ -55,6 +56,7 @@ class Started:
     ) -> None:
         chosen = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        atexit.register(self.stop)  # when the comparison itself is interrupted
         self.began = time.perf_counter()
         self.peak = 0
         self.process = subprocess.Popen(
@@ -92,12 +94,16 @@ class Started:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGINT)
 
-    def end(self) -> Ended:
-        """End what still runs of it, the processes that it left behind included."""
-        code = self.process.poll()
+    def stop(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def end(self) -> Ended:
+        """End what still runs of it, the processes that it left behind included."""
+        code = self.process.poll()
+        self.stop()
+        atexit.unregister(self.stop)
         seconds = time.perf_counter() - self.began
         self.log.seek(0)
         said = self.log.read()

@@ -33,12 +33,12 @@ class Step:
 
     model: str = "models/smollm2-135m-instruct"
     vllm: str = ".vllm/bin/python"
-    prompts: int = 4
+    prompts: int = 2
     group_size: int = 8
-    tokens: int = 48
+    tokens: int = 32
     steps: int = 2
     dtype: str = "float32"
-    threads: int = 1
+    threads: int = 2
     learning_rate: float = 1e-6  # both sides' default
     seed: int = 0
 
@@ -50,7 +50,7 @@ class Task:
     The reward of a step is the mean over the last `window` steps.
     """
 
-    warm_start: int = 300
+    warm_start: int = 150
     level: int = 1
     prompts: int = 16
     group_size: int = 8
@@ -77,8 +77,8 @@ class Form:
 
 FULL = Form(Step(), Task(), repeats=2, install_s=300, limit_s=900, mistake_s=60)
 SMALL = Form(
-    Step(prompts=2, group_size=4, tokens=16, steps=1),
-    Task(warm_start=150, prompts=8, group_size=4, tokens=32, steps=4, window=2, target=0.99),
+    Step(prompts=1, group_size=4, tokens=12, steps=1, threads=1),
+    Task(warm_start=60, prompts=8, group_size=4, tokens=32, steps=4, window=2, target=0.9),
     repeats=1,
     install_s=60,
     limit_s=300,

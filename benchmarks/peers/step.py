@@ -28,10 +28,10 @@ def reward(completions: Sequence[Any], **columns: Any) -> list[float]:
 
 
 def questions(step: Step) -> list[Any]:
-    """Those of every step, the warm-up and the last one for the mismatch included; no question comes twice."""
+    """Those of every step, the warm-up included; no question comes twice."""
     from grpo.data.examples import load_examples
 
-    return load_examples("gsm8k", "train", purpose="train", limit=step.prompts * (step.steps + 2))
+    return load_examples("gsm8k", "train", purpose="train", limit=step.prompts * (step.steps + 1))
 
 
 def digest(rows: Sequence[Sequence[int]]) -> str:
@@ -40,7 +40,7 @@ def digest(rows: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(json.dumps(unique).encode()).hexdigest()[:16]
 
 
-def run_ours(name: str, step: Step, measured: Path) -> dict[str, Any]:
+def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
     """Sample, score, learn, publish, as `quartet train` does."""
     import torch
 
@@ -62,10 +62,10 @@ def run_ours(name: str, step: Step, measured: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"seconds": {"sampling": [], "learning": [], "publishing": [], "step": []}, "prompts": []}
     with Scorer([RewardSpec(f"{__file__}:reward")], columns=list(prompts[0].columns)) as scorer:
         pool.publish(learner.weights(), learner.policy_version)
-        for number in range(1, step.steps + 3):
+        for number in range(1, step.steps + 2):
             chosen = prompts[(number - 1) * step.prompts : number * step.prompts]
-            if number == step.steps + 2:
-                measured.touch()
+            if number == 2:
+                warm.touch()
             began = time.perf_counter()
             groups = pool.sample(chosen, params.at(number))
             sampled = time.perf_counter()
@@ -106,7 +106,7 @@ def opened(name: str, policy: Any, dtype: Any, step: Step) -> Any:
     return VLLMPool(policy, VLLMSettings(python=Path(step.vllm), log=log), dtype, step.threads)
 
 
-def run_trl(name: str, step: Step, measured: Path) -> dict[str, Any]:
+def run_trl(name: str, step: Step, warm: Path) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,12 +122,12 @@ def run_trl(name: str, step: Step, measured: Path) -> dict[str, Any]:
 
         policy = Policy.load(step.model, getattr(torch, step.dtype))
         rollout = rollout_func(policy)
-        kept: dict[tuple[int, ...], list[float]] = {}  # what the pool says of its tokens, in the last step
+        kept: dict[tuple[int, ...], list[float]] = {}  # what the pool says of its tokens, in the first step
 
         def sample(prompts: list[Any], trainer: Any) -> dict[str, list]:
             out = rollout(prompts, trainer)
-            kept.clear()
-            kept.update(zip(map(tuple, out["completion_ids"]), out["logprobs"], strict=True))
+            if not kept:
+                kept.update(zip(map(tuple, out["completion_ids"]), out["logprobs"], strict=True))
             return out
 
         model, tokenizer, named["rollout_func"] = policy.trunk, policy.tokenizer, sample
@@ -142,8 +142,7 @@ def run_trl(name: str, step: Step, measured: Path) -> dict[str, Any]:
             args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
-            watched_step=step.steps + 2,
-            on_watch=measured.touch,
+            when_warm=warm.touch,
             **named,
         )
         if name == "trl_ours":
@@ -168,7 +167,7 @@ def given_to_trl(name: str, step: Step) -> dict[str, Any]:
         "gradient_accumulation_steps": step.prompts,
         "num_generations": step.group_size,
         "max_completion_length": step.tokens,
-        "max_steps": step.steps + 2,
+        "max_steps": step.steps + 1,
         "learning_rate": step.learning_rate,
         "seed": step.seed,
         "bf16": False,  # weights and arithmetic have the precision that the model is loaded in
@@ -185,10 +184,10 @@ def given_to_trl(name: str, step: Step) -> dict[str, Any]:
     return given
 
 
-def phases(found: dict[str, Any], steps: int) -> Iterator[tuple[str, list[float]]]:
-    """Seconds of the measured steps alone: without the warm-up and the last one."""
+def phases(found: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
+    """Seconds of the measured steps alone, without the warm-up."""
     for phase, seconds in found["seconds"].items():
-        yield phase, seconds[1 : 1 + steps]
+        yield phase, seconds[1:]
 
 
 def main() -> None:
@@ -198,8 +197,8 @@ def main() -> None:
     step = Step(**json.loads(source.read_text()))
     torch.set_num_threads(step.threads)
     torch.manual_seed(step.seed)
-    found = (run_ours if name.startswith("ours") else run_trl)(name, step, out.with_suffix(".measured"))
-    found["seconds"] = dict(phases(found, step.steps))
+    found = (run_ours if name.startswith("ours") else run_trl)(name, step, out.with_suffix(".warm"))
+    found["seconds"] = dict(phases(found))
     out.write_text(json.dumps(found))
 
 

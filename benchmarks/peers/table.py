@@ -40,6 +40,14 @@ def page(report: Mapping[str, Any]) -> str:
         + ", ".join(f"{name} {versions[name]}" for name in named if name in versions)
         + f". The {report['form']} form, {report['seconds'] / 60:.0f} minutes, every measurement "
         f"{report['repeats']} {'time' if report['repeats'] == 1 else 'times'}.\n",
+        *(
+            [
+                "The small form shows that everything runs. Its times say nothing: other work ran on the machine, and "
+                "so few tokens are mostly overhead.\n"
+            ]
+            if report["form"] == "small"
+            else []
+        ),
     ]
     sections = {"step": _step, "task": _task, "lines": _lines, "mistakes": _mistakes, "installs": _installs}
     parts += [write(report) for part, write in sections.items() if report.get(part)]

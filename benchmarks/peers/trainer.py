@@ -1,7 +1,7 @@
-"""TRL's GRPOTrainer with a clock: seconds of its phases, the prompts that it read, and its mismatch in a last step.
+"""TRL's GRPOTrainer with a clock: seconds of its phases, the prompts that it read, and its mismatch in the first step.
 
-The trainer's own methods are called as they are. The mismatch is taken in one more step after the measured ones: there
-`generate` also returns its logits, from which the sampler's log-probabilities follow.
+The trainer's own methods are called as they are. The mismatch is taken in the step that warms up and is not measured:
+there `generate` also returns its logits, from which the sampler's log-probabilities follow.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ Phases = dict[str, list[float]]  # seconds: "sampling", "learning", "step" and, 
 
 
 class ClockedTrainer(GRPOTrainer):
-    """`watched_step` is the number of the step whose log-probabilities are kept; `on_watch` is called before it."""
+    """The log-probabilities of the first step are kept; `when_warm` is called at its end."""
 
-    def __init__(self, *given: Any, watched_step: int, on_watch: Callable[[], None], **named: Any) -> None:
+    def __init__(self, *given: Any, when_warm: Callable[[], None], **named: Any) -> None:
         super().__init__(*given, **named)
         self.phases: Phases = {"sampling": [], "learning": [], "step": []}
         self.prompts_read: list[list[list[int]]] = []
-        self.watched_step, self.on_watch = watched_step, on_watch
-        self.sampled: dict[Ids, list[float]] = {}  # log-probabilities in the watched step, by completion: TRL shuffles
+        self.when_warm = when_warm
+        self.sampled: dict[Ids, list[float]] = {}  # log-probabilities in the first step, by completion: TRL shuffles
         self.learned: dict[Ids, list[float]] = {}
         self.add_callback(Clock(self))
 
     @property
     def watches(self) -> bool:
-        return self.state.global_step + 1 == self.watched_step
+        return self.state.global_step == 0
 
     def _generate(self, *given: Any, **named: Any) -> Any:
         began = time.perf_counter()
@@ -76,7 +76,7 @@ class ClockedTrainer(GRPOTrainer):
         return out
 
     def mismatch(self) -> dict[str, float]:
-        """|learner's - sampler's log-probability| of the watched step, for the completions that both have scored."""
+        """|learner's - sampler's log-probability| of the first step, for the completions that both have scored."""
         assert self.learned.keys() == self.sampled.keys()
         far = [abs(a - b) for ids, own in self.learned.items() for a, b in zip(own, self.sampled[ids], strict=True)]
         return {"mean": fmean(far), "max": max(far), "tokens": len(far)}
@@ -87,11 +87,11 @@ class Clock(TrainerCallback):
         self.trainer = trainer
 
     def on_step_begin(self, *given: Any, **named: Any) -> None:
-        if self.trainer.watches:
-            self.trainer.on_watch()
         self.began = time.perf_counter()
 
     def on_step_end(self, *given: Any, **named: Any) -> None:
         seconds = time.perf_counter() - self.began
         self.trainer.phases["step"].append(seconds)
         self.trainer.phases["learning"].append(seconds - self.trainer.scored_s)
+        if self.trainer.state.global_step == 1:
+            self.trainer.when_warm()
