@@ -79,9 +79,10 @@ class Run:
         log = self.folder / "steps.log"
         return [int(line) for line in log.read_text().split()] if log.exists() else []
 
-    def after(self, ended: Ended) -> dict[str, Any]:
-        """What is recorded of a run that has ended, and of its resumption where steps were done."""
-        done = STEPS if ended.code == 0 else max(self.steps_seen(), default=0)
+    def after(self, ended: Ended, learned: bool = False) -> dict[str, Any]:
+        """What is recorded of a run that has ended, and of its resumption where steps were done. `learned` says that
+        the step whose reward was called last was taken too."""
+        done = STEPS if ended.code == 0 else max(self.steps_seen(), default=-int(learned)) + int(learned)
         found = record(ended, self.folder, self.usual) | {"steps_done": done}
         if done and ended.code != 0:
             found |= self.resume(done)
@@ -139,7 +140,9 @@ def last_finite(folder: Path) -> int:
 
 
 def said_lines(ended: Ended, folder: Path) -> list[str]:
-    return [line.strip() for line in clean(ended.said, folder).splitlines() if line.strip()]
+    """Without progress bars, and without what is before them in a line."""
+    lines = (re.sub(r".*\d+%\|.*?\|[^\]]*\]", "", line).strip() for line in clean(ended.said, folder).splitlines())
+    return [line for line in lines if line]
 
 
 def message(ended: Ended, folder: Path, usual: Collection[str] = ()) -> str:
@@ -153,6 +156,8 @@ def message(ended: Ended, folder: Path, usual: Collection[str] = ()) -> str:
     if ended.code != 0 and errors:
         return errors[-1][:400]
     new = [line for line in lines if unnumbered(line) not in usual]
+    if ended.code == 0:  # what was sampled is new too, and says nothing
+        new = [line for line in new if re.search(r"\b(nan|none|warning|error|failed)\b", line, re.IGNORECASE)]
     words = [line for line in new if not line.startswith("{")]  # before the measurements of a step
     return (words or new or ["nothing"])[0][:400]
 
@@ -209,7 +214,7 @@ def full_disk(run: Run) -> dict[str, Any]:
     ended = run.to_its_end([*OWN_DISK, "sh", "-c", script, "sh", *run.command()], START_S)
     (run.folder / "out").rmdir()
     (run.folder / "kept").rename(run.folder / "out")
-    return run.after(ended)
+    return run.after(ended, learned=True)  # it is the checkpoint after a step that cannot be written
 
 
 def size(folder: Path) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -128,10 +130,9 @@ def module(name: str, *words: str | Path) -> list[str]:
 
 def clean(text: str, *folders: Path) -> str:
     """A text without the paths of this machine and the addresses that an installer spoke to."""
-    import re
-
     for folder in sorted({ROOT, Path(sys.prefix), Path(sys.base_prefix), *folders}, key=lambda f: -len(str(f))):
         text = text.replace(str(folder.resolve()), "…").replace(str(folder), "…")
+    text = re.sub(rf"\b(host|on) {re.escape(platform.node())}\b", r"\1 HOST", text)
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     text = re.sub(r"\bhttps?://\S+", "URL", text)
     return re.sub(r"(?<![\w…])/(?:[\w.+-]+/)+", ".../", text)

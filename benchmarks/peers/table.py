@@ -26,6 +26,10 @@ def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def many(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def page(report: Mapping[str, Any]) -> str:
     environment = report["environment"]
     machine, versions = environment["hardware"], environment["versions"]
@@ -39,7 +43,7 @@ def page(report: Mapping[str, Any]) -> str:
         f"{machine['memory_gib']:.0f} GiB, {environment['cpu_capability']}, Python {versions['python']}; "
         + ", ".join(f"{name} {versions[name]}" for name in named if name in versions)
         + f". The {report['form']} form, {report['seconds'] / 60:.0f} minutes, every measurement "
-        f"{report['repeats']} {'time' if report['repeats'] == 1 else 'times'}.\n",
+        f"{many(report['repeats'], 'time')}.\n",
         *(
             [
                 "The small form shows that everything runs. Its times say nothing: other work ran on the machine, and "
@@ -78,18 +82,21 @@ def _step(report: Mapping[str, Any]) -> str:
     ]
     same = "Every contender has read the same token ids" if report["step"]["prompts_equal"] else "THE PROMPTS DIFFER"
     text = (
-        f"## A step of GRPO on GSM8K\n\nSmolLM2-135M-Instruct, dense, {sizes['prompts']} prompts × "
-        f"{sizes['group_size']} completions × {sizes['tokens']} tokens, {sizes['dtype']}, {sizes['threads']} "
-        f"{'thread' if sizes['threads'] == 1 else 'threads'}; medians of {sizes['steps']} steps after one that is left "
-        f"out. {same} and sampled equally many tokens. The spread is the distance between the largest and the smallest "
+        f"## A step of GRPO on GSM8K\n\nSmolLM2-135M-Instruct, dense, {many(sizes['prompts'], 'prompt')} × "
+        f"{sizes['group_size']} completions × {sizes['tokens']} tokens, {sizes['dtype']}, "
+        f"{many(sizes['threads'], 'thread')}; the median of {many(sizes['steps'] * report['repeats'], 'step')}, after "
+        f"one in each process that is left out. {same} and sampled "
+        "equally many tokens. The spread is the distance between the largest and the smallest "
         "step by the median, over all repeats. The peak is the resident memory of all its processes. The mismatch is "
-        "|learner's − sampler's log-probability| of what was sampled. TRL samples with the weights that it learns "
+        "|learner's − sampler's log-probability| of what was sampled, for TRL in the step that warms up. TRL samples with the weights that it learns "
         "with, so nothing is published there.\n\n"
     )
     how = [f"- {NAMES[name]}: {CONFIGURED[name]}.\n" for name in found]
     given = {name: result["settings"] for name, result in found.items() if result.get("settings")}
     same_for_all = next(iter(given.values()), {})
-    how += [f"- Given to TRL besides: {', '.join(f'`{k}={v}`' for k, v in same_for_all.items())}.\n"] if given else []
+    if given:
+        told = ", ".join(f"`{key}={value}`" for key, value in same_for_all.items())
+        how.append(f"- Given to TRL besides, `generation_kwargs` where it samples itself: {told}.\n")
     return text + table(head, rows) + "\n" + "".join(failed) + "".join(how)
 
 

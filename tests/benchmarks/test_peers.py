@@ -1,9 +1,11 @@
 """benchmarks/peers: its page, its counts, and that both sides are given the same. Speeds are no test's business."""
 
 import json
+import time
 from dataclasses import asdict, fields
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from benchmarks.peers import installs, learns, lines, mistakes, process, sizes, step, table
@@ -121,7 +123,7 @@ def test_both_sides_are_given_the_same_sizes():
         given = step.given_to_trl(name, size)
         assert given["per_device_train_batch_size"] * given["gradient_accumulation_steps"] == 3 * 5
         assert (given["num_generations"], given["max_completion_length"], given["seed"]) == (5, 7, 9)
-        assert (given["learning_rate"], given["max_steps"]) == (2e-6, 4 + 2)
+        assert (given["learning_rate"], given["max_steps"]) == (2e-6, 4 + 1)
         assert given.get("gradient_checkpointing", True) == (name != "trl_no_checkpointing")
     task = sizes.Task(prompts=3, group_size=5, tokens=7, steps=4, learning_rate=2e-3, seed=9)
     given = learns.given_to_trl(task)
@@ -190,12 +192,10 @@ def test_a_process_that_takes_too_long_is_ended_with_its_children():
     ended = process.run(["python3", "-c", script], 2)
     assert ended.code is None
     assert ended.peak_rss_bytes > 0
-    child = int(ended.said)
-    try:
-        state = (process.Path("/proc") / str(child) / "stat").read_text().split()[2]
-    except FileNotFoundError:
-        state = "gone"
-    assert state in ("Z", "gone")
+    child, limit = int(ended.said), time.monotonic() + 30
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < limit
+        time.sleep(0.05)
 
 
 def test_an_installation_that_fails_is_recorded_with_its_reason(monkeypatch, tmp_path):
