@@ -88,8 +88,8 @@ def _step(report: Mapping[str, Any]) -> str:
         f"one in each process that is left out. {same} and sampled "
         "equally many tokens. The spread is the distance between the largest and the smallest "
         "step by the median, over all repeats. The peak is the resident memory of all its processes. The mismatch is "
-        "|learner's − sampler's log-probability| of what was sampled, for TRL in the step that warms up. TRL samples with the weights that it learns "
-        "with, so nothing is published there.\n\n"
+        "|learner's − sampler's log-probability| of what was sampled, for TRL in the step that warms up. TRL "
+        "samples with the weights that it learns with, so nothing is published there.\n\n"
     )
     how = [f"- {NAMES[name]}: {CONFIGURED[name]}.\n" for name in found]
     given = {name: result["settings"] for name, result in found.items() if result.get("settings")}
