@@ -7,7 +7,8 @@
 
 Every contender runs in a process of its own, in turn with the others, timed by itself, with equal threads. The JSON has
 every number, how each contender was configured, and how far the repeats are apart. Parts that are not asked for keep
-what the JSON has of an earlier run of the same form.
+what the JSON has of an earlier run of the same sizes. Where that had the step too, the JSON says for every contender
+whether the two runs agree within their spreads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -55,6 +56,18 @@ def contend(command: Sequence[str], out: Path, seconds: float, threads: int) -> 
 def spread(values: Sequence[float]) -> float:
     """Largest minus smallest, by the median."""
     return (max(values) - min(values)) / median(values) if values and median(values) else 0.0
+
+
+def agreement(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """How far the steps' medians of two runs are apart, and whether that is within the larger of their spreads."""
+    found = {}
+    for name, new in now.get("step", {}).get("contenders", {}).items():
+        old = before.get("step", {}).get("contenders", {}).get(name, {})
+        if "median" in new and "median" in old:
+            apart = abs(new["median"]["step"] - old["median"]["step"]) / old["median"]["step"]
+            allowed = max(new["spread"]["step"], old["spread"]["step"])
+            found[name] = {"apart": apart, "spread": allowed, "within": apart <= allowed}
+    return found
 
 
 def repeated(
@@ -209,15 +222,18 @@ def main() -> int:
             parser.error(f"{form.step.model} is not there; `make smollm2` prepares it")
         words = " ".join(["python -m benchmarks.peers", *sys.argv[1:]])
         found = measure(form, args.parts, args.only)
-        if report.get("form") != ("small" if args.small else "full"):
+        sizes = {"step": asdict(form.step), "task": asdict(form.task)}
+        if report.get("sizes") != sizes:
             report = {}
+        elif "step" in found:
+            found["agrees_with_the_run_before"] = agreement(report, found)
         spent = report.get("seconds_by_part", {}) | found.pop("seconds_by_part")
         report |= found | {
             "form": "small" if args.small else "full",
             "environment": described(words, form.step.vllm),
             "repeats": form.repeats,
             "install_s": form.install_s,
-            "sizes": {"step": asdict(form.step), "task": asdict(form.task)},
+            "sizes": sizes,
             "configured": CONFIGURED,
             "seconds_by_part": spent,
             "seconds": round(sum(spent.values()), 1),
@@ -225,6 +241,11 @@ def main() -> int:
         report["readme"] = table.readme(report)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n")
+        for contender, told in report.get("agrees_with_the_run_before", {}).items():
+            within = "within" if told["within"] else "NOT within"
+            print(
+                f"{contender}: {100 * told['apart']:.0f} % from the run before, {within} {100 * told['spread']:.0f} %"
+            )
     text = table.page(report)
     if docs:
         docs.write_text(text)

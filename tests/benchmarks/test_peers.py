@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from benchmarks.peers import installs, learns, lines, mistakes, process, sizes, step, table
-from benchmarks.peers.__main__ import spread
+from benchmarks.peers.__main__ import agreement, spread
 
 
 def report() -> dict:
@@ -161,6 +161,19 @@ def test_the_step_at_which_a_reward_is_reached():
 def test_the_spread_of_repeats():
     assert spread([9.0, 10.0, 12.0]) == pytest.approx(0.3)
     assert spread([]) == 0.0
+
+
+def test_two_runs_agree_within_the_larger_of_their_spreads():
+    before, now = report(), report()
+    now["step"]["contenders"]["trl"]["median"]["step"] = 41.9
+    now["step"]["contenders"]["ours"]["median"]["step"] = 12.0
+    found = agreement(before, now)
+    assert {name: told["within"] for name, told in found.items()} == {
+        "ours": False,  # 20 %, and the spread is 5 %
+        "trl": True,
+        "trl_no_checkpointing": True,
+    }
+    assert found["ours"]["apart"] == pytest.approx(0.2)
 
 
 def test_what_a_run_has_said_last(tmp_path):
