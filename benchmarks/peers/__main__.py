@@ -7,7 +7,7 @@
 
 Every contender runs in a process of its own, in turn with the others, timed by itself, with equal threads. The JSON has
 every number, how each contender was configured, and how far the repeats are apart. Parts that are not asked for keep
-what the JSON has of an earlier run of the same sizes. Where that had the step too, the JSON says for every contender
+what the JSON has of an earlier run of the same sizes, versions and machine. Where that had the step too, the JSON says for every contender
 whether the two runs agree within their spreads.
 """
 
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -157,10 +157,9 @@ def task(form: Form, names: Sequence[str], folder: Path) -> dict[str, Any]:
     return {"contenders": {name: contenders[name] for name in names}}
 
 
-def measure(form: Form, parts: Sequence[str], only: Sequence[str]) -> dict[str, Any]:
-    """Every part that is asked for; what it took is in `seconds_by_part`."""
+def measure(form: Form, parts: Sequence[str], only: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], float]]:
+    """Every part that is asked for, what was found, and the seconds that it took."""
     sides = [side for side in ("ours", "trl") if side in only]
-    report: dict[str, Any] = {"seconds_by_part": {}}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         data = folder / "data"
@@ -177,9 +176,8 @@ def measure(form: Form, parts: Sequence[str], only: Sequence[str]) -> dict[str, 
         for part in parts:
             print(f"== {part}", flush=True)
             began = time.monotonic()
-            report[part] = makers[part]()
-            report["seconds_by_part"][part] = round(time.monotonic() - began, 1)
-    return report
+            found = makers[part]()
+            yield part, found, round(time.monotonic() - began, 1)
 
 
 def described(command: str, vllm: str) -> dict[str, Any]:
@@ -221,26 +219,29 @@ def main() -> int:
         if not (ROOT / form.step.model / "config.json").exists() and "step" in args.parts:
             parser.error(f"{form.step.model} is not there; `make smollm2` prepares it")
         words = " ".join(["python -m benchmarks.peers", *sys.argv[1:]])
-        found = measure(form, args.parts, args.only)
         sizes = {"step": asdict(form.step), "task": asdict(form.task)}
-        if report.get("sizes") != sizes:
-            report = {}
-        elif "step" in found:
-            found["agrees_with_the_run_before"] = agreement(report, found)
-        spent = report.get("seconds_by_part", {}) | found.pop("seconds_by_part")
-        report |= found | {
-            "form": "small" if args.small else "full",
-            "environment": described(words, form.step.vllm),
-            "repeats": form.repeats,
-            "install_s": form.install_s,
-            "sizes": sizes,
-            "configured": CONFIGURED,
-            "seconds_by_part": spent,
-            "seconds": round(sum(spent.values()), 1),
-        }
-        report["readme"] = table.readme(report)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        here = described(words, form.step.vllm)
+        alike = all(report.get("environment", {}).get(key) == here[key] for key in ("hardware", "versions"))
+        before = report if alike and report.get("sizes") == sizes else {}
+        report = dict(before)
+        for part, found, seconds in measure(form, args.parts, args.only):
+            spent = report.get("seconds_by_part", {}) | {part: seconds}
+            report |= {
+                part: found,
+                "form": "small" if args.small else "full",
+                "environment": here,
+                "repeats": form.repeats,
+                "install_s": form.install_s,
+                "sizes": sizes,
+                "configured": CONFIGURED,
+                "seconds_by_part": spent,
+                "seconds": round(sum(spent.values()), 1),
+            }
+            if part == "step":
+                report["agrees_with_the_run_before"] = agreement(before, report)
+            report["readme"] = table.readme(report)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(report, indent=1) + "\n")  # after every part: a late failure loses none
         for contender, told in report.get("agrees_with_the_run_before", {}).items():
             within = "within" if told["within"] else "NOT within"
             print(

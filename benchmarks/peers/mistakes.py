@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.peers.process import Ended, Started, clean
 
 FAULTY = Path(__file__).parent / "faulty"
+OTHER_RATE = 2e-4  # twice that of faulty/
 STEPS, DONE = 8, 5  # of a run; and how many are done when a late mistake comes
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 START_S = 180.0  # until a run has come to its sixth step, on a slow machine
@@ -239,22 +240,34 @@ def wrong_template(run: Run) -> dict[str, Any]:
 
 
 def two_runs(run: Run) -> dict[str, Any]:
-    """While the first one is in its sixth step, a second one with another learning rate is started in its folder."""
+    """While the first one is in its sixth step, a second one with another learning rate is started in its folder.
+
+    Where both come to their end, one folder holds the last steps of one of them.
+    """
     run.mistake("wait")
     patient = {"reward.timeout_s": START_S} if run.side == "ours" else {}
     first = run.to_the_sixth_step(run.command(patient))
     (run.folder / "mistake").unlink()  # the first one has read it
     rate = "learner.learning_rate" if run.side == "ours" else "learning_rate"
-    second = run.to_its_end(run.command({rate: 2e-4}), START_S)
+    second = run.to_its_end(run.command({rate: OTHER_RATE}), START_S)
     (run.folder / "go").touch()
     first.wait(START_S)
     ended = first.end()
-    found = record(second, run.folder, run.usual) | {
-        "first_run": record(ended, run.folder, run.usual),
-        "steps_done": STEPS,
-    }
-    lost = STEPS if second.code == 0 and ended.code == 0 else 0  # one folder keeps one of them
-    return found | {"steps_lost": lost, "lost": "all steps of one of the two runs" if lost else "nothing"}
+    found = record(second, run.folder, run.usual) | {"first_run": record(ended, run.folder, run.usual)}
+    both = second.code == 0 and ended.code == 0
+    found |= {"steps_done": 2 * STEPS if both else STEPS, "steps_lost": STEPS if both else 0}
+    return found | ({"lost": f"all of one run: {whose(run.folder)}"} if both else {})
+
+
+def whose(folder: Path) -> str:
+    """Which of TRL's two runs has written each checkpoint that is left, by the learning rate in its log."""
+    said = []
+    for state in sorted(folder.glob("out/checkpoint-*/trainer_state.json")):
+        rates = [
+            line["learning_rate"] for line in json.loads(state.read_text())["log_history"] if "learning_rate" in line
+        ]
+        said.append(f"{state.parent.name} is of the {'second' if max(rates) > 0.75 * OTHER_RATE else 'first'}")
+    return ", ".join(said)
 
 
 def ctrl_c(run: Run) -> dict[str, Any]:
