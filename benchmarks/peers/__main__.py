@@ -7,8 +7,8 @@
 
 Every contender runs in a process of its own, in turn with the others, timed by itself, with equal threads. The JSON has
 every number, how each contender was configured, and how far the repeats are apart. Parts that are not asked for keep
-what the JSON has of an earlier run of the same sizes, versions and machine. Where that had the step too, the JSON says for every contender
-whether the two runs agree within their spreads.
+what the JSON has of an earlier run of the same sizes, versions and machine. Where that had the step too, the JSON says
+for every contender whether the two runs agree within their spreads.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def run_ours(task: Task, policy: Path) -> dict[str, list[float]]:
             prompts_per_step=task.prompts,
             rollout={"group_size": task.group_size, "max_completion_tokens": task.tokens},
             rewards=[{"function": "gsm8k"}],
-            learner={"learning_rate": task.learning_rate, "schedule": "linear"},
+            learner={"learning_rate": task.learning_rate},
             loss={"loss_type": "dapo", "scale_rewards": "none"},
             checkpoint={"every": task.steps},
         )
@@ -124,6 +124,7 @@ def given_to_trl(task: Task) -> dict[str, Any]:
         "max_completion_length": task.tokens,
         "max_steps": task.steps,
         "learning_rate": task.learning_rate,
+        "lr_scheduler_type": "constant",
         "loss_type": "dapo",
         "scale_rewards": "none",
         "seed": task.seed,

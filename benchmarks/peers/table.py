@@ -116,7 +116,7 @@ def _task(report: Mapping[str, Any]) -> str:
         f"\n## To a reward\n\nThe demo's policy (MoE, MLA, a draft head) after {sizes['warm_start']} steps of warm "
         f"start, word problems of level {sizes['level']}, {sizes['prompts']} prompts × {sizes['group_size']} "
         f"completions; until the mean reward of {sizes['window']} steps is {sizes['target']}. Loss, learning rate and "
-        "schedule are equal; TRL trains no draft head, and its own rollouts use none.\n\n"
+        "schedule (constant) are equal; TRL trains no draft head, and its own rollouts use none.\n\n"
     )
     return text + table(head, rows) + ("\n" + "".join(failed) if failed else "")
 
@@ -130,7 +130,7 @@ def _lines(report: Mapping[str, Any]) -> str:
             told = sides.get(side)
             beyond = f" ({told['beyond_the_reward']} new)" if told and task != "a reward" else ""
             row.append("–" if not told else f"{told['lines']}{beyond}" if told["ran"] else "did not run")
-        rows.append([*row, *(cell(told.get(task, "–")) for told in read.values())])
+        rows.append([*row, *(told.get(task, "–") for told in read.values())])
     head = ["", *SIDES.values(), *(f"{peer}, read and not run" for peer in read)]
     return (
         "\n## Lines that a user writes\n\nWhole programs, which were run: those in `benchmarks/peers/written/`, "
