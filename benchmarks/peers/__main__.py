@@ -239,7 +239,7 @@ def main() -> int:
             }
             if part == "step":
                 report["agrees_with_the_run_before"] = agreement(before, report)
-            report["readme"] = table.readme(report)
+            report["readme"] = [] if args.small else table.readme(report)
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(report, indent=1) + "\n")  # after every part: a late failure loses none
         for contender, told in report.get("agrees_with_the_run_before", {}).items():
@@ -251,8 +251,8 @@ def main() -> int:
     if docs:
         docs.write_text(text)
     print(text)
-    print("README's first screen takes:")
-    print(*(f"  {line}" for line in report["readme"]), sep="\n")
+    if report["readme"]:
+        print("README's first screen takes:", *report["readme"], sep="\n  ")
     print(f"written to {out.relative_to(ROOT) if out.is_relative_to(ROOT) else out.name}; {report['seconds']:.0f} s")
     return 0
 

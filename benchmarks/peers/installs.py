@@ -18,7 +18,7 @@ from benchmarks.peers.process import ROOT, Ended, clean, run
 
 FOLDER = ROOT / ".peers"
 MOST_BYTES = 12 * 2**30  # of one environment
-LINES = 4  # of an error
+LINES = 12  # of an error
 
 
 @dataclass(frozen=True)

@@ -171,13 +171,15 @@ def _installs(report: Mapping[str, Any]) -> str:
     for peer, told in report["installs"].items():
         reached = told.get("failed_at")
         result = f"{reached}: {told['why']}" if reached else "it starts; no step of it was run here"
-        said = cell(told.get("last_lines", "").splitlines()[-1] if told.get("last_lines") else "–")
+        lines = [line.strip() for line in told.get("last_lines", "").splitlines()]
+        errors = [line for line in lines if "error" in line.lower() and not line.startswith("note:")]
+        said = cell((errors or lines or ["–"])[-1])
         size = f"{told.get('gigabytes', 0):.1f}"
         rows.append([peer, told.get("version", "–"), cell(told["advice"]), cell(result), said, size])
     return (
         "\n## Which of the others can be installed here\n\nEach was tried in an environment of its own, with a limit "
         f"of {report['install_s']:.0f} s, and deleted afterwards. None of them has run a step on this machine.\n\n"
-    ) + table(["", "version", "its advice, and what was tried", "ended at", "last line", "GB"], rows)
+    ) + table(["", "version", "its advice, and what was tried", "ended at", "last error or line", "GB"], rows)
 
 
 def readme(report: Mapping[str, Any]) -> list[str]:
