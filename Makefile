@@ -12,7 +12,7 @@ VLLM := .vllm
 VLLM_VERSION := 0.32.0
 VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
 
-.PHONY: help demo reference docs smollm2 vllm quantize test test-slow test-vllm test-browser gpu lint clean
+.PHONY: help demo reference docs smollm2 vllm quantize test test-slow test-vllm test-browser gpu peers lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -53,13 +53,18 @@ test-browser: $(DEV_STAMP) ## install playwright, then look at the page of a run
 gpu: $(DEV_STAMP) ## on a CUDA machine: its tests, and rollouts and steps against generate and TRL; ARGS=--cpu in small
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
+peers: $(DEV_STAMP) ## ours beside TRL, vLLM and others, into docs/peers.md, in under an hour; ARGS=--small in minutes
+	@$(MAKE) --no-print-directory vllm || echo "vLLM cannot be installed here: its row says so"
+	$(BIN)/python examples/prepare_smollm2.py
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
 lint: $(DEV_STAMP) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean: ## remove the environments, builds and caches; runs/ and models/ stay
-	rm -rf $(VENV) $(VLLM) dist build site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .peers dist build site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find policies rollout rewards grpo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so that an interrupted installation is taken up again.
