@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.environment import AgentOptions, EnvironmentOptions
-from grpo.config.sampling import SamplingOptions
+from grpo.config.sampling import RolloutOptions, SamplingOptions
 from grpo.data.examples import Example
 from grpo.learner.batch import PackedRow, Sample
 from policies.policy import Policy
@@ -72,7 +72,7 @@ def _no_graph(policy: Policy, params: SamplingParams, options: SamplingOptions, 
         return "this policy is not decoded by our own engine"
     if policy.device.type != "cpu":
         return f"the policy is on {policy.device.type}, where nobody has tried it"
-    if {getattr(options, "quantization", "none"), getattr(options, "draft_quantization", "none")} != {"none"}:
+    if isinstance(options, RolloutOptions) and {options.quantization, options.draft_quantization} - {"none", None}:
         return "a graph has no matrices of fewer bits"
     if params.draft_tokens is None:
         return "draft_tokens=null chooses the number of drafts in every round, and a graph has one (give a number)"

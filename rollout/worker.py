@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policies.decoding.quantized import Copies
+from policies.decoding.quantized import PLAIN, Copies
 from policies.lora import Adapter
 from policies.policy import Policy
 from policies.publication import Publication
@@ -77,7 +77,7 @@ class Worker:
     """Samples shards, only with weights that it has confirmed. The pool makes it a Ray actor."""
 
     def __init__(
-        self, skeleton: dict[str, bytes], held: str, dtype: str, device: str, threads: int, copies: Copies
+        self, skeleton: dict[str, bytes], held: str, dtype: str, device: str, threads: int, copies: Copies = PLAIN
     ) -> None:
         """`held`: precision of its copy of the policy and of the published weights; `dtype`: precision of decoding, in
         which `copies` may have fewer bits."""

@@ -22,8 +22,13 @@ from rollout.compiled.graph import Bucket, Inputs, Round, weights
 
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quartet/rounds"
 OPTIONS = {"aot_inductor.package_constants_in_so": False}
-ROOT = Path(__file__).parents[2]
-SOURCES = ["rollout/compiled", "rollout/sampling.py", "rollout/drafts/speculative.py", "policies/decoding"]
+HERE = Path(__file__).parent
+SOURCES = [
+    HERE,
+    HERE.parent / "sampling.py",
+    HERE.parent / "drafts/speculative.py",
+    HERE.parents[1] / "policies/decoding",
+]
 
 
 class CompiledRound:
@@ -81,5 +86,5 @@ def _key(decoder: Decoder, bucket: Bucket, example: Inputs) -> str:
 
 
 def _sources() -> str:
-    files = [file for name in SOURCES for file in sorted((ROOT / name).rglob("*.py")) or [ROOT / name]]
+    files = [file for place in SOURCES for file in sorted(place.rglob("*.py")) or [place]]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -106,6 +106,9 @@ def _pass_rates(*scores: GroupScore, full_marks: float = 1.0) -> dict[str, float
         mtp=SimpleNamespace(depth=1),
         learner=LearnerOptions(),
         seed=0,
+        dtype="float32",
+        steps=1,
+        agent=None,
         log=SimpleNamespace(alarms=False),
     )
     log = SimpleNamespace(progress=lambda: Progress(disable=True), event=lambda *_, **__: None)

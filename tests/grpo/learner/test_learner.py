@@ -130,7 +130,7 @@ def test_contract_10_packed_logprobs_are_those_of_padded_rows(micro_policy, budg
 def test_the_step_size_is_the_kl_of_one_completion_of_each_group_by_hand(micro_policy):
     learner = _learner(micro_policy(0))
     rows = learner.prepare(_groups(learner.policy), _scores()).rows
-    now = _all_logprobs(learner, rows, 10_000)
+    now = {(index, 0): values for index, values in _all_logprobs(learner, rows, 10_000).items()}
     halved = {index: [value + math.log(2) for value in values] for index, values in now.items()}
     assert learner.likelihood.moved(rows, now) == pytest.approx(0, abs=1e-7)
     # Each token has half the probability that it had: 1/2 - 1 - ln 1/2.

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MICRO
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -24,11 +23,11 @@ CORPUS = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("trai
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> str:
+def source(tmp_path_factory, micro_preset) -> str:
     """A policy with experts whose rows are whole groups, and a draft head."""
     folder = tmp_path_factory.mktemp("quantize") / "policy"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(presets.PRESETS, "micro32", MICRO | {"moe_intermediate_size": 32})
+        patch.setitem(presets.PRESETS, "micro32", {**presets.PRESETS[micro_preset], "moe_intermediate_size": 32})
         presets.build("micro32", CORPUS, 3).save(folder)
     (folder / "LICENSE").write_text("do as you like")
     return str(folder)
