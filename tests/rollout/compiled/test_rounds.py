@@ -91,6 +91,8 @@ def test_contracts_3_and_4_a_graph_changes_no_token(policy, random_policy, made,
     assert tokens(assert_same(engine, prompts, params)) == tokens(first)
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_contract_3_over_many_tokens(policy, made):
     engine, prompts = Engine(policy), prompts_of(5, 12, seed=3)
     params = replace(PARAMS, max_completion_tokens=60, stop_token_ids=(7,), draft_tokens=2)
