@@ -133,6 +133,7 @@ def test_settings(tmp_path, monkeypatch, micro_policy):
 def test_graphs_are_chosen_by_what_is_planned_and_refused_by_name(micro_policy, monkeypatch):
     """Never by the clock: 100,000 rounds of few rows, or what was asked for."""
     policy = micro_policy()
+    monkeypatch.setenv("CXX", sys.executable)  # whether there is a compiler is asked, and nothing is compiled
 
     def compiled(given: dict, **more: object) -> bool:
         options = RolloutOptions.model_validate({"draft_tokens": 0} | given)
