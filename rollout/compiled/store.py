@@ -21,7 +21,8 @@ from rollout.backends import Decoder
 from rollout.compiled.graph import Bucket, Inputs, Round, weights
 
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quartet/rounds"
-OPTIONS = {"aot_inductor.package_constants_in_so": False}
+# Without the second one Inductor would write the numbers of small weights, such as a router's bias, into the code.
+OPTIONS = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
 HERE = Path(__file__).parent
 SOURCES = [
     HERE,
@@ -40,6 +41,9 @@ class CompiledRound:
         self.bound: dict[str, Tensor] = {}  # kept alive, since the graph holds their addresses alone
 
     def bind(self, tensors: dict[str, Tensor]) -> None:
+        """Raises RuntimeError for a graph that has the numbers of a router's bias in its code."""
+        if baked := {name for name in tensors if name.endswith("_gate_bias")} - set(self.names):
+            raise RuntimeError(f"this graph is for other weights: {min(baked)} is written into it; leave compile out")
         self.bound = {name: tensors[name] for name in self.names}
         self.loaded.load_constants(self.bound, check_full_update=True, user_managed=True)
 
