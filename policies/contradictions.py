@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, DeepseekV3Config, PretrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from policies.files.packed import is_packed
+from policies.files.packed import is_packed, unreadable
 from policies.layout import PolicyError, find_file
 
 # Released configurations have these values, and transformers' DeepseekV3 computes them whatever a configuration has.
@@ -77,6 +77,8 @@ def contradictions(config: PretrainedConfig) -> Iterator[str]:
         if (value := getattr(config, field, None) or 0) > most:
             yield f"{field}={value} is more than {most:,}, which no model has"
     yield from _tokens_and_rope(config)
+    if is_packed(config) and (fault := unreadable(config)):
+        yield fault
     if not isinstance(config, DeepseekV3Config):
         return
     faults = [*_wrong_values(config), *_attention(config)]

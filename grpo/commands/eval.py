@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,10 +117,13 @@ class CompletionsFile:
         ]
 
 
-def evaluate_model(config: EvalConfig, console: Console, others: Sequence[str] = ()) -> ModelEvaluation:
+def evaluate_model(
+    config: EvalConfig, console: Console, others: Sequence[str] = (), met: Collection[str] = ()
+) -> ModelEvaluation:
     """Evaluate the policy of `config`. What can be checked of model and data is checked before the policy is loaded.
 
-    `others` are evaluated on the same problems later: what one of them was trained on is refused now.
+    `others` are evaluated on the same problems later: what one of them was trained on is refused now. So are the
+    problems that were `met` otherwise, by their fingerprints.
     """
     served = open_served(config) if is_address(config.model) else None
     source = served.source if served else find_policy(config.model)
@@ -132,7 +135,7 @@ def evaluate_model(config: EvalConfig, console: Console, others: Sequence[str] =
         **{name: getattr(config, name) for name in (*PromptOptions.model_fields, "holdout", "holdout_seed")},
     )
     split = data.split if config.holdout else config.split or default_heldout_split(config.data)
-    met = frozenset() if served else trained_on(source.folder)
+    met = frozenset(met) if served else trained_on(source.folder).union(met)
     refused = met.union(*(trained_on(find_policy(other).folder) for other in others if not is_address(other)))
     context = known_context(source.folder) if not served and source.checkpoint is None else None
     with Task(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo.data.examples import load_examples
+from grpo.data.examples import Example, load_examples
+from grpo.data.leakage import refuse_evaluation_data
 from grpo.data.source import FILE_KINDS
 
 TEXT_KINDS = (".txt", ".md")
@@ -19,20 +20,29 @@ CHARACTERS_PER_TOKEN = 8  # more of a file is not read
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Windows of token ids [T], all of one length: `heldout` are the last ones of the text and in no other list."""
+    """Windows of token ids [T], all of one length: `heldout` are the last ones of the text and in no other list.
+    `examples` are the problems that all of them come from, where the source has problems."""
 
     windows: list[Tensor]
     heldout: list[Tensor]
+    examples: list[Example] = field(default_factory=list)
 
 
 def calibration_text(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, heldout_tokens: int, window: int
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int,
+    heldout_tokens: int,
+    window: int,
+    left_out: Callable[[Example], bool] = lambda example: False,
 ) -> CalibrationText:
     """At most `tokens` for measuring and training, and after them `heldout_tokens` that are held out.
 
-    A shorter text is used completely, and a fifth of its windows are held out. Documents end with the tokenizer's eos;
-    each window starts with bos where the tokenizer puts one before a text. Raises ValueError for a text of fewer than
-    two windows, and what `load_examples` raises.
+    Problems that are `left_out` are not read. A shorter text is used completely, and a fifth of its windows are held
+    out. Documents end with the tokenizer's eos; each window starts with bos where the tokenizer puts one before a text.
+    Raises ValueError for a text of fewer than two windows or one that is named after a test set, and what
+    `load_examples` raises.
 
     >>> calibration_text("gsm8k", tokenizer, tokens=4096, heldout_tokens=1024, window=512).heldout[0].shape
     torch.Size([512])
@@ -41,7 +51,11 @@ def calibration_text(
     body, end = window - len(bos), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     wanted = -(-tokens // window) + -(-heldout_tokens // window)
     ids: list[int] = []
-    for document in _documents(source, wanted * window * CHARACTERS_PER_TOKEN):
+    examples: list[Example] = []
+    for document, example in _documents(source, wanted * window * CHARACTERS_PER_TOKEN):
+        if example and left_out(example):
+            continue
+        examples += [example] if example else []
         ids += tokenizer(document, add_special_tokens=False).input_ids + end
         if len(ids) >= wanted * body:
             break
@@ -53,17 +67,18 @@ def calibration_text(
         )
     rows = [torch.tensor(bos + ids[i * body : (i + 1) * body]) for i in range(count)]
     held = max(1, min(-(-heldout_tokens // window), count // 5))
-    return CalibrationText(rows[:-held], rows[-held:])
+    return CalibrationText(rows[:-held], rows[-held:], examples)
 
 
-def _documents(source: str, characters: int) -> Iterator[str]:
+def _documents(source: str, characters: int) -> Iterator[tuple[str, Example | None]]:
     path = Path(source).expanduser()
     if path.suffix in TEXT_KINDS or (path.is_file() and path.suffix not in FILE_KINDS):
+        refuse_evaluation_data(source, "train", path)
         try:
             with path.open(encoding="utf-8") as file:
-                yield file.read(characters)
+                yield file.read(characters), None
         except UnicodeDecodeError as error:
             raise ValueError(f"calibrate={source!r} is not text in UTF-8: {error}") from error
         return
     for example in load_examples(source, "train"):
-        yield f"{example.question}\n{example.solution}"
+        yield f"{example.question}\n{example.solution}", example

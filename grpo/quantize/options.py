@@ -26,7 +26,8 @@ class QuantizeConfig(EvalConfig):
     calibrate: str
     """Text that gptq and awq measure the model on: a text file, a file with questions and answers (.jsonl, .json,
     .parquet, .csv), or a dataset such as `gsm8k`, of which the training split is read. Its last part is held out for
-    perplexity and agreement. Data for evaluation are refused."""
+    perplexity and agreement. Data for evaluation are refused, the share that a run holds out is left out, and problems
+    that are read count as trained on."""
     group_size: Literal[32, 64, 128] = 32
     """Neighbouring weights of a row that share a scale. A matrix with rows that it does not divide keeps its
     precision."""

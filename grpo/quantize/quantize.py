@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch import Tensor
 from grpo.commands.eval import ModelEvaluation, evaluate_model
 from grpo.config.inference import EvalConfig
 from grpo.data.calibration_text import calibration_text
-from grpo.data.leakage import record_trained_on, trained_on
+from grpo.data.examples import Example
+from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, trained_on
+from grpo.data.prompts import PromptTemplate
 from grpo.policy_source import PolicySource, check_options, find_policy, load_found
 from grpo.quantize import compressor, report
 from grpo.quantize.options import QuantizeConfig
@@ -43,8 +46,11 @@ def quantize(destination: Path, config: QuantizeConfig, console: Console) -> Qua
             tokens=config.calibrate_tokens,
             heldout_tokens=config.heldout_tokens,
             window=min(config.window, shape.max_position_embeddings),
+            left_out=lambda example: bool(config.holdout) and _is_held_out(example, config),
         )
-        before = [_evaluate(source.folder, config, "before", console)] if "data" in config.model_fields_set else []
+        read = {_fingerprint(example, config) for example in text.examples}
+        evaluates = "data" in config.model_fields_set
+        before = [_evaluate(source.folder, config, "before", console, read)] if evaluates else []
         started = time.perf_counter()
         policy = load_found(source, config)
         size = sum(tensor.nbytes for tensor in dict(policy.named_parameters()).values())
@@ -52,17 +58,17 @@ def quantize(destination: Path, config: QuantizeConfig, console: Console) -> Qua
         compressor.save(policy, folder)
         seconds = time.perf_counter() - started
         del policy
-        _copy_beside(source, folder)
+        _copy_beside(source, folder, read)
         result = Quantization(
             config=config,
             destination=str(destination),
-            bytes_before=_bytes(Path(source.folder)) or size,
+            bytes_before=size if source.checkpoint else _bytes(Path(source.folder)) or size,
             bytes_after=_bytes(folder),
             kept=kept,
             fidelity=_compare(source, folder, text.heldout, config),
             seconds=seconds,
             versions={name: metadata.version(name) for name in ("llmcompressor", "compressed-tensors")},
-            evaluations=before and [*before, _named(_evaluate(str(folder), config, "after", console), destination)],
+            evaluations=before and [*before, _named(_evaluate(str(folder), config, "after", console, ()), destination)],
         )
         report.write(result, folder)
     return result
@@ -77,11 +83,27 @@ def _source(config: QuantizeConfig) -> PolicySource:
     return source
 
 
-def _evaluate(model: str, config: QuantizeConfig, which: str, console: Console) -> ModelEvaluation:
-    """As `quartet eval` does."""
+def _fingerprint(example: Example, config: QuantizeConfig) -> str:
+    """As evaluation has it, where the example has the columns of its template."""
+    try:
+        content = PromptTemplate(config.template, config.system_prompt, user_turn=config.user_turn).content(example)
+    except ValueError:
+        content = example.question
+    return problem_fingerprint(content)
+
+
+def _is_held_out(example: Example, config: QuantizeConfig) -> bool:
+    assert config.holdout is not None
+    return in_holdout(_fingerprint(example, config), config.holdout, config.holdout_seed)
+
+
+def _evaluate(
+    model: str, config: QuantizeConfig, which: str, console: Console, met: Collection[str]
+) -> ModelEvaluation:
+    """As `quartet eval` does. Problems that were `met` are refused."""
     options = {name: getattr(config, name) for name in EvalConfig.model_fields}
     output = config.output and config.output / which
-    return evaluate_model(EvalConfig(**options | {"model": model, "output": output}), console)
+    return evaluate_model(EvalConfig(**options | {"model": model, "output": output}), console, met=met)
 
 
 def _named(evaluation: ModelEvaluation, destination: Path) -> ModelEvaluation:
@@ -100,10 +122,10 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _copy_beside(source: PolicySource, folder: Path) -> None:
-    """The licence, and the problems that the policy was trained on, which must not be evaluated."""
+def _copy_beside(source: PolicySource, folder: Path, read: Collection[str]) -> None:
+    """The licence, and the problems that the policy was trained on or measured on, which must not be evaluated."""
     for name in LICENCE_FILES:
         if found := find_file(source.base, name):
             shutil.copy(found, folder / name)
-    if met := trained_on(source.folder):
+    if met := trained_on(source.folder) | set(read):
         record_trained_on(folder, met)

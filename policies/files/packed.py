@@ -24,6 +24,28 @@ def is_packed(config: PretrainedConfig) -> bool:
     return str(getattr(method, "value", method)) == "compressed-tensors"
 
 
+def unreadable(config: PretrainedConfig) -> str | None:
+    """Why a packed checkpoint cannot be multiplied out here: what is in its configuration, and the way out.
+
+    Zero points are refused since transformers leaves out those of routed experts, and activations of few bits since the
+    policy would be another one here than where they are rounded.
+    """
+    given = config.quantization_config
+    read = given if isinstance(given, dict) else given.to_dict()
+    groups = read.get("config_groups") or {}
+    if read.get("format") != "pack-quantized" or not groups:
+        what = f"format={read.get('format')!r}, and pack-quantized alone is read"
+    elif read.get("kv_cache_scheme"):
+        what = "kv_cache_scheme is set, and the cache is not rounded here"
+    elif any(group.get(name) for group in groups.values() for name in ("input_activations", "output_activations")):
+        what = "activations have few bits, and they are not rounded here"
+    elif not all((group.get("weights") or {}).get("symmetric", True) for group in groups.values()):
+        what = "weights.symmetric is false, and zero points of routed experts would be left out"
+    else:
+        return None
+    return f"quantization_config: {what}; use a dequantised copy, or one that `quartet quantize` writes"
+
+
 def loading(source: str | Path) -> dict[str, Any]:
     """Arguments of `from_pretrained`. Raises ValueError where the package is missing."""
     if find_spec("compressed_tensors") is None:

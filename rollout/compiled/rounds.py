@@ -49,7 +49,7 @@ class Graphs:
     """The graphs of one engine. `compiling` is told before one is compiled."""
 
     compiling: Callable[[Bucket], None] = say
-    loaded: dict[tuple[object, ...], CompiledRound] = field(default_factory=dict)
+    loaded: dict[tuple[Bucket, int], CompiledRound] = field(default_factory=dict)  # the number: of stop tokens
     trunk: AbsorbedTrunk | None = None  # to which they are bound
 
     def release(self) -> None:
@@ -61,8 +61,7 @@ class Graphs:
     def run(self, decoder: Decoder, bucket: Bucket, given: Inputs) -> list[Tensor]:
         if self.trunk is not decoder.trunk:
             self.trunk = decoder.trunk
-            for (each, *_), graph in self.loaded.items():
-                assert isinstance(each, Bucket)
+            for (each, _), graph in self.loaded.items():
                 graph.bind(weights(decoder, each))
         key = bucket, len(given.stops)
         if key not in self.loaded:

@@ -12,6 +12,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ from rollout.backends import Decoder
 from rollout.compiled.graph import Bucket, Inputs, Round, weights
 
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quartet/rounds"
-# Without the second one Inductor would write the numbers of small weights, such as a router's bias, into the code.
+# Without the second one Inductor would write the numbers of SMALL weights, such as a router's bias, into the code.
 OPTIONS = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
+SMALL = 8
 HERE = Path(__file__).parent
 SOURCES = [
     HERE,
@@ -41,8 +43,8 @@ class CompiledRound:
         self.bound: dict[str, Tensor] = {}  # kept alive, since the graph holds their addresses alone
 
     def bind(self, tensors: dict[str, Tensor]) -> None:
-        """Raises RuntimeError for a graph that has the numbers of a router's bias in its code."""
-        if baked := {name for name in tensors if name.endswith("_gate_bias")} - set(self.names):
+        """Raises RuntimeError for a graph that has the numbers of a small weight in its code."""
+        if baked := {name for name, tensor in tensors.items() if tensor.numel() <= SMALL} - set(self.names):
             raise RuntimeError(f"this graph is for other weights: {min(baked)} is written into it; leave compile out")
         self.bound = {name: tensors[name] for name in self.names}
         self.loaded.load_constants(self.bound, check_full_update=True, user_managed=True)
@@ -89,6 +91,7 @@ def _key(decoder: Decoder, bucket: Bucket, example: Inputs) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
 
+@cache
 def _sources() -> str:
     files = [file for place in SOURCES for file in sorted(place.rglob("*.py")) or [place]]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
 from grpo.cli import main
 from grpo.data.calibration_text import calibration_text
@@ -15,11 +15,17 @@ from grpo.data.word_problems import word_problems
 from grpo.quantize import compressor
 from grpo.quantize.report import REPORT
 from policies import presets
+from policies.contradictions import contradictions
 from policies.files import packed
 from policies.policy import Policy, PolicyError
 
 SIZES = ["--window", "32", "--calibrate_tokens", "256", "--heldout_tokens", "128", "--threads", "1", "--device", "cpu"]
 CORPUS = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=100)]
+PACKED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": True}, "input_activations": None}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +134,42 @@ def test_packed_weights_name_what_they_need(monkeypatch):
         packed.loading("some")
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"format": "int-quantized"}, "format='int-quantized', and pack-quantized alone is read"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is set"),
+        ({"config_groups": {"a": {"weights": {"symmetric": True}, "input_activations": {}}, "b": {
+            "weights": {"symmetric": True}, "input_activations": {"num_bits": 8}}}}, "activations have few bits"),
+        ({"config_groups": {"a": {"weights": {"symmetric": False}}}}, "zero points of routed experts"),
+    ],
+)  # fmt: skip
+def test_packed_weights_that_would_be_read_as_others_are_refused(given, why):
+    """transformers drops what it does not multiply out, silently."""
+    for shape in (DeepseekV3Config, LlamaConfig):
+        assert packed.unreadable(shape(quantization_config=PACKED)) is None
+        config = shape(quantization_config=PACKED | given)
+        assert any(why in fault for fault in contradictions(config))
+
+
+@pytest.mark.usefixtures("without_packages")
+def test_problems_that_are_calibrated_on_are_not_evaluated(capfd, source, tmp_path):
+    """Found before anything is quantised; the share that a run holds out is not read at all."""
+    rows = [{"question": f"{a} + {b} = ?", "answer": f"#### {a + b}"} for a in range(30) for b in range(30)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = str(tmp_path / "own.jsonl")
+    said = refused(
+        capfd, source, str(tmp_path / "out"), "--calibrate", data, "--data", data, "--split", "train", "--limit", "8"
+    )
+    assert "8 of 8 problems that are to be evaluated were trained on" in said
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    sizes = {"tokens": 10**5, "heldout_tokens": 64, "window": 32}
+    whole = calibration_text(data, tokenizer, **sizes).examples
+    left = calibration_text(data, tokenizer, left_out=lambda example: "7" in example.question, **sizes).examples
+    assert [e.question for e in left] == [e.question for e in whole if "7" not in e.question]
+    assert 0 < len(left) < len(whole)
+
+
 @pytest.fixture
 def without_packages(monkeypatch) -> None:
     """What is refused before the packages are used."""
@@ -138,15 +180,16 @@ def without_packages(monkeypatch) -> None:
 def test_evaluation_data_and_a_quantised_source_are_refused(capfd, source, tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": "2 + 3 = ?", "answer": "5"}) + "\n")
     said = refused(capfd, source, str(tmp_path / "out"), "--calibrate", str(tmp_path / "test.jsonl"))
-    assert "test.jsonl" in said
+    assert "is for evaluation and must not be trained on" in said
+    (tmp_path / "test.txt").write_text("2 + 3 = 5\n" * 4000)
+    said = refused(capfd, source, str(tmp_path / "out"), "--calibrate", str(tmp_path / "test.txt"))
+    assert "is for evaluation and must not be trained on" in said
     config = json.loads((Path(source) / "config.json").read_text())
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in Path(source).iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    (copy / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"quant_method": "compressed-tensors"}})
-    )
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": PACKED}))
     said = refused(capfd, str(copy), str(tmp_path / "out"), "--calibrate", "word_problems")
     assert "is quantised already; name the policy that it was made from" in said
 

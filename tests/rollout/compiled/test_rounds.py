@@ -12,6 +12,7 @@ from policies.policy import Policy
 from rollout.compiled import rounds
 from rollout.compiled.graph import Bucket, Round, weights
 from rollout.compiled.rounds import FEW_ROWS, Graphs
+from rollout.compiled.store import SMALL, CompiledRound
 from rollout.engine import Engine
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
@@ -141,6 +142,16 @@ def test_broken_logits_abort_a_row_as_eagerly(random_policy, made):
 
     with pytest.raises(RolloutError, match="not finite"):
         engine.sample(PROMPTS[:1], replace(PARAMS, compiled=True))
+
+
+def test_a_graph_with_the_numbers_of_a_weight_is_refused(policy):
+    """It would be right for the weights that it was compiled with alone."""
+    tensors = weights(Engine(policy).decoder, Bucket(1, 0, 128))
+    [bias] = [name for name, tensor in tensors.items() if tensor.numel() <= SMALL]
+    graph = CompiledRound.__new__(CompiledRound)
+    graph.names = [name for name in tensors if name != bias]
+    with pytest.raises(RuntimeError, match=f"{bias} is written into it"):
+        graph.bind(tensors)
 
 
 @pytest.mark.long
