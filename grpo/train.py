@@ -67,6 +67,7 @@ def train(
         with (
             open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log, samples=ranks.first) as pool,
             with_agent(pool, config) as sampler,
+            with_agent(pool, config) as examiner,  # in other processes: an agent may remember what it has met
         ):
             sampling = sampling_params(policy, config.rollout, 1, config.seed)
             publisher = Publisher(pool, learner, sampling, config.rollout.quantization)
@@ -76,7 +77,7 @@ def train(
             collector = Collector(run, task, curriculum, sampler, policy)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
             sampling = replace(sampling, environment=environment_of(config))
-            held_out = HeldOut(task, policy, sampler, run.log, config.eval, sampling, collector.evaluated)
+            held_out = HeldOut(task, policy, examiner, run.log, config.eval, sampling, collector.evaluated)
             with run:
                 batches.begin(collector, learner, partial(_publish, run, publisher))
                 if held_out.due(run.step, run.last) and not held_out.done(run.step):

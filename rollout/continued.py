@@ -7,9 +7,8 @@ So while the weights stay the same, its tokens are those of a completion that wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -82,7 +81,6 @@ def joined(former: Completion, more: Completion, tokenizer: PreTrainedTokenizerB
     """One completion of two parts. Reading the first part again counts as a forward: it gives a token."""
     ids = former.token_ids + more.token_ids
     versions = former.version_of_tokens + more.version_of_tokens
-    a, b = former.draft, more.draft
     both_routed = former.routing is not None and more.routing is not None
     return Completion(
         token_ids=ids,
@@ -90,23 +88,7 @@ def joined(former: Completion, more: Completion, tokenizer: PreTrainedTokenizerB
         text=str(tokenizer.decode(ids[:-1] if more.finish_reason == "stop" else ids)),
         finish_reason=more.finish_reason,
         policy_version=more.policy_version,
-        draft=DraftStats(
-            target_forwards=a.target_forwards + 1 + b.target_forwards,
-            drafted=_sums(a.drafted, b.drafted),
-            accepted=_sums(a.accepted, b.accepted),
-            fallbacks=a.fallbacks + b.fallbacks,
-            depths=a.depths + b.depths,
-            sources={name: _both(a.sources.get(name, {}), b.sources.get(name, {})) for name in a.sources | b.sources},
-            empty=a.empty + b.empty,
-        ),
+        draft=former.draft + DraftStats(target_forwards=1) + more.draft,
         routing=torch.cat([former.routing, more.routing]) if both_routed else None,
         versions=versions if len(set(versions)) > 1 else [],
     )
-
-
-def _both(one: Mapping[str, list[int]], other: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    return {name: _sums(one.get(name, []), other.get(name, [])) for name in ("drafted", "accepted")}
-
-
-def _sums(one: Iterable[int], other: Iterable[int]) -> list[int]:
-    return [x + y for x, y in zip_longest(one, other, fillvalue=0)]

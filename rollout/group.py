@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -62,6 +63,23 @@ class DraftStats:
     sources: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     empty: int = 0
 
+    def __add__(self, after: DraftStats) -> DraftStats:
+        """Of two parts of a completion, one after the other.
+
+        >>> (DraftStats(2, [2], [1], depths=[0, 1, 0]) + DraftStats(1, [1, 1], [0, 0], depths=[0, 0])).drafted
+        [3, 1]
+        """
+        names = self.sources | after.sources
+        return DraftStats(
+            target_forwards=self.target_forwards + after.target_forwards,
+            drafted=_sums(self.drafted, after.drafted),
+            accepted=_sums(self.accepted, after.accepted),
+            fallbacks=self.fallbacks + after.fallbacks,
+            depths=self.depths + after.depths,
+            sources={name: _both(self.sources.get(name, {}), after.sources.get(name, {})) for name in names},
+            empty=self.empty + after.empty,
+        )
+
     @property
     def by_source(self) -> dict[str, dict[str, list[int]]]:
         """`sources` with the head's share, where it has drafted.
@@ -77,13 +95,21 @@ class DraftStats:
         return ({"head": head} if any(head["drafted"]) else {}) | self.sources
 
 
+def _both(one: Mapping[str, list[int]], other: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    return {name: _sums(one.get(name, []), other.get(name, [])) for name in ("drafted", "accepted")}
+
+
+def _sums(one: Iterable[int], other: Iterable[int]) -> list[int]:
+    return [x + y for x, y in zip_longest(one, other, fillvalue=0)]
+
+
 @dataclass
 class ToolStats:
     """What the tools of one episode did: `calls` that were made, `errors` that tools raised, and `bad_calls` that named
     no tool, had wrong arguments or could not be read. `reward` is what the environment's `get_reward` gave. `failure`
     says why the environment could not go on, `{"kind": ..., "message": ...}`.
 
-    An external agent has it too: `calls` are its requests, `errors` those that were refused, and `reward` is what it
+    An external agent has it too: `calls` are its requests, `errors` those that got no answer, and `reward` is what it
     returned.
     """
 

@@ -53,7 +53,8 @@ class Endpoint:
         episode = self.episodes.get(name)
         if episode is None:
             raise ApiError(f"the episode {name!r:.60} is not there, or has ended", 404, code="episode_not_found")
-        episode.requests += request.method == "POST"
+        if request.method == "POST":
+            episode.requests += 1
         return episode
 
     async def _refused(self, request: Request, error: Any) -> Response:

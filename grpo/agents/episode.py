@@ -12,7 +12,6 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from typing import Any, TypeAlias
 
 from grpo.data.prompts import apply_chat_template
@@ -213,13 +212,7 @@ class Episode(Served):
         return f"{self.prompt.prompt_id}/{digest}/{before}"
 
     def _drafts(self, depths: list[int]) -> DraftStats:
-        drafts = [answer.draft for answer in self.answers]
-        drafted, accepted = (
-            [sum(depth) for depth in zip_longest(*counts, fillvalue=0)]
-            for counts in ([draft.drafted for draft in drafts], [draft.accepted for draft in drafts])
-        )
-        forwards = sum(draft.target_forwards for draft in drafts)
-        return DraftStats(forwards, drafted, accepted, sum(draft.fallbacks for draft in drafts), depths)
+        return replace(sum((answer.draft for answer in self.answers), DraftStats()), depths=depths)
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:

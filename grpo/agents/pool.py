@@ -59,8 +59,8 @@ class AgentPool(InterruptiblePool):
         engine = copy.copy(self.local.published())
         engine.check(prompts, params)
         engine.max_rows = min(engine.max_rows, ROWS_OF_WORKER * self.agent.agent_workers)
-        sampling = _Sampling(self, engine, prompts, params)
         self._agents = self._agents or open_agents(self.agent)
+        sampling = _Sampling(self, engine, prompts, params)
         future = self._thread.submit(sampling.run, self._agents)
         try:
             self._watch(future, sampling, on_finished)
@@ -80,9 +80,12 @@ class AgentPool(InterruptiblePool):
         told = 0
         while not wait([future], POLL_S).done:
             self.stop.check()
-            if on_finished and sampling.ended > told:
-                on_finished(sampling.ended - told)
-                told = sampling.ended
+            sampling.check()
+            ended = sampling.ended
+            if on_finished and ended > told:
+                on_finished(ended - told)
+                told = ended
+        sampling.check()
         if on_finished and not future.exception():
             on_finished(len(sampling.begun) - told)
 
@@ -125,6 +128,11 @@ class _Sampling:
         episodes = [episode for episode, _ in self.begun]
         completions = [episode.finish(reply or {}) for episode, reply in zip(episodes, replies, strict=True)]
         return [RolloutGroup(prompt, completions[i * size : (i + 1) * size]) for i, prompt in enumerate(self.prompts)]
+
+    def check(self) -> None:
+        """Raises what has ended the decoding. The agents were told of it, and what they make of that says nothing."""
+        if self.batcher.error is not None:
+            raise self.batcher.error
 
     def _end(self, place: int) -> None:
         self.begun[place][0].end()

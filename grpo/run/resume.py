@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FREE_TO_CHANGE = (
     *("output_dir", "steps", "log", "checkpoint", "eval", "threads"),
     *("reward.timeout_s", "reward.workers", "reward.pass_variables", "rollout.timeout_s"),
-    *("learner.workers", "learner.parallel"),
+    *("learner.workers", "learner.parallel", "agent_workers", "agent_timeout_s", "agent_memory_mb"),
 )
 
 

@@ -223,7 +223,8 @@ def _refuse_strangers(request: Request, key: str | None) -> None:
     if key is not None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(given.encode(), key.encode()):
-            message = "the key is missing or wrong; send Authorization: Bearer KEY, with the server's key"
+            whose = "the key of --api_key_file, or the api_key that an agent was given"
+            message = f"the key is missing or wrong; send Authorization: Bearer KEY, with {whose}"
             raise ApiError(message, 401, code="invalid_api_key")
         return
     host = request.headers.get("host", "")

@@ -62,6 +62,7 @@ class Batcher:
         self._gone: list[Request] = []
         self._newer: Engine | None = None
         self._closed = False
+        self.error: Exception | None = None  # the last one that has ended a batch
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         self._thread.start()
 
@@ -120,6 +121,7 @@ class Batcher:
                 except Exception as error:  # such as lack of memory: this batch fails, and the server goes on
                     given_up = batch.give_up(f"decoding failed: {type(error).__name__}: {error}")
                     self.counts.failed += len(given_up)
+                    self.error = error
                     fresh = Serving(self.engine.decoder, self.params)
                     self._batches = [fresh if other is batch else other for other in self._batches]
             self._batches = [b for b in self._batches[:-1] if b.busy] + self._batches[-1:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from rollout.environments.format import Turn, TurnFormat
 from rollout.environments.protocol import chosen, columns_of, open_workers, run, seeds, tools_of
 from rollout.group import FinishReason, Prompt, RolloutGroup, ToolStats
 from rollout.sampling import EnvironmentSpec, SamplingParams
+
+POLL_S = 0.2
 
 
 def first_messages(prompt: Prompt, observation: str | None) -> list[dict[str, Any]]:
@@ -150,10 +152,13 @@ class Episodes:
             self._asked.append((asked, self.arena.ask(requests)))
         return waits
 
-    def written(self) -> dict[int, list[int] | None]:
-        """What the tools wrote, as ids that follow the turns; None where the episode has ended. Waits for them."""
+    def written(self, while_waiting: Callable[[], None] = lambda: None) -> dict[int, list[int] | None]:
+        """What the tools wrote, as ids that follow the turns; None where the episode has ended. Waits for them, and
+        calls `while_waiting` several times a second; an exception that it raises ends the wait."""
         written: dict[int, list[int] | None] = {}
         for asked, replies in self._asked:
+            while not wait([replies], POLL_S).done:
+                while_waiting()
             for (index, turn), reply in zip(asked, replies.result(), strict=True):
                 written[index] = self._written(self.episodes[index], turn, reply)
         self._asked = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -52,7 +51,7 @@ class Row:
         finite = all(value is not None and math.isfinite(value) for value in logprobs)
         self.reason = ("stop" if found["reason"] == "stop" else "length") if finite else "abort"
         self.ids, self.logprobs = self.ids + ids, self.logprobs + logprobs
-        self.draft = joined(self.draft, draft_stats(found["drafted"], found["accepted"], len(ids), self.draft_tokens))
+        self.draft += draft_stats(found["drafted"], found["accepted"], len(ids), self.draft_tokens)
 
     def write(self, ids: Sequence[int]) -> None:
         """What tools wrote after the turn."""
@@ -62,21 +61,6 @@ class Row:
     def completion(self, tokenizer: PreTrainedTokenizerBase, version: int) -> Completion:
         text = str(tokenizer.decode(self.ids[:-1] if self.reason == "stop" else self.ids))
         return Completion(self.ids, self.logprobs, text, self.reason, version, self.draft)
-
-
-def joined(before: DraftStats, after: DraftStats) -> DraftStats:
-    """Of both turns.
-
-    >>> joined(DraftStats(2, [2], [1], depths=[0, 1, 0]), DraftStats(1, [1], [0], depths=[0, 0])).drafted
-    [3]
-    """
-    both = (
-        zip_longest(before.drafted, after.drafted, fillvalue=0),
-        zip_longest(before.accepted, after.accepted, fillvalue=0),
-    )
-    drafted, accepted = ([sum(pair) for pair in pairs] for pairs in both)
-    forwards = before.target_forwards + after.target_forwards
-    return DraftStats(forwards, drafted, accepted, depths=before.depths + after.depths)
 
 
 def draft_stats(drafted: Sequence[int], accepted: Sequence[int], tokens: int, depth: int) -> DraftStats:

@@ -232,9 +232,7 @@ class VLLMPool:
         rows = [Row(prompt, sample, drafts) for prompt in prompts for sample in range(size)]
         live, goes_on = list(range(len(rows))), False
         while live:
-            found = self._turn(
-                [rows[i] for i in live], params, goes_on, tell if episodes is None else lambda ended: None
-            )
+            found = self._turn([rows[i] for i in live], params, goes_on, tell if episodes is None else _nobody)
             for i, turn in zip(live, found, strict=True):
                 rows[i].add(turn)
             live, goes_on = self._go_on(rows, live, episodes) if episodes else [], True
@@ -249,7 +247,7 @@ class VLLMPool:
         """The rows whose episodes go on, after what their tools wrote. Waits for the tools."""
         asked = {i: rows[i].ids for i in live if rows[i].reason == "stop"}
         episodes.ask(asked)
-        written = {i: ids for i, ids in episodes.written().items() if ids is not None}
+        written = {i: ids for i, ids in episodes.written(self.while_waiting).items() if ids is not None}
         for i, ids in written.items():
             rows[i].write(ids)
         return sorted(written)

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -258,7 +259,15 @@ def test_an_answer_that_nobody_waited_for_is_not_learned_from(begin):
     episode = begin()
     lost = job_of(episode, prompt=TASK)
     row = lost.request(lambda _, news: None)
-    episode.batcher.cancel([row])
+    before = episode.batcher.counts.cancelled
+    with episode.batcher._changed:  # no round in between
+        episode.batcher.submit([row])
+        episode.batcher.cancel([row])
+    for _ in range(300):
+        if episode.batcher.counts.cancelled > before:
+            break
+        time.sleep(0.1)
+    assert episode.batcher.counts.cancelled == before + 1
     _, two = ask(episode, prompt=TASK)
     late = job_of(episode, prompt="late")
     done = episode.finish({})

@@ -377,7 +377,7 @@ from policies.policy import Policy
 from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.group import Prompt
-from rollout.sampling import EnvironmentSpec, SamplingParams
+from rollout.sampling import SamplingParams
 folder, python, log = map(Path, sys.argv[1:])
 pool = VLLMPool(Policy.load(folder), VLLMSettings(python=python, log=log), torch.float32)
 print(pool.process.process.pid, flush=True)
