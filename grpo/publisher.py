@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
@@ -60,6 +61,8 @@ class Publisher:
                 return {}
             scores = self.scores(sampled, params.temperature)
             agreement: Agreement = ranks.from_first(partial(compare, sampled, scores, version, self.dtype))
+            if self.copies != "none" and not agreement.fault:
+                agreement = replace(agreement, fault=self._fault_without_rounding(sampled, params.temperature, version))
             if not agreement.fault:
                 break
         if agreement.fault:
@@ -96,6 +99,21 @@ class Publisher:
                 known[tokens] = score(groups, temperature)
             scores[sampler] = known[tokens]
         return scores
+
+    def _fault_without_rounding(
+        self, sampled: Mapping[str, Sequence[RolloutGroup]], temperature: float, version: int
+    ) -> str | None:
+        """How the decoder differs from the learner where its matrices are not rounded: rounded ones are compared with
+        the same decoder, which would hide an error of its own. One sampler's tokens do for all."""
+        policy = self.learner.policy
+        groups = next(iter(sampled.values()))
+        decoded = logprobs_of_trunk(rounded_trunk(policy, "none"), groups, temperature)
+        held = []
+        for group, rows in zip(groups, decoded, strict=True):
+            own = [replace(c, logprobs=row) for c, row in zip(group.completions, rows, strict=True)]
+            held.append(replace(group, completions=own))
+        name = "the decoder of the samplers, without rounding,"
+        return compare({name: held}, {name: logprobs_of_groups(policy, groups, temperature)}, version, self.dtype).fault
 
 
 def _refuse(fault: str) -> NoReturn:

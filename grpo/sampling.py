@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.environment import AgentOptions, EnvironmentOptions
+from grpo.config.reward import RewardsOptions, ScoringOptions
 from grpo.config.sampling import RolloutOptions, SamplingOptions
 from grpo.data.examples import Example
 from grpo.learner.batch import PackedRow, Sample
@@ -106,8 +107,16 @@ def open_agents(options: AgentOptions) -> WorkerPool:
     """The processes in which the agent runs. Raises RewardError if it cannot be loaded there, or not with so little
     memory."""
     description = {"kind": "agent", "function": options.agent}
+    scoring = options.reward if isinstance(options, RewardsOptions) else ScoringOptions()
     memory = (options.agent_memory_mb or 0) << 20
-    pool = WorkerPool([description], size=options.agent_workers, timeout_s=options.agent_timeout_s, memory=memory)
+    pool = WorkerPool(
+        [description],
+        size=options.agent_workers,
+        timeout_s=options.agent_timeout_s,
+        pass_variables=scoring.pass_variables,
+        memory=memory,
+        memory_option="agent_memory_mb",
+    )
     try:
         pool.run([])
     except BaseException:

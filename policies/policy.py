@@ -209,6 +209,12 @@ class Policy(nn.Module):
         parts = self.trunk, self.mtp, self.tokenizer, self.draft_ids, self.further_mtp
         checkpoint.save(Path(folder), Checkpoint(*parts))
 
+    def merged(self) -> Policy:
+        """A copy on the same device, in the same precision, with its adapters merged."""
+        copy = Policy.from_skeleton(self.skeleton(), self.trunk.dtype).to(self.device)
+        copy.load_weights(self.weights())
+        return copy
+
     def skeleton(self) -> dict[str, bytes]:
         """Config and tokenizer as files, which are all that a worker needs besides published weights."""
         with tempfile.TemporaryDirectory() as folder:

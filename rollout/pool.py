@@ -126,13 +126,6 @@ def open_pool(
     )
 
 
-def _copy(policy: Policy) -> Policy:
-    """The same policy with its adapters merged."""
-    copy = Policy.from_skeleton(policy.skeleton(), next(policy.parameters()).dtype).to(policy.device)
-    copy.load_weights(policy.weights())
-    return copy
-
-
 class LocalPool:
     """One engine in this process, without Ray.
 
@@ -144,7 +137,7 @@ class LocalPool:
     def __init__(self, policy: Policy, dtype: torch.dtype, prompts_per_shard: int, copies: Copies = PLAIN) -> None:
         split = any(isinstance(parameter, DTensor) for parameter in policy.parameters())
         self.shares = policy.trunk.dtype == dtype and not has_adapter(policy) and not split
-        self.engine = Engine(policy if self.shares else _copy(policy), dtype, copies=copies)
+        self.engine = Engine(policy if self.shares else policy.merged(), dtype, copies=copies)
         self.prompts_per_shard = prompts_per_shard
         self._published = self._writes()
 
@@ -152,7 +145,7 @@ class LocalPool:
         if self.shares:
             own = self.engine.policy.state_dict()
             if any(name in own and own[name].data_ptr() != tensor.data_ptr() for name, tensor in weights.items()):
-                self.shares, self.engine.policy = False, _copy(self.engine.policy)
+                self.shares, self.engine.policy = False, self.engine.policy.merged()
         self.engine.publish(weights, version)
         self._published = self._writes()
 

@@ -220,6 +220,7 @@ def main() -> int:
             parser.error(f"{form.step.model} is not there; `make smollm2` prepares it")
         words = " ".join(["python -m benchmarks.peers", *sys.argv[1:]])
         sizes = {"step": asdict(form.step), "task": asdict(form.task)}
+        sizes |= {"repeats": form.repeats, "install_s": form.install_s}
         here = described(words, form.step.vllm)
         alike = all(report.get("environment", {}).get(key) == here[key] for key in ("hardware", "versions"))
         before = report if alike and report.get("sizes") == sizes else {}
@@ -230,8 +231,6 @@ def main() -> int:
                 part: found,
                 "form": "small" if args.small else "full",
                 "environment": here,
-                "repeats": form.repeats,
-                "install_s": form.install_s,
                 "sizes": sizes,
                 "configured": CONFIGURED,
                 "seconds_by_part": spent,

@@ -23,7 +23,7 @@ LINES = 12  # of an error
 
 @dataclass(frozen=True)
 class Peer:
-    """`asks` is the command of its documentation that trains, asked for its help. `step` says if a step can be run."""
+    """`asks` is the command of its documentation that trains, asked for its help: more than that was not run."""
 
     name: str
     requirement: str

@@ -118,6 +118,8 @@ def run_trl(task: Task, policy_folder: Path, our_rollouts: bool) -> dict[str, li
 
 
 def given_to_trl(task: Task) -> dict[str, Any]:
+    from grpo.config.learner import LearnerOptions
+
     return {
         "per_device_train_batch_size": task.prompts * task.group_size,
         "num_generations": task.group_size,
@@ -125,6 +127,7 @@ def given_to_trl(task: Task) -> dict[str, Any]:
         "max_steps": task.steps,
         "learning_rate": task.learning_rate,
         "lr_scheduler_type": "constant",
+        "adam_beta2": LearnerOptions().betas[1],
         "loss_type": "dapo",
         "scale_rewards": "none",
         "seed": task.seed,

@@ -255,8 +255,13 @@ def two_runs(run: Run) -> dict[str, Any]:
     ended = first.end()
     found = record(second, run.folder, run.usual) | {"first_run": record(ended, run.folder, run.usual)}
     both = second.code == 0 and ended.code == 0
-    found |= {"steps_done": 2 * STEPS if both else STEPS, "steps_lost": STEPS if both else 0}
-    return found | ({"lost": f"all of one run: {whose(run.folder)}"} if both else {})
+    found |= {"steps_done": 2 * STEPS if both else STEPS, "steps_lost": 0}
+    if both:
+        found |= {"steps_lost": STEPS, "lost": f"all of one run: {whose(run.folder)}"}
+    elif ended.code != 0:
+        kept = last_finite(run.folder) if second.code != 0 else 0
+        found |= {"steps_lost": DONE - min(kept, DONE), "lost": "the first run has ended of it"}
+    return found
 
 
 def whose(folder: Path) -> str:

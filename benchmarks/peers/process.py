@@ -132,6 +132,8 @@ def clean(text: str, *folders: Path) -> str:
     """A text without the paths of this machine and the addresses that an installer spoke to."""
     for folder in sorted({ROOT, Path(sys.prefix), Path(sys.base_prefix), *folders}, key=lambda f: -len(str(f))):
         text = text.replace(str(folder.resolve()), "…").replace(str(folder), "…")
+    for folder in folders:  # as its files are named in a message
+        text = text.replace(folder.name, "FOLDER")
     text = re.sub(rf"\b(host|on) {re.escape(platform.node())}\b", r"\1 HOST", text)
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     text = re.sub(r"\bhttps?://\S+", "URL", text)

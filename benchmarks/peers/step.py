@@ -41,12 +41,13 @@ def digest(rows: Sequence[Sequence[int]]) -> str:
 
 
 def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
-    """Sample, score, learn, publish, as `quartet train` does."""
+    """Sample, score, learn, publish with canaries, as `quartet train` does."""
     import torch
 
     from grpo.config.learner import LearnerOptions, MTPOptions
     from grpo.data.prompts import PromptTemplate, encode_prompt
     from grpo.learner.learner import Learner
+    from grpo.publisher import Publisher
     from policies.policy import Policy
     from rewards import RewardSpec, Scorer
     from rollout.sampling import SamplingParams
@@ -56,12 +57,20 @@ def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
     template = PromptTemplate("chat")
     prompts = [encode_prompt(example, policy.tokenizer, template) for example in questions(step)]
     options = LearnerOptions(learning_rate=step.learning_rate)
-    learner = Learner(policy, options, MTPOptions(), max_completion_tokens=step.tokens, reward_weights={"reward": 1.0})
+    learner = Learner(
+        policy,
+        options,
+        MTPOptions(),
+        max_completion_tokens=step.tokens,
+        reward_weights={"reward": 1.0},
+        sampler_differs=name == "ours_vllm",  # which turns the importance correction on
+    )
     pool = opened(name, policy, dtype, step)
     params = SamplingParams(group_size=step.group_size, max_completion_tokens=step.tokens, seed=step.seed)
+    publisher = Publisher(pool, learner, params)
     found: dict[str, Any] = {"seconds": {"sampling": [], "learning": [], "publishing": [], "step": []}, "prompts": []}
     with Scorer([RewardSpec(f"{__file__}:reward")], columns=list(prompts[0].columns)) as scorer:
-        pool.publish(learner.weights(), learner.policy_version)
+        publisher.publish()
         for number in range(1, step.steps + 2):
             chosen = prompts[(number - 1) * step.prompts : number * step.prompts]
             if number == 2:
@@ -79,7 +88,7 @@ def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
             metrics = learner.step(learner.prepare(groups, scores), number)
             learner.update.zero()
             learned = time.perf_counter()
-            pool.publish(learner.weights(), learner.policy_version)
+            publisher.publish()
             ended = time.perf_counter()
             assert {len(c.token_ids) for group in groups for c in group.completions} == {step.tokens}
             assert metrics["learner/updates"] == 1

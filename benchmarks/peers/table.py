@@ -43,12 +43,9 @@ def page(report: Mapping[str, Any]) -> str:
         f"{machine['memory_gib']:.0f} GiB, {environment['cpu_capability']}, Python {versions['python']}; "
         + ", ".join(f"{name} {versions[name]}" for name in named if name in versions)
         + f". The {report['form']} form, {report['seconds'] / 60:.0f} minutes, every measurement "
-        f"{many(report['repeats'], 'time')}.\n",
+        f"{many(report['sizes']['repeats'], 'time')}.\n",
         *(
-            [
-                "The small form shows that everything runs. Its times say nothing: other work ran on the machine, and "
-                "so few tokens are mostly overhead.\n"
-            ]
+            ["The small form shows that everything runs. Its times say nothing: so few tokens are mostly overhead.\n"]
             if report["form"] == "small"
             else []
         ),
@@ -84,9 +81,9 @@ def _step(report: Mapping[str, Any]) -> str:
     text = (
         f"## A step of GRPO on GSM8K\n\nSmolLM2-135M-Instruct, dense, {many(sizes['prompts'], 'prompt')} × "
         f"{sizes['group_size']} completions × {sizes['tokens']} tokens, {sizes['dtype']}, "
-        f"{many(sizes['threads'], 'thread')}; the median of {many(sizes['steps'] * report['repeats'], 'step')}, after "
-        f"one in each process that is left out. {same} and sampled "
-        "equally many tokens. The spread is the distance between the largest and the smallest "
+        f"{many(sizes['threads'], 'thread')}; the median of "
+        f"{many(sizes['steps'] * report['sizes']['repeats'], 'step')}, after one in each process that is left out. "
+        f"{same} and sampled equally many tokens. The spread is the distance between the largest and the smallest "
         "step by the median, over all repeats. The peak is the resident memory of all its processes. The mismatch is "
         "|learner's − sampler's log-probability| of what was sampled, for TRL in the step that warms up. TRL "
         "samples with the weights that it learns with, so nothing is published there.\n\n"
@@ -115,8 +112,9 @@ def _task(report: Mapping[str, Any]) -> str:
     text = (
         f"\n## To a reward\n\nThe demo's policy (MoE, MLA, a draft head) after {sizes['warm_start']} steps of warm "
         f"start, word problems of level {sizes['level']}, {sizes['prompts']} prompts × {sizes['group_size']} "
-        f"completions; until the mean reward of {sizes['window']} steps is {sizes['target']}. Loss, learning rate and "
-        "schedule (constant) are equal; TRL trains no draft head, and its own rollouts use none.\n\n"
+        f"completions; until the mean reward of {sizes['window']} steps is {sizes['target']}. Loss, learning rate, "
+        "schedule (constant) and Adam's second beta are equal; TRL trains no draft head, and its own "
+        "rollouts use none.\n\n"
     )
     return text + table(head, rows) + ("\n" + "".join(failed) if failed else "")
 
@@ -178,7 +176,8 @@ def _installs(report: Mapping[str, Any]) -> str:
         rows.append([peer, told.get("version", "–"), cell(told["advice"]), cell(result), said, size])
     return (
         "\n## Which of the others can be installed here\n\nEach was tried in an environment of its own, with a limit "
-        f"of {report['install_s']:.0f} s, and deleted afterwards. None of them has run a step on this machine.\n\n"
+        f"of {report['sizes']['install_s']:.0f} s, and deleted afterwards. None of them has run a step on this "
+        "machine.\n\n"
     ) + table(["", "version", "its advice, and what was tried", "ended at", "last error or line", "GB"], rows)
 
 

@@ -75,8 +75,8 @@ class ScoringOptions(Options):
     workers: int = Field(default=1, ge=1)
     """Processes that run rewards."""
     pass_variables: list[str] = Field(default_factory=list)
-    """Environment variables that rewards may read, such as [OPENAI_API_KEY], besides the usual few (PATH, HOME, LANG,
-    PYTHONPATH, OMP_NUM_THREADS, HF_HOME, ...). The list is written to config.yaml, the values are not."""
+    """Environment variables that rewards and agents may read, such as [OPENAI_API_KEY], besides the usual few (PATH,
+    HOME, LANG, PYTHONPATH, OMP_NUM_THREADS, HF_HOME, ...). The list is written to config.yaml, the values are not."""
 
     @field_validator("on_error")
     @classmethod

@@ -115,8 +115,8 @@ def stuck_at(trace: str) -> str:
 class WorkerPool:
     """Runs requests on up to `size` workers. Several threads may call it; one call runs at a time.
 
-    `memory` limits the bytes of data of each worker (RLIMIT_DATA) in whole MiB, as `tool_memory_mb` says; beyond it a
-    function gets a MemoryError.
+    `memory` limits the bytes of data of each worker (RLIMIT_DATA) in whole MiB, as the option `memory_option` says;
+    beyond it a function gets a MemoryError.
     """
 
     def __init__(
@@ -127,9 +127,10 @@ class WorkerPool:
         timeout_s: float,
         pass_variables: Sequence[str] = (),
         memory: int = 0,
+        memory_option: str = "tool_memory_mb",
     ) -> None:
         self._functions, self._size, self._timeout_s = functions, size, timeout_s
-        self._pass_variables, self._memory = pass_variables, memory
+        self._pass_variables, self._memory, self._memory_option = pass_variables, memory, memory_option
         self._workers: list[WorkerProcess] = []
         self._signatures: list[dict] = []
         self._lock = threading.Lock()
@@ -192,7 +193,7 @@ class WorkerPool:
     def _start_workers(self, num_waiting: int) -> bool:
         """Start the workers that the waiting requests need. True while no worker is ready."""
         if self._closed:
-            raise RewardError("this scorer or tool box is closed; make a new one")
+            raise RewardError("these processes of rewards, tools or agents were closed; make new ones")
         jobs = num_waiting + sum(worker.job is not None for worker in self._workers)
         while len(self._workers) < min(self._size, max(jobs, 1)):
             worker = WorkerProcess(self._pass_variables, self._memory)
@@ -200,8 +201,8 @@ class WorkerPool:
             try:
                 worker.ask({"functions": self._functions}, START_TIMEOUT_S)
             except OSError as error:
-                why = self._drop(worker)["message"]
-                raise RewardError(f"a worker for rewards or tools cannot start: {why}{self._limit()}") from error
+                why, names = self._drop(worker)["message"], "rewards, tools or agents"
+                raise RewardError(f"a worker for {names} cannot start: {why}{self._limit()}") from error
         return not any(worker.ready for worker in self._workers)
 
     def _dispatch(self, requests: Sequence[dict], waiting: deque[int], replies: list[dict | None]) -> None:
@@ -250,7 +251,7 @@ class WorkerPool:
                 raise RewardError((reply.get("error") or f"loading {names} failed: {reply['message']}") + self._limit())
 
     def _limit(self) -> str:
-        return f"; it may need more memory than tool_memory_mb={self._memory >> 20}" if self._memory else ""
+        return f"; it may need more memory than {self._memory_option}={self._memory >> 20}" if self._memory else ""
 
     def _lose(self, worker: WorkerProcess, late: bool = False) -> dict:
         self._lost.append(worker.asked)

@@ -21,9 +21,7 @@ from rollout.group import RolloutGroup
 def rounded_trunk(policy: Policy, kind: str) -> AbsorbedTrunk:
     """The trunk for decoding of the weights that `policy` has now, with matrices of this kind."""
     if has_adapter(policy):
-        plain = Policy.from_skeleton(policy.skeleton(), policy.trunk.dtype).to(policy.device)
-        plain.load_weights(policy.weights())
-        policy = plain
+        policy = policy.merged()
     with held_as(kind):
         return AbsorbedTrunk(policy.trunk, policy.trunk.dtype, policy.max_length)
 

@@ -27,15 +27,13 @@ def report() -> dict:
     return {
         "form": "full",
         "seconds": 1800.0,
-        "repeats": 2,
-        "install_s": 300.0,
         "environment": {
             "time": "2026-11-27T10:00:00+00:00",
             "hardware": {"cpu": "A", "cores": 2, "memory_gib": 24.0, "gpus": []},
             "cpu_capability": "AVX2",
             "versions": {"python": "3.11", "torch": "2.13", "trl": "1.16"},
         },
-        "sizes": {"step": asdict(sizes.FULL.step), "task": asdict(sizes.FULL.task)},
+        "sizes": {"step": asdict(sizes.FULL.step), "task": asdict(sizes.FULL.task), "repeats": 2, "install_s": 300.0},
         "step": {
             "prompts_equal": True,
             "contenders": {

@@ -12,7 +12,7 @@ from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
 from grpo.publisher import Publisher
-from policies.decoding import quantized
+from policies.decoding import absorbed, quantized
 from policies.decoding.linear import kind_of
 from policies.decoding.quantized import Copies
 from policies.policy import Policy
@@ -132,6 +132,20 @@ def test_contract_13_canaries_catch_a_stale_scale(random_policy, kind, dtype):
             continue
         with pytest.raises(RolloutError, match="the sampler computes other log-probabilities .* version 1: mean"):
             publisher.publish()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_contract_13_canaries_catch_an_error_of_the_decoder_itself(random_policy, monkeypatch, dtype):
+    """Rounded matrices are compared with the same decoder, which would hide it."""
+    policy = random_policy(5).cast(dtype)
+    pool = open_pool(copy.deepcopy(policy), dtype=dtype, copies=Copies("int8", "int8"))
+    publisher = Publisher(pool, learner_of(policy), replace(PARAMS, draft_tokens=2), "int8")
+    assert publisher.publish()
+    rotate = absorbed.rotate
+    monkeypatch.setattr(absorbed, "rotate", lambda x, cos, sin: rotate(x, cos, -sin))
+    publisher.learner.policy_version = 1
+    with pytest.raises(RolloutError, match="the decoder of the samplers, without rounding, computes other log-prob"):
+        publisher.publish()
 
 
 @pytest.mark.slow
