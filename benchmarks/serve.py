@@ -2,11 +2,13 @@
 
 Every client sends one request after the other and reads its answer as a stream. A row has the median and the 95th
 percentile of the seconds until an answer is complete, and until its first token, completion tokens per second of all
-clients together, and the share of the batch's rows that were busy in the mean round. The baseline asks the engine for
-one completion after the other, without any server, with the same prompts and seeds. The machine must be quiet.
+clients together, and the share of the batch's rows that were busy in the mean round. `unbatched` is the same server
+with `--max_batch_size 1` under the same load; the baseline asks the engine for one completion after the other, without
+any server. With `--vllm MODEL` vLLM's own server answers the same requests with that policy in the same run, as
+`quartet serve --backend vllm` starts it. The machine must be quiet.
 
     python benchmarks/serve.py runs/demo --json benchmarks/results/serve.json
-    python benchmarks/serve.py models/smollm2-135m-mla --clients 1 8 --requests 2 --max_tokens 48
+    python benchmarks/serve.py models/smollm2-135m-mla --vllm models/smollm2-135m-instruct --clients 1 8 --requests 2
 """
 
 from __future__ import annotations
@@ -50,11 +52,14 @@ class Server:
         assert self.process.stdout is not None
         said = self.process.stdout.readline()
         found = re.search(r"at http://(\S+)/v1", said)
+        self.ours = "--backend" not in options
         if found is None:
             raise SystemExit(f"the server has not begun: {said}")
         self.address = found[1]
 
     def counts(self) -> dict[str, float]:
+        if not self.ours:
+            return {}
         connection = http.client.HTTPConnection(self.address, timeout=60)
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
@@ -96,7 +101,7 @@ def measure(server: Server, prompts: list[str], clients: int, requests: int, lim
     with ThreadPoolExecutor(clients) as threads:
         answers = [answer for own in threads.map(client, range(clients)) for answer in own]
     seconds, after = time.perf_counter() - began, server.counts()
-    rounds, rows = (after[name] - before[name] for name in ("quartet_rounds", "quartet_row_rounds"))
+    rounds, rows = (after.get(name, 0) - before.get(name, 0) for name in ("quartet_rounds", "quartet_row_rounds"))
     return {
         "clients": clients,
         "p50_s": median(took for _, took, _ in answers),
@@ -133,6 +138,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--draft_tokens", type=int, help="by default the depth controller chooses")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--vllm", metavar="MODEL", help="what vLLM serves: MODEL, or the dense original of its exact form"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     options = {name: getattr(args, name) for name in ("threads", "draft_tokens", "dtype")}
@@ -140,19 +148,29 @@ def main() -> None:
     prompts = [f"{row['question']}\n" for row in word_problems("heldout", [1, 2], count=64)]
     alone = one_at_a_time(args.model, options, prompts, max(8, args.requests * 2), args.max_tokens)
     print(f"one at a time: {alone['tokens_per_second']:.1f} tokens/s, p50 {alone['p50_s']:.3f} s")
-    server = Server(args.model, [word for name, value in options.items() for word in (f"--{name}", str(value))])
-    try:
-        measure(server, prompts, 1, 1, args.max_tokens)  # the first request of a process is slow
-        rows = []
-        for clients in args.clients:
-            row = measure(server, prompts, clients, args.requests, args.max_tokens)
-            row["gain"] = row["tokens_per_second"] / alone["tokens_per_second"]
-            rows.append(row)
-            print("  ".join(f"{name} {value:.3f}" for name, value in row.items()), flush=True)
-    finally:
-        server.end()
+    found: dict[str, Any] = {"model": args.model, "one_at_a_time": alone, "options": vars(args) | {"json": None}}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    asked = {"rows": (args.model, words), "unbatched": (args.model, [*words, "--max_batch_size", "1"])}
+    if args.vllm:
+        asked["vllm"] = (args.vllm, [*words, "--backend", "vllm"])
+    for name, (model, given) in asked.items():
+        found[name] = []
+        server = Server(model, given)
+        try:
+            measure(server, prompts, 1, 1, args.max_tokens)  # the first request of a process is slow
+            for clients in args.clients:
+                row = measure(server, prompts, clients, args.requests, args.max_tokens)
+                row["gain"] = row["tokens_per_second"] / alone["tokens_per_second"]
+                found[name].append(row)
+                print(f"{name:<10}" + "  ".join(f"{key} {value:.3f}" for key, value in row.items()), flush=True)
+        finally:
+            server.end()
+    for row, slow in zip(found["rows"], found["unbatched"], strict=True):
+        row["p95_gain"] = slow["p95_s"] / row["p95_s"]
+        print(
+            f"{row['clients']} clients: the 95th percentile is {row['p95_gain']:.2f} times shorter than without batches"
+        )
     if args.json:
-        found = {"model": args.model, "one_at_a_time": alone, "rows": rows, "options": vars(args) | {"json": None}}
         args.json.write_text(json.dumps(found | {"environment": describe()}, indent=1, default=str) + "\n")
 
 

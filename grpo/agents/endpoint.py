@@ -25,6 +25,7 @@ class Endpoint:
         self.key, self.episodes = secrets.token_hex(16), dict[str, Episode]()
         routes = questions(self._of, self.key, "/episodes/{episode}")
         application = Starlette(routes=routes, exception_handlers=HANDLERS | {ApiError: self._refused})
+        application.router.redirect_slashes = False  # a redirection is no answer in OpenAI's form
         self._socket, self._address = listen("127.0.0.1", 0)
         settings = uvicorn.Config(application, log_level=logging.ERROR, lifespan="off", timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(settings)

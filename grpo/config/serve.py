@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +14,11 @@ from grpo.config.sampling import SamplingOptions
 class ServeConfig(SamplingOptions, ModelOptions):
     """A policy for other programs, by OpenAI's API. A run folder brings its temperature, limit and drafts."""
 
+    backend: Literal["native", "vllm"] = "native"
+    """What decodes: our engine, or vLLM's own server of the same API (`make vllm`), which uses no drafts here, and has
+    noise and a queue of its own."""
+    vllm_python: Path = Path(".vllm/bin/python")
+    """backend: vllm: the interpreter of vLLM's environment."""
     host: str = "127.0.0.1"
     """The address to listen on, by default this machine alone. Another one needs `api_key_file`."""
     port: int = Field(default=8000, ge=0, le=65535)
@@ -49,6 +55,10 @@ class ServeConfig(SamplingOptions, ModelOptions):
 
     @model_validator(mode="after")
     def _more(self) -> ServeConfig:
+        if self.backend == "vllm":
+            for name, kept in {"accept": "exact", "replicas": 1, "max_replicas": None}.items():
+                if (given := getattr(self, name)) != kept:
+                    raise ValueError(f"{name}={given} is for backend=native, our own engine; drop one of the two")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas={self.max_replicas} is less than replicas={self.replicas}; raise it")
         return self

@@ -160,7 +160,7 @@ def app(served: Served, key: str | None = None, *, starts: Callable[[], Awaitabl
             beside.cancel()
         await asyncio.to_thread(served.batcher.close)
 
-    return Starlette(
+    application = Starlette(
         routes=[
             *questions(lambda request: served, key),
             Route("/health", health),
@@ -169,6 +169,8 @@ def app(served: Served, key: str | None = None, *, starts: Callable[[], Awaitabl
         exception_handlers=HANDLERS,
         lifespan=lifespan,
     )
+    application.router.redirect_slashes = False  # a redirection is no answer in OpenAI's form
+    return application
 
 
 def prometheus(served: Served) -> str:

@@ -93,7 +93,13 @@ def begin(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bo
 
 def serve(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bool = False) -> None:
     """Serve until a signal comes. Then no new request is taken, and those that run have `shutdown_s` seconds."""
-    read_key(config)
+    key = read_key(config)
+    if config.backend == "vllm":
+        from grpo.serve.by_vllm import serve_by_vllm
+
+        if follow:
+            raise ValueError("--follow is for backend=native, our own engine; drop one of the two")
+        return serve_by_vllm(config, key, say)
     if (config.max_replicas or config.replicas) > 1:
         from grpo.serve.replicas import serve_replicas
 

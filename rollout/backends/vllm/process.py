@@ -29,7 +29,9 @@ def state_of(python: Path) -> dict[str, Any]:
     """What a server with this interpreter would say of itself. Raises RolloutError where it cannot start."""
     command = [str(python), str(SERVER), "--state"]
     try:
-        done = subprocess.run(command, env=_clean(), capture_output=True, text=True, timeout=START_S, check=True)
+        done = subprocess.run(
+            command, env=clean_environment(), capture_output=True, text=True, timeout=START_S, check=True
+        )
         return json.loads(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         said = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1:]
@@ -38,7 +40,7 @@ def state_of(python: Path) -> dict[str, Any]:
         ) from error
 
 
-def _clean() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
     """Our environment without what is meant for our own interpreter."""
     return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", TOKEN)}
 
@@ -53,7 +55,7 @@ class VLLMProcess:
     def __init__(self, python: Path, log: Path, threads: int, while_waiting: Callable[[], None]) -> None:
         self.log, self.token = log, secrets.token_hex(32)
         log.parent.mkdir(parents=True, exist_ok=True)
-        given = _clean() | {"OMP_NUM_THREADS": str(threads), TOKEN: self.token}
+        given = clean_environment() | {"OMP_NUM_THREADS": str(threads), TOKEN: self.token}
         with open(log, "ab") as written:
             self.process = subprocess.Popen(
                 [str(python), str(SERVER), "--parent", str(os.getpid())],

@@ -258,6 +258,7 @@ def test_a_wrong_message_is_named(running, message, said):
 
 def test_other_addresses_types_and_hosts_get_errors_in_the_same_form(running):
     assert running.ask("/v1/nothing")[0] == 404
+    assert running.ask("/v1/models/micro/")[0] == 404  # not a redirection
     assert running.ask("/v1/completions")[:1] == (405,)
     assert running.ask("/v1/completions", b"{}", {"Content-Type": "text/plain"})[0] == 415
     status, answer, _ = running.ask("/v1/models", headers={"Host": "evil.example:80"})
