@@ -171,7 +171,14 @@ def main() -> None:
             f"{row['clients']} clients: the 95th percentile is {row['p95_gain']:.2f} times shorter than without batches"
         )
     if args.json:
-        args.json.write_text(json.dumps(found | {"environment": describe()}, indent=1, default=str) + "\n")
+        args.json.write_text(
+            json.dumps(
+                found | {"environment": describe() | {"command": "python benchmarks/serve.py RUN"}},
+                indent=1,
+                default=str,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":
