@@ -148,7 +148,8 @@ def main() -> None:
     prompts = [f"{row['question']}\n" for row in word_problems("heldout", [1, 2], count=64)]
     alone = one_at_a_time(args.model, options, prompts, max(8, args.requests * 2), args.max_tokens)
     print(f"one at a time: {alone['tokens_per_second']:.1f} tokens/s, p50 {alone['p50_s']:.3f} s")
-    found: dict[str, Any] = {"model": args.model, "one_at_a_time": alone, "options": vars(args) | {"json": None}}
+    sizes = {name: getattr(args, name) for name in ("clients", "requests", "max_tokens", *options)}
+    found: dict[str, Any] = {"model": Path(args.model).name, "one_at_a_time": alone, "sizes": sizes}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     asked = {"rows": (args.model, words), "unbatched": (args.model, [*words, "--max_batch_size", "1"])}
     if args.vllm:
@@ -171,14 +172,8 @@ def main() -> None:
             f"{row['clients']} clients: the 95th percentile is {row['p95_gain']:.2f} times shorter than without batches"
         )
     if args.json:
-        args.json.write_text(
-            json.dumps(
-                found | {"environment": describe() | {"command": "python benchmarks/serve.py RUN"}},
-                indent=1,
-                default=str,
-            )
-            + "\n"
-        )
+        found["environment"] = describe() | {"command": "python benchmarks/serve.py MODEL"}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
