@@ -347,6 +347,7 @@ def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, polici
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_contract_4_episodes_are_the_same_with_workers_and_after_one_is_killed_in_the_middle(
     cluster, random_policy, tmp_path
 ):
@@ -518,6 +519,7 @@ def test_contract_5_a_worker_that_dies_while_draft_costs_are_measured_is_replace
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_are_sent_once_more(
     cluster, random_policy, monkeypatch
 ):

@@ -177,6 +177,7 @@ def ends(run: subprocess.Popen, stderr: Path) -> tuple[int, list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_whose_worker_was_killed_goes_on_and_tells(start, tmp_path):
     run = start()
     until_step(run, 2)
