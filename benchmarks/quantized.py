@@ -4,7 +4,7 @@ The kinds take turns in one run, so that a slow moment of the machine is one for
 Of a kind the least whole time and the least time of the prompt count, since other work only adds to them.
 
 With `--peak` the peak of resident memory is measured instead, of one group of ROWS completions of TOKENS tokens, in a
-process for each kind and in one for transformers' `generate` with the model at `--generate`. What a process holds before
+process for each kind and one for transformers' `generate` with the model at `--generate`. What a process has before
 it loads a model is left out; the policy that the learner would have is part of it.
 
     python benchmarks/quantized.py models/smollm2-135m-mla                    # some minutes on two cores
