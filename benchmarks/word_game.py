@@ -5,6 +5,13 @@ for seed in 0 1 2; do
 done
 python benchmarks/word_game.py runs/word_game_0 runs/word_game_1 runs/word_game_2 \\
     --json benchmarks/results/word_game.json --png docs/images/word_game.png
+
+In the size of a CI job, the seeds at once, each with one thread:
+
+for seed in 0 1 2; do
+    OMP_NUM_THREADS=1 quartet train examples/10_word_game.yaml --seed $seed --output_dir runs/word_game_$seed \\
+        --warm_start.steps 120 --steps 20 --eval.every 20 --eval.limit 128 --eval.prompts_per_batch 128 &
+done; wait
 """
 
 from __future__ import annotations
