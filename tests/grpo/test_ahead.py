@@ -23,7 +23,7 @@ from grpo.run.stop import Stopped
 from grpo.task import Task
 from grpo.train import train
 from rewards.group_score import RewardFailed, RewardFailure
-from rollout.pool import LocalPool, _copy, start_ray
+from rollout.pool import LocalPool, start_ray
 
 RUN = {"steps": 6, "eval.limit": 3, "eval.every": 3, "checkpoint.every": 2}
 HARD = {"curriculum.by_difficulty": True, "rollout.refill_draws": 1, "rollout.refill_prompts": "new"}
@@ -44,7 +44,7 @@ def in_process():
     @contextmanager
     def replaced():
         def pool_of(policy, workers, *, dtype, prompts_per_shard, **_):
-            return LocalPool(_copy(policy), dtype, prompts_per_shard)
+            return LocalPool(policy.merged(), dtype, prompts_per_shard)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("grpo.run.pool.open_pool", pool_of)
