@@ -1,4 +1,4 @@
-"""For `quartet serve --backend vllm`: vLLM's own server of OpenAI's API, in an environment of its own, with the policy.
+"""`quartet serve --backend vllm` starts vLLM's own server of OpenAI's API with the policy, in an environment of its own.
 
 The policy is saved in transformers' format to a folder that vLLM reads, and the server ends with this process. Every
 fault of vLLM on a CPU that changes log-probabilities silently is avoided or does not come up, since nothing is
@@ -33,7 +33,7 @@ ON_CPU = {  # where the environment has no others
     "VLLM_MLA_DISABLE": "1",  # its MLA kernel for CPUs takes latents of 512 + 64 only
 }
 START_S = 600.0  # vLLM imports itself, loads the model and measures its memory
-ENDS_WITH_US = (  # a shell that is killed with us leaves nothing: the child asks the kernel to be ended, too
+ENDS_WITH_US = (  # run by the child: the kernel is to end it when we are gone, also where we are killed
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
     "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
 )
@@ -46,26 +46,28 @@ def serve_by_vllm(config: ServeConfig, key: str | None, say: Callable[[str], Non
             f"vllm_python={config.vllm_python}: there is no such interpreter here; `make vllm` installs vLLM into "
             ".vllm, or name the one of another environment"
         )
-    on_cpu = state_of(config.vllm_python)["on_cpu"]
-    listening, address = listen(config.host, config.port)
-    port = listening.getsockname()[1]
-    source = find_policy(config.model)
-    if source.checkpoint is None:
-        check_options(config.model_copy(update={"model": source.folder}))
+    installed = state_of(config.vllm_python, "vllm_python")
+    on_cpu = installed["on_cpu"]
+    if not installed["tried"]:
+        print(f"nobody has compared the log-probabilities of vLLM {installed['vllm']} with ours", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="quartet-serve-") as place:
         folder, log = Path(place) / "policy", Path(place) / "vllm.log"
-        policy = load_found(source, config)
-        with phase("loading", config):
-            policy.save(folder)
-        command = arguments(config, policy, folder, port, on_cpu)
-        del policy  # vLLM has its own
+        listening, address = listen(config.host, config.port)
+        with listening:  # until vLLM binds the port itself
+            source = find_policy(config.model)
+            if source.checkpoint is None:
+                check_options(config.model_copy(update={"model": source.folder}))
+            policy = load_found(source, config)
+            with phase("loading", config):
+                policy.save(folder)
+            command = arguments(config, policy, folder, listening.getsockname()[1], on_cpu)
+            del policy  # vLLM has its own
         environment = clean_environment() | {"VLLM_NO_USAGE_STATS": "1"}
         if key is not None:
             environment["VLLM_API_KEY"] = key
         if on_cpu:
             environment |= {"OMP_NUM_THREADS": str(config.threads or os.cpu_count() or 1)}
             environment = ON_CPU | environment
-        listening.close()  # vLLM binds it itself
         with open(log, "wb") as written:
             server = subprocess.Popen(
                 [sys.executable, "-c", ENDS_WITH_US, str(os.getpid()), *command],

@@ -201,8 +201,8 @@ class WorkerPool:
             try:
                 worker.ask({"functions": self._functions}, START_TIMEOUT_S)
             except OSError as error:
-                why, names = self._drop(worker)["message"], "rewards, tools or agents"
-                raise RewardError(f"a worker for {names} cannot start: {why}{self._limit()}") from error
+                why = f"{self._drop(worker)['message']}{self._limit()}"
+                raise RewardError(f"a worker for rewards, tools or agents cannot start: {why}") from error
         return not any(worker.ready for worker in self._workers)
 
     def _dispatch(self, requests: Sequence[dict], waiting: deque[int], replies: list[dict | None]) -> None:

@@ -25,8 +25,9 @@ END_S = 5.0
 TOLD_LINES = 12  # of the log, in an error
 
 
-def state_of(python: Path) -> dict[str, Any]:
-    """What a server with this interpreter would say of itself. Raises RolloutError where it cannot start."""
+def state_of(python: Path, option: str = "rollout.vllm.python") -> dict[str, Any]:
+    """What a server with this interpreter, the value of `option`, would say of itself. Raises RolloutError where it
+    cannot start."""
     command = [str(python), str(SERVER), "--state"]
     try:
         done = subprocess.run(
@@ -36,7 +37,7 @@ def state_of(python: Path) -> dict[str, Any]:
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         said = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1:]
         raise RolloutError(
-            f"rollout.vllm.python={python} cannot run vLLM's server: {' '.join(said)}; install it with `make vllm`"
+            f"{option}={python} cannot run vLLM's server: {' '.join(said)}; install it with `make vllm`"
         ) from error
 
 
