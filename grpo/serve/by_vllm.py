@@ -1,4 +1,4 @@
-"""`quartet serve --backend vllm` starts vLLM's own server of OpenAI's API with the policy, in an environment of its own.
+"""`quartet serve --backend vllm` starts vLLM's own server of OpenAI's API, with the policy, in its own environment.
 
 The policy is saved in transformers' format to a folder that vLLM reads, and the server ends with this process. Every
 fault of vLLM on a CPU that changes log-probabilities silently is avoided or does not come up, since nothing is
