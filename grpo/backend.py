@@ -13,6 +13,7 @@ from grpo.config.run import RunConfig, TrainConfig
 from grpo.config.sampling import VLLMOptions
 from grpo.run.pool import vllm_token
 from policies.attention import sees_prompts_whole
+from policies.heads import DynamicHeadsConfig, count_active
 from rollout.backends.vllm.client import Client
 from rollout.backends.vllm.process import state_of
 
@@ -25,6 +26,7 @@ FIXED = (  # arguments of vLLM's engine
 def refuse_backend(config: Any, read_shape: Callable[[], PretrainedConfig]) -> None:
     """Raises ValueError or RolloutError where `rollout.backend` cannot sample a model of this shape in this run."""
     _refuse_prefix_lm(config, read_shape)
+    _refuse_heads(config, read_shape)
     _refuse_copies(config, read_shape)
     if not isinstance(config, RunConfig) or config.rollout.backend is None:
         return
@@ -94,6 +96,17 @@ def _refuse_prefix_lm(options: ModelOptions, read_shape: Callable[[], Pretrained
         raise ValueError(
             f"agent={agent} with {what}: what the policy has written is a part of the next request's prompt, and would "
             "be seen whole too; use a policy that attends causally"
+        )
+
+
+def _refuse_heads(options: ModelOptions, read_shape: Callable[[], PretrainedConfig]) -> None:
+    """Numbers of dynamic heads that do not fit the model, and engines that cannot choose heads."""
+    asked, rollout = options.policy.heads, getattr(options, "rollout", None)
+    if asked:
+        count_active(read_shape(), asked.active, asked.shared)
+    if rollout and rollout.backend == "vllm" and (asked or isinstance(read_shape(), DynamicHeadsConfig)):
+        raise ValueError(
+            "rollout.backend=vllm: vLLM computes all heads, and this policy has dynamic ones; leave it out"
         )
 
 

@@ -141,13 +141,11 @@ def check_options(options: ModelOptions) -> str:
     source = find_policy(options.model, read=False)
     refuse_checkpoint(options, source.checkpoint)
     model = source.base
-    if asked := _head_options(options):
-        kind = "deepseek_v3" if model in presets.PRESETS else read_config(model).model_type
-        if kind != "deepseek_v3":
-            raise PolicyError(
-                f"{', '.join(asked)}: model={model!r} is of type {kind!r}, which has no MTP head and can be given "
-                "none; leave that out, or make it a DeepSeek-V3 policy first (`quartet convert SRC DST`)"
-            )
+    if (asked := _head_options(options)) and not isinstance(shape := _shape(model), DeepseekV3Config):
+        raise PolicyError(
+            f"{', '.join(asked)}: model={model!r} is of type {shape.model_type!r}, which has no MTP head and can be "
+            "given none; leave that out, or make it a DeepSeek-V3 policy first (`quartet convert SRC DST`)"
+        )
     template = getattr(getattr(options, "data", None), "template", getattr(options, "template", None))
     if template == "chat" and (model in presets.PRESETS or not read_tokenizer(model).chat_template):
         what = "has no chat template; use a format string such as '{question}\\n'"
@@ -270,6 +268,8 @@ def _load(
         if layout is None:
             policy = policy.to(device_of(options.device))
     policy.attend_to_prompts(options.policy.prompt_attention)
+    if heads := options.policy.heads:
+        policy.choose_heads(heads.active, heads.shared, options.seed)
     if policy.backend == "transformers":
         check_agreement(policy)
     return policy

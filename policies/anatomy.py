@@ -146,13 +146,15 @@ def _flops(trunk: nn.Module, config: PretrainedConfig, context: int) -> tuple[fl
     tied = head is embedding
     weights = count_parameters(trunk, config)[1] - vectors - embedding.numel() - (0 if tied else head.numel())
     layers, heads, mean = config.num_hidden_layers, config.num_attention_heads, (context + 1) / 2
+    chosen = getattr(config, "active_heads", heads)  # attention of dynamic heads in decoding; prefill computes all
     if not isinstance(config, DeepseekV3Config):
         per_key = 4 * layers * heads * _head_dim(config)
         return 2 * weights + per_key * mean, 2 * (weights + head.numel()) + per_key * (context + 1)
     expanded = 2 * layers * heads * (config.qk_head_dim + config.v_head_dim)
     scored = config.qk_rope_head_dim + (config.kv_lora_rank if config.qk_nope_head_dim else 0)
-    latent = 2 * layers * heads * (scored + config.kv_lora_rank)
-    attention = sum(p.numel() for name, p in trunk.named_parameters() if ".self_attn." in name and p.dim() > 1)
+    latent = 2 * layers * chosen * (scored + config.kv_lora_rank)
+    matrices = [(name, p) for name, p in trunk.named_parameters() if p.dim() > 1 and ".gate." not in name]
+    attention = sum(p.numel() for name, p in matrices if ".self_attn." in name)
     absorbed = weights - attention + layers * absorbed_weights(config)
     return 2 * weights + expanded * mean, 2 * (absorbed + head.numel()) + latent * (context + 1)
 

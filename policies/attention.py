@@ -288,12 +288,17 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     packing: Packing | None = None,
+    head_weights: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """[B, T, H, V]: packed rows by the kernel of their device, and all else by transformers' `sdpa` under a mask.
 
     `Packing.mask_for` gives the mask. A model that does not hand `packing` on makes the dense one for every layer.
+    `head_weights` [B, T, H] weigh the heads, see heads.py.
     """
+    if head_weights is not None:
+        out, total = attend(module, query, key, value, attention_mask, scaling, dropout, packing, **options)
+        return out * head_weights[..., None].to(out.dtype), total
     if isinstance(attention_mask, BlockMask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         beyond = {name for name in BEYOND if options.get(name) is not None}

@@ -72,10 +72,13 @@ def move_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
     return bias_E + rate * torch.sign(counts.mean() - counts)
 
 
-def load_statistics(counts_LE: Tensor, entropy_L: Tensor, layers: Sequence[int]) -> dict[str, float]:
+def load_statistics(
+    counts_LE: Tensor, entropy_L: Tensor, layers: Sequence[int], prefix: str = "moe"
+) -> dict[str, float]:
     """Load of an expert relative to its even share, by the tokens routed to it: over all layers and for each.
 
-    `entropy_L`: mean entropy of a token's gate, nats. `layers` are the numbers of the L layers in the trunk.
+    The names begin with `prefix`. `entropy_L`: mean entropy of a token's gate, nats. `layers` are the numbers of the L
+    layers in the trunk.
 
     >>> load_statistics(torch.tensor([[2, 1, 1, 0]]), torch.tensor([1.25]), [3])
     {'moe/load_min': 0.0, 'moe/load_max': 2.0, 'moe/max_violation': 1.0, 'moe/router_entropy': 1.25,
@@ -90,8 +93,8 @@ def load_statistics(counts_LE: Tensor, entropy_L: Tensor, layers: Sequence[int])
         "router_entropy": entropy_L,
         "dead_experts": (counts_LE == 0).sum(dim=1).float(),
     }
-    metrics = {f"moe/{name}": values.mean().item() for name, values in each.items()}
-    metrics["moe/dead_experts"] = each["dead_experts"].sum().item()
+    metrics = {f"{prefix}/{name}": values.mean().item() for name, values in each.items()}
+    metrics[f"{prefix}/dead_experts"] = each["dead_experts"].sum().item()
     for i, layer in enumerate(layers):
-        metrics |= {f"moe/layer_{layer}/{name}": values[i].item() for name, values in each.items()}
+        metrics |= {f"{prefix}/layer_{layer}/{name}": values[i].item() for name, values in each.items()}
     return metrics

@@ -81,7 +81,7 @@ def contradictions(config: PretrainedConfig) -> Iterator[str]:
         yield fault
     if not isinstance(config, DeepseekV3Config):
         return
-    faults = [*_wrong_values(config), *_attention(config)]
+    faults = [*_wrong_values(config), *_attention(config), *_dynamic_heads(config)]
     if not faults and config.first_k_dense_replace < config.num_hidden_layers:
         faults = list(_router(config))
     yield from faults
@@ -138,6 +138,19 @@ def _attention(config: DeepseekV3Config) -> Iterator[str]:
         yield (
             f"num_key_value_heads={config.num_key_value_heads} contradicts num_attention_heads={heads}: "
             f"MLA expands its latent for every head; use {heads}"
+        )
+
+
+def _dynamic_heads(config: DeepseekV3Config) -> Iterator[str]:
+    """See heads.py."""
+    heads, active = config.num_attention_heads, getattr(config, "active_heads", None)
+    if active is None:
+        return
+    shared = config.shared_heads
+    if not 0 <= shared < active <= heads or heads - shared < 2:
+        yield (
+            f"active_heads={active} and shared_heads={shared} of num_attention_heads={heads}: a router chooses "
+            "active_heads - shared_heads, 1 or more, of the heads that are not shared, 2 or more"
         )
 
 

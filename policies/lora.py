@@ -31,6 +31,7 @@ DEFAULT_TARGETS = (
 PARAMETERS = {
     "experts": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     "router": ("mlp.gate.weight",),
+    "head_router": ("self_attn.gate.weight",),
 }
 HEAD = "mtp"
 
@@ -40,9 +41,10 @@ def inject(
 ) -> None:
     """Freeze `trunk` and add adapters to the named modules of it, or without `targets` to every default one it has.
 
-    "experts" and "router" mean the 3-D parameters of the routed experts and the routers' weights. "mtp" freezes the
-    draft head too and adapts all of it: linear layers, experts, and the router if "router" is named too. Without "mtp"
-    the head stays fully trainable. As peft starts B at zero, the first step changes B alone.
+    "experts" and "router" mean the 3-D parameters of the routed experts and the routers' weights, "head_router" those
+    of dynamic heads. "mtp" freezes the draft head too and adapts all of it: linear layers, experts, and the router if
+    "router" is named too. Without "mtp" the head stays fully trainable. As peft starts B at zero, the first step
+    changes B alone.
 
     Raises ValueError, which names a target that matches nothing and the nearest names.
 
@@ -67,7 +69,7 @@ def inject(
 
 
 def target_names(model: nn.Module) -> set[str]:
-    """The names that `lora.targets` may hold: last names of linear modules of `model`, "experts" and "router"."""
+    """The names that `lora.targets` may hold: last names of linear modules of `model`, and keys of PARAMETERS."""
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target, ends in PARAMETERS.items():
         if any(name.endswith(ends) for name, _ in model.named_parameters()):

@@ -26,6 +26,7 @@ from policies import checkpoint, lora, sharding
 from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, sees_prompts_whole
 from policies.checkpoint import Checkpoint, read_config, read_tokenizer
 from policies.contradictions import FIXED_FIELDS
+from policies.heads import with_dynamic_heads
 from policies.layout import PolicyError
 from policies.mtp import MTPHead
 from policies.publication import Publication
@@ -64,6 +65,12 @@ class Policy(nn.Module):
             )
         if how != getattr(self.config, PROMPT_ATTENTION, "causal"):
             self.config.update({PROMPT_ATTENTION: how})
+
+    def choose_heads(self, active: float, shared: int, seed: int = 0) -> None:
+        """Give every layer a router that chooses the share `active` of the heads for each token, where it has none yet:
+        see heads.py. Raises PolicyError for numbers that do not fit, and for weights that are sharded or in 4 bits."""
+        self.trunk = with_dynamic_heads(self.trunk, active, shared, seed)
+        self.trunk.config._attn_implementation = ATTENTION
 
     @property
     def config(self) -> DeepseekV3Config:

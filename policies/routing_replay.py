@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
+from policies.moe import routers
+
 
 class RoutingReplay:
     """Context in which the routers of these trunks choose `experts_BTLk`; None changes nothing.
@@ -29,18 +31,18 @@ class RoutingReplay:
 
     def __init__(self, trunks: Iterable[nn.Module], experts_BTLk: Tensor | None) -> None:
         self.experts = experts_BTLk
-        self.routers = [[m for m in trunk.modules() if isinstance(m, DeepseekV3TopkRouter)] for trunk in trunks]
+        self.routers = [list(routers(trunk).values()) for trunk in trunks]
         self.hooks: list[Any] = []
 
     def __enter__(self) -> None:
         if self.experts is None:
             return
-        for routers in self.routers:
-            if len(routers) != self.experts.shape[2]:
+        for of_trunk in self.routers:
+            if len(of_trunk) != self.experts.shape[2]:
                 raise ValueError(
-                    f"the recorded routing has {self.experts.shape[2]} MoE layers, this policy has {len(routers)}"
+                    f"the recorded routing has {self.experts.shape[2]} MoE layers, this policy has {len(of_trunk)}"
                 )
-            for layer, router in enumerate(routers):
+            for layer, router in enumerate(of_trunk):
                 chosen = self.experts[:, :, layer].flatten(0, 1).long()
                 self.hooks.append(router.register_forward_hook(partial(_replay, chosen)))
 

@@ -41,6 +41,7 @@ from policies.checkpoint import check_policy
 from policies.contradictions import FIXED_FIELDS
 from policies.files.atomic import heed_umask
 from policies.files.digests import DIGESTS
+from policies.heads import DynamicHeadsConfig
 from policies.layout import WeightFiles, find_file
 from policies.policy import Policy, read_config
 
@@ -84,6 +85,11 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
             f"{run} has policy.prompt_attention=bidirectional, and other engines would read its prompts causally "
             f"without a word: use it with quartet, by `model: {source.folder}`"
         )
+    if (found.config.get("policy") or {}).get("heads") or _has_dynamic_heads(source):
+        raise ExportError(
+            f"{run} has dynamic heads (policy.heads), which no other program computes: use it with quartet, by "
+            f"`model: {source.folder}`"
+        )
     origin = origin_of(found.config["model"])
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
@@ -119,6 +125,10 @@ def _sees_prompts_whole(run: Run, source: PolicySource) -> bool:
     if asked is None and source.base not in presets.PRESETS:
         return sees_prompts_whole(read_config(source.base))
     return asked == "bidirectional"
+
+
+def _has_dynamic_heads(source: PolicySource) -> bool:
+    return source.base not in presets.PRESETS and isinstance(read_config(source.base), DynamicHeadsConfig)
 
 
 def origin_of(model: str) -> Origin:

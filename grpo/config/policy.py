@@ -9,12 +9,25 @@ from pydantic import Field
 from grpo.config.options import Options
 
 
+class HeadsOptions(Options):
+    """Attention heads that are chosen by need, a mixture of heads. A policy without routers gets fresh ones, and has to
+    learn with fewer heads; `balance` keeps heads equally busy as it does experts."""
+
+    active: float = Field(default=0.33, gt=0, le=1)
+    """Share of the heads that compute for a token."""
+    shared: int = Field(default=1, ge=0)
+    """How many of them compute for every token."""
+
+
 class PolicyOptions(Options):
     """What a policy computes otherwise than its checkpoint says. The trained policy remembers it."""
 
     prompt_attention: Literal["causal", "bidirectional"] | None = None
     """What the tokens of a prompt see of it: those before them (`causal`), or all of it (`bidirectional`, a prefix-LM).
     Completions are causal either way. null: as the checkpoint was trained, `causal` where it does not say."""
+    heads: HeadsOptions | None = None
+    """Dynamic heads: a router in each layer chooses the attention heads that compute for a token. null: as the
+    checkpoint was trained, all of them where it has no routers."""
 
 
 class ModelOptions(Options):

@@ -12,7 +12,6 @@ from grpo.learner.batch import MicroBatch, PackedRow, Sample, collate
 from grpo.learner.experts import Balancer
 from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.lora import adapter_off
-from policies.moe import RoutingRecorder
 from policies.policy import Policy
 from policies.routing_replay import RoutingReplay
 from rollout.group import RolloutGroup
@@ -42,7 +41,7 @@ class Likelihood:
 
     def forward(self, mini: MicroBatch, policy: Policy | None = None) -> Forward:
         policy = policy or self.policy
-        with RoutingRecorder(policy.trunk) as routing:
+        with self.balancer.recording(policy) as routing:
             preceding = self.preceding(mini, policy)
         balance = preceding.new_zeros(())
         if torch.is_grad_enabled() and mini.counts:  # not for old and reference log-probabilities

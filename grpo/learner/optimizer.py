@@ -15,7 +15,7 @@ from policies.policy import Policy
 
 def freeze_exact_parts(policy: Policy) -> None:
     """Parameters that make a converted policy exact (the cancelled latent norm) stay as they are."""
-    patterns = frozen_parameter_names(policy.config) if policy.config.model_type == "deepseek_v3" else []
+    patterns = frozen_parameter_names(policy.config) if policy.backend == "native" else []
     for name, parameter in policy.trunk.named_parameters():
         if any(name.endswith(pattern) for pattern in patterns):
             parameter.requires_grad_(False)

@@ -26,6 +26,7 @@ from grpo.quantize.report import Quantization
 from policies.conversion.dense import LICENCE_FILES, new_folder
 from policies.conversion.parity import Fidelity, fidelity
 from policies.files.packed import is_packed
+from policies.heads import DynamicHeadsConfig
 from policies.layout import find_file
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 
@@ -80,6 +81,8 @@ def _source(config: QuantizeConfig) -> PolicySource:
         check_options(config.model_copy(update={"model": source.folder}))
     if is_packed(read_config(source.base)):
         raise PolicyError(f"model={config.model!r} is quantised already; name the policy that it was made from")
+    if isinstance(read_config(source.base), DynamicHeadsConfig):
+        raise PolicyError(f"model={config.model!r} has dynamic heads (policy.heads), which no other program computes")
     return source
 
 

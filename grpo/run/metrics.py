@@ -57,6 +57,8 @@ METRICS: dict[str, str] = {
     "loss/value": "loss of the value head (PPO baseline), mean per token, squared score",
     "loss/balance_entropy": "-H(mean gate) + mean H(gate), before its weight, mean over layers, nats",
     "loss/balance_sequence": "balance loss of a completion, before its weight, mean over layers; 1 is balanced",
+    "loss/balance_heads_entropy": "the same as loss/balance_entropy, of dynamic heads (policy.heads)",
+    "loss/balance_heads_sequence": "the same as loss/balance_sequence, of dynamic heads (policy.heads)",
     "loss/sft": "cross-entropy of the gold solutions in the warm start, mean, nats per token",
     "policy/entropy": "entropy of the sampling policy, nats per token: the mean of -log-probability of what it sampled",
     "policy/step_kl": "how far the step moved the policy: KL of the one before it from the one after (k3 estimate), on "
@@ -155,6 +157,11 @@ METRICS: dict[str, str] = {
     "run/killed": "times that it ended before this step without a word, as for want of memory (absent at 0), count",
     "run/finished": "for trackers, at the end: 1 where the run came to its end, 0 where it was stopped or failed",
     "log/not_finite": "metrics of this step that were NaN or infinite, written as null, count",
+}
+METRICS |= {
+    name.replace("moe/", "heads/"): f"the same as {name}, of the attention heads that policy.heads lets a router choose"
+    for name in METRICS
+    if name.startswith("moe/")
 }
 
 

@@ -24,6 +24,8 @@ from grpo.config.serve import ServeConfig
 from grpo.policy_source import check_options, find_policy, load_found
 from grpo.run.listening import listen
 from grpo.run.memory_errors import phase
+from policies.attention import sees_prompts_whole
+from policies.heads import DynamicHeadsConfig
 from policies.policy import Policy
 from rollout.backends.vllm.process import clean_environment, state_of
 from rollout.backends.vllm.settings import KV_CACHE_BYTES
@@ -58,6 +60,11 @@ def serve_by_vllm(config: ServeConfig, key: str | None, say: Callable[[str], Non
             if source.checkpoint is None:
                 check_options(config.model_copy(update={"model": source.folder}))
             policy = load_found(source, config)
+            if sees_prompts_whole(policy.config) or isinstance(policy.config, DynamicHeadsConfig):
+                raise ValueError(
+                    f"backend=vllm: model={config.model!r} attends otherwise than vLLM does (policy.prompt_attention "
+                    "or policy.heads); leave backend out"
+                )
             with phase("loading", config):
                 policy.save(folder)
             command = arguments(config, policy, folder, listening.getsockname()[1], on_cpu)

@@ -63,6 +63,11 @@ class AbsorbedBlock:
         up_key, up_value = expand[:, :nope], expand[:, nope:]
         kv_weight = attention.kv_a_proj_with_mqa.weight.detach().float()
         kv_bias = attention.kv_a_proj_with_mqa.bias
+        self.head_gate: Tensor | None = None
+        if (router := getattr(attention, "gate", None)) is not None:
+            self.head_gate, self.head_sizes = router.weight.detach().float(), router.sizes
+            self.head_bias = router.e_score_correction_bias.detach().float().clone()
+            self.shared_heads = self.config.shared_heads
         last = attention.q_proj if attention.q_lora_rank is None else attention.q_b_proj
         query = last.weight.detach().float().view(heads, nope + self.rope, -1) * attention.scaling
         if self.config.rope_interleave:
@@ -138,12 +143,31 @@ class AbsorbedBlock:
             ],
             dim=-1,
         )
-        attended = cache.attend(layer, rotated, vector)
+        if self.head_gate is None:
+            attended = cache.attend(layer, rotated, vector)
+        else:
+            attended = self._attend_by_some(h, rotated, vector, cache, layer)
         if self.up_value is not None:
             attended = torch.einsum("bshr,hrv->bshv", attended, self.up_value)
         x = x_BSD + self.out(attended.flatten(2))
         h = F.rms_norm(x, (hidden,), self.post_norm, self.eps).view(-1, hidden)
         return x + self.feed_forward(h).view_as(x)
+
+    def _attend_by_some(
+        self, h_BSD: Tensor, query_BSHK: Tensor, new_BSE: Tensor, cache: LatentCache, layer: int
+    ) -> Tensor:
+        """As `cache.attend`, by the heads that the router chooses; of the others the result is 0. Queries of all heads
+        are one product before, since to gather rows of its matrix for each token would cost more."""
+        batch, new, heads, width = query_BSHK.shape
+        assert self.head_gate is not None
+        logits_NR = F.linear(h_BSD.float().flatten(0, 1), self.head_gate)
+        weights_Nk, chosen_Nk = route(logits_NR, self.head_bias, self.head_sizes)
+        shared = torch.arange(self.shared_heads, device=chosen_Nk.device).expand(len(chosen_Nk), -1)
+        chosen = torch.cat([shared, chosen_Nk + self.shared_heads], dim=1).view(batch, new, -1, 1)
+        weights = F.pad(weights_Nk, (self.shared_heads, 0), value=1.0).view(batch, new, -1, 1)
+        out = cache.attend(layer, query_BSHK.gather(2, chosen.expand(-1, -1, -1, width)), new_BSE)
+        out = out * weights.to(out.dtype)
+        return out.new_zeros(batch, new, heads, out.shape[-1]).scatter(2, chosen.expand_as(out), out)
 
     def feed_forward(self, h_ND: Tensor) -> Tensor:
         gate, up = self.dense_gate_up(h_ND).chunk(2, dim=-1)

@@ -110,7 +110,7 @@ def test_the_bias_moves_once_a_step_by_the_counts_of_the_whole_step(random_polic
     _step(learner)
     assert len(seen) > 6
     assert all(torch.equal(bias, before) for bias in seen)  # frozen for old log-probabilities and every update
-    counts = learner.balancer.counts
+    counts = learner.balancer.loads[0].counts
     tokens = sum(len(c.token_ids) for group in _groups()[:2] for c in group.completions)  # the third is tied
     assert counts.sum(1).tolist() == [2 * 3 * tokens] * 2
     expected = before + 0.25 * (counts.float().mean(1, keepdim=True) - counts).sign()
@@ -177,7 +177,7 @@ def test_a_supervised_step_balances_too(random_policy):
     before, learner = _biases(policy), _learner(policy, ALL)
     rows = [PackedRow([5, 6], [Sample(i, [7, 8, 9 + i])]) for i in range(4)]
     metrics = learner.sft_step(rows, 1)
-    assert learner.balancer.counts.sum() == 2 * 2 * 12
+    assert learner.balancer.loads[0].counts.sum() == 2 * 2 * 12
     assert metrics["loss/balance_sequence"] >= 0.9
     assert not torch.equal(_biases(policy), before)
 

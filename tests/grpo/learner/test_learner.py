@@ -872,7 +872,7 @@ def test_load_statistics_count_the_tokens_of_the_completions_once(micro_policy):
     learner = _learner(policy, beta=0.1)
     batch = learner.prepare(_groups(policy), _scores())
     metrics = learner.step(batch, 1)
-    counts = learner.balancer.counts
+    counts = learner.balancer.loads[0].counts
     assert counts.shape == (1, 4)
     assert counts.sum() == 2 * 28  # two experts a token; the reference's forward is not counted
     load = counts[0] / 14

@@ -1,0 +1,141 @@
+"""Dynamic heads: of every token some attention heads compute, and a router in each layer chooses them.
+
+A mixture of heads (Jin et al. 2024, arXiv:2410.11842, section 3.2), with DeepSeek-V3's own router in place of the two
+softmaxes there, so that what balances experts balances heads too. The first `shared_heads` always compute, with weight
+1. Of the R others the router chooses k by score + bias, and weighs head i by k s_i / Σ s of the chosen, which is 1 for
+each where scores are equal. So a policy that keeps all of its heads, with scores that are equal, computes what it did.
+
+config.json                         model_type: deepseek_v3_dynamic_heads, active_heads = shared + k, shared_heads
+model.layers.{l}.self_attn.gate     weight [R, D], e_score_correction_bias [R]; both float32
+
+No other program knows this type, so stock transformers and vLLM refuse such a checkpoint by its name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+from policies.four_bit import is_held
+from policies.layout import PolicyError
+
+
+class DynamicHeadsConfig(DeepseekV3Config):
+    """`active_heads` compute for every token: the first `shared_heads`, and those that the router chooses."""
+
+    model_type = "deepseek_v3_dynamic_heads"
+    active_heads: int = 2
+    shared_heads: int = 1
+
+
+class HeadRouter(DeepseekV3TopkRouter):
+    """The router of one layer's heads. Its outputs number the heads after the shared ones from 0."""
+
+    def __init__(self, config: DynamicHeadsConfig) -> None:
+        chosen = config.active_heads - config.shared_heads
+        self.sizes = DeepseekV3Config(
+            hidden_size=config.hidden_size,
+            n_routed_experts=config.num_attention_heads - config.shared_heads,
+            num_experts_per_tok=chosen,
+            n_group=1,
+            topk_group=1,
+            norm_topk_prob=True,
+            routed_scaling_factor=float(chosen),
+        )
+        super().__init__(self.sizes)
+
+
+class DynamicHeadsForCausalLM(DeepseekV3ForCausalLM):
+    """transformers' DeepSeek-V3 with a router in each attention. `policies.attention.attend` weighs the heads."""
+
+    config: DynamicHeadsConfig
+    config_class = DynamicHeadsConfig
+
+    def __init__(self, config: DynamicHeadsConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            attention = layer.self_attn
+            attention.gate = HeadRouter(config)
+            self._init_weights(attention.gate)
+            attention.register_forward_pre_hook(_choose, with_kwargs=True)
+
+
+def head_weights(attention: nn.Module, hidden_BTD: Tensor) -> Tensor:
+    """Of every head of a layer, [B, T, H]; 0 where it does not compute."""
+    logits_NR, weights_Nk, heads_Nk = attention.gate(hidden_BTD)
+    routed_NR = weights_Nk.new_zeros(logits_NR.shape).scatter(1, heads_Nk, weights_Nk)
+    return F.pad(routed_NR, (attention.config.shared_heads, 0), value=1.0).view(*hidden_BTD.shape[:2], -1)
+
+
+def _choose(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+    return args, kwargs | {"head_weights": head_weights(attention, kwargs["hidden_states"])}
+
+
+def count_active(config: PretrainedConfig, active: float, shared: int) -> int:
+    """How many heads the share `active` of them is. Raises PolicyError for numbers that make no choice or are not those
+    of a policy that has routers."""
+    if not isinstance(config, DeepseekV3Config):
+        raise PolicyError(
+            f"policy.heads: a model of type {config.model_type!r} has attention of another kind; use a DeepSeek-V3 "
+            "policy (quartet convert), or drop policy.heads"
+        )
+    heads = config.num_attention_heads
+    count = max(1, round(active * heads))
+    if not shared < count <= heads or heads - shared < 2:
+        raise PolicyError(
+            f"policy.heads: active={active} is {count} of {heads} heads, and with shared={shared} the router has no "
+            "choice; it needs one active head or more that is not shared, and two heads to choose from"
+        )
+    if isinstance(config, DynamicHeadsConfig) and (config.active_heads, config.shared_heads) != (count, shared):
+        raise PolicyError(
+            f"policy.heads: active={active} is {count} heads and shared={shared}, but this policy has learned with "
+            f"{config.active_heads} and {config.shared_heads}; drop policy.heads"
+        )
+    return count
+
+
+def with_dynamic_heads(trunk: PreTrainedModel, active: float, shared: int, seed: int = 0) -> PreTrainedModel:
+    """`trunk` where it has such heads already, else a model of its own tensors and fresh routers, drawn from `seed`.
+
+    Raises PolicyError as `count_active` does, and for weights that are sharded or in 4 bits.
+
+    >>> with_dynamic_heads(trunk, 0.33, shared=2).config.active_heads       # of 96 heads
+    32
+    """
+    config, count = trunk.config, count_active(trunk.config, active, shared)
+    if isinstance(config, DynamicHeadsConfig):
+        return trunk
+    if any(isinstance(parameter, DTensor) or is_held(parameter) for parameter in trunk.parameters()):
+        raise PolicyError(
+            "policy.heads: routers cannot be added to weights that are sharded or in 4 bits; add them first, such as "
+            "by `quartet sft` in one process, and name the saved policy as the model"
+        )
+    fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = DynamicHeadsForCausalLM(DynamicHeadsConfig(**fields, active_heads=count, shared_heads=shared))
+    made.load_state_dict(trunk.state_dict(), strict=False, assign=True)
+    made.tie_weights()
+    made.generation_config = trunk.generation_config
+    return made.to(trunk.device).eval()
+
+
+AutoConfig.register(DynamicHeadsConfig.model_type, DynamicHeadsConfig)
+AutoModelForCausalLM.register(DynamicHeadsConfig, DynamicHeadsForCausalLM)
+register_checkpoint_conversion_mapping(
+    DynamicHeadsConfig.model_type, get_checkpoint_conversion_mapping(DeepseekV3Config.model_type) or []
+)

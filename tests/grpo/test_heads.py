@@ -1,0 +1,270 @@
+"""policy.heads: attention heads that a router chooses, in learner, engine, graphs, adapters and files alike."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from dense_models import dense_model
+from engine_cases import PARAMS, PROMPTS, assert_lossless, completions, taught
+from transformers import AutoConfig
+
+from grpo.cli import main
+from grpo.config.learner import BalanceOptions
+from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.experts import Balancer
+from grpo.learner.likelihood import logprobs_of_groups
+from grpo.run import checkpoint
+from grpo.run.records import read_metrics
+from grpo.run.stop import Stopped
+from grpo.train import train
+from policies.anatomy import anatomy
+from policies.decoding.latent_cache import LatentCache
+from policies.heads import DynamicHeadsForCausalLM, head_weights, with_dynamic_heads
+from policies.moe import routers
+from policies.policy import Policy, PolicyError
+from rollout.engine import Engine
+
+CPU = torch.device("cpu")
+FOUR = {"num_attention_heads": 4, "num_key_value_heads": 4}
+HEADS = {"policy.heads.active": 0.5, "policy.heads.shared": 0}  # of the two heads that a micro policy has
+
+
+def with_heads(policy: Policy, active: float = 0.5, shared: int = 1) -> Policy:
+    policy.choose_heads(active, shared, seed=3)
+    with torch.no_grad():
+        for router in routers(policy.trunk, "self_attn").values():
+            router.weight.normal_(0.0, 0.5)
+            router.e_score_correction_bias.normal_(0.0, 0.2)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def policy(random_policy) -> Policy:
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        return taught(with_heads(random_policy(31, **FOUR)), 0.8, 20)
+
+
+@torch.no_grad()
+def states(policy: Policy, prompt: list[int], *completions: list[int]) -> torch.Tensor:
+    mini = collate([PackedRow(prompt, [Sample(i, ids) for i, ids in enumerate(completions)])], CPU)
+    return policy.hidden(mini.token_ids, mini.position_ids, mini.segment)[0]
+
+
+def by_hand(policy: Policy, hidden_ND: torch.Tensor, layer: int) -> torch.Tensor:
+    """[N, H]: the weights of the heads, one token at a time, from the formula of heads.py."""
+    router, heads = policy.trunk.model.layers[layer].self_attn.gate, policy.config.num_attention_heads
+    shared, rows = policy.config.shared_heads, []
+    for hidden in hidden_ND:
+        scores = [1 / (1 + float(torch.exp(-(hidden @ row)))) for row in router.weight]
+        wanted = [score + float(bias) for score, bias in zip(scores, router.e_score_correction_bias, strict=True)]
+        chosen = sorted(range(heads - shared), key=lambda i: -wanted[i])[: policy.config.active_heads - shared]
+        total = sum(scores[i] for i in chosen)
+        routed = [len(chosen) * scores[i] / total if i in chosen else 0.0 for i in range(heads - shared)]
+        rows.append([1.0] * shared + routed)
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize(("active", "shared"), [(0.5, 1), (0.75, 1), (0.5, 0), (0.75, 2)])
+@torch.no_grad()
+def test_the_weights_are_those_of_the_formula(random_policy, active, shared):
+    policy = with_heads(random_policy(31, **FOUR), active, shared)
+    hidden = torch.randn(1, 7, policy.config.hidden_size)
+    given = head_weights(policy.trunk.model.layers[1].self_attn, hidden)
+    torch.testing.assert_close(given[0], by_hand(policy, hidden[0], 1), rtol=1e-5, atol=1e-6)
+    assert ((given > 0).sum(-1) == 4 * active).all()
+
+
+@torch.no_grad()
+def test_attention_is_the_weighted_sum_of_the_heads_that_were_chosen(policy):
+    """The output of one layer, from stock attention with one head's columns of `o_proj` at a time."""
+    attention = policy.trunk.model.layers[0].self_attn
+    hidden, width = torch.randn(1, 5, policy.config.hidden_size), policy.config.v_head_dim
+    rope = policy.trunk.model.rotary_emb(hidden, torch.arange(5)[None])
+    mask = torch.full((5, 5), -torch.inf).triu(1)[None, None]
+    stock = type(attention).forward
+    parts, kept = [], attention.o_proj.weight.clone()
+    for head in range(4):
+        attention.o_proj.weight.zero_()
+        attention.o_proj.weight[:, head * width : (head + 1) * width] = kept[:, head * width : (head + 1) * width]
+        parts.append(stock(attention, hidden, rope, mask)[0])
+    attention.o_proj.weight.copy_(kept)
+    weights = by_hand(policy, hidden[0], 0)
+    expected = sum(weights[None, :, head, None] * part for head, part in enumerate(parts))
+    found = attention(hidden_states=hidden, position_embeddings=rope, attention_mask=mask)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_policy_that_keeps_all_heads_with_equal_scores_computes_what_it_did(random_policy):
+    plain, given = random_policy(31, **FOUR), random_policy(31, **FOUR)
+    given.choose_heads(1.0, 1)
+    with torch.no_grad():
+        for router in routers(given.trunk, "self_attn").values():
+            router.weight.zero_()
+    torch.testing.assert_close(states(given, [3, 4], [5, 6]), states(plain, [3, 4], [5, 6]))
+    given.trunk.model.layers[0].self_attn.gate.weight.data.normal_()
+    assert not torch.allclose(states(given, [3, 4], [5, 6]), states(plain, [3, 4], [5, 6]))
+
+
+def test_packed_completions_are_those_of_rows_of_their_own(policy):
+    prompt, ids = [3, 4, 5, 6, 7], [[8, 9, 10], [11], [12, 13]]
+    together, start = states(policy, prompt, *ids), 5
+    for own in ids:
+        torch.testing.assert_close(
+            together[start : start + len(own)], states(policy, prompt, own)[5:], rtol=1e-5, atol=1e-5
+        )
+        start += len(own)
+
+
+@pytest.mark.parametrize("shape", [{}, {"q_lora_rank": 24}, {"qk_nope_head_dim": 0}, {"rope_interleave": False}])
+def test_contract_2_the_engine_says_what_the_learner_says(random_policy, shape):
+    policy = with_heads(random_policy(5, **FOUR | shape))
+    for draft_tokens in (0, 3):
+        groups = Engine(policy).sample(PROMPTS, replace(PARAMS, draft_tokens=draft_tokens))
+        learned = [own for rows in logprobs_of_groups(policy, groups, PARAMS.temperature) for own in rows]
+        for completion, own in zip(completions(groups), learned, strict=True):
+            assert completion.logprobs == pytest.approx(own, abs=1e-4)
+
+
+def test_contract_3_drafts_change_no_token(policy):
+    assert_lossless(Engine(policy), PROMPTS, PARAMS, depths=(1, 3))
+
+
+def test_decoding_attends_with_the_chosen_heads_alone(policy, monkeypatch):
+    asked, attend = [], LatentCache.attend
+
+    def spy(cache, layer, query, new):
+        asked.append(query.shape[2])
+        return attend(cache, layer, query, new)
+
+    monkeypatch.setattr(LatentCache, "attend", spy)
+    Engine(policy).sample(PROMPTS[:2], replace(PARAMS, draft_tokens=0))
+    assert set(asked) == {2}
+    Engine(policy).sample(PROMPTS[:2], replace(PARAMS, draft_tokens=2))
+    assert set(asked) == {2, 4}  # the draft head's own block has all of its heads
+
+
+def test_a_saved_policy_and_a_worker_choose_the_same(policy, tmp_path):
+    policy.save(tmp_path / "p")
+    loaded, worker = Policy.load(tmp_path / "p"), Policy.from_skeleton(policy.skeleton())
+    worker.load_weights(policy.weights())
+    for other in (loaded, worker):
+        assert isinstance(other.trunk, DynamicHeadsForCausalLM)
+        assert torch.equal(states(other, [3, 4, 5], [6]), states(policy, [3, 4, 5], [6]))
+    config = json.loads((tmp_path / "p/config.json").read_text())
+    assert (config["model_type"], config["active_heads"]) == ("deepseek_v3_dynamic_heads", 2)
+    half = Policy.load(tmp_path / "p", torch.bfloat16)
+    for part in ("mlp", "self_attn"):
+        assert {router.weight.dtype for router in routers(half.trunk, part).values()} == {torch.float32}
+
+
+def test_heads_that_are_added_in_bfloat16_leave_routers_and_weights_as_they_are(random_policy):
+    policy = random_policy(31, **FOUR).cast(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in policy.trunk.state_dict().items()}
+    policy.choose_heads(0.5, 1)
+    after = policy.trunk.state_dict()
+    assert all(
+        after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items()
+    )
+    assert after["model.layers.0.self_attn.gate.weight"].dtype == torch.float32
+
+
+def test_adapters_merge_to_what_the_learner_computes(random_policy):
+    policy = with_heads(random_policy(31, **FOUR))
+    policy.add_lora(2, 4.0, ["o_proj", "kv_b_proj", "head_router"])
+    with torch.no_grad():
+        for name, parameter in policy.trunk.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.2)
+    groups = Engine(policy.merged()).sample(PROMPTS[:3], PARAMS)
+    learned = [own for rows in logprobs_of_groups(policy, groups, PARAMS.temperature) for own in rows]
+    for completion, own in zip(completions(groups), learned, strict=True):
+        assert completion.logprobs == pytest.approx(own, abs=1e-4)
+    mini = collate([PackedRow(PROMPTS[0].token_ids, [Sample(0, [3, 4, 5])])], CPU)
+    policy.hidden(mini.token_ids, mini.position_ids, mini.segment).sum().backward()
+    moved = [name for name, p in policy.trunk.named_parameters() if p.grad is not None and ".gate." in name]
+    assert moved
+    assert all("self_attn" in name for name in moved)
+
+
+def test_heads_are_balanced_and_counted_as_experts_are(policy):
+    balancer = Balancer(policy, BalanceOptions(bias_rate=0.1, sequence_weight=1.0))
+    rows = [PackedRow([3, 4, 5], [Sample(0, [6, 7, 8, 9])])]
+    mini = collate(rows, CPU)
+    before = [r.e_score_correction_bias.clone() for r in routers(policy.trunk, "self_attn").values()]
+    balancer.begin(rows)
+    with balancer.recording(policy) as records:
+        policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
+    loss = balancer.observe(records, mini)
+    heads = balancer.loads[1]
+    assert (heads.counts.sum(1) == 4).all()  # one routed head for each of four tokens; the shared one is not counted
+    metrics = balancer.end()
+    sequence = metrics["loss/balance_sequence"] * len(balancer.loads[0].routers)
+    sequence += metrics["loss/balance_heads_sequence"] * len(heads.routers)
+    assert loss.item() == pytest.approx(sequence, rel=1e-5)
+    assert metrics["heads/load_max"] >= 1.0 >= metrics["heads/load_min"]
+    now = [r.e_score_correction_bias for r in routers(policy.trunk, "self_attn").values()]
+    for was, bias, counts in zip(before, now, heads.counts, strict=True):
+        torch.testing.assert_close(bias - was, 0.1 * torch.sign(counts.float().mean() - counts))
+        bias.copy_(was)
+
+
+def test_contract_9_a_run_trains_stops_goes_on_and_its_policy_remembers(micro_config, tmp_path):
+    given = HEADS | {"loss.beta": 0.1, "eval.limit": 4, "balance.bias_rate": 0.01}
+    train(micro_config(tmp_path / "whole", **given))
+    with pytest.raises(Stopped):
+        train(micro_config(tmp_path / "run", **given), stop_after=2)
+    train(micro_config(tmp_path / "run", **given), resume="auto")
+    one, two = (checkpoint.load(tmp_path / f"{name}/checkpoints/step_000003").tensors for name in ("whole", "run"))
+    assert any("self_attn.gate" in name for name in one["policy"])
+    assert all(torch.equal(tensor, two["policy"][name]) for name, tensor in one["policy"].items())
+    lines = [line for line in read_metrics(tmp_path / "run") if "reward/mean" in line]
+    assert max(line["mismatch/logprob_abs_max"] for line in lines) < 1e-4
+    assert all(line["heads/load_max"] >= 1 for line in lines)
+    assert AutoConfig.from_pretrained(tmp_path / "run/policy").active_heads == 1
+    assert main(["eval", str(tmp_path / "run"), "--limit", "2", "--threads", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"policy.heads.shared": 1}, "the router has no choice"),
+        ({"policy.heads.active": 1.5}, "policy.heads.active"),
+        ({"rollout.backend": "vllm"}, "vLLM computes all heads"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(micro_config, tmp_path, given, said):
+    with pytest.raises(ValueError, match=said):
+        train(micro_config(tmp_path / "r", **HEADS | given))
+    assert not (tmp_path / "r").exists()
+
+
+def test_other_numbers_and_other_models_are_refused_by_name(policy, tmp_path):
+    with pytest.raises(PolicyError, match="has learned with 2 and 1; drop policy.heads"):
+        policy.choose_heads(0.75, 1)
+    policy.choose_heads(0.5, 1)
+    with pytest.raises(PolicyError, match="has attention of another kind"):
+        with_dynamic_heads(dense_model(), 0.5, 1)
+    policy.save(tmp_path / "p")
+    config = json.loads((tmp_path / "p/config.json").read_text())
+    (tmp_path / "p/config.json").write_text(json.dumps(config | {"active_heads": 9}))
+    with pytest.raises(PolicyError, match="active_heads=9 and shared_heads=1 of num_attention_heads=4"):
+        Policy.load(tmp_path / "p")
+
+
+def test_an_export_is_refused_by_name(micro_config, tmp_path, capsys):
+    train(micro_config(tmp_path / "run", **HEADS, steps=1))
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
+    assert "dynamic heads (policy.heads)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_attention_of_fewer_heads_is_counted(policy, random_policy):
+    given = {"context": 4096, "lora_rank": 2, "lora_alpha": 4.0}
+    some, every = (anatomy(p.config, 0, **given).decode_flops for p in (policy, random_policy(31, **FOUR)))
+    config = policy.config
+    width = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+    routers_of = 2 * config.num_hidden_layers * 3 * config.hidden_size  # each weight is used once, by two FLOPs
+    spared = 2 * config.num_hidden_layers * 2 * width * 4097
+    assert every - some == pytest.approx(spared - routers_of)
