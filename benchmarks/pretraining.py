@@ -19,9 +19,9 @@ from grpo.data.word_problems import word_problems
 from grpo.learner.batch import PackedRow, Sample, micro_batches
 from grpo.learner.learner import Learner
 from grpo.learner.optimizer import schedule
-from policies.moe import RoutingRecorder
 from policies.policy import Policy
 from policies.presets import small_tokenizer
+from policies.routing.routers import RoutingRecorder
 
 HELD_OUT = 0.1  # of the documents
 

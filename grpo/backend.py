@@ -13,7 +13,7 @@ from grpo.config.run import RunConfig, TrainConfig
 from grpo.config.sampling import VLLMOptions
 from grpo.run.pool import vllm_token
 from policies.attention import sees_prompts_whole
-from policies.heads import DynamicHeadsConfig, count_active
+from policies.routing.heads import DynamicHeadsConfig, count_active
 from rollout.backends.vllm.client import Client
 from rollout.backends.vllm.process import state_of
 

@@ -41,9 +41,9 @@ from policies.checkpoint import check_policy
 from policies.contradictions import FIXED_FIELDS
 from policies.files.atomic import heed_umask
 from policies.files.digests import DIGESTS
-from policies.heads import DynamicHeadsConfig
 from policies.layout import WeightFiles, find_file
 from policies.policy import Policy, read_config
+from policies.routing.heads import DynamicHeadsConfig
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", REPORT, TRAINED_ON)

@@ -18,9 +18,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from grpo.config.learner import BalanceOptions
 from grpo.learner.batch import MicroBatch, PackedRow
 from grpo.learner.parallel import Ranks
-from policies.balance import entropy, entropy_regulariser, gates, load_statistics, move_bias, sequence_loss
-from policies.moe import Part, RoutingRecorder, routers
 from policies.policy import Policy
+from policies.routing.balance import entropy, entropy_regulariser, gates, load_statistics, move_bias, sequence_loss
+from policies.routing.routers import Part, RoutingRecorder, routers
 
 PREFIX: dict[Part, str] = {"mlp": "moe", "self_attn": "heads"}  # of the names of metrics
 

@@ -13,7 +13,7 @@ from grpo.learner.experts import Balancer
 from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.lora import adapter_off
 from policies.policy import Policy
-from policies.routing_replay import RoutingReplay
+from policies.routing.replay import RoutingReplay
 from rollout.group import RolloutGroup
 
 GROUPS_READ = 8  # once more after a step, one completion each, to see how far it has moved the policy

@@ -26,9 +26,9 @@ from grpo.quantize.report import Quantization
 from policies.conversion.dense import LICENCE_FILES, new_folder
 from policies.conversion.parity import Fidelity, fidelity
 from policies.files.packed import is_packed
-from policies.heads import DynamicHeadsConfig
 from policies.layout import find_file
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
+from policies.routing.heads import DynamicHeadsConfig
 
 
 def quantize(destination: Path, config: QuantizeConfig, console: Console) -> Quantization:

@@ -25,8 +25,8 @@ from grpo.policy_source import check_options, find_policy, load_found
 from grpo.run.listening import listen
 from grpo.run.memory_errors import phase
 from policies.attention import sees_prompts_whole
-from policies.heads import DynamicHeadsConfig
 from policies.policy import Policy
+from policies.routing.heads import DynamicHeadsConfig
 from rollout.backends.vllm.process import clean_environment, state_of
 from rollout.backends.vllm.settings import KV_CACHE_BYTES
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from engine_cases import PARAMS, PROMPTS, completions, prompts_of, taught, tokens, unrolled_logits
 
-from policies.moe import RoutingRecorder
 from policies.policy import Policy
+from policies.routing.routers import RoutingRecorder
 from rollout.depth import CostTable, DepthController
 from rollout.drafts import head
 from rollout.engine import Engine, RolloutError

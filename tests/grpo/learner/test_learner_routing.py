@@ -11,8 +11,8 @@ from grpo.learner.batch import Sample, collate, split_rows
 from grpo.learner.learner import Learner
 from grpo.run.records import read_metrics
 from grpo.train import train
-from policies.moe import RoutingRecorder
-from policies.routing_replay import RoutingReplay
+from policies.routing.replay import RoutingReplay
+from policies.routing.routers import RoutingRecorder
 from rewards.group_score import GroupScore
 from rollout.engine import Engine
 from rollout.group import Completion, Prompt, RolloutGroup

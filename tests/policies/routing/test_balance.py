@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from policies.balance import entropy, entropy_regulariser, gates, load_statistics, move_bias, sequence_loss
+from policies.routing.balance import entropy, entropy_regulariser, gates, load_statistics, move_bias, sequence_loss
 
 
 def test_gates_by_hand():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from policies.moe import RoutingRecorder
-from policies.routing_replay import RoutingReplay
+from policies.routing.replay import RoutingReplay
+from policies.routing.routers import RoutingRecorder
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 POSITIONS = torch.arange(4).expand(2, 4)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from policies.moe import routers
+from policies.routing.routers import routers
 
 
 class RoutingReplay:

@@ -3,7 +3,7 @@
 import torch
 
 from policies.decoding.experts import route
-from policies.moe import RoutingRecorder, routers
+from policies.routing.routers import RoutingRecorder, routers
 
 
 def test_the_recorder_notes_what_every_router_chose_and_leaves_no_hook(random_policy):

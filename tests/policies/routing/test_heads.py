@@ -20,9 +20,9 @@ from grpo.run.stop import Stopped
 from grpo.train import train
 from policies.anatomy import anatomy
 from policies.decoding.latent_cache import LatentCache
-from policies.heads import DynamicHeadsForCausalLM, head_weights, with_dynamic_heads
-from policies.moe import routers
 from policies.policy import Policy, PolicyError
+from policies.routing.heads import DynamicHeadsForCausalLM, head_weights, with_dynamic_heads
+from policies.routing.routers import routers
 from rollout.engine import Engine
 
 CPU = torch.device("cpu")
