@@ -469,7 +469,7 @@ class Process:
     ("number", "group", "workers"),
     [
         (signal.SIGTERM, False, 0),
-        pytest.param(signal.SIGHUP, False, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, False, 0, marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param(signal.SIGINT, True, 0, marks=pytest.mark.slow),  # a terminal's Ctrl-C reaches the whole group
         pytest.param(signal.SIGINT, True, 2, marks=pytest.mark.slow),
     ],

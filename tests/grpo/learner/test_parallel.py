@@ -355,8 +355,9 @@ def test_a_rank_that_would_get_no_expert_is_refused(run, tmp_path):
     assert "FSDP cannot spread 4 experts over 3 ranks, since one would get none" in ended[0][2]
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_the_other(run, tmp_path, victim):
     folder = tmp_path / "r"
     processes = start_ranks(run(folder, steps=100000))

@@ -194,6 +194,7 @@ def test_a_run_whose_worker_was_killed_goes_on_and_tells(start, tmp_path):
     assert 0 < told[0]["faults/sampling_seconds"] < told[0]["time/rollout"] + told[0].get("time/publish", 0)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_sigterm_ends_a_run_that_waits_for_a_stopped_worker(start, tmp_path):
     run = start()
