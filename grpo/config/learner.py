@@ -105,7 +105,7 @@ class BalanceOptions(Options):
     """How far an expert's bias moves after every step: up where it was chosen less than the mean, down where more
     (0.001 in DeepSeek-V3)."""
     entropy_weight: float = Field(default=0.0, ge=0)
-    """Weight of -H(mean gate) + mean H(gate), summed over layers; its mean is over a micro-batch."""
+    """Weight of log E - H(mean soft choice), summed over layers; its mean is over a micro-batch. 1 balances alone."""
     sequence_weight: float = Field(default=0.0, ge=0)
     """Weight of DeepSeek-V3's balance loss of each completion, summed over layers (0.0001 there)."""
 

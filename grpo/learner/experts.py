@@ -2,7 +2,7 @@
 
 Everything counts the completions' tokens, each once: prompts are given, and a prompt's tokens are in more rows when
 its group is cut for memory. So bias, sequence loss and statistics do not depend on how a step is cut into
-micro-batches. The entropy regulariser does: its mean gate is that of a micro-batch.
+micro-batches. The entropy regulariser does: its mean choice is that of a micro-batch.
 """
 
 from __future__ import annotations
@@ -114,11 +114,10 @@ class Load:
         completion_N = torch.arange(len(mini.mask), device=scored.device).repeat_interleave(mini.mask.sum(1))
         for layer, (logits, experts) in enumerate(zip(routing.logits, routing.experts, strict=True)):
             logits_NE = logits[scored]
-            gates_NE = gates(logits_NE)
             self.counts[layer] += torch.bincount(experts[scored].flatten(), minlength=self.experts)
-            self.entropies[layer] += entropy(gates_NE.detach()).sum()
+            self.entropies[layer] += entropy(gates(logits_NE.detach())).sum()
             if self.options.entropy_weight:
-                loss = entropy_regulariser(gates_NE) * len(gates_NE) / self.tokens
+                loss = entropy_regulariser(logits_NE, self.top_k) * len(logits_NE) / self.tokens
                 total = total + self._weighted("entropy", loss)
             if self.options.sequence_weight:
                 each = sequence_loss(logits_NE, completion_N, len(mini.mask), self.top_k)

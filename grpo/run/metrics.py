@@ -55,7 +55,7 @@ METRICS: dict[str, str] = {
     "loss/mtp": "loss of the draft head over its depths, detached from the trunk; nats per token",
     "loss/mtp_tv": "the same by total variation (head.tv_share): share of drafts rejected at best, fraction",
     "loss/value": "loss of the value head (PPO baseline), mean per token, squared score",
-    "loss/balance_entropy": "-H(mean gate) + mean H(gate), before its weight, mean over layers, nats",
+    "loss/balance_entropy": "log E - H(mean soft choice), before its weight, mean over layers, nats; 0 is balanced",
     "loss/balance_sequence": "balance loss of a completion, before its weight, mean over layers; 1 is balanced",
     "loss/balance_heads_entropy": "the same as loss/balance_entropy, of dynamic heads (policy.heads)",
     "loss/balance_heads_sequence": "the same as loss/balance_sequence, of dynamic heads (policy.heads)",

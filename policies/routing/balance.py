@@ -6,10 +6,13 @@ Axes: N tokens, E routed experts, k of them chosen by each token, S sequences, L
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+SOFTNESS = 0.3  # of a soft choice, in units of a router's logits
 
 
 def gates(router_logits_NE: Tensor) -> Tensor:
@@ -27,16 +30,28 @@ def entropy(gates_NE: Tensor) -> Tensor:
     return torch.special.entr(gates_NE).sum(-1)
 
 
-def entropy_regulariser(gates_NE: Tensor) -> Tensor:
-    """−H(mean gate) + mean H(gate), to be minimised: all experts are wanted equally, and each token is sure of its own.
+def entropy_regulariser(router_logits_NE: Tensor, top_k: int) -> Tensor:
+    """log E − H(mean soft choice), to be minimised: 0 where all experts are chosen equally often, log E at most.
 
-    It is minus the mutual information of token and expert, between −log E and 0. The mean is over the N tokens given.
-    If they are cut into parts, the mean over the parts is larger, since each part is to be balanced on its own.
+    A token's choice of k experts is a step function of its logits l, at the middle m between the k-th and the next. The
+    soft choice is the sigmoid of (l − m) / 0.3, normalised over the experts, so its gradient moves those near the step
+    and does not ask that gates be alike. The mean is over the N tokens given; of a batch that is cut into parts, each
+    is to be balanced on its own. Where all experts are chosen it is 0.
 
-    >>> entropy_regulariser(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))     # −log 2 + 0
-    tensor(-0.6931)
+    The usual −H(mean gate) + mean H(gate), the mutual information of token and expert, left experts at 42 to 59 % of an
+    even 50 % (benchmarks/LOG.md), since equal mean gates do not make equal choices.
+
+    >>> logits = torch.tensor([[0.3 * math.log(3), -0.3 * math.log(3)]])    # soft choices ¾ and ¼
+    >>> entropy_regulariser(logits, 1)                                      # log 2 − H(¾, ¼)
+    tensor(0.1308)
     """
-    return entropy(gates_NE).mean() - entropy(gates_NE.mean(0))
+    experts = router_logits_NE.shape[1]
+    if top_k == experts:
+        return router_logits_NE.new_zeros((), dtype=torch.float32)
+    logits = router_logits_NE.float()
+    best = logits.detach().topk(top_k + 1, dim=-1).values
+    chosen = ((logits - best[:, -2:].mean(-1, keepdim=True)) / SOFTNESS).sigmoid()
+    return math.log(experts) - entropy((chosen / chosen.sum(-1, keepdim=True)).mean(0))
 
 
 def sequence_loss(router_logits_NE: Tensor, sequence_N: Tensor, sequences: int, top_k: int) -> Tensor:

@@ -159,12 +159,12 @@ def test_the_balance_benchmark_measures_what_it_prints(benchmark, tmp_path, monk
     benchmark("balance").main()
     record = json.loads(file.read_text())
     assert {"hardware", "versions", "command"} <= record["environment"].keys()
-    found = record["mechanisms"]
+    found = record["seeds"]["0"]
     assert list(found) == ["none", "all"]
     shown = capsys.readouterr().out
     for name, result in found.items():
         low, high = (f"{result[end]:.1%}" for end in ("lowest", "highest"))
-        assert re.search(rf"^{name} +{low} +{high} +(yes|no) ", shown, re.M)
+        assert re.search(rf"^{name} +0 +{low} +{high} +(yes|no) ", shown, re.M)
         assert [len(layer) for layer in result["rates"]] == [8, 8]  # two MoE layers
         assert [sum(layer) for layer in result["rates"]] == pytest.approx([4, 4], abs=1e-3)  # k of every token
         assert result["inside_aim"] == (result["lowest"] >= 0.45 and result["highest"] <= 0.55)

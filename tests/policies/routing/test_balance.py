@@ -24,20 +24,32 @@ def test_entropy_by_hand_and_finite_with_its_gradient_where_a_score_vanishes():
 
 
 def test_entropy_regulariser_by_hand():
-    sure = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    assert entropy_regulariser(sure).item() == pytest.approx(-math.log(2))  # both used, no doubt: the least there is
-    assert entropy_regulariser(sure[:1]).item() == 0  # sure, but one expert does it all
-    assert entropy_regulariser(torch.full((3, 2), 0.5)).item() == pytest.approx(0)  # indifferent
-    # Gates (¾, ¼) and (¼, ¾): H of the mean is log 2, H of each log 4 − ¾ log 3 = .5623.
-    mixed = torch.tensor([[0.75, 0.25], [0.25, 0.75]])
-    assert entropy_regulariser(mixed).item() == pytest.approx(0.562335 - 0.693147, abs=1e-6)
+    # The middle between best and next is 0; sigmoid(± log 3) is ¾ or ¼, and H(¾, ¼) = log 4 − ¾ log 3 = .5623.
+    one = torch.tensor([[0.3 * math.log(3), -0.3 * math.log(3)]])
+    assert entropy_regulariser(one, 1).item() == pytest.approx(0.693147 - 0.562335, abs=1e-6)
+    assert entropy_regulariser(one + 5, 1).item() == pytest.approx(
+        0.693147 - 0.562335, abs=1e-6
+    )  # the middle moves too
+    assert entropy_regulariser(torch.cat([one, -one]), 1).item() == pytest.approx(0, abs=1e-6)  # either once
+    sure = torch.tensor([[9.0, 9.0, -9.0, -9.0]])
+    assert entropy_regulariser(sure, 2).item() == pytest.approx(math.log(4) - math.log(2))  # two do everything
+    assert entropy_regulariser(torch.cat([sure, -sure]), 2).item() == pytest.approx(0, abs=1e-6)
+    assert entropy_regulariser(sure, 4).item() == 0  # nothing to choose
+
+
+def test_the_gradient_of_the_entropy_regulariser_takes_from_the_busy_expert_what_was_near_a_tie():
+    logits = torch.tensor([[0.2, 0.0, -9.0], [0.2, 0.0, -9.0], [5.0, -9.0, -9.0]], requires_grad=True)
+    entropy_regulariser(logits, 1).backward()
+    assert logits.grad[0, 0] > 1e-3
+    assert logits.grad[0, 1] < -1e-3
+    assert logits.grad[2].abs().max() < 1e-6  # a token that is sure stays where it is
 
 
 def test_parts_of_a_batch_are_an_upper_bound_of_the_whole():
     torch.manual_seed(0)
-    whole = gates(torch.randn(12, 4))
-    parts = sum(entropy_regulariser(part) * len(part) / 12 for part in whole.split([5, 7]))
-    assert parts > entropy_regulariser(whole)
+    whole = torch.randn(12, 4)
+    parts = sum(entropy_regulariser(part, 2) * len(part) / 12 for part in whole.split([5, 7]))
+    assert parts > entropy_regulariser(whole, 2)
 
 
 def test_sequence_loss_by_hand():
