@@ -9,11 +9,11 @@ from typing import Any
 from transformers import DeepseekV3Config, PretrainedConfig
 
 from grpo.config.policy import ModelOptions
-from grpo.config.run import RunConfig, TrainConfig
+from grpo.config.run import RunConfig, SftConfig, TrainConfig
 from grpo.config.sampling import VLLMOptions
 from grpo.run.pool import vllm_token
 from policies.attention import sees_prompts_whole
-from policies.routing.heads import DynamicHeadsConfig, count_active
+from policies.routing.heads import DynamicHeadsConfig, heads_config
 from rollout.backends.vllm.client import Client
 from rollout.backends.vllm.process import state_of
 
@@ -100,14 +100,26 @@ def _refuse_prefix_lm(options: ModelOptions, read_shape: Callable[[], Pretrained
 
 
 def _refuse_heads(options: ModelOptions, read_shape: Callable[[], PretrainedConfig]) -> None:
-    """Numbers of dynamic heads that do not fit the model, and engines that cannot choose heads."""
+    """Dynamic heads that do not fit the model, that nothing would train, or that an engine cannot choose."""
     asked, rollout = options.policy.heads, getattr(options, "rollout", None)
-    if asked:
-        count_active(read_shape(), asked.active, asked.shared)
     if rollout and rollout.backend == "vllm" and (asked or isinstance(read_shape(), DynamicHeadsConfig)):
-        raise ValueError(
-            "rollout.backend=vllm: vLLM computes all heads, and this policy has dynamic ones; leave it out"
-        )
+        raise ValueError("rollout.backend=vllm: vLLM computes all heads, and policy.heads leaves some out; drop one")
+    if not asked:
+        return
+    shape = read_shape()
+    if heads_config(shape, asked.active, asked.shared) is shape:
+        return  # it has learned with routers
+    lora = getattr(options, "lora", None)
+    if not isinstance(options, SftConfig):
+        why, way_out = "nothing would train them here", "use quartet sft or train first"
+    elif lora and lora.base:
+        why = "they cannot be added to weights in 4 bits"
+        way_out = "add them by quartet sft, and name its policy as the model"
+    elif lora and not options.warm_start.steps and "head_router" not in (lora.targets or ()):
+        why, way_out = "adapters alone do not train them", "add head_router to lora.targets, or use warm_start.steps"
+    else:
+        return
+    raise ValueError(f"policy.heads: model={options.model!r} has no routers of heads, and {why}; {way_out}")
 
 
 def _refuse_options(config: RunConfig) -> None:

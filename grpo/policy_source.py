@@ -45,6 +45,7 @@ from policies.files import hub
 from policies.files.atomic import write_file
 from policies.files.digests import write_digests
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
+from policies.routing.heads import heads_config
 from policies.sharding import leads
 
 Config = TypeVar("Config", bound=SftConfig | MtpConfig)
@@ -182,18 +183,11 @@ def known_context(model: str) -> int | None:
     return getattr(read_config(model), "max_position_embeddings", None) if Path(model).is_dir() else None
 
 
-def saved_model(model: str) -> str:
-    """The folder or hub id that `model` means, for a library that loads it. Raises PolicyError for a checkpoint."""
-    source = find_policy(model, read=False)
-    if source.checkpoint:
-        raise PolicyError(f"model={model!r} means {source.meaning}, which only quartet loads; export it first")
-    return source.folder
-
-
 def read_shape(options: ModelOptions) -> tuple[PretrainedConfig, bool]:
     """The configuration of `options.model`, and whether the policy will have a draft head. Raises PolicyError."""
     model = check_options(options)
-    shape = _shape(model)
+    shape, heads = _shape(model), options.policy.heads
+    shape = heads_config(shape, heads.active, heads.shared) if heads else shape
     native = isinstance(shape, DeepseekV3Config)
     stored = getattr(shape, "num_nextn_predict_layers", 0)
     return shape, model in presets.PRESETS or (native and bool(options.add_mtp or stored))
@@ -225,7 +219,7 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks 
     if ranks.layout is None:
         return load_found(source, options, corpus)
     with tempfile.TemporaryDirectory() as folder:
-        if source.folder in presets.PRESETS or source.checkpoint:  # rank 0 makes it, the others get its files
+        if source.folder in presets.PRESETS or source.checkpoint or options.policy.heads:  # rank 0 makes, all get files
             files = ranks.from_first(lambda: _files(load_found(source, options, corpus), Path(folder)))
             source = replace(source, folder=folder, checkpoint=None)
             for name, content in files.items():
@@ -244,7 +238,7 @@ def load_found(
     """The policy of `source` on its device; without `merged` a LoRA checkpoint keeps its adapters apart."""
     if source.checkpoint is None or source.saved is None:
         return _load(source.folder, options, corpus, nf4=in_4_bits(options))
-    return _load_checkpoint(source, source.saved, options, merged)
+    return _as_asked(_load_checkpoint(source, source.saved, options, merged), options)
 
 
 def _load(
@@ -267,11 +261,16 @@ def _load(
             torch.set_num_threads(threads_for(sum(parameter.numel() for parameter in policy.trunk.parameters())))
         if layout is None:
             policy = policy.to(device_of(options.device))
+    _as_asked(policy, options)
+    if policy.backend == "transformers":
+        check_agreement(policy)
+    return policy
+
+
+def _as_asked(policy: Policy, options: ModelOptions) -> Policy:
     policy.attend_to_prompts(options.policy.prompt_attention)
     if heads := options.policy.heads:
         policy.choose_heads(heads.active, heads.shared, options.seed)
-    if policy.backend == "transformers":
-        check_agreement(policy)
     return policy
 
 

@@ -24,7 +24,7 @@ from grpo.data.examples import Example
 from grpo.data.prompts import PromptTemplate, apply_chat_template, encode_prompt
 from grpo.learner.teacher import Scores, TeacherPolicy
 from grpo.learner.teacher_server import TeacherServer
-from grpo.policy_source import find_policy, load_policy, saved_model
+from grpo.policy_source import find_policy, load_policy
 from policies import presets
 from policies.attention import sees_prompts_whole
 from policies.logprobs import shifted_logprobs
@@ -42,6 +42,14 @@ PROBES = (
 )
 
 ModelColumns = dict[str, list[float]]  # name: [G]
+
+
+def saved_model(model: str) -> str:
+    """The folder or hub id that `model` means, for a library that loads it. Raises PolicyError for a checkpoint."""
+    source = find_policy(model, read=False)
+    if source.checkpoint:
+        raise PolicyError(f"model={model!r} means {source.meaning}, which only quartet loads; export it first")
+    return source.folder
 
 
 class ModelRewards:

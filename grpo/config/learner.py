@@ -77,7 +77,8 @@ class LearnerOptions(Options):
     nobody has started several."""
     parallel: ParallelOptions = ParallelOptions()
     routing_replay: bool = False
-    """MoE: the learner's forward uses the experts that the sampler chose, for the prompt too."""
+    """MoE: the learner's forward uses the experts that the sampler chose, for the prompt too. Dynamic heads are chosen
+    anew."""
 
 
 class LoraOptions(Options):
@@ -105,7 +106,8 @@ class BalanceOptions(Options):
     """How far an expert's bias moves after every step: up where it was chosen less than the mean, down where more
     (0.001 in DeepSeek-V3)."""
     entropy_weight: float = Field(default=0.0, ge=0)
-    """Weight of log E - H(mean soft choice), summed over layers; its mean is over a micro-batch. 1 balances alone."""
+    """Weight of log E - H(mean soft choice), summed over layers; its mean is over a micro-batch. A weight of 1 balances
+    alone; expert groups are not looked at."""
     sequence_weight: float = Field(default=0.0, ge=0)
     """Weight of DeepSeek-V3's balance loss of each completion, summed over layers (0.0001 there)."""
 

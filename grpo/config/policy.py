@@ -15,7 +15,7 @@ class HeadsOptions(Options):
 
     active: float = Field(default=0.33, gt=0, le=1)
     """Share of the heads that compute for a token."""
-    shared: int = Field(default=1, ge=0)
+    shared: int = Field(default=0, ge=0)
     """How many of them compute for every token."""
 
 

@@ -111,13 +111,14 @@ class Load:
     def observe(self, routing: RoutingRecorder, mini: MicroBatch) -> Tensor:
         total = torch.zeros((), device=mini.mask.device)
         scored = mini.scored.flatten()
+        biases = [router.e_score_correction_bias for router in self.routers.values()]
         completion_N = torch.arange(len(mini.mask), device=scored.device).repeat_interleave(mini.mask.sum(1))
         for layer, (logits, experts) in enumerate(zip(routing.logits, routing.experts, strict=True)):
             logits_NE = logits[scored]
             self.counts[layer] += torch.bincount(experts[scored].flatten(), minlength=self.experts)
             self.entropies[layer] += entropy(gates(logits_NE.detach())).sum()
             if self.options.entropy_weight:
-                loss = entropy_regulariser(logits_NE, self.top_k) * len(logits_NE) / self.tokens
+                loss = entropy_regulariser(logits_NE, biases[layer], self.top_k) * len(logits_NE) / self.tokens
                 total = total + self._weighted("entropy", loss)
             if self.options.sequence_weight:
                 each = sequence_loss(logits_NE, completion_N, len(mini.mask), self.top_k)

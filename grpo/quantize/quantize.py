@@ -54,6 +54,8 @@ def quantize(destination: Path, config: QuantizeConfig, console: Console) -> Qua
         before = [_evaluate(source.folder, config, "before", console, read)] if evaluates else []
         started = time.perf_counter()
         policy = load_found(source, config)
+        if isinstance(policy.config, DynamicHeadsConfig):
+            raise PolicyError(f"model={config.model!r} has dynamic heads, which no other program computes")
         size = sum(tensor.nbytes for tensor in dict(policy.named_parameters()).values())
         kept = compressor.quantize(policy, text.windows, config)
         compressor.save(policy, folder)
@@ -81,8 +83,6 @@ def _source(config: QuantizeConfig) -> PolicySource:
         check_options(config.model_copy(update={"model": source.folder}))
     if is_packed(read_config(source.base)):
         raise PolicyError(f"model={config.model!r} is quantised already; name the policy that it was made from")
-    if isinstance(read_config(source.base), DynamicHeadsConfig):
-        raise PolicyError(f"model={config.model!r} has dynamic heads (policy.heads), which no other program computes")
     return source
 
 

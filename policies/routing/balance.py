@@ -30,27 +30,30 @@ def entropy(gates_NE: Tensor) -> Tensor:
     return torch.special.entr(gates_NE).sum(-1)
 
 
-def entropy_regulariser(router_logits_NE: Tensor, top_k: int) -> Tensor:
+def entropy_regulariser(router_logits_NE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
     """log E − H(mean soft choice), to be minimised: 0 where all experts are chosen equally often, log E at most.
 
-    A token's choice of k experts is a step function of its logits l, at the middle m between the k-th and the next. The
-    soft choice is the sigmoid of (l − m) / 0.3, normalised over the experts, so its gradient moves those near the step
-    and does not ask that gates be alike. The mean is over the N tokens given; of a batch that is cut into parts, each
+    A token chooses the k experts of the largest score + bias: expert e where its logit is above that of the score
+    m − b_e, with m the middle between the k-th and the next. The soft choice is the sigmoid of how far above, divided
+    by 0.3 and normalised over the experts. So the gradient moves what is near the step, and does not ask that gates be
+    alike. Expert groups are not looked at. The mean is over the N tokens given; of a batch that is cut into parts, each
     is to be balanced on its own. Where all experts are chosen it is 0.
 
     The usual −H(mean gate) + mean H(gate), the mutual information of token and expert, left experts at 42 to 59 % of an
     even 50 % (benchmarks/LOG.md), since equal mean gates do not make equal choices.
 
     >>> logits = torch.tensor([[0.3 * math.log(3), -0.3 * math.log(3)]])    # soft choices ¾ and ¼
-    >>> entropy_regulariser(logits, 1)                                      # log 2 − H(¾, ¼)
+    >>> entropy_regulariser(logits, torch.zeros(2), 1)                      # log 2 − H(¾, ¼)
     tensor(0.1308)
     """
     experts = router_logits_NE.shape[1]
     if top_k == experts:
         return router_logits_NE.new_zeros((), dtype=torch.float32)
     logits = router_logits_NE.float()
-    best = logits.detach().topk(top_k + 1, dim=-1).values
-    chosen = ((logits - best[:, -2:].mean(-1, keepdim=True)) / SOFTNESS).sigmoid()
+    with torch.no_grad():
+        middle = (logits.sigmoid() + bias_E).topk(top_k + 1, dim=-1).values[:, -2:].mean(-1, keepdim=True)
+        step = (middle - bias_E).logit(eps=1e-6)
+    chosen = ((logits - step) / SOFTNESS).sigmoid().clamp_min(torch.finfo(torch.float32).tiny)
     return math.log(experts) - entropy((chosen / chosen.sum(-1, keepdim=True)).mean(0))
 
 

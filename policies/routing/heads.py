@@ -2,8 +2,8 @@
 
 A mixture of heads (Jin et al. 2024, arXiv:2410.11842, section 3.2), with DeepSeek-V3's own router in place of the two
 softmaxes there, so that what balances experts balances heads too. The first `shared_heads` always compute, with weight
-1. Of the R others the router chooses k by score + bias, and weighs head i by k s_i / Σ s of the chosen, which is 1 for
-each where scores are equal. So a policy that keeps all of its heads, with scores that are equal, computes what it did.
+1. Of the R others the router chooses k by score + bias, and weighs a chosen one by twice its score, which is 1 where
+its logit is 0. So a policy that keeps all of its heads, with routers of zeros, computes what it did without them.
 
 config.json                         model_type: deepseek_v3_dynamic_heads, active_heads = shared + k, shared_heads
 model.layers.{l}.self_attn.gate     weight [R, D], e_score_correction_bias [R]; both float32
@@ -30,6 +30,7 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
+from policies.attention import ATTENTION
 from policies.four_bit import is_held
 from policies.layout import PolicyError
 
@@ -53,8 +54,8 @@ class HeadRouter(DeepseekV3TopkRouter):
             num_experts_per_tok=chosen,
             n_group=1,
             topk_group=1,
-            norm_topk_prob=True,
-            routed_scaling_factor=float(chosen),
+            norm_topk_prob=False,
+            routed_scaling_factor=2.0,
         )
         super().__init__(self.sizes)
 
@@ -67,11 +68,15 @@ class DynamicHeadsForCausalLM(DeepseekV3ForCausalLM):
 
     def __init__(self, config: DynamicHeadsConfig) -> None:
         super().__init__(config)
+        self.config._attn_implementation = ATTENTION  # no other one weighs the heads
         for layer in self.model.layers:
-            attention = layer.self_attn
-            attention.gate = HeadRouter(config)
-            self._init_weights(attention.gate)
-            attention.register_forward_pre_hook(_choose, with_kwargs=True)
+            layer.self_attn.register_forward_pre_hook(_choose, with_kwargs=True)
+        self.fresh_routers()
+
+    def fresh_routers(self) -> None:
+        for layer in self.model.layers:
+            layer.self_attn.gate = HeadRouter(self.config)
+            self._init_weights(layer.self_attn.gate)
 
 
 def head_weights(attention: nn.Module, hidden_BTD: Tensor) -> Tensor:
@@ -82,12 +87,18 @@ def head_weights(attention: nn.Module, hidden_BTD: Tensor) -> Tensor:
 
 
 def _choose(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+    if attention.config._attn_implementation != ATTENTION:
+        raise PolicyError(f"attn_implementation={attention.config._attn_implementation!r} would compute all heads")
     return args, kwargs | {"head_weights": head_weights(attention, kwargs["hidden_states"])}
 
 
-def count_active(config: PretrainedConfig, active: float, shared: int) -> int:
-    """How many heads the share `active` of them is. Raises PolicyError for numbers that make no choice or are not those
-    of a policy that has routers."""
+def heads_config(config: PretrainedConfig, active: float, shared: int) -> DynamicHeadsConfig:
+    """`config` with dynamic heads: the share `active` of its heads. Raises PolicyError for numbers that make no choice,
+    or that are not those of a policy that has routers.
+
+    >>> heads_config(DeepseekV3Config(num_attention_heads=96, num_key_value_heads=96), 0.33, shared=2).active_heads
+    32
+    """
     if not isinstance(config, DeepseekV3Config):
         raise PolicyError(
             f"policy.heads: a model of type {config.model_type!r} has attention of another kind; use a DeepSeek-V3 "
@@ -98,38 +109,41 @@ def count_active(config: PretrainedConfig, active: float, shared: int) -> int:
     if not shared < count <= heads or heads - shared < 2:
         raise PolicyError(
             f"policy.heads: active={active} is {count} of {heads} heads, and with shared={shared} the router has no "
-            "choice; it needs one active head or more that is not shared, and two heads to choose from"
+            f"choice; use active={min((shared + 1) / heads, 1):.2g} or more, and leave it two heads to choose from"
         )
-    if isinstance(config, DynamicHeadsConfig) and (config.active_heads, config.shared_heads) != (count, shared):
+    if not isinstance(config, DynamicHeadsConfig):
+        fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+        return DynamicHeadsConfig(**fields, active_heads=count, shared_heads=shared)
+    if (config.active_heads, config.shared_heads) != (count, shared):
         raise PolicyError(
             f"policy.heads: active={active} is {count} heads and shared={shared}, but this policy has learned with "
             f"{config.active_heads} and {config.shared_heads}; drop policy.heads"
         )
-    return count
+    return config
 
 
 def with_dynamic_heads(trunk: PreTrainedModel, active: float, shared: int, seed: int = 0) -> PreTrainedModel:
     """`trunk` where it has such heads already, else a model of its own tensors and fresh routers, drawn from `seed`.
 
-    Raises PolicyError as `count_active` does, and for weights that are sharded or in 4 bits.
-
-    >>> with_dynamic_heads(trunk, 0.33, shared=2).config.active_heads       # of 96 heads
-    32
+    Raises PolicyError as `heads_config` does, and for weights that are sharded, in 4 bits or with adapters.
     """
-    config, count = trunk.config, count_active(trunk.config, active, shared)
-    if isinstance(config, DynamicHeadsConfig):
+    config = heads_config(trunk.config, active, shared)
+    if config is trunk.config:
         return trunk
-    if any(isinstance(parameter, DTensor) or is_held(parameter) for parameter in trunk.parameters()):
+    named = dict(trunk.named_parameters())
+    if any(isinstance(p, DTensor) or is_held(p) or ".lora_" in name for name, p in named.items()):
         raise PolicyError(
-            "policy.heads: routers cannot be added to weights that are sharded or in 4 bits; add them first, such as "
-            "by `quartet sft` in one process, and name the saved policy as the model"
+            "policy.heads: routers cannot be added to weights that are sharded, in 4 bits or with adapters; add them "
+            "first, such as by `quartet sft` in one process, and name the saved policy as the model"
         )
-    fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made = DynamicHeadsForCausalLM(DynamicHeadsConfig(**fields, active_heads=count, shared_heads=shared))
+    with torch.device("meta"):
+        made = DynamicHeadsForCausalLM(config)
     made.load_state_dict(trunk.state_dict(), strict=False, assign=True)
     made.tie_weights()
+    made.model.rotary_emb = trunk.model.rotary_emb
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made.fresh_routers()
     made.generation_config = trunk.generation_config
     return made.to(trunk.device).eval()
 

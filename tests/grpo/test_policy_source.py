@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from grpo.commands.inspect import inspect
-from grpo.policy_source import find_policy, load_found, load_policy, saved_model
+from grpo.policy_source import find_policy, load_found, load_policy
+from grpo.reward_models import saved_model
 from grpo.run.stop import Stopped
 from grpo.train import train
 from policies.policy import PolicyError

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from policies.policy import Policy
 from policies.publication import Publication
+from policies.routing.heads import DynamicHeadsConfig
 from rollout.backends.vllm import weights as wire
 from rollout.backends.vllm.client import Client, Lost
 from rollout.backends.vllm.completions import Row
@@ -56,6 +57,8 @@ class VLLMPool:
         on_lost: OnLost = lambda what, reason, action: None,
     ) -> None:
         self.settings, self.policy, self.context = settings, policy, policy.max_length
+        if isinstance(policy.config, DynamicHeadsConfig):
+            raise RolloutError("rollout.backend=vllm: vLLM computes all heads, and this policy has dynamic ones")
         self.precision, self.threads, self.while_waiting = dtype, threads, while_waiting
         if settings.draft_tokens and policy.mtp is None:
             raise RolloutError(

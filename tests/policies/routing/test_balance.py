@@ -23,33 +23,59 @@ def test_entropy_by_hand_and_finite_with_its_gradient_where_a_score_vanishes():
     assert torch.isfinite(logits.grad).all()
 
 
+def regulariser(logits, top_k: int, bias=None) -> torch.Tensor:
+    logits = torch.as_tensor(logits)
+    return entropy_regulariser(logits, torch.zeros(logits.shape[1]) if bias is None else torch.tensor(bias), top_k)
+
+
 def test_entropy_regulariser_by_hand():
-    # The middle between best and next is 0; sigmoid(± log 3) is ¾ or ¼, and H(¾, ¼) = log 4 − ¾ log 3 = .5623.
+    # The middle of scores ½ ± d is ½, a logit of 0; sigmoid(± log 3) is ¾ or ¼, and H(¾, ¼) = log 4 − ¾ log 3 = .5623.
     one = torch.tensor([[0.3 * math.log(3), -0.3 * math.log(3)]])
-    assert entropy_regulariser(one, 1).item() == pytest.approx(0.693147 - 0.562335, abs=1e-6)
-    assert entropy_regulariser(one + 5, 1).item() == pytest.approx(
-        0.693147 - 0.562335, abs=1e-6
-    )  # the middle moves too
-    assert entropy_regulariser(torch.cat([one, -one]), 1).item() == pytest.approx(0, abs=1e-6)  # either once
+    assert regulariser(one, 1).item() == pytest.approx(0.693147 - 0.562335, abs=1e-6)
+    assert regulariser(torch.cat([one, -one]), 1).item() == pytest.approx(0, abs=1e-6)  # either once
     sure = torch.tensor([[9.0, 9.0, -9.0, -9.0]])
-    assert entropy_regulariser(sure, 2).item() == pytest.approx(math.log(4) - math.log(2))  # two do everything
-    assert entropy_regulariser(torch.cat([sure, -sure]), 2).item() == pytest.approx(0, abs=1e-6)
-    assert entropy_regulariser(sure, 4).item() == 0  # nothing to choose
+    assert regulariser(sure, 2).item() == pytest.approx(math.log(4) - math.log(2))  # two do everything
+    assert regulariser(torch.cat([sure, -sure]), 2).item() == pytest.approx(0, abs=1e-6)
+    assert regulariser(sure, 4).item() == 0  # nothing to choose
+
+
+def test_the_entropy_regulariser_looks_at_choices_with_their_bias():
+    torch.manual_seed(0)
+    logits, bias = torch.randn(4000, 8) * 0.3, [0.3] * 4 + [-0.3] * 4
+    assert regulariser(logits, 4).item() < 1e-3
+    assert regulariser(logits, 4, bias).item() > 0.5  # four experts do nearly everything
+    # Scores .6 and .5, biases 0 and .2: the middle of .6 and .7 is .65, so the steps are at the scores .65 and .45.
+    logits = torch.tensor([[0.6, 0.5]]).logit()
+    soft = [
+        1 / (1 + math.exp(-(float(x) - math.log(s / (1 - s))) / 0.3))
+        for x, s in zip(logits[0], (0.65, 0.45), strict=True)
+    ]
+    share = soft[0] / sum(soft)
+    expected = math.log(2) + share * math.log(share) + (1 - share) * math.log(1 - share)
+    assert regulariser(logits, 1, [0.0, 0.2]).item() == pytest.approx(expected, abs=1e-5)
+    assert share < 0.5
 
 
 def test_the_gradient_of_the_entropy_regulariser_takes_from_the_busy_expert_what_was_near_a_tie():
     logits = torch.tensor([[0.2, 0.0, -9.0], [0.2, 0.0, -9.0], [5.0, -9.0, -9.0]], requires_grad=True)
-    entropy_regulariser(logits, 1).backward()
+    regulariser(logits, 1).backward()
     assert logits.grad[0, 0] > 1e-3
     assert logits.grad[0, 1] < -1e-3
     assert logits.grad[2].abs().max() < 1e-6  # a token that is sure stays where it is
 
 
+@pytest.mark.parametrize("row", [[54.0, 0.0, 0.0], [0.0, -60.0, 0.1], [0.0, 0.0, 0.0]])
+def test_the_gradient_of_the_entropy_regulariser_is_finite_where_an_expert_is_never_chosen(row):
+    logits = torch.tensor([row] * 3, requires_grad=True)
+    regulariser(logits, 1).backward()
+    assert torch.isfinite(logits.grad).all()
+
+
 def test_parts_of_a_batch_are_an_upper_bound_of_the_whole():
     torch.manual_seed(0)
     whole = torch.randn(12, 4)
-    parts = sum(entropy_regulariser(part, 2) * len(part) / 12 for part in whole.split([5, 7]))
-    assert parts > entropy_regulariser(whole, 2)
+    parts = sum(regulariser(part, 2) * len(part) / 12 for part in whole.split([5, 7]))
+    assert parts > regulariser(whole, 2)
 
 
 def test_sequence_loss_by_hand():

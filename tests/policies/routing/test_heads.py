@@ -7,13 +7,14 @@ import pytest
 import torch
 from dense_models import dense_model
 from engine_cases import PARAMS, PROMPTS, assert_lossless, completions, taught
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.cli import main
 from grpo.config.learner import BalanceOptions
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.experts import Balancer
 from grpo.learner.likelihood import logprobs_of_groups
+from grpo.policy_source import find_policy, load_found, read_shape
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
@@ -30,7 +31,7 @@ FOUR = {"num_attention_heads": 4, "num_key_value_heads": 4}
 HEADS = {"policy.heads.active": 0.5, "policy.heads.shared": 0}  # of the two heads that a micro policy has
 
 
-def with_heads(policy: Policy, active: float = 0.5, shared: int = 1) -> Policy:
+def with_heads(policy: Policy, active: float = 0.75, shared: int = 1) -> Policy:
     policy.choose_heads(active, shared, seed=3)
     with torch.no_grad():
         for router in routers(policy.trunk, "self_attn").values():
@@ -60,8 +61,7 @@ def by_hand(policy: Policy, hidden_ND: torch.Tensor, layer: int) -> torch.Tensor
         scores = [1 / (1 + float(torch.exp(-(hidden @ row)))) for row in router.weight]
         wanted = [score + float(bias) for score, bias in zip(scores, router.e_score_correction_bias, strict=True)]
         chosen = sorted(range(heads - shared), key=lambda i: -wanted[i])[: policy.config.active_heads - shared]
-        total = sum(scores[i] for i in chosen)
-        routed = [len(chosen) * scores[i] / total if i in chosen else 0.0 for i in range(heads - shared)]
+        routed = [2 * scores[i] if i in chosen else 0.0 for i in range(heads - shared)]
         rows.append([1.0] * shared + routed)
     return torch.tensor(rows)
 
@@ -96,7 +96,7 @@ def test_attention_is_the_weighted_sum_of_the_heads_that_were_chosen(policy):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_policy_that_keeps_all_heads_with_equal_scores_computes_what_it_did(random_policy):
+def test_a_policy_that_keeps_all_heads_with_routers_of_zeros_computes_what_it_did(random_policy):
     plain, given = random_policy(31, **FOUR), random_policy(31, **FOUR)
     given.choose_heads(1.0, 1)
     with torch.no_grad():
@@ -140,9 +140,9 @@ def test_decoding_attends_with_the_chosen_heads_alone(policy, monkeypatch):
 
     monkeypatch.setattr(LatentCache, "attend", spy)
     Engine(policy).sample(PROMPTS[:2], replace(PARAMS, draft_tokens=0))
-    assert set(asked) == {2}
+    assert set(asked) == {3}
     Engine(policy).sample(PROMPTS[:2], replace(PARAMS, draft_tokens=2))
-    assert set(asked) == {2, 4}  # the draft head's own block has all of its heads
+    assert set(asked) == {3, 4}  # the draft head's own block has all of its heads
 
 
 def test_a_saved_policy_and_a_worker_choose_the_same(policy, tmp_path):
@@ -153,7 +153,7 @@ def test_a_saved_policy_and_a_worker_choose_the_same(policy, tmp_path):
         assert isinstance(other.trunk, DynamicHeadsForCausalLM)
         assert torch.equal(states(other, [3, 4, 5], [6]), states(policy, [3, 4, 5], [6]))
     config = json.loads((tmp_path / "p/config.json").read_text())
-    assert (config["model_type"], config["active_heads"]) == ("deepseek_v3_dynamic_heads", 2)
+    assert (config["model_type"], config["active_heads"]) == ("deepseek_v3_dynamic_heads", 3)
     half = Policy.load(tmp_path / "p", torch.bfloat16)
     for part in ("mlp", "self_attn"):
         assert {router.weight.dtype for router in routers(half.trunk, part).values()} == {torch.float32}
@@ -183,9 +183,35 @@ def test_adapters_merge_to_what_the_learner_computes(random_policy):
         assert completion.logprobs == pytest.approx(own, abs=1e-4)
     mini = collate([PackedRow(PROMPTS[0].token_ids, [Sample(0, [3, 4, 5])])], CPU)
     policy.hidden(mini.token_ids, mini.position_ids, mini.segment).sum().backward()
-    moved = [name for name, p in policy.trunk.named_parameters() if p.grad is not None and ".gate." in name]
-    assert moved
+    found = {name: p.grad for name, p in policy.trunk.named_parameters() if p.grad is not None and ".gate." in name}
+    moved = [name for name, gradient in found.items() if gradient.abs().max() > 1e-4]
+    assert len(moved) == 2 * policy.config.num_hidden_layers  # A and B of each layer
     assert all("self_attn" in name for name in moved)
+    plain = random_policy(31, **FOUR)
+    plain.add_lora(2, 4.0, ["o_proj"])
+    with pytest.raises(PolicyError, match="sharded, in 4 bits or with adapters"):
+        plain.choose_heads(0.5, 1)
+
+
+@pytest.mark.parametrize("active", [0.25, 0.5])
+def test_every_router_learns(random_policy, active):
+    """Also where it chooses one head alone: its weight is no share of the chosen ones'."""
+    policy = random_policy(31, **FOUR)
+    policy.choose_heads(active, 0)
+    mini = collate([PackedRow(PROMPTS[0].token_ids, [Sample(0, [3, 4, 5])])], CPU)
+    policy.hidden(mini.token_ids, mini.position_ids, mini.segment).square().sum().backward()
+    for router in routers(policy.trunk, "self_attn").values():
+        assert router.weight.grad.abs().max() > 1e-3
+
+
+def test_another_attention_than_ours_is_refused(policy, tmp_path):
+    policy.save(tmp_path / "p")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "p")
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(model.model(ids).last_hidden_state[0], states(policy, [3], [4, 5]))
+    model.config._attn_implementation = "eager"
+    with pytest.raises(PolicyError, match="attn_implementation='eager' would compute all heads"):
+        model(ids)
 
 
 def test_heads_are_balanced_and_counted_as_experts_are(policy):
@@ -198,7 +224,7 @@ def test_heads_are_balanced_and_counted_as_experts_are(policy):
         policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
     loss = balancer.observe(records, mini)
     heads = balancer.loads[1]
-    assert (heads.counts.sum(1) == 4).all()  # one routed head for each of four tokens; the shared one is not counted
+    assert (heads.counts.sum(1) == 8).all()  # two routed heads for each of four tokens; the shared one is not counted
     metrics = balancer.end()
     sequence = metrics["loss/balance_sequence"] * len(balancer.loads[0].routers)
     sequence += metrics["loss/balance_heads_sequence"] * len(heads.routers)
@@ -232,6 +258,7 @@ def test_contract_9_a_run_trains_stops_goes_on_and_its_policy_remembers(micro_co
         ({"policy.heads.shared": 1}, "the router has no choice"),
         ({"policy.heads.active": 1.5}, "policy.heads.active"),
         ({"rollout.backend": "vllm"}, "vLLM computes all heads"),
+        ({"lora.rank": 2, "warm_start.steps": 0}, "adapters alone do not train them; add head_router"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(micro_config, tmp_path, given, said):
@@ -241,9 +268,9 @@ def test_what_cannot_be_is_refused_by_name(micro_config, tmp_path, given, said):
 
 
 def test_other_numbers_and_other_models_are_refused_by_name(policy, tmp_path):
-    with pytest.raises(PolicyError, match="has learned with 2 and 1; drop policy.heads"):
-        policy.choose_heads(0.75, 1)
-    policy.choose_heads(0.5, 1)
+    with pytest.raises(PolicyError, match="has learned with 3 and 1; drop policy.heads"):
+        policy.choose_heads(0.5, 1)
+    policy.choose_heads(0.75, 1)
     with pytest.raises(PolicyError, match="has attention of another kind"):
         with_dynamic_heads(dense_model(), 0.5, 1)
     policy.save(tmp_path / "p")
@@ -251,6 +278,22 @@ def test_other_numbers_and_other_models_are_refused_by_name(policy, tmp_path):
     (tmp_path / "p/config.json").write_text(json.dumps(config | {"active_heads": 9}))
     with pytest.raises(PolicyError, match="active_heads=9 and shared_heads=1 of num_attention_heads=4"):
         Policy.load(tmp_path / "p")
+
+
+def test_what_trains_no_router_adds_none(micro_config, tmp_path, capsys, random_policy):
+    random_policy(31, **FOUR).save(tmp_path / "p")
+    assert main(["eval", str(tmp_path / "p"), "--data", "word_problems", "--policy.heads.active", "0.5"]) == 1
+    assert "nothing would train them here" in capsys.readouterr().err
+
+
+def test_a_checkpoint_gets_heads_as_a_folder_does_and_memory_counts_them(micro_config, tmp_path):
+    plain = micro_config(tmp_path / "plain", steps=1, **{"warm_start.steps": 1})
+    train(plain)
+    source = find_policy(str(tmp_path / "plain/checkpoints/step_000001"))
+    asked = micro_config(tmp_path / "x", **HEADS | {"model": str(tmp_path / "plain/checkpoints/step_000001")})
+    assert load_found(source, asked).config.active_heads == 1
+    shape, _ = read_shape(asked)
+    assert (shape.active_heads, shape.model_type) == (1, "deepseek_v3_dynamic_heads")
 
 
 def test_an_export_is_refused_by_name(micro_config, tmp_path, capsys):
@@ -266,5 +309,5 @@ def test_attention_of_fewer_heads_is_counted(policy, random_policy):
     config = policy.config
     width = 2 * config.kv_lora_rank + config.qk_rope_head_dim
     routers_of = 2 * config.num_hidden_layers * 3 * config.hidden_size  # each weight is used once, by two FLOPs
-    spared = 2 * config.num_hidden_layers * 2 * width * 4097
+    spared = 2 * config.num_hidden_layers * 1 * width * 4097
     assert every - some == pytest.approx(spared - routers_of)
