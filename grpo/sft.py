@@ -13,6 +13,7 @@ from math import nan
 from typing import Any
 
 from grpo.config.run import SftConfig, TrainConfig
+from grpo.data.curriculum import ramp
 from grpo.data.prompts import PromptStream
 from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import HeldOut, Result
@@ -63,12 +64,13 @@ def supervise(policy: Policy, task: Task, run: Run[SftConfig] | Run[TrainConfig]
     learner = sft_learner(policy, config, run.ranks)
     prompts = PromptStream(task.train_for(options.levels), config.seed)
     run.restore(learner=learner, prompts=prompts)
-    token, raw = policy.stop_token_ids[0], not options.strip_calculator_marks
+    token, raw, deepest = policy.stop_token_ids[0], not options.strip_calculator_marks, config.mtp.depth
     with run, run.log.progress() as progress:
         bar = progress.add_task("warm start", total=run.last, completed=run.start)
         for step in run.steps():
             examples = prompts.take(options.batch_size)
             rows = [task.solution(example, policy.tokenizer, token, raw) for example in examples]
+            learner.set_draft_depth(round(ramp(step, options.steps, options.draft_depth or deepest, deepest)))
             run.learn(
                 partial(learner.sft_step, rows, step),
                 rate="warm_start.learning_rate",

@@ -145,5 +145,7 @@ class WarmStartOptions(Options):
     """Steps of linear warm-up."""
     levels: list[int] | None = None
     """Levels of `word_problems` for the warm start; those of `data` by default."""
+    draft_depth: int | None = Field(default=None, ge=1)
+    """Depth of the draft head's loss at the first step; it grows to mtp.depth at the last. null: mtp.depth always."""
     strip_calculator_marks: bool = True
     """Drop GSM8K's `<<48/2=24>>` marks from the solutions."""

@@ -91,6 +91,15 @@ class SftConfig(EnvironmentOptions, RunConfig):
     learner: LearnerOptions = LearnerOptions()
     eval: EvalOptions = EvalOptions()
 
+    @model_validator(mode="after")
+    def _shallow_first(self) -> SftConfig:
+        if (first := self.warm_start.draft_depth) is not None and first > self.mtp.depth:
+            raise ValueError(
+                f"warm_start.draft_depth={first} is the depth at the first step, and it grows to "
+                f"mtp.depth={self.mtp.depth}: use at most {self.mtp.depth}"
+            )
+        return self
+
 
 class TrainConfig(AgentOptions, SftConfig):
     """GRPO, after an optional warm start: sample groups, score them, favour what scored above its group."""
