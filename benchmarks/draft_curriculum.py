@@ -57,7 +57,7 @@ def measured(folder: Path, way: str, seed: int, steps: int, problems: int) -> di
     config = load(SftConfig, None, options | WAYS[way])
     file = folder / f"{way}_{seed}.json"
     if not file.exists():
-        accepted = sft(config, resume="auto").results["after, sampled"].acceptance
+        accepted = sft(config, resume="auto").evaluations["after, sampled"].acceptance
         last = [line for line in read_metrics(config.output_dir) if "eval/accuracy" in line][-1]
         found = {name: last[f"eval/{name}"] for name in ("accuracy", "accuracy_greedy", "tokens_per_forward")}
         found |= {f"acceptance_depth_{depth}": share for depth, share in enumerate(accepted, start=1)}
