@@ -40,7 +40,7 @@ def entropy_regulariser(router_logits_NE: Tensor, bias_E: Tensor, top_k: int) ->
     is to be balanced on its own. Where all experts are chosen it is 0.
 
     The usual −H(mean gate) + mean H(gate), the mutual information of token and expert, left experts at 42 to 59 % of an
-    even 50 % (benchmarks/LOG.md), since equal mean gates do not make equal choices.
+    even 50 % (benchmarks/RESULTS.md), since equal mean gates do not make equal choices.
 
     >>> logits = torch.tensor([[0.3 * math.log(3), -0.3 * math.log(3)]])    # soft choices ¾ and ¼
     >>> entropy_regulariser(logits, torch.zeros(2), 1)                      # log 2 − H(¾, ¼)
