@@ -14,11 +14,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # else `rollout` would be a file here
+# Last, not first: `rollout` is the package and not the benchmark of that name beside this file.
+sys.path[:] = [*(path for path in sys.path if Path(path).resolve() != HERE), str(HERE)]
+
+from seeds import half_interval, sft_options  # noqa: E402
 
 from grpo.config.options import load  # noqa: E402
 from grpo.config.run import SftConfig  # noqa: E402
@@ -31,29 +34,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "fixed": {"mtp.loss_weight": 0.3, "mtp.train_trunk": True},
     "growing": {"mtp.loss_weight": 0.3, "mtp.train_trunk": True, "warm_start.draft_depth": 1},
 }
-STUDENT_T = 4.303  # 95 %, two degrees of freedom: three seeds
 
 
 def measured(folder: Path, way: str, seed: int, steps: int, problems: int) -> dict[str, float]:
     """Accuracies and acceptance after SFT, from a run that is made where it has not ended."""
-    options: dict[str, Any] = {
-        "model": "tiny",
-        "seed": seed,
-        "output_dir": str(folder / f"{way}_{seed}"),
-        "data.name": "word_problems",
-        "data.levels": [1, 2, 3],
-        "rewards": [{"function": "gsm8k"}],
-        "warm_start.steps": steps,
-        "warm_start.batch_size": 16,
-        "warm_start.learning_rate": 2e-3,
-        "warm_start.warmup_steps": 20,
-        "learner.tokens_per_micro_batch": 4096,
-        "rollout.max_completion_tokens": 96,
-        "rollout.draft_tokens": 4,
-        "mtp.depth": 4,
-        "eval.limit": problems,
-        "log.trackers": [],
-    }
+    options = sft_options(folder / f"{way}_{seed}", seed, steps, problems)
+    options |= {"rollout.draft_tokens": 4, "mtp.depth": 4}
     config = load(SftConfig, None, options | WAYS[way])
     file = folder / f"{way}_{seed}.json"
     if not file.exists():
@@ -81,7 +67,7 @@ def main() -> None:
         record[name] = {}
         for way in WAYS:
             values = [ways[way][name] for ways in found.values()]
-            half = STUDENT_T * stdev(values) / len(values) ** 0.5 if len(values) == 3 else float("nan")
+            half = half_interval(values)
             record[name][way] = {"mean": fmean(values), "half_of_its_interval": half}
         print(
             name,

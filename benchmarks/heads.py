@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from decoding import decoder_of, measure  # noqa: E402
 from policy import BATCH, COMMON, FFN, LEARNING_RATE, LENGTH, MLA, VOCABULARY  # noqa: E402
 from pretraining import Run, Text, build, load_text, perplexity, rows, shown, tokens_per_second, train  # noqa: E402
+from seeds import half_interval  # noqa: E402
 from transformers import DeepseekV3Config  # noqa: E402
 
 from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions  # noqa: E402
@@ -33,7 +34,6 @@ from policies.policy import Policy  # noqa: E402
 
 HEADS, ACTIVE, SHARED = 12, 0.33, 1
 POINTS = [(1, 256), (8, 256), (1, 4096), (8, 4096)]
-STUDENT_T = 4.303  # 95 %, two degrees of freedom: three seeds
 
 
 def models(text: Text, seed: int, steps: int) -> dict[str, Run]:
@@ -86,7 +86,7 @@ def main() -> None:
     options.steps = 2 if options.quick else options.steps
     by_seed = {seed: of_seed(seed, options) for seed in options.seeds}
     changes = [found["some"]["perplexity"] / found["all"]["perplexity"] - 1 for found in by_seed.values()]
-    half = STUDENT_T * stdev(changes) / len(changes) ** 0.5 if len(changes) == 3 else float("nan")
+    half = half_interval(changes)
     record = {"environment": describe(), "steps": options.steps, "tokens_per_step": BATCH * LENGTH}
     record |= {"heads": HEADS, "active": round(ACTIVE * HEADS), "shared": SHARED, "seeds": by_seed}
     record["perplexity_change"] = {"mean": fmean(changes), "half_of_its_interval": half}

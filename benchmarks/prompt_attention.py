@@ -13,11 +13,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # else `rollout` would be a file here
+# Last, not first: `rollout` is the package and not the benchmark of that name beside this file.
+sys.path[:] = [*(path for path in sys.path if Path(path).resolve() != HERE), str(HERE)]
+
+from seeds import half_interval, sft_options  # noqa: E402
 
 from grpo.config.options import load  # noqa: E402
 from grpo.config.run import SftConfig  # noqa: E402
@@ -26,30 +29,12 @@ from grpo.run.records import read_metrics  # noqa: E402
 from grpo.sft import sft  # noqa: E402
 
 WAYS = ("causal", "bidirectional")
-STUDENT_T = 4.303  # 95 %, two degrees of freedom: three seeds
 
 
 def solved(folder: Path, way: str, seed: int, steps: int, problems: int) -> dict[str, float]:
     """The accuracies after SFT, from a run that is made where it has not ended."""
-    options: dict[str, Any] = {
-        "model": "tiny",
-        "seed": seed,
-        "output_dir": str(folder / f"{way}_{seed}"),
-        "policy.prompt_attention": way,
-        "data.name": "word_problems",
-        "data.levels": [1, 2, 3],
-        "rewards": [{"function": "gsm8k"}],
-        "warm_start.steps": steps,
-        "warm_start.batch_size": 16,
-        "warm_start.learning_rate": 2e-3,
-        "warm_start.warmup_steps": 20,
-        "learner.tokens_per_micro_batch": 4096,
-        "rollout.max_completion_tokens": 96,
-        "rollout.draft_tokens": 0,
-        "mtp.loss_weight": 0,
-        "eval.limit": problems,
-        "log.trackers": [],
-    }
+    options = sft_options(folder / f"{way}_{seed}", seed, steps, problems)
+    options |= {"policy.prompt_attention": way, "rollout.draft_tokens": 0, "mtp.loss_weight": 0}
     config = load(SftConfig, None, options)
     if not (config.output_dir / "policy").is_dir():
         sft(config, resume="auto")
@@ -72,7 +57,7 @@ def main() -> None:
     for name in ("accuracy", "accuracy_greedy"):
         gains = [both["bidirectional"][name] - both["causal"][name] for both in found.values()]
         by_way = {way: fmean(both[way][name] for both in found.values()) for way in WAYS}
-        half = STUDENT_T * stdev(gains) / len(gains) ** 0.5 if len(gains) == 3 else float("nan")
+        half = half_interval(gains)
         record[name] = by_way | {"gain": fmean(gains), "half_of_its_interval": half}
         print(f"{name}: {by_way}, gain {fmean(gains):+.3f} +- {half:.3f}")
     if args.json:

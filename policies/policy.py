@@ -70,7 +70,6 @@ class Policy(nn.Module):
         """Give every layer a router that chooses the share `active` of the heads for each token, where it has none yet:
         see heads.py. Raises PolicyError for numbers that do not fit, and for weights that are sharded or in 4 bits."""
         self.trunk = with_dynamic_heads(self.trunk, active, shared, seed)
-        self.trunk.config._attn_implementation = ATTENTION
 
     @property
     def config(self) -> DeepseekV3Config:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.likelihood import logprobs_of_groups
 from policies.mtp import draft_loss
 from policies.policy import Policy
 from rollout.drafts.head import Drafter
@@ -73,6 +74,30 @@ def assert_lossless(engine: Engine, prompts: list[Prompt], params: SamplingParam
         forwards = [sum(c.draft.target_forwards for c in completions(groups)) for groups in (drafted, plain)]
         assert forwards[0] < forwards[1]
     return compared
+
+
+@torch.no_grad()
+def states(policy: Policy, prompt: list[int], *completions: list[int]) -> torch.Tensor:
+    """Final hidden states [T, D] of a packed row."""
+    mini = collate([PackedRow(prompt, [Sample(i, ids) for i, ids in enumerate(completions)])], CPU)
+    return policy.hidden(mini.token_ids, mini.position_ids, mini.segment)[0]
+
+
+def assert_packed_as_alone(policy: Policy) -> None:
+    """Packed completions are those of rows of their own."""
+    prompt, ids = [3, 4, 5, 6, 7], [[8, 9, 10], [11], [12, 13]]
+    together, start = states(policy, prompt, *ids), 5
+    for own in ids:
+        alone = states(policy, prompt, own)[5:]
+        torch.testing.assert_close(together[start : start + len(own)], alone, rtol=1e-5, atol=1e-5)
+        start += len(own)
+
+
+def assert_learner_agrees(learning: Policy, groups: list[RolloutGroup], temperature: float) -> None:
+    """Contract 2: what the sampler said of its tokens is what the learner says, to 1e-4."""
+    learned = [own for rows in logprobs_of_groups(learning, groups, temperature) for own in rows]
+    for completion, own in zip(completions(groups), learned, strict=True):
+        assert completion.logprobs == pytest.approx(own, abs=1e-4)
 
 
 def spied_drafts(patch: pytest.MonkeyPatch) -> list[tuple[int, int, list[int]]]:

@@ -5,11 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_cases import PARAMS, PROMPTS, assert_lossless, completions, drafts_in_training, spied_drafts, taught
+from engine_cases import (
+    PARAMS,
+    PROMPTS,
+    assert_learner_agrees,
+    assert_lossless,
+    assert_packed_as_alone,
+    completions,
+    drafts_in_training,
+    spied_drafts,
+    states,
+    taught,
+)
 
 from grpo.cli import main
-from grpo.learner.batch import PackedRow, Sample, collate
-from grpo.learner.likelihood import logprobs_of_groups
 from grpo.reward_models import check_teacher
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
@@ -30,12 +39,6 @@ def policy(random_policy) -> Policy:
     return taught(policy, 0.8, 20)
 
 
-@torch.no_grad()
-def states(policy: Policy, prompt: list[int], *completions: list[int]) -> torch.Tensor:
-    mini = collate([PackedRow(prompt, [Sample(i, ids) for i, ids in enumerate(completions)])], CPU)
-    return policy.hidden(mini.token_ids, mini.position_ids, mini.segment)[0]
-
-
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return (one - other).abs().max().item()
 
@@ -52,21 +55,13 @@ def test_the_first_token_of_a_prompt_sees_its_last_one_and_nothing_of_a_completi
 
 
 def test_packed_completions_are_those_of_rows_of_their_own(policy):
-    prompt, ids = [3, 4, 5, 6, 7], [[8, 9, 10], [11], [12, 13]]
-    together, start = states(policy, prompt, *ids), 5
-    for own in ids:
-        torch.testing.assert_close(
-            together[start : start + len(own)], states(policy, prompt, own)[5:], rtol=1e-5, atol=1e-5
-        )
-        start += len(own)
+    assert_packed_as_alone(policy)
 
 
 def test_contract_2_the_engine_says_what_the_learner_says(policy):
     for draft_tokens in (0, 3):
         groups = Engine(policy).sample(PROMPTS, replace(PARAMS, draft_tokens=draft_tokens))
-        learned = [own for rows in logprobs_of_groups(policy, groups, PARAMS.temperature) for own in rows]
-        for completion, own in zip(completions(groups), learned, strict=True):
-            assert completion.logprobs == pytest.approx(own, abs=1e-4)
+        assert_learner_agrees(policy, groups, PARAMS.temperature)
 
 
 def test_contract_3_drafts_change_no_token(policy):

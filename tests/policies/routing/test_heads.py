@@ -6,14 +6,21 @@ from dataclasses import replace
 import pytest
 import torch
 from dense_models import dense_model
-from engine_cases import PARAMS, PROMPTS, assert_lossless, completions, taught
+from engine_cases import (
+    PARAMS,
+    PROMPTS,
+    assert_learner_agrees,
+    assert_lossless,
+    assert_packed_as_alone,
+    states,
+    taught,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.cli import main
 from grpo.config.learner import BalanceOptions
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.experts import Balancer
-from grpo.learner.likelihood import logprobs_of_groups
 from grpo.policy_source import find_policy, load_found, read_shape
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
@@ -45,12 +52,6 @@ def policy(random_policy) -> Policy:
     with torch.random.fork_rng():
         torch.manual_seed(8)
         return taught(with_heads(random_policy(31, **FOUR)), 0.8, 20)
-
-
-@torch.no_grad()
-def states(policy: Policy, prompt: list[int], *completions: list[int]) -> torch.Tensor:
-    mini = collate([PackedRow(prompt, [Sample(i, ids) for i, ids in enumerate(completions)])], CPU)
-    return policy.hidden(mini.token_ids, mini.position_ids, mini.segment)[0]
 
 
 def by_hand(policy: Policy, hidden_ND: torch.Tensor, layer: int) -> torch.Tensor:
@@ -108,13 +109,7 @@ def test_a_policy_that_keeps_all_heads_with_routers_of_zeros_computes_what_it_di
 
 
 def test_packed_completions_are_those_of_rows_of_their_own(policy):
-    prompt, ids = [3, 4, 5, 6, 7], [[8, 9, 10], [11], [12, 13]]
-    together, start = states(policy, prompt, *ids), 5
-    for own in ids:
-        torch.testing.assert_close(
-            together[start : start + len(own)], states(policy, prompt, own)[5:], rtol=1e-5, atol=1e-5
-        )
-        start += len(own)
+    assert_packed_as_alone(policy)
 
 
 @pytest.mark.parametrize("shape", [{}, {"q_lora_rank": 24}, {"qk_nope_head_dim": 0}, {"rope_interleave": False}])
@@ -122,9 +117,7 @@ def test_contract_2_the_engine_says_what_the_learner_says(random_policy, shape):
     policy = with_heads(random_policy(5, **FOUR | shape))
     for draft_tokens in (0, 3):
         groups = Engine(policy).sample(PROMPTS, replace(PARAMS, draft_tokens=draft_tokens))
-        learned = [own for rows in logprobs_of_groups(policy, groups, PARAMS.temperature) for own in rows]
-        for completion, own in zip(completions(groups), learned, strict=True):
-            assert completion.logprobs == pytest.approx(own, abs=1e-4)
+        assert_learner_agrees(policy, groups, PARAMS.temperature)
 
 
 def test_contract_3_drafts_change_no_token(policy):
@@ -178,9 +171,7 @@ def test_adapters_merge_to_what_the_learner_computes(random_policy):
             if "lora_B" in name:
                 parameter.normal_(0.0, 0.2)
     groups = Engine(policy.merged()).sample(PROMPTS[:3], PARAMS)
-    learned = [own for rows in logprobs_of_groups(policy, groups, PARAMS.temperature) for own in rows]
-    for completion, own in zip(completions(groups), learned, strict=True):
-        assert completion.logprobs == pytest.approx(own, abs=1e-4)
+    assert_learner_agrees(policy, groups, PARAMS.temperature)
     mini = collate([PackedRow(PROMPTS[0].token_ids, [Sample(0, [3, 4, 5])])], CPU)
     policy.hidden(mini.token_ids, mini.position_ids, mini.segment).sum().backward()
     found = {name: p.grad for name, p in policy.trunk.named_parameters() if p.grad is not None and ".gate." in name}
