@@ -21,7 +21,7 @@ from grpo.learner.learner import Learner
 from grpo.learner.optimizer import schedule
 from policies.policy import Policy
 from policies.presets import small_tokenizer
-from policies.routing.routers import RoutingRecorder
+from policies.routing.routers import Part, RoutingRecorder
 
 HELD_OUT = 0.1  # of the documents
 
@@ -142,15 +142,15 @@ def perplexity(policy: Policy, blocks: Tensor, tokens_at_once: int = 8192) -> fl
 
 
 @torch.no_grad()
-def activation_rates(policy: Policy, blocks: Tensor, blocks_at_once: int = 64) -> Tensor:
-    """Share of the tokens that choose each routed expert, [layers, experts]; balanced is k / E."""
+def activation_rates(policy: Policy, blocks: Tensor, blocks_at_once: int = 64, part: Part = "mlp") -> Tensor:
+    """Share of the tokens that choose each routed expert or dynamic head, [layers, experts]; balanced is k / E."""
     counts, tokens = 0, 0
-    for part in blocks.split(blocks_at_once):
-        with RoutingRecorder(policy.trunk) as routing:
-            policy.trunk.get_decoder()(input_ids=part.to(policy.device), use_cache=False)
-        experts = policy.config.n_routed_experts
+    for some in blocks.split(blocks_at_once):
+        with RoutingRecorder(policy.trunk, part) as routing:
+            policy.trunk.get_decoder()(input_ids=some.to(policy.device), use_cache=False)
+        experts = routing.logits[0].shape[1]
         counts = counts + torch.stack([torch.bincount(e.flatten(), minlength=experts) for e in routing.experts])
-        tokens += part.numel()
+        tokens += some.numel()
     return counts.double() / tokens
 
 
