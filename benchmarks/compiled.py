@@ -48,10 +48,23 @@ def prompts_of(policy: Policy, count: int) -> list[Prompt]:
     return [Prompt(str(i), text, policy.tokenizer.encode(text)) for i, text in enumerate(texts)]
 
 
-def compare(engine: Engine, prompts: list[Prompt], rows: int, drafts: int, repeats: int, tokens: int) -> dict[str, Any]:
+def drafts_of(word: str) -> int | None:
+    """A number of drafts, or None for what the controller chooses.
+
+    >>> drafts_of("controller"), drafts_of("3")
+    (None, 3)
+    """
+    return None if word == "controller" else int(word)
+
+
+def compare(
+    engine: Engine, prompts: list[Prompt], rows: int, drafts: int | None, repeats: int, tokens: int
+) -> dict[str, Any]:
     """`rows` completions of as many prompts at a time, by each in turn; the first call of each is the warm-up."""
     stops = tuple(engine.policy.stop_token_ids)
     eager = SamplingParams(1, 1.0, tokens, stops, draft_tokens=drafts)
+    if drafts is None and (engine.costs is None or engine.costs.rows[-1] < rows):
+        engine.measure_costs(rows, graphs=tokens)
     rates: dict[str, list[float]] = {"eager": [], "compiled": []}
     differing = 0
     for number in range(repeats + 1):
@@ -65,11 +78,15 @@ def compare(engine: Engine, prompts: list[Prompt], rows: int, drafts: int, repea
     return {"rows": rows, "drafts": drafts, **medians, "differing": differing, "repeats": repeats}
 
 
+def shown(drafts: int | None) -> str:
+    return "the controller" if drafts is None else f"{drafts} drafts"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policy", type=Path)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--drafts", type=int, nargs="+", default=[0, 3])
+    parser.add_argument("--drafts", type=drafts_of, nargs="+", default=[0, 3, None], help="numbers, or `controller`")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--cached", action="store_true", help="take graphs that are there, and time no compilation")
@@ -101,7 +118,7 @@ def main() -> None:
                 found.append(compare(engine, prompts, rows, drafts, options.repeats, options.tokens))
                 one = found[-1]
                 print(
-                    f"{rows} rows, {drafts} drafts: eager {one['eager']:.0f}, compiled {one['compiled']:.0f} tokens/s, "
+                    f"{rows} rows, {shown(drafts)}: eager {one['eager']:.0f}, compiled {one['compiled']:.0f} tokens/s, "
                     f"{one['compiled'] / one['eager']:.2f} times; {one['differing']} calls differ",
                     flush=True,
                 )
@@ -111,10 +128,10 @@ def main() -> None:
     for rows in options.rows:
         by_drafts = {one["drafts"]: one["compiled"] for one in found if one["rows"] == rows}
         if 0 in by_drafts:
-            gains = {drafts: rate / by_drafts[0] for drafts, rate in by_drafts.items() if drafts}
+            gains = {drafts: rate / by_drafts[0] for drafts, rate in by_drafts.items() if drafts != 0}
             print(
                 f"{rows} rows, both compiled: "
-                + ", ".join(f"{k} drafts {gain:.2f} times none" for k, gain in gains.items())
+                + ", ".join(f"{shown(k)} {gain:.2f} times none" for k, gain in gains.items())
             )
     if options.json:
         result = {**describe(), "rates": found, "graphs": compiled, "peak_mib": memory}

@@ -37,9 +37,8 @@ from policies.policy import Policy  # noqa: E402
 from rollout.depth import DepthController, Kind  # noqa: E402
 from rollout.drafts.lookup import Lookup  # noqa: E402
 from rollout.engine import Engine  # noqa: E402
-from rollout.group import Prompt  # noqa: E402
+from rollout.group import Prompt, shards  # noqa: E402
 from rollout.sampling import DraftSource, SamplingParams  # noqa: E402
-from rollout.shard import shards  # noqa: E402
 
 CHOICES: list[tuple[DraftSource, ...]] = [("siblings",), ("history",), ("siblings", "history")]
 Groups = list[tuple[Prompt, list[list[int]]]]  # the token ids of each prompt's completions

@@ -65,10 +65,10 @@ Sampler = Callable[[Sequence[Sequence[int]], Job], None]
 # ---- contenders: each is built once and samples one call of a job ----
 
 
-def generate(model: Path, device: str) -> Sampler:
+def generate(model: Path, device: str, dtype: torch.dtype) -> Sampler:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval().to(device)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
 
     def sample(prompts: Sequence[Sequence[int]], job: Job) -> None:
@@ -89,13 +89,13 @@ def generate(model: Path, device: str) -> Sampler:
     return sample
 
 
-def ours(model: Path, depth: int | None, device: str) -> Sampler:
+def ours(model: Path, depth: int | None, device: str, dtype: torch.dtype) -> Sampler:
     from policies.policy import Policy
     from rollout.engine import Engine
     from rollout.group import Prompt
     from rollout.sampling import SamplingParams
 
-    engine = Engine(Policy.load(model, torch.bfloat16).to(device), torch.bfloat16)
+    engine = Engine(Policy.load(model, dtype).to(device), dtype)
     if depth is None:
         engine.measure_costs(64)
 
@@ -107,12 +107,12 @@ def ours(model: Path, depth: int | None, device: str) -> Sampler:
     return sample
 
 
-def floor(model: Path) -> Sampler:
+def floor(model: Path, dtype: torch.dtype) -> Sampler:
     """The matrix products alone: every prompt token once, then `tokens` steps of `rows`, weights of the same shapes."""
     from policies.decoding.absorbed import AbsorbedTrunk
     from policies.policy import Policy
 
-    trunk = AbsorbedTrunk(Policy.load(model, torch.bfloat16).trunk, torch.bfloat16, 1024)
+    trunk = AbsorbedTrunk(Policy.load(model, dtype).trunk, dtype, 1024)
     shapes = ("into", "out", "dense_gate_up", "dense_down")
     linears = [getattr(block, name) for block in trunk.blocks for name in shapes]
     widths = {linear.in_features for linear in linears}
@@ -133,17 +133,24 @@ def floor(model: Path) -> Sampler:
     return sample
 
 
-def contender(name: str, model: Path, dense: Path, device: str) -> Sampler:
+def contender(name: str, model: Path, dense: Path, device: str, dtype: torch.dtype) -> Sampler:
     if name == "generate":
-        return generate(dense, device)
-    return floor(model) if name == "floor" else ours(model, OURS[name], device)
+        return generate(dense, device, dtype)
+    return floor(model, dtype) if name == "floor" else ours(model, OURS[name], device, dtype)
 
 
-def work(name: str, jobs: Sequence[Job], model: Path, dense: Path, device: str = "cpu") -> dict[str, Any]:
+def work(
+    name: str,
+    jobs: Sequence[Job],
+    model: Path,
+    dense: Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Any]:
     """Seconds of every call of every job, warm-ups left out, and the peak memory of this process and of its GPU."""
     import resource
 
-    sample = contender(name, model, dense, device)
+    sample = contender(name, model, dense, device, dtype)
     results = {}
     for job in jobs:
         seconds = []
@@ -213,10 +220,10 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             if args.vllm is None:
                 print("vllm: left out, no --vllm", file=sys.stderr)
                 continue
-            command = [str(args.vllm), str(HERE / "peers/vllm_cpu.py"), str(args.dense)]
+            command = [str(args.vllm), str(HERE / "peers/vllm_cpu.py"), str(args.dense), args.dtype or "bfloat16"]
         else:
             command = [sys.executable, __file__, "--model", str(args.model), "--dense", str(args.dense)]
-            command += ["--device", args.device, "--work", name]
+            command += ["--device", args.device, "--dtype", args.dtype or "bfloat16", "--work", name]
         results[name] = in_its_own_process(command, jobs)
     rates = {
         name: {job.name: job.rows * job.tokens / median(result["seconds"][job.name]) for job in jobs}
@@ -427,7 +434,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the comparison")
     parser.add_argument("--gain", type=Path, metavar="RUN", help="a run folder: what MTP gains on its policy")
     parser.add_argument("--depths", type=whole_numbers, default=[1, 2, 3, 4])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="for --gain; the run's own by default")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 by default, for --gain the run's own")
     parser.add_argument("--temperature", type=float, help="for --gain; the run's own by default")
     parser.add_argument("--plot", type=Path, help="with --gain: acceptance against entropy, as PNG")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
@@ -437,7 +444,8 @@ def main() -> None:
     if args.work:
         source, result = args.files
         jobs = [Job(**job) for job in json.loads(source.read_text())]
-        result.write_text(json.dumps(work(args.work, jobs, args.model, args.dense, args.device)))
+        dtype = getattr(torch, args.dtype or "bfloat16")
+        result.write_text(json.dumps(work(args.work, jobs, args.model, args.dense, args.device, dtype)))
         return
     needed = [args.gain / "config.yaml"] if args.gain else [args.model, args.dense]
     for path in needed:

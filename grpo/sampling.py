@@ -20,6 +20,7 @@ from grpo.learner.batch import PackedRow, Sample
 from policies.policy import Policy
 from rewards.isolation.agents import OWN
 from rewards.isolation.pool import WorkerPool
+from rollout.compiled.rounds import DEPTHS
 from rollout.environments.episodes import first_messages
 from rollout.environments.format import Answers, TurnFormat
 from rollout.environments.protocol import answers_of, check, chosen, tools_of
@@ -56,7 +57,8 @@ def sampling_params(
         draft_sources=sources,
         accept=options.accept,
     )
-    if options.compile == "off" or (options.compile == "auto" and rounds < FEWEST_ROUNDS):
+    fewest = FEWEST_ROUNDS * (1 if params.draft_tokens is not None else len(DEPTHS))
+    if options.compile == "off" or (options.compile == "auto" and rounds < fewest):
         return params
     why = _no_graph(policy, params, options, dtype)
     if why and options.compile == "on":
@@ -75,8 +77,6 @@ def _no_graph(policy: Policy, params: SamplingParams, options: SamplingOptions, 
         return f"the policy is on {policy.device.type}, where nobody has tried it"
     if isinstance(options, RolloutOptions) and {options.quantization, options.draft_quantization} - {"none", None}:
         return "a graph has no matrices of fewer bits"
-    if params.draft_tokens is None:
-        return "draft_tokens=null chooses the number of drafts in every round, and a graph has one (give a number)"
     if params.looks_up:
         return f"draft_sources={list(params.draft_sources)} looks drafts up"
     return "accept=margin takes drafts unverified" if params.accept != "exact" else None

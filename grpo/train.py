@@ -73,8 +73,9 @@ def train(
             publisher = Publisher(pool, learner, sampling, config.rollout.quantization)
             with phase("publishing", config):
                 publisher.publish()
-            run.alone(use_costs_of_run, pool, policy, config.rollout, run.folder, resumes=run.resumes)
             collector = Collector(run, task, curriculum, sampler, policy)
+            compiled = collector.sampling.compiled
+            run.alone(use_costs_of_run, pool, policy, config.rollout, run.folder, resumes=run.resumes, compiled=compiled)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
             sampling = replace(sampling, environment=environment_of(config))
             held_out = HeldOut(task, policy, examiner, run.log, config.eval, sampling, collector.evaluated)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rollout.backends import Decoder
+from rollout.compiled.rounds import DEPTHS, FEW_ROWS
 from rollout.depth import CostTable
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
@@ -19,9 +20,10 @@ PROMPT_TOKENS, REPEATS = 96, 7
 MOST_TOKENS = 256  # of one verifying forward; deeper drafts of so many rows never paid off
 
 
-def measure(decoder: Decoder, rows: int, depth: int, lookups: bool = False) -> CostTable:
+def measure(decoder: Decoder, rows: int, depth: int, lookups: bool = False, graphs: int = 0) -> CostTable:
     """Times rounds of 0, 1, 2, 3, 4, 8, ... `depth` drafts at 1, 2, 4, ... `rows` live rows; between depths it is
-    linear. With `lookups` also rounds in which the drafts cost nothing; without a head these alone."""
+    linear. With `lookups` also rounds in which the drafts cost nothing; without a head these alone. `graphs`: where
+    completions of so many tokens will be decoded by graphs, also compiled rounds, which may have to be compiled."""
     sizes, depths = _doubling(rows), sorted({0, *_doubling(depth), *range(min(depth, 4))})
 
     def table(of: list[int], looked_up: bool) -> list[list[float]]:
@@ -29,7 +31,11 @@ def measure(decoder: Decoder, rows: int, depth: int, lookups: bool = False) -> C
         return [_rounds(decoder, size, depths, looked_up) for size, depths in zip(sizes, depths_at, strict=True)]
 
     by_head = table(depths if decoder.head is not None else [0], looked_up=False)
-    return CostTable(sizes, by_head, table(depths, looked_up=True) if lookups else None)
+    found = CostTable(sizes, by_head, table(depths, looked_up=True) if lookups else None)
+    if not graphs or decoder.head is None:
+        return found
+    few = [size for size in sizes if size <= FEW_ROWS]
+    return replace(found, graphs=[_rounds(decoder, size, list(DEPTHS), False, graphs) for size in few])
 
 
 def _doubling(most: int) -> list[int]:
@@ -41,10 +47,10 @@ def _doubling(most: int) -> list[int]:
     return [1 << i for i in range((most - 1).bit_length())] + [most]
 
 
-def _rounds(decoder: Decoder, rows: int, depths: list[int], looked_up: bool) -> list[float]:
+def _rounds(decoder: Decoder, rows: int, depths: list[int], looked_up: bool, graphs: int = 0) -> list[float]:
     """Median milliseconds of a round at every depth. The depths take turns, so that a slow moment of the machine is one
     for all of them: the choice depends on their ratio."""
-    decodings = {depth: _begin(decoder, rows, depth, looked_up) for depth in depths}
+    decodings = {depth: _begin(decoder, rows, depth, looked_up, graphs) for depth in depths}
     times: dict[int, list[float]] = {depth: [] for depth in depths}
     for _ in range(REPEATS):
         for depth, decoding in decodings.items():
@@ -56,14 +62,14 @@ def _rounds(decoder: Decoder, rows: int, depths: list[int], looked_up: bool) -> 
     return np.interp(range(depths[-1] + 1), depths, [median(times[depth]) for depth in depths]).tolist()
 
 
-def _begin(decoder: Decoder, rows: int, depth: int, looked_up: bool) -> Decoding:
+def _begin(decoder: Decoder, rows: int, depth: int, looked_up: bool, graphs: int) -> Decoding:
     """A batch after its first round, in which the head reads the prompt. Rows with logits that are not finite go on:
     sampling reports them, with their prompt."""
-    completion = (REPEATS + 1) * (depth + 1) + 2
+    completion = max((REPEATS + 1) * (depth + 1) + 2, graphs)
     length = max(1, min(PROMPT_TOKENS, decoder.context - completion))
     vocabulary = len(decoder.trunk.embedding)
     prompt = Prompt("costs", "", [7 * i % vocabulary for i in range(length)])
-    params = SamplingParams(rows, 1.0, completion, draft_tokens=depth)
+    params = SamplingParams(rows, 1.0, completion, draft_tokens=depth, compiled=graphs > 0)
     if looked_up:
         params = replace(params, draft_sources=("siblings",))
     decoding = Decoding(decoder, [prompt], params, aborts=False)

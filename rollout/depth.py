@@ -31,6 +31,7 @@ class CostTable:
     """`rounds[i][k]`: milliseconds of a round with `rows[i]` live rows that makes k drafts each and verifies them.
 
     `lookups`: the same where drafts cost nothing but their verification; None where no such source was asked for.
+    `graphs`: the same of compiled rounds, for as many of the first `rows` as graphs decode.
     Costs are linear between two numbers of rows and constant outside. A depth that was not measured costs infinity.
 
     >>> CostTable(rows=[1, 3], rounds=[[10.0, 12.0], [20.0, 28.0]]).milliseconds(2, 1)
@@ -40,17 +41,18 @@ class CostTable:
     rows: list[int]
     rounds: list[list[float]]
     lookups: list[list[float]] | None = None
+    graphs: list[list[float]] | None = None
 
     @property
     def max_depth(self) -> int:
         return max(len(costs) for costs in [*self.rounds, *(self.lookups or [])]) - 1
 
-    def milliseconds(self, rows: int, depth: int, looked_up: bool = False) -> float:
+    def milliseconds(self, rows: int, depth: int, looked_up: bool = False, by_graph: bool = False) -> float:
         """With `looked_up` the head drafts nothing."""
-        rounds = self.lookups if looked_up else self.rounds
+        rounds = self.graphs if by_graph else self.lookups if looked_up else self.rounds
         if rounds is None:
             return math.inf
-        right = min(bisect_left(self.rows, rows), len(self.rows) - 1)
+        right = min(bisect_left(self.rows, rows), len(rounds) - 1)
         left = right - 1 if right and rows < self.rows[right] else right
         if depth >= min(len(rounds[left]), len(rounds[right])):
             return math.inf
@@ -60,9 +62,10 @@ class CostTable:
 
     def _check(self) -> None:
         """Raises TypeError or ValueError for a table in which no cost can be looked up."""
-        tables = [self.rounds] if self.lookups is None else [self.rounds, self.lookups]
+        tables = [self.rounds, *(table for table in (self.lookups, self.graphs) if table is not None)]
         if (
-            any(not 0 < len(self.rows) == len(table) for table in tables)
+            any(not 0 < len(self.rows) == len(table) for table in tables if table is not self.graphs)
+            or (self.graphs is not None and not 0 < len(self.graphs) <= len(self.rows))
             or self.rows != sorted(set(self.rows))
             or self.rows[0] < 1
         ):
@@ -120,6 +123,14 @@ class DepthController:
         """The depth for the next forward of `rows` live rows with drafts of the head, at most `most`. Of two equal ones
         it is the smaller."""
         return self.choose(rows, most, {}, head=True)[0]
+
+    def pick_graph(self, rows: int, depths: Sequence[int]) -> int:
+        """The same for a compiled round, of which there is one for each of `depths`, 0 among them."""
+        if self.costs is None:
+            return max(depths)
+        costs, expected = self.costs, self.tokens(HEAD, min(max(depths), self.max_depth))
+        speeds = {k: expected[k] / costs.milliseconds(rows, k, by_graph=True) for k in depths if k < len(expected)}
+        return max(speeds, key=speeds.__getitem__)
 
     def choose(self, rows: int, most: int, found: Mapping[Kind, int], head: bool) -> tuple[int, bool]:
         """The depth, and whether the head drafts. `found`: how many of the rows can look up a draft, by its kind.

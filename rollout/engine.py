@@ -128,9 +128,10 @@ class Engine:
         """
         self._check_params(params)
         episodes, prompts, faults = self.stage.begin(prompts, params, partial(self._fault, params))
-        measured = self.costs is not None and (self.costs.lookups is not None or not params.looks_up)
-        if params.draft_tokens is None and self._drafts(params) and not measured and prompts:
-            self.measure_costs(min(len(prompts) * params.group_size, self.max_rows), lookups=params.looks_up)
+        if params.draft_tokens is None and self._drafts(params) and prompts and not self._knows_costs(params):
+            graphs = params.max_completion_tokens if params.compiled else 0
+            rows = min(len(prompts) * params.group_size, self.max_rows)
+            self.measure_costs(rows, lookups=params.looks_up, graphs=graphs)
         decoding, announced = Decoding(self.decoder, prompts, params, episodes=episodes), 0
         while True:
             if on_finished and decoding.ended_rows > announced:  # some end with their first token, in the prefill
@@ -153,8 +154,17 @@ class Engine:
         self.stage.close()
 
     @torch.inference_mode()
-    def measure_costs(self, rows: int, depth: int = MAX_DEPTH, *, lookups: bool = False) -> CostTable:
-        """Time drafting and verifying with up to `rows` live rows; with `lookups` also verifying alone. The depth
-        controller uses the result from now on."""
-        self.costs = measure(self.decoder, rows, depth, lookups)
+    def measure_costs(
+        self, rows: int, depth: int = MAX_DEPTH, *, lookups: bool = False, graphs: int = 0
+    ) -> CostTable:
+        """Time drafting and verifying with up to `rows` live rows; with `lookups` also verifying alone, with `graphs`
+        also in compiled rounds, for completions of so many tokens. The depth controller uses the result from now on."""
+        self.costs = measure(self.decoder, rows, depth, lookups, graphs)
         return self.costs
+
+    def _knows_costs(self, params: SamplingParams) -> bool:
+        """Whether the depth controller has a table for what these parameters draft."""
+        costs = self.costs
+        if costs is None or (params.looks_up and costs.lookups is None):
+            return False
+        return costs.graphs is not None or self.head is None or not params.compiled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +36,11 @@ class Prompt:
     messages: list[dict[str, Any]] | None = None
     first_sample: int = 0
     history: list[list[int]] = field(default_factory=list, repr=False)
+
+
+def shards(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
+    """The prompts that are sampled together: `size` neighbours each, whoever samples them."""
+    return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
 
 @dataclass

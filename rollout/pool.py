@@ -22,12 +22,11 @@ from rollout.cluster import start_ray as start_ray
 from rollout.depth import CostTable
 from rollout.engine import Engine, OnFinished, RolloutError
 from rollout.faults import OnLost
-from rollout.group import Prompt, RolloutGroup
+from rollout.group import Prompt, RolloutGroup, shards
 from rollout.places import PLACEMENT_TIMEOUT_S, Places
 from rollout.publication.digests import Held
 from rollout.ray_pool import PUBLISH_TIMEOUT_S, TIMEOUT_S, RayPool
 from rollout.sampling import SamplingParams
-from rollout.shard import shards
 from rollout.workers import OnReady
 
 
@@ -57,9 +56,10 @@ class Pool(Protocol):
         """By sampler, the digests of the tensors that it holds; empty where `publish` has compared them already."""
         ...
 
-    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False) -> CostTable:
+    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
         """Sets the table that every depth controller uses; without `costs` it is measured at up to `rows` live rows,
-        with `lookups` also for drafts that are looked up."""
+        with `lookups` also for drafts that are looked up, with `graphs` also for graphs that decode completions of so
+        many tokens."""
         ...
 
     def metrics(self) -> dict[str, float]:
@@ -189,8 +189,10 @@ class LocalPool:
             return {}
         return {"the sampler": self.engine.held()}
 
-    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False) -> CostTable:
-        self.engine.costs = costs or self.engine.measure_costs(min(rows, self.engine.max_rows), lookups=lookups)
+    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
+        self.engine.costs = costs or self.engine.measure_costs(
+            min(rows, self.engine.max_rows), lookups=lookups, graphs=graphs
+        )
         return self.engine.costs
 
     def metrics(self) -> dict[str, float]:

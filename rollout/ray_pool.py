@@ -18,14 +18,13 @@ from rollout.cluster import Cluster
 from rollout.depth import CostTable
 from rollout.engine import OnFinished, RolloutError
 from rollout.faults import Faults, OnLost
-from rollout.group import Prompt, RolloutGroup
+from rollout.group import Prompt, RolloutGroup, shards
 from rollout.places import Places
 from rollout.publication.canaries import other_canaries
 from rollout.publication.digests import Held
 from rollout.publication.message import Message, Moved, Sender
 from rollout.results import Lengths
 from rollout.sampling import SamplingParams
-from rollout.shard import shards
 from rollout.workers import START_TIMEOUT_S, Call, Lost, OnReady, Workers
 
 TIMEOUT_S = 3600.0  # the default of rollout.timeout_s
@@ -322,12 +321,12 @@ class RayPool:
     def held(self) -> dict[str, Held]:
         return {}
 
-    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False) -> CostTable:
+    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
         """One worker measures them alone, with the threads that a worker has."""
         if costs is None:
-            limit = max(self.timeout_s, START_TIMEOUT_S)
+            limit = max(self.timeout_s, START_TIMEOUT_S) * (3 if graphs else 1)  # they may have to be compiled
             late = f"no answer to measure_costs after {limit:g} s"
-            [(_, costs)] = self._done({0: ("measure_costs", (rows, lookups))}, limit, late)
+            [(_, costs)] = self._done({0: ("measure_costs", (rows, lookups, graphs))}, limit, late)
         self.costs = _sound(costs)
         return self.costs
 

@@ -181,6 +181,14 @@ class Serving(Decoding):
         self.undrafted = 0 if plan.depth else self.undrafted + 1
         return plan
 
+    def _graph_depth(self, live: Rows) -> int:
+        """The same in a compiled round."""
+        depth = super()._graph_depth(live)
+        if self.drafter and not depth and (self.drafter.cache is None or self.undrafted >= UNREAD):
+            depth = 1
+        self.undrafted = 0 if depth else self.undrafted + 1
+        return depth
+
     # ---- new tokens go to their requests -----------------------------------------------------------------------------
 
     def _tell(self) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rollout.backends import Decoder
-from rollout.compiled.rounds import Found, Rounds, can_compile
+from rollout.compiled.rounds import FEW_ROWS, Found, Rounds, can_compile
 from rollout.drafts.sources import Drafted, Drafts, Plan
 from rollout.drafts.speculative import until_end, verify_draft
 from rollout.environments.episodes import Episodes
@@ -28,11 +28,6 @@ from rollout.stop_strings import StopStrings
 
 # One prefill reads at most so many tokens with padding; on a CPU, more do not fit its caches.
 PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16384, 1024
-
-
-def shards(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
-    """The prompts that are sampled together: `size` neighbours each, whoever samples them."""
-    return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
 
 class Decoding:
@@ -238,19 +233,24 @@ class Decoding:
         live = self.live
         assert live is not None
         waits = bool(self.waiting) or self.held > self.alive  # a graph takes rows without a shared prompt, to the end
-        if self.rounds and not (empty or waits) and self.rounds.fits(live, self.drafter):
-            self._forward_by_graph(live, self.rounds)
-        else:
-            self._forward(live, empty)
+        rounds = self.rounds if not (empty or waits) and len(live.index) <= FEW_ROWS else None
+        depth = self._graph_depth(live) if rounds else None
+        if rounds and depth is not None and rounds.fits(live, depth):
+            self._forward_by_graph(live, rounds, depth)
+        else:  # where the head has more to read than a graph reads, it reads that now
+            self._forward(live, empty, Plan(depth, head=True) if depth else None)
         self._retire()
         self._refill()
 
-    def _forward(self, live: Rows, empty: int) -> None:
+    def _graph_depth(self, live: Rows) -> int:
+        return self.drafts.of_graph(len(live.index))
+
+    def _forward(self, live: Rows, empty: int, plan: Plan | None = None) -> None:
         drafted: Drafted | None
         if empty:
             noise, drafted = self._noise(live, empty + 1), Drafted.nothing(len(live.index), empty, self.device)
         else:
-            plan = self._plan(live)
+            plan = plan or self._plan(live)
             noise = self._noise(live, plan.depth + 1)
             drafted = self.drafts.draft(live, plan, noise, self.temperature(live))
         depth = drafted.depth if drafted else 0
@@ -263,9 +263,9 @@ class Decoding:
         self.results.add_forward(live, drafted)
         self.cache.advance(self._settle(live, self.trunk.logits(hidden), hidden, drafted, noise))
 
-    def _forward_by_graph(self, live: Rows, rounds: Rounds) -> None:
+    def _forward_by_graph(self, live: Rows, rounds: Rounds, depth: int) -> None:
         own = {"limit": self.limit(live), "temperature": self.temperature(live), "start": self.start(live)}
-        found = rounds(live, self.cache, self.drafter, **own)
+        found = rounds(live, self.cache, self.drafter, depth, **own)
         drafted = None if found.drafts is None else Drafted(found.drafts, head=True)
         self.results.add_forward(live, drafted)
         self.cache.advance(self._take(live, found, drafted))

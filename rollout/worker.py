@@ -117,8 +117,8 @@ class Worker:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def measure_costs(self, rows: int, lookups: bool = False) -> CostTable:
-        return self.engine.measure_costs(min(rows, self.engine.max_rows), lookups=lookups)
+    def measure_costs(self, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
+        return self.engine.measure_costs(min(rows, self.engine.max_rows), lookups=lookups, graphs=graphs)
 
     def sample(
         self, prompts: list[Prompt], params: SamplingParams, version: int, costs: CostTable | None = None

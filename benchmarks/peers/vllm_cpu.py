@@ -16,8 +16,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
 def main() -> None:
     from vllm import LLM, SamplingParams
 
-    model, source, result = sys.argv[1:]
-    engine = LLM(model=model, dtype="bfloat16", max_model_len=1024, max_num_seqs=64)
+    model, dtype, source, result = sys.argv[1:]
+    engine = LLM(model=model, dtype=dtype, max_model_len=1024, max_num_seqs=64)
     seconds_by_job = {}
     for job in json.loads(Path(source).read_text()):
         rows, tokens, group = job["rows"], job["tokens"], job["group_size"]

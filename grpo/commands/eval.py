@@ -204,7 +204,9 @@ def _open(policy: Policy | None, config: EvalConfig, sampling: SamplingParams) -
     with phase("loading", config):
         pool = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=config.prompts_per_batch)
     if sampling.draft_tokens is None and policy.mtp is not None:
-        pool.use_costs(None, config.prompts_per_batch * sampling.group_size)  # else measured on the clock
+        graphs = sampling.max_completion_tokens if sampling.compiled else 0
+        rows = config.prompts_per_batch * sampling.group_size
+        pool.use_costs(None, rows, graphs=graphs)  # else measured on the clock
     agent = agent_of(config)
     return AgentPool(pool, StopSignal(), agent, config.temperature) if agent else pool
 

@@ -22,9 +22,9 @@ class SamplingOptions(Options):
     accept: Literal["exact", "margin"] = "exact"
     """`exact` never changes a token. `margin` is lossy: clear drafts are taken unverified (and counted)."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Decode by compiled graphs while at most 8 completions are left, where the policy is our own, in float32 on a CPU,
-    and `draft_tokens` is a number. A graph takes about a minute once, and is kept in ~/.cache/quartet. `auto` compiles
-    where a run plans 100,000 such rounds or more. Graphs change no token."""
+    """Decode by compiled graphs while at most 8 completions are left, where the policy is our own, in float32 on a CPU.
+    A graph takes about a minute once, and is kept in ~/.cache/quartet. `auto` compiles where a run plans 100,000 such
+    rounds or more, 300,000 where `draft_tokens` is null. Graphs change no token."""
 
 
 class VLLMOptions(Options):

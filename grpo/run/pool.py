@@ -68,7 +68,7 @@ class NoPool:
     def held(self) -> dict[str, Held]:
         return {}
 
-    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False) -> CostTable:
+    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
         raise RuntimeError("rank 0 alone samples")
 
     def metrics(self) -> dict[str, float]:
@@ -125,16 +125,20 @@ def open_run_pool(
     return InterruptiblePool(pool, stop)
 
 
-def use_costs_of_run(pool: Pool, policy: Policy, rollout: RolloutOptions, folder: Path, *, resumes: bool) -> None:
-    """Where a controller chooses the depth: the table that was saved, or a new one, measured once and saved."""
+def use_costs_of_run(
+    pool: Pool, policy: Policy, rollout: RolloutOptions, folder: Path, *, resumes: bool, compiled: bool = False
+) -> None:
+    """Where a controller chooses the depth: the table that was saved, or a new one, measured once and saved; of graphs
+    too where the run's rounds are `compiled`."""
     by_head = policy.mtp is not None and "head" in rollout.draft_sources
     if rollout.draft_tokens is not None or not (by_head or rollout.looks_up) or rollout.backend == "vllm":
         return
     path, rows = folder / "draft_costs.json", rollout.prompts_per_shard * rollout.group_size
     saved = CostTable.load(path) if resumes and path.exists() else None
-    if saved is not None and rollout.looks_up and saved.lookups is None:
-        saved = None  # of a run that looked nothing up
-    costs = pool.use_costs(saved, rows, rollout.looks_up)
+    graphs = rollout.max_completion_tokens if compiled and by_head and not rollout.looks_up else 0
+    if saved is not None and ((rollout.looks_up and saved.lookups is None) or (graphs and saved.graphs is None)):
+        saved = None  # of a run that looked nothing up, or had no graphs
+    costs = pool.use_costs(saved, rows, rollout.looks_up, graphs)
     if saved is None:
         costs.save(path)
 

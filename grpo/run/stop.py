@@ -278,9 +278,9 @@ class InterruptiblePool:
     def held(self) -> dict[str, Held]:
         return self.pool.held()
 
-    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False) -> CostTable:
+    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
         self.stop.check()
-        return self.pool.use_costs(costs, rows, lookups)
+        return self.pool.use_costs(costs, rows, lookups, graphs)
 
     def metrics(self) -> dict[str, float]:
         return self.pool.metrics()

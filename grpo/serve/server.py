@@ -59,7 +59,9 @@ def load_engine(config: ServeConfig, source: PolicySource, like: Engine | None =
         engine = Engine(policy, getattr(torch, config.dtype), max_rows=config.max_batch_size, costs=costs)
         engine.version = source.step or 0
         if config.draft_tokens is None and engine.head is not None and costs is None:
-            engine.measure_costs(config.max_batch_size)
+            params = sampling_params(policy, config, 1, 0, dtype=config.dtype)
+            graphs = params.max_completion_tokens if params.compiled else 0
+            engine.measure_costs(config.max_batch_size, graphs=graphs)
     return engine
 
 

@@ -129,7 +129,7 @@ class Round(nn.Module):
 
 
 def _chain(decoder: Decoder, given: Inputs, noise: Noise, depth: int) -> Tensor:
-    """As `Drafter.draft`, for a head that has at most k + 1 tokens of each row to read."""
+    """As `Drafter.draft`, for a head that has at most so many tokens of each row to read as there is place for."""
     head = decoder.head
     assert head is not None
     assert given.unread is not None
@@ -138,7 +138,7 @@ def _chain(decoder: Decoder, given: Inputs, noise: Noise, depth: int) -> Tensor:
     assert given.head_lengths is not None
     cache: Any = GraphCache([given.head_layer], given.head_lengths, head.trunk.config.kv_lora_rank, first=1)
     ends = given.prompt_length + given.count
-    positions = (ends - given.unread)[:, None] + torch.arange(depth + 1)
+    positions = (ends - given.unread)[:, None] + torch.arange(given.unread_tokens_BS.shape[1])
     most = decoder.context - 1
     out = head(given.unread_tokens_BS, given.unread_hidden_BSD, positions.clamp(max=most), cache)
     cache.advance(given.unread)

@@ -21,6 +21,7 @@ from rollout.sampling import SamplingParams
 
 ROWS = (1, 2, 4, 8)  # places of a graph; with more rows the products are what takes the time
 FEW_ROWS = ROWS[-1]
+DEPTHS = (0, 1, 3)  # the numbers of drafts among which a controller chooses: each is a graph
 ENTRIES = 128  # caches grow in steps of so many entries
 STOPS = 8  # and the list of stop tokens in steps of so many
 
@@ -71,14 +72,19 @@ class Graphs:
         return self.loaded[key](given.flat())
 
 
+def readable(depth: int) -> int:
+    """How many tokens of a row the head may have to read in a graph: those of a round of any of `DEPTHS` before it."""
+    return max(depth, *DEPTHS) + 1
+
+
 def can_compile(decoder: Decoder, params: SamplingParams) -> bool:
-    """Whether graphs are asked for, and can be: they compute a number of drafts of the head, or none, in float32 on a
-    CPU."""
+    """Whether graphs are asked for, and can be: they compute drafts of the head, or none, in float32 on a CPU. Where a
+    controller chooses how many, it must know what they cost as graphs."""
     trunk = decoder.trunk
     plain = not (params.looks_up or params.stop_strings or params.record_routing or params.accept != "exact")
     fits = isinstance(trunk, AbsorbedTrunk) and trunk.dtype == torch.float32 and trunk.device.type == "cpu"
-    has_number = params.draft_tokens is not None
-    return params.compiled and decoder.graphs is not None and plain and fits and has_number
+    known = params.draft_tokens is not None or (decoder.costs is not None and decoder.costs.graphs is not None)
+    return params.compiled and decoder.graphs is not None and plain and fits and known
 
 
 class Rounds:
@@ -87,28 +93,25 @@ class Rounds:
     def __init__(self, decoder: Decoder, params: SamplingParams, stops: Tensor) -> None:
         self.graphs: Graphs = decoder.graphs
         self.decoder = decoder
-        self.depth = params.draft_tokens or 0
-        if decoder.head is None or "head" not in params.draft_sources:
-            self.depth = 0
         self.stops = F.pad(stops, (0, STOPS - len(stops) % STOPS), value=-1)
 
-    def fits(self, live: Rows, drafter: Drafter | None) -> bool:
-        """With more rows, or where the head has much to read, the round is eager."""
-        few = len(live.index) <= FEW_ROWS
-        return few and (not self.depth or drafter is None or int(live.unread.max()) <= self.depth + 1)
+    def fits(self, live: Rows, depth: int) -> bool:
+        """Where the head has more to read, the round is eager."""
+        return not depth or int(live.unread.max()) <= readable(depth)
 
     def __call__(
         self,
         live: Rows,
         cache: LatentCache,
         drafter: Drafter | None,
+        depth: int,
         *,
         limit: Tensor | int,
         temperature: Tensor | float,
         start: Tensor | int,
     ) -> Found:
-        """The last three are those of all rows, or of each."""
-        count, depth = len(live.index), self.depth
+        """With `depth` drafts of each row. The last three are those of all rows, or of each."""
+        count = len(live.index)
         places = next(rows for rows in ROWS if rows >= count)
         limits = torch.as_tensor(limit).expand(count)
         head = drafter.ready(live) if depth and drafter else None
@@ -135,8 +138,8 @@ class Rounds:
         )
         if head:
             given.unread = of_places(live.unread)
-            given.unread_tokens_BS = of_places(live.unread_tokens[:, : depth + 1])
-            given.unread_hidden_BSD = of_places(live.unread_hidden[:, : depth + 1])
+            given.unread_tokens_BS = of_places(live.unread_tokens[:, : readable(depth)])
+            given.unread_hidden_BSD = of_places(live.unread_hidden[:, : readable(depth)])
             given.head_lengths, given.head_layer = of_places(head.lengths_R), head.layers_RTE[0]
         found = Found(*(x[:count] for x in self.graphs.run(self.decoder, bucket, given)))
         if head:

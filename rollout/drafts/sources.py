@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rollout.backends import Decoder
+from rollout.compiled.rounds import DEPTHS
 from rollout.depth import HEAD, DepthController, Kind
 from rollout.drafts.head import Drafter
 from rollout.drafts.lookup import Lookup
@@ -110,6 +111,12 @@ class Drafts:
             tokens = {kind: self.controller.tokens(kind, depth)[depth] for kind in {HEAD, *kinds.values()}}
             kinds = {place: kind for place, kind in kinds.items() if tokens[kind] >= tokens[HEAD]}
         return Plan(depth, head, kinds) if depth else Plan()
+
+    def of_graph(self, rows: int) -> int:
+        """How many drafts of the head a compiled round of so many rows makes."""
+        if not self.head:
+            return 0
+        return self.max_depth if self.fixed else self.controller.pick_graph(rows, DEPTHS)
 
     def draft(self, live: Rows, plan: Plan, noise: Noise, temperature: float | Tensor) -> Drafted | None:
         """The planned drafts. `temperature` is that of all rows, or of each [R]."""

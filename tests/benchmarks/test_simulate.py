@@ -8,7 +8,8 @@ from benchmarks import simulate
 from benchmarks.simulate import Batch, Cluster, Costs, equal, forwards, hand_out, lengths_of, schedule, shard_seconds
 from grpo.train import train
 from rollout.depth import CostTable
-from rollout.shard import Decoding, shards
+from rollout.group import shards
+from rollout.shard import Decoding
 
 FLAT = CostTable([1], [[10.0]])
 

@@ -53,6 +53,21 @@ def test_what_the_drafts_have_shown_changes_the_depth():
     assert controller.pick(4, 9) == 2  # 3 / 44 = .068 against 2 / 30 = .067
 
 
+def test_a_compiled_round_has_one_of_a_few_depths_and_costs_of_its_own():
+    """1, 1.75 and 2.734 tokens are expected of 0, 1 and 3 drafts before any is made."""
+    graphs = [[1.0, 1.5, 9.0, 3.0], [2.0, 4.0, 9.0, 5.0]]
+    table = replace(TABLE, rows=[1, 4, 16], rounds=[[10.0] * 9] * 3, graphs=graphs)
+    controller = DepthController(table, 8)
+    assert table.milliseconds(2, 1, by_graph=True) == pytest.approx(1.5 + 2.5 / 3)
+    assert table.milliseconds(8, 1, by_graph=True) == 4.0
+    assert controller.pick_graph(1, (0, 1, 3)) == 1  # 1, 1.167, .911 tokens a millisecond
+    assert controller.pick_graph(4, (0, 1, 3)) == 3  # .5, .4375, .547
+    controller.observe(1000, [0])
+    assert controller.pick_graph(1, (0, 1, 3)) == 0
+    assert DepthController(table, 1).pick_graph(4, (0, 1, 3)) == 0  # 3 are not to be drafted
+    assert DepthController(None, 3).pick_graph(4, (0, 1, 3)) == 3
+
+
 def test_equal_speeds_pick_the_shallower_depth():
     controller = DepthController(CostTable(rows=[1], rounds=[[1.0, 1.75]]), 4)
     assert controller.pick(1, 9) == 0
@@ -62,6 +77,8 @@ def test_the_table_is_read_back_and_a_broken_one_is_named(tmp_path):
     TABLE.save(tmp_path / "draft_costs.json")
     assert CostTable.load(tmp_path / "draft_costs.json") == TABLE
     looked_up = replace(TABLE, lookups=[[10.0, 10.5], [20.0, 22.0]])
+    replace(TABLE, graphs=[[1.0, 2.0]]).save(tmp_path / "draft_costs.json")
+    assert CostTable.load(tmp_path / "draft_costs.json") == replace(TABLE, graphs=[[1.0, 2.0]])
     looked_up.save(tmp_path / "draft_costs.json")
     assert CostTable.load(tmp_path / "draft_costs.json") == looked_up
     assert looked_up.milliseconds(1, 1, looked_up=True) == 10.5

@@ -313,7 +313,7 @@ class VLLMPool:
             if not 0 <= token < vocabulary:
                 raise ValueError(f"rollout.stop_token_ids: {token} is outside the vocabulary of {vocabulary} tokens")
 
-    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False) -> CostTable:
+    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
         raise RolloutError("vLLM drafts at one depth: with it rollout.draft_tokens is a number, or null for none")
 
     def metrics(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ from rollout.compiled import rounds
 from rollout.compiled.graph import Bucket, Round, weights
 from rollout.compiled.rounds import FEW_ROWS, Graphs
 from rollout.compiled.store import SMALL, CompiledRound
+from rollout.depth import CostTable
 from rollout.engine import Engine
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
@@ -110,10 +111,38 @@ def test_contract_3_over_many_tokens(policy, made):
     assert count > 1000
 
 
-@pytest.mark.parametrize("draft_tokens", [0, 2])
+@pytest.mark.parametrize("chosen", [0, 1, 3])
+def test_contract_3_a_controller_chooses_among_graphs_and_changes_no_token(policy, made, chosen):
+    """It is made to prefer one number at one row and another one at more; what the head has not read it reads first."""
+    graphs = [[10.0, 10.0, 10.0, 10.0] for _ in range(4)]
+    for row in graphs[:2]:
+        row[chosen] = 1.0
+    for row in graphs[2:]:
+        row[(chosen + 1) % 2] = 1.0  # 1 after 0, 0 after 1 and 3
+    costs = CostTable([1, 2, 4, 8], [[1.0, 1.1, 1.2, 1.3]] * 4, graphs=graphs)
+    prompts, params = prompts_of(3, 8, seed=4), replace(PARAMS, group_size=2, max_completion_tokens=40)
+    params = replace(params, stop_token_ids=(7, 9, 12))
+    eager = Engine(policy).sample(prompts, params)
+    engine = Engine(policy, costs=costs)
+    assert tokens(engine.sample(prompts, replace(params, draft_tokens=None, compiled=True))) == tokens(eager)
+    assert {bucket.drafts for bucket in made} == {chosen, (chosen + 1) % 2}
+
+
+def test_costs_of_graphs_are_measured_with_graphs(policy, made):
+    engine = Engine(policy)
+    params = replace(PARAMS, group_size=3, draft_tokens=None, compiled=True, max_completion_tokens=30)
+    expected = tokens(Engine(policy).sample(PROMPTS[:1], replace(params, draft_tokens=0, compiled=False)))
+    assert tokens(engine.sample(PROMPTS[:1], params)) == expected
+    assert engine.costs.graphs is not None
+    assert [len(row) for row in engine.costs.graphs] == [4, 4, 4]  # 0 to 3 drafts at 1, 2 and 3 rows
+    assert {(bucket.rows, bucket.drafts) for bucket in made} == {(rows, k) for rows in (1, 2, 4) for k in (0, 1, 3)}
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 2, None])
 def test_requests_that_join_and_leave_get_the_tokens_that_they_get_alone(policy, made, draft_tokens):
     """Each with its own temperature and limit: they are inputs of one graph."""
-    engine = Engine(policy)
+    zero = [[1.0, 9.0, 9.0, 9.0]] * 3  # a controller that never wants a draft: the head must read all the same
+    engine = Engine(policy, costs=CostTable([1, 2, 4], [[1.0, 9.0, 9.0, 9.0]] * 3, graphs=zero))
     own = [replace(PARAMS, temperature=t, max_completion_tokens=m, seed=s, group_size=1) for t, m, s in
            ((0.0, 30, 1), (0.7, 9, 2), (1.0, 25, 3), (1.3, 40, 4))]  # fmt: skip
     expected = [tokens(engine.sample([prompt], params))[0] for prompt, params in zip(PROMPTS, own, strict=False)]
