@@ -434,7 +434,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the comparison")
     parser.add_argument("--gain", type=Path, metavar="RUN", help="a run folder: what MTP gains on its policy")
     parser.add_argument("--depths", type=whole_numbers, default=[1, 2, 3, 4])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 by default, for --gain the run's own")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="bfloat16 by default, for --gain the run's own"
+    )
     parser.add_argument("--temperature", type=float, help="for --gain; the run's own by default")
     parser.add_argument("--plot", type=Path, help="with --gain: acceptance against entropy, as PNG")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")

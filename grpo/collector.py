@@ -39,6 +39,8 @@ from rollout.sampling import SamplingParams
 
 Take = Callable[[int, int], Sequence[Prompt]]  # so many prompts for this draw of the step
 
+PROMPTS_READ = 256  # whose lengths say how long sequences become
+
 
 class Collector:
     """Draws the groups of each step, and keeps the record of them. Its state is the curriculum; `later`, the pass rates
@@ -58,6 +60,10 @@ class Collector:
         self.sampling = replace(
             sampling, record_routing=config.learner.routing_replay, environment=environment_of(config)
         )
+        self.graph_tokens = 0  # of the longest sequences that are decoded by graphs, as far as the first prompts tell
+        if self.sampling.compiled:
+            prompts = [task.prompt(example, policy.tokenizer) for example in task.train[:PROMPTS_READ]]
+            self.graph_tokens = max(len(p.token_ids) for p in prompts) + options.max_completion_tokens
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate
         self.alarms = Alarms(task.watched_rewards()) if run.config.log.alarms and run.ranks.first else None
         self.begun: list[Begun] = []

@@ -11,7 +11,7 @@ import torch
 
 from rollout.backends import Decoder
 from rollout.compiled.rounds import DEPTHS, FEW_ROWS
-from rollout.depth import CostTable
+from rollout.depth import MAX_DEPTH, CostTable
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 from rollout.shard import Decoding
@@ -23,7 +23,7 @@ MOST_TOKENS = 256  # of one verifying forward; deeper drafts of so many rows nev
 def measure(decoder: Decoder, rows: int, depth: int, lookups: bool = False, graphs: int = 0) -> CostTable:
     """Times rounds of 0, 1, 2, 3, 4, 8, ... `depth` drafts at 1, 2, 4, ... `rows` live rows; between depths it is
     linear. With `lookups` also rounds in which the drafts cost nothing; without a head these alone. `graphs`: where
-    completions of so many tokens will be decoded by graphs, also compiled rounds, which may have to be compiled."""
+    sequences of so many tokens will be decoded by graphs, also compiled rounds, which may have to be compiled."""
     sizes, depths = _doubling(rows), sorted({0, *_doubling(depth), *range(min(depth, 4))})
 
     def table(of: list[int], looked_up: bool) -> list[list[float]]:
@@ -65,8 +65,10 @@ def _rounds(decoder: Decoder, rows: int, depths: list[int], looked_up: bool, gra
 def _begin(decoder: Decoder, rows: int, depth: int, looked_up: bool, graphs: int) -> Decoding:
     """A batch after its first round, in which the head reads the prompt. Rows with logits that are not finite go on:
     sampling reports them, with their prompt."""
-    completion = max((REPEATS + 1) * (depth + 1) + 2, graphs)
+    completion = (REPEATS + 1) * (depth + 1) + 2
     length = max(1, min(PROMPT_TOKENS, decoder.context - completion))
+    # With as much room as a controller leaves, so that the graphs are those of the run.
+    completion = max(completion, min(graphs, decoder.context) - length + MAX_DEPTH - depth)
     vocabulary = len(decoder.trunk.embedding)
     prompt = Prompt("costs", "", [7 * i % vocabulary for i in range(length)])
     params = SamplingParams(rows, 1.0, completion, draft_tokens=depth, compiled=graphs > 0)

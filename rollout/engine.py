@@ -129,7 +129,8 @@ class Engine:
         self._check_params(params)
         episodes, prompts, faults = self.stage.begin(prompts, params, partial(self._fault, params))
         if params.draft_tokens is None and self._drafts(params) and prompts and not self._knows_costs(params):
-            graphs = params.max_completion_tokens if params.compiled else 0
+            longest = max(len(prompt.token_ids) for prompt in prompts)
+            graphs = longest + params.max_completion_tokens if params.compiled else 0
             rows = min(len(prompts) * params.group_size, self.max_rows)
             self.measure_costs(rows, lookups=params.looks_up, graphs=graphs)
         decoding, announced = Decoding(self.decoder, prompts, params, episodes=episodes), 0
@@ -154,11 +155,9 @@ class Engine:
         self.stage.close()
 
     @torch.inference_mode()
-    def measure_costs(
-        self, rows: int, depth: int = MAX_DEPTH, *, lookups: bool = False, graphs: int = 0
-    ) -> CostTable:
+    def measure_costs(self, rows: int, depth: int = MAX_DEPTH, *, lookups: bool = False, graphs: int = 0) -> CostTable:
         """Time drafting and verifying with up to `rows` live rows; with `lookups` also verifying alone, with `graphs`
-        also in compiled rounds, for completions of so many tokens. The depth controller uses the result from now on."""
+        also in compiled rounds, for sequences of so many tokens. The depth controller uses the result from now on."""
         self.costs = measure(self.decoder, rows, depth, lookups, graphs)
         return self.costs
 

@@ -58,7 +58,7 @@ class Pool(Protocol):
 
     def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
         """Sets the table that every depth controller uses; without `costs` it is measured at up to `rows` live rows,
-        with `lookups` also for drafts that are looked up, with `graphs` also for graphs that decode completions of so
+        with `lookups` also for drafts that are looked up, with `graphs` also for graphs that decode sequences of so
         many tokens."""
         ...
 

@@ -9,6 +9,21 @@ import torch
 from torch import Tensor
 
 
+def prefill_size(lengths: Sequence[int], tokens: int) -> int:
+    """How many prompts the next prefill reads, of those with these descending lengths: at most `tokens` with padding,
+    and at most a fourth of that where padding would be more than a tenth. It is one at least.
+
+    >>> prefill_size([40, 40, 39, 10, 10], 200), prefill_size([40, 10, 10], 1000), prefill_size([99], 10)
+    (3, 3, 1)
+    """
+    own = 0
+    for size, length in enumerate(lengths):
+        own += length
+        if size and lengths[0] * (size + 1) > min(tokens, max(tokens / 4, 1.1 * own)):
+            return size
+    return len(lengths)
+
+
 @dataclass
 class Prefilled:
     """Prompts of one prefill, by number, and their hidden states, which the draft head reads if it ever drafts."""

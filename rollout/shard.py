@@ -22,7 +22,7 @@ from rollout.drafts.speculative import until_end, verify_draft
 from rollout.environments.episodes import Episodes
 from rollout.group import Prompt, RolloutGroup
 from rollout.results import Results
-from rollout.rows import Prefilled, Rows
+from rollout.rows import Prefilled, Rows, prefill_size
 from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, row_key
 from rollout.stop_strings import StopStrings
 
@@ -111,8 +111,8 @@ class Decoding:
         if self.drafter and not rows:
             self.drafter.forget()
         while self.waiting and places > 0:
-            longest = len(self.prompts[self.waiting[-1]].token_ids)
-            size = min(places, len(self.waiting), max(1, self.prefill_tokens // longest))
+            next_ones = [len(self.prompts[i].token_ids) for i in self.waiting[: -places - 1 : -1]]
+            size = prefill_size(next_ones, self.prefill_tokens)
             places -= size
             new, cache = self._prefill([self.waiting.pop() for _ in range(size)])
             rows.append(new)
@@ -233,7 +233,8 @@ class Decoding:
         live = self.live
         assert live is not None
         waits = bool(self.waiting) or self.held > self.alive  # a graph takes rows without a shared prompt, to the end
-        rounds = self.rounds if not (empty or waits) and len(live.index) <= FEW_ROWS else None
+        eager = empty or waits or self.strings is not None or len(live.index) > FEW_ROWS  # a stop string is in no graph
+        rounds = None if eager else self.rounds
         depth = self._graph_depth(live) if rounds else None
         if rounds and depth is not None and rounds.fits(live, depth):
             self._forward_by_graph(live, rounds, depth)

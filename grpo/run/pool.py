@@ -126,16 +126,16 @@ def open_run_pool(
 
 
 def use_costs_of_run(
-    pool: Pool, policy: Policy, rollout: RolloutOptions, folder: Path, *, resumes: bool, compiled: bool = False
+    pool: Pool, policy: Policy, rollout: RolloutOptions, folder: Path, *, resumes: bool, graphs: int = 0
 ) -> None:
     """Where a controller chooses the depth: the table that was saved, or a new one, measured once and saved; of graphs
-    too where the run's rounds are `compiled`."""
+    too where these decode the run's sequences of so many tokens."""
     by_head = policy.mtp is not None and "head" in rollout.draft_sources
     if rollout.draft_tokens is not None or not (by_head or rollout.looks_up) or rollout.backend == "vllm":
         return
     path, rows = folder / "draft_costs.json", rollout.prompts_per_shard * rollout.group_size
     saved = CostTable.load(path) if resumes and path.exists() else None
-    graphs = rollout.max_completion_tokens if compiled and by_head and not rollout.looks_up else 0
+    graphs = 0 if rollout.looks_up else graphs
     if saved is not None and ((rollout.looks_up and saved.lookups is None) or (graphs and saved.graphs is None)):
         saved = None  # of a run that looked nothing up, or had no graphs
     costs = pool.use_costs(saved, rows, rollout.looks_up, graphs)

@@ -1,5 +1,6 @@
 """Rows that wait, depths that change, drafts taken unverified, experts noted: the tokens stay what they are."""
 
+import doctest
 import math
 import pickle
 import random
@@ -9,6 +10,9 @@ import pytest
 import torch
 from engine_cases import PARAMS, PROMPTS, completions, prompts_of, taught, tokens, unrolled_logits
 
+import rollout.rows
+import rollout.shard
+from policies.decoding.absorbed import AbsorbedTrunk
 from policies.policy import Policy
 from policies.routing.routers import RoutingRecorder
 from rollout.depth import CostTable, DepthController
@@ -29,6 +33,23 @@ def policy(random_policy) -> Policy:
 @pytest.fixture(scope="module")
 def plain(policy) -> list[list[int]]:
     return tokens(Engine(policy).sample(PROMPTS, PARAMS))
+
+
+# ---- prompts that are read together ----
+
+
+def test_one_prefill_reads_prompts_of_like_length(policy, monkeypatch):
+    """One long prompt among short ones is read alone, so that little is padding; all that fit are read at once."""
+    assert doctest.testmod(rollout.rows).failed == 0
+    lengths, read = [120, 118, 30, 29, 28, 27, 10], []
+    forward = AbsorbedTrunk.__call__
+    monkeypatch.setattr(
+        AbsorbedTrunk, "__call__", lambda trunk, ids, *rest: read.append(ids.shape) or forward(trunk, ids, *rest)
+    )
+    monkeypatch.setattr(rollout.shard, "CPU_PREFILL_TOKENS", 400)
+    prompts = [Prompt(str(i), "", [2 + (i + j) % 9 for j in range(n)]) for i, n in enumerate(lengths)]
+    Decoding(Engine(policy).decoder, prompts, replace(PARAMS, group_size=1))
+    assert [tuple(shape) for shape in read] == [(2, 120), (4, 30), (1, 10)]
 
 
 # ---- rows that wait ----

@@ -114,18 +114,17 @@ def test_contract_3_over_many_tokens(policy, made):
 @pytest.mark.parametrize("chosen", [0, 1, 3])
 def test_contract_3_a_controller_chooses_among_graphs_and_changes_no_token(policy, made, chosen):
     """It is made to prefer one number at one row and another one at more; what the head has not read it reads first."""
-    graphs = [[10.0, 10.0, 10.0, 10.0] for _ in range(4)]
-    for row in graphs[:2]:
-        row[chosen] = 1.0
-    for row in graphs[2:]:
-        row[(chosen + 1) % 2] = 1.0  # 1 after 0, 0 after 1 and 3
-    costs = CostTable([1, 2, 4, 8], [[1.0, 1.1, 1.2, 1.3]] * 4, graphs=graphs)
-    prompts, params = prompts_of(3, 8, seed=4), replace(PARAMS, group_size=2, max_completion_tokens=40)
-    params = replace(params, stop_token_ids=(7, 9, 12))
-    eager = Engine(policy).sample(prompts, params)
+    other = 0 if chosen else 1
+    graphs = [[10.0] * 4 for _ in range(3)]
+    graphs[0][chosen] = graphs[1][chosen] = graphs[2][other] = 1.0
+    costs = CostTable([1, 2, 4], [[1.0, 1.1, 1.2, 1.3]] * 3, graphs=graphs)
+    params = replace(PARAMS, group_size=2, max_completion_tokens=60, stop_token_ids=())
+    first, *_, third, fourth = tokens(Engine(policy).sample(PROMPTS[:2], params))
+    params = replace(params, stop_token_ids=(first[8], third[14], fourth[20]))  # so that rows end one by one
+    eager = tokens(Engine(policy).sample(PROMPTS[:2], params))
     engine = Engine(policy, costs=costs)
-    assert tokens(engine.sample(prompts, replace(params, draft_tokens=None, compiled=True))) == tokens(eager)
-    assert {bucket.drafts for bucket in made} == {chosen, (chosen + 1) % 2}
+    assert tokens(engine.sample(PROMPTS[:2], replace(params, draft_tokens=None, compiled=True))) == eager
+    assert {bucket.drafts for bucket in made} == {chosen, other}
 
 
 def test_costs_of_graphs_are_measured_with_graphs(policy, made):
