@@ -174,7 +174,7 @@ def head_learner_memory(shape: PretrainedConfig, config: MtpConfig) -> DeviceMem
     policy = meta_policy(shape, True, dtype)
     assert policy.mtp is not None
     taught, tokens = sum(p.numel() for p in policy.mtp.parameters()), config.head.tokens_per_update
-    states = config.prompts_per_step * _row_tokens(config) * shape.hidden_size * dtype.itemsize
+    states = corpus_bytes(shape, config) // config.steps
     kept = config.head.depth * tokens * sum(_kept_bytes(policy.mtp, shape, dtype).values())
     return DeviceMemory(
         "learner",
@@ -184,6 +184,13 @@ def head_learner_memory(shape: PretrainedConfig, config: MtpConfig) -> DeviceMem
         moments=8 * taught,
         activations=states + kept + _logits_bytes(dtype),
     )
+
+
+def corpus_bytes(shape: PretrainedConfig, config: MtpConfig) -> int:
+    """What `quartet mtp` keeps on disk, where all rollouts and solutions are as long as they may be."""
+    rollout, solutions = config.prompts_per_step * _row_tokens(config), config.head.solutions
+    tokens = rollout + solutions * config.rollout.max_completion_tokens
+    return config.steps * tokens * (shape.hidden_size * getattr(torch, config.dtype).itemsize + 32)
 
 
 def sampler_memory(shape: PretrainedConfig, head: bool, config: TrainConfig | MtpConfig) -> DeviceMemory:
