@@ -1,12 +1,13 @@
-"""Multi-head attention against MLA with a latent of 128, at several budgets of training: how far is the perplexity apart?
+"""Multi-head attention against MLA with a latent of 128, at several budgets: how far apart is the perplexity?
 
-Both have 12 heads and the same width, depth and feed-forward; MLA caches 144 numbers a token and layer instead of 768. The
-learning rate is tuned for each of them on a part of the held-out text that is not reported. Then each learns from scratch for
-each budget and seed. The difference is fitted against the logarithm of the tokens, to say where it would be the aim's 3.7 %.
+Both have 12 heads and the same width, depth and feed-forward; MLA caches 144 numbers a token and layer instead of 768.
+The learning rate is tuned for each of them on a part of the held-out text that is not reported. Then each learns from
+scratch for each budget and seed. The difference is fitted against the logarithm of the tokens, to say where it would be
+the aim's 3.7 %.
 
-    python benchmarks/equal_quality.py --json benchmarks/results/equal_quality.json                # built-in word problems
-    python benchmarks/equal_quality.py --data ../shared/data/gsm8k --json ...                      # GSM8K's training text
-    python benchmarks/equal_quality.py --quick                                                     # does it run?
+    python benchmarks/equal_quality.py --json benchmarks/results/equal_quality.json    # built-in word problems
+    python benchmarks/equal_quality.py --data ../gsm8k --json ...                      # GSM8K's training text
+    python benchmarks/equal_quality.py --quick                                         # does it run?
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ def main() -> None:
         tuned = run(pool, [Job(m, options.seeds[0], tuning, r, True) for m in MODELS for r in options.rates])
         best = {m: min((t for t in tuned if t["model"] == m), key=lambda t: t["perplexity"])["rate"] for m in MODELS}
         given = [(m, s, b) for m in MODELS for s in options.seeds for b in options.budgets]
-        by_job = {(f["model"], f["seed"], f["steps"]): f for f in run(pool, [Job(*g, best[g[0]], False) for g in given])}
+        by_job = {
+            (f["model"], f["seed"], f["steps"]): f for f in run(pool, [Job(*g, best[g[0]], False) for g in given])
+        }
 
     lines, curve = [], []
     for budget in options.budgets:
@@ -131,7 +134,8 @@ def main() -> None:
         lines.append([f"{tokens:,}", *(fmean(v) for v in values.values()), fmean(changes), half_interval(changes)])
     fit = crossing([point["tokens"] for point in curve], [point["change"] for point in curve])
     print(shown([["tokens", *MODELS, "change, %", "+-"], *lines]))
-    print(f"learning rates: {best}; {fit['per_doubling']:+.2f} points a doubling, {AIM} % at {fit['tokens_at_aim']:.3g} tokens")
+    print(f"learning rates: {best}")
+    print(f"{fit['per_doubling']:+.2f} points a doubling; {AIM} % at {fit['tokens_at_aim']:.3g} tokens")
     if options.json:
         record = {"environment": describe(), "text": options.data.name if options.data else "word_problems"}
         record |= {"rates": best, "runs": found, "curve": curve, "fit": fit}

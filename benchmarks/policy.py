@@ -212,7 +212,9 @@ def bytes_read(decoder: Any, rows: int, context: int) -> float:
     many as independent even choices give, E (1 - (1 - k/E)^rows)."""
     experts = sum(block.gate_up.nbytes + block.down.nbytes for block in decoder.blocks if block.gate is not None)
     unread = (1 - TOP_K / EXPERTS) ** rows * experts
-    return (weight_bytes(decoder) - unread) / rows + context * cache_numbers(decoder.config) * decoder.head.element_size()
+    return (weight_bytes(decoder) - unread) / rows + context * cache_numbers(
+        decoder.config
+    ) * decoder.head.element_size()
 
 
 def sampled(policies: dict[str, Policy], rows: list[int], options: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -12,7 +12,9 @@ Each of the others is an epoch over all of that, which
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +41,7 @@ from policies.layout import WeightFiles, mtp_layers
 from policies.policy import Policy, PolicyError, read_config
 from rollout.group import RolloutGroup
 from rollout.pool import Pool
+from rollout.sampling import SamplingParams
 
 FITTED_EXAMPLES = 128  # training examples that a new head is fitted to
 HELD_OUT = 8  # one of so many training prompts: its rollouts are not taught
@@ -55,9 +58,12 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
     config = with_threads(config, resume)
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
     last = config.steps + config.head.epochs
-    with Task.of(config) as task, Run.open(config, last, task.describe_rewards(), **flags) as run:
+    with (
+        Task.of(config) as task,
+        nullcontext(_Streams(task, config)) as streams,  # refuses before the folder is touched
+        Run.open(config, last, task.describe_rewards(), **flags) as run,
+    ):
         task.record_split(run.log)
-        streams = _Streams(task.train, config)
         policy = _policy_with_head(config, task, begins=run.saved is None)
         with phase("loading", config):
             learner = HeadLearner(policy, config.head, temperature=config.rollout.temperature, seed=config.seed)
@@ -65,6 +71,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
         if learner.ended:
             run.last = run.start
         with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log) as pool:
+            own = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed, dtype=config.dtype)
             use_costs_of_run(pool, policy, config.rollout, run.folder, resumes=run.step > 0)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
             sampling = replace(sampling, draft_tokens=config.head.depth)
@@ -81,7 +88,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
                     teaching = progress.add_task("teaching the draft head", total=config.head.epochs)
                     for step in run.steps():
                         if step <= config.steps:
-                            _sample(run, task, streams, pool, learner, corpus, step)
+                            _sample(run, task, streams, pool, own.at(step), learner, corpus)
                         else:
                             _teach(run, learner, corpus, step)
                         if learner.ended:
@@ -90,7 +97,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
                             with run.timed("time/publish"), phase("publishing", config):
                                 run.metrics |= publisher.publish()
                         run.record(pool.metrics())
-                        run.save_if_due()
+                        run.save_if_due(also=step >= config.steps)  # an epoch takes long
                         progress.update(bar, completed=min(step, config.steps))
                         progress.update(teaching, completed=max(step - config.steps, 0))
                 if not run.ended_before:
@@ -113,7 +120,7 @@ def _policy_with_head(config: MtpConfig, task: Task, begins: bool) -> Policy:
     if config.head.draft_vocabulary is None:
         policy.draft_ids = None
     if begins and (config.head.restart or (config.head.restart is None and not stores_head(config))):
-        taught, _ = split(task.train)
+        taught, _ = split(task, config.seed)
         policy.mtp.load_state_dict(start_head(policy.trunk, _fitting_text(task, taught, policy)).state_dict())
     return policy
 
@@ -128,21 +135,34 @@ def _fitting_text(task: Task, examples: Sequence[Example], policy: Policy) -> li
     return windows
 
 
-def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Whose rollouts are taught, and whose tell what an epoch gains."""
-    kept = [i % HELD_OUT == 0 for i in range(len(examples))]
-    return [e for e, k in zip(examples, kept, strict=True) if not k], [e for e, k in zip(examples, kept, strict=True) if k]
+def split(task: Task, seed: int) -> tuple[list[Example], list[Example]]:
+    """Whose rollouts are taught, and whose tell what an epoch gains: an eighth of the problems, by content and seed."""
+    of_problem: dict[str, list[Example]] = {}
+    for example in task.train:
+        [fingerprint] = task.fingerprints([example])
+        of_problem.setdefault(fingerprint, []).append(example)
+    problems = list(of_problem)
+    random.Random(f"held_out/{seed}").shuffle(problems)
+    held_out = {id(e) for fingerprint in problems[: -(-len(problems) // HELD_OUT)] for e in of_problem[fingerprint]}
+    return [e for e in task.train if id(e) not in held_out], [e for e in task.train if id(e) in held_out]
 
 
 class _Streams:
     """In which order prompts are taken: those that are taught, those that are held out, and gold solutions."""
 
-    def __init__(self, examples: Sequence[Example], config: MtpConfig) -> None:
-        taught, held_out = split(examples)
-        self.held_out = -(-config.prompts_per_step // HELD_OUT)
-        self.taught, self.solutions = config.prompts_per_step - self.held_out, config.head.solutions
-        if self.solutions > len(taught):
-            raise ValueError(f"head.solutions={self.solutions}, but {len(taught)} examples are learned from; lower it")
+    def __init__(self, task: Task, config: MtpConfig) -> None:
+        taught, held_out = split(task, config.seed)
+        held = -(-config.prompts_per_step // HELD_OUT)
+        for key, wanted, there in (
+            ("head.solutions", config.head.solutions, len(taught)),
+            ("prompts_per_step", config.prompts_per_step - held, len(taught)),
+        ):
+            if wanted > there:
+                raise ValueError(
+                    f"{key}={wanted}, but {there} training examples are learned from, and the others tell what an "
+                    "epoch gains; lower it, or use more data"
+                )
+        self.counts = {"taught": config.prompts_per_step - held, "held_out": held, "solutions": config.head.solutions}
         self.streams = {
             "taught": PromptStream(taught, config.seed),
             "held_out": PromptStream(held_out, config.seed),
@@ -151,8 +171,7 @@ class _Streams:
 
     def take(self) -> dict[str, list[Example]]:
         """The examples of the next step."""
-        counts = {"taught": self.taught, "held_out": self.held_out, "solutions": self.solutions}
-        return {name: self.streams[name].take(count) if count else [] for name, count in counts.items()}
+        return {name: self.streams[name].take(count) if count else [] for name, count in self.counts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: stream.state_dict() for name, stream in self.streams.items()}
@@ -163,31 +182,39 @@ class _Streams:
 
 
 def _sample(
-    run: Run[MtpConfig], task: Task, streams: _Streams, pool: Pool, learner: HeadLearner, corpus: Corpus, step: int
+    run: Run[MtpConfig],
+    task: Task,
+    streams: _Streams,
+    pool: Pool,
+    params: SamplingParams,
+    learner: HeadLearner,
+    corpus: Corpus,
 ) -> None:
     """A step of the corpus: the rollouts of the next prompts and the next solutions, as the trunk reads them."""
-    config, policy, options = run.config, learner.policy, learner.head_options
+    config, policy, most = run.config, learner.policy, learner.head_options.tokens_per_update
     taken = streams.take()
-    prompts = [task.prompt(example, policy.tokenizer) for kind in ("taught", "held_out") for example in taken[kind]]
-    params = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed).at(step)
+    prompts = [task.prompt(example, policy.tokenizer) for kind in KINDS for example in taken[kind]]
     with run.timed("time/rollout"), phase("sampling", config):
         groups = pool.sample(prompts, params)
     metrics = rollout_metrics(groups, [])
     run.metrics |= {name: value for name, value in metrics.items() if not name.startswith(("reward/", "group/"))}
     run.stop.check()
     stop = policy.stop_token_ids[0]
-    solutions = [task.solution(example, policy.tokenizer, stop) for example in taken["solutions"]]
-    taught, held_out = groups[: streams.taught], groups[streams.taught :]
+    solutions = [_cut(task.solution(e, policy.tokenizer, stop), policy.max_length) for e in taken["solutions"]]
+    taught, held_out = groups[: len(taken["taught"])], groups[len(taken["taught"]) :]
     with run.timed("time/learn"), phase("learning", config):
         lessons = {
-            "taught": learner.read([*rows_of(taught, options.tokens_per_update), *solutions]),
-            "held_out": learner.read(rows_of(held_out, options.tokens_per_update), held_out, params),
+            "taught": learner.read([*rows_of(taught, most), *solutions]),
+            "held_out": learner.read(rows_of(held_out, most), held_out, params),
         }
-        if step == 1 and options.draft_vocabulary is not None:
-            policy.draft_ids = learner.frequent_tokens(lessons["taught"], options.draft_vocabulary)
-        if policy.draft_ids is not None:
-            run.metrics["draft/vocabulary_coverage"] = coverage(groups, policy.draft_ids)
-        run.learn(lambda: corpus.add(step, lessons), rate="head.learning_rate")
+        run.learn(lambda: corpus.add(params.step, lessons), rate="head.learning_rate")
+
+
+def _cut(row: PackedRow, length: int) -> PackedRow:
+    """A gold solution up to the end of the policy's context."""
+    [solution] = row.samples
+    kept = solution.token_ids[: length - len(row.prompt_token_ids)]
+    return replace(row, samples=[replace(solution, token_ids=kept)])
 
 
 def _teach(run: Run[MtpConfig], learner: HeadLearner, corpus: Corpus, step: int) -> None:
@@ -195,6 +222,8 @@ def _teach(run: Run[MtpConfig], learner: HeadLearner, corpus: Corpus, step: int)
     device, epoch = learner.policy.device, step - run.config.steps
     taught, held_out = (corpus.lessons(kind, run.config.steps, device) for kind in KINDS)
     with run.timed("time/learn"), phase("learning", run.config):
+        if epoch == 1 and (size := learner.head_options.draft_vocabulary) is not None:
+            learner.policy.draft_ids = learner.frequent_tokens(corpus.lessons("taught", 1, device), size)
         run.learn(lambda: learner.teach(taught, held_out, epoch, step), rate="head.learning_rate")
 
 
@@ -223,9 +252,3 @@ def rows_of(groups: Sequence[RolloutGroup], max_tokens: int) -> list[PackedRow]:
             group=number,
         )
     ]
-
-
-def coverage(groups: Sequence[RolloutGroup], draft_ids: torch.Tensor) -> float:
-    """Share of the sampled tokens that can be drafted."""
-    sampled = torch.tensor([token for group in groups for c in group.completions for token in c.token_ids])
-    return torch.isin(sampled, draft_ids.cpu()).float().mean().item()

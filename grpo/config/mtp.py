@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -22,10 +22,10 @@ class HeadOptions(Options):
     curriculum: bool = True
     """The first epochs unroll 1, 2, ... depths; false unrolls all of them from the start."""
     epochs: int = Field(default=12, ge=1)
-    """Most passes over the corpus. An epoch after which held-out rollouts would not be drafted better is undone, and the
-    next one has a quarter of the learning rate; the third such epoch is the last."""
+    """Most passes over the corpus. An epoch that gains nothing in held-out rollouts is undone, and the next one has a
+    quarter of the learning rate; the third such epoch is the last."""
     tv: bool = False
-    """From the first epoch that gained nothing, minimise total variation (the share of rejected drafts) instead of KL."""
+    """After the first epoch that gained nothing minimise total variation, the share of rejected drafts, and not KL."""
     restart: bool | None = None
     """Start the head as the trunk's last layer, fitted to training examples; null does so where there is none."""
     draft_vocabulary: int | None = Field(default=None, ge=16)
@@ -69,8 +69,6 @@ class MtpConfig(RunConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> MtpConfig:
-        if self.head.solutions and self.data.solution_column is None:
-            raise ValueError(f"head.solutions={self.head.solutions}, but data.solution_column is null; drop one of them")
         for key, value in (
             ("eval.every", self.eval.every),
             ("rollout.refill_draws", self.rollout.refill_draws),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -107,20 +108,38 @@ class HeadLearner(Learner):
     # ---- an epoch -----------------------------------------------------------------------------------------------
 
     def teach(self, taught: Sequence[Lesson], held_out: Sequence[Lesson], epoch: int, step: int) -> dict[str, float]:
-        """One pass over the corpus, in an order of its own: one optimizer update for every lesson. Raises NonFiniteStep,
-        which names the `step`.
+        """One pass over the corpus, in an order of its own: one optimizer update for every lesson.
 
-        An epoch that gains nothing in the held-out rollouts is undone, and the next one has a lower rate. Not so those
-        in which the depth still grows.
+        An epoch that gains nothing in the held-out rollouts is undone, and the next one has a lower rate; but not one
+        in which the depth has grown. Raises NonFiniteStep, which names the `step`. Then, too, the epoch is undone.
         """
         if self.best is None:
             self.best = 1.0 + sum(self.acceptance(held_out))
-        before = {name: tensor.clone() for name, tensor in self._weights().items()}
-        depth, order = self.depth_at(epoch), list(range(len(taught)))
+        updates, before = self.updates, self._copy()
+        try:
+            metrics = self._pass_over(taught, epoch, step)
+            accepted = self.acceptance(held_out)
+        except BaseException:
+            self._undo(before)
+            self.update.count = updates
+            raise
+        depth, found = self.depth_at(epoch), 1.0 + sum(accepted)
+        grows = depth < self.head_options.depth or (epoch > 1 and depth > self.depth_at(epoch - 1))
+        if grows or found >= self.best + GAIN:
+            self.best = found
+        else:
+            self._undo(before)
+            self.stage += 1
+        self.policy_version += 1
+        shares = {f"draft/heldout_acceptance_depth_{d}": share for d, share in enumerate(accepted, start=1)}
+        return metrics | {"draft/heldout_tokens_per_forward": found} | shares
+
+    def _pass_over(self, taught: Sequence[Lesson], epoch: int, step: int) -> dict[str, float]:
+        depth, divergence, order = self.depth_at(epoch), self.divergence, list(range(len(taught)))
         random.Random(f"epoch/{self.seed}/{epoch}").shuffle(order)
         metrics: dict[str, float] = {}
+        sums: Counter[str] = Counter()
         began = time.perf_counter()
-        loss_sum, tokens, divergence = 0.0, 0, self.divergence
         for number, at in enumerate(order, start=1):
             lesson = taught[at]
             self.warm_up = min(1.0, number / WARM_UP) if epoch == 1 else 1.0
@@ -128,24 +147,18 @@ class HeadLearner(Learner):
             loss = self._lesson_loss(lesson, depth, divergence)
             self.update.backward(loss, step, self.ranks)
             metrics = self._update(step)
-            loss_sum, tokens = loss_sum + loss.item() * lesson.tokens, tokens + lesson.tokens
-        seconds = time.perf_counter() - began
-        accepted = self.acceptance(held_out)
-        found = 1.0 + sum(accepted)
-        if depth < self.head_options.depth or found >= self.best + GAIN:
-            self.best = found
-        else:
-            learner_state.put_weights(before, self.policy, self.masters)
-            self.stage += 1
-        self.policy_version += 1
+            sums.update(loss=loss.item() * lesson.tokens, tokens=lesson.tokens)
+            if self.policy.draft_ids is not None:
+                said = lesson.token_ids[lesson.turn > 0]
+                sums.update(covered=int(torch.isin(said, self.policy.draft_ids).sum()))
+        coverage = {} if self.policy.draft_ids is None else {"covered": "draft/vocabulary_coverage"}
+        names = {"loss": f"loss/mtp{'_tv' if divergence == 'tv' else ''}"} | coverage
         return {
             "learner/learning_rate": metrics["learner/learning_rate"],
             "learner/updates": float(len(order)),
             "curriculum/draft_depth": float(depth),
-            "speed/taught_tokens_per_second": tokens / seconds,
-            f"loss/mtp{'_tv' if divergence == 'tv' else ''}": loss_sum / tokens,
-            "draft/heldout_tokens_per_forward": found,
-            **{f"draft/heldout_acceptance_depth_{d}": share for d, share in enumerate(accepted, start=1)},
+            "speed/taught_tokens_per_second": sums["tokens"] / (time.perf_counter() - began),
+            **{metric: sums[name] / sums["tokens"] for name, metric in names.items()},
         }
 
     def _unroll(self, lesson: Lesson, depth: int) -> list[Tensor]:
@@ -177,6 +190,11 @@ class HeadLearner(Learner):
             for d, (drafted, right) in enumerate(self.drafts(lesson)):
                 made[d] += int(drafted.sum())
                 taken[d] += int(right.sum())
+        if not made[0]:
+            raise ValueError(
+                "no held-out rollout has two tokens, so nothing tells what a draft is worth; raise "
+                "rollout.max_completion_tokens, or sample more (steps, prompts_per_step)"
+            )
         return (taken / made.clamp(min=1)).tolist()
 
     @torch.no_grad()
@@ -194,7 +212,7 @@ class HeadLearner(Learner):
         places = (lesson.position_ids - lesson.prompt_lengths[:, None]).flatten()
         taken = turn > 0
         for d, output in enumerate(self._unroll(lesson, self.head_options.depth), start=1):
-            drafted = (turn > 0) & (F.pad(turn[:, d:], (0, d), value=-1) == turn)
+            drafted = (turn > 0) & (F.pad(turn, (0, d), value=-1)[:, d:] == turn)
             right = torch.zeros_like(ids, dtype=torch.bool)
             for at in drafted.flatten().nonzero()[:, 0].split(max(1, CHUNK_ELEMENTS // len(head))):
                 noise = Noise(keys[at + d], places[at + d], size)
@@ -205,10 +223,15 @@ class HeadLearner(Learner):
 
     # ---- state --------------------------------------------------------------------------------------------------
 
-    def _weights(self) -> dict[str, Tensor]:
-        """What moves, at the precision of the optimizer."""
-        named = self.policy.named_parameters()
-        return {name: self.masters.of(p).detach() for name, p in named if p.requires_grad}
+    def _copy(self) -> dict[str, dict[str, Tensor]]:
+        """Weights and moments as they are now."""
+        taken = learner_state.take(*self._stateful)
+        return {file: {name: tensor.clone() for name, tensor in tensors.items()} for file, tensors in taken.items()}
+
+    def _undo(self, before: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.update.zero()
+        self.optimizer.state.clear()  # of the first epoch: there were no moments
+        learner_state.put(before, *self._stateful)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """With the draft vocabulary, where there is one, and how far the epochs have come."""

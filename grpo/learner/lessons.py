@@ -1,6 +1,7 @@
 """What a draft head learns from, kept on disk: token ids, and the frozen trunk's hidden states that precede them.
 
-    corpus/step_000001.safetensors    the lessons of one step: `taught/0/preceding`, `held_out/0/noise_keys`, ...
+    corpus/step_000001/taught.safetensors      the lessons of one step: 0/token_ids, 0/preceding, ...
+                       held_out.safetensors    those of rollouts that are not taught, with 0/noise_keys
 
 The trunk reads a text once; then the head can pass over it as often as it gains, and nothing is sampled again. The
 trunk's distributions are not kept, since its LM head gives them from the hidden states, exactly.
@@ -10,17 +11,16 @@ Bytes per token: 32 + D · bytes of a number, and 8 more where it is held out. S
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from grpo.learner.batch import MicroBatch
-from policies.files.atomic import write_file
+from policies import tensor_files
+from policies.files.atomic import write_folder
 from rollout.group import RolloutGroup
 from rollout.sampling import SamplingParams, row_key
 
@@ -71,56 +71,49 @@ def noise_keys(mini: MicroBatch, groups: Sequence[RolloutGroup], params: Samplin
 
 
 class Corpus:
-    """The lessons of a run's steps, on disk. A step that is taken again writes its file again."""
+    """The lessons of a run's steps, on disk. A step that is taken again writes its folder again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def add(self, step: int, lessons: Mapping[str, Sequence[Lesson]]) -> dict[str, float]:
-        """Write the lessons of a step, `taught` and `held_out`; returns metrics. Raises OSError, which names the file."""
-        self.folder.mkdir(exist_ok=True)
+        """Write the lessons of a step, by their kind. Returns metrics. Raises OSError, which names the file."""
         tensors = {
-            f"{kind}/{number}/{name}": tensor.cpu().contiguous()
+            kind: {
+                f"{number}/{name}": tensor
+                for number, lesson in enumerate(lessons[kind])
+                for name, tensor in vars(lesson).items()
+                if tensor is not None
+            }
             for kind in KINDS
-            for number, lesson in enumerate(lessons[kind])
-            for name, tensor in vars(lesson).items()
-            if tensor is not None
         }
-        write_file(self._file(step), save(tensors))
+        with write_folder(self._of(step)) as partial:
+            partial.mkdir(parents=True)
+            tensor_files.write(tensors, partial)
         return {f"corpus/{kind}_tokens": float(sum(lesson.tokens for lesson in lessons[kind])) for kind in KINDS}
 
     def lessons(self, kind: str, steps: int, device: torch.device) -> StoredLessons:
-        """All lessons of one kind of steps 1 … `steps`. Raises OSError for a file that is not there."""
-        places = []
+        """All lessons of one kind of steps 1 … `steps`. Raises OSError for a step that is not there."""
+        places: list[tuple[Mapping[str, Tensor], str]] = []
         for step in range(1, steps + 1):
-            with safe_open(self._file(step), "pt") as file:
-                numbers = {int(name.split("/")[1]) for name in file.keys() if name.startswith(f"{kind}/")}
-            places += [(self._file(step), f"{kind}/{number}/") for number in sorted(numbers)]
+            stored = tensor_files.read(self._of(step), [kind])[kind]
+            places += [(stored, number) for number in sorted({name.split("/")[0] for name in stored}, key=int)]
         return StoredLessons(places, device)
 
-    def _file(self, step: int) -> Path:
-        return self.folder / f"step_{step:06d}.safetensors"
+    def _of(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}"
 
 
 class StoredLessons(Sequence[Lesson]):
     """Lessons that are read from disk when they are asked for."""
 
-    def __init__(self, places: Sequence[tuple[Path, str]], device: torch.device) -> None:
+    def __init__(self, places: Sequence[tuple[Mapping[str, Tensor], str]], device: torch.device) -> None:
         self.places, self.device = places, device
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, number: int) -> Lesson:  # type: ignore[override]  # no slices
-        path, prefix = self.places[number]
-        with safe_open(path, "pt") as file:
-            return Lesson(
-                **{
-                    name.removeprefix(prefix): file.get_tensor(name).to(self.device)
-                    for name in file.keys()
-                    if name.startswith(prefix)
-                }
-            )
-
-    def __iter__(self) -> Iterator[Lesson]:
-        return (self[number] for number in range(len(self)))
+        stored, prefix = self.places[number]
+        names = [field.name for field in fields(Lesson) if f"{prefix}/{field.name}" in stored]
+        return Lesson(**{name: stored[f"{prefix}/{name}"].to(self.device) for name in names})

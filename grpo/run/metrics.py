@@ -88,10 +88,10 @@ METRICS: dict[str, str] = {
     "rollout/tail": "forwards of a shard in which an eighth of its completions or fewer were still decoded, fraction, "
     "mean over the shards of the first draw",
     "draft/vocabulary_coverage": "sampled tokens that are in the trimmed draft vocabulary, fraction",
-    "corpus/taught_tokens": "tokens of rollouts and solutions that this step has kept for the head (quartet mtp), count",
+    "corpus/taught_tokens": "tokens that this step has kept for the head to learn from (quartet mtp), count",
     "corpus/held_out_tokens": "the same of rollouts that tell what an epoch gains, and are not learned from, count",
-    "draft/heldout_acceptance_depth_<d>": "drafts at depth d that the trunk would have taken in these rollouts / chains of "
-    "that depth, after an epoch (quartet mtp)",
+    "draft/heldout_acceptance_depth_<d>": "drafts at depth d that the trunk would have taken in those rollouts "
+    "after an epoch / chains of that depth (quartet mtp)",
     "draft/heldout_tokens_per_forward": "1 + the sum of draft/heldout_acceptance_depth_<d>",
     "draft/head_age": "steps that TRL's trainer has taken since the MTP head was last trained (TRL bridge only), count",
     "draft/fallback_rate": "forwards that fell back to plain decoding / forwards of the trunk",

@@ -19,9 +19,9 @@ from grpo.config.options import load
 from grpo.learner.batch import PackedRow, Sample
 from grpo.learner.head_learner import HeadLearner
 from grpo.learner.learner import Learner
-from grpo.learner.lessons import KINDS, Corpus, Lesson
+from grpo.learner.lessons import KINDS, Corpus
 from grpo.learner.update import NonFiniteStep
-from grpo.mtp import coverage, mtp, rows_of, split
+from grpo.mtp import mtp, rows_of, split
 from grpo.policy_source import find_policy, load_found
 from grpo.run import checkpoint
 from grpo.run.log import RunLog
@@ -29,6 +29,7 @@ from grpo.run.records import read_metrics
 from grpo.run.stop import GivenUp, InterruptiblePool, Stopped
 from grpo.sft import sft
 from grpo.task import Task
+from policies.conversion.head import start_head
 from policies.policy import Policy, PolicyError
 from rollout.engine import Engine, RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup
@@ -162,7 +163,7 @@ def test_the_corpus_is_on_disk_and_held_out_prompts_are_not_in_what_is_taught(wh
     with Task.of(config(whole)) as task:
         prompts = {
             kind: {tuple(task.prompt(example, tokenizer).token_ids) for example in examples}
-            for kind, examples in zip(KINDS, split(task.train), strict=True)
+            for kind, examples in zip(KINDS, split(task, config(whole).seed), strict=True)
         }
     assert not prompts["taught"] & prompts["held_out"]
     corpus = Corpus(whole / "corpus")
@@ -175,14 +176,26 @@ def test_the_corpus_is_on_disk_and_held_out_prompts_are_not_in_what_is_taught(wh
             assert (lesson.noise_keys is not None) == (kind == "held_out")
             for ids, length in zip(lesson.token_ids, lesson.prompt_lengths, strict=True):
                 assert tuple(ids[:length].tolist()) in prompts[kind]
-    assert len(list((whole / "corpus").iterdir())) == STEPS
+    assert sorted(path.name for path in (whole / "corpus").iterdir()) == [f"step_{i:06d}" for i in range(1, STEPS + 1)]
+
+
+def test_problems_that_are_the_same_are_held_out_together(config, tmp_path):
+    """An eighth of the problems, of every kind: which ones depends on content and seed."""
+    rows = [{"question": f"What is {i % 16} + 1?", "answer": f"#### {i % 16 + 1}"} for i in range(48)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"data.name": str(tmp_path / "train.jsonl"), "data.limit": None}
+    with Task.of(config(tmp_path / "run", **given)) as task:
+        taught, held_out = split(task, 0)
+        assert (len(taught), len(held_out)) == (42, 6)
+        assert not {e.question for e in taught} & {e.question for e in held_out}
+        assert {e.question for e in split(task, 1)[1]} != {e.question for e in held_out}
 
 
 def test_the_policy_of_a_run_drafts_from_its_trimmed_vocabulary(whole, config):
     policy = Policy.load(whole / "policy")
     assert policy.draft_ids.shape == (64,)
     assert set(policy.stop_token_ids) <= set(policy.draft_ids.tolist())
-    assert all(0.8 < line["draft/vocabulary_coverage"] <= 1 for line in read_metrics(whole))
+    assert all(0.8 < line["draft/vocabulary_coverage"] <= 1 for line in read_metrics(whole)[STEPS:])
 
 
 def test_null_drafts_from_the_whole_vocabulary_again(whole, config, tmp_path):
@@ -209,7 +222,8 @@ def test_contract_9_a_stopped_run_resumes_to_the_same_bits(whole, config, tmp_pa
     assert {name for name in names if name.startswith("policy/trunk.")} <= {
         name for name in names if name.endswith("e_score_correction_bias")
     }
-    assert "draft/ids" in names
+    assert "draft/ids" not in names
+    assert "draft/ids" in _tensors(whole, STEPS + 1)  # the first epoch counts what was said
     policies = [Policy.load(run / "policy").weights() for run in (folder, whole)]
     assert all(torch.equal(tensor, policies[1][name]) for name, tensor in policies[0].items())
 
@@ -234,13 +248,14 @@ def test_contract_9_a_signal_gives_up_the_rollouts_in_progress(whole, config, tm
 
 @pytest.mark.parametrize(
     ("owner", "name", "call", "error", "saved"),
-    [
-        (LocalPool, "sample", 3, RolloutError("workers died 4 times"), 2),
-        (LocalPool, "publish", 2, RolloutError("workers died 4 times"), STEPS + EPOCHS),  # one before, one at the end
-        (Corpus, "add", 2, OSError("No space left on device"), 1),
-        (HeadLearner, "_lesson_loss", 1, NonFiniteStep("the loss is nan"), STEPS),
-        (HeadLearner, "teach", 3, NonFiniteStep("the loss is nan"), STEPS + 2),
-        (RunLog, "step", 3, KeyError("a bug"), 3),
+    [  # the end of the corpus is saved, and every epoch
+        (LocalPool, "sample", 3, RolloutError("workers died 4 times"), [2]),
+        (LocalPool, "publish", 2, RolloutError("workers died 4 times"), [3, 4, 5, 6, 7]),  # one before, one at the end
+        (Corpus, "add", 2, OSError("No space left on device"), [1]),
+        (HeadLearner, "_lesson_loss", 1, NonFiniteStep("the loss is nan"), [3]),
+        (HeadLearner, "_update", 5, NonFiniteStep("the gradient is nan"), [3]),  # in the middle of an epoch
+        (HeadLearner, "teach", 3, NonFiniteStep("the loss is nan"), [3, 4, 5]),
+        (RunLog, "step", 3, KeyError("a bug"), [3]),
     ],
 )
 def test_contract_9_a_failure_saves_the_last_whole_step(
@@ -260,7 +275,7 @@ def test_contract_9_a_failure_saves_the_last_whole_step(
         patch.setattr(owner, name, fails)
         with pytest.raises(type(error), match=str(error.args[0])):
             mtp(config(folder))
-    assert list(checkpoint.saved(folder / "checkpoints")) == ([saved] if saved else [])
+    assert list(checkpoint.saved(folder / "checkpoints")) == saved
     mtp(config(folder), resume="auto")
     assert _untimed(folder) == _untimed(whole)
 
@@ -362,6 +377,8 @@ def test_depths_grow_by_one_in_each_epoch(random_policy, curriculum, depth, expe
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_what_recorded_rollouts_would_accept_is_what_decoding_accepted(random_policy, vocabulary, trims, temperature):
     policy = random_policy(3, **({} if vocabulary is None else {"vocab_size": vocabulary}))
+    windows = [torch.randint(2, 250, (60,), generator=torch.Generator().manual_seed(i)) for i in range(30)]
+    policy.mtp.load_state_dict(start_head(policy.trunk, windows).state_dict())
     policy.draft_ids = torch.arange(0, policy.config.vocab_size, 2) if trims else None
     params = SamplingParams(4, temperature, 30, stop_token_ids=(0,), seed=5, draft_tokens=3).at(7)
     prompts = [Prompt(str(i), "", list(range(3 + i, 9 + 2 * i))) for i in range(4)]
@@ -394,12 +411,26 @@ def test_an_epoch_that_gains_nothing_is_undone_and_the_third_is_the_last(random_
         before = learner.state()[0]["policy"]["mtp.eh_proj.weight"].clone()
         rates.append(learner.teach(lessons, lessons, epoch, epoch)["learner/learning_rate"])
         kept.append(not torch.equal(before, learner.state()[0]["policy"]["mtp.eh_proj.weight"]))
-    # Gains of .1 and .004 (too little, but with a curriculum its depth still grew), then .296, then none, twice.
+    # Gains of .1 and .004 (too little, but with a curriculum the depth has grown), then .296, then none, twice.
     assert kept == [True, curriculum, True, False, False]
     assert learner.best == pytest.approx(1.8)
     assert learner.ended == (not curriculum)
-    full = [1e-2 * 3 / 20, 1e-2, 1e-2, 1e-2, 2.5e-3] if curriculum else [1e-2 * 3 / 20, 1e-2, 2.5e-3, 2.5e-3, 6.25e-4]
-    assert rates == pytest.approx(full)
+    full = [1e-2 * len(lessons) / 20, 1e-2, 1e-2, 1e-2, 2.5e-3]
+    assert rates == pytest.approx(full if curriculum else [*full[:2], 2.5e-3, 2.5e-3, 6.25e-4])
+
+
+def test_a_run_ends_where_three_epochs_have_gained_nothing(config, tmp_path, monkeypatch):
+    """And it goes on from there as one that has ended."""
+    monkeypatch.setattr(HeadLearner, "acceptance", lambda learner, held_out: [0.5, 0.2, 0.1])
+    folder, given = tmp_path / "run", {"steps": 1, "head.epochs": 9, "head.curriculum": False}
+    mtp(config(folder, **given))
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert "time/publish" in lines[-1]
+    saved = [_tensors(folder, step)["policy/mtp.eh_proj.weight"] for step in (1, 4)]
+    assert torch.equal(*saved)
+    mtp(config(folder, **given), resume="auto")
+    assert read_metrics(folder) == lines
 
 
 def test_total_variation_begins_after_the_first_epoch_that_gains_nothing(random_policy):
@@ -436,12 +467,12 @@ def test_grpo_and_this_command_teach_the_head_the_same_loss(random_policy, trims
         learner = _learner(policy, depth=3)
         lessons = learner.read(rows)
         tokens = sum(row.num_completion_tokens for row in rows)
-        for lesson in lessons:
+        for lesson, mini in zip(lessons, learner._micro_batches(rows), strict=True):
             if kind == "lesson":
                 loss = learner._lesson_loss(lesson, 3, "kl") * lesson.tokens / tokens
             else:
-                out, taught = learner.likelihood.forward(lesson.mini), {row.group: 1 / tokens for row in rows}
-                loss = Learner._head_loss(learner, lesson.mini, out, taught, _Sums())
+                out, taught = learner.likelihood.forward(mini), {row.group: 1 / tokens for row in rows}
+                loss = Learner._head_loss(learner, mini, out, taught, _Sums())
             loss.backward()
         gradients.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -490,14 +521,14 @@ def test_bfloat16_heads_have_masters(random_policy, monkeypatch):
     assert math.isfinite(learner.teach(lessons, [], 2, 2)["loss/mtp"])
 
 
-def test_groups_are_cut_and_coverage_is_counted():
+def test_groups_are_cut():
     groups = [
         RolloutGroup(Prompt("a", "", [1, 2, 3]), [Completion([4, 5], [], "", "stop", 0) for _ in range(3)]),
         RolloutGroup(Prompt("b", "", [1]), [Completion([7, 8], [], "", "stop", 0)]),
     ]
     rows = rows_of(groups, 7)
-    assert [(row.prompt_token_ids, len(row.samples)) for row in rows] == [([1, 2, 3], 2), ([1, 2, 3], 1), ([1], 1)]
-    assert coverage(groups, torch.tensor([4, 7])) == 0.5
+    shapes = [(row.prompt_token_ids, [sample.index for sample in row.samples], row.group) for row in rows]
+    assert shapes == [([1, 2, 3], [0, 1], 0), ([1, 2, 3], [2], 0), ([1], [0], 1)]
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -536,7 +567,6 @@ def test_a_checkpoint_folder_brings_nothing_along(taught):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"head.solutions": 4, "data.solution_column": None}, "head.solutions=4, but data.solution_column is null"),
         ({"prompts_per_step": 1}, "prompts_per_step=1.*greater than or equal to 2"),
         ({"eval.every": 2}, "eval.every=2 is for quartet train; drop it"),
         ({"rollout.ahead": 1}, "rollout.ahead=1 is for quartet train; drop it"),
@@ -553,6 +583,8 @@ def test_more_prompts_than_there_are_is_refused_before_the_model_loads(config, t
     monkeypatch.setattr("grpo.mtp.load_policy", lambda *a: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="prompts_per_step=50, but there are 10 training examples"):
         mtp(config(tmp_path / "run", prompts_per_step=50))
+    with pytest.raises(ValueError, match="head.solutions=9, but 8 training examples are learned from.*lower it"):
+        mtp(config(tmp_path / "run", **{"head.solutions": 9}))
     assert not (tmp_path / "run").exists()
 
 
