@@ -1,8 +1,8 @@
 """Every other peer is really installed, each in an environment of its own below .peers/, as far as it goes on a CPU.
 
-What is tried is what its own documentation says for pip. Then its package is imported, its GRPO is asked for its help,
-and where it gave that and `step` names a script, a step is tried. The environment is deleted afterwards: a result of this
-page is what happened, not a working peer.
+What is tried is what its own documentation says for pip. Then its package is imported, its GRPO is asked for its
+help, and where it gave that and `step` names a script, a step is tried. The environment is deleted afterwards: a result
+of this page is what happened, not a working peer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LINES = 12  # of an error
 
 @dataclass(frozen=True)
 class Peer:
-    """`asks` is the command of its documentation that trains, asked for its help. `step` is a script of this folder that
-    tries a step by that command, with a model."""
+    """`asks` is the command of its documentation that trains, asked for its help. `step` is a script of this folder
+    that tries a step by that command, with a model."""
 
     name: str
     requirement: str

@@ -110,8 +110,8 @@ def _again(report: Mapping[str, Any]) -> str:
         return ""
     text = (
         "\nThe same steps once more, in another hour on the same machine. They agree where the medians are no further "
-        "apart than the larger spread. A host that others share changes all seconds, and the contenders take turns, so the "
-        "relation to quartet's step says more.\n\n"
+        "apart than the larger spread. A host that others share changes all seconds, and the contenders take turns, so "
+        "the relation to quartet's step says more.\n\n"
     )
     return text + table(["", "seconds apart", "agree", "relation apart", "agree"], rows)
 
