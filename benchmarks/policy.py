@@ -39,6 +39,10 @@ from grpo.learner.learner import Learner  # noqa: E402
 from grpo.run.hardware import describe  # noqa: E402
 from policies.anatomy import cache_numbers, count_parameters  # noqa: E402
 from policies.policy import Policy  # noqa: E402
+from rollout.compiled.rounds import FEW_ROWS  # noqa: E402
+from rollout.engine import Engine  # noqa: E402
+from rollout.group import Prompt  # noqa: E402
+from rollout.sampling import SamplingParams  # noqa: E402
 
 WIDTH, LAYERS, HEADS = 256, 4, 8
 COMMON = {
@@ -164,6 +168,7 @@ def part_b(options: argparse.Namespace, text: Text) -> dict[str, Any]:
     decoders = {name: decoder_of(run.policy, torch.float32, 1024) for name, run in runs.items()}
     points = [(2, 32)] if options.quick else [(1, 256), (8, 256), (32, 256)]
     decoded = measure(decoders, points, steps=3 if options.quick else 20)
+    rounds = sampled({name: run.policy for name, run in runs.items()}, [1] if options.quick else [1, 8, 32], options)
     heldout = text.heldout[: 4 if options.quick else 512]
     result: dict[str, Any] = {}
     for name, run in runs.items():
@@ -172,9 +177,11 @@ def part_b(options: argparse.Namespace, text: Text) -> dict[str, Any]:
             "active_parameters": count_parameters(run.policy.trunk, run.policy.config)[1],
             "training_tokens_per_second": tokens_per_second(run, BATCH * LENGTH),
             "decode": [
-                {k: v for k, v in point.items() if k in ("rows", "context", "ms", "tokens_per_second")}
+                {k: v for k, v in point.items() if k != "bytes_read_per_token"}
+                | {"bytes_read_per_token": bytes_read(decoders[name], point["rows"], point["context"])}
                 for point in decoded[name]
             ],
+            "sampling": rounds[name],
         }
         if name != "dense_same_parameters":
             result[name] |= {"training_loss": run.loss, "perplexity": perplexity(run.policy, heldout)}
@@ -187,11 +194,47 @@ def part_b(options: argparse.Namespace, text: Text) -> dict[str, Any]:
     for i, place in enumerate(at(moe["decode"])):
         speeds = [model["decode"][i]["tokens_per_second"] for model in (moe, same, active)]
         lines.append([f"tokens per second, {place}", *speeds, f"{speeds[0] / speeds[1]:.2f}x", AIMS["speed"]])
+        for name in ("flops_per_token", "bytes_read_per_token"):
+            counts = [model["decode"][i][name] for model in (moe, same, active)]
+            lines.append([f"{name}, {place}", *counts, f"1 / {counts[1] / counts[0]:.2f}", ""])
+    for place in moe["sampling"]:
+        speeds = [model["sampling"][place] for model in (moe, same, active)]
+        lines.append([f"tokens per second, {place}", *speeds, f"{speeds[0] / speeds[1]:.2f}x", AIMS["speed"]])
     name = "perplexity"
     lines.append(["held-out perplexity", moe[name], "", active[name], change(moe[name], active[name]), ""])
     header = ["", "MoE", "dense, same parameters", "dense, same FLOPs", "MoE against it", "aim"]
     table(f"(b) {steps} steps of {BATCH * LENGTH} tokens (perplexity: against the same FLOPs)", header, lines)
     return {"steps": steps, "tokens_per_step": BATCH * LENGTH, "models": result, "aims": AIMS}
+
+
+def bytes_read(decoder: Any, rows: int, context: int) -> float:
+    """Bytes of weights and cache that a step reads for each row: of the routed experts those that some row chooses, as
+    many as independent even choices give, E (1 - (1 - k/E)^rows)."""
+    experts = sum(block.gate_up.nbytes + block.down.nbytes for block in decoder.blocks if block.gate is not None)
+    unread = (1 - TOP_K / EXPERTS) ** rows * experts
+    return (weight_bytes(decoder) - unread) / rows + context * cache_numbers(
+        decoder.config
+    ) * decoder.head.element_size()
+
+
+def sampled(policies: dict[str, Policy], rows: list[int], options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Tokens per second of whole calls of the engine, eagerly and, with few rows, by graphs; models take turns."""
+    tokens, repeats = (4, 1) if options.quick else (96, 7)
+    engines = {name: Engine(policy) for name, policy in policies.items()}
+    found: dict[str, dict[str, float]] = {name: {} for name in policies}
+    for count in rows:
+        prompts = [Prompt(str(i), "", [7 * (i + j) % VOCABULARY for j in range(64)]) for i in range(count)]
+        for compiled in (False, True) if count <= FEW_ROWS and not options.quick else (False,):
+            rates: dict[str, list[float]] = {name: [] for name in engines}
+            for step in range(repeats + 1):
+                params = SamplingParams(1, 1.0, tokens, step=step, compiled=compiled)
+                for name, engine in engines.items():
+                    started = time.perf_counter()
+                    engine.sample(prompts, params)
+                    rates[name].append(count * tokens / (time.perf_counter() - started))
+            for name, values in rates.items():
+                found[name][f"{count} rows, {'graphs' if compiled else 'eager'}"] = median(values[1:] or values)
+    return found
 
 
 def part_c(options: argparse.Namespace) -> dict[str, Any]:

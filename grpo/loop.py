@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
@@ -174,8 +175,9 @@ class Run(Generic[Config]):
     # ---- the steps --------------------------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps that are left. Between two of them the run ends if a signal has asked for it."""
-        for step in range(self.start + 1, self.last + 1):
+        """The numbers of the steps that are left. Between two of them the run ends if a signal has asked for it. A step
+        may become the `last` one before its time."""
+        for step in takewhile(lambda step: step <= self.last, count(self.start + 1)):
             self._begun, self._updates, self._started = step, self._learner.updates, time.perf_counter()
             self._before = {name: part.state_dict() for name, part in self._others.items() if not hasattr(part, "undo")}
             self.metrics.clear()

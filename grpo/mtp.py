@@ -1,26 +1,32 @@
 """`quartet mtp`: a policy teaches its own draft head.
 
-One step, in the order of the code below:
-1. sample groups from the policy, with drafts by the head as it is so far (lossless: the tokens are the policy's),
-2. read them once with the frozen trunk,
-3. pass over them several times, teaching the head the trunk's distributions at every depth,
-4. publish the head to the sampler, which then drafts better.
+Each of the first steps, in the order of the code below:
+1. samples groups from the policy,
+2. reads them once with the frozen trunk, and keeps what the head can learn from on disk.
+
+Each of the others is an epoch over all of that, which
+3. teaches the head the trunk's distributions at every depth,
+4. measures on the rollouts of other prompts which drafts the trunk would have taken, and is undone if they are no more.
 """
 
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from grpo.config.mtp import MtpConfig
+from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
 from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import PackedRow, Sample, split_rows
 from grpo.learner.head_learner import HeadLearner
+from grpo.learner.lessons import KINDS, Corpus
 from grpo.loop import Run
 from grpo.policy_source import check_options, load_policy, save_policy, with_threads
 from grpo.publisher import Publisher
@@ -35,8 +41,10 @@ from policies.layout import WeightFiles, mtp_layers
 from policies.policy import Policy, PolicyError, read_config
 from rollout.group import RolloutGroup
 from rollout.pool import Pool
+from rollout.sampling import SamplingParams
 
 FITTED_EXAMPLES = 128  # training examples that a new head is fitted to
+HELD_OUT = 8  # one of so many training prompts: its rollouts are not taught
 
 
 def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None = None, force: bool = False) -> Result:
@@ -49,16 +57,21 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
     _check_model(config)
     config = with_threads(config, resume)
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
-    with Task.of(config) as task, Run.open(config, config.steps, task.describe_rewards(), **flags) as run:
+    last = config.steps + config.head.epochs
+    with (
+        Task.of(config) as task,
+        nullcontext(_Streams(task, config)) as streams,  # refuses before the folder is touched
+        Run.open(config, last, task.describe_rewards(), **flags) as run,
+    ):
         task.record_split(run.log)
         policy = _policy_with_head(config, task, begins=run.saved is None)
         with phase("loading", config):
-            learner = HeadLearner(
-                policy, config.head, temperature=config.rollout.temperature, steps=config.steps, seed=config.seed
-            )
-        prompts = PromptStream(task.train, config.seed)
-        run.restore(learner=learner, prompts=prompts)
+            learner = HeadLearner(policy, config.head, temperature=config.rollout.temperature, seed=config.seed)
+        run.restore(learner=learner, prompts=streams)
+        if learner.ended:
+            run.last = run.start
         with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log) as pool:
+            own = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed, dtype=config.dtype)
             use_costs_of_run(pool, policy, config.rollout, run.folder, resumes=run.step > 0)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
             sampling = replace(sampling, draft_tokens=config.head.depth)
@@ -66,19 +79,27 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
             with phase("publishing", config):
                 publisher.publish()
             held_out = HeldOut(task, policy, pool, run.log, config.eval, sampling)
+            corpus = Corpus(run.folder / "corpus")
             with run:
                 if run.step == 0:
                     _evaluate(held_out, 0, "before")
                 with run.log.progress() as progress:
-                    bar = progress.add_task("teaching the draft head", total=run.last, completed=run.step)
+                    bar = progress.add_task("sampling what the draft head learns from", total=config.steps)
+                    teaching = progress.add_task("teaching the draft head", total=config.head.epochs)
                     for step in run.steps():
-                        groups = _sample(run, task, prompts, pool, policy, step)
-                        _teach(run, learner, groups, step)
-                        with run.timed("time/publish"), phase("publishing", config):
-                            run.metrics |= publisher.publish()
+                        if step <= config.steps:
+                            _sample(run, task, streams, pool, own.at(step), learner, corpus)
+                        else:
+                            _teach(run, learner, corpus, step)
+                        if learner.ended:
+                            run.last = step
+                        if step == run.last:
+                            with run.timed("time/publish"), phase("publishing", config):
+                                run.metrics |= publisher.publish()
                         run.record(pool.metrics())
-                        run.save_if_due()
-                        progress.advance(bar)
+                        run.save_if_due(also=step >= config.steps)  # an epoch takes long
+                        progress.update(bar, completed=min(step, config.steps))
+                        progress.update(teaching, completed=max(step - config.steps, 0))
                 if not run.ended_before:
                     _evaluate(held_out, run.last, "after")
         save_policy(policy, run.folder / "policy", run.last)
@@ -99,43 +120,111 @@ def _policy_with_head(config: MtpConfig, task: Task, begins: bool) -> Policy:
     if config.head.draft_vocabulary is None:
         policy.draft_ids = None
     if begins and (config.head.restart or (config.head.restart is None and not stores_head(config))):
-        policy.mtp.load_state_dict(start_head(policy.trunk, _fitting_text(task, policy)).state_dict())
+        taught, _ = split(task, config.seed)
+        policy.mtp.load_state_dict(start_head(policy.trunk, _fitting_text(task, taught, policy)).state_dict())
     return policy
 
 
-def _fitting_text(task: Task, policy: Policy) -> list[torch.Tensor]:
+def _fitting_text(task: Task, examples: Sequence[Example], policy: Policy) -> list[torch.Tensor]:
     """Prompts with their gold solutions, token ids [T] each."""
     tokenizer, windows = policy.tokenizer, []
-    for example in task.train[:FITTED_EXAMPLES]:
+    for example in examples[:FITTED_EXAMPLES]:
         ids = list(task.prompt(example, tokenizer).token_ids)
         ids += tokenizer(example.solution, add_special_tokens=False).input_ids
         windows.append(torch.tensor(ids[: policy.max_length]))
     return windows
 
 
+def split(task: Task, seed: int) -> tuple[list[Example], list[Example]]:
+    """Whose rollouts are taught, and whose tell what an epoch gains: an eighth of the problems, by content and seed."""
+    of_problem: dict[str, list[Example]] = {}
+    for example in task.train:
+        [fingerprint] = task.fingerprints([example])
+        of_problem.setdefault(fingerprint, []).append(example)
+    problems = list(of_problem)
+    random.Random(f"held_out/{seed}").shuffle(problems)
+    held_out = {id(e) for fingerprint in problems[: -(-len(problems) // HELD_OUT)] for e in of_problem[fingerprint]}
+    return [e for e in task.train if id(e) not in held_out], [e for e in task.train if id(e) in held_out]
+
+
+class _Streams:
+    """In which order prompts are taken: those that are taught, those that are held out, and gold solutions."""
+
+    def __init__(self, task: Task, config: MtpConfig) -> None:
+        taught, held_out = split(task, config.seed)
+        held = -(-config.prompts_per_step // HELD_OUT)
+        for key, wanted, there in (
+            ("head.solutions", config.head.solutions, len(taught)),
+            ("prompts_per_step", config.prompts_per_step - held, len(taught)),
+        ):
+            if wanted > there:
+                raise ValueError(
+                    f"{key}={wanted}, but {there} training examples are learned from, and the others tell what an "
+                    "epoch gains; lower it, or use more data"
+                )
+        self.counts = {"taught": config.prompts_per_step - held, "held_out": held, "solutions": config.head.solutions}
+        self.streams = {
+            "taught": PromptStream(taught, config.seed),
+            "held_out": PromptStream(held_out, config.seed),
+            "solutions": PromptStream(taught, config.seed + 1),
+        }
+
+    def take(self) -> dict[str, list[Example]]:
+        """The examples of the next step."""
+        return {name: self.streams[name].take(count) if count else [] for name, count in self.counts.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: stream.state_dict() for name, stream in self.streams.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, stream in self.streams.items():
+            stream.load_state_dict(state[name])
+
+
 def _sample(
-    run: Run[MtpConfig], task: Task, prompts: PromptStream, pool: Pool, policy: Policy, step: int
-) -> Sequence[RolloutGroup]:
-    config = run.config
-    taken = [task.prompt(example, policy.tokenizer) for example in prompts.take(config.prompts_per_step)]
-    sampling = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed)
+    run: Run[MtpConfig],
+    task: Task,
+    streams: _Streams,
+    pool: Pool,
+    params: SamplingParams,
+    learner: HeadLearner,
+    corpus: Corpus,
+) -> None:
+    """A step of the corpus: the rollouts of the next prompts and the next solutions, as the trunk reads them."""
+    config, policy, most = run.config, learner.policy, learner.head_options.tokens_per_update
+    taken = streams.take()
+    prompts = [task.prompt(example, policy.tokenizer) for kind in KINDS for example in taken[kind]]
     with run.timed("time/rollout"), phase("sampling", config):
-        groups = pool.sample(taken, sampling.at(step))
+        groups = pool.sample(prompts, params)
     metrics = rollout_metrics(groups, [])
     run.metrics |= {name: value for name, value in metrics.items() if not name.startswith(("reward/", "group/"))}
     run.stop.check()
-    return groups
+    stop = policy.stop_token_ids[0]
+    solutions = [_cut(task.solution(e, policy.tokenizer, stop), policy.max_length) for e in taken["solutions"]]
+    taught, held_out = groups[: len(taken["taught"])], groups[len(taken["taught"]) :]
+    with run.timed("time/learn"), phase("learning", config):
+        lessons = {
+            "taught": learner.read([*rows_of(taught, most), *solutions]),
+            "held_out": learner.read(rows_of(held_out, most), held_out, params),
+        }
+        run.learn(lambda: corpus.add(params.step, lessons), rate="head.learning_rate")
 
 
-def _teach(run: Run, learner: HeadLearner, groups: Sequence[RolloutGroup], step: int) -> None:
-    options, policy = learner.head_options, learner.policy
+def _cut(row: PackedRow, length: int) -> PackedRow:
+    """A gold solution up to the end of the policy's context."""
+    [solution] = row.samples
+    kept = solution.token_ids[: length - len(row.prompt_token_ids)]
+    return replace(row, samples=[replace(solution, token_ids=kept)])
+
+
+def _teach(run: Run[MtpConfig], learner: HeadLearner, corpus: Corpus, step: int) -> None:
+    """An epoch over the corpus."""
+    device, epoch = learner.policy.device, step - run.config.steps
+    taught, held_out = (corpus.lessons(kind, run.config.steps, device) for kind in KINDS)
     with run.timed("time/learn"), phase("learning", run.config):
-        lessons = learner.read(rows_of(groups, options.tokens_per_update))
-        if step == 1 and options.draft_vocabulary is not None:
-            policy.draft_ids = learner.frequent_tokens(lessons, options.draft_vocabulary)
-        if policy.draft_ids is not None:
-            run.metrics["draft/vocabulary_coverage"] = coverage(groups, policy.draft_ids)
-        run.learn(lambda: learner.teach(lessons, step), rate="head.learning_rate")
+        if epoch == 1 and (size := learner.head_options.draft_vocabulary) is not None:
+            learner.policy.draft_ids = learner.frequent_tokens(corpus.lessons("taught", 1, device), size)
+        run.learn(lambda: learner.teach(taught, held_out, epoch, step), rate="head.learning_rate")
 
 
 def _evaluate(held_out: HeldOut, step: int, when: str) -> None:
@@ -155,14 +244,11 @@ def rows_of(groups: Sequence[RolloutGroup], max_tokens: int) -> list[PackedRow]:
     """Every group with its prompt once, cut where it is longer than `max_tokens`."""
     return [
         row
-        for group in groups
+        for number, group in enumerate(groups)
         for row in split_rows(
-            group.prompt.token_ids, [Sample(i, c.token_ids) for i, c in enumerate(group.completions)], max_tokens
+            group.prompt.token_ids,
+            [Sample(i, c.token_ids) for i, c in enumerate(group.completions)],
+            max_tokens,
+            group=number,
         )
     ]
-
-
-def coverage(groups: Sequence[RolloutGroup], draft_ids: torch.Tensor) -> float:
-    """Share of the sampled tokens that can be drafted."""
-    sampled = torch.tensor([token for group in groups for c in group.completions for token in c.token_ids])
-    return torch.isin(sampled, draft_ids.cpu()).float().mean().item()

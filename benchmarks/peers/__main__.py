@@ -7,8 +7,8 @@
 
 Every contender runs in a process of its own, in turn with the others, timed by itself, with equal threads. The JSON has
 every number, how each contender was configured, and how far the repeats are apart. Parts that are not asked for keep
-what the JSON has of an earlier run of the same sizes, versions and machine. Where that had the step too, the JSON says
-for every contender whether the two runs agree within their spreads.
+what the JSON has of an earlier run of the same sizes, versions and machine. Where that had the step too, JSON and page
+say for every contender whether the two runs agree within their spreads.
 """
 
 from __future__ import annotations
@@ -59,15 +59,32 @@ def spread(values: Sequence[float]) -> float:
 
 
 def agreement(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """How far the steps' medians of two runs are apart, and whether that is within the larger of their spreads."""
+    """How far the steps of two runs are apart, and whether that is within the larger of their spreads: seconds, and
+    what each contender takes in relation to ours. A host that others share is slower in one hour than in another, and
+    the contenders take turns, so the relation says more."""
+    runs = [run.get("step", {}).get("contenders", {}) for run in (before, now)]
     found = {}
-    for name, new in now.get("step", {}).get("contenders", {}).items():
-        old = before.get("step", {}).get("contenders", {}).get(name, {})
-        if "median" in new and "median" in old:
-            apart = abs(new["median"]["step"] - old["median"]["step"]) / old["median"]["step"]
-            allowed = max(new["spread"]["step"], old["spread"]["step"])
-            found[name] = {"apart": apart, "spread": allowed, "within": apart <= allowed}
+    for name in runs[1]:
+        if not all("median" in run.get(name, {}) and "median" in run.get("ours", {}) for run in runs):
+            continue
+        seconds = [run[name]["seconds"]["step"] for run in runs]
+        ratios = [
+            [one / ours for one, ours in zip(own, run["ours"]["seconds"]["step"], strict=True)]
+            for own, run in zip(seconds, runs, strict=True)
+        ]
+        found[name] = {"seconds": apart(*seconds), "to_ours": apart(*ratios)}
     return found
+
+
+def apart(before: Sequence[float], now: Sequence[float]) -> dict[str, Any]:
+    """The difference of the medians, relative to the first.
+
+    >>> apart([9.0, 10.0, 11.0], [11.0, 12.0, 12.0])
+    {'apart': 0.2, 'spread': 0.2, 'within': True}
+    """
+    difference = abs(median(now) - median(before)) / median(before)
+    allowed = max(spread(before), spread(now))
+    return {"apart": difference, "spread": allowed, "within": difference <= allowed}
 
 
 def repeated(
@@ -242,10 +259,12 @@ def main() -> int:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(report, indent=1) + "\n")  # after every part: a late failure loses none
         for contender, told in report.get("agrees_with_the_run_before", {}).items():
-            within = "within" if told["within"] else "NOT within"
-            print(
-                f"{contender}: {100 * told['apart']:.0f} % from the run before, {within} {100 * told['spread']:.0f} %"
-            )
+            for what, one in told.items():
+                within = "within" if one["within"] else "NOT within"
+                print(
+                    f"{contender}, {what}: {100 * one['apart']:.0f} % from the run before, {within} the spread of "
+                    f"{100 * one['spread']:.0f} %"
+                )
     text = table.page(report)
     if docs:
         docs.write_text(text)

@@ -1,7 +1,8 @@
 """Every other peer is really installed, each in an environment of its own below .peers/, as far as it goes on a CPU.
 
-What is tried is what its own documentation says for pip. Then its package is imported, and its GRPO is asked for its
-help. The environment is deleted afterwards: a result of this page is what happened, not a working peer.
+What is tried is what its own documentation says for pip. Then its package is imported, its GRPO is asked for its
+help, and where it gave that and `step` names a script, a step is tried. The environment is deleted afterwards: a result
+of this page is what happened, not a working peer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.process import ROOT, Ended, clean, run
+from benchmarks.peers.sizes import Step
 
 FOLDER = ROOT / ".peers"
 MOST_BYTES = 12 * 2**30  # of one environment
@@ -23,7 +25,8 @@ LINES = 12  # of an error
 
 @dataclass(frozen=True)
 class Peer:
-    """`asks` is the command of its documentation that trains, asked for its help: more than that was not run."""
+    """`asks` is the command of its documentation that trains, asked for its help. `step` is a script of this folder
+    that tries a step by that command, with a model."""
 
     name: str
     requirement: str
@@ -31,6 +34,7 @@ class Peer:
     asks: tuple[str, ...]
     advice: str
     imports: str = ""
+    step: str = ""
 
 
 PEERS = (
@@ -48,6 +52,7 @@ PEERS = (
         "verl",
         ("-m", "verl.trainer.main_ppo", "--help"),
         "verl's installation page: pip install verl beside vLLM or SGLang, then python3 -m verl.trainer.main_ppo",
+        step="verl_step.py",
     ),
     Peer(
         "SkyRL",
@@ -83,6 +88,7 @@ def attempt(peer: Peer, seconds: float) -> dict[str, Any]:
         ("install", [*pip, "install", "--progress-bar", "off", peer.requirement], seconds),
         ("import", [python, "-c", f"import {peer.imports or peer.package}"], 60),
         ("start", [python, *peer.asks], 60),
+        *([("step", [python, Path(__file__).with_name(peer.step), ROOT / Step.model], 120.0)] if peer.step else []),
     ]
     found: dict[str, Any] = {"requirement": peer.requirement, "advice": peer.advice, "seconds": {}}
     began = time.perf_counter()

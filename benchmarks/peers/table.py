@@ -94,7 +94,26 @@ def _step(report: Mapping[str, Any]) -> str:
     if given:
         told = ", ".join(f"`{key}={value}`" for key, value in same_for_all.items())
         how.append(f"- Given to TRL besides, `generation_kwargs` where it samples itself: {told}.\n")
-    return text + table(head, rows) + "\n" + "".join(failed) + "".join(how)
+    return text + table(head, rows) + "\n" + "".join(failed) + "".join(how) + _again(report)
+
+
+def _again(report: Mapping[str, Any]) -> str:
+    """What the run before on this machine says, where there was one."""
+    rows = []
+    for name, told in report.get("agrees_with_the_run_before", {}).items():
+        of_one = [told["seconds"], *([told["to_ours"]] if name != "ours" else [])]
+        cells = [f"{100 * one['apart']:.0f} %, spread {100 * one['spread']:.0f} %" for one in of_one]
+        agrees = ["yes" if one["within"] else "NO" for one in of_one]
+        rows.append([NAMES[name], *(x for pair in zip(cells, agrees, strict=True) for x in pair)])
+        rows[-1] += ["–"] * (5 - len(rows[-1]))
+    if not rows:
+        return ""
+    text = (
+        "\nThe same steps once more, in another hour on the same machine. They agree where the medians are no further "
+        "apart than the larger spread. A host that others share changes all seconds, and the contenders take turns, so "
+        "the relation to quartet's step says more.\n\n"
+    )
+    return text + table(["", "seconds apart", "agree", "relation apart", "agree"], rows)
 
 
 def _task(report: Mapping[str, Any]) -> str:
@@ -168,7 +187,8 @@ def _installs(report: Mapping[str, Any]) -> str:
     rows = []
     for peer, told in report["installs"].items():
         reached = told.get("failed_at")
-        result = f"{reached}: {told['why']}" if reached else "it starts; no step of it was run here"
+        ended = "a step was taken" if told.get("reached") == "step" else "it starts; no step was tried"
+        result = f"{reached}: {told['why']}" if reached else ended
         lines = [line.strip() for line in told.get("last_lines", "").splitlines()]
         errors = [line for line in lines if "error" in line.lower() and not line.startswith("note:")]
         said = cell((errors or lines or ["–"])[-1])
@@ -176,8 +196,7 @@ def _installs(report: Mapping[str, Any]) -> str:
         rows.append([peer, told.get("version", "–"), cell(told["advice"]), cell(result), said, size])
     return (
         "\n## Which of the others can be installed here\n\nEach was tried in an environment of its own, with a limit "
-        f"of {report['sizes']['install_s']:.0f} s, and deleted afterwards. None of them has run a step on this "
-        "machine.\n\n"
+        f"of {report['sizes']['install_s']:.0f} s, and deleted afterwards.\n\n"
     ) + table(["", "version", "its advice, and what was tried", "ended at", "last error or line", "GB"], rows)
 
 

@@ -174,7 +174,7 @@ def head_learner_memory(shape: PretrainedConfig, config: MtpConfig) -> DeviceMem
     policy = meta_policy(shape, True, dtype)
     assert policy.mtp is not None
     taught, tokens = sum(p.numel() for p in policy.mtp.parameters()), config.head.tokens_per_update
-    states = config.prompts_per_step * _row_tokens(config) * shape.hidden_size * dtype.itemsize
+    states = corpus_bytes(shape, config) // config.steps
     kept = config.head.depth * tokens * sum(_kept_bytes(policy.mtp, shape, dtype).values())
     return DeviceMemory(
         "learner",
@@ -184,6 +184,17 @@ def head_learner_memory(shape: PretrainedConfig, config: MtpConfig) -> DeviceMem
         moments=8 * taught,
         activations=states + kept + _logits_bytes(dtype),
     )
+
+
+PROMPT_TOKENS = 256  # where prompts are not known yet
+
+
+def corpus_bytes(shape: PretrainedConfig, config: MtpConfig) -> int:
+    """What `quartet mtp` keeps on disk of completions as long as they may be, of as many solutions, and of prompts of
+    PROMPT_TOKENS with each of them."""
+    completions = config.prompts_per_step * config.rollout.group_size + config.head.solutions
+    tokens = completions * (PROMPT_TOKENS + config.rollout.max_completion_tokens)
+    return config.steps * tokens * (shape.hidden_size * getattr(torch, config.dtype).itemsize + 32)
 
 
 def sampler_memory(shape: PretrainedConfig, head: bool, config: TrainConfig | MtpConfig) -> DeviceMemory:

@@ -182,7 +182,9 @@ def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float 
         table = Table(title="dry run: nothing was trained", show_header=False)
         table.add_row("training examples", f"{len(task.train):,} ({config.data.name}, {config.data.split})")
         table.add_row("held-out examples", f"{len(task.heldout):,}")
-    table.add_row("steps", f"{config.steps:,} × {completions:,} completions, {config.head.reuse} passes over each")
+    solutions = f" and {config.head.solutions:,} gold solutions" if config.head.solutions else ""
+    table.add_row("corpus", f"{config.steps:,} steps × {completions:,} completions{solutions}")
+    table.add_row("epochs over it", f"{config.head.epochs:,} at most")
     table.add_row("completions in all", f"{config.steps * completions:,}")
     table.add_row("draft vocabulary", f"{width:,} of {shape.vocab_size:,} tokens")
     table.add_row("head: parameters", f"{sum(sizes.values()) / 1e6:,.1f} M, {depth} depths")
@@ -190,9 +192,9 @@ def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float 
     table.add_row("LM head: the same", f"{(2 + 4 * depth) * shape.hidden_size * width / 1e6:,.0f} M")
     CONSOLE.print(table)
     learner = memory.head_learner_memory(shape, config)
-    saved = math.ceil(config.steps / config.checkpoint.every)
+    saved = math.ceil(config.steps / config.checkpoint.every) + config.head.epochs
     kept = min((config.checkpoint.keep or saved) + 1, saved)  # the next one is complete before the oldest goes
-    disk = learner.weights + kept * (learner.gradients + learner.moments)
+    disk = learner.weights + kept * (learner.gradients + learner.moments) + memory.corpus_bytes(shape, config)
     _show_memory(memory.memory_of_run(shape, True, config), config, disk, device_gib)
 
 

@@ -1,48 +1,50 @@
 """Teaching the draft head of a frozen policy: forward KL to the trunk's own distributions, unrolled over the depths.
 
-The trunk reads a batch of rollouts once, without gradient; its hidden states serve every pass over the batch.
+The trunk reads a text once, without gradient; its hidden states serve every pass (`grpo.learner.lessons`).
 
-FLOPs per token of a pass, with P parameters in the head, depth k and K drafted tokens of V: 6·P·k for the head,
-(2 + 4·k)·D·K for the LM head (teacher once, draft and gradient at each depth), and 2·(trunk) / reuse. SmolLM2-135M with
-k = 4: 0.12 + 0.51 GFLOP with V = 49,152, 0.12 + 0.09 with K = 8,192, and 0.25 / reuse.
+FLOPs per token of a pass, with P parameters in the head, depth k and K drafted tokens of V: 6·P·k for the head and
+(2 + 4·k)·D·K for the LM head (teacher once, draft and gradient at each depth). SmolLM2-135M with k = 4: 0.12 + 0.51
+GFLOP with V = 49,152, 0.12 + 0.09 with K = 8,192. The reading once is 0.25.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.mtp import HeadOptions
-from grpo.learner.batch import MicroBatch, PackedRow
+from grpo.learner import state as learner_state
+from grpo.learner.batch import PackedRow
 from grpo.learner.learner import Learner
-from grpo.learner.optimizer import schedule
+from grpo.learner.lessons import Lesson, noise_keys
 from policies.logprobs import CHUNK_ELEMENTS
 from policies.mtp import Divergence, draft_loss
 from policies.policy import Policy
+from rollout.group import RolloutGroup
+from rollout.sampling import DraftVocabulary, Noise, SamplingParams, pick
 
-
-@dataclass(frozen=True)
-class Lesson:
-    """A micro-batch, and the trunk's hidden state that precedes each of its tokens [B, T, D]."""
-
-    mini: MicroBatch
-    preceding: Tensor
-
-    @property
-    def tokens(self) -> int:
-        return sum(row.num_completion_tokens for row in self.mini.rows)
+WARM_UP = 20  # updates over which the learning rate rises
+GAIN = 0.005  # tokens a forward of the trunk: an epoch that gains less has gained nothing
+RATES = (1.0, 0.25, 0.0625)  # of the peak; an epoch that gains nothing goes to the next one, and the last one ends
 
 
 class HeadLearner(Learner):
-    """A learner whose trunk is frozen: only `policy.mtp` moves, and is all that a checkpoint keeps of the policy."""
+    """A learner whose trunk is frozen: only `policy.mtp` moves, and is all that a checkpoint keeps of the policy.
 
-    def __init__(self, policy: Policy, options: HeadOptions, *, temperature: float, steps: int, seed: int) -> None:
+    `best` are the tokens a forward of held-out rollouts that the head would give, None before the first epoch; `stage`
+    counts the epochs that gained nothing.
+    """
+
+    def __init__(self, policy: Policy, options: HeadOptions, *, temperature: float, seed: int) -> None:
         policy.trunk.requires_grad_(False)
+        self.warm_up = 1.0
         super().__init__(
             policy,
             LearnerOptions(
@@ -52,23 +54,39 @@ class HeadLearner(Learner):
             ),
             MTPOptions(depth=options.depth, learning_rate=options.learning_rate),
             temperature=temperature,
-            schedule=schedule(options.schedule, steps, options.warmup_steps),
+            schedule=lambda _: self.warm_up * RATES[self.stage],
         )
-        self.head_options, self.steps, self.seed = options, steps, seed
+        self.head_options, self.seed = options, seed
+        self.best: float | None = None
+        self.stage = 0
 
-    def depth_at(self, step: int) -> int:
-        """1 at the first step, then one more in equal parts of the curriculum's steps, and `depth` after them."""
-        share = self.head_options.curriculum_share * self.steps
-        done = min((step - 1) / share, 1.0) if share else 1.0
-        return 1 + int(done * (self.head_options.depth - 1))
+    @property
+    def ended(self) -> bool:
+        """Whether the head gains nothing at the lowest rate either."""
+        return self.stage == len(RATES)
 
-    def divergence_at(self, step: int) -> Divergence:
-        return "tv" if step > round((1 - self.head_options.tv_share) * self.steps) else "kl"
+    def depth_at(self, epoch: int) -> int:
+        """1 in the first epoch, then one more in each, up to `depth`; without a curriculum always `depth`."""
+        return min(epoch, self.head_options.depth) if self.head_options.curriculum else self.head_options.depth
+
+    @property
+    def divergence(self) -> Divergence:
+        return "tv" if self.head_options.tv and self.stage else "kl"
+
+    # ---- the corpus ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def read(self, rows: Sequence[PackedRow]) -> list[Lesson]:
-        """One forward of the trunk over the batch."""
-        return [Lesson(mini, self.likelihood.preceding(mini)) for mini in self._micro_batches(rows)]
+    def read(
+        self,
+        rows: Sequence[PackedRow],
+        groups: Sequence[RolloutGroup] = (),
+        params: SamplingParams | None = None,
+    ) -> list[Lesson]:
+        """One forward of the trunk over rows; those of `groups` that `params` sampled know their noise."""
+        return [
+            Lesson.of(mini, self.likelihood.preceding(mini), noise_keys(mini, groups, params) if params else None)
+            for mini in self._micro_batches(rows)
+        ]
 
     @torch.no_grad()
     def frequent_tokens(self, lessons: Sequence[Lesson], count: int) -> Tensor | None:
@@ -82,48 +100,80 @@ class HeadLearner(Learner):
             return None
         mass = torch.zeros(len(head), device=head.device)
         for lesson in lessons:
-            for hidden in lesson.preceding[lesson.mini.scored].split(max(1, CHUNK_ELEMENTS // len(head))):
-                mass += (torch.nn.functional.linear(hidden, head).float() / self.temperature).softmax(-1).sum(0)
+            for hidden in lesson.preceding[lesson.turn > 0].split(max(1, CHUNK_ELEMENTS // len(head))):
+                mass += (F.linear(hidden, head).float() / self.temperature).softmax(-1).sum(0)
         mass[stops] = float("inf")
         return mass.topk(count).indices.sort().values
 
-    def teach(self, lessons: Sequence[Lesson], step: int) -> dict[str, float]:
-        """One optimizer update for every micro-batch, in another order at each pass. Raises NonFiniteStep.
+    # ---- an epoch -----------------------------------------------------------------------------------------------
 
-        The loss is that of the first pass, over rollouts that the head has not learned from: in later ones it falls for
-        what the head has memorised as well.
+    def teach(self, taught: Sequence[Lesson], held_out: Sequence[Lesson], epoch: int, step: int) -> dict[str, float]:
+        """One pass over the corpus, in an order of its own: one optimizer update for every lesson.
+
+        An epoch that gains nothing in the held-out rollouts is undone, and the next one has a lower rate; but not one
+        in which the depth has grown. Raises NonFiniteStep, which names the `step`. Then, too, the epoch is undone.
         """
-        depth, divergence = self.depth_at(step), self.divergence_at(step)
-        metrics: dict[str, float] = {}
-        losses: list[float] = []
-        for number in range(self.head_options.reuse):
-            order = list(lessons)
-            random.Random(f"reuse/{self.seed}/{step}/{number}").shuffle(order)
-            for lesson in order:
-                self.update.zero()
-                loss = self._lesson_loss(lesson, depth, divergence)
-                self.update.backward(loss, step, self.ranks)
-                metrics = self._update(step)
-                if number == 0:
-                    losses.append(loss.item() * lesson.tokens)
+        if self.best is None:
+            self.best = 1.0 + sum(self.acceptance(held_out))
+        updates, before = self.updates, self._copy()
+        try:
+            metrics = self._pass_over(taught, epoch, step)
+            accepted = self.acceptance(held_out)
+        except BaseException:
+            self._undo(before)
+            self.update.count = updates
+            raise
+        depth, found = self.depth_at(epoch), 1.0 + sum(accepted)
+        grows = depth < self.head_options.depth or (epoch > 1 and depth > self.depth_at(epoch - 1))
+        if grows or found >= self.best + GAIN:
+            self.best = found
+        else:
+            self._undo(before)
+            self.stage += 1
         self.policy_version += 1
+        shares = {f"draft/heldout_acceptance_depth_{d}": share for d, share in enumerate(accepted, start=1)}
+        return metrics | {"draft/heldout_tokens_per_forward": found} | shares
+
+    def _pass_over(self, taught: Sequence[Lesson], epoch: int, step: int) -> dict[str, float]:
+        depth, divergence, order = self.depth_at(epoch), self.divergence, list(range(len(taught)))
+        random.Random(f"epoch/{self.seed}/{epoch}").shuffle(order)
+        metrics: dict[str, float] = {}
+        sums: Counter[str] = Counter()
+        began = time.perf_counter()
+        for number, at in enumerate(order, start=1):
+            lesson = taught[at]
+            self.warm_up = min(1.0, number / WARM_UP) if epoch == 1 else 1.0
+            self.update.zero()
+            loss = self._lesson_loss(lesson, depth, divergence)
+            self.update.backward(loss, step, self.ranks)
+            metrics = self._update(step)
+            sums.update(loss=loss.item() * lesson.tokens, tokens=lesson.tokens)
+            if self.policy.draft_ids is not None:
+                said = lesson.token_ids[lesson.turn > 0]
+                sums.update(covered=int(torch.isin(said, self.policy.draft_ids).sum()))
+        coverage = {} if self.policy.draft_ids is None else {"covered": "draft/vocabulary_coverage"}
+        names = {"loss": f"loss/mtp{'_tv' if divergence == 'tv' else ''}"} | coverage
         return {
             "learner/learning_rate": metrics["learner/learning_rate"],
-            "learner/updates": float(len(lessons) * self.head_options.reuse),
+            "learner/updates": float(len(order)),
             "curriculum/draft_depth": float(depth),
-            f"loss/mtp{'_tv' if divergence == 'tv' else ''}": sum(losses) / sum(lesson.tokens for lesson in lessons),
+            "speed/taught_tokens_per_second": sums["tokens"] / (time.perf_counter() - began),
+            **{metric: sums[name] / sums["tokens"] for name, metric in names.items()},
         }
+
+    def _unroll(self, lesson: Lesson, depth: int) -> list[Tensor]:
+        first = int(lesson.prompt_lengths.min())
+        given = lesson.preceding, lesson.token_ids, lesson.position_ids, lesson.head_segment
+        return self.policy.unroll(*given, depth, first)
 
     def _lesson_loss(self, lesson: Lesson, depth: int, divergence: Divergence) -> Tensor:
         """Mean over the completions' tokens."""
-        policy, mini = self.policy, lesson.mini
-        first = min(len(row.prompt_token_ids) for row in mini.rows)
-        outputs = policy.unroll(lesson.preceding, mini.token_ids, mini.position_ids, mini.head_segment, depth, first)
+        policy = self.policy
         width = len(policy.lm_head if policy.draft_ids is None else policy.draft_ids)
         loss = draft_loss(
-            outputs,
+            self._unroll(lesson, depth),
             lesson.preceding,
-            mini.turn,
+            lesson.turn,
             policy.lm_head,
             self.temperature,
             max(1, CHUNK_ELEMENTS // 4 // width),
@@ -132,11 +182,64 @@ class HeadLearner(Learner):
         )
         return loss / lesson.tokens
 
+    def acceptance(self, lessons: Sequence[Lesson]) -> list[float]:
+        """Which share of its drafts at depths 1 … `depth` the trunk would have taken in these rollouts, if a chain had
+        been drafted after every token."""
+        made, taken = (torch.zeros(self.head_options.depth) for _ in range(2))
+        for lesson in lessons:
+            for d, (drafted, right) in enumerate(self.drafts(lesson)):
+                made[d] += int(drafted.sum())
+                taken[d] += int(right.sum())
+        if not made[0]:
+            raise ValueError(
+                "no held-out rollout has two tokens, so nothing tells what a draft is worth; raise "
+                "rollout.max_completion_tokens, or sample more (steps, prompts_per_step)"
+            )
+        return (taken / made.clamp(min=1)).tolist()
+
+    @torch.no_grad()
+    def drafts(self, lesson: Lesson) -> Iterator[tuple[Tensor, Tensor]]:
+        """For depths 1 … `depth`: after which tokens a chain has a draft so deep [B, T], and where the trunk takes it.
+
+        A draft is drawn with the noise that its token was sampled with, so it is right where it equals that token, and
+        taken where those before it are right too (contract 3).
+        """
+        assert lesson.noise_keys is not None
+        policy, size, turn = self.policy, len(self.policy.lm_head), lesson.turn
+        head = policy.lm_head if policy.draft_ids is None else policy.lm_head[policy.draft_ids]
+        vocabulary = None if policy.draft_ids is None else DraftVocabulary(policy.draft_ids, size)
+        ids, keys = lesson.token_ids.flatten(), lesson.noise_keys.flatten(0, 1)
+        places = (lesson.position_ids - lesson.prompt_lengths[:, None]).flatten()
+        taken = turn > 0
+        for d, output in enumerate(self._unroll(lesson, self.head_options.depth), start=1):
+            drafted = (turn > 0) & (F.pad(turn, (0, d), value=-1)[:, d:] == turn)
+            right = torch.zeros_like(ids, dtype=torch.bool)
+            for at in drafted.flatten().nonzero()[:, 0].split(max(1, CHUNK_ELEMENTS // len(head))):
+                noise = Noise(keys[at + d], places[at + d], size)
+                logits = F.linear(output.flatten(0, 1)[at], head)
+                right[at] = pick(logits, self.temperature, noise, vocabulary) == ids[at + d]
+            taken = taken & right.view_as(turn)
+            yield drafted, taken
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def _copy(self) -> dict[str, dict[str, Tensor]]:
+        """Weights and moments as they are now."""
+        taken = learner_state.take(*self._stateful)
+        return {file: {name: tensor.clone() for name, tensor in tensors.items()} for file, tensors in taken.items()}
+
+    def _undo(self, before: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.update.zero()
+        self.optimizer.state.clear()  # of the first epoch: there were no moments
+        learner_state.put(before, *self._stateful)
+
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
-        """With the draft vocabulary, where there is one."""
+        """With the draft vocabulary, where there is one, and how far the epochs have come."""
         tensors, state = super().state()
-        return tensors | ({} if self.policy.draft_ids is None else {"draft": {"ids": self.policy.draft_ids}}), state
+        tensors |= {} if self.policy.draft_ids is None else {"draft": {"ids": self.policy.draft_ids}}
+        return tensors, state | {"best": self.best, "stage": self.stage}
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> None:
         super().load_state(tensors, state)
+        self.best, self.stage = state["best"], state["stage"]
         self.policy.draft_ids = tensors["draft"]["ids"].to(self.policy.device) if "draft" in tensors else None

@@ -18,7 +18,9 @@ def report() -> dict:
     def measured(seconds: float) -> dict:
         phases = {"sampling": seconds / 4, "learning": 3 * seconds / 4, "step": seconds}
         far = {"mean": 2e-6, "max": 3e-5, "tokens": 10}
-        return {"median": phases, "spread": {"step": 0.05}, "peak_rss_gib": seconds / 10, "mismatch": far}
+        taken = {"step": [0.975 * seconds, 1.025 * seconds]}
+        more = {"spread": {"step": 0.05}, "peak_rss_gib": seconds / 10, "mismatch": far}
+        return {"median": phases, "seconds": taken} | more
 
     learned = {"steps": [3, 5], "seconds": [10.0, 20.0], "seconds_a_step": 3.0, "first_reward": 0.5, "best_reward": 0.9}
     ended = {"message": "Error: a|b [c](d) `e`", "exit_code": 2, "seconds": 9.0, "steps_done": 0, "steps_lost": 0}
@@ -162,16 +164,22 @@ def test_the_spread_of_repeats():
 
 
 def test_two_runs_agree_within_the_larger_of_their_spreads():
+    """Seconds, and the relation to ours: a host that is slower for all leaves that as it was."""
     before, now = report(), report()
-    now["step"]["contenders"]["trl"]["median"]["step"] = 41.9
-    now["step"]["contenders"]["ours"]["median"]["step"] = 12.0
+    for name, seconds in {"ours": [12.0, 12.6], "trl": [47.0, 50.0], "trl_no_checkpointing": [30.5, 31.5]}.items():
+        now["step"]["contenders"][name] |= {"seconds": {"step": seconds}}
     found = agreement(before, now)
-    assert {name: told["within"] for name, told in found.items()} == {
-        "ours": False,  # 20 %, and the spread is 5 %
-        "trl": True,
-        "trl_no_checkpointing": True,
+    assert {name: (told["seconds"]["within"], told["to_ours"]["within"]) for name, told in found.items()} == {
+        "ours": (False, True),  # 23 %, and the spread is 5 %
+        "trl": (False, True),  # 21 % in seconds, 1.5 % in relation to ours
+        "trl_no_checkpointing": (True, False),
     }
-    assert found["ours"]["apart"] == pytest.approx(0.2)
+    assert found["ours"]["seconds"]["apart"] == pytest.approx(0.23)
+    assert found["trl"]["to_ours"]["apart"] == pytest.approx(abs((47 / 12 + 50 / 12.6) / 2 - 4) / 4)
+    page = table.page(now | {"agrees_with_the_run_before": found})
+    assert "| quartet | 23 %, spread 5 % | NO | – | – |" in page
+    assert "| TRL | 21 %, spread 6 % | NO | 1 %, spread 5 % | yes |" in page
+    assert "in another hour" not in table.page(now)
 
 
 def test_what_a_run_has_said_last(tmp_path):
@@ -225,3 +233,22 @@ def test_an_installation_that_fails_is_recorded_with_its_reason(monkeypatch, tmp
     assert not (tmp_path / "peers" / "verl").exists()
     assert len(ran) == 2
     json.dumps(found)
+
+
+def test_a_peer_that_starts_is_asked_for_a_step(monkeypatch, tmp_path):
+    monkeypatch.setattr(installs, "FOLDER", tmp_path / "peers")
+    ran = []
+
+    def run(command, seconds, **named):
+        ran.append([str(part) for part in command])
+        said = "Version: 0.9\nValueError: GPUs 0 is less than 1\n"
+        return SimpleNamespace(code=int("verl_step.py" in ran[-1][1]), seconds=1.0, said=said)
+
+    monkeypatch.setattr(installs, "run", run)
+    monkeypatch.setattr(installs, "size", lambda folder: 1.8)
+    found = installs.attempt(next(peer for peer in installs.PEERS if peer.name == "verl"), 9)
+    assert (found["failed_at"], found["reached"], found["version"]) == ("step", "start", "0.9")
+    assert ran[-1][2].endswith("models/smollm2-135m-instruct")
+    page = table.page(report() | {"installs": {"verl": found}})
+    assert "| verl | 0.9 |" in page
+    assert "step: exit code 1 | ValueError: GPUs 0 is less than 1 | 1.8 |" in page
