@@ -20,7 +20,7 @@ from grpo.learner.batch import PackedRow, Sample
 from policies.policy import Policy
 from rewards.isolation.agents import OWN
 from rewards.isolation.pool import WorkerPool
-from rollout.compiled.rounds import DEPTHS
+from rollout.depth import GRAPH_DEPTHS
 from rollout.environments.episodes import first_messages
 from rollout.environments.format import Answers, TurnFormat
 from rollout.environments.protocol import answers_of, check, chosen, tools_of
@@ -57,7 +57,7 @@ def sampling_params(
         draft_sources=sources,
         accept=options.accept,
     )
-    fewest = FEWEST_ROUNDS * (1 if params.draft_tokens is not None else len(DEPTHS))
+    fewest = FEWEST_ROUNDS * (1 if params.draft_tokens is not None else len(GRAPH_DEPTHS))
     if options.compile == "off" or (options.compile == "auto" and rounds < fewest):
         return params
     why = _no_graph(policy, params, options, dtype)

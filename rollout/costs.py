@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from rollout.backends import Decoder
-from rollout.compiled.rounds import DEPTHS, FEW_ROWS
-from rollout.depth import MAX_DEPTH, CostTable
+from rollout.compiled.rounds import FEW_ROWS
+from rollout.depth import GRAPH_DEPTHS, MAX_DEPTH, CostTable
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 from rollout.shard import Decoding
@@ -35,7 +35,7 @@ def measure(decoder: Decoder, rows: int, depth: int, lookups: bool = False, grap
     if not graphs or decoder.head is None:
         return found
     few = [size for size in sizes if size <= FEW_ROWS]
-    return replace(found, graphs=[_rounds(decoder, size, list(DEPTHS), False, graphs) for size in few])
+    return replace(found, graphs=[_rounds(decoder, size, list(GRAPH_DEPTHS), False, graphs) for size in few])
 
 
 def _doubling(most: int) -> list[int]:

@@ -21,6 +21,7 @@ from policies.files.atomic import write_file
 # Assumed of every depth before the first draft: ¾ of the head's are accepted, and half of what was looked up.
 PRIOR_ACCEPTED, PRIOR_LOOKED_UP, PRIOR_DRAFTED = 3.0, 2.0, 4.0
 MAX_DEPTH = 8
+GRAPH_DEPTHS = (0, 1, 3)  # of compiled rounds: each depth is a graph, which takes a minute to compile
 
 Kind = tuple[str, int]  # a source of drafts, and how many tokens before them were looked up there: 0 for the head
 HEAD: Kind = ("head", 0)

@@ -15,13 +15,13 @@ from policies.decoding.latent_cache import LatentCache
 from rollout.backends import Decoder
 from rollout.compiled.graph import Bucket, Inputs, weights
 from rollout.compiled.store import CompiledRound, find
+from rollout.depth import GRAPH_DEPTHS
 from rollout.drafts.head import Drafter
 from rollout.rows import Rows
 from rollout.sampling import SamplingParams
 
 ROWS = (1, 2, 4, 8)  # places of a graph; with more rows the products are what takes the time
 FEW_ROWS = ROWS[-1]
-DEPTHS = (0, 1, 3)  # the numbers of drafts among which a controller chooses: each is a graph
 ENTRIES = 128  # caches grow in steps of so many entries
 STOPS = 8  # and the list of stop tokens in steps of so many
 
@@ -73,8 +73,8 @@ class Graphs:
 
 
 def readable(depth: int) -> int:
-    """How many tokens of a row the head may have to read in a graph: those of a round of any of `DEPTHS` before it."""
-    return max(depth, *DEPTHS) + 1
+    """How many tokens of a row the head may have to read in a graph: those that the round before gave."""
+    return max(depth, *GRAPH_DEPTHS) + 1
 
 
 def can_compile(decoder: Decoder, params: SamplingParams) -> bool:

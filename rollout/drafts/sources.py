@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from rollout.backends import Decoder
-from rollout.compiled.rounds import DEPTHS
-from rollout.depth import HEAD, DepthController, Kind
+from rollout.depth import GRAPH_DEPTHS, HEAD, DepthController, Kind
 from rollout.drafts.head import Drafter
 from rollout.drafts.lookup import Lookup
 from rollout.group import Prompt
@@ -116,7 +115,7 @@ class Drafts:
         """How many drafts of the head a compiled round of so many rows makes."""
         if not self.head:
             return 0
-        return self.max_depth if self.fixed else self.controller.pick_graph(rows, DEPTHS)
+        return self.max_depth if self.fixed else self.controller.pick_graph(rows, GRAPH_DEPTHS)
 
     def draft(self, live: Rows, plan: Plan, noise: Noise, temperature: float | Tensor) -> Drafted | None:
         """The planned drafts. `temperature` is that of all rows, or of each [R]."""
