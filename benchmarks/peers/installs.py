@@ -48,10 +48,10 @@ PEERS = (
     ),
     Peer(
         "verl",
-        "verl",
+        "verl[cpu]",
         "verl",
         ("-m", "verl.trainer.main_ppo", "--help"),
-        "verl's installation page: pip install verl beside vLLM or SGLang, then python3 -m verl.trainer.main_ppo",
+        "verl's package: pip install verl[cpu], then python3 -m verl.trainer.main_ppo with trainer.device=cpu",
         step="verl_step.py",
     ),
     Peer(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 import tempfile
@@ -47,6 +48,7 @@ def main() -> None:
             "trainer.nnodes": 1,
             "trainer.total_training_steps": 1,
         }
+        os.environ["HYDRA_FULL_ERROR"] = "1"
         sys.argv[1:] = [f"{name}={value}" for name, value in options.items()]
         runpy.run_module("verl.trainer.main_ppo", run_name="__main__", alter_sys=True)
 
