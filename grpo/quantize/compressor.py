@@ -69,7 +69,7 @@ def quantize(policy: Policy, windows: Sequence[Tensor], config: QuantizeConfig) 
         }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        with _pinning_where_possible():
+        with _pinning_where_possible(), _steady_rotary(trunk, len(windows[0]) if measured else 0):
             oneshot(model=trunk, recipe=_recipe(config.method, scheme, trunk), **measured)
     return kept
 
@@ -86,6 +86,21 @@ def _pinning_where_possible() -> Iterator[None]:
         yield
     finally:
         IntermediatesCache.pin_memory = pin
+
+
+@contextmanager
+def _steady_rotary(trunk: nn.Module, length: int) -> Iterator[None]:
+    """llm-compressor first traces a model without storage, and transformers' longrope would keep what it computed then.
+    Up to the length of its first training it computes the same again and again."""
+    rotary = getattr(trunk.get_decoder(), "rotary_emb", None)
+    kind = getattr(rotary, "rope_type", None)
+    if kind == "longrope" and length <= trunk.config.rope_parameters["original_max_position_embeddings"]:
+        rotary.rope_type = "default"
+    try:
+        yield
+    finally:
+        if rotary is not None:
+            rotary.rope_type = kind
 
 
 def _dataset(rows: list[list[int]]) -> Any:

@@ -16,6 +16,7 @@ from grpo.quantize import compressor
 from grpo.quantize.report import REPORT
 from policies import presets
 from policies.contradictions import contradictions
+from policies.conversion.dense import convert_checkpoint
 from policies.files import packed
 from policies.policy import Policy, PolicyError
 
@@ -97,7 +98,9 @@ def test_accuracy_is_measured_before_and_after_by_the_scorer_of_eval(quantize, c
 
 
 @pytest.mark.slow
-def test_a_dense_llama(quantize, tmp_path):
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_llama_as_it_comes_and_as_mla(quantize, tmp_path, converted):
+    """The exact MLA form rotates by transformers' longrope."""
     torch.manual_seed(0)
     tokenizer = presets.small_tokenizer(CORPUS, 300)
     config = LlamaConfig(
@@ -107,7 +110,10 @@ def test_a_dense_llama(quantize, tmp_path):
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     tokenizer.save_pretrained(tmp_path / "llama")
-    folder = quantize("--method", "awq", model=str(tmp_path / "llama"))
+    model = tmp_path / "llama"
+    if converted:
+        convert_checkpoint(str(model), model := tmp_path / "mla")
+    folder = quantize("--method", "gptq" if converted else "awq", model=str(model))
     ids = torch.tensor([[5, 6, 7, 8]])
     stock = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(stock(ids).logits, Policy.load(folder).trunk(ids).logits)
