@@ -93,14 +93,15 @@ def _steady_rotary(trunk: nn.Module, length: int) -> Iterator[None]:
     """llm-compressor first traces a model without storage, and transformers' longrope would keep what it computed then.
     Up to the length of its first training it computes the same again and again."""
     rotary = getattr(trunk.get_decoder(), "rotary_emb", None)
-    kind = getattr(rotary, "rope_type", None)
-    if kind == "longrope" and length <= trunk.config.rope_parameters["original_max_position_embeddings"]:
-        rotary.rope_type = "default"
+    turns = getattr(rotary, "rope_type", None) == "longrope"
+    if rotary is None or not turns or length > trunk.config.rope_parameters["original_max_position_embeddings"]:
+        yield
+        return
+    rotary.rope_type = "default"
     try:
         yield
     finally:
-        if rotary is not None:
-            rotary.rope_type = kind
+        rotary.rope_type = "longrope"
 
 
 def _dataset(rows: list[list[int]]) -> Any:
