@@ -48,10 +48,11 @@ PEERS = (
     ),
     Peer(
         "verl",
-        "verl[cpu]",
+        "verl[verl-core]",
         "verl",
         ("-m", "verl.trainer.main_ppo", "--help"),
-        "verl's package: pip install verl[cpu], then python3 -m verl.trainer.main_ppo with trainer.device=cpu",
+        "verl's package: pip install verl[verl-core] (its extra cpu adds a torch with CUDA), then python3 -m "
+        "verl.trainer.main_ppo with trainer.device=cpu",
         step="verl_step.py",
     ),
     Peer(
