@@ -51,9 +51,10 @@ def run_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: M
 
 
 def run_few_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """As `run_experts`, for a graph of few tokens: the chosen experts are gathered, or all are computed where there are
-    fewer of them. A graph has no grouped product in float32, which is a loop over the experts on a CPU."""
-    if experts_Nk.numel() <= len(gate_up):
+    """As `run_experts`, for a graph of few tokens: the chosen experts are gathered, or all are computed. Gathering
+    reads, writes and reads again, so it is for half of the experts or fewer. A graph has no grouped product in float32,
+    which is a loop over the experts on a CPU."""
+    if 2 * experts_Nk.numel() <= len(gate_up):
         gate, up = torch.einsum("nkid,nd->nki", gate_up[experts_Nk], x_ND).chunk(2, dim=-1)
         out = torch.einsum("nkdi,nki->nkd", down[experts_Nk], F.silu(gate) * up)
         return (out * weights_Nk[..., None].to(out.dtype)).sum(1)
