@@ -49,6 +49,7 @@ def main() -> None:
             "trainer.total_training_steps": 1,
         }
         os.environ["HYDRA_FULL_ERROR"] = "1"
+        os.chdir(folder)  # Hydra writes beside it
         sys.argv[1:] = [f"{name}={value}" for name, value in options.items()]
         runpy.run_module("verl.trainer.main_ppo", run_name="__main__", alter_sys=True)
 
