@@ -186,14 +186,14 @@ def head_learner_memory(shape: PretrainedConfig, config: MtpConfig) -> DeviceMem
     )
 
 
-PROMPT_TOKENS = 256  # where prompts are not known yet
+ASSUMED_PROMPT = 256  # where prompts are not known yet
 
 
 def corpus_bytes(shape: PretrainedConfig, config: MtpConfig) -> int:
     """What `quartet mtp` keeps on disk of completions as long as they may be, of as many solutions, and of prompts of
-    PROMPT_TOKENS with each of them."""
+    ASSUMED_PROMPT with each of them."""
     completions = config.prompts_per_step * config.rollout.group_size + config.head.solutions
-    tokens = completions * (PROMPT_TOKENS + config.rollout.max_completion_tokens)
+    tokens = completions * (ASSUMED_PROMPT + config.rollout.max_completion_tokens)
     return config.steps * tokens * (shape.hidden_size * getattr(torch, config.dtype).itemsize + 32)
 
 
