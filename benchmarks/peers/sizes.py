@@ -58,7 +58,7 @@ class Task:
     learning_rate: float = 4e-4
     window: int = 8
     target: float = 0.72  # the warm start leaves about .62
-    steps: int = 60
+    steps: int = 50
     threads: int = 1
     seed: int = 0
 
