@@ -152,7 +152,7 @@ def compared(
     jobs = folder / f"{policy}.json"
     given = [str(dense), str(jobs), str(sizes.rows), str(sizes.tokens), str(sizes.repeats)]
     yield Piece(f"prompts {policy}", [python, "benchmarks/gpu.py", "--jobs", *given], needs=needs)
-    for contender in ("generate", "ours k=0"):
+    for contender in ("generate", "ours k=0", *(["ours graphs"] if device == "cuda" else [])):
         out = folder / f"{policy} rollout {contender}.json"
         words = [python, "benchmarks/rollout.py", *models, "--model", str(mla), "--work", contender]
         read = partial(rates, jobs, out)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -111,7 +112,8 @@ def measure(config: TrainConfig, source: str, row: int) -> dict[str, float]:
     return found
 
 
-def start(words: list[str], size: int) -> list[dict[str, float]]:
+def start(words: list[str], size: int) -> list[dict[str, Any]]:
+    """What each of `size` ranks has printed last, as JSON, of the module and its arguments in `words`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -120,7 +122,7 @@ def start(words: list[str], size: int) -> list[dict[str, float]]:
     shared |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.memory", *words],
+            [sys.executable, "-m", *words],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
@@ -164,7 +166,7 @@ def main() -> None:
         write_policy(Path(folder), given.head)
         shape = read_config(folder)
         for size in given.ranks:
-            words = ["--measure", folder, "--tokens", str(given.tokens), "--row", str(given.row)]
+            words = ["benchmarks.memory", "--measure", folder, "--tokens", str(given.tokens), "--row", str(given.row)]
             words += ["--optimizer", given.optimizer]
             wide = config.model_copy(
                 update={"learner": config.learner.model_copy(update={"parallel": ParallelOptions(fsdp=size)})}

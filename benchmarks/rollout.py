@@ -3,7 +3,7 @@
 Every contender gets the same jobs in a process of its own: unseen GSM8K prompts (through the chat template), T = 1,
 exactly so many new tokens, as distinct prompts and as groups of 8. One warm-up, then the median of `--repeats`, each
 with other prompts. The floor is what the matrix products of those shapes take by themselves, weights as large as the
-model's.
+model's. `--only 'ours graphs'` is ours with k = 0 and `compile: on`.
 
     make smollm2                                                     # models/smollm2-135m-{instruct,mla}
     python benchmarks/rollout.py --json rollout.json
@@ -41,7 +41,7 @@ from grpo.data.examples import load_examples  # noqa: E402
 from grpo.run.hardware import describe  # noqa: E402
 
 GROUP = 8
-OURS = {"ours k=0": 0, "ours k=2": 2, "ours k=4": 4, "ours controller": None}
+OURS = {"ours k=0": 0, "ours k=2": 2, "ours k=4": 4, "ours controller": None, "ours graphs": 0}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def generate(model: Path, device: str, dtype: torch.dtype) -> Sampler:
     return sample
 
 
-def ours(model: Path, depth: int | None, device: str, dtype: torch.dtype) -> Sampler:
+def ours(model: Path, depth: int | None, device: str, dtype: torch.dtype, compiled: bool) -> Sampler:
     from policies.policy import Policy
     from rollout.engine import Engine
     from rollout.group import Prompt
@@ -101,7 +101,8 @@ def ours(model: Path, depth: int | None, device: str, dtype: torch.dtype) -> Sam
 
     def sample(prompts: Sequence[Sequence[int]], job: Job) -> None:
         named = [Prompt(f"{job.name}/{i}", "", list(ids)) for i, ids in enumerate(prompts)]
-        groups = engine.sample(named, SamplingParams(job.group_size, 1.0, job.tokens, draft_tokens=depth))
+        params = SamplingParams(job.group_size, 1.0, job.tokens, draft_tokens=depth, compiled=compiled)
+        groups = engine.sample(named, params)
         assert all(len(c.token_ids) == job.tokens for group in groups for c in group.completions)
 
     return sample
@@ -136,7 +137,7 @@ def floor(model: Path, dtype: torch.dtype) -> Sampler:
 def contender(name: str, model: Path, dense: Path, device: str, dtype: torch.dtype) -> Sampler:
     if name == "generate":
         return generate(dense, device, dtype)
-    return floor(model, dtype) if name == "floor" else ours(model, OURS[name], device, dtype)
+    return floor(model, dtype) if name == "floor" else ours(model, OURS[name], device, dtype, name == "ours graphs")
 
 
 def work(
@@ -210,8 +211,8 @@ def in_its_own_process(command: list[str], jobs: Sequence[Job]) -> dict[str, Any
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     jobs = make_jobs(args.dense, args.rows, args.tokens, args.repeats, args.template, args.data)
     has_head = json.loads((args.model / "config.json").read_text()).get("num_nextn_predict_layers", 0) > 0
-    names = ["floor", "generate", "vllm", *(OURS if has_head else ["ours k=0"])]
-    names = [name for name in names if not args.only or name in args.only]
+    names = ["floor", "generate", "vllm", *(OURS if has_head else ["ours k=0", "ours graphs"])]
+    names = [name for name in names if name in (args.only or set(names) - {"ours graphs"})]
     if args.device != "cpu":
         names = [name for name in names if name not in ("floor", "vllm")]  # both are of the CPU
     results = {}

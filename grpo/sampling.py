@@ -67,14 +67,17 @@ def sampling_params(
 
 
 def _no_graph(policy: Policy, params: SamplingParams, options: SamplingOptions, dtype: str) -> str | None:
-    if dtype != "float32":
-        return f"dtype={dtype}, and graphs compute in float32"
-    if shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
-        return f"there is no C++ compiler ({compiler})"
     if policy.backend != "native" or getattr(options, "backend", None) == "vllm":
         return "this policy is not decoded by our own engine"
-    if policy.device.type != "cpu":
+    if policy.device.type == "cuda":
+        if options.compile == "auto":
+            return "no GPU has told yet what recorded rounds gain"
+    elif policy.device.type != "cpu":
         return f"the policy is on {policy.device.type}, where nobody has tried it"
+    elif dtype != "float32":
+        return f"dtype={dtype}, and graphs compute in float32 on a CPU"
+    elif shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
+        return f"there is no C++ compiler ({compiler})"
     if isinstance(options, RolloutOptions) and {options.quantization, options.draft_quantization} - {"none", None}:
         return "a graph has no matrices of fewer bits"
     if params.looks_up:

@@ -15,15 +15,23 @@ from policies.mtp import draft_loss
 from policies.policy import Policy
 
 
-def teaching(policy: Policy, options: MTPOptions, rows: Sequence[PackedRow], step: int) -> dict[int, float]:
+PAYS = 1.02  # tokens a forward, from which on drafts are said to gain something
+
+
+def teaching(
+    policy: Policy, options: MTPOptions, rows: Sequence[PackedRow], step: int, tokens_per_forward: float | None = None
+) -> dict[int, float]:
     """The groups that the head learns from at this step, with the weight of each of their tokens.
 
-    Every `every` steps, from a share of the groups that is another one each time.
+    Every `every` steps, from a share of the groups that is another one each time; every `idle_every` steps where the
+    rollouts that are learned from had so few tokens a forward that the head was of no use to them.
     """
-    if policy.mtp is None or options.loss_weight == 0 or step % options.every:
+    idle = tokens_per_forward is not None and tokens_per_forward < PAYS
+    every = options.idle_every if idle and options.idle_every else options.every
+    if policy.mtp is None or options.loss_weight == 0 or step % every:
         return {}
     stride, groups = round(1 / options.share), list(dict.fromkeys(row.group for row in rows))
-    taught = groups[step // options.every % stride :: stride] or groups[:1]
+    taught = groups[step // every % stride :: stride] or groups[:1]
     tokens = sum(row.num_completion_tokens for row in rows if row.group in taught)
     return dict.fromkeys(taught, options.loss_weight / tokens)
 

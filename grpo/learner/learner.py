@@ -156,7 +156,7 @@ class Learner:
         self.importance_correction = importance_correction_of(self.loss.importance_correction, differs)
         if batch.all_tied and not (anchored and batch.rows):
             return metrics | {"learner/updates": 0.0, "time/learn": batch.seconds + time.perf_counter() - started}
-        taught = teaching(self.policy, self.mtp, batch.rows, step)
+        taught = teaching(self.policy, self.mtp, batch.rows, step, batch.tokens_per_forward)
         rows = self._rows_that_count(batch.rows, anchored, taught)
         self.balancer.begin(rows)
         # The loss and its parts are summands over the whole step; everything else is a mean over the tokens read.
@@ -314,11 +314,12 @@ class Learner:
         return self.value.vf_coef * loss
 
     def _head_loss(self, mini: MicroBatch, out: Forward, taught: Mapping[int, float], sums: Counter[str]) -> Tensor:
-        together = self.ranks.readers > 1
+        began, together = time.perf_counter(), self.ranks.readers > 1
         loss = head_loss(self.policy, self.mtp, mini, out.preceding, taught, self.temperature, together)
         if loss is None:
             return out.preceding.new_zeros(())
         sums["loss/mtp"] += loss.item()
+        sums["time/draft_head"] += time.perf_counter() - began
         return loss
 
     def set_draft_depth(self, depth: int) -> None:

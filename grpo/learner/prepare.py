@@ -16,7 +16,7 @@ from grpo.config.loss import CorrectionMode, LossOptions, ValueOptions
 from grpo.learner.batch import MicroBatch, Sample, TrainingBatch, split_rows
 from grpo.learner.parallel import Ranks
 from grpo.learner.value import with_token_advantages
-from rollout.group import ENDED, RolloutGroup
+from rollout.group import ENDED, RolloutGroup, tokens_per_forward
 
 if TYPE_CHECKING:
     from rewards.scorer import GroupScore
@@ -89,10 +89,18 @@ def pack(
             tokens += tokens_in_loss(samples, loss)
             routing = _recorded(group.prompt_routing, group) if routing_replay else None
             rows += split_rows(list(prompt), samples, max_tokens, routing, group=g)
-    versions = Counter[int]()
-    for completion in (completion for group in groups for completion in group.completions):
+    versions, completions = Counter[int](), [completion for group in groups for completion in group.completions]
+    for completion in completions:
         versions.update(completion.versions or {completion.policy_version: completion.num_sampled})
-    return TrainingBatch(rows, advantages_PG, count, tokens, int(tied_P.sum()), tokens_by_version=dict(versions))
+    return TrainingBatch(
+        rows,
+        advantages_PG,
+        count,
+        tokens,
+        int(tied_P.sum()),
+        tokens_by_version=dict(versions),
+        tokens_per_forward=tokens_per_forward(completions),
+    )
 
 
 @torch.no_grad()

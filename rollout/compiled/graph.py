@@ -55,6 +55,16 @@ class Inputs:
     head_lengths: Tensor | None = None
     head_layer: Tensor | None = None
 
+    @property
+    def caches(self) -> list[Tensor]:
+        """What a round changes in place."""
+        return [*self.layers, *([] if self.head_layer is None else [self.head_layer])]
+
+    @property
+    def others(self) -> dict[str, Tensor]:
+        named = vars(self).items()
+        return {name: value for name, value in named if name not in ("layers", "head_layer") and value is not None}
+
     def flat(self) -> list[Tensor]:
         parts = [value for name, value in vars(self).items() if name != "layers" and value is not None]
         return [*parts, *self.layers]

@@ -13,7 +13,8 @@ from torch import Tensor
 from policies.decoding.absorbed import AbsorbedTrunk
 from policies.decoding.latent_cache import LatentCache
 from rollout.backends import Decoder
-from rollout.compiled.graph import Bucket, Inputs, weights
+from rollout.compiled.graph import Bucket, Inputs
+from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.store import CompiledRound, find
 from rollout.depth import GRAPH_DEPTHS
 from rollout.drafts.head import Drafter
@@ -24,6 +25,7 @@ ROWS = (1, 2, 4, 8)  # places of a graph; with more rows the products are what t
 FEW_ROWS = ROWS[-1]
 ENTRIES = 128  # caches grow in steps of so many entries
 STOPS = 8  # and the list of stop tokens in steps of so many
+RECORDED = [("cuda", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
 
 @dataclass
@@ -50,26 +52,26 @@ class Graphs:
     """The graphs of one engine. `compiling` is told before one is compiled."""
 
     compiling: Callable[[Bucket], None] = say
-    loaded: dict[tuple[Bucket, int], CompiledRound] = field(default_factory=dict)  # the number: of stop tokens
+    loaded: dict[tuple[Bucket, int], CompiledRound | RecordedRound] = field(default_factory=dict)  # by stop tokens, too
     trunk: AbsorbedTrunk | None = None  # to which they are bound
 
     def release(self) -> None:
         """The weights that they are bound to are about to go. The next call binds them to others."""
         self.trunk = None
         for graph in self.loaded.values():
-            graph.bound = {}
+            graph.release()
 
     def run(self, decoder: Decoder, bucket: Bucket, given: Inputs) -> list[Tensor]:
         if self.trunk is not decoder.trunk:
             self.trunk = decoder.trunk
             for (each, _), graph in self.loaded.items():
-                graph.bind(weights(decoder, each))
+                graph.bind(decoder, each)
         key = bucket, len(given.stops)
         if key not in self.loaded:
             graph = find(decoder, bucket, given, self.compiling)
-            graph.bind(weights(decoder, bucket))
+            graph.bind(decoder, bucket)
             self.loaded[key] = graph
-        return self.loaded[key](given.flat())
+        return self.loaded[key](given)
 
 
 def readable(depth: int) -> int:
@@ -78,11 +80,11 @@ def readable(depth: int) -> int:
 
 
 def can_compile(decoder: Decoder, params: SamplingParams) -> bool:
-    """Whether graphs are asked for, and can be: they compute drafts of the head, or none, in float32 on a CPU. Where a
-    controller chooses how many, it must know what they cost as graphs."""
+    """Whether graphs are asked for, and can be: they compute drafts of the head, or none, in float32 on a CPU and in any
+    precision on a CUDA device. Where a controller chooses how many, it must know what they cost as graphs."""
     trunk = decoder.trunk
     plain = not (params.looks_up or params.stop_strings or params.record_routing or params.accept != "exact")
-    fits = isinstance(trunk, AbsorbedTrunk) and trunk.dtype == torch.float32 and trunk.device.type == "cpu"
+    fits = isinstance(trunk, AbsorbedTrunk) and (trunk.device.type, trunk.dtype) in (("cpu", torch.float32), *RECORDED)
     known = params.draft_tokens is not None or (decoder.costs is not None and decoder.costs.graphs is not None)
     return params.compiled and decoder.graphs is not None and plain and fits and known
 

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rollout.backends import Decoder
 from rollout.compiled.graph import Bucket, Inputs, Round, weights
+from rollout.compiled.recorded import RecordedRound
 
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quartet/rounds"
 # Without the second one Inductor would write the numbers of SMALL weights, such as a router's bias, into the code.
@@ -35,26 +36,35 @@ SOURCES = [
 
 
 class CompiledRound:
-    """A graph that is loaded. Call it with `Inputs.flat`; it changes the caches among them."""
+    """A graph that is loaded. Call it with `Inputs`; it changes the caches among them."""
 
     def __init__(self, path: Path) -> None:
         self.loaded = torch._inductor.aoti_load_package(str(path))
         self.names = self.loaded.get_constant_fqns()
         self.bound: dict[str, Tensor] = {}  # kept alive, since the graph holds their addresses alone
 
-    def bind(self, tensors: dict[str, Tensor]) -> None:
+    def bind(self, decoder: Decoder, bucket: Bucket) -> None:
         """Raises RuntimeError for a graph that has the numbers of a small weight in its code."""
+        tensors = weights(decoder, bucket)
         if baked := {name for name, tensor in tensors.items() if tensor.numel() <= SMALL} - set(self.names):
             raise RuntimeError(f"this graph is for other weights: {min(baked)} is written into it; leave compile out")
         self.bound = {name: tensors[name] for name in self.names}
         self.loaded.load_constants(self.bound, check_full_update=True, user_managed=True)
 
-    def __call__(self, flat: Sequence[Tensor]) -> list[Tensor]:
-        return self.loaded.loader.boxed_run(list(flat))
+    def release(self) -> None:
+        self.bound = {}
+
+    def __call__(self, given: Inputs) -> list[Tensor]:
+        return self.loaded.loader.boxed_run(given.flat())
 
 
-def find(decoder: Decoder, bucket: Bucket, example: Inputs, compiling: Callable[[Bucket], None]) -> CompiledRound:
-    """The graph of this bucket, from disk or compiled now, which takes a minute; `compiling` is told before."""
+def find(
+    decoder: Decoder, bucket: Bucket, example: Inputs, compiling: Callable[[Bucket], None]
+) -> CompiledRound | RecordedRound:
+    """The graph of this bucket, from disk or compiled now, which takes a minute; `compiling` is told before. On a GPU
+    the round is recorded when it is first called."""
+    if example.last.is_cuda:
+        return RecordedRound()
     path = FOLDER / f"{_key(decoder, bucket, example)}.pt2"
     if not path.exists():
         compiling(bucket)

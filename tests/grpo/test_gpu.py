@@ -21,6 +21,8 @@ from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.policy import Policy
 from rewards.group_score import GroupScore
+from rollout.compiled import rounds
+from rollout.compiled.recorded import RecordedRound
 from rollout.engine import Engine
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
@@ -75,6 +77,19 @@ def test_the_engine_says_of_its_tokens_what_the_learner_says(random_policy, dtyp
     assert metrics["learner/updates"] == 1
     assert metrics["mismatch/logprob_abs_max"] <= (1e-4 if dtype == torch.float32 else 0.7)
     assert all(torch.isfinite(parameter).all() for parameter in policy.parameters())
+
+
+def test_recorded_rounds_change_no_token(random_policy, monkeypatch):
+    """CUDA graphs, with drafts and without, before and after a publication. A CPU calls what a GPU replays."""
+    monkeypatch.setattr(rounds, "find", lambda *_: RecordedRound())
+    engine = Engine(random_policy(2).to(DEVICE), torch.float32)
+    for version in (0, 1):
+        for params in (PARAMS, replace(PARAMS, draft_tokens=0), replace(PARAMS, draft_tokens=0, group_size=1)):
+            eager = [c.token_ids for group in engine.sample(PROMPTS, params) for c in group.completions]
+            replayed = engine.sample(PROMPTS, replace(params, compiled=True))
+            assert [c.token_ids for group in replayed for c in group.completions] == eager
+        assert engine.graphs.loaded
+        engine.publish({n: w.to(DEVICE) for n, w in random_policy(3).publication().items()}, version + 1)
 
 
 def test_drafts_change_no_token(random_policy):

@@ -34,7 +34,7 @@ def _learner(policy: Policy, *, mtp: float = 0.0, depth: int = 3, **given) -> Le
     options = {
         name: given.pop(name) for name in list(given) if name in LearnerOptions.model_fields and name != "schedule"
     }
-    head = MTPOptions(loss_weight=mtp, depth=depth, share=given.pop("share", 1.0), every=given.pop("every", 1))
+    head = MTPOptions(loss_weight=mtp, depth=depth, share=given.pop("share", 1.0), every=given.pop("every", 1), idle_every=given.pop("idle_every", None))
     options = {"learning_rate": 1e-3, "max_grad_norm": 1e9} | options
     return Learner(policy, LearnerOptions(**options), head, LossOptions(**loss), **given)
 
@@ -819,6 +819,23 @@ def test_the_head_learns_every_so_many_steps_from_another_share_of_the_groups(mi
     assert all(torch.equal(p, before[name]) for name, p in policy.mtp.named_parameters())
     assert learner.step(learner.prepare(_groups(policy), _scores()), 2)["loss/mtp"] > 0
     assert not all(torch.equal(p, before[name]) for name, p in policy.mtp.named_parameters())
+
+
+def test_the_head_rests_while_drafts_gain_nothing(micro_policy):
+    """By the rollouts that are learned from, and never by the clock (contract 4)."""
+    policy = micro_policy(0)
+    learner = _learner(policy, mtp=1.0, idle_every=3)
+    taught = {}
+    for tokens_of_a_forward in (1, 2):
+        groups = _groups(policy)
+        for completion in (completion for group in groups for completion in group.completions):
+            completion.draft.target_forwards = (completion.num_sampled - 1) // tokens_of_a_forward
+        batch = learner.prepare(groups, _scores())
+        steps = range(1, 7)
+        taught[tokens_of_a_forward] = ["loss/mtp" in learner.step(batch, step) for step in steps]
+    assert taught == {1: [False, False, True, False, False, True], 2: [True] * 6}
+    assert learner.prepare(_groups(policy), _scores()).tokens_per_forward is None, "nothing was decoded"
+    assert learner.step(learner.prepare(_groups(policy), _scores()), 1)["time/draft_head"] > 0
 
 
 def test_the_heads_gradient_does_not_depend_on_how_rows_are_split(micro_policy):

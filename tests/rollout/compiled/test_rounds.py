@@ -1,7 +1,6 @@
 """Rounds as functions of tensors give the tokens of eager rounds, with any drafts, batch, temperature and weights."""
 
 import zipfile
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,8 +9,10 @@ from engine_cases import PARAMS, PROMPTS, completions, prompts_of, taught, token
 from torch import Tensor
 
 from policies.policy import Policy
+from rollout.backends import Decoder
 from rollout.compiled import rounds
-from rollout.compiled.graph import Bucket, Round, weights
+from rollout.compiled.graph import Bucket, Inputs, Round, weights
+from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.rounds import FEW_ROWS, Graphs
 from rollout.compiled.store import SMALL, CompiledRound
 from rollout.depth import CostTable
@@ -35,16 +36,14 @@ CASES = {
 class Traced:
     """In place of a compiled round: the function that it is compiled from."""
 
-    def __init__(self, module: Round) -> None:
-        self.module, self.bound = module, {}
+    def bind(self, decoder: Decoder, bucket: Bucket) -> None:
+        self.module = Round(decoder, bucket)
 
-    def bind(self, tensors: dict[str, Tensor]) -> None:
-        self.bound = tensors
-        for name, tensor in tensors.items():
-            self.module.register_buffer(name, tensor)
+    def release(self) -> None:
+        del self.module
 
-    def __call__(self, flat: Sequence[Tensor]) -> list[Tensor]:
-        return list(self.module(*flat))
+    def __call__(self, given: Inputs) -> list[Tensor]:
+        return list(self.module(*given.flat()))
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def made(monkeypatch) -> list[Bucket]:
 
     def find(decoder, bucket, given, compiling) -> Traced:
         found.append(bucket)
-        return Traced(Round(decoder, bucket))
+        return Traced()
 
     monkeypatch.setattr(rounds, "find", find)
     return found
@@ -183,12 +182,34 @@ def test_broken_logits_abort_a_row_as_eagerly(random_policy, made):
 
 def test_a_graph_with_the_numbers_of_a_weight_is_refused(policy):
     """It would be right for the weights that it was compiled with alone."""
-    tensors = weights(Engine(policy).decoder, Bucket(1, 0, 128))
+    decoder, bucket = Engine(policy).decoder, Bucket(1, 0, 128)
+    tensors = weights(decoder, bucket)
     [bias] = [name for name, tensor in tensors.items() if tensor.numel() <= SMALL]
     graph = CompiledRound.__new__(CompiledRound)
     graph.names = [name for name in tensors if name != bias]
     with pytest.raises(RuntimeError, match=f"{bias} is written into it"):
-        graph.bind(tensors)
+        graph.bind(decoder, bucket)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_contracts_3_and_4_a_recorded_round_changes_no_token(policy, random_policy, monkeypatch, case):
+    """On a CPU it is called where a GPU replays it: its own inputs, moved caches and publications are the same."""
+    recorded: list[RecordedRound] = []
+
+    def find(decoder, bucket, given, compiling) -> RecordedRound:
+        recorded.append(RecordedRound())
+        return recorded[-1]
+
+    monkeypatch.setattr(rounds, "find", find)
+    before = {name: tensor.clone() for name, tensor in policy.publication().items()}
+    engine, (prompts, params) = Engine(policy), CASES[case]
+    first = assert_same(engine, prompts, params)
+    assert recorded
+    engine.publish(random_policy(12, attention_bias=True).publication(), version=1)
+    assert all(one.module is one.small is one.replay is None for one in recorded), "else old weights keep their memory"
+    assert tokens(assert_same(engine, prompts, params)) != tokens(first)
+    engine.publish(before, version=2)
+    assert tokens(assert_same(engine, prompts, params)) == tokens(first)
 
 
 @pytest.mark.long
