@@ -5,7 +5,7 @@
 Every row has `--context` tokens of its own. Measured, in turn: the whole step with its logits; its matrix products
 alone; its attention alone, in the layers' own caches. The bytes are the latents', read once; what reading them costs is
 measured by adding them up. The operations are those of every head with every cached vector; what they would cost at
-the rate of the products is the other floor.
+the rate of the products is the other floor, where rows are many enough for products not to wait for their weights.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def measure(trunk: AbsorbedTrunk, rows: int, context: int, repeats: int) -> dict
 
     parts: dict[str, Callable[[], None]] = {
         "step": step,
-        "products": products,
         "attention": attention,
+        "products": products,  # whose weights drive the cache out of the processor's own
         "reading": read,
     }
     seconds: dict[str, list[float]] = {name: [] for name in parts}
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m-mla"))
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64])
-    parser.add_argument("--context", type=int, default=160)
+    parser.add_argument("--context", type=int, default=160, help="at most 1,000")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
     parser.add_argument("--json", type=Path)

@@ -4,8 +4,9 @@
 
 The policy has the width and depth of `policy.py`'s mixture of experts. Every layout makes the same GRPO steps on the
 same rows, in gloo processes of one thread on this machine. For each: how much of the experts a rank holds, its memory,
-how far the first step's loss, gradient and entropy are from those of one process, and seconds a step. The processes
-share this machine's cores, so the seconds tell what sharding costs here and not what it gains on eight devices.
+how far the first step's log-probabilities, gradient and entropy are from those of one process, and seconds a step. The
+processes share this machine's cores, so the seconds tell what sharding costs here and not what it gains on eight
+devices.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LAYOUTS = {
     "16 experts a rank": {"fsdp": SHARDS, "expert": SHARDS},
     "every expert in eight": {"tensor": SHARDS},
 }
-COMPARED = ("loss/total", "learner/grad_norm", "policy/entropy")
+COMPARED = ("mismatch/logprob_abs_max", "learner/grad_norm", "policy/entropy")
 
 
 def write_policy(folder: Path) -> None:
@@ -55,6 +56,8 @@ def local_bytes(tensor: torch.Tensor) -> int:
 def measure(source: str, layout: dict[str, int], steps: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     ranks = join(True, ParallelOptions(**layout))
+    if ranks.size > 1:
+        ranks.sum_tensors(torch.zeros(1))  # so that gloo's buffers are not counted
     begin = resident()
     policy = Policy.load(source, layout=ranks.layout)
     learner = Learner(policy, LearnerOptions(tokens_per_micro_batch=ROW), MTPOptions(loss_weight=0), ranks=ranks)

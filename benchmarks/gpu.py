@@ -80,7 +80,7 @@ TRL, OURS = ("trl", "trl_no_checkpointing"), ("ours_mla",)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the benchmarks compute: rows x tokens of a rollout, prompts x group x tokens of a step."""
+    """What the benchmarks compute: 1, 8 and `rows` x tokens of a rollout, prompts x group x tokens of a step."""
 
     rows: int
     tokens: int
@@ -214,7 +214,7 @@ def write_policy(folder: Path, tiny: bool) -> None:
 
 def write_jobs(tokenizer_of: str, out: str, rows: str, tokens: str, repeats: str) -> None:
     jobs = benchmark("rollout").make_jobs(
-        Path(tokenizer_of), [int(rows)], [int(tokens)], int(repeats), data="word_problems"
+        Path(tokenizer_of), sorted({1, 8, int(rows)}), [int(tokens)], int(repeats), data="word_problems"
     )
     Path(out).write_text(json.dumps([asdict(job) for job in jobs]))
 

@@ -20,10 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, median
+from threading import Thread
 from typing import Any
 
 from benchmarks.peers import installs, lines, mistakes, model, table
@@ -31,6 +33,7 @@ from benchmarks.peers.process import ROOT, Started, clean, module
 from benchmarks.peers.sizes import CONFIGURED, FULL, SMALL, STEP_CONTENDERS, TASK_CONTENDERS, Form
 
 PARTS = ("step", "task", "lines", "mistakes", "installs")
+TIMED = ("step", "task")  # by themselves; installations go on beside the others
 
 
 def contend(command: Sequence[str], out: Path, seconds: float, threads: int) -> dict[str, Any]:
@@ -188,13 +191,24 @@ def measure(form: Form, parts: Sequence[str], only: Sequence[str]) -> Iterator[t
             "task": lambda: task(form, [name for name in TASK_CONTENDERS if name in only], folder),
             "lines": lambda: lines.measure(data, form.limit_s, sides),
             "mistakes": lambda: mistakes.make_all(data, form.mistake_s, sides),
-            "installs": lambda: installs.attempts(form.install_s),
+            "installs": lambda: installed.result(),
         }
+        installed: Future[dict[str, Any]] = Future()
+        installing = Thread(target=_keep, args=(installed, lambda: installs.attempts(form.install_s)), daemon=True)
         for part in parts:
             print(f"== {part}", flush=True)
             began = time.monotonic()
+            if "installs" in parts and part not in TIMED and not installing.is_alive() and not installed.done():
+                installing.start()
             found = makers[part]()
             yield part, found, round(time.monotonic() - began, 1)
+
+
+def _keep(found: Future[dict[str, Any]], make: Callable[[], dict[str, Any]]) -> None:
+    try:
+        found.set_result(make())
+    except Exception as error:
+        found.set_exception(error)
 
 
 def described(command: str, vllm: str) -> dict[str, Any]:

@@ -11,11 +11,15 @@ loading is left out. The prompts come in each contender's own order, as their de
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -49,15 +53,37 @@ def warm(task: Task, policy: Path) -> None:
         shutil.copytree(run / "policy", policy, dirs_exist_ok=True)
 
 
+@contextmanager
+def stopped_when_reached(run: Path, task: Task) -> Iterator[None]:
+    """Ctrl-C for the run in this folder, once the reward that is asked for has been reached."""
+    from grpo.run.records import read_metrics
+    from grpo.run.stop import Stopped
+
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            if (run / "metrics.jsonl").exists():
+                rewards = [line["reward/mean"] for line in read_metrics(run) if "reward/mean" in line]
+                if reached(rewards, task) is not None:
+                    return os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+    with suppress(Stopped):
+        yield
+    over.set()
+
+
 def run_ours(task: Task, policy: Path) -> dict[str, list[float]]:
     from grpo.config.run import TrainConfig
     from grpo.run.records import read_metrics
     from grpo.train import train
 
     with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
         given = config_of(
             task,
-            Path(folder) / "run",
+            run,
             model=str(policy),
             steps=task.steps,
             prompts_per_step=task.prompts,
@@ -67,9 +93,9 @@ def run_ours(task: Task, policy: Path) -> dict[str, list[float]]:
             loss={"loss_type": "dapo", "scale_rewards": "none"},
             checkpoint={"every": task.steps},
         )
-        train(TrainConfig.model_validate(given))
-        lines = read_metrics(Path(folder) / "run")
-        rows = [line for line in lines if "reward/mean" in line]
+        with stopped_when_reached(run, task):
+            train(TrainConfig.model_validate(given))
+        rows = [line for line in read_metrics(run) if "reward/mean" in line]
     return {"reward": [row["reward/mean"] for row in rows], "seconds": [row["time/step"] for row in rows]}
 
 

@@ -120,8 +120,8 @@ class MTPOptions(Options):
     every: int = Field(default=1, ge=1)
     """Train the head in every n-th step."""
     idle_every: int | None = Field(default=None, ge=1)
-    """Train it only in every n-th step while drafts gain nothing: where the step's rollouts had fewer than 1.02 tokens a
-    forward. null trains it as often as ever."""
+    """Train it only in every n-th step while drafts gain nothing: where the step's rollouts had fewer than 1.02 tokens
+    a forward. Measured costs decide how many are drafted, so this may differ between two runs. null: always `every`."""
     share: float = Field(default=1.0, gt=0, le=1)
     """Share of a step's groups that the head learns from, other groups in every step; the cost shrinks with it."""
     depth: int = Field(default=4, ge=1)

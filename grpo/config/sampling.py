@@ -24,7 +24,8 @@ class SamplingOptions(Options):
     compile: Literal["auto", "on", "off"] = "auto"
     """Decode by compiled graphs while at most 8 completions are left, where the policy is our own, in float32 on a CPU.
     A graph takes about a minute once, and is kept in ~/.cache/quartet. `auto` compiles where a run plans 100,000 such
-    rounds or more, 300,000 where `draft_tokens` is null. `on` also records CUDA graphs. Graphs change no token."""
+    rounds or more, 300,000 where `draft_tokens` is null. `on` also records CUDA graphs. In float32 graphs
+    change no token."""
 
 
 class VLLMOptions(Options):

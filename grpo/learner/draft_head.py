@@ -14,7 +14,6 @@ from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.mtp import draft_loss
 from policies.policy import Policy
 
-
 PAYS = 1.02  # tokens a forward, from which on drafts are said to gain something
 
 
@@ -27,7 +26,7 @@ def teaching(
     rollouts that are learned from had so few tokens a forward that the head was of no use to them.
     """
     idle = tokens_per_forward is not None and tokens_per_forward < PAYS
-    every = options.idle_every if idle and options.idle_every else options.every
+    every = max(options.every, options.idle_every or 1) if idle else options.every
     if policy.mtp is None or options.loss_weight == 0 or step % every:
         return {}
     stride, groups = round(1 / options.share), list(dict.fromkeys(row.group for row in rows))

@@ -88,6 +88,7 @@ class Learner:
         self.importance_correction = importance_correction_of(self.loss.importance_correction, self.sampler_differs)
         # log π_old of what the last step learned from, by Sample.index; what needed no forward is not there.
         self.policy_logprobs: dict[int, list[float]] = {}
+        self.head_seconds = 0.0  # that the draft head took in this step
         self._scored: dict[tuple[int, int], list[float]] = {}  # the same of each segment
         self.value_head: ValueHead | None = None
         if self.loss.advantage in ("gae", "rank_softmax"):
@@ -156,7 +157,7 @@ class Learner:
         self.importance_correction = importance_correction_of(self.loss.importance_correction, differs)
         if batch.all_tied and not (anchored and batch.rows):
             return metrics | {"learner/updates": 0.0, "time/learn": batch.seconds + time.perf_counter() - started}
-        taught = teaching(self.policy, self.mtp, batch.rows, step, batch.tokens_per_forward)
+        taught, self.head_seconds = teaching(self.policy, self.mtp, batch.rows, step, batch.tokens_per_forward), 0.0
         rows = self._rows_that_count(batch.rows, anchored, taught)
         self.balancer.begin(rows)
         # The loss and its parts are summands over the whole step; everything else is a mean over the tokens read.
@@ -198,6 +199,7 @@ class Learner:
         self.balancer.sum_over(self.ranks)
         metrics |= self.balancer.end()
         metrics["learner/updates"] = float(self.options.updates_per_batch)
+        metrics |= {"time/draft_head": self.head_seconds} if taught else {}
         return metrics | {"time/learn": batch.seconds + time.perf_counter() - started}
 
     def _remember(self, mini: MicroBatch, logprobs_CL: Tensor) -> None:
@@ -319,7 +321,7 @@ class Learner:
         if loss is None:
             return out.preceding.new_zeros(())
         sums["loss/mtp"] += loss.item()
-        sums["time/draft_head"] += time.perf_counter() - began
+        self.head_seconds += time.perf_counter() - began
         return loss
 
     def set_draft_depth(self, depth: int) -> None:

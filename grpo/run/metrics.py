@@ -136,7 +136,7 @@ METRICS: dict[str, str] = {
     "time/rollout": "sampling the completions, seconds",
     "time/reward": "scoring them, seconds",
     "time/learn": "log-probabilities, backward and optimizer, seconds",
-    "time/draft_head": "what the draft head's loss adds to the forward passes, summed over ranks; part of time/learn, seconds",
+    "time/draft_head": "the draft head and its loss, without most of its backward; part of time/learn, seconds",
     "time/wait": "waiting for the batch that is sampled ahead; part of time/learn but for the first, seconds",
     "time/publish": "handing the new weights to the sampler, seconds",
     "time/canaries": "sampling the canaries, scoring them, comparing digests; part of time/publish, seconds",

@@ -14,7 +14,7 @@ from grpo.run.records import read_rollouts, rollout_path, split_groups
 from grpo.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.group import Completion, Prompt, RolloutGroup, Segment, ToolStats
+from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, Segment, ToolStats
 
 
 def read_config(run: Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
@@ -80,6 +80,7 @@ def _group(prompt: Prompt, lines: Sequence[dict[str, Any]]) -> RolloutGroup:
             line["text"],
             line["finish_reason"],
             int(line["policy_version"]),
+            DraftStats(**line.get("draft", {})),
             turns=line.get("turns", []),
             sampled=line.get("sampled", []),
             tools=ToolStats(**line["tools"]) if line.get("tools") else None,

@@ -1,7 +1,8 @@
 """Rounds on a GPU: recorded as CUDA graphs and replayed, so that no operator is called by Python.
 
-The round is the function that graph.py has. To record it takes a few eager rounds, so nothing is kept on disk, and where
-caches or weights have moved it is recorded anew. No GPU has run this yet; tests run all but the recording on a CPU.
+The round is the function that graph.py has. Recording takes a few eager rounds, so nothing is kept on disk. Where
+caches or weights have moved, as when a row ends, it is recorded anew. No GPU has run this yet; tests run all but the
+recording on a CPU.
 """
 
 from __future__ import annotations
@@ -23,25 +24,31 @@ class RecordedRound:
     addresses the recording has, as it has those of the caches."""
 
     def __init__(self) -> None:
-        self.release()
+        self.module: Round | None = None
+        self._forget()
 
     def bind(self, decoder: Decoder, bucket: Bucket) -> None:
-        self.release()
-        self.module = Round(decoder, bucket)
+        self._forget()
+        self.module = Round(replace(decoder, graphs=None), bucket)  # else it would hold itself
 
     def release(self) -> None:
-        self.module: Round | None = None
-        self.addresses: list[int] = []
-        self.small: Inputs | None = None
+        self.module = None
+        self._forget()
+
+    def _forget(self) -> None:
         self.replay: Callable[[], list[Tensor]] | None = None
+        self.small: dict[str, Tensor] = {}
+        self.addresses: list[int] = []
 
     def __call__(self, given: Inputs) -> list[Tensor]:
         addresses = [cache.data_ptr() for cache in given.caches]
-        if self.replay is None or self.small is None or self.addresses != addresses:
-            self.small = replace(given, **{name: part.clone() for name, part in given.others.items()})
-            self.replay, self.addresses = self._record(self.small), addresses
+        if self.replay is None or self.addresses != addresses:
+            self._forget()
+            small = {name: part.clone() for name, part in given.others.items()}
+            self.replay = self._record(replace(given, layers=list(given.layers), **small))
+            self.small, self.addresses = small, addresses
         for name, part in given.others.items():
-            getattr(self.small, name).copy_(part)
+            self.small[name].copy_(part)
         return [found.clone() for found in self.replay()]
 
     def _record(self, given: Inputs) -> Callable[[], list[Tensor]]:
@@ -54,16 +61,16 @@ class RecordedRound:
 
         if device.type != "cuda":
             return run
-        # A round writes the entries after each row's own, so that one more changes nothing.
-        aside = torch.cuda.Stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
-                run()
-        torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = run()
+        with torch.cuda.device(device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP):  # a round writes the entries after each row's own: one more changes nothing
+                    run()
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                found = run()
 
         def replay() -> list[Tensor]:
             graph.replay()

@@ -80,7 +80,7 @@ def readable(depth: int) -> int:
 
 
 def can_compile(decoder: Decoder, params: SamplingParams) -> bool:
-    """Whether graphs are asked for, and can be: they compute drafts of the head, or none, in float32 on a CPU and in any
+    """Whether graphs are asked for, and can be: they compute drafts of the head, or none, in float32 on a CPU or in any
     precision on a CUDA device. Where a controller chooses how many, it must know what they cost as graphs."""
     trunk = decoder.trunk
     plain = not (params.looks_up or params.stop_strings or params.record_routing or params.accept != "exact")
@@ -115,10 +115,14 @@ class Rounds:
         """With `depth` drafts of each row. The last three are those of all rows, or of each."""
         count = len(live.index)
         places = next(rows for rows in ROWS if rows >= count)
-        limits = torch.as_tensor(limit).expand(count)
         head = drafter.ready(live) if depth and drafter else None
         entries = _arrange([cache, *([head] if head else [])], places)
         bucket = Bucket(places, depth, entries)
+
+        def of_rows(x: Tensor | float, dtype: torch.dtype) -> Tensor:
+            if isinstance(x, Tensor):
+                return x.flatten().expand(count).to(dtype)
+            return torch.full((count,), x, dtype=dtype, device=live.last.device)
 
         def of_places(x: Tensor) -> Tensor:
             if count < places:
@@ -131,10 +135,10 @@ class Rounds:
             prompt_length=of_places(live.prompt_length),
             lengths=of_places(cache.lengths_R),
             alive=of_places(live.alive),
-            limit=of_places(limits),
+            limit=of_places(of_rows(limit, torch.long)),
             keys_B2=of_places(live.keys_R2),
-            temperature=of_places(torch.as_tensor(temperature, dtype=torch.float64).expand(count).float()),
-            start=of_places(torch.as_tensor(start).flatten().expand(count)),
+            temperature=of_places(of_rows(temperature, torch.float32)),
+            start=of_places(of_rows(start, torch.long)),
             stops=self.stops,
             layers=cache.layers_RTE,
         )

@@ -84,11 +84,16 @@ def test_recorded_rounds_change_no_token(random_policy, monkeypatch):
     monkeypatch.setattr(rounds, "find", lambda *_: RecordedRound())
     engine = Engine(random_policy(2).to(DEVICE), torch.float32)
     for version in (0, 1):
-        for params in (PARAMS, replace(PARAMS, draft_tokens=0), replace(PARAMS, draft_tokens=0, group_size=1)):
-            eager = [c.token_ids for group in engine.sample(PROMPTS, params) for c in group.completions]
-            replayed = engine.sample(PROMPTS, replace(params, compiled=True))
+        for params in (
+            PARAMS,
+            replace(PARAMS, draft_tokens=0),
+            replace(PARAMS, step=2),
+            replace(PARAMS, draft_tokens=0),
+        ):
+            eager = [c.token_ids for group in engine.sample(PROMPTS[:2], params) for c in group.completions]
+            replayed = engine.sample(PROMPTS[:2], replace(params, compiled=True))
             assert [c.token_ids for group in replayed for c in group.completions] == eager
-        assert engine.graphs.loaded
+        assert {bucket.drafts for bucket, _ in engine.graphs.loaded} == {0, 2}
         engine.publish({n: w.to(DEVICE) for n, w in random_policy(3).publication().items()}, version + 1)
 
 

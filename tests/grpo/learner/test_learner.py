@@ -34,7 +34,8 @@ def _learner(policy: Policy, *, mtp: float = 0.0, depth: int = 3, **given) -> Le
     options = {
         name: given.pop(name) for name in list(given) if name in LearnerOptions.model_fields and name != "schedule"
     }
-    head = MTPOptions(loss_weight=mtp, depth=depth, share=given.pop("share", 1.0), every=given.pop("every", 1), idle_every=given.pop("idle_every", None))
+    chosen = {name: given.pop(name) for name in ("share", "every", "idle_every") if name in given}
+    head = MTPOptions(loss_weight=mtp, depth=depth, **chosen)
     options = {"learning_rate": 1e-3, "max_grad_norm": 1e9} | options
     return Learner(policy, LearnerOptions(**options), head, LossOptions(**loss), **given)
 
@@ -822,7 +823,7 @@ def test_the_head_learns_every_so_many_steps_from_another_share_of_the_groups(mi
 
 
 def test_the_head_rests_while_drafts_gain_nothing(micro_policy):
-    """By the rollouts that are learned from, and never by the clock (contract 4)."""
+    """By the tokens a forward of the rollouts that are learned from, which the record has."""
     policy = micro_policy(0)
     learner = _learner(policy, mtp=1.0, idle_every=3)
     taught = {}
