@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,6 +41,7 @@ from policies.anatomy import cache_numbers, count_parameters  # noqa: E402
 HEADS = 12
 MODELS = ("multi-head", "mla")
 AIM = 3.7  # per cent
+text_of = cache(load_text)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def config_of(model: str, vocabulary: int) -> LlamaConfig | DeepseekV3Config:
 
 def work(job: Job, data: Path | None, documents: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    text = load_text(data, VOCABULARY, LENGTH, job.seed, documents)
+    text = text_of(data, VOCABULARY, LENGTH, job.seed, documents)
     run = Run(build(config_of(job.model, len(text.tokenizer)), text.tokenizer, job.seed), job.steps)
     train({job.model: run}, text, BATCH, job.rate, lambda line: None)
     half = len(text.heldout) // 2

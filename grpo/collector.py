@@ -64,6 +64,7 @@ class Collector:
         if self.sampling.compiled:
             prompts = [task.prompt(example, policy.tokenizer) for example in task.train[:PROMPTS_READ]]
             self.graph_tokens = max(len(p.token_ids) for p in prompts) + options.max_completion_tokens
+            run.log.event("graphs", compile=options.compile, planned_rounds=rounds)
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate
         self.alarms = Alarms(task.watched_rewards()) if run.config.log.alarms and run.ranks.first else None
         self.begun: list[Begun] = []

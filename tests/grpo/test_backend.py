@@ -12,11 +12,15 @@ from grpo.config.run import SftConfig
 from grpo.config.sampling import RolloutOptions
 from grpo.policy_source import check_options
 from grpo.run.pool import vllm_settings
+from grpo.run.records import read_events, read_rollouts
 from grpo.sampling import sampling_params
 from grpo.sft import sft
+from grpo.train import train
 from policies.conversion.dense import convert_checkpoint
 from policies.policy import Policy
 from policies.presets import small_tokenizer
+from rollout.compiled import rounds
+from rollout.compiled.recorded import RecordedRound
 from rollout.engine import RolloutError
 
 DENSE = {"rollout.draft_tokens": 0, "mtp.depth": 4, "mtp.every": 1, "warm_start.steps": 0}  # nothing of a draft head
@@ -156,3 +160,17 @@ def test_graphs_are_chosen_by_what_is_planned_and_refused_by_name(micro_policy, 
     with pytest.raises(ValueError, match="no C\\+\\+ compiler .no-such-compiler"):
         compiled({"compile": "on"})
     assert not compiled({}, rounds=10**9)
+
+
+def test_a_run_by_graphs_has_the_tokens_of_one_without_and_says_so(micro_config, monkeypatch, tmp_path):
+    """Graphs are called here and not compiled, as a GPU would record them."""
+    monkeypatch.setattr(rounds, "find", lambda *_: RecordedRound())
+    monkeypatch.setenv("CXX", sys.executable)
+    tokens = {}
+    for compile in ("on", "off"):
+        train(micro_config(tmp_path / compile, **{"rollout.compile": compile}))
+        steps = [read_rollouts(tmp_path / compile, step) for step in (1, 2, 3)]
+        tokens[compile] = [line["token_ids"] for lines in steps for line in lines]
+        told = [e for e in read_events(tmp_path / compile) if e["event"] == "graphs"]
+        assert [event["compile"] for event in told] == (["on"] if compile == "on" else [])
+    assert tokens["on"] == tokens["off"]
