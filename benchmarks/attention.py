@@ -27,6 +27,7 @@ import torch  # noqa: E402
 from pretraining import shown  # noqa: E402
 
 from grpo.run.hardware import describe  # noqa: E402
+from policies.allocator import keep_freed_memory  # noqa: E402
 from policies.decoding.absorbed import AbsorbedTrunk  # noqa: E402
 from policies.policy import Policy  # noqa: E402
 
@@ -99,6 +100,7 @@ def main() -> None:
         parser.error(f"there is no {args.model}; `make smollm2` prepares it")
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the engine does
     trunk = AbsorbedTrunk(Policy.load(args.model, torch.float32).trunk, torch.float32, 1024)
     found: dict[int, dict[str, Any]] = {}
     names = ("step", "products", "attention", "reading", "operations")

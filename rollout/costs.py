@@ -49,11 +49,14 @@ def _doubling(most: int) -> list[int]:
 
 def _rounds(decoder: Decoder, rows: int, depths: list[int], looked_up: bool, graphs: int = 0) -> list[float]:
     """Median milliseconds of a round at every depth. The depths take turns, so that a slow moment of the machine is one
-    for all of them: the choice depends on their ratio."""
+    for all of them: the choice depends on their ratio. A compiled round is timed behind another one of its own kind, as
+    they come in a run: after another kind it finds the processor's caches cold, and takes up to twice as long."""
     decodings = {depth: _begin(decoder, rows, depth, looked_up, graphs) for depth in depths}
     times: dict[int, list[float]] = {depth: [] for depth in depths}
     for _ in range(REPEATS):
         for depth, decoding in decodings.items():
+            if graphs:
+                decoding.forward(0)
             started = time.perf_counter()
             decoding.forward(depth if looked_up else 0)
             if decoder.trunk.device.type == "cuda":
@@ -65,7 +68,7 @@ def _rounds(decoder: Decoder, rows: int, depths: list[int], looked_up: bool, gra
 def _begin(decoder: Decoder, rows: int, depth: int, looked_up: bool, graphs: int) -> Decoding:
     """A batch after its first round, in which the head reads the prompt. Rows with logits that are not finite go on:
     sampling reports them, with their prompt."""
-    completion = (REPEATS + 1) * (depth + 1) + 2
+    completion = (REPEATS * (2 if graphs else 1) + 1) * (depth + 1) + 2
     length = max(1, min(PROMPT_TOKENS, decoder.context - completion))
     # With as much room as a controller leaves, so that the graphs are those of the run.
     completion = max(completion, min(graphs, decoder.context) - length + MAX_DEPTH - depth)
