@@ -82,7 +82,9 @@ def test_a_server_that_cannot_start_tells_why(tmp_path):
         VLLMProcess(bad, tmp_path / "log", 1, lambda: None)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=[pytest.mark.slow, pytest.mark.long])]
+)
 def test_it_does_not_outlive_the_trainer(tmp_path, number):
     environment = os.environ | {"PYTHONPATH": str(SERVER.parents[4])}
     command = [sys.executable, "-c", OF_A_TRAINER, str(tmp_path / "log")]
