@@ -4,7 +4,7 @@
 
 The policy has the width and depth of `policy.py`'s mixture of experts. Every layout makes the same GRPO steps on the
 same rows, in gloo processes of one thread on this machine. For each: how much of the experts a rank holds, its memory,
-how far the first step's log-probabilities, gradient and entropy are from those of one process, and seconds a step. The
+how far the first step's log-probabilities and gradient are from those of one process, and seconds a step. The
 processes share this machine's cores, so the seconds tell what sharding costs here and not what it gains on eight
 devices.
 """
@@ -38,7 +38,7 @@ LAYOUTS = {
     "16 experts a rank": {"fsdp": SHARDS, "expert": SHARDS},
     "every expert in eight": {"tensor": SHARDS},
 }
-COMPARED = ("mismatch/logprob_abs_max", "learner/grad_norm", "policy/entropy")
+COMPARED = ("mismatch/logprob_abs_max", "learner/grad_norm")
 
 
 def write_policy(folder: Path) -> None:

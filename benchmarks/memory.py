@@ -36,7 +36,7 @@ from policies.conversion.dense import convert_dense
 from policies.mtp import MTPHead
 from policies.policy import Policy, read_config
 from policies.presets import small_tokenizer
-from policies.sharding import attend, release, whole
+from policies.sharding import release, whole
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
 
@@ -101,13 +101,15 @@ def measure(config: TrainConfig, source: str, row: int) -> dict[str, float]:
     found["held"] = resident() - begin
     phase_ends("learning")
     weights = learner.weights()
-    copies = [whole(tensor).clone() for tensor in weights.values()] if ranks.first else attend(weights.values())
+    gathered = map(whole, weights.values())  # every rank takes part, and rank 0 keeps copies
+    copies = [tensor.clone() if ranks.first else None for tensor in gathered]
     del copies, weights
     phase_ends("publishing")
     release(policy)
     tensors, _ = learner.state()
     for mapping in tensors.values():
-        attend(mapping.values())
+        for tensor in mapping.values():
+            whole(tensor)
     phase_ends("saving")
     return found
 
