@@ -151,7 +151,6 @@ def test_contract_12_an_evaluation_has_the_weights_of_its_step(options, tmp_path
     assert seen == [(step, step) for step in (0, 2, 4, 5)]
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_contract_12_timing_deaths_and_workers_change_no_bit(options, whole, tmp_path, monkeypatch):

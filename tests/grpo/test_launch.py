@@ -162,7 +162,6 @@ def test_ray_train_is_asked_for_that_share_and_refuses_before_it_starts(monkeypa
     assert asked == {"CPU": 3, "GPU": 0.7}
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_in_each_gpu_there_is_one_learner_and_one_worker():
     """By Ray's own book-keeping: the machine has no GPU."""

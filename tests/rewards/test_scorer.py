@@ -429,7 +429,6 @@ def test_without_isolation_failures_are_charged_the_same():
         Scorer([mine("fault")], isolated=False)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_scores_are_the_same_in_a_ray_actor():
     ray = pytest.importorskip("ray")

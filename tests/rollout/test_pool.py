@@ -234,7 +234,6 @@ def test_contract_5_weights_that_a_worker_does_not_confirm_are_not_sampled_with(
     assert pool.sample(PROMPTS, PARAMS) == expected(1)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_contract_5_with_adapters_workers_get_a_and_b_alone_and_a_new_one_everything(pool, random_policy):
     """Tokens are those of a pool in this process that was given merged weights."""
@@ -408,7 +407,6 @@ def test_workers_that_keep_dying_stop_the_run_with_advice(pool, monkeypatch):
     monkeypatch.undo()
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_contract_4_a_late_worker_is_replaced_and_its_shard_sampled_again(pool, expected, monkeypatch):
     """Its deadline has passed, so it is killed; the shard goes to its successor, which gives the same tokens."""
@@ -440,7 +438,6 @@ def test_workers_that_are_always_late_end_the_run_with_advice(pool, monkeypatch)
     del busy
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_contract_5_a_stopped_worker_is_named_in_a_publication_and_replaced(pool, policies, expected, monkeypatch):
     lost: list[tuple] = []
@@ -507,7 +504,6 @@ def test_what_while_waiting_raises_ends_every_wait(pool, policies, expected, mon
     del busy
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_contract_5_a_worker_that_dies_while_draft_costs_are_measured_is_replaced(pool, expected):
     ray.kill(pool.workers.actors[0])

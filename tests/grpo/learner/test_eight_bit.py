@@ -150,7 +150,6 @@ def _large_moments(learner):
 
 
 @needs_torchao
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # the latter without masters, rounded by chance
 def test_two_ranks_resume_to_the_same_bits_and_one_rank_takes_their_moments(wide_policy, tmp_path, dtype):

@@ -85,7 +85,6 @@ KEPT = [
 ]
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_accuracy_is_measured_before_and_after_by_the_scorer_of_eval(quantize, capsys):
     folder = quantize(
@@ -98,7 +97,6 @@ def test_accuracy_is_measured_before_and_after_by_the_scorer_of_eval(quantize, c
     assert "problem by problem" in capsys.readouterr().out
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("converted", [False, True])
 def test_a_llama_as_it_comes_and_as_mla(quantize, tmp_path, converted):
@@ -202,7 +200,6 @@ def test_evaluation_data_and_a_quantised_source_are_refused(capfd, source, tmp_p
     assert "is quantised already; name the policy that it was made from" in said
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_experts_in_two_precisions_are_refused(capfd, source, tmp_path):
     """transformers would not read them."""

@@ -162,7 +162,6 @@ def model(micro_policy, tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_ctrl_c_on_a_terminal_ends_the_run_in_the_panel_and_leaves_the_terminal_sane(model, tmp_path):
     screen = Screen()
