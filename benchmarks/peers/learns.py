@@ -69,9 +69,11 @@ def stopped_when_reached(run: Path, task: Task) -> Iterator[None]:
                     return os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=watch, daemon=True).start()
-    with suppress(Stopped):
-        yield
-    over.set()
+    try:
+        with suppress(Stopped):
+            yield
+    finally:
+        over.set()
 
 
 def run_ours(task: Task, policy: Path) -> dict[str, list[float]]:

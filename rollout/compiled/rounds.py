@@ -25,7 +25,6 @@ ROWS = (1, 2, 4, 8)  # places of a graph; with more rows the products are what t
 FEW_ROWS = ROWS[-1]
 ENTRIES = 128  # caches grow in steps of so many entries
 STOPS = 8  # and the list of stop tokens in steps of so many
-RECORDED = [("cuda", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
 
 @dataclass
@@ -84,7 +83,8 @@ def can_compile(decoder: Decoder, params: SamplingParams) -> bool:
     precision on a CUDA device. Where a controller chooses how many, it must know what they cost as graphs."""
     trunk = decoder.trunk
     plain = not (params.looks_up or params.stop_strings or params.record_routing or params.accept != "exact")
-    fits = isinstance(trunk, AbsorbedTrunk) and (trunk.device.type, trunk.dtype) in (("cpu", torch.float32), *RECORDED)
+    device = trunk.device.type
+    fits = isinstance(trunk, AbsorbedTrunk) and (device == "cuda" or (device, trunk.dtype) == ("cpu", torch.float32))
     known = params.draft_tokens is not None or (decoder.costs is not None and decoder.costs.graphs is not None)
     return params.compiled and decoder.graphs is not None and plain and fits and known
 

@@ -15,7 +15,7 @@ from grpo.why.rewind import Rewind, difference, first_step
 
 KINDS = {
     "full": {},
-    "preset": {"warm_start.steps": 0},
+    "preset": {"warm_start.steps": 0, "rollout.draft_tokens": 0, "mtp.every": 1, "mtp.idle_every": 2},
     "lora": {"lora.rank": 4, "loss.beta": 0.1},
     "ppo": {"loss.advantage": "gae", "loss.beta": 0.1, "learner.updates_per_batch": 2},
     "bfloat16": {"dtype": "bfloat16"},

@@ -40,7 +40,7 @@ class Traced:
         self.module = Round(decoder, bucket)
 
     def release(self) -> None:
-        del self.module
+        self.module = None
 
     def __call__(self, given: Inputs) -> list[Tensor]:
         return list(self.module(*given.flat()))
