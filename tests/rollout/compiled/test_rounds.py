@@ -15,11 +15,13 @@ from rollout.compiled.graph import Bucket, Inputs, Round, weights
 from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.rounds import FEW_ROWS, Graphs
 from rollout.compiled.store import SMALL, CompiledRound
-from rollout.depth import CostTable
+from rollout.costs import REPEATS
+from rollout.depth import GRAPH_DEPTHS, CostTable
 from rollout.engine import Engine
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 from rollout.serving import Request, Serving
+from rollout.shard import Decoding
 
 torch.set_num_threads(1)
 CASES = {
@@ -134,6 +136,21 @@ def test_costs_of_graphs_are_measured_with_graphs(policy, made):
     assert engine.costs.graphs is not None
     assert [len(row) for row in engine.costs.graphs] == [4, 4, 4]  # 0 to 3 drafts at 1, 2 and 3 rows
     assert {(bucket.rows, bucket.drafts) for bucket in made} == {(rows, k) for rows in (1, 2, 4) for k in (0, 1, 3)}
+
+
+def test_a_graph_is_timed_behind_another_round_of_its_own_kind(policy, made, monkeypatch):
+    """Else the processor's caches are those of another graph, and the cheapest one looks twice as dear."""
+    order: list[int] = []
+    forward = Decoding.forward
+
+    def noted(decoding, *given):
+        order.append(decoding.drafts.max_depth)
+        return forward(decoding, *given)
+
+    monkeypatch.setattr(Decoding, "forward", noted)
+    Engine(policy).measure_costs(1, graphs=40)
+    turns = order[-2 * len(GRAPH_DEPTHS) * REPEATS :]
+    assert turns == [depth for _ in range(REPEATS) for depth in GRAPH_DEPTHS for _ in range(2)]
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 2, None])
