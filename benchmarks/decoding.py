@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from policies.anatomy import cache_numbers
-from policies.decoding import latent_cache
+from policies.decoding import kernels, latent_cache
 from policies.decoding.absorbed import AbsorbedTrunk
 from policies.decoding.linear import FixedLinear
 from policies.policy import Policy
@@ -66,9 +66,15 @@ def _linear_flops(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, 
     return 2 * prod(x_shape) * weight_shape[0]
 
 
-# What torch's counter does not know: products with blocked weights, and the fused attention of a CPU.
-BLOCKED = {torch.ops.mkldnn._linear_pointwise: _linear_flops} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}
-plainly = mock.patch.object(latent_cache, "attention", latent_cache.plain_attention)
+def _grouped_flops(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * prod(x_shape) * weight_shape[2]
+
+
+# What torch's counter does not know: products with blocked weights, those of experts, and the fused attention of a CPU.
+UNKNOWN: dict[Any, Any] = {torch.ops.aten._grouped_mm: _grouped_flops}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    UNKNOWN[torch.ops.mkldnn._linear_pointwise] = _linear_flops
+plainly = mock.patch.object(latent_cache, "attention", kernels.plain_attention)
 
 
 @torch.inference_mode()
@@ -88,7 +94,7 @@ def measure(
                 tokens = torch.randint(2, len(decoder.head), (rows,), device=decoder.head.device)
                 decoder.start(rows, context, warm_up + steps + 1)
                 timed[name] += _times(decoder, tokens, warm_up, steps)
-                with FlopCounterMode(display=False, custom_mapping=BLOCKED) as counter, plainly:
+                with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter, plainly:
                     decoder.step(tokens)
                 flops[name] = counter.get_total_flops() / rows
         for name, decoder in decoders.items():

@@ -80,7 +80,8 @@ TRL, OURS = ("trl", "trl_no_checkpointing"), ("ours_mla",)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the benchmarks compute: 1, 8 and `rows` x tokens of a rollout, prompts x group x tokens of a step."""
+    """What the benchmarks compute: 1, 8, a quarter of `rows` and `rows` x tokens of a rollout, and a step of prompts x
+    group x tokens."""
 
     rows: int
     tokens: int
@@ -152,7 +153,7 @@ def compared(
     jobs = folder / f"{policy}.json"
     given = [str(dense), str(jobs), str(sizes.rows), str(sizes.tokens), str(sizes.repeats)]
     yield Piece(f"prompts {policy}", [python, "benchmarks/gpu.py", "--jobs", *given], needs=needs)
-    for contender in ("generate", "ours k=0", *(["ours graphs"] if device == "cuda" else [])):
+    for contender in ("generate", "ours k=0", *(["ours graphs", "ours plain"] if device == "cuda" else [])):
         out = folder / f"{policy} rollout {contender}.json"
         words = [python, "benchmarks/rollout.py", *models, "--model", str(mla), "--work", contender]
         read = partial(rates, jobs, out)
@@ -214,7 +215,11 @@ def write_policy(folder: Path, tiny: bool) -> None:
 
 def write_jobs(tokenizer_of: str, out: str, rows: str, tokens: str, repeats: str) -> None:
     jobs = benchmark("rollout").make_jobs(
-        Path(tokenizer_of), sorted({1, 8, int(rows)}), [int(tokens)], int(repeats), data="word_problems"
+        Path(tokenizer_of),
+        sorted({1, 8, max(8, int(rows) // 4), int(rows)}),
+        [int(tokens)],
+        int(repeats),
+        data="word_problems",
     )
     Path(out).write_text(json.dumps([asdict(job) for job in jobs]))
 

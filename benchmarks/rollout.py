@@ -39,9 +39,12 @@ import torch  # noqa: E402
 
 from grpo.data.examples import load_examples  # noqa: E402
 from grpo.run.hardware import describe  # noqa: E402
+from policies.decoding import latent_cache  # noqa: E402
+from policies.decoding.kernels import plain_attention  # noqa: E402
 
 GROUP = 8
-OURS = {"ours k=0": 0, "ours k=2": 2, "ours k=4": 4, "ours controller": None, "ours graphs": 0}
+OURS = {"ours k=0": 0, "ours k=2": 2, "ours k=4": 4, "ours controller": None, "ours graphs": 0, "ours plain": 0}
+ASKED = {"ours graphs", "ours plain"}  # for, by --only
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ def floor(model: Path, dtype: torch.dtype) -> Sampler:
 def contender(name: str, model: Path, dense: Path, device: str, dtype: torch.dtype) -> Sampler:
     if name == "generate":
         return generate(dense, device, dtype)
+    if name == "ours plain":
+        latent_cache.attention = plain_attention
     return floor(model, dtype) if name == "floor" else ours(model, OURS[name], device, dtype, name == "ours graphs")
 
 
@@ -214,8 +219,8 @@ def in_its_own_process(command: list[str], jobs: Sequence[Job]) -> dict[str, Any
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     jobs = make_jobs(args.dense, args.rows, args.tokens, args.repeats, args.template, args.data)
     has_head = json.loads((args.model / "config.json").read_text()).get("num_nextn_predict_layers", 0) > 0
-    names = ["floor", "generate", "vllm", *(OURS if has_head else ["ours k=0", "ours graphs"])]
-    names = [name for name in names if name in (args.only or set(names) - {"ours graphs"})]
+    names = ["floor", "generate", "vllm", *(OURS if has_head else ["ours k=0", *sorted(ASKED)])]
+    names = [name for name in names if name in (args.only or set(names) - ASKED)]
     if args.device != "cpu":
         names = [name for name in names if name not in ("floor", "vllm")]  # both are of the CPU
     results = {}

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policies.decoding.kernels import attention
+
 
 @dataclass
 class Prefix:
@@ -258,38 +260,3 @@ def _room(shape: tuple[int, int, int], *, dtype: torch.dtype, device: torch.devi
 
 def _mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
-
-
-def attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor) -> tuple[Tensor, Tensor]:
-    """Attended values [B, N, V], and the logarithms of the softmax's denominators [B, N, 1], in float32 or above.
-
-    Keys are the last K entries of the cached vectors and values the first V. A query to which nothing is visible gets
-    arbitrary finite values.
-    """
-    attend = fused_attention if query_BNK.device.type == "cpu" else plain_attention
-    return attend(query_BNK, cached_BTE, value_width, mask_BNT)
-
-
-def fused_attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor) -> tuple[Tensor, Tensor]:
-    """By torch's kernel for a CPU, which reads latents in place; a batched product would copy them in bf16.
-
-    It needs keys and values of one width. The narrower of them is widened into its neighbour's entries, which are
-    multiplied by zeros of the query or cut off the result.
-    """
-    key_width = query_BNK.shape[-1]
-    width = max(key_width, value_width)
-    query = F.pad(query_BNK, (width - key_width, 0)) if width > key_width else query_BNK
-    keys, values = cached_BTE[:, None, :, -width:], cached_BTE[:, None, :, :width]
-    mask = mask_BNT.expand(-1, query.shape[1], -1)[:, None]
-    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query[:, None], keys, values, attn_mask=mask, scale=1.0
-    )
-    return out[:, 0, :, :value_width], total.view(*query.shape[:2], 1)
-
-
-def plain_attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor) -> tuple[Tensor, Tensor]:
-    """By products and a softmax, on any device."""
-    scores = query_BNK @ cached_BTE[..., -query_BNK.shape[-1] :].transpose(1, 2)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + mask_BNT
-    weights = scores.softmax(-1).nan_to_num()  # of a query to which nothing is visible
-    return weights.to(cached_BTE.dtype) @ cached_BTE[..., :value_width], scores.logsumexp(-1, keepdim=True)

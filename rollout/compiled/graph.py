@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from policies.decoding.absorbed import AbsorbedBlock
 from policies.decoding.experts import run_few_experts
-from policies.decoding.latent_cache import plain_attention
+from policies.decoding.kernels import attention, plain_attention
 from policies.decoding.linear import FixedLinear
 from rollout.backends import Decoder
 from rollout.drafts.speculative import until_end, verify_draft
@@ -98,7 +98,8 @@ class GraphCache:
         own = self.layers[layer]
         own.view(-1, own.shape[-1]).index_copy_(0, self.at, new_BSE.flatten(0, 1))
         mask = self.mask_BSC[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
-        out, _ = plain_attention(query_BSHK.flatten(1, 2), own, self.value_width, mask)
+        attend = plain_attention if own.device.type == "cpu" else attention  # on a CPU the compiler fuses products
+        out, _ = attend(query_BSHK.flatten(1, 2), own, self.value_width, mask)
         return out.view(rows, new, heads, self.value_width)
 
     def advance(self, kept_B: Tensor | int) -> None:

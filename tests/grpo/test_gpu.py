@@ -19,6 +19,7 @@ from grpo.run import checkpoint
 from grpo.run.memory_errors import OutOfMemory, phase
 from grpo.run.records import read_metrics
 from grpo.train import train
+from policies.decoding import kernels
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.compiled import rounds
@@ -77,6 +78,20 @@ def test_the_engine_says_of_its_tokens_what_the_learner_says(random_policy, dtyp
     assert metrics["learner/updates"] == 1
     assert metrics["mismatch/logprob_abs_max"] <= (1e-4 if dtype == torch.float32 else 0.7)
     assert all(torch.isfinite(parameter).all() for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widths", [(144, 144, 128), (20, 20, 12), (16, 144, 128), (64, 128, 64)])
+def test_torch_has_a_kernel_for_attention_to_latents(widths, dtype):
+    """Of keys, vectors and values as the policies of this repository have them."""
+    assert not CUDA or kernels.cuda_attention_agrees(DEVICE, dtype, widths)
+    torch.manual_seed(0)
+    query, cached = torch.randn(2, 12, widths[0]) / widths[0] ** 0.5, torch.randn(2, 33, widths[1])
+    mask = torch.zeros(2, 1, 33)
+    mask[1, :, 20:] = -torch.inf
+    given = (query.to(DEVICE, dtype), cached.to(DEVICE, dtype), widths[2], mask.to(DEVICE, dtype))
+    for found, expected in zip(kernels.attention(*given), kernels.plain_attention(*given), strict=True):
+        torch.testing.assert_close(found, expected.to(found.dtype), atol=kernels.CLOSE[dtype], rtol=0.02)
 
 
 def test_recorded_rounds_change_no_token(random_policy, monkeypatch):

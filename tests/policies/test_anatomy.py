@@ -8,6 +8,7 @@ from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 from policies.anatomy import anatomy, cache_numbers, count_parameters
 from policies.decoding import latent_cache
 from policies.decoding.absorbed import AbsorbedTrunk
+from policies.decoding.kernels import plain_attention
 
 CONFIGS = {
     "plain": {},
@@ -85,7 +86,7 @@ def test_prefill_flops_are_the_mean_over_a_prompt(random_policy):
 
 @pytest.mark.parametrize("context", [1, 7])
 def test_decode_flops_are_those_of_the_absorbed_forward(policy, context, monkeypatch):
-    monkeypatch.setattr(latent_cache, "attention", latent_cache.plain_attention)  # the fused kernel is not counted
+    monkeypatch.setattr(latent_cache, "attention", plain_attention)  # the fused kernel is not counted
     trunk = AbsorbedTrunk(policy.trunk, torch.float32, 64)
     cache = trunk.cache(1, context + 1)  # a longer one is attended to in steps of sixteen
     prompt = torch.arange(context)[None]

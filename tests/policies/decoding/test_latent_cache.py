@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.decoding.latent_cache import LatentCache, Prefix, fused_attention, plain_attention
+from policies.decoding.latent_cache import LatentCache, Prefix
 
 WIDTH, VALUE, HEADS = 5, 3, 2
 
@@ -157,22 +157,3 @@ def test_by_row_undoes_by_prompt(row_prompt):
         assert torch.equal(by_prompt[p, : len(own)], own)
         assert not by_prompt[p, len(own) :].any()
     assert torch.equal(prefix.by_row(by_prompt, 3), x)
-
-
-@pytest.mark.parametrize(("key_width", "value_width"), [(8, 5), (3, 5), (5, 5), (2, 6)])
-def test_the_fused_kernel_computes_what_plain_operators_do(key_width, value_width):
-    """A GPU takes the plain ones."""
-    torch.manual_seed(0)
-    query, cached = torch.randn(3, 4, key_width), torch.randn(3, 9, 8)[:, :7]
-    visible = torch.rand(3, 4, 7) < 0.6
-    visible[:, :, 0] = True
-    visible[1, 2] = False  # sees nothing
-    mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
-    fused, plain = (f(query, cached, value_width, mask) for f in (fused_attention, plain_attention))
-    sees = visible.any(-1)
-    torch.testing.assert_close([x[sees] for x in fused], [x[sees] for x in plain])
-    assert fused[0].isfinite().all()
-    assert plain[0].isfinite().all()
-    scores = torch.einsum("bnk,btk->bnt", query, cached[..., -key_width:]).where(visible, -torch.inf)
-    torch.testing.assert_close(plain[0][sees], (scores.softmax(-1) @ cached[..., :value_width])[sees])
-    torch.testing.assert_close(plain[1][..., 0][sees], scores.logsumexp(-1)[sees])
