@@ -1,6 +1,6 @@
 """Multi-head attention against MLA with a latent of 128, at several budgets: how far apart is the perplexity?
 
-Both have 12 heads and the same width, depth and feed-forward; MLA caches 144 numbers a token and layer instead of 768.
+Both have 16 heads of 24 and the same width, depth and feed-forward. MLA caches 144 numbers a token and layer, not 768.
 The learning rate is tuned for each of them on a part of the held-out text that is not reported. Then each learns from
 scratch for each budget and seed. The difference is fitted against the logarithm of the tokens, to say where it would be
 the aim's 3.7 %.
@@ -38,7 +38,7 @@ from transformers import DeepseekV3Config, LlamaConfig  # noqa: E402
 from grpo.run.hardware import describe  # noqa: E402
 from policies.anatomy import cache_numbers, count_parameters  # noqa: E402
 
-HEADS = 12
+HEADS, HEAD = 16, 24
 MODELS = ("multi-head", "mla")
 AIM = 3.7  # per cent
 text_of = cache(load_text)
@@ -57,8 +57,9 @@ def config_of(model: str, vocabulary: int) -> LlamaConfig | DeepseekV3Config:
     sizes = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "vocab_size": vocabulary}
     common = COMMON | sizes | {"intermediate_size": FFN, "eos_token_id": 0}
     if model == "multi-head":
-        return LlamaConfig(**common, head_dim=MLA["v_head_dim"])
-    return DeepseekV3Config(**common | MLA | {"kv_lora_rank": 128, "qk_rope_head_dim": 16})
+        return LlamaConfig(**common, head_dim=HEAD)
+    latent = {"kv_lora_rank": 128, "qk_rope_head_dim": 16, "qk_nope_head_dim": HEAD, "v_head_dim": HEAD}
+    return DeepseekV3Config(**common | MLA | latent)
 
 
 def work(job: Job, data: Path | None, documents: int) -> dict[str, Any]:
