@@ -361,6 +361,7 @@ def test_the_wheel_runs_its_command_from_an_empty_folder(wheel, tmp_path):
     assert _python(str(wheel / "bin/quartet"), "--version", cwd=tmp_path, path=wheel) == f"quartet {version}\n"
 
 
+@pytest.mark.slow
 def test_the_public_names_of_the_wheel_are_there(wheel, tmp_path):
     code = f"import importlib\nfor package in {list(MAY_IMPORT)}:\n"
     code += "    module = importlib.import_module(package)\n"

@@ -158,7 +158,10 @@ def test_models_of_equal_quality_have_equal_sizes_but_for_their_caches(benchmark
     )
     assert mla.parameters == pytest.approx(heads.parameters, rel=0.01)
     assert heads.cache_numbers / mla.cache_numbers == pytest.approx(768 / 144)
-    assert module.crossing([1024.0, 2048.0, 4096.0], [10.7, 8.7, 6.7]) == {"per_doubling": -2.0, "tokens_at_aim": 11585.2}
+    assert module.crossing([1024.0, 2048.0, 4096.0], [10.7, 8.7, 6.7]) == {
+        "per_doubling": -2.0,
+        "tokens_at_aim": 11585.2,
+    }
 
 
 def test_the_balance_benchmark_measures_what_it_prints(benchmark, tmp_path, monkeypatch, capsys):

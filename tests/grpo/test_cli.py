@@ -232,6 +232,7 @@ def test_a_dry_run_prints_counts_and_writes_nothing(model, tmp_path, capsys, mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_examples_are_usable(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     for file in sorted((ROOT / "examples").glob("*.yaml")):
@@ -258,6 +259,7 @@ def test_a_second_run_into_the_same_folder_is_an_error_of_one_line(run, model, l
     assert re.fullmatch(r"quartet: output_dir=.* already holds a run; .*--resume auto.*\n", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_stop_after_and_resume(model, letters, tmp_path, capsys):
     words = [
         "--output_dir",
@@ -300,6 +302,7 @@ def test_sample_writes_the_documented_json_whatever_is_drafted(model, tmp_path, 
             assert len(b["draft"]["drafted"]) == 4
 
 
+@pytest.mark.slow
 def test_eval_writes_what_its_table_shows(run, model, tmp_path, capsys):
     for policy in (str(run), model):
         out = tmp_path / "eval.json"
@@ -330,6 +333,7 @@ def test_eval_prints_the_options_that_a_run_brings_along(run, capsys):
     assert "limit: 3" in shown
 
 
+@pytest.mark.slow
 def test_sft_trains_and_its_policy_samples(model, tmp_path, capsys):
     words = ["--output_dir", str(tmp_path / "sft"), "--model", model, "--threads", "1", "--data.levels", "[1]"]
     words += ["--warm_start.steps", "3", "--data.limit", "20", "--eval.limit", "2", "--log.trackers", "[]"]
@@ -394,6 +398,7 @@ def test_words_that_are_no_command_exit_with_2(words, capsys):
     assert "usage: quartet" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
     def broken(*_: object) -> None:
         raise KeyError("a bug")

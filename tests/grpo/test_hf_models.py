@@ -101,8 +101,16 @@ def _tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {f"{file}/{name}": t for file, mapping in loaded.tensors.items() for name, t in mapping.items()}
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        ("llama", True),
+        ("qwen3", False),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("llama", False), ("qwen2", False))),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("qwen2", True), ("qwen3", True))),
+    ],
+)
 def test_grpo_trains_it_and_contract_9_a_stopped_run_resumes_to_the_same_bits(config_of, tmp_path, kind, lora):
     given = {"lora.rank": 4, "loss.beta": 0.05} if lora else {}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -151,6 +159,7 @@ def test_what_is_saved_is_what_transformers_loads(config_of, saved, tmp_path, ki
     assert (stock.lm_head.weight is stock.model.embed_tokens.weight) == (kind == "qwen2")
 
 
+@pytest.mark.slow
 def test_the_commands_take_it(saved, tmp_path, capsys, letters):
     """sft, train with a warm start, eval and sample, as a user types them."""
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "3 + 4 ="}\n')

@@ -131,6 +131,7 @@ def test_the_head_learns_to_draft_and_the_trunk_keeps_its_bits(config, taught, t
         assert torch.equal(policy.trunk.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_new_head_starts_as_the_trunks_last_layer_and_a_stored_one_only_where_asked(config, taught, tmp_path):
     def first_acceptance(name: str, **given) -> float:
         mtp(config(tmp_path / name, **{"steps": 1, "eval.limit": 12, "head.learning_rate": 1e-6} | given))
@@ -144,6 +145,7 @@ def test_a_new_head_starts_as_the_trunks_last_layer_and_a_stored_one_only_where_
     assert first_acceptance("again", **stored | {"head.restart": True}) > random + 0.1
 
 
+@pytest.mark.slow
 def test_rollouts_come_first_and_epochs_over_them_last(whole):
     lines = read_metrics(whole)
     assert [line["step"] for line in lines] == list(range(1, STEPS + EPOCHS + 1))
@@ -206,7 +208,8 @@ def test_null_drafts_from_the_whole_vocabulary_again(whole, config, tmp_path):
 # ---- contract 9 -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [1, STEPS + 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.long), STEPS + 2])
 def test_contract_9_a_stopped_run_resumes_to_the_same_bits(whole, config, tmp_path, k):
     folder = tmp_path / "run"
     with pytest.raises(Stopped, match=f"stopped after step {k}; go on with --resume auto"):
@@ -228,6 +231,7 @@ def test_contract_9_a_stopped_run_resumes_to_the_same_bits(whole, config, tmp_pa
     assert all(torch.equal(tensor, policies[1][name]) for name, tensor in policies[0].items())
 
 
+@pytest.mark.slow
 def test_contract_9_a_signal_gives_up_the_rollouts_in_progress(whole, config, tmp_path, monkeypatch):
     sample, calls = InterruptiblePool.sample, []
 
@@ -246,13 +250,14 @@ def test_contract_9_a_signal_gives_up_the_rollouts_in_progress(whole, config, tm
     assert _untimed(folder) == _untimed(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "call", "error", "saved"),
     [  # the end of the corpus is saved, and every epoch
         (LocalPool, "sample", 3, RolloutError("workers died 4 times"), [2]),
         (LocalPool, "publish", 2, RolloutError("workers died 4 times"), [3, 4, 5, 6, 7]),  # one before, one at the end
         (Corpus, "add", 2, OSError("No space left on device"), [1]),
-        (HeadLearner, "_lesson_loss", 1, NonFiniteStep("the loss is nan"), [3]),
+        pytest.param(HeadLearner, "_lesson_loss", 1, NonFiniteStep("the loss is nan"), [3], marks=pytest.mark.long),
         (HeadLearner, "_update", 5, NonFiniteStep("the gradient is nan"), [3]),  # in the middle of an epoch
         (HeadLearner, "teach", 3, NonFiniteStep("the loss is nan"), [3, 4, 5]),
         (RunLog, "step", 3, KeyError("a bug"), [3]),
@@ -280,7 +285,8 @@ def test_contract_9_a_failure_saves_the_last_whole_step(
     assert _untimed(folder) == _untimed(whole)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_contract_9_a_signal_while_the_head_is_taught_finishes_the_step(whole, config, tmp_path, monkeypatch, kind):
     folder, teach = tmp_path / "run", HeadLearner.teach
 
@@ -534,6 +540,7 @@ def test_groups_are_cut():
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_model_or_a_file(taught, letters, tmp_path, capsys):
     config = tmp_path / "head.yaml"
     config.write_text(f"model: {taught}\noutput_dir: {tmp_path / 'a'}\nsteps: 2\nrewards:\n- function: {letters}\n")
@@ -613,6 +620,7 @@ def test_prompts_that_leave_no_room_are_refused_before_anything_is_sampled(confi
         mtp(config(tmp_path / "run", **{"rollout.max_completion_tokens": 250}))
 
 
+@pytest.mark.slow
 def test_a_head_that_diverges_says_what_to_lower_and_goes_on_from_the_checkpoint(config, tmp_path, monkeypatch):
     given = {"steps": 2, "checkpoint.every": 1}
     loss = HeadLearner._lesson_loss

@@ -436,6 +436,7 @@ def test_the_learners_policy_and_the_samplers_agree_at_every_step(run):
         assert line["mismatch/kl"] < 1e-8
 
 
+@pytest.mark.slow
 def test_kl_towards_the_reference_starts_at_zero(micro_config, tmp_path):
     for name, lora in (("full", {}), ("lora", {"lora.rank": 4})):
         train(micro_config(tmp_path / name, **{"loss.beta": 0.1}, **lora))
@@ -445,6 +446,7 @@ def test_kl_towards_the_reference_starts_at_zero(micro_config, tmp_path):
         assert kls[2] > 0
 
 
+@pytest.mark.slow
 def test_speed_with_and_without_drafts_can_be_measured_at_the_end(micro_config, tmp_path):
     given = {"log.measure_speed": True, "eval.limit": 4, "steps": 1, "rollout.max_completion_tokens": 5}
     results = train(micro_config(tmp_path / "r", **given))
@@ -493,7 +495,16 @@ def converted(micro_policy, tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("given", [{}, {"lora.rank": 4}, {"add_mtp": True}, {"add_mtp": True, "lora.rank": 4}])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        pytest.param({"lora.rank": 4}, marks=pytest.mark.long),
+        pytest.param({"add_mtp": True}, marks=pytest.mark.long),
+        {"add_mtp": True, "lora.rank": 4},
+    ],
+)
 def test_a_converted_dense_model_is_a_policy_too(converted, micro_config, tmp_path, given):
     drafts = {"rollout.draft_tokens": None, "warm_start.steps": 0, "model": converted, "mtp.every": 1}
     train(micro_config(tmp_path / "r", **drafts | given))
@@ -535,6 +546,7 @@ def test_gradient_checkpointing_and_small_micro_batches_change_no_token_of_a_run
     assert _sampled(tmp_path / "r") == _sampled(run)
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_evaluation_was_cut_off_is_evaluated_when_it_is_resumed(micro_config, tmp_path, monkeypatch):
     config = micro_config(tmp_path / "r", **{"eval.limit": 3})
     evaluate = HeldOut.evaluate
@@ -554,6 +566,7 @@ def test_a_run_whose_last_evaluation_was_cut_off_is_evaluated_when_it_is_resumed
     assert not train(config, resume="auto").evaluations
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_between_its_last_evaluation_and_its_policy_records_it_once(
     micro_config, tmp_path, monkeypatch
 ):
@@ -594,6 +607,7 @@ def test_steps_of_a_warm_start_that_is_done_go_when_the_run_goes_on(micro_config
     assert not left.parent.exists()
 
 
+@pytest.mark.slow
 def test_draft_costs_are_measured_once_a_run_and_reused_on_resume(micro_config, tmp_path, monkeypatch):
     config = micro_config(tmp_path / "r", **{"rollout.draft_tokens": None})
     with pytest.raises(Stopped):

@@ -278,6 +278,7 @@ def idle(micro_policy, dataset, tmp_path):
     return rollout, make_trainer(policy, rollout, dataset, tmp_path, num_generations_eval=2)
 
 
+@pytest.mark.slow
 def test_noise_is_new_at_every_call_and_the_same_for_a_resumed_trainer(idle, micro_policy):
     rollout, trainer = idle
     trainer.model.train()
@@ -295,6 +296,7 @@ def test_noise_is_new_at_every_call_and_the_same_for_a_resumed_trainer(idle, mic
     assert resumed(prompts, trainer)["completion_ids"] == calls[3]  # evaluation in between shifts nothing
 
 
+@pytest.mark.slow
 def test_chat_prompts_get_the_chat_template_of_the_tokenizer(idle):
     rollout, trainer = idle
     trainer.processing_class.chat_template = (
@@ -305,6 +307,7 @@ def test_chat_prompts_get_the_chat_template_of_the_tokenizer(idle):
     assert out["prompt_ids"] == [trainer.processing_class("user: 2 + 3\nbot:")["input_ids"]] * G
 
 
+@pytest.mark.slow
 def test_prompts_that_are_no_whole_groups_are_refused(idle):
     rollout, trainer = idle
     trainer.model.train()

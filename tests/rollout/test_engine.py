@@ -113,6 +113,7 @@ def test_contract_3_a_head_that_is_broken_costs_no_token(random_policy):
     assert tokens(drafted) == plain
 
 
+@pytest.mark.slow
 def test_drafts_are_what_the_trained_head_says_behind_the_verified_tokens(engine, policy, monkeypatch):
     """Every draft of ragged rows that come and go, against the unrolled head as training sees it: same tokens, same
     noise. A wrong position, cache or hidden state would cost acceptance and no token, so nothing else would notice."""

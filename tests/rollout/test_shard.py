@@ -115,8 +115,11 @@ def test_contract_3_any_sequence_of_depths_gives_the_same_tokens(policy, plain, 
         assert sum(sum(c.draft.accepted) for c in late) > 0
 
 
+LONG = pytest.param([8], 0.5, marks=[pytest.mark.slow, pytest.mark.long])
+
+
 @pytest.mark.parametrize("group_size", [1, 2])
-@pytest.mark.parametrize(("pattern", "share"), [([8] * 4 + [0] * 25 + [8], 0.0), ([0, 8, 0, 0, 5], 0.1), ([8], 0.5)])
+@pytest.mark.parametrize(("pattern", "share"), [([8] * 4 + [0] * 25 + [8], 0.0), ([0, 8, 0, 0, 5], 0.1), LONG])
 def test_rows_that_end_far_apart_leave_each_others_entries_alone(policy, monkeypatch, group_size, pattern, share):
     """Some rows accept every draft and end early, the others a `share` of them, and drafting pauses meanwhile.
     The head then reads more tokens of a late row than an early row has room for. Every draft of a row that goes on is
@@ -176,6 +179,7 @@ def test_where_drafts_cost_too_much_none_are_made(policy, plain):
     assert sum(sum(c.draft.drafted) for c in completions(groups)) == 0
 
 
+@pytest.mark.slow
 def test_costs_are_measured_once_and_kept(policy):
     engine = Engine(policy)
     engine.sample(PROMPTS, replace(PARAMS, draft_tokens=None, max_completion_tokens=4))

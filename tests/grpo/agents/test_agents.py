@@ -55,6 +55,7 @@ def whole(micro_config, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_contract_4_an_agent_that_asks_once_is_the_run_without_it(micro_config, tmp_path):
     train(micro_config(tmp_path / "plain", **SHORT))
     train(micro_config(tmp_path / "agent", agent=ONCE, **SHORT))
@@ -104,6 +105,7 @@ def test_contract_9_a_stopped_run_goes_on_to_the_same_bits(micro_config, whole, 
     assert all(torch.equal(again[name], uncut[name]) for name in again)
 
 
+@pytest.mark.slow
 def test_an_agent_gets_columns_and_its_number_is_a_reward(micro_config, tmp_path):
     given = {"agent": f"{AGENTS}:columns", "rewards": [], "rollout.max_completion_tokens": 6}
     for name in ("a", "b"):
@@ -239,6 +241,7 @@ def test_other_keys_and_episodes_get_errors_in_openais_form(pool):
     assert (gone["status"], gone["error"]["code"]) == (404, "episode_not_found")
 
 
+@pytest.mark.slow
 def test_a_run_of_an_agent_is_evaluated_replayed_and_explained(whole, tmp_path):
     assert main(["eval", str(whole), "--limit", "2", "--output", str(tmp_path), "--threads", "1"]) == 0
     written = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]

@@ -84,6 +84,7 @@ def logits(source, texts) -> Callable[[object], torch.Tensor]:
     return of
 
 
+@pytest.mark.slow
 def test_the_exact_form_says_so_and_is_the_dense_model(convert, logits, source, capsys):
     folder, report = convert()
     expected = logits(source)
@@ -113,6 +114,7 @@ def test_experts_are_on_disk_and_their_router_learns(convert, logits, source):
     assert gradient.abs().max() > 1e-6
 
 
+@pytest.mark.slow
 def test_noise_on_experts_is_reported_and_the_file_holds_the_noisy_policy(convert, logits, source, capsys):
     folder, report = convert("--ffn", "moe", "--experts.shared_experts", "1", "--experts.noise", "0.05")
     assert report["against"] == "the policy with noise"
@@ -122,6 +124,7 @@ def test_noise_on_experts_is_reported_and_the_file_holds_the_noisy_policy(conver
     assert "noise on the experts" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compression_reports_cache_kl_agreement_and_perplexity_and_recovery_gives_back(convert, text, capsys):
     words = ["--rank", "20", "--calibrate", text, *SMALL]
     folder, report = convert(*words, "--recover", "25", "--recovery.learning_rate", "3e-3")
@@ -155,6 +158,7 @@ def test_the_reported_numbers_are_those_of_the_saved_files(convert, source, text
     assert found["perplexity"] == pytest.approx(nll.exp().item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_draft_head_beats_chance_with_given_text_and_with_its_own(convert, text, tmp_path):
     folder, report = convert("--mtp", "--calibrate", text, *SMALL)
     assert Policy.load(folder).mtp is not None

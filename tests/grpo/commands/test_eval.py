@@ -133,6 +133,7 @@ def unfinished(request, micro_config, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_its_newest_checkpoint_and_says_so(unfinished):
     """The checkpoint's evaluation is the one that the run made there: same prompts, same noise, same weights."""
     folder = unfinished / "stopped"

@@ -87,6 +87,7 @@ def run(request, runs):
 # ---- what other tools load ----
 
 
+@pytest.mark.slow
 def test_stock_transformers_loads_the_live_policy(run, base, tmp_path):
     folder, live = run
     said = export(folder, tmp_path / "exported")

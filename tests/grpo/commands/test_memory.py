@@ -355,7 +355,10 @@ def test_moonlights_architecture_has_the_published_sizes():
     assert (counted.parameters, counted.active_parameters) == (inside + embeddings, active + embeddings)
 
 
-@pytest.mark.parametrize("name", ["1_mtp", "2_grpo_lora", "3_grpo_lora_workers", "4_grpo_full"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["1_mtp", pytest.param("2_grpo_lora", marks=pytest.mark.long), "3_grpo_lora_workers", "4_grpo_full"]
+)
 def test_moonlights_configurations_pass_the_dry_run(name, monkeypatch, capsys, tmp_path):
     """On the data that is always there; the file's own is GSM8K. What it prints is what the README says."""
     monkeypatch.setattr(policy_source, "check_optimizer", lambda options: None)  # it is an extra
@@ -376,6 +379,7 @@ def test_moonlights_configurations_pass_the_dry_run(name, monkeypatch, capsys, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_moonlights_readme_says_of_memory_is_what_is_computed():
     figures = runpy.run_path(str(MOONLIGHT / "figures.py"), run_name="figures")
     readme = (MOONLIGHT / "README.md").read_text(encoding="utf-8")

@@ -850,6 +850,7 @@ def test_the_heads_gradient_does_not_depend_on_how_rows_are_split(micro_policy):
     _assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_a_supervised_step_is_the_mean_cross_entropy_of_the_solutions(micro_policy):
     policy = micro_policy(0)
     learner = _learner(policy, mtp=1.0, tokens_per_micro_batch=16)

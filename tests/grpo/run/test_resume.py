@@ -69,6 +69,7 @@ def _config(micro_config, folder: Path, kind: str, **given):
 
 VARIANTS = {  # of others, which `make test-slow` runs
     *("full, epochs end between steps", "full, with a reference", "cosine, share", "short first, dynamic sampling"),
+    *("lora", "curriculum"),
 }
 COARSE = """
 def coarse(completions, **_):
@@ -151,6 +152,7 @@ def test_contract_9_a_stopped_run_resumes_to_the_same_bits(micro_config, whole, 
         assert read_metrics(folder)[-1]["curriculum/seen"] > 0.2
 
 
+@pytest.mark.slow
 def test_contract_9_several_stops_are_as_good_as_one(micro_config, whole, tmp_path):
     folder = tmp_path / "run"
     _stop_after(micro_config, folder, "full", 1)
@@ -174,6 +176,7 @@ def test_contract_9_with_two_ray_workers(micro_config, whole, tmp_path, kind):
     _assert_same_checkpoint(folder, reference, STEPS)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_behind_its_checkpoint_writes_no_step_twice(micro_config, whole, tmp_path, monkeypatch):
     """Killed in step 4 while steps are saved every two: what step 3 wrote is removed and written again."""
     folder, step = tmp_path / "run", Learner.step
@@ -318,7 +321,8 @@ def _change_one_weight(file: Path) -> None:
         write_digests(file.parent)
 
 
-@pytest.mark.parametrize("warm_start", [0, 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("warm_start", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_adapters_are_not_continued_on_other_base_weights(micro_config, micro_policy, tmp_path, warm_start):
     config, file = _lora_on_a_folder(micro_config, micro_policy, tmp_path, warm_start)
     shutil.copytree(file.parent, tmp_path / "original")
@@ -384,6 +388,7 @@ def test_other_training_data_are_noticed(micro_config, tmp_path):
         train(_config(micro_config, tmp_path / "run", "full", **given), resume="auto")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(micro_config, tmp_path):
     folder = tmp_path / "run"
     _stop_after(micro_config, folder, "full", 2)
@@ -403,6 +408,7 @@ def test_only_the_newest_checkpoints_are_kept(micro_config, tmp_path):
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_during_a_save_loses_nothing(micro_config, whole, tmp_path, monkeypatch):
     folder, save_file = tmp_path / "run", tensor_files.save_file
 
@@ -454,6 +460,7 @@ def test_the_line_of_a_resume_is_short_and_its_record_is_not(micro_config, tmp_p
 # ---- the best checkpoint --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_by_accuracy_stays_and_becomes_a_policy(micro_config, tmp_path, monkeypatch):
     """Accuracies 0.1 (before GRPO), 0.3, 0.6, 0.6, 0.2 and 0.5 at the end: step 3 is the latest of the best."""
     accuracies = {0: 0.1, 1: 0.3, 2: 0.6, 3: 0.6, 4: 0.2, 5: 0.5}
@@ -530,7 +537,10 @@ def _sft_config(model: str, folder: Path, **given):
     return load(SftConfig, None, SFT | {"model": model, "output_dir": folder} | given)
 
 
-@pytest.mark.parametrize(("k", "limit"), [(2, 18), (3, 12), (5, 18)])  # 12 examples: an epoch ends behind step 3
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("k", "limit"), [pytest.param(2, 18, marks=pytest.mark.long), (3, 12), (5, 18)]
+)  # 12: an epoch ends behind step 3
 def test_contract_9_supervised_fine_tuning_resumes_to_the_same_bits(micro_preset, tmp_path, k, limit):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     given = {"data.limit": limit}
@@ -553,12 +563,13 @@ def test_contract_9_supervised_fine_tuning_resumes_to_the_same_bits(micro_preset
     assert not sft(_sft_config(micro_preset, folder, **given), resume="auto").evaluations  # it was finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "call", "error"),
     [
         (Learner, "sft_step", 4, NonFiniteStep("the loss is nan")),
         (log, "append_line", 4, OSError(28, "No space left on device")),  # one evaluation, then one a step
-        (Learner, "_update", 4, OSError(28, "No space left on device")),
+        pytest.param(Learner, "_update", 4, OSError(28, "No space left on device"), marks=pytest.mark.long),
     ],
 )
 def test_contract_9_a_failure_in_supervised_fine_tuning_saves_the_last_whole_step(

@@ -143,6 +143,7 @@ def test_contract_9_the_step_in_progress_is_given_up_between_two_micro_batches(
     _resumes_to_the_same(micro_config, folder, whole)
 
 
+@pytest.mark.slow
 def test_a_step_whose_first_update_is_made_is_finished(micro_config, tmp_path, monkeypatch):
     given = {"learner.updates_per_batch": 2}
     with monkeypatch.context() as patch:
@@ -155,6 +156,7 @@ def test_a_step_whose_first_update_is_made_is_finished(micro_config, tmp_path, m
     assert all(first[name].equal(tensor) for name, tensor in second.items())
 
 
+@pytest.mark.slow
 def test_contract_9_an_evaluation_that_was_given_up_is_made_when_the_run_goes_on(micro_config, tmp_path, monkeypatch):
     given = {"eval.every": 2, "steps": 3}
     train(micro_config(tmp_path / "whole", **SMALL | given))
@@ -173,6 +175,7 @@ def test_contract_9_an_evaluation_that_was_given_up_is_made_when_the_run_goes_on
     _resumes_to_the_same(micro_config, folder, tmp_path / "whole", **given)
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_last_evaluation_loses_nothing(micro_config, whole, tmp_path, monkeypatch):
     folder, record = tmp_path / "run", HeldOut.evaluate
 
@@ -321,7 +324,8 @@ def test_the_second_signal_ends_the_process_at_once(first, second):
     assert (done.returncode, done.stdout) == (-signal.Signals[second], "once\n")
 
 
-@pytest.mark.parametrize("in_c", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize("in_c", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_signal_while_a_library_starts_asks_as_any_other(micro_config, whole, tmp_path, monkeypatch, in_c):
     """Ray answers SIGTERM by sys.exit from the beginning of its start on, and later by a handler in C++."""
     folder, real = tmp_path / "run", pool.open_pool

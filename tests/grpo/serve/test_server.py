@@ -381,6 +381,7 @@ def test_margin_says_so_and_is_counted(model):
         server.end()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_followed_and_an_answer_is_of_one_policy(tmp_path, micro_config, slow):
     run = tmp_path / "run"
     train(micro_config(run))

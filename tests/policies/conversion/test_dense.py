@@ -386,6 +386,7 @@ def dense_models(draw: st.DrawFn) -> LlamaForCausalLM | MistralForCausalLM:
     return dense_model(shape, **changes)
 
 
+@pytest.mark.slow
 @hypothesis_settings(max_examples=12, deadline=None, derandomize=True)
 @given(dense=dense_models(), moe=st.booleans(), mtp=st.booleans(), cache=st.sampled_from([None, 0.5, 0.8]))
 def test_any_dense_model_goes_to_disk_and_loads_in_stock_transformers(

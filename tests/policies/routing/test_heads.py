@@ -77,6 +77,7 @@ def test_the_weights_are_those_of_the_formula(random_policy, active, shared):
     assert ((given > 0).sum(-1) == 4 * active).all()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_attention_is_the_weighted_sum_of_the_heads_that_were_chosen(policy):
     """The output of one layer, from stock attention with one head's columns of `o_proj` at a time."""

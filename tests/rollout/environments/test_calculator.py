@@ -156,6 +156,7 @@ def evaluate_twice(expression: str) -> str:
     return evaluate(evaluate(expression))
 
 
+@pytest.mark.slow
 def test_the_marks_of_gsm8k_are_calls(gsm8k_folder):
     """The calculator answers all 4,282 marks of the test set. 96 % of its answers are the marks' own, to the letter;
     the others are such as 27 for 27.00."""
