@@ -3,7 +3,7 @@
 Both have 16 heads of 24 and the same width, depth and feed-forward. MLA caches 144 numbers a token and layer, not 768.
 The learning rate is tuned for each of them on a part of the held-out text that is not reported. Then each learns from
 scratch for each budget and seed. The difference is fitted against the logarithm of the tokens, to say where it would be
-the aim's 3.7 %.
+the aim's 3.7 %. What has ended is not run again, so a benchmark that was stopped goes on.
 
     python benchmarks/equal_quality.py --json benchmarks/results/equal_quality.json    # built-in word problems
     python benchmarks/equal_quality.py --data ../gsm8k --json ...                      # GSM8K's training text
@@ -62,7 +62,12 @@ def config_of(model: str, vocabulary: int) -> LlamaConfig | DeepseekV3Config:
     return DeepseekV3Config(**common | MLA | latent)
 
 
-def work(job: Job, data: Path | None, documents: int) -> dict[str, Any]:
+def work(job: Job, data: Path | None, documents: int, folder: Path) -> dict[str, Any]:
+    """What the job finds, or has found: each leaves a file."""
+    parts = [data.name if data else "word_problems", str(documents), *(str(part) for part in asdict(job).values())]
+    file = folder / f"{'_'.join(parts)}.json"
+    if file.exists():
+        return json.loads(file.read_text())
     torch.set_num_threads(1)
     text = text_of(data, VOCABULARY, LENGTH, job.seed, documents)
     run = Run(build(config_of(job.model, len(text.tokenizer)), text.tokenizer, job.seed), job.steps)
@@ -70,12 +75,15 @@ def work(job: Job, data: Path | None, documents: int) -> dict[str, Any]:
     half = len(text.heldout) // 2
     heldout = text.heldout[:half] if job.tunes else text.heldout[half:]
     policy = run.policy
-    return asdict(job) | {
+    found = asdict(job) | {
         "perplexity": perplexity(policy, heldout),
         "seconds": sum(run.seconds),
         "parameters": count_parameters(policy.trunk, policy.config)[0],
         "cached_numbers": cache_numbers(policy.config) // policy.config.num_hidden_layers,
     }
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found))
+    return found
 
 
 def crossing(tokens: Sequence[float], changes: Sequence[float]) -> dict[str, float]:
@@ -100,6 +108,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates to tune")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2, help="models that learn at once, with one thread each")
+    parser.add_argument("--folder", type=Path, default=Path("runs/equal_quality"), help="of what has ended")
     parser.add_argument("--quick", action="store_true", help="few steps on little text: only whether it runs")
     options = parser.parse_args()
     if options.data and not (options.data / "train.jsonl").is_file():
@@ -110,8 +119,8 @@ def main() -> None:
     found: list[dict[str, Any]] = []
 
     def run(pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        longest_first = sorted(jobs, key=lambda job: -job.steps)
-        futures = [pool.submit(work, job, options.data, documents) for job in longest_first]
+        shortest_first = sorted(jobs, key=lambda job: job.steps)
+        futures = [pool.submit(work, job, options.data, documents, options.folder) for job in shortest_first]
         done = []
         for future in as_completed(futures):
             done.append(future.result())
