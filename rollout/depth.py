@@ -160,6 +160,14 @@ class DepthController:
                     best, best_speed = (depth, True), speed
         return best
 
+    def may_pay(self, rows: int, most: int) -> bool:
+        """Whether `choose` could choose any drafts for so many rows if all of them had some, and all were accepted."""
+        if self.costs is None:
+            return True
+        costs, plain = self.costs, self.costs.milliseconds(rows, 0)
+        depths = range(1, min(self.max_depth, most) + 1)
+        return any((k + 1) * plain > costs.milliseconds(rows, k, up) for k in depths for up in (False, True))
+
     def _of(self, kind: Kind) -> tuple[list[float], list[float]]:
         if kind not in self.reached:
             prior = PRIOR_ACCEPTED if kind == HEAD else PRIOR_LOOKED_UP

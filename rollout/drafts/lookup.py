@@ -22,7 +22,7 @@ class Continuations:
     """What followed each run of tokens in some texts.
 
     >>> seen = Continuations()
-    >>> seen.add([5, 6, 7, 5, 6, 8], start=0)
+    >>> seen.add([5, 6, 7, 5, 6, 8], start=0, end=6)
     >>> seen.after([9, 5, 6])
     (2, [7, 8])
     """
@@ -30,12 +30,12 @@ class Continuations:
     def __init__(self) -> None:
         self._next: dict[tuple[int, ...], list[int]] = {}
 
-    def add(self, text: Sequence[int], start: int) -> None:
-        """Counts the tokens from `start` on; those before are only what they followed."""
-        for end in range(start, len(text)):
+    def add(self, text: Sequence[int], start: int, end: int) -> None:
+        """Counts the tokens from `start` to before `end`; those before are only what they followed."""
+        for at in range(start, end):
             for order in ORDERS:
-                if order <= end:
-                    self._next.setdefault(tuple(text[end - order : end]), []).append(text[end])
+                if order <= at:
+                    self._next.setdefault(tuple(text[at - order : at]), []).append(text[at])
 
     def after(self, tokens: Sequence[int]) -> tuple[int, list[int]] | None:
         """The length of the longest run that was found, and the tokens that followed it."""
@@ -49,6 +49,7 @@ class Lookup:
     """The texts of a shard's rows, by their index, and where drafts of each are looked up.
 
     Prompts with the same id share their texts: with `rollout.partial` the rows of a group are prompts of their own.
+    Texts are counted when they are first looked in: with many rows drafts do not pay, and counting would only cost.
     """
 
     def __init__(self, prompts: Sequence[Prompt], params: SamplingParams, vocabulary: int) -> None:
@@ -56,6 +57,7 @@ class Lookup:
         self.choose = CountedChoice(params.temperature, vocabulary)
         self.sources = [source for source in params.draft_sources if source != "head"]
         self.seen: dict[tuple[str, str], Continuations] = {}
+        self.uncounted: dict[tuple[str, str], list[tuple[Sequence[int], int, int]]] = {}  # texts with start and end
         self.texts: dict[int, list[int]] = {}  # the end of the prompt, and the completion so far
         self.keys: dict[int, tuple[int, int]] = {}
 
@@ -63,10 +65,10 @@ class Lookup:
         """The rows of this prompt are decoded from now on."""
         prompt, group = self.prompts[number], self.params.group_size
         if "siblings" in self.sources:
-            self._seen("siblings", prompt).add(prompt.token_ids, start=0)
-        if "history" in self.sources and ("history", prompt.prompt_id) not in self.seen:
+            self._wrote("siblings", prompt, prompt.token_ids, start=0)
+        if "history" in self.sources and ("history", prompt.prompt_id) not in self.seen | self.uncounted:
             for text in prompt.history:
-                self._seen("history", prompt).add(prompt.token_ids[-ORDERS[0] :] + text, start=self._tail(prompt))
+                self._wrote("history", prompt, prompt.token_ids[-ORDERS[0] :] + text, start=self._tail(prompt))
         for sample in range(group):
             row = number * group + sample
             self.texts[row] = prompt.token_ids[-ORDERS[0] :]
@@ -79,7 +81,7 @@ class Lookup:
                 text = self.texts[row]
                 text.extend(new[:count])
                 if "siblings" in self.sources:
-                    self._seen("siblings", self._prompt(row)).add(text, start=len(text) - count)
+                    self._wrote("siblings", self._prompt(row), text, start=len(text) - count)
 
     def kinds(self, row: int) -> list[Kind]:
         """The sources that have a draft for the row's next token, each with how many of the last tokens it knows."""
@@ -104,5 +106,12 @@ class Lookup:
     def _tail(self, prompt: Prompt) -> int:
         return min(ORDERS[0], len(prompt.token_ids))
 
+    def _wrote(self, source: str, prompt: Prompt, text: Sequence[int], start: int) -> None:
+        self.uncounted.setdefault((source, prompt.prompt_id), []).append((text, start, len(text)))
+
     def _seen(self, source: str, prompt: Prompt) -> Continuations:
-        return self.seen.setdefault((source, prompt.prompt_id), Continuations())
+        key = source, prompt.prompt_id
+        seen = self.seen.setdefault(key, Continuations())
+        for written in self.uncounted.pop(key, ()):
+            seen.add(*written)
+        return seen

@@ -98,6 +98,8 @@ class Drafts:
         if self.lookup is None:
             depth = min(self.max_depth, most) if self.fixed else self.controller.pick(alive, most)
             return Plan(depth, head=depth > 0)
+        if not self.controller.may_pay(alive, most):
+            return Plan()
         places = live.alive.nonzero()[:, 0].tolist() if alive < len(live.alive) else range(alive)
         expected = cache(lambda kind: self.controller.tokens(kind, self.max_depth)[-1])
         kinds = {

@@ -2,13 +2,14 @@
 
 import doctest
 import math
+import random
 from dataclasses import replace
 
 import pytest
 
 import rollout.costs
 import rollout.depth
-from rollout.depth import CostTable, DepthController
+from rollout.depth import HEAD, CostTable, DepthController
 
 TABLE = CostTable(rows=[1, 4], rounds=[[10.0, 12.0, 14.0], [20.0, 30.0, 44.0]])
 
@@ -66,6 +67,29 @@ def test_a_compiled_round_has_one_of_a_few_depths_and_costs_of_its_own():
     assert controller.pick_graph(1, (0, 1, 3)) == 0
     assert DepthController(table, 1).pick_graph(4, (0, 1, 3)) == 0  # 3 are not to be drafted
     assert DepthController(None, 3).pick_graph(4, (0, 1, 3)) == 3
+
+
+def test_drafts_may_pay_where_they_would_if_all_were_accepted():
+    """Two tokens for the price of two do not pay, and for less they do, whoever drafts them."""
+    assert not DepthController(CostTable([1], [[10.0, 20.0]], [[10.0, 20.0, 30.0]]), 4).may_pay(1, 9)
+    for rounds, lookups in ([[10.0, 19.0]], None), ([[10.0]], [[10.0, 21.0, 29.0]]):
+        assert DepthController(CostTable([1], rounds, lookups), 4).may_pay(1, 9)
+    assert not DepthController(CostTable([1], [[10.0]], [[10.0, 21.0, 29.0]]), 4).may_pay(1, 1)  # no room for two
+    assert DepthController(None, 4).may_pay(1, 9)
+
+
+def test_where_drafts_cannot_pay_none_is_chosen():
+    made = random.Random(0)
+    answers = []
+    for _ in range(500):
+        head, looked_up = ([10.0 + made.uniform(9, 14) * k for k in range(4)] for _ in range(2))
+        controller = DepthController(CostTable([4], [head], [looked_up]), 3)
+        for kind in (HEAD, ("siblings", 3)):
+            controller.observe(1000, [1000] * 3, kind)
+        answers.append(controller.may_pay(4, 3))
+        if not answers[-1]:
+            assert controller.choose(4, 3, {("siblings", 3): made.randint(0, 4)}, head=True) == (0, False)
+    assert 20 < sum(answers) < 480
 
 
 def test_equal_speeds_pick_the_shallower_depth():

@@ -29,8 +29,8 @@ def test_docstring_examples():
 
 def test_the_longest_run_is_taken_and_everything_that_followed_it():
     seen = Continuations()
-    seen.add([1, 2, 3, 4], start=0)
-    seen.add([9, 2, 3, 5], start=3)  # of this text only the last token counts
+    seen.add([1, 2, 3, 4], start=0, end=4)
+    seen.add([9, 2, 3, 5], start=3, end=4)  # of this text only the last token counts
     assert seen.after([2, 3]) == (2, [4, 5])
     assert seen.after([1, 2, 3]) == (3, [4])
     assert seen.after([9, 2, 3]) == (3, [5])
@@ -75,6 +75,28 @@ def test_history_is_a_source_of_its_own():
     assert rows.draft(1, "history", 2) == [8]  # the most frequent, as sampling is greedy
     assert rows.kinds(0) == []
     assert rows_of(("history",), history=[[5, 7]]).kinds(0) == [("history", 2)]  # the prompt itself: a first token
+
+
+def test_texts_are_counted_when_they_are_first_looked_in():
+    """In the order in which they were written, and once."""
+    late, early = (rows_of(("siblings", "history"), history=[[5, 7], [5, 8]]) for _ in range(2))
+    for new in ([5, 6], [5, 9], [5, 6]):
+        for rows in (late, early):
+            rows.keep([0, 1], [new, new], [2, 1])
+        early.kinds(0)
+    assert late.seen == {}
+    assert late.kinds(0) == early.kinds(0) == [("siblings", 2)]
+    assert {key: vars(seen) for key, seen in late.seen.items()} == {key: vars(seen) for key, seen in early.seen.items()}
+    assert late.uncounted == early.uncounted == {}
+
+
+def test_nothing_is_counted_where_drafts_cannot_pay(policy, monkeypatch):
+    params = replace(PARAMS, draft_sources=("siblings", "history"))
+    prompts = with_history(policy, params)
+    plain = Engine(policy).sample(prompts, replace(params, draft_tokens=0))
+    monkeypatch.setattr(Continuations, "add", None)  # calling it would fail
+    dear = CostTable(rows=[1], rounds=[[1.0]], lookups=[[1.0, 2.0, 3.0]])
+    assert tokens(Engine(policy, costs=dear).sample(prompts, replace(params, draft_tokens=None))) == tokens(plain)
 
 
 def test_rows_of_one_prompt_share_their_texts_also_where_they_are_prompts_of_their_own():
