@@ -58,9 +58,14 @@ class Screen:
     def wait_for(self, text: str, seconds: float = 60, after: str = "") -> None:
         """Until `text` is there, after the last `after`."""
         end = time.monotonic() + seconds
-        while text not in self.text[max(self.text.rfind(after), 0) if after else 0 :]:
+        while text not in self._behind(after):
             assert time.monotonic() < end, f"{text!r} is not in {self.text}"
             time.sleep(0.02)
+
+    def _behind(self, text: str) -> str:
+        """What is there behind the last time of this text, nothing before the first."""
+        _, found, behind = self.text.rpartition(text) if text else ("", "all", self.text)
+        return behind if found else ""
 
     @property
     def text(self) -> str:
