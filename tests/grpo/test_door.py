@@ -86,6 +86,7 @@ def test_a_run_of_python_functions_says_how_it_is_gone_on_with(micro_config, tmp
         grpo.train(config, resume="auto")
 
 
+@pytest.mark.slow
 def test_the_name_of_a_module_does_not_take_the_place_of_the_function():
     code = "import grpo.train, grpo.sft\nfrom grpo import train, sft\nprint(callable(train), callable(sft))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

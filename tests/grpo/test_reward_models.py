@@ -111,6 +111,7 @@ def test_a_classifiers_score_is_its_logit_whatever_the_batch(folders):
         assert len({round(score, 3) for score in alone}) == 4
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_read_from_the_hubs_cache(folders, tmp_path):
     """In a process of its own, since the hub's libraries read their variables when they are imported."""
     repository = tmp_path / "hub/models--owner--score"

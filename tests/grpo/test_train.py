@@ -377,6 +377,7 @@ def _fail_at(monkeypatch, steps: set[int]) -> None:
     monkeypatch.setattr(Learner, "step", note_step)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_aborts_with_the_batch_and_the_way_out(micro_config, tmp_path, monkeypatch):
     _fail_at(monkeypatch, {2})
     folder = tmp_path / "r"
@@ -540,6 +541,7 @@ def test_bfloat16_weights_are_trained_and_the_mismatch_is_seen(micro_config, tmp
     assert precise == ["model.layers.1.mlp.gate.weight"]  # transformers keeps routers in fp32
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_small_micro_batches_change_no_token_of_a_run(run, micro_config, tmp_path):
     given = {"learner.gradient_checkpointing": True, "learner.tokens_per_micro_batch": 64}
     train(micro_config(tmp_path / "r", **given))

@@ -149,6 +149,7 @@ def test_an_unfinished_run_is_its_newest_checkpoint_and_says_so(unfinished):
     assert sampled.reward_mean != pytest.approx(before["eval/reward_mean"], abs=1e-6)  # two steps have changed it
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_its_run_removes_meanwhile_is_evaluated_all_the_same(unfinished, tmp_path, monkeypatch):
     folder, task = tmp_path / "run", eval_command.Task
     shutil.copytree(unfinished / "stopped", folder)

@@ -69,6 +69,7 @@ def test_bad_prompts_are_named_by_file_and_line(tmp_path, lines, message):
         read_prompts(_write(tmp_path / "bad.jsonl", *lines))
 
 
+@pytest.mark.slow
 def test_a_completion_ends_at_a_stop_string(model, tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "2 + 3 = ?"}')
     [whole] = _groups(model, path)
@@ -107,6 +108,7 @@ def test_groups_have_the_documented_form(model, tmp_path):
     assert json.loads(json.dumps(groups, allow_nan=False)) == groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.9, 0.0])
 def test_contract_3_the_tokens_are_the_same_whatever_is_drafted(model, tmp_path, temperature):
     path = _write(tmp_path / "p.jsonl", *(json.dumps({"prompt": f"Ann has {i} pens. "}) for i in range(5)))
@@ -127,6 +129,7 @@ def test_contract_3_the_tokens_are_the_same_whatever_is_drafted(model, tmp_path,
         assert len({tuple(c["token_ids"]) for c in plain[0]["completions"]}) == 1
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_tokens_in_a_copy_that_has_grown(model, tmp_path):
     lines = [json.dumps({"prompt": f"Ann has {i} pens. "}) for i in range(4)]
     first = _groups(model, _write(tmp_path / "p.jsonl", *lines[:2]), seed=5)

@@ -259,6 +259,7 @@ def test_a_resume_with_another_configuration_is_refused_with_the_differences(mic
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_forced_resume_goes_on_with_the_new_configuration(micro_config, tmp_path):
     folder = tmp_path / "run"
     _stop_after(micro_config, folder, "full", 2)
@@ -285,6 +286,7 @@ def test_what_does_not_touch_the_training_may_change(micro_config, whole, given)
     refuse_changed_config(folder / "config.yaml", _config(micro_config, folder, "full", **given))
 
 
+@pytest.mark.slow
 def test_steps_are_part_of_a_schedule_that_decays_over_them(micro_config, whole):
     folder = whole("cosine, share")
     longer = _config(micro_config, folder, "cosine, share", steps=9)
@@ -490,6 +492,7 @@ def test_the_best_checkpoint_by_accuracy_stays_and_becomes_a_policy(micro_config
     assert not all(q.equal(p) for p, q in zip(best.parameters(), last.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_by_reward_where_nothing_is_evaluated(micro_config, tmp_path):
     folder = tmp_path / "run"
     given = {"checkpoint.keep_best": True, "checkpoint.keep": 1, "checkpoint.every": 2, "steps": 6}
@@ -610,6 +613,7 @@ def test_contract_9_supervised_fine_tuning_is_stopped_by_a_signal(micro_preset, 
     assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [3]
 
 
+@pytest.mark.slow
 def test_what_sft_refuses(micro_preset, tmp_path):
     with pytest.raises(Stopped):
         sft(_sft_config(micro_preset, tmp_path / "run"), stop_after=2)

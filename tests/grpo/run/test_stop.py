@@ -99,7 +99,7 @@ def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
             signal.SIGINT, Learner, "prepare", 1, None, "stopped before step 1; go on", marks=pytest.mark.slow
         ),
         pytest.param(signal.SIGTERM, Learner, "prepare", 2, 1, "stopped after step 1; go on", marks=pytest.mark.slow),
-        (signal.SIGHUP, Learner, "prepare", 3, 2, "stopped after step 2; go on"),
+        pytest.param(signal.SIGHUP, Learner, "prepare", 3, 2, "stopped after step 2; go on", marks=pytest.mark.slow),
         (signal.SIGINT, Learner, "weights", 3, 2, "stopped after step 2; go on"),  # published after the second update
     ],
 )
@@ -224,12 +224,12 @@ REWARD = RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom")
     ("owner", "name", "call", "error", "saved"),
     [
         (Task, "score", 4, REWARD, 1),  # two in the evaluation before GRPO, then one a step
-        (LocalPool, "sample", 4, RolloutError("workers died 4 times"), 1),
+        pytest.param(LocalPool, "sample", 4, RolloutError("workers died 4 times"), 1, marks=pytest.mark.slow),
         (LocalPool, "publish", 3, RolloutError("workers died 4 times"), 2),  # one before step 1, then one a step
         (Update, "backward", 3 + 4, NonFiniteStep("the loss is nan"), None),  # the warm start takes the first three
-        (RunLog, "rollouts", 5, FULL, 2),
-        (HeldOut, "evaluate", 2, REWARD, 3),
-        (Learner, "sft_step", 3, NonFiniteStep("the loss is nan"), "warm start"),
+        pytest.param(RunLog, "rollouts", 5, FULL, 2, marks=pytest.mark.slow),
+        pytest.param(HeldOut, "evaluate", 2, REWARD, 3, marks=pytest.mark.slow),
+        pytest.param(Learner, "sft_step", 3, NonFiniteStep("the loss is nan"), "warm start", marks=pytest.mark.slow),
     ],
 )
 def test_contract_9_a_failure_saves_the_last_whole_step(
@@ -292,6 +292,7 @@ def test_a_failure_that_cannot_be_saved_is_told_as_it_is(micro_config, tmp_path,
     assert "cannot write checkpoint" in event["not_saved"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_events_cannot_be_written_either_is_saved_and_told(micro_config, whole, tmp_path, monkeypatch):
     """Events and metrics are on a full disk, checkpoints on another one."""
     folder, append = tmp_path / "run", log.append_line

@@ -92,6 +92,7 @@ def test_the_step_itself_comes_out_to_the_same_bits(run):
         assert [group.effect is not None for group in found.groups].count(True) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flipped", [0, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_a_flipped_reward_is_the_first_thing_named(micro_config, tmp_path, flipped):
     """Four groups of nearly one prompt and many completions: without a mistake they agree."""
@@ -118,6 +119,7 @@ def test_a_flipped_reward_is_the_first_thing_named(micro_config, tmp_path, flipp
     assert flipped not in [group.number for group in opponents(healthy)]
 
 
+@pytest.mark.slow
 def test_what_if_equals_training_with_it(run, micro_config, tmp_path, monkeypatch):
     mine = tmp_path / "short.py"
     mine.write_text("def short(completions, **_):\n    return [-float(len(text)) for text in completions]\n")

@@ -228,6 +228,7 @@ def test_heads_are_balanced_and_counted_as_experts_are(policy):
         bias.copy_(was)
 
 
+@pytest.mark.slow
 def test_contract_9_a_run_trains_stops_goes_on_and_its_policy_remembers(micro_config, tmp_path):
     given = HEADS | {"loss.beta": 0.1, "eval.limit": 4, "balance.bias_rate": 0.01}
     train(micro_config(tmp_path / "whole", **given))

@@ -128,6 +128,7 @@ def test_contract_3_a_controller_chooses_among_graphs_and_changes_no_token(polic
     assert {bucket.drafts for bucket in made} == {chosen, other}
 
 
+@pytest.mark.slow
 def test_costs_of_graphs_are_measured_with_graphs(policy, made):
     engine = Engine(policy)
     params = replace(PARAMS, group_size=3, draft_tokens=None, compiled=True, max_completion_tokens=30)
