@@ -37,6 +37,7 @@ from transformers import DeepseekV3Config, LlamaConfig  # noqa: E402
 
 from grpo.run.hardware import describe  # noqa: E402
 from policies.anatomy import cache_numbers, count_parameters  # noqa: E402
+from policies.files.atomic import write_file  # noqa: E402
 
 HEADS, HEAD = 16, 24
 MODELS = ("multi-head", "mla")
@@ -82,7 +83,7 @@ def work(job: Job, data: Path | None, documents: int, folder: Path) -> dict[str,
         "cached_numbers": cache_numbers(policy.config) // policy.config.num_hidden_layers,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found))
+    write_file(file, json.dumps(found))
     return found
 
 

@@ -38,6 +38,7 @@ from rollout.group import Completion, Prompt, RolloutGroup, shards, tokens_per_f
 from rollout.sampling import DraftSource, SamplingParams  # noqa: E402
 
 ROWS = (1, 2, 4, 8, 16, 32)  # bounds of numbers of rows
+NAMES = ("drafted", "accepted")
 
 
 def choices(head: bool, history: bool) -> dict[str, tuple[DraftSource, ...]]:
@@ -88,9 +89,6 @@ def accepted(completions: Sequence[Completion], source: str) -> list[float]:
     return [t / m for t, m in zip(taken, made, strict=True) if m]
 
 
-NAMES = ("drafted", "accepted")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -130,7 +128,7 @@ def main() -> None:
         name: [[c.token_ids for g in groups for c in g.completions] for groups in s] for name, s in sampled.items()
     }
     lines: list[list[object]] = [["drafts", "seconds", "gain", "tokens a forward", "accepted by depth, of each source"]]
-    record: dict[str, Any] = {}
+    record: dict[str, dict[str, Any]] = {}
     for name, sources in wanted.items():
         completions = [c for groups in sampled[name] for group in groups for c in group.completions]
         record[name] = {
@@ -142,15 +140,9 @@ def main() -> None:
             "forwards_by_rows": live_rows(sampled[name]),
         }
         shares = "; ".join(f"{s} " + " ".join(f"{x:.2f}" for x in a) for s, a in record[name]["acceptance"].items())
-        found_ = record[name]
+        one = record[name]
         lines.append(
-            [
-                name,
-                f"{median(seconds[name]):.1f}",
-                f"{found_['gain']:.2f}",
-                f"{found_['tokens_per_forward']:.2f}",
-                shares,
-            ]
+            [name, f"{median(seconds[name]):.1f}", f"{one['gain']:.2f}", f"{one['tokens_per_forward']:.2f}", shares]
         )
     print(shown(lines))
     lengths = [len(ids) for groups in texts["none"] for ids in groups]

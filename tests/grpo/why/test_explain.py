@@ -93,7 +93,7 @@ def test_the_step_itself_comes_out_to_the_same_bits(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flipped", [0, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.long])])
+@pytest.mark.parametrize("flipped", [0, pytest.param(3, marks=pytest.mark.long)])
 def test_a_flipped_reward_is_the_first_thing_named(micro_config, tmp_path, flipped):
     """Four groups of nearly one prompt and many completions: without a mistake they agree."""
     data = [{"question": f"Tom has {i} apples.", "answer": "1"} for i in range(8)]
