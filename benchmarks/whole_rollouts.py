@@ -116,7 +116,8 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in wanted}
     sampled: dict[str, list[list[RolloutGroup]]] = {name: [] for name in wanted}
     for repeat in range(args.repeats):
-        for name, sources in wanted.items():
+        turn = repeat % len(wanted)
+        for name, sources in [*wanted.items()][turn:] + [*wanted.items()][:turn]:
             drafts = {"draft_sources": sources, "draft_tokens": None} if sources else {"draft_tokens": 0}
             at = replace(params, step=1_000_000 + repeat, **drafts)
             began = time.perf_counter()

@@ -17,6 +17,7 @@ from rollout.sampling import SamplingParams
 from rollout.shard import Decoding
 
 PROMPT_TOKENS, REPEATS = 96, 7
+READ_ROWS = 4
 MOST_TOKENS = 256  # of one verifying forward; deeper drafts of so many rows never paid off
 
 
@@ -31,7 +32,7 @@ def measure(decoder: Decoder, rows: int, depth: int, lookups: bool = False, grap
         return [_rounds(decoder, size, depths, looked_up) for size, depths in zip(sizes, depths_at, strict=True)]
 
     by_head = table(depths if decoder.head is not None else [0], looked_up=False)
-    found = CostTable(sizes, by_head, table(depths, looked_up=True) if lookups else None)
+    found = CostTable(sizes, by_head, table(depths, looked_up=True) if lookups else None, reading=_reading(decoder))
     if not graphs or decoder.head is None:
         return found
     few = [size for size in sizes if size <= FEW_ROWS]
@@ -63,6 +64,24 @@ def _rounds(decoder: Decoder, rows: int, depths: list[int], looked_up: bool, gra
                 torch.cuda.synchronize(decoder.trunk.device)
             times[depth].append(1e3 * (time.perf_counter() - started))
     return np.interp(range(depths[-1] + 1), depths, [median(times[depth]) for depth in depths]).tolist()
+
+
+def _reading(decoder: Decoder) -> float:
+    """Median milliseconds in which the head reads one of many tokens, as it does before its first draft."""
+    head, length = decoder.head, min(PROMPT_TOKENS, decoder.context)
+    if head is None:
+        return 0.0
+    device, times = decoder.trunk.device, list[float]()
+    ids = torch.zeros(READ_ROWS, length, dtype=torch.long, device=device)
+    positions = torch.arange(length, device=device).expand_as(ids)
+    states = decoder.trunk.embedding[ids].to(decoder.trunk.dtype)
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        head(ids, states, positions, head.cache(READ_ROWS, length))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - started))
+    return median(times) / ids.numel()
 
 
 def _begin(decoder: Decoder, rows: int, depth: int, looked_up: bool, graphs: int) -> Decoding:

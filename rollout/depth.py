@@ -25,6 +25,7 @@ GRAPH_DEPTHS = (0, 1, 3)  # of compiled rounds: each depth is a graph, which tak
 
 Kind = tuple[str, int]  # a source of drafts, and how many tokens before them were looked up there: 0 for the head
 HEAD: Kind = ("head", 0)
+UNKNOWN: Kind = ("", 1)  # any of which nothing was drafted yet
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class CostTable:
 
     `lookups`: the same where drafts cost nothing but their verification; None where no such source was asked for.
     `graphs`: the same of compiled rounds, for as many of the first `rows` as graphs decode.
+    `reading`: milliseconds in which the head reads a token that it has missed; 0 where that was not measured.
     Costs are linear between two numbers of rows and constant outside. A depth that was not measured costs infinity.
 
     >>> CostTable(rows=[1, 3], rounds=[[10.0, 12.0], [20.0, 28.0]]).milliseconds(2, 1)
@@ -43,6 +45,7 @@ class CostTable:
     rounds: list[list[float]]
     lookups: list[list[float]] | None = None
     graphs: list[list[float]] | None = None
+    reading: float = 0.0
 
     @property
     def max_depth(self) -> int:
@@ -71,6 +74,8 @@ class CostTable:
             or self.rows[0] < 1
         ):
             raise ValueError("rows must ascend from 1 or more, with rounds for each")
+        if not 0 <= float(self.reading) < math.inf:
+            raise ValueError("the milliseconds of reading must be 0 or more and finite")
         for costs in (costs for table in tables for costs in table):
             if not costs or not all(0 < float(cost) < math.inf for cost in costs):
                 raise ValueError("the milliseconds of a round must be above 0 and finite")
@@ -120,53 +125,56 @@ class DepthController:
             expected.append(expected[-1] + chain)
         return expected
 
-    def pick(self, rows: int, most: int) -> int:
-        """The depth for the next forward of `rows` live rows with drafts of the head, at most `most`. Of two equal ones
-        it is the smaller."""
-        return self.choose(rows, most, {}, head=True)[0]
-
-    def pick_graph(self, rows: int, depths: Sequence[int]) -> int:
-        """The same for a compiled round, of which there is one for each of `depths`, 0 among them."""
-        if self.costs is None:
-            return max(depths)
+    def graph_speeds(self, rows: int, depths: Sequence[int]) -> dict[int, float]:
+        """Tokens a millisecond that a row is expected to get from compiled rounds, of which there is one for each of
+        `depths`. Those that are not to be drafted are left out."""
+        assert self.costs is not None
         costs, expected = self.costs, self.tokens(HEAD, min(max(depths), self.max_depth))
-        speeds = {k: expected[k] / costs.milliseconds(rows, k, by_graph=True) for k in depths if k < len(expected)}
-        return max(speeds, key=speeds.__getitem__)
+        return {k: expected[k] / costs.milliseconds(rows, k, by_graph=True) for k in depths if k < len(expected)}
 
     def choose(self, rows: int, most: int, found: Mapping[Kind, int], head: bool) -> tuple[int, bool]:
         """The depth, and whether the head drafts. `found`: how many of the rows can look up a draft, by its kind.
 
         Where the head drafts too, a row takes the drafts of which more are expected to be accepted.
         """
+        return self.fastest(rows, most, found, head)[:2]
+
+    def fastest(self, rows: int, most: int, found: Mapping[Kind, int], head: bool) -> tuple[int, bool, float]:
+        """What `choose` gives, and the tokens a millisecond that a row is expected to get: infinite without costs.
+
+        Of two equal speeds it is that of fewer drafts.
+        """
         most = min(self.max_depth, most)
         by_head = self.tokens(HEAD, most) if head else [1.0] * (most + 1)
         looked_up = [(self.tokens(kind, most), count / rows) for kind, count in found.items()]
         if self.costs is None:
             better = sum(share for tokens, share in looked_up if tokens[most] >= by_head[most])
-            return (most if head or found else 0), head and better < 1
+            return (most if head or found else 0), head and better < 1, math.inf
         others = 1 - sum(share for _, share in looked_up)
-        best, best_speed = (0, False), 1 / self.costs.milliseconds(rows, 0)
+        best = 0, False, 1 / self.costs.milliseconds(rows, 0)
         for depth in range(1, most + 1):
             if found:
                 tokens = others + sum(share * tokens[depth] for tokens, share in looked_up)
                 speed = tokens / self.costs.milliseconds(rows, depth, looked_up=True)
-                if speed > best_speed:
-                    best, best_speed = (depth, False), speed
+                if speed > best[2]:
+                    best = depth, False, speed
             if head:
                 of_head = by_head[depth]
                 tokens = others * of_head + sum(share * max(tokens[depth], of_head) for tokens, share in looked_up)
                 speed = tokens / self.costs.milliseconds(rows, depth)
-                if speed > best_speed:
-                    best, best_speed = (depth, True), speed
+                if speed > best[2]:
+                    best = depth, True, speed
         return best
 
-    def may_pay(self, rows: int, most: int) -> bool:
-        """Whether `choose` could choose any drafts for so many rows if all of them had some, and all were accepted."""
+    def may_pay(self, rows: int, most: int, head: bool) -> bool:
+        """Whether `choose` could choose any drafts for so many rows, whatever they find: all of them the best kind."""
         if self.costs is None:
             return True
-        costs, plain = self.costs, self.costs.milliseconds(rows, 0)
-        depths = range(1, min(self.max_depth, most) + 1)
-        return any((k + 1) * plain > costs.milliseconds(rows, k, up) for k in depths for up in (False, True))
+        costs, plain, most = self.costs, self.costs.milliseconds(rows, 0), min(self.max_depth, most)
+        kinds = {*self.reached, UNKNOWN} | ({HEAD} if head else set())
+        best = [max(tokens) for tokens in zip(*(self.tokens(kind, most) for kind in kinds), strict=True)]
+        depths = range(1, most + 1)
+        return any(best[k] * plain > costs.milliseconds(rows, k, up) for k in depths for up in (False, True))
 
     def _of(self, kind: Kind) -> tuple[list[float], list[float]]:
         if kind not in self.reached:

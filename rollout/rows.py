@@ -38,8 +38,8 @@ class Prefilled:
 class Rows:
     """State of the live rows, [R] first everywhere. A row that has ended stays until `select` leaves it out.
 
-    The draft head reads a token only when it next drafts after it. Until then the token is kept in `unread_tokens`, and
-    the hidden state that precedes it in `unread_hidden`: many of them where nothing was drafted for long.
+    The draft head reads a token only when it next drafts after it. Until then it is one of the `unread` that
+    `Drafter` holds.
     """
 
     index: Tensor  # prompt · G + sample: the row's place in the results
@@ -50,17 +50,14 @@ class Rows:
     alive: Tensor  # False once it has ended, and while it waits for its tools
     waits: Tensor  # True while it waits for its tools
     unread: Tensor  # how many tokens the head has not read
-    unread_tokens: Tensor
-    unread_hidden: Tensor
+    since: Tensor  # the first of the drafter's rounds that gave the row a token
 
     @classmethod
-    def start(cls, index: Tensor, keys_R2: Tensor, prompt_length: Tensor, hidden_RD: Tensor, unread: int) -> Rows:
-        """Rows without a token, with room for `unread` tokens that the head has yet to read."""
+    def start(cls, index: Tensor, keys_R2: Tensor, prompt_length: Tensor, since: int) -> Rows:
+        """Rows without a token. The round with the number `since` gives them their first."""
         none, alive = torch.zeros_like(index), torch.ones_like(index, dtype=torch.bool)
-        waits = torch.zeros_like(alive)
-        tokens = index.new_zeros(len(index), unread)
-        hidden = hidden_RD.new_zeros(len(index), unread, hidden_RD.shape[-1])
-        return cls(index, keys_R2, prompt_length, none, none, alive, waits, none, tokens, hidden)
+        waits, first = torch.zeros_like(alive), torch.full_like(index, since)
+        return cls(index, keys_R2, prompt_length, none, none, alive, waits, none, first)
 
     @property
     def every(self) -> Tensor:

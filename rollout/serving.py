@@ -69,7 +69,6 @@ class Serving(Decoding):
         super().__init__(decoder, [], params)
         depth = self.drafts.max_depth
         self.room = decoder.context + depth + 1
-        self.unread = UNREAD + 2 * (depth + 1) if depth else 0
         self.steps = torch.arange(self.room, device=self.device)
         if self.drafter:
             self.drafter.steps = self.steps

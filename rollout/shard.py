@@ -55,7 +55,6 @@ class Decoding:
         self.longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
         self.drafts = Drafts(decoder, prompts, params, self.longest)
         self.drafter, self.room = self.drafts.head, self.drafts.room
-        self.unread = self.room if self.drafter else 0  # tokens of a row that the head may leave unread
         self.steps = torch.arange(self.room, device=self.device)
         self.strings = StopStrings(decoder.tokenizer, params.stop_strings) if params.stop_strings else None
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=self.device)
@@ -148,8 +147,7 @@ class Decoding:
             torch.tensor([i * group + sample for i in numbers for sample in range(group)], device=self.device),
             torch.tensor(keys, dtype=torch.int32, device=self.device),
             lengths.repeat_interleave(group),
-            last.repeat_interleave(group, dim=0),
-            unread=self.unread,
+            since=self.drafter.rounds if self.drafter else 0,
         )
         logits = self.trunk.logits(last).repeat_interleave(group, dim=0)[:, None]
         self._settle(rows, logits, last.repeat_interleave(group, dim=0)[:, None], None, self._noise(rows, 1))
@@ -172,7 +170,7 @@ class Decoding:
         self.live = self.live.select(rows)
         self.cache.select(rows)
         if self.drafter:
-            self.drafter.select(rows)
+            self.drafter.select(self.live, rows)
 
     def _count(self) -> Rows:
         """Find the rows that ended, and ask the environments of those that ended a turn."""
@@ -244,7 +242,7 @@ class Decoding:
         self._refill()
 
     def _graph_depth(self, live: Rows) -> int:
-        return self.drafts.of_graph(len(live.index))
+        return self.drafts.of_graph(live)
 
     def _forward(self, live: Rows, empty: int, plan: Plan | None = None) -> None:
         drafted: Drafted | None

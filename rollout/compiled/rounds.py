@@ -142,10 +142,10 @@ class Rounds:
             stops=self.stops,
             layers=cache.layers_RTE,
         )
-        if head:
+        if head and drafter:
             given.unread = of_places(live.unread)
-            given.unread_tokens_BS = of_places(live.unread_tokens[:, : readable(depth)])
-            given.unread_hidden_BSD = of_places(live.unread_hidden[:, : readable(depth)])
+            tokens_RS, hidden_RSD = drafter.take(live, readable(depth))
+            given.unread_tokens_BS, given.unread_hidden_BSD = of_places(tokens_RS), of_places(hidden_RSD)
             given.head_lengths, given.head_layer = of_places(head.lengths_R), head.layers_RTE[0]
         found = Found(*(x[:count] for x in self.graphs.run(self.decoder, bucket, given)))
         if head:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,19 @@ from rollout.backends import Decoder
 from rollout.drafts.speculative import confident_drafts
 from rollout.rows import Prefilled, Rows
 from rollout.sampling import Noise, SamplingParams, pick
+
+
+@dataclass
+class Unread:
+    """What one round gave its rows: S tokens, of which each row kept the first `kept_R`, and the states that precede
+    them. `before_R` other tokens of the row were unread already."""
+
+    number: int
+    index_R: Tensor
+    before_R: Tensor
+    tokens_RS: Tensor
+    hidden_RSD: Tensor
+    kept_R: Tensor
 
 
 class Drafter:
@@ -26,6 +41,8 @@ class Drafter:
         self.steps = torch.arange(room, device=self.head.trunk.device)
         self.cache: LatentCache | None = None  # None until something is drafted
         self.prefilled: list[Prefilled] = []
+        self.unread: list[Unread] = []  # moved nowhere until the head reads them, since it may never do
+        self.rounds = 0
 
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
@@ -36,20 +53,49 @@ class Drafter:
         else:
             self.cache = self.cache.join([self._read(prefilled)])
 
-    def select(self, kept_R: Tensor) -> None:
+    def select(self, live: Rows, kept_R: Tensor) -> None:
+        """`live` are the rows that were `kept_R`."""
         if self.cache is not None:
             self.cache.select(kept_R)
+        if self.unread:
+            oldest = int(live.since.min())
+            self.unread = [part for part in self.unread if part.number >= oldest]
 
     def forget(self) -> None:
         """Drop everything: no row is live any more."""
-        self.cache, self.prefilled = None, []
+        self.cache, self.prefilled, self.unread = None, [], []
 
     def keep(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
         """The first `kept_R` of these tokens were verified; `hidden_RSD` are the states that precede them."""
-        rows, at = live.every[:, None], live.unread[:, None] + self.steps[: tokens_RS.shape[1]]
-        at = at.clamp(max=live.unread_tokens.shape[1] - 1)  # nothing is kept there
-        live.unread_tokens[rows, at], live.unread_hidden[rows, at] = tokens_RS, hidden_RSD
+        self.unread.append(Unread(self.rounds, live.index, live.unread, tokens_RS, hidden_RSD, kept_R))
+        self.rounds += 1
         live.unread = live.unread + kept_R
+
+    def missed(self, live: Rows) -> int:
+        """About how many tokens the head has to read before it can draft, other than those of the last round."""
+        rows = len(live.index)
+        prompts = sum(part.token_ids_PT.numel() for part in self.prefilled)
+        count = sum(len(part.numbers_P) for part in self.prefilled)
+        return prompts * min(rows, count) // max(count, 1) + rows * (len(self.unread) - 1)
+
+    def take(self, live: Rows, width: int) -> tuple[Tensor, Tensor]:
+        """What the head is to read now: tokens [R, width] and states [R, width, D], of each row `live.unread`."""
+        held, self.unread = self.unread, []
+        if len(held) == 1 and held[0].index_R is live.index:  # the round before drafted, and no row left
+            more = width - held[0].tokens_RS.shape[1]
+            return F.pad(held[0].tokens_RS, (0, more)), F.pad(held[0].hidden_RSD, (0, 0, 0, more))
+        place = live.index.new_full((1 + int(torch.cat([live.index, *(part.index_R for part in held)]).max()),), -1)
+        place[live.index] = live.every
+        tokens = live.index.new_zeros(len(live.index), width)
+        hidden = held[0].hidden_RSD.new_zeros(len(live.index), width, held[0].hidden_RSD.shape[-1])
+        for part in held:
+            row_R = place[part.index_R]
+            same_R = (row_R >= 0) & (live.since[row_R] <= part.number)  # another row may have had this index before
+            kept_RS = (self.steps[: part.tokens_RS.shape[1]] < part.kept_R[:, None]) & same_R[:, None]
+            of, at = kept_RS.nonzero(as_tuple=True)
+            to = row_R[of], part.before_R[of] + at
+            tokens[to], hidden[to] = part.tokens_RS[of, at], part.hidden_RSD[of, at]
+        return tokens, hidden
 
     # ---- drafting -----------------------------------------------------------------------------------------------
 
@@ -75,7 +121,7 @@ class Drafter:
         """Read what was verified since the last draft; returns the head's output for each row's newest token [R, D]."""
         cache, new = self.ready(live), int(live.unread.max())
         positions = (live.prompt_length + live.count - live.unread)[:, None] + self.steps[:new]
-        out = self.head(live.unread_tokens[:, :new], live.unread_hidden[:, :new], self._clamp(positions), cache)
+        out = self.head(*self.take(live, new), self._clamp(positions), cache)
         cache.advance(live.unread)
         out = out[live.every, live.unread - 1]
         live.unread = torch.zeros_like(live.unread)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from rollout.depth import Kind
 from rollout.group import Prompt
 from rollout.sampling import CountedChoice, SamplingParams, row_key
@@ -49,7 +51,8 @@ class Lookup:
     """The texts of a shard's rows, by their index, and where drafts of each are looked up.
 
     Prompts with the same id share their texts: with `rollout.partial` the rows of a group are prompts of their own.
-    Texts are counted when they are first looked in: with many rows drafts do not pay, and counting would only cost.
+    Rounds are read and texts are counted when they are first looked in: with many rows drafts do not pay, and both
+    would only cost.
     """
 
     def __init__(self, prompts: Sequence[Prompt], params: SamplingParams, vocabulary: int) -> None:
@@ -58,11 +61,13 @@ class Lookup:
         self.sources = [source for source in params.draft_sources if source != "head"]
         self.seen: dict[tuple[str, str], Continuations] = {}
         self.uncounted: dict[tuple[str, str], list[tuple[Sequence[int], int, int]]] = {}  # texts with start and end
+        self.held: list[tuple[Tensor, Tensor, Tensor]] = []
         self.texts: dict[int, list[int]] = {}  # the end of the prompt, and the completion so far
         self.keys: dict[int, tuple[int, int]] = {}
 
     def begin(self, number: int) -> None:
         """The rows of this prompt are decoded from now on."""
+        self._keep_held()
         prompt, group = self.prompts[number], self.params.group_size
         if "siblings" in self.sources:
             self._wrote("siblings", prompt, prompt.token_ids, start=0)
@@ -74,6 +79,10 @@ class Lookup:
             self.texts[row] = prompt.token_ids[-ORDERS[0] :]
             self.keys[row] = row_key(self.params, prompt.prompt_id, prompt.first_sample + sample)
 
+    def hold(self, rows_R: Tensor, tokens_RS: Tensor, kept_R: Tensor) -> None:
+        """`keep`, once something is looked in."""
+        self.held.append((rows_R, tokens_RS, kept_R))
+
     def keep(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], kept: Sequence[int]) -> None:
         """The first `kept` of these tokens are the next ones of the rows."""
         for row, new, count in zip(rows, tokens, kept, strict=True):
@@ -83,8 +92,14 @@ class Lookup:
                 if "siblings" in self.sources:
                     self._wrote("siblings", self._prompt(row), text, start=len(text) - count)
 
+    def _keep_held(self) -> None:
+        held, self.held = self.held, []
+        for part in held:
+            self.keep(*(x.tolist() for x in part))
+
     def kinds(self, row: int) -> list[Kind]:
         """The sources that have a draft for the row's next token, each with how many of the last tokens it knows."""
+        self._keep_held()
         prompt, text = self._prompt(row), self.texts[row]
         found = ((source, self._seen(source, prompt).after(text)) for source in self.sources)
         return [(source, after[0]) for source, after in found if after]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -77,6 +77,7 @@ class Drafts:
         if params.draft_tokens is None and costs is not None and (has_head or params.looks_up):
             self.max_depth = costs.max_depth
         self.fixed = params.draft_tokens is not None
+        self.lost = 0.0  # milliseconds, in rounds since the head last drafted in which its drafts would have paid
         self.controller = DepthController(None if self.fixed else costs, self.max_depth)
         # A forward writes k + 1 tokens after a row's end; only those that the row keeps are counted.
         self.room = params.max_completion_tokens + self.max_depth + 1
@@ -89,16 +90,16 @@ class Drafts:
         if self.head:
             self.head.keep(live, tokens_RS, hidden_RSD, kept_R)
         if self.lookup:
-            self.lookup.keep(live.index.tolist(), tokens_RS.tolist(), kept_R.tolist())
+            self.lookup.hold(live.index, tokens_RS, kept_R)
 
     def plan(self, live: Rows, alive: int, most: int) -> Plan:
         """`alive` of the rows go on; the one with the most room can still use `most` drafts."""
         if not self.max_depth or most < 1:
             return Plan()
         if self.lookup is None:
-            depth = min(self.max_depth, most) if self.fixed else self.controller.pick(alive, most)
+            depth = min(self.max_depth, most) if self.fixed else self._choose(live, alive, most, {})[0]
             return Plan(depth, head=depth > 0)
-        if not self.controller.may_pay(alive, most):
+        if not self.controller.may_pay(alive, most, self.head is not None):
             return Plan()
         places = live.alive.nonzero()[:, 0].tolist() if alive < len(live.alive) else range(alive)
         expected = cache(lambda kind: self.controller.tokens(kind, self.max_depth)[-1])
@@ -107,17 +108,44 @@ class Drafts:
             for place, row in zip(places, live.index[live.alive].tolist(), strict=True)
             if (found := self.lookup.kinds(row))
         }
-        depth, head = self.controller.choose(alive, most, Counter(kinds.values()), self.head is not None)
+        depth, head = self._choose(live, alive, most, Counter(kinds.values()))
         if head:  # the rows that take the head's all the same
             tokens = {kind: self.controller.tokens(kind, depth)[depth] for kind in {HEAD, *kinds.values()}}
             kinds = {place: kind for place, kind in kinds.items() if tokens[kind] >= tokens[HEAD]}
         return Plan(depth, head, kinds) if depth else Plan()
 
-    def of_graph(self, rows: int) -> int:
-        """How many drafts of the head a compiled round of so many rows makes."""
+    def of_graph(self, live: Rows) -> int:
+        """How many drafts of the head a compiled round of these rows makes."""
         if not self.head:
             return 0
-        return self.max_depth if self.fixed else self.controller.pick_graph(rows, GRAPH_DEPTHS)
+        if self.fixed:
+            return self.max_depth
+        speeds = self.controller.graph_speeds(len(live.index), GRAPH_DEPTHS)
+        depth = max(speeds, key=speeds.__getitem__)
+        return depth if depth and self._begins(live, speeds[0], speeds[depth]) else 0
+
+    def _choose(self, live: Rows, alive: int, most: int, found: Mapping[Kind, int]) -> tuple[int, bool]:
+        """The controller's choice, but the head waits until it is worth what it has to read first."""
+        depth, head, speed = self.controller.fastest(alive, most, found, self.head is not None)
+        if head:
+            other, _, slower = self.controller.fastest(alive, most, found, head=False)
+            if not self._begins(live, slower, speed):
+                return other, False
+        return depth, head
+
+    def _begins(self, live: Rows, slower: float, speed: float) -> bool:
+        """Whether the head drafts now. Both speeds, without it and with it, are tokens a millisecond.
+
+        If it has missed tokens it must read them first, which pays only if enough others follow. How many will is not
+        known. So it reads once the time that was lost without it is what reading takes: then no more than twice the
+        smaller of both is ever lost (the ski-rental rule, Karlin et al. 1988).
+        """
+        costs = self.controller.costs
+        if self.head is None or costs is None or self.lost >= costs.reading * self.head.missed(live):
+            self.lost = 0.0
+            return True
+        self.lost += 1 / slower - 1 / speed
+        return False
 
     def draft(self, live: Rows, plan: Plan, noise: Noise, temperature: float | Tensor) -> Drafted | None:
         """The planned drafts. `temperature` is that of all rows, or of each [R]."""

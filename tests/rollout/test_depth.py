@@ -14,6 +14,11 @@ from rollout.depth import HEAD, CostTable, DepthController
 TABLE = CostTable(rows=[1, 4], rounds=[[10.0, 12.0, 14.0], [20.0, 30.0, 44.0]])
 
 
+def pick(controller: DepthController, rows: int, most: int) -> int:
+    """What the head drafts, where nothing can be looked up."""
+    return controller.choose(rows, most, {}, head=True)[0]
+
+
 def test_docstring_examples():
     assert doctest.testmod(rollout.depth).failed == 0
     assert doctest.testmod(rollout.costs).failed == 0
@@ -30,28 +35,28 @@ def test_costs_are_linear_between_what_was_measured(rows, depth, expected):
 def test_a_depth_that_was_not_measured_at_many_rows_is_not_chosen_there():
     table = CostTable(rows=[1, 8], rounds=[[10.0, 10.1, 10.2], [10.0, 10.1]])
     controller = DepthController(table, 4)
-    assert controller.pick(1, 9) == 2
-    assert controller.pick(4, 9) == 1
+    assert pick(controller, 1, 9) == 2
+    assert pick(controller, 4, 9) == 1
     assert table.max_depth == 2
 
 
 def test_the_depth_with_the_most_expected_tokens_a_millisecond_is_picked():
     """Before any draft every depth is believed to be accepted in 3 of 4 cases: 1, 1.75, 2.3125 tokens."""
     controller = DepthController(TABLE, 4)
-    assert controller.pick(1, 9) == 2  # .1, .1458, .1652 tokens a millisecond
-    assert controller.pick(4, 9) == 1  # .05, .0583, .0526
-    assert controller.pick(1, 1) == 1
-    assert controller.pick(1, 0) == 0
+    assert pick(controller, 1, 9) == 2  # .1, .1458, .1652 tokens a millisecond
+    assert pick(controller, 4, 9) == 1  # .05, .0583, .0526
+    assert pick(controller, 1, 1) == 1
+    assert pick(controller, 1, 0) == 0
 
 
 def test_what_the_drafts_have_shown_changes_the_depth():
     controller = DepthController(TABLE, 4)
     controller.observe(100, [90, 20])  # depth 2 is accepted in (3 + 20) of (4 + 90) cases after depth 1
-    assert controller.pick(1, 9) == 1  # 1.894 / 12 = .158 against (1.894 + .219) / 14 = .151
+    assert pick(controller, 1, 9) == 1  # 1.894 / 12 = .158 against (1.894 + .219) / 14 = .151
     controller.observe(400, [0, 0])
-    assert controller.pick(1, 9) == 0  # 93 of 504: 1.185 / 12 = .0987 against .1
+    assert pick(controller, 1, 9) == 0  # 93 of 504: 1.185 / 12 = .0987 against .1
     controller.observe(100_000, [100_000, 100_000])
-    assert controller.pick(4, 9) == 2  # 3 / 44 = .068 against 2 / 30 = .067
+    assert pick(controller, 4, 9) == 2  # 3 / 44 = .068 against 2 / 30 = .067
 
 
 def test_a_compiled_round_has_one_of_a_few_depths_and_costs_of_its_own():
@@ -61,21 +66,31 @@ def test_a_compiled_round_has_one_of_a_few_depths_and_costs_of_its_own():
     controller = DepthController(table, 8)
     assert table.milliseconds(2, 1, by_graph=True) == pytest.approx(1.5 + 2.5 / 3)
     assert table.milliseconds(8, 1, by_graph=True) == 4.0
-    assert controller.pick_graph(1, (0, 1, 3)) == 1  # 1, 1.167, .911 tokens a millisecond
-    assert controller.pick_graph(4, (0, 1, 3)) == 3  # .5, .4375, .547
+    assert controller.graph_speeds(1, (0, 1, 3)) == pytest.approx({0: 1.0, 1: 1.75 / 1.5, 3: 2.734375 / 3})
+    assert controller.graph_speeds(4, (0, 1, 3)) == pytest.approx({0: 0.5, 1: 1.75 / 4, 3: 2.734375 / 5})
     controller.observe(1000, [0])
-    assert controller.pick_graph(1, (0, 1, 3)) == 0
-    assert DepthController(table, 1).pick_graph(4, (0, 1, 3)) == 0  # 3 are not to be drafted
-    assert DepthController(None, 3).pick_graph(4, (0, 1, 3)) == 3
+    assert controller.graph_speeds(1, (0, 1, 3))[1] < 1
+    assert list(DepthController(table, 1).graph_speeds(4, (0, 1, 3))) == [0, 1]  # 3 are not to be drafted
 
 
-def test_drafts_may_pay_where_they_would_if_all_were_accepted():
-    """Two tokens for the price of two do not pay, and for less they do, whoever drafts them."""
-    assert not DepthController(CostTable([1], [[10.0, 20.0]], [[10.0, 20.0, 30.0]]), 4).may_pay(1, 9)
-    for rounds, lookups in ([[10.0, 19.0]], None), ([[10.0]], [[10.0, 21.0, 29.0]]):
-        assert DepthController(CostTable([1], rounds, lookups), 4).may_pay(1, 9)
-    assert not DepthController(CostTable([1], [[10.0]], [[10.0, 21.0, 29.0]]), 4).may_pay(1, 1)  # no room for two
-    assert DepthController(None, 4).may_pay(1, 9)
+def test_drafts_may_pay_where_they_would_if_all_rows_had_the_best_kind():
+    """Of an unknown kind 1.5 and 1.75 tokens are expected, and of the head 1.75 and 2.3125."""
+
+    def pays(rounds, lookups=None, most=9, head=False) -> bool:
+        return DepthController(CostTable([1], [rounds], lookups and [lookups]), 4).may_pay(1, most, head)
+
+    assert not pays([10.0], [10.0, 15.0, 17.5])
+    assert pays([10.0], [10.0, 14.9, 17.5])
+    assert pays([10.0], [10.0, 15.0, 17.4])
+    assert not pays([10.0], [10.0, 15.0, 17.4], most=1)  # no room for two
+    assert pays([10.0, 17.4], head=True)
+    assert not pays([10.0, 17.5], head=True)
+    assert not pays([10.0, 17.4])
+    controller = DepthController(CostTable([1], [[10.0]], [[10.0, 19.0]]), 4)
+    assert not controller.may_pay(1, 9, head=False)
+    controller.observe(1000, [1000], ("siblings", 8))
+    assert controller.may_pay(1, 9, head=False)
+    assert DepthController(None, 4).may_pay(1, 9, head=False)
 
 
 def test_where_drafts_cannot_pay_none_is_chosen():
@@ -85,16 +100,18 @@ def test_where_drafts_cannot_pay_none_is_chosen():
         head, looked_up = ([10.0 + made.uniform(9, 14) * k for k in range(4)] for _ in range(2))
         controller = DepthController(CostTable([4], [head], [looked_up]), 3)
         for kind in (HEAD, ("siblings", 3)):
-            controller.observe(1000, [1000] * 3, kind)
-        answers.append(controller.may_pay(4, 3))
+            controller.observe(1000, sorted((made.randint(0, 1000) for _ in range(3)), reverse=True), kind)
+        has_head = made.random() < 0.5
+        answers.append(controller.may_pay(4, 3, has_head))
         if not answers[-1]:
-            assert controller.choose(4, 3, {("siblings", 3): made.randint(0, 4)}, head=True) == (0, False)
+            found = {("siblings", 3): made.randint(0, 4), ("history", 2): 0}
+            assert controller.choose(4, 3, found, has_head) == (0, False)
     assert 20 < sum(answers) < 480
 
 
 def test_equal_speeds_pick_the_shallower_depth():
     controller = DepthController(CostTable(rows=[1], rounds=[[1.0, 1.75]]), 4)
-    assert controller.pick(1, 9) == 0
+    assert pick(controller, 1, 9) == 0
 
 
 def test_the_table_is_read_back_and_a_broken_one_is_named(tmp_path):
@@ -103,12 +120,17 @@ def test_the_table_is_read_back_and_a_broken_one_is_named(tmp_path):
     looked_up = replace(TABLE, lookups=[[10.0, 10.5], [20.0, 22.0]])
     replace(TABLE, graphs=[[1.0, 2.0]]).save(tmp_path / "draft_costs.json")
     assert CostTable.load(tmp_path / "draft_costs.json") == replace(TABLE, graphs=[[1.0, 2.0]])
+    replace(TABLE, reading=0.25).save(tmp_path / "draft_costs.json")
+    assert CostTable.load(tmp_path / "draft_costs.json") == replace(TABLE, reading=0.25)
     looked_up.save(tmp_path / "draft_costs.json")
     assert CostTable.load(tmp_path / "draft_costs.json") == looked_up
     assert looked_up.milliseconds(1, 1, looked_up=True) == 10.5
     assert looked_up.milliseconds(1, 2, looked_up=True) == TABLE.milliseconds(1, 1, looked_up=True) == math.inf
     (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0]], "lookups": [[-1.0]]}')
     with pytest.raises(ValueError, match="must be above 0 and finite"):
+        CostTable.load(tmp_path / "draft_costs.json")
+    (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0]], "reading": -1.0}')
+    with pytest.raises(ValueError, match="of reading must be 0 or more"):
         CostTable.load(tmp_path / "draft_costs.json")
     (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0, 2.0]]}')  # of an older version
     assert CostTable.load(tmp_path / "draft_costs.json") == CostTable([1], [[1.0, 2.0]])

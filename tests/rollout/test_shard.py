@@ -17,9 +17,11 @@ from policies.policy import Policy
 from policies.routing.routers import RoutingRecorder
 from rollout.depth import CostTable, DepthController
 from rollout.drafts import head
+from rollout.drafts.sources import Drafts
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt
 from rollout.pool import LocalPool
+from rollout.rows import Rows
 from rollout.shard import Decoding
 
 torch.set_num_threads(1)
@@ -103,16 +105,89 @@ def test_contract_3_any_sequence_of_depths_gives_the_same_tokens(policy, plain, 
     for pattern in ([0, 3, 0, 0, 1, 4], [0] * 12 + [2, 0, 4], [4, 0], [0, 1]):
         asked = []
 
-        def pick(controller, rows, most, pattern=pattern, asked=asked):
-            asked.append(min(pattern[len(asked) % len(pattern)], most))
-            return asked[-1]
+        def fastest(controller, rows, most, found, head, pattern=pattern, asked=asked):
+            if head:
+                asked.append(min(pattern[len(asked) % len(pattern)], most))
+            return (asked[-1], True, 2.0) if head and asked[-1] else (0, False, 1.0)
 
-        monkeypatch.setattr(DepthController, "pick", pick)
+        monkeypatch.setattr(DepthController, "fastest", fastest)
         groups = Engine(policy, costs=CHEAP).sample(PROMPTS, replace(PARAMS, draft_tokens=None))
         assert tokens(groups) == plain
         assert len(set(asked)) > 1
         late = [c for c in completions(groups) if len(c.token_ids) > 25]
         assert sum(sum(c.draft.accepted) for c in late) > 0
+
+
+def test_the_head_begins_once_the_time_lost_without_it_is_what_reading_takes(policy, monkeypatch):
+    """One row, a prompt of 12 tokens, 1 ms to read each. A round of one draft takes 12 ms instead of 10 for 1.75 tokens
+    instead of 1, so 22/7 ms a token are lost. After m rounds 12 + m tokens are unread: 22/7 m reaches that at m = 6."""
+    depths, draft = [], Drafts.draft
+    monkeypatch.setattr(
+        Drafts, "draft", lambda self, rows, plan, *rest: depths.append(plan) or draft(self, rows, plan, *rest)
+    )
+    costs = CostTable(rows=[1], rounds=[[10.0, 12.0]], reading=1.0)
+    params = replace(PARAMS, group_size=1, draft_tokens=None, stop_token_ids=())
+    engine = Engine(policy, costs=costs)
+    found = tokens(engine.sample(prompts_of(12), params))
+    assert [plan.depth for plan in depths[:8]] == [0] * 6 + [1, 1]
+    assert found == tokens(Engine(policy).sample(prompts_of(12), replace(params, draft_tokens=0)))
+    depths.clear()
+    engine.costs = replace(costs, reading=0.0)  # a table of an older version
+    engine.sample(prompts_of(12), params)
+    assert depths[0].depth == 1
+
+
+@torch.inference_mode()
+def test_the_head_is_given_what_each_row_has_unread_in_order(policy):
+    """Rows that left give it nothing, also where another row has their index now; nor do tokens that were not kept."""
+    drafter = Decoding(Engine(policy).decoder, prompts_of(12), replace(PARAMS, draft_tokens=3)).drafter
+    assert drafter is not None
+    drafter.forget()
+
+    def rows(*index: int) -> Rows:
+        which = torch.tensor(index)
+        return Rows.start(which, torch.zeros(len(index), 2, dtype=torch.int32), which, since=drafter.rounds)
+
+    def keep(live: Rows, *tokens: list[int], kept: list[int]) -> None:
+        ids = torch.tensor(tokens)
+        drafter.keep(live, ids, ids[..., None].float(), torch.tensor(kept))
+
+    def taken(live: Rows, width: int) -> list[list[int]]:
+        ids, states = drafter.take(live, width)
+        assert torch.equal(states[..., 0], ids.float())
+        return [row[:count] for row, count in zip(ids.tolist(), live.unread.tolist(), strict=True)]
+
+    first = rows(0, 1, 2)
+    keep(first, [1], [2], [3], kept=[1, 1, 1])
+    keep(first, [4, 5, 0, 0, 0], [6, 7, 7, 7, 7], [8, 9, 0, 0, 0], kept=[2, 5, 1])
+    left = first.select(torch.tensor([2, 0]))  # 1 leaves
+    drafter.select(left, torch.tensor([2, 0]))
+    again = rows(1)
+    keep(again, [10], kept=[1])
+    live = Rows.concat([left, again])
+    keep(live, [11, 12], [13, 14], [15, 16], kept=[1, 2, 1])
+    assert taken(live, 5) == [[3, 8, 11], [1, 4, 5, 13, 14], [10, 15]]
+    live.unread = torch.zeros_like(live.unread)
+    keep(live, [17, 18], [19, 20], [21, 22], kept=[2, 1, 1])
+    assert taken(live, 3) == [[17, 18], [19], [21]]
+    live.unread = torch.zeros_like(live.unread)
+    keep(live, [23], [24], [25], kept=[1, 0, 1])
+    assert taken(live.select(torch.tensor([2, 0])), 1) == [[25], [23]]
+    assert drafter.unread == []
+
+
+@torch.inference_mode()
+def test_what_only_rows_that_left_had_is_forgotten(policy):
+    """Others join where a quarter of the places is free, so that a shard that never drafts would hold ever more."""
+    dear = CostTable(rows=[1], rounds=[[1.0, 9.0]])
+    params = replace(PARAMS, group_size=1, draft_tokens=None)
+    decoding, most = Decoding(Engine(policy, max_rows=4, costs=dear).decoder, prompts_of(*[12] * 24), params), 0
+    assert decoding.drafter is not None
+    while not decoding.done:
+        decoding.forward()
+        most = max(most, len(decoding.drafter.unread))
+    assert decoding.drafter.rounds > 2 * params.max_completion_tokens + 24
+    assert most < params.max_completion_tokens + 24  # each of the 24 prefills is one, too
 
 
 LONG = pytest.param([8], 0.5, marks=[pytest.mark.slow, pytest.mark.long])
@@ -131,9 +206,10 @@ def test_rows_that_end_far_apart_leave_each_others_entries_alone(policy, monkeyp
     early = rng.sample(range(32), 3)  # fewer than the eighth of the batch at which ended rows leave
     asked, calls, logits, draft, choose = [], [], [], head.Drafter.draft, head.pick
 
-    def pick_depth(controller, rows, most):
-        calls.append(min(pattern[len(calls) % len(pattern)], most))
-        return calls[-1]
+    def fastest(controller, rows, most, found, head):
+        if head:
+            calls.append(min(pattern[len(calls) % len(pattern)], most))
+        return (calls[-1], True, 2.0) if head and calls[-1] else (0, False, 1.0)
 
     def pick_token(logits_RV, *rest):
         logits.append(logits_RV)
@@ -153,7 +229,7 @@ def test_rows_that_end_far_apart_leave_each_others_entries_alone(policy, monkeyp
                 changed[r, 0] = (changed[r, 0] + 1) % 250
         return changed, confident
 
-    monkeypatch.setattr(DepthController, "pick", pick_depth)
+    monkeypatch.setattr(DepthController, "fastest", fastest)
     monkeypatch.setattr(head, "pick", pick_token)
     monkeypatch.setattr(head.Drafter, "draft", draft_and_change)
     engine = Engine(policy, costs=CostTable(rows=[1], rounds=[[1.0] * 9]))
