@@ -166,15 +166,17 @@ class DepthController:
                     best = depth, True, speed
         return best
 
-    def may_pay(self, rows: int, most: int, head: bool) -> bool:
-        """Whether `choose` could choose any drafts for so many rows, whatever they find: all of them the best kind."""
+    def may_save(self, rows: int, most: int, head: bool) -> float:
+        """Milliseconds a token that drafts would save if all of so many rows had the best kind. It is 0 where `choose`
+        can choose none, whatever is found, and infinite without costs."""
         if self.costs is None:
-            return True
+            return math.inf
         costs, plain, most = self.costs, self.costs.milliseconds(rows, 0), min(self.max_depth, most)
         kinds = {*self.reached, UNKNOWN} | ({HEAD} if head else set())
         best = [max(tokens) for tokens in zip(*(self.tokens(kind, most) for kind in kinds), strict=True)]
         depths = range(1, most + 1)
-        return any(best[k] * plain > costs.milliseconds(rows, k, up) for k in depths for up in (False, True))
+        drafted = (costs.milliseconds(rows, k, up) / best[k] for k in depths for up in (False, True))
+        return max(0.0, plain - min(drafted, default=plain))
 
     def _of(self, kind: Kind) -> tuple[list[float], list[float]]:
         if kind not in self.reached:

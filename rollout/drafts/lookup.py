@@ -30,20 +30,26 @@ class Continuations:
     """
 
     def __init__(self) -> None:
-        self._next: dict[tuple[int, ...], list[int]] = {}
+        # Most runs occur once. A list for each would keep Python's garbage collector busy, five times as long as this.
+        self._next: dict[tuple[int, ...], int | list[int]] = {}
 
     def add(self, text: Sequence[int], start: int, end: int) -> None:
         """Counts the tokens from `start` to before `end`; those before are only what they followed."""
         for at in range(start, end):
             for order in ORDERS:
                 if order <= at:
-                    self._next.setdefault(tuple(text[at - order : at]), []).append(text[at])
+                    run = tuple(text[at - order : at])
+                    before = self._next.get(run)
+                    if isinstance(before, list):
+                        before.append(text[at])
+                    else:
+                        self._next[run] = text[at] if before is None else [before, text[at]]
 
     def after(self, tokens: Sequence[int]) -> tuple[int, list[int]] | None:
         """The length of the longest run that was found, and the tokens that followed it."""
         for order in ORDERS:
-            if order <= len(tokens) and (found := self._next.get(tuple(tokens[-order:]))):
-                return order, found
+            if order <= len(tokens) and (found := self._next.get(tuple(tokens[-order:]))) is not None:
+                return order, found if isinstance(found, list) else [found]
         return None
 
 
@@ -62,6 +68,7 @@ class Lookup:
         self.seen: dict[tuple[str, str], Continuations] = {}
         self.uncounted: dict[tuple[str, str], list[tuple[Sequence[int], int, int]]] = {}  # texts with start and end
         self.held: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.missed = 0  # tokens of texts and rounds since it was last set to 0, without those of the last round
         self.texts: dict[int, list[int]] = {}  # the end of the prompt, and the completion so far
         self.keys: dict[int, tuple[int, int]] = {}
 
@@ -71,9 +78,11 @@ class Lookup:
         prompt, group = self.prompts[number], self.params.group_size
         if "siblings" in self.sources:
             self._wrote("siblings", prompt, prompt.token_ids, start=0)
+            self.missed += len(prompt.token_ids)
         if "history" in self.sources and ("history", prompt.prompt_id) not in self.seen | self.uncounted:
             for text in prompt.history:
                 self._wrote("history", prompt, prompt.token_ids[-ORDERS[0] :] + text, start=self._tail(prompt))
+                self.missed += len(text)
         for sample in range(group):
             row = number * group + sample
             self.texts[row] = prompt.token_ids[-ORDERS[0] :]
@@ -81,6 +90,8 @@ class Lookup:
 
     def hold(self, rows_R: Tensor, tokens_RS: Tensor, kept_R: Tensor) -> None:
         """`keep`, once something is looked in."""
+        if self.held:
+            self.missed += self.held[-1][1].numel()
         self.held.append((rows_R, tokens_RS, kept_R))
 
     def keep(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], kept: Sequence[int]) -> None:

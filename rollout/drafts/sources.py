@@ -18,6 +18,8 @@ from rollout.group import Prompt
 from rollout.rows import Rows
 from rollout.sampling import Noise, SamplingParams
 
+COUNTING = 0.002  # milliseconds in which Python counts a token of a text that drafts are looked up in
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -77,6 +79,7 @@ class Drafts:
         if params.draft_tokens is None and costs is not None and (has_head or params.looks_up):
             self.max_depth = costs.max_depth
         self.fixed = params.draft_tokens is not None
+        self.unsaved = 0.0  # milliseconds, in rounds since something was last looked in that could have paid
         self.lost = 0.0  # milliseconds, in rounds since the head last drafted in which its drafts would have paid
         self.controller = DepthController(None if self.fixed else costs, self.max_depth)
         # A forward writes k + 1 tokens after a row's end; only those that the row keeps are counted.
@@ -99,8 +102,14 @@ class Drafts:
         if self.lookup is None:
             depth = min(self.max_depth, most) if self.fixed else self._choose(live, alive, most, {})[0]
             return Plan(depth, head=depth > 0)
-        if not self.controller.may_pay(alive, most, self.head is not None):
+        saved = self.controller.may_save(alive, most, self.head is not None)
+        if not saved:
             return Plan()
+        if not self.fixed and self.unsaved < self.lookup.missed * COUNTING:  # the same rule as in `_begins`
+            self.unsaved += saved
+            depth, head = self._choose(live, alive, most, {})
+            return Plan(depth, head)
+        self.unsaved, self.lookup.missed = 0.0, 0
         places = live.alive.nonzero()[:, 0].tolist() if alive < len(live.alive) else range(alive)
         expected = cache(lambda kind: self.controller.tokens(kind, self.max_depth)[-1])
         kinds = {

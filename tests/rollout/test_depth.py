@@ -76,21 +76,22 @@ def test_a_compiled_round_has_one_of_a_few_depths_and_costs_of_its_own():
 def test_drafts_may_pay_where_they_would_if_all_rows_had_the_best_kind():
     """Of an unknown kind 1.5 and 1.75 tokens are expected, and of the head 1.75 and 2.3125."""
 
-    def pays(rounds, lookups=None, most=9, head=False) -> bool:
-        return DepthController(CostTable([1], [rounds], lookups and [lookups]), 4).may_pay(1, most, head)
+    def pays(rounds, lookups=None, most=9, head=False) -> float:
+        return DepthController(CostTable([1], [rounds], lookups and [lookups]), 4).may_save(1, most, head)
 
     assert not pays([10.0], [10.0, 15.0, 17.5])
-    assert pays([10.0], [10.0, 14.9, 17.5])
+    assert pays([10.0], [10.0, 14.9, 17.5]) == pytest.approx(10 - 14.9 / 1.5)
+    assert pays([10.0], [10.0, 14.9, 15.0]) == pytest.approx(10 - 15 / 1.75)
     assert pays([10.0], [10.0, 15.0, 17.4])
     assert not pays([10.0], [10.0, 15.0, 17.4], most=1)  # no room for two
     assert pays([10.0, 17.4], head=True)
     assert not pays([10.0, 17.5], head=True)
     assert not pays([10.0, 17.4])
     controller = DepthController(CostTable([1], [[10.0]], [[10.0, 19.0]]), 4)
-    assert not controller.may_pay(1, 9, head=False)
+    assert not controller.may_save(1, 9, head=False)
     controller.observe(1000, [1000], ("siblings", 8))
-    assert controller.may_pay(1, 9, head=False)
-    assert DepthController(None, 4).may_pay(1, 9, head=False)
+    assert controller.may_save(1, 9, head=False)
+    assert DepthController(None, 4).may_save(1, 9, head=False) == math.inf
 
 
 def test_where_drafts_cannot_pay_none_is_chosen():
@@ -102,7 +103,7 @@ def test_where_drafts_cannot_pay_none_is_chosen():
         for kind in (HEAD, ("siblings", 3)):
             controller.observe(1000, sorted((made.randint(0, 1000) for _ in range(3)), reverse=True), kind)
         has_head = made.random() < 0.5
-        answers.append(controller.may_pay(4, 3, has_head))
+        answers.append(controller.may_save(4, 3, has_head) > 0)
         if not answers[-1]:
             found = {("siblings", 3): made.randint(0, 4), ("history", 2): 0}
             assert controller.choose(4, 3, found, has_head) == (0, False)

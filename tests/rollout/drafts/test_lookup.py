@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_cases import PARAMS, PROMPTS, completions, taught, tokens
+from engine_cases import PARAMS, PROMPTS, completions, prompts_of, taught, tokens
 
+import rollout.drafts.sources
 from rollout import sampling
 from rollout.depth import HEAD, CostTable, DepthController
 from rollout.drafts import lookup
@@ -15,6 +16,7 @@ from rollout.drafts.lookup import Continuations, Lookup
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt
 from rollout.sampling import CountedChoice, Noise, SamplingParams, keyed_uniform, noise_words, row_key
+from rollout.shard import Decoding
 
 SOURCES = (("siblings",), ("history",), ("siblings", "history"), ("head", "siblings", "history"))
 CHEAP = CostTable(rows=[1], rounds=[[1.0, 1.3, 1.5]], lookups=[[1.0, 1.01, 1.02, 1.03, 1.04, 1.05, 1.06, 1.07, 1.08]])
@@ -97,6 +99,25 @@ def test_nothing_is_counted_where_drafts_cannot_pay(policy, monkeypatch):
     monkeypatch.setattr(Continuations, "add", None)  # calling it would fail
     dear = CostTable(rows=[1], rounds=[[1.0]], lookups=[[1.0, 2.0, 3.0]])
     assert tokens(Engine(policy, costs=dear).sample(prompts, replace(params, draft_tokens=None))) == tokens(plain)
+
+
+def test_texts_are_counted_once_that_is_worth_it(policy, monkeypatch):
+    """Two rows, a prompt of 12 tokens, 1 ms to count each. Of an unknown kind 1.5 tokens are expected in 6 ms, so a
+    round without them, of 10 ms, may lose 6. After m rounds 12 + 2 m tokens wait beside those of the last one: m = 3.
+    """
+    looked, kinds = [], Lookup.kinds
+    monkeypatch.setattr(Lookup, "kinds", lambda self, row: looked.append(row) or kinds(self, row))
+    monkeypatch.setattr(rollout.drafts.sources, "COUNTING", 1.0)
+    costs = CostTable(rows=[1], rounds=[[10.0]], lookups=[[10.0, 6.0]])
+    params = replace(PARAMS, group_size=2, draft_sources=("siblings",), draft_tokens=None, stop_token_ids=())
+    decoding = Decoding(Engine(policy, costs=costs).decoder, prompts_of(12), params)
+    rounds = []
+    with torch.inference_mode():
+        while not decoding.done:
+            before = len(looked)
+            decoding.forward()
+            rounds.append(len(looked) > before)
+    assert rounds[:6] == [False] * 3 + [True] * 3
 
 
 def test_rows_of_one_prompt_share_their_texts_also_where_they_are_prompts_of_their_own():
