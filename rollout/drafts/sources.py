@@ -136,7 +136,7 @@ class Drafts:
     def _choose(self, live: Rows, alive: int, most: int, found: Mapping[Kind, int]) -> tuple[int, bool]:
         """The controller's choice, but the head waits until it is worth what it has to read first."""
         depth, head, speed = self.controller.fastest(alive, most, found, self.head is not None)
-        if head:
+        if head and self.head and self.head.missed(live):
             other, _, slower = self.controller.fastest(alive, most, found, head=False)
             if not self._begins(live, slower, speed):
                 return other, False
