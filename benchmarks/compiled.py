@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +58,34 @@ def drafts_of(word: str) -> int | None:
 
 
 def compare(
-    engine: Engine, prompts: list[Prompt], rows: int, drafts: int | None, repeats: int, tokens: int
-) -> dict[str, Any]:
-    """`rows` completions of as many prompts at a time, by each in turn; the first call of each is the warm-up."""
+    engine: Engine, prompts: list[Prompt], rows: int, numbers: list[int | None], repeats: int, tokens: int
+) -> list[dict[str, Any]]:
+    """`rows` completions of as many prompts at a time, with all numbers of drafts, eagerly and by graphs in turn; the
+    first call of each is the warm-up. `gain` is the median of pairs over no drafts, both by graphs."""
     stops = tuple(engine.policy.stop_token_ids)
-    eager = SamplingParams(1, 1.0, tokens, stops, draft_tokens=drafts)
-    if drafts is None and (engine.costs is None or engine.costs.rows[-1] < rows):
+    if None in numbers:
         engine.measure_costs(rows, graphs=tokens)
-    rates: dict[str, list[float]] = {"eager": [], "compiled": []}
-    differing = 0
+    ways = [(drafts, compiled) for drafts in numbers for compiled in (False, True)]
+    rates: dict[tuple[int | None, bool], list[float]] = {way: [] for way in ways}
+    differing = dict.fromkeys(numbers, 0)
     for number in range(repeats + 1):
         part, found = [prompts[(number * rows + i) % len(prompts)] for i in range(rows)], {}
-        for name, params in (("eager", eager), ("compiled", replace(eager, compiled=True))):
-            rate, found[name] = timed(engine, part, params.at(number))
+        for drafts, compiled in ways[number % len(ways) :] + ways[: number % len(ways)]:
+            params = SamplingParams(1, 1.0, tokens, stops, step=number, draft_tokens=drafts, compiled=compiled)
+            rate, found[drafts, compiled] = timed(engine, part, params)
             if number:
-                rates[name].append(rate)
-        differing += found["eager"] != found["compiled"]
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    return {"rows": rows, "drafts": drafts, **medians, "differing": differing, "repeats": repeats}
+                rates[drafts, compiled].append(rate)
+        for drafts in numbers:
+            differing[drafts] += found[drafts, False] != found[drafts, True]
+    results = []
+    for drafts in numbers:
+        one = {name: statistics.median(rates[drafts, name == "compiled"]) for name in ("eager", "compiled")}
+        pairs = zip(rates[drafts, True], rates.get((0, True), []), strict=False)
+        gain = statistics.median([ours / none for ours, none in pairs] or [float("nan")])
+        results.append(
+            {"rows": rows, "drafts": drafts, **one, "gain": gain, "differing": differing[drafts], "repeats": repeats}
+        )
+    return results
 
 
 def shown(drafts: int | None) -> str:
@@ -114,25 +124,19 @@ def main() -> None:
         engine.graphs = rounds.Graphs()
         found = []
         for rows in options.rows:
-            for drafts in options.drafts:
-                found.append(compare(engine, prompts, rows, drafts, options.repeats, options.tokens))
-                one = found[-1]
+            for one in compare(engine, prompts, rows, options.drafts, options.repeats, options.tokens):
+                found.append(one)
                 print(
-                    f"{rows} rows, {shown(drafts)}: eager {one['eager']:.0f}, compiled {one['compiled']:.0f} tokens/s, "
-                    f"{one['compiled'] / one['eager']:.2f} times; {one['differing']} calls differ",
+                    f"{rows} rows, {shown(one['drafts'])}: eager {one['eager']:.0f}, compiled {one['compiled']:.0f} "
+                    f"tokens/s, {one['compiled'] / one['eager']:.2f} times; {one['differing']} calls differ",
                     flush=True,
                 )
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     for bucket, seconds in compiled.items():
         print(f"{bucket}: {seconds['first_s']:.1f} s at first, {seconds['from_disk_s']:.2f} s from disk")
-    for rows in options.rows:
-        by_drafts = {one["drafts"]: one["compiled"] for one in found if one["rows"] == rows}
-        if 0 in by_drafts:
-            gains = {drafts: rate / by_drafts[0] for drafts, rate in by_drafts.items() if drafts != 0}
-            print(
-                f"{rows} rows, both compiled: "
-                + ", ".join(f"{shown(k)} {gain:.2f} times none" for k, gain in gains.items())
-            )
+    for one in found:
+        if one["drafts"] != 0 and 0 in options.drafts:
+            print(f"{one['rows']} rows, both compiled: {shown(one['drafts'])} {one['gain']:.2f} times none")
     if options.json:
         result = {**describe(), "rates": found, "graphs": compiled, "peak_mib": memory}
         options.json.write_text(json.dumps(result, indent=1) + "\n")

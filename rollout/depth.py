@@ -74,10 +74,10 @@ class CostTable:
             or self.rows[0] < 1
         ):
             raise ValueError("rows must ascend from 1 or more, with rounds for each")
-        if not 0 <= float(self.reading) < math.inf:
+        if type(self.reading) not in (int, float) or not 0 <= self.reading < math.inf:
             raise ValueError("the milliseconds of reading must be 0 or more and finite")
         for costs in (costs for table in tables for costs in table):
-            if not costs or not all(0 < float(cost) < math.inf for cost in costs):
+            if not costs or not all(type(cost) in (int, float) and 0 < cost < math.inf for cost in costs):
                 raise ValueError("the milliseconds of a round must be above 0 and finite")
         if not all(type(rows) is int for rows in self.rows):
             raise ValueError("rows must be whole numbers")
@@ -94,6 +94,31 @@ class CostTable:
             return table
         except (TypeError, ValueError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} is no table of draft costs ({error}); delete it to measure again") from None
+
+
+@dataclass
+class Patience:
+    """Waits with something that saves time in each round, but costs time to begin. How many rounds follow is not known.
+
+    So it begins once waiting has lost what beginning costs (the ski-rental rule; Karlin et al. 1988, section 2). The
+    price is the lowest since waiting began: it grows with what is missed meanwhile, and falls when rows end.
+
+    >>> patience = Patience()
+    >>> [patience.over(price, lost=2.0) for price in (3.0, 4.0, 5.0, 6.0)]
+    [False, False, True, False]
+    """
+
+    lost: float = 0.0
+    price: float = math.inf
+
+    def over(self, price: float, lost: float) -> bool:
+        """Whether to begin now. If not, the next round loses `lost`. Both are milliseconds."""
+        self.price = min(self.price, price)
+        if self.lost >= self.price:
+            self.lost, self.price = 0.0, math.inf
+            return True
+        self.lost += lost
+        return False
 
 
 class DepthController:
@@ -132,17 +157,12 @@ class DepthController:
         costs, expected = self.costs, self.tokens(HEAD, min(max(depths), self.max_depth))
         return {k: expected[k] / costs.milliseconds(rows, k, by_graph=True) for k in depths if k < len(expected)}
 
-    def choose(self, rows: int, most: int, found: Mapping[Kind, int], head: bool) -> tuple[int, bool]:
-        """The depth, and whether the head drafts. `found`: how many of the rows can look up a draft, by its kind.
+    def choose(self, rows: int, most: int, found: Mapping[Kind, int], head: bool) -> tuple[int, bool, float]:
+        """The depth, whether the head drafts, and the tokens a millisecond that a row is then expected to get: infinite
+        without costs. `found`: how many of the rows can look up a draft, by its kind. `head`: whether there is one.
 
-        Where the head drafts too, a row takes the drafts of which more are expected to be accepted.
-        """
-        return self.fastest(rows, most, found, head)[:2]
-
-    def fastest(self, rows: int, most: int, found: Mapping[Kind, int], head: bool) -> tuple[int, bool, float]:
-        """What `choose` gives, and the tokens a millisecond that a row is expected to get: infinite without costs.
-
-        Of two equal speeds it is that of fewer drafts.
+        Where the head drafts too, a row takes the drafts of which more are expected to be accepted. Of two equal speeds
+        that of fewer drafts is chosen.
         """
         most = min(self.max_depth, most)
         by_head = self.tokens(HEAD, most) if head else [1.0] * (most + 1)
@@ -167,8 +187,8 @@ class DepthController:
         return best
 
     def may_save(self, rows: int, most: int, head: bool) -> float:
-        """Milliseconds a token that drafts would save if all of so many rows had the best kind. It is 0 where `choose`
-        can choose none, whatever is found, and infinite without costs."""
+        """Milliseconds a token that drafts would save if all of so many rows had the best kind: infinite without costs.
+        Where it is 0, `choose` chooses none, whatever is found."""
         if self.costs is None:
             return math.inf
         costs, plain, most = self.costs, self.costs.milliseconds(rows, 0), min(self.max_depth, most)

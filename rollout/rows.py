@@ -50,11 +50,11 @@ class Rows:
     alive: Tensor  # False once it has ended, and while it waits for its tools
     waits: Tensor  # True while it waits for its tools
     unread: Tensor  # how many tokens the head has not read
-    since: Tensor  # the first of the drafter's rounds that gave the row a token
+    since: Tensor  # the number of the first tokens of the row among all that `Drafter` was given
 
     @classmethod
     def start(cls, index: Tensor, keys_R2: Tensor, prompt_length: Tensor, since: int) -> Rows:
-        """Rows without a token. The round with the number `since` gives them their first."""
+        """Rows without a token. Their first has the number `since`."""
         none, alive = torch.zeros_like(index), torch.ones_like(index, dtype=torch.bool)
         waits, first = torch.zeros_like(alive), torch.full_like(index, since)
         return cls(index, keys_R2, prompt_length, none, none, alive, waits, none, first)

@@ -147,7 +147,7 @@ class Decoding:
             torch.tensor([i * group + sample for i in numbers for sample in range(group)], device=self.device),
             torch.tensor(keys, dtype=torch.int32, device=self.device),
             lengths.repeat_interleave(group),
-            since=self.drafter.rounds if self.drafter else 0,
+            since=self.drafter.number if self.drafter else 0,
         )
         logits = self.trunk.logits(last).repeat_interleave(group, dim=0)[:, None]
         self._settle(rows, logits, last.repeat_interleave(group, dim=0)[:, None], None, self._noise(rows, 1))

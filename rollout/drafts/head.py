@@ -14,11 +14,13 @@ from rollout.drafts.speculative import confident_drafts
 from rollout.rows import Prefilled, Rows
 from rollout.sampling import Noise, SamplingParams, pick
 
+MOST_HELD = 4  # times what the live rows have unread
+
 
 @dataclass
 class Unread:
-    """What one round gave its rows: S tokens, of which each row kept the first `kept_R`, and the states that precede
-    them. `before_R` other tokens of the row were unread already."""
+    """S tokens that rows got at once, of which each kept the first `kept_R`, and the states that precede them.
+    `before_R` other tokens of the row were unread already."""
 
     number: int
     index_R: Tensor
@@ -31,18 +33,18 @@ class Unread:
 class Drafter:
     """A head that never drafts reads nothing; one that drafts again first reads what was verified since.
 
-    `room`: most tokens that a row may write; `longest`: tokens of the longest prompt.
+    `room`: most tokens that a row may write; `longest`: tokens of the longest prompt; `given`: most tokens of a round.
     """
 
-    def __init__(self, decoder: Decoder, params: SamplingParams, room: int, longest: int) -> None:
+    def __init__(self, decoder: Decoder, params: SamplingParams, room: int, longest: int, given: int) -> None:
         assert decoder.head is not None
         self.head, self.vocabulary, self.context = decoder.head, decoder.draft_vocabulary, decoder.context
-        self.params, self.room, self.longest = params, room, longest
+        self.params, self.room, self.longest, self.given = params, room, longest, given
         self.steps = torch.arange(room, device=self.head.trunk.device)
         self.cache: LatentCache | None = None  # None until something is drafted
         self.prefilled: list[Prefilled] = []
         self.unread: list[Unread] = []  # moved nowhere until the head reads them, since it may never do
-        self.rounds = 0
+        self.number = 0  # of the next of them
 
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
@@ -54,12 +56,13 @@ class Drafter:
             self.cache = self.cache.join([self._read(prefilled)])
 
     def select(self, live: Rows, kept_R: Tensor) -> None:
-        """`live` are the rows that were `kept_R`."""
+        """`live` are the rows that were `kept_R`. What the others had is dropped when it is most of what is held."""
         if self.cache is not None:
             self.cache.select(kept_R)
-        if self.unread:
-            oldest = int(live.since.min())
-            self.unread = [part for part in self.unread if part.number >= oldest]
+        if sum(part.tokens_RS.numel() for part in self.unread) > MOST_HELD * int(live.unread.sum()):
+            tokens_RS, hidden_RSD = self.take(live, int(live.unread.max()))
+            none = torch.zeros_like(live.unread)
+            self.unread = [Unread(self.number, live.index, none, tokens_RS, hidden_RSD, live.unread)]
 
     def forget(self) -> None:
         """Drop everything: no row is live any more."""
@@ -67,16 +70,17 @@ class Drafter:
 
     def keep(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
         """The first `kept_R` of these tokens were verified; `hidden_RSD` are the states that precede them."""
-        self.unread.append(Unread(self.rounds, live.index, live.unread, tokens_RS, hidden_RSD, kept_R))
-        self.rounds += 1
+        self.unread.append(Unread(self.number, live.index, live.unread, tokens_RS, hidden_RSD, kept_R))
+        self.number += 1
         live.unread = live.unread + kept_R
 
     def missed(self, live: Rows) -> int:
-        """About how many tokens the head has to read before it can draft, other than those of the last round."""
-        rows = len(live.index)
+        """How many tokens the head has to read before it can draft, other than what a round may give a row. Prompts are
+        about those of the rows."""
         prompts = sum(part.token_ids_PT.numel() for part in self.prefilled)
         count = sum(len(part.numbers_P) for part in self.prefilled)
-        return prompts * min(rows, count) // max(count, 1) + rows * (len(self.unread) - 1)
+        rows = int((live.unread - self.given).clamp(min=0).sum())
+        return rows + prompts * min(len(live.index), count) // max(count, 1)
 
     def take(self, live: Rows, width: int) -> tuple[Tensor, Tensor]:
         """What the head is to read now: tokens [R, width] and states [R, width, D], of each row `live.unread`."""
@@ -88,13 +92,16 @@ class Drafter:
         place[live.index] = live.every
         tokens = live.index.new_zeros(len(live.index), width)
         hidden = held[0].hidden_RSD.new_zeros(len(live.index), width, held[0].hidden_RSD.shape[-1])
-        for part in held:
-            row_R = place[part.index_R]
-            same_R = (row_R >= 0) & (live.since[row_R] <= part.number)  # another row may have had this index before
-            kept_RS = (self.steps[: part.tokens_RS.shape[1]] < part.kept_R[:, None]) & same_R[:, None]
-            of, at = kept_RS.nonzero(as_tuple=True)
-            to = row_R[of], part.before_R[of] + at
-            tokens[to], hidden[to] = part.tokens_RS[of, at], part.hidden_RSD[of, at]
+        for size in {part.tokens_RS.shape[1] for part in held}:
+            parts = [part for part in held if part.tokens_RS.shape[1] == size]
+            number_R = torch.cat([torch.full_like(part.index_R, part.number) for part in parts])
+            row_R = place[torch.cat([part.index_R for part in parts])]
+            same_R = (row_R >= 0) & (live.since[row_R] <= number_R)  # another row may have had this index before
+            kept_R = torch.cat([part.kept_R for part in parts]) * same_R
+            of, at = (self.steps[:size] < kept_R[:, None]).nonzero(as_tuple=True)
+            to = row_R[of], torch.cat([part.before_R for part in parts])[of] + at
+            tokens[to] = torch.cat([part.tokens_RS for part in parts])[of, at]
+            hidden[to] = torch.cat([part.hidden_RSD for part in parts])[of, at]
         return tokens, hidden
 
     # ---- drafting -----------------------------------------------------------------------------------------------

@@ -74,7 +74,6 @@ class Lookup:
 
     def begin(self, number: int) -> None:
         """The rows of this prompt are decoded from now on."""
-        self._keep_held()
         prompt, group = self.prompts[number], self.params.group_size
         if "siblings" in self.sources:
             self._wrote("siblings", prompt, prompt.token_ids, start=0)

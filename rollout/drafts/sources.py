@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rollout.backends import Decoder
-from rollout.depth import GRAPH_DEPTHS, HEAD, DepthController, Kind
+from rollout.depth import GRAPH_DEPTHS, HEAD, DepthController, Kind, Patience
 from rollout.drafts.head import Drafter
 from rollout.drafts.lookup import Lookup
 from rollout.group import Prompt
@@ -77,14 +77,15 @@ class Drafts:
         self.device, costs = decoder.trunk.device, decoder.costs
         self.max_depth = params.draft_tokens or 0
         if params.draft_tokens is None and costs is not None and (has_head or params.looks_up):
-            self.max_depth = costs.max_depth
+            # Where graphs are wanted, more than they draft would only make all caches longer.
+            self.max_depth = min(costs.max_depth, GRAPH_DEPTHS[-1]) if params.compiled else costs.max_depth
         self.fixed = params.draft_tokens is not None
-        self.unsaved = 0.0  # milliseconds, in rounds since something was last looked in that could have paid
-        self.lost = 0.0  # milliseconds, in rounds since the head last drafted in which its drafts would have paid
+        self.reading, self.counting = Patience(), Patience()  # what the head has missed, and texts
         self.controller = DepthController(None if self.fixed else costs, self.max_depth)
         # A forward writes k + 1 tokens after a row's end; only those that the row keeps are counted.
         self.room = params.max_completion_tokens + self.max_depth + 1
-        self.head = Drafter(decoder, params, self.room, longest) if has_head and self.max_depth else None
+        has_head = has_head and self.max_depth > 0
+        self.head = Drafter(decoder, params, self.room, longest, self.max_depth + 1) if has_head else None
         looks_up = params.looks_up and self.max_depth > 0
         self.lookup = Lookup(prompts, params, len(decoder.trunk.embedding)) if looks_up else None
 
@@ -105,11 +106,9 @@ class Drafts:
         saved = self.controller.may_save(alive, most, self.head is not None)
         if not saved:
             return Plan()
-        if not self.fixed and self.unsaved < self.lookup.missed * COUNTING:  # the same rule as in `_begins`
-            self.unsaved += saved
-            depth, head = self._choose(live, alive, most, {})
-            return Plan(depth, head)
-        self.unsaved, self.lookup.missed = 0.0, 0
+        if not self.fixed and not self.counting.over(self.lookup.missed * COUNTING, saved):
+            return Plan(*self._choose(live, alive, most, {}))
+        self.lookup.missed = 0
         places = live.alive.nonzero()[:, 0].tolist() if alive < len(live.alive) else range(alive)
         expected = cache(lambda kind: self.controller.tokens(kind, self.max_depth)[-1])
         kinds = {
@@ -131,30 +130,29 @@ class Drafts:
             return self.max_depth
         speeds = self.controller.graph_speeds(len(live.index), GRAPH_DEPTHS)
         depth = max(speeds, key=speeds.__getitem__)
-        return depth if depth and self._begins(live, speeds[0], speeds[depth]) else 0
+        if not depth:
+            return 0
+        costs, rows = self.controller.costs, len(live.index)
+        assert costs is not None
+        eager = max(0.0, costs.milliseconds(rows, depth) - costs.milliseconds(rows, depth, by_graph=True))
+        return depth if self._reads(self.head, live, speeds[0], speeds[depth], eager) else 0
 
     def _choose(self, live: Rows, alive: int, most: int, found: Mapping[Kind, int]) -> tuple[int, bool]:
         """The controller's choice, but the head waits until it is worth what it has to read first."""
-        depth, head, speed = self.controller.fastest(alive, most, found, self.head is not None)
-        if head and self.head and self.head.missed(live):
-            other, _, slower = self.controller.fastest(alive, most, found, head=False)
-            if not self._begins(live, slower, speed):
+        depth, head, speed = self.controller.choose(alive, most, found, self.head is not None)
+        if head and self.head and not self.fixed:
+            other, _, slower = self.controller.choose(alive, most, found, head=False)
+            if not self._reads(self.head, live, slower, speed):
                 return other, False
         return depth, head
 
-    def _begins(self, live: Rows, slower: float, speed: float) -> bool:
-        """Whether the head drafts now. Both speeds, without it and with it, are tokens a millisecond.
-
-        If it has missed tokens it must read them first, which pays only if enough others follow. How many will is not
-        known. So it reads once the time that was lost without it is what reading takes: then no more than twice the
-        smaller of both is ever lost (the ski-rental rule, Karlin et al. 1988).
-        """
-        costs = self.controller.costs
-        if self.head is None or costs is None or self.lost >= costs.reading * self.head.missed(live):
-            self.lost = 0.0
-            return True
-        self.lost += 1 / slower - 1 / speed
-        return False
+    def _reads(self, head: Drafter, live: Rows, slower: float, speed: float, eager: float = 0.0) -> bool:
+        """Whether the head reads what it has missed, and drafts. Both speeds are tokens a millisecond, without it and
+        with it. `eager`: how many milliseconds more the first round takes, which is eager if anything was missed."""
+        assert self.controller.costs is not None
+        missed = head.missed(live)
+        price = self.controller.costs.reading * missed + (eager if missed else 0.0)
+        return self.reading.over(price, 1 / slower - 1 / speed)
 
     def draft(self, live: Rows, plan: Plan, noise: Noise, temperature: float | Tensor) -> Drafted | None:
         """The planned drafts. `temperature` is that of all rows, or of each [R]."""

@@ -1,6 +1,7 @@
 """The depth controller: expected tokens over measured milliseconds, worked out by hand."""
 
 import doctest
+import json
 import math
 import random
 from dataclasses import replace
@@ -106,7 +107,7 @@ def test_where_drafts_cannot_pay_none_is_chosen():
         answers.append(controller.may_save(4, 3, has_head) > 0)
         if not answers[-1]:
             found = {("siblings", 3): made.randint(0, 4), ("history", 2): 0}
-            assert controller.choose(4, 3, found, has_head) == (0, False)
+            assert controller.choose(4, 3, found, has_head)[:2] == (0, False)
     assert 20 < sum(answers) < 480
 
 
@@ -130,8 +131,12 @@ def test_the_table_is_read_back_and_a_broken_one_is_named(tmp_path):
     (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0]], "lookups": [[-1.0]]}')
     with pytest.raises(ValueError, match="must be above 0 and finite"):
         CostTable.load(tmp_path / "draft_costs.json")
-    (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0]], "reading": -1.0}')
-    with pytest.raises(ValueError, match="of reading must be 0 or more"):
+    for reading in (-1.0, "0.5", math.inf):
+        (tmp_path / "draft_costs.json").write_text(json.dumps({"rows": [1], "rounds": [[1.0]], "reading": reading}))
+        with pytest.raises(ValueError, match="of reading must be 0 or more"):
+            CostTable.load(tmp_path / "draft_costs.json")
+    (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [["1.0"]]}')
+    with pytest.raises(ValueError, match="must be above 0 and finite"):
         CostTable.load(tmp_path / "draft_costs.json")
     (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0, 2.0]]}')  # of an older version
     assert CostTable.load(tmp_path / "draft_costs.json") == CostTable([1], [[1.0, 2.0]])
