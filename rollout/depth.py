@@ -131,9 +131,11 @@ class DepthController:
         self.costs, self.max_depth = costs, min(max_depth, costs.max_depth) if costs else max_depth
         self.reached: dict[Kind, list[float]] = {}
         self.accepted: dict[Kind, list[float]] = {}
+        self.known_speeds: dict[int, dict[int, float]] = {}  # of graphs, by rows, until something is observed
 
     def observe(self, rows: int, accepted: Sequence[int], kind: Kind = HEAD) -> None:
         """Of `rows` rows with drafts of this kind, `accepted[d]` accepted theirs at depth d + 1 and all before it."""
+        self.known_speeds.clear()
         of_kind, taken = self._of(kind)
         reached = rows
         for depth, count in enumerate(accepted):
@@ -150,12 +152,16 @@ class DepthController:
             expected.append(expected[-1] + chain)
         return expected
 
-    def graph_speeds(self, rows: int, depths: Sequence[int]) -> dict[int, float]:
-        """Tokens a millisecond that a row is expected to get from compiled rounds, of which there is one for each of
-        `depths`. Those that are not to be drafted are left out."""
+    def graph_speeds(self, rows: int) -> dict[int, float]:
+        """Tokens a millisecond that a row is expected to get from compiled rounds, by depth. Depths that are not to be
+        drafted are left out."""
         assert self.costs is not None
-        costs, expected = self.costs, self.tokens(HEAD, min(max(depths), self.max_depth))
-        return {k: expected[k] / costs.milliseconds(rows, k, by_graph=True) for k in depths if k < len(expected)}
+        if rows not in self.known_speeds:  # a round of .8 ms notices the time that this takes
+            depths = [depth for depth in GRAPH_DEPTHS if depth <= self.max_depth]
+            expected, costs = self.tokens(HEAD, depths[-1]), self.costs
+            speeds = {k: expected[k] / costs.milliseconds(rows, k, by_graph=True) for k in depths}
+            self.known_speeds[rows] = speeds
+        return self.known_speeds[rows]
 
     def choose(self, rows: int, most: int, found: Mapping[Kind, int], head: bool) -> tuple[int, bool, float]:
         """The depth, whether the head drafts, and the tokens a millisecond that a row is then expected to get: infinite

@@ -128,7 +128,7 @@ class Drafts:
             return 0
         if self.fixed:
             return self.max_depth
-        speeds = self.controller.graph_speeds(len(live.index), GRAPH_DEPTHS)
+        speeds = self.controller.graph_speeds(len(live.index))
         depth = max(speeds, key=speeds.__getitem__)
         if not depth:
             return 0

@@ -67,11 +67,11 @@ def test_a_compiled_round_has_one_of_a_few_depths_and_costs_of_its_own():
     controller = DepthController(table, 8)
     assert table.milliseconds(2, 1, by_graph=True) == pytest.approx(1.5 + 2.5 / 3)
     assert table.milliseconds(8, 1, by_graph=True) == 4.0
-    assert controller.graph_speeds(1, (0, 1, 3)) == pytest.approx({0: 1.0, 1: 1.75 / 1.5, 3: 2.734375 / 3})
-    assert controller.graph_speeds(4, (0, 1, 3)) == pytest.approx({0: 0.5, 1: 1.75 / 4, 3: 2.734375 / 5})
+    assert controller.graph_speeds(1) == pytest.approx({0: 1.0, 1: 1.75 / 1.5, 3: 2.734375 / 3})
+    assert controller.graph_speeds(4) == pytest.approx({0: 0.5, 1: 1.75 / 4, 3: 2.734375 / 5})
     controller.observe(1000, [0])
-    assert controller.graph_speeds(1, (0, 1, 3))[1] < 1
-    assert list(DepthController(table, 1).graph_speeds(4, (0, 1, 3))) == [0, 1]  # 3 are not to be drafted
+    assert controller.graph_speeds(1)[1] < 1
+    assert list(DepthController(table, 1).graph_speeds(4)) == [0, 1]  # 3 are not to be drafted
 
 
 def test_drafts_may_pay_where_they_would_if_all_rows_had_the_best_kind():
