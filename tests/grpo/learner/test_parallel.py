@@ -423,6 +423,7 @@ def test_a_stop_before_the_first_step_ends_every_rank_alike(run, tmp_path, momen
 
 @pytest.mark.long
 @pytest.mark.slow
+@pytest.mark.long
 def test_ranks_killed_at_ten_moments_end_the_others_by_name_and_the_run_goes_on(run, tmp_path):
     """Steps and saves take turns of a few hundredths of a second here, so some of the moments are in a save."""
     folder, noise = tmp_path / "r", random.Random(0)
@@ -447,7 +448,7 @@ def test_ranks_killed_at_ten_moments_end_the_others_by_name_and_the_run_goes_on(
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_a_run_of_two_ranks_resumes_on_another_number(run, tmp_path, size):
     """The curve goes on: the same steps as of a run that was never interrupted, within rounding."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -475,6 +476,7 @@ def test_a_run_of_two_ranks_resumes_on_two_to_the_same_bits(run, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.slow
+@pytest.mark.long
 def test_128_experts_each_split_in_8_learn_as_one_process(tmp_path):
     """And the bytes that ranks exchange are those of the formula: see `exchanged` in many_ranks.py."""
     shape = {"n_routed_experts": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2}
