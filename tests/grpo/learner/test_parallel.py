@@ -423,7 +423,6 @@ def test_a_stop_before_the_first_step_ends_every_rank_alike(run, tmp_path, momen
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.long
 def test_ranks_killed_at_ten_moments_end_the_others_by_name_and_the_run_goes_on(run, tmp_path):
     """Steps and saves take turns of a few hundredths of a second here, so some of the moments are in a save."""
     folder, noise = tmp_path / "r", random.Random(0)
