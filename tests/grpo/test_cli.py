@@ -475,7 +475,9 @@ class Process:
     [
         (signal.SIGTERM, False, 0),
         pytest.param(signal.SIGHUP, False, 0, marks=[pytest.mark.slow, pytest.mark.long]),
-        pytest.param(signal.SIGINT, True, 0, marks=pytest.mark.slow),  # a terminal's Ctrl-C reaches the whole group
+        pytest.param(
+            signal.SIGINT, True, 0, marks=[pytest.mark.slow, pytest.mark.long]
+        ),  # a terminal's Ctrl-C reaches the whole group
         pytest.param(signal.SIGINT, True, 2, marks=pytest.mark.slow),
     ],
 )

@@ -472,7 +472,9 @@ def test_contract_13_every_worker_samples_the_canaries_and_a_new_one_passes_thos
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("waits_in", ["sample", "publish", "use_costs"])
+@pytest.mark.parametrize(
+    "waits_in", ["sample", *(pytest.param(x, marks=pytest.mark.long) for x in ("publish", "use_costs"))]
+)
 def test_what_while_waiting_raises_ends_every_wait(pool, policies, expected, monkeypatch, waits_in):
     """A stop that is asked for while a worker does not answer."""
 

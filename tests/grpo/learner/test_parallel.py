@@ -413,7 +413,7 @@ runpy.run_module("grpo", run_name="__main__")
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["measuring", "opening"])
+@pytest.mark.parametrize("moment", [pytest.param("measuring", marks=pytest.mark.long), "opening"])
 def test_a_stop_before_the_first_step_ends_every_rank_alike(run, tmp_path, moment):
     """Rank 0 tells the others, or they wait for it inside a publication."""
     ended = end_of(start_ranks(["-c", STOPS, moment, *run(tmp_path / "r", **{"warm_start.steps": 0})[2:]]))
@@ -475,7 +475,6 @@ def test_a_run_of_two_ranks_resumes_on_two_to_the_same_bits(run, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.long
 def test_128_experts_each_split_in_8_learn_as_one_process(tmp_path):
     """And the bytes that ranks exchange are those of the formula: see `exchanged` in many_ranks.py."""
     shape = {"n_routed_experts": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2}

@@ -28,6 +28,7 @@ from rollout.pool import LocalPool
 
 TRAIN = sys.modules["grpo.train"]  # `grpo.train` is the function
 
+SLOW = [pytest.mark.slow, pytest.mark.long]
 SMALL = {"data.limit": 10, "learner.tokens_per_micro_batch": 64, "checkpoint.every": 100, "eval.limit": 3}
 
 
@@ -98,8 +99,8 @@ def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
         pytest.param(
             signal.SIGINT, Learner, "prepare", 1, None, "stopped before step 1; go on", marks=pytest.mark.slow
         ),
-        pytest.param(signal.SIGTERM, Learner, "prepare", 2, 1, "stopped after step 1; go on", marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, Learner, "prepare", 3, 2, "stopped after step 2; go on", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, Learner, "prepare", 2, 1, "stopped after step 1; go on", marks=SLOW),
+        pytest.param(signal.SIGHUP, Learner, "prepare", 3, 2, "stopped after step 2; go on", marks=SLOW),
         (signal.SIGINT, Learner, "weights", 3, 2, "stopped after step 2; go on"),  # published after the second update
     ],
 )
