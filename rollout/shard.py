@@ -234,22 +234,24 @@ class Decoding:
         eager = empty or waits or self.strings is not None or len(live.index) > FEW_ROWS  # a stop string is in no graph
         rounds = None if eager else self.rounds
         depth = self._graph_depth(live) if rounds else None
-        if rounds and depth is not None and rounds.fits(live, depth):
+        if rounds and depth is not None:
+            if depth and self.drafter and not rounds.fits(live, depth):
+                self.drafter.read_ahead(live)
             self._forward_by_graph(live, rounds, depth)
-        else:  # where the head has more to read than a graph reads, it reads that now
-            self._forward(live, empty, Plan(depth, head=True) if depth else None)
+        else:
+            self._forward(live, empty)
         self._retire()
         self._refill()
 
     def _graph_depth(self, live: Rows) -> int:
         return self.drafts.of_graph(live)
 
-    def _forward(self, live: Rows, empty: int, plan: Plan | None = None) -> None:
+    def _forward(self, live: Rows, empty: int) -> None:
         drafted: Drafted | None
         if empty:
             noise, drafted = self._noise(live, empty + 1), Drafted.nothing(len(live.index), empty, self.device)
         else:
-            plan = plan or self._plan(live)
+            plan = self._plan(live)
             noise = self._noise(live, plan.depth + 1)
             drafted = self.drafts.draft(live, plan, noise, self.temperature(live))
         depth = drafted.depth if drafted else 0

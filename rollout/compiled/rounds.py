@@ -98,8 +98,8 @@ class Rounds:
         self.stops = F.pad(stops, (0, STOPS - len(stops) % STOPS), value=-1)
 
     def fits(self, live: Rows, depth: int) -> bool:
-        """Where the head has more to read, the round is eager."""
-        return not depth or int(live.unread.max()) <= readable(depth)
+        """Whether the head has no more to read than a graph with drafts reads."""
+        return int(live.unread.max()) <= readable(depth)
 
     def __call__(
         self,

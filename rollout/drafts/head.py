@@ -126,13 +126,27 @@ class Drafter:
 
     def _catch_up(self, live: Rows) -> Tensor:
         """Read what was verified since the last draft; returns the head's output for each row's newest token [R, D]."""
-        cache, new = self.ready(live), int(live.unread.max())
-        positions = (live.prompt_length + live.count - live.unread)[:, None] + self.steps[:new]
-        out = self.head(*self.take(live, new), self._clamp(positions), cache)
-        cache.advance(live.unread)
+        out = self._read_tokens(live, *self.take(live, int(live.unread.max())))
+        self.ready(live).advance(live.unread)
         out = out[live.every, live.unread - 1]
         live.unread = torch.zeros_like(live.unread)
         return out
+
+    def read_ahead(self, live: Rows) -> None:
+        """Read all that is unread but the newest token of each row."""
+        tokens, hidden = self.take(live, int(live.unread.max()))
+        self._read_tokens(live, tokens, hidden)
+        last_R = (live.unread - 1).clamp(min=0)
+        self.ready(live).advance(last_R)
+        newest = live.every[:, None], last_R[:, None]
+        live.unread = live.unread - last_R
+        none = torch.zeros_like(live.unread)
+        self.unread = [Unread(self.number, live.index, none, tokens[newest], hidden[newest], live.unread)]
+
+    def _read_tokens(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor) -> Tensor:
+        """The head's output after each of the unread tokens [R, S, D]. The caller advances the cache."""
+        positions = (live.prompt_length + live.count - live.unread)[:, None] + self.steps[: tokens_RS.shape[1]]
+        return self.head(tokens_RS, hidden_RSD, self._clamp(positions), self.ready(live))
 
     def ready(self, live: Rows) -> LatentCache:
         """The cache, which holds the prompts of the live rows."""

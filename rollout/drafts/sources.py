@@ -130,12 +130,7 @@ class Drafts:
             return self.max_depth
         speeds = self.controller.graph_speeds(len(live.index))
         depth = max(speeds, key=speeds.__getitem__)
-        if not depth:
-            return 0
-        costs, rows = self.controller.costs, len(live.index)
-        assert costs is not None
-        eager = max(0.0, costs.milliseconds(rows, depth) - costs.milliseconds(rows, depth, by_graph=True))
-        return depth if self._reads(self.head, live, speeds[0], speeds[depth], eager) else 0
+        return depth if depth and self._reads(self.head, live, speeds[0], speeds[depth]) else 0
 
     def _choose(self, live: Rows, alive: int, most: int, found: Mapping[Kind, int]) -> tuple[int, bool]:
         """The controller's choice, but the head waits until it is worth what it has to read first."""
@@ -146,13 +141,11 @@ class Drafts:
                 return other, False
         return depth, head
 
-    def _reads(self, head: Drafter, live: Rows, slower: float, speed: float, eager: float = 0.0) -> bool:
+    def _reads(self, head: Drafter, live: Rows, slower: float, speed: float) -> bool:
         """Whether the head reads what it has missed, and drafts. Both speeds are tokens a millisecond, without it and
-        with it. `eager`: how many milliseconds more the first round takes, which is eager if anything was missed."""
+        with it."""
         assert self.controller.costs is not None
-        missed = head.missed(live)
-        price = self.controller.costs.reading * missed + (eager if missed else 0.0)
-        return self.reading.over(price, 1 / slower - 1 / speed)
+        return self.reading.over(self.controller.costs.reading * head.missed(live), 1 / slower - 1 / speed)
 
     def draft(self, live: Rows, plan: Plan, noise: Noise, temperature: float | Tensor) -> Drafted | None:
         """The planned drafts. `temperature` is that of all rows, or of each [R]."""

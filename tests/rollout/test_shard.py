@@ -17,7 +17,7 @@ from policies.policy import Policy
 from policies.routing.routers import RoutingRecorder
 from rollout.depth import CostTable, DepthController
 from rollout.drafts import head
-from rollout.drafts.sources import Drafts
+from rollout.drafts.sources import Drafts, Plan
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt
 from rollout.pool import LocalPool
@@ -138,16 +138,46 @@ def test_the_head_begins_once_the_time_lost_without_it_is_what_reading_takes(pol
 
 
 @torch.inference_mode()
-def test_before_its_first_graph_with_drafts_a_shard_pays_for_an_eager_round(policy):
-    """1 and 2.734 tokens in 2 and 3 ms lose .903 ms a token. To read 12 tokens takes 3 ms, and the eager round of three
-    drafts 13 more than a graph: 16 ms, after 18 rounds. Longer caches than graphs need would make all graphs slower."""
-    costs = CostTable([1], [[10.0, 12.0, 14.0, 16.0] + [99.0] * 5], graphs=[[2.0, 2.5, 9.0, 3.0]], reading=0.25)
+def test_graphs_with_drafts_wait_too_and_caches_are_no_longer_than_they_need(policy):
+    """1 and 2.734 tokens in 2 and 3 ms lose .903 ms a token. To read 12 tokens takes 3 ms: after four rounds."""
+    costs = CostTable([1], [[10.0] * 9], graphs=[[2.0, 2.5, 9.0, 3.0]], reading=0.25)
     params = replace(PARAMS, group_size=1, draft_tokens=None, compiled=True)
     decoding = Decoding(Engine(policy, costs=costs).decoder, prompts_of(12), params)
     assert decoding.live is not None
-    assert [decoding.drafts.of_graph(decoding.live) for _ in range(20)] == [0] * 18 + [3, 0]  # nothing was read: again
+    assert [decoding.drafts.of_graph(decoding.live) for _ in range(6)] == [0] * 4 + [3, 0]  # nothing was read: again
     assert decoding.room == params.max_completion_tokens + 4
     assert Decoding(Engine(policy, costs=costs).decoder, prompts_of(12), replace(params, compiled=False)).room == 49
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("depths", [[0] * 5 + [3], [3, 3] + [0] * 7 + [1, 3]])
+def test_the_head_may_read_ahead_of_what_it_drafts_from(policy, depths):
+    """As graphs need it, which read few tokens: drafts and tokens are those of a head that reads all at once."""
+    params = replace(PARAMS, draft_tokens=None)
+    drafts, found = {}, {}
+    for ahead in (False, True):
+        decoding = Decoding(Engine(policy, costs=CHEAP).decoder, PROMPTS, params)
+        drafts[ahead], number = [], 0
+        make = decoding.drafts.draft
+
+        def draft(live, plan, *rest, decoding=decoding, ahead=ahead, make=make):
+            if ahead and plan.depth and decoding.drafter is not None:
+                decoding.drafter.read_ahead(live)
+                assert int(live.unread.max()) == 1
+            made = make(live, plan, *rest)
+            drafts[ahead].append(made and made.tokens_RK[live.alive].tolist())
+            return made
+
+        decoding.drafts.draft = draft
+        while not decoding.done:
+            depth = depths[number % len(depths)]
+            decoding.drafts.plan = lambda live, alive, most, depth=depth: Plan(min(depth, most), min(depth, most) > 0)
+            decoding.forward()
+            number += 1
+        found[ahead] = decoding.groups()
+    assert tokens(found[True]) == tokens(found[False])
+    assert drafts[True] == drafts[False]
+    assert any(drafts[True])
 
 
 @torch.inference_mode()
