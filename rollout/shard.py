@@ -233,8 +233,8 @@ class Decoding:
         waits = bool(self.waiting) or self.held > self.alive  # a graph takes rows without a shared prompt, to the end
         eager = empty or waits or self.strings is not None or len(live.index) > FEW_ROWS  # a stop string is in no graph
         rounds = None if eager else self.rounds
-        depth = self._graph_depth(live) if rounds else None
-        if rounds and depth is not None:
+        if rounds:
+            depth = self._graph_depth(live)
             if depth and self.drafter and not rounds.fits(live, depth):
                 self.drafter.read_ahead(live)
             self._forward_by_graph(live, rounds, depth)

@@ -130,22 +130,23 @@ class Drafts:
             return self.max_depth
         speeds = self.controller.graph_speeds(len(live.index))
         depth = max(speeds, key=speeds.__getitem__)
-        return depth if depth and self._reads(self.head, live, speeds[0], speeds[depth]) else 0
+        waits = depth and (missed := self.head.missed(live)) and not self._reads(missed, speeds[0], speeds[depth])
+        return 0 if waits else depth
 
     def _choose(self, live: Rows, alive: int, most: int, found: Mapping[Kind, int]) -> tuple[int, bool]:
         """The controller's choice, but the head waits until it is worth what it has to read first."""
         depth, head, speed = self.controller.choose(alive, most, found, self.head is not None)
-        if head and self.head and not self.fixed:
+        if head and self.head and not self.fixed and (missed := self.head.missed(live)):
             other, _, slower = self.controller.choose(alive, most, found, head=False)
-            if not self._reads(self.head, live, slower, speed):
+            if not self._reads(missed, slower, speed):
                 return other, False
         return depth, head
 
-    def _reads(self, head: Drafter, live: Rows, slower: float, speed: float) -> bool:
-        """Whether the head reads what it has missed, and drafts. Both speeds are tokens a millisecond, without it and
-        with it."""
+    def _reads(self, missed: int, slower: float, speed: float) -> bool:
+        """Whether the head reads the tokens that it has missed, and drafts. Both speeds are tokens a millisecond,
+        without it and with it."""
         assert self.controller.costs is not None
-        return self.reading.over(self.controller.costs.reading * head.missed(live), 1 / slower - 1 / speed)
+        return self.reading.over(self.controller.costs.reading * missed, 1 / slower - 1 / speed)
 
     def draft(self, live: Rows, plan: Plan, noise: Noise, temperature: float | Tensor) -> Drafted | None:
         """The planned drafts. `temperature` is that of all rows, or of each [R]."""
@@ -153,6 +154,7 @@ class Drafts:
             return None
         depth = plan.depth
         if plan.head and self.head:
+            self.reading = Patience()  # it has missed nothing then
             tokens_RK, confident_RK = self.head.draft(live, depth, noise, temperature)
             drafted = Drafted(tokens_RK, confident_RK=confident_RK, head=True)
         else:

@@ -245,16 +245,19 @@ def test_a_head_that_drafts_goes_on_when_others_join(policy, monkeypatch):
     """Their prompts are read at once, so it has missed nothing.."""
     reads, begins = [], Drafts._reads
     monkeypatch.setattr(Drafts, "_reads", lambda *args: reads.append(begins(*args)) or reads[-1])
+    drafted, choose = [], Drafts._choose
+    monkeypatch.setattr(Drafts, "_choose", lambda *args: drafted.append((plan := choose(*args))[1]) or plan)
     monkeypatch.setattr(Drafts, "observe", lambda *_: None)
     costs = CostTable(rows=[1], rounds=[[10.0, 12.0]], reading=1.0)
     params = replace(PARAMS, group_size=1, draft_tokens=None)
     decoding = Decoding(Engine(policy, max_rows=8, costs=costs).decoder, prompts_of(*[12] * 24), params)
     while not decoding.done:
         decoding.forward()
-    assert reads[:3] == [False] * 3
+    assert reads == [False] * (len(reads) - 1) + [True]  # asked no more: it misses nothing
+    assert len(reads) > 3
     assert decoding.admitted == 24
-    assert len(reads) > 40
-    assert all(reads[reads.index(True) :])
+    assert sum(drafted) > 20
+    assert all(drafted[drafted.index(True) :])
 
 
 LONG = pytest.param([8], 0.5, marks=[pytest.mark.slow, pytest.mark.long])
