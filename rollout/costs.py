@@ -49,9 +49,9 @@ def _doubling(most: int) -> list[int]:
 
 
 def _rounds(decoder: Decoder, rows: int, depths: list[int], looked_up: bool, graphs: int = 0) -> list[float]:
-    """Median milliseconds of a round at every depth. The depths take turns, so that a slow moment of the machine is one
-    for all of them: the choice depends on their ratio. A compiled round is timed behind another one of its own kind, as
-    they come in a run: after another kind it finds the processor's caches cold, and takes up to twice as long."""
+    """Median milliseconds of a round at every depth. The choice depends on the ratio of depths, so they take turns: a
+    slow moment of the machine is then one for all. A compiled round is timed after another one of its own kind, as in a
+    run. After another kind the processor's caches are cold, and it takes up to twice as long."""
     decodings = {depth: _begin(decoder, rows, depth, looked_up, graphs) for depth in depths}
     times: dict[int, list[float]] = {depth: [] for depth in depths}
     for _ in range(REPEATS):
