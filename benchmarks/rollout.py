@@ -310,9 +310,11 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
             accepted = " ".join(f"{share:.2f}" for share in row["acceptance"])
             print(f"{rows:3d} rows  {name:10s} {row['tokens_per_second']:8.1f} tokens/s  {row['gain']:.2f}x  ", end="")
             print(f"{row['tokens_per_forward']:.2f} tokens/forward  accepted {accepted}", flush=True)
+    found = {"gain": results, "temperature": temperature, "costs": asdict(engine.costs) if engine.costs else None}
     if args.plot:
-        plot_acceptance(policy, engine, prompts, config.rollout.max_completion_tokens, args.plot)
-    return {"gain": results, "temperature": temperature, "costs": asdict(engine.costs) if engine.costs else None}
+        limit = config.rollout.max_completion_tokens
+        found["acceptance_by_entropy"] = plot_acceptance(policy, engine, prompts, limit, args.plot)
+    return found
 
 
 def by_depth(completions: Sequence[Any]) -> tuple[list[int], list[int]]:
@@ -322,8 +324,10 @@ def by_depth(completions: Sequence[Any]) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
-def plot_acceptance(policy: Any, engine: Any, prompts: Sequence[Any], limit: int, path: Path, depth: int = 4) -> None:
-    """Share of drafts accepted, against the policy's entropy at their place."""
+def plot_acceptance(
+    policy: Any, engine: Any, prompts: Sequence[Any], limit: int, path: Path, depth: int = 4
+) -> dict[str, list[list[float]]]:
+    """Share of drafts accepted, against the policy's entropy at their place: by depth [entropy from, share, drafts]."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -342,16 +346,20 @@ def plot_acceptance(policy: Any, engine: Any, prompts: Sequence[Any], limit: int
         points += [(nats, *place) for nats, place in places if place]
     edges = [0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
     figure, axes = plt.subplots(figsize=(6, 4))
+    found: dict[str, list[list[float]]] = {}
     for d in range(1, depth + 1):
-        shares = []
+        found[str(d)] = rows = []
         for low, high in pairwise(edges):
             taken = [accepted for nats, place, accepted in points if place == d and low <= nats < high]
-            shares.append(sum(taken) / len(taken) if len(taken) >= 20 else float("nan"))
-        axes.plot([str(edge) for edge in edges[:-1]], shares, marker="o", label=f"depth {d}")
+            if len(taken) >= 20:
+                rows.append([low, sum(taken) / len(taken), len(taken)])
+        axes.plot([str(row[0]) for row in rows], [row[1] for row in rows], marker="o", label=f"depth {d}")
+        print(f"depth {d}, accepted by nats: " + ", ".join(f"{low} {share:.2f}" for low, share, _ in rows), flush=True)
     axes.set(xlabel="entropy of the policy, nats a token (from)", ylabel="drafts accepted", ylim=(0, 1.02))
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+    return found
 
 
 def drafted_at(depths: Sequence[int], most: int) -> Iterator[tuple[int, bool] | None]:

@@ -80,8 +80,8 @@ def supervise(policy: Policy, task: Task, run: Run[SftConfig] | Run[TrainConfig]
             run.record(show=False)
             progress.update(bar, advance=1, description=f"warm start, loss {run.metrics.get('loss/sft', nan):.3f}")
             if step % max(1, min(50, run.last // 10)) == 0 or step == run.last:
-                losses = {name: run.metrics[name] for name in ("loss/sft", "loss/mtp") if name in run.metrics}
-                shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+                names = [name for name in ("loss/sft", "loss/mtp", "loss/mtp_tv") if name in run.metrics]
+                shown = "  ".join(f"{name} {run.metrics[name]:.3f}" for name in names)
                 run.log.say(f"warm start {step:4d}/{run.last}  {shown}")
             run.save_if_due()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from grpo.config.options import Options
 
@@ -126,11 +126,20 @@ class MTPOptions(Options):
     """Share of a step's groups that the head learns from, other groups in every step; the cost shrinks with it."""
     depth: int = Field(default=4, ge=1)
     """How many depths are unrolled in training."""
+    tv: bool = False
+    """Minimise total variation, the share of rejected drafts, and not KL. For a head that `quartet mtp` has taught; one
+    that is seldom right learns too slowly by it."""
     train_trunk: bool = False
     """`quartet sft` only: cross-entropy on the gold tokens through head and trunk (DeepSeek-V3; loss_weight 0.3 or 0.1
     there), instead of teaching the head alone."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Learning rate of the head."""
+
+    @model_validator(mode="after")
+    def _one_loss(self) -> MTPOptions:
+        if self.tv and self.train_trunk:
+            raise ValueError("tv needs the trunk's distributions, and train_trunk compares with gold tokens; drop one")
+        return self
 
 
 class WarmStartOptions(Options):

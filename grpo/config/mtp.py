@@ -24,7 +24,7 @@ class HeadOptions(Options):
     epochs: int = Field(default=12, ge=1)
     """Most passes over the corpus. An epoch that gains nothing in held-out rollouts is undone, and the next one has a
     quarter of the learning rate; the third such epoch is the last."""
-    tv: bool = False
+    tv: bool = True
     """After the first epoch that gained nothing minimise total variation, the share of rejected drafts, and not KL."""
     restart: bool | None = None
     """Start the head as the trunk's last layer, fitted to training examples; null does so where there is none."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from grpo.config.learner import MTPOptions
 from grpo.learner.batch import MicroBatch, PackedRow
 from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
-from policies.mtp import draft_loss
+from policies.mtp import Divergence, draft_loss
 from policies.policy import Policy
 
 PAYS = 1.02  # tokens a forward, from which on drafts are said to gain something
@@ -63,7 +63,10 @@ def head_loss(
         preceding = preceding_BTD[chosen]
         outputs = policy.unroll(preceding, ids, positions, entries, options.depth, first)
         turn, vocabulary = mini.turn[chosen], policy.draft_ids
-        loss = draft_loss(outputs, preceding, turn, lm_head, temperature, chunk, draft_ids=vocabulary)
+        measure: Divergence = "tv" if options.tv else "kl"
+        loss = draft_loss(
+            outputs, preceding, turn, lm_head, temperature, chunk, draft_ids=vocabulary, divergence=measure
+        )
     return loss * weights.get(mini.rows[chosen[0]].group, 0.0)
 
 

@@ -320,7 +320,7 @@ class Learner:
         loss = head_loss(self.policy, self.mtp, mini, out.preceding, taught, self.temperature, together)
         if loss is None:
             return out.preceding.new_zeros(())
-        sums["loss/mtp"] += loss.item()
+        sums["loss/mtp_tv" if self.mtp.tv else "loss/mtp"] += loss.item()
         self.head_seconds += time.perf_counter() - began
         return loss
 

@@ -23,7 +23,7 @@ BLOCKS, PLAIN_BLOCKS = "▁▂▃▄▅▆▇█", "_.:-=+*#"
 CURVES = {
     "reward": ("reward/mean",),
     "loss": ("loss/sft",),  # of supervised steps, where there is no reward
-    "draft loss": ("loss/mtp",),
+    "draft loss": ("loss/mtp", "loss/mtp_tv"),
     "accuracy": ("eval/accuracy", "eval/reward_mean"),
 }
 PHASES = {"sampling": "time/rollout", "reward": "time/reward", "learning": "time/learn", "publishing": "time/publish"}

@@ -8,6 +8,7 @@ from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.draft_head import gold_draft_loss
 from grpo.learner.learner import Learner
+from policies.mtp import draft_loss
 
 ROWS = [
     PackedRow([5, 6, 7], [Sample(0, [8, 9, 10, 11]), Sample(1, [12, 13])]),
@@ -49,7 +50,7 @@ def _gradients(policy, options: MTPOptions, monkeypatch) -> dict[str, torch.Tens
 
     monkeypatch.setattr(learner, "_update", keep)
     metrics = learner.sft_step(ROWS, 1)
-    assert metrics["loss/mtp"] > 0
+    assert metrics["loss/mtp_tv" if options.tv else "loss/mtp"] > 0
     return found
 
 
@@ -65,6 +66,27 @@ def test_train_trunk_adds_the_heads_gradient_to_the_trunks(random_policy, monkey
         assert alone[name].abs().max() > 0
         torch.testing.assert_close(trained[name], plain[name] + alone[name], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(trained["mtp.eh_proj.weight"], alone["mtp.eh_proj.weight"], rtol=1e-4, atol=1e-6)
+
+
+def test_tv_teaches_the_head_by_the_share_of_rejected_drafts(random_policy, monkeypatch):
+    """The trunk's gradient is what it is beside KL (contract 7)."""
+    plain = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3), monkeypatch)
+    taught = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3, tv=True), monkeypatch)
+    policy = random_policy(1)
+    mini = collate(ROWS, torch.device("cpu"))
+    preceding = _preceding(policy, mini)
+    outputs = policy.unroll(preceding, mini.token_ids, mini.position_ids, mini.head_segment, 2)
+    (0.3 / 9 * draft_loss(outputs, preceding, mini.turn, policy.lm_head, 1.0, divergence="tv")).backward()
+    head = {n: p.grad for n, p in policy.named_parameters() if n.startswith("mtp.") and p.grad is not None}
+    assert set(plain) == set(taught)
+    for name, gradient in taught.items():
+        torch.testing.assert_close(gradient, head.get(name, plain[name]), rtol=1e-4, atol=1e-6)
+        assert name not in head or not torch.allclose(gradient, plain[name], rtol=1e-2, atol=1e-6), name
+
+
+def test_tv_has_no_gold_tokens(tmp_path):
+    with pytest.raises(ConfigError, match="train_trunk compares with gold tokens; drop one"):
+        load(SftConfig, None, {"output_dir": tmp_path, "mtp.train_trunk": True, "mtp.tv": True})
 
 
 def test_contract_7_grpo_refuses_it(tmp_path):
