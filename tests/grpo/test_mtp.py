@@ -113,7 +113,7 @@ def test_the_head_learns_to_draft_and_the_trunk_keeps_its_bits(config, taught, t
     results = mtp(config(tmp_path / "run", **given))
     # What an epoch's held-out rollouts promise is what drafts then are.
     before, *lines, after = read_metrics(tmp_path / "run")
-    promised = [line["draft/heldout_tokens_per_forward"] for line in lines if "loss/mtp" in line]
+    promised = [line["draft/heldout_tokens_per_forward"] for line in lines if "curriculum/draft_depth" in line]
     assert max(promised) > promised[0] + 0.3
     # On held-out problems, which a policy that knows 16 by heart continues as it likes, the head gains less.
     assert after["eval/tokens_per_forward"] > before["eval/tokens_per_forward"] + 0.2
@@ -150,8 +150,9 @@ def test_rollouts_come_first_and_epochs_over_them_last(whole):
     lines = read_metrics(whole)
     assert [line["step"] for line in lines] == list(range(1, STEPS + EPOCHS + 1))
     sampled, epochs = lines[:STEPS], lines[STEPS:]
-    assert all("completion/tokens" in line and "loss/mtp" not in line for line in sampled)
-    assert all("completion/tokens" not in line and line["loss/mtp"] > 0 for line in epochs)
+    losses = "loss/mtp", "loss/mtp_tv"
+    assert all("completion/tokens" in line and not any(loss in line for loss in losses) for line in sampled)
+    assert all("completion/tokens" not in line and sum(line.get(loss, 0) for loss in losses) > 0 for line in epochs)
     assert [line["curriculum/draft_depth"] for line in epochs] == [1, 2, 3, 3]
     for line in epochs:
         shares = [line[f"draft/heldout_acceptance_depth_{d}"] for d in (1, 2, 3)]
@@ -496,7 +497,7 @@ def test_an_epoch_reads_the_disk_and_not_the_trunk(random_policy, monkeypatch, t
     policy, reads = random_policy(6), []
     hidden = Policy.hidden
     monkeypatch.setattr(Policy, "hidden", lambda self, *a: reads.append(1) or hidden(self, *a))
-    learner = _learner(policy, tokens_per_update=40, curriculum=False, depth=2)
+    learner = _learner(policy, tokens_per_update=40, curriculum=False, depth=2, tv=False)
     monkeypatch.setattr(learner, "acceptance", lambda held_out: [0.1 * learner.policy_version, 0.0])
     lessons, corpus = learner.read(_rows()), Corpus(tmp_path / "corpus")
     corpus.add(1, {"taught": lessons[:2], "held_out": []})
