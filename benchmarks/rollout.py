@@ -353,8 +353,9 @@ def plot_acceptance(
             taken = [accepted for nats, place, accepted in points if place == d and low <= nats < high]
             if len(taken) >= 20:
                 rows.append([low, sum(taken) / len(taken), len(taken)])
-        axes.plot([str(row[0]) for row in rows], [row[1] for row in rows], marker="o", label=f"depth {d}")
+        axes.plot([edges.index(low) for low, _, _ in rows], [share for _, share, _ in rows], "o-", label=f"depth {d}")
         print(f"depth {d}, accepted by nats: " + ", ".join(f"{low} {share:.2f}" for low, share, _ in rows), flush=True)
+    axes.set_xticks(range(len(edges) - 1), [str(edge) for edge in edges[:-1]])
     axes.set(xlabel="entropy of the policy, nats a token (from)", ylabel="drafts accepted", ylim=(0, 1.02))
     axes.legend()
     figure.tight_layout()

@@ -127,8 +127,8 @@ class MTPOptions(Options):
     depth: int = Field(default=4, ge=1)
     """How many depths are unrolled in training."""
     tv: bool = False
-    """Minimise total variation, the share of rejected drafts, and not KL. For a head that `quartet mtp` has taught; one
-    that is seldom right learns too slowly by it."""
+    """Minimise total variation, the share of rejected drafts, and not KL. For a head that `quartet mtp` has taught: the
+    gradient vanishes where the head gives a token of the trunk hardly any probability."""
     train_trunk: bool = False
     """`quartet sft` only: cross-entropy on the gold tokens through head and trunk (DeepSeek-V3; loss_weight 0.3 or 0.1
     there), instead of teaching the head alone."""
