@@ -49,11 +49,12 @@ class Kernel:
         assert bias.stride(-1) == 1
         if any(stride % 16 for stride, size in zip(bias.stride()[:-1], bias.shape, strict=False) if size > 1):
             raise RuntimeError("attn_bias is not correctly aligned (strideM).")
-        scores = scale * query @ keys.transpose(2, 3) + bias
+        dtype, (query, keys, values, bias) = query.dtype, (x.float() for x in (query, keys, values, bias))
+        scores = scale * query @ keys.transpose(2, 3) + bias  # in float32, also of bf16
         total = scores.logsumexp(-1)
         padded = torch.full((*total.shape[:2], -(-total.shape[2] // 32) * 32), torch.inf)
         padded[..., : total.shape[2]] = total + self.wrong
-        return scores.softmax(-1) @ values, padded, torch.zeros(()), torch.zeros(())
+        return (scores.softmax(-1) @ values).to(dtype), padded, torch.zeros(()), torch.zeros(())
 
 
 @pytest.fixture
