@@ -30,6 +30,7 @@ from grpo.run.hardware import describe  # noqa: E402
 from policies.policy import Policy  # noqa: E402
 from rollout.compiled import rounds, store  # noqa: E402
 from rollout.compiled.graph import Bucket  # noqa: E402
+from rollout.depth import Workload  # noqa: E402
 from rollout.engine import Engine  # noqa: E402
 from rollout.group import Prompt  # noqa: E402
 from rollout.sampling import SamplingParams  # noqa: E402
@@ -64,7 +65,7 @@ def compare(
     first call of each is the warm-up. `gain` is the median of pairs over no drafts, both by graphs."""
     stops = tuple(engine.policy.stop_token_ids)
     if None in numbers:
-        engine.measure_costs(rows, graphs=tokens)
+        engine.measure_costs(Workload(rows, tokens, graphs=tokens))
     ways = [(drafts, compiled) for drafts in numbers for compiled in (False, True)]
     rates: dict[tuple[int | None, bool], list[float]] = {way: [] for way in ways}
     differing = dict.fromkeys(numbers, 0)

@@ -95,13 +95,14 @@ def generate(model: Path, device: str, dtype: torch.dtype) -> Sampler:
 def ours(model: Path, depth: int | None, device: str, dtype: torch.dtype, compiled: bool) -> Sampler:
     from policies.policy import Policy
     from rollout.compiled.rounds import FEW_ROWS
+    from rollout.depth import Workload
     from rollout.engine import Engine
     from rollout.group import Prompt
     from rollout.sampling import SamplingParams
 
     engine = Engine(Policy.load(model, dtype).to(device), dtype)
     if depth is None:
-        engine.measure_costs(64)
+        engine.measure_costs(Workload(64))
 
     def sample(prompts: Sequence[Sequence[int]], job: Job) -> None:
         named = [Prompt(f"{job.name}/{i}", "", list(ids)) for i, ids in enumerate(prompts)]
@@ -266,6 +267,7 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
     from grpo.policy_source import find_policy, load_found
     from grpo.task import Task
     from policies.policy import Policy
+    from rollout.depth import Workload
     from rollout.engine import Engine
     from rollout.group import tokens_per_forward
     from rollout.sampling import SamplingParams
@@ -277,7 +279,7 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, args.dtype or config.dtype)
     policy: Policy = load_found(find_policy(str(args.gain)), config)
     engine = Engine(policy.to(dtype), dtype)
-    engine.measure_costs(max(args.rows))
+    engine.measure_costs(Workload(max(args.rows), config.rollout.max_completion_tokens))
     config.eval.limit = max(config.eval.limit, 2 * max(args.rows) * args.repeats)
     results: dict[str, Any] = {}
     with Task.of(config) as task:

@@ -2,8 +2,10 @@
 
 The prompts are those of a run's last recorded step, sampled again with the run's final policy, options and other noise.
 `history` is what the record has of them, so it is one epoch old. `--first` samples with the policy before GRPO and
-without a history, as the first epoch does. Drafts change no token, so seconds compare; choices take turns. Shown too:
-of the trunk's forwards, what share decodes how many rows.
+without a history, as the first epoch does. All choices are sampled side by side, a second of one and then a second of
+the next, so that a slow moment of the machine is one for all. Drafts change no token, so seconds compare; in bfloat16
+near ties may fall otherwise, and the record says where tokens differ. Shown too: what share of the trunk's forwards
+decodes how many rows, and the gain there.
 
     python benchmarks/whole_rollouts.py runs/NAME --json out.json          # a run of quartet train; a quiet machine
 """
@@ -14,9 +16,8 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,11 +34,14 @@ from grpo.config.run import TrainConfig  # noqa: E402
 from grpo.policy_source import find_policy, load_found  # noqa: E402
 from grpo.run.hardware import describe  # noqa: E402
 from grpo.run.records import read_rollouts, recorded_steps  # noqa: E402
+from rollout.depth import Workload  # noqa: E402
 from rollout.engine import Engine  # noqa: E402
 from rollout.group import Completion, Prompt, RolloutGroup, shards, tokens_per_forward  # noqa: E402
 from rollout.sampling import DraftSource, SamplingParams  # noqa: E402
+from rollout.shard import Decoding  # noqa: E402
 
-ROWS = (1, 2, 4, 8, 16, 32)  # bounds of numbers of rows
+ROWS = (1, 2, 4, 8, 16, 32, 64)  # bounds of numbers of rows
+TURN = 1.0  # seconds
 NAMES = ("drafted", "accepted")
 
 
@@ -60,19 +64,67 @@ def recorded(folder: Path, tokenizer: Any, history: bool) -> list[Prompt]:
     return [Prompt(name, "", ids[name], history=of if history else []) for name, of in got.items()]
 
 
-def live_rows(sharded: Sequence[Sequence[RolloutGroup]]) -> dict[str, float]:
-    """Of all forwards, the share that decodes at most so many rows; a completion is in the first forwards of its shard.
+@dataclass
+class Rounds:
+    """How many there were, and their seconds and tokens."""
 
-    >>> live_rows([[group]])  # four completions of 2, 2, 4 and 10 forwards
-    {"1": 0.6, "2": 0.2, "4": 0.2, "8": 0.0, "16": 0.0, "32": 0.0, "more": 0.0}
-    """
-    counts: Counter[str] = Counter()
-    for groups in sharded:
-        forwards = [c.draft.target_forwards for group in groups for c in group.completions]
-        for number in range(max(forwards)):
-            rows = sum(count > number for count in forwards)
-            counts[next((str(bound) for bound in ROWS if rows <= bound), "more")] += 1
-    return {name: counts[name] / counts.total() for name in (*map(str, ROWS), "more")}
+    count: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+class Rollouts:
+    """What one choice of sources samples, and how long it takes."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params, self.seconds = params, list[float]()
+        self.groups: list[list[RolloutGroup]] = []  # of each shard
+        self.by_rows = {name: Rounds() for name in (*map(str, ROWS), "more")}
+
+    def rounds(self, engine: Engine, parts: Sequence[Sequence[Prompt]], step: int) -> Iterator[None]:
+        """The rollouts of a step, one round at a time. Prefills are rounds too, but count in `seconds` alone."""
+        params, spent = replace(self.params, step=step), 0.0
+        for part in parts:
+            began = time.perf_counter()
+            decoding = Decoding(engine.decoder, part, params)
+            spent += time.perf_counter() - began
+            yield
+            while not decoding.done:
+                bound = next((str(bound) for bound in ROWS if decoding.alive <= bound), "more")
+                had, began = int(decoding.results.counts.sum()), time.perf_counter()
+                decoding.forward()
+                past, at = time.perf_counter() - began, self.by_rows[bound]
+                at.count, at.seconds, spent = at.count + 1, at.seconds + past, spent + past
+                at.tokens += int(decoding.results.counts.sum()) - had
+                yield
+            began = time.perf_counter()
+            self.groups.append(decoding.groups())
+            spent += time.perf_counter() - began
+        self.seconds.append(spent)
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        return [completion.token_ids for groups in self.groups for group in groups for completion in group.completions]
+
+    def shares(self) -> dict[str, float]:
+        """Of all rounds, by how many rows they decode at most."""
+        whole = sum(at.count for at in self.by_rows.values())
+        return {name: at.count / whole for name, at in self.by_rows.items()}
+
+    def speeds(self) -> dict[str, float]:
+        """Tokens a second, by how many rows are decoded at most; 0 where there was no such round."""
+        return {name: at.tokens / at.seconds if at.seconds else 0.0 for name, at in self.by_rows.items()}
+
+
+def in_turns(under_way: dict[str, Iterator[None]]) -> None:
+    """Run all to their ends, each for `TURN` seconds at a time."""
+    while under_way:
+        for name, rounds in [*under_way.items()]:
+            until = time.perf_counter() + TURN
+            while time.perf_counter() < until:
+                if next(rounds, under_way) is under_way:  # the end
+                    del under_way[name]
+                    break
 
 
 def accepted(completions: Sequence[Completion], source: str) -> list[float]:
@@ -107,53 +159,55 @@ def main() -> None:
     prompts = recorded(args.run, policy.tokenizer, not args.first)
     given = config.rollout
     parts = shards(prompts, given.prompts_per_shard)
-    engine.measure_costs(given.prompts_per_shard * given.group_size, lookups=True)
     params = SamplingParams(
         given.group_size, given.temperature, given.max_completion_tokens, tuple(policy.stop_token_ids), seed=config.seed
     )
+    looks_up = replace(params, draft_sources=("head", "siblings"))
+    engine.measure_costs(Workload.of(looks_up, given.prompts_per_shard * given.group_size))
     wanted = choices(policy.mtp is not None, not args.first)
     wanted = {name: sources for name, sources in wanted.items() if not args.only or name in {"none", *args.only}}
-    seconds: dict[str, list[float]] = {name: [] for name in wanted}
-    sampled: dict[str, list[list[RolloutGroup]]] = {name: [] for name in wanted}
-    for repeat in range(args.repeats):
-        turn = repeat % len(wanted)
-        for name, sources in [*wanted.items()][turn:] + [*wanted.items()][:turn]:
-            drafts = {"draft_sources": sources, "draft_tokens": None} if sources else {"draft_tokens": 0}
-            at = replace(params, step=1_000_000 + repeat, **drafts)
-            began = time.perf_counter()
-            found = [engine.sample(part, at) for part in parts]
-            seconds[name].append(time.perf_counter() - began)
-            sampled[name] += found
-            print(f"{name}, {repeat + 1}: {seconds[name][-1]:.1f} s", flush=True)
-    texts = {
-        name: [[c.token_ids for g in groups for c in g.completions] for groups in s] for name, s in sampled.items()
-    }
+    sampled: dict[str, Rollouts] = {}
+    for name, sources in wanted.items():
+        drafts = {"draft_sources": sources, "draft_tokens": None} if sources else {"draft_tokens": 0}
+        sampled[name] = Rollouts(replace(params, **drafts))
+    with torch.inference_mode():
+        for repeat in range(args.repeats):
+            turn, names = repeat % len(wanted), [*wanted]
+            in_turns(
+                {name: sampled[name].rounds(engine, parts, 1_000_000 + repeat) for name in names[turn:] + names[:turn]}
+            )
+            print(", ".join(f"{name} {one.seconds[-1]:.1f} s" for name, one in sampled.items()), flush=True)
     lines: list[list[object]] = [["drafts", "seconds", "gain", "tokens a forward", "accepted by depth, of each source"]]
     record: dict[str, dict[str, Any]] = {}
-    for name, sources in wanted.items():
-        completions = [c for groups in sampled[name] for group in groups for c in group.completions]
+    none = sampled["none"]
+    for name, one in sampled.items():
+        completions = [c for groups in one.groups for group in groups for c in group.completions]
+        acceptance = {source: accepted(completions, source) for source in wanted[name]}
         record[name] = {
-            "seconds": seconds[name],
-            "gain": median(a / b for a, b in zip(seconds["none"], seconds[name], strict=True)),
-            "same_tokens": texts[name] == texts["none"],
+            "seconds": one.seconds,
+            "gain": median(a / b for a, b in zip(none.seconds, one.seconds, strict=True)),
+            "tokens": sum(map(len, one.token_ids)),
+            "same_tokens": one.token_ids == none.token_ids,
             "tokens_per_forward": tokens_per_forward(completions),
-            "acceptance": {source: accepted(completions, source) for source in sources},
-            "forwards_by_rows": live_rows(sampled[name]),
+            "acceptance": acceptance,
+            "forwards_by_rows": one.shares(),
+            "tokens_a_second_by_rows": one.speeds(),
         }
-        shares = "; ".join(f"{s} " + " ".join(f"{x:.2f}" for x in a) for s, a in record[name]["acceptance"].items())
-        one = record[name]
-        lines.append(
-            [name, f"{median(seconds[name]):.1f}", f"{one['gain']:.2f}", f"{one['tokens_per_forward']:.2f}", shares]
-        )
+        shares = "; ".join(f"{s} " + " ".join(f"{x:.2f}" for x in a) for s, a in acceptance.items())
+        gain, tokens = record[name]["gain"], record[name]["tokens_per_forward"]
+        lines.append([name, f"{median(one.seconds):.1f}", f"{gain:.2f}", f"{tokens:.2f}", shares])
     print(shown(lines))
-    lengths = [len(ids) for groups in texts["none"] for ids in groups]
+    lengths = [len(ids) for ids in none.token_ids]
     print(f"{len(prompts)} prompts x {given.group_size}, {sum(lengths) / len(lengths):.0f} tokens each")
-    print(
-        "forwards by rows, none: " + " ".join(f"<={n} {s:.2f}" for n, s in record["none"]["forwards_by_rows"].items())
-    )
+    by_rows: list[list[object]] = [["rows", "share of forwards", "of the time", *(f"gain: {name}" for name in sampled)]]
+    for bound, at in none.by_rows.items():
+        gains = [one.speeds()[bound] / none.speeds()[bound] if at.tokens else 0.0 for one in sampled.values()]
+        of_time = at.seconds / sum(none.seconds)
+        by_rows.append([bound, f"{none.shares()[bound]:.2f}", f"{of_time:.2f}", *(f"{gain:.2f}" for gain in gains)])
+    print(shown(by_rows))
     if args.json:
         costs = asdict(engine.costs) if engine.costs else None
-        whole = {"environment": describe(), "first": args.first, "dtype": config.dtype, "tokens": sum(lengths)}
+        whole = {"environment": describe(), "first": args.first, "dtype": config.dtype}
         args.json.write_text(json.dumps(whole | {"choices": record, "costs": costs}, indent=1) + "\n")
 
 

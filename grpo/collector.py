@@ -60,10 +60,9 @@ class Collector:
         self.sampling = replace(
             sampling, record_routing=config.learner.routing_replay, environment=environment_of(config)
         )
-        self.graph_tokens = 0  # of the longest sequences that are decoded by graphs, as far as the first prompts tell
+        prompts = [task.prompt(example, policy.tokenizer) for example in task.train[:PROMPTS_READ]]
+        self.longest_prompt = max(len(prompt.token_ids) for prompt in prompts)  # as far as the first of them tell
         if self.sampling.compiled:
-            prompts = [task.prompt(example, policy.tokenizer) for example in task.train[:PROMPTS_READ]]
-            self.graph_tokens = max(len(p.token_ids) for p in prompts) + options.max_completion_tokens
             run.log.event("graphs", compile=options.compile, planned_rounds=rounds)
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate
         self.alarms = Alarms(task.watched_rewards()) if run.config.log.alarms and run.ranks.first else None

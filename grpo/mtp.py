@@ -39,7 +39,6 @@ from policies import presets
 from policies.conversion.head import start_head
 from policies.layout import WeightFiles, mtp_layers
 from policies.policy import Policy, PolicyError, read_config
-from rollout.costs import PROMPT_TOKENS
 from rollout.group import RolloutGroup
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams
@@ -73,8 +72,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
             run.last = run.start
         with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log) as pool:
             own = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed, dtype=config.dtype)
-            graphs = PROMPT_TOKENS + own.max_completion_tokens if own.compiled else 0
-            use_costs_of_run(pool, policy, config.rollout, run.folder, resumes=run.step > 0, graphs=graphs)
+            use_costs_of_run(pool, policy, config.rollout, run.folder, own, resumes=run.step > 0)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
             sampling = replace(sampling, draft_tokens=config.head.depth)
             publisher = Publisher(pool, learner, sampling)

@@ -74,8 +74,8 @@ def train(
             with phase("publishing", config):
                 publisher.publish()
             collector = Collector(run, task, curriculum, sampler, policy)
-            costs_of = {"resumes": run.resumes, "graphs": collector.graph_tokens}
-            run.alone(use_costs_of_run, pool, policy, config.rollout, run.folder, **costs_of)
+            costs_of = config.rollout, run.folder, collector.sampling, collector.longest_prompt
+            run.alone(use_costs_of_run, pool, policy, *costs_of, resumes=run.resumes)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
             sampling = replace(sampling, environment=environment_of(config))
             held_out = HeldOut(task, policy, examiner, run.log, config.eval, sampling, collector.evaluated)

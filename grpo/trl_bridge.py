@@ -22,6 +22,7 @@ from grpo.sampling import sampling_params
 from policies.attention import sees_prompts_whole
 from policies.lora import ADAPTER
 from policies.policy import Policy, digest
+from rollout.depth import Workload
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Pool, open_pool
 
@@ -111,7 +112,8 @@ class rollout_func:
             dtype = self.dtype or (torch.bfloat16 if trainer.args.bf16 else self.policy.lm_head.dtype)
             self.pool = self.open_pool(dtype=dtype)
             if self.draft_tokens is None and self.policy.mtp is not None:
-                self.pool.use_costs(None, self.open_pool.keywords["prompts_per_shard"] * size)
+                rows = self.open_pool.keywords["prompts_per_shard"] * size
+                self.pool.use_costs(None, Workload(rows, trainer.max_completion_length or Workload.completion_tokens))
         step = trainer.state.global_step
         last, count = self.calls.get(mode, (step, 0))
         call = count if last == step else 0

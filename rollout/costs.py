@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -11,32 +11,45 @@ import torch
 
 from rollout.backends import Decoder
 from rollout.compiled.rounds import FEW_ROWS
-from rollout.depth import GRAPH_DEPTHS, MAX_DEPTH, CostTable
+from rollout.depth import GRAPH_DEPTHS, MAX_DEPTH, PROMPT_TOKENS, CostTable, Workload
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 from rollout.shard import Decoding
 
-PROMPT_TOKENS, REPEATS = 96, 7
+REPEATS = 7
 READ_ROWS = 4
 MOST_TOKENS = 256  # of one verifying forward; deeper drafts of so many rows never paid off
+MOST_WRITTEN = 256  # tokens of a row when a round is timed: each way of decoding has a cache of its own
 
 
-def measure(decoder: Decoder, rows: int, depth: int, lookups: bool = False, graphs: int = 0) -> CostTable:
-    """Times rounds of 0, 1, 2, 3, 4, 8, ... `depth` drafts at 1, 2, 4, ... `rows` live rows; between depths it is
-    linear. With `lookups` also rounds in which the drafts cost nothing; without a head these alone. `graphs`: where
-    sequences of so many tokens will be decoded by graphs, also compiled rounds, which may have to be compiled."""
-    sizes, depths = _doubling(rows), sorted({0, *_doubling(depth), *range(min(depth, 4))})
+@dataclass(frozen=True)
+class Way:
+    """How a round is decoded: with so many drafts of the head, or looked up, and by a graph or eagerly."""
 
-    def table(of: list[int], looked_up: bool) -> list[list[float]]:
-        depths_at = ([k for k in of if size * (k + 1) <= MOST_TOKENS or not k] for size in sizes)
-        return [_rounds(decoder, size, depths, looked_up) for size, depths in zip(sizes, depths_at, strict=True)]
+    depth: int
+    looked_up: bool = False
+    by_graph: bool = False
 
-    by_head = table(depths if decoder.head is not None else [0], looked_up=False)
-    found = CostTable(sizes, by_head, table(depths, looked_up=True) if lookups else None, reading=_reading(decoder))
-    if not graphs or decoder.head is None:
+
+def measure(decoder: Decoder, work: Workload, depth: int) -> CostTable:
+    """Times rounds of 0, 1, 2, 3, 4, 8, ... `depth` drafts at 1, 2, 4, ... live rows, in the middle of completions.
+    Between depths it is linear. With `lookups` also rounds in which the drafts cost nothing; without a head these
+    alone. With `graphs` also compiled rounds, which may have to be compiled."""
+    sizes, depths = _doubling(work.rows), sorted({0, *_doubling(depth), *range(min(depth, 4))})
+    by_head, looked_up = list[list[float]](), list[list[float]]()
+    for rows in sizes:
+        deeper = [k for k in depths if k and rows * (k + 1) <= MOST_TOKENS]
+        of_head = [Way(k) for k in deeper] if decoder.head is not None else []
+        of_lookups = [Way(k, looked_up=True) for k in deeper] if work.lookups else []
+        costs = _rounds(decoder, work, rows, [Way(0), *of_head, *of_lookups])
+        by_head.append(_by_depth(costs, [Way(0), *of_head]))
+        looked_up.append(_by_depth(costs, [Way(0), *of_lookups]))
+    found = CostTable(sizes, by_head, looked_up if work.lookups else None, reading=_reading(decoder))
+    if not work.graphs or decoder.head is None:
         return found
-    few = [size for size in sizes if size <= FEW_ROWS]
-    return replace(found, graphs=[_rounds(decoder, size, list(GRAPH_DEPTHS), False, graphs) for size in few])
+    ways = [Way(k, by_graph=True) for k in GRAPH_DEPTHS]
+    few = [rows for rows in sizes if rows <= FEW_ROWS]
+    return replace(found, graphs=[_by_depth(_rounds(decoder, work, rows, ways), ways) for rows in few])
 
 
 def _doubling(most: int) -> list[int]:
@@ -48,22 +61,39 @@ def _doubling(most: int) -> list[int]:
     return [1 << i for i in range((most - 1).bit_length())] + [most]
 
 
-def _rounds(decoder: Decoder, rows: int, depths: list[int], looked_up: bool, graphs: int = 0) -> list[float]:
-    """Median milliseconds of a round at every depth. The choice depends on the ratio of depths, so they take turns: a
-    slow moment of the machine is then one for all. A compiled round is timed after another one of its own kind, as in a
-    run. After another kind the processor's caches are cold, and it takes up to twice as long."""
-    decodings = {depth: _begin(decoder, rows, depth, looked_up, graphs) for depth in depths}
-    times: dict[int, list[float]] = {depth: [] for depth in depths}
+def _by_depth(costs: dict[Way, float], ways: list[Way]) -> list[float]:
+    """Of these ways, from no draft on; linear between the depths that were measured.
+
+    >>> _by_depth({Way(0): 1.0, Way(1): 2.0, Way(3): 6.0}, [Way(0), Way(1), Way(3)])
+    [1.0, 2.0, 4.0, 6.0]
+    """
+    depths = [way.depth for way in ways]
+    return np.interp(range(max(depths) + 1), depths, [costs[way] for way in ways]).tolist()
+
+
+def _rounds(decoder: Decoder, work: Workload, rows: int, ways: list[Way]) -> dict[Way, float]:
+    """Milliseconds of a round in each way. The choice depends on their ratios alone. So they take turns, and what
+    counts is the median of a turn's ratios to the first way: a slow moment of the machine is one for all.
+
+    A compiled round is timed after another one of its own kind, as in a run. After another kind the processor's caches
+    are cold, and it takes up to twice as long.
+    """
+    decodings = {way: _begin(decoder, work, rows, way) for way in ways}
+    turns = []
     for _ in range(REPEATS):
-        for depth, decoding in decodings.items():
-            if graphs:
-                decoding.forward(0)
+        times = {}
+        for way, decoding in decodings.items():
+            empty = way.depth if way.looked_up else 0
+            if way.by_graph:
+                decoding.forward()
             started = time.perf_counter()
-            decoding.forward(depth if looked_up else 0)
+            decoding.forward(empty)
             if decoder.trunk.device.type == "cuda":
                 torch.cuda.synchronize(decoder.trunk.device)
-            times[depth].append(1e3 * (time.perf_counter() - started))
-    return np.interp(range(depths[-1] + 1), depths, [median(times[depth]) for depth in depths]).tolist()
+            times[way] = 1e3 * (time.perf_counter() - started)
+        turns.append(times)
+    first = median(times[ways[0]] for times in turns)
+    return {way: first * median(times[way] / times[ways[0]] for times in turns) for way in ways}
 
 
 def _reading(decoder: Decoder) -> float:
@@ -84,18 +114,26 @@ def _reading(decoder: Decoder) -> float:
     return median(times) / ids.numel()
 
 
-def _begin(decoder: Decoder, rows: int, depth: int, looked_up: bool, graphs: int) -> Decoding:
-    """A batch after its first round, in which the head reads the prompt. Rows with logits that are not finite go on:
-    sampling reports them, with their prompt."""
-    completion = (REPEATS * (2 if graphs else 1) + 1) * (depth + 1) + 2
-    length = max(1, min(PROMPT_TOKENS, decoder.context - completion))
-    # With as much room as a controller leaves, so that the graphs are those of the run.
-    completion = max(completion, min(graphs, decoder.context) - length + MAX_DEPTH - depth)
+def _begin(decoder: Decoder, work: Workload, rows: int, way: Way) -> Decoding:
+    """A batch after its first round, in which the head reads the prompt, with half of the tokens that a completion may
+    have: attention to them is what many drafts cost. A graph attends to all places from the start. Rows with logits
+    that are not finite go on: sampling reports them, with their prompt."""
+    more = (REPEATS * (2 if way.by_graph else 1) + 1) * (way.depth + 1) + 2
+    length = max(1, min(PROMPT_TOKENS, decoder.context - more))
+    written = 0 if way.by_graph else min(work.completion_tokens // 2, MOST_WRITTEN, decoder.context - length - more)
+    completion = more + max(0, written)
+    if way.by_graph:  # with as much room as a controller leaves, so that the graphs are those of the run
+        completion = max(completion, min(work.graphs, decoder.context) - length + MAX_DEPTH - way.depth)
     vocabulary = len(decoder.trunk.embedding)
     prompt = Prompt("costs", "", [7 * i % vocabulary for i in range(length)])
-    params = SamplingParams(rows, 1.0, completion, draft_tokens=depth, compiled=graphs > 0)
-    if looked_up:
+    params = SamplingParams(rows, 1.0, completion, draft_tokens=way.depth, compiled=way.by_graph)
+    if way.looked_up:
         params = replace(params, draft_sources=("siblings",))
     decoding = Decoding(decoder, [prompt], params, aborts=False)
-    decoding.forward(depth if looked_up else 0)
+    decoding.forward(way.depth if way.looked_up else 0)
+    if written > 0 and decoding.live is not None:
+        for cache in (decoding.cache, decoding.drafter.cache if decoding.drafter else None):
+            if cache is not None:
+                cache.lengthen(written)
+        decoding.live.count = decoding.live.count + written
     return decoding

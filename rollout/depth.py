@@ -17,15 +17,39 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from policies.files.atomic import write_file
+from rollout.sampling import SamplingParams
 
 # Assumed of every depth before the first draft: ¾ of the head's are accepted, and half of what was looked up.
 PRIOR_ACCEPTED, PRIOR_LOOKED_UP, PRIOR_DRAFTED = 3.0, 2.0, 4.0
 MAX_DEPTH = 8
+SURE = 1.05  # costs and acceptance are known about so well; drafts that are expected to gain less are not made
 GRAPH_DEPTHS = (0, 1, 3)  # of compiled rounds: each depth is a graph, which takes a minute to compile
+PROMPT_TOKENS = 96  # of the prompt behind which rounds are timed
 
 Kind = tuple[str, int]  # a source of drafts, and how many tokens before them were looked up there: 0 for the head
 HEAD: Kind = ("head", 0)
 UNKNOWN: Kind = ("", 1)  # any of which nothing was drafted yet
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is decoded, as far as the cost of a round depends on it: at most `rows` live rows, and so many tokens of a
+    completion. `graphs`: tokens of the longest sequence that graphs decode; 0 where they decode none."""
+
+    rows: int
+    completion_tokens: int = 512
+    lookups: bool = False
+    graphs: int = 0
+
+    @classmethod
+    def of(cls, params: SamplingParams, rows: int, longest_prompt: int = PROMPT_TOKENS) -> Workload:
+        """
+        >>> Workload.of(SamplingParams(max_completion_tokens=200, compiled=True), rows=64)
+        Workload(rows=64, completion_tokens=200, lookups=False, graphs=296)
+        """
+        compiled = params.compiled and not params.looks_up
+        graphs = longest_prompt + params.max_completion_tokens if compiled else 0
+        return cls(rows, params.max_completion_tokens, params.looks_up, graphs)
 
 
 @dataclass(frozen=True)
@@ -167,8 +191,8 @@ class DepthController:
         """The depth, whether the head drafts, and the tokens a millisecond that a row is then expected to get: infinite
         without costs. `found`: how many of the rows can look up a draft, by its kind. `head`: whether there is one.
 
-        Where the head drafts too, a row takes the drafts of which more are expected to be accepted. Of two equal speeds
-        that of fewer drafts is chosen.
+        Where the head drafts too, a row takes the drafts of which more are expected to be accepted. Nothing is drafted
+        where that is expected to gain less than a twentieth. Of two equal speeds that of fewer drafts is chosen.
         """
         most = min(self.max_depth, most)
         by_head = self.tokens(HEAD, most) if head else [1.0] * (most + 1)
@@ -177,7 +201,8 @@ class DepthController:
             better = sum(share for tokens, share in looked_up if tokens[most] >= by_head[most])
             return (most if head or found else 0), head and better < 1, math.inf
         others = 1 - sum(share for _, share in looked_up)
-        best = 0, False, 1 / self.costs.milliseconds(rows, 0)
+        plain = 1 / self.costs.milliseconds(rows, 0)
+        best = 0, False, SURE * plain
         for depth in range(1, most + 1):
             if found:
                 tokens = others + sum(share * tokens[depth] for tokens, share in looked_up)
@@ -190,7 +215,7 @@ class DepthController:
                 speed = tokens / self.costs.milliseconds(rows, depth)
                 if speed > best[2]:
                     best = depth, True, speed
-        return best
+        return best if best[0] else (0, False, plain)
 
     def may_save(self, rows: int, most: int, head: bool) -> float:
         """Milliseconds a token that drafts would save if all of so many rows had the best kind: infinite without costs.
@@ -202,7 +227,8 @@ class DepthController:
         best = [max(tokens) for tokens in zip(*(self.tokens(kind, most) for kind in kinds), strict=True)]
         depths = range(1, most + 1)
         drafted = (costs.milliseconds(rows, k, up) / best[k] for k in depths for up in (False, True))
-        return max(0.0, plain - min(drafted, default=plain))
+        best_drafted = min(drafted, default=plain)
+        return plain - best_drafted if SURE * best_drafted < plain else 0.0
 
     def _of(self, kind: Kind) -> tuple[list[float], list[float]]:
         if kind not in self.reached:

@@ -6,6 +6,7 @@ The engine holds weights and everything derived from them; `rollout.shard` decod
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from policies.policy import Policy
 from rollout.backends import Decoder, derive
 from rollout.compiled.rounds import Graphs
 from rollout.costs import measure
-from rollout.depth import MAX_DEPTH, CostTable
+from rollout.depth import MAX_DEPTH, CostTable, Workload
 from rollout.environments.episodes import Stage
 from rollout.faults import OnFinished as OnFinished
 from rollout.faults import RolloutError as RolloutError
@@ -130,9 +131,7 @@ class Engine:
         episodes, prompts, faults = self.stage.begin(prompts, params, partial(self._fault, params))
         if params.draft_tokens is None and self._drafts(params) and prompts and not self._knows_costs(params):
             longest = max(len(prompt.token_ids) for prompt in prompts)
-            graphs = longest + params.max_completion_tokens if params.compiled else 0
-            rows = min(len(prompts) * params.group_size, self.max_rows)
-            self.measure_costs(rows, lookups=params.looks_up, graphs=graphs)
+            self.measure_costs(Workload.of(params, len(prompts) * params.group_size, longest))
         decoding, announced = Decoding(self.decoder, prompts, params, episodes=episodes), 0
         while True:
             if on_finished and decoding.ended_rows > announced:  # some end with their first token, in the prefill
@@ -155,10 +154,10 @@ class Engine:
         self.stage.close()
 
     @torch.inference_mode()
-    def measure_costs(self, rows: int, depth: int = MAX_DEPTH, *, lookups: bool = False, graphs: int = 0) -> CostTable:
-        """Time drafting and verifying with up to `rows` live rows; with `lookups` also verifying alone, with `graphs`
-        also in compiled rounds, for sequences of so many tokens. The depth controller uses the result from now on."""
-        self.costs = measure(self.decoder, rows, depth, lookups, graphs)
+    def measure_costs(self, work: Workload, depth: int = MAX_DEPTH) -> CostTable:
+        """Time drafting and verifying for this work, with at most as many rows as are decoded at once. The depth
+        controller uses the result from now on."""
+        self.costs = measure(self.decoder, replace(work, rows=min(work.rows, self.max_rows)), depth)
         return self.costs
 
     def _knows_costs(self, params: SamplingParams) -> bool:
@@ -166,4 +165,4 @@ class Engine:
         costs = self.costs
         if costs is None or (params.looks_up and costs.lookups is None):
             return False
-        return costs.graphs is not None or self.head is None or not params.compiled
+        return costs.graphs is not None or self.head is None or not Workload.of(params, 1).graphs

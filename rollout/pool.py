@@ -19,7 +19,7 @@ from policies.policy import Policy
 from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.cluster import start_ray as start_ray
-from rollout.depth import CostTable
+from rollout.depth import CostTable, Workload
 from rollout.engine import Engine, OnFinished, RolloutError
 from rollout.faults import OnLost
 from rollout.group import Prompt, RolloutGroup, shards
@@ -56,10 +56,8 @@ class Pool(Protocol):
         """By sampler, the digests of the tensors that it holds; empty where `publish` has compared them already."""
         ...
 
-    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
-        """Sets the table that every depth controller uses; without `costs` it is measured at up to `rows` live rows,
-        with `lookups` also for drafts that are looked up, with `graphs` also for graphs that decode sequences of so
-        many tokens."""
+    def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:
+        """Sets the table that every depth controller uses; without `costs` it is measured for this work."""
         ...
 
     def metrics(self) -> dict[str, float]:
@@ -189,10 +187,8 @@ class LocalPool:
             return {}
         return {"the sampler": self.engine.held()}
 
-    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
-        self.engine.costs = costs or self.engine.measure_costs(
-            min(rows, self.engine.max_rows), lookups=lookups, graphs=graphs
-        )
+    def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:
+        self.engine.costs = costs or self.engine.measure_costs(work)
         return self.engine.costs
 
     def metrics(self) -> dict[str, float]:

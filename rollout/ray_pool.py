@@ -15,7 +15,7 @@ from torch import Tensor
 from policies.decoding.quantized import Copies
 from policies.policy import Policy
 from rollout.cluster import Cluster
-from rollout.depth import CostTable
+from rollout.depth import CostTable, Workload
 from rollout.engine import OnFinished, RolloutError
 from rollout.faults import Faults, OnLost
 from rollout.group import Prompt, RolloutGroup, shards
@@ -321,12 +321,12 @@ class RayPool:
     def held(self) -> dict[str, Held]:
         return {}
 
-    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
+    def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:
         """One worker measures them alone, with the threads that a worker has."""
         if costs is None:
-            limit = max(self.timeout_s, START_TIMEOUT_S) * (3 if graphs else 1)  # they may have to be compiled
+            limit = max(self.timeout_s, START_TIMEOUT_S) * (3 if work.graphs else 1)  # they may have to be compiled
             late = f"no answer to measure_costs after {limit:g} s"
-            [(_, costs)] = self._done({0: ("measure_costs", (rows, lookups, graphs))}, limit, late)
+            [(_, costs)] = self._done({0: ("measure_costs", (work,))}, limit, late)
         self.costs = _sound(costs)
         return self.costs
 

@@ -12,7 +12,7 @@ from policies.decoding.quantized import PLAIN, Copies
 from policies.lora import Adapter
 from policies.policy import Policy
 from policies.publication import Publication
-from rollout.depth import CostTable
+from rollout.depth import CostTable, Workload
 from rollout.engine import Engine, RolloutError
 from rollout.faults import Kind, why_died
 from rollout.group import Prompt, RolloutGroup
@@ -117,8 +117,8 @@ class Worker:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def measure_costs(self, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
-        return self.engine.measure_costs(min(rows, self.engine.max_rows), lookups=lookups, graphs=graphs)
+    def measure_costs(self, work: Workload) -> CostTable:
+        return self.engine.measure_costs(work)
 
     def sample(
         self, prompts: list[Prompt], params: SamplingParams, version: int, costs: CostTable | None = None

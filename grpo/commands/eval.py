@@ -30,7 +30,7 @@ from grpo.sampling import agent_of, environment_of, sampling_params
 from grpo.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.costs import PROMPT_TOKENS
+from rollout.depth import Workload
 from rollout.engine import RolloutError
 from rollout.group import RolloutGroup
 from rollout.pool import Pool, open_pool
@@ -205,9 +205,8 @@ def _open(policy: Policy | None, config: EvalConfig, sampling: SamplingParams) -
     with phase("loading", config):
         pool = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=config.prompts_per_batch)
     if sampling.draft_tokens is None and policy.mtp is not None:
-        graphs = PROMPT_TOKENS + sampling.max_completion_tokens if sampling.compiled else 0
         rows = config.prompts_per_batch * sampling.group_size
-        pool.use_costs(None, rows, graphs=graphs)  # else measured on the clock
+        pool.use_costs(None, Workload.of(sampling, rows))  # else measured on the clock
     agent = agent_of(config)
     return AgentPool(pool, StopSignal(), agent, config.temperature) if agent else pool
 

@@ -22,11 +22,12 @@ from policies.sharding import everyone, whole
 from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import TOKEN
 from rollout.backends.vllm.settings import VLLMSettings
-from rollout.depth import CostTable
+from rollout.depth import PROMPT_TOKENS, CostTable, Workload
 from rollout.group import RolloutGroup
 from rollout.places import here
 from rollout.pool import Pool, open_pool
 from rollout.publication.digests import Held
+from rollout.sampling import SamplingParams
 
 NO_KEYED_NOISE = (
     "vLLM draws with seeds of its own: its tokens are not those of our engine, nor the same with other drafts, threads "
@@ -68,7 +69,7 @@ class NoPool:
     def held(self) -> dict[str, Held]:
         return {}
 
-    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
+    def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:
         raise RuntimeError("rank 0 alone samples")
 
     def metrics(self) -> dict[str, float]:
@@ -126,19 +127,25 @@ def open_run_pool(
 
 
 def use_costs_of_run(
-    pool: Pool, policy: Policy, rollout: RolloutOptions, folder: Path, *, resumes: bool, graphs: int = 0
+    pool: Pool,
+    policy: Policy,
+    rollout: RolloutOptions,
+    folder: Path,
+    sampling: SamplingParams,
+    longest_prompt: int = PROMPT_TOKENS,
+    *,
+    resumes: bool,
 ) -> None:
-    """Where a controller chooses the depth: the table that was saved, or a new one, measured once and saved; of graphs
-    too where these decode the run's sequences of so many tokens."""
+    """Where a controller chooses the depth: the table that was saved, or a new one, measured once and saved."""
     by_head = policy.mtp is not None and "head" in rollout.draft_sources
     if rollout.draft_tokens is not None or not (by_head or rollout.looks_up) or rollout.backend == "vllm":
         return
-    path, rows = folder / "draft_costs.json", rollout.prompts_per_shard * rollout.group_size
+    path = folder / "draft_costs.json"
+    work = Workload.of(sampling, rollout.prompts_per_shard * rollout.group_size, longest_prompt)
     saved = CostTable.load(path) if resumes and path.exists() else None
-    graphs = 0 if rollout.looks_up else graphs
-    if saved is not None and ((rollout.looks_up and saved.lookups is None) or (graphs and saved.graphs is None)):
+    if saved is not None and ((work.lookups and saved.lookups is None) or (work.graphs and saved.graphs is None)):
         saved = None  # of a run that looked nothing up, or had no graphs
-    costs = pool.use_costs(saved, rows, rollout.looks_up, graphs)
+    costs = pool.use_costs(saved, work)
     if saved is None:
         costs.save(path)
 

@@ -20,7 +20,7 @@ from policies.files.atomic import write_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rollout.depth import CostTable
+    from rollout.depth import CostTable, Workload
     from rollout.group import Prompt, RolloutGroup
     from rollout.pool import OnFinished, Pool
     from rollout.publication.digests import Held
@@ -278,9 +278,9 @@ class InterruptiblePool:
     def held(self) -> dict[str, Held]:
         return self.pool.held()
 
-    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
+    def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:
         self.stop.check()
-        return self.pool.use_costs(costs, rows, lookups, graphs)
+        return self.pool.use_costs(costs, work)
 
     def metrics(self) -> dict[str, float]:
         return self.pool.metrics()

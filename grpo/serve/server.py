@@ -16,7 +16,7 @@ from grpo.policy_source import PolicySource, check_options, find_policy, load_fo
 from grpo.run.listening import listen
 from grpo.run.memory_errors import phase
 from grpo.sampling import sampling_params
-from rollout.costs import PROMPT_TOKENS
+from rollout.depth import Workload
 from rollout.engine import Engine
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ def load_engine(config: ServeConfig, source: PolicySource, like: Engine | None =
         engine.version = source.step or 0
         if config.draft_tokens is None and engine.head is not None and costs is None:
             params = sampling_params(policy, config, 1, 0, dtype=config.dtype)
-            graphs = PROMPT_TOKENS + params.max_completion_tokens if params.compiled else 0
-            engine.measure_costs(config.max_batch_size, graphs=graphs)
+            engine.measure_costs(Workload.of(params, config.max_batch_size))
     return engine
 
 

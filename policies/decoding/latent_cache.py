@@ -201,6 +201,12 @@ class LatentCache:
     def advance(self, kept_R: Tensor | int) -> None:
         self.lengths_R = self.lengths_R + kept_R
 
+    def lengthen(self, tokens: int) -> None:
+        """Every row gets so many more tokens, of which each vector is ones: for measuring what long rows cost."""
+        for latents in self.layers_RTE:
+            latents[:, int(self.lengths_R.min()) : int(self.lengths_R.max()) + tokens] = 1
+        self.advance(tokens)
+
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in ascending order; drop the others, and prompts that no row needs any more."""
         self._copy([self], [rows], capacity=self.capacity)

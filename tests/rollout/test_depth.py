@@ -75,19 +75,20 @@ def test_a_compiled_round_has_one_of_a_few_depths_and_costs_of_its_own():
 
 
 def test_drafts_may_pay_where_they_would_if_all_rows_had_the_best_kind():
-    """Of an unknown kind 1.5 and 1.75 tokens are expected, and of the head 1.75 and 2.3125."""
+    """Of an unknown kind 1.5 and 1.75 tokens are expected, and of the head 1.75 and 2.3125. A twentieth must be gained:
+    a token may take 10 / 1.05 = 9.52 ms."""
 
     def pays(rounds, lookups=None, most=9, head=False) -> float:
         return DepthController(CostTable([1], [rounds], lookups and [lookups]), 4).may_save(1, most, head)
 
-    assert not pays([10.0], [10.0, 15.0, 17.5])
-    assert pays([10.0], [10.0, 14.9, 17.5]) == pytest.approx(10 - 14.9 / 1.5)
-    assert pays([10.0], [10.0, 14.9, 15.0]) == pytest.approx(10 - 15 / 1.75)
-    assert pays([10.0], [10.0, 15.0, 17.4])
-    assert not pays([10.0], [10.0, 15.0, 17.4], most=1)  # no room for two
-    assert pays([10.0, 17.4], head=True)
-    assert not pays([10.0, 17.5], head=True)
-    assert not pays([10.0, 17.4])
+    assert not pays([10.0], [10.0, 14.3, 16.7])
+    assert pays([10.0], [10.0, 14.2, 16.7]) == pytest.approx(10 - 14.2 / 1.5)
+    assert pays([10.0], [10.0, 14.2, 15.0]) == pytest.approx(10 - 15 / 1.75)
+    assert pays([10.0], [10.0, 14.3, 16.6])
+    assert not pays([10.0], [10.0, 14.3, 16.6], most=1)  # no room for two
+    assert pays([10.0, 16.6], head=True)
+    assert not pays([10.0, 16.7], head=True)
+    assert not pays([10.0, 16.6])
     controller = DepthController(CostTable([1], [[10.0]], [[10.0, 19.0]]), 4)
     assert not controller.may_save(1, 9, head=False)
     controller.observe(1000, [1000], ("siblings", 8))
@@ -99,7 +100,7 @@ def test_where_drafts_cannot_pay_none_is_chosen():
     made = random.Random(0)
     answers = []
     for _ in range(500):
-        head, looked_up = ([10.0 + made.uniform(9, 14) * k for k in range(4)] for _ in range(2))
+        head, looked_up = ([10.0 + made.uniform(7, 14) * k for k in range(4)] for _ in range(2))
         controller = DepthController(CostTable([4], [head], [looked_up]), 3)
         for kind in (HEAD, ("siblings", 3)):
             controller.observe(1000, sorted((made.randint(0, 1000) for _ in range(3)), reverse=True), kind)
@@ -112,8 +113,20 @@ def test_where_drafts_cannot_pay_none_is_chosen():
 
 
 def test_equal_speeds_pick_the_shallower_depth():
-    controller = DepthController(CostTable(rows=[1], rounds=[[1.0, 1.75]]), 4)
-    assert pick(controller, 1, 9) == 0
+    controller = DepthController(CostTable(rows=[1], rounds=[[1.0, 1.4, 1.85]]), 4)
+    assert pick(controller, 1, 9) == 1  # 1.75 / 1.4 and 2.3125 / 1.85 are 1.25
+
+
+def test_drafts_that_gain_less_than_a_twentieth_are_not_made():
+    """1.75 tokens of the head and 1.5 that were looked up are expected of one draft."""
+
+    def choice(head, looked_up):
+        controller = DepthController(CostTable([1], [[1.0, head]], [[1.0, looked_up]]), 1)
+        return controller.choose(1, 9, {("siblings", 1): 1}, head=True)
+
+    assert choice(1.66, 1.42) == (1, False, pytest.approx(1.5 / 1.42))  # 1.0563, and 1.0542 of the head
+    assert choice(1.66, 1.43) == (1, True, pytest.approx(1.75 / 1.66))
+    assert choice(1.67, 1.43) == (0, False, 1.0)  # 1.0479 and 1.0490
 
 
 def test_the_table_is_read_back_and_a_broken_one_is_named(tmp_path):

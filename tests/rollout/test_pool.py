@@ -24,6 +24,7 @@ import torch
 import rollout.cluster
 from policies.openmp import WAITING
 from policies.policy import Policy, digest
+from rollout.depth import Workload
 from rollout.engine import RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import LocalPool, Pool, RayPool, open_pool, shards, start_ray
@@ -493,7 +494,7 @@ def test_what_while_waiting_raises_ends_every_wait(pool, policies, expected, mon
     waiting = {
         "sample": lambda: pool.sample(PROMPTS[:2], PARAMS),
         "publish": lambda: pool.publish(policies[1].weights(), 1),
-        "use_costs": lambda: pool.use_costs(None, 2),
+        "use_costs": lambda: pool.use_costs(None, Workload(2)),
     }
     with pytest.raises(GivenUp):
         waiting[waits_in]()
@@ -511,7 +512,7 @@ def test_contract_5_a_worker_that_dies_while_draft_costs_are_measured_is_replace
     ray.kill(pool.workers.actors[0])
     pool.metrics()
     try:
-        costs = pool.use_costs(None, 2)
+        costs = pool.use_costs(None, Workload(2))
         assert costs.rows == [1, 2]
         assert pool.costs is costs
         assert pool.metrics()["faults/worker"] == 1.0

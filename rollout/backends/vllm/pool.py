@@ -20,7 +20,7 @@ from rollout.backends.vllm.client import Client, Lost
 from rollout.backends.vllm.completions import Row
 from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
-from rollout.depth import CostTable
+from rollout.depth import CostTable, Workload
 from rollout.environments.episodes import Episodes, Stage
 from rollout.faults import Faults, OnFinished, OnLost, RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
@@ -313,7 +313,7 @@ class VLLMPool:
             if not 0 <= token < vocabulary:
                 raise ValueError(f"rollout.stop_token_ids: {token} is outside the vocabulary of {vocabulary} tokens")
 
-    def use_costs(self, costs: CostTable | None, rows: int, lookups: bool = False, graphs: int = 0) -> CostTable:
+    def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:
         raise RolloutError("vLLM drafts at one depth: with it rollout.draft_tokens is a number, or null for none")
 
     def metrics(self) -> dict[str, float]:

@@ -393,10 +393,11 @@ def test_sigterm_to_every_rank_saves_and_ends_all_of_them(run, tmp_path):
 STOPS = """
 import os, runpy, signal, sys
 import grpo.run.pool, grpo.train  # the package also has a function of this name
+from rollout.depth import Workload
 
 def costs(pool, *_, **__):
     os.kill(os.getpid(), signal.SIGTERM)
-    pool.use_costs(None, 1)
+    pool.use_costs(None, Workload(1))
 
 def opened(*_, while_waiting, **__):
     os.kill(os.getpid(), signal.SIGTERM)

@@ -16,7 +16,7 @@ from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.rounds import FEW_ROWS, Graphs
 from rollout.compiled.store import SMALL, CompiledRound
 from rollout.costs import REPEATS
-from rollout.depth import GRAPH_DEPTHS, CostTable
+from rollout.depth import GRAPH_DEPTHS, CostTable, Workload
 from rollout.engine import Engine
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
@@ -149,7 +149,7 @@ def test_a_graph_is_timed_behind_another_round_of_its_own_kind(policy, made, mon
         return forward(decoding, *given)
 
     monkeypatch.setattr(Decoding, "forward", noted)
-    Engine(policy).measure_costs(1, graphs=40)
+    Engine(policy).measure_costs(Workload(1, graphs=40))
     turns = order[-2 * len(GRAPH_DEPTHS) * REPEATS :]
     assert turns == [depth for _ in range(REPEATS) for depth in GRAPH_DEPTHS for _ in range(2)]
 

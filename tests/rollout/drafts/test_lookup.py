@@ -10,7 +10,7 @@ from engine_cases import PARAMS, PROMPTS, completions, prompts_of, taught, token
 
 import rollout.drafts.sources
 from rollout import sampling
-from rollout.depth import HEAD, CostTable, DepthController
+from rollout.depth import HEAD, CostTable, DepthController, Workload
 from rollout.drafts import lookup
 from rollout.drafts.lookup import Continuations, Lookup
 from rollout.engine import Engine, RolloutError
@@ -293,7 +293,7 @@ def test_what_cannot_be_drafted_is_refused(random_policy):
 
 def test_without_a_head_the_verification_alone_is_measured(random_policy):
     engine = Engine(random_policy(1, mtp=False))
-    costs = engine.measure_costs(2, 3, lookups=True)
+    costs = engine.measure_costs(Workload(2, lookups=True), 3)
     assert [len(row) for row in costs.rounds] == [1, 1]
     assert [len(row) for row in costs.lookups] == [4, 4]
     assert costs.max_depth == 3

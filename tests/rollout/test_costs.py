@@ -1,0 +1,81 @@
+"""What drafts cost: the table that is measured once."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from rollout import costs
+from rollout.depth import Workload
+from rollout.engine import Engine
+from rollout.shard import Decoding
+
+WORK = Workload(4, completion_tokens=60, lookups=True)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Notes what `note` says of every decoding before each of its rounds, in the place of a clock."""
+
+    def begin(note):
+        noted, forward = [], Decoding.forward
+
+        def at(decoding, empty=0):
+            noted.append(note(decoding, empty))
+            return forward(decoding, empty)
+
+        monkeypatch.setattr(Decoding, "forward", at)
+        return noted
+
+    return begin
+
+
+def test_a_slow_moment_of_the_machine_changes_no_choice(random_policy, timed, monkeypatch):
+    """A draft of the head costs half a round, one that was looked up a quarter. The machine gets slower all the time,
+    and one round of each kind hangs. All are compared with one and the same round without drafts."""
+    now, speed, seen = [0.0], [1.0], Counter()
+
+    def cost(decoding, empty):
+        head = 0 if empty else decoding.drafts.max_depth
+        if not head and not empty:
+            speed[0] *= 1.1  # since the turn before
+        seen[id(decoding)] += 1
+        hangs = 5 if head + empty and seen[id(decoding)] == 3 else 1
+        now[0] += hangs * speed[0] * (1 + 0.5 * head + 0.25 * empty)
+
+    timed(cost)
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: now[0])
+    table = Engine(random_policy(1)).measure_costs(WORK, 2)
+    assert table.rows == [1, 2, 4]
+    for by_head, looked_up in zip(table.rounds, table.lookups, strict=True):
+        assert by_head == pytest.approx([by_head[0], 1.5 * by_head[0], 2 * by_head[0]])
+        assert looked_up == pytest.approx([by_head[0], 1.25 * by_head[0], 1.5 * by_head[0]])
+
+
+@pytest.mark.parametrize("mtp", [True, False])
+def test_rounds_are_timed_in_the_middle_of_completions(random_policy, timed, mtp):
+    lengths = timed(lambda decoding, _: (decoding.cache.lengths_R.tolist(), decoding.live.count.tolist()))
+    Engine(random_policy(1, mtp=mtp)).measure_costs(WORK, 2)
+    rounds = [counts for _, counts in lengths if max(counts) > 1]  # all but the first round of each
+    assert all(30 < count <= 60 + 30 for counts in rounds for count in counts)
+    assert all(min(own) >= 30 for own, counts in lengths if max(counts) > 30)
+
+
+def test_the_middle_of_completions_lies_within_the_context(random_policy, timed):
+    policy = random_policy(1)
+    longest = timed(lambda decoding, empty: int((decoding.live.prompt_length + decoding.live.count).max()) + empty)
+    Engine(policy).measure_costs(Workload(2, completion_tokens=10 * policy.max_length), 2)
+    assert max(longest) < policy.max_length
+
+
+def test_lengthened_rows_decode_on(random_policy):
+    """What is attended to is finite, and every row can be cut and joined as before."""
+    engine = Engine(random_policy(1))
+    with torch.inference_mode():
+        decoding = costs._begin(engine.decoder, WORK, 3, costs.Way(1))
+        before = decoding.live.count.clone()
+        decoding.forward()
+        assert (decoding.live.count > before).all()
+        assert not decoding.results.aborted.any()
+        decoding.cache.select(torch.tensor([0, 2]))
+        assert decoding.cache.rows == 2
