@@ -43,7 +43,8 @@ class Workload:
 
     @classmethod
     def of(cls, params: SamplingParams, rows: int, longest_prompt: int = PROMPT_TOKENS) -> Workload:
-        """
+        """That of these parameters; graphs are not for drafts that are looked up.
+
         >>> Workload.of(SamplingParams(max_completion_tokens=200, compiled=True), rows=64)
         Workload(rows=64, completion_tokens=200, lookups=False, graphs=296)
         """
