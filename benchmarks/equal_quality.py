@@ -87,8 +87,9 @@ def work(job: Job, data: Path | None, documents: int, folder: Path) -> dict[str,
     return found
 
 
-def crossing(tokens: Sequence[float], changes: Sequence[float]) -> dict[str, float]:
-    """The line of least squares through the changes [per cent] over log2(tokens), and where it reaches the aim.
+def crossing(tokens: Sequence[float], changes: Sequence[float]) -> dict[str, float | None]:
+    """The line of least squares through the changes [per cent] over log2(tokens), and where it falls to the aim: None
+    if it does not fall.
 
     >>> crossing([1024.0, 2048.0, 4096.0], [10.7, 8.7, 6.7])
     {'per_doubling': -2.0, 'tokens_at_aim': 11585.2}
@@ -97,8 +98,8 @@ def crossing(tokens: Sequence[float], changes: Sequence[float]) -> dict[str, flo
     slope = sum((a - fmean(x)) * (b - fmean(changes)) for a, b in zip(x, changes, strict=True)) / sum(
         (a - fmean(x)) ** 2 for a in x
     )
-    at = fmean(x) + (AIM - fmean(changes)) / slope if slope else math.inf
-    return {"per_doubling": round(slope, 3), "tokens_at_aim": round(2**at, 1) if at < 64 else math.inf}
+    at = fmean(x) + (AIM - fmean(changes)) / slope if slope < 0 else math.inf
+    return {"per_doubling": round(slope, 3), "tokens_at_aim": round(2**at, 1) if at < 64 else None}
 
 
 def main() -> None:
@@ -148,7 +149,8 @@ def main() -> None:
     fit = crossing([point["tokens"] for point in curve], [point["change"] for point in curve])
     print(shown([["tokens", *MODELS, "change, %", "+-"], *lines]))
     print(f"learning rates: {best}")
-    print(f"{fit['per_doubling']:+.2f} points a doubling; {AIM} % at {fit['tokens_at_aim']:.3g} tokens")
+    where = "nowhere on this line" if fit["tokens_at_aim"] is None else f"at {fit['tokens_at_aim']:.3g} tokens"
+    print(f"{fit['per_doubling']:+.2f} points a doubling; {AIM} % {where}")
     if options.json:
         record = {"environment": describe(), "text": options.data.name if options.data else "word_problems"}
         record |= {"rates": best, "runs": found, "curve": curve, "fit": fit}
