@@ -75,20 +75,20 @@ def test_a_compiled_round_has_one_of_a_few_depths_and_costs_of_its_own():
 
 
 def test_drafts_may_pay_where_they_would_if_all_rows_had_the_best_kind():
-    """Of an unknown kind 1.5 and 1.75 tokens are expected, and of the head 1.75 and 2.3125. A twentieth must be gained:
-    a token may take 10 / 1.05 = 9.52 ms."""
+    """Of an unknown kind 1.5 and 1.75 tokens are expected, and of the head 1.75 and 2.3125. A tenth must be gained: a
+    token may take 10 / 1.1 = 9.09 ms."""
 
     def pays(rounds, lookups=None, most=9, head=False) -> float:
         return DepthController(CostTable([1], [rounds], lookups and [lookups]), 4).may_save(1, most, head)
 
-    assert not pays([10.0], [10.0, 14.3, 16.7])
-    assert pays([10.0], [10.0, 14.2, 16.7]) == pytest.approx(10 - 14.2 / 1.5)
-    assert pays([10.0], [10.0, 14.2, 15.0]) == pytest.approx(10 - 15 / 1.75)
-    assert pays([10.0], [10.0, 14.3, 16.6])
-    assert not pays([10.0], [10.0, 14.3, 16.6], most=1)  # no room for two
-    assert pays([10.0, 16.6], head=True)
-    assert not pays([10.0, 16.7], head=True)
-    assert not pays([10.0, 16.6])
+    assert not pays([10.0], [10.0, 13.7, 16.0])
+    assert pays([10.0], [10.0, 13.6, 16.0]) == pytest.approx(10 - 13.6 / 1.5)
+    assert pays([10.0], [10.0, 13.6, 15.0]) == pytest.approx(10 - 15 / 1.75)
+    assert pays([10.0], [10.0, 13.7, 15.9])
+    assert not pays([10.0], [10.0, 13.7, 15.9], most=1)  # no room for two
+    assert pays([10.0, 15.9], head=True)
+    assert not pays([10.0, 16.0], head=True)
+    assert not pays([10.0, 15.9])
     controller = DepthController(CostTable([1], [[10.0]], [[10.0, 19.0]]), 4)
     assert not controller.may_save(1, 9, head=False)
     controller.observe(1000, [1000], ("siblings", 8))
@@ -117,16 +117,16 @@ def test_equal_speeds_pick_the_shallower_depth():
     assert pick(controller, 1, 9) == 1  # 1.75 / 1.4 and 2.3125 / 1.85 are 1.25
 
 
-def test_drafts_that_gain_less_than_a_twentieth_are_not_made():
+def test_drafts_that_gain_less_than_a_tenth_are_not_made():
     """1.75 tokens of the head and 1.5 that were looked up are expected of one draft."""
 
     def choice(head, looked_up):
         controller = DepthController(CostTable([1], [[1.0, head]], [[1.0, looked_up]]), 1)
         return controller.choose(1, 9, {("siblings", 1): 1}, head=True)
 
-    assert choice(1.66, 1.42) == (1, False, pytest.approx(1.5 / 1.42))  # 1.0563, and 1.0542 of the head
-    assert choice(1.66, 1.43) == (1, True, pytest.approx(1.75 / 1.66))
-    assert choice(1.67, 1.43) == (0, False, 1.0)  # 1.0479 and 1.0490
+    assert choice(1.59, 1.36) == (1, False, pytest.approx(1.5 / 1.36))  # 1.1029, and 1.1006 of the head
+    assert choice(1.59, 1.37) == (1, True, pytest.approx(1.75 / 1.59))
+    assert choice(1.60, 1.37) == (0, False, 1.0)  # 1.0938 and 1.0949
 
 
 def test_the_table_is_read_back_and_a_broken_one_is_named(tmp_path):
