@@ -32,6 +32,7 @@ from policies.policy import Policy
 from rewards.group_score import GroupScore, RewardFailed
 from rollout.compiled.rounds import FEW_ROWS
 from rollout.continued import Begun, go_on
+from rollout.depth import PROMPT_TOKENS
 from rollout.faults import OnFinished
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Pool
@@ -60,9 +61,10 @@ class Collector:
         self.sampling = replace(
             sampling, record_routing=config.learner.routing_replay, environment=environment_of(config)
         )
-        prompts = [task.prompt(example, policy.tokenizer) for example in task.train[:PROMPTS_READ]]
-        self.longest_prompt = max(len(prompt.token_ids) for prompt in prompts)  # as far as the first of them tell
-        if self.sampling.compiled:
+        self.longest_prompt = PROMPT_TOKENS
+        if self.sampling.compiled:  # graphs have as much room as the first prompts tell
+            prompts = [task.prompt(example, policy.tokenizer) for example in task.train[:PROMPTS_READ]]
+            self.longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
             run.log.event("graphs", compile=options.compile, planned_rounds=rounds)
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate
         self.alarms = Alarms(task.watched_rewards()) if run.config.log.alarms and run.ranks.first else None

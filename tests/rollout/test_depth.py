@@ -89,7 +89,7 @@ def test_drafts_may_pay_where_they_would_if_all_rows_had_the_best_kind():
     assert pays([10.0, 15.9], head=True)
     assert not pays([10.0, 16.0], head=True)
     assert not pays([10.0, 15.9])
-    controller = DepthController(CostTable([1], [[10.0]], [[10.0, 19.0]]), 4)
+    controller = DepthController(CostTable([1], [[10.0]], [[10.0, 18.0]]), 4)
     assert not controller.may_save(1, 9, head=False)
     controller.observe(1000, [1000], ("siblings", 8))
     assert controller.may_save(1, 9, head=False)
