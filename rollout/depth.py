@@ -22,9 +22,9 @@ from rollout.sampling import SamplingParams
 # Assumed of every depth before the first draft: ¾ of the head's are accepted, and half of what was looked up.
 PRIOR_ACCEPTED, PRIOR_LOOKED_UP, PRIOR_DRAFTED = 3.0, 2.0, 4.0
 MAX_DEPTH = 8
-SURE = 1.1  # drafts that are expected to gain less are not made: kernels like the sizes in the table more than others
+LEAST_GAIN = 1.1  # expected of drafts, else none are made: other numbers of rows cost more than those in the table
 GRAPH_DEPTHS = (0, 1, 3)  # of compiled rounds: each depth is a graph, which takes a minute to compile
-PROMPT_TOKENS = 96  # of the prompt behind which rounds are timed
+PROMPT_TOKENS = 96  # length of the prompt when rounds are timed
 
 Kind = tuple[str, int]  # a source of drafts, and how many tokens before them were looked up there: 0 for the head
 HEAD: Kind = ("head", 0)
@@ -203,7 +203,7 @@ class DepthController:
             return (most if head or found else 0), head and better < 1, math.inf
         others = 1 - sum(share for _, share in looked_up)
         plain = 1 / self.costs.milliseconds(rows, 0)
-        best = 0, False, SURE * plain
+        best = 0, False, LEAST_GAIN * plain
         for depth in range(1, most + 1):
             if found:
                 tokens = others + sum(share * tokens[depth] for tokens, share in looked_up)
@@ -229,7 +229,7 @@ class DepthController:
         depths = range(1, most + 1)
         drafted = (costs.milliseconds(rows, k, up) / best[k] for k in depths for up in (False, True))
         best_drafted = min(drafted, default=plain)
-        return plain - best_drafted if SURE * best_drafted < plain else 0.0
+        return plain - best_drafted if LEAST_GAIN * best_drafted < plain else 0.0
 
     def _of(self, kind: Kind) -> tuple[list[float], list[float]]:
         if kind not in self.reached:

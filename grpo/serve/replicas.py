@@ -1,4 +1,4 @@
-"""`quartet serve --replicas N` has Ray Serve start, scale and restart copies of the server behind one address."""
+"""`quartet serve --replicas N`: Ray Serve starts, scales and restarts copies of the server behind one address."""
 
 from __future__ import annotations
 
