@@ -33,9 +33,8 @@ PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16384, 1024
 class Decoding:
     """Decodes one shard: call `forward` until `done`, then take the `groups`.
 
-    A row whose logits are not finite is aborted. With `aborts=False` it goes on, which is for measuring time. With
-    `episodes` a row that ends a turn waits for its tools while the others are decoded. It keeps its place and its
-    cache, and goes on after what the tools wrote.
+    A row whose logits are not finite is aborted. With `aborts=False` it goes on, to measure time. With `episodes` a row
+    that ends a turn waits for its tools while the others are decoded, and goes on in its place after what they wrote.
     """
 
     def __init__(
@@ -94,7 +93,8 @@ class Decoding:
         return self.strings
 
     def groups(self) -> list[RolloutGroup]:
-        return self.results.groups(self.prompts, self.decoder.tokenizer, self.strings, self.decoder.version)
+        found = self.results.groups(self.prompts, self.decoder.tokenizer, self.strings, self.decoder.version)
+        return self.drafts.with_costs(found)
 
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
@@ -235,18 +235,20 @@ class Decoding:
         rounds = None if eager else self.rounds
         if rounds:
             depth = self._graph_depth(live)
-            if depth and self.drafter and not rounds.fits(live, depth):
-                self.drafter.read_ahead(live)
-            self._forward_by_graph(live, rounds, depth)
+            if depth and not rounds.fits(live, depth):
+                self.drafts.read_ahead(live)
+            drafted, kept = self._forward_by_graph(live, rounds, depth)
         else:
-            self._forward(live, empty)
+            drafted, kept = self._forward(live, empty)
+        self.drafts.add_cost(self.alive, drafted, kept, by_graph=rounds is not None)
+        self.cache.advance(kept)
         self._retire()
         self._refill()
 
     def _graph_depth(self, live: Rows) -> int:
         return self.drafts.of_graph(live)
 
-    def _forward(self, live: Rows, empty: int) -> None:
+    def _forward(self, live: Rows, empty: int) -> tuple[Drafted | None, Tensor]:
         drafted: Drafted | None
         if empty:
             noise, drafted = self._noise(live, empty + 1), Drafted.nothing(len(live.index), empty, self.device)
@@ -262,14 +264,14 @@ class Decoding:
         if self.params.record_routing:
             self.results.add_routing(live, self.trunk.routing(), depth + 1)
         self.results.add_forward(live, drafted)
-        self.cache.advance(self._settle(live, self.trunk.logits(hidden), hidden, drafted, noise))
+        return drafted, self._settle(live, self.trunk.logits(hidden), hidden, drafted, noise)
 
-    def _forward_by_graph(self, live: Rows, rounds: Rounds, depth: int) -> None:
+    def _forward_by_graph(self, live: Rows, rounds: Rounds, depth: int) -> tuple[Drafted | None, Tensor]:
         own = {"limit": self.limit(live), "temperature": self.temperature(live), "start": self.start(live)}
         found = rounds(live, self.cache, self.drafter, depth, **own)
         drafted = None if found.drafts is None else Drafted(found.drafts, head=True)
         self.results.add_forward(live, drafted)
-        self.cache.advance(self._take(live, found, drafted))
+        return drafted, self._take(live, found, drafted)
 
     def _plan(self, live: Rows) -> Plan:
         """What is drafted next: at most what the row with the most room can still use."""

@@ -87,7 +87,7 @@ class TrainingBatch:
     metrics: dict[str, float] = field(default_factory=dict)  # what was measured while it was prepared
     seconds: float = 0.0  # that the values took
     tokens_by_version: dict[int, int] = field(default_factory=dict)  # completion tokens that each version has sampled
-    tokens_per_forward: float | None = None  # of their decoding; None where nothing was decoded
+    draft_gain: float | None = None  # of their decoding; None where it is not known
 
     def age(self, version: int) -> float:
         """How many versions older than `version` the policy was that sampled a token, mean over tokens."""

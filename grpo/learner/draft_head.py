@@ -14,19 +14,19 @@ from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.mtp import Divergence, draft_loss
 from policies.policy import Policy
 
-PAYS = 1.02  # tokens a forward, from which on drafts are said to gain something
+PAYS = 1.1  # least gain of a step's rollouts that is worth what the head's learning takes
 
 
 def teaching(
-    policy: Policy, options: MTPOptions, rows: Sequence[PackedRow], step: int, tokens_per_forward: float | None = None
+    policy: Policy, options: MTPOptions, rows: Sequence[PackedRow], step: int, gain: float | None = None
 ) -> dict[int, float]:
     """The groups that the head learns from at this step, with the weight of each of their tokens.
 
-    Every `every` steps, from a share of the groups that is another one each time; every `idle_every` steps where the
-    rollouts that are learned from had so few tokens a forward that the head was of no use to them.
+    Every `every` steps, from a share of the groups that is another one each time; every `idle_every` steps where drafts
+    are known to have had little `gain` in the rollouts that are learned from.
     """
-    idle = tokens_per_forward is not None and tokens_per_forward < PAYS
-    every = max(options.every, options.idle_every or 1) if idle else options.every
+    idle = gain is not None and gain < PAYS
+    every = max(options.every, options.idle_every) if idle else options.every
     if policy.mtp is None or options.loss_weight == 0 or step % every:
         return {}
     stride, groups = round(1 / options.share), list(dict.fromkeys(row.group for row in rows))

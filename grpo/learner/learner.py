@@ -157,7 +157,7 @@ class Learner:
         self.importance_correction = importance_correction_of(self.loss.importance_correction, differs)
         if batch.all_tied and not (anchored and batch.rows):
             return metrics | {"learner/updates": 0.0, "time/learn": batch.seconds + time.perf_counter() - started}
-        taught, self.head_seconds = teaching(self.policy, self.mtp, batch.rows, step, batch.tokens_per_forward), 0.0
+        taught, self.head_seconds = teaching(self.policy, self.mtp, batch.rows, step, batch.draft_gain), 0.0
         rows = self._rows_that_count(batch.rows, anchored, taught)
         self.balancer.begin(rows)
         # The loss and its parts are summands over the whole step; everything else is a mean over the tokens read.

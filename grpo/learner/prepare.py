@@ -16,7 +16,7 @@ from grpo.config.loss import CorrectionMode, LossOptions, ValueOptions
 from grpo.learner.batch import MicroBatch, Sample, TrainingBatch, split_rows
 from grpo.learner.parallel import Ranks
 from grpo.learner.value import with_token_advantages
-from rollout.group import ENDED, RolloutGroup, tokens_per_forward
+from rollout.group import ENDED, RolloutGroup, draft_gain
 
 if TYPE_CHECKING:
     from rewards.scorer import GroupScore
@@ -99,7 +99,7 @@ def pack(
         tokens,
         int(tied_P.sum()),
         tokens_by_version=dict(versions),
-        tokens_per_forward=tokens_per_forward(completions),
+        draft_gain=draft_gain(completions),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo.algorithm.ties import tied
 from rewards.group_score import GroupScore, mean
-from rollout.group import Completion, RolloutGroup, tokens_per_forward
+from rollout.group import Completion, RolloutGroup, draft_gain, tokens_per_forward
 
 COUNTS = ("drafted", "accepted")
 
@@ -85,6 +85,8 @@ METRICS: dict[str, str] = {
     "they cost beside their making",
     "draft/empty_per_token": "places without a draft that the trunk read, since other rows had one / completion tokens",
     "draft/tokens_per_forward": "completion tokens after the first / decoding forwards of the trunk; 1 without drafts",
+    "draft/gain": "what the tokens cost without drafts / what their rounds cost, both by draft_costs.json; 1 without "
+    "drafts, absent where rollout.draft_tokens is a number",
     "rollout/tail": "forwards of a shard in which an eighth of its completions or fewer were still decoded, fraction, "
     "mean over the shards of the first draw",
     "draft/vocabulary_coverage": "sampled tokens that are in the trimmed draft vocabulary, fraction",
@@ -230,6 +232,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
         metrics[f"reward/metric/{name}"] = _mean(score.metrics[name] for score in scores if name in score.metrics)
     if forwards:
         metrics["draft/tokens_per_forward"] = tokens_per_forward(completions)
+        metrics["draft/gain"] = draft_gain(completions)
         metrics["draft/fallback_rate"] = sum(draft.fallbacks for draft in drafts) / forwards
     metrics |= _acceptance("draft", [vars(draft) for draft in drafts])
     by_source = [draft.by_source for draft in drafts] if any(draft.sources for draft in drafts) else []

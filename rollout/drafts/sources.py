@@ -14,7 +14,7 @@ from rollout.backends import Decoder
 from rollout.depth import GRAPH_DEPTHS, HEAD, DepthController, Kind, Patience
 from rollout.drafts.head import Drafter
 from rollout.drafts.lookup import Lookup
-from rollout.group import Prompt
+from rollout.group import Prompt, RolloutGroup
 from rollout.rows import Rows
 from rollout.sampling import Noise, SamplingParams
 
@@ -88,6 +88,7 @@ class Drafts:
         self.head = Drafter(decoder, params, self.room, longest, self.max_depth + 1) if has_head else None
         looks_up = params.looks_up and self.max_depth > 0
         self.lookup = Lookup(prompts, params, len(decoder.trunk.embedding)) if looks_up else None
+        self.cost = self.plain_cost = 0.0  # of all rounds, in milliseconds
 
     def keep(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
         """The first `kept_R` of these tokens were verified; `hidden_RSD` are the states that precede them."""
@@ -155,6 +156,7 @@ class Drafts:
         depth = plan.depth
         if plan.head and self.head:
             self.reading = Patience()  # it has missed nothing then
+            self._add_reading(self.head, live)
             tokens_RK, confident_RK = self.head.draft(live, depth, noise, temperature)
             drafted = Drafted(tokens_RK, confident_RK=confident_RK, head=True)
         else:
@@ -169,6 +171,32 @@ class Drafts:
             made = torch.tensor([len(drafts) for drafts in found], device=self.device)
             drafted.made_R = made_R.index_copy(0, places, made)
         return drafted
+
+    def read_ahead(self, live: Rows) -> None:
+        """The head reads what it has missed, without drafting."""
+        if self.head:
+            self._add_reading(self.head, live)
+            self.head.read_ahead(live)
+
+    def add_cost(self, alive: int, drafted: Drafted | None, kept_R: Tensor, by_graph: bool) -> None:
+        """Of a round in which the live rows got `kept_R` tokens."""
+        if costs := self.controller.costs:
+            depth, looked_up = (drafted.depth, not drafted.head) if drafted else (0, False)
+            self.cost += costs.milliseconds(alive, depth, looked_up, by_graph)
+            self.plain_cost += costs.milliseconds(alive, 0, by_graph=by_graph) * int(kept_R.sum()) / alive
+
+    def with_costs(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+        """The costs of all rounds are shared by the completions, by how many forwards each took part in."""
+        drafts = [completion.draft for group in groups for completion in group.completions]
+        forwards = max(sum(draft.target_forwards for draft in drafts), 1)
+        for draft in drafts:
+            share = draft.target_forwards / forwards
+            draft.cost, draft.plain_cost = round(self.cost * share, 3), round(self.plain_cost * share, 3)
+        return groups
+
+    def _add_reading(self, head: Drafter, live: Rows) -> None:
+        if costs := self.controller.costs:
+            self.cost += costs.reading * head.missed(live)
 
     def observe(self, live: Rows, alive: int, drafted: Drafted, accepted_R: Tensor) -> None:
         if self.fixed and self.lookup is None:

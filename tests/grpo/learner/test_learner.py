@@ -823,19 +823,18 @@ def test_the_head_learns_every_so_many_steps_from_another_share_of_the_groups(mi
 
 
 def test_the_head_rests_while_drafts_gain_nothing(micro_policy):
-    """By the tokens a forward of the rollouts that are learned from, which the record has."""
+    """By what drafts gained in the rollouts that are learned from, which the record has."""
     policy = micro_policy(0)
     learner = _learner(policy, mtp=1.0, idle_every=3)
     taught = {}
-    for tokens_of_a_forward in (1, 2):
+    for gain in (0.9, 1.09, 1.1, 2.0):
         groups = _groups(policy)
         for completion in (completion for group in groups for completion in group.completions):
-            completion.draft.target_forwards = (completion.num_sampled - 1) // tokens_of_a_forward
+            completion.draft.cost, completion.draft.plain_cost = 10.0, 10.0 * gain
         batch = learner.prepare(groups, _scores())
-        steps = range(1, 7)
-        taught[tokens_of_a_forward] = ["loss/mtp" in learner.step(batch, step) for step in steps]
-    assert taught == {1: [False, False, True, False, False, True], 2: [True] * 6}
-    assert learner.prepare(_groups(policy), _scores()).tokens_per_forward is None, "nothing was decoded"
+        taught[gain] = [step for step in range(1, 7) if "loss/mtp" in learner.step(batch, step)]
+    assert taught == {0.9: [3, 6], 1.09: [3, 6], 1.1: [1, 2, 3, 4, 5, 6], 2.0: [1, 2, 3, 4, 5, 6]}
+    assert learner.prepare(_groups(policy), _scores()).draft_gain is None, "depth was not chosen by costs"
     assert learner.step(learner.prepare(_groups(policy), _scores()), 1)["time/draft_head"] > 0
 
 

@@ -68,7 +68,10 @@ def test_plain_decoding_is_one_token_per_forward_and_has_no_acceptance():
     assert metrics["draft/tokens_per_forward"] == 1
     assert metrics["reward/abstained"] == metrics["group/tied"] == 1
     assert not {"reward/mean", "reward/std"} & metrics.keys()
-    assert not [name for name in metrics if "depth" in name]
+    assert not [name for name in metrics if "depth" in name or "gain" in name]
+    group.completions[0].draft.cost, group.completions[0].draft.plain_cost = 20.0, 25.0
+    group.completions[1].draft.cost, group.completions[1].draft.plain_cost = 20.0, 35.0
+    assert rollout_metrics([group], [_score([None, None])])["draft/gain"] == 1.5
 
 
 def test_the_drafts_of_each_source_by_hand():

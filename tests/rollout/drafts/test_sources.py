@@ -1,0 +1,60 @@
+"""What drafts gain, by the table of costs: rounds counted by hand."""
+
+import doctest
+from dataclasses import replace
+
+import pytest
+from engine_cases import PARAMS, completions, prompts_of, taught
+
+from policies.policy import Policy
+from rollout import group
+from rollout.depth import CostTable
+from rollout.engine import Engine
+from rollout.group import draft_gain
+
+FREE = replace(PARAMS, group_size=1, draft_tokens=None, max_completion_tokens=20, stop_token_ids=())
+
+
+@pytest.fixture(scope="module")
+def policy(random_policy) -> Policy:
+    return taught(random_policy(11, attention_bias=True), 0.8, steps=25)
+
+
+def test_docstring_examples():
+    assert doctest.testmod(group).failed == 0
+
+
+def test_the_gain_is_what_tokens_cost_without_drafts_over_what_their_rounds_cost(policy):
+    """A round of one row takes 10 ms, and 12 with a draft. First the head reads 12 tokens, .25 ms each."""
+    costs = CostTable(rows=[1], rounds=[[10.0, 12.0]], reading=0.25)
+    (one,) = completions(Engine(policy, costs=costs).sample(prompts_of(12), replace(FREE, temperature=0.0)))
+    draft, drafted = one.draft, one.draft.drafted[0]
+    assert 3 < drafted < draft.target_forwards < 19  # some drafts were accepted
+    assert draft.cost == pytest.approx(12 * drafted + 10 * (draft.target_forwards - drafted) + 12 * 0.25)
+    assert draft.plain_cost == pytest.approx(10 * 19)
+    assert draft_gain([one]) == draft.plain_cost / draft.cost
+
+
+def test_rounds_without_drafts_gain_nothing_and_lose_nothing(policy):
+    dear = CostTable(rows=[1, 4], rounds=[[10.0, 30.0], [16.0, 60.0]])
+    found = completions(Engine(policy, costs=dear).sample(prompts_of(12, 5), replace(FREE, group_size=2)))
+    assert sum(draft.cost for draft in (one.draft for one in found)) == pytest.approx(19 * 16, abs=0.01)
+    assert draft_gain(found) == 1
+    fixed = completions(Engine(policy).sample(prompts_of(12), replace(FREE, draft_tokens=1)))
+    assert draft_gain(fixed) is None
+
+
+def test_looked_up_drafts_cost_only_their_verification_and_are_shared_by_rows(policy):
+    """Greedy siblings write the same, so that each draft is accepted: two rows get four tokens in 11 ms."""
+    costs = CostTable(rows=[1], rounds=[[10.0]], lookups=[[10.0, 11.0]])
+    prompt = prompts_of(12)[0]
+    prompt = replace(
+        prompt, history=[completions(Engine(policy).sample([prompt], replace(FREE, temperature=0.0)))[0].token_ids]
+    )
+    params = replace(FREE, temperature=0.0, group_size=2, draft_sources=("history",))
+    found = completions(Engine(policy, costs=costs).sample([prompt], params))
+    rounds = found[0].draft.target_forwards
+    drafted = found[0].draft.drafted[0]
+    assert rounds < 15
+    assert [one.draft.cost for one in found] == [pytest.approx((11 * drafted + 10 * (rounds - drafted)) / 2)] * 2
+    assert draft_gain(found) == pytest.approx(10 * 19 / (11 * drafted + 10 * (rounds - drafted)), abs=1e-4)
