@@ -119,9 +119,10 @@ class MTPOptions(Options):
     """Weight of the draft loss; 0 leaves the head as it is."""
     every: int = Field(default=1, ge=1)
     """Train the head in every n-th step."""
-    idle_every: int = Field(default=10, ge=1)
-    """Train it only in every n-th step while drafts gain less than a tenth in the rollouts (`draft/gain`); 1: always.
-    The gain follows from draft_costs.json: runs that measured other costs may train their heads in other steps."""
+    idle_every: int | None = Field(default=10, ge=1)
+    """Train it only in every n-th step while drafts gain less than a tenth in the rollouts (`draft/gain`), null for
+    `every`. The gain follows from draft_costs.json: runs that measured other costs may train their heads in other
+    steps."""
     share: float = Field(default=1.0, gt=0, le=1)
     """Share of a step's groups that the head learns from, other groups in every step; the cost shrinks with it."""
     depth: int = Field(default=4, ge=1)

@@ -26,7 +26,7 @@ def teaching(
     are known to have had little `gain` in the rollouts that are learned from.
     """
     idle = gain is not None and gain < PAYS
-    every = max(options.every, options.idle_every) if idle else options.every
+    every = max(options.every, options.idle_every or 1) if idle else options.every
     if policy.mtp is None or options.loss_weight == 0 or step % every:
         return {}
     stride, groups = round(1 / options.share), list(dict.fromkeys(row.group for row in rows))
