@@ -22,7 +22,7 @@ from rollout.sampling import SamplingParams
 # Assumed of every depth before the first draft: ¾ of the head's are accepted, and half of what was looked up.
 PRIOR_ACCEPTED, PRIOR_LOOKED_UP, PRIOR_DRAFTED = 3.0, 2.0, 4.0
 MAX_DEPTH = 8
-LEAST_GAIN = 1.1  # expected of drafts, else none are made: other numbers of rows cost more than those in the table
+LEAST_GAIN = 1.2  # expected of drafts, else none are made: measured costs are a tenth off, and beginning costs more
 GRAPH_DEPTHS = (0, 1, 3)  # of compiled rounds: each depth is a graph, which takes a minute to compile
 PROMPT_TOKENS = 96  # length of the prompt when rounds are timed
 
@@ -193,7 +193,7 @@ class DepthController:
         without costs. `found`: how many of the rows can look up a draft, by its kind. `head`: whether there is one.
 
         Where the head drafts too, a row takes the drafts of which more are expected to be accepted. Nothing is drafted
-        where that is expected to gain less than a tenth. Of two equal speeds that of fewer drafts is chosen.
+        where that is expected to gain less than a fifth. Of two equal speeds that of fewer drafts is chosen.
         """
         most = min(self.max_depth, most)
         by_head = self.tokens(HEAD, most) if head else [1.0] * (most + 1)

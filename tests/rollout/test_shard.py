@@ -119,13 +119,13 @@ def test_contract_3_any_sequence_of_depths_gives_the_same_tokens(policy, plain, 
 
 
 def test_the_head_begins_once_the_time_lost_without_it_is_what_reading_takes(policy, monkeypatch):
-    """One row, a prompt of 12 tokens, 1 ms to read each. A round of one draft takes 12 ms instead of 10 for 1.75 tokens
-    instead of 1, so 22/7 ms a token are lost: 12 ms after four rounds."""
+    """One row, a prompt of 12 tokens, 1 ms to read each. A round of one draft takes 11 ms instead of 10 for 1.75 tokens
+    instead of 1, so 26/7 ms a token are lost: 12 ms after four rounds."""
     depths, draft = [], Drafts.draft
     monkeypatch.setattr(
         Drafts, "draft", lambda self, rows, plan, *rest: depths.append(plan) or draft(self, rows, plan, *rest)
     )
-    costs = CostTable(rows=[1], rounds=[[10.0, 12.0]], reading=1.0)
+    costs = CostTable(rows=[1], rounds=[[10.0, 11.0]], reading=1.0)
     params = replace(PARAMS, group_size=1, draft_tokens=None, stop_token_ids=())
     engine = Engine(policy, costs=costs)
     found = tokens(engine.sample(prompts_of(12), params))

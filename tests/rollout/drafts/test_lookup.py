@@ -167,11 +167,11 @@ def test_a_counted_choice_is_the_trunks_where_the_counts_are_its_distribution(vo
 
 def test_depth_and_source_are_chosen_by_hand():
     """Two rows. The head is believed to be right in 3 of 4 cases, what is looked up in 2 of 4."""
-    costs = CostTable(rows=[2], rounds=[[10.0, 14.0, 18.0]], lookups=[[10.0, 10.5, 11.0]])
+    costs = CostTable(rows=[2], rounds=[[10.0, 14.0, 18.0]], lookups=[[10.0, 10.3, 11.0]])
     long = ("siblings", 4)
     controller = DepthController(costs, 2)
     # Tokens a row: looked up 1 + .5/2 = 1.25 and 1 + .75/2 = 1.375; by the head 1.75 and 2.3125.
-    # A millisecond: .1 without; looked up .1190, .1250; with the head .1250 and .1285.
+    # A millisecond: .1 without; looked up .1214, .1250; with the head .1250 and .1285.
     assert controller.choose(2, 9, {long: 1}, head=True)[:2] == (2, True)
     assert controller.choose(2, 1, {long: 1}, head=False)[:2] == (1, False)
     assert controller.choose(2, 9, {long: 2}, head=True)[:2] == (2, False)  # 1.75 / 11 = .159
