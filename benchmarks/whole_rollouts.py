@@ -36,7 +36,7 @@ from grpo.run.hardware import describe  # noqa: E402
 from grpo.run.records import read_rollouts, recorded_steps  # noqa: E402
 from rollout.depth import Workload  # noqa: E402
 from rollout.engine import Engine  # noqa: E402
-from rollout.group import Completion, Prompt, RolloutGroup, shards, tokens_per_forward  # noqa: E402
+from rollout.group import Completion, Prompt, RolloutGroup, draft_gain, shards, tokens_per_forward  # noqa: E402
 from rollout.sampling import DraftSource, SamplingParams  # noqa: E402
 from rollout.shard import Decoding  # noqa: E402
 
@@ -177,7 +177,8 @@ def main() -> None:
                 {name: sampled[name].rounds(engine, parts, 1_000_000 + repeat) for name in names[turn:] + names[:turn]}
             )
             print(", ".join(f"{name} {one.seconds[-1]:.1f} s" for name, one in sampled.items()), flush=True)
-    lines: list[list[object]] = [["drafts", "seconds", "gain", "tokens a forward", "accepted by depth, of each source"]]
+    heading = ["drafts", "seconds", "gain", "by costs", "tokens a forward", "accepted by depth, of each source"]
+    lines: list[list[object]] = [heading]
     record: dict[str, dict[str, Any]] = {}
     none = sampled["none"]
     for name, one in sampled.items():
@@ -186,6 +187,7 @@ def main() -> None:
         record[name] = {
             "seconds": one.seconds,
             "gain": median(a / b for a, b in zip(none.seconds, one.seconds, strict=True)),
+            "gain_by_costs": draft_gain(completions),  # None with a fixed number of drafts: of none
             "tokens": sum(map(len, one.token_ids)),
             "same_tokens": one.token_ids == none.token_ids,
             "tokens_per_forward": tokens_per_forward(completions),
@@ -194,8 +196,8 @@ def main() -> None:
             "tokens_a_second_by_rows": one.speeds(),
         }
         shares = "; ".join(f"{s} " + " ".join(f"{x:.2f}" for x in a) for s, a in acceptance.items())
-        gain, tokens = record[name]["gain"], record[name]["tokens_per_forward"]
-        lines.append([name, f"{median(one.seconds):.1f}", f"{gain:.2f}", f"{tokens:.2f}", shares])
+        gains = [record[name]["gain"], record[name]["gain_by_costs"] or 1.0, record[name]["tokens_per_forward"]]
+        lines.append([name, f"{median(one.seconds):.1f}", *(f"{gain:.2f}" for gain in gains), shares])
     print(shown(lines))
     lengths = [len(ids) for ids in none.token_ids]
     print(f"{len(prompts)} prompts x {given.group_size}, {sum(lengths) / len(lengths):.0f} tokens each")
