@@ -36,7 +36,16 @@ from grpo.run.hardware import describe  # noqa: E402
 from grpo.run.records import read_rollouts, recorded_steps  # noqa: E402
 from rollout.depth import Workload  # noqa: E402
 from rollout.engine import Engine  # noqa: E402
-from rollout.group import Completion, Prompt, RolloutGroup, draft_gain, shards, tokens_per_forward  # noqa: E402
+from rollout.group import (  # noqa: E402
+    Completion,
+    DraftStats,
+    Prompt,
+    RolloutGroup,
+    draft_gain,
+    head_accepted,
+    shards,
+    tokens_per_forward,
+)
 from rollout.sampling import DraftSource, SamplingParams  # noqa: E402
 from rollout.shard import Decoding  # noqa: E402
 
@@ -62,6 +71,12 @@ def recorded(folder: Path, tokenizer: Any, history: bool) -> list[Prompt]:
         texts[row["prompt_id"]] = row["prompt"]
     ids = {name: tokenizer.encode(text, add_special_tokens=False) for name, text in texts.items()}
     return [Prompt(name, "", ids[name], history=of if history else []) for name, of in got.items()]
+
+
+def accepted_before(folder: Path) -> tuple[float, ...]:
+    """What the next step of the run would expect of the head's drafts."""
+    last = read_rollouts(folder, recorded_steps(folder)[-1])
+    return head_accepted(Completion([], [], "", "stop", 0, draft=DraftStats(**row["draft"])) for row in last)
 
 
 @dataclass
@@ -162,6 +177,7 @@ def main() -> None:
     params = SamplingParams(
         given.group_size, given.temperature, given.max_completion_tokens, tuple(policy.stop_token_ids), seed=config.seed
     )
+    params = replace(params, head_accepted=() if args.first else accepted_before(args.run))
     looks_up = replace(params, draft_sources=("head", "siblings"))
     engine.measure_costs(Workload.of(looks_up, given.prompts_per_shard * given.group_size))
     wanted = choices(policy.mtp is not None, not args.first)

@@ -34,7 +34,7 @@ from rollout.compiled.rounds import FEW_ROWS
 from rollout.continued import Begun, go_on
 from rollout.depth import PROMPT_TOKENS
 from rollout.faults import OnFinished
-from rollout.group import Prompt, RolloutGroup
+from rollout.group import Prompt, RolloutGroup, head_accepted
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams
 
@@ -46,7 +46,8 @@ PROMPTS_READ = 256  # whose lengths say how long sequences become
 class Collector:
     """Draws the groups of each step, and keeps the record of them. Its state is the curriculum; `later`, the pass rates
     of steps that were sampled ahead, which the curriculum learns only when it is their turn (contract 12); `begun`, the
-    groups that go on in the next step; and the steps of `history`, if drafts come from it."""
+    groups that go on in the next step; the steps of `history`, if drafts come from it; and `head_accepted`, what became
+    of the head's drafts in the last step."""
 
     def __init__(self, run: Run[TrainConfig], task: Task, curriculum: Curriculum, pool: Pool, policy: Policy) -> None:
         self.run, self.task, self.curriculum, self.pool = run, task, curriculum, pool
@@ -69,6 +70,7 @@ class Collector:
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate
         self.alarms = Alarms(task.watched_rewards()) if run.config.log.alarms and run.ranks.first else None
         self.begun: list[Begun] = []
+        self.head_accepted: tuple[float, ...] = ()
         missing = partial(self._no_history, run.log)
         looked_up = "history" in self.rollout.draft_sources and self.sampling.draft_tokens != 0
         self.history = History(run.folder, self.rollout.ahead, missing) if looked_up else None
@@ -117,6 +119,8 @@ class Collector:
 
         with Progress(disable=True) if quiet else self.run.log.progress() as progress:
             drawn = draw_groups(take(self.prompts_per_step), options.refill_draws, sample, replacements)
+        if self.rollout.partial is None:  # groups that go on keep the parameters with which they began
+            self.head_accepted = head_accepted(c for group in drawn.all_groups for c in group.completions)
         if self.history:
             self.history.sampled(step, (group.prompt.prompt_id for group in drawn.groups))
         for failure in (failure for score in drawn.all_scores for failure in score.errors):
@@ -154,10 +158,11 @@ class Collector:
 
     def snapshot(self) -> Any:
         """For `put_back`, which undoes what was collected since."""
-        return self.curriculum.state_dict(), self.later, self.begun, self.history and self.history.steps
+        history = self.history and self.history.steps
+        return self.curriculum.state_dict(), self.later, self.begun, self.head_accepted, history
 
     def put_back(self, before: Any) -> None:
-        curriculum, self.later, self.begun, steps = before
+        curriculum, self.later, self.begun, self.head_accepted, steps = before
         self.curriculum.load_state_dict(curriculum)
         if self.history:
             self.history.steps = steps
@@ -172,6 +177,8 @@ class Collector:
                 {"step": begun.params.step, "draw": begun.params.draw, "group": plain(begun.group)}
                 for begun in self.begun
             ]
+        if self.head_accepted:
+            state["head_accepted"] = list(self.head_accepted)
         if self.history:
             state["history"] = self.history.steps
         return state
@@ -183,6 +190,7 @@ class Collector:
             Begun(self._params(found["step"]).at(found["step"], found["draw"]), group_of(found["group"], self.prompt))
             for found in state.get("begun", [])
         ]
+        self.head_accepted = tuple(state.get("head_accepted", ()))
         if self.history:
             self.history.steps = dict(state.get("history", {}))
 
@@ -263,7 +271,8 @@ class Collector:
         limit = completion_tokens(self.curriculum.options, self.sampling.max_completion_tokens, step)
         if depth < self.deepest:
             drafts = depth if drafts is None else min(drafts, depth)
-        return replace(self.sampling, max_completion_tokens=limit, draft_tokens=drafts)
+        params = replace(self.sampling, max_completion_tokens=limit, draft_tokens=drafts)
+        return replace(params, head_accepted=self.head_accepted)
 
     def _pass_rate(self, score: GroupScore) -> float | None:
         """Share with full marks of a group's completions that have a mark; None where none of them has one.

@@ -19,7 +19,8 @@ from pathlib import Path
 from policies.files.atomic import write_file
 from rollout.sampling import SamplingParams
 
-# Assumed of every depth before the first draft: ¾ of the head's are accepted, and half of what was looked up.
+# Assumed of every depth before the first draft: ¾ of the head's are accepted, if nothing better is known, and half of
+# what was looked up.
 PRIOR_ACCEPTED, PRIOR_LOOKED_UP, PRIOR_DRAFTED = 3.0, 2.0, 4.0
 MAX_DEPTH = 8
 LEAST_GAIN = 1.2  # expected of drafts, else none are made: measured costs are a tenth off, and beginning costs more
@@ -149,11 +150,13 @@ class Patience:
 class DepthController:
     """Chooses the depth for one shard, from the costs and from what share of the shard's own drafts was accepted.
 
-    Without `costs` the depth is always `max_depth`, as far as there is something to draft.
+    Without `costs` the depth is always `max_depth`, as far as there is something to draft. `head_accepted`: what share
+    of the head's drafts is believed to be accepted at each depth, before the shard has any.
     """
 
-    def __init__(self, costs: CostTable | None, max_depth: int) -> None:
+    def __init__(self, costs: CostTable | None, max_depth: int, head_accepted: Sequence[float] = ()) -> None:
         self.costs, self.max_depth = costs, min(max_depth, costs.max_depth) if costs else max_depth
+        self.head_accepted = head_accepted
         self.reached: dict[Kind, list[float]] = {}
         self.accepted: dict[Kind, list[float]] = {}
         self.known_speeds: dict[int, dict[int, float]] = {}  # of graphs, by rows, until something is observed
@@ -235,5 +238,6 @@ class DepthController:
         if kind not in self.reached:
             prior = PRIOR_ACCEPTED if kind == HEAD else PRIOR_LOOKED_UP
             self.reached[kind] = [PRIOR_DRAFTED] * self.max_depth
-            self.accepted[kind] = [prior] * self.max_depth
+            known = [share * PRIOR_DRAFTED for share in self.head_accepted[: self.max_depth]] if kind == HEAD else []
+            self.accepted[kind] = known + [prior] * (self.max_depth - len(known))
         return self.reached[kind], self.accepted[kind]

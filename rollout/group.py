@@ -254,6 +254,27 @@ def draft_gain(completions: Iterable[Completion]) -> float | None:
     return sum(draft.plain_cost for draft in drafts) / cost if cost else None
 
 
+def head_accepted(completions: Iterable[Completion]) -> tuple[float, ...]:
+    """By depth, what share of the head's drafts was accepted where all before them were: what the next rollouts may
+    expect. Empty where the head has drafted nothing.
+
+    >>> one = Completion([5, 6], [-0.1, -0.2], "", "stop", 0, draft=DraftStats(9, drafted=[8, 4], accepted=[6, 2]))
+    >>> head_accepted([one])  # 6/8, and (2/4) / (6/8)
+    (0.75, 0.6667)
+    """
+    made, taken = list[int](), list[int]()
+    for completion in completions:
+        head = completion.draft.by_source.get("head", {})
+        made, taken = _sums(made, head.get("drafted", [])), _sums(taken, head.get("accepted", []))
+    shares, before = list[float](), 1.0
+    for drafted, accepted in zip(made, taken, strict=True):
+        if not drafted or not before:
+            break
+        shares.append(round(min(accepted / drafted / before, 1.0), 4))
+        before = accepted / drafted
+    return tuple(shares)
+
+
 @dataclass
 class RolloutGroup:
     """The G completions of one prompt by sample index. `prompt_routing` [Lp, MoE layers, k]: the prompt's experts."""

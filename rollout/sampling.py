@@ -57,7 +57,7 @@ class SamplingParams:
     learner that replays them. `stop_strings` end a completion with the token that completes one of them, and its text
     before the string. They are never used in training, where the text is that of the tokens. With an `environment` a
     completion is an episode of several turns, and `max_completion_tokens` limits all that is sampled and written in it.
-    With `compiled` few rows are decoded by graphs (see rollout/compiled), on which no token depends.
+    No token depends on `compiled`, by which graphs decode few rows, and on `head_accepted` (see rollout/group.py).
     """
 
     group_size: int = 8
@@ -76,6 +76,7 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
     environment: EnvironmentSpec | None = None
     compiled: bool = False
+    head_accepted: tuple[float, ...] = ()
 
     @property
     def looks_up(self) -> bool:

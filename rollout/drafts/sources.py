@@ -81,7 +81,7 @@ class Drafts:
             self.max_depth = min(costs.max_depth, GRAPH_DEPTHS[-1]) if params.compiled else costs.max_depth
         self.fixed = params.draft_tokens is not None
         self.reading, self.counting = Patience(), Patience()  # what the head has missed, and texts
-        self.controller = DepthController(None if self.fixed else costs, self.max_depth)
+        self.controller = DepthController(None if self.fixed else costs, self.max_depth, params.head_accepted)
         # A forward writes k + 1 tokens after a row's end; only those that the row keeps are counted.
         self.room = params.max_completion_tokens + self.max_depth + 1
         has_head = has_head and self.max_depth > 0

@@ -50,6 +50,18 @@ def test_the_depth_with_the_most_expected_tokens_a_millisecond_is_picked():
     assert pick(controller, 1, 0) == 0
 
 
+def test_what_earlier_steps_have_shown_is_believed_at_first():
+    """1.5 and 1.6 tokens in 12 and 14 ms, .1 without drafts; 1.1 tokens are too few."""
+    assert DepthController(TABLE, 4, (0.5, 0.2)).tokens(HEAD, 2) == pytest.approx([1, 1.5, 1.6])
+    assert DepthController(TABLE, 4, (0.5,)).tokens(HEAD, 2) == pytest.approx([1, 1.5, 1.875])  # ¾ at depth 2
+    assert pick(DepthController(TABLE, 4, (0.5, 0.2)), 1, 9) == 1
+    assert pick(DepthController(TABLE, 4, (0.1,)), 1, 9) == 0
+    controller = DepthController(TABLE, 1, (0.5, 0.2))
+    assert controller.tokens(("siblings", 2), 1) == [1, 1.5]
+    controller.observe(8, [1])
+    assert controller.tokens(HEAD, 1) == [1, 1.25]  # (.5 · 4 + 1) of (4 + 8)
+
+
 def test_what_the_drafts_have_shown_changes_the_depth():
     controller = DepthController(TABLE, 4)
     controller.observe(100, [90, 20])  # depth 2 is accepted in (3 + 20) of (4 + 90) cases after depth 1
