@@ -59,6 +59,7 @@ class PackedRow:
     samples: Sequence[Sample]
     prompt_routing: Tensor | None = None  # [Lp, MoE layers, k]
     group: int = 0  # its place in the step; a group that is cut into several rows has it in all of them
+    learns: bool = True  # False: the draft head alone learns from it, so that the trunk needs no gradient
 
     @property
     def length(self) -> int:
@@ -112,6 +113,11 @@ class MicroBatch:
     rows: Sequence[PackedRow]
     routing: Tensor | None = None  # [B, T, MoE layers, k] the experts that the sampler chose, -1 where it did not say
     counts: bool = True  # False: it only keeps other ranks company, which have one micro-batch more
+
+    @property
+    def learns(self) -> bool:
+        """Whether the policy learns from it; if not, the draft head does."""
+        return any(row.learns for row in self.rows)
 
     @property
     def samples(self) -> list[Sample]:
@@ -189,12 +195,14 @@ def micro_batches(rows: Sequence[PackedRow], max_tokens: int, device: torch.devi
 
 
 def cut(rows: Sequence[PackedRow], max_tokens: int) -> Iterator[Sequence[PackedRow]]:
-    """The rows of each micro-batch."""
-    ordered = sorted(rows, key=lambda row: row.length)
+    """The rows of each micro-batch; last come those from which the draft head alone learns."""
+    ordered = sorted(rows, key=lambda row: (not row.learns, row.length))
     start = 0
     while start < len(ordered):
         end = start + 1
         while end < len(ordered) and ordered[end].length * (end + 1 - start) <= max_tokens:
+            if ordered[end].learns != ordered[start].learns:
+                break
             end += 1
         yield ordered[start:end]
         start = end

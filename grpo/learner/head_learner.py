@@ -21,7 +21,7 @@ from torch import Tensor
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.mtp import HeadOptions
 from grpo.learner import state as learner_state
-from grpo.learner.batch import PackedRow
+from grpo.learner.batch import PackedRow, micro_batches
 from grpo.learner.learner import Learner
 from grpo.learner.lessons import Lesson, noise_keys
 from policies.logprobs import CHUNK_ELEMENTS
@@ -85,7 +85,7 @@ class HeadLearner(Learner):
         """One forward of the trunk over rows; those of `groups` that `params` sampled know their noise."""
         return [
             Lesson.of(mini, self.likelihood.preceding(mini), noise_keys(mini, groups, params) if params else None)
-            for mini in self._micro_batches(rows)
+            for mini in micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device)
         ]
 
     @torch.no_grad()

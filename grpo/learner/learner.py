@@ -172,6 +172,7 @@ class Learner:
             logprobs, threshold = self._look_ahead(minis, update)
             old = old or logprobs  # of the policy that sampled, for every update
             for i, mini in enumerate(minis):
+                began = time.perf_counter()
                 own_sums = Counter[str]()
                 with self.likelihood.replaying(mini):
                     out = self.likelihood.forward(mini)
@@ -181,9 +182,10 @@ class Learner:
                     loss = loss + out.balance
                     own_sums["loss/total"] += loss.item()
                     loss = loss + self._value_loss(mini, out, batch, own_sums)
-                    if update == 0:
-                        loss = loss + self._head_loss(mini, out, taught, own_sums)
-                    self.update.backward(loss * mini.counts, step, self.ranks)
+                    loss = loss + self._head_loss(mini, out, taught if update == 0 else {}, own_sums)
+                    if mini.learns or update == 0:
+                        self.update.backward(loss * mini.counts, step, self.ranks)
+                self.head_seconds += 0.0 if mini.learns else time.perf_counter() - began
                 if mini.counts:
                     if update == 0:
                         self._remember(mini, out.logprobs)
@@ -198,8 +200,8 @@ class Learner:
         metrics["policy/step_kl"] = self.likelihood.moved(rows, self._scored)
         self.balancer.sum_over(self.ranks)
         metrics |= self.balancer.end()
-        metrics["learner/updates"] = float(self.options.updates_per_batch)
         metrics |= {"time/draft_head": self.head_seconds} if taught else {}
+        metrics["learner/updates"] = float(self.options.updates_per_batch)
         return metrics | {"time/learn": batch.seconds + time.perf_counter() - started}
 
     def _remember(self, mini: MicroBatch, logprobs_CL: Tensor) -> None:
@@ -209,10 +211,12 @@ class Learner:
     def _rows_that_count(
         self, rows: Sequence[PackedRow], anchored: bool, taught: Mapping[int, float]
     ) -> list[PackedRow]:
-        """A tied group's loss is exactly zero: unless something else needs its forward, it is spared."""
+        """A tied group's loss is zero: it is spared if nothing needs it, or its gradient where it teaches the head."""
         needed = anchored or self.value_head is not None or self.loss.top_entropy_quantile < 1
         needed |= own.aggregate_of(self.loss.loss_type) == "bnpo"  # which counts the tokens of its micro-batch
-        return [row for row in rows if needed or not row.tied or row.group in taught]
+        spares = not needed and self.ranks.readers == 1  # several go through the same layers together
+        rows = [row for row in rows if needed or not row.tied or row.group in taught]
+        return [replace(row, learns=False) if spares and row.tied else row for row in rows]
 
     def sft_step(self, rows: Sequence[PackedRow], step: int) -> dict[str, float]:
         """One supervised step: mean −log π over the solutions' tokens, the MTP head beside it."""
@@ -238,15 +242,12 @@ class Learner:
         metrics, norms = self.update.make(step, self.ranks, modules)
         return metrics if self.value_head is None else metrics | {"value/grad_norm": norms[-1]}
 
-    def _micro_batches(self, rows: Sequence[PackedRow]) -> Iterator[MicroBatch]:
-        return micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device)
-
     def _shared(self, rows: Sequence[PackedRow]) -> Iterator[MicroBatch]:
         """The micro-batches of this rank. All ranks gather weights together, so one that has fewer than another gets
         some that count nothing."""
         most, ranks = self.options.tokens_per_micro_batch, self.ranks
         numbers = [sum(1 for _ in cut(ranks.share(rows, reader), most)) for reader in range(ranks.readers)]
-        yield from self._micro_batches(ranks.share(rows))
+        yield from micro_batches(ranks.share(rows), most, self.policy.device)
         for _ in range(max(numbers) - numbers[ranks.reader]):
             shortest = min(rows, key=lambda row: row.length)
             yield replace(collate([shortest], self.policy.device), counts=False)
@@ -321,7 +322,7 @@ class Learner:
         if loss is None:
             return out.preceding.new_zeros(())
         sums["loss/mtp_tv" if self.mtp.tv else "loss/mtp"] += loss.item()
-        self.head_seconds += time.perf_counter() - began
+        self.head_seconds += (time.perf_counter() - began) * mini.learns
         return loss
 
     def set_draft_depth(self, depth: int) -> None:

@@ -40,21 +40,22 @@ class Likelihood:
         self.temperature, self.entropy_grad = temperature, entropy_grad
 
     def forward(self, mini: MicroBatch, policy: Policy | None = None) -> Forward:
-        policy = policy or self.policy
-        with self.balancer.recording(policy) as routing:
-            preceding = self.preceding(mini, policy)
+        policy, learning = policy or self.policy, torch.is_grad_enabled()
+        with torch.set_grad_enabled(learning and mini.learns):
+            with self.balancer.recording(policy) as routing:
+                preceding = self.preceding(mini, policy)
+            lm_head = policy.lm_head
+            logprobs, entropy = logprobs_from_hidden(
+                preceding[mini.scored],
+                lm_head,
+                mini.token_ids[mini.scored],
+                self.temperature,
+                chunk=max(1, CHUNK_ELEMENTS // lm_head.shape[0]),
+                entropy_grad=self.entropy_grad,
+            )
         balance = preceding.new_zeros(())
-        if torch.is_grad_enabled() and mini.counts:  # not for old and reference log-probabilities
+        if learning and mini.counts:  # not for old and reference log-probabilities
             balance = self.balancer.observe(routing, mini)
-        lm_head = policy.lm_head
-        logprobs, entropy = logprobs_from_hidden(
-            preceding[mini.scored],
-            lm_head,
-            mini.token_ids[mini.scored],
-            self.temperature,
-            chunk=max(1, CHUNK_ELEMENTS // lm_head.shape[0]),
-            entropy_grad=self.entropy_grad,
-        )
         return Forward(mini.by_completion(logprobs), mini.by_completion(entropy), preceding, balance)
 
     def preceding(self, mini: MicroBatch, policy: Policy | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions, ParallelOptions
 from grpo.config.loss import LossOptions
+from grpo.learner.batch import collate
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, join
 from policies.policy import Policy
@@ -101,7 +102,7 @@ def exchanged(folder: Path, case: dict, ranks) -> dict[str, float]:
     learner = learner_of(folder, case, ranks)
     config = learner.policy.config
     groups, scores = groups_of(1, 1, config.n_routed_experts)
-    [mini] = learner._micro_batches(learner.prepare(groups, scores).rows[:1])
+    mini = collate(learner.prepare(groups, scores).rows[:1], learner.policy.device)
     with Exchanged() as seen:
         learner.likelihood.preceding(mini).sum().backward()
     width, dense = config.hidden_size, config.first_k_dense_replace

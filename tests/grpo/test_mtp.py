@@ -16,7 +16,7 @@ from grpo.cli import main
 from grpo.commands.summary import mtp_dry_run
 from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
 from grpo.config.options import load
-from grpo.learner.batch import PackedRow, Sample
+from grpo.learner.batch import PackedRow, Sample, micro_batches
 from grpo.learner.head_learner import HeadLearner
 from grpo.learner.learner import Learner
 from grpo.learner.lessons import KINDS, Corpus
@@ -474,7 +474,7 @@ def test_grpo_and_this_command_teach_the_head_the_same_loss(random_policy, trims
         learner = _learner(policy, depth=3)
         lessons = learner.read(rows)
         tokens = sum(row.num_completion_tokens for row in rows)
-        for lesson, mini in zip(lessons, learner._micro_batches(rows), strict=True):
+        for lesson, mini in zip(lessons, micro_batches(rows, 10_000, learner.policy.device), strict=True):
             if kind == "lesson":
                 loss = learner._lesson_loss(lesson, 3, "kl") * lesson.tokens / tokens
             else:

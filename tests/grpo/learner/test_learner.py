@@ -246,6 +246,37 @@ def test_contract_10_a_tied_group_adds_nothing_and_stays_in_the_denominator(micr
     _assert_close(_gradients(whole.policy), {n: g * 21 / 28 for n, g in _gradients(part.policy).items()})
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+def test_contract_10_a_tied_group_that_teaches_the_head_needs_no_gradient_of_the_trunk(micro_policy, updates):
+    states, metrics, gradients = [], [], []
+    for spared in (True, False):
+        policy = micro_policy(2)
+        learner = _learner(policy, mtp=1.0, updates_per_batch=updates, learning_rate=1e-3)
+        kept, preceding, differentiable = learner._rows_that_count, learner.likelihood.preceding, []
+        if not spared:
+            learner._rows_that_count = lambda *given, kept=kept: [replace(r, learns=True) for r in kept(*given)]
+
+        def noted(mini, *given, preceding=preceding, differentiable=differentiable):
+            hidden = preceding(mini, *given)
+            differentiable.append(hidden.requires_grad)
+            return hidden
+
+        learner.likelihood.preceding = noted
+        metrics.append(learner.step(learner.prepare(_groups(policy, seed=2), _scores()), 1))
+        assert (
+            differentiable.count(True) == updates
+        )  # one micro-batch, and another one of the tied group if it is spared
+        looked_ahead = updates > 1
+        assert differentiable.count(False) - 2 == (updates + 2 * looked_ahead if spared else looked_ahead)
+        states.append({name: p.detach() for name, p in policy.named_parameters()})
+        gradients.append(_gradients(policy))
+    _assert_close(*states)
+    _assert_close(*gradients)
+    assert metrics[0]["loss/mtp"] > 0
+    for name in metrics[0].keys() - {"time/learn", "time/draft_head"}:
+        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-4, abs=1e-6), name
+
+
 @pytest.mark.parametrize("every", [1, 2])  # the head learns from the tied group too, or there is no head to teach
 def test_contract_10_a_tied_group_counts_for_bnpo_whatever_the_head_does(micro_policy, every):
     """In one micro-batch, its local mean over tokens is the global one of dapo."""
@@ -880,7 +911,8 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(micro_policy)
         gradients.append(_gradients(policy))
         forwards.append((len(calls), metrics["moe/load_max"]))
     _assert_close(*gradients)
-    assert [count for count, _ in forwards] == [3, 4]  # the last two tell how far the step has moved it
+    # Two groups learn, and one teaches the head alone. The last two tell how far the step has moved the policy.
+    assert [count for count, _ in forwards] == [4, 5]
     assert forwards[1][1] == forwards[0][1]
 
 
