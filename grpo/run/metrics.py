@@ -138,8 +138,8 @@ METRICS: dict[str, str] = {
     "time/rollout": "sampling the completions, seconds",
     "time/reward": "scoring them, seconds",
     "time/learn": "log-probabilities, backward and optimizer, seconds",
-    "time/draft_head": "the draft head and its loss, without most of its backward, and all of tied groups that are read "
-    "for it alone; part of time/learn, seconds",
+    "time/draft_head": "the draft head and its loss, without most of its backward; and all that tied groups take which "
+    "are read for it alone; part of time/learn, seconds",
     "time/wait": "waiting for the batch that is sampled ahead; part of time/learn but for the first, seconds",
     "time/publish": "handing the new weights to the sampler, seconds",
     "time/canaries": "sampling the canaries, scoring them, comparing digests; part of time/publish, seconds",
