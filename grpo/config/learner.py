@@ -120,9 +120,9 @@ class MTPOptions(Options):
     every: int = Field(default=1, ge=1)
     """Train the head in every n-th step."""
     idle_every: int | None = Field(default=10, ge=1)
-    """Train it only in every n-th step while drafts gain less than a tenth in the rollouts (`draft/gain`), null for
-    `every`. The gain follows from draft_costs.json: runs that measured other costs may train their heads in other
-    steps."""
+    """While drafts gain less than a tenth in the rollouts (`draft/gain`), train it only in every n-th step, from groups
+    that are not tied; null for no such rest. The gain follows from draft_costs.json: runs that measured other costs may
+    train their heads in other steps."""
     share: float = Field(default=1.0, gt=0, le=1)
     """Share of a step's groups that the head learns from, other groups in every step; the cost shrinks with it."""
     depth: int = Field(default=4, ge=1)

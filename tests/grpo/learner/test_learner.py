@@ -866,6 +866,13 @@ def test_the_head_rests_while_drafts_gain_nothing(micro_policy):
         taught[gain] = [step for step in range(1, 7) if "loss/mtp" in learner.step(batch, step)]
     assert taught == {0.9: [3, 6], 1.09: [3, 6], 1.1: [1, 2, 3, 4, 5, 6], 2.0: [1, 2, 3, 4, 5, 6]}
     assert learner.prepare(_groups(policy), _scores()).draft_gain is None, "depth was not chosen by costs"
+    rows = batch.rows
+    assert [row.tied for row in rows] == [False, False, True]
+    assert list(teaching(policy, learner.mtp, rows, 3, gain=1.0)) == [0, 1], (
+        "the trunk reads the tied group for nothing"
+    )
+    assert list(teaching(policy, learner.mtp, rows, 3, gain=1.2)) == [0, 1, 2]
+    assert teaching(policy, learner.mtp, rows[2:], 3, gain=1.0) == {}
     assert learner.step(learner.prepare(_groups(policy), _scores()), 1)["time/draft_head"] > 0
 
 
