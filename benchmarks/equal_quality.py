@@ -106,8 +106,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here, with hardware, versions and command")
     parser.add_argument("--data", type=Path, help="a folder with GSM8K's train.jsonl; word problems by default")
+    parser.add_argument("--documents", type=int, default=12_000, help="at most so many are the text, tenth held out")
     parser.add_argument("--budgets", type=int, nargs="+", default=[200, 400, 800, 1600], help="optimizer steps")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates to tune")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates; one is not tuned"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2, help="models that learn at once, with one thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs/equal_quality"), help="of what has ended")
@@ -117,7 +120,7 @@ def main() -> None:
         parser.error(f"--data {options.data}: there is no train.jsonl in it; leave it out for built-in word problems")
     if options.quick:
         options.budgets, options.rates = [2, 4], [1e-3, 2e-3]
-    documents, spawn = (300 if options.quick else 12_000), multiprocessing.get_context("spawn")
+    documents, spawn = (300 if options.quick else options.documents), multiprocessing.get_context("spawn")
     found: list[dict[str, Any]] = []
 
     def run(pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -132,8 +135,12 @@ def main() -> None:
 
     with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
         tuning = sorted(options.budgets)[len(options.budgets) // 2]
-        tuned = run(pool, [Job(m, options.seeds[0], tuning, r, True) for m in MODELS for r in options.rates])
-        best = {m: min((t for t in tuned if t["model"] == m), key=lambda t: t["perplexity"])["rate"] for m in MODELS}
+        best = dict.fromkeys(MODELS, options.rates[0])
+        if len(options.rates) > 1:
+            tuned = run(pool, [Job(m, options.seeds[0], tuning, r, True) for m in MODELS for r in options.rates])
+            best = {
+                m: min((t for t in tuned if t["model"] == m), key=lambda t: t["perplexity"])["rate"] for m in MODELS
+            }
         given = [(m, s, b) for m in MODELS for s in options.seeds for b in options.budgets]
         by_job = {
             (f["model"], f["seed"], f["steps"]): f for f in run(pool, [Job(*g, best[g[0]], False) for g in given])
@@ -152,7 +159,8 @@ def main() -> None:
     where = "nowhere on this line" if fit["tokens_at_aim"] is None else f"at {fit['tokens_at_aim']:.3g} tokens"
     print(f"{fit['per_doubling']:+.2f} points a doubling; {AIM} % {where}")
     if options.json:
-        record = {"environment": describe(), "text": options.data.name if options.data else "word_problems"}
+        text = options.data.name if options.data else "word_problems"
+        record = {"environment": describe(), "text": text, "documents": documents}
         record |= {"rates": best, "runs": found, "curve": curve, "fit": fit}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
