@@ -81,6 +81,8 @@ def test_groups_as_json_is_the_documented_form_to_the_letter():
                     "depths": [],
                     "sources": {},
                     "empty": 0,
+                    "cost": 0.0,
+                    "plain_cost": 0.0,
                 },
             },
             {
@@ -96,6 +98,8 @@ def test_groups_as_json_is_the_documented_form_to_the_letter():
                     "depths": [],
                     "sources": {},
                     "empty": 0,
+                    "cost": 0.0,
+                    "plain_cost": 0.0,
                 },
             },
         ],
