@@ -151,8 +151,9 @@ def main() -> None:
         values = {m: [by_job[m, s, budget]["perplexity"] for s in options.seeds] for m in MODELS}
         changes = [100 * (b / a - 1) for a, b in zip(*values.values(), strict=True)]
         tokens = budget * BATCH * LENGTH
-        curve.append({"tokens": tokens, "change": fmean(changes), "half_of_its_interval": half_interval(changes)})
-        lines.append([f"{tokens:,}", *(fmean(v) for v in values.values()), fmean(changes), half_interval(changes)])
+        half = half_interval(changes) if len(changes) == 3 else None
+        curve.append({"tokens": tokens, "change": fmean(changes), "half_of_its_interval": half})
+        lines.append([f"{tokens:,}", *(fmean(v) for v in values.values()), fmean(changes), half or "-"])
     fit = crossing([point["tokens"] for point in curve], [point["change"] for point in curve])
     print(shown([["tokens", *MODELS, "change, %", "+-"], *lines]))
     print(f"learning rates: {best}")
