@@ -95,9 +95,8 @@ def crossing(tokens: Sequence[float], changes: Sequence[float]) -> dict[str, flo
     {'per_doubling': -2.0, 'tokens_at_aim': 11585.2}
     """
     x = [math.log2(count) for count in tokens]
-    slope = sum((a - fmean(x)) * (b - fmean(changes)) for a, b in zip(x, changes, strict=True)) / sum(
-        (a - fmean(x)) ** 2 for a in x
-    )
+    spread = sum((a - fmean(x)) ** 2 for a in x) or math.inf  # one budget alone has no slope
+    slope = sum((a - fmean(x)) * (b - fmean(changes)) for a, b in zip(x, changes, strict=True)) / spread
     at = fmean(x) + (AIM - fmean(changes)) / slope if slope < 0 else math.inf
     return {"per_doubling": round(slope, 3), "tokens_at_aim": round(2**at, 1) if at < 64 else None}
 

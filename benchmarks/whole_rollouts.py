@@ -62,21 +62,20 @@ def choices(head: bool, history: bool) -> dict[str, tuple[DraftSource, ...]]:
     return found | ({"head": ("head",), "all": ("head", *list(found.values())[-1])} if head else {})
 
 
-def recorded(folder: Path, tokenizer: Any, history: bool) -> list[Prompt]:
+def recorded(rows: Sequence[dict[str, Any]], tokenizer: Any, history: bool) -> list[Prompt]:
     """The prompts of the last step, with what it got for them."""
     got: dict[str, list[list[int]]] = {}
     texts: dict[str, str] = {}
-    for row in read_rollouts(folder, recorded_steps(folder)[-1]):
+    for row in rows:
         got.setdefault(row["prompt_id"], []).append(row["token_ids"])
         texts[row["prompt_id"]] = row["prompt"]
     ids = {name: tokenizer.encode(text, add_special_tokens=False) for name, text in texts.items()}
     return [Prompt(name, "", ids[name], history=of if history else []) for name, of in got.items()]
 
 
-def accepted_before(folder: Path) -> tuple[float, ...]:
+def accepted_before(rows: Sequence[dict[str, Any]]) -> tuple[float, ...]:
     """What the next step of the run would expect of the head's drafts."""
-    last = read_rollouts(folder, recorded_steps(folder)[-1])
-    return head_accepted(Completion([], [], "", "stop", 0, draft=DraftStats(**row["draft"])) for row in last)
+    return head_accepted(Completion([], [], "", "stop", 0, draft=DraftStats(**row["draft"])) for row in rows)
 
 
 @dataclass
@@ -171,13 +170,14 @@ def main() -> None:
     policy = load_found(find_policy(config.model if args.first else str(args.run)), config)
     dtype = getattr(torch, config.dtype)
     engine = Engine(policy.to(dtype), dtype)
-    prompts = recorded(args.run, policy.tokenizer, not args.first)
+    last = read_rollouts(args.run, recorded_steps(args.run)[-1])
+    prompts = recorded(last, policy.tokenizer, not args.first)
     given = config.rollout
     parts = shards(prompts, given.prompts_per_shard)
     params = SamplingParams(
         given.group_size, given.temperature, given.max_completion_tokens, tuple(policy.stop_token_ids), seed=config.seed
     )
-    params = replace(params, head_accepted=() if args.first else accepted_before(args.run))
+    params = replace(params, head_accepted=() if args.first else accepted_before(last))
     looks_up = replace(params, draft_sources=("head", "siblings"))
     engine.measure_costs(Workload.of(looks_up, given.prompts_per_shard * given.group_size))
     wanted = choices(policy.mtp is not None, not args.first)

@@ -57,7 +57,7 @@ class SamplingParams:
     learner that replays them. `stop_strings` end a completion with the token that completes one of them, and its text
     before the string. They are never used in training, where the text is that of the tokens. With an `environment` a
     completion is an episode of several turns, and `max_completion_tokens` limits all that is sampled and written in it.
-    No token depends on `compiled`, by which graphs decode few rows, and on `head_accepted` (see rollout/group.py).
+    No token depends on `compiled`, by which graphs decode few rows, nor on `head_accepted` (see rollout/group.py).
     """
 
     group_size: int = 8

@@ -181,9 +181,11 @@ class Drafts:
     def add_cost(self, alive: int, drafted: Drafted | None, kept_R: Tensor, by_graph: bool) -> None:
         """Of a round in which the live rows got `kept_R` tokens."""
         if costs := self.controller.costs:
-            depth, looked_up = (drafted.depth, not drafted.head) if drafted else (0, False)
-            self.cost += costs.milliseconds(alive, depth, looked_up, by_graph)
-            self.plain_cost += costs.milliseconds(alive, 0, by_graph=by_graph) * int(kept_R.sum()) / alive
+            cost = plain = costs.milliseconds(alive, 0, by_graph=by_graph)
+            if drafted:  # else each row got one token: a short round notices a sum
+                cost = costs.milliseconds(alive, drafted.depth, not drafted.head, by_graph)
+                plain *= int(kept_R.sum()) / alive
+            self.cost, self.plain_cost = self.cost + cost, self.plain_cost + plain
 
     def with_costs(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
         """The costs of all rounds are shared by the completions, by how many forwards each took part in."""

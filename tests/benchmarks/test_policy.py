@@ -164,6 +164,7 @@ def test_models_of_equal_quality_have_equal_sizes_but_for_their_caches(benchmark
     }
     assert module.crossing([1024.0, 2048.0], [9.0, 10.0]) == {"per_doubling": 1.0, "tokens_at_aim": None}
     assert module.crossing([1024.0, 2048.0], [9.0, 9.0]) == {"per_doubling": 0.0, "tokens_at_aim": None}
+    assert module.crossing([1024.0], [9.0]) == {"per_doubling": 0.0, "tokens_at_aim": None}
 
 
 def test_the_balance_benchmark_measures_what_it_prints(benchmark, tmp_path, monkeypatch, capsys):
