@@ -43,7 +43,8 @@ class ModelOptions(Options):
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
     add_mtp: bool = False
-    """Give a fresh MTP head to a DeepSeek-V3 checkpoint that has none."""
+    """Give a fresh MTP head to a DeepSeek-V3 checkpoint that has none. Teach it with `quartet mtp` before GRPO, where a
+    head that gains nothing yet learns only in every `mtp.idle_every`-th step."""
     policy: PolicyOptions = PolicyOptions()
     seed: int = 0
     """Seed of everything: weights of a preset, data order, sampling noise."""

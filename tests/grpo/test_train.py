@@ -507,7 +507,8 @@ def converted(micro_policy, tmp_path_factory) -> str:
     ],
 )
 def test_a_converted_dense_model_is_a_policy_too(converted, micro_config, tmp_path, given):
-    drafts = {"rollout.draft_tokens": None, "warm_start.steps": 0, "model": converted, "mtp.every": 1}
+    drafts = {"rollout.draft_tokens": None, "warm_start.steps": 0, "model": converted}
+    drafts |= {"mtp.every": 1, "mtp.idle_every": None}  # a new head pays nothing yet, and is to learn in every step
     train(micro_config(tmp_path / "r", **drafts | given))
     for line in read_metrics(tmp_path / "r"):
         assert line["mismatch/logprob_abs_mean"] < 1e-4
