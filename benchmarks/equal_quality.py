@@ -105,7 +105,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here, with hardware, versions and command")
     parser.add_argument("--data", type=Path, help="a folder with GSM8K's train.jsonl; word problems by default")
-    parser.add_argument("--documents", type=int, default=12_000, help="at most so many are the text, tenth held out")
+    parser.add_argument(
+        "--documents", type=int, default=12_000, help="how many are used at most; a tenth of them is held out"
+    )
     parser.add_argument("--budgets", type=int, nargs="+", default=[200, 400, 800, 1600], help="optimizer steps")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates; one is not tuned"

@@ -32,9 +32,9 @@ class Way:
 
 
 def measure(decoder: Decoder, work: Workload, depth: int) -> CostTable:
-    """Times rounds of 0, 1, 2, 3, 4, 8, ... `depth` drafts at 1, 2, 4, ... live rows, in the middle of completions.
-    Between depths it is linear. With `lookups` also rounds in which the drafts cost nothing; without a head these
-    alone. With `graphs` also compiled rounds, which may have to be compiled."""
+    """Times rounds of 0, 1, 2, 3, 4, 8, ... `depth` drafts at 1, 2, 4, ... live rows (and at 24, 48, 96), in the
+    middle of completions. Between depths it is linear. With `lookups` also rounds in which the drafts cost nothing;
+    without a head these alone. With `graphs` also compiled rounds, which may have to be compiled."""
     sizes, depths = _sizes(work.rows), sorted({0, *_doubling(depth), *range(min(depth, 4))})
     by_head, looked_up = list[list[float]](), list[list[float]]()
     for rows in sizes:

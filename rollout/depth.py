@@ -181,8 +181,7 @@ class DepthController:
         return expected
 
     def graph_speeds(self, rows: int) -> dict[int, float]:
-        """Tokens a millisecond that a row is expected to get from compiled rounds, by depth. Depths that are not to be
-        drafted are left out."""
+        """Tokens a millisecond that a row is expected to get from compiled rounds, by depth, up to `max_depth`."""
         assert self.costs is not None
         if rows not in self.known_speeds:  # a round of .8 ms notices the time that this takes
             depths = [depth for depth in GRAPH_DEPTHS if depth <= self.max_depth]

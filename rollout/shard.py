@@ -135,11 +135,7 @@ class Decoding:
             self.results.add_prompt_routing(numbers, self.trunk.routing(), lengths, longest)
         cache.advance(lengths)
         cache = cache.fan_out(group, self.room, self.longest)
-        if self.drafter:
-            self.drafter.hold(Prefilled(torch.tensor(numbers, device=self.device), token_ids, hidden, lengths))
-        if self.drafts.lookup:
-            for number in numbers:
-                self.drafts.lookup.begin(number)
+        self.drafts.begin(Prefilled(torch.tensor(numbers, device=self.device), token_ids, hidden, lengths))
         self.admitted += len(prompts) * group
         last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
         keys = [self.key(number, sample) for number in numbers for sample in range(group)]
@@ -235,8 +231,8 @@ class Decoding:
         rounds = None if eager else self.rounds
         if rounds:
             depth = self._graph_depth(live)
-            if depth and not rounds.fits(live, depth):
-                self.drafts.read_ahead(live)
+            if depth:
+                self.drafts.catch_up(live, rounds.fits(live, depth))
             drafted, kept = self._forward_by_graph(live, rounds, depth)
         else:
             drafted, kept = self._forward(live, empty)

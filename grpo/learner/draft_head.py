@@ -23,14 +23,14 @@ def teaching(
     """The groups that the head learns from at this step, with the weight of each of their tokens.
 
     Every `every` steps, from a share of the groups that is another one each time. Where drafts are known to have had
-    little `gain` in the rollouts that are learned from, it is every `idle_every` steps, and from groups alone that the
-    trunk reads anyway: to read a tied group takes longer than what the head then does with it.
+    little `gain` in the rollouts that are learned from, it is every `idle_every` steps, if not null, and from groups
+    alone that are not tied: to read a tied group for the head takes longer than what the head then does with it.
     """
-    idle = gain is not None and gain < PAYS
-    every = max(options.every, options.idle_every or 1) if idle else options.every
+    rest = options.idle_every if gain is not None and gain < PAYS else None
+    every = max(options.every, rest or 1)
     if policy.mtp is None or options.loss_weight == 0 or step % every:
         return {}
-    groups = list(dict.fromkeys(row.group for row in rows if not (idle and row.tied)))
+    groups = list(dict.fromkeys(row.group for row in rows if not (rest and row.tied)))
     stride = round(1 / options.share)
     taught = groups[step // every % stride :: stride] or groups[:1]
     tokens = sum(row.num_completion_tokens for row in rows if row.group in taught)

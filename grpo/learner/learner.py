@@ -322,7 +322,7 @@ class Learner:
         if loss is None:
             return out.preceding.new_zeros(())
         sums["loss/mtp_tv" if self.mtp.tv else "loss/mtp"] += loss.item()
-        self.head_seconds += (time.perf_counter() - began) * mini.learns
+        self.head_seconds += time.perf_counter() - began if mini.learns else 0.0
         return loss
 
     def set_draft_depth(self, depth: int) -> None:

@@ -15,7 +15,7 @@ from rollout.depth import GRAPH_DEPTHS, HEAD, DepthController, Kind, Patience
 from rollout.drafts.head import Drafter
 from rollout.drafts.lookup import Lookup
 from rollout.group import Prompt, RolloutGroup
-from rollout.rows import Rows
+from rollout.rows import Prefilled, Rows
 from rollout.sampling import Noise, SamplingParams
 
 COUNTING = 0.002  # milliseconds in which Python counts a token of a text that drafts are looked up in
@@ -89,6 +89,16 @@ class Drafts:
         looks_up = params.looks_up and self.max_depth > 0
         self.lookup = Lookup(prompts, params, len(decoder.trunk.embedding)) if looks_up else None
         self.cost = self.plain_cost = 0.0  # of all rounds, in milliseconds
+
+    def begin(self, prefilled: Prefilled) -> None:
+        """Rows of these prompts are added after the live ones."""
+        if self.head:
+            if self.head.cache is not None and (costs := self.controller.costs):  # else it may never read them
+                self.cost += costs.reading * prefilled.token_ids_PT.numel()
+            self.head.hold(prefilled)
+        if self.lookup:
+            for number in prefilled.numbers_P.tolist():
+                self.lookup.begin(number)
 
     def keep(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
         """The first `kept_R` of these tokens were verified; `hidden_RSD` are the states that precede them."""
@@ -172,11 +182,12 @@ class Drafts:
             drafted.made_R = made_R.index_copy(0, places, made)
         return drafted
 
-    def read_ahead(self, live: Rows) -> None:
-        """The head reads what it has missed, without drafting."""
+    def catch_up(self, live: Rows, fits: bool) -> None:
+        """Before a compiled round with drafts the head reads what it has missed, unless that `fits` into the round."""
         if self.head:
             self._add_reading(self.head, live)
-            self.head.read_ahead(live)
+            if not fits:
+                self.head.read_ahead(live)
 
     def add_cost(self, alive: int, drafted: Drafted | None, kept_R: Tensor, by_graph: bool) -> None:
         """Of a round in which the live rows got `kept_R` tokens."""

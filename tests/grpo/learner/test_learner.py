@@ -873,6 +873,8 @@ def test_the_head_rests_while_drafts_gain_nothing(micro_policy):
     )
     assert list(teaching(policy, learner.mtp, rows, 3, gain=1.2)) == [0, 1, 2]
     assert teaching(policy, learner.mtp, rows[2:], 3, gain=1.0) == {}
+    without_rest = learner.mtp.model_copy(update={"idle_every": None})
+    assert all(list(teaching(policy, without_rest, rows, step, gain=1.0)) == [0, 1, 2] for step in range(1, 7))
     assert learner.step(learner.prepare(_groups(policy), _scores()), 1)["time/draft_head"] > 0
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo.config.options import load
+from grpo.config.options import dump_yaml, load
 from grpo.config.run import SftConfig
 from grpo.learner.learner import Learner
 from grpo.learner.update import NonFiniteStep
@@ -284,6 +284,18 @@ def test_a_forced_resume_goes_on_with_the_new_configuration(micro_config, tmp_pa
 def test_what_does_not_touch_the_training_may_change(micro_config, whole, given):
     folder = whole("full")
     refuse_changed_config(folder / "config.yaml", _config(micro_config, folder, "full", **given))
+
+
+def test_null_is_a_value_and_not_what_an_older_run_did_not_say(micro_config, tmp_path):
+    """Where the default is no longer null: a run that was begun with null does not go on with the new default."""
+    config, saved = _config(micro_config, tmp_path, "full"), tmp_path / "config.yaml"
+    now = dump_yaml(config)
+    assert now.count("  idle_every: 10\n") == 1
+    saved.write_text(now.replace("  idle_every: 10\n", ""))
+    refuse_changed_config(saved, config)
+    saved.write_text(now.replace("idle_every: 10", "idle_every: null"))
+    with pytest.raises(ValueError, match="mtp.idle_every: None then, 10 now"):
+        refuse_changed_config(saved, config)
 
 
 @pytest.mark.slow

@@ -10,10 +10,12 @@ import torch
 from grpo.learner import draft_head
 from grpo.learner.learner import Learner
 from grpo.run import checkpoint
+from grpo.run.records import read_metrics
 from grpo.task import Task
 from grpo.train import train
-from grpo.why.recorded import read_config
+from grpo.why.recorded import read_config, read_groups
 from grpo.why.rewind import Rewind, difference, first_step
+from rollout.group import draft_gain
 
 KINDS = {
     "full": {},
@@ -35,6 +37,15 @@ def replayed(folder: Path, step: int) -> Learner:
         return rewind.learner
 
 
+def recorded_gains(folder: Path) -> list[float | None]:
+    """What drafts gained in the groups of each step, which says whether the head learns from them."""
+    config = read_config(folder)
+    with Task.of(config, scores=False) as task:
+        policy = Rewind(config, 1, task).learner.policy
+        groups = [read_groups(config, step, task, policy)[0] for step in range(1, config.steps + 1)]
+    return [draft_gain([c for group in of_step for c in group.completions]) for of_step in groups]
+
+
 def flat(learner: Learner) -> dict[str, torch.Tensor]:
     return {f"{kind}/{name}": t for kind, part in learner.state()[0].items() for name, t in part.items()}
 
@@ -53,6 +64,7 @@ def test_a_replayed_step_leaves_the_bits_of_its_checkpoint(micro_config, tmp_pat
         assert found.keys() == expected.keys()
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
         shutil.rmtree(checkpoint.saved(root)[1], ignore_errors=True) if begins else None
+    assert recorded_gains(tmp_path / "run") == [line.get("draft/gain") for line in read_metrics(tmp_path / "run")]
 
 
 def test_a_difference_is_relative_and_of_the_learner_alone():

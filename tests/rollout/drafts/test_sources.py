@@ -9,6 +9,7 @@ from engine_cases import PARAMS, completions, prompts_of, taught
 from policies.policy import Policy
 from rollout import group
 from rollout.depth import CostTable
+from rollout.drafts.sources import Drafts
 from rollout.engine import Engine
 from rollout.group import draft_gain
 
@@ -58,3 +59,23 @@ def test_looked_up_drafts_cost_only_their_verification_and_are_shared_by_rows(po
     assert rounds < 15
     assert [one.draft.cost for one in found] == [pytest.approx((11 * drafted + 10 * (rounds - drafted)) / 2)] * 2
     assert draft_gain(found) == pytest.approx(10 * 19 / (11 * drafted + 10 * (rounds - drafted)), abs=1e-4)
+
+
+def test_a_prompt_that_joins_after_the_head_has_begun_is_read_at_once_and_counted(policy, monkeypatch):
+    """Three prompts of 12 tokens for two rows, .01 ms to read a token; what rounds take is left out."""
+    costs = CostTable(rows=[1, 2], rounds=[[10.0, 11.0]] * 2, reading=0.01)
+    plain = Engine(policy).sample(prompts_of(12, 12, 12), replace(FREE, draft_tokens=0))
+    _, *both = (one.token_ids for one in completions(plain))  # the last two are decoded first
+    stop = next(token for token in both[0][4:] if token not in [*both[0][:4], *both[1]])
+    begun, begin = [], Drafts.begin
+
+    def noted(drafts, prefilled):
+        begun.append(drafts.head.cache is not None)
+        begin(drafts, prefilled)
+
+    monkeypatch.setattr(Drafts, "begin", noted)
+    monkeypatch.setattr(Drafts, "add_cost", lambda *given, **named: None)
+    engine = Engine(policy, costs=costs, max_rows=2)
+    found = completions(engine.sample(prompts_of(12, 12, 12), replace(FREE, stop_token_ids=(stop,))))
+    assert begun == [False, True], "the third prompt joins a row that is decoded with drafts"
+    assert sum(one.draft.cost for one in found) == pytest.approx(36 * 0.01, abs=0.002)
