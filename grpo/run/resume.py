@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from grpo.config.options import dump_yaml
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
-from grpo.config.yaml_file import changed_options, flat, parse_yaml, read_yaml
+from grpo.config.yaml_file import differences, flat, parse_yaml, read_yaml
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 
@@ -67,11 +67,12 @@ def refuse_changed_config(saved: Path, config: RunConfig) -> None:
     # Over `steps`: other steps are another schedule.
     decays = not isinstance(config, SftConfig) or config.learner.schedule != "constant"
     free = tuple(key for key in FREE_TO_CHANGE if not (decays and key == "steps"))
-    said = flat(read_yaml(saved)[0])
+    before = read_yaml(saved)[0]
+    said = flat(before)
     usual = flat(parse_yaml(dump_yaml(type(config)(output_dir=config.output_dir))))  # where an older run says nothing
     changed = [
         f"  {key}: {then!r} then, {now!r} now"
-        for key, (then, now) in changed_options(saved, dump_yaml(config)).items()
+        for key, (then, now) in differences(before, parse_yaml(dump_yaml(config))).items()
         if not key.startswith(free) and not (key not in said and now == usual.get(key))
     ]
     if changed:
