@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import DeepseekV3Config, PretrainedConfig
 
-from grpo.config.policy import ModelOptions
+from grpo.config.policy import ModelOptions, PolicyOptions
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
 from grpo.config.sampling import VLLMOptions
 from grpo.run.pool import vllm_token
+from policies import presets
 from policies.attention import sees_prompts_whole
+from policies.policy import read_config
 from policies.routing.heads import DynamicHeadsConfig, heads_config
 from rollout.backends.vllm.client import Client
 from rollout.backends.vllm.process import state_of
+
+if TYPE_CHECKING:
+    from grpo.policy_source import PolicySource
 
 FIXED = (  # arguments of vLLM's engine
     *("model", "dtype", "load_format", "logprobs_mode", "seed", "skip_tokenizer_init", "speculative_config"),
@@ -47,6 +52,20 @@ def refuse_backend(config: Any, read_shape: Callable[[], PretrainedConfig]) -> N
         _refuse_model(config, shape)
         if os.environ.get("RANK", "0") == "0":  # of several learners the first one samples
             _refuse_server(config.rollout.vllm)
+
+
+def ours_alone(source: PolicySource, asked: PolicyOptions) -> str | None:
+    """What the policy of `source`, loaded as `asked`, computes that vLLM and stock transformers do not, by its option.
+
+    They read a prompt causally without a word, and refuse dynamic heads. None: they compute what we do.
+    """
+    shape = None if source.base in presets.PRESETS else read_config(source.base)
+    attention = asked.prompt_attention or source.asked.prompt_attention
+    if attention == "bidirectional" or (attention is None and shape and sees_prompts_whole(shape)):
+        return "policy.prompt_attention=bidirectional"
+    if asked.heads or source.asked.heads or isinstance(shape, DynamicHeadsConfig):
+        return "dynamic heads (policy.heads)"
+    return None
 
 
 def _refuse_copies(config: Any, read_shape: Callable[[], PretrainedConfig]) -> None:

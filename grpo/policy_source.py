@@ -28,7 +28,7 @@ from grpo.config.json_file import read_json
 from grpo.config.learner import MTPOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
-from grpo.config.policy import ModelOptions
+from grpo.config.policy import ModelOptions, PolicyOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.yaml_file import read_yaml
 from grpo.learner.base import check_base, in_4_bits, refuse_checkpoint
@@ -60,7 +60,7 @@ class PolicySource:
     """`folder` holds the policy (or names a preset or a hub id); `meaning` says in words what it is.
 
     `base` is what its shape and tokenizer are read from: the same, or for a checkpoint what its run began with. `step`
-    is the run's, where it is known. A checkpoint is read when it is found: its run may remove it soon after.
+    and `asked` are the run's, if it is known. A checkpoint is read when it is found: its run may remove it soon after.
 
     >>> find_policy("runs/demo")
     PolicySource(folder='runs/demo/policy', meaning='the end of the run', base='runs/demo/policy', step=60)
@@ -72,6 +72,7 @@ class PolicySource:
     checkpoint: Path | None = None
     step: int | None = None
     saved: Checkpoint | None = field(default=None, compare=False, repr=False)
+    asked: PolicyOptions = field(default_factory=PolicyOptions, compare=False, repr=False)
 
 
 def find_policy(model: str, *, read: bool = True) -> PolicySource:
@@ -105,10 +106,10 @@ def find_policy(model: str, *, read: bool = True) -> PolicySource:
 
 
 def _of_checkpoint(folder: Path, meaning: str, read: bool) -> PolicySource:
-    warm = (run := folder.parent.parent) / "warm_start"
-    base = str(warm) if warm.is_dir() else _run_config(run).model
+    ran = _run_config(run := folder.parent.parent)
+    base = str(run / "warm_start") if (run / "warm_start").is_dir() else ran.model
     saved = checkpoint.load(folder, PARTS) if read else None
-    return PolicySource(str(folder), meaning, base, folder, _step_of(folder), saved)
+    return PolicySource(str(folder), meaning, base, folder, _step_of(folder), saved, ran.policy)
 
 
 def _run_config(run: Path) -> TrainConfig | MtpConfig:

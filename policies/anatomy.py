@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedTokenizerBase
 
+from policies.attention import sees_prompts_whole
 from policies.mtp import MTPHead
 from policies.policy import Policy
 
@@ -45,6 +46,10 @@ class Anatomy:
 
     model_type: str
     layers: int
+    heads: int | None
+    active_heads: int | None
+    shared_heads: int
+    prompt_attention: str
     parameters: int
     active_parameters: int
     mtp_depth: int
@@ -85,6 +90,10 @@ def anatomy(config: PretrainedConfig, mtp_depth: int, *, context: int, lora_rank
     return Anatomy(
         model_type=config.model_type,
         layers=config.num_hidden_layers,
+        heads=(heads := getattr(config, "num_attention_heads", None)),
+        active_heads=getattr(config, "active_heads", heads),
+        shared_heads=getattr(config, "shared_heads", 0),
+        prompt_attention="bidirectional" if sees_prompts_whole(config) else "causal",
         parameters=total,
         active_parameters=active,
         mtp_depth=mtp_depth,

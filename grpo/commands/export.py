@@ -29,21 +29,20 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from grpo.backend import ours_alone
 from grpo.commands.model_card import REPORT, Origin, model_card
-from grpo.config.policy import ModelOptions
+from grpo.config.policy import ModelOptions, PolicyOptions
 from grpo.config.yaml_file import read_yaml
 from grpo.data.leakage import TRAINED_ON
 from grpo.policy_source import RECORD, PolicySource, find_policy, load_found
 from grpo.run import checkpoint
 from policies import lora, presets
-from policies.attention import PROMPT_ATTENTION, sees_prompts_whole
 from policies.checkpoint import check_policy
 from policies.contradictions import FIXED_FIELDS
 from policies.files.atomic import heed_umask
 from policies.files.digests import DIGESTS
 from policies.layout import WeightFiles, find_file
 from policies.policy import Policy, read_config
-from policies.routing.heads import DynamicHeadsConfig
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", REPORT, TRAINED_ON)
@@ -80,15 +79,9 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
         raise FileExistsError(f"destination={str(destination)!r} exists; remove it or name another")
     found = _read_run(run)
     source = find_policy(str(run))
-    if _sees_prompts_whole(found, source):
+    if what := ours_alone(source, PolicyOptions()):
         raise ExportError(
-            f"{run} has policy.prompt_attention=bidirectional, and other engines would read its prompts causally "
-            f"without a word: use it with quartet, by `model: {source.folder}`"
-        )
-    if (found.config.get("policy") or {}).get("heads") or _has_dynamic_heads(source):
-        raise ExportError(
-            f"{run} has dynamic heads (policy.heads), which no other program computes: use it with quartet, by "
-            f"`model: {source.folder}`"
+            f"{run} has {what}, which no other program computes: use it with quartet, by `model: {source.folder}`"
         )
     origin = origin_of(found.config["model"])
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -118,17 +111,6 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
     licence = f"licence: {origin.licence_note}"
     said = f"{'adapters' if adapter else 'policy'} of {run} ({source.meaning}) written to {destination}; {licence}"
     return f"{said}\n{left}" if left else said
-
-
-def _sees_prompts_whole(run: Run, source: PolicySource) -> bool:
-    asked = (run.config.get("policy") or {}).get(PROMPT_ATTENTION)
-    if asked is None and source.base not in presets.PRESETS:
-        return sees_prompts_whole(read_config(source.base))
-    return asked == "bidirectional"
-
-
-def _has_dynamic_heads(source: PolicySource) -> bool:
-    return source.base not in presets.PRESETS and isinstance(read_config(source.base), DynamicHeadsConfig)
 
 
 def origin_of(model: str) -> Origin:

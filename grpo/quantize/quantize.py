@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from grpo.backend import ours_alone
 from grpo.commands.eval import ModelEvaluation, evaluate_model
 from grpo.config.inference import EvalConfig
 from grpo.data.calibration_text import calibration_text
@@ -28,7 +29,6 @@ from policies.conversion.parity import Fidelity, fidelity
 from policies.files.packed import is_packed
 from policies.layout import find_file
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
-from policies.routing.heads import DynamicHeadsConfig
 
 
 def quantize(destination: Path, config: QuantizeConfig, console: Console) -> Quantization:
@@ -37,9 +37,9 @@ def quantize(destination: Path, config: QuantizeConfig, console: Console) -> Qua
     Raises ValueError where packages are missing or the text is evaluation data or too short, PolicyError for a source
     that cannot be quantised, FileExistsError for a destination that is not empty; all of them before weights are read.
     """
+    source = _source(config)
     compressor.require_packages()
     with new_folder(destination) as folder:
-        source = _source(config)
         shape = read_config(source.base)
         text = calibration_text(
             config.calibrate,
@@ -54,8 +54,6 @@ def quantize(destination: Path, config: QuantizeConfig, console: Console) -> Qua
         before = [_evaluate(source.folder, config, "before", console, read)] if evaluates else []
         started = time.perf_counter()
         policy = load_found(source, config)
-        if isinstance(policy.config, DynamicHeadsConfig):
-            raise PolicyError(f"model={config.model!r} has dynamic heads, which no other program computes")
         size = sum(tensor.nbytes for tensor in dict(policy.named_parameters()).values())
         kept = compressor.quantize(policy, text.windows, config)
         compressor.save(policy, folder)
@@ -83,6 +81,8 @@ def _source(config: QuantizeConfig) -> PolicySource:
         check_options(config.model_copy(update={"model": source.folder}))
     if is_packed(read_config(source.base)):
         raise PolicyError(f"model={config.model!r} is quantised already; name the policy that it was made from")
+    if what := ours_alone(source, config.policy):
+        raise PolicyError(f"model={config.model!r} has {what}, and what reads the files here does not compute that")
     return source
 
 

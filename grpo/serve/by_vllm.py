@@ -20,13 +20,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from grpo.backend import ours_alone
 from grpo.config.serve import ServeConfig
 from grpo.policy_source import check_options, find_policy, load_found
 from grpo.run.listening import listen
 from grpo.run.memory_errors import phase
-from policies.attention import sees_prompts_whole
 from policies.policy import Policy
-from policies.routing.heads import DynamicHeadsConfig
 from rollout.backends.vllm.process import clean_environment, state_of
 from rollout.backends.vllm.settings import KV_CACHE_BYTES
 
@@ -43,6 +42,11 @@ ENDS_WITH_US = (  # run by the child: the kernel is to end it when we are gone, 
 
 def serve_by_vllm(config: ServeConfig, key: str | None, say: Callable[[str], None]) -> None:
     """Serve until a signal comes. Raises ValueError or RolloutError where vLLM is not installed or cannot start."""
+    source = find_policy(config.model)
+    if source.checkpoint is None:
+        check_options(config.model_copy(update={"model": source.folder}))
+    if what := ours_alone(source, config.policy):
+        raise ValueError(f"backend=vllm: vLLM does not compute {what} of model={config.model!r}; drop backend")
     if not config.vllm_python.exists():
         raise ValueError(
             f"vllm_python={config.vllm_python}: there is no such interpreter here; `make vllm` installs vLLM into "
@@ -56,15 +60,7 @@ def serve_by_vllm(config: ServeConfig, key: str | None, say: Callable[[str], Non
         folder, log = Path(place) / "policy", Path(place) / "vllm.log"
         listening, address = listen(config.host, config.port)
         with listening:  # until vLLM binds the port itself
-            source = find_policy(config.model)
-            if source.checkpoint is None:
-                check_options(config.model_copy(update={"model": source.folder}))
             policy = load_found(source, config)
-            if sees_prompts_whole(policy.config) or isinstance(policy.config, DynamicHeadsConfig):
-                raise ValueError(
-                    f"backend=vllm: model={config.model!r} attends otherwise than vLLM does (policy.prompt_attention "
-                    "or policy.heads); leave backend out"
-                )
             with phase("loading", config):
                 policy.save(folder)
             command = arguments(config, policy, folder, listening.getsockname()[1], on_cpu)

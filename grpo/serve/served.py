@@ -14,11 +14,13 @@ from grpo.data.prompts import PromptTemplate, apply_chat_template, encode_prompt
 from grpo.serve.api_error import ApiError
 from grpo.serve.asked import Asked, ChatAsked, CompletionAsked
 from grpo.serve.batcher import Batcher
+from policies.attention import sees_prompts_whole
 from rollout.engine import RolloutError
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 from rollout.serving import News, Request
 
+WRITTEN = ("assistant", "tool")  # by roles: what a conversation holds after its first prompt
 AS_IT_IS = PromptTemplate("{prompt}")
 
 
@@ -107,6 +109,13 @@ class Served:
         if not self.tokenizer.chat_template:
             message = "the policy has no chat template; use /v1/completions, with the prompt as the policy knows it"
             raise ApiError(message, param="messages", code="no_chat_template")
+        if sees_prompts_whole(self.batcher.engine.policy.config) and any(m["role"] in WRITTEN for m in asked.messages):
+            raise ApiError(
+                "this policy sees a prompt whole (policy.prompt_attention=bidirectional), and what it has written "
+                "would be a part of it; send the first turn alone, or to /v1/completions what it shall see whole",
+                param="messages",
+                code="prompt_seen_whole",
+            )
         self._refuse_long("".join(message["content"] for message in asked.messages), "messages")
         options: dict[str, Any] = {"tools": asked.tools} if asked.tools else {}
         try:

@@ -3,10 +3,12 @@
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from grpo.cli import main
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.likelihood import logprobs_of_groups
 from policies.mtp import draft_loss
@@ -155,3 +157,12 @@ def enumerated(
         open_ends = {ids: score for ids, score in longer.items() if ids not in done}
     assert sum(found.values()) == pytest.approx(1.0)
     return found
+
+
+def assert_stock_is_refused(model: str, out: Path, what: str, capsys: pytest.CaptureFixture) -> None:
+    """What stock transformers or vLLM would read is not written of `model`, and vLLM does not serve it."""
+    serve = ["serve", model, "--backend", "vllm", "--port", "0"]
+    for command in (["export", model, str(out)], ["quantize", model, str(out), "--calibrate", "word_problems"], serve):
+        assert main(command) == 1
+        assert what in capsys.readouterr().err
+    assert not out.exists()

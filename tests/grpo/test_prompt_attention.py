@@ -11,12 +11,15 @@ from engine_cases import (
     assert_learner_agrees,
     assert_lossless,
     assert_packed_as_alone,
+    assert_stock_is_refused,
     completions,
     drafts_in_training,
     spied_drafts,
     states,
     taught,
 )
+from serving_cases import Running
+from transformers import DeepseekV3ForCausalLM
 
 from grpo.cli import main
 from grpo.reward_models import check_teacher
@@ -26,7 +29,9 @@ from grpo.run.stop import Stopped
 from grpo.train import train
 from grpo.trl_bridge import BridgeError, rollout_func
 from policies.policy import Policy, PolicyError
-from rollout.engine import Engine
+from rollout.backends.vllm.pool import VLLMPool
+from rollout.backends.vllm.settings import VLLMSettings
+from rollout.engine import Engine, RolloutError
 
 CPU = torch.device("cpu")
 BOTH_WAYS = {"policy.prompt_attention": "bidirectional"}
@@ -52,6 +57,17 @@ def test_the_first_token_of_a_prompt_sees_its_last_one_and_nothing_of_a_completi
     other_end = states(policy, prompt, [7, 8, 90], [100, 11])
     assert apart(whole[:6], other_end[:6]) < 1e-5  # the prompt, and what comes before in its completion
     assert min(apart(whole[6], other_end[6]), apart(whole[7], other_end[7])) > 1e-2
+
+
+@torch.no_grad()
+def test_it_computes_what_the_stock_model_does_with_a_mask_that_shows_the_whole_prompt(policy):
+    prompt, completion = [3, 4, 5, 6, 7], [8, 9, 10]
+    stock = DeepseekV3ForCausalLM._from_config(policy.config, attn_implementation="eager").eval()
+    stock.load_state_dict(policy.trunk.state_dict())
+    mask = torch.full((8, 8), -torch.inf).triu(1)
+    mask[:5, :5] = 0
+    expected = stock(torch.tensor([prompt + completion]), attention_mask=mask[None, None]).logits[0]
+    torch.testing.assert_close(states(policy, prompt, completion) @ policy.lm_head.T, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_packed_completions_are_those_of_rows_of_their_own(policy):
@@ -83,6 +99,7 @@ def test_a_saved_policy_and_a_worker_see_the_same(policy, tmp_path):
     loaded, worker = Policy.load(tmp_path / "p"), Policy.from_skeleton(policy.skeleton())
     worker.load_weights(policy.weights())
     for other in (loaded, worker):
+        assert torch.equal(other.lm_head, policy.lm_head)
         assert torch.equal(states(other, [3, 4, 5], [6]), states(policy, [3, 4, 5], [6]))
     loaded.attend_to_prompts("causal")
     assert not torch.equal(states(loaded, [3, 4, 5], [6]), states(policy, [3, 4, 5], [6]))
@@ -118,6 +135,11 @@ def test_what_cannot_see_prompts_whole_is_refused_by_name(micro_config, tmp_path
     assert not (tmp_path / "r").exists()
 
 
+def test_a_pool_of_vllm_is_refused_before_it_starts(policy):
+    with pytest.raises(RolloutError, match="vLLM reads prompts causally"):
+        VLLMPool(policy, VLLMSettings(), torch.float32)
+
+
 def test_a_teacher_behind_an_address_is_refused_by_name(policy, random_policy, micro_config, tmp_path):
     policy.save(tmp_path / "teacher")
     random_policy(31).save(tmp_path / "student")
@@ -128,6 +150,22 @@ def test_a_teacher_behind_an_address_is_refused_by_name(policy, random_policy, m
     }
     with pytest.raises(ValueError, match=r"distill\.teacher=.* has prompt_attention=bidirectional"):
         check_teacher(micro_config(tmp_path / "r", model=str(tmp_path / "student"), **given))
+
+
+def test_a_chat_is_refused_once_the_policy_has_written_in_it(policy, tmp_path):
+    """What it has written would be a part of the prompt, which it sees whole."""
+    policy.save(tmp_path / "micro")
+    (tmp_path / "micro/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    server = Running(str(tmp_path / "micro"))
+    try:
+        asked = {"model": "micro", "messages": [{"role": "user", "content": "2 + 3"}], "max_tokens": 4}
+        assert server.ask("/v1/chat/completions", asked)[0] == 200
+        written = [{"role": "assistant", "content": "5"}, {"role": "user", "content": "4 + 4"}]
+        status, answer, _ = server.ask("/v1/chat/completions", asked | {"messages": asked["messages"] + written})
+        assert (status, answer["error"]["code"]) == (400, "prompt_seen_whole")
+        assert "to /v1/completions" in answer["error"]["message"]
+    finally:
+        server.end()
 
 
 def test_trl_an_export_and_a_damaged_field_are_refused_by_name(policy, micro_config, tmp_path, capsys):
@@ -141,4 +179,7 @@ def test_trl_an_export_and_a_damaged_field_are_refused_by_name(policy, micro_con
     train(micro_config(tmp_path / "run", **BOTH_WAYS, steps=1))
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
     assert "policy.prompt_attention=bidirectional" in capsys.readouterr().err
+    for part in ("policy", "checkpoints/step_000001"):
+        model = str(tmp_path / "run" / part)
+        assert_stock_is_refused(model, tmp_path / "out", "policy.prompt_attention=bidirectional", capsys)
     assert not (tmp_path / "out").exists()

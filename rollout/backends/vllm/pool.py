@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from policies.attention import sees_prompts_whole
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.routing.heads import DynamicHeadsConfig
@@ -59,6 +60,8 @@ class VLLMPool:
         self.settings, self.policy, self.context = settings, policy, policy.max_length
         if isinstance(policy.config, DynamicHeadsConfig):
             raise RolloutError("rollout.backend=vllm: vLLM computes all heads, and this policy has dynamic ones")
+        if sees_prompts_whole(policy.config):
+            raise RolloutError("rollout.backend=vllm: vLLM reads prompts causally, and this policy sees them whole")
         self.precision, self.threads, self.while_waiting = dtype, threads, while_waiting
         if settings.draft_tokens and policy.mtp is None:
             raise RolloutError(

@@ -1,19 +1,25 @@
 """policy.heads: attention heads that a router chooses, in learner, engine, graphs, adapters and files alike."""
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from dense_models import dense_model
+from dense_models import SHAPES, dense_model
 from engine_cases import (
     PARAMS,
     PROMPTS,
     assert_learner_agrees,
     assert_lossless,
     assert_packed_as_alone,
+    assert_stock_is_refused,
+    completions,
     states,
     taught,
+    tokens,
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -27,6 +33,7 @@ from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.train import train
 from policies.anatomy import anatomy
+from policies.conversion.dense import convert_dense
 from policies.decoding.latent_cache import LatentCache
 from policies.policy import Policy, PolicyError
 from policies.routing.heads import DynamicHeadsForCausalLM, head_weights, with_dynamic_heads
@@ -293,7 +300,47 @@ def test_an_export_is_refused_by_name(micro_config, tmp_path, capsys):
     train(micro_config(tmp_path / "run", **HEADS, steps=1))
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
     assert "dynamic heads (policy.heads)" in capsys.readouterr().err
+    for part in ("policy", "checkpoints/step_000001"):
+        assert_stock_is_refused(str(tmp_path / "run" / part), tmp_path / "out", "dynamic heads (policy.heads)", capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_other_programs_refuse_it_by_the_name_of_its_type(policy, tmp_path):
+    policy.save(tmp_path / "p")
+    reads = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
+    stock = subprocess.run([sys.executable, "-c", reads, tmp_path / "p"], capture_output=True, text=True)
+    assert stock.returncode
+    assert "deepseek_v3_dynamic_heads" in stock.stderr
+
+
+def test_inspect_says_how_many_heads_compute_and_what_a_prompt_sees(random_policy, tmp_path, capsys):
+    policy = with_heads(random_policy(31, **FOUR))
+    policy.attend_to_prompts("bidirectional")
+    policy.save(tmp_path / "p")
+    assert main(["policy", "inspect", str(tmp_path / "p"), "--json", str(tmp_path / "out.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "3 of 4 compute for a token, 1 of them for every token" in " ".join(re.sub("[│┃]", "", shown).split())
+    assert "its tokens see all of it" in shown
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [found[name] for name in ("heads", "active_heads", "shared_heads")] == [4, 3, 1]
+    assert found["prompt_attention"] == "bidirectional"
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_a_converted_dense_model_can_choose_heads(random_policy, tmp_path, both_ways):
+    """The learner, the engine with and without drafts of siblings, and the policy that is read again."""
+    tokenizer = random_policy(1).tokenizer
+    dense = dense_model(SHAPES["mha"], vocab_size=len(tokenizer), max_position_embeddings=256)
+    policy = with_heads(Policy(convert_dense(dense), None, tokenizer), 0.5, 1)
+    policy.attend_to_prompts("bidirectional" if both_ways else "causal")
+    params = replace(PARAMS, temperature=0.1, max_completion_tokens=24, stop_token_ids=(0,))  # siblings are alike
+    plain = Engine(policy).sample(PROMPTS, params)
+    assert_learner_agrees(policy, plain, params.temperature)
+    drafted = Engine(policy).sample(PROMPTS, replace(params, draft_tokens=2, draft_sources=("siblings",)))
+    assert tokens(drafted) == tokens(plain)
+    assert sum(sum(c.draft.sources["siblings"]["accepted"]) for c in completions(drafted) if c.draft.sources) > 0
+    policy.save(tmp_path / "p")
+    assert torch.equal(states(Policy.load(tmp_path / "p"), [3, 4], [5, 6]), states(policy, [3, 4], [5, 6]))
 
 
 def test_attention_of_fewer_heads_is_counted(policy, random_policy):

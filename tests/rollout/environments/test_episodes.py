@@ -152,6 +152,23 @@ def test_models_of_transformers_have_episodes_too(hf_policy):
         engine.close()
 
 
+def test_policies_that_choose_heads_and_see_their_first_prompt_whole_have_episodes_too(random_policy):
+    policy = random_policy(31, num_attention_heads=4, num_key_value_heads=4)
+    policy.choose_heads(0.75, 1, seed=3)
+    policy.attend_to_prompts("bidirectional")
+    engine = Engine(policy)
+    try:
+        plain, drafted = (engine.sample(PROMPTS, replace(EPISODES, draft_tokens=k)) for k in (0, 3))
+        assert tokens(plain) == tokens(drafted)
+        assert _assert_learner_agrees(policy, drafted, EPISODES.temperature) > 600
+        assert sum(c.num_turns for c in completions(plain)) > 40
+        policy.attend_to_prompts("causal")
+        with pytest.raises(AssertionError):
+            _assert_learner_agrees(policy, drafted, EPISODES.temperature)
+    finally:
+        engine.close()
+
+
 def test_the_experts_of_every_token_are_recorded(random_policy):
     """Routing of turns and of what tools wrote, against one forward over the whole episode."""
     policy = random_policy(12)
