@@ -3,7 +3,8 @@
 Both have 16 heads of 24 and the same width, depth and feed-forward. MLA caches 144 numbers a token and layer, not 768.
 The learning rate is tuned for each of them on a part of the held-out text that is not reported. Then each learns from
 scratch for each budget and seed. The difference is fitted against the logarithm of the tokens, to say where it would be
-the aim's 3.7 %. What has ended is not run again, so a benchmark that was stopped goes on.
+the aim's 3.7 %. What has ended is not run again, so a benchmark that was stopped goes on. At the end decoding steps of
+both are measured: what attention reads and computes.
 
     python benchmarks/equal_quality.py --json benchmarks/results/equal_quality.json    # built-in word problems
     python benchmarks/equal_quality.py --data ../gsm8k --json ...                      # GSM8K's training text
@@ -30,10 +31,11 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [*(path for path in sys.path if Path(path).resolve() != HERE), str(HERE)]
 
 import torch  # noqa: E402
+from decoding import decoder_of, measure  # noqa: E402
 from policy import BATCH, COMMON, FFN, LENGTH, MLA, VOCABULARY  # noqa: E402
 from pretraining import Run, build, load_text, perplexity, shown, train  # noqa: E402
 from seeds import half_interval  # noqa: E402
-from transformers import DeepseekV3Config, LlamaConfig  # noqa: E402
+from transformers import DeepseekV3Config, LlamaConfig, PreTrainedTokenizerBase  # noqa: E402
 
 from grpo.run.hardware import describe  # noqa: E402
 from policies.anatomy import cache_numbers, count_parameters  # noqa: E402
@@ -85,6 +87,21 @@ def work(job: Job, data: Path | None, documents: int, folder: Path) -> dict[str,
     folder.mkdir(parents=True, exist_ok=True)
     write_file(file, json.dumps(found))
     return found
+
+
+def work_of(tokenizer: PreTrainedTokenizerBase, quick: bool) -> list[dict[str, float]]:
+    """A decoding step of both, untrained: what MLA caches and reads for a token and what it computes, in per cent of
+    multi-head attention, and milliseconds. The cache alone is 4 bytes a number, each read once for a token."""
+    configs = {model: config_of(model, len(tokenizer)) for model in MODELS}
+    decoders = {name: decoder_of(build(config, tokenizer, 0), torch.float32, 4096) for name, config in configs.items()}
+    points = [(2, 32)] if quick else [(1, 256), (32, 256), (32, 1024), (32, 2048)]
+    peers, ours = measure(decoders, points, steps=3 if quick else 20).values()
+    cache = 100 * (cache_numbers(configs["mla"]) / cache_numbers(configs["multi-head"]) - 1)
+    return [
+        {"rows": one["rows"], "context": one["context"], "cache": cache}
+        | {name: 100 * (two[name] / one[name] - 1) for name in ("bytes_read_per_token", "flops_per_token", "ms")}
+        for one, two in zip(peers, ours, strict=True)
+    ]
 
 
 def crossing(tokens: Sequence[float], changes: Sequence[float]) -> dict[str, float | None]:
@@ -157,13 +174,15 @@ def main() -> None:
         lines.append([f"{tokens:,}", *(fmean(v) for v in values.values()), fmean(changes), half or "-"])
     fit = crossing([point["tokens"] for point in curve], [point["change"] for point in curve])
     print(shown([["tokens", *MODELS, "change, %", "+-"], *lines]))
+    decoded = work_of(text_of(options.data, VOCABULARY, LENGTH, options.seeds[0], documents).tokenizer, options.quick)
+    print(shown([["MLA, a step, %", *list(decoded[0])], *[["", *point.values()] for point in decoded]]))
     print(f"learning rates: {best}")
     where = "nowhere on this line" if fit["tokens_at_aim"] is None else f"at {fit['tokens_at_aim']:.3g} tokens"
     print(f"{fit['per_doubling']:+.2f} points a doubling; {AIM} % {where}")
     if options.json:
         text = options.data.name if options.data else "word_problems"
         record = {"environment": describe(), "text": text, "documents": documents}
-        record |= {"rates": best, "runs": found, "curve": curve, "fit": fit}
+        record |= {"rates": best, "runs": found, "curve": curve, "fit": fit, "work": decoded}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -7,6 +7,7 @@
 (c) SmolLM2-135M in its exact MLA form against the original: decode and training speed, memory (`make smollm2` first).
 
     python benchmarks/policy.py --json policy.json                     # 10 minutes on two cores
+    python benchmarks/policy.py --part b --seeds 0 1 2                 # with intervals; (b) alone takes several seeds
     python benchmarks/policy.py --part a --data ../gsm8k               # text: a folder with GSM8K's train.jsonl
     python benchmarks/policy.py --quick                                # does it run? (figures mean nothing)
 """
@@ -19,9 +20,10 @@ import multiprocessing
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -31,6 +33,7 @@ sys.path[:] = [*(path for path in sys.path if Path(path).resolve() != HERE), str
 import torch  # noqa: E402
 from decoding import decoder_of, measure, weight_bytes  # noqa: E402
 from pretraining import Run, Text, build, load_text, perplexity, rows, shown, tokens_per_second, train  # noqa: E402
+from seeds import half_interval  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import DeepseekV3Config, LlamaConfig  # noqa: E402
 
@@ -152,7 +155,7 @@ def training_flops(policy: Policy) -> float:
     return counter.get_total_flops() / LENGTH
 
 
-def part_b(options: argparse.Namespace, text: Text) -> dict[str, Any]:
+def part_b(options: argparse.Namespace, text: Text, seed: int) -> dict[str, Any]:
     """MoE against dense models with the same attention: as many parameters in all, as many in use."""
     common = COMMON | MLA | {"vocab_size": len(text.tokenizer), "eos_token_id": 0}
     configs = {
@@ -161,7 +164,7 @@ def part_b(options: argparse.Namespace, text: Text) -> dict[str, Any]:
         "dense_same_flops": DeepseekV3Config(**common | {"intermediate_size": (TOP_K + SHARED) * EXPERT_WIDTH}),
     }
     steps = 4 if options.quick else options.steps or 300
-    runs = {name: Run(build(config, text.tokenizer, options.seed), steps) for name, config in configs.items()}
+    runs = {name: Run(build(config, text.tokenizer, seed), steps) for name, config in configs.items()}
     runs["moe"].balance = BalanceOptions(bias_rate=0.003)
     runs["dense_same_parameters"].steps = min(max(1, steps // 2), 20)  # for its speed alone
     train(runs, text, BATCH, LEARNING_RATE, lambda line: say(f"(b) {line}"))
@@ -205,6 +208,40 @@ def part_b(options: argparse.Namespace, text: Text) -> dict[str, Any]:
     header = ["", "MoE", "dense, same parameters", "dense, same FLOPs", "MoE against it", "aim"]
     table(f"(b) {steps} steps of {BATCH * LENGTH} tokens (perplexity: against the same FLOPs)", header, lines)
     return {"steps": steps, "tokens_per_step": BATCH * LENGTH, "models": result, "aims": AIMS}
+
+
+def times(models: Mapping[str, Any]) -> dict[str, float]:
+    """The MoE's speeds over those of the dense model of the same parameters, and its perplexity over that of the one of
+    the same FLOPs. `by bytes` and `by FLOPs`: what the dense one reads or computes for a token, over the MoE's."""
+    moe, same, active = (models[name] for name in ("moe", "dense_same_parameters", "dense_same_flops"))
+    name = "training_tokens_per_second"
+    found = {"training": moe[name] / same[name]}
+    found |= {f"sampling, {place}": moe["sampling"][place] / same["sampling"][place] for place in moe["sampling"]}
+    for place, ours, peer in zip(at(moe["decode"]), moe["decode"], same["decode"], strict=True):
+        found[f"a decoding step, {place}"] = ours["tokens_per_second"] / peer["tokens_per_second"]
+        for kind in ("bytes_read", "flops"):
+            found[f"by {kind}, {place}"] = peer[f"{kind}_per_token"] / ours[f"{kind}_per_token"]
+    return found | {"perplexity": moe["perplexity"] / active["perplexity"]}
+
+
+def over_seeds(options: argparse.Namespace, text: Text) -> dict[str, Any]:
+    """Part b for every seed, and means of its ratios with half of their 95 % intervals."""
+    found = {}
+    for seed in options.seeds:
+        own = text if seed == options.seeds[0] else text_of(options, seed)
+        found[seed] = part_b(options, own, seed)
+    each = {name: [times(one["models"])[name] for one in found.values()] for name in times(found[seed]["models"])}
+    ratios = {
+        name: {"each": values, "mean": fmean(values), "half_of_its_interval": half_interval(values)}
+        for name, values in each.items()
+    }
+    lines = [[name, ratio["mean"], ratio["half_of_its_interval"]] for name, ratio in ratios.items()]
+    table(f"(b) MoE over dense, seeds {options.seeds}", ["", "times", "+-"], lines)
+    return {"seeds": found, "times": ratios}
+
+
+def text_of(options: argparse.Namespace, seed: int) -> Text:
+    return load_text(options.data, VOCABULARY, LENGTH, seed, 300 if options.quick else 12_000)
 
 
 def bytes_read(decoder: Any, rows: int, context: int) -> float:
@@ -325,7 +362,7 @@ def main() -> None:
         "--decode_dtype", "--decode-dtype", default="bfloat16", choices=["bfloat16", "float32"], help="(c)"
     )
     parser.add_argument("--steps", type=int, help="optimizer steps of (a) and (b); 400 and 300 by default")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and data; (a) takes the first")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only whether it runs")
     options = parser.parse_args()
@@ -338,19 +375,20 @@ def main() -> None:
         parser.error(f"--steps {options.steps}: use 1 or more")
     if options.threads:
         torch.set_num_threads(options.threads)
+    options.seed = options.seeds[0]
     torch.manual_seed(options.seed)
     record: dict[str, Any] = {"environment": describe(), "seed": options.seed, "quick": options.quick}
     say(json.dumps(record["environment"], indent=1))
     started = time.perf_counter()
     if {"a", "b"} & set(parts):
-        text = load_text(options.data, VOCABULARY, LENGTH, options.seed, 300 if options.quick else 12_000)
+        text = text_of(options, options.seed)
         record["text"] = {
             "source": options.data.name if options.data else "word_problems",
             "vocabulary": len(text.tokenizer),
         }
         record["text"] |= {"train_tokens": text.train.numel(), "heldout_tokens": text.heldout.numel()}
     for part in parts:
-        record[part] = part_c(options) if part == "c" else {"a": part_a, "b": part_b}[part](options, text)
+        record[part] = part_c(options) if part == "c" else {"a": part_a, "b": over_seeds}[part](options, text)
     record["seconds"] = round(time.perf_counter() - started, 1)
     say(f"{record['seconds']} s in all")
     if options.json:
