@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import DeepseekV3Config, PretrainedConfig
 
@@ -18,9 +18,6 @@ from policies.policy import read_config
 from policies.routing.heads import DynamicHeadsConfig, heads_config
 from rollout.backends.vllm.client import Client
 from rollout.backends.vllm.process import state_of
-
-if TYPE_CHECKING:
-    from grpo.policy_source import PolicySource
 
 FIXED = (  # arguments of vLLM's engine
     *("model", "dtype", "load_format", "logprobs_mode", "seed", "skip_tokenizer_init", "speculative_config"),
@@ -54,16 +51,16 @@ def refuse_backend(config: Any, read_shape: Callable[[], PretrainedConfig]) -> N
             _refuse_server(config.rollout.vllm)
 
 
-def ours_alone(source: PolicySource, asked: PolicyOptions) -> str | None:
-    """What the policy of `source`, loaded as `asked`, computes that vLLM and stock transformers do not, by its option.
-
-    They read a prompt causally without a word, and refuse dynamic heads. None: they compute what we do.
+def ours_alone(base: str, *asked: PolicyOptions) -> str | None:
+    """What a policy of the shape of `base` computes that vLLM and stock transformers do not, by its option. None: they
+    compute what we do. They read a prompt causally without a word, and refuse dynamic heads. Of `asked` the first that
+    says something counts.
     """
-    shape = None if source.base in presets.PRESETS else read_config(source.base)
-    attention = asked.prompt_attention or source.asked.prompt_attention
+    shape = None if base in presets.PRESETS else read_config(base)
+    attention = next((options.prompt_attention for options in asked if options.prompt_attention), None)
     if attention == "bidirectional" or (attention is None and shape and sees_prompts_whole(shape)):
         return "policy.prompt_attention=bidirectional"
-    if asked.heads or source.asked.heads or isinstance(shape, DynamicHeadsConfig):
+    if any(options.heads for options in asked) or isinstance(shape, DynamicHeadsConfig):
         return "dynamic heads (policy.heads)"
     return None
 

@@ -31,7 +31,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from grpo.backend import ours_alone
 from grpo.commands.model_card import REPORT, Origin, model_card
-from grpo.config.policy import ModelOptions, PolicyOptions
+from grpo.config.policy import ModelOptions
 from grpo.config.yaml_file import read_yaml
 from grpo.data.leakage import TRAINED_ON
 from grpo.policy_source import RECORD, PolicySource, find_policy, load_found
@@ -79,7 +79,7 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
         raise FileExistsError(f"destination={str(destination)!r} exists; remove it or name another")
     found = _read_run(run)
     source = find_policy(str(run))
-    if what := ours_alone(source, PolicyOptions()):
+    if what := ours_alone(source.base, source.asked):
         raise ExportError(
             f"{run} has {what}, which no other program computes: use it with quartet, by `model: {source.folder}`"
         )

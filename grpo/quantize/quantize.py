@@ -81,7 +81,7 @@ def _source(config: QuantizeConfig) -> PolicySource:
         check_options(config.model_copy(update={"model": source.folder}))
     if is_packed(read_config(source.base)):
         raise PolicyError(f"model={config.model!r} is quantised already; name the policy that it was made from")
-    if what := ours_alone(source, config.policy):
+    if what := ours_alone(source.base, config.policy, source.asked):
         raise PolicyError(f"model={config.model!r} has {what}, and what reads the files here does not compute that")
     return source
 

@@ -45,7 +45,7 @@ def serve_by_vllm(config: ServeConfig, key: str | None, say: Callable[[str], Non
     source = find_policy(config.model)
     if source.checkpoint is None:
         check_options(config.model_copy(update={"model": source.folder}))
-    if what := ours_alone(source, config.policy):
+    if what := ours_alone(source.base, config.policy, source.asked):
         raise ValueError(f"backend=vllm: vLLM does not compute {what} of model={config.model!r}; drop backend")
     if not config.vllm_python.exists():
         raise ValueError(
