@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from grpo.config.learner import LearnerOptions
 from grpo.learner.eight_bit import adamw_8bit
 from grpo.learner.master_weights import MasterWeights
-from grpo.learner.optimizer import by_mesh
+from grpo.learner.optimizer import by_mesh, norm_of
 from grpo.learner.parallel import Ranks
 from grpo.run.memory_errors import phase
-from policies.sharding import whole
 
 
 class NonFiniteStep(RuntimeError):
@@ -87,9 +86,9 @@ class Update:
         """Clip the gradient of what the optimizer moves in place of a module's parameters; returns its norm before."""
         moved = [self.masters.of(parameter) for parameter in module.parameters()] if module is not None else []
         moved = [tensor for tensor in moved if tensor.grad is not None]
-        together = by_mesh(moved)  # torch adds up only what is sharded alike
-        norms = [whole(nn.utils.get_total_norm([t.grad for t in part if t.grad is not None])) for part in together]
+        # Of a gradient itself, which every rank can have whole where it has a part of the parameter.
+        norms = [norm_of(part) for part in by_mesh(tensor.grad for tensor in moved if tensor.grad is not None)]
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-        for part in together:
+        for part in by_mesh(moved):  # torch computes only with what is sharded alike
             nn.utils.clip_grads_with_norm_(part, self.options.max_grad_norm, norm)
         return norm.item()
