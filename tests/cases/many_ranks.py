@@ -126,7 +126,11 @@ def main(folder: Path, cases: dict) -> None:
         ranks = join(True, ParallelOptions(**case["parallel"]))
         path = folder / name
         if rank == 0:
-            build("micro", ["two plus three is five\n"] * 5, 0).save(path)
+            policy = build("micro", ["two plus three is five\n"] * 5, 0)
+            if "heads" in case:
+                policy.choose_heads(*case["heads"])
+                policy.attend_to_prompts("bidirectional")
+            policy.save(path)
         dist.barrier()
         found = {optimizer: run(path, case, ranks, optimizer) for optimizer in ("sgd", "adamw")}
         again = run(path, case, ranks, "adamw")

@@ -60,6 +60,8 @@ CASES = {
         "tensor": {"parallel": {"tensor": 2}},
         "fsdp with expert": {"parallel": {"fsdp": 2, "expert": 2}},
         "replicate": {"parallel": {"replicate": 2}},
+        "heads, both ways": {"parallel": {}, "heads": [0.5, 0]},
+        "heads, both ways, tensor": {"parallel": {"tensor": 2}, "heads": [0.5, 0]},
         "lora, all targets": {"parallel": {}, "lora": None},
         "lora, tensor": {"parallel": {"tensor": 2}, "lora": None},
         "value head": {"parallel": {}, "loss": {"advantage": "gae"}},
