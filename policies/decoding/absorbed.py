@@ -7,6 +7,9 @@ result is mapped back. Everything here is derived from a policy's weights and is
 
 from __future__ import annotations
 
+import copy
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,9 +68,12 @@ class AbsorbedBlock:
         kv_bias = attention.kv_a_proj_with_mqa.bias
         self.head_gate: Tensor | None = None
         if (router := getattr(attention, "gate", None)) is not None:
-            self.head_gate, self.head_sizes = router.weight.detach().float(), router.sizes
-            self.head_bias = router.e_score_correction_bias.detach().float().clone()
-            self.shared_heads = self.config.shared_heads
+            # The shared heads are chosen like the others: by a bias of infinity, with the weight of a logit of 0, 1.
+            first = (self.config.shared_heads, 0)
+            self.head_gate = F.pad(router.weight.detach().float(), (0, 0, *first))
+            self.head_bias = F.pad(router.e_score_correction_bias.detach().float(), first, value=math.inf)
+            self.head_sizes = copy.copy(router.sizes)
+            self.head_sizes.num_experts_per_tok = self.config.active_heads
         last = attention.q_proj if attention.q_lora_rank is None else attention.q_b_proj
         query = last.weight.detach().float().view(heads, nope + self.rope, -1) * attention.scaling
         if self.config.rope_interleave:
@@ -160,11 +166,9 @@ class AbsorbedBlock:
         are one product before, since to gather rows of its matrix for each token would cost more."""
         batch, new, heads, width = query_BSHK.shape
         assert self.head_gate is not None
-        logits_NR = F.linear(h_BSD.float().flatten(0, 1), self.head_gate)
-        weights_Nk, chosen_Nk = route(logits_NR, self.head_bias, self.head_sizes)
-        shared = torch.arange(self.shared_heads, device=chosen_Nk.device).expand(len(chosen_Nk), -1)
-        chosen = torch.cat([shared, chosen_Nk + self.shared_heads], dim=1).view(batch, new, -1, 1)
-        weights = F.pad(weights_Nk, (self.shared_heads, 0), value=1.0).view(batch, new, -1, 1)
+        logits_NH = F.linear(h_BSD.float().flatten(0, 1), self.head_gate)
+        routed = route(logits_NH, self.head_bias, self.head_sizes)
+        weights, chosen = (part_Nk.view(batch, new, -1, 1) for part_Nk in routed)
         out = cache.attend(layer, query_BSHK.gather(2, chosen.expand(-1, -1, -1, width)), new_BSE)
         out = out * weights.to(out.dtype)
         return out.new_zeros(batch, new, heads, out.shape[-1]).scatter(2, chosen.expand_as(out), out)
