@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here, with hardware, versions and command")
     parser.add_argument("--part", action="append", choices=["quality", "decode"], help="repeatable; both by default")
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps (default: 1200)")
+    parser.add_argument("--steps", type=int, default=800, help="optimizer steps (default: 800)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="2 steps on little text: only whether it runs")
     options = parser.parse_args()
