@@ -12,9 +12,7 @@ from grpo.config.policy import ModelOptions, PolicyOptions
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
 from grpo.config.sampling import VLLMOptions
 from grpo.run.pool import vllm_token
-from policies import presets
-from policies.attention import sees_prompts_whole
-from policies.policy import read_config
+from policies.attention import PROMPT_ATTENTION, sees_prompts_whole
 from policies.routing.heads import DynamicHeadsConfig, heads_config
 from rollout.backends.vllm.client import Client
 from rollout.backends.vllm.process import state_of
@@ -51,18 +49,23 @@ def refuse_backend(config: Any, read_shape: Callable[[], PretrainedConfig]) -> N
             _refuse_server(config.rollout.vllm)
 
 
-def ours_alone(base: str, *asked: PolicyOptions) -> str | None:
-    """What a policy of the shape of `base` computes that vLLM and stock transformers do not, by its option. None: they
-    compute what we do. They read a prompt causally without a word, and refuse dynamic heads. Of `asked` the first that
-    says something counts.
+def as_asked(shape: PretrainedConfig, asked: PolicyOptions) -> PretrainedConfig:
+    """`shape` with the heads and the attention to prompts of `asked`. Raises PolicyError for heads that cannot be."""
+    if asked.heads:
+        shape = heads_config(shape, asked.heads.active, asked.heads.shared)
+    if asked.prompt_attention:
+        setattr(shape, PROMPT_ATTENTION, asked.prompt_attention)
+    return shape
+
+
+def ours_alone(shape: PretrainedConfig) -> str | None:
+    """What a policy of this shape computes that vLLM and stock transformers do not, by its option; None: nothing.
+
+    They read a prompt causally without a word, and refuse dynamic heads.
     """
-    shape = None if base in presets.PRESETS else read_config(base)
-    attention = next((options.prompt_attention for options in asked if options.prompt_attention), None)
-    if attention == "bidirectional" or (attention is None and shape and sees_prompts_whole(shape)):
+    if sees_prompts_whole(shape):
         return "policy.prompt_attention=bidirectional"
-    if any(options.heads for options in asked) or isinstance(shape, DynamicHeadsConfig):
-        return "dynamic heads (policy.heads)"
-    return None
+    return "dynamic heads (policy.heads)" if isinstance(shape, DynamicHeadsConfig) else None
 
 
 def _refuse_copies(config: Any, read_shape: Callable[[], PretrainedConfig]) -> None:

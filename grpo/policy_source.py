@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfi
 from transformers.distributed import DistributedConfig
 
 from grpo.agreement import check_agreement
-from grpo.backend import refuse_backend
+from grpo.backend import as_asked, refuse_backend
 from grpo.config.json_file import read_json
 from grpo.config.learner import MTPOptions
 from grpo.config.mtp import MtpConfig
@@ -45,7 +45,6 @@ from policies.files import hub
 from policies.files.atomic import write_file
 from policies.files.digests import write_digests
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
-from policies.routing.heads import heads_config
 from policies.sharding import leads
 
 Config = TypeVar("Config", bound=SftConfig | MtpConfig)
@@ -79,7 +78,7 @@ def find_policy(model: str, *, read: bool = True) -> PolicySource:
     """What `model` means; without `read` the tensors of a checkpoint are left where they are.
 
     Raises PolicyError for a path that is not there, a misspelt preset and a run that has saved nothing yet,
-    CheckpointError for a checkpoint that is damaged.
+    CheckpointError for a checkpoint that is damaged, ValueError or OSError for the configuration of its run.
     """
     folder = Path(model)
     if (folder / checkpoint.MANIFEST).is_file():
@@ -143,7 +142,7 @@ def check_options(options: ModelOptions) -> str:
     source = find_policy(options.model, read=False)
     refuse_checkpoint(options, source.checkpoint)
     model = source.base
-    if (asked := _head_options(options)) and not isinstance(shape := _shape(model), DeepseekV3Config):
+    if (asked := _head_options(options)) and not isinstance(shape := shape_of(source), DeepseekV3Config):
         raise PolicyError(
             f"{', '.join(asked)}: model={model!r} is of type {shape.model_type!r}, which has no MTP head and can be "
             "given none; leave that out, or make it a DeepSeek-V3 policy first (`quartet convert SRC DST`)"
@@ -152,17 +151,18 @@ def check_options(options: ModelOptions) -> str:
     if template == "chat" and (model in presets.PRESETS or not read_tokenizer(model).chat_template):
         what = "has no chat template; use a format string such as '{question}\\n'"
         raise PolicyError(f"template=chat: model={model!r} {what}")
-    refuse_backend(options, partial(_shape, model))
+    refuse_backend(options, partial(shape_of, source))
     if (learner := getattr(options, "learner", None)) and max(learner.parallel.tensor, learner.parallel.expert) > 1:
         lora, itemsize = getattr(options, "lora", None), getattr(torch, options.dtype).itemsize
-        refuse_layout(learner.parallel, _shape(model), lora, itemsize)
+        refuse_layout(learner.parallel, shape_of(source), lora, itemsize)
     return model
 
 
-def _shape(model: str) -> PretrainedConfig:
-    """Of a checkpoint or preset."""
-    preset = presets.PRESETS.get(model)
-    return DeepseekV3Config(vocab_size=presets.VOCABULARY, **preset) if preset else read_config(model)
+def shape_of(source: PolicySource) -> PretrainedConfig:
+    """The configuration of the policy, with what its run asked of it."""
+    preset = presets.PRESETS.get(source.base)
+    shape = DeepseekV3Config(vocab_size=presets.VOCABULARY, **preset) if preset else read_config(source.base)
+    return as_asked(shape, source.asked)
 
 
 def _head_options(options: ModelOptions) -> list[str]:
@@ -187,8 +187,7 @@ def known_context(model: str) -> int | None:
 def read_shape(options: ModelOptions) -> tuple[PretrainedConfig, bool]:
     """The configuration of `options.model`, and whether the policy will have a draft head. Raises PolicyError."""
     model = check_options(options)
-    shape, heads = _shape(model), options.policy.heads
-    shape = heads_config(shape, heads.active, heads.shared) if heads else shape
+    shape = as_asked(shape_of(find_policy(options.model, read=False)), options.policy)
     native = isinstance(shape, DeepseekV3Config)
     stored = getattr(shape, "num_nextn_predict_layers", 0)
     return shape, model in presets.PRESETS or (native and bool(options.add_mtp or stored))

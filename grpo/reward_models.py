@@ -24,7 +24,7 @@ from grpo.data.examples import Example
 from grpo.data.prompts import PromptTemplate, apply_chat_template, encode_prompt
 from grpo.learner.teacher import Scores, TeacherPolicy
 from grpo.learner.teacher_server import TeacherServer
-from grpo.policy_source import find_policy, load_policy
+from grpo.policy_source import find_policy, load_policy, shape_of
 from policies import presets
 from policies.attention import sees_prompts_whole
 from policies.logprobs import shifted_logprobs
@@ -237,7 +237,8 @@ def check_teacher(config: TrainConfig) -> None:
     if config.distill.teacher is None:
         return
     named = f"distill.teacher={config.distill.teacher!r}"
-    policy, teacher = (find_policy(model, read=False).base for model in (config.model, config.distill.teacher))
+    sources = [find_policy(model, read=False) for model in (config.model, config.distill.teacher)]
+    policy, teacher = (source.base for source in sources)
     if policy in presets.PRESETS:
         raise ValueError(
             f"{named}: model={config.model!r} is a preset, which learns a tokenizer from the data, and the teacher has "
@@ -251,7 +252,7 @@ def check_teacher(config: TrainConfig) -> None:
             "policy has sampled: name one with the same tokenizer"
         )
     if server := _server(config.distill):
-        if sees_prompts_whole(read_config(teacher)):
+        if sees_prompts_whole(shape_of(sources[1])):
             raise ValueError(
                 f"{named} has prompt_attention=bidirectional, and the server of distill.url would read its prompts "
                 "causally; set url to null to load the teacher here"

@@ -34,7 +34,7 @@ from grpo.commands.model_card import REPORT, Origin, model_card
 from grpo.config.policy import ModelOptions
 from grpo.config.yaml_file import read_yaml
 from grpo.data.leakage import TRAINED_ON
-from grpo.policy_source import RECORD, PolicySource, find_policy, load_found
+from grpo.policy_source import RECORD, PolicySource, find_policy, load_found, shape_of
 from grpo.run import checkpoint
 from policies import lora, presets
 from policies.checkpoint import check_policy
@@ -79,7 +79,7 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
         raise FileExistsError(f"destination={str(destination)!r} exists; remove it or name another")
     found = _read_run(run)
     source = find_policy(str(run))
-    if what := ours_alone(source.base, source.asked):
+    if what := ours_alone(shape_of(source)):
         raise ExportError(
             f"{run} has {what}, which no other program computes: use it with quartet, by `model: {source.folder}`"
         )

@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers import DeepseekV3Config
 
 from grpo.config.learner import LoraOptions
-from grpo.policy_source import find_policy
+from grpo.policy_source import find_policy, shape_of
 from policies import presets
 from policies.anatomy import LORA_AIM, Anatomy, anatomy
 from policies.layout import INDEX, WeightFiles, check_tensors, find_file, mtp_layers, read_index
@@ -26,13 +26,9 @@ def inspect(model: str, context: int | None = None) -> Anatomy:
     `context`: tokens to attend to; 4096 or the policy's longest by default. The files of a folder are checked, too.
     Raises PolicyError.
     """
-    model = find_policy(model, read=False).base
-    if model in presets.PRESETS:
-        config = DeepseekV3Config(vocab_size=presets.VOCABULARY, **presets.PRESETS[model])
-        depth = config.num_nextn_predict_layers
-    else:
-        config = read_config(model)
-        depth = _mtp_depth(model, config)
+    source = find_policy(model, read=False)
+    config, preset = shape_of(source), source.base in presets.PRESETS
+    depth = config.num_nextn_predict_layers if preset else _mtp_depth(source.base, read_config(source.base))
     longest = getattr(config, "max_position_embeddings", None) or CONTEXT
     options = LoraOptions()
     context = min(CONTEXT, longest) if context is None else context

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.config.convert import RecoveryOptions
-from grpo.learner.optimizer import schedule
+from grpo.learner.optimizer import norm_of, schedule
 from grpo.run.stop import StopSignal
 from policies.conversion.dense import frozen_parameter_names
 
@@ -56,7 +56,8 @@ def recover(
                     share = kl / ids.numel() / options.windows_per_step
                     share.backward()
                     loss += share.item()
-                norm = torch.nn.utils.clip_grad_norm_(trained, options.max_grad_norm)
+                norm = norm_of([parameter.grad for parameter in trained if parameter.grad is not None])
+                torch.nn.utils.clip_grads_with_norm_(trained, options.max_grad_norm, norm)
                 if not torch.isfinite(norm):
                     raise RecoveryDiverged(
                         f"step {done + 1} of the recovery: loss {loss}, gradient norm {norm.item()}; use a smaller "

@@ -85,9 +85,9 @@ class Update:
     def _clip(self, module: nn.Module | None) -> float:
         """Clip the gradient of what the optimizer moves in place of a module's parameters; returns its norm before."""
         moved = [self.masters.of(parameter) for parameter in module.parameters()] if module is not None else []
-        moved = [tensor for tensor in moved if tensor.grad is not None]
-        # Of a gradient itself, which every rank can have whole where it has a part of the parameter.
-        norms = [norm_of(part) for part in by_mesh(tensor.grad for tensor in moved if tensor.grad is not None)]
+        gradients = [tensor.grad for tensor in moved if tensor.grad is not None]
+        # Every rank can have the whole of a gradient where it has a part of the parameter.
+        norms = [norm_of(part) for part in by_mesh(gradients)]
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
         for part in by_mesh(moved):  # torch computes only with what is sharded alike
             nn.utils.clip_grads_with_norm_(part, self.options.max_grad_norm, norm)

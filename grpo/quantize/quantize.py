@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from grpo.backend import ours_alone
+from grpo.backend import as_asked, ours_alone
 from grpo.commands.eval import ModelEvaluation, evaluate_model
 from grpo.config.inference import EvalConfig
 from grpo.data.calibration_text import calibration_text
 from grpo.data.examples import Example
 from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, trained_on
 from grpo.data.prompts import PromptTemplate
-from grpo.policy_source import PolicySource, check_options, find_policy, load_found
+from grpo.policy_source import PolicySource, check_options, find_policy, load_found, shape_of
 from grpo.quantize import compressor, report
 from grpo.quantize.options import QuantizeConfig
 from grpo.quantize.report import Quantization
@@ -37,9 +37,11 @@ def quantize(destination: Path, config: QuantizeConfig, console: Console) -> Qua
     Raises ValueError where packages are missing or the text is evaluation data or too short, PolicyError for a source
     that cannot be quantised, FileExistsError for a destination that is not empty; all of them before weights are read.
     """
-    source = _source(config)
+    if what := ours_alone(as_asked(shape_of(find_policy(config.model, read=False)), config.policy)):
+        raise PolicyError(f"model={config.model!r} has {what}, and what reads the files here does not compute that")
     compressor.require_packages()
     with new_folder(destination) as folder:
+        source = _source(config)
         shape = read_config(source.base)
         text = calibration_text(
             config.calibrate,
@@ -81,8 +83,6 @@ def _source(config: QuantizeConfig) -> PolicySource:
         check_options(config.model_copy(update={"model": source.folder}))
     if is_packed(read_config(source.base)):
         raise PolicyError(f"model={config.model!r} is quantised already; name the policy that it was made from")
-    if what := ours_alone(source.base, config.policy, source.asked):
-        raise PolicyError(f"model={config.model!r} has {what}, and what reads the files here does not compute that")
     return source
 
 

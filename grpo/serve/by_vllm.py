@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from grpo.backend import ours_alone
+from grpo.backend import as_asked, ours_alone
 from grpo.config.serve import ServeConfig
-from grpo.policy_source import check_options, find_policy, load_found
+from grpo.policy_source import check_options, find_policy, load_found, shape_of
 from grpo.run.listening import listen
 from grpo.run.memory_errors import phase
 from policies.policy import Policy
@@ -42,10 +42,7 @@ ENDS_WITH_US = (  # run by the child: the kernel is to end it when we are gone, 
 
 def serve_by_vllm(config: ServeConfig, key: str | None, say: Callable[[str], None]) -> None:
     """Serve until a signal comes. Raises ValueError or RolloutError where vLLM is not installed or cannot start."""
-    source = find_policy(config.model)
-    if source.checkpoint is None:
-        check_options(config.model_copy(update={"model": source.folder}))
-    if what := ours_alone(source.base, config.policy, source.asked):
+    if what := ours_alone(as_asked(shape_of(find_policy(config.model, read=False)), config.policy)):
         raise ValueError(f"backend=vllm: vLLM does not compute {what} of model={config.model!r}; drop backend")
     if not config.vllm_python.exists():
         raise ValueError(
@@ -60,6 +57,9 @@ def serve_by_vllm(config: ServeConfig, key: str | None, say: Callable[[str], Non
         folder, log = Path(place) / "policy", Path(place) / "vllm.log"
         listening, address = listen(config.host, config.port)
         with listening:  # until vLLM binds the port itself
+            source = find_policy(config.model)
+            if source.checkpoint is None:
+                check_options(config.model_copy(update={"model": source.folder}))
             policy = load_found(source, config)
             with phase("loading", config):
                 policy.save(folder)

@@ -145,7 +145,9 @@ def test_parts_a_and_b_run(tmp_path):
     record = json.loads(file.read_text())
     mha, mla = (record["a"]["models"][name] for name in ("mha", "mla"))
     assert mla["cache_bytes_per_token"] / mha["cache_bytes_per_token"] == pytest.approx(0.07, abs=0.005)
-    moe, same, active = (record["b"]["models"][f] for f in ("moe", "dense_same_parameters", "dense_same_flops"))
+    moe, same, active = (
+        record["b"]["seeds"]["0"]["models"][f] for f in ("moe", "dense_same_parameters", "dense_same_flops")
+    )
     assert moe["parameters"] == pytest.approx(same["parameters"], rel=0.01)
     assert moe["active_parameters"] == pytest.approx(active["parameters"], rel=0.01)
     assert "perplexity" not in same

@@ -22,6 +22,8 @@ from serving_cases import Running
 from transformers import DeepseekV3ForCausalLM
 
 from grpo.cli import main
+from grpo.commands.inspect import inspect
+from grpo.policy_source import check_options
 from grpo.reward_models import check_teacher
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
@@ -135,6 +137,25 @@ def test_what_cannot_see_prompts_whole_is_refused_by_name(micro_config, tmp_path
     assert not (tmp_path / "r").exists()
 
 
+def test_a_checkpoint_is_what_its_run_asked_for(random_policy, micro_config, tmp_path, capsys):
+    """Its run began with a policy that attends causally, by all of its heads."""
+    random_policy(31, num_attention_heads=4, num_key_value_heads=4).save(tmp_path / "plain")
+    given = BOTH_WAYS | {"policy.heads.active": 0.75, "policy.heads.shared": 1, "warm_start.steps": 0}
+    train(micro_config(tmp_path / "run", model=str(tmp_path / "plain"), steps=1, **given))
+    model = str(tmp_path / "run/checkpoints/step_000001")
+    assert_stock_is_refused(model, tmp_path / "out", "policy.prompt_attention=bidirectional", capsys)
+    with pytest.raises(
+        ValueError, match=r"rollout.partial=4 with policy.prompt_attention=bidirectional \(so model says"
+    ):
+        check_options(micro_config(tmp_path / "next", model=model, **{"rollout.partial": 4, "warm_start.steps": 0}))
+    counted = inspect(model)
+    assert (counted.active_heads, counted.heads, counted.prompt_attention) == (3, 4, "bidirectional")
+    assert counted == inspect(str(tmp_path / "run/policy"))
+    given = {"distill.teacher": model, "distill.url": "http://[::1]:9/v1", "loss.advantage": "distill"}
+    with pytest.raises(ValueError, match=r"distill\.teacher=.* has prompt_attention=bidirectional"):
+        check_teacher(micro_config(tmp_path / "r", model=str(tmp_path / "plain"), **given))
+
+
 def test_a_pool_of_vllm_is_refused_before_it_starts(policy):
     with pytest.raises(RolloutError, match="vLLM reads prompts causally"):
         VLLMPool(policy, VLLMSettings(), torch.float32)
@@ -160,10 +181,11 @@ def test_a_chat_is_refused_once_the_policy_has_written_in_it(policy, tmp_path):
     try:
         asked = {"model": "micro", "messages": [{"role": "user", "content": "2 + 3"}], "max_tokens": 4}
         assert server.ask("/v1/chat/completions", asked)[0] == 200
-        written = [{"role": "assistant", "content": "5"}, {"role": "user", "content": "4 + 4"}]
-        status, answer, _ = server.ask("/v1/chat/completions", asked | {"messages": asked["messages"] + written})
-        assert (status, answer["error"]["code"]) == (400, "prompt_seen_whole")
-        assert "to /v1/completions" in answer["error"]["message"]
+        for written in ({"role": "assistant", "content": "5"}, {"role": "tool", "tool_call_id": "c", "content": "5"}):
+            messages = [*asked["messages"], written, {"role": "user", "content": "4 + 4"}]
+            status, answer, _ = server.ask("/v1/chat/completions", asked | {"messages": messages})
+            assert (status, answer["error"]["code"]) == (400, "prompt_seen_whole")
+            assert "to /v1/completions" in answer["error"]["message"]
     finally:
         server.end()
 
