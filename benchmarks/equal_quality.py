@@ -3,8 +3,8 @@
 Both have 16 heads of 24 and the same width, depth and feed-forward. MLA caches 144 numbers a token and layer, not 768.
 The learning rate is tuned for each of them on a part of the held-out text that is not reported. Then each learns from
 scratch for each budget and seed. The difference is fitted against the logarithm of the tokens, to say where it would be
-the aim's 3.7 %. What has ended is not run again, so a benchmark that was stopped goes on. At the end decoding steps of
-both are measured: what attention reads and computes.
+the aim's 3.7 %. What has ended is not run again, so a benchmark that was stopped goes on. First decoding steps of
+both are measured: what they read and compute.
 
     python benchmarks/equal_quality.py --json benchmarks/results/equal_quality.json    # built-in word problems
     python benchmarks/equal_quality.py --data ../gsm8k --json ...                      # GSM8K's training text
@@ -151,6 +151,9 @@ def main() -> None:
         found.extend(done)
         return done
 
+    decoded = work_of(text_of(options.data, VOCABULARY, LENGTH, options.seeds[0], documents).tokenizer, options.quick)
+    print(shown([["MLA, a step, %", *list(decoded[0])], *[["", *point.values()] for point in decoded]]), flush=True)
+
     with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
         tuning = sorted(options.budgets)[len(options.budgets) // 2]
         best = dict.fromkeys(MODELS, options.rates[0])
@@ -174,8 +177,6 @@ def main() -> None:
         lines.append([f"{tokens:,}", *(fmean(v) for v in values.values()), fmean(changes), half or "-"])
     fit = crossing([point["tokens"] for point in curve], [point["change"] for point in curve])
     print(shown([["tokens", *MODELS, "change, %", "+-"], *lines]))
-    decoded = work_of(text_of(options.data, VOCABULARY, LENGTH, options.seeds[0], documents).tokenizer, options.quick)
-    print(shown([["MLA, a step, %", *list(decoded[0])], *[["", *point.values()] for point in decoded]]))
     print(f"learning rates: {best}")
     where = "nowhere on this line" if fit["tokens_at_aim"] is None else f"at {fit['tokens_at_aim']:.3g} tokens"
     print(f"{fit['per_doubling']:+.2f} points a doubling; {AIM} % {where}")

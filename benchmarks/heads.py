@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -38,7 +38,7 @@ from pretraining import (  # noqa: E402
     tokens_per_second,
     train,
 )
-from seeds import half_interval  # noqa: E402
+from seeds import interval  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import DeepseekV3Config  # noqa: E402
 
@@ -101,13 +101,14 @@ def attention_of(decoder: Decoder, rows: int, context: int, steps: int) -> dict[
 
 
 def decode_of(seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    text = load_text(None, VOCABULARY, LENGTH, seed, 300)
+    text = load_text(None, VOCABULARY, LENGTH, seed, 300 if options.quick else 12_000)
     decoders = {name: decoder_of(run.policy, torch.float32, 8192) for name, run in models(text, seed, 1).items()}
     points, steps = (POINTS[:1], 3) if options.quick else (POINTS, 20)
     found = measure(decoders, points, steps)
     for i, point in enumerate(points):
-        for name, decoder in decoders.items():
-            found[name][i] |= attention_of(decoder, *point, steps)
+        rounds = [{name: attention_of(one, *point, steps) for name, one in decoders.items()} for _ in range(3)]
+        for name in decoders:  # they take turns
+            found[name][i] |= {number: median(each[name][number] for each in rounds) for number in rounds[0][name]}
     return found
 
 
@@ -128,13 +129,12 @@ def quality_of(seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def shares(by_seed: dict[int, Any]) -> list[dict[str, Any]]:
-    """At every point what the chosen heads take of what all take: each seed, the mean, half of its interval."""
+    """At every point what the chosen heads take of what all take."""
     lines = []
     for i, point in enumerate(next(iter(by_seed.values()))["all"]):
         line: dict[str, Any] = {"rows": point["rows"], "context": point["context"]}
         for number in NUMBERS:
-            each = [found["some"][i][number] / found["all"][i][number] for found in by_seed.values()]
-            line[number] = {"each": each, "mean": fmean(each), "half_of_its_interval": half_interval(each)}
+            line[number] = interval([one["some"][i][number] / one["all"][i][number] for one in by_seed.values()])
         lines.append(line)
     return lines
 
@@ -161,11 +161,11 @@ def main() -> None:
     if "quality" in (options.part or ["quality"]):
         by_seed = {seed: quality_of(seed, options) for seed in options.seeds}
         changes = [found["some"]["perplexity"] / found["all"]["perplexity"] - 1 for found in by_seed.values()]
-        change = {"mean": fmean(changes), "half_of_its_interval": half_interval(changes)}
+        change = interval(changes)
         record["quality"] = {"steps": options.steps, "tokens_per_step": BATCH * LENGTH, "seeds": by_seed}
         record["quality"]["perplexity_change"] = change
-        half = 100 * change["half_of_its_interval"]
-        print(f"held-out perplexity, some against all: {100 * fmean(changes):+.2f} % +- {half:.2f}")
+        half = change["half_of_its_interval"] or float("nan")
+        print(f"held-out perplexity, some against all: {100 * change['mean']:+.2f} % +- {100 * half:.2f}")
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -33,7 +33,7 @@ sys.path[:] = [*(path for path in sys.path if Path(path).resolve() != HERE), str
 import torch  # noqa: E402
 from decoding import decoder_of, measure, weight_bytes  # noqa: E402
 from pretraining import Run, Text, build, load_text, perplexity, rows, shown, tokens_per_second, train  # noqa: E402
-from seeds import half_interval  # noqa: E402
+from seeds import interval  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import DeepseekV3Config, LlamaConfig  # noqa: E402
 
@@ -212,7 +212,7 @@ def part_b(options: argparse.Namespace, text: Text, seed: int) -> dict[str, Any]
 
 def times(models: Mapping[str, Any]) -> dict[str, float]:
     """The MoE's speeds over those of the dense model of the same parameters, and its perplexity over that of the one of
-    the same FLOPs. `by bytes` and `by FLOPs`: what the dense one reads or computes for a token, over the MoE's."""
+    the same FLOPs. `by bytes_read` and `by flops`: what the dense one reads or computes for a token, over the MoE's."""
     moe, same, active = (models[name] for name in ("moe", "dense_same_parameters", "dense_same_flops"))
     name = "training_tokens_per_second"
     found = {"training": moe[name] / same[name]}
@@ -231,11 +231,8 @@ def over_seeds(options: argparse.Namespace, text: Text) -> dict[str, Any]:
         own = text if seed == options.seeds[0] else text_of(options, seed)
         found[seed] = part_b(options, own, seed)
     each = {name: [times(one["models"])[name] for one in found.values()] for name in times(found[seed]["models"])}
-    ratios = {
-        name: {"each": values, "mean": fmean(values), "half_of_its_interval": half_interval(values)}
-        for name, values in each.items()
-    }
-    lines = [[name, ratio["mean"], ratio["half_of_its_interval"]] for name, ratio in ratios.items()]
+    ratios = {name: interval(values) for name, values in each.items()}
+    lines = [[name, ratio["mean"], ratio["half_of_its_interval"] or "-"] for name, ratio in ratios.items()]
     table(f"(b) MoE over dense, seeds {options.seeds}", ["", "times", "+-"], lines)
     return {"seeds": found, "times": ratios}
 

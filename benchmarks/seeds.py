@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any
 
 STUDENT_T = 4.303  # 95 %, two degrees of freedom: three seeds
@@ -17,6 +17,16 @@ def half_interval(values: Sequence[float]) -> float:
     2.484
     """
     return STUDENT_T * stdev(values) / len(values) ** 0.5 if len(values) == 3 else float("nan")
+
+
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """Of each seed, as JSON has it: `half_of_its_interval` is null but for three.
+
+    >>> interval([1.0, 2.0])
+    {'each': [1.0, 2.0], 'mean': 1.5, 'half_of_its_interval': None}
+    """
+    half = half_interval(values) if len(values) == 3 else None
+    return {"each": list(values), "mean": fmean(values), "half_of_its_interval": half}
 
 
 def sft_options(folder: Path, seed: int, steps: int, problems: int) -> dict[str, Any]:
