@@ -4,7 +4,7 @@
 their bias. Then held-out perplexity and the heads' loads. `decode`: FLOPs and milliseconds of a decoding step at short
 and long contexts, and of the attention in it, of fresh models, once for every seed.
 
-    python benchmarks/heads.py --part quality --json benchmarks/results/heads_quality.json
+    python benchmarks/heads.py --part quality --json heads_quality.json    # 15 minutes
     python benchmarks/heads.py --part decode --json benchmarks/results/heads_decode.json    # quiet, a minute
     python benchmarks/heads.py --quick                                      # does it run? (figures mean nothing)
 """
@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here, with hardware, versions and command")
     parser.add_argument("--part", action="append", choices=["quality", "decode"], help="repeatable; both by default")
-    parser.add_argument("--steps", type=int, default=800, help="optimizer steps (default: 800)")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default: 400)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="2 steps on little text: only whether it runs")
     options = parser.parse_args()
