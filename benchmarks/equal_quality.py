@@ -89,7 +89,7 @@ def work(job: Job, data: Path | None, documents: int, folder: Path) -> dict[str,
     return found
 
 
-def work_of(tokenizer: PreTrainedTokenizerBase, quick: bool) -> list[dict[str, float]]:
+def decoding_work(tokenizer: PreTrainedTokenizerBase, quick: bool) -> list[dict[str, float]]:
     """A decoding step of both, untrained: what MLA caches and reads for a token and what it computes, in per cent of
     multi-head attention, and milliseconds. The cache alone is 4 bytes a number, each read once for a token."""
     configs = {model: config_of(model, len(tokenizer)) for model in MODELS}
@@ -151,7 +151,9 @@ def main() -> None:
         found.extend(done)
         return done
 
-    decoded = work_of(text_of(options.data, VOCABULARY, LENGTH, options.seeds[0], documents).tokenizer, options.quick)
+    decoded = decoding_work(
+        text_of(options.data, VOCABULARY, LENGTH, options.seeds[0], documents).tokenizer, options.quick
+    )
     print(shown([["MLA, a step, %", *list(decoded[0])], *[["", *point.values()] for point in decoded]]), flush=True)
 
     with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:

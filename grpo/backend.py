@@ -50,7 +50,7 @@ def refuse_backend(config: Any, read_shape: Callable[[], PretrainedConfig]) -> N
 
 
 def as_asked(shape: PretrainedConfig, asked: PolicyOptions) -> PretrainedConfig:
-    """`shape` with the heads and the attention to prompts of `asked`. Raises PolicyError for heads that cannot be."""
+    """`shape`, which it may change, with the heads and the attention to prompts of `asked`. Raises PolicyError."""
     if asked.heads:
         shape = heads_config(shape, asked.heads.active, asked.heads.shared)
     if asked.prompt_attention:
