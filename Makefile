@@ -12,7 +12,7 @@ VLLM := .vllm
 VLLM_VERSION := 0.32.0
 VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
 
-.PHONY: help demo reference docs smollm2 vllm quantize test test-slow test-vllm test-browser gpu peers lint clean
+.PHONY: help demo reference docs smollm2 vllm quantize test test-slow test-vllm test-browser gpu peers house lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -57,6 +57,9 @@ peers: $(DEV_STAMP) ## ours beside TRL, vLLM and others, into docs/peers.md, in 
 	@$(MAKE) --no-print-directory vllm || echo "vLLM cannot be installed here: its row says so"
 	$(BIN)/python examples/prepare_smollm2.py
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+house: $(DEV_STAMP) ## count lines, options, rooms and arrows, beside their budgets; ARGS=--lower writes what has fallen
+	$(BIN)/python tests/house.py $(ARGS)
 
 lint: $(DEV_STAMP) ## style and types
 	$(BIN)/ruff check .
