@@ -102,9 +102,9 @@ class Engine:
             raise RolloutError(
                 "accept=margin takes drafts unverified, but there are none: use a policy with an MTP head and drafts"
             )
-        if params.record_routing and not getattr(self.trunk, "has_experts", False):
+        if params.record_routing and not getattr(self.trunk, "has_routers", False):
             raise RolloutError(
-                "learner.routing_replay: this policy has no experts whose routing could be replayed; drop it"
+                "learner.routing_replay: this policy has no experts or dynamic heads to be replayed; drop it"
             )
         vocabulary = len(self.trunk.embedding)
         for token in params.stop_token_ids:

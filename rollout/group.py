@@ -155,9 +155,9 @@ class Completion:
     one, and `text` ends before the string.
 
     `logprobs[t]` scores `token_ids[t]` under the temperature-scaled policy that really sampled it (contract 2).
-    `routing` [Lc, MoE layers, k], integers: the experts that the trunk used when it read `token_ids[t]`, -1 for the
-    last token, which it never read. `versions` [Lc] are the policy versions that sampled each token; it is empty where
-    all are `policy_version`, the one that sampled the last.
+    `routing` [Lc, routers, k], integers: the experts and dynamic heads that the trunk used when it read
+    `token_ids[t]`, see `RoutingReplay`; -1 for the last token, which it never read. `versions` [Lc] are the policy
+    versions that sampled each token; it is empty where all are `policy_version`, the one that sampled the last.
     """
 
     token_ids: list[int]
@@ -277,7 +277,7 @@ def head_accepted(completions: Iterable[Completion]) -> tuple[float, ...]:
 
 @dataclass
 class RolloutGroup:
-    """The G completions of one prompt by sample index. `prompt_routing` [Lp, MoE layers, k]: the prompt's experts."""
+    """The G completions of one prompt by sample index. `prompt_routing` [Lp, routers, k]: of the prompt."""
 
     prompt: Prompt
     completions: list[Completion]

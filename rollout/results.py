@@ -60,7 +60,7 @@ class Results:
         self.drafted, self.accepted = (torch.zeros(completions, depth, **whole) for _ in range(2))
         self.empty = torch.zeros(completions, **whole)
         self.sources: dict[str, tuple[Tensor, Tensor]] = {}  # drafted and accepted [N, depth] of all but the head
-        self.routing: Tensor | None = None  # [N, room, MoE layers, k], made when the first prompts are read
+        self.routing: Tensor | None = None  # [N, room, routers, k], made when the first prompts are read
         self.prompt_routing: dict[int, Tensor] = {}
         self.steps = torch.arange(room, device=device)
 
@@ -105,13 +105,13 @@ class Results:
                 self.sources[source][0][live.index, : drafts.depth] += made & of_source[:, None]
 
     def add_routing(self, live: Rows, experts: Tensor, new: int) -> None:
-        """`experts` [R · S, MoE layers, k]: those of each row's last token and of the drafts after it."""
+        """`experts` [R · S, routers, k]: the experts and heads of each row's last token and of the drafts after it."""
         assert self.routing is not None  # since the prefill
         experts = experts.view(-1, new, *experts.shape[1:])
         self.routing[self._places(live, live.count - 1, new)] = experts.to(torch.int16)
 
     def add_prompt_routing(self, numbers: Sequence[int], experts: Tensor, lengths_P: Tensor, longest: int) -> None:
-        """`experts` [P · longest, MoE layers, k]: those of the prompts with these numbers."""
+        """`experts` [P · longest, routers, k]: the experts and heads of the prompts with these numbers."""
         experts = experts.view(len(numbers), longest, *experts.shape[1:])
         if self.routing is None:
             shape = *self.token_ids.shape, *experts.shape[2:]

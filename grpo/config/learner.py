@@ -77,8 +77,7 @@ class LearnerOptions(Options):
     nobody has started several."""
     parallel: ParallelOptions = ParallelOptions()
     routing_replay: bool = False
-    """MoE: the learner's forward uses the experts that the sampler chose, for the prompt too. Dynamic heads are chosen
-    anew."""
+    """The learner's forward uses the experts and the dynamic heads that the sampler chose, for the prompt too."""
 
 
 class LoraOptions(Options):

@@ -33,7 +33,7 @@ class Sample:
     token_advantages: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
-    routing: Tensor | None = None  # [Lc, MoE layers, k]; see RolloutGroup
+    routing: Tensor | None = None  # [Lc, routers, k]; see Completion
     sampled: list[bool] = field(default_factory=list)  # [Lc] false where a tool wrote; empty without tools
     start: int = 0
 
@@ -57,7 +57,7 @@ class PackedRow:
 
     prompt_token_ids: list[int]
     samples: Sequence[Sample]
-    prompt_routing: Tensor | None = None  # [Lp, MoE layers, k]
+    prompt_routing: Tensor | None = None  # [Lp, routers, k]
     group: int = 0  # its place in the step; a group that is cut into several rows has it in all of them
     learns: bool = True  # False: the draft head alone learns from it, so that the trunk needs no gradient
 
@@ -111,7 +111,7 @@ class MicroBatch:
     turn: Tensor  # [B, T] as `segment`, but each turn has a number of its own, and what tools wrote is -1
     mask: Tensor  # [C, L] a completion's sampled tokens; mask[mask] runs in the order of `scored`
     rows: Sequence[PackedRow]
-    routing: Tensor | None = None  # [B, T, MoE layers, k] the experts that the sampler chose, -1 where it did not say
+    routing: Tensor | None = None  # [B, T, routers, k] what the sampler's routers chose, -1 where it did not say
     counts: bool = True  # False: it only keeps other ranks company, which have one micro-batch more
 
     @property
@@ -260,7 +260,7 @@ def _turns(sample: Sample) -> Tensor:
 
 
 def _routing(rows: Sequence[PackedRow], longest: int, device: torch.device) -> Tensor | None:
-    """[B, T, MoE layers, k], or None where no row has any."""
+    """[B, T, routers, k], or None where no row has any."""
     recorded = [
         [(row.prompt_routing, len(row.prompt_token_ids))] + [(s.routing, len(s.token_ids)) for s in row.samples]
         for row in rows
@@ -269,7 +269,7 @@ def _routing(rows: Sequence[PackedRow], longest: int, device: torch.device) -> T
     if not shapes:
         return None
     if len(shapes) > 1:
-        raise ValueError(f"routings of one step differ in [MoE layers, k]: {sorted(map(list, shapes))}")
+        raise ValueError(f"routings of one step differ in [routers, k]: {sorted(map(list, shapes))}")
     routing = torch.full((len(rows), longest, *shapes.pop()), -1)
     for b, parts in enumerate(recorded):
         start = 0

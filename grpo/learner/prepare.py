@@ -64,7 +64,7 @@ def pack(
     """Groups with their prompt once, in rows of `max_tokens`; a completion without reward has no place in them. The
     segments of an agent's episodes are packed by their prompts.
 
-    Raises ValueError where `routing_replay` finds no recorded experts.
+    Raises ValueError where `routing_replay` finds nothing recorded.
     """
     advantages_PG, tied_P = estimate(scores, loss, reward_weights)
     rows, tokens, count = [], 0, 0
@@ -141,7 +141,7 @@ def in_loss(sample: Sample, loss: LossOptions) -> bool:
 def _recorded(routing: Tensor | None, group: RolloutGroup) -> Tensor:
     if routing is None:
         raise ValueError(
-            f"learner.routing_replay: the sampler recorded no experts for prompt {group.prompt.prompt_id!r}; "
+            f"learner.routing_replay: the sampler recorded no experts or heads for prompt {group.prompt.prompt_id!r}; "
             "set it to false, or sample with an engine that records them"
         )
     return routing

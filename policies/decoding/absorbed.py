@@ -168,10 +168,16 @@ class AbsorbedBlock:
         assert self.head_gate is not None
         logits_NH = F.linear(h_BSD.float().flatten(0, 1), self.head_gate)
         routed = route(logits_NH, self.head_bias, self.head_sizes)
+        self.active_heads = routed[1]
         weights, chosen = (part_Nk.view(batch, new, -1, 1) for part_Nk in routed)
         out = cache.attend(layer, query_BSHK.gather(2, chosen.expand(-1, -1, -1, width)), new_BSE)
         out = out * weights.to(out.dtype)
         return out.new_zeros(batch, new, heads, out.shape[-1]).scatter(2, chosen.expand_as(out), out)
+
+    def routed_heads(self) -> Tensor:
+        """The heads that the router chose in the last call, [N, k]; they are numbered after the shared ones from 0."""
+        shared = self.config.shared_heads
+        return self.active_heads.sort(-1).values[:, shared:] - shared
 
     def feed_forward(self, h_ND: Tensor) -> Tensor:
         gate, up = self.dense_gate_up(h_ND).chunk(2, dim=-1)
@@ -218,9 +224,12 @@ class AbsorbedTrunk:
         return F.rms_norm(x, (x.shape[-1],), self.norm, self.config.rms_norm_eps)
 
     @property
-    def has_experts(self) -> bool:
-        return any(block.gate is not None for block in self.blocks)
+    def has_routers(self) -> bool:
+        return any(block.gate is not None or block.head_gate is not None for block in self.blocks)
 
     def routing(self) -> Tensor:
-        """The experts that the last call used, [B · S, MoE layers, k]."""
-        return torch.stack([block.experts for block in self.blocks if block.gate is not None], dim=1)
+        """What the routers chose in the last call, [B · S, routers, k], in the order of `RoutingReplay`."""
+        chosen = [block.experts for block in self.blocks if block.gate is not None]
+        chosen += [block.routed_heads() for block in self.blocks if block.head_gate is not None]
+        most = max(part_Nk.shape[1] for part_Nk in chosen)
+        return torch.stack([F.pad(part_Nk, (0, most - part_Nk.shape[1]), value=-1) for part_Nk in chosen], dim=1)

@@ -1,8 +1,8 @@
-"""Routing replay: a forward that uses the experts that another one has chosen (R3, arXiv:2510.11370).
+"""Routing replay: a forward that uses the experts and heads that another one has chosen (R3, arXiv:2510.11370).
 
-Sampler and learner round differently, so a router near a tie chooses other experts for the same token. No importance
-ratio describes such a jump well. Replay keeps the choice; the weights of the experts are computed again, so the router
-continues to learn.
+Sampler and learner round differently, so a router near a tie chooses another expert or head for the same token. No
+importance ratio describes such a jump well. Replay keeps the choice; the weights of what was chosen are computed again,
+so the router continues to learn.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ from policies.routing.routers import routers
 
 
 class RoutingReplay:
-    """Context in which the routers of these trunks choose `experts_BTLk`; None changes nothing.
+    """Context in which the routers of these trunks choose `chosen_BTRk`; None changes nothing.
 
-    `experts_BTLk` [B, T, L, k], integers: the k experts (in any order) of every token that the forward reads, at each
-    of the trunk's L MoE layers in their order. At -1 nothing was recorded, and the router chooses itself. The backward
-    pass must be inside the context too, since gradient checkpointing runs the routers again.
+    `chosen_BTRk` [B, T, R, k], integers: what each of the trunk's R routers chooses for every token that the forward
+    reads, in any order. First come the routers of experts by their layers, then those of dynamic heads. A router that
+    chooses fewer than k has -1 after them. At -1 nothing was recorded, and the router chooses itself. The backward pass
+    must be inside the context too, since gradient checkpointing runs the routers again.
 
     >>> with RoutingReplay([policy.trunk], torch.tensor([[[[0, 3]], [[-1, -1]]]])):     # two tokens, one MoE layer
     ...     loss(policy.hidden(token_ids, position_ids, segment)).backward()
     """
 
-    def __init__(self, trunks: Iterable[nn.Module], experts_BTLk: Tensor | None) -> None:
-        self.experts = experts_BTLk
-        self.routers = [list(routers(trunk).values()) for trunk in trunks]
+    def __init__(self, trunks: Iterable[nn.Module], chosen_BTRk: Tensor | None) -> None:
+        self.chosen = chosen_BTRk
+        self.routers = [[*routers(trunk).values(), *routers(trunk, "self_attn").values()] for trunk in trunks]
         self.hooks: list[Any] = []
 
     def __enter__(self) -> None:
-        if self.experts is None:
+        if self.chosen is None:
             return
         for of_trunk in self.routers:
-            if len(of_trunk) != self.experts.shape[2]:
+            if len(of_trunk) != self.chosen.shape[2]:
                 raise ValueError(
-                    f"the recorded routing has {self.experts.shape[2]} MoE layers, this policy has {len(of_trunk)}"
+                    f"the recorded routing is of {self.chosen.shape[2]} routers, this policy has {len(of_trunk)}"
                 )
-            for layer, router in enumerate(of_trunk):
-                chosen = self.experts[:, :, layer].flatten(0, 1).long()
+            for r, router in enumerate(of_trunk):
+                chosen = self.chosen[:, :, r, : router.top_k].flatten(0, 1).long()
                 self.hooks.append(router.register_forward_hook(partial(_replay, chosen)))
 
     def __exit__(self, *_: object) -> None:
@@ -55,10 +56,10 @@ class RoutingReplay:
 def _replay(
     chosen_Nk: Tensor, router: DeepseekV3TopkRouter, inputs: object, output: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of the chosen experts as the router would give them (DeepSeek-V3, arXiv:2412.19437, eq. 13)."""
+    """Weights of what was chosen, as the router would give them (DeepSeek-V3, arXiv:2412.19437, eq. 13)."""
     logits, _, own = output
-    experts = torch.where(chosen_Nk < 0, own, chosen_Nk)
-    weights = logits.sigmoid().gather(1, experts)
+    chosen = torch.where(chosen_Nk < 0, own, chosen_Nk)
+    weights = logits.sigmoid().gather(1, chosen)
     if router.norm_topk_prob:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return logits, weights * router.routed_scaling_factor, experts
+    return logits, weights * router.routed_scaling_factor, chosen

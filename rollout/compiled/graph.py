@@ -184,7 +184,7 @@ def _parts(decoder: Decoder, bucket: Bucket) -> list[tuple[str, Any]]:
 def _tensors(part: Any) -> dict[str, Tensor]:
     found = {}
     for name, value in vars(part).items():
-        if isinstance(value, Tensor) and name != "experts":  # those of the last call
+        if isinstance(value, Tensor) and name not in ("experts", "active_heads"):  # those of the last call
             found[name] = value
         elif isinstance(value, FixedLinear):
             found |= {f"{name}_weight": value.weight}

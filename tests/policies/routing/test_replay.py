@@ -72,6 +72,6 @@ def test_afterwards_the_routers_are_free_again(policy):
 
 
 def test_a_record_of_another_policy_is_refused(policy):
-    with pytest.raises(ValueError, match="the recorded routing has 5 MoE layers, this policy has 2"):
+    with pytest.raises(ValueError, match="the recorded routing is of 5 routers, this policy has 2"):
         _record(policy, torch.zeros(2, 4, 5, 2, dtype=torch.int16))
     assert torch.equal(_record(policy)[1], _record(policy)[1])
