@@ -1,11 +1,19 @@
-"""What every test may rely on: one thread, no network, and real GSM8K where it lies beside the checkout."""
+"""What every test may rely on: one thread, no network, signals that end a process, seeded generators, a limit of time,
+and real GSM8K where it lies beside the checkout."""
 
 import copy
+import faulthandler
 import os
+import random
+import signal
+import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import numpy
 import pytest
 
 os.environ |= {  # before anything imports torch, transformers or ray
@@ -16,6 +24,54 @@ os.environ |= {  # before anything imports torch, transformers or ray
     "HF_DATASETS_OFFLINE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+STDERR = pytest.StashKey[int]()
+LIMIT_S, SLOW_LIMIT_S = 300, 3600  # of one test; the time that it takes on a busy machine is not known
+
+# Under nohup or in the background of a script some signals are ignored, and every child would inherit that. A handler
+# is not inherited: what a test starts has the usual ones, while pytest itself, and its workers, outlive a terminal.
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN or ("PYTEST_XDIST_WORKER" in os.environ and number != signal.SIGINT):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else lambda *_: None)
+
+# The same examples at every run, however long one of them takes.
+hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("seeded")
+
+
+def seed(name: str) -> None:
+    """The global generators of all that is loaded. A torch that is loaded later begins with the same seed each time."""
+    number = zlib.crc32(name.encode())
+    random.seed(number)
+    numpy.random.seed(number)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(number)
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    seed(request.node.name)
+
+
+def pytest_fixture_setup(fixturedef: Any) -> None:
+    """What several tests share is the same whichever of them asks for it first."""
+    if fixturedef.scope != "function":
+        seed(fixturedef.argname)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STDERR] = os.dup(2)  # captured later
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test that takes too long ends this process, which first shows where every thread of it is. Timers that raise in
+    the main thread would be the ones that a run sets itself."""
+    quick = not any(item.get_closest_marker(name) for name in ("slow", "gpu", "peer", "browser"))
+    faulthandler.dump_traceback_later(LIMIT_S if quick else SLOW_LIMIT_S, exit=True, file=item.config.stash[STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -95,8 +95,9 @@ def said_of(number: int) -> str:
 class Handler:
     """Inside it the signals that ask a process to end call `on_signal`; outside, what they called before.
 
-    `number` is that of the signal that came, 0 before. A signal that the process was started to ignore stays ignored
-    (`nohup`, a shell's background jobs).
+    `number` is that of the signal that came, 0 before. A signal that the process was started to ignore stays ignored,
+    as SIGHUP is under `nohup`. SIGINT does not: a script's shell starts its background jobs so, and who sends it means
+    it.
     """
 
     def __init__(self) -> None:
@@ -148,7 +149,8 @@ class Handler:
 
     def __enter__(self) -> Self:
         usual = {number: signal.getsignal(number) for number in SIGNALS}
-        self._usual = {number: signal.SIG_DFL if h is None else h for number, h in usual.items() if h != signal.SIG_IGN}
+        kept = {n: h for n, h in usual.items() if h != signal.SIG_IGN or n == signal.SIGINT}
+        self._usual = {number: signal.SIG_DFL if h is None else h for number, h in kept.items()}
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         self.listen()
         return self

@@ -362,7 +362,8 @@ def test_a_handler_that_a_library_has_left_behind_is_replaced():
 
 def test_a_terminal_that_is_closed_ends_nothing_before_its_time():
     """SIGHUP comes when the terminal is gone: what is printed from then on must not fail."""
-    code = "import os, time\nfrom grpo.run.stop import StopSignal\nwith StopSignal() as stop:\n"
+    code = "import os, signal, time\nfrom grpo.run.stop import StopSignal\nsignal.alarm(60)\n"
+    code += "with StopSignal() as stop:\n"
     code += "    print('begun', flush=True)\n    while not stop.asked: time.sleep(0.01)\n"
     code += "    print('shown to nobody', flush=True)\n    os.write(int(os.environ['OUT']), stop.name.encode())\n"
     end, out = os.pipe()
@@ -378,15 +379,19 @@ def test_a_terminal_that_is_closed_ends_nothing_before_its_time():
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@pytest.mark.parametrize(
+    ("kind", "asked"), [(signal.SIGHUP, False), (signal.SIGTERM, False), (signal.SIGINT, True)], ids=str
+)
+def test_of_the_signals_that_were_ignored_sigint_alone_asks(kind, asked):
+    """`nohup` ignores SIGHUP, and means it. A script ignores SIGINT for its background jobs, whatever they are."""
+    before = signal.signal(kind, signal.SIG_IGN)
     try:
         with StopSignal() as stop:
-            _terminate()
-            assert not stop.asked
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+            _terminate(kind)
+            assert stop.asked == asked
+        assert signal.getsignal(kind) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(kind, before)
 
 
 def test_check_raises_once_it_was_asked_for_and_the_former_handler_comes_back():
