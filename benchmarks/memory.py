@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.distributed import TCPStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo.commands.memory import learner_memory
@@ -116,11 +116,10 @@ def measure(config: TrainConfig, source: str, row: int) -> dict[str, float]:
 
 def start(words: list[str], size: int) -> list[dict[str, Any]]:
     """What each of `size` ranks has printed last, as JSON, of the module and its arguments in `words`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    shared |= {"LOCAL_WORLD_SIZE": str(size), "ACCELERATE_USE_CPU": "true"}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that nobody else can have
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    shared |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     shared |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     processes = [
         subprocess.Popen(

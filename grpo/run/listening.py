@@ -19,3 +19,15 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
         raise OSError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from error
     shown = f"[{host}]" if ":" in host else host
     return listening, f"{shown}:{listening.getsockname()[1]}"
+
+
+def keep(host: str, port: int) -> tuple[socket.socket, str]:
+    """As `listen`, for a server of its own process that shares its port by SO_REUSEPORT, as vLLM does. A port that 0
+    stands for is nobody else's until this socket is closed, which takes no connections."""
+    kept, address = listen(host, port)
+    kept.close()
+    if not port:
+        kept = socket.socket(kept.family)
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        kept.bind((host, int(address.rpartition(":")[2])))
+    return kept, address

@@ -23,7 +23,7 @@ from pathlib import Path
 from grpo.backend import as_asked, ours_alone
 from grpo.config.serve import ServeConfig
 from grpo.policy_source import check_options, find_policy, load_found, shape_of
-from grpo.run.listening import listen
+from grpo.run.listening import keep
 from grpo.run.memory_errors import phase
 from policies.policy import Policy
 from rollout.backends.vllm.process import clean_environment, state_of
@@ -53,18 +53,17 @@ def serve_by_vllm(config: ServeConfig, key: str | None, say: Callable[[str], Non
     on_cpu = installed["on_cpu"]
     if not installed["tried"]:
         print(f"nobody has compared the log-probabilities of vLLM {installed['vllm']} with ours", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="quartet-serve-") as place:
+    kept, address = keep(config.host, config.port)
+    with kept, tempfile.TemporaryDirectory(prefix="quartet-serve-") as place:
         folder, log = Path(place) / "policy", Path(place) / "vllm.log"
-        listening, address = listen(config.host, config.port)
-        with listening:  # until vLLM binds the port itself
-            source = find_policy(config.model)
-            if source.checkpoint is None:
-                check_options(config.model_copy(update={"model": source.folder}))
-            policy = load_found(source, config)
-            with phase("loading", config):
-                policy.save(folder)
-            command = arguments(config, policy, folder, listening.getsockname()[1], on_cpu)
-            del policy  # vLLM has its own
+        source = find_policy(config.model)
+        if source.checkpoint is None:
+            check_options(config.model_copy(update={"model": source.folder}))
+        policy = load_found(source, config)
+        with phase("loading", config):
+            policy.save(folder)
+        command = arguments(config, policy, folder, int(address.rpartition(":")[2]), on_cpu)
+        del policy  # vLLM has its own
         environment = clean_environment() | {"VLLM_NO_USAGE_STATS": "1"}
         if key is not None:
             environment["VLLM_API_KEY"] = key

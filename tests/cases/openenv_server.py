@@ -1,5 +1,6 @@
-"""An OpenEnv server, built with its package: guess a number on loopback. Run with a port."""
+"""An OpenEnv server, built with its package: guess a number on loopback. Run with the number of a listening socket."""
 
+import socket
 import sys
 from uuid import uuid4
 
@@ -57,4 +58,5 @@ class Guessing(MCPEnvironment):
 
 if __name__ == "__main__":
     app = create_fastapi_app(Guessing, CallToolAction, CallToolObservation, max_concurrent_envs=8)
-    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")
+    listening = socket.socket(fileno=int(sys.argv[1]))
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

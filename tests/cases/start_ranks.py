@@ -1,18 +1,24 @@
 """Starts a script as N ranks on this machine's CPUs, as torchrun would."""
 
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Sequence
 
+from torch.distributed import TCPStore
+
+
+def meeting(size: int) -> tuple[TCPStore, dict[str, str]]:
+    """Where ranks meet, on a port that nobody else can have, and the variables that say so. It ends with the store."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return store, shared | {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+
 
 def start_ranks(command: Sequence[str], size: int = 2) -> list[subprocess.Popen]:
-    """The processes. They meet at a port below those that the system gives to connections, so none of these has it."""
-    port = random.randrange(20000, 32000)
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-    shared |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(size), "ACCELERATE_USE_CPU": "true"}
-    return [
+    store, shared = meeting(size)
+    shared |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    processes = [
         subprocess.Popen(
             [sys.executable, *command],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -22,6 +28,8 @@ def start_ranks(command: Sequence[str], size: int = 2) -> list[subprocess.Popen]
         )
         for rank in range(size)
     ]
+    processes[0].store = store  # it ends with them
+    return processes
 
 
 def end_of(processes: Sequence[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str, str]]:

@@ -4,7 +4,6 @@ QUARTET_GPU_TESTS=cpu runs them on a CPU, so that they are known to run: `make g
 """
 
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from start_ranks import meeting
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.learner.learner import Learner
@@ -180,11 +180,8 @@ def test_a_run_of_fsdp_is_that_of_one_process(micro_policy, letters, tmp_path):
         "rewards": f"[{{function: '{letters}'}}]", "mtp.depth": 2, "log.trackers": "[]", "learner.learning_rate": 1e-4,
     }  # fmt: skip
     words = ["-m", "grpo", "train", *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     shared = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if CUDA else {"ACCELERATE_USE_CPU": "true"})
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    store, group = meeting(size)
     ranks = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     started = []
     for name, environments in (("one", [{}]), ("several", ranks)):
@@ -197,6 +194,7 @@ def test_a_run_of_fsdp_is_that_of_one_process(micro_policy, letters, tmp_path):
     finally:
         for process in started:
             process.kill()
+        del store
     one, several = (checkpoint.load(tmp_path / name / "checkpoints/step_000001") for name in ("one", "several"))
     for name, tensor in one.tensors["policy"].items():
         torch.testing.assert_close(several.tensors["policy"][name].cpu(), tensor.cpu(), rtol=1e-3, atol=2e-5)

