@@ -5,7 +5,8 @@ import random
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ from grpo.ahead import OLDER, Batches
 from grpo.collector import Collector
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
+from grpo.learner.parallel import ALONE
 from grpo.run import checkpoint
 from grpo.run.records import read_events, read_metrics, read_rollouts
 from grpo.run.stop import Stopped
@@ -262,6 +264,29 @@ def test_contract_9_a_batch_that_fails_just_before_the_update_undoes_the_step(op
     assert list(checkpoint.saved(folder / "checkpoints")) == [1]
     train(config, resume="auto")
     same(folder, whole[2])
+
+
+@both
+def test_weights_that_a_batch_still_needs_are_kept_before_the_learner_changes_them(ahead):
+    """For a worker that takes the place of one that died. With `ahead: 1` no batch needs them any more."""
+    kept, learned = [], threading.Event()
+
+    def collect(step, quiet):
+        assert step < 3 or learned.wait(60)
+
+    pool = SimpleNamespace(keep=lambda: kept.append(batches.next - 1))
+    parts = {"load_state_dict": lambda state: None, "snapshot": lambda: None, "collect": collect, "pool": pool}
+    rollout = SimpleNamespace(ahead=ahead)
+    run = SimpleNamespace(config=SimpleNamespace(rollout=rollout), ranks=ALONE, saved=None, step=0, last=9)
+    run.timed = lambda name: nullcontext()
+    batches = Batches(run, None)
+    batches.begin(SimpleNamespace(**parts), SimpleNamespace(policy_version=0, state=lambda: [{"policy": {}}]), int)
+    try:
+        batches.before_update(1)
+        assert kept == ([3] if ahead == 2 else [])
+    finally:
+        learned.set()
+        batches.complete()
 
 
 def test_ahead_0_is_the_run_without_the_option(micro_config, tmp_path):
