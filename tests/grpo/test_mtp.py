@@ -426,6 +426,16 @@ def test_an_epoch_that_gains_nothing_is_undone_and_the_third_is_the_last(random_
     assert rates == pytest.approx(full if curriculum else [*full[:2], 2.5e-3, 2.5e-3, 6.25e-4])
 
 
+def test_a_first_epoch_that_is_undone_leaves_no_moments(random_policy, monkeypatch):
+    learner = _learner(random_policy(4), depth=2, curriculum=False)
+    lessons, before = learner.read(_rows()), learner._copy()
+    monkeypatch.setattr(learner, "acceptance", lambda held_out: [0.2, 0.1])
+    learner.teach(lessons, lessons, 1, 1)
+    after = learner.state()[0]
+    assert {file: tensors.keys() for file, tensors in after.items()} == {f: t.keys() for f, t in before.items()}
+    assert all(torch.equal(tensor, before[f][name]) for f, tensors in after.items() for name, tensor in tensors.items())
+
+
 def test_a_run_ends_where_three_epochs_have_gained_nothing(config, tmp_path, monkeypatch):
     """And it goes on from there as one that has ended."""
     monkeypatch.setattr(HeadLearner, "acceptance", lambda learner, held_out: [0.5, 0.2, 0.1])
@@ -449,14 +459,16 @@ def test_total_variation_begins_after_the_first_epoch_that_gains_nothing(random_
 
 def test_frequent_tokens_are_those_that_the_policy_expects_to_say(random_policy):
     policy = random_policy(2)
-    learner = _learner(policy)
+    learner = _learner(policy, temperature=0.3)
     rows = _rows()
-    mass = torch.zeros(policy.config.vocab_size)
+    mass, untempered = torch.zeros(2, policy.config.vocab_size)
     for row in rows:  # the trunk alone, completion by completion
         for sample in row.samples:
             logits = policy.trunk(torch.tensor([row.prompt_token_ids + sample.token_ids])).logits[0]
             at = len(row.prompt_token_ids) - 1
-            mass += (logits[at:-1].float() / 0.9).softmax(-1).sum(0).detach()
+            mass += (logits[at:-1].float() / 0.3).softmax(-1).sum(0).detach()
+            untempered += logits[at:-1].float().softmax(-1).sum(0).detach()
+    assert {*mass.topk(19).indices.tolist()} != {*untempered.topk(19).indices.tolist()}
     stop = int(mass.argmin())
     policy.trunk.generation_config.eos_token_id = stop
     ids = learner.frequent_tokens(learner.read(rows), 20).tolist()

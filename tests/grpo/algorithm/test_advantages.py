@@ -181,6 +181,17 @@ def test_a_group_with_one_reward_or_none_is_tied(estimator):
     assert advantages_PG[2, 0] < 0 < advantages_PG[2, 2]
 
 
+def test_several_rewards_are_tied_where_their_weighted_sums_are():
+    """And not where the sums of what was normalised are, which is ±√½ for either reward of two that differ."""
+    tied = [[0.0, 1.0], [2.0, 0.0]]  # 0 + 2·1 = 2 + 2·0, and normalised -√½ + 2·√½ and √½ - 2·√½
+    advantages_PG, tied_P = multi_objective([tied, [[5.0, 0.0], [0.0, 0.0]]], [1.0, 2.0], "normalize_then_sum")
+    assert tied_P.tolist() == [True, False]
+    assert not advantages_PG[0].any()
+    assert advantages_PG[1].all()
+    _, tied_P = multi_objective([[[0.0, 9.0], [1.0, 0.0]]], [1.0, 1.0], "normalize_then_sum")
+    assert tied_P.tolist() == [False]  # 9 and 1, though -√½ + √½ is 0 twice
+
+
 def test_reinforce_plus_plus_keeps_a_tied_group_and_zeroes_a_tied_batch():
     advantages_PG, tied_P = reinforce_plus_plus([[0.1, 0.1, 0.1], [0.7, 0.7, 0.7]])
     assert tied_P.tolist() == [True, True]

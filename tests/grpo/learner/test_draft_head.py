@@ -6,7 +6,7 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.batch import PackedRow, Sample, collate
-from grpo.learner.draft_head import gold_draft_loss
+from grpo.learner.draft_head import gold_draft_loss, teaching
 from grpo.learner.learner import Learner
 from policies.mtp import draft_loss
 
@@ -38,6 +38,15 @@ def test_the_loss_is_the_cross_entropy_of_the_gold_tokens_averaged_over_depths(r
     torch.testing.assert_close(loss, expected / 2, rtol=1e-5, atol=1e-5)
     only = gold_draft_loss(policy, preceding, mini, [1], depth=2, chunk=3)
     assert 0 < only < loss
+
+
+def test_another_share_of_the_groups_teaches_the_head_each_time(random_policy):
+    """Also where `every` is the number of shares, and where a share is less than a group."""
+    policy, options = random_policy(1), MTPOptions(every=2, share=0.5, loss_weight=3.0)
+    rows = [PackedRow([5], [Sample(0, [1, 2])], group=group) for group in (0, 1, 2, 2)]
+    found = {step: teaching(policy, options, rows, step) for step in range(1, 7)}
+    assert found == {1: {}, 2: {1: 1.5}, 3: {}, 4: {0: 0.5, 2: 0.5}, 5: {}, 6: {1: 1.5}}  # λ over 2 and 6 tokens
+    assert [list(teaching(policy, options, rows[:1], step)) for step in (2, 4)] == [[0], [0]]
 
 
 def _gradients(policy, options: MTPOptions, monkeypatch) -> dict[str, torch.Tensor]:

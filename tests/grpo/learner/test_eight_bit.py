@@ -1,8 +1,10 @@
 """AdamW with moments of 8 bits: what it holds, that it learns, and that it goes on to the same bits."""
 
 import doctest
+import sys
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,7 +104,8 @@ def test_rounding_that_nothing_can_do_is_refused(tmp_path, given, message):
 @pytest.mark.parametrize("rounds", [True, False])
 def test_small_steps_survive_in_bfloat16_by_stochastic_rounding_alone(rounds):
     """Below 1 the next number of bfloat16 is 1 - 2^-8. Fifty steps of 1e-4 make 0.995: 4,096 weights hold it in their
-    mean, whose deviation is 7e-5, and each of them rounded to the nearest holds nothing."""
+    mean, whose deviation is 7e-5, and each of them rounded to the nearest holds nothing. A step moves one in 39, and
+    each time others: 1 - (38/39)^50 = 73 % in all."""
     linear = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
     torch.nn.init.ones_(linear.weight)
     masters = MasterWeights(linear, rounds=True)
@@ -117,7 +120,32 @@ def test_small_steps_survive_in_bfloat16_by_stochastic_rounding_alone(rounds):
         assert linear.weight.grad[0, 0].item() == 1 + 2**-9
         optimizer.step()
     assert linear.weight.float().mean().item() == pytest.approx(0.995 if rounds else 1.0, abs=3e-4)
+    moved = (linear.weight != 1).float().mean().item()
+    assert moved == pytest.approx(0.73 if rounds else 0.0, abs=0.03)
     assert torch.equal(chance, torch.random.get_rng_state())  # what is sampled next is another matter
+
+
+def test_each_step_rounds_by_draws_of_its_own_and_a_resumed_run_by_the_same(monkeypatch):
+    class Drawing:
+        """Draws as torchao's optimizer does where it rounds, and counts its steps as that does."""
+
+        def __init__(self, groups, betas, bf16_stochastic_round) -> None:
+            self.state, self.drawn = {"weight": {"step": 0}}, []
+
+        def step(self, closure) -> None:
+            self.drawn.append(torch.rand(()).item())
+            self.state["weight"]["step"] += 1
+
+    monkeypatch.setitem(sys.modules, "torchao.optim", SimpleNamespace(AdamW8bit=Drawing))
+    whole, resumed = (eight_bit.adamw_8bit([], (0.9, 0.95), rounds=True) for _ in range(2))
+    chance = torch.random.get_rng_state()
+    for _ in range(3):
+        whole.step()
+    resumed.state["weight"]["step"] = 2
+    resumed.step()
+    assert len(set(whole.drawn)) == 3
+    assert resumed.drawn == whole.drawn[2:]
+    assert torch.equal(chance, torch.random.get_rng_state())
 
 
 @needs_torchao

@@ -123,6 +123,19 @@ def test_rank_weights_by_hand(micro_policy):
     assert batch.advantages[0][2] == []
 
 
+def test_a_weight_is_that_of_its_completion_also_after_one_without_a_reward():
+    """Â = R - V with V = 0 and λ = 1, times the weight of the same place in [P, G]."""
+    rows = [PackedRow([3], [Sample(0, [5]), Sample(2, [6, 7])]), PackedRow([4], [Sample(3, [8]), Sample(4, [9])])]
+    batch = TrainingBatch(rows, torch.zeros(2, 3), 4, 5)
+    values = {sample.index: torch.zeros(len(sample.token_ids)) for row in rows for sample in row.samples}
+    rewards = [[1.0, None, 2.0], [3.0, 4.0, None]]
+    weights = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    options = ValueOptions(lam=1.0, whiten_advantages=False)
+    weighted = with_token_advantages(batch, values, rewards, options, weights_PG=weights).advantages
+    flat = [advantage for group in weighted for tokens in group for advantage in tokens]
+    assert flat == pytest.approx([1 * 0.1, 2 * 0.3, 2 * 0.3, 3 * 0.4, 4 * 0.5])
+
+
 def test_another_loss_may_be_asked_for():
     assert LossOptions(advantage="rank_softmax").loss_type == "reinforce"
     assert LossOptions(advantage="rank_softmax", loss_type="dapo").loss_type == "dapo"
