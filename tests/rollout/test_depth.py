@@ -62,6 +62,14 @@ def test_what_earlier_steps_have_shown_is_believed_at_first():
     assert controller.tokens(HEAD, 1) == [1, 1.25]  # (.5 · 4 + 1) of (4 + 8)
 
 
+def test_a_draft_counts_where_all_before_it_were_accepted():
+    """Of 100 rows 90 accept the first draft and 20 of those the second; 3 of 4 were believed to at each depth."""
+    controller = DepthController(TABLE, 4)
+    controller.observe(100, [90, 20])
+    first, second = (3 + 90) / (4 + 100), (3 + 20) / (4 + 90)
+    assert controller.tokens(HEAD, 2) == pytest.approx([1, 1 + first, 1 + first + first * second])
+
+
 def test_what_the_drafts_have_shown_changes_the_depth():
     controller = DepthController(TABLE, 4)
     controller.observe(100, [90, 20])  # depth 2 is accepted in (3 + 20) of (4 + 90) cases after depth 1

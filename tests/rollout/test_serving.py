@@ -89,6 +89,17 @@ def test_contract_4_a_request_gets_its_tokens_whoever_else_is_served(policy, dra
     assert (drafted > 0) == (draft_tokens != 0)
 
 
+def test_contract_4_a_request_goes_on_from_its_start(policy):
+    """Its prompt ends with tokens that it had got before, and its noise goes on after them."""
+    engine, whole = Engine(policy, max_rows=4), Client(1, stop_token_ids=(), temperature=1.3)
+    expected = alone(engine, whole).token_ids
+    later, other = Client(1, stop_token_ids=(), temperature=1.3, start=7, max_completion_tokens=33), Client(2)
+    prompt = later.request.prompt
+    later.request.prompt = replace(prompt, token_ids=prompt.token_ids + expected[:7])
+    served(engine, [other, later], random.Random(0), stop_token_ids=())
+    assert later.ids == expected[7:]
+
+
 @torch.inference_mode()
 def test_a_dropped_request_frees_its_row_for_the_next_one(policy):
     engine = Engine(policy, max_rows=2)

@@ -213,6 +213,27 @@ def test_a_worker_that_always_dies_is_not_restarted_for_ever(tmp_path):
             score(scorer, ["x"])
 
 
+def test_a_death_while_idle_costs_a_request_only_of_a_worker_that_has_served_none():
+    """Then the function may be to blame, and its workers would be started for ever."""
+    spec = RewardFunction(RewardSpec(f"{FILE}:faulty"), 0)
+    request = {"function": 0, "prompts": ["p"], "columns": {}, "completion_columns": {}, "completions": [["fine"]]}
+    pool = WorkerPool([spec.description()], size=1, timeout_s=20.0)
+
+    def run_after_its_death() -> dict:
+        process = pool._workers[0]._process
+        process.kill()
+        process.wait()
+        return pool.run([request])[0]
+
+    try:
+        pool.signatures()
+        assert run_after_its_death()["kind"] == "died"
+        assert pool.run([request])[0]["rewards"] == [1.0]
+        assert run_after_its_death()["rewards"] == [1.0]
+    finally:
+        pool.close()
+
+
 def test_where_a_worker_was_stuck():
     trace = (
         "Timeout (0:00:01)!\nThread 0x01 (most recent call first):\n"

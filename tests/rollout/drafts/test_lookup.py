@@ -133,6 +133,18 @@ def test_rows_of_one_prompt_share_their_texts_also_where_they_are_prompts_of_the
 # ---- the noise ----
 
 
+@pytest.mark.parametrize("length", [2, 8, 12])  # of a prompt: as long as what is looked up, shorter and longer
+def test_a_draft_has_the_noise_of_its_place_in_the_completion(length):
+    """Of one that had four tokens before its prompt ended, and got three since."""
+    params = SamplingParams(1, 1.0, draft_sources=("siblings",), start=4)
+    rows, places = Lookup([Prompt("p", "", [5] * length)], params, 280), []
+    rows.choose = lambda key, position, counts: places.append(position) or 5
+    rows.begin(0)
+    rows.keep([0], [[5, 5, 5]], [3])
+    assert rows.draft(0, "siblings", 3) == [5, 5, 5]
+    assert places == [7, 8, 9]
+
+
 @pytest.mark.parametrize("vocabulary", [280, 5000])
 def test_one_tokens_noise_is_that_of_the_tensor(vocabulary):
     params = SamplingParams(seed=3, step=7)

@@ -5,6 +5,7 @@ import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from talking import Talking
 from grpo.learner.batch import PackedRow, Sample, collate
 from policies.logprobs import token_logprobs
 from rollout.engine import Engine, RolloutError
-from rollout.environments.episodes import Arena
+from rollout.environments.episodes import Arena, Episode, Episodes
+from rollout.environments.format import Call, Turn
 from rollout.environments.protocol import chosen, columns_of, seeds
 from rollout.group import Prompt
 from rollout.sampling import EnvironmentSpec
@@ -302,6 +304,18 @@ def test_an_environment_ends_its_episode_and_adds_to_the_prompt(engine):
         assert completion.tools.calls == 2
         assert completion.sampled[-1]
         assert completion.turns[-1]["role"] == "tool"
+
+
+@pytest.mark.parametrize(("limit", "reason"), [(10, "length"), (11, None)])
+def test_an_episode_ends_where_what_a_tool_wrote_leaves_no_token_for_another_turn(limit, reason):
+    """Six tokens of a turn, and four that the tool writes."""
+    arena = SimpleNamespace(formats={"": SimpleNamespace(reply=lambda results: [1, 2, 3, 4])})
+    episodes = Episodes(arena, replace(EPISODES, max_completion_tokens=limit))
+    episode = Episode(0, PROMPTS[0], "", {}, length=6)
+    reply = {"results": [("7", False)], "done": False}
+    written = episodes._written(episode, Turn("", (Call("guess", {"number": "7"}),)), reply)
+    assert (written, episode.reason) == (None if reason else [1, 2, 3, 4], reason)
+    assert episode.written == ([] if reason else [(6, 10)])
 
 
 def test_bad_environments_are_refused_by_name(engine, tmp_path):
