@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from grpo.config.yaml_file import parse_yaml
@@ -20,7 +22,7 @@ _OF_SFT = {
 
 @cache
 def table(part: str) -> dict[str, str]:
-    """`means`, `not_supported` or `families`: another trainer's name, and what is said about it."""
+    """`means` or `not_supported`: another trainer's name, and what is said about it."""
     content = parse_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))[part]
     return {name: said for said, names in content.items() for name in names}
 
@@ -32,22 +34,26 @@ def hint(name: str, known: Collection[str]) -> str | None:
 
     >>> hint("num_generations", ["steps", "rollout.group_size"])
     'did you mean rollout.group_size?'
-    >>> hint("use_vllm", [])[:22]
+    >>> hint("top_p", [])[:22]
     'not supported, because'
     """
     section, dot, _ = name.partition(".")
-    ends = [name.split(".", start)[start] for start in range(name.count(".") + 1)]
-    for end in ends:
-        if said := table("means").get(end):
-            keys, _, note = said.partition("; ")
-            found = next((key for target in keys.split() for key in _here(target, known)), None)
-            if found and dot and (own := f"{section}.{found.rpartition('.')[2]}") in known:
-                found = own  # mtp.lr is mtp.learning_rate
-            return found and f"did you mean {found}?" + (f" ({note})" if note else "")
-        family = next((why for prefix, why in table("families").items() if end.startswith(prefix)), None)
-        if reason := table("not_supported").get(end, family):
-            return f"not supported, because {reason}"
-    return None
+    part, said = _entry([name.split(".", start)[start] for start in range(name.count(".") + 1)])
+    if part == "not_supported":
+        return f"not supported, because {said}"
+    keys, _, note = said.partition("; ")
+    found = next((key for target in keys.split() for key in _here(target, known)), None)
+    if found and dot and (own := f"{section}.{found.rpartition('.')[2]}") in known:
+        found = own  # mtp.lr is mtp.learning_rate
+    return found and f"did you mean {found}?" + (f" ({note})" if note else "")
+
+
+def _entry(ends: Sequence[str]) -> tuple[str, str]:
+    """The part of the table that has one of these names, and what it says: a name itself before the beginning of one."""
+    parts = ("means", "not_supported")
+    whole = ((part, said) for end in ends for part in parts if (said := table(part).get(end)))
+    begun = ((p, said) for end in ends for p in parts for name, said in table(p).items() if fnmatchcase(end, name))
+    return next(chain(whole, begun), ("means", ""))
 
 
 def _here(target: str, known: Collection[str]) -> list[str]:

@@ -1,10 +1,14 @@
 """Names that users know from TRL, verl and unsloth lead to the right option, or say why there is none."""
 
+import argparse
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 from trl import GRPOConfig
 
+from grpo.cli import build_parser
 from grpo.config.aliases import hint, table
 from grpo.config.inference import EvalConfig, SampleConfig
 from grpo.config.mtp import MtpConfig
@@ -48,6 +52,23 @@ def said(key: str, model=TrainConfig, flags=("resume", "dry_run", "print_config"
         ("trainer.total_epochs", "steps"),
         ("algorithm.adv_estimator", "loss.advantage"),
         ("mtp.lr", "mtp.learning_rate"),
+        ("use_vllm", "rollout.backend"),
+        ("actor_rollout_ref.rollout.name", "rollout.backend"),
+        ("vllm_server_base_url", "rollout.vllm.url"),
+        ("vllm_gpu_memory_utilization", "rollout.vllm.engine"),
+        ("actor_rollout_ref.rollout.tensor_model_parallel_size", "rollout.vllm.engine"),
+        ("actor_rollout_ref.actor.megatron.tensor_model_parallel_size", "learner.parallel.tensor"),
+        ("actor_rollout_ref.actor.fsdp_config.param_offload", "learner.parallel.fsdp_cpu_offload"),
+        ("actor_rollout_ref.actor.fsdp_config.fsdp_size", "learner.parallel.fsdp"),
+        ("fsdp", "learner.parallel.fsdp"),
+        ("trainer.nnodes", "learner.workers"),
+        ("max_tool_calling_iterations", "max_turns"),
+        ("environment_factory", "environment"),
+        ("load_in_4bit", "lora.base"),
+        ("bnb_4bit_quant_type", "lora.base"),
+        ("optim", "learner.optimizer"),
+        ("dataset_config", "data.name"),
+        ("torch_compile", "rollout.compile"),
     ],
 )
 def test_a_name_of_another_trainer_leads_to_our_option(name, ours):
@@ -59,12 +80,12 @@ def test_a_name_of_another_trainer_leads_to_our_option(name, ours):
     [
         ("top_p", "bias the gradient"),
         ("actor_rollout_ref.rollout.top_k", "bias the gradient"),
-        ("use_vllm", "quartet's own engine"),
-        ("vllm_gpu_memory_utilization", "quartet's own engine"),
-        ("push_to_hub", "quartet uploads nothing"),
-        ("hub_model_id", "quartet uploads nothing"),
-        ("load_in_4bit", "cannot be trained"),
-        ("fsdp_config", "accelerate launch"),
+        ("vllm_structured_outputs_regex", "bias the gradient"),
+        ("push_to_hub", "`quartet export RUN --push_to_hub OWNER/NAME` uploads the policy"),
+        ("hub_model_id", "`quartet export RUN --push_to_hub OWNER/NAME` uploads the policy"),
+        ("load_in_8bit", "lora.base: nf4 is the only base in fewer bits"),
+        ("bnb_4bit_use_double_quant", "are not quantised again"),
+        ("model_revision", "`hf download OWNER/NAME --revision REVISION"),
         ("data.max_prompt_length", "a prompt is never cut"),
     ],
 )
@@ -85,16 +106,37 @@ def test_every_option_of_trls_grpo_config_is_answered():
         is_known = ours in known or ours == "--resume"
         assert is_known or answer.startswith("not supported, because "), (field.name, answer)
         if ours.rpartition(".")[2] != field.name:  # a guess by similarity would be wrong here
-            assert field.name in table("means") or answer.startswith("not supported"), (field.name, answer)
+            assert hint(field.name, known), (field.name, answer)
+
+
+COMMANDS = (TrainConfig, SftConfig, MtpConfig, EvalConfig, SampleConfig)
 
 
 def test_every_alias_leads_to_an_option_of_train_and_none_hides_one():
     known = names(TrainConfig)
+    of_any = {*known, *(key for model in COMMANDS for key in names(model)), "--resume"}
     for name, meaning in table("means").items():
-        target = meaning.partition("; ")[0].split()[0]
-        assert target in known or target == "--resume", name
+        first, *others = meaning.partition("; ")[0].split()
+        assert first in known or first == "--resume", name
+        assert {*others} <= of_any, name
         assert name not in table("not_supported")
         assert name not in known
+
+
+def test_every_option_and_command_that_a_note_or_a_reason_names_exists():
+    """`section.option`, and `quartet COMMAND --flag`, wherever they are; a value may follow the option."""
+    known = names(TrainConfig)
+    sections = {key.partition(".")[0] for key in known if "." in key}
+    commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    named, run = set(), set()
+    for said in {*table("means").values(), *table("not_supported").values()}:
+        named |= {word for word in re.findall(r"(?<![\w/.])[a-z_]+(?:\.[a-z_]+)+\b", said) if word.split(".")[0] in sections}
+        run |= set(re.findall(r"quartet ([a-z]+) [^`]*(--\w+)", said))
+    assert {name for name in named if name not in known} == set()
+    assert len(named) > 20
+    assert run
+    for command, flag in run:
+        assert flag in commands[command].format_help(), (command, flag)
 
 
 @pytest.mark.parametrize(
