@@ -1,5 +1,5 @@
 """What every test may rely on: one thread, no network, signals that end a process, seeded generators, a limit of time,
-and real GSM8K where it lies beside the checkout."""
+and real GSM8K where QUARTET_GSM8K or a folder beside the checkout has it."""
 
 import copy
 import faulthandler
@@ -24,6 +24,9 @@ os.environ |= {  # before anything imports torch, transformers or ray
     "HF_DATASETS_OFFLINE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+GSM8K = Path(os.environ.get("QUARTET_GSM8K") or Path(__file__).parents[1] / "../shared/data/gsm8k").resolve()
+if GSM8K.is_dir():
+    os.environ["QUARTET_GSM8K"] = str(GSM8K)  # also for what a test starts
 STDERR = pytest.StashKey[int]()
 LIMIT_S, SLOW_LIMIT_S = 300, 3600  # of one test; the time that it takes on a busy machine is not known
 
@@ -85,10 +88,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def gsm8k_folder() -> Path:
     """The folder that holds the real `train.jsonl` and `test.jsonl` of GSM8K."""
-    folder = Path(__file__).parents[1] / "../shared/data/gsm8k"
-    if not (folder / "train.jsonl").is_file():
-        pytest.skip("GSM8K does not lie in ../shared/data/gsm8k beside this checkout")
-    return folder.resolve()
+    if not (GSM8K / "train.jsonl").is_file():
+        pytest.skip(f"GSM8K is not in {GSM8K}; QUARTET_GSM8K names another folder")
+    return GSM8K
 
 
 MICRO = {

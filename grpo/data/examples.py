@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from rewards.protocol import text_of
 from rollout.environments.word_game import COUNT as GAMES
 from rollout.environments.word_game import word_games
 
-GSM8K_COPIES = ("data/gsm8k", "../shared/data/gsm8k")  # train.jsonl and test.jsonl here spare the hub
+GSM8K_COPY = "data/gsm8k"  # train.jsonl and test.jsonl here, or in the folder that QUARTET_GSM8K names, spare the hub
 MOST_BAD_ROWS_NAMED = 10
 CHARACTERS_PER_TOKEN = 64  # no text comes near this as a mean; longer ones are refused before a tokenizer reads them
 GSM8K_TEST = "a question of GSM8K's test set, which must not be trained on"
@@ -92,8 +93,8 @@ def load_examples(
     - `word_problems`, with `levels` (default [1]) and `seed`; 20,000 problems unless `limit` says otherwise,
     - `word_game`, with `seed`, for the environment of that name; 5,000 games unless `limit` says otherwise,
     - `reasoning_gym:TASK`, with `task_options` and `seed`; 2,000 problems unless `limit` says otherwise,
-    - `gsm8k` (from data/gsm8k or ../shared/data/gsm8k where such a folder exists, else from the hub), or any hub id,
-      with its configuration after a colon (`owner/name:config`),
+    - `gsm8k` (from the folder that QUARTET_GSM8K names, or data/gsm8k where it exists, else from the hub), or any hub
+      id, with its configuration after a colon (`owner/name:config`),
     - a folder that holds `{split}.jsonl` (or .json, .parquet, .csv), or such a file, whatever `split` is.
 
     The prompt column holds text, or chat messages of which the last one is the user's. All columns of a row go to the
@@ -122,7 +123,7 @@ def load_examples(
         problems = reasoning_gym_problems(task, split, seed, count=limit or COUNT, options=task_options)
         return [_example(row["id"], row, "question", "answer") for row in problems]
     if source == GSM8K:
-        source = next((folder for folder in GSM8K_COPIES if Path(folder).is_dir()), source)
+        source = _gsm8k()
     path = None if source in BUILT_IN.values() else local_file(source, split)
     if purpose == "train":
         refuse_evaluation_data(str(name_or_path), split, path)
@@ -148,6 +149,16 @@ def load_examples(
         raise ValueError(f"{path or source} cannot be read: {type(error).__name__}: {error}") from error
     checks += [partial(_beyond, name, context) for name, context in (contexts or {}).items()]
     return _checked(rows, prefix, str(path or source), prompt_column, solution_column, checks)
+
+
+def _gsm8k() -> str:
+    """The folder of a copy, or the hub's id. Raises FileNotFoundError where QUARTET_GSM8K names no folder."""
+    folder = os.environ.get("QUARTET_GSM8K")
+    if folder and not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"QUARTET_GSM8K={folder} is no folder; name the one with GSM8K's train.jsonl and test.jsonl, or unset it"
+        )
+    return folder or (GSM8K_COPY if Path(GSM8K_COPY).is_dir() else GSM8K)
 
 
 def examples_of(

@@ -95,12 +95,12 @@ def test_a_finished_row_is_no_longer_computed(policy):
     assert widths[-1][1] < widths[0][1] / 2
 
 
-def test_a_row_ends_with_the_last_token_that_its_limit_allows(policy):
+def test_a_row_ends_with_the_last_token_that_its_limit_allows(random_policy):
     """The prompt gives the first token and each forward one more. It takes no forward to see that there is no room."""
     params = replace(PARAMS, stop_token_ids=(), max_completion_tokens=5, draft_tokens=0)
     with torch.inference_mode():
-        decoding, left = Decoding(Engine(policy).decoder, PROMPTS[:2], params), []
-        for _ in range(4):
+        decoding, left = Decoding(Engine(random_policy(11)).decoder, PROMPTS[:2], params), []
+        for _ in range(4):  # and not until it is done, which would be never
             left.append(decoding.done)
             decoding.forward()
     assert left == [False] * 4

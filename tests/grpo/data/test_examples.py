@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,7 @@ from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.data.examples import Example, clean_solution, load_examples
 from grpo.task import Task
 
-GSM8K = Path(__file__).parents[3] / "../shared/data/gsm8k"
+GSM8K = Path(os.environ.get("QUARTET_GSM8K", "nowhere"))
 needs_gsm8k = pytest.mark.skipif(not (GSM8K / "train.jsonl").is_file(), reason=f"no GSM8K in {GSM8K}")
 
 ROWS = [{"question": f"{i} + 1 = ?", "answer": f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(4)]
@@ -354,13 +355,35 @@ def test_gsm8k_loads_whole():
 
 @pytest.fixture(autouse=True)
 def no_local_copy_of_gsm8k(monkeypatch):
-    """`gsm8k` is the hub here, whatever lies beside the checkout; the test of the copies puts its own back."""
-    monkeypatch.setattr("grpo.data.examples.GSM8K_COPIES", ())
+    """`gsm8k` is the hub here, whatever is beside the checkout; the test of the copies has its own."""
+    monkeypatch.delenv("QUARTET_GSM8K", raising=False)
+    monkeypatch.setattr("grpo.data.examples.GSM8K_COPY", "nowhere")
 
 
 def test_gsm8k_comes_from_a_local_copy_where_there_is_one(tmp_path, monkeypatch):
-    (tmp_path / "gsm8k").mkdir()
-    (tmp_path / "gsm8k/train.jsonl").write_text('{"question": "1 + 1 = ?", "answer": "#### 2"}\n')
-    monkeypatch.setattr("grpo.data.examples.GSM8K_COPIES", (str(tmp_path / "nowhere"), str(tmp_path / "gsm8k")))
-    [example] = load_examples("gsm8k", "train")
-    assert (example.example_id, example.question) == ("gsm8k/train/0", "1 + 1 = ?")
+    for name in ("work/data/gsm8k", "shared/data/gsm8k", "gsm8k"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "train.jsonl").write_text(f'{{"question": "{name}?", "answer": "#### 2"}}\n')
+    monkeypatch.chdir(tmp_path / "work")
+
+    def question() -> str:
+        [example] = load_examples("gsm8k", "train")
+        assert example.example_id == "gsm8k/train/0"
+        return example.question
+
+    monkeypatch.setattr("grpo.data.examples.GSM8K_COPY", "data/gsm8k")
+    assert question() == "work/data/gsm8k?"
+    monkeypatch.setenv("QUARTET_GSM8K", str(tmp_path / "gsm8k"))
+    assert question() == "gsm8k?"
+    monkeypatch.setenv("QUARTET_GSM8K", str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match="QUARTET_GSM8K=.*gone is no folder.*or unset it"):
+        load_examples("gsm8k", "train")
+
+
+def test_gsm8k_is_the_hub_where_there_is_no_copy(tmp_path, monkeypatch, hub):
+    (tmp_path / "shared/data/gsm8k").mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")  # the folder beside it is nobody's business
+    monkeypatch.setattr("grpo.data.examples.GSM8K_COPY", "data/gsm8k")
+    load_examples("gsm8k", "train")
+    assert [name for name, *_ in hub] == ["openai/gsm8k"]
