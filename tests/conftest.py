@@ -24,9 +24,6 @@ os.environ |= {  # before anything imports torch, transformers or ray
     "HF_DATASETS_OFFLINE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-GSM8K = Path(os.environ.get("QUARTET_GSM8K") or Path(__file__).parents[1] / "../shared/data/gsm8k").resolve()
-if GSM8K.is_dir():
-    os.environ["QUARTET_GSM8K"] = str(GSM8K)  # also for what a test starts
 STDERR = pytest.StashKey[int]()
 LIMIT_S, SLOW_LIMIT_S = 300, 3600  # of one test; the time that it takes on a busy machine is not known
 
@@ -83,6 +80,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available() and os.environ.get("QUARTET_GPU_TESTS") != "cpu":
             pytest.skip("needs a CUDA device")
+
+
+GSM8K = Path(os.environ.get("QUARTET_GSM8K") or Path(__file__).parents[1] / "../shared/data/gsm8k").resolve()
+if GSM8K.is_dir():
+    os.environ["QUARTET_GSM8K"] = str(GSM8K)  # also for what a test starts
 
 
 @pytest.fixture(scope="session")

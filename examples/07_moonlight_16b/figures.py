@@ -29,30 +29,32 @@ def _block() -> str:
     names = ("2_grpo_lora", "3_grpo_lora_workers", "4_grpo_full")
     lora, workers, spread = (load(TrainConfig, HERE / f"{name}.yaml", {}) for name in names)
     (head,) = memory_of_run(shape, True, load(MtpConfig, HERE / "1_mtp.yaml", {}))
-    (rank_0,) = memory_of_run(shape, True, lora)
+    alone = load(TrainConfig, HERE / "2_grpo_lora.yaml", {"learner.parallel.fsdp": None})
+    (whole,) = memory_of_run(shape, True, alone)
+    rank_0, rank = memory_of_run(shape, True, lora)
     learner, worker = memory_of_run(shape, True, workers)
     first, other = memory_of_run(shape, True, spread)
-    (full,) = memory_of_run(shape, True, lora.model_copy(update={"lora": None}))
-    assert lora.lora is not None
-    with_experts = lora.lora.model_copy(update={"targets": [*(lora.lora.targets or []), "experts"]})
-    (experts,) = memory_of_run(shape, True, lora.model_copy(update={"lora": with_experts}))
+    (full,) = memory_of_run(shape, True, alone.model_copy(update={"lora": None}))
+    assert alone.lora is not None
+    with_experts = alone.lora.model_copy(update={"targets": [*(alone.lora.targets or []), "experts"]})
+    (experts,) = memory_of_run(shape, True, alone.model_copy(update={"lora": with_experts}))
     with torch.device("meta"):
         trunk = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
         mtp = sum(p.numel() for p in MTPHead(shape).parameters())
     rows = {
         "`1_mtp.yaml`: learner and sampler": (head, "one GPU of 80 GB; 48 GB leave little to spare"),
-        "`2_grpo_lora.yaml`: rank 0, learner and sampler": (rank_0, "four GPUs of 141 GB (H200)"),
-        "the other ranks, learner alone": (learner, ""),
-        "`3_grpo_lora_workers.yaml`: each rank, a learner": (learner, "four GPUs of 80 GB"),
+        "`2_grpo_lora.yaml`: rank 0, learner and sampler": (rank_0, "four GPUs of 80 GB"),
+        "each of its three other ranks": (rank, "four GPUs of 80 GB; 48 GB might do"),
+        "`3_grpo_lora_workers.yaml`: each of four ranks": (learner, "four GPUs of 80 GB; 48 GB might do"),
         "each of its four workers": (worker, "four GPUs of 80 GB; 48 GB might do"),
         "`4_grpo_full.yaml`: rank 0, learner and sampler": (first, "eight GPUs of 80 GB"),
         "each of its seven other ranks": (other, "eight GPUs of 80 GB; 48 GB might do"),
         "full updates in one process, AdamW in fp32": (full, "**no GPU**"),
     }
     lines = ["| GiB, from `--dry_run` | on one device | fits in theory |", "|---|---|---|"]
-    lines += [f"| {name} | {_gib(device.peak)} | {fits or '—'} |" for name, (device, fits) in rows.items()]
-    added = experts.publication - rank_0.publication
-    each = learner.gradients + learner.moments + learner.reference
+    lines += [f"| {name} | {_gib(device.peak)} | {fits} |" for name, (device, fits) in rows.items()]
+    added = experts.publication - whole.publication
+    each = whole.gradients + whole.moments + whole.reference
     said = {
         "full updates in one process": f"weights {_gib(full.weights)}, fp32 masters {_gib(full.masters)}, gradients "
         f"{_gib(full.gradients)}, moments {_gib(full.moments)}",

@@ -49,7 +49,7 @@ def hint(name: str, known: Collection[str]) -> str | None:
 
 
 def _entry(ends: Sequence[str]) -> tuple[str, str]:
-    """The part of the table that has one of these names, and what it says: a name itself before the beginning of one."""
+    """The part of the table that has one of these names, and what it says. A whole name goes before a beginning."""
     parts = ("means", "not_supported")
     whole = ((part, said) for end in ends for part in parts if (said := table(part).get(end)))
     begun = ((p, said) for end in ends for p in parts for name, said in table(p).items() if fnmatchcase(end, name))

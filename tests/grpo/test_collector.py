@@ -98,7 +98,7 @@ def by_hand(micro_config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 def test_contract_12_the_rates_of_a_batch_are_known_to_those_that_have_its_weights(by_hand, ahead):
-    """The batch of step t has the weights of step t - 1 - ahead, so it knows the rates up to there, and no later one."""
+    """The batch of step t has the weights of step t - 1 - ahead, and knows the rates up to that step."""
     collector, known = by_hand([[1.0, 0.0]], **{"rollout.ahead": ahead, "curriculum.by_difficulty": True})
     for step in range(1, 5):
         collector.collect(step, quiet=True)
