@@ -1,22 +1,33 @@
-"""What the pages "search" and "data" ask of all completions of a run: a database beside the run's records.
+"""What the pages "search" and "data" ask of all completions of a run: a database in the user's cache.
 
-It is built once, step by step while the page is open, and only new or changed records are read after that.
+It is built once, step by step while the page is open, and only new or changed records are read after that. It is not in
+the run folder: whoever made that folder could put a link to another database there, or a database of his own.
 """
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
+import os
 import sqlite3
+import subprocess
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from grpo.run.records import read_rollouts, recorded_steps, rollout_path
+from grpo.run.records import recorded_steps, rollout_path
+from grpo.view import searching
+from grpo.view.reading import read_step
 
-FILE, FOUND_AT_MOST, TEXT_AT_MOST = "view.sqlite", 200, 100_000
+FOUND_AT_MOST, TEXT_AT_MOST = 200, 100_000
+KEPT_S = 30 * 86_400  # an index that no page has opened for so long is removed
+EASIER = "ask for fewer steps, or for a simpler expression"
+SEARCH_S, SEARCHES = 10.0, 4  # how long a search may take, and how many may go on at once
 TABLES = """
 create table if not exists records (step integer primary key, size integer, changed integer, fault text);
 create table if not exists completions (
@@ -26,19 +37,33 @@ create index if not exists of_step on completions (step);
 create index if not exists of_prompt on completions (prompt_id, step);
 create table if not exists prompts (prompt_id text primary key, text text);
 """
+WITHOUT_COMPLETION = (
+    "delete from prompts where not exists (select 1 from completions where completions.prompt_id = prompts.prompt_id)"
+)
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quartet/view"
 
 
 class Index:
-    """The completions of one run folder. Where the folder cannot be written, the database is a temporary file."""
+    """The completions of one run folder. Where the cache cannot be written, the database is a temporary file."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._writing = folder, threading.Lock()
+        self.folder, self._writing, self._free = folder, threading.Lock(), threading.BoundedSemaphore(SEARCHES)
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._searches: set[subprocess.Popen[str]] = set()
+        self._fault: str | None = None
+        name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32] + ".sqlite"
         try:
-            self._make(folder / FILE)
-        except sqlite3.Error:  # a folder that cannot be written, or a file that is no database of ours
+            cache = cache_folder()
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _remove_old(cache)
+            self._make(cache / name)
+            os.utime(self.path)
+        except (OSError, RuntimeError, sqlite3.Error):  # no home, a full disk, or a file that is no database
             self._temporary = tempfile.TemporaryDirectory(prefix="quartet-view-")
-            self._make(Path(self._temporary.name) / FILE)
+            self._make(Path(self._temporary.name) / name)
 
     def _make(self, path: Path) -> None:
         self.path = path
@@ -52,6 +77,14 @@ class Index:
             database.row_factory = sqlite3.Row
             yield database
 
+    def keep_up(self, stop: threading.Event) -> None:
+        """`update`, where a full disk is a fault that the page shows."""
+        try:
+            self.update(stop)
+            self._fault = None
+        except (OSError, sqlite3.Error) as error:
+            self._fault = f"the index {self.path} cannot be written: {error}"
+
     def update(self, stop: threading.Event) -> int:
         """Read the records that are new or have changed, newest first; forget those that are gone. How many were read.
         Ends after the record at hand where `stop` is set."""
@@ -59,7 +92,8 @@ class Index:
         with self._writing, self._open() as database:
             known = {row["step"]: (row["size"], row["changed"]) for row in database.execute("select * from records")}
             there = recorded_steps(self.folder)
-            for step in known.keys() - set(there):
+            lost = known.keys() - set(there)
+            for step in lost:
                 self._forget(database, step)
             for step in reversed(there):
                 if stop.is_set():
@@ -73,6 +107,8 @@ class Index:
                     self._read(database, step, mark)
                     database.commit()
                     read += 1
+            if read or lost:  # another run may be in this folder now
+                database.execute(WITHOUT_COMPLETION)
         return read
 
     def _forget(self, database: sqlite3.Connection, step: int) -> None:
@@ -81,28 +117,33 @@ class Index:
 
     def _read(self, database: sqlite3.Connection, step: int, mark: tuple[int, int]) -> None:
         self._forget(database, step)
+        fault = None
         try:
-            lines, fault = read_rollouts(self.folder, step), None
-        except (OSError, ValueError) as error:
-            lines, fault = [], str(error)
+            self._insert(database, step, read_step(self.folder, step))
+        except (OSError, ValueError, OverflowError, sqlite3.ProgrammingError) as error:
+            self._forget(database, step)
+            fault = f"the record of step {step} is not in the index: {error}"
+        database.execute("insert into records values (?,?,?,?)", (step, *mark, fault))
+
+    def _insert(self, database: sqlite3.Connection, step: int, lines: list[dict[str, Any]]) -> None:
         number, rows, prompts = -1, [], {}
         for line in lines:
             number += line["sample"] == 0
-            prompts[line["prompt_id"]] = line["prompt"]
-            place = step, max(number, 0), line["sample"], line["prompt_id"]
+            prompt_id = _storable(line["prompt_id"])
+            prompts[prompt_id] = _storable(line["prompt"][:TEXT_AT_MOST])
+            place = step, max(number, 0), line["sample"], prompt_id
             marks = line.get("reward"), next(iter(line["parts"].values()), None)
             end = len(line["token_ids"]), line.get("finish_reason"), _storable(line["text"][:TEXT_AT_MOST])
             rows.append((*place, *marks, *end))
         database.executemany("insert into completions values (?,?,?,?,?,?,?,?,?)", rows)
-        texts = [(key, _storable(text)) for key, text in prompts.items()]
-        database.executemany("insert or ignore into prompts values (?,?)", texts)
-        database.execute("insert into records values (?,?,?,?)", (step, *mark, fault))
+        database.executemany("insert or replace into prompts values (?,?)", prompts.items())
 
     def state(self) -> dict[str, Any]:
         """How many of the recorded steps are in the index, and the faults of those that could not be read."""
         with self._open() as database:
             count = database.execute("select count(*) from records").fetchone()[0]
             faults = [row["fault"] for row in database.execute("select fault from records where fault is not null")]
+        faults += [self._fault] if self._fault else []
         return {"indexed": count, "recorded": len(recorded_steps(self.folder)), "faults": faults}
 
     def search(self, wanted: Mapping[str, str]) -> dict[str, Any]:
@@ -127,22 +168,45 @@ class Index:
         if text := wanted.get("text"):
             clauses.append("(instr(lower(completions.text), lower(?)) or instr(lower(prompts.text), lower(?)))")
             values += [text, text]
-        with self._open() as database:
-            if regex := wanted.get("regex"):
-                try:
-                    pattern = re.compile(regex)
-                except re.error as error:
-                    raise ValueError(f"regex={regex!r} is no regular expression: {error}") from error
-                database.create_function("matches", 1, lambda text: bool(pattern.search(text or "")))
-                clauses.append("(matches(completions.text) or matches(prompts.text))")
-            rows = database.execute(
-                "select step, number, sample, completions.prompt_id, reward, length, reason, "
-                "substr(completions.text, 1, 400) as text, substr(prompts.text, 1, 200) as prompt "
-                "from completions left join prompts using (prompt_id) "
-                f"where {' and '.join(clauses)} order by step desc, number, sample limit {FOUND_AT_MOST + 1}",
-                values,
-            ).fetchall()
-        return {"found": [dict(row) for row in rows[:FOUND_AT_MOST]], "more": len(rows) > FOUND_AT_MOST}
+        regex = wanted.get("regex")
+        if regex:
+            clauses.append("(matches(completions.text) or matches(prompts.text))")
+        query = (
+            "select step, number, sample, completions.prompt_id, reward, length, reason, "
+            "substr(completions.text, 1, 400) as text, substr(prompts.text, 1, 200) as prompt "
+            "from completions left join prompts using (prompt_id) "
+            f"where {' and '.join(clauses)} order by step desc, number, sample limit {FOUND_AT_MOST + 1}"
+        )
+        rows = self._rows(query, values, regex)
+        return {"found": rows[:FOUND_AT_MOST], "more": len(rows) > FOUND_AT_MOST}
+
+    def _rows(self, query: str, values: list[Any], regex: str | None) -> list[dict[str, Any]]:
+        """What a process of its own finds, which is ended after SEARCH_S seconds and when the page ends."""
+        if not self._free.acquire(blocking=False):
+            raise ValueError(f"{SEARCHES} searches of this run are going on; wait until one has ended")
+        asked = {"path": str(self.path), "query": query, "values": values, "regex": regex, "seconds": SEARCH_S}
+        command = [sys.executable, "-I", searching.__file__]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, **pipes, text=True)
+        self._searches.add(process)
+        try:
+            answer = json.loads(process.communicate(json.dumps(asked), SEARCH_S)[0])
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(f"the search took more than {SEARCH_S:g} s; {EASIER}") from error
+        except (ValueError, OSError) as error:
+            raise ValueError(f"the search has ended without an answer, perhaps for want of memory; {EASIER}") from error
+        finally:
+            process.kill()
+            process.communicate()
+            self._searches.discard(process)
+            self._free.release()
+        if "error" in answer:
+            raise ValueError(f"regex={regex!r:.100} {answer['error']}")
+        return list(answer["rows"])
+
+    def end_searches(self) -> None:
+        for process in list(self._searches):
+            process.kill()
 
     def prompts(self) -> list[dict[str, Any]]:
         """Every prompt with its number of completions, the share of them with full marks (a first reward of 1 or more)
@@ -179,8 +243,15 @@ class Index:
             return [dict(row) for row in rows]
 
     def close(self) -> None:
+        self.end_searches()
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+def _remove_old(cache: Path) -> None:
+    for path in cache.glob("*.sqlite*"):
+        if time.time() - path.stat().st_mtime > KEPT_S:
+            path.unlink()
 
 
 def _storable(text: str) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from grpo.algorithm.statistics import wilson_interval
 from grpo.algorithm.ties import tied
@@ -19,11 +18,12 @@ from grpo.run.records import (
     check_run,
     read_events,
     read_metrics,
-    read_rollouts,
     recorded_steps,
     rollout_path,
     split_groups,
 )
+from grpo.view.reading import check_files, read_step
+from grpo.view.token_texts import find_tokenizer, token_texts
 
 ACCURACIES = (ACCURACY, f"{ACCURACY}_greedy")
 
@@ -42,19 +42,21 @@ class RunFiles:
 
     def overview(self, after: int = -1) -> dict[str, Any]:
         """Metrics of the steps from `after` on, what they mean, and the steps whose rollouts were recorded."""
+        config = self.folder / "config.yaml"
+        check_files(self.folder / "metrics.jsonl", config)
         rows = [self._with_interval(row) for row in read_metrics(self.folder) if row["step"] >= after]
         names = sorted({name for row in rows for name in row} - {"step"})
-        config = self.folder / "config.yaml"
         return {
             "name": self.name,
             "rows": rows,
             "meanings": {name: _meaning(name) for name in names},
             "recorded": recorded_steps(self.folder),
             "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
-            "ended": next((e for e in reversed(read_events(self.folder)) if e["event"] in ("end", "resume")), None),
+            "ended": next((e for e in reversed(self.events()) if e["event"] in ("end", "resume")), None),
         }
 
     def events(self) -> list[dict[str, Any]]:
+        check_files(self.folder / "events.jsonl")
         return read_events(self.folder)
 
     def step(self, step: int) -> dict[str, Any]:
@@ -74,7 +76,7 @@ class RunFiles:
                     "tied": tied(rewards),
                 }
             )
-        failures = [e for e in read_events(self.folder) if e.get("step") == step and "error" in e]
+        failures = [e for e in self.events() if e.get("step") == step and "error" in e]
         return {"step": step, "groups": groups, "failures": failures}
 
     def group(self, step: int, number: int) -> dict[str, Any]:
@@ -99,38 +101,22 @@ class RunFiles:
         for name in ("logprobs", "policy_logprobs", "sampled", "versions"):
             values = line.get(name)
             found[name] = values if isinstance(values, list) and len(values) == count else None
-        depths = (line.get("draft") or {}).get("depths") or []
-        found["depths"] = depths if len(depths) == count else None
+        draft = line.get("draft")
+        depths = draft.get("depths") if isinstance(draft, dict) else None
+        found["depths"] = depths if isinstance(depths, list) and len(depths) == count else None
         return found | {"tokens": self._texts(line["token_ids"])}
 
     def _texts(self, token_ids: Sequence[int]) -> list[str]:
-        """The text that each token adds. A token that ends in the middle of a character adds nothing, and the one that
-        completes it all of it; without a tokenizer in the run folder they are numbers."""
-        tokenizer = self._find_tokenizer()
-        if tokenizer is None:
-            return [f"{token} " for token in token_ids]
-        stream = DecodeStream(skip_special_tokens=False)
-        texts = []
-        for token in token_ids:
-            try:
-                texts.append(stream.step(tokenizer, token) or "")
-            except Exception:  # of the Rust library, which names no narrower one; a damaged record has such tokens
-                stream = DecodeStream(skip_special_tokens=False)
-                texts.append(f"<{token}>")
-        return texts
-
-    def _find_tokenizer(self) -> Tokenizer | None:
         if self._tokenizer is None:
-            found = sorted(self.folder.glob("**/tokenizer.json"), key=lambda path: len(path.parts))
-            self._tokenizer = Tokenizer.from_file(str(found[0])) if found else None
-        return self._tokenizer
+            self._tokenizer = find_tokenizer(self.folder)
+        return token_texts(self._tokenizer, token_ids)
 
     def _groups(self, step: int) -> list[list[dict[str, Any]]]:
         """The lines of a step, group by group. The last step that was asked for is kept."""
         path = rollout_path(self.folder, step)
         changed = path.stat().st_mtime if path.exists() else 0.0
         if self._step is None or self._step[:2] != (step, changed):
-            self._step = step, changed, split_groups(read_rollouts(self.folder, step))
+            self._step = step, changed, split_groups(read_step(self.folder, step))
         return self._step[2]
 
     def _with_interval(self, row: dict[str, Any]) -> dict[str, Any]:

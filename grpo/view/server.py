@@ -40,7 +40,7 @@ class Shown:
         """Read what running runs write, until `stop` is set."""
         while not stop.is_set():
             for index in self.indices:
-                index.update(stop)
+                index.keep_up(stop)
             stop.wait(UPDATE_S)
 
     def questions(self) -> dict[str, Callable[[dict[str, str]], Any]]:
@@ -98,6 +98,9 @@ def app(shown: Shown, token: str) -> Any:
             except (ValueError, IndexError, FileNotFoundError) as error:
                 missing = isinstance(error, IndexError | FileNotFoundError)
                 return JSONResponse({"error": str(error)}, 404 if missing else 400, HEADERS)
+            except Exception as error:  # a record as no run writes it, or a fault of ours: the page shows it
+                fault = f"the page has failed at this: {type(error).__name__}: {error}"
+                return JSONResponse({"error": fault}, 500, HEADERS)
             body = json.dumps(finite(found), ensure_ascii=True, allow_nan=False)
             return Response(body, 200, HEADERS, "application/json")
 
@@ -140,5 +143,5 @@ def view(folders: Sequence[Path], host: str, port: int, say: Callable[[str], Non
     listening, address = listen(host, port)
     say(f"open http://{address}/?token={token}   (Ctrl-C ends it)")
     with listening:
-        server = uvicorn.Server(uvicorn.Config(application, log_level="error", lifespan="on"))
-        server.run(sockets=[listening])
+        options: dict[str, Any] = {"log_level": "critical", "lifespan": "on", "timeout_graceful_shutdown": 1}
+        uvicorn.Server(uvicorn.Config(application, **options)).run(sockets=[listening])

@@ -53,7 +53,8 @@ def _write(folder: Path, step: int, lines: list[dict]) -> None:
 @pytest.fixture(scope="module")
 def address(folders):
     command = [sys.executable, "-m", "grpo", "view", str(folders / "first"), str(folders / "second")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"XDG_CACHE_HOME": str(folders)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     yield re.search(r"open (\S+)", process.stdout.readline())[1]
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130

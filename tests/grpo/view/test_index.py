@@ -3,14 +3,16 @@
 import json
 import os
 import shutil
+import sqlite3
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import zstandard
 
 from grpo.run.records import read_rollouts, rollout_path
-from grpo.view.index import FILE, Index
+from grpo.view.index import KEPT_S, SEARCHES, Index, cache_folder
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"
 GO_ON = threading.Event()
@@ -63,7 +65,13 @@ def test_no_more_than_the_first_of_many_are_found(index, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"), [({"regex": "("}, "regex='\\('"), ({"low": "much"}, "low='much' is no")]
+    ("wanted", "message"),
+    [
+        ({"regex": "("}, "regex='\\('"),
+        ({"regex": "a{99999999999}"}, "is no regular expression: the repetition number is too large"),
+        ({"regex": "(" * 2000 + ")" * 2000}, "too many groups inside each other"),
+        ({"low": "much"}, "low='much' is no"),
+    ],
 )
 def test_a_question_that_cannot_be_asked_is_an_error(index, wanted, message):
     with pytest.raises(ValueError, match=message):
@@ -125,22 +133,108 @@ def test_prompts_have_their_pass_rates(folder):
     assert index.places("p") == [{"step": 1, "number": 0}, {"step": 2, "number": 0}]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_has_its_index_elsewhere(folder):
-    folder.chmod(0o500)
-    try:
-        index = Index(folder)
-        assert index.update(GO_ON) == 4
-        assert not (folder / FILE).exists()
-        index.close()
-    finally:
-        folder.chmod(0o700)
+def test_another_run_in_the_same_folder_has_its_own_prompts(index, folder):
+    for step in (1, 2, 3, 4):
+        lines = read_rollouts(folder, step)
+        for line in lines:
+            line["prompt"] = f"of another run {line['prompt_id']}"
+        _write(folder, step, lines if step > 1 else lines[:4])
+    index.update(GO_ON)
+    assert {row["prompt"][:14] for row in index.search({})["found"]} == {"of another run"}
+    assert {row["same"] for row in index.prompts()} == {0}
 
 
-def test_a_file_that_is_no_index_is_left_alone(folder):
-    (folder / FILE).write_text("something else")
+SLOW = {"regex": "(a|aa)+$", "text": "a"}
+
+
+@pytest.fixture
+def slow(index, folder):
+    """An index in which the search for SLOW takes years."""
+    lines = read_rollouts(folder, 4)
+    lines[0]["text"] = "a" * 100 + "b"
+    _write(folder, 4, lines)
+    index.update(GO_ON)
+    return index
+
+
+def test_a_search_that_takes_too_long_is_ended(slow, monkeypatch):
+    monkeypatch.setattr("grpo.view.index.SEARCH_S", 0.5)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"the search took more than 0.5 s; ask for fewer steps"):
+        slow.search(SLOW)
+    assert time.monotonic() - began < 10
+    assert slow.search({"regex": "a+b"})["found"]
+
+
+def test_no_more_than_a_few_searches_go_on_and_all_end_with_the_page(slow):
+    failures: list[str] = []
+
+    def search() -> None:
+        with pytest.raises(ValueError, match="search") as failure:
+            slow.search(SLOW)
+        failures.append(str(failure.value))
+
+    threads = [threading.Thread(target=search) for _ in range(SEARCHES + 1)]
+    for thread in threads:
+        thread.start()
+    while len(slow._searches) < SEARCHES or not failures:
+        time.sleep(0.01)
+    slow.close()
+    for thread in threads:
+        thread.join(8)
+    assert "4 searches of this run are going on" in failures[0]
+    assert ["ended without an answer" in failure for failure in failures[1:]] == [True] * SEARCHES
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"finish_reason": {}}, {"sample": 10**30}, {"reward": 10**300}, {"finish_reason": "\ud800"}]
+)
+def test_a_record_that_no_run_writes_is_said_and_stops_nothing(folder, wrong):
+    _write(folder, 4, [line | wrong for line in read_rollouts(folder, 4)])
     index = Index(folder)
     assert index.update(GO_ON) == 4
-    assert (folder / FILE).read_text() == "something else"
+    assert "the record of step 4 is not in the index" in index.state()["faults"][0]
+    assert {row["step"] for row in index.search({})["found"]} == {1, 2, 3}
+    assert index.update(GO_ON) == 0
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link"])
+def test_a_link_in_the_folder_leads_to_no_other_database(tmp_path, folder, kind):
+    other = tmp_path / "other.sqlite"
+    with sqlite3.connect(other) as database:
+        database.execute("create table precious (number integer)")
+    database.close()
+    before, link = other.read_bytes(), folder / "view.sqlite"
+    link.symlink_to(other) if kind == "link" else link.hardlink_to(other)
+    there = set(folder.rglob("*"))
+    assert Index(folder).update(GO_ON) == 4
+    assert other.read_bytes() == before
+    assert set(folder.rglob("*")) == there
+
+
+def test_the_cache_is_of_its_owner_alone_and_forgets_what_nobody_opens(index, folder):
+    assert index.path.parent == cache_folder()
+    assert cache_folder().stat().st_mode & 0o077 == 0
+    old = cache_folder() / "old.sqlite"
+    old.touch()
+    os.utime(old, (time.time() - 2 * KEPT_S,) * 2)
+    assert Index(folder).path == index.path
+    assert not old.exists()
+
+
+def test_where_there_is_no_cache_the_index_is_temporary(folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "config.yaml"))  # a file, not a folder
+    index = Index(folder)
+    assert index.update(GO_ON) == 4
+    index.close()
+    assert not index.path.exists()
+
+
+def test_an_index_that_is_no_database_is_left_alone(folder, index):
+    kept = index.path
+    kept.write_text("something else")
+    index = Index(folder)
+    assert index.update(GO_ON) == 4
+    assert kept.read_text() == "something else"
     index.close()
     assert not index.path.exists()

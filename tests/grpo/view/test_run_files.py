@@ -73,6 +73,7 @@ def test_lists_that_do_not_fit_the_tokens_are_left_out(run):
     line = {"token_ids": [5, 6], "logprobs": [0.0], "draft": {"depths": [1, 2, 3]}}
     completion = run._completion(line)
     assert completion["logprobs"] is completion["depths"] is completion["policy_logprobs"] is None
+    assert run._completion(line | {"draft": [1, 2]})["depths"] is None
 
 
 def test_numbers_that_json_does_not_know_become_null():

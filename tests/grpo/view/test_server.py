@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from html.parser import HTMLParser
@@ -22,6 +24,11 @@ from grpo.view.page import self_contained
 CASE = Path(__file__).parents[2] / "cases/run_to_view"
 pytest.importorskip("starlette", reason="needs the extra view")
 pytest.importorskip("plotly", reason="needs the extra view")
+
+
+def _write(folder: Path, step: int, lines: list[dict]) -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    rollout_path(folder, step).write_bytes(zstandard.ZstdCompressor().compress(text.encode()))
 
 
 class Served:
@@ -89,6 +96,8 @@ def test_every_question_is_answered(served):
         ("0/step/-1", 404, "no rollouts of step -1"),
         ("0/group/1/77", 404, "none with the number 77"),
         ("0/search?regex=(", 400, "no regular expression"),
+        ("0/search?regex=a%7B99999999999%7D", 400, "no regular expression"),
+        ("0/search?regex=" + "(" * 2000 + ")" * 2000, 400, "too many groups"),
         ("0/step/" + "9" * 40, 400, "is no number"),
     ],
 )
@@ -108,6 +117,38 @@ def test_the_page_loads_nothing_from_elsewhere(served):
     assert served.get("/assets/server.py")[0] == 404
 
 
+def test_a_slow_search_stops_neither_the_page_nor_its_end(tmp_path):
+    shutil.copytree(CASE, tmp_path / "run")
+    _write(tmp_path / "run", 4, [line | {"text": "a" * 100 + "b"} for line in read_rollouts(CASE, 4)])
+    served = Served(str(tmp_path / "run"))
+    while served.ask("0/index")["indexed"] < 4:
+        time.sleep(0.05)
+    search = threading.Thread(target=lambda: served.get("/api/0/search?regex=(a|aa)%2B$"))
+    search.start()
+    time.sleep(0.5)
+    began = time.monotonic()
+    assert served.ask("runs") == ["run"]
+    assert served.end() == 130
+    assert time.monotonic() - began < 8
+    assert served.rest.strip() == "quartet: interrupted"
+
+
+def test_a_record_that_no_run_writes_is_shown_or_said(tmp_path):
+    shutil.copytree(CASE, tmp_path / "run")
+    lines = read_rollouts(CASE, 4)
+    wrong = {"draft": [1], "logprobs": "no", "versions": {}, "advantage": {"a": 1}, "finish_reason": [2]}
+    _write(tmp_path / "run", 4, [line | wrong for line in lines])
+    os.remove(rollout_path(tmp_path / "run", 3))
+    os.symlink("/dev/zero", rollout_path(tmp_path / "run", 3))
+    served = Served(str(tmp_path / "run"))
+    try:
+        assert served.get("/api/0/group/4/0")[0] == 200
+        status, body, _ = served.get("/api/0/step/3")
+        assert (status, "is no plain file" in json.loads(body)["error"]) == (400, True)
+    finally:
+        served.end()
+
+
 class _Scripts(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -122,8 +163,7 @@ def test_a_report_is_one_file_in_which_text_stays_text(tmp_path, capsys):
     lines = read_rollouts(tmp_path / "run", 4)
     for line in lines:
         line["text"] = line["prompt"] = "</script><script>alert(1)</script><!--"
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    rollout_path(tmp_path / "run", 4).write_bytes(zstandard.ZstdCompressor().compress(text.encode()))
+    _write(tmp_path / "run", 4, lines)
     assert main(["report", str(tmp_path / "run"), "--steps", "2", "4"]) == 0
     written = tmp_path / "run/report.html"
     assert capsys.readouterr().out.strip() == str(written)
