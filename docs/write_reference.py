@@ -24,6 +24,8 @@ def page() -> str:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         main(["reference"])
     text = re.sub(r"^# ", "## ", printed.getvalue(), flags=re.MULTILINE)
+    table = re.compile(r"^\| (?:key|metric) \|.*?(?=\n\n|\n*\Z)", re.DOTALL | re.MULTILINE)
+    text = table.sub(r'<div class="options" markdown>\n\n\g<0>\n\n</div>', text)  # for narrow screens, see site.css
     return INTRODUCTION + "\n" + re.sub(r"`([^`\n]*\\\|[^`\n]*)`", choices, text)
 
 

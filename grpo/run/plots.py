@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import textwrap
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from io import BytesIO
@@ -31,6 +32,7 @@ PARTS = {
     "time/publish": "#CC79A7",
     "other": "#C8C8C8",
 }
+FOOT_WIDTH = 120  # characters in a line under a figure
 BESIDE: dict[str, Any] = {"frameon": False, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
 
 
@@ -51,7 +53,7 @@ def plot_run(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
     if len(rows) < 2:
         raise ValueError(f"{output_dir}/metrics.jsonl has {len(rows)} steps; a curve needs two")
     machine = output_dir / hardware.FILE
-    foot = hardware.caption(hardware.read(machine)) if machine.exists() else ""
+    foot = textwrap.fill(hardware.caption(hardware.read(machine)), FOOT_WIDTH) if machine.exists() else ""
     drawings: list[tuple[str, str, Callable[[Axes, Rows], bool]]] = [
         ("reward", "Reward, mean per step", partial(_draw_line, name="reward/mean")),
         ("length", "Completion length, mean tokens", partial(_draw_line, name="completion/length_mean", bottom=0)),
@@ -67,7 +69,9 @@ def plot_run(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
     for file, title, draw in drawings:
         if only and file not in only:
             continue
-        figure = Figure(figsize=(6, 3.6), dpi=150, layout="constrained")  # no pyplot: no window, no global state
+        figure = Figure(
+            figsize=(6, 3.6 + 0.1 * foot.count("\n")), dpi=150, layout="constrained"
+        )  # no pyplot: no window, no global state
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
@@ -78,7 +82,7 @@ def plot_run(output_dir: Path, only: Collection[str] = ()) -> list[Path]:
         path = output_dir / "plots" / f"{file}.png"
         if draw(axes, rows):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-            figure.supxlabel(foot[:130], fontsize=6, color=GREY)
+            figure.supxlabel(foot, fontsize=6, color=GREY)
             path.parent.mkdir(exist_ok=True)
             image = BytesIO()
             figure.savefig(image, format="png")

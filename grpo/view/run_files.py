@@ -22,6 +22,7 @@ from grpo.run.records import (
     rollout_path,
     split_groups,
 )
+from grpo.view.headline import headline
 from grpo.view.reading import check_files, read_step
 from grpo.view.token_texts import find_tokenizer, token_texts
 
@@ -44,10 +45,12 @@ class RunFiles:
         """Metrics of the steps from `after` on, what they mean, and the steps whose rollouts were recorded."""
         config = self.folder / "config.yaml"
         check_files(self.folder / "metrics.jsonl", config)
-        rows = [self._with_interval(row) for row in read_metrics(self.folder) if row["step"] >= after]
+        measured = read_metrics(self.folder)
+        rows = [self._with_interval(row) for row in measured if row["step"] >= after]
         names = sorted({name for row in rows for name in row} - {"step"})
         return {
             "name": self.name,
+            "headline": headline(measured),
             "rows": rows,
             "meanings": {name: _meaning(name) for name in names},
             "recorded": recorded_steps(self.folder),

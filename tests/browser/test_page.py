@@ -84,7 +84,8 @@ def _title(page, text: str) -> None:
 def test_the_overview_draws_what_was_measured(page):
     page.go()
     page.wait_for_selector(".card .main-svg")
-    assert page.locator(".card h2").first.text_content() == "Reward"
+    assert page.locator(".card h2").first.text_content() == "Reward reward/mean"
+    assert "on 16 problems. The difference is" in page.locator("h1 + div .headline").first.text_content()
     assert "finished" in page.text_content("main")
     drawn = page.evaluate("[...document.querySelectorAll('.chart')].map((chart) => chart.data[0].x.length)")
     assert drawn[0] == 4
@@ -111,7 +112,8 @@ def test_smoothing_is_an_exponential_mean(page):
 def test_one_goes_from_a_step_to_a_group_to_its_tokens(page):
     page.go("step/2")
     assert page.locator(".side > a").count() == 4
-    page.locator(".side > a").nth(3).click()
+    page.locator("summary").click()
+    page.click(".side > a:has-text('group 3')")
     _title(page, "step 2, group 3")
     assert page.locator(".side .card").count() == 4
     page.select_option("main select", label="mismatch")
@@ -121,6 +123,35 @@ def test_one_goes_from_a_step_to_a_group_to_its_tokens(page):
     assert "token 2" in page.text_content("#tip")
     page.keyboard.press("ArrowLeft")
     _title(page, "step 2, group 2")
+
+
+def test_what_teaches_comes_first_and_ties_are_folded(page):
+    page.go("step/2")
+    tied = page.locator("details .side > a")
+    assert tied.count() > 0
+    assert not tied.first.is_visible()
+    for card in page.locator("main > .side > a").all():
+        assert len(set(card.locator(".bars i").evaluate_all("bars => bars.map((bar) => bar.style.height)"))) > 1
+
+
+def test_colours_have_a_scale(page):
+    page.go("group/2/0")
+    shades = "spans => spans.map((span) => [span.textContent, getComputedStyle(span).backgroundColor])"
+    scale = page.locator(".scale span").evaluate_all(shades)
+    assert [value for value, _ in scale] == ["0", "-1", "-2", "-3", "-4"]
+    assert len({colour for _, colour in scale}) == 5
+    page.select_option("main select", label="plain")
+    assert page.locator(".scale span").count() == 0
+
+
+def test_on_touch_nothing_covers_the_newest_values(browser, address):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(f"{address}#/0/overview")
+    page.wait_for_selector(".card .main-svg")
+    page.locator(".card .main-svg").first.tap(position={"x": 5, "y": 5})
+    assert page.locator(".modebar").count() == 0
+    context.close()
 
 
 def test_keys_go_everywhere(page):

@@ -22,6 +22,10 @@
     ["Memory, GiB", /^memory\/.*gib$/],
     ["Faults", /^(faults\/.*|reward\/(errors|abstained)|run\/(interruptions|failures)|rollout\/restarts|log\/not_finite)$/],
   ];
+  // What a curve is called; its metric is named beside the title of the card. Others are called by the end of their metric.
+  const NAMES = { "reward/mean": "all rewards", "eval/accuracy": "sampled", "eval/accuracy_greedy": "greedy", "eval/reward_mean": "sampled",
+    "eval/reward_mean_greedy": "greedy", "mismatch/kl": "KL to the sampler", "loss/kl": "KL to the reference", "canary/logprob_abs_mean": "canaries, mean" };
+  const nameOf = (metric) => NAMES[metric] ?? metric.split("/").slice(1).join(" ").replaceAll("_", " ");
   const settings = { smooth: 0, log: false, chosen: null };
 
   const smoothed = (values, share) => {
@@ -55,10 +59,10 @@
             y: [...low.map((row) => row[`${metric}/low`]), ...[...low].reverse().map((row) => row[`${metric}/high`])],
             fill: "toself", line: { width: 0 }, fillcolor: `${color}22`, mode: "lines" });
         }
-        traces.push({ ...common, y: smoothed(there.map((row) => row[metric]), kind ? 0 : settings.smooth), name: runs.length > 1 ? `${name} ${metric}` : metric,
+        traces.push({ ...common, y: smoothed(there.map((row) => row[metric]), kind ? 0 : settings.smooth), metric, name: runs.length > 1 ? `${name}, ${nameOf(metric)}` : nameOf(metric),
           line: { color, width: 1.8, dash: runs.length > 1 ? ["solid", "dot", "dash", "dashdot"][m % 4] : "solid" }, marker: { size: 4 },
           ...(kind === "stack" && runs.length === 1 ? { stackgroup: "one", mode: "lines" } : {}),
-          hovertemplate: `step %{x}: %{y:.4g}<extra>${metric.replace(/[<>&%{}]/g, "")}</extra>` });
+          hovertemplate: `step %{x}: %{y:.4g}<extra>${nameOf(metric).replace(/[<>&%{}]/g, "")}</extra>` });
       });
     });
     return traces;
@@ -70,7 +74,8 @@
     Plotly.react(box, traces, { margin: { l: 8, r: 8, t: 6, b: 26 }, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
       font: { color: ink, size: 11 }, showlegend: traces.length > 1, legend: { orientation: "h", y: -0.14, font: { size: 10 } },
       xaxis: { ...axis, title: { text: "" } }, yaxis: { ...axis, type: settings.log ? "log" : "linear", rangemode: "normal" }, hovermode: "closest", ...extra },
-    { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
+    // Without a pointer that hovers, Plotly's bar would stay over the newest values.
+    { displaylogo: false, responsive: true, displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
   };
 
   view.pages.overview = async (run) => {
@@ -82,14 +87,18 @@
     let runs = await found();
     const cards = view.make("div", { class: "cards" });
     const facts = view.make("p", { class: "soft" });
+    const learned = view.make("div");
     const redraw = () => {
       const last = runs[0].rows.at(-1);
       const ended = runs[0].ended;
       facts.textContent = last ? `step ${last.step}` + (ended?.event === "end" ? `, ${ended.how}${ended.error ? `: ${ended.error}` : ""}` : ", running or cut off") : "nothing was measured yet";
+      learned.replaceChildren(...runs.flatMap(({ name, headline }) => headline.map((sentence) =>
+        view.make("p", { class: "headline" }, runs.length > 1 ? `${name}: ${sentence}` : sentence))));
       const wanted = CHARTS.map(([title, pattern, kind]) => [title, lines(runs, pattern, kind)]).filter(([, traces]) => traces.length);
       const old = new Map([...cards.children].map((card) => [card.dataset.title, card]));
       cards.replaceChildren(...wanted.map(([title, traces]) => {
-        const card = old.get(title) ?? view.make("div", { class: "card", "data-title": title }, view.make("h2", {}, title), view.make("div", { class: "chart" }));
+        const card = old.get(title) ?? view.make("div", { class: "card", "data-title": title }, view.make("h2", {}, title, " ", view.make("code", { class: "soft" })), view.make("div", { class: "chart" }));
+        card.querySelector("code").textContent = [...new Set(traces.map(({ metric }) => metric).filter(Boolean))].join(" ");
         queueMicrotask(() => {
           view.draw(card.lastChild, traces);
           if (!card.lastChild.dataset.bound) {
@@ -112,6 +121,6 @@
     const config = view.make("details", {}, view.make("summary", {}, "configuration"), view.make("pre", { class: "text" }, runs[0].config));
     const meanings = view.make("details", {}, view.make("summary", {}, "what the metrics mean, and their last values"),
       view.table([["metric", ([name]) => name], ["last", ([name]) => runs[0].rows.findLast((row) => row[name] != null)?.[name]], ["meaning", ([, meaning]) => meaning]], Object.entries(runs[0].meanings)));
-    return { title: "overview", nodes: [facts, tools, cards, config, meanings], ready: redraw, live: async () => { runs = await found(); redraw(); } };
+    return { title: "overview", nodes: [learned, facts, tools, cards, config, meanings], ready: redraw, live: async () => { runs = await found(); redraw(); } };
   };
 }

@@ -4,16 +4,18 @@
   const rgb = { good: [26, 127, 55], bad: [179, 38, 30], blue: [0, 99, 166] };
   const tint = ([r, g, b], strength) => `rgba(${r},${g},${b},${Math.max(0, Math.min(0.75, strength)).toFixed(3)})`;
   const signed = (value, scale) => (value == null ? "" : tint(value > 0 ? rgb.good : rgb.bad, Math.abs(value) / scale));
-  // How tokens may be coloured: [name, value of token i, colour of a value, what it says].
+  const depths = (c) => [...new Set(c.flatMap(({ depths }) => depths ?? []))].filter(Boolean).sort((a, b) => a - b);
+  const versions = (c) => [...new Set(c.flatMap(({ versions, policy_version }) => versions ?? [policy_version]))];
+  // How tokens may be coloured: [name, value of token i, colour of a value, what it says, the values of its scale].
   const COLOURS = [
-    ["log-probability", (c, i) => c.logprobs?.[i], (v) => (v == null ? "" : tint(rgb.bad, -v / 6)), "the darker, the less likely"],
-    ["surprise of the learner", (c, i) => c.policy_logprobs?.[i], (v) => (v == null ? "" : tint(rgb.bad, -v / 6)), "the learner's own log-probability"],
-    ["mismatch", (c, i) => (c.policy_logprobs && c.logprobs ? c.policy_logprobs[i] - c.logprobs[i] : null), (v) => signed(v, 0.2), "learner's minus sampler's log-probability"],
-    ["ratio", (c, i) => (c.policy_logprobs && c.logprobs ? Math.exp(c.policy_logprobs[i] - c.logprobs[i]) : null), (v) => signed(v == null ? null : v - 1, 0.2), "above 1 green, below 1 red"],
-    ["advantage", (c, i) => (Array.isArray(c.advantage) ? c.advantage[i] : c.advantage), (v) => signed(v, 2), "what the step teaches: green more, red less"],
-    ["draft depth", (c, i) => c.depths?.[i], (v) => (v ? tint(rgb.blue, 0.2 + 0.12 * v) : ""), "accepted drafts, by depth"],
-    ["policy version", (c, i) => c.versions?.[i] ?? c.policy_version, (v) => tint(rgb.blue, ((v * 37) % 10) / 14), "one shade for each version"],
-    ["plain", () => null, () => "", ""],
+    ["log-probability", (c, i) => c.logprobs?.[i], (v) => (v == null ? "" : tint(rgb.bad, -v / 6)), "the darker, the less likely", () => [0, -1, -2, -3, -4]],
+    ["surprise of the learner", (c, i) => c.policy_logprobs?.[i], (v) => (v == null ? "" : tint(rgb.bad, -v / 6)), "the learner's own log-probability", () => [0, -1, -2, -3, -4]],
+    ["mismatch", (c, i) => (c.policy_logprobs && c.logprobs ? c.policy_logprobs[i] - c.logprobs[i] : null), (v) => signed(v, 0.2), "learner's minus sampler's log-probability", () => [-0.15, -0.05, 0, 0.05, 0.15]],
+    ["ratio", (c, i) => (c.policy_logprobs && c.logprobs ? Math.exp(c.policy_logprobs[i] - c.logprobs[i]) : null), (v) => signed(v == null ? null : v - 1, 0.2), "above 1 green, below 1 red", () => [0.85, 0.95, 1, 1.05, 1.15]],
+    ["advantage", (c, i) => (Array.isArray(c.advantage) ? c.advantage[i] : c.advantage), (v) => signed(v, 2), "what the step teaches: green more, red less", () => [-1.5, -0.5, 0, 0.5, 1.5]],
+    ["draft depth", (c, i) => c.depths?.[i], (v) => (v ? tint(rgb.blue, 0.2 + 0.12 * v) : ""), "accepted drafts, by depth", depths],
+    ["policy version", (c, i) => c.versions?.[i] ?? c.policy_version, (v) => tint(rgb.blue, ((v * 37) % 10) / 14), "one shade for each version", versions],
+    ["plain", () => null, () => "", "", () => []],
   ];
   const settings = { colour: 0 };
   const cut = (text, most = 160) => (text.length > most ? `${text.slice(0, most)} …` : text);
@@ -26,21 +28,24 @@
     const at = steps.indexOf(step);
     const highest = Math.max(...groups.flatMap((group) => group.rewards.map((reward) => reward ?? 0)), 1e-9);
     const lowest = Math.min(...groups.flatMap((group) => group.rewards.map((reward) => reward ?? 0)), 0);
-    const card = (group, g) => view.make("a", { class: `card${group.tied ? " tied" : ""}`, href: view.link(run, "group", step, g) },
-      view.make("div", {}, `group ${g}`, view.make("span", { class: "soft" }, ` reward ${view.show(view.mean(group.rewards))}, ${view.show(view.mean(group.lengths))} tokens${group.tied ? ", tied" : ""}`)),
+    const card = ([group, g]) => view.make("a", { class: "card", href: view.link(run, "group", step, g) },
+      view.make("div", {}, `group ${g}`, view.make("span", { class: "soft" }, ` reward ${view.show(view.mean(group.rewards))}, ${view.show(view.mean(group.lengths))} tokens`)),
       view.make("div", { class: "bars" }, group.rewards.map((reward, i) => view.make("i", { class: reward == null && "none", title: `sample ${i}: ${view.show(reward)}`,
         style: `height:${reward == null ? 6 : 4 + (96 * (reward - lowest)) / (highest - lowest || 1)}%` }))),
       view.make("div", { class: "soft" }, cut(group.prompt)),
       Object.entries(group.parts).map(([name, marks]) => view.make("div", { class: "soft" }, `${name} ${view.show(view.mean(marks))}`)));
+    const [tied, telling] = [true, false].map((wanted) => groups.map((group, g) => [group, g]).filter(([group]) => group.tied === wanted));
+    const folded = view.make("details", { open: !telling.length }, view.make("summary", {}, `${tied.length} tied groups, whose completions have the same reward, so that they teach nothing`),
+      view.make("div", { class: "side" }, tied.map(card)));
     const go = (offset) => { const other = steps[at + offset]; if (other !== undefined) location.hash = view.link(run, "step", other); };
     const choice = view.make("select", { onchange: (event) => { location.hash = view.link(run, "step", event.target.value); } },
       steps.map((other) => view.make("option", { value: other, selected: other === step }, `step ${other}`)));
     return { title: `step ${step}`, previous: () => go(-1), next: () => go(1), nodes: [
       view.make("div", { class: "tools" }, view.make("button", { onclick: () => go(-1), disabled: at <= 0 }, "←"), choice, view.make("button", { onclick: () => go(1), disabled: at === steps.length - 1 }, "→"),
-        view.make("span", { class: "soft" }, `${groups.length} groups, ${groups.filter((group) => group.tied).length} tied (grey: they teach nothing)`),
+        view.make("span", { class: "soft" }, `${groups.length} groups, ${tied.length} tied; a bar is the reward of a completion, from ${view.show(lowest)} to ${view.show(highest)}`),
         view.make("code", { class: "soft", title: "type this to see what the step has done, and because of what" }, `quartet why RUN ${step}`)),
       failures.map((event) => view.make("p", { class: "fault" }, `${event.event}: ${cut(String(event.error), 400)}`)),
-      view.make("div", { class: "side" }, groups.map(card))] };
+      view.make("div", { class: "side" }, telling.map(card)), tied.length ? folded : ""] };
   };
 
   const tokensOf = (completion) => {
@@ -68,21 +73,27 @@
   view.pages.group = async (run, step, number) => {
     const group = await view.ask(`${run}/group/${step}/${number}`);
     const side = view.make("div", { class: "side" });
-    const draw = () => side.replaceChildren(...group.completions.map((completion) => view.make("div", { class: "card" },
+    const draw = () => {
+      const [, , colourOf, meaning, values] = COLOURS[settings.colour];
+      about.textContent = meaning;
+      scale.replaceChildren(...values(group.completions).map((value) => view.make("span", { style: `background:${colourOf(value)}` }, String(value))));
+      side.replaceChildren(...group.completions.map((completion) => view.make("div", { class: "card" },
       view.make("div", {}, `sample ${completion.sample} `, view.make("b", {}, `reward ${view.show(completion.reward)}`),
         view.make("span", { class: "soft" }, ` advantage ${Array.isArray(completion.advantage) ? "per token" : view.show(completion.advantage)}, ${completion.tokens.length} tokens, ${completion.finish_reason}, version ${completion.policy_version}`)),
       view.make("div", { class: "soft" }, Object.entries({ ...completion.parts, ...completion.extras }).map(([name, mark]) => `${name} ${typeof mark === "object" ? cut(JSON.stringify(mark)) : view.show(mark)}`).join(", ")),
       tokensOf(completion))));
-    const choice = view.make("select", { onchange: (event) => { settings.colour = +event.target.value; about.textContent = COLOURS[settings.colour][3]; draw(); } },
+    };
+    const choice = view.make("select", { onchange: (event) => { settings.colour = +event.target.value; draw(); } },
       COLOURS.map(([name], i) => view.make("option", { value: i, selected: i === settings.colour }, name)));
-    const about = view.make("span", { class: "soft" }, COLOURS[settings.colour][3]);
+    const about = view.make("span", { class: "soft" });
+    const scale = view.make("span", { class: "scale" });
     const go = (offset) => { const g = +number + offset; if (g >= 0 && g < group.groups) location.hash = view.link(run, "group", step, g); };
     draw();
     return { title: `step ${step}, group ${number}`, previous: () => go(-1), next: () => go(1),
-      cycle: () => { settings.colour = (settings.colour + 1) % COLOURS.length; choice.value = settings.colour; about.textContent = COLOURS[settings.colour][3]; draw(); },
+      cycle: () => { settings.colour = (settings.colour + 1) % COLOURS.length; choice.value = settings.colour; draw(); },
       nodes: [view.make("div", { class: "tools" }, view.make("a", { href: view.link(run, "step", step) }, `step ${step}`), view.make("button", { onclick: () => go(-1), disabled: +number === 0 }, "←"),
         view.make("span", {}, `group ${number} of ${group.groups}`), view.make("button", { onclick: () => go(1), disabled: +number === group.groups - 1 }, "→"),
-        view.make("label", {}, "colour", choice), about, view.make("a", { href: view.link(run, "diff", group.prompt_id) }, "this prompt at other steps")),
+        view.make("label", {}, "colour", choice), about, scale, view.make("a", { href: view.link(run, "diff", group.prompt_id) }, "this prompt at other steps")),
       view.make("div", { class: "card" }, view.make("div", { class: "soft" }, `prompt ${group.prompt_id}`), view.make("div", { class: "text" }, group.prompt)), view.make("p", {}), side] };
   };
 

@@ -3,7 +3,8 @@ import builtins
 import pytest
 
 from grpo.algorithm.statistics import wilson_interval
-from grpo.run import plots
+from grpo.config.json_file import write_json
+from grpo.run import hardware, plots
 from grpo.run.log import RunLog
 from grpo.run.plots import plot_quietly, plot_run, running_mean, series
 from grpo.run.records import read_metrics
@@ -32,6 +33,17 @@ def test_a_run_is_drawn_and_what_was_not_measured_is_left_out(run):
         with Image.open(file) as image:
             assert image.size == (900, 540)
             assert len(image.getcolors(maxcolors=1 << 20)) > 20, "there is something on it"
+
+
+def test_the_foot_of_a_figure_has_all_of_the_command(run, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    feet: list[str] = []
+    monkeypatch.setattr(figure, "supxlabel", lambda self, text, **_: feet.append(text))
+    command = " ".join(f"--some.option_{n} {n}" for n in range(20))
+    write_json(run / hardware.FILE, hardware.describe() | {"command": command})
+    plot_run(run, only=["reward"])
+    assert " ".join(feet[0].split()).endswith(f" · {command}")
+    assert max(map(len, feet[0].splitlines())) <= 130  # what fits below a figure
 
 
 def test_only_some_are_drawn_where_only_some_are_asked_for(run):

@@ -31,6 +31,7 @@ def test_the_overview_has_every_metric_with_its_meaning_and_intervals(run):
     assert all(found["meanings"].values())
     assert found["recorded"] == [1, 2, 3, 4]
     assert found["ended"]["how"] == "finished"
+    assert "on 16 problems. The difference is" in found["headline"][0]
     assert [row["step"] for row in run.overview(after=3)["rows"]] == [3, 4]
 
 

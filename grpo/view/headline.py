@@ -1,0 +1,74 @@
+"""What a run has learned, in a sentence: the first thing that its page says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from grpo.algorithm.statistics import wilson_interval
+from grpo.algorithm.verdicts import ACCURACY, held_out_metric
+
+TRAINED = "reward/mean"
+AVERAGED = 10  # training steps at each end of a run without evaluations
+
+
+def difference_interval(first: float, second: float, counts: tuple[float, float]) -> tuple[float, float]:
+    """95 % interval of second − first, two proportions of so many problems each, from their Wilson intervals.
+
+    Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10. Two evaluations
+    of the same problems differ by less than independent ones, so that for them it is wider than need be.
+
+    >>> [round(bound, 3) for bound in difference_interval(0.2, 0.5, (10, 10))]    # of (0.057, 0.510) and (0.237, 0.763)
+    [-0.107, 0.6]
+    """
+    low_1, high_1 = wilson_interval(first * counts[0], counts[0])
+    low_2, high_2 = wilson_interval(second * counts[1], counts[1])
+    difference = second - first
+    below, above = math.hypot(second - low_2, high_1 - first), math.hypot(high_2 - second, first - low_1)
+    return difference - below, difference + above
+
+
+def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for sampled and one for greedy evaluations; without any, one about the reward in training.
+
+    `rows`: `read_metrics`.
+
+    >>> headline([{"step": step, "eval/accuracy": share, "eval/prompts": 10} for step, share in ((0, 0.2), (9, 0.5))])
+    ['Held out, sampled: accuracy 0.200 at step 0, 0.500 at step 9, on 10 problems. The difference is +0.300 ...']
+    """
+    metric = held_out_metric(rows)
+    said = [
+        _evaluated([row for row in rows if row.get(name) is not None], name, f"Held out, {how}")
+        for name, how in ((metric, "sampled"), (f"{metric}_greedy", "greedy"))
+    ]
+    return [sentence for sentence in said if sentence] or _trained(rows)
+
+
+def _evaluated(rows: Sequence[Mapping[str, Any]], name: str, what: str) -> str | None:
+    if not rows:
+        return None
+    first, last = rows[0], rows[-1]
+    count = last.get("eval/prompts") or 0
+    judged = name.startswith(ACCURACY)
+    sentence = f"{what}: {'accuracy' if judged else 'mean reward'} {first[name]:.3f} at step {first['step']}"
+    on = f", on {count:g} problems" if count else ""
+    if last is first:
+        return f"{sentence}{on}. There is no later evaluation yet."
+    sentence += f", {last[name]:.3f} at step {last['step']}{on}. The difference is {last[name] - first[name]:+.3f}"
+    if not (judged and count):
+        return f"{sentence}; it has no interval, since the metrics of a run hold means alone."
+    low, high = difference_interval(first[name], last[name], (first.get("eval/prompts") or count, count))
+    verdict = "so it has learned" if low > 0 else "so it has become worse" if high < 0 else "which may be chance"
+    return f"{sentence} (95 %: {low:+.3f} to {high:+.3f}), {verdict}."
+
+
+def _trained(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    rewards = [row[TRAINED] for row in rows if row.get(TRAINED) is not None]
+    if len(rewards) < 2:
+        return []
+    each = min(AVERAGED, len(rewards) // 2)
+    first, last = fmean(rewards[:each]), fmean(rewards[-each:])
+    steps = "step" if each == 1 else f"{each} steps"
+    return [f"In training: mean reward {first:.3f} in the first {steps}, {last:.3f} in the last. Nothing was held out."]
