@@ -65,7 +65,6 @@ def growing(folder: Path) -> None:
 def link(folder: Path) -> None:
     with sqlite3.connect(folder.parent / "other.sqlite") as database:
         database.execute("create table precious (number integer)")
-    (folder / "view.sqlite").unlink(missing_ok=True)
     (folder / "view.sqlite").symlink_to(folder.parent / "other.sqlite")
 
 

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,9 @@ class Index:
         fault = None
         try:
             self._insert(database, step, read_step(self.folder, step))
-        except (OSError, ValueError, OverflowError, sqlite3.ProgrammingError) as error:
+        except (OSError, ValueError, OverflowError, MemoryError, sqlite3.ProgrammingError) as error:
             self._forget(database, step)
-            fault = f"the record of step {step} is not in the index: {error}"
+            fault = _storable(f"the record of step {step} is not in the index: {error}")
         database.execute("insert into records values (?,?,?,?)", (step, *mark, fault))
 
     def _insert(self, database: sqlite3.Connection, step: int, lines: list[dict[str, Any]]) -> None:
@@ -185,28 +185,25 @@ class Index:
         if not self._free.acquire(blocking=False):
             raise ValueError(f"{SEARCHES} searches of this run are going on; wait until one has ended")
         asked = {"path": str(self.path), "query": query, "values": values, "regex": regex, "seconds": SEARCH_S}
-        command = [sys.executable, "-I", searching.__file__]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, **pipes, text=True)
-        self._searches.add(process)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         try:
-            answer = json.loads(process.communicate(json.dumps(asked), SEARCH_S)[0])
+            with subprocess.Popen([sys.executable, "-I", searching.__file__], **pipes, text=True) as process:
+                self._searches.add(process)
+                try:
+                    said = process.communicate(json.dumps(asked), SEARCH_S)[0]
+                finally:
+                    process.kill()
+                    self._searches.discard(process)
+            answer = json.loads(said)
         except subprocess.TimeoutExpired as error:
             raise ValueError(f"the search took more than {SEARCH_S:g} s; {EASIER}") from error
         except (ValueError, OSError) as error:
             raise ValueError(f"the search has ended without an answer, perhaps for want of memory; {EASIER}") from error
         finally:
-            process.kill()
-            process.communicate()
-            self._searches.discard(process)
             self._free.release()
         if "error" in answer:
             raise ValueError(f"regex={regex!r:.100} {answer['error']}")
         return list(answer["rows"])
-
-    def end_searches(self) -> None:
-        for process in list(self._searches):
-            process.kill()
 
     def prompts(self) -> list[dict[str, Any]]:
         """Every prompt with its number of completions, the share of them with full marks (a first reward of 1 or more)
@@ -243,15 +240,17 @@ class Index:
             return [dict(row) for row in rows]
 
     def close(self) -> None:
-        self.end_searches()
+        for process in list(self._searches):
+            process.kill()
         if self._temporary is not None:
             self._temporary.cleanup()
 
 
 def _remove_old(cache: Path) -> None:
     for path in cache.glob("*.sqlite*"):
-        if time.time() - path.stat().st_mtime > KEPT_S:
-            path.unlink()
+        with suppress(FileNotFoundError):  # of another page, which has just ended
+            if time.time() - path.stat().st_mtime > KEPT_S:
+                path.unlink()
 
 
 def _storable(text: str) -> str:

@@ -149,7 +149,7 @@ def test_on_touch_nothing_covers_the_newest_values(browser, address):
     page = context.new_page()
     page.goto(f"{address}#/0/overview")
     page.wait_for_selector(".card .main-svg")
-    page.locator(".card .main-svg").first.tap(position={"x": 5, "y": 5})
+    page.locator(".chart").first.tap(position={"x": 5, "y": 5})
     assert page.locator(".modebar").count() == 0
     context.close()
 
