@@ -31,7 +31,7 @@ def test_a_run_is_drawn_and_what_was_not_measured_is_left_out(run):
     assert [file.stem for file in files] == ["reward", "eval_accuracy", "acceptance", "expert_load", "time"]
     for file in files:
         with Image.open(file) as image:
-            assert image.size == (900, 540)
+            assert (image.width, image.height >= 540) == (900, True)  # more where the foot has several lines
             assert len(image.getcolors(maxcolors=1 << 20)) > 20, "there is something on it"
 
 
