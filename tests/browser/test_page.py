@@ -196,6 +196,7 @@ def test_search_finds_and_its_address_says_what_was_sought(page):
     page.keyboard.press("Enter")
     page.wait_for_selector(".fault")
     assert "no regular expression" in page.text_content(".fault")
+    assert page.locator("input[name=regex]").input_value() == "("
 
 
 def test_prompts_sort_and_lead_to_their_completions_side_by_side(page):

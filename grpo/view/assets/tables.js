@@ -14,7 +14,8 @@
     const given = new URLSearchParams(query);
     for (const name of Object.keys(wanted)) wanted[name] = given.get(name) ?? "";
     const asked = Object.values(wanted).some(Boolean);
-    const { found, more } = asked ? await view.ask(`${run}/search`, wanted) : { found: [], more: false };
+    const none = (error) => ({ found: [], more: false, fault: error?.message }); // the form stays, to be mended
+    const { found, more, fault } = asked ? await view.ask(`${run}/search`, wanted).catch(none) : none();
     const submit = (event) => {
       event.preventDefault();
       const set = Object.entries(wanted).filter(([, value]) => value);
@@ -27,7 +28,7 @@
     const columns = [["step", (row) => row.step, (row) => view.make("a", { href: view.link(run, "group", row.step, row.number) }, row.step)], ["sample", (row) => row.sample], ["reward", (row) => row.reward],
       ["tokens", (row) => row.length], ["end", (row) => row.reason], ["prompt", (row) => row.prompt], ["completion", (row) => row.text]];
     const said = asked ? `${more ? "more than " : ""}${found.length} found` : "Text is found in prompts and completions; capitals do not matter, but in a regular expression they do.";
-    return { title: "search", focus: form.querySelector("input"), nodes: [form, view.make("p", { class: "soft" }, await progress(run), said), asked ? view.table(columns, found) : ""] };
+    return { title: "search", focus: form.querySelector("input"), nodes: [form, view.make("p", { class: "soft" }, await progress(run), said), fault ? view.make("p", { class: "fault" }, fault) : asked ? view.table(columns, found) : ""] };
   };
 
   view.pages.data = async (run) => {
