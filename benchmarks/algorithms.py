@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -176,7 +177,7 @@ def draw(cells: list[dict[str, Any]], target: float, file: Path, foot: str) -> N
         axes.set_xlabel("completions sampled" if cost == "samples" else "seconds of training")
         axes.set_title(f"Held-out accuracy at T = 1, over {cost}", loc="left", fontsize=10)
     axes.legend(frameon=False, loc="lower right")
-    figure.supxlabel(foot[:150], fontsize=6, color="#767676")
+    figure.supxlabel(textwrap.fill(foot, 150), fontsize=6, color="#767676")
     figure.savefig(file)
 
 

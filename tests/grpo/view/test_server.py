@@ -52,8 +52,11 @@ class Served:
 
     def end(self, number: int = signal.SIGINT) -> int:
         self.process.send_signal(number)
-        self.rest = self.process.stdout.read()
-        return self.process.wait(30)
+        try:
+            self.rest = self.process.communicate(timeout=30)[0]
+        finally:
+            self.process.kill()
+        return self.process.returncode
 
 
 @pytest.fixture(scope="module")
