@@ -22,6 +22,7 @@ from torch import Tensor
 
 FULL_ROW = 1024  # vocabularies up to this size take a noise for every token
 Chosen: TypeAlias = Tensor | slice  # which rows
+LOWEST_TEMPERATURE = 1e-6  # besides 0; logits that are divided by less leave the range of float32
 BLOCK = 256  # of larger ones a block of this many tokens is drawn first, then a token inside it
 WORD = 0xFFFFFFFF
 
@@ -91,8 +92,11 @@ class SamplingParams:
         """Raises ValueError, which names the field, its value and what would work."""
         if self.group_size < 1:
             raise ValueError(f"rollout.group_size={self.group_size}: sample at least 1 completion per prompt")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"rollout.temperature={self.temperature}: use 0 (greedy) or a positive number")
+        if self.temperature and not LOWEST_TEMPERATURE <= self.temperature < float("inf"):
+            raise ValueError(
+                f"rollout.temperature={self.temperature}: use 0 (greedy) or a positive number, {LOWEST_TEMPERATURE:g} or "
+                "more"
+            )
         if self.max_completion_tokens < 1:
             raise ValueError(f"rollout.max_completion_tokens={self.max_completion_tokens}: use 1 or more")
         if self.draft_tokens is not None and self.draft_tokens < 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
 from typing import Any
@@ -16,6 +15,7 @@ from grpo.agents.episode import Episode
 from grpo.run.listening import listen
 from grpo.serve.api_error import ApiError
 from grpo.serve.app import HANDLERS, questions
+from grpo.serve.connections import settings
 
 
 class Endpoint:
@@ -27,8 +27,7 @@ class Endpoint:
         application = Starlette(routes=routes, exception_handlers=HANDLERS | {ApiError: self._refused})
         application.router.redirect_slashes = False  # a redirection is no answer in OpenAI's form
         self._socket, self._address = listen("127.0.0.1", 0)
-        settings = uvicorn.Config(application, log_level=logging.ERROR, lifespan="off", timeout_graceful_shutdown=1)
-        self._server = uvicorn.Server(settings)
+        self._server = uvicorn.Server(settings(application, lifespan="off", timeout_graceful_shutdown=1))
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, name="agents", daemon=True
         )

@@ -6,6 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from grpo.serve.asked import Asked, ChatAsked
@@ -138,7 +139,7 @@ class Answer:
                 for text, logprob in zip(texts, logprobs, strict=True)
             ]
             return {"content": content, "refusal": None}
-        offsets = [sum(map(len, texts[:i])) for i in range(len(texts))]
+        offsets = list(accumulate(map(len, texts[:-1]), initial=0)) if texts else []
         return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
 
 

@@ -23,9 +23,11 @@ from grpo.serve.served import Job, Served
 from rollout.serving import News
 from rollout.serving import Request as Row
 
-MOST_BYTES, BODY_S = 1 << 24, 30.0  # of a body, and the seconds that it may take to arrive
+MOST_BYTES, BODY_S = 1 << 22, 30.0  # of a body, and the seconds that it may take to arrive
+LARGE, MOST_LARGE = 1 << 16, 1 << 24  # a body of more bytes is large; so many bytes of large ones may be here at once
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+ENDS = ApiError("the server ends, and the request had no more time (--shutdown_s); send it again", 503)
 
 
 class Wanted:
@@ -76,6 +78,8 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         except ClientDisconnect:
             pass
+        except asyncio.CancelledError:  # by the server, when its grace period ends
+            await send({"type": "http.response.body", "body": event(ENDS.body()), "more_body": False})
         finally:
             self.wanted.leave()
 
@@ -98,25 +102,36 @@ def questions(of: Callable[[Request], Served], key: str | None, prefix: str = ""
     needs it as `Authorization: Bearer KEY`; without one only a request that names a loopback host is answered, so that
     no web page can ask by a name of its own.
     """
+    bodies = Bodies()
 
     def answering(kind: type[Asked]) -> Callable[[Request], Awaitable[Response]]:
-        async def answer(request: Request) -> Response:
+        async def answered(request: Request) -> Response:
             _refuse_strangers(request, key)
             served = of(request)
             if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 raise ApiError("send the request as Content-Type: application/json", 415)
-            asked = read(kind, await _body(request))
-            jobs = await asyncio.to_thread(served.jobs, asked)
-            wanted = Wanted(served, jobs)
-            found = Answer(served, asked, jobs)
-            if asked.stream:
-                return _Stream(found, wanted)
+
+            def understand(body: bytes) -> Answer:  # in a thread: meanwhile others are answered
+                asked = read(kind, body)
+                return Answer(served, asked, served.jobs(asked))
+
+            async with bodies.of(request) as body:
+                answer = await asyncio.to_thread(understand, body)
+            wanted = Wanted(served, answer.jobs)
+            if answer.asked.stream:
+                return _Stream(answer, wanted)
             try:
-                return await _whole(request, found, wanted)
+                return await _whole(request, answer, wanted)
             finally:
                 wanted.leave()
 
-        return answer
+        async def in_time(request: Request) -> Response:
+            try:
+                return await answered(request)
+            except asyncio.CancelledError:
+                raise ENDS from None
+
+        return in_time
 
     def models(request: Request) -> Response:
         _refuse_strangers(request, key)
@@ -204,21 +219,43 @@ async def _whole(request: Request, answer: Answer, wanted: Wanted) -> Response:
     finally:
         for task in tasks:
             task.cancel()
-    return JSONResponse(answer.whole(), headers=HEADERS)
+    return await asyncio.to_thread(lambda: JSONResponse(answer.whole(), headers=HEADERS))
 
 
-async def _body(request: Request) -> bytes:
-    parts, size = [], 0
+@asynccontextmanager
+async def _in_time() -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(BODY_S):
-            async for part in request.stream():
-                parts.append(part)
-                size += len(part)
-                if size > MOST_BYTES:
-                    raise ApiError(f"the body has more than {MOST_BYTES:,} bytes; shorten it", 413)
+            yield
     except TimeoutError:
         raise ApiError(f"the body has not arrived within {BODY_S:g} s", 408) from None
-    return b"".join(parts)
+
+
+class Bodies:
+    """Reads the bodies of requests, and bounds what large ones hold together."""
+
+    def __init__(self) -> None:
+        self.held = 0  # bytes of large bodies
+
+    @asynccontextmanager
+    async def of(self, request: Request) -> AsyncIterator[bytes]:
+        """A body, which counts until the context ends."""
+        held = 0
+        try:
+            body = bytearray()
+            async with _in_time():
+                async for part in request.stream():
+                    body += part
+                    if len(body) > MOST_BYTES:
+                        raise ApiError(f"the body has more than {MOST_BYTES:,} bytes; shorten it", 413)
+                    if len(body) > LARGE:
+                        self.held, held = self.held + len(body) - held, len(body)
+                    if held and self.held > MOST_LARGE:
+                        message = "too many large bodies arrive at once; send this one again later"
+                        raise ApiError(message, 429, code="rate_limit_exceeded", headers={"Retry-After": "1"})
+            yield bytes(body)
+        finally:
+            self.held -= held
 
 
 def _refuse_strangers(request: Request, key: str | None) -> None:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from grpo.config.json_file import parse_json, unfit
 from grpo.serve.api_error import ApiError
+from rollout.sampling import LOWEST_TEMPERATURE
 
-MOST_STOPS, MOST_COMPLETIONS = 16, 128
+MOST_STOPS, STOP_CHARACTERS, MOST_COMPLETIONS = 16, 1000, 128
 ROLES = ("system", "developer", "user", "assistant", "tool")
 WHOLE = "tokens are drawn from the whole distribution of the policy, as it was trained"
 SAMPLED_ALONE = "only the sampled token has a log-probability here"
+SHORT = reprlib.Repr()  # of a value that may have a million parts
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 60, 60
 
 Kind = TypeVar("Kind", bound="Asked")
 
@@ -37,7 +50,15 @@ def _stops(given: Any) -> list[str]:
         raise ValueError("give a text or a list of texts, none of them empty")
     if len(stops) > MOST_STOPS:
         raise ValueError(f"give at most {MOST_STOPS} texts")
+    if any(len(stop) > STOP_CHARACTERS for stop in stops):
+        raise ValueError(f"give texts of at most {STOP_CHARACTERS:,} characters")
     return stops
+
+
+def _temperature(given: float | None) -> float | None:
+    if given and given < LOWEST_TEMPERATURE:
+        raise ValueError(f"use 0 (greedy), or {LOWEST_TEMPERATURE:g} or more")
+    return given
 
 
 def _message(given: Any) -> dict[str, Any]:
@@ -75,9 +96,10 @@ def _object(arguments: Any) -> Any:
     if not isinstance(arguments, str):
         return arguments
     try:
-        return parse_json(arguments)
+        value = parse_json(arguments)
     except ValueError:
         return arguments  # as a model wrote it
+    return arguments if unfit(value) else value
 
 
 class _Stream(BaseModel):
@@ -89,7 +111,7 @@ class Asked(BaseModel):
     """What both kinds of requests have. `prompt_id` is a part of the noise's key: with another one, or another seed,
     other tokens are drawn."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     # Fields that may have these values alone, and why.
     ONLY: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = {
@@ -111,7 +133,7 @@ class Asked(BaseModel):
     )
 
     model: str
-    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    temperature: Annotated[float | None, AfterValidator(_temperature)] = Field(default=None, ge=0, allow_inf_nan=False)
     seed: int | None = None
     stop: Annotated[Any, AfterValidator(_stops)] = []
     n: int | None = Field(default=None, ge=1, le=MOST_COMPLETIONS)
@@ -131,12 +153,19 @@ class Asked(BaseModel):
                 isinstance(value, bool) is not isinstance(allowed[0], bool) or value not in allowed
             ):
                 raise ApiError(f"{name}={value!r:.60}: {why}; leave it out", param=name, code="unsupported_value")
-        return {name: value for name, value in given.items() if name not in (*cls.ONLY, *cls.UNUSED)}
+        for name in given:
+            if name not in cls.model_fields and name not in cls.ONLY and name not in cls.UNUSED:
+                raise ApiError(f"there is no field {name:.60}; leave it out", param=name[:60], code="unknown_parameter")
+        return {name: value for name, value in given.items() if name in cls.model_fields}
 
     @property
     def completions(self) -> int:
         """Completions of each prompt."""
         return self.n or 1
+
+    @property
+    def prompts(self) -> int:
+        return 1
 
     @property
     def limit(self) -> int | None:
@@ -167,6 +196,10 @@ class CompletionAsked(Asked):
         return self
 
     @property
+    def prompts(self) -> int:
+        return len(self.prompt)
+
+    @property
     def limit(self) -> int | None:
         return self.max_tokens
 
@@ -186,11 +219,11 @@ class ChatAsked(Asked):
     }
     UNUSED = (*Asked.UNUSED, "parallel_tool_calls")
 
-    messages: list[Annotated[Any, BeforeValidator(_message)]] = Field(min_length=1)
+    messages: Annotated[list[Annotated[Any, BeforeValidator(_message)]], FailFast()] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]] | None, FailFast()] = None
 
     @property
     def limit(self) -> int | None:
@@ -223,9 +256,6 @@ def _api_error(error: ValidationError) -> ApiError:
     place = [str(part) for part in fault["loc"]]
     param = ".".join(place) or None
     message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        return ApiError(f"there is no field {param}; leave it out", param=param, code="unknown_parameter")
     if fault["type"] == "missing":
         return ApiError(f"{param} is missing", param=param, code="missing_required_parameter")
-    shown = repr(fault["input"])
-    return ApiError(f"{param}={shown[:60]}{'...' * (len(shown) > 60)}: {message}", param=param, code="invalid_value")
+    return ApiError(f"{param}={SHORT.repr(fault['input'])}: {message}", param=param, code="invalid_value")

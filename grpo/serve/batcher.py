@@ -86,8 +86,10 @@ class Batcher:
             if waiting + len(requests) > self.most_waiting + free:
                 self.counts.refused += 1
                 raise Full(max(1, math.ceil(self._seconds * waiting / self.engine.max_rows)))
-            self._new += requests
+            self._new += [] if self._closed else requests
             self._changed.notify()
+        for request in requests if self._closed else ():
+            request.tell(News(error="the server has ended"))
 
     def cancel(self, requests: Sequence[Request]) -> None:
         """Nobody waits for these any more. Those that have ended already are left alone."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import secrets
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +39,17 @@ class Job:
         return Request(self.prompt, self.params, lambda news: tell(self.index, news))
 
 
+@cache
+def _say_what_becomes_of_tools(shown: bool) -> None:
+    """Once: a client that waits for `tool_calls` would take the answer for one without calls."""
+    template = "shows them to the policy" if shown else "does not show them to the policy"
+    print(
+        f"a request has tools: the chat template {template}, and calls in an answer stay text, as the policy wrote them",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 class Served:
     """A policy under a name. `defaults` hold for what a request does not say.
 
@@ -58,6 +72,9 @@ class Served:
         if asked.model != self.name:
             message = f"the model {asked.model!r:.60} does not exist; here it is {self.name!r}"
             raise ApiError(message, 404, param="model", code="model_not_found")
+        most, count = self.batcher.most_waiting, asked.prompts * asked.completions
+        if count > most:
+            raise ApiError(f"{count} completions in one request; ask for at most {most}", param="n")
         texts, param = [], "prompt"
         if isinstance(asked, ChatAsked):
             texts, param = [self._chat(asked)], "messages"
@@ -69,9 +86,6 @@ class Served:
             params = self._params(asked, prompt, param, seed)
             for sample in range(asked.completions):
                 jobs.append(Job(len(jobs), replace(prompt, first_sample=sample), params))
-        most = self.batcher.most_waiting
-        if len(jobs) > most:
-            raise ApiError(f"{len(jobs)} completions in one request; ask for at most {most}", param="n")
         return jobs
 
     def _params(self, asked: Asked, prompt: Prompt, param: str, seed: int) -> SamplingParams:
@@ -116,14 +130,18 @@ class Served:
                 param="messages",
                 code="prompt_seen_whole",
             )
-        self._refuse_long("".join(message["content"] for message in asked.messages), "messages")
+        self._refuse_long(json.dumps(asked.messages, ensure_ascii=False), "messages")
+        self._refuse_long(json.dumps(asked.tools or [], ensure_ascii=False), "tools")
         options: dict[str, Any] = {"tools": asked.tools} if asked.tools else {}
+        if asked.tools:
+            _say_what_becomes_of_tools("tools" in str(self.tokenizer.chat_template))
         try:
             text = apply_chat_template(
                 self.tokenizer, asked.messages, add_generation_prompt=True, tokenize=False, **options
             )
         except ValueError as error:
             raise ApiError(str(error), param="messages", code="invalid_value") from None
+        self._refuse_long(str(text), "messages")
         ids = self.tokenizer.encode(str(text), add_special_tokens=False)
         return Prompt(asked.prompt_id or "", str(text), ids, messages=asked.messages)
 

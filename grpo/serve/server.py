@@ -111,14 +111,9 @@ def serve(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bo
         application, served = begin(config, partial(print, file=sys.stderr, flush=True), follow=follow)
         import uvicorn
 
+        from grpo.serve.connections import settings
+
         version = f"policy version {served.batcher.engine.version}"
         say(f"{served.name} ({version}, {served.meaning}) at http://{address}/v1   (Ctrl-C ends it)")
-        settings = uvicorn.Config(
-            application,
-            log_level="error",
-            lifespan="on",
-            timeout_graceful_shutdown=config.shutdown_s,
-            timeout_keep_alive=75,
-            server_header=False,
-        )
-        uvicorn.Server(settings).run(sockets=[listening])
+        own = {"lifespan": "on", "timeout_graceful_shutdown": config.shutdown_s, "timeout_keep_alive": 75}
+        uvicorn.Server(settings(application, **own)).run(sockets=[listening])

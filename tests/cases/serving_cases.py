@@ -13,17 +13,18 @@ import uvicorn
 from grpo.config.options import load
 from grpo.config.serve import ServeConfig
 from grpo.run.listening import listen
+from grpo.serve.connections import settings
 from grpo.serve.server import begin
 
 
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, model: str, **given: Any) -> None:
+    def __init__(self, model: str, *, shutdown_s: int = 10, **given: Any) -> None:
         options = {"model": model, "threads": 1, "draft_tokens": 2, "max_completion_tokens": 40} | given
         self.application, self.served = begin(load(ServeConfig, None, options))
         self.socket, self.address = listen("127.0.0.1", 0)
-        self.server = uvicorn.Server(uvicorn.Config(self.application, log_level="error", lifespan="on"))
+        self.server = uvicorn.Server(settings(self.application, lifespan="on", timeout_graceful_shutdown=shutdown_s))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
         self.thread.start()
 
