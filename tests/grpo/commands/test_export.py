@@ -228,6 +228,8 @@ def test_the_card_says_what_the_run_says(runs, base, tmp_path):
     assert f"started from `{base[True]}`" in body
     assert "Licence of the base: apache-2.0, LICENSE." in body
     assert r"model\.layers\.(2)\." in body
+    served = """VLLM_MLA_DISABLE=1 vllm serve "exported" --compilation-config '{"custom_ops": ["-rotary_embedding"]}'"""
+    assert served in body
 
 
 def test_the_card_links_the_report_of_the_run_and_brings_it(runs, tmp_path):

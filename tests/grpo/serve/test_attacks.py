@@ -128,14 +128,12 @@ def test_the_first_fault_ends_the_reading(fields):
     assert refused.value.error_count() == 1
 
 
-def test_half_a_character_in_the_arguments_of_a_call_is_no_fault_of_the_server(running):
+def test_half_a_character_in_the_arguments_of_a_call_is_no_fault_of_the_server(running, monkeypatch):
     call = {"type": "function", "function": {"name": "f", "arguments": '{"x": "\\ud83d"}'}}
-    monkeys = chat(messages=[{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "2"}])
-    running.served.tokenizer.chat_template, before = "{{ messages }}", running.served.tokenizer.chat_template
-    try:
-        assert running.ask("/v1/chat/completions", monkeys)[0] == 200
-    finally:
-        running.served.tokenizer.chat_template = before
+    shows = "2{{ messages[0].tool_calls[0].function.arguments.x }}"
+    monkeypatch.setattr(running.served.tokenizer, "chat_template", shows)
+    asked = chat(messages=[{"role": "assistant", "tool_calls": [call]}])
+    assert running.ask("/v1/chat/completions", asked)[0] == 200
 
 
 def test_large_bodies_are_bounded_together_and_small_ones_pass(running, monkeypatch):
@@ -208,7 +206,7 @@ def serving(asgi):
     server = uvicorn.Server(settings(asgi, lifespan="off", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
-    yield "127.0.0.1:{}".format(listening.getsockname()[1])
+    yield f"127.0.0.1:{listening.getsockname()[1]}"
     server.should_exit = True
     thread.join(20)
 

@@ -217,6 +217,8 @@ def test_log_probabilities_are_those_of_the_sampler(running, engine):
         ({"model": "micro", "prompt": "a", "max_tokens": "5"}, 400, "max_tokens", "invalid_value", "max_tokens='5'"),
         ({"model": "micro", "prompt": "a", "max_tokens": 0}, 400, "max_tokens", "invalid_value", "greater than"),
         ({"model": "micro", "prompt": "a", "temperature": -1}, 400, "temperature", "invalid_value", "temperature=-1"),
+        ({"model": "micro", "prompt": "a", "temperature": 1e-9}, 400, "temperature", "invalid_value", "1e-06 or more"),
+        ({"model": "micro", "prompt": "a", "stop": "a" * 1001}, 400, "stop", "invalid_value", "at most 1,000"),
         (b'{"model": "micro", "prompt": "a", "temperature": NaN}', 400, "temperature", "invalid_value", "finite"),
         ({"model": "micro", "prompt": "a", "n": 129}, 400, "n", "invalid_value", "less than or equal to 128"),
         ({"model": "micro", "prompt": "a", "seed": 1.5}, 400, "seed", "invalid_value", "seed=1.5"),
