@@ -45,8 +45,12 @@ def serve_replicas(config: ServeConfig, begin: Begin, say: Callable[[str], None]
             scaled["autoscaling_config"] = AutoscalingConfig(
                 min_replicas=config.replicas, max_replicas=most, target_ongoing_requests=config.max_batch_size
             )
+
+        def build() -> Any:  # a function: Ray Serve takes any other callable for the application itself
+            return replica(begin, own)
+
         deployment = serve.deployment(
-            serve.ingress(partial(replica, begin, own))(type("Policy", (), {})),
+            serve.ingress(build)(type("Policy", (), {})),
             name="policy",
             ray_actor_options={"num_cpus": threads},
             max_ongoing_requests=config.max_batch_size + config.max_queue,

@@ -22,6 +22,7 @@ from rewards.registry import load_function as load_function
 
 KEPT = 4096  # objects that a worker keeps; an episode whose object was dropped is repeated
 OWN = ("reset", "get_reward")  # methods that are no tools
+MOST_CHARACTERS = 1_000_000  # that a tool or `reset` may write; no context holds more
 
 
 @dataclass(frozen=True)
@@ -121,18 +122,18 @@ class _Episode:
         observation = self.loaded.wait(reset(**columns))
         if observation is not None and not isinstance(observation, str):
             raise TypeError(f"reset returned a {type(observation).__name__}; return a text or None")
-        return observation
+        return observation and _short(observation, "reset")
 
     def call(self, tool: str, arguments: dict[str, Any]) -> tuple[str, bool]:
         """The text of the result, and whether the tool raised; then the text says what, as with TRL."""
         self.history.append([tool, arguments])
         with self._randomness():
             try:
-                return str(self.loaded.wait(self.tools[tool](**arguments))), False
+                return _short(str(self.loaded.wait(self.tools[tool](**arguments))), tool), False
             except (KeyboardInterrupt, MemoryError):
                 raise
             except BaseException as error:
-                return str({"error": str(error)}), True
+                return str({"error": f"{error!s:.2000}"}), True
 
     @property
     def done(self) -> bool:
@@ -166,6 +167,12 @@ class _Episode:
             self._random = random.getstate()
             if numpy is not None:
                 self._numpy = numpy.get_state()
+
+
+def _short(text: str, name: str) -> str:
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"{name} wrote {len(text):,} characters; it may write {MOST_CHARACTERS:,}")
+    return text
 
 
 async def _awaited(result: Any) -> Any:

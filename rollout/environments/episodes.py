@@ -16,6 +16,7 @@ from rollout.group import FinishReason, Prompt, RolloutGroup, ToolStats
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
 POLL_S = 0.2
+CHARACTERS_PER_TOKEN = 64  # no text comes near this as a mean
 
 
 def first_messages(prompt: Prompt, observation: str | None) -> list[dict[str, Any]]:
@@ -182,8 +183,10 @@ class Episodes:
         if episode.num_turns >= self.spec.max_turns:
             episode.reason = "max_turns"
             return None
-        ids = self.arena.formats[episode.environment].reply(results)
-        if episode.length + len(ids) >= self.params.max_completion_tokens:  # no room for another turn
+        ids, room = list[int](), self.params.max_completion_tokens - episode.length
+        if fits := sum(len(text) for _, text in results) < CHARACTERS_PER_TOKEN * room:  # else nothing tokenises it
+            ids = self.arena.formats[episode.environment].reply(results)
+        if not fits or len(ids) >= room:  # no room for another turn
             episode.reason = "length"
             return None
         episode.begins = episode.length + len(ids)

@@ -36,7 +36,7 @@ class Guess:
 
 
 class Slow(Guess):
-    """An async tool. The second call hangs, dies, ends the episode or needs memory, as the column `fate` says."""
+    """An async tool. The second call hangs, dies, ends the episode, needs memory or writes much: see the column `fate`."""
 
     def reset(self, fate: str = "", **columns) -> str | None:
         super().reset()
@@ -59,6 +59,10 @@ class Slow(Guess):
             self.food = bytearray(4 << 30)
         if len(self.guesses) == 2 and self.fate == "large":
             self.food = bytearray(60 << 20)
+        if len(self.guesses) == 2 and self.fate == "writes":
+            return "a" * 100_000
+        if len(self.guesses) == 2 and self.fate == "floods":
+            return "a" * 1_000_001
         self.done = self.fate == "ends" and len(self.guesses) == 2
         return f" {number[:2]}"
 

@@ -293,6 +293,29 @@ def test_too_little_memory_to_begin_names_the_option(engine):
         engine.sample(PROMPTS[:1], little)
 
 
+@pytest.mark.parametrize("fate", ["writes", "floods"])
+def test_what_a_tool_writes_is_measured_before_it_is_tokenised(engine, monkeypatch, fate):
+    reply, most = Talking.reply, 64 * EPISODES.max_completion_tokens
+
+    def measured(self, results):
+        assert sum(len(text) for _, text in results) < most
+        return reply(self, results)
+
+    monkeypatch.setattr(Talking, "reply", measured)
+    params = replace(EPISODES, environment=replace(SLOW, timeout_s=10.0))
+    [group] = engine.sample([replace(PROMPTS[6], text="how many apples", columns={"fate": fate})], params)
+    written = [c for c in group.completions if c.tools.calls > 1]
+    assert written
+    for completion in written:
+        assert completion.tools.failure is None
+        told = [message["content"] for message in completion.turns if message["role"] == "tool"]
+        if fate == "writes":
+            assert (completion.finish_reason, len(told[-1])) == ("length", 100_000)
+        else:
+            assert any("guess wrote 1,000,001 characters; it may write 1,000,000" in text for text in told)
+            assert completion.tools.errors == 1
+
+
 def test_an_environment_ends_its_episode_and_adds_to_the_prompt(engine):
     params = replace(EPISODES, environment=SLOW)
     [group] = engine.sample([replace(PROMPTS[6], text="how many apples", columns={"fate": "ends"})], params)
