@@ -43,7 +43,8 @@ def show_paired(first: ModelEvaluation, others: Sequence[ModelEvaluation], conso
     for other in others:
         for way, found in pairs(first, other).items():
             more = "-" if found.unpaired is None else f"{found.unpaired:.1f} x"
-            shown = f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+            known = found.low is not None
+            shown = f"{found.value:+.3f} " + (f"({found.low:+.3f} to {found.high:+.3f})" if known else "(unknown)")
             table.add_row(escape(str(other.config.model)), way, shown, f"{found.problems:,}", more)
     console.print(table)
     console.print("unpaired: how many times as many problems the same interval would need without common noise")
