@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # rows of logits held in fp32 at a time: 256 · 49,152 · 4 bytes = 50 MB
 GRADIENT_CHUNKS = 4  # whose gradients become one product with the hidden states: the sum is as large as the LM head
+LEAST_LOGPROB = -1000.0  # a token of less has the probability 0, in fp64 too, and 0 · -1000 is 0 where 0 · -∞ is NaN
 CHUNK_ELEMENTS = 1 << 22  # logits that the learner holds at a time: 16 MB in fp32, whatever the vocabulary
 
 
@@ -137,7 +138,7 @@ class _Scored(torch.autograd.Function):
             totals.append(logits.logsumexp(-1))
             log_p = logits.sub_(totals[-1][:, None])
             logprobs.append(log_p.gather(-1, ids[:, None])[:, 0])
-            entropies.append(-log_p.exp().mul_(log_p).sum(-1))
+            entropies.append(-log_p.exp().mul_(log_p.clamp_(min=LEAST_LOGPROB)).sum(-1))
         entropy_N = torch.cat(entropies)
         ctx.save_for_backward(hidden, weight, token_ids, torch.cat(totals), entropy_N)
         ctx.temperature, ctx.chunk = temperature, chunk
@@ -165,7 +166,13 @@ class _Scored(torch.autograd.Function):
                 if gradients[1] is None:
                     x = x.exp_().mul_(-given)
                 else:
-                    x = x.exp().mul_(x.add_(entropies[at, None]).mul_(of_entropy[at, None]).add_(given)).neg_()
+                    x = (
+                        x.exp()
+                        .mul_(
+                            x.clamp_(min=LEAST_LOGPROB).add_(entropies[at, None]).mul_(of_entropy[at, None]).add_(given)
+                        )
+                        .neg_()
+                    )
                 part.copy_(x.scatter_add_(1, token_ids[at, None], given).div_(ctx.temperature))
             grad_hidden[together] = of_logits @ weight
             if grad_weight is not None and grad_weight.dtype == weight.dtype:
@@ -192,4 +199,5 @@ def _gather(logits: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)  # H = log Z - Σ p·x
+    products = logits.softmax(-1) * logits.masked_fill(logits.isneginf(), 0.0)  # p is 0 there
+    return logits.logsumexp(-1) - products.sum(-1)  # H = log Z - Σ p·x

@@ -234,7 +234,7 @@ class _Divergences(torch.autograd.Function):
 
 def _forward_kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """Σ p log(p/q) of each row, and its gradient in q's logits: q − p."""
-    values = torch.einsum("nv,nv->n", p, log_p - log_q)
+    values = torch.einsum("nv,nv->n", p, (log_p - log_q).masked_fill_(p == 0, 0.0))  # neither may have a token: -∞ + ∞
     return values, log_q.exp_().sub_(p)
 
 

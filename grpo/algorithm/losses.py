@@ -16,9 +16,8 @@ would instead weigh a token by which other tokens are in its micro-batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from grpo.algorithm.surrogates import (
     sapo_surrogate,
 )
 from grpo.config.loss import CorrectionMode, LossOptions, LossType
+from policies.logprobs import LEAST_LOGPROB
 from rollout.group import ENDED
 
 Given = TypeVar("Given")
@@ -52,7 +52,7 @@ def policy_loss(
     num_completion_tokens: int | None = None,  # masked-in tokens of the step; None: this is the whole step
     num_sequences: int | None = None,  # completions of the step, fully masked ones too; None: likewise
     max_completion_length: int | None = None,  # the constant of dr_grpo
-    top_entropy_threshold: Tensor | None = None,  # of the whole step; None: of this micro-batch, as in TRL
+    top_entropy: TopEntropy | None = None,  # of the whole step; None: of this micro-batch, as in TRL
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = aggregate(-w·objective) + β·aggregate(KL) - entropy_coef·H. Returns (summand of L, metrics).
 
@@ -93,12 +93,11 @@ def policy_loss(
         objective = objective * weight
         watched["mismatch/weight_mean"] = weight
 
-    counted, quantile = mask, options.top_entropy_quantile
+    counted, num_counted, quantile = mask, num_tokens, options.top_entropy_quantile
     if quantile < 1:
         entropy = _need(entropy, "entropy", f"top_entropy_quantile={quantile}")
-        if top_entropy_threshold is None:
-            top_entropy_threshold = entropy_threshold(entropy[mask], quantile)
-        counted = mask & (entropy >= top_entropy_threshold)
+        threshold, num_counted = top_entropy or top_entropy_of(entropy[mask], quantile)
+        counted = mask & (entropy >= threshold)
         objective = objective * counted
     loss = summand(-objective)
     metrics = {"loss/policy": loss.detach()}
@@ -112,8 +111,7 @@ def policy_loss(
         watched["policy/entropy"] = entropy
     if options.entropy_coef:
         entropy = _need(entropy, "entropy", f"entropy_coef={options.entropy_coef}")
-        num_counted = num_tokens - math.ceil((1 - quantile) * (num_tokens - 1))
-        loss = loss - options.entropy_coef * entropy.masked_fill(~counted, 0.0).sum() / num_counted
+        loss = loss - options.entropy_coef * entropy.masked_fill(~counted, 0.0).sum() / max(1, num_counted)
     return loss, metrics | {name: on_mask(x.detach()).sum() / num_tokens for name, x in watched.items()}
 
 
@@ -157,28 +155,37 @@ def top_k_kl(logprobs_NK: Tensor, teacher_logprobs_NK: Tensor) -> Tensor:
 
     It leaves out how the two differ inside the rest: KL = this + π(rest)·KL(π in the rest || π_T in the rest). So it is
     never above the KL of the whole vocabulary, and equal to it where at most one token is in the rest. Differentiable
-    in the first; a rest below 1e-7 counts as 1e-7.
+    in the first; a rest below 1e-7 counts as 1e-7, and a log-probability below LEAST_LOGPROB as that.
 
     >>> own, teacher = torch.tensor([[0.25, 0.5]]).log(), torch.tensor([[0.5, 0.25]]).log()      # 1/4 is in both rests
     >>> top_k_kl(own, teacher)                                      # 1/4 log 1/2 + 1/2 log 2 + 0 = 1/4 log 2
     tensor([0.1733])
     """
+    logprobs_NK, teacher_logprobs_NK = (x.clamp(min=LEAST_LOGPROB) for x in (logprobs_NK, teacher_logprobs_NK))
     rest_N, teacher_rest_N = ((1 - x.exp().sum(-1)).clamp(min=1e-7) for x in (logprobs_NK, teacher_logprobs_NK))
     within_N = (logprobs_NK.exp() * (logprobs_NK - teacher_logprobs_NK)).sum(-1)
     return within_N + rest_N * (rest_N.log() - teacher_rest_N.log())
 
 
-def entropy_threshold(entropies_N: Tensor, top_entropy_quantile: float) -> Tensor:
-    """The entropy from which on a token is among the top ρ of these tokens, a scalar; infinite without tokens.
+class TopEntropy(NamedTuple):
+    """Which tokens count: those whose entropy is at least `threshold`, a scalar. There are `count` of them."""
+
+    threshold: Tensor
+    count: int
+
+
+def top_entropy_of(entropies_N: Tensor, top_entropy_quantile: float) -> TopEntropy:
+    """The top ρ of these tokens by entropy, and all that equal the last of them; without tokens an infinite threshold.
 
     Source: "Beyond the 80/20 rule", arXiv:2506.01939, which takes ρ = 0.2.
 
-    >>> entropy_threshold(torch.tensor([0.1, 0.5, 0.3]), top_entropy_quantile=0.5)
-    tensor(0.3000)
+    >>> top_entropy_of(torch.tensor([0.1, 0.5, 0.3]), top_entropy_quantile=0.5)
+    TopEntropy(threshold=tensor(0.3000), count=2)
     """
     if not len(entropies_N):
-        return entropies_N.new_tensor(torch.inf)
-    return entropies_N.detach().quantile(1 - top_entropy_quantile)
+        return TopEntropy(entropies_N.new_tensor(torch.inf), 0)
+    threshold = entropies_N.detach().quantile(1 - top_entropy_quantile)
+    return TopEntropy(threshold, int((entropies_N >= threshold).sum()))
 
 
 def mask_truncated_completions(mask: Tensor, finish_reasons: Sequence[str]) -> Tensor:

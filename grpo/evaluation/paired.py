@@ -10,7 +10,6 @@ from statistics import fmean, variance
 from grpo.algorithm.statistics import mean_interval
 from grpo.evaluation.evaluate import Evaluation
 
-
 LOST_AND_WON = 2  # problems that are added on either side
 
 
@@ -36,9 +35,9 @@ def paired_difference(
     won.
 
     The first alone has no width for three of three, and is too narrow for few problems that mostly tie. The second does
-    for problems what two more successes and failures do for a share (Agresti and Coull 1998): an added problem differs as
-    much as the others that differ do, in the root mean square. With marks of 0 and 1 both together hold the difference in
-    .95 of all cases or more, for any number of problems from 3 on and any two policies.
+    for problems what two more successes and failures do for a share (Agresti and Coull 1998). An added problem differs
+    as much as the others that differ do, in the root mean square. With marks of 0 and 1 both together hold the
+    difference of any two policies in .95 of all cases or more with 2 to 50 problems, and in .943 with 100, by enumeration.
 
     No difference exceeds `most`, 1 of accuracies; None of rewards, which have no limit: of fewer than three problems,
     and where all rewards are equal, there is no interval. Raises ValueError for no problems.

@@ -99,6 +99,11 @@ class TrainingBatch:
     def all_tied(self) -> bool:
         return all(row.tied for row in self.rows)
 
+    @property
+    def teaches_values(self) -> bool:
+        """Whether a value head was wrong somewhere. Whitened, equal advantages are 0 all the same."""
+        return any(sample.values != sample.returns for row in self.rows for sample in row.samples)
+
 
 @dataclass(frozen=True)
 class MicroBatch:

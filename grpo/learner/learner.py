@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.algorithm import own
-from grpo.algorithm.losses import entropy_threshold, mask_truncated_completions, policy_loss
+from grpo.algorithm.losses import TopEntropy, mask_truncated_completions, policy_loss, top_entropy_of
 from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions, ValueOptions
 from grpo.learner import state as learner_state
@@ -138,14 +138,12 @@ class Learner:
     # ---- one step ----------------------------------------------------------------------------------------------
 
     def step(
-        self,
-        batch: TrainingBatch,
-        step: int,
-        on_micro_batch: Callable[[int, int], None] | None = None,
+        self, batch: TrainingBatch, step: int, on_micro_batch: Callable[[int, int], None] | None = None
     ) -> dict[str, float]:
         """One or several optimizer updates on a batch of rollouts. Raises NonFiniteStep instead of an update.
 
-        A batch in which every advantage is zero changes nothing, not even momentum, and says so in its metrics.
+        A batch in which every advantage is zero changes nothing, not even momentum, and says so in its metrics; unless
+        KL, entropy, balance, a teacher or wrong values teach all the same.
         """
         started = time.perf_counter()
         anchored = self.loss.beta > 0 or self.loss.entropy_coef != 0 or self.balancer.trains or self.teacher is not None
@@ -155,7 +153,7 @@ class Learner:
             metrics["mismatch/age_mean"] = age
         differs = self.sampler_differs or age > 0
         self.importance_correction = importance_correction_of(self.loss.importance_correction, differs)
-        if batch.all_tied and not (anchored and batch.rows):
+        if batch.all_tied and not (batch.rows and (anchored or batch.teaches_values)):
             return metrics | {"learner/updates": 0.0, "time/learn": batch.seconds + time.perf_counter() - started}
         taught, self.head_seconds = teaching(self.policy, self.mtp, batch.rows, step, batch.draft_gain), 0.0
         rows = self._rows_that_count(batch.rows, anchored, taught)
@@ -169,14 +167,14 @@ class Learner:
             self.update.zero()
             sums: Counter[str] = Counter()
             farthest = 0.0
-            logprobs, threshold = self._look_ahead(minis, update)
+            logprobs, top = self._look_ahead(minis, update)
             old = old or logprobs  # of the policy that sampled, for every update
             for i, mini in enumerate(minis):
                 began = time.perf_counter()
                 own_sums = Counter[str]()
                 with self.likelihood.replaying(mini):
                     out = self.likelihood.forward(mini)
-                    loss, parts = self._policy_loss(mini, out, batch, old[i] if old else None, threshold)
+                    loss, parts = self._policy_loss(mini, out, batch, old[i] if old else None, top)
                     far = parts.pop("mismatch/logprob_abs_max")
                     own_sums.update({n: part * (1.0 if n.startswith("loss/") else read) for n, part in parts.items()})
                     loss = loss + out.balance
@@ -255,8 +253,8 @@ class Learner:
     # ---- its losses, each a summand over the step ------------------------------------------------------------------
 
     @torch.no_grad()
-    def _look_ahead(self, minis: Sequence[MicroBatch], update: int) -> tuple[list[Tensor] | None, Tensor | None]:
-        """What an update must know of all micro-batches before the first: log π_old, and where top entropy begins."""
+    def _look_ahead(self, minis: Sequence[MicroBatch], update: int) -> tuple[list[Tensor] | None, TopEntropy | None]:
+        """What an update must know of all micro-batches before the first: log π_old, and which entropies are top."""
         selective = self.loss.top_entropy_quantile < 1
         several = update == 0 and self.options.updates_per_batch > 1
         if not (selective or several):
@@ -267,11 +265,11 @@ class Learner:
                 out = self.likelihood.forward(mini)
             logprobs.append(out.logprobs)
             entropies += [out.entropy[self._mask(mini)].cpu()] if mini.counts else []
-        threshold = None
+        top = None
         if selective:
             read = [entropy for part in self.ranks.gather(entropies) for entropy in part]
-            threshold = entropy_threshold(torch.cat([torch.zeros(0), *read]), self.loss.top_entropy_quantile)
-        return logprobs if several else None, threshold
+            top = top_entropy_of(torch.cat([torch.zeros(0), *read]), self.loss.top_entropy_quantile)
+        return logprobs if several else None, top
 
     def _mask(self, mini: MicroBatch) -> Tensor:
         """[C, L]: the tokens in the loss."""
@@ -280,7 +278,7 @@ class Learner:
         return mask_truncated_completions(mini.mask, [sample.finish_reason for sample in mini.samples])
 
     def _policy_loss(
-        self, mini: MicroBatch, out: Forward, batch: TrainingBatch, old: Tensor | None, threshold: Tensor | None
+        self, mini: MicroBatch, out: Forward, batch: TrainingBatch, old: Tensor | None, top: TopEntropy | None
     ) -> tuple[Tensor, dict[str, float]]:
         options, mask = self.loss, self._mask(mini)
         sampling = mini.padded([sample.sampling_logprobs for sample in mini.samples])
@@ -302,7 +300,7 @@ class Learner:
             sampling_logprobs=sampling,
             correction=self.importance_correction,
             entropy=out.entropy if options.entropy_coef or options.top_entropy_quantile < 1 else None,
-            top_entropy_threshold=threshold,
+            top_entropy=top,
             max_completion_length=self.max_completion_tokens or None,
         )
         farthest = (old - sampling).masked_fill(~mask, 0.0).abs().max().item()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grpo.algorithm import own
+from grpo.algorithm.losses import TopEntropy
 from grpo.config.loss import CorrectionMode, LossOptions
 from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch, collate
 from grpo.learner.learner import Learner
@@ -197,14 +198,14 @@ class ReadLearner(Learner):
             yield collate([row], self.policy.device)
 
     def _policy_loss(
-        self, mini: MicroBatch, out: Forward, batch: TrainingBatch, old: Tensor | None, threshold: Tensor | None
+        self, mini: MicroBatch, out: Forward, batch: TrainingBatch, old: Tensor | None, top: TopEntropy | None
     ) -> tuple[Tensor, dict[str, float]]:
-        loss, parts = super()._policy_loss(mini, out, batch, old, threshold)
+        loss, parts = super()._policy_loss(mini, out, batch, old, top)
         if self.reader is not None:
             others, real = {}, (self.loss, self.importance_correction)
             for name, (options, correction) in without(*real).items() if self.reader.given is not None else ():
                 self.loss, self.importance_correction = options, correction
-                others[name] = super()._policy_loss(mini, out, batch, old, threshold)[0]
+                others[name] = super()._policy_loss(mini, out, batch, old, top)[0]
             self.loss, self.importance_correction = real
             self.reader.weigh(self, mini, out, loss, others)
         return loss, parts

@@ -57,6 +57,35 @@ def test_huge_logits_stay_finite():
     assert entropy(logits).tolist() == [0.0, 0.0]
 
 
+def test_a_token_without_probability_takes_nothing_from_entropy_or_gradient():
+    """Logits 0, log 3, -∞: p = 1/4, 3/4, 0, and ∂H / ∂x_j = -p_j (log p_j + H), 0 for the third."""
+    logits = torch.tensor([0.0, math.log(3), -math.inf], requires_grad=True)
+    by_hand = math.log(4) / 4 + 3 / 4 * math.log(4 / 3)
+    found = entropy(logits)
+    found.backward()
+    assert found.item() == pytest.approx(by_hand)
+    slope = -0.25 * (math.log(0.25) + by_hand)
+    assert logits.grad.tolist() == pytest.approx([slope, -slope, 0.0])
+
+
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_from_hidden_takes_a_logit_that_overflows(entropy_grad):
+    """In half precision 300 · -300 is -∞; that token's row learns nothing and spoils nothing."""
+    hidden = torch.tensor([[300.0]], dtype=torch.float16, requires_grad=True)
+    head = torch.tensor([[-300.0], [0.0], [-0.001]], dtype=torch.float16, requires_grad=True)
+    logprobs, entropies = logprobs_from_hidden(hidden, head, torch.tensor([1]), entropy_grad=entropy_grad)
+    kept = (head.detach()[1:] @ hidden.detach().T)[:, 0].float()
+    distribution = torch.distributions.Categorical(logits=kept)
+    assert logprobs.item() == pytest.approx(distribution.log_prob(torch.tensor(0)).item(), abs=1e-6)
+    assert entropies.item() == pytest.approx(distribution.entropy().item(), abs=1e-6)
+    (logprobs + 7 * entropies if entropy_grad else logprobs).sum().backward()
+    p, h = distribution.probs, distribution.entropy()
+    slopes = torch.tensor([1.0, 0.0]) - p - (7 * p * (p.log() + h) if entropy_grad else 0)
+    assert head.grad[0].item() == 0
+    assert torch.allclose(head.grad[1:, 0].float(), 300 * slopes, rtol=2e-3)
+    assert hidden.grad.isfinite().all()
+
+
 def test_the_shift_scores_each_token_by_the_logits_before_it():
     torch.manual_seed(0)
     logits, token_ids = torch.randn(2, 4, 6), torch.randint(6, (2, 4))

@@ -274,6 +274,18 @@ def test_total_variation_by_hand():
     assert draft.grad.flatten().tolist() == pytest.approx([-0.25, 0.0])  # -dq_1/dx = -q_0 q_1
 
 
+@pytest.mark.parametrize("divergence", ["kl", "tv"])
+def test_a_token_that_neither_can_say_leaves_the_draft_loss_finite(divergence):
+    """In half precision 300 · -300 is -∞ for trunk and head; of the other two p = (1/2, 1/2) and so is q: no loss."""
+    lm_head = torch.tensor([[-300.0], [0.0], [0.0]], dtype=torch.float16)
+    teacher = torch.full((1, 2, 1), 300.0, dtype=torch.float16)
+    draft = teacher.clone().requires_grad_()
+    loss = draft_loss([draft], teacher, torch.tensor([[1, 1]]), lm_head, 1.0, divergence=divergence)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert not draft.grad.any()
+
+
 def test_a_trimmed_loss_by_hand():
     """Of p = (1/2, 1/8, 3/8) the head can say tokens 0 and 2: p renormalised is (4/7, 3/7), its own q = (1/2, 1/2)."""
     lm_head, draft_ids = torch.eye(3), torch.tensor([0, 2])

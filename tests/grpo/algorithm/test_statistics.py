@@ -89,7 +89,7 @@ def test_the_interval_of_few_problems_with_several_samples_holds_the_accuracy(pr
 
 
 def test_the_interval_of_few_problems_by_hand():
-    """0, .5, 1, 0: p = .375, variance .6875 / 3, t of three degrees of freedom 3.182; the product is below 4 problems."""
+    """0, .5, 1, 0: p = .375, variance .6875 / 3, t of three degrees of freedom 3.182; the product is below 4."""
     assert 4 * 0.375 * 0.625 / (0.6875 / 3) * (1.96 / 3.182) ** 2 < 4
     assert estimate([0.0, 0.5, 1.0, 0.0]) == Estimate(0.375, *wilson_interval(1.5, 4), 4)
     # .25, .5, .5, .75: p = .5, variance .125 / 3: 4 · .25 / (.125 / 3) · (1.96 / 3.182)² = 9.106

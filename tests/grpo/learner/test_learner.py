@@ -337,9 +337,9 @@ def test_top_entropy_follows_the_policy_from_update_to_update(micro_policy):
     thresholds, look_ahead = [], learner._look_ahead
 
     def noted(*given):
-        logprobs, threshold = look_ahead(*given)
-        thresholds.append((logprobs is not None, threshold.item()))
-        return logprobs, threshold
+        logprobs, top = look_ahead(*given)
+        thresholds.append((logprobs is not None, top.threshold.item()))
+        return logprobs, top
 
     learner._look_ahead = noted
     metrics = learner.step(learner.prepare(_groups(policy, seed=3), _scores()), 1)

@@ -298,6 +298,20 @@ def test_an_all_zero_batch_takes_no_step_and_a_tied_one_learns_from_its_values(m
     assert learner.step(tied, 2)["learner/updates"] == 1
 
 
+def test_equal_advantages_are_whitened_to_zero_and_the_values_learn_all_the_same(micro_policy):
+    """V = 0 and γ = λ = 1: every advantage is the score, 1, of which whitening leaves 0. Every return is 1, the value
+    loss ½ (0 - 1)²."""
+    learner = _learner(micro_policy(0), value={"learning_rate": 1e-2, "lam": 1.0, "gamma": 1.0})
+    batch = learner.prepare(_groups(), _scores([[1.0] * 3] * 3))
+    assert batch.all_tied
+    assert all(sample.returns == [1.0] * len(sample.token_ids) for row in batch.rows for sample in row.samples)
+    before = copy.deepcopy(learner.value_head.state_dict())
+    metrics = learner.step(batch, 1)
+    assert metrics["learner/updates"] == 1
+    assert metrics["loss/value"] == pytest.approx(0.5)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in learner.value_head.state_dict().items())
+
+
 # ---- saved, and not published -------------------------------------------------------------------------------------
 
 
