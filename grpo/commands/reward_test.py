@@ -20,8 +20,9 @@ from rewards.protocol import RewardError
 from rewards.registry import find_reward
 from rewards.scorer import BATCH, RewardSpec, Scorer
 
-ALONE = 100  # completions that are timed one by one at most
+ALONE = 100  # gold solutions, and other completions, that are scored one by one at most
 ALONE_S = 10.0  # and for how long at most
+ROUNDING = 1e-5  # of a model that scores a batch at once
 STRONG = 0.5  # a correlation with length that is worth a look
 STATE = {"global_step": 0, "max_steps": 1, "epoch": 0.0}
 
@@ -58,11 +59,11 @@ class Surprise:
 class RewardCheck:
     """What `check_reward` found. `problems` fail the test, `notes` do not.
 
-    `differing`: completions that scored differently when scored again, in this process, or in another batch.
-    `latency_ms`: one completion alone, isolation included. `length_correlation`: Pearson's r of score and length in
-    characters, over gold solutions, and over gold, wrong and other ones; None where either is constant. `logged`: the
-    sums of the numbers that the function logged for each completion when it scored all of them for the first time, and
-    `failures` those of that time.
+    `differing`: completions that scored differently when scored again, in this process, in another order, or alone (a
+    part of them is scored so). `latency_ms`: a gold solution alone, isolation included. `length_correlation`: Pearson's
+    r of score and length in characters, over gold solutions, and over gold, wrong and other ones; None where either is
+    constant. `logged`: the sums of the numbers that the function logged for each completion when it scored all of them
+    for the first time, and `failures` those of that time.
     """
 
     function: str
@@ -107,7 +108,7 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
         check.completions_per_second = sum(map(len, scores)) / (time.perf_counter() - started)
         check.logged, check.failures = trial.logged, trial.failures
         _compare(check, trial, spec, scorer, scores, columns, config.on_error)
-        check.latency_ms = _latency(trial, scorer)
+        _score_alone(check, trial, scorer, scores)
         for row in scores:
             verdicts.see(row)
         check.no_accuracy = verdicts.note
@@ -137,9 +138,9 @@ class _Trial:
         groups = self._score(scorer, order, [self.probes[i][::step] for i in order])
         return [rewards[::step] for rewards in groups][::step]
 
-    def alone(self, scorer: Scorer, i: int) -> None:
-        """Score one gold solution in a call of its own."""
-        self._score(scorer, [i], [self.probes[i][:1]])
+    def alone(self, scorer: Scorer, i: int, j: int) -> float | None:
+        """The score of one completion in a call of its own."""
+        return self._score(scorer, [i], [[self.probes[i][j]]])[0][0]
 
     def _score(self, scorer: Scorer, rows: Sequence[int], chosen: list[list[Probe]]) -> Scores:
         texts = [[probe.text for probe in row] for row in chosen]
@@ -191,7 +192,7 @@ def _compare(
     columns: list[str],
     on_error: str,
 ) -> None:
-    """Determinism: the same completions again, in this process, and in another batch."""
+    """Determinism: the same completions again, in this process, and in another order."""
     others = {"scored again": trial.score(scorer)}
     with (
         contextlib.redirect_stdout(sys.stderr),  # where a worker's prints go
@@ -200,34 +201,49 @@ def _compare(
         others["in this process"] = trial.score(here)
     others["among other completions"] = trial.score(scorer, backwards=True)
     for name, other in others.items():
-        places = [
-            (i, j) for i, row in enumerate(scores) for j, score in enumerate(row) if not _equal(score, other[i][j])
-        ]
-        check.differing[name] = len(places)
-        if places:
-            i, j = places[0]
-            check.problems.append(
-                f"{len(places)} completions score differently {name}: first on row {i + 1} "
-                f"({trial.examples[i].example_id}), {KINDS[trial.probes[i][j].kind].meaning}: "
-                f"{_shown(scores[i][j])}, then {_shown(other[i][j])}"
-            )
+        found = {(i, j): score for i, row in enumerate(other) for j, score in enumerate(row)}
+        _note_differing(check, trial, name, scores, found, 1e-9)
 
 
-def _equal(one: float | None, other: float | None) -> bool:
-    return one == other or (None not in (one, other) and math.isclose(one or 0.0, other or 0.0, rel_tol=1e-9))
+def _note_differing(
+    check: RewardCheck,
+    trial: _Trial,
+    name: str,
+    scores: Scores,
+    others: dict[tuple[int, int], float | None],
+    near: float,
+) -> None:
+    places = [(i, j) for (i, j), other in others.items() if not _equal(scores[i][j], other, near)]
+    check.differing[name] = len(places)
+    if places:
+        i, j = places[0]
+        check.problems.append(
+            f"{len(places)} completions score differently {name}: first on row {i + 1} "
+            f"({trial.examples[i].example_id}), {KINDS[trial.probes[i][j].kind].meaning}: "
+            f"{_shown(scores[i][j])}, then {_shown(others[i, j])}"
+        )
 
 
-def _latency(trial: _Trial, scorer: Scorer) -> dict[str, float]:
-    times: list[float] = []
+def _equal(one: float | None, other: float | None, near: float = 1e-9) -> bool:
+    return one == other or (None not in (one, other) and math.isclose(one or 0.0, other or 0.0, rel_tol=near))
+
+
+def _score_alone(check: RewardCheck, trial: _Trial, scorer: Scorer, scores: Scores) -> None:
+    """Completions in calls of their own: how long a gold solution takes, and whether the score depends on its batch."""
+    rows = range(min(len(trial.examples), ALONE))
+    kinds = range(max(map(len, trial.probes)) - 1)
+    others = dict.fromkeys((i, 1 + (i + j) % (len(trial.probes[i]) - 1)) for j in kinds for i in rows)  # all kinds soon
+    times, alone = [], {}
     end = time.perf_counter() + ALONE_S
-    for i in range(min(len(trial.examples), ALONE)):
+    for i, j in [*((i, 0) for i in rows), *list(others)[:ALONE]]:
         started = time.perf_counter()
-        trial.alone(scorer, i)
-        times.append(1000 * (time.perf_counter() - started))
+        alone[i, j] = trial.alone(scorer, i, j)
+        times += [1000 * (time.perf_counter() - started)] if j == 0 else []
         if time.perf_counter() > end:
             break
+    _note_differing(check, trial, "alone", scores, alone, ROUNDING)
     cuts = quantiles(times * 2, n=100, method="inclusive")  # twice: one value alone has no quantiles
-    return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98], "max": max(times)}
+    check.latency_ms = {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98], "max": max(times)}
 
 
 def _judge(check: RewardCheck, trial: _Trial, scores: Scores) -> None:

@@ -37,7 +37,8 @@ def paired_difference(
     The first alone has no width for three of three, and is too narrow for few problems that mostly tie. The second does
     for problems what two more successes and failures do for a share (Agresti and Coull 1998). An added problem differs
     as much as the others that differ do, in the root mean square. With marks of 0 and 1 both together hold the
-    difference of any two policies in .95 of all cases or more with 2 to 50 problems, and in .943 with 100, by enumeration.
+    difference of any two policies in .95 of all cases or more with 2 to 50 problems and in .943 with 100, by
+    enumeration.
 
     No difference exceeds `most`, 1 of accuracies; None of rewards, which have no limit: of fewer than three problems,
     and where all rewards are equal, there is no interval. Raises ValueError for no problems.

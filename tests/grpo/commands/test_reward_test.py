@@ -68,6 +68,17 @@ def hashes(completions, **_):
 def ranks(completions, **_):
     return [float(i) for i in range(len(completions))]
 
+def above_the_mean(completions, **_):
+    mean = sum(map(len, completions)) / len(completions)
+    return [len(text) - mean for text in completions]
+
+def knows_its_neighbours(completions, answer, **_):
+    others = set(answer)
+    return [float(text != gold and text in others) for text, gold in zip(completions, answer)]
+
+def rounds(completions, **_):
+    return [1.0 + 1e-7 * (len(completions) > 1) for _ in completions]
+
 def abstains(completions, **_):
     return [None] * len(completions)
 
@@ -107,7 +118,7 @@ def test_the_example_of_the_issue_passes_and_gold_means_its_own_full_marks():
     assert found.full_marks == 1.0
     assert found.problems == []
     assert kinds(found) == dict.fromkeys(KINDS, 0) | {"gold": 12, "padded": 12}
-    assert found.differing == {"scored again": 0, "in this process": 0, "among other completions": 0}
+    assert found.differing == {"scored again": 0, "in this process": 0, "among other completions": 0, "alone": 0}
     assert found.notes == ["gold, closing sentence: 12 of 12 score not as it does"]
     assert {(s.kind, s.score, s.expected, s.fault) for s in found.surprises} == {("followed", 0.5, "as gold", False)}
     assert found.latency_ms["p50"] <= found.latency_ms["p95"] <= found.latency_ms["p99"] <= found.latency_ms["max"]
@@ -146,6 +157,22 @@ def test_scores_that_differ_are_told_apart_by_what_they_differ_with(file):
     ranks = check(f"{file}:ranks", shaping=True)
     assert ranks.differing["scored again"] == ranks.differing["in this process"] == 0
     assert ranks.differing["among other completions"] > 50
+
+
+def test_a_reward_that_depends_on_its_batch_is_found_out_in_a_few_rows(file):
+    """Twelve rows are one batch, whose mean is the same in every order: only a completion that is alone tells."""
+    found = check(f"{file}:above_the_mean", shaping=True)
+    assert {name for name, count in found.differing.items() if count} == {"alone"}
+    [problem] = found.problems
+    assert "completions score differently alone: first on row 1 (word_problems/1/" in problem
+    assert problem.endswith(", then 0")
+    rare = check(f"{file}:knows_its_neighbours", shaping=True)  # gold is as it is alone, other kinds are not
+    assert rare.differing["alone"] > 0
+    assert "gold of another row" in rare.problems[-1]
+
+
+def test_the_rounding_of_a_model_that_scores_batches_is_no_dependence(file):
+    assert check(f"{file}:rounds", shaping=True).differing["alone"] == 0
 
 
 def test_correlation_with_length_by_hand(file, tmp_path):
