@@ -67,7 +67,7 @@ class Task:
 
         `met` are fingerprints of problems that the policy was trained on before. Raises ValueError where one of these,
         a training problem or a worked example is among the held-out problems. `contexts`: see `load_examples`.
-        Without `scores` no reward is loaded: another process scores. With an `environment` solutions are episodes.
+        Without `scores` another process scores, without `rewards` nobody. With an `environment` solutions are episodes.
         """
         check = gold_check((reward.function, reward.columns) for reward in rewards if "answer" not in reward.arguments)
         self.template = PromptTemplate(data.template, data.system_prompt, user_turn=data.user_turn)
@@ -88,15 +88,15 @@ class Task:
         self.solution_column = data.solution_column
         self.trainer_state: dict[str, Any] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
         self.prompts_per_step = 0
-        self.scores = scores
+        self.leads, self.scores = scores, scores and bool(rewards)
         self.actor = Actor(environment, known[0], agent)
         specs = [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
         self.reward_weights = {spec.label: spec.weight for spec in specs}
-        self.first_reward = specs[0].label
-        self.read_answer = answer_reader(specs[0].function, specs[0].arguments)
-        self.models = ModelRewards(reward_models if scores else (), known[0].columns)
-        if not scores:
-            self.verdicts = Verdicts(self.first_reward, "undeclared", None)
+        first = specs[0] if specs else RewardSpec("")
+        self.first_reward, self.read_answer = first.label, answer_reader(first.function, first.arguments)
+        self.models = ModelRewards(reward_models if self.scores else (), known[0].columns)
+        self.verdicts = Verdicts(self.first_reward, "undeclared", None)
+        if not self.scores:
             return
         self.scorer = Scorer(
             specs,
@@ -121,7 +121,7 @@ class Task:
         held = config.eval
         task = cls(
             config.data,
-            rewards_of(config),
+            [] if config.scores_nothing else rewards_of(config),
             config.reward,
             seed=config.seed,
             heldout=held.limit,
@@ -169,7 +169,7 @@ class Task:
 
     def record_split(self, run_log: RunLog) -> None:
         """Write into the run folder what is trained on, and say how the held-out problems are set apart from it."""
-        if not self.scores:
+        if not self.leads:
             return
         record_trained_on(run_log.output_dir, self.trained_on)
         if not self.heldout:

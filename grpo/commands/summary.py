@@ -210,7 +210,8 @@ def _show_memory(
 def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
     yield "training examples", f"{len(task.train):,} ({config.data.name}, {config.data.split})"
     yield "held-out examples", f"{len(task.heldout):,}"
-    yield "rewards", ", ".join(f"{reward.function} × {reward.weight:g}" for reward in config.rewards)
+    rewards = ", ".join(f"{reward.function} × {reward.weight:g}" for reward in config.rewards)
+    yield "rewards", rewards if task.scores else "none: nothing is scored"
     if config.warm_start.steps:
         warm = config.warm_start
         yield "warm start", f"{warm.steps:,} steps × {warm.batch_size} examples"

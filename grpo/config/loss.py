@@ -29,6 +29,19 @@ def _names_a_function(name: str) -> str:
 Own = Annotated[str, AfterValidator(_names_a_function), "FILE.py:FUNCTION"]
 
 
+# What a loss does not read, so that another value than the default is a mistake; and what is meant.
+UNREAD = {
+    "sapo": ("epsilon", "epsilon_high", "delta"),
+    "cispo": ("epsilon", "delta", "sapo_temperature_pos", "sapo_temperature_neg"),
+    "reinforce": ("epsilon", "epsilon_high", "delta", "sapo_temperature_pos", "sapo_temperature_neg"),
+    **dict.fromkeys(("grpo", "dr_grpo", "dapo", "bnpo"), ("sapo_temperature_pos", "sapo_temperature_neg")),
+}
+INSTEAD = {
+    "sapo": "sapo_temperature_pos and sapo_temperature_neg, its gate in place of a clip",
+    "cispo": "epsilon_high, the cap of the ratio",
+}
+
+
 class LossOptions(Options):
     """The policy loss; names, meanings and defaults are TRL's where both have them."""
 
@@ -81,6 +94,16 @@ class LossOptions(Options):
         if isinstance(given, dict) and given.get("advantage") == "rank_softmax":
             return {"loss_type": "reinforce"} | given
         return given
+
+    @model_validator(mode="after")
+    def _says_nothing_that_is_not_read(self) -> LossOptions:
+        for name in UNREAD.get(self.loss_type, ()):
+            if (value := getattr(self, name)) != LossOptions.model_fields[name].default:
+                raise ValueError(
+                    f"{name}={value}: loss_type {self.loss_type} does not read it; leave it out, or use "
+                    f"{INSTEAD.get(self.loss_type, 'another loss_type')}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _penalty_has_an_estimator(self) -> LossOptions:

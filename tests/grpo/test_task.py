@@ -7,7 +7,7 @@ import pytest
 
 from grpo.config.data import DataOptions
 from grpo.config.reward import RewardOptions, ScoringOptions
-from grpo.config.run import TrainConfig
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.policy_source import check_options
 from grpo.task import Task
 from policies.policy import PolicyError
@@ -173,6 +173,20 @@ def test_a_step_that_asks_for_more_examples_than_there_are_is_refused_at_once(tm
     with pytest.raises(ValueError, match=message):
         Task.of(config)
     assert not _worker_processes()
+
+
+def test_supervised_training_needs_no_number_in_its_data_where_nothing_is_scored(tmp_path):
+    (tmp_path / "words.jsonl").write_text("".join(f'{{"question": "Say {w}.", "answer": "{w}"}}\n' for w in "abcdefgh"))
+    given = {"output_dir": tmp_path / "r", "data": DataOptions(name=str(tmp_path / "words.jsonl"), holdout=0.25)}
+    given |= {"warm_start": {"steps": 1, "batch_size": 2}}
+    with Task.of(SftConfig(**given)) as task:
+        assert {example.solution for example in task.train} <= set("abcdefgh")
+        assert (task.describe_rewards(), task.lost(), _worker_processes()) == ([], {}, [])
+    for config in (SftConfig(**given, eval={"limit": 2}), TrainConfig(**given)):  # both score
+        with pytest.raises(ValueError, match="the gold answer 'a' has no number"):
+            Task.of(config)
+    with pytest.raises(RewardError, match="'nonsense'"):  # one that was asked for is checked
+        Task.of(SftConfig(**given, rewards=[RewardOptions(function="nonsense")]))
 
 
 def test_full_marks_are_what_the_gold_solution_gets(tmp_path):

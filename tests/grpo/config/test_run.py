@@ -1,4 +1,5 @@
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,10 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would(words):
         ({"loss.epsilon": -0.1}, "loss.epsilon=-0.1"),
         ({"eval.every": 5}, "eval.every=5 with eval.limit=0"),
         ({"loss.loss_type": "cispo"}, "epsilon_high"),
+        ({"loss.loss_type": "sapo", "loss.epsilon": 0.1}, "epsilon=0.1: loss_type sapo does not read it"),
+        ({"loss.loss_type": "cispo", "loss.epsilon_high": 5.0, "loss.delta": 2.0}, "use epsilon_high, the cap"),
+        ({"loss.advantage": "rank_softmax", "loss.epsilon_high": 0.28}, "loss_type reinforce does not read it"),
+        ({"loss.sapo_temperature_neg": 2.0}, "sapo_temperature_neg=2.0: loss_type dapo does not read it"),
         (
             {"loss.advantage": "rloo", "loss.multi_objective_aggregation": "normalize_then_sum"},
             "rloo takes the weighted sum: use sum_then_normalize",
@@ -131,6 +136,33 @@ def test_impossible_values_are_refused_by_name(overrides, message):
 def test_cispo_with_its_cap_is_fine():
     config = load(TrainConfig, None, {"output_dir": "r", "loss.loss_type": "cispo", "loss.epsilon_high": 5.0})
     assert config.loss.epsilon_high == 5.0
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "reinforce"])
+def test_an_option_is_refused_exactly_where_it_changes_no_loss(loss_type):
+    torch.manual_seed(0)
+    others = {
+        "epsilon": 0.01,
+        "epsilon_high": 0.02,
+        "delta": 1.01,
+        "sapo_temperature_pos": 3.0,
+        "sapo_temperature_neg": 3.0,
+    }
+    logprobs, old, mask = torch.randn(4, 5), torch.randn(4, 5), torch.ones(4, 5, dtype=torch.bool)
+    usual = {"epsilon_high": 1.5} if loss_type == "cispo" else {}
+
+    def loss(options):
+        return policy_loss(logprobs, old, torch.tensor([1.0, -1.0, 2.0, -2.0]), mask, options, max_completion_length=5)[
+            0
+        ]
+
+    for name, value in others.items():
+        given = {"loss_type": loss_type} | usual | {name: value}
+        unread = loss(LossOptions.model_construct(**given)) == loss(
+            LossOptions.model_construct(loss_type=loss_type, **usual)
+        )
+        with pytest.raises(ValueError, match=f"{name}={value}") if unread else nullcontext():
+            LossOptions(**given)
 
 
 def test_supervised_defaults_are_a_run_and_those_of_grpo_skip_it():
