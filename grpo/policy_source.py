@@ -41,7 +41,7 @@ from grpo.run.memory_errors import phase
 from grpo.run.resume import base_changed
 from policies import presets
 from policies.checkpoint import check_policy
-from policies.files import hub
+from policies.files import gguf, hub
 from policies.files.atomic import write_file
 from policies.files.digests import write_digests
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
@@ -120,9 +120,12 @@ def _run_config(run: Path) -> TrainConfig | MtpConfig:
 
 def check_model(model: str) -> None:
     """Refuse early what can only be a mistake: a path that is not there, a misspelt preset."""
-    if model in presets.PRESETS or Path(model).is_dir():
+    if model in presets.PRESETS or Path(model).is_dir() or gguf.file_of(model):
         return
-    looks_local = model.startswith(("/", ".", "~")) or model.count("/") != 1 or Path(model.split("/")[0]).exists()
+    is_file = model.endswith(gguf.SUFFIX)
+    looks_local = (
+        is_file or model.startswith(("/", ".", "~")) or model.count("/") != 1 or Path(model.split("/")[0]).exists()
+    )
     if looks_local:
         near = difflib.get_close_matches(model, presets.PRESETS, n=1)
         hint = f"did you mean the preset {near[0]!r}?" if near else f"presets are {', '.join(presets.PRESETS)}"
@@ -130,7 +133,7 @@ def check_model(model: str) -> None:
             hint += "; `make smollm2` prepares models/smollm2-135m-mla" if "smollm2" in model else ""
         if re.fullmatch(r"[\w.-]+", model) and not model.startswith("."):
             hint += f"; if a hub id was meant, write its owner too: OWNER/{model}"
-        raise PolicyError(f"model={model!r}: there is no such folder; {hint}")
+        raise PolicyError(f"model={model!r}: there is no such {'file' if is_file else 'folder'}; {hint}")
     if why := hub.why_absent(model):
         raise PolicyError(f"model={model!r} is neither a preset, a checkpoint folder nor a reachable hub id: {why}")
 
@@ -181,7 +184,7 @@ def known_context(model: str) -> int | None:
     model = find_policy(model, read=False).base
     if model in presets.PRESETS:
         return int(presets.PRESETS[model]["max_position_embeddings"])
-    return getattr(read_config(model), "max_position_embeddings", None) if Path(model).is_dir() else None
+    return getattr(read_config(model), "max_position_embeddings", None) if Path(model).exists() else None
 
 
 def read_shape(options: ModelOptions) -> tuple[PretrainedConfig, bool]:
@@ -210,7 +213,7 @@ def with_threads(config: Config, resume: str | None) -> Config:
 
 def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks = ALONE) -> Policy:
     """The policy that `options.model` means, on its device: a preset gets fresh weights, and a tokenizer learned from
-    `corpus`. Several ranks share it, as `learner.parallel` says.
+    `corpus`. Several ranks share it, as `learner.parallel` says; what is not in safetensors rank 0 makes for all.
 
     Raises PolicyError or CheckpointError for what cannot be loaded.
     """
@@ -219,7 +222,7 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks 
     if ranks.layout is None:
         return load_found(source, options, corpus)
     with tempfile.TemporaryDirectory() as folder:
-        if source.folder in presets.PRESETS or source.checkpoint or options.policy.heads:  # rank 0 makes, all get files
+        if source.folder in presets.PRESETS or gguf.file_of(source.folder) or source.checkpoint or options.policy.heads:
             files = ranks.from_first(lambda: _files(load_found(source, options, corpus), Path(folder)))
             source = replace(source, folder=folder, checkpoint=None)
             for name, content in files.items():

@@ -28,6 +28,7 @@ from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GenerationConfig,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -39,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 from policies import four_bit, lora, sharding
 from policies import layout as hf
 from policies.contradictions import contradictions, refuse_type
-from policies.files import hub, packed
+from policies.files import gguf, hub, packed
 from policies.files.atomic import heed_umask, write_folder
 from policies.files.digests import DIGESTS, fault
 from policies.layout import PolicyError, Shape, WeightFiles, find_file, mtp_layers
@@ -85,6 +86,11 @@ def load(
     config = read_config(source)
     files = WeightFiles(source)
     codes = packed.is_packed(config)
+    if gguf.file_of(source) and (in_4_bits or layout):
+        raise PolicyError(
+            f"model={str(source)!r} is a GGUF file, whose weights are made dense and whole: leave "
+            f"{'lora.base' if in_4_bits else 'learner.parallel'} out"
+        )
     if codes and in_4_bits:
         raise PolicyError(f"model={str(source)!r} is quantised already; leave lora.base out, or name the original")
     if isinstance(config, DeepseekV3Config) and files.shapes and not codes:
@@ -121,15 +127,16 @@ def _load_trunk(
     """The model, and the report of transformers on its tensors. `codes`: how packed weights are read."""
     given = codes | (sharding.layout_arguments(source, layout) if layout else {})
     given |= four_bit.loading(dtype) if in_4_bits else {}
+    given |= {"quantization_config": GgufConfig(dequantize=True)} if gguf.file_of(source) else {}
     try:
-        with _quiet_loading() as logged:
+        with _quiet_loading() as logged, gguf.named(source) as named:
             trunk, report = AutoModelForCausalLM.from_pretrained(
-                source,
                 dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # `_check_report` refuses them by name
                 output_loading_info=True,
+                **named,
                 **given,
             )
     except (OSError, ValueError) as error:
@@ -225,39 +232,48 @@ def check_policy(folder: Path) -> None:
 
 
 def read_config(source: str | Path) -> PretrainedConfig:
-    """The configuration of a folder or hub id. Raises PolicyError, which names fields that contradict each other."""
-    if why := hub.why_absent(source):
-        raise _unreachable(source, why)
+    """The configuration of a folder, a GGUF file or hub id. Raises PolicyError, which names fields that contradict each
+    other."""
+    _refuse_absent(source)
     refuse_type(source)
+    of_gguf = gguf.file_of(source)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with gguf.named(source) as named:
+            config = AutoConfig.from_pretrained(**named, trust_remote_code=False)
         faults = list(contradictions(config))
-    except (OSError, ValueError) as error:
-        raise _unreachable(source, error) from error
     except Exception as error:  # a damaged file can make transformers raise anything
-        raise _unusable(source, "config.json", error) from error
+        if isinstance(error, OSError | ValueError) and not of_gguf:
+            raise _unreachable(source, error) from error
+        raise _unusable(source, of_gguf.name if of_gguf else "config.json", error) from error
     if faults:
         raise PolicyError(f"model={str(source)!r}: config.json contradicts itself: " + "; ".join(faults))
     return config
 
 
 def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id. Raises PolicyError if it is missing or damaged, or if the generation config
-    is damaged, which transformers ignores silently."""
+    """The tokenizer of a folder, a GGUF file or hub id. Raises PolicyError if it is missing or damaged, or if the
+    generation config is damaged, which transformers ignores silently."""
     name = "generation_config.json"
-    if why := hub.why_absent(source):
-        raise _unreachable(source, why)
+    _refuse_absent(source)
     try:
         if find_file(str(source), name):
             GenerationConfig.from_pretrained(source)
         name = "its tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with gguf.named(source) as named:
+            tokenizer = AutoTokenizer.from_pretrained(**named, trust_remote_code=False)
         tokenizer.encode("2 + 3 = ?")  # some damage shows when it is used
         return tokenizer
     except Exception as error:  # a damaged file can make transformers and tokenizers raise anything
         raise PolicyError(
             f"model={str(source)!r}: {name} is missing or damaged ({error}); copy or download it again"
         ) from error
+
+
+def _refuse_absent(source: str | Path) -> None:
+    if why := hub.why_absent(source):
+        raise _unreachable(source, why)
+    if why := gguf.why_unreadable(source):
+        raise PolicyError(f"model={str(source)!r}: {why}")
 
 
 def _refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:

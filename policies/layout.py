@@ -269,6 +269,9 @@ def read_draft_vocabulary(source: str, vocabulary: int) -> Tensor | None:
 
 
 def find_file(source: str, name: str) -> str | None:
+    """Where the file `name` of a folder or hub id is, or None. A GGUF file that is named itself is alone."""
+    if Path(source).is_file():
+        return None
     if hub.is_id(source):
         hub.unreachable()  # it tells the hub's libraries; else each absent file costs a minute of retries
     return cached_file(source, name, **OPTIONAL)

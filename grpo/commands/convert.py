@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoTokenizer, DeepseekV3ForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import DeepseekV3ForCausalLM, PretrainedConfig, PreTrainedModel
 
 from grpo.commands.recovery import recover
 from grpo.config.convert import ConvertConfig
@@ -26,7 +26,7 @@ from policies.conversion.experts import ExpertShards, add_noise, shard_feed_forw
 from policies.conversion.head import draft_agreement, self_written, start_head
 from policies.conversion.parity import Fidelity, ParityReport, fidelity, parity
 from policies.conversion.supported import check_convertible, dense_shape
-from policies.policy import Policy, read_config
+from policies.policy import Policy, read_config, read_tokenizer
 
 
 @dataclass
@@ -101,7 +101,7 @@ def _text(source: str, config: ConvertConfig) -> CalibrationText | None:
     window = min(config.window, read_config(source).max_position_embeddings)
     return calibration_text(
         config.calibrate,
-        AutoTokenizer.from_pretrained(source, trust_remote_code=False),
+        read_tokenizer(source),
         tokens=max(config.calibrate_tokens, config.recover * config.recovery.windows_per_step * window),
         heldout_tokens=config.heldout_tokens,
         window=window,

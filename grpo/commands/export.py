@@ -39,6 +39,7 @@ from grpo.run import checkpoint
 from policies import lora, presets
 from policies.checkpoint import check_policy
 from policies.contradictions import FIXED_FIELDS
+from policies.files import gguf
 from policies.files.atomic import heed_umask
 from policies.files.digests import DIGESTS
 from policies.layout import WeightFiles, find_file
@@ -178,6 +179,8 @@ def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
         raise ExportError(
             f"the base of {run.folder} is preset {run.base!r}, random weights that nobody has; drop --adapter"
         )
+    if gguf.file_of(run.base):
+        raise ExportError(f"the base of {run.folder} is a GGUF file, which peft cannot load by name; drop --adapter")
     newest = source.checkpoint or checkpoint.newest(run.folder / "checkpoints")
     if newest is None:
         raise ExportError(f"{run.folder} has no checkpoint, where adapters are kept; drop --adapter")

@@ -21,7 +21,8 @@ CONTEXT = 4096
 
 
 def inspect(model: str, context: int | None = None) -> Anatomy:
-    """Count the parts of a preset, a run, a checkpoint folder or a hub id, without loading or fetching its weights.
+    """Count the parts of a preset, a run, a checkpoint folder, a GGUF file or a hub id, without loading or fetching its
+    weights.
 
     `context`: tokens to attend to; 4096 or the policy's longest by default. The files of a folder are checked, too.
     Raises PolicyError.

@@ -24,7 +24,7 @@ def _json(what: str) -> Argument:
 
 _FILE: dict[str, Any] = {"type": Path, "nargs": "?"}
 _FUNCTION = {"metavar": "FILE:FN", "help": "path/to/file.py:function, or a built-in reward's name"}
-_POLICY = _argument("policy", metavar="MODEL", help="a run folder, a checkpoint folder or a hub id")
+_POLICY = _argument("policy", metavar="MODEL", help="a run folder, a checkpoint folder, a GGUF file or a hub id")
 _PRINT_CONFIG = _flag("print_config", "print the effective options and stop")
 _STOP_AFTER = "save and stop after step N, as if interrupted"
 _DEVICE = "with --dry_run: does the run fit devices of GIB GiB each, in place of those at hand"
@@ -40,7 +40,9 @@ _DESTINATION = _argument("destination", type=Path, metavar="DST", help="the fold
 
 _WHAT = "options from a file; the command line wins"
 TRAIN = (_argument("config", metavar="CONFIG.yaml", help=_WHAT, **_FILE), *_RUN)
-_WHAT = "options from a file (the command line wins), or the policy: a run or checkpoint folder, or a hub id"
+_WHAT = (
+    "options from a file (the command line wins), or the policy: a run or checkpoint folder, a GGUF file or a hub id"
+)
 MTP = (_argument("config", metavar="CONFIG.yaml|MODEL", help=_WHAT, **_FILE), *_RUN)
 _WHAT = "a run, a checkpoint, a hub id, or http://HOST:PORT of a server; further ones are compared with the first"
 EVAL = (
@@ -64,20 +66,20 @@ REWARD_REPLAY = (
     _json("every change"),
 )
 CONVERT = (
-    _argument("source", metavar="SRC", help="a checkpoint folder or a hub id"),
+    _argument("source", metavar="SRC", help="a checkpoint folder, a GGUF file or a hub id"),
     _DESTINATION,
     _flag("mtp", "add a draft head, started from the last layer"),
     _json("what is printed"),
 )
 QUANTIZE = (
-    _argument("source", metavar="SRC", help="a run folder, a checkpoint folder or a hub id"),
+    _argument("source", metavar="SRC", help="a run folder, a checkpoint folder, a GGUF file or a hub id"),
     _DESTINATION,
     _PRINT_CONFIG,
     _json("the report, which is beside the weights as well"),
 )
 _WHAT = "tokens to attend to; by default 4096, or the policy's longest context if that is less"
 INSPECT = (
-    _argument("model", metavar="MODEL", help="a preset, a run folder, a checkpoint folder or a hub id"),
+    _argument("model", metavar="MODEL", help="a preset, a run folder, a checkpoint folder, a GGUF file or a hub id"),
     _argument("--context", type=int, metavar="TOKENS", help=_WHAT),
     _json("what the table shows"),
 )

@@ -34,7 +34,7 @@ class ModelOptions(Options):
     """What a policy is loaded from, and how it computes."""
 
     model: str = "tiny"
-    """A preset (`tiny`), a checkpoint folder or a hub id."""
+    """A preset (`tiny`), a checkpoint folder, a GGUF file or a hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of learner and sampler; the optimizer keeps fp32 copies of bfloat16 weights."""
     threads: int | None = Field(default=None, ge=1)

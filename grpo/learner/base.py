@@ -12,6 +12,7 @@ from torch import nn
 
 from grpo.run.hardware import device_of
 from policies import four_bit, presets
+from policies.files import gguf
 
 WAY_OUT = "set lora.base to null"
 
@@ -44,6 +45,11 @@ def check_base(options: Any) -> None:
         raise ValueError(
             f"lora.base=nf4 with model={options.model}: a preset has random weights; train it before (quartet sft) and "
             f"name its run as model, or {WAY_OUT}"
+        )
+    if gguf.file_of(options.model):
+        raise ValueError(
+            f"lora.base=nf4 with model={options.model}: the weights of a GGUF file are made dense, and were rounded "
+            f"once; name the model that it was made from, or {WAY_OUT}"
         )
     device = device_of(options.device)
     try:

@@ -59,6 +59,15 @@ def test_what_a_base_in_4_bits_cannot_have_is_refused_before_its_model_is_looked
         check_options(options(tmp_path, **given))
 
 
+def test_a_gguf_file_is_refused_as_the_base_before_it_is_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(base, "find_spec", lambda name: True)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(
+        ValueError, match=r"lora\.base=nf4 with model=.*a\.gguf: .* name the model that it was made from"
+    ):
+        check_options(options(tmp_path, model=str(tmp_path / "a.gguf")))
+
+
 def test_ranks_that_others_have_started_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(base, "find_spec", lambda name: True)
     monkeypatch.setenv("WORLD_SIZE", "2")

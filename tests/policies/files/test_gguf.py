@@ -1,0 +1,100 @@
+"""A GGUF file as a policy: exact against the model it was written from, and refused with the way out."""
+
+import gguf as library
+import pytest
+import torch
+from gguf.quants import dequantize, quantize
+
+from policies.files import gguf
+from policies.layout import find_file
+from policies.policy import Policy, PolicyError, read_config, read_tokenizer
+from policies.presets import small_tokenizer
+from tests.cases.gguf_file import TEXTS, write_gguf
+
+IDS = torch.arange(40)[None]
+
+
+@torch.no_grad()
+def test_a_file_computes_what_its_model_computes_and_so_do_copies_of_it(tmp_path):
+    file = tmp_path / "small.gguf"
+    logits = write_gguf(file)(IDS).logits
+    policy = Policy.load(file)
+    assert torch.equal(policy.trunk(IDS).logits, logits)
+    assert (policy.backend, policy.max_length, policy.stop_token_ids) == ("transformers", 512, [0])
+    assert policy.tokenizer.encode("2 + 3 = 5\n") == small_tokenizer(TEXTS).encode("2 + 3 = 5\n")
+    assert "messages" in policy.tokenizer.chat_template
+    assert torch.equal(Policy.load(tmp_path).trunk(IDS).logits, logits)  # the folder, of which it is the only file
+    worker = Policy.from_skeleton(policy.skeleton())
+    worker.load_weights(policy.weights())
+    policy.save(tmp_path / "saved")
+    for copy in worker, Policy.load(tmp_path / "saved"):
+        assert torch.equal(copy.trunk(IDS).logits, logits)
+        assert getattr(copy.config, "quantization_config", None) is None
+
+
+def test_quantised_weights_are_made_dense(tmp_path):
+    kind = library.GGMLQuantizationType.Q8_0
+    model = write_gguf(tmp_path / "small.gguf", kind)
+    policy = Policy.load(tmp_path / "small.gguf", torch.bfloat16)
+    weight = model.model.layers[1].mlp.up_proj.weight.detach().numpy()
+    rounded = torch.from_numpy(dequantize(quantize(weight, kind), kind))
+    assert torch.equal(policy.trunk.model.layers[1].mlp.up_proj.weight, rounded.bfloat16())
+    assert policy.trunk.model.layers[1].mlp.up_proj.weight.requires_grad
+
+
+def test_nothing_beside_a_file_that_is_named_is_read(tmp_path):
+    write_gguf(tmp_path / "small.gguf")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("damaged")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "nowhere"}')
+    other = small_tokenizer(["zzz yyy\n"])
+    other.chat_template = "another one"
+    other.save_pretrained(tmp_path)
+    assert gguf.file_of(tmp_path) is None
+    policy = Policy.load(tmp_path / "small.gguf")
+    assert policy.config.model_type == "llama"
+    assert policy.tokenizer.encode("2 + 3 = 5\n") == small_tokenizer(TEXTS).encode("2 + 3 = 5\n")
+    assert "messages" in policy.tokenizer.chat_template
+    assert find_file(str(tmp_path / "small.gguf"), "config.json") is None
+
+
+@pytest.mark.parametrize("read", [read_config, read_tokenizer, Policy.load])
+def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch, read):
+    write_gguf(tmp_path / "small.gguf")
+    find_spec = gguf.importlib.util.find_spec
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
+    with pytest.raises(PolicyError, match=r"small.gguf is a GGUF file, .* pip install 'quartet-rl\[gguf\]'"):
+        read(tmp_path / "small.gguf")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.gguf", "b.gguf"], r"holds 2 GGUF files; name one of them, such as .*a\.gguf"),
+        (["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"], "is a part of a split GGUF file; join the parts"),
+        (["a.gguf"], r"a\.gguf is not usable"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_the_way_out(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).write_bytes(b"GGUF and then nothing")
+    for read in read_config, Policy.load:
+        with pytest.raises(PolicyError, match=message):
+            read(tmp_path)
+
+
+def test_an_architecture_that_transformers_does_not_read_is_named(tmp_path):
+    writer = library.GGUFWriter(tmp_path / "a.gguf", "rwkv6")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(PolicyError, match="architecture rwkv6 is not supported"):
+        read_config(tmp_path / "a.gguf")
+
+
+def test_a_base_in_4_bits_and_a_layout_are_refused(tmp_path):
+    write_gguf(tmp_path / "small.gguf")
+    with pytest.raises(PolicyError, match=r"made dense and whole: leave lora\.base out"):
+        Policy.load(tmp_path / "small.gguf", in_4_bits=True)
+    with pytest.raises(PolicyError, match=r"leave learner\.parallel out"):
+        Policy.load(tmp_path / "small.gguf", layout=object())
