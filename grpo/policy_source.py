@@ -123,9 +123,7 @@ def check_model(model: str) -> None:
     if model in presets.PRESETS or Path(model).is_dir() or gguf.file_of(model):
         return
     is_file = model.endswith(gguf.SUFFIX)
-    looks_local = (
-        is_file or model.startswith(("/", ".", "~")) or model.count("/") != 1 or Path(model.split("/")[0]).exists()
-    )
+    looks_local = is_file or model[:1] in "/.~" or model.count("/") != 1 or Path(model.split("/")[0]).exists()
     if looks_local:
         near = difflib.get_close_matches(model, presets.PRESETS, n=1)
         hint = f"did you mean the preset {near[0]!r}?" if near else f"presets are {', '.join(presets.PRESETS)}"
@@ -133,7 +131,7 @@ def check_model(model: str) -> None:
             hint += "; `make smollm2` prepares models/smollm2-135m-mla" if "smollm2" in model else ""
         if re.fullmatch(r"[\w.-]+", model) and not model.startswith("."):
             hint += f"; if a hub id was meant, write its owner too: OWNER/{model}"
-        raise PolicyError(f"model={model!r}: there is no such {'file' if is_file else 'folder'}; {hint}")
+        raise PolicyError(f"model={model!r}: {'there is no such file; ' if is_file else 'there is no such folder; '}{hint}")
     if why := hub.why_absent(model):
         raise PolicyError(f"model={model!r} is neither a preset, a checkpoint folder nor a reachable hub id: {why}")
 

@@ -18,7 +18,7 @@ from grpo.algorithm.statistics import answer_reader
 from grpo.algorithm.verdicts import Verdicts
 from grpo.config.data import DataOptions
 from grpo.config.environment import AgentOptions, rewards_of
-from grpo.config.mtp import MtpConfig
+from grpo.config.mtp import MtpConfig, scores_nothing
 from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.data.examples import Example, beyond_context, default_heldout_split, examples_of, gold_check
@@ -121,7 +121,7 @@ class Task:
         held = config.eval
         task = cls(
             config.data,
-            [] if config.scores_nothing else rewards_of(config),
+            [] if scores_nothing(config) else rewards_of(config),
             config.reward,
             seed=config.seed,
             heldout=held.limit,

@@ -168,10 +168,10 @@ def top_k_kl(logprobs_NK: Tensor, teacher_logprobs_NK: Tensor) -> Tensor:
 
 
 class TopEntropy(NamedTuple):
-    """Which tokens count: those whose entropy is at least `threshold`, a scalar. There are `count` of them."""
+    """The tokens that count are those whose entropy is at least `threshold`, a scalar. There are `tokens` of them."""
 
     threshold: Tensor
-    count: int
+    tokens: int
 
 
 def top_entropy_of(entropies_N: Tensor, top_entropy_quantile: float) -> TopEntropy:
@@ -180,7 +180,7 @@ def top_entropy_of(entropies_N: Tensor, top_entropy_quantile: float) -> TopEntro
     Source: "Beyond the 80/20 rule", arXiv:2506.01939, which takes ρ = 0.2.
 
     >>> top_entropy_of(torch.tensor([0.1, 0.5, 0.3]), top_entropy_quantile=0.5)
-    TopEntropy(threshold=tensor(0.3000), count=2)
+    TopEntropy(threshold=tensor(0.3000), tokens=2)
     """
     if not len(entropies_N):
         return TopEntropy(entropies_N.new_tensor(torch.inf), 0)

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from grpo.config.json_file import expecting
 from grpo.config.options import Options
-from grpo.config.run import EvalOptions, RunConfig
+from grpo.config.reward import RewardsOptions
+from grpo.config.run import EvalOptions, RunConfig, SftConfig, TrainConfig
 from grpo.config.sampling import RolloutOptions
 from grpo.config.yaml_file import read_yaml
 
@@ -80,6 +81,13 @@ class MtpConfig(RunConfig):
             if value:
                 raise ValueError(f"{key}={value} is for quartet train; drop it")
         return self
+
+
+def scores_nothing(config: SftConfig | MtpConfig) -> bool:
+    """Whether rewards are for an evaluation alone, there is none, and nobody named one: the default reads numbers, and
+    data for supervised training need not have any."""
+    unused = not isinstance(config, TrainConfig) and not config.eval.limit
+    return unused and config.rewards == RewardsOptions().rewards
 
 
 def defaults_of_run(folder: Path) -> dict[str, Any]:

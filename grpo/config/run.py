@@ -74,13 +74,6 @@ class RunConfig(RewardsOptions, ModelOptions):
     checkpoint: CheckpointOptions = CheckpointOptions()
     log: LogOptions = LogOptions()
 
-    @property
-    def scores_nothing(self) -> bool:
-        """Whether rewards are for an evaluation alone, there is none, and nobody named one: the default reads numbers,
-        which data for supervised training need not have."""
-        unused = not isinstance(self, TrainConfig) and not self.eval.limit
-        return unused and self.rewards == RewardsOptions().rewards
-
 
 class SftConfig(EnvironmentOptions, RunConfig):
     """Supervised fine-tuning on prompts and gold solutions; the MTP head is trained together with the trunk."""
