@@ -77,9 +77,11 @@ def mtp(args: argparse.Namespace) -> None:
 
     if args.dry_run:
         return summary.mtp_dry_run(config, resuming=args.resume is not None, device_gib=args.device_gib)
+    from grpo.config.words import command_line
     from grpo.mtp import mtp
 
-    summary.summary(mtp(config, **_flags(args)))
+    with command_line():
+        summary.summary(mtp(config, **_flags(args)))
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -249,20 +251,26 @@ def _write(path: Path | None, content: dict[str, Any]) -> None:
         print(f"written to {path}")
 
 
-def expected_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message is written for the user; anything else is a bug and keeps its traceback."""
-    from grpo.commands.recovery import RecoveryDiverged
-    from grpo.learner.parallel import RankFailed
-    from grpo.learner.teacher_server import TeacherError
-    from grpo.learner.update import NonFiniteStep
-    from grpo.run.checkpoint import CheckpointError
-    from grpo.run.memory_errors import OutOfMemory
-    from grpo.run.stop import Stopped
-    from policies.conversion.parity import ParityFailed
-    from rollout.engine import RolloutError
+# Errors whose message is written for the user, beside ValueError and OSError; anything else is a bug and keeps its
+# traceback.
+EXPECTED = {
+    "grpo.commands.recovery": "RecoveryDiverged",
+    "grpo.learner.parallel": "RankFailed",
+    "grpo.learner.teacher_server": "TeacherError",
+    "grpo.learner.update": "NonFiniteStep",
+    "grpo.run.checkpoint": "CheckpointError",
+    "grpo.run.memory_errors": "OutOfMemory",
+    "grpo.run.stop": "Stopped",
+    "policies.conversion.parity": "ParityFailed",
+    "rewards.protocol": "RewardError",
+    "rollout.engine": "RolloutError",
+}
 
-    some = CheckpointError, NonFiniteStep, OutOfMemory, ParityFailed
-    return *some, RankFailed, RecoveryDiverged, RolloutError, Stopped, TeacherError
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """The classes of EXPECTED that are loaded: no other one can have been raised, and loading one may fail."""
+    loaded = {module: name for module, name in EXPECTED.items() if hasattr(sys.modules.get(module), name)}
+    return ValueError, OSError, *(getattr(sys.modules[module], name) for module, name in loaded.items())
 
 
 def option_of(error: Exception, args: argparse.Namespace) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -181,6 +182,11 @@ def _refuse_server(options: VLLMOptions) -> None:
     if options.url:
         state, where = Client(options.url, vllm_token(options)).state(), f"rollout.vllm.url={options.url}"
     else:
+        if sys.platform != "linux":
+            raise ValueError(
+                "rollout.backend=vllm: quartet starts vLLM's server on Linux alone; leave rollout.backend out, or give "
+                "the address of a server that runs on Linux (rollout.vllm.url)"
+            )
         if not options.python.is_file():
             raise ValueError(
                 f"rollout.vllm.python={options.python}: there is no such interpreter here; `make vllm` installs vLLM "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,8 @@ from policies.openmp import wait_briefly
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+
+OURS = ("", "policies", "rollout", "rewards", "grpo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,10 +54,10 @@ def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
         way_on = "; what was saved is kept, and `--resume auto` continues from the last checkpoint" if resumable else ""
         return fail(f"interrupted{way_on}", EXIT_INTERRUPTED)
     except Exception as error:
-        from rewards.protocol import RewardError
-
-        # A command that can raise the first three has them already; the others take seconds to import.
-        if not isinstance(error, ValueError | OSError | RewardError) and not isinstance(error, expected_errors()):
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS:
+            what = f"the package {error.name!r} is not installed in this environment ({sys.executable})"
+            return fail(f"{what}: install quartet there again, or the package alone", EXIT_ERROR)
+        if not isinstance(error, expected_errors()):
             raise
         code = 128 + error.number if isinstance(error, Stopped) else EXIT_ERROR
         return fail(f"{option_of(error, args)}{error}", code)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.words import command_line
 from grpo.evaluation.held_out import Result
 from grpo.learner.parallel import RankFailed, join
 from grpo.policy_source import check_options, with_threads
@@ -33,7 +34,7 @@ def launch(config: SftConfig, **flags: Any) -> Result | None:
     ranks = join(device_of(config.device).type == "cpu", config.learner.parallel)
     if not ranks.first:
         ignore_signals()  # rank 0 decides how the run ends
-    with ranks.together():
+    with ranks.together(), command_line():
         act: Any = train if isinstance(config, TrainConfig) else sft
         result = act(config, ranks=ranks, **flags)
     return result if ranks.first else None

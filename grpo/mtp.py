@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from grpo.config.mtp import MtpConfig
+from grpo.config.words import python_words
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
 from grpo.evaluation.held_out import HeldOut, Result
@@ -47,6 +48,7 @@ FITTED_EXAMPLES = 128  # training examples that a new head is fitted to
 HELD_OUT = 8  # one of so many training prompts: its rollouts are not taught
 
 
+@python_words()
 def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None = None, force: bool = False) -> Result:
     """The policy is saved to `output_dir/policy`.
 

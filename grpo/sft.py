@@ -13,6 +13,7 @@ from math import nan
 from typing import Any
 
 from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.words import python_words
 from grpo.data.curriculum import ramp
 from grpo.data.prompts import PromptStream
 from grpo.evaluation.evaluate import Evaluation
@@ -29,6 +30,7 @@ from policies.files.digests import write_digests
 from policies.policy import Policy
 
 
+@python_words()
 def sft(
     config: SftConfig,
     *,

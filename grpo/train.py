@@ -13,6 +13,7 @@ from grpo.algorithm import own
 from grpo.collector import Collector
 from grpo.config.reward import with_rewards
 from grpo.config.run import TrainConfig
+from grpo.config.words import python_words
 from grpo.data.curriculum import Curriculum
 from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import TrainingBatch
@@ -33,6 +34,7 @@ from grpo.task import Task
 from rewards.protocol import Reward
 
 
+@python_words()
 def train(
     config: TrainConfig,
     *,

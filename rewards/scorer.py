@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rewards.group_score import FailurePolicy, GroupScore, GroupTally, RewardFailed, RewardFailure
-from rewards.isolation.pool import ThisProcess, WorkerPool
+from rewards.isolation.pool import ISOLATES, ThisProcess, WorkerPool
 from rewards.protocol import Messages, RewardError, RightAt
 from rewards.registry import CALLABLES
 from rewards.spec import Group, RewardFunction, RewardSpec, check_specs
@@ -34,8 +34,8 @@ class Scorer:
     `timeout_s` limits each call, whether of a batch (at most 256 completions) or of one completion. Raises RewardError
     if a function cannot be loaded, or asks for a column that is not among `columns`. `isolated=False` calls the
     functions in this process, without a limit, for a debugger or to compare the scores. A function that was handed over
-    from Python (`registry.name_callable`) has no file for a worker to load: then all are called here. `pass_variables`
-    are environment variables for the workers besides the usual few (`rewards.isolation.variables`).
+    from Python (`registry.name_callable`) has no file for a worker to load: then all are called here, as all are on
+    Windows, with a warning. `pass_variables` are environment variables for the workers besides the usual few (`rewards.isolation.variables`).
 
     >>> with Scorer([RewardSpec("gsm8k"), RewardSpec("gsm8k_format", weight=0.5)], columns=["answer"]) as scorer:
     ...     [group] = scorer.score(["6 * 7 = "], [["#### 42", "41"]], [{"answer": "#### 42"}], prompt_ids=["a"])
@@ -67,9 +67,15 @@ class Scorer:
         descriptions = [function.description() for function in self._functions]
         tokens = [spec.arguments.get("token_variable") for spec in specs if spec.function in ("remote", "judge")]
         named = [*pass_variables, *(name for name in tokens if name)]
+        isolated = isolated and not any(spec.function in CALLABLES for spec in specs)
+        if isolated and not ISOLATES:
+            logger.warning(
+                "on Windows rewards run in the process of the run: reward.timeout_s ends no call that hangs, and a "
+                "reward may read what the run may; Linux, macOS and WSL 2 have processes for them"
+            )
         self._pool: WorkerPool | ThisProcess = (
             WorkerPool(descriptions, size=workers, timeout_s=timeout_s, pass_variables=named)
-            if isolated and not any(spec.function in CALLABLES for spec in specs)
+            if isolated and ISOLATES
             else ThisProcess(descriptions)
         )
         try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 
@@ -230,10 +231,13 @@ def _bleu(result: Evaluation, task: Task) -> tuple[float | None, str | None]:
 
 def peak_memory_gib() -> dict[str, float]:
     """The most memory that this process has held so far (without its reward workers), and the most on the device."""
-    import resource  # not on Windows
+    if sys.platform == "win32":
+        most = psutil.Process().memory_info().peak_wset
+    else:
+        import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    peak = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # or KiB
+    peak = {"rss": most / 2**30}
     if torch.cuda.is_available():
         peak["device"] = torch.cuda.max_memory_allocated() / 2**30
     return peak

@@ -37,6 +37,7 @@ from pydantic_core import PydanticUndefined
 
 from grpo.config.json_file import unfit
 from grpo.config.problems import Source, describe, unknown_option
+from grpo.config.words import in_python
 from grpo.config.yaml_file import ConfigError, Place, parse_yaml, read_yaml, to_yaml
 
 __all__ = ["ConfigError", "Options", "add_options", "dump_yaml", "load", "parse", "reference_page"]
@@ -57,6 +58,18 @@ class Options(BaseModel):
         allow_inf_nan=False,
         defer_build=True,  # a command has options of its own alone, and must say something within a second
     )
+
+    def __init__(self, **given: Any) -> None:
+        """Raises ConfigError with what the command line says of such options. Files and parts of other options are
+        validated without it."""
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            defaults = type(self).model_construct()
+            source = Source(None, {}, {}, [option.key for option in _options(defaults)], [])
+            raise ConfigError(map(in_python, source.explain(error.errors(), given))) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 class _Option(NamedTuple):

@@ -14,7 +14,10 @@ def open_lines(path: Path) -> FileIO:
     """For lines at the end; half a line that a killed writer has left there goes."""
     stream = path.open("ab+", buffering=0)
     end = stream.seek(0, os.SEEK_END)
-    while end and os.pread(stream.fileno(), 1, end - 1) != b"\n":
+    while end:
+        stream.seek(end - 1)
+        if stream.read(1) == b"\n":
+            break
         end -= 1
     stream.truncate(end)
     return stream

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
 import socket
+import sys
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Self
 
 from grpo.run.records import holds_a_run
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 LOGGER = logging.getLogger(__name__)
 FILE = ".lock"
@@ -45,7 +50,7 @@ class RunLock:
         # Never replaced or removed: the lock belongs to the file itself. Not inherited by programs that are started.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
         except OSError as error:
             owner = _owner(descriptor)
             os.close(descriptor)
@@ -58,7 +63,8 @@ class RunLock:
             return
         self._descriptor = descriptor
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode() + b"\n", 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode() + b"\n")
 
     def release(self) -> None:
         if self._descriptor >= 0:
@@ -75,9 +81,19 @@ class RunLock:
         self.release()
 
 
+def _lock(descriptor: int) -> None:
+    """Take the lock of an open file. Raises OSError where another process has it, or where there are no locks."""
+    if sys.platform == "win32":
+        os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # a byte after the owner's name, since a locked one cannot be read
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _owner(descriptor: int) -> str:
+    os.lseek(descriptor, 0, os.SEEK_SET)
     try:
-        owner = json.loads(os.pread(descriptor, 4096, 0))
+        owner = json.loads(os.read(descriptor, 4096))
         return f"process {owner['pid']} on host {owner['host']}"
     except (ValueError, TypeError, KeyError):  # it has not written its name yet
         return "which has just begun"

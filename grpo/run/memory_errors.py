@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -91,11 +92,10 @@ def phase(name: Phase, options: Any) -> Iterator[None]:
 
 def is_full(error: BaseException) -> bool:
     """Whether this error says that there is no memory left, on a device, on the host or in a Ray worker."""
-    import torch  # what this room's stop.py imports must not load it
-
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    torch = sys.modules.get("torch")  # a torch that is not loaded, or cannot be, has raised nothing
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 

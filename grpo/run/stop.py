@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from rollout.publication.digests import Held
     from rollout.sampling import SamplingParams
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# SIGBREAK is what Windows has in place of SIGHUP.
+_ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+SIGNALS: tuple[signal.Signals, ...] = tuple(getattr(signal, name) for name in _ENDING if hasattr(signal, name))
 KEEP_S = 0.02
 STOPPING = "stopping at the last whole step; Ctrl-C again ends the run at once and saves nothing"
 _SIGNAL = signal.signal
@@ -126,8 +129,8 @@ class Handler:
         def refuse(number: int, handler: Any) -> Any:
             return signal.getsignal(number) if number in self._usual else _SIGNAL(number, handler)
 
-        if threading.current_thread() is not threading.main_thread():
-            yield
+        if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+            yield  # Windows has no timers of this kind
             return
 
         def again(*_: object) -> None:
@@ -161,7 +164,7 @@ class Handler:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self.listen()
-        if number == signal.SIGHUP:
+        if number == getattr(signal, "SIGHUP", None):
             for gone in [descriptor for descriptor in self._terminals if not os.isatty(descriptor)]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), gone)  # writing to a closed terminal is an error
         self.on_signal(number)

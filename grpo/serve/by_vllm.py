@@ -44,6 +44,8 @@ def serve_by_vllm(config: ServeConfig, key: str | None, say: Callable[[str], Non
     """Serve until a signal comes. Raises ValueError or RolloutError where vLLM is not installed or cannot start."""
     if what := ours_alone(as_asked(shape_of(find_policy(config.model, read=False)), config.policy)):
         raise ValueError(f"backend=vllm: vLLM does not compute {what} of model={config.model!r}; drop backend")
+    if sys.platform != "linux":
+        raise ValueError("backend=vllm: quartet starts vLLM's server on Linux alone; drop backend")
     if not config.vllm_python.exists():
         raise ValueError(
             f"vllm_python={config.vllm_python}: there is no such interpreter here; `make vllm` installs vLLM into "

@@ -1,7 +1,7 @@
 """The child process that runs reward functions and tools: JSON lines over a socket, one answer per request.
 
 Standard output is for the user's functions and goes to standard error. The process ends with its parent, whatever it
-is doing: a thread waits until the socket is closed. A call that exceeds its time limit is ended by faulthandler's
+is doing: a thread reads the requests, and sees the socket's end. A call that exceeds its time limit is ended by faulthandler's
 watchdog, which needs no GIL and first writes down where the call was stuck.
 """
 
@@ -13,8 +13,6 @@ import faulthandler
 import inspect
 import json
 import os
-import resource
-import select
 import signal
 import socket
 import threading
@@ -22,6 +20,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,17 +33,19 @@ from rewards.registry import Source, load_reward
 def serve(socket_fd: int, trace_fd: int, memory: int) -> None:
     """Answer requests until the parent closes the socket. `memory` is the most bytes of data, or 0 for no limit."""
     if memory:
+        import resource  # not on Windows
+
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     for fd in (socket_fd, trace_fd):
         os.set_inheritable(fd, False)
-    threading.Thread(target=_end_with_parent, args=(socket_fd,), daemon=True).start()
     with contextlib.suppress(OSError):  # Linux: if memory runs out, the kernel kills this process before the trainer
         Path("/proc/self/oom_score_adj").write_text("1000")
     connection = socket.socket(fileno=socket_fd)
-    lines = connection.makefile("rb", buffering=1 << 20)
+    lines: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_read, args=(connection, lines), daemon=True).start()
     functions: list[Any] = []
-    for line in lines:
-        request = json.loads(line)
+    while True:
+        request = json.loads(lines.get())
         faulthandler.dump_traceback_later(request["timeout_s"], exit=True, file=trace_fd)
         if "functions" in request:
             reply = load(request["functions"], functions)
@@ -59,10 +60,10 @@ def serve(socket_fd: int, trace_fd: int, memory: int) -> None:
         connection.sendall(encoded.encode() + b"\n")
 
 
-def _end_with_parent(socket_fd: int) -> None:
-    hang_up = select.poll()
-    hang_up.register(socket_fd, 0)  # without an event it reports only that the socket was closed, and errors
-    hang_up.poll()
+def _read(connection: socket.socket, lines: SimpleQueue[bytes]) -> None:
+    with contextlib.suppress(OSError):
+        for line in connection.makefile("rb", buffering=1 << 20):
+            lines.put(line)
     os.killpg(os.getpgrp(), signal.SIGKILL)  # with every process that a reward has started
 
 

@@ -30,6 +30,9 @@ from rewards.protocol import RewardError, Signature
 START_TIMEOUT_S = 120.0  # a user's file may import heavy libraries
 GRACE_S = 1.0  # a late worker has so long to end itself and leave a trace before it is killed
 
+# Windows has no groups of processes, and hands no open socket to a process.
+ISOLATES = hasattr(os, "killpg")
+
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from rewards.isolation.child import serve; serve(*map(int, sys.argv[2:]))"
@@ -129,6 +132,11 @@ class WorkerPool:
         memory: int = 0,
         memory_option: str = "tool_memory_mb",
     ) -> None:
+        if not ISOLATES:
+            raise RewardError(
+                "tools, environments and agents run in processes of their own, which quartet makes on Linux and macOS "
+                "alone; on Windows use WSL 2"
+            )
         self._functions, self._size, self._timeout_s = functions, size, timeout_s
         self._pass_variables, self._memory, self._memory_option = pass_variables, memory, memory_option
         self._workers: list[WorkerProcess] = []

@@ -122,6 +122,11 @@ def run_python(code: str, *, stdin: str = "", limits: Limits | None = None) -> O
 @functools.cache
 def unavailable() -> str | None:
     """Why no code can be run on this machine, or None. The first call tries it, which takes a tenth of a second."""
+    if sys.platform != "linux":
+        return (
+            "code that a model wrote runs in a sandbox of Linux's namespaces, which this system does not have: use "
+            "Linux (on Windows WSL 2, on macOS a container or a virtual machine)"
+        )
     try:
         outcome = _run("print(6 * 7)", "", Limits(seconds=60.0))
     except SandboxUnavailable as error:

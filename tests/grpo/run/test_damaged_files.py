@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo.actions import expected_errors
+from grpo.actions import EXPECTED
 from grpo.commands.export import _read_run
 from grpo.commands.model_card import Origin, model_card
 from grpo.commands.reward_replay import _settings
@@ -34,10 +35,9 @@ from grpo.train import train
 from policies.files.digests import size_and_hash
 from policies.layout import INDEX, WeightFiles
 from policies.policy import Policy
-from rewards.protocol import RewardError
 from rollout.depth import CostTable, DepthController
 
-PRINTED = (ValueError, OSError, RewardError, *expected_errors())
+PRINTED = (ValueError, OSError, *(getattr(import_module(module), name) for module, name in EXPECTED.items()))
 CHAOS = int(os.environ.get("QUARTET_CHAOS", "1"))
 SETTINGS: dict[str, Any] = {
     "deadline": None,
