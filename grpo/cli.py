@@ -37,12 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
     from grpo.config.options import ConfigError, parse
+    from grpo.config.train_names import as_here
 
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(EscapingFormatter())
     parser, resumable = build_parser(), False
     try:
         args = parse(parser, argv)
+        if getattr(args, "options", None):
+            args.overrides = as_here(args.options, args.overrides)
         resumable = args.command in (actions.run, actions.mtp)
         signals.unwinds = not resumable  # a run has a StopSignal of its own as soon as there is something to save
         return int(args.command(args) or 0)

@@ -161,9 +161,9 @@ def check_options(options: ModelOptions) -> str:
 
 def shape_of(source: PolicySource) -> PretrainedConfig:
     """The configuration of the policy, with what its run asked of it."""
-    preset = presets.PRESETS.get(source.base)
-    shape = DeepseekV3Config(vocab_size=presets.VOCABULARY, **preset) if preset else read_config(source.base)
-    return as_asked(shape, source.asked)
+    if not (preset := presets.PRESETS.get(source.base)):
+        return as_asked(read_config(source.base, writes=True), source.asked)
+    return as_asked(DeepseekV3Config(vocab_size=presets.VOCABULARY, **preset), source.asked)
 
 
 def _head_options(options: ModelOptions) -> list[str]:

@@ -17,13 +17,20 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from policies.attention import sees_prompts_whole
 from policies.mtp import MTPHead
-from policies.policy import Policy
+from policies.policy import Policy, PolicyError
 
 LORA_AIM = 0.03  # of the parameters
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "num_experts_per_token", "topk")
 
 
 @dataclass(frozen=True)
@@ -80,17 +87,20 @@ def anatomy(config: PretrainedConfig, mtp_depth: int, *, context: int, lora_rank
     """
     if context < 1:
         raise ValueError(f"context={context}: give the number of tokens that a token attends to, 1 or more")
+    text = config.get_text_config(decoder=True)  # of a model that reads pictures too, the part that writes
     with torch.device("meta"):
-        trunk = AutoModelForCausalLM.from_config(config)
+        trunk = _trunk(config)
         head = MTPHead(config) if mtp_depth and isinstance(config, DeepseekV3Config) else None
-        total, active = count_parameters(trunk, config)
+        total, active = count_parameters(trunk, text)
         mtp = mtp_depth * sum(p.numel() for p in head.parameters()) if head else 0
-        experts, (prefill, decode) = _experts(trunk, config), _flops(trunk, config, context)
+        cache = cache_numbers(text) if text is config else None
+        prefill, decode = (None, None) if cache is None else _flops(trunk, config, context)
+        experts = _experts(trunk, text)
         Policy(trunk, head, cast(PreTrainedTokenizerBase, None)).add_lora(lora_rank, lora_alpha)
     return Anatomy(
         model_type=config.model_type,
-        layers=config.num_hidden_layers,
-        heads=(heads := getattr(config, "num_attention_heads", None)),
+        layers=text.num_hidden_layers,
+        heads=(heads := getattr(text, "num_attention_heads", None)),
         active_heads=getattr(config, "active_heads", heads),
         shared_heads=getattr(config, "shared_heads", 0),
         prompt_attention="bidirectional" if sees_prompts_whole(config) else "causal",
@@ -99,7 +109,7 @@ def anatomy(config: PretrainedConfig, mtp_depth: int, *, context: int, lora_rank
         mtp_depth=mtp_depth,
         mtp_parameters=mtp,
         experts=experts,
-        cache_numbers=cache_numbers(config),
+        cache_numbers=cache,
         context=context,
         prefill_flops=prefill,
         decode_flops=decode,
@@ -108,14 +118,32 @@ def anatomy(config: PretrainedConfig, mtp_depth: int, *, context: int, lora_rank
     )
 
 
+def _trunk(config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers may raise anything
+        what = f"transformers cannot make a model of type {config.model_type!r} of its configuration"
+        raise PolicyError(f"{what}: {type(error).__name__}: {error}") from error
+
+
 def count_parameters(model: nn.Module, config: PretrainedConfig) -> tuple[int, int]:
     """(all, active) parameters of `model`. Of stacked experts (three axes) the chosen share is active."""
     total, active = 0, 0.0
     for name, parameter in model.named_parameters():
         stacked = parameter.dim() == 3 and ".experts." in name
         total += parameter.numel()
-        active += parameter.numel() * (config.num_experts_per_tok / len(parameter) if stacked else 1)
+        active += parameter.numel() * (_experts_per_token(config) / len(parameter) if stacked else 1)
     return total, round(active)
+
+
+def _experts_per_token(config: PretrainedConfig) -> int:
+    names = [name for name in EXPERTS_PER_TOKEN if getattr(config, name, None)]
+    if not names:
+        raise PolicyError(
+            f"a model of type {config.model_type!r} cannot be counted: its configuration says in none of "
+            f"{', '.join(EXPERTS_PER_TOKEN)} how many experts a token uses"
+        )
+    return getattr(config, names[0])
 
 
 def cache_numbers(config: PretrainedConfig) -> int | None:
@@ -127,6 +155,8 @@ def cache_numbers(config: PretrainedConfig) -> int | None:
     if isinstance(config, DeepseekV3Config):
         return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
     if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return None
+    if not getattr(config, "num_attention_heads", None):  # it keeps a state in place of keys and values
         return None
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return config.num_hidden_layers * 2 * groups * _head_dim(config)
@@ -145,10 +175,8 @@ def absorbed_weights(config: DeepseekV3Config) -> int:
     return first + query + hidden * (rank + rope) + out
 
 
-def _flops(trunk: nn.Module, config: PretrainedConfig, context: int) -> tuple[float | None, float | None]:
+def _flops(trunk: nn.Module, config: PretrainedConfig, context: int) -> tuple[float, float]:
     """(prefill, decode) FLOPs per token."""
-    if cache_numbers(config) is None:
-        return None, None
     embedding = trunk.get_input_embeddings().weight
     head = trunk.get_output_embeddings().weight
     vectors = sum(p.numel() for p in trunk.parameters() if p.dim() == 1)
@@ -177,7 +205,7 @@ def _experts(trunk: nn.Module, config: Any) -> Experts | None:
     return Experts(
         routed=len(stack),
         shared=getattr(config, "n_shared_experts", None) or 0,
-        per_token=config.num_experts_per_tok,
+        per_token=_experts_per_token(config),
         groups=groups,
         groups_per_token=getattr(config, "topk_group", None) or groups,
         width=stack.shape[2],

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -83,7 +84,7 @@ def load(
     in_4_bits: bool = False,
 ) -> Checkpoint:
     """See `Policy.load`."""
-    config = read_config(source)
+    config = read_config(source, writes=True)
     files = WeightFiles(source)
     codes = packed.is_packed(config)
     if gguf.file_of(source) and (in_4_bits or layout):
@@ -231,9 +232,9 @@ def check_policy(folder: Path) -> None:
         )
 
 
-def read_config(source: str | Path) -> PretrainedConfig:
+def read_config(source: str | Path, *, writes: bool = False) -> PretrainedConfig:
     """The configuration of a folder, a GGUF file or hub id. Raises PolicyError, which names fields that contradict each
-    other."""
+    other, and where it `writes`, for a model of a kind that writes no text."""
     _refuse_absent(source)
     refuse_type(source)
     of_gguf = gguf.file_of(source)
@@ -245,6 +246,11 @@ def read_config(source: str | Path) -> PretrainedConfig:
         if isinstance(error, OSError | ValueError) and not of_gguf:
             raise _unreachable(source, error) from error
         raise _unusable(source, of_gguf.name if of_gguf else "config.json", error) from error
+    if writes and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise PolicyError(
+            f"model={str(source)!r} is of type {config.model_type!r}, of which transformers makes no causal language "
+            "model (AutoModelForCausalLM): use another model, or the language model inside it"
+        )
     if faults:
         raise PolicyError(f"model={str(source)!r}: config.json contradicts itself: " + "; ".join(faults))
     return config
@@ -279,7 +285,8 @@ def _refuse_absent(source: str | Path) -> None:
 def _refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:
     """transformers keeps a stored LM head that differs from the embedding; a model made from the config has none."""
     head = trunk.get_output_embeddings()
-    if trunk.config.tie_word_embeddings and head is not None and head.weight is not trunk.get_input_embeddings().weight:
+    tied = getattr(trunk.config, "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not trunk.get_input_embeddings().weight:
         raise PolicyError(
             f"model={str(source)!r}: tie_word_embeddings=True in config.json contradicts the files, which hold an LM "
             "head that differs from the embedding; set it to false, or remove the head's tensor"

@@ -59,7 +59,7 @@ def inject(
             near = difflib.get_close_matches(target, available, n=3) or sorted(available)
             near = ["router", *near] if target == "gate" and "router" in available else near
             raise ValueError(f"lora.targets: {target!r} matches no module of this policy; it has {', '.join(near)}")
-    if "lm_head" in wanted and trunk.config.tie_word_embeddings:
+    if "lm_head" in wanted and getattr(trunk.config, "tie_word_embeddings", False):
         raise ValueError("lora.targets: 'lm_head' is also the embedding of this policy, which has no adapter; drop it")
     if set(wanted) == {HEAD}:
         raise ValueError("lora.targets: 'mtp' alone leaves the trunk nothing to learn with; name targets of it as well")

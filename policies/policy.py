@@ -82,7 +82,7 @@ class Policy(nn.Module):
     @property
     def lm_head(self) -> Tensor:
         """[V, D], whole where it is sharded."""
-        tied = self.config.tie_word_embeddings
+        tied = getattr(self.config, "tie_word_embeddings", False)  # inkling has no such field
         return lora.effective_weight(self.trunk.get_input_embeddings() if tied else self.trunk.get_output_embeddings())
 
     @property

@@ -35,7 +35,8 @@ class Scorer:
     if a function cannot be loaded, or asks for a column that is not among `columns`. `isolated=False` calls the
     functions in this process, without a limit, for a debugger or to compare the scores. A function that was handed over
     from Python (`registry.name_callable`) has no file for a worker to load: then all are called here, as all are on
-    Windows, with a warning. `pass_variables` are environment variables for the workers besides the usual few (`rewards.isolation.variables`).
+    Windows, with a warning. `pass_variables` are environment variables for the workers besides the usual few
+    (`rewards.isolation.variables`).
 
     >>> with Scorer([RewardSpec("gsm8k"), RewardSpec("gsm8k_format", weight=0.5)], columns=["answer"]) as scorer:
     ...     [group] = scorer.score(["6 * 7 = "], [["#### 42", "41"]], [{"answer": "#### 42"}], prompt_ids=["a"])

@@ -87,7 +87,7 @@ def _rows(a: Anatomy) -> Iterator[tuple[str, str]]:
     unused = "; the first drafts, the others are kept" if a.mtp_depth > 1 else ""
     yield "MTP layers", f"{a.mtp_depth} ({_count(a.mtp_parameters)}{unused})" if a.mtp_depth else "none"
     if a.cache_numbers is None or a.prefill_flops is None or a.decode_flops is None:
-        yield "cache and FLOPs", "not counted: some layers do not attend to all tokens"
+        yield "cache and FLOPs", "not counted: some layers do not attend to all tokens of a text"
     else:
         yield "cache per token", f"{4 * a.cache_numbers:,} bytes (bfloat16: {2 * a.cache_numbers:,})"
         yield "FLOPs per token, prefill", f"{_count(a.prefill_flops)} (mean over a prompt of {a.context:,} tokens)"

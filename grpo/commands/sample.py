@@ -97,7 +97,7 @@ def sample(config: SampleConfig, examples: list[Example], console: Console) -> S
     if not template.is_chat:
         template.render(examples[0])
     policy = load_found(find_policy(config.model), config)
-    params = sampling_params(policy, config, config.group_size, config.seed, dtype=config.dtype)
+    params = sampling_params(policy, config, config.samples, config.seed, dtype=config.dtype)
     params = replace(params, margin=config.margin, stop_strings=config.stop_strings)
     params = replace(params, environment=environment_of(config))
     for example in examples:

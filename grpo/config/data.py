@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from grpo.config.options import Options
+from grpo.config.options import Lines, Options
 
 
 class ProblemOptions(Options):
@@ -25,11 +25,11 @@ class ProblemOptions(Options):
 class PromptOptions(ProblemOptions):
     """How problems become prompts; every command that prompts a policy has these options."""
 
-    template: str = "{question}\n"
+    template: Annotated[str, Lines] = "{question}\n"
     """A format string over the data's columns, or `chat` for the model's own chat template."""
-    system_prompt: str | None = None
+    system_prompt: Annotated[str | None, Lines] = None
     """System message before every chat prompt (template: chat)."""
-    user_turn: str | None = None
+    user_turn: Annotated[str | None, Lines] = None
     """template: chat: a format string for the user's message, such as "Be brief.\\n\\n{examples}Question: {question}".
     Worked examples are put where {examples} is, each in the form of the text after it; without {examples} they are
     turns of the chat."""

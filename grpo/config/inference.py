@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from grpo.config.data import PromptOptions
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.json_file import expecting
+from grpo.config.options import Lines
 from grpo.config.policy import ModelOptions
 from grpo.config.reward import RewardsOptions, ScoringOptions
 from grpo.config.sampling import SamplingOptions
 from grpo.config.yaml_file import read_yaml
+
+LOGGER = logging.getLogger(__name__)
 
 
 class _UseOptions(EnvironmentOptions, SamplingOptions, PromptOptions, ModelOptions):
@@ -82,17 +86,25 @@ class EvalConfig(AgentOptions, RewardsOptions, _UseOptions):
 class SampleConfig(_UseOptions):
     """Completions of your own prompts. A run folder brings its template, worked examples, temperature and limit."""
 
-    group_size: int = Field(default=4, ge=1)
+    samples: int = Field(default=4, ge=1)
     """Completions per prompt."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature; 0 is greedy."""
-    template: str = "{prompt}"
+    template: Annotated[str, Lines] = "{prompt}"
     """A format string around `prompt`, or `chat` for the model's own chat template. A run folder brings its own."""
     data: str = "word_problems"
     """few_shot: where the worked examples come from, as in `quartet eval`; `levels`, `task_options` and
     `solution_column` are about these data."""
     prompt_column: str = "question"
     """The column that is the prompt: in the worked examples, and as a name for your prompt in `template`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_eval_says(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "group_size" not in given or "samples" in given:
+            return given
+        LOGGER.warning("quartet sample: group_size is samples now, as in quartet eval; the old name works until 0.2")
+        return {"samples" if name == "group_size" else name: value for name, value in given.items()}
 
 
 def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:

@@ -47,6 +47,15 @@ Model = TypeVar("Model", bound=BaseModel)
 _SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "min_length": "length ≥", "max_length": "length ≤"}
 
 
+class Lines:
+    """Marks an option that takes a text of several lines. On the command line `\\n` is a line break, and `\\\\n` is
+    none; a file writes a line break as YAML does."""
+
+    @staticmethod
+    def read(text: str) -> str:
+        return re.sub(r"(?<!\\)\\n", "\n", text).replace(r"\\n", r"\n")
+
+
 class Options(BaseModel):
     """Base of every class of options: unknown keys are refused, the string under a field is its help."""
 
@@ -147,8 +156,8 @@ class _Override(argparse.Action):
         namespace.overrides = {**others, self.dest: value}
 
 
-def _value(annotation: Any, text: str) -> Any:
-    """A value from the command line: YAML, but an option that takes text gets it as it was written.
+def _value(annotation: Any, text: str, lines: bool = False) -> Any:
+    """A value from the command line: YAML, but an option that takes text gets it as it was written (see Lines).
 
     One that takes a text or a list of texts gets a list where the words begin like one, `[`, and else the text.
     """
@@ -156,7 +165,7 @@ def _value(annotation: Any, text: str) -> Any:
     if members == {str, list[str]} and not text.lstrip().startswith("["):
         return text
     if members <= {str, Path, type(None)} and not (text == "null" and type(None) in members):
-        return text
+        return Lines.read(text) if lines else text
     try:
         return parse_yaml(text)
     except yaml.YAMLError:
@@ -215,7 +224,7 @@ def add_options(parser: argparse.ArgumentParser, model_cls: type[BaseModel]) -> 
             groups.get(key, groups[key.rpartition(".")[0]]).add_argument(
                 f"--{key}",
                 action=_Override,
-                type=partial(_value, option.field.annotation),
+                type=partial(_value, option.field.annotation, lines=Lines in option.field.metadata),
                 default=argparse.SUPPRESS,
                 metavar=option.shown_type,
                 help=f"{text} ({default})".replace("%", "%%"),

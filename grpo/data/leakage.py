@@ -34,7 +34,7 @@ def refuse_evaluation_data(source: str, split: str, path: Path | None) -> None:
     if forbidden:
         raise ValueError(
             f"{forbidden[0]!r} of {source} is for evaluation and must not be trained on; "
-            "train on another split, or load it with purpose='eval'"
+            "train on another split (eval.split is the one to evaluate on)"
         )
 
 

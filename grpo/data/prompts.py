@@ -39,15 +39,15 @@ class PromptTemplate:
     def __post_init__(self) -> None:
         if self.user_turn is not None:
             if not self.is_chat:
-                raise ValueError("user_turn needs format='chat'; with a format string, write it into the string")
+                raise ValueError("user_turn needs template=chat; with a format string, write it into the string")
             if not set(_fields("user_turn", self.user_turn.rpartition("{examples}")[2])) - {"examples"}:
                 raise ValueError(f"user_turn={self.user_turn!r} needs {{question}}, after {{examples}} if it has that")
         if self.is_chat:
             return
         if self.system_prompt is not None:
-            raise ValueError("system_prompt needs format='chat'; with a format string, write it into the string")
-        if not _fields("format", self.format):
-            raise ValueError(f"format={self.format!r} makes every prompt the same; put {{question}} into it")
+            raise ValueError("system_prompt needs template=chat; with a format string, write it into the string")
+        if not _fields("template", self.format):
+            raise ValueError(f"template={self.format!r} makes every prompt the same; put {{question}} into it")
 
     @property
     def is_chat(self) -> bool:
@@ -58,13 +58,13 @@ class PromptTemplate:
         if not self.is_chat:
             if example.messages and [message["role"] for message in example.messages] != ["user"]:
                 raise ValueError(
-                    f"format={self.format!r}: the prompt of {example.example_id} is a chat of several messages; use "
+                    f"template={self.format!r}: the prompt of {example.example_id} is a chat of several messages; use "
                     "template: chat"
                 )
-            shots = [f"{_fill('format', self.format, shot)}{shot.solution}\n\n" for shot in self.few_shot]
-            return "".join([*shots, _fill("format", self.format, example)])
+            shots = [f"{_fill('template', self.format, shot)}{shot.solution}\n\n" for shot in self.few_shot]
+            return "".join([*shots, _fill("template", self.format, example)])
         if tokenizer is None or not tokenizer.chat_template:
-            raise ValueError("format='chat': the tokenizer has no chat template; use a format string instead")
+            raise ValueError("template=chat: the tokenizer has no chat template; use a format string instead")
         messages = self.messages(example) or []
         return str(apply_chat_template(tokenizer, messages, add_generation_prompt=True, tokenize=False))
 
@@ -102,7 +102,7 @@ class PromptTemplate:
         if form is None:
             turns = example.messages or [{"role": "user", "content": example.question}]
             return "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
-        key = "user_turn" if self.is_chat else "format"
+        key = "user_turn" if self.is_chat else "template"
         shown = _shown(key, form.replace("{examples}", ""), example)
         return "\n".join(map(str, shown.values()))
 

@@ -58,7 +58,7 @@ class Evaluation:
     tokens_per_forward: float
     seconds: float
     tokens_per_second: float
-    groups: list[RolloutGroup]
+    groups: list[RolloutGroup] = field(repr=False)
     parts: dict[str, float] = field(default_factory=dict)
     pass_at: dict[int, Estimate] = field(default_factory=dict)
     majority_at: dict[int, Estimate] = field(default_factory=dict)
@@ -66,8 +66,8 @@ class Evaluation:
     fallback_rate: float = 0.0
     bleu: float | None = None
     failures: list[RewardFailure] = field(default_factory=list)
-    by_problem: list[float | None] = field(default_factory=list)
-    rewards_by_problem: list[float | None] = field(default_factory=list)
+    by_problem: list[float | None] = field(default_factory=list, repr=False)
+    rewards_by_problem: list[float | None] = field(default_factory=list, repr=False)
 
     @property
     def accuracy(self) -> float | None:

@@ -12,7 +12,7 @@ from grpo.config.run import EvalOptions
 from grpo.evaluation.evaluate import Evaluation, Speed, as_metrics, both_ways, evaluate_ways, measure_speed
 from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
-from grpo.run.plots import plot_quietly
+from grpo.run.plots import plot_quietly, plot_run
 from grpo.run.records import read_metrics
 from grpo.task import Task
 from policies.policy import Policy
@@ -86,12 +86,14 @@ class HeldOut:
         return measure_speed(self.pool, self.prompts, self.sampling, rows=(1, 8, 32))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a training has made: its folder, the policy at its end, and its evaluations by name.
 
-    >>> result.evaluations["after GRPO, greedy"].accuracy
-    0.795
+    >>> result
+    Result('runs/demo': before GRPO, greedy: accuracy 0.670; after GRPO, greedy: accuracy 0.777)
+    >>> result.evaluations["after GRPO, sampled"].accuracy
+    0.734375
     """
 
     folder: Path
@@ -103,3 +105,19 @@ class Result:
     def metrics(self) -> list[dict[str, Any]]:
         """One dict a step: see `read_metrics`."""
         return read_metrics(self.folder)
+
+    def plot(self) -> list[Path]:
+        """Draws the curves of the run into its folder, and returns the files: see `plot_run`."""
+        return plot_run(self.folder)
+
+    def __repr__(self) -> str:
+        """The folder, and what greedy decoding got; where nothing was decoded greedily, what sampling got."""
+        greedy = {name: found for name, found in self.evaluations.items() if "greedy" in name}
+        shown = [f"{name}: {_mark(found)}" for name, found in (greedy or self.evaluations).items()]
+        return f"Result({str(self.folder)!r}: {'; '.join(shown) or 'nothing was evaluated'})"
+
+
+def _mark(evaluation: Evaluation) -> str:
+    if evaluation.accuracy is not None:
+        return f"accuracy {evaluation.accuracy:.3f}"
+    return "no score" if evaluation.reward_mean is None else f"mean reward {evaluation.reward_mean:.3f}"

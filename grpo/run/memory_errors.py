@@ -45,7 +45,7 @@ WAYS: dict[Phase, tuple[Way, ...]] = {
     ),
     "sampling": (
         *(Way("rollout.prompts_per_shard"), Way("rollout.max_completion_tokens"), Way("rollout.group_size")),
-        *(Way("max_completion_tokens"), Way("group_size")),  # of quartet sample
+        *(Way("max_completion_tokens"), Way("samples")),  # of quartet sample
     ),
     "evaluating": (
         Way("eval.prompts_per_batch", "lower {key}={value} (in GRPO below rollout.prompts_per_shard)"),

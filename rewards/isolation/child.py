@@ -1,8 +1,8 @@
 """The child process that runs reward functions and tools: JSON lines over a socket, one answer per request.
 
 Standard output is for the user's functions and goes to standard error. The process ends with its parent, whatever it
-is doing: a thread reads the requests, and sees the socket's end. A call that exceeds its time limit is ended by faulthandler's
-watchdog, which needs no GIL and first writes down where the call was stuck.
+is doing: the thread that reads the requests sees the socket's end. A call that exceeds its time limit is ended by
+faulthandler's watchdog, which needs no GIL and first writes down where the call was stuck.
 """
 
 from __future__ import annotations

@@ -17,13 +17,15 @@ import signal
 import socket
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 OURS = ("policies", "rollout", "rewards", "grpo")
 LINUX_ALONE = {
-    os: "sched_getaffinity sched_setaffinity memfd_create pidfd_open eventfd posix_fadvise posix_fallocate setns unshare",
+    os: "sched_getaffinity sched_setaffinity memfd_create pidfd_open eventfd posix_fadvise posix_fallocate setns",
     select: "epoll",
     signal: "sigtimedwait sigwaitinfo SIGPWR SIGSTKFLT SIGPOLL SIGRTMIN SIGRTMAX",
 }
@@ -108,12 +110,8 @@ def lock_a_folder(folder: Path) -> None:
 
     with RunLock(folder) as lock:
         lock.take()
-        try:
+        with pytest.raises(FolderInUse, match=f"process {os.getpid()} on host"):
             RunLock(folder)
-        except FolderInUse as error:
-            assert f"process {os.getpid()} on host" in str(error), error
-        else:
-            raise AssertionError("two runs own one folder")
     RunLock(folder).release()
 
 
@@ -149,12 +147,9 @@ def score(system: str) -> None:
         [group] = scorer.score(["6 * 7 = "], [["#### 42", "41"]], [{"answer": "#### 42"}], prompt_ids=["a"])
     assert group.rewards == [1.0, 0.0], group
     assert "Linux's namespaces" in str(unavailable())
-    try:
+    refused = pytest.raises(RewardError, match="WSL 2") if system == "win32" else nullcontext()
+    with refused:
         WorkerPool([], size=1, timeout_s=1.0).close()
-    except RewardError as error:
-        assert system == "win32" and "WSL 2" in str(error), error
-    else:
-        assert system == "darwin"
 
 
 def train_a_step(folder: Path) -> None:

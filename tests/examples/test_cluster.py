@@ -32,8 +32,8 @@ def job(tmp_path):
         "python": "exit 0",
     }
 
-    def begin(quartet: str) -> subprocess.Popen:
-        for name, script in (programs | {"quartet": quartet}).items():
+    def begin(quartet: str, **others: str) -> subprocess.Popen:
+        for name, script in (programs | {"quartet": quartet} | others).items():
             path = tmp_path / "bin" / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {notes}\n{script}\n')
@@ -41,7 +41,7 @@ def job(tmp_path):
         slurm = {"SLURM_JOB_NAME": "quartet", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
         slurm |= {"SLURM_NNODES": "2", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         words = [str(HERE / "slurm.sbatch"), "config.yaml", "--steps", "9"]
-        return subprocess.Popen(words, cwd=tmp_path, env=os.environ | slurm)
+        return subprocess.Popen(words, cwd=tmp_path, env=os.environ | slurm, stderr=subprocess.PIPE, text=True)
 
     begin.notes = lambda: notes.read_text().splitlines() if notes.exists() else []
     return begin
@@ -85,6 +85,14 @@ def test_a_job_that_ends_or_fails_by_itself_is_not_queued_again(job):
     assert not any("requeue" in line for line in job.notes())
 
 
+def test_a_job_without_all_its_nodes_says_so_and_trains_nothing(job):
+    process = job("exit 0", python="exit 1", sleep="exit 0")
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert said.endswith("after 300 s Ray does not have the 2 nodes of this job; what ray start wrote says why\n")
+    assert not any(line.startswith("quartet") for line in job.notes())
+
+
 def test_ray_asks_for_a_token_and_every_node_joins(job):
     assert job("exit 0").wait(60) == 0
     started = sorted((line for line in job.notes() if "ray start" in line), key=lambda line: "--head" not in line)
@@ -114,6 +122,17 @@ def test_the_manifest_has_what_kuberay_needs():
     assert options.pop("--resume") == "auto"
     config = load(TrainConfig, HERE / "grpo.yaml", {name.removeprefix("--"): value for name, value in options.items()})
     assert config.learner.workers + config.rollout.workers == gpus
+
+
+def test_the_image_is_given_what_the_package_is_made_of_and_no_more():
+    import tomllib
+
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    kept = [line.removeprefix("!") for line in lines if line.startswith("!")]
+    assert "*" in lines
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    of_the_source = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert sorted(kept) == sorted([*of_the_source, "pyproject.toml"])
 
 
 def test_the_image_installs_extras_that_exist():

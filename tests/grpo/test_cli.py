@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import NoReturn
 
 import psutil
 import pytest
 
+from grpo.actions import EXPECTED
 from grpo.cli import main
 from grpo.config.inference import EvalConfig, SampleConfig
 from grpo.config.mtp import MtpConfig
@@ -286,7 +287,7 @@ def test_sample_writes_the_documented_json_whatever_is_drafted(model, tmp_path, 
     found = []
     for drafts in ("0", "4"):
         out = tmp_path / f"new/folder/{drafts}.json"
-        words = ["--prompts", str(prompts), "--group_size", "4", "--seed", "11", "--temperature", "0.9"]
+        words = ["--prompts", str(prompts), "--samples", "4", "--seed", "11", "--temperature", "0.9"]
         words += ["--draft_tokens", drafts, "--json", str(out), "--max_completion_tokens", "8", "--threads", "1"]
         assert main(["sample", model, *words]) == 0
         assert f"written to {out}" in capsys.readouterr().out.replace("\n", "")
@@ -406,6 +407,21 @@ def test_a_bug_keeps_its_traceback(run, monkeypatch):
     monkeypatch.setattr("grpo.commands.eval_report.show", broken)
     with pytest.raises(KeyError):
         main(["eval", str(run), "--threads", "1"])
+
+
+def test_a_package_that_is_missing_is_named_and_nothing_hides_it(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from grpo.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "train", "--output_dir", str(tmp_path / "r")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("quartet: the package 'torch' is not installed in this environment (")
+    assert "Traceback" not in done.stderr
+
+
+def test_every_expected_error_is_where_the_table_says():
+    for module, name in EXPECTED.items():
+        assert issubclass(getattr(import_module(module), name), Exception)
 
 
 def test_the_module_is_the_command_and_hands_over_the_exit_code(tmp_path):

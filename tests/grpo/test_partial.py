@@ -1,10 +1,10 @@
 """rollout.partial: completions go on in later steps, and a run with them is still repeated to the bit."""
 
 import pytest
-from pydantic import ValidationError
 
 from grpo.collector import Collector
 from grpo.config.sampling import RolloutOptions
+from grpo.config.yaml_file import ConfigError
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
@@ -95,5 +95,5 @@ def test_contract_9_a_step_that_fails_gives_back_what_it_has_carried_on(micro_co
     ],
 )
 def test_what_partial_cannot_do_is_refused(given, said):
-    with pytest.raises(ValidationError, match=f"(?s){said}"):
+    with pytest.raises(ConfigError, match=f"(?s){said}"):
         RolloutOptions(**given)

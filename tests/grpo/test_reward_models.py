@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -24,6 +23,7 @@ from grpo.config.data import DataOptions
 from grpo.config.inference import EvalConfig, defaults_of_run
 from grpo.config.options import dump_yaml, load
 from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
+from grpo.config.yaml_file import ConfigError
 from grpo.reward_models import ModelRewards
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.task import Task
@@ -241,9 +241,9 @@ def test_names_are_unique_and_options_fit_the_kind(folders):
     with pytest.raises(ValueError, match="the name 'a' is taken"):
         ModelRewards([one, one])
     for wrong in ({"label": 1}, {"chat": True}):
-        with pytest.raises(ValidationError, match="label and chat are for kind: classifier"):
+        with pytest.raises(ConfigError, match="label and chat are for kind: classifier"):
             RewardModelOptions(name="a", model="m", kind="perplexity", **wrong)
-    with pytest.raises(ValidationError, match="name"):
+    with pytest.raises(ConfigError, match="name"):
         RewardModelOptions(name="not a name", model="m")
 
 

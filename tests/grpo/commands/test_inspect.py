@@ -2,13 +2,18 @@
 
 import json
 import shutil
+from io import StringIO
+from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.cli import main
-from grpo.commands.inspect import inspect
-from policies.policy import PolicyError
+from grpo.commands.inspect import inspect, table
+from policies.policy import Policy, PolicyError
 
 
 def test_a_preset_as_table_and_json(capsys, tmp_path):
@@ -82,3 +87,48 @@ def test_faults_are_named(random_policy, tmp_path, capsys):
     assert "context=0" in capsys.readouterr().err
     assert main(["policy", "inspect", "tinny"]) == 1
     assert "tiny" in capsys.readouterr().err
+
+
+TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
+EYES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+EYES |= {"image_size": 28, "patch_size": 14}
+KINDS = {
+    "gemma3": {"text_config": TEXT, "vision_config": EYES},
+    "gemma4": {"text_config": TEXT, "vision_config": None, "audio_config": None},
+    "rwkv": {"vocab_size": 64, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2},
+}
+
+
+def _as_published(kind: str, folder: Path, **options) -> str:
+    AutoConfig.for_model(kind, **options).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_that_also_see_or_have_no_heads_are_counted(kind, tmp_path):
+    folder = _as_published(kind, tmp_path, **KINDS[kind])
+    counted = inspect(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    assert counted.parameters == sum(p.numel() for p in model.parameters())
+    assert (counted.layers, counted.heads) == (2, None if kind == "rwkv" else 4)
+    assert (counted.cache_numbers, counted.prefill_flops, counted.decode_flops) == (None, None, None)
+    shown = Console(record=True, file=StringIO(), width=200)
+    shown.print(table(kind, counted))
+    assert "cache and FLOPs" in shown.export_text()
+
+
+def test_experts_whose_number_has_another_name_are_counted(tmp_path):
+    sizes = TEXT | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
+    counted = inspect(_as_published("aria_text", tmp_path, **sizes))
+    assert counted.experts.per_token == 2
+    assert counted.active_parameters < counted.parameters
+
+
+def test_a_model_that_writes_no_text_is_refused_in_a_sentence(tmp_path):
+    aria = _as_published("aria", tmp_path, text_config=TEXT, vision_config=EYES | {"model_type": "idefics3_vision"})
+    with pytest.raises(PolicyError, match="is of type 'aria', of which transformers makes no causal language model"):
+        inspect(aria)
+    with pytest.raises(PolicyError, match="is of type 'aria', of which transformers makes no causal language model"):
+        Policy.load(aria)

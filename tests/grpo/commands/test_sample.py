@@ -31,7 +31,7 @@ def _write(path: Path, *lines: str) -> Path:
 
 
 def _groups(model: str, path: Path, **given) -> list[dict]:
-    options = {"model": model, "threads": 1, "group_size": 3, "max_completion_tokens": 12} | given
+    options = {"model": model, "threads": 1, "samples": 3, "max_completion_tokens": 12} | given
     return groups_as_json(_sampled(load(SampleConfig, None, options), path).groups)
 
 
@@ -175,7 +175,7 @@ def test_prompts_that_cannot_be_continued_are_refused(model, tmp_path):
 
 def test_a_prompt_that_cannot_be_continued_costs_no_other_one(model, tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "2 + 3 = ?"}', json.dumps({"prompt": "pens " * 300}))
-    options = {"model": model, "threads": 1, "group_size": 3, "max_completion_tokens": 12}
+    options = {"model": model, "threads": 1, "samples": 3, "max_completion_tokens": 12}
     sampled = _sampled(load(SampleConfig, None, options), path)
     assert [group.prompt.prompt_id for group in sampled.groups] == ["line 1"]
     assert sampled.faults.startswith("prompt 'line 2' has ")
@@ -203,7 +203,7 @@ def run(micro_config, tmp_path_factory):
 
 
 def _sample(*words, out: Path) -> list[dict]:
-    assert main(["sample", *map(str, words), "--threads", "1", "--group_size", "1", "--json", str(out)]) == 0
+    assert main(["sample", *map(str, words), "--threads", "1", "--samples", "1", "--json", str(out)]) == 0
     return json.loads(out.read_text())["groups"]
 
 

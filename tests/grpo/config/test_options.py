@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, field_validator
 
+from grpo.config.inference import SampleConfig
 from grpo.config.options import ConfigError, Options, add_options, dump_yaml, load, parse, reference_page
+from grpo.config.run import TrainConfig
 from grpo.config.yaml_file import parse_yaml, to_yaml
 
 
@@ -340,3 +342,24 @@ def test_yaml_scalars_hold_no_surprises():
     values = parse_yaml("[1e-3, 1_000, -.5, 007, on, no, 12:30, 2026-01-31, ~, true, .inf]")
     assert values == [0.001, 1000, -0.5, "007", "on", "no", "12:30", "2026-01-31", None, True, float("inf")]
     assert to_yaml(["on", 1e-5, datetime.date(2026, 1, 31)], inline=True) == "['on', 1.0e-05, '2026-01-31']"
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        (r"{question}\n", "{question}\n"),
+        (r"Be brief.\n\nQuestion: {question}", "Be brief.\n\nQuestion: {question}"),
+        (r"\text{a} \boxed{}", r"\text{a} \boxed{}"),
+        (r"\\nabla {question}", r"\nabla {question}"),
+        ("{question}\n", "{question}\n"),
+    ],
+)
+def test_a_text_of_lines_has_line_breaks_as_help_shows_them(typed, read, tmp_path):
+    """`--template '{question}\n'` in a shell hands over a backslash and an n."""
+    for config, keys in ((TrainConfig, ("data.template", "data.user_turn")), (SampleConfig, ("template",))):
+        parser = argparse.ArgumentParser()
+        add_options(parser, config)
+        overrides = parse(parser, [word for key in keys for word in (f"--{key}", typed)]).overrides
+        assert overrides == dict.fromkeys(keys, read)
+    (tmp_path / "a.yaml").write_text("output_dir: r\ndata: {template: '\\neg {question}'}\n")
+    assert load(TrainConfig, tmp_path / "a.yaml", {}).data.template == r"\neg {question}"

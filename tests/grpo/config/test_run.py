@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 from trl import GRPOConfig
 
 import grpo
@@ -31,7 +30,7 @@ TRL_NAMES = {
 
 
 def test_a_kl_penalty_without_an_estimator_is_refused():
-    with pytest.raises(ValidationError, match="beta=0.1 weighs a KL penalty, but kl_estimator=none computes none"):
+    with pytest.raises(ConfigError, match="beta=0.1 weighs a KL penalty, but kl_estimator=none computes none"):
         LossOptions(beta=0.1, kl_estimator="none")
     assert LossOptions(kl_estimator="none").beta == 0
 
@@ -93,7 +92,7 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would(words):
     if usable:
         assert ScoringOptions(on_error=words).on_error == words
     else:
-        with pytest.raises(ValidationError):
+        with pytest.raises(ConfigError):
             ScoringOptions(on_error=words)
 
 
@@ -219,7 +218,7 @@ def test_a_run_that_looked_drafts_up_is_evaluated_with_the_head_if_it_has_one(tm
     ],
 )
 def test_sources_of_drafts_that_there_are_not_are_refused(given, said):
-    with pytest.raises(ValidationError, match=f"(?s){said}"):
+    with pytest.raises(ConfigError, match=f"(?s){said}"):
         RolloutOptions(**given)
 
 
@@ -238,3 +237,12 @@ def test_eval_has_the_defaults_of_training():
     for name in ("temperature", "max_completion_tokens", "draft_tokens"):
         assert getattr(ours, name) == getattr(rollout, name)
     assert ours.data == data.name
+
+
+def test_samples_is_the_word_of_eval_and_sample_and_the_former_one_works_with_a_remark(caplog):
+    assert load(EvalConfig, None, {"samples": 3}).samples == load(SampleConfig, None, {"samples": 3}).samples == 3
+    assert "samples" not in caplog.text
+    assert load(SampleConfig, None, {"group_size": 3}).samples == SampleConfig(group_size=3).samples == 3
+    assert caplog.text.count("group_size is samples now, as in quartet eval; the old name works until 0.2") == 2
+    with pytest.raises(ConfigError, match="group_size=3: no such option"):
+        SampleConfig(group_size=3, samples=3)

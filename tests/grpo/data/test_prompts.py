@@ -118,8 +118,8 @@ def test_an_unknown_field_names_the_columns(field):
     [
         ({"format": "Solve it."}, "makes every prompt the same; put {question} into it"),
         ({"format": "{question"}, "write {{ or }} for a plain brace"),
-        ({"format": "{question}", "system_prompt": "Add."}, "system_prompt needs format='chat'"),
-        ({"format": "{question}", "user_turn": "{question}"}, "user_turn needs format='chat'"),
+        ({"format": "{question}", "system_prompt": "Add."}, "system_prompt needs template=chat"),
+        ({"format": "{question}", "user_turn": "{question}"}, "user_turn needs template=chat"),
         ({"format": "chat", "user_turn": "{question} {examples}"}, "needs {question}, after {examples} if it has that"),
         ({"format": "chat", "user_turn": "{examples}{question"}, "write {{ or }} for a plain brace"),
     ],
