@@ -77,7 +77,7 @@ def mtp(args: argparse.Namespace) -> None:
 
     if args.dry_run:
         return summary.mtp_dry_run(config, resuming=args.resume is not None, device_gib=args.device_gib)
-    from grpo.config.words import command_line
+    from grpo.config.problems import command_line
     from grpo.mtp import mtp
 
     with command_line():

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
     from grpo.config.options import ConfigError, parse
-    from grpo.config.train_names import as_here
+    from grpo.config.problems import as_here
 
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(EscapingFormatter())

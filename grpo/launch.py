@@ -7,8 +7,8 @@ import shutil
 from dataclasses import replace
 from typing import Any, cast
 
+from grpo.config.problems import command_line
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.config.words import command_line
 from grpo.evaluation.held_out import Result
 from grpo.learner.parallel import RankFailed, join
 from grpo.policy_source import check_options, with_threads

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from grpo.config.mtp import MtpConfig
-from grpo.config.words import python_words
+from grpo.config.problems import python_words
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
 from grpo.evaluation.held_out import HeldOut, Result

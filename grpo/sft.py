@@ -12,8 +12,8 @@ from functools import partial
 from math import nan
 from typing import Any
 
+from grpo.config.problems import python_words
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.config.words import python_words
 from grpo.data.curriculum import ramp
 from grpo.data.prompts import PromptStream
 from grpo.evaluation.evaluate import Evaluation

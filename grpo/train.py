@@ -11,9 +11,9 @@ from grpo.agents.pool import with_agent
 from grpo.ahead import Batches
 from grpo.algorithm import own
 from grpo.collector import Collector
+from grpo.config.problems import python_words
 from grpo.config.reward import with_rewards
 from grpo.config.run import TrainConfig
-from grpo.config.words import python_words
 from grpo.data.curriculum import Curriculum
 from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import TrainingBatch

@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -80,16 +79,29 @@ class Anatomy:
 
 
 def anatomy(config: PretrainedConfig, mtp_depth: int, *, context: int, lora_rank: int, lora_alpha: float) -> Anatomy:
-    """Counts on a model without storage. Raises ValueError if `context` < 1.
+    """Counts on a model without storage. Raises ValueError if `context` < 1, PolicyError for a model that cannot
+    be counted.
 
     >>> round(anatomy(DeepseekV3Config(), 1, context=4096, lora_rank=16, lora_alpha=32.0).parameters / 1e9)
     671
     """
     if context < 1:
         raise ValueError(f"context={context}: give the number of tokens that a token attends to, 1 or more")
+    try:
+        return _anatomy(config, mtp_depth, context, lora_rank, lora_alpha)
+    except PolicyError:
+        raise
+    except Exception as error:
+        if isinstance(config, DeepseekV3Config):
+            raise
+        said = f"{type(error).__name__}: {str(error)[:300]}"  # of transformers or peft, whose models are of many forms
+        raise PolicyError(f"a model of type {config.model_type!r} cannot be counted: {said}") from error
+
+
+def _anatomy(config: PretrainedConfig, mtp_depth: int, context: int, lora_rank: int, lora_alpha: float) -> Anatomy:
     text = config.get_text_config(decoder=True)  # of a model that reads pictures too, the part that writes
     with torch.device("meta"):
-        trunk = _trunk(config)
+        trunk = AutoModelForCausalLM.from_config(config)
         head = MTPHead(config) if mtp_depth and isinstance(config, DeepseekV3Config) else None
         total, active = count_parameters(trunk, text)
         mtp = mtp_depth * sum(p.numel() for p in head.parameters()) if head else 0
@@ -116,14 +128,6 @@ def anatomy(config: PretrainedConfig, mtp_depth: int, *, context: int, lora_rank
         lora_rank=lora_rank,
         lora_parameters=sum(p.numel() for name, p in trunk.named_parameters() if ".lora_" in name),
     )
-
-
-def _trunk(config: PretrainedConfig) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # transformers may raise anything
-        what = f"transformers cannot make a model of type {config.model_type!r} of its configuration"
-        raise PolicyError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def count_parameters(model: nn.Module, config: PretrainedConfig) -> tuple[int, int]:

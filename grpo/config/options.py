@@ -36,8 +36,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from grpo.config.json_file import unfit
-from grpo.config.problems import Source, describe, unknown_option
-from grpo.config.words import in_python
+from grpo.config.problems import Source, describe, in_python, unknown_option
 from grpo.config.yaml_file import ConfigError, Place, parse_yaml, read_yaml, to_yaml
 
 __all__ = ["ConfigError", "Options", "add_options", "dump_yaml", "load", "parse", "reference_page"]

@@ -31,6 +31,9 @@ KINDS: dict[str, dict] = {
     "gemma3_text": {"head_dim": 8, "sliding_window": 32},
     "gpt2": {"n_positions": 256},
 }
+INKLING = {"head_dim": 8, "swa_head_dim": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "d_rel": 4}
+INKLING |= {"rel_extent": 32, "sliding_window_size": 16, "moe_intermediate_size": 16, "n_routed_experts": 4}
+INKLING |= {"num_experts_per_tok": 2, "n_shared_experts": 1}
 
 
 def _row() -> PackedRow:
@@ -240,6 +243,7 @@ def test_drafts_asked_by_eval_are_refused_under_their_name(saved):
         ("cohere", {}, "logit_scale=0.0625"),
         ("gpt_oss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "adds s_aux to its attention"),
         ("bloom", {}, "do not attend through the attention interface"),
+        ("inkling_text", INKLING, "adds position_bias to its attention"),
         ("mamba", {}, "do not attend through the attention interface"),
         ("bloom", {"max_position_embeddings": None}, "has no max_position_embeddings"),
     ],
@@ -247,6 +251,12 @@ def test_drafts_asked_by_eval_are_refused_under_their_name(saved):
 def test_a_model_that_computes_something_else_is_refused_by_name(hf_policy, kind, config, reason):
     with pytest.raises(PolicyError, match=f"a model of type '{kind}' cannot be trained here: .*{reason}"):
         check_agreement(hf_policy(kind, **config))
+
+
+def test_a_configuration_without_a_word_about_ties_is_refused_by_what_the_model_computes(hf_policy, tmp_path):
+    hf_policy("inkling_text", **INKLING).save(tmp_path)
+    with pytest.raises(PolicyError, match="a model of type 'inkling_text' cannot be trained here: .*position_bias"):
+        load_policy(EvalConfig(model=str(tmp_path)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

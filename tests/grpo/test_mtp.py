@@ -213,7 +213,7 @@ def test_null_drafts_from_the_whole_vocabulary_again(whole, config, tmp_path):
 @pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.long), STEPS + 2])
 def test_contract_9_a_stopped_run_resumes_to_the_same_bits(whole, config, tmp_path, k):
     folder = tmp_path / "run"
-    with pytest.raises(Stopped, match=f"stopped after step {k}; go on with --resume auto"):
+    with pytest.raises(Stopped, match=f'stopped after step {k}; go on with resume="auto"'):
         mtp(config(folder, **{"checkpoint.every": 1}), stop_after=k)
     assert not (folder / "policy").exists()
     mtp(config(folder, **{"checkpoint.every": 1}), resume="auto")
@@ -245,7 +245,7 @@ def test_contract_9_a_signal_gives_up_the_rollouts_in_progress(whole, config, tm
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(InterruptiblePool, "sample", interrupted)
-        with pytest.raises(Stopped, match="stopped after step 2; go on with --resume auto"):
+        with pytest.raises(Stopped, match='stopped after step 2; go on with resume="auto"'):
             mtp(config(folder))
     mtp(config(folder), resume="auto")
     assert _untimed(folder) == _untimed(whole)
@@ -298,7 +298,7 @@ def test_contract_9_a_signal_while_the_head_is_taught_finishes_the_step(whole, c
 
     with monkeypatch.context() as patch:
         patch.setattr(HeadLearner, "teach", interrupted)
-        with pytest.raises(Stopped, match=f"stopped after step {STEPS + 2}; go on with --resume auto"):
+        with pytest.raises(Stopped, match=f'stopped after step {STEPS + 2}; go on with resume="auto"'):
             mtp(config(folder))
     mtp(config(folder), resume="auto")
     assert _untimed(folder) == _untimed(whole)
@@ -643,7 +643,7 @@ def test_a_head_that_diverges_says_what_to_lower_and_goes_on_from_the_checkpoint
 
     with monkeypatch.context() as patch:
         patch.setattr(HeadLearner, "_lesson_loss", diverging)
-        with pytest.raises(NonFiniteStep, match=r"step 4: the loss is nan.*Lower head.learning_rate.*--resume auto"):
+        with pytest.raises(NonFiniteStep, match=r'step 4: the loss is nan.*Lower head.learning_rate.*resume="auto"'):
             mtp(config(tmp_path / "run", **given))
     mtp(config(tmp_path / "run", **given | {"head.learning_rate": 1e-3}), resume="auto", force=True)
     assert (tmp_path / "run/policy").exists()

@@ -190,7 +190,9 @@ def test_contract_4_two_ray_workers_sample_the_same_tokens(run, micro_config, tm
 def test_a_second_run_into_the_same_folder_is_refused(run, micro_config):
     before = (run / "metrics.jsonl").read_bytes()
     processes = len(psutil.Process().children())
-    with pytest.raises(FileExistsError, match="already holds a run; choose another output_dir, go on with --resume"):
+    with pytest.raises(
+        FileExistsError, match='already holds a run; choose another output_dir, go on with resume="auto"'
+    ):
         train(micro_config(run))
     assert (run / "metrics.jsonl").read_bytes() == before
     assert len(psutil.Process().children()) == processes  # the processes that score are gone
@@ -384,7 +386,12 @@ def test_a_loss_that_is_not_finite_aborts_with_the_batch_and_the_way_out(micro_c
     with pytest.raises(NonFiniteStep) as failure:
         train(micro_config(folder))
     message = str(failure.value)
-    for part in ("step 2: the loss is nan", "step_000002.jsonl.zst", "learner.learning_rate", "--resume auto --force"):
+    for part in (
+        "step 2: the loss is nan",
+        "step_000002.jsonl.zst",
+        "learner.learning_rate",
+        'resume="auto", force=True',
+    ):
         assert part in message
     assert len(read_rollouts(folder, 2)) == 16
     assert [line["step"] for line in read_metrics(folder)] == [1]

@@ -132,3 +132,11 @@ def test_a_model_that_writes_no_text_is_refused_in_a_sentence(tmp_path):
         inspect(aria)
     with pytest.raises(PolicyError, match="is of type 'aria', of which transformers makes no causal language model"):
         Policy.load(aria)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("ctrl", {"n_layer": 1, "n_embd": 32, "n_head": 2}), ("blt", {})])
+def test_a_model_of_another_form_is_refused_in_a_sentence(kind, options, tmp_path, capsys):
+    assert main(["policy", "inspect", _as_published(kind, tmp_path, **options)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"quartet: a model of type {kind!r} cannot be counted: ")
+    assert len(said) < 500

@@ -4,10 +4,9 @@ import pytest
 
 from grpo.config.inference import EvalConfig, SampleConfig
 from grpo.config.options import ConfigError, load
+from grpo.config.problems import as_here, command_line, in_python, python_words
 from grpo.config.run import TrainConfig
 from grpo.config.sampling import RolloutOptions
-from grpo.config.train_names import as_here
-from grpo.config.words import command_line, in_python, python_words
 
 MISTAKES = [
     {"num_generations": 4},

@@ -114,7 +114,7 @@ def whole(micro_config, tmp_path_factory):
 
 
 def _stop_after(micro_config, folder: Path, kind: str, k: int) -> None:
-    with pytest.raises(Stopped, match=f"stopped after step {k}; go on with --resume auto"):
+    with pytest.raises(Stopped, match=f'stopped after step {k}; go on with resume="auto"'):
         train(_config(micro_config, folder, kind), stop_after=k)
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())][-1] == f"step_{k:06d}"
     assert not (folder / "policy").exists()
@@ -252,7 +252,7 @@ def test_a_resume_with_another_configuration_is_refused_with_the_differences(mic
         "  learner.learning_rate: 0.01 then, 0.5 now",
         "  rollout.group_size: 4 then, 2 now",
         "lora",
-        "--force",
+        "force=True",
     ):
         assert part in message
     assert "checkpoint.every" not in message
@@ -342,7 +342,7 @@ def test_adapters_are_not_continued_on_other_base_weights(micro_config, micro_po
     shutil.copytree(file.parent, tmp_path / "original")
     _change_one_weight(file)
     named = "warm start .*warm_start" if warm_start else "model='.*model'"
-    with pytest.raises(ValueError, match=rf"{named}: the base weights are not those .* of step 1 .*--force"):
+    with pytest.raises(ValueError, match=rf"{named}: the base weights are not those .* of step 1 .*force=True"):
         train(config, resume="auto")
     with pytest.raises(PolicyError, match=r"the base weights are not those .*put back the files"):
         load_found(find_policy(str(tmp_path / "run")), config)
@@ -444,8 +444,8 @@ def test_a_full_disk_during_a_save_loses_nothing(micro_config, whole, tmp_path, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"force": True}, "--force only lets --resume go on .* never overwrites a run; add --resume auto"),
-        ({"resume": "auto", "stop_after": 5}, "--stop_after=5: the run goes on from step 5; give a later step"),
+        ({"force": True}, 'force=True only lets resume go on .* never overwrites a run; add resume="auto"'),
+        ({"resume": "auto", "stop_after": 5}, "stop_after=5: the run goes on from step 5; give a later step"),
         ({"resume": "auto", "force": True, "steps": 3}, "step_000005 is of step 5, the run ends at step 3"),
     ],
 )
@@ -563,7 +563,7 @@ def test_contract_9_supervised_fine_tuning_resumes_to_the_same_bits(micro_preset
     assert list(results.evaluations) == [
         f"{when}, {how}" for when in ("before", "after") for how in ("sampled", "greedy")
     ]
-    with pytest.raises(Stopped, match=f"stopped after step {k}; go on with --resume auto"):
+    with pytest.raises(Stopped, match=f'stopped after step {k}; go on with resume="auto"'):
         sft(_sft_config(micro_preset, folder, **given), stop_after=k)
     assert not (folder / "policy").exists()
     assert list(checkpoint.saved(folder / "checkpoints")) == [step for step in (2, 4) if step <= k] + [k] * (k % 2)
@@ -620,7 +620,7 @@ def test_contract_9_supervised_fine_tuning_is_stopped_by_a_signal(micro_preset, 
         return step(self, rows, number)
 
     monkeypatch.setattr(Learner, "sft_step", interrupted)
-    with pytest.raises(Stopped, match="stopped after step 3; go on with --resume auto"):
+    with pytest.raises(Stopped, match='stopped after step 3; go on with resume="auto"'):
         sft(_sft_config(micro_preset, tmp_path / "run", **{"checkpoint.every": 100}))
     assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [3]
 
@@ -631,7 +631,7 @@ def test_what_sft_refuses(micro_preset, tmp_path):
         sft(_sft_config(micro_preset, tmp_path / "run"), stop_after=2)
     with pytest.raises(ValueError, match="warm_start.batch_size: 4 then, 5 now"):
         sft(_sft_config(micro_preset, tmp_path / "run", **{"warm_start.batch_size": 5}), resume="auto")
-    with pytest.raises(ValueError, match="--force only lets"):
+    with pytest.raises(ValueError, match="force=True only lets"):
         sft(_sft_config(micro_preset, tmp_path / "run"), force=True)
     with pytest.raises(FileExistsError, match="already holds a run"):
         sft(_sft_config(micro_preset, tmp_path / "run"))

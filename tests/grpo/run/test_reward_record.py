@@ -65,7 +65,7 @@ def test_a_resumed_run_refuses_a_changed_reward_file(file, micro_config):
     train(config)
     config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **{"warm_start.steps": 0, "steps": 2})
     file.write_text(SOURCE.replace("/ 10", "/ 20"))
-    with pytest.raises(ValueError, match=r"mine.py holds another reward function .* --force"):
+    with pytest.raises(ValueError, match=r"mine.py holds another reward function .* force=True"):
         train(config, resume="auto")
     former = read_rewards(folder)
     train(config, resume="auto", force=True)
@@ -99,7 +99,7 @@ def test_a_mended_function_resumes_after_its_failure(micro_config, tmp_path):
         train(config)
     mended = MENDABLE.replace('raise ValueError("boom")', "return [0.0] * len(completions)")
     file.write_text(mended.replace("[1.0]", "[2.0]"))
-    with pytest.raises(ValueError, match=r"mine.py holds another reward function 'other' .*--force"):
+    with pytest.raises(ValueError, match=r"mine.py holds another reward function 'other' .*force=True"):
         train(config, resume="auto")
     file.write_text(mended)
     train(config, resume="auto")
