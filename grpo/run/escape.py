@@ -2,21 +2,7 @@
 
 import logging
 
-LINES = "\n\t"
-
-
-def escaped(text: str, keep: str = LINES) -> str:
-    r"""`text` with everything that a terminal does not show as a character written as an escape, except `keep`.
-
-    That is: control characters (terminals act on some of them), marks that turn the direction of writing, and lone
-    surrogates, which no terminal can encode.
-
-    >>> escaped("bell\x07, red \x1b[31m\nsecond line")
-    'bell\\x07, red \\x1b[31m\nsecond line'
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+from rewards.isolation.output import escaped as escaped
 
 
 class EscapingFormatter(logging.Formatter):

@@ -268,7 +268,7 @@ def _refuse_strangers(request: Request, key: str | None) -> None:
         return
     host = request.headers.get("host", "")
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    if name not in LOOPBACK:
+    if name.lower() not in LOOPBACK:
         raise ApiError(f"host {host!r:.60}: without a key only {LOOPBACK[0]} and {LOOPBACK[1]} are answered", 403)
 
 

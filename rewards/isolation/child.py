@@ -1,8 +1,8 @@
 """The child process that runs reward functions and tools: JSON lines over a socket, one answer per request.
 
-Standard output is for the user's functions and goes to standard error. The process ends with its parent, whatever it
-is doing: the thread that reads the requests sees the socket's end. A call that exceeds its time limit is ended by
-faulthandler's watchdog, which needs no GIL and first writes down where the call was stuck.
+Standard output and standard error are for the user's functions; the parent shows them. The process ends with its
+parent, whatever it is doing: the thread that reads the requests sees the socket's end. A call that exceeds its time
+limit is ended by faulthandler's watchdog, which needs no GIL and first writes down where the call was stuck.
 """
 
 from __future__ import annotations
@@ -47,17 +47,24 @@ def serve(socket_fd: int, trace_fd: int, memory: int) -> None:
     while True:
         request = json.loads(lines.get())
         faulthandler.dump_traceback_later(request["timeout_s"], exit=True, file=trace_fd)
-        if "functions" in request:
-            reply = load(request["functions"], functions)
-        else:
-            reply = functions[request["function"]].call(request)
         try:
-            encoded = json.dumps(reply, default=plain)
+            if "functions" in request:
+                reply = load(request["functions"], functions)
+            else:
+                reply = functions[request["function"]].call(request)
+        except BaseException as error:  # KeyboardInterrupt: no Ctrl-C comes here, so the function has raised it
+            reply = {"kind": "raised", "message": _describe(error, None)}
+        number = {"number": request["number"]}
+        try:
+            encoded = json.dumps(reply | number, default=plain)
         except Exception as error:
             message = f"what it logged cannot be written as JSON: {_describe(error, None)}"
-            encoded = json.dumps({"kind": "raised", "message": message})
+            encoded = json.dumps({"kind": "raised", "message": message} | number)
         faulthandler.cancel_dump_traceback_later()
-        connection.sendall(encoded.encode() + b"\n")
+        try:
+            connection.sendall(encoded.encode() + b"\n")
+        except OSError:  # the function has closed it
+            os._exit(1)
 
 
 def _read(connection: socket.socket, lines: SimpleQueue[bytes]) -> None:

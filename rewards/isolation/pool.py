@@ -24,6 +24,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from rewards.isolation.child import LoadedReward, load, plain
+from rewards.isolation.output import Output
+from rewards.isolation.replies import MOST_BYTES, BadReply, read_reply
 from rewards.isolation.variables import hint_at_withheld, worker_variables
 from rewards.protocol import RewardError, Signature
 
@@ -42,7 +44,7 @@ _BOOT = (
 class WorkerProcess:
     """One child process and the socket to it. `job` is the index of the request that it works on, if any."""
 
-    def __init__(self, pass_variables: Sequence[str] = (), memory: int = 0) -> None:
+    def __init__(self, output: Output, pass_variables: Sequence[str] = (), memory: int = 0) -> None:
         self.socket, theirs = socket.socketpair()
         self._trace = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill()
         fds = (theirs.fileno(), self._trace.fileno())
@@ -52,26 +54,33 @@ class WorkerProcess:
             [sys.executable, "-P", "-u", "-c", _BOOT, json.dumps(path), *map(str, fds), str(memory)],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
-            stdout=2,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
             env=defaults | worker_variables(pass_variables),
         )
         theirs.close()
+        assert self._process.stdout is not None
+        output.follow(self._process.stdout)
         self.ready = False
         self.served = 0
         self.job: int | None = None
+        self._request: dict = {"number": 0}
         self._buffer = bytearray()
 
     def ask(self, request: dict, timeout_s: float) -> None:
-        """Send a request. Raises OSError if the worker has died."""
+        """Send a request. Raises OSError if the worker has died, or has written something unasked."""
         self.timeout_s = timeout_s
+        if wait([self.socket], 0):
+            raise OSError
+        self._request = request | {"timeout_s": timeout_s, "number": self._request["number"] + 1}
         self.socket.settimeout(timeout_s)
-        self.socket.sendall(json.dumps(request | {"timeout_s": timeout_s}).encode() + b"\n")
+        self.socket.sendall(json.dumps(self._request).encode() + b"\n")
         self.asked = time.monotonic()
         self.deadline = self.asked + timeout_s + GRACE_S
 
     def receive(self) -> dict | None:
-        """The reply, or None while it is incomplete. Raises EOFError if the worker has died."""
+        """The reply; None while it is incomplete. Raises EOFError if the worker has died, BadReply for no reply."""
         try:
             chunk = self.socket.recv(1 << 20)
         except ConnectionResetError:
@@ -79,9 +88,11 @@ class WorkerProcess:
         if not chunk:
             raise EOFError
         self._buffer += chunk
+        if len(self._buffer) > MOST_BYTES:
+            raise BadReply(f"more than {MOST_BYTES >> 20} MiB")
         if not chunk.endswith(b"\n"):
             return None
-        reply = json.loads(self._buffer)
+        reply = read_reply(self._buffer, self._request)
         self._buffer.clear()
         self.served += 1
         return reply
@@ -93,12 +104,20 @@ class WorkerProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
-    def kill(self, late: bool = False) -> dict:
-        """Stop the worker and free its files. Returns the failure of its request, `timeout` or `died`."""
+    def kill(self, late: bool = False, wrote: str = "") -> dict:
+        """Stop the worker and free its files. Returns the failure of its request, `timeout` or `died`.
+
+        `wrote` says what it has written in place of an answer.
+        """
         self.stop()
         trace = os.pread(self._trace.fileno(), 1 << 16, 0).decode(errors="replace")
         self.socket.close()
         self._trace.close()
+        if wrote:
+            return {
+                "kind": "died",
+                "message": f"its process was ended: it wrote no answer into its socket, but {wrote}",
+            }
         if late or trace:
             message = f"no result after {self.timeout_s:g} s{stuck_at(trace)}"
             return {"kind": "timeout", "message": message}
@@ -144,6 +163,7 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._closed = False
         self._lost: list[float] = []
+        self._output = Output()
 
     def take_lost(self) -> list[float]:
         """When the requests began whose workers died or were late, since the last call; in time.monotonic()."""
@@ -154,7 +174,10 @@ class WorkerPool:
         """Load the functions in one worker. Raises RewardError if one of them cannot be loaded."""
         self.run([])
         names = ("required", "optional")
-        return [Signature(**s | {name: tuple(s[name]) for name in names}) for s in self._signatures]
+        try:
+            return [Signature(**s | {name: tuple(s[name]) for name in names}) for s in self._signatures]
+        except (TypeError, KeyError) as error:
+            raise RewardError(f"a file of rewards has written into its worker's socket: {error!r}") from error
 
     def run(
         self,
@@ -172,6 +195,7 @@ class WorkerPool:
         told: set[int] = set()
         waiting = deque(range(len(requests)))
         with self._lock:
+            self._output.begin_call()
             try:
                 while self._start_workers(len(waiting)) or waiting or self._busy():
                     self._dispatch(requests, waiting, replies)
@@ -194,6 +218,7 @@ class WorkerPool:
         with self._lock:
             for worker in list(self._workers):
                 self._drop(worker)
+        self._output.finish()
 
     def _busy(self) -> list[WorkerProcess]:
         return [worker for worker in self._workers if worker.job is not None or not worker.ready]
@@ -204,7 +229,7 @@ class WorkerPool:
             raise RewardError("these processes of rewards, tools or agents were closed; make new ones")
         jobs = num_waiting + sum(worker.job is not None for worker in self._workers)
         while len(self._workers) < min(self._size, max(jobs, 1)):
-            worker = WorkerProcess(self._pass_variables, self._memory)
+            worker = WorkerProcess(self._output, self._pass_variables, self._memory)
             self._workers.append(worker)
             try:
                 worker.ask({"functions": self._functions}, START_TIMEOUT_S)
@@ -241,10 +266,12 @@ class WorkerPool:
                     reply = worker.receive()
                 except EOFError:
                     reply = self._lose(worker)
-            elif time.monotonic() >= worker.deadline:
-                reply = self._lose(worker, late=True)
+                except BadReply as error:
+                    reply = self._lose(worker, wrote=str(error))
             else:
-                continue
+                reply = None
+            if reply is None and time.monotonic() >= worker.deadline:
+                reply = self._lose(worker, late=True)
             if reply is None:
                 continue
             worker.job = None
@@ -261,13 +288,13 @@ class WorkerPool:
     def _limit(self) -> str:
         return f"; it may need more memory than {self._memory_option}={self._memory >> 20}" if self._memory else ""
 
-    def _lose(self, worker: WorkerProcess, late: bool = False) -> dict:
+    def _lose(self, worker: WorkerProcess, late: bool = False, wrote: str = "") -> dict:
         self._lost.append(worker.asked)
-        return self._drop(worker, late)
+        return self._drop(worker, late, wrote)
 
-    def _drop(self, worker: WorkerProcess, late: bool = False) -> dict:
+    def _drop(self, worker: WorkerProcess, late: bool = False, wrote: str = "") -> dict:
         self._workers.remove(worker)
-        return worker.kill(late)
+        return worker.kill(late, wrote)
 
 
 class ThisProcess:

@@ -265,6 +265,7 @@ def test_other_addresses_types_and_hosts_get_errors_in_the_same_form(running):
     assert running.ask("/v1/completions", b"{}", {"Content-Type": "text/plain"})[0] == 415
     status, answer, _ = running.ask("/v1/models", headers={"Host": "evil.example:80"})
     assert (status, "without a key only localhost" in answer["error"]["message"]) == (403, True)
+    assert running.ask("/v1/models", headers={"Host": "LOCALHOST:80"})[0] == 200  # names of hosts have no case
     assert running.ask("/v1/models/other")[1]["error"]["code"] == "model_not_found"
     assert running.ask("/v1/models/micro")[1]["id"] == "micro"
     assert [one["id"] for one in running.ask("/v1/models")[1]["data"]] == ["micro"]
@@ -351,6 +352,7 @@ def test_a_fault_of_the_engine_is_told_and_the_next_request_is_served(running, m
 def test_another_address_needs_a_key(tmp_path, model, capsys):
     key = tmp_path / "key"
     options = {"model": model, "host": "0.0.0.0"}
+    assert read_key(load(ServeConfig, None, options | {"host": "LOCALHOST"})) is None
     assert main(["serve", model, "--host", "0.0.0.0"]) == 1
     assert "lets other machines in; give a file with a key, --api_key_file" in capsys.readouterr().err
     with pytest.raises(ValueError, match="there is no such file"):
