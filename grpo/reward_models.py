@@ -27,6 +27,7 @@ from grpo.learner.teacher_server import TeacherServer
 from grpo.policy_source import find_policy, load_policy, shape_of
 from policies import presets
 from policies.attention import sees_prompts_whole
+from policies.contradictions import refuse_type
 from policies.logprobs import shifted_logprobs
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from rewards.group_score import GroupScore, mean
@@ -184,6 +185,7 @@ class _Classifier(_Model):
     """The logit of one label, for prompt and completion as one text, or as a chat through the model's own template."""
 
     def _load(self) -> None:
+        refuse_type(self.source)
         self.tokenizer = AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
         self.model, report = AutoModelForSequenceClassification.from_pretrained(
             self.source, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
@@ -201,7 +203,8 @@ class _Classifier(_Model):
         question = prompt.columns.get("question", prompt.text)
         messages = prompt.messages or [{"role": "user", "content": question}]
         messages = [*messages, {"role": "assistant", "content": completion.text}]
-        return list(apply_chat_template(self.tokenizer, messages, tokenize=True, return_dict=True)["input_ids"]), 0
+        text = apply_chat_template(self.tokenizer, messages, tokenize=False)
+        return self.tokenizer.encode(text, add_special_tokens=False), 0
 
     def _score(self, token_ids_BT: Tensor, lengths_B: Tensor, starts_B: Tensor) -> Tensor:
         return self._logits(token_ids_BT, lengths_B)[:, self.options.label or 0]

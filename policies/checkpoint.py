@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -96,6 +97,8 @@ def load(
         raise PolicyError(f"model={str(source)!r} is quantised already; leave lora.base out, or name the original")
     if isinstance(config, DeepseekV3Config) and files.shapes and not codes:
         hf.check_tensors(files, config)
+    elif getattr(config, "quantization_config", None) is None:
+        _refuse_larger(files, config)
     tokenizer = read_tokenizer(source)
     trunk, report = _load_trunk(source, dtype, layout, in_4_bits, packed.loading(source) if codes else {})
     if codes or not isinstance(trunk, DeepseekV3ForCausalLM):
@@ -280,6 +283,21 @@ def _refuse_absent(source: str | Path) -> None:
         raise _unreachable(source, why)
     if why := gguf.why_unreadable(source):
         raise PolicyError(f"model={str(source)!r}: {why}")
+
+
+def _refuse_larger(files: WeightFiles, config: PretrainedConfig) -> None:
+    """Raises PolicyError for a configuration of a far larger model than the files hold: transformers would make up the
+    rest before it tells what is missing."""
+    stored = sum(math.prod(shape) for shape in files.shapes.values())
+    try:
+        with torch.device("meta"):
+            trunk = AutoModelForCausalLM.from_config(config)
+    except Exception:  # transformers will name what is wrong with the configuration
+        return
+    described = sum(parameter.numel() for parameter in trunk.parameters())
+    if stored and described > 4 * stored:
+        what = f"config.json describes {described:,} parameters, and the files hold {stored:,}"
+        raise PolicyError(f"model={files.source!r}: {what}; {hf.WAY_OUT}")
 
 
 def _refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, DeepseekV3Config, PretrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from policies.bounds import beyond, read_fields
 from policies.files.packed import is_packed, unreadable
 from policies.layout import PolicyError, find_file
 
@@ -42,20 +43,23 @@ POSITIVE_FIELDS = (
     *("kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings"),
 )
 COUNTS = ("qk_nope_head_dim", "num_nextn_predict_layers", "first_k_dense_replace")
-# More is damage, and would take too long to build.
-MOST_LAYERS = {"num_hidden_layers": 10_000, "num_nextn_predict_layers": 100}
 ROUTING = ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok")
 ROUTER_FIELDS = (*ROUTING, "moe_intermediate_size", "n_shared_experts")
 
 
 def refuse_type(source: str | Path) -> None:
-    """Raises PolicyError with the reason for a model_type that we refuse or that transformers does not know."""
+    """Raises PolicyError with the reason for a model_type that we refuse or that transformers does not know, and for
+    numbers that no model has: transformers would begin to build it."""
     try:
         file = find_file(str(source), "config.json")
-        fields = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError):
+        fields = read_fields(Path(file)) if file else {}
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError):
         return  # transformers will name what is wrong with the source or the file
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    except ValueError as error:
+        raise PolicyError(f"model={str(source)!r}: {error}; fetch it again") from error
+    if faults := list(beyond(fields)):
+        raise PolicyError(f"model={str(source)!r}: config.json is damaged or hostile: " + "; ".join(faults[:5]))
+    kind = fields.get("model_type")
     if not isinstance(kind, str):
         return
     if why := next((why for start, why in REFUSED_TYPES.items() if kind.startswith(start)), ""):
@@ -73,9 +77,6 @@ def contradictions(config: PretrainedConfig) -> Iterator[str]:
     >>> list(contradictions(DeepseekV3Config(n_routed_experts=250)))
     ['n_routed_experts=250 is not a multiple of n_group=8; use one of 248, 256, or another n_group']
     """
-    for field, most in MOST_LAYERS.items():
-        if (value := getattr(config, field, None) or 0) > most:
-            yield f"{field}={value} is more than {most:,}, which no model has"
     yield from _tokens_and_rope(config)
     if is_packed(config) and (fault := unreadable(config)):
         yield fault

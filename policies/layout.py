@@ -30,6 +30,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DRAFT_VOCABULARY = "draft_vocabulary.json"  # not safetensors: other engines load every such file of a folder
 DRAFT_WAY_OUT = "copy it again, or delete it to draft from the whole vocabulary"
 WAY_OUT = "the files are incomplete or config.json is of another model: fetch both again"
+MANY = 100_000  # tensors; DeepSeek-V3 has 46,000
 OPTIONAL: dict[str, Any] = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
@@ -171,6 +172,10 @@ def check_tensors(files: WeightFiles, config: DeepseekV3Config) -> None:
     except Exception as error:  # sizes that make no model fail in many places
         raise PolicyError(f"model={files.source!r}: config.json makes no model: {error!r}; {WAY_OUT}") from error
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    names = sum(2 * len(tensor) if name.endswith("gate_up_proj") else 1 for name, tensor in own.items())
+    if names > MANY + 10 * len(found):  # their names alone would fill the memory
+        what = f"config.json describes about {names:,} tensors, and the files hold {len(found):,}"
+        raise PolicyError(f"model={files.source!r}: {what}; {WAY_OUT}")
     expected: dict[str, Shape] = {}
     for name, tensor in own.items():
         if name in tied and name not in found:

@@ -8,9 +8,10 @@ import random
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from grpo.data.examples import Example
+from rewards.isolation.chat_template import render
 from rollout.group import Prompt
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class PromptTemplate:
         if tokenizer is None or not tokenizer.chat_template:
             raise ValueError("template=chat: the tokenizer has no chat template; use a format string instead")
         messages = self.messages(example) or []
-        return str(apply_chat_template(tokenizer, messages, add_generation_prompt=True, tokenize=False))
+        return apply_chat_template(tokenizer, messages, add_generation_prompt=True, tokenize=False)
 
     def messages(self, example: Example) -> list[dict[str, Any]] | None:
         """The messages for the chat template: system message, worked examples as turns, the prompt.
@@ -143,15 +144,18 @@ def _shown(key: str, form: str, example: Example) -> dict[str, Any]:
     return {name: columns[name] for name in names}
 
 
-def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> Any:
-    """The function of transformers; whatever a template raises becomes a ValueError that names the tokenizer."""
+def apply_chat_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, tokenize: Literal[False], **options: Any
+) -> str:
+    """The function of transformers, in a process with limits of time and memory. Whatever a template raises becomes a
+    ValueError that names the tokenizer."""
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return render(tokenizer, messages, **options)
     except Exception as error:  # a template is a program
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} (chat_template.jinja, or tokenizer_config.json) fails on "
-            f"the roles {', '.join(message['role'] for message in messages)}: {type(error).__name__}: {error}; correct "
-            "it, or use a format string as template"
+            f"the roles {', '.join(message['role'] for message in messages)}: {error}; correct it, or use a format "
+            "string as template"
         ) from error
 
 

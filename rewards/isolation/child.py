@@ -26,6 +26,7 @@ from typing import Any
 
 from rewards.isolation.agents import LoadedAgent
 from rewards.isolation.environments import LoadedEnvironments
+from rewards.isolation.templates import LoadedTemplate
 from rewards.protocol import Reward, RewardError, Signature, bind
 from rewards.registry import Source, load_reward
 
@@ -166,6 +167,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "reward": LoadedReward,
     "environments": LoadedEnvironments,
     "agent": LoadedAgent,
+    "template": LoadedTemplate,
 }
 
 

@@ -45,6 +45,8 @@ def _fits(reply: dict[str, Any], request: Mapping[str, Any]) -> bool:
             and isinstance(metrics, dict)
             and _are(list(metrics.values()), float, len(metrics))
         )
+    if "template" in request:
+        return isinstance(reply.get("text"), str)
     if not isinstance(reply.get("reward"), float | None):
         return False
     return "calls" not in request or (

@@ -13,12 +13,14 @@ import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from transformers.utils import get_json_schema
+
+from rewards.isolation.chat_template import render
+from rollout.environments.response import response_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +87,7 @@ class TurnFormat:
         self._parameters = {tool.__name__: list(inspect.signature(tool).parameters) for tool in tools}
         self._arguments = {tool.__name__: _arguments_of(tool) for tool in tools}
         self._tokenizer = tokenizer
-        own = None if plain else _response_template(tokenizer)
+        own = None if plain else response_template(tokenizer)
         if own is None and plain is False:
             raise ValueError(
                 f"the chat template of {tokenizer.name_or_path!r} has no form for calls of tools; use the plain form"
@@ -288,11 +290,11 @@ class TurnFormat:
 
     def _render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         try:
-            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+            return render(self._tokenizer, messages, **options)
         except Exception as error:  # a template is a program
             raise ValueError(
                 f"the chat template of {self._tokenizer.name_or_path!r} fails on the roles "
-                f"{', '.join(message['role'] for message in messages)}: {type(error).__name__}: {error}"
+                f"{', '.join(message['role'] for message in messages)}: {error}"
             ) from error
 
 
@@ -302,25 +304,6 @@ _USER = {"role": "user", "content": "."}
 def _calls(calls: Sequence[Call]) -> dict[str, Any]:
     functions = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls]
     return {"role": "assistant", "content": ""} | ({"tool_calls": functions} if functions else {})
-
-
-def _response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """How the model writes calls: its tokenizer says so, or TRL knows its chat template. None if it writes none."""
-    if not tokenizer.chat_template:
-        return None
-    if own := getattr(tokenizer, "response_template", None):
-        return own
-    from trl.chat_template_utils import add_response_schema, supports_tool_calling
-
-    if not supports_tool_calling(tokenizer) or "tools" not in tokenizer.chat_template:
-        return None
-    try:
-        return add_response_schema(deepcopy(tokenizer)).response_template
-    except ValueError as error:
-        raise ValueError(
-            f"the chat template of {tokenizer.name_or_path!r} writes calls of tools, but neither the tokenizer nor TRL "
-            "says how to parse them; put response_template into tokenizer_config.json, or use the plain form"
-        ) from error
 
 
 def _schema(tool: Callable[..., Any]) -> dict[str, Any]:

@@ -1,0 +1,42 @@
+"""Chat templates are programs that came with a model: they run in a process with limits of time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from rewards.isolation.pool import WorkerPool
+
+LIMIT_S, MEMORY = 10.0, 1 << 30  # a template takes milliseconds
+
+
+def render(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **options: Any
+) -> str:
+    """The text of `tokenizer.apply_chat_template(messages, tools, tokenize=False, **options)`, which is the function of
+    transformers. Raises ValueError with what the template raises, or with the limit that it exceeds.
+
+    >>> render(tokenizer, [{"role": "user", "content": "2 + 3 = ?"}], add_generation_prompt=True)
+    '<|user|>2 + 3 = ?<|assistant|>'
+    """
+    request = {
+        "function": 0,
+        "template": tokenizer.get_chat_template(None, tools),
+        "messages": [{name: value for name, value in turn.items() if value is not None} for turn in messages],
+        "tools": tools,
+        "options": {**tokenizer.special_tokens_map, **options},
+    }
+    [reply] = _pool().run([request])
+    if reply is not None and reply.get("kind") == "died":  # perhaps by somebody's hand: the same once more
+        [reply] = _pool().run([request])
+    assert reply is not None
+    if "kind" in reply:
+        raise ValueError(reply["message"])
+    return str(reply["text"])
+
+
+@cache
+def _pool() -> WorkerPool:
+    description = {"kind": "template", "function": "chat template"}
+    return WorkerPool([description], size=1, timeout_s=LIMIT_S, memory=MEMORY)

@@ -1,0 +1,49 @@
+"""How a model writes calls of tools: by its tokenizer, or by what TRL knows of its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+from rewards.isolation.chat_template import render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """How the model writes calls: its tokenizer says so, or TRL knows its chat template. None if it writes none."""
+    if not tokenizer.chat_template:
+        return None
+    if own := getattr(tokenizer, "response_template", None):
+        return own
+    from trl.chat_template_utils import add_response_schema, supports_tool_calling
+
+    try:
+        if not supports_tool_calling(_Limited(tokenizer)) or "tools" not in tokenizer.chat_template:
+            return None
+    except ValueError:  # the template raises something else than TRL expects, or exceeds a limit
+        return None
+    try:
+        return add_response_schema(deepcopy(tokenizer)).response_template
+    except ValueError as error:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} writes calls of tools, but neither the tokenizer nor TRL "
+            "says how to parse them; put response_template into tokenizer_config.json, or use the plain form"
+        ) from error
+
+
+class _Limited:
+    """A tokenizer for TRL whose template runs in a process with limits."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
+
+    def apply_chat_template(self, messages: Sequence[dict[str, Any]], **_: Any) -> str:
+        try:
+            return render(self._tokenizer, messages)
+        except ValueError as error:
+            if str(error).startswith("TypeError"):  # TRL asks such a template in another way
+                raise TypeError(str(error)) from error
+            raise
