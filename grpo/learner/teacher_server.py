@@ -101,7 +101,7 @@ def _read(answer: bytes, ids: list[int], start: int, k: int) -> list[Position]:
     try:
         found: Any = json.loads(answer)["choices"][0]["prompt_logprobs"]
         positions = [{int(token): float(it["logprob"]) for token, it in place.items()} for place in found[start:]]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise Unusable(f"an answer without prompt_logprobs ({type(error).__name__}: {error})") from error
     if len(found) != len(ids):
         raise Unusable(f"it has read {len(found)} tokens, and {len(ids)} were given")

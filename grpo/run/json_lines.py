@@ -9,6 +9,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+GONE = "was deleted, moved or replaced while the run wrote to it; put it back, and go on with --resume auto"
+
 
 def open_lines(path: Path) -> FileIO:
     """For lines at the end; half a line that a killed writer has left there goes."""
@@ -24,8 +26,11 @@ def open_lines(path: Path) -> FileIO:
 
 
 def append_line(stream: FileIO, values: dict[str, Any]) -> None:
-    """A whole line or, where the disk refuses it, none."""
+    """A whole line or, where the disk refuses it, none. Raises FileNotFoundError where the file is no longer there, in
+    which nobody would find the line."""
     line = json_line(values).encode()
+    if not _is_there(stream):
+        raise FileNotFoundError(f"{stream.name} {GONE}")
     end = stream.seek(0, os.SEEK_END)
     try:
         while line:
@@ -33,6 +38,13 @@ def append_line(stream: FileIO, values: dict[str, Any]) -> None:
     except OSError as error:
         stream.truncate(end)
         raise OSError(error.errno, error.strerror, str(stream.name)) from error  # a full disk says on its own no name
+
+
+def _is_there(stream: FileIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(stream.name), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def json_line(values: dict[str, Any]) -> str:

@@ -95,7 +95,7 @@ def _owner(descriptor: int) -> str:
     try:
         owner = json.loads(os.read(descriptor, 4096))
         return f"process {owner['pid']} on host {owner['host']}"
-    except (ValueError, TypeError, KeyError):  # it has not written its name yet
+    except (ValueError, TypeError, KeyError, RecursionError):  # it has not written its name yet
         return "which has just begun"
 
 

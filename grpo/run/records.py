@@ -50,7 +50,7 @@ def read_events(output_dir: Path) -> list[dict[str, Any]]:
     for line in whole_lines(path) if path.exists() else []:
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         events += [event] if isinstance(event, dict) and "event" in event else []
     return events

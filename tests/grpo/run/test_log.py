@@ -348,7 +348,7 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     log, _ = _open(tmp_path)
 
     class Full(io.BytesIO):
-        name = str(tmp_path / "metrics.jsonl")
+        name, fileno = str(tmp_path / "metrics.jsonl"), log._metrics.fileno
 
         def write(self, data):
             if self.tell() > 20:

@@ -1,11 +1,13 @@
 """What the page of a run is told, over a recorded run of four steps with four groups of four."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
 from grpo.algorithm.statistics import wilson_interval
+from grpo.cli import main
 from grpo.run.records import read_metrics, read_rollouts, split_groups
 from grpo.view.run_files import RunFiles, finite
 
@@ -57,6 +59,15 @@ def test_a_token_that_completes_a_character_has_all_of_it(run):
     assert len(ids) > len("née 😀!")  # characters in several tokens
     assert "".join(run._texts(ids)) == "née 😀!"
     assert not any("�" in text for text in run._texts(ids))
+
+
+def test_a_report_of_damaged_files_has_no_traceback(tmp_path):
+    shutil.copytree(CASE, tmp_path / "run")
+    with open(tmp_path / "run/events.jsonl", "a") as file:
+        file.write('{"event": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    assert main(["report", str(tmp_path / "run")]) == 0
+    (tmp_path / "run/warm_start/tokenizer.json").write_text("")  # tokens are numbers then
+    assert main(["report", str(tmp_path / "run")]) == 0
 
 
 def test_what_is_not_there_is_said(run, tmp_path):
