@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -33,7 +33,7 @@ ENDS = ApiError("the server ends, and the request had no more time (--shutdown_s
 class Wanted:
     """The rows of one request. `news` gives their new tokens, in the event loop of the server."""
 
-    def __init__(self, served: Served, jobs: list[Job]) -> None:
+    def __init__(self, served: Served, jobs: Sequence[Job]) -> None:
         self.served, self.loop = served, asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
         self.rows: list[Row] = [job.request(self._tell) for job in jobs]

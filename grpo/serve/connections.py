@@ -104,5 +104,11 @@ def most_connections() -> tuple[int, int]:
 def settings(application: Starlette, **own: Any) -> uvicorn.Config:
     """What every server of ours has, besides its `own`: a quiet log, and nothing but HTTP/1.1."""
     backlog = max(1, most_connections()[1])
-    common = {"log_level": "error", "http": Connection, "ws": "none", "backlog": backlog, "server_header": False}
+    common: dict[str, Any] = {
+        "log_level": "error",
+        "http": Connection,
+        "ws": "none",
+        "backlog": backlog,
+        "server_header": False,
+    }
     return uvicorn.Config(application, **common | own)

@@ -36,7 +36,7 @@ class Guess:
 
 
 class Slow(Guess):
-    """An async tool. The second call hangs, dies, ends the episode, needs memory or writes much: see the column `fate`."""
+    """An async tool. The second call hangs, dies, ends the episode, needs memory or writes much, as `fate` says."""
 
     def reset(self, fate: str = "", **columns) -> str | None:
         super().reset()

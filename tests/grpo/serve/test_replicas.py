@@ -32,8 +32,8 @@ def test_a_replica_builds_its_own_application_by_a_plain_function(monkeypatch):
     monkeypatch.setattr(replicas, "start_ray", lambda **_: None)
     monkeypatch.setattr(replicas, "stop_ray", lambda: None)
     monkeypatch.setattr(replicas.signal, "signal", lambda *_: None)
+    asked = load(ServeConfig, None, {"model": "micro", "replicas": 2})
     with pytest.raises(Stop):
-        asked = load(ServeConfig, None, {"model": "micro", "replicas": 2})
         replicas.serve_replicas(asked, lambda own, say: (own.replicas, own.threads), print)
     assert isinstance(given["build"], types.FunctionType)
     assert given["build"]() == 1
