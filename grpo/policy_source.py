@@ -131,7 +131,9 @@ def check_model(model: str) -> None:
             hint += "; `make smollm2` prepares models/smollm2-135m-mla" if "smollm2" in model else ""
         if re.fullmatch(r"[\w.-]+", model) and not model.startswith("."):
             hint += f"; if a hub id was meant, write its owner too: OWNER/{model}"
-        raise PolicyError(f"model={model!r}: {'there is no such file; ' if is_file else 'there is no such folder; '}{hint}")
+        raise PolicyError(
+            f"model={model!r}: {'there is no such file; ' if is_file else 'there is no such folder; '}{hint}"
+        )
     if why := hub.why_absent(model):
         raise PolicyError(f"model={model!r} is neither a preset, a checkpoint folder nor a reachable hub id: {why}")
 

@@ -94,8 +94,8 @@ class SamplingParams:
             raise ValueError(f"rollout.group_size={self.group_size}: sample at least 1 completion per prompt")
         if self.temperature and not LOWEST_TEMPERATURE <= self.temperature < float("inf"):
             raise ValueError(
-                f"rollout.temperature={self.temperature}: use 0 (greedy) or a positive number, {LOWEST_TEMPERATURE:g} or "
-                "more"
+                f"rollout.temperature={self.temperature}: use 0 (greedy) or a positive number, {LOWEST_TEMPERATURE:g} "
+                "or more"
             )
         if self.max_completion_tokens < 1:
             raise ValueError(f"rollout.max_completion_tokens={self.max_completion_tokens}: use 1 or more")
