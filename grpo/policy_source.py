@@ -122,8 +122,9 @@ def check_model(model: str) -> None:
     """Refuse early what can only be a mistake: a path that is not there, a misspelt preset."""
     if model in presets.PRESETS or Path(model).is_dir() or gguf.file_of(model):
         return
-    is_file = model.endswith(gguf.SUFFIX)
-    looks_local = is_file or model[:1] in "/.~" or model.count("/") != 1 or Path(model.split("/")[0]).exists()
+    if model.endswith(gguf.SUFFIX):
+        raise PolicyError(f"model={model!r}: there is no such file")
+    looks_local = model.startswith(("/", ".", "~")) or model.count("/") != 1 or Path(model.split("/")[0]).exists()
     if looks_local:
         near = difflib.get_close_matches(model, presets.PRESETS, n=1)
         hint = f"did you mean the preset {near[0]!r}?" if near else f"presets are {', '.join(presets.PRESETS)}"
@@ -131,9 +132,7 @@ def check_model(model: str) -> None:
             hint += "; `make smollm2` prepares models/smollm2-135m-mla" if "smollm2" in model else ""
         if re.fullmatch(r"[\w.-]+", model) and not model.startswith("."):
             hint += f"; if a hub id was meant, write its owner too: OWNER/{model}"
-        raise PolicyError(
-            f"model={model!r}: {'there is no such file; ' if is_file else 'there is no such folder; '}{hint}"
-        )
+        raise PolicyError(f"model={model!r}: there is no such folder; {hint}")
     if why := hub.why_absent(model):
         raise PolicyError(f"model={model!r} is neither a preset, a checkpoint folder nor a reachable hub id: {why}")
 
@@ -199,8 +198,7 @@ def read_shape(options: ModelOptions) -> tuple[PretrainedConfig, bool]:
 def with_threads(config: Config, resume: str | None) -> Config:
     """`config` with a number of threads, which torch uses from now on.
 
-    `config.threads` where it is given. A run that is resumed keeps its number (see `saved_threads`). Otherwise the size
-    of the policy decides.
+    `config.threads` where it is given, else what a resumed run had (see `saved_threads`), else by the policy's size.
     """
     threads = config.threads or saved_threads(config.output_dir, resume)
     if threads is None:
