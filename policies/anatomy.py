@@ -12,6 +12,7 @@ d_n, d_r = the unrotated and rotated part of a query, d_v of a value, S tokens t
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -48,7 +49,8 @@ class Anatomy:
     """Parameters are numbers of weights, where tied ones count once. The `active` ones are those that one token uses:
     the whole embedding, and of the routed experts the share that is chosen. `cache_numbers` and FLOPs are per token
     over all layers, None if layers do not attend fully. `prefill_flops` is the mean over a prompt of `context` tokens,
-    `decode_flops` is for the token after it. `lora_parameters` are the adapters of every default target."""
+    `decode_flops` is for the token after it. `lora_parameters` are the adapters of every default target, 0
+    where peft adapts none of the layers."""
 
     model_type: str
     layers: int
@@ -74,8 +76,8 @@ class Anatomy:
 
     @property
     def lora_rank_within_aim(self) -> int:
-        """The largest rank whose adapters are at most 3 % of the parameters, or 0 if rank 1 has more."""
-        return int(LORA_AIM * self.parameters * self.lora_rank / self.lora_parameters)
+        """The largest rank whose adapters are at most 3 % of the parameters, or 0 if rank 1 has more, or none exist."""
+        return self.lora_parameters and int(LORA_AIM * self.parameters * self.lora_rank / self.lora_parameters)
 
 
 def anatomy(config: PretrainedConfig, mtp_depth: int, *, context: int, lora_rank: int, lora_alpha: float) -> Anatomy:
@@ -108,7 +110,9 @@ def _anatomy(config: PretrainedConfig, mtp_depth: int, context: int, lora_rank: 
         cache = cache_numbers(text) if text is config else None
         prefill, decode = (None, None) if cache is None else _flops(trunk, config, context)
         experts = _experts(trunk, text)
-        Policy(trunk, head, cast(PreTrainedTokenizerBase, None)).add_lora(lora_rank, lora_alpha)
+        policy = Policy(trunk, head, cast(PreTrainedTokenizerBase, None))
+        with suppress(ValueError):  # peft finds no layer that it can adapt
+            policy.add_lora(lora_rank, lora_alpha)
     return Anatomy(
         model_type=config.model_type,
         layers=text.num_hidden_layers,

@@ -46,7 +46,7 @@ def inject(
     "router" is named too. Without "mtp" the head stays fully trainable. As peft starts B at zero, the first step
     changes B alone.
 
-    Raises ValueError, which names a target that matches nothing and the nearest names.
+    Raises ValueError, which names a target that matches nothing and the nearest names, or where nothing can be adapted.
 
     >>> inject(policy.trunk, 8, 16.0, ["o_proj", "experts", "router", "mtp"], policy.mtp)
     """
@@ -54,6 +54,8 @@ def inject(
     defaults = [target for target in DEFAULT_TARGETS if target in available]
     defaults = defaults or sorted(target_names(trunk.get_decoder()))  # GPT-NeoX and others have other names
     wanted = defaults if targets is None else list(targets)
+    if not wanted:  # GPT-2, whose layers are convolutions in name
+        raise ValueError("lora.rank: this policy has no linear layer that an adapter could be added to; leave lora out")
     for target in wanted:
         if target not in available:
             near = difflib.get_close_matches(target, available, n=3) or sorted(available)

@@ -95,7 +95,8 @@ def _rows(a: Anatomy) -> Iterator[tuple[str, str]]:
     reached = f"reached at rank {a.lora_rank_within_aim}" if a.lora_rank_within_aim else "out of reach at this size"
     aim = f"aim: {LORA_AIM:.0%}, {reached}" if a.lora_share > LORA_AIM else ""
     share = f"{a.lora_share:.2%} of the parameters" + (f"; {aim}" if aim else "")
-    yield f"LoRA of rank {a.lora_rank} trains", f"{_count(a.lora_parameters)}, {share}"
+    trains = f"{_count(a.lora_parameters)}, {share}" if a.lora_parameters else "nothing: peft adapts none of the layers"
+    yield f"LoRA of rank {a.lora_rank} trains", trains
     if a.mtp_depth:
         yield "", "and the MTP head in full, unless lora.targets names mtp"
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.cli import main
 from grpo.commands.inspect import inspect, table
+from policies.lora import inject
 from policies.policy import Policy, PolicyError
 
 
@@ -134,9 +135,18 @@ def test_a_model_that_writes_no_text_is_refused_in_a_sentence(tmp_path):
         Policy.load(aria)
 
 
-@pytest.mark.parametrize(("kind", "options"), [("ctrl", {"n_layer": 1, "n_embd": 32, "n_head": 2}), ("blt", {})])
-def test_a_model_of_another_form_is_refused_in_a_sentence(kind, options, tmp_path, capsys):
-    assert main(["policy", "inspect", _as_published(kind, tmp_path, **options)]) == 1
+def test_a_model_whose_layers_take_no_adapters_is_counted(tmp_path, capsys):
+    small = _as_published("gpt2", tmp_path, n_layer=1, n_embd=32, n_head=2, n_positions=64)
+    assert main(["policy", "inspect", small]) == 0
+    assert "nothing: peft adapts none of the layers" in capsys.readouterr().out
+    counted = inspect(small)
+    assert (counted.lora_parameters, counted.lora_rank_within_aim) == (0, 0)
+    with torch.device("meta"), pytest.raises(ValueError, match="lora.rank: this policy has no linear layer"):
+        inject(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small)), 8, 16.0)
+
+
+def test_a_model_of_another_form_is_refused_in_a_sentence(tmp_path, capsys):
+    assert main(["policy", "inspect", _as_published("blt", tmp_path)]) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"quartet: a model of type {kind!r} cannot be counted: ")
+    assert said.startswith("quartet: a model of type 'blt' cannot be counted: ")
     assert len(said) < 500
