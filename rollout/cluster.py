@@ -13,8 +13,9 @@ import atexit
 import logging
 import os
 import secrets
-import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -22,11 +23,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
 
+from policies.files import abandoned
 from rollout.deadline import within
 from rollout.engine import RolloutError
 from rollout.faults import Faults
@@ -34,7 +36,6 @@ from rollout.places import refuse_open
 
 GCS_TIMEOUT_S = 24 * 3600  # Ray's own 60 s end a process while it learns, before `check` can name the reason
 LONGEST_FOLDER = 21  # letters: paths of Ray's sockets begin with it, and systems allow them 103 to 107
-LOCK = "lock"  # the file in the folder of a cluster that the process which has started it keeps locked
 STOPPED_S = 30.0  # how long a process of Ray's may be stopped before it counts as dead
 ASK_S = 60.0  # how long the gcs_server of a cluster may take to answer
 POLL_S, LEAVE_S = 0.2, 5.0  # the second: how long the processes of a cluster that was shut down may take to end
@@ -173,35 +174,12 @@ def _stopped(process: psutil.Process) -> bool:
         return False
 
 
-def _is_free(file: IO[str]) -> bool:
-    """Takes the lock of an open file, which the system gives back when this process ends."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):  # there is none on Windows
-        return False
-    return True
-
-
-def _tidy(place: Path) -> None:
-    """Remove what killed runs have left here: their folders, and those of Ray's processes that end much later."""
-    for path in place.glob(f"quartet-*/{LOCK}"):
-        with suppress(OSError), open(path) as file:  # perhaps somebody else's
-            if not _is_free(file):
-                continue
-            for process in psutil.process_iter():
-                with suppress(psutil.Error):
-                    if process.environ().get("RAY_AUTH_TOKEN_PATH") == str(path.with_name("token")):
-                        process.kill()
-            shutil.rmtree(path.parent, ignore_errors=True)
-
-
 class Seclusion:
     """A private folder for Ray's files, with a token without which this cluster refuses every request.
 
-    Ray and the processes that it starts find the token through environment variables, which `end` restores. What a run
-    that was killed has left is removed first.
+    Ray and the processes that it starts find the token through environment variables, which `end` restores. A small
+    process, in a session of its own, kills what still runs and removes the folder when `end` is called or this process
+    is gone. If it was killed too, the next run does so first.
     """
 
     VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -210,12 +188,19 @@ class Seclusion:
         place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
         if os.name == "posix" and len(place) > LONGEST_FOLDER:
             place = "/tmp"
-        _tidy(Path(place))
+        abandoned.remove_abandoned(Path(place), "quartet-")
         self.folder = Path(tempfile.mkdtemp(prefix="quartet-", dir=place))  # 0700
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-P", abandoned.__file__, str(self.folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self._lock = open(self.folder / "new", "w")  # noqa: SIM115 - held as long as this process lives
-        _is_free(self._lock)  # from now on it is not
-        os.rename(self.folder / "new", self.folder / LOCK)
-        path = self.folder / "token"
+        abandoned.take_lock(self._lock)  # from now on it is not
+        os.rename(self.folder / "new", self.folder / abandoned.LOCK)
+        path = self.folder / abandoned.TOKEN
         path.touch(mode=0o600)
         path.write_text(secrets.token_hex(32))
         self._before = {name: os.environ.pop(name, None) for name in self.VARIABLES}
@@ -223,14 +208,15 @@ class Seclusion:
         self._tell_ray()
 
     def end(self) -> None:
-        """Call it after Ray was shut down. What of Ray still runs is killed, since it would make its folder again."""
+        """Call it after Ray was shut down. What of Ray still runs is killed."""
         for name, value in self._before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
         self._tell_ray()
-        _kill_below(str(self.folder))
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._watcher.communicate()  # it removes the folder once its input ends
+        if self.folder.exists():  # somebody has killed it
+            abandoned.remove(self.folder)
         self._lock.close()
 
     @staticmethod
@@ -328,7 +314,6 @@ def _start_ray(cpus: int, address: str | None, hidden_gpus: int) -> None:
             },
         )
     except Exception as error:  # Ray raises nothing narrower when processes do not start in time
-        _kill_below(str(_seclusion.folder))
         stop_ray()
         raise RolloutError(
             f"Ray did not start: {error} Try again with less other work on this machine, or use rollout.workers=0, "
@@ -339,11 +324,3 @@ def _start_ray(cpus: int, address: str | None, hidden_gpus: int) -> None:
         if hidden_gpus:
             os.environ.pop("CUDA_VISIBLE_DEVICES")
             os.environ |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-
-
-def _kill_below(folder: str) -> None:
-    """Kill what runs of the cluster in this folder: Ray does not where its start fails, or not at once."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if any(folder in word for word in process.cmdline()):
-                process.kill()

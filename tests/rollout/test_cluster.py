@@ -21,7 +21,8 @@ from rollout.cluster import Seclusion
 seclusion = Seclusion()
 child = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"])
 print(seclusion.folder, child.pid, flush=True)
-sys.stdin.readline()
+if sys.stdin.readline().strip() == "alone":
+    seclusion._watcher.kill()
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -29,7 +30,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks of this kind")
-def test_the_folder_and_processes_of_a_killed_run_are_removed_and_those_of_a_living_one_stay(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["watched", "alone"])
+def test_the_folder_and_processes_of_a_killed_run_are_removed_and_those_of_a_living_one_stay(
+    tmp_path, monkeypatch, how
+):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr("rollout.cluster.LONGEST_FOLDER", 200)
     with subprocess.Popen([sys.executable, "-c", OTHER], stdin=-1, stdout=-1, text=True) as other:
@@ -39,7 +43,11 @@ def test_the_folder_and_processes_of_a_killed_run_are_removed_and_those_of_a_liv
         Seclusion().end()
         assert (folder / "token").exists()  # it lives
         assert psutil.pid_exists(int(pid))
-        other.stdin.write("\n")
+        other.stdin.write(f"{how}\n")
+    end = time.monotonic() + 30
+    while how == "watched" and folder.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert folder.exists() == (how == "alone")
     seclusion = Seclusion()
     assert not folder.exists()
     assert psutil.wait_procs([psutil.Process(int(pid))] if psutil.pid_exists(int(pid)) else [], timeout=10)[1] == []
