@@ -46,23 +46,24 @@ def _flags(args: argparse.Namespace) -> dict[str, Any]:
     return {"resume": args.resume, "stop_after": args.stop_after, "force": args.force}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     config = _load(args, args.config)
     if config is None:
-        return
+        return 0
     _begin()
     from grpo.commands import summary
 
     if args.dry_run:
-        return summary.dry_run(config, device_gib=args.device_gib, **_flags(args))
+        return 0 if summary.dry_run(config, device_gib=args.device_gib, **_flags(args)) else EXIT_ERROR
     from grpo.launch import launch
 
     results = launch(config, **_flags(args))
     if results is not None:
         summary.summary(results)
+    return 0
 
 
-def mtp(args: argparse.Namespace) -> None:
+def mtp(args: argparse.Namespace) -> int:
     from grpo.config.mtp import defaults_of_run
 
     file: Path | None = args.config
@@ -71,17 +72,19 @@ def mtp(args: argparse.Namespace) -> None:
     else:
         config = _load(args, brought=defaults_of_run(file) | {"model": str(file)})
     if config is None:
-        return
+        return 0
     _begin()
     from grpo.commands import summary
 
     if args.dry_run:
-        return summary.mtp_dry_run(config, resuming=args.resume is not None, device_gib=args.device_gib)
+        fits = summary.mtp_dry_run(config, resuming=args.resume is not None, device_gib=args.device_gib)
+        return 0 if fits else EXIT_ERROR
     from grpo.config.problems import command_line
     from grpo.mtp import mtp
 
     with command_line():
         summary.summary(mtp(config, **_flags(args)))
+    return 0
 
 
 def evaluate(args: argparse.Namespace) -> int:

@@ -11,27 +11,33 @@ What a rank holds of a sharded learner is in shares.py. Rough, to a third or so:
                   of routed experts keep W + ΔW.
     rollout       latents of all rows at full length, and the logits of one forward; prompts are not counted
 
+    graphs        for each size of a recorded CUDA graph the logits, one layer and the scores of its tokens
+    host          what is built in main memory before it is moved to a device: whole policies, but for shards, which
+                  are read from their files; what `learner.parallel.fsdp_cpu_offload` leaves there, and a worker that
+                  has left its device
+
 Not counted: what torch itself needs (about 0.4 GiB a process, with CUDA 0.5 GiB on the device), fragmentation (leave a
-fifth free), reward models, the evaluation of `quartet sft`, copies of the weights in main memory on their way to a
-Ray worker (one for the learner, one for Ray, one for every worker).
+fifth free), reward models, the evaluation of `quartet sft`, the parts of 1 GB in which weights travel to Ray workers
+through main memory, the compiler of a graph on a CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedTokenizerBase
 
-from grpo.commands.memory_table import WARM_START, DeviceMemory
+from grpo.commands.memory_table import WARM_START, DeviceMemory, each_of, on_devices
 from grpo.commands.shares import Shares, largest_bytes, moment_bytes
 from grpo.config.learner import LoraOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.sampling import RolloutOptions
 from grpo.learner.optimizer import freeze_exact_parts
 from grpo.learner.value import ValueHead
 from grpo.policy_source import read_shape
@@ -45,24 +51,30 @@ from policies.logprobs import CHUNK_ELEMENTS, GRADIENT_CHUNKS
 from policies.mtp import MTPHead
 from policies.policy import Policy
 from rollout.backends import derive
+from rollout.backends.vllm.settings import KV_CACHE_BYTES
+from rollout.compiled.rounds import ENTRIES, ROWS
+from rollout.depth import GRAPH_DEPTHS
 
 Part = TypeVar("Part")
 
 MAX_ROWS = 256  # that an engine decodes together
 
 
-def memory_of_run(shape: PretrainedConfig, head: bool, config: SftConfig | MtpConfig) -> list[DeviceMemory]:
+def memory_of_run(
+    shape: PretrainedConfig, head: bool, config: SftConfig | MtpConfig, gpus: float = 0
+) -> list[DeviceMemory]:
     """One entry per kind of device: a warm start, the learner (rank 0 with the sampler where there are no Ray workers),
-    the other ranks where there are any, and a Ray worker.
+    the other ranks where there are any, and a Ray worker, or what is on a GPU together.
 
-    `head`: there is a draft head. Raises ValueError for adapters that the model cannot have, and for a
-    `learner.parallel` that fits no number of processes.
+    `head`: there is a draft head. `gpus`: see `on_devices`. Raises ValueError for adapters that the model cannot have,
+    and for a `learner.parallel` that fits no number of processes.
     """
     if isinstance(config, MtpConfig):
         learner = head_learner_memory(shape, config)
     elif isinstance(config, TrainConfig):
         learner = learner_memory(shape, head, config, lora_options=config.lora)
-        learner = replace(learner, teacher=teacher_bytes(config))
+        teacher = teacher_bytes(config)
+        learner = replace(learner, teacher=teacher, host=max(learner.host, teacher))
     else:
         return [learner_memory(shape, head, config)]
     found = []
@@ -70,21 +82,22 @@ def memory_of_run(shape: PretrainedConfig, head: bool, config: SftConfig | MtpCo
         found.append(replace(learner_memory(shape, head, config, warm_start=True), name=WARM_START))
     workers = config.rollout.samplers
     ranks = learner.count
-    if not workers:
-        sampler = sampler_memory(shape, head, config)
-        if ranks == 1 and not getattr(config, "lora", None):
-            sampler = replace(sampler, sampler=0)  # it reads the learner's weights, see LocalPool
-        both = {f.name: getattr(learner, f.name) + getattr(sampler, f.name) for f in fields(learner)[2:]}
-        if ranks == 1:
-            return [*found, DeviceMemory("learner and sampler", **both)]
-        first = DeviceMemory("rank 0, which samples", **both)
-        return [*found, first, replace(learner, name=_each(ranks - 1, "other rank"), count=ranks - 1)]
-    sampler = replace(sampler_memory(shape, head, config), name=_each(workers, "worker"), count=workers)
-    return [*found, learner, sampler]
-
-
-def _each(count: int, what: str) -> str:
-    return f"the {what}" if count == 1 else f"each of {count} {what}s"
+    sampler = sampler_memory(shape, head, config, on_gpu=bool(gpus))
+    if workers:
+        sampler = replace(sampler, name=each_of(workers, "worker"), count=workers)
+        found += on_devices(learner, sampler, config, gpus)
+    else:
+        if ranks == 1 and config.rollout.backend != "vllm" and not getattr(config, "lora", None):
+            sampler = replace(sampler, sampler=0, host=0)  # it reads the learner's weights, see LocalPool
+        name = "learner and sampler" if ranks == 1 else "rank 0, which samples"
+        both = replace(learner, count=1).beside(sampler, 1, name, in_turn=False)
+        found.append(replace(both, host=max(learner.host, sampler.host)))  # one is moved before the other is made
+        if ranks > 1:
+            found.append(replace(learner, name=each_of(ranks - 1, "other rank"), count=ranks - 1))
+    if not gpus:
+        return [replace(it, host=0) for it in found]
+    offload = isinstance(config, SftConfig) and config.learner.parallel.fsdp_cpu_offload
+    return [it.offloaded() if offload else it for it in found]
 
 
 def learner_memory(
@@ -142,6 +155,7 @@ def learner_memory(
     loading = sum(weight.nbytes for name, weight in weights.items() if name.startswith("mtp.")) if shares.gathers else 0
     learns_head = policy.lm_head.numel() * 4 if policy.lm_head.requires_grad else 0
     activations = activation_bytes(policy, tokens, row, dtype, depth, config.learner.gradient_checkpointing)
+    whole_policy = sum(weight.nbytes for weight in plain.values()) + buffers
     return DeviceMemory(
         "learner" if shares.ranks == 1 else f"each of {shares.ranks} ranks",
         shares.ranks,
@@ -157,6 +171,7 @@ def learner_memory(
         gathered=round(outside + 4 * layer),
         publication=(sum(published.values()) if grpo else 0) + whole,
         saving=whole,
+        host=whole_policy if shares.ranks == 1 else loading + largest_bytes(weights.values(), dtype.itemsize),
     )
 
 
@@ -183,6 +198,7 @@ def head_learner_memory(shape: PretrainedConfig, config: MtpConfig) -> DeviceMem
         gradients=4 * taught,
         moments=8 * taught,
         activations=states + kept + _logits_bytes(dtype),
+        host=storage_bytes(tensors_of(policy)),
     )
 
 
@@ -197,8 +213,11 @@ def corpus_bytes(shape: PretrainedConfig, config: MtpConfig) -> int:
     return config.steps * tokens * (shape.hidden_size * getattr(torch, config.dtype).itemsize + 32)
 
 
-def sampler_memory(shape: PretrainedConfig, head: bool, config: TrainConfig | MtpConfig) -> DeviceMemory:
-    """What an `Engine` holds that decodes from a copy of the policy, in process or in a Ray worker."""
+def sampler_memory(
+    shape: PretrainedConfig, head: bool, config: TrainConfig | MtpConfig, *, on_gpu: bool = False
+) -> DeviceMemory:
+    """What an `Engine` holds that decodes from a copy of the policy, in process or in a Ray worker; or the server of
+    vLLM that a run starts."""
     dtype, rollout = getattr(torch, config.dtype), config.rollout
     rows = min(rollout.prompts_per_shard * rollout.group_size, MAX_ROWS)
     entry = cache_numbers(shape) or 0
@@ -206,15 +225,30 @@ def sampler_memory(shape: PretrainedConfig, head: bool, config: TrainConfig | Mt
         entry += shape.kv_lora_rank + shape.qk_rope_head_dim
     cache = rows * rollout.max_completion_tokens * entry * dtype.itemsize
     logits = rows * shape.vocab_size * (dtype.itemsize + 4)
+    policy = meta_policy(shape, head and isinstance(shape, DeepseekV3Config), dtype)
+    own = storage_bytes(tensors_of(policy))
+    found = DeviceMemory("sampler", sampler=own, rollout=cache + logits, host=own)
+    if rollout.backend == "vllm":
+        given = 0 if on_gpu else rollout.vllm.engine.get("kv_cache_memory_bytes", KV_CACHE_BYTES)
+        return DeviceMemory("sampler") if rollout.vllm.url else replace(found, rollout=given or found.rollout)
     if not isinstance(shape, DeepseekV3Config):  # its own forward decodes, and its parameters are cast in place
-        own = storage_bytes(tensors_of(meta_policy(shape, False, dtype)))
-        return DeviceMemory("sampler", sampler=own, rollout=cache + logits)
-    policy = meta_policy(shape, head, dtype)
+        return found
     unbiased = deepcopy(shape)  # what is derived from biases is small, and cannot be derived without storage
     unbiased.attention_bias = False
     derived = derived_bytes(meta_policy(unbiased, head, dtype), dtype, device_of(config.device))
-    own = storage_bytes(tensors_of(policy))
-    return DeviceMemory("sampler", sampler=own, derived=derived, rollout=cache + logits, publication=derived)
+    graphs = graph_bytes(policy, config.rollout, dtype) if on_gpu and rollout.compile == "on" else 0
+    return replace(found, derived=derived, publication=derived, graphs=graphs)
+
+
+def graph_bytes(policy: Policy, rollout: RolloutOptions, dtype: torch.dtype) -> int:
+    """What CUDA graphs of every number of rows and drafts keep for themselves, for caches of one size. Rough."""
+    config, layers = policy.config, _kept_bytes(policy.trunk, policy.config, dtype)
+    entries = -(-(ASSUMED_PROMPT + rollout.max_completion_tokens) // ENTRIES) * ENTRIES
+    drafts = rollout.draft_tokens or 0
+    depths = (0,) if policy.mtp is None else GRAPH_DEPTHS if rollout.draft_tokens is None else {0, drafts}
+    tokens = sum(rows * (depth + 1) for rows in ROWS for depth in depths)
+    scores = config.num_attention_heads * entries * 4
+    return tokens * (config.vocab_size * (dtype.itemsize + 4) + max(layers.values(), default=0) + scores)
 
 
 def activation_bytes(

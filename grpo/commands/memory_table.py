@@ -1,11 +1,18 @@
-"""What a device holds in a run, and the table that `--dry_run` prints of it."""
+"""What a device holds in a run, which processes share a GPU, and the table that `--dry_run` prints of it.
+
+Processes are placed as rollout/places.py and grpo/launch.py place them, and Ray does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from math import ceil
+from typing import Any
 
 from rich.table import Table
+
+from grpo.config.run import RunConfig, SftConfig
 
 WARM_START = "warm start"  # it is over before GRPO begins
 
@@ -13,10 +20,12 @@ WARM_START = "warm start"  # it is over before GRPO begins
 @dataclass(frozen=True)
 class DeviceMemory:
     """Bytes on one device. The fields before `loading` are held all the time, gradients only while a step learns, and
-    the others one at a time."""
+    the others one at a time. `host` is in main memory, where the run has devices with memory of their own."""
 
     name: str
     count: int = 1  # of such devices
+    in_turn: bool = False  # the sampler leaves the device while the learner works
+    on_host: bool = False  # the process uses no device, though others do
     weights: int = 0  # of the policy that learns, adapters and draft head with it
     masters: int = 0
     gradients: int = 0
@@ -31,8 +40,10 @@ class DeviceMemory:
     activations: int = 0
     gathered: int = 0  # by FSDP, beside the activations
     rollout: int = 0
+    graphs: int = 0  # the memory that recorded CUDA graphs keep for themselves
     publication: int = 0  # W + ΔW, and what was derived before, until the new is there; a weight that is whole
     saving: int = 0  # a weight that is whole
+    host: int = 0  # what a process holds in main memory while it loads, or while it has left the device
 
     @property
     def phases(self) -> dict[str, int]:
@@ -43,11 +54,12 @@ class DeviceMemory:
         """
         loaded = self.weights + self.reference + self.teacher
         steady = loaded + self.masters + self.moments + self.sampler + self.derived
-        steady += self.older + self.buffers
+        steady += self.older + self.buffers + self.graphs
+        away = self.sampler + self.derived + self.graphs if self.in_turn else 0
         return {
             "loading": loaded + self.loading,
             "sampling": steady + self.rollout,
-            "learning": steady + self.gradients + self.activations + self.gathered,
+            "learning": steady - away + self.gradients + self.activations + self.gathered,
             "publishing": steady + self.publication,
             "saving": steady + self.saving,
         }
@@ -55,6 +67,63 @@ class DeviceMemory:
     @property
     def peak(self) -> int:
         return max(self.phases.values())
+
+    def beside(self, other: DeviceMemory, times: int, name: str, *, in_turn: bool) -> DeviceMemory:
+        """This process and `times` others of one kind on the same device.
+
+        >>> both = DeviceMemory("a", weights=2).beside(DeviceMemory("b", sampler=5), 2, "both", in_turn=True)
+        >>> both.phases
+        {'loading': 2, 'sampling': 12, 'learning': 2, 'publishing': 12, 'saving': 12}
+        """
+        sizes = {f.name: getattr(self, f.name) + times * getattr(other, f.name) for f in fields(self)[4:]}
+        return DeviceMemory(name, self.count, in_turn, **sizes)
+
+    def offloaded(self) -> DeviceMemory:
+        """With `learner.parallel.fsdp_cpu_offload`: the shards of the learner are in main memory."""
+        shards: dict[str, Any] = dict.fromkeys(("weights", "masters", "gradients", "moments", "reference", "older"), 0)
+        return replace(self, **shards, host=self.host + sum(getattr(self, name) for name in shards))
+
+
+def each_of(count: int, what: str) -> str:
+    return f"the {what}" if count == 1 else f"each of {count} {what}s"
+
+
+def on_devices(learner: DeviceMemory, worker: DeviceMemory, config: RunConfig, gpus: float) -> list[DeviceMemory]:
+    """The devices of the learners and of the Ray workers, from what one process of each holds.
+
+    `gpus`: how many there are. 0 is a run on CPUs, where no process has a device of its own. Infinity: as many as the
+    run asks for.
+    """
+    share, workers, ranks = config.rollout.gpus_per_worker, worker.count, learner.count
+    if not gpus:
+        return [learner, worker]
+    placed_by_ray = isinstance(config, SftConfig) and config.learner.workers > 0
+    no_others = gpus <= ranks and not placed_by_ray
+    if not share or (no_others and config.rollout.ahead):  # Ray is shown the GPUs that the learners leave: none
+        return [learner, replace(worker, name=f"{worker.name}, on CPUs", on_host=True)]
+    on_one = min(int(1 / share + 1e-6), workers)
+    if not (config.rollout.colocate or no_others):
+        return [learner, *_together(worker, workers, on_one)]
+    beside = 1 if placed_by_ray else on_one  # a learner that Ray has placed leaves room for one, see gpu_share
+    shared = min(ranks, ceil(workers / beside))
+    company = "worker" if beside == 1 else f"{beside} workers"
+    learners = "learner" if ranks == 1 else "one rank" if shared == 1 else f"each of {shared} ranks"
+    name = f"{learners} and {company}, in turn"
+    devices = [replace(learner, count=shared).beside(worker, beside, name, in_turn=True)]
+    if ranks > shared:
+        devices.append(replace(learner, name=each_of(ranks - shared, "other rank"), count=ranks - shared))
+    if workers > shared * beside:
+        devices += _together(worker, workers - shared * beside, on_one)
+    return devices
+
+
+def _together(worker: DeviceMemory, workers: int, on_one: int) -> list[DeviceMemory]:
+    """Workers without a learner on their devices, `on_one` on each."""
+    if on_one == 1:
+        return [replace(worker, name=each_of(workers, "worker"), count=workers)]
+    count = ceil(workers / on_one)
+    name = f"{'the GPU' if count == 1 else f'each of {count} GPUs'} of {on_one} workers"
+    return [replace(worker, count=count).beside(worker, on_one - 1, name, in_turn=False)]
 
 
 ROWS = {
@@ -67,6 +136,7 @@ ROWS = {
     "sampler": "sampler: its own copy",
     "derived": "sampler: derived from it",
     "older": "older weights, for the batch in flight",
+    "graphs": "recorded CUDA graphs ≈",
     "buffers": "buffers of FSDP",
     "activations": "then: activations of a micro-batch ≈",
     "gathered": "with: layers that FSDP has gathered ≈",
@@ -74,6 +144,7 @@ ROWS = {
     "publication": "or: publication of the weights",
     "saving": "or: a whole weight, to save it",
     "peak": "at most, about",
+    "host": "main memory while loading ≈",
 }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,9 +146,10 @@ def dry_run(
     stop_after: int | None = None,
     force: bool = False,
     device_gib: float | None = None,
-) -> None:
+) -> bool:
     """Check output folder, data, template, rewards and model without training, as the run with these flags would; print
-    counts, estimates, and whether this machine, or devices of `device_gib`, have what they ask for."""
+    counts, estimates, and whether this machine, or devices of `device_gib`, have what they ask for, which is
+    returned."""
     check_options(config)
     if isinstance(config, TrainConfig):
         own.check(config.loss)
@@ -162,12 +164,12 @@ def dry_run(
         for name, value in (*_counts(config, task), *rows):
             table.add_row(name, value)
         CONSOLE.print(table)
-    _show_memory(memory.memory_of_run(shape, head, config), config, disk, device_gib)
+    return _show_memory(partial(memory.memory_of_run, shape, head), config, disk, device_gib)
 
 
-def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float | None = None) -> None:
+def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float | None = None) -> bool:
     """Check data, template, rewards, model and folder of `quartet mtp` without training; print counts, FLOPs per token
-    of the head, memory and disk."""
+    of the head, memory and disk. Returns whether that fits."""
     refuse_folder(config.output_dir, resuming=resuming)
     shape, _ = read_shape(config.model_copy(update={"add_mtp": True}))
     assert isinstance(shape, DeepseekV3Config)  # others have been refused
@@ -195,16 +197,27 @@ def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float 
     saved = math.ceil(config.steps / config.checkpoint.every) + config.head.epochs
     kept = min((config.checkpoint.keep or saved) + 1, saved)  # the next one is complete before the oldest goes
     disk = learner.weights + kept * (learner.gradients + learner.moments) + memory.corpus_bytes(shape, config)
-    _show_memory(memory.memory_of_run(shape, True, config), config, disk, device_gib)
+    return _show_memory(partial(memory.memory_of_run, shape, True), config, disk, device_gib)
 
 
 def _show_memory(
-    devices: Sequence[DeviceMemory], config: SftConfig | MtpConfig, disk: float, gib: float | None
-) -> None:
-    """Print memory by device, and whether this machine has that much, and `disk` bytes of disk."""
+    plan: Callable[[Any, float], Sequence[DeviceMemory]], config: SftConfig | MtpConfig, disk: float, gib: float | None
+) -> bool:
+    """Print memory by device, and whether this machine has that much, and `disk` bytes of disk. Returns whether."""
+    there = machine.Memory.there(hardware.device_of(config.device), gib)
+    devices = plan(config, there.gpus)
     CONSOLE.print(memory_table.table(devices))
-    for line in machine.verdicts(devices, hardware.device_of(config.device), config.output_dir, disk, gib):
-        CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def less() -> str:
+        CONSOLE.print("looking for options with which it fits ...")
+        return machine.less_memory(config, lambda other: there.used(plan(other, there.gpus)), there.gpus)
+
+    keep = "" if config.checkpoint.keep == 1 else f"lower checkpoint.keep={config.checkpoint.keep}, "
+    less_disk = f"{keep}make room, or use another output_dir"
+    verdicts = list(machine.verdicts(devices, there, config.output_dir, disk, less, less_disk))
+    for verdict in verdicts:
+        CONSOLE.print(verdict.line, markup=False, highlight=False, soft_wrap=True)
+    return all(verdict.fits for verdict in verdicts)
 
 
 def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:

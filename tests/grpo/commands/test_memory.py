@@ -10,6 +10,7 @@ import re
 import runpy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from grpo import policy_source
 from grpo.cli import main
-from grpo.commands import memory, memory_table, shares
+from grpo.commands import machine, memory, memory_table, shares
 from grpo.commands.memory import (
     activation_bytes,
     derived_bytes,
@@ -363,10 +364,12 @@ def test_moonlights_configurations_pass_the_dry_run(name, monkeypatch, capsys, t
     """On the data that is always there; the file's own is GSM8K. What it prints is what the README says."""
     monkeypatch.setattr(policy_source, "check_optimizer", lambda options: None)  # it is an extra
     monkeypatch.setattr(memory, "will_block", lambda dtype, device: False)  # as on a GPU
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
     monkeypatch.chdir(tmp_path)
     command = "mtp" if name == "1_mtp" else "train"
     words = [command, str(MOONLIGHT / f"{name}.yaml"), "--model", str(MOONLIGHT / "architecture")]
-    assert main([*words, "--data.name", "word_problems", "--dry_run"]) == 0
+    gib = "141" if name == "2_grpo_lora" else "80"  # of the devices that README.md names
+    assert main([*words, "--data.name", "word_problems", "--dry_run", "--device_gib", gib]) == 0
     shown = capsys.readouterr().out
     assert ("3.85" if name == "4_grpo_full" else "30.8") in shown  # GiB of bfloat16 weights
     assert ("each of 4 workers" in shown) == (name == "3_grpo_lora_workers")
