@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from grpo.learner.batch import PackedRow, Sample, collate
 from policies.logprobs import token_logprobs
@@ -27,8 +28,7 @@ def check_agreement(policy: Policy) -> None:
     kind, config = policy.config.model_type, policy.config
     if policy.trunk.get_output_embeddings() is None:
         raise _refusal(kind, "it has no LM head")
-    if scaled := [name for name in RESCALED if getattr(config, name, None) not in (None, 1.0)]:
-        raise _refusal(kind, f"its logits are not LM head · hidden state ({scaled[0]}={getattr(config, scaled[0])})")
+    refuse_rescaled(config)
     dtype = next(policy.parameters()).dtype
     try:
         sampled, packed, own = _three_ways(policy, dtype)
@@ -40,6 +40,13 @@ def check_agreement(policy: Policy) -> None:
             raise _refusal(
                 kind, f"the {name} computes other log-probabilities than its own forward, by {difference:.1g}"
             )
+
+
+def refuse_rescaled(config: PretrainedConfig) -> None:
+    """Raises PolicyError where logits are made of LM head · hidden state by a further step."""
+    if scaled := [name for name in RESCALED if getattr(config, name, None) not in (None, 1.0)]:
+        value = getattr(config, scaled[0])
+        raise _refusal(config.model_type, f"its logits are not LM head · hidden state ({scaled[0]}={value})")
 
 
 def _refusal(kind: str, reason: str) -> PolicyError:

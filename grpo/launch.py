@@ -7,17 +7,18 @@ import shutil
 from dataclasses import replace
 from typing import Any, cast
 
+from grpo.checks.parts import gpu_share
+from grpo.checks.run import check_run
 from grpo.config.problems import command_line
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.held_out import Result
 from grpo.learner.parallel import RankFailed, join
-from grpo.policy_source import check_options, with_threads
+from grpo.policy_source import with_threads
 from grpo.run import stop
 from grpo.run.hardware import device_of
 from grpo.run.stop import Stopped, StopSignal, ignore_signals
 from grpo.sft import sft
 from grpo.train import train
-from rollout.places import refuse_open
 
 
 def launch(config: SftConfig, **flags: Any) -> Result | None:
@@ -25,9 +26,7 @@ def launch(config: SftConfig, **flags: Any) -> Result | None:
 
     `flags` are resume, stop_after and force.
     """
-    check_options(config)
-    if "WORLD_SIZE" not in os.environ and (config.learner.workers or config.rollout.samplers):
-        refuse_open()
+    check_run(config)
     config = with_threads(config, flags.get("resume"))
     if config.learner.workers and "WORLD_SIZE" not in os.environ:
         return _through_ray(config, flags)
@@ -83,26 +82,6 @@ def _through_ray(config: SftConfig, flags: dict[str, Any]) -> Result:
     if isinstance(ended, Stopped):
         raise ended
     return ended
-
-
-def gpu_share(config: SftConfig) -> float:
-    """What Ray gives each rank of a GPU: all of it, or with `rollout.colocate` what a worker leaves.
-
-    More than half, so that no two ranks get the same one. Raises ValueError where a worker would leave less.
-
-    >>> gpu_share(TrainConfig(output_dir="r", rollout={"workers": 2, "colocate": True, "gpus_per_worker": 0.4}))
-    0.6
-    """
-    rollout = config.rollout
-    if not (rollout.colocate and rollout.samplers):
-        return 1.0
-    if rollout.gpus_per_worker >= 0.5:
-        raise ValueError(
-            f"rollout.gpus_per_worker={rollout.gpus_per_worker:g} with rollout.colocate=true and learner.workers="
-            f"{config.learner.workers}: Ray places both, and each learner needs more than half of a GPU, so that no "
-            "two share one; set it to 0.4"
-        )
-    return round(1.0 - rollout.gpus_per_worker, 4)  # Ray knows ten-thousandths
 
 
 def _rank(given: dict[str, Any]) -> Result | Stopped | None:

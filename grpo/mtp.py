@@ -11,7 +11,6 @@ Each of the others is an epoch over all of that, which
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from grpo.checks.run import check_run, open_task
 from grpo.config.mtp import MtpConfig
 from grpo.config.problems import python_words
 from grpo.data.examples import Example
@@ -54,15 +54,13 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
 
     Raises Stopped when the run was asked to end early, PolicyError for a model that can have no draft head.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("quartet mtp teaches in one process; start it without accelerate (rollout.workers may sample)")
-    _check_model(config)
+    check_run(config)
     config = with_threads(config, resume)
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
     last = config.steps + config.head.epochs
     with (
-        Task.of(config) as task,
-        nullcontext(_Streams(task, config)) as streams,  # refuses before the folder is touched
+        open_task(config) as task,
+        nullcontext(Streams(task, config)) as streams,  # refuses before the folder is touched
         Run.open(config, last, task.describe_rewards(), **flags) as run,
     ):
         task.record_split(run.log)
@@ -108,11 +106,6 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
     return Result(run.folder, policy, held_out.results)
 
 
-def _check_model(config: MtpConfig) -> str:
-    """The checkpoint or preset of the model, which must be one that can have a head, also with `add_mtp: false`."""
-    return check_options(config.model_copy(update={"add_mtp": True}))
-
-
 def _policy_with_head(config: MtpConfig, task: Task, begins: bool) -> Policy:
     """The policy, with the head that its checkpoint brings, or with one that starts as the trunk's last layer."""
     policy = load_policy(config, task.corpus())
@@ -149,7 +142,7 @@ def split(task: Task, seed: int) -> tuple[list[Example], list[Example]]:
     return [e for e in task.train if id(e) not in held_out], [e for e in task.train if id(e) in held_out]
 
 
-class _Streams:
+class Streams:
     """In which order prompts are taken: those that are taught, those that are held out, and gold solutions."""
 
     def __init__(self, task: Task, config: MtpConfig) -> None:
@@ -186,7 +179,7 @@ class _Streams:
 def _sample(
     run: Run[MtpConfig],
     task: Task,
-    streams: _Streams,
+    streams: Streams,
     pool: Pool,
     params: SamplingParams,
     learner: HeadLearner,

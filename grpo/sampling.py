@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.environment import AgentOptions, EnvironmentOptions
@@ -27,6 +28,7 @@ from rollout.environments.protocol import answers_of, check, chosen, tools_of
 from rollout.group import AGENT_REWARD, REWARD, Prompt, RolloutGroup, environment_reward
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
+NO_GRAPH = "compile=on: {}, so no graph can decode; leave it out"
 FEWEST_ROUNDS = 100_000  # in which graphs gain three times what they took to compile, .35 ms a layer and round
 
 
@@ -60,29 +62,38 @@ def sampling_params(
     fewest = FEWEST_ROUNDS * (1 if params.draft_tokens is not None else len(GRAPH_DEPTHS))
     if options.compile == "off" or (options.compile == "auto" and rounds < fewest):
         return params
-    why = _no_graph(policy, params, options, dtype)
+    why = _no_graph(policy, policy.device, sources, options, dtype)
     if why and options.compile == "on":
-        raise ValueError(f"compile=on: {why}, so no graph can decode; leave it out")
+        raise ValueError(NO_GRAPH.format(why))
     return replace(params, compiled=not why)
 
 
-def _no_graph(policy: Policy, params: SamplingParams, options: SamplingOptions, dtype: str) -> str | None:
+def refuse_compile(policy: Policy, options: SamplingOptions, dtype: str, device: torch.device) -> None:
+    """Raises the ValueError of `sampling_params` for a policy that will be on `device`."""
+    sources = tuple(getattr(options, "draft_sources", ["head"]))
+    if options.compile == "on" and (why := _no_graph(policy, device, sources, options, dtype)):
+        raise ValueError(NO_GRAPH.format(why))
+
+
+def _no_graph(
+    policy: Policy, device: torch.device, sources: tuple[str, ...], options: SamplingOptions, dtype: str
+) -> str | None:
     if policy.backend != "native" or getattr(options, "backend", None) == "vllm":
         return "this policy is not decoded by our own engine"
-    if policy.device.type == "cuda":
+    if device.type == "cuda":
         if options.compile == "auto":
             return "no GPU has told yet what recorded rounds gain"
-    elif policy.device.type != "cpu":
-        return f"the policy is on {policy.device.type}, where nobody has tried it"
+    elif device.type != "cpu":
+        return f"the policy is on {device.type}, where nobody has tried it"
     elif dtype != "float32":
         return f"dtype={dtype}, and graphs compute in float32 on a CPU"
     elif shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
         return f"there is no C++ compiler ({compiler})"
     if isinstance(options, RolloutOptions) and {options.quantization, options.draft_quantization} - {"none", None}:
         return "a graph has no matrices of fewer bits"
-    if params.looks_up:
-        return f"draft_sources={list(params.draft_sources)} looks drafts up"
-    return "accept=margin takes drafts unverified" if params.accept != "exact" else None
+    if any(source != "head" for source in sources):
+        return f"draft_sources={list(sources)} looks drafts up"
+    return "accept=margin takes drafts unverified" if options.accept != "exact" else None
 
 
 def environment_of(options: object) -> EnvironmentSpec | None:

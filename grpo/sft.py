@@ -12,6 +12,7 @@ from functools import partial
 from math import nan
 from typing import Any
 
+from grpo.checks.run import check_run, open_task
 from grpo.config.problems import python_words
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.data.curriculum import ramp
@@ -22,7 +23,7 @@ from grpo.learner.base import counts, in_4_bits
 from grpo.learner.build import sft_learner
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.loop import Run
-from grpo.policy_source import check_options, load_policy, save_policy, with_threads
+from grpo.policy_source import load_policy, save_policy, with_threads
 from grpo.run.pool import open_run_pool
 from grpo.sampling import environment_of, sampling_params
 from grpo.task import Task
@@ -40,16 +41,18 @@ def sft(
     ranks: Ranks = ALONE,
 ) -> Result:
     """The policy is saved to `output_dir/policy`. Raises Stopped when the run was asked to end early."""
-    check_options(config)
+    check_run(config)
     config = with_threads(config, resume)
     steps = config.warm_start.steps
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
     with (
-        Task.of(config, scores=ranks.first) as task,
+        open_task(config, scores=ranks.first) as task,
         Run.open(config, steps, task.describe_rewards(), ranks=ranks, **flags) as run,
     ):
         task.record_split(run.log)
         policy = load_policy(config, task.corpus(), ranks)
+        if task.heldout:
+            task.check_lengths(policy, config.rollout.max_completion_tokens)
         results: dict[str, Evaluation] = {}
         if run.step == 0:
             results |= _evaluate("before", run, task, policy)

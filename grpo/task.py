@@ -27,12 +27,12 @@ from grpo.data.prompts import PromptTemplate, encode_prompt
 from grpo.data.reasoning_gym import PREFIX
 from grpo.data.word_problems import shared_with_training
 from grpo.learner.batch import PackedRow, Sample
-from grpo.policy_source import find_policy, known_context
+from grpo.policy_source import known_context
 from grpo.reward_models import ModelRewards
 from grpo.run.hardware import device_of
 from grpo.run.log import RunLog
 from grpo.sampling import Actor, agent_of, environment_of
-from policies.policy import Policy, read_tokenizer
+from policies.policy import Policy
 from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec
@@ -90,7 +90,7 @@ class Task:
         self.prompts_per_step = 0
         self.leads, self.scores = scores, scores and bool(rewards)
         self.actor = Actor(environment, known[0], agent)
-        specs = [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
+        specs = reward_specs(rewards)
         self.reward_weights = {spec.label: spec.weight for spec in specs}
         first = specs[0] if specs else RewardSpec("")
         self.first_reward, self.read_answer = first.label, answer_reader(first.function, first.arguments)
@@ -117,7 +117,8 @@ class Task:
         self.verdicts = Verdicts(self.first_reward, declared, gold.parts[self.first_reward][0])
 
     @classmethod
-    def of(cls, config: SftConfig | MtpConfig, *, scores: bool = True) -> Task:
+    def of(cls, config: SftConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:
+        """Without `model_known` nothing is asked of the model, so that the data can be checked when it is not there."""
         held = config.eval
         task = cls(
             config.data,
@@ -129,8 +130,8 @@ class Task:
             heldout_levels=held.levels,
             reward_models=config.reward_models,
             device=config.device,
-            met=trained_on(config.model),
-            contexts=_contexts(config),
+            met=trained_on(config.model) if model_known else (),
+            contexts=_contexts(config) if model_known else {},
             scores=scores,
             environment=environment_of(config),
             agent=agent_of(config),
@@ -229,13 +230,6 @@ class Task:
     def prompt(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         return encode_prompt(example, tokenizer, self.template)
 
-    def check_chat_template(self, model: str) -> None:
-        """Raises ValueError where the chat template of `model`, if it is used, fails on an example."""
-        if self.template.is_chat:
-            tokenizer = read_tokenizer(find_policy(model, read=False).base)
-            for example in (*self.train, *self.heldout):
-                self.template.render(example, tokenizer)
-
     def solution(self, example: Example, tokenizer: PreTrainedTokenizerBase, stop: int, raw: bool = False) -> PackedRow:
         """Prompt and gold solution as a row to learn from; the solution ends with the stop token.
 
@@ -293,6 +287,10 @@ class Task:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def reward_specs(rewards: Sequence[RewardOptions]) -> list[RewardSpec]:
+    return [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
 
 
 def _two_splits(

@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo.agents.pool import with_agent
 from grpo.ahead import Batches
-from grpo.algorithm import own
+from grpo.checks.run import check_run, open_task
 from grpo.collector import Collector
 from grpo.config.problems import python_words
 from grpo.config.reward import with_rewards
@@ -21,16 +21,15 @@ from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.loop import Run
-from grpo.policy_source import check_options, save_policy, with_threads
+from grpo.policy_source import save_policy, with_threads
 from grpo.publisher import Publisher
-from grpo.reward_models import check_teacher, load_teacher
+from grpo.reward_models import load_teacher
 from grpo.run import checkpoint
 from grpo.run.memory_errors import phase
 from grpo.run.pool import open_run_pool, use_costs_of_run
 from grpo.run.resume import BaseWeights
 from grpo.sampling import environment_of, sampling_params
 from grpo.sft import first_policy, warm_start
-from grpo.task import Task
 from rewards.protocol import Reward
 
 
@@ -48,13 +47,12 @@ def train(
 
     Raises Stopped when the run was asked to end early.
     """
-    check_options(config)
-    own.check(config.loss)
-    check_teacher(config)
-    config = with_threads(with_rewards(config, reward), resume)
+    config = with_rewards(config, reward)
+    check_run(config)
+    config = with_threads(config, resume)
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
     with (
-        Task.of(config, scores=ranks.first) as task,
+        open_task(config, scores=ranks.first) as task,
         Run.open(config, config.steps, task.describe_rewards(), ranks=ranks, **flags) as run,
     ):
         task.record_split(run.log)

@@ -235,6 +235,14 @@ def check_policy(folder: Path) -> None:
         )
 
 
+def check_files(folder: Path) -> None:
+    """Raises PolicyError for what `load` refuses of a folder, as far as the headers of its files tell."""
+    config, files = read_config(folder, writes=True), WeightFiles(folder)
+    if isinstance(config, DeepseekV3Config) and files.shapes and not packed.is_packed(config):
+        hf.check_tensors(files, config)
+    read_tokenizer(folder)
+
+
 def read_config(source: str | Path, *, writes: bool = False) -> PretrainedConfig:
     """The configuration of a folder, a GGUF file or hub id. Raises PolicyError, which names fields that contradict each
     other, and where it `writes`, for a model of a kind that writes no text."""

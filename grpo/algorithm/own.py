@@ -15,8 +15,9 @@ The code runs in the process that learns, so it is trusted as the user's own pro
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -76,10 +77,36 @@ def aggregate_of(loss_type: str) -> LossType:
 
 
 def check(options: LossOptions) -> None:
-    """Raises ValueError for a file or function that is not there or not marked, before any model is loaded."""
+    """Raises ValueError for a file or function that is not there, not marked or takes something else, and for an
+    `aggregate` that no loss has, before any model is loaded."""
     for name, kind in ((options.advantage, "advantage"), (options.loss_type, "objective")):
         if is_own(name):
             _load(name, kind)
+
+
+def try_out(options: LossOptions, group_size: int) -> None:
+    """Calls the user's functions once, with numbers made up for two groups. Raises ValueError where one fails or gives
+    something else than it should, besides what `check` raises."""
+    check(options)
+    rewards = [[float(i % 2) for i in range(group_size)], [float(i == 0) for i in range(group_size)]]
+    ones = torch.ones(2, group_size)
+    for name, call in (
+        (options.advantage, lambda name: estimate(name, rewards)),
+        (options.loss_type, lambda name: _shaped(name, objective_of(name)(ones, ones, -ones, options), ones)),
+    ):
+        if is_own(name):
+            try:
+                call(name)
+            except ValueError:
+                raise
+            except Exception as error:  # whatever the user's code raises
+                raise ValueError(f"{name} failed when it was tried: {type(error).__name__}: {error}") from error
+
+
+def _shaped(name: str, found: object, like: Tensor) -> None:
+    if not isinstance(found, Tensor) or found.shape != like.shape:
+        shown = list(found.shape) if isinstance(found, Tensor) else found
+        raise ValueError(f"loss.loss_type={name} gave {shown}; give a tensor {list(like.shape)}")
 
 
 def _load(name: str, kind: str) -> Callable[..., Tensor]:
@@ -87,4 +114,13 @@ def _load(name: str, kind: str) -> Callable[..., Tensor]:
     if getattr(function, "quartet", None) != kind:
         mark = "@grpo.advantage" if kind == "advantage" else '@grpo.objective(aggregate="dapo")'
         raise ValueError(f"{name} is not marked: write {mark} above it")
+    takes = ("rewards_PG",) if kind == "advantage" else ("ratio", "advantages", "policy_logprobs", "options")
+    try:
+        inspect.signature(function).bind(*takes)
+    except TypeError as error:
+        shown = f"{name.rpartition(':')[2]}{inspect.signature(function)}"
+        raise ValueError(f"{name}: {shown} is called with {', '.join(takes)}, and {error}; give it these") from error
+    if kind == "objective" and (aggregate := function.aggregate) not in get_args(LossType):  # type: ignore[attr-defined]
+        known = ", ".join(get_args(LossType))
+        raise ValueError(f"{name} has aggregate={aggregate!r}, which is no loss; use one of {known}")
     return function

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from rich import box
 from rich.table import Table
 from transformers import DeepseekV3Config, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.algorithm import own
+from grpo.checks.parts import check_prompts
+from grpo.checks.run import check_run, open_task
 from grpo.commands import machine, memory, memory_table
 from grpo.commands.draft_colours import LEGEND, coloured
 from grpo.commands.memory_table import DeviceMemory
@@ -22,15 +24,17 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.evaluation.held_out import Result
-from grpo.policy_source import check_options, read_shape
-from grpo.reward_models import check_teacher
+from grpo.mtp import Streams
+from grpo.policy_source import find_policy, read_shape
 from grpo.run import hardware
 from grpo.run.console import Terminal, visible
 from grpo.run.lock import refuse_folder
 from grpo.run.plots import plot_quietly
 from grpo.run.resume import saved_state
+from grpo.run.reward_record import refuse_changed_rewards
 from grpo.task import Task
 from policies import four_bit
+from policies.checkpoint import check_policy
 from policies.mtp import MTPHead
 from rollout.group import RolloutGroup, tokens_per_forward
 
@@ -150,15 +154,14 @@ def dry_run(
     """Check output folder, data, template, rewards and model without training, as the run with these flags would; print
     counts, estimates, and whether this machine, or devices of `device_gib`, have what they ask for, which is
     returned."""
-    check_options(config)
-    if isinstance(config, TrainConfig):
-        own.check(config.loss)
-        check_teacher(config)
+    _check(config, device_gib)
     saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=_steps(config))
     refuse_folder(config.output_dir, resuming=resume is not None)
     shape, head = read_shape(config)
-    with Task.of(config) as task:
-        task.check_chat_template(config.model)
+    with open_task(config) as task:
+        if resume is not None and not force:
+            refuse_changed_rewards(config.output_dir, task.describe_rewards())
+        check_prompts(config, task)
         table = Table(title="dry run: nothing was trained", show_header=False)
         rows, disk = _estimates(config, shape, head)
         for name, value in (*_counts(config, task), *rows):
@@ -170,6 +173,7 @@ def dry_run(
 def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float | None = None) -> bool:
     """Check data, template, rewards, model and folder of `quartet mtp` without training; print counts, FLOPs per token
     of the head, memory and disk. Returns whether that fits."""
+    _check(config, device_gib)
     refuse_folder(config.output_dir, resuming=resuming)
     shape, _ = read_shape(config.model_copy(update={"add_mtp": True}))
     assert isinstance(shape, DeepseekV3Config)  # others have been refused
@@ -179,8 +183,9 @@ def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float 
     own = sum(sizes.values()) - experts + experts * shape.num_experts_per_tok // shape.n_routed_experts
     depth, width = config.head.depth, min(config.head.draft_vocabulary or shape.vocab_size, shape.vocab_size)
     completions = config.prompts_per_step * config.rollout.group_size
-    with Task.of(config) as task:
-        task.check_chat_template(config.model)
+    with open_task(config) as task:
+        Streams(task, config)
+        check_prompts(config, task)
         table = Table(title="dry run: nothing was trained", show_header=False)
         table.add_row("training examples", f"{len(task.train):,} ({config.data.name}, {config.data.split})")
         table.add_row("held-out examples", f"{len(task.heldout):,}")
@@ -198,6 +203,12 @@ def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float 
     kept = min((config.checkpoint.keep or saved) + 1, saved)  # the next one is complete before the oldest goes
     disk = learner.weights + kept * (learner.gradients + learner.moments) + memory.corpus_bytes(shape, config)
     return _show_memory(partial(memory.memory_of_run, shape, True), config, disk, device_gib)
+
+
+def _check(config: SftConfig | MtpConfig, gib: float | None) -> None:
+    """All that the run refuses, and the digests of a policy that a run has saved, which are read when it is loaded."""
+    check_run(config, on_cpu=False if gib else None)
+    check_policy(Path(find_policy(config.model, read=False).folder))
 
 
 def _show_memory(

@@ -168,21 +168,28 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join(cpu: bool, options: ParallelOptions) -> Ranks:
-    """This process among those that accelerate, torchrun or Ray Train has launched; ALONE where there are no others.
-
-    Raises ValueError where `learner.parallel` does not fit their number, and where several were asked for and
-    `accelerate launch --cpu` has started one.
-    """
+def refuse_processes(cpu: bool, options: ParallelOptions, size: int = 0) -> None:
+    """Raises ValueError where `learner.parallel` does not fit so many processes (0: those that were launched, if any),
+    and where several were asked for and `accelerate launch --cpu` has started one."""
     if "WORLD_SIZE" not in os.environ and {"MASTER_ADDR", "ACCELERATE_USE_CPU"} <= os.environ.keys():
         raise ValueError(
             "accelerate launch --cpu starts one process whatever --num_processes says; for several on CPUs use "
             "accelerate launch --multi_gpu --num_processes N -m grpo ... --device cpu"
         )
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    fsdp = options.shares(size)
+    if size := size or int(os.environ.get("WORLD_SIZE", "0")):
+        options.shares(size)
     if cpu and options.fsdp_cpu_offload:
         raise ValueError("learner.parallel.fsdp_cpu_offload=true: on a CPU the shards are in the host's memory already")
+
+
+def join(cpu: bool, options: ParallelOptions) -> Ranks:
+    """This process among those that accelerate, torchrun or Ray Train has launched; ALONE where there are no others.
+
+    Raises ValueError as `refuse_processes`, and for a `learner.parallel` of several where nobody has launched any.
+    """
+    refuse_processes(cpu, options)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    fsdp = options.shares(size)
     if size == 1:
         return ALONE
     if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and os.path.isdir("/sys/class/net/lo"):

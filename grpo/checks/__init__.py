@@ -1,0 +1,1 @@
+"""What a run refuses before it begins."""

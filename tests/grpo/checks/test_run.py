@@ -1,0 +1,150 @@
+"""What a run refuses before its first step, `--dry_run` refuses too, in the same words (contract 20)."""
+
+from __future__ import annotations
+
+import pytest
+
+from grpo.cli import main
+from grpo.commands import summary
+from grpo.config.mtp import MtpConfig
+from grpo.config.options import load
+from grpo.config.run import SftConfig
+from grpo.launch import launch
+from grpo.mtp import mtp
+from grpo.sft import sft
+from grpo.train import train
+from policies.policy import PolicyError
+
+OWN = """
+from grpo import advantage, objective
+
+@advantage
+def two(rewards_PG, steps): return rewards_PG
+
+@advantage
+def breaks(rewards_PG): return rewards_PG.sume()
+
+@objective(aggregate="dapoo")
+def unknown(ratio, advantages, policy_logprobs, options): return ratio * advantages
+
+@objective(aggregate="dapo")
+def three(ratio, advantages, policy_logprobs): return ratio * advantages
+
+@objective(aggregate="dapo")
+def scalar(ratio, advantages, policy_logprobs, options): return (ratio * advantages).mean()
+"""
+
+
+def both(refuse_all) -> str:
+    """What all of these say, which is the same."""
+    said = set()
+    for refuse in refuse_all:
+        with pytest.raises((ValueError, OSError, RuntimeError)) as error:
+            refuse()
+        said.add(str(error.value))
+    [words] = said
+    return words
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"log.trackers": ["swanlab"]}, "log.trackers: 'swanlab' is not installed"),
+        ({"rollout.max_completion_tokens": 100_000}, "pass the policy's context of 256 with max_completion_tokens="),
+        ({"loss.advantage": "{}:two"}, r"own.py:two: two(rewards_PG, steps) is called with rewards_PG, and missing"),
+        ({"loss.advantage": "{}:breaks"}, "own.py:breaks failed when it was tried: AttributeError: 'Tensor'"),
+        ({"loss.loss_type": "{}:unknown"}, "has aggregate='dapoo', which is no loss; use one of grpo, dr_grpo, dapo"),
+        ({"loss.loss_type": "{}:three"}, "is called with ratio, advantages, policy_logprobs, options, and too many"),
+        ({"loss.loss_type": "{}:scalar"}, "own.py:scalar gave []; give a tensor [2, 2]"),
+        ({"rollout.compile": "on", "rollout.draft_sources": ["siblings"]}, "compile=on: draft_sources=['siblings']"),
+        ({"lora.targets": ["qproj"], "warm_start.steps": 0}, "lora.targets: 'qproj' matches no module"),
+        ({"learner.parallel.fsdp_cpu_offload": True}, "fsdp_cpu_offload=true: on a CPU the shards are in the host's"),
+    ],
+)
+def test_contract_20_the_plan_refuses_what_the_run_refuses(micro_config, tmp_path, given, message):
+    (tmp_path / "own.py").write_text(OWN)
+    given = {k: v.format(tmp_path / "own.py") if isinstance(v, str) else v for k, v in given.items()}
+    config = micro_config(tmp_path / "r", **{"warm_start.steps": 0, "rollout.group_size": 2, **given})
+    config.log.trackers = config.log.trackers or []
+    words = both([lambda: summary.dry_run(config), lambda: launch(config)])
+    assert message in words
+    assert not [path for path in (tmp_path / "r").rglob("*") if path.suffix == ".safetensors"]  # nothing was learned
+
+
+def test_what_only_a_dense_policy_cannot_do(micro_config, hf_policy, tmp_path):
+    hf_policy("llama").save(tmp_path / "m")
+    for given, message in (
+        ({"balance.entropy_weight": 0.1}, "balance.entropy_weight=0.1, but this policy has no routed experts"),
+        ({"learner.routing_replay": True}, "this policy has no experts whose routing could be replayed"),
+        ({"rollout.compile": "on"}, "compile=on: this policy is not decoded by our own engine"),
+    ):
+        more = {"warm_start.steps": 0, "rollout.draft_tokens": 0, "mtp.loss_weight": 0, **given}
+        config = micro_config(tmp_path / "r", model=str(tmp_path / "m"), **more)
+        words = both([lambda config=config: summary.dry_run(config), lambda config=config: train(config)])
+        assert message in words
+
+
+def test_damaged_weights_are_found_without_loading_them(micro_config, micro_policy, tmp_path):
+    micro_policy().save(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    config = micro_config(tmp_path / "r", model=str(tmp_path / "m"), **{"warm_start.steps": 0})
+    assert "is damaged" in both([lambda: summary.dry_run(config), lambda: train(config)])
+    file.unlink()
+    (tmp_path / "m" / "tokenizer_config.json").unlink()
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    assert isinstance(summary.dry_run(config), bool)  # a shape alone can be planned with
+    with pytest.raises(PolicyError):
+        train(config)
+
+
+def test_the_plan_of_a_resume_refuses_other_rewards(micro_config, tmp_path):
+    reward = tmp_path / "mine.py"
+    reward.write_text("def score(completions): return [len(c) for c in completions]\n")
+    config = micro_config(tmp_path / "r", steps=1, rewards=[{"function": f"{reward}:score"}])
+    train(config)
+    reward.write_text("def score(completions): return [1.0 for c in completions]\n")
+    words = both([lambda: summary.dry_run(config, resume="auto"), lambda: train(config, resume="auto")])
+    assert "holds another reward function 'score'" in words
+    summary.dry_run(config, resume="auto", force=True)
+
+
+def test_model_data_and_reward_are_refused_together(micro_config, tmp_path, capsys):
+    """docs/commands.md: all of them at once. Also the data and the reward where the model is there."""
+    wrong = {"data.name": str(tmp_path / "nowhere.jsonl"), "rewards": [{"function": "nowhere.py:score"}]}
+    config = micro_config(tmp_path / "r", model="./nowhere", **wrong, **{"log.trackers": ["swanlab"]})
+    words = both([lambda: summary.dry_run(config), lambda: launch(config), lambda: train(config)])
+    head, *lines = words.split("\n  ")
+    assert head == "4 things are wrong with this run:"
+    for key, line in zip(("log.trackers", "model='./nowhere'", "there is no file", "nowhere.py"), lines, strict=True):
+        assert key in line
+    two = micro_config(tmp_path / "r", **wrong)
+    assert both([lambda: summary.dry_run(two), lambda: train(two)]).startswith("2 things are wrong with this run:")
+    args = ["train", "--model", "./nowhere", "--output_dir", str(tmp_path / "r"), "--data.name", wrong["data.name"]]
+    codes = [main([*args, *more]) for more in ([], ["--dry_run"])]
+    assert codes == [1, 1]
+    said = capsys.readouterr().err.split("quartet: ")[1:]
+    assert said[0] == said[1]
+    assert said[0].count("\n  ") == 2
+
+
+def test_a_supervised_run_and_one_of_the_head_are_checked_alike(micro_preset, random_policy, tmp_path):
+    long = {"model": micro_preset, "output_dir": tmp_path / "r", "rollout.max_completion_tokens": 100_000}
+    config = load(SftConfig, None, {**long, "data.levels": [1], "data.limit": 24, "eval.limit": 2})
+    assert "pass the policy's context" in both([lambda: summary.dry_run(config), lambda: sft(config)])
+    given = {"output_dir": tmp_path / "r", "data.limit": 24, "data.levels": [1]}
+    head = load(MtpConfig, None, {"model": micro_preset, **given, "head.solutions": 23, "eval.limit": 2})
+    assert "head.solutions=23, but" in both([lambda: summary.mtp_dry_run(head), lambda: mtp(head)])
+    random_policy(mtp=False).save(tmp_path / "m")
+    none = load(MtpConfig, None, {"model": str(tmp_path / "m"), "add_mtp": False, **given})
+    assert "has no MTP head to teach" in both([lambda: summary.mtp_dry_run(none), lambda: mtp(none)])
+
+
+def test_a_learner_that_ray_cannot_place_is_refused_in_the_plan_for_gpus(micro_config, tmp_path):
+    turns = {"learner.workers": 2, "rollout.workers": 2, "rollout.colocate": True}
+    config = micro_config(tmp_path / "r", **turns)
+    with pytest.raises(ValueError, match=r"rollout.gpus_per_worker=1 with rollout.colocate=true.* set it to 0.4"):
+        summary.dry_run(config, device_gib=80)
+    odd = micro_config(tmp_path / "r", **{"learner.workers": 3, "learner.parallel.fsdp": 2})
+    with pytest.raises(ValueError, match="learner.parallel: replicate=1, fsdp=2, tensor=1 need 2 processes, and there"):
+        summary.dry_run(odd)
