@@ -21,7 +21,14 @@ from rewards.protocol import RewardError
 from rewards.scorer import Scorer
 from rollout.faults import RolloutError
 
-REFUSALS = (ValueError, OSError, RewardError, RolloutError, CheckpointError, TeacherError)  # whose message is written for the user
+REFUSALS = (
+    ValueError,
+    OSError,
+    RewardError,
+    RolloutError,
+    CheckpointError,
+    TeacherError,
+)  # whose message is written for the user
 
 
 class Refused(ValueError):
