@@ -45,12 +45,12 @@ class Connection(H11Protocol):
         super().data_received(data)
         if not self.waits:
             self.since = self.loop.time()
-            self.limit = _cancelled(self.limit)
+            self._cancel("limit")
         elif self.limit is None:
             self.limit = self.loop.call_later(HEAD_S, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.limit, self.unread = _cancelled(self.limit), _cancelled(self.unread)
+        self._cancel("limit", "unread")
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -59,13 +59,19 @@ class Connection(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self.unread = _cancelled(self.unread)
+        self._cancel("unread")
 
     def send_400_response(self, msg: str) -> None:
         if self.waits or not self.cycle.response_started:
             self._refuse(f"this is no request that HTTP/1.1 knows ({msg.lower().rstrip('.')})", 400)
         else:
             self.transport.close()
+
+    def _cancel(self, *timers: str) -> None:
+        for name in timers:
+            if (timer := getattr(self, name)) is not None:
+                timer.cancel()
+                setattr(self, name, None)
 
     def _late(self) -> None:
         if self.conn.trailing_data[0]:  # a part of a head
@@ -78,11 +84,6 @@ class Connection(H11Protocol):
         head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
         self.transport.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
         self.transport.close()
-
-
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
 
 
 def most_connections() -> tuple[int, int]:
