@@ -297,7 +297,7 @@ def test_greedy_choices_are_scored_at_temperature_one():
     [
         ({"group_size": 0}, "rollout.group_size=0.*at least 1"),
         ({"temperature": -0.5}, "rollout.temperature=-0.5.*positive"),
-        ({"temperature": 1e-300}, "rollout.temperature=1e-300.*1e-06 or more"),
+        ({"temperature": 1e-300}, "rollout.temperature=1e-300.*1e-06"),
         ({"temperature": math.nan}, "rollout.temperature=nan"),
         ({"temperature": math.inf}, "rollout.temperature=inf"),
         ({"max_completion_tokens": 0}, "rollout.max_completion_tokens=0.*1 or more"),
