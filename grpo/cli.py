@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,7 @@ OURS = ("", "policies", "rollout", "rewards", "grpo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    _open_closed_files()
     wait_briefly()  # before anything loads torch
     with CommandSignals() as signals:
         try:
@@ -33,6 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not signals.number:
                 raise
             return fail(said_of(signals.number), 128 + signals.number)  # an interrupted import may raise anything
+
+
+def _open_closed_files() -> None:
+    """Where standard input, output or error is closed, the next file would get its number, and what a library prints
+    would be written into it."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
 
 
 def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:

@@ -4,6 +4,8 @@ import io
 import json
 import logging
 import re
+import subprocess
+import sys
 
 import pytest
 from rich.table import Table
@@ -85,6 +87,12 @@ def test_tables_titles_and_lines_on_the_terminal_are_only_text():
     assert not CONTROL.search(re.sub(r"[\u2500-\u257f]", "", shown))
     assert "[/red] :smile:" in shown
     assert shown.count(r"\x1b]0;owned") == 5
+
+
+def test_without_a_terminal_and_with_all_standard_files_closed_a_command_does_its_work(tmp_path):
+    command = [sys.executable, "-m", "grpo", "reward", "test", "gsm8k"]
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    assert subprocess.run(closed, timeout=120).returncode == 0
 
 
 def test_rich_itself_may_still_colour_and_move():
