@@ -30,7 +30,7 @@ def inspect(model: str, context: int | None = None) -> Anatomy:
     source = find_policy(model, read=False)
     config, preset = shape_of(source), source.base in presets.PRESETS
     depth = config.num_nextn_predict_layers if preset else _mtp_depth(source.base, read_config(source.base))
-    longest = getattr(config, "max_position_embeddings", None) or CONTEXT
+    longest = max(getattr(config, "max_position_embeddings", None) or 0, 0) or CONTEXT  # XLNet says -1: there is none
     options = LoraOptions()
     context = min(CONTEXT, longest) if context is None else context
     return anatomy(config, depth, context=context, lora_rank=options.rank, lora_alpha=options.alpha)

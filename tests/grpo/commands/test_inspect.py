@@ -145,6 +145,11 @@ def test_a_model_whose_layers_take_no_adapters_is_counted(tmp_path, capsys):
         inject(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small)), 8, 16.0)
 
 
+def test_a_model_without_a_longest_context_is_counted(tmp_path):
+    sizes = {"vocab_size": 64, "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 48}
+    assert inspect(_as_published("xlnet", tmp_path, **sizes)).context == 4096
+
+
 def test_a_model_of_another_form_is_refused_in_a_sentence(tmp_path, capsys):
     assert main(["policy", "inspect", _as_published("blt", tmp_path)]) == 1
     said = capsys.readouterr().err
