@@ -150,7 +150,7 @@ def test_every_option_and_command_that_a_note_or_a_reason_names_exists():
         (EvalConfig, "max_new_tokens", "max_completion_tokens"),
         (EvalConfig, "num_generations", "samples"),
         (EvalConfig, "dataset_name", "data"),
-        (SampleConfig, "num_generations", "group_size"),
+        (SampleConfig, "num_generations", "samples"),
     ],
 )
 def test_each_command_is_led_to_its_own_option(model, name, ours):
