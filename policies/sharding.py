@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from policies.layout import PolicyError
 
 T = TypeVar("T")
+EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")  # names of their number
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -67,14 +68,25 @@ class Split:
         return parts[self.mesh.get_local_rank()]
 
 
+def routed_experts(config: PretrainedConfig) -> int:
+    """How many routed experts a layer has; each architecture has its own name for that. 0: none.
+
+    >>> from transformers import Qwen3MoeConfig
+    >>> routed_experts(Qwen3MoeConfig(num_experts=64)), routed_experts(PretrainedConfig())
+    (64, 0)
+    """
+    named = config.to_dict()  # attributes may be refused where layers differ
+    return next((named[name] for name in EXPERTS if isinstance(named.get(name), int)), 0)
+
+
 def layout_arguments(source: str | Path, layout: DistributedConfig) -> dict[str, Any]:
     """For `from_pretrained`: every rank reads its shards alone. Raises PolicyError where one would get no expert."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    own, ranks = (getattr(config, "n_routed_experts", None) or 0) // layout.ep_size, layout.efsdp_size
+    own, ranks = routed_experts(config) // layout.ep_size, layout.efsdp_size
     if own and -(-own // ranks) * (ranks - 1) >= own:  # FSDP cuts into equal shares, and the last ones can be empty
         raise PolicyError(
             f"learner.parallel: FSDP cannot spread {own} experts over {ranks} ranks, since one would get none; choose "
-            "numbers where fsdp x tensor / expert divides n_routed_experts / expert"
+            f"numbers where fsdp x tensor / expert divides {routed_experts(config)} / expert"
         )
     # Final norm, embedding and LM head belong to the root then, which stays gathered until the backward pass. By the
     # plan of transformers FSDP gathers the head in its forward, which we never call: logits are made in chunks.

@@ -26,8 +26,9 @@ from policies import presets
 from policies.checkpoint import check_files
 from policies.layout import find_file
 from policies.mtp import MTPHead
-from policies.policy import Policy, read_tokenizer
+from policies.policy import Policy, PolicyError, read_tokenizer
 from policies.routing.routers import routers
+from rollout.faults import RolloutError
 from rollout.places import refuse_open
 
 
@@ -76,19 +77,21 @@ def check_shape(config: SftConfig | MtpConfig) -> None:
     refuse_rescaled(policy.config)
     if isinstance(config, MtpConfig):
         if policy.mtp is None:
-            raise ValueError(f"add_mtp=False, but model={config.model!r} has no MTP head to teach; leave add_mtp out")
+            raise PolicyError(f"add_mtp=False, but model={config.model!r} has no MTP head to teach; leave add_mtp out")
         return
     Balancer(policy, config.balance)
     if not isinstance(config, TrainConfig):
         return
     if rollout.draft_tokens and not rollout.looks_up and policy.mtp is None:
-        raise ValueError(
+        raise RolloutError(
             f"rollout.draft_tokens={rollout.draft_tokens}, but this policy has no MTP head; set it to 0, load the "
             "policy with a head, or draft from what the group has sampled (rollout.draft_sources=[siblings])"
         )
     native = isinstance(policy.config, DeepseekV3Config)
     if config.learner.routing_replay and not (native and routers(policy.trunk, "mlp")):
-        raise ValueError("learner.routing_replay: this policy has no experts whose routing could be replayed; drop it")
+        raise RolloutError(
+            "learner.routing_replay: this policy has no experts whose routing could be replayed; drop it"
+        )
     refuse_compile(policy, rollout, config.dtype, device_of(config.device))
     if config.lora:
         policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)

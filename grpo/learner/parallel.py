@@ -27,7 +27,7 @@ from transformers.distributed import DistributedConfig
 from grpo.config.learner import LoraOptions, ParallelOptions
 from grpo.learner.batch import PackedRow
 from grpo.run.stop import GivenUp, Stopped
-from policies.sharding import everyone
+from policies.sharding import everyone, routed_experts
 
 TIMEOUT = timedelta(minutes=30)  # how long a rank waits for another inside a step
 PATIENCE = timedelta(days=30)  # how long it waits for what rank 0 samples, which has limits of its own
@@ -216,14 +216,19 @@ def refuse_layout(
     """Raises ValueError for what this model cannot do in such a layout, before it is loaded."""
     tensor, expert = options.tensor, options.expert
     plan = shape.base_model_tp_plan or {} if tensor > 1 else {}
-    experts = getattr(shape, "n_routed_experts", None) or 0
+    experts = routed_experts(shape)
     width = getattr(shape, "moe_intermediate_size", None) or 0 if tensor > 1 else 0
     heads = shape.num_key_value_heads if "layers.*.self_attn.k_proj" in plan else 0
     part, unit = width // tensor, 16 // itemsize  # of numbers, in which the products of experts take them
     adapted = {key for key in plan if lora and (lora.targets is None or key.rsplit(".", 1)[-1] in lora.targets)}
     odd = sorted({plan[key] for key in adapted} - {"colwise", "rowwise", "packed_colwise", "moe_tp_experts"})
     for key, refused, words in (
-        ("expert", expert > 1 and not (experts and shape.base_model_ep_plan), "needs a model with routed experts"),
+        ("expert", expert > 1 and not experts, "needs a model with routed experts"),
+        (
+            "expert",
+            expert > 1 and not shape.base_model_ep_plan,
+            f"has no plan in transformers for a model of type {shape.model_type!r}",
+        ),
         ("expert", experts % expert, f"does not divide this model's {experts} routed experts"),
         ("tensor", tensor > 1 and not plan, f"has no plan in transformers for a model of type {shape.model_type!r}"),
         ("tensor", heads % tensor, f"does not divide this model's {heads} key/value heads"),

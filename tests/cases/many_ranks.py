@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import MICRO
 from recorded import groups_of
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions, ParallelOptions
 from grpo.config.loss import LossOptions
@@ -27,7 +28,7 @@ from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, join
 from policies.policy import Policy
 from policies.presets import PRESETS, build
-from policies.sharding import release, whole
+from policies.sharding import release, routed_experts, whole
 
 STEPS = 5
 
@@ -46,7 +47,9 @@ def learner_of(folder: Path, case: dict, ranks) -> Learner:
         LearnerOptions(**options),
         MTPOptions(depth=2, share=0.5),
         LossOptions(**case.get("loss", {})),
-        balance=BalanceOptions(bias_rate=0.01, sequence_weight=0.01),
+        balance=BalanceOptions(bias_rate=0.01, sequence_weight=0.01)
+        if policy.backend == "native"
+        else BalanceOptions(),
         ranks=ranks,
         reload=load if ranks.layout else None,
     )
@@ -63,7 +66,7 @@ def run(folder: Path, case: dict, ranks, optimizer: str) -> tuple[dict, list[dic
     shape = learner.policy.config
     gradients, metrics = {}, []
     for step in range(1, case.get("steps", STEPS) + 1):
-        rollouts = groups_of(5, step, shape.n_routed_experts)
+        rollouts = groups_of(5, step, routed_experts(shape))
         metrics.append(learner.step(learner.prepare(*rollouts), step))
         if step == 1:
             release(learner.policy)
@@ -130,6 +133,9 @@ def main(folder: Path, cases: dict) -> None:
             if "heads" in case:
                 policy.choose_heads(*case["heads"])
                 policy.attend_to_prompts("bidirectional")
+            if "of_type" in case:
+                config = AutoConfig.for_model(vocab_size=len(policy.tokenizer), eos_token_id=0, **case["of_type"])
+                policy = Policy(AutoModelForCausalLM.from_config(config), None, policy.tokenizer)
             policy.save(path)
         dist.barrier()
         found = {optimizer: run(path, case, ranks, optimizer) for optimizer in ("sgd", "adamw")}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from start_ranks import end_of, start_ranks
-from transformers import DeepseekV2Config, DeepseekV3Config, GPT2Config, Qwen2Config
+from transformers import DeepseekV2Config, DeepseekV3Config, GPT2Config, JetMoeConfig, Qwen2Config, Qwen3MoeConfig
 
 from grpo.config.learner import LoraOptions, ParallelOptions
 from grpo.learner.parallel import ALONE, join, refuse_layout
@@ -54,11 +54,16 @@ LORA = [
     *("experts", "router", "lm_head", "mtp"),
 ]
 REPLAYED = {"routing_replay": True, "updates_per_batch": 2, "gradient_checkpointing": True}
+QWEN3_MOE = {
+    **{"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8},
+    **{"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
 CASES = {
     2: {
         "fsdp": {"parallel": {}},
         "tensor": {"parallel": {"tensor": 2}},
         "fsdp with expert": {"parallel": {"fsdp": 2, "expert": 2}},
+        "qwen3_moe, expert": {"parallel": {"fsdp": 2, "expert": 2}, "of_type": QWEN3_MOE},
         "replicate": {"parallel": {"replicate": 2}},
         "heads, both ways": {"parallel": {}, "heads": [0.5, 0]},
         "heads, both ways, tensor": {"parallel": {"tensor": 2}, "heads": [0.5, 0]},
@@ -173,6 +178,11 @@ def test_other_architectures_are_split_where_transformers_has_a_plan():
         refuse_layout(ParallelOptions(tensor=2), Qwen2Config(num_attention_heads=6, num_key_value_heads=3), None)
     with pytest.raises(ValueError, match="expert=2 needs a model with routed experts"):
         refuse_layout(ParallelOptions(expert=2), Qwen2Config(), None)
+    refuse_layout(ParallelOptions(expert=2), Qwen3MoeConfig(num_experts=4), None)
+    with pytest.raises(ValueError, match="expert=3 does not divide this model's 4 routed experts"):
+        refuse_layout(ParallelOptions(expert=3), Qwen3MoeConfig(num_experts=4), None)
+    with pytest.raises(ValueError, match="expert=2 has no plan in transformers for a model of type 'jetmoe'"):
+        refuse_layout(ParallelOptions(expert=2), JetMoeConfig(), None)
     with pytest.raises(ValueError, match="tensor=2 has no plan in transformers for a model of type 'gpt2'"):
         refuse_layout(ParallelOptions(tensor=2), GPT2Config(), None)
 
