@@ -34,21 +34,18 @@ from rollout.places import refuse_open
 
 def check_model(config: SftConfig | MtpConfig) -> None:
     """The model, and what goes with it; of a folder also its files, if it has weights."""
-    if isinstance(config, MtpConfig):  # the model must be able to have a head
-        config = config.model_copy(update={"add_mtp": True})
-    check_options(config)
+    able = {"add_mtp": True} if isinstance(config, MtpConfig) else {}  # the model must be able to have a head
+    check_options(config.model_copy(update=able))
     if has_files(config):
         check_files(Path(find_policy(config.model, read=False).folder))
+    check_shape(config)
+    if isinstance(config, TrainConfig):
+        check_teacher(config)
 
 
 def check_own_functions(config: SftConfig | MtpConfig) -> None:
     if isinstance(config, TrainConfig):
         own.try_out(config.loss, config.rollout.group_size)
-
-
-def check_the_teacher(config: SftConfig | MtpConfig) -> None:
-    if isinstance(config, TrainConfig):
-        check_teacher(config)
 
 
 def check_trackers(config: SftConfig | MtpConfig) -> None:
@@ -97,7 +94,7 @@ def check_shape(config: SftConfig | MtpConfig) -> None:
         policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
 
 
-CHECKS = (check_own_functions, check_trackers, check_model, check_shape, check_the_teacher)
+CHECKS = (check_own_functions, check_trackers, check_model)
 
 
 def check_prompts(config: SftConfig | MtpConfig, task: Task) -> None:
