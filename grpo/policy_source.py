@@ -31,7 +31,7 @@ from grpo.config.options import load
 from grpo.config.policy import ModelOptions, PolicyOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.yaml_file import read_yaml
-from grpo.learner.base import check_base, in_4_bits, refuse_checkpoint
+from grpo.learner.base import check_base, in_4_bits, refuse_checkpoint, refuse_preset
 from grpo.learner.eight_bit import check_optimizer
 from grpo.learner.parallel import ALONE, Ranks, refuse_layout
 from grpo.run import checkpoint
@@ -143,6 +143,7 @@ def check_options(options: ModelOptions) -> str:
     check_base(options)
     source = find_policy(options.model, read=False)
     refuse_checkpoint(options, source.checkpoint)
+    refuse_preset(source.checkpoint, source.base)
     model = source.base
     if (asked := _head_options(options)) and not isinstance(shape := shape_of(source), DeepseekV3Config):
         raise PolicyError(
@@ -278,11 +279,7 @@ def _as_asked(policy: Policy, options: ModelOptions) -> Policy:
 def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOptions, merged: bool) -> Policy:
     assert source.checkpoint is not None
     config, base = _run_config(source.checkpoint.parent.parent), source.base
-    if base in presets.PRESETS:
-        raise PolicyError(
-            f"{source.checkpoint} continues the preset {base!r}, whose tokenizer is saved at the end of the run only; "
-            "let the run end: --resume auto"
-        )
+    refuse_preset(source.checkpoint, base)
     like_the_run = options.model_copy(update={name: getattr(config, name) for name in ("add_mtp", "seed", "policy")})
     policy = _load(base, like_the_run, nf4=in_4_bits(config))
     if isinstance(config, MtpConfig):

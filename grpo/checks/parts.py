@@ -130,8 +130,10 @@ def gpu_share(config: SftConfig) -> float:
 
 
 def has_files(config: RunConfig) -> bool:
-    """Whether `model` is a folder with weights, and not a preset, a hub id, or the configuration of a model alone."""
-    return any(Path(find_policy(config.model, read=False).folder).glob("*.safetensors"))
+    """Whether `model` is a policy's folder with weights, and not a preset, a hub id, a checkpoint of a run, or the
+    configuration of a model alone."""
+    source = find_policy(config.model, read=False)
+    return source.checkpoint is None and any(Path(source.folder).glob("*.safetensors"))
 
 
 def bare_policy(config: RunConfig, tokenizer: Any = None) -> Policy:

@@ -13,6 +13,7 @@ from torch import nn
 from grpo.run.hardware import device_of
 from policies import four_bit, presets
 from policies.files import gguf
+from policies.layout import PolicyError
 
 WAY_OUT = "set lora.base to null"
 
@@ -68,6 +69,15 @@ def refuse_checkpoint(options: Any, checkpoint: Path | None) -> None:
         raise ValueError(
             f"lora.base=nf4 needs a saved policy, and model={options.model!r} means the checkpoint {checkpoint}; "
             f"export it first (quartet export), or {WAY_OUT}"
+        )
+
+
+def refuse_preset(checkpoint: Path | None, base: str) -> None:
+    """Raises PolicyError for a checkpoint of a run that began with the preset `base`."""
+    if checkpoint is not None and base in presets.PRESETS:
+        raise PolicyError(
+            f"{checkpoint} continues the preset {base!r}, whose tokenizer is saved at the end of the run only; "
+            "let the run end: --resume auto"
         )
 
 

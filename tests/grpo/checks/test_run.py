@@ -107,6 +107,14 @@ def test_the_plan_of_a_resume_refuses_other_rewards(micro_config, tmp_path):
     words = both([lambda: summary.dry_run(config, resume="auto"), lambda: train(config, resume="auto")])
     assert "holds another reward function 'score'" in words
     summary.dry_run(config, resume="auto", force=True)
+    begun = micro_config(tmp_path / "next", model=str(tmp_path / "r" / "checkpoints" / "step_000001"))
+    summary.dry_run(begun)  # the checkpoint's base is the warm start's policy
+
+
+def test_a_checkpoint_that_continues_a_preset_is_refused_in_the_plan(micro_config, tmp_path):
+    train(micro_config(tmp_path / "r", steps=1, **{"warm_start.steps": 0}))
+    config = micro_config(tmp_path / "next", model=str(tmp_path / "r" / "checkpoints" / "step_000001"))
+    assert "continues the preset" in both([lambda: summary.dry_run(config), lambda: train(config)])
 
 
 def test_model_data_and_reward_are_refused_together(micro_config, tmp_path, capsys):
