@@ -62,6 +62,7 @@ def test_a_chat_template_that_fails_is_found_by_the_dry_run(chat_model, tmp_path
 def test_so_it_is_by_the_dry_run_of_mtp_and_only_where_it_is_used(chat_model, tmp_path, capsys):
     (chat_model / "chat_template.jinja").write_text(BROKEN["divides"])
     words = ["mtp", str(chat_model), "--output_dir", str(tmp_path / "r"), "--data.limit", "20", "--eval.limit", "2"]
+    words += ["--rollout.max_completion_tokens", "16"]
     assert main([*words, "--dry_run"]) == 0
     refused([*words, "--data.template", "chat", "--dry_run"], capsys, str(chat_model), "ZeroDivisionError")
 
