@@ -27,7 +27,7 @@ MOST_BYTES, BODY_S = 1 << 22, 30.0  # of a body, and the seconds that it may tak
 LARGE, MOST_LARGE = 1 << 16, 1 << 24  # a body of more bytes is large; so many bytes of large ones may be here at once
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-ENDS = ApiError("the server ends, and the request had no more time (--shutdown_s); send it again", 503)
+ENDS = "the server ends, and the request had no more time (--shutdown_s); send it again"
 
 
 class Wanted:
@@ -79,7 +79,7 @@ class _Stream(StreamingResponse):
         except ClientDisconnect:
             pass
         except asyncio.CancelledError:  # by the server, when its grace period ends
-            await send({"type": "http.response.body", "body": event(ENDS.body()), "more_body": False})
+            await send({"type": "http.response.body", "body": event(ApiError(ENDS, 503).body()), "more_body": False})
         finally:
             self.wanted.leave()
 
@@ -105,7 +105,7 @@ def questions(of: Callable[[Request], Served], key: str | None, prefix: str = ""
     bodies = Bodies()
 
     def answering(kind: type[Asked]) -> Callable[[Request], Awaitable[Response]]:
-        async def answered(request: Request) -> Response:
+        async def respond(request: Request) -> Response:
             _refuse_strangers(request, key)
             served = of(request)
             if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -116,22 +116,22 @@ def questions(of: Callable[[Request], Served], key: str | None, prefix: str = ""
                 return Answer(served, asked, served.jobs(asked))
 
             async with bodies.of(request) as body:
-                answer = await asyncio.to_thread(understand, body)
-            wanted = Wanted(served, answer.jobs)
-            if answer.asked.stream:
-                return _Stream(answer, wanted)
+                begun = await asyncio.to_thread(understand, body)
+            wanted = Wanted(served, begun.jobs)
+            if begun.asked.stream:
+                return _Stream(begun, wanted)
             try:
-                return await _whole(request, answer, wanted)
+                return await _whole(request, begun, wanted)
             finally:
                 wanted.leave()
 
-        async def in_time(request: Request) -> Response:
+        async def answer(request: Request) -> Response:
             try:
-                return await answered(request)
-            except asyncio.CancelledError:
-                raise ENDS from None
+                return await respond(request)
+            except asyncio.CancelledError:  # by the server, when its grace period ends
+                raise ApiError(ENDS, 503) from None
 
-        return in_time
+        return answer
 
     def models(request: Request) -> Response:
         _refuse_strangers(request, key)
