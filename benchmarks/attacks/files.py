@@ -53,7 +53,7 @@ TEMPLATES = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
     "{% endfor %}{% endfor %}",
     "10 GB of text": "{{ 'a' * 10**10 }}",
-    "a power": "{{ 9 ** 9 ** 9 }}",
+    "a power": "{{ 9 ** (9 ** 9) }}",
     "a width": "{{ 'a'.ljust(10**10) }}",
     "doubling": "{% set n = namespace(s='a') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
     "only for another message": "{% if messages[0].content == 'dear' %}{{ 'a' * 10**10 }}{% endif %}x",
