@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -38,5 +39,6 @@ def render(
 
 @cache
 def _pool() -> WorkerPool:
-    description = {"kind": "template", "function": "chat template"}
-    return WorkerPool([description], size=1, timeout_s=LIMIT_S, memory=MEMORY)
+    pool = WorkerPool([{"kind": "template", "function": "chat template"}], size=1, timeout_s=LIMIT_S, memory=MEMORY)
+    atexit.register(pool.close)
+    return pool

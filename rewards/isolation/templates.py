@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ class LoadedTemplate:
     """Answers requests for texts, see `call`. `function` is a name for errors."""
 
     def __init__(self, function: str) -> None:
+        os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # the stacks of numpy's threads are memory
         from transformers.utils.chat_template_utils import render_jinja_template  # it loads no torch
 
         self.signature = Nothing()
