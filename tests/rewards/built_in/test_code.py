@@ -81,7 +81,7 @@ def test_a_trick_does_not_pay(name):
 def test_partial_marks_are_the_share_of_tests_and_a_limit_is_named():
     program = "def double(x):\n    while x > 5: pass\n    return 2 * x if x else 1"
     tests = ["assert double(1) == 2", "assert double(0) == 0", "assert double(2) == 4", "assert double(6) == 12"]
-    assert marks([program], tests, partial_marks=True, seconds=1.0) == (
+    assert marks([program], tests, partial_marks=True, seconds=4.0) == (  # on a busy machine it begins late
         [0.5],
         ["test 1: AssertionError: ; limit: time"],
     )
