@@ -1,7 +1,7 @@
 """What a publication costs, and how far a sampler's log-probabilities are from the learner's after an honest one.
 
     python -m benchmarks.publication alarms --model runs/warm/policy  # 200 publications of each backend, precision
-    python -m benchmarks.publication bytes --model runs/warm/policy   # of adapters, of deltas after optimizer steps
+    python -m benchmarks.publication bytes --model runs/warm/policy   # of adapters, after optimizer steps
     python -m benchmarks.publication seconds --workers 1 2 4 8        # Ray workers on this machine, which is quiet
 
 `--json FILE` adds the result to FILE, with hardware, versions and command.
@@ -149,7 +149,7 @@ def wrong(publisher: Publisher, pool: LocalPool, dtype: torch.dtype) -> dict[str
 
 
 def bytes_sent(options: argparse.Namespace) -> dict[str, Any]:
-    """MB of the last of five publications, between which the optimizer steps: everything, differences, adapters."""
+    """MB of the last of five publications, between which the optimizer steps: everything, adapters."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         for rate in (5e-4, 1e-6):
@@ -158,25 +158,16 @@ def bytes_sent(options: argparse.Namespace) -> dict[str, Any]:
                 if adapters:
                     policy.add_lora(8, 16.0, TARGETS)
                 learner = learner_of(policy, rate)
-                pool, senders = open_pool(policy, dtype=dtype), [Sender(), Sender(deltas=True)]
+                pool, sender = open_pool(policy, dtype=dtype), Sender()
                 for number in range(5):
                     pool.publish(learner.weights(), number)
-                    messages, seconds = [], []
-                    for sender in senders:
-                        started = time.perf_counter()
-                        messages.append(sum(part.bytes for part in sender.messages(learner.weights(), number)))
-                        seconds.append(time.perf_counter() - started)
+                    sent = sum(part.bytes for part in sender.messages(learner.weights(), number))
                     step(learner, pool, number + 1)
                 name = (
                     f"{str(dtype).removeprefix('torch.')}, rate {rate:g}, {'adapters' if adapters else 'all weights'}"
                 )
-                whole = sum(part.bytes for part in senders[0].again())
-                found[name] = {
-                    "everything_mb": round(whole / 1e6, 3),
-                    "sent_mb": round(messages[0] / 1e6, 3),
-                    "as_differences_mb": round(messages[1] / 1e6, 3),
-                    "differences_ms_per_mb": round(1e3 * (seconds[1] - seconds[0]) / messages[0] * 1e6, 2),
-                }
+                whole = sum(part.bytes for part in sender.again())
+                found[name] = {"everything_mb": round(whole / 1e6, 3), "sent_mb": round(sent / 1e6, 3)}
                 print(name, found[name], flush=True)
     return found
 

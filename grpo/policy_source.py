@@ -114,8 +114,8 @@ def _of_checkpoint(folder: Path, meaning: str, read: bool) -> PolicySource:
 def _run_config(run: Path) -> TrainConfig | MtpConfig:
     file = run / "config.yaml"
     if "head" in read_yaml(file)[0]:
-        return load(MtpConfig, file, {})
-    return load(TrainConfig, file, {})
+        return load(MtpConfig, file, {}, on_removed=lambda text: None)
+    return load(TrainConfig, file, {}, on_removed=lambda text: None)
 
 
 def check_model(model: str) -> None:

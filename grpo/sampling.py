@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.reward import RewardsOptions, ScoringOptions
-from grpo.config.sampling import RolloutOptions, SamplingOptions
+from grpo.config.sampling import AnswerOptions, RolloutOptions, SamplingOptions
 from grpo.data.examples import Example
 from grpo.learner.batch import PackedRow, Sample
 from policies.policy import Policy
@@ -57,7 +57,7 @@ def sampling_params(
         seed=seed,
         draft_tokens=options.draft_tokens if chosen else options.draft_tokens or 0,
         draft_sources=sources,
-        accept=options.accept,
+        accept=options.accept if isinstance(options, AnswerOptions) else "exact",
     )
     fewest = FEWEST_ROUNDS * (1 if params.draft_tokens is not None else len(GRAPH_DEPTHS))
     if options.compile == "off" or (options.compile == "auto" and rounds < fewest):

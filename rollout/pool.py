@@ -77,7 +77,6 @@ def open_pool(
     address: str | None = None,
     timeout_s: float = TIMEOUT_S,
     publish_timeout_s: float = PUBLISH_TIMEOUT_S,
-    publish_deltas: bool = False,
     gpus: float = 1.0,
     placement_timeout_s: float = PLACEMENT_TIMEOUT_S,
     colocate: bool | None = None,
@@ -92,10 +91,9 @@ def open_pool(
     Without workers it reads the weights of `policy` itself where it can, see LocalPool.
 
     The other arguments are for Ray workers. A worker that takes longer than `timeout_s` for a shard, or than
-    `publish_timeout_s` to take new weights over, is replaced, as if it had died. `publish_deltas`: workers get the
-    compressed differences between two versions, for which a copy of the version before is kept. `while_waiting` is
-    called several times a second while the pool waits for workers; an exception that it raises ends the wait. `on_lost`
-    gets what died or was late, such as "worker 1", the reason, and what is done.
+    `publish_timeout_s` to take new weights over, is replaced, as if it had died. `while_waiting` is called
+    several times a second while the pool waits for workers; an exception that it raises ends the wait. `on_lost` gets
+    what died or was late, such as "worker 1", the reason, and what is done.
 
     Each worker has `threads` processors and, where the cluster has GPUs, `gpus` of one; `placement_timeout_s` is how
     long the pool waits for room. With `colocate` workers and learner take turns on the same GPUs; None: where there are
@@ -116,7 +114,6 @@ def open_pool(
         prompts_per_shard,
         address,
         (timeout_s, publish_timeout_s),
-        publish_deltas,
         while_waiting,
         on_lost,
         on_ready,

@@ -54,7 +54,6 @@ class RayPool:
         prompts_per_shard: int,
         address: str | None,
         timeouts_s: tuple[float, float],
-        deltas: bool,
         while_waiting: Callable[[], None],
         on_lost: OnLost,
         on_ready: OnReady,
@@ -71,7 +70,7 @@ class RayPool:
             places = replace(places, gpus=0.0)
         precisions = (str(kind).removeprefix("torch.") for kind in (next(policy.parameters()).dtype, dtype))
         arguments = (policy.skeleton(), *precisions, "cuda" if places.gpus else "cpu", places.threads, copies)
-        self.sender = Sender(deltas=deltas, cast=dtype if policy.backend == "transformers" else None)
+        self.sender = Sender(cast=dtype if policy.backend == "transformers" else None)
         self.published: int | None = None  # the version that the confirmed workers hold
         self.confirmed: set[int] = set()
         self.costs: CostTable | None = None

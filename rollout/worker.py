@@ -18,7 +18,7 @@ from rollout.faults import Kind, why_died
 from rollout.group import Prompt, RolloutGroup
 from rollout.places import here
 from rollout.publication.digests import Held
-from rollout.publication.message import PART_BYTES, Message, everything, unpack, with_differences
+from rollout.publication.message import PART_BYTES, Message, everything, unpack
 from rollout.sampling import SamplingParams
 
 
@@ -50,10 +50,6 @@ class Receiver:
             return {}
         self._taking = None
         weights = unpack(message.tensors)
-        try:
-            weights |= with_differences(policy.weights() if message.deltas else {}, message.deltas)
-        except ValueError:
-            return {}
         for name, (factors, scale, experts, transposed) in message.adapters.items():
             copies = {factor: tensor.clone() for factor, tensor in unpack(factors).items()}
             self._adapters[name] = Adapter(**copies, scale=scale, experts=experts, transposed=transposed)

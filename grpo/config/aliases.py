@@ -22,9 +22,19 @@ _OF_SFT = {
 
 @cache
 def table(part: str) -> dict[str, str]:
-    """`means` or `not_supported`: another trainer's name, and what is said about it."""
+    """`means`, `not_supported` or `removed`: a name that is no option, and what is said about it."""
     content = parse_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))[part]
     return {name: said for said, names in content.items() for name in names}
+
+
+def removed(key: str) -> str | None:
+    """What became of an option that an older version had; None for any other key.
+
+    >>> removed("rollout.publish_deltas")[:17]
+    'it is gone, since'
+    """
+    reason = table("removed").get(key)
+    return f"it is gone, since {reason}" if reason else None
 
 
 def hint(name: str, known: Collection[str]) -> str | None:

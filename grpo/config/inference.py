@@ -14,15 +14,13 @@ from grpo.config.json_file import expecting
 from grpo.config.options import Lines
 from grpo.config.policy import ModelOptions
 from grpo.config.reward import RewardsOptions, ScoringOptions
-from grpo.config.sampling import SamplingOptions
+from grpo.config.sampling import AnswerOptions
 from grpo.config.yaml_file import read_yaml
 
 LOGGER = logging.getLogger(__name__)
 
 
-class _UseOptions(EnvironmentOptions, SamplingOptions, PromptOptions, ModelOptions):
-    margin: float = Field(default=2.0, ge=0)
-    """accept: margin takes a draft whose best token leads the second by more than this many nats."""
+class _UseOptions(EnvironmentOptions, AnswerOptions, PromptOptions, ModelOptions):
     stop: str | list[str] = Field(default_factory=list)
     """Texts that end a completion, like `until` of lm-evaluation-harness: the completion ends before the first of them.
     Give one text, in which \\n is a line break, or a list such as ["Question:", "</s>"]."""

@@ -35,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from grpo.config.aliases import removed
 from grpo.config.json_file import unfit
 from grpo.config.problems import Source, describe, in_python, unknown_option
 from grpo.config.yaml_file import ConfigError, Place, parse_yaml, read_yaml, to_yaml
@@ -288,13 +289,28 @@ def _fill(defaults: BaseModel, given: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
+def _drop_removed(data: dict[str, Any], tell: Callable[[str], None], prefix: str = "") -> None:
+    """Takes the options out of `data` that only an older version had, and tells what became of each."""
+    for name, value in list(data.items()):
+        if reason := removed(prefix + name):
+            tell(describe(prefix + name, data.pop(name), "", reason))
+        elif isinstance(value, dict):
+            _drop_removed(value, tell, f"{prefix}{name}.")
+
+
 def load(
-    model_cls: type[Model], config_file: Path | None, overrides: Mapping[str, Any], flags: Iterable[str] = ()
+    model_cls: type[Model],
+    config_file: Path | None,
+    overrides: Mapping[str, Any],
+    flags: Iterable[str] = (),
+    *,
+    on_removed: Callable[[str], None] | None = None,
 ) -> Model:
     """The defaults, then the file, then the overrides (`{"rollout.group_size": 8}`), validated.
 
     `overrides` and `flags` come from `parse`. Raises ConfigError with all problems at once, one line each:
-    `rollout.group_size=1 (demo.yaml, line 3): expected greater than or equal to 2`.
+    `rollout.group_size=1 (demo.yaml, line 3): expected greater than or equal to 2`. `on_removed` is for what an older
+    version wrote: an option that is no longer there is left out, and a sentence about it goes to this function.
     """
     data: dict[str, Any] = {}
     lines: dict[Place, int] = {}
@@ -313,6 +329,8 @@ def load(
             _set(data, key, value)
         except ConfigError as error:
             problems += error.problems
+    if on_removed:
+        _drop_removed(data, on_removed)
     defaults = model_cls.model_construct()
     data = _fill(defaults, data)
     try:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from grpo.config.aliases import hint
+from grpo.config.aliases import hint, removed
 from grpo.config.yaml_file import ConfigError, Place, show_place, to_yaml
 
 SIMILAR = 0.7  # of 1: below it a suggestion misleads
@@ -44,8 +44,8 @@ def unknown_option(key: str, value: Any, where: str, names: Iterable[str]) -> st
     """About an unknown option: our name for another trainer's option, or why we have none, or the nearest name."""
     wanted = re.sub(r"\[\d+\]", "[]", key).replace("-", "_")
     names = list(names)
-    way_out = hint(wanted, names) or _nearest(wanted, names)
-    what = way_out if way_out.startswith("not supported") else f"no such option; {way_out}"
+    way_out = removed(wanted) or hint(wanted, names) or _nearest(wanted, names)
+    what = way_out if way_out.startswith(("not supported", "it is gone")) else f"no such option; {way_out}"
     return describe(key, {} if value is None else value, where, what)
 
 

@@ -19,13 +19,20 @@ class SamplingOptions(Options):
     """Longest completion, in tokens; a completion that has not stopped by then is cut."""
     draft_tokens: int | None = Field(default=None, ge=0)
     """Drafts per forward of the trunk; 0 for none, null chooses by measured cost. Drafts never change a token."""
-    accept: Literal["exact", "margin"] = "exact"
-    """`exact` never changes a token. `margin` is lossy: clear drafts are taken unverified (and counted)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Decode by compiled graphs while at most 8 completions are left, where the policy is our own, in float32 on a CPU.
     A graph takes about a minute once, and is kept in ~/.cache/quartet. `auto` compiles where a run plans 100,000 such
     rounds or more, 300,000 where `draft_tokens` is null. `on` also records CUDA graphs. In float32 graphs
     change no token."""
+
+
+class AnswerOptions(SamplingOptions):
+    """How a policy answers where nothing is learned from its answers: drafts may be taken unverified."""
+
+    accept: Literal["exact", "margin"] = "exact"
+    """`exact` never changes a token. `margin` is lossy: clear drafts are taken unverified (and counted)."""
+    margin: float = Field(default=2.0, ge=0)
+    """accept: margin takes a draft whose best token leads the second by more than this many nats."""
 
 
 class VLLMOptions(Options):
@@ -60,8 +67,6 @@ class RolloutOptions(SamplingOptions):
     """Where drafts come from: the MTP head where the policy has one, what the group has sampled so far (`siblings`),
     and what the same prompt got in an earlier step (`history`). The last two need no head and serve any model. Of
     several the one is taken whose drafts are accepted most. No source changes a token."""
-    accept: Literal["exact", "margin"] = "exact"
-    """Only `exact`: `margin` takes unverified drafts and is refused for training (quartet eval and sample have it)."""
     workers: int = Field(default=0, ge=0)
     """Ray rollout workers; 0 samples in this process, without Ray."""
     ahead: Literal[0, 1, 2] = 0
@@ -86,13 +91,11 @@ class RolloutOptions(SamplingOptions):
     publish_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds that a Ray worker may need for new weights; then it is killed and replaced. A new one has 600."""
     vllm: VLLMOptions = VLLMOptions()
-    quantization: Literal["none", "int8", "int4", "fp8"] = "none"
+    quantization: Literal["none", "int8", "int4"] = "none"
     """The matrices that our engine samples with, routed experts included, in fewer bits than those that are learned;
     each publication makes them anew. The importance correction is on. Held-out problems are answered with them too."""
-    draft_quantization: Literal["none", "int8", "int4", "fp8"] | None = None
+    draft_quantization: Literal["none", "int8", "int4"] | None = None
     """The same for the MTP head and the LM head of its drafts, which change no token; null: as `quantization`."""
-    publish_deltas: bool = False
-    """Workers get the compressed difference of two versions: for slow networks. The learner keeps a copy for it."""
     refill_draws: int = Field(default=0, ge=0)
     """Dynamic sampling: tied groups are sampled again, at most this many times per step; 0 keeps them."""
     refill_prompts: Literal["new", "same"] = "new"
@@ -124,11 +127,6 @@ class RolloutOptions(SamplingOptions):
             )
         return self
 
-    @field_validator("publish_deltas", mode="before")
-    @classmethod
-    def _as_it_was(cls, deltas: object) -> object:
-        return deltas is not None and deltas  # null was the default once
-
     @model_validator(mode="after")
     def _sources_of_drafts(self) -> RolloutOptions:
         if self.backend == "vllm" and self.draft_sources != ["head"]:
@@ -157,12 +155,6 @@ class RolloutOptions(SamplingOptions):
 
     @model_validator(mode="after")
     def _has_few_bits(self) -> RolloutOptions:
-        name = "quantization" if self.quantization == "fp8" else "draft_quantization"
-        if "fp8" in self.copies:
-            raise ValueError(
-                f"rollout.{name}=fp8: its kernels need CUDA with compute capability 8.9 or more, a CPU has none, and "
-                "nobody has tried them with our engine; use int8 or int4"
-            )
         if self.copies != ("none", "none") and self.backend in ("transformers", "vllm"):
             name = "quantization" if self.quantization != "none" else "draft_quantization"
             raise ValueError(
@@ -179,16 +171,6 @@ class RolloutOptions(SamplingOptions):
                 "the same GPUs in turn; set one of them back"
             )
         return self
-
-    @field_validator("accept")
-    @classmethod
-    def _lossless(cls, accept: str) -> str:
-        if accept == "margin":
-            raise ValueError(
-                "takes tokens that the policy has not verified, which no correction can repair in training; use exact "
-                "(quartet eval and quartet sample have margin)"
-            )
-        return accept
 
     @field_validator("group_size")
     @classmethod

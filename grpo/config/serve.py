@@ -8,10 +8,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from grpo.config.policy import ModelOptions
-from grpo.config.sampling import SamplingOptions
+from grpo.config.sampling import AnswerOptions
 
 
-class ServeConfig(SamplingOptions, ModelOptions):
+class ServeConfig(AnswerOptions, ModelOptions):
     """A policy for other programs, by OpenAI's API. A run folder brings its temperature, limit and drafts."""
 
     backend: Literal["native", "vllm"] = "native"
@@ -31,8 +31,6 @@ class ServeConfig(SamplingOptions, ModelOptions):
     """Sampling temperature of requests that name none; 0 is greedy."""
     max_completion_tokens: int = Field(default=256, ge=1)
     """Longest completion of requests that name no limit, in tokens."""
-    margin: float = Field(default=2.0, ge=0)
-    """accept: margin takes a draft whose best token leads the second by more than this many nats."""
     max_batch_size: int = Field(default=32, ge=1)
     """Completions that are decoded together; the others wait."""
     batch_wait_ms: float = Field(default=50.0, ge=0)

@@ -107,7 +107,6 @@ def open_run_pool(
             prompts_per_shard=rollout.prompts_per_shard,
             timeout_s=rollout.timeout_s,
             publish_timeout_s=rollout.publish_timeout_s,
-            publish_deltas=rollout.publish_deltas,
             while_waiting=stop.check,
             gpus=rollout.gpus_per_worker,
             placement_timeout_s=rollout.placement_timeout_s,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grpo.config.aliases import removed
 from grpo.config.options import dump_yaml
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
 from grpo.config.yaml_file import differences, flat, parse_yaml, read_yaml
@@ -73,7 +74,7 @@ def refuse_changed_config(saved: Path, config: RunConfig) -> None:
     changed = [
         f"  {key}: {then!r} then, {now!r} now"
         for key, (then, now) in differences(before, parse_yaml(dump_yaml(config))).items()
-        if not key.startswith(free) and not (key not in said and now == usual.get(key))
+        if not key.startswith(free) and not (key not in said and now == usual.get(key)) and not removed(key)
     ]
     if changed:
         raise ValueError(

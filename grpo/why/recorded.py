@@ -27,7 +27,7 @@ def read_config(run: Path, overrides: dict[str, Any] | None = None) -> TrainConf
         raise FileNotFoundError(f"RUN={run} is no run folder: it has no config.yaml")
     if "head" in (tree := read_yaml(file)[0]) or "loss" not in tree:
         raise ValueError(f"RUN={run} is no run of quartet train, whose steps alone learn from groups; name one that is")
-    config = load(TrainConfig, file, {"output_dir": run} | (overrides or {}))
+    config = load(TrainConfig, file, {"output_dir": run} | (overrides or {}), on_removed=lambda text: None)
     if config.learner.routing_replay:
         raise ValueError(
             f"learner.routing_replay: {run} learned with the experts that the sampler chose, and its record does not "

@@ -1,1 +1,1 @@
-"""How weights reach the samplers, and how one knows that they have: messages, deltas, digests and canaries."""
+"""How weights reach the samplers, and how one knows that they have: messages, digests and canaries."""

@@ -4,14 +4,14 @@ It travels in parts, so that nobody holds a second copy of all weights. Nothing 
 comes later gets it from another worker, or from the learner's own tensors where these are still the same.
 
 With adapters only A and B travel, and what else is trained. The worker keeps the weights under them and computes W + ΔW
-into its own copy. Of tensors that changed, the compressed difference can travel (deltas.py).
+into its own copy.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from policies.four_bit import plain_weight
 from policies.publication import Publication
 from policies.sharding import whole
 from rollout.faults import RolloutError
-from rollout.publication import deltas as delta
 from rollout.publication.digests import Held, digest_of
 
 PackedTensor = tuple[str, list[int], np.ndarray]
@@ -69,28 +68,23 @@ class Message:
     last: bool
     tensors: PackedWeights
     adapters: dict[str, tuple[PackedWeights, float, int, bool]]
-    deltas: PackedWeights = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        parts = [self.tensors, self.deltas, *(factors for factors, *_ in self.adapters.values())]
+        parts = [self.tensors, *(factors for factors, *_ in self.adapters.values())]
         return sum(data.nbytes for part in parts for _, _, data in part.values())
 
 
 class Sender:
     """The side of the learner. It keeps the digests of what was published last, and no tensor of its own."""
 
-    def __init__(self, *, deltas: bool = False, cast: torch.dtype | None = None, part_bytes: int = PART_BYTES) -> None:
-        """`deltas`: send the difference to the version before where it is shorter. This alone needs a copy of that.
-
-        `cast`: samplers may hold tensors in this type. `part_bytes`: the size from which a message is sent.
-        """
-        self.deltas, self.cast, self.part_bytes = deltas, cast, part_bytes
+    def __init__(self, *, cast: torch.dtype | None = None, part_bytes: int = PART_BYTES) -> None:
+        """`cast`: samplers may hold tensors in this type. `part_bytes`: the size from which a message is sent."""
+        self.cast, self.part_bytes = cast, part_bytes
         self.version: int | None = None
         self._last: Publication | None = None  # of which the fixed tensors need not be sent again
         self._source = Publication({})  # references to the learner's tensors
         self._digests: dict[str, dict[str, str]] = {}  # by tensor and type
-        self._before: PackedWeights = {}  # the copy for `deltas`
 
     def messages(self, weights: Mapping[str, Tensor], version: int) -> Iterator[Message]:
         """A publication in parts. Each must be put where workers read it before the next is asked for: its tensors may
@@ -101,16 +95,14 @@ class Sender:
         now, last, former = Publication.of(weights), self._last, self.version
         self._last = self.version = None
         self._source, changed = now, now.changes(last)
-        compares = self.deltas and former is not None and now.keys() == self._digests.keys()
-        since = former if compares or len(changed) < len(now) else None
+        since = former if len(changed) < len(now) else None
         found: dict[str, dict[str, str]] = {}
 
         def seen(name: str, value: Tensor) -> None:
             found[name] = self._digests_of(value)
 
         names = now.read(last)
-        for message in _messages(now, names, changed, version, since, self.part_bytes, seen):
-            yield self._with_differences(message, compares) if self.deltas else message
+        yield from _messages(now, names, changed, version, since, self.part_bytes, seen)
         self._digests = {name: found[name] if name in found else self._digests[name] for name in now}
         self._last, self.version = now if now.fixed else Publication({}), version
 
@@ -135,18 +127,6 @@ class Sender:
     def _digests_of(self, value: Tensor) -> dict[str, str]:
         kinds = {value.dtype, self.cast or value.dtype}
         return {str(kind).removeprefix("torch."): digest_of(value.to(kind)) for kind in kinds}
-
-    def _with_differences(self, message: Message, compares: bool) -> Message:
-        """The tensors of which a difference pays are sent as that; all are copied for the next publication."""
-        tensors, found = message.tensors, PackedWeights()
-        for name, (kind, shape, data) in tensors.items():
-            if compares and data.size and self._before[name][:2] == (kind, shape):
-                packed = delta.encode(data, self._before[name][2], getattr(torch, kind).itemsize)
-                if packed is not None:
-                    found[name] = kind, shape, packed
-            self._before[name] = kind, shape, data.copy()
-        rest = {name: packed for name, packed in tensors.items() if name not in found}
-        return replace(message, tensors=rest, deltas=found)
 
     def difference(self, held: Held) -> str | None:
         """The first tensor that a worker does not hold as it was published, see `first_difference`."""
@@ -195,16 +175,6 @@ def _messages(
 def everything(weights: Publication, version: int, part_bytes: int = PART_BYTES) -> Iterator[Message]:
     """What a worker gives to one that holds nothing, or something else than it should."""
     return _messages(weights, list(weights), weights.tensors, version, None, part_bytes)
-
-
-def with_differences(own: Mapping[str, Tensor], deltas: PackedWeights) -> dict[str, Tensor]:
-    """The new tensors. Raises ValueError where the own one has another type or shape."""
-    new = {}
-    for name, (kind, shape, old) in pack({name: own[name] for name in deltas if name in own}).items():
-        if (kind, shape) != deltas[name][:2]:
-            raise ValueError(name)
-        new[name] = kind, shape, delta.decode(deltas[name][2], old, own[name].element_size())
-    return unpack(new)
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -363,3 +363,16 @@ def test_a_text_of_lines_has_line_breaks_as_help_shows_them(typed, read, tmp_pat
         assert overrides == dict.fromkeys(keys, read)
     (tmp_path / "a.yaml").write_text("output_dir: r\ndata: {template: '\\neg {question}'}\n")
     assert load(TrainConfig, tmp_path / "a.yaml", {}).data.template == r"\neg {question}"
+
+
+def test_what_an_older_version_had_is_refused_by_name_and_left_out_of_a_run_that_goes_on(tmp_path):
+    file = tmp_path / "old.yaml"
+    file.write_text("output_dir: runs/a\nrollout:\n  publish_deltas: true\n  group_size: 4\n")
+    with pytest.raises(ConfigError) as error:
+        load(TrainConfig, file, {})
+    [problem] = error.value.problems
+    assert problem.startswith(f"rollout.publish_deltas=true ({file}, line 3): it is gone, since")
+    words: list[str] = []
+    config = load(TrainConfig, file, {"rollout.publish_deltas": False}, on_removed=words.append)
+    assert config.rollout.group_size == 4
+    assert [word.partition(":")[0] for word in words] == ["rollout.publish_deltas=false"]

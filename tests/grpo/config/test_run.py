@@ -102,7 +102,7 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would(words):
         ({"rollout.group_size": 1}, "rollout.group_size=1"),
         (
             {"rollout.accept": "margin"},
-            "rollout.accept=margin (command line): takes tokens that the policy has not verified",
+            "rollout.accept=margin (command line): it is gone, since training takes no unverified drafts",
         ),
         ({"rollout.temperature": 0}, "rollout.temperature=0"),
         ({"rollout.top_p": 0.9}, "rollout.top_p=0.9"),  # contract 2: there is none in training

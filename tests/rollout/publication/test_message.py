@@ -5,14 +5,12 @@ import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 import rollout.publication.message
 from policies.policy import Policy
 from rollout.engine import Engine, RolloutError
-from rollout.publication.deltas import decode, encode
 from rollout.publication.digests import digests, first_difference
 from rollout.publication.message import Message, Moved, Sender, pack, unpack
 from rollout.worker import Receiver
@@ -60,77 +58,6 @@ def test_weights_survive_their_journey():
     for name, tensor in weights.items():
         assert torch.equal(arrived[name], tensor)
         assert arrived[name].dtype == tensor.dtype
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("targets", TARGETS)
-def test_with_adapters_a_and_b_alone_give_the_sampler_the_learners_bits(random_policy, targets, dtype):
-    policy = random_policy(3).cast(dtype)
-    policy.add_lora(2, 4.0, TARGETS[targets])
-    sender, worker = Sender(), receiver(policy)
-    first = take(sender, policy.publication(), 0)
-    worker.take(first)
-    for version in (1, 2):
-        learn(policy)
-        message = take(sender, policy.publication(), version)
-        assert set(message.tensors).isdisjoint(first.adapters)
-        assert message.bytes < 0.5 * first.bytes
-        held = worker.take(message)
-        assert held == digests(policy.weights())
-        assert sender.difference(held) is None
-        for name, tensor in worker.engine.policy.weights().items():
-            assert torch.equal(tensor, policy.weights()[name]), name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("targets", [None, ["o_proj"]])
-def test_differences_give_the_same_bits_in_fewer_bytes(random_policy, targets, dtype):
-    policy = random_policy(3).cast(dtype)
-    if targets:
-        policy.add_lora(2, 4.0, targets)
-    senders, worker = [Sender(deltas=True), Sender()], receiver(policy)
-    for sender in senders:
-        worker.take(take(sender, policy.publication(), 0))
-    for version in (1, 2):
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                if parameter.requires_grad:
-                    parameter.mul_(1 + 2**-9)
-        message, plain = (take(sender, policy.publication(), version) for sender in senders)
-        assert message.since == version - 1
-        assert message.deltas
-        assert message.bytes < plain.bytes
-        assert worker.take(message) == digests(policy.weights())
-
-
-def test_a_worker_that_holds_other_bits_than_a_difference_follows_does_not_confirm_it(random_policy):
-    policy = random_policy(3)
-    sender, worker = Sender(deltas=True, cast=torch.bfloat16), receiver(policy)
-    worker.take(take(sender, policy.weights(), 0))
-    with torch.no_grad():
-        worker.engine.policy.trunk.model.norm.weight.add_(1)
-        policy.trunk.model.norm.weight.mul_(1.001)
-    assert sender.difference(worker.take(take(sender, policy.weights(), 1))) == "trunk.model.norm.weight"
-    [again] = sender.again()
-    assert worker.take(again) == digests(policy.weights())
-    worker.engine.policy.trunk.model.norm.to(torch.bfloat16)  # a sampler that holds another type
-    assert worker.take(take(sender, policy.weights(), 2)) == {}
-    [again] = sender.again()
-    assert sender.difference(worker.take(again)) is None
-
-
-def test_a_damaged_difference_is_refused():
-    old, new = (np.frombuffer(text, np.uint8) for text in (b"a" * 400, b"b" * 400))
-    packed = encode(new, old, 4)
-    assert packed.nbytes < 100
-    assert decode(packed, old, 4).tobytes() == new.tobytes()
-    for wrong in (packed[:-3], np.frombuffer(b"no zstd at all", np.uint8)):
-        with pytest.raises(ValueError, match="damaged"):
-            decode(wrong, old, 4)
-    with pytest.raises(ValueError, match="has 400 bytes, and its tensor 800|damaged"):
-        decode(packed, np.zeros(800, np.uint8), 4)
-    noise = np.random.default_rng(0).integers(0, 256, 400).astype(np.uint8)
-    assert encode(noise, old, 4) is None
 
 
 def test_a_new_worker_gets_everything_and_one_that_missed_a_version_refuses_the_difference(random_policy):
