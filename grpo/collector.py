@@ -21,8 +21,6 @@ from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.build import sampling_backend
 from grpo.loop import Run
-from grpo.run.history import History
-from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics, tail_share
 from grpo.sampling import environment_of, sampling_params
@@ -46,8 +44,7 @@ PROMPTS_READ = 256  # whose lengths say how long sequences become
 class Collector:
     """Draws the groups of each step, and keeps the record of them. Its state is the curriculum; `later`, the pass rates
     of steps that were sampled ahead, which the curriculum learns only when it is their turn (contract 12); `begun`, the
-    groups that go on in the next step; the steps of `history`, if drafts come from it; and `head_accepted`, what became
-    of the head's drafts in the last step."""
+    groups that go on in the next step; and `head_accepted`, what became of the head's drafts in the last step."""
 
     def __init__(self, run: Run[TrainConfig], task: Task, curriculum: Curriculum, pool: Pool, policy: Policy) -> None:
         self.run, self.task, self.curriculum, self.pool = run, task, curriculum, pool
@@ -71,9 +68,6 @@ class Collector:
         self.alarms = Alarms(task.watched_rewards()) if run.config.log.alarms and run.ranks.first else None
         self.begun: list[Begun] = []
         self.head_accepted: tuple[float, ...] = ()
-        missing = partial(self._no_history, run.log)
-        looked_up = "history" in self.rollout.draft_sources and self.sampling.draft_tokens != 0
-        self.history = History(run.folder, self.rollout.ahead, missing) if looked_up else None
         self.tied_steps = TiedSteps(
             config.data, config.rollout, config.warm_start.steps, task.first_reward, task.full_marks
         )
@@ -100,7 +94,7 @@ class Collector:
             with timed("time/rollout"), phase("sampling", self.run.config):
                 tell = partial(progress.advance, bar)
                 if options.partial is None:
-                    groups = self.pool.sample(self._with_history(prompts, step), params.at(step, draw), tell)
+                    groups = self.pool.sample(prompts, params.at(step, draw), tell)
                     if not draw and self.backend != "vllm" and not self.run.config.agent:  # which know no shards
                         measured.update(tail_share(groups, options.prompts_per_shard))
                 else:
@@ -121,8 +115,6 @@ class Collector:
             drawn = draw_groups(take(self.prompts_per_step), options.refill_draws, sample, replacements)
         if self.rollout.partial is None:  # groups that go on keep the parameters with which they began
             self.head_accepted = head_accepted(c for group in drawn.all_groups for c in group.completions)
-        if self.history:
-            self.history.sampled(step, (group.prompt.prompt_id for group in drawn.groups))
         for failure in (failure for score in drawn.all_scores for failure in score.errors):
             self.run.log.event("reward_error", step=step, **vars(failure))
         drawn.metrics |= measured | rollout_metrics(drawn.all_groups, drawn.all_scores) | self._metrics(step, drawn)
@@ -136,36 +128,20 @@ class Collector:
         whole: list[Begun] = []
         for draw in count():
             new = [Begun(self._params(step).at(step, draw), RolloutGroup(prompt, [])) for prompt in prompts]
-            begun = [*self.begun, *new]
-            prompts = self._with_history([each.group.prompt for each in begun], step)
-            begun = [
-                replace(each, group=replace(each.group, prompt=prompt))
-                for each, prompt in zip(begun, prompts, strict=True)
-            ]
-            begun = go_on(self.pool, begun, self.rollout.partial, self.tokenizer, tell)
+            begun = go_on(self.pool, [*self.begun, *new], self.rollout.partial, self.tokenizer, tell)
             whole, self.begun = [b for b in begun if not b.unfinished], [b for b in begun if b.unfinished]
             if whole:
                 break
             prompts = take(self.prompts_per_step, draw + 1)
         return [each.group for each in whole]
 
-    def _with_history(self, prompts: Sequence[Prompt], step: int) -> Sequence[Prompt]:
-        return self.history.of(prompts, step) if self.history else prompts
-
-    @staticmethod
-    def _no_history(log: RunLog, step: int, why: str) -> None:
-        log.event("history_missing", step=step, why=why)
-
     def snapshot(self) -> Any:
         """For `put_back`, which undoes what was collected since."""
-        history = self.history and self.history.steps
-        return self.curriculum.state_dict(), self.later, self.begun, self.head_accepted, history
+        return self.curriculum.state_dict(), self.later, self.begun, self.head_accepted
 
     def put_back(self, before: Any) -> None:
-        curriculum, self.later, self.begun, self.head_accepted, steps = before
+        curriculum, self.later, self.begun, self.head_accepted = before
         self.curriculum.load_state_dict(curriculum)
-        if self.history:
-            self.history.steps = steps
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -179,8 +155,6 @@ class Collector:
             ]
         if self.head_accepted:
             state["head_accepted"] = list(self.head_accepted)
-        if self.history:
-            state["history"] = self.history.steps
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -191,8 +165,6 @@ class Collector:
             for found in state.get("begun", [])
         ]
         self.head_accepted = tuple(state.get("head_accepted", ()))
-        if self.history:
-            self.history.steps = dict(state.get("history", {}))
 
     def _learn_rates(self, up_to: int) -> None:
         self.curriculum.record((prompt_id, rate) for step, prompt_id, rate in self.later if step <= up_to)

@@ -172,7 +172,6 @@ def _head_options(options: ModelOptions) -> list[str]:
     """What `options` ask of an MTP head, as key=value."""
     rollout, mtp = getattr(options, "rollout", None), getattr(options, "mtp", MTPOptions())
     drafts = getattr(rollout or options, "draft_tokens", None)
-    drafts = None if rollout and rollout.looks_up else drafts
     asked = [f"{'rollout.' if rollout else ''}draft_tokens={drafts}"] if drafts else []
     asked += ["add_mtp=True"] if options.add_mtp else []
     trained = [f"mtp.{name}={value}" for name, value in mtp if value != getattr(MTPOptions(), name)]

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -46,9 +46,7 @@ def sampling_params(
     vLLM has nothing that chooses their number: null is none there. The sampler computes in `dtype`, and `rounds` with
     few rows are planned. Raises ValueError for `compile: on` where no graph can decode.
     """
-    sources = tuple(getattr(options, "draft_sources", ["head"]))
-    drafts = (policy.mtp is not None and "head" in sources) or sources != ("head",)
-    chosen = drafts and getattr(options, "backend", None) != "vllm"
+    chosen = policy.mtp is not None and getattr(options, "backend", None) != "vllm"
     params = SamplingParams(
         group_size=group_size,
         temperature=options.temperature,
@@ -56,13 +54,12 @@ def sampling_params(
         stop_token_ids=tuple(policy.stop_token_ids),
         seed=seed,
         draft_tokens=options.draft_tokens if chosen else options.draft_tokens or 0,
-        draft_sources=sources,
-        accept=options.accept if isinstance(options, AnswerOptions) else "exact",
+        accept=_accept(options),
     )
     fewest = FEWEST_ROUNDS * (1 if params.draft_tokens is not None else len(GRAPH_DEPTHS))
     if options.compile == "off" or (options.compile == "auto" and rounds < fewest):
         return params
-    why = _no_graph(policy, policy.device, sources, options, dtype)
+    why = _no_graph(policy, policy.device, options, dtype)
     if why and options.compile == "on":
         raise ValueError(NO_GRAPH.format(why))
     return replace(params, compiled=not why)
@@ -70,14 +67,16 @@ def sampling_params(
 
 def refuse_compile(policy: Policy, options: SamplingOptions, dtype: str, device: torch.device) -> None:
     """Raises the ValueError of `sampling_params` for a policy that will be on `device`."""
-    sources = tuple(getattr(options, "draft_sources", ["head"]))
-    if options.compile == "on" and (why := _no_graph(policy, device, sources, options, dtype)):
+    if options.compile == "on" and (why := _no_graph(policy, device, options, dtype)):
         raise ValueError(NO_GRAPH.format(why))
 
 
-def _no_graph(
-    policy: Policy, device: torch.device, sources: tuple[str, ...], options: SamplingOptions, dtype: str
-) -> str | None:
+def _accept(options: SamplingOptions) -> Literal["exact", "margin"]:
+    """What is learned from has no drafts that were not verified."""
+    return options.accept if isinstance(options, AnswerOptions) else "exact"
+
+
+def _no_graph(policy: Policy, device: torch.device, options: SamplingOptions, dtype: str) -> str | None:
     if policy.backend != "native" or getattr(options, "backend", None) == "vllm":
         return "this policy is not decoded by our own engine"
     if device.type == "cuda":
@@ -91,9 +90,7 @@ def _no_graph(
         return f"there is no C++ compiler ({compiler})"
     if isinstance(options, RolloutOptions) and {options.quantization, options.draft_quantization} - {"none", None}:
         return "a graph has no matrices of fewer bits"
-    if any(source != "head" for source in sources):
-        return f"draft_sources={list(sources)} looks drafts up"
-    return "accept=margin takes drafts unverified" if options.accept != "exact" else None
+    return "accept=margin takes drafts unverified" if _accept(options) != "exact" else None
 
 
 def environment_of(options: object) -> EnvironmentSpec | None:

@@ -24,32 +24,28 @@ MOST_WRITTEN = 256  # tokens of a row when a round is timed: each way of decodin
 
 @dataclass(frozen=True)
 class Way:
-    """How a round is decoded: with so many drafts of the head, or looked up, and by a graph or eagerly."""
+    """How a round is decoded: with so many drafts, and by a graph or eagerly."""
 
     depth: int
-    looked_up: bool = False
     by_graph: bool = False
 
 
 def measure(decoder: Decoder, work: Workload, depth: int) -> CostTable:
     """Times rounds of 0, 1, 2, 3, 4, 8, ... `depth` drafts at 1, 2, 4, ... live rows (and at 24, 48, 96), in the
-    middle of completions. Between depths it is linear. With `lookups` also rounds in which the drafts cost nothing;
-    without a head these alone. With `graphs` also compiled rounds, which may have to be compiled."""
+    middle of completions. Between depths it is linear. With `graphs` also compiled rounds, which may have to
+    be compiled."""
     sizes, depths = _sizes(work.rows), sorted({0, *_doubling(depth), *range(min(depth, 4))})
-    by_head, looked_up = list[list[float]](), list[list[float]]()
+    rounds = list[list[float]]()
     for rows in sizes:
-        deeper = [k for k in depths if k and rows * (k + 1) <= MOST_TOKENS]
-        of_head = [Way(k) for k in deeper] if decoder.head is not None else []
-        of_lookups = [Way(k, looked_up=True) for k in deeper] if work.lookups else []
-        costs = _rounds(decoder, work, rows, [Way(0), *of_head, *of_lookups])
-        by_head.append(_by_depth(costs, [Way(0), *of_head]))
-        looked_up.append(_by_depth(costs, [Way(0), *of_lookups]))
-    found = CostTable(sizes, by_head, looked_up if work.lookups else None, reading=_reading(decoder))
+        deeper = [k for k in depths if k and rows * (k + 1) <= MOST_TOKENS] if decoder.head is not None else []
+        ways = [Way(k) for k in (0, *deeper)]
+        rounds.append(_by_depth(_rounds(decoder, work, rows, ways), ways))
+    table = CostTable(sizes, rounds, reading=_reading(decoder))
     if not work.graphs or decoder.head is None:
-        return found
+        return table
     ways = [Way(k, by_graph=True) for k in GRAPH_DEPTHS]
     few = [rows for rows in sizes if rows <= FEW_ROWS]
-    return replace(found, graphs=[_by_depth(_rounds(decoder, work, rows, ways), ways) for rows in few])
+    return replace(table, graphs=[_by_depth(_rounds(decoder, work, rows, ways), ways) for rows in few])
 
 
 def _sizes(most: int) -> list[int]:
@@ -96,11 +92,10 @@ def _rounds(decoder: Decoder, work: Workload, rows: int, ways: list[Way]) -> dic
     for _ in range(REPEATS):
         times = {}
         for way, decoding in decodings.items():
-            empty = way.depth if way.looked_up else 0
             if way.by_graph:
                 decoding.forward()
             started = time.perf_counter()
-            decoding.forward(empty)
+            decoding.forward()
             if decoder.trunk.device.type == "cuda":
                 torch.cuda.synchronize(decoder.trunk.device)
             times[way] = 1e3 * (time.perf_counter() - started)
@@ -140,10 +135,8 @@ def _begin(decoder: Decoder, work: Workload, rows: int, way: Way) -> Decoding:
     vocabulary = len(decoder.trunk.embedding)
     prompt = Prompt("costs", "", [7 * i % vocabulary for i in range(length)])
     params = SamplingParams(rows, 1.0, completion, draft_tokens=way.depth, compiled=way.by_graph)
-    if way.looked_up:
-        params = replace(params, draft_sources=("siblings",))
     decoding = Decoding(decoder, [prompt], params, aborts=False)
-    decoding.forward(way.depth if way.looked_up else 0)
+    decoding.forward()
     if written > 0 and decoding.live is not None:
         for cache in (decoding.cache, decoding.drafter.cache if decoding.drafter else None):
             if cache is not None:

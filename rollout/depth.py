@@ -1,5 +1,4 @@
-"""How many tokens to draft before the next verification, 0 included, and from what: what gives the most tokens per
-millisecond.
+"""How many tokens to draft before the next verification, 0 included: what gives the most tokens per millisecond.
 
 A draft is accepted only after every shallower one, so with conditional acceptances a_i a forward is expected to give
 1 + Σ_{d≤k} Π_{i≤d} a_i tokens (Leviathan et al. 2023, eq. 1, there with one a for all depths). Its cost comes from a
@@ -12,24 +11,19 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from policies.files.atomic import write_file
 from rollout.sampling import SamplingParams
 
-# Assumed of every depth before the first draft: ¾ of the head's are accepted, if nothing better is known, and half of
-# what was looked up.
-PRIOR_ACCEPTED, PRIOR_LOOKED_UP, PRIOR_DRAFTED = 3.0, 2.0, 4.0
+# Assumed of every depth before the first draft: ¾ are accepted, if nothing better is known.
+PRIOR_ACCEPTED, PRIOR_DRAFTED = 3.0, 4.0
 MAX_DEPTH = 8
 LEAST_GAIN = 1.2  # expected of drafts, else none are made: measured costs are a tenth off, and beginning costs more
 GRAPH_DEPTHS = (0, 1, 3)  # of compiled rounds: each depth is a graph, which takes a minute to compile
 PROMPT_TOKENS = 96  # length of the prompt when rounds are timed
-
-Kind = tuple[str, int]  # a source of drafts, and how many tokens before them were looked up there: 0 for the head
-HEAD: Kind = ("head", 0)
-UNKNOWN: Kind = ("", 1)  # any of which nothing was drafted yet
 
 
 @dataclass(frozen=True)
@@ -39,26 +33,23 @@ class Workload:
 
     rows: int
     completion_tokens: int = 512
-    lookups: bool = False
     graphs: int = 0
 
     @classmethod
     def of(cls, params: SamplingParams, rows: int, longest_prompt: int = PROMPT_TOKENS) -> Workload:
-        """That of these parameters; graphs are not for drafts that are looked up.
+        """That of these parameters.
 
         >>> Workload.of(SamplingParams(max_completion_tokens=200, compiled=True), rows=64)
-        Workload(rows=64, completion_tokens=200, lookups=False, graphs=296)
+        Workload(rows=64, completion_tokens=200, graphs=296)
         """
-        compiled = params.compiled and not params.looks_up
-        graphs = longest_prompt + params.max_completion_tokens if compiled else 0
-        return cls(rows, params.max_completion_tokens, params.looks_up, graphs)
+        graphs = longest_prompt + params.max_completion_tokens if params.compiled else 0
+        return cls(rows, params.max_completion_tokens, graphs)
 
 
 @dataclass(frozen=True)
 class CostTable:
     """`rounds[i][k]`: milliseconds of a round with `rows[i]` live rows that makes k drafts each and verifies them.
 
-    `lookups`: the same where drafts cost nothing but their verification; None where no such source was asked for.
     `graphs`: the same of compiled rounds, for as many of the first `rows` as graphs decode.
     `reading`: milliseconds in which the head reads a token that it has missed; 0 where that was not measured.
     Costs are linear between two numbers of rows and constant outside. A depth that was not measured costs infinity.
@@ -69,17 +60,15 @@ class CostTable:
 
     rows: list[int]
     rounds: list[list[float]]
-    lookups: list[list[float]] | None = None
     graphs: list[list[float]] | None = None
     reading: float = 0.0
 
     @property
     def max_depth(self) -> int:
-        return max(len(costs) for costs in [*self.rounds, *(self.lookups or [])]) - 1
+        return max(map(len, self.rounds)) - 1
 
-    def milliseconds(self, rows: int, depth: int, looked_up: bool = False, by_graph: bool = False) -> float:
-        """With `looked_up` the head drafts nothing."""
-        rounds = self.graphs if by_graph else self.lookups if looked_up else self.rounds
+    def milliseconds(self, rows: int, depth: int, by_graph: bool = False) -> float:
+        rounds = self.graphs if by_graph else self.rounds
         if rounds is None:
             return math.inf
         right = min(bisect_left(self.rows, rows), len(rounds) - 1)
@@ -92,7 +81,7 @@ class CostTable:
 
     def _check(self) -> None:
         """Raises TypeError or ValueError for a table in which no cost can be looked up."""
-        tables = [self.rounds, *(table for table in (self.lookups, self.graphs) if table is not None)]
+        tables = [self.rounds, *([] if self.graphs is None else [self.graphs])]
         if (
             any(not 0 < len(self.rows) == len(table) for table in tables if table is not self.graphs)
             or (self.graphs is not None and not 0 < len(self.graphs) <= len(self.rows))
@@ -115,10 +104,12 @@ class CostTable:
     def load(cls, path: Path) -> CostTable:
         """Raises ValueError, which names the file, where it holds no such table."""
         try:
-            table = cls(**json.loads(path.read_text()))
+            content = json.loads(path.read_text())
+            content.pop("lookups", None)  # of a version that also looked drafts up
+            table = cls(**content)
             table._check()
             return table
-        except (TypeError, ValueError, RecursionError, OverflowError) as error:
+        except (TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} is no table of draft costs ({error}); delete it to measure again") from None
 
 
@@ -150,93 +141,60 @@ class Patience:
 class DepthController:
     """Chooses the depth for one shard, from the costs and from what share of the shard's own drafts was accepted.
 
-    Without `costs` the depth is always `max_depth`, as far as there is something to draft. `head_accepted`: what share
-    of the head's drafts is believed to be accepted at each depth, before the shard has any.
+    `costs` is None where the number of drafts is fixed: then nothing is chosen. `head_accepted`: what share of the
+    drafts is believed to be accepted at each depth, before the shard has any.
     """
 
     def __init__(self, costs: CostTable | None, max_depth: int, head_accepted: Sequence[float] = ()) -> None:
         self.costs, self.max_depth = costs, min(max_depth, costs.max_depth) if costs else max_depth
-        self.head_accepted = head_accepted
-        self.reached: dict[Kind, list[float]] = {}
-        self.accepted: dict[Kind, list[float]] = {}
+        self.reached = [PRIOR_DRAFTED] * self.max_depth
+        known = [share * PRIOR_DRAFTED for share in head_accepted[: self.max_depth]]
+        self.accepted = known + [PRIOR_ACCEPTED] * (self.max_depth - len(known))
         self.known_speeds: dict[int, dict[int, float]] = {}  # of graphs, by rows, until something is observed
 
-    def observe(self, rows: int, accepted: Sequence[int], kind: Kind = HEAD) -> None:
-        """Of `rows` rows with drafts of this kind, `accepted[d]` accepted theirs at depth d + 1 and all before it."""
+    def observe(self, rows: int, accepted: Sequence[int]) -> None:
+        """Of `rows` rows with drafts, `accepted[d]` accepted theirs at depth d + 1 and all before it."""
         self.known_speeds.clear()
-        of_kind, taken = self._of(kind)
         reached = rows
         for depth, count in enumerate(accepted):
-            of_kind[depth] += reached
-            taken[depth] += count
+            self.reached[depth] += reached
+            self.accepted[depth] += count
             reached = count
 
-    def tokens(self, kind: Kind, depth: int) -> list[float]:
-        """By the number of drafts of this kind, 0 to `depth`: the tokens that a forward is expected to give a row."""
-        reached, accepted = self._of(kind)
+    def tokens(self, depth: int) -> list[float]:
+        """By the number of drafts, 0 to `depth`: the tokens that a forward is expected to give a row."""
         chain, expected = 1.0, [1.0]
         for d in range(depth):
-            chain *= accepted[d] / reached[d]
+            chain *= self.accepted[d] / self.reached[d]
             expected.append(expected[-1] + chain)
         return expected
+
+    def plain(self, rows: int) -> float:
+        """Tokens a millisecond that a row gets without drafts."""
+        assert self.costs is not None
+        return 1 / self.costs.milliseconds(rows, 0)
 
     def graph_speeds(self, rows: int) -> dict[int, float]:
         """Tokens a millisecond that a row is expected to get from compiled rounds, by depth, up to `max_depth`."""
         assert self.costs is not None
         if rows not in self.known_speeds:  # a round of .8 ms notices the time that this takes
             depths = [depth for depth in GRAPH_DEPTHS if depth <= self.max_depth]
-            expected, costs = self.tokens(HEAD, depths[-1]), self.costs
+            expected, costs = self.tokens(depths[-1]), self.costs
             speeds = {k: expected[k] / costs.milliseconds(rows, k, by_graph=True) for k in depths}
             self.known_speeds[rows] = speeds
         return self.known_speeds[rows]
 
-    def choose(self, rows: int, most: int, found: Mapping[Kind, int], head: bool) -> tuple[int, bool, float]:
-        """The depth, whether the head drafts, and the tokens a millisecond that a row is then expected to get: infinite
-        without costs. `found`: how many of the rows can look up a draft, by its kind. `head`: whether there is one.
+    def choose(self, rows: int, most: int) -> tuple[int, float]:
+        """The depth, at most `most`, and the tokens a millisecond that a row is then expected to get.
 
-        Where the head drafts too, a row takes the drafts of which more are expected to be accepted. Nothing is drafted
-        where that is expected to gain less than a fifth. Of two equal speeds that of fewer drafts is chosen.
+        Nothing is drafted where that is expected to gain less than a fifth. Of two equal speeds that of fewer drafts is
+        chosen.
         """
-        most = min(self.max_depth, most)
-        by_head = self.tokens(HEAD, most) if head else [1.0] * (most + 1)
-        looked_up = [(self.tokens(kind, most), count / rows) for kind, count in found.items()]
-        if self.costs is None:
-            better = sum(share for tokens, share in looked_up if tokens[most] >= by_head[most])
-            return (most if head or found else 0), head and better < 1, math.inf
-        others = 1 - sum(share for _, share in looked_up)
-        plain = 1 / self.costs.milliseconds(rows, 0)
-        best = 0, False, LEAST_GAIN * plain
-        for depth in range(1, most + 1):
-            if found:
-                tokens = others + sum(share * tokens[depth] for tokens, share in looked_up)
-                speed = tokens / self.costs.milliseconds(rows, depth, looked_up=True)
-                if speed > best[2]:
-                    best = depth, False, speed
-            if head:
-                of_head = by_head[depth]
-                tokens = others * of_head + sum(share * max(tokens[depth], of_head) for tokens, share in looked_up)
-                speed = tokens / self.costs.milliseconds(rows, depth)
-                if speed > best[2]:
-                    best = depth, True, speed
-        return best if best[0] else (0, False, plain)
-
-    def may_save(self, rows: int, most: int, head: bool) -> float:
-        """Milliseconds a token that drafts would save if all of so many rows had the best kind: infinite without costs.
-        Where it is 0, `choose` chooses none, whatever is found."""
-        if self.costs is None:
-            return math.inf
-        costs, plain, most = self.costs, self.costs.milliseconds(rows, 0), min(self.max_depth, most)
-        kinds = {*self.reached, UNKNOWN} | ({HEAD} if head else set())
-        best = [max(tokens) for tokens in zip(*(self.tokens(kind, most) for kind in kinds), strict=True)]
-        depths = range(1, most + 1)
-        drafted = (costs.milliseconds(rows, k, up) / best[k] for k in depths for up in (False, True))
-        best_drafted = min(drafted, default=plain)
-        return plain - best_drafted if LEAST_GAIN * best_drafted < plain else 0.0
-
-    def _of(self, kind: Kind) -> tuple[list[float], list[float]]:
-        if kind not in self.reached:
-            prior = PRIOR_ACCEPTED if kind == HEAD else PRIOR_LOOKED_UP
-            self.reached[kind] = [PRIOR_DRAFTED] * self.max_depth
-            known = [share * PRIOR_DRAFTED for share in self.head_accepted[: self.max_depth]] if kind == HEAD else []
-            self.accepted[kind] = known + [prior] * (self.max_depth - len(known))
-        return self.reached[kind], self.accepted[kind]
+        assert self.costs is not None
+        plain = self.plain(rows)
+        best = 0, LEAST_GAIN * plain
+        for depth, tokens in enumerate(self.tokens(min(self.max_depth, most))):
+            speed = tokens / self.costs.milliseconds(rows, depth)
+            if depth and speed > best[1]:
+                best = depth, speed
+        return best if best[0] else (0, plain)

@@ -93,10 +93,10 @@ class Engine:
 
     def _check_params(self, params: SamplingParams) -> None:
         params.check()
-        if params.draft_tokens and not self._drafts(params):
+        if params.draft_tokens and self.head is None:
             raise RolloutError(
-                f"rollout.draft_tokens={params.draft_tokens}, but this policy has no MTP head; set it to 0, load the "
-                "policy with a head, or draft from what the group has sampled (rollout.draft_sources=[siblings])"
+                f"rollout.draft_tokens={params.draft_tokens}, but this policy has no MTP head; set it to 0, or load the "
+                "policy with a head"
             )
         if params.accept == "margin" and (self.head is None or params.draft_tokens == 0):
             raise RolloutError(
@@ -110,10 +110,6 @@ class Engine:
         for token in params.stop_token_ids:
             if not 0 <= token < vocabulary:
                 raise ValueError(f"rollout.stop_token_ids: {token} is outside the vocabulary of {vocabulary} tokens")
-
-    def _drafts(self, params: SamplingParams) -> bool:
-        """Whether there is anything to draft from."""
-        return params.looks_up or (self.head is not None and "head" in params.draft_sources)
 
     def _fault(self, params: SamplingParams, prompt: Prompt) -> str | None:
         return prompt_fault(prompt, params, len(self.trunk.embedding), self.policy.max_length)
@@ -129,7 +125,7 @@ class Engine:
         """
         self._check_params(params)
         episodes, prompts, faults = self.stage.begin(prompts, params, partial(self._fault, params))
-        if params.draft_tokens is None and self._drafts(params) and prompts and not self._knows_costs(params):
+        if params.draft_tokens is None and self.head is not None and prompts and not self._knows_costs(params):
             longest = max(len(prompt.token_ids) for prompt in prompts)
             self.measure_costs(Workload.of(params, len(prompts) * params.group_size, longest))
         decoding, announced = Decoding(self.decoder, prompts, params, episodes=episodes), 0
@@ -163,6 +159,6 @@ class Engine:
     def _knows_costs(self, params: SamplingParams) -> bool:
         """Whether the depth controller has a table for what these parameters draft."""
         costs = self.costs
-        if costs is None or (params.looks_up and costs.lookups is None):
+        if costs is None:
             return False
         return costs.graphs is not None or self.head is None or not Workload.of(params, 1).graphs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,6 @@ class Prompt:
 
     `messages` are the chat messages from which a chat template made `text`; rewards with `chat: true` get them.
     `first_sample` is the index in its group of the first completion that is sampled, which is part of the noise's key.
-    `history` are the token ids of completions that this prompt had in earlier steps: drafts may come from them.
 
     >>> Prompt("gsm8k/train/0", "2 + 3 = ?", [17, 4, 21], {"answer": "#### 5"}).columns["answer"]
     '#### 5'
@@ -35,7 +34,6 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, Any]] | None = None
     first_sample: int = 0
-    history: list[list[int]] = field(default_factory=list, repr=False)
 
 
 def shards(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
@@ -53,9 +51,6 @@ class DraftStats:
     at which each token was drafted, 0 for a token of the trunk's own. `fallbacks` counts the forwards in which
     `accept: margin` found a draft that was not clear enough to take.
 
-    `sources` has `{"drafted": [...], "accepted": [...]}` of each source but the head, to which the other drafts belong.
-    `empty` counts the places of drafts for which no source had one: the trunk reads those in vain.
-
     `cost` is its share of what the rounds of its shard cost by the table of costs, and `plain_cost` of what as many
     tokens cost without drafts: milliseconds, 0 where there is no table, as with a fixed number of drafts.
 
@@ -68,8 +63,6 @@ class DraftStats:
     accepted: list[int] = field(default_factory=list)
     fallbacks: int = 0
     depths: list[int] = field(default_factory=list)
-    sources: dict[str, dict[str, list[int]]] = field(default_factory=dict)
-    empty: int = 0
     cost: float = 0.0
     plain_cost: float = 0.0
 
@@ -79,36 +72,15 @@ class DraftStats:
         >>> (DraftStats(2, [2], [1], depths=[0, 1, 0]) + DraftStats(1, [1, 1], [0, 0], depths=[0, 0])).drafted
         [3, 1]
         """
-        names = self.sources | after.sources
         return DraftStats(
             target_forwards=self.target_forwards + after.target_forwards,
             drafted=_sums(self.drafted, after.drafted),
             accepted=_sums(self.accepted, after.accepted),
             fallbacks=self.fallbacks + after.fallbacks,
             depths=self.depths + after.depths,
-            sources={name: _both(self.sources.get(name, {}), after.sources.get(name, {})) for name in names},
-            empty=self.empty + after.empty,
             cost=self.cost + after.cost,
             plain_cost=self.plain_cost + after.plain_cost,
         )
-
-    @property
-    def by_source(self) -> dict[str, dict[str, list[int]]]:
-        """`sources` with the head's share, where it has drafted.
-
-        >>> DraftStats(9, [9], [6], sources={"siblings": {"drafted": [4], "accepted": [3]}}).by_source["head"]
-        {'drafted': [5], 'accepted': [3]}
-        """
-        head = {"drafted": list(self.drafted), "accepted": list(self.accepted)}
-        for counts in self.sources.values():
-            for name, values in counts.items():
-                for depth, count in enumerate(values):
-                    head[name][depth] -= count
-        return ({"head": head} if any(head["drafted"]) else {}) | self.sources
-
-
-def _both(one: Mapping[str, list[int]], other: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    return {name: _sums(one.get(name, []), other.get(name, [])) for name in ("drafted", "accepted")}
 
 
 def _sums(one: Iterable[int], other: Iterable[int]) -> list[int]:
@@ -264,8 +236,7 @@ def head_accepted(completions: Iterable[Completion]) -> tuple[float, ...]:
     """
     made, taken = list[int](), list[int]()
     for completion in completions:
-        head = completion.draft.by_source.get("head", {})
-        made, taken = _sums(made, head.get("drafted", [])), _sums(taken, head.get("accepted", []))
+        made, taken = _sums(made, completion.draft.drafted), _sums(taken, completion.draft.accepted)
     shares, before = list[float](), 1.0
     for drafted, accepted in zip(made, taken, strict=True):
         if not drafted or not before:

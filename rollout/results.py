@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rollout.drafts.sources import Drafted
+from rollout.drafts.drafts import Drafted
 from rollout.group import Completion, DraftStats, FinishReason, Prompt, RolloutGroup
 from rollout.rows import Rows
 from rollout.stop_strings import StopStrings
@@ -58,8 +58,6 @@ class Results:
         self.stopped, self.aborted, self.cut = flags
         self.forwards, self.fallbacks = torch.zeros(completions, **whole), torch.zeros(completions, **whole)
         self.drafted, self.accepted = (torch.zeros(completions, depth, **whole) for _ in range(2))
-        self.empty = torch.zeros(completions, **whole)
-        self.sources: dict[str, tuple[Tensor, Tensor]] = {}  # drafted and accepted [N, depth] of all but the head
         self.routing: Tensor | None = None  # [N, room, routers, k], made when the first prompts are read
         self.prompt_routing: dict[int, Tensor] = {}
         self.steps = torch.arange(room, device=device)
@@ -86,23 +84,13 @@ class Results:
         taken = (steps < torch.minimum(accepted_R, kept_R)[:, None]) & alive
         self.accepted[live.index, :depth] += taken
         self.depths[self._places(live, live.count, depth)] = ((steps + 1) * taken).to(torch.uint8)
-        for source, of_source in drafts.by_source().items():
-            self.sources[source][1][live.index, :depth] += taken & of_source[:, None]
         if drafts.confident_RK is not None:
             self.fallbacks[live.index] += live.alive & (accepted_R < depth)
 
     def add_forward(self, live: Rows, drafts: Drafted | None) -> None:
         self.forwards[live.index] += live.alive
         if drafts:
-            made = live.alive[:, None]
-            if drafts.made_R is not None:
-                made = made & (self.steps[: drafts.depth] < drafts.made_R[:, None])
-                self.empty[live.index] += (drafts.depth - drafts.made_R) * live.alive
-            self.drafted[live.index, : drafts.depth] += made
-            for source, of_source in drafts.by_source().items():
-                if source not in self.sources:
-                    self.sources[source] = torch.zeros_like(self.drafted), torch.zeros_like(self.accepted)
-                self.sources[source][0][live.index, : drafts.depth] += made & of_source[:, None]
+            self.drafted[live.index, : drafts.depth] += live.alive[:, None]
 
     def add_routing(self, live: Rows, experts: Tensor, new: int) -> None:
         """`experts` [R · S, routers, k]: the experts and heads of each row's last token and of the drafts after it."""
@@ -137,9 +125,8 @@ class Results:
     def groups(
         self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, strings: StopStrings | None, version: int
     ) -> list[RolloutGroup]:
-        counted = (self.forwards, self.drafted, self.accepted, self.fallbacks, self.empty)
+        counted = (self.forwards, self.drafted, self.accepted, self.fallbacks)
         stats = zip(*(x.tolist() for x in counted), strict=True)
-        sources = {name: [x.tolist() for x in pair] for name, pair in self.sources.items()}
         found = (self.counts, self.token_ids, self.logprobs, self.depths, self.stopped, self.aborted, self.cut)
         rows = enumerate(zip(*(x.tolist() for x in found), strict=True))
         routing = None
@@ -149,12 +136,7 @@ class Results:
             routing[torch.arange(len(routing)), self.counts.cpu() - 1] = -1
         completions = []
         for row, (count, token_ids, logprobs, depths, stopped, aborted, cut) in rows:
-            ids, (forwards, drafted, accepted, fallbacks, empty) = token_ids[:count], next(stats)
-            by_source = {
-                name: {"drafted": made[row], "accepted": taken[row]}
-                for name, (made, taken) in sources.items()
-                if made[row][:1] != [0]
-            }
+            ids, (forwards, drafted, accepted, fallbacks) = token_ids[:count], next(stats)
             text = str(tokenizer.decode(ids[:-1] if stopped and not cut else ids))
             reason: FinishReason = "abort" if aborted else "stop" if stopped else "length"
             completions.append(
@@ -164,7 +146,7 @@ class Results:
                     text=strings.cut(text) if strings else text,
                     finish_reason=reason,
                     policy_version=version,
-                    draft=DraftStats(forwards, drafted, accepted, fallbacks, depths[:count], by_source, empty),
+                    draft=DraftStats(forwards, drafted, accepted, fallbacks, depths[:count]),
                     routing=None if routing is None else routing[row, :count],
                 )
             )

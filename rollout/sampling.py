@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -25,8 +24,6 @@ Chosen: TypeAlias = Tensor | slice  # which rows
 LOWEST_TEMPERATURE = 1e-6  # besides 0; logits that are divided by less leave the range of float32
 BLOCK = 256  # of larger ones a block of this many tokens is drawn first, then a token inside it
 WORD = 0xFFFFFFFF
-
-DraftSource = Literal["head", "siblings", "history"]
 
 
 @dataclass(frozen=True)
@@ -50,16 +47,14 @@ class EnvironmentSpec:
 class SamplingParams:
     """`temperature` 0 is greedy. `step` and `draw` are part of every noise key, so a new step has new noise.
 
-    `draft_tokens` None lets the depth controller choose before every forward. `draft_sources` are what drafts may come
-    from: the MTP head, where the policy has one, what the group has sampled so far, and `Prompt.history`.
-    `accept="margin"` is lossy: it takes a draft unverified where its two best log-probabilities differ by more than
-    `margin`; it is never used in training (contract 3). `start` counts the tokens that the completions have already, as
-    the end of their prompts: the noise goes on after them. `record_routing` records the experts and heads of every
-    token, for a learner that replays them. `stop_strings` end a completion with the token that completes one of them,
-    and its text before the string. They are never used in training, where the text is that of the tokens. With an
-    `environment` a completion is an episode of several turns, and `max_completion_tokens` limits all that is sampled
-    and written in it. No token depends on `compiled`, by which graphs decode few rows, nor on `head_accepted` (see
-    rollout/group.py).
+    `draft_tokens` None lets the depth controller choose before every forward. `accept="margin"` is lossy: it takes a
+    draft unverified where its two best log-probabilities differ by more than `margin`; it is never used in training
+    (contract 3). `start` counts the tokens that the completions have already, as the end of their prompts: the noise
+    goes on after them. `record_routing` records the experts and heads of every token, for a learner that replays them.
+    `stop_strings` end a completion with the token that completes one of them, and its text before the string. They are
+    never used in training, where the text is that of the tokens. With an `environment` a completion is an episode of
+    several turns, and `max_completion_tokens` limits all that is sampled and written in it. No token depends on
+    `compiled`, by which graphs decode few rows, nor on `head_accepted` (see rollout/group.py).
     """
 
     group_size: int = 8
@@ -68,7 +63,6 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
     draft_tokens: int | None = 0
-    draft_sources: tuple[DraftSource, ...] = ("head",)
     step: int = 0
     draw: int = 0
     start: int = 0
@@ -79,11 +73,6 @@ class SamplingParams:
     environment: EnvironmentSpec | None = None
     compiled: bool = False
     head_accepted: tuple[float, ...] = ()
-
-    @property
-    def looks_up(self) -> bool:
-        """Whether drafts may come from what was written before."""
-        return any(source != "head" for source in self.draft_sources)
 
     def at(self, step: int, draw: int = 0) -> SamplingParams:
         return replace(self, step=step, draw=draw)
@@ -103,11 +92,6 @@ class SamplingParams:
             raise ValueError(f"rollout.draft_tokens={self.draft_tokens}: use 0 (no drafts) or more")
         if self.accept not in ("exact", "margin"):
             raise ValueError(f"accept={self.accept!r}: use exact or margin")
-        if self.accept == "margin" and self.looks_up:
-            raise ValueError(
-                f"accept=margin with draft_sources={list(self.draft_sources)}: only drafts of the head have a margin; "
-                "use accept=exact, or draft_sources=[head]"
-            )
         if "" in self.stop_strings:
             raise ValueError(f"stop={list(self.stop_strings)}: an empty text would end every completion; leave it out")
         if not self.margin >= 0:
@@ -180,63 +164,6 @@ class Noise:
         seen = copy.copy(self)
         seen._words, seen.table = (view(self._words[0]), view(self._words[1])), view(self.table)
         return seen
-
-
-class CountedChoice:
-    """Chooses among tokens that were counted, with the noise that the trunk's choice will use.
-
-    Counts estimate the policy's distribution. Drafts that are drawn from them with the trunk's own noise agree with the
-    trunk more often than the most frequent token does. A few tokens are too few for tensors: this is `Noise` in Python.
-
-    >>> CountedChoice(temperature=0.0, vocabulary=300)((1, 2), 0, {7: 1, 8: 3})  # greedy: the most frequent
-    8
-    """
-
-    def __init__(self, temperature: float, vocabulary: int) -> None:
-        self.temperature, self.flat = temperature, vocabulary <= FULL_ROW
-
-    def __call__(self, key: tuple[int, int], position: int, counts: Mapping[int, int]) -> int:
-        """One of the tokens in `counts`; `key` and `position` are those of `Noise`."""
-        if len(counts) == 1:
-            return next(iter(counts))
-        if not self.temperature:
-            return max(counts, key=counts.__getitem__)
-        words = noise_words(key, position)
-        if self.flat:
-            return _perturbed(counts, words)
-        blocks: dict[int, int] = {}
-        for token, count in counts.items():
-            blocks[-1 - token // BLOCK] = blocks.get(-1 - token // BLOCK, 0) + count
-        block = -1 - _perturbed(blocks, words)
-        return _perturbed({token: count for token, count in counts.items() if token // BLOCK == block}, words)
-
-
-def noise_words(key: tuple[int, int], position: int) -> tuple[int, int]:
-    """What `Noise` makes of a key and a position, as unsigned numbers."""
-    first = _mix_word(key[0] + _mix_word(position * -1640531527))
-    return first, _mix_word(key[1] ^ first)
-
-
-def keyed_uniform(words: tuple[int, int], name: int) -> float:
-    """`Noise.uniform` of one token, or of a block by its negative name."""
-    x = _mix_word(_mix_word(name * 0x3C6EF372 + words[0]) + words[1])
-    return ((x >> 9) + 0.5) * 2.0**-23
-
-
-def _perturbed(counts: Mapping[int, int], words: tuple[int, int]) -> int:
-    if len(counts) == 1:
-        return next(iter(counts))
-    return max(counts, key=lambda name: math.log(counts[name]) - math.log(-math.log(keyed_uniform(words, name))))
-
-
-def _mix_word(x: int) -> int:
-    """`_mix` of one number."""
-    x &= WORD
-    x ^= x >> 16
-    x = x * 0x21F0AAAD & WORD
-    x ^= x >> 15
-    x = x * 0x735A2D97 & WORD
-    return x ^ x >> 15
 
 
 class DraftVocabulary:

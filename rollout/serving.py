@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from rollout.backends import Decoder
-from rollout.drafts.sources import Plan
 from rollout.group import Completion, Prompt
 from rollout.results import Results
 from rollout.rows import Rows
@@ -172,17 +171,14 @@ class Serving(Decoding):
         self.ends.pop(place, None)
         self.strings = next(iter(self.ends.values()), None)
 
-    def _plan(self, live: Rows) -> Plan:
-        """As in any shard, but the head drafts at once, and again before it has too much to read."""
-        plan = super()._plan(live)
-        if self.drafter and not plan.depth and (self.drafter.cache is None or self.undrafted >= UNREAD):
-            plan = Plan(1, head=True)
-        self.undrafted = 0 if plan.depth else self.undrafted + 1
-        return plan
+    def _plan(self, live: Rows) -> int:
+        return self._at_once(super()._plan(live))
 
     def _graph_depth(self, live: Rows) -> int:
-        """The same in a compiled round."""
-        depth = super()._graph_depth(live)
+        return self._at_once(super()._graph_depth(live))
+
+    def _at_once(self, depth: int) -> int:
+        """As in any shard, but the head drafts at once, and again before it has too much to read."""
         if self.drafter and not depth and (self.drafter.cache is None or self.undrafted >= UNREAD):
             depth = 1
         self.undrafted = 0 if depth else self.undrafted + 1

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rollout.backends import Decoder
 from rollout.compiled.rounds import FEW_ROWS, Found, Rounds, can_compile
-from rollout.drafts.sources import Drafted, Drafts, Plan
+from rollout.drafts.drafts import Drafted, Drafts
 from rollout.drafts.speculative import until_end, verify_draft
 from rollout.environments.episodes import Episodes
 from rollout.group import Prompt, RolloutGroup
@@ -52,7 +52,7 @@ class Decoding:
         self.vocabulary = len(decoder.trunk.embedding)
         self.prefill_tokens = CPU_PREFILL_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS
         self.longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
-        self.drafts = Drafts(decoder, prompts, params, self.longest)
+        self.drafts = Drafts(decoder, params, self.longest)
         self.drafter, self.room = self.drafts.head, self.drafts.room
         self.steps = torch.arange(self.room, device=self.device)
         self.strings = StopStrings(decoder.tokenizer, params.stop_strings) if params.stop_strings else None
@@ -219,15 +219,12 @@ class Decoding:
 
     # ---- one round ----------------------------------------------------------------------------------------------
 
-    def forward(self, empty: int = 0) -> None:
-        """Draft k tokens for each row, verify them in one forward of the trunk, and refill the places of ended rows.
-
-        With `empty` so many places are verified that hold no draft, which is for measuring time.
-        """
+    def forward(self) -> None:
+        """Draft k tokens for each row, verify them in one forward of the trunk, and refill the places of ended rows."""
         live = self.live
         assert live is not None
         waits = bool(self.waiting) or self.held > self.alive  # a graph takes rows without a shared prompt, to the end
-        eager = empty or waits or self.strings is not None or len(live.index) > FEW_ROWS  # a stop string is in no graph
+        eager = waits or self.strings is not None or len(live.index) > FEW_ROWS  # a stop string is in no graph
         rounds = None if eager else self.rounds
         if rounds:
             depth = self._graph_depth(live)
@@ -235,7 +232,7 @@ class Decoding:
                 self.drafts.catch_up(live, rounds.fits(live, depth))
             drafted, kept = self._forward_by_graph(live, rounds, depth)
         else:
-            drafted, kept = self._forward(live, empty)
+            drafted, kept = self._forward(live)
         self.drafts.add_cost(self.alive, drafted, kept, by_graph=rounds is not None)
         self.cache.advance(kept)
         self._retire()
@@ -244,15 +241,10 @@ class Decoding:
     def _graph_depth(self, live: Rows) -> int:
         return self.drafts.of_graph(live)
 
-    def _forward(self, live: Rows, empty: int) -> tuple[Drafted | None, Tensor]:
-        drafted: Drafted | None
-        if empty:
-            noise, drafted = self._noise(live, empty + 1), Drafted.nothing(len(live.index), empty, self.device)
-        else:
-            plan = self._plan(live)
-            noise = self._noise(live, plan.depth + 1)
-            drafted = self.drafts.draft(live, plan, noise, self.temperature(live))
-        depth = drafted.depth if drafted else 0
+    def _forward(self, live: Rows) -> tuple[Drafted | None, Tensor]:
+        depth = self._plan(live)
+        noise = self._noise(live, depth + 1)
+        drafted = self.drafts.draft(live, depth, noise, self.temperature(live))
         inputs = torch.cat([live.last[:, None], drafted.tokens_RK], dim=1) if drafted else live.last[:, None]
         positions = (live.prompt_length + live.count - 1)[:, None] + self.steps[: depth + 1]
         positions = positions.clamp(max=self.decoder.context - 1)  # no token past the context is kept
@@ -265,14 +257,14 @@ class Decoding:
     def _forward_by_graph(self, live: Rows, rounds: Rounds, depth: int) -> tuple[Drafted | None, Tensor]:
         own = {"limit": self.limit(live), "temperature": self.temperature(live), "start": self.start(live)}
         found = rounds(live, self.cache, self.drafter, depth, **own)
-        drafted = None if found.drafts is None else Drafted(found.drafts, head=True)
+        drafted = None if found.drafts is None else Drafted(found.drafts)
         self.results.add_forward(live, drafted)
         return drafted, self._take(live, found, drafted)
 
-    def _plan(self, live: Rows) -> Plan:
-        """What is drafted next: at most what the row with the most room can still use."""
+    def _plan(self, live: Rows) -> int:
+        """How many tokens are drafted next: at most what the row with the most room can still use."""
         if not self.drafts.max_depth:
-            return Plan()
+            return 0
         left = self.limit(live) - live.count
         most = int((left if self.alive == len(left) else left[live.alive]).max()) - 1
         return self.drafts.plan(live, self.alive, most)
@@ -324,10 +316,7 @@ class Decoding:
         if drafted is None:
             return targets, logprobs, None
         if drafted.confident_RK is None:
-            accepted = verify_draft(targets, drafted.tokens_RK)
-            if drafted.made_R is not None:  # an empty place is no draft, also where it holds the trunk's choice
-                accepted = torch.minimum(accepted, drafted.made_R)
-            return targets, logprobs, accepted
+            return targets, logprobs, verify_draft(targets, drafted.tokens_RK)
         accepted = drafted.confident_RK.long().cumprod(1).sum(1)
         targets = torch.where(self.steps[:new] < accepted[:, None], F.pad(drafted.tokens_RK, (0, 1)), targets)
         return targets, logprobs_of(flat, targets.flatten(), temperature).view(-1, new), accepted

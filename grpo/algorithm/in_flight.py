@@ -54,7 +54,8 @@ def drawn_of(found: Mapping[str, Any], prompt_of: PromptOf) -> Drawn:
 
 def _completion(found: Mapping[str, Any]) -> Completion:
     tools = None if found["tools"] is None else ToolStats(**found["tools"])
-    parts = {"draft": DraftStats(**found["draft"]), "routing": _tensor(found["routing"]), "tools": tools}
+    draft = {field.name: found["draft"][field.name] for field in fields(DraftStats) if field.name in found["draft"]}
+    parts = {"draft": DraftStats(**draft), "routing": _tensor(found["routing"]), "tools": tools}
     segments = [Segment(**segment) for segment in found.get("segments", [])]
     return Completion(**{**found, **parts, "segments": segments})
 

@@ -79,10 +79,10 @@ def check_shape(config: SftConfig | MtpConfig) -> None:
     Balancer(policy, config.balance)
     if not isinstance(config, TrainConfig):
         return
-    if rollout.draft_tokens and not rollout.looks_up and policy.mtp is None:
+    if rollout.draft_tokens and policy.mtp is None:
         raise RolloutError(
-            f"rollout.draft_tokens={rollout.draft_tokens}, but this policy has no MTP head; set it to 0, load the "
-            "policy with a head, or draft from what the group has sampled (rollout.draft_sources=[siblings])"
+            f"rollout.draft_tokens={rollout.draft_tokens}, but this policy has no MTP head; set it to 0, or load the "
+            "policy with a head"
         )
     native = isinstance(policy.config, DeepseekV3Config)
     if config.learner.routing_replay and not (native and routers(policy.trunk, "mlp")):

@@ -128,12 +128,9 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
     of_data, rollout, reward = run["data"], run["rollout"], dict(run["reward"])
     if reward["on_error"] == "abort":
         reward["on_error"] = "drop_sample"
-    other_sources = rollout.get("draft_sources", ["head"]) != ["head"]
     brought = {
         **{name: of_data[name] for name in ("template", "system_prompt", "user_turn", "few_shot") if name in of_data},
         **{name: rollout[name] for name in ("temperature", "max_completion_tokens", "draft_tokens")},
-        # There the head alone drafts, which the policy may not have.
-        **({"draft_tokens": None} if other_sources and rollout["draft_tokens"] else {}),
         **{name: run[name] for name in ("seed", "rewards")},
         **{name: run[name] for name in (*EnvironmentOptions.model_fields, *AgentOptions.model_fields) if name in run},
         "reward_models": run.get("reward_models", []),

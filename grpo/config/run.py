@@ -186,10 +186,6 @@ class TrainConfig(AgentOptions, SftConfig):
             "rollout.workers": (rollout.workers, f"{own}; set it to 0"),
             "rollout.ahead": (rollout.ahead, f"{own}; set it to 0"),
             "rollout.partial": (rollout.partial, f"{later}; set it to null"),
-            "rollout.draft_sources": (
-                rollout.looks_up and rollout.draft_sources,
-                "the completions of a group may have different prompts, so nothing is looked up in them; use [head]",
-            ),
             "learner.routing_replay": (self.learner.routing_replay, "no experts are recorded; set it to false"),
             "loss.advantage": (
                 self.loss.advantage in ("gae", "rank_softmax") and self.loss.advantage,

@@ -63,10 +63,6 @@ class RolloutOptions(SamplingOptions):
     """Completions per prompt; GRPO compares them with each other, so at least 2."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; the learner scores at the same one. There is no top-p or top-k: both bias the gradient."""
-    draft_sources: list[Literal["head", "siblings", "history"]] = Field(default=["head"], min_length=1)
-    """Where drafts come from: the MTP head where the policy has one, what the group has sampled so far (`siblings`),
-    and what the same prompt got in an earlier step (`history`). The last two need no head and serve any model. Of
-    several the one is taken whose drafts are accepted most. No source changes a token."""
     workers: int = Field(default=0, ge=0)
     """Ray rollout workers; 0 samples in this process, without Ray."""
     ahead: Literal[0, 1, 2] = 0
@@ -126,27 +122,6 @@ class RolloutOptions(SamplingOptions):
                 "refilled in its own step, and its refill may not be complete by then; leave one of them out"
             )
         return self
-
-    @model_validator(mode="after")
-    def _sources_of_drafts(self) -> RolloutOptions:
-        if self.backend == "vllm" and self.draft_sources != ["head"]:
-            raise ValueError(
-                f"rollout.draft_sources={self.draft_sources}: vLLM drafts with the MTP head alone; leave it out, or "
-                "use another backend"
-            )
-        return self
-
-    @field_validator("draft_sources")
-    @classmethod
-    def _once(cls, sources: list[str]) -> list[str]:
-        if len(set(sources)) < len(sources):
-            raise ValueError("names a source twice; name each once")
-        return sources
-
-    @property
-    def looks_up(self) -> bool:
-        """Whether drafts may come from what was written before."""
-        return any(source != "head" for source in self.draft_sources)
 
     @property
     def copies(self) -> tuple[str, str]:

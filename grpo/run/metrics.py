@@ -78,12 +78,6 @@ METRICS: dict[str, str] = {
     "mismatch/weight_mean": "importance correction of the sampler's mismatch, mean over tokens",
     "draft/acceptance_depth_<d>": "drafts accepted at depth d / drafts made at depth d",
     "draft/drafted_depth_<d>": "drafts made at depth d, count",
-    "draft/<name>/acceptance_depth_<d>": "the same of the drafts of one source: head, siblings or history "
-    "(rollout.draft_sources)",
-    "draft/<name>/drafted_depth_<d>": "drafts that this source made at depth d, count",
-    "draft/<name>/rejected_per_token": "drafts of this source that the trunk read in vain / completion tokens: what "
-    "they cost beside their making",
-    "draft/empty_per_token": "places without a draft that the trunk read, since other rows had one / completion tokens",
     "draft/tokens_per_forward": "completion tokens after the first / decoding forwards of the trunk; 1 without drafts",
     "draft/gain": "what the tokens cost without drafts / what their rounds cost, both by draft_costs.json and of all "
     "draws; 1 where none was drafted, absent where no table chooses how many: with a number as rollout.draft_tokens, a "
@@ -237,14 +231,6 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
         metrics["draft/gain"] = draft_gain(completions)
         metrics["draft/fallback_rate"] = sum(draft.fallbacks for draft in drafts) / forwards
     metrics |= _acceptance("draft", [vars(draft) for draft in drafts])
-    by_source = [draft.by_source for draft in drafts] if any(draft.sources for draft in drafts) else []
-    for source in sorted(set().union(*by_source)):
-        of_source = [counts[source] for counts in by_source if source in counts]
-        metrics |= _acceptance(f"draft/{source}", of_source)
-        rejected = sum(sum(counts["drafted"]) - sum(counts["accepted"]) for counts in of_source)
-        metrics[f"draft/{source}/rejected_per_token"] = rejected / sum(lengths)
-    if by_source:
-        metrics["draft/empty_per_token"] = sum(draft.empty for draft in drafts) / sum(lengths)
     return {name: float(value) for name, value in metrics.items() if value is not None}
 
 

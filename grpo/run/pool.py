@@ -136,14 +136,13 @@ def use_costs_of_run(
     resumes: bool,
 ) -> None:
     """Where a controller chooses the depth: the table that was saved, or a new one, measured once and saved."""
-    by_head = policy.mtp is not None and "head" in rollout.draft_sources
-    if rollout.draft_tokens is not None or not (by_head or rollout.looks_up) or rollout.backend == "vllm":
+    if rollout.draft_tokens is not None or policy.mtp is None or rollout.backend == "vllm":
         return
     path = folder / "draft_costs.json"
     work = Workload.of(sampling, rollout.prompts_per_shard * rollout.group_size, longest_prompt)
     saved = CostTable.load(path) if resumes and path.exists() else None
-    if saved is not None and ((work.lookups and saved.lookups is None) or (work.graphs and saved.graphs is None)):
-        saved = None  # of a run that looked nothing up, or had no graphs
+    if saved is not None and work.graphs and saved.graphs is None:
+        saved = None  # of a run that had no graphs
     costs = pool.use_costs(saved, work)
     if saved is None:
         costs.save(path)

@@ -82,7 +82,7 @@ def can_compile(decoder: Decoder, params: SamplingParams) -> bool:
     """Whether graphs are asked for, and can be: they compute drafts of the head, or none, in float32 on a CPU or in any
     precision on a CUDA device. Where a controller chooses how many, it must know what they cost as graphs."""
     trunk = decoder.trunk
-    plain = not (params.looks_up or params.stop_strings or params.record_routing or params.accept != "exact")
+    plain = not (params.stop_strings or params.record_routing or params.accept != "exact")
     device = trunk.device.type
     fits = isinstance(trunk, AbsorbedTrunk) and (device == "cuda" or (device, trunk.dtype) == ("cpu", torch.float32))
     known = params.draft_tokens is not None or (decoder.costs is not None and decoder.costs.graphs is not None)

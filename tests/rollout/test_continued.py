@@ -115,19 +115,3 @@ def test_two_parts_are_one_completion(policy):
     assert both.draft == DraftStats(4, [3, 1], [1, 0], 1, depths=[0, 1, 0, 0, 0])
     assert both.text == policy.tokenizer.decode([5, 6, 7, 8, 9])
     assert both.routing.flatten().tolist() == [3, -1, 1, 1, 1]
-
-
-def test_drafts_of_each_source_are_added_up(policy):
-    def part(ids: list[int], draft: DraftStats) -> Completion:
-        return Completion(ids, [0.0] * len(ids), "", "length", 1, draft)
-
-    one = {"siblings": {"drafted": [2, 1], "accepted": [1, 1]}}
-    other = {"siblings": {"drafted": [3], "accepted": [0]}, "history": {"drafted": [1], "accepted": [1]}}
-    first, more = DraftStats(3, [2, 1], [1, 1], sources=one, empty=4), DraftStats(4, [4], [1], sources=other, empty=1)
-    both = joined(part([5], first), part([6], more), policy.tokenizer).draft
-    assert both.sources == {
-        "siblings": {"drafted": [5, 1], "accepted": [1, 1]},
-        "history": {"drafted": [1], "accepted": [1]},
-    }
-    assert (both.drafted, both.accepted, both.empty) == ([6, 1], [2, 1], 5)
-    assert both.by_source == both.sources  # the head drafted nothing

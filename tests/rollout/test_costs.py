@@ -10,7 +10,7 @@ from rollout.depth import Workload
 from rollout.engine import Engine
 from rollout.shard import Decoding
 
-WORK = Workload(4, completion_tokens=60, lookups=True)
+WORK = Workload(4, completion_tokens=60)
 
 
 @pytest.fixture
@@ -20,9 +20,9 @@ def timed(monkeypatch):
     def begin(note):
         noted, forward = [], Decoding.forward
 
-        def at(decoding, empty=0):
-            noted.append(note(decoding, empty))
-            return forward(decoding, empty)
+        def at(decoding):
+            noted.append(note(decoding))
+            return forward(decoding)
 
         monkeypatch.setattr(Decoding, "forward", at)
         return noted
@@ -31,30 +31,29 @@ def timed(monkeypatch):
 
 
 def test_a_slow_moment_of_the_machine_changes_no_choice(random_policy, timed, monkeypatch):
-    """A draft of the head costs half a round, one that was looked up a quarter. The machine gets slower all the time,
-    and one round of each kind hangs. All are compared with one and the same round without drafts."""
+    """A draft costs half a round. The machine gets slower all the time, and one round of each kind hangs. All are
+    compared with one and the same round without drafts."""
     now, speed, seen = [0.0], [1.0], Counter()
 
-    def cost(decoding, empty):
-        head = 0 if empty else decoding.drafts.max_depth
-        if not head and not empty:
+    def cost(decoding):
+        drafts = decoding.drafts.max_depth
+        if not drafts:
             speed[0] *= 1.1  # since the turn before
         seen[id(decoding)] += 1
-        hangs = 5 if head + empty and seen[id(decoding)] == 3 else 1
-        now[0] += hangs * speed[0] * (1 + 0.5 * head + 0.25 * empty)
+        hangs = 5 if drafts and seen[id(decoding)] == 3 else 1
+        now[0] += hangs * speed[0] * (1 + 0.5 * drafts)
 
     timed(cost)
     monkeypatch.setattr(costs.time, "perf_counter", lambda: now[0])
     table = Engine(random_policy(1)).measure_costs(WORK, 2)
     assert table.rows == [1, 2, 4]
-    for by_head, looked_up in zip(table.rounds, table.lookups, strict=True):
-        assert by_head == pytest.approx([by_head[0], 1.5 * by_head[0], 2 * by_head[0]])
-        assert looked_up == pytest.approx([by_head[0], 1.25 * by_head[0], 1.5 * by_head[0]])
+    for rounds in table.rounds:
+        assert rounds == pytest.approx([rounds[0], 1.5 * rounds[0], 2 * rounds[0]])
 
 
 @pytest.mark.parametrize("mtp", [True, False])
 def test_rounds_are_timed_in_the_middle_of_completions(random_policy, timed, mtp):
-    lengths = timed(lambda decoding, _: (decoding.cache.lengths_R.tolist(), decoding.live.count.tolist()))
+    lengths = timed(lambda decoding: (decoding.cache.lengths_R.tolist(), decoding.live.count.tolist()))
     Engine(random_policy(1, mtp=mtp)).measure_costs(WORK, 2)
     rounds = [counts for _, counts in lengths if max(counts) > 1]  # all but the first round of each
     assert all(30 < count <= 60 + 30 for counts in rounds for count in counts)
@@ -63,7 +62,7 @@ def test_rounds_are_timed_in_the_middle_of_completions(random_policy, timed, mtp
 
 def test_the_middle_of_completions_lies_within_the_context(random_policy, timed):
     policy = random_policy(1)
-    longest = timed(lambda decoding, empty: int((decoding.live.prompt_length + decoding.live.count).max()) + empty)
+    longest = timed(lambda decoding: int((decoding.live.prompt_length + decoding.live.count).max()))
     Engine(policy).measure_costs(Workload(2, completion_tokens=10 * policy.max_length), 2)
     assert max(longest) < policy.max_length
 

@@ -3,21 +3,19 @@
 import doctest
 import json
 import math
-import random
 from dataclasses import replace
 
 import pytest
 
 import rollout.costs
 import rollout.depth
-from rollout.depth import HEAD, CostTable, DepthController
+from rollout.depth import CostTable, DepthController
 
 TABLE = CostTable(rows=[1, 4], rounds=[[10.0, 12.0, 14.0], [20.0, 28.0, 41.0]])
 
 
 def pick(controller: DepthController, rows: int, most: int) -> int:
-    """What the head drafts, where nothing can be looked up."""
-    return controller.choose(rows, most, {}, head=True)[0]
+    return controller.choose(rows, most)[0]
 
 
 def test_docstring_examples():
@@ -52,14 +50,14 @@ def test_the_depth_with_the_most_expected_tokens_a_millisecond_is_picked():
 
 def test_what_earlier_steps_have_shown_is_believed_at_first():
     """1.5 and 1.6 tokens in 12 and 14 ms, .1 without drafts; 1.1 tokens are too few."""
-    assert DepthController(TABLE, 4, (0.5, 0.2)).tokens(HEAD, 2) == pytest.approx([1, 1.5, 1.6])
-    assert DepthController(TABLE, 4, (0.5,)).tokens(HEAD, 2) == pytest.approx([1, 1.5, 1.875])  # ¾ at depth 2
+    assert DepthController(TABLE, 4, (0.5, 0.2)).tokens(2) == pytest.approx([1, 1.5, 1.6])
+    assert DepthController(TABLE, 4, (0.5,)).tokens(2) == pytest.approx([1, 1.5, 1.875])  # ¾ at depth 2
     assert pick(DepthController(TABLE, 4, (0.5, 0.2)), 1, 9) == 1
     assert pick(DepthController(TABLE, 4, (0.1,)), 1, 9) == 0
     controller = DepthController(TABLE, 1, (0.5, 0.2))
-    assert controller.tokens(("siblings", 2), 1) == [1, 1.5]
+    assert controller.tokens(1) == [1, 1.5]
     controller.observe(8, [1])
-    assert controller.tokens(HEAD, 1) == [1, 1.25]  # (.5 · 4 + 1) of (4 + 8)
+    assert controller.tokens(1) == [1, 1.25]  # (.5 · 4 + 1) of (4 + 8)
 
 
 def test_a_draft_counts_where_all_before_it_were_accepted():
@@ -67,7 +65,7 @@ def test_a_draft_counts_where_all_before_it_were_accepted():
     controller = DepthController(TABLE, 4)
     controller.observe(100, [90, 20])
     first, second = (3 + 90) / (4 + 100), (3 + 20) / (4 + 90)
-    assert controller.tokens(HEAD, 2) == pytest.approx([1, 1 + first, 1 + first + first * second])
+    assert controller.tokens(2) == pytest.approx([1, 1 + first, 1 + first + first * second])
 
 
 def test_what_the_drafts_have_shown_changes_the_depth():
@@ -94,74 +92,33 @@ def test_a_compiled_round_has_one_of_a_few_depths_and_costs_of_its_own():
     assert list(DepthController(table, 1).graph_speeds(4)) == [0, 1]  # 3 are not to be drafted
 
 
-def test_drafts_may_pay_where_they_would_if_all_rows_had_the_best_kind():
-    """Of an unknown kind 1.5 and 1.75 tokens are expected, and of the head 1.75 and 2.3125. A fifth must be gained: a
-    token may take 10 / 1.2 = 8.33 ms."""
-
-    def pays(rounds, lookups=None, most=9, head=False) -> float:
-        return DepthController(CostTable([1], [rounds], lookups and [lookups]), 4).may_save(1, most, head)
-
-    assert not pays([10.0], [10.0, 12.6, 14.6])
-    assert pays([10.0], [10.0, 12.4, 14.6]) == pytest.approx(10 - 12.4 / 1.5)
-    assert pays([10.0], [10.0, 12.4, 14.0]) == pytest.approx(10 - 14 / 1.75)
-    assert pays([10.0], [10.0, 12.6, 14.5])
-    assert not pays([10.0], [10.0, 12.6, 14.5], most=1)  # no room for two
-    assert pays([10.0, 14.5], head=True)
-    assert not pays([10.0, 14.6], head=True)
-    assert not pays([10.0, 14.5])
-    controller = DepthController(CostTable([1], [[10.0]], [[10.0, 16.0]]), 4)
-    assert not controller.may_save(1, 9, head=False)
-    controller.observe(1000, [1000], ("siblings", 8))
-    assert controller.may_save(1, 9, head=False)
-    assert DepthController(None, 4).may_save(1, 9, head=False) == math.inf
-
-
-def test_where_drafts_cannot_pay_none_is_chosen():
-    made = random.Random(0)
-    answers = []
-    for _ in range(500):
-        head, looked_up = ([10.0 + made.uniform(3, 12) * k for k in range(4)] for _ in range(2))
-        controller = DepthController(CostTable([4], [head], [looked_up]), 3)
-        for kind in (HEAD, ("siblings", 3)):
-            controller.observe(1000, sorted((made.randint(0, 1000) for _ in range(3)), reverse=True), kind)
-        has_head = made.random() < 0.5
-        answers.append(controller.may_save(4, 3, has_head) > 0)
-        if not answers[-1]:
-            found = {("siblings", 3): made.randint(0, 4), ("history", 2): 0}
-            assert controller.choose(4, 3, found, has_head)[:2] == (0, False)
-    assert 20 < sum(answers) < 480
-
-
 def test_equal_speeds_pick_the_shallower_depth():
     controller = DepthController(CostTable(rows=[1], rounds=[[1.0, 1.4, 1.85]]), 4)
     assert pick(controller, 1, 9) == 1  # 1.75 / 1.4 and 2.3125 / 1.85 are 1.25
 
 
 def test_drafts_that_gain_less_than_a_fifth_are_not_made():
-    """1.75 tokens of the head and 1.5 that were looked up are expected of one draft."""
+    """1.75 tokens are expected of one draft."""
 
-    def choice(head, looked_up):
-        controller = DepthController(CostTable([1], [[1.0, head]], [[1.0, looked_up]]), 1)
-        return controller.choose(1, 9, {("siblings", 1): 1}, head=True)
+    def choice(cost):
+        return DepthController(CostTable([1], [[1.0, cost]]), 1).choose(1, 9)
 
-    assert choice(1.45, 1.24) == (1, False, pytest.approx(1.5 / 1.24))  # 1.2097, and 1.2069 of the head
-    assert choice(1.45, 1.26) == (1, True, pytest.approx(1.75 / 1.45))
-    assert choice(1.46, 1.26) == (0, False, 1.0)  # 1.1905 and 1.1986
+    assert choice(1.45) == (1, pytest.approx(1.75 / 1.45))  # 1.2069
+    assert choice(1.46) == (0, 1.0)  # 1.1986
 
 
 def test_the_table_is_read_back_and_a_broken_one_is_named(tmp_path):
     TABLE.save(tmp_path / "draft_costs.json")
     assert CostTable.load(tmp_path / "draft_costs.json") == TABLE
-    looked_up = replace(TABLE, lookups=[[10.0, 10.5], [20.0, 22.0]])
     replace(TABLE, graphs=[[1.0, 2.0]]).save(tmp_path / "draft_costs.json")
     assert CostTable.load(tmp_path / "draft_costs.json") == replace(TABLE, graphs=[[1.0, 2.0]])
     replace(TABLE, reading=0.25).save(tmp_path / "draft_costs.json")
     assert CostTable.load(tmp_path / "draft_costs.json") == replace(TABLE, reading=0.25)
-    looked_up.save(tmp_path / "draft_costs.json")
-    assert CostTable.load(tmp_path / "draft_costs.json") == looked_up
-    assert looked_up.milliseconds(1, 1, looked_up=True) == 10.5
-    assert looked_up.milliseconds(1, 2, looked_up=True) == TABLE.milliseconds(1, 1, looked_up=True) == math.inf
-    (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0]], "lookups": [[-1.0]]}')
+    (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0]], "lookups": [[1.0]]}')
+    assert CostTable.load(tmp_path / "draft_costs.json") == CostTable(
+        [1], [[1.0]]
+    )  # of a version that looked drafts up
+    (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0]], "graphs": [[-1.0]]}')
     with pytest.raises(ValueError, match="must be above 0 and finite"):
         CostTable.load(tmp_path / "draft_costs.json")
     for reading in (-1.0, "0.5", math.inf):

@@ -17,7 +17,7 @@ from policies.policy import Policy
 from policies.routing.routers import RoutingRecorder
 from rollout.depth import CostTable, DepthController
 from rollout.drafts import head
-from rollout.drafts.sources import Drafts, Plan
+from rollout.drafts.drafts import Drafts
 from rollout.engine import Engine, RolloutError
 from rollout.group import Prompt
 from rollout.pool import LocalPool
@@ -118,10 +118,9 @@ def test_contract_3_any_sequence_of_depths_gives_the_same_tokens(policy, plain, 
     for pattern in ([0, 3, 0, 0, 1, 4], [0] * 12 + [2, 0, 4], [4, 0], [0, 1]):
         asked = []
 
-        def choose(controller, rows, most, found, head, pattern=pattern, asked=asked):
-            if head:
-                asked.append(min(pattern[len(asked) % len(pattern)], most))
-            return (asked[-1], True, 2.0) if head and asked[-1] else (0, False, 1.0)
+        def choose(controller, rows, most, pattern=pattern, asked=asked):
+            asked.append(min(pattern[len(asked) % len(pattern)], most))
+            return (asked[-1], 2.0) if asked[-1] else (0, 1.0)
 
         monkeypatch.setattr(DepthController, "choose", choose)
         groups = Engine(policy, costs=CHEAP).sample(PROMPTS, replace(PARAMS, draft_tokens=None))
@@ -136,18 +135,18 @@ def test_the_head_begins_once_the_time_lost_without_it_is_what_reading_takes(pol
     instead of 1, so 26/7 ms a token are lost: 12 ms after four rounds."""
     depths, draft = [], Drafts.draft
     monkeypatch.setattr(
-        Drafts, "draft", lambda self, rows, plan, *rest: depths.append(plan) or draft(self, rows, plan, *rest)
+        Drafts, "draft", lambda self, rows, depth, *rest: depths.append(depth) or draft(self, rows, depth, *rest)
     )
     costs = CostTable(rows=[1], rounds=[[10.0, 11.0]], reading=1.0)
     params = replace(PARAMS, group_size=1, draft_tokens=None, stop_token_ids=())
     engine = Engine(policy, costs=costs)
     found = tokens(engine.sample(prompts_of(12), params))
-    assert [plan.depth for plan in depths[:8]] == [0] * 4 + [1] * 4
+    assert depths[:8] == [0] * 4 + [1] * 4
     assert found == tokens(Engine(policy).sample(prompts_of(12), replace(params, draft_tokens=0)))
     depths.clear()
     engine.costs = replace(costs, reading=0.0)  # a table of an older version
     engine.sample(prompts_of(12), params)
-    assert depths[0].depth == 1
+    assert depths[0] == 1
 
 
 @torch.inference_mode()
@@ -173,18 +172,18 @@ def test_the_head_may_read_ahead_of_what_it_drafts_from(policy, depths):
         drafts[ahead], number = [], 0
         make = decoding.drafts.draft
 
-        def draft(live, plan, *rest, decoding=decoding, ahead=ahead, make=make):
-            if ahead and plan.depth and decoding.drafter is not None:
+        def draft(live, depth, *rest, decoding=decoding, ahead=ahead, make=make):
+            if ahead and depth and decoding.drafter is not None:
                 decoding.drafter.read_ahead(live)
                 assert int(live.unread.max()) == 1
-            made = make(live, plan, *rest)
+            made = make(live, depth, *rest)
             drafts[ahead].append(made and made.tokens_RK[live.alive].tolist())
             return made
 
         decoding.drafts.draft = draft
         while not decoding.done:
             depth = depths[number % len(depths)]
-            decoding.drafts.plan = lambda live, alive, most, depth=depth: Plan(min(depth, most), min(depth, most) > 0)
+            decoding.drafts.plan = lambda live, alive, most, depth=depth: min(depth, most)
             decoding.forward()
             number += 1
         found[ahead] = decoding.groups()
@@ -258,8 +257,14 @@ def test_a_head_that_drafts_goes_on_when_others_join(policy, monkeypatch):
     """Their prompts are read at once, so it has missed nothing.."""
     reads, begins = [], Drafts._reads
     monkeypatch.setattr(Drafts, "_reads", lambda *args: reads.append(begins(*args)) or reads[-1])
-    drafted, choose = [], Drafts._choose
-    monkeypatch.setattr(Drafts, "_choose", lambda *args: drafted.append((plan := choose(*args))[1]) or plan)
+    drafted, plan = [], Drafts.plan
+
+    def noted(drafts, live, alive, most):
+        depth = plan(drafts, live, alive, most)
+        drafted.extend([depth] if most else [])
+        return depth
+
+    monkeypatch.setattr(Drafts, "plan", noted)
     monkeypatch.setattr(Drafts, "observe", lambda *_: None)
     costs = CostTable(rows=[1], rounds=[[10.0, 12.0]], reading=1.0)
     params = replace(PARAMS, group_size=1, draft_tokens=None)
@@ -270,7 +275,7 @@ def test_a_head_that_drafts_goes_on_when_others_join(policy, monkeypatch):
     assert len(reads) > 3
     assert decoding.admitted == 24
     assert sum(drafted) > 20
-    assert all(drafted[drafted.index(True) :])
+    assert all(drafted[drafted.index(1) :])
 
 
 LONG = pytest.param([8], 0.5, marks=[pytest.mark.slow, pytest.mark.long])
@@ -289,10 +294,9 @@ def test_rows_that_end_far_apart_leave_each_others_entries_alone(policy, monkeyp
     early = rng.sample(range(32), 3)  # fewer than the eighth of the batch at which ended rows leave
     asked, calls, logits, draft, pick = [], [], [], head.Drafter.draft, head.pick
 
-    def choose(controller, rows, most, found, head):
-        if head:
-            calls.append(min(pattern[len(calls) % len(pattern)], most))
-        return (calls[-1], True, 2.0) if head and calls[-1] else (0, False, 1.0)
+    def choose(controller, rows, most):
+        calls.append(min(pattern[len(calls) % len(pattern)], most))
+        return (calls[-1], 2.0) if calls[-1] else (0, 1.0)
 
     def pick_token(logits_RV, *rest):
         logits.append(logits_RV)

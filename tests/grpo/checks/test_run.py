@@ -56,7 +56,6 @@ def both(refuse_all) -> str:
         ({"loss.loss_type": "{}:unknown"}, "has aggregate='dapoo', which is no loss; use one of grpo, dr_grpo, dapo"),
         ({"loss.loss_type": "{}:three"}, "is called with ratio, advantages, policy_logprobs, options, and too many"),
         ({"loss.loss_type": "{}:scalar"}, "own.py:scalar gave []; give a tensor [2, 2]"),
-        ({"rollout.compile": "on", "rollout.draft_sources": ["siblings"]}, "compile=on: draft_sources=['siblings']"),
         ({"lora.targets": ["qproj"], "warm_start.steps": 0}, "lora.targets: 'qproj' matches no module"),
         ({"learner.parallel.fsdp_cpu_offload": True}, "fsdp_cpu_offload=true: on a CPU the shards are in the host's"),
     ],

@@ -201,27 +201,6 @@ def test_a_run_hands_over_every_option_of_its_evaluation(tmp_path):
     assert (config.rewards, config.reward) == (run.rewards, run.reward)
 
 
-def test_a_run_that_looked_drafts_up_is_evaluated_with_the_head_if_it_has_one(tmp_path):
-    for drafts, brought in ((3, None), (0, 0)):
-        given = {"output_dir": tmp_path, "rollout.draft_tokens": drafts, "rollout.draft_sources": ["siblings"]}
-        (tmp_path / "config.yaml").write_text(dump_yaml(load(TrainConfig, None, given)))
-        assert load(EvalConfig, None, defaults_of_run(tmp_path)).draft_tokens == brought
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"draft_sources": []}, "draft_sources.*at least 1"),
-        ({"draft_sources": ["siblings", "siblings"]}, "draft_sources.*name each once"),
-        ({"draft_sources": ["cousins"]}, "draft_sources.*'head', 'siblings' or 'history'"),
-        ({"draft_sources": ["siblings"], "backend": "vllm"}, "rollout.draft_sources=.*MTP head alone; leave it out"),
-    ],
-)
-def test_sources_of_drafts_that_there_are_not_are_refused(given, said):
-    with pytest.raises(ConfigError, match=f"(?s){said}"):
-        RolloutOptions(**given)
-
-
 def test_a_run_without_evaluation_is_evaluated_on_everything(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_yaml(load(TrainConfig, None, {"output_dir": str(tmp_path)})))
     config = load(EvalConfig, None, defaults_of_run(tmp_path))

@@ -140,7 +140,7 @@ def _card(run: Path) -> None:
 
 
 def _costs(run: Path) -> None:
-    DepthController(CostTable.load(run / "draft_costs.json"), 4).choose(3, 4, {}, head=True)
+    DepthController(CostTable.load(run / "draft_costs.json"), 4).choose(3, 4)
 
 
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {

@@ -74,32 +74,6 @@ def test_plain_decoding_is_one_token_per_forward_and_has_no_acceptance():
     assert rollout_metrics([group], [_score([None, None])])["draft/gain"] == 1.5
 
 
-def test_the_drafts_of_each_source_by_hand():
-    """Nine tokens. The first completion has drafts of all three sources, the second of the head alone."""
-    siblings, history = {"drafted": [3, 2], "accepted": [2, 1]}, {"drafted": [1, 0], "accepted": [0, 0]}
-    mixed = DraftStats(6, [5, 3], [3, 1], sources={"siblings": siblings, "history": history}, empty=3)
-    completions = [_completion(6, "stop", mixed), _completion(3, "stop", DraftStats(1, [1, 1], [1, 0]))]
-    metrics = rollout_metrics([RolloutGroup(Prompt("p", "", [1]), completions)], [_score([1.0, 0.0])])
-    assert {name: value for name, value in metrics.items() if name.count("/") == 2 or "empty" in name} == {
-        "draft/siblings/drafted_depth_1": 3,
-        "draft/siblings/acceptance_depth_1": pytest.approx(2 / 3),
-        "draft/siblings/drafted_depth_2": 2,
-        "draft/siblings/acceptance_depth_2": 0.5,
-        "draft/siblings/rejected_per_token": pytest.approx(2 / 9),
-        "draft/history/drafted_depth_1": 1,
-        "draft/history/acceptance_depth_1": 0,
-        "draft/history/rejected_per_token": pytest.approx(1 / 9),
-        "draft/head/drafted_depth_1": 2,  # 5 - 3 - 1 of the first, and 1 of the second
-        "draft/head/acceptance_depth_1": 1,  # 3 - 2 - 0, and 1
-        "draft/head/drafted_depth_2": 2,
-        "draft/head/acceptance_depth_2": 0,
-        "draft/head/rejected_per_token": pytest.approx(2 / 9),
-        "draft/empty_per_token": pytest.approx(3 / 9),
-    }
-    assert (metrics["draft/drafted_depth_1"], metrics["draft/acceptance_depth_1"]) == (6, pytest.approx(4 / 6))
-    assert all(check(name) for name in metrics)
-
-
 def test_tokens_per_forward_is_one_plus_the_acceptances_when_every_forward_drafts():
     """The sum of DESIGN's glossary: forwards that draft k tokens each give 1 + Σ accepted_d / drafted_d."""
     draft = DraftStats(target_forwards=10, drafted=[10, 10], accepted=[8, 5])

@@ -95,24 +95,6 @@ def test_contract_4_tokens_do_not_depend_on_what_runs_beside_them(hf_policy, kin
     assert tokens(Engine(engine.policy, max_rows=8).sample(PROMPTS, PARAMS)) == together
 
 
-@pytest.mark.parametrize("kind", ESSENTIAL)
-def test_contracts_3_and_4_drafts_that_are_looked_up_change_no_token(hf_policy, kind):
-    policy, sources = hf_policy(kind, 3, **KINDS[kind]), ("siblings", "history")
-    params = replace(PARAMS, temperature=0.4, draft_sources=sources)
-    earlier = Engine(policy).sample(PROMPTS, replace(params, step=1))
-    prompts = [replace(group.prompt, history=[c.token_ids for c in group.completions]) for group in earlier]
-    plain = Engine(policy).sample(prompts, params)
-    for k in (1, 4, 8):
-        groups = Engine(policy, max_rows=8 * k).sample(prompts, replace(params, draft_tokens=k))
-        assert tokens(groups) == tokens(plain)
-        assert differences(policy, groups, params.temperature).max() < 1e-4
-        for source in sources:
-            assert sum(sum(c.draft.by_source.get(source, {}).get("accepted", [])) for c in completions(groups)) > 0
-    engine = Engine(policy)
-    assert tokens(engine.sample(prompts, replace(params, draft_tokens=None))) == tokens(plain)
-    assert engine.costs.lookups is not None  # measured, since a controller chose
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     start_ray(2)

@@ -191,7 +191,6 @@ def test_what_no_graph_computes_is_eager(policy, made):
     engine = Engine(policy)
     for params in (
         replace(PARAMS, stop_strings=("x",)),
-        replace(PARAMS, draft_sources=("siblings",), draft_tokens=2),
         replace(PARAMS, accept="margin", draft_tokens=2),
         replace(PARAMS, record_routing=True),
     ):

@@ -9,7 +9,7 @@ from engine_cases import PARAMS, completions, prompts_of, taught
 from policies.policy import Policy
 from rollout import group
 from rollout.depth import CostTable
-from rollout.drafts.sources import Drafts
+from rollout.drafts.drafts import Drafts
 from rollout.engine import Engine
 from rollout.group import draft_gain
 
@@ -43,22 +43,6 @@ def test_rounds_without_drafts_gain_nothing_and_lose_nothing(policy):
     assert draft_gain(found) == 1
     fixed = completions(Engine(policy).sample(prompts_of(12), replace(FREE, draft_tokens=1)))
     assert draft_gain(fixed) is None
-
-
-def test_looked_up_drafts_cost_only_their_verification_and_are_shared_by_rows(policy):
-    """Greedy siblings write the same, so that each draft is accepted: two rows get four tokens in 11 ms."""
-    costs = CostTable(rows=[1], rounds=[[10.0]], lookups=[[10.0, 11.0]])
-    prompt = prompts_of(12)[0]
-    prompt = replace(
-        prompt, history=[completions(Engine(policy).sample([prompt], replace(FREE, temperature=0.0)))[0].token_ids]
-    )
-    params = replace(FREE, temperature=0.0, group_size=2, draft_sources=("history",))
-    found = completions(Engine(policy, costs=costs).sample([prompt], params))
-    rounds = found[0].draft.target_forwards
-    drafted = found[0].draft.drafted[0]
-    assert rounds < 15
-    assert [one.draft.cost for one in found] == [pytest.approx((11 * drafted + 10 * (rounds - drafted)) / 2)] * 2
-    assert draft_gain(found) == pytest.approx(10 * 19 / (11 * drafted + 10 * (rounds - drafted)), abs=1e-4)
 
 
 def test_a_prompt_that_joins_after_the_head_has_begun_is_read_at_once_and_counted(policy, monkeypatch):

@@ -1,0 +1,141 @@
+"""The drafts of a shard: how many the head makes before the next verification, the drafts, and what became of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rollout.backends import Decoder
+from rollout.depth import GRAPH_DEPTHS, DepthController, Patience
+from rollout.drafts.head import Drafter
+from rollout.group import RolloutGroup
+from rollout.rows import Prefilled, Rows
+from rollout.sampling import Noise, SamplingParams
+
+
+@dataclass
+class Drafted:
+    """Drafts [R, k]. `confident_RK` are taken unverified (`accept: margin`)."""
+
+    tokens_RK: Tensor
+    confident_RK: Tensor | None = None
+
+    @property
+    def depth(self) -> int:
+        return self.tokens_RK.shape[1]
+
+
+class Drafts:
+    """Plans how many tokens are drafted, drafts them, and notes what was accepted.
+
+    `max_depth` is 0 and `head` is None where nothing can be drafted.
+    """
+
+    def __init__(self, decoder: Decoder, params: SamplingParams, longest: int) -> None:
+        has_head, costs = decoder.head is not None, decoder.costs
+        self.device = decoder.trunk.device
+        self.max_depth = params.draft_tokens or 0
+        if params.draft_tokens is None and costs is not None and has_head:
+            # Where graphs are wanted, more than they draft would only make all caches longer.
+            self.max_depth = min(costs.max_depth, GRAPH_DEPTHS[-1]) if params.compiled else costs.max_depth
+        self.fixed = params.draft_tokens is not None
+        self.reading = Patience()  # what the head has missed
+        self.controller = DepthController(None if self.fixed else costs, self.max_depth, params.head_accepted)
+        # A forward writes k + 1 tokens after a row's end; only those that the row keeps are counted.
+        self.room = params.max_completion_tokens + self.max_depth + 1
+        has_head = has_head and self.max_depth > 0
+        self.head = Drafter(decoder, params, self.room, longest, self.max_depth + 1) if has_head else None
+        self.cost = self.plain_cost = 0.0  # of all rounds, in milliseconds
+
+    def begin(self, prefilled: Prefilled) -> None:
+        """Rows of these prompts are added after the live ones."""
+        if self.head:
+            if self.head.cache is not None and (costs := self.controller.costs):  # else it may never read them
+                self.cost += costs.reading * prefilled.token_ids_PT.numel()
+            self.head.hold(prefilled)
+
+    def keep(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
+        """The first `kept_R` of these tokens were verified; `hidden_RSD` are the states that precede them."""
+        if self.head:
+            self.head.keep(live, tokens_RS, hidden_RSD, kept_R)
+
+    def plan(self, live: Rows, alive: int, most: int) -> int:
+        """How many tokens are drafted next. `alive` of the rows go on; the one with the most room can still use `most`
+        drafts. The head waits until drafting is worth what it has to read first."""
+        if not self.max_depth or most < 1:
+            return 0
+        if self.fixed:
+            return min(self.max_depth, most)
+        if self.head is None:
+            return 0
+        depth, speed = self.controller.choose(alive, most)
+        if (
+            depth
+            and (missed := self.head.missed(live))
+            and not self._reads(missed, self.controller.plain(alive), speed)
+        ):
+            return 0
+        return depth
+
+    def of_graph(self, live: Rows) -> int:
+        """How many drafts a compiled round of these rows makes."""
+        if not self.head:
+            return 0
+        if self.fixed:
+            return self.max_depth
+        speeds = self.controller.graph_speeds(len(live.index))
+        depth = max(speeds, key=speeds.__getitem__)
+        waits = depth and (missed := self.head.missed(live)) and not self._reads(missed, speeds[0], speeds[depth])
+        return 0 if waits else depth
+
+    def _reads(self, missed: int, slower: float, speed: float) -> bool:
+        """Whether the head reads the tokens that it has missed, and drafts. Both speeds are tokens a millisecond,
+        without it and with it."""
+        assert self.controller.costs is not None
+        return self.reading.over(self.controller.costs.reading * missed, 1 / slower - 1 / speed)
+
+    def draft(self, live: Rows, depth: int, noise: Noise, temperature: float | Tensor) -> Drafted | None:
+        """So many drafts. `temperature` is that of all rows, or of each [R]."""
+        if not depth or not self.head:
+            return None
+        self.reading = Patience()  # it has missed nothing then
+        self._add_reading(self.head, live)
+        return Drafted(*self.head.draft(live, depth, noise, temperature))
+
+    def catch_up(self, live: Rows, fits: bool) -> None:
+        """Before a compiled round with drafts the head reads what it has missed, unless that `fits` into the round."""
+        if self.head:
+            self._add_reading(self.head, live)
+            if not fits:
+                self.head.read_ahead(live)
+
+    def add_cost(self, alive: int, drafted: Drafted | None, kept_R: Tensor, by_graph: bool) -> None:
+        """Of a round in which the live rows got `kept_R` tokens."""
+        if costs := self.controller.costs:
+            cost = plain = costs.milliseconds(alive, 0, by_graph)
+            if drafted:  # else each row got one token: a short round notices a sum
+                cost = costs.milliseconds(alive, drafted.depth, by_graph)
+                plain *= int(kept_R.sum()) / alive
+            self.cost, self.plain_cost = self.cost + cost, self.plain_cost + plain
+
+    def with_costs(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+        """The costs of all rounds are shared by the completions, by how many forwards each took part in."""
+        drafts = [completion.draft for group in groups for completion in group.completions]
+        forwards = max(sum(draft.target_forwards for draft in drafts), 1)
+        for draft in drafts:
+            share = draft.target_forwards / forwards
+            draft.cost, draft.plain_cost = round(self.cost * share, 3), round(self.plain_cost * share, 3)
+        return groups
+
+    def _add_reading(self, head: Drafter, live: Rows) -> None:
+        if costs := self.controller.costs:
+            self.cost += costs.reading * head.missed(live)
+
+    def observe(self, live: Rows, alive: int, drafted: Drafted, accepted_R: Tensor) -> None:
+        if self.fixed:
+            return  # there is nothing to choose
+        steps = torch.arange(drafted.depth, device=self.device)
+        agreed = (steps < accepted_R[:, None]) & live.alive[:, None]
+        self.controller.observe(alive, agreed.sum(0).tolist())
