@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,17 @@ def _load(args: argparse.Namespace, file: Path | None = None, brought: Mapping[s
     from grpo.config.options import dump_yaml, load
 
     known = {name: value for name, value in (brought or {}).items() if name in args.options.model_fields}
-    on_removed = partial(fail, code=0) if getattr(args, "resume", None) else None
+    on_removed = _warn if getattr(args, "resume", None) else None
     config: Any = load(args.options, file, known | args.overrides, args.flags, on_removed=on_removed)
     if getattr(args, "print_config", False):
         print(dump_yaml(config), end="")
         return None
     args.output_dir = getattr(config, "output_dir", None)
     return config
+
+
+def _warn(text: str) -> None:
+    fail(text, 0)
 
 
 def _begin() -> None:
