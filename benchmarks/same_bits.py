@@ -123,7 +123,7 @@ def inside(words: list[str]) -> int:
     def measure(decoder: Any, work: Any, depth: int) -> CostTable:
         sizes = costs._sizes(work.rows)
         table = [[(1 + 0.02 * rows) * (1 + 0.15 * k) for k in range(depth + 1)] for rows in sizes]
-        return CostTable(sizes, table, table if work.lookups else None)
+        return CostTable(sizes, table)
 
     costs.measure = measure
     presets.PRESETS["micro"] = presets.PRESETS["tiny"] | {
