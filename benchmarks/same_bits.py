@@ -83,6 +83,7 @@ SCENARIOS: dict[str, list[list[str]]] = {
     "resume": [["train", *LEARNS, "--checkpoint.every", "1", "--stop_after", "2"], ["--resume"]],
 }
 RANKS = {"ranks": 2}
+STOPPED = 143  # the exit code of a run that --stop_after has ended
 
 
 # ---- a side ---------------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def run_scenario(name: str, trees: list[Path], folder: Path) -> list[list[Path]]
             log = folder / f"{name}.side{side}.log"
             running.append((log, start(tree, words_here, RANKS.get(name, 1), log)))
         for log, processes in running:
-            if any(process.wait() for process in processes):
+            if any(process.wait() not in (0, STOPPED) for process in processes):
                 raise RuntimeError(f"{name} failed: {log}\n{log.read_text()[-2000:]}")
     return outputs
 
