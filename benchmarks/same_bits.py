@@ -151,6 +151,7 @@ def run_scenario(name: str, trees: list[Path], folder: Path) -> list[list[Path]]
                 words_here = [*first[: first.index("--stop_after")], "--resume", "auto", "--output_dir", str(runs[0])]
             else:
                 output = folder / name / f"side{side}" / str(number)
+                output.parent.mkdir(parents=True, exist_ok=True)
                 first = str(runs[0]) if runs else ""
                 words_here = [word.replace("TESTS", str(ROOT / "tests")).replace("FIRST", first) for word in words]
                 words_here += ["--output_dir", str(output)]
