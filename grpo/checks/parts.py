@@ -14,7 +14,7 @@ from grpo.agreement import refuse_rescaled
 from grpo.algorithm import own
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
-from grpo.learner.experts import Balancer
+from grpo.learner.experts import PREFIX, Balancer
 from grpo.learner.parallel import refuse_processes
 from grpo.policy_source import check_options, find_policy, read_shape
 from grpo.reward_models import check_teacher
@@ -85,9 +85,10 @@ def check_shape(config: SftConfig | MtpConfig) -> None:
             "policy with a head"
         )
     native = isinstance(policy.config, DeepseekV3Config)
-    if config.learner.routing_replay and not (native and routers(policy.trunk, "mlp")):
+    chooses = native and any(routers(policy.trunk, part) for part in PREFIX)
+    if config.learner.routing_replay and not chooses:
         raise RolloutError(
-            "learner.routing_replay: this policy has no experts whose routing could be replayed; drop it"
+            "learner.routing_replay: this policy has no experts or dynamic heads to be replayed; drop it"
         )
     refuse_compile(policy, rollout, config.dtype, device_of(config.device))
     if config.lora:

@@ -14,7 +14,7 @@ from grpo.config.json_file import expecting
 from grpo.config.options import Lines
 from grpo.config.policy import ModelOptions
 from grpo.config.reward import RewardsOptions, ScoringOptions
-from grpo.config.sampling import AnswerOptions
+from grpo.config.sampling import LOWEST_TEMPERATURE, AnswerOptions
 from grpo.config.yaml_file import read_yaml
 
 LOGGER = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class EvalConfig(AgentOptions, RewardsOptions, _UseOptions):
     """Evaluate greedy decoding as well."""
     output: Path | None = None
     """A folder for completions.jsonl: every completion with its mark, written while the evaluation goes on."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=LOWEST_TEMPERATURE)
     """Sampling temperature of the sampled row; the greedy row has none."""
     prompts_per_batch: int = Field(default=32, ge=1)
     """Problems that are sampled together."""

@@ -9,11 +9,13 @@ from pydantic import Field, field_validator, model_validator
 
 from grpo.config.options import Options
 
+LOWEST_TEMPERATURE = 1e-6  # logits that are divided by less leave the range of float32: see rollout/sampling.py
+
 
 class SamplingOptions(Options):
     """How one completion is sampled; every command that samples has these options."""
 
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=LOWEST_TEMPERATURE)
     """Sampling temperature."""
     max_completion_tokens: int = Field(default=256, ge=1)
     """Longest completion, in tokens; a completion that has not stopped by then is cut."""
@@ -61,7 +63,7 @@ class RolloutOptions(SamplingOptions):
     own forward (null: the one that fits), or vLLM in an environment of its own (`quartet train` only)."""
     group_size: int = 8
     """Completions per prompt; GRPO compares them with each other, so at least 2."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=LOWEST_TEMPERATURE)
     """Sampling temperature; the learner scores at the same one. There is no top-p or top-k: both bias the gradient."""
     workers: int = Field(default=0, ge=0)
     """Ray rollout workers; 0 samples in this process, without Ray."""

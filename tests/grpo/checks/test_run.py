@@ -14,6 +14,7 @@ from grpo.mtp import mtp
 from grpo.sft import sft
 from grpo.train import train
 from policies.policy import PolicyError
+from policies.presets import PRESETS
 
 OWN = """
 from grpo import advantage, objective
@@ -74,13 +75,21 @@ def test_what_only_a_dense_policy_cannot_do(micro_config, hf_policy, tmp_path):
     hf_policy("llama").save(tmp_path / "m")
     for given, message in (
         ({"balance.entropy_weight": 0.1}, "balance.entropy_weight=0.1, but this policy has no routed experts"),
-        ({"learner.routing_replay": True}, "this policy has no experts whose routing could be replayed"),
+        ({"learner.routing_replay": True}, "this policy has no experts or dynamic heads to be replayed"),
         ({"rollout.compile": "on"}, "compile=on: this policy is not decoded by our own engine"),
     ):
         more = {"warm_start.steps": 0, "rollout.draft_tokens": 0, "mtp.loss_weight": 0, **given}
         config = micro_config(tmp_path / "r", model=str(tmp_path / "m"), **more)
         words = both([lambda config=config: summary.dry_run(config), lambda config=config: train(config)])
         assert message in words
+
+
+def test_dynamic_heads_are_replayed_where_there_are_no_experts(micro_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "dense", PRESETS["micro"] | {"first_k_dense_replace": 2})
+    given = {"warm_start.steps": 0, "learner.routing_replay": True, "policy.heads.active": 0.5}
+    summary.dry_run(micro_config(tmp_path / "r", model="dense", **given))
+    none = micro_config(tmp_path / "r", model="dense", **given | {"policy.heads": None})
+    assert "no experts or dynamic heads" in both([lambda: summary.dry_run(none), lambda: train(none)])
 
 
 def test_damaged_weights_are_found_without_loading_them(micro_config, micro_policy, tmp_path):
