@@ -8,6 +8,7 @@ from grpo.cli import main
 from grpo.commands import summary
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
+from grpo.config.problems import command_line
 from grpo.config.run import SftConfig
 from grpo.launch import launch
 from grpo.mtp import mtp
@@ -40,7 +41,7 @@ def both(refuse_all) -> str:
     """What all of these say, which is the same."""
     said = set()
     for refuse in refuse_all:
-        with pytest.raises((ValueError, OSError, RuntimeError)) as error:
+        with command_line(), pytest.raises((ValueError, OSError, RuntimeError)) as error:
             refuse()
         said.add(str(error.value))
     [words] = said

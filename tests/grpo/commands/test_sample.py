@@ -103,7 +103,7 @@ def test_groups_have_the_documented_form(model, tmp_path):
             assert max(completion["logprobs"]) <= 0
             assert completion["finish_reason"] in ("stop", "length")
             draft = completion["draft"]
-            counts = ["target_forwards", "drafted", "accepted", "fallbacks", "depths", "sources", "empty"]
+            counts = ["target_forwards", "drafted", "accepted", "fallbacks", "depths"]
             assert list(draft) == [*counts, "cost", "plain_cost"]
             assert len(draft["drafted"]) == len(draft["accepted"]) == 2
     assert json.loads(json.dumps(groups, allow_nan=False)) == groups
