@@ -80,7 +80,7 @@ $(BIN)/.created:
 
 $(RUN_STAMP): pyproject.toml $(BIN)/.created
 	@echo "Installing quartet and its packages into $(VENV) (the first time takes some minutes) ..."
-	$(PIP) --editable '.[math,text,plots,tensorboard,gguf,view]'
+	$(PIP) --editable '.[math,text,tensorboard,gguf,view]'
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml $(BIN)/.created

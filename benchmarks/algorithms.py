@@ -213,7 +213,7 @@ def main() -> None:
         if arguments.json and not arguments.json.parent.is_dir():
             parser.error(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
         if arguments.json:
-            import matplotlib  # noqa: F401 (missing, it is better missed now than after the runs)
+            import matplotlib  # noqa: F401 (pip install matplotlib; better now than after the runs)
         algorithms = arguments.algorithm or list(ALGORITHMS)
         cells = run_cells(arguments.folder, arguments.config, arguments.overrides, arguments.seeds, algorithms)
     except ConfigError as error:

@@ -330,7 +330,7 @@ def plot_acceptance(
     policy: Any, engine: Any, prompts: Sequence[Any], limit: int, path: Path, depth: int = 4
 ) -> dict[str, list[list[float]]]:
     """Share of drafts accepted, against the policy's entropy at their place: by depth [entropy from, share, drafts]."""
-    import matplotlib
+    import matplotlib  # pip install matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

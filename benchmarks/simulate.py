@@ -230,7 +230,7 @@ def lengths_of(folder: Path) -> list[Group]:
 
 
 def draw(path: Path, rows: list[dict[str, Any]], caption: str) -> None:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # pip install matplotlib
 
     figure = Figure(figsize=(9, 5.2), dpi=110, layout="constrained", facecolor="white")
     kinds = list(dict.fromkeys(row["lengths"] for row in rows))

@@ -48,7 +48,7 @@ def curve(run: Path) -> dict[str, Any]:
 
 
 def draw(curves: list[dict[str, Any]], picture: Path) -> None:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # pip install matplotlib
 
     figure = Figure(figsize=(6, 3.2), dpi=110, layout="constrained", facecolor="white")
     axes = figure.subplots()

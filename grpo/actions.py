@@ -191,15 +191,6 @@ def export(args: argparse.Namespace) -> None:
     print(escaped(run_export(args.run, args.destination, args.push_to_hub, adapter=args.adapter)))
 
 
-def plot(args: argparse.Namespace) -> None:
-    from grpo.run.plots import plot_run
-    from grpo.run.records import check_run
-
-    folder = check_run(args.run)
-    print("drawing ...", flush=True)  # matplotlib takes seconds
-    print(*plot_run(folder), sep="\n")
-
-
 def view(args: argparse.Namespace) -> None:
     from grpo.view.server import view
 

@@ -48,11 +48,15 @@ def _open_closed_files() -> None:
 
 
 def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
+    from grpo.config.aliases import table
     from grpo.config.options import ConfigError, parse
     from grpo.config.problems import as_here
 
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(EscapingFormatter())
+    name = next(iter(sys.argv[1:] if argv is None else argv), "")
+    if name not in _commands() and (way_on := table("removed_commands").get(name)):
+        return fail(f"{name}: this command is gone; {way_on}", EXIT_USAGE)
     parser, resumable = build_parser(), False
     try:
         args = parse(parser, argv)
@@ -132,7 +136,6 @@ def _commands() -> dict[str, Command]:
             "a run's policy for other tools, with tokenizer, licence and model card", actions.export, arguments.EXPORT
         ),
         "why": Command("what a step of a run has done, and which groups and tokens did it", actions.why, arguments.WHY),
-        "plot": Command("draw the curves of a run into its folder", actions.plot, arguments.PLOT),
         "view": Command("a page of one or more runs, live while they run", actions.view, arguments.VIEW),
         "report": Command("the same page as one HTML file to send away", actions.report, arguments.REPORT),
         "compare": Command("curves of runs with several seeds, in numbers", actions.compare, arguments.COMPARE),

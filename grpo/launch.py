@@ -11,14 +11,13 @@ from grpo.checks.parts import gpu_share
 from grpo.checks.run import check_run
 from grpo.config.problems import command_line
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.evaluation.held_out import Result
 from grpo.learner.parallel import RankFailed, join
 from grpo.policy_source import with_threads
 from grpo.run import stop
 from grpo.run.hardware import device_of
 from grpo.run.stop import Stopped, StopSignal, ignore_signals
 from grpo.sft import sft
-from grpo.train import train
+from grpo.train import Result, train
 
 
 def launch(config: SftConfig, **flags: Any) -> Result | None:

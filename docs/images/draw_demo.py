@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure  # pip install matplotlib
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#767676"
 

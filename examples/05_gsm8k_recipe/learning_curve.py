@@ -1,4 +1,4 @@
-"""Writes the evaluations of a run's checkpoints as the metrics of a run, for `quartet plot` (learning_curve.sh).
+"""Writes the evaluations of a run's checkpoints as the metrics of a run, for `quartet report` (learning_curve.sh).
 
 The step is in the name of each, step_000020.json.
 

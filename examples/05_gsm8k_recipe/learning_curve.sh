@@ -25,4 +25,4 @@ for checkpoint in "$run"/checkpoints/step_*; do
   point "$step" "$curve/policy_$step"
 done
 python "$here/learning_curve.py" "$curve"
-quartet plot "$curve"
+quartet report "$curve"

@@ -23,5 +23,5 @@ evaluate sft "$runs/sft"
 stage 2 mtp mtp
 stage 3 grpo train
 evaluate grpo "$runs/grpo"
-quartet plot "$runs/grpo"
+quartet report "$runs/grpo"
 python "$here/table.py" "$runs"

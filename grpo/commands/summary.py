@@ -29,7 +29,6 @@ from grpo.policy_source import find_policy, read_shape
 from grpo.run import hardware
 from grpo.run.console import Terminal, visible
 from grpo.run.lock import refuse_folder
-from grpo.run.plots import plot_quietly
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import refuse_changed_rewards
 from grpo.task import Task
@@ -47,7 +46,6 @@ def summary(result: Result) -> None:
         evaluations(result.evaluations)
     if result.speeds:
         speeds(result.speeds)
-    plot_quietly(result.folder)
     names = [f"  {path.name}{'/' if path.is_dir() else ''}" for path in sorted(result.folder.iterdir())]
     lines = ["", hardware.caption(hardware.describe()), f"the files of the run are in {result.folder}:", *names]
     lines.append(f"`quartet view {result.folder}` shows its curves and rollouts")

@@ -22,7 +22,7 @@ _OF_SFT = {
 
 @cache
 def table(part: str) -> dict[str, str]:
-    """`means`, `not_supported` or `removed`: a name that is no option, and what is said about it."""
+    """`means`, `not_supported`, `removed` or `removed_commands`: a name that is none, and what is said about it."""
     content = parse_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))[part]
     return {name: said for said, names in content.items() for name in names}
 

@@ -89,7 +89,6 @@ EXPORT = (
     _argument("--push_to_hub", "--push-to-hub", metavar="OWNER/NAME", help="upload it; a new repository is private"),
     _flag("adapter", "the adapters of a LoRA run alone, in peft's format"),
 )
-PLOT = (_argument("run", type=Path, metavar="RUN", help="a run folder"),)
 VIEW = (
     _argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder; several are drawn over one another"),
     _argument("--host", default="127.0.0.1", help="the address to listen on, by default this machine alone"),

@@ -6,19 +6,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.config.run import EvalOptions
 from grpo.evaluation.evaluate import Evaluation, Speed, as_metrics, both_ways, evaluate_ways, measure_speed
 from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
-from grpo.run.plots import plot_quietly, plot_run
 from grpo.run.records import read_metrics
 from grpo.task import Task
 from policies.policy import Policy
 from rewards.group_score import RewardFailed
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from grpo.view.report import Report
 
 
 class HeldOut:
@@ -55,7 +57,7 @@ class HeldOut:
     def evaluate(self, step: int, when: str | None = None) -> dict[str, Evaluation]:
         """The results of `step` by way of sampling; with `when` under names of their own.
 
-        They become metrics and a plot of the run, and each failed reward an event.
+        They become metrics of the run, and each failed reward an event.
         """
         if not self.prompts:
             return {}
@@ -74,7 +76,6 @@ class HeldOut:
                 self.log.event("reward_error", step=step, evaluation=way, **vars(failure))
         self.log.evaluation(step, as_metrics(found))
         self.heed(step, found)
-        plot_quietly(self.log.output_dir, only=["eval_accuracy", "eval_reward"])
         named = {f"{when}, {way}" if when else way: result for way, result in found.items()}
         self.results |= named if when else {}
         return named
@@ -106,9 +107,12 @@ class Result:
         """One dict a step: see `read_metrics`."""
         return read_metrics(self.folder)
 
-    def plot(self) -> list[Path]:
-        """Draws the curves of the run into its folder, and returns the files: see `plot_run`."""
-        return plot_run(self.folder)
+    def plot(self) -> Report:
+        """Writes the page of the run, with its curves, as `report.html` into its folder. A notebook shows what is
+        returned. Raises ValueError without the extra `view`."""
+        from grpo.view.report import Report, report  # a training loads no page
+
+        return Report(report(self.folder, self.folder / "report.html"))
 
     def __repr__(self) -> str:
         """The folder, and what greedy decoding got; where nothing was decoded greedily, what sampling got."""

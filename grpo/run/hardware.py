@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 
 from grpo.config.json_file import expecting, read_json
 from grpo.config.yaml_file import read_yaml
+
+if TYPE_CHECKING:
+    import torch
 
 PARAMETERS_PER_THREAD = 8_000_000  # the demo's 2 M learn no faster with two threads, 135 M do
 FILE = "environment.json"
@@ -38,6 +40,8 @@ def describe() -> dict[str, Any]:
      'hardware': {'cpu': 'AMD EPYC 9R14', 'cores': 2, 'memory_gib': 24.0, 'gpus': []},
      'threads': 2, 'cpu_capability': 'AVX512', 'platform': 'Linux-...', 'versions': {'python': '3.11.2', ...}}
     """
+    import torch  # seconds, which the page of a run does without
+
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -86,7 +90,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def caption(environment: dict[str, Any]) -> str:
-    """One line for the foot of a figure: `AMD EPYC 9R14, 2 cores · torch 2.13.0 · quartet train a.yaml`."""
+    """One line under what was measured: `AMD EPYC 9R14, 2 cores · torch 2.13.0 · quartet train a.yaml`."""
     hardware, versions = environment["hardware"], environment["versions"]
     device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
     return f"{device} · torch {versions['torch']} · {environment['command']}"
@@ -101,6 +105,8 @@ def _cpu() -> str:
 
 def _version(package: str) -> str | None:
     if package == "torch":
+        import torch
+
         return str(torch.__version__)  # with its build, such as +cu132, which PyPI's metadata leave out
     try:
         return metadata.version(package)
@@ -109,6 +115,8 @@ def _version(package: str) -> str | None:
 
 
 def device_of(name: str) -> torch.device:
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():

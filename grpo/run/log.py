@@ -55,7 +55,7 @@ WRITTEN = (
     *("config.yaml", "environment.json", "metrics.jsonl", "rewards.json", "draft_costs.json"),
     *("policy", "best_policy", "warm_start"),
 )
-WRITTEN_INTO = ("checkpoints", "warm_start_checkpoints", "rollouts", "plots")
+WRITTEN_INTO = ("checkpoints", "warm_start_checkpoints", "rollouts")
 
 
 class RunLog:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,19 @@ from grpo.view.run_files import RunFiles, finite
 from policies.files.atomic import write_file
 
 GROUPS_PER_STEP = 8
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report that is written, at `path`. A notebook shows it in a frame."""
+
+    path: Path
+
+    def _repr_html_(self) -> str:
+        """The frame has no access to the notebook. Without its base, a link in it would lead to the notebook."""
+        page = self.path.read_text(encoding="utf-8").replace("<head>", '<head>\n<base href="about:srcdoc">', 1)
+        look = 'width="100%" height="700" style="border: 0"'
+        return f'<iframe sandbox="allow-scripts allow-downloads" {look} srcdoc="{html.escape(page)}"></iframe>'
 
 
 def report(folder: Path, output: Path, steps: Sequence[int] | None = None) -> Path:

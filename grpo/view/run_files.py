@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from grpo.algorithm.statistics import wilson_interval
 from grpo.algorithm.ties import tied
 from grpo.algorithm.verdicts import ACCURACY
+from grpo.run import hardware
 from grpo.run.metrics import METRICS
 from grpo.run.metrics import check as row_of
 from grpo.run.records import (
@@ -42,9 +43,9 @@ class RunFiles:
         self._step: tuple[int, float, list[list[dict[str, Any]]]] | None = None
 
     def overview(self, after: int = -1) -> dict[str, Any]:
-        """Metrics of the steps from `after` on, what they mean, and the steps whose rollouts were recorded."""
-        config = self.folder / "config.yaml"
-        check_files(self.folder / "metrics.jsonl", config)
+        """Metrics of the steps from `after` on, their meaning, the machine, the steps whose rollouts were recorded."""
+        config, machine = self.folder / "config.yaml", self.folder / hardware.FILE
+        check_files(self.folder / "metrics.jsonl", config, machine)
         measured = read_metrics(self.folder)
         rows = [self._with_interval(row) for row in measured if row["step"] >= after]
         names = sorted({name for row in rows for name in row} - {"step"})
@@ -55,6 +56,7 @@ class RunFiles:
             "meanings": {name: _meaning(name) for name in names},
             "recorded": recorded_steps(self.folder),
             "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+            "machine": hardware.caption(hardware.read(machine)) if machine.is_file() else "",
             "ended": next((e for e in reversed(self.events()) if e["event"] in ("end", "resume")), None),
         }
 

@@ -256,6 +256,38 @@ def test_without_its_token_the_page_says_what_to_do(browser, address):
     page.close()
 
 
+def test_a_report_in_a_notebook_stays_in_its_frame(browser, tmp_path):
+    from grpo.view.report import Report, report
+
+    page = browser.new_page()
+    page.set_content(f"<title>notebook</title>{Report(report(CASE, tmp_path / 'r.html'))._repr_html_()}")
+    frame = page.frame_locator("iframe")
+    frame.locator(".card .main-svg").first.wait_for()
+    for name in ("events", "overview"):
+        frame.locator("#bar a", has_text=name).click()
+        frame.locator("h1", has_text=name).wait_for()
+    assert page.title() == "notebook"
+    page.close()
+
+
+def test_of_a_batch_that_was_sampled_ahead_a_step_has_only_the_wait(browser, tmp_path):
+    from grpo.view.report import report
+
+    shutil.copytree(CASE, tmp_path / "run")
+    times = {"time/rollout": 8.0, "time/reward": 1.0, "time/wait": 2.0, "time/learn": 5.0}
+    lines = [json.dumps({"step": step, **times}) + "\n" for step in (1, 2)]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(lines))
+    page = browser.new_page()
+    page.goto(report(tmp_path / "run", tmp_path / "r.html").as_uri())
+    page.wait_for_selector("[data-title='Seconds of a step'] .main-svg")
+    chart = page.locator("[data-title='Seconds of a step'] .chart")
+    assert dict(chart.evaluate("(box) => box.data.map((trace) => [trace.name, trace.y])")) == {
+        "wait": [2, 2],
+        "learn": [3, 3],
+    }  # their sum is the five seconds of the step
+    page.close()
+
+
 def test_a_report_works_from_its_file(browser, tmp_path):
     from grpo.view.report import report
 

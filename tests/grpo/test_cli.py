@@ -367,8 +367,8 @@ def test_sft_trains_and_its_policy_samples(model, tmp_path, capsys):
         (["train", "--output_dir", "{dir}/r", "--model", "./nowhere"], "model='./nowhere': there is no such folder"),
         (["train", "--output_dir", "{dir}/r", "--data.name", "{dir}/none.jsonl"], "there is no file or folder"),
         (["train", "--output_dir", "{dir}/r", "--rewards", "[{function: gsm9k}]"], "gsm8k"),
-        (["plot", "{dir}"], "metrics.jsonl"),
-        (["plot", "{dir}/nosuch"], "RUN={dir}/nosuch: there is no such folder"),
+        (["report", "{dir}"], "metrics.jsonl"),
+        (["report", "{dir}/nosuch"], "RUN={dir}/nosuch: there is no such folder"),
         (["train", "--model", "gpt2", "--output_dir", "{dir}/r"], "write its owner too: OWNER/gpt2"),
         (["train", "--output_dir", "{prompts}/r"], "output_dir: {prompts}/r cannot be written (Not a directory"),
         (["train", "--output_dir", "{prompts}/r", "--dry_run"], "output_dir: {prompts}/r cannot be written"),
@@ -397,6 +397,13 @@ def test_words_that_are_no_command_exit_with_2(words, capsys):
         main(words)
     assert end.value.code == 2
     assert "usage: quartet" in capsys.readouterr().err
+
+
+def test_a_command_that_is_gone_names_those_that_took_its_place(capsys):
+    assert main(["plot", "runs/demo"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("quartet: plot: this command is gone; ")
+    assert re.findall(r"`quartet (\w+) RUN`", said) == ["report", "view"]
 
 
 @pytest.mark.slow

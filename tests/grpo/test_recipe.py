@@ -15,7 +15,7 @@ echo "$1" >> calls
 option() { local name=$1; shift; while [ "$1" != "$name" ]; do shift; done; echo "$2"; }
 case $1 in
   eval) out=$(option "--output" "$@"); left=$out/completions.jsonl; ended=$(option "--json" "$@") ;;
-  plot) exit ;;
+  report) exit ;;
   *) out=runs/gsm8k/$(basename "$2" .yaml | cut -c3-); left=$out/checkpoint; ended=$out/policy ;;
 esac
 [ -e "$left" ] && [[ "$*" != *"--resume auto"* ]] && echo "already there: $left" && exit 1
@@ -23,7 +23,7 @@ mkdir -p "$out"; touch "$left"
 [ "$(wc -l < calls)" = "$STOP_AT" ] && exit 130
 if [ "$1" = eval ]; then touch "$ended"; else mkdir -p "$ended"; fi
 """
-ALL = ["sft", "eval", "mtp", "train", "eval", "plot"]
+ALL = ["sft", "eval", "mtp", "train", "eval", "report"]
 
 
 @pytest.mark.parametrize("stop_at", range(1, 6))

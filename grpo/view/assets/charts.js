@@ -17,7 +17,7 @@
     ["Tokens per forward", /^(draft|eval)\/tokens_per_forward$/],
     ["Drafts accepted, by depth", /^draft\/acceptance_depth_\d+$/],
     ["Experts: load, 1 is even", /^moe\/load_(min|max)$/],
-    ["Seconds of a step", /^time\/(rollout|reward|learn|publish|evaluate|checkpoint)$/, "stack"],
+    ["Seconds of a step", /^time\/(rollout|reward|wait|learn|publish|evaluate|checkpoint)$/, "stack"],
     ["Tokens per second", /^speed\/completion_tokens_per_second$/],
     ["Memory, GiB", /^memory\/.*gib$/],
     ["Faults", /^(faults\/.*|reward\/(errors|abstained)|run\/(interruptions|failures)|rollout\/restarts|log\/not_finite)$/],
@@ -39,10 +39,14 @@
     });
   };
 
+  // A batch that is sampled ahead costs a step only the wait for it, which time/learn contains.
+  const valueOf = (row, metric) => metric === "time/learn" ? Math.max(0, row[metric] - (row["time/wait"] ?? 0)) : row[metric];
+
   // Names that would draw a curve twice are left out: a single part is the reward, an accuracy the mean of its marks.
   const telling = (names) => {
     const parts = names.filter((name) => name.startsWith("reward/part/"));
-    return names.filter((name) => !(parts.length === 1 && name === parts[0]) && !(names.includes("eval/accuracy") && name.startsWith("eval/reward_mean")));
+    return names.filter((name) => !(parts.length === 1 && name === parts[0]) && !(names.includes("eval/accuracy") && name.startsWith("eval/reward_mean"))
+      && !(names.includes("time/wait") && ["time/rollout", "time/reward"].includes(name)));
   };
 
   const lines = (runs, pattern, kind) => {
@@ -59,7 +63,7 @@
             y: [...low.map((row) => row[`${metric}/low`]), ...[...low].reverse().map((row) => row[`${metric}/high`])],
             fill: "toself", line: { width: 0 }, fillcolor: `${color}22`, mode: "lines" });
         }
-        traces.push({ ...common, y: smoothed(there.map((row) => row[metric]), kind ? 0 : settings.smooth), metric, name: runs.length > 1 ? `${name}, ${nameOf(metric)}` : nameOf(metric),
+        traces.push({ ...common, y: smoothed(there.map((row) => valueOf(row, metric)), kind ? 0 : settings.smooth), metric, name: runs.length > 1 ? `${name}, ${nameOf(metric)}` : nameOf(metric),
           line: { color, width: 1.8, dash: runs.length > 1 ? ["solid", "dot", "dash", "dashdot"][m % 4] : "solid" }, marker: { size: 4 },
           ...(kind === "stack" && runs.length === 1 ? { stackgroup: "one", mode: "lines" } : {}),
           hovertemplate: `step %{x}: %{y:.4g}<extra>${nameOf(metric).replace(/[<>&%{}]/g, "")}</extra>` });
@@ -121,6 +125,6 @@
     const config = view.make("details", {}, view.make("summary", {}, "configuration"), view.make("pre", { class: "text" }, runs[0].config));
     const meanings = view.make("details", {}, view.make("summary", {}, "what the metrics mean, and their last values"),
       view.table([["metric", ([name]) => name], ["last", ([name]) => runs[0].rows.findLast((row) => row[name] != null)?.[name]], ["meaning", ([, meaning]) => meaning]], Object.entries(runs[0].meanings)));
-    return { title: "overview", nodes: [learned, facts, tools, cards, config, meanings], ready: redraw, live: async () => { runs = await found(); redraw(); } };
+    return { title: "overview", nodes: [learned, facts, tools, cards, view.make("p", { class: "soft" }, runs[0].machine), config, meanings], ready: redraw, live: async () => { runs = await found(); redraw(); } };
   };
 }

@@ -15,7 +15,6 @@ from grpo.config.inference import EvalConfig, defaults_of_run
 from grpo.config.options import load
 from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.evaluation.evaluate import as_metrics, evaluate, evaluate_ways
-from grpo.run import plots
 from grpo.run.metrics import check
 from grpo.run.records import best_step, read_metrics
 from grpo.task import Task
@@ -227,12 +226,8 @@ def test_a_run_with_another_reward_records_shows_and_keeps_by_the_mean_reward(ru
     assert "accuracy" not in text
 
 
-def test_its_plot_and_its_model_card_show_the_mean_reward(run, tmp_path):
+def test_its_model_card_shows_the_mean_reward(run, tmp_path):
     folder, _ = run
-    pytest.importorskip("matplotlib")
-    files = [file.stem for file in plots.plot_run(folder, only=["eval_accuracy", "eval_reward"])]
-    assert files == ["eval_reward"]
-    assert not (folder / "plots/eval_accuracy.png").exists()
     export(folder, tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text().split("## Training")[0]
     first = read_metrics(folder)[0]

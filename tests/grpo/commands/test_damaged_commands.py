@@ -85,14 +85,14 @@ def test_so_it_is_by_the_dry_run_of_mtp_and_only_where_it_is_used(chat_model, tm
 def test_a_bad_line_in_the_metrics_is_named(copy, capsys, line, message):
     with (copy / "metrics.jsonl").open("ab") as file:
         file.write(line.encode("latin-1"))
-    refused(["plot", str(copy)], capsys, str(copy / "metrics.jsonl"), message)
+    refused(["report", str(copy)], capsys, str(copy / "metrics.jsonl"), message)
     refused(["train", str(copy / "config.yaml"), "--output_dir", str(copy), "--resume", "auto"], capsys, message)
 
 
 @pytest.mark.parametrize("content", ["", "null", "[]", "{}", '{"hardware": null}', "\x00", "[" * 5000])
 def test_a_damaged_environment_is_named(copy, capsys, content):
     (copy / "environment.json").write_text(content)
-    refused(["plot", str(copy)], capsys, str(copy / "environment.json"))
+    refused(["report", str(copy)], capsys, str(copy / "environment.json"))
 
 
 @pytest.mark.parametrize("content", ["", "null", "{}", "[1]", '[{"name": "x"}]', "[" * 5000])
@@ -134,4 +134,4 @@ def test_a_full_disk_at_the_start_names_the_file(tmp_path, monkeypatch, name):
 def test_numbers_that_are_json_and_no_metric_are_no_traceback(copy, capsys):
     lines = [json.dumps({"step": step, "reward/mean": 1e308, "policy/entropy": 0.1}) + "\n" for step in (1, 2)]
     (copy / "metrics.jsonl").write_text("".join(lines))
-    assert main(["plot", str(copy)]) == 0
+    assert main(["report", str(copy)]) == 0

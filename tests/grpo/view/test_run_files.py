@@ -1,5 +1,6 @@
 """What the page of a run is told, over a recorded run of four steps with four groups of four."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer
 
 from grpo.algorithm.statistics import wilson_interval
 from grpo.cli import main
+from grpo.run import hardware
 from grpo.run.records import read_metrics, read_rollouts, split_groups
 from grpo.view.run_files import RunFiles, finite
 
@@ -33,6 +35,7 @@ def test_the_overview_has_every_metric_with_its_meaning_and_intervals(run):
     assert all(found["meanings"].values())
     assert found["recorded"] == [1, 2, 3, 4]
     assert found["ended"]["how"] == "finished"
+    assert found["machine"] == hardware.caption(json.loads((CASE / "environment.json").read_text()))
     assert "on 16 problems. The difference is" in found["headline"][0]
     assert [row["step"] for row in run.overview(after=3)["rows"]] == [3, 4]
 

@@ -18,6 +18,7 @@ import pytest
 import zstandard
 
 from grpo.cli import main
+from grpo.evaluation.held_out import Result
 from grpo.run.records import read_rollouts, rollout_path
 from grpo.view.page import self_contained
 
@@ -175,6 +176,22 @@ def test_a_report_is_one_file_in_which_text_stays_text(tmp_path, capsys):
     tags = [tag for tag, _ in page.tags]
     assert tags.count("script") == 7  # the answers, Plotly and five of ours
     assert not any("src" in attributes or "href" in attributes for tag, attributes in page.tags if tag != "link")
+
+
+def test_a_result_is_drawn_as_its_report_which_a_notebook_shows_in_a_frame(tmp_path, monkeypatch):
+    shutil.copytree(CASE, tmp_path / "run")
+    drawn = Result(tmp_path / "run", None, {}).plot()
+    assert drawn.path == tmp_path / "run/report.html"
+    shown = _Scripts()
+    shown.feed(drawn._repr_html_())
+    ((tag, attributes),) = shown.tags
+    assert (tag, attributes["sandbox"]) == ("iframe", "allow-scripts allow-downloads")  # of no origin of the notebook's
+    base = '\n<base href="about:srcdoc">'  # without it a link would lead to the notebook
+    assert base in attributes["srcdoc"]
+    assert attributes["srcdoc"].replace(base, "", 1) == drawn.path.read_text(encoding="utf-8")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'quartet-rl\[view\]'"):
+        Result(tmp_path / "run", None, {}).plot()
 
 
 def test_answers_come_back_as_they_were():
