@@ -53,7 +53,7 @@ test-browser: $(DEV_STAMP) ## install playwright, then look at the page of a run
 gpu: $(DEV_STAMP) ## on a CUDA machine: its tests, and rollouts and steps against generate and TRL; ARGS=--cpu in small
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
-peers: $(DEV_STAMP) ## ours beside TRL, vLLM and others, into docs/peers.md, in under an hour; ARGS=--small in minutes
+peers: $(DEV_STAMP) ## ours beside TRL and vLLM, into docs/peers.md, in under an hour; ARGS=--small in minutes
 	@$(MAKE) --no-print-directory vllm || echo "vLLM cannot be installed here: its row says so"
 	$(BIN)/python examples/prepare_smollm2.py
 	$(BIN)/python -m benchmarks.peers $(ARGS)
@@ -67,7 +67,7 @@ lint: $(DEV_STAMP) ## style and types
 	$(BIN)/mypy
 
 clean: ## remove the environments, builds and caches; runs/ and models/ stay
-	rm -rf $(VENV) $(VLLM) .peers dist build site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) dist build site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find policies rollout rewards grpo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so that an interrupted installation is taken up again.

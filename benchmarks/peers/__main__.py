@@ -1,4 +1,4 @@
-"""One table of peers, by one command: a step, a task learned to a reward, lines of code, ten mistakes, installs.
+"""One table of peers, by one command: a step, a task learned to a reward, ten mistakes.
 
     make peers                                   # the full form: under an hour on two quiet cores
     make peers ARGS=--small                      # the same in small, in minutes: it shows that it runs, not how fast
@@ -7,8 +7,7 @@
 
 Every contender runs in a process of its own, in turn with the others, timed by itself, with equal threads. The JSON has
 every number, how each contender was configured, and how far the repeats are apart. Parts that are not asked for keep
-what the JSON has of an earlier run of the same sizes, versions and machine. Where that had the step too, JSON and page
-say for every contender whether the two runs agree within their spreads.
+what the JSON has of an earlier run of the same sizes, versions and machine.
 """
 
 from __future__ import annotations
@@ -20,20 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, median
-from threading import Thread
 from typing import Any
 
-from benchmarks.peers import installs, lines, mistakes, model, table
+from benchmarks.peers import mistakes, model, table
 from benchmarks.peers.process import ROOT, Started, clean, module
 from benchmarks.peers.sizes import CONFIGURED, FULL, SMALL, STEP_CONTENDERS, TASK_CONTENDERS, Form
 
-PARTS = ("step", "task", "lines", "mistakes", "installs")
-TIMED = ("step", "task")  # by themselves; installations go on beside the others
+PARTS = ("step", "task", "mistakes")
 
 
 def contend(command: Sequence[str], out: Path, seconds: float, threads: int) -> dict[str, Any]:
@@ -59,35 +55,6 @@ def contend(command: Sequence[str], out: Path, seconds: float, threads: int) -> 
 def spread(values: Sequence[float]) -> float:
     """Largest minus smallest, by the median."""
     return (max(values) - min(values)) / median(values) if values and median(values) else 0.0
-
-
-def agreement(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """How far the steps of two runs are apart, and whether that is within the larger of their spreads: seconds, and
-    what each contender takes in relation to ours. A host that others share is slower in one hour than in another, and
-    the contenders take turns, so the relation says more."""
-    runs = [run.get("step", {}).get("contenders", {}) for run in (before, now)]
-    found = {}
-    for name in runs[1]:
-        if not all("median" in run.get(name, {}) and "median" in run.get("ours", {}) for run in runs):
-            continue
-        seconds = [run[name]["seconds"]["step"] for run in runs]
-        ratios = [
-            [one / ours for one, ours in zip(own, run["ours"]["seconds"]["step"], strict=True)]
-            for own, run in zip(seconds, runs, strict=True)
-        ]
-        found[name] = {"seconds": apart(*seconds), "to_ours": apart(*ratios)}
-    return found
-
-
-def apart(before: Sequence[float], now: Sequence[float]) -> dict[str, Any]:
-    """The difference of the medians, relative to the first.
-
-    >>> apart([9.0, 10.0, 11.0], [11.0, 12.0, 12.0])
-    {'apart': 0.2, 'spread': 0.2, 'within': True}
-    """
-    difference = abs(median(now) - median(before)) / median(before)
-    allowed = max(spread(before), spread(now))
-    return {"apart": difference, "spread": allowed, "within": difference <= allowed}
 
 
 def repeated(
@@ -184,32 +151,17 @@ def measure(form: Form, parts: Sequence[str], only: Sequence[str]) -> Iterator[t
         folder = Path(place)
         data = folder / "data"
         data.mkdir()
-        if {"lines", "mistakes"} & set(parts):
+        if "mistakes" in parts:
             model.write(data)
         makers = {
             "step": lambda: step(form, [name for name in STEP_CONTENDERS if name in only], folder),
             "task": lambda: task(form, [name for name in TASK_CONTENDERS if name in only], folder),
-            "lines": lambda: lines.measure(data, form.limit_s, sides),
             "mistakes": lambda: mistakes.make_all(data, form.mistake_s, sides),
-            "installs": lambda: installed.result(),
         }
-        installed: Future[dict[str, Any]] = Future()
-        installing = Thread(target=_keep, args=(installed, lambda: installs.attempts(form.install_s)), daemon=True)
-        begins = next((part for part in parts if part not in TIMED), None)
         for part in parts:
             print(f"== {part}", flush=True)
             began = time.monotonic()
-            if part == begins and "installs" in parts:
-                installing.start()
-            found = makers[part]()
-            yield part, found, round(time.monotonic() - began, 1)
-
-
-def _keep(found: Future[dict[str, Any]], make: Callable[[], dict[str, Any]]) -> None:
-    try:
-        found.set_result(make())
-    except Exception as error:
-        found.set_exception(error)
+            yield part, makers[part](), round(time.monotonic() - began, 1)
 
 
 def described(command: str, vllm: str) -> dict[str, Any]:
@@ -233,32 +185,26 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, help="how often each contender is run (full: 2)")
     parser.add_argument("--threads", type=int, help="of every contender of the step (full: 2)")
-    parser.add_argument("--install_s", type=float, help="seconds that an installation may take (full: 420)")
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/peers.json, or peers_small.json")
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/peers.json, or runs/peers_small.json")
     parser.add_argument("--docs", type=Path, help="the page; default: docs/peers.md, and none with --small")
     parser.add_argument("--table", action="store_true", help="measure nothing; write the page from the JSON")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
-    name = "peers_small.json" if args.small else "peers.json"
-    out = args.json or ROOT / "benchmarks/results" / name
+    out = args.json or ROOT / ("runs/peers_small.json" if args.small else "benchmarks/results/peers.json")
     docs = args.docs or (None if args.small else ROOT / "docs/peers.md")
     report = json.loads(out.read_text()) if out.exists() else {}
     if not args.table:
         form = SMALL if args.small else FULL
-        form = replace(form, repeats=args.repeats or form.repeats, install_s=args.install_s or form.install_s)
+        form = replace(form, repeats=args.repeats or form.repeats)
         if args.threads:
             form = replace(form, step=replace(form.step, threads=args.threads))
         if not (ROOT / form.step.model / "config.json").exists() and "step" in args.parts:
             parser.error(f"{form.step.model} is not there; `make smollm2` prepares it")
         words = " ".join(["python -m benchmarks.peers", *sys.argv[1:]])
-        sizes = {"step": asdict(form.step), "task": asdict(form.task)}
-        sizes |= {"repeats": form.repeats, "install_s": form.install_s}
+        sizes = {"step": asdict(form.step), "task": asdict(form.task), "repeats": form.repeats}
         here = described(words, form.step.vllm)
         alike = all(report.get("environment", {}).get(key) == here[key] for key in ("hardware", "versions"))
-        former = report.get("sizes", {})
-        if "installs" not in args.parts:  # those of before keep their limit, which is no size of the other parts
-            sizes["install_s"] = former.get("install_s", form.install_s)
-        before = report if alike and former | {"install_s": sizes["install_s"]} == sizes else {}
+        before = report if alike and report.get("sizes") == sizes else {}
         report = dict(before)
         for part, found, seconds in measure(form, args.parts, args.only):
             spent = report.get("seconds_by_part", {}) | {part: seconds}
@@ -271,18 +217,9 @@ def main() -> int:
                 "seconds_by_part": spent,
                 "seconds": round(sum(spent.values()), 1),
             }
-            if part == "step":
-                report["agrees_with_the_run_before"] = agreement(before, report)
             report["readme"] = [] if args.small else table.readme(report)
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(report, indent=1) + "\n")  # after every part: a late failure loses none
-        for contender, told in report.get("agrees_with_the_run_before", {}).items():
-            for what, one in told.items():
-                within = "within" if one["within"] else "NOT within"
-                print(
-                    f"{contender}, {what}: {100 * one['apart']:.0f} % from the run before, {within} the spread of "
-                    f"{100 * one['spread']:.0f} %"
-                )
     text = table.page(report)
     if docs:
         docs.write_text(text)

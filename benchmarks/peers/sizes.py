@@ -70,17 +70,15 @@ class Form:
     step: Step
     task: Task
     repeats: int
-    install_s: float
     limit_s: float  # of one contender
     mistake_s: float  # of one mistake
 
 
-FULL = Form(Step(), Task(), repeats=2, install_s=420, limit_s=900, mistake_s=60)
+FULL = Form(Step(), Task(), repeats=2, limit_s=900, mistake_s=60)
 SMALL = Form(
     Step(prompts=1, group_size=4, tokens=12, steps=1, threads=1),
     Task(warm_start=60, prompts=8, group_size=4, tokens=32, steps=4, window=2, target=0.9),
     repeats=1,
-    install_s=60,
     limit_s=300,
     mistake_s=40,
 )

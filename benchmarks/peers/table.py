@@ -37,8 +37,8 @@ def page(report: Mapping[str, Any]) -> str:
     parts = [
         "# Peers, measured here\n",
         "This page compares quartet with TRL and vLLM on one machine, by one command. `make peers` runs everything "
-        "anew and writes this page and its JSON in `benchmarks/results/`; nothing on it is typed by hand. It says "
-        "nothing about GPUs.\n",
+        "anew and writes this page and its JSON, `benchmarks/results/peers.json`; nothing on it is typed by hand. It "
+        "says nothing about GPUs.\n",
         f"{environment['time'][:10]}, {cell(machine['cpu'])}, {machine['cores']} cores, "
         f"{machine['memory_gib']:.0f} GiB, {environment['cpu_capability']}, Python {versions['python']}; "
         + ", ".join(f"{name} {versions[name]}" for name in named if name in versions)
@@ -50,7 +50,7 @@ def page(report: Mapping[str, Any]) -> str:
             else []
         ),
     ]
-    sections = {"step": _step, "task": _task, "lines": _lines, "mistakes": _mistakes, "installs": _installs}
+    sections = {"step": _step, "task": _task, "mistakes": _mistakes}
     parts += [write(report) for part, write in sections.items() if report.get(part)]
     return "\n".join(parts)
 
@@ -94,26 +94,7 @@ def _step(report: Mapping[str, Any]) -> str:
     if given:
         told = ", ".join(f"`{key}={value}`" for key, value in same_for_all.items())
         how.append(f"- Given to TRL besides, `generation_kwargs` where it samples itself: {told}.\n")
-    return text + table(head, rows) + "\n" + "".join(failed) + "".join(how) + _again(report)
-
-
-def _again(report: Mapping[str, Any]) -> str:
-    """What the run before on this machine says, where there was one."""
-    rows = []
-    for name, told in report.get("agrees_with_the_run_before", {}).items():
-        of_one = [told["seconds"], *([told["to_ours"]] if name != "ours" else [])]
-        cells = [f"{100 * one['apart']:.0f} %, spread {100 * one['spread']:.0f} %" for one in of_one]
-        agrees = ["yes" if one["within"] else "NO" for one in of_one]
-        rows.append([NAMES[name], *(x for pair in zip(cells, agrees, strict=True) for x in pair)])
-        rows[-1] += ["–"] * (5 - len(rows[-1]))
-    if not rows:
-        return ""
-    text = (
-        "\nThe same steps once more, in another hour on the same machine. They agree where the medians are no further "
-        "apart than the larger spread. A host that others share changes all seconds, and the contenders take turns, so "
-        "the relation to quartet's step says more.\n\n"
-    )
-    return text + table(["", "seconds apart", "agree", "relation apart", "agree"], rows)
+    return text + table(head, rows) + "\n" + "".join(failed) + "".join(how)
 
 
 def _task(report: Mapping[str, Any]) -> str:
@@ -136,24 +117,6 @@ def _task(report: Mapping[str, Any]) -> str:
         "rollouts use none.\n\n"
     )
     return text + table(head, rows) + ("\n" + "".join(failed) if failed else "")
-
-
-def _lines(report: Mapping[str, Any]) -> str:
-    counted, read = report["lines"]["counted"], report["lines"]["read_and_not_run"]
-    rows = []
-    for task, sides in counted.items():
-        row = [task]
-        for side in SIDES:
-            told = sides.get(side)
-            beyond = f" ({told['beyond_the_reward']} new)" if told and task != "a reward" else ""
-            row.append("–" if not told else f"{told['lines']}{beyond}" if told["ran"] else "did not run")
-        rows.append([*row, *(told.get(task, "–") for told in read.values())])
-    head = ["", *SIDES.values(), *(f"{peer}, read and not run" for peer in read)]
-    return (
-        "\n## Lines that a user writes\n\nWhole programs, which were run: those in `benchmarks/peers/written/`, "
-        "configuration included, without blank lines, comments and docstrings. In brackets are the lines that the "
-        "program with a reward does not have. A resume of quartet is an option of the command.\n\n"
-    ) + table(head, rows)
 
 
 def _mistakes(report: Mapping[str, Any]) -> str:
@@ -181,23 +144,6 @@ def _told(told: Mapping[str, Any]) -> list[str]:
         lost += f" (the resume ends: {cell(told['resumed']['message'])})"
     lost += "".join(f" ({cell(told[key])})" for key in ("weights", "lost") if key in told and told["steps_lost"])
     return [cell(told["message"]), code, lost]
-
-
-def _installs(report: Mapping[str, Any]) -> str:
-    rows = []
-    for peer, told in report["installs"].items():
-        reached = told.get("failed_at")
-        ended = "a step was taken" if told.get("reached") == "step" else "it starts; no step was tried"
-        result = f"{reached}: {told['why']}" if reached else ended
-        lines = [line.strip() for line in told.get("last_lines", "").splitlines()]
-        errors = [line for line in lines if "error" in line.lower() and not line.startswith("note:")]
-        said = cell((errors or lines or ["–"])[-1])
-        size = f"{told.get('gigabytes', 0):.1f}"
-        rows.append([peer, told.get("version", "–"), cell(told["advice"]), cell(result), said, size])
-    return (
-        "\n## Which of the others can be installed here\n\nEach was tried in an environment of its own, with a limit "
-        f"of {report['sizes']['install_s']:.0f} s, and deleted afterwards.\n\n"
-    ) + table(["", "version", "its advice, and what was tried", "ended at", "last error or line", "GB"], rows)
 
 
 def readme(report: Mapping[str, Any]) -> list[str]:

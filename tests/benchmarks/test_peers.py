@@ -1,15 +1,13 @@
 """benchmarks/peers: its page, its counts, and that both sides are given the same. Speeds are no test's business."""
 
-import json
 import time
-from dataclasses import asdict, fields
-from types import SimpleNamespace
+from dataclasses import asdict
 
 import psutil
 import pytest
 
-from benchmarks.peers import installs, learns, lines, mistakes, process, sizes, step, table
-from benchmarks.peers.__main__ import agreement, spread
+from benchmarks.peers import learns, mistakes, process, sizes, step, table
+from benchmarks.peers.__main__ import spread
 
 
 def report() -> dict:
@@ -25,7 +23,6 @@ def report() -> dict:
     learned = {"steps": [3, 5], "seconds": [10.0, 20.0], "seconds_a_step": 3.0, "first_reward": 0.5, "best_reward": 0.9}
     ended = {"message": "Error: a|b [c](d) `e`", "exit_code": 2, "seconds": 9.0, "steps_done": 0, "steps_lost": 0}
     hung = ended | {"message": "nothing", "exit_code": None, "steps_done": 5, "steps_lost": 2, "resumed": {"code": 0}}
-    counted = {"lines": 17, "beyond_the_reward": 6, "ran": True}
     return {
         "form": "full",
         "seconds": 1800.0,
@@ -35,7 +32,7 @@ def report() -> dict:
             "cpu_capability": "AVX2",
             "versions": {"python": "3.11", "torch": "2.13", "trl": "1.16"},
         },
-        "sizes": {"step": asdict(sizes.FULL.step), "task": asdict(sizes.FULL.task), "repeats": 2, "install_s": 300.0},
+        "sizes": {"step": asdict(sizes.FULL.step), "task": asdict(sizes.FULL.task), "repeats": 2},
         "step": {
             "prompts_equal": True,
             "contenders": {
@@ -46,12 +43,7 @@ def report() -> dict:
             },
         },
         "task": {"contenders": {"ours": learned, "trl": learned | {"seconds": [40.0, 50.0]}}},
-        "lines": {
-            "counted": {"a reward": {"ours": counted, "trl": counted | {"lines": 23}}, "a loss": {"ours": counted}},
-            "read_and_not_run": {"verl": {"a loss": "a function"}},
-        },
         "mistakes": {"a typo": {"ours": ended, "trl": ended}, "a reward that hangs": {"ours": ended, "trl": hung}},
-        "installs": {"verl": {"failed_at": "install", "why": "exit code 1", "advice": "pip", "last_lines": "a\nno"}},
     }
 
 
@@ -60,10 +52,8 @@ def test_the_page_has_every_number_and_every_failure():
     assert "| quartet | 2.50 | 7.50 | – | 10.00 | 5 % | 1.00 | 2.0e-06 | 3.0e-05 |" in page
     assert "quartet, vLLM samples was not measured: it is not there" in page
     assert "| TRL | 3, 5 | 40, 50 | 3.00 | 0.50 | 0.90 |" in page
-    assert "| a loss | 17 (6 new) | – | a function |" in page
     assert "| nothing | hangs, ended after 9 s | 2 |" in page
     assert "Error: a\\|b \\[c\\](d) 'e'" in page
-    assert "| verl | – | pip | install: exit code 1 | no | 0.0 |" in page
     assert "2026-11-27, A, 2 cores, 24 GiB, AVX2" in page
     widths = {}
     for line in page.splitlines():
@@ -87,33 +77,6 @@ def test_the_three_numbers_of_the_readme():
     assert second.endswith("15 s, TRL 45 s")
     assert third.endswith("0 steps lost, TRL 2")
     assert table.readme({}) == []
-
-
-def test_lines_of_code_are_counted_without_what_explains_them(tmp_path):
-    (tmp_path / "a.py").write_text(
-        '"""A module.\n\nOf three lines."""\n\n# a comment\nx = 1  # beside code\n\n\ndef f():\n    """Says."""\n'
-        '    text = """two\nlines"""\n    return (\n        x\n    )\n'
-    )
-    assert lines.code_lines(tmp_path / "a.py") == [
-        "x = 1  # beside code",
-        "def f():",
-        '    text = """two',
-        'lines"""',
-        "    return (",
-        "        x",
-        "    )",
-    ]
-    (tmp_path / "a.yaml").write_text("# a comment\na: 1\n\n  # another\nb:\n  - 2\n")
-    assert lines.code_lines(tmp_path / "a.yaml") == ["a: 1", "b:", "  - 2"]
-
-
-def test_every_program_is_counted_with_what_it_adds():
-    for task, sides in lines.TASKS.items():
-        for side in sides:
-            counted = lines.count(task, side)
-            assert 10 < counted["lines"] < 50
-            assert (counted["beyond_the_reward"] == 0) == (task == "a reward" or (task, side) == ("a resume", "ours"))
-    assert lines.count("a resume", "trl")["beyond_the_reward"] == 1
 
 
 def test_both_sides_are_given_the_same_sizes():
@@ -146,7 +109,6 @@ def test_a_reward_gives_texts_and_chats_the_same():
 
 def test_every_contender_is_named_and_its_configuration_told():
     assert set(sizes.STEP_CONTENDERS) == set(sizes.NAMES) == set(sizes.CONFIGURED) >= set(sizes.TASK_CONTENDERS)
-    assert {field.name for field in fields(sizes.Form)} >= {"repeats", "install_s"}
 
 
 def test_the_step_at_which_a_reward_is_reached():
@@ -161,25 +123,6 @@ def test_the_step_at_which_a_reward_is_reached():
 def test_the_spread_of_repeats():
     assert spread([9.0, 10.0, 12.0]) == pytest.approx(0.3)
     assert spread([]) == 0.0
-
-
-def test_two_runs_agree_within_the_larger_of_their_spreads():
-    """Seconds, and the relation to ours: a host that is slower for all leaves that as it was."""
-    before, now = report(), report()
-    for name, seconds in {"ours": [12.0, 12.6], "trl": [46.0, 52.0], "trl_no_checkpointing": [30.5, 31.5]}.items():
-        now["step"]["contenders"][name] |= {"seconds": {"step": seconds}}
-    found = agreement(before, now)
-    assert {name: (told["seconds"]["within"], told["to_ours"]["within"]) for name, told in found.items()} == {
-        "ours": (False, True),  # 23 %, and the spread is 5 %
-        "trl": (False, True),  # 22 % in seconds, half a percent in relation to ours
-        "trl_no_checkpointing": (True, False),
-    }
-    assert found["ours"]["seconds"]["apart"] == pytest.approx(0.23)
-    assert found["trl"]["to_ours"]["apart"] == pytest.approx(abs((46 / 12 + 52 / 12.6) / 2 - 4) / 4)
-    page = table.page(now | {"agrees_with_the_run_before": found})
-    assert "| quartet | 23 %, spread 5 % | NO | – | – |" in page
-    assert "| TRL | 22 %, spread 12 % | NO | 0 %, spread 7 % | yes |" in page
-    assert "in another hour" not in table.page(now)
 
 
 def test_what_a_run_has_said_last(tmp_path):
@@ -215,40 +158,3 @@ def test_a_process_that_takes_too_long_is_ended_with_its_children():
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < limit
         time.sleep(0.05)
-
-
-def test_an_installation_that_fails_is_recorded_with_its_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(installs, "FOLDER", tmp_path / "peers")
-    codes = iter([0, 1])
-    ran = []
-
-    def run(command, seconds, **named):
-        ran.append(command)
-        return SimpleNamespace(code=next(codes), seconds=1.0, said="Collecting it\nERROR: there is none\n")
-
-    monkeypatch.setattr(installs, "run", run)
-    found = installs.attempt(installs.PEERS[1], 9)
-    assert (found["failed_at"], found["why"], found["reached"]) == ("install", "exit code 1", "venv")
-    assert found["last_lines"].endswith("ERROR: there is none")
-    assert not (tmp_path / "peers" / "verl").exists()
-    assert len(ran) == 2
-    json.dumps(found)
-
-
-def test_a_peer_that_starts_is_asked_for_a_step(monkeypatch, tmp_path):
-    monkeypatch.setattr(installs, "FOLDER", tmp_path / "peers")
-    ran = []
-
-    def run(command, seconds, **named):
-        ran.append([str(part) for part in command])
-        said = "Version: 0.9\nValueError: GPUs 0 is less than 1\n"
-        return SimpleNamespace(code=int("verl_step.py" in ran[-1][1]), seconds=1.0, said=said)
-
-    monkeypatch.setattr(installs, "run", run)
-    monkeypatch.setattr(installs, "size", lambda folder: 1.8)
-    found = installs.attempt(next(peer for peer in installs.PEERS if peer.name == "verl"), 9)
-    assert (found["failed_at"], found["reached"], found["version"]) == ("step", "start", "0.9")
-    assert ran[-1][2].endswith("models/smollm2-135m-instruct")
-    page = table.page(report() | {"installs": {"verl": found}})
-    assert "| verl | 0.9 |" in page
-    assert "step: exit code 1 | ValueError: GPUs 0 is less than 1 | 1.8 |" in page
