@@ -14,11 +14,6 @@ slower half. It is printed first. The bar is 0.9 of it. The ceiling of `two at o
 whose cores may share caches, memory or units of arithmetic. The machine must be quiet.
 
     python benchmarks/ahead.py --json benchmarks/results/ahead.json          # about five minutes on two cores
-    python benchmarks/ahead.py --curves --json benchmarks/results/ahead_curves.json
-
-`--curves` trains the whole demo with ahead 0, 1 and 2 and three seeds: nine trainings of two to six minutes each, one
-after the other; those of a seed share one warm start. It prints the accuracies, and whether ahead is within the spread
-of the seeds.
 """
 
 from __future__ import annotations
@@ -121,35 +116,8 @@ def pays(words: list[object], steps: int, repeats: int) -> dict[str, Any]:
     return {"seconds": seconds, "compared": found, "repeats": repeats, "steps": steps}
 
 
-def curves(options: argparse.Namespace) -> dict[str, Any]:
-    """Held-out accuracy during the demo's GRPO, by ahead and seed."""
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in options.seeds:
-            warm = []  # the first run of a seed has a warm start, and the others go on from its policy
-            for ahead in (0, 1, 2):
-                out = Path(folder) / f"{ahead}_{seed}"
-                given = ["--seed", seed, "--rollout.ahead", ahead, "--threads", 1, "--eval.every", 10, *warm]
-                quartet(
-                    "train", ROOT / "examples/01_demo.yaml", "--output_dir", out, *given, "--log.measure_speed", "false"
-                )
-                warm = warm or ["--model", out / "warm_start", "--warm_start.steps", 0]
-                points = [[m["step"], m["eval/accuracy"]] for m in read_metrics(out) if "eval/accuracy" in m]
-                found.setdefault(f"ahead {ahead}", {})[str(seed)] = points
-                print(f"ahead {ahead} seed {seed}: " + "  ".join(f"{s}: {a:.3f}" for s, a in points), flush=True)
-    last = {row: [points[-1][1] for points in seeds.values()] for row, seeds in found.items()}
-    spread = max(last["ahead 0"]) - min(last["ahead 0"])
-    for row in ("ahead 1", "ahead 2"):
-        away = fmean(last[row]) - fmean(last["ahead 0"])
-        within = "within" if abs(away) <= spread else "OUTSIDE"
-        print(f"{row}: {away:+.3f} in the mean, {within} the seeds' spread of {spread:.3f}")
-    return {"curves": found, "last": last}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--curves", action="store_true", help="the demo's accuracy in place of seconds")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--warm_start_steps", type=int, default=300, help="of the demo's policy, before what is timed")
     parser.add_argument("--demo_steps", type=int, default=12)
     parser.add_argument("--smollm2_steps", type=int, default=4)
@@ -167,9 +135,7 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps({"environment": describe(), "results": results}, indent=1) + "\n")
 
-    if options.curves:
-        keep("curves", curves(options))
-    if not options.curves and options.only != "smollm2":
+    if options.only != "smollm2":
         with tempfile.TemporaryDirectory() as folder:
             policy, given = Path(folder) / "warm", ["--warm_start.steps", options.warm_start_steps, "--threads", 2]
             demo = ROOT / "examples/01_demo.yaml"
@@ -177,9 +143,9 @@ def main() -> None:
             print("demo", flush=True)
             words = [demo, "--model", policy / "policy", "--warm_start.steps", 0]
             keep("demo", pays(words, options.demo_steps, options.repeats))
-    if not options.curves and options.only != "demo" and not options.smollm2.exists():
+    if options.only != "demo" and not options.smollm2.exists():
         print(f"SmolLM2 is left out: {options.smollm2} is not there; `make smollm2` prepares it")
-    elif not options.curves and options.only != "demo":
+    elif options.only != "demo":
         print("SmolLM2", flush=True)
         words = [ROOT / "examples/02_gsm8k_smollm2_lora.yaml", "--model", options.smollm2, "--data.name", options.data]
         words += ["--prompts_per_step", 2, "--rollout.group_size", 4, "--rollout.max_completion_tokens", 48]

@@ -10,7 +10,7 @@ Each piece is a process of its own, on one GPU unless it is the tests. A piece t
 and the others still run. One JSON gets card, versions, commands and figures. The exit code is 0 if no piece failed, 1
 if one failed or found no time left, 2 if there is no GPU. What was left out, with its reason, has not failed.
 
-    make gpu                                              # benchmarks/results/gpu.json
+    make gpu                                              # runs/gpu.json
     make gpu ARGS="--json out.json --minutes 20"
     make gpu ARGS=--cpu                                   # the same in small, with the tiny policy, without a GPU
 """
@@ -327,7 +327,7 @@ def cards() -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where everything goes (default: benchmarks/results/gpu.json)")
+    parser.add_argument("--json", type=Path, help="where everything goes (default: runs/gpu.json)")
     parser.add_argument("--cpu", action="store_true", help="the same in small, without a GPU")
     parser.add_argument("--minutes", type=float, default=9.0, help="no piece runs longer than this after the start")
     parser.add_argument("--models", type=Path, default=Path("models"), help="where SmolLM2 is, or will be")
@@ -342,7 +342,7 @@ def main() -> int:
             "There is no CUDA device here; `make gpu ARGS=--cpu` runs the same in small without one.", file=sys.stderr
         )
         return 2
-    out = args.json or HERE / "results" / ("gpu_cpu_form.json" if args.cpu else "gpu.json")
+    out = args.json or ROOT / "runs" / ("gpu_cpu_form.json" if args.cpu else "gpu.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -3,20 +3,14 @@
 The kinds take turns in one run, so that a slow moment of the machine is one for all of them. There are no drafts.
 Of a kind the least whole time and the least time of the prompt count, since other work only adds to them.
 
-With `--peak` the peak of resident memory is measured instead, of one group of ROWS completions of TOKENS tokens, in a
-process for each kind and one for transformers' `generate` with the model at `--generate`. What a process has before
-it loads a model is left out; the policy that the learner would have is part of it.
-
     python benchmarks/quantized.py models/smollm2-135m-mla                    # some minutes on two cores
     python benchmarks/quantized.py tiny --dtype float32 --rows 1 4 --json quantized.json
-    python benchmarks/quantized.py models/smollm2-135m-mla --peak 64 512 --generate models/smollm2-135m-instruct
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,47 +48,6 @@ def bytes_of(engine: Engine) -> int:
                     if isinstance(tensor, torch.Tensor):
                         found[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
     return sum(found.values())
-
-
-def memory(name: str) -> int:
-    """Bytes of this process by the kernel's count, `VmRSS` or `VmHWM`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
-
-
-def peak(kind: str, args: argparse.Namespace) -> None:
-    """In a process of its own: prints the peak in MiB, and seconds."""
-    torch.set_num_threads(args.threads)
-    dtype, (rows, tokens) = getattr(torch, args.dtype), args.peak
-    ids = [7 * i % 1000 for i in range(CONTEXT)]
-    if kind == "generate":
-        from transformers import AutoModelForCausalLM
-    before = memory("VmRSS")
-    started = time.perf_counter()
-    if kind == "generate":
-        model = AutoModelForCausalLM.from_pretrained(args.generate, dtype=dtype)
-        given = {"num_return_sequences": rows, "do_sample": True, "top_k": 0}
-        with torch.inference_mode():
-            model.generate(torch.tensor([ids]), min_new_tokens=tokens, max_new_tokens=tokens, **given)
-    else:
-        policy = load_policy(ModelOptions(model=args.model, dtype=args.dtype, device="cpu", threads=args.threads), [])
-        engine = Engine(policy, dtype, copies=Copies(kind, kind))
-        engine.sample([Prompt("p", "", ids)], SamplingParams(rows, 1.0, tokens, draft_tokens=0))
-    found = {"peak_mib": (memory("VmHWM") - before) / 2**20, "seconds": time.perf_counter() - started}
-    print(json.dumps(found))
-
-
-def peaks(args: argparse.Namespace) -> dict[str, Any]:
-    kinds = [*KINDS, *(["generate"] if args.generate else [])]
-    found = {}
-    for kind in kinds:
-        command = [sys.executable, __file__, *sys.argv[1:], "--peak_of", kind]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[kind] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{kind:<9} {found[kind]['peak_mib']:.0f} MiB, {found[kind]['seconds']:.0f} s", flush=True)
-    rows, tokens = args.peak
-    sizes = {"rows": rows, "tokens": tokens, "dtype": args.dtype, "model": Path(args.model).name}
-    return {"sizes": sizes, "peaks": found, "environment": describe() | {"command": "python benchmarks/quantized.py"}}
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
@@ -141,18 +94,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 32])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peak", type=int, nargs=2, metavar=("ROWS", "TOKENS"))
-    parser.add_argument("--generate", help="with --peak: a model for transformers' generate, beside")
-    parser.add_argument("--peak_of", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.peak_of:
-        return peak(args.peak_of, args)
-    if args.peak:
-        found = peaks(args)
-        if args.json:
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
-        return None
     found = measured(args)
     print(f"{args.model}, {args.dtype}: milliseconds of a step, and how many times faster than none")
     for rows in args.rows:

@@ -8,11 +8,10 @@ model's. `--only 'ours graphs'` is ours with k = 0 and `compile: on`, for jobs o
     make smollm2                                                     # models/smollm2-135m-{instruct,mla}
     python benchmarks/rollout.py --json rollout.json
     python benchmarks/rollout.py --vllm PATH/TO/ITS/python           # see benchmarks/peers/README.md
-    python benchmarks/rollout.py --gain runs/NAME --rows 1,2,4 --depths 1,2,3,4,6,8 --plot acceptance.png
-    python benchmarks/rollout.py --memory
+    python benchmarks/rollout.py --gain runs/NAME --rows 1,2,4 --depths 1,2,3,4,6,8
 
 `--gain` measures MTP on one policy with a head, on its own held-out problems, completions ending where they end.
-`--memory` takes the peak of 64 rows of 512 tokens. Without a head in MODEL, ours is k = 0 alone.
+Without a head in MODEL, ours is k = 0 alone.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -312,115 +310,13 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
             accepted = " ".join(f"{share:.2f}" for share in row["acceptance"])
             print(f"{rows:3d} rows  {name:10s} {row['tokens_per_second']:8.1f} tokens/s  {row['gain']:.2f}x  ", end="")
             print(f"{row['tokens_per_forward']:.2f} tokens/forward  accepted {accepted}", flush=True)
-    found = {"gain": results, "temperature": temperature, "costs": asdict(engine.costs) if engine.costs else None}
-    if args.plot:
-        limit = config.rollout.max_completion_tokens
-        found["acceptance_by_entropy"] = plot_acceptance(policy, engine, prompts, limit, args.plot)
-    return found
+    return {"gain": results, "temperature": temperature, "costs": asdict(engine.costs) if engine.costs else None}
 
 
 def by_depth(completions: Sequence[Any]) -> tuple[list[int], list[int]]:
     made = [sum(column) for column in zip(*(c.draft.drafted for c in completions), strict=True)]
     taken = [sum(column) for column in zip(*(c.draft.accepted for c in completions), strict=True)]
     return made, taken
-
-
-@torch.no_grad()
-def plot_acceptance(
-    policy: Any, engine: Any, prompts: Sequence[Any], limit: int, path: Path, depth: int = 4
-) -> dict[str, list[list[float]]]:
-    """Share of drafts accepted, against the policy's entropy at their place: by depth [entropy from, share, drafts]."""
-    import matplotlib  # pip install matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from policies.logprobs import entropy
-    from rollout.sampling import SamplingParams
-
-    points: list[tuple[float, int, bool]] = []
-    params = SamplingParams(1, 1.0, limit, tuple(policy.stop_token_ids), draft_tokens=depth)
-    for group in engine.sample(prompts[:512], params):
-        [completion] = group.completions
-        ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
-        logits = policy.trunk(ids, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1]
-        places = zip(entropy(logits.float()).tolist(), drafted_at(completion.draft.depths, depth), strict=True)
-        points += [(nats, *place) for nats, place in places if place]
-    edges = [0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
-    figure, axes = plt.subplots(figsize=(6, 4))
-    found: dict[str, list[list[float]]] = {}
-    for d in range(1, depth + 1):
-        found[str(d)] = rows = []
-        for low, high in pairwise(edges):
-            taken = [accepted for nats, place, accepted in points if place == d and low <= nats < high]
-            if len(taken) >= 20:
-                rows.append([low, sum(taken) / len(taken), len(taken)])
-        axes.plot([edges.index(low) for low, _, _ in rows], [share for _, share, _ in rows], "o-", label=f"depth {d}")
-        print(f"depth {d}, accepted by nats: " + ", ".join(f"{low} {share:.2f}" for low, share, _ in rows), flush=True)
-    axes.set_xticks(range(len(edges) - 1), [str(edge) for edge in edges[:-1]])
-    axes.set(xlabel="entropy of the policy, nats a token (from)", ylabel="drafts accepted", ylim=(0, 1.02))
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    return found
-
-
-def drafted_at(depths: Sequence[int], most: int) -> Iterator[tuple[int, bool] | None]:
-    """For every token: the depth of the draft made for its place, and whether it was accepted; None where none was.
-
-    `depths[t]` is the depth of the accepted draft that became token t, 0 for the trunk's own token.
-    """
-    place = 0  # within the round; the first token comes from the prefill
-    for t, depth in enumerate(depths):
-        if t == 0:
-            yield None
-            continue
-        place += 1
-        yield (place, depth == place) if place <= most else None
-        if depth == 0:
-            place = 0
-
-
-# ---- memory ----
-
-
-def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Peak of the process for 64 rows of 512 tokens, and what loading alone takes; each contender by itself."""
-    rows, tokens = 64, 512
-    [job] = [job for job in make_jobs(args.dense, [rows], [tokens], 1) if job.group_size == GROUP]
-    results = {}
-    for name in ("generate", "ours k=0"):
-        command = [sys.executable, __file__, "--model", str(args.model), "--dense", str(args.dense), "--work", name]
-        loaded = in_its_own_process(command, [])["peak_rss_bytes"]
-        peak = in_its_own_process(command, [job])["peak_rss_bytes"]
-        results[name] = {"loaded_bytes": loaded, "peak_bytes": peak, "work_bytes": peak - loaded}
-        print(name, {key: f"{value / 2**20:.0f} MiB" for key, value in results[name].items()}, flush=True)
-    cache = {"generate": cache_bytes_dense(args.dense, job), "ours k=0": cache_bytes_ours(args.model, job)}
-    for name, value in cache.items():
-        results[name]["cache_bytes"] = value
-        print(f"{name}: cache {value / 2**20:.0f} MiB")
-    return {"memory": results}
-
-
-def cache_bytes_dense(model: Path, job: Job) -> int:
-    """Keys and values of every row, prompt and completion, padded to the longest prompt, bf16."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model)
-    longest = max(map(len, job.prompts[0])) + job.tokens
-    width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
-    return 2 * 2 * config.num_hidden_layers * width * longest * job.rows
-
-
-def cache_bytes_ours(model: Path, job: Job) -> int:
-    """The latents of every prompt once and of every row, bf16."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model)
-    longest = max(map(len, job.prompts[0]))
-    width = config.kv_lora_rank + config.qk_rope_head_dim
-    per_token = 2 * config.num_hidden_layers * width
-    return per_token * (longest * len(job.prompts[0]) + job.rows * (job.tokens + 1))
 
 
 # ---- command line ----
@@ -458,8 +354,6 @@ def main() -> None:
         "--dtype", choices=["float32", "bfloat16"], help="bfloat16 by default, for --gain the run's own"
     )
     parser.add_argument("--temperature", type=float, help="for --gain; the run's own by default")
-    parser.add_argument("--plot", type=Path, help="with --gain: acceptance against entropy, as PNG")
-    parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("files", nargs="*", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -476,7 +370,7 @@ def main() -> None:
     environment = describe()
     print(json.dumps(environment, indent=1), flush=True)
     with written(args.json, environment) as results:
-        results |= gain(args) if args.gain else memory(args) if args.memory else compare(args)
+        results |= gain(args) if args.gain else compare(args)
 
 
 if __name__ == "__main__":
