@@ -2,8 +2,8 @@ import json
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from reward_workers import reward_workers
 
 from grpo.config.data import DataOptions
 from grpo.config.reward import RewardOptions, ScoringOptions
@@ -33,12 +33,6 @@ def folder(tmp_path) -> Path:
 
 def _task(data: DataOptions, rewards=GSM8K, **options) -> Task:
     return Task(data, rewards, ScoringOptions(), **options)
-
-
-def _worker_processes() -> list[psutil.Process]:
-    """What runs rewards: a process is gone as soon as its parent has read its end."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if "rewards.isolation.child" in " ".join(child.cmdline())]
 
 
 def test_built_in_problems_are_split_by_purpose():
@@ -123,7 +117,7 @@ def test_what_can_be_refused_is_refused_before_a_policy_is_loaded(folder, data, 
     rewards = [r.model_copy(update={"function": r.function.replace("{folder}", str(folder))}) for r in rewards]
     with pytest.raises((ValueError, RewardError), match=message):
         _task(DataOptions(name=str(folder), **data), rewards)
-    assert not _worker_processes()
+    assert not reward_workers()
 
 
 def test_scores_come_by_group_with_the_columns_of_its_prompt(folder):
@@ -134,7 +128,7 @@ def test_scores_come_by_group_with_the_columns_of_its_prompt(folder):
     )
     rewards = [RewardOptions(function="gsm8k"), RewardOptions(function=f"{folder}/own.py:count_ids", weight=0.1)]
     with _task(DataOptions(name=str(folder)), rewards) as task:
-        assert _worker_processes()
+        assert reward_workers()
         tokenizer = small_tokenizer(task.corpus())
         groups = [
             RolloutGroup(
@@ -148,9 +142,9 @@ def test_scores_come_by_group_with_the_columns_of_its_prompt(folder):
         assert first.rewards == pytest.approx([1.2, 0.1])
         assert second.rewards == pytest.approx([1.2, 0.1])
     deadline = time.monotonic() + 5
-    while _worker_processes() and time.monotonic() < deadline:
+    while reward_workers() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not _worker_processes()
+    assert not reward_workers()
 
 
 def test_real_gsm8k_is_a_task(gsm8k_folder):
@@ -172,7 +166,7 @@ def test_a_step_that_asks_for_more_examples_than_there_are_is_refused_at_once(tm
     config = TrainConfig(output_dir=tmp_path, data=DataOptions(levels=[1], limit=8), **given)
     with pytest.raises(ValueError, match=message):
         Task.of(config)
-    assert not _worker_processes()
+    assert not reward_workers()
 
 
 def test_supervised_training_needs_no_number_in_its_data_where_nothing_is_scored(tmp_path):
@@ -181,7 +175,7 @@ def test_supervised_training_needs_no_number_in_its_data_where_nothing_is_scored
     given |= {"warm_start": {"steps": 1, "batch_size": 2}}
     with Task.of(SftConfig(**given)) as task:
         assert {example.solution for example in task.train} <= set("abcdefgh")
-        assert (task.describe_rewards(), task.lost(), _worker_processes()) == ([], {}, [])
+        assert (task.describe_rewards(), task.lost(), reward_workers()) == ([], {}, [])
     for config in (SftConfig(**given, eval={"limit": 2}), TrainConfig(**given)):  # both score
         with pytest.raises(ValueError, match="the gold answer 'a' has no number"):
             Task.of(config)

@@ -33,12 +33,14 @@ def test_control_characters_are_visible_and_letters_stay(reward, capfd):
     assert capfd.readouterr().err == "\\x1b[2J\n\\x1b]0;owned\\x07 é \\xff\n"
 
 
-def test_each_call_shows_its_beginning_and_all_calls_together_have_a_limit(reward, capfd, monkeypatch):
+def test_each_call_shows_its_beginning_and_all_calls_together_have_a_limit(tmp_path, capfd, monkeypatch):
+    """Each call is read to its end here. In a run what is read late counts as printed by the next call."""
     monkeypatch.setattr("rewards.isolation.output.IN_ALL", 2 * IN_A_CALL + 100)
-    with Scorer([reward], timeout_s=60.0) as scorer:
-        for call in range(5):
-            score = scorer.score(["p"], [[f"call-{call} 4000"]], [{}], prompt_ids=["a"])[0]
-            assert score.rewards == [1.0]
+    output = Output()
+    for call in range(5):
+        (tmp_path / "printed").write_bytes(f"call-{call} ".encode() + b"x" * 40_000)
+        output.begin_call()
+        output._read((tmp_path / "printed").open("rb"))
     said = capfd.readouterr().err
     assert 2 * IN_A_CALL < len(said) < 2 * IN_A_CALL + 1000
     assert [f"call-{call}" in said for call in range(5)] == [True, True, True, False, False]

@@ -1,0 +1,14 @@
+"""The processes in which this one runs rewards, tools and agents."""
+
+import psutil
+
+from rewards.isolation import chat_template
+
+
+def reward_workers() -> list[psutil.Process]:
+    """A process is gone as soon as its parent has read its end. The one that renders chat templates stays as long as
+    this process, and is none of them."""
+    made = chat_template._pool.cache_info().currsize
+    rendering = {worker._process.pid for worker in chat_template._pool()._workers} if made else set()
+    children = psutil.Process().children(recursive=True)
+    return [c for c in children if c.pid not in rendering and "rewards.isolation.child" in " ".join(c.cmdline())]
