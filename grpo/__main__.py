@@ -2,11 +2,11 @@
 
 import sys
 
-from grpo.run.stop import CommandSignals
+from grpo.run.stop import signals
 
 
 def main() -> int:
-    CommandSignals().__enter__()  # to the end of the process, and before anything else is loaded
+    signals.listen()  # to the end of the process, and before anything else is loaded
     from grpo.cli import main
 
     return main()

@@ -17,7 +17,7 @@ from typing import Any
 from grpo.config.json_file import write_json
 from grpo.run.escape import escaped
 
-EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_ERROR, EXIT_USAGE = 1, 2
 
 
 def _load(args: argparse.Namespace, file: Path | None = None, brought: Mapping[str, Any] | None = None) -> Any:
@@ -259,7 +259,6 @@ EXPECTED = {
     "grpo.learner.update": "NonFiniteStep",
     "grpo.run.checkpoint": "CheckpointError",
     "grpo.run.memory_errors": "OutOfMemory",
-    "grpo.run.stop": "Stopped",
     "policies.conversion.parity": "ParityFailed",
     "rewards.protocol": "RewardError",
     "rollout.engine": "RolloutError",

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo import actions
-from grpo.actions import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, expected_errors, fail, option_of
+from grpo.actions import EXIT_ERROR, EXIT_USAGE, expected_errors, fail, option_of
 from grpo.config import arguments
 from grpo.run.escape import EscapingFormatter
-from grpo.run.stop import CommandSignals, Interrupted, Stopped, said_of
+from grpo.run.stop import signals
 from policies.openmp import wait_briefly
 
 if TYPE_CHECKING:
@@ -28,13 +28,8 @@ OURS = ("", "policies", "rollout", "rewards", "grpo")
 def main(argv: Sequence[str] | None = None) -> int:
     _open_closed_files()
     wait_briefly()  # before anything loads torch
-    with CommandSignals() as signals:
-        try:
-            return _main(argv, signals)
-        except Exception:
-            if not signals.number:
-                raise
-            return fail(said_of(signals.number), 128 + signals.number)  # an interrupted import may raise anything
+    with signals.heard():
+        return _main(argv)
 
 
 def _open_closed_files() -> None:
@@ -47,7 +42,7 @@ def _open_closed_files() -> None:
             os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
 
 
-def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
+def _main(argv: Sequence[str] | None) -> int:
     from grpo.config.aliases import table
     from grpo.config.options import ConfigError, parse
     from grpo.config.problems import as_here
@@ -57,29 +52,24 @@ def _main(argv: Sequence[str] | None, signals: CommandSignals) -> int:
     name = next(iter(sys.argv[1:] if argv is None else argv), "")
     if name not in _commands() and (way_on := table("removed_commands").get(name)):
         return fail(f"{name}: this command is gone; {way_on}", EXIT_USAGE)
-    parser, resumable = build_parser(), False
+    parser = build_parser()
     try:
         args = parse(parser, argv)
         if getattr(args, "options", None):
             args.overrides = as_here(args.options, args.overrides)
-        resumable = args.command in (actions.run, actions.mtp)
-        signals.unwinds = not resumable  # a run has a StopSignal of its own as soon as there is something to save
+        signals.unwinds = args.command not in (actions.run, actions.mtp)  # a run takes notes once there is work to save
         return int(args.command(args) or 0)
-    except ConfigError as error:
-        return fail("\n  ".join(["the configuration is not usable:", *error.problems]), EXIT_USAGE)
-    except KeyboardInterrupt as error:
-        if isinstance(error, Interrupted):
-            return fail(str(error), 128 + error.number)
-        way_on = "; what was saved is kept, and `--resume auto` continues from the last checkpoint" if resumable else ""
-        return fail(f"interrupted{way_on}", EXIT_INTERRUPTED)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if stopped := signals.stopped(error):
+            return fail(str(stopped), stopped.exit_code)
+        if isinstance(error, ConfigError):
+            return fail("\n  ".join(["the configuration is not usable:", *error.problems]), EXIT_USAGE)
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS:
             what = f"the package {error.name!r} is not installed in this environment ({sys.executable})"
             return fail(f"{what}: install quartet there again, or the package alone", EXIT_ERROR)
         if not isinstance(error, expected_errors()):
             raise
-        code = 128 + error.number if isinstance(error, Stopped) else EXIT_ERROR
-        return fail(f"{option_of(error, args)}{error}", code)
+        return fail(f"{option_of(error, args)}{error}", EXIT_ERROR)
 
 
 class Command(NamedTuple):

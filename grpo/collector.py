@@ -23,6 +23,7 @@ from grpo.learner.build import sampling_backend
 from grpo.loop import Run
 from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics, tail_share
+from grpo.run.stop import signals
 from grpo.sampling import environment_of, sampling_params
 from grpo.task import Task
 from grpo.tied_steps import TiedSteps
@@ -118,7 +119,7 @@ class Collector:
         for failure in (failure for score in drawn.all_scores for failure in score.errors):
             self.run.log.event("reward_error", step=step, **vars(failure))
         drawn.metrics |= measured | rollout_metrics(drawn.all_groups, drawn.all_scores) | self._metrics(step, drawn)
-        self.run.stop.check()
+        signals.check()
         return drawn
 
     def _complete(self, step: int, prompts: Sequence[Prompt], take: Take, tell: OnFinished) -> list[RolloutGroup]:

@@ -13,11 +13,11 @@ from grpo.config.problems import command_line
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.parallel import RankFailed, join
 from grpo.policy_source import with_threads
-from grpo.run import stop
 from grpo.run.hardware import device_of
-from grpo.run.stop import Stopped, StopSignal, ignore_signals
+from grpo.run.stop import ASKED, Stopped, ignore_signals, say_stopping, signals
 from grpo.sft import sft
 from grpo.train import Result, train
+from policies.files.atomic import write_file
 
 
 def launch(config: SftConfig, **flags: Any) -> Result | None:
@@ -57,9 +57,19 @@ def _through_ray(config: SftConfig, flags: dict[str, Any]) -> Result:
     gpus = device_of(config.device).type == "cuda"
     share = gpu_share(config) if gpus else 0
     config = config.model_copy(update={"output_dir": config.output_dir.absolute()})
-    files, asked = config.output_dir / "ray", config.output_dir / stop.ASKED
+    files, asked = config.output_dir / "ray", config.output_dir / ASKED
     workers, threads = config.learner.workers, config.threads or 1
-    trainer = TorchTrainer(
+
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """None: ours tells the ranks, which save."""
+
+    def tell(number: int) -> None:
+        asked.parent.mkdir(parents=True, exist_ok=True)
+        write_file(asked, str(number))
+        say_stopping(number)
+
+    trainer = Trainer(
         _rank,
         train_loop_config={"config": config, "flags": flags, "at": os.getcwd()},
         torch_config=TorchConfig("nccl" if gpus else "gloo"),
@@ -67,7 +77,7 @@ def _through_ray(config: SftConfig, flags: dict[str, Any]) -> Result:
         run_config=RunConfig(storage_path=str(files)),
     )
     asked.unlink(missing_ok=True)
-    with StopSignal(tell=asked) as signals, signals.kept():
+    with signals.heard(tell):
         try:
             start_ray(workers * threads + config.rollout.samplers * config.rollout.threads_per_worker)
             ended = trainer.fit().return_value
@@ -86,7 +96,7 @@ def _through_ray(config: SftConfig, flags: dict[str, Any]) -> Result:
 def _rank(given: dict[str, Any]) -> Result | Stopped | None:
     """What each worker of Ray Train runs. Rank 0 returns how the run has ended."""
     os.chdir(given["at"])
-    stop.asked_by = given["config"].output_dir / stop.ASKED
+    signals.asked_by = given["config"].output_dir / ASKED
     try:
         result = launch(given["config"], **given["flags"])
         return result and replace(result, policy=cast(Any, None))

@@ -3,10 +3,12 @@ use it."""
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +31,7 @@ from grpo.run.memory_errors import phase
 from grpo.run.records import best_step, read_metrics
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import record_rewards, refuse_changed_rewards
-from grpo.run.stop import GivenUp, Stopped, StopSignal, last_words
+from grpo.run.stop import Stopped, last_words, say_stopping, signals
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -58,7 +60,6 @@ class Run(Generic[Config]):
         self,
         config: Config,
         log: RunLog,
-        stop: StopSignal,
         ranks: Ranks,
         *,
         checkpoints: Path | None = None,
@@ -68,7 +69,7 @@ class Run(Generic[Config]):
         of: str = "",
     ) -> None:
         """The steps up to `last`. `of` names a training inside the run, and completes "stopped after step 3"."""
-        self.config, self.log, self.stop, self.ranks = config, log, stop, ranks
+        self.config, self.log, self.ranks = config, log, ranks
         self.folder, self.saved = config.output_dir, saved
         self.checkpoints = checkpoints or self.folder / "checkpoints"
         self.last, self.stop_after, self.of = last, stop_after, of
@@ -107,13 +108,13 @@ class Run(Generic[Config]):
             path = ranks.from_first(lambda: None)
             saved = checkpoint.load(path, together=True) if path else None
             quiet = cast(RunLog, NoLog(config.output_dir))
-            run = cls(config, quiet, StopSignal(), ranks, saved=saved, last=steps, stop_after=stop_after)
+            run = cls(config, quiet, ranks, saved=saved, last=steps, stop_after=stop_after)
             run.resumes, run.forced = resume is not None, force
             try:
                 yield run
-            except GivenUp as error:  # outside the steps: rank 0 has told it
-                run.stop.number = error.number
-                raise run.stopped() from None
+            except Stopped as stopped:  # perhaps outside the steps: rank 0 has told it
+                stopped.at(run.step)
+                raise
             return
         with RunLock(config.output_dir) as lock:
             flags: dict[str, Any] = {"resume": resume, "force": force, "stop_after": stop_after}
@@ -134,17 +135,16 @@ class Run(Generic[Config]):
                 ) as log,
                 log.until_its_end(),
                 last_words(KILLED),
-                StopSignal(show=log.note) as stop,
+                signals.heard(partial(say_stopping, show=log.note)),
             ):
                 record_rewards(log, rewards)
-                run = cls(config, log, stop, ranks, saved=saved, last=steps, stop_after=stop_after)
+                run = cls(config, log, ranks, saved=saved, last=steps, stop_after=stop_after)
                 run.resumes, run.forced = resume is not None, force
                 try:
                     yield run
-                except GivenUp as error:  # outside the steps
-                    stopped = run.stopped()
-                    stopped.everywhere = ranks.size == 1 or getattr(error, "everywhere", False)
-                    raise stopped from None
+                except Stopped as stopped:  # perhaps outside the steps
+                    stopped.at(run.step)
+                    raise
 
     def part(self, name: str, last: int, of: str) -> Run[Config]:
         """A training inside this one, which goes on from its own checkpoints in `name`.
@@ -154,7 +154,7 @@ class Run(Generic[Config]):
         folder = self.folder / name
         found = self.ranks.from_first(lambda: checkpoint.find(folder, "auto"))
         saved = checkpoint.load(found, together=True) if found else None
-        return Run(self.config, self.log, self.stop, self.ranks, checkpoints=folder, saved=saved, last=last, of=of)
+        return Run(self.config, self.log, self.ranks, checkpoints=folder, saved=saved, last=last, of=of)
 
     def restore(self, **parts: Any) -> None:
         """Take these parts (learner, prompts, ...) back to the checkpoint, and save them from now on.
@@ -185,9 +185,9 @@ class Run(Generic[Config]):
             self._begun = None
             if step < self.last and step == self.stop_after:
                 self.save()
-                raise self.stopped()
+                raise Stopped(everywhere=True)
             if step < self.last:
-                self.ranks.from_first(self.stop.check)
+                self.ranks.from_first(signals.check)
 
     @property
     def _learner(self) -> Learner:
@@ -291,10 +291,6 @@ class Run(Generic[Config]):
         saved = [*checkpoint.saved(self.checkpoints), *being_saved]
         return best_step(read_metrics(self.folder), saved, None if self.config.eval.every else options.every)
 
-    def stopped(self) -> Stopped:
-        """For a run that ends here, at a step that is saved."""
-        return self.stop.stopped(self.step, self.of)
-
     @property
     def ended_before(self) -> bool:
         """Whether the run that is resumed had come to its end already."""
@@ -306,16 +302,17 @@ class Run(Generic[Config]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """GivenUp becomes Stopped; every other exception goes on, after an event that names the step that is saved."""
-        if error is None or isinstance(error, Stopped):
+        """Every exception goes on, after an event that names the step that is saved. A stop tells it, too."""
+        if error is None or getattr(error, "saved", False):
             return
         self._settle()
-        if isinstance(error, GivenUp):
-            self.stop.number = error.number
+        if isinstance(error, Stopped):
             self.save()
-            action = "what was in progress is given up"
-            self.log.event("signal", name=self.stop.name, action=action, saved_step=self.saved_step)
-            raise self.stopped() from None
+            if signals.number:
+                name, action = signal.Signals(error.number).name, "what was in progress is given up"
+                self.log.event("signal", name=name, action=action, saved_step=self.saved_step)
+            error.at(self.step, self.of)
+            return
         of_all = self.ranks.size == 1 or getattr(error, "everywhere", False)
         if isinstance(error, Exception) and of_all:
             self._save_what_failed(error)

@@ -34,6 +34,7 @@ from grpo.publisher import Publisher
 from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics
 from grpo.run.pool import open_run_pool, use_costs_of_run
+from grpo.run.stop import signals
 from grpo.sampling import sampling_params
 from grpo.task import Task
 from policies import presets
@@ -70,7 +71,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
         run.restore(learner=learner, prompts=streams)
         if learner.ended:
             run.last = run.start
-        with open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log) as pool:
+        with open_run_pool(policy, config.rollout, config.dtype, run.log) as pool:
             own = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed, dtype=config.dtype)
             use_costs_of_run(pool, policy, config.rollout, run.folder, own, resumes=run.step > 0)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
@@ -193,7 +194,7 @@ def _sample(
         groups = pool.sample(prompts, params)
     metrics = rollout_metrics(groups, [])
     run.metrics |= {name: value for name, value in metrics.items() if not name.startswith(("reward/", "group/"))}
-    run.stop.check()
+    signals.check()
     stop = policy.stop_token_ids[0]
     solutions = [_cut(task.solution(e, policy.tokenizer, stop), policy.max_length) for e in taken["solutions"]]
     taught, held_out = groups[: len(taken["taught"])], groups[len(taken["taught"]) :]

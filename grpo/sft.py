@@ -127,7 +127,7 @@ def _evaluate(when: str, run: Run[SftConfig], task: Task, policy: Policy) -> dic
         return {}
     own = {"workers": 0, "backend": None, "prompts_per_shard": options.prompts_per_batch}
     rollout = config.rollout.model_copy(update=own)
-    pool = open_run_pool(policy, rollout, config.dtype, run.stop, run.log, samples=run.ranks.first)
+    pool = open_run_pool(policy, rollout, config.dtype, run.log, samples=run.ranks.first)
     sampling = sampling_params(policy, config.rollout, options.samples, config.seed)
     sampling = replace(sampling, environment=environment_of(config))
     held_out = HeldOut(task, policy, pool, run.log, options, sampling)

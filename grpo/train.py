@@ -28,6 +28,7 @@ from grpo.run import checkpoint
 from grpo.run.memory_errors import phase
 from grpo.run.pool import open_run_pool, use_costs_of_run
 from grpo.run.resume import BaseWeights
+from grpo.run.stop import signals
 from grpo.sampling import environment_of, sampling_params
 from grpo.sft import first_policy, warm_start
 from rewards.protocol import Reward
@@ -65,7 +66,7 @@ def train(
         batches = Batches(run, curriculum)
         run.restore(learner=learner, curriculum=batches, **_base(run, learner))
         with (
-            open_run_pool(policy, config.rollout, config.dtype, run.stop, run.log, samples=ranks.first) as pool,
+            open_run_pool(policy, config.rollout, config.dtype, run.log, samples=ranks.first) as pool,
             with_agent(pool, config) as sampler,
             with_agent(pool, config) as examiner,  # in other processes: an agent may remember what it has met
         ):
@@ -129,7 +130,7 @@ def learn(run: Run, learner: Learner, batch: TrainingBatch, step: int, batches: 
             left = total - finished * learner.options.updates_per_batch
             if left > 0:
                 if run.ranks.size == 1:  # several ranks finish their step: they are in it together
-                    run.stop.check()
+                    signals.check()
                 batches.go_on(step)
             elif left == 0:
                 batches.before_update(step)

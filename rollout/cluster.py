@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
@@ -235,16 +235,21 @@ _seclusion: Seclusion | None = None  # of the cluster that this process has star
 def start_ray(cpus: int, address: str | None = None, hidden_gpus: int = 0) -> None:
     """Start a cluster of our own on loopback, without dashboard and usage reports, or connect to an existing one by its
     address, with the user's own settings. A cluster of our own has no use of the first `hidden_gpus` of this machine.
-    Ray replaces the handler of SIGTERM; the caller's own is restored.
+    The caller's handlers of signals stay: Ray installs none of its two for SIGTERM, in Python and in C++.
     """
-    handler: Any = signal.getsignal(signal.SIGTERM)
+    import ray
+
     _silence_remarks()
+    utils, constants = cast(Any, ray._private.utils), cast(Any, ray._private.ray_constants)
+    usual, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
     try:
         _start_ray(cpus, address, hidden_gpus)
     finally:
-        if callable(handler):
-            with suppress(ValueError):  # not the main thread, where Ray has not replaced it either
-                signal.signal(signal.SIGTERM, handler)
+        utils.set_sigterm_handler = usual
+        with suppress(ValueError):  # not the main thread
+            # Ray 2.52 does not know that constant, and the handler in C++ is unseen by Python.
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def _silence_remarks() -> None:

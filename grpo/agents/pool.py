@@ -12,7 +12,8 @@ from typing import Any
 from grpo.agents.episode import Episode
 from grpo.config.environment import AgentOptions
 from grpo.config.run import TrainConfig
-from grpo.run.stop import InterruptiblePool, StopSignal
+from grpo.run.pool import InterruptiblePool
+from grpo.run.stop import signals
 from grpo.sampling import agent_of, open_agents
 from grpo.serve.batcher import Batcher
 from rewards.isolation.pool import WorkerPool
@@ -34,17 +35,17 @@ def with_agent(pool: InterruptiblePool, config: TrainConfig) -> AbstractContextM
     agent = agent_of(config)
     if agent is None or not isinstance(pool.pool, LocalPool):  # the latter on a rank that does not sample
         return nullcontext(pool)
-    return AgentPool(pool.pool, pool.stop, agent, config.rollout.temperature)
+    return AgentPool(pool.pool, agent, config.rollout.temperature)
 
 
 class AgentPool(InterruptiblePool):
     """Samples with the engine of `local`, which stays open when this is closed. `temperature` is the run's."""
 
-    def __init__(self, local: Pool, stop: StopSignal, agent: AgentOptions, temperature: float) -> None:
+    def __init__(self, local: Pool, agent: AgentOptions, temperature: float) -> None:
         from grpo.agents.endpoint import Endpoint  # whose packages are an extra
 
         assert isinstance(local, LocalPool)  # the options refuse the others
-        super().__init__(local, stop)
+        super().__init__(local)
         self.local, self.agent, self.temperature = local, agent, temperature
         self.endpoint = Endpoint()
         self._agents: WorkerPool | None = None
@@ -55,7 +56,7 @@ class AgentPool(InterruptiblePool):
     ) -> list[RolloutGroup]:
         """A group of episodes for each prompt; why an agent has failed is in `Completion.tools`. Raises RolloutError
         for a prompt that leaves no room for a completion, and where logits were not finite."""
-        self.stop.check()
+        signals.check()
         engine = copy.copy(self.local.published())
         engine.check(prompts, params)
         engine.max_rows = min(engine.max_rows, ROWS_OF_WORKER * self.agent.agent_workers)
@@ -79,7 +80,7 @@ class AgentPool(InterruptiblePool):
     def _watch(self, future: Future[Any], sampling: _Sampling, on_finished: OnFinished | None) -> None:
         told = 0
         while not wait([future], POLL_S).done:
-            self.stop.check()
+            signals.check()
             sampling.check()
             ended = sampling.ended
             if on_finished and ended > told:

@@ -26,7 +26,6 @@ from grpo.evaluation.served import is_address, open_served
 from grpo.policy_source import PolicySource, check_options, find_policy, known_context, load_found
 from grpo.run.console import progress_bars
 from grpo.run.memory_errors import phase
-from grpo.run.stop import StopSignal
 from grpo.sampling import agent_of, environment_of, sampling_params
 from grpo.task import Task
 from policies.policy import Policy
@@ -209,7 +208,7 @@ def _open(policy: Policy | None, config: EvalConfig, sampling: SamplingParams) -
         rows = config.prompts_per_batch * sampling.group_size
         pool.use_costs(None, Workload.of(sampling, rows))  # else measured on the clock
     agent = agent_of(config)
-    return AgentPool(pool, StopSignal(), agent, config.temperature) if agent else pool
+    return AgentPool(pool, agent, config.temperature) if agent else pool
 
 
 def _perplexity(policy: Policy, task: Task) -> Perplexity | None:

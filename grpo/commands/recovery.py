@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from grpo.config.convert import RecoveryOptions
 from grpo.learner.optimizer import norm_of, schedule
-from grpo.run.stop import StopSignal
+from grpo.run.stop import signals
 from policies.conversion.dense import frozen_parameter_names
 
 
@@ -43,10 +43,10 @@ def recover(
         trained += [parameter] if parameter.requires_grad else []
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     factor = schedule("cosine", steps, options.warmup_steps)
-    order, done = _shuffled(len(windows), seed), 0
+    order, done, asked = _shuffled(len(windows), seed), 0, list[int]()
     try:
-        with StopSignal(at_once=False) as stop:
-            while done < steps and not stop.asked:
+        with signals.heard(asked.append, once=True):
+            while done < steps and not asked:
                 loss = 0.0
                 for _ in range(options.windows_per_step):
                     ids = windows[next(order)][None].to(dense.device)

@@ -165,7 +165,7 @@ def python_words() -> Iterator[None]:
     """For a function that programs call: what it raises names arguments in place of flags."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # also a stop
         if not _commands:
             error.args = tuple(in_python(part) if isinstance(part, str) else part for part in error.args)
         raise

@@ -26,7 +26,7 @@ from transformers.distributed import DistributedConfig
 
 from grpo.config.learner import LoraOptions, ParallelOptions
 from grpo.learner.batch import PackedRow
-from grpo.run.stop import GivenUp, Stopped
+from grpo.run.stop import Stopped
 from policies.sharding import everyone, routed_experts
 
 TIMEOUT = timedelta(minutes=30)  # how long a rank waits for another inside a step
@@ -76,7 +76,7 @@ class Ranks:
                 told[0] = make()
             except BaseException as error:
                 own, words = error, f"rank 0 failed: {type(error).__name__}: {error}"
-                told[1] = error if isinstance(error, GivenUp) else RankFailed(words)
+                told[1] = error if isinstance(error, Stopped) else RankFailed(words)
         dist.broadcast_object_list(told, group=self._waiting)
         if ended := own or told[1]:
             ended.everywhere = True

@@ -43,7 +43,7 @@ from grpo.run.records import (
     rollout_path,
     truncate,
 )
-from grpo.run.stop import GivenUp, Stopped
+from grpo.run.stop import Stopped
 from grpo.run.trackers import installed, log_rollouts, start
 from policies.files.atomic import tidy, write_file
 from rewards.group_score import GroupScore
@@ -214,8 +214,8 @@ class RunLog:
         self._end(None)
 
     def _end(self, error: BaseException | None) -> None:
-        how = "finished" if error is None else "stopped" if isinstance(error, Stopped | GivenUp) else "failed"
-        how = "interrupted" if isinstance(error, KeyboardInterrupt) else how
+        how = "finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        how = "stopped" if isinstance(error, Stopped) else how
         why = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
         self._write_event("end", {"how": how, "after_step": self._last_step} | why)
         finished = {"run/finished": float(how == "finished")}

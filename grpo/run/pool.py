@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import SimpleNamespace, TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from grpo.config.sampling import RolloutOptions, VLLMOptions
 from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
-from grpo.run.stop import InterruptiblePool, StopSignal
+from grpo.run.stop import Stopped, signals
 from policies.decoding.quantized import Copies
 from policies.policy import Policy
 from policies.publication import Publication
@@ -23,9 +24,9 @@ from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import TOKEN
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.depth import PROMPT_TOKENS, CostTable, Workload
-from rollout.group import RolloutGroup
+from rollout.group import Prompt, RolloutGroup
 from rollout.places import here
-from rollout.pool import Pool, open_pool
+from rollout.pool import OnFinished, Pool, open_pool
 from rollout.publication.digests import Held
 from rollout.sampling import SamplingParams
 
@@ -79,11 +80,67 @@ class NoPool:
         pass
 
 
+class InterruptiblePool:
+    """A pool whose sampling is given up once a stop was asked for. A publication that a stop cuts short raises nothing:
+    what was learned counts, and the next sampling is given up."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        with suppress(Stopped):
+            self.pool.publish(weights, version)
+
+    def sample(
+        self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
+    ) -> list[RolloutGroup]:
+        def forward(ended: int) -> None:
+            signals.check()
+            if on_finished:
+                on_finished(ended)
+
+        signals.check()
+        return self.pool.sample(prompts, params, forward)
+
+    def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
+        """Nothing once a stop was asked for, since a publication may have been cut short."""
+        try:
+            signals.check()
+            return self.pool.sample_on_each(prompts, params)
+        except Stopped:
+            return {}
+
+    def keep(self) -> None:
+        self.pool.keep()
+
+    def sleep(self) -> None:
+        self.pool.sleep()
+
+    def held(self) -> dict[str, Held]:
+        return self.pool.held()
+
+    def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:
+        signals.check()
+        return self.pool.use_costs(costs, work)
+
+    def metrics(self) -> dict[str, float]:
+        return self.pool.metrics()
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
 def open_run_pool(
-    policy: Policy, rollout: RolloutOptions, dtype: str, stop: StopSignal, run_log: RunLog, *, samples: bool = True
+    policy: Policy, rollout: RolloutOptions, dtype: str, run_log: RunLog, *, samples: bool = True
 ) -> InterruptiblePool:
     """Workers as `rollout` asks for them. A stop that is asked for interrupts their work, what is lost is an
-    event. Raises GivenUp where a stop was asked for before they were ready."""
+    event. Raises Stopped where a stop was asked for before they were ready."""
 
     def on_lost(what: str, reason: str, action: str) -> None:
         run_log.event("lost", what=what, action=action, reason=reason)
@@ -96,9 +153,9 @@ def open_run_pool(
         own = Publication.read_parts if rollout.samplers else None
         others = NoPool(Publication.parts if rollout.backend == "vllm" else own, in_turn=rollout.colocate)
         others.publish(policy.publication(), 0)
-        return InterruptiblePool(others, stop)
+        return InterruptiblePool(others)
     options = SimpleNamespace(rollout=rollout, dtype=dtype)
-    with stop.kept(), phase("loading", options):  # Ray would put handlers of its own in place
+    with phase("loading", options):
         pool = open_pool(
             policy,
             rollout.samplers,
@@ -107,7 +164,7 @@ def open_run_pool(
             prompts_per_shard=rollout.prompts_per_shard,
             timeout_s=rollout.timeout_s,
             publish_timeout_s=rollout.publish_timeout_s,
-            while_waiting=stop.check,
+            while_waiting=signals.check,
             gpus=rollout.gpus_per_worker,
             placement_timeout_s=rollout.placement_timeout_s,
             colocate=False if rollout.ahead else rollout.colocate or None,
@@ -122,7 +179,7 @@ def open_run_pool(
         more = {"load": pool.state["load"], "merged_adapters": pool.updates.merged}
         run_log.event("vllm", version=pool.state["vllm"], url=pool.client.url, unshown=more)
         run_log.event("keyed_noise", available=False, why=NO_KEYED_NOISE)
-    return InterruptiblePool(pool, stop)
+    return InterruptiblePool(pool)
 
 
 def use_costs_of_run(

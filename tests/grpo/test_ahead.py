@@ -21,7 +21,7 @@ from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
 from grpo.run import checkpoint
 from grpo.run.records import read_events, read_metrics, read_rollouts
-from grpo.run.stop import Stopped
+from grpo.run.stop import Stopped, signals
 from grpo.task import Task
 from grpo.train import train
 from rewards.group_score import RewardFailed, RewardFailure
@@ -223,7 +223,7 @@ def test_contract_9_a_batch_whose_weights_are_gone_is_sampled_with_them_again(
         assert updated.wait(60)
         if how == "signal":
             os.kill(os.getpid(), signal.SIGTERM)
-            while not self.run.stop.asked:
+            while not signals.number:
                 time.sleep(0.01)
         collect(self, number, *arguments)
         raise RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom"))

@@ -12,7 +12,6 @@ from grpo.data.examples import Example
 from grpo.learner.parallel import ALONE
 from grpo.loop import Run
 from grpo.run.records import read_rollouts
-from grpo.run.stop import StopSignal
 from grpo.train import train
 from rewards.group_score import GroupScore
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, head_accepted
@@ -90,7 +89,7 @@ def by_hand(micro_config, tmp_path, monkeypatch):
         taken = curriculum.take
         monkeypatch.setattr(curriculum, "take", lambda *a: known.append(dict(curriculum.pass_rates)) or taken(*a))
         policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native")
-        run = Run(config, log, StopSignal(), ALONE, saved=None, last=3)
+        run = Run(config, log, ALONE, saved=None, last=3)
         return Collector(run, task, curriculum, SimpleNamespace(sample=sample), policy), known
 
     return build

@@ -24,8 +24,9 @@ from grpo.mtp import mtp, rows_of, split
 from grpo.policy_source import find_policy, load_found
 from grpo.run import checkpoint
 from grpo.run.log import RunLog
+from grpo.run.pool import InterruptiblePool
 from grpo.run.records import read_metrics
-from grpo.run.stop import GivenUp, InterruptiblePool, Stopped
+from grpo.run.stop import Stopped
 from grpo.sft import sft
 from grpo.task import Task
 from policies.conversion.head import start_head
@@ -238,7 +239,7 @@ def test_contract_9_a_signal_gives_up_the_rollouts_in_progress(whole, config, tm
     def interrupted(self, *arguments):
         calls.append(1)
         if len(calls) == 3:
-            raise GivenUp
+            raise Stopped
         return sample(self, *arguments)
 
     folder = tmp_path / "run"

@@ -15,7 +15,8 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from grpo.publisher import Publisher
-from grpo.run.stop import InterruptiblePool, StopSignal
+from grpo.run.pool import InterruptiblePool
+from grpo.run.stop import signals
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.engine import Engine, RolloutError
@@ -227,12 +228,11 @@ def test_canaries_that_fail_once_are_made_again(policy_of, monkeypatch):
     assert metrics["canary/logprob_abs_max"] < 1e-4
 
 
-def test_a_publication_that_a_stop_cuts_short_has_no_canaries(policy_of):
+def test_a_publication_that_a_stop_cuts_short_has_no_canaries(policy_of, monkeypatch):
     policy = policy_of("native")
-    stop = StopSignal()
-    publisher = Publisher(InterruptiblePool(open_pool(policy), stop), learner_of(policy), PARAMS)
+    publisher = Publisher(InterruptiblePool(open_pool(policy)), learner_of(policy), PARAMS)
     assert publisher.publish()["canary/repeats"] == 0
-    stop.number = signal.SIGTERM
+    monkeypatch.setattr(signals, "number", signal.SIGTERM)
     assert publisher.publish() == {}
 
 

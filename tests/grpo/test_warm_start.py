@@ -13,7 +13,6 @@ from grpo.learner.parallel import ALONE
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.loop import Run
 from grpo.run.log import RunLog
-from grpo.run.stop import StopSignal
 from grpo.sft import supervise
 from grpo.task import Task
 from policies.policy import Policy
@@ -22,7 +21,7 @@ from policies.policy import Policy
 def _warm(policy: Policy, config, folder, console=None) -> dict[str, float]:
     with Task.of(config) as task, RunLog(folder, "", trackers=[], quiet=True, console=console) as log:
         where = {"checkpoints": folder / "warm_start_checkpoints", "saved": None}
-        run = Run(config, log, StopSignal(), ALONE, last=config.warm_start.steps, of=" of the warm start", **where)
+        run = Run(config, log, ALONE, last=config.warm_start.steps, of=" of the warm start", **where)
         supervise(policy, task, run)
         return dict(run.metrics)
 

@@ -20,7 +20,7 @@ from grpo.config.environment import AgentOptions
 from grpo.config.reward_commands import ReplayConfig
 from grpo.learner.learner import Learner
 from grpo.run.records import read_metrics, read_rollouts
-from grpo.run.stop import GivenUp, StopSignal
+from grpo.run.stop import Stopped, signals
 from grpo.train import train
 from grpo.why.explain import explain
 from rewards.group_score import RewardFailed
@@ -208,7 +208,7 @@ def pool(micro_policy):
 
     def begin(agent: str, **options):
         given = AgentOptions(agent=f"{AGENTS}:{agent}", agent_workers=2, **options)
-        opened.append(AgentPool(open_pool(policy), StopSignal(), given, 1.0))
+        opened.append(AgentPool(open_pool(policy), given, 1.0))
         return (
             opened[-1],
             [Prompt("a", "3 + 4 = ?", policy.tokenizer.encode("3 + 4 = ?"))],
@@ -220,14 +220,14 @@ def pool(micro_policy):
         one.close()
 
 
-def test_a_stop_ends_the_agents_at_once(pool):
+def test_a_stop_ends_the_agents_at_once(pool, monkeypatch):
     agents, prompts, params = pool("waits", agent_timeout_s=600)
-    threading.Timer(2, lambda: setattr(agents.stop, "number", 15)).start()
+    threading.Timer(2, lambda: monkeypatch.setattr(signals, "number", 15)).start()
     started = time.monotonic()
-    with pytest.raises(GivenUp):
+    with pytest.raises(Stopped):
         agents.sample(prompts, params)
     assert time.monotonic() - started < 200
-    agents.stop.number, agents.agent = 0, AgentOptions(agent=ONCE)
+    signals.number, agents.agent = 0, AgentOptions(agent=ONCE)
     assert len(agents.sample(prompts, params)[0].completions) == 2
 
 
@@ -273,7 +273,7 @@ def test_the_official_client_is_an_agent_and_asks_no_proxy(tmp_path, micro_polic
     (tmp_path / "mine.py").write_text(OPENAI)
     policy = micro_policy(1)
     policy.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    agents = AgentPool(open_pool(policy), StopSignal(), AgentOptions(agent=f"{tmp_path}/mine.py:chat"), 1.0)
+    agents = AgentPool(open_pool(policy), AgentOptions(agent=f"{tmp_path}/mine.py:chat"), 1.0)
     prompt = Prompt("a", "3?", policy.tokenizer.encode("user: 3?\n"), {"question": "3?"})
     try:
         [group] = agents.sample([prompt], SamplingParams(2, max_completion_tokens=6))

@@ -19,7 +19,6 @@ from grpo.data.prompts import PromptStream
 from grpo.learner.parallel import ALONE
 from grpo.loop import Run
 from grpo.run.records import read_metrics, read_rollouts
-from grpo.run.stop import StopSignal
 from grpo.task import Task
 from grpo.train import train
 from rewards.group_score import GroupScore, RewardFailure
@@ -112,7 +111,7 @@ def _pass_rates(*scores: GroupScore, full_marks: float = 1.0) -> dict[str, float
         log=SimpleNamespace(alarms=False),
     )
     log = SimpleNamespace(progress=lambda: Progress(disable=True), event=lambda *_, **__: None)
-    run = Run(config, log, StopSignal(), ALONE, checkpoints=None, saved=None, last=1)
+    run = Run(config, log, ALONE, checkpoints=None, saved=None, last=1)
     policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native")
     Collector(run, task, curriculum, pool, policy).collect(1)
     return curriculum.pass_rates

@@ -16,7 +16,7 @@ from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.learner.likelihood import Likelihood
 from grpo.run.memory_errors import NAMES, WAYS, OutOfMemory, is_full, phase
-from grpo.run.stop import InterruptiblePool
+from grpo.run.pool import InterruptiblePool
 from policies.policy import Policy
 
 CUDA = (

@@ -15,9 +15,9 @@ from start_ranks import run_ranks
 import grpo.run.pool
 from grpo.learner.learner import Learner
 from grpo.run.log import RunLog
-from grpo.run.pool import open_run_pool
+from grpo.run.pool import InterruptiblePool, open_run_pool
 from grpo.run.records import read_metrics
-from grpo.run.stop import GivenUp, InterruptiblePool, StopSignal
+from grpo.run.stop import Stopped, signals
 from grpo.task import Task
 from grpo.train import train
 from rollout.pool import LocalPool
@@ -34,13 +34,13 @@ def test_a_lost_worker_is_an_event_and_a_stop_ends_the_wait_for_one(micro_config
     given: dict = {}
     monkeypatch.setattr(grpo.run.pool, "open_pool", lambda *_, **options: given.update(options))
     config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.timeout_s": 7.5})
-    with StopSignal() as stop, RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
-        open_run_pool(micro_policy(), config.rollout, config.dtype, stop, run_log)
+    with signals.heard(lambda number: None), RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
+        open_run_pool(micro_policy(), config.rollout, config.dtype, run_log)
         assert given["timeout_s"] == 7.5
         given["on_lost"]("worker 1", "it died", "it is replaced")
         given["while_waiting"]()
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(GivenUp):
+        with pytest.raises(Stopped):
             given["while_waiting"]()
     [event] = events(tmp_path, "lost")
     assert (event["what"], event["reason"], event["action"]) == ("worker 1", "it died", "it is replaced")
@@ -77,8 +77,8 @@ def test_a_run_says_who_is_where(micro_config, micro_policy, tmp_path, monkeypat
     given: dict = {}
     monkeypatch.setattr(grpo.run.pool, "open_pool", lambda *_, **options: given.update(options))
     config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.gpus_per_worker": 0.5})
-    with StopSignal() as stop, RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
-        open_run_pool(micro_policy(), config.rollout, config.dtype, stop, run_log)
+    with RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
+        open_run_pool(micro_policy(), config.rollout, config.dtype, run_log)
         given["on_ready"](1, {"node": "1a2b3c4d on a", "process": 7, "threads": 1})
     assert (given["gpus"], given["placement_timeout_s"], given["colocate"]) == (0.5, 300.0, None)
     [learner], [worker] = events(tmp_path, "learner"), events(tmp_path, "worker")
@@ -94,10 +94,9 @@ def test_a_publication_that_a_stop_cuts_short_does_not_undo_the_step(micro_polic
             pass
 
         def publish(self, weights, version) -> None:
-            raise GivenUp
+            raise Stopped
 
-    stop = StopSignal()
-    InterruptiblePool(Waiting(), stop).publish({}, 1)
+    InterruptiblePool(Waiting()).publish({}, 1)
 
 
 @pytest.mark.long

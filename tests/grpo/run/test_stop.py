@@ -1,24 +1,24 @@
 """Signals and failures: the last whole step is saved, and the run resumes to the same bits."""
 
-import ctypes
 import errno
 import json
 import os
+import pickle
 import pty
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+import ray
 
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
 from grpo.learner.update import NonFiniteStep, Update
-from grpo.run import checkpoint, log, pool, stop
+from grpo.run import checkpoint, log
 from grpo.run.log import RunLog
 from grpo.run.records import read_metrics, read_rollouts
-from grpo.run.stop import GivenUp, Stopped, StopSignal
+from grpo.run.stop import Stopped, signals
 from grpo.task import Task
 from grpo.train import train
 from policies import tensor_files
@@ -252,15 +252,6 @@ def test_contract_9_a_failure_saves_the_last_whole_step(
     _resumes_to_the_same(micro_config, folder, whole)
 
 
-def test_an_alarm_that_comes_late_sets_no_timer():
-    """The process would end by SIGALRM: it came to Python after the library had started."""
-    with StopSignal() as stop:
-        with stop.kept():
-            late = signal.getsignal(signal.SIGALRM)
-        late(signal.SIGALRM, None)
-        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-
-
 def test_a_reward_that_aborts_is_an_event(micro_config, tmp_path, monkeypatch):
     _fails_at_call(monkeypatch, Task, "score", 2, REWARD)
     with pytest.raises(RewardFailed):
@@ -319,53 +310,72 @@ def test_a_run_whose_events_cannot_be_written_either_is_saved_and_told(micro_con
     [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGHUP", "SIGHUP"), ("SIGHUP", "SIGTERM"), ("SIGTERM", "SIGINT")],
 )
 def test_the_second_signal_ends_the_process_at_once(first, second):
-    code = "import os, signal, time\nfrom grpo.run.stop import StopSignal\nwith StopSignal() as stop:\n"
-    code += f"    os.kill(os.getpid(), signal.{first})\n    assert stop.asked\n    print('once', flush=True)\n"
+    code = "import os, signal, time\nfrom grpo.run.stop import signals\nwith signals.heard(lambda number: None):\n"
+    code += f"    os.kill(os.getpid(), signal.{first})\n    assert signals.number\n    print('once', flush=True)\n"
     code += f"    os.kill(os.getpid(), signal.{second})\n    time.sleep(60)\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (-signal.Signals[second], "once\n")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("in_c", [pytest.param(False, marks=pytest.mark.long), True])
-def test_a_signal_while_a_library_starts_asks_as_any_other(micro_config, whole, tmp_path, monkeypatch, in_c):
-    """Ray answers SIGTERM by sys.exit from the beginning of its start on, and later by a handler in C++."""
-    folder, real = tmp_path / "run", pool.open_pool
+@pytest.mark.parametrize("begun", [pytest.param(False, marks=pytest.mark.long), True])
+def test_a_signal_while_ray_starts_asks_as_any_other(micro_config, whole, tmp_path, monkeypatch, begun):
+    """Ray's answer to SIGTERM is sys.exit from the beginning of its start on, and later a handler in C++."""
+    folder = tmp_path / "run"
+    owner, name = (ray, "init") if begun else (ray._private.node.Node, "__init__")
+    real = getattr(owner, name)
 
-    def starts(*arguments, **named):
-        if in_c:
-            ctypes.CDLL(None).signal(int(signal.SIGTERM), ctypes.c_void_p(1))  # SIG_IGN, which Python does not see
-            end = time.monotonic() + 0.3
-            while time.monotonic() < end:
-                pass
-        else:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-        _terminate()
-        return real(*arguments, **named)
+    def called(*arguments, **named):
+        if not begun:
+            _terminate()
+        result = real(*arguments, **named)
+        if begun:
+            _terminate()
+        return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(pool, "open_pool", starts)
+        patch.setattr(owner, name, called)
         with pytest.raises(Stopped, match="stopped before step 1; go on"):
-            train(micro_config(folder, **SMALL))
-    assert signal.signal is stop._SIGNAL
-    _resumes_to_the_same(micro_config, folder, whole)
+            train(micro_config(folder, **SMALL | {"rollout.workers": 1}))
+    assert not ray.is_initialized()
+    train(micro_config(folder, **SMALL | {"rollout.workers": 0}), resume="auto", force=True)
+    assert _untimed(folder) == _untimed(whole)
 
 
-def test_a_handler_that_a_library_has_left_behind_is_replaced():
-    with StopSignal() as stop:
-        with stop.kept():
-            ctypes.CDLL(None).signal(int(signal.SIGTERM), ctypes.c_void_p(1))
-        _terminate()
-        assert stop.asked
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+def test_a_second_signal_in_a_command_that_takes_notes_once_ends_it_where_it_is():
+    """As after Ctrl-C in the recovery of `quartet convert`; a third one ends the process at once."""
+    usual, came = signal.getsignal(signal.SIGINT), []
+    with signals.heard():
+        signals.unwinds = True
+        with signals.heard(came.append, once=True):
+            _terminate(signal.SIGINT)
+            assert (came, signals.number) == ([signal.SIGINT], 0)
+            with pytest.raises(Stopped, match="interrupted") as stopped:
+                _terminate(signal.SIGINT)
+        assert (stopped.value.exit_code, signals.number) == (130, signal.SIGINT)
+        assert signals.stopped(OSError("what a library makes of it")).exit_code == 130
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == usual
+    assert not signals.unwinds
+    assert signals.stopped(OSError("disk full")) is None
+
+
+def test_a_stop_travels_between_processes_with_what_it_says():
+    stopped = Stopped(number=signal.SIGINT, everywhere=True)
+    stopped.at(3, " of the warm start")
+    stopped.at(9)
+    copy = pickle.loads(pickle.dumps(stopped))
+    assert str(copy) == "stopped after step 3 of the warm start; go on with --resume auto"
+    assert vars(copy) == {"number": signal.SIGINT, "everywhere": True, "saved": True}
 
 
 def test_a_terminal_that_is_closed_ends_nothing_before_its_time():
     """SIGHUP comes when the terminal is gone: what is printed from then on must not fail."""
-    code = "import os, signal, time\nfrom grpo.run.stop import StopSignal\nsignal.alarm(60)\n"
-    code += "with StopSignal() as stop:\n"
-    code += "    print('begun', flush=True)\n    while not stop.asked: time.sleep(0.01)\n"
-    code += "    print('shown to nobody', flush=True)\n    os.write(int(os.environ['OUT']), stop.name.encode())\n"
+    code = "import os, signal, time\nfrom grpo.run.stop import signals\nsignal.alarm(60)\n"
+    code += "with signals.heard(lambda number: None):\n"
+    code += "    print('begun', flush=True)\n    while not signals.number: time.sleep(0.01)\n"
+    code += "    print('shown to nobody', flush=True)\n"
+    code += "    os.write(int(os.environ['OUT']), signal.Signals(signals.number).name.encode())\n"
     end, out = os.pipe()
     child, terminal = pty.fork()
     if child == 0:
@@ -386,9 +396,9 @@ def test_of_the_signals_that_were_ignored_sigint_alone_asks(kind, asked):
     """`nohup` ignores SIGHUP, and means it. A script ignores SIGINT for its background jobs, whatever they are."""
     before = signal.signal(kind, signal.SIG_IGN)
     try:
-        with StopSignal() as stop:
+        with signals.heard(lambda number: None):
             _terminate(kind)
-            assert stop.asked == asked
+            assert bool(signals.number) == asked
         assert signal.getsignal(kind) == signal.SIG_IGN
     finally:
         signal.signal(kind, before)
@@ -396,12 +406,11 @@ def test_of_the_signals_that_were_ignored_sigint_alone_asks(kind, asked):
 
 def test_check_raises_once_it_was_asked_for_and_the_former_handler_comes_back():
     handler = signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop:
-        stop.check()
+    with signals.heard(lambda number: None):
+        signals.check()
         _terminate()
-        with pytest.raises(GivenUp):
-            stop.check()
-        stop.listen()  # not again: a second signal must end the process
+        with pytest.raises(Stopped):
+            signals.check()
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) == handler
 
