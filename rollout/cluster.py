@@ -20,8 +20,8 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -235,21 +235,34 @@ _seclusion: Seclusion | None = None  # of the cluster that this process has star
 def start_ray(cpus: int, address: str | None = None, hidden_gpus: int = 0) -> None:
     """Start a cluster of our own on loopback, without dashboard and usage reports, or connect to an existing one by its
     address, with the user's own settings. A cluster of our own has no use of the first `hidden_gpus` of this machine.
-    The caller's handlers of signals stay: Ray installs none of its two for SIGTERM, in Python and in C++.
+    A handler of SIGTERM that the caller has stays.
     """
+    _silence_remarks()
+    with _without_handlers():
+        _start_ray(cpus, address, hidden_gpus)
+
+
+@contextmanager
+def _without_handlers() -> Iterator[None]:
+    """Inside it Ray installs none of its two handlers of SIGTERM where there is one already: the one in Python would
+    come first, and at the end one in C++, unseen by Python, which leaves none when Ray is shut down."""
     import ray
 
-    _silence_remarks()
+    own: Any = signal.getsignal(signal.SIGTERM)
+    if not callable(own):
+        yield
+        return
     utils, constants = cast(Any, ray._private.utils), cast(Any, ray._private.ray_constants)
     usual, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    off = getattr(constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", False)
     constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
     try:
-        _start_ray(cpus, address, hidden_gpus)
+        yield
     finally:
         utils.set_sigterm_handler = usual
+        constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = off
         with suppress(ValueError):  # not the main thread
-            # Ray 2.52 does not know that constant, and the handler in C++ is unseen by Python.
-            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, own)  # Ray 2.52 does not know that constant
 
 
 def _silence_remarks() -> None:
