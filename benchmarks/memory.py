@@ -26,7 +26,7 @@ import transformers
 from torch.distributed import TCPStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo.commands.memory import learner_memory
+from grpo.cli.commands.memory import learner_memory
 from grpo.config.learner import ParallelOptions
 from grpo.config.options import load
 from grpo.config.run import TrainConfig

@@ -23,8 +23,8 @@ import torch  # noqa: E402
 
 from grpo.config.policy import ModelOptions  # noqa: E402
 from grpo.data.word_problems import word_problems  # noqa: E402
-from grpo.policy_source import load_policy  # noqa: E402
 from grpo.run.hardware import describe  # noqa: E402
+from grpo.source.policy_source import load_policy  # noqa: E402
 from policies.decoding.linear import FixedLinear  # noqa: E402
 from policies.decoding.quantized import Copies  # noqa: E402
 from rollout.engine import Engine  # noqa: E402

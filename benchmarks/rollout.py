@@ -262,8 +262,8 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
     from grpo.config.mtp import MtpConfig
     from grpo.config.options import load
     from grpo.config.run import TrainConfig
-    from grpo.policy_source import find_policy, load_found
-    from grpo.task import Task
+    from grpo.source.policy_source import find_policy, load_found
+    from grpo.task.task import Task
     from policies.policy import Policy
     from rollout.depth import Workload
     from rollout.engine import Engine

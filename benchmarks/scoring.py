@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from grpo.commands.reward_probes import misprint
+from grpo.cli.commands.reward_probes import misprint
 from grpo.data.examples import Example, load_examples
 from grpo.run.hardware import describe
 from rewards import RewardSpec, Scorer

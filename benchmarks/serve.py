@@ -29,16 +29,16 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # else `rollout` would be a file here
 
+from grpo.cli.config.serve import ServeConfig  # noqa: E402
+from grpo.cli.serve.server import load_engine  # noqa: E402
 from grpo.config.options import load  # noqa: E402
-from grpo.config.serve import ServeConfig  # noqa: E402
 from grpo.data.examples import Example  # noqa: E402
 from grpo.data.prompts import encode_prompt  # noqa: E402
 from grpo.data.word_problems import word_problems  # noqa: E402
-from grpo.policy_source import find_policy  # noqa: E402
+from grpo.endpoint.served import AS_IT_IS  # noqa: E402
 from grpo.run.hardware import describe  # noqa: E402
-from grpo.sampling import sampling_params  # noqa: E402
-from grpo.serve.served import AS_IT_IS  # noqa: E402
-from grpo.serve.server import load_engine  # noqa: E402
+from grpo.source.policy_source import find_policy  # noqa: E402
+from grpo.task.sampling import sampling_params  # noqa: E402
 
 CLIENTS = [1, 8, 32, 64]
 

@@ -4,7 +4,7 @@ import contextlib
 import io
 import re
 
-from grpo.cli import main
+from grpo.cli.parse import main
 
 INTRODUCTION = """\
 # Options and metrics

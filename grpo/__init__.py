@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from grpo.algorithm.own import advantage, objective
     from grpo.config.run import SftConfig, TrainConfig
     from grpo.learner.learner import Learner
-    from grpo.policy_source import load_policy
     from grpo.sft import sft
+    from grpo.source.policy_source import load_policy
     from grpo.train import train
 
 _HOMES = {
@@ -31,7 +31,7 @@ _HOMES = {
     "SftConfig": "grpo.config.run",
     "TrainConfig": "grpo.config.run",
     "advantage": "grpo.algorithm.own",
-    "load_policy": "grpo.policy_source",
+    "load_policy": "grpo.source.policy_source",
     "objective": "grpo.algorithm.own",
     "sft": "grpo.sft",
     "train": "grpo.train",

@@ -7,7 +7,7 @@ from grpo.run.stop import signals
 
 def main() -> int:
     signals.listen()  # to the end of the process, and before anything else is loaded
-    from grpo.cli import main
+    from grpo.cli.parse import main
 
     return main()
 

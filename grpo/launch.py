@@ -12,10 +12,10 @@ from grpo.checks.run import check_run
 from grpo.config.problems import command_line
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.parallel import RankFailed, join
-from grpo.policy_source import with_threads
 from grpo.run.hardware import device_of
 from grpo.run.stop import ASKED, Stopped, ignore_signals, say_stopping, signals
 from grpo.sft import sft
+from grpo.source.policy_source import with_threads
 from grpo.train import Result, train
 from policies.files.atomic import write_file
 

@@ -28,15 +28,15 @@ from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import PackedRow, Sample, split_rows
 from grpo.learner.head_learner import HeadLearner
 from grpo.learner.lessons import KINDS, Corpus
-from grpo.loop import Run
-from grpo.policy_source import check_options, load_policy, save_policy, with_threads
-from grpo.publisher import Publisher
 from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics
-from grpo.run.pool import open_run_pool, use_costs_of_run
 from grpo.run.stop import signals
-from grpo.sampling import sampling_params
-from grpo.task import Task
+from grpo.source.policy_source import check_options, load_policy, save_policy, with_threads
+from grpo.steps.loop import Run
+from grpo.steps.pool import open_run_pool, use_costs_of_run
+from grpo.steps.publisher import Publisher
+from grpo.task.sampling import sampling_params
+from grpo.task.task import Task
 from policies import presets
 from policies.conversion.head import start_head
 from policies.layout import WeightFiles, mtp_layers

@@ -22,11 +22,11 @@ from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.base import counts, in_4_bits
 from grpo.learner.build import sft_learner
 from grpo.learner.parallel import ALONE, Ranks
-from grpo.loop import Run
-from grpo.policy_source import load_policy, save_policy, with_threads
-from grpo.run.pool import open_run_pool
-from grpo.sampling import environment_of, sampling_params
-from grpo.task import Task
+from grpo.source.policy_source import load_policy, save_policy, with_threads
+from grpo.steps.loop import Run
+from grpo.steps.pool import open_run_pool
+from grpo.task.sampling import environment_of, sampling_params
+from grpo.task.task import Task
 from policies.files.digests import write_digests
 from policies.policy import Policy
 

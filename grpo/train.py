@@ -7,30 +7,30 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from grpo.agents.pool import with_agent
-from grpo.ahead import Batches
 from grpo.checks.run import check_run, open_task
-from grpo.collector import Collector
 from grpo.config.problems import python_words
 from grpo.config.reward import with_rewards
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum
+from grpo.endpoint.agent_pool import with_agent
 from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Ranks
-from grpo.loop import Run
-from grpo.policy_source import save_policy, with_threads
-from grpo.publisher import Publisher
-from grpo.reward_models import load_teacher
 from grpo.run import checkpoint
 from grpo.run.memory_errors import phase
-from grpo.run.pool import open_run_pool, use_costs_of_run
 from grpo.run.resume import BaseWeights
 from grpo.run.stop import signals
-from grpo.sampling import environment_of, sampling_params
 from grpo.sft import first_policy, warm_start
+from grpo.source.policy_source import save_policy, with_threads
+from grpo.steps.ahead import Batches
+from grpo.steps.collector import Collector
+from grpo.steps.loop import Run
+from grpo.steps.pool import open_run_pool, use_costs_of_run
+from grpo.steps.publisher import Publisher
+from grpo.task.reward_models import load_teacher
+from grpo.task.sampling import environment_of, sampling_params
 from rewards.protocol import Reward
 
 

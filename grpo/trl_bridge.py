@@ -18,7 +18,7 @@ from torch import Tensor
 from grpo.config.sampling import SamplingOptions
 from grpo.learner.optimizer import freeze_exact_parts
 from grpo.run.metrics import rollout_metrics
-from grpo.sampling import sampling_params
+from grpo.task.sampling import sampling_params
 from policies.attention import sees_prompts_whole
 from policies.lora import ADAPTER
 from policies.policy import Policy, digest

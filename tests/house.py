@@ -33,7 +33,8 @@ policies/decoding/experts policies/routing/routers
 rollout/__init__ rollout/engine rollout/group rollout/pool rollout/results rollout/rows rollout/sampling rollout/shard
 rollout/stop_strings rollout/backends/__init__
 rewards/__init__ rewards/group_score rewards/protocol rewards/scorer rewards/spec
-grpo/__init__ grpo/train grpo/loop grpo/collector grpo/publisher grpo/task grpo/sampling grpo/policy_source
+grpo/__init__ grpo/train grpo/steps/loop grpo/steps/collector grpo/steps/publisher grpo/task/task grpo/task/sampling
+grpo/source/policy_source
 grpo/algorithm/advantages grpo/algorithm/losses grpo/algorithm/surrogates grpo/algorithm/ties
 grpo/config/data grpo/config/learner grpo/config/loss grpo/config/reward grpo/config/run grpo/config/sampling
 grpo/data/examples grpo/data/prompts
@@ -166,7 +167,7 @@ def options_of_commands(root: Path) -> dict[str, list[str]]:
 
 
 _KEYS = """
-from grpo.cli import _commands
+from grpo.cli.parse import _commands
 from grpo.config.options import _options
 
 answer = {

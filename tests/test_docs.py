@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from grpo.cli import build_parser
+from grpo.cli.config.convert import ConvertConfig
+from grpo.cli.config.inference import EvalConfig, SampleConfig
+from grpo.cli.config.reward_commands import ReplayConfig, RewardTestConfig
+from grpo.cli.parse import build_parser
 from grpo.config.aliases import removed
-from grpo.config.convert import ConvertConfig
-from grpo.config.inference import EvalConfig, SampleConfig
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load, parse
-from grpo.config.reward_commands import ReplayConfig, RewardTestConfig
 from grpo.config.run import SftConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]

@@ -23,20 +23,13 @@ MAY_IMPORT = {
 FLOORS = (
     ("__init__", "__main__"),
     ("cli",),
-    ("actions",),
     ("launch",),
-    ("train", "quantize"),
-    ("commands", "why", "trl_bridge"),
-    ("sft", "mtp"),
-    ("agents",),
-    ("serve",),
-    ("ahead",),
-    ("collector", "evaluation"),
-    ("checks",),
-    ("tied_steps", "task"),
-    ("reward_models",),
-    ("policy_source", "loop"),
-    ("agreement", "backend", "sampling", "publisher"),
+    ("train",),
+    ("sft", "mtp", "trl_bridge"),
+    ("endpoint",),
+    ("steps", "evaluation", "checks"),
+    ("task",),
+    ("source",),
     ("learner", "view"),
     ("run",),
     ("data", "algorithm"),
@@ -172,7 +165,7 @@ def test_no_number_of_the_house_is_above_its_budget():
 def test_the_numbers_of_a_small_house_are_counted(tmp_path):
     files = {
         "__init__": "_HOMES = {'train': 'grpo.train'}\n",
-        "train": "import grpo.loop\ndef train(config, *, a, b, **rest):\n    loop(config.rollout)\n",
+        "train": "import grpo.steps.loop\ndef train(config, *, a, b, **rest):\n    loop(config.rollout)\n",
         "loop": "from grpo.run import log\nclass L:\n  def f(self, x): g(policy.config, isinstance(config, int))\n",
         "run/__init__": "",
         "run/log": "class C:\n    rollout: RolloutOptions\n",
@@ -201,13 +194,13 @@ def test_the_arrows_between_the_rooms_of_grpo_go_down():
 
 def test_an_arrow_that_goes_up_is_found(tmp_path):
     (tmp_path / "grpo/run").mkdir(parents=True)
-    files = {"__init__": "", "run/__init__": "", "run/log": "from grpo.task import Task", "task": "", "loop": ""}
+    files = {"__init__": "", "run/__init__": "", "run/log": "from grpo.task.task import Task", "task": "", "loop": ""}
     for name, source in files.items():
         (tmp_path / f"grpo/{name}.py").write_text(source)
-    (tmp_path / "grpo/loop.py").write_text("def f():\n    import grpo.task\n")
+    (tmp_path / "grpo/steps/loop.py").write_text("def f():\n    import grpo.task.task\n")
     assert _upwards(tmp_path, [("__init__",), ("task", "loop"), ("run",)]) == [
-        "grpo.loop imports grpo.task",
-        "grpo.run.log imports grpo.task",
+        "grpo.steps.loop imports grpo.task.task",
+        "grpo.run.log imports grpo.task.task",
     ]
 
 
@@ -215,12 +208,12 @@ def test_an_arrow_that_goes_up_is_found(tmp_path):
     ("question", "file", "answer"),
     [
         ("where is the clip?", "grpo/algorithm/surrogates.py", "def clipped_surrogate("),
-        ("who decides to save?", "grpo/loop.py", "def save_if_due("),
+        ("who decides to save?", "grpo/steps/loop.py", "def save_if_due("),
         ("what is a draft's cost?", "rollout/costs.py", "def measure("),
         ("where do rewards run?", "rewards/isolation/child.py", "def serve(socket_fd"),
-        ("which room decides which policy a path means?", "grpo/policy_source.py", "def find_policy("),
+        ("which room decides which policy a path means?", "grpo/source/policy_source.py", "def find_policy("),
         ("where do requests join a batch?", "rollout/serving.py", "def _join(self)"),
-        ("who answers 429?", "grpo/serve/batcher.py", "class Full("),
+        ("who answers 429?", "grpo/endpoint/batcher.py", "class Full("),
     ],
 )
 def test_a_newcomers_question_is_answered_by_one_file(question, file, answer):

@@ -47,7 +47,7 @@ def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
     from grpo.config.learner import LearnerOptions, MTPOptions
     from grpo.data.prompts import PromptTemplate, encode_prompt
     from grpo.learner.learner import Learner
-    from grpo.publisher import Publisher
+    from grpo.steps.publisher import Publisher
     from policies.policy import Policy
     from rewards import RewardSpec, Scorer
     from rollout.sampling import SamplingParams

@@ -6,8 +6,8 @@ from unittest.mock import patch
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.commands import memory
-from grpo.commands.memory import memory_of_run
+from grpo.cli.commands import memory
+from grpo.cli.commands.memory import memory_of_run
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
 from grpo.config.run import TrainConfig

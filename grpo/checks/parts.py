@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GenerationConfig, PreTrainedTokenizerBase
 
-from grpo.agreement import refuse_rescaled
 from grpo.algorithm import own
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
 from grpo.learner.experts import PREFIX, Balancer
 from grpo.learner.parallel import refuse_processes
-from grpo.policy_source import check_options, find_policy, read_shape
-from grpo.reward_models import check_teacher
 from grpo.run import trackers
 from grpo.run.hardware import device_of
-from grpo.sampling import refuse_compile
-from grpo.task import Task
+from grpo.source.agreement import refuse_rescaled
+from grpo.source.policy_source import check_options, find_policy, read_shape
+from grpo.task.reward_models import check_teacher
+from grpo.task.sampling import refuse_compile
+from grpo.task.task import Task
 from policies import presets
 from policies.checkpoint import check_files
 from policies.layout import find_file

@@ -16,7 +16,7 @@ from grpo.config.run import RunConfig, SftConfig
 from grpo.learner.teacher_server import TeacherError
 from grpo.run.checkpoint import CheckpointError
 from grpo.run.hardware import device_of
-from grpo.task import Task, reward_specs
+from grpo.task.task import Task, reward_specs
 from rewards.protocol import RewardError
 from rewards.scorer import Scorer
 from rollout.faults import RolloutError

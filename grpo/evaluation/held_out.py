@@ -13,7 +13,7 @@ from grpo.evaluation.evaluate import Evaluation, Speed, as_metrics, both_ways, e
 from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
 from grpo.run.records import read_metrics
-from grpo.task import Task
+from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import RewardFailed
 from rollout.pool import Pool

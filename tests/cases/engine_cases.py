@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.cli import main
+from grpo.cli.parse import main
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.likelihood import logprobs_of_groups
 from policies.mtp import draft_loss

@@ -155,7 +155,7 @@ def score(system: str) -> None:
 
 def train_a_step(folder: Path) -> None:
     from grpo import TrainConfig, train
-    from grpo.commands.eval import peak_memory_gib
+    from grpo.cli.commands.eval import peak_memory_gib
 
     def short(completions, **columns):
         return [-float(len(text)) for text in completions]

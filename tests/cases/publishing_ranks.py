@@ -12,7 +12,7 @@ import torch
 
 from grpo.config.learner import ParallelOptions
 from grpo.learner.parallel import join
-from grpo.run.pool import NoPool
+from grpo.steps.pool import NoPool
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import whole

@@ -10,11 +10,11 @@ from typing import Any
 
 import uvicorn
 
+from grpo.cli.config.serve import ServeConfig
+from grpo.cli.serve.server import begin
 from grpo.config.options import load
-from grpo.config.serve import ServeConfig
+from grpo.endpoint.connections import settings
 from grpo.run.listening import listen
-from grpo.serve.connections import settings
-from grpo.serve.server import begin
 
 
 class Running:

@@ -9,7 +9,7 @@ import torch
 import grpo
 import rewards
 from grpo.algorithm import losses, own
-from grpo.commands import summary
+from grpo.cli.commands import summary
 from grpo.config.loss import LossOptions
 from grpo.config.options import ConfigError, load
 from grpo.learner.prepare import estimate

@@ -9,15 +9,15 @@ import pytest
 import torch
 import zstandard
 
-from grpo.cli import main
-from grpo.commands.reward_replay import replay
-from grpo.config.inference import EvalConfig, defaults_of_run
+from grpo.cli.commands.reward_replay import replay
+from grpo.cli.config.inference import EvalConfig, defaults_of_run
+from grpo.cli.config.reward_commands import ReplayConfig
+from grpo.cli.parse import main
 from grpo.config.options import load
-from grpo.config.reward_commands import ReplayConfig
 from grpo.config.run import TrainConfig
 from grpo.learner.learner import Learner
 from grpo.run.records import read_metrics, read_rollouts
-from grpo.sampling import environment_of
+from grpo.task.sampling import environment_of
 from grpo.train import train
 from rewards.group_score import RewardFailed
 from rewards.protocol import RewardError

@@ -7,17 +7,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.agreement import check_agreement
-from grpo.cli import main
-from grpo.config.inference import EvalConfig
+from grpo.cli.config.inference import EvalConfig
+from grpo.cli.parse import main
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.run import TrainConfig
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.learner import Learner
-from grpo.policy_source import check_options, load_policy
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
+from grpo.source.agreement import check_agreement
+from grpo.source.policy_source import check_options, load_policy
 from grpo.train import train
 from policies.policy import PolicyError
 
@@ -214,7 +214,7 @@ def test_the_commands_take_it(saved, tmp_path, capsys, letters):
     ],
 )
 def test_an_mtp_head_asked_of_it_is_refused(config_of, tmp_path, monkeypatch, given, named):
-    monkeypatch.setattr("grpo.policy_source.Policy.load", None)
+    monkeypatch.setattr("grpo.source.policy_source.Policy.load", None)
     config = config_of(tmp_path / "run", "qwen2", **given)
     for refuse in (check_options, load_policy, train):
         with pytest.raises(PolicyError, match="is of type 'qwen2', which has no MTP head") as refused:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo.cli import main
-from grpo.commands.summary import mtp_dry_run
+from grpo.cli.commands.summary import mtp_dry_run
+from grpo.cli.parse import main
 from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
 from grpo.config.options import load
 from grpo.learner.batch import PackedRow, Sample, micro_batches
@@ -21,14 +21,14 @@ from grpo.learner.learner import Learner
 from grpo.learner.lessons import KINDS, Corpus
 from grpo.learner.update import NonFiniteStep
 from grpo.mtp import mtp, rows_of, split
-from grpo.policy_source import find_policy, load_found
 from grpo.run import checkpoint
 from grpo.run.log import RunLog
-from grpo.run.pool import InterruptiblePool
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.sft import sft
-from grpo.task import Task
+from grpo.source.policy_source import find_policy, load_found
+from grpo.steps.pool import InterruptiblePool
+from grpo.task.task import Task
 from policies.conversion.head import start_head
 from policies.policy import Policy, PolicyError
 from rollout.engine import Engine, RolloutError

@@ -2,12 +2,12 @@
 
 import pytest
 
-from grpo.collector import Collector
 from grpo.config.sampling import RolloutOptions
 from grpo.config.yaml_file import ConfigError
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
+from grpo.steps.collector import Collector
 from grpo.train import train
 from rewards.group_score import RewardFailed, RewardFailure
 

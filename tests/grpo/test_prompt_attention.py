@@ -21,13 +21,13 @@ from engine_cases import (
 from serving_cases import Running
 from transformers import DeepseekV3ForCausalLM
 
-from grpo.cli import main
-from grpo.commands.inspect import inspect
-from grpo.policy_source import check_options
-from grpo.reward_models import check_teacher
+from grpo.cli.commands.inspect import inspect
+from grpo.cli.parse import main
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
+from grpo.source.policy_source import check_options
+from grpo.task.reward_models import check_teacher
 from grpo.train import train
 from grpo.trl_bridge import BridgeError, rollout_func
 from policies.policy import Policy, PolicyError

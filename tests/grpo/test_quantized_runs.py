@@ -7,7 +7,7 @@ import pytest
 
 from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.policy_source import check_options
+from grpo.source.policy_source import check_options
 from grpo.train import train
 
 

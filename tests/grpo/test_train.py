@@ -14,11 +14,11 @@ from grpo.config.yaml_file import parse_yaml
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
 from grpo.learner.update import NonFiniteStep
-from grpo.loop import Run
 from grpo.run import checkpoint, resume
 from grpo.run.metrics import check
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
+from grpo.steps.loop import Run
 from grpo.train import train
 from policies.conversion.dense import convert_checkpoint, frozen_parameter_names
 from policies.policy import Policy, PolicyError

@@ -11,10 +11,10 @@ from grpo.config.run import SftConfig
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
 from grpo.learner.update import NonFiniteStep, Update
-from grpo.loop import Run
 from grpo.run.log import RunLog
 from grpo.sft import supervise
-from grpo.task import Task
+from grpo.steps.loop import Run
+from grpo.task.task import Task
 from policies.policy import Policy
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from grpo.config.policy import ModelOptions
 from grpo.data.word_problems import word_problems
-from grpo.policy_source import load_policy
+from grpo.source.policy_source import load_policy
 from policies.policy import Policy, digest
 from policies.presets import PRESETS, VOCABULARY, build, small_tokenizer
 

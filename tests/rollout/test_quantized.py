@@ -11,7 +11,7 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
-from grpo.publisher import Publisher
+from grpo.steps.publisher import Publisher
 from policies.decoding import absorbed, quantized
 from policies.decoding.linear import kind_of
 from policies.decoding.quantized import Copies

@@ -4,7 +4,7 @@ import pytest
 
 from grpo.algorithm.advantages import rank_softmax_weights
 from grpo.algorithm.dynamic_sampling import draw_groups, is_tied
-from grpo.commands import reward_replay
+from grpo.cli.commands import reward_replay
 from grpo.config.loss import Advantage, LossOptions
 from grpo.learner.prepare import estimate
 from grpo.run.metrics import rollout_metrics

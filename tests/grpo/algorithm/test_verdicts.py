@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from grpo.commands import eval_report, summary
-from grpo.commands.eval import CompletionsFile, evaluate_model
-from grpo.commands.export import export
+from grpo.cli.commands import eval_report, summary
+from grpo.cli.commands.eval import CompletionsFile, evaluate_model
+from grpo.cli.commands.export import export
+from grpo.cli.config.inference import EvalConfig, defaults_of_run
 from grpo.config.data import DataOptions
-from grpo.config.inference import EvalConfig, defaults_of_run
 from grpo.config.options import load
 from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.evaluation.evaluate import as_metrics, evaluate, evaluate_ways
 from grpo.run.metrics import check
 from grpo.run.records import best_step, read_metrics
-from grpo.task import Task
+from grpo.task.task import Task
 from grpo.train import train
 from rewards import BUILT_IN, Signature, load_reward, per_completion, right_at
 from rollout.group import Completion, Prompt, RolloutGroup

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from grpo.cli import main
-from grpo.commands import summary
+from grpo.cli.commands import summary
+from grpo.cli.parse import main
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
 from grpo.config.problems import command_line

@@ -7,9 +7,9 @@ import re
 import pytest
 from trl import GRPOConfig
 
-from grpo.cli import build_parser
+from grpo.cli.config.inference import EvalConfig, SampleConfig
+from grpo.cli.parse import build_parser
 from grpo.config.aliases import hint, table
-from grpo.config.inference import EvalConfig, SampleConfig
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import ConfigError, _options, load
 from grpo.config.problems import unknown_option

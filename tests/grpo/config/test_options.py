@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, field_validator
 
-from grpo.config.inference import SampleConfig
+from grpo.cli.config.inference import SampleConfig
 from grpo.config.options import ConfigError, Options, add_options, dump_yaml, load, parse, reference_page
 from grpo.config.run import TrainConfig
 from grpo.config.yaml_file import parse_yaml, to_yaml

@@ -8,8 +8,8 @@ from trl import GRPOConfig
 
 import grpo
 from grpo.algorithm.losses import policy_loss
+from grpo.cli.config.inference import EvalConfig, SampleConfig, defaults_of_run
 from grpo.config.data import DataOptions
-from grpo.config.inference import EvalConfig, SampleConfig, defaults_of_run
 from grpo.config.loss import LossOptions
 from grpo.config.options import ConfigError, _options, dump_yaml, load
 from grpo.config.reward import ScoringOptions

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo.config.inference import EvalConfig, SampleConfig
+from grpo.cli.config.inference import EvalConfig, SampleConfig
 from grpo.config.options import ConfigError, load
 from grpo.config.problems import as_here, command_line, in_python, python_words
 from grpo.config.run import TrainConfig

@@ -7,7 +7,6 @@ import pytest
 from rich.progress import Progress
 
 from grpo.algorithm.verdicts import Verdicts
-from grpo.collector import Collector
 from grpo.config.data import CurriculumOptions, DataOptions
 from grpo.config.learner import LearnerOptions, WarmStartOptions
 from grpo.config.options import ConfigError, load
@@ -17,9 +16,10 @@ from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth, lea
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
 from grpo.learner.parallel import ALONE
-from grpo.loop import Run
 from grpo.run.records import read_metrics, read_rollouts
-from grpo.task import Task
+from grpo.steps.collector import Collector
+from grpo.steps.loop import Run
+from grpo.task.task import Task
 from grpo.train import train
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.group import Prompt, RolloutGroup

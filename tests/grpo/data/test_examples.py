@@ -9,7 +9,7 @@ import pytest
 from grpo.config.data import DataOptions
 from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.data.examples import Example, clean_solution, load_examples
-from grpo.task import Task
+from grpo.task.task import Task
 
 GSM8K = Path(os.environ.get("QUARTET_GSM8K", "nowhere"))
 needs_gsm8k = pytest.mark.skipif(not (GSM8K / "train.jsonl").is_file(), reason=f"no GSM8K in {GSM8K}")

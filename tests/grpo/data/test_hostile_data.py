@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from grpo.cli import main
-from grpo.commands.sample import read_prompts
+from grpo.cli.commands.sample import read_prompts
+from grpo.cli.parse import main
 from grpo.config.options import ConfigError, load
 from grpo.config.run import TrainConfig
 from grpo.config.yaml_file import parse_yaml, read_yaml
 from grpo.data.examples import CHARACTERS_PER_TOKEN, load_examples
-from grpo.task import LONGEST_TEXT, Task
+from grpo.task.task import LONGEST_TEXT, Task
 
 GOOD = {"question": "2 + 3 = ?", "answer": "#### 5"}
 SURROGATE = r'{"question": "q37\ud83d", "answer": "#### 5"}'

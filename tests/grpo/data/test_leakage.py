@@ -11,7 +11,7 @@ from grpo.config.data import DataOptions
 from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.data.examples import load_examples
 from grpo.data.leakage import fingerprint, is_gsm8k_test_question
-from grpo.task import Task
+from grpo.task.task import Task
 
 EGGS = (  # the first question of the test set, as published with GSM8K (Cobbe et al. 2021, MIT licence)
     "Janet’s ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes muffins for her friends "

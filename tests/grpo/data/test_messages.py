@@ -5,17 +5,17 @@ import json
 import pytest
 from rich.console import Console
 
-from grpo.commands.eval import evaluate_model
-from grpo.commands.reward_replay import replay
-from grpo.commands.reward_test import check_reward
+from grpo.cli.commands.eval import evaluate_model
+from grpo.cli.commands.reward_replay import replay
+from grpo.cli.commands.reward_test import check_reward
+from grpo.cli.config.inference import EvalConfig, defaults_of_run
+from grpo.cli.config.reward_commands import ReplayConfig, RewardTestConfig
 from grpo.config.data import DataOptions
-from grpo.config.inference import EvalConfig, defaults_of_run
 from grpo.config.options import load
 from grpo.config.reward import RewardOptions, ScoringOptions
-from grpo.config.reward_commands import ReplayConfig, RewardTestConfig
 from grpo.data.examples import Example, load_examples
 from grpo.data.prompts import PromptTemplate
-from grpo.task import Task
+from grpo.task.task import Task
 from grpo.train import train
 from policies.policy import Policy
 from rewards import RewardError, RewardSpec, Scorer, load_reward

@@ -8,7 +8,7 @@ from grpo.config.data import DataOptions
 from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.data.examples import load_examples
 from grpo.data.reasoning_gym import reasoning_gym_problems
-from grpo.task import Task
+from grpo.task.task import Task
 from rewards import RewardError, RewardSpec, Scorer, load_reward
 
 pytest.importorskip("reasoning_gym")

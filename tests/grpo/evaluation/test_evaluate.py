@@ -14,7 +14,7 @@ from grpo.evaluation.held_out import HeldOut
 from grpo.run.log import RunLog
 from grpo.run.metrics import check
 from grpo.run.records import read_metrics
-from grpo.task import Task
+from grpo.task.task import Task
 from rewards import RewardError
 from rollout.engine import RolloutError
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from grpo.cli import main
-from grpo.commands.eval_report import pairs, show_paired
+from grpo.cli.commands.eval_report import pairs, show_paired
+from grpo.cli.parse import main
 from grpo.config.json_file import write_json
 from grpo.data.leakage import TRAINED_ON, problem_fingerprint
 from grpo.evaluation.paired import paired_difference

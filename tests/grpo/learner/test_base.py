@@ -9,17 +9,17 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from grpo.commands import summary
-from grpo.commands.export import export
-from grpo.commands.memory import learner_memory
+from grpo.cli.commands import summary
+from grpo.cli.commands.export import export
+from grpo.cli.commands.memory import learner_memory
 from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.learner import base
 from grpo.learner.learner import Learner
-from grpo.policy_source import check_options, find_policy, load_found
 from grpo.run.records import read_metrics
 from grpo.run.resume import base_digest
 from grpo.run.stop import Stopped
+from grpo.source.policy_source import check_options, find_policy, load_found
 from grpo.train import train
 from policies import four_bit
 from policies.policy import Policy, PolicyError, digest

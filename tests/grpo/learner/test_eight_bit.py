@@ -18,8 +18,8 @@ from grpo.learner import eight_bit
 from grpo.learner.eight_bit import block_of, parts
 from grpo.learner.learner import Learner
 from grpo.learner.master_weights import MasterWeights
-from grpo.policy_source import check_options
 from grpo.run import checkpoint
+from grpo.source.policy_source import check_options
 
 CASES = Path(__file__).parents[2] / "cases"
 EIGHT = LearnerOptions(optimizer="adamw_8bit", learning_rate=1e-3, tokens_per_micro_batch=60)

@@ -404,7 +404,7 @@ def test_sigterm_to_every_rank_saves_and_ends_all_of_them(run, tmp_path):
 
 STOPS = """
 import os, runpy, signal, sys
-import grpo.run.pool, grpo.train  # the package also has a function of this name
+import grpo.steps.pool, grpo.train  # the package also has a function of this name
 from rollout.depth import Workload
 
 def costs(pool, *_, **__):
@@ -418,7 +418,7 @@ def opened(*_, while_waiting, **__):
 if sys.argv[1] == "measuring":  # rank 0 alone calls either of them
     sys.modules["grpo.train"].use_costs_of_run = costs
 else:
-    grpo.run.pool.open_pool = opened
+    grpo.steps.pool.open_pool = opened
 sys.argv = ["quartet", *sys.argv[2:]]
 runpy.run_module("grpo", run_name="__main__")
 """

@@ -14,8 +14,8 @@ from grpo.config.loss import LossOptions
 from grpo.config.options import ConfigError
 from grpo.learner.learner import Learner
 from grpo.learner.teacher import Teacher, TeacherPolicy
-from grpo.reward_models import check_teacher
 from grpo.run.records import read_metrics, read_rollouts
+from grpo.task.reward_models import check_teacher
 from grpo.train import train
 
 
@@ -150,7 +150,7 @@ def test_a_run_comes_nearer_to_its_teacher_and_goes_on_to_the_same_bits(folders,
 
 
 def test_another_tokenizer_is_refused_before_anything_is_loaded(folders, micro_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo.policy_source.load_found", lambda *_, **__: pytest.fail("a policy was loaded"))
+    monkeypatch.setattr("grpo.source.policy_source.load_found", lambda *_, **__: pytest.fail("a policy was loaded"))
     check_teacher(options_of(folders, micro_config, tmp_path / "run"))
     file = tmp_path / "other/tokenizer.json"
     shutil.copytree(folders / "teacher", file.parent)

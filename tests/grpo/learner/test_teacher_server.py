@@ -9,7 +9,7 @@ import pytest
 import torch
 from recorded import groups_of
 
-from grpo.cli import main
+from grpo.cli.parse import main
 from grpo.config.learner import BalanceOptions
 from grpo.config.options import ConfigError, dump_yaml
 from grpo.learner import teacher_server
@@ -168,7 +168,7 @@ def test_a_run_with_a_server_learns_what_a_run_with_the_folder_learns(folders, m
 def test_a_dead_server_and_a_missing_key_are_found_before_a_model_is_loaded(
     folders, micro_config, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("grpo.policy_source.load_found", lambda *_, **__: pytest.fail("a policy was loaded"))
+    monkeypatch.setattr("grpo.source.policy_source.load_found", lambda *_, **__: pytest.fail("a policy was loaded"))
 
     def config(**given):
         return micro_config(tmp_path / "run", **options_of(folders, **given))

@@ -16,12 +16,12 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo.actions import EXPECTED
-from grpo.commands.export import _read_run
-from grpo.commands.model_card import Origin, model_card
-from grpo.commands.reward_replay import _settings
-from grpo.commands.sample import read_prompts
-from grpo.config.inference import defaults_of_run
+from grpo.cli.actions import EXPECTED
+from grpo.cli.commands.export import _read_run
+from grpo.cli.commands.model_card import Origin, model_card
+from grpo.cli.commands.reward_replay import _settings
+from grpo.cli.commands.sample import read_prompts
+from grpo.cli.config.inference import defaults_of_run
 from grpo.config.mtp import defaults_of_run as mtp_defaults_of_run
 from grpo.config.options import load
 from grpo.config.run import TrainConfig

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo.collector import Collector
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
 from grpo.config.run import SftConfig
-from grpo.loop import Run
 from grpo.mtp import mtp
 from grpo.run import lock
 from grpo.run.lock import FolderInUse, RunLock
@@ -24,6 +22,8 @@ from grpo.run.log import RunLog
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.sft import sft
+from grpo.steps.collector import Collector
+from grpo.steps.loop import Run
 from grpo.train import train
 
 ROOT = Path(__file__).parents[3]

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import rollout.engine
-from grpo.cli import main
-from grpo.config.inference import EvalConfig, SampleConfig
+from grpo.cli.config.inference import EvalConfig, SampleConfig
+from grpo.cli.parse import main
 from grpo.config.learner import LearnerOptions
 from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.learner.likelihood import Likelihood
 from grpo.run.memory_errors import NAMES, WAYS, OutOfMemory, is_full, phase
-from grpo.run.pool import InterruptiblePool
+from grpo.steps.pool import InterruptiblePool
 from policies.policy import Policy
 
 CUDA = (

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo.cli import main
-from grpo.policy_source import find_policy
+from grpo.cli.parse import main
 from grpo.run.records import read_metrics, read_rollouts
+from grpo.source.policy_source import find_policy
 from policies.policy import Policy
 
 CASE = Path(__file__).parents[2] / "cases/run_0.1.0"  # stopped after step 2 of 3; step_3.json is what 0.1.0 made next

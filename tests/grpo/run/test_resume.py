@@ -14,13 +14,13 @@ from grpo.config.options import dump_yaml, load
 from grpo.config.run import SftConfig
 from grpo.learner.learner import Learner
 from grpo.learner.update import NonFiniteStep
-from grpo.policy_source import find_policy, load_found
 from grpo.run import checkpoint, log
 from grpo.run.log import RunLog
 from grpo.run.records import best_step, read_metrics, read_rollouts
 from grpo.run.resume import base_changed, refuse_changed_config
 from grpo.run.stop import Stopped
 from grpo.sft import sft
+from grpo.source.policy_source import find_policy, load_found
 from grpo.train import train
 from policies import tensor_files
 from policies.files.digests import DIGESTS, write_digests

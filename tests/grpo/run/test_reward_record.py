@@ -15,7 +15,7 @@ from grpo.learner.learner import Learner
 from grpo.run.records import read_events, read_metrics, read_rollouts
 from grpo.run.reward_record import read_rewards
 from grpo.run.stop import Stopped
-from grpo.task import Task
+from grpo.task.task import Task
 from grpo.train import train
 from rewards.group_score import RewardFailed
 from rollout.group import Completion, Prompt, RolloutGroup

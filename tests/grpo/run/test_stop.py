@@ -19,7 +19,7 @@ from grpo.run import checkpoint, log
 from grpo.run.log import RunLog
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped, signals
-from grpo.task import Task
+from grpo.task.task import Task
 from grpo.train import train
 from policies import tensor_files
 from rewards.group_score import RewardFailed, RewardFailure

@@ -11,7 +11,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from grpo.cli import main
+from grpo.cli.parse import main
 from grpo.run.console import Terminal
 from grpo.run.escape import escaped
 from grpo.run.log import RunLog

@@ -12,8 +12,8 @@ import yaml
 
 import grpo.run.hardware
 from grpo.config.options import dump_yaml
-from grpo.policy_source import load_policy, with_threads
 from grpo.run.hardware import threads_for
+from grpo.source.policy_source import load_policy, with_threads
 from grpo.train import train
 from policies.openmp import CHOICES, WAITING
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from grpo.cli import main
+from grpo.cli.parse import main
 from grpo.view.compare import Point, compare
 
 

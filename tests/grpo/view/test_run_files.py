@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from grpo.algorithm.statistics import wilson_interval
-from grpo.cli import main
+from grpo.cli.parse import main
 from grpo.run import hardware
 from grpo.run.records import read_metrics, read_rollouts, split_groups
 from grpo.view.run_files import RunFiles, finite

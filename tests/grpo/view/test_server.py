@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from grpo.cli import main
+from grpo.cli.parse import main
 from grpo.evaluation.held_out import Result
 from grpo.run.records import read_rollouts, rollout_path
 from grpo.view.page import self_contained

@@ -9,8 +9,8 @@ from huggingface_hub import constants
 
 from grpo.config.reward import RewardModelOptions
 from grpo.data.examples import load_examples
-from grpo.policy_source import check_model
-from grpo.reward_models import ModelRewards
+from grpo.source.policy_source import check_model
+from grpo.task.reward_models import ModelRewards
 from policies.files import hub
 from policies.policy import AutoConfig, AutoTokenizer, PolicyError, read_config, read_tokenizer
 

@@ -21,14 +21,14 @@ from engine_cases import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo.cli import main
+from grpo.cli.parse import main
 from grpo.config.learner import BalanceOptions
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.experts import Balancer
-from grpo.policy_source import find_policy, load_found, read_shape
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
+from grpo.source.policy_source import find_policy, load_found, read_shape
 from grpo.train import train
 from policies.anatomy import anatomy
 from policies.conversion.dense import convert_dense

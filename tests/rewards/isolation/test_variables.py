@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from grpo.cli import main
+from grpo.cli.parse import main
 from grpo.config.options import dump_yaml, load
 from grpo.config.run import TrainConfig
 from grpo.run.resume import refuse_changed_config

@@ -13,7 +13,7 @@ from vllm_cases import HEADS, PYTHON, needs_vllm
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
-from grpo.publisher import Publisher
+from grpo.steps.publisher import Publisher
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.backends.vllm.pool import VLLMPool

@@ -1,0 +1,290 @@
+"""What each command of `quartet` does, from its parsed arguments to what it prints.
+
+The work is done in train, sft, mtp, commands/ and the other rooms, which are imported inside the functions: they load
+transformers or Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from grpo.config.json_file import write_json
+from grpo.run.escape import escaped
+
+EXIT_ERROR, EXIT_USAGE = 1, 2
+
+
+def _load(args: argparse.Namespace, file: Path | None = None, brought: Mapping[str, Any] | None = None) -> Any:
+    """The command's options: their defaults, then those of them that a run folder brings, the file, the command line.
+
+    None where they were only to be printed, which then is done.
+    """
+    from grpo.config.options import dump_yaml, load
+
+    known = {name: value for name, value in (brought or {}).items() if name in args.options.model_fields}
+    on_removed = _warn if getattr(args, "resume", None) else None
+    config: Any = load(args.options, file, known | args.overrides, args.flags, on_removed=on_removed)
+    if getattr(args, "print_config", False):
+        print(dump_yaml(config), end="")
+        return None
+    args.output_dir = getattr(config, "output_dir", None)
+    return config
+
+
+def _warn(text: str) -> None:
+    fail(text, 0)
+
+
+def _begin() -> None:
+    """The first sign of life, before torch and transformers are loaded, which takes seconds."""
+    if os.environ.get("RANK", "0") == "0":
+        print("loading torch and transformers ...", flush=True)
+
+
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    return {"resume": args.resume, "stop_after": args.stop_after, "force": args.force}
+
+
+def run(args: argparse.Namespace) -> int:
+    config = _load(args, args.config)
+    if config is None:
+        return 0
+    _begin()
+    from grpo.cli.commands import summary
+
+    if args.dry_run:
+        return 0 if summary.dry_run(config, device_gib=args.device_gib, **_flags(args)) else EXIT_ERROR
+    from grpo.launch import launch
+
+    results = launch(config, **_flags(args))
+    if results is not None:
+        summary.summary(results)
+    return 0
+
+
+def mtp(args: argparse.Namespace) -> int:
+    from grpo.config.mtp import defaults_of_run
+
+    file: Path | None = args.config
+    if file is None or file.suffix in (".yaml", ".yml"):
+        config = _load(args, file)
+    else:
+        config = _load(args, brought=defaults_of_run(file) | {"model": str(file)})
+    if config is None:
+        return 0
+    _begin()
+    from grpo.cli.commands import summary
+
+    if args.dry_run:
+        fits = summary.mtp_dry_run(config, resuming=args.resume is not None, device_gib=args.device_gib)
+        return 0 if fits else EXIT_ERROR
+    from grpo.config.problems import command_line
+    from grpo.mtp import mtp
+
+    with command_line():
+        summary.summary(mtp(config, **_flags(args)))
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from grpo.cli.config.inference import defaults_of_run
+
+    first = args.policies[0]
+    brought = defaults_of_run(Path(first), args.overrides.get("data"))
+    config = _load(args, brought=brought | {"model": first})
+    if config is None:
+        return 0
+    _begin()
+    from grpo.cli.commands import eval_report, summary
+    from grpo.cli.commands.eval import ModelEvaluation, evaluate_model
+
+    found: list[ModelEvaluation] = []
+    for policy in args.policies:
+        output = config.output and config.output / str(len(found)) if found else config.output
+        own = config.model_copy(update={"model": policy, "output": output})
+        found.append(evaluate_model(own, summary.CONSOLE, args.policies[len(found) + 1 :]))
+        eval_report.show(found[-1], summary.CONSOLE)
+    if len(found) > 1:
+        eval_report.show_paired(found[0], found[1:], summary.CONSOLE)
+    _write(args.json, eval_report.as_json(found[0]) if len(found) == 1 else eval_report.paired_as_json(found))
+    return EXIT_ERROR if any(evaluation.without_any_mark for evaluation in found) else 0
+
+
+def sample(args: argparse.Namespace) -> int:
+    if not args.prompt and args.prompts is None:
+        args.options_parser.error('there are no prompts: give --prompt "some text", --prompts FILE.jsonl, --prompts -')
+    from grpo.cli.config.inference import defaults_of_run
+
+    brought = defaults_of_run(Path(args.policy), args.overrides.get("data"))
+    config = _load(args, brought=brought | {"model": args.policy})
+    _begin()
+    from grpo.cli.commands import summary
+    from grpo.cli.commands.sample import prompts_of, sample
+
+    examples = prompts_of(args.prompt, args.prompts)
+    if brought and "template" not in args.overrides:
+        shots = f" and {config.few_shot} worked examples" if config.few_shot else ""
+        print(f"prompts are written as in the run: template {config.template!r}{shots}")
+    sampled = sample(config, examples, summary.CONSOLE)
+    summary.groups(sampled.groups, sampled.tokenizer)
+    _write(args.json, {"groups": summary.groups_as_json(sampled.groups)})
+    return fail(sampled.faults, EXIT_ERROR) if sampled.faults else 0
+
+
+def serve(args: argparse.Namespace) -> None:
+    from grpo.cli.config.inference import defaults_of_run
+
+    config = _load(args, brought=defaults_of_run(Path(args.policy)) | {"model": args.policy})
+    if config is None:
+        return
+    from grpo.cli.serve.server import serve
+
+    serve(config, follow=args.follow)
+
+
+def convert(args: argparse.Namespace) -> None:
+    config = _load(args)
+    _begin()
+    from grpo.cli.commands import convert, summary
+
+    conversion = convert.convert(args.source, args.destination, config, mtp=args.mtp, console=summary.CONSOLE)
+    convert.show(conversion, summary.CONSOLE)
+    _write(args.json, asdict(conversion))
+
+
+def quantize(args: argparse.Namespace) -> None:
+    from grpo.cli.config.inference import defaults_of_run
+
+    brought = defaults_of_run(Path(args.source), args.overrides.get("data"))
+    config = _load(args, brought=brought | {"model": args.source})
+    if config is None:
+        return
+    _begin()
+    from grpo.cli.commands import summary
+    from grpo.cli.quantize import report
+    from grpo.cli.quantize.quantize import quantize
+
+    result = quantize(args.destination, config, summary.CONSOLE)
+    report.show(result, summary.CONSOLE)
+    _write(args.json, report.as_json(result))
+
+
+def inspect(args: argparse.Namespace) -> None:
+    _begin()
+    from grpo.cli.commands import inspect, summary
+
+    anatomy = inspect.inspect(args.model, args.context)
+    summary.CONSOLE.print(inspect.table(args.model, anatomy))
+    _write(args.json, inspect.as_json(args.model, anatomy))
+
+
+def export(args: argparse.Namespace) -> None:
+    _begin()
+    from grpo.cli.commands.push import run_export
+
+    print(escaped(run_export(args.run, args.destination, args.push_to_hub, adapter=args.adapter)))
+
+
+def view(args: argparse.Namespace) -> None:
+    from grpo.view.server import view
+
+    view(args.runs, args.host, args.port)
+
+
+def report(args: argparse.Namespace) -> None:
+    from grpo.view.report import report
+
+    print(report(args.run, args.output or args.run / "report.html", args.steps))
+
+
+def why(args: argparse.Namespace) -> None:
+    from grpo.cli.why.report import tell
+    from grpo.run.console import Terminal
+
+    given = {name: getattr(args, name) for name in ("group", "groups", "tokens", "heldout", "what_if")}
+    _write(args.json, asdict(tell(args.run, args.step, Terminal(), **given)))
+
+
+def compare(args: argparse.Namespace) -> None:
+    from grpo.run.console import Terminal
+    from grpo.view.compare import as_json, compare, show
+
+    comparison = compare(args.runs, args.metrics, args.steps)
+    show(comparison, Terminal())
+    _write(args.json, as_json(comparison))
+
+
+def reward_test(args: argparse.Namespace) -> int:
+    config = _load(args)
+    from grpo.cli.commands.reward_report import show_check
+    from grpo.cli.commands.reward_test import check_reward
+    from grpo.run.console import Terminal
+
+    check = check_reward(args.function, config)
+    show_check(check, Terminal())
+    _write(args.json, asdict(check))
+    return EXIT_ERROR if check.problems else 0
+
+
+def reward_replay(args: argparse.Namespace) -> int:
+    config = _load(args)
+    from grpo.cli.commands.reward_replay import replay
+    from grpo.cli.commands.reward_report import show_replay
+    from grpo.run.console import Terminal
+
+    result = replay(args.run, args.function, config)
+    show_replay(result, Terminal())
+    _write(args.json, asdict(result))
+    return EXIT_ERROR if result.failures else 0
+
+
+def _write(path: Path | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        write_json(path, content)
+        print(f"written to {path}")
+
+
+# Errors whose message is written for the user, beside ValueError and OSError; anything else is a bug and keeps its
+# traceback.
+EXPECTED = {
+    "grpo.cli.commands.recovery": "RecoveryDiverged",
+    "grpo.learner.parallel": "RankFailed",
+    "grpo.learner.teacher_server": "TeacherError",
+    "grpo.learner.update": "NonFiniteStep",
+    "grpo.run.checkpoint": "CheckpointError",
+    "grpo.run.memory_errors": "OutOfMemory",
+    "policies.conversion.parity": "ParityFailed",
+    "rewards.protocol": "RewardError",
+    "rollout.engine": "RolloutError",
+}
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """The classes of EXPECTED that are loaded: no other one can have been raised, and loading one may fail."""
+    loaded = {module: name for module, name in EXPECTED.items() if hasattr(sys.modules.get(module), name)}
+    return ValueError, OSError, *(getattr(sys.modules[module], name) for module, name in loaded.items())
+
+
+def option_of(error: Exception, args: argparse.Namespace) -> str:
+    """`output_dir: ` for an error of the operating system about a file in the folder that this option names."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | Path):
+        return ""  # one of our own messages, which name it themselves
+    file = Path(error.filename).absolute()
+    given = {name: value for name, value in vars(args).items() if isinstance(value, Path)}
+    given |= {name: value for name, value in getattr(args, "overrides", {}).items() if isinstance(value, str | Path)}
+    named = {name: Path(value).absolute() for name, value in given.items() if str(value)}
+    of_file = [name for name, path in named.items() if file == path or path in file.parents or file in path.parents]
+    longest = max(of_file, key=lambda name: len(named[name].parts), default=None)
+    return f"{longest}: " if longest else ""
+
+
+def fail(message: str, code: int) -> int:
+    """The one place that prints errors. They quote what others wrote: rewards, column names, checkpoints."""
+    print(escaped(f"quartet: {message}"), file=sys.stderr)
+    return code

@@ -1,0 +1,225 @@
+"""`quartet convert`: measure, compress, recover, cut into experts, start a draft head, save, load again, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import DeepseekV3ForCausalLM, PretrainedConfig, PreTrainedModel
+
+from grpo.cli.commands.recovery import recover
+from grpo.cli.config.convert import ConvertConfig
+from grpo.data.calibration_text import CalibrationText, calibration_text
+from grpo.run.console import progress_bars
+from grpo.run.hardware import device_of
+from grpo.source.policy_source import check_model
+from policies.conversion.calibration import observe
+from policies.conversion.compress import check_sizes, compress
+from policies.conversion.dense import convert_dense, load_dense, new_folder, parity_prompts, require_parity, save_as
+from policies.conversion.experts import ExpertShards, add_noise, shard_feed_forward
+from policies.conversion.head import draft_agreement, self_written, start_head
+from policies.conversion.parity import Fidelity, ParityReport, fidelity, parity
+from policies.conversion.supported import check_convertible, dense_shape
+from policies.policy import Policy, read_config, read_tokenizer
+
+
+@dataclass
+class Compression:
+    """`cache` and `dense_cache` are numbers per token and layer. `recovered` is None where nothing was trained."""
+
+    cache: int
+    dense_cache: int
+    rotary: int
+    latents: int
+    compressed: Fidelity
+    recovered: Fidelity | None = None
+    steps: int = 0
+    steps_asked: int = 0
+
+
+@dataclass
+class Conversion:
+    """`parity` compares the saved policy with the dense model, or with that model after compression or noise:
+    `against` says which. `noise` is how far noise on the experts moved it. `draft_agreement` is a share of the
+    held-out tokens."""
+
+    destination: str
+    parity: ParityReport
+    against: str = "the dense model"
+    compression: Compression | None = None
+    noise: ParityReport | None = None
+    draft_agreement: float | None = None
+
+
+def convert(source: str, destination: Path, config: ConvertConfig, *, mtp: bool, console: Console) -> Conversion:
+    """Writes `destination`, complete or not at all.
+
+    Raises FileExistsError for a destination that is not empty, OSError for one that cannot be written, PolicyError for
+    a damaged source, UnsupportedCheckpoint for one that cannot be converted, ValueError for sizes out of range and
+    text that is too short; all of them before any weight is read. Raises RecoveryDiverged and ParityFailed later.
+    """
+    with new_folder(destination) as folder:
+        check_model(source)
+        shards = check(read_config(source), config, mtp)
+        text = _text(source, config)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        dense = load_dense(source).to(device_of(config.device))
+        with progress_bars(console, enabled=True) as progress:
+            policy, reference, result = _build(dense, text, shards, config, mtp, progress)
+        save_as(policy, source, folder)
+        saved = Policy.load(folder).to(dense.device)
+        result.parity = parity(reference, saved.trunk, parity_prompts(dense.tokenizer))
+        result.destination = str(destination)
+        require_parity(result.parity, source, destination)
+    return result
+
+
+def check(dense: PretrainedConfig, config: ConvertConfig, mtp: bool) -> ExpertShards | None:
+    """How the feed-forward is cut into experts, or None. Raises where the dense configuration does not allow it."""
+    check_convertible(dense)
+    if config.rank is not None:
+        check_sizes(dense, config.rank, config.rotary)
+    elif config.calibrate is not None and not mtp:
+        raise ValueError(f"calibrate={config.calibrate!r} is for --rank and --mtp; the exact form needs no text")
+    if config.ffn == "dense":
+        return None
+    shards = ExpertShards(**config.experts.model_dump(exclude={"noise"}))
+    shards.check(dense)
+    return shards
+
+
+def _text(source: str, config: ConvertConfig) -> CalibrationText | None:
+    if config.calibrate is None:
+        return None
+    window = min(config.window, read_config(source).max_position_embeddings)
+    return calibration_text(
+        config.calibrate,
+        read_tokenizer(source),
+        tokens=max(config.calibrate_tokens, config.recover * config.recovery.windows_per_step * window),
+        heldout_tokens=config.heldout_tokens,
+        window=window,
+    )
+
+
+def _build(
+    dense: Policy,
+    text: CalibrationText | None,
+    shards: ExpertShards | None,
+    config: ConvertConfig,
+    mtp: bool,
+    progress: Progress,
+) -> tuple[Policy, PreTrainedModel, Conversion]:
+    """The policy to save, the model that it must equal, and what the report says."""
+    prompts = parity_prompts(dense.tokenizer)
+    nothing_yet = ParityReport(0.0, 0.0, 0.0, 0.0, False, 0)
+    result, reference = Conversion("", nothing_yet), dense.trunk
+    if config.rank is None:
+        trunk = convert_dense(dense.trunk)
+    else:
+        assert text is not None
+        trunk, result.compression = _compress(dense.trunk, text, config, config.rank, progress)
+        reference, result.against = trunk, "the compressed policy"
+    if shards is not None:
+        trunk = shard_feed_forward(trunk, shards, config.seed)
+        if config.experts.noise:
+            require_parity(parity(reference, trunk, prompts), "what experts are made of", result.against)
+            add_noise(trunk, config.experts.noise, config.seed)
+            result.noise = parity(reference, trunk, prompts)
+            reference, result.against = trunk, "the policy with noise"
+    policy = Policy(trunk, None, dense.tokenizer)
+    if mtp:
+        if text is None:
+            rows = self_written(dense.trunk, dense.tokenizer, length=min(128, dense.max_length), seed=config.seed)
+            held = len(rows) // 5
+            text = CalibrationText(rows[:-held], rows[-held:])
+        with _bar(progress, "fitting the draft head", len(text.windows)) as advance:
+            policy.mtp = start_head(trunk, text.windows, advance)
+        result.draft_agreement = draft_agreement(policy, text.heldout)
+    return policy, reference, result
+
+
+def _compress(
+    dense: PreTrainedModel, text: CalibrationText, config: ConvertConfig, rank: int, progress: Progress
+) -> tuple[DeepseekV3ForCausalLM, Compression]:
+    measured = text.windows[: -(-config.calibrate_tokens // len(text.windows[0]))]
+    with _bar(progress, "measuring the dense model", len(measured)) as advance:
+        moments = observe(dense, measured, advance)
+    with _bar(progress, "compressing", 1):
+        student, split = compress(dense, moments, rank, config.rotary)
+    _, groups, head_dim = dense_shape(dense.config)
+    result = Compression(
+        cache=rank,
+        dense_cache=2 * groups * head_dim,
+        rotary=2 * len(split.rotary),
+        latents=split.latents,
+        compressed=fidelity(dense, student, text.heldout),
+        steps_asked=config.recover,
+    )
+    if config.recover:
+        task = progress.add_task("recovering", total=config.recover, unit="steps")
+
+        def on_step(step: int, loss: float) -> None:
+            progress.update(task, completed=step, description=f"recovering, KL {loss:.4f}")
+
+        result.steps = recover(
+            student, dense, text.windows, config.recover, config.recovery, seed=config.seed, on_step=on_step
+        )
+        progress.remove_task(task)
+        result.recovered = fidelity(dense, student, text.heldout)
+    return student, result
+
+
+@contextmanager
+def _bar(progress: Progress, what: str, total: int) -> Iterator[Callable[[], None]]:
+    task = progress.add_task(what, total=total, unit="windows" if total > 1 else "")
+    yield lambda: progress.advance(task)
+    progress.remove_task(task)
+
+
+def show(conversion: Conversion, console: Console) -> None:
+    """Print what compression cost and recovery regained, what noise did, and the parity report of the saved policy."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    if (compression := conversion.compression) is not None:
+        console.print(_table(compression))
+        if compression.steps < compression.steps_asked:
+            say(f"recovery was ended at step {compression.steps} of {compression.steps_asked}; what it reached is kept")
+        after = compression.recovered
+        if after is not None and after.kl_mean > compression.compressed.kl_mean:
+            say("recovery did harm: the KL has grown; lower recovery.learning_rate, or leave --recover out")
+    if (noise := conversion.noise) is not None:
+        say(
+            f"noise on the experts: max logit difference {noise.max_logit_difference:.1e}, "
+            f"mean KL {noise.kl_mean:.1e}, top-1 agreement {100 * noise.top1_agreement:.2f} %"
+        )
+    say(f"{'compared with':<22} {conversion.against}\n{conversion.parity}")
+    if conversion.draft_agreement is not None:
+        say(f"{'first drafts agree':<22} {100 * conversion.draft_agreement:.1f} % of held-out tokens, untrained")
+    say(f"written to {conversion.destination}")
+
+
+def _table(compression: Compression) -> Table:
+    before, after = compression.compressed, compression.recovered
+    saved = 1 - compression.cache / compression.dense_cache
+    table = Table(title=f"{before.num_tokens:,} held-out tokens", title_justify="left")
+    table.add_column("")
+    for column in ("dense", "compressed", *([f"after {compression.steps} steps"] if after else [])):
+        table.add_column(column, justify="right")
+    compressed = [before] + ([after] if after else [])
+    cache = f"{compression.cache} (−{100 * saved:.0f} %)"
+    split = f"{compression.latents} + {compression.rotary}"
+    table.add_row("cached numbers a token and layer", f"{compression.dense_cache}", *[cache for _ in compressed])
+    table.add_row("latents + rotary key", "", *[split for _ in compressed])
+    table.add_row("mean KL from dense, nats a token", "0", *[f"{f.kl_mean:.4f}" for f in compressed])
+    table.add_row("top-1 agreement", "100 %", *[f"{100 * f.top1_agreement:.1f} %" for f in compressed])
+    table.add_row("perplexity", f"{before.dense_perplexity:.3f}", *[f"{f.perplexity:.3f}" for f in compressed])
+    return table

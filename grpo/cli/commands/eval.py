@@ -1,0 +1,242 @@
+"""`quartet eval`: one policy on one set of held-out problems, sampled and greedy, with everything that is measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+
+from grpo.algorithm.statistics import corpus_bleu
+from grpo.cli.commands.served import is_address, open_served
+from grpo.cli.config.inference import EvalConfig
+from grpo.config.data import DataOptions, PromptOptions
+from grpo.config.environment import rewards_of
+from grpo.data.examples import default_heldout_split
+from grpo.data.leakage import trained_on
+from grpo.endpoint.agent_pool import AgentPool
+from grpo.evaluation.evaluate import Evaluation, both_ways, evaluate_ways
+from grpo.evaluation.perplexity import Perplexity, gold_perplexity
+from grpo.run.console import progress_bars
+from grpo.run.memory_errors import phase
+from grpo.source.policy_source import PolicySource, check_options, find_policy, known_context, load_found
+from grpo.task.sampling import agent_of, environment_of, sampling_params
+from grpo.task.task import Task
+from policies.policy import Policy
+from rewards.group_score import GroupScore
+from rollout.depth import Workload
+from rollout.engine import RolloutError
+from rollout.group import RolloutGroup
+from rollout.pool import Pool, open_pool
+from rollout.sampling import SamplingParams
+
+COMPLETIONS = "completions.jsonl"
+
+
+@dataclass(frozen=True)
+class ModelEvaluation:
+    """What `quartet eval` found. `results` hold `sampled` and `greedy`, or the one that was asked for.
+
+    `trained_on` counts the problems that the policy was trained on; more than 0 only with `allow_trained_on`.
+    """
+
+    config: EvalConfig
+    source: PolicySource
+    split: str
+    problems: int
+    trained_on: int
+    rewards: list[dict[str, Any]]
+    results: dict[str, Evaluation]
+    perplexity: Perplexity | None
+    bleu_signature: str | None
+    peak_memory_gib: dict[str, float]
+    no_accuracy: str | None = None  # why there is none
+
+    @property
+    def without_any_mark(self) -> bool:
+        return all(result.completions == 0 for result in self.results.values())
+
+
+class CompletionsFile:
+    """`completions.jsonl` in a folder: every completion with its mark, written while the evaluation goes on.
+
+    {"prompt_id": "gsm8k/test/0", "way": "greedy", "sample": 0, "prompt": "...", "completion": "...", "answer": "18",
+     "solution": "...", "correct": true, "reward": 1.0, "parts": {"gsm8k": 1.0}, "failures": [],
+     "finish_reason": "stop", "tokens": 93}
+
+    `correct` is null where the first reward gave no mark, or its marks do not say right or wrong. Raises
+    FileExistsError if the file exists.
+    """
+
+    def __init__(self, folder: Path, task: Task) -> None:
+        self.path, self.task = folder / COMPLETIONS, task
+        if self.path.exists():
+            raise FileExistsError(f"output={folder} already holds {COMPLETIONS}; choose another folder, or delete it")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+
+    def write(self, way: str, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> None:
+        lines = [
+            json.dumps({"prompt_id": group.prompt.prompt_id, "way": way} | line, ensure_ascii=False, default=str) + "\n"
+            for group, score in zip(groups, scores, strict=True)
+            for line in self._lines(group, score)
+        ]
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(lines)
+
+    def close(self) -> None:
+        """Set `correct` to null in all lines if a late mark has shown that the reward is no accuracy."""
+        if self.task.verdicts.are_given or self.task.verdicts.declared:
+            return
+        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]]
+        text = "".join(json.dumps(row | {"correct": None}, ensure_ascii=False) + "\n" for row in rows)
+        self.path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    def _lines(self, group: RolloutGroup, score: GroupScore) -> list[dict[str, Any]]:
+        task, columns = self.task, group.prompt.columns
+        return [
+            {
+                "sample": sample,
+                "prompt": group.prompt.text,
+                "completion": completion.text,
+                "answer": task.read_answer(completion.answer),
+                "solution": columns.get(task.solution_column),
+                "correct": task.verdicts.of(score.parts[task.first_reward][sample]),
+                "reward": score.rewards[sample],
+                "parts": {name: values[sample] for name, values in score.parts.items()},
+                "failures": [str(failure) for failure in score.errors if failure.sample_index == sample],
+                "finish_reason": completion.finish_reason,
+                "tokens": len(completion.token_ids),
+            }
+            for sample, completion in enumerate(group.completions)
+        ]
+
+
+def evaluate_model(
+    config: EvalConfig, console: Console, others: Sequence[str] = (), met: Collection[str] = ()
+) -> ModelEvaluation:
+    """Evaluate the policy of `config`. What can be checked of model and data is checked before the policy is loaded.
+
+    `others` are evaluated on the same problems later: what one of them was trained on is refused now. So are the
+    problems that were `met` otherwise, by their fingerprints.
+    """
+    served = open_served(config) if is_address(config.model) else None
+    source = served.source if served else find_policy(config.model)
+    if not served and source.checkpoint is None:
+        check_options(config.model_copy(update={"model": source.folder}))
+    data = DataOptions(
+        name=config.data,
+        split=(config.holdout and config.split) or "train",
+        **{name: getattr(config, name) for name in (*PromptOptions.model_fields, "holdout", "holdout_seed")},
+    )
+    split = data.split if config.holdout else config.split or default_heldout_split(config.data)
+    met = frozenset(met) if served else trained_on(source.folder).union(met)
+    refused = met.union(*(trained_on(find_policy(other).folder) for other in others if not is_address(other)))
+    context = known_context(source.folder) if not served and source.checkpoint is None else None
+    with Task(
+        data,
+        rewards_of(config),
+        config.reward,
+        seed=config.seed,
+        train=False,
+        heldout=config.limit,
+        heldout_split=split,
+        reward_models=config.reward_models,
+        device=config.device,
+        met=frozenset() if config.allow_trained_on else refused,
+        contexts={config.prompt_column: context} if context else None,
+        environment=environment_of(config),
+        agent=agent_of(config),
+    ) as task:
+        completions = CompletionsFile(config.output, task) if config.output else None
+        write = completions.write if completions else None
+        policy = None if served else load_found(source, config)
+        sampling = SamplingParams(
+            max(config.samples, 1), config.temperature, config.max_completion_tokens, seed=config.seed
+        )
+        if policy:
+            task.check_lengths(policy, config.max_completion_tokens)
+            prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
+            sampling = sampling_params(policy, config, sampling.group_size, config.seed, dtype=config.dtype)
+        else:
+            assert served is not None
+            prompts = [served.prompt(example, task.template) for example in task.heldout]
+        sampling = replace(sampling, margin=config.margin, stop_strings=config.stop_strings)
+        sampling = replace(sampling, environment=environment_of(config))
+        asked = {"sampled": config.samples > 0, "greedy": config.greedy}
+        ways = {way: params for way, params in both_ways(sampling).items() if asked[way]}
+        pool = served or _open(policy, config, sampling)
+        try:
+            with phase("evaluating", config), progress_bars(console, enabled=True) as progress:
+                results = evaluate_ways(pool, task, prompts, ways, config.prompts_per_batch, progress, write)
+        except RolloutError as error:
+            if completions is None or not error.groups:
+                raise
+            raise RolloutError(f"{error}\nthe other completions are in {completions.path}", error.groups) from None
+        finally:
+            if completions:
+                completions.close()
+            if isinstance(pool, AgentPool):
+                pool.close()
+        bleus = {name: _bleu(result, task) for name, result in results.items()}
+        return ModelEvaluation(
+            config=config,
+            source=served.source if served else source,
+            split=split,
+            problems=len(prompts),
+            trained_on=sum(fingerprint in met for fingerprint in task.fingerprints(task.heldout)),
+            rewards=task.scorer.describe(),
+            results={name: replace(result, bleu=bleus[name][0]) for name, result in results.items()},
+            perplexity=_perplexity(policy, task) if policy else None,
+            bleu_signature=next(signature for _, signature in bleus.values()),
+            peak_memory_gib=peak_memory_gib(),
+            no_accuracy=task.verdicts.note,
+        )
+
+
+def _open(policy: Policy | None, config: EvalConfig, sampling: SamplingParams) -> Pool:
+    assert policy is not None
+    with phase("loading", config):
+        pool = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=config.prompts_per_batch)
+    if sampling.draft_tokens is None and policy.mtp is not None:
+        rows = config.prompts_per_batch * sampling.group_size
+        pool.use_costs(None, Workload.of(sampling, rows))  # else measured on the clock
+    agent = agent_of(config)
+    return AgentPool(pool, agent, config.temperature) if agent else pool
+
+
+def _perplexity(policy: Policy, task: Task) -> Perplexity | None:
+    stop = policy.stop_token_ids[0]
+    return gold_perplexity(policy, [task.solution(e, policy.tokenizer, stop) for e in task.heldout if e.solution])
+
+
+def _bleu(result: Evaluation, task: Task) -> tuple[float | None, str | None]:
+    """BLEU of all completions against the gold solutions as they are trained on; None where there are none."""
+    pairs = [
+        (text, example.solution)
+        for group, example in zip(result.groups, task.heldout, strict=True)
+        for text in group.texts
+        if example.solution
+    ]
+    found = corpus_bleu([text for text, _ in pairs], [solution for _, solution in pairs]) if pairs else None
+    return found or (None, None)
+
+
+def peak_memory_gib() -> dict[str, float]:
+    """The most memory that this process has held so far (without its reward workers), and the most on the device."""
+    if sys.platform == "win32":
+        most = psutil.Process().memory_info().peak_wset
+    else:
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # or KiB
+    peak = {"rss": most / 2**30}
+    if torch.cuda.is_available():
+        peak["device"] = torch.cuda.max_memory_allocated() / 2**30
+    return peak

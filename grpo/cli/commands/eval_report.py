@@ -1,0 +1,167 @@
+"""The table and the JSON of `quartet eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from grpo.algorithm.statistics import INTERVAL_METHOD, Estimate
+from grpo.cli.commands.eval import COMPLETIONS, ModelEvaluation
+from grpo.evaluation.evaluate import Evaluation, failure_kinds
+from grpo.evaluation.paired import PairedDifference, compare
+from grpo.run import hardware
+
+FAILURES_SHOWN = 5
+FAILURES_KEPT = 100
+PER_PROBLEM = "by_problem", "rewards_by_problem"
+
+
+def show(evaluation: ModelEvaluation, console: Console) -> None:
+    """A row for every figure, a column for every way of sampling; at most 80 columns wide."""
+    config, results = evaluation.config, evaluation.results
+    cells = {name: _cells(result) for name, result in results.items()}
+    table = Table(title=f"{config.data}, {evaluation.split}: {evaluation.problems:,} problems", title_justify="left")
+    table.add_column("(95 % interval)")
+    for name in results:
+        table.add_column(name, justify="right")
+    for label in dict.fromkeys(label for own in cells.values() for label in own):
+        table.add_row(label, *(own.get(label, "") for own in cells.values()))
+    console.print(table)
+    for line in _notes(evaluation):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)  # paths are not broken into lines
+
+
+def show_paired(first: ModelEvaluation, others: Sequence[ModelEvaluation], console: Console) -> None:
+    """A row for each way of sampling and each policy after the first: its difference from the first one."""
+    table = Table(title=f"against {escape(str(first.config.model))}, problem by problem", title_justify="left")
+    for name in ("policy", "", "difference (95 % interval)", "problems", "unpaired"):
+        table.add_column(name, justify="left" if name in ("policy", "") else "right")
+    for other in others:
+        for way, found in pairs(first, other).items():
+            more = "-" if found.unpaired is None else f"{found.unpaired:.1f} x"
+            known = found.low is not None
+            shown = f"{found.value:+.3f} " + (f"({found.low:+.3f} to {found.high:+.3f})" if known else "(unknown)")
+            table.add_row(escape(str(other.config.model)), way, shown, f"{found.problems:,}", more)
+    console.print(table)
+    console.print("unpaired: how many times as many problems the same interval would need without common noise")
+
+
+def pairs(first: ModelEvaluation, other: ModelEvaluation) -> dict[str, PairedDifference]:
+    """By way of sampling, over the problems that both have."""
+    return {way: compare(first.results[way], result) for way, result in other.results.items()}
+
+
+def _cells(result: Evaluation) -> dict[str, str]:
+    """label -> figure, in the order of the table."""
+    cells = {}
+    if result.interval is not None and result.accuracy is not None:
+        low, high = result.interval
+        cells["accuracy"] = f"{result.accuracy:.3f} ({low:.3f}-{high:.3f})"
+        cells["correct"] = f"{result.correct:,} of {result.completions:,}"
+    cells |= {f"pass@{k}": _shown(passed) for k, passed in result.pass_at.items() if k > 1}
+    cells |= {f"majority of {k}": _shown(vote) for k, vote in result.majority_at.items() if k > 1}
+    cells["reward, mean"] = "-" if result.reward_mean is None else f"{result.reward_mean:.3f}"
+    if len(result.parts) > 1:
+        cells |= {f"  {name}": f"{value:.3f}" for name, value in result.parts.items()}
+    if result.bleu is not None:
+        cells["BLEU against the solutions"] = f"{result.bleu:.1f}"
+    cells |= {
+        "completion tokens, mean": f"{result.length_mean:.1f}",
+        "cut at the limit": f"{result.clipped:.1%}",
+        "tokens per second": f"{result.tokens_per_second:,.0f}",
+        "tokens per forward": f"{result.tokens_per_forward:.2f}",
+    }
+    if result.acceptance:
+        rates = " ".join(f"{rate:.2f}".removeprefix("0") for rate in result.acceptance)
+        cells["drafts accepted, by depth"] = rates
+        cells["fallback rate"] = f"{result.fallback_rate:.1%}"
+    if result.without_mark:
+        failed = result.without_mark - result.abstained
+        cells["without a mark"] = f"{result.abstained:,} abstained, {failed:,} failed"
+    return cells
+
+
+def _shown(found: Estimate) -> str:
+    return f"{found.value:.3f} ({found.low:.3f}-{found.high:.3f})"
+
+
+def _notes(evaluation: ModelEvaluation) -> list[str]:
+    source, perplexity = evaluation.source, evaluation.perplexity
+    notes = [f"policy: {source.folder} ({source.meaning})"]
+    if evaluation.trained_on:
+        met = f"{evaluation.trained_on:,} of the {evaluation.problems:,} problems"
+        notes.append(f"NOT HELD OUT: the policy was trained on {met}")
+    if evaluation.no_accuracy:
+        notes.append(evaluation.no_accuracy)
+    if perplexity:
+        scored = f"{perplexity.tokens:,} tokens"
+        scored += f", {perplexity.too_long} solutions too long" if perplexity.too_long else ""
+        notes.append(f"perplexity of the gold solutions: {perplexity.value:.3f} ({scored})")
+    memory = " and ".join(f"{gib:.2f} GiB ({where})" for where, gib in evaluation.peak_memory_gib.items())
+    notes.append(f"peak memory: {memory}")
+    failures = [failure for result in evaluation.results.values() for failure in result.failures]
+    for kind, count in failure_kinds(failures).items():
+        notes.append(f"REWARD FAILED {count:,} times ({kind})")
+    notes += [f"  {failure}" for failure in failures[:FAILURES_SHOWN]]
+    if evaluation.without_any_mark:
+        notes.append("no completion has a mark: this evaluation says nothing about the policy")
+    if evaluation.config.output:
+        notes.append(f"every completion: {evaluation.config.output / COMPLETIONS}")
+    return [*notes, hardware.caption(hardware.describe())]
+
+
+def paired_as_json(evaluations: Sequence[ModelEvaluation]) -> dict[str, Any]:
+    """Every policy as `as_json` has it, and the differences from the first one."""
+    first, *others = evaluations
+    paired = [{"model": other.config.model} | {w: vars(p) for w, p in pairs(first, other).items()} for other in others]
+    return {"models": [as_json(evaluation) for evaluation in evaluations], "against_first": paired}
+
+
+def as_json(evaluation: ModelEvaluation) -> dict[str, Any]:
+    """What the table shows and how it was measured, with the machine (contract 11)."""
+    config, source, perplexity = evaluation.config, evaluation.source, evaluation.perplexity
+    return {
+        "model": config.model,
+        "policy": {"folder": source.folder, "meaning": source.meaning},
+        "data": config.data,
+        "split": evaluation.split,
+        "problems": evaluation.problems,
+        "trained_on": evaluation.trained_on,
+        "no_accuracy": evaluation.no_accuracy,
+        "evaluations": {name: _values(result) for name, result in evaluation.results.items()},
+        "interval_method": INTERVAL_METHOD,
+        "gold_perplexity": perplexity and (vars(perplexity) | {"perplexity": perplexity.value}),
+        "bleu_signature": evaluation.bleu_signature,
+        "peak_memory_gib": evaluation.peak_memory_gib,
+        "rewards": evaluation.rewards,
+        "options": config.model_dump(mode="json"),
+        "environment": hardware.describe(),
+    }
+
+
+def _values(result: Evaluation) -> dict[str, Any]:
+    """Without `correct`, `accuracy`, `interval_95`, `pass_at` and `majority_at` where there is no accuracy."""
+    judged = ("correct", "interval", "pass_at", "majority_at")
+    plain = {
+        name: value for name, value in vars(result).items() if name not in ("groups", "failures", *PER_PROBLEM, *judged)
+    }
+    if result.interval is not None:
+        plain |= {
+            "correct": result.correct,
+            "accuracy": result.accuracy,
+            "interval_95": list(result.interval),
+            "pass_at": {str(k): _estimate(passed) for k, passed in result.pass_at.items()},
+            "majority_at": {str(k): _estimate(vote) for k, vote in result.majority_at.items()},
+        }
+    return plain | {
+        "failures": failure_kinds(result.failures),
+        "first_failures": [vars(failure) for failure in result.failures[:FAILURES_KEPT]],
+    }
+
+
+def _estimate(found: Estimate) -> dict[str, Any]:
+    return {"value": found.value, "interval_95": [found.low, found.high], "problems": found.problems}

@@ -1,0 +1,256 @@
+"""`quartet export`: a run's policy as a folder that other tools load, with everything they need.
+
+    DST/config.json, *.safetensors, generation_config.json   what stock transformers loads, MTP layers after the last
+        tokenizer*, chat_template.jinja
+        LICENSE ...                                          of the base, where it has one
+        README.md                                            the model card: the run's own numbers
+        run/config.yaml, environment.json, metrics.jsonl     what the card was made from
+            report.html                                  what `quartet report` has made, where it is there
+        trained_on.txt                                   fingerprints of the problems that it was trained on
+
+`--adapter` writes the adapters of a LoRA run instead, in peft's format.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import DeepseekV3Config
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from grpo.cli.commands.model_card import REPORT, Origin, model_card
+from grpo.config.policy import ModelOptions
+from grpo.config.yaml_file import read_yaml
+from grpo.data.leakage import TRAINED_ON
+from grpo.run import checkpoint
+from grpo.source.backend import ours_alone
+from grpo.source.policy_source import RECORD, PolicySource, find_policy, load_found, shape_of
+from policies import lora, presets
+from policies.checkpoint import check_policy
+from policies.contradictions import FIXED_FIELDS
+from policies.files import gguf
+from policies.files.atomic import heed_umask
+from policies.files.digests import DIGESTS
+from policies.layout import WeightFiles, find_file
+from policies.policy import Policy, read_config
+
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
+RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", REPORT, TRAINED_ON)
+# Modules that peft takes for routed experts or the router in models whose experts transformers stacks.
+REINTERPRETED = {"gate_proj", "up_proj", "down_proj", "gate"}
+
+
+class ExportError(ValueError):
+    """A run that cannot be exported as asked; the message says what is missing and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def base(self) -> str:
+        """What GRPO started from: the warm start that the run made, else its `model`; folders by their whole path."""
+        warm = self.folder / "warm_start"
+        base = find_policy(str(warm) if warm.is_dir() else str(self.config["model"])).folder
+        return str(Path(base).resolve()) if Path(base).is_dir() else base
+
+
+def export(run: str | Path, destination: str | Path, *, adapter: bool = False, hub_id: str = "") -> str:
+    """Writes `destination`, complete or not at all, and returns what to tell the user. `hub_id` is what its model
+    card loads, where that is not the folder.
+
+    `run` is a run folder or a checkpoint inside one. Raises FileExistsError for a destination that exists, ExportError,
+    PolicyError or CheckpointError for a run that cannot be exported.
+    """
+    run, destination = Path(run), Path(destination)
+    if destination.exists() or destination.is_symlink():
+        raise FileExistsError(f"destination={str(destination)!r} exists; remove it or name another")
+    found = _read_run(run)
+    source = find_policy(str(run))
+    if what := ours_alone(shape_of(source)):
+        raise ExportError(
+            f"{run} has {what}, which no other program computes: use it with quartet, by `model: {source.folder}`"
+        )
+    origin = origin_of(found.config["model"])
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
+        folder = Path(scratch) / destination.name
+        left = ""
+        if adapter:
+            if _write_adapter(found, source, folder).mtp is not None:
+                left = "The draft head is not among them: export without `--adapter` for it."
+            if found.config["lora"].get("base"):
+                left += " They were trained over a base in 4 bits: load it so, or export without `--adapter`."
+                left = left.strip()
+        else:
+            _write_merged(source, found, folder)
+        for file in origin.licence_files:
+            shutil.copy(file, folder / file.name)
+        heed_umask(folder)
+        (folder / "run").mkdir()
+        for name in RUN_FILES:
+            if (found.folder / name).is_file():
+                shutil.copy(found.folder / name, folder / "run" / name)
+        base = found.base if adapter else None
+        what, called = _what(source), hub_id or destination.name
+        card = model_card(found.folder, called, origin, what, base, folder, left, source.step)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        folder.rename(destination)
+    licence = f"licence: {origin.licence_note}"
+    said = f"{'adapters' if adapter else 'policy'} of {run} ({source.meaning}) written to {destination}; {licence}"
+    return f"{said}\n{left}" if left else said
+
+
+def origin_of(model: str) -> Origin:
+    """The model that the weights of `model` first came from, through runs that continue runs, and its licence."""
+    while run := _run_around(Path(model)):
+        model = str(_read_run(run).config["model"])
+    if model in presets.PRESETS:
+        return Origin(model, preset=True)
+    files = [Path(path) for name in LICENCE_FILES if (path := find_file(model, name))]
+    card = find_file(model, "README.md")
+    data = ModelCard(Path(card).read_text(encoding="utf-8"), ignore_metadata_errors=True).data if card else None
+    terms = {
+        key: str(value) for key in ("license", "license_name", "license_link") if (value := getattr(data, key, None))
+    }
+    return Origin(model, terms=terms, licence_files=files)
+
+
+def _run_around(path: Path) -> Path | None:
+    """The run that `path` is, or that holds it as policy/, warm_start/ or checkpoints/step_000010/."""
+    if not path.is_dir():
+        return None
+    path = path.resolve()
+    return next((p for p in (path, path.parent, path.parent.parent) if (p / "environment.json").is_file()), None)
+
+
+def _read_run(run: Path) -> Run:
+    folder = _run_around(run)
+    if folder is None or not (folder / "config.yaml").is_file():
+        raise ExportError(f"RUN={str(run)!r} is no run folder (no environment.json and config.yaml in it)")
+    config, _ = read_yaml(folder / "config.yaml")
+    if "model" not in config:
+        raise ExportError(f"{folder / 'config.yaml'} names no `model`; it is not the configuration of a run")
+    return Run(folder, config)
+
+
+def _what(source: PolicySource) -> str:
+    if source.checkpoint is not None:
+        return f"checkpoint {source.checkpoint.name}"
+    return source.meaning if source.step is None else f"{source.meaning} (its weights are of step {source.step})"
+
+
+def _write_merged(source: PolicySource, run: Run, folder: Path) -> None:
+    """Write the policy as it was saved, or that of a checkpoint, with its adapters merged."""
+    if source.checkpoint is not None:
+        load_found(source, _options(run)).save(folder)
+        return
+    if not WeightFiles(source.folder).shapes:  # reads headers: a damaged file is not passed on
+        raise ExportError(f"{source.folder} holds no safetensors; let the run end: --resume auto")
+    config = read_config(source.folder)
+    check_policy(Path(source.folder))
+    # The export may be edited, and the record names a checkpoint of the run.
+    shutil.copytree(source.folder, folder, ignore=shutil.ignore_patterns(DIGESTS, RECORD))
+    if isinstance(config, DeepseekV3Config):  # a policy that was saved before we wrote these fields
+        file = folder / "config.json"
+        fields = json.loads(file.read_text(encoding="utf-8")) | FIXED_FIELDS
+        file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
+    """The policy whose adapters were written."""
+    options = run.config.get("lora")
+    if not options:
+        raise ExportError(f"{run.folder} trained every weight (lora: null), so there is no adapter; drop --adapter")
+    if run.base in presets.PRESETS:
+        raise ExportError(
+            f"the base of {run.folder} is preset {run.base!r}, random weights that nobody has; drop --adapter"
+        )
+    if gguf.file_of(run.base):
+        raise ExportError(f"the base of {run.folder} is a GGUF file, which peft cannot load by name; drop --adapter")
+    newest = source.checkpoint or checkpoint.newest(run.folder / "checkpoints")
+    if newest is None:
+        raise ExportError(f"{run.folder} has no checkpoint, where adapters are kept; drop --adapter")
+    policy = load_found(source if source.checkpoint else find_policy(str(newest)), _options(run), merged=False)
+    if source.checkpoint is None:
+        check_policy(Path(source.folder))
+        _refuse_other_base(policy, source.folder, run.base)
+    _refuse_moved_parts(policy, run.base)
+    folder.mkdir()
+    tensors = {name: t for name, t in policy.trunk.state_dict().items() if ".lora_" in name}
+    stored = {f"base_model.model.{name.replace(f'.{lora.ADAPTER}', '')}": t.contiguous() for name, t in tensors.items()}
+    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    peft_config(policy.trunk, options["rank"], options["alpha"], run.base).save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    return policy
+
+
+def peft_config(model: Any, rank: int, alpha: float, base: str) -> LoraConfig:
+    """The configuration under which `PeftModel.from_pretrained(base, ...)` puts our adapters where they were.
+
+    In a model whose experts transformers stacks, peft takes gate_proj, up_proj and down_proj among target_modules for
+    the routed experts. As target_parameters, with `.weight`, they mean the dense and shared ones.
+    """
+    stacked = get_checkpoint_conversion_mapping(model.config.model_type) is not None
+    modules, parameters = set(), set()
+    for name, layer in lora.adapters(model):
+        module = name.replace(".base_layer", "")
+        if isinstance(layer, ParamWrapper):
+            parameters.add(f"{module}.{layer.parameter_name}")
+        elif stacked and module.rpartition(".")[2] in REINTERPRETED:
+            parameters.add(f"{module}.weight")
+        else:
+            modules.add(module)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=sorted(modules),
+        target_parameters=sorted(parameters) or None,
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+
+
+@torch.no_grad()
+def _refuse_other_base(policy: Policy, saved: str, base: str) -> None:
+    """Refuse a base that has changed: base and adapters must add up to the policy that the run saved."""
+    merged, trained = lora.merged_state(policy.trunk), Policy.load(saved, next(policy.trunk.parameters()).dtype)
+    worst = max((_difference(merged[name], t), name) for name, t in trained.trunk.state_dict().items())
+    if worst[0] > 1e-3:
+        raise ExportError(
+            f"{base} and the run's adapters do not add up to {saved}: {worst[1]} differs by {worst[0]:.1e}; the base "
+            "has changed since, so an adapter would not fit it: export without --adapter"
+        )
+
+
+def _refuse_moved_parts(policy: Policy, base: str) -> None:
+    """Refuse a run that moved more than its adapters: the experts' bias of a balanced run."""
+    files = WeightFiles(base)
+    biases = {n.replace(".base_layer", ""): b for n, b in policy.trunk.named_buffers() if n.endswith("correction_bias")}
+    for name, own in biases.items():
+        if not torch.equal(files.read(name)[name].float(), own.float()):
+            raise ExportError(f"the run moved {name} (balance.bias_rate), which an adapter cannot hold; drop --adapter")
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference as a share of the largest value."""
+    return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-6))
+
+
+def _options(run: Run) -> ModelOptions:
+    return ModelOptions(dtype=run.config.get("dtype", "float32"), device="cpu")

@@ -1,0 +1,313 @@
+"""Does a reward do what it should? It is tried on gold, empty, wrong and hostile completions, without a model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import StatisticsError, correlation, fmean, quantiles
+from typing import Any
+
+from grpo.algorithm.verdicts import Verdicts
+from grpo.cli.commands.reward_probes import KINDS, Probe, probes
+from grpo.cli.config.reward_commands import RewardTestConfig
+from grpo.data.examples import Example, examples_of
+from rewards.group_score import RewardFailed, RewardFailure
+from rewards.protocol import RewardError
+from rewards.registry import find_reward
+from rewards.scorer import BATCH, RewardSpec, Scorer
+
+ALONE = 100  # gold solutions, and other completions, that are scored one by one at most
+ALONE_S = 10.0  # and for how long at most
+ROUNDING = 1e-5  # of a model that scores a batch at once
+STRONG = 0.5  # a correlation with length that is worth a look
+STATE = {"global_step": 0, "max_steps": 1, "epoch": 0.0}
+
+Scores = list[list[float | None]]  # [row][probe]
+
+
+@dataclass(frozen=True)
+class KindResult:
+    """How one kind of completion scored. `full` counts full marks, `unexpected` those that are not as expected."""
+
+    kind: str
+    count: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    full: int
+    abstained: int
+    unexpected: int
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """A completion whose score is unexpected. A `fault` fails the test; the others are worth a look."""
+
+    prompt_id: str
+    kind: str
+    score: float | None
+    expected: str
+    completion: str
+    fault: bool
+
+
+@dataclass
+class RewardCheck:
+    """What `check_reward` found. `problems` fail the test, `notes` do not.
+
+    `differing`: completions that scored differently when scored again, in this process, in another order, or alone (a
+    part of them is scored so). `latency_ms`: a gold solution alone, isolation included. `length_correlation`: Pearson's
+    r of score and length in characters, over gold solutions, and over gold, wrong and other ones; None where either is
+    constant. `logged`: the sums of the numbers that the function logged for each completion when it scored all of them
+    for the first time, and `failures` those of that time.
+    """
+
+    function: str
+    sha256: str | None
+    data: str
+    rows: int
+    full_marks: float
+    shaping: bool = False
+    kinds: list[KindResult] = field(default_factory=list)
+    differing: dict[str, int] = field(default_factory=dict)
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    completions_per_second: float = 0.0
+    length_correlation: dict[str, float | None] = field(default_factory=dict)
+    logged: dict[str, float] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    surprises: list[Surprise] = field(default_factory=list)
+    no_accuracy: str | None = None  # why an evaluation with it reports none
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
+    """Try `function` (a built-in name or `path/to/file.py:function`) on the data of `config`.
+
+    Raises RewardError, with function, row and cause, for one that cannot be loaded, asks for a column that is not
+    there, raises, hangs, dies or gives no number; ValueError and OSError for data that cannot be read.
+    """
+    find_reward(function)  # a misspelt name must not cost a download
+    examples = examples_of(config, config.data, config.split, purpose="eval", limit=config.limit)
+    spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
+    columns = list(examples[0].columns)
+    options: dict[str, Any] = {"columns": columns, "pass_variables": config.pass_variables}
+    with Scorer([spec], timeout_s=config.timeout_s, on_error=config.on_error, **options) as scorer:
+        trial = _Trial(function, examples)
+        gold = trial.dry_run(scorer)
+        verdicts = Verdicts(spec.label, scorer.right_at(spec.label), gold)
+        full_marks = verdicts.full_marks if config.full_marks is None else config.full_marks
+        [described] = scorer.describe()
+        check = RewardCheck(function, described["sha256"], config.data, len(examples), full_marks, config.shaping)
+        started = time.perf_counter()
+        scores = trial.score(scorer)
+        check.completions_per_second = sum(map(len, scores)) / (time.perf_counter() - started)
+        check.logged, check.failures = trial.logged, trial.failures
+        _compare(check, trial, spec, scorer, scores, columns, config.on_error)
+        _score_alone(check, trial, scorer, scores)
+        for row in scores:
+            verdicts.see(row)
+        check.no_accuracy = verdicts.note
+        if scorer.asks_for("completion_ids"):
+            check.notes.append("completion_ids were made up: the bytes of the text, one token each")
+    _judge(check, trial, scores)
+    _weigh(check, trial, scores, config.timeout_s)
+    return check
+
+
+class _Trial:
+    """The probes of each example, and how to score them all."""
+
+    def __init__(self, function: str, examples: Sequence[Example]):
+        self.function, self.examples = function, examples
+        self.row_of = {example.example_id: i for i, example in enumerate(examples)}
+        self.prompts = [f"{example.question}\n" for example in examples]
+        self.messages = [e.messages or [{"role": "user", "content": e.question}] for e in examples]
+        self.probes: list[list[Probe]] = probes(examples)
+        self.logged: dict[str, float] = {}  # of the last scoring of all
+        self.failures: list[str] = []
+
+    def score(self, scorer: Scorer, *, backwards: bool = False) -> Scores:
+        """The scores of all probes; `backwards` puts every completion into another place of the batch."""
+        order = range(len(self.examples))[:: -1 if backwards else 1]
+        step = -1 if backwards else 1
+        groups = self._score(scorer, order, [self.probes[i][::step] for i in order])
+        return [rewards[::step] for rewards in groups][::step]
+
+    def alone(self, scorer: Scorer, i: int, j: int) -> float | None:
+        """The score of one completion in a call of its own."""
+        return self._score(scorer, [i], [[self.probes[i][j]]])[0][0]
+
+    def _score(self, scorer: Scorer, rows: Sequence[int], chosen: list[list[Probe]]) -> Scores:
+        texts = [[probe.text for probe in row] for row in chosen]
+        ids = [[list(text.encode(errors="replace")) for text in row] for row in texts]
+        try:
+            groups = scorer.score(
+                [self.prompts[i] for i in rows],
+                texts,
+                [self.examples[i].columns for i in rows],
+                prompt_ids=[self.examples[i].example_id for i in rows],
+                completion_ids=ids if scorer.asks_for("completion_ids") else None,
+                trainer_state=STATE,
+                messages=[self.messages[i] for i in rows],
+            )
+        except RewardFailed as error:
+            i = self.row_of[error.failure.prompt_id]
+            raise self.failed(error.failure, i, chosen[list(rows).index(i)][error.failure.sample_index]) from None
+        self.failures = [str(failure) for group in groups for failure in group.errors]
+        self.logged = {
+            name: math.fsum(value for group in groups for value in group.extras.get(name, []) if value is not None)
+            for name in dict.fromkeys(name for group in groups for name in group.extras)
+            if all(isinstance(v, int | float | None) for group in groups for v in group.extras.get(name, []))
+        }
+        return [group.rewards for group in groups]
+
+    def dry_run(self, scorer: Scorer) -> float | None:
+        """The score of the first gold solution."""
+        try:
+            first = self.examples[0]
+            tried = scorer.dry_run(self.prompts[0], first.solution, first.columns, messages=self.messages[0])
+            return tried.rewards[0]
+        except RewardFailed as error:
+            raise self.failed(error.failure, 0, self.probes[0][0]) from None
+
+    def failed(self, failure: RewardFailure, i: int, probe: Probe) -> RewardError:
+        """The failure by the row of the data and the kind of completion."""
+        return RewardError(
+            f"reward {self.function!r} fails on row {i + 1} ({self.examples[i].example_id}): {failure.kind}: "
+            f"{failure.message}\nThe completion ({KINDS[probe.kind].meaning}): {probe.text[:200]!r}"
+        )
+
+
+def _compare(
+    check: RewardCheck,
+    trial: _Trial,
+    spec: RewardSpec,
+    scorer: Scorer,
+    scores: Scores,
+    columns: list[str],
+    on_error: str,
+) -> None:
+    """Determinism: the same completions again, in this process, and in another order."""
+    others = {"scored again": trial.score(scorer)}
+    with (
+        contextlib.redirect_stdout(sys.stderr),  # where a worker's prints go
+        Scorer([spec], columns=columns, on_error=on_error, isolated=False) as here,
+    ):
+        others["in this process"] = trial.score(here)
+    others["among other completions"] = trial.score(scorer, backwards=True)
+    for name, other in others.items():
+        found = {(i, j): score for i, row in enumerate(other) for j, score in enumerate(row)}
+        _note_differing(check, trial, name, scores, found, 1e-9)
+
+
+def _note_differing(
+    check: RewardCheck,
+    trial: _Trial,
+    name: str,
+    scores: Scores,
+    others: dict[tuple[int, int], float | None],
+    near: float,
+) -> None:
+    places = [(i, j) for (i, j), other in others.items() if not _equal(scores[i][j], other, near)]
+    check.differing[name] = len(places)
+    if places:
+        i, j = places[0]
+        check.problems.append(
+            f"{len(places)} completions score differently {name}: first on row {i + 1} "
+            f"({trial.examples[i].example_id}), {KINDS[trial.probes[i][j].kind].meaning}: "
+            f"{_shown(scores[i][j])}, then {_shown(others[i, j])}"
+        )
+
+
+def _equal(one: float | None, other: float | None, near: float = 1e-9) -> bool:
+    return one == other or (None not in (one, other) and math.isclose(one or 0.0, other or 0.0, rel_tol=near))
+
+
+def _score_alone(check: RewardCheck, trial: _Trial, scorer: Scorer, scores: Scores) -> None:
+    """Completions in calls of their own: how long a gold solution takes, and whether the score depends on its batch."""
+    rows = range(min(len(trial.examples), ALONE))
+    kinds = range(max(map(len, trial.probes)) - 1)
+    others = dict.fromkeys((i, 1 + (i + j) % (len(trial.probes[i]) - 1)) for j in kinds for i in rows)  # all kinds soon
+    times, alone = [], {}
+    end = time.perf_counter() + ALONE_S
+    for i, j in [*((i, 0) for i in rows), *list(others)[:ALONE]]:
+        started = time.perf_counter()
+        alone[i, j] = trial.alone(scorer, i, j)
+        times += [1000 * (time.perf_counter() - started)] if j == 0 else []
+        if time.perf_counter() > end:
+            break
+    _note_differing(check, trial, "alone", scores, alone, ROUNDING)
+    cuts = quantiles(times * 2, n=100, method="inclusive")  # twice: one value alone has no quantiles
+    check.latency_ms = {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98], "max": max(times)}
+
+
+def _judge(check: RewardCheck, trial: _Trial, scores: Scores) -> None:
+    """Compare every score with what its kind should get."""
+    for kind, (expected, meaning) in KINDS.items():
+        places = [(i, j) for i, row in enumerate(trial.probes) for j, probe in enumerate(row) if probe.kind == kind]
+        values = [score for i, j in places if (score := scores[i][j]) is not None]
+        unexpected = [] if check.shaping else [(i, j) for i, j in places if _unexpected(expected, scores[i], j, check)]
+        mean, low, high = fmean(values) if values else None, min(values, default=None), max(values, default=None)
+        full = sum(value >= check.full_marks for value in values)
+        abstained = len(places) - len(values)
+        check.kinds.append(KindResult(kind, len(places), mean, low, high, full, abstained, len(unexpected)))
+        fault = expected in ("full", "less")
+        due = {"full": f"{check.full_marks:g}", "less": f"below {check.full_marks:g}", "same": "as gold"}
+        wanted = due.get(expected, due["less"])
+        check.surprises += [
+            Surprise(trial.examples[i].example_id, kind, scores[i][j], wanted, trial.probes[i][j].text, fault)
+            for i, j in unexpected
+        ]
+        if unexpected:
+            what = {"full": "miss full marks", "same": "score not as it does"}.get(expected, "get full marks")
+            (check.problems if fault else check.notes).append(f"{meaning}: {len(unexpected)} of {len(places)} {what}")
+    if abstained := sum(kind.abstained for kind in check.kinds) - len(check.failures):
+        check.notes.append(f"{abstained} completions got no score: the function abstained")
+    if check.failures:
+        check.problems.append(f"{len(check.failures)} completions failed; the first: {check.failures[0]}")
+    if not check.shaping and not any(probe.kind in ("wrong", "other") for row in trial.probes for probe in row):
+        check.notes.append("no wrong completion could be made: no gold solution has a digit, and all are alike")
+
+
+def _unexpected(expected: str, row: Sequence[float | None], j: int, check: RewardCheck) -> bool:
+    score = row[j]
+    full = score is not None and score >= check.full_marks
+    return {"full": not full, "less": full, "odd": full, "same": not _equal(score, row[0])}[expected]
+
+
+def _weigh(check: RewardCheck, trial: _Trial, scores: Scores, timeout_s: float) -> None:
+    """Correlation with length, and time against the limit."""
+    for name, kinds in {"gold": ("gold",), "gold, wrong and other": ("gold", "wrong", "other")}.items():
+        pairs = [
+            (float(len(probe.text)), score)
+            for row, values in zip(trial.probes, scores, strict=True)
+            for probe, score in zip(row, values, strict=True)
+            if probe.kind in kinds and score is not None
+        ]
+        r = _correlation(pairs)
+        check.length_correlation[name] = r
+        if r is not None and abs(r) >= STRONG:
+            more = "more" if r > 0 else "less"
+            check.notes.append(f"longer completions score {more}: r = {r:+.2f} with length ({name})")
+    seconds = BATCH / check.completions_per_second
+    if seconds > timeout_s / 2:
+        check.notes.append(
+            f"a batch of {BATCH} completions takes about {seconds:.1f} s of the {timeout_s:g} s that reward.timeout_s "
+            "allows; raise it for training"
+        )
+
+
+def _correlation(pairs: list[tuple[float, Any]]) -> float | None:
+    try:
+        return correlation(*zip(*pairs, strict=True))
+    except (StatisticsError, TypeError):  # constant, or fewer than two
+        return None
+
+
+def _shown(score: float | None) -> str:
+    return "abstained" if score is None else f"{score:g}"

@@ -1,0 +1,116 @@
+"""`quartet sample`: completions of a user's own prompts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from grpo.cli.config.inference import SampleConfig
+from grpo.config.json_file import parse_json, unfit
+from grpo.data.examples import Example, beyond_context, examples_of
+from grpo.data.prompts import PromptTemplate, encode_prompt
+from grpo.run.console import progress_bars
+from grpo.run.memory_errors import phase
+from grpo.source.policy_source import find_policy, load_found
+from grpo.task.sampling import environment_of, sampling_params
+from rollout.engine import RolloutError
+from rollout.group import RolloutGroup
+from rollout.pool import open_pool
+
+
+def prompts_of(texts: Sequence[str], file: Path | None) -> list[Example]:
+    """The prompts of the command line, then those of a file."""
+    if "" in texts:
+        raise ValueError('--prompt "": is empty; write the text that the policy continues')
+    examples = [_example(f"prompt {number}", text, {}) for number, text in enumerate(texts, start=1)]
+    return examples + (read_prompts(file) if file else [])
+
+
+def read_prompts(path: Path) -> list[Example]:
+    """Lines such as `{"prompt": "2 + 3 = ?"}`. `-` is standard input, where a line may also be plain text.
+
+    Raises ValueError naming file and line.
+    """
+    stdin = str(path) == "-"
+    if not stdin and not path.is_file():
+        raise ValueError(f"--prompts {path}: there is no such file")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig") if stdin else path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        what = "standard input is" if stdin else "is"
+        raise ValueError(f"--prompts {path}: {what} not UTF-8 text (byte {error.start})") from None
+    return _read_lines(text, "standard input" if stdin else str(path), plain=stdin)
+
+
+def _read_lines(text: str, source: str, plain: bool) -> list[Example]:
+    examples = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        if plain and not line.lstrip().startswith("{"):
+            examples.append(_example(f"line {number}", line.rstrip("\r"), {}))
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{source}, line {number}: not JSON ({error})") from None
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError(f'{source}, line {number}: expected {{"prompt": "some text"}}, got {line[:60]}')
+        if fault := unfit(row):
+            raise ValueError(f"{source}, line {number}: {fault}")
+        examples.append(_example(f"line {number}", prompt, row))
+    if not examples:
+        raise ValueError(f'{source} holds no prompts; write one {{"prompt": ...}} a line')
+    return examples
+
+
+def _example(name: str, prompt: str, row: dict[str, Any]) -> Example:
+    """The noise depends on `name`, which leaves out the file's name: a copy of the file gives the same tokens."""
+    return Example(name, prompt, "", {**row, "prompt": prompt})
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Groups in the order of the prompts; `faults` says which prompts have no group, and why."""
+
+    groups: list[RolloutGroup]
+    tokenizer: PreTrainedTokenizerBase
+    faults: str = ""
+
+
+def sample(config: SampleConfig, examples: list[Example], console: Console) -> Sampled:
+    """Sample one group per prompt. If a prompt cannot be continued, the others still are."""
+    worked = (
+        examples_of(config, config.data, "train", limit=config.few_shot, seed=config.seed) if config.few_shot else []
+    )
+    template = PromptTemplate(config.template, config.system_prompt, worked, config.user_turn)
+    # A run's template may call the prompt by the name of its column.
+    examples = [replace(e, columns={config.prompt_column: e.question} | e.columns) for e in examples]
+    if not template.is_chat:
+        template.render(examples[0])
+    policy = load_found(find_policy(config.model), config)
+    params = sampling_params(policy, config, config.samples, config.seed, dtype=config.dtype)
+    params = replace(params, margin=config.margin, stop_strings=config.stop_strings)
+    params = replace(params, environment=environment_of(config))
+    for example in examples:
+        if fault := beyond_context(example.question, policy.max_length):
+            raise ValueError(f"--prompts, {example.example_id}: the prompt {fault}")
+    prompts = [encode_prompt(example, policy.tokenizer, template) for example in examples]
+    with phase("loading", config):
+        pool = open_pool(policy, dtype=getattr(torch, config.dtype))
+    with phase("sampling", config), progress_bars(console, enabled=True) as progress:
+        bar = progress.add_task("sampling", total=len(prompts) * params.group_size)
+        try:
+            return Sampled(pool.sample(prompts, params, lambda ended: progress.advance(bar, ended)), policy.tokenizer)
+        except RolloutError as error:
+            if not error.groups:
+                raise
+            return Sampled(error.groups, policy.tokenizer, str(error))

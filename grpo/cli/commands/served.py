@@ -1,0 +1,175 @@
+"""A policy that another process serves by OpenAI's API, as `quartet eval http://...` samples from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from grpo.cli.config.inference import EvalConfig
+from grpo.config.json_file import parse_json
+from grpo.data.examples import Example
+from grpo.data.prompts import PromptTemplate
+from grpo.source.policy_source import PolicySource
+from rewards.http_post import MOST_BYTES, Unusable, post
+from rollout.engine import OnFinished, RolloutError
+from rollout.group import Completion, DraftStats, FinishReason, Prompt, RolloutGroup
+from rollout.sampling import SamplingParams
+
+ANSWER_S, RETRIES, BACKOFF_S, LONGEST_WAIT_S = 600.0, 6, 1.0, 120.0
+UNKNOWN = -1  # a token whose id the server does not tell
+REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "tool_calls": "stop"}
+
+
+def is_address(model: str) -> bool:
+    return model.startswith(("http://", "https://"))
+
+
+class ServedPool:
+    """Samples from the server at an address such as `http://127.0.0.1:8000` or `.../v1`, `concurrency` prompts at once.
+
+    A server of quartet is told the prompts' ids, so that its tokens are those of an evaluation in one process. Another
+    one does not tell its token ids: each is then -1, and their number is the server's. Raises ValueError where nothing
+    answers there.
+    """
+
+    def __init__(self, address: str, key: str, concurrency: int) -> None:
+        self.address, self.key, self.concurrency = address.rstrip("/").removesuffix("/v1"), key, concurrency
+        self.versions: set[int] = set()
+        try:
+            [first, *_] = self._models()
+            self.name, self.is_ours = str(first["id"]), first.get("owned_by") == "quartet"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            why = why.replace(key, "[key]") if key else why
+            raise ValueError(
+                f"model={address!r}: {self.address}/v1/models does not answer as OpenAI's API does ({why}); begin a "
+                "server with `quartet serve`, and give its key with --api_key_file where it has one"
+            ) from None
+        self.meaning = str(first.get("meaning", "as the server has it"))
+
+    @property
+    def source(self) -> PolicySource:
+        """What is evaluated, with the versions that have answered so far."""
+        meaning, versions = f"served as {self.name!r}: {self.meaning}", sorted(self.versions)
+        if versions:
+            meaning += f"; policy version {versions[0]}"
+        if len(versions) > 1:
+            meaning += f" to {versions[-1]}: IT WAS REPLACED WHILE IT WAS EVALUATED"
+        meaning += "; what it was trained on is not known here"
+        return PolicySource(self.address, meaning, self.address, step=versions[-1] if versions else None)
+
+    def prompt(self, example: Example, template: PromptTemplate) -> Prompt:
+        """The prompt without token ids: the server has the tokenizer, and the chat template."""
+        messages = template.messages(example)
+        text = template.render(example) if messages is None else "".join(f"{m['content']}\n" for m in messages)
+        return Prompt(example.example_id, text, [], example.columns, messages)
+
+    def sample(
+        self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
+    ) -> list[RolloutGroup]:
+        """One group for each prompt. If some fail, RolloutError is raised at the end, with the groups of the others."""
+        groups: dict[int, RolloutGroup] = {}
+        faults = []
+        with ThreadPoolExecutor(self.concurrency, "served") as threads:
+            asked = {threads.submit(self._group, prompt, params): number for number, prompt in enumerate(prompts)}
+            for future in as_completed(asked):
+                try:
+                    groups[asked[future]] = future.result()
+                except (RuntimeError, ValueError) as error:
+                    faults.append(f"prompt {prompts[asked[future]].prompt_id!r}: {error}")
+                if on_finished:
+                    on_finished(params.group_size)
+        found = [groups[number] for number in sorted(groups)]
+        if faults:
+            raise RolloutError("\n".join(sorted(faults)), found)
+        return found
+
+    def _group(self, prompt: Prompt, params: SamplingParams) -> RolloutGroup:
+        if self.is_ours:
+            own = {"seed": params.seed, "n": params.group_size, "prompt_id": prompt.prompt_id, "return_token_ids": True}
+            return RolloutGroup(prompt, self._ask(prompt, params, own))
+        completions = []
+        for sample in range(params.group_size):
+            key = f"{params.seed}/{params.step}/{params.draw}/{sample}/{prompt.prompt_id}".encode()
+            seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") >> 1
+            completions += self._ask(prompt, params, {"seed": seed})
+        return RolloutGroup(prompt, completions)
+
+    def _ask(self, prompt: Prompt, params: SamplingParams, own: dict[str, Any]) -> list[Completion]:
+        asked: dict[str, Any] = {"model": self.name, "temperature": params.temperature} | own
+        asked["max_tokens"] = params.max_completion_tokens
+        if params.stop_strings:
+            asked["stop"] = list(params.stop_strings)
+        chat = prompt.messages is not None
+        asked |= {"messages": prompt.messages} if chat else {"prompt": prompt.text}
+        url = f"{self.address}/v1/{'chat/completions' if chat else 'completions'}"
+        expected = own.get("n", 1)
+        found, _ = post(
+            url,
+            json.dumps(asked).encode(),
+            lambda body: self._read(body, expected),
+            token=self.key,
+            request_timeout_s=ANSWER_S,
+            retries=RETRIES,
+            backoff_s=BACKOFF_S,
+            longest_wait_s=LONGEST_WAIT_S,
+        )
+        return found
+
+    def _read(self, body: bytes, expected: int) -> list[Completion]:
+        try:
+            answer = parse_json(body)
+            choices, usage = answer["choices"], answer.get("usage") or {}
+            if len(choices) != expected:
+                raise ValueError(f"{len(choices)} choices, not {expected}")
+            forwards, fallbacks = usage.get("target_forwards", 0), usage.get("fallbacks", 0)
+            completions = [self._completion(choice, usage.get("completion_tokens", 0)) for choice in choices]
+            # The counts are of all choices together, and their sums are what an evaluation reports.
+            completions[0].draft = DraftStats(int(forwards), fallbacks=int(fallbacks))
+            return completions
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise Unusable(f"no completion in OpenAI's form ({why}): {body[:200]!r}") from None
+
+    def _completion(self, choice: dict[str, Any], tokens: int) -> Completion:
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        ids, version = choice.get("token_ids"), choice.get("policy_version", 0)
+        if "policy_version" in choice:
+            self.versions.add(int(version))
+        reason = REASONS.get(choice["finish_reason"])
+        if reason is None:
+            raise ValueError(f"finish_reason={choice['finish_reason']!r}")
+        ids = [UNKNOWN] * tokens if ids is None else [int(token) for token in ids]
+        return Completion(ids, [0.0] * len(ids), str(text or ""), reason, int(version))
+
+    def _models(self) -> list[dict[str, Any]]:
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        request = urllib.request.Request(f"{self.address}/v1/models", headers=headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return parse_json(response.read(MOST_BYTES))["data"]
+
+
+def refuse_what_the_server_decides(config: EvalConfig) -> None:
+    """Raises ValueError for options that only a policy in this process could follow. Drafts change no token, so that
+    `draft_tokens` has no effect."""
+    given = {"accept": config.accept != "exact", "tools and environment": config.has_tools}
+    if wrong := [name for name, there in given.items() if there]:
+        raise ValueError(
+            f"{', '.join(wrong)}: the server at {config.model} decides that; give it to `quartet serve`, or evaluate "
+            "the run itself"
+        )
+
+
+def open_served(config: EvalConfig) -> ServedPool:
+    """The server that `config.model` is the address of. Raises ValueError where it does not answer."""
+    refuse_what_the_server_decides(config)
+    file = config.api_key_file
+    if file is not None and not file.is_file():
+        raise ValueError(f"api_key_file={file}: there is no such file; write the key into it")
+    key = file.read_text(encoding="utf-8").strip() if file else ""
+    return ServedPool(config.model, key, config.prompts_per_batch)

@@ -1,0 +1,338 @@
+"""What a step has done, group by group: it is taken again as it was, without each group, and as it might have been."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grpo.algorithm.ties import tied
+from grpo.cli.why.reading import Part, Reader, ReadLearner, dot
+from grpo.cli.why.recorded import read_config, read_groups
+from grpo.cli.why.rewind import Rewind, difference, first_step
+from grpo.config.options import add_options, parse
+from grpo.config.run import TrainConfig
+from grpo.evaluation.perplexity import gold_perplexity
+from grpo.learner.batch import PackedRow
+from grpo.learner.update import NonFiniteStep
+from grpo.run.records import read_metrics, read_rollouts, split_groups
+from grpo.task.task import Task
+from rewards.group_score import GroupScore
+from rollout.group import ENDED
+
+AFFORDABLE = 600.0  # seconds of leaving groups out, by the run's own times
+FREE = ("loss", "value", "rewards", "reward_models", "reward", "distill.reward_weight")
+FREE_OF_LEARNER = ("learning_rate", "max_grad_norm", "updates_per_batch", "weight_decay", "betas")
+
+
+@dataclass
+class GroupPart:
+    """A group of the step. `effect`: how much it added to the held-out log-probability, nats per token; None where the
+    group was not left out. `removed` is by what has changed the weights of its tokens, a share of them."""
+
+    number: int
+    prompt_id: str
+    prompt: str
+    rewards: list[float | None]
+    tied: bool
+    cut: int  # completions that a limit has cut
+    norm: float = 0.0
+    cosine: float = 0.0
+    cosine_with_rest: float = 0.0
+    effect: float | None = None
+    removed: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class TokenPart:
+    """A token of the group that was asked for. `weight` above 0: the step raised its log-probability."""
+
+    sample: int
+    position: int
+    text: str
+    weight: float
+    norm: float
+    cosine: float
+    share: float  # of the whole gradient, along it
+    removed: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Alternative:
+    """The step as it might have been: the `change` of the held-out log-probability, and the gradient."""
+
+    what: str
+    norm: float
+    cosine: float | None
+    tied: int
+    change: float
+
+
+@dataclass
+class Explanation:
+    """`before` and `after` are the mean log-probability of a token of the held-out solutions, in nats."""
+
+    run: str
+    step: int
+    begins: int
+    compared: int
+    worst: str
+    difference: float
+    updates: int
+    held_out: str
+    before: float
+    after: float
+    norms: list[float]  # of the gradient of each update, before clipping
+    largest_norm: float  # learner.max_grad_norm
+    groups: list[GroupPart]
+    tokens_of: int | None = None
+    tokens: list[TokenPart] = field(default_factory=list)
+    what_if: list[Alternative] = field(default_factory=list)
+
+    @property
+    def change(self) -> float:
+        return self.after - self.before
+
+    @property
+    def norm(self) -> float:
+        """Of the gradients of all updates, as one vector."""
+        return math.hypot(*self.norms)
+
+
+def explain(
+    run: Path,
+    step: int,
+    *,
+    group: int | None = None,
+    groups: int | None = None,
+    tokens: int = 400,
+    heldout: int = 64,
+    what_if: Sequence[Sequence[str]] = (),
+    say: Callable[[str], None] = print,
+) -> Explanation:
+    """Take a recorded step of a run again, and say what each group has done. The run's folder stays as it is.
+
+    `groups`: leave out at most so many, those with the largest part of the gradient; None: all that ten minutes are
+    enough for, by the run's own times. `group`: leave out this one alone, and read at most `tokens` of its tokens.
+    `what_if` are alternatives such as `["loss.advantage=rloo"]`. `say` gets the cost before anything is computed.
+
+    Raises FileNotFoundError for a folder that is no run and a step that is not recorded, ConfigError or ValueError for
+    what cannot be explained, NonFiniteStep for a step that was not finite.
+
+    >>> explain(Path("runs/demo"), 31).groups[0].effect
+    0.00042
+    """
+    for name, value in (("groups", groups), ("tokens", tokens), ("heldout", heldout)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: give 1 or more, or leave it out")
+    config = read_config(run)
+    alternatives = {" ".join(words): read_alternative(run, words) for words in what_if}
+    recorded = split_groups(read_rollouts(run, step))
+    if group is not None and not 0 <= group < len(recorded):
+        raise ValueError(f"--group {group}: step {step} has groups 0 to {len(recorded) - 1}")
+    rows = {row["step"]: row for row in read_metrics(run)}
+    with Task.of(config, scores=False) as task:
+        rewind = Rewind(config, step, task)
+        held, words = _held_out(config, task, rewind, {lines[0]["prompt_id"] for lines in recorded}, heldout)
+        seconds = _Cost(rows, recorded, held, step)
+        most = 1 if group is not None else min(groups or seconds.affordable, len(recorded))
+        say(seconds.said(first_step(config, step), most, len(alternatives), tokens if group is not None else 0))
+        return _Explainer(rewind, held, words, rows.get(step, {})).explain(group, most, tokens, alternatives)
+
+
+class _Explainer:
+    def __init__(self, rewind: Rewind, held: Sequence[PackedRow], words: str, metrics: Mapping[str, Any]) -> None:
+        self.rewind, self.held, self.words, self.metrics, self.step = rewind, held, words, metrics, rewind.step
+
+    def explain(
+        self, group: int | None, most: int, tokens: int, alternatives: Mapping[str, TrainConfig]
+    ) -> Explanation:
+        rewind, config = self.rewind, self.rewind.config
+        for step in range(rewind.begins + 1, self.step):
+            rewind.replay(step)
+        rewind.hold()
+        self.groups, self.scores = read_groups(config, self.step, rewind.task, rewind.policy)
+        before = self._measure(rewind.learner)
+        try:
+            metrics = rewind.take(rewind.learner, self.groups, self.scores, self.step)
+        except NonFiniteStep as error:
+            raise NonFiniteStep(
+                f"{error}: this step changed nothing, and neither gradient nor effect can be told"
+            ) from None
+        after = self._measure(rewind.learner)
+        reader = self._read(rewind.back(), self.scores, group, tokens)
+        parts = [self._part(number, reader) for number in range(len(self.groups))]
+        order = sorted(range(len(parts)), key=lambda number: -abs(reader.groups[number].dot))
+        for number in [group] if group is not None else order[:most]:
+            parts[number].effect = after - self._without(number)
+        compared, worst, off = difference(self.metrics, metrics)
+        found = Explanation(
+            run=str(config.output_dir),
+            step=self.step,
+            begins=rewind.begins,
+            compared=compared,
+            worst=worst,
+            difference=off,
+            updates=int(metrics["learner/updates"]),
+            held_out=self.words,
+            before=before,
+            after=after,
+            norms=[math.sqrt(dot(whole, whole)) for whole in reader.wholes],
+            largest_norm=config.learner.max_grad_norm,
+            groups=parts,
+            tokens_of=group,
+            tokens=self._tokens(group, reader),
+        )
+        for what, other in alternatives.items():
+            found.what_if.append(self._alternative(what, other, reader, before))
+        return found
+
+    def _measure(self, learner: ReadLearner) -> float:
+        found = gold_perplexity(learner.policy, self.held)
+        assert found is not None
+        return -found.nats_per_token
+
+    def _read(self, learner: ReadLearner, scores: Sequence[GroupScore], group: int | None, tokens: int) -> Reader:
+        """Twice: the parts are compared with the whole, which is known at the end of the step alone."""
+        batch = learner.prepare(self.groups, scores)
+        whole = learner.read(Reader(), batch, self.step)
+        return self.rewind.back().read(Reader(whole.wholes, group, tokens), batch, self.step)
+
+    def _without(self, number: int) -> float:
+        """The held-out log-probability after the step without this group."""
+        left = [i for i in range(len(self.groups)) if i != number]
+        learner = self.rewind.back()
+        if left:
+            groups, scores = [self.groups[i] for i in left], [self.scores[i] for i in left]
+            self.rewind.take(learner, groups, scores, self.step)
+        return self._measure(learner)
+
+    def _part(self, number: int, reader: Reader) -> GroupPart:
+        group, rewards, part = self.groups[number], self.scores[number].rewards, reader.groups[number]
+        return GroupPart(
+            number,
+            group.prompt.prompt_id,
+            group.prompt.text,
+            rewards,
+            tied(rewards),
+            sum(completion.finish_reason not in ENDED for completion in group.completions),
+            part.norm,
+            part.cosine(reader.norm),
+            part.cosine_with_rest(reader.norm),
+            removed=part.removed(),
+        )
+
+    def _tokens(self, group: int | None, reader: Reader) -> list[TokenPart]:
+        """Those that gave most first."""
+        if group is None:
+            return []
+        size, tokenizer = len(self.groups[0].completions), self.rewind.policy.tokenizer
+
+        def shown(index: int, position: int, part: Part) -> TokenPart:
+            token = self.groups[group].completions[index % size].token_ids[position]
+            norm = reader.norm
+            share = part.dot / norm**2 if norm else 0.0
+            text = str(tokenizer.decode([token]))
+            cosine, removed = part.cosine(norm), part.removed()
+            return TokenPart(index % size, position, text, part.weight, part.norm, cosine, share, removed)
+
+        found = [shown(*place, part) for place, part in reader.tokens.items()]
+        return sorted(found, key=lambda token: -abs(token.share))
+
+    def _alternative(self, what: str, config: TrainConfig, real: Reader, before: float) -> Alternative:
+        scores, weights = self.scores, None
+        if config.rewards != self.rewind.config.rewards or config.reward_models != self.rewind.config.reward_models:
+            with Task.of(config) as task:
+                task.reached(self.step - 1)
+                scores, weights = task.score(self.groups), task.reward_weights
+        learner = self.rewind.back(self.rewind.make(config, weights))
+        batch = learner.prepare(self.groups, scores)
+        reader = learner.read(Reader(), batch, self.step)
+        cosine = None
+        if reader.norm and real.norm:
+            first, other = reader.wholes[0], real.wholes[0]
+            lengths = (dot(first, first) * dot(other, other)) ** 0.5
+            cosine = dot(first, other) / lengths if lengths else None
+        return Alternative(what, reader.norm, cosine, batch.tied_groups, self._measure(learner) - before)
+
+
+def read_alternative(run: Path, words: Sequence[str]) -> TrainConfig:
+    """The run's configuration with `key=value` of the loss, the advantage, the reward or the clip.
+
+    Raises ConfigError for values and keys that the options do not have, ValueError for those that change more than how
+    the step learns from its rollouts.
+    """
+    parser = argparse.ArgumentParser()
+    add_options(parser, TrainConfig)
+    if bad := [word for word in words if "=" not in word]:
+        raise ValueError(f"--what_if {bad[0]}: write KEY=VALUE, such as loss.advantage=rloo")
+    overrides = parse(parser, [f"--{word}" for word in words]).overrides
+    config = read_config(run, overrides)
+    free = (*FREE, *(f"learner.{name}" for name in FREE_OF_LEARNER))
+    if fixed := [key for key in overrides if not any(key == name or key.startswith(f"{name}.") for name in free)]:
+        raise ValueError(
+            f"--what_if {fixed[0]}={overrides[fixed[0]]}: the rollouts are those of the record, so only how the step "
+            f"learns from them can be another: {', '.join(free)}"
+        )
+    had, has = (c.loss.advantage in ("gae", "rank_softmax") for c in (read_config(run), config))
+    if has and not had:
+        raise ValueError(
+            f"--what_if loss.advantage={config.loss.advantage}: the run has no value head that has learned anything; "
+            "choose an estimator without one"
+        )
+    return config
+
+
+def _held_out(
+    config: TrainConfig, task: Task, rewind: Rewind, drawn: set[str], count: int
+) -> tuple[list[PackedRow], str]:
+    """Gold solutions that the step has not learned from, and in words which."""
+    unseen = [example for example in task.train if example.example_id not in drawn]
+    examples, words = (task.heldout, "held-out problems") if task.heldout else (unseen, "other training problems")
+    token, raw = rewind.policy.stop_token_ids[0], not config.warm_start.strip_calculator_marks
+    with_solution = [example for example in examples if example.solution.strip()][:count]
+    rows = [task.solution(example, rewind.policy.tokenizer, token, raw) for example in with_solution]
+    if not any(row.length <= rewind.policy.max_length for row in rows):
+        raise ValueError(
+            f"{config.output_dir} has no {words} with a solution, by which the effect of a step could be measured; "
+            "name a column that has one: data.solution_column"
+        )
+    return rows, f"the gold solutions of {len(rows)} {words}"
+
+
+class _Cost:
+    """What an explanation takes, by the times that the run's own steps took."""
+
+    def __init__(
+        self,
+        rows: Mapping[int, Mapping[str, Any]],
+        recorded: Sequence[Sequence[Mapping[str, Any]]],
+        held: Sequence[PackedRow],
+        step: int,
+    ) -> None:
+        self.step, self.groups = step, len(recorded)
+        self.learn = {number: row.get("time/learn") or 0.0 for number, row in rows.items()}
+        tokens = sum(len(line["token_ids"]) for lines in recorded for line in lines)
+        measuring = sum(row.length for row in held) / max(tokens, 1) / 3  # a forward pass is a third of a step
+        self.each = self.learn.get(step, 0.0) * (1 + measuring)
+
+    @property
+    def affordable(self) -> int:
+        """How many groups may be left out within AFFORDABLE seconds: one at least."""
+        return max(1, int(AFFORDABLE / self.each)) if self.each else self.groups
+
+    def said(self, begins: int, most: int, alternatives: int, tokens: int) -> str:
+        replayed = self.step - 1 - begins
+        seconds = sum(self.learn.get(step, 0.0) for step in range(begins + 1, self.step))
+        seconds += (4 + most + 2 * alternatives) * self.each
+        seconds += tokens * self.learn.get(self.step, 0.0) * 2 / 3 / self.groups
+        begin = f"checkpoint {begins}" if begins else "the start of the run"
+        steps = f"{replayed} recorded steps from {begin}, the step itself three times, and once without each of {most}"
+        more = f", {alternatives} alternatives" if alternatives else ""
+        more += f", up to {tokens} tokens one by one" if tokens else ""
+        kind = "" if most == self.groups else f" of {self.groups} groups, those with the largest part of the gradient"
+        kind = kind or " groups"
+        return f"cost: {steps}{kind}{more}; about {max(seconds, 1):,.0f} s at the speed of the run's own steps"

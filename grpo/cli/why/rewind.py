@@ -1,0 +1,112 @@
+"""The learner of a run as it was before a step, as often as that is asked for.
+
+It comes from the nearest checkpoint before the step, or from the start of the run where there is none, and takes the
+recorded steps from there again. One process does all of it, whatever the run had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from grpo.cli.why.reading import ReadLearner
+from grpo.cli.why.recorded import read_groups
+from grpo.config.run import TrainConfig
+from grpo.data.curriculum import draft_depth
+from grpo.learner.build import grpo_learner
+from grpo.learner.update import NonFiniteStep
+from grpo.run import checkpoint
+from grpo.run.resume import base_changed
+from grpo.source.policy_source import load_policy
+from grpo.task.reward_models import load_teacher
+from grpo.task.task import Task
+from policies.policy import Policy
+from rewards.group_score import GroupScore
+from rollout.group import RolloutGroup
+
+LAST = ("loss/", "learner/", "policy/")  # metrics that the learner alone decides
+
+
+def first_step(config: TrainConfig, step: int) -> int:
+    """The step of the nearest checkpoint before `step`, 0 for the start of the run."""
+    return max((other for other in checkpoint.saved(config.output_dir / "checkpoints") if other < step), default=0)
+
+
+class Rewind:
+    """Holds a learner, and takes it back to the state before `step` whenever that is asked for."""
+
+    def __init__(self, config: TrainConfig, step: int, task: Task) -> None:
+        """Loads the policy and takes the steps before `step` again. Raises CheckpointError for a damaged checkpoint,
+        ValueError where the weights under its adapters are others now, or where a record does not fit the data."""
+        self.config, self.step, self.task = config, step, task
+        self.learner = self.make(config)
+        self.begins = first_step(config, step)
+        if self.begins:
+            saved = checkpoint.load(checkpoint.saved(config.output_dir / "checkpoints")[self.begins])
+            if changed := base_changed(self.learner.policy, saved, f"the start of {config.output_dir}"):
+                raise ValueError(changed)
+            self.learner.load_state(saved.tensors, saved.state["learner"])
+        self.done = 0
+
+    def make(self, config: TrainConfig, reward_weights: Mapping[str, float] | None = None) -> ReadLearner:
+        """A learner at the start of the run, by `config`, which may be another one than the run's."""
+        learned = {"model": str(config.output_dir / "warm_start")} if config.warm_start.steps else {}
+        by_us = config.rollout.model_copy(update={"backend": None})  # nothing is sampled, so no server is asked
+        policy = load_policy(config.model_copy(update={**learned, "rollout": by_us}), self.task.corpus())
+        weights = dict(self.task.reward_weights if reward_weights is None else reward_weights)
+        return grpo_learner(policy, config, weights, teacher=load_teacher(config), kind=ReadLearner)
+
+    @property
+    def policy(self) -> Policy:
+        return self.learner.policy
+
+    def replay(self, step: int) -> None:
+        """Take a recorded step. One that was not finite moved nothing in the run, which went on, nor does it here."""
+        groups, scores = read_groups(self.config, step, self.task, self.policy)
+        try:
+            self.take(self.learner, groups, scores, step)
+        except NonFiniteStep:
+            self.learner.skipped_in_a_row += 1
+
+    def take(
+        self, learner: ReadLearner, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore], step: int
+    ) -> dict[str, float]:
+        """A step of the learner, as `quartet train` takes it."""
+        learner.set_draft_depth(draft_depth(self.config.curriculum, self.config.mtp.depth, step))
+        return learner.step(learner.prepare(groups, scores), step)
+
+    def hold(self) -> None:
+        """Keep the state as it is now, for `back`."""
+        tensors, self._state = self.learner.state()
+        self._tensors = {name: {n: t.detach().clone() for n, t in part.items()} for name, part in tensors.items()}
+
+    def back(self, learner: ReadLearner | None = None) -> ReadLearner:
+        """The learner in the state that is held; one of `make` in as much of it as it shares.
+
+        What only the other one has stays as at the start: a reference is the policy that the run began with.
+        """
+        learner = learner or self.learner
+        tensors: dict[str, Mapping[str, Tensor]] = dict(self._tensors)
+        if learner is not self.learner:
+            fresh: dict[str, Any] = learner.state()[0]
+            tensors = {name: part for name, part in (fresh | tensors).items() if name in fresh}
+            if "value" not in fresh:
+                moments = tensors["optimizer"].items()
+                tensors["optimizer"] = {n: moment for n, moment in moments if not n.startswith("value.")}
+        learner.optimizer.state.clear()
+        learner.load_state(tensors, self._state)
+        return learner
+
+
+def difference(recorded: Mapping[str, Any], again: Mapping[str, float]) -> tuple[int, str, float]:
+    """How many metrics of the learner both have, which differs most, and how much, relative to the larger one.
+
+    >>> difference({"loss/policy": 0.5, "time/learn": 3.0}, {"loss/policy": 0.4, "time/learn": 2.0})
+    (1, 'loss/policy', 0.2)
+    """
+    both = [n for n in again if n.startswith(LAST) and isinstance(recorded.get(n), int | float)]
+    found = {n: abs(again[n] - recorded[n]) / max(abs(again[n]), abs(recorded[n]), 1e-6) for n in both}
+    worst = max(found, key=lambda name: found[name], default="")
+    return len(both), worst, found.get(worst, 0.0)

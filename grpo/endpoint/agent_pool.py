@@ -1,0 +1,140 @@
+"""A pool whose completions are the episodes of an agent, which runs in processes of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+from grpo.config.environment import AgentOptions
+from grpo.config.run import TrainConfig
+from grpo.endpoint.batcher import Batcher
+from grpo.endpoint.episode import Episode
+from grpo.run.stop import signals
+from grpo.steps.pool import InterruptiblePool
+from grpo.task.sampling import agent_of, open_agents
+from rewards.isolation.pool import WorkerPool
+from rollout.engine import Engine, RolloutError
+from rollout.environments.protocol import seeds
+from rollout.faults import OnFinished, not_finite
+from rollout.group import Prompt, RolloutGroup
+from rollout.pool import LocalPool, Pool
+from rollout.sampling import SamplingParams
+
+WAIT_S = 0.01  # that a request may wait for others before it joins the running batch
+POLL_S = 0.1
+ROWS_OF_WORKER = 8  # requests of one agent that are decoded together
+NO_LIMIT = 1 << 30
+
+
+def with_agent(pool: InterruptiblePool, config: TrainConfig) -> AbstractContextManager[InterruptiblePool]:
+    """The pool that samples for a run: `pool` itself, or the episodes of the run's agent, sampled with its engine."""
+    agent = agent_of(config)
+    if agent is None or not isinstance(pool.pool, LocalPool):  # the latter on a rank that does not sample
+        return nullcontext(pool)
+    return AgentPool(pool.pool, agent, config.rollout.temperature)
+
+
+class AgentPool(InterruptiblePool):
+    """Samples with the engine of `local`, which stays open when this is closed. `temperature` is the run's."""
+
+    def __init__(self, local: Pool, agent: AgentOptions, temperature: float) -> None:
+        from grpo.endpoint.endpoint import Endpoint  # whose packages are an extra
+
+        assert isinstance(local, LocalPool)  # the options refuse the others
+        super().__init__(local)
+        self.local, self.agent, self.temperature = local, agent, temperature
+        self.endpoint = Endpoint()
+        self._agents: WorkerPool | None = None
+        self._thread = ThreadPoolExecutor(1, "agents")
+
+    def sample(
+        self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
+    ) -> list[RolloutGroup]:
+        """A group of episodes for each prompt; why an agent has failed is in `Completion.tools`. Raises RolloutError
+        for a prompt that leaves no room for a completion, and where logits were not finite."""
+        signals.check()
+        engine = copy.copy(self.local.published())
+        engine.check(prompts, params)
+        engine.max_rows = min(engine.max_rows, ROWS_OF_WORKER * self.agent.agent_workers)
+        self._agents = self._agents or open_agents(self.agent)
+        sampling = _Sampling(self, engine, prompts, params)
+        future = self._thread.submit(sampling.run, self._agents)
+        try:
+            self._watch(future, sampling, on_finished)
+            groups = future.result()
+        except BaseException:
+            self._end_agents()
+            wait([future])
+            raise
+        finally:
+            self.endpoint.forget()
+            sampling.batcher.close()
+        if fault := not_finite(groups):
+            raise RolloutError(fault, groups)
+        return groups
+
+    def _watch(self, future: Future[Any], sampling: _Sampling, on_finished: OnFinished | None) -> None:
+        told = 0
+        while not wait([future], POLL_S).done:
+            signals.check()
+            sampling.check()
+            ended = sampling.ended
+            if on_finished and ended > told:
+                on_finished(ended - told)
+                told = ended
+        sampling.check()
+        if on_finished and not future.exception():
+            on_finished(len(sampling.begun) - told)
+
+    def _end_agents(self) -> None:
+        if self._agents is not None:
+            self._agents.close()
+            self._agents = None
+
+    def close(self) -> None:
+        self._end_agents()
+        self._thread.shutdown()
+        self.endpoint.close()
+
+
+class _Sampling:
+    """One call of `AgentPool.sample`."""
+
+    def __init__(self, pool: AgentPool, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+        self.pool, self.prompts, self.size, self.ended = pool, prompts, params.group_size, 0
+        self.params = replace(params, group_size=1)  # every episode has a prompt of its own
+        self.batcher = Batcher(engine, self.params, most_waiting=NO_LIMIT, wait_s=WAIT_S)
+        self.begun = [self._begin(place) for place in range(len(prompts) * self.size)]
+
+    def _begin(self, place: int) -> tuple[Episode, dict[str, Any]]:
+        """An episode, and what its agent is called with."""
+        number, sample = divmod(place, self.size)
+        prompt, endpoint = self.prompts[number], self.pool.endpoint
+        episode = Episode(prompt, sample, self.batcher, self.params, self.pool.temperature)
+        given = {**prompt.columns, "prompt": prompt.text, "base_url": endpoint.open(episode), "api_key": endpoint.key}
+        return episode, {"function": 0, "given": given, "seed": seeds(self.params, prompt.prompt_id, sample)[1]}
+
+    def run(self, agents: WorkerPool) -> list[RolloutGroup]:
+        """The groups, once every agent has returned or failed."""
+        size = self.size
+        replies = agents.run([request for _, request in self.begun], on_reply=self._end)
+        for place, reply in enumerate(replies):
+            if reply is not None and reply.get("kind") == "died":  # perhaps by somebody's hand: the same once more
+                self.begun[place] = self._begin(place)
+                [replies[place]] = agents.run([self.begun[place][1]])
+        episodes = [episode for episode, _ in self.begun]
+        completions = [episode.finish(reply or {}) for episode, reply in zip(episodes, replies, strict=True)]
+        return [RolloutGroup(prompt, completions[i * size : (i + 1) * size]) for i, prompt in enumerate(self.prompts)]
+
+    def check(self) -> None:
+        """Raises what has ended the decoding. The agents were told of it, and what they make of that says nothing."""
+        if self.batcher.error is not None:
+            raise self.batcher.error
+
+    def _end(self, place: int) -> None:
+        self.begun[place][0].end()
+        self.ended += 1

@@ -1,0 +1,298 @@
+"""The server as an ASGI application. uvicorn serves it in one process, and Ray Serve mounts it in each replica."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from grpo.endpoint.answers import Answer, event
+from grpo.endpoint.api_error import ApiError
+from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked, read
+from grpo.endpoint.batcher import Full
+from grpo.endpoint.served import Job, Served
+from rollout.serving import News
+from rollout.serving import Request as Row
+
+MOST_BYTES, BODY_S = 1 << 22, 30.0  # of a body, and the seconds that it may take to arrive
+LARGE, MOST_LARGE = 1 << 16, 1 << 24  # a body of more bytes is large; so many bytes of large ones may be here at once
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+ENDS = "the server ends, and the request had no more time (--shutdown_s); send it again"
+
+
+class Wanted:
+    """The rows of one request. `news` gives their new tokens, in the event loop of the server."""
+
+    def __init__(self, served: Served, jobs: Sequence[Job]) -> None:
+        self.served, self.loop = served, asyncio.get_running_loop()
+        self.queue: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
+        self.rows: list[Row] = [job.request(self._tell) for job in jobs]
+        try:
+            served.batcher.submit(self.rows)
+        except Full as full:
+            message = f"too many requests wait (at most {served.batcher.most_waiting}); try again in {full.retry_s} s"
+            headers = {"Retry-After": str(full.retry_s)}
+            raise ApiError(message, 429, code="rate_limit_exceeded", headers=headers) from None
+
+    def _tell(self, index: int, news: News) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, news))
+
+    async def news(self) -> AsyncIterator[tuple[int, News]]:
+        """Until every row has ended. Raises ApiError where one can get no more."""
+        ended = 0
+        while ended < len(self.rows):
+            index, news = await self.queue.get()
+            if news.error is not None:
+                raise ApiError(news.error, 503 if "has ended" in news.error else 500, code="decoding_failed")
+            if news.completion is not None:
+                ended += 1
+                if news.completion.finish_reason == "abort":
+                    raise ApiError("the policy's logits are not finite", 500, code="not_finite")
+            yield index, news
+
+    def leave(self) -> None:
+        """Nobody reads the rest: the rows are free."""
+        self.served.batcher.cancel(self.rows)
+
+
+class _Stream(StreamingResponse):
+    """A stream that frees its rows however it ends."""
+
+    def __init__(self, answer: Answer, wanted: Wanted) -> None:
+        super().__init__(self._events(answer, wanted), headers=HEADERS, media_type="text/event-stream")
+        self.wanted = wanted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except ClientDisconnect:
+            pass
+        except asyncio.CancelledError:  # by the server, when its grace period ends
+            await send({"type": "http.response.body", "body": event(ApiError(ENDS, 503).body()), "more_body": False})
+        finally:
+            self.wanted.leave()
+
+    @staticmethod
+    async def _events(answer: Answer, wanted: Wanted) -> AsyncIterator[bytes]:
+        try:
+            async for index, news in wanted.news():
+                for chunk in answer.pieces(index, news):
+                    yield event(chunk)
+        except ApiError as error:
+            yield event(error.body())
+            return
+        for chunk in answer.closing():
+            yield event(chunk)
+        yield event("[DONE]")
+
+
+def questions(of: Callable[[Request], Served], key: str | None, prefix: str = "") -> list[Route]:
+    """The routes of OpenAI's API under `prefix`; `of` says what is asked. With a `key` every question about models
+    needs it as `Authorization: Bearer KEY`; without one only a request that names a loopback host is answered, so that
+    no web page can ask by a name of its own.
+    """
+    bodies = Bodies()
+
+    def answering(kind: type[Asked]) -> Callable[[Request], Awaitable[Response]]:
+        async def respond(request: Request) -> Response:
+            _refuse_strangers(request, key)
+            served = of(request)
+            if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+                raise ApiError("send the request as Content-Type: application/json", 415)
+
+            def understand(body: bytes) -> Answer:  # in a thread: meanwhile others are answered
+                asked = read(kind, body)
+                return Answer(served, asked, served.jobs(asked))
+
+            async with bodies.of(request) as body:
+                begun = await asyncio.to_thread(understand, body)
+            wanted = Wanted(served, begun.jobs)
+            if begun.asked.stream:
+                return _Stream(begun, wanted)
+            try:
+                return await _whole(request, begun, wanted)
+            finally:
+                wanted.leave()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await respond(request)
+            except asyncio.CancelledError:  # by the server, when its grace period ends
+                raise ApiError(ENDS, 503) from None
+
+        return answer
+
+    def models(request: Request) -> Response:
+        _refuse_strangers(request, key)
+        served, name = of(request), request.path_params.get("name")
+        if name not in (None, served.name):
+            message = f"the model {name!r:.60} does not exist; here it is {served.name!r}"
+            raise ApiError(message, 404, param="model", code="model_not_found")
+        one = {"id": served.name, "object": "model", "created": 0, "owned_by": "quartet"}
+        one |= {"policy_version": served.batcher.engine.version, "meaning": served.meaning}
+        one |= {"max_model_len": served.context, "accept": served.defaults.accept}
+        return JSONResponse({"object": "list", "data": [one]} if name is None else one, headers=HEADERS)
+
+    return [
+        Route(f"{prefix}/v1/models", models),
+        Route(f"{prefix}/v1/models/{{name:path}}", models),
+        Route(f"{prefix}/v1/completions", answering(CompletionAsked), methods=["POST"]),
+        Route(f"{prefix}/v1/chat/completions", answering(ChatAsked), methods=["POST"]),
+    ]
+
+
+def app(served: Served, key: str | None = None, *, starts: Callable[[], Awaitable[None]] | None = None) -> Starlette:
+    """The application of one policy, see `questions`. `starts` runs beside the server until it ends."""
+
+    def health(request: Request) -> Response:
+        alive = served.batcher.alive
+        state = {
+            "status": "ok" if alive else "the decoding thread has ended",
+            "policy_version": served.batcher.engine.version,
+        }
+        return JSONResponse(state, 200 if alive else 503, HEADERS)
+
+    def metrics(request: Request) -> Response:
+        _refuse_strangers(request, key)
+        return PlainTextResponse(prometheus(served), 200, HEADERS, "text/plain; version=0.0.4")
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        beside = asyncio.ensure_future(starts()) if starts else None
+        yield
+        if beside:
+            beside.cancel()
+        await asyncio.to_thread(served.batcher.close)
+
+    application = Starlette(
+        routes=[
+            *questions(lambda request: served, key),
+            Route("/health", health),
+            Route("/metrics", metrics),
+        ],
+        exception_handlers=HANDLERS,
+        lifespan=lifespan,
+    )
+    application.router.redirect_slashes = False  # a redirection is no answer in OpenAI's form
+    return application
+
+
+def prometheus(served: Served) -> str:
+    """What was counted, in the text form of Prometheus."""
+    lines = []
+    values = served.batcher.metrics() | {"policy_version": served.batcher.engine.version}
+    for name, value in values.items():
+        kind = "gauge" if name in ("rows", "waiting", "max_rows", "policy_version") else "counter"
+        lines += [f"# TYPE quartet_{name} {kind}", f'quartet_{name}{{accept="{served.defaults.accept}"}} {value}']
+    return "\n".join(lines) + "\n"
+
+
+async def _whole(request: Request, answer: Answer, wanted: Wanted) -> Response:
+    """The answer in one piece. The rows are given up where the client goes away before."""
+
+    async def collect() -> None:
+        async for index, news in wanted.news():
+            if news.completion is not None:
+                answer.done[index] = news.completion
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(collect()), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientDisconnect
+        tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+    return await asyncio.to_thread(lambda: JSONResponse(answer.whole(), headers=HEADERS))
+
+
+@asynccontextmanager
+async def _in_time() -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(BODY_S):
+            yield
+    except TimeoutError:
+        raise ApiError(f"the body has not arrived within {BODY_S:g} s", 408) from None
+
+
+class Bodies:
+    """Reads the bodies of requests, and bounds what large ones hold together."""
+
+    def __init__(self) -> None:
+        self.held = 0  # bytes of large bodies
+
+    @asynccontextmanager
+    async def of(self, request: Request) -> AsyncIterator[bytes]:
+        """A body, which counts until the context ends."""
+        held = 0
+        try:
+            body = bytearray()
+            async with _in_time():
+                async for part in request.stream():
+                    body += part
+                    if len(body) > MOST_BYTES:
+                        raise ApiError(f"the body has more than {MOST_BYTES:,} bytes; shorten it", 413)
+                    if len(body) > LARGE:
+                        self.held, held = self.held + len(body) - held, len(body)
+                    if held and self.held > MOST_LARGE:
+                        message = "too many large bodies arrive at once; send this one again later"
+                        raise ApiError(message, 429, code="rate_limit_exceeded", headers={"Retry-After": "1"})
+            yield bytes(body)
+        finally:
+            self.held -= held
+
+
+def _refuse_strangers(request: Request, key: str | None) -> None:
+    if key is not None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), key.encode()):
+            whose = "the key of --api_key_file, or the api_key that an agent was given"
+            message = f"the key is missing or wrong; send Authorization: Bearer KEY, with {whose}"
+            raise ApiError(message, 401, code="invalid_api_key")
+        return
+    host = request.headers.get("host", "")
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    if name.lower() not in LOOPBACK:
+        raise ApiError(f"host {host!r:.60}: without a key only {LOOPBACK[0]} and {LOOPBACK[1]} are answered", 403)
+
+
+async def _said(_: Request, error: Any) -> Response:
+    return JSONResponse(error.body(), error.status, HEADERS | error.headers)
+
+
+async def _not_found(request: Request, error: Any) -> Response:
+    message = f"{request.method} {request.url.path}: {str(error.detail).lower()}"
+    return JSONResponse(ApiError(message, error.status_code).body(), error.status_code, HEADERS)
+
+
+async def _gone(_: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _broken(_: Request, error: Exception) -> Response:
+    message = f"the server has a fault: {type(error).__name__}; its standard error has more"
+    return JSONResponse(ApiError(message, 500).body(), 500, HEADERS)
+
+
+HANDLERS: dict[Any, Any] = {
+    ApiError: _said,
+    HTTPException: _not_found,
+    ClientDisconnect: _gone,
+    Exception: _broken,
+}

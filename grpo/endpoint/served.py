@@ -1,0 +1,148 @@
+"""What is served: a policy with its tokenizer, and how a request becomes prompts and parameters of the sampler."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo.data.examples import Example, beyond_context
+from grpo.data.prompts import PromptTemplate, apply_chat_template, encode_prompt
+from grpo.endpoint.api_error import ApiError
+from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked
+from grpo.endpoint.batcher import Batcher
+from policies.attention import sees_prompts_whole
+from rollout.engine import RolloutError
+from rollout.group import Prompt
+from rollout.sampling import SamplingParams
+from rollout.serving import News, Request
+
+WRITTEN = ("assistant", "tool")  # by roles: what a conversation holds after its first prompt
+AS_IT_IS = PromptTemplate("{prompt}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One completion that is asked for, and its place among the choices."""
+
+    index: int
+    prompt: Prompt
+    params: SamplingParams
+
+    def request(self, tell: Callable[[int, News], None]) -> Request:
+        return Request(self.prompt, self.params, lambda news: tell(self.index, news))
+
+
+@cache
+def _say_what_becomes_of_tools(shown: bool) -> None:
+    """Once: a client that waits for `tool_calls` would take the answer for one without calls."""
+    template = "shows them to the policy" if shown else "does not show them to the policy"
+    calls = "calls in an answer stay text, as the policy wrote them"
+    print(f"a request has tools: the chat template {template}, and {calls}", file=sys.stderr, flush=True)
+
+
+class Served:
+    """A policy under a name. `defaults` hold for what a request does not say.
+
+    `meaning` says what the policy is, such as "the newest checkpoint; the run has not ended".
+    """
+
+    def __init__(self, name: str, batcher: Batcher, defaults: SamplingParams, meaning: str) -> None:
+        self.name, self.batcher, self.defaults, self.meaning = name, batcher, defaults, meaning
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.batcher.engine.policy.tokenizer
+
+    @property
+    def context(self) -> int:
+        return self.batcher.engine.policy.max_length
+
+    def jobs(self, asked: Asked) -> list[Job]:
+        """The completions of a request. Raises ApiError for what cannot be sampled."""
+        if asked.model != self.name:
+            message = f"the model {asked.model!r:.60} does not exist; here it is {self.name!r}"
+            raise ApiError(message, 404, param="model", code="model_not_found")
+        most, count = self.batcher.most_waiting, asked.prompts * asked.completions
+        if count > most:
+            raise ApiError(f"{count} completions in one request; ask for at most {most}", param="n")
+        texts, param = [], "prompt"
+        if isinstance(asked, ChatAsked):
+            texts, param = [self._chat(asked)], "messages"
+        elif isinstance(asked, CompletionAsked):
+            texts = [self._prompt(given, asked.prompt_id or "") for given in asked.prompt]
+        seed = secrets.randbits(31) if asked.seed is None else asked.seed
+        jobs: list[Job] = []
+        for prompt in texts:
+            params = self._params(asked, prompt, param, seed)
+            for sample in range(asked.completions):
+                jobs.append(Job(len(jobs), replace(prompt, first_sample=sample), params))
+        return jobs
+
+    def _params(self, asked: Asked, prompt: Prompt, param: str, seed: int) -> SamplingParams:
+        room, limit = self.context - len(prompt.token_ids), asked.limit
+        if room < (limit or 1):
+            raise ApiError(
+                f"the context is {self.context} tokens: the prompt has {len(prompt.token_ids)}, and the completion may "
+                f"have {limit or 1}; shorten one of them",
+                param=param,
+                code="context_length_exceeded",
+            )
+        params = replace(
+            self.defaults,
+            temperature=self.defaults.temperature if asked.temperature is None else asked.temperature,
+            max_completion_tokens=limit or min(self.defaults.max_completion_tokens, room),
+            stop_strings=tuple(asked.stop),
+            seed=seed,
+        )
+        try:
+            self.batcher.engine.check([prompt], params)
+        except (RolloutError, ValueError) as error:
+            raise ApiError(str(error), param=param, code="invalid_value") from None
+        return params
+
+    def _prompt(self, given: str | list[int], prompt_id: str) -> Prompt:
+        if not isinstance(given, str):
+            return Prompt(prompt_id, "", given)
+        self._refuse_long(given, "prompt")
+        try:
+            return encode_prompt(Example(prompt_id, given, "", {"prompt": given}), self.tokenizer, AS_IT_IS)
+        except ValueError as error:
+            raise ApiError(str(error), param="prompt", code="invalid_value") from None
+
+    def _chat(self, asked: ChatAsked) -> Prompt:
+        if not self.tokenizer.chat_template:
+            message = "the policy has no chat template; use /v1/completions, with the prompt as the policy knows it"
+            raise ApiError(message, param="messages", code="no_chat_template")
+        if sees_prompts_whole(self.batcher.engine.policy.config) and any(m["role"] in WRITTEN for m in asked.messages):
+            raise ApiError(
+                "this policy sees a prompt whole (policy.prompt_attention=bidirectional), and what it has written "
+                "would be a part of it; send the first turn alone, or to /v1/completions what it shall see whole",
+                param="messages",
+                code="prompt_seen_whole",
+            )
+        self._refuse_long(json.dumps(asked.messages, ensure_ascii=False), "messages")
+        self._refuse_long(json.dumps(asked.tools or [], ensure_ascii=False), "tools")
+        options: dict[str, Any] = {"tools": asked.tools} if asked.tools else {}
+        if asked.tools:
+            _say_what_becomes_of_tools("tools" in str(self.tokenizer.chat_template))
+        try:
+            text = apply_chat_template(
+                self.tokenizer, asked.messages, add_generation_prompt=True, tokenize=False, **options
+            )
+        except ValueError as error:
+            raise ApiError(str(error), param="messages", code="invalid_value") from None
+        self._refuse_long(str(text), "messages")
+        ids = self.tokenizer.encode(str(text), add_special_tokens=False)
+        return Prompt(asked.prompt_id or "", str(text), ids, messages=asked.messages)
+
+    def _refuse_long(self, text: str, param: str) -> None:
+        """Before it is tokenised, which takes a second for a megabyte."""
+        if fault := beyond_context(text, self.context):
+            raise ApiError(f"{param} {fault}; shorten it", param=param, code="context_length_exceeded")

@@ -1,0 +1,1 @@
+"""Which policy a name means, and what goes with what."""

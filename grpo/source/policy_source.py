@@ -1,0 +1,346 @@
+"""Which policy a preset, a folder, a run, a checkpoint or a hub id means, and how it is loaded.
+
+Every command asks here. A run means the policy at its end, else its newest checkpoint, else its warm start.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig
+from transformers.distributed import DistributedConfig
+
+from grpo.config.json_file import read_json
+from grpo.config.learner import MTPOptions
+from grpo.config.mtp import MtpConfig
+from grpo.config.options import load
+from grpo.config.policy import ModelOptions, PolicyOptions
+from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.yaml_file import read_yaml
+from grpo.learner.base import check_base, in_4_bits, refuse_checkpoint, refuse_preset
+from grpo.learner.eight_bit import check_optimizer
+from grpo.learner.parallel import ALONE, Ranks, refuse_layout
+from grpo.run import checkpoint
+from grpo.run.checkpoint import Checkpoint
+from grpo.run.hardware import device_of, saved_threads, threads_for
+from grpo.run.memory_errors import phase
+from grpo.run.resume import base_changed
+from grpo.source.agreement import check_agreement
+from grpo.source.backend import as_asked, refuse_backend
+from policies import presets
+from policies.checkpoint import check_policy
+from policies.files import gguf, hub
+from policies.files.atomic import write_file
+from policies.files.digests import write_digests
+from policies.policy import Policy, PolicyError, read_config, read_tokenizer
+from policies.sharding import leads
+
+Config = TypeVar("Config", bound=SftConfig | MtpConfig)
+
+# In policy/ and best_policy/ of a run: {"step": 160, "checkpoint": SHA-256 of the manifest of that step's checkpoint}
+RECORD = "training.json"
+PARTS = ("policy", "draft")  # of a checkpoint: those that sample
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """`folder` holds the policy (or names a preset or a hub id); `meaning` says in words what it is.
+
+    `base` is what its shape and tokenizer are read from: the same, or for a checkpoint what its run began with. `step`
+    and `asked` are the run's, if it is known. A checkpoint is read when it is found: its run may remove it soon after.
+
+    >>> find_policy("runs/demo")
+    PolicySource(folder='runs/demo/policy', meaning='the end of the run', base='runs/demo/policy', step=60)
+    """
+
+    folder: str
+    meaning: str
+    base: str
+    checkpoint: Path | None = None
+    step: int | None = None
+    saved: Checkpoint | None = field(default=None, compare=False, repr=False)
+    asked: PolicyOptions = field(default_factory=PolicyOptions, compare=False, repr=False)
+
+
+def find_policy(model: str, *, read: bool = True) -> PolicySource:
+    """What `model` means; without `read` the tensors of a checkpoint are left where they are.
+
+    Raises PolicyError for a path that is not there, a misspelt preset and a run that has saved nothing yet,
+    CheckpointError for a checkpoint that is damaged, ValueError or OSError for the configuration of its run.
+    """
+    folder = Path(model)
+    if (folder / checkpoint.MANIFEST).is_file():
+        return _of_checkpoint(folder, f"a checkpoint of {folder.parent.parent}", read)
+    if not (folder / "environment.json").is_file():
+        check_model(model)
+        return PolicySource(model, "as given", model, step=_record(folder).get("step"))
+    if (folder / "policy").is_dir():
+        meaning, newest = "the end of the run", checkpoint.newest(folder / "checkpoints")
+        if newest and _went_on(folder, newest):
+            meaning = f"where the run ended first; it went on, to evaluate that name {newest}"
+        found = str(folder / "policy")
+        return PolicySource(found, meaning, found, step=_record(folder / "policy").get("step"))
+    while newest := checkpoint.newest(folder / "checkpoints"):
+        try:
+            return _of_checkpoint(newest, "the newest checkpoint; the run has not ended", read)
+        except (checkpoint.CheckpointError, OSError, SafetensorError):
+            if newest.is_dir():
+                raise  # else its run has removed it, and there is a newer one
+    if (folder / "warm_start").is_dir():
+        found = str(folder / "warm_start")
+        return PolicySource(found, "the warm start; no step of GRPO is saved yet", found)
+    raise PolicyError(f"model={model!r} is a run that has not saved a policy yet; go on with it: --resume auto")
+
+
+def _of_checkpoint(folder: Path, meaning: str, read: bool) -> PolicySource:
+    ran = _run_config(run := folder.parent.parent)
+    base = str(run / "warm_start") if (run / "warm_start").is_dir() else ran.model
+    saved = checkpoint.load(folder, PARTS) if read else None
+    return PolicySource(str(folder), meaning, base, folder, _step_of(folder), saved, ran.policy)
+
+
+def _run_config(run: Path) -> TrainConfig | MtpConfig:
+    file = run / "config.yaml"
+    if "head" in read_yaml(file)[0]:
+        return load(MtpConfig, file, {}, on_removed=lambda text: None)
+    return load(TrainConfig, file, {}, on_removed=lambda text: None)
+
+
+def check_model(model: str) -> None:
+    """Refuse early what can only be a mistake: a path that is not there, a misspelt preset."""
+    if model in presets.PRESETS or Path(model).is_dir() or gguf.file_of(model):
+        return
+    if model.endswith(gguf.SUFFIX):
+        raise PolicyError(f"model={model!r}: there is no such file")
+    looks_local = model.startswith(("/", ".", "~")) or model.count("/") != 1 or Path(model.split("/")[0]).exists()
+    if looks_local:
+        near = difflib.get_close_matches(model, presets.PRESETS, n=1)
+        hint = f"did you mean the preset {near[0]!r}?" if near else f"presets are {', '.join(presets.PRESETS)}"
+        if (Path.cwd() / model).parent.is_dir() and "/" in model:
+            hint += "; `make smollm2` prepares models/smollm2-135m-mla" if "smollm2" in model else ""
+        if re.fullmatch(r"[\w.-]+", model) and not model.startswith("."):
+            hint += f"; if a hub id was meant, write its owner too: OWNER/{model}"
+        raise PolicyError(f"model={model!r}: there is no such folder; {hint}")
+    if why := hub.why_absent(model):
+        raise PolicyError(f"model={model!r} is neither a preset, a checkpoint folder nor a reachable hub id: {why}")
+
+
+def check_options(options: ModelOptions) -> str:
+    """The checkpoint or preset that `options` mean. Raises PolicyError for what it can be seen not to be or to do."""
+    check_optimizer(options)
+    check_base(options)
+    source = find_policy(options.model, read=False)
+    refuse_checkpoint(options, source.checkpoint)
+    refuse_preset(source.checkpoint, source.base)
+    model = source.base
+    if (asked := _head_options(options)) and not isinstance(shape := shape_of(source), DeepseekV3Config):
+        raise PolicyError(
+            f"{', '.join(asked)}: model={model!r} is of type {shape.model_type!r}, which has no MTP head and can be "
+            "given none; leave that out, or make it a DeepSeek-V3 policy first (`quartet convert SRC DST`)"
+        )
+    template = getattr(getattr(options, "data", None), "template", getattr(options, "template", None))
+    if template == "chat" and (model in presets.PRESETS or not read_tokenizer(model).chat_template):
+        what = "has no chat template; use a format string such as '{question}\\n'"
+        raise PolicyError(f"template=chat: model={model!r} {what}")
+    refuse_backend(options, partial(shape_of, source))
+    if (learner := getattr(options, "learner", None)) and max(learner.parallel.tensor, learner.parallel.expert) > 1:
+        lora, itemsize = getattr(options, "lora", None), getattr(torch, options.dtype).itemsize
+        refuse_layout(learner.parallel, shape_of(source), lora, itemsize)
+    return model
+
+
+def shape_of(source: PolicySource) -> PretrainedConfig:
+    """The configuration of the policy, with what its run asked of it."""
+    if not (preset := presets.PRESETS.get(source.base)):
+        return as_asked(read_config(source.base, writes=True), source.asked)
+    return as_asked(DeepseekV3Config(vocab_size=presets.VOCABULARY, **preset), source.asked)
+
+
+def _head_options(options: ModelOptions) -> list[str]:
+    """What `options` ask of an MTP head, as key=value."""
+    rollout, mtp = getattr(options, "rollout", None), getattr(options, "mtp", MTPOptions())
+    drafts = getattr(rollout or options, "draft_tokens", None)
+    asked = [f"{'rollout.' if rollout else ''}draft_tokens={drafts}"] if drafts else []
+    asked += ["add_mtp=True"] if options.add_mtp else []
+    trained = [f"mtp.{name}={value}" for name, value in mtp if value != getattr(MTPOptions(), name)]
+    return asked + (trained if mtp.loss_weight else [])
+
+
+def known_context(model: str) -> int | None:
+    """The longest text in tokens, of a preset or a folder; None of a hub id, whose config may have to be fetched."""
+    model = find_policy(model, read=False).base
+    if model in presets.PRESETS:
+        return int(presets.PRESETS[model]["max_position_embeddings"])
+    return getattr(read_config(model), "max_position_embeddings", None) if Path(model).exists() else None
+
+
+def read_shape(options: ModelOptions) -> tuple[PretrainedConfig, bool]:
+    """The configuration of `options.model`, and whether the policy will have a draft head. Raises PolicyError."""
+    model = check_options(options)
+    shape = as_asked(shape_of(find_policy(options.model, read=False)), options.policy)
+    native = isinstance(shape, DeepseekV3Config)
+    stored = getattr(shape, "num_nextn_predict_layers", 0)
+    return shape, model in presets.PRESETS or (native and bool(options.add_mtp or stored))
+
+
+def with_threads(config: Config, resume: str | None) -> Config:
+    """`config` with a number of threads, which torch uses from now on.
+
+    `config.threads` where it is given, else what a resumed run had (see `saved_threads`), else by the policy's size.
+    """
+    threads = config.threads or saved_threads(config.output_dir, resume)
+    if threads is None:
+        with torch.device("meta"):
+            trunk = AutoModelForCausalLM.from_config(read_shape(config)[0], dtype=torch.float32)
+        threads = threads_for(sum(parameter.numel() for parameter in trunk.parameters()))
+    torch.set_num_threads(threads)
+    return cast(Config, config.model_copy(update={"threads": threads}))
+
+
+def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks = ALONE) -> Policy:
+    """The policy that `options.model` means, on its device: a preset gets fresh weights, and a tokenizer learned from
+    `corpus`. Several ranks share it, as `learner.parallel` says; what is not in safetensors rank 0 makes for all.
+
+    Raises PolicyError or CheckpointError for what cannot be loaded.
+    """
+    check_options(options)
+    source = find_policy(options.model, read=ranks.first)
+    if ranks.layout is None:
+        return load_found(source, options, corpus)
+    with tempfile.TemporaryDirectory() as folder:
+        if source.folder in presets.PRESETS or gguf.file_of(source.folder) or source.checkpoint or options.policy.heads:
+            files = ranks.from_first(lambda: _files(load_found(source, options, corpus), Path(folder)))
+            source = replace(source, folder=folder, checkpoint=None)
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+        return _load(source.folder, options, layout=ranks.layout)
+
+
+def _files(policy: Policy, folder: Path) -> dict[str, bytes]:
+    policy.save(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def load_found(
+    source: PolicySource, options: ModelOptions, corpus: Iterable[str] = (), *, merged: bool = True
+) -> Policy:
+    """The policy of `source` on its device; without `merged` a LoRA checkpoint keeps its adapters apart."""
+    if source.checkpoint is None or source.saved is None:
+        return _load(source.folder, options, corpus, nf4=in_4_bits(options))
+    return _as_asked(_load_checkpoint(source, source.saved, options, merged), options)
+
+
+def _load(
+    model: str,
+    options: ModelOptions,
+    corpus: Iterable[str] = (),
+    layout: DistributedConfig | None = None,
+    nf4: bool = False,
+) -> Policy:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    with phase("loading", options):
+        if model in presets.PRESETS:
+            policy = presets.build(model, corpus, options.seed).cast(dtype)
+        else:
+            check_policy(Path(model))
+            policy = Policy.load(model, dtype, add_mtp=options.add_mtp, seed=options.seed, layout=layout, in_4_bits=nf4)
+        if not options.threads:
+            torch.set_num_threads(threads_for(sum(parameter.numel() for parameter in policy.trunk.parameters())))
+        if layout is None:
+            policy = policy.to(device_of(options.device))
+    _as_asked(policy, options)
+    if policy.backend == "transformers":
+        check_agreement(policy)
+    return policy
+
+
+def _as_asked(policy: Policy, options: ModelOptions) -> Policy:
+    policy.attend_to_prompts(options.policy.prompt_attention)
+    if heads := options.policy.heads:
+        policy.choose_heads(heads.active, heads.shared, options.seed)
+    return policy
+
+
+def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOptions, merged: bool) -> Policy:
+    assert source.checkpoint is not None
+    config, base = _run_config(source.checkpoint.parent.parent), source.base
+    refuse_preset(source.checkpoint, base)
+    like_the_run = options.model_copy(update={name: getattr(config, name) for name in ("add_mtp", "seed", "policy")})
+    policy = _load(base, like_the_run, nf4=in_4_bits(config))
+    if isinstance(config, MtpConfig):
+        policy.draft_ids = saved.tensors["draft"]["ids"].to(policy.device) if "draft" in saved.tensors else None
+    elif config.lora:
+        policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
+        same_precision = options.dtype == config.dtype  # in another one every weight has other bits
+        if same_precision and (changed := base_changed(policy, saved, f"model={base!r}")):
+            raise PolicyError(changed)
+    _copy(saved.tensors["policy"], policy, source.checkpoint)
+    if merged and isinstance(config, TrainConfig) and config.lora:
+        plain = _load(base, like_the_run)
+        plain.load_weights(policy.weights())
+        return plain
+    return policy
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, Tensor], policy: Policy, where: Path) -> None:
+    own = dict(policy.named_parameters()) | dict(policy.named_buffers())
+    if wrong := [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]:
+        raise PolicyError(f"{where} holds tensors that its run's model does not have: {wrong[:5]}")
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def save_policy(policy: Policy, folder: Path, step: int) -> None:
+    """Write a run's policy, then the step that it is of, and by its digest the checkpoint that holds the same weights.
+
+    A copy of the run says the same: no file time is looked at.
+    """
+    policy.save(folder)
+    if not leads():
+        return
+    path = checkpoint.saved(folder.parent / "checkpoints").get(step)
+    write_file(folder / RECORD, json.dumps({"step": step, "checkpoint": _digest(path) if path else None}) + "\n")
+    write_digests(folder)
+
+
+def _went_on(run: Path, newest: Path) -> bool:
+    """Whether `newest` is not the checkpoint that `policy/` was saved with, be it of a later or of an earlier step.
+
+    A run of an older version has no record in `policy/`. It ended where its configuration says, or it has not ended.
+    """
+    record = _record(run / "policy")
+    if record.get("checkpoint"):
+        return record["checkpoint"] != _digest(newest)
+    config = run / "config.yaml"
+    options = read_yaml(config)[0] if config.is_file() else {}
+    end = record.get("step") or options.get("steps") or options.get("warm_start", {}).get("steps")
+    return end is not None and end != _step_of(newest)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    return read_json(path) if path.is_file() else {}
+
+
+def _digest(checkpoint_folder: Path) -> str:
+    return hashlib.sha256((checkpoint_folder / checkpoint.MANIFEST).read_bytes()).hexdigest()
+
+
+def _step_of(checkpoint_folder: Path) -> int | None:
+    step = checkpoint_folder.name.removeprefix("step_")
+    return int(step) if step.isdecimal() else None  # a copy may have another name

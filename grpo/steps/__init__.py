@@ -1,0 +1,1 @@
+"""What a step draws, publishes and saves, and who looks at it."""

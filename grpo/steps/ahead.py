@@ -1,0 +1,189 @@
+"""Batches that are sampled while the learner works on earlier ones (contract 12).
+
+With `rollout.ahead: k` the batch of step t is sampled with the weights of step t - 1 - k, the first k + 1 with those of
+the start. A thread hands the batches to the workers, one after the other, and between two of them the workers get the
+next weights where the schedule says so. What a batch depends on follows from its step, never from the clock: the moment
+at which it is ready changes no bit.
+
+Before the learner updates the policy in step t, the batches up to t - 1 + k are complete, the weights of step t - 1 are
+published, and batch t + k has begun. So one batch at most needs weights that the learner no longer has. A copy of them
+is kept while it is sampled, and where a stop or a failure ends the run meanwhile, they are part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from grpo.algorithm.dynamic_sampling import Drawn
+from grpo.algorithm.in_flight import drawn_of, plain
+from grpo.config.run import TrainConfig
+from grpo.data.curriculum import Curriculum
+from grpo.learner.learner import Learner
+from grpo.learner.state import put_weights
+from grpo.steps.collector import Collector
+from grpo.steps.loop import Run
+
+OLDER = "ahead"  # the older weights, among the tensors of a checkpoint
+
+
+class Batches:
+    """The scored groups of each step. The curriculum and the batches that nothing was learned from yet are its state.
+
+    Every rank calls its methods, and rank 0 samples. `begin` is called before the first step.
+    """
+
+    collector: Collector
+    learner: Learner
+    publish: Callable[[], None]  # hands the learner's weights to the workers, where these hold other ones
+
+    def __init__(self, run: Run[TrainConfig], curriculum: Curriculum) -> None:
+        self.run, self.curriculum, self.ahead = run, curriculum, run.config.rollout.ahead
+        self.ready: dict[int, Drawn] = {}
+        self.next = 1  # the first batch that was not begun
+        self._saved: dict[str, Any] = {}
+        self._sampling: tuple[Future[Drawn], Any] | None = None  # batch `next` - 1, and the collector before it
+        self._error: BaseException | None = None
+        self._before: tuple[int, Any] = (0, None)  # a step whose batch was not sampled ahead, the collector before it
+        self._older: tuple[int, dict[str, Tensor]] | None = None  # version and weights of the batch that is sampled
+        self._thread = ThreadPoolExecutor(1, "sampling") if self.ahead and run.ranks.first else None
+
+    def begin(self, collector: Collector, learner: Learner, publish: Callable[[], None]) -> None:
+        """Take what a checkpoint holds. A batch whose weights the learner has no longer is sampled here."""
+        self.collector, self.learner, self.publish = collector, learner, publish
+        state, self._saved, saved = self._saved, {}, self.run.saved
+        collector.load_state_dict(state)
+        if not self.ahead:
+            return
+        self.ready = {int(step): drawn_of(drawn, collector.prompt) for step, drawn in state.get("batches", {}).items()}
+        self.next = max([self.run.step, *self.ready]) + 1
+        if saved is not None and "older_version" in state:
+            newer, version = self._copy(), learner.policy_version
+            self._hold(state["older_version"], saved.tensors[OLDER])
+            self._start()
+            self.run.ranks.from_first(self.complete)
+            self._hold(version, newer)
+
+    def take(self, step: int) -> Drawn:
+        """The batch of this step. Raises what its sampling has raised."""
+        if not self.ahead:
+            self._before = step, self.collector.snapshot()
+            return self.run.ranks.from_first(partial(self.collector.collect, step))
+        self.go_on(step - 1, wait=True)
+        return self.run.ranks.from_first(partial(self._take, step))
+
+    def _take(self, step: int) -> Drawn:
+        if step not in self.ready:
+            self.complete()
+        self.ready = {other: drawn for other, drawn in self.ready.items() if other >= step}
+        return self.ready[step]
+
+    def go_on(self, step: int, wait: bool = False) -> None:
+        """Begin the batches up to `step` + ahead, each when the one before is complete: all of them where it `wait`s,
+        those that can begin now where it does not. The learner holds the weights of `step` - 1, or no batch is left."""
+        while self.next <= min(step + self.ahead, self.run.last):
+            if wait:
+                self.run.ranks.from_first(self.complete)
+            elif not self.run.ranks.from_first(self._completed):
+                return
+            self.publish()
+            self._start()
+
+    def before_update(self, step: int) -> None:
+        """The learner has the weights of `step` - 1 for the last time."""
+        if not self.ahead:
+            return
+        self.go_on(step, wait=True)
+        if self.ahead == 1:  # the next step waits for this batch anyway, and no copy is needed
+            self.run.ranks.from_first(self.complete)
+        else:
+            complete = self.run.ranks.from_first(self._completed)
+            self._older = None if complete else (self.learner.policy_version, self._copy())
+            if not complete:
+                self.collector.pool.keep()  # for a worker that takes the place of one that died
+
+    def _completed(self) -> bool:
+        """Whether nothing is sampled now. Raises what the sampling has raised, if it has ended."""
+        if idle := self._idle():
+            self.complete()
+        return idle
+
+    def _idle(self) -> bool:
+        return self._sampling is None or self._sampling[0].done()
+
+    def _start(self) -> None:
+        """Sample the next batch from now on, with the weights that the workers hold."""
+        step, self.next = self.next, self.next + 1
+        if self._thread is not None:
+            before = self.collector.snapshot()
+            self._sampling = self._thread.submit(self.collector.collect, step, True), before
+
+    def complete(self) -> None:
+        """Wait for the batch that is sampled. Raises what its sampling has raised."""
+        self.settle()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def settle(self) -> None:
+        """Wait until nothing is sampled. A batch that failed leaves no trace, and its error waits for `complete`."""
+        if self._sampling is None:
+            return
+        (future, before), self._sampling = self._sampling, None
+        try:
+            with self.run.timed("time/wait"):
+                self.ready[self.next - 1] = future.result()
+        except BaseException as error:  # of the thread: raised where the batch is asked for
+            self.next -= 1
+            self.collector.put_back(before)
+            self._error = error
+
+    # ---- its state --------------------------------------------------------------------------------------------------
+
+    def undo(self) -> None:
+        """The step in progress is undone. What was sampled ahead stays: its weights were the right ones."""
+        self.settle()
+        step, before = self._before
+        if step > self.run.step:
+            self.collector.put_back(before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON takes it, when the batch that is sampled is complete."""
+        self.settle()
+        state = self.collector.state_dict()
+        if self.ahead:
+            waiting = {step: drawn for step, drawn in self.ready.items() if step > self.run.step}
+            state["batches"] = {str(step): plain(drawn) for step, drawn in waiting.items()}
+        if self._lacks:
+            assert self._older is not None
+            state["older_version"] = self._older[0]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Of the groups, the curriculum alone: `begin` makes the prompts of the others anew from the data."""
+        self.curriculum.load_state_dict(state)
+        self._saved = state
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The older weights, where the batch that needs them could not be completed."""
+        if self._older is None or not self.run.ranks.from_first(lambda: self._lacks):
+            return {}
+        return {OLDER: self._older[1]}
+
+    @property
+    def _lacks(self) -> bool:
+        """The step that is saved has learned, and a batch that the weights before it sample is not there."""
+        return self._older is not None and self.next <= min(self.run.step + self.ahead, self.run.last)
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.learner.state()[0]["policy"].items()}
+
+    def _hold(self, version: int, weights: Any) -> None:
+        """The learner takes these weights, and the workers get them."""
+        put_weights(weights, self.learner.policy, self.learner.masters)
+        self.learner.policy_version = version
+        self.publish()

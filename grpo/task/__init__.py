@@ -1,0 +1,1 @@
+"""What a run is about: problems, prompts, rewards, sampling."""

@@ -1,0 +1,348 @@
+"""The task of a run: its problems, how they become prompts, and what scores the answers.
+
+Everything here is checked before a policy is loaded: a missing column or a broken reward costs seconds, not a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo.algorithm.statistics import answer_reader
+from grpo.algorithm.verdicts import Verdicts
+from grpo.config.data import DataOptions
+from grpo.config.environment import AgentOptions, rewards_of
+from grpo.config.mtp import MtpConfig, scores_nothing
+from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
+from grpo.config.run import SftConfig, TrainConfig
+from grpo.data.examples import Example, beyond_context, default_heldout_split, examples_of, gold_check
+from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, refuse_overlap, trained_on
+from grpo.data.prompts import PromptTemplate, encode_prompt
+from grpo.data.reasoning_gym import PREFIX
+from grpo.data.word_problems import shared_with_training
+from grpo.learner.batch import PackedRow, Sample
+from grpo.run.hardware import device_of
+from grpo.run.log import RunLog
+from grpo.source.policy_source import known_context
+from grpo.task.reward_models import ModelRewards
+from grpo.task.sampling import Actor, agent_of, environment_of
+from policies.policy import Policy
+from rewards.scorer import GroupScore, RewardSpec, Scorer
+from rollout.group import Prompt, RolloutGroup
+from rollout.sampling import EnvironmentSpec
+
+TAKE_OUT = "Take them out of one of the two"
+LONGEST_TEXT = 4000  # characters of an example that a preset's tokenizer learns from: one endless word takes hours
+
+
+class Task:
+    """Training and held-out examples, the prompt template and the scorer. Close it: the scorer holds processes."""
+
+    def __init__(
+        self,
+        data: DataOptions,
+        rewards: Sequence[RewardOptions],
+        scoring: ScoringOptions,
+        *,
+        seed: int = 0,
+        train: bool = True,
+        heldout: int | None = 0,
+        heldout_split: str | None = None,
+        heldout_levels: list[int] | None = None,
+        reward_models: Sequence[RewardModelOptions] = (),
+        device: str = "auto",
+        met: Collection[str] = frozenset(),
+        contexts: Mapping[str, int] | None = None,
+        scores: bool = True,
+        environment: EnvironmentSpec | None = None,
+        agent: AgentOptions | None = None,
+    ) -> None:
+        """`heldout`: how many held-out problems, None for all of them, 0 for none. `device` is the reward models'.
+
+        `met` are fingerprints of problems that the policy was trained on before. Raises ValueError where one of these,
+        a training problem or a worked example is among the held-out problems. `contexts`: see `load_examples`.
+        Without `scores` another process scores, without `rewards` nobody. With an `environment` solutions are episodes.
+        """
+        check = gold_check((reward.function, reward.columns) for reward in rewards if "answer" not in reward.arguments)
+        self.template = PromptTemplate(data.template, data.system_prompt, user_turn=data.user_turn)
+        load = partial(examples_of, data, data.name, seed=seed, check=check, contexts=contexts)
+        wanted = data.limit if train else data.few_shot
+        if data.holdout:
+            both = _held_out_share(data, load, self.template, heldout_split)
+        else:
+            both = _two_splits(data, load, wanted, heldout, heldout_split, heldout_levels or data.levels)
+        self.train, self.heldout = both[0][:wanted], both[1][:heldout]
+        known = self.train or self.heldout
+        shown, self.train = self.train[: data.few_shot], self.train[data.few_shot :]
+        self._refuse_overlap(shown, met, data)
+        self.template = replace(self.template, few_shot=shown)
+        messages = self.template.messages(known[0])  # raises for a chat that cannot be made
+        # A chat template is the model's, and no model is loaded yet: the bare question then replaces its text.
+        prompt = known[0].question if self.template.is_chat else self.template.render(known[0])
+        self.solution_column = data.solution_column
+        self.trainer_state: dict[str, Any] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
+        self.prompts_per_step = 0
+        self.leads, self.scores = scores, scores and bool(rewards)
+        self.actor = Actor(environment, known[0], agent)
+        specs = reward_specs(rewards)
+        self.reward_weights = {spec.label: spec.weight for spec in specs}
+        first = specs[0] if specs else RewardSpec("")
+        self.first_reward, self.read_answer = first.label, answer_reader(first.function, first.arguments)
+        self.models = ModelRewards(reward_models if self.scores else (), known[0].columns)
+        self.verdicts = Verdicts(self.first_reward, "undeclared", None)
+        if not self.scores:
+            return
+        self.scorer = Scorer(
+            specs,
+            on_error=scoring.on_error,
+            timeout_s=scoring.timeout_s,
+            workers=scoring.workers,
+            columns=[*known[0].columns, *self.models.names, *self.actor.columns],
+            pass_variables=scoring.pass_variables,
+        )
+        try:
+            columns = known[0].columns | dict.fromkeys([*self.models.names, *self.actor.columns], 0.0)
+            gold = self.scorer.dry_run(prompt, known[0].solution, columns, messages=messages)
+            self.models.load(device_of(device))
+        except BaseException:
+            self.scorer.close()
+            raise
+        declared = self.scorer.right_at(self.first_reward)
+        self.verdicts = Verdicts(self.first_reward, declared, gold.parts[self.first_reward][0])
+
+    @classmethod
+    def of(cls, config: SftConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:
+        """Without `model_known` nothing is asked of the model, so that the data can be checked when it is not there."""
+        held = config.eval
+        task = cls(
+            config.data,
+            [] if scores_nothing(config) else rewards_of(config),
+            config.reward,
+            seed=config.seed,
+            heldout=held.limit,
+            heldout_split=held.split,
+            heldout_levels=held.levels,
+            reward_models=config.reward_models,
+            device=config.device,
+            met=trained_on(config.model) if model_known else (),
+            contexts=_contexts(config) if model_known else {},
+            scores=scores,
+            environment=environment_of(config),
+            agent=agent_of(config),
+        )
+        if isinstance(config, TrainConfig):
+            task.trainer_state["max_steps"], task.prompts_per_step = config.steps, config.prompts_per_step
+        task.trainer_state["output_dir"] = str(config.output_dir)
+        try:
+            task.check_counts(config)
+        except ValueError:
+            task.close()
+            raise
+        return task
+
+    def _refuse_overlap(self, shown: Sequence[Example], met: Collection[str], data: DataOptions) -> None:
+        """Raises ValueError for an evaluated problem that training meets, and for one whose solution a prompt shows."""
+        train, shots = self.fingerprints(self.train), self.fingerprints(shown)
+        self.trained_on = frozenset({*met, *train, *shots})
+        heldout = self.fingerprints(self.heldout)
+        hold_out = "hold out a share of the training data by content (data.holdout: 0.1)"
+        for known, what, way_out in (
+            (shots, "are shown with their solutions as worked examples (few_shot)", f"{TAKE_OUT}, or {hold_out}"),
+            (train, f"are trained on too ({data.name}, {data.split})", f"{TAKE_OUT}, or {hold_out}"),
+            (dict.fromkeys(met, ""), "were trained on by the run that the model comes from", f"{TAKE_OUT}"),
+        ):
+            refuse_overlap(heldout, known, what, f"{way_out}.")
+        if both := [name for fingerprint, name in train.items() if fingerprint in shots]:
+            raise ValueError(
+                f"few_shot={data.few_shot}: the first {data.few_shot} examples are shown with their solutions, and "
+                f"{len(both)} of the others are the same problems: {', '.join(both[:5])}. Take them out of the data"
+            )
+
+    def describe_rewards(self) -> list[dict[str, Any]]:
+        """What a run records of its reward functions; nothing where another process scores."""
+        return self.scorer.describe() if self.scores else []
+
+    def record_split(self, run_log: RunLog) -> None:
+        """Write into the run folder what is trained on, and say how the held-out problems are set apart from it."""
+        if not self.leads:
+            return
+        record_trained_on(run_log.output_dir, self.trained_on)
+        if not self.heldout:
+            return
+        said = f"{len(self.heldout):,} held-out problems: none is trained on or shown as a worked example"
+        if self.train and self.train[0].example_id.startswith("word_problems/"):
+            templates, numbers = shared_with_training(*([e.example_id for e in s] for s in (self.train, self.heldout)))
+            said += f"; {templates:,} share a template with training, {numbers:,} share their numbers"
+        run_log.say(said)
+
+    def fingerprints(self, examples: Iterable[Example]) -> dict[str, str]:
+        """The problems' fingerprints, with their ids."""
+        return {problem_fingerprint(self.template.content(e)): e.example_id for e in examples}
+
+    def check_counts(self, config: SftConfig | MtpConfig) -> None:
+        """Raises ValueError where a step would ask for more different examples than there are."""
+        wanted = []
+        if isinstance(config, SftConfig) and config.warm_start.steps:
+            examples = self.train_for(config.warm_start.levels)
+            wanted.append(("warm_start.batch_size", config.warm_start.batch_size, len(examples)))
+        if isinstance(config, TrainConfig | MtpConfig):
+            wanted.append(("prompts_per_step", config.prompts_per_step, len(self.train)))
+        for key, count, there in wanted:
+            if count > there:
+                raise ValueError(f"{key}={count}, but there are {there} training examples; lower it, or use more data")
+
+    def check_lengths(self, policy: Policy, max_completion_tokens: int) -> None:
+        """Raises ValueError where a prompt leaves no room for its completion: now, rather than when its turn comes."""
+        room, long = policy.max_length - max_completion_tokens, []
+        for example in (*self.train, *self.heldout):
+            text = self.template.render(example, policy.tokenizer)
+            if fault := beyond_context(text, policy.max_length):
+                raise ValueError(f"the prompt of {example.example_id!r} {fault}; take it out of the data")
+            if len(text.encode(errors="surrogatepass")) > room - 8:  # a token is a byte or more; some are added
+                prompt = self.prompt(example, policy.tokenizer)
+                long += [prompt] if len(prompt.token_ids) > room else []
+        if long:
+            raise ValueError(
+                f"{len(long)} prompts, the first of them {long[0].prompt_id!r} with {len(long[0].token_ids)} tokens, "
+                f"pass the policy's context of {policy.max_length} with max_completion_tokens={max_completion_tokens}; "
+                "lower it, or take them out of the data"
+            )
+
+    def train_for(self, levels: list[int] | None) -> Sequence[Example]:
+        """The training examples, of these levels only where the data has levels."""
+        if levels is None:
+            return self.train
+        chosen = [example for example in self.train if example.columns.get("level") in levels]
+        if missing := [level for level in levels if level not in {e.columns["level"] for e in chosen}]:
+            raise ValueError(f"warm_start.levels={levels}: the training data has none of {missing}; see data.levels")
+        return chosen
+
+    def corpus(self, limit: int = 4000) -> Iterator[str]:
+        """Text of the kind that the policy will read, for a preset's tokenizer; of a long one the beginning."""
+        return (f"{example.question}\n{example.solution}\n"[:LONGEST_TEXT] for example in self.train[:limit])
+
+    def prompt(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+        return encode_prompt(example, tokenizer, self.template)
+
+    def solution(self, example: Example, tokenizer: PreTrainedTokenizerBase, stop: int, raw: bool = False) -> PackedRow:
+        """Prompt and gold solution as a row to learn from; the solution ends with the stop token.
+
+        `raw` keeps GSM8K's calculator marks.
+        """
+        prompt, marked = self.prompt(example, tokenizer), example.columns.get(self.solution_column, example.solution)
+        if self.actor.acts:
+            return self.actor.solution(prompt, marked, tokenizer, stop)
+        ids = [*tokenizer.encode(marked if raw else example.solution, add_special_tokens=False), stop]
+        return PackedRow(prompt.token_ids, [Sample(0, ids)])
+
+    def reached(self, steps_done: int) -> None:
+        """Set what rewards that ask for `trainer_state` receive from now on, by TRL's names."""
+        epoch = steps_done * self.prompts_per_step / max(len(self.train), 1)
+        self.trainer_state |= {"global_step": steps_done, "epoch": epoch}
+
+    def watched_rewards(self) -> list[str]:
+        """The marks that alarms watch: of every reward but those that declare to judge a form or a length, and the
+        score where it is something else."""
+        declared = [name for name in self.reward_weights if self.scores and self.scorer.right_at(name) is not None]
+        return declared if declared and len(self.reward_weights) == 1 else [*declared, "score"]
+
+    @property
+    def full_marks(self) -> float:
+        return self.verdicts.full_marks
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
+        columns = self.models.columns(groups)
+        scores = self.scorer.score(
+            [group.prompt.text for group in groups],
+            [group.texts for group in groups],
+            [group.prompt.columns for group in groups],
+            prompt_ids=[group.prompt.prompt_id for group in groups],
+            completion_ids=[[c.token_ids for c in group.completions] for group in groups],
+            completion_columns=self.actor.added(columns, groups),
+            trainer_state=self.trainer_state,
+            messages=[group.prompt.messages for group in groups],
+            turns=[group.turns for group in groups],
+        )
+        self.models.record(scores, columns)
+        self.verdicts.see_scores(scores)
+        return scores
+
+    def lost(self) -> dict[str, float]:
+        """faults/* of the reward workers since the last call; empty where none was lost."""
+        count, seconds = self.scorer.take_lost() if self.scores else (0, 0.0)
+        return {"faults/reward_worker": float(count), "faults/reward_seconds": seconds} if count else {}
+
+    def close(self) -> None:
+        if self.scores:
+            self.scorer.close()
+
+    def __enter__(self) -> Task:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def reward_specs(rewards: Sequence[RewardOptions]) -> list[RewardSpec]:
+    return [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
+
+
+def _two_splits(
+    data: DataOptions,
+    load: Callable[..., Sequence[Example]],
+    wanted: int | None,
+    heldout: int | None,
+    heldout_split: str | None,
+    heldout_levels: list[int],
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """`wanted` training examples and `heldout` others from a split of their own; None for all, 0 for none."""
+    if wanted != 0 and heldout != 0 and Path(data.name).is_file():
+        raise ValueError(
+            f"{data.name} is one file, and rows that are trained on or shown as worked examples must not be evaluated. "
+            "Hold out a share of its rows by their content (data.holdout: 0.1; --holdout 0.1 of quartet eval), or give "
+            "a folder with train.jsonl and test.jsonl"
+        )
+    train = [] if wanted == 0 else load(data.split, "train", data.levels, wanted)
+    split = heldout_split or default_heldout_split(data.name)
+    return train, [] if heldout == 0 else load(split, "eval", heldout_levels, heldout)
+
+
+def _held_out_share(
+    data: DataOptions, load: Callable[..., Sequence[Example]], template: PromptTemplate, heldout_split: str | None
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """All examples of `data.split` in two, by the content of each problem."""
+    assert data.holdout
+    if data.name in ("word_problems", "word_game") or data.name.startswith(PREFIX):
+        raise ValueError(f"data.holdout={data.holdout}: {data.name} has a held-out split of its own; drop data.holdout")
+    if heldout_split not in (None, data.split):
+        raise ValueError(
+            f"data.holdout={data.holdout} holds out a share of data.split={data.split}, and eval.split={heldout_split} "
+            "names another split; drop one of the two"
+        )
+    train: list[Example] = []
+    held: list[Example] = []
+    for example in load(data.split, "train", data.levels, data.limit):
+        fingerprint = problem_fingerprint(template.content(example))
+        (held if in_holdout(fingerprint, data.holdout, data.holdout_seed) else train).append(example)
+    if not train or not held:
+        raise ValueError(
+            f"data.holdout={data.holdout} holds out {len(held)} of {len(train) + len(held)} examples; use another "
+            "share, or more data"
+        )
+    return train, held
+
+
+def _contexts(config: SftConfig | MtpConfig) -> dict[str, int]:
+    """By column: the context that its texts must fit into. A solution counts where it is learned from."""
+    context = known_context(config.model)
+    if context is None:
+        return {}
+    learned = isinstance(config, SftConfig) and config.warm_start.steps
+    columns = [config.data.prompt_column, *([config.data.solution_column] if learned else [])]
+    return dict.fromkeys(columns, context)

@@ -1,0 +1,263 @@
+"""`quartet convert` from the command line: every form on disk, its report, refusals, and nothing half written."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from grpo.cli.commands import convert as convert_command
+from grpo.cli.commands import recovery
+from grpo.cli.parse import main
+from grpo.data.word_problems import word_problems
+from policies.policy import Policy
+from policies.presets import small_tokenizer
+
+SMALL = ["--window", "32", "--calibrate_tokens", "640", "--heldout_tokens", "128", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1, 2], count=120)]
+
+
+@pytest.fixture(scope="module")
+def source(texts, tmp_path_factory) -> str:
+    """A Llama of two layers with grouped queries and a tied head, briefly trained on the text that lies beside it."""
+    folder = tmp_path_factory.mktemp("convert") / "dense"
+    tokenizer = small_tokenizer(texts, 300)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    ids = [i for text in texts for i in (*tokenizer(text).input_ids, 0)]
+    blocks = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(100):
+        rows = blocks[torch.arange(8 * step, 8 * step + 8) % len(blocks)]
+        model(rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "LICENSE").write_text("do as you like")
+    (folder.parent / "text.txt").write_text("".join(texts))
+    return str(folder)
+
+
+@pytest.fixture
+def text(source) -> str:
+    return str(Path(source).parent / "text.txt")
+
+
+@pytest.fixture
+def convert(source, tmp_path) -> Callable[..., tuple[Path, dict]]:
+    """`convert("--mtp")`: (the folder written, the report as JSON)."""
+
+    def run(*words: str) -> tuple[Path, dict]:
+        destination, report = tmp_path / "new" / "policy", tmp_path / "report.json"
+        assert main(["convert", source, str(destination), "--threads", "1", "--json", str(report), *words]) == 0
+        assert [path.name for path in destination.parent.iterdir()] == ["policy"]
+        return destination, json.loads(report.read_text())
+
+    return run
+
+
+@pytest.fixture
+def logits(source, texts) -> Callable[[object], torch.Tensor]:
+    ids = AutoTokenizer.from_pretrained(source)(texts[3], return_tensors="pt").input_ids[:, :48]
+
+    def of(model) -> torch.Tensor:
+        with torch.no_grad():
+            return (AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str | Path) else model)(ids).logits
+
+    return of
+
+
+@pytest.mark.slow
+def test_the_exact_form_says_so_and_is_the_dense_model(convert, logits, source, capsys):
+    folder, report = convert()
+    expected = logits(source)
+    assert (logits(folder) - expected).abs().max() <= 1e-3 * expected.abs().max()
+    shown = capsys.readouterr().out
+    for line in (r"max logit difference", "greedy text identical  yes", "parity                 passed", "LICENSE"):
+        assert line in shown or (folder / line).is_file()
+    assert report["parity"]["greedy_identical"]
+    assert report["against"] == "the dense model"
+    assert report["compression"] is report["draft_agreement"] is None
+
+
+def test_experts_are_on_disk_and_their_router_learns(convert, logits, source):
+    folder, report = convert("--ffn", "moe", "--experts.expert_groups", "3", "--experts.shared_experts", "1")
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert {n for n in names if ".experts." in n} == {
+        f"model.layers.1.mlp.experts.{e}.{part}_proj.weight" for e in range(6) for part in ("gate", "up", "down")
+    }
+    expected = logits(source)
+    assert (logits(folder) - expected).abs().max() <= 1e-3 * expected.abs().max()
+    assert report["parity"]["max_logit_difference"] <= 1e-3 * report["parity"]["max_logit"]
+    policy = Policy.load(folder)
+    ids = torch.arange(5, 45)[None]
+    policy.trunk(ids, labels=ids).loss.backward()
+    gradient = policy.trunk.model.layers[1].mlp.gate.weight.grad
+    assert gradient.abs().max() > 1e-6
+
+
+@pytest.mark.slow
+def test_noise_on_experts_is_reported_and_the_file_holds_the_noisy_policy(convert, logits, source, capsys):
+    folder, report = convert("--ffn", "moe", "--experts.shared_experts", "1", "--experts.noise", "0.05")
+    assert report["against"] == "the policy with noise"
+    assert report["parity"]["greedy_identical"]
+    assert report["noise"]["max_logit_difference"] > 0.01
+    assert (logits(folder) - logits(source)).abs().max() > 0.01
+    assert "noise on the experts" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compression_reports_cache_kl_agreement_and_perplexity_and_recovery_gives_back(convert, text, capsys):
+    words = ["--rank", "20", "--calibrate", text, *SMALL]
+    folder, report = convert(*words, "--recover", "25", "--recovery.learning_rate", "3e-3")
+    config = Policy.load(folder).config
+    assert config.kv_lora_rank + config.qk_rope_head_dim == 20
+    found = report["compression"]
+    before, after = found["compressed"], found["recovered"]
+    assert (found["cache"], found["dense_cache"], found["steps"]) == (20, 32, 25)
+    assert after["kl_mean"] < 0.8 * before["kl_mean"]
+    assert after["top1_agreement"] > before["top1_agreement"]
+    assert before["dense_perplexity"] == after["dense_perplexity"] != before["perplexity"]
+    assert before["num_tokens"] == 128
+    shown = capsys.readouterr().out
+    for line in ("(−38 %)", "mean KL from dense", "top-1 agreement", "perplexity", "after 25 steps", "128 held-out"):
+        assert line in shown
+
+
+def test_the_reported_numbers_are_those_of_the_saved_files(convert, source, text):
+    folder, report = convert("--rank", "24", "--calibrate", text, *SMALL)
+    held = convert_command.calibration_text(
+        text, AutoTokenizer.from_pretrained(source), tokens=640, heldout_tokens=128, window=32
+    ).heldout
+    dense, saved = (AutoModelForCausalLM.from_pretrained(model) for model in (source, folder))
+    ids = torch.stack(held)
+    with torch.no_grad():
+        log_p, log_q = (model(ids).logits.log_softmax(-1) for model in (dense, saved))
+    found = report["compression"]["compressed"]
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert found["kl_mean"] == pytest.approx(kl.item(), rel=1e-3)
+    nll = -log_q[:, :-1].gather(2, ids[:, 1:, None]).mean()
+    assert found["perplexity"] == pytest.approx(nll.exp().item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_draft_head_beats_chance_with_given_text_and_with_its_own(convert, text, tmp_path):
+    folder, report = convert("--mtp", "--calibrate", text, *SMALL)
+    assert Policy.load(folder).mtp is not None
+    assert Policy.load(folder).config.num_nextn_predict_layers == 1
+    assert report["draft_agreement"] > 0.2  # of 300 tokens
+    (tmp_path / "new" / "policy").rename(tmp_path / "first")
+    folder, report = convert("--mtp")
+    assert Policy.load(folder).mtp is not None
+    assert report["draft_agreement"] > 0.1
+
+
+def test_everything_at_once(convert, text, logits):
+    words = ["--ffn", "moe", "--experts.shared_experts", "1", "--rank", "28", "--recover", "2", "--mtp"]
+    folder, report = convert(*words, "--calibrate", text, *SMALL)
+    policy = Policy.load(folder)
+    assert policy.mtp is not None
+    assert policy.config.n_routed_experts == 8
+    assert report["against"] == "the compressed policy"
+    assert report["compression"]["steps"] == 2
+    assert torch.equal(logits(policy.trunk), logits(folder))
+
+
+@pytest.mark.parametrize("step", ["_text", "load_dense", "observe", "compress", "recover", "shard_feed_forward",
+                                  "start_head", "save_as", "parity"])  # fmt: skip
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError], ids=["ctrl-c", "error"])
+def test_nothing_is_left_wherever_it_ends(source, text, tmp_path, monkeypatch, capsys, step, interruption):
+    def stop(*_: object, **__: object) -> None:
+        raise interruption("no space left")
+
+    monkeypatch.setattr(convert_command, step, stop)
+    words = ["--ffn", "moe", "--experts.shared_experts", "1", "--rank", "24", "--recover", "1", "--mtp"]
+    code = main(["convert", source, str(tmp_path / "new/policy"), "--calibrate", text, *SMALL, *words])
+    assert code == (130 if interruption is KeyboardInterrupt else 1)
+    assert list((tmp_path / "new").iterdir()) == []
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_recovery_keeps_what_it_has_reached(convert, text, monkeypatch, capsys):
+    real = recovery.F.kl_div
+    calls = []
+
+    def interrupt(*given, **named):
+        calls.append(1)
+        if len(calls) == 6:  # in the second update of four windows
+            signal.raise_signal(signal.SIGINT)
+        return real(*given, **named)
+
+    monkeypatch.setattr(recovery.F, "kl_div", interrupt)
+    monkeypatch.setattr(convert_command, "fidelity", lambda *_: convert_command.Fidelity(0.1, 0.5, 9.0, 8.0, 32))
+    folder, report = convert("--rank", "24", "--calibrate", text, *SMALL, "--recover", "9")
+    assert report["compression"]["steps"] == 2
+    assert "ended at step 2 of 9" in capsys.readouterr().out
+    assert (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rank", "20"], "rank=20 requires text to measure the model on; add --calibrate FILE"),
+        (["--rank", "99", "--calibrate", "{text}"], "rank=99 is out of range: .* = 32 numbers .*; use 7 to 36"),
+        (["--rank", "20", "--rotary", "18", "--calibrate", "{text}"], "rotary=18 is out of range: .* from 2 to 14"),
+        (["--rank", "20", "--rotary", "5", "--calibrate", "{text}"], "rotary=5 is odd"),
+        (["--rotary", "4"], "rotary=4 is for the compressed form; add --rank"),
+        (["--recover", "4"], "recover=4 is for the compressed form; add --rank"),
+        (["--recovery.learning_rate", "1e-3"], "add --recover STEPS"),
+        (["--calibrate", "{text}"], "calibrate=.* is for --rank and --mtp"),
+        (["--rank", "20", "--calibrate", "{dir}/none.txt"], "none.txt"),
+        (["--rank", "20", "--calibrate", "{dir}/short.txt"], r"short.txt' holds \d+ tokens, and two windows .* longer"),
+        (["--rank", "20", "--calibrate", "{dir}/binary.txt"], "binary.txt' is not text in UTF-8"),
+        (["--experts.noise", "0.1"], "add --ffn moe"),
+        (["--ffn", "moe", "--experts.shared_experts", "4", "--experts.experts_per_group", "3"],
+         "intermediate_size=96 .* multiple of shared_experts \\+ experts_per_group = 7; sums that divide it are 3, 4"),
+        (["--ffn", "moe", "--experts.dense_layers", "2"], "dense_layers=2 leaves no layer of num_hidden_layers=2"),
+        (["--ffn", "mow"], "mow"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_by_name_before_a_weight_is_read(
+    source, text, tmp_path, monkeypatch, capsys, words, message
+):
+    (tmp_path / "short.txt").write_text("2 + 2 = 4")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe" * 500)
+    monkeypatch.setattr(convert_command, "load_dense", lambda *_: pytest.fail("weights were read"))
+    words = [word.replace("{text}", text).replace("{dir}", str(tmp_path)) for word in words]
+    assert main(["convert", source, str(tmp_path / "new/policy"), *words]) in (1, 2)
+    shown = capsys.readouterr().err
+    assert re.search(message, shown), shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "new").exists() or list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(("rate", "harmful"), [("3e-3", False), ("1.0", True)])
+def test_a_recovery_that_did_harm_says_so(convert, text, capsys, rate, harmful):
+    words = ["--rank", "20", "--calibrate", text, *SMALL, "--recover", "6", "--recovery.learning_rate", rate]
+    convert(*words)
+    assert ("recovery did harm" in capsys.readouterr().out) == harmful
+
+
+def test_a_recovery_that_diverges_is_an_error_that_names_the_way_out(source, text, tmp_path, capsys):
+    words = ["--rank", "24", "--calibrate", text, *SMALL, "--recover", "20", "--recovery.learning_rate", "1e30"]
+    assert main(["convert", source, str(tmp_path / "new/policy"), *words]) == 1
+    assert "use a smaller recovery.learning_rate" in capsys.readouterr().err
+    assert list((tmp_path / "new").iterdir()) == []

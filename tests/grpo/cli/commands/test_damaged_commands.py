@@ -1,0 +1,137 @@
+"""Damaged files as a user of the commands meets them: one `quartet:` line that names the file, no traceback."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from grpo.cli.parse import main
+from grpo.run.log import RunLog
+from grpo.train import train
+
+BROKEN = {
+    "raises": "{{ raise_exception('no \x1b[31msystem role') }}",
+    "divides": "{{ 1 // 0 }}",
+    "no jinja": "{% for m in messages %}",
+    "undefined": "{{ nobody.knows.this }}",
+    "calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+}
+
+
+@pytest.fixture(scope="module")
+def run(micro_config, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    train(micro_config(folder, steps=2, **{"warm_start.steps": 0}))
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def refused(words: list[str], capsys, *parts: str) -> None:
+    assert main(words) in (1, 2)
+    shown = capsys.readouterr().err
+    assert shown.startswith("quartet: ")
+    for part in parts:
+        assert part in shown
+
+
+# ---- chat templates -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat_model(micro_policy, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "chat"
+    micro_policy(0).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_chat_template_that_fails_is_found_by_the_dry_run(chat_model, tmp_path, capsys, fault):
+    (chat_model / "chat_template.jinja").write_text(BROKEN[fault])
+    words = ["train", "--model", str(chat_model), "--output_dir", str(tmp_path / "r"), "--data.template", "chat"]
+    words += ["--data.levels", "[1]", "--data.limit", "8", "--eval.limit", "2", "--threads", "1", "--dry_run"]
+    refused(words, capsys, f"the chat template of '{chat_model}' (chat_template.jinja", "fails on the roles user: ")
+
+
+def test_so_it_is_by_the_dry_run_of_mtp_and_only_where_it_is_used(chat_model, tmp_path, capsys):
+    (chat_model / "chat_template.jinja").write_text(BROKEN["divides"])
+    words = ["mtp", str(chat_model), "--output_dir", str(tmp_path / "r"), "--data.limit", "20", "--eval.limit", "2"]
+    words += ["--rollout.max_completion_tokens", "16"]
+    assert main([*words, "--dry_run"]) == 0
+    refused([*words, "--data.template", "chat", "--dry_run"], capsys, str(chat_model), "ZeroDivisionError")
+
+
+# ---- the files of a run ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("garbage\n", "line 3 is damaged: Expecting value"),
+        ('{"reward/mean": 1.0}\n', "line 3 is damaged: its step is None"),
+        ('{"step": "3"}\n', "line 3 is damaged: its step is '3'"),
+        ('{"step": 3, "reward/mean": "high"}\n', "line 3 is damaged: 'reward/mean' is 'high'"),
+        ('{"step": 3, "reward/mean": 1e999}\n', "line 3 is damaged: 'reward/mean' is inf"),
+        ("[1]\n", "line 3 is damaged: it holds a list"),
+        ("\xff\n", "line 3 is damaged: 'utf-8' codec"),
+    ],
+)
+def test_a_bad_line_in_the_metrics_is_named(copy, capsys, line, message):
+    with (copy / "metrics.jsonl").open("ab") as file:
+        file.write(line.encode("latin-1"))
+    refused(["report", str(copy)], capsys, str(copy / "metrics.jsonl"), message)
+    refused(["train", str(copy / "config.yaml"), "--output_dir", str(copy), "--resume", "auto"], capsys, message)
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", "{}", '{"hardware": null}', "\x00", "[" * 5000])
+def test_a_damaged_environment_is_named(copy, capsys, content):
+    (copy / "environment.json").write_text(content)
+    refused(["report", str(copy)], capsys, str(copy / "environment.json"))
+
+
+@pytest.mark.parametrize("content", ["", "null", "{}", "[1]", '[{"name": "x"}]', "[" * 5000])
+def test_damaged_rewards_are_named_on_resume(copy, capsys, content):
+    (copy / "rewards.json").write_text(content)
+    words = ["train", str(copy / "config.yaml"), "--output_dir", str(copy), "--resume", "auto"]
+    refused(words, capsys, str(copy / "rewards.json"))
+
+
+@pytest.mark.parametrize("content", ["", "null\n", "data: null\n", "data: {name: [}\n", "a: &a [*a]\n", "data: 3\n"])
+def test_a_damaged_config_of_a_run_is_named(copy, capsys, content):
+    (copy / "config.yaml").write_text(content)
+    for words in (["eval", str(copy)], ["mtp", str(copy), "--output_dir", str(copy / "m")]):
+        refused(words, capsys, str(copy / "config.yaml"))
+    refused(["reward", "replay", str(copy), "--with", "gsm8k"], capsys, str(copy / "config.yaml"))
+    refused(["export", str(copy), str(copy / "new")], capsys, str(copy / "config.yaml") if content else "config.yaml")
+
+
+def test_damaged_rollouts_are_named(copy, capsys):
+    path = copy / "rollouts/step_000001.jsonl.zst"
+    path.write_bytes(path.read_bytes()[:-20])
+    refused(["reward", "replay", str(copy), "--with", "gsm8k"], capsys, str(path), "is damaged")
+
+
+@pytest.mark.parametrize("name", ["environment.json", "config.yaml"])
+def test_a_full_disk_at_the_start_names_the_file(tmp_path, monkeypatch, name):
+    replace = os.replace
+
+    def full(partial, path):
+        if Path(path).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(partial, path)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '.*{name}'"):
+        RunLog(tmp_path / "run", "steps: 1\n", trackers=[])
+
+
+def test_numbers_that_are_json_and_no_metric_are_no_traceback(copy, capsys):
+    lines = [json.dumps({"step": step, "reward/mean": 1e308, "policy/entropy": 0.1}) + "\n" for step in (1, 2)]
+    (copy / "metrics.jsonl").write_text("".join(lines))
+    assert main(["report", str(copy)]) == 0

@@ -1,0 +1,581 @@
+"""`quartet eval`: what a run brings along, which policy is meant, what is written; figures checked by other means."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from grpo.cli.commands import eval as eval_command
+from grpo.cli.commands import eval_report
+from grpo.cli.commands.eval import evaluate_model, peak_memory_gib
+from grpo.cli.commands.export import export
+from grpo.cli.config.inference import EvalConfig, defaults_of_run
+from grpo.cli.parse import main
+from grpo.config.options import ConfigError, load
+from grpo.config.run import TrainConfig
+from grpo.evaluation.perplexity import Perplexity, gold_perplexity
+from grpo.learner.batch import PackedRow, Sample
+from grpo.run import checkpoint
+from grpo.source.policy_source import find_policy, load_found
+from grpo.train import train
+from policies import tensor_files
+from policies.policy import Policy, PolicyError
+from rollout.engine import RolloutError
+
+QUIET = Console(quiet=True)
+
+
+def _config(folder, **given) -> EvalConfig:
+    return load(EvalConfig, None, defaults_of_run(folder) | {"model": str(folder), "threads": 1} | given)
+
+
+def _same_results(a, b) -> bool:
+    """But for what depends on the clock, or on which rows are decoded together."""
+    other = ("seconds", "tokens_per_second", "groups", "bleu", "tokens_per_forward", "acceptance", "fallback_rate")
+    tokens = [[c.token_ids for group in result.groups for c in group.completions] for result in (a, b)]
+    return tokens[0] == tokens[1] and all(vars(a)[name] == vars(b)[name] for name in vars(a) if name not in other)
+
+
+@pytest.fixture(scope="module")
+def trained(micro_config, tmp_path_factory):
+    """The folder of a run with nothing at its default that decides what is evaluated, and its summary."""
+    folder = tmp_path_factory.mktemp("eval") / "run"
+    given = {
+        "seed": 3,
+        "steps": 2,
+        "data.levels": [1, 2],
+        "data.template": "Q: {question}\nA: ",
+        "data.few_shot": 1,
+        "eval.limit": 5,
+        "eval.levels": [1, 2],
+        "rollout.temperature": 0.8,
+    }
+    return folder, train(micro_config(folder, **given))
+
+
+# ---- what a run brings along ----------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_brings_its_held_out_problems_along(trained):
+    """`quartet eval RUN` meets the problems, prompts and noise of the run's own last evaluation."""
+    folder, summary = trained
+    config = _config(folder)
+    assert (config.template, config.limit) == ("Q: {question}\nA: ", 5)
+    results = evaluate_model(config, QUIET).results
+    for name in ("sampled", "greedy"):
+        assert _same_results(results[name], summary.evaluations[f"after GRPO, {name}"])
+    assert results["sampled"].groups[0].prompt.text.count("Q: ") == 2  # the worked example is there
+
+
+def test_levels_and_split_of_the_evaluation_win_over_those_of_training(micro_config, tmp_path):
+    given = {"steps": 1, "eval.limit": 4, "eval.levels": [2], "data.levels": [1]}
+    train(micro_config(tmp_path / "r", **given))
+    groups = evaluate_model(_config(tmp_path / "r"), QUIET).results["greedy"].groups
+    assert [group.prompt.columns["level"] for group in groups] == [2] * 4
+
+
+def test_other_data_come_without_the_runs_split_columns_and_limit(trained):
+    folder, _ = trained
+    brought = defaults_of_run(folder, data="gsm8k")
+    assert {"template", "rewards", "temperature", "seed"} <= brought.keys()
+    assert not {"data", "split", "levels", "limit", "prompt_column", "solution_column"} & brought.keys()
+    assert defaults_of_run(folder, data="word_problems") == defaults_of_run(folder)
+
+
+def test_a_failing_reward_does_not_end_an_evaluation(trained, tmp_path):
+    folder, _ = trained
+    assert "on_error: abort" in (folder / "config.yaml").read_text()
+    first = evaluate_model(_config(folder, samples=0, few_shot=0), QUIET).results["greedy"]
+    path = tmp_path / "picky.py"
+    path.write_text(
+        f"LIKED = {first.groups[0].prompt.columns['question']!r}\n"
+        "def picky(completions, question, **_):\n"
+        "    if set(question) != {LIKED}:\n        raise ValueError('not this one')\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    config = _config(folder, rewards=[{"function": f"{path}:picky"}], samples=2, few_shot=0)
+    evaluation = evaluate_model(config, QUIET)
+    sampled = evaluation.results["sampled"]
+    assert (sampled.completions, sampled.without_mark, sampled.abstained, sampled.accuracy) == (2, 8, 0, 1.0)
+    document = eval_report.as_json(evaluation)["evaluations"]["sampled"]
+    assert document["failures"] == {"picky: raised": 8}
+    assert document["first_failures"][0]["message"].startswith("ValueError: not this one")
+    shown = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    eval_report.show(evaluation, shown)
+    text = shown.export_text()
+    assert "0 abstained, 8 failed" in text
+    assert "REWARD FAILED 12 times (picky: raised)" in text  # greedy, too
+
+
+def test_a_folder_that_is_no_run_brings_nothing(tmp_path):
+    assert defaults_of_run(tmp_path) == {}
+
+
+# ---- which policy ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[None, 4], ids=["full", "lora"])
+def unfinished(request, micro_config, tmp_path_factory):
+    """A run that was stopped after its second step, and one that was not, with the same evaluation in between."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    given = {"steps": 3, "eval.limit": 4, "eval.every": 2, "rollout.max_completion_tokens": 8}
+    given |= {"lora.rank": request.param, "learner.learning_rate": 0.1} if request.param else {}
+    train(micro_config(folder / "run", **given))
+    shutil.copytree(folder / "run", folder / "stopped")
+    shutil.rmtree(folder / "stopped/policy")
+    shutil.rmtree(folder / "stopped/checkpoints/step_000003")
+    return folder
+
+
+@pytest.mark.slow
+def test_an_unfinished_run_is_its_newest_checkpoint_and_says_so(unfinished):
+    """The checkpoint's evaluation is the one that the run made there: same prompts, same noise, same weights."""
+    folder = unfinished / "stopped"
+    evaluation = evaluate_model(_config(folder), QUIET)
+    assert evaluation.source.folder == str(folder / "checkpoints/step_000002")
+    assert evaluation.source.meaning == "the newest checkpoint; the run has not ended"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    [then] = [row for row in rows if row["step"] == 2 and "eval/reward_mean" in row]
+    sampled = evaluation.results["sampled"]
+    assert sampled.reward_mean == pytest.approx(then["eval/reward_mean"], abs=1e-6)
+    assert sampled.length_mean == then["eval/completion_length_mean"]
+    [before] = [row for row in rows if row["step"] == 0 and "eval/reward_mean" in row]
+    assert sampled.reward_mean != pytest.approx(before["eval/reward_mean"], abs=1e-6)  # two steps have changed it
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_evaluated_all_the_same(unfinished, tmp_path, monkeypatch):
+    folder, task = tmp_path / "run", eval_command.Task
+    shutil.copytree(unfinished / "stopped", folder)
+
+    def rotated(*arguments, **named):
+        shutil.rmtree(folder / "checkpoints")
+        return task(*arguments, **named)
+
+    monkeypatch.setattr(eval_command, "Task", rotated)
+    evaluation = evaluate_model(_config(folder), QUIET)
+    assert evaluation.source.checkpoint == folder / "checkpoints/step_000002"
+    assert evaluation.results["sampled"].completions
+
+
+@pytest.mark.parametrize(("module", "moment"), [(checkpoint, "fault"), (tensor_files, "read")])
+def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_the_newer_one(
+    unfinished, tmp_path, monkeypatch, module, moment
+):
+    folder, real, removed = tmp_path / "run", getattr(module, moment), []
+    shutil.copytree(unfinished / "stopped", folder)
+
+    def rotated(*arguments, **named):
+        if not removed:
+            removed.append(1)
+            os.rename(folder / "checkpoints/step_000002", folder / "checkpoints/step_000004")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(module, moment, rotated)
+    found = find_policy(str(folder))
+    assert found.checkpoint == folder / "checkpoints/step_000004"
+    assert set(found.saved.tensors) == {"policy"}
+
+
+def test_a_reader_repairs_nothing_in_a_run_that_may_be_alive(unfinished, tmp_path):
+    """Between two renames of a save the former checkpoint is hidden; put back, it would fail that save."""
+    folder = tmp_path / "run"
+    shutil.copytree(unfinished / "stopped", folder)
+    os.rename(folder / "checkpoints/step_000002", folder / "checkpoints/.step_000002.replaced")
+    assert find_policy(str(folder)).checkpoint == folder / "checkpoints/step_000001"
+    assert (folder / "checkpoints/.step_000002.replaced").is_dir()
+
+
+def _change(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json", "generation_config.json"])
+def test_a_policy_that_is_not_what_its_run_wrote_is_refused_by_name(unfinished, tmp_path, name):
+    run, stopped = tmp_path / "run", tmp_path / "stopped"
+    shutil.copytree(unfinished / "run", run)
+    shutil.copytree(unfinished / "stopped", stopped)
+    (run / "policy/notes.txt").write_text("a file of mine harms nothing")
+    find_policy(str(run))
+    load_found(find_policy(str(run)), _config(run))
+    _change(run / "policy" / name)
+    _change(stopped / "warm_start" / name)
+    for folder in (run, stopped):
+        with pytest.raises(PolicyError, match=rf"is damaged: {name} is .*digests.json says .*; restore the file"):
+            evaluate_model(_config(folder), QUIET)
+    for folder in (run, stopped):
+        with pytest.raises(PolicyError, match=f"is damaged: {name} is "):
+            export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_policy_that_was_changed_on_purpose_is_accepted_without_its_digests(unfinished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(unfinished / "run", run)
+    (run / "policy/generation_config.json").write_text(
+        (run / "policy/generation_config.json").read_text().replace("{", '{"top_k": 7,', 1)
+    )
+    (run / "policy/digests.json").unlink()
+    load_found(find_policy(str(run)), _config(run))
+    export(run, tmp_path / "out")
+    assert not (tmp_path / "out/digests.json").exists()
+
+
+def test_a_checkpoint_of_a_run_can_be_named(unfinished):
+    step = unfinished / "run/checkpoints/step_000002"
+    config = _config(step)
+    assert config.data == "word_problems"
+    assert config.limit == 4
+    assert find_policy(str(step)).meaning == f"a checkpoint of {unfinished / 'run'}"
+    stopped = load_found(find_policy(str(unfinished / "stopped")), config).weights()
+    assert all(
+        torch.equal(tensor, stopped[name])
+        for name, tensor in load_found(find_policy(str(step)), config).weights().items()
+    )
+
+
+def test_the_end_of_a_run_is_its_policy_unless_it_went_on(unfinished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(unfinished / "run", folder)
+    found = find_policy(str(folder))
+    assert found.folder == str(folder / "policy")
+    assert (found.meaning, found.step) == ("the end of the run", 3)
+
+
+def _dated(folder, policy: float, checkpoints: float):
+    """The folder with every file of policy/ and of checkpoints/ of that time."""
+    for part, when in (("policy", policy), ("checkpoints", checkpoints)):
+        for path in (folder / part).rglob("*"):
+            os.utime(path, (when, when))
+    return str(folder)
+
+
+def test_whether_a_run_went_on_is_not_told_by_the_times_of_its_files(unfinished, tmp_path):
+    """A copy without `cp -p` has times in the order of copying."""
+    folder, newest = tmp_path / "run", "checkpoints/step_000003"
+    shutil.copytree(unfinished / "run", folder)
+    for times in ((1e9, 2e9), (2e9, 1e9)):
+        assert find_policy(_dated(folder, *times)).meaning == "the end of the run"
+    last = folder / "checkpoints/step_000005"
+    shutil.copytree(unfinished / "run/checkpoints/step_000002", last)
+    for times in ((1e9, 2e9), (2e9, 1e9)):
+        found = find_policy(_dated(folder, *times))
+        assert found.meaning == f"where the run ended first; it went on, to evaluate that name {last}"
+        assert (found.folder, found.step) == (str(folder / "policy"), 3)
+    shutil.rmtree(last)
+    shutil.rmtree(folder / newest)  # resumed from step 2, and not ended again
+    found = find_policy(_dated(folder, 2e9, 1e9))
+    assert f"it went on, to evaluate that name {folder / 'checkpoints/step_000002'}" in found.meaning
+    shutil.copytree(unfinished / "run/checkpoints/step_000002", folder / newest)  # reached step 3 again, another way
+    assert "it went on" in find_policy(_dated(folder, 2e9, 1e9)).meaning
+
+
+def test_a_run_of_an_older_version_ended_where_its_configuration_says(unfinished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(unfinished / "run", folder)
+    (folder / "policy/training.json").unlink()
+    assert find_policy(_dated(folder, 1e9, 2e9)).meaning == "the end of the run"
+    config = (folder / "config.yaml").read_text()
+    assert "\nsteps: 3\n" in config
+    (folder / "config.yaml").write_text(config.replace("\nsteps: 3\n", "\nsteps: 9\n"))
+    assert "it went on, to evaluate" in find_policy(_dated(folder, 2e9, 1e9)).meaning
+
+
+def test_a_resumed_run_records_its_new_end(unfinished, micro_config, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(unfinished / "run", folder)
+    config = load(TrainConfig, folder / "config.yaml", {"output_dir": str(folder), "steps": 4})
+    train(config, resume="auto", force=True)
+    found = find_policy(str(folder))
+    assert (found.meaning, found.step) == ("the end of the run", 4)
+
+
+def test_before_the_first_checkpoint_it_is_the_warm_start(unfinished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(unfinished / "stopped", folder)
+    shutil.rmtree(folder / "checkpoints")
+    found = find_policy(str(folder))
+    assert (found.folder, found.meaning) == (
+        str(folder / "warm_start"),
+        "the warm start; no step of GRPO is saved yet",
+    )
+    shutil.rmtree(folder / "warm_start")
+    with pytest.raises(PolicyError, match="has not saved a policy yet"):
+        find_policy(str(folder))
+
+
+def test_a_checkpoint_on_a_preset_without_warm_start_says_what_is_missing(micro_config, tmp_path):
+    train(micro_config(tmp_path / "r", **{"steps": 1, "warm_start.steps": 0}))
+    with pytest.raises(PolicyError, match="whose tokenizer is saved at the end of the run only"):
+        evaluate_model(_config(tmp_path / "r/checkpoints/step_000001", limit=2), QUIET)
+
+
+def test_evaluation_leaves_the_policy_alone(trained):
+    folder, _ = trained
+    before = Policy.load(folder / "policy").state_dict()
+    evaluate_model(_config(folder), QUIET)
+    after = Policy.load(folder / "policy").state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+# ---- ways of sampling -----------------------------------------------------------------------------------------------
+
+
+def test_drafts_never_change_an_evaluation(trained):
+    folder, _ = trained
+    runs = [
+        evaluate_model(_config(folder, **given), QUIET).results
+        for given in ({"draft_tokens": 0}, {"draft_tokens": 3}, {"prompts_per_batch": 2})
+    ]
+    for other in runs[1:]:
+        for name in ("sampled", "greedy"):
+            assert [g.completions[0].token_ids for g in runs[0][name].groups] == [
+                g.completions[0].token_ids for g in other[name].groups
+            ]
+            assert runs[0][name].reward_mean == other[name].reward_mean
+
+
+def test_several_samples_greedy_only_and_sampled_only(trained):
+    folder, _ = trained
+    rewards = [{"function": "gsm8k"}]
+    both = evaluate_model(_config(folder, samples=3, rewards=rewards), QUIET).results
+    assert (both["sampled"].completions, both["greedy"].completions) == (15, 5)
+    assert list(both["sampled"].pass_at) == [1, 2]
+    greedy = evaluate_model(_config(folder, samples=0, rewards=rewards), QUIET).results
+    assert list(greedy) == ["greedy"]
+    assert _same_results(greedy["greedy"], both["greedy"])
+    sampled = evaluate_model(_config(folder, samples=3, greedy=False, rewards=rewards), QUIET).results
+    assert list(sampled) == ["sampled"]
+    assert _same_results(sampled["sampled"], both["sampled"])
+    with pytest.raises(ConfigError, match="samples=0 and greedy=false leave nothing to evaluate"):
+        _config(folder, samples=0, greedy=False)
+
+
+def test_stop_strings_end_and_cut_what_is_scored_and_kept(trained, tmp_path):
+    folder, _ = trained
+    whole = evaluate_model(_config(folder, samples=2), QUIET).results["greedy"]
+    text = next(c.text for group in whole.groups for c in group.completions if len(c.text) > 6)
+    stop = text[4:6]
+    evaluation = evaluate_model(_config(folder, samples=2, stop=["never said", stop], output=tmp_path / "o"), QUIET)
+    rows = [json.loads(line) for line in (tmp_path / "o/completions.jsonl").read_text().splitlines()]
+    assert all(stop not in row["completion"] for row in rows)
+    cut = evaluation.results["greedy"]
+    for one, other in zip(whole.groups, cut.groups, strict=True):
+        assert other.completions[0].text == one.completions[0].text.split(stop)[0]
+        assert len(other.completions[0].token_ids) <= len(one.completions[0].token_ids)
+    assert eval_report.as_json(evaluation)["options"]["stop"] == ["never said", stop]
+    scored = [sum(c.isalpha() for c in group.completions[0].text) / 20 for group in cut.groups]
+    assert cut.reward_mean == pytest.approx(sum(scored) / len(scored))
+
+
+def test_how_stop_strings_are_given(capsys, trained):
+    folder, _ = trained
+    for words, meant in (
+        (["--stop", "Question:"], ("Question:",)),
+        (["--stop", r"\n\n"], ("\n\n",)),
+        (["--stop", r'["Question:", "\n\n"]'], ("Question:", "\n\n")),
+        ([], ()),
+    ):
+        assert main(["eval", str(folder), "--print_config", *words]) == 0
+        assert EvalConfig(**yaml.safe_load(capsys.readouterr().out)).stop_strings == meant
+    for command in (["eval", str(folder)], ["sample", str(folder), "--prompts", "x.jsonl"]):
+        assert main([*command, "--stop", "[a, '']"]) == 2
+        assert "an empty text would end every completion" in capsys.readouterr().err
+    for key in ("stop", "rollout.stop"):  # contract 1: training learns from what was sampled, all of it
+        assert main(["train", "--print_config", "--output_dir", "x", f"--{key}", "a"]) == 2
+        assert f"{key}=a (command line): no such option" in capsys.readouterr().err
+
+
+# ---- perplexity and memory ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ours", "qwen3"])
+def test_perplexity_is_that_of_each_solution_scored_alone_by_the_stock_model(kind, random_policy, hf_policy):
+    policy = random_policy(1) if kind == "ours" else hf_policy(kind, 1)
+    rows = [
+        PackedRow([2, 3, 4], [Sample(0, [5, 6, 7, 0])]),
+        PackedRow([9], [Sample(0, [4, 0])]),
+        PackedRow([5] * 9, [Sample(0, [8])]),
+    ]
+    nats, tokens = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            [sample] = row.samples
+            whole = torch.tensor([row.prompt_token_ids + sample.token_ids])
+            logprobs = policy.trunk(whole).logits[0].log_softmax(-1)
+            start = len(row.prompt_token_ids)
+            for place, token in enumerate(sample.token_ids):
+                nats -= logprobs[start + place - 1, token].item()
+                tokens += 1
+    found = gold_perplexity(policy, rows)
+    assert (found.tokens, found.solutions, found.too_long) == (tokens, 3, 0) == (7, 3, 0)
+    assert found.value == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+
+
+def test_solutions_beyond_the_context_are_left_out_and_counted(random_policy):
+    policy = random_policy(1)
+    fits = PackedRow([2], [Sample(0, [5, 0])])
+    found = gold_perplexity(policy, [fits, PackedRow([2] * policy.max_length, [Sample(0, [5])])])
+    assert found == Perplexity(gold_perplexity(policy, [fits]).nats_per_token, 2, 1, too_long=1)
+    assert gold_perplexity(policy, []) is None
+
+
+def test_a_policy_that_says_the_solution_by_heart_has_perplexity_one(random_policy):
+    policy = random_policy(1)
+    with torch.no_grad():
+        whole = torch.tensor([[2, 3, 4]])
+        token = policy.trunk(whole).logits[0, -1].argmax().item()
+        policy.trunk.get_output_embeddings().weight.mul_(1000)
+    assert gold_perplexity(policy, [PackedRow([2, 3, 4], [Sample(0, [token])])]).value == pytest.approx(1.0)
+
+
+def test_peak_memory_grows_and_stays():
+    before = peak_memory_gib()["rss"]
+    assert 0.01 < before < 100
+    held = torch.ones(1 << 28, dtype=torch.uint8)
+    held += 1
+    del held
+    assert peak_memory_gib()["rss"] >= before
+
+
+# ---- files, table, exit code ----------------------------------------------------------------------------------------
+
+
+def test_every_completion_is_kept_with_its_mark(trained, tmp_path):
+    folder, _ = trained
+    (tmp_path / "own.py").write_text("def own(completions, **_): return [float(len(c) % 2) for c in completions]\n")
+    rewards = [{"function": f"{tmp_path}/own.py:own"}]
+    evaluation = evaluate_model(_config(folder, samples=2, output=tmp_path / "out", rewards=rewards), QUIET)
+    rows = [json.loads(line) for line in (tmp_path / "out/completions.jsonl").read_text().splitlines()]
+    assert [(row["way"], row["sample"]) for row in rows] == [("sampled", 0), ("sampled", 1)] * 5 + [("greedy", 0)] * 5
+    groups = [*evaluation.results["sampled"].groups, *evaluation.results["greedy"].groups]
+    completions = [(group.prompt, completion) for group in groups for completion in group.completions]
+    for row, (prompt, completion) in zip(rows, completions, strict=True):
+        assert (row["prompt_id"], row["prompt"]) == (prompt.prompt_id, prompt.text)
+        assert (row["completion"], row["tokens"]) == (completion.text, len(completion.token_ids))
+        assert row["solution"] == prompt.columns["answer"]
+        assert row["correct"] == (row["parts"]["own"] == 1.0)
+        assert row["reward"] == row["parts"]["own"]
+        assert row["failures"] == []
+    assert sum(row["reward"] for row in rows[:10]) / 10 == pytest.approx(evaluation.results["sampled"].reward_mean)
+
+
+def test_weights_that_are_not_finite_name_the_problem_and_the_other_completions_are_kept(random_policy, tmp_path):
+    policy = random_policy(3)
+    with torch.no_grad():
+        policy.trunk.get_input_embeddings().weight[policy.tokenizer.encode("Z")[0]] = math.nan
+    policy.save(tmp_path / "policy")
+    problems = [{"question": q, "answer": "#### 5"} for q in ("how many", "Z apples", "3 + 4", "7 left?")]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    given = {"data": str(tmp_path / "d.jsonl"), "prompts_per_batch": 2, "max_completion_tokens": 4}
+    config = _config(tmp_path / "policy", **given, output=tmp_path / "out", greedy=False)
+    with pytest.raises(RolloutError, match=r"(?s)not finite .* of 1 of 2 prompts, \['.*/1'\].*the other completions"):
+        evaluate_model(config, QUIET)
+    kept = [json.loads(line)["prompt"] for line in (tmp_path / "out/completions.jsonl").read_text().splitlines()]
+    assert kept == ["how many\n", "3 + 4\n", "7 left?\n"]
+
+
+def test_a_folder_that_holds_completions_is_not_overwritten(trained, tmp_path):
+    folder, _ = trained
+    (tmp_path / "completions.jsonl").write_text("precious\n")
+    with pytest.raises(FileExistsError, match=r"already holds completions.jsonl; choose another folder"):
+        evaluate_model(_config(folder, output=tmp_path), QUIET)
+    assert (tmp_path / "completions.jsonl").read_text() == "precious\n"
+
+
+def test_the_command_writes_a_table_of_80_columns_and_a_document(trained, tmp_path, capsys, monkeypatch):
+    folder, _ = trained
+    out = tmp_path / "e.json"
+    console = Console(width=80, force_terminal=False, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    monkeypatch.setattr("grpo.cli.commands.summary.CONSOLE", console)
+    words = ["eval", str(folder), "--threads", "1", "--samples", "4", "--json", str(out)]
+    (tmp_path / "own.py").write_text("def own(completions, **_): return [float(len(c) % 2) for c in completions]\n")
+    words += ["--rewards", f"[{{function: '{tmp_path}/own.py:own'}}]"]
+    assert main([*words, "--output", str(tmp_path / "kept")]) == 0
+    text = console.export_text()
+    table = [line for line in text.splitlines() if line[:1] in "┃│┏┡└"]
+    assert table
+    assert all(len(line) <= 80 for line in table)
+    assert "…" not in "".join(table)
+    for label in (
+        *(
+            "accuracy",
+            "correct",
+            "pass@2",
+            "pass@4",
+            "majority of 4",
+            "BLEU",
+            "tokens per second",
+            "tokens per forward",
+        ),
+        *("drafts accepted, by depth", "fallback rate"),
+    ):
+        assert sum(label in line for line in table) == 1
+    assert f"policy: {folder}/policy (the end of the run)" in text
+    assert "perplexity of the gold solutions: " in text
+    assert "peak memory: " in text
+
+    document = json.loads(out.read_text())
+    assert (document["model"], document["data"], document["split"], document["problems"]) == (
+        *(str(folder), "word_problems", "heldout"),
+        5,
+    )
+    assert document["policy"] == {"folder": f"{folder}/policy", "meaning": "the end of the run"}
+    sampled, greedy = document["evaluations"]["sampled"], document["evaluations"]["greedy"]
+    assert sampled["pass_at"].keys() == {"1", "2", "4"} == sampled["majority_at"].keys()
+    assert sampled["pass_at"]["1"]["value"] == sampled["accuracy"]
+    assert greedy["interval_95"][0] <= greedy["accuracy"] <= greedy["interval_95"][1]
+    assert len(sampled["acceptance"]) == 2
+    assert document["gold_perplexity"]["perplexity"] == pytest.approx(
+        math.exp(document["gold_perplexity"]["nats_per_token"])
+    )
+    assert "sampled" in document["bleu_signature"] or "version:" in document["bleu_signature"]
+    assert "Wilson" in document["interval_method"]
+    assert document["rewards"][0]["sha256"]
+    assert document["options"]["samples"] == 4
+    assert {"hardware", "versions", "command"} <= document["environment"].keys()
+
+
+def test_an_evaluation_without_any_mark_fails(trained, tmp_path, monkeypatch, capsys):
+    folder, _ = trained
+    path = tmp_path / "mute.py"
+    path.write_text("def mute(completions, **_):\n    return [None] * len(completions)\n")
+    console = Console(width=80, force_terminal=False, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    monkeypatch.setattr("grpo.cli.commands.summary.CONSOLE", console)
+    assert main(["eval", str(folder), "--threads", "1", "--rewards", f"[{{function: '{path}:mute'}}]"]) == 1
+    text = console.export_text()
+    assert "5 abstained, 0 failed" in text
+    assert "no completion has a mark: this evaluation says nothing about the policy" in text
+
+
+def test_prompts_beyond_the_context_are_refused_before_anything_is_sampled(trained, monkeypatch):
+    folder, _ = trained
+    monkeypatch.setattr("grpo.cli.commands.eval.open_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
+    with pytest.raises(ValueError, match=r"5 prompts, the first of them 'word_problems/.* context of 256 with max_com"):
+        evaluate_model(_config(folder, max_completion_tokens=250), QUIET)
+
+
+def test_what_is_wrong_is_said_before_the_policy_is_loaded(trained, monkeypatch):
+    folder, _ = trained
+
+    def never(*_, **__):
+        raise AssertionError("the policy was loaded")
+
+    monkeypatch.setattr("grpo.cli.commands.eval.load_found", never)
+    for given, message in (
+        ({"data": "no_such.jsonl"}, "no file or folder"),
+        ({"template": "{nothing}"}, "asks for {nothing}"),
+        ({"split": "nowhere"}, "has no split 'nowhere'"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            evaluate_model(_config(folder, **given), QUIET)
+    with pytest.raises(PolicyError, match="there is no such folder"):
+        evaluate_model(_config(folder, model="./nowhere"), QUIET)

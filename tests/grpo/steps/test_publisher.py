@@ -1,0 +1,242 @@
+"""Contract 13: a sampler that holds or computes something else than the learner is found at its next publication."""
+
+import copy
+import re
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import MethodType
+
+import pytest
+import ray
+import torch
+
+from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.loss import LossOptions
+from grpo.learner.learner import Learner
+from grpo.run.stop import signals
+from grpo.steps.pool import InterruptiblePool
+from grpo.steps.publisher import Publisher
+from policies.policy import Policy
+from rewards.group_score import GroupScore
+from rollout.engine import Engine, RolloutError
+from rollout.group import Prompt
+from rollout.pool import LocalPool, Pool, open_pool, start_ray
+from rollout.sampling import SamplingParams
+
+PARAMS = SamplingParams(group_size=4, temperature=0.8, max_completion_tokens=12, draft_tokens=2)
+PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 14 + i)]) for i in range(3)]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STALE = {
+    "embedding": "trunk.model.embed_tokens.weight",
+    "output head": "trunk.lm_head.weight",
+    "expert": "trunk.model.layers.1.mlp.experts.down_proj",
+    "expert bias": "trunk.model.layers.1.mlp.gate.e_score_correction_bias",
+    "norm": "trunk.model.layers.0.input_layernorm.weight",
+    "draft head": "mtp.eh_proj.weight",
+    "tied head": "trunk.lm_head.weight",
+    "adapter": "trunk.model.layers.0.self_attn.o_proj.weight",
+}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    start_ray(2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def policy_of(random_policy, hf_policy) -> Callable[..., Policy]:
+    def build(backend: str, dtype: torch.dtype = torch.float32, **config) -> Policy:
+        policy = random_policy(5, **config) if backend == "native" else hf_policy("qwen2", 5, **config)
+        return policy.cast(dtype)
+
+    return build
+
+
+def params_of(policy: Policy) -> SamplingParams:
+    return replace(PARAMS, draft_tokens=2 if policy.mtp else 0)
+
+
+def learner_of(policy: Policy) -> Learner:
+    options = LearnerOptions(learning_rate=1e-3)
+    return Learner(policy, options, MTPOptions(depth=2, every=1), LossOptions(), temperature=PARAMS.temperature)
+
+
+def learn(learner: Learner, pool: Pool, step: int = 1) -> None:
+    """A step of GRPO, in which the expert bias moves too."""
+    groups = pool.sample(PROMPTS, params_of(learner.policy).at(step))
+    marks = [[float(i % 2) for i, _ in enumerate(group.completions)] for group in groups]
+    learner.step(learner.prepare(groups, [GroupScore(row, {"marks": row}) for row in marks]), step)
+    for name, buffer in learner.policy.named_buffers():
+        if "correction_bias" in name:
+            buffer.add_(1e-3)
+
+
+# Sabotage of an engine. They run inside Ray workers too, so each has all that it needs.
+
+
+def keep(engine: Engine, name: str) -> None:
+    """From now on one tensor stays what it was."""
+    load = engine.policy.load_weights
+
+    def load_others(self: Policy, weights) -> None:
+        weights = dict(weights)
+        load(weights | {name: self.state_dict()[name].clone().reshape(weights[name].shape)})
+
+    engine.policy.load_weights = MethodType(load_others, engine.policy)
+
+
+def freeze(engine: Engine) -> None:
+    """It takes versions, and no weights."""
+    engine.policy.load_weights = lambda weights: None
+
+
+def derive_no_more(engine: Engine) -> None:
+    """It takes weights, and goes on decoding with what it has derived from the first ones."""
+    engine._derive = lambda: None
+
+
+def turn_the_other_way(engine: Engine) -> None:
+    """A wrong rope kernel."""
+    derive = engine._derive
+
+    def wrong() -> None:
+        derive()
+        if engine.policy.backend == "native":
+            engine.trunk.rope.sin = -engine.trunk.rope.sin
+        else:
+            decoder = engine.trunk.decoder
+            engine.trunk.decoder = lambda input_ids, position_ids, **more: decoder(
+                input_ids=input_ids, position_ids=2 * position_ids, **more
+            )
+
+    engine._derive = wrong
+
+
+def sample_hotter(engine: Engine) -> None:
+    sample = engine.sample
+    engine.sample = lambda prompts, params, *more: sample(
+        prompts, replace(params, temperature=1.25 * params.temperature), *more
+    )
+
+
+SABOTAGE = {
+    "frozen": (freeze, r"the first tensor that differs is trunk.model.embed_tokens.weight"),
+    "not derived": (derive_no_more, r"the first tensor that differs is trunk.model.embed_tokens.weight"),
+    "rope": (turn_the_other_way, r"other log-probabilities .* version 1: .* token \d of completion \d of canary/\d"),
+    "temperature": (sample_hotter, r"other log-probabilities .* version 1: .* token \d of completion \d of canary/\d"),
+}
+
+
+def refused(learner: Learner, pool: Pool, sabotage: Callable[[], None]) -> str:
+    """An honest publication passes; the next one, after `sabotage` and a step, is refused with these words."""
+    publisher = Publisher(pool, learner, params_of(learner.policy))
+    metrics = publisher.publish()
+    assert 0 < metrics["canary/logprob_abs_mean"] <= metrics["canary/logprob_abs_max"]
+    learn(learner, pool)
+    sabotage()
+    with pytest.raises(RolloutError) as error:
+        publisher.publish()
+    return str(error.value)
+
+
+def in_worker(pool: Pool, sabotage: Callable[[Engine], None]) -> None:
+    ray.get(pool.workers.actors[0].__ray_call__.remote(lambda worker: sabotage(worker.engine)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["native", "transformers"])
+@pytest.mark.parametrize("kind", SABOTAGE)
+def test_contract_13_a_sampler_that_is_not_the_learner_is_refused(policy_of, kind, backend, dtype):
+    sabotage, words = SABOTAGE[kind]
+    policy = policy_of(backend, DTYPES[dtype])
+    pool = open_pool(copy.deepcopy(policy), dtype=DTYPES[dtype])
+    said = refused(learner_of(policy), pool, lambda: sabotage(pool.engine))
+    assert said.startswith("the sampler")
+    assert re.search(words, said), said
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [(kind, "native") for kind in STALE] + [(kind, "transformers") for kind in ("embedding", "norm", "tied head")],
+)
+def test_contract_13_one_stale_tensor_is_named(policy_of, kind, backend):
+    policy = policy_of(backend, **({"tie_word_embeddings": True} if kind == "tied head" else {}))
+    if kind == "adapter":
+        policy.add_lora(2, 4.0, ["o_proj", "experts"])
+    pool = open_pool(copy.deepcopy(policy))
+
+    def sabotage() -> None:
+        if kind == "tied head":
+            untie(pool.engine)
+        keep(pool.engine, STALE[kind])
+
+    said = refused(learner_of(policy), pool, sabotage)
+    words = "the sampler does not hold what was published as version 1: the first tensor that differs is "
+    assert said.startswith(words + STALE[kind]), said
+
+
+def untie(engine: Engine) -> None:
+    """It has two tensors where the policy has one."""
+    head = engine.policy.trunk.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["native", pytest.param("transformers", marks=pytest.mark.long)])
+def test_contract_13_workers_are_refused_by_name(cluster, policy_of, backend):
+    """Of two workers one is wrong each time."""
+    stale = STALE["norm"]
+    for sabotage, words in [(lambda engine: keep(engine, stale), stale), SABOTAGE["rope"], SABOTAGE["temperature"]]:
+        policy = policy_of(backend)
+        pool = open_pool(policy, workers=2)
+        try:
+            said = refused(learner_of(policy), pool, lambda sabotage=sabotage, pool=pool: in_worker(pool, sabotage))
+        finally:
+            pool.close()
+        assert said.startswith("worker 0")
+        assert re.search(words, said), said
+
+
+def test_contract_13_canaries_change_no_token_of_the_run(policy_of):
+    policy = policy_of("native")
+    pool = open_pool(policy)
+    before = pool.sample(PROMPTS, PARAMS)
+    Publisher(pool, learner_of(policy), PARAMS).publish()
+    assert pool.sample(PROMPTS, PARAMS) == before
+
+
+def test_canaries_that_fail_once_are_made_again(policy_of, monkeypatch):
+    policy = policy_of("native")
+    pool = open_pool(policy)
+    publisher, sample, calls = Publisher(pool, learner_of(policy), PARAMS), pool.sample_on_each, []
+
+    def flip(prompts, params):
+        """An expert takes another's place, for one token of the first attempt."""
+        sampled = sample(prompts, params)
+        calls.append(params.draw)
+        if params.draw == 0:
+            sampled["the sampler"][0].completions[0].logprobs[3] += 0.2
+        return sampled
+
+    monkeypatch.setattr(pool, "sample_on_each", flip)
+    metrics = publisher.publish()
+    assert calls == [0, 1]
+    assert metrics["canary/repeats"] == 1
+    assert metrics["canary/logprob_abs_max"] < 1e-4
+
+
+def test_a_publication_that_a_stop_cuts_short_has_no_canaries(policy_of, monkeypatch):
+    policy = policy_of("native")
+    publisher = Publisher(InterruptiblePool(open_pool(policy)), learner_of(policy), PARAMS)
+    assert publisher.publish()["canary/repeats"] == 0
+    monkeypatch.setattr(signals, "number", signal.SIGTERM)
+    assert publisher.publish() == {}
+
+
+def test_a_context_shorter_than_the_canaries_has_short_ones(policy_of):
+    policy = policy_of("native", max_position_embeddings=5)
+    metrics = Publisher(LocalPool(policy, torch.float32, 8), learner_of(policy), PARAMS).publish()
+    assert metrics["canary/logprob_abs_max"] < 1e-4

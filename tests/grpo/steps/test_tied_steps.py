@@ -1,0 +1,109 @@
+"""Several steps without anything to learn from: the user is told why, once, and what to change."""
+
+import json
+
+import pytest
+import torch
+
+from grpo.algorithm.dynamic_sampling import Drawn
+from grpo.steps.tied_steps import STEPS, TiedSteps
+from grpo.train import train
+from rewards.group_score import GroupScore
+from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
+
+
+@pytest.fixture
+def observe(micro_config, tmp_path):
+    """`observe([[rewards of a group], ...] of each step, **options)`: what is told after each step."""
+
+    def run(steps, advantages=None, reason="stop", **options):
+        config = micro_config(tmp_path, **options)
+        tied = TiedSteps(config.data, config.rollout, config.warm_start.steps, "gsm8k", 1.0)
+        told = []
+        for groups in steps:
+            completion = Completion([1], [0.0], "x", reason, 0, DraftStats())
+            drawn = Drawn(
+                [RolloutGroup(Prompt("p", "p", [1]), [completion] * len(rewards)) for rewards in groups],
+                [GroupScore(rewards, {"gsm8k": rewards}) for rewards in groups],
+            )
+            differ = [[float(len({r for r in rewards if r is not None}) > 1)] for rewards in groups]
+            told.append(tied.observe(drawn, torch.tensor(differ) if advantages is None else advantages))
+        return told
+
+    return run
+
+
+RIGHT, WRONG, MIXED = [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]
+
+
+def test_it_is_said_after_five_steps_and_once(observe):
+    told = observe([[RIGHT, RIGHT]] * (2 * STEPS + 1))
+    assert [i for i, words in enumerate(told, start=1) if words] == [STEPS]
+
+
+def test_a_step_that_teaches_something_starts_the_count_again(observe):
+    told = observe([[RIGHT]] * (STEPS - 1) + [[RIGHT, MIXED]] + [[RIGHT]] * STEPS)
+    assert [i for i, words in enumerate(told, start=1) if words] == [2 * STEPS]
+    assert not any(observe([[RIGHT]] * (STEPS - 1)))
+
+
+def test_full_marks_ask_for_harder_problems(observe):
+    why, change = observe([[RIGHT, RIGHT]] * STEPS)[-1]
+    assert why == "every completion got full marks: the problems are too easy for this policy"
+    for way in ("harder problems: data.levels (now [1])", "rollout.temperature (now 1)", "rollout.group_size (now 4)"):
+        assert way in "; ".join(change)
+    assert "rollout.refill_draws (now 0)" in "; ".join(change)
+    assert "warm" not in "; ".join(change)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 0.1])
+def test_no_marks_ask_for_a_warm_start_and_easier_problems(observe, value):
+    why, change = observe([[[value, value]] * 2] * STEPS, reason="length")[-1]
+    assert why.startswith(f"every completion got the same reward, {value:g}: the policy never does better")
+    assert "100% of them were cut at rollout.max_completion_tokens=10" in why
+    for way in ("warm_start.steps (now 3)", "rollout.group_size (now 4)", "curriculum.by_difficulty", "quartet reward"):
+        assert way in "; ".join(change)
+    for way in ("rollout.temperature (now 1)", "rollout.refill_draws (now 0)"):
+        assert way in "; ".join(change)
+    assert "harder" not in "; ".join(change)
+
+
+def test_groups_that_are_all_right_or_all_wrong_ask_for_those_between(observe):
+    why, change = observe([[RIGHT, WRONG]] * STEPS)[-1]
+    assert "inside each group all completions got the same" in why
+    assert "cut at" not in why
+    for way in ("curriculum.by_difficulty: true", "rollout.temperature", "rollout.group_size", "rollout.refill_draws"):
+        assert way in "; ".join(change)
+
+
+def test_scores_that_are_missing_ask_for_a_look_at_the_reward(observe):
+    why, change = observe([[[None, None]]] * STEPS)[-1]
+    assert why == "no completion has a score: the rewards abstained or failed"
+    assert "quartet reward test" in "; ".join(change)
+
+
+def test_completions_that_are_all_left_out_of_the_loss_are_said(observe):
+    why, change = observe([[MIXED]] * STEPS, advantages=torch.zeros(1, 2))[-1]
+    assert "left out of the loss" in why
+    assert "rollout.max_completion_tokens" in "; ".join(change)
+
+
+def test_advantages_by_token_are_something_to_learn_from(observe):
+    assert not any(observe([[RIGHT]] * STEPS, advantages=[[[0.0, 0.5], [0.0]]]))
+    assert observe([[RIGHT]] * STEPS, advantages=[[[0.0, 0.0], [0.0]]])[-1]
+
+
+def test_a_run_says_it_in_a_line_and_an_event(micro_config, tmp_path, capsys):
+    path = tmp_path / "never.py"
+    path.write_text("def never(completions, **_):\n    return [0.0] * len(completions)\n")
+    options = {"steps": STEPS + 1, "warm_start.steps": 0, "prompts_per_step": 2, "data.template": "{question}"}
+    train(micro_config(tmp_path / "r", **options, rewards=[{"function": f"{path}:never"}]))
+    events = [json.loads(line) for line in (tmp_path / "r/events.jsonl").read_text().splitlines()]
+    [event] = [event for event in events if event["event"] == "nothing_learned"]
+    assert event["step"] == STEPS
+    assert event["why"].startswith("every completion got the same reward, 0: ")
+    shown = capsys.readouterr().out
+    assert shown.count("nothing_learned") == 1
+    assert "what may help: raise rollout.temperature (now 1)" in shown
+    assert "characters ..." not in shown.split("nothing_learned")[1].split("step ")[0]  # nothing is cut
+    assert len(event["change"]) == 7

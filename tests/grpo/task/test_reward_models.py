@@ -1,0 +1,318 @@
+"""Scores that models give: equal to those of one text at a time, and refused early where they would mean nothing."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DeepseekV3ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from grpo.cli.config.inference import EvalConfig, defaults_of_run
+from grpo.config.data import DataOptions
+from grpo.config.options import dump_yaml, load
+from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
+from grpo.config.yaml_file import ConfigError
+from grpo.run.records import read_metrics, read_rollouts
+from grpo.task.reward_models import ModelRewards
+from grpo.task.task import Task
+from grpo.train import train
+from rewards.protocol import RewardError
+from rollout.group import Completion, Prompt, RolloutGroup
+
+CPU = torch.device("cpu")
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folders(micro_policy, tmp_path_factory):
+    """Random models on disk: `score` (a decoder, 1 label), `labels` (BERT, 3 labels), `policy`, `llama`."""
+    root = tmp_path_factory.mktemp("reward_models")
+    policy = micro_policy(3)
+    policy.save(root / "policy")
+
+    torch.manual_seed(0)
+    policy.config.num_labels, policy.config.pad_token_id = 1, None  # which token pads, the tokenizer says
+    score = DeepseekV3ForSequenceClassification(policy.config)
+    torch.nn.init.normal_(score.score.weight)
+    score.save_pretrained(root / "score")
+    policy.tokenizer.chat_template = CHAT
+    policy.tokenizer.save_pretrained(root / "score")
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz0123456789#?+=."]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(
+        vocab_size=len(words), max_position_embeddings=64, num_labels=3, initializer_range=0.5, pad_token_id=0, **small
+    )
+    BertForSequenceClassification(config).save_pretrained(root / "labels")
+    tokenizer.save_pretrained(root / "labels")
+
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(policy.tokenizer), eos_token_id=0, max_position_embeddings=64, **small)
+    )
+    torch.nn.init.zeros_(llama.lm_head.weight)  # every token is as likely as any other
+    llama.save_pretrained(root / "llama")
+    policy.tokenizer.save_pretrained(root / "llama")
+    return root
+
+
+def group(prompt, *texts, reason="stop", **columns):
+    completions = [Completion([1, 2], [0.0, 0.0], text, reason, 0) for text in texts]
+    return RolloutGroup(Prompt(prompt, prompt, [1], columns), completions)
+
+
+GROUPS = [
+    group("What is 2 + 3?", " 2 + 3 = 5", " I do not know", " 5", question="2 + 3?"),
+    group("And?", " a much longer completion than any other", question="and"),
+]
+
+
+def columns(*options, groups=GROUPS):
+    rewards = ModelRewards([RewardModelOptions(**option) for option in options])
+    rewards.load(CPU)
+    return rewards, rewards.columns(groups)
+
+
+def flat(found, name):
+    return [value for own in found for value in own[name]]
+
+
+def test_a_classifiers_score_is_its_logit_whatever_the_batch(folders):
+    options = {"name": "rm_score", "model": str(folders / "score")}
+    rewards, found = columns(
+        options, options | {"name": "chat", "chat": True}, options | {"name": "one", "batch_size": 1}
+    )
+    model, tokenizer = rewards.models[0].model, rewards.models[0].tokenizer
+    chat = ["<user>2 + 3?<assistant> 2 + 3 = 5", "<user>2 + 3?<assistant> I do not know", "<user>2 + 3?<assistant> 5"]
+    chat.append("<user>and<assistant> a much longer completion than any other")
+    plain = [g.prompt.text + c.text for g in GROUPS for c in g.completions]
+    for name, texts in (("rm_score", plain), ("chat", chat), ("one", plain)):
+        with torch.no_grad():
+            alone = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
+        assert [len(own[name]) for own in found] == [3, 1]
+        assert flat(found, name) == pytest.approx(alone, abs=1e-5)
+        assert len({round(score, 3) for score in alone}) == 4
+
+
+@pytest.mark.slow
+def test_a_hub_id_is_read_from_the_hubs_cache(folders, tmp_path):
+    """In a process of its own, since the hub's libraries read their variables when they are imported."""
+    repository = tmp_path / "hub/models--owner--score"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("a1b2")
+    shutil.copytree(folders / "score", repository / "snapshots/a1b2")
+    code = (
+        "import torch\nfrom grpo.config.reward import RewardModelOptions\n"
+        "from grpo.task.reward_models import ModelRewards\n"
+        "from rollout.group import Completion, Prompt, RolloutGroup\n"
+        "rewards = ModelRewards([RewardModelOptions(name='rm', model='owner/score')])\n"
+        "rewards.load(torch.device('cpu'))\n"
+        "group = RolloutGroup(Prompt('p', '2 + 3?', [1], {}), [Completion([1], [0.0], ' 5', 'stop', 0)])\n"
+        "print(rewards.columns([group])[0]['rm'][0])"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    _, found = columns({"name": "rm", "model": str(folders / "score")}, groups=[group("2 + 3?", " 5")])
+    assert float(done.stdout) == pytest.approx(found[0]["rm"][0], abs=1e-6)
+
+
+def test_a_label_chooses_the_logit_and_special_tokens_are_the_tokenizers(folders):
+    options = [{"name": f"label_{i}", "model": str(folders / "labels"), "label": i} for i in (0, 2)]
+    rewards, found = columns(*options)
+    model, tokenizer = rewards.models[0].model, rewards.models[0].tokenizer
+    for i in (0, 2):
+        for j, text in enumerate(g.prompt.text + c.text for g in GROUPS for c in g.completions):
+            ids = [2, *tokenizer.encode(text, add_special_tokens=False), 3]
+            with torch.no_grad():
+                logit = model(input_ids=torch.tensor([ids])).logits[0, i].item()
+            assert flat(found, f"label_{i}")[j] == pytest.approx(logit, abs=1e-5)
+
+
+def test_perplexity_is_of_the_completion_given_the_prompt_its_end_included(folders):
+    groups = [*GROUPS, group("Cut", " off here", " and here too", reason="length")]
+    rewards, found = columns({"name": "ppl", "model": str(folders / "policy"), "kind": "perplexity"}, groups=groups)
+    model, tokenizer = rewards.models[0].model, rewards.models[0].tokenizer
+    expected = []
+    for own in groups:
+        for completion in own.completions:
+            prompt = tokenizer.encode(own.prompt.text)
+            ids = prompt + tokenizer.encode(completion.text)
+            ids += [tokenizer.eos_token_id] if completion.finish_reason == "stop" else []
+            with torch.no_grad():
+                probabilities = model(torch.tensor([ids])).logits[0].softmax(-1)
+            logs = [math.log(probabilities[t - 1, ids[t]]) for t in range(len(prompt), len(ids))]
+            expected.append(math.exp(-sum(logs) / len(logs)))
+    assert flat(found, "ppl") == pytest.approx(expected, rel=1e-4)
+
+
+def test_perplexity_of_a_policy_that_knows_nothing_is_its_vocabulary(folders):
+    rewards, found = columns({"name": "ppl", "model": str(folders / "llama"), "kind": "perplexity"})
+    vocabulary = rewards.models[0].model.config.vocab_size
+    assert flat(found, "ppl") == pytest.approx([vocabulary] * 4, rel=1e-5)
+
+
+def test_a_completion_without_tokens_or_beyond_the_context_has_no_score(folders):
+    groups = [group("p", "", reason="length"), group("p", "7 " * 70), group("p", "", reason="stop")]
+    _, found = columns({"name": "ppl", "model": str(folders / "llama"), "kind": "perplexity"}, groups=groups)
+    assert [math.isnan(value) for value in flat(found, "ppl")] == [True, True, False]
+
+
+def test_models_are_frozen_in_inference_mode_and_draw_nothing(folders):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    kinds = [{"name": "a", "model": str(folders / "score")}]
+    kinds += [{"name": "b", "model": str(folders / name), "kind": "perplexity"} for name in ("policy", "llama")]
+    rewards, _ = columns(*[kind | {"name": f"m{i}"} for i, kind in enumerate(kinds)])
+    assert torch.equal(before, torch.get_rng_state())
+    for scored in rewards.models:
+        assert not scored.model.training
+        assert not any(parameter.requires_grad for parameter in scored.model.parameters())
+
+
+def _pickled(folder, target):
+    shutil.copytree(folder, target)
+    (target / "model.safetensors").rename(target / "pytorch_model.bin")
+
+
+def _headless(folder, target):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    del tensors["score.weight"]
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def _without_template(folder, target):
+    shutil.copytree(folder, target)
+    (target / "chat_template.jinja").unlink()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "{root}/missing"}, "rm: model='.*missing': there is no such folder"),
+        ({"model": "tiny"}, "model='tiny': there is no such folder"),
+        ({"model": "{root}/policy"}, "no sequence classifier but DeepseekV3ForCausalLM; .* kind: perplexity"),
+        ({"model": "{root}/labels"}, "has 3 labels; say with label which logit is the score: 0 = LABEL_0, 1"),
+        ({"model": "{root}/labels", "label": 3}, "has no label 3; its labels are 0 = LABEL_0"),
+        ({"model": "{root}/score", "name": "question"}, "the name 'question' is taken by another column"),
+        ({"model": "{root}/score", "name": "completions"}, "the name 'completions' is taken"),
+        ({"model": "{root}/pickled"}, "rm: .*pickled cannot be loaded: .*safetensors"),
+        ({"model": "{root}/headless"}, "lacks the tensors score.weight"),
+        ({"model": "{root}/plain", "chat": True}, "chat: true, but its tokenizer has no chat template"),
+        ({"model": "{root}/score", "kind": "perplexity"}, "rm: .* cannot be loaded: "),
+    ],
+)
+def test_what_would_mean_nothing_is_refused_before_training(folders, tmp_path, given, message):
+    _pickled(folders / "score", tmp_path / "pickled")
+    _headless(folders / "score", tmp_path / "headless")
+    _without_template(folders / "score", tmp_path / "plain")
+    root = tmp_path if given["model"].endswith(("pickled", "headless", "plain")) else folders
+    option = {"name": "rm"} | given | {"model": given["model"].replace("{root}", str(root))}
+    with pytest.raises(ValueError, match=message):
+        Task(
+            DataOptions(levels=[1], limit=4),
+            [RewardOptions(function="gsm8k")],
+            ScoringOptions(),
+            reward_models=[RewardModelOptions(**option)],
+        )
+
+
+def test_names_are_unique_and_options_fit_the_kind(folders):
+    one = RewardModelOptions(name="a", model=str(folders / "score"))
+    with pytest.raises(ValueError, match="the name 'a' is taken"):
+        ModelRewards([one, one])
+    for wrong in ({"label": 1}, {"chat": True}):
+        with pytest.raises(ConfigError, match="label and chat are for kind: classifier"):
+            RewardModelOptions(name="a", model="m", kind="perplexity", **wrong)
+    with pytest.raises(ConfigError, match="name"):
+        RewardModelOptions(name="not a name", model="m")
+
+
+def _task(folders, on_error="abort"):
+    return Task(
+        DataOptions(levels=[1], limit=4),
+        [RewardOptions(function="column", name="fluent", weight=-0.5, arguments={"name": "ppl"})],
+        ScoringOptions(on_error=on_error),
+        reward_models=[RewardModelOptions(name="ppl", model=str(folders / "llama"), kind="perplexity")],
+    )
+
+
+def test_contract_6_a_text_without_a_score_is_a_failure_of_its_own(folders):
+    groups = [group("p", "fits", "7 " * 70)]
+    with (
+        _task(folders) as task,
+        pytest.raises(RewardError, match="'fluent' failed on prompt 'p', sample 1.*'ppl' holds nan"),
+    ):
+        task.score(groups)
+    with _task(folders, "drop_sample") as task:
+        [score] = task.score(groups)
+    vocabulary = task.models.models[0].model.config.vocab_size
+    assert score.rewards == [pytest.approx(-0.5 * vocabulary), None]
+    assert len(score.errors) == 1
+
+
+def test_a_run_learns_from_a_reward_model_and_records_its_scores(folders, micro_config, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "def own(completions, ppl, rm_score, answer):\n    return [a / 100 + b for a, b in zip(ppl, rm_score)]\n"
+    )
+    config = micro_config(
+        tmp_path / "run",
+        **{
+            "steps": 2,
+            "warm_start.steps": 0,
+            "reward_models": [
+                {"name": "rm_score", "model": str(folders / "score")},
+                {"name": "ppl", "model": str(folders / "policy"), "kind": "perplexity"},
+            ],
+            "rewards": [
+                {"function": "column", "name": "liked", "arguments": {"name": "rm_score"}},
+                {"function": f"{own}:own", "weight": 0.1},
+            ],
+        },
+    )
+    train(config)
+    metrics = {line["step"]: line for line in read_metrics(tmp_path / "run")}
+    for step in (1, 2):
+        lines = read_rollouts(tmp_path / "run", step)
+        assert len({line["extras"]["rm_score"] for line in lines}) > len(lines) / 2
+        for line in lines:
+            extras, parts = line["extras"], line["parts"]
+            assert parts["liked"] == extras["rm_score"]
+            assert parts["own"] == pytest.approx(extras["ppl"] / 100 + extras["rm_score"])
+            assert line["reward"] == pytest.approx(parts["liked"] + 0.1 * parts["own"])
+        mean = sum(line["extras"]["ppl"] for line in lines) / len(lines)
+        assert metrics[step]["reward/metric/ppl"] == pytest.approx(mean)
+    again = [group(line["prompt"], line["text"], reason=line["finish_reason"]) for line in lines]
+    _, found = columns({"name": "ppl", "model": str(folders / "policy"), "kind": "perplexity"}, groups=again)
+    assert flat(found, "ppl") == pytest.approx([line["extras"]["ppl"] for line in lines], rel=1e-4)
+
+
+def test_quartet_eval_takes_a_runs_reward_models_along(folders, micro_config, tmp_path):
+    option = {"name": "ppl", "model": str(folders / "policy"), "kind": "perplexity"}
+    config = micro_config(tmp_path / "run", **{"reward_models": [option]})
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    assert load(EvalConfig, None, defaults_of_run(tmp_path)).reward_models[0].name == "ppl"
+    old = json.loads(config.model_dump_json(exclude={"reward_models"}))
+    (tmp_path / "config.yaml").write_text(json.dumps(old))
+    assert defaults_of_run(tmp_path)["reward_models"] == []

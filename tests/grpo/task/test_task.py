@@ -1,0 +1,218 @@
+import json
+import time
+from pathlib import Path
+
+import pytest
+from reward_workers import reward_workers
+
+from grpo.config.data import DataOptions
+from grpo.config.reward import RewardOptions, ScoringOptions
+from grpo.config.run import SftConfig, TrainConfig
+from grpo.source.policy_source import check_options
+from grpo.task.task import Task
+from policies.policy import PolicyError
+from policies.presets import small_tokenizer
+from rewards.protocol import RewardError
+from rollout.group import Completion, RolloutGroup
+
+GSM8K = [RewardOptions(function="gsm8k")]
+ROWS = [
+    {"question": "2 + 3 = ?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5", "topic": "sums"},
+    {"question": "6 - 1 = ?", "answer": "6 - 1 = <<6-1=5>>5\n#### 5", "topic": "sums"},
+    {"question": "2 * 3 = ?", "answer": "2 * 3 = <<2*3=6>>6\n#### 6", "topic": "products"},
+]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for split in ("train", "test"):
+        rows = ROWS if split == "train" else [{**row, "question": f"Once more: {row['question']}"} for row in ROWS]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def _task(data: DataOptions, rewards=GSM8K, **options) -> Task:
+    return Task(data, rewards, ScoringOptions(), **options)
+
+
+def test_built_in_problems_are_split_by_purpose():
+    with _task(DataOptions(levels=[1], limit=50), heldout=20) as task:
+        assert (len(task.train), len(task.heldout)) == (50, 20)
+        assert not {e.question for e in task.train} & {e.question for e in task.heldout}
+        assert "".join(task.corpus(limit=2)).count("####") == 2
+    with _task(DataOptions(levels=[1], limit=50)) as task:
+        assert not task.heldout
+
+
+def test_a_run_config_makes_its_task(folder):
+    config = TrainConfig(
+        output_dir=folder / "run",
+        prompts_per_step=2,
+        data=DataOptions(name=str(folder), few_shot=1),
+        rewards=[RewardOptions(function="gsm8k", weight=2.0), RewardOptions(function="gsm8k_format", name="form")],
+        eval={"limit": 2},
+    )
+    with Task.of(config) as task:
+        assert [example.question for example in task.heldout] == [f"Once more: {r['question']}" for r in ROWS[:2]]
+        assert task.reward_weights == {"gsm8k": 2.0, "form": 1.0}
+        assert task.first_reward == "gsm8k"
+        # A worked example goes in front of every prompt, and is not trained on.
+        assert [example.question for example in task.train] == ["6 - 1 = ?", "2 * 3 = ?"]
+        tokenizer = small_tokenizer(task.corpus())
+        prompt = task.prompt(task.train[0], tokenizer)
+        assert prompt.text == "2 + 3 = ?\n2 + 3 = 5\n#### 5\n\n6 - 1 = ?\n"
+        assert tokenizer.decode(prompt.token_ids) == prompt.text
+        assert prompt.columns["topic"] == "sums"
+
+
+def test_a_solution_ends_with_the_stop_token_and_has_no_calculator_marks(folder):
+    with _task(DataOptions(name=str(folder))) as task:
+        tokenizer = small_tokenizer(task.corpus())
+        row = task.solution(task.train[0], tokenizer, stop=tokenizer.eos_token_id)
+        [sample] = row.samples
+        assert tokenizer.decode(row.prompt_token_ids) == "2 + 3 = ?\n"
+        assert tokenizer.decode(sample.token_ids[:-1]) == "2 + 3 = 5\n#### 5"
+        assert sample.token_ids[-1] == tokenizer.eos_token_id
+        raw = task.solution(task.train[0], tokenizer, tokenizer.eos_token_id, raw=True).samples[0]
+        assert tokenizer.decode(raw.token_ids[:-1]) == "2 + 3 = <<2+3=5>>5\n#### 5"
+
+
+def test_raw_solutions_come_from_the_chosen_column(tmp_path):
+    row = {"question": "2 + 3 = ?", "answer": "no solution", "worked": "<<2+3=5>>5\n#### 5"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    data = DataOptions(name=str(tmp_path), solution_column="worked")
+    with _task(data, [RewardOptions(function="gsm8k_format")]) as task:
+        tokenizer = small_tokenizer(task.corpus())
+        raw = task.solution(task.train[0], tokenizer, 0, raw=True).samples[0]
+        assert tokenizer.decode(raw.token_ids[:-1]) == row["worked"]
+
+
+def test_levels_of_the_warm_start_must_be_there():
+    with _task(DataOptions(levels=[1, 2], limit=40)) as task:
+        assert task.train_for(None) == task.train
+        assert {example.columns["level"] for example in task.train_for([2])} == {2}
+        with pytest.raises(ValueError, match=r"warm_start.levels=\[3\].*none of"):
+            task.train_for([3])
+        with pytest.raises(ValueError, match=r"warm_start.levels=\[1, 4\].*\[4\]"):
+            task.train_for([1, 4])
+
+
+@pytest.mark.parametrize(
+    ("data", "rewards", "message"),
+    [
+        ({"template": "{qestion}"}, GSM8K, r"asks for \{qestion\}; the columns are"),
+        ({"prompt_column": "problem"}, GSM8K, "no column 'problem'; its columns are question, answer, topic"),
+        ({"split": "test"}, GSM8K, "is for evaluation and must not be trained on"),
+        ({}, [RewardOptions(function="gsm8q")], "gsm8k"),
+        ({}, GSM8K * 2, "two rewards are called 'gsm8k'"),
+        ({}, [RewardOptions(function="{folder}/wants.py:wants_gold")], "asks for the column 'gold'"),
+        ({}, [RewardOptions(function="{folder}/wants.py:fails")], "boom"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_a_policy_is_loaded(folder, data, rewards, message):
+    (folder / "wants.py").write_text(
+        "def wants_gold(completions, gold): return [0.0] * len(completions)\n"
+        "def fails(completions, **_): raise ValueError('boom')\n"
+    )
+    rewards = [r.model_copy(update={"function": r.function.replace("{folder}", str(folder))}) for r in rewards]
+    with pytest.raises((ValueError, RewardError), match=message):
+        _task(DataOptions(name=str(folder), **data), rewards)
+    assert not reward_workers()
+
+
+def test_scores_come_by_group_with_the_columns_of_its_prompt(folder):
+    (folder / "own.py").write_text(
+        "def count_ids(completions, completion_ids, topic):\n"
+        "    assert set(topic) <= {'sums', 'products'}\n"
+        "    return [float(len(ids)) for ids in completion_ids]\n"
+    )
+    rewards = [RewardOptions(function="gsm8k"), RewardOptions(function=f"{folder}/own.py:count_ids", weight=0.1)]
+    with _task(DataOptions(name=str(folder)), rewards) as task:
+        assert reward_workers()
+        tokenizer = small_tokenizer(task.corpus())
+        groups = [
+            RolloutGroup(
+                task.prompt(example, tokenizer),
+                [Completion(ids, [0.0] * len(ids), text, "stop", 0) for ids, text in (([1, 2], "#### 5"), ([3], "6"))],
+            )
+            for example in task.train[:2]
+        ]
+        first, second = task.score(groups)
+        assert first.parts == {"gsm8k": [1.0, 0.0], "count_ids": [2.0, 1.0]}
+        assert first.rewards == pytest.approx([1.2, 0.1])
+        assert second.rewards == pytest.approx([1.2, 0.1])
+    deadline = time.monotonic() + 5
+    while reward_workers() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not reward_workers()
+
+
+def test_real_gsm8k_is_a_task(gsm8k_folder):
+    with _task(DataOptions(name=str(gsm8k_folder), limit=20), heldout=10) as task:
+        assert (len(task.train), len(task.heldout)) == (20, 10)
+        assert all("<<" not in example.solution and "####" in example.solution for example in task.train)
+        assert all("<<" in example.columns["answer"] for example in task.train)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompts_per_step": 9}, "prompts_per_step=9, but there are 8 training examples"),
+        ({"prompts_per_step": 8, "warm_start": {"steps": 1}}, "warm_start.batch_size=16, but there are 8"),
+        ({"warm_start": {"steps": 1, "batch_size": 2, "levels": [3]}}, r"warm_start.levels=\[3\]"),
+    ],
+)
+def test_a_step_that_asks_for_more_examples_than_there_are_is_refused_at_once(tmp_path, given, message):
+    config = TrainConfig(output_dir=tmp_path, data=DataOptions(levels=[1], limit=8), **given)
+    with pytest.raises(ValueError, match=message):
+        Task.of(config)
+    assert not reward_workers()
+
+
+def test_supervised_training_needs_no_number_in_its_data_where_nothing_is_scored(tmp_path):
+    (tmp_path / "words.jsonl").write_text("".join(f'{{"question": "Say {w}.", "answer": "{w}"}}\n' for w in "abcdefgh"))
+    given = {"output_dir": tmp_path / "r", "data": DataOptions(name=str(tmp_path / "words.jsonl"), holdout=0.25)}
+    given |= {"warm_start": {"steps": 1, "batch_size": 2}}
+    with Task.of(SftConfig(**given)) as task:
+        assert {example.solution for example in task.train} <= set("abcdefgh")
+        assert (task.describe_rewards(), task.lost(), reward_workers()) == ([], {}, [])
+    for config in (SftConfig(**given, eval={"limit": 2}), TrainConfig(**given)):  # both score
+        with pytest.raises(ValueError, match="the gold answer 'a' has no number"):
+            Task.of(config)
+    with pytest.raises(RewardError, match="'nonsense'"):  # one that was asked for is checked
+        Task.of(SftConfig(**given, rewards=[RewardOptions(function="nonsense")]))
+
+
+def test_full_marks_are_what_the_gold_solution_gets(tmp_path):
+    """A reward may give more than 1: correct is what is marked like the gold solution, not what is marked 1."""
+    reward = tmp_path / "generous.py"
+    reward.write_text(
+        "def generous(completions, **_):\n    return [1.5 if '####' in c else 1.0 for c in completions]\n"
+    )
+    with Task(
+        DataOptions(levels=[1], limit=4), [RewardOptions(function=f"{reward}:generous")], ScoringOptions()
+    ) as task:
+        assert task.full_marks == 1.5
+
+
+def test_prompts_that_leave_no_room_for_a_completion_are_refused_before_the_first_step(folder, random_policy):
+    """To the token: 256 are the policy's context. Characters of several bytes must not hide a long prompt."""
+    policy, data = random_policy(0), DataOptions(name=str(folder), template="{question}")
+    with _task(data, heldout=3) as task:
+        prompts = [task.prompt(example, policy.tokenizer) for example in (*task.train, *task.heldout)]
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+        room = 256 - len(longest.token_ids)
+        task.check_lengths(policy, room)
+        with pytest.raises(ValueError, match=rf"{longest.prompt_id!r} with {256 - room} tokens, pass .*={room + 1};"):
+            task.check_lengths(policy, room + 1)
+
+
+def test_a_chat_prompt_of_a_model_without_a_template_is_refused_before_it_is_loaded(
+    micro_config, micro_policy, tmp_path
+):
+    micro_policy().save(tmp_path / "m")
+    config = micro_config(tmp_path / "r", **{"data.template": "chat", "model": str(tmp_path / "m")})
+    with pytest.raises(
+        PolicyError, match="template=chat: model=.* has no chat template; use a format string such as .{question}\\\\n."
+    ):
+        check_options(config)
