@@ -63,7 +63,8 @@ SCENARIOS: dict[str, list[list[str]]] = {
     ],
     "environment": [["train", "examples/10_word_game.yaml", *FEW, "--warm_start.steps", "30", "--steps", "3"]],
     "agent": [["train", *LEARNS, "--agent", "TESTS/cases/agents.py:once", "--agent_workers", "1"]],
-    "ahead": [["train", *LEARNS, "--rollout.ahead", "2", "--steps", "6"]],
+    # A worker would measure costs of its own, so the number of drafts is fixed.
+    "ahead": [["train", *LEARNS, "--rollout.ahead", "2", "--rollout.draft_tokens", "2", "--steps", "6"]],
     "ranks": [["train", *LEARNS, "--device", "cpu", "--learner.parallel.fsdp", "2"]],
     "sft": [["sft", *WORDS, "--warm_start.steps", "20"]],
     "mtp": [
