@@ -165,7 +165,7 @@ def test_no_number_of_the_house_is_above_its_budget():
 def test_the_numbers_of_a_small_house_are_counted(tmp_path):
     files = {
         "__init__": "_HOMES = {'train': 'grpo.train'}\n",
-        "train": "import grpo.steps.loop\ndef train(config, *, a, b, **rest):\n    loop(config.rollout)\n",
+        "train": "import grpo.loop\ndef train(config, *, a, b, **rest):\n    loop(config.rollout)\n",
         "loop": "from grpo.run import log\nclass L:\n  def f(self, x): g(policy.config, isinstance(config, int))\n",
         "run/__init__": "",
         "run/log": "class C:\n    rollout: RolloutOptions\n",
@@ -194,13 +194,13 @@ def test_the_arrows_between_the_rooms_of_grpo_go_down():
 
 def test_an_arrow_that_goes_up_is_found(tmp_path):
     (tmp_path / "grpo/run").mkdir(parents=True)
-    files = {"__init__": "", "run/__init__": "", "run/log": "from grpo.task.task import Task", "task": "", "loop": ""}
+    files = {"__init__": "", "run/__init__": "", "run/log": "from grpo.task import Task", "task": "", "loop": ""}
     for name, source in files.items():
         (tmp_path / f"grpo/{name}.py").write_text(source)
-    (tmp_path / "grpo/steps/loop.py").write_text("def f():\n    import grpo.task.task\n")
+    (tmp_path / "grpo/loop.py").write_text("def f():\n    import grpo.task\n")
     assert _upwards(tmp_path, [("__init__",), ("task", "loop"), ("run",)]) == [
-        "grpo.steps.loop imports grpo.task.task",
-        "grpo.run.log imports grpo.task.task",
+        "grpo.loop imports grpo.task",
+        "grpo.run.log imports grpo.task",
     ]
 
 
