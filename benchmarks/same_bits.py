@@ -104,11 +104,8 @@ def tree_of(commit: str | None, folder: Path) -> Path:
 def start(tree: Path, words: list[str], ranks: int, log: Path) -> list[subprocess.Popen]:
     """The command in that tree, as one process or as several ranks."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(20000 + zlib.crc32(str(log).encode()) % 12000),
-        "WORLD_SIZE": str(ranks),
-    }
+    port = 20000 + zlib.crc32(str(log).encode()) % 12000  # another one for each side
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     shared |= {"LOCAL_WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
     processes = []
     for rank in range(ranks):
