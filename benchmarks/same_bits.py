@@ -6,8 +6,7 @@
 Both sides decode by the same table of draft costs, which the clock would make another one each time. Compared are the
 tensors of every checkpoint and policy (weights, moments), the state beside them (generators, order of the data), the
 sampled ids with their log-probabilities and rewards, and the metrics that are no times. Tensors are compared bit for
-bit, JSON by value.
-`RENAMED` says what a newer commit calls otherwise. The exit code is 1 where anything differs.
+bit, JSON by value. `RENAMED` says what a newer commit calls otherwise. The exit code is 1 where anything differs.
 """
 
 from __future__ import annotations
