@@ -74,7 +74,6 @@ class MtpConfig(RunConfig):
             ("eval.every", self.eval.every),
             ("rollout.refill_draws", self.rollout.refill_draws),
             ("rollout.ahead", self.rollout.ahead),
-            ("rollout.partial", self.rollout.partial),
             ("checkpoint.keep_best", self.checkpoint.keep_best),
             ("log.measure_speed", self.log.measure_speed),
         ):

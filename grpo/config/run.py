@@ -148,11 +148,6 @@ class TrainConfig(AgentOptions, SftConfig):
                 f"rollout.quantization={self.rollout.quantization} with loss.importance_correction=none: what samples "
                 "is another policy than what learns, and nothing would correct that; set it to auto"
             )
-        if self.has_tools and self.rollout.partial is not None:
-            raise ValueError(
-                f"rollout.partial={self.rollout.partial}: an episode with tools or an environment is sampled in one "
-                "step, since its environment does not wait for the next one; set partial to null"
-            )
         self._refuse_with_agent()
         if self.mtp.train_trunk:
             raise ValueError("mtp.train_trunk: in GRPO the draft head never touches the trunk; use it in quartet sft")
@@ -178,14 +173,12 @@ class TrainConfig(AgentOptions, SftConfig):
         if self.agent is None:
             return
         rollout, own = self.rollout, "the agent's requests are sampled by our own engine, in this process"
-        later = "an episode is sampled in its own step, since the agent does not wait for the next one"
         refused = {
             "environment": (self.environment, "an agent has its tools itself; leave one of them out"),
             "tools": (self.tools, "an agent has its tools itself; leave one of them out"),
             "rollout.backend": (rollout.backend == "vllm" and "vllm", f"{own}; leave backend out"),
             "rollout.workers": (rollout.workers, f"{own}; set it to 0"),
             "rollout.ahead": (rollout.ahead, f"{own}; set it to 0"),
-            "rollout.partial": (rollout.partial, f"{later}; set it to null"),
             "learner.routing_replay": (self.learner.routing_replay, "no experts are recorded; set it to false"),
             "loss.advantage": (
                 self.loss.advantage in ("gae", "rank_softmax") and self.loss.advantage,

@@ -71,9 +71,6 @@ class RolloutOptions(SamplingOptions):
     """1 samples the next batch while the learner works on this one, with weights that are one step older, by at least
     one worker. 2 samples one more, with weights two steps older, so that a slow batch delays nothing. Timing changes no
     bit; the importance correction is on."""
-    partial: int | None = Field(default=None, ge=1)
-    """Tokens that a completion may grow in one step. A longer one goes on in the next steps, with the weights that the
-    sampler has by then, and its group is learned from when it is complete; null completes every group in its step."""
     threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of each Ray worker."""
     gpus_per_worker: float = Field(default=1.0, ge=0, le=1)
@@ -103,27 +100,6 @@ class RolloutOptions(SamplingOptions):
     def samplers(self) -> int:
         """Ray workers that the run has: sampling ahead needs one, and vLLM none."""
         return 0 if self.backend == "vllm" else max(self.workers, min(self.ahead, 1))
-
-    @field_validator("partial", mode="before")
-    @classmethod
-    def _is_a_budget(cls, partial: Any) -> Any:
-        if isinstance(partial, bool):
-            raise ValueError("is a number of tokens, such as 256, or null")
-        return partial
-
-    @model_validator(mode="after")
-    def _goes_on(self) -> RolloutOptions:
-        if self.partial is not None and self.backend == "vllm":
-            raise ValueError(
-                f"rollout.partial={self.partial}: a completion goes on with the noise of its position, and vLLM draws "
-                "with seeds of its own; set partial to null, or use another backend"
-            )
-        if self.partial is not None and self.refill_draws:
-            raise ValueError(
-                f"rollout.partial={self.partial} with rollout.refill_draws={self.refill_draws}: a tied group is "
-                "refilled in its own step, and its refill may not be complete by then; leave one of them out"
-            )
-        return self
 
     @property
     def copies(self) -> tuple[str, str]:

@@ -67,7 +67,6 @@ def grpo_learner(
             reward_weights=reward_weights,
             sampler_differs=config.dtype != "float32"
             or config.rollout.ahead > 0
-            or config.rollout.partial is not None
             or config.rollout.quantization != "none"
             or sampling_backend(config, policy) not in OWN_BACKENDS,
             schedule=schedule(config.learner.schedule, config.steps, config.learner.warmup_steps),

@@ -102,7 +102,6 @@ METRICS: dict[str, str] = {
     "moe/layer_<d>/max_violation": "moe/max_violation of layer d alone",
     "moe/layer_<d>/router_entropy": "moe/router_entropy of layer d alone",
     "moe/layer_<d>/dead_experts": "moe/dead_experts of layer d alone",
-    "rollout/carried": "completions that go on in the next step (rollout.partial), count",
     "faults/worker": "Ray workers that died or were late (rollout.timeout_s, rollout.publish_timeout_s), and were "
     "replaced; as all faults/* since the last line, and absent at 0, count",
     "faults/node": "Ray workers that were replaced since their machine left the cluster, count",

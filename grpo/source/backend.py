@@ -93,7 +93,7 @@ def _refuse_prefix_lm(options: ModelOptions, read_shape: Callable[[], Pretrained
     """What a policy that sees its prompts whole cannot be, or do."""
     rollout, asked = getattr(options, "rollout", None), options.policy.prompt_attention
     agent = getattr(options, "agent", None)
-    doubtful = rollout and (rollout.partial is not None or rollout.backend == "vllm" or agent)
+    doubtful = rollout and (rollout.backend == "vllm" or agent)
     if asked == "causal" or not (asked or doubtful):
         return
     shape = read_shape()
@@ -107,11 +107,6 @@ def _refuse_prefix_lm(options: ModelOptions, read_shape: Callable[[], Pretrained
         )
     if rollout and rollout.backend == "vllm":
         raise ValueError(f"{what}: vLLM attends to prompts causally alone; leave rollout.backend out")
-    if rollout and rollout.partial is not None:
-        raise ValueError(
-            f"rollout.partial={rollout.partial} with {what}: a completion that goes on is read again with its prompt, "
-            "and would be seen whole too; set partial to null"
-        )
     if agent:
         raise ValueError(
             f"agent={agent} with {what}: what the policy has written is a part of the next request's prompt, and would "

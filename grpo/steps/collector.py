@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from statistics import fmean
 from typing import Any
 
@@ -15,7 +14,6 @@ from rich.progress import Progress
 
 from grpo.algorithm.alarms import Alarm, Alarms, Watched
 from grpo.algorithm.dynamic_sampling import Drawn, draw_groups
-from grpo.algorithm.in_flight import group_of, plain
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth
 from grpo.learner.batch import TrainingBatch
@@ -30,9 +28,7 @@ from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore, RewardFailed
 from rollout.compiled.rounds import FEW_ROWS
-from rollout.continued import Begun, go_on
 from rollout.depth import PROMPT_TOKENS
-from rollout.faults import OnFinished
 from rollout.group import Prompt, RolloutGroup, head_accepted
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams
@@ -44,8 +40,8 @@ PROMPTS_READ = 256  # whose lengths say how long sequences become
 
 class Collector:
     """Draws the groups of each step, and keeps the record of them. Its state is the curriculum; `later`, the pass rates
-    of steps that were sampled ahead, which the curriculum learns only when it is their turn (contract 12); `begun`, the
-    groups that go on in the next step; and `head_accepted`, what became of the head's drafts in the last step."""
+    of steps that were sampled ahead, which the curriculum learns only when it is their turn (contract 12); and
+    `head_accepted`, what became of the head's drafts in the last step."""
 
     def __init__(self, run: Run[TrainConfig], task: Task, curriculum: Curriculum, pool: Pool, policy: Policy) -> None:
         self.run, self.task, self.curriculum, self.pool = run, task, curriculum, pool
@@ -67,7 +63,6 @@ class Collector:
             run.log.event("graphs", compile=options.compile, planned_rounds=rounds)
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate
         self.alarms = Alarms(task.watched_rewards()) if run.config.log.alarms and run.ranks.first else None
-        self.begun: list[Begun] = []
         self.head_accepted: tuple[float, ...] = ()
         self.tied_steps = TiedSteps(
             config.data, config.rollout, config.warm_start.steps, task.first_reward, task.full_marks
@@ -93,13 +88,9 @@ class Collector:
             what = f"step {step}: {'sampling' if draw == 0 else f'refill {draw}'}"
             bar = progress.add_task(what, total=len(prompts) * params.group_size)
             with timed("time/rollout"), phase("sampling", self.run.config):
-                tell = partial(progress.advance, bar)
-                if options.partial is None:
-                    groups = self.pool.sample(prompts, params.at(step, draw), tell)
-                    if not draw and self.backend != "vllm" and not self.run.config.agent:  # which know no shards
-                        measured.update(tail_share(groups, options.prompts_per_shard))
-                else:
-                    groups = self._complete(step, prompts, take, tell)
+                groups = self.pool.sample(prompts, params.at(step, draw), partial(progress.advance, bar))
+                if not draw and self.backend != "vllm" and not self.run.config.agent:  # which know no shards
+                    measured.update(tail_share(groups, options.prompts_per_shard))
             with timed("time/reward"):
                 scores = self._score(groups, step)
             progress.remove_task(bar)
@@ -114,34 +105,19 @@ class Collector:
 
         with Progress(disable=True) if quiet else self.run.log.progress() as progress:
             drawn = draw_groups(take(self.prompts_per_step), options.refill_draws, sample, replacements)
-        if self.rollout.partial is None:  # groups that go on keep the parameters with which they began
-            self.head_accepted = head_accepted(c for group in drawn.all_groups for c in group.completions)
+        self.head_accepted = head_accepted(c for group in drawn.all_groups for c in group.completions)
         for failure in (failure for score in drawn.all_scores for failure in score.errors):
             self.run.log.event("reward_error", step=step, **vars(failure))
         drawn.metrics |= measured | rollout_metrics(drawn.all_groups, drawn.all_scores) | self._metrics(step, drawn)
         signals.check()
         return drawn
 
-    def _complete(self, step: int, prompts: Sequence[Prompt], take: Take, tell: OnFinished) -> list[RolloutGroup]:
-        """With these prompts and those that have begun, one budget is spent. Where no group is complete by then, as in
-        the first steps, the next prompts begin too and another is spent: the step has to learn from something."""
-        assert self.rollout.partial is not None
-        whole: list[Begun] = []
-        for draw in count():
-            new = [Begun(self._params(step).at(step, draw), RolloutGroup(prompt, [])) for prompt in prompts]
-            begun = go_on(self.pool, [*self.begun, *new], self.rollout.partial, self.tokenizer, tell)
-            whole, self.begun = [b for b in begun if not b.unfinished], [b for b in begun if b.unfinished]
-            if whole:
-                break
-            prompts = take(self.prompts_per_step, draw + 1)
-        return [each.group for each in whole]
-
     def snapshot(self) -> Any:
         """For `put_back`, which undoes what was collected since."""
-        return self.curriculum.state_dict(), self.later, self.begun, self.head_accepted
+        return self.curriculum.state_dict(), self.later, self.head_accepted
 
     def put_back(self, before: Any) -> None:
-        curriculum, self.later, self.begun, self.head_accepted = before
+        curriculum, self.later, self.head_accepted = before
         self.curriculum.load_state_dict(curriculum)
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,11 +125,6 @@ class Collector:
         state = self.curriculum.state_dict()
         if self.rollout.ahead:
             state["later"] = [list(entry) for entry in self.later]
-        if self.rollout.partial is not None:
-            state["begun"] = [
-                {"step": begun.params.step, "draw": begun.params.draw, "group": plain(begun.group)}
-                for begun in self.begun
-            ]
         if self.head_accepted:
             state["head_accepted"] = list(self.head_accepted)
         return state
@@ -161,10 +132,6 @@ class Collector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """All but the curriculum's, which is there already."""
         self.later = [(step, prompt_id, rate) for step, prompt_id, rate in state.get("later", [])]
-        self.begun = [
-            Begun(self._params(found["step"]).at(found["step"], found["draw"]), group_of(found["group"], self.prompt))
-            for found in state.get("begun", [])
-        ]
         self.head_accepted = tuple(state.get("head_accepted", ()))
 
     def _learn_rates(self, up_to: int) -> None:
@@ -234,8 +201,6 @@ class Collector:
             metrics["curriculum/completion_tokens"] = float(self._params(step).max_completion_tokens)
         if options.draft_depth is not None:
             metrics["curriculum/draft_depth"] = float(self.draft_depth(step))
-        if self.rollout.partial is not None:
-            metrics["rollout/carried"] = float(sum(begun.unfinished for begun in self.begun))
         return metrics | (drawn.counts() if self.rollout.refill_draws else {})
 
     def _params(self, step: int) -> SamplingParams:

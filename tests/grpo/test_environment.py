@@ -202,7 +202,6 @@ def test_contract_6_a_failing_environment_is_named_and_never_a_zero(micro_config
         ({"environment": {"a": INCREMENT, "b": SLOW}}, "column 'environment' holds None; the environments are a, b"),
         ({"tools": [f"{CASES}/guessing.py:triple"]}, "'triple' is not there"),
         ({"rewards": []}, r"rewards=\[\] scores nothing"),
-        ({"environment": INCREMENT, "rollout.partial": 5}, "rollout.partial=5: an episode with tools"),
         ({"environment": INCREMENT, "max_turns": 0}, "max_turns"),
     ],
 )

@@ -589,7 +589,6 @@ def test_a_checkpoint_folder_brings_nothing_along(taught):
         ({"prompts_per_step": 1}, "prompts_per_step=1.*greater than or equal to 2"),
         ({"eval.every": 2}, "eval.every=2 is for quartet train; drop it"),
         ({"rollout.ahead": 1}, "rollout.ahead=1 is for quartet train; drop it"),
-        ({"rollout.partial": 8}, "rollout.partial=8 is for quartet train; drop it"),
         ({"head.draft_vocabulary": 3}, "head.draft_vocabulary"),
     ],
 )

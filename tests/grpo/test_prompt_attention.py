@@ -126,7 +126,6 @@ def test_contract_9_a_run_trains_stops_goes_on_and_its_policy_remembers(micro_co
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"rollout.partial": 4}, "rollout.partial=4 with policy.prompt_attention=bidirectional"),
         ({"rollout.backend": "vllm"}, "vLLM attends to prompts causally alone"),
         ({"policy.prompt_attention": "both"}, "policy.prompt_attention=both"),
     ],
@@ -144,10 +143,10 @@ def test_a_checkpoint_is_what_its_run_asked_for(random_policy, micro_config, tmp
     train(micro_config(tmp_path / "run", model=str(tmp_path / "plain"), steps=1, **given))
     model = str(tmp_path / "run/checkpoints/step_000001")
     assert_stock_is_refused(model, tmp_path / "out", "policy.prompt_attention=bidirectional", capsys)
-    with pytest.raises(
-        ValueError, match=r"rollout.partial=4 with policy.prompt_attention=bidirectional \(so model says"
-    ):
-        check_options(micro_config(tmp_path / "next", model=model, **{"rollout.partial": 4, "warm_start.steps": 0}))
+    with pytest.raises(ValueError, match=r"policy.prompt_attention=bidirectional \(so model says.*causally alone"):
+        check_options(
+            micro_config(tmp_path / "next", model=model, **{"rollout.backend": "vllm", "warm_start.steps": 0})
+        )
     counted = inspect(model)
     assert (counted.active_heads, counted.heads, counted.prompt_attention) == (3, 4, "bidirectional")
     assert counted == inspect(str(tmp_path / "run/policy"))

@@ -177,7 +177,6 @@ def test_an_agent_whose_requests_are_refused_is_told_of(micro_config, tmp_path):
         ({"rollout.backend": "vllm"}, "rollout.backend=vllm with agent"),
         ({"rollout.workers": 2}, "rollout.workers=2 with agent=.*; set it to 0"),
         ({"rollout.ahead": 1}, "rollout.ahead=1 with agent"),
-        ({"rollout.partial": 5}, "rollout.partial=5 with agent"),
         ({"learner.routing_replay": True}, "learner.routing_replay=True with agent"),
         ({"loss.advantage": "gae"}, "loss.advantage=gae with agent"),
         ({"log.measure_speed": True}, "log.measure_speed=True with agent"),

@@ -297,24 +297,6 @@ def test_ahead_0_is_the_run_without_the_option(micro_config, tmp_path):
     assert not {"batches", "later"} & saved.keys()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("without_ray")
-def test_contract_12_completions_that_go_on_are_in_flight_too(options, tmp_path):
-    """rollout.partial: the batch of step t has tokens of the versions up to t - 1 - ahead."""
-    given = {"rollout.partial": 4, "rollout.refill_draws": 0}
-    train(options(tmp_path / "whole", 2, **given))
-    rows = [row for step in range(1, 7) for row in read_rollouts(tmp_path / "whole", step)]
-    assert any("policy_versions" in row for row in rows)
-    for step in range(1, 7):
-        latest = {row["policy_version"] for row in read_rollouts(tmp_path / "whole", step)}
-        assert max(latest) == max(0, step - 3)
-    config = options(tmp_path / "run", 2, **given)
-    with pytest.raises(Stopped):
-        train(config, stop_after=3)
-    train(config, resume="auto")
-    same(tmp_path / "run", tmp_path / "whole")
-
-
 @pytest.mark.long
 @pytest.mark.slow
 @both
