@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -32,8 +32,6 @@ from rollout.depth import PROMPT_TOKENS
 from rollout.group import Prompt, RolloutGroup, head_accepted
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams
-
-Take = Callable[[int, int], Sequence[Prompt]]  # so many prompts for this draw of the step
 
 PROMPTS_READ = 256  # whose lengths say how long sequences become
 
