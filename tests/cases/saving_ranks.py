@@ -119,7 +119,8 @@ def main(folder: Path, action: str) -> None:
     learner = learner_of(folder / "model", {"loss": {"advantage": "gae"}}, ranks)
     found = save(learner, ranks, folder) if action == "save" else load(learner, folder)
     print(json.dumps(found))
-    dist.destroy_process_group()  # else its threads may abort the end of the process
+    if dist.is_initialized():
+        dist.destroy_process_group()  # else its threads may abort the end of the process
 
 
 if __name__ == "__main__":
