@@ -22,6 +22,7 @@ from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.base import counts, in_4_bits
 from grpo.learner.build import sft_learner
 from grpo.learner.parallel import ALONE, Ranks
+from grpo.learner.prepare import supervised
 from grpo.source.policy_source import load_policy, save_policy, with_threads
 from grpo.steps.loop import Run
 from grpo.steps.pool import open_run_pool
@@ -75,9 +76,9 @@ def supervise(policy: Policy, task: Task, run: Run[SftConfig] | Run[TrainConfig]
         for step in run.steps():
             examples = prompts.take(options.batch_size)
             rows = [task.solution(example, policy.tokenizer, token, raw) for example in examples]
-            learner.set_draft_depth(round(ramp(step, options.steps, options.draft_depth or deepest, deepest)))
+            depth = round(ramp(step, options.steps, options.draft_depth or deepest, deepest))
             run.learn(
-                partial(learner.sft_step, rows, step),
+                partial(learner.step, supervised(rows, step, depth)),
                 rate="warm_start.learning_rate",
                 batch=run.folder / "events.jsonl",
                 examples=[example.example_id for example in examples],

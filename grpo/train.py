@@ -23,13 +23,12 @@ from grpo.run.memory_errors import phase
 from grpo.run.resume import BaseWeights
 from grpo.run.stop import signals
 from grpo.sft import first_policy, warm_start
-from grpo.source.policy_source import save_policy, with_threads
+from grpo.source.policy_source import load_beside, save_policy, with_threads
 from grpo.steps.ahead import Batches
 from grpo.steps.collector import Collector
 from grpo.steps.loop import Run
 from grpo.steps.pool import open_run_pool, use_costs_of_run
 from grpo.steps.publisher import Publisher
-from grpo.task.reward_models import load_teacher
 from grpo.task.sampling import environment_of, sampling_params
 from rewards.protocol import Reward
 
@@ -60,8 +59,7 @@ def train(
         warm_start(run, task)
         policy = first_policy(run, task)
         again = partial(first_policy, run, task)
-        teacher = load_teacher(config)
-        learner: Learner = grpo_learner(policy, config, task.reward_weights, ranks, again, teacher)
+        learner: Learner = grpo_learner(policy, config, task.reward_weights, ranks, again, partial(load_beside, config))
         curriculum = Curriculum(task.train, config.curriculum, config.seed)
         batches = Batches(run, curriculum)
         run.restore(learner=learner, curriculum=batches, **_base(run, learner))
@@ -85,13 +83,13 @@ def train(
                 if held_out.due(run.step, run.last) and not held_out.done(run.step):
                     run.alone(held_out.evaluate, run.step, "before GRPO" if run.step == 0 else None)
                 for step in run.steps():
-                    learner.set_draft_depth(collector.draft_depth(step))
                     drawn = batches.take(step)
                     run.metrics |= drawn.metrics
                     run.alone(pool.sleep)
                     batches.go_on(step)
                     with phase("learning", config):
-                        batch = learner.prepare(drawn.groups, drawn.scores)
+                        batch = learner.prepare(drawn.groups, drawn.scores, step=step)
+                        batch = replace(batch, draft_depth=collector.draft_depth(step))
                     collector.keep(step, drawn, batch)
                     learn(run, learner, batch, step, batches)
                     collector.keep(step, drawn, batch, learner.policy_logprobs)
@@ -136,7 +134,7 @@ def learn(run: Run, learner: Learner, batch: TrainingBatch, step: int, batches: 
                 batches.before_update(step)
 
         run.learn(
-            lambda: learner.step(batch, step, advance),
+            lambda: learner.step(batch, on_micro_batch=advance),
             rate="learner.learning_rate",
             batch=run.folder / "rollouts" / f"step_{step:06d}.jsonl.zst",
         )

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, GenerationConfi
 from grpo.algorithm import own
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
-from grpo.learner.experts import PREFIX, Balancer
 from grpo.learner.parallel import refuse_processes
+from grpo.learner.terms.balance import PREFIX, loads_of
 from grpo.run import trackers
 from grpo.run.hardware import device_of
 from grpo.source.agreement import refuse_rescaled
@@ -76,7 +76,7 @@ def check_shape(config: SftConfig | MtpConfig) -> None:
         if policy.mtp is None:
             raise PolicyError(f"add_mtp=False, but model={config.model!r} has no MTP head to teach; leave add_mtp out")
         return
-    Balancer(policy, config.balance)
+    loads_of(policy, config.balance)
     if not isinstance(config, TrainConfig):
         return
     if rollout.draft_tokens and policy.mtp is None:

@@ -13,7 +13,7 @@ from grpo.checks.parts import CHECKS, check_processes
 from grpo.config.environment import rewards_of
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import RunConfig, SftConfig
-from grpo.learner.teacher_server import TeacherError
+from grpo.learner.terms.teacher_server import TeacherError
 from grpo.run.checkpoint import CheckpointError
 from grpo.run.hardware import device_of
 from grpo.task.task import Task, reward_specs

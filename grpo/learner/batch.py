@@ -36,6 +36,7 @@ class Sample:
     routing: Tensor | None = None  # [Lc, routers, k]; see Completion
     sampled: list[bool] = field(default_factory=list)  # [Lc] false where a tool wrote; empty without tools
     start: int = 0
+    in_loss: bool = True  # False: truncated, and `loss.mask_truncated_completions`
 
     @property
     def num_sampled(self) -> int:
@@ -76,19 +77,21 @@ class PackedRow:
         return all(sample.tied for sample in self.samples)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """All rows of one step and the counts that are global over it."""
+    """All rows of one step and the counts that are global over it. Two batches are equal where they are the same."""
 
     rows: list[PackedRow]
     advantages: Tensor | list[list[list[float]]]  # [P, G], zero where a sample was left out; by token [P, G, Lc]
     num_samples: int
     num_completion_tokens: int
+    step: int = 0
     tied_groups: int = 0
     metrics: dict[str, float] = field(default_factory=dict)  # what was measured while it was prepared
     seconds: float = 0.0  # that the values took
     tokens_by_version: dict[int, int] = field(default_factory=dict)  # completion tokens that each version has sampled
     draft_gain: float | None = None  # of their decoding; None where it is not known
+    draft_depth: int | None = None  # how deep the draft head learns; None: `mtp.depth`
 
     def age(self, version: int) -> float:
         """How many versions older than `version` the policy was that sampled a token, mean over tokens."""
@@ -100,9 +103,9 @@ class TrainingBatch:
         return all(row.tied for row in self.rows)
 
     @property
-    def teaches_values(self) -> bool:
-        """Whether a value head was wrong somewhere. Whitened, equal advantages are 0 all the same."""
-        return any(sample.values != sample.returns for row in self.rows for sample in row.samples)
+    def from_rollouts(self) -> bool:
+        """Whether a policy has sampled it."""
+        return bool(self.tokens_by_version)
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class MicroBatch:
     segment: Tensor  # [B, T] 0 the prompt, 1 … G its completions, -1 padding: all that attention has to know
     turn: Tensor  # [B, T] as `segment`, but each turn has a number of its own, and what tools wrote is -1
     mask: Tensor  # [C, L] a completion's sampled tokens; mask[mask] runs in the order of `scored`
+    loss_mask: Tensor  # [C, L] those of them that are in the loss
     rows: Sequence[PackedRow]
     routing: Tensor | None = None  # [B, T, routers, k] what the sampler's routers chose, -1 where it did not say
     counts: bool = True  # False: it only keeps other ranks company, which have one micro-batch more
@@ -248,6 +252,7 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
         segment=segment.to(device),
         turn=turn.to(device),
         mask=mask.to(device),
+        loss_mask=(mask & torch.tensor([[sample.in_loss] for sample in samples])).to(device),
         rows=rows,
         routing=_routing(rows, longest, device),
     )

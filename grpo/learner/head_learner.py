@@ -24,6 +24,8 @@ from grpo.learner import state as learner_state
 from grpo.learner.batch import PackedRow, micro_batches
 from grpo.learner.learner import Learner
 from grpo.learner.lessons import Lesson, noise_keys
+from grpo.learner.likelihood import Likelihood
+from grpo.learner.terms.draft_head import DraftHeadTerm
 from policies.logprobs import CHUNK_ELEMENTS
 from policies.mtp import Divergence, draft_loss
 from policies.policy import Policy
@@ -52,8 +54,8 @@ class HeadLearner(Learner):
                 max_grad_norm=options.max_grad_norm,
                 tokens_per_micro_batch=options.tokens_per_update,
             ),
-            MTPOptions(depth=options.depth, learning_rate=options.learning_rate),
-            temperature=temperature,
+            [DraftHeadTerm(policy, MTPOptions(depth=options.depth, learning_rate=options.learning_rate))],
+            Likelihood(policy, temperature=temperature),
             schedule=lambda _: self.warm_up * RATES[self.stage],
         )
         self.head_options, self.seed = options, seed
@@ -101,7 +103,7 @@ class HeadLearner(Learner):
         mass = torch.zeros(len(head), device=head.device)
         for lesson in lessons:
             for hidden in lesson.preceding[lesson.turn > 0].split(max(1, CHUNK_ELEMENTS // len(head))):
-                mass += (F.linear(hidden, head).float() / self.temperature).softmax(-1).sum(0)
+                mass += (F.linear(hidden, head).float() / self.likelihood.temperature).softmax(-1).sum(0)
         mass[stops] = float("inf")
         return mass.topk(count).indices.sort().values
 
@@ -137,7 +139,7 @@ class HeadLearner(Learner):
     def _pass_over(self, taught: Sequence[Lesson], epoch: int, step: int) -> dict[str, float]:
         depth, divergence, order = self.depth_at(epoch), self.divergence, list(range(len(taught)))
         random.Random(f"epoch/{self.seed}/{epoch}").shuffle(order)
-        metrics: dict[str, float] = {}
+        rate: dict[str, float] = {}
         sums: Counter[str] = Counter()
         began = time.perf_counter()
         for number, at in enumerate(order, start=1):
@@ -146,7 +148,7 @@ class HeadLearner(Learner):
             self.update.zero()
             loss = self._lesson_loss(lesson, depth, divergence)
             self.update.backward(loss, step, self.ranks)
-            metrics = self._update(step)
+            rate = self.update.make(step, self.ranks, {"": self.policy.trunk, "draft_head": self.policy.mtp})
             sums.update(loss=loss.item() * lesson.tokens, tokens=lesson.tokens)
             if self.policy.draft_ids is not None:
                 said = lesson.token_ids[lesson.turn > 0]
@@ -154,7 +156,7 @@ class HeadLearner(Learner):
         coverage = {} if self.policy.draft_ids is None else {"covered": "draft/vocabulary_coverage"}
         names = {"loss": f"loss/mtp{'_tv' if divergence == 'tv' else ''}"} | coverage
         return {
-            "learner/learning_rate": metrics["learner/learning_rate"],
+            "learner/learning_rate": rate["learning_rate"],
             "learner/updates": float(len(order)),
             "curriculum/draft_depth": float(depth),
             "speed/taught_tokens_per_second": sums["tokens"] / (time.perf_counter() - began),
@@ -175,7 +177,7 @@ class HeadLearner(Learner):
             lesson.preceding,
             lesson.turn,
             policy.lm_head,
-            self.temperature,
+            self.likelihood.temperature,
             max(1, CHUNK_ELEMENTS // 4 // width),
             draft_ids=policy.draft_ids,
             divergence=divergence,
@@ -217,7 +219,7 @@ class HeadLearner(Learner):
             for at in drafted.flatten().nonzero()[:, 0].split(max(1, CHUNK_ELEMENTS // len(head))):
                 noise = Noise(keys[at + d], places[at + d], size)
                 logits = F.linear(output.flatten(0, 1)[at], head)
-                right[at] = pick(logits, self.temperature, noise, vocabulary) == ids[at + d]
+                right[at] = pick(logits, self.likelihood.temperature, noise, vocabulary) == ids[at + d]
             taken = taken & right.view_as(turn)
             yield drafted, taken
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from grpo.learner.batch import MicroBatch, PackedRow, Sample, collate
-from grpo.learner.experts import Balancer
 from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.lora import adapter_off
 from policies.policy import Policy
@@ -26,23 +27,41 @@ class Forward:
     logprobs: Tensor
     entropy: Tensor
     preceding: Tensor  # [B, T, D] the hidden state that predicts each token
-    balance: Tensor  # the balance losses, a summand over the step
+    records: dict[str, Any] = field(default_factory=dict)  # what watchers have recorded, by their names
+
+
+class Watcher(Protocol):
+    """What is entered around forwards; see `Term`."""
+
+    name: str
+
+    def recording(self, policy: Policy) -> AbstractContextManager[Any]: ...
+
+    def as_at_first(self) -> AbstractContextManager[None]: ...
 
 
 class Likelihood:
     """The forward passes of a learner: of the policy, and of the reference that a KL penalty is measured to."""
 
     def __init__(
-        self, policy: Policy, reference: Policy | None, balancer: Balancer, temperature: float, entropy_grad: bool
+        self,
+        policy: Policy,
+        reference: Policy | None = None,
+        temperature: float = 1.0,
+        *,
+        entropy_grad: bool = False,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
         """`reference` is a frozen copy; None with adapters, whose base is the reference."""
-        self.policy, self.reference, self.balancer = policy, reference, balancer
+        self.policy, self.reference, self.watchers = policy, reference, watchers
         self.temperature, self.entropy_grad = temperature, entropy_grad
 
     def forward(self, mini: MicroBatch, policy: Policy | None = None) -> Forward:
         policy, learning = policy or self.policy, torch.is_grad_enabled()
         with torch.set_grad_enabled(learning and mini.learns):
-            with self.balancer.recording(policy) as routing:
+            with ExitStack() as stack:
+                watchers = self.watchers if learning else ()
+                records = {watcher.name: stack.enter_context(watcher.recording(policy)) for watcher in watchers}
                 preceding = self.preceding(mini, policy)
             lm_head = policy.lm_head
             logprobs, entropy = logprobs_from_hidden(
@@ -53,10 +72,7 @@ class Likelihood:
                 chunk=max(1, CHUNK_ELEMENTS // lm_head.shape[0]),
                 entropy_grad=self.entropy_grad,
             )
-        balance = preceding.new_zeros(())
-        if learning and mini.counts:  # not for old and reference log-probabilities
-            balance = self.balancer.observe(routing, mini)
-        return Forward(mini.by_completion(logprobs), mini.by_completion(entropy), preceding, balance)
+        return Forward(mini.by_completion(logprobs), mini.by_completion(entropy), preceding, records)
 
     def preceding(self, mini: MicroBatch, policy: Policy | None = None) -> Tensor:
         """[B, T, D] the hidden state that predicts each token."""
@@ -68,7 +84,10 @@ class Likelihood:
         """[C, L]: adapters off, or the frozen copy. Both equal the policy at step 0, so the KL starts at zero."""
         if self.reference is not None:
             return self.forward(mini, self.reference).logprobs
-        with adapter_off(self.policy.trunk), self.balancer.as_at_first():
+        with ExitStack() as stack:
+            stack.enter_context(adapter_off(self.policy.trunk))
+            for watcher in self.watchers:
+                stack.enter_context(watcher.as_at_first())
             return self.forward(mini).logprobs
 
     def replaying(self, mini: MicroBatch) -> RoutingReplay:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from grpo.config.learner import MTPOptions
 from policies.conversion.dense import frozen_parameter_names
 from policies.policy import Policy
 
@@ -24,15 +24,14 @@ def freeze_exact_parts(policy: Policy) -> None:
             parameter.requires_grad_(False)
 
 
-def parameter_groups(policy: Policy, learning_rate: float, weight_decay: float, mtp: MTPOptions) -> list[dict]:
-    """Weight decay on matrices only; the MTP head has its own learning rate."""
+def groups_of(module: nn.Module | None, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained of a module, as groups for the optimizer. Weight decay is on matrices only."""
+    trained = [p for p in module.parameters() if p.requires_grad] if module is not None else []
     groups = []
-    for module, peak in ((policy.trunk, learning_rate), (policy.mtp, mtp.learning_rate)):
-        parameters = [p for p in module.parameters() if p.requires_grad] if module is not None else []
-        for matrices, decay in ((True, weight_decay), (False, 0.0)):
-            chosen = [p for p in parameters if (p.dim() > 1) == matrices]
-            if chosen:
-                groups.append({"params": chosen, "lr": peak, "peak": peak, "weight_decay": decay})
+    for matrices, decay in ((True, weight_decay), (False, 0.0)):
+        parameters = [parameter for parameter in trained if (parameter.dim() > 1) == matrices]
+        if parameters:
+            groups.append({"params": parameters, "peak": learning_rate, "weight_decay": decay})
     return groups
 
 

@@ -15,19 +15,19 @@ from policies.sharding import like, release
 Tensors = dict[str, dict[str, Tensor]]
 
 
+# Parts of a checkpoint that are not for `modules`: a draft vocabulary, and what was sampled ahead.
+OTHERS = {"policy", "optimizer", "draft", "ahead"}
+
+
 def take(
-    policy: Policy,
-    masters: MasterWeights,
-    optimizer: torch.optim.Optimizer,
-    reference: Policy | None,
-    value_head: nn.Module | None,
+    policy: Policy, masters: MasterWeights, optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]
 ) -> Tensors:
-    """Trained parameters (adapters as they are, masters for bf16), AdamW's moments (in 8 bits codes and scales),
-    reference and value head."""
+    """Trained parameters (adapters as they are, masters for bf16), AdamW's moments (in 8 bits codes and scales), and
+    the weights of `modules`, such as the reference or a value head, by name."""
     release(policy)
     trained = {n: masters.of(p).detach() for n, p in policy.named_parameters() if p.requires_grad}
     buffers = {n: b for n, b in policy.named_buffers() if n.endswith("e_score_correction_bias")}
-    names = {id(masters.of(p)): n for n, p in _named_parameters(policy, value_head).items()}
+    names = {id(masters.of(p)): n for n, p in _named_parameters(policy, modules).items()}
     moments = {
         f"{names[id(p)]}/{key}{end}": part
         for p, state in optimizer.state.items()
@@ -35,10 +35,8 @@ def take(
         for end, part in parts(value).items()
     }
     tensors = {"policy": trained | buffers, "optimizer": moments}
-    if reference is not None:
-        tensors["reference"] = dict(reference.named_parameters())
-    if value_head is not None:
-        tensors["value"] = {n: p.detach() for n, p in value_head.named_parameters()}
+    for part, module in modules.items():
+        tensors[part] = {n: p.detach() for n, p in module.named_parameters()}
     return tensors
 
 
@@ -48,12 +46,11 @@ def put(
     policy: Policy,
     masters: MasterWeights,
     optimizer: torch.optim.Optimizer,
-    reference: Policy | None,
-    value_head: nn.Module | None,
+    modules: Mapping[str, nn.Module],
 ) -> None:
     """The inverse of `take`. Raises ValueError naming what does not fit this learner; then nothing was changed."""
     release(policy)
-    own = _named_parameters(policy, value_head) | dict(policy.named_buffers())
+    own = _named_parameters(policy, modules) | dict(policy.named_buffers())
     wrong = [f"{n} {list(t.shape)}" for n, t in tensors["policy"].items() if n not in own or own[n].shape != t.shape]
     if wrong:
         raise ValueError(f"the checkpoint is of another policy: {wrong[:5]} do not fit; check model and lora")
@@ -63,18 +60,16 @@ def put(
     in_8_bits = hasattr(optimizer, "block_size")
     if not in_8_bits and any(name.endswith(CODES) for name in tensors["optimizer"]):
         raise ValueError("the checkpoint's moments have 8 bits; resume with learner.optimizer: adamw_8bit")
-    for part, module, option in (
-        ("reference", reference, "loss.beta"),
-        ("value", value_head, "loss.advantage"),
-    ):
-        shapes = {n: p.shape for n, p in module.named_parameters()} if module is not None else {}
-        if shapes != {n: t.shape for n, t in tensors.get(part, {}).items()}:
+    for part in sorted({*modules, *tensors} - OTHERS):
+        parameters = dict(modules[part].named_parameters()) if part in modules else {}
+        kept = tensors.get(part, {})
+        if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in kept.items()}:
             raise ValueError(
-                f"the checkpoint's {part} tensors are not those of this run; resume with the {option} (and value "
-                "options) that it had, or start a new run from its policy"
+                f"the checkpoint's {part} tensors are not those of this run; resume with the loss options that it had "
+                "(loss.beta, loss.advantage, value), or start a new run from its policy"
             )
-        for name, parameter in module.named_parameters() if module is not None else ():
-            parameter.copy_(like(tensors[part][name], parameter))
+        for name, parameter in parameters.items():
+            parameter.copy_(like(kept[name], parameter))
     put_weights(tensors["policy"], policy, masters)
     stored = tensors["optimizer"]
     for name in stored:
@@ -101,9 +96,9 @@ def put_weights(weights: Mapping[str, Tensor], policy: Policy, masters: MasterWe
     masters.write_back()
 
 
-def _named_parameters(policy: Policy, value_head: nn.Module | None) -> dict[str, nn.Parameter]:
-    """Those of the policy, and of the value head under `value.`."""
+def _named_parameters(policy: Policy, modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Those of the policy, and those of modules under their names: `value.layers.0.weight`."""
     named = dict(policy.named_parameters())
-    if value_head is not None:
-        named |= {f"value.{name}": parameter for name, parameter in value_head.named_parameters()}
+    for part, module in modules.items():
+        named |= {f"{part}.{name}": parameter for name, parameter in module.named_parameters()}
     return named

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -36,7 +36,7 @@ class Update:
         factor of the peak."""
         self.masters, self.options, self.schedule, self.count = masters, options, schedule, 0
         moved = [
-            group | {"params": part}
+            group | {"params": part, "lr": group["peak"]}
             for group in groups
             for part in by_mesh([masters.of(parameter) for parameter in group["params"]])
         ]
@@ -57,19 +57,27 @@ class Update:
         self.masters.backward(loss * ranks.readers)  # gradients are averaged over them
 
     def make(
-        self, step: int, ranks: Ranks, modules: Sequence[nn.Module | None]
-    ) -> tuple[dict[str, float], list[float]]:
-        """Clip the gradient of each module (trunk, MTP head, value head), and step.
+        self,
+        step: int,
+        ranks: Ranks,
+        modules: Mapping[str, nn.Module | None],
+        learning_rate: float | None = None,
+    ) -> dict[str, float]:
+        """Clip the gradient of each module by itself, and step with the schedule's learning rates, or with
+        `learning_rate` for the trunk, which comes first, and the others in proportion.
 
-        Returns the metrics and the norms before clipping. Raises NonFiniteStep, and then nothing has moved.
+        Returns the learning rate and the norms before clipping, by module. Raises NonFiniteStep, and then nothing has
+        moved.
         """
         ranks.average_gradients(tensor for group in self.optimizer.param_groups for tensor in group["params"])
-        norms = [self._clip(module) for module in modules]
-        if not math.isfinite(sum(norms)):
+        norms = {name: self._clip(module) for name, module in modules.items()}
+        if not math.isfinite(sum(norms.values())):
             self.zero()
-            norm, head, value = norms
-            raise NonFiniteStep(f"step {step}: the gradient norm is {norm} (MTP head: {head}, value head: {value})")
-        scale = self.schedule(step)
+            trunk, *others = norms
+            shown = ", ".join(f"{name}: {norms[name]}" for name in others)
+            raise NonFiniteStep(f"step {step}: the gradient norm is {norms[trunk]}" + (f" ({shown})" if shown else ""))
+        peak = self.optimizer.param_groups[0]["peak"]
+        scale = self.schedule(step) if learning_rate is None else learning_rate / peak
         for group in self.optimizer.param_groups:
             rate, former = group["peak"] * scale, group["lr"]
             group["lr"] = torch.full_like(former, rate) if isinstance(former, Tensor) else rate
@@ -79,8 +87,7 @@ class Update:
             torch.autograd.graph.increment_version(moved)  # fused steps do not, and who shares the weights must see it
             self.masters.write_back()
         self.count += 1
-        rate = self.optimizer.param_groups[0]["peak"] * scale
-        return {"learner/grad_norm": norms[0], "learner/learning_rate": rate}, norms
+        return norms | {"learning_rate": peak * scale}
 
     def _clip(self, module: nn.Module | None) -> float:
         """Clip the gradient of what the optimizer moves in place of a module's parameters; returns its norm before."""

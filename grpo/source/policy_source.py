@@ -228,6 +228,11 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks 
         return _load(source.folder, options, layout=ranks.layout)
 
 
+def load_beside(options: ModelOptions, model: str) -> Policy:
+    """Another policy, such as a teacher, in the precision and on the device of the one that `options` mean."""
+    return load_policy(ModelOptions(model=model, dtype=options.dtype, device=options.device))
+
+
 def _files(policy: Policy, folder: Path) -> dict[str, bytes]:
     policy.save(folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -17,14 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from grpo.config.loss import DistillOptions
-from grpo.config.policy import ModelOptions
 from grpo.config.reward import RewardModelOptions
 from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptTemplate, apply_chat_template, encode_prompt
-from grpo.learner.teacher import Scores, TeacherPolicy
-from grpo.learner.teacher_server import TeacherServer
-from grpo.source.policy_source import find_policy, load_policy, shape_of
+from grpo.learner.terms.teacher_server import TeacherServer
+from grpo.source.policy_source import find_policy, shape_of
 from policies import presets
 from policies.attention import sees_prompts_whole
 from policies.contradictions import refuse_type
@@ -262,19 +260,6 @@ def check_teacher(config: TrainConfig) -> None:
             )
         ids = read_tokenizer(policy).encode(PROBES[0], add_special_tokens=False)
         server.score([ids], [1], config.distill.top_k or 0)
-
-
-def load_teacher(config: TrainConfig) -> Scores | None:
-    """The frozen teacher, in the policy's precision and on its device, or at its server; None where there is none."""
-    if config.distill.teacher is None:
-        return None
-    return _server(config.distill) or TeacherPolicy(load_policy(teacher_options(config)))
-
-
-def teacher_options(config: TrainConfig) -> ModelOptions:
-    """What is loaded as the teacher."""
-    assert config.distill.teacher is not None
-    return ModelOptions(model=config.distill.teacher, dtype=config.dtype, device=config.device)
 
 
 def _server(options: DistillOptions) -> TeacherServer | None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from recorded import groups_of
+from small_learner import small_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions, ParallelOptions
-from grpo.learner.learner import Learner
 from grpo.learner.parallel import join
 from grpo.run import checkpoint
 from policies.policy import Policy
@@ -28,7 +28,7 @@ def main(source: str, folder: str, dtype: str, saved: str | None = None) -> None
         learning_rate=1e-3,
         tokens_per_micro_batch=60,
     )
-    learner = Learner(policy, options, MTPOptions(depth=2), ranks=ranks)
+    learner = small_learner(policy, options, MTPOptions(depth=2), ranks=ranks)
     first = 1
     if saved:
         found = checkpoint.load(Path(saved))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from small_learner import small_learner
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import MICRO
@@ -42,7 +43,7 @@ def learner_of(folder: Path, case: dict, ranks) -> Learner:
     if "lora" in case:
         policy.add_lora(4, 8.0, case["lora"])
     options = {"tokens_per_micro_batch": 40, "max_grad_norm": 0.5, "learning_rate": 1e-3} | case.get("learner", {})
-    return Learner(
+    return small_learner(
         policy,
         LearnerOptions(**options),
         MTPOptions(depth=2, share=0.5),

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_learner import small_learner
 from start_ranks import meeting
 
 from grpo.config.learner import LearnerOptions, MTPOptions
@@ -37,7 +38,7 @@ PARAMS = SamplingParams(group_size=4, max_completion_tokens=12, draft_tokens=2)
 
 def _learner(policy: Policy, **options) -> Learner:
     given = LearnerOptions(**{"learning_rate": 1e-2, "tokens_per_micro_batch": 64} | options)
-    return Learner(policy, given, MTPOptions(depth=2), max_completion_tokens=12, reward_weights={"r": 1.0})
+    return small_learner(policy, given, MTPOptions(depth=2), max_completion_tokens=12, reward_weights={"r": 1.0})
 
 
 def _batch(learner: Learner, groups: list[RolloutGroup]):

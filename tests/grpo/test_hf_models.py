@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_learner import small_learner
 from transformers import AutoModelForCausalLM
 
 from grpo.cli.config.inference import EvalConfig
@@ -12,7 +13,6 @@ from grpo.cli.parse import main
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.run import TrainConfig
 from grpo.learner.batch import PackedRow, Sample, collate
-from grpo.learner.learner import Learner
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
@@ -58,7 +58,7 @@ def _padded_logprobs(policy) -> torch.Tensor:
 def test_contract_10_packed_is_padded(hf_policy, kind, attention):
     policy = hf_policy(kind, 1, **KINDS[kind])
     policy.trunk.set_attn_implementation(attention)
-    learner = Learner(policy, LearnerOptions(), MTPOptions())
+    learner = small_learner(policy, LearnerOptions(), MTPOptions())
     packed = learner.likelihood.forward(collate([_row()], CPU)).logprobs
     padded = _padded_logprobs(policy)
     assert (packed - padded).abs().max() < 1e-4

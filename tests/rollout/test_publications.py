@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_cases import PARAMS, PROMPTS, assert_lossless, completions, enumerated, taught, tokens
+from small_learner import small_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
@@ -30,7 +31,7 @@ def updated(learner: Learner, groups: list[RolloutGroup], step: int) -> dict[str
 
 def learner_of(policy: Policy, temperature: float) -> Learner:
     options = LearnerOptions(learning_rate=5e-3)
-    return Learner(policy, options, MTPOptions(depth=3, every=1), LossOptions(), temperature=temperature)
+    return small_learner(policy, options, MTPOptions(depth=3, every=1), LossOptions(), temperature=temperature)
 
 
 @pytest.mark.slow

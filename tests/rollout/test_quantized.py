@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_cases import PARAMS, PROMPTS, assert_lossless, completions, taught, tokens
+from small_learner import small_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
@@ -29,7 +30,7 @@ FAR = {"int8": 0.3, "int4": 2.0}
 
 def learner_of(policy: Policy) -> Learner:
     options, mtp = LearnerOptions(learning_rate=1e-3), MTPOptions(depth=2, every=1)
-    return Learner(policy, options, mtp, LossOptions(), temperature=PARAMS.temperature, sampler_differs=True)
+    return small_learner(policy, options, mtp, LossOptions(), temperature=PARAMS.temperature, sampler_differs=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

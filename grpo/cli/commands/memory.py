@@ -36,13 +36,13 @@ from grpo.cli.commands.memory_table import WARM_START, DeviceMemory, each_of, on
 from grpo.cli.commands.shares import Shares, largest_bytes, moment_bytes
 from grpo.config.learner import LoraOptions
 from grpo.config.mtp import MtpConfig
+from grpo.config.policy import ModelOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.sampling import RolloutOptions
 from grpo.learner.optimizer import freeze_exact_parts
-from grpo.learner.value import ValueHead
+from grpo.learner.terms.value import ValueHead
 from grpo.run.hardware import device_of
 from grpo.source.policy_source import read_shape
-from grpo.task.reward_models import teacher_options
 from policies import four_bit, lora
 from policies.anatomy import cache_numbers
 from policies.attention import PIECE
@@ -179,7 +179,7 @@ def teacher_bytes(config: TrainConfig) -> int:
     """What the teacher of `loss.advantage: distill` holds on each rank, whole; its forwards keep nothing."""
     if config.distill.teacher is None or config.distill.url is not None:
         return 0
-    options = teacher_options(config)
+    options = ModelOptions(model=config.distill.teacher, dtype=config.dtype, device=config.device)
     return storage_bytes(tensors_of(meta_policy(*read_shape(options), getattr(torch, options.dtype))))
 
 

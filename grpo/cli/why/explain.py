@@ -197,9 +197,9 @@ class _Explainer:
 
     def _read(self, learner: ReadLearner, scores: Sequence[GroupScore], group: int | None, tokens: int) -> Reader:
         """Twice: the parts are compared with the whole, which is known at the end of the step alone."""
-        batch = learner.prepare(self.groups, scores)
-        whole = learner.read(Reader(), batch, self.step)
-        return self.rewind.back().read(Reader(whole.wholes, group, tokens), batch, self.step)
+        batch = self.rewind.prepare(learner, self.groups, scores, self.step)
+        whole = learner.read(Reader(), batch)
+        return self.rewind.back().read(Reader(whole.wholes, group, tokens), batch)
 
     def _without(self, number: int) -> float:
         """The held-out log-probability after the step without this group."""
@@ -249,8 +249,8 @@ class _Explainer:
                 task.reached(self.step - 1)
                 scores, weights = task.score(self.groups), task.reward_weights
         learner = self.rewind.back(self.rewind.make(config, weights))
-        batch = learner.prepare(self.groups, scores)
-        reader = learner.read(Reader(), batch, self.step)
+        batch = self.rewind.prepare(learner, self.groups, scores, self.step)
+        reader = learner.read(Reader(), batch)
         cosine = None
         if reader.norm and real.norm:
             first, other = reader.wholes[0], real.wholes[0]

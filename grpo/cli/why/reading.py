@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from grpo.algorithm import own
-from grpo.algorithm.losses import TopEntropy
 from grpo.config.loss import CorrectionMode, LossOptions
 from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch, collate
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Forward
+from grpo.learner.terms.policy import PolicyTerm
+from grpo.learner.terms.term import Term, Work
 
 Gradient = list[Tensor | None]  # of each trained parameter of the trunk, None where it has none
 
@@ -168,13 +169,14 @@ class ReadLearner(Learner):
 
     reader: Reader | None = None
 
-    def read(self, reader: Reader, batch: TrainingBatch, step: int) -> Reader:
+    def read(self, reader: Reader, batch: TrainingBatch) -> Reader:
         """Take the step, and read it."""
-        self.reader = reader
+        terms, self.reader = self.terms, reader
+        self.terms = [ReadTerm(terms[0], self, reader), *terms[1:]]
         try:
-            self.step(batch, step, lambda done, total: reader.read(self, done, total))
+            self.step(batch, on_micro_batch=lambda done, total: reader.read(self, done, total))
         finally:
-            self.reader = None
+            self.terms, self.reader = terms, None
         return reader
 
     def take_gradient(self) -> Gradient:
@@ -197,18 +199,26 @@ class ReadLearner(Learner):
         for row in sorted(rows, key=lambda row: row.group):
             yield collate([row], self.policy.device)
 
-    def _policy_loss(
-        self, mini: MicroBatch, out: Forward, batch: TrainingBatch, old: Tensor | None, top: TopEntropy | None
-    ) -> tuple[Tensor, dict[str, float]]:
-        loss, parts = super()._policy_loss(mini, out, batch, old, top)
-        if self.reader is not None:
-            others, real = {}, (self.loss, self.importance_correction)
-            for name, (options, correction) in without(*real).items() if self.reader.given is not None else ():
-                self.loss, self.importance_correction = options, correction
-                others[name] = super()._policy_loss(mini, out, batch, old, top)[0]
-            self.loss, self.importance_correction = real
-            self.reader.weigh(self, mini, out, loss, others)
-        return loss, parts
+
+class ReadTerm(PolicyTerm):
+    """The policy loss of a learner, whose weights of the tokens a reader gets."""
+
+    def __init__(self, term: Term, learner: ReadLearner, reader: Reader) -> None:
+        assert isinstance(term, PolicyTerm)
+        super().__init__(term.options, updates=term.updates, sampler_differs=term.sampler_differs, longest=term.longest)
+        self.learner, self.reader = learner, reader
+
+    def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
+        loss, others = super().scalar(mini, forward, work), {}
+        sums, settled, options = work.sums, work.fixed[self.name], self.options
+        if self.reader.given is not None:
+            for name, (changed, correction) in without(options, settled.correction).items():
+                work.sums, work.fixed[self.name] = defaultdict(float), replace(settled, correction=correction)
+                self.options = changed
+                others[name] = super().scalar(mini, forward, work)
+        work.sums, work.fixed[self.name], self.options = sums, settled, options
+        self.reader.weigh(self.learner, mini, forward, loss, others)
+        return loss
 
 
 def without(

@@ -7,6 +7,8 @@ recorded steps from there again. One process does all of it, whatever the run ha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,12 +17,12 @@ from grpo.cli.why.reading import ReadLearner
 from grpo.cli.why.recorded import read_groups
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import draft_depth
+from grpo.learner.batch import TrainingBatch
 from grpo.learner.build import grpo_learner
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
 from grpo.run.resume import base_changed
-from grpo.source.policy_source import load_policy
-from grpo.task.reward_models import load_teacher
+from grpo.source.policy_source import load_beside, load_policy
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore
@@ -56,7 +58,7 @@ class Rewind:
         by_us = config.rollout.model_copy(update={"backend": None})  # nothing is sampled, so no server is asked
         policy = load_policy(config.model_copy(update={**learned, "rollout": by_us}), self.task.corpus())
         weights = dict(self.task.reward_weights if reward_weights is None else reward_weights)
-        return grpo_learner(policy, config, weights, teacher=load_teacher(config), kind=ReadLearner)
+        return grpo_learner(policy, config, weights, load=partial(load_beside, config), kind=ReadLearner)
 
     @property
     def policy(self) -> Policy:
@@ -74,8 +76,14 @@ class Rewind:
         self, learner: ReadLearner, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore], step: int
     ) -> dict[str, float]:
         """A step of the learner, as `quartet train` takes it."""
-        learner.set_draft_depth(draft_depth(self.config.curriculum, self.config.mtp.depth, step))
-        return learner.step(learner.prepare(groups, scores), step)
+        return learner.step(self.prepare(learner, groups, scores, step))
+
+    def prepare(
+        self, learner: ReadLearner, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore], step: int
+    ) -> TrainingBatch:
+        """The batch of that step."""
+        depth = draft_depth(self.config.curriculum, self.config.mtp.depth, step)
+        return replace(learner.prepare(groups, scores, step=step), draft_depth=depth)
 
     def hold(self) -> None:
         """Keep the state as it is now, for `back`."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors import safe_open
+from small_learner import small_learner
 
 from grpo.cli.commands import summary
 from grpo.cli.commands.export import export
@@ -15,7 +16,6 @@ from grpo.cli.commands.memory import learner_memory
 from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.learner import base
-from grpo.learner.learner import Learner
 from grpo.run.records import read_metrics
 from grpo.run.resume import base_digest
 from grpo.run.stop import Stopped
@@ -154,7 +154,7 @@ def test_the_learner_holds_what_the_dry_run_foretold(folder, tmp_path, dtype, ta
     config = options(tmp_path, dtype=dtype, **{"lora.targets": targets})
     policy = Policy.load(folder, getattr(torch, dtype), in_4_bits=True)
     policy.add_lora(4, 32.0, targets)
-    learner = Learner(policy, config.learner, config.mtp)
+    learner = small_learner(policy, config.learner, config.mtp)
     foretold = learner_memory(policy.config, True, config, lora_options=config.lora)
     held = [(weight, weight.quant_state) for weight in policy.parameters() if four_bit.is_held(weight)]
     tensors = [*policy.parameters(), *policy.buffers(), *(part for _, q in held for part in (q.absmax, q.code))]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from recorded import groups_of
+from small_learner import small_learner
 from start_ranks import run_ranks
 
 from grpo.config.learner import LearnerOptions, MTPOptions
@@ -61,7 +62,7 @@ def test_moments_are_codes_and_come_back_to_the_same_bits(wide_policy):
             learner.step(learner.prepare(*batch), number)
         return {name: p.detach().clone() for name, p in learner.policy.named_parameters()}
 
-    whole = Learner(wide_policy(), EIGHT, MTPOptions(depth=2))
+    whole = small_learner(wide_policy(), EIGHT, MTPOptions(depth=2))
     steps(whole, (1, 2))
     tensors, state = whole.state()
     kept = {kind: {name: t.clone() for name, t in mapping.items()} for kind, mapping in tensors.items()}
@@ -71,11 +72,11 @@ def test_moments_are_codes_and_come_back_to_the_same_bits(wide_policy):
     numbers = [sum(part.nbytes for part in parts(m).values()) / m.numel() for m in _large_moments(whole)]
     assert max(numbers) <= 1 + 4 / 32
     expected = steps(whole, (3,))
-    resumed = Learner(wide_policy(), EIGHT, MTPOptions(depth=2))
+    resumed = small_learner(wide_policy(), EIGHT, MTPOptions(depth=2))
     resumed.load_state(kept, state)
     found = steps(resumed, (3,))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    usual = Learner(wide_policy(), EIGHT.model_copy(update={"optimizer": "adamw"}), MTPOptions(depth=2))
+    usual = small_learner(wide_policy(), EIGHT.model_copy(update={"optimizer": "adamw"}), MTPOptions(depth=2))
     begin = {name: p.detach().clone() for name, p in usual.policy.named_parameters()}
     moved = steps(usual, (1, 2, 3))
     far = torch.cat([(moved[name] - expected[name]).flatten() for name in moved]).norm()
@@ -153,7 +154,7 @@ def test_contract_9_stochastic_rounding_goes_on_to_the_same_bits(wide_policy):
     options = EIGHT.model_copy(update={"stochastic_rounding": True, "learning_rate": 1e-4})
 
     def learner() -> Learner:
-        return Learner(wide_policy().cast(torch.bfloat16), options, MTPOptions(depth=2, every=2))
+        return small_learner(wide_policy().cast(torch.bfloat16), options, MTPOptions(depth=2, every=2))
 
     def steps(learner: Learner, numbers: range) -> dict[str, torch.Tensor]:
         for number in numbers:

@@ -9,15 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_learner import small_learner
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample, collate, micro_batches, split_rows
-from grpo.learner.draft_head import teaching
 from grpo.learner.learner import Learner
 from grpo.learner.optimizer import norm_of, schedule
 from grpo.learner.prepare import tokens_in_loss
+from grpo.learner.terms.draft_head import teaching
 from grpo.learner.update import NonFiniteStep
 from policies.conversion.dense import convert_dense, frozen_parameter_names
 from policies.policy import Policy
@@ -37,7 +38,7 @@ def _learner(policy: Policy, *, mtp: float = 0.0, depth: int = 3, **given) -> Le
     chosen = {name: given.pop(name) for name in ("share", "every", "idle_every") if name in given}
     head = MTPOptions(loss_weight=mtp, depth=depth, **chosen)
     options = {"learning_rate": 1e-3, "max_grad_norm": 1e9} | options
-    return Learner(policy, LearnerOptions(**options), head, LossOptions(**loss), **given)
+    return small_learner(policy, LearnerOptions(**options), head, LossOptions(**loss), **given)
 
 
 def _groups(policy: Policy, seed: int = 0, lengths=((4, 2, 6), (1, 5, 3), (2, 2, 3))) -> list[RolloutGroup]:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from small_learner import small_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
@@ -25,7 +26,7 @@ SCORES = [GroupScore([1.0, 0.0], {"exact": [1.0, 0.0]})]
 def _learner(policy, replay=True, **given) -> Learner:
     loss = {name: given.pop(name) for name in list(given) if name in LossOptions.model_fields}
     options = LearnerOptions(routing_replay=replay, learning_rate=1e-3, **given)
-    return Learner(policy, options, MTPOptions(loss_weight=0), LossOptions(**loss))
+    return small_learner(policy, options, MTPOptions(loss_weight=0), LossOptions(**loss))
 
 
 def _padded(policy, ids, routing=None):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from small_learner import small_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
@@ -28,7 +29,7 @@ SCORES = [GroupScore([1.0, 0.0, 0.5], {"exact": [1.0, 0.0, 0.5]})]
 
 def _learner(policy, **given) -> Learner:
     loss = {name: given.pop(name) for name in list(given) if name in LossOptions.model_fields}
-    return Learner(policy, LearnerOptions(**given), MTPOptions(loss_weight=0), LossOptions(**loss))
+    return small_learner(policy, LearnerOptions(**given), MTPOptions(loss_weight=0), LossOptions(**loss))
 
 
 def test_small_steps_move_the_masters_by_hand():
@@ -133,7 +134,7 @@ def test_a_supervised_step_moves_masters_too(micro_policy):
     ],
 )
 def test_contract_8_the_correction_is_on_where_precisions_differ(micro_policy, dtype, option, differs, expected):
-    learner = Learner(
+    learner = small_learner(
         micro_policy(0).to(dtype),
         LearnerOptions(),
         MTPOptions(loss_weight=0),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from recorded import groups_of
+from small_learner import small_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
@@ -15,7 +16,7 @@ from grpo.train import train
 
 
 def learner_of(policy, **loss) -> Learner:
-    return Learner(policy, LearnerOptions(), MTPOptions(depth=1), LossOptions(**loss))
+    return small_learner(policy, LearnerOptions(), MTPOptions(depth=1), LossOptions(**loss))
 
 
 def steps(learner: Learner, versions: list[int]) -> list[dict[str, float]]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_learner import small_learner
 
 from grpo.algorithm.advantages import gae
 from grpo.algorithm.dynamic_sampling import Drawn
@@ -45,7 +46,9 @@ def _group(policy: Policy) -> RolloutGroup:
 
 def _learner(policy: Policy, mtp: float = 0.0, **loss) -> Learner:
     options = LearnerOptions(learning_rate=1e-9, max_grad_norm=1e9)
-    return Learner(policy, options, MTPOptions(loss_weight=mtp, depth=3), LossOptions(**loss), max_completion_tokens=9)
+    return small_learner(
+        policy, options, MTPOptions(loss_weight=mtp, depth=3), LossOptions(**loss), max_completion_tokens=9
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 from reward_workers import reward_workers
+from small_learner import small_learner
 
 from grpo.config.data import DataOptions
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.config.reward import RewardOptions, ScoringOptions
-from grpo.learner.learner import Learner
 from grpo.run.records import read_events, read_metrics, read_rollouts
 from grpo.run.reward_record import read_rewards
 from grpo.run.stop import Stopped
@@ -174,7 +174,7 @@ def learners(micro_policy):
     policy = micro_policy(0)
     weights = {"faulty": 1.0, "gsm8k_format": 0.5}
     return [
-        Learner(policy, LearnerOptions(), MTPOptions(), LossOptions(**options), reward_weights=weights)
+        small_learner(policy, LearnerOptions(), MTPOptions(), LossOptions(**options), reward_weights=weights)
         for options in ESTIMATORS
     ]
 

@@ -10,6 +10,7 @@ from types import MethodType
 import pytest
 import ray
 import torch
+from small_learner import small_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
@@ -61,7 +62,7 @@ def params_of(policy: Policy) -> SamplingParams:
 
 def learner_of(policy: Policy) -> Learner:
     options = LearnerOptions(learning_rate=1e-3)
-    return Learner(policy, options, MTPOptions(depth=2, every=1), LossOptions(), temperature=PARAMS.temperature)
+    return small_learner(policy, options, MTPOptions(depth=2, every=1), LossOptions(), temperature=PARAMS.temperature)
 
 
 def learn(learner: Learner, pool: Pool, step: int = 1) -> None:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo.cli.parse import main
 from grpo.config.learner import BalanceOptions
 from grpo.learner.batch import PackedRow, Sample, collate
-from grpo.learner.experts import Balancer
+from grpo.learner.terms.balance import Balancer
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped

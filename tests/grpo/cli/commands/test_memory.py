@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from small_learner import small_learner
 
 from grpo.cli.commands import machine, memory, memory_table, shares
 from grpo.cli.commands.memory import (
@@ -83,7 +84,7 @@ def test_a_learner_holds_what_was_foretold(random_policy, tmp_path, dtype, targe
     config = options(TrainConfig, dtype, **given)
     if config.lora:
         policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
-    learner = Learner(policy, config.learner, config.mtp)
+    learner = small_learner(policy, config.learner, config.mtp)
     foretold = learner_memory(shape, True, config, lora_options=config.lora)
     assert foretold.weights == storage_bytes(tensors_of(policy))
     assert foretold.weights == sum(t.nbytes for t in (*policy.parameters(), *policy.buffers()))
@@ -152,7 +153,7 @@ def test_moments_of_8_bits_are_what_was_foretold(random_policy):
     pytest.importorskip("torchao")
     policy = random_policy(hidden_size=128, intermediate_size=192, moe_intermediate_size=64)
     config = options(TrainConfig, **{"learner.optimizer": "adamw_8bit"})
-    learner = Learner(policy, config.learner, config.mtp)
+    learner = small_learner(policy, config.learner, config.mtp)
     step(learner)
     tensors, _ = learner.state()
     kept = sum(t.nbytes for name, t in tensors["optimizer"].items() if not name.endswith("/step"))
@@ -164,7 +165,7 @@ def test_what_is_not_trained_costs_nothing(random_policy):
     policy = random_policy(quartet_exact_mla=True, attention_bias=True)
     config = options(TrainConfig, **{"mtp.loss_weight": 0})
     foretold = learner_memory(policy.config, True, config)
-    learner = Learner(policy, LearnerOptions(), MTPOptions(loss_weight=0))
+    learner = small_learner(policy, LearnerOptions(), MTPOptions(loss_weight=0))
     step(learner)
     with_gradient = [p for p in moved(learner) if p.grad is not None]
     assert foretold.gradients == sum(p.grad.nbytes for p in with_gradient)
@@ -175,7 +176,7 @@ def test_what_is_not_trained_costs_nothing(random_policy):
 
 def test_a_reference_is_a_second_policy_unless_adapters_can_be_switched_off(random_policy):
     policy = random_policy()
-    learner = Learner(policy, LearnerOptions(), MTPOptions(), LossOptions(beta=0.1))
+    learner = small_learner(policy, LearnerOptions(), MTPOptions(), LossOptions(beta=0.1))
     config = options(TrainConfig, **{"loss.beta": 0.1})
     foretold = learner_memory(policy.config, True, config)
     assert foretold.reference == storage_bytes(tensors_of(learner.reference))

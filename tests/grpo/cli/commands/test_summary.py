@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from small_learner import small_learner
 
 from grpo.cli.commands import machine, summary
 from grpo.cli.commands.draft_colours import pieces
@@ -15,7 +16,6 @@ from grpo.config.problems import command_line
 from grpo.config.run import SftConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.evaluation.held_out import Result
-from grpo.learner.learner import Learner
 from grpo.train import train
 from policies.policy import PolicyError
 from policies.presets import VOCABULARY
@@ -211,7 +211,7 @@ def test_a_dry_run_knows_the_size_of_checkpoints_and_adapters(shown, micro_confi
     total = sum(p.numel() for p in policy.trunk.parameters()) + 2 * 32 * (VOCABULARY - len(policy.tokenizer))
     policy.add_lora(4, 8.0)
     config = micro_config(tmp_path / "r")
-    learner = Learner(policy, config.learner, config.mtp)
+    learner = small_learner(policy, config.learner, config.mtp)
     adapters = sum(p.numel() for p in policy.trunk.parameters() if p.requires_grad)
     assert learner.optimizer.param_groups
     assert rows["parameters"] == f"{total / 1e6:,.1f} M, trained {adapters / 1e6:,.1f} M ({adapters / total:.1%})"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_learner import small_learner
 from vllm_cases import HEADS, PYTHON, needs_vllm
 
 from grpo.config.learner import LearnerOptions, MTPOptions
@@ -67,7 +68,7 @@ def server(request, tmp_path_factory) -> Iterator[tuple[Server, torch.dtype]]:
 
 def learner_of(policy: Policy) -> Learner:
     options = LearnerOptions(learning_rate=1e-3)
-    return Learner(policy, options, MTPOptions(depth=2, every=1), LossOptions(), temperature=0.8)
+    return small_learner(policy, options, MTPOptions(depth=2, every=1), LossOptions(), temperature=0.8)
 
 
 def learn(learner: Learner, pool: VLLMPool, params: SamplingParams) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_cases import PYTHON, needs_vllm
 
-from grpo.learner.teacher_server import TeacherServer
+from grpo.learner.terms.teacher_server import TeacherServer
 from grpo.run.listening import keep
 from policies.presets import small_tokenizer
 

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from small_learner import small_learner
 
 from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
@@ -22,7 +23,7 @@ REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]
 
 def _learner(policy: Policy, balance: dict, loss: dict | None = None, **given) -> Learner:
     options = LearnerOptions(**{"learning_rate": 1e-3, "max_grad_norm": 1e9} | given)
-    return Learner(
+    return small_learner(
         policy, options, MTPOptions(loss_weight=0), LossOptions(**loss or {}), balance=BalanceOptions(**balance)
     )
 

@@ -6,17 +6,89 @@ the learner: checkpoints keep it, samplers never see it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from grpo.algorithm.advantages import gae, outcome_rewards, whiten
+from grpo.algorithm.advantages import gae, outcome_rewards, rank_softmax_weights, whiten
 from grpo.algorithm.losses import value_loss
 from grpo.config.loss import ValueOptions
-from grpo.learner.batch import MicroBatch, Sample, TrainingBatch
+from grpo.learner.batch import MicroBatch, PackedRow, Sample, TrainingBatch
+from grpo.learner.likelihood import Forward
+from grpo.learner.terms.term import Term, Work
+from policies.policy import Policy
+
+if TYPE_CHECKING:
+    from grpo.learner.build import Setting
+    from rewards.group_score import GroupScore
+
+
+def term(policy: Policy, setting: Setting) -> ValueTerm | None:
+    if setting.loss.advantage not in ValueTerm.estimators:
+        return None
+    return ValueTerm(policy, setting.value, ranked=setting.loss.advantage == "rank_softmax")
+
+
+class ValueTerm(Term):
+    """PPO's clipped value loss. The advantages of every token come from the values that the states had when they were
+    sampled."""
+
+    name = "value"
+    estimators = ("gae", "rank_softmax")
+    in_total = False
+    keeps_module = True
+
+    def __init__(self, policy: Policy, options: ValueOptions, *, ranked: bool) -> None:
+        """`ranked`: advantages are weighted by the completion's rank in its group."""
+        self.options, self.ranked = options, ranked
+        self.head = self.module = ValueHead(policy.config.hidden_size, options.hidden_size).to(policy.device)
+
+    def parameters(self, weight_decay: float) -> list[dict[str, Any]]:
+        return [{"params": list(self.head.parameters()), "peak": self.options.learning_rate, "weight_decay": 0.0}]
+
+    @torch.no_grad()
+    def prepare(self, batch: TrainingBatch, scores: Sequence[GroupScore], work: Work) -> TrainingBatch:
+        started = time.perf_counter()
+        values: dict[int, Tensor] = {}
+        for mini in work.cut(work.rows):
+            with work.likelihood.replaying(mini):
+                states = work.likelihood.preceding(mini)[mini.scored]
+            values_CL = mini.by_completion(self.head(states))
+            if mini.counts:
+                values |= {s.index: values_CL[c, : len(s.token_ids)].cpu() for c, s in enumerate(mini.samples)}
+        rewards_PG = [score.rewards for score in scores]
+        weights_PG = rank_softmax_weights(rewards_PG, self.options.rank_temperature) if self.ranked else None
+        values = work.ranks.union(values)
+        batch = with_token_advantages(batch, values, rewards_PG, self.options, weights_PG=weights_PG)
+        return replace(batch, seconds=time.perf_counter() - started)
+
+    def teaches(self, batch: TrainingBatch) -> bool:
+        """Where a value was wrong. Whitened, equal advantages are 0 all the same."""
+        return any(sample.values != sample.returns for row in batch.rows for sample in row.samples)
+
+    def needs(self, row: PackedRow, work: Work) -> bool:
+        return True
+
+    def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
+        """The trunk learns from it with `train_trunk` alone."""
+        states = forward.preceding[mini.scored]
+        values = mini.by_completion(self.head(states if self.options.train_trunk else states.detach()))
+        loss, metrics = value_loss(
+            values,
+            mini.padded([sample.values for sample in mini.samples]),
+            mini.padded([sample.returns for sample in mini.samples]),
+            mini.loss_mask,
+            cliprange_value=self.options.cliprange_value,
+            num_completion_tokens=work.batch.num_completion_tokens,
+        )
+        for name, value in metrics.items():
+            work.note(name, float(value))
+        return self.options.vf_coef * loss
 
 
 class ValueHead(nn.Module):
@@ -47,7 +119,6 @@ def with_token_advantages(
     options: ValueOptions,
     *,
     weights_PG: Tensor | None = None,  # of rank_softmax
-    left_out: Sequence[int] = (),  # samples that are not in the loss (truncated ones, if masked)
 ) -> TrainingBatch:
     """The batch with GAE's advantages, values and returns for every token; the score comes on the last one.
 
@@ -65,13 +136,14 @@ def with_token_advantages(
     values_BT = pad_sequence([values[i].cpu() for i in samples], batch_first=True)
     advantages, returns = gae(outcome_rewards(rewards, mask), values_BT, mask, options.gamma, options.lam)
     if options.whiten_advantages:
-        counted = mask & torch.tensor([[i not in left_out] for i in samples])
+        counted = mask & torch.tensor([[sample.in_loss] for sample in samples.values()])
         advantages = whiten(advantages, counted)
     if weights_PG is not None:
         advantages = advantages * weights_PG.flatten()[list(samples)][:, None]
     done: dict[int, Sample] = {
         i: replace(
             sample,
+            advantage=0.0,
             token_advantages=advantages[b, : lengths[b]].tolist(),
             values=values_BT[b, : lengths[b]].tolist(),
             returns=returns[b, : lengths[b]].tolist(),
@@ -85,27 +157,6 @@ def with_token_advantages(
     ]
     metrics = batch.metrics | explained_variance(values_BT[mask], returns[mask])
     return replace(batch, rows=rows, advantages=table, metrics=metrics)
-
-
-def head_value_loss(
-    head: ValueHead,
-    options: ValueOptions,
-    mini: MicroBatch,
-    preceding_BTD: Tensor,
-    mask_CL: Tensor,
-    batch: TrainingBatch,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped value loss of a micro-batch; the trunk learns from it with `train_trunk` alone."""
-    states = preceding_BTD[mini.scored]
-    values = mini.by_completion(head(states if options.train_trunk else states.detach()))
-    return value_loss(
-        values,
-        mini.padded([sample.values for sample in mini.samples]),
-        mini.padded([sample.returns for sample in mini.samples]),
-        mask_CL,
-        cliprange_value=options.cliprange_value,
-        num_completion_tokens=batch.num_completion_tokens,
-    )
 
 
 def explained_variance(values_N: Tensor, returns_N: Tensor) -> dict[str, float]:

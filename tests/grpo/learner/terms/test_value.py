@@ -7,15 +7,16 @@ import math
 import pytest
 import torch
 from safetensors import safe_open
+from small_learner import small_learner
 
-import grpo.learner.value
+import grpo.learner.terms.value
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions, ValueOptions
 from grpo.config.run import TrainConfig
 from grpo.learner.batch import PackedRow, Sample, TrainingBatch
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import Ranks
-from grpo.learner.value import ValueHead, explained_variance, with_token_advantages
+from grpo.learner.terms.value import ValueHead, explained_variance, with_token_advantages
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
@@ -33,7 +34,7 @@ def _learner(policy, advantage="gae", *, value=None, **given) -> Learner:
     options = {"learning_rate": 1e-3} | {k: given.pop(k) for k in list(given) if k in names}
     loss = LossOptions(advantage=advantage, **given)
     head = MTPOptions(loss_weight=0)
-    return Learner(policy, LearnerOptions(**options), head, loss, value=ValueOptions(**(value or {})))
+    return small_learner(policy, LearnerOptions(**options), head, loss, value=ValueOptions(**(value or {})))
 
 
 def _groups(seed=0) -> list[RolloutGroup]:
@@ -63,7 +64,7 @@ def _gradients(module) -> dict[str, torch.Tensor]:
 
 
 def test_docstring_examples():
-    assert doctest.testmod(grpo.learner.value).failed == 0
+    assert doctest.testmod(grpo.learner.terms.value).failed == 0
 
 
 def _batch() -> TrainingBatch:

@@ -1,13 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from small_learner import small_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.batch import PackedRow, Sample, collate
-from grpo.learner.draft_head import gold_draft_loss, teaching
-from grpo.learner.learner import Learner
+from grpo.learner.terms.draft_head import gold_draft_loss, teaching
 from policies.mtp import draft_loss
 
 ROWS = [
@@ -50,7 +50,7 @@ def test_another_share_of_the_groups_teaches_the_head_each_time(random_policy):
 
 
 def _gradients(policy, options: MTPOptions, monkeypatch) -> dict[str, torch.Tensor]:
-    learner = Learner(policy, LearnerOptions(), options)
+    learner = small_learner(policy, LearnerOptions(), options)
     found = {}
 
     def keep(step):

@@ -12,12 +12,12 @@ from recorded import groups_of
 from grpo.cli.parse import main
 from grpo.config.learner import BalanceOptions
 from grpo.config.options import ConfigError, dump_yaml
-from grpo.learner import teacher_server
 from grpo.learner.batch import PackedRow, Sample, collate
-from grpo.learner.experts import Balancer
 from grpo.learner.likelihood import Likelihood
-from grpo.learner.teacher import TeacherPolicy
-from grpo.learner.teacher_server import TeacherError, TeacherServer
+from grpo.learner.terms import teacher_server
+from grpo.learner.terms.balance import Balancer
+from grpo.learner.terms.distill import TeacherPolicy
+from grpo.learner.terms.teacher_server import TeacherError, TeacherServer
 from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.policy import Policy

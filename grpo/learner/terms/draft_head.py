@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +12,63 @@ from torch import Tensor
 
 from grpo.config.learner import MTPOptions
 from grpo.learner.batch import MicroBatch, PackedRow
+from grpo.learner.likelihood import Forward
+from grpo.learner.optimizer import groups_of
+from grpo.learner.terms.term import Term, Work
 from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.mtp import Divergence, draft_loss
 from policies.policy import Policy
 
+if TYPE_CHECKING:
+    from grpo.learner.build import Setting
+
 PAYS = 1.1  # least gain of a step's rollouts that is worth what the head's learning takes
+
+
+def term(policy: Policy, setting: Setting) -> DraftHeadTerm | None:
+    return None if policy.mtp is None else DraftHeadTerm(policy, setting.mtp)
+
+
+class DraftHeadTerm(Term):
+    """The draft head learns what the policy would say next, from the same hidden states, detached (contract 7). It
+    learns at the first update of a batch alone."""
+
+    name = "draft_head"
+    in_total = False
+    moves_trunk = False
+
+    def __init__(self, policy: Policy, options: MTPOptions) -> None:
+        self.policy, self.options, self.module = policy, options, policy.mtp
+        self.seconds = 0.0  # that it took in this step
+
+    def parameters(self, weight_decay: float) -> list[dict[str, Any]]:
+        return groups_of(self.module, self.options.learning_rate, weight_decay)
+
+    def begin(self, work: Work) -> None:
+        batch = work.batch
+        work.fixed[self.name] = teaching(self.policy, self.options, work.rows, batch.step, batch.draft_gain)
+        self.seconds = 0.0
+
+    def needs(self, row: PackedRow, work: Work) -> bool:
+        return row.group in work.fixed[self.name]
+
+    def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor | None:
+        began, together = time.perf_counter(), work.ranks.readers > 1
+        weights = {} if work.update else work.fixed[self.name]
+        depth = work.batch.draft_depth or self.options.depth
+        options = self.options.model_copy(update={"depth": depth})
+        temperature = work.likelihood.temperature
+        loss = head_loss(self.policy, options, mini, forward.preceding, weights, temperature, together)
+        if loss is None:
+            return None
+        work.note("loss/mtp_tv" if options.tv else "loss/mtp", loss.item())
+        self.seconds += time.perf_counter() - began if mini.learns else 0.0
+        return loss
+
+    def end(self, works: Sequence[Work]) -> dict[str, float]:
+        if not any(work.fixed[self.name] for work in works):
+            return {}
+        return {"time/draft_head": self.seconds + sum(work.seconds_apart for work in works)}
 
 
 def teaching(

@@ -7,13 +7,14 @@ import shutil
 import pytest
 import torch
 from recorded import groups_of
+from small_learner import small_learner
 
 from grpo.algorithm.advantages import distill, group_relative
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.config.options import ConfigError
 from grpo.learner.learner import Learner
-from grpo.learner.teacher import Teacher, TeacherPolicy
+from grpo.learner.terms.distill import Teacher, TeacherPolicy
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.task.reward_models import check_teacher
 from grpo.train import train
@@ -22,7 +23,7 @@ from grpo.train import train
 def learner_of(policy, teacher, temperature=1.0, **options) -> Learner:
     options = LearnerOptions(**{"learning_rate": 1e-3, "max_grad_norm": 1e9} | options)
     loss = LossOptions(advantage="distill")
-    return Learner(policy, options, MTPOptions(loss_weight=0.0), loss, temperature=temperature, teacher=teacher)
+    return small_learner(policy, options, MTPOptions(loss_weight=0.0), loss, temperature=temperature, teacher=teacher)
 
 
 def test_an_advantage_is_the_log_ratio_of_the_teacher_to_the_policy():

@@ -1,0 +1,183 @@
+"""Balancing the experts and dynamic heads of the policy that learns: auxiliary losses, biases, what every step logs.
+
+Everything counts the completions' tokens, each once: prompts are given, and a prompt's tokens are in more rows when
+its group is cut for memory. So bias, sequence loss and statistics do not depend on how a step is cut into
+micro-batches. The entropy regulariser does: its mean choice is that of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+from grpo.config.learner import BalanceOptions
+from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
+from grpo.learner.likelihood import Forward
+from grpo.learner.parallel import Ranks
+from grpo.learner.terms.term import Term, Work
+from policies.policy import Policy
+from policies.routing.balance import entropy, entropy_regulariser, gates, load_statistics, move_bias, sequence_loss
+from policies.routing.routers import Part, RoutingRecorder, routers
+
+if TYPE_CHECKING:
+    from grpo.learner.build import Setting
+
+PREFIX: dict[Part, str] = {"mlp": "moe", "self_attn": "heads"}  # of the names of metrics
+
+
+def term(policy: Policy, setting: Setting) -> BalanceTerm | None:
+    """Raises ValueError where balance is asked for, and there is nothing to balance."""
+    loads = loads_of(policy, setting.balance)
+    return BalanceTerm(loads, setting.balance) if loads else None
+
+
+def loads_of(policy: Policy, options: BalanceOptions) -> list[Load]:
+    """What the routers of the policy will choose. Raises ValueError where an option asks to balance nothing."""
+    loads = []
+    for part in PREFIX:
+        of_part = routers(policy.trunk, part)
+        if of_part:
+            loads.append(Load(part, of_part, options))
+    if not loads:
+        for name, value in options:
+            if value:
+                raise ValueError(f"balance.{name}={value}, but this policy has no routed experts; set it to 0")
+    return loads
+
+
+class BalanceTerm(Term):
+    """Of the experts, and of the attention heads where these are dynamic.
+
+    The bias moves in `end` alone, after the last update of the step: rollouts, old log-probabilities and every update
+    of a step choose experts with the same one.
+    """
+
+    name = "balance"
+
+    def __init__(self, loads: Sequence[Load], options: BalanceOptions) -> None:
+        self.loads = loads
+        self.trains = bool(options.entropy_weight or options.sequence_weight)
+
+    def teaches(self, batch: TrainingBatch) -> bool:
+        return self.trains
+
+    def needs(self, row: PackedRow, work: Work) -> bool:
+        return self.trains
+
+    def before_update(self, work: Work) -> None:
+        if work.update == 0:
+            work.fixed[self.name] = [load.begin(work.rows) for load in self.loads]
+
+    @contextmanager
+    def recording(self, policy: Policy) -> Iterator[list[RoutingRecorder]]:
+        """What the routers choose in a forward of `policy`."""
+        with ExitStack() as stack:
+            yield [stack.enter_context(RoutingRecorder(policy.trunk, load.part)) for load in self.loads]
+
+    def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor | None:
+        """Count what the routers chose; the auxiliary losses, layers added up."""
+        if not mini.counts:
+            return None
+        total = torch.zeros((), device=mini.mask.device)
+        for load, count, routing in zip(self.loads, work.fixed[self.name], forward.records[self.name], strict=True):
+            total = total + load.observe(routing, mini, count)
+        return total
+
+    def end(self, works: Sequence[Work]) -> dict[str, float]:
+        """Move the biases by what all ranks have counted in the step; the statistics of the step."""
+        metrics: dict[str, float] = {}
+        for number, load in enumerate(self.loads):
+            metrics |= load.end([work.fixed[self.name][number] for work in works], works[0].ranks)
+        return metrics
+
+    @contextmanager
+    def as_at_first(self) -> Iterator[None]:
+        """With the biases that the routers had at step 0."""
+        biases = [router.e_score_correction_bias for load in self.loads for router in load.routers.values()]
+        firsts = [bias for load in self.loads for bias in load.first_bias]
+        now = [bias.clone() for bias in biases]
+        for bias, first in zip(biases, firsts, strict=True):
+            bias.copy_(first)
+        try:
+            yield
+        finally:
+            for bias, current in zip(biases, now, strict=True):
+                bias.copy_(current)
+
+
+@dataclass
+class Count:
+    """What the routers of one part of every layer have chosen for a batch."""
+
+    tokens: int
+    sequences: int
+    chosen: Tensor  # [layers, experts]
+    entropies: Tensor  # [layers]
+    sums: Counter[str] = field(default_factory=Counter)
+
+
+class Load:
+    """The routers of one part of every layer."""
+
+    def __init__(self, part: Part, of_layers: Mapping[int, DeepseekV3TopkRouter], options: BalanceOptions) -> None:
+        self.part, self.routers, self.options = part, of_layers, options
+        first = next(iter(of_layers.values()))
+        self.top_k, self.experts = first.top_k, first.num_experts
+        for router in of_layers.values():  # bfloat16 would round a step of 0.001 away
+            router.e_score_correction_bias.data = router.e_score_correction_bias.data.float()
+        self.first_bias = [router.e_score_correction_bias.clone() for router in of_layers.values()]
+
+    def begin(self, rows: Sequence[PackedRow]) -> Count:
+        """Nothing yet of a batch whose rows these are."""
+        device = next(iter(self.routers.values())).weight.device
+        return Count(
+            sum(row.num_completion_tokens for row in rows),
+            sum(len(row.samples) for row in rows),
+            torch.zeros(len(self.routers), self.experts, dtype=torch.long, device=device),
+            torch.zeros(len(self.routers), device=device),
+        )
+
+    def observe(self, routing: RoutingRecorder, mini: MicroBatch, count: Count) -> Tensor:
+        total = torch.zeros((), device=mini.mask.device)
+        scored = mini.scored.flatten()
+        biases = [router.e_score_correction_bias for router in self.routers.values()]
+        completion_N = torch.arange(len(mini.mask), device=scored.device).repeat_interleave(mini.mask.sum(1))
+        for layer, (logits, experts) in enumerate(zip(routing.logits, routing.experts, strict=True)):
+            logits_NE = logits[scored]
+            count.chosen[layer] += torch.bincount(experts[scored].flatten(), minlength=self.experts)
+            count.entropies[layer] += entropy(gates(logits_NE.detach())).sum()
+            if self.options.entropy_weight:
+                loss = entropy_regulariser(logits_NE, biases[layer], self.top_k) * len(logits_NE) / count.tokens
+                total = total + self._weighted("entropy", loss, count)
+            if self.options.sequence_weight:
+                each = sequence_loss(logits_NE, completion_N, len(mini.mask), self.top_k)
+                total = total + self._weighted("sequence", each.sum() / count.sequences, count)
+        return total
+
+    def _weighted(self, name: str, loss: Tensor, count: Count) -> Tensor:
+        kind = "" if self.part == "mlp" else "heads_"
+        count.sums[f"loss/balance_{kind}{name}"] += loss.item() / len(self.routers)
+        return getattr(self.options, f"{name}_weight") * loss
+
+    @torch.no_grad()
+    def end(self, counts: Sequence[Count], ranks: Ranks) -> dict[str, float]:
+        chosen, entropies = sum(count.chosen for count in counts), sum(count.entropies for count in counts)
+        assert isinstance(chosen, Tensor)
+        assert isinstance(entropies, Tensor)
+        ranks.sum_tensors(chosen, entropies)
+        sums = ranks.sum_metrics(sum((count.sums for count in counts), Counter[str]()))
+        if self.options.bias_rate:
+            for router, chosen_E in zip(self.routers.values(), chosen, strict=True):
+                bias = router.e_score_correction_bias
+                bias.copy_(move_bias(bias, chosen_E, self.options.bias_rate))
+        read = chosen.sum(1) / self.top_k  # tokens, once for every update
+        metrics = load_statistics(chosen, entropies / read, list(self.routers), PREFIX[self.part])
+        updates = read[0].item() / sum(count.tokens for count in counts)
+        return metrics | {name: value / updates for name, value in sums.items()}

@@ -1,0 +1,120 @@
+"""The policy loss as a term: clip, importance correction, KL to the reference, entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from grpo.algorithm import own
+from grpo.algorithm.losses import TopEntropy, policy_loss, top_entropy_of
+from grpo.config.loss import CorrectionMode, LossOptions
+from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
+from grpo.learner.likelihood import Forward
+from grpo.learner.prepare import tokens_in_loss
+from grpo.learner.terms.term import Term, Work
+
+FARTHEST = "mismatch/logprob_abs_max"
+
+
+@dataclass
+class Settled:
+    """What the policy loss settles before the first update of a batch, and `top` before each."""
+
+    correction: CorrectionMode | None
+    scale: float = 1.0  # of metrics that are means over the tokens that are read, not over all tokens of the step
+    old: list[Tensor] | None = None  # log π_old of each micro-batch; None: π's own, detached
+    top: TopEntropy | None = None  # which entropies are among the highest
+
+
+class PolicyTerm(Term):
+    """`grpo.algorithm.losses.policy_loss` of each micro-batch. Its metrics are those of that function."""
+
+    name = "policy"
+
+    def __init__(
+        self, options: LossOptions, *, updates: int = 1, sampler_differs: bool = False, longest: int | None = None
+    ) -> None:
+        """`updates` are those of each batch. `sampler_differs` from the learner, in precision or in backend. `longest`
+        is the length limit of completions, the constant of dr_grpo."""
+        self.options, self.updates = options, updates
+        self.sampler_differs, self.longest = sampler_differs, longest
+
+    def teaches(self, batch: TrainingBatch) -> bool:
+        return self.options.beta > 0 or self.options.entropy_coef != 0
+
+    def needs(self, row: PackedRow, work: Work) -> bool:
+        """KL and entropy are of every token, the highest entropies those of the step; bnpo counts its micro-batch."""
+        local = own.aggregate_of(self.options.loss_type) == "bnpo"
+        return self.teaches(work.batch) or local or self.options.top_entropy_quantile < 1
+
+    def begin(self, work: Work) -> None:
+        differs = self.sampler_differs or work.batch.age(work.version) > 0
+        work.fixed[self.name] = Settled(correction_of(self.options.importance_correction, differs))
+
+    @torch.no_grad()
+    def before_update(self, work: Work) -> None:
+        """Look ahead, where an update must know something of all micro-batches before the first one."""
+        settled: Settled = work.fixed[self.name]
+        settled.scale = work.batch.num_completion_tokens / max(tokens_in_loss(work.rows), 1)
+        selective = self.options.top_entropy_quantile < 1
+        several = work.update == 0 and self.updates > 1
+        if not (selective or several):
+            return
+        logprobs, entropies = [], []
+        for mini in work.minis:
+            with work.likelihood.replaying(mini):
+                out = work.likelihood.forward(mini)
+            logprobs.append(out.logprobs)
+            entropies += [out.entropy[mini.loss_mask].cpu()] if mini.counts else []
+        if selective:
+            read = [entropy for part in work.ranks.gather(entropies) for entropy in part]
+            settled.top = top_entropy_of(torch.cat([torch.zeros(0), *read]), self.options.top_entropy_quantile)
+        if several:
+            settled.old = logprobs
+
+    def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
+        settled: Settled = work.fixed[self.name]
+        old = forward.logprobs.detach() if settled.old is None else settled.old[work.number]
+        sampling = mini.padded([sample.sampling_logprobs for sample in mini.samples])
+        advantages = mini.advantages
+        for term in work.terms:
+            advantages = term.advantages(advantages, mini, forward, old, work)
+        mask = self.mask(mini)
+        options = self.options
+        loss, metrics = policy_loss(
+            forward.logprobs,
+            old,
+            advantages,
+            mask,
+            options,
+            num_sequences=work.batch.num_samples,
+            num_completion_tokens=work.batch.num_completion_tokens,
+            reference_logprobs=work.likelihood.of_reference(mini) if options.beta else None,
+            sampling_logprobs=sampling,
+            correction=settled.correction,
+            entropy=forward.entropy if options.entropy_coef or options.top_entropy_quantile < 1 else None,
+            top_entropy=settled.top,
+            max_completion_length=self.longest,
+        )
+        for name, value in metrics.items():
+            work.note(name, float(value) * (1.0 if name.startswith("loss/") else settled.scale))
+        work.note(FARTHEST, (old - sampling).masked_fill(~mask, 0.0).abs().max().item())
+        return loss
+
+    def mask(self, mini: MicroBatch) -> Tensor:
+        """[C, L]: the tokens in the loss."""
+        return mini.loss_mask if self.options.mask_truncated_completions else mini.mask
+
+
+def correction_of(option: CorrectionMode | Literal["auto", "none"], differs: bool) -> CorrectionMode | None:
+    """The importance correction that the user chose; by itself it is on where sampler and learner differ (contract 8).
+
+    >>> correction_of("auto", differs=True), correction_of("auto", differs=False)
+    ('token_truncate', None)
+    """
+    if option == "auto":
+        return "token_truncate" if differs else None
+    return None if option == "none" else option

@@ -1,0 +1,27 @@
+"""The loss of supervised steps: mean -log π over the tokens of gold solutions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
+from grpo.learner.likelihood import Forward
+from grpo.learner.terms.term import Term, Work
+
+
+class SupervisedTerm(Term):
+    """-Σ log π / N over the N sampled tokens of the batch. A batch for it has no advantages."""
+
+    name = "supervised"
+    in_total = False
+
+    def teaches(self, batch: TrainingBatch) -> bool:
+        return True
+
+    def needs(self, row: PackedRow, work: Work) -> bool:
+        return True
+
+    def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
+        loss = -forward.logprobs.sum() / work.batch.num_completion_tokens
+        work.note("loss/sft", loss.item())
+        return loss

@@ -1,0 +1,114 @@
+"""The seam of the loss: what a term may do, and the batch that it works on.
+
+The learner adds up its terms in the order of their table and makes one backward pass for each micro-batch. It knows no
+term by name: a term brings its advantages, its weights, its metrics and its state.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
+from grpo.learner.likelihood import Forward, Likelihood
+from grpo.learner.parallel import Ranks
+from policies.policy import Policy
+
+if TYPE_CHECKING:
+    from rewards.group_score import GroupScore
+
+
+@dataclass
+class Work:
+    """A batch that is learned from, in one update or in several. `fixed` holds what terms settle before the first."""
+
+    batch: TrainingBatch
+    likelihood: Likelihood
+    ranks: Ranks
+    terms: Sequence[Term]
+    cut: Callable[[Sequence[PackedRow]], Iterator[MicroBatch]]  # rows into the micro-batches of this rank
+    rows: Sequence[PackedRow]  # those that are read
+    minis: Sequence[MicroBatch] = ()  # of this rank
+    version: int = 0  # of the policy, before the first update
+    update: int = 0  # updates that were made with it
+    number: int = 0  # place of the micro-batch that is read
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # metrics of that micro-batch
+    seconds: float = 0.0
+    seconds_apart: float = 0.0  # spent on micro-batches from which the trunk does not learn
+    logprobs: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # before the first update, by segment
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+    def note(self, name: str, value: float) -> None:
+        """A metric of this micro-batch: those of a step are added up, and of names that end in `_max` the largest is
+        taken."""
+        self.sums[name] += value
+
+
+class Term:
+    """A summand of the loss. A term overrides what it needs; `per_token` or `scalar` is the least.
+
+    >>> class Confidence(Term):
+    ...     def per_token(self, mini, forward, work):
+    ...         return 0.01 * forward.entropy
+    """
+
+    name = ""  # of its weights in a checkpoint and of the norm of their gradient
+    estimators: tuple[str, ...] = ()  # values of `loss.advantage` whose advantages its `prepare` makes
+    in_total = True  # whether the metric loss/total counts it; what follows one that it does not count is not in it
+    moves_trunk = True  # False: the trunk needs no gradient for its sake
+    module: nn.Module | None = None  # weights that no other term moves: their gradient is clipped by itself
+    keeps_module = False  # whether a checkpoint keeps them under `name`; else they are the policy's
+
+    def parameters(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for the optimizer with `params`, `peak` (the highest learning rate) and `weight_decay`."""
+        return []
+
+    def prepare(self, batch: TrainingBatch, scores: Sequence[GroupScore], work: Work) -> TrainingBatch:
+        """The batch with the advantages that this term gives. `work` has all rows and no updates."""
+        return batch
+
+    def teaches(self, batch: TrainingBatch) -> bool:
+        """Whether it has something to teach where every advantage of a batch is zero."""
+        return False
+
+    def begin(self, work: Work) -> None:
+        """Before the first update, and before `needs`: `work.rows` are still all rows of the batch."""
+
+    def needs(self, row: PackedRow, work: Work) -> bool:
+        """Whether it reads a tied row."""
+        return False
+
+    def before_update(self, work: Work) -> None:
+        """Before the micro-batches of an update: `work.rows` are those that are read."""
+
+    def advantages(self, advantages: Tensor, mini: MicroBatch, forward: Forward, old: Tensor, work: Work) -> Tensor:
+        """The advantages [C] or [C, L] that the policy learns from; `old` [C, L] is log π before the step."""
+        return advantages
+
+    def per_token(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
+        """[C, L]: the loss of each token, of which the mean over the step's tokens is taken."""
+        raise NotImplementedError
+
+    def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor | None:
+        """The summand of this micro-batch. None where it has none."""
+        per_token = self.per_token(mini, forward, work).masked_fill(~mini.loss_mask, 0.0)
+        return per_token.sum() / max(work.batch.num_completion_tokens, 1)
+
+    def end(self, works: Sequence[Work]) -> dict[str, float]:
+        """After the last update with the batches of a step: metrics of the step."""
+        return {}
+
+    # ---- around forwards ----------------------------------------------------------------------------------------
+
+    def recording(self, policy: Policy) -> AbstractContextManager[Any]:
+        """Entered around each forward that learns; `forward.records` has what it gives, by `name`."""
+        return nullcontext()
+
+    def as_at_first(self) -> AbstractContextManager[None]:
+        """Entered around forwards of the reference of a LoRA run: the base as it was at step 0."""
+        return nullcontext()
