@@ -75,7 +75,7 @@ def sft_learner(policy: Policy, config: SftConfig, ranks: Ranks = ALONE) -> Lear
         terms = [SupervisedTerm(), *terms_of(policy, Setting(mtp=config.mtp, balance=config.balance))]
         return Learner(
             policy,
-            config.learner,
+            config.learner.model_copy(update={"updates_per_batch": 1}),  # that is of rollouts
             terms,
             Likelihood(policy, watchers=terms),
             learning_rate=options.learning_rate,
