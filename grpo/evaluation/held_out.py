@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from grpo.config.run import EvalOptions
+from grpo.data.examples import Example
 from grpo.evaluation.evaluate import Evaluation, Speed, as_metrics, both_ways, evaluate_ways, measure_speed
 from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
@@ -42,6 +43,7 @@ class HeldOut:
     ) -> None:
         self.heed = heed
         self.task, self.pool, self.log, self.options, self.sampling = task, pool, log, options, sampling
+        self.tokenizer = policy.tokenizer
         self.prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
         self.results: dict[str, Evaluation] = {}
 
@@ -54,20 +56,23 @@ class HeldOut:
         """Whether the evaluation of this step is recorded. A run that was cut off before it still has to make it."""
         return any(line["step"] == step and "eval/prompts" in line for line in read_metrics(self.log.output_dir))
 
-    def evaluate(self, step: int, when: str | None = None) -> dict[str, Evaluation]:
-        """The results of `step` by way of sampling; with `when` under names of their own.
+    def evaluate(
+        self, step: int, when: str | None = None, problems: Sequence[Example] | None = None
+    ) -> dict[str, Evaluation]:
+        """The results of `step` by way of sampling; with `when` under names of their own. With `problems` of these.
 
         They become metrics of the run, and each failed reward an event.
         """
-        if not self.prompts:
+        prompts = self.prompts
+        if problems is not None:
+            prompts = [self.task.prompt(example, self.tokenizer) for example in problems]
+        if not prompts:
             return {}
         self.task.reached(step)
         ways = both_ways(replace(self.sampling, group_size=self.options.samples))
         try:
             with phase("evaluating", SimpleNamespace(eval=self.options)), self.log.progress() as progress:
-                found = evaluate_ways(
-                    self.pool, self.task, self.prompts, ways, self.options.prompts_per_batch, progress
-                )
+                found = evaluate_ways(self.pool, self.task, prompts, ways, self.options.prompts_per_batch, progress)
         except RewardFailed as error:
             self.log.event("reward_error", step=step, evaluation="given up", **vars(error.failure))
             raise

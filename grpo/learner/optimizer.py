@@ -75,3 +75,13 @@ def schedule(kind: str, steps: int, warmup: int) -> Callable[[int], float]:
         return 1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     return factor
+
+
+def ramp(step: int, steps: int, first: float, last: float) -> float:
+    """Grows linearly from `first` at step 1 to `last` at step `steps`, and stays `last` after that.
+
+    >>> [ramp(step, 5, 1, 3) for step in (1, 2, 5, 9)]
+    [1.0, 1.5, 3.0, 3.0]
+    """
+    done = min(1.0, (step - 1) / max(steps - 1, 1)) if steps > 1 else 1.0
+    return first + (last - first) * done

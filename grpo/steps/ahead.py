@@ -22,7 +22,6 @@ from torch import Tensor
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.algorithm.in_flight import drawn_of, plain
 from grpo.config.run import TrainConfig
-from grpo.data.curriculum import Curriculum
 from grpo.learner.learner import Learner
 from grpo.learner.state import put_weights
 from grpo.steps.collector import Collector
@@ -32,17 +31,18 @@ OLDER = "ahead"  # the older weights, among the tensors of a checkpoint
 
 
 class Batches:
-    """The scored groups of each step. The curriculum and the batches that nothing was learned from yet are its state.
+    """The scored groups of each step. The collector's state and the batches that nothing was learned from yet are its
+    own.
 
-    Every rank calls its methods, and rank 0 samples. `begin` is called before the first step.
+    Every rank calls its methods, and rank 0 samples. `begin` is called before the first step. `publish` hands the
+    learner's weights to the workers, where these hold other ones.
     """
 
-    collector: Collector
-    learner: Learner
-    publish: Callable[[], None]  # hands the learner's weights to the workers, where these hold other ones
-
-    def __init__(self, run: Run[TrainConfig], curriculum: Curriculum) -> None:
-        self.run, self.curriculum, self.ahead = run, curriculum, run.config.rollout.ahead
+    def __init__(
+        self, run: Run[TrainConfig], collector: Collector, learner: Learner, publish: Callable[[], object]
+    ) -> None:
+        self.run, self.collector, self.learner, self.publish = run, collector, learner, publish
+        self.ahead = run.config.rollout.ahead
         self.ready: dict[int, Drawn] = {}
         self.next = 1  # the first batch that was not begun
         self._saved: dict[str, Any] = {}
@@ -52,17 +52,16 @@ class Batches:
         self._older: tuple[int, dict[str, Tensor]] | None = None  # version and weights of the batch that is sampled
         self._thread = ThreadPoolExecutor(1, "sampling") if self.ahead and run.ranks.first else None
 
-    def begin(self, collector: Collector, learner: Learner, publish: Callable[[], None]) -> None:
-        """Take what a checkpoint holds. A batch whose weights the learner has no longer is sampled here."""
-        self.collector, self.learner, self.publish = collector, learner, publish
+    def begin(self) -> None:
+        """Take the batches that a checkpoint holds. One whose weights the learner has no longer is sampled here."""
         state, self._saved, saved = self._saved, {}, self.run.saved
-        collector.load_state_dict(state)
         if not self.ahead:
             return
-        self.ready = {int(step): drawn_of(drawn, collector.prompt) for step, drawn in state.get("batches", {}).items()}
+        prompt = self.collector.prompt
+        self.ready = {int(step): drawn_of(drawn, prompt) for step, drawn in state.get("batches", {}).items()}
         self.next = max([self.run.step, *self.ready]) + 1
         if saved is not None and "older_version" in state:
-            newer, version = self._copy(), learner.policy_version
+            newer, version = self._copy(), self.learner.policy_version
             self._hold(state["older_version"], saved.tensors[OLDER])
             self._start()
             self.run.ranks.from_first(self.complete)
@@ -164,8 +163,8 @@ class Batches:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of the groups, the curriculum alone: `begin` makes the prompts of the others anew from the data."""
-        self.curriculum.load_state_dict(state)
+        """Without the batches, for which `begin` makes the prompts anew from the data."""
+        self.collector.load_state_dict(state)
         self._saved = state
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:

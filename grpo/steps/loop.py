@@ -80,6 +80,7 @@ class Run(Generic[Config]):
         self._parts: dict[str, Any] = {}
         self._refused = self._recorded = -1  # the last step whose checkpoint the disk refused, that has its line
         self._begun: int | None = None  # the step in progress
+        self._skipped: int | None = None  # the last step that was not finite
         self._before: dict[str, Any] = {}
         self._updates = 0
         self._started = 0.0
@@ -182,7 +183,7 @@ class Run(Generic[Config]):
             self._before = {name: part.state_dict() for name, part in self._others.items() if not hasattr(part, "undo")}
             self.metrics.clear()
             yield step
-            self._begun = None
+            self.step, self._begun = step, None
             if step < self.last and step == self.stop_after:
                 self.save()
                 raise Stopped(everywhere=True)
@@ -216,30 +217,36 @@ class Run(Generic[Config]):
     def learn(
         self, take: Callable[[], dict[str, float]], *, rate: str, batch: Path | None = None, **unshown: Any
     ) -> None:
-        """Take a step of the learner; from here on it is reached, whatever fails later.
-
-        A step that is not finite makes no update. The run goes on without it, or NonFiniteStep says what to do: by
-        `learner.on_non_finite`. `rate` is the option of the learning rate, `batch` the file that holds what was to be
-        learned from, where there are such a file and learner.* options; `unshown` goes into the record of events.
-        """
-        learner = self._learner
+        """Take a step of the learner, which is reached then; see `skip` for one that is not finite."""
         try:
             with phase("learning", self.config):
                 self.metrics |= take()
         except NonFiniteStep as error:
-            options, skipped = learner.options, learner.skipped_in_a_row + 1
-            self.log.event("non_finite", step=self._begun, error=str(error), batch=str(batch), unshown=unshown)
-            if options.on_non_finite == "abort" or skipped > options.max_skipped_in_a_row:
-                where = f"; the batch is in {batch}" if batch else ""
-                lower = f"{rate} or learner.max_grad_norm, or set learner.on_non_finite: skip," if batch else rate
-                raise NonFiniteStep(
-                    f"{error}. This update was not made{where}. Lower {lower} and go on with --resume auto --force"
-                ) from None
-            learner.skipped_in_a_row = skipped  # counted only where the run goes on: otherwise the step is made again
+            self.skip(error, rate=rate, batch=batch, **unshown)
             self.metrics["learner/updates"] = 0.0
-        else:
-            learner.skipped_in_a_row = 0
-        learner.update.zero()  # the next rollouts need the memory
+        self.reached()
+
+    def skip(self, error: NonFiniteStep, *, rate: str, batch: Path | None = None, **unshown: Any) -> None:
+        """A step that is not finite has made no update. The run goes on without it, or NonFiniteStep says what to do:
+        by `learner.on_non_finite`. `rate` is the option of the learning rate, `batch` the file that holds what was to
+        be learned from, where there are such a file and learner.* options; `unshown` goes into the record of events."""
+        learner = self._learner
+        options, skipped = learner.options, learner.skipped_in_a_row + 1
+        self.log.event("non_finite", step=self._begun, error=str(error), batch=str(batch), unshown=unshown)
+        if options.on_non_finite == "abort" or skipped > options.max_skipped_in_a_row:
+            where = f"; the batch is in {batch}" if batch else ""
+            lower = f"{rate} or learner.max_grad_norm, or set learner.on_non_finite: skip," if batch else rate
+            raise NonFiniteStep(
+                f"{error}. This update was not made{where}. Lower {lower} and go on with --resume auto --force"
+            ) from None
+        learner.skipped_in_a_row = skipped  # counted only where the run goes on: otherwise the step is made again
+        self._skipped = self._begun
+
+    def reached(self) -> None:
+        """The step in progress counts, whatever fails later."""
+        if self._skipped != self._begun:
+            self._learner.skipped_in_a_row = 0
+        self._learner.update.zero()  # the next rollouts need the memory
         assert self._begun is not None
         self.step = self._begun
 

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from grpo.algorithm.dynamic_sampling import Drawn
-from grpo.config.data import DataOptions
-from grpo.config.sampling import RolloutOptions
+from grpo.config.run import TrainConfig
+from grpo.learner.batch import TrainingBatch
+from grpo.steps.listener import Listener
+from grpo.task.task import Task
+
+if TYPE_CHECKING:
+    from grpo.steps.loop import Run
 
 STEPS = 5  # in a row, before it is said
 
 
-class TiedSteps:
-    """Counts the steps in a row whose advantages were all zero. `full_marks` of `first_reward` is a right answer."""
+def listener(run: Run[TrainConfig], task: Task) -> Listener:
+    return TiedSteps(run.config, task.first_reward, task.full_marks, run.log.nothing_learned)
+
+
+class TiedSteps(Listener):
+    """Counts the steps in a row whose advantages were all zero. `full_marks` of `first_reward` is a right answer;
+    `tell` is called with the step, why nothing is learned, and what to change."""
 
     def __init__(
-        self, data: DataOptions, rollout: RolloutOptions, warm_steps: int, first_reward: str, full_marks: float
+        self, config: TrainConfig, first_reward: str, full_marks: float, tell: Callable[..., None] = print
     ) -> None:
-        self.data, self.rollout, self.warm_steps = data, rollout, warm_steps
-        self.first_reward, self.full_marks = first_reward, full_marks
+        self.data, self.rollout, self.warm_steps = config.data, config.rollout, config.warm_start.steps
+        self.first_reward, self.full_marks, self.tell = first_reward, full_marks, tell
         self.in_a_row: list[Drawn] = []
         self.told = False
+
+    def learns(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
+        diagnosis = self.observe(drawn, batch.advantages)
+        if diagnosis:
+            self.tell(step, *diagnosis)
+        return {}
 
     def observe(self, drawn: Drawn, advantages: Any) -> tuple[str, list[str]] | None:
         """Why nothing is learned, and what to change, after a step whose batch had these advantages [P, G], or

@@ -6,9 +6,11 @@ Everything here is checked before a policy is loaded: a missing column or a brok
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +35,8 @@ from grpo.source.policy_source import known_context
 from grpo.task.reward_models import ModelRewards
 from grpo.task.sampling import Actor, agent_of, environment_of
 from policies.policy import Policy
+from rewards.protocol import Reward
+from rewards.registry import name_callable
 from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec
@@ -257,8 +261,23 @@ class Task:
         return self.verdicts.full_marks
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
+        """By the rewards of the run."""
         columns = self.models.columns(groups)
-        scores = self.scorer.score(
+        scores = self._score(self.scorer, groups, columns)
+        self.models.record(scores, columns)
+        self.verdicts.see_scores(scores)
+        return scores
+
+    def score_by(self, rewards: Reward | Sequence[Reward], groups: Sequence[RolloutGroup]) -> list[GroupScore]:
+        """By these functions of this process in place of the rewards of the run."""
+        functions = rewards if isinstance(rewards, Sequence) else [rewards]
+        specs = [RewardSpec(name_callable(function)) for function in functions]
+        columns = [*groups[0].prompt.columns, *self.models.names, *self.actor.columns]
+        with closing(Scorer(specs, columns=columns)) as scorer:
+            return self._score(scorer, groups, self.models.columns(groups))
+
+    def _score(self, scorer: Scorer, groups: Sequence[RolloutGroup], columns: Any) -> list[GroupScore]:
+        return scorer.score(
             [group.prompt.text for group in groups],
             [group.texts for group in groups],
             [group.prompt.columns for group in groups],
@@ -269,9 +288,17 @@ class Task:
             messages=[group.prompt.messages for group in groups],
             turns=[group.turns for group in groups],
         )
-        self.models.record(scores, columns)
-        self.verdicts.see_scores(scores)
-        return scores
+
+    def pass_rate(self, score: GroupScore) -> float | None:
+        """Share with full marks of a group's completions that have a mark; None where none of them has one.
+
+        A failure of the function that marks is no mark, whatever `reward.on_error` puts in its place.
+        """
+        failed = {failure.sample_index for failure in score.errors if failure.function == self.first_reward}
+        marks = [mark for i, mark in enumerate(score.parts[self.first_reward]) if i not in failed]
+        passed = [self.verdicts.has_full_marks(mark) for mark in marks]
+        marked = [right for right in passed if right is not None]
+        return fmean(marked) if marked else None
 
     def lost(self) -> dict[str, float]:
         """faults/* of the reward workers since the last call; empty where none was lost."""

@@ -16,13 +16,13 @@ from torch import Tensor
 from grpo.cli.why.reading import ReadLearner
 from grpo.cli.why.recorded import read_groups
 from grpo.config.run import TrainConfig
-from grpo.data.curriculum import draft_depth
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.build import grpo_learner
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
 from grpo.run.resume import base_changed
 from grpo.source.policy_source import load_beside, load_policy
+from grpo.steps.curriculum import draft_depth
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore

@@ -8,25 +8,30 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from grpo.config.data import CurriculumOptions
+from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
-from grpo.data.prompts import PromptStream
+from grpo.learner.batch import TrainingBatch
+from grpo.learner.optimizer import ramp
+from grpo.steps.listener import Listener
+from grpo.task.task import Task
+from rewards.group_score import GroupScore
+from rollout.group import RolloutGroup
+from rollout.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from grpo.steps.loop import Run
 
 MEMORY = 0.5  # share of the former estimate in a prompt's running pass rate
 FLOOR = 0.01  # weight of a prompt that always or never passes: it is drawn now and then, because policies change
 
 
-def ramp(step: int, steps: int, first: float, last: float) -> float:
-    """Grows linearly from `first` at step 1 to `last` at step `steps`, and stays `last` after that.
-
-    >>> [ramp(step, 5, 1, 3) for step in (1, 2, 5, 9)]
-    [1.0, 1.5, 3.0, 3.0]
-    """
-    done = min(1.0, (step - 1) / max(steps - 1, 1)) if steps > 1 else 1.0
-    return first + (last - first) * done
+def listener(run: Run[TrainConfig], task: Task) -> Listener:
+    return Curriculum(task.train, run.config, task.pass_rate)
 
 
 def completion_tokens(options: CurriculumOptions, longest: int, step: int) -> int:
@@ -46,25 +51,33 @@ def learnability(pass_rate: float) -> float:
     return max(pass_rate * (1 - pass_rate), FLOOR)
 
 
-class Curriculum:
-    """Examples without end. Without an option it is a PromptStream: shuffled epochs.
+class Curriculum(Listener):
+    """Which problems a step draws, and how long and how deep it goes. Without an option it has no say.
 
     `shortest_share` opens the examples by the length of their gold solution, shortest first. Of the open examples,
     those drawn least often come first. `by_difficulty` draws from the open ones without replacement, with probability
     ∝ `learnability` (Efraimidis & Spirakis 2006: the n largest of log(u)/w). A prompt that was never drawn has the
     mean weight of the others: where most fail, one that sometimes passes is drawn again before all others were tried.
+    A batch that is sampled ahead is drawn by the pass rates of the steps before its weights alone (contract 12).
 
-    >>> curriculum = Curriculum(examples, CurriculumOptions(by_difficulty=True))
-    >>> [example] = curriculum.take(1, step=1)
+    >>> curriculum = Curriculum(examples, TrainConfig(output_dir="r", curriculum={"by_difficulty": True}))
+    >>> [example] = curriculum.choose(1, step=1)
     >>> curriculum.record([(example.example_id, 1.0)])      # always solved, so it will be drawn rarely
     """
 
-    def __init__(self, examples: Sequence[Example], options: CurriculumOptions, seed: int = 0) -> None:
-        self.options, self.seed = options, seed
-        self.stream = PromptStream(examples, seed)
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        config: TrainConfig,
+        pass_rate: Callable[[GroupScore], float | None] = lambda score: None,
+    ) -> None:
+        self.options, self.seed, self.ahead = config.curriculum, config.seed, config.rollout.ahead
+        self.deepest, self.longest = config.mtp.depth, config.rollout.max_completion_tokens
+        self.pass_rate = pass_rate
         self.examples = sorted(examples, key=lambda example: len(example.solution))
         self.seen: Counter[str] = Counter()
         self.pass_rates: dict[str, float] = {}
+        self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate, which it is too early to know
 
     @property
     def chooses(self) -> bool:
@@ -74,15 +87,15 @@ class Curriculum:
         share = ramp(step, self.options.steps, self.options.shortest_share, 1.0)
         return self.examples[: math.ceil(round(share * len(self.examples), 6))]  # 0.2 + 0.4 is no 0.6
 
-    def take(self, n: int, step: int, draw: int = 0) -> list[Example]:
-        """n different examples. `draw` counts the refills within a step. Raises ValueError if there are too few."""
+    def choose(self, count: int, step: int, draw: int = 0) -> list[Example] | None:
+        """`count` different examples. Raises ValueError if there are too few."""
         if not self.chooses:
-            return self.stream.take(n)
+            return None
         candidates = self.open(step)
-        if len(candidates) < n:
-            candidates = self.examples[:n]
-        if len(candidates) < n:
-            raise ValueError(f"a step cannot take {n} different prompts from {len(candidates)} examples")
+        if len(candidates) < count:
+            candidates = self.examples[:count]
+        if len(candidates) < count:
+            raise ValueError(f"a step cannot take {count} different prompts from {len(candidates)} examples")
         noise = random.Random(f"curriculum/{self.seed}/{step}/{draw}")
         weights = {example_id: learnability(rate) for example_id, rate in self.pass_rates.items()}
         unseen = sum(weights.values()) / len(weights) if weights else 1.0
@@ -93,9 +106,35 @@ class Curriculum:
                 return self.seen[example.example_id], u
             return 0.0, -math.log(u) / weights.get(example.example_id, unseen)
 
-        chosen = sorted(candidates, key=order)[:n]
+        chosen = sorted(candidates, key=order)[:count]
         self.seen.update(example.example_id for example in chosen)
         return chosen
+
+    def limit(self, step: int, params: SamplingParams) -> SamplingParams:
+        """Completions up to this step's length. A head that has not learned deep drafts yet does not make them."""
+        depth, drafts = draft_depth(self.options, self.deepest, step), params.draft_tokens
+        if depth < self.deepest:
+            drafts = depth if drafts is None else min(drafts, depth)
+        longest = completion_tokens(self.options, self.longest, step)
+        return replace(params, max_completion_tokens=longest, draft_tokens=drafts)
+
+    def prepare(self, batch: TrainingBatch) -> TrainingBatch:
+        return replace(batch, draft_depth=draft_depth(self.options, self.deepest, batch.step))
+
+    # ---- pass rates -------------------------------------------------------------------------------------------------
+
+    def begins(self, step: int) -> None:
+        self._learn(up_to=step - 1 - self.ahead)
+
+    def sampled(self, step: int, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> None:
+        rates = [(group.prompt.prompt_id, self.pass_rate(score)) for group, score in zip(groups, scores, strict=True)]
+        self.later = self.later + [(step, prompt_id, rate) for prompt_id, rate in rates if rate is not None]
+        if not self.ahead:
+            self._learn(up_to=step)
+
+    def _learn(self, up_to: int) -> None:
+        self.record((prompt_id, rate) for step, prompt_id, rate in self.later if step <= up_to)
+        self.later = [entry for entry in self.later if entry[0] > up_to]
 
     def record(self, outcomes: Iterable[tuple[str, float]]) -> None:
         """(example_id, share of its completions with full marks) of groups that were sampled and scored."""
@@ -113,12 +152,18 @@ class Curriculum:
             values["curriculum/seen"] = len(self.seen) / len(self.examples)
         if self.pass_rates:
             values["curriculum/pass_rate"] = sum(self.pass_rates.values()) / len(self.pass_rates)
+        if self.options.completion_tokens is not None:
+            values["curriculum/completion_tokens"] = float(completion_tokens(self.options, self.longest, step))
+        if self.options.draft_depth is not None:
+            values["curriculum/draft_depth"] = float(draft_depth(self.options, self.deepest, step))
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stream": self.stream.state_dict(), "seen": dict(self.seen), "pass_rates": dict(self.pass_rates)}
+        state: dict[str, Any] = {"seen": dict(self.seen), "pass_rates": dict(self.pass_rates)}
+        if self.ahead:
+            state["later"] = [list(entry) for entry in self.later]
+        return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`. Raises ValueError if the seed or the data differ."""
-        self.stream.load_state_dict(state["stream"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seen, self.pass_rates = Counter(state["seen"]), dict(state["pass_rates"])
+        self.later = [(step, prompt_id, rate) for step, prompt_id, rate in state.get("later", [])]

@@ -1,0 +1,158 @@
+"""Losses of a caller's own, in place of the policy loss: of each token, or of all completions of a batch at once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from grpo.config.loss import LossOptions
+from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch, by_completion
+from grpo.learner.likelihood import Forward
+from grpo.learner.terms.policy import PolicyTerm
+from grpo.learner.terms.supervised import SupervisedTerm
+from grpo.learner.terms.term import Term, Work
+from policies.lora import has_adapter
+
+Loss = str | LossOptions | Term | Callable[..., Tensor]
+NAME = "loss/own"
+
+
+def as_term(loss: Loss, first: Term) -> Term:
+    """What `forward_backward` takes as its loss, as a term in place of `first`: a loss_type or "supervised", options, a
+    term, a function of four tensors (`PerToken`) or of one or two lists of them (`OfAll`). Raises ValueError for
+    others.
+    """
+    if isinstance(loss, Term):
+        return loss
+    if loss == "supervised":
+        return SupervisedTerm()
+    if isinstance(loss, str | LossOptions):
+        options = LossOptions.model_validate({"loss_type": loss}) if isinstance(loss, str) else loss
+        updates, differs, longest = 1, False, None
+        if isinstance(first, PolicyTerm):
+            updates, differs, longest = first.updates, first.sampler_differs, first.longest
+        return PolicyTerm(options, updates=updates, sampler_differs=differs, longest=longest)
+    count = len(inspect.signature(loss).parameters)
+    if count == 4:
+        return PerToken(loss)
+    if count in (1, 2):
+        return OfAll(loss, with_reference=count == 2)
+    raise ValueError(
+        f"a loss of {count} parameters: give a function of (logprobs, sampling_logprobs, advantages, mask), all of the "
+        "tokens of a micro-batch, or of (logprobs) or (logprobs, reference_logprobs), lists of all completions"
+    )
+
+
+class PerToken(Term):
+    """A function (logprobs, sampling_logprobs, advantages, mask), tensors [C, L], to the loss of each token [C, L].
+
+    >>> PerToken(lambda logprobs, sampling_logprobs, advantages, mask: -advantages * logprobs)    # REINFORCE
+    """
+
+    name = "own"
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+        self.function = function
+
+    def teaches(self, batch: TrainingBatch) -> bool:
+        return True
+
+    def needs(self, row: PackedRow, work: Work) -> bool:
+        return True
+
+    def per_token(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
+        sampling = mini.padded([sample.sampling_logprobs for sample in mini.samples])
+        advantages = mini.advantages
+        if advantages.dim() == 1:
+            advantages = advantages[:, None].expand_as(mini.mask)
+        return self.function(forward.logprobs, sampling, advantages, mini.loss_mask)
+
+    def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor | None:
+        loss = super().scalar(mini, forward, work)
+        assert loss is not None
+        work.note(NAME, loss.item())
+        return loss
+
+
+class OfAll(Term):
+    """A function of the log-probabilities of all completions of the batch, [Lc] each in the order of [group, sample],
+    to a scalar; with the reference's as a second list where it takes two.
+
+    It is called once before each update, on every rank with all completions. The gradient by each log-probability then
+    weighs that token wherever its row lies: in another micro-batch, or on another rank.
+
+    >>> def dpo(policy, reference):                    # completions 0 and 1 of each pair: the better one comes first
+    ...     gains = torch.stack([(p - r).sum() for p, r in zip(policy, reference)])
+    ...     return -torch.nn.functional.logsigmoid(0.1 * (gains[0::2] - gains[1::2])).mean()
+    >>> session.forward_backward(batch, dpo)
+    """
+
+    name = "own"
+
+    def __init__(self, function: Callable[..., Tensor], *, with_reference: bool) -> None:
+        self.function, self.with_reference = function, with_reference
+
+    def teaches(self, batch: TrainingBatch) -> bool:
+        return True
+
+    def needs(self, row: PackedRow, work: Work) -> bool:
+        return True
+
+    def begin(self, work: Work) -> None:
+        """Raises ValueError where there is no reference to score by."""
+        likelihood = work.likelihood
+        if self.with_reference and likelihood.reference is None and not has_adapter(likelihood.policy.trunk):
+            raise ValueError(
+                "this loss takes the reference's log-probabilities, and there is no reference: set lora, whose base is "
+                "the reference, or loss.beta above 0"
+            )
+
+    @torch.no_grad()
+    def before_update(self, work: Work) -> None:
+        policy: dict[tuple[int, int], list[float]] = {}
+        reference: dict[tuple[int, int], list[float]] = {}
+        for mini in work.minis:
+            with work.likelihood.replaying(mini):
+                policy |= _segments(mini, work.likelihood.forward(mini).logprobs)
+                if self.with_reference:
+                    reference |= _segments(mini, work.likelihood.of_reference(mini))
+        whole = _whole(work, work.ranks.union(policy))
+        lists = [[torch.tensor(values, requires_grad=True) for values in whole.values()]]
+        if self.with_reference:
+            lists.append([torch.tensor(values) for values in _whole(work, work.ranks.union(reference)).values()])
+        with torch.enable_grad():
+            loss = self.function(*lists)
+            gradients = torch.autograd.grad(loss, lists[0], allow_unused=True)
+        weights = {index: gradient for index, gradient in zip(whole, gradients, strict=True) if gradient is not None}
+        work.fixed[self.name] = weights, loss.item()
+
+    def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
+        weights, loss = work.fixed[self.name]
+        if work.number == 0 and work.ranks.reader == 0:
+            work.note(NAME, loss)
+        of_samples = [
+            weights[sample.index][_tokens_before(work, sample.index, sample.start) :][: len(sample.token_ids)].tolist()
+            if sample.index in weights
+            else []
+            for sample in mini.samples
+        ]
+        return (mini.padded(of_samples) * forward.logprobs).masked_fill(~mini.mask, 0.0).sum()
+
+
+def _segments(mini: MicroBatch, logprobs_CL: Tensor) -> dict[tuple[int, int], list[float]]:
+    values = zip(mini.samples, logprobs_CL.tolist(), strict=True)
+    return {(sample.index, sample.start): row[: len(sample.token_ids)] for sample, row in values if mini.counts}
+
+
+def _whole(work: Work, segments: dict[tuple[int, int], list[float]]) -> dict[int, list[float]]:
+    """By completion, in the order of [group, sample]."""
+    return dict(sorted(by_completion(work.rows, segments).items()))
+
+
+def _tokens_before(work: Work, index: int, start: int) -> int:
+    """How many tokens of a completion are in the segments before this one."""
+    samples = [sample for row in work.rows for sample in row.samples]
+    return sum(len(sample.token_ids) for sample in samples if sample.index == index and sample.start < start)

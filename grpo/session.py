@@ -1,0 +1,371 @@
+"""The primitives of a training: a policy that learns, its samplers, and what a step does with them.
+
+`quartet train` is a loop over these (grpo/train.py), and a loop of your own is the same lines (contract 17).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, Self, TypeVar
+
+from grpo.algorithm.dynamic_sampling import Drawn
+from grpo.checks.run import check_run, open_task
+from grpo.config.run import TrainConfig
+from grpo.data.examples import Example
+from grpo.endpoint.agent_pool import with_agent
+from grpo.evaluation.evaluate import Evaluation
+from grpo.evaluation.held_out import HeldOut, Result
+from grpo.learner.batch import PackedRow, TrainingBatch
+from grpo.learner.build import grpo_learner
+from grpo.learner.learner import Learner
+from grpo.learner.likelihood import logprobs_of_groups
+from grpo.learner.parallel import ALONE, Ranks
+from grpo.learner.prepare import Advantages, supervised
+from grpo.learner.terms.custom import Loss, as_term
+from grpo.learner.update import NonFiniteStep
+from grpo.run import checkpoint
+from grpo.run.memory_errors import phase
+from grpo.run.metrics import rollout_metrics
+from grpo.run.resume import BaseWeights
+from grpo.run.stop import signals
+from grpo.source.policy_source import load_beside, save_policy, with_threads
+from grpo.steps.ahead import Batches
+from grpo.steps.collector import Collector
+from grpo.steps.listener import listeners_of
+from grpo.steps.loop import Run
+from grpo.steps.pool import open_run_pool, use_costs_of_run
+from grpo.steps.publisher import Publisher
+from grpo.steps.supervise import first_policy, warm_start
+from grpo.task.sampling import environment_of, sampling_params
+from grpo.task.task import Task
+from rewards.group_score import GroupScore
+from rollout.group import Completion, Prompt, RolloutGroup
+from rollout.pool import Pool
+
+T = TypeVar("T")
+
+
+class Session:
+    """A policy that learns and its samplers, as a configuration says: with its warm start, its curriculum and its
+    schedule. Every rank of a run calls the same primitives in the same order, and gets the same values.
+
+    >>> with Session.open(TrainConfig(output_dir="runs/mine", steps=20)) as session:
+    ...     for step in session.run.steps():
+    ...         groups = session.sample(session.prompts(step), step=step)
+    ...         batch = session.prepare(groups, session.score(groups))
+    ...         metrics = session.forward_backward(batch) | session.optim_step()
+    ...         session.record(step, metrics | session.publish())
+    """
+
+    def __init__(self, run: Run[TrainConfig], task: Task, learner: Learner) -> None:
+        self.run, self.task, self.learner, self.config = run, task, learner, run.config
+        self.policy, self.ranks = learner.policy, run.ranks
+        self.collector = Collector(run, task, learner.policy, listeners_of(run, task))
+        self.batches = Batches(run, self.collector, learner, self._publish)
+        self.step = run.step
+        self._prepared: tuple[Drawn, TrainingBatch] | None = None  # what the step learns from
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        config: TrainConfig,
+        *,
+        ranks: Ranks = ALONE,
+        resume: str | None = None,
+        stop_after: int | None = None,
+        force: bool = False,
+    ) -> Iterator[Self]:
+        """Everything that can be refused is refused before the folder is touched. The policy has its warm start,
+        samplers hold its weights, and the held-out problems have been evaluated."""
+        check_run(config)
+        config = with_threads(config, resume)
+        flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
+        with (
+            open_task(config, scores=ranks.first) as task,
+            Run.open(config, config.steps, task.describe_rewards(), ranks=ranks, **flags) as run,
+        ):
+            task.record_split(run.log)
+            warm_start(run, task)
+            again, beside = partial(first_policy, run, task), partial(load_beside, config)
+            learner: Learner = grpo_learner(again(), config, task.reward_weights, ranks, again, beside)
+            session = cls(run, task, learner)
+            run.restore(learner=learner, curriculum=session.batches, **_base(run, learner))
+            with (
+                open_run_pool(learner.policy, config.rollout, config.dtype, run.log, samples=ranks.first) as pool,
+                with_agent(pool, config) as sampler,
+                with_agent(pool, config) as examiner,  # in other processes: an agent may remember what it has met
+            ):
+                session._begin(pool, sampler, examiner)
+                with run:
+                    session.batches.begin()
+                    session._evaluate_first()
+                    yield session
+
+    def _begin(self, pool: Any, sampler: Pool, examiner: Pool) -> None:
+        """Publish to the samplers, and measure what drafts cost."""
+        config, policy, run = self.config, self.policy, self.run
+        self.pool, self.collector.pool = pool, sampler
+        sampling = sampling_params(policy, config.rollout, 1, config.seed)
+        self.publisher = Publisher(pool, self.learner, sampling, config.rollout.quantization)
+        with phase("publishing", config):
+            self.publisher.publish()
+        costs = config.rollout, run.folder, self.collector.sampling, self.collector.longest_prompt
+        run.alone(use_costs_of_run, pool, policy, *costs, resumes=run.resumes)
+        sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
+        sampling = replace(sampling, environment=environment_of(config))
+        self.held_out = HeldOut(self.task, policy, examiner, run.log, config.eval, sampling, self._evaluated)
+
+    # ---- what a step learns from ------------------------------------------------------------------------------------
+
+    def draw(self, step: int) -> Drawn:
+        """The prompts of a step, their groups and scores; tied groups are refilled, and what the next steps need is
+        sampled ahead, as the configuration says."""
+        self.step = step
+        drawn = self.batches.take(step)
+        self.run.metrics |= drawn.metrics
+        self.run.alone(self.pool.sleep)
+        self.batches.go_on(step)
+        return drawn
+
+    def prompts(self, step: int, count: int | None = None, draw: int = 0) -> list[Prompt]:
+        """The prompts of a step, `prompts_per_step` of them or `count`. `draw` counts refills within the step."""
+        self.step = step
+
+        def choose() -> list[Prompt]:
+            if draw == 0:
+                self.collector.begin(step)
+            return self.collector.prompts(count or self.config.prompts_per_step, step, draw)
+
+        return self.ranks.from_first(choose)
+
+    def sample(
+        self, prompts: Sequence[Prompt], *, step: int | None = None, draw: int = 0, **changes: Any
+    ) -> list[RolloutGroup]:
+        """A group of completions of each prompt, a function of the weights, the seed, the step, the draw, the prompt
+        and the place in the group (contract 4). `changes` are of SamplingParams, such as `group_size`."""
+        self.step = self.step if step is None else step
+
+        def act() -> list[RolloutGroup]:
+            params = replace(self.collector.params(self.step), **changes).at(self.step, draw)
+            with self.run.timed("time/rollout"), self.run.log.progress() as progress:
+                bar = progress.add_task(f"step {self.step}: sampling", total=len(prompts) * params.group_size)
+                groups = self.collector.sample(prompts, params, partial(progress.advance, bar))
+            self.collector.learn_drafts(groups)
+            return groups
+
+        groups = self.ranks.from_first(act)
+        self.run.alone(self.pool.sleep)
+        return groups
+
+    def score(
+        self, groups: Sequence[RolloutGroup], rewards: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
+    ) -> list[GroupScore]:
+        """The score of each group, by the rewards of the configuration or by other functions."""
+
+        def act() -> list[GroupScore]:
+            with self.run.timed("time/reward"):
+                if rewards is not None:
+                    return self.task.score_by(rewards, groups)
+                return self.collector.score(groups, self.step)
+
+        return self.ranks.from_first(act)
+
+    def solutions(self, count: int) -> list[PackedRow]:
+        """Prompts of the training data with their gold solutions, the next ones in the order of the data."""
+        token, raw = self.policy.stop_token_ids[0], not self.config.warm_start.strip_calculator_marks
+
+        def take() -> list[PackedRow]:
+            examples: list[Example] = self.collector.stream.take(count)
+            return [self.task.solution(example, self.policy.tokenizer, token, raw) for example in examples]
+
+        return self.ranks.from_first(take)
+
+    def logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]]) -> list[Any]:
+        """The policy's log-probability of each token of completions, given as token ids by prompt: [P][G][Lc]."""
+        groups = [
+            RolloutGroup(prompt, [Completion(list(ids), [0.0] * len(ids), "", "stop", 0) for ids in of_prompt])
+            for prompt, of_prompt in zip(prompts, completions, strict=True)
+        ]
+        return logprobs_of_groups(self.policy, groups, self.config.rollout.temperature)
+
+    def prepare(
+        self,
+        groups: Drawn | Sequence[RolloutGroup] | Sequence[PackedRow],
+        scores: Sequence[GroupScore] | None = None,
+        advantages: Advantages | None = None,
+    ) -> TrainingBatch:
+        """The batch of a step: advantages by `loss.advantage`, or given for completions [P, G] or tokens [P, G, Lc].
+        Rows of `solutions` become a batch for supervised steps. Groups without scores are not recorded."""
+        if isinstance(groups, Drawn):
+            drawn = groups
+        elif groups and isinstance(groups[0], PackedRow):
+            return supervised([row for row in groups if isinstance(row, PackedRow)], self.step)
+        else:
+            sampled = [group for group in groups if isinstance(group, RolloutGroup)]
+            unscored = [GroupScore([0.0] * len(group.completions), {}) for group in sampled]
+            drawn = Drawn(sampled, list(unscored if scores is None else scores), [0] * len(sampled))
+            self.run.metrics |= rollout_metrics(drawn.groups, drawn.scores)
+        with phase("learning", self.config):
+            batch = self.learner.prepare(drawn.groups, drawn.scores, advantages, self.step)
+            for listener in self.collector.listeners:
+                batch = listener.prepare(batch)
+        if scores is not None or drawn is groups:
+            self._prepared = drawn, batch
+            self._keep(drawn, batch)
+            for listener in self.collector.listeners if self.ranks.first else ():
+                self.run.metrics |= listener.learns(self.step, drawn, batch)
+        return batch
+
+    # ---- learning ---------------------------------------------------------------------------------------------------
+
+    def learn(self, batch: TrainingBatch) -> dict[str, float]:
+        """`learner.updates_per_batch` times `forward_backward` and `optim_step`."""
+        metrics: dict[str, float] = {}
+        for _ in range(self.config.learner.updates_per_batch):
+            metrics |= self.forward_backward(batch) | self.optim_step()
+        return metrics
+
+    def forward_backward(
+        self,
+        batch: TrainingBatch,
+        loss: Loss | None = None,
+        on_micro_batch: Callable[[int, int], None] | None = None,
+    ) -> dict[str, float]:
+        """Add the gradient of the loss to what waits for `optim_step`; see `Learner.forward_backward`, and `as_term`
+        for losses of your own. A stop is heeded, and sampling ahead goes on, until the weights move."""
+        term = None if loss is None else as_term(loss, self.learner.terms[0])
+        moved = self.run.moved
+        with self.run.log.progress() as progress:
+            bar = progress.add_task(f"step {self.step}: learning", total=None)
+
+            def advance(finished: int, total: int) -> None:
+                progress.update(bar, completed=finished, total=total)
+                if on_micro_batch:
+                    on_micro_batch(finished, total)
+                if not moved and finished * self.config.learner.updates_per_batch < total:
+                    if self.ranks.size == 1:  # several ranks finish their step: they are in it together
+                        signals.check()
+                    self.batches.go_on(self.step)
+
+            return self._finite(lambda: self.learner.forward_backward(batch, term, advance))
+
+    def optim_step(self, learning_rate: float | None = None, **adamw: Any) -> dict[str, float]:
+        """Move the weights by the gradients that wait, at the schedule's rate or at `learning_rate`; where none waits,
+        nothing moves. `adamw` are options of torch's AdamW (betas, eps, weight_decay) from now on. From here on the
+        step counts, whatever fails later."""
+        if not self.run.moved:
+            self.batches.before_update(self.step)
+        for group in self.learner.optimizer.param_groups if adamw else ():
+            group.update(adamw)
+        metrics = self._finite(lambda: self.learner.optim_step(learning_rate))
+        self.run.reached()
+        return metrics
+
+    def _finite(self, act: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What `act` returns. A step that is not finite makes no update, and the run goes on or ends by
+        `learner.on_non_finite`."""
+        try:
+            with phase("learning", self.config):
+                return act()
+        except NonFiniteStep as error:
+            file = self.run.folder / "rollouts" / f"step_{self.step:06d}.jsonl.zst"
+            self.run.skip(error, rate="learner.learning_rate", batch=file)
+            return {"learner/updates": 0.0}
+
+    # ---- publishing, evaluating, keeping ----------------------------------------------------------------------------
+
+    def publish(self) -> dict[str, float]:
+        """The samplers get the weights, where they hold others. Of what is sampled ahead the schedule decides that, but
+        for a step after which something is evaluated."""
+        if self.batches.ahead and not self._evaluates(self.step) and self.step != self.run.last:
+            return {}
+        self.batches.settle()
+        self._publish()
+        return {}
+
+    def _publish(self) -> None:
+        if self.publisher.version != self.learner.policy_version:
+            with self.run.timed("time/publish"), phase("publishing", self.config):
+                self.run.metrics |= self.publisher.publish()
+
+    def evaluate(self, problems: Sequence[Example] | None = None, when: str | None = None) -> dict[str, Evaluation]:
+        """The held-out problems or others, by way of sampling and greedily, as metrics of the run; with `when` they are
+        in its result under names of their own."""
+        return self.ranks.from_first(lambda: self.held_out.evaluate(self.step, when, problems))
+
+    def evaluate_if_due(self, step: int) -> None:
+        if self._evaluates(step):
+            self.run.alone(self.held_out.evaluate, step)
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """The line of the step in metrics.jsonl, and its completions with the policy's log-probabilities."""
+        if self._prepared is not None:
+            self._keep(*self._prepared, self.learner.policy_logprobs)
+        self._prepared = None
+        self.run.record(metrics | self.pool.metrics() | self.task.lost())
+
+    def save_if_due(self, step: int) -> None:
+        """A checkpoint every `checkpoint.every` steps, at the end, and where an evaluation may find the best."""
+        self.run.save_if_due(self.config.checkpoint.keep_best and self._evaluates(step))
+
+    def finish(self) -> Result:
+        """Evaluate at the end, and write the policy to `output_dir/policy`."""
+        run, config = self.run, self.config
+        if not run.ended_before:
+            run.alone(self.held_out.evaluate, run.last, "after GRPO")
+        speeds = self.held_out.speeds() if config.log.measure_speed and self.ranks.first else []
+        save_policy(self.policy, run.folder / "policy", run.last)
+        if config.checkpoint.keep_best:
+            self._save_best()
+        return Result(run.folder, self.policy, self.held_out.results, speeds)
+
+    def _evaluate_first(self) -> None:
+        step = self.run.step
+        if self._evaluates(step) and not self.held_out.done(step):
+            self.run.alone(self.held_out.evaluate, step, "before GRPO" if step == 0 else None)
+
+    def _evaluates(self, step: int) -> bool:
+        return self.held_out.due(step, self.run.last)
+
+    def _evaluated(self, step: int, results: Any) -> None:
+        for listener in self.collector.listeners:
+            listener.evaluated(step, results)
+
+    def _keep(self, drawn: Drawn, batch: TrainingBatch, policy_logprobs: Any = None) -> None:
+        """The completions in the folder of the run; once it was learned from them, again with the log-probabilities."""
+        self.run.log.rollouts(
+            self.step,
+            drawn.groups,
+            drawn.scores,
+            batch.advantages,
+            draws=drawn.draws,
+            backend=self.collector.backend,
+            policy_logprobs=policy_logprobs,
+        )
+
+    def _save_best(self) -> None:
+        run, learner = self.run, self.learner
+        if (best := run.ranks.from_first(run.best_step)) is not None:
+            stored = checkpoint.load(checkpoint.saved(run.checkpoints)[best], together=True)
+            learner.load_state(stored.tensors, stored.state["learner"])
+            save_policy(learner.policy, run.folder / "best_policy", best)
+            run.log.event("best", step=best, folder=str(run.folder / "best_policy"))
+
+
+def _base(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:
+    """With LoRA a checkpoint keeps the digest of the weights under the adapters."""
+    if not run.config.lora:
+        return {}
+    warm = f"warm start {run.folder / 'warm_start'}"
+    source = warm if run.config.warm_start.steps else f"model={run.config.model!r}"
+
+    def on_change(changed: str) -> None:
+        if not run.forced:
+            raise ValueError(f"{changed}, or use --force to go on with the new ones")
+        run.log.event("base_changed", step=run.start, what=changed)
+
+    return {"base": BaseWeights(learner.policy, learner.state()[0]["policy"], source, run.start, on_change)}

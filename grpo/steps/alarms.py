@@ -1,0 +1,62 @@
+"""Alarms where a reward seems to be hacked; see grpo/algorithm/alarms.py for what they look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from grpo.algorithm.alarms import Alarm, Alarms, Watched
+from grpo.algorithm.dynamic_sampling import Drawn
+from grpo.config.run import TrainConfig
+from grpo.learner.batch import TrainingBatch
+from grpo.steps.listener import Listener
+from grpo.task.task import Task
+from rewards.group_score import GroupScore
+from rollout.group import RolloutGroup
+
+if TYPE_CHECKING:
+    from grpo.steps.loop import Run
+
+
+def listener(run: Run[TrainConfig], task: Task) -> Listener | None:
+    wanted = run.config.log.alarms and run.ranks.first
+    return AlarmListener(task.watched_rewards(), run.log.event) if wanted else None
+
+
+class AlarmListener(Listener):
+    """Records an event for each alarm. `rewards` are the marks that are watched."""
+
+    def __init__(self, rewards: Sequence[str], event: Callable[..., None]) -> None:
+        self.alarms, self.event = Alarms(rewards), event
+
+    def learns(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
+        self._sound(step, self.alarms.observe(list(map(_watched, drawn.all_groups, drawn.all_scores))))
+        return self.alarms.values
+
+    def evaluated(self, step: int, results: Mapping[str, Any]) -> None:
+        """An alarm where the reward rises and held-out accuracy falls; by gold answers where the data have them."""
+        result = results.get("sampled")
+        if result is None:
+            return
+        completions = [one for group in result.groups for one in _watched(group, None)]
+        right = [one.right for one in completions if one.right is not None]
+        accuracy = fmean(right) if right else result.accuracy
+        if accuracy is not None:
+            self._sound(step, self.alarms.evaluated(accuracy, len(right) or result.completions))
+
+    def _sound(self, step: int, alarms: Sequence[Alarm]) -> None:
+        for alarm in alarms:
+            what = {"kind": alarm.kind, "reward": alarm.reward, "value": round(alarm.value, 4)}
+            self.event("alarm", step=step, said=alarm.said, unshown=what | {"examples": alarm.examples})
+
+
+def _watched(group: RolloutGroup, score: GroupScore | None) -> list[Watched]:
+    """The completions as the alarms see them; `score` is None where marks do not matter."""
+    prompt = group.prompt
+    question, answer = str(prompt.columns.get("question", prompt.text)), prompt.columns.get("answer")
+    marks = {"score": score.rewards} | score.parts if score else {}
+    return [
+        Watched.of(prompt.prompt_id, question, answer, c.text, c.token_ids, {name: of[i] for name, of in marks.items()})
+        for i, c in enumerate(group.completions)
+    ]

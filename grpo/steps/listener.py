@@ -1,0 +1,80 @@
+"""The seam of the steps: who looks at what a step draws, and may have a say in it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from grpo.algorithm.dynamic_sampling import Drawn
+from grpo.config.run import TrainConfig
+from grpo.data.examples import Example
+from grpo.learner.batch import TrainingBatch
+from grpo.task.task import Task
+from rewards.group_score import GroupScore
+from rollout.group import RolloutGroup
+from rollout.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from grpo.steps.loop import Run
+
+# Each is a file of grpo/steps, whose `listener(run, task)` gives the listener, or None where nobody asks for it.
+LISTENERS = (
+    "curriculum",
+    "tied_steps",
+    "alarms",
+)
+
+
+class Listener:
+    """Looks at the steps of a run, on its first rank. A listener overrides what it needs.
+
+    What is sampled ahead calls `begins`, `choose`, `limit`, `sampled` and `metrics` in another thread and before its
+    turn; the state that these have is taken back where the sampling fails.
+
+    >>> class Longest(Listener):
+    ...     def learns(self, step, drawn, batch):
+    ...         print(step, max(len(c.text) for group in drawn.groups for c in group.completions))
+    """
+
+    def begins(self, step: int) -> None:
+        """Before the prompts of a step are chosen."""
+
+    def choose(self, count: int, step: int, draw: int) -> list[Example] | None:
+        """The problems of a draw, all different; None: the next ones of the data. `draw` counts the refills of a
+        step."""
+        return None
+
+    def limit(self, step: int, params: SamplingParams) -> SamplingParams:
+        """How the step samples."""
+        return params
+
+    def sampled(self, step: int, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> None:
+        """After each draw of a step."""
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What it has to say of a step that was drawn."""
+        return {}
+
+    def prepare(self, batch: TrainingBatch) -> TrainingBatch:
+        """The batch that is learned from, on every rank."""
+        return batch
+
+    def learns(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
+        """Before the learner reads the batch of a step. Returns metrics."""
+        return {}
+
+    def evaluated(self, step: int, results: Mapping[str, Any]) -> None:
+        """After an evaluation; `results` are by way of sampling."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON takes it, with names that no other listener has."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """`state` has the names of all listeners."""
+
+
+def listeners_of(run: Run[TrainConfig], task: Task) -> list[Listener]:
+    listeners = [importlib.import_module(f"grpo.steps.{name}").listener(run, task) for name in LISTENERS]
+    return [listener for listener in listeners if listener is not None]
