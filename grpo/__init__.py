@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from grpo.algorithm.own import advantage, objective
     from grpo.config.run import SftConfig, TrainConfig
     from grpo.learner.learner import Learner
+    from grpo.session import Session
     from grpo.sft import sft
     from grpo.source.policy_source import load_policy
     from grpo.train import train
 
 _HOMES = {
     "Learner": "grpo.learner.learner",
+    "Session": "grpo.session",
     "SftConfig": "grpo.config.run",
     "TrainConfig": "grpo.config.run",
     "advantage": "grpo.algorithm.own",
@@ -36,7 +38,7 @@ _HOMES = {
     "sft": "grpo.sft",
     "train": "grpo.train",
 }
-__all__ = ["Learner", "SftConfig", "TrainConfig", "advantage", "load_policy", "objective", "sft", "train"]
+__all__ = ["Learner", "Session", "SftConfig", "TrainConfig", "advantage", "load_policy", "objective", "sft", "train"]
 
 
 class _Package(ModuleType):

@@ -11,9 +11,9 @@ from grpo.checks.parts import gpu_share
 from grpo.checks.run import check_run
 from grpo.config.problems import command_line
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.learner.parallel import RankFailed, join
+from grpo.learner.parallel import RankFailed
 from grpo.run.hardware import device_of
-from grpo.run.stop import ASKED, Stopped, ignore_signals, say_stopping, signals
+from grpo.run.stop import ASKED, Stopped, say_stopping, signals
 from grpo.sft import sft
 from grpo.source.policy_source import with_threads
 from grpo.train import Result, train
@@ -25,17 +25,12 @@ def launch(config: SftConfig, **flags: Any) -> Result | None:
 
     `flags` are resume, stop_after and force.
     """
-    check_run(config)
-    config = with_threads(config, flags.get("resume"))
     if config.learner.workers and "WORLD_SIZE" not in os.environ:
         return _through_ray(config, flags)
-    ranks = join(device_of(config.device).type == "cpu", config.learner.parallel)
-    if not ranks.first:
-        ignore_signals()  # rank 0 decides how the run ends
-    with ranks.together(), command_line():
+    with command_line():
         act: Any = train if isinstance(config, TrainConfig) else sft
-        result = act(config, ranks=ranks, **flags)
-    return result if ranks.first else None
+        result = act(config, **flags)
+    return result if os.environ.get("RANK", "0") == "0" else None
 
 
 def _through_ray(config: SftConfig, flags: dict[str, Any]) -> Result:
@@ -44,6 +39,8 @@ def _through_ray(config: SftConfig, flags: dict[str, Any]) -> Result:
     A signal reaches them through a file in the run folder, which all machines see. Raises Stopped, or RankFailed with
     the words of the rank that failed first.
     """
+    check_run(config)
+    config = with_threads(config, flags.get("resume"))
     os.environ |= {"RAY_TRAIN_METRICS_ENABLED": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} | os.environ
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

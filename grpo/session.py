@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.checks.run import check_run, open_task
+from grpo.config.problems import python_words
 from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
 from grpo.endpoint.agent_pool import with_agent
@@ -22,11 +23,12 @@ from grpo.learner.batch import PackedRow, TrainingBatch
 from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
-from grpo.learner.parallel import ALONE, Ranks
+from grpo.learner.parallel import joined
 from grpo.learner.prepare import Advantages, supervised
 from grpo.learner.terms.custom import Loss, as_term
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
+from grpo.run.hardware import device_of
 from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics
 from grpo.run.resume import BaseWeights
@@ -57,7 +59,8 @@ class Session:
     ...         groups = session.sample(session.prompts(step), step=step)
     ...         batch = session.prepare(groups, session.score(groups))
     ...         metrics = session.forward_backward(batch) | session.optim_step()
-    ...         session.record(step, metrics | session.publish())
+    ...         session.publish()
+    ...         session.record(step, metrics)
     """
 
     def __init__(self, run: Run[TrainConfig], task: Task, learner: Learner) -> None:
@@ -74,7 +77,6 @@ class Session:
         cls,
         config: TrainConfig,
         *,
-        ranks: Ranks = ALONE,
         resume: str | None = None,
         stop_after: int | None = None,
         force: bool = False,
@@ -85,6 +87,8 @@ class Session:
         config = with_threads(config, resume)
         flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
         with (
+            python_words(),
+            joined(device_of(config.device).type == "cpu", config.learner.parallel) as ranks,
             open_task(config, scores=ranks.first) as task,
             Run.open(config, config.steps, task.describe_rewards(), ranks=ranks, **flags) as run,
         ):
@@ -278,14 +282,12 @@ class Session:
 
     # ---- publishing, evaluating, keeping ----------------------------------------------------------------------------
 
-    def publish(self) -> dict[str, float]:
+    def publish(self) -> None:
         """The samplers get the weights, where they hold others. Of what is sampled ahead the schedule decides that, but
         for a step after which something is evaluated."""
-        if self.batches.ahead and not self._evaluates(self.step) and self.step != self.run.last:
-            return {}
-        self.batches.settle()
-        self._publish()
-        return {}
+        if not self.batches.ahead or self._evaluates(self.step) or self.step == self.run.last:
+            self.batches.settle()
+            self._publish()
 
     def _publish(self) -> None:
         if self.publisher.version != self.learner.policy_version:

@@ -13,7 +13,8 @@ from grpo.config.problems import python_words
 from grpo.config.run import SftConfig
 from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import HeldOut, Result
-from grpo.learner.parallel import ALONE, Ranks
+from grpo.learner.parallel import joined
+from grpo.run.hardware import device_of
 from grpo.source.policy_source import load_policy, save_policy, with_threads
 from grpo.steps.loop import Run
 from grpo.steps.pool import open_run_pool
@@ -30,7 +31,6 @@ def sft(
     resume: str | None = None,
     stop_after: int | None = None,
     force: bool = False,
-    ranks: Ranks = ALONE,
 ) -> Result:
     """The policy is saved to `output_dir/policy`. Raises Stopped when the run was asked to end early."""
     check_run(config)
@@ -38,6 +38,7 @@ def sft(
     steps = config.warm_start.steps
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
     with (
+        joined(device_of(config.device).type == "cpu", config.learner.parallel) as ranks,
         open_task(config, scores=ranks.first) as task,
         Run.open(config, steps, task.describe_rewards(), ranks=ranks, **flags) as run,
     ):

@@ -8,7 +8,6 @@ from grpo.config.problems import python_words
 from grpo.config.reward import with_rewards
 from grpo.config.run import TrainConfig
 from grpo.evaluation.held_out import Result
-from grpo.learner.parallel import ALONE, Ranks
 from grpo.session import Session
 from rewards.protocol import Reward
 
@@ -21,14 +20,13 @@ def train(
     resume: str | None = None,
     stop_after: int | None = None,
     force: bool = False,
-    ranks: Ranks = ALONE,
 ) -> Result:
     """The policy is saved to `output_dir/policy`. `reward` are functions of this process in place of `config.rewards`.
 
     Raises Stopped when the run was asked to end early.
     """
     config = with_rewards(config, reward)
-    with Session.open(config, ranks=ranks, resume=resume, stop_after=stop_after, force=force) as session:
+    with Session.open(config, resume=resume, stop_after=stop_after, force=force) as session:
         for step in session.run.steps():
             drawn = session.draw(step)  # prompts, groups of completions and their scores
             batch = session.prepare(drawn)  # advantages, in packed rows

@@ -26,7 +26,7 @@ from transformers.distributed import DistributedConfig
 
 from grpo.config.learner import LoraOptions, ParallelOptions
 from grpo.learner.batch import PackedRow
-from grpo.run.stop import Stopped
+from grpo.run.stop import Stopped, ignore_signals
 from policies.sharding import everyone, routed_experts
 
 TIMEOUT = timedelta(minutes=30)  # how long a rank waits for another inside a step
@@ -208,6 +208,16 @@ def join(cpu: bool, options: ParallelOptions) -> Ranks:
         ep_implementation="all_to_all",
     )
     return Ranks(layout, state.process_index, state.device)
+
+
+@contextmanager
+def joined(cpu: bool, options: ParallelOptions) -> Iterator[Ranks]:
+    """See `join`. Rank 0 alone hears signals, and a rank that fails tells the others."""
+    ranks = join(cpu, options)
+    if not ranks.first:
+        ignore_signals()
+    with ranks.together():
+        yield ranks
 
 
 def refuse_layout(
