@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from grpo.algorithm.dynamic_sampling import Drawn
@@ -43,6 +44,8 @@ from grpo.steps.publisher import Publisher
 from grpo.steps.supervise import first_policy, warm_start
 from grpo.task.sampling import environment_of, sampling_params
 from grpo.task.task import Task
+from policies.lora import sharing_weights
+from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.pool import Pool
@@ -63,8 +66,10 @@ class Session:
     ...         session.record(step, metrics)
     """
 
-    def __init__(self, run: Run[TrainConfig], task: Task, learner: Learner) -> None:
+    def __init__(self, run: Run[TrainConfig], task: Task, learner: Learner, plain: Policy | None = None) -> None:
+        """`plain` shares the frozen weights, without adapters: what other sessions begin with."""
         self.run, self.task, self.learner, self.config = run, task, learner, run.config
+        self.plain = plain
         self.policy, self.ranks = learner.policy, run.ranks
         self.collector = Collector(run, task, learner.policy, listeners_of(run, task))
         self.batches = Batches(run, self.collector, learner, self._publish)
@@ -77,12 +82,14 @@ class Session:
         cls,
         config: TrainConfig,
         *,
+        base: Session | None = None,
         resume: str | None = None,
         stop_after: int | None = None,
         force: bool = False,
     ) -> Iterator[Self]:
         """Everything that can be refused is refused before the folder is touched. The policy has its warm start,
-        samplers hold its weights, and the held-out problems have been evaluated."""
+        samplers hold its weights, and the held-out problems have been evaluated. With LoRA another session may be the
+        `base`: both have the frozen weights of one policy, in memory once, each with adapters of its own."""
         check_run(config)
         config = with_threads(config, resume)
         flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
@@ -93,10 +100,13 @@ class Session:
             Run.open(config, config.steps, task.describe_rewards(), ranks=ranks, **flags) as run,
         ):
             task.record_split(run.log)
-            warm_start(run, task)
+            if base is None:
+                warm_start(run, task)
             again, beside = partial(first_policy, run, task), partial(load_beside, config)
-            learner: Learner = grpo_learner(again(), config, task.reward_weights, ranks, again, beside)
-            session = cls(run, task, learner)
+            policy = again() if base is None else _shared(config, base)
+            plain = sharing_weights(policy) if config.lora else None
+            learner: Learner = grpo_learner(policy, config, task.reward_weights, ranks, again, beside)
+            session = cls(run, task, learner, plain)
             run.restore(learner=learner, curriculum=session.batches, **_base(run, learner))
             with (
                 open_run_pool(learner.policy, config.rollout, config.dtype, run.log, samples=ranks.first) as pool,
@@ -314,6 +324,19 @@ class Session:
         """A checkpoint every `checkpoint.every` steps, at the end, and where an evaluation may find the best."""
         self.run.save_if_due(self.config.checkpoint.keep_best and self._evaluates(step))
 
+    def save(self, folder: Path | str) -> Path:
+        """A checkpoint in `folder`, beside those of the run; the path for `load`."""
+        return checkpoint.save(Path(folder), self.run.step, *self.run.state())
+
+    def load(self, path: Path | str) -> None:
+        """The policy, its optimizer, the order of the data and what listeners keep, as they were when this checkpoint
+        was saved; the samplers get the weights. Raises CheckpointError for a damaged one, ValueError for another
+        policy's."""
+        self.run.load(checkpoint.load(Path(path), together=True))
+        self.publisher.version = None  # another policy may have had the same
+        self._publish()
+        self.batches.begin()
+
     def finish(self) -> Result:
         """Evaluate at the end, and write the policy to `output_dir/policy`."""
         run, config = self.run, self.config
@@ -356,6 +379,18 @@ class Session:
             learner.load_state(stored.tensors, stored.state["learner"])
             save_policy(learner.policy, run.folder / "best_policy", best)
             run.log.event("best", step=best, folder=str(run.folder / "best_policy"))
+
+
+def _shared(config: TrainConfig, base: Session) -> Policy:
+    """The policy that `base` began with, whose frozen weights both use. Raises ValueError where they are not frozen."""
+    if base.plain is None or config.lora is None:
+        raise ValueError("base=: sessions share weights that none of them moves; set lora in both of their
+        configurations")
+    for name in ("model", "dtype", "device"):
+        one, other = getattr(config, name), getattr(base.config, name)
+        if one != other:
+            raise ValueError(f"base=: {name}={one!r}, and the other session has {name}={other!r}; make them the same")
+    return sharing_weights(base.plain)
 
 
 def _base(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,7 @@ from grpo.config.data import CurriculumOptions, DataOptions
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.learner import BalanceOptions, LearnerOptions, LoraOptions, MTPOptions, WarmStartOptions
 from grpo.config.loss import DistillOptions, LossOptions, ValueOptions
-from grpo.config.options import Options
+from grpo.config.options import Options, load
 from grpo.config.policy import ModelOptions
 from grpo.config.reward import RewardsOptions
 from grpo.config.sampling import RolloutOptions
@@ -73,6 +73,12 @@ class RunConfig(RewardsOptions, ModelOptions):
     rollout: RolloutOptions = RolloutOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     log: LogOptions = LogOptions()
+
+    @classmethod
+    def read(cls, file: Path | str, **overrides: Any) -> Self:
+        """The configuration in a YAML file, with these options in place of its own: `read(file, steps=20)`, and by
+        `**{"rollout.ahead": 1}` those of a section. Raises ConfigError with all that is wrong."""
+        return load(cls, Path(file), overrides)
 
 
 class SftConfig(EnvironmentOptions, RunConfig):

@@ -166,12 +166,17 @@ class Run(Generic[Config]):
         """
         self._parts = parts
         if self.saved:
-            for name, part in parts.items():
-                if isinstance(part, Learner):
-                    part.load_state(self.saved.tensors, self.saved.state[name])
-                elif name in self.saved.state:
-                    part.load_state_dict(self.saved.state[name])
+            self.load(self.saved)
         self.ranks.from_first(lambda: checkpoint.discard_after(self.checkpoints, self.start))
+
+    def load(self, saved: Checkpoint) -> None:
+        """Every part takes the state that it had when this was saved."""
+        self.saved = saved
+        for name, part in self._parts.items():
+            if isinstance(part, Learner):
+                part.load_state(saved.tensors, saved.state[name])
+            elif name in saved.state:
+                part.load_state_dict(saved.state[name])
 
     # ---- the steps --------------------------------------------------------------------------------------------------
 
@@ -277,18 +282,21 @@ class Run(Generic[Config]):
         if self.saved_step == self.step:
             return
         self._refused = self.step
+        best = self.best_step(self.step) if self.ranks.first else None
+        protect = [] if best is None else [best]
+        checkpoint.save(self.checkpoints, self.step, *self.state(), keep=self.config.checkpoint.keep, protect=protect)
+        self.saved_step, self._refused = self.step, -1
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The tensors of all parts, and on rank 0 what JSON takes of them."""
         tensors, state = self._learner.state()
-        everything, protect = {}, []
+        everything = {}
         if self.ranks.first:
             others = {name: part.state_dict() for name, part in self._others.items()}
             everything = {"learner": state, **others, **self.log.state()}
-            best = self.best_step(self.step)
-            protect = [] if best is None else [best]
         for part in self._others.values():
             tensors |= part.tensors() if hasattr(part, "tensors") else {}
-        keep = self.config.checkpoint.keep
-        checkpoint.save(self.checkpoints, self.step, tensors, everything, keep=keep, protect=protect)
-        self.saved_step, self._refused = self.step, -1
+        return tensors, everything
 
     def best_step(self, *being_saved: int) -> int | None:
         """The step of the best checkpoint, which stays; None where none was asked for (`checkpoint.keep_best`)."""
