@@ -384,8 +384,7 @@ class Session:
 def _shared(config: TrainConfig, base: Session) -> Policy:
     """The policy that `base` began with, whose frozen weights both use. Raises ValueError where they are not frozen."""
     if base.plain is None or config.lora is None:
-        raise ValueError("base=: sessions share weights that none of them moves; set lora in both of their
-        configurations")
+        raise ValueError("base=: sessions share weights that none of them moves; set lora in both configurations")
     for name in ("model", "dtype", "device"):
         one, other = getattr(config, name), getattr(base.config, name)
         if one != other:
