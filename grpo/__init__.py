@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from grpo.sft import sft
     from grpo.source.policy_source import load_policy
     from grpo.train import train
+    from rewards.group_score import GroupScore
 
 _HOMES = {
+    "GroupScore": "rewards.group_score",
     "Learner": "grpo.learner.learner",
     "Session": "grpo.session",
     "SftConfig": "grpo.config.run",
@@ -38,7 +40,18 @@ _HOMES = {
     "sft": "grpo.sft",
     "train": "grpo.train",
 }
-__all__ = ["Learner", "Session", "SftConfig", "TrainConfig", "advantage", "load_policy", "objective", "sft", "train"]
+__all__ = [
+    "GroupScore",
+    "Learner",
+    "Session",
+    "SftConfig",
+    "TrainConfig",
+    "advantage",
+    "load_policy",
+    "objective",
+    "sft",
+    "train",
+]
 
 
 class _Package(ModuleType):

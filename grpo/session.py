@@ -73,7 +73,6 @@ class Session:
         self.policy, self.ranks = learner.policy, run.ranks
         self.collector = Collector(run, task, learner.policy, listeners_of(run, task))
         self.batches = Batches(run, self.collector, learner, self._publish)
-        self.step = run.step
         self._prepared: tuple[Drawn, TrainingBatch] | None = None  # what the step learns from
 
     @classmethod
@@ -133,12 +132,16 @@ class Session:
         sampling = replace(sampling, environment=environment_of(config))
         self.held_out = HeldOut(self.task, policy, examiner, run.log, config.eval, sampling, self._evaluated)
 
+    @property
+    def step(self) -> int:
+        """The step in progress; between steps the last one."""
+        return self.run.now
+
     # ---- what a step learns from ------------------------------------------------------------------------------------
 
     def draw(self, step: int) -> Drawn:
         """The prompts of a step, their groups and scores; tied groups are refilled, and what the next steps need is
         sampled ahead, as the configuration says."""
-        self.step = step
         drawn = self.batches.take(step)
         self.run.metrics |= drawn.metrics
         self.run.alone(self.pool.sleep)
@@ -147,7 +150,6 @@ class Session:
 
     def prompts(self, step: int, count: int | None = None, draw: int = 0) -> list[Prompt]:
         """The prompts of a step, `prompts_per_step` of them or `count`. `draw` counts refills within the step."""
-        self.step = step
 
         def choose() -> list[Prompt]:
             if draw == 0:
@@ -156,17 +158,14 @@ class Session:
 
         return self.ranks.from_first(choose)
 
-    def sample(
-        self, prompts: Sequence[Prompt], *, step: int | None = None, draw: int = 0, **changes: Any
-    ) -> list[RolloutGroup]:
+    def sample(self, prompts: Sequence[Prompt], *, step: int, draw: int = 0, **changes: Any) -> list[RolloutGroup]:
         """A group of completions of each prompt, a function of the weights, the seed, the step, the draw, the prompt
         and the place in the group (contract 4). `changes` are of SamplingParams, such as `group_size`."""
-        self.step = self.step if step is None else step
 
         def act() -> list[RolloutGroup]:
-            params = replace(self.collector.params(self.step), **changes).at(self.step, draw)
+            params = replace(self.collector.params(step), **changes).at(step, draw)
             with self.run.timed("time/rollout"), self.run.log.progress() as progress:
-                bar = progress.add_task(f"step {self.step}: sampling", total=len(prompts) * params.group_size)
+                bar = progress.add_task(f"step {step}: sampling", total=len(prompts) * params.group_size)
                 groups = self.collector.sample(prompts, params, partial(progress.advance, bar))
             self.collector.learn_drafts(groups)
             return groups
@@ -198,10 +197,19 @@ class Session:
 
         return self.ranks.from_first(take)
 
+    def group(self, prompt: Prompt | str, completions: Sequence[str]) -> RolloutGroup:
+        """Texts as a group, as if they had been sampled; each ends with the stop token. Their log-probabilities are not
+        known, and stand as 0."""
+        tokenizer, stop = self.policy.tokenizer, self.policy.stop_token_ids[0]
+        if isinstance(prompt, str):
+            prompt = Prompt(prompt, prompt, tokenizer.encode(prompt), {})
+        tokens = [[*tokenizer.encode(text, add_special_tokens=False), stop] for text in completions]
+        return RolloutGroup(prompt, [_given(ids, text) for ids, text in zip(tokens, completions, strict=True)])
+
     def logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]]) -> list[Any]:
         """The policy's log-probability of each token of completions, given as token ids by prompt: [P][G][Lc]."""
         groups = [
-            RolloutGroup(prompt, [Completion(list(ids), [0.0] * len(ids), "", "stop", 0) for ids in of_prompt])
+            RolloutGroup(prompt, [_given(list(ids)) for ids in of_prompt])
             for prompt, of_prompt in zip(prompts, completions, strict=True)
         ]
         return logprobs_of_groups(self.policy, groups, self.config.rollout.temperature)
@@ -379,6 +387,10 @@ class Session:
             learner.load_state(stored.tensors, stored.state["learner"])
             save_policy(learner.policy, run.folder / "best_policy", best)
             run.log.event("best", step=best, folder=str(run.folder / "best_policy"))
+
+
+def _given(token_ids: list[int], text: str = "") -> Completion:
+    return Completion(token_ids, [0.0] * len(token_ids), text, "stop", 0)
 
 
 def _shared(config: TrainConfig, base: Session) -> Policy:

@@ -59,6 +59,7 @@ METRICS: dict[str, str] = {
     "loss/balance_sequence": "balance loss of a completion, before its weight, mean over layers; 1 is balanced",
     "loss/balance_heads_entropy": "the same as loss/balance_entropy, of dynamic heads (policy.heads)",
     "loss/balance_heads_sequence": "the same as loss/balance_sequence, of dynamic heads (policy.heads)",
+    "loss/own": "the loss that a loop of your own gave to forward_backward, as it is summed up",
     "loss/sft": "cross-entropy of the gold solutions in the warm start, mean, nats per token",
     "policy/entropy": "entropy of the sampling policy, nats per token: the mean of -log-probability of what it sampled",
     "policy/step_kl": "how far the step moved the policy: KL of the one before it from the one after (k3 estimate), on "

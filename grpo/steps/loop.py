@@ -196,6 +196,11 @@ class Run(Generic[Config]):
                 self.ranks.from_first(signals.check)
 
     @property
+    def now(self) -> int:
+        """The step in progress; between steps the last whole one."""
+        return self.step if self._begun is None else self._begun
+
+    @property
     def _learner(self) -> Learner:
         return self._parts["learner"]
 
@@ -252,7 +257,8 @@ class Run(Generic[Config]):
         if self._skipped != self._begun:
             self._learner.skipped_in_a_row = 0
         self._learner.update.zero()  # the next rollouts need the memory
-        assert self._begun is not None
+        if self._begun is None:
+            raise RuntimeError("an update outside of a step of the run: make it inside of `for step in run.steps():`")
         self.step = self._begun
 
     def record(self, more: Mapping[str, float] | None = None, *, show: bool = True) -> None:
