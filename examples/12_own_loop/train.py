@@ -7,7 +7,7 @@ from grpo import Session, TrainConfig
 with Session.open(TrainConfig.read(sys.argv[1], **dict(word.split("=", 1) for word in sys.argv[2:]))) as session:
     for step in session.run.steps():
         batch = session.prepare(session.draw(step))
-        metrics = session.forward_backward(batch) | session.optim_step()
+        metrics = session.learn(batch)  # session.forward_backward(batch) | session.optim_step(), once or more often
         session.publish()
         session.record(step, metrics)
         session.save_if_due(step)

@@ -15,7 +15,7 @@ def wins(group, other):
     return GroupScore(shares, {})
 
 
-first, second = (TrainConfig.read(sys.argv[1], output_dir=folder) for folder in sys.argv[2:4])
+first, second = (TrainConfig.read(sys.argv[1], output_dir=sys.argv[2 + seed], seed=seed) for seed in (0, 1))
 with Session.open(first) as one, Session.open(second, base=one) as two:
     for step, _ in zip(one.run.steps(), two.run.steps(), strict=True):
         prompts = one.prompts(step)

@@ -35,7 +35,7 @@ def as_term(loss: Loss, first: Term) -> Term:
         if isinstance(first, PolicyTerm):
             updates, differs, longest = first.updates, first.sampler_differs, first.longest
         return PolicyTerm(options, updates=updates, sampler_differs=differs, longest=longest)
-    count = len(inspect.signature(loss).parameters)
+    count = sum(parameter.default is parameter.empty for parameter in inspect.signature(loss).parameters.values())
     if count == 4:
         return PerToken(loss)
     if count in (1, 2):

@@ -1,0 +1,314 @@
+"""The primitives: loops of one's own, what they give, and what they refuse."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zstandard
+from safetensors.torch import load_file
+from start_ranks import run_ranks
+
+from grpo import Session
+from grpo.config.options import dump_yaml
+from grpo.run.records import read_metrics
+from grpo.run.stop import Stopped
+from grpo.train import train
+
+LOOPS = Path(__file__).parents[2] / "examples/12_own_loop"
+
+
+def run_loop(monkeypatch, name, *words):
+    """The script of that name, in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    return runpy.run_path(str(LOOPS / name))
+
+
+def sampled(folder):
+    """The sampled ids of each step."""
+    ids = {}
+    for file in sorted((folder / "rollouts").iterdir()):
+        lines = zstandard.ZstdDecompressor().decompress(file.read_bytes()).splitlines()
+        ids[file.name] = [json.loads(line)["token_ids"] for line in lines]
+    return ids
+
+
+def assert_same_run(one, other, steps):
+    first, second = (load_file(folder / "policy/model.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert sampled(one) == sampled(other)
+    assert len(sampled(one)) == steps
+    assert len(read_metrics(one)) >= steps
+
+
+def written(config, path):
+    path.write_text(dump_yaml(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"learner.updates_per_batch": 2, "loss.beta": 0.1},
+        pytest.param({"rollout.ahead": 1}, marks=pytest.mark.slow),
+    ],
+    ids=["plain", "two updates", "ahead"],
+)
+def test_contract_17_a_loop_over_the_primitives_gives_the_bits_of_quartet_train(
+    micro_config, tmp_path, monkeypatch, options
+):
+    steps = 20
+    config = micro_config(tmp_path / "ours", steps=steps, **options)
+    train(config)
+    run_loop(monkeypatch, "train.py", written(config, tmp_path / "run.yaml"), f"output_dir={tmp_path / 'theirs'}")
+    assert_same_run(tmp_path / "ours", tmp_path / "theirs", steps)
+    parts = [
+        load_file(tmp_path / run / f"checkpoints/step_{steps:06d}/optimizer.safetensors") for run in ("ours", "theirs")
+    ]
+    assert all(torch.equal(tensor, parts[1][name]) for name, tensor in parts[0].items())
+
+
+@pytest.mark.slow
+def test_contract_17_on_two_ranks_too(micro_config, random_policy, tmp_path):
+    random_policy(0).save(tmp_path / "model")
+    given = {"model": str(tmp_path / "model"), "device": "cpu", "warm_start.steps": 0, "steps": 4}
+    config = micro_config(tmp_path / "ours", rewards=[{"function": "gsm8k_format"}], **given)
+    file = written(config, tmp_path / "run.yaml")
+    run_ranks(["-m", "grpo", "train", str(file)], 2)
+    run_ranks([str(LOOPS / "train.py"), str(file), f"output_dir={tmp_path / 'theirs'}"], 2)
+    assert_same_run(tmp_path / "ours", tmp_path / "theirs", 4)
+
+
+def test_drawing_is_prompts_sampling_and_scoring(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path / "one")) as one, Session.open(micro_config(tmp_path / "two")) as two:
+        for step, _ in zip(one.run.steps(), two.run.steps(), strict=True):
+            drawn = one.draw(step)
+            groups = two.sample(two.prompts(step), step=step)
+            scores = two.score(groups)
+            assert [c.token_ids for g in drawn.groups for c in g.completions] == [
+                c.token_ids for g in groups for c in g.completions
+            ]
+            assert [score.rewards for score in drawn.scores] == [score.rewards for score in scores]
+            for session, batch in ((one, one.prepare(drawn)), (two, two.prepare(groups, scores))):
+                session.record(step, session.forward_backward(batch) | session.optim_step())
+                session.publish()
+    assert all(
+        torch.equal(tensor, dict(two.policy.named_parameters())[name]) for name, tensor in one.policy.named_parameters()
+    )
+
+
+def test_an_advantage_of_each_token_is_the_gradients_weight(micro_config, tmp_path):
+    """Advantages of one completion's tokens alone, by a hand-written loss of the same tokens."""
+    with Session.open(micro_config(tmp_path / "r", **{"mtp.loss_weight": 0})) as session:
+        for step in session.run.steps():
+            groups = session.sample(session.prompts(step), step=step)
+            lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
+            advantages = [[[float(t + 1) * (i == 0) for t in range(n)] for i, n in enumerate(row)] for row in lengths]
+            session.forward_backward(session.prepare(groups, advantages=advantages))
+            gradient = {n: p.grad.clone() for n, p in session.policy.trunk.named_parameters() if p.grad is not None}
+            session.learner.update.zero()
+            session.learner._open.clear()
+            zeros = [[0.0] * len(row) for row in lengths]
+
+            def by_hand(logprobs, groups=groups):
+                size, total = len(groups[0].completions), sum(map(len, logprobs))
+                weights = [torch.arange(1.0, len(row) + 1) * (i % size == 0) for i, row in enumerate(logprobs)]
+                ratios = [(row - row.detach()).exp() for row in logprobs]
+                return -sum((w * r).sum() for w, r in zip(weights, ratios, strict=True)) / total
+
+            session.forward_backward(session.prepare(groups, advantages=torch.tensor(zeros)), by_hand)
+            for name, parameter in session.policy.trunk.named_parameters():
+                if name in gradient:
+                    torch.testing.assert_close(parameter.grad, gradient[name], atol=1e-6, rtol=1e-4)
+            assert sum(part.norm() for part in gradient.values()) > 1e-3
+            session.optim_step()
+            session.record(step, {})
+
+
+def test_where_nothing_counted_nothing_moves(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path / "r", **{"mtp.loss_weight": 0})) as session:
+        for step in session.run.steps():
+            groups = session.sample(session.prompts(step), step=step)
+            before = {name: p.detach().clone() for name, p in session.policy.named_parameters()}
+            metrics = session.forward_backward(session.prepare(groups)) | session.optim_step()  # all scores are 0
+            assert metrics["learner/updates"] == 0
+            assert not session.learner.optimizer.state
+            assert all(torch.equal(before[name], p) for name, p in session.policy.named_parameters())
+            session.record(step, metrics)
+
+
+def test_a_rate_of_ones_own_moves_by_that_rate(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path / "r", steps=1)) as session:
+        for step in session.run.steps():
+            batch = session.prepare(session.draw(step))
+            session.forward_backward(batch, lambda logprobs, sampled, advantages, mask: -logprobs)
+            metrics = session.optim_step(3e-4, betas=(0.5, 0.5))
+            assert metrics["learner/learning_rate"] == pytest.approx(3e-4)
+            assert {group["betas"] for group in session.learner.optimizer.param_groups} == {(0.5, 0.5)}
+            session.record(step, metrics)
+
+
+def test_supervised_steps_raise_the_gold_solutions(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path / "r", steps=6, **{"learner.learning_rate": 1e-2})) as session:
+        losses = []
+        rows = session.solutions(4)
+        for step in session.run.steps():
+            losses.append(session.forward_backward(session.prepare(rows), "supervised")["loss/sft"])
+            session.record(step, session.optim_step())
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_log_probabilities_are_those_that_were_sampled(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path / "r")) as session:
+        prompts = session.prompts(1)
+        groups = session.sample(prompts, step=1)
+        scored = session.logprobs(prompts, [[c.token_ids for c in group.completions] for group in groups])
+        for group, rows in zip(groups, scored, strict=True):
+            for completion, row in zip(group.completions, rows, strict=True):
+                assert row == pytest.approx(completion.logprobs, abs=1e-4)
+
+
+def test_other_rewards_score_the_same_groups(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path / "r")) as session:
+        groups = session.sample(session.prompts(1), step=1, group_size=3)
+        scores = session.score(groups, lambda completions, **columns: [float(len(text)) for text in completions])
+        assert [score.rewards for score in scores] == [[float(len(t)) for t in group.texts] for group in groups]
+        assert {len(group.completions) for group in groups} == {3}
+
+
+def test_a_checkpoint_of_a_session_brings_it_back(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path / "r", steps=4)) as session:
+        for step in session.run.steps():
+            if step == 3:
+                path = session.save(tmp_path / "kept")
+                before = {name: p.detach().clone() for name, p in session.policy.named_parameters()}
+            drawn = session.draw(step)
+            session.record(step, session.learn(session.prepare(drawn)))
+            session.publish()
+        version = session.publisher.version
+        session.load(path)
+        assert all(torch.equal(before[name], p) for name, p in session.policy.named_parameters())
+        assert session.publisher.version == session.learner.policy_version == version - 2
+        again = session.sample(session.prompts(3), step=3)
+    assert [c.token_ids for g in again for c in g.completions] == sampled(tmp_path / "r")["step_000003.jsonl.zst"]
+
+
+def test_a_stopped_loop_of_ones_own_is_saved_and_goes_on(micro_config, tmp_path, monkeypatch):
+    config = micro_config(tmp_path / "whole", steps=4)
+    train(config)
+    config = micro_config(tmp_path / "parts", steps=4)
+
+    def loop(**flags):
+        with Session.open(config, **flags) as session:
+            for step in session.run.steps():
+                session.record(step, session.learn(session.prepare(session.draw(step))))
+                session.publish()
+                session.save_if_due(step)
+            session.finish()
+
+    with pytest.raises(Stopped):
+        loop(stop_after=2)
+    loop(resume="auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)
+
+
+def test_sessions_share_one_frozen_base(micro_config, tmp_path):
+    lora = {"lora": {"rank": 2}, "learner.learning_rate": 1e-2}
+    first, second = (micro_config(tmp_path / name, seed=seed, **lora) for seed, name in enumerate(("one", "two")))
+    with Session.open(first) as one, Session.open(second, base=one) as two:
+        weights, others = dict(one.policy.trunk.named_parameters()), dict(two.policy.trunk.named_parameters())
+        frozen = [name for name, weight in weights.items() if not weight.requires_grad]
+        assert frozen
+        assert all(weights[name] is others[name] for name in frozen)
+        before = {name: weight.detach().clone() for name, weight in others.items()}
+        for step in one.run.steps():
+            one.record(step, one.learn(one.prepare(one.draw(step))))
+            one.publish()
+        assert all(torch.equal(before[name], weight) for name, weight in others.items())
+        moved = [name for name in weights if name not in frozen]
+        assert any(not torch.equal(weights[name], others[name]) for name in moved)
+
+
+def test_a_base_that_moves_cannot_be_shared(micro_config, tmp_path):
+    with (
+        Session.open(micro_config(tmp_path / "one")) as one,
+        pytest.raises(ValueError, match="set lora in both"),
+        Session.open(micro_config(tmp_path / "two"), base=one),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda a, b, c: a, "a loss of 3 parameters"),
+        (lambda policy, reference: policy[0].sum(), "there is no reference"),
+        ("dapoo", "loss_type"),
+    ],
+)
+def test_losses_that_cannot_be_are_refused_by_name(micro_config, tmp_path, loss, message):
+    with Session.open(micro_config(tmp_path / "r", steps=1)) as session:
+        for step in session.run.steps():
+            batch = session.prepare(session.draw(step))
+            with pytest.raises(ValueError, match=message):
+                session.forward_backward(batch, loss)
+            session.record(step, session.learn(batch))
+
+
+def test_an_update_outside_of_a_step_is_refused(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path / "r")) as session:
+        batch = session.prepare(session.sample(session.prompts(1), step=1))
+        session.forward_backward(batch)
+        with pytest.raises(RuntimeError, match="for step in run.steps"):
+            session.optim_step()
+
+
+# ---- the examples ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_run(micro_config, tmp_path):
+    """The file of a short run with adapters."""
+    options = {"lora": {"rank": 2}, "learner.learning_rate": 1e-2, "steps": 4}
+    return written(micro_config(tmp_path / "unused", **options), tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("name", ["per_token.py", "best_of_n.py"])
+def test_examples_of_loops_learn(own_run, tmp_path, monkeypatch, name):
+    run_loop(monkeypatch, name, own_run, tmp_path / "r")
+    metrics = read_metrics(tmp_path / "r")
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert any(line.get("policy/step_kl", 0) > 0 for line in metrics)
+    assert (tmp_path / "r/policy/model.safetensors").exists()
+
+
+def test_the_best_of_n_becomes_likelier(own_run, tmp_path, monkeypatch):
+    run_loop(monkeypatch, "best_of_n.py", own_run, tmp_path / "r")
+    losses = [line["loss/own"] for line in read_metrics(tmp_path / "r")]
+    assert losses[-1] < losses[0]
+
+
+def test_two_policies_play_and_become_two(own_run, tmp_path, monkeypatch):
+    run_loop(monkeypatch, "two_policies.py", own_run, tmp_path / "one", tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "policy/model.safetensors") for name in ("one", "two"))
+    assert any(not torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert sampled(tmp_path / "one") != sampled(tmp_path / "two")
+
+
+def test_dpo_prefers_what_was_chosen(own_run, tmp_path, monkeypatch):
+    pairs = [{"prompt": f"{i}+1=", "chosen": "aa", "rejected": "zz"} for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    run_loop(monkeypatch, "dpo.py", own_run, tmp_path / "r", tmp_path / "pairs.jsonl")
+    losses = [line["loss/own"] for line in read_metrics(tmp_path / "r")]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: policy and reference are the same
+    assert losses[-1] < losses[0] - 0.01
+
+
+def test_loops_are_as_short_as_is_promised():
+    for file in LOOPS.glob("*.py"):
+        code = [line for line in file.read_text().splitlines() if line.strip() and not line.strip().startswith("#")]
+        assert len(code) <= (15 if file.name == "train.py" else 30), file.name
