@@ -44,9 +44,9 @@ def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
     """Sample, score, learn, publish with canaries, as `quartet train` does."""
     import torch
 
-    from grpo.config.learner import LearnerOptions, MTPOptions
+    from grpo.config.learner import LearnerOptions
     from grpo.data.prompts import PromptTemplate, encode_prompt
-    from grpo.learner.learner import Learner
+    from grpo.learner.build import Setting, make
     from grpo.steps.publisher import Publisher
     from policies.policy import Policy
     from rewards import RewardSpec, Scorer
@@ -57,11 +57,11 @@ def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
     template = PromptTemplate("chat")
     prompts = [encode_prompt(example, policy.tokenizer, template) for example in questions(step)]
     options = LearnerOptions(learning_rate=step.learning_rate)
-    learner = Learner(
+    learner = make(
         policy,
         options,
-        MTPOptions(),
-        max_completion_tokens=step.tokens,
+        Setting(),
+        longest=step.tokens,
         reward_weights={"reward": 1.0},
         sampler_differs=name == "ours_vllm",  # which turns the importance correction on
     )

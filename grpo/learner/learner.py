@@ -163,7 +163,8 @@ class Learner:
             self._drop()
             raise
         work.seconds += time.perf_counter() - started
-        self._open.append(work)
+        if work not in self._open:
+            self._open.append(work)
         return metrics | self.ranks.sum_metrics(sums) | {"time/learn": work.seconds}
 
     def _backward(self, work: Work, on_micro_batch: OnMicroBatch | None) -> dict[str, float]:
@@ -300,8 +301,10 @@ class Learner:
         return learner_state.take(*self._stateful), counters
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> None:
-        """The inverse of `state`. Raises ValueError naming what does not fit."""
+        """The inverse of `state`; what waits or goes on does so no more. Raises ValueError naming what does not fit."""
         learner_state.put(tensors, *self._stateful)
+        self._drop()
+        self._done, self._published = [], None
         self.policy_version, self.skipped_in_a_row = state["policy_version"], state["skipped_in_a_row"]
 
     @property

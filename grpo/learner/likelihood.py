@@ -25,7 +25,7 @@ class Forward:
     """What one forward of a micro-batch gives: log-probabilities [C, L] and the states the MTP head learns from."""
 
     logprobs: Tensor
-    entropy: Tensor
+    entropy: Tensor  # differentiable where the loss has `entropy_coef`
     preceding: Tensor  # [B, T, D] the hidden state that predicts each token
     records: dict[str, Any] = field(default_factory=dict)  # what watchers have recorded, by their names
 

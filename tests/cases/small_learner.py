@@ -1,4 +1,4 @@
-"""A GRPO learner from the options that a test cares about."""
+"""Learners from the options that a test cares about, and what is in them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import Any
 
 from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
 from grpo.config.loss import DistillOptions, LossOptions, ValueOptions
-from grpo.learner.build import Setting, make
+from grpo.learner.build import Setting, make, terms_of
 from grpo.learner.learner import Learner
+from grpo.learner.likelihood import Likelihood
+from grpo.learner.terms.supervised import SupervisedTerm
+from grpo.learner.terms.term import Work
 from policies.policy import Policy
 
 
@@ -25,7 +28,7 @@ def small_learner(
     max_completion_tokens: int = 0,
     **more: Any,
 ) -> Learner:
-    """See `grpo.learner.build.make` for `more`. A `teacher` has `reward_weight` and `top_k` of `distill`."""
+    """For GRPO. See `grpo.learner.build.make` for `more`. A `teacher` has `reward_weight` and `top_k` of `distill`."""
     distill = DistillOptions(teacher="teacher" if teacher else None, reward_weight=reward_weight, top_k=top_k)
     setting = Setting(
         loss or LossOptions(),
@@ -36,3 +39,27 @@ def small_learner(
         load=lambda name: teacher,
     )
     return make(policy, options or LearnerOptions(), setting, longest=max_completion_tokens, **more)
+
+
+def supervised_learner(
+    policy: Policy,
+    options: LearnerOptions | None = None,
+    mtp: MTPOptions | None = None,
+    *,
+    balance: BalanceOptions | None = None,
+) -> Learner:
+    """For batches of gold solutions."""
+    setting = Setting(mtp=mtp or MTPOptions(), balance=balance or BalanceOptions())
+    terms = [SupervisedTerm(), *terms_of(policy, setting)]
+    return Learner(policy, options or LearnerOptions(), terms, Likelihood(policy, watchers=terms))
+
+
+def term_of(learner: Learner, name: str) -> Any:
+    [term] = [term for term in learner.terms if term.name == name]
+    return term
+
+
+def last_work(learner: Learner) -> Work:
+    """What the last update was made from."""
+    [work] = learner._done
+    return work

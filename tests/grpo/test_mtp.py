@@ -17,9 +17,9 @@ from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
 from grpo.config.options import load
 from grpo.learner.batch import PackedRow, Sample, micro_batches
 from grpo.learner.head_learner import HeadLearner
-from grpo.learner.learner import Learner
 from grpo.learner.lessons import KINDS, Corpus
-from grpo.learner.update import NonFiniteStep
+from grpo.learner.prepare import supervised
+from grpo.learner.update import NonFiniteStep, Update
 from grpo.mtp import mtp, rows_of, split
 from grpo.run import checkpoint
 from grpo.run.log import RunLog
@@ -259,7 +259,7 @@ def test_contract_9_a_signal_gives_up_the_rollouts_in_progress(whole, config, tm
         (LocalPool, "publish", 2, RolloutError("workers died 4 times"), [3, 4, 5, 6, 7]),  # one before, one at the end
         (Corpus, "add", 2, OSError("No space left on device"), [1]),
         pytest.param(HeadLearner, "_lesson_loss", 1, NonFiniteStep("the loss is nan"), [3], marks=pytest.mark.long),
-        (HeadLearner, "_update", 5, NonFiniteStep("the gradient is nan"), [3]),  # in the middle of an epoch
+        (Update, "make", 5, NonFiniteStep("the gradient is nan"), [3]),  # in the middle of an epoch
         (HeadLearner, "teach", 3, NonFiniteStep("the loss is nan"), [3, 4, 5]),
         (RunLog, "step", 3, KeyError("a bug"), [3]),
     ],
@@ -478,7 +478,7 @@ def test_frequent_tokens_are_those_that_the_policy_expects_to_say(random_policy)
 
 @pytest.mark.parametrize("trims", [False, True])
 def test_grpo_and_this_command_teach_the_head_the_same_loss(random_policy, trims):
-    """The same rows through `Learner.sft_step`'s head loss and through a lesson: the same gradient."""
+    """The same rows through a learner's draft head term and through a lesson: the same gradient."""
     gradients = []
     for kind in ("lesson", "learner"):
         policy, rows = random_policy(5), _rows()
@@ -490,19 +490,15 @@ def test_grpo_and_this_command_teach_the_head_the_same_loss(random_policy, trims
             if kind == "lesson":
                 loss = learner._lesson_loss(lesson, 3, "kl") * lesson.tokens / tokens
             else:
-                out, taught = learner.likelihood.forward(mini), {row.group: 1 / tokens for row in rows}
-                loss = Learner._head_loss(learner, mini, out, taught, _Sums())
+                work, [head] = learner._work(supervised(rows), learner.terms), learner.terms
+                work.fixed["draft_head"] = {row.group: 1 / tokens for row in rows}
+                loss = head.scalar(mini, learner.likelihood.forward(mini), work)
             loss.backward()
         gradients.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(name.startswith("mtp.") for name in gradients[0])
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
-
-
-class _Sums(dict):
-    def __missing__(self, name: str) -> float:
-        return 0.0
 
 
 def test_an_epoch_reads_the_disk_and_not_the_trunk(random_policy, monkeypatch, tmp_path):

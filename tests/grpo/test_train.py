@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from grpo.config.yaml_file import parse_yaml
 from grpo.evaluation.held_out import HeldOut
-from grpo.learner.learner import Learner
-from grpo.learner.update import NonFiniteStep
+from grpo.learner.terms.policy import PolicyTerm
+from grpo.learner.update import NonFiniteStep, Update
 from grpo.run import checkpoint, resume
 from grpo.run.metrics import check
 from grpo.run.records import read_metrics, read_rollouts
@@ -363,20 +363,13 @@ def test_contract_4_a_step_sees_new_noise_where_nothing_else_is_new(micro_config
 
 def _fail_at(monkeypatch, steps: set[int]) -> None:
     """The loss of these steps is NaN."""
-    whole = Learner._policy_loss
+    whole = PolicyTerm.scalar
 
-    def policy_loss(self, *arguments):
-        loss, metrics = whole(self, *arguments)
-        return (loss * math.nan if self.now in steps else loss), metrics
+    def scalar(self, mini, forward, work):
+        loss = whole(self, mini, forward, work)
+        return loss * math.nan if work.batch.step in steps else loss
 
-    step = Learner.step
-
-    def note_step(self, batch, number, *rest):
-        self.now = number
-        return step(self, batch, number, *rest)
-
-    monkeypatch.setattr(Learner, "_policy_loss", policy_loss)
-    monkeypatch.setattr(Learner, "step", note_step)
+    monkeypatch.setattr(PolicyTerm, "scalar", scalar)
 
 
 @pytest.mark.slow
@@ -422,15 +415,15 @@ def test_skipping_gives_up_after_so_many_in_a_row(micro_config, tmp_path, monkey
 
 def test_what_was_updated_before_a_skip_is_published(micro_config, tmp_path, monkeypatch):
     """Two updates on a batch, the second not finite: the first has changed the weights, and workers must know."""
-    whole, calls = Learner._update, []
+    whole, calls = Update.make, []
 
-    def update(self, step):
+    def make(self, step, *rest):
         calls.append(step)
         if len(calls) == 5:  # after the three of the warm start, the second of step 1
             raise NonFiniteStep(f"step {step}: the gradient norm is nan")
-        return whole(self, step)
+        return whole(self, step, *rest)
 
-    monkeypatch.setattr(Learner, "_update", update)
+    monkeypatch.setattr(Update, "make", make)
     given = {"learner.on_non_finite": "skip", "learner.updates_per_batch": 2, "steps": 2}
     train(micro_config(tmp_path / "r", **given))
     assert {line["policy_version"] for line in read_rollouts(tmp_path / "r", 2)} == {1}

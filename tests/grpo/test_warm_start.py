@@ -66,13 +66,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_order_does_not(micro_poli
 
 def test_every_example_is_seen_before_one_comes_again(micro_policy, micro_config, tmp_path, monkeypatch):
     seen: list[list[int]] = []
-    step = Learner.sft_step
+    step = Learner.step
 
-    def note(self, rows, number):
-        seen.extend(row.prompt_token_ids for row in rows)
-        return step(self, rows, number)
+    def note(self, batch):
+        seen.extend(row.prompt_token_ids for row in batch.rows)
+        return step(self, batch)
 
-    monkeypatch.setattr(Learner, "sft_step", note)
+    monkeypatch.setattr(Learner, "step", note)
     _warm(micro_policy(0), _config(micro_config, tmp_path, **{"warm_start.steps": 6}), tmp_path / "r")
     assert len(seen) == 24 == len({tuple(ids) for ids in seen})
 
@@ -87,8 +87,8 @@ def test_the_head_is_taught_as_often_as_it_is_told(micro_policy, micro_config, t
 
 
 def test_the_head_learns_at_a_depth_that_grows(micro_policy, micro_config, tmp_path, monkeypatch):
-    seen, step = [], Learner.sft_step
-    monkeypatch.setattr(Learner, "sft_step", lambda self, *given: (seen.append(self.mtp.depth), step(self, *given))[1])
+    seen, unroll = [], Policy.unroll
+    monkeypatch.setattr(Policy, "unroll", lambda self, *given: (seen.append(given[-2]), unroll(self, *given))[1])
     given = {"warm_start.steps": 7, "warm_start.draft_depth": 1, "mtp.depth": 4}
     _warm(micro_policy(0), _config(micro_config, tmp_path, **given), tmp_path / "r")
     assert seen == [1, 2, 2, 2, 3, 4, 4]  # 1 + 3 (step - 1) / 6, rounded to the even neighbour from a half

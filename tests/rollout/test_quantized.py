@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_cases import PARAMS, PROMPTS, assert_lossless, completions, taught, tokens
-from small_learner import small_learner
+from small_learner import last_work, small_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
@@ -90,7 +90,7 @@ def test_contract_5_each_publication_rounds_anew_and_the_correction_is_on(random
         groups = pool.sample(PROMPTS[:3], replace(PARAMS, max_completion_tokens=12, draft_tokens=2).at(version))
         marks = [[float(i % 2) for i, _ in enumerate(group.completions)] for group in groups]
         found = learner.step(learner.prepare(groups, [GroupScore(row, {"marks": row}) for row in marks]), version + 1)
-        assert learner.importance_correction == "token_truncate"
+        assert last_work(learner).fixed["policy"].correction == "token_truncate"
         assert 1e-3 < found["mismatch/logprob_abs_mean"] < FAR[kind]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -25,7 +25,7 @@ class Settled:
 
     correction: CorrectionMode | None
     scale: float = 1.0  # of metrics that are means over the tokens that are read, not over all tokens of the step
-    old: list[Tensor] | None = None  # log π_old of each micro-batch; None: π's own, detached
+    old: list[Tensor] = field(default_factory=list)  # log π_old of each micro-batch that was read
     top: TopEntropy | None = None  # which entropies are among the highest
 
 
@@ -77,7 +77,9 @@ class PolicyTerm(Term):
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
         settled: Settled = work.fixed[self.name]
-        old = forward.logprobs.detach() if settled.old is None else settled.old[work.number]
+        if work.number == len(settled.old):
+            settled.old.append(forward.logprobs.detach())
+        old = settled.old[work.number]
         sampling = mini.padded([sample.sampling_logprobs for sample in mini.samples])
         advantages = mini.advantages
         for term in work.terms:

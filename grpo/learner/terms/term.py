@@ -54,7 +54,7 @@ class Term:
 
     >>> class Confidence(Term):
     ...     def per_token(self, mini, forward, work):
-    ...         return 0.01 * forward.entropy
+    ...         return 0.01 * forward.logprobs.exp()
     """
 
     name = ""  # of its weights in a checkpoint and of the norm of their gradient

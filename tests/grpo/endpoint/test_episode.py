@@ -14,7 +14,7 @@ from grpo.endpoint.asked import ChatAsked, CompletionAsked, read
 from grpo.endpoint.batcher import Batcher
 from grpo.endpoint.episode import Episode
 from grpo.learner.batch import collate
-from grpo.learner.prepare import pack
+from grpo.learner.prepare import estimate, pack
 from rewards.group_score import GroupScore
 from rollout.engine import Engine
 from rollout.group import Prompt, RolloutGroup
@@ -74,6 +74,12 @@ def ask(episode, **body):
     return job.prompt.token_ids, answer(episode, job)
 
 
+def packed(group):
+    """Its two completions as the learner reads them."""
+    scores = [GroupScore([1.0, 0.0], {})]
+    return pack([group], scores, *estimate(scores, LossOptions(), {}), max_tokens=999)
+
+
 def sent_back(completion):
     """An answer as OpenAI's client gives it."""
     return {"role": "assistant", "content": completion.text, "refusal": None, "tool_calls": None, "annotations": []}
@@ -113,13 +119,7 @@ def test_contract_1_what_is_learned_from_are_the_ids_that_were_sampled(begin, en
         assert own == [token for turn in sampled for token in turn]
         assert len(done.logprobs) == len(done.token_ids) == len(done.draft.depths)
         assert all((value < 0) == mine for value, mine in zip(done.logprobs, done.sampled, strict=True))
-        batch = pack(
-            [RolloutGroup(episode.prompt, [done, done])],
-            [GroupScore([1.0, 0.0], {})],
-            LossOptions(),
-            {},
-            max_tokens=999,
-        )
+        batch = packed(RolloutGroup(episode.prompt, [done, done]))
         mini = collate(batch.rows, torch.device("cpu"))
         assert mini.token_ids[0, : len(whole)].tolist() == whole
         assert mini.token_ids[mini.scored].tolist() == own * 2
@@ -167,8 +167,7 @@ def test_a_request_that_does_not_go_on_word_for_word_begins_a_segment(begin, eng
     assert [(s.start, s.prompt_token_ids) for s in done.segments] == [(0, first), (len(one.token_ids), second)]
     assert done.token_ids == one.token_ids + two.token_ids
     assert [turn["content"] for turn in done.turns if turn["role"] == "assistant"] == [one.text, two.text]
-    group = RolloutGroup(episode.prompt, [done, done])
-    batch = pack([group], [GroupScore([1.0, 0.0], {})], LossOptions(), {}, max_tokens=999)
+    batch = packed(RolloutGroup(episode.prompt, [done, done]))
     learned = {(tuple(row.prompt_token_ids), tuple(s.token_ids)) for row in batch.rows for s in row.samples}
     assert learned == {(tuple(first), tuple(one.token_ids)), (tuple(second), tuple(two.token_ids))}
     assert batch.num_samples == 4

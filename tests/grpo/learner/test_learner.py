@@ -4,12 +4,12 @@ import copy
 import math
 import random
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
 import torch
-from small_learner import small_learner
+from small_learner import last_work, small_learner, supervised_learner, term_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo.config.learner import LearnerOptions, MTPOptions
@@ -17,7 +17,7 @@ from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample, collate, micro_batches, split_rows
 from grpo.learner.learner import Learner
 from grpo.learner.optimizer import norm_of, schedule
-from grpo.learner.prepare import tokens_in_loss
+from grpo.learner.prepare import supervised, tokens_in_loss
 from grpo.learner.terms.draft_head import teaching
 from grpo.learner.update import NonFiniteStep
 from policies.conversion.dense import convert_dense, frozen_parameter_names
@@ -183,8 +183,8 @@ def _head_outputs(policy: Policy, ids: list[int], hidden: torch.Tensor, start: i
 def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy, temperature):
     policy, depth = micro_policy(1), 4
     learner = _learner(policy, mtp=2.0, depth=depth, temperature=temperature)
-    rows = _rows(policy, seed=1)
-    tokens = sum(row.num_completion_tokens for row in rows)
+    batch = learner.prepare(_groups(policy, seed=1), _scores(), step=1)
+    rows, tokens = batch.rows, batch.num_completion_tokens
     weights = [1.0, 0.6, 0.36, 0.216]
     expected_loss = torch.zeros(())
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy, temper
                         draft = (policy.trunk.lm_head(output) / temperature).log_softmax(-1)
                         expected_loss += weights[d - 1] / sum(weights) * (teacher.exp() * (teacher - draft)).sum()
                 start += len(sample.token_ids)
-        loss = learner._head_loss(mini, out, teaching(learner.policy, learner.mtp, rows, step=1), Counter())
+        loss = term_of(learner, "draft_head").scalar(mini, out, learner._begin(batch, learner.terms))
     torch.testing.assert_close(loss, 2.0 * expected_loss / tokens, rtol=1e-4, atol=1e-6)
 
 
@@ -242,8 +242,7 @@ def test_contract_10_a_tied_group_adds_nothing_and_stays_in_the_denominator(micr
     assert (batch.tied_groups, batch.num_samples, batch.num_completion_tokens) == (1, 9, 28)
     whole.step(batch, 1)
     part.step(part.prepare(groups[:2], _scores(REWARDS[:2])), 1)
-    read = whole._rows_that_count(batch.rows, anchored=False, taught={})  # its forward was spared
-    assert sum(tokens_in_loss(row.samples, whole.loss) for row in read) == 21
+    assert tokens_in_loss(last_work(whole).rows) == 21  # its forward was spared
     _assert_close(_gradients(whole.policy), {n: g * 21 / 28 for n, g in _gradients(part.policy).items()})
 
 
@@ -335,17 +334,18 @@ def test_top_entropy_is_the_top_of_the_whole_step(micro_policy, budget, masking)
 def test_top_entropy_follows_the_policy_from_update_to_update(micro_policy):
     policy = micro_policy(3)
     learner = _learner(policy, top_entropy_quantile=0.3, updates_per_batch=3, learning_rate=1e-2, epsilon=0.05)
-    thresholds, look_ahead = [], learner._look_ahead
+    [thresholds, anchors], term = ([], []), term_of(learner, "policy")
+    look_ahead = term.before_update
 
-    def noted(*given):
-        logprobs, top = look_ahead(*given)
-        thresholds.append((logprobs is not None, top.threshold.item()))
-        return logprobs, top
+    def noted(work):
+        look_ahead(work)
+        thresholds.append(work.fixed["policy"].top.threshold.item())
+        anchors.append(work.fixed["policy"].old)
 
-    learner._look_ahead = noted
+    term.before_update = noted
     metrics = learner.step(learner.prepare(_groups(policy, seed=3), _scores()), 1)
-    assert [is_old for is_old, _ in thresholds] == [True, False, False]  # the ratio's anchor stays
-    assert len({value for _, value in thresholds}) == 3
+    assert anchors[0] is anchors[1] is anchors[2] is not None  # the ratio's anchor stays
+    assert len(set(thresholds)) == 3
     assert metrics["policy/clip_fraction"] > 0
 
 
@@ -694,7 +694,7 @@ def test_contract_2_the_kl_is_zero_at_the_first_step_and_only_there(micro_policy
     if lora:
         policy.add_lora(4, 8.0)
     learner = _learner(policy, beta=0.1, kl_estimator=estimator, learning_rate=1e-2, temperature=0.7)
-    assert (learner.reference is None) == lora  # adapters off need no copy
+    assert (learner.likelihood.reference is None) == lora  # adapters off need no copy
     batch = learner.prepare(_groups(policy, seed=9), _scores())
     first, second = learner.step(batch, 1), learner.step(batch, 2)
     assert first["loss/kl"] == 0.0
@@ -704,10 +704,10 @@ def test_contract_2_the_kl_is_zero_at_the_first_step_and_only_there(micro_policy
 def test_the_reference_is_frozen_and_not_optimised(micro_policy):
     policy = micro_policy(9)
     learner = _learner(policy, beta=0.1, learning_rate=1e-2)
-    before = {name: p.clone() for name, p in learner.reference.named_parameters()}
+    before = {name: p.clone() for name, p in learner.likelihood.reference.named_parameters()}
     learner.step(learner.prepare(_groups(policy, seed=9), _scores()), 1)
     optimised = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
-    for name, parameter in learner.reference.named_parameters():
+    for name, parameter in learner.likelihood.reference.named_parameters():
         assert torch.equal(parameter, before[name])
         assert not parameter.requires_grad
         assert id(parameter) not in optimised
@@ -853,7 +853,7 @@ def test_the_head_learns_every_so_many_steps_from_another_share_of_the_groups(mi
     policy = micro_policy(0)
     learner = _learner(policy, mtp=1.0, every=2, share=0.5)
     rows = [PackedRow([5], [Sample(i, [1, 2])], group=i) for i in range(4)]
-    chosen = {step: list(teaching(learner.policy, learner.mtp, rows, step)) for step in range(1, 7)}
+    chosen = {step: list(teaching(policy, term_of(learner, "draft_head").options, rows, step)) for step in range(1, 7)}
     assert chosen == {1: [], 2: [1, 3], 3: [], 4: [0, 2], 5: [], 6: [1, 3]}
     before = {name: p.detach().clone() for name, p in policy.mtp.named_parameters()}
     metrics = learner.step(learner.prepare(_groups(policy), _scores()), 1)
@@ -876,14 +876,12 @@ def test_the_head_rests_while_drafts_gain_nothing(micro_policy):
         taught[gain] = [step for step in range(1, 7) if "loss/mtp" in learner.step(batch, step)]
     assert taught == {0.9: [3, 6], 1.09: [3, 6], 1.1: [1, 2, 3, 4, 5, 6], 2.0: [1, 2, 3, 4, 5, 6]}
     assert learner.prepare(_groups(policy), _scores()).draft_gain is None, "depth was not chosen by costs"
-    rows = batch.rows
+    rows, options = batch.rows, term_of(learner, "draft_head").options
     assert [row.tied for row in rows] == [False, False, True]
-    assert list(teaching(policy, learner.mtp, rows, 3, gain=1.0)) == [0, 1], (
-        "the trunk reads the tied group for nothing"
-    )
-    assert list(teaching(policy, learner.mtp, rows, 3, gain=1.2)) == [0, 1, 2]
-    assert teaching(policy, learner.mtp, rows[2:], 3, gain=1.0) == {}
-    without_rest = learner.mtp.model_copy(update={"idle_every": None})
+    assert list(teaching(policy, options, rows, 3, gain=1.0)) == [0, 1], "the trunk reads the tied group for nothing"
+    assert list(teaching(policy, options, rows, 3, gain=1.2)) == [0, 1, 2]
+    assert teaching(policy, options, rows[2:], 3, gain=1.0) == {}
+    without_rest = options.model_copy(update={"idle_every": None})
     assert all(list(teaching(policy, without_rest, rows, step, gain=1.0)) == [0, 1, 2] for step in range(1, 7))
     assert learner.step(learner.prepare(_groups(policy), _scores()), 1)["time/draft_head"] > 0
 
@@ -902,18 +900,20 @@ def test_the_heads_gradient_does_not_depend_on_how_rows_are_split(micro_policy):
 @pytest.mark.slow
 def test_a_supervised_step_is_the_mean_cross_entropy_of_the_solutions(micro_policy):
     policy = micro_policy(0)
-    learner = _learner(policy, mtp=1.0, tokens_per_micro_batch=16)
+    options = LearnerOptions(learning_rate=1e-3, max_grad_norm=1e9, tokens_per_micro_batch=16)
+    learner = supervised_learner(policy, options, MTPOptions(loss_weight=1.0, depth=3))
     solutions = [([5, 6, 7], [8, 9, 0]), ([10], [11, 12, 13, 14, 0])]
     rows = [PackedRow(prompt, [Sample(0, ids)]) for prompt, ids in solutions]
     with torch.no_grad():
         logprobs = [_stock_logprobs(policy, prompt, [ids])[0] for prompt, ids in solutions]
-    metrics = learner.sft_step(rows, 1)
+    metrics = learner.step(supervised(rows, 1))
     assert metrics["loss/sft"] == pytest.approx(-torch.cat(logprobs).mean().item(), rel=1e-5)
     assert metrics["loss/mtp"] > 0
     for step in range(2, 30):
-        last = learner.sft_step(rows, step)
+        last = learner.step(supervised(rows, step))
     assert last["loss/sft"] < 0.5 * metrics["loss/sft"]
-    settled = [learner.sft_step(rows, step)["loss/mtp"] for step in range(30, 150)]  # its teacher stands still now
+    # Its teacher stands still now.
+    settled = [learner.step(supervised(rows, step))["loss/mtp"] for step in range(30, 150)]
     assert settled[-1] < 0.2 * metrics["loss/mtp"]
 
 
@@ -941,7 +941,7 @@ def test_load_statistics_count_the_tokens_of_the_completions_once(micro_policy):
     learner = _learner(policy, beta=0.1)
     batch = learner.prepare(_groups(policy), _scores())
     metrics = learner.step(batch, 1)
-    counts = learner.balancer.loads[0].counts
+    counts = last_work(learner).fixed["balance"][0].chosen
     assert counts.shape == (1, 4)
     assert counts.sum() == 2 * 28  # two experts a token; the reference's forward is not counted
     load = counts[0] / 14
@@ -1002,7 +1002,7 @@ def test_moments_come_back_on_the_device_of_their_parameter(micro_policy):
     tensors, state = learner.state()
     assert len(tensors["optimizer"]) > 100
     learner.policy.to("meta")
-    learner.value_head.to("meta")
+    term_of(learner, "value").head.to("meta")
     learner.optimizer.state = defaultdict(dict)
     learner.load_state(tensors, state)
     for parameter, moments in learner.optimizer.state.items():

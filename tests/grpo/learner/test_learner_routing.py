@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_learner import small_learner
+from small_learner import last_work, small_learner, term_of
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
@@ -140,7 +140,7 @@ def test_values_come_from_the_replayed_forward(sampler):
     for policy in (sampler, _with_other_routers(sampler)):
         learner = _learner(policy, advantage="gae")
         with torch.no_grad():
-            learner.value_head.layers[-1].weight.fill_(1.0)
+            term_of(learner, "value").head.layers[-1].weight.fill_(1.0)
         batch = learner.prepare([group], SCORES)
         values.append(torch.tensor([v for sample in batch.rows[0].samples for v in sample.values]))
     torch.testing.assert_close(values[0], values[1], rtol=0, atol=1e-4)
@@ -157,7 +157,7 @@ def test_balance_counts_no_experts_of_drafts_that_were_not_taken(sampler):
     for replay in (True, False):
         learner = _learner(copy.deepcopy(sampler), replay)
         learner.step(learner.prepare(groups, scores), 1)
-        counts.append(learner.balancer.loads[0].counts)
+        counts.append(last_work(learner).fixed["balance"][0].chosen)
     assert torch.equal(counts[0], counts[1])
 
 

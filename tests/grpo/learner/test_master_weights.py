@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
-from small_learner import small_learner
+from small_learner import last_work, small_learner, supervised_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample
 from grpo.learner.learner import Learner
 from grpo.learner.master_weights import MasterWeights
+from grpo.learner.prepare import supervised
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
@@ -116,9 +117,9 @@ def test_contract_9_bf16_goes_on_from_its_state_with_the_same_bits(micro_policy)
 
 
 def test_a_supervised_step_moves_masters_too(micro_policy):
-    learner = _learner(micro_policy(0).to(torch.bfloat16), learning_rate=1e-3)
+    learner = supervised_learner(micro_policy(0).to(torch.bfloat16), LearnerOptions(learning_rate=1e-3))
     rows = [PackedRow([5, 6], [Sample(0, [7, 8, 0])])]
-    losses = [learner.sft_step(rows, step)["loss/sft"] for step in range(1, 30)]
+    losses = [learner.step(supervised(rows, step))["loss/sft"] for step in range(1, 30)]
     assert losses[-1] < 0.3 * losses[0]
 
 
@@ -141,8 +142,8 @@ def test_contract_8_the_correction_is_on_where_precisions_differ(micro_policy, d
         LossOptions(importance_correction=option),
         sampler_differs=differs,
     )
-    assert learner.importance_correction == expected
     metrics = learner.step(learner.prepare(GROUPS, SCORES), 1)
+    assert last_work(learner).fixed["policy"].correction == expected
     assert ("mismatch/weight_mean" in metrics) == (expected is not None)
     assert {"mismatch/logprob_abs_mean", "mismatch/logprob_abs_max", "mismatch/kl"} <= metrics.keys()
 

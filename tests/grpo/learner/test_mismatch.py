@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from recorded import groups_of
-from small_learner import small_learner
+from small_learner import last_work, small_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
@@ -69,7 +69,9 @@ def test_contract_8_precision_and_backend_decide(
         monkeypatch.setattr(build, "sampling_backend", lambda config, policy: backend)
     config = micro_config(tmp_path, **options)
     policy = micro_policy().cast(getattr(torch, config.dtype))
-    assert build.grpo_learner(policy, config, {}).importance_correction == ("token_truncate" if corrects else None)
+    learner = build.grpo_learner(policy, config, {})
+    learner.step(learner.prepare(*groups_of(2)), 1)
+    assert last_work(learner).fixed["policy"].correction == ("token_truncate" if corrects else None)
 
 
 def test_every_token_is_recorded_with_both_log_probabilities(micro_config, tmp_path):

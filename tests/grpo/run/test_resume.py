@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from grpo.config.options import dump_yaml, load
 from grpo.config.run import SftConfig
 from grpo.learner.learner import Learner
-from grpo.learner.update import NonFiniteStep
+from grpo.learner.update import NonFiniteStep, Update
 from grpo.run import checkpoint, log
 from grpo.run.log import RunLog
 from grpo.run.records import best_step, read_metrics, read_rollouts
@@ -181,10 +181,10 @@ def test_a_run_that_was_cut_off_behind_its_checkpoint_writes_no_step_twice(micro
     """Killed in step 4 while steps are saved every two: what step 3 wrote is removed and written again."""
     folder, step = tmp_path / "run", Learner.step
 
-    def interrupted(self, batch, number, *rest):
-        if number == 4:
+    def interrupted(self, batch, **given):
+        if batch.from_rollouts and batch.step == 4:
             raise KeyboardInterrupt
-        return step(self, batch, number, *rest)
+        return step(self, batch, **given)
 
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "step", interrupted)
@@ -582,9 +582,9 @@ def test_contract_9_supervised_fine_tuning_resumes_to_the_same_bits(micro_preset
 @pytest.mark.parametrize(
     ("owner", "name", "call", "error"),
     [
-        (Learner, "sft_step", 4, NonFiniteStep("the loss is nan")),
+        (Learner, "step", 4, NonFiniteStep("the loss is nan")),
         (log, "append_line", 4, OSError(28, "No space left on device")),  # one evaluation, then one a step
-        pytest.param(Learner, "_update", 4, OSError(28, "No space left on device"), marks=pytest.mark.long),
+        pytest.param(Update, "make", 4, OSError(28, "No space left on device"), marks=pytest.mark.long),
     ],
 )
 def test_contract_9_a_failure_in_supervised_fine_tuning_saves_the_last_whole_step(
@@ -612,14 +612,14 @@ def test_contract_9_a_failure_in_supervised_fine_tuning_saves_the_last_whole_ste
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_contract_9_supervised_fine_tuning_is_stopped_by_a_signal(micro_preset, tmp_path, monkeypatch, kind):
-    step = Learner.sft_step
+    step = Learner.step
 
-    def interrupted(self, rows, number):
-        if number == 3:
+    def interrupted(self, batch):
+        if batch.step == 3:
             signal.raise_signal(kind)
-        return step(self, rows, number)
+        return step(self, batch)
 
-    monkeypatch.setattr(Learner, "sft_step", interrupted)
+    monkeypatch.setattr(Learner, "step", interrupted)
     with pytest.raises(Stopped, match='stopped after step 3; go on with resume="auto"'):
         sft(_sft_config(micro_preset, tmp_path / "run", **{"checkpoint.every": 100}))
     assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [3]

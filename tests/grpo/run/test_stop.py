@@ -14,6 +14,7 @@ import ray
 
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
+from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.run import checkpoint, log
 from grpo.run.log import RunLog
@@ -89,7 +90,7 @@ def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
         pytest.param(
             signal.SIGINT,
             Learner,
-            "sft_step",
+            "step",
             2,
             None,
             "stopped after step 2 of the warm start; go on",
@@ -124,16 +125,16 @@ def test_contract_9_the_step_in_progress_is_given_up_between_two_micro_batches(
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         updates: list[int] = []
-        update = Learner._update
-        patch.setattr(Learner, "_update", lambda self, step: (updates.append(step), update(self, step))[1])
-        losses = _at_call(patch, Learner, "_policy_loss", 10**9)
+        make = Update.make
+        patch.setattr(Update, "make", lambda self, step, *rest: (updates.append(step), make(self, step, *rest))[1])
+        losses = _at_call(patch, PolicyTerm, "scalar", 10**9)
         step = Learner.step
 
-        def second_step(self, batch, number, *rest):
-            if number == 2:
+        def second_step(self, batch, **given):
+            if batch.from_rollouts and batch.step == 2:
                 losses.clear()
                 _at_call(patch, Update, "backward", 2)
-            return step(self, batch, number, *rest)
+            return step(self, batch, **given)
 
         patch.setattr(Learner, "step", second_step)
         with pytest.raises(Stopped, match="stopped after step 1"):
@@ -148,7 +149,7 @@ def test_contract_9_the_step_in_progress_is_given_up_between_two_micro_batches(
 def test_a_step_whose_first_update_is_made_is_finished(micro_config, tmp_path, monkeypatch):
     given = {"learner.updates_per_batch": 2}
     with monkeypatch.context() as patch:
-        _at_call(patch, Learner, "_update", 3 + 1)  # the first update of step 1
+        _at_call(patch, Update, "make", 3 + 1)  # the first update of step 1
         with pytest.raises(Stopped, match="stopped after step 1"):
             train(micro_config(tmp_path / "a", **SMALL | given))
     assert read_metrics(tmp_path / "a")[-1]["learner/updates"] == 2
@@ -230,7 +231,7 @@ REWARD = RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom")
         (Update, "backward", 3 + 4, NonFiniteStep("the loss is nan"), None),  # the warm start takes the first three
         pytest.param(RunLog, "rollouts", 5, FULL, 2, marks=pytest.mark.slow),
         pytest.param(HeldOut, "evaluate", 2, REWARD, 3, marks=pytest.mark.slow),
-        pytest.param(Learner, "sft_step", 3, NonFiniteStep("the loss is nan"), "warm start", marks=pytest.mark.slow),
+        pytest.param(Learner, "step", 3, NonFiniteStep("the loss is nan"), "warm start", marks=pytest.mark.slow),
     ],
 )
 def test_contract_9_a_failure_saves_the_last_whole_step(
@@ -261,7 +262,7 @@ def test_a_reward_that_aborts_is_an_event(micro_config, tmp_path, monkeypatch):
 
 
 def test_a_step_that_fails_after_its_first_update_is_kept_with_its_line(micro_config, tmp_path, monkeypatch):
-    _fails_at_call(monkeypatch, Learner, "_update", 3 + 4, NonFiniteStep("the gradient norm is nan"))
+    _fails_at_call(monkeypatch, Update, "make", 3 + 4, NonFiniteStep("the gradient norm is nan"))
     with pytest.raises(NonFiniteStep):
         train(micro_config(tmp_path / "run", **SMALL | {"learner.updates_per_batch": 2, "eval.limit": 0}))
     assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [2]

@@ -123,10 +123,10 @@ def mortal(patch, chance: random.Random, every: int) -> None:
         if workers := [child for child in children if "".join(child.cmdline()).startswith("ray::Worker")]:
             chance.choice(workers).kill()
 
-    def step(self, batch, number, *arguments):
-        if number % every == 0:
+    def step(self, batch, **given):
+        if batch.from_rollouts and batch.step % every == 0:
             threading.Thread(target=kill, args=[chance.random() / 2]).start()
-        return real(self, batch, number, *arguments)
+        return real(self, batch, **given)
 
     patch.setattr(Learner, "step", step)
 
@@ -212,9 +212,9 @@ def test_contract_9_a_batch_whose_weights_are_gone_is_sampled_with_them_again(
     """The run ends after the update that has changed the weights that this batch needs."""
     folder, collect, step, updated = tmp_path / "run", Collector.collect, Learner.step, threading.Event()
 
-    def learn(self, batch_, number, *arguments):
-        metrics = step(self, batch_, number, *arguments)
-        updated.set() if number == batch - 2 else None
+    def learn(self, taught, **given):
+        metrics = step(self, taught, **given)
+        updated.set() if taught.from_rollouts and taught.step == batch - 2 else None
         return metrics
 
     def ending(self, number, *arguments):

@@ -24,7 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo.cli.parse import main
 from grpo.config.learner import BalanceOptions
 from grpo.learner.batch import PackedRow, Sample, collate
-from grpo.learner.terms.balance import Balancer
+from grpo.learner.build import Setting
+from grpo.learner.likelihood import Likelihood
+from grpo.learner.parallel import ALONE
+from grpo.learner.prepare import supervised
+from grpo.learner.terms import balance
+from grpo.learner.terms.term import Work
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
@@ -213,23 +218,22 @@ def test_another_attention_than_ours_is_refused(policy, tmp_path):
 
 
 def test_heads_are_balanced_and_counted_as_experts_are(policy):
-    balancer = Balancer(policy, BalanceOptions(bias_rate=0.1, sequence_weight=1.0))
+    term = balance.term(policy, Setting(balance=BalanceOptions(bias_rate=0.1, sequence_weight=1.0)))
     rows = [PackedRow([3, 4, 5], [Sample(0, [6, 7, 8, 9])])]
-    mini = collate(rows, CPU)
+    mini, likelihood = collate(rows, CPU), Likelihood(policy, watchers=[term])
+    work = Work(supervised(rows), likelihood, ALONE, [term], iter, rows)
     before = [r.e_score_correction_bias.clone() for r in routers(policy.trunk, "self_attn").values()]
-    balancer.begin(rows)
-    with balancer.recording(policy) as records:
-        policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
-    loss = balancer.observe(records, mini)
-    heads = balancer.loads[1]
-    assert (heads.counts.sum(1) == 8).all()  # two routed heads for each of four tokens; the shared one is not counted
-    metrics = balancer.end()
-    sequence = metrics["loss/balance_sequence"] * len(balancer.loads[0].routers)
+    term.before_update(work)
+    loss = term.scalar(mini, likelihood.forward(mini), work)
+    (experts, heads), (_, count) = term.loads, work.fixed["balance"]
+    assert (count.chosen.sum(1) == 8).all()  # two routed heads for each of four tokens; the shared one is not counted
+    metrics = term.end([work])
+    sequence = metrics["loss/balance_sequence"] * len(experts.routers)
     sequence += metrics["loss/balance_heads_sequence"] * len(heads.routers)
     assert loss.item() == pytest.approx(sequence, rel=1e-5)
     assert metrics["heads/load_max"] >= 1.0 >= metrics["heads/load_min"]
     now = [r.e_score_correction_bias for r in routers(policy.trunk, "self_attn").values()]
-    for was, bias, counts in zip(before, now, heads.counts, strict=True):
+    for was, bias, counts in zip(before, now, count.chosen, strict=True):
         torch.testing.assert_close(bias - was, 0.1 * torch.sign(counts.float().mean() - counts))
         bias.copy_(was)
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from small_learner import small_learner
+from small_learner import small_learner, term_of
 
 from grpo.cli.commands import machine, memory, memory_table, shares
 from grpo.cli.commands.memory import (
@@ -65,7 +65,7 @@ def step(learner: Learner) -> None:
     causal = torch.zeros_like(ids)
     hidden = policy.hidden(ids, ids, causal)
     loss = (hidden @ policy.lm_head.T).float().square().mean()
-    if policy.mtp is not None and learner.mtp.loss_weight:
+    if policy.mtp is not None and term_of(learner, "draft_head").options.loss_weight:
         loss = loss + sum(out.float().square().mean() for out in policy.unroll(hidden, ids, ids, causal, 1))
     learner.masters.backward(loss)
     learner.optimizer.step()
@@ -179,7 +179,7 @@ def test_a_reference_is_a_second_policy_unless_adapters_can_be_switched_off(rand
     learner = small_learner(policy, LearnerOptions(), MTPOptions(), LossOptions(beta=0.1))
     config = options(TrainConfig, **{"loss.beta": 0.1})
     foretold = learner_memory(policy.config, True, config)
-    assert foretold.reference == storage_bytes(tensors_of(learner.reference))
+    assert foretold.reference == storage_bytes(tensors_of(learner.likelihood.reference))
     assert learner_memory(policy.config, True, config, warm_start=True).reference == 0
     adapted = options(TrainConfig, **{"loss.beta": 0.1, "lora.rank": 2})
     assert learner_memory(policy.config, True, adapted, lora_options=adapted.lora).reference == 0

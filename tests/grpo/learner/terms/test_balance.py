@@ -6,12 +6,13 @@ import random
 
 import pytest
 import torch
-from small_learner import small_learner
+from small_learner import last_work, small_learner, supervised_learner
 
 from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample
 from grpo.learner.learner import Learner
+from grpo.learner.prepare import supervised
 from policies.policy import Policy, digest
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
@@ -112,7 +113,7 @@ def test_the_bias_moves_once_a_step_by_the_counts_of_the_whole_step(random_polic
     _step(learner)
     assert len(seen) > 6
     assert all(torch.equal(bias, before) for bias in seen)  # frozen for old log-probabilities and every update
-    counts = learner.balancer.loads[0].counts
+    counts = last_work(learner).fixed["balance"][0].chosen
     tokens = sum(len(c.token_ids) for group in _groups()[:2] for c in group.completions)  # the third is tied
     assert counts.sum(1).tolist() == [2 * 3 * tokens] * 2
     expected = before + 0.25 * (counts.float().mean(1, keepdim=True) - counts).sign()
@@ -176,19 +177,19 @@ def test_gradient_checkpointing_changes_no_balance_gradient(random_policy):
 
 def test_a_supervised_step_balances_too(random_policy):
     policy = _moe(random_policy)
-    before, learner = _biases(policy), _learner(policy, ALL)
+    before, learner = _biases(policy), supervised_learner(policy, balance=BalanceOptions(**ALL))
     rows = [PackedRow([5, 6], [Sample(i, [7, 8, 9 + i])]) for i in range(4)]
-    metrics = learner.sft_step(rows, 1)
-    assert learner.balancer.loads[0].counts.sum() == 2 * 2 * 12
+    metrics = learner.step(supervised(rows))
+    assert last_work(learner).fixed["balance"][0].chosen.sum() == 2 * 2 * 12
     assert metrics["loss/balance_sequence"] >= 0.9
     assert not torch.equal(_biases(policy), before)
 
 
 def test_small_steps_of_the_bias_survive_bfloat16(random_policy):
     policy = _moe(random_policy).to(torch.bfloat16)
-    learner = _learner(policy, {"bias_rate": 0.0001})
+    learner = supervised_learner(policy, balance=BalanceOptions(bias_rate=0.0001))
     before = _biases(policy)
-    learner.sft_step([PackedRow([5], [Sample(0, [7, 8, 9, 10])])], 1)
+    learner.step(supervised([PackedRow([5], [Sample(0, [7, 8, 9, 10])])]))
     assert (_biases(policy) - before).abs().max() == pytest.approx(0.0001, rel=1e-2)
 
 

@@ -14,16 +14,15 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.config.options import ConfigError
 from grpo.learner.learner import Learner
-from grpo.learner.terms.distill import Teacher, TeacherPolicy
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.task.reward_models import check_teacher
 from grpo.train import train
 
 
-def learner_of(policy, teacher, temperature=1.0, **options) -> Learner:
+def learner_of(policy, teacher, temperature, reward_weight, top_k, **options) -> Learner:
     options = LearnerOptions(**{"learning_rate": 1e-3, "max_grad_norm": 1e9} | options)
-    loss = LossOptions(advantage="distill")
-    return small_learner(policy, options, MTPOptions(loss_weight=0.0), loss, temperature=temperature, teacher=teacher)
+    given = {"teacher": teacher, "temperature": temperature, "reward_weight": reward_weight, "top_k": top_k}
+    return small_learner(policy, options, MTPOptions(loss_weight=0.0), LossOptions(advantage="distill"), **given)
 
 
 def test_an_advantage_is_the_log_ratio_of_the_teacher_to_the_policy():
@@ -99,8 +98,7 @@ def test_the_learners_gradient_is_that_of_transformers_own_forward(
     scores[1].rewards[:] = [0.5] * 3  # tied: nothing for the score, everything for the teacher
     copies = copy.deepcopy(policy)
     before = copy.deepcopy(teacher.trunk.state_dict())
-    taught = Teacher(TeacherPolicy(teacher), reward_weight, top_k)
-    learner = learner_of(policy, taught, temperature, tokens_per_micro_batch=budget)
+    learner = learner_of(policy, teacher, temperature, reward_weight, top_k, tokens_per_micro_batch=budget)
     metrics = learner.step(learner.prepare(groups, scores), 1)
     given = copies, teacher, groups, scores, reward_weight, temperature
     expected, kl = by_hand(*given) if top_k is None else top_by_hand(*given, top_k)

@@ -1,12 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_learner import small_learner
+from small_learner import supervised_learner
 
-from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.learner import MTPOptions
 from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.prepare import supervised
 from grpo.learner.terms.draft_head import gold_draft_loss, teaching
 from policies.mtp import draft_loss
 
@@ -49,24 +50,16 @@ def test_another_share_of_the_groups_teaches_the_head_each_time(random_policy):
     assert [list(teaching(policy, options, rows[:1], step)) for step in (2, 4)] == [[0], [0]]
 
 
-def _gradients(policy, options: MTPOptions, monkeypatch) -> dict[str, torch.Tensor]:
-    learner = small_learner(policy, LearnerOptions(), options)
-    found = {}
-
-    def keep(step):
-        found.update({n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None})
-        return {}
-
-    monkeypatch.setattr(learner, "_update", keep)
-    metrics = learner.sft_step(ROWS, 1)
+def _gradients(policy, options: MTPOptions) -> dict[str, torch.Tensor]:
+    metrics = supervised_learner(policy, mtp=options).forward_backward(supervised(ROWS, 1))
     assert metrics["loss/mtp_tv" if options.tv else "loss/mtp"] > 0
-    return found
+    return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
 
-def test_train_trunk_adds_the_heads_gradient_to_the_trunks(random_policy, monkeypatch):
+def test_train_trunk_adds_the_heads_gradient_to_the_trunks(random_policy):
     """Its gradient is that of λ/tokens · loss through hidden states, embeddings and LM head, beside the SFT loss's."""
-    plain = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3), monkeypatch)
-    trained = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3, train_trunk=True), monkeypatch)
+    plain = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3))
+    trained = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3, train_trunk=True))
     policy = random_policy(1)
     mini = collate(ROWS, torch.device("cpu"))
     (0.3 / 9 * gold_draft_loss(policy, _preceding(policy, mini), mini, [0, 1], 2, 100)).backward()
@@ -77,10 +70,10 @@ def test_train_trunk_adds_the_heads_gradient_to_the_trunks(random_policy, monkey
     torch.testing.assert_close(trained["mtp.eh_proj.weight"], alone["mtp.eh_proj.weight"], rtol=1e-4, atol=1e-6)
 
 
-def test_tv_teaches_the_head_by_the_share_of_rejected_drafts(random_policy, monkeypatch):
+def test_tv_teaches_the_head_by_the_share_of_rejected_drafts(random_policy):
     """The trunk's gradient is what it is beside KL (contract 7)."""
-    plain = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3), monkeypatch)
-    taught = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3, tv=True), monkeypatch)
+    plain = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3))
+    taught = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3, tv=True))
     policy = random_policy(1)
     mini = collate(ROWS, torch.device("cpu"))
     preceding = _preceding(policy, mini)

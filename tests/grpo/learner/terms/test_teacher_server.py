@@ -10,12 +10,10 @@ import torch
 from recorded import groups_of
 
 from grpo.cli.parse import main
-from grpo.config.learner import BalanceOptions
 from grpo.config.options import ConfigError, dump_yaml
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.terms import teacher_server
-from grpo.learner.terms.balance import Balancer
 from grpo.learner.terms.distill import TeacherPolicy
 from grpo.learner.terms.teacher_server import TeacherError, TeacherServer
 from grpo.run.records import read_metrics
@@ -82,7 +80,7 @@ def batch(tools):
 @pytest.mark.parametrize("tools", [False, True])
 def test_a_server_scores_as_the_policy_that_it_holds(random_policy, tools, monkeypatch):
     policy, mini = random_policy(2), batch(tools)
-    likelihood = Likelihood(policy, None, Balancer(policy, BalanceOptions()), 1.0, entropy_grad=False)
+    likelihood = Likelihood(policy)
     here = TeacherPolicy(policy)
     monkeypatch.setenv("TEACHER_KEY", "secret")
     with serving(lambda body: answer_of(policy, body)) as server:

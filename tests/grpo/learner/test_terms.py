@@ -1,0 +1,219 @@
+"""The seam of the loss: terms that a user writes, adds or leaves out, and the primitives that a step is made of."""
+
+import copy
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from recorded import groups_of
+from small_learner import small_learner
+
+from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
+from grpo.config.loss import LossOptions
+from grpo.learner import build
+from grpo.learner.learner import Learner
+from grpo.learner.terms.policy import PolicyTerm
+from grpo.learner.terms.term import Term
+
+BOTH = {"balance": BalanceOptions(bias_rate=0.01), "mtp": MTPOptions(depth=2)}
+
+
+def learner_of(policy, *, loss: dict | None = None, balance=None, mtp=None, **options) -> Learner:
+    options = LearnerOptions(**{"learning_rate": 1e-2, "max_grad_norm": 1e9, "tokens_per_micro_batch": 40} | options)
+    mtp = mtp or MTPOptions(loss_weight=0)
+    return small_learner(policy, options, mtp, LossOptions(**loss or {}), balance=balance)
+
+
+def batch_of(learner: Learner, seed: int = 5, tied: bool = False):
+    groups, scores = groups_of(3, seed)
+    for score in scores if tied else ():
+        score.rewards[:] = [1.0] * 3
+    return learner.prepare(groups, scores, step=1)
+
+
+def gradients(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in learner.policy.named_parameters() if p.grad is not None}
+
+
+def snapshot(learner: Learner) -> dict[str, torch.Tensor]:
+    """Weights and AdamW's moments."""
+    parts, _ = learner.state()
+    return {f"{part}/{name}": tensor.clone() for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert (one[name] - other[name]).norm() <= 1e-4 * other[name].norm() + 1e-7, name
+
+
+# ---- which terms there are ------------------------------------------------------------------------------------------
+
+
+class Confidence(Term):
+    """That of the docstring of Term."""
+
+    name = "confidence"
+
+    def per_token(self, mini, forward, work):
+        return 0.5 * forward.logprobs.exp()
+
+
+def test_a_users_term_adds_its_gradient_and_no_other(micro_policy, monkeypatch):
+    plain = learner_of(micro_policy(0))
+    file = SimpleNamespace(term=lambda policy, setting: Confidence())
+    monkeypatch.setitem(sys.modules, "grpo.learner.terms.confidence", file)
+    monkeypatch.setattr(build, "TERMS", ("confidence", *build.TERMS))
+    learner, by_hand = learner_of(micro_policy(0)), micro_policy(0)
+    [before, after] = [each.forward_backward(batch_of(each)) for each in (plain, learner)]
+    groups, loss = groups_of(3)[0], 0.0
+    for group in groups:
+        for completion in group.completions:
+            start, ids = len(group.prompt.token_ids), torch.tensor([group.prompt.token_ids + completion.token_ids])
+            logits = by_hand.trunk(input_ids=ids).logits[0, start - 1 : -1]
+            loss = loss + 0.5 * logits.softmax(-1).gather(-1, ids[0, start:, None]).sum()
+    loss = loss / sum(len(completion.token_ids) for group in groups for completion in group.completions)
+    loss.backward()
+    assert after["loss/total"] - before["loss/total"] == pytest.approx(loss.item(), abs=1e-5)
+    parts, whole = gradients(plain), gradients(learner)
+    expected = {name: p.grad for name, p in by_hand.named_parameters() if p.grad is not None}
+    assert len(expected) > 10
+    close(whole, {name: part + expected.get(name, 0.0) for name, part in parts.items()})
+    assert max((whole[name] - parts[name]).abs().max().item() for name in expected) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("balance", {"balance": BalanceOptions(bias_rate=0.1)}), ("draft_head", {"mtp": MTPOptions()})]
+)
+def test_a_term_that_is_not_in_the_table_is_not_there(micro_policy, monkeypatch, name, given):
+    assert name in {term.name for term in learner_of(micro_policy(0), **given).terms}
+    monkeypatch.setattr(build, "TERMS", tuple(set(build.TERMS) - {name}))
+    learner = learner_of(micro_policy(0), **given)
+    assert name not in {term.name for term in learner.terms}
+    metrics = learner.step(batch_of(learner))
+    assert metrics["learner/updates"] == 1
+    assert not [key for key in metrics if key.startswith({"balance": "moe/", "draft_head": "loss/mtp"}[name])]
+
+
+@pytest.mark.parametrize(("name", "advantage"), [("value", "gae"), ("value", "rank_softmax"), ("distill", "distill")])
+def test_an_estimator_whose_term_is_not_there_is_refused_by_name(micro_policy, monkeypatch, name, advantage):
+    monkeypatch.setattr(build, "TERMS", tuple(set(build.TERMS) - {name}))
+    with pytest.raises(ValueError, match=rf"loss\.advantage={advantage}: no term of the loss estimates it; use .*rloo"):
+        learner_of(micro_policy(0), loss={"advantage": advantage})
+
+
+# ---- what a step is made of -----------------------------------------------------------------------------------------
+
+
+def test_gradients_add_up_until_the_optimizer_takes_them(micro_policy):
+    learner = learner_of(micro_policy(0), **BOTH)
+    learner.step(batch_of(learner, seed=1))  # there is momentum
+    before, batches = snapshot(learner), [batch_of(learner, seed) for seed in (2, 3)]
+    alone = []
+    for batch in batches:
+        other = learner_of(copy.deepcopy(learner.policy), **BOTH)
+        other.policy_version = 1
+        other.forward_backward(batch)
+        alone.append(gradients(other))
+    for batch in batches:
+        learner.forward_backward(batch)
+    close(gradients(learner), {name: alone[0][name] + alone[1][name] for name in alone[0]})
+    assert same(snapshot(learner), before)
+    assert learner.policy_version == 1
+    assert learner.optim_step()["learner/updates"] == 1
+    moved = snapshot(learner)
+    assert not same(moved, before)
+    assert learner.optim_step() == {}
+    assert learner.forward_backward(batch_of(learner, tied=True))["learner/updates"] == 0
+    assert learner.optim_step() == {}
+    assert same(snapshot(learner), moved)
+    assert learner.policy_version == 2
+
+
+def test_a_batch_that_is_counted_twice_is_one_update(micro_policy):
+    once, twice = (learner_of(micro_policy(0)) for _ in range(2))
+    once.forward_backward(batch_of(once))
+    batch = batch_of(twice)
+    for _ in range(2):
+        twice.forward_backward(batch)
+    close(gradients(twice), {name: 2 * gradient for name, gradient in gradients(once).items()})
+    assert twice.optim_step()["learner/updates"] == 1
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_same_batch_after_an_update_goes_on_from_the_policy_before_it(micro_policy, updates):
+    """By hand, and as a step: the same bits. What the learner's own steps would do has no say in it."""
+    whole = learner_of(micro_policy(0), updates_per_batch=2, **BOTH)
+    by_hand = learner_of(micro_policy(0), updates_per_batch=updates, **BOTH)
+    expected, batch = whole.step(batch_of(whole)), batch_of(by_hand)
+    metrics = by_hand.forward_backward(batch) | by_hand.optim_step(ends=False)
+    assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    metrics |= by_hand.forward_backward(batch) | by_hand.optim_step()
+    assert metrics["policy/ratio_mean"] != pytest.approx(1.0, abs=1e-6)
+    assert same(snapshot(whole), snapshot(by_hand))
+    assert whole.policy_logprobs == by_hand.policy_logprobs != {}
+    timeless = [{n: v for n, v in each.items() if not n.startswith("time/")} for each in (metrics, expected)]
+    assert timeless[0] == timeless[1]
+    assert metrics["learner/updates"] == 2
+    assert by_hand.policy_version == 1
+
+
+@pytest.mark.parametrize("raising", ["term", "on_micro_batch"])
+def test_an_exception_in_the_middle_leaves_no_gradient(micro_policy, monkeypatch, raising):
+    learner, undisturbed = (learner_of(micro_policy(0), **BOTH) for _ in range(2))
+    learner.forward_backward(batch_of(learner))  # whose gradient goes, too
+    calls, scalar = [], PolicyTerm.scalar
+
+    def fails(*arguments):
+        calls.append(any(p.grad is not None for p in learner.policy.parameters()))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return scalar(*arguments) if by_caller is None else None
+
+    batch, by_caller = batch_of(learner, 2), fails if raising == "on_micro_batch" else None
+    with monkeypatch.context() as patch:
+        patch.setattr(PolicyTerm, "scalar", fails if raising == "term" else scalar)
+        with pytest.raises(KeyboardInterrupt):
+            learner.forward_backward(batch, on_micro_batch=by_caller)
+    assert calls == [True, True]
+    assert gradients(learner) == {}
+    assert learner.optim_step() == {}
+    for each in (learner, undisturbed):
+        each.step(batch_of(each, 3))
+    assert same(snapshot(learner), snapshot(undisturbed))
+
+
+def test_a_state_that_is_loaded_knows_no_batch(micro_policy):
+    learner = learner_of(micro_policy(0), **BOTH)
+    tensors, state = copy.deepcopy(learner.state())
+    batch, metrics = batch_of(learner), []
+    for _ in range(2):
+        metrics.append(learner.step(batch))
+        learner.forward_backward(batch)
+        learner.optimizer.state.clear()
+        learner.load_state(tensors, state)
+        assert gradients(learner) == {}
+        assert learner.optim_step() == {}
+    timeless = [{n: v for n, v in each.items() if not n.startswith("time/")} for each in metrics]
+    assert timeless[0] == timeless[1]
+    assert timeless[0]["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_version_moves_once_a_step_and_again_where_it_was_published(micro_policy):
+    learner = learner_of(micro_policy(0), updates_per_batch=3)
+    learner.step(batch_of(learner))
+    assert learner.policy_version == 1
+    learner.weights()  # between two steps
+    batch, versions = batch_of(learner), []
+    for published in (False, True, False):
+        learner.forward_backward(batch)
+        learner.optim_step(ends=False)
+        versions.append(learner.policy_version)
+        if published:
+            learner.weights()
+    assert versions == [2, 2, 3]
