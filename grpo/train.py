@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,6 @@ from grpo.config.problems import python_words
 from grpo.config.reward import with_rewards
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum
-from grpo.endpoint.agent_pool import with_agent
 from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.build import grpo_learner
@@ -27,7 +27,7 @@ from grpo.source.policy_source import save_policy, with_threads
 from grpo.steps.ahead import Batches
 from grpo.steps.collector import Collector
 from grpo.steps.loop import Run
-from grpo.steps.pool import open_run_pool, use_costs_of_run
+from grpo.steps.pool import open_run_pool, open_sampler, use_costs_of_run
 from grpo.steps.publisher import Publisher
 from grpo.task.reward_models import load_teacher
 from grpo.task.sampling import environment_of, sampling_params
@@ -66,9 +66,11 @@ def train(
         batches = Batches(run, curriculum)
         run.restore(learner=learner, curriculum=batches, **_base(run, learner))
         with (
-            open_run_pool(policy, config.rollout, config.dtype, run.log, samples=ranks.first) as pool,
-            with_agent(pool, config) as sampler,
-            with_agent(pool, config) as examiner,  # in other processes: an agent may remember what it has met
+            closing(open_run_pool(policy, config.rollout, config.dtype, run.log, samples=ranks.first)) as pool,
+            open_sampler(pool, config, samples=ranks.first) as sampler,
+            open_sampler(
+                pool, config, samples=ranks.first
+            ) as examiner,  # in other processes: an agent may remember what it has met
         ):
             sampling = sampling_params(policy, config.rollout, 1, config.seed)
             publisher = Publisher(pool, learner, sampling, config.rollout.quantization)

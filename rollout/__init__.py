@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rollout.engine import Engine, RolloutError
     from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
-    from rollout.pool import open_pool
+    from rollout.pools import open_pool
     from rollout.sampling import SamplingParams
 
 _HOMES = {
@@ -22,7 +22,7 @@ _HOMES = {
     "RolloutError": "rollout.engine",
     "RolloutGroup": "rollout.group",
     "SamplingParams": "rollout.sampling",
-    "open_pool": "rollout.pool",
+    "open_pool": "rollout.pools",
 }
 __all__ = [
     "Completion",

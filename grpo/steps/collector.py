@@ -30,7 +30,7 @@ from rewards.group_score import GroupScore, RewardFailed
 from rollout.compiled.rounds import FEW_ROWS
 from rollout.depth import PROMPT_TOKENS
 from rollout.group import Prompt, RolloutGroup, head_accepted
-from rollout.pool import Pool
+from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 
 PROMPTS_READ = 256  # whose lengths say how long sequences become
@@ -41,7 +41,9 @@ class Collector:
     of steps that were sampled ahead, which the curriculum learns only when it is their turn (contract 12); and
     `head_accepted`, what became of the head's drafts in the last step."""
 
-    def __init__(self, run: Run[TrainConfig], task: Task, curriculum: Curriculum, pool: Pool, policy: Policy) -> None:
+    def __init__(
+        self, run: Run[TrainConfig], task: Task, curriculum: Curriculum, pool: Sampler, policy: Policy
+    ) -> None:
         self.run, self.task, self.curriculum, self.pool = run, task, curriculum, pool
         self.tokenizer, self.backend = policy.tokenizer, sampling_backend(run.config, policy)
         config = run.config

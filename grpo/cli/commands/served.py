@@ -69,6 +69,9 @@ class ServedPool:
         text = template.render(example) if messages is None else "".join(f"{m['content']}\n" for m in messages)
         return Prompt(example.example_id, text, [], example.columns, messages)
 
+    def keep(self) -> None:
+        """Its weights do not change."""
+
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:

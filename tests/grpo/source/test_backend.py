@@ -13,7 +13,7 @@ from grpo.config.sampling import RolloutOptions
 from grpo.run.records import read_events, read_rollouts
 from grpo.sft import sft
 from grpo.source.policy_source import check_options
-from grpo.steps.pool import vllm_settings
+from grpo.steps.vllm import vllm_settings
 from grpo.task.sampling import sampling_params
 from grpo.train import train
 from policies.conversion.dense import convert_checkpoint
