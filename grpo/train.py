@@ -29,7 +29,6 @@ from grpo.steps.collector import Collector
 from grpo.steps.loop import Run
 from grpo.steps.pool import open_run_pool, open_sampler, use_costs_of_run
 from grpo.steps.publisher import Publisher
-from grpo.task.reward_models import load_teacher
 from grpo.task.sampling import environment_of, sampling_params
 from rewards.protocol import Reward
 
@@ -60,7 +59,11 @@ def train(
         warm_start(run, task)
         policy = first_policy(run, task)
         again = partial(first_policy, run, task)
-        teacher = load_teacher(config)
+        teacher = None
+        if config.distill.teacher is not None:
+            from grpo.task.reward_models import load_teacher
+
+            teacher = load_teacher(config)
         learner: Learner = grpo_learner(policy, config, task.reward_weights, ranks, again, teacher)
         curriculum = Curriculum(task.train, config.curriculum, config.seed)
         batches = Batches(run, curriculum)

@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rollout.engine import Engine, RolloutError
+    from rollout.engine import Engine
+    from rollout.faults import RolloutError
     from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
     from rollout.pools import open_pool
     from rollout.sampling import SamplingParams
@@ -19,7 +20,7 @@ _HOMES = {
     "DraftStats": "rollout.group",
     "Engine": "rollout.engine",
     "Prompt": "rollout.group",
-    "RolloutError": "rollout.engine",
+    "RolloutError": "rollout.faults",
     "RolloutGroup": "rollout.group",
     "SamplingParams": "rollout.sampling",
     "open_pool": "rollout.pools",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
@@ -13,9 +13,6 @@ from typing import Any
 import torch
 
 from policies.policy import Policy
-
-PLACEMENT_TIMEOUT_S = 300.0  # the default of rollout.placement_timeout_s
-OnReady = Callable[[int, dict[str, Any]], None]  # gets the number of a worker that has started, and where it is
 
 
 @dataclass(frozen=True)

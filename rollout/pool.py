@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from policies.decoding.quantized import PLAIN, Copies
 from rollout.depth import CostTable, Workload
 from rollout.faults import OnFinished, OnLost
 from rollout.group import Prompt, RolloutGroup
-from rollout.places import PLACEMENT_TIMEOUT_S, OnReady
 from rollout.publication.digests import Held
 from rollout.sampling import SamplingParams
 
 TIMEOUT_S = 3600.0  # the default of rollout.timeout_s
-PUBLISH_TIMEOUT_S = 600.0  # and of rollout.publish_timeout_s
+PUBLISH_TIMEOUT_S = 600.0  # of rollout.publish_timeout_s
+PLACEMENT_TIMEOUT_S = 300.0  # and of rollout.placement_timeout_s
+OnReady = Callable[[int, dict[str, Any]], None]  # gets the number of a worker that has started, and where it is
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The kinds, `none`, `int8` or `int4`, of what is sampled by and of what drafts are made by; see quantized.py."""
+
+    trunk: str = "none"
+    drafts: str = "none"
+
+
+PLAIN = Copies()
 
 
 class Sampler(Protocol):

@@ -15,7 +15,8 @@ from typing import Any
 from policies.openmp import waiting_variables
 from rollout.cluster import Cluster
 from rollout.faults import Faults, Kind, RolloutError, why_died
-from rollout.places import OnReady, Places
+from rollout.places import Places
+from rollout.pool import OnReady
 from rollout.worker import Worker
 
 START_TIMEOUT_S = 600.0  # a worker may take at least so long to start

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from grpo.config.learner import MTPOptions
-from policies.conversion.dense import frozen_parameter_names
+from policies.layout import frozen_parameter_names
 from policies.policy import Policy
 
 PIECE = 2**18  # numbers: so that their squares take little memory

@@ -20,7 +20,6 @@ from typing import Any
 from torch import Tensor
 
 from grpo.algorithm.dynamic_sampling import Drawn
-from grpo.algorithm.in_flight import drawn_of, plain
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum
 from grpo.learner.learner import Learner
@@ -59,6 +58,8 @@ class Batches:
         collector.load_state_dict(state)
         if not self.ahead:
             return
+        from grpo.algorithm.in_flight import drawn_of
+
         self.ready = {int(step): drawn_of(drawn, collector.prompt) for step, drawn in state.get("batches", {}).items()}
         self.next = max([self.run.step, *self.ready]) + 1
         if saved is not None and "older_version" in state:
@@ -156,6 +157,8 @@ class Batches:
         self.settle()
         state = self.collector.state_dict()
         if self.ahead:
+            from grpo.algorithm.in_flight import plain
+
             waiting = {step: drawn for step, drawn in self.ready.items() if step > self.run.step}
             state["batches"] = {str(step): plain(drawn) for step, drawn in waiting.items()}
         if self._lacks:

@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from grpo.algorithm.alarms import Alarm, Alarms, Watched
 from grpo.algorithm.dynamic_sampling import Drawn, draw_groups
 from grpo.config.run import TrainConfig
 from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth
@@ -27,11 +26,13 @@ from grpo.task.sampling import environment_of, sampling_params
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore, RewardFailed
-from rollout.compiled.rounds import FEW_ROWS
-from rollout.depth import PROMPT_TOKENS
+from rollout.depth import FEW_ROWS, PROMPT_TOKENS
 from rollout.group import Prompt, RolloutGroup, head_accepted
 from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from grpo.algorithm.alarms import Alarm, Alarms, Watched
 
 PROMPTS_READ = 256  # whose lengths say how long sequences become
 
@@ -62,7 +63,11 @@ class Collector:
             self.longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
             run.log.event("graphs", compile=options.compile, planned_rounds=rounds)
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate
-        self.alarms = Alarms(task.watched_rewards()) if run.config.log.alarms and run.ranks.first else None
+        self.alarms: Alarms | None = None
+        if run.config.log.alarms and run.ranks.first:
+            from grpo.algorithm.alarms import Alarms
+
+            self.alarms = Alarms(task.watched_rewards())
         self.head_accepted: tuple[float, ...] = ()
         self.tied_steps = TiedSteps(
             config.data, config.rollout, config.warm_start.steps, task.first_reward, task.full_marks
@@ -227,6 +232,8 @@ class Collector:
 
 def _watched(group: RolloutGroup, score: GroupScore | None) -> list[Watched]:
     """The completions as the alarms see them; `score` is None where marks do not matter."""
+    from grpo.algorithm.alarms import Watched
+
     prompt = group.prompt
     question, answer = str(prompt.columns.get("question", prompt.text)), prompt.columns.get("answer")
     marks = {"score": score.rewards} | score.parts if score else {}

@@ -17,14 +17,12 @@ from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
 from grpo.run.stop import signals
 from grpo.task.sampling import agent_of
-from policies.decoding.quantized import Copies
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import everyone, whole
 from rollout.depth import PROMPT_TOKENS, CostTable, Workload
 from rollout.group import RolloutGroup
-from rollout.places import here
-from rollout.pool import Pool, PoolOptions, Sampler
+from rollout.pool import Copies, Pool, PoolOptions, Sampler
 from rollout.pools import open_pool
 from rollout.publication.digests import Held
 from rollout.sampling import SamplingParams
@@ -105,7 +103,7 @@ def open_run_pool(
         on_lost=on_lost,
         on_ready=on_ready,
     )
-    ranks = everyone(here()) if rollout.samplers else []
+    ranks = _places(rollout)
     with phase("loading", SimpleNamespace(rollout=rollout, dtype=dtype)):
         if rollout.backend == "vllm":
             from grpo.steps.vllm import open_vllm
@@ -113,14 +111,26 @@ def open_run_pool(
             pool = open_vllm(policy, rollout, options, run_log)
         else:
             pool = open_pool(policy, options)
-    for rank, where in enumerate([here(), *ranks[1:]] if ranks else []):  # rank 0 may know its node only now
+    if ranks:
+        from rollout.places import here
+
+        ranks[0] = here()  # it may know its node only now
+    for rank, where in enumerate(ranks):
         run_log.event("learner", rank=rank, **where)
     return pool
 
 
+def _places(rollout: RolloutOptions) -> list[dict[str, Any]]:
+    """Where every rank is; nothing where no worker or server samples. Every rank takes part."""
+    if not rollout.samplers:
+        return []
+    from rollout.places import here
+
+    return everyone(here())
+
+
 def _part_of_publications(policy: Policy, rollout: RolloutOptions) -> NoPool:
-    if rollout.samplers:
-        everyone(here())
+    _places(rollout)
     own = Publication.read_parts if rollout.samplers else None
     pool = NoPool(Publication.parts if rollout.backend == "vllm" else own, in_turn=rollout.colocate)
     pool.publish(policy.publication(), 0)

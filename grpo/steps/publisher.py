@@ -19,7 +19,6 @@ from rollout.group import RolloutGroup
 from rollout.pool import Pool
 from rollout.publication.canaries import Agreement, Scores, canary_params, canary_prompts, compare
 from rollout.publication.digests import first_difference
-from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
 from rollout.sampling import SamplingParams
 
 ADVICE = (
@@ -100,6 +99,8 @@ class Publisher:
         policy = self.learner.policy
         score: Callable[[Sequence[RolloutGroup], float], Scores] = partial(logprobs_of_groups, policy)
         if self.copies != "none":
+            from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
+
             score = partial(logprobs_of_trunk, rounded_trunk(policy, self.copies))
         known: dict[str, Scores] = {}
         scores = {}
@@ -115,6 +116,8 @@ class Publisher:
     ) -> str | None:
         """How the decoder differs from the learner where its matrices are not rounded: rounded ones are compared with
         the same decoder, which would hide an error of its own. One sampler's tokens do for all."""
+        from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
+
         policy = self.learner.policy
         groups = next(iter(sampled.values()))
         decoded = logprobs_of_trunk(rounded_trunk(policy, "none"), groups, temperature)

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,11 +17,11 @@ from grpo.data.examples import Example
 from grpo.learner.batch import PackedRow, Sample
 from policies.policy import Policy
 from rollout.depth import GRAPH_DEPTHS
-from rollout.environments.episodes import first_messages
-from rollout.environments.format import Answers, TurnFormat
-from rollout.environments.protocol import answers_of, check, chosen, tools_of
 from rollout.group import AGENT_REWARD, REWARD, Prompt, RolloutGroup, environment_reward
 from rollout.sampling import EnvironmentSpec, SamplingParams
+
+if TYPE_CHECKING:
+    from rollout.environments.format import Answers, TurnFormat
 
 NO_GRAPH = "compile=on: {}, so no graph can decode; leave it out"
 FEWEST_ROUNDS = 100_000  # in which graphs gain three times what they took to compile, .35 ms a layer and round
@@ -120,6 +120,8 @@ class Actor:
     ) -> None:
         self.environment, self.agent = environment, agent
         if environment is not None:
+            from rollout.environments.protocol import check
+
             check(environment, example.columns)
         if agent is not None:
             from grpo.endpoint.agents import check_agent
@@ -151,6 +153,9 @@ class Actor:
 
         The results are the solution's own, or those of the tool where it is built in and `pure`, as in a rollout.
         """
+        from rollout.environments.episodes import first_messages
+        from rollout.environments.protocol import answers_of, chosen
+
         assert self.environment is not None
         name = chosen(self.environment, prompt.columns)
         if name not in self._answers:
@@ -173,6 +178,9 @@ class Actor:
         return replace(prompt, text=str(tokenizer.decode(ids)), token_ids=ids, messages=messages)
 
     def _form(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> TurnFormat:
+        from rollout.environments.format import TurnFormat
+        from rollout.environments.protocol import chosen, tools_of
+
         assert self.environment is not None
         name = chosen(self.environment, prompt.columns)
         if (name, stops) not in self._forms:

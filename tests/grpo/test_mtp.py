@@ -30,7 +30,8 @@ from grpo.source.policy_source import find_policy, load_found
 from grpo.task.task import Task
 from policies.conversion.head import start_head
 from policies.policy import Policy, PolicyError
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
+from rollout.faults import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions

@@ -33,7 +33,8 @@ from grpo.trl_bridge import BridgeError, rollout_func
 from policies.policy import Policy, PolicyError
 from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.settings import VLLMSettings
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
+from rollout.faults import RolloutError
 from rollout.pool import PoolOptions
 
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ from policies.openmp import WAITING
 from policies.policy import Policy, digest
 from rollout.cluster import start_ray
 from rollout.depth import Workload
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import Prompt, RolloutGroup, shards
 from rollout.local_pool import LocalPool
 from rollout.pool import Pool, PoolOptions
@@ -663,7 +663,7 @@ SCRIPT = textwrap.dedent(
     import os, sys
     from policies.policy import Policy
     from rollout.group import Prompt
-    from rollout.pools import open_pool
+    from rollout.pools import PoolOptions, open_pool
     from rollout.sampling import EnvironmentSpec, SamplingParams
 
     pool = open_pool(Policy.load(sys.argv[1]), PoolOptions(workers=1))

@@ -13,7 +13,8 @@ from grpo.learner.learner import Learner
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.depth import CostTable
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
+from rollout.faults import RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions

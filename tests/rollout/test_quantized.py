@@ -14,11 +14,12 @@ from grpo.learner.likelihood import logprobs_of_groups
 from grpo.steps.publisher import Publisher
 from policies.decoding import absorbed, quantized
 from policies.decoding.linear import kind_of
-from policies.decoding.quantized import Copies
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
+from rollout.faults import RolloutError
 from rollout.local_pool import LocalPool
+from rollout.pool import Copies
 from rollout.pools import PoolOptions, open_pool
 from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
 

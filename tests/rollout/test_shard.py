@@ -18,7 +18,8 @@ from policies.routing.routers import RoutingRecorder
 from rollout.depth import CostTable, DepthController
 from rollout.drafts import head
 from rollout.drafts.drafts import Drafts
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
+from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions

@@ -9,7 +9,7 @@ import ray
 import torch
 
 from rollout.cluster import Seclusion, start_ray, stop_ray
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.places import Places, here, refuse_open
 from rollout.pools import PoolOptions, open_pool

@@ -32,7 +32,7 @@ from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.depth import Workload
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import RolloutGroup
 from rollout.pool import Sampler
 from rollout.pools import PoolOptions, open_pool

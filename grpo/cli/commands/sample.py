@@ -20,7 +20,7 @@ from grpo.run.console import progress_bars
 from grpo.run.memory_errors import phase
 from grpo.source.policy_source import find_policy, load_found
 from grpo.task.sampling import environment_of, sampling_params
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import RolloutGroup
 from rollout.pools import PoolOptions, open_pool
 

@@ -16,7 +16,7 @@ from grpo.data.examples import Example
 from grpo.data.prompts import PromptTemplate
 from grpo.source.policy_source import PolicySource
 from rewards.http_post import MOST_BYTES, Unusable, post
-from rollout.engine import OnFinished, RolloutError
+from rollout.faults import OnFinished, RolloutError
 from rollout.group import Completion, DraftStats, FinishReason, Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 

@@ -21,12 +21,13 @@ from rollout.backends.vllm.completions import Row
 from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.depth import CostTable, Workload
-from rollout.environments.episodes import Episodes, Stage
+from rollout.environments.episodes import Episodes
 from rollout.faults import Faults, OnFinished, RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import PoolOptions
 from rollout.publication.canaries import other_canaries
 from rollout.sampling import SamplingParams
+from rollout.stage import Stage
 
 LOAD_S = 600.0  # vLLM imports itself and makes the model
 PAUSE_S = 0.2  # until weights are read again that were moving

@@ -21,7 +21,7 @@ from policies.policy import Policy
 from policies.presets import small_tokenizer
 from rollout.compiled import rounds
 from rollout.compiled.recorded import RecordedRound
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 
 DENSE = {"rollout.draft_tokens": 0, "mtp.depth": 4, "mtp.every": 1, "warm_start.steps": 0}  # nothing of a draft head
 

@@ -19,7 +19,8 @@ from grpo.steps.publisher import Publisher
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.cluster import start_ray
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
+from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.local_pool import LocalPool
 from rollout.pool import Pool, PoolOptions

@@ -10,7 +10,8 @@ import torch
 from policies.policy import Policy, PolicyError
 from rollout.backends.hf import RowCache
 from rollout.cluster import start_ray
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
+from rollout.faults import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
 from rollout.pools import PoolOptions, open_pool

@@ -19,7 +19,7 @@ from rewards.group_score import GroupScore
 from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.pool import PoolOptions
 from rollout.sampling import SamplingParams

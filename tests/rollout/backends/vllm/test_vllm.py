@@ -24,7 +24,7 @@ from policies.policy import Policy
 from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.pool import PoolOptions
 from rollout.sampling import EnvironmentSpec, SamplingParams
