@@ -31,7 +31,7 @@ from policies.policy import Policy  # noqa: E402
 from rollout.compiled import rounds, store  # noqa: E402
 from rollout.compiled.graph import Bucket  # noqa: E402
 from rollout.depth import Workload  # noqa: E402
-from rollout.engine import Engine  # noqa: E402
+from rollout.faults import Engine  # noqa: E402
 from rollout.group import Prompt  # noqa: E402
 from rollout.sampling import SamplingParams  # noqa: E402
 
@@ -122,7 +122,7 @@ def main() -> None:
         if not options.cached:
             store.FOLDER = Path(folder)
         rounds.find = timed_find
-        engine.graphs = rounds.Graphs()
+        engine.graphs = [rounds.Graphs()]
         found = []
         for rows in options.rows:
             for one in compare(engine, prompts, rows, options.drafts, options.repeats, options.tokens):

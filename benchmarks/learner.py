@@ -179,7 +179,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
     from grpo.learner.build import Setting, make
     from policies.policy import Policy
     from rewards import RewardSpec, Scorer
-    from rollout.pool import open_pool
+    from rollout.pools import PoolOptions, open_pool
     from rollout.sampling import SamplingParams
 
     dtype = getattr(torch, args.dtype)
@@ -194,7 +194,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
         stochastic_rounding=args.contender == "ours_dense_small",
     )
     learner = make(policy, options, Setting(), longest=args.tokens, reward_weights={"reward": 1.0})
-    pool = open_pool(policy, dtype=dtype, prompts_per_shard=args.prompts)
+    pool = open_pool(policy, PoolOptions(dtype=dtype, prompts_per_shard=args.prompts))
     params = SamplingParams(group_size=args.group_size, max_completion_tokens=args.tokens)
     seconds: Seconds = {"generate": [], "learn": [], "step": []}
     with Scorer([RewardSpec(f"{__file__}:reward")], columns=list(prompts[0].columns)) as scorer:

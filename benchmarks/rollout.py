@@ -92,8 +92,7 @@ def generate(model: Path, device: str, dtype: torch.dtype) -> Sampler:
 
 def ours(model: Path, depth: int | None, device: str, dtype: torch.dtype, compiled: bool) -> Sampler:
     from policies.policy import Policy
-    from rollout.compiled.rounds import FEW_ROWS
-    from rollout.depth import Workload
+    from rollout.depth import FEW_ROWS, Workload
     from rollout.engine import Engine
     from rollout.group import Prompt
     from rollout.sampling import SamplingParams
@@ -106,7 +105,7 @@ def ours(model: Path, depth: int | None, device: str, dtype: torch.dtype, compil
         named = [Prompt(f"{job.name}/{i}", "", list(ids)) for i, ids in enumerate(prompts)]
         params = SamplingParams(job.group_size, 1.0, job.tokens, draft_tokens=depth, compiled=compiled)
         groups = engine.sample(named, params)
-        if compiled and job.rows <= FEW_ROWS and not engine.graphs.loaded:
+        if compiled and job.rows <= FEW_ROWS and not (engine.graphs and engine.graphs[0].loaded):
             raise SystemExit("ours graphs: no round was a graph; on a CPU they need --dtype float32")
         assert all(len(c.token_ids) == job.tokens for group in groups for c in group.completions)
 

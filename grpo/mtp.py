@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -71,7 +71,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
         run.restore(learner=learner, prompts=streams)
         if learner.ended:
             run.last = run.start
-        with open_run_pool(policy, config.rollout, config.dtype, run.log) as pool:
+        with closing(open_run_pool(policy, config.rollout, config.dtype, run.log)) as pool:
             own = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed, dtype=config.dtype)
             use_costs_of_run(pool, policy, config.rollout, run.folder, own, resumes=run.step > 0)
             sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from grpo.checks.run import check_run, open_task
 from grpo.config.problems import python_words
 from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
-from grpo.endpoint.agent_pool import with_agent
 from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import PackedRow, TrainingBatch
@@ -39,7 +38,7 @@ from grpo.steps.ahead import Batches
 from grpo.steps.collector import Collector
 from grpo.steps.listener import listeners_of
 from grpo.steps.loop import Run
-from grpo.steps.pool import open_run_pool, use_costs_of_run
+from grpo.steps.pool import open_run_pool, open_sampler, use_costs_of_run
 from grpo.steps.publisher import Publisher
 from grpo.steps.supervise import first_policy, warm_start
 from grpo.task.sampling import environment_of, sampling_params
@@ -48,7 +47,7 @@ from policies.lora import sharing_weights
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
-from rollout.pool import Pool
+from rollout.pool import Pool, Sampler
 
 T = TypeVar("T")
 
@@ -108,9 +107,10 @@ class Session:
             session = cls(run, task, learner, plain)
             run.restore(learner=learner, curriculum=session.batches, **_base(run, learner))
             with (
-                open_run_pool(learner.policy, config.rollout, config.dtype, run.log, samples=ranks.first) as pool,
-                with_agent(pool, config) as sampler,
-                with_agent(pool, config) as examiner,  # in other processes: an agent may remember what it has met
+                closing(open_run_pool(policy, config.rollout, config.dtype, run.log, samples=ranks.first)) as pool,
+                open_sampler(pool, config, samples=ranks.first) as sampler,
+                # In other processes: an agent may remember what it has met.
+                open_sampler(pool, config, samples=ranks.first) as examiner,
             ):
                 session._begin(pool, sampler, examiner)
                 with run:
@@ -118,7 +118,7 @@ class Session:
                     session._evaluate_first()
                     yield session
 
-    def _begin(self, pool: Any, sampler: Pool, examiner: Pool) -> None:
+    def _begin(self, pool: Pool, sampler: Sampler, examiner: Sampler) -> None:
         """Publish to the samplers, and measure what drafts cost."""
         config, policy, run = self.config, self.policy, self.run
         self.pool, self.collector.pool = pool, sampler

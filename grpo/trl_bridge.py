@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,8 @@ from policies.lora import ADAPTER
 from policies.policy import Policy, digest
 from rollout.depth import Workload
 from rollout.group import Prompt, RolloutGroup
-from rollout.pool import Pool, open_pool
+from rollout.pool import Pool, PoolOptions
+from rollout.pools import open_pool
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -94,9 +94,7 @@ class rollout_func:
         if warn_every < 1:
             raise BridgeError(f"rollout_func: warn_every={warn_every} must be 1 step or more")
         self.policy, self.draft_tokens, self.dtype = policy, draft_tokens, dtype
-        self.open_pool = partial(
-            open_pool, policy, workers, threads=threads_per_worker, prompts_per_shard=prompts_per_shard
-        )
+        self.options = PoolOptions(workers, threads=threads_per_worker, prompts_per_shard=prompts_per_shard)
         self.head_age = HeadAge(warn_every)
         self.pool: Pool | None = None
         self.publications = 0
@@ -110,9 +108,9 @@ class rollout_func:
         if self.pool is None:
             self._check(trainer)
             dtype = self.dtype or (torch.bfloat16 if trainer.args.bf16 else self.policy.lm_head.dtype)
-            self.pool = self.open_pool(dtype=dtype)
+            self.pool = open_pool(self.policy, replace(self.options, dtype=dtype))
             if self.draft_tokens is None and self.policy.mtp is not None:
-                rows = self.open_pool.keywords["prompts_per_shard"] * size
+                rows = self.options.prompts_per_shard * size
                 self.pool.use_costs(None, Workload(rows, trainer.max_completion_length or Workload.completion_tokens))
         step = trainer.state.global_step
         last, count = self.calls.get(mode, (step, 0))

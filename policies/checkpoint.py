@@ -41,8 +41,7 @@ from transformers.utils import logging as transformers_logging
 
 from policies import four_bit, lora, sharding
 from policies import layout as hf
-from policies.contradictions import contradictions, refuse_type
-from policies.files import gguf, hub, packed
+from policies.files import gguf
 from policies.files.atomic import heed_umask, write_folder
 from policies.files.digests import DIGESTS, fault
 from policies.layout import PolicyError, Shape, WeightFiles, find_file, mtp_layers
@@ -85,6 +84,8 @@ def load(
     in_4_bits: bool = False,
 ) -> Checkpoint:
     """See `Policy.load`."""
+    from policies.files import packed
+
     config = read_config(source, writes=True)
     files = WeightFiles(source)
     codes = packed.is_packed(config)
@@ -237,6 +238,8 @@ def check_policy(folder: Path) -> None:
 
 def check_files(folder: Path) -> None:
     """Raises PolicyError for what `load` refuses of a folder, as far as the headers of its files tell."""
+    from policies.files import packed
+
     config, files = read_config(folder, writes=True), WeightFiles(folder)
     if isinstance(config, DeepseekV3Config) and files.shapes and not packed.is_packed(config):
         hf.check_tensors(files, config)
@@ -246,6 +249,8 @@ def check_files(folder: Path) -> None:
 def read_config(source: str | Path, *, writes: bool = False) -> PretrainedConfig:
     """The configuration of a folder, a GGUF file or hub id. Raises PolicyError, which names fields that contradict each
     other, and where it `writes`, for a model of a kind that writes no text."""
+    from policies.contradictions import contradictions, refuse_type
+
     _refuse_absent(source)
     refuse_type(source)
     of_gguf = gguf.file_of(source)
@@ -287,6 +292,8 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _refuse_absent(source: str | Path) -> None:
+    from policies.files import hub
+
     if why := hub.why_absent(source):
         raise _unreachable(source, why)
     if why := gguf.why_unreadable(source):

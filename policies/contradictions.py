@@ -12,12 +12,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from policies.bounds import beyond, read_fields
 from policies.files.packed import is_packed, unreadable
-from policies.layout import PolicyError, find_file
+from policies.layout import FIXED_FIELDS, PolicyError, find_file
 
-# Released configurations have these values, and transformers' DeepseekV3 computes them whatever a configuration has.
-# Every policy that we save has them too: without topk_method vLLM refuses the router's bias, and without scoring_func
-# it silently computes another router.
-FIXED_FIELDS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 # Relatives of DeepSeek-V3 by the beginning of their model_type, and why they cannot be a policy of ours.
 REFUSED_TYPES = {
     "kimi_k2": (

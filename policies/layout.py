@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from policies.files import hub
 from policies.mtp import MTPHead
 
 Shape = tuple[int, ...]
@@ -31,6 +30,10 @@ DRAFT_VOCABULARY = "draft_vocabulary.json"  # not safetensors: other engines loa
 DRAFT_WAY_OUT = "copy it again, or delete it to draft from the whole vocabulary"
 WAY_OUT = "the files are incomplete or config.json is of another model: fetch both again"
 MANY = 100_000  # tensors; DeepSeek-V3 has 46,000
+# Released configurations have these values, and transformers' DeepseekV3 computes them whatever a configuration has.
+# Every policy that we save has them too: without topk_method vLLM refuses the router's bias, and without scoring_func
+# it silently computes another router.
+FIXED_FIELDS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 OPTIONAL: dict[str, Any] = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
@@ -277,8 +280,11 @@ def find_file(source: str, name: str) -> str | None:
     """Where the file `name` of a folder or hub id is, or None. A GGUF file that is named itself is alone."""
     if Path(source).is_file():
         return None
-    if hub.is_id(source):
-        hub.unreachable()  # it tells the hub's libraries; else each absent file costs a minute of retries
+    if not Path(source).is_dir():
+        from policies.files import hub
+
+        if hub.is_id(source):
+            hub.unreachable()  # it tells the hub's libraries; else each absent file costs a minute of retries
     return cached_file(source, name, **OPTIONAL)
 
 
@@ -290,3 +296,22 @@ def read_index(source: str, path: str) -> dict[str, str]:
         return index
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PolicyError(f"model={source!r}: {INDEX} is damaged ({error!r}); copy or download it again") from error
+
+
+def frozen_parameter_names(config: PretrainedConfig) -> list[str]:
+    """Names of the parameters that training must not change; empty for a model that was not converted.
+
+    PEFT and other wrappers put a prefix before a name, so compare with `name.endswith(...)`. The last name of each
+    layer is that of the bias inside a LoRA adapter.
+
+    >>> frozen_parameter_names(DeepseekV3Config(num_hidden_layers=1, quartet_exact_mla=True))[:2]
+    ['model.layers.0.self_attn.kv_a_layernorm.weight', 'model.layers.0.self_attn.kv_a_proj_with_mqa.bias']
+    """
+    if not getattr(config, "quartet_exact_mla", False):
+        return []
+    projection = "kv_a_proj_with_mqa"
+    return [
+        f"model.layers.{layer}.self_attn.{name}"
+        for layer in range(config.num_hidden_layers)
+        for name in ("kv_a_layernorm.weight", f"{projection}.bias", f"{projection}.base_layer.bias")
+    ]

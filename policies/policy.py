@@ -25,8 +25,7 @@ from transformers.distributed import DistributedConfig
 from policies import checkpoint, lora, sharding
 from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, sees_prompts_whole
 from policies.checkpoint import Checkpoint, read_config, read_tokenizer
-from policies.contradictions import FIXED_FIELDS
-from policies.layout import PolicyError
+from policies.layout import FIXED_FIELDS, PolicyError
 from policies.mtp import MTPHead
 from policies.publication import Publication
 from policies.routing.heads import with_dynamic_heads

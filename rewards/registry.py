@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 from rewards.protocol import Reward, RewardError, did_you_mean
-from rewards.reached_code import code_sha256
 
 _MODULES = {
     "gsm8k": ("gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval"),
@@ -49,6 +48,8 @@ class Source:
     @property
     def code_sha256(self) -> str | None:
         """SHA-256 of the function and what it reaches in its file, see `rewards.reached_code`."""
+        from rewards.reached_code import code_sha256
+
         return code_sha256(self.content, self.attribute) if self.path else None
 
 

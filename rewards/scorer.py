@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 from rewards.group_score import FailurePolicy, GroupScore, GroupTally, RewardFailed, RewardFailure
-from rewards.isolation.pool import ISOLATES, ThisProcess, WorkerPool
 from rewards.protocol import Messages, RewardError, RightAt
 from rewards.registry import CALLABLES
 from rewards.spec import Group, RewardFunction, RewardSpec, check_specs
@@ -69,6 +68,8 @@ class Scorer:
         tokens = [spec.arguments.get("token_variable") for spec in specs if spec.function in ("remote", "judge")]
         named = [*pass_variables, *(name for name in tokens if name)]
         isolated = isolated and not any(spec.function in CALLABLES for spec in specs)
+        from rewards.isolation.pool import ISOLATES, ThisProcess, WorkerPool
+
         if isolated and not ISOLATES:
             logger.warning(
                 "on Windows rewards run in the process of the run: reward.timeout_s ends no call that hangs, and a "

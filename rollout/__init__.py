@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rollout.engine import Engine, RolloutError
+    from rollout.engine import Engine
+    from rollout.faults import RolloutError
     from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
-    from rollout.pool import open_pool
+    from rollout.pools import open_pool
     from rollout.sampling import SamplingParams
 
 _HOMES = {
@@ -19,10 +20,10 @@ _HOMES = {
     "DraftStats": "rollout.group",
     "Engine": "rollout.engine",
     "Prompt": "rollout.group",
-    "RolloutError": "rollout.engine",
+    "RolloutError": "rollout.faults",
     "RolloutGroup": "rollout.group",
     "SamplingParams": "rollout.sampling",
-    "open_pool": "rollout.pool",
+    "open_pool": "rollout.pools",
 }
 __all__ = [
     "Completion",

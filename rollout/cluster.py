@@ -30,8 +30,7 @@ import torch
 
 from policies.files import abandoned
 from rollout.deadline import within
-from rollout.engine import RolloutError
-from rollout.faults import Faults
+from rollout.faults import Faults, RolloutError
 from rollout.places import refuse_open
 
 GCS_TIMEOUT_S = 24 * 3600  # Ray's own 60 s end a process while it learns, before `check` can name the reason

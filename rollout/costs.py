@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from rollout.backends import Decoder
-from rollout.compiled.rounds import FEW_ROWS
-from rollout.depth import GRAPH_DEPTHS, MAX_DEPTH, PROMPT_TOKENS, CostTable, Workload
+from rollout.depth import FEW_ROWS, GRAPH_DEPTHS, MAX_DEPTH, PROMPT_TOKENS, CostTable, Workload
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 from rollout.shard import Decoding

@@ -8,25 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from policies.allocator import keep_freed_memory
-from policies.decoding.quantized import PLAIN, Copies
 from policies.policy import Policy
 from rollout.backends import Decoder, derive
-from rollout.compiled.rounds import Graphs
-from rollout.costs import measure
 from rollout.depth import MAX_DEPTH, CostTable, Workload
-from rollout.environments.episodes import Stage
-from rollout.faults import OnFinished as OnFinished
-from rollout.faults import RolloutError as RolloutError
-from rollout.faults import not_finite, prompt_fault
+from rollout.faults import RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
+from rollout.pool import PLAIN, Copies
 from rollout.publication.digests import Held, digests
 from rollout.sampling import DraftVocabulary, SamplingParams
 from rollout.shard import Decoding
+from rollout.stage import Stage
 
 
 class Engine:
@@ -48,23 +45,27 @@ class Engine:
         keep_freed_memory()
         self.policy, self.dtype, self.max_rows, self.costs = policy, dtype, max_rows, costs
         self.copies, self.version = copies, 0
-        self.graphs = Graphs()
+        self.graphs: list[Any] = []  # those of rollout.compiled, once a call asks for them
         self.stage = Stage(policy.tokenizer)
         self._derive()
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy new weights and rebuild everything derived from them."""
         self.derived = False
-        self.graphs.release()
+        self._release()
         self.policy.load_weights(weights)
         self._derive()
         self.version = version
 
     def forget(self) -> None:
         """Drop what was derived from the weights, until the next publication."""
-        self.graphs.release()
+        self._release()
         del self.trunk, self.head
         self.derived = False
+
+    def _release(self) -> None:
+        for graphs in self.graphs:
+            graphs.release()
 
     def held(self) -> Held:
         """The digests of the weights that are decoded with; empty where nothing was derived from the newest ones."""
@@ -153,6 +154,8 @@ class Engine:
     def measure_costs(self, work: Workload, depth: int = MAX_DEPTH) -> CostTable:
         """Time drafting and verifying for this work, with at most as many rows as are decoded at once. The depth
         controller uses the result from now on."""
+        from rollout.costs import measure
+
         self.costs = measure(self.decoder, replace(work, rows=min(work.rows, self.max_rows)), depth)
         return self.costs
 

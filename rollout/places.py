@@ -14,8 +14,6 @@ import torch
 
 from policies.policy import Policy
 
-PLACEMENT_TIMEOUT_S = 300.0  # the default of rollout.placement_timeout_s
-
 
 @dataclass(frozen=True)
 class Places:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,23 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policies.decoding.quantized import Copies
 from policies.policy import Policy
 from rollout.cluster import Cluster
 from rollout.depth import CostTable, Workload
-from rollout.engine import OnFinished, RolloutError
-from rollout.faults import Faults, OnLost
+from rollout.faults import Faults, OnFinished, RolloutError
 from rollout.group import Prompt, RolloutGroup, shards
 from rollout.places import Places
+from rollout.pool import PoolOptions
 from rollout.publication.canaries import other_canaries
 from rollout.publication.digests import Held
 from rollout.publication.message import Message, Moved, Sender
 from rollout.results import Lengths
 from rollout.sampling import SamplingParams
-from rollout.workers import START_TIMEOUT_S, Call, Lost, OnReady, Workers
-
-TIMEOUT_S = 3600.0  # the default of rollout.timeout_s
-PUBLISH_TIMEOUT_S = 600.0  # and of rollout.publish_timeout_s
+from rollout.workers import START_TIMEOUT_S, Call, Lost, Workers
 
 
 @dataclass
@@ -46,30 +42,20 @@ class RayPool:
     which must still be those that were published.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        places: Places,
-        dtype: torch.dtype,
-        prompts_per_shard: int,
-        address: str | None,
-        timeouts_s: tuple[float, float],
-        while_waiting: Callable[[], None],
-        on_lost: OnLost,
-        on_ready: OnReady,
-        copies: Copies,
-    ) -> None:
+    def __init__(self, policy: Policy, options: PoolOptions) -> None:
         import ray
 
-        self.prompts_per_shard, self.precision = prompts_per_shard, dtype
-        self.faults, self.lengths = Faults(on_lost), Lengths()
-        self.timeout_s, self.publish_timeout_s = timeouts_s  # of a shard, of a publication
+        dtype = options.dtype
+        self.prompts_per_shard, self.precision, self.check_stop = options.prompts_per_shard, dtype, options.check_stop
+        self.faults, self.lengths = Faults(options.on_lost), Lengths()
+        self.timeout_s, self.publish_timeout_s = options.timeout_s, options.publish_timeout_s
+        places = Places(options.workers, options.threads, options.gpus, options.placement_timeout_s, options.colocate)
         self.in_turn, learners = places.taken(policy)
-        self.cluster = Cluster(places.count * places.threads, address, learners)
+        self.cluster = Cluster(places.count * places.threads, options.address, learners)
         if not self.cluster.ask(ray.cluster_resources).get("GPU"):
             places = replace(places, gpus=0.0)
         precisions = (str(kind).removeprefix("torch.") for kind in (next(policy.parameters()).dtype, dtype))
-        arguments = (policy.skeleton(), *precisions, "cuda" if places.gpus else "cpu", places.threads, copies)
+        arguments = (policy.skeleton(), *precisions, "cuda" if places.gpus else "cpu", places.threads, options.copies)
         self.sender = Sender(cast=dtype if policy.backend == "transformers" else None)
         self.published: int | None = None  # the version that the confirmed workers hold
         self.confirmed: set[int] = set()
@@ -79,7 +65,7 @@ class RayPool:
         self.passed: set[int] = set()  # the workers that have passed them
         self._unreported: defaultdict[str, float] = defaultdict(float)
         try:
-            self.workers = Workers(places, arguments, self.cluster, while_waiting, self.faults, on_ready)
+            self.workers = Workers(places, arguments, self.cluster, self.check_stop, self.faults, options.on_ready)
             self.workers.wait_for(places.count)
             self.publish(policy.publication(), 0)
         except BaseException:  # also a stop of the run: a pool whose making failed can be closed only here
@@ -267,6 +253,7 @@ class RayPool:
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
+        self.check_stop()
         version, found = self._version(), shards(prompts, self.prompts_per_shard)
         order = self.lengths.order(found)
         jobs = {number: ("sample", (list(found[number]), params, version, self.costs)) for number in order}
@@ -288,6 +275,7 @@ class RayPool:
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         """By each worker that holds the weights; one that is lost meanwhile is replaced, and passes them later."""
+        self.check_stop()
         version, self.canaries, found = self._version(), None, dict[int, list[RolloutGroup]]()
         late = f"its canaries took longer than rollout.publish_timeout_s={self.publish_timeout_s:g}"
         while not found:

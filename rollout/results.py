@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from rollout.drafts.drafts import Drafted
 from rollout.group import Completion, DraftStats, FinishReason, Prompt, RolloutGroup
 from rollout.rows import Rows
-from rollout.stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from rollout.stop_strings import StopStrings
 
 
 class Lengths:

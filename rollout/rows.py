@@ -75,3 +75,17 @@ class Rows:
     @staticmethod
     def concat(parts: Sequence[Rows]) -> Rows:
         return Rows(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+
+@dataclass
+class Found:
+    """What a round gives for R rows, see `Round.forward`."""
+
+    targets: Tensor
+    logprobs: Tensor
+    hidden: Tensor
+    kept: Tensor
+    stopped: Tensor
+    drafts: Tensor | None = None
+    accepted: Tensor | None = None
+    cut: Tensor | None = None  # which rows stop at a stop string; no graph finds one

@@ -9,22 +9,25 @@ Axes: P prompts, G completions each, R live rows, S = k + 1 tokens of a verifyin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rollout.backends import Decoder
-from rollout.compiled.rounds import FEW_ROWS, Found, Rounds, can_compile
+from rollout.depth import FEW_ROWS
 from rollout.drafts.drafts import Drafted, Drafts
 from rollout.drafts.speculative import until_end, verify_draft
-from rollout.environments.episodes import Episodes
 from rollout.group import Prompt, RolloutGroup
 from rollout.results import Results
-from rollout.rows import Prefilled, Rows, prefill_size
+from rollout.rows import Found, Prefilled, Rows, prefill_size
 from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, row_key
-from rollout.stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from rollout.compiled.rounds import Rounds
+    from rollout.environments.episodes import Episodes
+    from rollout.stop_strings import StopStrings
 
 # One prefill reads at most so many tokens with padding; on a CPU, more do not fit its caches.
 PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16384, 1024
@@ -55,12 +58,20 @@ class Decoding:
         self.drafts = Drafts(decoder, params, self.longest)
         self.drafter, self.room = self.drafts.head, self.drafts.room
         self.steps = torch.arange(self.room, device=self.device)
-        self.strings = StopStrings(decoder.tokenizer, params.stop_strings) if params.stop_strings else None
+        self.strings: StopStrings | None = None
+        if params.stop_strings:
+            from rollout.stop_strings import StopStrings
+
+            self.strings = StopStrings(decoder.tokenizer, params.stop_strings)
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=self.device)
         self.results = Results(len(prompts) * params.group_size, self.room, self.drafts.max_depth, self.device)
         # Sorted by length, so that the prompts of one prefill need little padding; the longest are taken first.
         self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
-        self.rounds = Rounds(decoder, params, self.stops) if can_compile(decoder, params) else None
+        self.rounds: Rounds | None = None
+        if params.compiled:
+            from rollout.compiled.rounds import rounds_of
+
+            self.rounds = rounds_of(decoder, params, self.stops)
         self.live: Rows | None = None
         self.cache: Any = None
         self.admitted = self.ended_rows = self.alive = self.held = 0  # `held`: rows that live or wait

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policies.decoding.quantized import PLAIN, Copies
 from policies.lora import Adapter
 from policies.policy import Policy
 from policies.publication import Publication
 from rollout.depth import CostTable, Workload
-from rollout.engine import Engine, RolloutError
-from rollout.faults import Kind, why_died
+from rollout.engine import Engine
+from rollout.faults import Kind, RolloutError, why_died
 from rollout.group import Prompt, RolloutGroup
 from rollout.places import here
+from rollout.pool import PLAIN, Copies
 from rollout.publication.digests import Held
 from rollout.publication.message import PART_BYTES, Message, everything, unpack
 from rollout.sampling import SamplingParams

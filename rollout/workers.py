@@ -14,16 +14,15 @@ from typing import Any
 
 from policies.openmp import waiting_variables
 from rollout.cluster import Cluster
-from rollout.engine import RolloutError
-from rollout.faults import Faults, Kind, why_died
+from rollout.faults import Faults, Kind, RolloutError, why_died
 from rollout.places import Places
+from rollout.pool import OnReady
 from rollout.worker import Worker
 
 START_TIMEOUT_S = 600.0  # a worker may take at least so long to start
 POLL_S = 0.2  # how often a waiting pool checks whether it should go on waiting
 
 Lost = tuple[Kind, str]  # what was lost with a worker, and why
-OnReady = Callable[[int, dict[str, Any]], None]
 
 
 @dataclass

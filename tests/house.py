@@ -30,7 +30,8 @@ CORE = """
 policies/__init__ policies/policy policies/checkpoint policies/layout policies/logprobs policies/attention
 policies/publication policies/decoding/absorbed policies/decoding/latent_cache policies/decoding/linear
 policies/decoding/experts policies/routing/routers
-rollout/__init__ rollout/engine rollout/group rollout/pool rollout/results rollout/rows rollout/sampling rollout/shard
+rollout/__init__ rollout/engine rollout/group rollout/local_pool rollout/pool
+rollout/pools rollout/results rollout/rows rollout/sampling rollout/shard
 rollout/stop_strings rollout/backends/__init__
 rewards/__init__ rewards/group_score rewards/protocol rewards/scorer rewards/spec
 grpo/__init__ grpo/train grpo/steps/loop grpo/steps/collector grpo/steps/publisher grpo/task/task grpo/task/sampling

@@ -26,14 +26,25 @@ FLOORS = (
     ("launch",),
     ("train",),
     ("sft", "mtp", "trl_bridge"),
-    ("endpoint",),
     ("steps", "evaluation", "checks"),
     ("task",),
-    ("source",),
+    ("source", "endpoint"),
     ("learner", "view"),
     ("run",),
     ("data", "algorithm"),
     ("config",),
+)
+# What `import grpo.train` does not load: a run imports these when it is asked for them.
+FEATURES = (
+    *("grpo.cli", "grpo.endpoint", "grpo.launch", "grpo.mtp", "grpo.trl_bridge", "grpo.view"),
+    *("grpo.algorithm.alarms", "grpo.algorithm.in_flight", "grpo.data.reasoning_gym", "grpo.data.word_problems"),
+    *("grpo.learner.teacher_server", "grpo.run.panel", "grpo.source.agreement", "grpo.source.vllm_token"),
+    *("grpo.steps.vllm", "grpo.task.reward_models", "policies.conversion", "policies.decoding", "policies.files.hub"),
+    *("policies.files.packed", "rewards.built_in", "rewards.http_post", "rewards.isolation.pool", "rollout.backends"),
+    *("rollout.cluster", "rollout.compiled", "rollout.costs", "rollout.drafts", "rollout.engine"),
+    *("rollout.environments", "rollout.places", "rollout.publication.message", "rollout.publication.rounded"),
+    *("rollout.ray_pool", "rollout.serving", "rollout.stop_strings", "rollout.worker", "rollout.workers"),
+    *("bitsandbytes", "datasets", "gguf", "ray", "reasoning_gym", "starlette", "uvicorn", "vllm"),
 )
 NOT_SHIPPED = {"tests", "examples", "benchmarks"}
 PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -267,6 +278,20 @@ def test_no_file_runs_code_that_came_with_data():
 )
 def test_code_that_came_with_data_is_found(source, found):
     assert _unsafe(source) == found
+
+
+def _features_loaded(code: str) -> list[str]:
+    """The FEATURES that a fresh interpreter has loaded after this code."""
+    loaded = _python("-c", f"{code}\nimport sys\nprint(*sys.modules)", path=ROOT).split()
+    return [name for name in FEATURES if any(f"{module}.".startswith(f"{name}.") for module in loaded)]
+
+
+def test_training_loads_no_feature_that_nobody_has_asked_for():
+    ours = [name for name in FEATURES if name.split(".")[0] in MAY_IMPORT]
+    modules = {name for package in MAY_IMPORT for name in house.modules_of(ROOT, package)}
+    assert [name for name in ours if name not in modules] == []
+    assert _features_loaded("import grpo.train") == []
+    assert "rollout.ray_pool" in _features_loaded("import grpo.train, rollout.ray_pool")
 
 
 def test_rewards_load_neither_torch_nor_ray():

@@ -104,15 +104,15 @@ def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
 
 def opened(name: str, policy: Any, dtype: Any, step: Step) -> Any:
     """Our own engine in this process, or vLLM in a process of its own."""
-    if name == "ours":
-        from rollout.pool import open_pool
-
-        return open_pool(policy, dtype=dtype, prompts_per_shard=8)  # the default of `rollout.prompts_per_shard`
-    from rollout.backends.vllm.pool import VLLMPool
     from rollout.backends.vllm.settings import VLLMSettings
+    from rollout.pools import PoolOptions, open_pool
+
+    if name == "ours":
+        return open_pool(policy, PoolOptions(dtype=dtype))
 
     log = Path(tempfile.mkdtemp()) / "vllm.log"
-    return VLLMPool(policy, VLLMSettings(python=Path(step.vllm), log=log), dtype, step.threads)
+    settings = VLLMSettings(python=Path(step.vllm), log=log)
+    return open_pool(policy, PoolOptions(dtype=dtype, threads=step.threads, vllm=settings))
 
 
 def run_trl(name: str, step: Step, warm: Path) -> dict[str, Any]:

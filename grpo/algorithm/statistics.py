@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import Any
 
-from rewards.built_in.gsm8k import extract_answer, lm_eval_answer
-
 Z = 1.96  # of a 95 % interval
 # The same of Student's t, by degrees of freedom up to 30.
 T = (
@@ -156,6 +154,8 @@ def answer_reader(function: str, arguments: dict[str, Any]) -> Callable[[str], H
     >>> answer_reader("gsm8k", {})("6 * 7 = 42\n#### 42.0"), answer_reader("mine.py:score", {})("so #### Yes")
     (Decimal('42.0'), 'yes')
     """
+    from rewards.built_in.gsm8k import extract_answer, lm_eval_answer
+
     modes = {"gsm8k": arguments.get("mode", "strict"), "gsm8k_flexible": "flexible", "gsm8k_boxed": "boxed"}
     if function == "gsm8k_lm_eval":
         return lm_eval_answer

@@ -17,9 +17,7 @@ from grpo.learner.parallel import refuse_processes
 from grpo.learner.terms.balance import PREFIX, loads_of
 from grpo.run import trackers
 from grpo.run.hardware import device_of
-from grpo.source.agreement import refuse_rescaled
 from grpo.source.policy_source import check_options, find_policy, read_shape
-from grpo.task.reward_models import check_teacher
 from grpo.task.sampling import refuse_compile
 from grpo.task.task import Task
 from policies import presets
@@ -29,7 +27,6 @@ from policies.mtp import MTPHead
 from policies.policy import Policy, PolicyError, read_tokenizer
 from policies.routing.routers import routers
 from rollout.faults import RolloutError
-from rollout.places import refuse_open
 
 
 def check_model(config: SftConfig | MtpConfig) -> None:
@@ -39,7 +36,9 @@ def check_model(config: SftConfig | MtpConfig) -> None:
     if has_files(config):
         check_files(Path(find_policy(config.model, read=False).folder))
     check_shape(config)
-    if isinstance(config, TrainConfig):
+    if isinstance(config, TrainConfig) and config.distill.teacher is not None:
+        from grpo.task.reward_models import check_teacher
+
         check_teacher(config)
 
 
@@ -62,6 +61,8 @@ def check_processes(config: SftConfig | MtpConfig, on_cpu: bool) -> None:
             )
         return
     if not launched and (config.learner.workers or config.rollout.samplers):
+        from rollout.places import refuse_open
+
         refuse_open()
     refuse_processes(on_cpu, config.learner.parallel, 0 if launched else config.learner.workers)
     if config.learner.workers and not launched and not on_cpu:
@@ -70,6 +71,8 @@ def check_processes(config: SftConfig | MtpConfig, on_cpu: bool) -> None:
 
 def check_shape(config: SftConfig | MtpConfig) -> None:
     """What a model of this shape cannot do; it is built without storage."""
+    from grpo.source.agreement import refuse_rescaled
+
     policy, rollout = bare_policy(config), config.rollout
     refuse_rescaled(policy.config)
     if isinstance(config, MtpConfig):

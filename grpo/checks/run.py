@@ -13,7 +13,6 @@ from grpo.checks.parts import CHECKS, check_processes
 from grpo.config.environment import rewards_of
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import RunConfig, SftConfig
-from grpo.learner.terms.teacher_server import TeacherError
 from grpo.run.checkpoint import CheckpointError
 from grpo.run.hardware import device_of
 from grpo.task.task import Task, reward_specs
@@ -21,14 +20,7 @@ from rewards.protocol import RewardError
 from rewards.scorer import Scorer
 from rollout.faults import RolloutError
 
-REFUSALS = (
-    ValueError,
-    OSError,
-    RewardError,
-    RolloutError,
-    CheckpointError,
-    TeacherError,
-)  # whose message is written for the user
+REFUSALS = (ValueError, OSError, RewardError, RolloutError, CheckpointError)  # whose message is written for the user
 
 
 class Refused(ValueError):

@@ -255,13 +255,12 @@ def _write(path: Path | None, content: dict[str, Any]) -> None:
 EXPECTED = {
     "grpo.cli.commands.recovery": "RecoveryDiverged",
     "grpo.learner.parallel": "RankFailed",
-    "grpo.learner.terms.teacher_server": "TeacherError",
     "grpo.learner.update": "NonFiniteStep",
     "grpo.run.checkpoint": "CheckpointError",
     "grpo.run.memory_errors": "OutOfMemory",
     "policies.conversion.parity": "ParityFailed",
     "rewards.protocol": "RewardError",
-    "rollout.engine": "RolloutError",
+    "rollout.faults": "RolloutError",
 }
 
 

@@ -15,13 +15,8 @@ from typing import Any, Literal
 from grpo.config.data import ProblemOptions
 from grpo.config.json_file import unfit
 from grpo.data.leakage import is_gsm8k_test_question, refuse_evaluation_data
-from grpo.data.reasoning_gym import COUNT, PREFIX, reasoning_gym_problems
-from grpo.data.source import BUILT_IN, GSM8K, TOO_MANY_FIELDS, file_rows, load_dataset, local_file
-from grpo.data.word_problems import word_problems
-from rewards.built_in.gsm8k import gold_answer
+from grpo.data.source import BUILT_IN, GSM8K, REASONING_GYM, TOO_MANY_FIELDS, file_rows, load_dataset, local_file
 from rewards.protocol import text_of
-from rollout.environments.word_game import COUNT as GAMES
-from rollout.environments.word_game import word_games
 
 GSM8K_COPY = "data/gsm8k"  # train.jsonl and test.jsonl here, or in the folder that QUARTET_GSM8K names, spare the hub
 MOST_BAD_ROWS_NAMED = 10
@@ -114,12 +109,14 @@ def load_examples(
         source = BUILT_IN.get(source, source)
     if levels is not None and source != "word_problems":
         raise ValueError(f"levels={list(levels)} are for word_problems; {name_or_path} has no levels")
-    if task_options and not source.startswith(PREFIX):
+    if task_options and not source.startswith(REASONING_GYM):
         raise ValueError(f"task_options={dict(task_options)} are for reasoning_gym tasks; {name_or_path} has none")
     if purpose == "train":
         refuse_evaluation_data(str(name_or_path), split, None)
-    if source.startswith(PREFIX):
-        task = source.removeprefix(PREFIX)
+    if source.startswith(REASONING_GYM):
+        from grpo.data.reasoning_gym import COUNT, reasoning_gym_problems
+
+        task = source.removeprefix(REASONING_GYM)
         problems = reasoning_gym_problems(task, split, seed, count=limit or COUNT, options=task_options)
         return [_example(row["id"], row, "question", "answer") for row in problems]
     if source == GSM8K:
@@ -128,10 +125,14 @@ def load_examples(
     if purpose == "train":
         refuse_evaluation_data(str(name_or_path), split, path)
     if source == "word_problems":
+        from grpo.data.word_problems import word_problems
+
         problems = word_problems(split, [1] if levels is None else levels, seed, count=limit or 20_000)
         return [_example(row["id"], row, "question", "answer") for row in problems]
     if source == "word_game":
-        games = word_games(split, seed, count=limit or GAMES)
+        from rollout.environments.word_game import COUNT, word_games
+
+        games = word_games(split, seed, count=limit or COUNT)
         return [_example(row["id"], row, "question", "answer") for row in games]
     if path:
         prefix = f"{path.resolve().parent.name}/{path.stem}"
@@ -196,6 +197,7 @@ def gold_check(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> Check | None
     names = {columns.get("answer", "answer") for function, columns in rewards if function in readers}
     if not names:
         return None
+    from rewards.built_in.gsm8k import gold_answer
 
     def check(columns: Mapping[str, Any]) -> str | None:
         try:
@@ -214,7 +216,7 @@ def default_heldout_split(name: str) -> str:
     >>> default_heldout_split("gsm8k"), default_heldout_split("reasoning_gym:leg_counting")
     ('test', 'heldout')
     """
-    return "heldout" if name in ("word_problems", "word_game") or name.startswith(PREFIX) else "test"
+    return "heldout" if name in ("word_problems", "word_game") or name.startswith(REASONING_GYM) else "test"
 
 
 def _checked(

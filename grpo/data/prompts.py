@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from grpo.data.examples import Example
-from rewards.isolation.chat_template import render
 from rollout.group import Prompt
 
 if TYPE_CHECKING:
@@ -149,6 +148,8 @@ def apply_chat_template(
 ) -> str:
     """The function of transformers, in a process with limits of time and memory. Whatever a template raises becomes a
     ValueError that names the tokenizer."""
+    from rewards.isolation.chat_template import render
+
     try:
         return render(tokenizer, messages, **options)
     except Exception as error:  # a template is a program

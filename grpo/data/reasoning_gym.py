@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from grpo.data.source import REASONING_GYM as PREFIX
 from rewards.protocol import RewardError
 
-PREFIX = "reasoning_gym:"
 SPLITS = ("train", "heldout")
 JUNK = ("I do not know.", "lorem ipsum dolor sit amet", "?!")  # texts without an answer
 HELD_OUT = 4  # one question in this many

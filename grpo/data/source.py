@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config.json_file import parse_json
-from policies.files import hub
 
 GSM8K = "openai/gsm8k:main"
 BUILT_IN = {"word_problems": "word_problems", "word_game": "word_game", "gsm8k": GSM8K, "openai/gsm8k": GSM8K}
+REASONING_GYM = "reasoning_gym:"  # and the name of a task
 FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
 TOO_MANY_FIELDS = "fields beyond the header"
 
@@ -85,6 +85,8 @@ def _json_or_error(text: bytes) -> Any:
 
 def load_dataset(name: str, config: str | None = None, **options: Any) -> Iterable[Any]:
     import datasets  # slow to import
+
+    from policies.files import hub
 
     why = "" if "data_files" in options else hub.unreachable()
     if why:

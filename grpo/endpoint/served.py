@@ -18,7 +18,7 @@ from grpo.endpoint.api_error import ApiError
 from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked
 from grpo.endpoint.batcher import Batcher
 from policies.attention import sees_prompts_whole
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 from rollout.serving import News, Request

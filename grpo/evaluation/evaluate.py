@@ -9,28 +9,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from statistics import fmean, median
-from typing import Protocol
 
 from rich.progress import Progress
 
 from grpo.algorithm.statistics import Estimate, estimate, majority_at_k, pass_at_k, powers_of_two
 from grpo.task.task import Task
 from rewards.group_score import GroupScore, RewardFailure
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward
-from rollout.pool import Pool
+from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 
 OnFinished = Callable[[int], None]
 OnBatch = Callable[[Sequence[RolloutGroup], Sequence[GroupScore]], None]
-
-
-class Sampler(Protocol):
-    """What an evaluation needs of a pool, or of a server (see served.py)."""
-
-    def sample(
-        self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
-    ) -> list[RolloutGroup]: ...
 
 
 @dataclass(frozen=True)
@@ -256,7 +247,7 @@ class Speed:
 
 
 def measure_speed(
-    pool: Pool, prompts: Sequence[Prompt], sampling: SamplingParams, rows: Sequence[int], repeats: int = 5
+    pool: Sampler, prompts: Sequence[Prompt], sampling: SamplingParams, rows: Sequence[int], repeats: int = 5
 ) -> list[Speed]:
     """The same prompts with and without drafts, in turn, median of `repeats`; the tokens are the same by contract 3."""
     speeds = []

@@ -17,7 +17,7 @@ from grpo.run.records import read_metrics
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import RewardFailed
-from rollout.pool import Pool
+from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class HeldOut:
         self,
         task: Task,
         policy: Policy,
-        pool: Pool,
+        pool: Sampler,
         log: RunLog,
         options: EvalOptions,
         sampling: SamplingParams,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from policies.conversion.dense import frozen_parameter_names
+from policies.layout import frozen_parameter_names
 from policies.policy import Policy
 
 PIECE = 2**18  # numbers: so that their squares take little memory

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import zstandard
 from rich.console import Console
@@ -33,7 +33,6 @@ from grpo.run.console import Terminal, progress_bars, sample_table, step_line, v
 from grpo.run.json_lines import append_line, json_line, open_lines
 from grpo.run.lock import RunLock, refuse_folder
 from grpo.run.metrics import check
-from grpo.run.panel import Panel
 from grpo.run.records import (
     holds_a_run,
     is_evaluation,
@@ -48,6 +47,9 @@ from grpo.run.trackers import installed, log_rollouts, start
 from policies.files.atomic import tidy, write_file
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
+
+if TYPE_CHECKING:
+    from grpo.run.panel import Panel
 
 SHOWN_PER_EVENT = 3
 SHOWN_ALWAYS = ("learner", "worker")  # of which one is not like another
@@ -115,6 +117,8 @@ class RunLog:
         self._trackers = [start(name, output_dir, config_yaml, resume_step or 0) for name in tracker_names]
         self._panel: Panel | None = None
         if last is not None and self.console.is_interactive and not quiet:
+            from grpo.run.panel import Panel
+
             self._panel = Panel(self.console, str(output_dir), last, former)
             self._panel.start()
 

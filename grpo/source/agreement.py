@@ -9,7 +9,6 @@ from transformers import PretrainedConfig
 from grpo.learner.batch import PackedRow, Sample, collate
 from policies.logprobs import token_logprobs
 from policies.policy import Policy, PolicyError
-from rollout.engine import Engine
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 
@@ -58,6 +57,8 @@ def _refusal(kind: str, reason: str) -> PolicyError:
 
 def _three_ways(policy: Policy, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of sampled tokens by the engine, by the learner's packed row, and by the model itself."""
+    from rollout.engine import Engine
+
     prompt = list(range(2, 7))
     params = SamplingParams(group_size=2, max_completion_tokens=4)
     [group] = Engine(policy, dtype).sample([Prompt("agreement", "", prompt)], params)

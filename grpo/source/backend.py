@@ -12,11 +12,8 @@ from transformers import DeepseekV3Config, PretrainedConfig
 from grpo.config.policy import ModelOptions, PolicyOptions
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
 from grpo.config.sampling import VLLMOptions
-from grpo.source.vllm_token import vllm_token
 from policies.attention import PROMPT_ATTENTION, sees_prompts_whole
 from policies.routing.heads import DynamicHeadsConfig, heads_config
-from rollout.backends.vllm.client import Client
-from rollout.backends.vllm.process import state_of
 
 FIXED = (  # arguments of vLLM's engine
     *("model", "dtype", "load_format", "logprobs_mode", "seed", "skip_tokenizer_init", "speculative_config"),
@@ -174,6 +171,10 @@ def _refuse_model(config: RunConfig, shape: PretrainedConfig) -> None:
 
 def _refuse_server(options: VLLMOptions) -> None:
     """Asks the server, or the interpreter that would run it, for its version. A server has ten seconds to answer."""
+    from grpo.source.vllm_token import vllm_token
+    from rollout.backends.vllm.client import Client
+    from rollout.backends.vllm.process import state_of
+
     if options.url:
         state, where = Client(options.url, vllm_token(options)).state(), f"rollout.vllm.url={options.url}"
     else:

@@ -37,11 +37,10 @@ from grpo.run.checkpoint import Checkpoint
 from grpo.run.hardware import device_of, saved_threads, threads_for
 from grpo.run.memory_errors import phase
 from grpo.run.resume import base_changed
-from grpo.source.agreement import check_agreement
 from grpo.source.backend import as_asked, refuse_backend
 from policies import presets
 from policies.checkpoint import check_policy
-from policies.files import gguf, hub
+from policies.files import gguf
 from policies.files.atomic import write_file
 from policies.files.digests import write_digests
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
@@ -133,6 +132,8 @@ def check_model(model: str) -> None:
         if re.fullmatch(r"[\w.-]+", model) and not model.startswith("."):
             hint += f"; if a hub id was meant, write its owner too: OWNER/{model}"
         raise PolicyError(f"model={model!r}: there is no such folder; {hint}")
+    from policies.files import hub
+
     if why := hub.why_absent(model):
         raise PolicyError(f"model={model!r} is neither a preset, a checkpoint folder nor a reachable hub id: {why}")
 
@@ -269,6 +270,8 @@ def _load(
             policy = policy.to(device_of(options.device))
     _as_asked(policy, options)
     if policy.backend == "transformers":
+        from grpo.source.agreement import check_agreement
+
         check_agreement(policy)
     return policy
 

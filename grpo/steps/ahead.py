@@ -20,7 +20,6 @@ from typing import Any
 from torch import Tensor
 
 from grpo.algorithm.dynamic_sampling import Drawn
-from grpo.algorithm.in_flight import drawn_of, plain
 from grpo.config.run import TrainConfig
 from grpo.learner.learner import Learner
 from grpo.learner.state import put_weights
@@ -57,6 +56,8 @@ class Batches:
         state, self._saved, saved = self._saved, {}, self.run.saved
         if not self.ahead:
             return
+        from grpo.algorithm.in_flight import drawn_of
+
         prompt = self.collector.prompt
         self.ready = {int(step): drawn_of(drawn, prompt) for step, drawn in state.get("batches", {}).items()}
         self.next = max([self.run.step, *self.ready]) + 1
@@ -155,6 +156,8 @@ class Batches:
         self.settle()
         state = self.collector.state_dict()
         if self.ahead:
+            from grpo.algorithm.in_flight import plain
+
             waiting = {step: drawn for step, drawn in self.ready.items() if step > self.run.step}
             state["batches"] = {str(step): plain(drawn) for step, drawn in waiting.items()}
         if self._lacks:

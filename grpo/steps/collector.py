@@ -24,11 +24,10 @@ from grpo.task.sampling import environment_of, sampling_params
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore, RewardFailed
-from rollout.compiled.rounds import FEW_ROWS
-from rollout.depth import PROMPT_TOKENS
+from rollout.depth import FEW_ROWS, PROMPT_TOKENS
 from rollout.faults import OnFinished
 from rollout.group import Prompt, RolloutGroup, head_accepted
-from rollout.pool import Pool
+from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 
 PROMPTS_READ = 256  # whose lengths say how long sequences become
@@ -38,7 +37,7 @@ class Collector:
     """Draws the groups of each step from `pool`, which is set before the first. Its state is the order of the data,
     what listeners keep, and `head_accepted`: what became of the head's drafts in the last step."""
 
-    pool: Pool
+    pool: Sampler
 
     def __init__(self, run: Run[TrainConfig], task: Task, policy: Policy, listeners: Sequence[Listener]) -> None:
         self.run, self.task, self.listeners, self.config = run, task, listeners, run.config

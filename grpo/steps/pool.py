@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
-from typing import Any, Self
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo.config.run import TrainConfig
 from grpo.config.sampling import RolloutOptions
 from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
-from grpo.run.stop import Stopped, signals
-from grpo.source.vllm_token import vllm_token
-from policies.decoding.quantized import Copies
+from grpo.run.stop import signals
+from grpo.task.sampling import agent_of
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import everyone, whole
-from rollout.backends.vllm.pool import VLLMPool
-from rollout.backends.vllm.settings import VLLMSettings
 from rollout.depth import PROMPT_TOKENS, CostTable, Workload
-from rollout.group import Prompt, RolloutGroup
-from rollout.places import here
-from rollout.pool import OnFinished, Pool, open_pool
+from rollout.group import RolloutGroup
+from rollout.pool import Copies, Pool, PoolOptions, Sampler
+from rollout.pools import open_pool
 from rollout.publication.digests import Held
 from rollout.sampling import SamplingParams
 
-NO_KEYED_NOISE = (
-    "vLLM draws with seeds of its own: its tokens are not those of our engine, nor the same with other drafts, threads "
-    "or batches. The same step of the same run repeats"
-)
 Reads = Callable[[Publication, Publication | None], Iterator[Tensor]]
 
 
@@ -79,67 +73,14 @@ class NoPool:
         pass
 
 
-class InterruptiblePool:
-    """A pool whose sampling is given up once a stop was asked for. A publication that a stop cuts short raises nothing:
-    what was learned counts, and the next sampling is given up."""
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        with suppress(Stopped):
-            self.pool.publish(weights, version)
-
-    def sample(
-        self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
-    ) -> list[RolloutGroup]:
-        def forward(ended: int) -> None:
-            signals.check()
-            if on_finished:
-                on_finished(ended)
-
-        signals.check()
-        return self.pool.sample(prompts, params, forward)
-
-    def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
-        """Nothing once a stop was asked for, since a publication may have been cut short."""
-        try:
-            signals.check()
-            return self.pool.sample_on_each(prompts, params)
-        except Stopped:
-            return {}
-
-    def keep(self) -> None:
-        self.pool.keep()
-
-    def sleep(self) -> None:
-        self.pool.sleep()
-
-    def held(self) -> dict[str, Held]:
-        return self.pool.held()
-
-    def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:
-        signals.check()
-        return self.pool.use_costs(costs, work)
-
-    def metrics(self) -> dict[str, float]:
-        return self.pool.metrics()
-
-    def close(self) -> None:
-        self.pool.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-
 def open_run_pool(
     policy: Policy, rollout: RolloutOptions, dtype: str, run_log: RunLog, *, samples: bool = True
-) -> InterruptiblePool:
-    """Workers as `rollout` asks for them. A stop that is asked for interrupts their work, what is lost is an
-    event. Raises Stopped where a stop was asked for before they were ready."""
+) -> Pool:
+    """The pool that `rollout` asks for, or on a rank that does not sample the part that it takes in publications. A
+    stop that is asked for interrupts its work, what is lost is an event. Raises Stopped where a stop was asked for
+    before it was ready."""
+    if not samples:
+        return _part_of_publications(policy, rollout)
 
     def on_lost(what: str, reason: str, action: str) -> None:
         run_log.event("lost", what=what, action=action, reason=reason)
@@ -147,38 +88,63 @@ def open_run_pool(
     def on_ready(worker: int, where: dict[str, Any]) -> None:
         run_log.event("worker", worker=worker, **where)
 
-    ranks = everyone(here()) if rollout.samplers else []
-    if not samples:
-        own = Publication.read_parts if rollout.samplers else None
-        others = NoPool(Publication.parts if rollout.backend == "vllm" else own, in_turn=rollout.colocate)
-        others.publish(policy.publication(), 0)
-        return InterruptiblePool(others)
-    options = SimpleNamespace(rollout=rollout, dtype=dtype)
-    with phase("loading", options):
-        pool = open_pool(
-            policy,
-            rollout.samplers,
-            dtype=getattr(torch, dtype),
-            threads=torch.get_num_threads() if rollout.backend == "vllm" else rollout.threads_per_worker,
-            prompts_per_shard=rollout.prompts_per_shard,
-            timeout_s=rollout.timeout_s,
-            publish_timeout_s=rollout.publish_timeout_s,
-            while_waiting=signals.check,
-            gpus=rollout.gpus_per_worker,
-            placement_timeout_s=rollout.placement_timeout_s,
-            colocate=False if rollout.ahead else rollout.colocate or None,
-            on_lost=on_lost,
-            on_ready=on_ready,
-            vllm=vllm_settings(rollout, run_log.output_dir) if rollout.backend == "vllm" else None,
-            copies=Copies(*rollout.copies),
-        )
-    for rank, where in enumerate([here(), *ranks[1:]] if ranks else []):  # rank 0 may know its node only now
+    options = PoolOptions(
+        workers=rollout.samplers,
+        dtype=getattr(torch, dtype),
+        threads=rollout.threads_per_worker,
+        prompts_per_shard=rollout.prompts_per_shard,
+        timeout_s=rollout.timeout_s,
+        publish_timeout_s=rollout.publish_timeout_s,
+        gpus=rollout.gpus_per_worker,
+        placement_timeout_s=rollout.placement_timeout_s,
+        colocate=False if rollout.ahead else rollout.colocate or None,
+        copies=Copies(*rollout.copies),
+        check_stop=signals.check,
+        on_lost=on_lost,
+        on_ready=on_ready,
+    )
+    ranks = _places(rollout)
+    with phase("loading", SimpleNamespace(rollout=rollout, dtype=dtype)):
+        if rollout.backend == "vllm":
+            from grpo.steps.vllm import open_vllm
+
+            pool = open_vllm(policy, rollout, options, run_log)
+        else:
+            pool = open_pool(policy, options)
+    if ranks:
+        from rollout.places import here
+
+        ranks[0] = here()  # it may know its node only now
+    for rank, where in enumerate(ranks):
         run_log.event("learner", rank=rank, **where)
-    if isinstance(pool, VLLMPool):
-        more = {"load": pool.state["load"], "merged_adapters": pool.updates.merged}
-        run_log.event("vllm", version=pool.state["vllm"], url=pool.client.url, unshown=more)
-        run_log.event("keyed_noise", available=False, why=NO_KEYED_NOISE)
-    return InterruptiblePool(pool)
+    return pool
+
+
+def _places(rollout: RolloutOptions) -> list[dict[str, Any]]:
+    """Where every rank is; nothing where no worker or server samples. Every rank takes part."""
+    if not rollout.samplers:
+        return []
+    from rollout.places import here
+
+    return everyone(here())
+
+
+def _part_of_publications(policy: Policy, rollout: RolloutOptions) -> NoPool:
+    _places(rollout)
+    own = Publication.read_parts if rollout.samplers else None
+    pool = NoPool(Publication.parts if rollout.backend == "vllm" else own, in_turn=rollout.colocate)
+    pool.publish(policy.publication(), 0)
+    return pool
+
+
+def open_sampler(pool: Pool, config: TrainConfig, *, samples: bool = True) -> AbstractContextManager[Sampler]:
+    """What samples for a run: `pool`, or the episodes of its agent, which `pool` samples in this process."""
+    agent = agent_of(config)
+    if agent is None or not samples:
+        return nullcontext(pool)
+    from grpo.endpoint.agent_sampler import AgentSampler
+
+    return closing(AgentSampler(pool, agent, config.rollout.temperature))
 
 
 def use_costs_of_run(
@@ -202,18 +168,3 @@ def use_costs_of_run(
     costs = pool.use_costs(saved, work)
     if saved is None:
         costs.save(path)
-
-
-def vllm_settings(rollout: RolloutOptions, folder: Path) -> VLLMSettings:
-    """`folder`: of the run, which gets the log of vLLM."""
-    options = rollout.vllm
-    return VLLMSettings(
-        url=options.url,
-        token=vllm_token(options) if options.url else "",
-        python=options.python,
-        engine=options.engine,
-        draft_tokens=rollout.draft_tokens or 0,
-        log=folder / "vllm.log",
-        silence_s=options.silence_s,
-        publish_s=rollout.publish_timeout_s,
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import NoReturn
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
-from rollout.engine import RolloutError
+from grpo.run.stop import Stopped
+from rollout.faults import RolloutError
 from rollout.group import RolloutGroup
 from rollout.pool import Pool
 from rollout.publication.canaries import Agreement, Scores, canary_params, canary_prompts, compare
 from rollout.publication.digests import first_difference
-from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
 from rollout.sampling import SamplingParams
 
 ADVICE = (
@@ -50,13 +51,14 @@ class Publisher:
         """Every rank takes part. Returns canary/* of this publication, nothing where a stop has cut it short."""
         learner, version = self.learner, self.learner.policy_version
         weights, ranks = learner.weights(), learner.ranks
-        self.pool.publish(weights, version)
+        with suppress(Stopped):  # what was learned counts, and the next sampling is given up
+            self.pool.publish(weights, version)
         self.version = version
         started = time.perf_counter()
         ranks.from_first(partial(self._compare_digests, weights, version))
         for attempt in range(ATTEMPTS):
             params = canary_params(self.params.at(version, attempt), self.context)
-            sampled = ranks.from_first(partial(self.pool.sample_on_each, self.prompts, params))
+            sampled = ranks.from_first(partial(self._sampled, params))
             if not sampled:
                 return {}
             scores = self.scores(sampled, params.temperature)
@@ -74,6 +76,13 @@ class Publisher:
             "time/canaries": time.perf_counter() - started,
         }
 
+    def _sampled(self, params: SamplingParams) -> dict[str, list[RolloutGroup]]:
+        """The canaries; nothing once a stop was asked for, since the publication may have been cut short."""
+        try:
+            return self.pool.sample_on_each(self.prompts, params)
+        except Stopped:
+            return {}
+
     def _compare_digests(self, weights: Mapping[str, Tensor], version: int) -> None:
         if self.learner.ranks.size > 1:  # ranks that share the weights would have to gather them all again
             return
@@ -90,6 +99,8 @@ class Publisher:
         policy = self.learner.policy
         score: Callable[[Sequence[RolloutGroup], float], Scores] = partial(logprobs_of_groups, policy)
         if self.copies != "none":
+            from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
+
             score = partial(logprobs_of_trunk, rounded_trunk(policy, self.copies))
         known: dict[str, Scores] = {}
         scores = {}
@@ -105,6 +116,8 @@ class Publisher:
     ) -> str | None:
         """How the decoder differs from the learner where its matrices are not rounded: rounded ones are compared with
         the same decoder, which would hide an error of its own. One sampler's tokens do for all."""
+        from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
+
         policy = self.learner.policy
         groups = next(iter(sampled.values()))
         decoded = logprobs_of_trunk(rounded_trunk(policy, "none"), groups, temperature)

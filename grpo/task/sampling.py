@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.environment import AgentOptions, EnvironmentOptions
-from grpo.config.reward import RewardsOptions, ScoringOptions
 from grpo.config.sampling import AnswerOptions, RolloutOptions, SamplingOptions
 from grpo.data.examples import Example
 from grpo.learner.batch import PackedRow, Sample
 from policies.policy import Policy
-from rewards.isolation.agents import OWN
-from rewards.isolation.pool import WorkerPool
 from rollout.depth import GRAPH_DEPTHS
-from rollout.environments.episodes import first_messages
-from rollout.environments.format import Answers, TurnFormat
-from rollout.environments.protocol import answers_of, check, chosen, tools_of
 from rollout.group import AGENT_REWARD, REWARD, Prompt, RolloutGroup, environment_reward
 from rollout.sampling import EnvironmentSpec, SamplingParams
+
+if TYPE_CHECKING:
+    from rollout.environments.format import Answers, TurnFormat
 
 NO_GRAPH = "compile=on: {}, so no graph can decode; leave it out"
 FEWEST_ROUNDS = 100_000  # in which graphs gain three times what they took to compile, .35 ms a layer and round
@@ -114,43 +109,6 @@ def agent_of(options: object) -> AgentOptions | None:
     return options if isinstance(options, AgentOptions) and options.agent else None
 
 
-def open_agents(options: AgentOptions) -> WorkerPool:
-    """The processes in which the agent runs. Raises RewardError if it cannot be loaded there, or not with so little
-    memory."""
-    description = {"kind": "agent", "function": options.agent}
-    scoring = options.reward if isinstance(options, RewardsOptions) else ScoringOptions()
-    memory = (options.agent_memory_mb or 0) << 20
-    pool = WorkerPool(
-        [description],
-        size=options.agent_workers,
-        timeout_s=options.agent_timeout_s,
-        pass_variables=scoring.pass_variables,
-        memory=memory,
-        memory_option="agent_memory_mb",
-    )
-    try:
-        pool.run([])
-    except BaseException:
-        pool.close()
-        raise
-    return pool
-
-
-def check_agent(options: AgentOptions, columns: Mapping[str, Any]) -> None:
-    """Raises ValueError or RewardError where the agent cannot be called with these columns."""
-    if taken := [name for name in OWN if name in columns]:
-        raise ValueError(f"agent={options.agent}: column {taken[0]!r} has the name of what every agent gets; rename it")
-    try:
-        json.dumps(columns)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"agent={options.agent}: a column cannot be sent to it: {error}") from error
-    if find_spec("starlette") is None or find_spec("uvicorn") is None:
-        raise ValueError(
-            f"agent={options.agent} needs the packages of the extra serve: pip install 'quartet-rl[serve]'"
-        )
-    open_agents(options).close()
-
-
 class Actor:
     """The environment or agent of a run as its task sees it: checked early, shown by solutions, a part of the score.
 
@@ -162,8 +120,12 @@ class Actor:
     ) -> None:
         self.environment, self.agent = environment, agent
         if environment is not None:
+            from rollout.environments.protocol import check
+
             check(environment, example.columns)
         if agent is not None:
+            from grpo.endpoint.agents import check_agent
+
             check_agent(agent, example.columns)
         self._forms: dict[tuple[str, tuple[int, ...]], TurnFormat] = {}
         self._answers: dict[str, Answers | None] = {}
@@ -191,6 +153,9 @@ class Actor:
 
         The results are the solution's own, or those of the tool where it is built in and `pure`, as in a rollout.
         """
+        from rollout.environments.episodes import first_messages
+        from rollout.environments.protocol import answers_of, chosen
+
         assert self.environment is not None
         name = chosen(self.environment, prompt.columns)
         if name not in self._answers:
@@ -213,6 +178,9 @@ class Actor:
         return replace(prompt, text=str(tokenizer.decode(ids)), token_ids=ids, messages=messages)
 
     def _form(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> TurnFormat:
+        from rollout.environments.format import TurnFormat
+        from rollout.environments.protocol import chosen, tools_of
+
         assert self.environment is not None
         name = chosen(self.environment, prompt.columns)
         if (name, stops) not in self._forms:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,13 +26,11 @@ from grpo.config.run import SftConfig, TrainConfig
 from grpo.data.examples import Example, beyond_context, default_heldout_split, examples_of, gold_check
 from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, refuse_overlap, trained_on
 from grpo.data.prompts import PromptTemplate, encode_prompt
-from grpo.data.reasoning_gym import PREFIX
-from grpo.data.word_problems import shared_with_training
+from grpo.data.source import REASONING_GYM
 from grpo.learner.batch import PackedRow, Sample
 from grpo.run.hardware import device_of
 from grpo.run.log import RunLog
 from grpo.source.policy_source import known_context
-from grpo.task.reward_models import ModelRewards
 from grpo.task.sampling import Actor, agent_of, environment_of
 from policies.policy import Policy
 from rewards.protocol import Reward
@@ -40,6 +38,9 @@ from rewards.registry import name_callable
 from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec
+
+if TYPE_CHECKING:
+    from grpo.task.reward_models import ModelRewards
 
 TAKE_OUT = "Take them out of one of the two"
 LONGEST_TEXT = 4000  # characters of an example that a preset's tokenizer learns from: one endless word takes hours
@@ -98,22 +99,28 @@ class Task:
         self.reward_weights = {spec.label: spec.weight for spec in specs}
         first = specs[0] if specs else RewardSpec("")
         self.first_reward, self.read_answer = first.label, answer_reader(first.function, first.arguments)
-        self.models = ModelRewards(reward_models if self.scores else (), known[0].columns)
+        self.models: ModelRewards | None = None
+        if reward_models and self.scores:
+            from grpo.task.reward_models import ModelRewards
+
+            self.models = ModelRewards(reward_models, known[0].columns)
         self.verdicts = Verdicts(self.first_reward, "undeclared", None)
         if not self.scores:
             return
+        more = [*(self.models.names if self.models else ()), *self.actor.columns]
         self.scorer = Scorer(
             specs,
             on_error=scoring.on_error,
             timeout_s=scoring.timeout_s,
             workers=scoring.workers,
-            columns=[*known[0].columns, *self.models.names, *self.actor.columns],
+            columns=[*known[0].columns, *more],
             pass_variables=scoring.pass_variables,
         )
         try:
-            columns = known[0].columns | dict.fromkeys([*self.models.names, *self.actor.columns], 0.0)
+            columns = known[0].columns | dict.fromkeys(more, 0.0)
             gold = self.scorer.dry_run(prompt, known[0].solution, columns, messages=messages)
-            self.models.load(device_of(device))
+            if self.models:
+                self.models.load(device_of(device))
         except BaseException:
             self.scorer.close()
             raise
@@ -181,6 +188,8 @@ class Task:
             return
         said = f"{len(self.heldout):,} held-out problems: none is trained on or shown as a worked example"
         if self.train and self.train[0].example_id.startswith("word_problems/"):
+            from grpo.data.word_problems import shared_with_training
+
             templates, numbers = shared_with_training(*([e.example_id for e in s] for s in (self.train, self.heldout)))
             said += f"; {templates:,} share a template with training, {numbers:,} share their numbers"
         run_log.say(said)
@@ -262,9 +271,10 @@ class Task:
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
         """By the rewards of the run."""
-        columns = self.models.columns(groups)
+        columns = self._model_columns(groups)
         scores = self._score(self.scorer, groups, columns)
-        self.models.record(scores, columns)
+        if self.models:
+            self.models.record(scores, columns)
         self.verdicts.see_scores(scores)
         return scores
 
@@ -272,9 +282,13 @@ class Task:
         """By these functions of this process in place of the rewards of the run."""
         functions = rewards if isinstance(rewards, Sequence) else [rewards]
         specs = [RewardSpec(name_callable(function)) for function in functions]
-        columns = [*groups[0].prompt.columns, *self.models.names, *self.actor.columns]
+        models = self.models.names if self.models else []
+        columns = [*groups[0].prompt.columns, *models, *self.actor.columns]
         with closing(Scorer(specs, columns=columns)) as scorer:
-            return self._score(scorer, groups, self.models.columns(groups))
+            return self._score(scorer, groups, self._model_columns(groups))
+
+    def _model_columns(self, groups: Sequence[RolloutGroup]) -> list[dict[str, list[float]]]:
+        return self.models.columns(groups) if self.models else [{} for _ in groups]
 
     def _score(self, scorer: Scorer, groups: Sequence[RolloutGroup], columns: Any) -> list[GroupScore]:
         return scorer.score(
@@ -345,7 +359,7 @@ def _held_out_share(
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """All examples of `data.split` in two, by the content of each problem."""
     assert data.holdout
-    if data.name in ("word_problems", "word_game") or data.name.startswith(PREFIX):
+    if data.name in ("word_problems", "word_game") or data.name.startswith(REASONING_GYM):
         raise ValueError(f"data.holdout={data.holdout}: {data.name} has a held-out split of its own; drop data.holdout")
     if heldout_split not in (None, data.split):
         raise ValueError(

@@ -25,7 +25,7 @@ negligible. Choose ΣB_i² = (R + 4)·w²; then
 and a norm weight of w on the data and 0 on the constants gives v back, with relative error
 ‖v‖² / (2(R + 4)w²). Every integer is a sum of four squares (Lagrange), so B_i = w·a_i with
 a_1² + … + a_4² = R + 4 is exact even in bfloat16 (R = 192: 196 = 7² + 7² + 7² + 7²). Training must not change
-the norm and the bias, not even by weight decay; see `frozen_parameter_names`.
+the norm and the bias, not even by weight decay; see `frozen_parameter_names` of policies/layout.py.
 
 Cost: the cache holds 2R + 4 numbers for each token (dense: 2R); `q_proj` grows G-fold, mostly zeros.
 """
@@ -103,25 +103,6 @@ def check_dense(model: PreTrainedModel) -> None:
         if tensor.dtype != torch.float32:
             why, way_out = "rearranged weights would be rounded again", "load it with dtype=torch.float32"
             raise UnsupportedCheckpoint(f"{name}.dtype", tensor.dtype, why, way_out)
-
-
-def frozen_parameter_names(config: PreTrainedConfig) -> list[str]:
-    """Names of the parameters that training must not change; empty for a model that was not converted.
-
-    PEFT and other wrappers put a prefix before a name, so compare with `name.endswith(...)`. The last name of each
-    layer is that of the bias inside a LoRA adapter.
-
-    >>> frozen_parameter_names(DeepseekV3Config(num_hidden_layers=1, quartet_exact_mla=True))[:2]
-    ['model.layers.0.self_attn.kv_a_layernorm.weight', 'model.layers.0.self_attn.kv_a_proj_with_mqa.bias']
-    """
-    if not getattr(config, "quartet_exact_mla", False):
-        return []
-    projection = "kv_a_proj_with_mqa"
-    return [
-        f"model.layers.{layer}.self_attn.{name}"
-        for layer in range(config.num_hidden_layers)
-        for name in ("kv_a_layernorm.weight", f"{projection}.bias", f"{projection}.base_layer.bias")
-    ]
 
 
 def convert_checkpoint(source: str, destination: str | Path, *, prompts: list[str] | None = None) -> ParityReport:

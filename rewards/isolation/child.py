@@ -17,16 +17,14 @@ import signal
 import socket
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
-from rewards.isolation.agents import LoadedAgent
-from rewards.isolation.environments import LoadedEnvironments
-from rewards.isolation.templates import LoadedTemplate
 from rewards.protocol import Reward, RewardError, Signature, bind
 from rewards.registry import Source, load_reward
 
@@ -80,7 +78,9 @@ def load(descriptions: list[dict], functions: list[Any]) -> dict:
     for description in descriptions:
         kind = description.get("kind", "reward")
         try:
-            functions.append(KINDS[kind](**{name: value for name, value in description.items() if name != "kind"}))
+            module, _, name = KINDS[kind].partition(":")
+            given = {key: value for key, value in description.items() if key != "kind"}
+            functions.append(getattr(import_module(module), name)(**given))
         except RewardError as error:
             return {"error": str(error)}
         except BaseException as error:
@@ -163,11 +163,11 @@ class LoadedReward:
         return {"rewards": rewards, "extras": extras, "metrics": means}
 
 
-KINDS: dict[str, Callable[..., Any]] = {
-    "reward": LoadedReward,
-    "environments": LoadedEnvironments,
-    "agent": LoadedAgent,
-    "template": LoadedTemplate,
+KINDS = {
+    "reward": "rewards.isolation.child:LoadedReward",
+    "environments": "rewards.isolation.environments:LoadedEnvironments",
+    "agent": "rewards.isolation.agents:LoadedAgent",
+    "template": "rewards.isolation.templates:LoadedTemplate",
 }
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from policies.decoding.absorbed import AbsorbedTrunk
-from policies.decoding.draft_head import AbsorbedHead
-from policies.decoding.quantized import PLAIN, Copies, held_as
+from policies.decoding.quantized import held_as
 from policies.policy import Policy
-from rollout.backends.hf import HFTrunk
 from rollout.depth import CostTable
+from rollout.pool import PLAIN, Copies
 from rollout.sampling import DraftVocabulary
+
+if TYPE_CHECKING:
+    from policies.decoding.draft_head import AbsorbedHead
+    from rollout.backends.hf import HFTrunk
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class Decoder:
     version: int
     max_rows: int
     costs: CostTable | None
-    graphs: Any = None  # the engine's rollout.compiled.rounds.Graphs; None for matrices of fewer bits
+    graphs: list[Any] | None = (
+        None  # the engine's rollout.compiled.rounds.Graphs, once asked for; None: no graph can be
+    )
 
 
 def derive(
@@ -42,8 +47,14 @@ def derive(
     if policy.backend == "transformers":
         if copies != PLAIN:
             raise ValueError(f"rollout.quantization={copies.trunk}: transformers' own forward has no matrices of ours")
+        from rollout.backends.hf import HFTrunk
+
         return HFTrunk(policy.trunk, dtype), None
     with held_as(copies.trunk):
         trunk = AbsorbedTrunk(policy.trunk, dtype, policy.max_length)
+    if policy.mtp is None:
+        return trunk, None
+    from policies.decoding.draft_head import AbsorbedHead
+
     with held_as(copies.drafts):
-        return trunk, AbsorbedHead(policy.mtp, trunk, policy.draft_ids) if policy.mtp is not None else None
+        return trunk, AbsorbedHead(policy.mtp, trunk, policy.draft_ids)

@@ -16,29 +16,14 @@ from rollout.backends import Decoder
 from rollout.compiled.graph import Bucket, Inputs
 from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.store import CompiledRound, find
-from rollout.depth import GRAPH_DEPTHS
+from rollout.depth import FEW_ROWS, GRAPH_DEPTHS
 from rollout.drafts.head import Drafter
-from rollout.rows import Rows
+from rollout.rows import Found, Rows
 from rollout.sampling import SamplingParams
 
-ROWS = (1, 2, 4, 8)  # places of a graph; with more rows the products are what takes the time
-FEW_ROWS = ROWS[-1]
+ROWS = (1, 2, 4, FEW_ROWS)  # places of a graph
 ENTRIES = 128  # caches grow in steps of so many entries
 STOPS = 8  # and the list of stop tokens in steps of so many
-
-
-@dataclass
-class Found:
-    """What a round gives for R rows, see `Round.forward`."""
-
-    targets: Tensor
-    logprobs: Tensor
-    hidden: Tensor
-    kept: Tensor
-    stopped: Tensor
-    drafts: Tensor | None = None
-    accepted: Tensor | None = None
-    cut: Tensor | None = None  # which rows stop at a stop string; no graph finds one
 
 
 def say(bucket: Bucket) -> None:
@@ -89,11 +74,19 @@ def can_compile(decoder: Decoder, params: SamplingParams) -> bool:
     return params.compiled and decoder.graphs is not None and plain and fits and known
 
 
+def rounds_of(decoder: Decoder, params: SamplingParams, stops: Tensor) -> Rounds | None:
+    """The compiled rounds of a shard; None where no graph can decode it."""
+    return Rounds(decoder, params, stops) if can_compile(decoder, params) else None
+
+
 class Rounds:
     """The compiled rounds of one shard, whose stop tokens are `stops`."""
 
     def __init__(self, decoder: Decoder, params: SamplingParams, stops: Tensor) -> None:
-        self.graphs: Graphs = decoder.graphs
+        assert decoder.graphs is not None
+        if not decoder.graphs:
+            decoder.graphs.append(Graphs())
+        self.graphs: Graphs = decoder.graphs[0]
         self.decoder = decoder
         self.stops = F.pad(stops, (0, STOPS - len(stops) % STOPS), value=-1)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rollout.backends import Decoder
 from rollout.depth import GRAPH_DEPTHS, DepthController, Patience
-from rollout.drafts.head import Drafter
 from rollout.group import RolloutGroup
 from rollout.rows import Prefilled, Rows
 from rollout.sampling import Noise, SamplingParams
+
+if TYPE_CHECKING:
+    from rollout.drafts.head import Drafter
 
 
 @dataclass
@@ -46,7 +49,11 @@ class Drafts:
         # A forward writes k + 1 tokens after a row's end; only those that the row keeps are counted.
         self.room = params.max_completion_tokens + self.max_depth + 1
         has_head = has_head and self.max_depth > 0
-        self.head = Drafter(decoder, params, self.room, longest, self.max_depth + 1) if has_head else None
+        self.head: Drafter | None = None
+        if has_head:
+            from rollout.drafts.head import Drafter
+
+            self.head = Drafter(decoder, params, self.room, longest, self.max_depth + 1)
         self.cost = self.plain_cost = 0.0  # of all rounds, in milliseconds
 
     def begin(self, prefilled: Prefilled) -> None:

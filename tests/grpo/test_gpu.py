@@ -109,7 +109,7 @@ def test_recorded_rounds_change_no_token(random_policy, monkeypatch):
             eager = [c.token_ids for group in engine.sample(PROMPTS[:2], params) for c in group.completions]
             replayed = engine.sample(PROMPTS[:2], replace(params, compiled=True))
             assert [c.token_ids for group in replayed for c in group.completions] == eager
-        assert {bucket.drafts for bucket, _ in engine.graphs.loaded} == {0, 2}
+        assert {bucket.drafts for bucket, _ in engine.graphs[0].loaded} == {0, 2}
         engine.publish({n: w.to(DEVICE) for n, w in random_policy(3).publication().items()}, version + 1)
 
 

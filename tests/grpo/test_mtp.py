@@ -27,13 +27,14 @@ from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.sft import sft
 from grpo.source.policy_source import find_policy, load_found
-from grpo.steps.pool import InterruptiblePool
 from grpo.task.task import Task
 from policies.conversion.head import start_head
 from policies.policy import Policy, PolicyError
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
+from rollout.faults import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup
-from rollout.pool import LocalPool
+from rollout.local_pool import LocalPool
+from rollout.pool import PoolOptions
 from rollout.sampling import FULL_ROW, SamplingParams
 
 STEPS, EPOCHS = 3, 4
@@ -234,7 +235,7 @@ def test_contract_9_a_stopped_run_resumes_to_the_same_bits(whole, config, tmp_pa
 
 @pytest.mark.slow
 def test_contract_9_a_signal_gives_up_the_rollouts_in_progress(whole, config, tmp_path, monkeypatch):
-    sample, calls = InterruptiblePool.sample, []
+    sample, calls = LocalPool.sample, []
 
     def interrupted(self, *arguments):
         calls.append(1)
@@ -244,7 +245,7 @@ def test_contract_9_a_signal_gives_up_the_rollouts_in_progress(whole, config, tm
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(InterruptiblePool, "sample", interrupted)
+        patch.setattr(LocalPool, "sample", interrupted)
         with pytest.raises(Stopped, match='stopped after step 2; go on with resume="auto"'):
             mtp(config(folder))
     mtp(config(folder), resume="auto")
@@ -671,5 +672,5 @@ def test_several_processes_are_refused(config, tmp_path, monkeypatch):
 def test_the_pool_of_a_trimmed_policy_starts_trimmed(random_policy):
     policy = random_policy(0)
     policy.draft_ids = torch.tensor([0, 4, 9])
-    pool = LocalPool(policy, torch.float32, 4)
+    pool = LocalPool(policy, PoolOptions(prompts_per_shard=4))
     assert pool.engine.head.draft_ids.tolist() == [0, 4, 9]

@@ -33,7 +33,9 @@ from grpo.trl_bridge import BridgeError, rollout_func
 from policies.policy import Policy, PolicyError
 from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.settings import VLLMSettings
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
+from rollout.faults import RolloutError
+from rollout.pool import PoolOptions
 
 CPU = torch.device("cpu")
 BOTH_WAYS = {"policy.prompt_attention": "bidirectional"}
@@ -157,7 +159,7 @@ def test_a_checkpoint_is_what_its_run_asked_for(random_policy, micro_config, tmp
 
 def test_a_pool_of_vllm_is_refused_before_it_starts(policy):
     with pytest.raises(RolloutError, match="vLLM reads prompts causally"):
-        VLLMPool(policy, VLLMSettings(), torch.float32)
+        VLLMPool(policy, PoolOptions(vllm=VLLMSettings()))
 
 
 def test_a_teacher_behind_an_address_is_refused_by_name(policy, random_policy, micro_config, tmp_path):

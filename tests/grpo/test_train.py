@@ -20,7 +20,8 @@ from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
 from grpo.steps.loop import Run
 from grpo.train import train
-from policies.conversion.dense import convert_checkpoint, frozen_parameter_names
+from policies.conversion.dense import convert_checkpoint
+from policies.layout import frozen_parameter_names
 from policies.policy import Policy, PolicyError
 from rewards.protocol import RewardError
 from rollout.depth import CostTable

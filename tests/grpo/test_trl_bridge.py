@@ -18,7 +18,7 @@ from policies.policy import Policy, digest
 from rewards import RewardSpec, Scorer, load_reward
 from rewards.protocol import bind
 from rollout.group import Prompt
-from rollout.pool import open_pool
+from rollout.pools import open_pool
 from rollout.sampling import SamplingParams
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::RuntimeWarning")

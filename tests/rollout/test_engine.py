@@ -23,7 +23,8 @@ from engine_cases import (
 
 from policies.logprobs import shifted_logprobs
 from policies.policy import Policy
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
+from rollout.faults import RolloutError
 from rollout.group import Prompt, tokens_per_forward
 from rollout.sampling import SamplingParams
 

@@ -24,12 +24,16 @@ import torch
 import rollout.cluster
 from policies.openmp import WAITING
 from policies.policy import Policy, digest
+from rollout.cluster import start_ray
 from rollout.depth import Workload
-from rollout.engine import RolloutError
-from rollout.group import Prompt, RolloutGroup
-from rollout.pool import LocalPool, Pool, RayPool, open_pool, shards, start_ray
+from rollout.faults import RolloutError
+from rollout.group import Prompt, RolloutGroup, shards
+from rollout.local_pool import LocalPool
+from rollout.pool import Pool, PoolOptions
+from rollout.pools import open_pool
 from rollout.publication.digests import digests
 from rollout.publication.message import Sender
+from rollout.ray_pool import RayPool
 from rollout.sampling import EnvironmentSpec, SamplingParams
 from rollout.worker import Worker
 from rollout.workers import Call
@@ -56,7 +60,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shared(cluster, policies) -> Iterator[RayPool]:
-    pool = open_pool(policies[0], workers=2, prompts_per_shard=2)
+    pool = open_pool(policies[0], PoolOptions(workers=2, prompts_per_shard=2))
     yield pool
     pool.close()
 
@@ -73,7 +77,7 @@ def pool(shared, policies) -> RayPool:
 @pytest.fixture(scope="module")
 def expected(policies) -> Callable[[int], list[RolloutGroup]]:
     """What one engine in this process samples after version 0, and after version 1."""
-    local = open_pool(policies[0], prompts_per_shard=2)
+    local = open_pool(policies[0], PoolOptions(prompts_per_shard=2))
     sampled = [local.sample(PROMPTS, PARAMS)]
     local.publish(policies[1].weights(), 1)
     sampled.append(local.sample(PROMPTS, PARAMS))
@@ -116,12 +120,13 @@ def test_shards_keep_the_order_and_every_prompt():
 
 def test_contract_4_a_local_pool_samples_the_same_whatever_the_shards(policies, expected):
     for size in (1, 3, 100):
-        assert tokens(LocalPool(policies[0], torch.float32, size).sample(PROMPTS, PARAMS)) == tokens(expected(0))
+        pool = LocalPool(policies[0], PoolOptions(prompts_per_shard=size))
+        assert tokens(pool.sample(PROMPTS, PARAMS)) == tokens(expected(0))
 
 
 def test_contract_5_a_local_pool_never_samples_with_weights_that_were_not_published(random_policy, expected):
     policy = random_policy(21)
-    pool = open_pool(policy, prompts_per_shard=2)
+    pool = open_pool(policy, PoolOptions(prompts_per_shard=2))
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
     with torch.no_grad():
         policy.mtp.norm.weight.add_(1.0)
@@ -133,7 +138,7 @@ def test_contract_5_a_local_pool_never_samples_with_weights_that_were_not_publis
 
 def test_a_local_pool_keeps_weights_of_others_apart_from_the_policy(random_policy, policies, expected):
     policy = random_policy(21)
-    pool = open_pool(policy, prompts_per_shard=2)
+    pool = open_pool(policy, PoolOptions(prompts_per_shard=2))
     before = digest(policy.weights())
     pool.publish(policies[1].weights(), 1)
     assert pool.sample(PROMPTS, PARAMS) == expected(1)
@@ -172,7 +177,7 @@ def test_contract_5_a_worker_without_weights_refuses_to_sample(policies):
 
 def test_a_bad_prompt_is_named_and_costs_no_other_one(policies, expected):
     with pytest.raises(RolloutError, match="'p/x' has no tokens") as caught:
-        open_pool(policies[0], prompts_per_shard=2).sample([Prompt("p/x", "", []), *PROMPTS], PARAMS)
+        open_pool(policies[0], PoolOptions(prompts_per_shard=2)).sample([Prompt("p/x", "", []), *PROMPTS], PARAMS)
     assert tokens(caught.value.groups) == tokens(expected(0))
 
 
@@ -192,7 +197,7 @@ def test_contract_4_workers_sample_what_one_engine_samples(pool, expected):
 
 @pytest.mark.slow
 def test_contract_4_the_number_of_workers_changes_nothing(pool, policies, expected):
-    single = open_pool(policies[0], workers=1, prompts_per_shard=2)
+    single = open_pool(policies[0], PoolOptions(workers=1, prompts_per_shard=2))
     try:
         assert single.sample(PROMPTS, PARAMS) == expected(0)
         reversed_groups = single.sample(PROMPTS[::-1], PARAMS)
@@ -241,7 +246,7 @@ def test_contract_5_with_adapters_workers_get_a_and_b_alone_and_a_new_one_everyt
     policy = random_policy(21)
     policy.add_lora(rank=2, alpha=4.0, targets=["o_proj", "experts"])
     policy.mtp.requires_grad_(False)
-    local, sent = open_pool(policy, prompts_per_shard=2), []
+    local, sent = open_pool(policy, PoolOptions(prompts_per_shard=2)), []
     pool.metrics()
     for version in range(4):
         with torch.no_grad():
@@ -276,7 +281,7 @@ def test_contract_5_a_worker_whose_digests_differ_after_a_and_b_gets_everything(
     pool.publish(policy.publication(), 1)
     assert pool.metrics()["publish/bytes"] > sum(t.nbytes for t in policy.weights().values())
     assert tokens(pool.sample(PROMPTS, PARAMS)) == tokens(
-        open_pool(policy, prompts_per_shard=2).sample(PROMPTS, PARAMS)
+        open_pool(policy, PoolOptions(prompts_per_shard=2)).sample(PROMPTS, PARAMS)
     )
 
 
@@ -360,11 +365,11 @@ def test_contract_4_episodes_are_the_same_with_workers_and_after_one_is_killed_i
     spec = EnvironmentSpec(environments=(("", f"{echo}:Guess"),), max_turns=4)
     prompts = [replace(prompt, text="3 + 4 = 7, how many"[: 5 + i]) for i, prompt in enumerate(PROMPTS)]
     params = replace(PARAMS, max_completion_tokens=40, environment=spec)
-    local = open_pool(policy, prompts_per_shard=2)
+    local = open_pool(policy, PoolOptions(prompts_per_shard=2))
     alone = local.sample(prompts, params)
     local.close()
     assert sum(c.tools.calls for group in alone for c in group.completions) > 3
-    pool = open_pool(policy, workers=1, prompts_per_shard=2)
+    pool = open_pool(policy, PoolOptions(workers=1, prompts_per_shard=2))
     try:
         assert pool.sample(prompts, params) == alone
         prompts = [replace(prompt, columns={"kill": str(tmp_path / "killed")}) for prompt in prompts]
@@ -529,7 +534,7 @@ def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_a
     """rollout.ahead: a thread gives the weights to a new worker, while the learner makes its copy and goes on. The
     update comes after the digest, and before the bytes are in shared memory."""
     policy = random_policy(24)
-    pool = open_pool(policy, workers=1, prompts_per_shard=2)
+    pool = open_pool(policy, PoolOptions(workers=1, prompts_per_shard=2))
     try:
         expected, put, sent = pool.sample(PROMPTS, PARAMS), pool.cluster.put, []
 
@@ -658,17 +663,17 @@ SCRIPT = textwrap.dedent(
     import os, sys
     from policies.policy import Policy
     from rollout.group import Prompt
-    from rollout.pool import open_pool
+    from rollout.pools import PoolOptions, open_pool
     from rollout.sampling import EnvironmentSpec, SamplingParams
 
-    pool = open_pool(Policy.load(sys.argv[1]), workers=1)
+    pool = open_pool(Policy.load(sys.argv[1]), PoolOptions(workers=1))
     params = SamplingParams(2, max_completion_tokens=4)
     print("sampled", len(pool.sample([Prompt("p", "", [3, 4])], params)), flush=True)
     input()
     pool.close()
     print("closed", os.environ.get("RAY_AUTH_MODE"), flush=True)
     while True:  # until it is interrupted
-        pool = open_pool(Policy.load(sys.argv[1]), workers=1)
+        pool = open_pool(Policy.load(sys.argv[1]), PoolOptions(workers=1))
         print("sampling", flush=True)
         while True:
             pool.sample([Prompt("p", "", [3, 4])] * 8, params)

@@ -5,7 +5,6 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-import torch
 from engine_cases import PARAMS, PROMPTS, assert_lossless, completions, enumerated, taught, tokens
 from small_learner import small_learner
 
@@ -15,9 +14,11 @@ from grpo.learner.learner import Learner
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.depth import CostTable
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
+from rollout.faults import RolloutError
 from rollout.group import Prompt, RolloutGroup
-from rollout.pool import LocalPool
+from rollout.local_pool import LocalPool
+from rollout.pool import PoolOptions
 from rollout.sampling import SamplingParams
 
 CHEAP = CostTable(rows=[1], rounds=[[1.0, 1.01, 1.02, 1.03, 1.04]])
@@ -40,7 +41,8 @@ def test_contracts_2_3_and_4_hold_after_two_publications_with_an_update_between(
     routed = {"q_lora_rank": 10, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
     policy, prompts = taught(random_policy(17, **routed), PARAMS.temperature, steps=8), PROMPTS[:4]
     params = replace(PARAMS, max_completion_tokens=20, group_size=3)
-    learner, pool, seen = learner_of(policy, params.temperature), LocalPool(policy, torch.float32, 3), []
+    learner, pool = learner_of(policy, params.temperature), LocalPool(policy, PoolOptions(prompts_per_shard=3))
+    seen = []
     for version in (1, 2):
         pool.publish(learner.weights(), version)
         engine = pool.engine
@@ -62,7 +64,7 @@ def test_contracts_2_3_and_4_hold_after_two_publications_with_an_update_between(
 
 def test_contract_5_a_pool_that_shares_the_learners_weights_sees_a_fused_step(random_policy):
     policy = random_policy(17)
-    learner, pool = learner_of(policy, PARAMS.temperature), LocalPool(policy, torch.float32, 3)
+    learner, pool = learner_of(policy, PARAMS.temperature), LocalPool(policy, PoolOptions(prompts_per_shard=3))
     assert pool.engine.policy is learner.policy
     updated(learner, pool.sample(PROMPTS[:2], PARAMS), 1)
     with pytest.raises(RolloutError, match="has learned since its last publication"):

@@ -15,11 +15,13 @@ from grpo.learner.likelihood import logprobs_of_groups
 from grpo.steps.publisher import Publisher
 from policies.decoding import absorbed, quantized
 from policies.decoding.linear import kind_of
-from policies.decoding.quantized import Copies
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.engine import Engine, RolloutError
-from rollout.pool import LocalPool, open_pool
+from rollout.engine import Engine
+from rollout.faults import RolloutError
+from rollout.local_pool import LocalPool
+from rollout.pool import Copies
+from rollout.pools import PoolOptions, open_pool
 from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
 
 KINDS = ("int8", "int4")
@@ -79,7 +81,7 @@ def test_contract_2_log_probabilities_are_those_of_the_quantised_policy(random_p
 @pytest.mark.parametrize("kind", KINDS)
 def test_contract_5_each_publication_rounds_anew_and_the_correction_is_on(random_policy, kind):
     learner = learner_of(random_policy(17))
-    pool = open_pool(learner.policy, copies=Copies(kind, kind))
+    pool = open_pool(learner.policy, PoolOptions(copies=Copies(kind, kind)))
     publisher = Publisher(pool, learner, replace(PARAMS, draft_tokens=2), kind)
     for version in range(3):
         metrics = publisher.publish()
@@ -120,7 +122,7 @@ def test_contract_13_canaries_catch_a_stale_scale(random_policy, kind, dtype):
     """Where one matrix has grown since the version of the scale; without that the same publication passes."""
     for sabotages in (False, True):
         policy = random_policy(5).cast(dtype)
-        pool = open_pool(copy.deepcopy(policy), dtype=dtype, copies=Copies(kind, kind))
+        pool = open_pool(copy.deepcopy(policy), PoolOptions(dtype=dtype, copies=Copies(kind, kind)))
         publisher = Publisher(pool, learner_of(policy), replace(PARAMS, draft_tokens=2), kind)
         publisher.publish()
         if sabotages:
@@ -139,7 +141,7 @@ def test_contract_13_canaries_catch_a_stale_scale(random_policy, kind, dtype):
 def test_contract_13_canaries_catch_an_error_of_the_decoder_itself(random_policy, monkeypatch, dtype):
     """Rounded matrices are compared with the same decoder, which would hide it."""
     policy = random_policy(5).cast(dtype)
-    pool = open_pool(copy.deepcopy(policy), dtype=dtype, copies=Copies("int8", "int8"))
+    pool = open_pool(copy.deepcopy(policy), PoolOptions(dtype=dtype, copies=Copies("int8", "int8")))
     publisher = Publisher(pool, learner_of(policy), replace(PARAMS, draft_tokens=2), "int8")
     assert publisher.publish()
     rotate = absorbed.rotate
@@ -154,8 +156,8 @@ def test_contract_13_canaries_catch_an_error_of_the_decoder_itself(random_policy
 def test_contract_5_workers_hold_the_same_matrices(random_policy):
     policy, copies = random_policy(17), Copies("int8", "int4")
     params = replace(PARAMS, max_completion_tokens=10, draft_tokens=2)
-    own = LocalPool(policy, torch.float32, 2, copies).sample(PROMPTS[:4], params)
-    pool = open_pool(policy, workers=1, prompts_per_shard=2, copies=copies)
+    own = LocalPool(policy, PoolOptions(prompts_per_shard=2, copies=copies)).sample(PROMPTS[:4], params)
+    pool = open_pool(policy, PoolOptions(workers=1, prompts_per_shard=2, copies=copies))
     try:
         pool.publish(policy.publication(), 1)
         assert tokens(pool.sample(PROMPTS[:4], params)) == tokens(own)

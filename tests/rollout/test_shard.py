@@ -18,9 +18,11 @@ from policies.routing.routers import RoutingRecorder
 from rollout.depth import CostTable, DepthController
 from rollout.drafts import head
 from rollout.drafts.drafts import Drafts
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
+from rollout.faults import RolloutError
 from rollout.group import Prompt
-from rollout.pool import LocalPool
+from rollout.local_pool import LocalPool
+from rollout.pool import PoolOptions
 from rollout.rows import Rows
 from rollout.shard import Decoding
 
@@ -448,7 +450,7 @@ def test_what_is_not_finite_is_marked_and_the_rest_is_not_lost(random_policy):
 
 def test_a_prompt_that_cannot_be_continued_costs_no_other_one(policy, plain):
     prompts = [*PROMPTS[:3], Prompt("empty", "", []), *PROMPTS[3:], Prompt("long", "", [5] * 250)]
-    for sampler in (Engine(policy), LocalPool(policy, torch.float32, 3)):
+    for sampler in (Engine(policy), LocalPool(policy, PoolOptions(prompts_per_shard=3))):
         with pytest.raises(RolloutError, match=r"(?s)'empty' has no tokens.*'long' has 250 tokens") as caught:
             sampler.sample(prompts, PARAMS)
         assert [group.prompt for group in caught.value.groups] == PROMPTS

@@ -9,10 +9,10 @@ import ray
 import torch
 
 from rollout.cluster import Seclusion, start_ray, stop_ray
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.places import Places, here, refuse_open
-from rollout.pool import open_pool
+from rollout.pools import PoolOptions, open_pool
 from rollout.publication.message import Sender
 from rollout.sampling import SamplingParams
 from rollout.worker import Worker
@@ -132,17 +132,17 @@ def nodes() -> Iterator:
 def test_a_machine_that_leaves_is_one_loss_and_one_that_comes_is_used(random_policy, nodes):
     """The tokens are those of one process, whoever samples them."""
     policy, lost, ready = random_policy(21), [], {}
-    expected = open_pool(policy, prompts_per_shard=1).sample(PROMPTS, PARAMS)
+    expected = open_pool(policy, PoolOptions(prompts_per_shard=1)).sample(PROMPTS, PARAMS)
     with pytest.raises(RolloutError, match=r"needs 3 x 1 CPU, and within .*_timeout_s=1 the cluster had no place"):
-        open_pool(policy, workers=3, placement_timeout_s=1)
+        open_pool(policy, PoolOptions(workers=3, placement_timeout_s=1))
     first, second = nodes.add_node(num_cpus=1), nodes.add_node(num_cpus=2)
-    pool = open_pool(
-        policy,
+    options = PoolOptions(
         workers=3,
         prompts_per_shard=1,
         on_lost=lambda *what: lost.append(what),
         on_ready=lambda worker, where: ready.update({worker: where["node"][:8]}),
     )
+    pool = open_pool(policy, options)
     assert sorted(ready) == [0, 1, 2]
     assert sorted(ready.values()) == sorted([first.node_id[:8], *[second.node_id[:8]] * 2])
     assert pool.sample(PROMPTS, PARAMS) == expected

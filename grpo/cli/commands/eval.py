@@ -20,20 +20,22 @@ from grpo.config.data import DataOptions, PromptOptions
 from grpo.config.environment import rewards_of
 from grpo.data.examples import default_heldout_split
 from grpo.data.leakage import trained_on
-from grpo.endpoint.agent_pool import AgentPool
+from grpo.endpoint.agent_sampler import AgentSampler
 from grpo.evaluation.evaluate import Evaluation, both_ways, evaluate_ways
 from grpo.evaluation.perplexity import Perplexity, gold_perplexity
 from grpo.run.console import progress_bars
 from grpo.run.memory_errors import phase
+from grpo.run.stop import signals
 from grpo.source.policy_source import PolicySource, check_options, find_policy, known_context, load_found
 from grpo.task.sampling import agent_of, environment_of, sampling_params
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.depth import Workload
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import RolloutGroup
-from rollout.pool import Pool, open_pool
+from rollout.pool import Sampler
+from rollout.pools import PoolOptions, open_pool
 from rollout.sampling import SamplingParams
 
 COMPLETIONS = "completions.jsonl"
@@ -182,7 +184,7 @@ def evaluate_model(
         finally:
             if completions:
                 completions.close()
-            if isinstance(pool, AgentPool):
+            if isinstance(pool, AgentSampler):
                 pool.close()
         bleus = {name: _bleu(result, task) for name, result in results.items()}
         return ModelEvaluation(
@@ -200,15 +202,16 @@ def evaluate_model(
         )
 
 
-def _open(policy: Policy | None, config: EvalConfig, sampling: SamplingParams) -> Pool:
+def _open(policy: Policy | None, config: EvalConfig, sampling: SamplingParams) -> Sampler:
     assert policy is not None
     with phase("loading", config):
-        pool = open_pool(policy, dtype=getattr(torch, config.dtype), prompts_per_shard=config.prompts_per_batch)
+        dtype, size = getattr(torch, config.dtype), config.prompts_per_batch
+        pool = open_pool(policy, PoolOptions(dtype=dtype, prompts_per_shard=size, check_stop=signals.check))
     if sampling.draft_tokens is None and policy.mtp is not None:
         rows = config.prompts_per_batch * sampling.group_size
         pool.use_costs(None, Workload.of(sampling, rows))  # else measured on the clock
     agent = agent_of(config)
-    return AgentPool(pool, agent, config.temperature) if agent else pool
+    return AgentSampler(pool, agent, config.temperature) if agent else pool
 
 
 def _perplexity(policy: Policy, task: Task) -> Perplexity | None:

@@ -38,11 +38,10 @@ from grpo.source.backend import ours_alone
 from grpo.source.policy_source import RECORD, PolicySource, find_policy, load_found, shape_of
 from policies import lora, presets
 from policies.checkpoint import check_policy
-from policies.contradictions import FIXED_FIELDS
 from policies.files import gguf
 from policies.files.atomic import heed_umask
 from policies.files.digests import DIGESTS
-from policies.layout import WeightFiles, find_file
+from policies.layout import FIXED_FIELDS, WeightFiles, find_file
 from policies.policy import Policy, read_config
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from grpo.cli.config.convert import RecoveryOptions
 from grpo.learner.optimizer import norm_of, schedule
 from grpo.run.stop import signals
-from policies.conversion.dense import frozen_parameter_names
+from policies.layout import frozen_parameter_names
 
 
 class RecoveryDiverged(RuntimeError):

@@ -20,9 +20,9 @@ from grpo.run.console import progress_bars
 from grpo.run.memory_errors import phase
 from grpo.source.policy_source import find_policy, load_found
 from grpo.task.sampling import environment_of, sampling_params
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import RolloutGroup
-from rollout.pool import open_pool
+from rollout.pools import PoolOptions, open_pool
 
 
 def prompts_of(texts: Sequence[str], file: Path | None) -> list[Example]:
@@ -105,7 +105,7 @@ def sample(config: SampleConfig, examples: list[Example], console: Console) -> S
             raise ValueError(f"--prompts, {example.example_id}: the prompt {fault}")
     prompts = [encode_prompt(example, policy.tokenizer, template) for example in examples]
     with phase("loading", config):
-        pool = open_pool(policy, dtype=getattr(torch, config.dtype))
+        pool = open_pool(policy, PoolOptions(dtype=getattr(torch, config.dtype)))
     with phase("sampling", config), progress_bars(console, enabled=True) as progress:
         bar = progress.add_task("sampling", total=len(prompts) * params.group_size)
         try:

@@ -16,7 +16,7 @@ from grpo.data.examples import Example
 from grpo.data.prompts import PromptTemplate
 from grpo.source.policy_source import PolicySource
 from rewards.http_post import MOST_BYTES, Unusable, post
-from rollout.engine import OnFinished, RolloutError
+from rollout.faults import OnFinished, RolloutError
 from rollout.group import Completion, DraftStats, FinishReason, Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 
@@ -68,6 +68,9 @@ class ServedPool:
         messages = template.messages(example)
         text = template.render(example) if messages is None else "".join(f"{m['content']}\n" for m in messages)
         return Prompt(example.example_id, text, [], example.columns, messages)
+
+    def keep(self) -> None:
+        """Its weights do not change."""
 
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None

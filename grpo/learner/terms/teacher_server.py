@@ -28,7 +28,7 @@ TIMEOUT_S, RETRIES, BACKOFF_S = 300.0, 4, 1.0
 Position = dict[int, float]  # token id: log-probability
 
 
-class TeacherError(RuntimeError):
+class TeacherError(ConnectionError):
     """The server of the teacher has not scored what it was asked for."""
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -22,11 +21,13 @@ from rollout.backends.vllm.completions import Row
 from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.depth import CostTable, Workload
-from rollout.environments.episodes import Episodes, Stage
-from rollout.faults import Faults, OnFinished, OnLost, RolloutError, not_finite, prompt_fault
+from rollout.environments.episodes import Episodes
+from rollout.faults import Faults, OnFinished, RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
+from rollout.pool import PoolOptions
 from rollout.publication.canaries import other_canaries
 from rollout.sampling import SamplingParams
+from rollout.stage import Stage
 
 LOAD_S = 600.0  # vLLM imports itself and makes the model
 PAUSE_S = 0.2  # until weights are read again that were moving
@@ -48,28 +49,22 @@ class VLLMPool:
     the last publication, RolloutError is raised. A server at `settings.url` is not ours to start: its loss is raised.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        settings: VLLMSettings,
-        dtype: torch.dtype,
-        threads: int = 1,
-        while_waiting: Callable[[], None] = lambda: None,
-        on_lost: OnLost = lambda what, reason, action: None,
-    ) -> None:
+    def __init__(self, policy: Policy, options: PoolOptions) -> None:
+        assert isinstance(options.vllm, VLLMSettings)
+        settings = options.vllm
         self.settings, self.policy, self.context = settings, policy, policy.max_length
         if isinstance(policy.config, DynamicHeadsConfig):
             raise RolloutError("rollout.backend=vllm: vLLM computes all heads, and this policy has dynamic ones")
         if sees_prompts_whole(policy.config):
             raise RolloutError("rollout.backend=vllm: vLLM reads prompts causally, and this policy sees them whole")
-        self.precision, self.threads, self.while_waiting = dtype, threads, while_waiting
+        self.precision, self.threads, self.check_stop = options.dtype, options.threads, options.check_stop
         if settings.draft_tokens and policy.mtp is None:
             raise RolloutError(
                 f"rollout.draft_tokens={settings.draft_tokens}, but this policy has no MTP head; "
                 "set it to 0, or load the policy with a head"
             )
         self.stage = Stage(policy.tokenizer)
-        self.faults = Faults(on_lost)
+        self.faults = Faults(options.on_lost)
         self.version: int | None = None  # that vLLM has confirmed
         self.updates = wire.Updates(policy, head=settings.draft_tokens > 0)
         self.digests: dict[str, str] = {}  # of all that was published, by its name in the layout
@@ -90,9 +85,9 @@ class VLLMPool:
         self._end()
         url, token, why = self.settings.url, self.settings.token, _lost_elsewhere
         if url is None:
-            self.process = VLLMProcess(self.settings.python, self.settings.log, self.threads, self.while_waiting)
+            self.process = VLLMProcess(self.settings.python, self.settings.log, self.threads, self.check_stop)
             url, token, why = self.process.url, self.process.token, self.process.told
-        self.client = Client(url, token, self.while_waiting, why)
+        self.client = Client(url, token, self.check_stop, why)
         on_cpu = self.client.state()["on_cpu"]
         load = self.settings.load(self.policy, self.precision, self.context, on_cpu)
         [self.state] = self.client.post("/load", load, limit_s=LOAD_S)  # what the server says of itself
@@ -182,7 +177,7 @@ class VLLMPool:
                     f"vLLM was lost and started again, and the learner no longer has the weights of version {version}: "
                     "go on with --resume auto"
                 )
-            self.while_waiting()
+            self.check_stop()
             time.sleep(PAUSE_S)
         self.version = version
         if self.canaries is not None:
@@ -195,6 +190,7 @@ class VLLMPool:
     ) -> list[RolloutGroup]:
         """One group per prompt, as `Engine.sample` gives them, with its errors. Raises RolloutError for parameters that
         vLLM cannot sample with, and where its server fails or is lost too often."""
+        self.check_stop()
         if self.published is None:
             raise RolloutError("vLLM has not confirmed the last publication: publish the weights again")
         self._check(params)
@@ -253,7 +249,7 @@ class VLLMPool:
         """The rows whose episodes go on, after what their tools wrote. Waits for the tools."""
         asked = {i: rows[i].ids for i in live if rows[i].reason == "stop"}
         episodes.ask(asked)
-        written = {i: ids for i, ids in episodes.written(self.while_waiting).items() if ids is not None}
+        written = {i: ids for i, ids in episodes.written(self.check_stop).items() if ids is not None}
         for i, ids in written.items():
             rows[i].write(ids)
         return sorted(written)

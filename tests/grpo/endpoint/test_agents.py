@@ -18,7 +18,7 @@ from grpo.cli.config.reward_commands import ReplayConfig
 from grpo.cli.parse import main
 from grpo.cli.why.explain import explain
 from grpo.config.environment import AgentOptions
-from grpo.endpoint.agent_pool import AgentPool
+from grpo.endpoint.agent_sampler import AgentSampler
 from grpo.learner.learner import Learner
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped, signals
@@ -26,7 +26,7 @@ from grpo.train import train
 from rewards.group_score import RewardFailed
 from rewards.protocol import RewardError
 from rollout.group import Prompt
-from rollout.pool import open_pool
+from rollout.pools import PoolOptions, open_pool
 from rollout.sampling import SamplingParams
 
 AGENTS = Path(__file__).parents[2] / "cases/agents.py"
@@ -207,7 +207,7 @@ def pool(micro_policy):
 
     def begin(agent: str, **options):
         given = AgentOptions(agent=f"{AGENTS}:{agent}", agent_workers=2, **options)
-        opened.append(AgentPool(open_pool(policy), given, 1.0))
+        opened.append(AgentSampler(open_pool(policy, PoolOptions(check_stop=signals.check)), given, 1.0))
         return (
             opened[-1],
             [Prompt("a", "3 + 4 = ?", policy.tokenizer.encode("3 + 4 = ?"))],
@@ -272,7 +272,7 @@ def test_the_official_client_is_an_agent_and_asks_no_proxy(tmp_path, micro_polic
     (tmp_path / "mine.py").write_text(OPENAI)
     policy = micro_policy(1)
     policy.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    agents = AgentPool(open_pool(policy), AgentOptions(agent=f"{tmp_path}/mine.py:chat"), 1.0)
+    agents = AgentSampler(open_pool(policy), AgentOptions(agent=f"{tmp_path}/mine.py:chat"), 1.0)
     prompt = Prompt("a", "3?", policy.tokenizer.encode("user: 3?\n"), {"question": "3?"})
     try:
         [group] = agents.sample([prompt], SamplingParams(2, max_completion_tokens=6))

@@ -16,7 +16,7 @@ from grpo.run.metrics import check
 from grpo.run.records import read_metrics
 from grpo.task.task import Task
 from rewards import RewardError
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 

@@ -20,7 +20,8 @@ from grpo.learner.optimizer import norm_of, schedule
 from grpo.learner.prepare import supervised, tokens_in_loss
 from grpo.learner.terms.draft_head import teaching
 from grpo.learner.update import NonFiniteStep
-from policies.conversion.dense import convert_dense, frozen_parameter_names
+from policies.conversion.dense import convert_dense
+from policies.layout import frozen_parameter_names
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup

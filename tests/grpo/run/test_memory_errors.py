@@ -16,8 +16,8 @@ from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.learner.likelihood import Likelihood
 from grpo.run.memory_errors import NAMES, WAYS, OutOfMemory, is_full, phase
-from grpo.steps.pool import InterruptiblePool
 from policies.policy import Policy
+from rollout.local_pool import LocalPool
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.06 GiB is "
@@ -26,8 +26,8 @@ CUDA = (
 )
 PLACES = {
     "loading": (Policy, "to", "set dtype: bfloat16"),
-    "evaluating": (InterruptiblePool, "sample", "lower eval.prompts_per_batch=64"),
-    "sampling": (InterruptiblePool, "sample", "lower rollout.prompts_per_shard=2, lower rollout.max_completion_to"),
+    "evaluating": (LocalPool, "sample", "lower eval.prompts_per_batch=64"),
+    "sampling": (LocalPool, "sample", "lower rollout.prompts_per_shard=2, lower rollout.max_completion_to"),
     "learning": (Likelihood, "forward", "lower learner.tokens_per_micro_batch=8192, set learner.gradient_check"),
     "publishing": (rollout.engine.Engine, "publish", "set rollout.workers: 1"),
     "stepping": (torch.optim.AdamW, "step", "start more processes, which share the weights (learner.parallel.fsdp)"),

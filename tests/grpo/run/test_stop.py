@@ -24,8 +24,9 @@ from grpo.task.task import Task
 from grpo.train import train
 from policies import tensor_files
 from rewards.group_score import RewardFailed, RewardFailure
-from rollout.engine import Engine, RolloutError
-from rollout.pool import LocalPool
+from rollout.engine import Engine
+from rollout.faults import RolloutError
+from rollout.local_pool import LocalPool
 
 TRAIN = sys.modules["grpo.train"]  # `grpo.train` is the function
 

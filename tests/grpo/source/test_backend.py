@@ -13,7 +13,7 @@ from grpo.config.sampling import RolloutOptions
 from grpo.run.records import read_events, read_rollouts
 from grpo.sft import sft
 from grpo.source.policy_source import check_options
-from grpo.steps.pool import vllm_settings
+from grpo.steps.vllm import vllm_settings
 from grpo.task.sampling import sampling_params
 from grpo.train import train
 from policies.conversion.dense import convert_checkpoint
@@ -21,7 +21,7 @@ from policies.policy import Policy
 from policies.presets import small_tokenizer
 from rollout.compiled import rounds
 from rollout.compiled.recorded import RecordedRound
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 
 DENSE = {"rollout.draft_tokens": 0, "mtp.depth": 4, "mtp.every": 1, "warm_start.steps": 0}  # nothing of a draft head
 

@@ -25,7 +25,8 @@ from grpo.steps.collector import Collector
 from grpo.task.task import Task
 from grpo.train import train
 from rewards.group_score import RewardFailed, RewardFailure
-from rollout.pool import LocalPool, start_ray
+from rollout.cluster import start_ray
+from rollout.local_pool import LocalPool
 
 RUN = {"steps": 6, "eval.limit": 3, "eval.every": 3, "checkpoint.every": 2}
 HARD = {"curriculum.by_difficulty": True, "rollout.refill_draws": 1, "rollout.refill_prompts": "new"}
@@ -45,8 +46,8 @@ def in_process():
 
     @contextmanager
     def replaced():
-        def pool_of(policy, workers, *, dtype, prompts_per_shard, **_):
-            return LocalPool(policy.merged(), dtype, prompts_per_shard)
+        def pool_of(policy, options):
+            return LocalPool(policy.merged(), options)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("grpo.steps.pool.open_pool", pool_of)
@@ -145,7 +146,7 @@ def test_contract_12_an_evaluation_has_the_weights_of_its_step(options, tmp_path
     seen, real = [], HeldOut.evaluate
 
     def evaluate(self, step, *arguments):
-        seen.append((step, self.pool.pool.engine.version))
+        seen.append((step, self.pool.engine.version))
         return real(self, step, *arguments)
 
     monkeypatch.setattr(HeldOut, "evaluate", evaluate)

@@ -15,7 +15,7 @@ from grpo.steps.loop import Run
 from grpo.train import train
 from rewards.group_score import GroupScore
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, head_accepted
-from rollout.pool import LocalPool
+from rollout.local_pool import LocalPool
 
 
 @pytest.fixture

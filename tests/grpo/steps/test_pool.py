@@ -17,10 +17,11 @@ from grpo.learner.learner import Learner
 from grpo.run.log import RunLog
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped, signals
-from grpo.steps.pool import InterruptiblePool, open_run_pool
+from grpo.steps.pool import open_run_pool
 from grpo.task.task import Task
 from grpo.train import train
-from rollout.pool import LocalPool
+from rollout.local_pool import LocalPool
+from rollout.pool import PoolOptions
 
 ROOT = Path(__file__).parents[3]
 
@@ -31,17 +32,18 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 
 def test_a_lost_worker_is_an_event_and_a_stop_ends_the_wait_for_one(micro_config, micro_policy, tmp_path, monkeypatch):
-    given: dict = {}
-    monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda *_, **options: given.update(options))
+    given: list[PoolOptions] = []
+    monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda _, options: given.append(options))
     config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.timeout_s": 7.5})
     with signals.heard(lambda number: None), RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
         open_run_pool(micro_policy(), config.rollout, config.dtype, run_log)
-        assert given["timeout_s"] == 7.5
-        given["on_lost"]("worker 1", "it died", "it is replaced")
-        given["while_waiting"]()
+        [options] = given
+        assert options.timeout_s == 7.5
+        options.on_lost("worker 1", "it died", "it is replaced")
+        options.check_stop()
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped):
-            given["while_waiting"]()
+            options.check_stop()
     [event] = events(tmp_path, "lost")
     assert (event["what"], event["reason"], event["action"]) == ("worker 1", "it died", "it is replaced")
 
@@ -74,29 +76,17 @@ def test_samplers_sleep_while_the_learner_works(micro_config, tmp_path, monkeypa
 
 
 def test_a_run_says_who_is_where(micro_config, micro_policy, tmp_path, monkeypatch):
-    given: dict = {}
-    monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda *_, **options: given.update(options))
+    given: list[PoolOptions] = []
+    monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda _, options: given.append(options))
     config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.gpus_per_worker": 0.5})
     with RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
         open_run_pool(micro_policy(), config.rollout, config.dtype, run_log)
-        given["on_ready"](1, {"node": "1a2b3c4d on a", "process": 7, "threads": 1})
-    assert (given["gpus"], given["placement_timeout_s"], given["colocate"]) == (0.5, 300.0, None)
+        [options] = given
+        options.on_ready(1, {"node": "1a2b3c4d on a", "process": 7, "threads": 1})
+    assert (options.gpus, options.placement_timeout_s, options.colocate) == (0.5, 300.0, None)
     [learner], [worker] = events(tmp_path, "learner"), events(tmp_path, "worker")
     assert (learner["rank"], learner["process"]) == (0, os.getpid())
     assert (worker["worker"], worker["node"], worker["process"]) == (1, "1a2b3c4d on a", 7)
-
-
-def test_a_publication_that_a_stop_cuts_short_does_not_undo_the_step(micro_policy):
-    """What was learned counts: the step gets its line, and the next sampling is given up."""
-
-    class Waiting(LocalPool):
-        def __init__(self) -> None:
-            pass
-
-        def publish(self, weights, version) -> None:
-            raise Stopped
-
-    InterruptiblePool(Waiting()).publish({}, 1)
 
 
 @pytest.mark.long

@@ -15,14 +15,17 @@ from small_learner import small_learner
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
-from grpo.run.stop import signals
-from grpo.steps.pool import InterruptiblePool
+from grpo.run.stop import Stopped, signals
 from grpo.steps.publisher import Publisher
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.engine import Engine, RolloutError
+from rollout.cluster import start_ray
+from rollout.engine import Engine
+from rollout.faults import RolloutError
 from rollout.group import Prompt
-from rollout.pool import LocalPool, Pool, open_pool, start_ray
+from rollout.local_pool import LocalPool
+from rollout.pool import Pool, PoolOptions
+from rollout.pools import open_pool
 from rollout.sampling import SamplingParams
 
 PARAMS = SamplingParams(group_size=4, temperature=0.8, max_completion_tokens=12, draft_tokens=2)
@@ -153,7 +156,7 @@ def in_worker(pool: Pool, sabotage: Callable[[Engine], None]) -> None:
 def test_contract_13_a_sampler_that_is_not_the_learner_is_refused(policy_of, kind, backend, dtype):
     sabotage, words = SABOTAGE[kind]
     policy = policy_of(backend, DTYPES[dtype])
-    pool = open_pool(copy.deepcopy(policy), dtype=DTYPES[dtype])
+    pool = open_pool(copy.deepcopy(policy), PoolOptions(dtype=DTYPES[dtype]))
     said = refused(learner_of(policy), pool, lambda: sabotage(pool.engine))
     assert said.startswith("the sampler")
     assert re.search(words, said), said
@@ -192,7 +195,7 @@ def test_contract_13_workers_are_refused_by_name(cluster, policy_of, backend):
     stale = STALE["norm"]
     for sabotage, words in [(lambda engine: keep(engine, stale), stale), SABOTAGE["rope"], SABOTAGE["temperature"]]:
         policy = policy_of(backend)
-        pool = open_pool(policy, workers=2)
+        pool = open_pool(policy, PoolOptions(workers=2))
         try:
             said = refused(learner_of(policy), pool, lambda sabotage=sabotage, pool=pool: in_worker(pool, sabotage))
         finally:
@@ -231,13 +234,32 @@ def test_canaries_that_fail_once_are_made_again(policy_of, monkeypatch):
 
 def test_a_publication_that_a_stop_cuts_short_has_no_canaries(policy_of, monkeypatch):
     policy = policy_of("native")
-    publisher = Publisher(InterruptiblePool(open_pool(policy)), learner_of(policy), PARAMS)
+    pool = open_pool(policy, PoolOptions(check_stop=signals.check))
+    publisher = Publisher(pool, learner_of(policy), PARAMS)
     assert publisher.publish()["canary/repeats"] == 0
     monkeypatch.setattr(signals, "number", signal.SIGTERM)
     assert publisher.publish() == {}
+    with pytest.raises(Stopped):
+        pool.sample(publisher.prompts, PARAMS)
+
+
+def test_a_publication_that_a_stop_cuts_short_does_not_undo_the_step(policy_of):
+    """What was learned counts: the step gets its line, and the next sampling is given up."""
+
+    class Waiting(LocalPool):
+        def publish(self, weights, version) -> None:
+            raise Stopped
+
+        def sample_on_each(self, prompts, params) -> dict:
+            raise Stopped
+
+    policy = policy_of("native")
+    publisher = Publisher(Waiting(policy), learner_of(policy), PARAMS)
+    assert publisher.publish() == {}
+    assert publisher.version == 0
 
 
 def test_a_context_shorter_than_the_canaries_has_short_ones(policy_of):
     policy = policy_of("native", max_position_embeddings=5)
-    metrics = Publisher(LocalPool(policy, torch.float32, 8), learner_of(policy), PARAMS).publish()
+    metrics = Publisher(LocalPool(policy), learner_of(policy), PARAMS).publish()
     assert metrics["canary/logprob_abs_max"] < 1e-4

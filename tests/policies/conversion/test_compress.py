@@ -11,9 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from policies.conversion.calibration import observe
 from policies.conversion.compress import check_sizes, choose_split, compress, exact_rank, unrotated_pairs
-from policies.conversion.dense import NORM_WEIGHT, frozen_parameter_names
+from policies.conversion.dense import NORM_WEIGHT
 from policies.conversion.parity import Fidelity, fidelity, parity
 from policies.decoding.absorbed import AbsorbedTrunk
+from policies.layout import frozen_parameter_names
 
 torch.set_num_threads(1)
 

@@ -33,11 +33,12 @@ from transformers import (
 from policies.conversion import dense
 from policies.conversion.calibration import observe
 from policies.conversion.compress import compress
-from policies.conversion.dense import convert_checkpoint, convert_dense, frozen_parameter_names, new_folder
+from policies.conversion.dense import convert_checkpoint, convert_dense, new_folder
 from policies.conversion.experts import ExpertShards, shard_feed_forward
 from policies.conversion.head import start_head
 from policies.conversion.parity import ParityFailed, ParityReport, parity
 from policies.conversion.supported import UnsupportedCheckpoint, check_convertible
+from policies.layout import frozen_parameter_names
 from policies.policy import Policy, PolicyError
 
 torch.set_num_threads(1)

@@ -9,9 +9,12 @@ import torch
 
 from policies.policy import Policy, PolicyError
 from rollout.backends.hf import RowCache
-from rollout.engine import Engine, RolloutError
+from rollout.cluster import start_ray
+from rollout.engine import Engine
+from rollout.faults import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup
-from rollout.pool import LocalPool, open_pool, start_ray
+from rollout.local_pool import LocalPool
+from rollout.pools import PoolOptions, open_pool
 from rollout.sampling import SamplingParams
 from rollout.shard import Decoding
 
@@ -105,8 +108,8 @@ def cluster() -> Iterator[None]:
 @pytest.mark.slow
 def test_contract_4_the_number_of_workers_changes_no_token(cluster, hf_policy):
     before, after = hf_policy("qwen2", 5, tie_word_embeddings=True), hf_policy("qwen2", 6, tie_word_embeddings=True)
-    local = open_pool(before, prompts_per_shard=2)
-    pool = open_pool(before, workers=2, prompts_per_shard=2)
+    local = open_pool(before, PoolOptions(prompts_per_shard=2))
+    pool = open_pool(before, PoolOptions(workers=2, prompts_per_shard=2))
     try:
         for version, policy in enumerate((before, after)):
             pool.publish(policy.weights(), version)
@@ -151,7 +154,7 @@ def test_prompts_are_stored_once_and_ended_rows_leave(hf_policy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pool_samples_in_the_precision_it_was_asked_for(hf_policy, dtype):
     policy = hf_policy("llama", 8)
-    pool = LocalPool(policy, dtype, 8)
+    pool = LocalPool(policy, PoolOptions(dtype=dtype))
     groups = pool.sample(PROMPTS, PARAMS)
     assert {p.dtype for p in pool.engine.policy.parameters()} == {dtype}
     assert {p.dtype for p in policy.parameters()} == {torch.float32}

@@ -13,10 +13,10 @@ from rollout.backends import Decoder
 from rollout.compiled import rounds
 from rollout.compiled.graph import Bucket, Inputs, Round, weights
 from rollout.compiled.recorded import RecordedRound
-from rollout.compiled.rounds import FEW_ROWS, Graphs
+from rollout.compiled.rounds import Graphs
 from rollout.compiled.store import SMALL, CompiledRound
 from rollout.costs import REPEATS
-from rollout.depth import GRAPH_DEPTHS, CostTable, Workload
+from rollout.depth import FEW_ROWS, GRAPH_DEPTHS, CostTable, Workload
 from rollout.engine import Engine
 from rollout.group import Prompt, RolloutGroup, draft_gain
 from rollout.sampling import SamplingParams
@@ -203,7 +203,7 @@ def test_broken_logits_abort_a_row_as_eagerly(random_policy, made):
     with torch.no_grad():
         policy.trunk.lm_head.weight[3] = torch.nan
     engine = Engine(policy)
-    from rollout.engine import RolloutError
+    from rollout.faults import RolloutError
 
     with pytest.raises(RolloutError, match="not finite"):
         engine.sample(PROMPTS[:1], replace(PARAMS, compiled=True))
@@ -252,7 +252,7 @@ def test_a_compiled_round_is_kept_on_disk_without_weights(random_policy, tmp_pat
     prompts, params = CASES["three rows of own prompts, two drafts"]
     for seed in (11, 12):
         engine = Engine(random_policy(seed))
-        engine.graphs = Graphs(told.append)
+        engine.graphs = [Graphs(told.append)]
         assert_same(engine, prompts, params)
         engine.publish(random_policy(seed + 5).publication(), version=1)
         assert_same(engine, prompts, params)

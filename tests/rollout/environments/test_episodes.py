@@ -23,10 +23,11 @@ from talking import Talking
 
 from grpo.learner.batch import PackedRow, Sample, collate
 from policies.logprobs import token_logprobs
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
 from rollout.environments.episodes import Arena, Episode, Episodes
 from rollout.environments.format import Call, Turn
 from rollout.environments.protocol import chosen, columns_of, seeds
+from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.sampling import EnvironmentSpec
 

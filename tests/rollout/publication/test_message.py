@@ -10,7 +10,8 @@ import torch
 
 import rollout.publication.message
 from policies.policy import Policy
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
+from rollout.faults import RolloutError
 from rollout.publication.digests import digests, first_difference
 from rollout.publication.message import Message, Moved, Sender, pack, unpack
 from rollout.worker import Receiver

@@ -26,7 +26,7 @@ from grpo.source.policy_source import find_policy, load_found
 from grpo.train import train
 from policies import tensor_files
 from policies.policy import Policy, PolicyError
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 
 QUIET = Console(quiet=True)
 

@@ -40,7 +40,8 @@ from grpo.source import policy_source
 from policies.anatomy import anatomy
 from policies.logprobs import CHUNK_ELEMENTS
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
-from rollout.pool import LocalPool
+from rollout.local_pool import LocalPool
+from rollout.pool import PoolOptions
 from rollout.worker import Worker
 
 ROOT = Path(__file__).parents[4]
@@ -216,7 +217,7 @@ def test_samplers_hold_what_was_foretold(random_policy, tmp_path, dtype, shape):
         memory_of_run(policy.config, True, options(TrainConfig, dtype, **{"rollout.workers": workers}))[-1]
         for workers in (0, 1)
     )
-    local = LocalPool(policy, dtype, 2).engine
+    local = LocalPool(policy, PoolOptions(dtype=dtype, prompts_per_shard=2)).engine
     assert local.policy is policy
     name = str(dtype).removeprefix("torch.")
     worker = Worker(policy.skeleton(), name, name, "cpu", 1).engine

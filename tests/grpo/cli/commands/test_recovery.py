@@ -15,8 +15,8 @@ from grpo.cli.config.convert import RecoveryOptions
 from grpo.data.calibration_text import calibration_text
 from policies.conversion.calibration import observe
 from policies.conversion.compress import compress
-from policies.conversion.dense import frozen_parameter_names
 from policies.conversion.parity import fidelity
+from policies.layout import frozen_parameter_names
 from policies.presets import small_tokenizer
 
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from grpo.cli.parse import main
 from grpo.config.options import load
 from grpo.task.task import Task
 from grpo.train import train
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ class _Other(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_server_of_somebody_else_is_asked_for_one_completion_at_a_time():
-    from rollout.engine import RolloutError
+    from rollout.faults import RolloutError
     from rollout.group import Prompt
     from rollout.sampling import SamplingParams
 

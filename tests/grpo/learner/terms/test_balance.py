@@ -16,7 +16,7 @@ from grpo.learner.prepare import supervised
 from policies.policy import Policy, digest
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
-from rollout.pool import open_pool
+from rollout.pools import open_pool
 
 ALL = {"bias_rate": 0.01, "entropy_weight": 0.1, "sequence_weight": 0.1}
 REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]

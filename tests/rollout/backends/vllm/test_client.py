@@ -12,7 +12,7 @@ import pytest
 
 from rollout.backends.vllm import client as client_module
 from rollout.backends.vllm.client import PROTOCOL, Client, Lost
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 
 STATE = {"protocol": PROTOCOL, "vllm": "0.32.0", "on_cpu": True, "tried": True, "tried_versions": ["0.32.0"]}
 

@@ -19,8 +19,9 @@ from rollout.backends.vllm import pool as pool_module
 from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import RolloutGroup
+from rollout.pool import PoolOptions
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
 PROMPTS, CANARIES = prompts_of(9, 1, 17), prompts_of(4)
@@ -40,7 +41,7 @@ class Case:
         python.chmod(0o755)
         self.told: list[tuple[str, ...]] = []
         self.settings = VLLMSettings(python=python, log=folder / "vllm.log", silence_s=LIMIT_S, publish_s=LIMIT_S)
-        self.pool = VLLMPool(policy, self.settings, torch.float32, on_lost=lambda *what: self.told.append(what))
+        self.pool = VLLMPool(policy, PoolOptions(vllm=self.settings, on_lost=lambda *what: self.told.append(what)))
 
     def strike(self, *lines: str) -> None:
         self.file.write_text("\n".join(lines))
@@ -191,7 +192,7 @@ def test_losses_one_after_the_other_end_the_run_with_the_culprit(case):
 
 def test_a_server_by_url_is_not_ours_to_start(case):
     server = VLLMProcess(case.settings.python, case.settings.log, 1, lambda: None)
-    other = VLLMPool(case.policy, replace(case.settings, url=server.url, token=server.token), torch.float32)
+    other = VLLMPool(case.policy, PoolOptions(vllm=replace(case.settings, url=server.url, token=server.token)))
     os.kill(server.process.pid, signal.SIGKILL)
     with pytest.raises(RolloutError, match="is lost.*start it again at the address in rollout.vllm.url"):
         other.sample(PROMPTS, PARAMS)
@@ -259,7 +260,7 @@ def test_a_stop_ends_the_start_of_a_new_one(case):
         if case.told:
             raise Stop
 
-    case.pool.while_waiting = case.pool.client.while_waiting = stop
+    case.pool.check_stop = case.pool.client.while_waiting = stop
     case.strike("sample SIGKILL")
     with pytest.raises(Stop):
         case.sample()

@@ -11,7 +11,7 @@ from vllm_cases import gone
 
 from rollout.backends.vllm.client import Client
 from rollout.backends.vllm.process import SERVER, VLLMProcess, state_of
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 
 PYTHON = Path(sys.executable)
 OF_A_TRAINER = """

@@ -20,8 +20,9 @@ from rewards.group_score import GroupScore
 from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import Prompt
+from rollout.pool import PoolOptions
 from rollout.sampling import SamplingParams
 
 pytestmark = needs_vllm
@@ -85,7 +86,7 @@ def refused(policy: Policy, server: Server, dtype: torch.dtype, fault: str) -> s
     """An honest publication passes, the one after a step and a fault is refused, and the next honest one passes."""
     params = SamplingParams(4, 0.8, 12, draft_tokens=2 if policy.mtp else 0)
     server.file.write_text("")
-    pool = VLLMPool(policy, server.settings(params.draft_tokens or 0), dtype)
+    pool = VLLMPool(policy, PoolOptions(vllm=server.settings(params.draft_tokens or 0), dtype=dtype))
     learner = learner_of(policy)
     publisher = Publisher(pool, learner, params)
     assert publisher.publish()["canary/logprob_abs_mean"] > 0

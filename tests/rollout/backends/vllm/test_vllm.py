@@ -24,8 +24,9 @@ from policies.policy import Policy
 from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
-from rollout.engine import RolloutError
+from rollout.faults import RolloutError
 from rollout.group import Prompt
+from rollout.pool import PoolOptions
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
 pytestmark = needs_vllm
@@ -51,7 +52,7 @@ def worst_gap(policy: Policy, pool: VLLMPool, params: SamplingParams) -> float:
 def is_wrong(policy: Policy, settings: VLLMSettings) -> bool:
     """Some shapes are refused where the experts are left unpacked, and temperatures never written may give NaN."""
     try:
-        pool = VLLMPool(policy, settings, torch.float32)
+        pool = VLLMPool(policy, PoolOptions(vllm=settings))
     except RolloutError as error:
         return "size of tensor" in str(error)
     try:
@@ -80,7 +81,7 @@ def policy(random_policy) -> Policy:
 @pytest.fixture(scope="module")
 def pool(policy, tmp_path_factory) -> Iterator[VLLMPool]:
     settings = VLLMSettings(python=PYTHON, draft_tokens=2, log=tmp_path_factory.mktemp("vllm") / "vllm.log")
-    pool = VLLMPool(policy, settings, torch.float32)
+    pool = VLLMPool(policy, PoolOptions(vllm=settings))
     yield pool
     pool.close()
 
@@ -102,7 +103,8 @@ def test_adapters_travel_alone_and_are_merged_there(random_policy, pool):
     """Of a policy of the same shape, so that this vLLM serves it: linear layers, experts and the draft head."""
     policy = random_policy(18, **HEADS)
     policy.add_lora(2, 4.0, ["q_proj", "o_proj", "gate_proj", "experts", "mtp"])
-    other = VLLMPool(policy, VLLMSettings(url=pool.client.url, token=pool.client.token, draft_tokens=2), torch.float32)
+    settings = VLLMSettings(url=pool.client.url, token=pool.client.token, draft_tokens=2)
+    other = VLLMPool(policy, PoolOptions(vllm=settings))
     whole = other.metrics()["publish/bytes"]
     for version in (1, 2):
         with torch.no_grad():
@@ -152,7 +154,7 @@ def test_episodes_are_scored_as_the_learner_scores_them_and_read_their_turns_onc
     params = replace(PARAMS, max_completion_tokens=130, stop_token_ids=tuple(range(7, 280, 11)), environment=spec)
     prompts = [replace(prompt, text="how many apples are left? " * 20 + str(i)) for i, prompt in enumerate(PROMPTS)]
     settings = VLLMSettings(python=PYTHON, draft_tokens=2, log=tmp_path / "vllm.log", engine={"block_size": 32})
-    pool, told = VLLMPool(moved(policy), settings, torch.float32), []
+    pool, told = VLLMPool(moved(policy), PoolOptions(vllm=settings)), []
     post = pool.client.post
 
     def spied(path: str, what: dict, **limits: float) -> Iterator[dict]:
@@ -198,7 +200,7 @@ def test_tokens_are_drawn_as_the_policy_says(random_policy, tmp_path, draft_toke
     policy = random_policy(16, vocab_size=6, **HEADS)
     settings = VLLMSettings(python=PYTHON, draft_tokens=draft_tokens, log=tmp_path / "vllm.log")
     params = SamplingParams(4000, 0.8, 3, (2,), seed=1, draft_tokens=draft_tokens)
-    pool = VLLMPool(policy, settings, torch.float32)
+    pool = VLLMPool(policy, PoolOptions(vllm=settings))
     try:
         [group] = pool.sample([Prompt("toy", "", [3, 4])], params)
     finally:
@@ -255,16 +257,16 @@ def test_an_existing_server_and_what_it_refuses(random_policy, tmp_path):
     params = replace(PARAMS, draft_tokens=0)
     try:
         for _ in range(2):
-            pool = VLLMPool(policy, settings, torch.float32)
+            pool = VLLMPool(policy, PoolOptions(vllm=settings))
             assert worst_gap(moved(policy), pool, params) > EXACT
             pool.publish(policy.publication(), 1)
             assert worst_gap(policy, pool, params) < EXACT
             pool.close()
         assert process.process.poll() is None  # it is not ours to end
         with pytest.raises(RolloutError, match="it holds another model"):
-            VLLMPool(random_policy(13, mtp=False, **HEADS), settings, torch.float32)
+            VLLMPool(random_policy(13, mtp=False, **HEADS), PoolOptions(vllm=settings))
         with pytest.raises(RolloutError, match="refuses our token"):
-            VLLMPool(policy, replace(settings, token="another token"), torch.float32)
+            VLLMPool(policy, PoolOptions(vllm=replace(settings, token="another token")))
         os.killpg(process.process.pid, signal.SIGKILL)
         with pytest.raises(RolloutError, match="is lost.*start it again at the address in rollout.vllm.url"):
             pool.sample(PROMPTS, params)
@@ -278,7 +280,7 @@ def test_a_model_that_vllm_lacks(random_policy, tmp_path):
         python=PYTHON, log=tmp_path / "vllm.log", engine={"hf_overrides": {"architectures": ["Odd"]}}
     )
     with pytest.raises(RolloutError, match=r"(?s)cannot answer /load: .*Odd.*not supported"):
-        VLLMPool(policy, settings, torch.float32)
+        VLLMPool(policy, PoolOptions(vllm=settings))
 
 
 def test_a_run_trains_is_logged_resumes_to_the_same_bits_and_leaves_no_process(micro_config, micro_preset, tmp_path):
@@ -312,7 +314,7 @@ def test_a_run_trains_is_logged_resumes_to_the_same_bits_and_leaves_no_process(m
 def test_a_server_that_is_lost_in_the_middle_is_replaced_and_gives_the_same(random_policy, tmp_path, number):
     policy, told = random_policy(15, **HEADS), []
     settings = VLLMSettings(python=PYTHON, log=tmp_path / "vllm.log", silence_s=20.0)
-    pool = VLLMPool(policy, settings, torch.float32, on_lost=lambda *what: told.append(what))
+    pool = VLLMPool(policy, PoolOptions(vllm=settings, on_lost=lambda *what: told.append(what)))
     params = replace(PARAMS, draft_tokens=0, max_completion_tokens=100, stop_token_ids=())
     many = [replace(prompt, prompt_id=f"{i}") for i, prompt in enumerate(PROMPTS * 10)]
     try:
@@ -379,7 +381,7 @@ from rollout.backends.vllm.settings import VLLMSettings
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 folder, python, log = map(Path, sys.argv[1:])
-pool = VLLMPool(Policy.load(folder), VLLMSettings(python=python, log=log), torch.float32)
+pool = VLLMPool(Policy.load(folder), PoolOptions(vllm=VLLMSettings(python=python, log=log)))
 print(pool.process.process.pid, flush=True)
 while True:
     pool.sample([Prompt(str(i), "", [3, 4, 5]) for i in range(64)], SamplingParams(8, 1.0, 200))

@@ -1,27 +1,24 @@
-"""A pool whose completions are the episodes of an agent, which runs in processes of its own."""
+"""A sampler whose completions are the episodes of an agent, which runs in processes of its own."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 from grpo.config.environment import AgentOptions
-from grpo.config.run import TrainConfig
+from grpo.endpoint.agents import open_agents
 from grpo.endpoint.batcher import Batcher
 from grpo.endpoint.episode import Episode
-from grpo.run.stop import signals
-from grpo.steps.pool import InterruptiblePool
-from grpo.task.sampling import agent_of, open_agents
 from rewards.isolation.pool import WorkerPool
-from rollout.engine import Engine, RolloutError
+from rollout.engine import Engine
 from rollout.environments.protocol import seeds
-from rollout.faults import OnFinished, not_finite
+from rollout.faults import OnFinished, RolloutError, not_finite
 from rollout.group import Prompt, RolloutGroup
-from rollout.pool import LocalPool, Pool
+from rollout.local_pool import LocalPool
+from rollout.pool import Pool
 from rollout.sampling import SamplingParams
 
 WAIT_S = 0.01  # that a request may wait for others before it joins the running batch
@@ -30,23 +27,14 @@ ROWS_OF_WORKER = 8  # requests of one agent that are decoded together
 NO_LIMIT = 1 << 30
 
 
-def with_agent(pool: InterruptiblePool, config: TrainConfig) -> AbstractContextManager[InterruptiblePool]:
-    """The pool that samples for a run: `pool` itself, or the episodes of the run's agent, sampled with its engine."""
-    agent = agent_of(config)
-    if agent is None or not isinstance(pool.pool, LocalPool):  # the latter on a rank that does not sample
-        return nullcontext(pool)
-    return AgentPool(pool.pool, agent, config.rollout.temperature)
+class AgentSampler:
+    """Samples with the engine of `pool`, which stays open when this is closed. `temperature` is the run's."""
 
-
-class AgentPool(InterruptiblePool):
-    """Samples with the engine of `local`, which stays open when this is closed. `temperature` is the run's."""
-
-    def __init__(self, local: Pool, agent: AgentOptions, temperature: float) -> None:
+    def __init__(self, pool: Pool, agent: AgentOptions, temperature: float) -> None:
         from grpo.endpoint.endpoint import Endpoint  # whose packages are an extra
 
-        assert isinstance(local, LocalPool)  # the options refuse the others
-        super().__init__(local)
-        self.local, self.agent, self.temperature = local, agent, temperature
+        assert isinstance(pool, LocalPool)  # the options refuse the others
+        self.pool, self.agent, self.temperature = pool, agent, temperature
         self.endpoint = Endpoint()
         self._agents: WorkerPool | None = None
         self._thread = ThreadPoolExecutor(1, "agents")
@@ -56,8 +44,8 @@ class AgentPool(InterruptiblePool):
     ) -> list[RolloutGroup]:
         """A group of episodes for each prompt; why an agent has failed is in `Completion.tools`. Raises RolloutError
         for a prompt that leaves no room for a completion, and where logits were not finite."""
-        signals.check()
-        engine = copy.copy(self.local.published())
+        self.pool.check_stop()
+        engine = copy.copy(self.pool.published())
         engine.check(prompts, params)
         engine.max_rows = min(engine.max_rows, ROWS_OF_WORKER * self.agent.agent_workers)
         self._agents = self._agents or open_agents(self.agent)
@@ -77,10 +65,13 @@ class AgentPool(InterruptiblePool):
             raise RolloutError(fault, groups)
         return groups
 
+    def keep(self) -> None:
+        self.pool.keep()
+
     def _watch(self, future: Future[Any], sampling: _Sampling, on_finished: OnFinished | None) -> None:
         told = 0
         while not wait([future], POLL_S).done:
-            signals.check()
+            self.pool.check_stop()
             sampling.check()
             ended = sampling.ended
             if on_finished and ended > told:
@@ -102,10 +93,12 @@ class AgentPool(InterruptiblePool):
 
 
 class _Sampling:
-    """One call of `AgentPool.sample`."""
+    """One call of `AgentSampler.sample`."""
 
-    def __init__(self, pool: AgentPool, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-        self.pool, self.prompts, self.size, self.ended = pool, prompts, params.group_size, 0
+    def __init__(
+        self, sampler: AgentSampler, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams
+    ) -> None:
+        self.sampler, self.prompts, self.size, self.ended = sampler, prompts, params.group_size, 0
         self.params = replace(params, group_size=1)  # every episode has a prompt of its own
         self.batcher = Batcher(engine, self.params, most_waiting=NO_LIMIT, wait_s=WAIT_S)
         self.begun = [self._begin(place) for place in range(len(prompts) * self.size)]
@@ -113,8 +106,8 @@ class _Sampling:
     def _begin(self, place: int) -> tuple[Episode, dict[str, Any]]:
         """An episode, and what its agent is called with."""
         number, sample = divmod(place, self.size)
-        prompt, endpoint = self.prompts[number], self.pool.endpoint
-        episode = Episode(prompt, sample, self.batcher, self.params, self.pool.temperature)
+        prompt, endpoint = self.prompts[number], self.sampler.endpoint
+        episode = Episode(prompt, sample, self.batcher, self.params, self.sampler.temperature)
         given = {**prompt.columns, "prompt": prompt.text, "base_url": endpoint.open(episode), "api_key": endpoint.key}
         return episode, {"function": 0, "given": given, "seed": seeds(self.params, prompt.prompt_id, sample)[1]}
 

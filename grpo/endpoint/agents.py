@@ -1,0 +1,50 @@
+"""The processes in which the agent of a run works, and what can be seen beforehand not to work there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from grpo.config.environment import AgentOptions
+from grpo.config.reward import RewardsOptions, ScoringOptions
+from rewards.isolation.agents import OWN
+from rewards.isolation.pool import WorkerPool
+
+
+def open_agents(options: AgentOptions) -> WorkerPool:
+    """The processes in which the agent runs. Raises RewardError if it cannot be loaded there, or not with so little
+    memory."""
+    description = {"kind": "agent", "function": options.agent}
+    scoring = options.reward if isinstance(options, RewardsOptions) else ScoringOptions()
+    memory = (options.agent_memory_mb or 0) << 20
+    pool = WorkerPool(
+        [description],
+        size=options.agent_workers,
+        timeout_s=options.agent_timeout_s,
+        pass_variables=scoring.pass_variables,
+        memory=memory,
+        memory_option="agent_memory_mb",
+    )
+    try:
+        pool.run([])
+    except BaseException:
+        pool.close()
+        raise
+    return pool
+
+
+def check_agent(options: AgentOptions, columns: Mapping[str, Any]) -> None:
+    """Raises ValueError or RewardError where the agent cannot be called with these columns."""
+    if taken := [name for name in OWN if name in columns]:
+        raise ValueError(f"agent={options.agent}: column {taken[0]!r} has the name of what every agent gets; rename it")
+    try:
+        json.dumps(columns)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"agent={options.agent}: a column cannot be sent to it: {error}") from error
+    if find_spec("starlette") is None or find_spec("uvicorn") is None:
+        raise ValueError(
+            f"agent={options.agent} needs the packages of the extra serve: pip install 'quartet-rl[serve]'"
+        )
+    open_agents(options).close()
