@@ -71,9 +71,7 @@ def train(
         with (
             closing(open_run_pool(policy, config.rollout, config.dtype, run.log, samples=ranks.first)) as pool,
             open_sampler(pool, config, samples=ranks.first) as sampler,
-            open_sampler(
-                pool, config, samples=ranks.first
-            ) as examiner,  # in other processes: an agent may remember what it has met
+            open_sampler(pool, config, samples=ranks.first) as examiner,  # an agent may remember what it has met
         ):
             sampling = sampling_params(policy, config.rollout, 1, config.seed)
             publisher = Publisher(pool, learner, sampling, config.rollout.quantization)
