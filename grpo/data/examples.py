@@ -113,27 +113,14 @@ def load_examples(
         raise ValueError(f"task_options={dict(task_options)} are for reasoning_gym tasks; {name_or_path} has none")
     if purpose == "train":
         refuse_evaluation_data(str(name_or_path), split, None)
-    if source.startswith(REASONING_GYM):
-        from grpo.data.reasoning_gym import COUNT, reasoning_gym_problems
-
-        task = source.removeprefix(REASONING_GYM)
-        problems = reasoning_gym_problems(task, split, seed, count=limit or COUNT, options=task_options)
+    problems = _made(source, split, levels, seed, limit, task_options)
+    if problems:
         return [_example(row["id"], row, "question", "answer") for row in problems]
     if source == GSM8K:
         source = _gsm8k()
     path = None if source in BUILT_IN.values() else local_file(source, split)
     if purpose == "train":
         refuse_evaluation_data(str(name_or_path), split, path)
-    if source == "word_problems":
-        from grpo.data.word_problems import word_problems
-
-        problems = word_problems(split, [1] if levels is None else levels, seed, count=limit or 20_000)
-        return [_example(row["id"], row, "question", "answer") for row in problems]
-    if source == "word_game":
-        from rollout.environments.word_game import COUNT, word_games
-
-        games = word_games(split, seed, count=limit or COUNT)
-        return [_example(row["id"], row, "question", "answer") for row in games]
     if path:
         prefix = f"{path.resolve().parent.name}/{path.stem}"
         numbered = file_rows(path)
@@ -150,6 +137,31 @@ def load_examples(
         raise ValueError(f"{path or source} cannot be read: {type(error).__name__}: {error}") from error
     checks += [partial(_beyond, name, context) for name, context in (contexts or {}).items()]
     return _checked(rows, prefix, str(path or source), prompt_column, solution_column, checks)
+
+
+def _made(
+    source: str,
+    split: str,
+    levels: Sequence[int] | None,
+    seed: int,
+    limit: int | None,
+    task_options: Mapping[str, Any] | None,
+) -> list[dict[str, Any]]:
+    """The problems of a source that makes them itself; none of any other source."""
+    if source.startswith(REASONING_GYM):
+        from grpo.data.reasoning_gym import COUNT, reasoning_gym_problems
+
+        task = source.removeprefix(REASONING_GYM)
+        return reasoning_gym_problems(task, split, seed, count=limit or COUNT, options=task_options)
+    if source == "word_problems":
+        from grpo.data.word_problems import word_problems
+
+        return word_problems(split, [1] if levels is None else levels, seed, count=limit or 20_000)
+    if source == "word_game":
+        from rollout.environments.word_game import COUNT, word_games
+
+        return word_games(split, seed, count=limit or COUNT)
+    return []
 
 
 def _gsm8k() -> str:

@@ -374,11 +374,11 @@ def test_a_run_whose_server_is_killed_twice_is_that_of_one_that_is_not(
 OF_A_TRAINER = """
 import sys
 from pathlib import Path
-import torch
 from policies.policy import Policy
 from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.group import Prompt
+from rollout.pool import PoolOptions
 from rollout.sampling import SamplingParams
 folder, python, log = map(Path, sys.argv[1:])
 pool = VLLMPool(Policy.load(folder), PoolOptions(vllm=VLLMSettings(python=python, log=log)))
