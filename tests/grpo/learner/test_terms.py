@@ -19,10 +19,10 @@ from grpo.learner.terms.term import Term
 BOTH = {"balance": BalanceOptions(bias_rate=0.01), "mtp": MTPOptions(depth=2)}
 
 
-def learner_of(policy, *, loss: dict | None = None, balance=None, mtp=None, **options) -> Learner:
+def learner_of(policy, *, loss: dict | None = None, balance=None, mtp=None, teacher=None, **options) -> Learner:
     options = LearnerOptions(**{"learning_rate": 1e-2, "max_grad_norm": 1e9, "tokens_per_micro_batch": 40} | options)
     mtp = mtp or MTPOptions(loss_weight=0)
-    return small_learner(policy, options, mtp, LossOptions(**loss or {}), balance=balance)
+    return small_learner(policy, options, mtp, LossOptions(**loss or {}), balance=balance, teacher=teacher)
 
 
 def batch_of(learner: Learner, seed: int = 5, tied: bool = False):
@@ -102,9 +102,11 @@ def test_a_term_that_is_not_in_the_table_is_not_there(micro_policy, monkeypatch,
 
 @pytest.mark.parametrize(("name", "advantage"), [("value", "gae"), ("value", "rank_softmax"), ("distill", "distill")])
 def test_an_estimator_whose_term_is_not_there_is_refused_by_name(micro_policy, monkeypatch, name, advantage):
+    given = {"loss": {"advantage": advantage}, "teacher": micro_policy(1)}
+    assert name in {term.name for term in learner_of(micro_policy(0), **given).terms}
     monkeypatch.setattr(build, "TERMS", tuple(set(build.TERMS) - {name}))
     with pytest.raises(ValueError, match=rf"loss\.advantage={advantage}: no term of the loss estimates it; use .*rloo"):
-        learner_of(micro_policy(0), loss={"advantage": advantage})
+        learner_of(micro_policy(0), **given)
 
 
 # ---- what a step is made of -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from small_learner import small_learner
 
 from grpo.cli.why.reading import NO_CLIP, Part, Reader, ReadLearner, without
 from grpo.config.learner import LearnerOptions, MTPOptions
@@ -23,7 +24,7 @@ def learner(random_policy):
     def build(updates: int = 1, rate: float = 1e-3, **loss) -> ReadLearner:
         options = LearnerOptions(learning_rate=rate, max_grad_norm=0.1, updates_per_batch=updates)
         loss = LossOptions(scale_rewards="none", **loss)
-        return ReadLearner(random_policy(0), options, MTPOptions(loss_weight=0.0), loss)
+        return small_learner(random_policy(0), options, MTPOptions(loss_weight=0.0), loss, kind=ReadLearner)
 
     return build
 
@@ -47,10 +48,10 @@ def read(learner: ReadLearner, made=None, **given) -> Reader:
     tensors, state = learner.state()
     kept = {name: {n: t.detach().clone() for n, t in part.items()} for name, part in tensors.items()}
     batch = learner.prepare(made or groups(), scores())
-    whole = learner.read(Reader(), batch, 1)
+    whole = learner.read(Reader(), batch)
     learner.optimizer.state.clear()
     learner.load_state(kept, state)
-    return learner.read(Reader(whole.wholes, **given), batch, 1)
+    return learner.read(Reader(whole.wholes, **given), batch)
 
 
 @torch.no_grad()
@@ -108,7 +109,7 @@ def test_the_tokens_of_a_group_are_its_part(learner):
 def test_a_step_that_is_read_moves_what_the_step_moves(learner):
     plain, seen = learner(updates=3, rate=1e-5), learner(updates=3, rate=1e-5)
     metrics = plain.step(plain.prepare(groups(), scores()), 1)
-    reader = seen.read(Reader(), seen.prepare(groups(), scores()), 1)
+    reader = seen.read(Reader(), seen.prepare(groups(), scores()))
     assert len(reader.wholes) == metrics["learner/updates"] == 3
     last = math.sqrt(sum((g * g).sum().item() for g in reader.wholes[-1] if g is not None))
     assert last == pytest.approx(metrics["learner/grad_norm"], rel=1e-4)

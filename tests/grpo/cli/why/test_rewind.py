@@ -9,8 +9,8 @@ import torch
 
 from grpo.cli.why.recorded import read_config, read_groups
 from grpo.cli.why.rewind import Rewind, difference, first_step
-from grpo.learner import draft_head
 from grpo.learner.learner import Learner
+from grpo.learner.terms import draft_head
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from grpo.task.task import Task
