@@ -1,0 +1,48 @@
+"""The table of features: a line each. Without its line and its files a feature is gone, and nothing else changes.
+
+A feature may bring a section of options (`Section` in grpo/config/NAME.py), a term of the loss (`term` in
+grpo/learner/terms/NAME.py) and a listener (`listener` in grpo/steps/NAME.py). Samplers are in the table of
+rollout/pools.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import create_model
+
+from grpo.config.options import Options
+
+
+@dataclass(frozen=True)
+class Feature:
+    """`section` names the command whose configuration has the section: that of train has those of sft, too."""
+
+    name: str
+    section: Literal["sft", "train"] | None = None
+    term: bool = False
+    listener: bool = False
+
+
+# Terms add up, and listeners are asked, in this order.
+FEATURES = (
+    Feature("distill", section="train", term=True),
+    Feature("balance", section="sft", term=True),
+    Feature("value", section="train", term=True),
+    Feature("draft_head", term=True),
+    Feature("curriculum", section="train", listener=True),
+    Feature("tied_steps", listener=True),
+    Feature("alarms", listener=True),
+)
+
+
+def sections(command: Literal["sft", "train"]) -> type[Any]:
+    """A base class for the configuration of this command, with the sections of its features."""
+    fields: dict[str, Any] = {}
+    for feature in FEATURES:
+        if feature.section == command:
+            section = importlib.import_module(f"grpo.config.{feature.name}").Section
+            fields[feature.name] = (section, section())
+    return create_model(f"{command.capitalize()}Sections", __base__=Options, **fields)
