@@ -22,8 +22,9 @@ demo: $(RUN_STAMP) ## install, then train the tiny policy on word problems and s
 	$(BIN)/quartet train examples/01_demo.yaml --output_dir $(DEMO) $(ARGS)
 	@test ! -f $(DEMO)/metrics.jsonl || echo "every rollout, token by token: $$($(BIN)/quartet report $(DEMO))"
 
-reference: $(RUN_STAMP) ## write docs/reference.md from the options and metrics
+reference: $(RUN_STAMP) ## write docs/reference.md from the options and metrics, and the table of combinations
 	$(BIN)/python docs/write_reference.py > docs/reference.md
+	$(BIN)/python docs/write_combinations.py > docs/guides/combinations.md
 
 docs: $(DEV_STAMP) reference ## build the site into site/, where every warning is an error
 	$(BIN)/zensical build --clean --strict

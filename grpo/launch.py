@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from grpo.checks.parts import gpu_share
-from grpo.checks.run import check_run
+from grpo.checks.run import check_plan
 from grpo.config.problems import command_line
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.parallel import RankFailed, join
@@ -25,9 +25,10 @@ def launch(config: SftConfig, **flags: Any) -> Result | None:
 
     `flags` are resume, stop_after and force.
     """
-    check_run(config)
-    config = with_threads(config, flags.get("resume"))
-    if config.learner.workers and "WORLD_SIZE" not in os.environ:
+    launched = "WORLD_SIZE" in os.environ
+    if launched or config.learner.workers:  # else what is called below checks the plan, before there are ranks
+        config = with_threads(config, flags.get("resume"), check_plan(config).shape)
+    if config.learner.workers and not launched:
         return _through_ray(config, flags)
     ranks = join(device_of(config.device).type == "cpu", config.learner.parallel)
     if not ranks.first:

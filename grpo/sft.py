@@ -12,21 +12,21 @@ from functools import partial
 from math import nan
 from typing import Any
 
-from grpo.checks.run import check_run, open_task
+from grpo.checks.run import check_plan, open_task
 from grpo.config.problems import python_words
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.data.curriculum import ramp
 from grpo.data.prompts import PromptStream
 from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import HeldOut, Result
-from grpo.learner.base import counts, in_4_bits
 from grpo.learner.build import sft_learner
 from grpo.learner.parallel import ALONE, Ranks
-from grpo.source.policy_source import load_policy, save_policy, with_threads
+from grpo.source.policy_source import in_4_bits, load_policy, save_policy, with_threads
 from grpo.steps.loop import Run
 from grpo.steps.pool import open_run_pool
 from grpo.task.sampling import environment_of, sampling_params
 from grpo.task.task import Task
+from policies import four_bit
 from policies.files.digests import write_digests
 from policies.policy import Policy
 
@@ -41,8 +41,7 @@ def sft(
     ranks: Ranks = ALONE,
 ) -> Result:
     """The policy is saved to `output_dir/policy`. Raises Stopped when the run was asked to end early."""
-    check_run(config)
-    config = with_threads(config, resume)
+    config = with_threads(config, resume, check_plan(config).shape)
     steps = config.warm_start.steps
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
     with (
@@ -116,7 +115,7 @@ def first_policy(run: Run[TrainConfig], task: Task) -> Policy:
         config = config.model_copy(update={"model": str(run.folder / "warm_start")})
     policy = load_policy(config, task.corpus(), run.ranks)
     if in_4_bits(config):
-        run.log.event("base_in_4_bits", **counts(policy.trunk))
+        run.log.event("base_in_4_bits", **four_bit.counts(policy.trunk))
     task.check_lengths(policy, config.rollout.max_completion_tokens)
     return policy
 

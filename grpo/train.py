@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from grpo.checks.run import check_run, open_task
+from grpo.checks.run import check_plan, open_task
 from grpo.config.problems import python_words
 from grpo.config.reward import with_rewards
 from grpo.config.run import TrainConfig
@@ -49,8 +49,7 @@ def train(
     Raises Stopped when the run was asked to end early.
     """
     config = with_rewards(config, reward)
-    check_run(config)
-    config = with_threads(config, resume)
+    config = with_threads(config, resume, check_plan(config).shape)
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
     with (
         open_task(config, scores=ranks.first) as task,

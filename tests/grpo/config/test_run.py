@@ -107,7 +107,6 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would(words):
         ({"rollout.temperature": 0}, "rollout.temperature=0"),
         ({"rollout.top_p": 0.9}, "rollout.top_p=0.9"),  # contract 2: there is none in training
         ({"loss.epsilon": -0.1}, "loss.epsilon=-0.1"),
-        ({"eval.every": 5}, "eval.every=5 with eval.limit=0"),
         ({"loss.loss_type": "cispo"}, "epsilon_high"),
         ({"loss.loss_type": "sapo", "loss.epsilon": 0.1}, "epsilon=0.1: loss_type sapo does not read it"),
         ({"loss.loss_type": "cispo", "loss.epsilon_high": 5.0, "loss.delta": 2.0}, "use epsilon_high, the cap"),
