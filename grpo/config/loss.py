@@ -106,21 +106,6 @@ class LossOptions(Options):
         return self
 
     @model_validator(mode="after")
-    def _has_its_cap(self) -> LossOptions:
-        if self.epsilon_high is None and self.loss_type == "cispo":
-            raise ValueError("epsilon_high is required by loss_type cispo: it caps the ratio (ScaleRL uses 5.0)")
-        return self
-
-    @model_validator(mode="after")
-    def _aggregates_where_it_can(self) -> LossOptions:
-        if self.multi_objective_aggregation != "sum_then_normalize" and self.advantage != "group_relative":
-            raise ValueError(
-                f"multi_objective_aggregation=normalize_then_sum is for advantage group_relative alone; "
-                f"{self.advantage} takes the weighted sum: use sum_then_normalize"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _penalty_has_an_estimator(self) -> LossOptions:
         if self.beta and self.kl_estimator == "none":
             raise ValueError(

@@ -15,6 +15,7 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.options import _options, load
 from grpo.config.run import SftConfig, TrainConfig
 
+SUMS = {"loss.multi_objective_aggregation": "normalize_then_sum"}
 VLLM = {"rollout.backend": "vllm", "rollout.draft_tokens": 2}
 TEACHER = {"loss.advantage": "distill", "distill.teacher": "nowhere", "distill.url": "h"}
 NF4, ROUNDS = {"lora.base": "nf4"}, {"learner.stochastic_rounding": True}
@@ -39,6 +40,11 @@ def test_the_table_names_options_and_forms_that_exist_and_every_form():
         ({"curriculum.completion_tokens": 300}, "=300 is for the first step, and it grows to rollout.max_completion"),
         ({"curriculum.draft_depth": 300}, "=300 is for the first step, and it grows to mtp.depth=4: use at most 4"),
         ({"warm_start.draft_depth": 3, "mtp.depth": 2}, "draft_depth=3 .* grows to mtp.depth=2: use at most 2"),
+        ({"loss.loss_type": "cispo"}, "loss.epsilon_high=null with loss.loss_type=cispo: cispo needs the cap"),
+        (
+            SUMS | {"loss.advantage": "rloo"},
+            "advantage=rloo with .*_then_sum: .* takes the weighted sum; use",
+        ),
         ({"loss.advantage": "distill"}, "distill.teacher=null with loss.advantage=distill: distill needs a teacher"),
         (TEACHER | {"loss.advantage": "rloo"}, "advantage=rloo with distill.teacher=nowhere: distill alone has a"),
         (TEACHER | {"rollout.temperature": 0.7}, "temperature=0.7 with distill.url=h: .* at temperature 1 alone"),
