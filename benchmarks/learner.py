@@ -175,8 +175,9 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
     import torch
 
     from grpo.config.learner import LearnerOptions
+    from grpo.config.run import TrainConfig
     from grpo.data.prompts import PromptTemplate, encode_prompt
-    from grpo.learner.build import Setting, make
+    from grpo.learner.build import make
     from policies.policy import Policy
     from rewards import RewardSpec, Scorer
     from rollout.pools import PoolOptions, open_pool
@@ -193,7 +194,9 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
         optimizer="adamw_8bit" if args.contender in ("ours_dense_8bit", "ours_dense_small") else "adamw",
         stochastic_rounding=args.contender == "ours_dense_small",
     )
-    learner = make(policy, options, Setting(), longest=args.tokens, reward_weights={"reward": 1.0})
+    learner = make(
+        policy, TrainConfig(output_dir=".", learner=options), longest=args.tokens, reward_weights={"reward": 1.0}
+    )
     pool = open_pool(policy, PoolOptions(dtype=dtype, prompts_per_shard=args.prompts))
     params = SamplingParams(group_size=args.group_size, max_completion_tokens=args.tokens)
     seconds: Seconds = {"generate": [], "learn": [], "step": []}

@@ -30,7 +30,7 @@ from grpo.cli.commands.memory import learner_memory
 from grpo.config.learner import ParallelOptions
 from grpo.config.options import load
 from grpo.config.run import TrainConfig
-from grpo.learner.build import Setting, make
+from grpo.learner.build import make
 from grpo.learner.parallel import join
 from policies.conversion.dense import convert_dense
 from policies.mtp import MTPHead
@@ -94,7 +94,7 @@ def measure(config: TrainConfig, source: str, row: int) -> dict[str, float]:
     policy = Policy.load(source, layout=ranks.layout)
     found["loaded"] = resident() - begin
     phase_ends("loading")
-    learner = make(policy, config.learner, Setting(mtp=config.mtp), ranks=ranks)
+    learner = make(policy, config, ranks=ranks)
     rows = 2 * ranks.readers * config.learner.tokens_per_micro_batch // row
     for step in (1, 2):
         learner.step(learner.prepare(*groups_of(rows, row)), step)

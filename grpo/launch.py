@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from grpo.checks.parts import gpu_share
-from grpo.checks.run import check_run
+from grpo.checks.run import check_plan
 from grpo.config.problems import command_line
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.parallel import RankFailed
@@ -39,8 +39,7 @@ def _through_ray(config: SftConfig, flags: dict[str, Any]) -> Result:
     A signal reaches them through a file in the run folder, which all machines see. Raises Stopped, or RankFailed with
     the words of the rank that failed first.
     """
-    check_run(config)
-    config = with_threads(config, flags.get("resume"))
+    config = with_threads(config, flags.get("resume"), check_plan(config).shape)
     os.environ |= {"RAY_TRAIN_METRICS_ENABLED": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} | os.environ
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

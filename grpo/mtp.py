@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from grpo.checks.run import check_run, open_task
+from grpo.checks.run import check_plan, open_task
 from grpo.config.mtp import MtpConfig
 from grpo.config.problems import python_words
 from grpo.data.examples import Example
@@ -31,7 +31,7 @@ from grpo.learner.lessons import KINDS, Corpus
 from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics
 from grpo.run.stop import signals
-from grpo.source.policy_source import check_options, load_policy, save_policy, with_threads
+from grpo.source.policy_source import find_policy, load_policy, save_policy, with_threads
 from grpo.steps.loop import Run
 from grpo.steps.pool import open_run_pool, use_costs_of_run
 from grpo.steps.publisher import Publisher
@@ -55,8 +55,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
 
     Raises Stopped when the run was asked to end early, PolicyError for a model that can have no draft head.
     """
-    check_run(config)
-    config = with_threads(config, resume)
+    config = with_threads(config, resume, check_plan(config).shape)
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
     last = config.steps + config.head.epochs
     with (
@@ -232,7 +231,7 @@ def _evaluate(held_out: HeldOut, step: int, when: str) -> None:
 
 def stores_head(config: MtpConfig) -> bool:
     """Whether the checkpoint has MTP layers; a preset's head is as random as its trunk, and stays."""
-    model = check_options(config)
+    model = find_policy(config.model, read=False).base
     return model in presets.PRESETS or bool(mtp_layers(read_config(model), WeightFiles(model).shapes))
 
 

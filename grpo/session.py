@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from grpo.algorithm.dynamic_sampling import Drawn
-from grpo.checks.run import check_run, open_task
+from grpo.checks.run import check_plan, open_task
 from grpo.config.problems import python_words
 from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
@@ -88,8 +88,7 @@ class Session:
         """Everything that can be refused is refused before the folder is touched. The policy has its warm start,
         samplers hold its weights, and the held-out problems have been evaluated. With LoRA another session may be the
         `base`: both have the frozen weights of one policy, in memory once, each with adapters of its own."""
-        check_run(config)
-        config = with_threads(config, resume)
+        config = with_threads(config, resume, check_plan(config).shape)
         flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
         with (
             python_words(),

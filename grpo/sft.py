@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from grpo.checks.run import check_run, open_task
+from grpo.checks.run import check_plan, open_task
 from grpo.config.problems import python_words
 from grpo.config.run import SftConfig
 from grpo.evaluation.evaluate import Evaluation
@@ -33,8 +33,7 @@ def sft(
     force: bool = False,
 ) -> Result:
     """The policy is saved to `output_dir/policy`. Raises Stopped when the run was asked to end early."""
-    check_run(config)
-    config = with_threads(config, resume)
+    config = with_threads(config, resume, check_plan(config).shape)
     steps = config.warm_start.steps
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
     with (

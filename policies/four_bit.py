@@ -87,3 +87,30 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     own = {name: tensor for name, tensor in state.items() if f"{name.rpartition('.weight.')[0]}.weight" not in held}
     return own | held
+
+
+def counts(trunk: nn.Module) -> dict[str, Any]:
+    """How many weights of a loaded base are in 4 bits, how many are not, and how many of those are routed experts'."""
+    base = [(name, weight) for name, weight in trunk.named_parameters() if ".lora_" not in name]
+    held = sum(weight.quant_state.shape.numel() for _, weight in base if is_held(weight))
+    others = [(name, weight.numel()) for name, weight in base if not is_held(weight)]
+    experts = sum(number for name, number in others if ".experts." in name)
+    return {"in_4_bits": held, "not_in_4_bits": sum(number for _, number in others), "routed_experts": experts}
+
+
+def try_out(device: torch.device) -> None:
+    """Raises ValueError where bitsandbytes cannot compute on this device."""
+    ones = torch.ones(BLOCK, 2)
+    try:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        codes, state = quantize_4bit(ones.to(device), quant_type="nf4")
+        faithful = torch.equal(dequantize_4bit(codes, state), ones.to(device))
+        words = "ones do not come back as ones"
+    except Exception as error:  # whatever bitsandbytes and its libraries raise
+        faithful, words = False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if not faithful:
+        raise ValueError(
+            f"lora.base=nf4: bitsandbytes cannot compute on device={device} here ({words}); use another device, or set "
+            "lora.base to null"
+        )

@@ -362,6 +362,7 @@ def _public_names(package: str) -> set[str]:
     return set()
 
 
-def test_the_reference_page_is_what_the_options_say():
-    said = _python(str(ROOT / "docs/write_reference.py"), path=ROOT)
-    assert (ROOT / "docs/reference.md").read_text() == said, "run `make reference` and commit docs/reference.md"
+@pytest.mark.parametrize("page", ["reference", "guides/combinations"])
+def test_a_generated_page_is_what_the_source_says(page):
+    said = _python(str(ROOT / f"docs/write_{Path(page).name}.py"), path=ROOT)
+    assert (ROOT / f"docs/{page}.md").read_text() == said, f"run `make reference` and commit docs/{page}.md"

@@ -45,8 +45,9 @@ def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
     import torch
 
     from grpo.config.learner import LearnerOptions
+    from grpo.config.run import TrainConfig
     from grpo.data.prompts import PromptTemplate, encode_prompt
-    from grpo.learner.build import Setting, make
+    from grpo.learner.build import make
     from grpo.steps.publisher import Publisher
     from policies.policy import Policy
     from rewards import RewardSpec, Scorer
@@ -59,8 +60,7 @@ def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
     options = LearnerOptions(learning_rate=step.learning_rate)
     learner = make(
         policy,
-        options,
-        Setting(),
+        TrainConfig(output_dir=".", learner=options),
         longest=step.tokens,
         reward_weights={"reward": 1.0},
         sampler_differs=name == "ours_vllm",  # which turns the importance correction on

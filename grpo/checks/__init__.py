@@ -1,1 +1,1 @@
-"""What a run refuses before it begins."""
+"""What goes with what, and what is refused before anything is loaded."""

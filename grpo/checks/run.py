@@ -1,39 +1,51 @@
-"""What a run refuses before its first step, as far as it can be seen without weights.
+"""What a command refuses before anything is loaded, as far as it can be seen without weights.
 
-The command, `train` in Python and `--dry_run` ask the same functions, so they refuse the same, in the same words
-(contract 20), and all that is wrong is told in one message.
+Every command, `train`, `sft` and `mtp` in Python and `--dry_run` ask the same function, so they refuse the same, in the
+same words (contract 20), and all that is wrong is told in one message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
-from grpo.checks.parts import CHECKS, check_processes
+from grpo.checks.parts import FIRST, OF_MODEL, TRIES, check_processes
+from grpo.checks.plan import REFUSALS, Plan
+from grpo.checks.table import contradictions
 from grpo.config.environment import rewards_of
 from grpo.config.mtp import MtpConfig
+from grpo.config.policy import ModelOptions
 from grpo.config.run import RunConfig, SftConfig
-from grpo.run.checkpoint import CheckpointError
 from grpo.run.hardware import device_of
+from grpo.source.policy_source import PolicySource
 from grpo.task.task import Task, reward_specs
-from rewards.protocol import RewardError
 from rewards.scorer import Scorer
-from rollout.faults import RolloutError
-
-REFUSALS = (ValueError, OSError, RewardError, RolloutError, CheckpointError)  # whose message is written for the user
 
 
 class Refused(ValueError):
     """Several things are wrong with a run; the message has a line for each."""
 
 
-def check_run(config: SftConfig | MtpConfig, *, on_cpu: bool | None = None) -> None:
-    """Raises what is wrong, and Refused for several things: then data and rewards are looked at, too, so that all is
-    told at once. `on_cpu`: whether the run will be on CPUs, where that is not `config.device`'s to say."""
-    on_cpu = device_of(config.device).type == "cpu" if on_cpu is None else on_cpu
-    errors = _failures(*(partial(check, config) for check in CHECKS), partial(check_processes, config, on_cpu))
+def check_plan(options: ModelOptions, source: PolicySource | None = None, *, on_cpu: bool | None = None) -> Plan:
+    """What the loader needs to know. Raises what is wrong, and Refused for several things: then the data and rewards of
+    a run are looked at, too, so that all is told at once.
+
+    `source` is what `options.model` means, where that is known. `on_cpu`: whether the run will be on CPUs, where that
+    is not `options.device`'s to say.
+    """
+    plan = Plan(options, source)
+    on_cpu = device_of(options.device).type == "cpu" if on_cpu is None else on_cpu
+    errors = _failures(partial(check, plan) for check in FIRST)
+    lines = [ValueError(line) for line in contradictions(plan)]
+    errors += lines or _failures(partial(check, plan) for check in TRIES)
+    errors += [plan.fault] if plan.fault else _failures(partial(check, plan) for check in OF_MODEL)
+    errors += _failures([partial(check_processes, plan, on_cpu)])
+    if errors and isinstance(options, SftConfig | MtpConfig):
+        errors += _failures([partial(_load_data, options), partial(_load_rewards, options)])
     if errors:
-        raise _as_one([*errors, *_failures(partial(_load_data, config), partial(_load_rewards, config))])
+        raise _as_one(errors)
+    return plan
 
 
 def open_task(config: SftConfig | MtpConfig, *, scores: bool = True) -> Task:
@@ -41,13 +53,13 @@ def open_task(config: SftConfig | MtpConfig, *, scores: bool = True) -> Task:
     try:
         return Task.of(config, scores=scores)
     except REFUSALS as error:
-        whole = _as_one([error, *(_failures(partial(_load_rewards, config)) if scores else [])])
+        whole = _as_one([error, *(_failures([partial(_load_rewards, config)]) if scores else [])])
         if whole is error:
             raise
         raise whole from error
 
 
-def _failures(*checks: Callable[[], None]) -> list[Exception]:
+def _failures(checks: Iterable[Callable[[], Any]]) -> list[Exception]:
     errors: list[Exception] = []
     for check in checks:
         try:

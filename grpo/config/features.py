@@ -1,8 +1,7 @@
 """The table of features: a line each. Without its line and its files a feature is gone, and nothing else changes.
 
-A feature may bring a section of options (`Section` in grpo/config/NAME.py), a term of the loss (`term` in
-grpo/learner/terms/NAME.py) and a listener (`listener` in grpo/steps/NAME.py). Samplers are in the table of
-rollout/pools.py.
+A feature may bring a section of options (grpo/config/NAME.py), a term of the loss (grpo/learner/terms/NAME.py) and a
+listener (grpo/steps/NAME.py). Samplers have the table of rollout/pools.py.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ def sections(command: Literal["sft", "train"]) -> type[Any]:
     fields: dict[str, Any] = {}
     for feature in FEATURES:
         if feature.section == command:
-            section = importlib.import_module(f"grpo.config.{feature.name}").Section
+            module = importlib.import_module(f"grpo.config.{feature.name}")
+            section = getattr(module, f"{feature.name.capitalize()}Options")
             fields[feature.name] = (section, section())
     return create_model(f"{command.capitalize()}Sections", __base__=Options, **fields)

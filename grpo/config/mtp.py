@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from grpo.config.json_file import expecting
 from grpo.config.options import Options
@@ -67,19 +67,6 @@ class MtpConfig(RunConfig):
     rollout: RolloutOptions = RolloutOptions(group_size=4)
     head: HeadOptions = HeadOptions()
     eval: EvalOptions = EvalOptions(limit=32)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> MtpConfig:
-        for key, value in (
-            ("eval.every", self.eval.every),
-            ("rollout.refill_draws", self.rollout.refill_draws),
-            ("rollout.ahead", self.rollout.ahead),
-            ("checkpoint.keep_best", self.checkpoint.keep_best),
-            ("log.measure_speed", self.log.measure_speed),
-        ):
-            if value:
-                raise ValueError(f"{key}={value} is for quartet train; drop it")
-        return self
 
 
 def scores_nothing(config: SftConfig | MtpConfig) -> bool:

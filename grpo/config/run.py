@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from grpo.config.data import CurriculumOptions, DataOptions
+from grpo.config.data import DataOptions
 from grpo.config.environment import AgentOptions, EnvironmentOptions
-from grpo.config.learner import BalanceOptions, LearnerOptions, LoraOptions, MTPOptions, WarmStartOptions
-from grpo.config.loss import DistillOptions, LossOptions, ValueOptions
+from grpo.config.features import sections
+from grpo.config.learner import LearnerOptions, LoraOptions, MTPOptions, WarmStartOptions
+from grpo.config.loss import LossOptions
 from grpo.config.options import Options, load
 from grpo.config.policy import ModelOptions
 from grpo.config.reward import RewardsOptions
@@ -81,7 +82,7 @@ class RunConfig(RewardsOptions, ModelOptions):
         return load(cls, Path(file), overrides)
 
 
-class SftConfig(EnvironmentOptions, RunConfig):
+class SftConfig(sections("sft"), EnvironmentOptions, RunConfig):  # type: ignore[misc]
     """Supervised fine-tuning on prompts and gold solutions; the MTP head is trained together with the trunk."""
 
     # What `quartet sft --help` shows; `--help all` shows all.
@@ -93,21 +94,11 @@ class SftConfig(EnvironmentOptions, RunConfig):
     )
     warm_start: WarmStartOptions = WarmStartOptions(steps=200)
     mtp: MTPOptions = MTPOptions()
-    balance: BalanceOptions = BalanceOptions()
     learner: LearnerOptions = LearnerOptions()
     eval: EvalOptions = EvalOptions()
 
-    @model_validator(mode="after")
-    def _shallow_first(self) -> SftConfig:
-        if (first := self.warm_start.draft_depth) is not None and first > self.mtp.depth:
-            raise ValueError(
-                f"warm_start.draft_depth={first} is the depth at the first step, and it grows to "
-                f"mtp.depth={self.mtp.depth}: use at most {self.mtp.depth}"
-            )
-        return self
 
-
-class TrainConfig(AgentOptions, SftConfig):
+class TrainConfig(sections("train"), AgentOptions, SftConfig):  # type: ignore[misc]
     """GRPO, after an optional warm start: sample groups, score them, favour what scored above its group."""
 
     # What `quartet train --help` shows; `--help all` shows all.
@@ -125,74 +116,3 @@ class TrainConfig(AgentOptions, SftConfig):
     lora: LoraOptions | None = None
     """Adapters; null updates every weight."""
     loss: LossOptions = LossOptions()
-    distill: DistillOptions = DistillOptions()
-    value: ValueOptions = ValueOptions()
-    curriculum: CurriculumOptions = CurriculumOptions()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainConfig:
-        if self.loss.epsilon_high is None and self.loss.loss_type == "cispo":
-            raise ValueError("loss.epsilon_high is required by loss_type cispo: it caps the ratio (ScaleRL uses 5.0)")
-        if self.loss.multi_objective_aggregation != "sum_then_normalize" and self.loss.advantage != "group_relative":
-            raise ValueError(
-                f"loss.multi_objective_aggregation=normalize_then_sum is for loss.advantage group_relative alone; "
-                f"{self.loss.advantage} takes the weighted sum: use sum_then_normalize"
-            )
-        if (self.loss.advantage == "distill") != (self.distill.teacher is not None):
-            raise ValueError(
-                f"loss.advantage={self.loss.advantage} and distill.teacher={self.distill.teacher}: distill needs a "
-                "teacher, and nothing else has one; set both, or neither"
-            )
-        if self.distill.url is not None and self.rollout.temperature != 1:
-            raise ValueError(
-                f"distill.url={self.distill.url} with rollout.temperature={self.rollout.temperature}: a server scores "
-                "given tokens at temperature 1 alone; set rollout.temperature to 1, or url to null to load the teacher "
-                "here"
-            )
-        if self.rollout.quantization != "none" and self.loss.importance_correction == "none":
-            raise ValueError(
-                f"rollout.quantization={self.rollout.quantization} with loss.importance_correction=none: what samples "
-                "is another policy than what learns, and nothing would correct that; set it to auto"
-            )
-        self._refuse_with_agent()
-        if self.mtp.train_trunk:
-            raise ValueError("mtp.train_trunk: in GRPO the draft head never touches the trunk; use it in quartet sft")
-        if self.eval.every and not self.eval.limit:
-            raise ValueError(
-                f"eval.every={self.eval.every} with eval.limit=0 evaluates nothing; set eval.limit, or drop eval.every"
-            )
-        tokens, depth = self.curriculum.completion_tokens, self.curriculum.draft_depth
-        if tokens is not None and tokens > (last := self.rollout.max_completion_tokens):
-            raise ValueError(
-                f"curriculum.completion_tokens={tokens} is the limit at step 1, and it grows to "
-                f"rollout.max_completion_tokens={last}: use at most {last}"
-            )
-        if depth is not None and depth > self.mtp.depth:
-            raise ValueError(
-                f"curriculum.draft_depth={depth} is the depth at step 1, and it grows to mtp.depth={self.mtp.depth}: "
-                f"use at most {self.mtp.depth}"
-            )
-        return self
-
-    def _refuse_with_agent(self) -> None:
-        """Raises ValueError for an option that a run with an agent cannot have."""
-        if self.agent is None:
-            return
-        rollout, own = self.rollout, "the agent's requests are sampled by our own engine, in this process"
-        refused = {
-            "environment": (self.environment, "an agent has its tools itself; leave one of them out"),
-            "tools": (self.tools, "an agent has its tools itself; leave one of them out"),
-            "rollout.backend": (rollout.backend == "vllm" and "vllm", f"{own}; leave backend out"),
-            "rollout.workers": (rollout.workers, f"{own}; set it to 0"),
-            "rollout.ahead": (rollout.ahead, f"{own}; set it to 0"),
-            "learner.routing_replay": (self.learner.routing_replay, "no experts are recorded; set it to false"),
-            "loss.advantage": (
-                self.loss.advantage in ("gae", "rank_softmax") and self.loss.advantage,
-                "a value function reads one text from its beginning to its end, and an episode may have several; use "
-                "group_relative, or another one without values",
-            ),
-            "log.measure_speed": (self.log.measure_speed, "what is timed would be the agent; set it to false"),
-        }
-        for name, (value, why) in refused.items():
-            if value:
-                raise ValueError(f"{name}={value} with agent={self.agent}: {why}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from grpo.config.options import Options
 
@@ -105,25 +105,6 @@ class RolloutOptions(SamplingOptions):
     def copies(self) -> tuple[str, str]:
         """How what is sampled by, and what drafts are made by, is held."""
         return self.quantization, self.draft_quantization or self.quantization
-
-    @model_validator(mode="after")
-    def _has_few_bits(self) -> RolloutOptions:
-        if self.copies != ("none", "none") and self.backend in ("transformers", "vllm"):
-            name = "quantization" if self.quantization != "none" else "draft_quantization"
-            raise ValueError(
-                f"rollout.{name}={getattr(self, name)} with rollout.backend={self.backend}: our own engine alone "
-                "makes such copies; leave one of them out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _in_turn(self) -> RolloutOptions:
-        if self.colocate and self.ahead:
-            raise ValueError(
-                f"colocate=true: with ahead={self.ahead} sampling and learning go on at the same time, and cannot use "
-                "the same GPUs in turn; set one of them back"
-            )
-        return self
 
     @field_validator("group_size")
     @classmethod

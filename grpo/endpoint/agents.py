@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 from grpo.config.environment import AgentOptions
@@ -43,8 +42,4 @@ def check_agent(options: AgentOptions, columns: Mapping[str, Any]) -> None:
         json.dumps(columns)
     except (TypeError, ValueError) as error:
         raise ValueError(f"agent={options.agent}: a column cannot be sent to it: {error}") from error
-    if find_spec("starlette") is None or find_spec("uvicorn") is None:
-        raise ValueError(
-            f"agent={options.agent} needs the packages of the extra serve: pip install 'quartet-rl[serve]'"
-        )
     open_agents(options).close()

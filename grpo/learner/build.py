@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from grpo.algorithm.own import is_own
-from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
-from grpo.config.loss import DistillOptions, LossOptions, ValueOptions
+from grpo.config.features import FEATURES
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
@@ -26,41 +24,34 @@ from grpo.run.memory_errors import phase
 from policies.lora import has_adapter
 from policies.policy import Policy
 
+Load = Callable[[str], Policy]
+
 # Their log-probabilities are the learner's up to rounding in float32 (contract 8).
 OWN_BACKENDS = ("native", "transformers")
 
-# The terms that a run may have beside its first, the policy loss or that of supervised steps, as they add up. Each is a
-# file of grpo/learner/terms, whose `term(policy, setting)` gives it, or None where nobody asks for it.
-TERMS = (
-    "distill",
-    "balance",
-    "value",
-    "draft_head",
-)
 
+def terms_of(policy: Policy, config: Any, load: Load | None = None) -> list[Term]:
+    """The terms beside the first that `config` asks for. `load` gives the policy of another name, such as a teacher.
 
-@dataclass(frozen=True)
-class Setting:
-    """What terms are made from: their options, and what loads a policy by name."""
-
-    loss: LossOptions = field(default_factory=LossOptions)
-    mtp: MTPOptions = field(default_factory=MTPOptions)
-    balance: BalanceOptions = field(default_factory=BalanceOptions)
-    value: ValueOptions = field(default_factory=ValueOptions)
-    distill: DistillOptions = field(default_factory=DistillOptions)
-    load: Callable[[str], Policy] | None = None
-
-
-def terms_of(policy: Policy, setting: Setting) -> list[Term]:
-    """The terms beside the first. Raises ValueError for `loss.advantage` that no term here brings."""
-    terms = [importlib.import_module(f"grpo.learner.terms.{name}").term(policy, setting) for name in TERMS]
+    Raises ValueError for `loss.advantage` that no term brings.
+    """
+    modules = [importlib.import_module(f"grpo.learner.terms.{feature.name}") for feature in FEATURES if feature.term]
+    terms = [module.term(policy, config, load) for module in modules]
     terms = [term for term in terms if term is not None]
-    brought = [*OWN_ESTIMATORS, *(name for term in terms for name in term.estimators)]
-    if setting.loss.advantage not in brought and not is_own(setting.loss.advantage):
-        raise ValueError(
-            f"loss.advantage={setting.loss.advantage}: no term of the loss estimates it; use {', '.join(brought)}"
-        )
+    known = [*OWN_ESTIMATORS, *(name for term in terms for name in term.estimators)]
+    loss = getattr(config, "loss", None)
+    if loss and loss.advantage not in known and not is_own(loss.advantage):
+        raise ValueError(f"loss.advantage={loss.advantage}: no term of the loss estimates it; use {', '.join(known)}")
     return terms
+
+
+def check_terms(policy: Policy, config: Any) -> None:
+    """Raises ValueError where a term cannot be had of this policy, whose weights may be missing."""
+    for feature in FEATURES:
+        if feature.term:
+            check = getattr(importlib.import_module(f"grpo.learner.terms.{feature.name}"), "check", None)
+            if check is not None:
+                check(policy, config)
 
 
 def sampling_backend(config: TrainConfig, policy: Policy) -> str:
@@ -72,7 +63,7 @@ def sft_learner(policy: Policy, config: SftConfig, ranks: Ranks = ALONE) -> Lear
     """Adapters are not used here even where GRPO will: LoRA starts from the warm policy."""
     options = config.warm_start
     with phase("loading", config):
-        terms = [SupervisedTerm(), *terms_of(policy, Setting(mtp=config.mtp, balance=config.balance))]
+        terms = [SupervisedTerm(), *terms_of(policy, config)]
         return Learner(
             policy,
             config.learner.model_copy(update={"updates_per_batch": 1}),  # that is of rollouts
@@ -90,7 +81,7 @@ def grpo_learner(
     reward_weights: Mapping[str, float],
     ranks: Ranks = ALONE,
     reload: Callable[[], Policy] | None = None,
-    load: Callable[[str], Policy] | None = None,
+    load: Load | None = None,
     kind: Callable[..., Any] = Learner,
 ) -> Any:
     """A learner, or another `kind` of one, around a policy without adapters.
@@ -102,11 +93,10 @@ def grpo_learner(
     with phase("loading", config):
         if config.lora:
             policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
-        setting = Setting(config.loss, config.mtp, config.balance, config.value, config.distill, load)
         return make(
             policy,
-            config.learner,
-            setting,
+            config,
+            load=load,
             temperature=config.rollout.temperature,
             longest=config.rollout.max_completion_tokens,
             reward_weights=reward_weights,
@@ -123,9 +113,9 @@ def grpo_learner(
 
 def make(
     policy: Policy,
-    options: LearnerOptions,
-    setting: Setting,
+    config: Any,
     *,
+    load: Load | None = None,
     temperature: float = 1.0,
     longest: int = 0,
     sampler_differs: bool | None = None,
@@ -133,12 +123,12 @@ def make(
     kind: Callable[..., Any] = Learner,
     **more: Any,
 ) -> Any:
-    """A GRPO learner from its options. `longest` is the length limit of completions. `sampler_differs` from it in
-    precision or backend; None: it does below fp32."""
-    loss = setting.loss
+    """A GRPO learner from the sections `learner`, `loss`, `mtp` and those of terms. `longest` is the length limit of
+    completions. `sampler_differs` from it in precision or backend; None: it does below fp32."""
+    loss, options = config.loss, config.learner
     differs = policy.trunk.dtype != torch.float32 if sampler_differs is None else sampler_differs
     first = PolicyTerm(loss, updates=options.updates_per_batch, sampler_differs=differs, longest=longest or None)
-    terms = [first, *terms_of(policy, setting)]
+    terms = [first, *terms_of(policy, config, load)]
     reference = None
     if loss.beta > 0 and not has_adapter(policy.trunk):
         reference = (reload() if reload else copy.deepcopy(policy)).requires_grad_(False)

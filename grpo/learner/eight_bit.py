@@ -9,7 +9,6 @@ Moments of fewer than 4,096 numbers on a rank, and of rows that no block fits, s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from math import prod
 from typing import Any, cast
 
@@ -21,27 +20,6 @@ from policies.sharding import like
 
 LEAST, SHORTEST, LONGEST = 4096, 32, 256  # numbers in a moment, as in bitsandbytes; in a block
 CODES, SCALE = ".codes", ".scale"
-
-
-def check_optimizer(options: object) -> None:
-    """Raises ValueError where a run asks for a package that is not installed, or for rounding that it cannot have."""
-    learner = getattr(options, "learner", None)
-    optimizer = getattr(learner, "optimizer", "adamw")
-    if getattr(learner, "stochastic_rounding", False):
-        if optimizer != "adamw_8bit":
-            raise ValueError(
-                f"learner.stochastic_rounding=true with learner.optimizer={optimizer}: torchao's optimizer alone "
-                "rounds so; use adamw_8bit, or set it to false"
-            )
-        if (dtype := getattr(options, "dtype", None)) != "bfloat16":
-            raise ValueError(
-                f"learner.stochastic_rounding=true with dtype={dtype}: only bfloat16 weights are rounded; use "
-                "dtype: bfloat16, or set it to false"
-            )
-    if optimizer == "adamw_8bit" and find_spec("torchao") is None:
-        raise ValueError(
-            "learner.optimizer=adamw_8bit needs torchao: pip install 'quartet-rl[low-memory]', or use adamw"
-        )
 
 
 def adamw_8bit(groups: Sequence[dict], betas: tuple[float, float], *, rounds: bool = False) -> torch.optim.Optimizer:

@@ -1,1 +1,1 @@
-"""Which policy a name means, and what goes with what."""
+"""Which policy a name means, and how it is loaded."""

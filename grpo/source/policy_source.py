@@ -12,7 +12,6 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,27 +22,26 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfi
 from transformers.distributed import DistributedConfig
 
 from grpo.config.json_file import read_json
-from grpo.config.learner import MTPOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
 from grpo.config.policy import ModelOptions, PolicyOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.yaml_file import read_yaml
-from grpo.learner.base import check_base, in_4_bits, refuse_checkpoint, refuse_preset
-from grpo.learner.eight_bit import check_optimizer
-from grpo.learner.parallel import ALONE, Ranks, refuse_layout
+from grpo.learner.parallel import ALONE, Ranks
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 from grpo.run.hardware import device_of, saved_threads, threads_for
 from grpo.run.memory_errors import phase
 from grpo.run.resume import base_changed
-from grpo.source.backend import as_asked, refuse_backend
 from policies import presets
+from policies.attention import PROMPT_ATTENTION
 from policies.checkpoint import check_policy
 from policies.files import gguf
 from policies.files.atomic import write_file
 from policies.files.digests import write_digests
-from policies.policy import Policy, PolicyError, read_config, read_tokenizer
+from policies.mtp import MTPHead
+from policies.policy import Policy, PolicyError, read_config
+from policies.routing.heads import heads_config
 from policies.sharding import leads
 
 Config = TypeVar("Config", bound=SftConfig | MtpConfig)
@@ -138,28 +136,13 @@ def check_model(model: str) -> None:
         raise PolicyError(f"model={model!r} is neither a preset, a checkpoint folder nor a reachable hub id: {why}")
 
 
-def check_options(options: ModelOptions) -> str:
-    """The checkpoint or preset that `options` mean. Raises PolicyError for what it can be seen not to be or to do."""
-    check_optimizer(options)
-    check_base(options)
-    source = find_policy(options.model, read=False)
-    refuse_checkpoint(options, source.checkpoint)
-    refuse_preset(source.checkpoint, source.base)
-    model = source.base
-    if (asked := _head_options(options)) and not isinstance(shape := shape_of(source), DeepseekV3Config):
+def refuse_preset(source: PolicySource) -> None:
+    """Raises PolicyError for a checkpoint of a run that began with a preset."""
+    if source.checkpoint is not None and source.base in presets.PRESETS:
         raise PolicyError(
-            f"{', '.join(asked)}: model={model!r} is of type {shape.model_type!r}, which has no MTP head and can be "
-            "given none; leave that out, or make it a DeepSeek-V3 policy first (`quartet convert SRC DST`)"
+            f"{source.checkpoint} continues the preset {source.base!r}, whose tokenizer is saved at the end of the run "
+            "only; let the run end: --resume auto"
         )
-    template = getattr(getattr(options, "data", None), "template", getattr(options, "template", None))
-    if template == "chat" and (model in presets.PRESETS or not read_tokenizer(model).chat_template):
-        what = "has no chat template; use a format string such as '{question}\\n'"
-        raise PolicyError(f"template=chat: model={model!r} {what}")
-    refuse_backend(options, partial(shape_of, source))
-    if (learner := getattr(options, "learner", None)) and max(learner.parallel.tensor, learner.parallel.expert) > 1:
-        lora, itemsize = getattr(options, "lora", None), getattr(torch, options.dtype).itemsize
-        refuse_layout(learner.parallel, shape_of(source), lora, itemsize)
-    return model
 
 
 def shape_of(source: PolicySource) -> PretrainedConfig:
@@ -169,14 +152,13 @@ def shape_of(source: PolicySource) -> PretrainedConfig:
     return as_asked(DeepseekV3Config(vocab_size=presets.VOCABULARY, **preset), source.asked)
 
 
-def _head_options(options: ModelOptions) -> list[str]:
-    """What `options` ask of an MTP head, as key=value."""
-    rollout, mtp = getattr(options, "rollout", None), getattr(options, "mtp", MTPOptions())
-    drafts = getattr(rollout or options, "draft_tokens", None)
-    asked = [f"{'rollout.' if rollout else ''}draft_tokens={drafts}"] if drafts else []
-    asked += ["add_mtp=True"] if options.add_mtp else []
-    trained = [f"mtp.{name}={value}" for name, value in mtp if value != getattr(MTPOptions(), name)]
-    return asked + (trained if mtp.loss_weight else [])
+def as_asked(shape: PretrainedConfig, asked: PolicyOptions) -> PretrainedConfig:
+    """`shape`, which it may change, with the heads and the attention to prompts of `asked`. Raises PolicyError."""
+    if asked.heads:
+        shape = heads_config(shape, asked.heads.active, asked.heads.shared)
+    if asked.prompt_attention:
+        setattr(shape, PROMPT_ATTENTION, asked.prompt_attention)
+    return shape
 
 
 def known_context(model: str) -> int | None:
@@ -187,24 +169,32 @@ def known_context(model: str) -> int | None:
     return getattr(read_config(model), "max_position_embeddings", None) if Path(model).exists() else None
 
 
-def read_shape(options: ModelOptions) -> tuple[PretrainedConfig, bool]:
+def read_shape(options: ModelOptions, source: PolicySource | None = None) -> tuple[PretrainedConfig, bool]:
     """The configuration of `options.model`, and whether the policy will have a draft head. Raises PolicyError."""
-    model = check_options(options)
-    shape = as_asked(shape_of(find_policy(options.model, read=False)), options.policy)
-    native = isinstance(shape, DeepseekV3Config)
+    source = source or find_policy(options.model, read=False)
+    refuse_preset(source)
+    shape = as_asked(shape_of(source), options.policy)
     stored = getattr(shape, "num_nextn_predict_layers", 0)
-    return shape, model in presets.PRESETS or (native and bool(options.add_mtp or stored))
+    has_head = isinstance(shape, DeepseekV3Config) and bool(options.add_mtp or stored)
+    return shape, source.base in presets.PRESETS or has_head
 
 
-def with_threads(config: Config, resume: str | None) -> Config:
+def meta_policy(shape: PretrainedConfig, head: bool, dtype: torch.dtype, tokenizer: Any = None) -> Policy:
+    """A policy without storage."""
+    with torch.device("meta"):
+        trunk = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        mtp = MTPHead(cast(DeepseekV3Config, shape)).cast(dtype) if head else None
+    return Policy(trunk, mtp, tokenizer)
+
+
+def with_threads(config: Config, resume: str | None, shape: PretrainedConfig) -> Config:
     """`config` with a number of threads, which torch uses from now on.
 
-    `config.threads` where it is given, else what a resumed run had (see `saved_threads`), else by the policy's size.
+    `config.threads` where it is given, else what a resumed run had (see `saved_threads`), else by the policy's `shape`.
     """
     threads = config.threads or saved_threads(config.output_dir, resume)
     if threads is None:
-        with torch.device("meta"):
-            trunk = AutoModelForCausalLM.from_config(read_shape(config)[0], dtype=torch.float32)
+        trunk = meta_policy(shape, False, torch.float32).trunk
         threads = threads_for(sum(parameter.numel() for parameter in trunk.parameters()))
     torch.set_num_threads(threads)
     return cast(Config, config.model_copy(update={"threads": threads}))
@@ -216,7 +206,6 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks 
 
     Raises PolicyError or CheckpointError for what cannot be loaded.
     """
-    check_options(options)
     source = find_policy(options.model, read=ranks.first)
     if ranks.layout is None:
         return load_found(source, options, corpus)
@@ -232,6 +221,11 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks 
 def load_beside(options: ModelOptions, model: str) -> Policy:
     """Another policy, such as a teacher, in the precision and on the device of the one that `options` mean."""
     return load_policy(ModelOptions(model=model, dtype=options.dtype, device=options.device))
+
+
+def in_4_bits(options: object) -> bool:
+    """Whether a run keeps the weights under its adapters in 4 bits."""
+    return getattr(getattr(options, "lora", None), "base", None) == "nf4"
 
 
 def _files(policy: Policy, folder: Path) -> dict[str, bytes]:
@@ -286,7 +280,7 @@ def _as_asked(policy: Policy, options: ModelOptions) -> Policy:
 def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOptions, merged: bool) -> Policy:
     assert source.checkpoint is not None
     config, base = _run_config(source.checkpoint.parent.parent), source.base
-    refuse_preset(source.checkpoint, base)
+    refuse_preset(source)
     like_the_run = options.model_copy(update={name: getattr(config, name) for name in ("add_mtp", "seed", "policy")})
     policy = _load(base, like_the_run, nf4=in_4_bits(config))
     if isinstance(config, MtpConfig):

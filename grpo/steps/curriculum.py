@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from grpo.config.data import CurriculumOptions
+from grpo.config.curriculum import CurriculumOptions
 from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
 from grpo.learner.batch import TrainingBatch

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo.algorithm.dynamic_sampling import Drawn
+from grpo.config.features import FEATURES
 from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
 from grpo.learner.batch import TrainingBatch
@@ -17,13 +18,6 @@ from rollout.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from grpo.steps.loop import Run
-
-# Each is a file of grpo/steps, whose `listener(run, task)` gives the listener, or None where nobody asks for it.
-LISTENERS = (
-    "curriculum",
-    "tied_steps",
-    "alarms",
-)
 
 
 class Listener:
@@ -76,5 +70,7 @@ class Listener:
 
 
 def listeners_of(run: Run[TrainConfig], task: Task) -> list[Listener]:
-    listeners = [importlib.import_module(f"grpo.steps.{name}").listener(run, task) for name in LISTENERS]
+    """Those of the table of features that the run asks for."""
+    modules = [importlib.import_module(f"grpo.steps.{feature.name}") for feature in FEATURES if feature.listener]
+    listeners = [module.listener(run, task) for module in modules]
     return [listener for listener in listeners if listener is not None]

@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from grpo.config.loss import DistillOptions
+from grpo.config.distill import DistillOptions
 from grpo.config.reward import RewardModelOptions
 from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptTemplate, apply_chat_template, encode_prompt
 from grpo.learner.terms.teacher_server import TeacherServer
 from grpo.source.policy_source import find_policy, shape_of
-from policies import presets
 from policies.attention import sees_prompts_whole
 from policies.contradictions import refuse_type
 from policies.logprobs import shifted_logprobs
@@ -240,13 +239,6 @@ def check_teacher(config: TrainConfig) -> None:
     named = f"distill.teacher={config.distill.teacher!r}"
     sources = [find_policy(model, read=False) for model in (config.model, config.distill.teacher)]
     policy, teacher = (source.base for source in sources)
-    if policy in presets.PRESETS:
-        raise ValueError(
-            f"{named}: model={config.model!r} is a preset, which learns a tokenizer from the data, and the teacher has "
-            "another one; name a checkpoint folder as model, with the teacher's tokenizer"
-        )
-    if teacher in presets.PRESETS:
-        raise ValueError(f"{named} is a preset, which has learned nothing; name a checkpoint folder, a run or a hub id")
     if fault := _difference(read_tokenizer(policy), read_tokenizer(teacher)):
         raise ValueError(
             f"{named} reads other tokens than model={config.model!r}: {fault}. A teacher scores the ids that the "

@@ -23,7 +23,6 @@ from rollout.sampling import EnvironmentSpec, SamplingParams
 if TYPE_CHECKING:
     from rollout.environments.format import Answers, TurnFormat
 
-NO_GRAPH = "compile=on: {}, so no graph can decode; leave it out"
 FEWEST_ROUNDS = 100_000  # in which graphs gain three times what they took to compile, .35 ms a layer and round
 
 
@@ -54,16 +53,10 @@ def sampling_params(
     fewest = FEWEST_ROUNDS * (1 if params.draft_tokens is not None else len(GRAPH_DEPTHS))
     if options.compile == "off" or (options.compile == "auto" and rounds < fewest):
         return params
-    why = _no_graph(policy, policy.device, options, dtype)
+    why = no_graph(policy.backend == "native", policy.device, options, dtype)
     if why and options.compile == "on":
-        raise ValueError(NO_GRAPH.format(why))
+        raise ValueError(f"compile=on: {why}, so no graph can decode; leave it out")
     return replace(params, compiled=not why)
-
-
-def refuse_compile(policy: Policy, options: SamplingOptions, dtype: str, device: torch.device) -> None:
-    """Raises the ValueError of `sampling_params` for a policy that will be on `device`."""
-    if options.compile == "on" and (why := _no_graph(policy, device, options, dtype)):
-        raise ValueError(NO_GRAPH.format(why))
 
 
 def _accept(options: SamplingOptions) -> Literal["exact", "margin"]:
@@ -71,8 +64,9 @@ def _accept(options: SamplingOptions) -> Literal["exact", "margin"]:
     return options.accept if isinstance(options, AnswerOptions) else "exact"
 
 
-def _no_graph(policy: Policy, device: torch.device, options: SamplingOptions, dtype: str) -> str | None:
-    if policy.backend != "native" or getattr(options, "backend", None) == "vllm":
+def no_graph(native: bool, device: torch.device, options: SamplingOptions, dtype: str) -> str | None:
+    """Why no graph can decode a policy that is `native` to our engine or not; None where one can."""
+    if not native or getattr(options, "backend", None) == "vllm":
         return "this policy is not decoded by our own engine"
     if device.type == "cuda":
         if options.compile == "auto":

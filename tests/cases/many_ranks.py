@@ -22,7 +22,8 @@ from recorded import groups_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions, ParallelOptions
+from grpo.config.balance import BalanceOptions
+from grpo.config.learner import LearnerOptions, MTPOptions, ParallelOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import collate
 from grpo.learner.learner import Learner

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
-from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
-from grpo.config.loss import DistillOptions, LossOptions, ValueOptions
-from grpo.learner.build import Setting, make, terms_of
+from grpo.config.balance import BalanceOptions
+from grpo.config.distill import DistillOptions
+from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.loss import LossOptions
+from grpo.config.value import ValueOptions
+from grpo.learner.build import make, terms_of
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.terms.supervised import SupervisedTerm
@@ -30,15 +34,15 @@ def small_learner(
 ) -> Learner:
     """For GRPO. See `grpo.learner.build.make` for `more`. A `teacher` has `reward_weight` and `top_k` of `distill`."""
     distill = DistillOptions(teacher="teacher" if teacher else None, reward_weight=reward_weight, top_k=top_k)
-    setting = Setting(
-        loss or LossOptions(),
-        mtp or MTPOptions(),
-        balance or BalanceOptions(),
-        value or ValueOptions(),
-        distill,
-        load=lambda name: teacher,
+    config = SimpleNamespace(
+        learner=options or LearnerOptions(),
+        loss=loss or LossOptions(),
+        mtp=mtp or MTPOptions(),
+        balance=balance or BalanceOptions(),
+        value=value or ValueOptions(),
+        distill=distill,
     )
-    return make(policy, options or LearnerOptions(), setting, longest=max_completion_tokens, **more)
+    return make(policy, config, load=lambda name: teacher, longest=max_completion_tokens, **more)
 
 
 def supervised_learner(
@@ -49,8 +53,8 @@ def supervised_learner(
     balance: BalanceOptions | None = None,
 ) -> Learner:
     """For batches of gold solutions."""
-    setting = Setting(mtp=mtp or MTPOptions(), balance=balance or BalanceOptions())
-    terms = [SupervisedTerm(), *terms_of(policy, setting)]
+    config = SimpleNamespace(mtp=mtp or MTPOptions(), balance=balance or BalanceOptions())
+    terms = [SupervisedTerm(), *terms_of(policy, config)]
     return Learner(policy, options or LearnerOptions(), terms, Likelihood(policy, watchers=terms))
 
 

@@ -8,6 +8,7 @@ import torch
 from small_learner import small_learner
 from transformers import AutoModelForCausalLM
 
+from grpo.checks.run import check_plan
 from grpo.cli.config.inference import EvalConfig
 from grpo.cli.parse import main
 from grpo.config.learner import LearnerOptions, MTPOptions
@@ -17,7 +18,7 @@ from grpo.run import checkpoint
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
 from grpo.source.agreement import check_agreement
-from grpo.source.policy_source import check_options, load_policy
+from grpo.source.policy_source import load_policy
 from grpo.train import train
 from policies.policy import PolicyError
 
@@ -208,16 +209,16 @@ def test_the_commands_take_it(saved, tmp_path, capsys, letters):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"rollout.draft_tokens": 2}, "rollout.draft_tokens=2: "),
-        ({"mtp.depth": 2, "mtp.share": 0.5}, "mtp.share=0.5, mtp.depth=2: "),
-        ({"add_mtp": True}, "add_mtp=True: "),
+        ({"rollout.draft_tokens": 2}, "rollout.draft_tokens=2 with "),
+        ({"mtp.depth": 2, "mtp.share": 0.5}, "mtp.share=0.5, mtp.depth=2 with "),
+        ({"add_mtp": True}, "add_mtp=true with "),
     ],
 )
 def test_an_mtp_head_asked_of_it_is_refused(config_of, tmp_path, monkeypatch, given, named):
     monkeypatch.setattr("grpo.source.policy_source.Policy.load", None)
     config = config_of(tmp_path / "run", "qwen2", **given)
-    for refuse in (check_options, load_policy, train):
-        with pytest.raises(PolicyError, match="is of type 'qwen2', which has no MTP head") as refused:
+    for refuse in (check_plan, train):
+        with pytest.raises(ValueError, match="of type 'qwen2' .*: it has no MTP head and can be given none") as refused:
             refuse(config)
         assert str(refused.value).startswith(named)
     assert not (tmp_path / "run").exists()
@@ -226,13 +227,13 @@ def test_an_mtp_head_asked_of_it_is_refused(config_of, tmp_path, monkeypatch, gi
 def test_a_head_that_is_not_trained_asks_for_nothing(config_of, tmp_path):
     """So that a config with `mtp: {loss_weight: 0}` serves a converted model and its dense original alike."""
     config = config_of(tmp_path / "run", "qwen2", **{"mtp.loss_weight": 0, "mtp.depth": 2})
-    assert check_options(config) == config.model
+    assert check_plan(config).source.base == config.model
 
 
 def test_drafts_asked_by_eval_are_refused_under_their_name(saved):
-    with pytest.raises(PolicyError, match=r"^draft_tokens=3: .*quartet convert"):
-        check_options(EvalConfig(model=saved("llama"), draft_tokens=3))
-    assert check_options(EvalConfig(model=saved("llama"), draft_tokens=0)) == saved("llama")
+    with pytest.raises(ValueError, match=r"^draft_tokens=3 with .*quartet convert"):
+        check_plan(EvalConfig(model=saved("llama"), draft_tokens=3))
+    assert check_plan(EvalConfig(model=saved("llama"), draft_tokens=0)).source.base == saved("llama")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from grpo.sft import sft
 from grpo.source.policy_source import find_policy, load_found
 from grpo.task.task import Task
 from policies.conversion.head import start_head
-from policies.policy import Policy, PolicyError
+from policies.policy import Policy
 from rollout.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup
@@ -584,14 +584,13 @@ def test_a_checkpoint_folder_brings_nothing_along(taught):
     ("given", "message"),
     [
         ({"prompts_per_step": 1}, "prompts_per_step=1.*greater than or equal to 2"),
-        ({"eval.every": 2}, "eval.every=2 is for quartet train; drop it"),
-        ({"rollout.ahead": 1}, "rollout.ahead=1 is for quartet train; drop it"),
+        ({"eval.every": 2}, "eval.every=2 with quartet mtp: it is for quartet train; drop it"),
         ({"head.draft_vocabulary": 3}, "head.draft_vocabulary"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(config, tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
-        config(tmp_path / "run", **given)
+        mtp(config(tmp_path / "run", **given))
 
 
 def test_more_prompts_than_there_are_is_refused_before_the_model_loads(config, tmp_path, monkeypatch):
@@ -610,15 +609,15 @@ def test_a_test_split_is_never_trained_on(config, tmp_path):
 
 def test_a_model_of_another_type_is_refused_with_the_way_out(hf_policy, config, tmp_path):
     hf_policy("qwen3").save(tmp_path / "qwen")
-    with pytest.raises(PolicyError, match="'qwen3', which has no MTP head .*quartet convert"):
+    with pytest.raises(ValueError, match="'qwen3' .*: it has no MTP head .*quartet convert"):
         mtp(config(tmp_path / "run", model=str(tmp_path / "qwen")))
 
 
 def test_a_policy_that_has_no_head_and_is_to_have_none_is_refused(hf_policy, config, tmp_path):
-    with pytest.raises(PolicyError, match="add_mtp=False, but model=.*headless' has no MTP head to teach; leave"):
+    with pytest.raises(ValueError, match="model=.*headless' .*no draft head.: there is nothing to teach; leave add"):
         mtp(config(tmp_path / "run", add_mtp=False))
     hf_policy("qwen3").save(tmp_path / "qwen")
-    with pytest.raises(PolicyError, match="'qwen3', which has no MTP head .*quartet convert"):
+    with pytest.raises(ValueError, match="'qwen3' .*: it has no MTP head .*quartet convert"):
         mtp_dry_run(config(tmp_path / "run", model=str(tmp_path / "qwen"), add_mtp=False))
 
 

@@ -21,12 +21,12 @@ from engine_cases import (
 from serving_cases import Running
 from transformers import DeepseekV3ForCausalLM
 
+from grpo.checks.run import check_plan
 from grpo.cli.commands.inspect import inspect
 from grpo.cli.parse import main
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
-from grpo.source.policy_source import check_options
 from grpo.task.reward_models import check_teacher
 from grpo.train import train
 from grpo.trl_bridge import BridgeError, rollout_func
@@ -146,9 +146,7 @@ def test_a_checkpoint_is_what_its_run_asked_for(random_policy, micro_config, tmp
     model = str(tmp_path / "run/checkpoints/step_000001")
     assert_stock_is_refused(model, tmp_path / "out", "policy.prompt_attention=bidirectional", capsys)
     with pytest.raises(ValueError, match=r"policy.prompt_attention=bidirectional \(so model says.*causally alone"):
-        check_options(
-            micro_config(tmp_path / "next", model=model, **{"rollout.backend": "vllm", "warm_start.steps": 0})
-        )
+        check_plan(micro_config(tmp_path / "next", model=model, **{"rollout.backend": "vllm", "warm_start.steps": 0}))
     counted = inspect(model)
     assert (counted.active_heads, counted.heads, counted.prompt_attention) == (3, 4, "bidirectional")
     assert counted == inspect(str(tmp_path / "run/policy"))

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from grpo.algorithm.statistics import corpus_bleu
+from grpo.checks.run import check_plan
 from grpo.cli.commands.served import is_address, open_served
 from grpo.cli.config.inference import EvalConfig
 from grpo.config.data import DataOptions, PromptOptions
@@ -26,7 +27,7 @@ from grpo.evaluation.perplexity import Perplexity, gold_perplexity
 from grpo.run.console import progress_bars
 from grpo.run.memory_errors import phase
 from grpo.run.stop import signals
-from grpo.source.policy_source import PolicySource, check_options, find_policy, known_context, load_found
+from grpo.source.policy_source import PolicySource, find_policy, known_context, load_found
 from grpo.task.sampling import agent_of, environment_of, sampling_params
 from grpo.task.task import Task
 from policies.policy import Policy
@@ -130,8 +131,8 @@ def evaluate_model(
     """
     served = open_served(config) if is_address(config.model) else None
     source = served.source if served else find_policy(config.model)
-    if not served and source.checkpoint is None:
-        check_options(config.model_copy(update={"model": source.folder}))
+    if not served:
+        check_plan(config, source)
     data = DataOptions(
         name=config.data,
         split=(config.holdout and config.split) or "train",

@@ -34,15 +34,16 @@ from grpo.config.policy import ModelOptions
 from grpo.config.yaml_file import read_yaml
 from grpo.data.leakage import TRAINED_ON
 from grpo.run import checkpoint
-from grpo.source.backend import ours_alone
 from grpo.source.policy_source import RECORD, PolicySource, find_policy, load_found, shape_of
 from policies import lora, presets
+from policies.attention import sees_prompts_whole
 from policies.checkpoint import check_policy
 from policies.files import gguf
 from policies.files.atomic import heed_umask
 from policies.files.digests import DIGESTS
 from policies.layout import FIXED_FIELDS, WeightFiles, find_file
 from policies.policy import Policy, read_config
+from policies.routing.heads import DynamicHeadsConfig
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", REPORT, TRAINED_ON)
@@ -79,7 +80,10 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
         raise FileExistsError(f"destination={str(destination)!r} exists; remove it or name another")
     found = _read_run(run)
     source = find_policy(str(run))
-    if what := ours_alone(shape_of(source)):
+    shape = shape_of(source)
+    whole = sees_prompts_whole(shape)
+    if whole or isinstance(shape, DynamicHeadsConfig):
+        what = "policy.prompt_attention=bidirectional" if whole else "dynamic heads (policy.heads)"
         raise ExportError(
             f"{run} has {what}, which no other program computes: use it with quartet, by `model: {source.folder}`"
         )

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 import torch
 
+from grpo.checks.plan import Plan
+from grpo.checks.table import contradictions
 from grpo.cli.commands.memory_table import WARM_START, DeviceMemory
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
-from grpo.learner.base import check_base
 
 GIB = 2**30
 PROCESS = 0.4 * GIB  # what torch itself needs in each process
@@ -221,7 +222,7 @@ def _with(config: Config, changes: Changes, used: Callable[[Config], float]) -> 
         place[name] = value
     try:
         changed = type(config).model_validate(content)
-        check_base(changed)
-        return changed, used(changed)
+        refused = any(contradictions(Plan(changed)))
+        return changed, float("inf") if refused else used(changed)
     except ValueError:
         return config, float("inf")

@@ -30,7 +30,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import DeepseekV3Config, PretrainedConfig
 
 from grpo.cli.commands.memory_table import WARM_START, DeviceMemory, each_of, on_devices
 from grpo.cli.commands.shares import Shares, largest_bytes, moment_bytes
@@ -42,13 +42,12 @@ from grpo.config.sampling import RolloutOptions
 from grpo.learner.optimizer import freeze_exact_parts
 from grpo.learner.terms.value import ValueHead
 from grpo.run.hardware import device_of
-from grpo.source.policy_source import read_shape
+from grpo.source.policy_source import meta_policy, read_shape
 from policies import four_bit, lora
 from policies.anatomy import cache_numbers
 from policies.attention import PIECE
 from policies.decoding.linear import FixedLinear, will_block
 from policies.logprobs import CHUNK_ELEMENTS, GRADIENT_CHUNKS
-from policies.mtp import MTPHead
 from policies.policy import Policy
 from rollout.backends import derive
 from rollout.backends.vllm.settings import KV_CACHE_BYTES
@@ -275,14 +274,6 @@ def derived_bytes(policy: Policy, dtype: torch.dtype, device: torch.device) -> i
         shared = {id(it): it.weight.nbytes for it in parts_of(derived, FixedLinear) if _storage(it.weight) in own}
         held += sum(shared.values())
     return held
-
-
-def meta_policy(shape: PretrainedConfig, head: bool, dtype: torch.dtype) -> Policy:
-    """A policy without storage and tokenizer."""
-    with torch.device("meta"):
-        trunk = AutoModelForCausalLM.from_config(shape, dtype=dtype)
-        mtp = MTPHead(cast(DeepseekV3Config, shape)).cast(dtype) if head else None
-    return Policy(trunk, mtp, cast(PreTrainedTokenizerBase, None))
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from grpo.checks.run import check_plan
 from grpo.cli.config.inference import SampleConfig
 from grpo.config.json_file import parse_json, unfit
 from grpo.data.examples import Example, beyond_context, examples_of
@@ -96,7 +97,9 @@ def sample(config: SampleConfig, examples: list[Example], console: Console) -> S
     examples = [replace(e, columns={config.prompt_column: e.question} | e.columns) for e in examples]
     if not template.is_chat:
         template.render(examples[0])
-    policy = load_found(find_policy(config.model), config)
+    source = find_policy(config.model)
+    check_plan(config, source)
+    policy = load_found(source, config)
     params = sampling_params(policy, config, config.samples, config.seed, dtype=config.dtype)
     params = replace(params, margin=config.margin, stop_strings=config.stop_strings)
     params = replace(params, environment=environment_of(config))

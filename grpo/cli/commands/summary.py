@@ -15,7 +15,8 @@ from rich.table import Table
 from transformers import DeepseekV3Config, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.checks.parts import check_prompts
-from grpo.checks.run import check_run, open_task
+from grpo.checks.plan import Plan
+from grpo.checks.run import check_plan, open_task
 from grpo.cli.commands import machine, memory, memory_table
 from grpo.cli.commands.draft_colours import LEGEND, coloured
 from grpo.cli.commands.memory_table import DeviceMemory
@@ -30,7 +31,7 @@ from grpo.run.console import Terminal, visible
 from grpo.run.lock import refuse_folder
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import refuse_changed_rewards
-from grpo.source.policy_source import find_policy, read_shape
+from grpo.source.policy_source import meta_policy
 from grpo.task.task import Task
 from policies import four_bit
 from policies.checkpoint import check_policy
@@ -152,28 +153,27 @@ def dry_run(
     """Check output folder, data, template, rewards and model without training, as the run with these flags would; print
     counts, estimates, and whether this machine, or devices of `device_gib`, have what they ask for, which is
     returned."""
-    _check(config, device_gib)
+    plan = _check(config, device_gib)
     saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=_steps(config))
     refuse_folder(config.output_dir, resuming=resume is not None)
-    shape, head = read_shape(config)
     with open_task(config) as task:
         if resume is not None and not force:
             refuse_changed_rewards(config.output_dir, task.describe_rewards())
-        check_prompts(config, task)
+        check_prompts(plan, task)
         table = Table(title="dry run: nothing was trained", show_header=False)
-        rows, disk = _estimates(config, shape, head)
+        rows, disk = _estimates(config, plan.shape, plan.head)
         for name, value in (*_counts(config, task), *rows):
             table.add_row(name, value)
         CONSOLE.print(table)
-    return _show_memory(partial(memory.memory_of_run, shape, head), config, disk, device_gib)
+    return _show_memory(partial(memory.memory_of_run, plan.shape, plan.head), config, disk, device_gib)
 
 
 def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float | None = None) -> bool:
     """Check data, template, rewards, model and folder of `quartet mtp` without training; print counts, FLOPs per token
     of the head, memory and disk. Returns whether that fits."""
-    _check(config, device_gib)
+    plan = _check(config, device_gib)
+    shape = plan.shape
     refuse_folder(config.output_dir, resuming=resuming)
-    shape, _ = read_shape(config.model_copy(update={"add_mtp": True}))
     assert isinstance(shape, DeepseekV3Config)  # others have been refused
     with torch.device("meta"):
         sizes = {name: p.numel() for name, p in MTPHead(shape).named_parameters()}
@@ -183,7 +183,7 @@ def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float 
     completions = config.prompts_per_step * config.rollout.group_size
     with open_task(config) as task:
         Streams(task, config)
-        check_prompts(config, task)
+        check_prompts(plan, task)
         table = Table(title="dry run: nothing was trained", show_header=False)
         table.add_row("training examples", f"{len(task.train):,} ({config.data.name}, {config.data.split})")
         table.add_row("held-out examples", f"{len(task.heldout):,}")
@@ -203,10 +203,11 @@ def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float 
     return _show_memory(partial(memory.memory_of_run, shape, True), config, disk, device_gib)
 
 
-def _check(config: SftConfig | MtpConfig, gib: float | None) -> None:
+def _check(config: SftConfig | MtpConfig, gib: float | None) -> Plan:
     """All that the run refuses, and the digests of a policy that a run has saved, which are read when it is loaded."""
-    check_run(config, on_cpu=False if gib else None)
-    check_policy(Path(find_policy(config.model, read=False).folder))
+    plan = check_plan(config, on_cpu=False if gib else None)
+    check_policy(Path(plan.source.folder))
+    return plan
 
 
 def _show_memory(
@@ -248,7 +249,7 @@ def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
 
 def _estimates(config: SftConfig, shape: Any, head: bool) -> tuple[list[tuple[str, str]], float]:
     """Sizes from the config alone, and the bytes on disk: the model is built without storage."""
-    trunk = memory.meta_policy(shape, False, torch.float32).trunk
+    trunk = meta_policy(shape, False, torch.float32).trunk
     total = sum(p.numel() for p in trunk.parameters())
     size = 2 if config.dtype == "bfloat16" else 4
     lora = config.lora if isinstance(config, TrainConfig) else None
@@ -284,7 +285,7 @@ def _steps(config: SftConfig) -> int:
 def _lora_parameters(shape: Any, options: LoraOptions) -> int:
     """Raises ValueError for targets that the model does not have."""
     may_draft = isinstance(shape, DeepseekV3Config)  # the run will know whether it has a head
-    policy = memory.meta_policy(shape, may_draft, torch.float32)
+    policy = meta_policy(shape, may_draft, torch.float32)
     policy.add_lora(options.rank, options.alpha, options.targets)
     return sum(p.numel() for p in policy.trunk.parameters() if p.requires_grad)
 

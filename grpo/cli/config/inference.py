@@ -73,10 +73,10 @@ class EvalConfig(AgentOptions, RewardsOptions, _UseOptions):
     def _something(self) -> EvalConfig:
         if not (self.samples or self.greedy):
             raise ValueError("samples=0 and greedy=false leave nothing to evaluate; use one of them")
-        if self.agent and (self.has_tools or self.stop or self.model.startswith(("http://", "https://"))):
+        if self.agent and (self.stop or self.model.startswith(("http://", "https://"))):
             raise ValueError(
-                f"agent={self.agent} asks a policy that is loaded here, and has its tools itself: leave the agent out "
-                "(agent: null), or give MODEL as a folder, without environment, tools and stop"
+                f"agent={self.agent} asks a policy that is loaded here, and stops itself: leave the agent out "
+                "(agent: null), or give MODEL as a folder, without stop"
             )
         return self
 

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from grpo.checks.run import check_plan
 from grpo.cli.commands.eval import ModelEvaluation, evaluate_model
 from grpo.cli.config.inference import EvalConfig
 from grpo.cli.quantize import compressor, report
@@ -22,8 +23,7 @@ from grpo.data.calibration_text import calibration_text
 from grpo.data.examples import Example
 from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, trained_on
 from grpo.data.prompts import PromptTemplate
-from grpo.source.backend import as_asked, ours_alone
-from grpo.source.policy_source import PolicySource, check_options, find_policy, load_found, shape_of
+from grpo.source.policy_source import PolicySource, find_policy, load_found
 from policies.conversion.dense import LICENCE_FILES, new_folder
 from policies.conversion.parity import Fidelity, fidelity
 from policies.files.packed import is_packed
@@ -37,12 +37,13 @@ def quantize(destination: Path, config: QuantizeConfig, console: Console) -> Qua
     Raises ValueError where packages are missing or the text is evaluation data or too short, PolicyError for a source
     that cannot be quantised, FileExistsError for a destination that is not empty; all of them before weights are read.
     """
-    if what := ours_alone(as_asked(shape_of(find_policy(config.model, read=False)), config.policy)):
-        raise PolicyError(f"model={config.model!r} has {what}, and what reads the files here does not compute that")
+    source = find_policy(config.model)
+    check_plan(config, source)
     compressor.require_packages()
     with new_folder(destination) as folder:
-        source = _source(config)
         shape = read_config(source.base)
+        if is_packed(shape):
+            raise PolicyError(f"model={config.model!r} is quantised already; name the policy that it was made from")
         text = calibration_text(
             config.calibrate,
             read_tokenizer(source.base),
@@ -75,15 +76,6 @@ def quantize(destination: Path, config: QuantizeConfig, console: Console) -> Qua
         )
         report.write(result, folder)
     return result
-
-
-def _source(config: QuantizeConfig) -> PolicySource:
-    source = find_policy(config.model)
-    if source.checkpoint is None:
-        check_options(config.model_copy(update={"model": source.folder}))
-    if is_packed(read_config(source.base)):
-        raise PolicyError(f"model={config.model!r} is quantised already; name the policy that it was made from")
-    return source
 
 
 def _fingerprint(example: Example, config: QuantizeConfig) -> str:

@@ -20,13 +20,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from grpo.checks.run import check_plan
 from grpo.cli.config.serve import ServeConfig
 from grpo.run.listening import keep
 from grpo.run.memory_errors import phase
-from grpo.source.backend import as_asked, ours_alone
-from grpo.source.policy_source import check_options, find_policy, load_found, shape_of
+from grpo.source.policy_source import find_policy, load_found
+from grpo.source.vllm_token import installed_vllm
 from policies.policy import Policy
-from rollout.backends.vllm.process import clean_environment, state_of
+from rollout.backends.vllm.process import clean_environment
 from rollout.backends.vllm.settings import KV_CACHE_BYTES
 
 ON_CPU = {  # where the environment has no others
@@ -42,25 +43,15 @@ ENDS_WITH_US = (  # run by the child: the kernel is to end it when we are gone, 
 
 def serve_by_vllm(config: ServeConfig, key: str | None, say: Callable[[str], None]) -> None:
     """Serve until a signal comes. Raises ValueError or RolloutError where vLLM is not installed or cannot start."""
-    if what := ours_alone(as_asked(shape_of(find_policy(config.model, read=False)), config.policy)):
-        raise ValueError(f"backend=vllm: vLLM does not compute {what} of model={config.model!r}; drop backend")
-    if sys.platform != "linux":
-        raise ValueError("backend=vllm: quartet starts vLLM's server on Linux alone; drop backend")
-    if not config.vllm_python.exists():
-        raise ValueError(
-            f"vllm_python={config.vllm_python}: there is no such interpreter here; `make vllm` installs vLLM into "
-            ".vllm, or name the one of another environment"
-        )
-    installed = state_of(config.vllm_python, "vllm_python")
+    source = find_policy(config.model)
+    check_plan(config, source)
+    installed = installed_vllm(config.vllm_python, "vllm_python")
     on_cpu = installed["on_cpu"]
     if not installed["tried"]:
         print(f"nobody has compared the log-probabilities of vLLM {installed['vllm']} with ours", file=sys.stderr)
     kept, address = keep(config.host, config.port)
     with kept, tempfile.TemporaryDirectory(prefix="quartet-serve-") as place:
         folder, log = Path(place) / "policy", Path(place) / "vllm.log"
-        source = find_policy(config.model)
-        if source.checkpoint is None:
-            check_options(config.model_copy(update={"model": source.folder}))
         policy = load_found(source, config)
         with phase("loading", config):
             policy.save(folder)

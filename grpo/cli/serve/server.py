@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grpo.checks.run import check_plan
 from grpo.cli.config.serve import ServeConfig
 from grpo.run.listening import listen
 from grpo.run.memory_errors import phase
-from grpo.source.policy_source import PolicySource, check_options, find_policy, load_found
+from grpo.source.policy_source import PolicySource, find_policy, load_found
 from grpo.task.sampling import sampling_params
 from rollout.depth import Workload
 from rollout.engine import Engine
@@ -83,8 +84,7 @@ def begin(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bo
     def load(newer: PolicySource) -> Engine:
         return load_engine(config, newer, engines[0])
 
-    if source.checkpoint is None:
-        check_options(config.model_copy(update={"model": source.folder}))
+    check_plan(config, source)
     follower = Follower(config.model, source.step, load, say) if follow else None
     engines.append(load_engine(config, source))
     params = replace(sampling_params(engines[0].policy, config, 1, 0, dtype=config.dtype), margin=config.margin)

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from grpo.config.learner import BalanceOptions
+from grpo.config.balance import BalanceOptions
 from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
 from grpo.learner.likelihood import Forward
 from grpo.learner.parallel import Ranks
@@ -26,16 +26,17 @@ from policies.policy import Policy
 from policies.routing.balance import entropy, entropy_regulariser, gates, load_statistics, move_bias, sequence_loss
 from policies.routing.routers import Part, RoutingRecorder, routers
 
-if TYPE_CHECKING:
-    from grpo.learner.build import Setting
-
 PREFIX: dict[Part, str] = {"mlp": "moe", "self_attn": "heads"}  # of the names of metrics
 
 
-def term(policy: Policy, setting: Setting) -> BalanceTerm | None:
+def term(policy: Policy, config: Any, load: Any = None) -> BalanceTerm | None:
+    loads = loads_of(policy, config.balance)
+    return BalanceTerm(loads, config.balance) if loads else None
+
+
+def check(policy: Policy, config: Any) -> None:
     """Raises ValueError where balance is asked for, and there is nothing to balance."""
-    loads = loads_of(policy, setting.balance)
-    return BalanceTerm(loads, setting.balance) if loads else None
+    loads_of(policy, config.balance)
 
 
 def loads_of(policy: Policy, options: BalanceOptions) -> list[Load]:

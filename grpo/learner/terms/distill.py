@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from grpo.algorithm.advantages import distill
 from grpo.algorithm.losses import top_k_kl
-from grpo.config.loss import DistillOptions
+from grpo.config.distill import DistillOptions
 from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
 from grpo.learner.likelihood import Forward, Likelihood
 from grpo.learner.terms.term import Term, Work
@@ -19,7 +19,6 @@ from policies.logprobs import CHUNK_ELEMENTS, logprobs_at, top_logprobs
 from policies.policy import Policy
 
 if TYPE_CHECKING:
-    from grpo.learner.build import Setting
     from rewards.group_score import GroupScore
 
 
@@ -50,23 +49,23 @@ class TeacherPolicy:
         return top_logprobs(hidden_ND, head_VD, k, likelihood.temperature, chunk=_chunk(head_VD))
 
 
-def term(policy: Policy, setting: Setting) -> DistillTerm | None:
+def term(policy: Policy, config: Any, load: Callable[[str], Policy] | None) -> DistillTerm | None:
     """Raises ValueError where the variable with the key of a server is not set."""
-    options = setting.distill
-    if options.teacher is None:
+    options: DistillOptions | None = getattr(config, "distill", None)
+    if options is None or options.teacher is None:
         return None
-    return DistillTerm(teacher_of(options, setting), options.reward_weight, options.top_k)
+    return DistillTerm(teacher_of(options, load), options.reward_weight, options.top_k)
 
 
-def teacher_of(options: DistillOptions, setting: Setting) -> Scores:
+def teacher_of(options: DistillOptions, load: Callable[[str], Policy] | None) -> Scores:
     """The frozen teacher, in the policy's precision and on its device, or at its server."""
     assert options.teacher is not None
     if options.url is not None:
         from grpo.learner.terms.teacher_server import TeacherServer  # other runs ask no server
 
         return TeacherServer(options.url, options.teacher, options.token_variable)
-    assert setting.load is not None
-    return TeacherPolicy(setting.load(options.teacher))
+    assert load is not None
+    return TeacherPolicy(load(options.teacher))
 
 
 class DistillTerm(Term):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,11 @@ from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.mtp import Divergence, draft_loss
 from policies.policy import Policy
 
-if TYPE_CHECKING:
-    from grpo.learner.build import Setting
-
 PAYS = 1.1  # least gain of a step's rollouts that is worth what the head's learning takes
 
 
-def term(policy: Policy, setting: Setting) -> DraftHeadTerm | None:
-    return None if policy.mtp is None else DraftHeadTerm(policy, setting.mtp)
+def term(policy: Policy, config: Any, load: Any = None) -> DraftHeadTerm | None:
+    return None if policy.mtp is None else DraftHeadTerm(policy, config.mtp)
 
 
 class DraftHeadTerm(Term):

@@ -17,21 +17,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grpo.algorithm.advantages import gae, outcome_rewards, rank_softmax_weights, whiten
 from grpo.algorithm.losses import value_loss
-from grpo.config.loss import ValueOptions
+from grpo.config.value import ValueOptions
 from grpo.learner.batch import MicroBatch, PackedRow, Sample, TrainingBatch
 from grpo.learner.likelihood import Forward
 from grpo.learner.terms.term import Term, Work
 from policies.policy import Policy
 
 if TYPE_CHECKING:
-    from grpo.learner.build import Setting
     from rewards.group_score import GroupScore
 
 
-def term(policy: Policy, setting: Setting) -> ValueTerm | None:
-    if setting.loss.advantage not in ValueTerm.estimators:
+def term(policy: Policy, config: Any, load: Any = None) -> ValueTerm | None:
+    loss = getattr(config, "loss", None)
+    if loss is None or loss.advantage not in ValueTerm.estimators:
         return None
-    return ValueTerm(policy, setting.value, ranked=setting.loss.advantage == "rank_softmax")
+    return ValueTerm(policy, config.value, ranked=loss.advantage == "rank_softmax")
 
 
 class ValueTerm(Term):

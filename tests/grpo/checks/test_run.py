@@ -76,8 +76,11 @@ def test_what_only_a_dense_policy_cannot_do(micro_config, hf_policy, tmp_path):
     hf_policy("llama").save(tmp_path / "m")
     for given, message in (
         ({"balance.entropy_weight": 0.1}, "balance.entropy_weight=0.1, but this policy has no routed experts"),
-        ({"learner.routing_replay": True}, "this policy has no experts or dynamic heads to be replayed"),
-        ({"rollout.compile": "on"}, "compile=on: this policy is not decoded by our own engine"),
+        ({"learner.routing_replay": True}, "(no experts or dynamic heads): there is nothing to be replayed"),
+        (
+            {"rollout.compile": "on"},
+            "rollout.compile=on with a sampler without graphs (this policy is not decoded by our own engine)",
+        ),
     ):
         more = {"warm_start.steps": 0, "rollout.draft_tokens": 0, "mtp.loss_weight": 0, **given}
         config = micro_config(tmp_path / "r", model=str(tmp_path / "m"), **more)
@@ -90,7 +93,7 @@ def test_dynamic_heads_are_replayed_where_there_are_no_experts(micro_config, tmp
     given = {"warm_start.steps": 0, "learner.routing_replay": True, "policy.heads.active": 0.5}
     summary.dry_run(micro_config(tmp_path / "r", model="dense", **given))
     none = micro_config(tmp_path / "r", model="dense", **given | {"policy.heads": None})
-    assert "no experts or dynamic heads" in both([lambda: summary.dry_run(none), lambda: train(none)])
+    assert "(no experts or dynamic heads)" in both([lambda: summary.dry_run(none), lambda: train(none)])
 
 
 def test_damaged_weights_are_found_without_loading_them(micro_config, micro_policy, tmp_path):
@@ -154,7 +157,7 @@ def test_a_supervised_run_and_one_of_the_head_are_checked_alike(micro_preset, ra
     assert "head.solutions=23, but" in both([lambda: summary.mtp_dry_run(head), lambda: mtp(head)])
     random_policy(mtp=False).save(tmp_path / "m")
     none = load(MtpConfig, None, {"model": str(tmp_path / "m"), "add_mtp": False, **given})
-    assert "has no MTP head to teach" in both([lambda: summary.mtp_dry_run(none), lambda: mtp(none)])
+    assert "(no draft head): there is nothing to teach" in both([lambda: summary.mtp_dry_run(none), lambda: mtp(none)])
 
 
 def test_a_learner_that_ray_cannot_place_is_refused_in_the_plan_for_gpus(micro_config, tmp_path):

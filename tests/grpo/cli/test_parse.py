@@ -141,7 +141,6 @@ def test_help_and_typos_answer_without_loading_what_is_slow(words):
             "rollout.group_size=1 (command line): gives every completion a zero advantage; use 2 or more",
         ),
         (["--loss.loss_type", "dapoo"], "loss.loss_type=dapoo (command line): expected 'grpo', 'dr_grpo', 'dapo'"),
-        (["--loss.loss_type", "cispo"], "loss.epsilon_high is required by loss_type cispo"),
         (["--steps", "many"], "steps=many (command line): expected a valid integer"),
         (
             ["--reward.on_error", "zero"],

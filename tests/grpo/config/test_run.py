@@ -107,16 +107,10 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would(words):
         ({"rollout.temperature": 0}, "rollout.temperature=0"),
         ({"rollout.top_p": 0.9}, "rollout.top_p=0.9"),  # contract 2: there is none in training
         ({"loss.epsilon": -0.1}, "loss.epsilon=-0.1"),
-        ({"eval.every": 5}, "eval.every=5 with eval.limit=0"),
-        ({"loss.loss_type": "cispo"}, "epsilon_high"),
         ({"loss.loss_type": "sapo", "loss.epsilon": 0.1}, "epsilon=0.1: loss_type sapo does not read it"),
         ({"loss.loss_type": "cispo", "loss.epsilon_high": 5.0, "loss.delta": 2.0}, "use epsilon_high, the cap"),
         ({"loss.advantage": "rank_softmax", "loss.epsilon_high": 0.28}, "loss_type reinforce does not read it"),
         ({"loss.sapo_temperature_neg": 2.0}, "sapo_temperature_neg=2.0: loss_type dapo does not read it"),
-        (
-            {"loss.advantage": "rloo", "loss.multi_objective_aggregation": "normalize_then_sum"},
-            "rloo takes the weighted sum: use sum_then_normalize",
-        ),
         ({"learner.learning_rate": 0}, "learner.learning_rate=0"),
         ({"learner.learning_rate": float("nan")}, "learner.learning_rate"),
         ({"mtp.share": 0}, "mtp.share=0"),

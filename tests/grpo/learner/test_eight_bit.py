@@ -13,25 +13,15 @@ from small_learner import small_learner
 from start_ranks import run_ranks
 
 from grpo.config.learner import LearnerOptions, MTPOptions
-from grpo.config.options import load
-from grpo.config.run import TrainConfig
 from grpo.learner import eight_bit
 from grpo.learner.eight_bit import block_of, parts
 from grpo.learner.learner import Learner
 from grpo.learner.master_weights import MasterWeights
 from grpo.run import checkpoint
-from grpo.source.policy_source import check_options
 
 CASES = Path(__file__).parents[2] / "cases"
 EIGHT = LearnerOptions(optimizer="adamw_8bit", learning_rate=1e-3, tokens_per_micro_batch=60)
 needs_torchao = pytest.mark.skipif(util.find_spec("torchao") is None, reason="torchao is not installed")
-
-
-def test_a_run_without_torchao_is_refused_before_its_model_is_looked_at(monkeypatch, tmp_path):
-    monkeypatch.setattr(eight_bit, "find_spec", lambda name: None)
-    given = {"model": "nowhere", "output_dir": tmp_path / "r", "learner.optimizer": "adamw_8bit"}
-    with pytest.raises(ValueError, match=r"adamw_8bit needs torchao: pip install 'quartet-rl\[low-memory\]', or use"):
-        check_options(load(TrainConfig, None, given))
 
 
 def test_docstring_examples():
@@ -86,19 +76,6 @@ def test_moments_are_codes_and_come_back_to_the_same_bits(wide_policy):
         usual.load_state(kept, state)
     resumed.load_state(usual.state()[0], state)  # fp32 moments are rounded
     assert [name for name in resumed.state()[0]["optimizer"] if name.endswith(".codes")] == codes
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"dtype": "bfloat16"}, "stochastic_rounding=true with learner.optimizer=adamw: torchao's optimizer alone"),
-        ({"learner.optimizer": "adamw_8bit"}, "stochastic_rounding=true with dtype=float32: only bfloat16 weights are"),
-    ],
-)
-def test_rounding_that_nothing_can_do_is_refused(tmp_path, given, message):
-    given = {"model": "nowhere", "output_dir": tmp_path / "r", "learner.stochastic_rounding": True} | given
-    with pytest.raises(ValueError, match=message):
-        check_options(load(TrainConfig, None, given))
 
 
 @needs_torchao

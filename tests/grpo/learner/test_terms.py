@@ -9,7 +9,8 @@ import torch
 from recorded import groups_of
 from small_learner import small_learner
 
-from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
+from grpo.config.balance import BalanceOptions
+from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner import build
 from grpo.learner.learner import Learner

@@ -13,7 +13,7 @@ import yaml
 import grpo.run.hardware
 from grpo.config.options import dump_yaml
 from grpo.run.hardware import threads_for
-from grpo.source.policy_source import load_policy, with_threads
+from grpo.source.policy_source import load_policy, read_shape, with_threads
 from grpo.train import train
 from policies.openmp import CHOICES, WAITING
 
@@ -110,15 +110,16 @@ def test_contract_9_a_run_writes_its_threads_down_and_keeps_them(micro_config, t
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert (_started(config, resume="auto").threads, torch.get_num_threads()) == (2, 2)
     assert "config_changed" not in (tmp_path / "run/events.jsonl").read_text()
-    elsewhere = micro_config(tmp_path / "other", threads=None)
-    assert with_threads(elsewhere, str(tmp_path / "run/checkpoints/step_000001")).threads == 2
-    assert with_threads(elsewhere, "auto").threads == 1
-    assert with_threads(config.model_copy(update={"threads": 1}), "auto").threads == 1  # who names one gets it
+    elsewhere, shape = micro_config(tmp_path / "other", threads=None), read_shape(config)[0]
+    assert with_threads(elsewhere, str(tmp_path / "run/checkpoints/step_000001"), shape).threads == 2
+    assert with_threads(elsewhere, "auto", shape).threads == 1
+    assert with_threads(config.model_copy(update={"threads": 1}), "auto", shape).threads == 1  # who names one gets it
 
 
 def test_contract_9_a_run_that_had_all_cores_goes_on_with_them(micro_config, tmp_path):
     """Its config.yaml was written when null meant that."""
     config = micro_config(tmp_path, threads=None)
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
-    assert with_threads(config, "auto").threads == 2
-    assert with_threads(config, None).threads == 1
+    shape = read_shape(config)[0]
+    assert with_threads(config, "auto", shape).threads == 2
+    assert with_threads(config, None, shape).threads == 1

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,9 +23,8 @@ from engine_cases import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.cli.parse import main
-from grpo.config.learner import BalanceOptions
+from grpo.config.balance import BalanceOptions
 from grpo.learner.batch import PackedRow, Sample, collate
-from grpo.learner.build import Setting
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.parallel import ALONE
 from grpo.learner.prepare import supervised
@@ -218,7 +218,7 @@ def test_another_attention_than_ours_is_refused(policy, tmp_path):
 
 
 def test_heads_are_balanced_and_counted_as_experts_are(policy):
-    term = balance.term(policy, Setting(balance=BalanceOptions(bias_rate=0.1, sequence_weight=1.0)))
+    term = balance.term(policy, SimpleNamespace(balance=BalanceOptions(bias_rate=0.1, sequence_weight=1.0)))
     rows = [PackedRow([3, 4, 5], [Sample(0, [6, 7, 8, 9])])]
     mini, likelihood = collate(rows, CPU), Likelihood(policy, watchers=[term])
     work = Work(supervised(rows), likelihood, ALONE, [term], iter, rows)

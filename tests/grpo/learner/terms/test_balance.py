@@ -8,7 +8,8 @@ import pytest
 import torch
 from small_learner import last_work, small_learner, supervised_learner
 
-from grpo.config.learner import BalanceOptions, LearnerOptions, MTPOptions
+from grpo.config.balance import BalanceOptions
+from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample
 from grpo.learner.learner import Learner

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from small_learner import supervised_learner
 
+from grpo.checks.run import check_plan
 from grpo.config.learner import MTPOptions
 from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig, TrainConfig
@@ -92,6 +93,8 @@ def test_tv_has_no_gold_tokens(tmp_path):
 
 
 def test_contract_7_grpo_refuses_it(tmp_path):
-    with pytest.raises(ConfigError, match="mtp.train_trunk: in GRPO the draft head never touches the trunk"):
-        load(TrainConfig, None, {"output_dir": tmp_path, "mtp.train_trunk": True})
+    with pytest.raises(
+        ValueError, match="mtp.train_trunk=true with quartet train: in GRPO the draft head never touches"
+    ):
+        check_plan(load(TrainConfig, None, {"output_dir": tmp_path, "mtp.train_trunk": True}))
     assert load(SftConfig, None, {"output_dir": tmp_path, "mtp.train_trunk": True}).mtp.train_trunk

@@ -10,7 +10,7 @@ import torch
 from recorded import groups_of
 
 from grpo.cli.parse import main
-from grpo.config.options import ConfigError, dump_yaml
+from grpo.config.options import dump_yaml
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.terms import teacher_server
@@ -184,9 +184,3 @@ def test_a_dead_server_and_a_missing_key_are_found_before_a_model_is_loaded(
     assert main(["train", str(file)]) == 1
     assert capsys.readouterr().err.startswith("quartet: distill.url: ")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_server_scores_at_temperature_1_alone(folders, micro_config, tmp_path):
-    given = {"distill.url": "http://127.0.0.1:9/v1", "rollout.temperature": 0.7}
-    with pytest.raises(ConfigError, match=r"rollout.temperature=0.7: a server scores given tokens at temperature 1"):
-        micro_config(tmp_path / "run", **options_of(folders, **given))

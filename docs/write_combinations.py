@@ -1,0 +1,51 @@
+"""Prints docs/guides/combinations.md, which `make reference` writes: grpo/checks/table.yaml as a page of the site."""
+
+import re
+
+from grpo.checks.table import FORMS, content
+
+PAGE = """\
+# What goes with what
+
+Samplers, forms of policy and features go with each other, but for what this page lists. Every command checks its whole
+configuration before anything is loaded, and tells all that is wrong at once; `--dry_run` does the same. This page is
+made from `grpo/checks/table.yaml` by `make reference`.
+
+| this | does not go with | since; instead |
+|---|---|---|
+{rows}
+
+Some options are meant for the first step, and what they grow to is not less: {growing}.
+
+{packages}.
+"""
+
+
+def words(names: str) -> str:
+    """`rollout.backend=transformers|vllm, agent` as they are written in a file, of which each is meant."""
+    return ", ".join(name if name in FORMS else choices(name) for name in names.split(", "))
+
+
+def choices(what: str) -> str:
+    key, sign, values = re.split(r"(!?=|$)", what, maxsplit=1)
+    if sign == "!=":
+        return f"`{key}` other than `{values}`"
+    return f"`{key}: {values.replace('|', '` or `')}`" if sign else f"`{key}`"
+
+
+def page() -> str:
+    rows = [
+        f"| {words(this)} | {words(others)} | {why} |"
+        for this, row in content()["not_with"].items()
+        for others, why in row.items()
+    ]
+    growing = ", ".join(f"`{key}` to `{end}`" for key, end in content()["grows_to"].items())
+    packages = [
+        f"{words(what)} needs the extra `{extra}` ({', '.join(names.split())})"
+        for what, (names, extra, _) in content()["packages"].items()
+    ]
+    return PAGE.format(rows="\n".join(rows), growing=growing, packages="; ".join(packages))
+
+
+if __name__ == "__main__":
+    print(page(), end="")

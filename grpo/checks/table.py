@@ -1,0 +1,207 @@
+"""The one pass over the table of what does not go with what, which is table.yaml, and how what it names is seen."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from grpo.checks.plan import REFUSALS, Plan
+from grpo.config.learner import MTPOptions
+from grpo.config.mtp import MtpConfig
+from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.yaml_file import parse_yaml, to_yaml
+from grpo.run.hardware import device_of
+from grpo.source.policy_source import shape_of
+from grpo.task.sampling import no_graph
+from policies import presets
+from policies.attention import sees_prompts_whole
+from policies.files import gguf
+from policies.policy import read_tokenizer
+from policies.routing.heads import DynamicHeadsConfig
+from policies.routing.routers import Part, routers
+
+ENGINE = (  # arguments of vLLM's engine that quartet sets
+    *("model", "dtype", "load_format", "logprobs_mode", "seed", "skip_tokenizer_init", "speculative_config"),
+    *("trust_remote_code", "worker_extension_cls", "per_request_spec_decode_metrics"),
+)
+ROUTED: tuple[Part, ...] = ("mlp", "self_attn")  # what may have routers
+Form = Callable[[Any], str | bool]  # its words in a message, or True for its name; nothing where it is not there
+
+
+@cache
+def table() -> dict[str, dict[str, str]]:
+    """What, what it does not go with, and why.
+
+    >>> table()["eval.every"]
+    {'eval.limit=0': 'that evaluates nothing; set eval.limit, or drop eval.every'}
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for lefts, others in content()["not_with"].items():
+        row = {right: why for rights, why in others.items() for right in rights.split(", ")}
+        for left in lefts.split(", "):
+            rows[left] = rows.get(left, {}) | row
+    return rows
+
+
+@cache
+def content() -> dict[str, Any]:
+    """`not_with`, `grows_to` and `packages` as they are written."""
+    return parse_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
+def contradictions(plan: Plan) -> Iterator[str]:
+    """A line for each: the keys, their values, why they do not go together, and the way out."""
+    for left, others in table().items():
+        this = asked(plan, left)
+        for right, why in others.items() if this else ():
+            other = asked(plan, right)
+            first, second = (this, other) if right in FORMS else (other, this)
+            if other:
+                yield f"{first} with {second}: {why}"
+    for key, end in content()["grows_to"].items():
+        first, last = option(plan.options, key), option(plan.options, end)
+        if first is not None and last is not None and first > last:
+            yield f"{key}={first} is for the first step, and it grows to {end}={last}: use at most {last}"
+    for what, (packages, extra, way_out) in content()["packages"].items():
+        this = asked(plan, what)
+        if this and any(find_spec(package) is None for package in packages.split()):
+            yield f"{this} needs {packages.replace(' ', ' and ')}: pip install 'quartet-rl[{extra}]', or {way_out}"
+
+
+def asked(plan: Plan, what: str) -> str:
+    """How the plan asks for this, in the words of a message; empty where it does not."""
+    if what in SITUATIONS:
+        words = SITUATIONS[what](plan.options)
+        return what if words is True else words or ""
+    if what in MODELS:
+        words = _of_model(plan, MODELS[what])
+        if words is True:
+            return f"model={plan.options.model!r} of type {plan.shape.model_type!r} ({what})"
+        return words or ""
+    key, sign, values = re.split(r"(!?=|$)", what, maxsplit=1)
+    value = option(plan.options, key)
+    holds = (_word(value) in values.split("|")) is (sign == "=") if sign else bool(value)
+    return f"{key}={_word(value)}" if holds else ""
+
+
+def option(options: object, key: str) -> Any:
+    """The value of `rollout.workers` and the like; None where a command has no such option."""
+    for name in key.split("."):
+        options = getattr(options, name, None)
+    return options
+
+
+def _of_model(plan: Plan, form: Form) -> str | bool:
+    """Nothing where the model cannot be read, which is then the plan's fault."""
+    try:
+        return not plan.fault and form(plan)
+    except REFUSALS as error:
+        plan.fault = error
+        return False
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else to_yaml(value, inline=True)
+
+
+# ---- what is no single option ---------------------------------------------------------------------------------------
+
+
+def _ranks(options: object) -> str:
+    """Several processes that learn, as far as the options and the launcher say."""
+    layout = option(options, "learner.parallel")
+    shares = (layout.fsdp or 1, layout.expert, layout.replicate * layout.tensor) if layout else ()
+    several = max(int(os.environ.get("WORLD_SIZE", "1")), option(options, "learner.workers") or 0, *shares) > 1
+    return "several ranks (learner.workers, learner.parallel, accelerate launch or torchrun)" if several else ""
+
+
+def _drafts_of_vllm(options: object) -> str:
+    drafts = option(options, "rollout.backend") == "vllm" and option(options, "rollout.draft_tokens")
+    return f"rollout.draft_tokens={drafts} of vLLM" if drafts else ""
+
+
+def _set_by_quartet(options: object) -> str:
+    engine = option(options, "rollout.vllm.engine") or {}
+    return ", ".join(f"rollout.vllm.engine.{name}={_word(engine[name])}" for name in ENGINE if name in engine)
+
+
+def _taught_head(options: object) -> str:
+    mtp = option(options, "mtp")
+    changed = [(name, value) for name, value in mtp or () if value != getattr(MTPOptions(), name)]
+    return ", ".join(f"mtp.{name}={_word(value)}" for name, value in changed) if mtp and mtp.loss_weight else ""
+
+
+def _adapters_alone(options: object) -> bool:
+    lora = option(options, "lora")
+    return bool(lora and not option(options, "warm_start.steps") and "head_router" not in (lora.targets or ()))
+
+
+def _preset_as_teacher(options: object) -> str:
+    teacher = option(options, "distill.teacher")
+    return f"distill.teacher={teacher} (a preset)" if teacher in presets.PRESETS else ""
+
+
+def _no_chat_template(plan: Plan) -> bool:
+    base = plan.source.base
+    return base in presets.PRESETS or not read_tokenizer(base).chat_template
+
+
+def _prompt_seen_whole(plan: Plan) -> str:
+    why = "as asked" if plan.options.policy.prompt_attention else "so model says in config.json"
+    return f"policy.prompt_attention=bidirectional ({why})" if sees_prompts_whole(plan.shape) else ""
+
+
+def _new_heads(plan: Plan) -> str:
+    new = plan.options.policy.heads and not isinstance(shape_of(plan.source), DynamicHeadsConfig)
+    return f"new policy.heads (model={plan.options.model!r} has no routers of heads)" if new else ""
+
+
+def _no_routers(plan: Plan) -> bool:
+    return not (plan.native and any(routers(plan.bare_policy().trunk, part) for part in ROUTED))
+
+
+def _no_graphs(plan: Plan) -> str:
+    options = plan.options
+    sampling: Any = option(options, "rollout") or options
+    why = no_graph(plan.native, device_of(options.device), sampling, options.dtype)
+    return f"a sampler without graphs ({why})" if why else ""
+
+
+def _dense_in_mla_form(plan: Plan) -> bool:
+    rope = getattr(plan.shape, "rope_parameters", None) or {}
+    return plan.native and rope.get("rope_type") == "longrope"
+
+
+SITUATIONS: Mapping[str, Form] = {
+    "quartet train": lambda options: isinstance(options, TrainConfig),
+    "quartet mtp": lambda options: isinstance(options, MtpConfig),
+    "another command than quartet train": lambda options: not isinstance(options, TrainConfig),
+    "a command that trains no policy": lambda options: not isinstance(options, SftConfig),
+    "several ranks": _ranks,
+    "a preset": lambda options: options.model in presets.PRESETS and f"model={options.model!r} (a preset)",
+    "a GGUF file": lambda options: bool(gguf.file_of(options.model)) and f"model={options.model!r} (a GGUF file)",
+    "drafts of vLLM": _drafts_of_vllm,
+    "an argument of vLLM's engine": _set_by_quartet,
+    "training of the draft head": _taught_head,
+    "adapters alone": _adapters_alone,
+    "a teacher that is a preset": _preset_as_teacher,
+}
+MODELS: Mapping[str, Form] = {  # what only the model's own files tell
+    "a checkpoint of a run": lambda plan: plan.source.checkpoint is not None,
+    "a DeepSeek-V3 policy": lambda plan: plan.native,
+    "another architecture": lambda plan: not plan.native,
+    "a dense model in MLA form": _dense_in_mla_form,
+    "no draft head": lambda plan: plan.native and not plan.head and plan.source.checkpoint is None,
+    "no experts or dynamic heads": _no_routers,
+    "no chat template": _no_chat_template,
+    "a prompt that is seen whole": _prompt_seen_whole,
+    "dynamic heads": lambda plan: isinstance(plan.shape, DynamicHeadsConfig) and "dynamic heads (policy.heads)",
+    "new dynamic heads": _new_heads,
+    "a sampler without graphs": _no_graphs,
+}
+FORMS = {**SITUATIONS, **MODELS}

@@ -1,0 +1,104 @@
+"""What does not go with what: the table names what exists, and what it refuses is named with the way out."""
+
+import doctest
+
+import pytest
+
+from grpo.checks import table
+from grpo.checks.plan import Plan
+from grpo.checks.run import check_plan
+from grpo.checks.table import FORMS, contradictions
+from grpo.cli.config.inference import EvalConfig
+from grpo.cli.config.serve import ServeConfig
+from grpo.cli.quantize.options import QuantizeConfig
+from grpo.config.mtp import MtpConfig
+from grpo.config.options import _options, load
+from grpo.config.run import SftConfig, TrainConfig
+
+SUMS = {"loss.multi_objective_aggregation": "normalize_then_sum"}
+VLLM = {"rollout.backend": "vllm", "rollout.draft_tokens": 2}
+TEACHER = {"loss.advantage": "distill", "distill.teacher": "nowhere", "distill.url": "h"}
+NF4, ROUNDS = {"lora.base": "nf4"}, {"learner.stochastic_rounding": True}
+INT8, DRAFTS = {"rollout.quantization": "int8"}, {"rollout.draft_quantization": "int4"}
+
+
+def test_the_table_names_options_and_forms_that_exist_and_every_form():
+    commands = TrainConfig, SftConfig, MtpConfig, EvalConfig, ServeConfig, QuantizeConfig
+    keys = {option.key for command in commands for option in _options(command.model_construct())}
+    names = {name.replace("!", "").partition("=")[0] for left, row in table.table().items() for name in (left, *row)}
+    names |= {key for pair in table.content()["grows_to"].items() for key in pair}
+    assert names - set(FORMS) <= keys
+    assert set(FORMS) <= names
+    assert doctest.testmod(table).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"rollout.colocate": True, "rollout.ahead": 1}, "rollout.ahead=1 with rollout.colocate=true: .* set one of"),
+        ({"eval.every": 5}, "eval.limit=0 with eval.every=5: that evaluates nothing"),
+        ({"curriculum.completion_tokens": 300}, "=300 is for the first step, and it grows to rollout.max_completion"),
+        ({"curriculum.draft_depth": 300}, "=300 is for the first step, and it grows to mtp.depth=4: use at most 4"),
+        ({"warm_start.draft_depth": 3, "mtp.depth": 2}, "draft_depth=3 .* grows to mtp.depth=2: use at most 2"),
+        ({"loss.loss_type": "cispo"}, "loss.epsilon_high=null with loss.loss_type=cispo: cispo needs the cap"),
+        (
+            SUMS | {"loss.advantage": "rloo"},
+            "advantage=rloo with .*_then_sum: .* takes the weighted sum; use",
+        ),
+        ({"loss.advantage": "distill"}, "distill.teacher=null with loss.advantage=distill: distill needs a teacher"),
+        (TEACHER | {"loss.advantage": "rloo"}, "advantage=rloo with distill.teacher=nowhere: distill alone has a"),
+        (TEACHER | {"rollout.temperature": 0.7}, "temperature=0.7 with distill.url=h: .* at temperature 1 alone"),
+        (
+            ROUNDS | {"dtype": "bfloat16"},
+            "optimizer=adamw with .*_rounding=true: torchao's optimizer alone",
+        ),
+        (
+            ROUNDS | {"learner.optimizer": "adamw_8bit"},
+            "dtype=float32 with .*_rounding=true: only bfloat16",
+        ),
+        (INT8 | {"rollout.backend": "vllm"}, "rollout.backend=vllm with rollout.quantization=int8: our own"),
+        (DRAFTS | {"rollout.backend": "transformers"}, "with rollout.draft_quantization=int4: our own"),
+        (INT8 | {"loss.importance_correction": "none"}, "=none with rollout.quantization=int8: what samples"),
+        (VLLM | {"rollout.workers": 2}, "rollout.workers=2 with rollout.backend=vllm.*set workers to 0"),
+        (
+            VLLM | {"learner.routing_replay": True},
+            "replay=true with .*vLLM 0.32 returns .*, which needs Triton",
+        ),
+        (VLLM | {"curriculum.draft_depth": 1}, "draft_depth=1 with rollout.draft_tokens=2 of vLLM: vLLM drafts at one"),
+        (VLLM | {"log.measure_speed": True}, "log.measure_speed=true with .*: vLLM cannot leave its drafts out"),
+        (VLLM | {"rollout.vllm.engine": {"dtype": "half"}}, "with rollout.vllm.engine.dtype=half: quartet sets that"),
+        (NF4 | {"learner.workers": 2}, "nf4 with several ranks .* learn in one process, or set lora.base to null"),
+        (NF4 | {"learner.parallel.fsdp": 2}, "lora.base=nf4 with several ranks"),
+        (NF4 | {"learner.parallel.replicate": 2}, "lora.base=nf4 with several ranks"),
+        (NF4 | {"warm_start.steps": 3}, "warm_start.steps=3 with lora.base=nf4: .* run quartet sft before"),
+        (NF4 | {"model": "tiny"}, "lora.base=nf4 with model='tiny' .a preset.: .* random weights; train it before"),
+        (NF4 | {"model": "a.gguf"}, "lora.base=nf4 with model='a.gguf' .*: .* name the model that it was made from"),
+    ],
+)
+def test_what_contradicts_each_other_is_named_with_the_way_out(given, words, tmp_path, monkeypatch):
+    """Also where the model is not there, or cannot be read, which is another line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(table, "find_spec", lambda name: True)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=words):
+        check_plan(load(TrainConfig, None, {"output_dir": "r", "model": "nowhere", **given}))
+
+
+def test_missing_packages_are_named_with_their_extra_and_ranks_that_others_have_started_are_several(monkeypatch):
+    monkeypatch.setattr(table, "find_spec", lambda name: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = NF4 | {"output_dir": "r", "learner.optimizer": "adamw_8bit", "agent": "a.py:b"}
+    lines = "\n".join(contradictions(Plan(load(TrainConfig, None, given))))
+    assert "lora.base=nf4 with several ranks" in lines
+    assert "nf4 needs bitsandbytes: pip install 'quartet-rl[low-memory]', or set lora.base to null" in lines
+    assert "adamw_8bit needs torchao: pip install 'quartet-rl[low-memory]', or use adamw" in lines
+    assert "agent=a.py:b needs starlette and uvicorn: pip install 'quartet-rl[serve]', or leave the agent out" in lines
+
+
+def test_all_contradictions_are_found_at_once():
+    given = {"eval.every": 2, "rollout.ahead": 1, "checkpoint.keep_best": True, "rollout.refill_draws": 1}
+    lines = list(contradictions(Plan(load(MtpConfig, None, {"output_dir": "r", **given}))))
+    assert sorted(line.partition("=")[0] for line in lines if "it is for quartet train; drop it" in line) == sorted(
+        given
+    )
+    assert list(contradictions(Plan(load(TrainConfig, None, {"output_dir": "r"})))) == []
