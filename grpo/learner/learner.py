@@ -203,9 +203,9 @@ class Learner:
         Raises NonFiniteStep, and then nothing has moved.
         """
         started = time.perf_counter()
-        works, self._open, self._done = self._open, [], self._open
-        if not works:
+        if not self._open:
             return {}
+        works, self._open, self._done = self._open, [], self._open
         step = works[-1].batch.step
         modules = {"": self.policy.trunk} | {term.name: term.module for term in self.terms if term.module is not None}
         norms = self.update.make(step, self.ranks, modules, learning_rate)
