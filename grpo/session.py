@@ -246,8 +246,9 @@ class Session:
     def learn(self, batch: TrainingBatch) -> dict[str, float]:
         """`learner.updates_per_batch` times `forward_backward` and `optim_step`."""
         metrics: dict[str, float] = {}
-        for _ in range(self.config.learner.updates_per_batch):
-            metrics |= self.forward_backward(batch) | self.optim_step()
+        updates = self.config.learner.updates_per_batch
+        for update in range(1, updates + 1):
+            metrics |= self.forward_backward(batch) | self.optim_step(ends=update == updates)
         return metrics
 
     def forward_backward(
@@ -274,15 +275,15 @@ class Session:
 
             return self._finite(lambda: self.learner.forward_backward(batch, term, advance))
 
-    def optim_step(self, learning_rate: float | None = None, **adamw: Any) -> dict[str, float]:
+    def optim_step(self, learning_rate: float | None = None, *, ends: bool = True, **adamw: Any) -> dict[str, float]:
         """Move the weights by the gradients that wait, at the schedule's rate or at `learning_rate`; where none waits,
-        nothing moves. `adamw` are options of torch's AdamW (betas, eps, weight_decay) from now on. From here on the
-        step counts, whatever fails later."""
+        nothing moves. `ends`: no other update with the same batch follows. `adamw` are options of torch's AdamW (betas,
+        eps, weight_decay) from now on. From here on the step counts, whatever fails later."""
         if not self.run.moved:
             self.batches.before_update(self.step)
         for group in self.learner.optimizer.param_groups if adamw else ():
             group.update(adamw)
-        metrics = self._finite(lambda: self.learner.optim_step(learning_rate))
+        metrics = self._finite(lambda: self.learner.optim_step(learning_rate, ends=ends))
         self.run.reached()
         return metrics
 

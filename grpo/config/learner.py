@@ -63,7 +63,7 @@ class LearnerOptions(Options):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
     updates_per_batch: int = Field(default=1, ge=1)
-    """Optimizer updates on each batch of rollouts; above 1 the old log-probabilities are computed first."""
+    """Optimizer updates on each batch of rollouts."""
     tokens_per_micro_batch: int = Field(default=8192, ge=1)
     """Padded tokens of one forward and backward pass; this bounds the memory and changes no gradient."""
     gradient_checkpointing: bool = False

@@ -127,7 +127,7 @@ def make(
     completions. `sampler_differs` from it in precision or backend; None: it does below fp32."""
     loss, options = config.loss, config.learner
     differs = policy.trunk.dtype != torch.float32 if sampler_differs is None else sampler_differs
-    first = PolicyTerm(loss, updates=options.updates_per_batch, sampler_differs=differs, longest=longest or None)
+    first = PolicyTerm(loss, sampler_differs=differs, longest=longest or None)
     terms = [first, *terms_of(policy, config, load)]
     reference = None
     if loss.beta > 0 and not has_adapter(policy.trunk):

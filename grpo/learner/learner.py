@@ -220,6 +220,8 @@ class Learner:
             metrics["learner/updates"] = float(works[-1].update)
         if ends:
             metrics |= self._end(works)
+            for work in works:
+                work.minis = ()  # they are made again where the same batch goes on
         works[-1].seconds += time.perf_counter() - started
         return metrics | {"time/learn": sum(work.batch.seconds + work.seconds for work in works)}
 
@@ -243,6 +245,7 @@ class Learner:
         """Where this batch goes on, or what it begins with."""
         for work in (*self._done, *self._open):
             if work.batch is batch:
+                work.minis = work.minis or list(self._shared(work.rows))
                 return work
         work = self._work(batch, terms)
         self.policy_logprobs = {}

@@ -40,7 +40,6 @@ from grpo.config.policy import ModelOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.sampling import RolloutOptions
 from grpo.learner.optimizer import freeze_exact_parts
-from grpo.learner.terms.value import ValueHead
 from grpo.run.hardware import device_of
 from grpo.source.policy_source import meta_policy, read_shape
 from policies import four_bit, lora
@@ -50,8 +49,6 @@ from policies.decoding.linear import FixedLinear, will_block
 from policies.logprobs import CHUNK_ELEMENTS, GRADIENT_CHUNKS
 from policies.policy import Policy
 from rollout.backends import derive
-from rollout.backends.vllm.settings import KV_CACHE_BYTES
-from rollout.compiled.rounds import ENTRIES, ROWS
 from rollout.depth import GRAPH_DEPTHS
 
 Part = TypeVar("Part")
@@ -129,6 +126,8 @@ def learner_memory(
     taught = {name: weight for name, weight in trained.items() if depth or not name.startswith("mtp.")}
     value: dict[str, Tensor] = {}
     if isinstance(config, TrainConfig) and grpo and config.loss.advantage in ("gae", "rank_softmax"):
+        from grpo.learner.terms.value import ValueHead
+
         with torch.device("meta"):
             value = dict(ValueHead(shape.hidden_size, config.value.hidden_size).named_parameters())
     row, tokens = _row_tokens(config), config.learner.tokens_per_micro_batch
@@ -228,6 +227,8 @@ def sampler_memory(
     own = storage_bytes(tensors_of(policy))
     found = DeviceMemory("sampler", sampler=own, rollout=cache + logits, host=own)
     if rollout.backend == "vllm":
+        from rollout.backends.vllm.settings import KV_CACHE_BYTES
+
         given = 0 if on_gpu else rollout.vllm.engine.get("kv_cache_memory_bytes", KV_CACHE_BYTES)
         return DeviceMemory("sampler") if rollout.vllm.url else replace(found, rollout=given or found.rollout)
     if not isinstance(shape, DeepseekV3Config):  # its own forward decodes, and its parameters are cast in place
@@ -242,6 +243,8 @@ def sampler_memory(
 def graph_bytes(policy: Policy, rollout: RolloutOptions, dtype: torch.dtype) -> int:
     """What CUDA graphs of every number of rows and drafts keep for themselves, for caches of one size. Rough."""
     config, layers = policy.config, _kept_bytes(policy.trunk, policy.config, dtype)
+    from rollout.compiled.rounds import ENTRIES, ROWS
+
     entries = -(-(ASSUMED_PROMPT + rollout.max_completion_tokens) // ENTRIES) * ENTRIES
     drafts = rollout.draft_tokens or 0
     depths = (0,) if policy.mtp is None else GRAPH_DEPTHS if rollout.draft_tokens is None else {0, drafts}

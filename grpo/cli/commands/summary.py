@@ -25,7 +25,6 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.evaluation.held_out import Result
-from grpo.mtp import Streams
 from grpo.run import hardware
 from grpo.run.console import Terminal, visible
 from grpo.run.lock import refuse_folder
@@ -182,6 +181,8 @@ def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float 
     depth, width = config.head.depth, min(config.head.draft_vocabulary or shape.vocab_size, shape.vocab_size)
     completions = config.prompts_per_step * config.rollout.group_size
     with open_task(config) as task:
+        from grpo.mtp import Streams
+
         Streams(task, config)
         check_prompts(plan, task)
         table = Table(title="dry run: nothing was trained", show_header=False)

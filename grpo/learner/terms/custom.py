@@ -31,10 +31,9 @@ def as_term(loss: Loss, first: Term) -> Term:
         return SupervisedTerm()
     if isinstance(loss, str | LossOptions):
         options = LossOptions.model_validate({"loss_type": loss}) if isinstance(loss, str) else loss
-        updates, differs, longest = 1, False, None
         if isinstance(first, PolicyTerm):
-            updates, differs, longest = first.updates, first.sampler_differs, first.longest
-        return PolicyTerm(options, updates=updates, sampler_differs=differs, longest=longest)
+            return PolicyTerm(options, sampler_differs=first.sampler_differs, longest=first.longest)
+        return PolicyTerm(options)
     count = sum(parameter.default is parameter.empty for parameter in inspect.signature(loss).parameters.values())
     if count == 4:
         return PerToken(loss)

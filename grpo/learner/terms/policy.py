@@ -25,7 +25,7 @@ class Settled:
 
     correction: CorrectionMode | None
     scale: float = 1.0  # of metrics that are means over the tokens that are read, not over all tokens of the step
-    old: list[Tensor] = field(default_factory=list)  # log π_old of each micro-batch that was read
+    old: list[Tensor] = field(default_factory=list)  # log π_old of each micro-batch, as it was first read
     top: TopEntropy | None = None  # which entropies are among the highest
 
 
@@ -34,13 +34,10 @@ class PolicyTerm(Term):
 
     name = "policy"
 
-    def __init__(
-        self, options: LossOptions, *, updates: int = 1, sampler_differs: bool = False, longest: int | None = None
-    ) -> None:
-        """`updates` are those of each batch. `sampler_differs` from the learner, in precision or in backend. `longest`
-        is the length limit of completions, the constant of dr_grpo."""
-        self.options, self.updates = options, updates
-        self.sampler_differs, self.longest = sampler_differs, longest
+    def __init__(self, options: LossOptions, *, sampler_differs: bool = False, longest: int | None = None) -> None:
+        """`sampler_differs` from the learner, in precision or in backend. `longest` is the length limit of completions,
+        the constant of dr_grpo."""
+        self.options, self.sampler_differs, self.longest = options, sampler_differs, longest
 
     def teaches(self, batch: TrainingBatch) -> bool:
         return self.options.beta > 0 or self.options.entropy_coef != 0
@@ -56,24 +53,18 @@ class PolicyTerm(Term):
 
     @torch.no_grad()
     def before_update(self, work: Work) -> None:
-        """Look ahead, where an update must know something of all micro-batches before the first one."""
+        """Look ahead where the highest entropies are asked for, which are those of the whole step."""
         settled: Settled = work.fixed[self.name]
         settled.scale = work.batch.num_completion_tokens / max(tokens_in_loss(work.rows), 1)
-        selective = self.options.top_entropy_quantile < 1
-        several = work.update == 0 and self.updates > 1
-        if not (selective or several):
+        if self.options.top_entropy_quantile == 1:
             return
-        logprobs, entropies = [], []
+        entropies = []
         for mini in work.minis:
             with work.likelihood.replaying(mini):
-                out = work.likelihood.forward(mini)
-            logprobs.append(out.logprobs)
-            entropies += [out.entropy[mini.loss_mask].cpu()] if mini.counts else []
-        if selective:
-            read = [entropy for part in work.ranks.gather(entropies) for entropy in part]
-            settled.top = top_entropy_of(torch.cat([torch.zeros(0), *read]), self.options.top_entropy_quantile)
-        if several:
-            settled.old = logprobs
+                entropy = work.likelihood.forward(mini).entropy
+            entropies += [entropy[mini.loss_mask].cpu()] if mini.counts else []
+        read = [entropy for part in work.ranks.gather(entropies) for entropy in part]
+        settled.top = top_entropy_of(torch.cat([torch.zeros(0), *read]), self.options.top_entropy_quantile)
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
         settled: Settled = work.fixed[self.name]

@@ -1,0 +1,101 @@
+"""Features leave whole: without its files and its line of a table a feature is gone, and the demo trains as before."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from grpo.config.features import FEATURES
+
+ROOT = Path(__file__).parents[2]
+TABLE, SAMPLERS = "grpo/config/features.py", "rollout/pools.py"
+# By feature: its files and folders, the file of its table and how its line there begins; no table where nothing but
+# the request for it names it.
+LEAVING = {
+    "distill": (
+        ["grpo/config/distill.py", "grpo/learner/terms/distill.py", "grpo/learner/terms/teacher_server.py"],
+        (TABLE, 'Feature("distill"'),
+    ),
+    "balance": (["grpo/config/balance.py", "grpo/learner/terms/balance.py"], (TABLE, 'Feature("balance"')),
+    "value": (["grpo/config/value.py", "grpo/learner/terms/value.py"], (TABLE, 'Feature("value"')),
+    "draft_head": (["grpo/learner/terms/draft_head.py"], (TABLE, 'Feature("draft_head"')),
+    "curriculum": (["grpo/config/curriculum.py", "grpo/steps/curriculum.py"], (TABLE, 'Feature("curriculum"')),
+    "tied_steps": (["grpo/steps/tied_steps.py"], (TABLE, 'Feature("tied_steps"')),
+    "alarms": (["grpo/steps/alarms.py", "grpo/algorithm/alarms.py"], (TABLE, 'Feature("alarms"')),
+    "Ray workers": (["rollout/ray_pool.py", "rollout/worker.py", "rollout/workers.py"], (SAMPLERS, '"ray"')),
+    "vLLM": (["rollout/backends/vllm", "grpo/steps/vllm.py", "grpo/source/vllm_token.py"], (SAMPLERS, '"vllm"')),
+    "agents": (["grpo/endpoint"], None),
+    "environments and tools": (["rollout/environments"], None),
+    "graphs": (["rollout/compiled"], None),
+    "reward models": (["grpo/task/reward_models.py"], None),
+    "conversion of dense models": (["policies/conversion"], None),
+    "the page": (["grpo/view"], None),
+    "TRL's users": (["grpo/trl_bridge.py"], None),
+}
+SHORT = [
+    "--steps",
+    "2",
+    "--warm_start.steps",
+    "3",
+    "--eval.limit",
+    "0",
+    "--prompts_per_step",
+    "4",
+    "--checkpoint.every",
+    "1",
+]
+
+
+def tree(folder):
+    """A copy of what is installed, and of the demo."""
+    for package in ("grpo", "policies", "rewards", "rollout", "examples"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def demo(folder):
+    """Two steps of the demo by the code in this folder. A clock measures what drafts cost, so their number is fixed."""
+    words = [*SHORT, "--rollout.draft_tokens", "2", "--output_dir", str(folder / "run"), "--log.trackers", "[]"]
+    code = "import sys; from grpo.__main__ import main; sys.exit(main())"
+    command = [sys.executable, "-P", "-c", code, "train", str(folder / "examples/01_demo.yaml"), *words]
+    environment = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+    with safe_open(folder / "run/policy/model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return demo(tree(tmp_path_factory.mktemp("whole")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("feature", LEAVING)
+def test_a_feature_leaves_whole(feature, whole, tmp_path):
+    files, line = LEAVING[feature]
+    folder = tree(tmp_path)
+    for name in files:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if line is not None:
+        table = folder / line[0]
+        text = table.read_text()
+        shorter = re.sub(rf"^ *{re.escape(line[1])}.*\n", "", text, flags=re.MULTILINE)
+        assert len(text.splitlines()) == len(shorter.splitlines()) + 1, "a line of the table"
+        table.write_text(shorter)
+    weights = demo(folder)
+    layers = max(int(name.split(".")[2]) for name in whole if name.startswith("model.layers."))
+    for name, tensor in whole.items():
+        if feature == "draft_head" and name.startswith(f"model.layers.{layers}."):
+            continue  # that is the head, which nothing teaches then
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_every_feature_of_the_table_is_tried():
+    assert {feature.name for feature in FEATURES} <= LEAVING.keys()
