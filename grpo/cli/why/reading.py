@@ -205,7 +205,7 @@ class ReadTerm(PolicyTerm):
 
     def __init__(self, term: Term, learner: ReadLearner, reader: Reader) -> None:
         assert isinstance(term, PolicyTerm)
-        super().__init__(term.options, updates=term.updates, sampler_differs=term.sampler_differs, longest=term.longest)
+        super().__init__(term.options, sampler_differs=term.sampler_differs, longest=term.longest)
         self.learner, self.reader = learner, reader
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
