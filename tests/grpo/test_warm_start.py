@@ -12,8 +12,8 @@ from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.run.log import RunLog
-from grpo.sft import supervise
 from grpo.steps.loop import Run
+from grpo.steps.supervise import supervise
 from grpo.task.task import Task
 from policies.policy import Policy
 
@@ -89,7 +89,7 @@ def test_the_head_is_taught_as_often_as_it_is_told(micro_policy, micro_config, t
 def test_the_head_learns_at_a_depth_that_grows(micro_policy, micro_config, tmp_path, monkeypatch):
     seen, unroll = [], Policy.unroll
     monkeypatch.setattr(Policy, "unroll", lambda self, *given: (seen.append(given[-2]), unroll(self, *given))[1])
-    given = {"warm_start.steps": 7, "warm_start.draft_depth": 1, "mtp.depth": 4}
+    given = {"warm_start.steps": 7, "warm_start.draft_depth": 1, "mtp.depth": 4, "mtp.every": 1}
     _warm(micro_policy(0), _config(micro_config, tmp_path, **given), tmp_path / "r")
     assert seen == [1, 2, 2, 2, 3, 4, 4]  # 1 + 3 (step - 1) / 6, rounded to the even neighbour from a half
     with pytest.raises(ValueError, match=r"warm_start\.draft_depth=3 .* use at most 2"):
