@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.checks.run import check_plan, open_task
@@ -25,7 +25,6 @@ from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
 from grpo.learner.parallel import joined
 from grpo.learner.prepare import Advantages, supervised
-from grpo.learner.terms.custom import Loss, as_term
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
 from grpo.run.hardware import device_of
@@ -49,7 +48,8 @@ from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.pool import Pool, Sampler
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from grpo.learner.terms.custom import Loss
 
 
 class Session:
@@ -244,11 +244,14 @@ class Session:
     # ---- learning ---------------------------------------------------------------------------------------------------
 
     def learn(self, batch: TrainingBatch) -> dict[str, float]:
-        """`learner.updates_per_batch` times `forward_backward` and `optim_step`."""
+        """`learner.updates_per_batch` times `forward_backward` and `optim_step`, while these move the policy."""
         metrics: dict[str, float] = {}
-        updates = self.config.learner.updates_per_batch
-        for update in range(1, updates + 1):
-            metrics |= self.forward_backward(batch) | self.optim_step(ends=update == updates)
+        last = self.config.learner.updates_per_batch
+        for update in range(1, last + 1):
+            before = self.learner.updates
+            metrics |= self.forward_backward(batch) | self.optim_step(ends=update == last)
+            if self.learner.updates == before:
+                break
         return metrics
 
     def forward_backward(
@@ -259,7 +262,11 @@ class Session:
     ) -> dict[str, float]:
         """Add the gradient of the loss to what waits for `optim_step`; see `Learner.forward_backward`, and `as_term`
         for losses of your own. A stop is heeded, and sampling ahead goes on, until the weights move."""
-        term = None if loss is None else as_term(loss, self.learner.terms[0])
+        term = None
+        if loss is not None:
+            from grpo.learner.terms.custom import as_term
+
+            term = as_term(loss, self.learner.terms[0])
         moved = self.run.moved
         with self.run.log.progress() as progress:
             bar = progress.add_task(f"step {self.step}: learning", total=None)
@@ -277,14 +284,16 @@ class Session:
 
     def optim_step(self, learning_rate: float | None = None, *, ends: bool = True, **adamw: Any) -> dict[str, float]:
         """Move the weights by the gradients that wait, at the schedule's rate or at `learning_rate`; where none waits,
-        nothing moves. `ends`: no other update with the same batch follows. `adamw` are options of torch's AdamW (betas,
-        eps, weight_decay) from now on. From here on the step counts, whatever fails later."""
+        nothing moves. `ends`: no other update with the same batches follows in this step. `adamw` are options of
+        torch's AdamW (betas, eps, weight_decay) from now on. From here on the step counts, whatever fails later."""
         if not self.run.moved:
             self.batches.before_update(self.step)
         for group in self.learner.optimizer.param_groups if adamw else ():
             group.update(adamw)
         metrics = self._finite(lambda: self.learner.optim_step(learning_rate, ends=ends))
         self.run.reached()
+        if ends and self.run.moved:
+            self._keep_logprobs()
         return metrics
 
     def _finite(self, act: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -292,11 +301,13 @@ class Session:
         `learner.on_non_finite`."""
         try:
             with phase("learning", self.config):
-                return act()
+                metrics = act()
         except NonFiniteStep as error:
             file = self.run.folder / "rollouts" / f"step_{self.step:06d}.jsonl.zst"
             self.run.skip(error, rate="learner.learning_rate", batch=file)
-            return {"learner/updates": 0.0}
+            metrics = {"learner/updates": 0.0}
+        self.run.metrics |= metrics  # what fails later leaves a line with them
+        return metrics
 
     # ---- publishing, evaluating, keeping ----------------------------------------------------------------------------
 
@@ -322,10 +333,8 @@ class Session:
             self.run.alone(self.held_out.evaluate, step)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """The line of the step in metrics.jsonl, and its completions with the policy's log-probabilities."""
-        if self._prepared is not None:
-            self._keep(*self._prepared, self.learner.policy_logprobs)
-        self._prepared = None
+        """The line of the step in metrics.jsonl; where nothing was learned, its completions say so, too."""
+        self._keep_logprobs()
         self.run.record(metrics | self.pool.metrics() | self.task.lost())
 
     def save_if_due(self, step: int) -> None:
@@ -369,7 +378,7 @@ class Session:
             listener.evaluated(step, results)
 
     def _keep(self, drawn: Drawn, batch: TrainingBatch, policy_logprobs: Any = None) -> None:
-        """The completions in the folder of the run; once it was learned from them, again with the log-probabilities."""
+        """The completions in the folder of the run."""
         self.run.log.rollouts(
             self.step,
             drawn.groups,
@@ -379,6 +388,12 @@ class Session:
             backend=self.collector.backend,
             policy_logprobs=policy_logprobs,
         )
+
+    def _keep_logprobs(self) -> None:
+        """Once it was learned from them, the completions again, with the policy's log-probabilities."""
+        if self._prepared is not None:
+            self._keep(*self._prepared, self.learner.policy_logprobs)
+        self._prepared = None
 
     def _save_best(self) -> None:
         run, learner = self.run, self.learner

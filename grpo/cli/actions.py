@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config.json_file import write_json
-from grpo.run.escape import escaped
+from rewards.isolation.output import escaped
 
 EXIT_ERROR, EXIT_USAGE = 1, 2
 

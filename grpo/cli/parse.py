@@ -14,14 +14,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.cli import actions, arguments
 from grpo.cli.actions import EXIT_ERROR, EXIT_USAGE, expected_errors, fail, option_of
-from grpo.run.escape import EscapingFormatter
 from grpo.run.stop import signals
 from policies.openmp import wait_briefly
+from rewards.isolation.output import escaped
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 OURS = ("", "policies", "rollout", "rewards", "grpo")
+
+
+class EscapingFormatter(logging.Formatter):
+    """Warnings as Python prints them by default, escaped: they may quote a reward or a checkpoint."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,6 @@ from grpo.learner.optimizer import schedule
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.learner.prepare import OWN_ESTIMATORS
 from grpo.learner.terms.policy import PolicyTerm
-from grpo.learner.terms.supervised import SupervisedTerm
 from grpo.learner.terms.term import Term
 from grpo.run.memory_errors import phase
 from policies.lora import has_adapter
@@ -61,6 +60,8 @@ def sampling_backend(config: TrainConfig, policy: Policy) -> str:
 
 def sft_learner(policy: Policy, config: SftConfig, ranks: Ranks = ALONE) -> Learner:
     """Adapters are not used here even where GRPO will: LoRA starts from the warm policy."""
+    from grpo.learner.terms.supervised import SupervisedTerm
+
     options = config.warm_start
     with phase("loading", config):
         terms = [SupervisedTerm(), *terms_of(policy, config)]

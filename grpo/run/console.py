@@ -12,8 +12,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from grpo.run.escape import escaped
 from rewards.group_score import GroupScore
+from rewards.isolation.output import escaped
 from rollout.group import RolloutGroup
 
 TEXT_WIDTH = 96

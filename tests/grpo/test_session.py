@@ -126,6 +126,7 @@ def test_an_advantage_of_each_token_is_the_gradients_weight(micro_config, tmp_pa
                     torch.testing.assert_close(parameter.grad, gradient[name], atol=1e-6, rtol=1e-4)
             assert sum(part.norm() for part in gradient.values()) > 1e-3
             session.optim_step()
+            session.publish()
             session.record(step, {})
 
 
@@ -257,6 +258,21 @@ def test_losses_that_cannot_be_are_refused_by_name(micro_config, tmp_path, loss,
             with pytest.raises(ValueError, match=message):
                 session.forward_backward(batch, loss)
             session.record(step, session.learn(batch))
+
+
+def test_several_updates_of_a_batch_are_a_step_of_the_learner(micro_config, tmp_path):
+    """What is done once a step is done once: the routers' biases move by their rate."""
+    policies = []
+    for name in ("session", "learner"):
+        config = micro_config(tmp_path / name, steps=1, **{"learner.updates_per_batch": 2, "balance.bias_rate": 0.1})
+        with Session.open(config) as session:
+            for step in session.run.steps():
+                batch = session.prepare(session.draw(step))
+                metrics = session.learn(batch) if name == "session" else session.learner.step(batch)
+                session.run.reached()
+                session.record(step, metrics)
+            policies.append(session.learner.state()[0]["policy"])
+    assert all(torch.equal(tensor, policies[1][name]) for name, tensor in policies[0].items())
 
 
 def test_an_update_outside_of_a_step_is_refused(micro_config, tmp_path):

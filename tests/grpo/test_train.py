@@ -396,11 +396,12 @@ def test_a_loss_that_is_not_finite_aborts_with_the_batch_and_the_way_out(micro_c
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
 
 
-def test_a_step_that_is_not_finite_can_be_skipped(micro_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_step_that_is_not_finite_can_be_skipped(micro_config, tmp_path, monkeypatch, updates):
     _fail_at(monkeypatch, {1, 3})
-    folder = tmp_path / "r"
-    train(micro_config(folder, **{"learner.on_non_finite": "skip", "learner.max_skipped_in_a_row": 1}))
-    assert [line["learner/updates"] for line in read_metrics(folder)] == [0, 1, 0]
+    folder, given = tmp_path / "r", {"learner.updates_per_batch": updates}
+    train(micro_config(folder, **given | {"learner.on_non_finite": "skip", "learner.max_skipped_in_a_row": 1}))
+    assert [line["learner/updates"] for line in read_metrics(folder)] == [0, updates, 0]
     assert [event["step"] for event in _events(folder, "non_finite")] == [1, 3]
     versions = [read_rollouts(folder, step)[0]["policy_version"] for step in (1, 2, 3)]
     assert versions == [0, 0, 1]

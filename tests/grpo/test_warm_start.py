@@ -12,8 +12,8 @@ from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.run.log import RunLog
-from grpo.sft import supervise
 from grpo.steps.loop import Run
+from grpo.steps.supervise import supervise
 from grpo.task.task import Task
 from policies.policy import Policy
 

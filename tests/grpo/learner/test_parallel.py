@@ -404,7 +404,7 @@ def test_sigterm_to_every_rank_saves_and_ends_all_of_them(run, tmp_path):
 
 STOPS = """
 import os, runpy, signal, sys
-import grpo.steps.pool, grpo.train  # the package also has a function of this name
+import grpo.session, grpo.steps.pool
 from rollout.depth import Workload
 
 def costs(pool, *_, **__):
@@ -416,7 +416,7 @@ def opened(policy, options):
     options.check_stop()
 
 if sys.argv[1] == "measuring":  # rank 0 alone calls either of them
-    sys.modules["grpo.train"].use_costs_of_run = costs
+    grpo.session.use_costs_of_run = costs
 else:
     grpo.steps.pool.open_pool = opened
 sys.argv = ["quartet", *sys.argv[2:]]

@@ -179,15 +179,15 @@ def test_contract_9_with_two_ray_workers(micro_config, whole, tmp_path, kind):
 @pytest.mark.slow
 def test_a_run_that_was_cut_off_behind_its_checkpoint_writes_no_step_twice(micro_config, whole, tmp_path, monkeypatch):
     """Killed in step 4 while steps are saved every two: what step 3 wrote is removed and written again."""
-    folder, step = tmp_path / "run", Learner.step
+    folder, forward_backward = tmp_path / "run", Learner.forward_backward
 
-    def interrupted(self, batch, **given):
+    def interrupted(self, batch, *arguments, **given):
         if batch.from_rollouts and batch.step == 4:
             raise KeyboardInterrupt
-        return step(self, batch, **given)
+        return forward_backward(self, batch, *arguments, **given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "step", interrupted)
+        patch.setattr(Learner, "forward_backward", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(_config(micro_config, folder, "full", **{"checkpoint.every": 2}))
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]

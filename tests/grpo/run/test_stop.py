@@ -12,6 +12,7 @@ import sys
 import pytest
 import ray
 
+from grpo import session
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
 from grpo.learner.terms.policy import PolicyTerm
@@ -27,8 +28,6 @@ from rewards.group_score import RewardFailed, RewardFailure
 from rollout.engine import Engine
 from rollout.faults import RolloutError
 from rollout.local_pool import LocalPool
-
-TRAIN = sys.modules["grpo.train"]  # `grpo.train` is the function
 
 SLOW = [pytest.mark.slow, pytest.mark.long]
 SMALL = {"data.limit": 10, "learner.tokens_per_micro_batch": 64, "checkpoint.every": 100, "eval.limit": 3}
@@ -87,7 +86,7 @@ def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
 @pytest.mark.parametrize(
     ("kind", "owner", "name", "call", "saved", "message"),
     [
-        (signal.SIGHUP, TRAIN, "warm_start", 1, None, "stopped after step 1 of the warm start; go on"),
+        (signal.SIGHUP, session, "warm_start", 1, None, "stopped after step 1 of the warm start; go on"),
         pytest.param(
             signal.SIGINT,
             Learner,
@@ -129,15 +128,15 @@ def test_contract_9_the_step_in_progress_is_given_up_between_two_micro_batches(
         make = Update.make
         patch.setattr(Update, "make", lambda self, step, *rest: (updates.append(step), make(self, step, *rest))[1])
         losses = _at_call(patch, PolicyTerm, "scalar", 10**9)
-        step = Learner.step
+        forward_backward = Learner.forward_backward
 
-        def second_step(self, batch, **given):
+        def second_step(self, batch, *arguments, **given):
             if batch.from_rollouts and batch.step == 2:
                 losses.clear()
                 _at_call(patch, Update, "backward", 2)
-            return step(self, batch, **given)
+            return forward_backward(self, batch, *arguments, **given)
 
-        patch.setattr(Learner, "step", second_step)
+        patch.setattr(Learner, "forward_backward", second_step)
         with pytest.raises(Stopped, match="stopped after step 1"):
             train(micro_config(folder, **SMALL))
     assert len(losses) == 2 < len(read_rollouts(folder, 2)) / 4, "two micro-batches of step 2, and no more"

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from grpo.cli.parse import main
 from grpo.run.console import Terminal
-from grpo.run.escape import escaped
 from grpo.run.log import RunLog
+from rewards.isolation.output import escaped
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\x7f\u202e"
 CONTROL = re.compile(r"[^\n\t\x20-\x7e\xa1-\u1fff\u2030-\ud7ff]")

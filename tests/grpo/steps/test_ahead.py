@@ -20,6 +20,7 @@ from grpo.learner.parallel import ALONE
 from grpo.run import checkpoint
 from grpo.run.records import read_events, read_metrics, read_rollouts
 from grpo.run.stop import Stopped, signals
+from grpo.session import Session
 from grpo.steps.ahead import OLDER, Batches
 from grpo.steps.collector import Collector
 from grpo.task.task import Task
@@ -116,7 +117,7 @@ def late(patch, chance: random.Random, owner: type, name: str) -> None:
 
 def mortal(patch, chance: random.Random, every: int) -> None:
     """In every n-th step a worker of this process is killed at a random moment."""
-    real = Learner.step
+    real = Learner.forward_backward
 
     def kill(after: float) -> None:
         time.sleep(after)
@@ -124,12 +125,12 @@ def mortal(patch, chance: random.Random, every: int) -> None:
         if workers := [child for child in children if "".join(child.cmdline()).startswith("ray::Worker")]:
             chance.choice(workers).kill()
 
-    def step(self, batch, **given):
+    def forward_backward(self, batch, *arguments, **given):
         if batch.from_rollouts and batch.step % every == 0:
             threading.Thread(target=kill, args=[chance.random() / 2]).start()
-        return real(self, batch, **given)
+        return real(self, batch, *arguments, **given)
 
-    patch.setattr(Learner, "step", step)
+    patch.setattr(Learner, "forward_backward", forward_backward)
 
 
 @both
@@ -160,7 +161,7 @@ def test_contract_12_timing_deaths_and_workers_change_no_bit(options, whole, tmp
     """Two Ray workers, of which one is killed, against a run in one process that nothing delays."""
     chance = random.Random(0)
     late(monkeypatch, chance, Collector, "collect")
-    late(monkeypatch, chance, Learner, "step")
+    late(monkeypatch, chance, Learner, "forward_backward")
     mortal(monkeypatch, chance, every=4)
     train(options(tmp_path / "run", 2, **{"rollout.workers": 2}))
     assert [event for event in read_events(tmp_path / "run") if event["event"] == "lost"]
@@ -211,11 +212,11 @@ def test_contract_9_a_batch_whose_weights_are_gone_is_sampled_with_them_again(
     options, whole, tmp_path, monkeypatch, batch, how
 ):
     """The run ends after the update that has changed the weights that this batch needs."""
-    folder, collect, step, updated = tmp_path / "run", Collector.collect, Learner.step, threading.Event()
+    folder, collect, step, updated = tmp_path / "run", Collector.collect, Session.optim_step, threading.Event()
 
-    def learn(self, taught, **given):
-        metrics = step(self, taught, **given)
-        updated.set() if taught.from_rollouts and taught.step == batch - 2 else None
+    def learn(self):
+        metrics = step(self)
+        updated.set() if self.step == batch - 2 else None
         return metrics
 
     def ending(self, number, *arguments):
@@ -231,7 +232,7 @@ def test_contract_9_a_batch_whose_weights_are_gone_is_sampled_with_them_again(
 
     config = options(folder, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "step", learn)
+        patch.setattr(Session, "optim_step", learn)
         patch.setattr(Collector, "collect", ending)
         with pytest.raises(Stopped if how == "signal" else RewardFailed):
             train(config)
@@ -276,12 +277,13 @@ def test_weights_that_a_batch_still_needs_are_kept_before_the_learner_changes_th
         assert step < 3 or learned.wait(60)
 
     pool = SimpleNamespace(keep=lambda: kept.append(batches.next - 1))
-    parts = {"load_state_dict": lambda state: None, "snapshot": lambda: None, "collect": collect, "pool": pool}
+    parts = {"prompt": None, "snapshot": lambda: None, "collect": collect, "pool": pool}
     rollout = SimpleNamespace(ahead=ahead)
     run = SimpleNamespace(config=SimpleNamespace(rollout=rollout), ranks=ALONE, saved=None, step=0, last=9)
     run.timed = lambda name: nullcontext()
-    batches = Batches(run, None)
-    batches.begin(SimpleNamespace(**parts), SimpleNamespace(policy_version=0, state=lambda: [{"policy": {}}]), int)
+    learner = SimpleNamespace(policy_version=0, state=lambda: [{"policy": {}}])
+    batches = Batches(run, SimpleNamespace(**parts), learner, int)
+    batches.begin()
     try:
         batches.before_update(1)
         assert kept == ([3] if ahead == 2 else [])
@@ -311,7 +313,7 @@ def test_contract_12_twelve_disturbed_steps_give_the_same_bits(options, tmp_path
         config = options(folder, ahead, **more | {"rollout.workers": workers})
         with pytest.MonkeyPatch.context() as patch:
             late(patch, chance, Collector, "collect")
-            late(patch, chance, Learner, "step")
+            late(patch, chance, Learner, "forward_backward")
             mortal(patch, chance, every=3)
             with pytest.raises(Stopped):
                 train(config, stop_after=chance.randrange(3, 10))

@@ -1,17 +1,19 @@
 """What the collector hands from one step to the next."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 from rich.progress import Progress
 
 from grpo.algorithm.verdicts import Verdicts
-from grpo.data.curriculum import Curriculum
 from grpo.data.examples import Example
 from grpo.learner.parallel import ALONE
 from grpo.run.records import read_rollouts
 from grpo.steps.collector import Collector
+from grpo.steps.curriculum import Curriculum
 from grpo.steps.loop import Run
+from grpo.task.task import Task
 from grpo.train import train
 from rewards.group_score import GroupScore
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, head_accepted
@@ -61,7 +63,7 @@ def by_hand(micro_config, tmp_path, monkeypatch):
     whenever some were taken. `rewards` are those of the two completions, by draw."""
 
     def build(rewards, **given) -> tuple[Collector, list[dict[str, float]]]:
-        config = micro_config(tmp_path / "run", **{"prompts_per_step": 1, "log.alarms": False} | given)
+        config = micro_config(tmp_path / "run", **{"prompts_per_step": 1} | given)
 
         def sample(prompts, params, on_finished):
             completions = [Completion([5], [-1.0], str(params.draw), "stop", 0, draft=DRAFTS[params.draw])] * 2
@@ -72,20 +74,22 @@ def by_hand(micro_config, tmp_path, monkeypatch):
             return [GroupScore(list(marks), {"right": list(marks)}) for marks in each]
 
         task = SimpleNamespace(
+            train=[Example("a", "a?", "a")],
             first_reward="right",
-            full_marks=1.0,
             reached=lambda step: None,
             verdicts=Verdicts("right", "undeclared", gold=1.0),
             prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1]),
             score=score,
         )
         log = SimpleNamespace(progress=lambda: Progress(disable=True), event=lambda *_, **__: None)
-        curriculum, known = Curriculum([Example("a", "a?", "a")], config.curriculum), []
-        taken = curriculum.take
-        monkeypatch.setattr(curriculum, "take", lambda *a: known.append(dict(curriculum.pass_rates)) or taken(*a))
+        curriculum, known = Curriculum(task.train, config, partial(Task.pass_rate, task)), []
+        choose = curriculum.choose
+        monkeypatch.setattr(curriculum, "choose", lambda *a: known.append(dict(curriculum.pass_rates)) or choose(*a))
         policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native")
         run = Run(config, log, ALONE, saved=None, last=3)
-        return Collector(run, task, curriculum, SimpleNamespace(sample=sample), policy), known
+        collector = Collector(run, task, policy, [curriculum])
+        collector.pool = SimpleNamespace(sample=sample)
+        return collector, known
 
     return build
 

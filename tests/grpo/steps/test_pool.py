@@ -68,7 +68,7 @@ def test_samplers_sleep_while_the_learner_works(micro_config, tmp_path, monkeypa
 
     for name in ("publish", "sample", "sleep"):
         noted(LocalPool, name, name)
-    noted(Learner, "step", "learn")
+    noted(Learner, "forward_backward", "learn")
     train(micro_config(tmp_path / "run", **{"steps": 2, "warm_start.steps": 0, "eval.limit": 0}))
     seen = [call for call, former in zip(calls, [None, *calls], strict=False) if call != former]
     assert seen[: seen.index("sleep") + 3] == ["publish", "sample", "sleep", "learn", "publish"]

@@ -18,7 +18,7 @@ def observe(micro_config, tmp_path):
 
     def run(steps, advantages=None, reason="stop", **options):
         config = micro_config(tmp_path, **options)
-        tied = TiedSteps(config.data, config.rollout, config.warm_start.steps, "gsm8k", 1.0)
+        tied = TiedSteps(config, "gsm8k", 1.0)
         told = []
         for groups in steps:
             completion = Completion([1], [0.0], "x", reason, 0, DraftStats())

@@ -1,22 +1,20 @@
 import json
 from collections import Counter
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from rich.progress import Progress
 
 from grpo.algorithm.verdicts import Verdicts
 from grpo.config.curriculum import CurriculumOptions
-from grpo.config.data import DataOptions
-from grpo.config.learner import LearnerOptions, WarmStartOptions
-from grpo.config.sampling import RolloutOptions
-from grpo.data.curriculum import Curriculum, completion_tokens, draft_depth, learnability, ramp
+from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
+from grpo.learner.optimizer import ramp
 from grpo.learner.parallel import ALONE
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.steps.collector import Collector
+from grpo.steps.curriculum import Curriculum, completion_tokens, draft_depth, learnability
 from grpo.steps.loop import Run
 from grpo.task.task import Task
 from grpo.train import train
@@ -26,6 +24,18 @@ from rollout.group import Prompt, RolloutGroup
 # Ten examples; the solution of example i has (7 i mod 10) + 1 letters, so their order by length is another one.
 EXAMPLES = [Example(str(i), f"{i} = ?", "x" * (7 * i % 10 + 1)) for i in range(10)]
 BY_LENGTH = [str(i) for i in (0, 3, 6, 9, 2, 5, 8, 1, 4, 7)]
+
+
+def _config(seed=0, **curriculum) -> TrainConfig:
+    return TrainConfig(output_dir="unused", seed=seed, curriculum=curriculum)
+
+
+def _collector(examples, config) -> Collector:
+    """What takes prompts as the curriculum says, or in the order of the data."""
+    task = SimpleNamespace(train=examples, prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1]))
+    policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native")
+    run = Run(config, None, ALONE, saved=None, last=9)
+    return Collector(run, task, policy, [Curriculum(examples, config)])
 
 
 def _ids(examples) -> list[str]:
@@ -46,33 +56,34 @@ def test_completions_grow_longer_and_drafts_deeper():
 
 
 def test_without_options_it_is_the_shuffled_stream():
-    curriculum, stream = Curriculum(EXAMPLES, CurriculumOptions(), seed=3), PromptStream(EXAMPLES, 3)
+    collector, stream = _collector(EXAMPLES, _config(seed=3)), PromptStream(EXAMPLES, 3)
     for step in range(1, 8):
-        assert curriculum.take(4, step) == stream.take(4)
+        assert [prompt.prompt_id for prompt in collector.prompts(4, step)] == _ids(stream.take(4))
+    [curriculum] = collector.listeners
     curriculum.record([("0", 1.0)])
     assert curriculum.metrics(7) == {}
 
 
 def test_short_ones_come_first_and_longer_ones_as_they_open():
-    curriculum = Curriculum(EXAMPLES, CurriculumOptions(steps=5, shortest_share=0.2))
-    assert set(_ids(curriculum.take(2, 1))) == set(BY_LENGTH[:2])
-    assert set(_ids(curriculum.take(2, 2))) == set(BY_LENGTH[2:4])  # 0.4 is open: the two that nobody has seen
-    assert set(_ids(curriculum.take(2, 3))) == set(BY_LENGTH[4:6])
+    curriculum = Curriculum(EXAMPLES, _config(steps=5, shortest_share=0.2))
+    assert set(_ids(curriculum.choose(2, 1))) == set(BY_LENGTH[:2])
+    assert set(_ids(curriculum.choose(2, 2))) == set(BY_LENGTH[2:4])  # 0.4 is open: the two that nobody has seen
+    assert set(_ids(curriculum.choose(2, 3))) == set(BY_LENGTH[4:6])
     assert curriculum.metrics(3) == {"curriculum/open": 0.6, "curriculum/seen": 0.6}
-    assert set(_ids(curriculum.take(4, 5))) == set(BY_LENGTH[6:])
-    again = [_ids(curriculum.take(5, step)) for step in (6, 7)]
+    assert set(_ids(curriculum.choose(4, 5))) == set(BY_LENGTH[6:])
+    again = [_ids(curriculum.choose(5, step)) for step in (6, 7)]
     assert sorted(again[0] + again[1]) == sorted(BY_LENGTH)  # nobody a third time before everybody was there twice
 
 
 def test_a_step_is_filled_even_where_too_few_are_open():
-    curriculum = Curriculum(EXAMPLES, CurriculumOptions(steps=9, shortest_share=0.1))
-    assert set(_ids(curriculum.take(4, 1))) == set(BY_LENGTH[:4])
+    curriculum = Curriculum(EXAMPLES, _config(steps=9, shortest_share=0.1))
+    assert set(_ids(curriculum.choose(4, 1))) == set(BY_LENGTH[:4])
     with pytest.raises(ValueError, match="cannot take 11 different prompts from 10 examples"):
-        curriculum.take(11, 1)
+        curriculum.choose(11, 1)
 
 
 def test_a_running_pass_rate_and_its_weight():
-    curriculum = Curriculum(EXAMPLES, CurriculumOptions(by_difficulty=True))
+    curriculum = Curriculum(EXAMPLES, _config(by_difficulty=True))
     curriculum.record([("4", 1.0), ("5", 0.0)])
     curriculum.record([("4", 0.5)])
     curriculum.record([("4", 0.25)])
@@ -83,36 +94,10 @@ def test_a_running_pass_rate_and_its_weight():
 
 def _pass_rates(*scores: GroupScore, full_marks: float = 1.0) -> dict[str, float]:
     """What a curriculum has recorded after one step in which the groups of its prompts got these scores."""
-    options = CurriculumOptions(shortest_share=0.5, by_difficulty=True)
-    curriculum = Curriculum(EXAMPLES[: len(scores)], options)
-    by_id = {example.example_id: score for example, score in zip(EXAMPLES, scores, strict=False)}
-    task = SimpleNamespace(
-        first_reward="r",
-        full_marks=1.0,
-        reached=lambda *_: None,
-        verdicts=Verdicts("r", "undeclared", gold=full_marks),
-        prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1]),
-        score=lambda groups: [by_id[group.prompt.prompt_id] for group in groups],
-    )
-    pool = SimpleNamespace(sample=lambda prompts, params, on_finished: [RolloutGroup(prompt, []) for prompt in prompts])
-    config = SimpleNamespace(
-        output_dir=Path("unused"),
-        data=DataOptions(),
-        warm_start=WarmStartOptions(),
-        prompts_per_step=len(scores),
-        rollout=RolloutOptions(),
-        mtp=SimpleNamespace(depth=1),
-        learner=LearnerOptions(),
-        seed=0,
-        dtype="float32",
-        steps=1,
-        agent=None,
-        log=SimpleNamespace(alarms=False),
-    )
-    log = SimpleNamespace(progress=lambda: Progress(disable=True), event=lambda *_, **__: None)
-    run = Run(config, log, ALONE, checkpoints=None, saved=None, last=1)
-    policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native")
-    Collector(run, task, curriculum, pool, policy).collect(1)
+    task = SimpleNamespace(first_reward="r", verdicts=Verdicts("r", "undeclared", gold=full_marks))
+    curriculum = Curriculum(EXAMPLES, _config(shortest_share=0.5, by_difficulty=True), partial(Task.pass_rate, task))
+    groups = [RolloutGroup(Prompt(EXAMPLES[i].example_id, "", [1]), []) for i in range(len(scores))]
+    curriculum.sampled(1, groups, scores)
     return curriculum.pass_rates
 
 
@@ -143,9 +128,9 @@ def test_contract_6_a_mark_that_is_missing_is_no_failure_to_pass():
 
 def test_learnable_prompts_are_drawn_in_proportion_to_what_they_teach():
     """One draw at a time: P(i) = w_i / Σ w, here .25 for two prompts and .01 for eight."""
-    curriculum = Curriculum(EXAMPLES, CurriculumOptions(by_difficulty=True), seed=1)
+    curriculum = Curriculum(EXAMPLES, _config(by_difficulty=True, seed=1))
     curriculum.record([(e.example_id, 0.5 if e.example_id in "27" else float(int(e.example_id) % 2)) for e in EXAMPLES])
-    drawn = Counter(_ids(example for step in range(4000) for example in curriculum.take(1, step)))
+    drawn = Counter(_ids(example for step in range(4000) for example in curriculum.choose(1, step)))
     assert sum(drawn.values()) == 4000
     for example in EXAMPLES:
         expected = 4000 * (0.25 if example.example_id in "27" else 0.01) / 0.58
@@ -154,9 +139,9 @@ def test_learnable_prompts_are_drawn_in_proportion_to_what_they_teach():
 
 def test_where_most_fail_what_passes_now_and_then_returns_before_the_unseen():
     """Seen: one prompt with p(1−p) = .25 and three with .01, mean .07; that is the weight of each of six unseen."""
-    curriculum = Curriculum(EXAMPLES, CurriculumOptions(by_difficulty=True), seed=1)
+    curriculum = Curriculum(EXAMPLES, _config(by_difficulty=True, seed=1))
     curriculum.record([("0", 0.5), ("1", 0.0), ("2", 0.0), ("3", 0.0)])
-    drawn = Counter(_ids(example for step in range(4000) for example in curriculum.take(1, step)))
+    drawn = Counter(_ids(example for step in range(4000) for example in curriculum.choose(1, step)))
     for example in EXAMPLES:
         weight = {"0": 0.25, "1": 0.01, "2": 0.01, "3": 0.01}.get(example.example_id, 0.07)
         expected = 4000 * weight / 0.70
@@ -164,8 +149,8 @@ def test_where_most_fail_what_passes_now_and_then_returns_before_the_unseen():
 
 
 def test_draws_within_a_step_differ_and_hold_no_example_twice():
-    curriculum = Curriculum(EXAMPLES, CurriculumOptions(by_difficulty=True))
-    draws = [tuple(_ids(curriculum.take(5, 1, draw))) for draw in range(6)]
+    curriculum = Curriculum(EXAMPLES, _config(by_difficulty=True))
+    draws = [tuple(_ids(curriculum.choose(5, 1, draw))) for draw in range(6)]
     assert len(set(draws)) == 6
     assert all(len(set(draw)) == 5 for draw in draws)
 
@@ -174,17 +159,18 @@ def test_draws_within_a_step_differ_and_hold_no_example_twice():
     "options", [{}, {"by_difficulty": True}, {"shortest_share": 0.3}, {"shortest_share": 0.3, "by_difficulty": True}]
 )
 def test_contract_9_the_state_goes_through_json_and_resumes(options):
-    options = CurriculumOptions(steps=6, **options)
+    config = _config(seed=2, steps=6, **options)
 
-    def steps(curriculum, first, last):
+    def steps(collector, first, last):
         taken = []
+        [curriculum] = collector.listeners
         for step in range(first, last + 1):
-            examples = curriculum.take(4, step)
-            curriculum.record((e.example_id, int(e.example_id) * step % 5 / 4) for e in examples)
-            taken.append(_ids(examples))
+            prompt_ids = [prompt.prompt_id for prompt in collector.prompts(4, step)]
+            curriculum.record((prompt_id, int(prompt_id) * step % 5 / 4) for prompt_id in prompt_ids)
+            taken.append(prompt_ids)
         return taken
 
-    whole, first, second = (Curriculum(EXAMPLES, options, seed=2) for _ in range(3))
+    whole, first, second = (_collector(EXAMPLES, config) for _ in range(3))
     expected = steps(whole, 1, 9)
     begun = steps(first, 1, 4)
     state = first.state_dict()
@@ -199,9 +185,10 @@ def test_contract_9_the_state_goes_through_json_and_resumes(options):
 
 
 def test_a_state_of_other_data_is_refused():
-    state = Curriculum(EXAMPLES, CurriculumOptions(by_difficulty=True)).state_dict()
+    config = _config(by_difficulty=True)
+    state = _collector(EXAMPLES, config).state_dict()
     with pytest.raises(ValueError, match="the training data have changed since the checkpoint"):
-        Curriculum(EXAMPLES[1:], CurriculumOptions(by_difficulty=True)).load_state_dict(state)
+        _collector(EXAMPLES[1:], config).load_state_dict(state)
 
 
 def test_a_run_with_every_curriculum(micro_config, tmp_path):
