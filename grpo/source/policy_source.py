@@ -265,6 +265,8 @@ def _load(
     _as_asked(policy, options)
     if policy.backend == "transformers":
         
+        from grpo.source.agreement import check_agreement
+
         check_agreement(policy)
     return policy
 
