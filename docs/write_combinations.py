@@ -1,15 +1,15 @@
-"""Prints docs/guides/combinations.md, which `make reference` writes: grpo/checks/table.yaml as a page of the site."""
+"""Prints docs/guides/combinations.md, which `make reference` writes: grpo/task/table.yaml as a page of the site."""
 
 import re
 
-from grpo.checks.table import FORMS, content
+from grpo.task.table import FORMS, content
 
 PAGE = """\
 # What goes with what
 
 Samplers, forms of policy and features go with each other, but for what this page lists. Every command checks its whole
 configuration before anything is loaded, and tells all that is wrong at once; `--dry_run` does the same. This page is
-made from `grpo/checks/table.yaml` by `make reference`.
+made from `grpo/task/table.yaml` by `make reference`.
 
 | this | does not go with | since; instead |
 |---|---|---|

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from grpo.algorithm.dynamic_sampling import Drawn
-from grpo.checks.run import check_plan, open_task
 from grpo.config.problems import python_words
 from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
@@ -40,6 +39,7 @@ from grpo.steps.loop import Run
 from grpo.steps.pool import open_run_pool, open_sampler, use_costs_of_run
 from grpo.steps.publisher import Publisher
 from grpo.steps.supervise import first_policy, warm_start
+from grpo.task.check import check_plan, open_task
 from grpo.task.sampling import environment_of, sampling_params
 from grpo.task.task import Task
 from policies.lora import sharing_weights

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from grpo.checks.run import check_plan, open_task
 from grpo.config.problems import python_words
 from grpo.config.run import SftConfig
 from grpo.evaluation.evaluate import Evaluation
@@ -19,6 +18,7 @@ from grpo.source.policy_source import load_policy, save_policy, with_threads
 from grpo.steps.loop import Run
 from grpo.steps.pool import open_run_pool
 from grpo.steps.supervise import supervise
+from grpo.task.check import check_plan, open_task
 from grpo.task.sampling import environment_of, sampling_params
 from grpo.task.task import Task
 from policies.policy import Policy

@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 
-from grpo.checks.plan import Plan
-from grpo.checks.table import contradictions
 from grpo.cli.config.convert import ConvertConfig
 from grpo.cli.config.inference import EvalConfig, SampleConfig
 from grpo.cli.config.reward_commands import ReplayConfig, RewardTestConfig
@@ -24,6 +22,8 @@ from grpo.config.aliases import removed
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load, parse
 from grpo.config.run import SftConfig, TrainConfig
+from grpo.task.plan import Plan
+from grpo.task.table import contradictions
 
 ROOT = Path(__file__).parents[1]
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -231,7 +231,7 @@ def test_files_options_and_metrics_that_are_named_exist(page):
 
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_source():
     """What is between two … of a heading must be in one message of the source, in this order."""
-    texts = [(ROOT / "grpo/checks/table.yaml").read_text(encoding="utf-8")]
+    texts = [(ROOT / "grpo/task/table.yaml").read_text(encoding="utf-8")]
     for package in ("grpo", "rollout", "rewards", "policies"):
         for file in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

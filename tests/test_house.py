@@ -36,7 +36,7 @@ FLOORS = (
 )
 # What `import grpo.train` does not load: a run imports these when it is asked for them.
 FEATURES = (
-    *("grpo.cli", "grpo.endpoint", "grpo.launch", "grpo.mtp", "grpo.trl_bridge", "grpo.view"),
+    *("grpo.cli", "grpo.endpoint", "grpo.cli.launch", "grpo.cli.mtp", "grpo.trl_bridge", "grpo.view"),
     *("grpo.algorithm.alarms", "grpo.algorithm.in_flight", "grpo.data.reasoning_gym", "grpo.data.word_problems"),
     *("grpo.learner.teacher_server", "grpo.run.panel", "grpo.source.agreement", "grpo.source.vllm_token"),
     *("grpo.steps.vllm", "grpo.task.reward_models", "policies.conversion", "policies.decoding", "policies.files.hub"),

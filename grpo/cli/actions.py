@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.dry_run:
         return 0 if summary.dry_run(config, device_gib=args.device_gib, **_flags(args)) else EXIT_ERROR
-    from grpo.launch import launch
+    from grpo.cli.launch import launch
 
     results = launch(config, **_flags(args))
     if results is not None:
@@ -84,8 +84,8 @@ def mtp(args: argparse.Namespace) -> int:
     if args.dry_run:
         fits = summary.mtp_dry_run(config, resuming=args.resume is not None, device_gib=args.device_gib)
         return 0 if fits else EXIT_ERROR
+    from grpo.cli.mtp import mtp
     from grpo.config.problems import command_line
-    from grpo.mtp import mtp
 
     with command_line():
         summary.summary(mtp(config, **_flags(args)))

@@ -264,7 +264,6 @@ def _load(
             policy = policy.to(device_of(options.device))
     _as_asked(policy, options)
     if policy.backend == "transformers":
-        
         from grpo.source.agreement import check_agreement
 
         check_agreement(policy)

@@ -10,7 +10,6 @@ from rich.console import Console
 from safetensors import safe_open
 from small_learner import small_learner
 
-from grpo.checks.run import check_plan
 from grpo.cli.commands import summary
 from grpo.cli.commands.export import export
 from grpo.cli.commands.memory import learner_memory
@@ -20,6 +19,7 @@ from grpo.run.records import read_metrics
 from grpo.run.resume import base_digest
 from grpo.run.stop import Stopped
 from grpo.source.policy_source import find_policy, load_found
+from grpo.task.check import check_plan
 from grpo.train import train
 from policies import four_bit
 from policies.policy import Policy, PolicyError, digest

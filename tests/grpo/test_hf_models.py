@@ -8,7 +8,6 @@ import torch
 from small_learner import small_learner
 from transformers import AutoModelForCausalLM
 
-from grpo.checks.run import check_plan
 from grpo.cli.config.inference import EvalConfig
 from grpo.cli.parse import main
 from grpo.config.learner import LearnerOptions, MTPOptions
@@ -19,6 +18,7 @@ from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
 from grpo.source.agreement import check_agreement
 from grpo.source.policy_source import load_policy
+from grpo.task.check import check_plan
 from grpo.train import train
 from policies.policy import PolicyError
 

@@ -21,12 +21,12 @@ from engine_cases import (
 from serving_cases import Running
 from transformers import DeepseekV3ForCausalLM
 
-from grpo.checks.run import check_plan
 from grpo.cli.commands.inspect import inspect
 from grpo.cli.parse import main
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
+from grpo.task.check import check_plan
 from grpo.task.reward_models import check_teacher
 from grpo.train import train
 from grpo.trl_bridge import BridgeError, rollout_func

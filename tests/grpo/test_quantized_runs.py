@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from grpo.checks.run import check_plan
 from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig, TrainConfig
+from grpo.task.check import check_plan
 from grpo.train import train
 
 

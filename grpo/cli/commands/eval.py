@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 
 from grpo.algorithm.statistics import corpus_bleu
-from grpo.checks.run import check_plan
 from grpo.cli.commands.served import is_address, open_served
 from grpo.cli.config.inference import EvalConfig
 from grpo.config.data import DataOptions, PromptOptions
@@ -28,6 +27,7 @@ from grpo.run.console import progress_bars
 from grpo.run.memory_errors import phase
 from grpo.run.stop import signals
 from grpo.source.policy_source import PolicySource, find_policy, known_context, load_found
+from grpo.task.check import check_plan
 from grpo.task.sampling import agent_of, environment_of, sampling_params
 from grpo.task.task import Task
 from policies.policy import Policy

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 import torch
 
-from grpo.checks.plan import Plan
-from grpo.checks.table import contradictions
 from grpo.cli.commands.memory_table import WARM_START, DeviceMemory
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
+from grpo.task.plan import Plan
+from grpo.task.table import contradictions
 
 GIB = 2**30
 PROCESS = 0.4 * GIB  # what torch itself needs in each process

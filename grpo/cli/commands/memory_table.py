@@ -1,6 +1,6 @@
 """What a device holds in a run, which processes share a GPU, and the table that `--dry_run` prints of it.
 
-Processes are placed as rollout/places.py and grpo/launch.py place them, and Ray does.
+Processes are placed as rollout/places.py and grpo/cli/launch.py place them, and Ray does.
 """
 
 from __future__ import annotations

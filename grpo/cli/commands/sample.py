@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from grpo.checks.run import check_plan
 from grpo.cli.config.inference import SampleConfig
 from grpo.config.json_file import parse_json, unfit
 from grpo.data.examples import Example, beyond_context, examples_of
@@ -20,6 +19,7 @@ from grpo.data.prompts import PromptTemplate, encode_prompt
 from grpo.run.console import progress_bars
 from grpo.run.memory_errors import phase
 from grpo.source.policy_source import find_policy, load_found
+from grpo.task.check import check_plan
 from grpo.task.sampling import environment_of, sampling_params
 from rollout.faults import RolloutError
 from rollout.group import RolloutGroup

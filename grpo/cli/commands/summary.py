@@ -14,9 +14,6 @@ from rich import box
 from rich.table import Table
 from transformers import DeepseekV3Config, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.checks.parts import check_prompts
-from grpo.checks.plan import Plan
-from grpo.checks.run import check_plan, open_task
 from grpo.cli.commands import machine, memory, memory_table
 from grpo.cli.commands.draft_colours import LEGEND, coloured
 from grpo.cli.commands.memory_table import DeviceMemory
@@ -31,6 +28,9 @@ from grpo.run.lock import refuse_folder
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import refuse_changed_rewards
 from grpo.source.policy_source import meta_policy
+from grpo.task.check import check_plan, open_task
+from grpo.task.parts import check_prompts
+from grpo.task.plan import Plan
 from grpo.task.task import Task
 from policies import four_bit
 from policies.checkpoint import check_policy
@@ -181,7 +181,7 @@ def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float 
     depth, width = config.head.depth, min(config.head.draft_vocabulary or shape.vocab_size, shape.vocab_size)
     completions = config.prompts_per_step * config.rollout.group_size
     with open_task(config) as task:
-        from grpo.mtp import Streams
+        from grpo.cli.mtp import Streams
 
         Streams(task, config)
         check_prompts(plan, task)

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from grpo.checks.run import check_plan
 from grpo.cli.commands.eval import ModelEvaluation, evaluate_model
 from grpo.cli.config.inference import EvalConfig
 from grpo.cli.quantize import compressor, report
@@ -24,6 +23,7 @@ from grpo.data.examples import Example
 from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, trained_on
 from grpo.data.prompts import PromptTemplate
 from grpo.source.policy_source import PolicySource, find_policy, load_found
+from grpo.task.check import check_plan
 from policies.conversion.dense import LICENCE_FILES, new_folder
 from policies.conversion.parity import Fidelity, fidelity
 from policies.files.packed import is_packed

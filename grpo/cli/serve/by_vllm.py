@@ -20,12 +20,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from grpo.checks.run import check_plan
 from grpo.cli.config.serve import ServeConfig
 from grpo.run.listening import keep
 from grpo.run.memory_errors import phase
 from grpo.source.policy_source import find_policy, load_found
 from grpo.source.vllm_token import installed_vllm
+from grpo.task.check import check_plan
 from policies.policy import Policy
 from rollout.backends.vllm.process import clean_environment
 from rollout.backends.vllm.settings import KV_CACHE_BYTES

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grpo.checks.run import check_plan
 from grpo.cli.config.serve import ServeConfig
 from grpo.run.listening import listen
 from grpo.run.memory_errors import phase
 from grpo.source.policy_source import PolicySource, find_policy, load_found
+from grpo.task.check import check_plan
 from grpo.task.sampling import sampling_params
 from rollout.depth import Workload
 from rollout.engine import Engine

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from grpo.cli.mtp import mtp
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
 from grpo.config.run import SftConfig
-from grpo.mtp import mtp
 from grpo.run import lock
 from grpo.run.lock import FolderInUse, RunLock
 from grpo.run.log import RunLog

@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from small_learner import small_learner, term_of
 
-from grpo.checks import table
 from grpo.cli.commands import machine, memory, memory_table, shares
 from grpo.cli.commands.memory import (
     activation_bytes,
@@ -37,6 +36,7 @@ from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.sampling import RolloutOptions
 from grpo.learner.learner import Learner
 from grpo.source.policy_source import meta_policy
+from grpo.task import table
 from policies.anatomy import anatomy
 from policies.logprobs import CHUNK_ELEMENTS
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer

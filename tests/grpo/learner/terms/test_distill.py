@@ -10,11 +10,11 @@ from recorded import groups_of
 from small_learner import small_learner
 
 from grpo.algorithm.advantages import distill, group_relative
-from grpo.checks.run import check_plan
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from grpo.run.records import read_metrics, read_rollouts
+from grpo.task.check import check_plan
 from grpo.task.reward_models import check_teacher
 from grpo.train import train
 

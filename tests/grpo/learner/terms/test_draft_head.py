@@ -3,13 +3,13 @@ import torch
 import torch.nn.functional as F
 from small_learner import supervised_learner
 
-from grpo.checks.run import check_plan
 from grpo.config.learner import MTPOptions
 from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.prepare import supervised
 from grpo.learner.terms.draft_head import gold_draft_loss, teaching
+from grpo.task.check import check_plan
 from policies.mtp import draft_loss
 
 ROWS = [

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from grpo.checks.parts import FIRST, OF_MODEL, TRIES, check_processes
-from grpo.checks.plan import REFUSALS, Plan
-from grpo.checks.table import contradictions
 from grpo.config.environment import rewards_of
 from grpo.config.mtp import MtpConfig
 from grpo.config.policy import ModelOptions
 from grpo.config.run import RunConfig, SftConfig
 from grpo.run.hardware import device_of
 from grpo.source.policy_source import PolicySource
+from grpo.task.parts import FIRST, OF_MODEL, TRIES, check_processes
+from grpo.task.plan import REFUSALS, Plan
+from grpo.task.table import contradictions
 from grpo.task.task import Task, reward_specs
 from rewards.scorer import Scorer
 

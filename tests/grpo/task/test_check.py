@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from grpo.cli.commands import summary
+from grpo.cli.launch import launch
+from grpo.cli.mtp import mtp
 from grpo.cli.parse import main
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
 from grpo.config.problems import command_line
 from grpo.config.run import SftConfig
-from grpo.launch import launch
-from grpo.mtp import mtp
 from grpo.sft import sft
 from grpo.train import train
 from policies.policy import PolicyError

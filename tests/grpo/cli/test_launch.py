@@ -17,8 +17,8 @@ import torch
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from safetensors.torch import load_file
 
+from grpo.cli.launch import gpu_share, launch
 from grpo.config.run import TrainConfig
-from grpo.launch import gpu_share, launch
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from rollout.cluster import Seclusion
@@ -153,7 +153,7 @@ def test_ray_train_is_asked_for_that_share_and_refuses_before_it_starts(monkeypa
 
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
     monkeypatch.setattr("rollout.cluster.start_ray", lambda *_: None)
-    monkeypatch.setattr("grpo.launch.device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("grpo.cli.launch.device_of", lambda _: torch.device("cuda"))
     given = {"learner.workers": 2, "rollout.workers": 2, "rollout.colocate": True, "threads": 3}
     with pytest.raises(ValueError, match="rollout.gpus_per_worker=1 with rollout.colocate=true"):
         launch(micro_config(tmp_path / "r", **given))

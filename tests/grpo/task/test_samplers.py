@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo.checks.run import check_plan
 from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig
 from grpo.config.sampling import RolloutOptions
 from grpo.run.records import read_events, read_rollouts
 from grpo.sft import sft
 from grpo.steps.vllm import vllm_settings
+from grpo.task.check import check_plan
 from grpo.task.sampling import sampling_params
 from grpo.train import train
 from policies.conversion.dense import convert_checkpoint

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo.cli.commands.summary import mtp_dry_run
+from grpo.cli.mtp import mtp, rows_of, split
 from grpo.cli.parse import main
 from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
 from grpo.config.options import load
@@ -20,7 +21,6 @@ from grpo.learner.head_learner import HeadLearner
 from grpo.learner.lessons import KINDS, Corpus
 from grpo.learner.prepare import supervised
 from grpo.learner.update import NonFiniteStep, Update
-from grpo.mtp import mtp, rows_of, split
 from grpo.run import checkpoint
 from grpo.run.log import RunLog
 from grpo.run.records import read_metrics
@@ -594,7 +594,7 @@ def test_options_that_make_no_sense_are_refused(config, tmp_path, given, message
 
 
 def test_more_prompts_than_there_are_is_refused_before_the_model_loads(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo.mtp.load_policy", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("grpo.cli.mtp.load_policy", lambda *a: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="prompts_per_step=50, but there are 10 training examples"):
         mtp(config(tmp_path / "run", prompts_per_step=50))
     with pytest.raises(ValueError, match="head.solutions=9, but 8 training examples are learned from.*lower it"):
@@ -622,7 +622,7 @@ def test_a_policy_that_has_no_head_and_is_to_have_none_is_refused(hf_policy, con
 
 
 def test_prompts_that_leave_no_room_are_refused_before_anything_is_sampled(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo.mtp.open_run_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
+    monkeypatch.setattr("grpo.cli.mtp.open_run_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
     with pytest.raises(ValueError, match=r"10 prompts, the first of them .* context of 256 with max_completion_tokens"):
         mtp(config(tmp_path / "run", **{"rollout.max_completion_tokens": 250}))
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from grpo.checks.run import check_plan, open_task
 from grpo.config.mtp import MtpConfig
 from grpo.config.problems import python_words
 from grpo.data.examples import Example
@@ -35,6 +34,7 @@ from grpo.source.policy_source import find_policy, load_policy, save_policy, wit
 from grpo.steps.loop import Run
 from grpo.steps.pool import open_run_pool, use_costs_of_run
 from grpo.steps.publisher import Publisher
+from grpo.task.check import check_plan, open_task
 from grpo.task.sampling import sampling_params
 from grpo.task.task import Task
 from policies import presets

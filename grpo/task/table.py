@@ -10,13 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from grpo.checks.plan import REFUSALS, Plan
 from grpo.config.learner import MTPOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.yaml_file import parse_yaml, to_yaml
 from grpo.run.hardware import device_of
 from grpo.source.policy_source import shape_of
+from grpo.task.plan import REFUSALS, Plan
 from grpo.task.sampling import no_graph
 from policies import presets
 from policies.attention import sees_prompts_whole

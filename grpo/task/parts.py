@@ -10,8 +10,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from grpo.algorithm import own
-from grpo.checks.plan import Plan
-from grpo.checks.table import asked
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
 from grpo.config.sampling import VLLMOptions
@@ -19,6 +17,8 @@ from grpo.learner.build import check_terms
 from grpo.learner.parallel import refuse_layout, refuse_processes
 from grpo.run import trackers
 from grpo.run.hardware import device_of
+from grpo.task.plan import Plan
+from grpo.task.table import asked
 from grpo.task.task import Task
 from policies import four_bit, presets
 from policies.checkpoint import check_files

@@ -7,8 +7,6 @@ import shutil
 from dataclasses import replace
 from typing import Any, cast
 
-from grpo.checks.parts import gpu_share
-from grpo.checks.run import check_plan
 from grpo.config.problems import command_line
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.parallel import RankFailed
@@ -16,6 +14,8 @@ from grpo.run.hardware import device_of
 from grpo.run.stop import ASKED, Stopped, say_stopping, signals
 from grpo.sft import sft
 from grpo.source.policy_source import with_threads
+from grpo.task.check import check_plan
+from grpo.task.parts import gpu_share
 from grpo.train import Result, train
 from policies.files.atomic import write_file
 

@@ -1,1 +1,0 @@
-"""What goes with what, and what is refused before anything is loaded."""
