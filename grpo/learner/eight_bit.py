@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from grpo.learner.state import CODES, SCALE
 from policies.sharding import like
 
 LEAST, SHORTEST, LONGEST = 4096, 32, 256  # numbers in a moment, as in bitsandbytes; in a block
-CODES, SCALE = ".codes", ".scale"
 
 
 def adamw_8bit(groups: Sequence[dict], betas: tuple[float, float], *, rounds: bool = False) -> torch.optim.Optimizer:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from grpo.learner.eight_bit import CODES, SCALE, moment_of, parts
 from grpo.learner.master_weights import MasterWeights
 from policies.policy import Policy
 from policies.sharding import like, release
 
 Tensors = dict[str, dict[str, Tensor]]
+CODES, SCALE = ".codes", ".scale"  # ends of the names of moments in 8 bits
 
 
 # Parts of a checkpoint that are not for `modules`: a draft vocabulary, and what was sampled ahead.
@@ -27,6 +27,9 @@ def take(
     release(policy)
     trained = {n: masters.of(p).detach() for n, p in policy.named_parameters() if p.requires_grad}
     buffers = {n: b for n, b in policy.named_buffers() if n.endswith("e_score_correction_bias")}
+    parts = _whole
+    if hasattr(optimizer, "block_size"):
+        from grpo.learner.eight_bit import parts
     names = {id(masters.of(p)): n for n, p in _named_parameters(policy, modules).items()}
     moments = {
         f"{names[id(p)]}/{key}{end}": part
@@ -38,6 +41,10 @@ def take(
     for part, module in modules.items():
         tensors[part] = {n: p.detach() for n, p in module.named_parameters()}
     return tensors
+
+
+def _whole(moment: Tensor) -> dict[str, Tensor]:
+    return {"": moment}
 
 
 @torch.no_grad()
@@ -79,6 +86,8 @@ def put(
             continue  # it was read with its codes
         if in_8_bits and key != "step":
             scale = stored[f"{owner}/{key}{SCALE}"] if name.endswith(CODES) else None
+            from grpo.learner.eight_bit import moment_of
+
             optimizer.state[moved][key] = moment_of(optimizer, moved, key == "exp_avg", value, scale)
             continue
         value = like(value, moved) if value.shape == moved.shape else value

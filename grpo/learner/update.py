@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config.learner import LearnerOptions
-from grpo.learner.eight_bit import adamw_8bit
 from grpo.learner.master_weights import MasterWeights
 from grpo.learner.optimizer import by_mesh, norm_of
 from grpo.learner.parallel import Ranks
@@ -42,6 +41,8 @@ class Update:
         ]
         self.optimizer: torch.optim.Optimizer
         if options.optimizer == "adamw_8bit":
+            from grpo.learner.eight_bit import adamw_8bit
+
             self.optimizer = adamw_8bit(moved, options.betas, rounds=options.stochastic_rounding)
         else:
             self.optimizer = torch.optim.AdamW(moved, betas=options.betas, fused=True)  # no temporaries
