@@ -56,7 +56,9 @@ def page() -> str:
         code = code_of(function)
         count += len(code.split("\n"))
         file = Path(inspect.getsourcefile(inspect.unwrap(function)) or "").resolve().relative_to(ROOT)
-        sections.append(f"## {title}\n\n{words} `{file}`\n\n```python\n{code}\n```\n")
+        sections.append(
+            f"## {title}\n\n{words} `{file}`\n\n<!-- not run: quoted from the source -->\n```python\n{code}\n```\n"
+        )
     assert count <= MOST, f"the page quotes {count} lines, and {MOST} are promised"
     return "\n".join([INTRODUCTION.format(lines=count), *sections])
 

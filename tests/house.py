@@ -31,16 +31,17 @@ policies/__init__ policies/policy policies/checkpoint policies/layout policies/l
 policies/publication policies/decoding/absorbed policies/decoding/latent_cache policies/decoding/linear
 policies/decoding/experts policies/routing/routers
 rollout/__init__ rollout/engine rollout/group rollout/local_pool rollout/pool
-rollout/pools rollout/results rollout/rows rollout/sampling rollout/shard
+rollout/pools rollout/results rollout/rows rollout/sampling rollout/shard rollout/stage
 rollout/stop_strings rollout/backends/__init__
 rewards/__init__ rewards/group_score rewards/protocol rewards/scorer rewards/spec
-grpo/__init__ grpo/train grpo/steps/loop grpo/steps/collector grpo/steps/publisher grpo/task/task grpo/task/sampling
+grpo/__init__ grpo/train grpo/session grpo/steps/loop grpo/steps/collector grpo/steps/listener grpo/steps/publisher
+grpo/task/task grpo/task/sampling
 grpo/source/policy_source
 grpo/algorithm/advantages grpo/algorithm/losses grpo/algorithm/surrogates grpo/algorithm/ties
-grpo/config/data grpo/config/learner grpo/config/loss grpo/config/reward grpo/config/run grpo/config/sampling
-grpo/data/examples grpo/data/prompts
+grpo/config/data grpo/config/features grpo/config/learner grpo/config/loss grpo/config/reward grpo/config/run
+grpo/config/sampling grpo/data/examples grpo/data/prompts
 grpo/learner/batch grpo/learner/build grpo/learner/learner grpo/learner/likelihood grpo/learner/optimizer
-grpo/learner/prepare grpo/learner/update
+grpo/learner/prepare grpo/learner/update grpo/learner/terms/policy grpo/learner/terms/term
 """
 
 

@@ -33,6 +33,7 @@ WRITTEN = [page for page in PAGES if page != GENERATED]
 OF_THE_PAST = (ROOT / "CHANGELOG.md", ROOT / "docs/features.md")  # they name what an older version had
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+SNIPPET = re.compile(r'^--8<-- "(.*)"$', re.MULTILINE)  # a file that the site puts here
 COMMENT = re.compile(r"<!-- (?P<key>[\w .]+?)(?:: (?P<value>.*?))? -->")
 OPTIONS_OF: dict[str, Any] = {
     "train": TrainConfig,
@@ -67,6 +68,7 @@ def blocks(page: Path) -> Iterator[Block]:
         before = re.search(r"(?:^ *<!-- .*? -->\n)*\Z", source[end : found.start()], re.MULTILINE)
         says = {comment["key"]: comment["value"] or "" for comment in COMMENT.finditer(before[0] if before else "")}
         text = re.sub(f"^{found['indent']}", "", found["text"], flags=re.MULTILINE)
+        text = SNIPPET.sub(lambda match: (ROOT / match[1]).read_text(encoding="utf-8"), text)
         yield Block(page, source[: found.start()].count("\n") + 1, found["language"], text, says)
         end = found.end()
 

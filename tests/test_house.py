@@ -23,10 +23,9 @@ MAY_IMPORT = {
 FLOORS = (
     ("__init__", "__main__"),
     ("cli",),
-    ("launch",),
     ("train",),
-    ("sft", "mtp", "trl_bridge"),
-    ("steps", "evaluation", "checks"),
+    ("session", "sft", "trl_bridge"),
+    ("steps", "evaluation"),
     ("task",),
     ("source", "endpoint"),
     ("learner", "view"),
@@ -38,7 +37,15 @@ FLOORS = (
 FEATURES = (
     *("grpo.cli", "grpo.endpoint", "grpo.cli.launch", "grpo.cli.mtp", "grpo.trl_bridge", "grpo.view"),
     *("grpo.algorithm.alarms", "grpo.algorithm.in_flight", "grpo.data.reasoning_gym", "grpo.data.word_problems"),
-    *("grpo.learner.teacher_server", "grpo.run.panel", "grpo.source.agreement", "grpo.source.vllm_token"),
+    *("grpo.learner.eight_bit", "grpo.learner.terms.custom", "grpo.learner.terms.supervised"),
+    *("grpo.learner.terms.balance", "grpo.learner.terms.distill", "grpo.learner.terms.draft_head"),
+    *(
+        "grpo.learner.terms.teacher_server",
+        "grpo.learner.terms.value",
+        "grpo.run.panel",
+        "grpo.source.agreement",
+        "grpo.source.vllm_token",
+    ),
     *("grpo.steps.vllm", "grpo.task.reward_models", "policies.conversion", "policies.decoding", "policies.files.hub"),
     *("policies.files.packed", "rewards.built_in", "rewards.http_post", "rewards.isolation.pool", "rollout.backends"),
     *("rollout.cluster", "rollout.compiled", "rollout.costs", "rollout.drafts", "rollout.engine"),
@@ -219,7 +226,7 @@ def test_an_arrow_that_goes_up_is_found(tmp_path):
     ("question", "file", "answer"),
     [
         ("where is the clip?", "grpo/algorithm/surrogates.py", "def clipped_surrogate("),
-        ("who decides to save?", "grpo/steps/loop.py", "def save_if_due("),
+        ("who decides to save?", "grpo/steps/loop.py", "self.config.checkpoint.every"),
         ("what is a draft's cost?", "rollout/costs.py", "def measure("),
         ("where do rewards run?", "rewards/isolation/child.py", "def serve(socket_fd"),
         ("which room decides which policy a path means?", "grpo/source/policy_source.py", "def find_policy("),

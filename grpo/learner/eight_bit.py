@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from grpo.learner.state import CODES, SCALE
+from grpo.learner.optimizer import CODES, SCALE
 from policies.sharding import like
 
 LEAST, SHORTEST, LONGEST = 4096, 32, 256  # numbers in a moment, as in bitsandbytes; in a block

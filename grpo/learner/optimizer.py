@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from policies.layout import frozen_parameter_names
 from policies.policy import Policy
 
+CODES, SCALE = ".codes", ".scale"  # ends of the names of moments in 8 bits
 PIECE = 2**18  # numbers: so that their squares take little memory
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from grpo.learner.master_weights import MasterWeights
+from grpo.learner.optimizer import CODES, SCALE
 from policies.policy import Policy
 from policies.sharding import like, release
 
 Tensors = dict[str, dict[str, Tensor]]
-CODES, SCALE = ".codes", ".scale"  # ends of the names of moments in 8 bits
 
 
 # Parts of a checkpoint that are not for `modules`: a draft vocabulary, and what was sampled ahead.
