@@ -43,7 +43,6 @@ from grpo.steps.publisher import Publisher
 from grpo.steps.supervise import first_policy, warm_start
 from grpo.task.sampling import environment_of, sampling_params
 from grpo.task.task import Task
-from policies.lora import sharing_weights
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
@@ -102,7 +101,7 @@ class Session:
                 warm_start(run, task)
             again, beside = partial(first_policy, run, task), partial(load_beside, config)
             policy = again() if base is None else _shared(config, base)
-            plain = sharing_weights(policy) if config.lora else None
+            plain = policy.sharing_weights() if config.lora else None
             learner: Learner = grpo_learner(policy, config, task.reward_weights, ranks, again, beside)
             session = cls(run, task, learner, plain)
             run.restore(learner=learner, curriculum=session.batches, **_base(run, learner))
@@ -413,7 +412,7 @@ def _shared(config: TrainConfig, base: Session) -> Policy:
         one, other = getattr(config, name), getattr(base.config, name)
         if one != other:
             raise ValueError(f"base=: {name}={one!r}, and the other session has {name}={other!r}; make them the same")
-    return sharing_weights(base.plain)
+    return base.plain.sharing_weights()
 
 
 def _base(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:

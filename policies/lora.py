@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,6 @@ from policies import four_bit
 from policies.four_bit import is_held, plain_weight
 from policies.sharding import Split, gathered, like, release
 
-if TYPE_CHECKING:
-    from policies.policy import Policy
-
 ADAPTER = "default"
 
 DEFAULT_TARGETS = (
@@ -38,12 +34,6 @@ PARAMETERS = {
     "head_router": ("self_attn.gate.weight",),
 }
 HEAD = "mtp"
-
-
-def sharing_weights(policy: Policy) -> Policy:
-    """A copy of a policy without adapters. The trunk's weights are in memory once, so nothing may move them; biases of
-    routers and the draft head are the copy's own."""
-    return copy.deepcopy(policy, {id(weight): weight for weight in policy.trunk.parameters()})
 
 
 def inject(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import tempfile
 from collections.abc import Mapping
@@ -163,6 +164,11 @@ class Policy(nn.Module):
     def _named_tensors(self) -> list[tuple[str, Tensor]]:
         """Parameters and buffers, including those that no checkpoint holds."""
         return [*self.named_parameters(), *self.named_buffers()]
+
+    def sharing_weights(self) -> Policy:
+        """A copy of a policy without adapters. The trunk's weights are in memory once, so nothing may move them; biases
+        of routers and the draft head are the copy's own."""
+        return copy.deepcopy(self, {id(weight): weight for weight in self.trunk.parameters()})
 
     def add_lora(self, rank: int, alpha: float, targets: list[str] | None = None) -> None:
         """Freeze the trunk and add adapters to it. The MTP head stays fully trainable unless `targets` hold "mtp"."""
