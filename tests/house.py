@@ -34,13 +34,14 @@ rollout/__init__ rollout/engine rollout/group rollout/local_pool rollout/pool
 rollout/pools rollout/results rollout/rows rollout/sampling rollout/shard
 rollout/stop_strings rollout/backends/__init__
 rewards/__init__ rewards/group_score rewards/protocol rewards/scorer rewards/spec
-grpo/__init__ grpo/train grpo/steps/loop grpo/steps/collector grpo/steps/publisher grpo/task/task grpo/task/sampling
+grpo/__init__ grpo/train grpo/session grpo/steps/loop grpo/steps/collector grpo/steps/listener grpo/steps/publisher
+grpo/task/task grpo/task/sampling
 grpo/source/policy_source
 grpo/algorithm/advantages grpo/algorithm/losses grpo/algorithm/surrogates grpo/algorithm/ties
 grpo/config/data grpo/config/learner grpo/config/loss grpo/config/reward grpo/config/run grpo/config/sampling
 grpo/data/examples grpo/data/prompts
 grpo/learner/batch grpo/learner/build grpo/learner/learner grpo/learner/likelihood grpo/learner/optimizer
-grpo/learner/prepare grpo/learner/update
+grpo/learner/prepare grpo/learner/update grpo/learner/terms/policy grpo/learner/terms/term
 """
 
 

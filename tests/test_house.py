@@ -25,6 +25,7 @@ FLOORS = (
     ("cli",),
     ("launch",),
     ("train",),
+    ("session",),
     ("sft", "mtp", "trl_bridge"),
     ("steps", "evaluation", "checks"),
     ("task",),
@@ -38,7 +39,7 @@ FLOORS = (
 FEATURES = (
     *("grpo.cli", "grpo.endpoint", "grpo.launch", "grpo.mtp", "grpo.trl_bridge", "grpo.view"),
     *("grpo.algorithm.alarms", "grpo.algorithm.in_flight", "grpo.data.reasoning_gym", "grpo.data.word_problems"),
-    *("grpo.learner.teacher_server", "grpo.run.panel", "grpo.source.agreement", "grpo.source.vllm_token"),
+    *("grpo.learner.terms.teacher_server", "grpo.run.panel", "grpo.source.agreement", "grpo.source.vllm_token"),
     *("grpo.steps.vllm", "grpo.task.reward_models", "policies.conversion", "policies.decoding", "policies.files.hub"),
     *("policies.files.packed", "rewards.built_in", "rewards.http_post", "rewards.isolation.pool", "rollout.backends"),
     *("rollout.cluster", "rollout.compiled", "rollout.costs", "rollout.drafts", "rollout.engine"),
@@ -219,7 +220,7 @@ def test_an_arrow_that_goes_up_is_found(tmp_path):
     ("question", "file", "answer"),
     [
         ("where is the clip?", "grpo/algorithm/surrogates.py", "def clipped_surrogate("),
-        ("who decides to save?", "grpo/steps/loop.py", "def save_if_due("),
+        ("who decides to save?", "grpo/steps/loop.py", "def save_if_due(self, also"),
         ("what is a draft's cost?", "rollout/costs.py", "def measure("),
         ("where do rewards run?", "rewards/isolation/child.py", "def serve(socket_fd"),
         ("which room decides which policy a path means?", "grpo/source/policy_source.py", "def find_policy("),
@@ -362,6 +363,9 @@ def _public_names(package: str) -> set[str]:
     return set()
 
 
-def test_the_reference_page_is_what_the_options_say():
-    said = _python(str(ROOT / "docs/write_reference.py"), path=ROOT)
-    assert (ROOT / "docs/reference.md").read_text() == said, "run `make reference` and commit docs/reference.md"
+@pytest.mark.parametrize(
+    ("page", "script"), [("reference.md", "write_reference.py"), ("grpo-in-200-lines.md", "write_walk.py")]
+)
+def test_a_page_is_what_the_source_says(page, script):
+    said = _python(str(ROOT / "docs" / script), path=ROOT)
+    assert (ROOT / "docs" / page).read_text() == said, f"run `make reference` and commit docs/{page}"
