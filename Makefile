@@ -25,7 +25,7 @@ demo: $(RUN_STAMP) ## install, then train the tiny policy on word problems and s
 reference: $(RUN_STAMP) ## write the pages that are made from the source: options and metrics, combinations, GRPO in 200 lines
 	$(BIN)/python docs/write_reference.py > docs/reference.md
 	$(BIN)/python docs/write_combinations.py > docs/guides/combinations.md
-	$(BIN)/python docs/write_walk.py > docs/grpo-in-200-lines.md
+	$(BIN)/python docs/write_grpo-in-200-lines.py > docs/grpo-in-200-lines.md
 
 docs: $(DEV_STAMP) reference ## build the site into site/, where every warning is an error
 	$(BIN)/zensical build --clean --strict

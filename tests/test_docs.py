@@ -28,12 +28,15 @@ from grpo.task.table import contradictions
 ROOT = Path(__file__).parents[1]
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
-GENERATED = ROOT / "docs/reference.md"
-WRITTEN = [page for page in PAGES if page != GENERATED]
+REFERENCE = ROOT / "docs/reference.md"
+GENERATED = (REFERENCE, ROOT / "docs/grpo-in-200-lines.md")
+WRITTEN = [page for page in PAGES if page not in GENERATED]
 OF_THE_PAST = (ROOT / "CHANGELOG.md", ROOT / "docs/features.md")  # they name what an older version had
 
-FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
-SNIPPET = re.compile(r'^--8<-- "(.*)"$', re.MULTILINE)  # a file that the site puts here
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\S*)(?: title=\S+)?\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL
+)
+QUOTED = re.compile(r'--8<-- "(\S+)"\n')
 COMMENT = re.compile(r"<!-- (?P<key>[\w .]+?)(?:: (?P<value>.*?))? -->")
 OPTIONS_OF: dict[str, Any] = {
     "train": TrainConfig,
@@ -68,7 +71,8 @@ def blocks(page: Path) -> Iterator[Block]:
         before = re.search(r"(?:^ *<!-- .*? -->\n)*\Z", source[end : found.start()], re.MULTILINE)
         says = {comment["key"]: comment["value"] or "" for comment in COMMENT.finditer(before[0] if before else "")}
         text = re.sub(f"^{found['indent']}", "", found["text"], flags=re.MULTILINE)
-        text = SNIPPET.sub(lambda match: (ROOT / match[1]).read_text(encoding="utf-8"), text)
+        if quoted := QUOTED.fullmatch(text):
+            says["not run"], text = "the file has a test of its own", (ROOT / quoted[1]).read_text(encoding="utf-8")
         yield Block(page, source[: found.start()].count("\n") + 1, found["language"], text, says)
         end = found.end()
 
@@ -209,7 +213,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_options_and_metrics_that_are_named_exist(page):
     """`examples/01_demo.yaml`, `rollout.draft_tokens: null`, `--head.depth 2`, `loss/kl`."""
-    reference = GENERATED.read_text(encoding="utf-8")
+    reference = REFERENCE.read_text(encoding="utf-8")
     keys = set(re.findall(r"^\| `([^`]+)` \|", reference, re.MULTILINE))
     options = {key for key in keys if "/" not in key}
     metrics = {re.sub(r"<\w+>", "<>", key) for key in keys if "/" in key}

@@ -39,13 +39,8 @@ FEATURES = (
     *("grpo.algorithm.alarms", "grpo.algorithm.in_flight", "grpo.data.reasoning_gym", "grpo.data.word_problems"),
     *("grpo.learner.eight_bit", "grpo.learner.terms.custom", "grpo.learner.terms.supervised"),
     *("grpo.learner.terms.balance", "grpo.learner.terms.distill", "grpo.learner.terms.draft_head"),
-    *(
-        "grpo.learner.terms.teacher_server",
-        "grpo.learner.terms.value",
-        "grpo.run.panel",
-        "grpo.source.agreement",
-        "grpo.source.vllm_token",
-    ),
+    *("grpo.learner.terms.teacher_server", "grpo.learner.terms.value"),
+    *("grpo.run.panel", "grpo.source.agreement", "grpo.source.vllm_token"),
     *("grpo.steps.vllm", "grpo.task.reward_models", "policies.conversion", "policies.decoding", "policies.files.hub"),
     *("policies.files.packed", "rewards.built_in", "rewards.http_post", "rewards.isolation.pool", "rollout.backends"),
     *("rollout.cluster", "rollout.compiled", "rollout.costs", "rollout.drafts", "rollout.engine"),
@@ -369,7 +364,7 @@ def _public_names(package: str) -> set[str]:
     return set()
 
 
-@pytest.mark.parametrize("page", ["reference", "guides/combinations"])
+@pytest.mark.parametrize("page", ["reference", "guides/combinations", "grpo-in-200-lines"])
 def test_a_generated_page_is_what_the_source_says(page):
     said = _python(str(ROOT / f"docs/write_{Path(page).name}.py"), path=ROOT)
     assert (ROOT / f"docs/{page}.md").read_text() == said, f"run `make reference` and commit docs/{page}.md"
