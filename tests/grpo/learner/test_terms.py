@@ -10,6 +10,7 @@ from recorded import groups_of
 from small_learner import small_learner
 
 from grpo.config.balance import BalanceOptions
+from grpo.config.features import Feature
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner import build
@@ -67,9 +68,9 @@ class Confidence(Term):
 
 def test_a_users_term_adds_its_gradient_and_no_other(micro_policy, monkeypatch):
     plain = learner_of(micro_policy(0))
-    file = SimpleNamespace(term=lambda policy, setting: Confidence())
+    file = SimpleNamespace(term=lambda policy, config, load: Confidence())
     monkeypatch.setitem(sys.modules, "grpo.learner.terms.confidence", file)
-    monkeypatch.setattr(build, "TERMS", ("confidence", *build.TERMS))
+    monkeypatch.setattr(build, "FEATURES", (Feature("confidence", term=True), *build.FEATURES))
     learner, by_hand = learner_of(micro_policy(0)), micro_policy(0)
     [before, after] = [each.forward_backward(batch_of(each)) for each in (plain, learner)]
     groups, loss = groups_of(3)[0], 0.0
@@ -93,7 +94,7 @@ def test_a_users_term_adds_its_gradient_and_no_other(micro_policy, monkeypatch):
 )
 def test_a_term_that_is_not_in_the_table_is_not_there(micro_policy, monkeypatch, name, given):
     assert name in {term.name for term in learner_of(micro_policy(0), **given).terms}
-    monkeypatch.setattr(build, "TERMS", tuple(set(build.TERMS) - {name}))
+    monkeypatch.setattr(build, "FEATURES", tuple(feature for feature in build.FEATURES if feature.name != name))
     learner = learner_of(micro_policy(0), **given)
     assert name not in {term.name for term in learner.terms}
     metrics = learner.step(batch_of(learner))
@@ -105,7 +106,7 @@ def test_a_term_that_is_not_in_the_table_is_not_there(micro_policy, monkeypatch,
 def test_an_estimator_whose_term_is_not_there_is_refused_by_name(micro_policy, monkeypatch, name, advantage):
     given = {"loss": {"advantage": advantage}, "teacher": micro_policy(1)}
     assert name in {term.name for term in learner_of(micro_policy(0), **given).terms}
-    monkeypatch.setattr(build, "TERMS", tuple(set(build.TERMS) - {name}))
+    monkeypatch.setattr(build, "FEATURES", tuple(feature for feature in build.FEATURES if feature.name != name))
     with pytest.raises(ValueError, match=rf"loss\.advantage={advantage}: no term of the loss estimates it; use .*rloo"):
         learner_of(micro_policy(0), **given)
 
