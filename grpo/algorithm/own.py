@@ -6,6 +6,11 @@
     def centred(rewards_PG):                   # loss.advantage: mine.py:centred; NaN where there is no reward
         return rewards_PG - rewards_PG.nanmean(1, keepdim=True)
 
+    @advantage
+    def late(rewards_PG, lengths_PG, parts):   # also of every token: [P, G, T], of which the first Lc are read
+        place = torch.arange(int(lengths_PG.max())) / lengths_PG[..., None]
+        return (rewards_PG - rewards_PG.nanmean(1, keepdim=True))[..., None] * place
+
     @objective(aggregate="dapo")               # loss.loss_type: mine.py:plain
     def plain(ratio, advantages, policy_logprobs, options):
         return ratio * advantages              # [B, T], to be raised
@@ -16,7 +21,8 @@ The code runs in the process that learns, so it is trusted as the user's own pro
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast, get_args
 
 import torch
@@ -27,11 +33,17 @@ from grpo.config.loss import LossOptions, LossType
 from rewards.registry import load_function
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
+TAKES = {"advantage": ("rewards_PG",), "objective": ("ratio", "advantages", "policy_logprobs", "options")}
+MORE = {"lengths_PG", "parts"}  # that an estimator may take
+Marks = Sequence[Sequence[float | None]]  # [P, G]
 Objective = Callable[[Tensor, Tensor, Tensor, LossOptions], Tensor]
 
 
 def advantage(function: Function) -> Function:
-    """Marks a function rewards [P, G] -> advantages [P, G] for `loss.advantage`. NaN is a completion without reward."""
+    """Marks a function rewards [P, G] -> advantages [P, G], or by token [P, G, T], for `loss.advantage`. NaN is a
+    completion without reward. A parameter `lengths_PG` gets the completions' tokens, `parts` the marks [P, G] by
+    reward.
+    """
     function.quartet = "advantage"  # type: ignore[attr-defined]
     return function
 
@@ -53,17 +65,37 @@ def is_own(name: str) -> bool:
     return ":" in name
 
 
-def estimate(name: str, rewards_PG: Sequence[Sequence[float | None]]) -> tuple[Tensor, Tensor]:
-    """Advantages [P, G] by the user's estimator, zero where there is no reward, and which groups are tied [P].
+def estimate(
+    name: str, rewards_PG: Marks, lengths_PG: Sequence[Sequence[int]], parts: Mapping[str, Marks] | None
+) -> tuple[Tensor | list[list[list[float]]], Tensor]:
+    """Advantages [P, G] by the user's estimator, or by token [P, G, Lc], zero where there is no reward, and which
+    groups are tied [P]. Without `parts` every mark is the score.
 
     Raises ValueError where the result has another shape or is not finite.
     """
-    rewards = torch.tensor([[float("nan") if r is None else r for r in group] for group in rewards_PG])
-    found, there = _load(name, "advantage")(rewards.clone()), ~rewards.isnan()
-    if not isinstance(found, Tensor) or found.shape != rewards.shape or not found[there].isfinite().all():
-        shown = f"{list(found.shape)}, finite: {bool(found.isfinite().all())}" if isinstance(found, Tensor) else found
-        raise ValueError(f"loss.advantage={name} gave {shown}; give a finite tensor {list(rewards.shape)}")
-    return found.detach().float().where(there, torch.zeros(())), tied_groups(rewards_PG)
+    function, rewards, lengths = _load(name, "advantage"), _tensor(rewards_PG), torch.tensor(lengths_PG)
+    tensors = {part: _tensor(marks) for part, marks in (parts or {}).items()}
+    more = {"lengths_PG": lengths, "parts": defaultdict(lambda: rewards) if parts is None else tensors}
+    taken = {name: value for name, value in more.items() if name in inspect.signature(function).parameters}
+    advantages, there = function(rewards.clone(), **taken), ~rewards.isnan()
+    by_token = isinstance(advantages, Tensor) and advantages.dim() == 3
+    shape = [*rewards.shape, *([max(int(lengths.max()), advantages.shape[-1])] if by_token else [])]
+    if not isinstance(advantages, Tensor) or [*advantages.shape] != shape or not advantages[there].isfinite().all():
+        shown = advantages
+        if isinstance(advantages, Tensor):
+            shown = f"{list(advantages.shape)}, finite: {bool(advantages.isfinite().all())}"
+        raise ValueError(f"loss.advantage={name} gave {shown}; give a finite tensor {shape}")
+    advantages = advantages.detach().float()
+    tied_P = tied_groups(rewards_PG)
+    if not by_token:
+        return advantages.where(there, torch.zeros(())), tied_P
+    advantages = advantages.where(there[..., None], torch.zeros(()))
+    groups = zip(advantages.tolist(), lengths_PG, strict=True)
+    return [[row[:n] for row, n in zip(*group, strict=True)] for group in groups], tied_P
+
+
+def _tensor(marks_PG: Marks) -> Tensor:
+    return torch.tensor([[float("nan") if mark is None else mark for mark in group] for group in marks_PG])
 
 
 def objective_of(name: str) -> Objective:
@@ -89,9 +121,10 @@ def try_out(options: LossOptions, group_size: int) -> None:
     something else than it should, besides what `check` raises."""
     check(options)
     rewards = [[float(i % 2) for i in range(group_size)], [float(i == 0) for i in range(group_size)]]
+    lengths = [[1 + i for i in range(group_size)]] * 2
     ones = torch.ones(2, group_size)
     for name, call in (
-        (options.advantage, lambda name: estimate(name, rewards)),
+        (options.advantage, lambda name: estimate(name, rewards, lengths, None)),
         (options.loss_type, lambda name: _shaped(name, objective_of(name)(ones, ones, -ones, options), ones)),
     ):
         if is_own(name):
@@ -114,9 +147,10 @@ def _load(name: str, kind: str) -> Callable[..., Tensor]:
     if getattr(function, "quartet", None) != kind:
         mark = "@grpo.advantage" if kind == "advantage" else '@grpo.objective(aggregate="dapo")'
         raise ValueError(f"{name} is not marked: write {mark} above it")
-    takes = ("rewards_PG",) if kind == "advantage" else ("ratio", "advantages", "policy_logprobs", "options")
+    takes = TAKES[kind]
     try:
-        inspect.signature(function).bind(*takes)
+        more = inspect.signature(function).parameters.keys() & MORE if kind == "advantage" else ()
+        inspect.signature(function).bind(*takes, **dict.fromkeys(more))
     except TypeError as error:
         shown = f"{name.rpartition(':')[2]}{inspect.signature(function)}"
         raise ValueError(f"{name}: {shown} is called with {', '.join(takes)}, and {error}; give it these") from error

@@ -104,7 +104,8 @@ class Learner:
         """Advantages by the chosen estimator or as they are given, groups packed with their prompt once. A completion
         without reward has no place in it."""
         options = self.options
-        estimated, tied_P = estimate(scores, self.loss, self.reward_weights)
+        lengths_PG = [[len(completion.token_ids) for completion in group.completions] for group in groups]
+        estimated, tied_P = estimate(scores, self.loss, self.reward_weights, lengths_PG)
         batch = pack(
             groups,
             scores,

@@ -24,13 +24,18 @@ Advantages: TypeAlias = Tensor | Sequence[Sequence[Sequence[float]]]  # [P, G], 
 
 
 def estimate(
-    scores: Sequence[GroupScore], loss: LossOptions, reward_weights: Mapping[str, float]
-) -> tuple[Tensor, Tensor]:
-    """Advantages [P, G] by `loss.advantage`, and which groups are tied [P]. An estimator that a term of the loss brings
+    scores: Sequence[GroupScore],
+    loss: LossOptions,
+    reward_weights: Mapping[str, float],
+    lengths_PG: Sequence[Sequence[int]] = (),
+) -> tuple[Advantages, Tensor]:
+    """Advantages by `loss.advantage`, and which groups are tied [P]. An estimator of the user's gets the number of
+    tokens of each completion. An estimator that a term of the loss brings
     begins with those of the group."""
     rewards_PG = [score.rewards for score in scores]
     if own.is_own(loss.advantage):
-        return own.estimate(loss.advantage, rewards_PG)
+        parts = {name: [score.parts[name] for score in scores] for name in scores[0].parts}
+        return own.estimate(loss.advantage, rewards_PG, lengths_PG or [[1] * len(row) for row in rewards_PG], parts)
     match loss.advantage:
         case "rloo":
             return advantages.rloo(rewards_PG)

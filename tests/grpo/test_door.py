@@ -28,6 +28,18 @@ def centred(rewards_PG):
 def wide(rewards_PG):
     return torch.zeros(1, 7)
 
+@advantage
+def late(rewards_PG, lengths_PG):
+    return (2 * rewards_PG - 1)[..., None] * torch.arange(int(lengths_PG.max()))
+
+@advantage
+def marked(rewards_PG, *, parts):
+    return parts["r"]
+
+@advantage
+def narrow(rewards_PG):
+    return rewards_PG[..., None]
+
 @objective(aggregate="dapo")
 def plain(ratio, advantages, policy_logprobs, options):
     return advantages * policy_logprobs
@@ -112,6 +124,20 @@ def test_an_estimator_of_the_users_own_is_used(file, micro_config, tmp_path):
     assert [line["loss/policy"] for line in ours.metrics if "loss/policy" in line] == pytest.approx(
         [line["loss/policy"] for line in theirs.metrics if "loss/policy" in line], abs=1e-6
     )
+
+
+def test_an_estimator_may_give_an_advantage_to_every_token(file, micro_config, tmp_path):
+    """By hand: of three and two tokens the later ones get more; the mark of a reward is read by its name."""
+    scores = [GroupScore([1.0, 0.0], {"r": [2.0, 4.0]})]
+    advantages, tied = estimate(scores, LossOptions(advantage=f"{file}:late"), {}, [[3, 2]])
+    assert advantages == [[[0.0, 1.0, 2.0], [-0.0, -1.0]]]
+    assert tied.tolist() == [False]
+    advantages, _ = estimate(scores, LossOptions(advantage=f"{file}:marked"), {}, [[3, 2]])
+    assert advantages.tolist() == [[2.0, 4.0]]
+    with pytest.raises(ValueError, match=r"narrow gave \[1, 2, 1\], finite: True; give a finite tensor \[1, 2, 3\]"):
+        estimate(scores, LossOptions(advantage=f"{file}:narrow"), {}, [[3, 2]])
+    result = grpo.train(micro_config(tmp_path / "a", **{"loss.advantage": f"{file}:late"}), reward=short)
+    assert result.metrics[-1]["policy/step_kl"] > 0
 
 
 def test_an_objective_of_the_users_own_is_used_with_its_denominators(file):
