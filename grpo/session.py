@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from grpo.algorithm.dynamic_sampling import Drawn
-from grpo.config.problems import python_words
 from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
 from grpo.evaluation.evaluate import Evaluation
@@ -22,25 +21,21 @@ from grpo.learner.batch import PackedRow, TrainingBatch
 from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
-from grpo.learner.parallel import joined
 from grpo.learner.prepare import Advantages, supervised
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
-from grpo.run.hardware import device_of
-from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics
 from grpo.run.resume import BaseWeights
 from grpo.run.stop import signals
-from grpo.source.policy_source import load_beside, save_policy, with_threads
+from grpo.source.policy_source import load_beside, save_policy
 from grpo.steps.ahead import Batches
 from grpo.steps.collector import Collector
 from grpo.steps.listener import listeners_of
 from grpo.steps.loop import Run
-from grpo.steps.pool import open_run_pool, open_sampler, use_costs_of_run
+from grpo.steps.opening import first_policy, open_run
+from grpo.steps.pool import open_run_pool, open_sampler, sampling_of, use_costs_of_run
 from grpo.steps.publisher import Publisher
-from grpo.steps.supervise import first_policy, warm_start
-from grpo.task.check import check_plan, open_task
-from grpo.task.sampling import environment_of, sampling_params
+from grpo.task.sampling import environment_of
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore
@@ -87,16 +82,12 @@ class Session:
         """Everything that can be refused is refused before the folder is touched. The policy has its warm start,
         samplers hold its weights, and the held-out problems have been evaluated. With LoRA another session may be the
         `base`: both have the frozen weights of one policy, in memory once, each with adapters of its own."""
-        config = with_threads(config, resume, check_plan(config).shape)
         flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
-        with (
-            python_words(),
-            joined(device_of(config.device).type == "cpu", config.learner.parallel) as ranks,
-            open_task(config, scores=ranks.first) as task,
-            Run.open(config, config.steps, task.describe_rewards(), ranks=ranks, **flags) as run,
-        ):
-            task.record_split(run.log)
-            if base is None:
+        with open_run(config, config.steps, **flags) as (run, task):
+            config, ranks = run.config, run.ranks
+            if base is None and config.warm_start.steps:
+                from grpo.steps.supervise import warm_start
+
                 warm_start(run, task)
             again, beside = partial(first_policy, run, task), partial(load_beside, config)
             policy = again() if base is None else _shared(config, base)
@@ -105,10 +96,9 @@ class Session:
             session = cls(run, task, learner, plain)
             run.restore(learner=learner, curriculum=session.batches, **_base(run, learner))
             with (
-                closing(open_run_pool(policy, config.rollout, config.dtype, run.log, samples=ranks.first)) as pool,
-                open_sampler(pool, config, samples=ranks.first) as sampler,
-                # In other processes: an agent may remember what it has met.
-                open_sampler(pool, config, samples=ranks.first) as examiner,
+                closing(open_run_pool(run, policy)) as pool,
+                open_sampler(run, pool) as sampler,
+                open_sampler(run, pool) as examiner,  # in other processes: an agent may remember what it has met
             ):
                 session._begin(pool, sampler, examiner)
                 with run:
@@ -120,14 +110,12 @@ class Session:
         """Publish to the samplers, and measure what drafts cost."""
         config, policy, run = self.config, self.policy, self.run
         self.pool, self.collector.pool = pool, sampler
-        sampling = sampling_params(policy, config.rollout, 1, config.seed)
+        sampling = sampling_of(run, policy, 1)
         self.publisher = Publisher(pool, self.learner, sampling, config.rollout.quantization)
-        with phase("publishing", config):
+        with run.phase("publishing"):
             self.publisher.publish()
-        costs = config.rollout, run.folder, self.collector.sampling, self.collector.longest_prompt
-        run.alone(use_costs_of_run, pool, policy, *costs, resumes=run.resumes)
-        sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
-        sampling = replace(sampling, environment=environment_of(config))
+        run.alone(use_costs_of_run, run, pool, policy, self.collector.sampling, self.collector.longest_prompt)
+        sampling = replace(sampling_of(run, policy, config.eval.samples), environment=environment_of(config))
         self.held_out = HeldOut(self.task, policy, examiner, run.log, config.eval, sampling, self._evaluated)
 
     @property
@@ -229,7 +217,7 @@ class Session:
             unscored = [GroupScore([0.0] * len(group.completions), {}) for group in sampled]
             drawn = Drawn(sampled, list(unscored if scores is None else scores), [0] * len(sampled))
             self.run.metrics |= rollout_metrics(drawn.groups, drawn.scores)
-        with phase("learning", self.config):
+        with self.run.phase("learning"):
             batch = self.learner.prepare(drawn.groups, drawn.scores, advantages, self.step)
             for listener in self.collector.listeners:
                 batch = listener.prepare(batch)
@@ -299,7 +287,7 @@ class Session:
         """What `act` returns. A step that is not finite makes no update, and the run goes on or ends by
         `learner.on_non_finite`."""
         try:
-            with phase("learning", self.config):
+            with self.run.phase("learning"):
                 metrics = act()
         except NonFiniteStep as error:
             file = self.run.folder / "rollouts" / f"step_{self.step:06d}.jsonl.zst"
@@ -319,7 +307,7 @@ class Session:
 
     def _publish(self) -> None:
         if self.publisher.version != self.learner.policy_version:
-            with self.run.timed("time/publish"), phase("publishing", self.config):
+            with self.run.timed("time/publish"), self.run.phase("publishing"):
                 self.run.metrics |= self.publisher.publish()
 
     def evaluate(self, problems: Sequence[Example] | None = None, when: str | None = None) -> dict[str, Evaluation]:

@@ -12,14 +12,12 @@ from grpo.config.problems import python_words
 from grpo.config.run import SftConfig
 from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import HeldOut, Result
-from grpo.learner.parallel import joined
-from grpo.run.hardware import device_of
-from grpo.source.policy_source import load_policy, save_policy, with_threads
+from grpo.source.policy_source import load_policy, save_policy
 from grpo.steps.loop import Run
-from grpo.steps.pool import open_run_pool
+from grpo.steps.opening import open_run
+from grpo.steps.pool import open_run_pool, sampling_of
 from grpo.steps.supervise import supervise
-from grpo.task.check import check_plan, open_task
-from grpo.task.sampling import environment_of, sampling_params
+from grpo.task.sampling import environment_of
 from grpo.task.task import Task
 from policies.policy import Policy
 
@@ -33,16 +31,9 @@ def sft(
     force: bool = False,
 ) -> Result:
     """The policy is saved to `output_dir/policy`. Raises Stopped when the run was asked to end early."""
-    config = with_threads(config, resume, check_plan(config).shape)
-    steps = config.warm_start.steps
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
-    with (
-        joined(device_of(config.device).type == "cpu", config.learner.parallel) as ranks,
-        open_task(config, scores=ranks.first) as task,
-        Run.open(config, steps, task.describe_rewards(), ranks=ranks, **flags) as run,
-    ):
-        task.record_split(run.log)
-        policy = load_policy(config, task.corpus(), ranks)
+    with open_run(config, config.warm_start.steps, **flags) as (run, task):
+        policy = load_policy(run.config, task.corpus(), run.ranks)
         if task.heldout:
             task.check_lengths(policy, config.rollout.max_completion_tokens)
         results: dict[str, Evaluation] = {}
@@ -56,14 +47,12 @@ def sft(
 
 
 def _evaluate(when: str, run: Run[SftConfig], task: Task, policy: Policy) -> dict[str, Evaluation]:
-    config, options = run.config, run.config.eval
     if not task.heldout:
         return {}
-    own = {"workers": 0, "backend": None, "prompts_per_shard": options.prompts_per_batch}
-    rollout = config.rollout.model_copy(update=own)
-    pool = open_run_pool(policy, rollout, config.dtype, run.log, samples=run.ranks.first)
-    sampling = sampling_params(policy, config.rollout, options.samples, config.seed)
-    sampling = replace(sampling, environment=environment_of(config))
+    options = run.config.eval
+    here = {"workers": 0, "backend": None, "prompts_per_shard": options.prompts_per_batch}
+    pool = open_run_pool(run, policy, **here)
+    sampling = replace(sampling_of(run, policy, options.samples), environment=environment_of(run.config))
     held_out = HeldOut(task, policy, pool, run.log, options, sampling)
     run.alone(held_out.evaluate, run.step, when)
     return held_out.results

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,15 +28,13 @@ from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import PackedRow, Sample, split_rows
 from grpo.learner.head_learner import HeadLearner
 from grpo.learner.lessons import KINDS, Corpus
-from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics
 from grpo.run.stop import signals
-from grpo.source.policy_source import find_policy, load_policy, save_policy, with_threads
+from grpo.source.policy_source import find_policy, load_policy, save_policy
 from grpo.steps.loop import Run
-from grpo.steps.pool import open_run_pool, use_costs_of_run
+from grpo.steps.opening import open_run
+from grpo.steps.pool import open_run_pool, sampling_of, use_costs_of_run
 from grpo.steps.publisher import Publisher
-from grpo.task.check import check_plan, open_task
-from grpo.task.sampling import sampling_params
 from grpo.task.task import Task
 from policies import presets
 from policies.conversion.head import start_head
@@ -55,28 +54,22 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
 
     Raises Stopped when the run was asked to end early, PolicyError for a model that can have no draft head.
     """
-    config = with_threads(config, resume, check_plan(config).shape)
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
-    last = config.steps + config.head.epochs
-    with (
-        open_task(config) as task,
-        nullcontext(Streams(task, config)) as streams,  # refuses before the folder is touched
-        Run.open(config, last, task.describe_rewards(), **flags) as run,
-    ):
-        task.record_split(run.log)
+    last, ready = config.steps + config.head.epochs, partial(Streams, config=config)  # which may refuse
+    with open_run(config, last, ready=ready, **flags) as (run, task):
+        config, streams = run.config, Streams(task, config)
         policy = _policy_with_head(config, task, begins=run.saved is None)
-        with phase("loading", config):
+        with run.phase("loading"):
             learner = HeadLearner(policy, config.head, temperature=config.rollout.temperature, seed=config.seed)
         run.restore(learner=learner, prompts=streams)
         if learner.ended:
             run.last = run.start
-        with closing(open_run_pool(policy, config.rollout, config.dtype, run.log)) as pool:
-            own = sampling_params(policy, config.rollout, config.rollout.group_size, config.seed, dtype=config.dtype)
-            use_costs_of_run(pool, policy, config.rollout, run.folder, own, resumes=run.step > 0)
-            sampling = sampling_params(policy, config.rollout, config.eval.samples, config.seed)
-            sampling = replace(sampling, draft_tokens=config.head.depth)
+        with closing(open_run_pool(run, policy)) as pool:
+            params = sampling_of(run, policy, config.rollout.group_size)
+            use_costs_of_run(run, pool, policy, params, resumes=run.step > 0)
+            sampling = replace(sampling_of(run, policy, config.eval.samples), draft_tokens=config.head.depth)
             publisher = Publisher(pool, learner, sampling)
-            with phase("publishing", config):
+            with run.phase("publishing"):
                 publisher.publish()
             held_out = HeldOut(task, policy, pool, run.log, config.eval, sampling)
             corpus = Corpus(run.folder / "corpus")
@@ -88,13 +81,13 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
                     teaching = progress.add_task("teaching the draft head", total=config.head.epochs)
                     for step in run.steps():
                         if step <= config.steps:
-                            _sample(run, task, streams, pool, own.at(step), learner, corpus)
+                            _sample(run, task, streams, pool, params.at(step), learner, corpus)
                         else:
                             _teach(run, learner, corpus, step)
                         if learner.ended:
                             run.last = step
                         if step == run.last:
-                            with run.timed("time/publish"), phase("publishing", config):
+                            with run.timed("time/publish"), run.phase("publishing"):
                                 run.metrics |= publisher.publish()
                         run.record(pool.metrics())
                         run.save_if_due(also=step >= config.steps)  # an epoch takes long
@@ -186,10 +179,10 @@ def _sample(
     corpus: Corpus,
 ) -> None:
     """A step of the corpus: the rollouts of the next prompts and the next solutions, as the trunk reads them."""
-    config, policy, most = run.config, learner.policy, learner.head_options.tokens_per_update
+    policy, most = learner.policy, learner.head_options.tokens_per_update
     taken = streams.take()
     prompts = [task.prompt(example, policy.tokenizer) for kind in KINDS for example in taken[kind]]
-    with run.timed("time/rollout"), phase("sampling", config):
+    with run.timed("time/rollout"), run.phase("sampling"):
         groups = pool.sample(prompts, params)
     metrics = rollout_metrics(groups, [])
     run.metrics |= {name: value for name, value in metrics.items() if not name.startswith(("reward/", "group/"))}
@@ -197,7 +190,7 @@ def _sample(
     stop = policy.stop_token_ids[0]
     solutions = [_cut(task.solution(e, policy.tokenizer, stop), policy.max_length) for e in taken["solutions"]]
     taught, held_out = groups[: len(taken["taught"])], groups[len(taken["taught"]) :]
-    with run.timed("time/learn"), phase("learning", config):
+    with run.timed("time/learn"), run.phase("learning"):
         lessons = {
             "taught": learner.read([*rows_of(taught, most), *solutions]),
             "held_out": learner.read(rows_of(held_out, most), held_out, params),
@@ -216,7 +209,7 @@ def _teach(run: Run[MtpConfig], learner: HeadLearner, corpus: Corpus, step: int)
     """An epoch over the corpus."""
     device, epoch = learner.policy.device, step - run.config.steps
     taught, held_out = (corpus.lessons(kind, run.config.steps, device) for kind in KINDS)
-    with run.timed("time/learn"), phase("learning", run.config):
+    with run.timed("time/learn"), run.phase("learning"):
         if epoch == 1 and (size := learner.head_options.draft_vocabulary) is not None:
             learner.policy.draft_ids = learner.frequent_tokens(corpus.lessons("taught", 1, device), size)
         run.learn(lambda: learner.teach(taught, held_out, epoch, step), rate="head.learning_rate")

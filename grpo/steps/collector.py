@@ -15,12 +15,12 @@ from grpo.algorithm.dynamic_sampling import Drawn, draw_groups
 from grpo.config.run import TrainConfig
 from grpo.data.prompts import PromptStream
 from grpo.learner.build import sampling_backend
-from grpo.run.memory_errors import phase
 from grpo.run.metrics import rollout_metrics, tail_share
 from grpo.run.stop import signals
 from grpo.steps.listener import Listener
 from grpo.steps.loop import Run
-from grpo.task.sampling import environment_of, sampling_params
+from grpo.steps.pool import sampling_of
+from grpo.task.sampling import environment_of
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore, RewardFailed
@@ -48,9 +48,10 @@ class Collector:
         rounds = 0
         if shard * options.group_size <= FEW_ROWS:
             rounds = config.steps * -(-config.prompts_per_step // shard) * options.max_completion_tokens
-        sampling = sampling_params(policy, options, options.group_size, config.seed, dtype=config.dtype, rounds=rounds)
         self.sampling = replace(
-            sampling, record_routing=config.learner.routing_replay, environment=environment_of(config)
+            sampling_of(run, policy, options.group_size, rounds=rounds),
+            record_routing=config.learner.routing_replay,
+            environment=environment_of(config),
         )
         self.longest_prompt = PROMPT_TOKENS
         if self.sampling.compiled:  # graphs have as much room as the first prompts tell
@@ -82,7 +83,7 @@ class Collector:
 
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished) -> list[RolloutGroup]:
         """A group of each prompt, by `params.at(step, draw)`."""
-        with phase("sampling", self.config):
+        with self.run.phase("sampling"):
             return self.pool.sample(prompts, params, on_finished)
 
     def score(self, groups: Sequence[RolloutGroup], step: int) -> list[GroupScore]:

@@ -7,7 +7,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
@@ -27,7 +27,7 @@ from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 from grpo.run.lock import RunLock
 from grpo.run.log import NoLog, RunLog
-from grpo.run.memory_errors import phase
+from grpo.run.memory_errors import Phase, phase
 from grpo.run.records import best_step, read_metrics
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import record_rewards, refuse_changed_rewards
@@ -217,6 +217,10 @@ class Run(Generic[Config]):
         """Rank 0 acts, while the others wait. If it fails or is stopped, they end as it does."""
         self.ranks.from_first(lambda: act(*arguments, **named) and None)
 
+    def phase(self, name: Phase) -> AbstractContextManager[None]:
+        """What lacks memory inside says which options of this run to change."""
+        return phase(name, self.config)
+
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Adds the seconds inside to this metric of the step."""
@@ -229,7 +233,7 @@ class Run(Generic[Config]):
     ) -> None:
         """Take a step of the learner, which is reached then; see `skip` for one that is not finite."""
         try:
-            with phase("learning", self.config):
+            with self.phase("learning"):
                 self.metrics |= take()
         except NonFiniteStep as error:
             self.skip(error, rate=rate, batch=batch, **unshown)

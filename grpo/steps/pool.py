@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from grpo.config.run import TrainConfig
 from grpo.config.sampling import RolloutOptions
-from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
 from grpo.run.stop import signals
-from grpo.task.sampling import agent_of
+from grpo.steps.loop import Run
+from grpo.task.sampling import agent_of, sampling_params
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import everyone, whole
@@ -73,13 +72,18 @@ class NoPool:
         pass
 
 
-def open_run_pool(
-    policy: Policy, rollout: RolloutOptions, dtype: str, run_log: RunLog, *, samples: bool = True
-) -> Pool:
-    """The pool that `rollout` asks for, or on a rank that does not sample the part that it takes in publications. A
-    stop that is asked for interrupts its work, what is lost is an event. Raises Stopped where a stop was asked for
-    before it was ready."""
-    if not samples:
+def sampling_of(run: Run[Any], policy: Policy, group_size: int, *, rounds: int = 0) -> SamplingParams:
+    """How a run samples groups of this size; see `sampling_params`."""
+    config = run.config
+    return sampling_params(policy, config.rollout, group_size, config.seed, dtype=config.dtype, rounds=rounds)
+
+
+def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
+    """The pool that `rollout` asks for, with `changes`; on a rank that does not sample the part that it takes in
+    publications. A stop that is asked for interrupts its work, what is lost is an event. Raises Stopped where a stop
+    was asked for before it was ready."""
+    rollout, dtype, run_log = run.config.rollout.model_copy(update=changes), run.config.dtype, run.log
+    if not run.ranks.first:
         return _part_of_publications(policy, rollout)
 
     def on_lost(what: str, reason: str, action: str) -> None:
@@ -137,31 +141,32 @@ def _part_of_publications(policy: Policy, rollout: RolloutOptions) -> NoPool:
     return pool
 
 
-def open_sampler(pool: Pool, config: TrainConfig, *, samples: bool = True) -> AbstractContextManager[Sampler]:
+def open_sampler(run: Run[TrainConfig], pool: Pool) -> AbstractContextManager[Sampler]:
     """What samples for a run: `pool`, or the episodes of its agent, which `pool` samples in this process."""
-    agent = agent_of(config)
-    if agent is None or not samples:
+    agent = agent_of(run.config)
+    if agent is None or not run.ranks.first:
         return nullcontext(pool)
     from grpo.endpoint.agent_sampler import AgentSampler
 
-    return closing(AgentSampler(pool, agent, config.rollout.temperature))
+    return closing(AgentSampler(pool, agent, run.config.rollout.temperature))
 
 
 def use_costs_of_run(
+    run: Run[Any],
     pool: Pool,
     policy: Policy,
-    rollout: RolloutOptions,
-    folder: Path,
     sampling: SamplingParams,
     longest_prompt: int = PROMPT_TOKENS,
     *,
-    resumes: bool,
+    resumes: bool | None = None,
 ) -> None:
     """Where a controller chooses the depth: the table that was saved, or a new one, measured once and saved."""
+    rollout = run.config.rollout
     if rollout.draft_tokens is not None or policy.mtp is None or rollout.backend == "vllm":
         return
-    path = folder / "draft_costs.json"
+    path = run.folder / "draft_costs.json"
     work = Workload.of(sampling, rollout.prompts_per_shard * rollout.group_size, longest_prompt)
+    resumes = run.resumes if resumes is None else resumes
     saved = CostTable.load(path) if resumes and path.exists() else None
     if saved is not None and work.graphs and saved.graphs is None:
         saved = None  # of a run that had no graphs

@@ -12,10 +12,9 @@ from grpo.data.prompts import PromptStream
 from grpo.learner.build import sft_learner
 from grpo.learner.optimizer import ramp
 from grpo.learner.prepare import supervised
-from grpo.source.policy_source import in_4_bits, load_policy
+from grpo.source.policy_source import load_policy
 from grpo.steps.loop import Run
 from grpo.task.task import Task
-from policies import four_bit
 from policies.files.digests import write_digests
 from policies.policy import Policy
 
@@ -64,15 +63,3 @@ def warm_start(run: Run[TrainConfig], task: Task) -> None:
         run.alone(write_digests, folder)
     if config.warm_start.steps:
         run.alone(shutil.rmtree, run.folder / steps, ignore_errors=True)
-
-
-def first_policy(run: Run[TrainConfig], task: Task) -> Policy:
-    """The policy that GRPO starts from."""
-    config = run.config
-    if config.warm_start.steps:
-        config = config.model_copy(update={"model": str(run.folder / "warm_start")})
-    policy = load_policy(config, task.corpus(), run.ranks)
-    if in_4_bits(config):
-        run.log.event("base_in_4_bits", **four_bit.counts(policy.trunk))
-    task.check_lengths(policy, config.rollout.max_completion_tokens)
-    return policy

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ from start_ranks import run_ranks
 
 import grpo.steps.pool
 from grpo.learner.learner import Learner
+from grpo.learner.parallel import ALONE
 from grpo.run.log import RunLog
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped, signals
@@ -26,6 +28,11 @@ from rollout.pool import PoolOptions
 ROOT = Path(__file__).parents[3]
 
 
+def run_of(config, run_log) -> SimpleNamespace:
+    """As much of a run as its pool asks for."""
+    return SimpleNamespace(config=config, log=run_log, ranks=ALONE)
+
+
 def events(folder: Path, kind: str) -> list[dict]:
     lines = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
     return [event for event in lines if event["event"] == kind]
@@ -36,7 +43,7 @@ def test_a_lost_worker_is_an_event_and_a_stop_ends_the_wait_for_one(micro_config
     monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda _, options: given.append(options))
     config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.timeout_s": 7.5})
     with signals.heard(lambda number: None), RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
-        open_run_pool(micro_policy(), config.rollout, config.dtype, run_log)
+        open_run_pool(run_of(config, run_log), micro_policy())
         [options] = given
         assert options.timeout_s == 7.5
         options.on_lost("worker 1", "it died", "it is replaced")
@@ -80,7 +87,7 @@ def test_a_run_says_who_is_where(micro_config, micro_policy, tmp_path, monkeypat
     monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda _, options: given.append(options))
     config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.gpus_per_worker": 0.5})
     with RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
-        open_run_pool(micro_policy(), config.rollout, config.dtype, run_log)
+        open_run_pool(run_of(config, run_log), micro_policy())
         [options] = given
         options.on_ready(1, {"node": "1a2b3c4d on a", "process": 7, "threads": 1})
     assert (options.gpus, options.placement_timeout_s, options.colocate) == (0.5, 300.0, None)
