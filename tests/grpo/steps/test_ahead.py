@@ -214,8 +214,8 @@ def test_contract_9_a_batch_whose_weights_are_gone_is_sampled_with_them_again(
     """The run ends after the update that has changed the weights that this batch needs."""
     folder, collect, step, updated = tmp_path / "run", Collector.collect, Session.optim_step, threading.Event()
 
-    def learn(self):
-        metrics = step(self)
+    def learn(self, **given):
+        metrics = step(self, **given)
         updated.set() if self.step == batch - 2 else None
         return metrics
 
