@@ -10,7 +10,6 @@ from types import MethodType
 import pytest
 import ray
 import torch
-from small_learner import small_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
@@ -64,6 +63,8 @@ def params_of(policy: Policy) -> SamplingParams:
 
 
 def learner_of(policy: Policy) -> Learner:
+    from small_learner import small_learner  # workers read this file, too, and do not find that one
+
     options = LearnerOptions(learning_rate=1e-3)
     return small_learner(policy, options, MTPOptions(depth=2, every=1), LossOptions(), temperature=PARAMS.temperature)
 
