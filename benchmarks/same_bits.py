@@ -41,14 +41,18 @@ UNTIMED = re.compile(r"^(time/|speed/|memory/)|seconds|^(time|pid|rss)$")
 FEW = ["--model", "micro", "--prompts_per_step", "8", "--rollout.group_size", "4", "--eval.limit", "16"]
 WORDS = ["--model", "micro", "--data.name", "word_problems", "--data.levels", "[1]", "--eval.limit", "16"]
 SHORT = [*FEW, *WORDS, "--warm_start.steps", "20", "--steps", "4", "--rollout.max_completion_tokens", "24"]
-SHORT += ["--rewards", "[{function: gsm8k_format}]"]
+SHORT += [
+    "--rewards",
+    "[{function: TESTS/cases/letters.py:letters}]",
+]  # which ties no group: every step moves the policy
 LEARNS = [*SHORT, "--mtp.idle_every", "null", "--learner.learning_rate", "1e-3"]
+BIAS = ["--balance.bias_rate", "0.1"]
 # By name: the commands of a scenario, each in a folder of its own. FIRST is the first one's, TESTS that of the tests.
 SCENARIOS: dict[str, list[list[str]]] = {
     "demo": [["train", "examples/01_demo.yaml"]],
     "short": [["train", *LEARNS, "--checkpoint.every", "2", "--eval.every", "2"]],
     "lora": [["train", *LEARNS, "--lora", "{rank: 4, alpha: 8}", "--loss.beta", "0.05", "--loss.entropy_coef", "0.01"]],
-    "value": [["train", *LEARNS, "--loss.advantage", "gae", "--learner.updates_per_batch", "2"]],
+    "value": [["train", *LEARNS, "--loss.advantage", "gae", "--learner.updates_per_batch", "2", *BIAS]],
     "curriculum": [
         [
             "train",
@@ -151,6 +155,7 @@ def run_scenario(name: str, trees: list[Path], folder: Path) -> list[list[Path]]
             if words == ["--resume"]:
                 first = SCENARIOS[name][0]
                 words_here = [*first[: first.index("--stop_after")], "--resume", "auto", "--output_dir", str(runs[0])]
+                words_here = [word.replace("TESTS", str(ROOT / "tests")) for word in words_here]
             else:
                 output = folder / name / f"side{side}" / str(number)
                 output.parent.mkdir(parents=True, exist_ok=True)
@@ -250,6 +255,9 @@ def differences(base: Path, head: Path) -> tuple[int, list[str]]:
             problems += differences_of_tensors(old[name], new[name], name)
         else:
             problems += differences_of_values(values_of(old[name]), values_of(new[name]), name)
+        if Path(name).name == "metrics.jsonl":
+            updates = [line["learner/updates"] for line in values_of(new[name]) if "learner/updates" in line]
+            problems += [f"{name}: no step has taught anything"] if updates and not any(updates) else []
     return len(both), problems
 
 

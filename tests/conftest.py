@@ -143,14 +143,9 @@ def micro_policy(micro_preset: str) -> Callable[[int], Any]:
 
 
 @pytest.fixture(scope="session")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> str:
+def letters() -> str:
     """A reward by path that even an untrained policy earns in parts, so that groups are not tied."""
-    path = tmp_path_factory.mktemp("rewards") / "letters.py"
-    path.write_text(
-        "def letters(completions, **_):\n"
-        "    return [sum(c.isalpha() for c in completion) / 20 for completion in completions]\n"
-    )
-    return f"{path}:letters"
+    return f"{Path(__file__).parent / 'cases/letters.py'}:letters"
 
 
 @pytest.fixture(scope="session")
