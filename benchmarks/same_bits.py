@@ -41,10 +41,7 @@ UNTIMED = re.compile(r"^(time/|speed/|memory/)|seconds|^(time|pid|rss)$")
 FEW = ["--model", "micro", "--prompts_per_step", "8", "--rollout.group_size", "4", "--eval.limit", "16"]
 WORDS = ["--model", "micro", "--data.name", "word_problems", "--data.levels", "[1]", "--eval.limit", "16"]
 SHORT = [*FEW, *WORDS, "--warm_start.steps", "20", "--steps", "4", "--rollout.max_completion_tokens", "24"]
-SHORT += [
-    "--rewards",
-    "[{function: TESTS/cases/letters.py:letters}]",
-]  # which ties no group: every step moves the policy
+SHORT += ["--rewards", "[{function: TESTS/cases/letters.py:letters}]"]  # which ties no group, so that steps teach
 LEARNS = [*SHORT, "--mtp.idle_every", "null", "--learner.learning_rate", "1e-3"]
 BIAS = ["--balance.bias_rate", "0.1"]
 # By name: the commands of a scenario, each in a folder of its own. FIRST is the first one's, TESTS that of the tests.
