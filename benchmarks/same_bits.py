@@ -41,7 +41,8 @@ UNTIMED = re.compile(r"^(time/|speed/|memory/)|seconds|^(time|pid|rss)$")
 FEW = ["--model", "micro", "--prompts_per_step", "8", "--rollout.group_size", "4", "--eval.limit", "16"]
 WORDS = ["--model", "micro", "--data.name", "word_problems", "--data.levels", "[1]", "--eval.limit", "16"]
 SHORT = [*FEW, *WORDS, "--warm_start.steps", "20", "--steps", "4", "--rollout.max_completion_tokens", "24"]
-SHORT += ["--rewards", "[{function: TESTS/cases/letters.py:letters}]"]  # which ties no group, so that steps teach
+LETTERS = ["--rewards", "[{function: TESTS/cases/letters.py:letters}]"]  # which ties no group, so that steps teach
+SHORT += LETTERS
 LEARNS = [*SHORT, "--mtp.idle_every", "null", "--learner.learning_rate", "1e-3"]
 BIAS = ["--balance.bias_rate", "0.1"]
 # By name: the commands of a scenario, each in a folder of its own. FIRST is the first one's, TESTS that of the tests.
@@ -62,7 +63,7 @@ SCENARIOS: dict[str, list[list[str]]] = {
             "1",
         ]
     ],
-    "environment": [["train", "examples/10_word_game.yaml", *FEW, "--warm_start.steps", "30", "--steps", "3"]],
+    "environment": [["train", "examples/10_word_game.yaml", *FEW, *LETTERS, "--warm_start.steps", "30", "--steps", "3"]],
     "agent": [["train", *LEARNS, "--agent", "TESTS/cases/agents.py:once", "--agent_workers", "1"]],
     # A worker would measure costs of its own, so the number of drafts is fixed.
     "ahead": [["train", *LEARNS, "--rollout.ahead", "2", "--rollout.draft_tokens", "2", "--steps", "6"]],
