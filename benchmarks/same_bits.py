@@ -63,7 +63,9 @@ SCENARIOS: dict[str, list[list[str]]] = {
             "1",
         ]
     ],
-    "environment": [["train", "examples/10_word_game.yaml", *FEW, *LETTERS, "--warm_start.steps", "30", "--steps", "3"]],
+    "environment": [
+        ["train", "examples/10_word_game.yaml", *FEW, *LETTERS, "--warm_start.steps", "30", "--steps", "3"]
+    ],
     "agent": [["train", *LEARNS, "--agent", "TESTS/cases/agents.py:once", "--agent_workers", "1"]],
     # A worker would measure costs of its own, so the number of drafts is fixed.
     "ahead": [["train", *LEARNS, "--rollout.ahead", "2", "--rollout.draft_tokens", "2", "--steps", "6"]],
