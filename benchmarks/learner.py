@@ -194,9 +194,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
         optimizer="adamw_8bit" if args.contender in ("ours_dense_8bit", "ours_dense_small") else "adamw",
         stochastic_rounding=args.contender == "ours_dense_small",
     )
-    learner = make(
-        policy, TrainConfig(output_dir=".", learner=options), longest=args.tokens, reward_weights={"reward": 1.0}
-    )
+    learner = make(policy, TrainConfig(output_dir=".", learner=options), reward_weights={"reward": 1.0})
     pool = open_pool(policy, PoolOptions(dtype=dtype, prompts_per_shard=args.prompts))
     params = SamplingParams(group_size=args.group_size, max_completion_tokens=args.tokens)
     seconds: Seconds = {"generate": [], "learn": [], "step": []}

@@ -61,7 +61,6 @@ def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
     learner = make(
         policy,
         TrainConfig(output_dir=".", learner=options),
-        longest=step.tokens,
         reward_weights={"reward": 1.0},
         sampler_differs=name == "ours_vllm",  # which turns the importance correction on
     )

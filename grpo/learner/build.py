@@ -67,10 +67,10 @@ def sft_learner(policy: Policy, config: SftConfig, ranks: Ranks = ALONE) -> Lear
         terms = [SupervisedTerm(), *terms_of(policy, config)]
         return Learner(
             policy,
-            config.learner.model_copy(update={"updates_per_batch": 1}),  # that is of rollouts
+            # The other rate and number of updates are those of rollouts.
+            config.learner.model_copy(update={"updates_per_batch": 1, "learning_rate": options.learning_rate}),
             terms,
             Likelihood(policy, watchers=terms),
-            learning_rate=options.learning_rate,
             schedule=schedule(options.schedule, options.steps, options.warmup_steps),
             ranks=ranks,
         )
@@ -98,8 +98,6 @@ def grpo_learner(
             policy,
             config,
             load=load,
-            temperature=config.rollout.temperature,
-            longest=config.rollout.max_completion_tokens,
             reward_weights=reward_weights,
             sampler_differs=config.dtype != "float32"
             or config.rollout.ahead > 0
@@ -117,21 +115,19 @@ def make(
     config: Any,
     *,
     load: Load | None = None,
-    temperature: float = 1.0,
-    longest: int = 0,
     sampler_differs: bool | None = None,
     reload: Callable[[], Policy] | None = None,
     kind: Callable[..., Any] = Learner,
     **more: Any,
 ) -> Any:
-    """A GRPO learner from the sections `learner`, `loss`, `mtp` and those of terms. `longest` is the length limit of
-    completions. `sampler_differs` from it in precision or backend; None: it does below fp32."""
-    loss, options = config.loss, config.learner
+    """A GRPO learner from the sections `learner`, `loss`, `rollout`, `mtp` and those of terms. `sampler_differs` from
+    it in precision or backend; None: it does below fp32."""
+    loss, options, rollout = config.loss, config.learner, config.rollout
     differs = policy.trunk.dtype != torch.float32 if sampler_differs is None else sampler_differs
-    first = PolicyTerm(loss, sampler_differs=differs, longest=longest or None)
+    first = PolicyTerm(loss, sampler_differs=differs, longest=rollout.max_completion_tokens)
     terms = [first, *terms_of(policy, config, load)]
     reference = None
     if loss.beta > 0 and not has_adapter(policy.trunk):
         reference = (reload() if reload else copy.deepcopy(policy)).requires_grad_(False)
-    likelihood = Likelihood(policy, reference, temperature, entropy_grad=loss.entropy_coef != 0, watchers=terms)
+    likelihood = Likelihood(policy, reference, rollout.temperature, entropy_grad=loss.entropy_coef != 0, watchers=terms)
     return kind(policy, options, terms, likelihood, loss=loss, **more)

@@ -60,7 +60,6 @@ class Learner:
         *,
         loss: LossOptions | None = None,
         reward_weights: Mapping[str, float] | None = None,
-        learning_rate: float | None = None,
         schedule: Callable[[int], float] = lambda step: 1.0,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -78,7 +77,7 @@ class Learner:
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True  # else transformers ignores it; what is inside (dropout) stays in eval mode
         self.masters = MasterWeights(policy, rounds=options.stochastic_rounding)
-        groups = groups_of(policy.trunk, learning_rate or options.learning_rate, options.weight_decay)
+        groups = groups_of(policy.trunk, options.learning_rate, options.weight_decay)
         for term in terms:
             groups += term.parameters(options.weight_decay)
         self.update = Update(self.masters, groups, options, schedule)

@@ -29,7 +29,8 @@ def small_learner(
     teacher: Policy | None = None,
     reward_weight: float = 0.0,
     top_k: int | None = None,
-    max_completion_tokens: int = 0,
+    temperature: float = 1.0,
+    max_completion_tokens: int = 9,
     **more: Any,
 ) -> Learner:
     """For GRPO. See `grpo.learner.build.make` for `more`. A `teacher` has `reward_weight` and `top_k` of `distill`."""
@@ -41,8 +42,9 @@ def small_learner(
         balance=balance or BalanceOptions(),
         value=value or ValueOptions(),
         distill=distill,
+        rollout=SimpleNamespace(temperature=temperature, max_completion_tokens=max_completion_tokens),
     )
-    return make(policy, config, load=lambda name: teacher, longest=max_completion_tokens, **more)
+    return make(policy, config, load=lambda name: teacher, **more)
 
 
 def supervised_learner(
