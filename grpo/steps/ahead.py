@@ -13,7 +13,7 @@ is kept while it is sampled, and where a stop or a failure ends the run meanwhil
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from grpo.learner.state import put_weights
 from grpo.steps.collector import Collector
 from grpo.steps.loop import Run
 
+POLL_S = 0.5
 OLDER = "ahead"  # the older weights, among the tensors of a checkpoint
 
 
@@ -136,6 +137,8 @@ class Batches:
         (future, before), self._sampling = self._sampling, None
         try:
             with self.run.timed("time/wait"):
+                while not wait([future], POLL_S).done:
+                    pass  # a signal that came just before the waiting is heard now
                 self.ready[self.next - 1] = future.result()
         except BaseException as error:  # of the thread: raised where the batch is asked for
             self.next -= 1
