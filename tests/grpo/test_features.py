@@ -14,8 +14,7 @@ from grpo.config.features import FEATURES
 
 ROOT = Path(__file__).parents[2]
 TABLE, SAMPLERS = "grpo/config/features.py", "rollout/pools.py"
-# By feature: its files and folders, the file of its table and how its line there begins; no table where nothing but
-# the request for it names it.
+# By feature: its files and folders, the file of its table and how its line there begins, if it has one.
 LEAVING = {
     "distill": (
         ["grpo/config/distill.py", "grpo/learner/terms/distill.py", "grpo/learner/terms/teacher_server.py"],

@@ -21,7 +21,6 @@ LOOPS = Path(__file__).parents[2] / "examples/12_own_loop"
 
 
 def run_loop(monkeypatch, name, *words):
-    """The script of that name, in this process."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
     return runpy.run_path(str(LOOPS / name))
 
