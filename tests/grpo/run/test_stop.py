@@ -12,7 +12,6 @@ import sys
 import pytest
 import ray
 
-from grpo import session
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
 from grpo.learner.terms.policy import PolicyTerm
@@ -21,6 +20,7 @@ from grpo.run import checkpoint, log
 from grpo.run.log import RunLog
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped, signals
+from grpo.steps import supervise
 from grpo.task.task import Task
 from grpo.train import train
 from policies import tensor_files
@@ -86,7 +86,7 @@ def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
 @pytest.mark.parametrize(
     ("kind", "owner", "name", "call", "saved", "message"),
     [
-        (signal.SIGHUP, session, "warm_start", 1, None, "stopped after step 1 of the warm start; go on"),
+        (signal.SIGHUP, supervise, "warm_start", 1, None, "stopped after step 1 of the warm start; go on"),
         pytest.param(
             signal.SIGINT,
             Learner,
