@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -44,6 +44,7 @@ from rollout.pool import Pool, Sampler
 
 if TYPE_CHECKING:
     from grpo.learner.terms.custom import Loss
+    from grpo.learner.terms.term import Term
 
 
 class Session:
@@ -66,6 +67,7 @@ class Session:
         self.policy, self.ranks = learner.policy, run.ranks
         self.collector = Collector(run, task, learner.policy, listeners_of(run, task))
         self.batches = Batches(run, self.collector, learner, self._publish)
+        self._own_loss: tuple[Loss, Term] | None = None  # the last one, which may go on with the same batch
         self._prepared: tuple[Drawn, TrainingBatch] | None = None  # what the step learns from
 
     @classmethod
@@ -91,7 +93,7 @@ class Session:
                 warm_start(run, task)
             again, beside = partial(first_policy, run, task), partial(load_beside, config)
             policy = again() if base is None else _shared(config, base)
-            plain = policy.sharing() if config.lora else None
+            plain = policy.sharing(head=True) if config.lora and ranks.layout is None else None
             learner: Learner = grpo_learner(policy, config, task.reward_weights, ranks, again, beside)
             session = cls(run, task, learner, plain)
             run.restore(learner=learner, curriculum=session.batches, **_base(run, learner))
@@ -207,13 +209,17 @@ class Session:
         advantages: Advantages | None = None,
     ) -> TrainingBatch:
         """The batch of a step: advantages by `loss.advantage`, or given for completions [P, G] or tokens [P, G, Lc].
-        Rows of `solutions` become a batch for supervised steps. Groups without scores are not recorded."""
+        Rows of `solutions` become a batch for supervised steps. Groups without scores are not recorded.
+        Raises ValueError for a prompt of a held-out problem (contract 16)."""
         if isinstance(groups, Drawn):
             drawn = groups
         elif groups and isinstance(groups[0], PackedRow):
-            return supervised([row for row in groups if isinstance(row, PackedRow)], self.step)
+            rows = [row for row in groups if isinstance(row, PackedRow)]
+            self._refuse_held_out(row.prompt_token_ids for row in rows)
+            return supervised(rows, self.step)
         else:
             sampled = [group for group in groups if isinstance(group, RolloutGroup)]
+            self._refuse_held_out(group.prompt.token_ids for group in sampled)
             unscored = [GroupScore([0.0] * len(group.completions), {}) for group in sampled]
             drawn = Drawn(sampled, list(unscored if scores is None else scores), [0] * len(sampled))
             self.run.metrics |= rollout_metrics(drawn.groups, drawn.scores)
@@ -227,6 +233,13 @@ class Session:
             for listener in self.collector.listeners if self.ranks.first else ():
                 self.run.metrics |= listener.learns(self.step, drawn, batch)
         return batch
+
+    def _refuse_held_out(self, prompts: Iterable[Sequence[int]]) -> None:
+        """Raises ValueError where the token ids of a held-out problem's prompt are among these."""
+        held_out = {tuple(prompt.token_ids): prompt.prompt_id for prompt in self.held_out.prompts}
+        for token_ids in prompts:
+            if name := held_out.get(tuple(token_ids)):
+                raise ValueError(f"{name} is held out, and nothing may be learned from it; take it out of the batch")
 
     # ---- learning ---------------------------------------------------------------------------------------------------
 
@@ -253,7 +266,9 @@ class Session:
         if loss is not None:
             from grpo.learner.terms.custom import as_term
 
-            term = as_term(loss, self.learner.terms[0])
+            if self._own_loss is None or self._own_loss[0] != loss:
+                self._own_loss = loss, as_term(loss, self.learner.terms[0])
+            term = self._own_loss[1]
         moved = self.run.moved
         with self.run.log.progress() as progress:
             bar = progress.add_task(f"step {self.step}: learning", total=None)
@@ -269,14 +284,25 @@ class Session:
 
             return self._finite(lambda: self.learner.forward_backward(batch, term, advance))
 
-    def optim_step(self, learning_rate: float | None = None, *, ends: bool = True, **adamw: Any) -> dict[str, float]:
+    def optim_step(
+        self,
+        learning_rate: float | None = None,
+        *,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        weight_decay: float | None = None,
+        ends: bool = True,
+    ) -> dict[str, float]:
         """Move the weights by the gradients that wait, at the schedule's rate or at `learning_rate`; where none waits,
-        nothing moves. `ends`: no other update with the same batches follows in this step. `adamw` are options of
-        torch's AdamW (betas, eps, weight_decay) from now on. From here on the step counts, whatever fails later."""
+        nothing moves. AdamW's other numbers hold from now on; weight decay is on matrices only. `ends`: no other update
+        with the same batches follows in this step. From here on the step counts, whatever fails later."""
         if not self.run.moved:
             self.batches.before_update(self.step)
-        for group in self.learner.optimizer.param_groups if adamw else ():
-            group.update(adamw)
+        changes = {name: value for name, value in (("betas", betas), ("eps", eps)) if value is not None}
+        for group in self.learner.optimizer.param_groups:
+            group.update(changes)
+            if weight_decay is not None and all(weight.dim() > 1 for weight in group["params"]):
+                group["weight_decay"] = weight_decay
         metrics = self._finite(lambda: self.learner.optim_step(learning_rate, ends=ends))
         self.run.reached()
         if ends and self.run.moved:
@@ -312,7 +338,9 @@ class Session:
 
     def evaluate(self, problems: Sequence[Example] | None = None, when: str | None = None) -> dict[str, Evaluation]:
         """The held-out problems or others, by way of sampling and greedily, as metrics of the run; with `when` they are
-        in its result under names of their own."""
+        in its result under names of their own. Raises ValueError for a problem that was trained on (contract 16)."""
+        if problems is not None:
+            self.task.refuse_trained_on(problems)
         return self.ranks.from_first(lambda: self.held_out.evaluate(self.step, when, problems))
 
     def evaluate_if_due(self, step: int) -> None:
@@ -336,6 +364,7 @@ class Session:
         """The policy, its optimizer, the order of the data and what listeners keep, as they were when this checkpoint
         was saved; the samplers get the weights. Raises CheckpointError for a damaged one, ValueError for another
         policy's."""
+        self.batches.settle()
         self.run.load(checkpoint.load(Path(path), together=True))
         self.publisher.version = None  # another policy may have had the same
         self._publish()
@@ -398,12 +427,15 @@ def _given(token_ids: list[int], text: str = "") -> Completion:
 def _shared(config: TrainConfig, base: Session) -> Policy:
     """The policy that `base` began with, whose frozen weights both use. Raises ValueError where they are not frozen."""
     if base.plain is None or config.lora is None:
-        raise ValueError("base=: sessions share weights that none of them moves; set lora in both configurations")
+        raise ValueError(
+            "base=: sessions share weights that none of them moves or shards; set lora in both configurations, and "
+            "learn in one process"
+        )
     for name in ("model", "dtype", "device"):
         one, other = getattr(config, name), getattr(base.config, name)
         if one != other:
             raise ValueError(f"base=: {name}={one!r}, and the other session has {name}={other!r}; make them the same")
-    return base.plain.sharing()
+    return base.plain.sharing(head=False)
 
 
 def _base(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:

@@ -7,7 +7,7 @@ import hashlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -165,10 +165,12 @@ class Policy(nn.Module):
         """Parameters and buffers, including those that no checkpoint holds."""
         return [*self.named_parameters(), *self.named_buffers()]
 
-    def sharing(self) -> Policy:
-        """A copy without adapters that has the same trunk's weights in memory, so nothing may move them; biases of
-        routers and the draft head are its own."""
-        return copy.deepcopy(self, {id(weight): weight for weight in self.trunk.parameters()})
+    def sharing(self, *, head: bool) -> Policy:
+        """A copy of a policy without adapters, which has the same trunk's weights in memory, so nothing may move them,
+        and with `head` the draft head's too. Biases of routers are its own. A sharded policy cannot be copied."""
+        weights = self.parameters() if head else self.trunk.parameters()
+        same: dict[int, Any] = {id(weight): weight for weight in weights}
+        return copy.deepcopy(self, same | {id(self.tokenizer): self.tokenizer})
 
     def add_lora(self, rank: int, alpha: float, targets: list[str] | None = None) -> None:
         """Freeze the trunk and add adapters to it. The MTP head stays fully trainable unless `targets` hold "mtp"."""

@@ -15,7 +15,6 @@ import random
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -55,9 +54,10 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
     Raises Stopped when the run was asked to end early, PolicyError for a model that can have no draft head.
     """
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
-    last, ready = config.steps + config.head.epochs, partial(Streams, config=config)  # which may refuse
-    with open_run(config, last, ready=ready, **flags) as (run, task):
-        config, streams = run.config, Streams(task, config)
+    made: list[Streams] = []  # before the folder is touched, since they may refuse
+    last = config.steps + config.head.epochs
+    with open_run(config, last, ready=lambda task: made.append(Streams(task, config)), **flags) as (run, task):
+        [streams], config = made, run.config
         policy = _policy_with_head(config, task, begins=run.saved is None)
         with run.phase("loading"):
             learner = HeadLearner(policy, config.head, temperature=config.rollout.temperature, seed=config.seed)
@@ -66,7 +66,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
             run.last = run.start
         with closing(open_run_pool(run, policy)) as pool:
             params = sampling_of(run, policy, config.rollout.group_size)
-            use_costs_of_run(run, pool, policy, params, resumes=run.step > 0)
+            use_costs_of_run(run, pool, policy, params)
             sampling = replace(sampling_of(run, policy, config.eval.samples), draft_tokens=config.head.depth)
             publisher = Publisher(pool, learner, sampling)
             with run.phase("publishing"):

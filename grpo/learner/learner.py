@@ -175,14 +175,16 @@ class Learner:
             work.number, work.sums = number, defaultdict(float)
             with self.likelihood.replaying(mini):
                 out = self.likelihood.forward(mini)
-                loss, in_total = out.preceding.new_zeros(()), True
+                loss, total, in_total = out.preceding.new_zeros(()), None, True
                 for term in work.terms:
                     summand = term.scalar(mini, out, work)
                     if summand is not None:
                         loss = loss + summand
                     in_total = in_total and term.in_total
                     if in_total:
-                        work.sums["loss/total"] = loss.item()
+                        total = loss
+                if total is not None:
+                    work.sums["loss/total"] = total.item()
                 if loss.requires_grad:
                     self.update.backward(loss * mini.counts, work.batch.step, self.ranks)
             work.seconds_apart += 0.0 if mini.learns else time.perf_counter() - began
@@ -242,9 +244,9 @@ class Learner:
     # ---- the batch that is learned from ------------------------------------------------------------------------
 
     def _begin(self, batch: TrainingBatch, terms: Sequence[Term]) -> Work:
-        """Where this batch goes on, or what it begins with."""
+        """The work on this batch by these terms goes on, or it begins."""
         for work in (*self._done, *self._open):
-            if work.batch is batch:
+            if work.batch is batch and work.terms[0] is terms[0]:
                 work.minis = work.minis or list(self._shared(work.rows))
                 return work
         work = self._work(batch, terms)

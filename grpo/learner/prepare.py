@@ -30,8 +30,7 @@ def estimate(
     lengths_PG: Sequence[Sequence[int]] = (),
 ) -> tuple[Advantages, Tensor]:
     """Advantages by `loss.advantage`, and which groups are tied [P]. An estimator of the user's gets the number of
-    tokens of each completion. An estimator that a term of the loss brings
-    begins with those of the group."""
+    tokens of each completion. A term of the loss that brings an estimator begins with the advantages of the group."""
     rewards_PG = [score.rewards for score in scores]
     if own.is_own(loss.advantage):
         parts = {name: [score.parts[name] for score in scores] for name in scores[0].parts}

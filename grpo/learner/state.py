@@ -106,7 +106,7 @@ def put_weights(weights: Mapping[str, Tensor], policy: Policy, masters: MasterWe
 
 
 def _named_parameters(policy: Policy, modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Those of the policy, and those of modules under their names: `value.layers.0.weight`."""
+    """The policy's parameters, and those of modules under names such as `value.layers.0.weight`."""
     named = dict(policy.named_parameters())
     for part, module in modules.items():
         named |= {f"{part}.{name}": parameter for name, parameter in module.named_parameters()}

@@ -137,8 +137,9 @@ class Batches:
         (future, before), self._sampling = self._sampling, None
         try:
             with self.run.timed("time/wait"):
-                while not wait([future], POLL_S).done:
-                    pass  # a signal that came just before the waiting is heard now
+                done = False
+                while not done:  # it wakes up, since a signal that came just before is heard only then
+                    done = bool(wait([future], POLL_S).done)
                 self.ready[self.next - 1] = future.result()
         except BaseException as error:  # of the thread: raised where the batch is asked for
             self.next -= 1

@@ -151,7 +151,7 @@ class Collector:
     # ---- its state --------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Any:
-        """For `put_back`, which undoes what was collected since."""
+        """What `put_back` needs to undo what is collected from now on."""
         return self.stream.state_dict(), [listener.state_dict() for listener in self.listeners], self.head_accepted
 
     def put_back(self, before: Any) -> None:

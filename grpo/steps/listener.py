@@ -28,11 +28,11 @@ class Listener:
 
     >>> class Longest(Listener):
     ...     def learns(self, step, drawn, batch):
-    ...         print(step, max(len(c.text) for group in drawn.groups for c in group.completions))
+    ...         return {"completion/longest": max(len(c.token_ids) for g in drawn.groups for c in g.completions)}
     """
 
     def begins(self, step: int) -> None:
-        """Before the prompts of a step are chosen."""
+        """Is called before the prompts of a step are chosen."""
 
     def choose(self, count: int, step: int, draw: int) -> list[Example] | None:
         """The problems of a draw, all different; None: the next ones of the data. `draw` counts the refills of a
@@ -40,11 +40,11 @@ class Listener:
         return None
 
     def limit(self, step: int, params: SamplingParams) -> SamplingParams:
-        """How the step samples."""
+        """Changes how the step samples."""
         return params
 
     def sampled(self, step: int, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> None:
-        """After each draw of a step."""
+        """Is called after each draw of a step."""
 
     def metrics(self, step: int) -> dict[str, float]:
         """What it has to say of a step that was drawn."""
@@ -55,11 +55,11 @@ class Listener:
         return batch
 
     def learns(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
-        """Before the learner reads the batch of a step. Returns metrics."""
+        """Is called before the learner reads the batch of a step. Returns metrics."""
         return {}
 
     def evaluated(self, step: int, results: Mapping[str, Any]) -> None:
-        """After an evaluation; `results` are by way of sampling."""
+        """Is called after an evaluation; `results` are by way of sampling."""
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON takes it, with names that no other listener has."""
@@ -70,7 +70,7 @@ class Listener:
 
 
 def listeners_of(run: Run[TrainConfig], task: Task) -> list[Listener]:
-    """Those of the table of features that the run asks for."""
+    """The listeners of the table of features that the run asks for."""
     modules = [importlib.import_module(f"grpo.steps.{feature.name}") for feature in FEATURES if feature.listener]
     listeners = [module.listener(run, task) for module in modules]
     return [listener for listener in listeners if listener is not None]

@@ -73,7 +73,7 @@ class NoPool:
 
 
 def sampling_of(run: Run[Any], policy: Policy, group_size: int, *, rounds: int = 0) -> SamplingParams:
-    """How a run samples groups of this size; see `sampling_params`."""
+    """The run's way to sample groups of this size; see `sampling_params`."""
     config = run.config
     return sampling_params(policy, config.rollout, group_size, config.seed, dtype=config.dtype, rounds=rounds)
 
@@ -142,7 +142,7 @@ def _part_of_publications(policy: Policy, rollout: RolloutOptions) -> NoPool:
 
 
 def open_sampler(run: Run[TrainConfig], pool: Pool) -> AbstractContextManager[Sampler]:
-    """What samples for a run: `pool`, or the episodes of its agent, which `pool` samples in this process."""
+    """Opens what samples for a run: `pool`, or the episodes of its agent, which `pool` samples in this process."""
     agent = agent_of(run.config)
     if agent is None or not run.ranks.first:
         return nullcontext(pool)
@@ -157,8 +157,6 @@ def use_costs_of_run(
     policy: Policy,
     sampling: SamplingParams,
     longest_prompt: int = PROMPT_TOKENS,
-    *,
-    resumes: bool | None = None,
 ) -> None:
     """Where a controller chooses the depth: the table that was saved, or a new one, measured once and saved."""
     rollout = run.config.rollout
@@ -166,8 +164,7 @@ def use_costs_of_run(
         return
     path = run.folder / "draft_costs.json"
     work = Workload.of(sampling, rollout.prompts_per_shard * rollout.group_size, longest_prompt)
-    resumes = run.resumes if resumes is None else resumes
-    saved = CostTable.load(path) if resumes and path.exists() else None
+    saved = CostTable.load(path) if run.resumes and path.exists() else None
     if saved is not None and work.graphs and saved.graphs is None:
         saved = None  # of a run that had no graphs
     costs = pool.use_costs(saved, work)

@@ -175,6 +175,11 @@ class Task:
                 f"{len(both)} of the others are the same problems: {', '.join(both[:5])}. Take them out of the data"
             )
 
+    def refuse_trained_on(self, problems: Sequence[Example]) -> None:
+        """Raises ValueError where problems that are to be evaluated were trained on (contract 16)."""
+        known = dict.fromkeys(self.trained_on, "")
+        refuse_overlap(self.fingerprints(problems), known, "were trained on", f"{TAKE_OUT}.")
+
     def describe_rewards(self) -> list[dict[str, Any]]:
         """What a run records of its reward functions; nothing where another process scores."""
         return self.scorer.describe() if self.scores else []

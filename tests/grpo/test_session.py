@@ -274,6 +274,59 @@ def test_several_updates_of_a_batch_are_a_step_of_the_learner(micro_config, tmp_
     assert all(torch.equal(tensor, policies[1][name]) for name, tensor in policies[0].items())
 
 
+def minus(logprobs, sampling_logprobs, advantages, mask):
+    return -logprobs
+
+
+def squares(logprobs, sampling_logprobs, advantages, mask):
+    return logprobs.square()
+
+
+def test_two_losses_on_one_batch_add_up(micro_config, tmp_path):
+    """The second call goes on with nothing of the first: its own loss is what it adds."""
+    with Session.open(micro_config(tmp_path / "r", steps=1, **{"mtp.loss_weight": 0})) as session:
+        for step in session.run.steps():
+            batch, gradients = session.prepare(session.draw(step)), []
+            losses = [minus, squares]
+            for chosen in (losses[:1], losses[1:], losses):
+                for loss in chosen:
+                    session.forward_backward(batch, loss)
+                gradients.append(
+                    {n: p.grad.clone() for n, p in session.policy.named_parameters() if p.grad is not None}
+                )
+                session.learner.update.zero()
+                session.learner._open.clear()
+            one, other, both = gradients
+            for name, gradient in both.items():
+                torch.testing.assert_close(gradient, one[name] + other[name], atol=1e-6, rtol=1e-4)
+            session.record(step, session.learn(batch))
+
+
+def test_contract_16_what_is_held_out_is_not_learned_and_what_was_learned_is_not_evaluated(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path / "r", steps=1, **{"eval.limit": 4})) as session:
+        for step in session.run.steps():
+            held_out = session.held_out.prompts[:1]
+            groups = session.sample(held_out, step=step)
+            with pytest.raises(ValueError, match="is held out, and nothing may be learned from it"):
+                session.prepare(groups, session.score(groups))
+            with pytest.raises(ValueError, match="were trained on"):
+                session.evaluate(session.task.train[:2])
+            assert session.evaluate(session.task.heldout[:2])["sampled"].prompts == 2
+            session.record(step, session.learn(session.prepare(session.draw(step))))
+
+
+def test_weight_decay_of_ones_own_is_on_matrices_alone(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path / "r", steps=1)) as session:
+        for step in session.run.steps():
+            session.forward_backward(session.prepare(session.draw(step)), minus)
+            session.optim_step(weight_decay=0.5)
+            for group in session.learner.optimizer.param_groups:
+                assert group["weight_decay"] == (0.5 if group["params"][0].dim() > 1 else 0.0)
+            with pytest.raises(TypeError, match="beta"):
+                session.optim_step(beta=(0.5, 0.5))
+            session.record(step, {})
+
+
 def test_an_update_outside_of_a_step_is_refused(micro_config, tmp_path):
     with Session.open(micro_config(tmp_path / "r")) as session:
         batch = session.prepare(session.sample(session.prompts(1), step=1))

@@ -40,7 +40,7 @@ def check(policy: Policy, config: Any) -> None:
 
 
 def loads_of(policy: Policy, options: BalanceOptions) -> list[Load]:
-    """What the routers of the policy will choose. Raises ValueError where an option asks to balance nothing."""
+    """The routers whose choices are counted. Raises ValueError where an option asks to balance nothing."""
     loads = []
     for part in PREFIX:
         of_part = routers(policy.trunk, part)
@@ -78,7 +78,7 @@ class BalanceTerm(Term):
 
     @contextmanager
     def recording(self, policy: Policy) -> Iterator[list[RoutingRecorder]]:
-        """What the routers choose in a forward of `policy`."""
+        """Records what the routers choose in a forward of `policy`."""
         with ExitStack() as stack:
             yield [stack.enter_context(RoutingRecorder(policy.trunk, load.part)) for load in self.loads]
 
@@ -100,7 +100,7 @@ class BalanceTerm(Term):
 
     @contextmanager
     def as_at_first(self) -> Iterator[None]:
-        """With the biases that the routers had at step 0."""
+        """Puts back, inside it, the biases that the routers had at step 0."""
         biases = [router.e_score_correction_bias for load in self.loads for router in load.routers.values()]
         firsts = [bias for load in self.loads for bias in load.first_bias]
         now = [bias.clone() for bias in biases]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -125,20 +126,22 @@ class OfAll(Term):
         with torch.enable_grad():
             loss = self.function(*lists)
             gradients = torch.autograd.grad(loss, lists[0], allow_unused=True)
-        weights = {index: gradient for index, gradient in zip(whole, gradients, strict=True) if gradient is not None}
+        weights: dict[tuple[int, int], list[float]] = {}
+        by_index = {index: gradient for index, gradient in zip(whole, gradients, strict=True) if gradient is not None}
+        read: Counter[int] = Counter()  # tokens of each completion, segment after segment
+        for sample in sorted((s for row in work.rows for s in row.samples), key=lambda s: (s.index, s.start)):
+            begin = read[sample.index]
+            read[sample.index] = end = begin + len(sample.token_ids)
+            if sample.index in by_index:
+                weights[sample.index, sample.start] = by_index[sample.index][begin:end].tolist()
         work.fixed[self.name] = weights, loss.item()
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
         weights, loss = work.fixed[self.name]
         if work.number == 0 and work.ranks.reader == 0:
             work.note(NAME, loss)
-        of_samples = [
-            weights[sample.index][_tokens_before(work, sample.index, sample.start) :][: len(sample.token_ids)].tolist()
-            if sample.index in weights
-            else []
-            for sample in mini.samples
-        ]
-        return (mini.padded(of_samples) * forward.logprobs).masked_fill(~mini.mask, 0.0).sum()
+        weights_CL = mini.padded([weights.get((sample.index, sample.start), []) for sample in mini.samples])
+        return (weights_CL * forward.logprobs).masked_fill(~mini.mask, 0.0).sum()
 
 
 def _segments(mini: MicroBatch, logprobs_CL: Tensor) -> dict[tuple[int, int], list[float]]:
@@ -147,11 +150,5 @@ def _segments(mini: MicroBatch, logprobs_CL: Tensor) -> dict[tuple[int, int], li
 
 
 def _whole(work: Work, segments: dict[tuple[int, int], list[float]]) -> dict[int, list[float]]:
-    """By completion, in the order of [group, sample]."""
+    """The same values of each completion whole, in the order of [group, sample]."""
     return dict(sorted(by_completion(work.rows, segments).items()))
-
-
-def _tokens_before(work: Work, index: int, start: int) -> int:
-    """How many tokens of a completion are in the segments before this one."""
-    samples = [sample for row in work.rows for sample in row.samples]
-    return sum(len(sample.token_ids) for sample in samples if sample.index == index and sample.start < start)

@@ -24,6 +24,7 @@ class Settled:
     """What the policy loss settles before the first update of a batch, and `top` before each."""
 
     correction: CorrectionMode | None
+    reads_tied: bool  # rows without an advantage too
     scale: float = 1.0  # of metrics that are means over the tokens that are read, not over all tokens of the step
     old: list[Tensor] = field(default_factory=list)  # log π_old of each micro-batch, as it was first read
     top: TopEntropy | None = None  # which entropies are among the highest
@@ -43,13 +44,15 @@ class PolicyTerm(Term):
         return self.options.beta > 0 or self.options.entropy_coef != 0
 
     def needs(self, row: PackedRow, work: Work) -> bool:
-        """KL and entropy are of every token, the highest entropies those of the step; bnpo counts its micro-batch."""
-        local = own.aggregate_of(self.options.loss_type) == "bnpo"
-        return self.teaches(work.batch) or local or self.options.top_entropy_quantile < 1
+        settled: Settled = work.fixed[self.name]
+        return settled.reads_tied
 
     def begin(self, work: Work) -> None:
+        """KL and entropy are of every token, the highest entropies those of the step; bnpo counts its micro-batch."""
         differs = self.sampler_differs or work.batch.age(work.version) > 0
-        work.fixed[self.name] = Settled(correction_of(self.options.importance_correction, differs))
+        local = own.aggregate_of(self.options.loss_type) == "bnpo"
+        reads_tied = self.teaches(work.batch) or local or self.options.top_entropy_quantile < 1
+        work.fixed[self.name] = Settled(correction_of(self.options.importance_correction, differs), reads_tied)
 
     @torch.no_grad()
     def before_update(self, work: Work) -> None:

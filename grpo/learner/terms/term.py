@@ -77,14 +77,14 @@ class Term:
         return False
 
     def begin(self, work: Work) -> None:
-        """Before the first update, and before `needs`: `work.rows` are still all rows of the batch."""
+        """It is called before the first update and before `needs`; `work.rows` are still all rows of the batch."""
 
     def needs(self, row: PackedRow, work: Work) -> bool:
         """Whether it reads a tied row."""
         return False
 
     def before_update(self, work: Work) -> None:
-        """Before the micro-batches of an update: `work.rows` are those that are read."""
+        """It is called before the micro-batches of an update; `work.rows` are those that are read."""
 
     def advantages(self, advantages: Tensor, mini: MicroBatch, forward: Forward, old: Tensor, work: Work) -> Tensor:
         """The advantages [C] or [C, L] that the policy learns from; `old` [C, L] is log π before the step."""
@@ -92,7 +92,7 @@ class Term:
 
     def per_token(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
         """[C, L]: the loss of each token, of which the mean over the step's tokens is taken."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} overrides neither per_token nor scalar")
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor | None:
         """The summand of this micro-batch. None where it has none."""
@@ -100,7 +100,7 @@ class Term:
         return per_token.sum() / max(work.batch.num_completion_tokens, 1)
 
     def end(self, works: Sequence[Work]) -> dict[str, float]:
-        """After the last update with the batches of a step: metrics of the step."""
+        """It is called after the last update with the batches of a step, and gives metrics of the step."""
         return {}
 
     # ---- around forwards ----------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class ValueTerm(Term):
         return replace(batch, seconds=time.perf_counter() - started)
 
     def teaches(self, batch: TrainingBatch) -> bool:
-        """Where a value was wrong. Whitened, equal advantages are 0 all the same."""
+        """It teaches where a value was wrong, since equal advantages are 0 once they are whitened."""
         return any(sample.values != sample.returns for row in batch.rows for sample in row.samples)
 
     def needs(self, row: PackedRow, work: Work) -> bool:
