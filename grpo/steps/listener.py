@@ -28,7 +28,7 @@ class Listener:
 
     >>> class Longest(Listener):
     ...     def learns(self, step, drawn, batch):
-    ...         return {"completion/longest": max(len(c.token_ids) for g in drawn.groups for c in g.completions)}
+    ...         return {"completion/length_max": max(len(c.token_ids) for g in drawn.groups for c in g.completions)}
     """
 
     def begins(self, step: int) -> None:
