@@ -217,7 +217,7 @@ def test_links_lead_somewhere(page):
 def test_files_options_and_metrics_that_are_named_exist(page):
     """`examples/01_demo.yaml`, `rollout.draft_tokens: null`, `--head.depth 2`, `loss/kl`."""
     reference = REFERENCE.read_text(encoding="utf-8")
-    keys = set(re.findall(r"^\| `([^`]+)` \|", reference, re.MULTILINE))
+    keys = set(re.findall(r"^\| <h6[^>]*>`([^`]+)`</h6> \|", reference, re.MULTILINE))
     options = {key for key in keys if "/" not in key}
     metrics = {re.sub(r"<\w+>", "<>", key) for key in keys if "/" in key}
     sections = {key.partition(".")[0] for key in options if "." in key}
