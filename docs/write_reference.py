@@ -10,11 +10,11 @@ from grpo.cli.parse import main
 PAGE = """\
 # Options and metrics
 
-This page has every option once, and then every metric. Each option stands in the section that it has in a configuration,
-after those that have none; on a command line it is written `--learner.learning_rate 1e-5`, in a file as
-`learner: {{learning_rate: 1.0e-5}}`. The row of a section says which commands take its options, and another row names its
-commands where they are others. Where commands differ, the command is named before what it has. `quartet COMMAND --help all`
-lists the options of one command. This page is made from the source by `make reference`.
+This page has every option once, and then every metric. Each option stands in the section that it has in a
+configuration, after those that have none; on a command line it is written `--learner.learning_rate 1e-5`, in a file as
+`learner: {{learning_rate: 1.0e-5}}`. The row of a section says which commands take its options, and another row names
+its commands where they are others. Where commands differ, the command is named before what it has.
+`quartet COMMAND --help all` lists the options of one command. This page is made from the source by `make reference`.
 
 Sections: {sections}.
 
