@@ -1,6 +1,7 @@
 """What README and the pages show is true: blocks run, commands parse, and what they name exists."""
 
 import ast
+import importlib.util
 import os
 import re
 import shlex
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
 REFERENCE = ROOT / "docs/reference.md"
-GENERATED = (REFERENCE, ROOT / "docs/grpo-in-200-lines.md")
+GENERATED = (REFERENCE, ROOT / "docs/contracts.md", ROOT / "docs/grpo-in-200-lines.md")
 WRITTEN = [page for page in PAGES if page not in GENERATED]
 LOG = ROOT / "docs/log"  # its entries name what was there at their time
 OF_THE_PAST = (ROOT / "CHANGELOG.md", ROOT / "docs/features.md")  # they name what an older version had
@@ -237,6 +238,25 @@ def test_files_options_and_metrics_that_are_named_exist(page):
             there = True
         lost += [] if there else [span]
     assert lost == []
+
+
+def script(name: str) -> Any:
+    """A script of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # for its dataclasses
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["reference", "contracts"])
+def test_a_page_that_is_made_from_the_source_is_up_to_date(name):
+    page = script(f"write_{name}").page()
+    assert (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") == page, "run `make reference`"
+
+
+def test_the_page_of_contracts_names_no_clause_and_no_test_that_is_gone():
+    assert script("write_contracts").stale() == []
 
 
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_source():
