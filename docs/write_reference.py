@@ -71,7 +71,8 @@ def differing(cells: dict[str, str]) -> str:
 
 def anchor(name: str, level: int = 6) -> str:
     """A name as a heading of its own inside a table, so that the site's search leads to its row."""
-    return f'<h{level} id="{re.sub("[<>]", "", name)}">`{name}`</h{level}>'
+    number = ", d such as 1, 2, 4, 8" if "<d>" in name else ""
+    return f'<h{level} id="{re.sub("[<>]", "", name)}">`{name}`{number}</h{level}>'
 
 
 def rows_of(section: str, options: dict[str, Rows], everyone: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -218,7 +219,7 @@ def test_links_lead_somewhere(page):
 def test_files_options_and_metrics_that_are_named_exist(page):
     """`examples/01_demo.yaml`, `rollout.draft_tokens: null`, `--head.depth 2`, `loss/kl`."""
     reference = REFERENCE.read_text(encoding="utf-8")
-    keys = set(re.findall(r"^\| <h6[^>]*>`([^`]+)`</h6> \|", reference, re.MULTILINE))
+    keys = set(re.findall(r"^\| <h6[^>]*>`([^`]+)`", reference, re.MULTILINE))
     options = {key for key in keys if "/" not in key}
     options |= {key.rpartition(".")[0] for key in options}  # sections inside of sections have no row
     metrics = {re.sub(r"<\w+>", "<>", key) for key in keys if "/" in key}
@@ -324,3 +325,35 @@ def test_the_site_needs_no_network_and_lacks_no_file(site):
                 lost.add(f"{page.relative_to(site)}: {target}")
     assert elsewhere == set()
     assert lost == set()
+
+
+# What somebody who is new asks: options, metrics, messages and how-tos, and the page that must come first.
+QUESTIONS = {
+    "rollout.group_size": "reference.html#rollout.group_size",
+    "rollout.temperature": "reference.html#rollout.temperature",
+    "policy/step_kl": "reference.html#policy/step_kl",
+    "draft/acceptance_depth_1": "reference.html#draft/acceptance_depth_d",
+    "already holds a run; choose another output_dir": "guides/troubleshooting.html#output_dir-already-holds-a-run",
+    "every completion got the same reward": "guides/troubleshooting.html#every-completion-got-the-same-reward",
+    "out of memory while": "guides/troubleshooting.html#out-of-memory-while",
+    "write a reward": "guides/own-reward.html",
+    "resume a run": "start.html",
+    "install vLLM": "guides/vllm.html",
+    "several GPUs": "guides/gpus-and-nodes.html",
+    "evaluate a policy": "guides/evaluation.html",
+}
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="the search of a site is a script, which node runs")
+def test_the_search_answers_what_somebody_new_asks_in_one_try(site):
+    [worker] = site.glob("assets/javascripts/workers/search.*.js")
+    words = ["node", str(ROOT / "tests/cases/site_search.js"), str(worker), str(site / "search.json")]
+    asked = json.dumps(list(QUESTIONS))
+    done = subprocess.run(words, input=asked, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    pages = [item["location"] for item in json.loads((site / "search.json").read_text(encoding="utf-8"))["items"]]
+    first = {
+        question: pages[answer[0]] if answer else "nothing"
+        for question, answer in zip(QUESTIONS, json.loads(done.stdout), strict=True)
+    }
+    assert {question: page for question, page in first.items() if not page.startswith(QUESTIONS[question])} == {}
