@@ -12,8 +12,8 @@ PAGE = """\
 
 This page has every option once, and then every metric. Each option stands in the section that it has in a
 configuration, after those that have none; on a command line it is written `--learner.learning_rate 1e-5`, in a file as
-`learner: {{learning_rate: 1.0e-5}}`. The row of a section says which commands take its options, and another row names
-its commands where they are others. Where commands differ, the command is named before what it has.
+`learner: {{learning_rate: 1.0e-5}}`. The row of a section says which commands take its options, and another row says
+so where they are others. Where commands differ, the command is named before what it has.
 `quartet COMMAND --help all` lists the options of one command. This page is made from the source by `make reference`.
 
 Sections: {sections}.
@@ -22,8 +22,8 @@ Sections: {sections}.
 
 <div class="options" markdown>
 
-| key | type | default | meaning | commands |
-|---|---|---|---|---|
+| key | type | default | meaning |
+|---|---|---|---|
 {options}
 
 </div>
@@ -76,13 +76,14 @@ def anchor(name: str, level: int = 6) -> str:
 
 
 def rows_of(section: str, options: dict[str, Rows], everyone: list[str]) -> list[str]:
-    """The rows of a section: first its own, with the commands that most of its options have."""
-    commands = {key: "all" if len(rows) == len(everyone) else ", ".join(rows) for key, rows in options.items()}
+    """The rows of a section: first its own, with the commands that take most of its options."""
+    commands = {key: "all commands" if len(rows) == len(everyone) else ", ".join(rows) for key, rows in options.items()}
     usual = Counter(commands.values()).most_common(1)[0][0] if section else ""
-    lines = [f"| {anchor(f'{section}:', 3)} | | | | {usual} |"] if section else []
+    lines = [f"| {anchor(f'{section}:', 3)} | | | *For {usual}.* |"] if section else []
     for key, rows in options.items():
         cells = [differing(dict(zip(rows, column, strict=True))) for column in zip(*rows.values(), strict=True)]
-        lines.append(f"| {anchor(key)} | {' | '.join(cells)} | {commands[key] if commands[key] != usual else ''} |")
+        takers = f" *For {commands[key]}.*" if commands[key] != usual else ""
+        lines.append(f"| {anchor(key)} | {' | '.join(cells)}{takers} |")
     return lines
 
 
