@@ -1,6 +1,7 @@
 """What README and the pages show is true: blocks run, commands parse, and what they name exists."""
 
 import ast
+import html
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -324,6 +326,24 @@ def test_the_site_needs_no_network_and_lacks_no_file(site):
             elif page.name != "404.html" and not (page.parent / target.split("?")[0].split("#")[0]).exists():
                 lost.add(f"{page.relative_to(site)}: {target}")
     assert elsewhere == set()
+    assert lost == set()
+
+
+def test_every_link_inside_the_site_leads_to_a_page_and_a_place(site):
+    places: dict[Path, set[str]] = {}
+    for page in site.rglob("*.html"):
+        places[page.resolve()] = {
+            html.unescape(name) for name in re.findall(r'\bid="([^"]+)"', page.read_text("utf-8"))
+        }
+    lost = set()
+    for page in site.rglob("*.html"):
+        for link in re.findall(r'<a\b[^>]*?\bhref="([^"]+)"', page.read_text("utf-8")):
+            file, _, place = urllib.parse.unquote(html.unescape(link)).partition("#")
+            if page.name == "404.html" or re.match(r"\w+:|//", link):
+                continue
+            target = (page.parent / file).resolve() if file else page.resolve()
+            if not target.exists() or (place and place not in places.get(target, {place})):
+                lost.add(f"{page.relative_to(site)}: {link}")
     assert lost == set()
 
 

@@ -47,7 +47,7 @@ def test_the_benchmarks_that_a_page_runs_exist(page):
 
 
 @pytest.mark.parametrize(
-    "page", sorted(set(LOG.glob("*.md")) - {LOG / "index.md"}) + [RESULTS.parent / "RESULTS.md"], ids=name_of
+    "page", [*sorted(set(LOG.glob("*.md")) - {LOG / "index.md"}), RESULTS.parent / "RESULTS.md"], ids=name_of
 )
 def test_entries_are_dated_and_the_newest_comes_first(page):
     headings = re.findall(r"^## (.*)", text_of(page), re.MULTILINE)
