@@ -19,7 +19,8 @@ it proves. A clause that no test names is a **gap**. `make test ARGS="-k contrac
 {contracts}
 """
 # Each clause by the words that it begins with, and the names of tests that prove it: parts of the names of the
-# contract's own tests, or whole names of others. Tests of a contract that no clause claims stand at its first one.
+# contract's own tests, or whole names of others. Tests of a contract that no clause claims stand at its first one; those
+# of a contract that is not here stand at the clause whose words their names and docstrings have most of.
 CLAUSES = {
     1: {
         "The ids": "ids_that_were_sampled scores_what_was_sampled first_stop_token last_place",
@@ -108,10 +109,11 @@ CLAUSES = {
 
 @dataclass(frozen=True)
 class Test:
-    """One test, by its name and its file."""
+    """One test, by its name, its file and the first line of its docstring."""
 
     name: str
     file: str
+    says: str
 
 
 def tests() -> list[Test]:
@@ -120,7 +122,8 @@ def tests() -> list[Test]:
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
-                found.append(Test(node.name, file.relative_to(ROOT / "tests").as_posix()))
+                says = (ast.get_docstring(node) or "").partition("\n")[0]
+                found.append(Test(node.name, file.relative_to(ROOT / "tests").as_posix(), says))
     return found
 
 
@@ -140,6 +143,11 @@ def named(word: str, number: int, everything: list[Test]) -> list[Test]:
     return [test for test in everything if f"contract_{number}_" in test.name and word in test.name]
 
 
+def words_of(text: str) -> set[str]:
+    """The words of a text that mean something, without their endings."""
+    return {re.sub(r"(?:s|ed|ing|e)$", "", word) for word in re.findall(r"[a-z]{4,}", text.lower().replace("_", " "))}
+
+
 def proofs(number: int, sentences: list[str], everything: list[Test]) -> list[list[Test]]:
     """The tests of each clause of a contract."""
     found: list[list[Test]] = [[] for _ in sentences]
@@ -149,8 +157,13 @@ def proofs(number: int, sentences: list[str], everything: list[Test]) -> list[li
                 proving = [test for word in words.split() for test in named(word, number, everything)]
                 found[place] = list(dict.fromkeys(proving))
     claimed = {test for some in found for test in some}
-    own = [test for test in everything if f"contract_{number}_" in test.name]
-    found[0] = [test for test in own if test not in claimed] + found[0]
+    own = [test for test in everything if f"contract_{number}_" in test.name and test not in claimed]
+    if number in CLAUSES:
+        found[0] = own + found[0]
+    else:
+        for test in own:
+            shared = [len(words_of(sentence) & words_of(f"{test.name} {test.says}")) for sentence in sentences]
+            found[shared.index(max(shared))].append(test)
     return found
 
 
