@@ -19,8 +19,8 @@ it proves. A clause that no test names is a **gap**. `make test ARGS="-k contrac
 {contracts}
 """
 # Each clause by the words that it begins with, and the names of tests that prove it: parts of the names of the
-# contract's own tests, or whole names of others. Tests of a contract that no clause claims stand at its first one; those
-# of a contract that is not here stand at the clause whose words their names and docstrings have most of.
+# contract's own tests, or whole names of others. Tests of a contract that no clause claims stand at its first one.
+# Those of a contract that is not here stand at the clause whose words their names and docstrings have most of.
 CLAUSES = {
     1: {
         "The ids": "ids_that_were_sampled scores_what_was_sampled first_stop_token last_place",
