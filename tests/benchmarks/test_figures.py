@@ -46,23 +46,11 @@ def test_the_benchmarks_that_a_page_runs_exist(page):
     assert sorted(name_of(file) for file in files if not file.exists()) == []
 
 
-@pytest.mark.parametrize(
-    "page", [*sorted(set(LOG.glob("*.md")) - {LOG / "index.md"}), RESULTS.parent / "RESULTS.md"], ids=name_of
-)
-def test_entries_are_dated_and_the_newest_comes_first(page):
+@pytest.mark.parametrize("page", [*LOG.glob("[!i]*.md"), RESULTS.parent / "RESULTS.md"], ids=name_of)
+def test_entries_are_dated_the_newest_first_and_tables_have_six_columns_at_most(page):
     headings = re.findall(r"^## (.*)", text_of(page), re.MULTILINE)
     assert [heading for heading in headings if not re.match(r"\d{4}-\d\d-\d\d · \S", heading)] == []
-    dates = [heading[:10] for heading in headings]
-    assert dates == sorted(dates, reverse=True)
-
-
-@pytest.mark.parametrize("page", [*sorted(LOG.glob("*.md")), RESULTS.parent / "RESULTS.md"], ids=name_of)
-def test_no_table_has_more_than_six_columns(page):
+    assert headings == sorted(headings, key=lambda heading: heading[:10], reverse=True)
     rows = [line for line in text_of(page).splitlines() if line.startswith("|")]
     assert [row for row in rows if len(re.split(r"(?<!\\)\|", row)) - 2 > 6] == []
-
-
-def test_every_page_of_the_log_is_in_its_index_and_on_the_site():
-    pages = {page.name for page in LOG.glob("*.md")} - {"index.md"}
-    assert set(re.findall(r"\]\((\w+\.md)\)", text_of(LOG / "index.md"))) == pages
-    assert {page for page in pages if f"log/{page}" not in text_of(ROOT / "mkdocs.yml")} == set()
+    assert page.name == "RESULTS.md" or f"log/{page.name}" in text_of(ROOT / "mkdocs.yml")
