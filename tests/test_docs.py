@@ -326,7 +326,7 @@ def test_every_link_inside_the_site_leads_to_a_page_and_a_place(site):
             file, _, place = urllib.parse.unquote(link).partition("#")
             target = (page.parent / file).resolve() if file else page
             if not target.exists() or (place and place not in places.get(target, {place})):
-                lost.add(f"{page.name}: {link}")
+                lost.add(f"{page.relative_to(site.resolve())}: {link}")
     assert lost == set()
 
 
