@@ -22,9 +22,10 @@ demo: $(RUN_STAMP) ## install, then train the tiny policy on word problems and s
 	$(BIN)/quartet train examples/01_demo.yaml --output_dir $(DEMO) $(ARGS)
 	@test ! -f $(DEMO)/metrics.jsonl || echo "every rollout, token by token: $$($(BIN)/quartet report $(DEMO))"
 
-reference: $(RUN_STAMP) ## write the pages that are made from the source: options and metrics, combinations, GRPO in 200 lines
+reference: $(RUN_STAMP) ## write the pages that are made from the source: options, metrics, combinations, contracts, GRPO in 200 lines
 	$(BIN)/python docs/write_reference.py > docs/reference.md
 	$(BIN)/python docs/write_combinations.py > docs/guides/combinations.md
+	$(BIN)/python docs/write_contracts.py > docs/contracts.md
 	$(BIN)/python docs/write_grpo-in-200-lines.py > docs/grpo-in-200-lines.md
 
 docs: $(DEV_STAMP) reference ## build the site into site/, where every warning is an error

@@ -1,12 +1,16 @@
 """What README and the pages show is true: blocks run, commands parse, and what they name exists."""
 
 import ast
+import html
+import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +33,9 @@ ROOT = Path(__file__).parents[1]
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
 REFERENCE = ROOT / "docs/reference.md"
-GENERATED = (REFERENCE, ROOT / "docs/grpo-in-200-lines.md")
+GENERATED = (REFERENCE, ROOT / "docs/contracts.md", ROOT / "docs/grpo-in-200-lines.md")
 WRITTEN = [page for page in PAGES if page not in GENERATED]
+LOG = ROOT / "docs/log"  # its entries name what was there at their time
 OF_THE_PAST = (ROOT / "CHANGELOG.md", ROOT / "docs/features.md")  # they name what an older version had
 
 FENCE = re.compile(
@@ -210,12 +215,15 @@ def test_links_lead_somewhere(page):
     assert lost == []
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [page for page in WRITTEN if page.parent != LOG], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_files_options_and_metrics_that_are_named_exist(page):
     """`examples/01_demo.yaml`, `rollout.draft_tokens: null`, `--head.depth 2`, `loss/kl`."""
     reference = REFERENCE.read_text(encoding="utf-8")
-    keys = set(re.findall(r"^\| `([^`]+)` \|", reference, re.MULTILINE))
+    keys = set(re.findall(r"^\| <h6[^>]*>`([^`]+)`", reference, re.MULTILINE))
     options = {key for key in keys if "/" not in key}
+    options |= {key.rpartition(".")[0] for key in options}  # sections inside of sections have no row
     metrics = {re.sub(r"<\w+>", "<>", key) for key in keys if "/" in key}
     sections = {key.partition(".")[0] for key in options if "." in key}
     areas = {key.partition("/")[0] for key in metrics}
@@ -233,6 +241,13 @@ def test_files_options_and_metrics_that_are_named_exist(page):
             there = True
         lost += [] if there else [span]
     assert lost == []
+
+
+@pytest.mark.parametrize("name", ["reference", "contracts"])
+def test_a_page_that_is_made_from_the_source_is_up_to_date(name):
+    script = runpy.run_path(str(ROOT / f"docs/write_{name}.py"))
+    assert (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") == script["page"](), "run `make reference`"
+    assert name != "contracts" or script["stale"]() == []  # it names clauses and tests that are there
 
 
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_source():
@@ -300,3 +315,45 @@ def test_the_site_needs_no_network_and_lacks_no_file(site):
                 lost.add(f"{page.relative_to(site)}: {target}")
     assert elsewhere == set()
     assert lost == set()
+
+
+def test_every_link_inside_the_site_leads_to_a_page_and_a_place(site):
+    texts = {page.resolve(): html.unescape(page.read_text(encoding="utf-8")) for page in site.rglob("*.html")}
+    places = {page: set(re.findall(r'\bid="([^"]+)"', text)) for page, text in texts.items()}
+    lost = set()
+    for page, text in texts.items():
+        for link in re.findall(r'<a\b[^>]*?\bhref="(?!\w+:|//)([^"]+)"', text if page.name != "404.html" else ""):
+            file, _, place = urllib.parse.unquote(link).partition("#")
+            target = (page.parent / file).resolve() if file else page
+            if not target.exists() or (place and place not in places.get(target, {place})):
+                lost.add(f"{page.relative_to(site.resolve())}: {link}")
+    assert lost == set()
+
+
+# What somebody who is new asks: options, metrics, messages and how-tos, and the page that must come first.
+QUESTIONS = {
+    "rollout.group_size": "reference.html#rollout.group_size",
+    "rollout.temperature": "reference.html#rollout.temperature",
+    "policy/step_kl": "reference.html#policy/step_kl",
+    "draft/acceptance_depth_1": "reference.html#draft/acceptance_depth_d",
+    "already holds a run; choose another output_dir": "guides/troubleshooting.html#output_dir-already-holds-a-run",
+    "every completion got the same reward": "guides/troubleshooting.html#every-completion-got-the-same-reward",
+    "out of memory while": "guides/troubleshooting.html#out-of-memory-while",
+    "write a reward": "guides/own-reward.html",
+    "resume a run": "start.html",
+    "install vLLM": "guides/vllm.html",
+    "several GPUs": "guides/gpus-and-nodes.html",
+    "evaluate a policy": "guides/evaluation.html",
+}
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="the search of a site is a script, which node runs")
+def test_the_search_answers_what_somebody_new_asks_in_one_try(site):
+    [worker] = site.glob("assets/javascripts/workers/search.*.js")
+    words = ["node", str(ROOT / "tests/cases/site_search.js"), str(worker), str(site / "search.json")]
+    done = subprocess.run(words, input=json.dumps(list(QUESTIONS)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    items = json.loads((site / "search.json").read_text(encoding="utf-8"))["items"]
+    first = [items[places[0]]["location"] if places else "nothing" for places in json.loads(done.stdout)]
+    wrong = [pair for pair in zip(QUESTIONS, first, strict=True) if not pair[1].startswith(QUESTIONS[pair[0]])]
+    assert wrong == []
