@@ -54,6 +54,7 @@ ENVIRONMENT = {
     "WANDB_DISABLED": "true",
 }
 Seconds = dict[str, list[float]]  # "generate", "learn", "step": one entry a step
+OPTIMIZERS = {"ours_dense_8bit": "adamw_8bit", "ours_dense_small": "adamw_8bit_stochastic"}
 
 
 def main() -> None:
@@ -191,8 +192,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
     options = LearnerOptions(
         tokens_per_micro_batch=args.groups * (longest + args.group_size * args.tokens),
         gradient_checkpointing=args.contender in ("ours_dense_checkpointing", "ours_dense_small"),
-        optimizer="adamw_8bit" if args.contender in ("ours_dense_8bit", "ours_dense_small") else "adamw",
-        stochastic_rounding=args.contender == "ours_dense_small",
+        optimizer=OPTIMIZERS.get(args.contender, "adamw"),
     )
     learner = make(policy, TrainConfig(output_dir=".", learner=options), reward_weights={"reward": 1.0})
     pool = open_pool(policy, PoolOptions(dtype=dtype, prompts_per_shard=args.prompts))

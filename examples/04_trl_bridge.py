@@ -21,14 +21,14 @@ from policies.policy import Policy
 from rewards import load_reward
 
 FOLDER = Path("runs/trl_bridge")
-WARM_START = {"steps": 150, "learning_rate": 2e-3, "schedule": "constant"}
+STEPS, LEARNER = 150, {"learning_rate": 2e-3, "schedule": "constant"}
 
 
 def main() -> None:
     if not (FOLDER / "policy").exists():
         data = {"name": "word_problems", "levels": [1]}
-        config = {"output_dir": FOLDER, "data": data, "warm_start": WARM_START, "log": {"trackers": []}}
-        sft(SftConfig.model_validate(config), resume="auto")
+        config = SftConfig(output_dir=FOLDER, data=data, steps=STEPS, learner=LEARNER, log={"trackers": []})
+        sft(config, resume="auto")
     policy = Policy.load(FOLDER / "policy")
 
     problems = word_problems("train", [1], count=1000)

@@ -177,11 +177,11 @@ class Session:
 
     def solutions(self, count: int) -> list[PackedRow]:
         """Prompts of the training data with their gold solutions, the next ones in the order of the data."""
-        token, raw = self.policy.stop_token_ids[0], not self.config.warm_start.strip_calculator_marks
+        token = self.policy.stop_token_ids[0]
 
         def take() -> list[PackedRow]:
             examples: list[Example] = self.collector.stream.take(count)
-            return [self.task.solution(example, self.policy.tokenizer, token, raw) for example in examples]
+            return [self.task.solution(example, self.policy.tokenizer, token) for example in examples]
 
         return self.ranks.from_first(take)
 

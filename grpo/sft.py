@@ -32,7 +32,7 @@ def sft(
 ) -> Result:
     """The policy is saved to `output_dir/policy`. Raises Stopped when the run was asked to end early."""
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
-    with open_run(config, config.warm_start.steps, **flags) as (run, task):
+    with open_run(config, config.steps, **flags) as (run, task):
         policy = load_policy(run.config, task.corpus(), run.ranks)
         if task.heldout:
             task.check_lengths(policy, config.rollout.max_completion_tokens)
@@ -50,8 +50,7 @@ def _evaluate(when: str, run: Run[SftConfig], task: Task, policy: Policy) -> dic
     if not task.heldout:
         return {}
     options = run.config.eval
-    here = {"workers": 0, "backend": None, "prompts_per_shard": options.prompts_per_batch}
-    pool = open_run_pool(run, policy, **here)
+    pool = open_run_pool(run, policy, prompts_per_shard=64)
     sampling = replace(sampling_of(run, policy, options.samples), environment=environment_of(run.config))
     held_out = HeldOut(task, policy, pool, run.log, options, sampling)
     run.alone(held_out.evaluate, run.step, when)

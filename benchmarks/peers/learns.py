@@ -46,10 +46,10 @@ def warm(task: Task, policy: Path) -> None:
     from grpo.config.run import SftConfig
     from grpo.sft import sft
 
-    options = {"steps": task.warm_start, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 20}
+    learner = {"learning_rate": 2e-3, "warmup_steps": 20, "schedule": "constant"}
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "warm"
-        sft(SftConfig.model_validate(config_of(task, run, warm_start=options | {"schedule": "constant"})))
+        sft(SftConfig.model_validate(config_of(task, run, steps=task.warm_start, learner=learner)))
         shutil.copytree(run / "policy", policy, dirs_exist_ok=True)
 
 

@@ -27,7 +27,7 @@ evaluate() { # NAME SAMPLES
 
 sft() { # NAME MODEL [OPTION ...]
   [ -d "$runs/$1/policy" ] || quartet sft "$here/1_sft.yaml" --model "$2" --output_dir "$runs/$1" --resume auto \
-    --warm_start.steps "$sft_steps" --warm_start.warmup_steps 4 --checkpoint.every "$sft_steps" "${@:3}" "${options[@]}"
+    --steps "$sft_steps" --learner.warmup_steps 4 --checkpoint.every "$sft_steps" "${@:3}" "${options[@]}"
   evaluate "$1" 0
 }
 

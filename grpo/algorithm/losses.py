@@ -38,6 +38,9 @@ from rollout.group import ENDED
 Given = TypeVar("Given")
 
 
+SAPO_TEMPERATURES = 1.0, 1.05  # of the gate for positive and for negative advantages, as in the paper
+
+
 def policy_loss(
     policy_logprobs: Tensor,  # log π, with gradient
     old_logprobs: Tensor | None,  # log π_old; None: π as it is now, detached
@@ -234,7 +237,7 @@ def _objective(
         case "reinforce":
             return advantages * policy_logprobs, {}
         case "sapo":
-            temperatures = options.sapo_temperature_pos, options.sapo_temperature_neg
+            temperatures = SAPO_TEMPERATURES
             return sapo_surrogate(ratio, advantages, *temperatures), {}
         case "cispo":
             cap = _need(epsilon_high, "epsilon_high, the cap of the ratio (ScaleRL: 5.0)", options.loss_type)

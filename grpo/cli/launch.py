@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from grpo.config.problems import command_line
-from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.run import LearningConfig, TrainConfig
 from grpo.learner.parallel import RankFailed
 from grpo.run.hardware import device_of
 from grpo.run.stop import ASKED, Stopped, say_stopping, signals
@@ -20,7 +20,7 @@ from grpo.train import Result, train
 from policies.files.atomic import write_file
 
 
-def launch(config: SftConfig, **flags: Any) -> Result | None:
+def launch(config: LearningConfig, **flags: Any) -> Result | None:
     """`quartet train` or `quartet sft`: what the summary shows, None in a process that shows none.
 
     `flags` are resume, stop_after and force.
@@ -33,7 +33,7 @@ def launch(config: SftConfig, **flags: Any) -> Result | None:
     return result if os.environ.get("RANK", "0") == "0" else None
 
 
-def _through_ray(config: SftConfig, flags: dict[str, Any]) -> Result:
+def _through_ray(config: LearningConfig, flags: dict[str, Any]) -> Result:
     """`learner.workers` ranks on the cluster of RAY_ADDRESS, or on one of our own on this machine.
 
     A signal reaches them through a file in the run folder, which all machines see. Raises Stopped, or RankFailed with
@@ -75,7 +75,7 @@ def _through_ray(config: SftConfig, flags: dict[str, Any]) -> Result:
     asked.unlink(missing_ok=True)
     with signals.heard(tell):
         try:
-            start_ray(workers * threads + config.rollout.samplers * config.rollout.threads_per_worker)
+            start_ray(workers * threads + config.whole_rollout.samplers * config.whole_rollout.threads_per_worker)
             ended = trainer.fit().return_value
         except exceptions.TrainingFailedError as error:  # it knows the exception of each rank
             first = next(iter(getattr(error, "worker_failures", {}).values()), error)

@@ -10,31 +10,12 @@ from pathlib import Path
 
 from grpo.config.yaml_file import parse_yaml
 
-# `quartet sft` trains by the options of its warm start; the learner's of the same names change nothing there.
-_OF_SFT = {
-    "learner.learning_rate": "warm_start.learning_rate",
-    "learner.schedule": "warm_start.schedule",
-    "learner.warmup_steps": "warm_start.warmup_steps",
-    "prompts_per_step": "warm_start.batch_size",
-    "steps": "warm_start.steps",
-}
-
 
 @cache
 def table(part: str) -> dict[str, str]:
-    """`means`, `not_supported`, `removed` or `removed_commands`: a name that is none, and what is said about it."""
+    """`means`, `not_supported` or `removed_commands`: a name that is none, and what is said about it."""
     content = parse_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))[part]
     return {name: said for said, names in content.items() for name in names}
-
-
-def removed(key: str) -> str | None:
-    """What became of an option that an older version had; None for any other key.
-
-    >>> removed("rollout.publish_deltas")[:17]
-    'it is gone, since'
-    """
-    reason = table("removed").get(key)
-    return f"it is gone, since {reason}" if reason else None
 
 
 def hint(name: str, known: Collection[str]) -> str | None:
@@ -70,7 +51,5 @@ def _here(target: str, known: Collection[str]) -> list[str]:
     """The options of this command that may be what `target`, an option of `quartet train`, is there; the best first."""
     if target.startswith("--"):
         return [target]
-    is_sft = "warm_start.steps" in known and "steps" not in known
     last = target.rpartition(".")[2]
-    names = [_OF_SFT[target]] if is_sft and target in _OF_SFT else []
-    return [key for key in (*names, target, f"head.{last}", f"recovery.{last}", last) if key in known]
+    return [key for key in (target, f"head.{last}", f"recovery.{last}", last) if key in known]

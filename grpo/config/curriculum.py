@@ -8,7 +8,7 @@ from grpo.config.options import Options
 
 
 class CurriculumOptions(Options):
-    """What GRPO begins with: short prompts, learnable prompts, short completions, shallow drafts. Off by default."""
+    """What GRPO begins with: short prompts, learnable prompts, short completions. Off by default."""
 
     steps: int = Field(default=100, ge=1)
     """The step at which the curriculum ends; everything below grows linearly until then."""
@@ -21,5 +21,3 @@ class CurriculumOptions(Options):
     of the others."""
     completion_tokens: int | None = Field(default=None, ge=1)
     """Length limit of completions at step 1; it grows to rollout.max_completion_tokens. null is the full limit."""
-    draft_depth: int | None = Field(default=None, ge=1)
-    """Depth of the draft head at step 1; it grows to mtp.depth. null is the full depth."""

@@ -19,13 +19,15 @@ class EnvironmentOptions(Options):
     `get_reward` gives is the reward `environment`."""
     max_turns: int = Field(default=8, ge=1)
     """Turns that the policy may take in one completion. The calls of the last one are made, and nothing follows."""
-    tool_timeout_s: float = Field(default=10.0, gt=0)
-    """Seconds that the calls of one turn may take; then the process of the tool is killed (see reward.on_error)."""
-    tool_memory_mb: int | None = Field(default=None, ge=1)
-    """Most MiB of data that a process of tools may hold; null sets no limit. An episode that needs more fails alone
-    (see reward.on_error)."""
-    tool_workers: int = Field(default=1, ge=1)
-    """Processes that run tools, for each sampler."""
+    program_timeout_s: float | None = Field(default=None, gt=0)
+    """Seconds that the calls of one turn may take, or one call of the agent; then its process is killed (see
+    reward.on_error). null: 10 for tools and environments, 120 for an agent."""
+    program_memory_mb: int | None = Field(default=None, ge=1)
+    """Most MiB of data that a process of tools or of the agent may hold; null sets no limit. An episode that needs more
+    fails alone (see reward.on_error)."""
+    program_workers: int | None = Field(default=None, ge=1)
+    """Processes that run tools, for each sampler, or the agent, each of them for one completion at a time. null: 1 for
+    tools and environments, 4 for an agent."""
 
     @property
     def has_tools(self) -> bool:
@@ -39,19 +41,13 @@ class EnvironmentOptions(Options):
         return environment
 
 
-class AgentOptions(Options):
+class AgentOptions(EnvironmentOptions):
     """A program that asks the policy by OpenAI's API; `quartet train` learns from what it asked."""
 
     agent: str | None = None
     """A function of yours, `path/to/file.py:function`, that is called once for each completion. It gets `base_url` and
     `api_key` for a client of OpenAI's API, `prompt` (the text of the prompt) and the columns of the example; it may be
     async. A number that it returns is the reward `agent`."""
-    agent_timeout_s: float = Field(default=120.0, gt=0)
-    """Seconds that one call of the agent may take; then its process is killed (see reward.on_error)."""
-    agent_memory_mb: int | None = Field(default=None, ge=1)
-    """Most MiB of data that a process of the agent may hold; null sets no limit."""
-    agent_workers: int = Field(default=4, ge=1)
-    """Processes that run the agent, each of them for one completion at a time: so many are sampled together."""
 
 
 def rewards_of(config: RewardsOptions) -> list[RewardOptions]:

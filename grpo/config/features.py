@@ -17,7 +17,7 @@ from grpo.config.options import Options
 
 @dataclass(frozen=True)
 class Feature:
-    """`section` names the command whose configuration has the section: that of train has those of sft, too."""
+    """`section` names the command whose configuration has the section; train has those of sft, too."""
 
     name: str
     section: Literal["sft", "train"] | None = None

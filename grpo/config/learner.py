@@ -1,4 +1,4 @@
-"""Options of the learner: optimizer, adapters, draft head, experts, warm start."""
+"""Options of the learner: optimizer, ranks, adapters, draft head, warm start."""
 
 from __future__ import annotations
 
@@ -41,15 +41,13 @@ class ParallelOptions(Options):
         return fsdp
 
 
-class LearnerOptions(Options):
-    """The optimizer and how a batch is cut."""
+class UpdateOptions(Options):
+    """How weights are updated: the optimizer, the ranks, and how a batch is cut."""
 
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_8bit_stochastic"] = "adamw"
     """adamw_8bit keeps AdamW's moments in 8 bits, 2 bytes a weight in place of 8. It needs torchao (extra `low-memory`)
-    and a C++ compiler."""
-    stochastic_rounding: bool = False
-    """bfloat16 weights have no fp32 masters, 4 bytes a weight: each step is rounded up or down by chance, right in the
-    mean. It needs adamw_8bit."""
+    and a C++ compiler. With adamw_8bit_stochastic bfloat16 weights have no fp32 masters, 4 bytes a weight: each step is
+    rounded up or down by chance, right in the mean."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate of the policy (LoRA needs about ten times the rate of full updates)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -62,20 +60,38 @@ class LearnerOptions(Options):
     """AdamW betas."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
-    updates_per_batch: int = Field(default=1, ge=1)
-    """Optimizer updates on each batch of rollouts."""
     tokens_per_micro_batch: int = Field(default=8192, ge=1)
     """Padded tokens of one forward and backward pass; this bounds the memory and changes no gradient."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     on_non_finite: Literal["abort", "skip"] = "abort"
-    """What happens after a non-finite loss or gradient. No step is taken; the batch is written to the run folder."""
-    max_skipped_in_a_row: int = Field(default=3, ge=1)
-    """on_non_finite: skip gives up after this many skipped steps in a row."""
+    """What happens after a non-finite loss or gradient. No step is taken; the batch is written to the run folder. skip
+    gives up after three such steps in a row."""
     workers: int = Field(default=0, ge=0)
     """Learner ranks that Ray Train starts, on the cluster of RAY_ADDRESS or on this machine; 0: accelerate, torchrun or
     nobody has started several."""
     parallel: ParallelOptions = ParallelOptions()
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded by chance, without fp32 masters."""
+        return self.optimizer == "adamw_8bit_stochastic"
+
+
+class SftLearnerOptions(UpdateOptions):
+    """The optimizer of supervised steps, and how a batch is cut."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of the policy."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Decay of the learning rate over `steps`."""
+
+
+class LearnerOptions(UpdateOptions):
+    """The optimizer of GRPO, and how a batch is cut."""
+
+    updates_per_batch: int = Field(default=1, ge=1)
+    """Optimizer updates on each batch of rollouts."""
     routing_replay: bool = False
     """The learner's forward uses the experts and the dynamic heads that the sampler chose, for the prompt too."""
 
@@ -96,38 +112,48 @@ class LoraOptions(Options):
 
 
 class MTPOptions(Options):
-    """Training of the draft head during the training of the policy, detached from it."""
+    """Training of the draft head beside the policy."""
 
     loss_weight: float = Field(default=1.0, ge=0)
-    """Weight of the draft loss; 0 leaves the head as it is."""
+    """Weight of the draft loss; 0 leaves the draft head as it is."""
     every: int = Field(default=1, ge=1)
-    """Train the head in every n-th step."""
-    idle_every: int | None = Field(default=10, ge=1)
-    """While drafts gain less than a tenth in the rollouts (`draft/gain`), train it only in every n-th step, from groups
-    that are not tied; null for no such rest. The gain follows from draft_costs.json: runs that measured other costs may
-    train their heads in other steps."""
+    """Train the draft head in every n-th step."""
     share: float = Field(default=1.0, gt=0, le=1)
-    """Share of a step's groups that the head learns from, other groups in every step; the cost shrinks with it."""
+    """Share of a step's rows that the draft head learns from, others in every step; the cost shrinks with it."""
     depth: int = Field(default=4, ge=1)
     """How many depths are unrolled in training."""
     tv: bool = False
-    """Minimise total variation, the share of rejected drafts, and not KL. For a head that `quartet mtp` has taught: the
-    gradient vanishes where the head gives a token of the trunk hardly any probability."""
-    train_trunk: bool = False
-    """`quartet sft` only: cross-entropy on the gold tokens through head and trunk (DeepSeek-V3; loss_weight 0.3 or 0.1
-    there), instead of teaching the head alone."""
+    """Minimise total variation, the share of rejected drafts, and not KL. For a draft head that `quartet mtp` has
+    taught: the gradient vanishes where it gives a token of the trunk hardly any probability."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Learning rate of the head."""
+    """Learning rate of the draft head."""
+
+
+class GrpoMTPOptions(MTPOptions):
+    """Training of the draft head during GRPO, detached from the policy."""
+
+    idle_every: int | None = Field(default=10, ge=1)
+    """While drafts gain less than a tenth in the rollouts (`draft/gain`), train the draft head only in every n-th step,
+    from groups that are not tied; null for no such rest. The gain follows from draft_costs.json: runs that measured
+    other costs may train their draft heads in other steps."""
+
+
+class SftMTPOptions(MTPOptions):
+    """Training of the draft head during supervised steps."""
+
+    train_trunk: bool = False
+    """Cross-entropy on the gold tokens through draft head and trunk (DeepSeek-V3; loss_weight 0.3 or 0.1 there), in
+    place of teaching the draft head alone."""
 
     @model_validator(mode="after")
-    def _one_loss(self) -> MTPOptions:
+    def _one_loss(self) -> SftMTPOptions:
         if self.tv and self.train_trunk:
             raise ValueError("tv needs the trunk's distributions, and train_trunk compares with gold tokens; drop one")
         return self
 
 
 class WarmStartOptions(Options):
-    """Supervised steps on the gold solutions before GRPO (and all of `quartet sft`)."""
+    """Supervised steps on the gold solutions before GRPO."""
 
     steps: int = Field(default=0, ge=0)
     """Optimizer steps; 0 skips the warm start."""
@@ -141,7 +167,3 @@ class WarmStartOptions(Options):
     """Steps of linear warm-up."""
     levels: list[int] | None = None
     """Levels of `word_problems` for the warm start; those of `data` by default."""
-    draft_depth: int | None = Field(default=None, ge=1)
-    """Depth of the draft head's loss at the first step; it grows to mtp.depth at the last. null: mtp.depth always."""
-    strip_calculator_marks: bool = True
-    """Drop GSM8K's `<<48/2=24>>` marks from the solutions."""

@@ -31,15 +31,11 @@ Own = Annotated[str, AfterValidator(_names_a_function), "FILE.py:FUNCTION"]
 
 # What a loss does not read, so that another value than the default is a mistake; and what is meant.
 UNREAD = {
-    "sapo": ("epsilon", "epsilon_high", "delta"),
-    "cispo": ("epsilon", "delta", "sapo_temperature_pos", "sapo_temperature_neg"),
-    "reinforce": ("epsilon", "epsilon_high", "delta", "sapo_temperature_pos", "sapo_temperature_neg"),
-    **dict.fromkeys(("grpo", "dr_grpo", "dapo", "bnpo"), ("sapo_temperature_pos", "sapo_temperature_neg")),
+    "sapo": ("epsilon", "epsilon_high", "delta"),  # it has a gate of fixed temperatures in place of a clip
+    "cispo": ("epsilon", "delta"),
+    "reinforce": ("epsilon", "epsilon_high", "delta"),
 }
-INSTEAD = {
-    "sapo": "sapo_temperature_pos and sapo_temperature_neg, its gate in place of a clip",
-    "cispo": "epsilon_high, the cap of the ratio",
-}
+INSTEAD = {"cispo": "epsilon_high, the cap of the ratio"}
 
 
 class LossOptions(Options):
@@ -82,10 +78,6 @@ class LossOptions(Options):
     """Largest weight of the importance correction."""
     importance_clip_min: float | None = Field(default=None, ge=0)
     """Smallest weight of the importance correction."""
-    sapo_temperature_pos: float = Field(default=1.0, gt=0)
-    """Temperature of SAPO's gate for positive advantages."""
-    sapo_temperature_neg: float = Field(default=1.05, gt=0)
-    """Temperature of SAPO's gate for negative advantages."""
 
     @model_validator(mode="before")
     @classmethod

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from grpo.config.json_file import expecting
+from grpo.config.older import recorded_options
 from grpo.config.options import Options
 from grpo.config.reward import RewardsOptions
-from grpo.config.run import EvalOptions, RunConfig, SftConfig, TrainConfig
-from grpo.config.sampling import RolloutOptions
-from grpo.config.yaml_file import read_yaml
+from grpo.config.run import EvalOptions, RunConfig, SftConfig
+from grpo.config.sampling import WorkersOptions
 
 
 class HeadOptions(Options):
@@ -48,6 +48,7 @@ class MtpConfig(RunConfig):
     """Self-distillation of the draft head: sample a corpus from the policy, teach the head the policy's distributions.
     Rewards are for the evaluation alone: drafts change no token, so accuracy is the same before and after."""
 
+    command: ClassVar[str] = "mtp"
     # What `quartet mtp --help` shows; `--help all` shows all.
     common: ClassVar[tuple[str, ...]] = (
         *("model", "output_dir", "data.name", "data.template", "steps", "prompts_per_step", "rollout.group_size"),
@@ -58,21 +59,21 @@ class MtpConfig(RunConfig):
     output_dir: Path
     """The run folder; the policy with its taught head is written to `policy/` in it."""
     add_mtp: bool = True
-    """Give a fresh MTP head to a DeepSeek-V3 checkpoint that has none."""
+    """Give a fresh draft head to a DeepSeek-V3 checkpoint that has none."""
     steps: int = Field(default=60, ge=1)
     """Batches of rollouts, which make the corpus; head.epochs pass over it afterwards, and count as steps too."""
     prompts_per_step: int = Field(default=16, ge=2)
     """Prompts per batch; its completions are this times rollout.group_size. The rollouts of an eighth of the training
     prompts are not learned from: they tell what an epoch gains."""
-    rollout: RolloutOptions = RolloutOptions(group_size=4)
+    rollout: WorkersOptions = WorkersOptions(group_size=4)
     head: HeadOptions = HeadOptions()
     eval: EvalOptions = EvalOptions(limit=32)
 
 
-def scores_nothing(config: SftConfig | MtpConfig) -> bool:
+def scores_nothing(config: RunConfig) -> bool:
     """Whether rewards are for an evaluation alone, there is none, and nobody named one: the default reads numbers, and
     data for supervised training need not have any."""
-    unused = not isinstance(config, TrainConfig) and not config.eval.limit
+    unused = isinstance(config, SftConfig | MtpConfig) and not config.eval.limit
     return unused and config.rewards == RewardsOptions().rewards
 
 
@@ -81,7 +82,7 @@ def defaults_of_run(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.is_file():
         return {}
-    run, _ = read_yaml(path)
+    _, run = recorded_options(path)
     with expecting(path, "configuration of a run"):
         brought = _defaults(run)
         MtpConfig.model_validate({"output_dir": folder} | brought)
@@ -92,4 +93,6 @@ def _defaults(run: dict[str, Any]) -> dict[str, Any]:
     whole = ("data", "rewards", "reward_models", "reward", "dtype", "device", "seed")
     parts = {"rollout": ("temperature", "max_completion_tokens", "prompts_per_shard"), "eval": ("split", "levels")}
     brought = {name: run[name] for name in whole if name in run}
-    return brought | {part: {name: run[part][name] for name in names} for part, names in parts.items()}
+    return brought | {
+        part: {name: run[part][name] for name in names if name in run[part]} for part, names in parts.items()
+    }

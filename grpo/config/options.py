@@ -22,6 +22,7 @@ import argparse
 import copy
 import inspect
 import json
+import logging
 import re
 import sys
 import types
@@ -35,13 +36,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from grpo.config.aliases import removed
+from grpo.config import older
 from grpo.config.json_file import unfit
 from grpo.config.problems import Source, describe, in_python, unknown_option
 from grpo.config.yaml_file import ConfigError, Place, parse_yaml, read_yaml, to_yaml
 
 __all__ = ["ConfigError", "Options", "add_options", "dump_yaml", "load", "parse", "reference_page"]
 
+LOGGER = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=BaseModel)
 
 _SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "min_length": "length ≥", "max_length": "length ≤"}
@@ -71,11 +73,14 @@ class Options(BaseModel):
     def __init__(self, **given: Any) -> None:
         """Raises ConfigError with what the command line says of such options. Files and parts of other options are
         validated without it."""
+        if command := getattr(type(self), "command", ""):
+            given = older.renew(command, given, _warn_of_old_name)
         try:
             super().__init__(**given)
         except ValidationError as error:
             defaults = type(self).model_construct()
-            source = Source(None, {}, {}, [option.key for option in _options(defaults)], [])
+            command = getattr(defaults, "command", "")
+            source = Source(None, {}, {}, [option.key for option in _options(defaults)], [], command)
             raise ConfigError(map(in_python, source.explain(error.errors(), given))) from None
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
@@ -289,15 +294,6 @@ def _fill(defaults: BaseModel, given: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _drop_removed(data: dict[str, Any], tell: Callable[[str], None], prefix: str = "") -> None:
-    """Takes the options out of `data` that only an older version had, and tells what became of each."""
-    for name, value in list(data.items()):
-        if reason := removed(prefix + name):
-            tell(describe(prefix + name, data.pop(name), "", reason))
-        elif isinstance(value, dict):
-            _drop_removed(value, tell, f"{prefix}{name}.")
-
-
 def load(
     model_cls: type[Model],
     config_file: Path | None,
@@ -310,7 +306,8 @@ def load(
 
     `overrides` and `flags` come from `parse`. Raises ConfigError with all problems at once, one line each:
     `rollout.group_size=1 (demo.yaml, line 3): expected greater than or equal to 2`. `on_removed` is for what an older
-    version wrote: an option that is no longer there is left out, and a sentence about it goes to this function.
+    version wrote: an option that is no longer there is left out, and a sentence about it goes to this function. Old
+    names work, see older.py; without `on_removed` a warning says so.
     """
     data: dict[str, Any] = {}
     lines: dict[Place, int] = {}
@@ -321,6 +318,10 @@ def load(
         except ConfigError as error:
             problems += error.problems
     unread = bool(problems)
+    command = getattr(model_cls, "command", "")
+    tell = None if on_removed else _warn_of_old_name
+    data, lines = older.renew(command, data, tell), {older.new_place(command, place): n for place, n in lines.items()}
+    overrides = older.renew_keys(command, overrides, tell)
     for key, value in overrides.items():
         if fault := unfit(value):  # bytes on the command line that are no text
             problems.append(describe(key, {}, "command line", fault))
@@ -329,20 +330,24 @@ def load(
             _set(data, key, value)
         except ConfigError as error:
             problems += error.problems
-    if on_removed:
-        _drop_removed(data, on_removed)
     defaults = model_cls.model_construct()
+    options = {option.key: option for option in _options(defaults)}
+    leaves = {key for key, option in options.items() if option.model is None or option.in_list}
+    older.drop_unused(data, leaves, on_removed)
     data = _fill(defaults, data)
     try:
         model = model_cls.model_validate(data)
     except ValidationError as error:
-        names = [option.key for option in _options(defaults)]
         errors = [item for item in error.errors() if not (unread and item["type"] == "missing")]
-        source = Source(config_file, lines, overrides, names, list(flags))
+        source = Source(config_file, lines, overrides, list(options), list(flags), command)
         problems = source.explain(errors, data) + problems
     if problems:
         raise ConfigError(problems)
     return model
+
+
+def _warn_of_old_name(old: str, new: str) -> None:
+    LOGGER.warning("%s is %s now; the old name works until %s", old, new, older.WORKS_UNTIL)
 
 
 def dump_yaml(model: BaseModel) -> str:

@@ -55,8 +55,6 @@ class RewardModelOptions(Options):
     """classifier: the label whose logit is the score; required where there is more than one."""
     chat: bool = False
     """classifier: read question and completion through the model's own chat template, instead of as one text."""
-    batch_size: int = Field(default=8, ge=1)
-    """Completions per forward."""
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> RewardModelOptions:

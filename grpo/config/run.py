@@ -1,4 +1,7 @@
-"""The options of a training run, `quartet sft` and `quartet train`. The reference page is generated from here."""
+"""The options of a training run, `quartet sft` and `quartet train`. The reference page is generated from here.
+
+A command has the sections that it uses: one that several use in part is a class for each.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,21 @@ from pydantic import Field
 from grpo.config.data import DataOptions
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.features import sections
-from grpo.config.learner import LearnerOptions, LoraOptions, MTPOptions, WarmStartOptions
+from grpo.config.learner import (
+    GrpoMTPOptions,
+    LearnerOptions,
+    LoraOptions,
+    MTPOptions,
+    SftLearnerOptions,
+    SftMTPOptions,
+    UpdateOptions,
+    WarmStartOptions,
+)
 from grpo.config.loss import LossOptions
 from grpo.config.options import Options, load
-from grpo.config.policy import ModelOptions
+from grpo.config.policy import ArchitectureOptions, ModelOptions
 from grpo.config.reward import RewardsOptions
-from grpo.config.sampling import RolloutOptions
+from grpo.config.sampling import RolloutOptions, SamplingOptions
 
 
 class CheckpointOptions(Options):
@@ -25,17 +37,20 @@ class CheckpointOptions(Options):
     """Save after every n-th step, and at the end."""
     keep: int | None = Field(default=2, ge=1)
     """How many checkpoints are kept, the newest ones; null keeps all."""
+
+
+class GrpoCheckpointOptions(CheckpointOptions):
+    """When to save and what to keep."""
+
     keep_best: bool = False
     """Keep the best checkpoint too, and write its policy to `best_policy/`. It is the best by eval/accuracy, or by
     eval/reward_mean where the reward is no accuracy (evaluated steps are saved then), or by reward/mean over the
-    `every` steps before it where nothing was evaluated. GRPO only."""
+    `every` steps before it where nothing was evaluated."""
 
 
 class EvalOptions(Options):
-    """Held-out evaluation before, during and after training; its time does not count as training time."""
+    """Held-out evaluation before and after training; its time does not count as training time."""
 
-    every: int | None = Field(default=None, ge=1)
-    """Evaluate after every n-th step too; null evaluates only before the first step and after the last."""
     limit: int = Field(default=0, ge=0)
     """Held-out problems; 0 turns evaluation off."""
     samples: int = Field(default=1, ge=1)
@@ -45,8 +60,13 @@ class EvalOptions(Options):
     """The held-out split; `heldout` for word_problems, `test` otherwise."""
     levels: list[int] | None = None
     """Levels of `word_problems`; those of `data` by default."""
-    prompts_per_batch: int = Field(default=64, ge=1)
-    """Problems that are sampled together."""
+
+
+class GrpoEvalOptions(EvalOptions):
+    """Held-out evaluation before, during and after training; its time does not count as training time."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Evaluate after every n-th step too; null evaluates only before the first step and after the last."""
 
 
 class LogOptions(Options):
@@ -54,24 +74,27 @@ class LogOptions(Options):
 
     every: int = Field(default=1, ge=1)
     """Print a line after every n-th step, and after the first and the last one. A terminal shows a panel instead."""
-    table_every: int = Field(default=10, ge=1)
-    """Show a table of sample completions after every n-th step."""
     trackers: list[str] | None = None
     """Trackers of accelerate (`tensorboard`, `wandb`, ...); TensorBoard when installed, [] for none."""
-    alarms: bool = True
-    """Warn where a reward seems to be hacked: it follows length, repetition, numbers of the question or the form of an
-    answer better than right answers. GRPO only."""
+
+
+class GrpoLogOptions(LogOptions):
+    """What a person sees and what is kept."""
+
+    table_every: int = Field(default=10, ge=1)
+    """Show a table of sample completions after every n-th step."""
     measure_speed: bool = False
     """At the end, time sampling with and without drafts on held-out prompts."""
 
 
 class RunConfig(RewardsOptions, ModelOptions):
-    """What `quartet sft`, `train` and `mtp` have in common: a policy, a run folder, data, rewards and rollouts."""
+    """What `quartet sft`, `train` and `mtp` have in common: a policy, a run folder, data and rewards."""
 
     output_dir: Path
     """The run folder; the trained policy is written to `policy/` in it."""
     data: DataOptions = DataOptions()
-    rollout: RolloutOptions = RolloutOptions()
+    rollout: SamplingOptions = SamplingOptions()
+    eval: EvalOptions = EvalOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     log: LogOptions = LogOptions()
 
@@ -81,26 +104,53 @@ class RunConfig(RewardsOptions, ModelOptions):
         `**{"rollout.ahead": 1}` those of a section. Raises ConfigError with all that is wrong."""
         return load(cls, Path(file), overrides)
 
+    @property
+    def whole_rollout(self) -> RolloutOptions:
+        """How it samples: `rollout`, with the defaults of what the command has no option for."""
+        return RolloutOptions.of(self.rollout)
 
-class SftConfig(sections("sft"), EnvironmentOptions, RunConfig):  # type: ignore[misc]
-    """Supervised fine-tuning on prompts and gold solutions; the MTP head is trained together with the trunk."""
 
+class LearningConfig(sections("sft"), EnvironmentOptions, ArchitectureOptions, RunConfig):  # type: ignore[misc]
+    """What `quartet sft` and `train` have in common: a policy whose weights move."""
+
+    learner: UpdateOptions = UpdateOptions()
+    mtp: MTPOptions = MTPOptions()
+
+    @property
+    def supervision(self) -> WarmStartOptions:
+        """The supervised steps of the run."""
+        raise NotImplementedError
+
+
+class SftConfig(LearningConfig):
+    """Supervised fine-tuning on prompts and gold solutions; the draft head is trained together with the trunk. Rewards
+    and rollouts are for the evaluation alone."""
+
+    command: ClassVar[str] = "sft"
     # What `quartet sft --help` shows; `--help all` shows all.
     common: ClassVar[tuple[str, ...]] = (
         *("model", "output_dir", "data.name", "data.limit", "data.template", "data.prompt_column"),
-        *("data.solution_column", "warm_start.steps", "warm_start.batch_size", "warm_start.learning_rate"),
-        *("warm_start.schedule", "learner.tokens_per_micro_batch", "mtp.loss_weight", "mtp.depth", "rewards"),
-        *("eval.limit", "rollout.max_completion_tokens", "checkpoint.every", "dtype", "threads", "seed"),
+        *("data.solution_column", "steps", "prompts_per_step", "learner.learning_rate", "learner.schedule"),
+        *("learner.tokens_per_micro_batch", "mtp.loss_weight", "mtp.depth", "rewards", "eval.limit"),
+        *("rollout.max_completion_tokens", "checkpoint.every", "dtype", "threads", "seed"),
     )
-    warm_start: WarmStartOptions = WarmStartOptions(steps=200)
-    mtp: MTPOptions = MTPOptions()
-    learner: LearnerOptions = LearnerOptions()
-    eval: EvalOptions = EvalOptions()
+    steps: int = Field(default=200, ge=1)
+    """Optimizer steps."""
+    prompts_per_step: int = Field(default=16, ge=1)
+    """Examples per step."""
+    learner: SftLearnerOptions = SftLearnerOptions()
+    mtp: SftMTPOptions = SftMTPOptions()
+
+    @property
+    def supervision(self) -> WarmStartOptions:
+        rates = {name: getattr(self.learner, name) for name in ("learning_rate", "schedule", "warmup_steps")}
+        return WarmStartOptions(steps=self.steps, batch_size=self.prompts_per_step, **rates)
 
 
-class TrainConfig(sections("train"), AgentOptions, SftConfig):  # type: ignore[misc]
+class TrainConfig(sections("train"), AgentOptions, LearningConfig):  # type: ignore[misc]
     """GRPO, after an optional warm start: sample groups, score them, favour what scored above its group."""
 
+    command: ClassVar[str] = "train"
     # What `quartet train --help` shows; `--help all` shows all.
     common: ClassVar[tuple[str, ...]] = (
         *("model", "output_dir", "data.name", "data.template", "rewards", "steps", "prompts_per_step"),
@@ -112,7 +162,17 @@ class TrainConfig(sections("train"), AgentOptions, SftConfig):  # type: ignore[m
     """Steps of GRPO; one step samples, scores and learns once."""
     prompts_per_step: int = Field(default=8, ge=1)
     """Prompts per step; completions per step are this times rollout.group_size."""
+    rollout: RolloutOptions = RolloutOptions()
+    learner: LearnerOptions = LearnerOptions()
+    mtp: GrpoMTPOptions = GrpoMTPOptions()
+    eval: GrpoEvalOptions = GrpoEvalOptions()
+    checkpoint: GrpoCheckpointOptions = GrpoCheckpointOptions()
+    log: GrpoLogOptions = GrpoLogOptions()
     warm_start: WarmStartOptions = WarmStartOptions()
     lora: LoraOptions | None = None
     """Adapters; null updates every weight."""
     loss: LossOptions = LossOptions()
+
+    @property
+    def supervision(self) -> WarmStartOptions:
+        return self.warm_start

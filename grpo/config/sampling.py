@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator
 
@@ -43,68 +43,32 @@ class VLLMOptions(Options):
     python: Path = Path(".vllm/bin/python")
     """The interpreter of vLLM's environment; a server is started with it and ends with the run."""
     url: str | None = None
-    """http://HOST:PORT of a server that runs already (see docs/guides/vllm.md); null starts one on loopback."""
-    token_file: Path | None = None
-    """File that holds the token of that server; null takes it from the environment variable QUARTET_VLLM_TOKEN."""
+    """http://HOST:PORT of a server that runs already (see docs/guides/vllm.md); null starts one on loopback. The
+    environment variable QUARTET_VLLM_TOKEN holds its token."""
     engine: dict[str, Any] = Field(default={})
     """More arguments of vLLM's engine, such as {max_model_len: 2048} or {tensor_parallel_size: 2}."""
-    silence_s: float = Field(default=300.0, gt=0)
-    """Seconds that may pass without a forward being finished; after that the server counts as hung. One of our own is
-    killed and started again."""
-    untried_version: bool = False
-    """Go on with a version of vLLM whose log-probabilities nobody has compared with ours yet."""
 
 
-class RolloutOptions(SamplingOptions):
-    """How completions are sampled."""
+class WorkersOptions(SamplingOptions):
+    """How groups of completions are sampled, and by which processes."""
 
-    backend: Literal["native", "transformers", "vllm"] | None = None
-    """What samples: our engine, which decodes DeepSeek-V3 policies itself (`native`) and other models by transformers'
-    own forward (null: the one that fits), or vLLM in an environment of its own (`quartet train` only)."""
     group_size: int = 8
     """Completions per prompt; GRPO compares them with each other, so at least 2."""
     temperature: float = Field(default=1.0, ge=LOWEST_TEMPERATURE)
     """Sampling temperature; the learner scores at the same one. There is no top-p or top-k: both bias the gradient."""
     workers: int = Field(default=0, ge=0)
     """Ray rollout workers; 0 samples in this process, without Ray."""
-    ahead: Literal[0, 1, 2] = 0
-    """1 samples the next batch while the learner works on this one, with weights that are one step older, by at least
-    one worker. 2 samples one more, with weights two steps older, so that a slow batch delays nothing. Timing changes no
-    bit; the importance correction is on."""
     threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of each Ray worker."""
     gpus_per_worker: float = Field(default=1.0, ge=0, le=1)
     """Share of a GPU of each Ray worker, where the cluster has GPUs; with .5 two share one, with 0 they use none."""
     colocate: bool = False
     """Ray workers and learner use the same GPUs in turn, which they do anyway where there is only one."""
-    placement_timeout_s: float = Field(default=300.0, gt=0)
-    """Seconds that the Ray workers may wait for room in the cluster; then the run ends and says what there is."""
     prompts_per_shard: int = Field(default=8, ge=1)
     """Prompts whose groups are sampled together; the number of workers never changes a token."""
     timeout_s: float = Field(default=3600.0, gt=0)
-    """Seconds that a Ray worker may take for a shard; then it is killed, and a new one samples the same tokens."""
-    publish_timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds that a Ray worker may need for new weights; then it is killed and replaced. A new one has 600."""
-    vllm: VLLMOptions = VLLMOptions()
-    quantization: Literal["none", "int8", "int4"] = "none"
-    """The matrices that our engine samples with, routed experts included, in fewer bits than those that are learned;
-    each publication makes them anew. The importance correction is on. Held-out problems are answered with them too."""
-    draft_quantization: Literal["none", "int8", "int4"] | None = None
-    """The same for the MTP head and the LM head of its drafts, which change no token; null: as `quantization`."""
-    refill_draws: int = Field(default=0, ge=0)
-    """Dynamic sampling: tied groups are sampled again, at most this many times per step; 0 keeps them."""
-    refill_prompts: Literal["new", "same"] = "new"
-    """What takes a tied group's place: the next prompts of the data, or the same prompt with new noise."""
-
-    @property
-    def samplers(self) -> int:
-        """Ray workers that the run has: sampling ahead needs one, and vLLM none."""
-        return 0 if self.backend == "vllm" else max(self.workers, min(self.ahead, 1))
-
-    @property
-    def copies(self) -> tuple[str, str]:
-        """How what is sampled by, and what drafts are made by, is held."""
-        return self.quantization, self.draft_quantization or self.quantization
+    """Seconds that a Ray worker may take for a shard, a sixth of them for new weights, and a twelfth to find room in
+    the cluster. A worker that takes longer is killed, and a new one samples the same tokens."""
 
     @field_validator("group_size")
     @classmethod
@@ -112,3 +76,39 @@ class RolloutOptions(SamplingOptions):
         if group_size < 2:
             raise ValueError("gives every completion a zero advantage; use 2 or more")
         return group_size
+
+
+class RolloutOptions(WorkersOptions):
+    """How completions are sampled."""
+
+    backend: Literal["native", "transformers", "vllm"] | None = None
+    """What samples: our engine, which decodes DeepSeek-V3 policies itself (`native`) and other models by transformers'
+    own forward (null: the one that fits), or vLLM in an environment of its own."""
+    ahead: Literal[0, 1, 2] = 0
+    """1 samples the next batch while the learner works on this one, with weights that are one step older, by at least
+    one worker. 2 samples one more, with weights two steps older, so that a slow batch delays nothing. Timing changes no
+    bit; the importance correction is on."""
+    vllm: VLLMOptions = VLLMOptions()
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """The matrices that our engine samples and drafts with, routed experts included, in fewer bits than those that are
+    learned; each publication makes them anew. The importance correction is on. Held-out problems are answered with them
+    too."""
+    refill_draws: int = Field(default=0, ge=0)
+    """Dynamic sampling: tied groups are sampled again, at most this many times per step; 0 keeps them."""
+    refill_prompts: Literal["new", "same"] = "new"
+    """What takes a tied group's place: the next prompts of the data, or the same prompt with new noise."""
+
+    @property
+    def publish_timeout_s(self) -> float:
+        """Seconds that a worker may need for new weights."""
+        return self.timeout_s / 6
+
+    @property
+    def samplers(self) -> int:
+        """Ray workers that the run has: sampling ahead needs one, and vLLM none."""
+        return 0 if self.backend == "vllm" else max(self.workers, min(self.ahead, 1))
+
+    @classmethod
+    def of(cls, options: SamplingOptions) -> Self:
+        """The rollout of a command that has fewer options of it."""
+        return options if isinstance(options, cls) else cls(**options.model_dump())

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from grpo.config.environment import AgentOptions
-from grpo.endpoint.agents import open_agents
+from grpo.endpoint.agents import WORKERS, open_agents
 from grpo.endpoint.batcher import Batcher
 from grpo.endpoint.episode import Episode
 from rewards.isolation.pool import WorkerPool
@@ -47,7 +47,7 @@ class AgentSampler:
         self.pool.check_stop()
         engine = copy.copy(self.pool.published())
         engine.check(prompts, params)
-        engine.max_rows = min(engine.max_rows, ROWS_OF_WORKER * self.agent.agent_workers)
+        engine.max_rows = min(engine.max_rows, ROWS_OF_WORKER * (self.agent.program_workers or WORKERS))
         self._agents = self._agents or open_agents(self.agent)
         sampling = _Sampling(self, engine, prompts, params)
         future = self._thread.submit(sampling.run, self._agents)

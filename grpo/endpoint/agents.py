@@ -11,20 +11,21 @@ from grpo.config.reward import RewardsOptions, ScoringOptions
 from rewards.isolation.agents import OWN
 from rewards.isolation.pool import WorkerPool
 
+WORKERS, TIMEOUT_S = 4, 120.0  # where the options do not say; an agent thinks longer than a tool
+
 
 def open_agents(options: AgentOptions) -> WorkerPool:
     """The processes in which the agent runs. Raises RewardError if it cannot be loaded there, or not with so little
     memory."""
     description = {"kind": "agent", "function": options.agent}
     scoring = options.reward if isinstance(options, RewardsOptions) else ScoringOptions()
-    memory = (options.agent_memory_mb or 0) << 20
+    memory = (options.program_memory_mb or 0) << 20
     pool = WorkerPool(
         [description],
-        size=options.agent_workers,
-        timeout_s=options.agent_timeout_s,
+        size=options.program_workers or WORKERS,
+        timeout_s=options.program_timeout_s or TIMEOUT_S,
         pass_variables=scoring.pass_variables,
         memory=memory,
-        memory_option="agent_memory_mb",
     )
     try:
         pool.run([])

@@ -122,7 +122,7 @@ class Served:
             raise ApiError(message, param="messages", code="no_chat_template")
         if sees_prompts_whole(self.batcher.engine.policy.config) and any(m["role"] in WRITTEN for m in asked.messages):
             raise ApiError(
-                "this policy sees a prompt whole (policy.prompt_attention=bidirectional), and what it has written "
+                "this policy sees a prompt whole (prompt_attention=bidirectional), and what it has written "
                 "would be a part of it; send the first turn alone, or to /v1/completions what it shall see whole",
                 param="messages",
                 code="prompt_seen_whole",

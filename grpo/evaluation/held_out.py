@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from grpo.config.run import EvalOptions
+from grpo.config.run import EvalOptions, GrpoEvalOptions
 from grpo.data.examples import Example
 from grpo.evaluation.evaluate import Evaluation, Speed, as_metrics, both_ways, evaluate_ways, measure_speed
 from grpo.run.log import RunLog
@@ -22,6 +22,9 @@ from rollout.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from grpo.view.report import Report
+
+
+AT_ONCE = 256  # problems that the pool gets at once, of which it makes shards
 
 
 class HeldOut:
@@ -49,7 +52,7 @@ class HeldOut:
 
     def due(self, step: int, last: int) -> bool:
         """Before the first step and every `eval.every` steps; the evaluation after the last step is not meant."""
-        every = self.options.every
+        every = self.options.every if isinstance(self.options, GrpoEvalOptions) else None
         return bool(self.prompts) and step < last and (step == 0 or bool(every and step % every == 0))
 
     def done(self, step: int) -> bool:
@@ -71,8 +74,11 @@ class HeldOut:
         self.task.reached(step)
         ways = both_ways(replace(self.sampling, group_size=self.options.samples))
         try:
-            with phase("evaluating", SimpleNamespace(eval=self.options)), self.log.progress() as progress:
-                found = evaluate_ways(self.pool, self.task, prompts, ways, self.options.prompts_per_batch, progress)
+            with (
+                phase("evaluating", SimpleNamespace(eval=self.options, rollout=self.sampling)),
+                self.log.progress() as progress,
+            ):
+                found = evaluate_ways(self.pool, self.task, prompts, ways, AT_ONCE, progress)
         except RewardFailed as error:
             self.log.event("reward_error", step=step, evaluation="given up", **vars(error.failure))
             raise

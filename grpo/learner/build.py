@@ -11,7 +11,8 @@ import torch
 
 from grpo.algorithm.own import is_own
 from grpo.config.features import FEATURES
-from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.learner import LearnerOptions
+from grpo.config.run import LearningConfig, TrainConfig
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.optimizer import schedule
@@ -58,17 +59,16 @@ def sampling_backend(config: TrainConfig, policy: Policy) -> str:
     return config.rollout.backend or policy.backend
 
 
-def sft_learner(policy: Policy, config: SftConfig, ranks: Ranks = ALONE) -> Learner:
+def sft_learner(policy: Policy, config: LearningConfig, ranks: Ranks = ALONE) -> Learner:
     """Adapters are not used here even where GRPO will: LoRA starts from the warm policy."""
     from grpo.learner.terms.supervised import SupervisedTerm
 
-    options = config.warm_start
+    options = config.supervision
     with phase("loading", config):
         terms = [SupervisedTerm(), *terms_of(policy, config)]
         return Learner(
             policy,
-            # The other rate and number of updates are those of rollouts.
-            config.learner.model_copy(update={"updates_per_batch": 1, "learning_rate": options.learning_rate}),
+            LearnerOptions(**config.learner.model_dump() | {"learning_rate": options.learning_rate}),
             terms,
             Likelihood(policy, watchers=terms),
             schedule=schedule(options.schedule, options.steps, options.warmup_steps),

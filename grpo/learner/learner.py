@@ -76,7 +76,7 @@ class Learner:
             for module in policy.trunk.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True  # else transformers ignores it; what is inside (dropout) stays in eval mode
-        self.masters = MasterWeights(policy, rounds=options.stochastic_rounding)
+        self.masters = MasterWeights(policy, rounds=options.rounds)
         groups = groups_of(policy.trunk, options.learning_rate, options.weight_decay)
         for term in terms:
             groups += term.parameters(options.weight_decay)

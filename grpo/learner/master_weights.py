@@ -2,7 +2,7 @@
 
 bf16 keeps 8 bits: a weight of 0.1 next differs by 0.0005, so an update of 1e-6 is rounded away, every time. The
 optimizer therefore moves fp32 copies; policy, reference and sampler compute with their rounded values. Without copies
-it must round by chance (`learner.stochastic_rounding`): then the mean of many steps is exact, though one step is not.
+it must round by chance (`adamw_8bit_stochastic`): then the mean of many steps is exact, though one step is not.
 """
 
 from __future__ import annotations

@@ -40,10 +40,10 @@ class Update:
             for part in by_mesh([masters.of(parameter) for parameter in group["params"]])
         ]
         self.optimizer: torch.optim.Optimizer
-        if options.optimizer == "adamw_8bit":
+        if options.optimizer != "adamw":
             from grpo.learner.eight_bit import adamw_8bit
 
-            self.optimizer = adamw_8bit(moved, options.betas, rounds=options.stochastic_rounding)
+            self.optimizer = adamw_8bit(moved, options.betas, rounds=options.rounds)
         else:
             self.optimizer = torch.optim.AdamW(moved, betas=options.betas, fused=True)  # no temporaries
 

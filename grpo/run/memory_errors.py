@@ -48,8 +48,7 @@ WAYS: dict[Phase, tuple[Way, ...]] = {
         *(Way("max_completion_tokens"), Way("samples")),  # of quartet sample
     ),
     "evaluating": (
-        Way("eval.prompts_per_batch", "lower {key}={value} (in GRPO below rollout.prompts_per_shard)"),
-        Way("eval.samples"),
+        *(Way("rollout.max_completion_tokens"), Way("eval.samples")),
         *(Way("prompts_per_batch"), Way("samples"), Way("max_completion_tokens")),  # of quartet eval
     ),
     "learning": (

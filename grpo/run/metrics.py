@@ -57,8 +57,8 @@ METRICS: dict[str, str] = {
     "loss/value": "loss of the value head (PPO baseline), mean per token, squared score",
     "loss/balance_entropy": "log E - H(mean soft choice), before its weight, mean over layers, nats; 0 is balanced",
     "loss/balance_sequence": "balance loss of a completion, before its weight, mean over layers; 1 is balanced",
-    "loss/balance_heads_entropy": "the same as loss/balance_entropy, of dynamic heads (policy.heads)",
-    "loss/balance_heads_sequence": "the same as loss/balance_sequence, of dynamic heads (policy.heads)",
+    "loss/balance_heads_entropy": "the same as loss/balance_entropy, of dynamic heads (active_heads)",
+    "loss/balance_heads_sequence": "the same as loss/balance_sequence, of dynamic heads (active_heads)",
     "loss/own": "the loss that a loop of your own gave to forward_backward, as it is summed up",
     "loss/sft": "cross-entropy of the gold solutions in the warm start, mean, nats per token",
     "policy/entropy": "entropy of the sampling policy, nats per token: the mean of -log-probability of what it sampled",
@@ -164,7 +164,7 @@ METRICS: dict[str, str] = {
     "log/not_finite": "metrics of this step that were NaN or infinite, written as null, count",
 }
 METRICS |= {
-    name.replace("moe/", "heads/"): f"the same as {name}, of the attention heads that policy.heads lets a router choose"
+    name.replace("moe/", "heads/"): f"the same as {name}, of the attention heads that active_heads lets a router choose"
     for name in METRICS
     if name.startswith("moe/")
 }

@@ -6,10 +6,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo.config.aliases import removed
-from grpo.config.options import dump_yaml
-from grpo.config.run import RunConfig, SftConfig, TrainConfig
-from grpo.config.yaml_file import differences, flat, parse_yaml, read_yaml
+from grpo.config.options import dump_yaml, load
+from grpo.config.run import LearningConfig, RunConfig, TrainConfig
+from grpo.config.yaml_file import differences, parse_yaml
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 FREE_TO_CHANGE = (
     *("output_dir", "steps", "log", "checkpoint", "eval", "threads"),
     *("reward.timeout_s", "reward.workers", "reward.pass_variables", "rollout.timeout_s"),
-    *("learner.workers", "learner.parallel", "agent_workers", "agent_timeout_s", "agent_memory_mb"),
+    *("learner.workers", "learner.parallel", "program_workers", "program_timeout_s", "program_memory_mb"),
 )
 
 
@@ -66,15 +65,13 @@ def saved_state(
 def refuse_changed_config(saved: Path, config: RunConfig) -> None:
     """A resumed run must be the same run. Raises ValueError listing what differs."""
     # Over `steps`: other steps are another schedule.
-    decays = not isinstance(config, SftConfig) or config.learner.schedule != "constant"
+    decays = not isinstance(config, LearningConfig) or config.learner.schedule != "constant"
     free = tuple(key for key in FREE_TO_CHANGE if not (decays and key == "steps"))
-    before = read_yaml(saved)[0]
-    said = flat(before)
-    usual = flat(parse_yaml(dump_yaml(type(config)(output_dir=config.output_dir))))  # where an older run says nothing
+    before = load(type(config), saved, {"output_dir": config.output_dir}, on_removed=lambda text: None)
     changed = [
         f"  {key}: {then!r} then, {now!r} now"
-        for key, (then, now) in differences(before, parse_yaml(dump_yaml(config))).items()
-        if not key.startswith(free) and not (key not in said and now == usual.get(key)) and not removed(key)
+        for key, (then, now) in differences(*(parse_yaml(dump_yaml(each)) for each in (before, config))).items()
+        if not key.startswith(free)
     ]
     if changed:
         raise ValueError(

@@ -23,10 +23,10 @@ from transformers.distributed import DistributedConfig
 
 from grpo.config.json_file import read_json
 from grpo.config.mtp import MtpConfig
+from grpo.config.older import recorded_options
 from grpo.config.options import load
-from grpo.config.policy import ModelOptions, PolicyOptions
-from grpo.config.run import SftConfig, TrainConfig
-from grpo.config.yaml_file import read_yaml
+from grpo.config.policy import ArchitectureOptions, ModelOptions
+from grpo.config.run import LearningConfig, SftConfig, TrainConfig
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ from policies.policy import Policy, PolicyError, read_config
 from policies.routing.heads import heads_config
 from policies.sharding import leads
 
-Config = TypeVar("Config", bound=SftConfig | MtpConfig)
+Config = TypeVar("Config", bound=LearningConfig | MtpConfig)
 
 # In policy/ and best_policy/ of a run: {"step": 160, "checkpoint": SHA-256 of the manifest of that step's checkpoint}
 RECORD = "training.json"
@@ -68,7 +68,7 @@ class PolicySource:
     checkpoint: Path | None = None
     step: int | None = None
     saved: Checkpoint | None = field(default=None, compare=False, repr=False)
-    asked: PolicyOptions = field(default_factory=PolicyOptions, compare=False, repr=False)
+    asked: ModelOptions | None = field(default=None, compare=False, repr=False)  # the options of its run
 
 
 def find_policy(model: str, *, read: bool = True) -> PolicySource:
@@ -105,14 +105,14 @@ def _of_checkpoint(folder: Path, meaning: str, read: bool) -> PolicySource:
     ran = _run_config(run := folder.parent.parent)
     base = str(run / "warm_start") if (run / "warm_start").is_dir() else ran.model
     saved = checkpoint.load(folder, PARTS) if read else None
-    return PolicySource(str(folder), meaning, base, folder, _step_of(folder), saved, ran.policy)
+    return PolicySource(str(folder), meaning, base, folder, _step_of(folder), saved, ran)
 
 
-def _run_config(run: Path) -> TrainConfig | MtpConfig:
+def _run_config(run: Path) -> TrainConfig | SftConfig | MtpConfig:
     file = run / "config.yaml"
-    if "head" in read_yaml(file)[0]:
-        return load(MtpConfig, file, {}, on_removed=lambda text: None)
-    return load(TrainConfig, file, {}, on_removed=lambda text: None)
+    command, _ = recorded_options(file)
+    kind: Any = {cls.command: cls for cls in (TrainConfig, SftConfig, MtpConfig)}[command]
+    return load(kind, file, {}, on_removed=lambda text: None)
 
 
 def check_model(model: str) -> None:
@@ -152,13 +152,20 @@ def shape_of(source: PolicySource) -> PretrainedConfig:
     return as_asked(DeepseekV3Config(vocab_size=presets.VOCABULARY, **preset), source.asked)
 
 
-def as_asked(shape: PretrainedConfig, asked: PolicyOptions) -> PretrainedConfig:
+def as_asked(shape: PretrainedConfig, asked: ModelOptions | None) -> PretrainedConfig:
     """`shape`, which it may change, with the heads and the attention to prompts of `asked`. Raises PolicyError."""
-    if asked.heads:
-        shape = heads_config(shape, asked.heads.active, asked.heads.shared)
+    if not isinstance(asked, ArchitectureOptions):
+        return shape
+    if asked.active_heads:
+        shape = heads_config(shape, asked.active_heads, shared=0)
     if asked.prompt_attention:
         setattr(shape, PROMPT_ATTENTION, asked.prompt_attention)
     return shape
+
+
+def asks_for_heads(options: ModelOptions) -> bool:
+    """Whether the options ask for dynamic heads."""
+    return isinstance(options, ArchitectureOptions) and options.active_heads is not None
 
 
 def known_context(model: str) -> int | None:
@@ -173,9 +180,9 @@ def read_shape(options: ModelOptions, source: PolicySource | None = None) -> tup
     """The configuration of `options.model`, and whether the policy will have a draft head. Raises PolicyError."""
     source = source or find_policy(options.model, read=False)
     refuse_preset(source)
-    shape = as_asked(shape_of(source), options.policy)
+    shape = as_asked(shape_of(source), options)
     stored = getattr(shape, "num_nextn_predict_layers", 0)
-    has_head = isinstance(shape, DeepseekV3Config) and bool(options.add_mtp or stored)
+    has_head = isinstance(shape, DeepseekV3Config) and bool(_adds_head(options) or stored)
     return shape, source.base in presets.PRESETS or has_head
 
 
@@ -210,7 +217,12 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks 
     if ranks.layout is None:
         return load_found(source, options, corpus)
     with tempfile.TemporaryDirectory() as folder:
-        if source.folder in presets.PRESETS or gguf.file_of(source.folder) or source.checkpoint or options.policy.heads:
+        if (
+            source.folder in presets.PRESETS
+            or gguf.file_of(source.folder)
+            or source.checkpoint
+            or asks_for_heads(options)
+        ):
             files = ranks.from_first(lambda: _files(load_found(source, options, corpus), Path(folder)))
             source = replace(source, folder=folder, checkpoint=None)
             for name, content in files.items():
@@ -257,7 +269,9 @@ def _load(
             policy = presets.build(model, corpus, options.seed).cast(dtype)
         else:
             check_policy(Path(model))
-            policy = Policy.load(model, dtype, add_mtp=options.add_mtp, seed=options.seed, layout=layout, in_4_bits=nf4)
+            policy = Policy.load(
+                model, dtype, add_mtp=_adds_head(options), seed=options.seed, layout=layout, in_4_bits=nf4
+            )
         if not options.threads:
             torch.set_num_threads(threads_for(sum(parameter.numel() for parameter in policy.trunk.parameters())))
         if layout is None:
@@ -271,21 +285,26 @@ def _load(
 
 
 def _as_asked(policy: Policy, options: ModelOptions) -> Policy:
-    policy.attend_to_prompts(options.policy.prompt_attention)
-    if heads := options.policy.heads:
-        policy.choose_heads(heads.active, heads.shared, options.seed)
+    if isinstance(options, ArchitectureOptions):
+        policy.attend_to_prompts(options.prompt_attention)
+        if options.active_heads:
+            policy.choose_heads(options.active_heads, 0, options.seed)
     return policy
+
+
+def _adds_head(options: ModelOptions) -> bool:
+    return getattr(options, "add_mtp", False)
 
 
 def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOptions, merged: bool) -> Policy:
     assert source.checkpoint is not None
     config, base = _run_config(source.checkpoint.parent.parent), source.base
     refuse_preset(source)
-    like_the_run = options.model_copy(update={name: getattr(config, name) for name in ("add_mtp", "seed", "policy")})
+    like_the_run = config.model_copy(update={name: getattr(options, name) for name in ("dtype", "threads", "device")})
     policy = _load(base, like_the_run, nf4=in_4_bits(config))
     if isinstance(config, MtpConfig):
         policy.draft_ids = saved.tensors["draft"]["ids"].to(policy.device) if "draft" in saved.tensors else None
-    elif config.lora:
+    elif isinstance(config, TrainConfig) and config.lora:
         policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
         same_precision = options.dtype == config.dtype  # in another one every weight has other bits
         if same_precision and (changed := base_changed(policy, saved, f"model={base!r}")):
@@ -329,8 +348,8 @@ def _went_on(run: Path, newest: Path) -> bool:
     if record.get("checkpoint"):
         return record["checkpoint"] != _digest(newest)
     config = run / "config.yaml"
-    options = read_yaml(config)[0] if config.is_file() else {}
-    end = record.get("step") or options.get("steps") or options.get("warm_start", {}).get("steps")
+    options = recorded_options(config)[1] if config.is_file() else {}
+    end = record.get("step") or options.get("steps")
     return end is not None and end != _step_of(newest)
 
 

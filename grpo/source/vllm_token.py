@@ -12,17 +12,12 @@ from rollout.backends.vllm.process import TOKEN, state_of
 
 
 def vllm_token(options: VLLMOptions) -> str:
-    """Of the server at `rollout.vllm.url`. Raises ValueError where there is none."""
-    if options.token_file is None:
-        token, where = os.environ.get(TOKEN, ""), f"the environment variable {TOKEN}"
-    else:
-        where = f"rollout.vllm.token_file={options.token_file}"
-        try:
-            token = options.token_file.read_text().strip()
-        except OSError as error:
-            raise ValueError(f"{where} cannot be read: {error}") from error
+    """The token of the server at `rollout.vllm.url`. Raises ValueError where there is none."""
+    token = os.environ.get(TOKEN, "")
     if not token or not token.isascii() or not token.isprintable():
-        raise ValueError(f"rollout.vllm.url={options.url}: {where} holds no token; put the server's there")
+        raise ValueError(
+            f"rollout.vllm.url={options.url}: the environment variable {TOKEN} holds no token; put the server's there"
+        )
     return token
 
 

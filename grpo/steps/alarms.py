@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 
 def listener(run: Run[TrainConfig], task: Task) -> Listener | None:
-    wanted = run.config.log.alarms and run.ranks.first
-    return AlarmListener(task.watched_rewards(), run.log.event) if wanted else None
+    return AlarmListener(task.watched_rewards(), run.log.event) if run.ranks.first else None
 
 
 class AlarmListener(Listener):

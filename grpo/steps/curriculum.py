@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from grpo.config.curriculum import CurriculumOptions
 from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
-from grpo.learner.batch import TrainingBatch
 from grpo.learner.optimizer import ramp
 from grpo.steps.listener import Listener
 from grpo.task.task import Task
@@ -38,12 +37,6 @@ def completion_tokens(options: CurriculumOptions, longest: int, step: int) -> in
     """The length limit of completions at `step`; `longest` is rollout.max_completion_tokens."""
     first = longest if options.completion_tokens is None else options.completion_tokens
     return round(ramp(step, options.steps, first, longest))
-
-
-def draft_depth(options: CurriculumOptions, deepest: int, step: int) -> int:
-    """The depth to which the draft head is unrolled at `step`; `deepest` is mtp.depth."""
-    first = deepest if options.draft_depth is None else options.draft_depth
-    return round(ramp(step, options.steps, first, deepest))
 
 
 def learnability(pass_rate: float) -> float:
@@ -111,15 +104,8 @@ class Curriculum(Listener):
         return chosen
 
     def limit(self, step: int, params: SamplingParams) -> SamplingParams:
-        """Completions up to this step's length. A head that has not learned deep drafts yet does not make them."""
-        depth, drafts = draft_depth(self.options, self.deepest, step), params.draft_tokens
-        if depth < self.deepest:
-            drafts = depth if drafts is None else min(drafts, depth)
-        longest = completion_tokens(self.options, self.longest, step)
-        return replace(params, max_completion_tokens=longest, draft_tokens=drafts)
-
-    def prepare(self, batch: TrainingBatch) -> TrainingBatch:
-        return replace(batch, draft_depth=draft_depth(self.options, self.deepest, batch.step))
+        """Completions are at most as long as the step's limit."""
+        return replace(params, max_completion_tokens=completion_tokens(self.options, self.longest, step))
 
     # ---- pass rates -------------------------------------------------------------------------------------------------
 
@@ -154,8 +140,6 @@ class Curriculum(Listener):
             values["curriculum/pass_rate"] = sum(self.pass_rates.values()) / len(self.pass_rates)
         if self.options.completion_tokens is not None:
             values["curriculum/completion_tokens"] = float(completion_tokens(self.options, self.longest, step))
-        if self.options.draft_depth is not None:
-            values["curriculum/draft_depth"] = float(draft_depth(self.options, self.deepest, step))
         return values
 
     def state_dict(self) -> dict[str, Any]:

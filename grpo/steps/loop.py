@@ -17,9 +17,8 @@ from typing import Any, Generic, Self, TypeVar, cast
 import psutil
 import torch
 
-from grpo.config.mtp import MtpConfig
 from grpo.config.options import dump_yaml
-from grpo.config.run import RunConfig, TrainConfig
+from grpo.config.run import GrpoLogOptions, RunConfig, TrainConfig
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.learner.update import NonFiniteStep
@@ -39,6 +38,8 @@ KILLED = (
     "quartet: the run has ended without a word: it was killed, by somebody or by the system for want of memory, or it "
     "has crashed, or Ray has ended it, whose raylet has died; go on from the last checkpoint with --resume auto"
 )
+
+MOST_SKIPPED = 3  # steps in a row that are not finite, where learner.on_non_finite is skip
 
 
 class Run(Generic[Config]):
@@ -126,7 +127,7 @@ class Run(Generic[Config]):
                 RunLog(
                     config.output_dir,
                     dump_yaml(config),
-                    table_every=0 if isinstance(config, MtpConfig) else config.log.table_every,
+                    table_every=config.log.table_every if isinstance(config.log, GrpoLogOptions) else 0,
                     every=config.log.every,
                     last=steps,
                     trackers=config.log.trackers,
@@ -247,7 +248,7 @@ class Run(Generic[Config]):
         learner = self._learner
         options, skipped = learner.options, learner.skipped_in_a_row + 1
         self.log.event("non_finite", step=self._begun, error=str(error), batch=str(batch), unshown=unshown)
-        if options.on_non_finite == "abort" or skipped > options.max_skipped_in_a_row:
+        if options.on_non_finite == "abort" or skipped > MOST_SKIPPED:
             where = f"; the batch is in {batch}" if batch else ""
             lower = f"{rate} or learner.max_grad_norm, or set learner.on_non_finite: skip," if batch else rate
             raise NonFiniteStep(
@@ -311,7 +312,7 @@ class Run(Generic[Config]):
     def best_step(self, *being_saved: int) -> int | None:
         """The step of the best checkpoint, which stays; None where none was asked for (`checkpoint.keep_best`)."""
         options = self.config.checkpoint
-        if self.inner or not options.keep_best or not isinstance(self.config, TrainConfig):
+        if self.inner or not isinstance(self.config, TrainConfig) or not self.config.checkpoint.keep_best:
             return None
         saved = [*checkpoint.saved(self.checkpoints), *being_saved]
         return best_step(read_metrics(self.folder), saved, None if self.config.eval.every else options.every)

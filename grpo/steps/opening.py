@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from grpo.config.mtp import MtpConfig
 from grpo.config.problems import python_words
-from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.run import LearningConfig, TrainConfig
 from grpo.learner.parallel import ALONE, joined
 from grpo.run.hardware import device_of
 from grpo.source.policy_source import in_4_bits, load_policy, with_threads
@@ -18,7 +18,7 @@ from grpo.task.task import Task
 from policies import four_bit
 from policies.policy import Policy
 
-Config = TypeVar("Config", bound=SftConfig | MtpConfig)
+Config = TypeVar("Config", bound=LearningConfig | MtpConfig)
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def open_run(
     with ExitStack() as stack:
         stack.enter_context(python_words())
         ranks = ALONE
-        if isinstance(config, SftConfig):
+        if isinstance(config, LearningConfig):
             ranks = stack.enter_context(joined(device_of(config.device).type == "cpu", config.learner.parallel))
         task = stack.enter_context(open_task(config, scores=ranks.first))
         ready(task)

@@ -82,7 +82,7 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
     """The pool that `rollout` asks for, with `changes`; on a rank that does not sample the part that it takes in
     publications. A stop that is asked for interrupts its work, what is lost is an event. Raises Stopped where a stop
     was asked for before it was ready."""
-    rollout, dtype, run_log = run.config.rollout.model_copy(update=changes), run.config.dtype, run.log
+    rollout, dtype, run_log = run.config.whole_rollout.model_copy(update=changes), run.config.dtype, run.log
     if not run.ranks.first:
         return _part_of_publications(policy, rollout)
 
@@ -100,9 +100,9 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
         timeout_s=rollout.timeout_s,
         publish_timeout_s=rollout.publish_timeout_s,
         gpus=rollout.gpus_per_worker,
-        placement_timeout_s=rollout.placement_timeout_s,
+        placement_timeout_s=rollout.timeout_s / 12,
         colocate=False if rollout.ahead else rollout.colocate or None,
-        copies=Copies(*rollout.copies),
+        copies=Copies(rollout.quantization, rollout.quantization),
         check_stop=signals.check,
         on_lost=on_lost,
         on_ready=on_ready,
@@ -159,7 +159,7 @@ def use_costs_of_run(
     longest_prompt: int = PROMPT_TOKENS,
 ) -> None:
     """Where a controller chooses the depth: the table that was saved, or a new one, measured once and saved."""
-    rollout = run.config.rollout
+    rollout = run.config.whole_rollout
     if rollout.draft_tokens is not None or policy.mtp is None or rollout.backend == "vllm":
         return
     path = run.folder / "draft_costs.json"

@@ -6,11 +6,11 @@ import shutil
 import time
 from functools import partial
 from math import nan
+from typing import Any
 
-from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.run import LearningConfig, SftConfig, TrainConfig
 from grpo.data.prompts import PromptStream
 from grpo.learner.build import sft_learner
-from grpo.learner.optimizer import ramp
 from grpo.learner.prepare import supervised
 from grpo.source.policy_source import load_policy
 from grpo.steps.loop import Run
@@ -19,22 +19,22 @@ from policies.files.digests import write_digests
 from policies.policy import Policy
 
 
-def supervise(policy: Policy, task: Task, run: Run[SftConfig] | Run[TrainConfig]) -> None:
+def supervise(policy: Policy, task: Task, run: Run[Any]) -> None:
     """Train `policy` in place for the steps of `run`; the last step's metrics are left in `run.metrics`."""
-    config, options = run.config, run.config.warm_start
+    config: LearningConfig = run.config
+    options = config.supervision
     learner = sft_learner(policy, config, run.ranks)
     prompts = PromptStream(task.train_for(options.levels), config.seed)
     run.restore(learner=learner, prompts=prompts)
-    token, raw, deepest = policy.stop_token_ids[0], not options.strip_calculator_marks, config.mtp.depth
+    token = policy.stop_token_ids[0]
     with run, run.log.progress() as progress:
         bar = progress.add_task("warm start", total=run.last, completed=run.start)
         for step in run.steps():
             examples = prompts.take(options.batch_size)
-            rows = [task.solution(example, policy.tokenizer, token, raw) for example in examples]
-            depth = round(ramp(step, options.steps, options.draft_depth or deepest, deepest))
+            rows = [task.solution(example, policy.tokenizer, token) for example in examples]
             run.learn(
-                partial(learner.step, supervised(rows, step, depth)),
-                rate="warm_start.learning_rate",
+                partial(learner.step, supervised(rows, step)),
+                rate=f"{'learner' if isinstance(config, SftConfig) else 'warm_start'}.learning_rate",
                 batch=run.folder / "events.jsonl",
                 examples=[example.example_id for example in examples],
             )

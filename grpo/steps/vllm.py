@@ -43,6 +43,5 @@ def vllm_settings(rollout: RolloutOptions, folder: Path) -> VLLMSettings:
         engine=options.engine,
         draft_tokens=rollout.draft_tokens or 0,
         log=folder / "vllm.log",
-        silence_s=options.silence_s,
         publish_s=rollout.publish_timeout_s,
     )

@@ -13,7 +13,7 @@ from typing import Any
 from grpo.config.environment import rewards_of
 from grpo.config.mtp import MtpConfig
 from grpo.config.policy import ModelOptions
-from grpo.config.run import RunConfig, SftConfig
+from grpo.config.run import LearningConfig, RunConfig
 from grpo.run.hardware import device_of
 from grpo.source.policy_source import PolicySource
 from grpo.task.parts import FIRST, OF_MODEL, TRIES, check_processes
@@ -41,14 +41,14 @@ def check_plan(options: ModelOptions, source: PolicySource | None = None, *, on_
     errors += lines or _failures(partial(check, plan) for check in TRIES)
     errors += [plan.fault] if plan.fault else _failures(partial(check, plan) for check in OF_MODEL)
     errors += _failures([partial(check_processes, plan, on_cpu)])
-    if errors and isinstance(options, SftConfig | MtpConfig):
+    if errors and isinstance(options, LearningConfig | MtpConfig):
         errors += _failures([partial(_load_data, options), partial(_load_rewards, options)])
     if errors:
         raise _as_one(errors)
     return plan
 
 
-def open_task(config: SftConfig | MtpConfig, *, scores: bool = True) -> Task:
+def open_task(config: LearningConfig | MtpConfig, *, scores: bool = True) -> Task:
     """The task of a run. Where its data are wrong, its rewards are looked at as well."""
     try:
         return Task.of(config, scores=scores)
@@ -77,7 +77,7 @@ def _as_one(errors: list[Exception]) -> Exception:
     return Refused("\n  ".join([f"{len(different)} things are wrong with this run:", *different]))
 
 
-def _load_data(config: SftConfig | MtpConfig) -> None:
+def _load_data(config: LearningConfig | MtpConfig) -> None:
     Task.of(config, model_known=False).close()
 
 

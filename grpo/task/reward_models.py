@@ -50,6 +50,9 @@ def saved_model(model: str) -> str:
     return source.folder
 
 
+ROWS = 8  # completions per forward
+
+
 class ModelRewards:
     """The reward models of a run: frozen, in inference mode, one batch of similar lengths after the other.
 
@@ -161,8 +164,8 @@ class _Model(ABC):
         scores = [float("nan")] * len(pairs)
         readable = [i for i, (ids, start) in enumerate(encoded) if start < len(ids) <= self.limit]
         readable.sort(key=lambda i: len(encoded[i][0]))
-        for first in range(0, len(readable), self.options.batch_size):
-            batch = readable[first : first + self.options.batch_size]
+        for first in range(0, len(readable), ROWS):
+            batch = readable[first : first + ROWS]
             rows = [torch.tensor(encoded[i][0], device=self.device) for i in batch]
             token_ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
             lengths = torch.tensor([len(row) for row in rows], device=self.device)
@@ -257,7 +260,7 @@ def check_teacher(config: TrainConfig) -> None:
 def _server(options: DistillOptions) -> TeacherServer | None:
     if options.url is None or options.teacher is None:
         return None
-    return TeacherServer(options.url, options.teacher, options.token_variable)
+    return TeacherServer(options.url, options.teacher)
 
 
 def _difference(policy: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 FEWEST_ROUNDS = 100_000  # in which graphs gain three times what they took to compile, .35 ms a layer and round
 
 
+TURN_TIMEOUT_S = 10.0  # of the calls of one turn, where the options do not say
+
+
 def sampling_params(
     policy: Policy,
     options: SamplingOptions,
@@ -77,7 +80,7 @@ def no_graph(native: bool, device: torch.device, options: SamplingOptions, dtype
         return f"dtype={dtype}, and graphs compute in float32 on a CPU"
     elif shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
         return f"there is no C++ compiler ({compiler})"
-    if isinstance(options, RolloutOptions) and {options.quantization, options.draft_quantization} - {"none", None}:
+    if isinstance(options, RolloutOptions) and options.quantization != "none":
         return "a graph has no matrices of fewer bits"
     return "accept=margin takes drafts unverified" if _accept(options) != "exact" else None
 
@@ -92,9 +95,9 @@ def environment_of(options: object) -> EnvironmentSpec | None:
         tools=tuple(options.tools),
         environments=tuple(environments.items()),
         max_turns=options.max_turns,
-        timeout_s=options.tool_timeout_s,
-        memory_mb=options.tool_memory_mb,
-        workers=options.tool_workers,
+        timeout_s=options.program_timeout_s or TURN_TIMEOUT_S,
+        memory_mb=options.program_memory_mb,
+        workers=options.program_workers or 1,
     )
 
 

@@ -10,12 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from grpo.config.learner import MTPOptions
 from grpo.config.mtp import MtpConfig
-from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.run import TrainConfig
 from grpo.config.yaml_file import parse_yaml, to_yaml
 from grpo.run.hardware import device_of
-from grpo.source.policy_source import shape_of
+from grpo.source.policy_source import asks_for_heads, shape_of
 from grpo.task.plan import REFUSALS, Plan
 from grpo.task.sampling import no_graph
 from policies import presets
@@ -132,7 +131,7 @@ def _set_by_quartet(options: object) -> str:
 
 def _taught_head(options: object) -> str:
     mtp = option(options, "mtp")
-    changed = [(name, value) for name, value in mtp or () if value != getattr(MTPOptions(), name)]
+    changed = [(name, value) for name, value in mtp or () if value != getattr(type(mtp)(), name)]
     return ", ".join(f"mtp.{name}={_word(value)}" for name, value in changed) if mtp and mtp.loss_weight else ""
 
 
@@ -152,13 +151,13 @@ def _no_chat_template(plan: Plan) -> bool:
 
 
 def _prompt_seen_whole(plan: Plan) -> str:
-    why = "as asked" if plan.options.policy.prompt_attention else "so model says in config.json"
-    return f"policy.prompt_attention=bidirectional ({why})" if sees_prompts_whole(plan.shape) else ""
+    why = "as asked" if option(plan.options, "prompt_attention") else "so model says in config.json"
+    return f"prompt_attention=bidirectional ({why})" if sees_prompts_whole(plan.shape) else ""
 
 
 def _new_heads(plan: Plan) -> str:
-    new = plan.options.policy.heads and not isinstance(shape_of(plan.source), DynamicHeadsConfig)
-    return f"new policy.heads (model={plan.options.model!r} has no routers of heads)" if new else ""
+    new = asks_for_heads(plan.options) and not isinstance(shape_of(plan.source), DynamicHeadsConfig)
+    return f"new active_heads (model={plan.options.model!r} has no routers of heads)" if new else ""
 
 
 def _no_routers(plan: Plan) -> bool:
@@ -180,8 +179,6 @@ def _dense_in_mla_form(plan: Plan) -> bool:
 SITUATIONS: Mapping[str, Form] = {
     "quartet train": lambda options: isinstance(options, TrainConfig),
     "quartet mtp": lambda options: isinstance(options, MtpConfig),
-    "another command than quartet train": lambda options: not isinstance(options, TrainConfig),
-    "a command that trains no policy": lambda options: not isinstance(options, SftConfig),
     "several ranks": _ranks,
     "a preset": lambda options: options.model in presets.PRESETS and f"model={options.model!r} (a preset)",
     "a GGUF file": lambda options: bool(gguf.file_of(options.model)) and f"model={options.model!r} (a GGUF file)",
@@ -200,7 +197,7 @@ MODELS: Mapping[str, Form] = {  # what only the model's own files tell
     "no experts or dynamic heads": _no_routers,
     "no chat template": _no_chat_template,
     "a prompt that is seen whole": _prompt_seen_whole,
-    "dynamic heads": lambda plan: isinstance(plan.shape, DynamicHeadsConfig) and "dynamic heads (policy.heads)",
+    "dynamic heads": lambda plan: isinstance(plan.shape, DynamicHeadsConfig) and "dynamic heads (active_heads)",
     "new dynamic heads": _new_heads,
     "a sampler without graphs": _no_graphs,
 }

@@ -22,7 +22,7 @@ from grpo.config.data import DataOptions
 from grpo.config.environment import AgentOptions, rewards_of
 from grpo.config.mtp import MtpConfig, scores_nothing
 from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
-from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.run import LearningConfig, TrainConfig
 from grpo.data.examples import Example, beyond_context, default_heldout_split, examples_of, gold_check
 from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, refuse_overlap, trained_on
 from grpo.data.prompts import PromptTemplate, encode_prompt
@@ -128,7 +128,7 @@ class Task:
         self.verdicts = Verdicts(self.first_reward, declared, gold.parts[self.first_reward][0])
 
     @classmethod
-    def of(cls, config: SftConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:
+    def of(cls, config: LearningConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:
         """Without `model_known` nothing is asked of the model, so that the data can be checked when it is not there."""
         held = config.eval
         task = cls(
@@ -203,14 +203,13 @@ class Task:
         """The problems' fingerprints, with their ids."""
         return {problem_fingerprint(self.template.content(e)): e.example_id for e in examples}
 
-    def check_counts(self, config: SftConfig | MtpConfig) -> None:
+    def check_counts(self, config: LearningConfig | MtpConfig) -> None:
         """Raises ValueError where a step would ask for more different examples than there are."""
         wanted = []
-        if isinstance(config, SftConfig) and config.warm_start.steps:
+        if isinstance(config, TrainConfig) and config.warm_start.steps:
             examples = self.train_for(config.warm_start.levels)
             wanted.append(("warm_start.batch_size", config.warm_start.batch_size, len(examples)))
-        if isinstance(config, TrainConfig | MtpConfig):
-            wanted.append(("prompts_per_step", config.prompts_per_step, len(self.train)))
+        wanted.append(("prompts_per_step", config.prompts_per_step, len(self.train)))
         for key, count, there in wanted:
             if count > there:
                 raise ValueError(f"{key}={count}, but there are {there} training examples; lower it, or use more data")
@@ -248,15 +247,13 @@ class Task:
     def prompt(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         return encode_prompt(example, tokenizer, self.template)
 
-    def solution(self, example: Example, tokenizer: PreTrainedTokenizerBase, stop: int, raw: bool = False) -> PackedRow:
-        """Prompt and gold solution as a row to learn from; the solution ends with the stop token.
-
-        `raw` keeps GSM8K's calculator marks.
-        """
+    def solution(self, example: Example, tokenizer: PreTrainedTokenizerBase, stop: int) -> PackedRow:
+        """Prompt and gold solution as a row to learn from; the solution ends with the stop token. GSM8K's calculator
+        marks (`<<48/2=24>>`) are dropped: nothing computes them at test time."""
         prompt, marked = self.prompt(example, tokenizer), example.columns.get(self.solution_column, example.solution)
         if self.actor.acts:
             return self.actor.solution(prompt, marked, tokenizer, stop)
-        ids = [*tokenizer.encode(marked if raw else example.solution, add_special_tokens=False), stop]
+        ids = [*tokenizer.encode(example.solution, add_special_tokens=False), stop]
         return PackedRow(prompt.token_ids, [Sample(0, ids)])
 
     def reached(self, steps_done: int) -> None:
@@ -384,11 +381,11 @@ def _held_out_share(
     return train, held
 
 
-def _contexts(config: SftConfig | MtpConfig) -> dict[str, int]:
+def _contexts(config: LearningConfig | MtpConfig) -> dict[str, int]:
     """By column: the context that its texts must fit into. A solution counts where it is learned from."""
     context = known_context(config.model)
     if context is None:
         return {}
-    learned = isinstance(config, SftConfig) and config.warm_start.steps
+    learned = isinstance(config, LearningConfig) and config.supervision.steps
     columns = [config.data.prompt_column, *([config.data.solution_column] if learned else [])]
     return dict.fromkeys(columns, context)

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from grpo.algorithm.statistics import mean_interval
 from grpo.algorithm.verdicts import ACCURACY, MEAN_REWARD
-from grpo.config.yaml_file import flat, read_yaml
+from grpo.config.older import recorded_options
+from grpo.config.yaml_file import flat
 from grpo.run.records import check_run, read_metrics
 
 OF_A_SEED = ("seed", "output_dir")  # what may differ inside a group
@@ -117,7 +118,7 @@ def _read(folder: Path) -> Run:
     config = check_run(folder) / "config.yaml"
     if not config.is_file():
         raise ValueError(f"RUN={folder}: has no config.yaml, so nothing says which runs belong together")
-    return Run(folder, flat(read_yaml(config)[0]), {row["step"]: row for row in read_metrics(folder)})
+    return Run(folder, flat(recorded_options(config)[1]), {row["step"]: row for row in read_metrics(folder)})
 
 
 def _apart_from_seed(run: Run) -> dict[str, Any]:

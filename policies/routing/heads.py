@@ -101,14 +101,14 @@ def heads_config(config: PretrainedConfig, active: float, shared: int) -> Dynami
     """
     if not isinstance(config, DeepseekV3Config):
         raise PolicyError(
-            f"policy.heads: a model of type {config.model_type!r} has attention of another kind; use a DeepSeek-V3 "
-            "policy (quartet convert), or drop policy.heads"
+            f"active_heads: a model of type {config.model_type!r} has attention of another kind; use a DeepSeek-V3 "
+            "policy (quartet convert), or drop active_heads"
         )
     heads = config.num_attention_heads
     count = max(1, round(active * heads))
     if not shared < count <= heads or heads - shared < 2:
         raise PolicyError(
-            f"policy.heads: active={active} is {count} of {heads} heads, and with shared={shared} the router has no "
+            f"active_heads: active={active} is {count} of {heads} heads, and with shared={shared} the router has no "
             f"choice; use active={min((shared + 1) / heads, 1):.2g} or more, and leave it two heads to choose from"
         )
     if not isinstance(config, DynamicHeadsConfig):
@@ -116,8 +116,8 @@ def heads_config(config: PretrainedConfig, active: float, shared: int) -> Dynami
         return DynamicHeadsConfig(**fields, active_heads=count, shared_heads=shared)
     if (config.active_heads, config.shared_heads) != (count, shared):
         raise PolicyError(
-            f"policy.heads: active={active} is {count} heads and shared={shared}, but this policy has learned with "
-            f"{config.active_heads} and {config.shared_heads}; drop policy.heads"
+            f"active_heads: active={active} is {count} heads and shared={shared}, but this policy has learned with "
+            f"{config.active_heads} and {config.shared_heads}; drop active_heads"
         )
     return config
 
@@ -133,7 +133,7 @@ def with_dynamic_heads(trunk: PreTrainedModel, active: float, shared: int, seed:
     named = dict(trunk.named_parameters())
     if any(isinstance(p, DTensor) or is_held(p) or ".lora_" in name for name, p in named.items()):
         raise PolicyError(
-            "policy.heads: routers cannot be added to weights that are sharded, in 4 bits or with adapters; add them "
+            "active_heads: routers cannot be added to weights that are sharded, in 4 bits or with adapters; add them "
             "first, such as by `quartet sft` in one process, and name the saved policy as the model"
         )
     with torch.device("meta"):

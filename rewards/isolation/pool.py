@@ -149,7 +149,7 @@ class WorkerPool:
         timeout_s: float,
         pass_variables: Sequence[str] = (),
         memory: int = 0,
-        memory_option: str = "tool_memory_mb",
+        memory_option: str = "program_memory_mb",
     ) -> None:
         if not ISOLATES:
             raise RewardError(

@@ -1,4 +1,4 @@
-"""policy.prompt_attention: bidirectional. A prompt that sees itself whole, in learner, engine, head and files alike."""
+"""prompt_attention: bidirectional. A prompt that sees itself whole, in learner, engine, head and files alike."""
 
 import json
 from dataclasses import replace
@@ -38,7 +38,7 @@ from rollout.faults import RolloutError
 from rollout.pool import PoolOptions
 
 CPU = torch.device("cpu")
-BOTH_WAYS = {"policy.prompt_attention": "bidirectional"}
+BOTH_WAYS = {"prompt_attention": "bidirectional"}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_contract_9_a_run_trains_stops_goes_on_and_its_policy_remembers(micro_co
     ("given", "said"),
     [
         ({"rollout.backend": "vllm"}, "vLLM attends to prompts causally alone"),
-        ({"policy.prompt_attention": "both"}, "policy.prompt_attention=both"),
+        ({"prompt_attention": "both"}, "prompt_attention=both"),
     ],
 )
 def test_what_cannot_see_prompts_whole_is_refused_by_name(micro_config, tmp_path, given, said):
@@ -141,11 +141,11 @@ def test_what_cannot_see_prompts_whole_is_refused_by_name(micro_config, tmp_path
 def test_a_checkpoint_is_what_its_run_asked_for(random_policy, micro_config, tmp_path, capsys):
     """Its run began with a policy that attends causally, by all of its heads."""
     random_policy(31, num_attention_heads=4, num_key_value_heads=4).save(tmp_path / "plain")
-    given = BOTH_WAYS | {"policy.heads.active": 0.75, "policy.heads.shared": 1, "warm_start.steps": 0}
+    given = BOTH_WAYS | {"active_heads": 0.75, "warm_start.steps": 0}
     train(micro_config(tmp_path / "run", model=str(tmp_path / "plain"), steps=1, **given))
     model = str(tmp_path / "run/checkpoints/step_000001")
-    assert_stock_is_refused(model, tmp_path / "out", "policy.prompt_attention=bidirectional", capsys)
-    with pytest.raises(ValueError, match=r"policy.prompt_attention=bidirectional \(so model says.*causally alone"):
+    assert_stock_is_refused(model, tmp_path / "out", "prompt_attention=bidirectional", capsys)
+    with pytest.raises(ValueError, match=r"prompt_attention=bidirectional \(so model says.*causally alone"):
         check_plan(micro_config(tmp_path / "next", model=model, **{"rollout.backend": "vllm", "warm_start.steps": 0}))
     counted = inspect(model)
     assert (counted.active_heads, counted.heads, counted.prompt_attention) == (3, 4, "bidirectional")
@@ -199,8 +199,8 @@ def test_trl_an_export_and_a_damaged_field_are_refused_by_name(policy, micro_con
         Policy.load(tmp_path / "p")
     train(micro_config(tmp_path / "run", **BOTH_WAYS, steps=1))
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
-    assert "policy.prompt_attention=bidirectional" in capsys.readouterr().err
+    assert "prompt_attention=bidirectional" in capsys.readouterr().err
     for part in ("policy", "checkpoints/step_000001"):
         model = str(tmp_path / "run" / part)
-        assert_stock_is_refused(model, tmp_path / "out", "policy.prompt_attention=bidirectional", capsys)
+        assert_stock_is_refused(model, tmp_path / "out", "prompt_attention=bidirectional", capsys)
     assert not (tmp_path / "out").exists()

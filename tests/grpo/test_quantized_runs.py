@@ -15,17 +15,11 @@ def test_bits_that_nobody_has_are_refused_by_name(tmp_path):
         load(TrainConfig, None, {"output_dir": str(tmp_path / "run"), "rollout.quantization": "fp8"})
 
 
-def test_drafts_alone_need_no_correction(tmp_path):
-    options = {"rollout.draft_quantization": "int8", "loss.importance_correction": "none"}
-    config = load(TrainConfig, None, {"output_dir": str(tmp_path / "run")} | options)
-    assert config.rollout.copies == ("none", "int8")
-
-
 def test_other_commands_models_and_ranks_are_refused(tmp_path, hf_policy, monkeypatch):
     hf_policy("qwen2", 5).save(tmp_path / "qwen2")
     given = {"output_dir": str(tmp_path / "run"), "rollout.quantization": "int8"}
-    with pytest.raises(ValueError, match="rollout.quantization=int8 with another command than quartet train"):
-        check_plan(load(SftConfig, None, given))
+    with pytest.raises(ConfigError, match="rollout.quantization=int8 .command line.: quartet sft does not use it"):
+        load(SftConfig, None, given)
     with pytest.raises(ValueError, match="rollout.quantization=int8 with model=.* of type 'qwen2'"):
         check_plan(load(TrainConfig, None, given | {"model": str(tmp_path / "qwen2")}))
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -34,7 +28,7 @@ def test_other_commands_models_and_ranks_are_refused(tmp_path, hf_policy, monkey
 
 
 def test_a_run_learns_with_a_quantised_sampler(tmp_path, micro_config):
-    config = micro_config(tmp_path / "run", **{"rollout.quantization": "int8", "rollout.draft_quantization": "int4"})
+    config = micro_config(tmp_path / "run", **{"rollout.quantization": "int8"})
     train(config)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     mismatch = [row["mismatch/logprob_abs_mean"] for row in rows if "mismatch/logprob_abs_mean" in row]

@@ -400,7 +400,7 @@ def test_a_loss_that_is_not_finite_aborts_with_the_batch_and_the_way_out(micro_c
 def test_a_step_that_is_not_finite_can_be_skipped(micro_config, tmp_path, monkeypatch, updates):
     _fail_at(monkeypatch, {1, 3})
     folder, given = tmp_path / "r", {"learner.updates_per_batch": updates}
-    train(micro_config(folder, **given | {"learner.on_non_finite": "skip", "learner.max_skipped_in_a_row": 1}))
+    train(micro_config(folder, **given | {"learner.on_non_finite": "skip"}))
     assert [line["learner/updates"] for line in read_metrics(folder)] == [0, updates, 0]
     assert [event["step"] for event in _events(folder, "non_finite")] == [1, 3]
     versions = [read_rollouts(folder, step)[0]["policy_version"] for step in (1, 2, 3)]
@@ -409,7 +409,8 @@ def test_a_step_that_is_not_finite_can_be_skipped(micro_config, tmp_path, monkey
 
 def test_skipping_gives_up_after_so_many_in_a_row(micro_config, tmp_path, monkeypatch):
     _fail_at(monkeypatch, {1, 2, 3})
-    config = micro_config(tmp_path / "r", **{"learner.on_non_finite": "skip", "learner.max_skipped_in_a_row": 2})
+    monkeypatch.setattr("grpo.steps.loop.MOST_SKIPPED", 2)
+    config = micro_config(tmp_path / "r", **{"learner.on_non_finite": "skip"})
     with pytest.raises(NonFiniteStep, match="step 3"):
         train(config)
     assert [line["learner/updates"] for line in read_metrics(tmp_path / "r")] == [0, 0]

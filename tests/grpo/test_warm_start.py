@@ -21,7 +21,7 @@ from policies.policy import Policy
 def _warm(policy: Policy, config, folder, console=None) -> dict[str, float]:
     with Task.of(config) as task, RunLog(folder, "", trackers=[], quiet=True, console=console) as log:
         where = {"checkpoints": folder / "warm_start_checkpoints", "saved": None}
-        run = Run(config, log, ALONE, last=config.warm_start.steps, of=" of the warm start", **where)
+        run = Run(config, log, ALONE, last=config.supervision.steps, of=" of the warm start", **where)
         supervise(policy, task, run)
         return dict(run.metrics)
 
@@ -82,16 +82,10 @@ def test_every_example_is_seen_before_one_comes_again(micro_policy, micro_config
 def test_the_head_is_taught_as_often_as_it_is_told(micro_policy, micro_config, tmp_path, command, steps, taught):
     config = _config(micro_config, tmp_path, **{"mtp.every": 3, "warm_start.steps": steps})
     if command == "sft":
-        config = SftConfig(**{name: getattr(config, name) for name in SftConfig.model_fields})
+        given = {name: getattr(config, name) for name in ("model", "output_dir", "threads", "data", "rewards")}
+        mtp = {"every": 3, "depth": 2}
+        config = SftConfig(**given, steps=steps, prompts_per_step=4, mtp=mtp, log={"trackers": []})
     assert ("loss/mtp" in _warm(micro_policy(0), config, tmp_path / "a")) == taught  # of the last step
-
-
-def test_the_head_learns_at_a_depth_that_grows(micro_policy, micro_config, tmp_path, monkeypatch):
-    seen, unroll = [], Policy.unroll
-    monkeypatch.setattr(Policy, "unroll", lambda self, *given: (seen.append(given[-2]), unroll(self, *given))[1])
-    given = {"warm_start.steps": 7, "warm_start.draft_depth": 1, "mtp.depth": 4, "mtp.every": 1}
-    _warm(micro_policy(0), _config(micro_config, tmp_path, **given), tmp_path / "r")
-    assert seen == [1, 2, 2, 2, 3, 4, 4]  # 1 + 3 (step - 1) / 6, rounded to the even neighbour from a half
 
 
 def test_without_a_loss_weight_the_head_stays_as_it_is(micro_policy, micro_config, tmp_path):
@@ -138,7 +132,8 @@ def test_steps_that_are_not_finite_can_be_skipped_and_not_too_many_in_a_row(
         backward(self, loss * math.nan if step in failing else loss, step, ranks)
 
     monkeypatch.setattr(Update, "backward", failing_backward)
-    given = {"learner.on_non_finite": "skip", "learner.max_skipped_in_a_row": 1}
+    monkeypatch.setattr("grpo.steps.loop.MOST_SKIPPED", 1)
+    given = {"learner.on_non_finite": "skip"}
     failing = {1, 3}
     policy, before = micro_policy(0), micro_policy(0)
     assert _warm(policy, _config(micro_config, tmp_path, **given), tmp_path / "a")["loss/sft"] > 0

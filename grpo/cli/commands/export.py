@@ -30,8 +30,8 @@ from transformers import DeepseekV3Config
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from grpo.cli.commands.model_card import REPORT, Origin, model_card
+from grpo.config.older import recorded_options
 from grpo.config.policy import ModelOptions
-from grpo.config.yaml_file import read_yaml
 from grpo.data.leakage import TRAINED_ON
 from grpo.run import checkpoint
 from grpo.source.policy_source import RECORD, PolicySource, find_policy, load_found, shape_of
@@ -83,7 +83,7 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
     shape = shape_of(source)
     whole = sees_prompts_whole(shape)
     if whole or isinstance(shape, DynamicHeadsConfig):
-        what = "policy.prompt_attention=bidirectional" if whole else "dynamic heads (policy.heads)"
+        what = "prompt_attention=bidirectional" if whole else "dynamic heads (active_heads)"
         raise ExportError(
             f"{run} has {what}, which no other program computes: use it with quartet, by `model: {source.folder}`"
         )
@@ -144,7 +144,7 @@ def _read_run(run: Path) -> Run:
     folder = _run_around(run)
     if folder is None or not (folder / "config.yaml").is_file():
         raise ExportError(f"RUN={str(run)!r} is no run folder (no environment.json and config.yaml in it)")
-    config, _ = read_yaml(folder / "config.yaml")
+    _, config = recorded_options(folder / "config.yaml")
     if "model" not in config:
         raise ExportError(f"{folder / 'config.yaml'} names no `model`; it is not the configuration of a run")
     return Run(folder, config)

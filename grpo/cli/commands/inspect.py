@@ -74,7 +74,7 @@ def _rows(a: Anatomy) -> Iterator[tuple[str, str]]:
         always = f", {a.shared_heads} of them for every token" if a.shared_heads else ""
         yield "attention heads", f"{a.active_heads} of {a.heads} compute for a token{always}"
     if a.prompt_attention != "causal":
-        yield "attention to a prompt", "its tokens see all of it (policy.prompt_attention=bidirectional)"
+        yield "attention to a prompt", "its tokens see all of it (prompt_attention=bidirectional)"
     yield "parameters", f"{_count(a.parameters)}, without MTP layers"
     yield "active per token", f"{_count(a.active_parameters)} ({a.active_parameters / a.parameters:.1%})"
     if a.experts:

@@ -14,7 +14,7 @@ import torch
 
 from grpo.cli.commands.memory_table import WARM_START, DeviceMemory
 from grpo.config.mtp import MtpConfig
-from grpo.config.run import RunConfig, SftConfig, TrainConfig
+from grpo.config.run import LearningConfig, RunConfig, TrainConfig
 from grpo.task.plan import Plan
 from grpo.task.table import contradictions
 
@@ -155,14 +155,14 @@ def _words(changes: Changes) -> str:
 
 def _families(config: RunConfig, gpus: float) -> Iterator[list[Changes]]:
     """Changes of one kind each, the weakest of a kind first. First those that change nothing that is learned."""
-    rollout = config.rollout
+    rollout = config.whole_rollout
     sampler_apart = isinstance(config, TrainConfig) and rollout.backend != "vllm" and config.agent is None
     apart: Changes = {"rollout.colocate": False} if rollout.colocate else {}
     if gpus and rollout.samplers and 0 < rollout.gpus_per_worker < 1:
         apart["rollout.gpus_per_worker"] = 1.0
     if apart:
         yield [apart]
-    if isinstance(config, SftConfig):
+    if isinstance(config, LearningConfig):
         if not config.learner.gradient_checkpointing:
             yield [{"learner.gradient_checkpointing": True}]
         yield from _halves("learner.tokens_per_micro_batch", config.learner.tokens_per_micro_batch)
@@ -173,15 +173,15 @@ def _families(config: RunConfig, gpus: float) -> Iterator[list[Changes]]:
         yield from _halves("rollout.workers", rollout.workers)
     if gpus and not rollout.samplers and sampler_apart:
         yield [{"rollout.workers": 1}]
-    if gpus and isinstance(config, SftConfig) and (more := list(_more_ranks(config, min(gpus, MOST_RANKS)))):
+    if gpus and isinstance(config, LearningConfig) and (more := list(_more_ranks(config, min(gpus, MOST_RANKS)))):
         yield more
     if config.dtype == "float32":
         yield [{"dtype": "bfloat16"}]
-    if isinstance(config, SftConfig):
+    if isinstance(config, LearningConfig):
         if config.learner.optimizer == "adamw":
             yield [{"learner.optimizer": "adamw_8bit"}]
-        if config.dtype == "bfloat16" and not config.learner.stochastic_rounding:
-            yield [{"learner.optimizer": "adamw_8bit", "learner.stochastic_rounding": True}]
+        if config.dtype == "bfloat16" and not config.learner.rounds:
+            yield [{"learner.optimizer": "adamw_8bit_stochastic"}]
     if isinstance(config, TrainConfig):
         if config.rollout.ahead == 2:
             yield [{"rollout.ahead": 1}]
@@ -199,7 +199,7 @@ def _halves(key: str, value: int) -> Iterator[list[Changes]]:
         yield [{key: half} for half in halves]
 
 
-def _more_ranks(config: SftConfig, most: float) -> Iterator[Changes]:
+def _more_ranks(config: LearningConfig, most: float) -> Iterator[Changes]:
     """Twice, four times ... as many learners, which share the weights."""
     workers, fsdp = config.learner.workers, config.learner.parallel.fsdp
     now = (workers or 1) if fsdp is None else fsdp

@@ -37,7 +37,7 @@ from grpo.cli.commands.shares import Shares, largest_bytes, moment_bytes
 from grpo.config.learner import LoraOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.policy import ModelOptions
-from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.run import LearningConfig, TrainConfig
 from grpo.config.sampling import RolloutOptions
 from grpo.learner.optimizer import freeze_exact_parts
 from grpo.run.hardware import device_of
@@ -57,7 +57,7 @@ MAX_ROWS = 256  # that an engine decodes together
 
 
 def memory_of_run(
-    shape: PretrainedConfig, head: bool, config: SftConfig | MtpConfig, gpus: float = 0
+    shape: PretrainedConfig, head: bool, config: LearningConfig | MtpConfig, gpus: float = 0
 ) -> list[DeviceMemory]:
     """One entry per kind of device: a warm start, the learner (rank 0 with the sampler where there are no Ray workers),
     the other ranks where there are any, and a Ray worker, or what is on a GPU together.
@@ -76,14 +76,14 @@ def memory_of_run(
     found = []
     if isinstance(config, TrainConfig) and config.warm_start.steps:
         found.append(replace(learner_memory(shape, head, config, warm_start=True), name=WARM_START))
-    workers = config.rollout.samplers
-    ranks = learner.count
+    rollout = config.whole_rollout
+    workers, ranks = rollout.samplers, learner.count
     sampler = sampler_memory(shape, head, config, on_gpu=bool(gpus))
     if workers:
         sampler = replace(sampler, name=each_of(workers, "worker"), count=workers)
         found += on_devices(learner, sampler, config, gpus)
     else:
-        if ranks == 1 and config.rollout.backend != "vllm" and not getattr(config, "lora", None):
+        if ranks == 1 and rollout.backend != "vllm" and not getattr(config, "lora", None):
             sampler = replace(sampler, sampler=0, host=0)  # it reads the learner's weights, see LocalPool
         name = "learner and sampler" if ranks == 1 else "rank 0, which samples"
         both = replace(learner, count=1).beside(sampler, 1, name, in_turn=False)
@@ -92,14 +92,14 @@ def memory_of_run(
             found.append(replace(learner, name=each_of(ranks - 1, "other rank"), count=ranks - 1))
     if not gpus:
         return [replace(it, host=0) for it in found]
-    offload = isinstance(config, SftConfig) and config.learner.parallel.fsdp_cpu_offload
+    offload = isinstance(config, LearningConfig) and config.learner.parallel.fsdp_cpu_offload
     return [it.offloaded() if offload else it for it in found]
 
 
 def learner_memory(
     shape: PretrainedConfig,
     head: bool,
-    config: SftConfig,
+    config: LearningConfig,
     *,
     lora_options: LoraOptions | None = None,
     warm_start: bool = False,
@@ -141,11 +141,11 @@ def learner_memory(
         return round(sum(shares.held(name, weight) * bytes_of(weight) for name, weight in chosen.items()))
 
     def kept_as(weight: Tensor) -> int:
-        return weight.element_size() if config.learner.stochastic_rounding else 4
+        return weight.element_size() if config.learner.rounds else 4
 
     saved = sum(weight.nbytes - four_bit.bytes_of(weight) for weight in small.values())
     published = {id(weight): weight.nbytes for weight in (*_adapted(policy), *small.values())}
-    eight = config.learner.optimizer == "adamw_8bit"
+    eight = config.learner.optimizer != "adamw"
     whole = 2 * largest_bytes(weights.values(), 4) if shares.ranks > 1 else 0  # the parts, then together
     buffers = sum(buffer.nbytes for buffer in policy.buffers())
     used = {name: weight for name, weight in weights.items() if depth or not name.startswith("mtp.")}
@@ -158,7 +158,7 @@ def learner_memory(
         "learner" if shares.ranks == 1 else f"each of {shares.ranks} ranks",
         shares.ranks,
         weights=held(weights, Tensor.element_size) + held(value) + buffers - saved,
-        masters=0 if config.learner.stochastic_rounding else held(below),
+        masters=0 if config.learner.rounds else held(below),
         older=held(trained, kept_as) if isinstance(config, TrainConfig) and grpo and config.rollout.ahead > 1 else 0,
         gradients=held(taught | value),
         moments=held(taught | value, lambda weight: moment_bytes(weight) if eight else 8),
@@ -216,7 +216,7 @@ def sampler_memory(
 ) -> DeviceMemory:
     """What an `Engine` holds that decodes from a copy of the policy, in process or in a Ray worker; or the server of
     vLLM that a run starts."""
-    dtype, rollout = getattr(torch, config.dtype), config.rollout
+    dtype, rollout = getattr(torch, config.dtype), config.whole_rollout
     rows = min(rollout.prompts_per_shard * rollout.group_size, MAX_ROWS)
     entry = cache_numbers(shape) or 0
     if head:
@@ -236,7 +236,7 @@ def sampler_memory(
     unbiased = deepcopy(shape)  # what is derived from biases is small, and cannot be derived without storage
     unbiased.attention_bias = False
     derived = derived_bytes(meta_policy(unbiased, head, dtype), dtype, device_of(config.device))
-    graphs = graph_bytes(policy, config.rollout, dtype) if on_gpu and rollout.compile == "on" else 0
+    graphs = graph_bytes(policy, rollout, dtype) if on_gpu and rollout.compile == "on" else 0
     return replace(found, derived=derived, publication=derived, graphs=graphs)
 
 
@@ -314,8 +314,8 @@ def _adapted(policy: Policy) -> Iterator[Tensor]:
             yield getattr(layer.get_base_layer(), name)
 
 
-def _row_tokens(config: SftConfig | MtpConfig) -> int:
-    return config.rollout.group_size * config.rollout.max_completion_tokens
+def _row_tokens(config: LearningConfig | MtpConfig) -> int:
+    return config.whole_rollout.group_size * config.rollout.max_completion_tokens
 
 
 def _logits_bytes(dtype: torch.dtype) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from grpo.config.run import RunConfig, SftConfig
+from grpo.config.run import LearningConfig, RunConfig
 
 WARM_START = "warm start"  # it is over before GRPO begins
 
@@ -94,15 +94,16 @@ def on_devices(learner: DeviceMemory, worker: DeviceMemory, config: RunConfig, g
     `gpus`: how many there are. 0 is a run on CPUs, where no process has a device of its own. Infinity: as many as the
     run asks for.
     """
-    share, workers, ranks = config.rollout.gpus_per_worker, worker.count, learner.count
+    rollout = config.whole_rollout
+    share, workers, ranks = rollout.gpus_per_worker, worker.count, learner.count
     if not gpus:
         return [learner, worker]
-    placed_by_ray = isinstance(config, SftConfig) and config.learner.workers > 0
+    placed_by_ray = isinstance(config, LearningConfig) and config.learner.workers > 0
     no_others = gpus <= ranks and not placed_by_ray
-    if not share or (no_others and config.rollout.ahead):  # Ray is shown the GPUs that the learners leave: none
+    if not share or (no_others and rollout.ahead):  # Ray is shown the GPUs that the learners leave: none
         return [learner, replace(worker, name=f"{worker.name}, on CPUs", on_host=True)]
     on_one = min(int(1 / share + 1e-6), workers)
-    if not (config.rollout.colocate or no_others):
+    if not (rollout.colocate or no_others):
         return [learner, *_together(worker, workers, on_one)]
     beside = 1 if placed_by_ray else on_one  # a learner that Ray has placed leaves room for one, see gpu_share
     shared = min(ranks, ceil(workers / beside))

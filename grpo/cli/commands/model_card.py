@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from grpo.algorithm.statistics import wilson_interval
 from grpo.algorithm.verdicts import ACCURACY, held_out_metric
 from grpo.config.json_file import expecting, read_json, read_objects, whole_lines
-from grpo.config.yaml_file import read_yaml
+from grpo.config.older import recorded_options
 from grpo.run import hardware
 from grpo.run.metrics import METRICS
 from grpo.run.records import read_metrics
@@ -80,7 +80,7 @@ def model_card(
 
     `left` is a sentence on what the export leaves out. `step` is the exported step; later numbers are left out.
     """
-    config, _ = read_yaml(run / "config.yaml")
+    _, config = recorded_options(run / "config.yaml")
     here = hardware.read(run / hardware.FILE)
     lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     lines = [line for line in lines if step is None or line["step"] <= step]

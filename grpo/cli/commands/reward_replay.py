@@ -10,7 +10,7 @@ from grpo.algorithm.ties import tied
 from grpo.cli.config.reward_commands import ReplayConfig
 from grpo.config.data import DataOptions
 from grpo.config.json_file import expecting
-from grpo.config.yaml_file import read_yaml
+from grpo.config.older import recorded_options
 from grpo.data.examples import Example, examples_of
 from grpo.run.records import read_rollouts, recorded_steps, split_groups
 from rewards.group_score import RewardFailure, mean
@@ -130,7 +130,7 @@ def _settings(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{run} is no run folder: it has no config.yaml")
-    settings, _ = read_yaml(path)
+    _, settings = recorded_options(path)
     with expecting(path, "configuration of a run"):
         DataOptions.model_validate(settings["data"])
         [str(model["name"]) for model in settings.get("reward_models", [])]

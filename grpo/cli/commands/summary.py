@@ -19,7 +19,7 @@ from grpo.cli.commands.draft_colours import LEGEND, coloured
 from grpo.cli.commands.memory_table import DeviceMemory
 from grpo.config.learner import LoraOptions, ParallelOptions
 from grpo.config.mtp import MtpConfig
-from grpo.config.run import SftConfig, TrainConfig
+from grpo.config.run import LearningConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.evaluation.held_out import Result
 from grpo.run import hardware
@@ -142,7 +142,7 @@ def groups_as_json(sampled: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
 
 
 def dry_run(
-    config: SftConfig,
+    config: LearningConfig,
     *,
     resume: str | None = None,
     stop_after: int | None = None,
@@ -153,7 +153,7 @@ def dry_run(
     counts, estimates, and whether this machine, or devices of `device_gib`, have what they ask for, which is
     returned."""
     plan = _check(config, device_gib)
-    saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=_steps(config))
+    saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=config.steps)
     refuse_folder(config.output_dir, resuming=resume is not None)
     with open_task(config) as task:
         if resume is not None and not force:
@@ -204,7 +204,7 @@ def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float 
     return _show_memory(partial(memory.memory_of_run, shape, True), config, disk, device_gib)
 
 
-def _check(config: SftConfig | MtpConfig, gib: float | None) -> Plan:
+def _check(config: LearningConfig | MtpConfig, gib: float | None) -> Plan:
     """All that the run refuses, and the digests of a policy that a run has saved, which are read when it is loaded."""
     plan = check_plan(config, on_cpu=False if gib else None)
     check_policy(Path(plan.source.folder))
@@ -212,7 +212,10 @@ def _check(config: SftConfig | MtpConfig, gib: float | None) -> Plan:
 
 
 def _show_memory(
-    plan: Callable[[Any, float], Sequence[DeviceMemory]], config: SftConfig | MtpConfig, disk: float, gib: float | None
+    plan: Callable[[Any, float], Sequence[DeviceMemory]],
+    config: LearningConfig | MtpConfig,
+    disk: float,
+    gib: float | None,
 ) -> bool:
     """Print memory by device, and whether this machine has that much, and `disk` bytes of disk. Returns whether."""
     there = machine.Memory.there(hardware.device_of(config.device), gib)
@@ -231,13 +234,13 @@ def _show_memory(
     return all(verdict.fits for verdict in verdicts)
 
 
-def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
+def _counts(config: LearningConfig, task: Task) -> Iterator[tuple[str, str]]:
     yield "training examples", f"{len(task.train):,} ({config.data.name}, {config.data.split})"
     yield "held-out examples", f"{len(task.heldout):,}"
     rewards = ", ".join(f"{reward.function} × {reward.weight:g}" for reward in config.rewards)
     yield "rewards", rewards if task.scores else "none: nothing is scored"
-    if config.warm_start.steps:
-        warm = config.warm_start
+    warm = config.supervision
+    if warm.steps:
         yield "warm start", f"{warm.steps:,} steps × {warm.batch_size} examples"
     if isinstance(config, TrainConfig):
         group, prompts = config.rollout.group_size, config.prompts_per_step
@@ -248,7 +251,7 @@ def _counts(config: SftConfig, task: Task) -> Iterator[tuple[str, str]]:
         yield "completions in all", f"{config.steps * prompts * group:,}"
 
 
-def _estimates(config: SftConfig, shape: Any, head: bool) -> tuple[list[tuple[str, str]], float]:
+def _estimates(config: LearningConfig, shape: Any, head: bool) -> tuple[list[tuple[str, str]], float]:
     """Sizes from the config alone, and the bytes on disk: the model is built without storage."""
     trunk = meta_policy(shape, False, torch.float32).trunk
     total = sum(p.numel() for p in trunk.parameters())
@@ -259,13 +262,13 @@ def _estimates(config: SftConfig, shape: Any, head: bool) -> tuple[list[tuple[st
     if lora is not None and lora.base:
         rows.append(("base in 4 bits", _in_4_bits(trunk)))
     grpo = isinstance(config, TrainConfig)
-    policies = disk = total * size * (1 + (grpo and config.warm_start.steps > 0))
+    policies = disk = total * size * (1 + (grpo and config.supervision.steps > 0))
     alone = config.model_copy(
         update={"learner": config.learner.model_copy(update={"parallel": ParallelOptions(fsdp=1)})}
     )
     learner = memory.learner_memory(shape, head, alone, lora_options=lora, processes=1)
     each = learner.gradients + learner.moments + learner.reference  # trained weights are as large as gradients
-    saved = math.ceil(_steps(config) / config.checkpoint.every)
+    saved = math.ceil(config.steps / config.checkpoint.every)
     kept = min(config.checkpoint.keep or saved, saved)
     rows.append(("disk: checkpoints", f"{_gib(each * kept)} ({kept} kept)"))
     disk += each * min(kept + 1, saved)  # the next one is complete before the oldest is deleted
@@ -277,10 +280,6 @@ def _in_4_bits(trunk: PreTrainedModel) -> str:
     experts = sum(weight.numel() for name, weight in trunk.named_parameters() if ".experts." in name)
     left = f", routers and routed experts ({experts / 1e6:,.1f} M)" if experts else ""
     return f"{chosen / 1e6:,.1f} M parameters, not those of embedding, LM head, norms{left}"
-
-
-def _steps(config: SftConfig) -> int:
-    return config.steps if isinstance(config, TrainConfig) else config.warm_start.steps
 
 
 def _lora_parameters(shape: Any, options: LoraOptions) -> int:

@@ -11,11 +11,11 @@ from pydantic import Field, field_validator, model_validator
 from grpo.config.data import PromptOptions
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.json_file import expecting
+from grpo.config.older import recorded_options
 from grpo.config.options import Lines
 from grpo.config.policy import ModelOptions
 from grpo.config.reward import RewardsOptions, ScoringOptions
 from grpo.config.sampling import LOWEST_TEMPERATURE, AnswerOptions
-from grpo.config.yaml_file import read_yaml
 
 LOGGER = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
     path = run_folder / "config.yaml"
     if not path.is_file():
         return {}
-    run, _ = read_yaml(path)
+    _, run = recorded_options(path)
     with expecting(path, "configuration of a run"):
         brought = _defaults(run, data)
         EvalConfig.model_validate(brought)

@@ -292,9 +292,9 @@ def _held_out(
     """Gold solutions that the step has not learned from, and in words which."""
     unseen = [example for example in task.train if example.example_id not in drawn]
     examples, words = (task.heldout, "held-out problems") if task.heldout else (unseen, "other training problems")
-    token, raw = rewind.policy.stop_token_ids[0], not config.warm_start.strip_calculator_marks
+    token = rewind.policy.stop_token_ids[0]
     with_solution = [example for example in examples if example.solution.strip()][:count]
-    rows = [task.solution(example, rewind.policy.tokenizer, token, raw) for example in with_solution]
+    rows = [task.solution(example, rewind.policy.tokenizer, token) for example in with_solution]
     if not any(row.length <= rewind.policy.max_length for row in rows):
         raise ValueError(
             f"{config.output_dir} has no {words} with a solution, by which the effect of a step could be measured; "

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config.json_file import expecting
+from grpo.config.older import recorded_options
 from grpo.config.options import load
 from grpo.config.run import TrainConfig
-from grpo.config.yaml_file import read_yaml
 from grpo.run.records import read_rollouts, rollout_path, split_groups
 from grpo.task.task import Task
 from policies.policy import Policy
@@ -25,7 +25,7 @@ def read_config(run: Path, overrides: dict[str, Any] | None = None) -> TrainConf
     file = run / "config.yaml"
     if not file.is_file():
         raise FileNotFoundError(f"RUN={run} is no run folder: it has no config.yaml")
-    if "head" in (tree := read_yaml(file)[0]) or "loss" not in tree:
+    if recorded_options(file)[0] != "train":
         raise ValueError(f"RUN={run} is no run of quartet train, whose steps alone learn from groups; name one that is")
     config = load(TrainConfig, file, {"output_dir": run} | (overrides or {}), on_removed=lambda text: None)
     if config.learner.routing_replay:

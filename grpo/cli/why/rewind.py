@@ -7,7 +7,6 @@ recorded steps from there again. One process does all of it, whatever the run ha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,6 @@ from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
 from grpo.run.resume import base_changed
 from grpo.source.policy_source import load_beside, load_policy
-from grpo.steps.curriculum import draft_depth
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore
@@ -82,8 +80,7 @@ class Rewind:
         self, learner: ReadLearner, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore], step: int
     ) -> TrainingBatch:
         """The batch of that step."""
-        depth = draft_depth(self.config.curriculum, self.config.mtp.depth, step)
-        return replace(learner.prepare(groups, scores, step=step), draft_depth=depth)
+        return learner.prepare(groups, scores, step=step)
 
     def hold(self) -> None:
         """Keep the state as it is now, for `back`."""

@@ -63,7 +63,7 @@ def teacher_of(options: DistillOptions, load: Callable[[str], Policy] | None) ->
     if options.url is not None:
         from grpo.learner.terms.teacher_server import TeacherServer  # other runs ask no server
 
-        return TeacherServer(options.url, options.teacher, options.token_variable)
+        return TeacherServer(options.url, options.teacher)
     assert load is not None
     return TeacherPolicy(load(options.teacher))
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.config.learner import MTPOptions
+from grpo.config.learner import GrpoMTPOptions, MTPOptions, SftMTPOptions
 from grpo.learner.batch import MicroBatch, PackedRow
 from grpo.learner.likelihood import Forward
 from grpo.learner.optimizer import groups_of
@@ -77,7 +77,7 @@ def teaching(
     little `gain` in the rollouts that are learned from, it is every `idle_every` steps, if not null, and from groups
     alone that are not tied: to read a tied group for the head takes longer than what the head then does with it.
     """
-    rest = options.idle_every if gain is not None and gain < PAYS else None
+    rest = options.idle_every if isinstance(options, GrpoMTPOptions) and gain is not None and gain < PAYS else None
     every = max(options.every, rest or 1)
     if policy.mtp is None or options.loss_weight == 0 or step % every:
         return {}
@@ -108,7 +108,7 @@ def head_loss(
     chosen = chosen or [0]
     lm_head = policy.lm_head
     chunk = max(1, CHUNK_ELEMENTS // lm_head.shape[0])
-    if options.train_trunk:
+    if isinstance(options, SftMTPOptions) and options.train_trunk:
         loss = gold_draft_loss(policy, preceding_BTD, mini, chosen, options.depth, chunk)
     else:
         first = min(len(mini.rows[b].prompt_token_ids) for b in chosen)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,12 +21,13 @@ from torch import Tensor
 
 from grpo.learner.batch import MicroBatch
 from grpo.learner.likelihood import Likelihood
-from rewards.http_post import Unusable, bearer, post
+from rewards.http_post import Unusable, post
 
 CONCURRENCY = 16  # requests at a time; vLLM batches them
 TIMEOUT_S, RETRIES, BACKOFF_S = 300.0, 4, 1.0
 
 Position = dict[int, float]  # token id: log-probability
+TOKEN = "QUARTET_TEACHER_TOKEN"
 
 
 class TeacherError(ConnectionError):
@@ -33,16 +35,15 @@ class TeacherError(ConnectionError):
 
 
 class TeacherServer:
-    """Log-probabilities of given tokens by the server at `url`; `token_variable` names the variable with its key.
-
-    Raises ValueError where that variable is not set.
+    """The log-probabilities of a server at `url`. The environment variable QUARTET_TEACHER_TOKEN holds its
+    key, where it wants one.
 
     >>> TeacherServer("http://127.0.0.1:8000/v1", "models/teacher").score([[5, 6, 7]], [1], k=0)
     [[{6: -0.25}, {7: -1.5}]]
     """
 
-    def __init__(self, url: str, model: str, token_variable: str | None = None) -> None:
-        self.url, self.model, self.token = f"{url.rstrip('/')}/completions", model, bearer(token_variable)
+    def __init__(self, url: str, model: str) -> None:
+        self.url, self.model, self.token = f"{url.rstrip('/')}/completions", model, os.environ.get(TOKEN, "")
 
     def logprobs(self, likelihood: Likelihood, mini: MicroBatch) -> Tensor:
         """[C, L] of the tokens that were sampled."""

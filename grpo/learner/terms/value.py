@@ -26,6 +26,10 @@ from policies.policy import Policy
 if TYPE_CHECKING:
     from rewards.group_score import GroupScore
 
+HIDDEN = 128  # width of the value head's hidden layer
+APART = 0.1  # weight of its loss where the trunk learns nothing from it; AdamW's steps hardly depend on it
+RANK_TEMPERATURE = 1.0  # weights are softmax(rank / this)
+
 
 def term(policy: Policy, config: Any, load: Any = None) -> ValueTerm | None:
     loss = getattr(config, "loss", None)
@@ -46,7 +50,7 @@ class ValueTerm(Term):
     def __init__(self, policy: Policy, options: ValueOptions, *, ranked: bool) -> None:
         """`ranked`: advantages are weighted by the completion's rank in its group."""
         self.options, self.ranked = options, ranked
-        self.head = self.module = ValueHead(policy.config.hidden_size, options.hidden_size).to(policy.device)
+        self.head = self.module = ValueHead(policy.config.hidden_size, HIDDEN).to(policy.device)
 
     def parameters(self, weight_decay: float) -> list[dict[str, Any]]:
         return [{"params": list(self.head.parameters()), "peak": self.options.learning_rate, "weight_decay": 0.0}]
@@ -62,7 +66,7 @@ class ValueTerm(Term):
             if mini.counts:
                 values |= {s.index: values_CL[c, : len(s.token_ids)].cpu() for c, s in enumerate(mini.samples)}
         rewards_PG = [score.rewards for score in scores]
-        weights_PG = rank_softmax_weights(rewards_PG, self.options.rank_temperature) if self.ranked else None
+        weights_PG = rank_softmax_weights(rewards_PG, RANK_TEMPERATURE) if self.ranked else None
         values = work.ranks.union(values)
         batch = with_token_advantages(batch, values, rewards_PG, self.options, weights_PG=weights_PG)
         return replace(batch, seconds=time.perf_counter() - started)
@@ -75,9 +79,9 @@ class ValueTerm(Term):
         return True
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
-        """The trunk learns from it with `train_trunk` alone."""
-        states = forward.preceding[mini.scored]
-        values = mini.by_completion(self.head(states if self.options.train_trunk else states.detach()))
+        """The value loss reaches the trunk where `vf_coef` weighs it."""
+        states, weight = forward.preceding[mini.scored], self.options.vf_coef
+        values = mini.by_completion(self.head(states if weight else states.detach()))
         loss, metrics = value_loss(
             values,
             mini.padded([sample.values for sample in mini.samples]),
@@ -88,7 +92,7 @@ class ValueTerm(Term):
         )
         for name, value in metrics.items():
             work.note(name, float(value))
-        return self.options.vf_coef * loss
+        return (weight or APART) * loss
 
 
 class ValueHead(nn.Module):
@@ -135,9 +139,8 @@ def with_token_advantages(
     mask = pad_sequence(learned, batch_first=True)  # with False
     values_BT = pad_sequence([values[i].cpu() for i in samples], batch_first=True)
     advantages, returns = gae(outcome_rewards(rewards, mask), values_BT, mask, options.gamma, options.lam)
-    if options.whiten_advantages:
-        counted = mask & torch.tensor([[sample.in_loss] for sample in samples.values()])
-        advantages = whiten(advantages, counted)
+    counted = mask & torch.tensor([[sample.in_loss] for sample in samples.values()])
+    advantages = whiten(advantages, counted)
     if weights_PG is not None:
         advantages = advantages * weights_PG.flatten()[list(samples)][:, None]
     done: dict[int, Sample] = {

@@ -13,7 +13,7 @@ import torch
 import grpo.algorithm.losses
 import grpo.algorithm.surrogates
 from grpo.algorithm import losses
-from grpo.algorithm.losses import mask_truncated_completions, top_entropy_of, top_k_kl, value_loss
+from grpo.algorithm.losses import SAPO_TEMPERATURES, mask_truncated_completions, top_entropy_of, top_k_kl, value_loss
 from grpo.algorithm.surrogates import importance_correction, kl_penalty
 from grpo.config.learner import LearnerOptions
 from grpo.config.loss import LossOptions
@@ -550,8 +550,8 @@ def test_options_and_defaults_are_those_of_trl():
     assert shared.keys() == {
         *("loss_type", "importance_sampling_level", "scale_rewards", "multi_objective_aggregation", "epsilon"),
         *("epsilon_high", "delta", "beta", "entropy_coef", "top_entropy_quantile", "mask_truncated_completions"),
-        *("sapo_temperature_pos", "sapo_temperature_neg"),
     }
+    assert (theirs["sapo_temperature_pos"], theirs["sapo_temperature_neg"]) == SAPO_TEMPERATURES
     assert shared == {name: theirs[name] for name in shared}
     assert theirs["use_bias_correction_kl"]
     assert LossOptions().kl_estimator == "unbiased"

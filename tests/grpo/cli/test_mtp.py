@@ -16,6 +16,7 @@ from grpo.cli.mtp import mtp, rows_of, split
 from grpo.cli.parse import main
 from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
 from grpo.config.options import load
+from grpo.config.run import SftConfig
 from grpo.learner.batch import PackedRow, Sample, micro_batches
 from grpo.learner.head_learner import HeadLearner
 from grpo.learner.lessons import KINDS, Corpus
@@ -41,11 +42,12 @@ STEPS, EPOCHS = 3, 4
 
 
 @pytest.fixture(scope="module")
-def taught(micro_config, tmp_path_factory) -> Path:
+def taught(micro_preset, tmp_path_factory) -> Path:
     """A micro policy after a little supervision, without a draft head."""
     folder = tmp_path_factory.mktemp("sft") / "run"
-    options = {"warm_start.steps": 60, "warm_start.batch_size": 8, "mtp.loss_weight": 0.0, "data.limit": 16}
-    sft(micro_config(folder, **options))
+    given = {"model": micro_preset, "output_dir": folder, "threads": 1, "log.trackers": [], "mtp.loss_weight": 0.0}
+    given |= {"data.levels": [1], "data.limit": 16, "rollout.max_completion_tokens": 10}
+    sft(load(SftConfig, None, given | {"steps": 60, "prompts_per_step": 8, "learner.learning_rate": 1e-2}))
     policy = Policy.load(folder / "policy")
     policy.mtp = None
     policy.save(folder.parent / "headless")
@@ -584,7 +586,7 @@ def test_a_checkpoint_folder_brings_nothing_along(taught):
     ("given", "message"),
     [
         ({"prompts_per_step": 1}, "prompts_per_step=1.*greater than or equal to 2"),
-        ({"eval.every": 2}, "eval.every=2 with quartet mtp: it is for quartet train; drop it"),
+        ({"eval.every": 2}, "eval.every=2 .command line.: quartet mtp does not use it; leave it out"),
         ({"head.draft_vocabulary": 3}, "head.draft_vocabulary"),
     ],
 )

@@ -202,7 +202,7 @@ def test_the_printed_config_is_the_effective_one_and_reads_back(tmp_path, capsys
     words = [
         "--output_dir",
         "runs/a",
-        "--rollout.group_size",
+        "--rollout.max_completion_tokens",
         "6",
         "--data.levels",
         "[1, 3]",
@@ -216,10 +216,10 @@ def test_the_printed_config_is_the_effective_one_and_reads_back(tmp_path, capsys
     file.write_text(first)
     assert main([command, str(file), "--print-config"]) == 0
     assert capsys.readouterr().out == first
-    assert "group_size: 6" in first
-    assert main([command, str(file), "--rollout.group_size", "9", "--print_config"]) == 0
+    assert "max_completion_tokens: 6" in first
+    assert main([command, str(file), "--rollout.max_completion_tokens", "9", "--print_config"]) == 0
     changed = [line for line in capsys.readouterr().out.splitlines() if line not in first.splitlines()]
-    assert changed == ["  group_size: 9"]  # the command line wins, and nothing else moves
+    assert changed == ["  max_completion_tokens: 9"]  # the command line wins, and nothing else moves
 
 
 @pytest.mark.parametrize("flag", ["--dry_run", "--dry-run"])

@@ -142,9 +142,9 @@ def test_every_option_and_command_that_a_note_or_a_reason_names_exists():
 @pytest.mark.parametrize(
     ("model", "name", "ours"),
     [
-        (SftConfig, "learning_rate", "warm_start.learning_rate"),
-        (SftConfig, "max_steps", "warm_start.steps"),
-        (SftConfig, "per_device_train_batch_size", "warm_start.batch_size"),
+        (SftConfig, "learning_rate", "learner.learning_rate"),
+        (SftConfig, "max_steps", "steps"),
+        (SftConfig, "per_device_train_batch_size", "prompts_per_step"),
         (MtpConfig, "learning_rate", "head.learning_rate"),
         (MtpConfig, "num_generations", "rollout.group_size"),
         (EvalConfig, "max_new_tokens", "max_completion_tokens"),
@@ -168,7 +168,7 @@ def test_what_is_like_nothing_gets_no_suggestion(name):
 
 
 def test_a_word_with_several_meanings_shows_them_all():
-    assert said("levels") == "no such option; did you mean data.levels, warm_start.levels or eval.levels?"
+    assert said("levels") == "no such option; did you mean data.levels, eval.levels or warm_start.levels?"
 
 
 def test_a_section_of_verls_is_answered_line_by_line(tmp_path):

@@ -373,6 +373,9 @@ def test_what_an_older_version_had_is_refused_by_name_and_left_out_of_a_run_that
     [problem] = error.value.problems
     assert problem.startswith(f"rollout.publish_deltas=true ({file}, line 3): it is gone, since")
     words: list[str] = []
-    config = load(TrainConfig, file, {"rollout.publish_deltas": False}, on_removed=words.append)
+    config = load(TrainConfig, file, {"rollout.publish_deltas": True}, on_removed=words.append)
     assert config.rollout.group_size == 4
-    assert [word.partition(":")[0] for word in words] == ["rollout.publish_deltas=false"]
+    assert [word.partition(":")[0] for word in words] == ["rollout.publish_deltas=true"]
+    assert (
+        load(TrainConfig, file, {"rollout.publish_deltas": False}).rollout.group_size == 4
+    )  # its default says nothing

@@ -162,7 +162,7 @@ def trained_run(tmp_path, micro_policy) -> Path:
     write_rows(tmp_path / "data/test.jsonl", range(20, 24))
     micro_policy().save(tmp_path / "base")
     given = {"output_dir": str(tmp_path / "run"), "model": str(tmp_path / "base"), "data.name": str(tmp_path / "data")}
-    given |= {"warm_start.steps": 2, "warm_start.batch_size": 2, "log.trackers": [], "data.few_shot": 1, "threads": 1}
+    given |= {"steps": 2, "prompts_per_step": 2, "log.trackers": [], "data.few_shot": 1, "threads": 1}
     sft(load(SftConfig, None, given | {"eval.limit": 2, "rollout.max_completion_tokens": 4}))
     return tmp_path / "run"
 
@@ -229,7 +229,7 @@ def test_contract_16_a_run_that_held_out_a_share_is_evaluated_on_that_share(tmp_
 def test_a_run_says_how_its_held_out_problems_are_set_apart(micro_policy, tmp_path, capsys):
     micro_policy().save(tmp_path / "base")
     given = {"output_dir": str(tmp_path / "words"), "model": str(tmp_path / "base"), "threads": 1, "log.trackers": []}
-    given |= {"warm_start.steps": 1, "warm_start.batch_size": 2, "eval.limit": 8, "rollout.max_completion_tokens": 4}
+    given |= {"steps": 1, "prompts_per_step": 2, "eval.limit": 8, "rollout.max_completion_tokens": 4}
     sft(load(SftConfig, None, given | {"data.levels": [1, 2]}))
     said = capsys.readouterr().out
     assert "8 held-out problems: none is trained on" in said

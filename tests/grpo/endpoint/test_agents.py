@@ -86,7 +86,7 @@ def test_contract_1_the_learner_scores_what_was_sampled(whole):
 @pytest.mark.long
 @pytest.mark.slow
 def test_contract_4_any_number_of_processes_gives_the_same_bits(micro_config, whole, tmp_path):
-    train(micro_config(tmp_path / "one", agent=TWICE, agent_workers=1, **SHORT))
+    train(micro_config(tmp_path / "one", agent=TWICE, program_workers=1, **SHORT))
     assert [sampled(tmp_path / "one", step) for step in (1, 2)] == [sampled(whole, step) for step in (1, 2)]
     one, four = learned(tmp_path / "one"), learned(whole)
     assert all(torch.equal(one[name], four[name]) for name in one)
@@ -137,10 +137,10 @@ def test_contract_6_an_agent_that_fails_is_named_and_never_a_zero(micro_config, 
         "data.name": str(data),
         "data.limit": None,
         "rewards": [],
-        "agent_timeout_s": 3,
+        "program_timeout_s": 3,
     }
     given |= {"steps": 1, "prompts_per_step": 8, "rollout.group_size": 2, "warm_start.steps": 0}
-    given |= {"agent_memory_mb": 2000, "agent_workers": 2}
+    given |= {"program_memory_mb": 2000, "program_workers": 2}
     config = micro_config(tmp_path / "drop", **given, **{"reward.on_error": "drop_sample"})
     train(config)
     lines = read_rollouts(tmp_path / "drop", 1)
@@ -179,8 +179,8 @@ def test_an_agent_whose_requests_are_refused_is_told_of(micro_config, tmp_path):
         ({"learner.routing_replay": True}, "learner.routing_replay=true with agent"),
         ({"loss.advantage": "gae"}, "loss.advantage=gae with agent"),
         ({"log.measure_speed": True}, "log.measure_speed=true with agent"),
-        ({"policy": {"prompt_attention": "bidirectional"}}, "would be seen whole too"),
-        ({"agent_workers": 0}, "agent_workers"),
+        ({"prompt_attention": "bidirectional"}, "would be seen whole too"),
+        ({"program_workers": 0}, "program_workers"),
     ],
 )
 def test_what_cannot_begin_is_refused_before_a_policy_is_loaded(micro_config, tmp_path, monkeypatch, given, words):
@@ -205,7 +205,7 @@ def pool(micro_policy):
     opened = []
 
     def begin(agent: str, **options):
-        given = AgentOptions(agent=f"{AGENTS}:{agent}", agent_workers=2, **options)
+        given = AgentOptions(agent=f"{AGENTS}:{agent}", program_workers=2, **options)
         opened.append(AgentSampler(open_pool(policy, PoolOptions(check_stop=signals.check)), given, 1.0))
         return (
             opened[-1],
@@ -219,7 +219,7 @@ def pool(micro_policy):
 
 
 def test_a_stop_ends_the_agents_at_once(pool, monkeypatch):
-    agents, prompts, params = pool("waits", agent_timeout_s=600)
+    agents, prompts, params = pool("waits", program_timeout_s=600)
     threading.Timer(2, lambda: monkeypatch.setattr(signals, "number", 15)).start()
     started = time.monotonic()
     with pytest.raises(Stopped):

@@ -235,7 +235,7 @@ def _events(folder):
 
 def test_inside_a_run_failures_are_events_and_results_are_metrics(own, tmp_path):
     pool = FakePool([_completion("#### 42"), _completion("fail")])
-    options = EvalOptions(samples=2, prompts_per_batch=4)
+    options = EvalOptions(samples=2)
     folder = tmp_path / "run"
     with _task(own, on_error="drop_sample") as task, RunLog(folder, "", trackers=[], quiet=True) as log:
         for step in (0, 5):

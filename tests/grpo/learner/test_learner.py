@@ -12,7 +12,7 @@ import torch
 from small_learner import last_work, small_learner, supervised_learner, term_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.learner import GrpoMTPOptions, LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample, collate, micro_batches, split_rows
 from grpo.learner.learner import Learner
@@ -37,7 +37,7 @@ def _learner(policy: Policy, *, mtp: float = 0.0, depth: int = 3, **given) -> Le
         name: given.pop(name) for name in list(given) if name in LearnerOptions.model_fields and name != "schedule"
     }
     chosen = {name: given.pop(name) for name in ("share", "every", "idle_every") if name in given}
-    head = MTPOptions(loss_weight=mtp, depth=depth, **chosen)
+    head = GrpoMTPOptions(loss_weight=mtp, depth=depth, **chosen)
     options = {"learning_rate": 1e-3, "max_grad_norm": 1e9} | options
     return small_learner(policy, LearnerOptions(**options), head, LossOptions(**loss), **given)
 

@@ -97,7 +97,7 @@ def test_a_run_refuses_the_folder_of_another_one(micro_config, micro_preset, let
         if command == "train":
             train(micro_config(folder), resume=resume)
         elif command == "sft":
-            sft(load(SftConfig, None, options | {"warm_start.batch_size": 4}), resume=resume)
+            sft(load(SftConfig, None, options | {"prompts_per_step": 4}), resume=resume)
         else:
             mtp(load(MtpConfig, None, options | {"prompts_per_step": 2}), resume=resume)
 

@@ -26,7 +26,7 @@ CUDA = (
 )
 PLACES = {
     "loading": (Policy, "to", "set dtype: bfloat16"),
-    "evaluating": (LocalPool, "sample", "lower eval.prompts_per_batch=64"),
+    "evaluating": (LocalPool, "sample", "lower rollout.max_completion_tokens=6"),
     "sampling": (LocalPool, "sample", "lower rollout.prompts_per_shard=2, lower rollout.max_completion_to"),
     "learning": (Likelihood, "forward", "lower learner.tokens_per_micro_batch=8192, set learner.gradient_check"),
     "publishing": (rollout.engine.Engine, "publish", "set rollout.workers: 1"),

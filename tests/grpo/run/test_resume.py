@@ -31,7 +31,6 @@ CURRICULUM = {
     "curriculum.steps": 4,
     "curriculum.by_difficulty": True,
     "curriculum.completion_tokens": 5,
-    "curriculum.draft_depth": 1,
 }
 KINDS = {
     # 5 steps of 4 prompts over 10 examples: epochs end inside steps 3 and 5; over 12, exactly behind step 3.
@@ -533,9 +532,9 @@ def test_best_step():
 # ---- quartet sft ----------------------------------------------------------------------------------------------------
 
 SFT = {
-    "warm_start.steps": 6,
-    "warm_start.batch_size": 4,
-    "warm_start.learning_rate": 1e-2,
+    "steps": 6,
+    "prompts_per_step": 4,
+    "learner.learning_rate": 1e-2,
     "data.levels": [1],
     "rewards": [{"function": "gsm8k"}],
     "checkpoint.every": 2,
@@ -630,7 +629,7 @@ def test_what_sft_refuses(micro_preset, tmp_path):
     with pytest.raises(Stopped):
         sft(_sft_config(micro_preset, tmp_path / "run"), stop_after=2)
     with pytest.raises(ValueError, match="warm_start.batch_size: 4 then, 5 now"):
-        sft(_sft_config(micro_preset, tmp_path / "run", **{"warm_start.batch_size": 5}), resume="auto")
+        sft(_sft_config(micro_preset, tmp_path / "run", **{"prompts_per_step": 5}), resume="auto")
     with pytest.raises(ValueError, match="force=True only lets"):
         sft(_sft_config(micro_preset, tmp_path / "run"), force=True)
     with pytest.raises(FileExistsError, match="already holds a run"):

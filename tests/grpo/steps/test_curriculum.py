@@ -14,7 +14,7 @@ from grpo.learner.optimizer import ramp
 from grpo.learner.parallel import ALONE
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.steps.collector import Collector
-from grpo.steps.curriculum import Curriculum, completion_tokens, draft_depth, learnability
+from grpo.steps.curriculum import Curriculum, completion_tokens, learnability
 from grpo.steps.loop import Run
 from grpo.task.task import Task
 from grpo.train import train
@@ -47,12 +47,10 @@ def test_a_ramp_is_straight_and_then_flat():
     assert ramp(1, 1, 2, 10) == 10
 
 
-def test_completions_grow_longer_and_drafts_deeper():
-    options = CurriculumOptions(steps=4, completion_tokens=10, draft_depth=1)
+def test_completions_grow_longer():
+    options = CurriculumOptions(steps=4, completion_tokens=10)
     assert [completion_tokens(options, 40, step) for step in (1, 2, 3, 4, 9)] == [10, 20, 30, 40, 40]
-    assert [draft_depth(options, 4, step) for step in (1, 2, 3, 4, 9)] == [1, 2, 3, 4, 4]
     assert completion_tokens(CurriculumOptions(), 40, 1) == 40
-    assert draft_depth(CurriculumOptions(), 4, 1) == 4
 
 
 def test_without_options_it_is_the_shuffled_stream():
@@ -201,7 +199,6 @@ def test_a_run_with_every_curriculum(micro_config, tmp_path):
         "curriculum.shortest_share": 0.3,
         "curriculum.by_difficulty": True,
         "curriculum.completion_tokens": 4,
-        "curriculum.draft_depth": 1,
         "mtp.every": 1,
     }
     config = micro_config(tmp_path / "r", **given)
@@ -210,9 +207,7 @@ def test_a_run_with_every_curriculum(micro_config, tmp_path):
     train(config)
     lines = read_metrics(tmp_path / "r")
     assert [line["curriculum/completion_tokens"] for line in lines] == [4, 7, 10]
-    assert [line["curriculum/draft_depth"] for line in lines] == [1, 2, 2]
     assert [line["completion/length_max"] for line in lines] == [4, 7, 10]
-    assert ["draft/drafted_depth_2" in line for line in lines] == [False, True, True]
     assert [line["curriculum/open"] for line in lines] == pytest.approx([8 / 24, 16 / 24, 1])
     rates: dict[str, float] = {}
     for step in (1, 2, 3):

@@ -90,9 +90,9 @@ def test_what_only_a_dense_policy_cannot_do(micro_config, hf_policy, tmp_path):
 
 def test_dynamic_heads_are_replayed_where_there_are_no_experts(micro_config, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "dense", PRESETS["micro"] | {"first_k_dense_replace": 2})
-    given = {"warm_start.steps": 0, "learner.routing_replay": True, "policy.heads.active": 0.5}
+    given = {"warm_start.steps": 0, "learner.routing_replay": True, "active_heads": 0.5}
     summary.dry_run(micro_config(tmp_path / "r", model="dense", **given))
-    none = micro_config(tmp_path / "r", model="dense", **given | {"policy.heads": None})
+    none = micro_config(tmp_path / "r", model="dense", **given | {"active_heads": None})
     assert "(no experts or dynamic heads)" in both([lambda: summary.dry_run(none), lambda: train(none)])
 
 

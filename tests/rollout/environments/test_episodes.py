@@ -290,7 +290,7 @@ def test_what_other_episodes_hold_is_no_failure_of_this_one(engine):
 
 def test_too_little_memory_to_begin_names_the_option(engine):
     little = replace(EPISODES, environment=replace(SLOW, memory_mb=3))
-    with pytest.raises(RuntimeError, match="it may need more memory than tool_memory_mb=3"):
+    with pytest.raises(RuntimeError, match="it may need more memory than program_memory_mb=3"):
         engine.sample(PROMPTS[:1], little)
 
 

@@ -138,7 +138,7 @@ def test_what_fits_only_together_is_named_together_and_what_cannot_fit_is_said(r
 
 
 def test_a_supervised_run_gets_no_advice_about_samplers(random_policy):
-    config = options(SftConfig, **{"rollout.workers": 3})
+    config = options(SftConfig)
     assert "rollout.workers" not in advice(random_policy().config, config, 1e-6)
 
 

@@ -23,7 +23,7 @@ KINDS = {
     "lora": {"lora.rank": 4, "loss.beta": 0.1},
     "ppo": {"loss.advantage": "gae", "loss.beta": 0.1, "learner.updates_per_batch": 2},
     "bfloat16": {"dtype": "bfloat16"},
-    "ahead": {"rollout.ahead": 1, "balance.bias_rate": 0.01, "curriculum.draft_depth": 1},
+    "ahead": {"rollout.ahead": 1, "balance.bias_rate": 0.01},
 }
 
 

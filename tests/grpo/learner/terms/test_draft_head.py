@@ -3,13 +3,12 @@ import torch
 import torch.nn.functional as F
 from small_learner import supervised_learner
 
-from grpo.config.learner import MTPOptions
+from grpo.config.learner import MTPOptions, SftMTPOptions
 from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.prepare import supervised
 from grpo.learner.terms.draft_head import gold_draft_loss, teaching
-from grpo.task.check import check_plan
 from policies.mtp import draft_loss
 
 ROWS = [
@@ -60,7 +59,7 @@ def _gradients(policy, options: MTPOptions) -> dict[str, torch.Tensor]:
 def test_train_trunk_adds_the_heads_gradient_to_the_trunks(random_policy):
     """Its gradient is that of λ/tokens · loss through hidden states, embeddings and LM head, beside the SFT loss's."""
     plain = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3))
-    trained = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3, train_trunk=True))
+    trained = _gradients(random_policy(1), SftMTPOptions(depth=2, loss_weight=0.3, train_trunk=True))
     policy = random_policy(1)
     mini = collate(ROWS, torch.device("cpu"))
     (0.3 / 9 * gold_draft_loss(policy, _preceding(policy, mini), mini, [0, 1], 2, 100)).backward()
@@ -93,8 +92,6 @@ def test_tv_has_no_gold_tokens(tmp_path):
 
 
 def test_contract_7_grpo_refuses_it(tmp_path):
-    with pytest.raises(
-        ValueError, match="mtp.train_trunk=true with quartet train: in GRPO the draft head never touches"
-    ):
-        check_plan(load(TrainConfig, None, {"output_dir": tmp_path, "mtp.train_trunk": True}))
+    with pytest.raises(ConfigError, match="mtp.train_trunk=true .command line.: quartet train does not use it"):
+        load(TrainConfig, None, {"output_dir": tmp_path, "mtp.train_trunk": True})
     assert load(SftConfig, None, {"output_dir": tmp_path, "mtp.train_trunk": True}).mtp.train_trunk

@@ -1,0 +1,189 @@
+"""What older versions called an option: the table is older.yaml. A run that they have begun goes on, and a file that
+was written for them is read, for one version."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Set
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from grpo.config.yaml_file import Place, parse_yaml, read_yaml, to_yaml
+
+ABSENT: Any = object()
+WORKS_UNTIL = "0.3"
+
+
+@cache
+def table(part: str) -> dict[str, Any]:
+    """`renamed`, `removed` or `then`, as it is written."""
+    return parse_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))[part]
+
+
+def removed(key: str) -> str | None:
+    """What became of an option that an older version had; None for any other key.
+
+    >>> removed("rollout.publish_deltas")[:17]
+    'it is gone, since'
+    """
+    why = next((why for why, options in table("removed").items() if key in options), None)
+    return f"it is gone, since {why}" if why else None
+
+
+def default_then(key: str) -> Any:
+    """The default of an option that is gone; ABSENT for any other key."""
+    return next((options[key] for options in table("removed").values() if key in options), ABSENT)
+
+
+@cache
+def _defaults_elsewhere() -> dict[str, Any]:
+    """The options of the commands that train, with their defaults."""
+    from grpo.config.mtp import MtpConfig
+    from grpo.config.options import _options
+    from grpo.config.run import SftConfig, TrainConfig
+
+    commands: tuple[Any, ...] = (MtpConfig, SftConfig, TrainConfig)
+    return {option.key: option.default for cls in commands for option in _options(cls.model_construct())}
+
+
+def of_another_command(key: str) -> bool:
+    """Whether `quartet train`, `sft` or `mtp` has an option of this name."""
+    return key in _defaults_elsewhere()
+
+
+def drop_unused(options: dict[str, Any], known: Set[str], tell: Callable[[str], None] | None = None) -> None:
+    """Takes out what the command, which has the `known` options, would not use: options of another command, or that are
+    gone, with their defaults. With `tell` also those with other values: a run that goes on has recorded them, and it
+    hears of what is gone."""
+    for name, items in options.items():
+        for item in items if isinstance(items, list) else ():
+            for last in list(item) if isinstance(item, dict) else ():
+                key = f"{name}[].{last}"
+                if removed(key) and (tell or item[last] == default_then(key)):
+                    del item[last]
+    for key, value in list(leaves(options)):
+        names = key.split(".")
+        if known & {".".join(names[: depth + 1]) for depth in range(len(names))}:
+            continue
+        then = default_then(key) if removed(key) else _defaults_elsewhere().get(key, ABSENT)
+        same = then is not ABSENT and (value == then or plain(value) == plain(then))
+        if same or (tell and then is not ABSENT):
+            take(options, key)
+            if tell and not same and (why := removed(key)):
+                tell(f"{key}={to_yaml(value, inline=True)}: {why}")
+
+
+def new_key(command: str, key: str) -> str:
+    """Today's name of an option of `quartet COMMAND`.
+
+    >>> new_key("sft", "warm_start.batch_size")
+    'prompts_per_step'
+    """
+    for old, new in table("renamed").get(command, {}).items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key[len(old) :]
+    return key
+
+
+def renew(command: str, options: Mapping[str, Any], tell: Callable[[str, str], None] | None = None) -> dict[str, Any]:
+    """Options of `quartet COMMAND`, by section, under today's names. `tell` hears of each that has another one now."""
+    options = _copy(options)
+    if command and isinstance(dataset := options.get("data"), str):
+        options["data"] = {"name": dataset}
+    if take(options, "learner.stochastic_rounding") is True:
+        put(options, "learner.optimizer", "adamw_8bit_stochastic")
+    trains_trunk = take(options, "value.train_trunk")
+    if trains_trunk is False:
+        put(options, "value.vf_coef", 0.0)
+    elif trains_trunk is True:
+        put(options, "value.vf_coef", get(options, "value.vf_coef", 0.1))
+    for old, new in table("renamed").get(command, {}).items():
+        value = take(options, old)
+        if value is not ABSENT and value != table("then").get(old, ABSENT):
+            put(options, new, value)
+            if tell:
+                tell(old, new)
+    return options
+
+
+def renew_keys(
+    command: str, overrides: Mapping[str, Any], tell: Callable[[str, str], None] | None = None
+) -> dict[str, Any]:
+    """The same of options by their whole key, as a command line gives them."""
+    renewed = {}
+    for key, value in overrides.items():
+        is_name = command and key == "data" and isinstance(value, str)
+        new = "data.name" if is_name else new_key(command, key)
+        if tell and new != key and key != "data":
+            tell(key, new)
+        renewed[new] = value
+    return renewed
+
+
+def new_place(command: str, place: Place) -> Place:
+    """Where an option of a file is under today's name."""
+    if not all(isinstance(part, str) for part in place):
+        return place
+    return tuple(new_key(command, ".".join(map(str, place))).split("."))
+
+
+def recorded_options(file: Path) -> tuple[str, dict[str, Any]]:
+    """The command whose run has written this config.yaml, and its options under today's names."""
+    options, _ = read_yaml(file)
+    command = "train" if "loss" in options else "mtp" if "head" in options else "sft"
+    return command, renew(command, options)
+
+
+# ---- options by their whole key -------------------------------------------------------------------------------------
+
+
+def leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What is in no further section, by its whole key.
+
+    >>> list(leaves({"rollout": {"group_size": 4}, "steps": 2}))
+    [('rollout.group_size', 4), ('steps', 2)]
+    """
+    for name, value in options.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def get(options: Any, key: str, default: Any = None) -> Any:
+    for name in key.split("."):
+        if not isinstance(options, Mapping) or name not in options:
+            return default
+        options = options[name]
+    return options
+
+
+def take(options: dict[str, Any], key: str) -> Any:
+    """Takes an option out, and its section where that is empty then; ABSENT where it is not there."""
+    *parents, last = key.split(".")
+    section = get(options, ".".join(parents), ABSENT) if parents else options
+    if not isinstance(section, dict) or last not in section:
+        return ABSENT
+    value = section.pop(last)
+    if parents and not section:
+        take(options, ".".join(parents))
+    return value
+
+
+def put(options: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for name in parents:
+        if not isinstance(options.get(name), dict):
+            options[name] = {}
+        options = options[name]
+    merged = isinstance(value, dict) and isinstance(options.get(last), dict)
+    options[last] = options[last] | value if merged else value
+
+
+def plain(value: Any) -> Any:
+    """As a YAML file holds it: a list for a tuple, a text for a path."""
+    return parse_yaml(to_yaml(value))
+
+
+def _copy(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _copy(value) if isinstance(value, dict) else value for name, value in options.items()}
