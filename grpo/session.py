@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.run import TrainConfig
@@ -21,10 +21,10 @@ from grpo.learner.batch import PackedRow, TrainingBatch
 from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
-from grpo.learner.prepare import Advantages, supervised
-from grpo.learner.update import NonFiniteStep
+from grpo.learner.prepare import Advantages, recorded, supervised
 from grpo.run import checkpoint
 from grpo.run.metrics import rollout_metrics
+from grpo.run.records import rollout_path
 from grpo.run.resume import BaseWeights
 from grpo.run.stop import signals
 from grpo.source.policy_source import load_beside, save_policy
@@ -43,6 +43,7 @@ from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.pool import Pool, Sampler
 
 if TYPE_CHECKING:
+    from grpo.learner.lessons import Lesson
     from grpo.learner.terms.custom import Loss
     from grpo.learner.terms.term import Term
 
@@ -204,24 +205,31 @@ class Session:
 
     def prepare(
         self,
-        groups: Drawn | Sequence[RolloutGroup] | Sequence[PackedRow],
+        groups: Drawn | Sequence[RolloutGroup] | Sequence[PackedRow] | Sequence[Lesson],
         scores: Sequence[GroupScore] | None = None,
         advantages: Advantages | None = None,
     ) -> TrainingBatch:
         """The batch of a step: advantages by `loss.advantage`, or given for completions [P, G] or tokens [P, G, Lc].
-        Rows of `solutions` become a batch for supervised steps. Groups without scores are not recorded.
-        Raises ValueError for a prompt of a held-out problem (contract 16)."""
+        Rows of `solutions` become a batch for supervised steps, lessons that `quartet mtp` has recorded one for the
+        draft head. Groups without scores are not recorded. Raises ValueError for a prompt of a held-out problem
+        (contract 16), and for lessons where there is no draft head."""
         if isinstance(groups, Drawn):
             drawn = groups
         elif groups and isinstance(groups[0], PackedRow):
-            rows = [row for row in groups if isinstance(row, PackedRow)]
+            rows = cast("Sequence[PackedRow]", groups)
             self._refuse_held_out(row.prompt_token_ids for row in rows)
             return supervised(rows, self.step)
+        elif groups and not isinstance(groups[0], RolloutGroup):
+            lessons = cast("Sequence[Lesson]", groups)
+            self._refuse_held_out(token_ids for lesson in lessons for token_ids in lesson.prompts)
+            if self.policy.mtp is None:
+                raise ValueError("recorded lessons teach a draft head, and this policy has none; set add_mtp")
+            return recorded(lessons, self.step)
         else:
-            sampled = [group for group in groups if isinstance(group, RolloutGroup)]
+            sampled = cast("Sequence[RolloutGroup]", groups)
             self._refuse_held_out(group.prompt.token_ids for group in sampled)
             unscored = [GroupScore([0.0] * len(group.completions), {}) for group in sampled]
-            drawn = Drawn(sampled, list(unscored if scores is None else scores), [0] * len(sampled))
+            drawn = Drawn(list(sampled), list(unscored if scores is None else scores), [0] * len(sampled))
             self.run.metrics |= rollout_metrics(drawn.groups, drawn.scores)
         with self.run.phase("learning"):
             batch = self.learner.prepare(drawn.groups, drawn.scores, advantages, self.step)
@@ -282,7 +290,7 @@ class Session:
                         signals.check()
                     self.batches.go_on(self.step)
 
-            return self._finite(lambda: self.learner.forward_backward(batch, term, advance))
+            return self._learn(lambda: self.learner.forward_backward(batch, term, advance))
 
     def optim_step(
         self,
@@ -303,24 +311,15 @@ class Session:
             group.update(changes)
             if weight_decay is not None and all(weight.dim() > 1 for weight in group["params"]):
                 group["weight_decay"] = weight_decay
-        metrics = self._finite(lambda: self.learner.optim_step(learning_rate, ends=ends))
+        metrics = self._learn(lambda: self.learner.optim_step(learning_rate, ends=ends))
         self.run.reached()
         if ends and self.run.moved:
             self._keep_logprobs()
         return metrics
 
-    def _finite(self, act: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """What `act` returns. A step that is not finite makes no update, and the run goes on or ends by
-        `learner.on_non_finite`."""
-        try:
-            with self.run.phase("learning"):
-                metrics = act()
-        except NonFiniteStep as error:
-            file = self.run.folder / "rollouts" / f"step_{self.step:06d}.jsonl.zst"
-            self.run.skip(error, rate="learner.learning_rate", batch=file)
-            metrics = {"learner/updates": 0.0}
-        self.run.metrics |= metrics  # what fails later leaves a line with them
-        return metrics
+    def _learn(self, act: Callable[[], dict[str, float]]) -> dict[str, float]:
+        file = rollout_path(self.run.folder, self.step)
+        return self.run.learn(act, rate="learner.learning_rate", batch=file)
 
     # ---- publishing, evaluating, keeping ----------------------------------------------------------------------------
 

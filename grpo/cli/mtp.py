@@ -84,6 +84,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
                             _sample(run, task, streams, pool, params.at(step), learner, corpus)
                         else:
                             _teach(run, learner, corpus, step)
+                        run.reached()
                         if learner.ended:
                             run.last = step
                         if step == run.last:

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from grpo.learner.lessons import Lesson
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class TrainingBatch:
     tokens_by_version: dict[int, int] = field(default_factory=dict)  # completion tokens that each version has sampled
     draft_gain: float | None = None  # of their decoding; None where it is not known
     draft_depth: int | None = None  # how deep the draft head learns; None: `mtp.depth`
+    lessons: Sequence[Lesson] = ()  # recorded ones, which the draft head learns from where there are no rows
 
     def age(self, version: int) -> float:
         """How many versions older than `version` the policy was that sampled a token, mean over tokens."""

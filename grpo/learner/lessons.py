@@ -21,6 +21,7 @@ from torch import Tensor
 from grpo.learner.batch import MicroBatch
 from policies import tensor_files
 from policies.files.atomic import write_folder
+from policies.policy import Policy
 from rollout.group import RolloutGroup
 from rollout.sampling import SamplingParams, row_key
 
@@ -51,6 +52,16 @@ class Lesson:
     def prompt_lengths(self) -> Tensor:
         """[B]"""
         return (self.turn == 0).sum(1)
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The token ids of each prompt."""
+        return [ids[turn == 0].tolist() for ids, turn in zip(self.token_ids, self.turn, strict=True)]
+
+    def unrolled(self, policy: Policy, depth: int) -> list[Tensor]:
+        """What the draft head gives at depths 1 … `depth`."""
+        tokens = self.preceding, self.token_ids, self.position_ids, self.head_segment
+        return policy.unroll(*tokens, depth, int(self.prompt_lengths.min()))
 
 
 def noise_keys(mini: MicroBatch, groups: Sequence[RolloutGroup], params: SamplingParams) -> Tensor:

@@ -52,6 +52,7 @@ class Run(Generic[Config]):
     ...     with run:
     ...         for step in run.steps():
     ...             run.learn(lambda: learner.step(batch, step), rate="learner.learning_rate", batch=file)
+    ...             run.reached()
     ...             run.record()
     ...             run.save_if_due()
     """
@@ -229,21 +230,22 @@ class Run(Generic[Config]):
         self.metrics[name] += time.perf_counter() - started
 
     def learn(
-        self, take: Callable[[], dict[str, float]], *, rate: str, batch: Path | None = None, **unshown: Any
-    ) -> None:
-        """Take a step of the learner, which is reached then; see `skip` for one that is not finite."""
+        self, act: Callable[[], dict[str, float]], *, rate: str, batch: Path | None = None, **unshown: Any
+    ) -> dict[str, float]:
+        """What `act` returns, as metrics of the step. A step that is not finite makes no update, and the run goes on
+        without it, or NonFiniteStep says what to do: by `learner.on_non_finite`. `rate` is the option of the learning
+        rate, `batch` the file that holds what was to be learned from, where there are such a file and learner.*
+        options; `unshown` goes into the record of events."""
         try:
             with self.phase("learning"):
-                self.metrics |= take()
+                metrics = act()
         except NonFiniteStep as error:
-            self.skip(error, rate=rate, batch=batch, **unshown)
-            self.metrics["learner/updates"] = 0.0
-        self.reached()
+            self._skip(error, rate, batch, unshown)
+            metrics = {"learner/updates": 0.0}
+        self.metrics |= metrics  # what fails later leaves a line with them
+        return metrics
 
-    def skip(self, error: NonFiniteStep, *, rate: str, batch: Path | None = None, **unshown: Any) -> None:
-        """A step that is not finite has made no update. The run goes on without it, or NonFiniteStep says what to do:
-        by `learner.on_non_finite`. `rate` is the option of the learning rate, `batch` the file that holds what was to
-        be learned from, where there are such a file and learner.* options; `unshown` goes into the record of events."""
+    def _skip(self, error: NonFiniteStep, rate: str, batch: Path | None, unshown: dict[str, Any]) -> None:
         learner = self._learner
         options, skipped = learner.options, learner.skipped_in_a_row + 1
         self.log.event("non_finite", step=self._begun, error=str(error), batch=str(batch), unshown=unshown)

@@ -38,6 +38,7 @@ def supervise(policy: Policy, task: Task, run: Run[SftConfig] | Run[TrainConfig]
                 batch=run.folder / "events.jsonl",
                 examples=[example.example_id for example in examples],
             )
+            run.reached()
             run.record(show=False)
             progress.update(bar, advance=1, description=f"warm start, loss {run.metrics.get('loss/sft', nan):.3f}")
             if step % max(1, min(50, run.last // 10)) == 0 or step == run.last:
