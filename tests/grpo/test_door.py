@@ -142,7 +142,7 @@ def test_an_estimator_may_give_an_advantage_to_every_token(file, micro_config, t
 
 def test_an_objective_of_the_users_own_is_used_with_its_denominators(file):
     policy, old = torch.tensor([[0.6, 0.5], [0.2, 0.9]]).log(), torch.tensor([[0.4, 0.5], [0.4, 0.5]]).log()
-    given = policy, old, torch.tensor([1.0, -1.0]), torch.tensor([[True, True], [True, False]])
+    given = losses.Logprobs(policy, old), torch.tensor([1.0, -1.0]), torch.tensor([[True, True], [True, False]])
     loss, _ = losses.policy_loss(*given, LossOptions(loss_type=f"{file}:plain"))
     expected = -(policy[0].sum() - policy[1, 0]) / 3
     assert loss.item() == pytest.approx(expected.item())

@@ -22,13 +22,18 @@ from policies.logprobs import entropy, token_logprobs
 torch.set_num_threads(1)
 
 
-def policy_loss(*tensors: torch.Tensor, **given: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def policy_loss(
+    policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, **given
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """`losses.policy_loss`, with the options of the loss among the other arguments, unchecked, by TRL's names."""
     names = {"importance_sampling_mode": "correction"}
     names |= {f"importance_sampling_clip_{end}": f"importance_clip_{end}" for end in ("max", "min")}
     given = {names.get(name, name): value for name, value in given.items()}
     options = {name: given.pop(name) for name in list(given) if name in LossOptions.model_fields}
-    return losses.policy_loss(*tensors, options=LossOptions.model_construct(**options), **given)
+    others = [given.pop(f"{name}_logprobs", None) for name in ("sampling", "reference")]
+    logprobs = losses.Logprobs(policy_logprobs, old_logprobs, *others)
+    step = losses.WholeStep(**{name: given.pop(name) for name in losses.WholeStep._fields if name in given})
+    return losses.policy_loss(logprobs, advantages, mask, LossOptions.model_construct(**options), step=step, **given)
 
 
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
