@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,22 +25,21 @@ from grpo.learner.prepare import Advantages, recorded, supervised
 from grpo.run import checkpoint
 from grpo.run.metrics import rollout_metrics
 from grpo.run.records import rollout_path
-from grpo.run.resume import BaseWeights
 from grpo.run.stop import signals
 from grpo.source.policy_source import load_beside, save_policy
 from grpo.steps.ahead import Batches
 from grpo.steps.collector import Collector
 from grpo.steps.listener import listeners_of
 from grpo.steps.loop import Run
-from grpo.steps.opening import first_policy, open_run
-from grpo.steps.pool import open_run_pool, open_sampler, sampling_of, use_costs_of_run
-from grpo.steps.publisher import Publisher
-from grpo.task.sampling import environment_of
+from grpo.steps.opening import base_weights, first_policy, open_run
+from grpo.steps.pool import open_sampler, sampling_of, use_costs_of_run
+from grpo.steps.publisher import Publisher, open_publisher
 from grpo.task.task import Task
+from policies import four_bit
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
-from rollout.pool import Pool, Sampler
+from rollout.pool import Sampler
 
 if TYPE_CHECKING:
     from grpo.learner.lessons import Lesson
@@ -92,34 +91,35 @@ class Session:
                 from grpo.steps.supervise import warm_start
 
                 warm_start(run, task)
-            again, beside = partial(first_policy, run, task), partial(load_beside, config)
+            start = str(run.folder / "warm_start") if config.warm_start.steps else None
+            again, beside = partial(first_policy, run, task, start), partial(load_beside, config)
             policy = again() if base is None else _shared(config, base)
+            counts = four_bit.counts(policy.trunk)
+            if counts["in_4_bits"]:
+                run.log.event("base_in_4_bits", **counts)
             plain = policy.sharing(head=True) if config.lora and ranks.layout is None else None
             learner: Learner = grpo_learner(policy, config, task.reward_weights, ranks, again, beside)
             session = cls(run, task, learner, plain)
-            run.restore(learner=learner, curriculum=session.batches, **_base(run, learner))
+            run.restore(learner=learner, curriculum=session.batches, **base_weights(run, learner))
             with (
-                closing(open_run_pool(run, policy)) as pool,
-                open_sampler(run, pool) as sampler,
-                open_sampler(run, pool) as examiner,  # in other processes: an agent may remember what it has met
+                open_publisher(run, learner, sampling_of(run, policy, 1)) as publisher,
+                open_sampler(run, task, publisher.pool) as sampler,
+                open_sampler(run, task, publisher.pool) as examiner,  # an agent may remember what it has met
             ):
-                session._begin(pool, sampler, examiner)
+                session._begin(publisher, sampler, examiner)
                 with run:
                     session.batches.begin()
                     session._evaluate_first()
                     yield session
 
-    def _begin(self, pool: Pool, sampler: Sampler, examiner: Sampler) -> None:
-        """Publish to the samplers, and measure what drafts cost."""
+    def _begin(self, publisher: Publisher, sampler: Sampler, examiner: Sampler) -> None:
+        """Samplers hold the weights; measure what their drafts cost."""
         config, policy, run = self.config, self.policy, self.run
-        self.pool, self.collector.pool = pool, sampler
-        sampling = sampling_of(run, policy, 1)
-        self.publisher = Publisher(pool, self.learner, sampling, config.rollout.quantization)
-        with run.phase("publishing"):
-            self.publisher.publish()
-        run.alone(use_costs_of_run, run, pool, policy, self.collector.sampling, self.collector.longest_prompt)
-        sampling = replace(sampling_of(run, policy, config.eval.samples), environment=environment_of(config))
-        self.held_out = HeldOut(self.task, policy, examiner, run.log, config.eval, sampling, self._evaluated)
+        self.publisher, self.pool, self.collector.pool = publisher, publisher.pool, sampler
+        run.alone(use_costs_of_run, run, self.pool, policy, self.collector.sampling, self.collector.longest_prompt)
+        sampling = replace(sampling_of(run, policy, config.eval.samples), environment=self.task.actor.environment)
+        options = config.eval.prompts_per_batch, config.eval.every
+        self.held_out = HeldOut(self.task, policy, examiner, run.log, sampling, *options, heed=self._evaluated)
 
     @property
     def step(self) -> int:
@@ -331,9 +331,7 @@ class Session:
             self._publish()
 
     def _publish(self) -> None:
-        if self.publisher.version != self.learner.policy_version:
-            with self.run.timed("time/publish"), self.run.phase("publishing"):
-                self.run.metrics |= self.publisher.publish()
+        self.publisher.keep_up(self.run)
 
     def evaluate(self, problems: Sequence[Example] | None = None, when: str | None = None) -> dict[str, Evaluation]:
         """The held-out problems or others, by way of sampling and greedily, as metrics of the run; with `when` they are
@@ -430,23 +428,12 @@ def _shared(config: TrainConfig, base: Session) -> Policy:
             "base=: sessions share weights that none of them moves or shards; set lora in both configurations, and "
             "learn in one process"
         )
-    for name in ("model", "dtype", "device"):
-        one, other = getattr(config, name), getattr(base.config, name)
+    first = base.config
+    for name, one, other in (
+        ("model", config.model, first.model),
+        ("dtype", config.dtype, first.dtype),
+        ("device", config.device, first.device),
+    ):
         if one != other:
             raise ValueError(f"base=: {name}={one!r}, and the other session has {name}={other!r}; make them the same")
     return base.plain.sharing(head=False)
-
-
-def _base(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:
-    """With LoRA a checkpoint keeps the digest of the weights under the adapters."""
-    if not run.config.lora:
-        return {}
-    warm = f"warm start {run.folder / 'warm_start'}"
-    source = warm if run.config.warm_start.steps else f"model={run.config.model!r}"
-
-    def on_change(changed: str) -> None:
-        if not run.forced:
-            raise ValueError(f"{changed}, or use --force to go on with the new ones")
-        run.log.event("base_changed", step=run.start, what=changed)
-
-    return {"base": BaseWeights(learner.policy, learner.state()[0]["policy"], source, run.start, on_change)}

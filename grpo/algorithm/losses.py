@@ -1,4 +1,4 @@
-"""The policy losses of GRPO and its relatives, and the value loss of PPO.
+"""The policy losses of GRPO and its relatives.
 
 Option names, meanings and defaults are those of TRL's GRPOConfig. The terms of the sum are in surrogates.py.
 
@@ -13,7 +13,6 @@ would instead weigh a token by which other tokens are in its micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -29,8 +28,6 @@ from grpo.algorithm.surrogates import (
     sapo_surrogate,
 )
 from grpo.config.loss import CorrectionMode, LossOptions, LossType
-from policies.logprobs import LEAST_LOGPROB
-from rollout.group import ENDED
 
 Given = TypeVar("Given")
 
@@ -159,23 +156,6 @@ def aggregate(
     raise ValueError(f"loss_type={loss_type!r} is unknown; use {known}")
 
 
-def top_k_kl(logprobs_NK: Tensor, teacher_logprobs_NK: Tensor) -> Tensor:
-    """KL(π || π_T) of the next token over K tokens and the rest as one: [N, K] of both at the same tokens -> [N].
-
-    It leaves out how the two differ inside the rest: KL = this + π(rest)·KL(π in the rest || π_T in the rest). So it is
-    never above the KL of the whole vocabulary, and equal to it where at most one token is in the rest. Differentiable
-    in the first; a rest below 1e-7 counts as 1e-7, and a log-probability below LEAST_LOGPROB as that.
-
-    >>> own, teacher = torch.tensor([[0.25, 0.5]]).log(), torch.tensor([[0.5, 0.25]]).log()      # 1/4 is in both rests
-    >>> top_k_kl(own, teacher)                                      # 1/4 log 1/2 + 1/2 log 2 + 0 = 1/4 log 2
-    tensor([0.1733])
-    """
-    logprobs_NK, teacher_logprobs_NK = (x.clamp(min=LEAST_LOGPROB) for x in (logprobs_NK, teacher_logprobs_NK))
-    rest_N, teacher_rest_N = ((1 - x.exp().sum(-1)).clamp(min=1e-7) for x in (logprobs_NK, teacher_logprobs_NK))
-    within_N = (logprobs_NK.exp() * (logprobs_NK - teacher_logprobs_NK)).sum(-1)
-    return within_N + rest_N * (rest_N.log() - teacher_rest_N.log())
-
-
 class TopEntropy(NamedTuple):
     """The tokens that count are those whose entropy is at least `threshold`, a scalar. There are `tokens` of them."""
 
@@ -195,41 +175,6 @@ def top_entropy_of(entropies_N: Tensor, top_entropy_quantile: float) -> TopEntro
         return TopEntropy(entropies_N.new_tensor(torch.inf), 0)
     threshold = entropies_N.detach().quantile(1 - top_entropy_quantile)
     return TopEntropy(threshold, int((entropies_N >= threshold).sum()))
-
-
-def mask_truncated_completions(mask: Tensor, finish_reasons: Sequence[str]) -> Tensor:
-    """Overlong filtering (DAPO, arXiv:2503.14476, §3.4): what was cut by a limit leaves the loss.
-
-    >>> mask_truncated_completions(torch.tensor([[True, True], [True, True]]), ["stop", "length"])
-    tensor([[ True,  True],
-            [False, False]])
-    """
-    return mask & torch.tensor([[reason in ENDED] for reason in finish_reasons], device=mask.device)
-
-
-def value_loss(
-    values: Tensor,  # of the value head, with gradient
-    old_values: Tensor,  # of the value head before this step
-    returns: Tensor,
-    mask: Tensor,
-    *,
-    cliprange_value: float = 0.2,
-    num_completion_tokens: int | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """½ max((V - R)², (clip(V, V_old ± c) - R)²), a mean over the step's tokens. Returns (summand, metrics).
-
-    Source: PPO's released code; detail 9 of Huang et al., "The 37 implementation details of PPO", 2022.
-
-    >>> values, returns = torch.tensor([[1.0, 0.1]]), torch.tensor([[2.0, 0.0]])
-    >>> value_loss(values, torch.zeros(1, 2), returns, torch.tensor([[True, True]]))[0]  # ½ (1.8² + 0.1²) / 2
-    tensor(0.8125)
-    """
-    num_tokens = max(1, int(mask.sum()) if num_completion_tokens is None else num_completion_tokens)
-    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
-    squares, clipped_squares = (values - returns).square(), (clipped - returns).square()
-    loss = torch.maximum(squares, clipped_squares).masked_fill(~mask, 0.0).sum() / num_tokens / 2
-    clip_fraction = ((clipped_squares > squares) & mask).sum() / num_tokens
-    return loss, {"loss/value": loss.detach(), "value/clip_fraction": clip_fraction}
 
 
 def _objective(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from grpo.config.run import EvalOptions
 from grpo.data.examples import Example
 from grpo.evaluation.evaluate import Evaluation, Speed, as_metrics, both_ways, evaluate_ways, measure_speed
 from grpo.run.log import RunLog
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
 class HeldOut:
     """Samples every held-out problem as `sampling` says and greedily, with the same noise each time.
 
-    `results` are the evaluations so far that have a name, such as "before GRPO, sampled". `heed` is called with the
-    step and its evaluations by way of sampling.
+    `results` are the evaluations so far that have a name, such as "before GRPO, sampled". `prompts_per_batch` are
+    sampled together. `heed` is called with the step and its evaluations by way of sampling.
     """
 
     def __init__(
@@ -37,20 +36,20 @@ class HeldOut:
         policy: Policy,
         pool: Sampler,
         log: RunLog,
-        options: EvalOptions,
         sampling: SamplingParams,
+        prompts_per_batch: int,
+        every: int | None = None,
         heed: Callable[[int, Mapping[str, Evaluation]], None] = lambda step, found: None,
     ) -> None:
-        self.heed = heed
-        self.task, self.pool, self.log, self.options, self.sampling = task, pool, log, options, sampling
+        self.task, self.pool, self.log, self.sampling = task, pool, log, sampling
+        self.prompts_per_batch, self.every, self.heed = prompts_per_batch, every, heed
         self.tokenizer = policy.tokenizer
         self.prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
         self.results: dict[str, Evaluation] = {}
 
     def due(self, step: int, last: int) -> bool:
-        """Before the first step and every `eval.every` steps; the evaluation after the last step is not meant."""
-        every = self.options.every
-        return bool(self.prompts) and step < last and (step == 0 or bool(every and step % every == 0))
+        """Before the first step and every `every` steps; the evaluation after the last step is not meant."""
+        return bool(self.prompts) and step < last and (step == 0 or bool(self.every and step % self.every == 0))
 
     def done(self, step: int) -> bool:
         """Whether the evaluation of this step is recorded. A run that was cut off before it still has to make it."""
@@ -69,19 +68,20 @@ class HeldOut:
         if not prompts:
             return {}
         self.task.reached(step)
-        ways = both_ways(replace(self.sampling, group_size=self.options.samples))
+        ways, most = both_ways(self.sampling), self.prompts_per_batch
+        options = SimpleNamespace(prompts_per_batch=most, samples=self.sampling.group_size)
         try:
-            with phase("evaluating", SimpleNamespace(eval=self.options)), self.log.progress() as progress:
-                found = evaluate_ways(self.pool, self.task, prompts, ways, self.options.prompts_per_batch, progress)
+            with phase("evaluating", SimpleNamespace(eval=options)), self.log.progress() as progress:
+                results = evaluate_ways(self.pool, self.task, prompts, ways, most, progress)
         except RewardFailed as error:
             self.log.event("reward_error", step=step, evaluation="given up", **vars(error.failure))
             raise
-        for way, result in found.items():
+        for way, result in results.items():
             for failure in result.failures:
                 self.log.event("reward_error", step=step, evaluation=way, **vars(failure))
-        self.log.evaluation(step, as_metrics(found))
-        self.heed(step, found)
-        named = {f"{when}, {way}" if when else way: result for way, result in found.items()}
+        self.log.evaluation(step, as_metrics(results))
+        self.heed(step, results)
+        named = {f"{when}, {way}" if when else way: result for way, result in results.items()}
         self.results |= named if when else {}
         return named
 

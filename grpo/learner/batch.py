@@ -242,9 +242,9 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
             position_ids[b, start:end] = torch.arange(prompt, prompt + end - start)
             segment[b, start:end] = number
             before[b, start] = prompt - 1
-            own = _turns(sample)
-            turn[b, start:end] = own.where(own < 0, own + turns)
-            turns += max(int(own.max()), 0)
+            of_sample = _turns(sample)
+            turn[b, start:end] = of_sample.where(of_sample < 0, of_sample + turns)
+            turns += max(int(of_sample.max()), 0)
             start = end
     samples = [sample for row in rows for sample in row.samples]
     mask = torch.zeros(len(samples), max(len(sample.token_ids) for sample in samples), dtype=torch.bool)

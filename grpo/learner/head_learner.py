@@ -126,16 +126,16 @@ class HeadLearner(Learner):
             self._undo(before)
             self.update.count, self.policy_version = updates, version
             raise
-        depth, found = self.depth_at(epoch), 1.0 + sum(accepted)
+        depth, tokens_per_forward = self.depth_at(epoch), 1.0 + sum(accepted)
         grows = depth < self.head_options.depth or (epoch > 1 and depth > self.depth_at(epoch - 1))
-        if grows or found >= self.best + GAIN:
-            self.best = found
+        if grows or tokens_per_forward >= self.best + GAIN:
+            self.best = tokens_per_forward
         else:
             self._undo(before)
             self.stage += 1
         self.policy_version = version + 1
         shares = {f"draft/heldout_acceptance_depth_{d}": share for d, share in enumerate(accepted, start=1)}
-        return metrics | {"draft/heldout_tokens_per_forward": found} | shares
+        return metrics | {"draft/heldout_tokens_per_forward": tokens_per_forward} | shares
 
     def _pass_over(self, taught: Sequence[Lesson], epoch: int, step: int) -> dict[str, float]:
         depth, order, loss = self.depth_at(epoch), list(range(len(taught))), f"loss/mtp{'_tv' if self.tv else ''}"
@@ -165,17 +165,17 @@ class HeadLearner(Learner):
     def acceptance(self, lessons: Sequence[Lesson]) -> list[float]:
         """Which share of its drafts at depths 1 … `depth` the trunk would have taken in these rollouts, if a chain had
         been drafted after every token."""
-        made, taken = (torch.zeros(self.head_options.depth) for _ in range(2))
+        drafts, hits = (torch.zeros(self.head_options.depth) for _ in range(2))
         for lesson in lessons:
             for d, (drafted, right) in enumerate(self.drafts(lesson)):
-                made[d] += int(drafted.sum())
-                taken[d] += int(right.sum())
-        if not made[0]:
+                drafts[d] += int(drafted.sum())
+                hits[d] += int(right.sum())
+        if not drafts[0]:
             raise ValueError(
                 "no held-out rollout has two tokens, so nothing tells what a draft is worth; raise "
                 "rollout.max_completion_tokens, or sample more (steps, prompts_per_step)"
             )
-        return (taken / made.clamp(min=1)).tolist()
+        return (hits / drafts.clamp(min=1)).tolist()
 
     @torch.no_grad()
     def drafts(self, lesson: Lesson) -> Iterator[tuple[Tensor, Tensor]]:
@@ -190,7 +190,7 @@ class HeadLearner(Learner):
         vocabulary = None if policy.draft_ids is None else DraftVocabulary(policy.draft_ids, size)
         ids, keys = lesson.token_ids.flatten(), lesson.noise_keys.flatten(0, 1)
         places = (lesson.position_ids - lesson.prompt_lengths[:, None]).flatten()
-        taken = turn > 0
+        accepted = turn > 0
         for d, output in enumerate(lesson.unrolled(policy, self.head_options.depth), start=1):
             drafted = (turn > 0) & (F.pad(turn, (0, d), value=-1)[:, d:] == turn)
             right = torch.zeros_like(ids, dtype=torch.bool)
@@ -198,15 +198,15 @@ class HeadLearner(Learner):
                 noise = Noise(keys[at + d], places[at + d], size)
                 logits = F.linear(output.flatten(0, 1)[at], head)
                 right[at] = pick(logits, self.likelihood.temperature, noise, vocabulary) == ids[at + d]
-            taken = taken & right.view_as(turn)
-            yield drafted, taken
+            accepted = accepted & right.view_as(turn)
+            yield drafted, accepted
 
     # ---- state --------------------------------------------------------------------------------------------------
 
     def _copy(self) -> dict[str, dict[str, Tensor]]:
         """Weights and moments as they are now."""
-        taken = learner_state.take(*self._stateful)
-        return {file: {name: tensor.clone() for name, tensor in tensors.items()} for file, tensors in taken.items()}
+        parts = learner_state.take(*self._stateful)
+        return {file: {name: tensor.clone() for name, tensor in tensors.items()} for file, tensors in parts.items()}
 
     def _undo(self, before: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._drop()

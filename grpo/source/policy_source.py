@@ -87,8 +87,8 @@ def find_policy(model: str, *, read: bool = True) -> PolicySource:
         meaning, newest = "the end of the run", checkpoint.newest(folder / "checkpoints")
         if newest and _went_on(folder, newest):
             meaning = f"where the run ended first; it went on, to evaluate that name {newest}"
-        found = str(folder / "policy")
-        return PolicySource(found, meaning, found, step=_record(folder / "policy").get("step"))
+        policy = str(folder / "policy")
+        return PolicySource(policy, meaning, policy, step=_record(folder / "policy").get("step"))
     while newest := checkpoint.newest(folder / "checkpoints"):
         try:
             return _of_checkpoint(newest, "the newest checkpoint; the run has not ended", read)
@@ -96,8 +96,8 @@ def find_policy(model: str, *, read: bool = True) -> PolicySource:
             if newest.is_dir():
                 raise  # else its run has removed it, and there is a newer one
     if (folder / "warm_start").is_dir():
-        found = str(folder / "warm_start")
-        return PolicySource(found, "the warm start; no step of GRPO is saved yet", found)
+        policy = str(folder / "warm_start")
+        return PolicySource(policy, "the warm start; no step of GRPO is saved yet", policy)
     raise PolicyError(f"model={model!r} is a run that has not saved a policy yet; go on with it: --resume auto")
 
 
@@ -281,7 +281,8 @@ def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOpti
     assert source.checkpoint is not None
     config, base = _run_config(source.checkpoint.parent.parent), source.base
     refuse_preset(source)
-    like_the_run = options.model_copy(update={name: getattr(config, name) for name in ("add_mtp", "seed", "policy")})
+    of_the_run = {"add_mtp": config.add_mtp, "seed": config.seed, "policy": config.policy}
+    like_the_run = options.model_copy(update=of_the_run)
     policy = _load(base, like_the_run, nf4=in_4_bits(config))
     if isinstance(config, MtpConfig):
         policy.draft_ids = saved.tensors["draft"]["ids"].to(policy.device) if "draft" in saved.tensors else None
@@ -300,11 +301,11 @@ def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOpti
 
 @torch.no_grad()
 def _copy(tensors: Mapping[str, Tensor], policy: Policy, where: Path) -> None:
-    own = dict(policy.named_parameters()) | dict(policy.named_buffers())
-    if wrong := [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]:
+    held = dict(policy.named_parameters()) | dict(policy.named_buffers())
+    if wrong := [name for name, tensor in tensors.items() if name not in held or held[name].shape != tensor.shape]:
         raise PolicyError(f"{where} holds tensors that its run's model does not have: {wrong[:5]}")
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        held[name].copy_(tensor)
 
 
 def save_policy(policy: Policy, folder: Path, step: int) -> None:
@@ -328,8 +329,8 @@ def _went_on(run: Path, newest: Path) -> bool:
     record = _record(run / "policy")
     if record.get("checkpoint"):
         return record["checkpoint"] != _digest(newest)
-    config = run / "config.yaml"
-    options = read_yaml(config)[0] if config.is_file() else {}
+    file = run / "config.yaml"
+    options = read_yaml(file)[0] if file.is_file() else {}
     end = record.get("step") or options.get("steps") or options.get("warm_start", {}).get("steps")
     return end is not None and end != _step_of(newest)
 

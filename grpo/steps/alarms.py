@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def listener(run: Run[TrainConfig], task: Task) -> Listener | None:
-    wanted = run.config.log.alarms and run.ranks.first
-    return AlarmListener(task.watched_rewards(), run.log.event) if wanted else None
+    watches = run.config.log.alarms and run.ranks.first
+    return AlarmListener(task.watched_rewards(), run.log.event) if watches else None
 
 
 class AlarmListener(Listener):

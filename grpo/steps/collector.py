@@ -14,13 +14,11 @@ from rich.progress import Progress
 from grpo.algorithm.dynamic_sampling import Drawn, draw_groups
 from grpo.config.run import TrainConfig
 from grpo.data.prompts import PromptStream
-from grpo.learner.build import sampling_backend
 from grpo.run.metrics import rollout_metrics, tail_share
 from grpo.run.stop import signals
 from grpo.steps.listener import Listener
 from grpo.steps.loop import Run
 from grpo.steps.pool import sampling_of
-from grpo.task.sampling import environment_of
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore, RewardFailed
@@ -42,7 +40,7 @@ class Collector:
     def __init__(self, run: Run[TrainConfig], task: Task, policy: Policy, listeners: Sequence[Listener]) -> None:
         self.run, self.task, self.listeners, self.config = run, task, listeners, run.config
         self.stream = PromptStream(task.train, run.config.seed)
-        self.tokenizer, self.backend = policy.tokenizer, sampling_backend(run.config, policy)
+        self.tokenizer, self.backend = policy.tokenizer, run.config.rollout.backend or policy.backend
         config = run.config
         options, shard = config.rollout, config.rollout.prompts_per_shard
         rounds = 0
@@ -51,7 +49,7 @@ class Collector:
         self.sampling = replace(
             sampling_of(run, policy, options.group_size, rounds=rounds),
             record_routing=config.learner.routing_replay,
-            environment=environment_of(config),
+            environment=task.actor.environment,
         )
         self.longest_prompt = PROMPT_TOKENS
         if self.sampling.compiled:  # graphs have as much room as the first prompts tell

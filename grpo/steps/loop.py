@@ -7,7 +7,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any, Generic, Self, TypeVar, cast
 import psutil
 import torch
 
-from grpo.config.mtp import MtpConfig
 from grpo.config.options import dump_yaml
 from grpo.config.run import RunConfig, TrainConfig
 from grpo.learner.learner import Learner
@@ -26,7 +25,7 @@ from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 from grpo.run.lock import RunLock
-from grpo.run.log import NoLog, RunLog
+from grpo.run.log import NoLog, Resume, RunLog
 from grpo.run.memory_errors import Phase, phase
 from grpo.run.records import best_step, read_metrics
 from grpo.run.resume import saved_state
@@ -106,47 +105,35 @@ class Run(Generic[Config]):
         `rewards` describe the reward functions (`Scorer.describe`). Everything that can be refused is refused before
         the folder is touched: see `RunLock`, `saved_state`, `refuse_changed_rewards` and `RunLog` for the errors.
         """
-        if not ranks.first:
-            path = ranks.from_first(lambda: None)
-            saved = checkpoint.load(path, together=True) if path else None
-            quiet = cast(RunLog, NoLog(config.output_dir))
-            run = cls(config, quiet, ranks, saved=saved, last=steps, stop_after=stop_after)
+        with ExitStack() as stack:
+            if ranks.first:
+                lock = stack.enter_context(RunLock(config.output_dir))
+                flags: dict[str, Any] = {"resume": resume, "force": force, "stop_after": stop_after}
+                saved = saved_state(config, steps=steps, tell=ranks.from_first, **flags)
+                if resume is not None and not force:
+                    refuse_changed_rewards(config.output_dir, rewards)
+                goes_on = None if resume is None else Resume(0)
+                if saved:
+                    goes_on = Resume(saved.step, saved.state.get("unwritten"))
+                run_log = RunLog(
+                    config.output_dir, dump_yaml(config), config.log, last=steps, resume=goes_on, lock=lock
+                )
+                log = stack.enter_context(run_log)
+                stack.enter_context(log.until_its_end())
+                stack.enter_context(last_words(KILLED))
+                stack.enter_context(signals.heard(partial(say_stopping, show=log.note)))
+                record_rewards(log, rewards)
+            else:
+                path = ranks.from_first(lambda: None)
+                saved = checkpoint.load(path, together=True) if path else None
+                log = cast(RunLog, NoLog(config.output_dir))
+            run = cls(config, log, ranks, saved=saved, last=steps, stop_after=stop_after)
             run.resumes, run.forced = resume is not None, force
             try:
                 yield run
-            except Stopped as stopped:  # perhaps outside the steps: rank 0 has told it
+            except Stopped as stopped:  # perhaps outside the steps
                 stopped.at(run.step)
                 raise
-            return
-        with RunLock(config.output_dir) as lock:
-            flags: dict[str, Any] = {"resume": resume, "force": force, "stop_after": stop_after}
-            saved = saved_state(config, steps=steps, tell=ranks.from_first, **flags)
-            if resume is not None and not force:
-                refuse_changed_rewards(config.output_dir, rewards)
-            with (
-                RunLog(
-                    config.output_dir,
-                    dump_yaml(config),
-                    table_every=0 if isinstance(config, MtpConfig) else config.log.table_every,
-                    every=config.log.every,
-                    last=steps,
-                    trackers=config.log.trackers,
-                    resume_step=None if resume is None else saved.step if saved else 0,
-                    lock=lock,
-                    unwritten=saved.state.get("unwritten") if saved else None,
-                ) as log,
-                log.until_its_end(),
-                last_words(KILLED),
-                signals.heard(partial(say_stopping, show=log.note)),
-            ):
-                record_rewards(log, rewards)
-                run = cls(config, log, ranks, saved=saved, last=steps, stop_after=stop_after)
-                run.resumes, run.forced = resume is not None, force
-                try:
-                    yield run
-                except Stopped as stopped:  # perhaps outside the steps
-                    stopped.at(run.step)
-                    raise
 
     def part(self, name: str, last: int, of: str) -> Run[Config]:
         """A training inside this one, which goes on from its own checkpoints in `name`.
@@ -154,8 +141,8 @@ class Run(Generic[Config]):
         Its steps are not those of the run: they have no metrics, and the last one is not saved.
         """
         folder = self.folder / name
-        found = self.ranks.from_first(lambda: checkpoint.find(folder, "auto"))
-        saved = checkpoint.load(found, together=True) if found else None
+        newest = self.ranks.from_first(lambda: checkpoint.find(folder, "auto"))
+        saved = checkpoint.load(newest, together=True) if newest else None
         return Run(self.config, self.log, self.ranks, checkpoints=folder, saved=saved, last=last, of=of)
 
     def restore(self, **parts: Any) -> None:
@@ -366,8 +353,8 @@ class Run(Generic[Config]):
                 self.save()
         except Exception as refusal:  # recorded in the event: the error that ends the run must reach the user
             not_saved = {"not_saved": str(refusal)}
-        said = f"{type(error).__name__}: {error}"
+        words = f"{type(error).__name__}: {error}"
         try:
-            self.log.event("failed", saved_step=self.saved_step, **not_saved, error=said)
+            self.log.event("failed", saved_step=self.saved_step, **not_saved, error=words)
         except OSError as full:  # the error that ends the run is more important than its record
             self.log.say(f"failed: saved_step={self.saved_step} (this event is not recorded: {full})")

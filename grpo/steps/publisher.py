@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
 from grpo.run.stop import Stopped
+from grpo.steps.loop import Run
+from grpo.steps.pool import open_run_pool
 from rollout.faults import RolloutError
 from rollout.group import RolloutGroup
 from rollout.pool import Pool
@@ -29,6 +31,16 @@ ADVICE = (
 # Two experts of nearly equal score may change places between sampler and learner, which moves a log-probability by more
 # than rounding does. That does not happen twice, to other tokens, and a fault does.
 ATTEMPTS = 2
+
+
+@contextmanager
+def open_publisher(run: Run[Any], learner: Learner, params: SamplingParams) -> Iterator[Publisher]:
+    """Opens the pool of a run, which holds the learner's weights; see `Publisher`."""
+    with closing(open_run_pool(run, learner.policy)) as pool:
+        publisher = Publisher(pool, learner, params, run.config.rollout.quantization)
+        with run.phase("publishing"):
+            publisher.publish()
+        yield publisher
 
 
 class Publisher:
@@ -75,6 +87,12 @@ class Publisher:
             "canary/repeats": float(attempt),
             "time/canaries": time.perf_counter() - started,
         }
+
+    def keep_up(self, run: Run[Any]) -> None:
+        """Publish in a step of a run, where the samplers hold other weights than the learner."""
+        if self.version != self.learner.policy_version:
+            with run.timed("time/publish"), run.phase("publishing"):
+                run.metrics |= self.publish()
 
     def _sampled(self, params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         """The canaries; nothing once a stop was asked for, since the publication may have been cut short."""
@@ -123,8 +141,8 @@ class Publisher:
         decoded = logprobs_of_trunk(rounded_trunk(policy, "none"), groups, temperature)
         held = []
         for group, rows in zip(groups, decoded, strict=True):
-            own = [replace(c, logprobs=row) for c, row in zip(group.completions, rows, strict=True)]
-            held.append(replace(group, completions=own))
+            completions = [replace(c, logprobs=row) for c, row in zip(group.completions, rows, strict=True)]
+            held.append(replace(group, completions=completions))
         name = "the decoder of the samplers, without rounding,"
         return compare({name: held}, {name: logprobs_of_groups(policy, groups, temperature)}, version, self.dtype).fault
 

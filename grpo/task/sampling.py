@@ -86,8 +86,8 @@ def environment_of(options: object) -> EnvironmentSpec | None:
     """What the policy acts in under the options of a command; None without tools, and for commands without them."""
     if not isinstance(options, EnvironmentOptions) or not options.has_tools:
         return None
-    given = options.environment or {}
-    environments = {"": given} if isinstance(given, str) else given
+    classes = options.environment or {}
+    environments = {"": classes} if isinstance(classes, str) else classes
     return EnvironmentSpec(
         tools=tuple(options.tools),
         environments=tuple(environments.items()),

@@ -23,7 +23,7 @@ from grpo.config.environment import AgentOptions, rewards_of
 from grpo.config.mtp import MtpConfig, scores_nothing
 from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.data.examples import Example, beyond_context, default_heldout_split, examples_of, gold_check
+from grpo.data.examples import Example, beyond_context, default_heldout_split, examples_of, gold_check, too_long
 from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, refuse_overlap, trained_on
 from grpo.data.prompts import PromptTemplate, encode_prompt
 from grpo.data.source import REASONING_GYM
@@ -71,12 +71,15 @@ class Task:
         """`heldout`: how many held-out problems, None for all of them, 0 for none. `device` is the reward models'.
 
         `met` are fingerprints of problems that the policy was trained on before. Raises ValueError where one of these,
-        a training problem or a worked example is among the held-out problems. `contexts`: see `load_examples`.
+        a training problem or a worked example is among the held-out problems. `contexts` are the numbers of tokens that
+        the texts of a column must fit into.
         Without `scores` another process scores, without `rewards` nobody. With an `environment` solutions are episodes.
         """
-        check = gold_check((reward.function, reward.columns) for reward in rewards if "answer" not in reward.arguments)
+        gold = gold_check((reward.function, reward.columns) for reward in rewards if "answer" not in reward.arguments)
+        checks = [gold] if gold else []
+        checks += [partial(too_long, column, context) for column, context in (contexts or {}).items()]
         self.template = PromptTemplate(data.template, data.system_prompt, user_turn=data.user_turn)
-        load = partial(examples_of, data, data.name, seed=seed, check=check, contexts=contexts)
+        load = partial(examples_of, data, data.name, seed=seed, checks=checks)
         wanted = data.limit if train else data.few_shot
         if data.holdout:
             both = _held_out_share(data, load, self.template, heldout_split)
@@ -118,19 +121,22 @@ class Task:
         )
         try:
             columns = known[0].columns | dict.fromkeys(more, 0.0)
-            gold = self.scorer.dry_run(prompt, known[0].solution, columns, messages=messages)
+            marks = self.scorer.dry_run(prompt, known[0].solution, columns, messages=messages)
             if self.models:
                 self.models.load(device_of(device))
         except BaseException:
             self.scorer.close()
             raise
         declared = self.scorer.right_at(self.first_reward)
-        self.verdicts = Verdicts(self.first_reward, declared, gold.parts[self.first_reward][0])
+        self.verdicts = Verdicts(self.first_reward, declared, marks.parts[self.first_reward][0])
 
     @classmethod
     def of(cls, config: SftConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:
         """Without `model_known` nothing is asked of the model, so that the data can be checked when it is not there."""
         held = config.eval
+        context = known_context(config.model) if model_known else None
+        learns = isinstance(config, SftConfig) and config.warm_start.steps > 0  # from solutions
+        read = [config.data.prompt_column, *([config.data.solution_column] if learns else [])]
         task = cls(
             config.data,
             [] if scores_nothing(config) else rewards_of(config),
@@ -142,16 +148,20 @@ class Task:
             reward_models=config.reward_models,
             device=config.device,
             met=trained_on(config.model) if model_known else (),
-            contexts=_contexts(config) if model_known else {},
+            contexts=dict.fromkeys(read, context) if context else {},
             scores=scores,
             environment=environment_of(config),
             agent=agent_of(config),
         )
-        if isinstance(config, TrainConfig):
-            task.trainer_state["max_steps"], task.prompts_per_step = config.steps, config.prompts_per_step
         task.trainer_state["output_dir"] = str(config.output_dir)
         try:
-            task.check_counts(config)
+            if isinstance(config, SftConfig) and learns:
+                examples = task.train_for(config.warm_start.levels)
+                _refuse_too_few("warm_start.batch_size", config.warm_start.batch_size, examples)
+            if isinstance(config, TrainConfig | MtpConfig):
+                _refuse_too_few("prompts_per_step", config.prompts_per_step, task.train)
+            if isinstance(config, TrainConfig):
+                task.trainer_state["max_steps"], task.prompts_per_step = config.steps, config.prompts_per_step
         except ValueError:
             task.close()
             raise
@@ -191,29 +201,17 @@ class Task:
         record_trained_on(run_log.output_dir, self.trained_on)
         if not self.heldout:
             return
-        said = f"{len(self.heldout):,} held-out problems: none is trained on or shown as a worked example"
+        line = f"{len(self.heldout):,} held-out problems: none is trained on or shown as a worked example"
         if self.train and self.train[0].example_id.startswith("word_problems/"):
             from grpo.data.word_problems import shared_with_training
 
             templates, numbers = shared_with_training(*([e.example_id for e in s] for s in (self.train, self.heldout)))
-            said += f"; {templates:,} share a template with training, {numbers:,} share their numbers"
-        run_log.say(said)
+            line += f"; {templates:,} share a template with training, {numbers:,} share their numbers"
+        run_log.say(line)
 
     def fingerprints(self, examples: Iterable[Example]) -> dict[str, str]:
         """The problems' fingerprints, with their ids."""
         return {problem_fingerprint(self.template.content(e)): e.example_id for e in examples}
-
-    def check_counts(self, config: SftConfig | MtpConfig) -> None:
-        """Raises ValueError where a step would ask for more different examples than there are."""
-        wanted = []
-        if isinstance(config, SftConfig) and config.warm_start.steps:
-            examples = self.train_for(config.warm_start.levels)
-            wanted.append(("warm_start.batch_size", config.warm_start.batch_size, len(examples)))
-        if isinstance(config, TrainConfig | MtpConfig):
-            wanted.append(("prompts_per_step", config.prompts_per_step, len(self.train)))
-        for key, count, there in wanted:
-            if count > there:
-                raise ValueError(f"{key}={count}, but there are {there} training examples; lower it, or use more data")
 
     def check_lengths(self, policy: Policy, max_completion_tokens: int) -> None:
         """Raises ValueError where a prompt leaves no room for its completion: now, rather than when its turn comes."""
@@ -335,6 +333,12 @@ class Task:
         self.close()
 
 
+def _refuse_too_few(key: str, count: int, examples: Sequence[Example]) -> None:
+    """Raises ValueError where a step would ask for more different examples than there are."""
+    if count > len(examples):
+        raise ValueError(f"{key}={count}, but there are {len(examples)} training examples; lower it, or use more data")
+
+
 def reward_specs(rewards: Sequence[RewardOptions]) -> list[RewardSpec]:
     return [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
 
@@ -382,13 +386,3 @@ def _held_out_share(
             "share, or more data"
         )
     return train, held
-
-
-def _contexts(config: SftConfig | MtpConfig) -> dict[str, int]:
-    """By column: the context that its texts must fit into. A solution counts where it is learned from."""
-    context = known_context(config.model)
-    if context is None:
-        return {}
-    learned = isinstance(config, SftConfig) and config.warm_start.steps
-    columns = [config.data.prompt_column, *([config.data.solution_column] if learned else [])]
-    return dict.fromkeys(columns, context)

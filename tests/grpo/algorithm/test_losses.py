@@ -13,10 +13,13 @@ import torch
 import grpo.algorithm.losses
 import grpo.algorithm.surrogates
 from grpo.algorithm import losses
-from grpo.algorithm.losses import mask_truncated_completions, top_entropy_of, top_k_kl, value_loss
+from grpo.algorithm.losses import top_entropy_of
 from grpo.algorithm.surrogates import importance_correction, kl_penalty
+from grpo.algorithm.values import value_loss
 from grpo.config.learner import LearnerOptions
 from grpo.config.loss import LossOptions
+from grpo.learner.terms import distill
+from grpo.learner.terms.distill import top_k_kl
 from policies.logprobs import entropy, token_logprobs
 
 torch.set_num_threads(1)
@@ -51,6 +54,7 @@ LOSS_TYPES = {
 def test_docstring_examples():
     assert doctest.testmod(grpo.algorithm.losses).failed == 0
     assert doctest.testmod(grpo.algorithm.surrogates).failed == 0
+    assert doctest.testmod(distill).failed == 0
 
 
 # ---- by hand -----------------------------------------------------------------------------------------------------
@@ -226,9 +230,7 @@ def test_value_loss_by_hand():
 
 
 def test_truncated_completions_leave_the_loss_and_stay_in_the_count_of_sequences():
-    mask = mask_truncated_completions(MASK, ["stop", "length"])
-    assert mask.tolist() == [[True] * 3, [False] * 3]
-    assert mask_truncated_completions(MASK, ["abort", "stop"]).tolist() == [[False] * 3, [True, True, False]]
+    mask = torch.tensor([[True] * 3, [False] * 3])
     assert policy_loss(POLICY, OLD, ADVANTAGES, mask)[0].item() == pytest.approx(-5.9 / 3)
     assert policy_loss(POLICY, OLD, ADVANTAGES, mask, loss_type="grpo")[0].item() == pytest.approx(-5.9 / 3 / 2)
 

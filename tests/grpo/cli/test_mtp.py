@@ -595,7 +595,7 @@ def test_options_that_make_no_sense_are_refused(config, tmp_path, given, message
 
 
 def test_more_prompts_than_there_are_is_refused_before_the_model_loads(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo.cli.mtp.load_policy", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("grpo.steps.opening.load_policy", lambda *a: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="prompts_per_step=50, but there are 10 training examples"):
         mtp(config(tmp_path / "run", prompts_per_step=50))
     with pytest.raises(ValueError, match="head.solutions=9, but 8 training examples are learned from.*lower it"):
@@ -623,7 +623,7 @@ def test_a_policy_that_has_no_head_and_is_to_have_none_is_refused(hf_policy, con
 
 
 def test_prompts_that_leave_no_room_are_refused_before_anything_is_sampled(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo.cli.mtp.open_run_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
+    monkeypatch.setattr("grpo.steps.publisher.open_run_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
     with pytest.raises(ValueError, match=r"10 prompts, the first of them .* context of 256 with max_completion_tokens"):
         mtp(config(tmp_path / "run", **{"rollout.max_completion_tokens": 250}))
 
