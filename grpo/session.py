@@ -31,7 +31,7 @@ from grpo.steps.ahead import Batches
 from grpo.steps.collector import Collector
 from grpo.steps.listener import listeners_of
 from grpo.steps.loop import Run
-from grpo.steps.opening import base_weights, first_policy, open_run
+from grpo.steps.opening import base_weights, first_policy, open_run, shared_policy
 from grpo.steps.pool import open_sampler, sampling_of, use_costs_of_run
 from grpo.steps.publisher import Publisher, open_publisher
 from grpo.task.task import Task
@@ -93,7 +93,7 @@ class Session:
                 warm_start(run, task)
             start = str(run.folder / "warm_start") if config.warm_start.steps else None
             again, beside = partial(first_policy, run, task, start), partial(load_beside, config)
-            policy = again() if base is None else _shared(config, base)
+            policy = again() if base is None else shared_policy(run, base.plain, base.run)
             counts = four_bit.counts(policy.trunk)
             if counts["in_4_bits"]:
                 run.log.event("base_in_4_bits", **counts)
@@ -419,21 +419,3 @@ class Session:
 
 def _given(token_ids: list[int], text: str = "") -> Completion:
     return Completion(token_ids, [0.0] * len(token_ids), text, "stop", 0)
-
-
-def _shared(config: TrainConfig, base: Session) -> Policy:
-    """The policy that `base` began with, whose frozen weights both use. Raises ValueError where they are not frozen."""
-    if base.plain is None or config.lora is None:
-        raise ValueError(
-            "base=: sessions share weights that none of them moves or shards; set lora in both configurations, and "
-            "learn in one process"
-        )
-    first = base.config
-    for name, one, other in (
-        ("model", config.model, first.model),
-        ("dtype", config.dtype, first.dtype),
-        ("device", config.device, first.device),
-    ):
-        if one != other:
-            raise ValueError(f"base=: {name}={one!r}, and the other session has {name}={other!r}; make them the same")
-    return base.plain.sharing(head=False)

@@ -125,7 +125,7 @@ def load_examples(
         prefix = f"{name.split('/')[-1]}/{split}"
         numbered = enumerate(load_dataset(name, config or None, split=split), start=1)
     if purpose == "train":
-        checks = [_is_of_the_test, *checks]
+        checks = [_of_the_test, *checks]
     try:
         rows = list(islice(numbered, limit))
     except Exception as error:  # whatever a library raises for a damaged file
@@ -182,18 +182,19 @@ def examples_of(
     return load_examples(name, split, options, purpose=purpose, levels=levels, limit=limit, **more)
 
 
-def gold_check(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> Check | None:
-    """A check for gold answers that the gsm8k rewards among `rewards` cannot read; None where none of them is used.
+def gold_checks(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> list[Check]:
+    """A check for gold answers that the gsm8k rewards among `rewards` cannot read, where one of them is used.
 
     `rewards` are (function, columns for its parameters), as in a config.
 
-    >>> gold_check([("gsm8k", {"answer": "gold"})])({"gold": "It is four."})
+    >>> [check] = gold_checks([("gsm8k", {"answer": "gold"})])
+    >>> check({"gold": "It is four."})
     "the gold answer 'It is four.' has no number: expected a solution that ends with '#### 42', or '42'"
     """
     readers = ("gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval")
     names = {columns.get("answer", "answer") for function, columns in rewards if function in readers}
     if not names:
-        return None
+        return []
     from rewards.built_in.gsm8k import gold_answer
 
     def check(columns: Mapping[str, Any]) -> str | None:
@@ -204,7 +205,7 @@ def gold_check(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> Check | None
             return str(error)
         return None
 
-    return check
+    return [check]
 
 
 def default_heldout_split(name: str) -> str:
@@ -273,7 +274,7 @@ def _fault(row: Any, needed: list[str]) -> str | None:
     return next((f"{column!r} {fault}" for column in row if (fault := unfit(column) or unfit(row[column]))), None)
 
 
-def _is_of_the_test(columns: Mapping[str, Any]) -> str | None:
+def _of_the_test(columns: Mapping[str, Any]) -> str | None:
     return GSM8K_TEST if is_gsm8k_test_question(_texts(columns.values())) else None
 
 

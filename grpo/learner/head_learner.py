@@ -20,16 +20,16 @@ from torch import Tensor
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.mtp import HeadOptions
 from grpo.learner import state as learner_state
-from grpo.learner.batch import PackedRow, micro_batches
+from grpo.learner.batch import MicroBatch, PackedRow, micro_batches
 from grpo.learner.learner import Learner
-from grpo.learner.lessons import Lesson, noise_keys
+from grpo.learner.lessons import Lesson
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.prepare import recorded
 from grpo.learner.terms.draft_head import DraftHeadTerm
 from policies.logprobs import CHUNK_ELEMENTS
 from policies.policy import Policy
 from rollout.group import RolloutGroup
-from rollout.sampling import DraftVocabulary, Noise, SamplingParams, pick
+from rollout.sampling import DraftVocabulary, Noise, SamplingParams, pick, row_key
 
 WARM_UP = 20  # updates over which the learning rate rises
 GAIN = 0.005  # tokens a forward of the trunk: an epoch that gains less has gained nothing
@@ -87,7 +87,14 @@ class HeadLearner(Learner):
     ) -> list[Lesson]:
         """One forward of the trunk over rows; those of `groups` that `params` sampled know their noise."""
         return [
-            Lesson.of(mini, self.likelihood.preceding(mini), noise_keys(mini, groups, params) if params else None)
+            Lesson(
+                mini.token_ids,
+                mini.position_ids,
+                mini.head_segment,
+                mini.turn,
+                self.likelihood.preceding(mini),
+                noise_keys(mini, groups, params) if params else None,
+            )
             for mini in micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device)
         ]
 
@@ -223,3 +230,20 @@ class HeadLearner(Learner):
         super().load_state(tensors, state)
         self.best, self.stage = state["best"], state["stage"]
         self.policy.draft_ids = tensors["draft"]["ids"].to(self.policy.device) if "draft" in tensors else None
+
+
+def noise_keys(mini: MicroBatch, groups: Sequence[RolloutGroup], params: SamplingParams) -> Tensor:
+    """[B, T, 2]: the keys of the noise that chose each token of these groups' completions; zero in prompts.
+
+    `PackedRow.group` is the place in `groups`, `Sample.index` that of the completion in its group.
+    """
+    keys = torch.zeros(*mini.token_ids.shape, 2, dtype=torch.int32)
+    for b, row in enumerate(mini.rows):
+        start = len(row.prompt_token_ids)
+        for sample in row.samples:
+            end = start + len(sample.token_ids)
+            keys[b, start:end] = torch.tensor(
+                row_key(params, groups[row.group].prompt.prompt_id, sample.index), dtype=torch.int32
+            )
+            start = end
+    return keys.to(mini.token_ids.device)

@@ -192,7 +192,8 @@ class Learner:
             work.seconds_apart += 0.0 if mini.learns else time.perf_counter() - began
             if mini.counts:
                 if work.update == 0:
-                    self._remember(work, mini, out.logprobs)
+                    for sample, logprobs in zip(mini.samples, out.logprobs.tolist(), strict=True):
+                        work.logprobs[sample.index, sample.start] = logprobs[: len(sample.token_ids)]
                 for name, value in work.sums.items():
                     sums[name] = max(sums[name], value) if name.endswith("_max") else sums[name] + value
             if on_micro_batch:
@@ -282,10 +283,6 @@ class Learner:
                 moves = not row.tied or any(term.moves_trunk for term in readers)
                 rows.append(row if moves or not spares else replace(row, learns=False))
         return rows
-
-    def _remember(self, work: Work, mini: MicroBatch, logprobs_CL: Tensor) -> None:
-        for sample, values in zip(mini.samples, logprobs_CL.tolist(), strict=True):
-            work.logprobs[sample.index, sample.start] = values[: len(sample.token_ids)]
 
     def _drop(self) -> None:
         """No gradient waits."""

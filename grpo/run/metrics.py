@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from statistics import pstdev
-from typing import Any
 
 from grpo.algorithm.ties import tied
 from rewards.group_score import GroupScore, mean
-from rollout.group import Completion, RolloutGroup, draft_gain, tokens_per_forward
-
-COUNTS = ("drafted", "accepted")
+from rollout.group import Completion, DraftStats, RolloutGroup, draft_gain, tokens_per_forward
 
 # <d> stands for a number, <name> for any name. A value covers one step unless its row says otherwise.
 METRICS: dict[str, str] = {
@@ -230,7 +227,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
         metrics["draft/tokens_per_forward"] = tokens_per_forward(completions)
         metrics["draft/gain"] = draft_gain(completions)
         metrics["draft/fallback_rate"] = sum(draft.fallbacks for draft in drafts) / forwards
-    metrics |= _acceptance("draft", [vars(draft) for draft in drafts])
+    metrics |= _acceptance(drafts)
     return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
@@ -251,14 +248,15 @@ def tail_share(groups: Sequence[RolloutGroup], prompts_per_shard: int) -> dict[s
     return {"rollout/tail": mean(shares)} if shares else {}
 
 
-def _acceptance(area: str, counts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of drafts with these counts by depth: how many were made, and what share of them was accepted."""
-    drafted, accepted = ([sum(at) for at in zip_longest(*(c[name] for c in counts), fillvalue=0)] for name in COUNTS)
+def _acceptance(drafts: Sequence[DraftStats]) -> dict[str, float]:
+    """How many drafts were made at each depth, and what share of them was accepted."""
+    counts = [[draft.drafted for draft in drafts], [draft.accepted for draft in drafts]]
+    drafted, accepted = ([sum(at) for at in zip_longest(*by_depth, fillvalue=0)] for by_depth in counts)
     metrics: dict[str, float] = {}
-    for depth, (made, taken) in enumerate(zip(drafted, accepted, strict=True), start=1):
+    for depth, (made, hits) in enumerate(zip(drafted, accepted, strict=True), start=1):
         if made:
-            metrics[f"{area}/drafted_depth_{depth}"] = made
-            metrics[f"{area}/acceptance_depth_{depth}"] = taken / made
+            metrics[f"draft/drafted_depth_{depth}"] = made
+            metrics[f"draft/acceptance_depth_{depth}"] = hits / made
     return metrics
 
 

@@ -58,6 +58,22 @@ def first_policy(run: Run[Any], task: Task, model: str | None = None) -> Policy:
     return policy
 
 
+def shared_policy(run: Run[TrainConfig], plain: Policy | None, of: Run[TrainConfig]) -> Policy:
+    """The policy that another run `of` began with, whose frozen weights both use. Raises ValueError where they are not
+    frozen."""
+    one, other = run.config, of.config
+    if plain is None or one.lora is None:
+        raise ValueError(
+            "base=: sessions share weights that none of them moves or shards; set lora in both configurations, and "
+            "learn in one process"
+        )
+    pairs = {"model": (one.model, other.model), "dtype": (one.dtype, other.dtype), "device": (one.device, other.device)}
+    for name, (here, there) in pairs.items():
+        if here != there:
+            raise ValueError(f"base=: {name}={here!r}, and the other session has {name}={there!r}; make them the same")
+    return plain.sharing(head=False)
+
+
 def base_weights(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:
     """With LoRA a checkpoint keeps the digest of the weights under the adapters."""
     if not run.config.lora:

@@ -76,7 +76,11 @@ class Publisher:
             scores = self.scores(sampled, params.temperature)
             agreement: Agreement = ranks.from_first(partial(compare, sampled, scores, version, self.dtype))
             if self.copies != "none" and not agreement.fault:
-                agreement = replace(agreement, fault=self._fault_without_rounding(sampled, params.temperature, version))
+                from grpo.steps.few_bits import fault_without_rounding
+
+                groups = next(iter(sampled.values()))
+                fault = fault_without_rounding(learner.policy, groups, params.temperature, version)
+                agreement = replace(agreement, fault=fault)
             if not agreement.fault:
                 break
         if agreement.fault:
@@ -117,9 +121,9 @@ class Publisher:
         policy = self.learner.policy
         score: Callable[[Sequence[RolloutGroup], float], Scores] = partial(logprobs_of_groups, policy)
         if self.copies != "none":
-            from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
+            from grpo.steps.few_bits import scorer
 
-            score = partial(logprobs_of_trunk, rounded_trunk(policy, self.copies))
+            score = scorer(policy, self.copies)
         known: dict[str, Scores] = {}
         scores = {}
         for sampler, groups in sampled.items():
@@ -128,23 +132,6 @@ class Publisher:
                 known[tokens] = score(groups, temperature)
             scores[sampler] = known[tokens]
         return scores
-
-    def _fault_without_rounding(
-        self, sampled: Mapping[str, Sequence[RolloutGroup]], temperature: float, version: int
-    ) -> str | None:
-        """How the decoder differs from the learner where its matrices are not rounded: rounded ones are compared with
-        the same decoder, which would hide an error of its own. One sampler's tokens do for all."""
-        from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
-
-        policy = self.learner.policy
-        groups = next(iter(sampled.values()))
-        decoded = logprobs_of_trunk(rounded_trunk(policy, "none"), groups, temperature)
-        held = []
-        for group, rows in zip(groups, decoded, strict=True):
-            completions = [replace(c, logprobs=row) for c, row in zip(group.completions, rows, strict=True)]
-            held.append(replace(group, completions=completions))
-        name = "the decoder of the samplers, without rounding,"
-        return compare({name: held}, {name: logprobs_of_groups(policy, groups, temperature)}, version, self.dtype).fault
 
 
 def _refuse(fault: str) -> NoReturn:

@@ -23,10 +23,9 @@ from grpo.config.environment import AgentOptions, rewards_of
 from grpo.config.mtp import MtpConfig, scores_nothing
 from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.data.examples import Example, beyond_context, default_heldout_split, examples_of, gold_check, too_long
-from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, refuse_overlap, trained_on
+from grpo.data.examples import Example, beyond_context, default_heldout_split, examples_of, gold_checks, too_long
+from grpo.data.leakage import problem_fingerprint, record_trained_on, refuse_overlap, trained_on
 from grpo.data.prompts import PromptTemplate, encode_prompt
-from grpo.data.source import REASONING_GYM
 from grpo.learner.batch import PackedRow, Sample
 from grpo.run.hardware import device_of
 from grpo.run.log import RunLog
@@ -75,53 +74,69 @@ class Task:
         the texts of a column must fit into.
         Without `scores` another process scores, without `rewards` nobody. With an `environment` solutions are episodes.
         """
-        gold = gold_check((reward.function, reward.columns) for reward in rewards if "answer" not in reward.arguments)
-        checks = [gold] if gold else []
+        checks = gold_checks((r.function, r.columns) for r in rewards if "answer" not in r.arguments)
         checks += [partial(too_long, column, context) for column, context in (contexts or {}).items()]
         self.template = PromptTemplate(data.template, data.system_prompt, user_turn=data.user_turn)
         load = partial(examples_of, data, data.name, seed=seed, checks=checks)
         wanted = data.limit if train else data.few_shot
         if data.holdout:
-            both = _held_out_share(data, load, self.template, heldout_split)
+            from grpo.data.holdout import held_out_share
+
+            both = held_out_share(data, load, self.template, heldout_split)
         else:
             both = _two_splits(data, load, wanted, heldout, heldout_split, heldout_levels or data.levels)
         self.train, self.heldout = both[0][:wanted], both[1][:heldout]
-        known = self.train or self.heldout
+        first = (self.train or self.heldout)[0]
         shown, self.train = self.train[: data.few_shot], self.train[data.few_shot :]
         self._refuse_overlap(shown, met, data)
         self.template = replace(self.template, few_shot=shown)
-        messages = self.template.messages(known[0])  # raises for a chat that cannot be made
+        messages = self.template.messages(first)  # raises for a chat that cannot be made
         # A chat template is the model's, and no model is loaded yet: the bare question then replaces its text.
-        prompt = known[0].question if self.template.is_chat else self.template.render(known[0])
+        prompt = first.question if self.template.is_chat else self.template.render(first)
         self.solution_column = data.solution_column
         self.trainer_state: dict[str, Any] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
         self.prompts_per_step = 0
         self.leads, self.scores = scores, scores and bool(rewards)
-        self.actor = Actor(environment, known[0], agent)
+        self.actor = Actor()
+        if environment or agent:
+            from grpo.task.acting import Acting
+
+            self.actor = Acting(environment, agent, first)
         specs = reward_specs(rewards)
         self.reward_weights = {spec.label: spec.weight for spec in specs}
-        first = specs[0] if specs else RewardSpec("")
-        self.first_reward, self.read_answer = first.label, answer_reader(first.function, first.arguments)
+        judge = specs[0] if specs else RewardSpec("")
+        self.first_reward, self.read_answer = judge.label, answer_reader(judge.function, judge.arguments)
         self.models: ModelRewards | None = None
         if reward_models and self.scores:
             from grpo.task.reward_models import ModelRewards
 
-            self.models = ModelRewards(reward_models, known[0].columns)
+            self.models = ModelRewards(reward_models, first.columns)
         self.verdicts = Verdicts(self.first_reward, "undeclared", None)
-        if not self.scores:
-            return
+        if self.scores:
+            self._open_scorer(specs, scoring, first, prompt, messages, device)
+
+    def _open_scorer(
+        self,
+        specs: list[RewardSpec],
+        options: ScoringOptions,
+        example: Example,
+        prompt: str,
+        messages: list[dict[str, Any]] | None,
+        device: str,
+    ) -> None:
+        """The rewards score this example now, rather than when the policy is loaded."""
         more = [*(self.models.names if self.models else ()), *self.actor.columns]
         self.scorer = Scorer(
             specs,
-            on_error=scoring.on_error,
-            timeout_s=scoring.timeout_s,
-            workers=scoring.workers,
-            columns=[*known[0].columns, *more],
-            pass_variables=scoring.pass_variables,
+            on_error=options.on_error,
+            timeout_s=options.timeout_s,
+            workers=options.workers,
+            columns=[*example.columns, *more],
+            pass_variables=options.pass_variables,
         )
         try:
-            columns = known[0].columns | dict.fromkeys(more, 0.0)
-            marks = self.scorer.dry_run(prompt, known[0].solution, columns, messages=messages)
+            columns = example.columns | dict.fromkeys(more, 0.0)
+            marks = self.scorer.dry_run(prompt, example.solution, columns, messages=messages)
             if self.models:
                 self.models.load(device_of(device))
         except BaseException:
@@ -252,8 +267,8 @@ class Task:
         `raw` keeps GSM8K's calculator marks.
         """
         prompt, marked = self.prompt(example, tokenizer), example.columns.get(self.solution_column, example.solution)
-        if self.actor.acts:
-            return self.actor.solution(prompt, marked, tokenizer, stop)
+        if episode := self.actor.solution(prompt, marked, tokenizer, stop):
+            return episode
         ids = [*tokenizer.encode(marked if raw else example.solution, add_special_tokens=False), stop]
         return PackedRow(prompt.token_ids, [Sample(0, ids)])
 
@@ -361,28 +376,3 @@ def _two_splits(
     train = [] if wanted == 0 else load(data.split, "train", data.levels, wanted)
     split = heldout_split or default_heldout_split(data.name)
     return train, [] if heldout == 0 else load(split, "eval", heldout_levels, heldout)
-
-
-def _held_out_share(
-    data: DataOptions, load: Callable[..., Sequence[Example]], template: PromptTemplate, heldout_split: str | None
-) -> tuple[Sequence[Example], Sequence[Example]]:
-    """All examples of `data.split` in two, by the content of each problem."""
-    assert data.holdout
-    if data.name in ("word_problems", "word_game") or data.name.startswith(REASONING_GYM):
-        raise ValueError(f"data.holdout={data.holdout}: {data.name} has a held-out split of its own; drop data.holdout")
-    if heldout_split not in (None, data.split):
-        raise ValueError(
-            f"data.holdout={data.holdout} holds out a share of data.split={data.split}, and eval.split={heldout_split} "
-            "names another split; drop one of the two"
-        )
-    train: list[Example] = []
-    held: list[Example] = []
-    for example in load(data.split, "train", data.levels, data.limit):
-        fingerprint = problem_fingerprint(template.content(example))
-        (held if in_holdout(fingerprint, data.holdout, data.holdout_seed) else train).append(example)
-    if not train or not held:
-        raise ValueError(
-            f"data.holdout={data.holdout} holds out {len(held)} of {len(train) + len(held)} examples; use another "
-            "share, or more data"
-        )
-    return train, held
