@@ -86,17 +86,12 @@ class HeadLearner(Learner):
         params: SamplingParams | None = None,
     ) -> list[Lesson]:
         """One forward of the trunk over rows; those of `groups` that `params` sampled know their noise."""
-        return [
-            Lesson(
-                mini.token_ids,
-                mini.position_ids,
-                mini.head_segment,
-                mini.turn,
-                self.likelihood.preceding(mini),
-                noise_keys(mini, groups, params) if params else None,
-            )
-            for mini in micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device)
-        ]
+        lessons = []
+        for mini in micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device):
+            tokens = mini.token_ids, mini.position_ids, mini.head_segment, mini.turn
+            keys = noise_keys(mini, groups, params) if params else None
+            lessons.append(Lesson(*tokens, self.likelihood.preceding(mini), keys))
+        return lessons
 
     @torch.no_grad()
     def frequent_tokens(self, lessons: Sequence[Lesson], count: int) -> Tensor | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -103,20 +101,14 @@ class Collector:
         options, params = self.config.rollout, self.params(step)
         measured = {"time/rollout": 0.0, "time/reward": 0.0}
 
-        @contextmanager
-        def timed(name: str) -> Iterator[None]:
-            started = time.perf_counter()
-            yield
-            measured[name] += time.perf_counter() - started
-
         def sample(prompts: Sequence[Prompt], draw: int) -> tuple[list[RolloutGroup], list[GroupScore]]:
             what = f"step {step}: {'sampling' if draw == 0 else f'refill {draw}'}"
             bar = progress.add_task(what, total=len(prompts) * params.group_size)
-            with timed("time/rollout"):
+            with self.run.timed("time/rollout", measured):
                 groups = self.sample(prompts, params.at(step, draw), partial(progress.advance, bar))
                 if not draw and self.backend != "vllm" and not self.config.agent:  # which know no shards
                     measured.update(tail_share(groups, options.prompts_per_shard))
-            with timed("time/reward"):
+            with self.run.timed("time/reward", measured):
                 scores = self.score(groups, step)
             progress.remove_task(bar)
             return groups, scores

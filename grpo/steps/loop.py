@@ -210,11 +210,11 @@ class Run(Generic[Config]):
         return phase(name, self.config)
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds inside to this metric of the step."""
-        started = time.perf_counter()
+    def timed(self, name: str, metrics: dict[str, float] | None = None) -> Iterator[None]:
+        """Adds the seconds inside to this metric of the step, or of `metrics`."""
+        started, metrics = time.perf_counter(), self.metrics if metrics is None else metrics
         yield
-        self.metrics[name] += time.perf_counter() - started
+        metrics[name] += time.perf_counter() - started
 
     def learn(
         self, act: Callable[[], dict[str, float]], *, rate: str, batch: Path | None = None, **unshown: Any

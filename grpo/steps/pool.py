@@ -85,7 +85,11 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
     was asked for before it was ready."""
     rollout, dtype, run_log = run.config.rollout.model_copy(update=changes), run.config.dtype, run.log
     if not run.ranks.first:
-        return _part_of_publications(policy, rollout)
+        _places(rollout)
+        reads = Publication.read_parts if rollout.samplers else None
+        part = NoPool(Publication.parts if rollout.backend == "vllm" else reads, in_turn=rollout.colocate)
+        part.publish(policy.publication(), 0)
+        return part
 
     def on_lost(what: str, reason: str, action: str) -> None:
         run_log.event("lost", what=what, action=action, reason=reason)
@@ -132,14 +136,6 @@ def _places(rollout: RolloutOptions) -> list[dict[str, Any]]:
     from rollout.places import here
 
     return everyone(here())
-
-
-def _part_of_publications(policy: Policy, rollout: RolloutOptions) -> NoPool:
-    _places(rollout)
-    reads = Publication.read_parts if rollout.samplers else None
-    pool = NoPool(Publication.parts if rollout.backend == "vllm" else reads, in_turn=rollout.colocate)
-    pool.publish(policy.publication(), 0)
-    return pool
 
 
 def open_sampler(run: Run[TrainConfig], task: Task, pool: Pool) -> AbstractContextManager[Sampler]:
