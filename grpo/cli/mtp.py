@@ -51,10 +51,9 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
     Raises Stopped when the run was asked to end early, PolicyError for a model that can have no draft head.
     """
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
-    made: list[Streams] = []  # before the folder is touched, since they may refuse
     last = config.steps + config.head.epochs
-    with open_run(config, last, ready=lambda task: made.append(Streams(task, config)), **flags) as (run, task):
-        [streams], config = made, run.config
+    with open_run(config, last, ready=lambda task: Streams(task, config), **flags) as (run, task):
+        config, streams = run.config, Streams(task, config)
         policy = _policy_with_head(run, task)
         with run.phase("loading"):
             learner = HeadLearner(policy, config.head, temperature=config.rollout.temperature, seed=config.seed)

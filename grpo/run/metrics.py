@@ -203,26 +203,26 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
     forwards = sum(draft.target_forwards for draft in drafts)
     reasons = [completion.finish_reason for completion in completions]
     metrics: dict[str, float | None] = {
-        "reward/mean": _mean(reward for rewards in scored for reward in rewards),
-        "reward/std": _mean(pstdev(rewards) for rewards in scored if rewards),
-        "reward/abstained": _mean(reward is None for score in scores for reward in score.rewards),
+        "reward/mean": mean_of(reward for rewards in scored for reward in rewards),
+        "reward/std": mean_of(pstdev(rewards) for rewards in scored if rewards),
+        "reward/abstained": mean_of(reward is None for score in scores for reward in score.rewards),
         "reward/errors": sum(len(score.errors) for score in scores),
-        "group/tied": _mean(tied(score.rewards) for score in scores),
+        "group/tied": mean_of(tied(score.rewards) for score in scores),
         "group/dropped": sum(score.dropped for score in scores),
         "completion/tokens": sum(lengths),
-        "completion/length_mean": _mean(lengths),
+        "completion/length_mean": mean_of(lengths),
         "completion/length_max": max(lengths, default=None),
-        "completion/clipped": _mean(reason == "length" for reason in reasons),
-        "completion/aborted": _mean(reason == "abort" for reason in reasons),
-        "policy/entropy": _mean(
+        "completion/clipped": mean_of(reason == "length" for reason in reasons),
+        "completion/aborted": mean_of(reason == "abort" for reason in reasons),
+        "policy/entropy": mean_of(
             -logprob for c in completions for logprob, own in zip_longest(c.logprobs, c.sampled, fillvalue=True) if own
         ),
     } | _tool_metrics(completions)
     for name in sorted({name for score in scores for name in score.parts}):
         parts = (part for score in scores for part in score.parts.get(name, []) if part is not None)
-        metrics[f"reward/part/{name}"] = _mean(parts)
+        metrics[f"reward/part/{name}"] = mean_of(parts)
     for name in sorted({name for score in scores for name in score.metrics}):
-        metrics[f"reward/metric/{name}"] = _mean(score.metrics[name] for score in scores if name in score.metrics)
+        metrics[f"reward/metric/{name}"] = mean_of(score.metrics[name] for score in scores if name in score.metrics)
     if forwards:
         metrics["draft/tokens_per_forward"] = tokens_per_forward(completions)
         metrics["draft/gain"] = draft_gain(completions)
@@ -268,17 +268,18 @@ def _tool_metrics(completions: Sequence[Completion]) -> dict[str, float | None]:
     any_segments = any(completion.segments for completion, _ in episodes)
     turns, calls = (sum(n) for n in zip(*((c.num_turns, tools.calls) for c, tools in episodes), strict=True))
     return {
-        "completion/out_of_turns": _mean(completion.finish_reason == "max_turns" for completion, _ in episodes),
+        "completion/out_of_turns": mean_of(completion.finish_reason == "max_turns" for completion, _ in episodes),
         "tools/turns_mean": turns / len(episodes),
         "tools/calls_mean": calls / len(episodes),
         "tools/errors": sum(tools.errors for _, tools in episodes) / calls if calls else None,
         "tools/bad_calls": sum(tools.bad_calls for _, tools in episodes) / turns,
         "tools/failures": sum(tools.failure is not None for _, tools in episodes),
         "tools/tokens": sum(len(completion.token_ids) - completion.num_sampled for completion, _ in episodes),
-        "agent/segments_mean": _mean(max(1, len(c.segments)) for c, _ in episodes) if any_segments else None,
+        "agent/segments_mean": mean_of(max(1, len(c.segments)) for c, _ in episodes) if any_segments else None,
     }
 
 
-def _mean(values: Iterable[float]) -> float | None:
+def mean_of(values: Iterable[float]) -> float | None:
+    """None of none."""
     values = list(values)
     return mean(values) if values else None

@@ -163,7 +163,7 @@ def test_an_objective_of_the_users_own_is_used_with_its_denominators(file):
 )
 def test_what_is_not_there_or_not_marked_is_refused_before_a_model_is_loaded(file, options, message):
     with pytest.raises((ValueError, rewards.RewardError), match=message):
-        own.check(LossOptions(**{name: value.format(file) for name, value in options.items()}))
+        own.try_out(LossOptions(**{name: value.format(file) for name, value in options.items()}), 2)
     config = {"output_dir": file.parent / "r"} | {f"loss.{name}": value.format(file) for name, value in options.items()}
     with pytest.raises((ValueError, rewards.RewardError), match=message):
         summary.dry_run(load(grpo.TrainConfig, None, config))
