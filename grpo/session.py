@@ -63,8 +63,7 @@ class Session:
     def __init__(self, run: Run[TrainConfig], task: Task, learner: Learner, plain: Policy | None = None) -> None:
         """`plain` shares the frozen weights, without adapters: what other sessions begin with."""
         self.run, self.task, self.learner, self.config = run, task, learner, run.config
-        self.plain = plain
-        self.policy, self.ranks = learner.policy, run.ranks
+        self.policy, self.ranks, self.plain = learner.policy, run.ranks, plain
         self.collector = Collector(run, task, learner.policy, listeners_of(run, task))
         self.batches = Batches(run, self.collector, learner, self._publish)
         self._own_loss: tuple[Loss, Term] | None = None  # the last one, which may go on with the same batch

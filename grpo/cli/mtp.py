@@ -134,16 +134,13 @@ class Streams:
     def __init__(self, task: Task, config: MtpConfig) -> None:
         taught, held_out = split(task, config.seed)
         held = -(-config.prompts_per_step // HELD_OUT)
-        for key, wanted, there in (
-            ("head.solutions", config.head.solutions, len(taught)),
-            ("prompts_per_step", config.prompts_per_step - held, len(taught)),
-        ):
-            if wanted > there:
-                raise ValueError(
-                    f"{key}={wanted}, but {there} training examples are learned from, and the others tell what an "
-                    "epoch gains; lower it, or use more data"
-                )
         self.counts = {"taught": config.prompts_per_step - held, "held_out": held, "solutions": config.head.solutions}
+        for key, kind in (("head.solutions", "solutions"), ("prompts_per_step", "taught")):
+            if self.counts[kind] > len(taught):
+                raise ValueError(
+                    f"{key}={self.counts[kind]}, but {len(taught)} training examples are learned from, and the others "
+                    "tell what an epoch gains; lower it, or use more data"
+                )
         self.streams = {
             "taught": PromptStream(taught, config.seed),
             "held_out": PromptStream(held_out, config.seed),

@@ -36,11 +36,11 @@ class Collector:
     pool: Sampler
 
     def __init__(self, run: Run[TrainConfig], task: Task, policy: Policy, listeners: Sequence[Listener]) -> None:
-        self.run, self.task, self.listeners, self.config = run, task, listeners, run.config
-        self.stream = PromptStream(task.train, run.config.seed)
-        self.tokenizer, self.backend = policy.tokenizer, run.config.rollout.backend or policy.backend
-        config = run.config
+        self.run, self.task, self.listeners = run, task, listeners
+        self.config = config = run.config
         options, shard = config.rollout, config.rollout.prompts_per_shard
+        self.stream = PromptStream(task.train, config.seed)
+        self.tokenizer, self.backend = policy.tokenizer, options.backend or policy.backend
         rounds = 0
         if shard * options.group_size <= FEW_ROWS:
             rounds = config.steps * -(-config.prompts_per_step // shard) * options.max_completion_tokens
