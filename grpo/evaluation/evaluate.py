@@ -245,7 +245,7 @@ class Speed:
 def measure_speed(
     pool: Sampler, prompts: Sequence[Prompt], sampling: SamplingParams, rows: Sequence[int], repeats: int = 5
 ) -> list[Speed]:
-    """The same prompts with and without drafts, in turn, median of `repeats`; the tokens are the same by contract 3."""
+    """Samples the same prompts with and without drafts in turn, `repeats` times; the tokens are the same (contract 3)."""
     speeds = []
     for count in rows:
         rates: dict[int | None, list[float]] = {0: [], sampling.draft_tokens: []}

@@ -58,7 +58,7 @@ class HeldOut:
     def evaluate(
         self, step: int, when: str | None = None, problems: Sequence[Example] | None = None
     ) -> dict[str, Evaluation]:
-        """The results of `step` by way of sampling; with `when` under names of their own. With `problems` of these.
+        """Evaluates the held-out problems, or these `problems`; with `when` the results have names of their own.
 
         They become metrics of the run, and each failed reward an event.
         """
@@ -86,7 +86,7 @@ class HeldOut:
         return named
 
     def speeds(self) -> list[Speed]:
-        """Of sampling with and without drafts at 1, 8 and 32 rows."""
+        """How fast it samples with and without drafts, at 1, 8 and 32 rows."""
         if not self.prompts or self.sampling.draft_tokens == 0:
             return []
         return measure_speed(self.pool, self.prompts, self.sampling, rows=(1, 8, 32))

@@ -216,7 +216,7 @@ class HeadLearner(Learner):
         learner_state.put(before, *self._stateful)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
-        """With the draft vocabulary, where there is one, and how far the epochs have come."""
+        """A learner's, with the draft vocabulary, where there is one, and how far the epochs have come."""
         tensors, state = super().state()
         tensors |= {} if self.policy.draft_ids is None else {"draft": {"ids": self.policy.draft_ids}}
         return tensors, state | {"best": self.best, "stage": self.stage}

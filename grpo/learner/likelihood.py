@@ -123,8 +123,8 @@ class Likelihood:
 
 @torch.no_grad()
 def logprobs_of_groups(policy: Policy, groups: Sequence[RolloutGroup], temperature: float) -> list[list[list[float]]]:
-    """Of every token, by group and completion, with the experts and heads that the groups have recorded, if any. Every
-    rank that shares the policy must ask for the same groups."""
+    """The policy scores every token, by group and completion, with the experts and attention heads that the groups have
+    recorded, if any. Every rank that shares the policy must ask for the same groups."""
     rows = []
     for group in groups:
         samples = [Sample(i, c.token_ids, routing=c.routing) for i, c in enumerate(group.completions)]

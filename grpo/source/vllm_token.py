@@ -12,7 +12,7 @@ from rollout.backends.vllm.process import TOKEN, state_of
 
 
 def vllm_token(options: VLLMOptions) -> str:
-    """Of the server at `rollout.vllm.url`. Raises ValueError where there is none."""
+    """The token of the server at `rollout.vllm.url`. Raises ValueError where there is none."""
     if options.token_file is None:
         token, where = os.environ.get(TOKEN, ""), f"the environment variable {TOKEN}"
     else:

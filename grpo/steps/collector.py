@@ -151,7 +151,7 @@ class Collector:
             listener.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """The state as JSON takes it."""
         state: dict[str, Any] = {"stream": self.stream.state_dict()}
         for listener in self.listeners:
             state |= listener.state_dict()

@@ -14,7 +14,7 @@ from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
 
 
 def scorer(policy: Policy, copies: str) -> Callable[[Sequence[RolloutGroup], float], Scores]:
-    """By matrices that are made afresh of the learner's weights; `copies` is their kind."""
+    """Scores groups by matrices that are made afresh of the learner's weights; `copies` is their kind."""
     return partial(logprobs_of_trunk, rounded_trunk(policy, copies))
 
 

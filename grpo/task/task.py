@@ -288,7 +288,7 @@ class Task:
         return self.verdicts.full_marks
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
-        """By the rewards of the run."""
+        """The scores of each group, by the rewards of the run."""
         columns = self._model_columns(groups)
         scores = self._score(self.scorer, groups, columns)
         if self.models:
@@ -297,7 +297,7 @@ class Task:
         return scores
 
     def score_by(self, rewards: Reward | Sequence[Reward], groups: Sequence[RolloutGroup]) -> list[GroupScore]:
-        """By these functions of this process in place of the rewards of the run."""
+        """The same by these functions of this process, in place of the rewards of the run."""
         functions = rewards if isinstance(rewards, Sequence) else [rewards]
         specs = [RewardSpec(name_callable(function)) for function in functions]
         models = self.models.names if self.models else []
