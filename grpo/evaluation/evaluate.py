@@ -245,7 +245,7 @@ class Speed:
 def measure_speed(
     pool: Sampler, prompts: Sequence[Prompt], sampling: SamplingParams, rows: Sequence[int], repeats: int = 5
 ) -> list[Speed]:
-    """Samples the same prompts with and without drafts in turn, `repeats` times; the tokens are the same (contract 3)."""
+    """Samples the same prompts with and without drafts, `repeats` times in turn; the tokens stay the same."""
     speeds = []
     for count in rows:
         rates: dict[int | None, list[float]] = {0: [], sampling.draft_tokens: []}
