@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.run import TrainConfig
@@ -21,28 +21,28 @@ from grpo.learner.batch import PackedRow, TrainingBatch
 from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
-from grpo.learner.prepare import Advantages, supervised
-from grpo.learner.update import NonFiniteStep
+from grpo.learner.prepare import Advantages, recorded, supervised
 from grpo.run import checkpoint
 from grpo.run.metrics import rollout_metrics
-from grpo.run.resume import BaseWeights
+from grpo.run.records import rollout_path
 from grpo.run.stop import signals
 from grpo.source.policy_source import load_beside, save_policy
 from grpo.steps.ahead import Batches
 from grpo.steps.collector import Collector
 from grpo.steps.listener import listeners_of
 from grpo.steps.loop import Run
-from grpo.steps.opening import first_policy, open_run
-from grpo.steps.pool import open_run_pool, open_sampler, sampling_of, use_costs_of_run
-from grpo.steps.publisher import Publisher
-from grpo.task.sampling import environment_of
+from grpo.steps.opening import base_weights, first_policy, open_run, shared_policy
+from grpo.steps.pool import open_sampler, sampling_of, use_costs_of_run
+from grpo.steps.publisher import Publisher, open_publisher
 from grpo.task.task import Task
+from policies import four_bit
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
-from rollout.pool import Pool, Sampler
+from rollout.pool import Sampler
 
 if TYPE_CHECKING:
+    from grpo.learner.lessons import Lesson
     from grpo.learner.terms.custom import Loss
     from grpo.learner.terms.term import Term
 
@@ -63,8 +63,7 @@ class Session:
     def __init__(self, run: Run[TrainConfig], task: Task, learner: Learner, plain: Policy | None = None) -> None:
         """`plain` shares the frozen weights, without adapters: what other sessions begin with."""
         self.run, self.task, self.learner, self.config = run, task, learner, run.config
-        self.plain = plain
-        self.policy, self.ranks = learner.policy, run.ranks
+        self.policy, self.ranks, self.plain = learner.policy, run.ranks, plain
         self.collector = Collector(run, task, learner.policy, listeners_of(run, task))
         self.batches = Batches(run, self.collector, learner, self._publish)
         self._own_loss: tuple[Loss, Term] | None = None  # the last one, which may go on with the same batch
@@ -91,34 +90,35 @@ class Session:
                 from grpo.steps.supervise import warm_start
 
                 warm_start(run, task)
-            again, beside = partial(first_policy, run, task), partial(load_beside, config)
-            policy = again() if base is None else _shared(config, base)
+            start = str(run.folder / "warm_start") if config.warm_start.steps else None
+            again, beside = partial(first_policy, run, task, start), partial(load_beside, config)
+            policy = again() if base is None else shared_policy(run, base.plain, base.run)
+            counts = four_bit.counts(policy.trunk)
+            if counts["in_4_bits"]:
+                run.log.event("base_in_4_bits", **counts)
             plain = policy.sharing(head=True) if config.lora and ranks.layout is None else None
             learner: Learner = grpo_learner(policy, config, task.reward_weights, ranks, again, beside)
             session = cls(run, task, learner, plain)
-            run.restore(learner=learner, curriculum=session.batches, **_base(run, learner))
+            run.restore(learner=learner, curriculum=session.batches, **base_weights(run, learner))
             with (
-                closing(open_run_pool(run, policy)) as pool,
-                open_sampler(run, pool) as sampler,
-                open_sampler(run, pool) as examiner,  # in other processes: an agent may remember what it has met
+                open_publisher(run, learner, sampling_of(run, policy, 1)) as publisher,
+                open_sampler(run, task, publisher.pool) as sampler,
+                open_sampler(run, task, publisher.pool) as examiner,  # an agent may remember what it has met
             ):
-                session._begin(pool, sampler, examiner)
+                session._begin(publisher, sampler, examiner)
                 with run:
                     session.batches.begin()
                     session._evaluate_first()
                     yield session
 
-    def _begin(self, pool: Pool, sampler: Sampler, examiner: Sampler) -> None:
-        """Publish to the samplers, and measure what drafts cost."""
+    def _begin(self, publisher: Publisher, sampler: Sampler, examiner: Sampler) -> None:
+        """Samplers hold the weights; measure what their drafts cost."""
         config, policy, run = self.config, self.policy, self.run
-        self.pool, self.collector.pool = pool, sampler
-        sampling = sampling_of(run, policy, 1)
-        self.publisher = Publisher(pool, self.learner, sampling, config.rollout.quantization)
-        with run.phase("publishing"):
-            self.publisher.publish()
-        run.alone(use_costs_of_run, run, pool, policy, self.collector.sampling, self.collector.longest_prompt)
-        sampling = replace(sampling_of(run, policy, config.eval.samples), environment=environment_of(config))
-        self.held_out = HeldOut(self.task, policy, examiner, run.log, config.eval, sampling, self._evaluated)
+        self.publisher, self.pool, self.collector.pool = publisher, publisher.pool, sampler
+        run.alone(use_costs_of_run, run, self.pool, policy, self.collector.sampling, self.collector.longest_prompt)
+        sampling = replace(sampling_of(run, policy, config.eval.samples), environment=self.task.actor.environment)
+        log, every = run.log, config.eval.every
+        self.held_out = HeldOut(self.task, policy, examiner, log, sampling, every, self._evaluated)
 
     @property
     def step(self) -> int:
@@ -204,24 +204,31 @@ class Session:
 
     def prepare(
         self,
-        groups: Drawn | Sequence[RolloutGroup] | Sequence[PackedRow],
+        groups: Drawn | Sequence[RolloutGroup] | Sequence[PackedRow] | Sequence[Lesson],
         scores: Sequence[GroupScore] | None = None,
         advantages: Advantages | None = None,
     ) -> TrainingBatch:
         """The batch of a step: advantages by `loss.advantage`, or given for completions [P, G] or tokens [P, G, Lc].
-        Rows of `solutions` become a batch for supervised steps. Groups without scores are not recorded.
-        Raises ValueError for a prompt of a held-out problem (contract 16)."""
+        Rows of `solutions` become a batch for supervised steps, lessons that `quartet mtp` has recorded one for the
+        draft head. Groups without scores are not recorded. Raises ValueError for a prompt of a held-out problem
+        (contract 16), and for lessons where there is no draft head."""
         if isinstance(groups, Drawn):
             drawn = groups
         elif groups and isinstance(groups[0], PackedRow):
-            rows = [row for row in groups if isinstance(row, PackedRow)]
+            rows = cast("Sequence[PackedRow]", groups)
             self._refuse_held_out(row.prompt_token_ids for row in rows)
             return supervised(rows, self.step)
+        elif groups and not isinstance(groups[0], RolloutGroup):
+            lessons = cast("Sequence[Lesson]", groups)
+            self._refuse_held_out(token_ids for lesson in lessons for token_ids in lesson.prompts)
+            if self.policy.mtp is None:
+                raise ValueError("recorded lessons teach a draft head, and this policy has none; set add_mtp")
+            return recorded(lessons, self.step)
         else:
-            sampled = [group for group in groups if isinstance(group, RolloutGroup)]
+            sampled = cast("Sequence[RolloutGroup]", groups)
             self._refuse_held_out(group.prompt.token_ids for group in sampled)
             unscored = [GroupScore([0.0] * len(group.completions), {}) for group in sampled]
-            drawn = Drawn(sampled, list(unscored if scores is None else scores), [0] * len(sampled))
+            drawn = Drawn(list(sampled), list(unscored if scores is None else scores), [0] * len(sampled))
             self.run.metrics |= rollout_metrics(drawn.groups, drawn.scores)
         with self.run.phase("learning"):
             batch = self.learner.prepare(drawn.groups, drawn.scores, advantages, self.step)
@@ -282,7 +289,7 @@ class Session:
                         signals.check()
                     self.batches.go_on(self.step)
 
-            return self._finite(lambda: self.learner.forward_backward(batch, term, advance))
+            return self._learn(lambda: self.learner.forward_backward(batch, term, advance))
 
     def optim_step(
         self,
@@ -303,24 +310,15 @@ class Session:
             group.update(changes)
             if weight_decay is not None and all(weight.dim() > 1 for weight in group["params"]):
                 group["weight_decay"] = weight_decay
-        metrics = self._finite(lambda: self.learner.optim_step(learning_rate, ends=ends))
+        metrics = self._learn(lambda: self.learner.optim_step(learning_rate, ends=ends))
         self.run.reached()
         if ends and self.run.moved:
             self._keep_logprobs()
         return metrics
 
-    def _finite(self, act: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """What `act` returns. A step that is not finite makes no update, and the run goes on or ends by
-        `learner.on_non_finite`."""
-        try:
-            with self.run.phase("learning"):
-                metrics = act()
-        except NonFiniteStep as error:
-            file = self.run.folder / "rollouts" / f"step_{self.step:06d}.jsonl.zst"
-            self.run.skip(error, rate="learner.learning_rate", batch=file)
-            metrics = {"learner/updates": 0.0}
-        self.run.metrics |= metrics  # what fails later leaves a line with them
-        return metrics
+    def _learn(self, act: Callable[[], dict[str, float]]) -> dict[str, float]:
+        file = rollout_path(self.run.folder, self.step)
+        return self.run.learn(act, rate="learner.learning_rate", batch=file)
 
     # ---- publishing, evaluating, keeping ----------------------------------------------------------------------------
 
@@ -332,9 +330,7 @@ class Session:
             self._publish()
 
     def _publish(self) -> None:
-        if self.publisher.version != self.learner.policy_version:
-            with self.run.timed("time/publish"), self.run.phase("publishing"):
-                self.run.metrics |= self.publisher.publish()
+        self.publisher.keep_up(self.run)
 
     def evaluate(self, problems: Sequence[Example] | None = None, when: str | None = None) -> dict[str, Evaluation]:
         """The held-out problems or others, by way of sampling and greedily, as metrics of the run; with `when` they are
@@ -422,32 +418,3 @@ class Session:
 
 def _given(token_ids: list[int], text: str = "") -> Completion:
     return Completion(token_ids, [0.0] * len(token_ids), text, "stop", 0)
-
-
-def _shared(config: TrainConfig, base: Session) -> Policy:
-    """The policy that `base` began with, whose frozen weights both use. Raises ValueError where they are not frozen."""
-    if base.plain is None or config.lora is None:
-        raise ValueError(
-            "base=: sessions share weights that none of them moves or shards; set lora in both configurations, and "
-            "learn in one process"
-        )
-    for name in ("model", "dtype", "device"):
-        one, other = getattr(config, name), getattr(base.config, name)
-        if one != other:
-            raise ValueError(f"base=: {name}={one!r}, and the other session has {name}={other!r}; make them the same")
-    return base.plain.sharing(head=False)
-
-
-def _base(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:
-    """With LoRA a checkpoint keeps the digest of the weights under the adapters."""
-    if not run.config.lora:
-        return {}
-    warm = f"warm start {run.folder / 'warm_start'}"
-    source = warm if run.config.warm_start.steps else f"model={run.config.model!r}"
-
-    def on_change(changed: str) -> None:
-        if not run.forced:
-            raise ValueError(f"{changed}, or use --force to go on with the new ones")
-        run.log.event("base_changed", step=run.start, what=changed)
-
-    return {"base": BaseWeights(learner.policy, learner.state()[0]["policy"], source, run.start, on_change)}

@@ -5,24 +5,22 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from grpo.config.problems import python_words
 from grpo.config.run import SftConfig
 from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import HeldOut, Result
-from grpo.source.policy_source import load_policy, save_policy
+from grpo.source.policy_source import save_policy
 from grpo.steps.loop import Run
-from grpo.steps.opening import open_run
+from grpo.steps.opening import first_policy, open_run
 from grpo.steps.pool import open_run_pool, sampling_of
 from grpo.steps.supervise import supervise
-from grpo.task.sampling import environment_of
 from grpo.task.task import Task
 from policies.policy import Policy
 
 
-@python_words()
 def sft(
     config: SftConfig,
     *,
@@ -33,9 +31,7 @@ def sft(
     """The policy is saved to `output_dir/policy`. Raises Stopped when the run was asked to end early."""
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
     with open_run(config, config.steps, **flags) as (run, task):
-        policy = load_policy(run.config, task.corpus(), run.ranks)
-        if task.heldout:
-            task.check_lengths(policy, config.rollout.max_completion_tokens)
+        policy = first_policy(run, task)
         results: dict[str, Evaluation] = {}
         if run.step == 0:
             results |= _evaluate("before", run, task, policy)
@@ -50,8 +46,8 @@ def _evaluate(when: str, run: Run[SftConfig], task: Task, policy: Policy) -> dic
     if not task.heldout:
         return {}
     options = run.config.eval
-    pool = open_run_pool(run, policy, prompts_per_shard=64)
-    sampling = replace(sampling_of(run, policy, options.samples), environment=environment_of(run.config))
-    held_out = HeldOut(task, policy, pool, run.log, options, sampling)
-    run.alone(held_out.evaluate, run.step, when)
+    sampling = replace(sampling_of(run, policy, options.samples), environment=task.actor.environment)
+    with closing(open_run_pool(run, policy, prompts_per_shard=64)) as pool:
+        held_out = HeldOut(task, policy, pool, run.log, sampling)
+        run.alone(held_out.evaluate, run.step, when)
     return held_out.results

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grpo.config.problems import python_words
 from grpo.config.reward import with_rewards
 from grpo.config.run import TrainConfig
 from grpo.evaluation.held_out import Result
@@ -12,7 +11,6 @@ from grpo.session import Session
 from rewards.protocol import Reward
 
 
-@python_words()
 def train(
     config: TrainConfig,
     *,

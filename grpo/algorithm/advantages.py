@@ -42,7 +42,7 @@ def group_relative(rewards_PG: Rewards, scale_rewards: ScaleRewards = "group") -
     >>> tied_P
     tensor([False,  True, False])
     """
-    rewards_PG = _as_tensor(rewards_PG)
+    rewards_PG = as_tensor(rewards_PG)
     advantages_PG = rewards_PG - rewards_PG.nanmean(dim=1, keepdim=True)
     match scale_rewards:
         case "group":
@@ -77,7 +77,7 @@ def multi_objective(
     >>> multi_objective(right_and_short, [1, 1], "normalize_then_sum")[0]
     tensor([[-0.2984,  1.1152, -0.8168]])
     """
-    rewards_PGK = _as_tensor(rewards_PGK)
+    rewards_PGK = as_tensor(rewards_PGK)
     if len(reward_weights) != rewards_PGK.shape[-1]:
         raise ValueError(f"{len(reward_weights)} reward_weights for {rewards_PGK.shape[-1]} rewards; give one each")
     weights_K = torch.tensor(reward_weights, dtype=torch.float64, device=rewards_PGK.device)
@@ -90,7 +90,7 @@ def multi_objective(
             parts_KPG = torch.stack([group_relative(rewards_PG)[0] for rewards_PG in rewards_PGK.unbind(-1)])
             total_PG = torch.einsum("kpg,k->pg", parts_KPG.double(), weights_K).masked_fill(abstained_PG, torch.nan)
             tied_P = tied_groups(score_PG)
-            return _zero_where(tied_P, _normalize(total_PG)), tied_P
+            return _zero_where(tied_P, normalize(total_PG)), tied_P
         case unknown:
             known = "'sum_then_normalize' or 'normalize_then_sum'"
             raise ValueError(f"multi_objective_aggregation={unknown!r} is unknown; use {known}")
@@ -104,7 +104,7 @@ def rloo(rewards_PG: Rewards) -> tuple[Tensor, Tensor]:
     >>> rloo([[4, 1, 1, 0]])[0]             # 4 - 2/3, 1 - 5/3, 1 - 5/3, 0 - 6/3
     tensor([[ 3.3333, -0.6667, -0.6667, -2.0000]])
     """
-    rewards_PG = _as_tensor(rewards_PG)
+    rewards_PG = as_tensor(rewards_PG)
     count_P1 = rewards_PG.isfinite().sum(dim=1, keepdim=True)
     others_PG = (rewards_PG.nansum(dim=1, keepdim=True) - rewards_PG) / (count_P1 - 1)
     tied_P = tied_groups(rewards_PG)
@@ -126,112 +126,27 @@ def reinforce_plus_plus(rewards_PG: Rewards, *, baseline: bool = False) -> tuple
     tensor([[ 0.0000,  0.0000],
             [ 1.2244, -1.2244]])
     """
-    rewards_PG = _as_tensor(rewards_PG)
+    rewards_PG = as_tensor(rewards_PG)
     tied_P = tied_groups(rewards_PG)
     if baseline:
-        return _zero_where(tied_P, _normalize(rewards_PG - rewards_PG.nanmean(dim=1, keepdim=True))), tied_P
+        return _zero_where(tied_P, normalize(rewards_PG - rewards_PG.nanmean(dim=1, keepdim=True))), tied_P
     batch_tied = tied_groups(rewards_PG.reshape(1, -1))
-    return _zero_where(batch_tied, _normalize(rewards_PG)), tied_P
-
-
-def rank_softmax_weights(returns_PG: Rewards, temperature: float = 1.0) -> Tensor:
-    """softmax(rank / temperature) within each group, [P, G] -> [P, G]: the weights of `advantage: rank_softmax`.
-
-    Phase 1 of that variant takes advantages from a value function (`gae`). Phase 2, here, sorts the group by
-    return, the worst at rank 0, and weighs it by softmax of rank. Phase 3 minimises -mean(weight · Â · log π):
-    `policy_loss(loss_type="reinforce")` on weight · Â. Equal returns share their mean rank, so that each of n tied
-    samples weighs 1/n; an abstained one weighs 0.
-
-    >>> rank_softmax_weights([[7.0, -1.0, 2.0], [5.0, 5.0, None]])  # ranks 2, 0, 1: e², 1, e over their sum
-    tensor([[0.6652, 0.0900, 0.2447],
-            [0.5000, 0.5000, 0.0000]])
-    """
-    returns_PG = _as_tensor(returns_PG)
-    this_PG1, other_P1G = returns_PG[:, :, None], returns_PG[:, None, :]
-    equal_PGG = _same(other_P1G, this_PG1)
-    rank_PG = ((other_P1G < this_PG1) & ~equal_PGG).sum(-1) + (equal_PGG.sum(-1) - 1) / 2
-    rank_PG = rank_PG.masked_fill(returns_PG.isnan(), -torch.inf)
-    return (rank_PG / temperature).softmax(dim=1).nan_to_num(nan=0.0).float()
-
-
-def distill(old_logprobs_BT: Tensor, teacher_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """On-policy distillation: Â_t = log π_T(y_t) - log π_old(y_t), 0 off the mask. [B, T] of three -> [B, T].
-
-    Its policy gradient is in expectation minus the gradient of KL(π || π_T) of the next token, at the states that the
-    policy itself has reached (Gu et al., MiniLLM, arXiv:2306.08543, eq. 3-4, without what a token does to later ones;
-    Lu et al., On-Policy Distillation, 2025). The mean of -Â over tokens estimates that KL.
-
-    >>> old, teacher = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.25, 0.5]]).log()
-    >>> distill(old, teacher, torch.tensor([[True, True]]))                     # -log 2, log 2
-    tensor([[-0.6931,  0.6931]])
-    """
-    return (teacher_logprobs_BT - old_logprobs_BT).detach().masked_fill(~mask_BT, 0.0)
-
-
-@torch.no_grad()
-def gae(
-    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0, lam: float = 0.95
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation, for PPO. Returns (advantages [B, T], returns [B, T]), 0 off the mask.
-
-    δ_t = r_t + γ V_{t+1} - V_t and Â_t = δ_t + γλ Â_{t+1}, with V = 0 after the last token (Schulman et al.,
-    arXiv:1506.02438, eq. 16; PPO, arXiv:1707.06347, eq. 11-12). Returns are Â + V, the targets of the value
-    function. What is off the mask is passed over: padding, and tokens that a tool wrote between two sampled ones.
-
-    >>> rewards, values = torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[0.5, 0.8, 9.0]])
-    >>> gae(rewards, values, torch.tensor([[True, True, False]]), gamma=1.0, lam=0.5)   # δ = 0.3, 0.2
-    (tensor([[0.4000, 0.2000, 0.0000]]), tensor([[0.9000, 1.0000, 0.0000]]))
-    """
-    rewards_BT, values_BT = rewards_BT.masked_fill(~mask_BT, 0.0), values_BT.masked_fill(~mask_BT, 0.0)
-    advantages_BT = torch.zeros_like(values_BT)
-    advantage_B = next_value_B = torch.zeros_like(values_BT[:, 0])
-    for t in reversed(range(values_BT.shape[1])):
-        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
-        advantage_B = torch.where(mask_BT[:, t], delta_B + gamma * lam * advantage_B, advantage_B)
-        next_value_B = torch.where(mask_BT[:, t], values_BT[:, t], next_value_B)
-        advantages_BT[:, t] = advantage_B
-    advantages_BT = advantages_BT.masked_fill(~mask_BT, 0.0)
-    return advantages_BT, advantages_BT + values_BT
-
-
-def outcome_rewards(rewards_B: Tensor, mask_BT: Tensor) -> Tensor:
-    """Token rewards for `gae`: a completion's reward on its last token, 0 elsewhere. [B], [B, T] -> [B, T].
-
-    Raises ValueError for a NaN reward on a completion that is not masked out.
-
-    >>> outcome_rewards(torch.tensor([1.0, 2.0]), torch.tensor([[True, True, False], [True, True, True]]))
-    tensor([[0., 1., 0.],
-            [0., 0., 2.]])
-    """
-    last_BT = mask_BT & (mask_BT.cumsum(dim=1) == mask_BT.sum(dim=1, keepdim=True))
-    rewards_BT = torch.where(last_BT, rewards_B[:, None], 0.0)
-    if rewards_BT.isnan().any():
-        raise ValueError("a completion without a reward (None or NaN) reached GAE; clear its row of the mask first")
-    return rewards_BT
-
-
-def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """(x - mean) / (std + ε) over all masked-in tokens, 0 off the mask: PPO's advantage normalisation, [B, T].
-
-    >>> whiten(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]]))   # mean 2, std √2
-    tensor([[-0.7071,  0.7071,  0.0000]])
-    """
-    return _normalize(x_BT.double().masked_fill(~mask_BT, torch.nan)).nan_to_num(nan=0.0).to(x_BT.dtype)
+    return _zero_where(batch_tied, normalize(rewards_PG)), tied_P
 
 
 def tied_groups(rewards_PG: Rewards) -> Tensor:
     """[P] bool: `tied` (grpo/algorithm/ties.py) for each group."""
-    rewards_PG = _as_tensor(rewards_PG)
+    rewards_PG = as_tensor(rewards_PG)
     highest_P = rewards_PG.nan_to_num(nan=-torch.inf).amax(dim=1)
     lowest_P = rewards_PG.nan_to_num(nan=torch.inf).amin(dim=1)
-    return (lowest_P >= highest_P) | _same(lowest_P, highest_P)
+    return (lowest_P >= highest_P) | same(lowest_P, highest_P)
 
 
-def _same(a: Tensor, b: Tensor) -> Tensor:
+def same(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs() <= ABSOLUTE + RELATIVE * torch.maximum(a.abs(), b.abs())
 
 
-def _as_tensor(rewards: Any) -> Tensor:
+def as_tensor(rewards: Any) -> Tensor:
     """fp64 rewards from a tensor or nested lists; None becomes NaN."""
     rewards = rewards if isinstance(rewards, Tensor) else torch.from_numpy(np.array(rewards, dtype=np.float64))
     rewards = rewards.detach().double()
@@ -250,7 +165,7 @@ def _nanstd(x: Tensor, dim: int) -> Tensor:
     return (squares / (count - 1)).sqrt()
 
 
-def _normalize(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     return (x - x.nanmean()) / (_nanstd(x.flatten(), dim=0) + EPSILON)
 
 

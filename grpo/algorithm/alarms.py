@@ -127,7 +127,7 @@ class Moments:
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[float, float]]) -> Moments:
-        """Of one group."""
+        """The moments of one group."""
         if not pairs:
             return cls()
         x_mean, y_mean = (math.fsum(values) / len(pairs) for values in zip(*pairs, strict=True))

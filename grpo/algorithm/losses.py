@@ -1,13 +1,10 @@
-"""The policy losses of GRPO and its relatives, and the value loss of PPO.
+"""The policy losses of GRPO and its relatives.
 
 Option names, meanings and defaults are those of TRL's GRPOConfig. The terms of the sum are in surrogates.py.
 
 Shapes: B completions padded to T tokens; tensors are [B, T] unless said otherwise. `mask` is True on the
 tokens that were sampled, the stop token included. It comes from lengths, never from token values, and nothing
 off the mask matters, not even NaN.
-
-Four policies meet here: π is trained (`policy_logprobs`), π_old is π before this step (`old_logprobs`), μ is
-what the engine sampled from (`sampling_logprobs`), π_ref anchors the KL penalty (`reference_logprobs`).
 
 A micro-batch returns its *summand*: denominators are counts of the whole step, so the losses, gradients and
 metrics of micro-batches add up to those of the undivided batch (contract 10). A mean over each micro-batch
@@ -16,7 +13,6 @@ would instead weigh a token by which other tokens are in its micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -32,8 +28,6 @@ from grpo.algorithm.surrogates import (
     sapo_surrogate,
 )
 from grpo.config.loss import CorrectionMode, LossOptions, LossType
-from policies.logprobs import LEAST_LOGPROB
-from rollout.group import ENDED
 
 Given = TypeVar("Given")
 
@@ -41,21 +35,33 @@ Given = TypeVar("Given")
 SAPO_TEMPERATURES = 1.0, 1.05  # of the gate for positive and for negative advantages, as in the paper
 
 
+class Logprobs(NamedTuple):
+    """The log-probability of each token under the four policies that meet here."""
+
+    policy: Tensor  # log π of what is trained, with gradient
+    old: Tensor | None = None  # log π_old, π before this step; None: π as it is now, detached
+    sampling: Tensor | None = None  # log μ of what the engine sampled from
+    reference: Tensor | None = None  # log π_ref, which anchors the KL penalty
+
+
+class WholeStep(NamedTuple):
+    """What is counted over a whole step; without it a micro-batch is one."""
+
+    num_completion_tokens: int | None = None  # that are masked in
+    num_sequences: int | None = None  # fully masked ones too
+    max_completion_length: int | None = None  # the constant of dr_grpo
+    top_entropy: TopEntropy | None = None  # None: of each micro-batch, as in TRL
+
+
 def policy_loss(
-    policy_logprobs: Tensor,  # log π, with gradient
-    old_logprobs: Tensor | None,  # log π_old; None: π as it is now, detached
+    logprobs: Logprobs,
     advantages: Tensor,  # [B], or [B, T] from GAE
     mask: Tensor,
     options: LossOptions | None = None,  # None: the defaults
     *,
-    reference_logprobs: Tensor | None = None,
-    sampling_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,  # of π at every token, in nats
     correction: CorrectionMode | None = None,  # how objective terms are weighted by π_old / μ; None: not at all
-    num_completion_tokens: int | None = None,  # masked-in tokens of the step; None: this is the whole step
-    num_sequences: int | None = None,  # completions of the step, fully masked ones too; None: likewise
-    max_completion_length: int | None = None,  # the constant of dr_grpo
-    top_entropy: TopEntropy | None = None,  # of the whole step; None: of this micro-batch, as in TRL
+    step: WholeStep | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = aggregate(-w·objective) + β·aggregate(KL) - entropy_coef·H. Returns (summand of L, metrics).
 
@@ -64,33 +70,33 @@ def policy_loss(
 
     >>> policy, old = torch.tensor([[0.6, 0.5], [0.2, 0.9]]), torch.tensor([[0.4, 0.5], [0.4, 0.5]])
     >>> mask = torch.tensor([[True, True], [True, False]])        # ratios 1.5, 1, 0.5; clipped 1.2, 1, 0.8
-    >>> loss, metrics = policy_loss(policy.log(), old.log(), torch.tensor([1.0, -1.0]), mask)
+    >>> loss, metrics = policy_loss(Logprobs(policy.log(), old.log()), torch.tensor([1.0, -1.0]), mask)
     >>> loss, metrics["policy/clip_fraction"]                     # -(1.2 + 1 - 0.8) / 3; two of three
     (tensor(-0.4667), tensor(0.6667))
     """
-    options = options or LossOptions()
+    options, step = options or LossOptions(), step or WholeStep()
     denominators = own.aggregate_of(options.loss_type)
-    num_tokens = max(1, int(mask.sum()) if num_completion_tokens is None else num_completion_tokens)
-    num_sequences = len(mask) if num_sequences is None else num_sequences
+    num_tokens = max(1, int(mask.sum()) if step.num_completion_tokens is None else step.num_completion_tokens)
+    num_sequences = len(mask) if step.num_sequences is None else step.num_sequences
 
     def on_mask(x: Tensor) -> Tensor:
         return x.masked_fill(~mask, 0.0)
 
     def summand(per_token: Tensor) -> Tensor:
-        return aggregate(per_token, mask, denominators, num_sequences, num_tokens, max_completion_length)
+        return aggregate(per_token, mask, denominators, num_sequences, num_tokens, step.max_completion_length)
 
-    policy_logprobs = on_mask(policy_logprobs)
-    old_logprobs = policy_logprobs.detach() if old_logprobs is None else on_mask(old_logprobs)
+    policy_logprobs = on_mask(logprobs.policy)
+    old_logprobs = policy_logprobs.detach() if logprobs.old is None else on_mask(logprobs.old)
     advantages = on_mask(advantages[:, None] if advantages.dim() == 1 else advantages)
     ratio = importance_ratio(policy_logprobs, old_logprobs, mask, options.importance_sampling_level)
     objective, watched = _objective(options, ratio, advantages, policy_logprobs)
     watched["policy/ratio_mean"] = ratio
 
-    if sampling_logprobs is not None:
-        log_ratio = old_logprobs - on_mask(sampling_logprobs)
+    if logprobs.sampling is not None:
+        log_ratio = old_logprobs - on_mask(logprobs.sampling)
         watched |= {"mismatch/logprob_abs_mean": log_ratio.abs(), "mismatch/kl": log_ratio.expm1() - log_ratio}
     if correction is not None:
-        sampling_logprobs = _need(sampling_logprobs, "sampling_logprobs", correction)
+        sampling_logprobs = _need(logprobs.sampling, "sampling_logprobs", correction)
         bounds = options.importance_clip_max, options.importance_clip_min
         weight = importance_correction(old_logprobs, sampling_logprobs, mask, correction, *bounds)
         objective = objective * weight
@@ -99,15 +105,15 @@ def policy_loss(
     counted, num_counted, quantile = mask, num_tokens, options.top_entropy_quantile
     if quantile < 1:
         entropy = _need(entropy, "entropy", f"top_entropy_quantile={quantile}")
-        threshold, num_counted = top_entropy or top_entropy_of(entropy[mask], quantile)
+        threshold, num_counted = step.top_entropy or top_entropy_of(entropy[mask], quantile)
         counted = mask & (entropy >= threshold)
         objective = objective * counted
     loss = summand(-objective)
     metrics = {"loss/policy": loss.detach()}
 
     beta = options.beta
-    if options.kl_estimator != "none" and (beta or reference_logprobs is not None):
-        reference_logprobs = on_mask(_need(reference_logprobs, "reference_logprobs", f"{beta=}"))
+    if options.kl_estimator != "none" and (beta or logprobs.reference is not None):
+        reference_logprobs = on_mask(_need(logprobs.reference, "reference_logprobs", f"{beta=}"))
         watched["loss/kl"] = kl_penalty(policy_logprobs, reference_logprobs, ratio, options.kl_estimator)
         loss = loss + beta * summand(watched["loss/kl"]) if beta else loss
     if entropy is not None:
@@ -153,23 +159,6 @@ def aggregate(
     raise ValueError(f"loss_type={loss_type!r} is unknown; use {known}")
 
 
-def top_k_kl(logprobs_NK: Tensor, teacher_logprobs_NK: Tensor) -> Tensor:
-    """KL(π || π_T) of the next token over K tokens and the rest as one: [N, K] of both at the same tokens -> [N].
-
-    It leaves out how the two differ inside the rest: KL = this + π(rest)·KL(π in the rest || π_T in the rest). So it is
-    never above the KL of the whole vocabulary, and equal to it where at most one token is in the rest. Differentiable
-    in the first; a rest below 1e-7 counts as 1e-7, and a log-probability below LEAST_LOGPROB as that.
-
-    >>> own, teacher = torch.tensor([[0.25, 0.5]]).log(), torch.tensor([[0.5, 0.25]]).log()      # 1/4 is in both rests
-    >>> top_k_kl(own, teacher)                                      # 1/4 log 1/2 + 1/2 log 2 + 0 = 1/4 log 2
-    tensor([0.1733])
-    """
-    logprobs_NK, teacher_logprobs_NK = (x.clamp(min=LEAST_LOGPROB) for x in (logprobs_NK, teacher_logprobs_NK))
-    rest_N, teacher_rest_N = ((1 - x.exp().sum(-1)).clamp(min=1e-7) for x in (logprobs_NK, teacher_logprobs_NK))
-    within_N = (logprobs_NK.exp() * (logprobs_NK - teacher_logprobs_NK)).sum(-1)
-    return within_N + rest_N * (rest_N.log() - teacher_rest_N.log())
-
-
 class TopEntropy(NamedTuple):
     """The tokens that count are those whose entropy is at least `threshold`, a scalar. There are `tokens` of them."""
 
@@ -189,41 +178,6 @@ def top_entropy_of(entropies_N: Tensor, top_entropy_quantile: float) -> TopEntro
         return TopEntropy(entropies_N.new_tensor(torch.inf), 0)
     threshold = entropies_N.detach().quantile(1 - top_entropy_quantile)
     return TopEntropy(threshold, int((entropies_N >= threshold).sum()))
-
-
-def mask_truncated_completions(mask: Tensor, finish_reasons: Sequence[str]) -> Tensor:
-    """Overlong filtering (DAPO, arXiv:2503.14476, §3.4): what was cut by a limit leaves the loss.
-
-    >>> mask_truncated_completions(torch.tensor([[True, True], [True, True]]), ["stop", "length"])
-    tensor([[ True,  True],
-            [False, False]])
-    """
-    return mask & torch.tensor([[reason in ENDED] for reason in finish_reasons], device=mask.device)
-
-
-def value_loss(
-    values: Tensor,  # of the value head, with gradient
-    old_values: Tensor,  # of the value head before this step
-    returns: Tensor,
-    mask: Tensor,
-    *,
-    cliprange_value: float = 0.2,
-    num_completion_tokens: int | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """½ max((V - R)², (clip(V, V_old ± c) - R)²), a mean over the step's tokens. Returns (summand, metrics).
-
-    Source: PPO's released code; detail 9 of Huang et al., "The 37 implementation details of PPO", 2022.
-
-    >>> values, returns = torch.tensor([[1.0, 0.1]]), torch.tensor([[2.0, 0.0]])
-    >>> value_loss(values, torch.zeros(1, 2), returns, torch.tensor([[True, True]]))[0]  # ½ (1.8² + 0.1²) / 2
-    tensor(0.8125)
-    """
-    num_tokens = max(1, int(mask.sum()) if num_completion_tokens is None else num_completion_tokens)
-    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
-    squares, clipped_squares = (values - returns).square(), (clipped - returns).square()
-    loss = torch.maximum(squares, clipped_squares).masked_fill(~mask, 0.0).sum() / num_tokens / 2
-    clip_fraction = ((clipped_squares > squares) & mask).sum() / num_tokens
-    return loss, {"loss/value": loss.detach(), "value/clip_fraction": clip_fraction}
 
 
 def _objective(

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from grpo.algorithm.advantages import tied_groups
 from grpo.config.loss import LossOptions, LossType
+from rewards.protocol import RewardError
 from rewards.registry import load_function
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
@@ -108,18 +109,11 @@ def aggregate_of(loss_type: str) -> LossType:
     return cast(LossType, found)
 
 
-def check(options: LossOptions) -> None:
-    """Raises ValueError for a file or function that is not there, not marked or takes something else, and for an
-    `aggregate` that no loss has, before any model is loaded."""
-    for name, kind in ((options.advantage, "advantage"), (options.loss_type, "objective")):
-        if is_own(name):
-            _load(name, kind)
-
-
 def try_out(options: LossOptions, group_size: int) -> None:
-    """Calls the user's functions once, with numbers made up for two groups. Raises ValueError where one fails or gives
-    something else than it should, besides what `check` raises."""
-    check(options)
+    """Calls the user's functions once, with numbers made up for two groups, before any model is loaded.
+
+    Raises ValueError where one is not there, is not marked, takes or gives something else than it should, or fails.
+    """
     rewards = [[float(i % 2) for i in range(group_size)], [float(i == 0) for i in range(group_size)]]
     lengths = [[1 + i for i in range(group_size)]] * 2
     ones = torch.ones(2, group_size)
@@ -130,7 +124,7 @@ def try_out(options: LossOptions, group_size: int) -> None:
         if is_own(name):
             try:
                 call(name)
-            except ValueError:
+            except (ValueError, RewardError):
                 raise
             except Exception as error:  # whatever the user's code raises
                 raise ValueError(f"{name} failed when it was tried: {type(error).__name__}: {error}") from error

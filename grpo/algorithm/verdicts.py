@@ -67,7 +67,7 @@ class Verdicts:
 
 
 def _reaches(mark: float, bar: float) -> bool:
-    """Also where it is the bar but for rounding, such as ten times 0.1."""
+    """A mark that is the bar but for rounding reaches it too, such as ten times 0.1."""
     return mark >= bar or tied([mark, bar])
 
 

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from grpo.config.mtp import MtpConfig
-from grpo.config.problems import python_words
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
 from grpo.evaluation.held_out import HeldOut, Result
@@ -29,11 +27,11 @@ from grpo.learner.head_learner import HeadLearner
 from grpo.learner.lessons import KINDS, Corpus
 from grpo.run.metrics import rollout_metrics
 from grpo.run.stop import signals
-from grpo.source.policy_source import find_policy, load_policy, save_policy
+from grpo.source.policy_source import find_policy, save_policy
 from grpo.steps.loop import Run
-from grpo.steps.opening import open_run
-from grpo.steps.pool import open_run_pool, sampling_of, use_costs_of_run
-from grpo.steps.publisher import Publisher
+from grpo.steps.opening import first_policy, open_run
+from grpo.steps.pool import sampling_of, use_costs_of_run
+from grpo.steps.publisher import open_publisher
 from grpo.task.task import Task
 from policies import presets
 from policies.conversion.head import start_head
@@ -47,31 +45,27 @@ FITTED_EXAMPLES = 128  # training examples that a new head is fitted to
 HELD_OUT = 8  # one of so many training prompts: its rollouts are not taught
 
 
-@python_words()
 def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None = None, force: bool = False) -> Result:
     """The policy is saved to `output_dir/policy`.
 
     Raises Stopped when the run was asked to end early, PolicyError for a model that can have no draft head.
     """
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
-    made: list[Streams] = []  # before the folder is touched, since they may refuse
     last = config.steps + config.head.epochs
-    with open_run(config, last, ready=lambda task: made.append(Streams(task, config)), **flags) as (run, task):
-        [streams], config = made, run.config
-        policy = _policy_with_head(config, task, begins=run.saved is None)
+    with open_run(config, last, ready=lambda task: Streams(task, config), **flags) as (run, task):
+        config, streams = run.config, Streams(task, config)
+        policy = _policy_with_head(run, task)
         with run.phase("loading"):
             learner = HeadLearner(policy, config.head, temperature=config.rollout.temperature, seed=config.seed)
         run.restore(learner=learner, prompts=streams)
         if learner.ended:
             run.last = run.start
-        with closing(open_run_pool(run, policy)) as pool:
-            params = sampling_of(run, policy, config.rollout.group_size)
+        params = sampling_of(run, policy, config.rollout.group_size)
+        sampling = replace(sampling_of(run, policy, config.eval.samples), draft_tokens=config.head.depth)
+        with open_publisher(run, learner, sampling) as publisher:
+            pool = publisher.pool
             use_costs_of_run(run, pool, policy, params)
-            sampling = replace(sampling_of(run, policy, config.eval.samples), draft_tokens=config.head.depth)
-            publisher = Publisher(pool, learner, sampling)
-            with run.phase("publishing"):
-                publisher.publish()
-            held_out = HeldOut(task, policy, pool, run.log, config.eval, sampling)
+            held_out = HeldOut(task, policy, pool, run.log, sampling)
             corpus = Corpus(run.folder / "corpus")
             with run:
                 if run.step == 0:
@@ -84,11 +78,11 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
                             _sample(run, task, streams, pool, params.at(step), learner, corpus)
                         else:
                             _teach(run, learner, corpus, step)
+                        run.reached()
                         if learner.ended:
                             run.last = step
                         if step == run.last:
-                            with run.timed("time/publish"), run.phase("publishing"):
-                                run.metrics |= publisher.publish()
+                            publisher.keep_up(run)
                         run.record(pool.metrics())
                         run.save_if_due(also=step >= config.steps)  # an epoch takes long
                         progress.update(bar, completed=min(step, config.steps))
@@ -99,15 +93,14 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
     return Result(run.folder, policy, held_out.results)
 
 
-def _policy_with_head(config: MtpConfig, task: Task, begins: bool) -> Policy:
-    """The policy, with the head that its checkpoint brings, or with one that starts as the trunk's last layer."""
-    policy = load_policy(config, task.corpus())
+def _policy_with_head(run: Run[MtpConfig], task: Task) -> Policy:
+    """The policy, with the draft head that its checkpoint brings, or with one that starts as the trunk's last layer."""
+    config, policy = run.config, first_policy(run, task)
     if policy.mtp is None:
         raise PolicyError(f"add_mtp=False, but model={config.model!r} has no MTP head to teach; leave add_mtp out")
-    task.check_lengths(policy, config.rollout.max_completion_tokens)
     if config.head.draft_vocabulary is None:
         policy.draft_ids = None
-    if begins and (config.head.restart or (config.head.restart is None and not stores_head(config))):
+    if run.saved is None and (config.head.restart or (config.head.restart is None and not stores_head(config.model))):
         taught, _ = split(task, config.seed)
         policy.mtp.load_state_dict(start_head(policy.trunk, _fitting_text(task, taught, policy)).state_dict())
     return policy
@@ -141,16 +134,13 @@ class Streams:
     def __init__(self, task: Task, config: MtpConfig) -> None:
         taught, held_out = split(task, config.seed)
         held = -(-config.prompts_per_step // HELD_OUT)
-        for key, wanted, there in (
-            ("head.solutions", config.head.solutions, len(taught)),
-            ("prompts_per_step", config.prompts_per_step - held, len(taught)),
-        ):
-            if wanted > there:
-                raise ValueError(
-                    f"{key}={wanted}, but {there} training examples are learned from, and the others tell what an "
-                    "epoch gains; lower it, or use more data"
-                )
         self.counts = {"taught": config.prompts_per_step - held, "held_out": held, "solutions": config.head.solutions}
+        for key, kind in (("head.solutions", "solutions"), ("prompts_per_step", "taught")):
+            if self.counts[kind] > len(taught):
+                raise ValueError(
+                    f"{key}={self.counts[kind]}, but {len(taught)} training examples are learned from, and the others "
+                    "tell what an epoch gains; lower it, or use more data"
+                )
         self.streams = {
             "taught": PromptStream(taught, config.seed),
             "held_out": PromptStream(held_out, config.seed),
@@ -180,16 +170,16 @@ def _sample(
 ) -> None:
     """A step of the corpus: the rollouts of the next prompts and the next solutions, as the trunk reads them."""
     policy, most = learner.policy, learner.head_options.tokens_per_update
-    taken = streams.take()
-    prompts = [task.prompt(example, policy.tokenizer) for kind in KINDS for example in taken[kind]]
+    examples = streams.take()
+    prompts = [task.prompt(example, policy.tokenizer) for kind in KINDS for example in examples[kind]]
     with run.timed("time/rollout"), run.phase("sampling"):
         groups = pool.sample(prompts, params)
     metrics = rollout_metrics(groups, [])
     run.metrics |= {name: value for name, value in metrics.items() if not name.startswith(("reward/", "group/"))}
     signals.check()
     stop = policy.stop_token_ids[0]
-    solutions = [_cut(task.solution(e, policy.tokenizer, stop), policy.max_length) for e in taken["solutions"]]
-    taught, held_out = groups[: len(taken["taught"])], groups[len(taken["taught"]) :]
+    solutions = [_cut(task.solution(e, policy.tokenizer, stop), policy.max_length) for e in examples["solutions"]]
+    taught, held_out = groups[: len(examples["taught"])], groups[len(examples["taught"]) :]
     with run.timed("time/learn"), run.phase("learning"):
         lessons = {
             "taught": learner.read([*rows_of(taught, most), *solutions]),
@@ -201,8 +191,8 @@ def _sample(
 def _cut(row: PackedRow, length: int) -> PackedRow:
     """A gold solution up to the end of the policy's context."""
     [solution] = row.samples
-    kept = solution.token_ids[: length - len(row.prompt_token_ids)]
-    return replace(row, samples=[replace(solution, token_ids=kept)])
+    token_ids = solution.token_ids[: length - len(row.prompt_token_ids)]
+    return replace(row, samples=[replace(solution, token_ids=token_ids)])
 
 
 def _teach(run: Run[MtpConfig], learner: HeadLearner, corpus: Corpus, step: int) -> None:
@@ -217,14 +207,14 @@ def _teach(run: Run[MtpConfig], learner: HeadLearner, corpus: Corpus, step: int)
 
 def _evaluate(held_out: HeldOut, step: int, when: str) -> None:
     """Drafts at every depth, on held-out prompts with the same noise before and after."""
-    if found := held_out.evaluate(step, when):
-        accepted = enumerate(found[f"{when}, sampled"].acceptance, start=1)
+    if results := held_out.evaluate(step, when):
+        accepted = enumerate(results[f"{when}, sampled"].acceptance, start=1)
         held_out.log.evaluation(step, {f"eval/acceptance_depth_{depth}": share for depth, share in accepted})
 
 
-def stores_head(config: MtpConfig) -> bool:
+def stores_head(model: str) -> bool:
     """Whether the checkpoint has MTP layers; a preset's head is as random as its trunk, and stays."""
-    model = find_policy(config.model, read=False).base
+    model = find_policy(model, read=False).base
     return model in presets.PRESETS or bool(mtp_layers(read_config(model), WeightFiles(model).shapes))
 
 

@@ -37,7 +37,7 @@ def calibration_text(
     window: int,
     left_out: Callable[[Example], bool] = lambda example: False,
 ) -> CalibrationText:
-    """At most `tokens` for measuring and training, and after them `heldout_tokens` that are held out.
+    """Gives at most `tokens` for measuring and training, and after them `heldout_tokens` that are held out.
 
     Problems that are `left_out` are not read. A shorter text is used completely, and a fifth of its windows are held
     out. Documents end with the tokenizer's eos; each window starts with bos where the tokenizer puts one before a text.

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -70,16 +69,13 @@ def clean_solution(text: str) -> str:
 def load_examples(
     name_or_path: str | Path,
     split: str,
+    options: ProblemOptions | None = None,
     *,
     purpose: Literal["train", "eval"] = "train",
     levels: Sequence[int] | None = None,
     limit: int | None = None,
-    prompt_column: str = "question",
-    solution_column: str | None = "answer",
     seed: int = 0,
-    task_options: Mapping[str, Any] | None = None,
-    check: Check | None = None,
-    contexts: Mapping[str, int] | None = None,
+    checks: Sequence[Check] = (),
 ) -> list[Example]:
     """The first `limit` examples of a dataset, every row checked.
 
@@ -87,15 +83,14 @@ def load_examples(
 
     - `word_problems`, with `levels` (default [1]) and `seed`; 20,000 problems unless `limit` says otherwise,
     - `word_game`, with `seed`, for the environment of that name; 5,000 games unless `limit` says otherwise,
-    - `reasoning_gym:TASK`, with `task_options` and `seed`; 2,000 problems unless `limit` says otherwise,
+    - `reasoning_gym:TASK`, with `options.task_options` and `seed`; 2,000 problems unless `limit` says otherwise,
     - `gsm8k` (from the folder that QUARTET_GSM8K names, or data/gsm8k where it exists, else from the hub), or any hub
       id, with its configuration after a colon (`owner/name:config`),
     - a folder that holds `{split}.jsonl` (or .json, .parquet, .csv), or such a file, whatever `split` is.
 
     The prompt column holds text, or chat messages of which the last one is the user's. All columns of a row go to the
     rewards; where the row has no columns `question` and `answer`, these names hold the question and the solution.
-    `solution_column=None` is for data without solutions. `check` says what else is wrong with the columns of an
-    example, or None. `contexts` maps a column to the number of tokens that fit: a row with a longer text is a bad row.
+    `checks` say what else is wrong with the columns of an example, or None.
 
     Raises FileNotFoundError for a missing file, and ValueError for held-out data loaded with purpose "train",
     an unknown name, no rows, a missing column and bad rows (the first ten with number and reason).
@@ -109,11 +104,12 @@ def load_examples(
         source = BUILT_IN.get(source, source)
     if levels is not None and source != "word_problems":
         raise ValueError(f"levels={list(levels)} are for word_problems; {name_or_path} has no levels")
-    if task_options and not source.startswith(REASONING_GYM):
-        raise ValueError(f"task_options={dict(task_options)} are for reasoning_gym tasks; {name_or_path} has none")
+    options = options or ProblemOptions()
+    if options.task_options and not source.startswith(REASONING_GYM):
+        raise ValueError(f"task_options={options.task_options} are for reasoning_gym tasks; {name_or_path} has none")
     if purpose == "train":
         refuse_evaluation_data(str(name_or_path), split, None)
-    problems = _made(source, split, levels, seed, limit, task_options)
+    problems = _made(source, split, levels, seed, limit, options.task_options)
     if problems:
         return [_example(row["id"], row, "question", "answer") for row in problems]
     if source == GSM8K:
@@ -128,15 +124,13 @@ def load_examples(
         name, _, config = source.partition(":")
         prefix = f"{name.split('/')[-1]}/{split}"
         numbered = enumerate(load_dataset(name, config or None, split=split), start=1)
-    checks = [check] if check else []
     if purpose == "train":
-        checks.insert(0, lambda columns: GSM8K_TEST if is_gsm8k_test_question(_texts(columns.values())) else None)
+        checks = [_of_the_test, *checks]
     try:
         rows = list(islice(numbered, limit))
     except Exception as error:  # whatever a library raises for a damaged file
         raise ValueError(f"{path or source} cannot be read: {type(error).__name__}: {error}") from error
-    checks += [partial(_beyond, name, context) for name, context in (contexts or {}).items()]
-    return _checked(rows, prefix, str(path or source), prompt_column, solution_column, checks)
+    return _checked(rows, prefix, str(path or source), [options.prompt_column, options.solution_column], checks)
 
 
 def _made(
@@ -145,7 +139,7 @@ def _made(
     levels: Sequence[int] | None,
     seed: int,
     limit: int | None,
-    task_options: Mapping[str, Any] | None,
+    task_options: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """The problems of a source that makes them itself; none of any other source."""
     if source.startswith(REASONING_GYM):
@@ -183,32 +177,24 @@ def examples_of(
     limit: int | None = None,
     **more: Any,
 ) -> list[Example]:
-    """`load_examples` with the columns, task options and (unless others are given) levels of a command's options."""
-    return load_examples(
-        name,
-        split,
-        purpose=purpose,
-        levels=levels or options.levels if name == "word_problems" else None,
-        limit=limit,
-        prompt_column=options.prompt_column,
-        solution_column=options.solution_column,
-        task_options=options.task_options,
-        **more,
-    )
+    """`load_examples` with a command's options, and their levels unless others are given."""
+    levels = levels or options.levels if name == "word_problems" else None
+    return load_examples(name, split, options, purpose=purpose, levels=levels, limit=limit, **more)
 
 
-def gold_check(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> Check | None:
-    """A check for gold answers that the gsm8k rewards among `rewards` cannot read; None where none of them is used.
+def gold_checks(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> list[Check]:
+    """A check for gold answers that the gsm8k rewards among `rewards` cannot read, where one of them is used.
 
     `rewards` are (function, columns for its parameters), as in a config.
 
-    >>> gold_check([("gsm8k", {"answer": "gold"})])({"gold": "It is four."})
+    >>> [check] = gold_checks([("gsm8k", {"answer": "gold"})])
+    >>> check({"gold": "It is four."})
     "the gold answer 'It is four.' has no number: expected a solution that ends with '#### 42', or '42'"
     """
     readers = ("gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval")
     names = {columns.get("answer", "answer") for function, columns in rewards if function in readers}
     if not names:
-        return None
+        return []
     from rewards.built_in.gsm8k import gold_answer
 
     def check(columns: Mapping[str, Any]) -> str | None:
@@ -219,7 +205,7 @@ def gold_check(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> Check | None
             return str(error)
         return None
 
-    return check
+    return [check]
 
 
 def default_heldout_split(name: str) -> str:
@@ -235,14 +221,13 @@ def _checked(
     rows: list[tuple[int, Any]],
     prefix: str,
     source: str,
-    prompt_column: str,
-    solution_column: str | None,
+    needed: list[str],
     checks: Sequence[Check],
 ) -> list[Example]:
+    """`needed` are the columns of the prompt and of the solution."""
     if not rows:
         raise ValueError(f"{source} has no rows")
     columns = list(dict.fromkeys(key for _, row in rows if isinstance(row, dict) for key in row))
-    needed = [prompt_column] if solution_column is None else [prompt_column, solution_column]
     if columns and (missing := [column for column in needed if column not in columns]):
         raise ValueError(
             f"{source} has no column {missing[0]!r}; its columns are {', '.join(columns)} "
@@ -253,7 +238,7 @@ def _checked(
     for number, row in rows:
         fault = _fault(row, needed)
         if not fault:
-            examples.append(_example(f"{prefix}/{number - 1}", {**absent, **row}, prompt_column, solution_column))
+            examples.append(_example(f"{prefix}/{number - 1}", {**absent, **row}, *needed))
             fault = next((found for check in checks if (found := check(examples[-1].columns))), None)
         if fault:
             bad.append(f"row {number}: {fault}")
@@ -289,7 +274,12 @@ def _fault(row: Any, needed: list[str]) -> str | None:
     return next((f"{column!r} {fault}" for column in row if (fault := unfit(column) or unfit(row[column]))), None)
 
 
-def _beyond(column: str, context: int, columns: Mapping[str, Any]) -> str | None:
+def _of_the_test(columns: Mapping[str, Any]) -> str | None:
+    return GSM8K_TEST if is_gsm8k_test_question(_texts(columns.values())) else None
+
+
+def too_long(column: str, context: int, columns: Mapping[str, Any]) -> str | None:
+    """A check of one column against the number of tokens that fit."""
     value = columns[column]
     text = value if isinstance(value, str) else "".join(message["content"] for message in value)
     fault = beyond_context(text, context)
@@ -314,13 +304,11 @@ def _texts(values: Iterable[Any]) -> Iterable[Any]:
             yield from (message.get("content") for message in value if isinstance(message, dict))
 
 
-def _example(example_id: str, row: dict[str, Any], prompt_column: str, solution_column: str | None) -> Example:
-    asked, solution = row[prompt_column], ""
+def _example(example_id: str, row: dict[str, Any], prompt_column: str, solution_column: str) -> Example:
+    asked, solution = row[prompt_column], row[solution_column]
     messages = asked if isinstance(asked, list) else None
     question = text_of(messages[-1:]) if messages else str(asked)
-    columns = {"question": question, **row, prompt_column: messages or question}
-    if solution_column is not None:
-        found = row[solution_column]
-        solution = text_of(found[-1:]) if isinstance(found, list) else str(found)
-        columns = {"answer": solution, **columns, solution_column: solution}
+    solution = text_of(solution[-1:]) if isinstance(solution, list) else str(solution)
+    columns = {"answer": solution, "question": question, **row, prompt_column: messages or question}
+    columns[solution_column] = solution
     return Example(example_id, question, clean_solution(solution), columns, messages)

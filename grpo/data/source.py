@@ -83,7 +83,7 @@ def _json_or_error(text: bytes) -> Any:
         return error
 
 
-def load_dataset(name: str, config: str | None = None, **options: Any) -> Iterable[Any]:
+def load_dataset(name: str, subset: str | None = None, **options: Any) -> Iterable[Any]:
     import datasets  # slow to import
 
     from policies.files import hub
@@ -93,9 +93,9 @@ def load_dataset(name: str, config: str | None = None, **options: Any) -> Iterab
         datasets.config.HF_HUB_OFFLINE = True
         why += ", and only the cache can be used. "
     try:
-        return datasets.load_dataset(name, config, **options)
+        return datasets.load_dataset(name, subset, **options)
     except Exception as error:
-        source = ", ".join([name, *([config] if config else []), *map(str, options.values())])
+        source = ", ".join([name, *([subset] if subset else []), *map(str, options.values())])
         raise ValueError(
             f"could not load the dataset {source}: {error.__cause__ or error}\n"
             f"{why}Check the name, or give a file, or a folder with train.jsonl and test.jsonl."

@@ -13,6 +13,7 @@ from statistics import fmean, median
 from rich.progress import Progress
 
 from grpo.algorithm.statistics import Estimate, estimate, majority_at_k, pass_at_k, powers_of_two
+from grpo.run.metrics import mean_of
 from grpo.task.task import Task
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.faults import RolloutError
@@ -137,7 +138,7 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
         abstained=unmarked - failed,
         correct=sum(map(sum, marked)),
         interval=(means.low, means.high),
-        reward_mean=fmean(rewards) if rewards else None,
+        reward_mean=mean_of(rewards),
         length_mean=tokens / len(completions),
         clipped=fmean(completion.finish_reason == "length" for completion in completions),
         tokens_per_forward=tokens_per_forward(completions) or 1.0,
@@ -153,14 +154,9 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
         fallback_rate=sum(draft.fallbacks for draft in drafts) / forwards if forwards else 0.0,
         failures=failures,
         by_problem=[fmean(right) if right else None for right in marked],
-        rewards_by_problem=[_mean_of(score.rewards) for score in scores],
+        rewards_by_problem=[mean_of(reward for reward in score.rewards if reward is not None) for score in scores],
     )
     return result if task.verdicts.are_given else result.without_verdicts()
-
-
-def _mean_of(rewards: Sequence[float | None]) -> float | None:
-    there = [reward for reward in rewards if reward is not None]
-    return fmean(there) if there else None
 
 
 def _majority(task: Task, groups: Sequence[RolloutGroup], verdicts: Sequence[list[bool | None]], k: int) -> Estimate:
@@ -249,7 +245,7 @@ class Speed:
 def measure_speed(
     pool: Sampler, prompts: Sequence[Prompt], sampling: SamplingParams, rows: Sequence[int], repeats: int = 5
 ) -> list[Speed]:
-    """The same prompts with and without drafts, in turn, median of `repeats`; the tokens are the same by contract 3."""
+    """Samples the same prompts with and without drafts, `repeats` times in turn; the tokens stay the same."""
     speeds = []
     for count in rows:
         rates: dict[int | None, list[float]] = {0: [], sampling.draft_tokens: []}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from grpo.config.run import EvalOptions, GrpoEvalOptions
 from grpo.data.examples import Example
 from grpo.evaluation.evaluate import Evaluation, Speed, as_metrics, both_ways, evaluate_ways, measure_speed
 from grpo.run.log import RunLog
@@ -40,20 +39,19 @@ class HeldOut:
         policy: Policy,
         pool: Sampler,
         log: RunLog,
-        options: EvalOptions,
         sampling: SamplingParams,
+        every: int | None = None,
         heed: Callable[[int, Mapping[str, Evaluation]], None] = lambda step, found: None,
     ) -> None:
-        self.heed = heed
-        self.task, self.pool, self.log, self.options, self.sampling = task, pool, log, options, sampling
+        self.task, self.pool, self.log, self.sampling = task, pool, log, sampling
+        self.every, self.heed = every, heed
         self.tokenizer = policy.tokenizer
         self.prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
         self.results: dict[str, Evaluation] = {}
 
     def due(self, step: int, last: int) -> bool:
-        """Before the first step and every `eval.every` steps; the evaluation after the last step is not meant."""
-        every = self.options.every if isinstance(self.options, GrpoEvalOptions) else None
-        return bool(self.prompts) and step < last and (step == 0 or bool(every and step % every == 0))
+        """Before the first step and every `every` steps; the evaluation after the last step is not meant."""
+        return bool(self.prompts) and step < last and (step == 0 or bool(self.every and step % self.every == 0))
 
     def done(self, step: int) -> bool:
         """Whether the evaluation of this step is recorded. A run that was cut off before it still has to make it."""
@@ -62,7 +60,7 @@ class HeldOut:
     def evaluate(
         self, step: int, when: str | None = None, problems: Sequence[Example] | None = None
     ) -> dict[str, Evaluation]:
-        """The results of `step` by way of sampling; with `when` under names of their own. With `problems` of these.
+        """Evaluates the held-out problems, or these `problems`; with `when` the results have names of their own.
 
         They become metrics of the run, and each failed reward an event.
         """
@@ -72,27 +70,27 @@ class HeldOut:
         if not prompts:
             return {}
         self.task.reached(step)
-        ways = both_ways(replace(self.sampling, group_size=self.options.samples))
+        ways, options = both_ways(self.sampling), SimpleNamespace(samples=self.sampling.group_size)
         try:
             with (
-                phase("evaluating", SimpleNamespace(eval=self.options, rollout=self.sampling)),
+                phase("evaluating", SimpleNamespace(eval=options, rollout=self.sampling)),
                 self.log.progress() as progress,
             ):
-                found = evaluate_ways(self.pool, self.task, prompts, ways, AT_ONCE, progress)
+                results = evaluate_ways(self.pool, self.task, prompts, ways, AT_ONCE, progress)
         except RewardFailed as error:
             self.log.event("reward_error", step=step, evaluation="given up", **vars(error.failure))
             raise
-        for way, result in found.items():
+        for way, result in results.items():
             for failure in result.failures:
                 self.log.event("reward_error", step=step, evaluation=way, **vars(failure))
-        self.log.evaluation(step, as_metrics(found))
-        self.heed(step, found)
-        named = {f"{when}, {way}" if when else way: result for way, result in found.items()}
+        self.log.evaluation(step, as_metrics(results))
+        self.heed(step, results)
+        named = {f"{when}, {way}" if when else way: result for way, result in results.items()}
         self.results |= named if when else {}
         return named
 
     def speeds(self) -> list[Speed]:
-        """Of sampling with and without drafts at 1, 8 and 32 rows."""
+        """How fast it samples with and without drafts, at 1, 8 and 32 rows."""
         if not self.prompts or self.sampling.draft_tokens == 0:
             return []
         return measure_speed(self.pool, self.prompts, self.sampling, rows=(1, 8, 32))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from grpo.learner.batch import PackedRow, micro_batches
+from grpo.learner.likelihood import Likelihood
 from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.policy import Policy
 
@@ -42,8 +43,7 @@ def gold_perplexity(policy: Policy, rows: Sequence[PackedRow]) -> Perplexity | N
     fitting = [row for row in rows if row.length <= policy.max_length]
     nats, tokens = 0.0, 0
     for mini in micro_batches(fitting, TOKENS_PER_FORWARD, policy.device):
-        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
-        preceding = hidden.gather(1, mini.before[..., None].expand_as(hidden))
+        preceding = Likelihood(policy).preceding(mini)
         chunk = max(1, 4 * CHUNK_ELEMENTS // policy.lm_head.shape[0])
         logprobs, _ = logprobs_from_hidden(
             preceding[mini.scored], policy.lm_head, mini.token_ids[mini.scored], chunk=chunk

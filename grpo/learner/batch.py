@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from grpo.learner.lessons import Lesson
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class TrainingBatch:
     tokens_by_version: dict[int, int] = field(default_factory=dict)  # completion tokens that each version has sampled
     draft_gain: float | None = None  # of their decoding; None where it is not known
     draft_depth: int | None = None  # how deep the draft head learns; None: `mtp.depth`
+    lessons: Sequence[Lesson] = ()  # recorded ones, which the draft head learns from where there are no rows
 
     def age(self, version: int) -> float:
         """How many versions older than `version` the policy was that sampled a token, mean over tokens."""
@@ -237,9 +242,9 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
             position_ids[b, start:end] = torch.arange(prompt, prompt + end - start)
             segment[b, start:end] = number
             before[b, start] = prompt - 1
-            own = _turns(sample)
-            turn[b, start:end] = own.where(own < 0, own + turns)
-            turns += max(int(own.max()), 0)
+            of_sample = _turns(sample)
+            turn[b, start:end] = of_sample.where(of_sample < 0, of_sample + turns)
+            turns += max(int(of_sample.max()), 0)
             start = end
     samples = [sample for row in rows for sample in row.samples]
     mask = torch.zeros(len(samples), max(len(sample.token_ids) for sample in samples), dtype=torch.bool)

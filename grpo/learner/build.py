@@ -1,4 +1,4 @@
-"""The learner of each kind of training, from the configuration of its run."""
+"""The learner of GRPO and the terms of its loss, from the configuration of a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 
 from grpo.algorithm.own import is_own
 from grpo.config.features import FEATURES
-from grpo.config.learner import LearnerOptions
-from grpo.config.run import LearningConfig, TrainConfig
+from grpo.config.run import TrainConfig
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.optimizer import schedule
@@ -30,19 +29,13 @@ Load = Callable[[str], Policy]
 OWN_BACKENDS = ("native", "transformers")
 
 
-def terms_of(policy: Policy, config: Any, load: Load | None = None) -> list[Term]:
-    """The terms beside the first that `config` asks for. `load` gives the policy of another name, such as a teacher.
-
-    Raises ValueError for `loss.advantage` that no term brings.
-    """
-    modules = [importlib.import_module(f"grpo.learner.terms.{feature.name}") for feature in FEATURES if feature.term]
+def terms_of(policy: Policy, config: Any, load: Load | None = None, *, rollouts: bool = False) -> list[Term]:
+    """The terms beside the first that `config` asks for, with `rollouts` those that learn from them too. `load` gives
+    the policy of another name, such as a teacher."""
+    features = [feature for feature in FEATURES if feature.term and (rollouts or feature.section != "train")]
+    modules = [importlib.import_module(f"grpo.learner.terms.{feature.name}") for feature in features]
     terms = [module.term(policy, config, load) for module in modules]
-    terms = [term for term in terms if term is not None]
-    known = [*OWN_ESTIMATORS, *(name for term in terms for name in term.estimators)]
-    loss = getattr(config, "loss", None)
-    if loss and loss.advantage not in known and not is_own(loss.advantage):
-        raise ValueError(f"loss.advantage={loss.advantage}: no term of the loss estimates it; use {', '.join(known)}")
-    return terms
+    return [term for term in terms if term is not None]
 
 
 def check_terms(policy: Policy, config: Any) -> None:
@@ -52,28 +45,6 @@ def check_terms(policy: Policy, config: Any) -> None:
             check = getattr(importlib.import_module(f"grpo.learner.terms.{feature.name}"), "check", None)
             if check is not None:
                 check(policy, config)
-
-
-def sampling_backend(config: TrainConfig, policy: Policy) -> str:
-    """The engine that samples: the one that was asked for, or the one that decodes this policy."""
-    return config.rollout.backend or policy.backend
-
-
-def sft_learner(policy: Policy, config: LearningConfig, ranks: Ranks = ALONE) -> Learner:
-    """Adapters are not used here even where GRPO will: LoRA starts from the warm policy."""
-    from grpo.learner.terms.supervised import SupervisedTerm
-
-    options = config.supervision
-    with phase("loading", config):
-        terms = [SupervisedTerm(), *terms_of(policy, config)]
-        return Learner(
-            policy,
-            LearnerOptions(**config.learner.model_dump() | {"learning_rate": options.learning_rate}),
-            terms,
-            Likelihood(policy, watchers=terms),
-            schedule=schedule(options.schedule, options.steps, options.warmup_steps),
-            ranks=ranks,
-        )
 
 
 def grpo_learner(
@@ -102,7 +73,7 @@ def grpo_learner(
             sampler_differs=config.dtype != "float32"
             or config.rollout.ahead > 0
             or config.rollout.quantization != "none"
-            or sampling_backend(config, policy) not in OWN_BACKENDS,
+            or (config.rollout.backend or policy.backend) not in OWN_BACKENDS,
             schedule=schedule(config.learner.schedule, config.steps, config.learner.warmup_steps),
             ranks=ranks,
             reload=None if ranks.layout is None else reload,
@@ -125,7 +96,10 @@ def make(
     loss, options, rollout = config.loss, config.learner, config.rollout
     differs = policy.trunk.dtype != torch.float32 if sampler_differs is None else sampler_differs
     first = PolicyTerm(loss, sampler_differs=differs, longest=rollout.max_completion_tokens)
-    terms = [first, *terms_of(policy, config, load)]
+    terms = [first, *terms_of(policy, config, load, rollouts=True)]
+    known = [*OWN_ESTIMATORS, *(name for term in terms for name in term.estimators)]
+    if loss.advantage not in known and not is_own(loss.advantage):
+        raise ValueError(f"loss.advantage={loss.advantage}: no term of the loss estimates it; use {', '.join(known)}")
     reference = None
     if loss.beta > 0 and not has_adapter(policy.trunk):
         reference = (reload() if reload else copy.deepcopy(policy)).requires_grad_(False)

@@ -23,8 +23,8 @@ LEAST, SHORTEST, LONGEST = 4096, 32, 256  # numbers in a moment, as in bitsandby
 
 
 def adamw_8bit(groups: Sequence[dict], betas: tuple[float, float], *, rounds: bool = False) -> torch.optim.Optimizer:
-    """As `torch.optim.AdamW`; the learning rate of a group must be a tensor. With `rounds`, bfloat16 weights are
-    rounded stochastically: to the nearer neighbour by the chance that makes the mean exact."""
+    """It steps as `torch.optim.AdamW`; the learning rate of a group must be a tensor. With `rounds`, bfloat16 weights
+    are rounded stochastically: to the nearer neighbour by the chance that makes the mean exact."""
     from torchao.optim import AdamW8bit
 
     class InRows(AdamW8bit):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -21,16 +20,16 @@ from torch import Tensor
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.mtp import HeadOptions
 from grpo.learner import state as learner_state
-from grpo.learner.batch import PackedRow, micro_batches
+from grpo.learner.batch import MicroBatch, PackedRow, micro_batches
 from grpo.learner.learner import Learner
-from grpo.learner.lessons import Lesson, noise_keys
+from grpo.learner.lessons import Lesson
 from grpo.learner.likelihood import Likelihood
+from grpo.learner.prepare import recorded
 from grpo.learner.terms.draft_head import DraftHeadTerm
 from policies.logprobs import CHUNK_ELEMENTS
-from policies.mtp import Divergence, draft_loss
 from policies.policy import Policy
 from rollout.group import RolloutGroup
-from rollout.sampling import DraftVocabulary, Noise, SamplingParams, pick
+from rollout.sampling import DraftVocabulary, Noise, SamplingParams, pick, row_key
 
 WARM_UP = 20  # updates over which the learning rate rises
 GAIN = 0.005  # tokens a forward of the trunk: an epoch that gains less has gained nothing
@@ -47,6 +46,7 @@ class HeadLearner(Learner):
     def __init__(self, policy: Policy, options: HeadOptions, *, temperature: float, seed: int) -> None:
         policy.trunk.requires_grad_(False)
         self.warm_up = 1.0
+        self.term = DraftHeadTerm(policy, MTPOptions(depth=options.depth, learning_rate=options.learning_rate))
         super().__init__(
             policy,
             LearnerOptions(
@@ -54,7 +54,7 @@ class HeadLearner(Learner):
                 max_grad_norm=options.max_grad_norm,
                 tokens_per_micro_batch=options.tokens_per_update,
             ),
-            [DraftHeadTerm(policy, MTPOptions(depth=options.depth, learning_rate=options.learning_rate))],
+            [self.term],
             Likelihood(policy, temperature=temperature),
             schedule=lambda _: self.warm_up * RATES[self.stage],
         )
@@ -72,8 +72,9 @@ class HeadLearner(Learner):
         return min(epoch, self.head_options.depth) if self.head_options.curriculum else self.head_options.depth
 
     @property
-    def divergence(self) -> Divergence:
-        return "tv" if self.head_options.tv and self.stage else "kl"
+    def tv(self) -> bool:
+        """Whether an epoch minimises total variation."""
+        return self.head_options.tv and self.stage > 0
 
     # ---- the corpus ---------------------------------------------------------------------------------------------
 
@@ -85,10 +86,12 @@ class HeadLearner(Learner):
         params: SamplingParams | None = None,
     ) -> list[Lesson]:
         """One forward of the trunk over rows; those of `groups` that `params` sampled know their noise."""
-        return [
-            Lesson.of(mini, self.likelihood.preceding(mini), noise_keys(mini, groups, params) if params else None)
-            for mini in micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device)
-        ]
+        lessons = []
+        for mini in micro_batches(rows, self.options.tokens_per_micro_batch, self.policy.device):
+            tokens = mini.token_ids, mini.position_ids, mini.head_segment, mini.turn
+            keys = noise_keys(mini, groups, params) if params else None
+            lessons.append(Lesson(*tokens, self.likelihood.preceding(mini), keys))
+        return lessons
 
     @torch.no_grad()
     def frequent_tokens(self, lessons: Sequence[Lesson], count: int) -> Tensor | None:
@@ -117,87 +120,64 @@ class HeadLearner(Learner):
         """
         if self.best is None:
             self.best = 1.0 + sum(self.acceptance(held_out))
-        updates, before = self.updates, self._copy()
+        updates, version, before = self.updates, self.policy_version, self._copy()
         try:
             metrics = self._pass_over(taught, epoch, step)
             accepted = self.acceptance(held_out)
         except BaseException:
             self._undo(before)
-            self.update.count = updates
+            self.update.count, self.policy_version = updates, version
             raise
-        depth, found = self.depth_at(epoch), 1.0 + sum(accepted)
+        depth, tokens_per_forward = self.depth_at(epoch), 1.0 + sum(accepted)
         grows = depth < self.head_options.depth or (epoch > 1 and depth > self.depth_at(epoch - 1))
-        if grows or found >= self.best + GAIN:
-            self.best = found
+        if grows or tokens_per_forward >= self.best + GAIN:
+            self.best = tokens_per_forward
         else:
             self._undo(before)
             self.stage += 1
-        self.policy_version += 1
+        self.policy_version = version + 1
         shares = {f"draft/heldout_acceptance_depth_{d}": share for d, share in enumerate(accepted, start=1)}
-        return metrics | {"draft/heldout_tokens_per_forward": found} | shares
+        return metrics | {"draft/heldout_tokens_per_forward": tokens_per_forward} | shares
 
     def _pass_over(self, taught: Sequence[Lesson], epoch: int, step: int) -> dict[str, float]:
-        depth, divergence, order = self.depth_at(epoch), self.divergence, list(range(len(taught)))
+        depth, order, loss = self.depth_at(epoch), list(range(len(taught))), f"loss/mtp{'_tv' if self.tv else ''}"
         random.Random(f"epoch/{self.seed}/{epoch}").shuffle(order)
-        rate: dict[str, float] = {}
-        sums: Counter[str] = Counter()
+        self.term.options = self.term.options.model_copy(update={"tv": self.tv})
+        metrics: dict[str, float] = {}
+        tokens, covered, losses = 0, 0, 0.0
         began = time.perf_counter()
         for number, at in enumerate(order, start=1):
             lesson = taught[at]
             self.warm_up = min(1.0, number / WARM_UP) if epoch == 1 else 1.0
-            self.update.zero()
-            loss = self._lesson_loss(lesson, depth, divergence)
-            self.update.backward(loss, step, self.ranks)
-            rate = self.update.make(step, self.ranks, {"": self.policy.trunk, "draft_head": self.policy.mtp})
-            sums.update(loss=loss.item() * lesson.tokens, tokens=lesson.tokens)
+            metrics = self.forward_backward(recorded([lesson], step, depth)) | self.optim_step()
+            tokens += lesson.tokens
+            losses += metrics[loss] * lesson.tokens
             if self.policy.draft_ids is not None:
-                said = lesson.token_ids[lesson.turn > 0]
-                sums.update(covered=int(torch.isin(said, self.policy.draft_ids).sum()))
-        coverage = {} if self.policy.draft_ids is None else {"covered": "draft/vocabulary_coverage"}
-        names = {"loss": f"loss/mtp{'_tv' if divergence == 'tv' else ''}"} | coverage
+                covered += int(torch.isin(lesson.token_ids[lesson.turn > 0], self.policy.draft_ids).sum())
+        coverage = {} if self.policy.draft_ids is None else {"draft/vocabulary_coverage": covered / tokens}
         return {
-            "learner/learning_rate": rate["learning_rate"],
+            "learner/learning_rate": metrics["learner/learning_rate"],
             "learner/updates": float(len(order)),
             "curriculum/draft_depth": float(depth),
-            "speed/taught_tokens_per_second": sums["tokens"] / (time.perf_counter() - began),
-            **{metric: sums[name] / sums["tokens"] for name, metric in names.items()},
+            "speed/taught_tokens_per_second": tokens / (time.perf_counter() - began),
+            loss: losses / tokens,
+            **coverage,
         }
-
-    def _unroll(self, lesson: Lesson, depth: int) -> list[Tensor]:
-        first = int(lesson.prompt_lengths.min())
-        given = lesson.preceding, lesson.token_ids, lesson.position_ids, lesson.head_segment
-        return self.policy.unroll(*given, depth, first)
-
-    def _lesson_loss(self, lesson: Lesson, depth: int, divergence: Divergence) -> Tensor:
-        """Mean over the completions' tokens."""
-        policy = self.policy
-        width = len(policy.lm_head if policy.draft_ids is None else policy.draft_ids)
-        loss = draft_loss(
-            self._unroll(lesson, depth),
-            lesson.preceding,
-            lesson.turn,
-            policy.lm_head,
-            self.likelihood.temperature,
-            max(1, CHUNK_ELEMENTS // 4 // width),
-            draft_ids=policy.draft_ids,
-            divergence=divergence,
-        )
-        return loss / lesson.tokens
 
     def acceptance(self, lessons: Sequence[Lesson]) -> list[float]:
         """Which share of its drafts at depths 1 … `depth` the trunk would have taken in these rollouts, if a chain had
         been drafted after every token."""
-        made, taken = (torch.zeros(self.head_options.depth) for _ in range(2))
+        drafts, hits = (torch.zeros(self.head_options.depth) for _ in range(2))
         for lesson in lessons:
             for d, (drafted, right) in enumerate(self.drafts(lesson)):
-                made[d] += int(drafted.sum())
-                taken[d] += int(right.sum())
-        if not made[0]:
+                drafts[d] += int(drafted.sum())
+                hits[d] += int(right.sum())
+        if not drafts[0]:
             raise ValueError(
                 "no held-out rollout has two tokens, so nothing tells what a draft is worth; raise "
                 "rollout.max_completion_tokens, or sample more (steps, prompts_per_step)"
             )
-        return (taken / made.clamp(min=1)).tolist()
+        return (hits / drafts.clamp(min=1)).tolist()
 
     @torch.no_grad()
     def drafts(self, lesson: Lesson) -> Iterator[tuple[Tensor, Tensor]]:
@@ -212,31 +192,31 @@ class HeadLearner(Learner):
         vocabulary = None if policy.draft_ids is None else DraftVocabulary(policy.draft_ids, size)
         ids, keys = lesson.token_ids.flatten(), lesson.noise_keys.flatten(0, 1)
         places = (lesson.position_ids - lesson.prompt_lengths[:, None]).flatten()
-        taken = turn > 0
-        for d, output in enumerate(self._unroll(lesson, self.head_options.depth), start=1):
+        accepted = turn > 0
+        for d, output in enumerate(lesson.unrolled(policy, self.head_options.depth), start=1):
             drafted = (turn > 0) & (F.pad(turn, (0, d), value=-1)[:, d:] == turn)
             right = torch.zeros_like(ids, dtype=torch.bool)
             for at in drafted.flatten().nonzero()[:, 0].split(max(1, CHUNK_ELEMENTS // len(head))):
                 noise = Noise(keys[at + d], places[at + d], size)
                 logits = F.linear(output.flatten(0, 1)[at], head)
                 right[at] = pick(logits, self.likelihood.temperature, noise, vocabulary) == ids[at + d]
-            taken = taken & right.view_as(turn)
-            yield drafted, taken
+            accepted = accepted & right.view_as(turn)
+            yield drafted, accepted
 
     # ---- state --------------------------------------------------------------------------------------------------
 
     def _copy(self) -> dict[str, dict[str, Tensor]]:
         """Weights and moments as they are now."""
-        taken = learner_state.take(*self._stateful)
-        return {file: {name: tensor.clone() for name, tensor in tensors.items()} for file, tensors in taken.items()}
+        parts = learner_state.take(*self._stateful)
+        return {file: {name: tensor.clone() for name, tensor in tensors.items()} for file, tensors in parts.items()}
 
     def _undo(self, before: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.update.zero()
+        self._drop()
         self.optimizer.state.clear()  # of the first epoch: there were no moments
         learner_state.put(before, *self._stateful)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
-        """With the draft vocabulary, where there is one, and how far the epochs have come."""
+        """A learner's, with the draft vocabulary, where there is one, and how far the epochs have come."""
         tensors, state = super().state()
         tensors |= {} if self.policy.draft_ids is None else {"draft": {"ids": self.policy.draft_ids}}
         return tensors, state | {"best": self.best, "stage": self.stage}
@@ -245,3 +225,20 @@ class HeadLearner(Learner):
         super().load_state(tensors, state)
         self.best, self.stage = state["best"], state["stage"]
         self.policy.draft_ids = tensors["draft"]["ids"].to(self.policy.device) if "draft" in tensors else None
+
+
+def noise_keys(mini: MicroBatch, groups: Sequence[RolloutGroup], params: SamplingParams) -> Tensor:
+    """[B, T, 2]: the keys of the noise that chose each token of these groups' completions; zero in prompts.
+
+    `PackedRow.group` is the place in `groups`, `Sample.index` that of the completion in its group.
+    """
+    keys = torch.zeros(*mini.token_ids.shape, 2, dtype=torch.int32)
+    for b, row in enumerate(mini.rows):
+        start = len(row.prompt_token_ids)
+        for sample in row.samples:
+            end = start + len(sample.token_ids)
+            keys[b, start:end] = torch.tensor(
+                row_key(params, groups[row.group].prompt.prompt_id, sample.index), dtype=torch.int32
+            )
+            start = end
+    return keys.to(mini.token_ids.device)

@@ -141,24 +141,26 @@ class Learner:
         on_micro_batch: OnMicroBatch | None = None,
     ) -> dict[str, float]:
         """Add the gradient of the loss on this batch to what waits for `optim_step`; with `loss` in place of the first
-        term. The same batch after an update goes on with what was settled before it, such as log π_old.
+        term. The same batch after an update goes on with what was settled before it, such as log π_old. Recorded
+        lessons are read by the draft head's term alone.
 
         A batch in which every advantage is zero changes nothing, not even momentum, and says so in its metrics, unless
         a term teaches all the same. Raises NonFiniteStep, and then no gradient waits.
         """
         started = time.perf_counter()
-        work = self._begin(batch, [loss, *self.terms[1:]] if loss else self.terms)
+        terms = [loss, *self.terms[1:]] if loss else self.terms
+        work = self._begin(batch, [term for term in terms if term.reads_lessons] if batch.lessons else terms)
         metrics = dict(batch.metrics)
         if age := batch.age(work.version):
             metrics["mismatch/age_mean"] = age
-        if not work.minis:
+        if not work.minis and not batch.lessons:
             return metrics | {"learner/updates": 0.0, "time/learn": batch.seconds + time.perf_counter() - started}
         if not self._open:
             self.update.zero()  # what the last update has left
         try:
             for term in work.terms:
                 term.before_update(work)
-            sums = self._backward(work, on_micro_batch)
+            sums = self._backward_of_lessons(work) if batch.lessons else self._backward(work, on_micro_batch)
         except BaseException:
             self._drop()
             raise
@@ -190,13 +192,21 @@ class Learner:
             work.seconds_apart += 0.0 if mini.learns else time.perf_counter() - began
             if mini.counts:
                 if work.update == 0:
-                    self._remember(work, mini, out.logprobs)
+                    for sample, logprobs in zip(mini.samples, out.logprobs.tolist(), strict=True):
+                        work.logprobs[sample.index, sample.start] = logprobs[: len(sample.token_ids)]
                 for name, value in work.sums.items():
                     sums[name] = max(sums[name], value) if name.endswith("_max") else sums[name] + value
             if on_micro_batch:
                 total = len(work.minis) * self.options.updates_per_batch
                 on_micro_batch(work.update * len(work.minis) + number + 1, total)
         return dict(sums)
+
+    def _backward_of_lessons(self, work: Work) -> dict[str, float]:
+        work.sums = defaultdict(float)
+        for lesson in work.batch.lessons:
+            for term in work.terms:
+                self.update.backward(term.lesson(lesson, work), work.batch.step, self.ranks)
+        return dict(work.sums)
 
     def optim_step(self, learning_rate: float | None = None, *, ends: bool = True) -> dict[str, float]:
         """Move the weights by the gradients that wait, at the schedule's rate or at `learning_rate`. Where none waits,
@@ -273,10 +283,6 @@ class Learner:
                 moves = not row.tied or any(term.moves_trunk for term in readers)
                 rows.append(row if moves or not spares else replace(row, learns=False))
         return rows
-
-    def _remember(self, work: Work, mini: MicroBatch, logprobs_CL: Tensor) -> None:
-        for sample, values in zip(mini.samples, logprobs_CL.tolist(), strict=True):
-            work.logprobs[sample.index, sample.start] = values[: len(sample.token_ids)]
 
     def _drop(self) -> None:
         """No gradient waits."""

@@ -18,11 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grpo.learner.batch import MicroBatch
 from policies import tensor_files
 from policies.files.atomic import write_folder
-from rollout.group import RolloutGroup
-from rollout.sampling import SamplingParams, row_key
+from policies.policy import Policy
 
 KINDS = ("taught", "held_out")
 
@@ -38,10 +36,6 @@ class Lesson:
     preceding: Tensor  # [B, T, D] the trunk's hidden state that precedes each token
     noise_keys: Tensor | None = None  # [B, T, 2] int32: with which noise a token was sampled, where that is known
 
-    @classmethod
-    def of(cls, mini: MicroBatch, preceding: Tensor, noise_keys: Tensor | None = None) -> Lesson:
-        return cls(mini.token_ids, mini.position_ids, mini.head_segment, mini.turn, preceding, noise_keys)
-
     @property
     def tokens(self) -> int:
         """Tokens of completions."""
@@ -52,22 +46,15 @@ class Lesson:
         """[B]"""
         return (self.turn == 0).sum(1)
 
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The token ids of each prompt."""
+        return [ids[turn == 0].tolist() for ids, turn in zip(self.token_ids, self.turn, strict=True)]
 
-def noise_keys(mini: MicroBatch, groups: Sequence[RolloutGroup], params: SamplingParams) -> Tensor:
-    """[B, T, 2]: the keys of the noise that chose each token of these groups' completions; zero in prompts.
-
-    `PackedRow.group` is the place in `groups`, `Sample.index` that of the completion in its group.
-    """
-    keys = torch.zeros(*mini.token_ids.shape, 2, dtype=torch.int32)
-    for b, row in enumerate(mini.rows):
-        start = len(row.prompt_token_ids)
-        for sample in row.samples:
-            end = start + len(sample.token_ids)
-            keys[b, start:end] = torch.tensor(
-                row_key(params, groups[row.group].prompt.prompt_id, sample.index), dtype=torch.int32
-            )
-            start = end
-    return keys.to(mini.token_ids.device)
+    def unrolled(self, policy: Policy, depth: int) -> list[Tensor]:
+        """What the draft head gives at depths 1 … `depth`."""
+        tokens = self.preceding, self.token_ids, self.position_ids, self.head_segment
+        return policy.unroll(*tokens, depth, int(self.prompt_lengths.min()))
 
 
 class Corpus:

@@ -123,20 +123,13 @@ class Likelihood:
 
 @torch.no_grad()
 def logprobs_of_groups(policy: Policy, groups: Sequence[RolloutGroup], temperature: float) -> list[list[list[float]]]:
-    """Of every token, by group and completion, with the experts and heads that the groups have recorded, if any. Every
-    rank that shares the policy must ask for the same groups."""
+    """The policy scores every token, by group and completion, with the experts and attention heads that the groups have
+    recorded, if any. Every rank that shares the policy must ask for the same groups."""
     rows = []
     for group in groups:
         samples = [Sample(i, c.token_ids, routing=c.routing) for i, c in enumerate(group.completions)]
         rows.append(PackedRow(group.prompt.token_ids, samples, group.prompt_routing))
-    mini = collate(rows, policy.device)
-    with RoutingReplay([policy.trunk], mini.routing):
-        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
-    preceding = hidden.gather(1, mini.before[..., None].expand_as(hidden))
-    scored, lm_head = mini.scored, policy.lm_head
-    chunk = max(1, CHUNK_ELEMENTS // lm_head.shape[0])
-    logprobs, _ = logprobs_from_hidden(
-        preceding[scored], lm_head, mini.token_ids[scored], temperature, chunk=chunk, entropy_grad=False
-    )
-    values = iter(logprobs.tolist())
-    return [[[next(values) for _ in c.token_ids] for c in group.completions] for group in groups]
+    mini, likelihood = collate(rows, policy.device), Likelihood(policy, temperature=temperature)
+    with likelihood.replaying(mini):
+        values = iter(likelihood.forward(mini).logprobs.tolist())
+    return [[next(values)[: len(c.token_ids)] for c in group.completions] for group in groups]

@@ -70,15 +70,15 @@ class Ranks:
         if self.size == 1:
             return make()
         told: list[Any] = [None, None]  # what was made, and the error of the others where it was not
-        own: Any = None
+        failure: Any = None
         if self.first:
             try:
                 told[0] = make()
             except BaseException as error:
-                own, words = error, f"rank 0 failed: {type(error).__name__}: {error}"
+                failure, words = error, f"rank 0 failed: {type(error).__name__}: {error}"
                 told[1] = error if isinstance(error, Stopped) else RankFailed(words)
         dist.broadcast_object_list(told, group=self._waiting)
-        if ended := own or told[1]:
+        if ended := failure or told[1]:
             ended.everywhere = True
             raise ended
         return told[0]

@@ -16,6 +16,7 @@ from grpo.learner.batch import PackedRow, Sample, TrainingBatch, split_rows
 from rollout.group import ENDED, RolloutGroup, draft_gain
 
 if TYPE_CHECKING:
+    from grpo.learner.lessons import Lesson
     from rewards.scorer import GroupScore
 
 
@@ -114,6 +115,12 @@ def supervised(rows: Sequence[PackedRow], step: int = 0, draft_depth: int | None
     rows = [replace(row, group=i) for i, row in enumerate(rows)]
     tokens = sum(row.num_completion_tokens for row in rows)
     return TrainingBatch(rows, torch.zeros(len(rows), 1), len(rows), tokens, step, draft_depth=draft_depth)
+
+
+def recorded(lessons: Sequence[Lesson], step: int = 0, draft_depth: int | None = None) -> TrainingBatch:
+    """A batch for the draft head, of what the trunk has read once."""
+    tokens = sum(lesson.tokens for lesson in lessons)
+    return TrainingBatch([], torch.zeros(0, 1), 0, tokens, step, draft_depth=draft_depth, lessons=lessons)
 
 
 def tokens_in_loss(rows: Sequence[PackedRow]) -> int:

@@ -22,12 +22,12 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
 
 
 def keep(host: str, port: int) -> tuple[socket.socket, str]:
-    """As `listen`, for a server of its own process that shares its port by SO_REUSEPORT, as vLLM does. A port that 0
-    stands for is nobody else's until this socket is closed, which takes no connections."""
-    kept, address = listen(host, port)
-    kept.close()
+    """Finds the address as `listen` does, for a server of another process that shares its port by SO_REUSEPORT, such as
+    vLLM. A port that 0 stands for is nobody else's until this socket is closed, which takes no connections."""
+    holder, address = listen(host, port)
+    holder.close()
     if not port:
-        kept = socket.socket(kept.family)
-        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        kept.bind((host, int(address.rpartition(":")[2])))
-    return kept, address
+        holder = socket.socket(holder.family)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind((host, int(address.rpartition(":")[2])))
+    return holder, address

@@ -20,13 +20,14 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import zstandard
 from rich.console import Console
 from rich.progress import Progress
 
 from grpo.config.json_file import read_objects, whole_lines
+from grpo.config.run import GrpoLogOptions, LogOptions
 from grpo.config.yaml_file import changed_options
 from grpo.run import hardware
 from grpo.run.console import Terminal, progress_bars, sample_table, step_line, visible
@@ -60,43 +61,45 @@ WRITTEN = (
 WRITTEN_INTO = ("checkpoints", "warm_start_checkpoints", "rollouts")
 
 
+class Resume(NamedTuple):
+    """What a run goes on from: the step of a checkpoint, or 0, which starts over in the same folder."""
+
+    step: int
+    unwritten: dict[str, Any] | None = None  # the line of that step, where the disk refused it; see `RunLog.state`
+
+
 class RunLog:
     """The record of one run in `output_dir`. A context manager; one process writes, others may read meanwhile.
 
-    `resume_step` is the step of the checkpoint that the run goes on from: what was written after it is removed, so
-    that no step is written twice; 0 starts over in the same folder. `unwritten` is the line of that step where the
-    disk refused it, see `state`. None is a new run: FileExistsError if there is one already. `lock` is the folder's, if
-    it was taken before; FolderInUse while another run has it. `trackers` are accelerate's names, None is TensorBoard
-    where installed; ValueError if one is missing. On a terminal a panel is drawn, if `last` names the last step.
-    Without one every `every`-th step has a line, and so have the first and the last one.
+    With `resume` what was written after that step is removed, so that no step is written twice; without it the run is
+    new: FileExistsError if there is one already. `lock` is the folder's, if it was taken before; FolderInUse while
+    another run has it. ValueError if a tracker is missing. On a terminal a panel is drawn, if `last` names the last
+    step. Without one every `options.every`-th step has a line, and so have the first and the last one.
     """
 
     def __init__(
         self,
         output_dir: Path,
         config_yaml: str,
+        options: LogOptions | None = None,
         *,
-        table_every: int = 10,
-        every: int = 1,
         last: int | None = None,
-        trackers: Sequence[str] | None = None,
         quiet: bool = False,
-        resume_step: int | None = None,
-        unwritten: dict[str, Any] | None = None,
+        resume: Resume | None = None,
         lock: RunLock | None = None,
         console: Console | None = None,
     ) -> None:
         # Everything that can be refused is refused before the folder is touched.
-        tracker_names = installed(trackers)
-        refuse_folder(output_dir, resuming=resume_step is not None)
+        self._options = options or GrpoLogOptions()
+        tracker_names = installed(self._options.trackers)
+        refuse_folder(output_dir, resuming=resume is not None)
         self._lock = lock or RunLock(output_dir)
         self._lock.take()
-        refuse_folder(output_dir, resuming=resume_step is not None)  # another run may have begun and ended meanwhile
+        refuse_folder(output_dir, resuming=resume is not None)  # another run may have begun and ended meanwhile
         resumes = holds_a_run(output_dir)
         self.output_dir = output_dir
         self.console = console or Terminal(quiet=quiet)
-        self._quiet = quiet
-        self._table_every, self._every, self._last = table_every, every, last
+        self._quiet, self._last = quiet, last
         self._events_seen: Counter[str] = Counter()
         self._checked: set[str] = set()
         self._last_step: int | None = None
@@ -104,17 +107,17 @@ class RunLog:
         tidy(output_dir, WRITTEN)
         for name in WRITTEN_INTO:
             tidy(output_dir / name)
-        if resume_step is not None:
-            truncate(output_dir, resume_step)
+        if resume:
+            truncate(output_dir, resume.step)
         self.unwritten: dict[str, Any] | None = None
         self._metrics, self._events = (open_lines(output_dir / f"{name}.jsonl") for name in ("metrics", "events"))
         former = read_objects(output_dir / "metrics.jsonl", whole_lines(output_dir / "metrics.jsonl"))
         self._former_evaluations = {line["step"] for line in former if is_evaluation(line)}
-        if unwritten is not None and unwritten not in former:
-            append_line(self._metrics, unwritten)
-        self._ends_before = self._early_ends(resumes and resume_step is not None)
-        self._describe_run(config_yaml, resume_step if resumes else None)
-        self._trackers = [start(name, output_dir, config_yaml, resume_step or 0) for name in tracker_names]
+        if resume and resume.unwritten is not None and resume.unwritten not in former:
+            append_line(self._metrics, resume.unwritten)
+        self._ends_before = self._early_ends(resumes and resume is not None)
+        self._describe_run(config_yaml, resume.step if resume and resumes else None)
+        self._trackers = [start(name, output_dir, config_yaml, resume.step if resume else 0) for name in tracker_names]
         self._panel: Panel | None = None
         if last is not None and self.console.is_interactive and not quiet:
             from grpo.run.panel import Panel
@@ -128,7 +131,7 @@ class RunLog:
         self._last_step = step
         if self._panel:
             self._panel.step(step, finite)
-        elif show and (step in (1, self._last) or step % self._every == 0):
+        elif show and (step in (1, self._last) or step % self._options.every == 0):
             self.say(step_line(step, finite))
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
@@ -171,7 +174,8 @@ class RunLog:
         drawn = [draw for draw in draws or [0] * len(groups) for _ in range(size)]
         text = "".join(json_line({**head, "draw": draw, **line}) for draw, line in zip(drawn, lines, strict=True))
         write_file(rollout_path(self.output_dir, step), zstandard.compress(text.encode()))
-        if policy_logprobs is None and self._table_every and (step == 1 or step % self._table_every == 0):
+        shows = isinstance(self._options, GrpoLogOptions) and (step == 1 or step % self._options.table_every == 0)
+        if policy_logprobs is None and shows:
             self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
             self._track(lambda tracker: log_rollouts(tracker, step, lines))
 
@@ -268,18 +272,18 @@ class RunLog:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _describe_run(self, config_yaml: str, resume_step: int | None) -> None:
-        config, here = self.output_dir / "config.yaml", hardware.describe()
+        file, here = self.output_dir / "config.yaml", hardware.describe()
         if resume_step is None:
             write_file(self.output_dir / hardware.FILE, json.dumps(here, indent=1) + "\n")
         else:
             self.event("resume", step=resume_step, unshown={"environment": here})
-            if config.exists():
-                if (former := config.read_text()) == config_yaml:
+            if file.exists():
+                if (former := file.read_text()) == config_yaml:
                     return
-                changed = changed_options(config, config_yaml)
+                changed = changed_options(file, config_yaml)
                 shown = {key: f"{then!r} -> {now!r}" for key, (then, now) in changed.items()}
                 self.event("config_changed", unshown={"former": former}, **shown)
-        write_file(config, config_yaml)
+        write_file(file, config_yaml)
 
     def _record(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Write one line; returns the finite metrics, sorted by name."""

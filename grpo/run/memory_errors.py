@@ -84,9 +84,9 @@ def phase(name: Phase, options: Any) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OutOfMemory) or not is_full(error):
             raise
-        said = _beginning(str(getattr(error, "cause", error)))  # of a Ray worker without its traceback
+        words = _beginning(str(getattr(error, "cause", error)))  # of a Ray worker without its traceback
         traceback.clear_frames(error.__traceback__)
-        raise OutOfMemory(f"out of memory while {NAMES[name]}: {_ways_out(name, options)}. {said}") from None
+        raise OutOfMemory(f"out of memory while {NAMES[name]}: {_ways_out(name, options)}. {words}") from None
 
 
 def is_full(error: BaseException) -> bool:
@@ -100,13 +100,13 @@ def is_full(error: BaseException) -> bool:
 
 
 def _ways_out(name: Phase, options: Any) -> str:
-    found = []
+    ways = []
     for way in WAYS[name]:
         with suppress(AttributeError):  # an option that this command does not have
             value = attrgetter(way.key)(options)
             if way.useful(value):
-                found.append(way.text.format(key=way.key, value=value))
-    *first, last = found or ["use a device with more memory"]
+                ways.append(way.text.format(key=way.key, value=value))
+    *first, last = ways or ["use a device with more memory"]
     return ", ".join([*first, f"or {last}"]) if first else last
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from statistics import pstdev
-from typing import Any
 
 from grpo.algorithm.ties import tied
 from rewards.group_score import GroupScore, mean
-from rollout.group import Completion, RolloutGroup, draft_gain, tokens_per_forward
-
-COUNTS = ("drafted", "accepted")
+from rollout.group import Completion, DraftStats, RolloutGroup, draft_gain, tokens_per_forward
 
 # <d> stands for a number, <name> for any name. A value covers one step unless its row says otherwise.
 METRICS: dict[str, str] = {
@@ -206,31 +203,31 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
     forwards = sum(draft.target_forwards for draft in drafts)
     reasons = [completion.finish_reason for completion in completions]
     metrics: dict[str, float | None] = {
-        "reward/mean": _mean(reward for rewards in scored for reward in rewards),
-        "reward/std": _mean(pstdev(rewards) for rewards in scored if rewards),
-        "reward/abstained": _mean(reward is None for score in scores for reward in score.rewards),
+        "reward/mean": mean_of(reward for rewards in scored for reward in rewards),
+        "reward/std": mean_of(pstdev(rewards) for rewards in scored if rewards),
+        "reward/abstained": mean_of(reward is None for score in scores for reward in score.rewards),
         "reward/errors": sum(len(score.errors) for score in scores),
-        "group/tied": _mean(tied(score.rewards) for score in scores),
+        "group/tied": mean_of(tied(score.rewards) for score in scores),
         "group/dropped": sum(score.dropped for score in scores),
         "completion/tokens": sum(lengths),
-        "completion/length_mean": _mean(lengths),
+        "completion/length_mean": mean_of(lengths),
         "completion/length_max": max(lengths, default=None),
-        "completion/clipped": _mean(reason == "length" for reason in reasons),
-        "completion/aborted": _mean(reason == "abort" for reason in reasons),
-        "policy/entropy": _mean(
+        "completion/clipped": mean_of(reason == "length" for reason in reasons),
+        "completion/aborted": mean_of(reason == "abort" for reason in reasons),
+        "policy/entropy": mean_of(
             -logprob for c in completions for logprob, own in zip_longest(c.logprobs, c.sampled, fillvalue=True) if own
         ),
     } | _tool_metrics(completions)
     for name in sorted({name for score in scores for name in score.parts}):
         parts = (part for score in scores for part in score.parts.get(name, []) if part is not None)
-        metrics[f"reward/part/{name}"] = _mean(parts)
+        metrics[f"reward/part/{name}"] = mean_of(parts)
     for name in sorted({name for score in scores for name in score.metrics}):
-        metrics[f"reward/metric/{name}"] = _mean(score.metrics[name] for score in scores if name in score.metrics)
+        metrics[f"reward/metric/{name}"] = mean_of(score.metrics[name] for score in scores if name in score.metrics)
     if forwards:
         metrics["draft/tokens_per_forward"] = tokens_per_forward(completions)
         metrics["draft/gain"] = draft_gain(completions)
         metrics["draft/fallback_rate"] = sum(draft.fallbacks for draft in drafts) / forwards
-    metrics |= _acceptance("draft", [vars(draft) for draft in drafts])
+    metrics |= _acceptance(drafts)
     return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
@@ -251,14 +248,15 @@ def tail_share(groups: Sequence[RolloutGroup], prompts_per_shard: int) -> dict[s
     return {"rollout/tail": mean(shares)} if shares else {}
 
 
-def _acceptance(area: str, counts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of drafts with these counts by depth: how many were made, and what share of them was accepted."""
-    drafted, accepted = ([sum(at) for at in zip_longest(*(c[name] for c in counts), fillvalue=0)] for name in COUNTS)
+def _acceptance(drafts: Sequence[DraftStats]) -> dict[str, float]:
+    """How many drafts were made at each depth, and what share of them was accepted."""
+    counts = [[draft.drafted for draft in drafts], [draft.accepted for draft in drafts]]
+    drafted, accepted = ([sum(at) for at in zip_longest(*by_depth, fillvalue=0)] for by_depth in counts)
     metrics: dict[str, float] = {}
-    for depth, (made, taken) in enumerate(zip(drafted, accepted, strict=True), start=1):
+    for depth, (made, hits) in enumerate(zip(drafted, accepted, strict=True), start=1):
         if made:
-            metrics[f"{area}/drafted_depth_{depth}"] = made
-            metrics[f"{area}/acceptance_depth_{depth}"] = taken / made
+            metrics[f"draft/drafted_depth_{depth}"] = made
+            metrics[f"draft/acceptance_depth_{depth}"] = hits / made
     return metrics
 
 
@@ -270,17 +268,18 @@ def _tool_metrics(completions: Sequence[Completion]) -> dict[str, float | None]:
     any_segments = any(completion.segments for completion, _ in episodes)
     turns, calls = (sum(n) for n in zip(*((c.num_turns, tools.calls) for c, tools in episodes), strict=True))
     return {
-        "completion/out_of_turns": _mean(completion.finish_reason == "max_turns" for completion, _ in episodes),
+        "completion/out_of_turns": mean_of(completion.finish_reason == "max_turns" for completion, _ in episodes),
         "tools/turns_mean": turns / len(episodes),
         "tools/calls_mean": calls / len(episodes),
         "tools/errors": sum(tools.errors for _, tools in episodes) / calls if calls else None,
         "tools/bad_calls": sum(tools.bad_calls for _, tools in episodes) / turns,
         "tools/failures": sum(tools.failure is not None for _, tools in episodes),
         "tools/tokens": sum(len(completion.token_ids) - completion.num_sampled for completion, _ in episodes),
-        "agent/segments_mean": _mean(max(1, len(c.segments)) for c, _ in episodes) if any_segments else None,
+        "agent/segments_mean": mean_of(max(1, len(c.segments)) for c, _ in episodes) if any_segments else None,
     }
 
 
-def _mean(values: Iterable[float]) -> float | None:
+def mean_of(values: Iterable[float]) -> float | None:
+    """None of none."""
     values = list(values)
     return mean(values) if values else None

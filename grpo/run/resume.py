@@ -44,13 +44,13 @@ def saved_state(
             "add --resume auto, or choose another output_dir"
         )
     root = config.output_dir / "checkpoints"
-    found = tell(lambda: checkpoint.find(root, resume) if resume is not None else None)
-    saved = checkpoint.load(found, together=True) if found else None
+    path = tell(lambda: checkpoint.find(root, resume) if resume is not None else None)
+    saved = checkpoint.load(path, together=True) if path else None
     place = "curriculum" if isinstance(config, TrainConfig) else "prompts"
     if saved and place not in saved.state:
-        raise ValueError(f"{found} was saved by another command of quartet; resume with that one")
+        raise ValueError(f"{path} was saved by another command of quartet; resume with that one")
     if resume is not None and not force:
-        runs = [config.output_dir.absolute(), *(found.absolute().parents[1:2] if found else ())]
+        runs = [config.output_dir.absolute(), *(path.absolute().parents[1:2] if path else ())]
         for run in dict.fromkeys(runs):
             if (run / "config.yaml").exists():
                 refuse_changed_config(run / "config.yaml", config)
@@ -58,7 +58,7 @@ def saved_state(
     if stop_after is not None and stop_after <= start < steps:
         raise ValueError(f"--stop_after={stop_after}: the run goes on from step {start}; give a later step")
     if start > steps:
-        raise ValueError(f"{found} is of step {start}, the run ends at step {steps}; resume from an earlier one")
+        raise ValueError(f"{path} is of step {start}, the run ends at step {steps}; resume from an earlier one")
     return saved
 
 

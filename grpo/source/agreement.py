@@ -24,10 +24,10 @@ def check_agreement(policy: Policy) -> None:
     something else than attention under our mask would be trained on numbers that are not its own. Raises PolicyError
     naming the model type.
     """
-    kind, config = policy.config.model_type, policy.config
+    kind = policy.config.model_type
     if policy.trunk.get_output_embeddings() is None:
         raise _refusal(kind, "it has no LM head")
-    refuse_rescaled(config)
+    refuse_rescaled(policy.config)
     dtype = next(policy.parameters()).dtype
     try:
         sampled, packed, own = _three_ways(policy, dtype)
@@ -41,11 +41,11 @@ def check_agreement(policy: Policy) -> None:
             )
 
 
-def refuse_rescaled(config: PretrainedConfig) -> None:
+def refuse_rescaled(shape: PretrainedConfig) -> None:
     """Raises PolicyError where logits are made of LM head · hidden state by a further step."""
-    if scaled := [name for name in RESCALED if getattr(config, name, None) not in (None, 1.0)]:
-        value = getattr(config, scaled[0])
-        raise _refusal(config.model_type, f"its logits are not LM head · hidden state ({scaled[0]}={value})")
+    if scaled := [name for name in RESCALED if getattr(shape, name, None) not in (None, 1.0)]:
+        value = getattr(shape, scaled[0])
+        raise _refusal(shape.model_type, f"its logits are not LM head · hidden state ({scaled[0]}={value})")
 
 
 def _refusal(kind: str, reason: str) -> PolicyError:

@@ -87,8 +87,8 @@ def find_policy(model: str, *, read: bool = True) -> PolicySource:
         meaning, newest = "the end of the run", checkpoint.newest(folder / "checkpoints")
         if newest and _went_on(folder, newest):
             meaning = f"where the run ended first; it went on, to evaluate that name {newest}"
-        found = str(folder / "policy")
-        return PolicySource(found, meaning, found, step=_record(folder / "policy").get("step"))
+        policy = str(folder / "policy")
+        return PolicySource(policy, meaning, policy, step=_record(folder / "policy").get("step"))
     while newest := checkpoint.newest(folder / "checkpoints"):
         try:
             return _of_checkpoint(newest, "the newest checkpoint; the run has not ended", read)
@@ -96,8 +96,8 @@ def find_policy(model: str, *, read: bool = True) -> PolicySource:
             if newest.is_dir():
                 raise  # else its run has removed it, and there is a newer one
     if (folder / "warm_start").is_dir():
-        found = str(folder / "warm_start")
-        return PolicySource(found, "the warm start; no step of GRPO is saved yet", found)
+        policy = str(folder / "warm_start")
+        return PolicySource(policy, "the warm start; no step of GRPO is saved yet", policy)
     raise PolicyError(f"model={model!r} is a run that has not saved a policy yet; go on with it: --resume auto")
 
 
@@ -319,11 +319,11 @@ def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOpti
 
 @torch.no_grad()
 def _copy(tensors: Mapping[str, Tensor], policy: Policy, where: Path) -> None:
-    own = dict(policy.named_parameters()) | dict(policy.named_buffers())
-    if wrong := [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]:
+    held = dict(policy.named_parameters()) | dict(policy.named_buffers())
+    if wrong := [name for name, tensor in tensors.items() if name not in held or held[name].shape != tensor.shape]:
         raise PolicyError(f"{where} holds tensors that its run's model does not have: {wrong[:5]}")
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        held[name].copy_(tensor)
 
 
 def save_policy(policy: Policy, folder: Path, step: int) -> None:
@@ -347,8 +347,8 @@ def _went_on(run: Path, newest: Path) -> bool:
     record = _record(run / "policy")
     if record.get("checkpoint"):
         return record["checkpoint"] != _digest(newest)
-    config = run / "config.yaml"
-    options = recorded_options(config)[1] if config.is_file() else {}
+    file = run / "config.yaml"
+    options = recorded_options(file)[1] if file.is_file() else {}
     end = record.get("step") or options.get("steps")
     return end is not None and end != _step_of(newest)
 

@@ -156,7 +156,7 @@ class Batches:
             self.collector.put_back(before)
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON takes it, when the batch that is sampled is complete."""
+        """The state as JSON takes it, when the batch that is sampled is complete."""
         self.settle()
         state = self.collector.state_dict()
         if self.ahead:

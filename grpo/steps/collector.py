@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,13 +12,11 @@ from rich.progress import Progress
 from grpo.algorithm.dynamic_sampling import Drawn, draw_groups
 from grpo.config.run import TrainConfig
 from grpo.data.prompts import PromptStream
-from grpo.learner.build import sampling_backend
 from grpo.run.metrics import rollout_metrics, tail_share
 from grpo.run.stop import signals
 from grpo.steps.listener import Listener
 from grpo.steps.loop import Run
 from grpo.steps.pool import sampling_of
-from grpo.task.sampling import environment_of
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore, RewardFailed
@@ -40,18 +36,18 @@ class Collector:
     pool: Sampler
 
     def __init__(self, run: Run[TrainConfig], task: Task, policy: Policy, listeners: Sequence[Listener]) -> None:
-        self.run, self.task, self.listeners, self.config = run, task, listeners, run.config
-        self.stream = PromptStream(task.train, run.config.seed)
-        self.tokenizer, self.backend = policy.tokenizer, sampling_backend(run.config, policy)
-        config = run.config
+        self.run, self.task, self.listeners = run, task, listeners
+        self.config = config = run.config
         options, shard = config.rollout, config.rollout.prompts_per_shard
+        self.stream = PromptStream(task.train, config.seed)
+        self.tokenizer, self.backend = policy.tokenizer, options.backend or policy.backend
         rounds = 0
         if shard * options.group_size <= FEW_ROWS:
             rounds = config.steps * -(-config.prompts_per_step // shard) * options.max_completion_tokens
         self.sampling = replace(
             sampling_of(run, policy, options.group_size, rounds=rounds),
             record_routing=config.learner.routing_replay,
-            environment=environment_of(config),
+            environment=task.actor.environment,
         )
         self.longest_prompt = PROMPT_TOKENS
         if self.sampling.compiled:  # graphs have as much room as the first prompts tell
@@ -105,20 +101,14 @@ class Collector:
         options, params = self.config.rollout, self.params(step)
         measured = {"time/rollout": 0.0, "time/reward": 0.0}
 
-        @contextmanager
-        def timed(name: str) -> Iterator[None]:
-            started = time.perf_counter()
-            yield
-            measured[name] += time.perf_counter() - started
-
         def sample(prompts: Sequence[Prompt], draw: int) -> tuple[list[RolloutGroup], list[GroupScore]]:
             what = f"step {step}: {'sampling' if draw == 0 else f'refill {draw}'}"
             bar = progress.add_task(what, total=len(prompts) * params.group_size)
-            with timed("time/rollout"):
+            with self.run.timed("time/rollout", measured):
                 groups = self.sample(prompts, params.at(step, draw), partial(progress.advance, bar))
                 if not draw and self.backend != "vllm" and not self.config.agent:  # which know no shards
                     measured.update(tail_share(groups, options.prompts_per_shard))
-            with timed("time/reward"):
+            with self.run.timed("time/reward", measured):
                 scores = self.score(groups, step)
             progress.remove_task(bar)
             return groups, scores
@@ -161,7 +151,7 @@ class Collector:
             listener.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """The state as JSON takes it."""
         state: dict[str, Any] = {"stream": self.stream.state_dict()}
         for listener in self.listeners:
             state |= listener.state_dict()

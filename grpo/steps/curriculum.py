@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ FLOOR = 0.01  # weight of a prompt that always or never passes: it is drawn now 
 
 
 def listener(run: Run[TrainConfig], task: Task) -> Listener:
-    return Curriculum(task.train, run.config, task.pass_rate)
+    return Curriculum(run, task)
 
 
 def completion_tokens(options: CurriculumOptions, longest: int, step: int) -> int:
@@ -53,21 +53,17 @@ class Curriculum(Listener):
     mean weight of the others: where most fail, one that sometimes passes is drawn again before all others were tried.
     A batch that is sampled ahead is drawn by the pass rates of the steps before its weights alone (contract 12).
 
-    >>> curriculum = Curriculum(examples, TrainConfig(output_dir="r", curriculum={"by_difficulty": True}))
+    >>> curriculum = Curriculum(run, task)              # of a run with curriculum.by_difficulty: true
     >>> [example] = curriculum.choose(1, step=1)
     >>> curriculum.record([(example.example_id, 1.0)])      # always solved, so it will be drawn rarely
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        config: TrainConfig,
-        pass_rate: Callable[[GroupScore], float | None] = lambda score: None,
-    ) -> None:
+    def __init__(self, run: Run[TrainConfig], task: Task) -> None:
+        config = run.config
         self.options, self.seed, self.ahead = config.curriculum, config.seed, config.rollout.ahead
         self.deepest, self.longest = config.mtp.depth, config.rollout.max_completion_tokens
-        self.pass_rate = pass_rate
-        self.examples = sorted(examples, key=lambda example: len(example.solution))
+        self.pass_rate = task.pass_rate
+        self.examples = sorted(task.train, key=lambda example: len(example.solution))
         self.seen: Counter[str] = Counter()
         self.pass_rates: dict[str, float] = {}
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate, which it is too early to know

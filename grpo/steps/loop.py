@@ -7,7 +7,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
@@ -18,14 +18,14 @@ import psutil
 import torch
 
 from grpo.config.options import dump_yaml
-from grpo.config.run import GrpoLogOptions, RunConfig, TrainConfig
+from grpo.config.run import RunConfig, TrainConfig
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 from grpo.run.lock import RunLock
-from grpo.run.log import NoLog, RunLog
+from grpo.run.log import NoLog, Resume, RunLog
 from grpo.run.memory_errors import Phase, phase
 from grpo.run.records import best_step, read_metrics
 from grpo.run.resume import saved_state
@@ -53,6 +53,7 @@ class Run(Generic[Config]):
     ...     with run:
     ...         for step in run.steps():
     ...             run.learn(lambda: learner.step(batch, step), rate="learner.learning_rate", batch=file)
+    ...             run.reached()
     ...             run.record()
     ...             run.save_if_due()
     """
@@ -106,47 +107,35 @@ class Run(Generic[Config]):
         `rewards` describe the reward functions (`Scorer.describe`). Everything that can be refused is refused before
         the folder is touched: see `RunLock`, `saved_state`, `refuse_changed_rewards` and `RunLog` for the errors.
         """
-        if not ranks.first:
-            path = ranks.from_first(lambda: None)
-            saved = checkpoint.load(path, together=True) if path else None
-            quiet = cast(RunLog, NoLog(config.output_dir))
-            run = cls(config, quiet, ranks, saved=saved, last=steps, stop_after=stop_after)
+        with ExitStack() as stack:
+            if ranks.first:
+                lock = stack.enter_context(RunLock(config.output_dir))
+                flags: dict[str, Any] = {"resume": resume, "force": force, "stop_after": stop_after}
+                saved = saved_state(config, steps=steps, tell=ranks.from_first, **flags)
+                if resume is not None and not force:
+                    refuse_changed_rewards(config.output_dir, rewards)
+                goes_on = None if resume is None else Resume(0)
+                if saved:
+                    goes_on = Resume(saved.step, saved.state.get("unwritten"))
+                run_log = RunLog(
+                    config.output_dir, dump_yaml(config), config.log, last=steps, resume=goes_on, lock=lock
+                )
+                log = stack.enter_context(run_log)
+                stack.enter_context(log.until_its_end())
+                stack.enter_context(last_words(KILLED))
+                stack.enter_context(signals.heard(partial(say_stopping, show=log.note)))
+                record_rewards(log, rewards)
+            else:
+                path = ranks.from_first(lambda: None)
+                saved = checkpoint.load(path, together=True) if path else None
+                log = cast(RunLog, NoLog(config.output_dir))
+            run = cls(config, log, ranks, saved=saved, last=steps, stop_after=stop_after)
             run.resumes, run.forced = resume is not None, force
             try:
                 yield run
-            except Stopped as stopped:  # perhaps outside the steps: rank 0 has told it
+            except Stopped as stopped:  # perhaps outside the steps
                 stopped.at(run.step)
                 raise
-            return
-        with RunLock(config.output_dir) as lock:
-            flags: dict[str, Any] = {"resume": resume, "force": force, "stop_after": stop_after}
-            saved = saved_state(config, steps=steps, tell=ranks.from_first, **flags)
-            if resume is not None and not force:
-                refuse_changed_rewards(config.output_dir, rewards)
-            with (
-                RunLog(
-                    config.output_dir,
-                    dump_yaml(config),
-                    table_every=config.log.table_every if isinstance(config.log, GrpoLogOptions) else 0,
-                    every=config.log.every,
-                    last=steps,
-                    trackers=config.log.trackers,
-                    resume_step=None if resume is None else saved.step if saved else 0,
-                    lock=lock,
-                    unwritten=saved.state.get("unwritten") if saved else None,
-                ) as log,
-                log.until_its_end(),
-                last_words(KILLED),
-                signals.heard(partial(say_stopping, show=log.note)),
-            ):
-                record_rewards(log, rewards)
-                run = cls(config, log, ranks, saved=saved, last=steps, stop_after=stop_after)
-                run.resumes, run.forced = resume is not None, force
-                try:
-                    yield run
-                except Stopped as stopped:  # perhaps outside the steps
-                    stopped.at(run.step)
-                    raise
 
     def part(self, name: str, last: int, of: str) -> Run[Config]:
         """A training inside this one, which goes on from its own checkpoints in `name`.
@@ -154,8 +143,8 @@ class Run(Generic[Config]):
         Its steps are not those of the run: they have no metrics, and the last one is not saved.
         """
         folder = self.folder / name
-        found = self.ranks.from_first(lambda: checkpoint.find(folder, "auto"))
-        saved = checkpoint.load(found, together=True) if found else None
+        newest = self.ranks.from_first(lambda: checkpoint.find(folder, "auto"))
+        saved = checkpoint.load(newest, together=True) if newest else None
         return Run(self.config, self.log, self.ranks, checkpoints=folder, saved=saved, last=last, of=of)
 
     def restore(self, **parts: Any) -> None:
@@ -223,28 +212,29 @@ class Run(Generic[Config]):
         return phase(name, self.config)
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds inside to this metric of the step."""
-        started = time.perf_counter()
+    def timed(self, name: str, metrics: dict[str, float] | None = None) -> Iterator[None]:
+        """Adds the seconds inside to this metric of the step, or of `metrics`."""
+        started, metrics = time.perf_counter(), self.metrics if metrics is None else metrics
         yield
-        self.metrics[name] += time.perf_counter() - started
+        metrics[name] += time.perf_counter() - started
 
     def learn(
-        self, take: Callable[[], dict[str, float]], *, rate: str, batch: Path | None = None, **unshown: Any
-    ) -> None:
-        """Take a step of the learner, which is reached then; see `skip` for one that is not finite."""
+        self, act: Callable[[], dict[str, float]], *, rate: str, batch: Path | None = None, **unshown: Any
+    ) -> dict[str, float]:
+        """What `act` returns, as metrics of the step. A step that is not finite makes no update, and the run goes on
+        without it, or NonFiniteStep says what to do: by `learner.on_non_finite`. `rate` is the option of the learning
+        rate, `batch` the file that holds what was to be learned from, where there are such a file and learner.*
+        options; `unshown` goes into the record of events."""
         try:
             with self.phase("learning"):
-                self.metrics |= take()
+                metrics = act()
         except NonFiniteStep as error:
-            self.skip(error, rate=rate, batch=batch, **unshown)
-            self.metrics["learner/updates"] = 0.0
-        self.reached()
+            self._skip(error, rate, batch, unshown)
+            metrics = {"learner/updates": 0.0}
+        self.metrics |= metrics  # what fails later leaves a line with them
+        return metrics
 
-    def skip(self, error: NonFiniteStep, *, rate: str, batch: Path | None = None, **unshown: Any) -> None:
-        """A step that is not finite has made no update. The run goes on without it, or NonFiniteStep says what to do:
-        by `learner.on_non_finite`. `rate` is the option of the learning rate, `batch` the file that holds what was to
-        be learned from, where there are such a file and learner.* options; `unshown` goes into the record of events."""
+    def _skip(self, error: NonFiniteStep, rate: str, batch: Path | None, unshown: dict[str, Any]) -> None:
         learner = self._learner
         options, skipped = learner.options, learner.skipped_in_a_row + 1
         self.log.event("non_finite", step=self._begun, error=str(error), batch=str(batch), unshown=unshown)
@@ -365,8 +355,8 @@ class Run(Generic[Config]):
                 self.save()
         except Exception as refusal:  # recorded in the event: the error that ends the run must reach the user
             not_saved = {"not_saved": str(refusal)}
-        said = f"{type(error).__name__}: {error}"
+        words = f"{type(error).__name__}: {error}"
         try:
-            self.log.event("failed", saved_step=self.saved_step, **not_saved, error=said)
+            self.log.event("failed", saved_step=self.saved_step, **not_saved, error=words)
         except OSError as full:  # the error that ends the run is more important than its record
             self.log.say(f"failed: saved_step={self.saved_step} (this event is not recorded: {full})")

@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 from grpo.config.mtp import MtpConfig
 from grpo.config.problems import python_words
 from grpo.config.run import LearningConfig, TrainConfig
+from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, joined
 from grpo.run.hardware import device_of
-from grpo.source.policy_source import in_4_bits, load_policy, with_threads
+from grpo.run.resume import BaseWeights
+from grpo.source.policy_source import load_policy, with_threads
 from grpo.steps.loop import Run
 from grpo.task.check import check_plan, open_task
 from grpo.task.task import Task
-from policies import four_bit
 from policies.policy import Policy
 
 Config = TypeVar("Config", bound=LearningConfig | MtpConfig)
@@ -33,9 +34,9 @@ def open_run(
 ) -> Iterator[tuple[Run[Config], Task]]:
     """The run of `last` steps in its folder, and what it is about. Everything that can be refused is refused before the
     folder is touched, also what `ready` raises when it sees the task."""
-    config = with_threads(config, resume, check_plan(config).shape)
     with ExitStack() as stack:
         stack.enter_context(python_words())
+        config = with_threads(config, resume, check_plan(config).shape)
         ranks = ALONE
         if isinstance(config, LearningConfig):
             ranks = stack.enter_context(joined(device_of(config.device).type == "cpu", config.learner.parallel))
@@ -47,13 +48,42 @@ def open_run(
         yield run, task
 
 
-def first_policy(run: Run[TrainConfig], task: Task) -> Policy:
-    """The policy that GRPO starts from."""
-    config = run.config
-    if config.warm_start.steps:
-        config = config.model_copy(update={"model": str(run.folder / "warm_start")})
+def first_policy(run: Run[Any], task: Task, model: str | None = None) -> Policy:
+    """The policy that a run begins with, or another one that `model` means; where it will sample, every prompt has room
+    for its completion."""
+    config = run.config if model is None else run.config.model_copy(update={"model": model})
     policy = load_policy(config, task.corpus(), run.ranks)
-    if in_4_bits(config):
-        run.log.event("base_in_4_bits", **four_bit.counts(policy.trunk))
-    task.check_lengths(policy, config.rollout.max_completion_tokens)
+    if task.heldout or isinstance(config, TrainConfig | MtpConfig):
+        task.check_lengths(policy, config.rollout.max_completion_tokens)
     return policy
+
+
+def shared_policy(run: Run[TrainConfig], plain: Policy | None, of: Run[TrainConfig]) -> Policy:
+    """The policy that another run `of` began with, whose frozen weights both use. Raises ValueError where they are not
+    frozen."""
+    one, other = run.config, of.config
+    if plain is None or one.lora is None:
+        raise ValueError(
+            "base=: sessions share weights that none of them moves or shards; set lora in both configurations, and "
+            "learn in one process"
+        )
+    pairs = {"model": (one.model, other.model), "dtype": (one.dtype, other.dtype), "device": (one.device, other.device)}
+    for name, (here, there) in pairs.items():
+        if here != there:
+            raise ValueError(f"base=: {name}={here!r}, and the other session has {name}={there!r}; make them the same")
+    return plain.sharing(head=False)
+
+
+def base_weights(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:
+    """With LoRA a checkpoint keeps the digest of the weights under the adapters."""
+    if not run.config.lora:
+        return {}
+    warm = f"warm start {run.folder / 'warm_start'}"
+    source = warm if run.config.warm_start.steps else f"model={run.config.model!r}"
+
+    def on_change(changed: str) -> None:
+        if not run.forced:
+            raise ValueError(f"{changed}, or use --force to go on with the new ones")
+        run.log.event("base_changed", step=run.start, what=changed)
+
+    return {"base": BaseWeights(learner.policy, learner.state()[0]["policy"], source, run.start, on_change)}

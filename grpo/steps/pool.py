@@ -15,7 +15,8 @@ from grpo.config.sampling import RolloutOptions
 from grpo.run.memory_errors import phase
 from grpo.run.stop import signals
 from grpo.steps.loop import Run
-from grpo.task.sampling import agent_of, sampling_params
+from grpo.task.sampling import sampling_params
+from grpo.task.task import Task
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import everyone, whole
@@ -84,7 +85,11 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
     was asked for before it was ready."""
     rollout, dtype, run_log = run.config.whole_rollout.model_copy(update=changes), run.config.dtype, run.log
     if not run.ranks.first:
-        return _part_of_publications(policy, rollout)
+        _places(rollout)
+        reads = Publication.read_parts if rollout.samplers else None
+        part = NoPool(Publication.parts if rollout.backend == "vllm" else reads, in_turn=rollout.colocate)
+        part.publish(policy.publication(), 0)
+        return part
 
     def on_lost(what: str, reason: str, action: str) -> None:
         run_log.event("lost", what=what, action=action, reason=reason)
@@ -133,17 +138,9 @@ def _places(rollout: RolloutOptions) -> list[dict[str, Any]]:
     return everyone(here())
 
 
-def _part_of_publications(policy: Policy, rollout: RolloutOptions) -> NoPool:
-    _places(rollout)
-    own = Publication.read_parts if rollout.samplers else None
-    pool = NoPool(Publication.parts if rollout.backend == "vllm" else own, in_turn=rollout.colocate)
-    pool.publish(policy.publication(), 0)
-    return pool
-
-
-def open_sampler(run: Run[TrainConfig], pool: Pool) -> AbstractContextManager[Sampler]:
+def open_sampler(run: Run[TrainConfig], task: Task, pool: Pool) -> AbstractContextManager[Sampler]:
     """Opens what samples for a run: `pool`, or the episodes of its agent, which `pool` samples in this process."""
-    agent = agent_of(run.config)
+    agent = task.actor.agent
     if agent is None or not run.ranks.first:
         return nullcontext(pool)
     from grpo.endpoint.agent_sampler import AgentSampler

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
 from grpo.run.stop import Stopped
+from grpo.steps.loop import Run
+from grpo.steps.pool import open_run_pool
 from rollout.faults import RolloutError
 from rollout.group import RolloutGroup
 from rollout.pool import Pool
@@ -29,6 +31,16 @@ ADVICE = (
 # Two experts of nearly equal score may change places between sampler and learner, which moves a log-probability by more
 # than rounding does. That does not happen twice, to other tokens, and a fault does.
 ATTEMPTS = 2
+
+
+@contextmanager
+def open_publisher(run: Run[Any], learner: Learner, params: SamplingParams) -> Iterator[Publisher]:
+    """Opens the pool of a run, which holds the learner's weights; see `Publisher`."""
+    with closing(open_run_pool(run, learner.policy)) as pool:
+        publisher = Publisher(pool, learner, params, run.config.rollout.quantization)
+        with run.phase("publishing"):
+            publisher.publish()
+        yield publisher
 
 
 class Publisher:
@@ -64,7 +76,11 @@ class Publisher:
             scores = self.scores(sampled, params.temperature)
             agreement: Agreement = ranks.from_first(partial(compare, sampled, scores, version, self.dtype))
             if self.copies != "none" and not agreement.fault:
-                agreement = replace(agreement, fault=self._fault_without_rounding(sampled, params.temperature, version))
+                from grpo.steps.few_bits import fault_without_rounding
+
+                groups = next(iter(sampled.values()))
+                fault = fault_without_rounding(learner.policy, groups, params.temperature, version)
+                agreement = replace(agreement, fault=fault)
             if not agreement.fault:
                 break
         if agreement.fault:
@@ -75,6 +91,12 @@ class Publisher:
             "canary/repeats": float(attempt),
             "time/canaries": time.perf_counter() - started,
         }
+
+    def keep_up(self, run: Run[Any]) -> None:
+        """Publish in a step of a run, where the samplers hold other weights than the learner."""
+        if self.version != self.learner.policy_version:
+            with run.timed("time/publish"), run.phase("publishing"):
+                run.metrics |= self.publish()
 
     def _sampled(self, params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         """The canaries; nothing once a stop was asked for, since the publication may have been cut short."""
@@ -99,9 +121,9 @@ class Publisher:
         policy = self.learner.policy
         score: Callable[[Sequence[RolloutGroup], float], Scores] = partial(logprobs_of_groups, policy)
         if self.copies != "none":
-            from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
+            from grpo.steps.few_bits import scorer
 
-            score = partial(logprobs_of_trunk, rounded_trunk(policy, self.copies))
+            score = scorer(policy, self.copies)
         known: dict[str, Scores] = {}
         scores = {}
         for sampler, groups in sampled.items():
@@ -110,23 +132,6 @@ class Publisher:
                 known[tokens] = score(groups, temperature)
             scores[sampler] = known[tokens]
         return scores
-
-    def _fault_without_rounding(
-        self, sampled: Mapping[str, Sequence[RolloutGroup]], temperature: float, version: int
-    ) -> str | None:
-        """How the decoder differs from the learner where its matrices are not rounded: rounded ones are compared with
-        the same decoder, which would hide an error of its own. One sampler's tokens do for all."""
-        from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
-
-        policy = self.learner.policy
-        groups = next(iter(sampled.values()))
-        decoded = logprobs_of_trunk(rounded_trunk(policy, "none"), groups, temperature)
-        held = []
-        for group, rows in zip(groups, decoded, strict=True):
-            own = [replace(c, logprobs=row) for c, row in zip(group.completions, rows, strict=True)]
-            held.append(replace(group, completions=own))
-        name = "the decoder of the samplers, without rounding,"
-        return compare({name: held}, {name: logprobs_of_groups(policy, groups, temperature)}, version, self.dtype).fault
 
 
 def _refuse(fault: str) -> NoReturn:

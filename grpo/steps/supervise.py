@@ -8,12 +8,17 @@ from functools import partial
 from math import nan
 from typing import Any
 
-from grpo.config.run import LearningConfig, SftConfig, TrainConfig
+from grpo.config.learner import LearnerOptions
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.data.prompts import PromptStream
-from grpo.learner.build import sft_learner
+from grpo.learner.build import terms_of
+from grpo.learner.learner import Learner
+from grpo.learner.likelihood import Likelihood
+from grpo.learner.optimizer import schedule
 from grpo.learner.prepare import supervised
-from grpo.source.policy_source import load_policy
+from grpo.learner.terms.supervised import SupervisedTerm
 from grpo.steps.loop import Run
+from grpo.steps.opening import first_policy
 from grpo.task.task import Task
 from policies.files.digests import write_digests
 from policies.policy import Policy
@@ -21,9 +26,7 @@ from policies.policy import Policy
 
 def supervise(policy: Policy, task: Task, run: Run[Any]) -> None:
     """Train `policy` in place for the steps of `run`; the last step's metrics are left in `run.metrics`."""
-    config: LearningConfig = run.config
-    options = config.supervision
-    learner = sft_learner(policy, config, run.ranks)
+    config, options, learner = run.config, run.config.supervision, learner_of(run, policy)
     prompts = PromptStream(task.train_for(options.levels), config.seed)
     run.restore(learner=learner, prompts=prompts)
     token = policy.stop_token_ids[0]
@@ -38,6 +41,7 @@ def supervise(policy: Policy, task: Task, run: Run[Any]) -> None:
                 batch=run.folder / "events.jsonl",
                 examples=[example.example_id for example in examples],
             )
+            run.reached()
             run.record(show=False)
             progress.update(bar, advance=1, description=f"warm start, loss {run.metrics.get('loss/sft', nan):.3f}")
             if step % max(1, min(50, run.last // 10)) == 0 or step == run.last:
@@ -47,19 +51,32 @@ def supervise(policy: Policy, task: Task, run: Run[Any]) -> None:
             run.save_if_due()
 
 
+def learner_of(run: Run[Any], policy: Policy) -> Learner:
+    """Adapters are not used here even where GRPO will: LoRA starts from the warm policy."""
+    config, options = run.config, run.config.supervision
+    with run.phase("loading"):
+        terms = [SupervisedTerm(), *terms_of(policy, config)]
+        return Learner(
+            policy,
+            LearnerOptions(**config.learner.model_dump() | {"learning_rate": options.learning_rate}),
+            terms,
+            Likelihood(policy, watchers=terms),
+            schedule=schedule(options.schedule, options.steps, options.warmup_steps),
+            ranks=run.ranks,
+        )
+
+
 def warm_start(run: Run[TrainConfig], task: Task) -> None:
     """Supervised steps into `warm_start/`, unless the run that is being resumed has made them."""
-    config, folder, steps = run.config, run.folder / "warm_start", "warm_start_checkpoints"
-    if config.warm_start.steps and not (run.resumes and folder.exists()):
+    folder, steps = run.folder / "warm_start", "warm_start_checkpoints"
+    if not (run.resumes and folder.exists()):
         if not run.resumes:
             run.alone(shutil.rmtree, run.folder / steps, ignore_errors=True)
         started = time.perf_counter()
-        policy = load_policy(config, task.corpus(), run.ranks)
-        task.check_lengths(policy, config.rollout.max_completion_tokens)
-        supervise(policy, task, run.part(steps, config.warm_start.steps, " of the warm start"))
+        policy = first_policy(run, task)
+        supervise(policy, task, run.part(steps, run.config.warm_start.steps, " of the warm start"))
         seconds = round(time.perf_counter() - started, 1)
         run.log.event("warm_start_done", seconds=seconds, folder=str(folder))
         policy.save(folder)
         run.alone(write_digests, folder)
-    if config.warm_start.steps:
-        run.alone(shutil.rmtree, run.folder / steps, ignore_errors=True)
+    run.alone(shutil.rmtree, run.folder / steps, ignore_errors=True)

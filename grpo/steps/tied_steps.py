@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo.algorithm.dynamic_sampling import Drawn
@@ -18,25 +18,22 @@ STEPS = 5  # in a row, before it is said
 
 
 def listener(run: Run[TrainConfig], task: Task) -> Listener:
-    return TiedSteps(run.config, task.first_reward, task.full_marks, run.log.nothing_learned)
+    return TiedSteps(run, task)
 
 
 class TiedSteps(Listener):
-    """Counts the steps in a row whose advantages were all zero. `full_marks` of `first_reward` is a right answer;
-    `tell` is called with the step, why nothing is learned, and what to change."""
+    """Counts the steps in a row whose advantages were all zero. Full marks of the task's first reward are a right
+    answer."""
 
-    def __init__(
-        self, config: TrainConfig, first_reward: str, full_marks: float, tell: Callable[..., None] = print
-    ) -> None:
-        self.data, self.rollout, self.warm_steps = config.data, config.rollout, config.warm_start.steps
-        self.first_reward, self.full_marks, self.tell = first_reward, full_marks, tell
+    def __init__(self, run: Run[TrainConfig], task: Task) -> None:
+        self.run, self.first_reward, self.full_marks = run, task.first_reward, task.full_marks
         self.in_a_row: list[Drawn] = []
         self.told = False
 
     def learns(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
         diagnosis = self.observe(drawn, batch.advantages)
         if diagnosis:
-            self.tell(step, *diagnosis)
+            self.run.log.nothing_learned(step, *diagnosis)
         return {}
 
     def observe(self, drawn: Drawn, advantages: Any) -> tuple[str, list[str]] | None:
@@ -76,13 +73,13 @@ class TiedSteps(Listener):
         )
 
     def _when_easy(self) -> list[str]:
-        data = self.data
+        data = self.run.config.data
         harder = f"data.levels (now {data.levels})" if data.name == "word_problems" else f"data.name (now {data.name})"
         return [f"use harder problems: {harder}; of these there is little left to learn", *self._spread()]
 
     def _when_hard(self) -> list[str]:
         return [
-            f"start warmer on gold solutions: warm_start.steps (now {self.warm_steps})",
+            f"start warmer on gold solutions: warm_start.steps (now {self.run.config.warm_start.steps})",
             "begin with easier problems: curriculum.shortest_share below 1, curriculum.by_difficulty: true",
             *self._spread(),
             "give parts of the marks for parts of the answer, by a second reward (rewards)",
@@ -91,7 +88,7 @@ class TiedSteps(Listener):
 
     def _spread(self) -> list[str]:
         """What makes the completions of a group differ, and what replaces groups in which they do not."""
-        rollout = self.rollout
+        rollout = self.run.config.rollout
         return [
             f"raise rollout.temperature (now {rollout.temperature:g})",
             f"use a larger rollout.group_size (now {rollout.group_size})",
@@ -102,7 +99,7 @@ class TiedSteps(Listener):
         groups = [group for drawn in self.in_a_row for group in drawn.groups]
         reasons = [completion.finish_reason for group in groups for completion in group.completions]
         cut = reasons.count("length") / max(len(reasons), 1)
-        limit = self.rollout.max_completion_tokens
+        limit = self.run.config.rollout.max_completion_tokens
         return f" ({cut:.0%} of them were cut at rollout.max_completion_tokens={limit})" if cut > 0.5 else ""
 
 

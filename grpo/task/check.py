@@ -42,7 +42,7 @@ def check_plan(options: ModelOptions, source: PolicySource | None = None, *, on_
     errors += [plan.fault] if plan.fault else _failures(partial(check, plan) for check in OF_MODEL)
     errors += _failures([partial(check_processes, plan, on_cpu)])
     if errors and isinstance(options, LearningConfig | MtpConfig):
-        errors += _failures([partial(_load_data, options), partial(_load_rewards, options)])
+        errors += _failures([lambda: Task.of(options, model_known=False).close(), partial(_load_rewards, options)])
     if errors:
         raise _as_one(errors)
     return plan
@@ -75,10 +75,6 @@ def _as_one(errors: list[Exception]) -> Exception:
     if len(different) == 1:
         return errors[0]
     return Refused("\n  ".join([f"{len(different)} things are wrong with this run:", *different]))
-
-
-def _load_data(config: LearningConfig | MtpConfig) -> None:
-    Task.of(config, model_known=False).close()
 
 
 def _load_rewards(config: RunConfig) -> None:

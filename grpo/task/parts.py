@@ -83,7 +83,7 @@ def try_four_bits(plan: Plan) -> None:
 
 
 def try_vllm(plan: Plan) -> None:
-    """Of several learners the first one samples."""
+    """Where several processes learn, the first one samples."""
     samples = os.environ.get("RANK", "0") == "0"
     if samples and isinstance(plan.options, TrainConfig) and asked(plan, "rollout.backend=vllm"):
         _ask_server(plan.options.rollout.vllm)

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from grpo.config.distill import DistillOptions
 from grpo.config.reward import RewardModelOptions
 from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
@@ -247,20 +246,15 @@ def check_teacher(config: TrainConfig) -> None:
             f"{named} reads other tokens than model={config.model!r}: {fault}. A teacher scores the ids that the "
             "policy has sampled: name one with the same tokenizer"
         )
-    if server := _server(config.distill):
+    if config.distill.url is not None:
         if sees_prompts_whole(shape_of(sources[1])):
             raise ValueError(
                 f"{named} has prompt_attention=bidirectional, and the server of distill.url would read its prompts "
                 "causally; set url to null to load the teacher here"
             )
         ids = read_tokenizer(policy).encode(PROBES[0], add_special_tokens=False)
+        server = TeacherServer(config.distill.url, config.distill.teacher)
         server.score([ids], [1], config.distill.top_k or 0)
-
-
-def _server(options: DistillOptions) -> TeacherServer | None:
-    if options.url is None or options.teacher is None:
-        return None
-    return TeacherServer(options.url, options.teacher)
 
 
 def _difference(policy: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:

@@ -13,15 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.sampling import AnswerOptions, RolloutOptions, SamplingOptions
-from grpo.data.examples import Example
-from grpo.learner.batch import PackedRow, Sample
+from grpo.learner.batch import PackedRow
 from policies.policy import Policy
 from rollout.depth import GRAPH_DEPTHS
-from rollout.group import AGENT_REWARD, REWARD, Prompt, RolloutGroup, environment_reward
+from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
 if TYPE_CHECKING:
-    from rollout.environments.format import Answers, TurnFormat
+    pass
 
 FEWEST_ROUNDS = 100_000  # in which graphs gain three times what they took to compile, .35 ms a layer and round
 
@@ -89,8 +88,8 @@ def environment_of(options: object) -> EnvironmentSpec | None:
     """What the policy acts in under the options of a command; None without tools, and for commands without them."""
     if not isinstance(options, EnvironmentOptions) or not options.has_tools:
         return None
-    given = options.environment or {}
-    environments = {"": given} if isinstance(given, str) else given
+    classes = options.environment or {}
+    environments = {"": classes} if isinstance(classes, str) else classes
     return EnvironmentSpec(
         tools=tuple(options.tools),
         environments=tuple(environments.items()),
@@ -107,80 +106,20 @@ def agent_of(options: object) -> AgentOptions | None:
 
 
 class Actor:
-    """The environment or agent of a run as its task sees it: checked early, shown by solutions, a part of the score.
+    """The environment or agent of a run as its task sees it; here there is neither, see acting.py."""
 
-    Raises ValueError or RewardError, before a policy is loaded, where it cannot begin with the first example.
-    """
-
-    def __init__(
-        self, environment: EnvironmentSpec | None, example: Example, agent: AgentOptions | None = None
-    ) -> None:
-        self.environment, self.agent = environment, agent
-        if environment is not None:
-            from rollout.environments.protocol import check
-
-            check(environment, example.columns)
-        if agent is not None:
-            from grpo.endpoint.agents import check_agent
-
-            check_agent(agent, example.columns)
-        self._forms: dict[tuple[str, tuple[int, ...]], TurnFormat] = {}
-        self._answers: dict[str, Answers | None] = {}
-
-    @property
-    def acts(self) -> bool:
-        return self.environment is not None
-
-    @property
-    def columns(self) -> list[str]:
-        return [REWARD] if self.acts else [AGENT_REWARD] if self.agent else []
+    environment: EnvironmentSpec | None = None
+    agent: AgentOptions | None = None
+    columns: Sequence[str] = ()  # that it adds to those of the data
 
     def added(self, columns: Sequence[Mapping[str, Any]], groups: Sequence[RolloutGroup]) -> list[Mapping[str, Any]]:
         """The columns of each group, with what the environments or the agents gave."""
-        if not self.columns:
-            return list(columns)
-        [name] = self.columns
-        return [
-            {**own, name: [environment_reward(completion.tools) for completion in group.completions]}
-            for own, group in zip(columns, groups, strict=True)
-        ]
+        return list(columns)
 
-    def solution(self, prompt: Prompt, marked: str, tokenizer: PreTrainedTokenizerBase, stop: int) -> PackedRow:
-        """A solution whose marks are calls, `<<48/2=24>>`, as an episode to learn from. `reset` is not called.
+    def solution(self, prompt: Prompt, marked: str, tokenizer: PreTrainedTokenizerBase, stop: int) -> PackedRow | None:
+        """A solution as an episode to learn from; None: it is a text."""
+        return None
 
-        The results are the solution's own, or those of the tool where it is built in and `pure`, as in a rollout.
-        """
-        from rollout.environments.episodes import first_messages
-        from rollout.environments.protocol import answers_of, chosen
-
-        assert self.environment is not None
-        name = chosen(self.environment, prompt.columns)
-        if name not in self._answers:
-            self._answers[name] = answers_of(self.environment, name)
-        form = self._form(prompt, tokenizer, (stop,))
-        ids, sampled = form.demonstration(marked, self._answers[name])
-        return PackedRow(form.tools_prompt(first_messages(prompt, None)), [Sample(0, ids, sampled=sampled)])
-
-    def begun(
-        self,
-        prompt: Prompt,
-        messages: list[dict[str, Any]] | None,
-        tokenizer: PreTrainedTokenizerBase,
-        stops: Sequence[int],
-    ) -> Prompt:
-        """The prompt as its episodes began, from the messages that were recorded of it. `reset` is not called."""
-        if not (self.acts and messages):
-            return prompt
-        ids = self._form(prompt, tokenizer, tuple(stops)).tools_prompt(messages)
-        return replace(prompt, text=str(tokenizer.decode(ids)), token_ids=ids, messages=messages)
-
-    def _form(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> TurnFormat:
-        from rollout.environments.format import TurnFormat
-        from rollout.environments.protocol import chosen, tools_of
-
-        assert self.environment is not None
-        name = chosen(self.environment, prompt.columns)
-        if (name, stops) not in self._forms:
-            tools = tools_of(self.environment, name)
-            self._forms[name, stops] = TurnFormat(tokenizer, tools, stop_token_ids=stops)
-        return self._forms[name, stops]
+    def begun(self, prompt: Prompt, messages: Any, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> Prompt:
+        """The prompt as its episodes began, from the messages that were recorded of it."""
+        return prompt

@@ -23,10 +23,9 @@ from grpo.config.environment import AgentOptions, rewards_of
 from grpo.config.mtp import MtpConfig, scores_nothing
 from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
 from grpo.config.run import LearningConfig, TrainConfig
-from grpo.data.examples import Example, beyond_context, default_heldout_split, examples_of, gold_check
-from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, refuse_overlap, trained_on
+from grpo.data.examples import Example, beyond_context, default_heldout_split, examples_of, gold_checks, too_long
+from grpo.data.leakage import problem_fingerprint, record_trained_on, refuse_overlap, trained_on
 from grpo.data.prompts import PromptTemplate, encode_prompt
-from grpo.data.source import REASONING_GYM
 from grpo.learner.batch import PackedRow, Sample
 from grpo.run.hardware import device_of
 from grpo.run.log import RunLog
@@ -71,66 +70,88 @@ class Task:
         """`heldout`: how many held-out problems, None for all of them, 0 for none. `device` is the reward models'.
 
         `met` are fingerprints of problems that the policy was trained on before. Raises ValueError where one of these,
-        a training problem or a worked example is among the held-out problems. `contexts`: see `load_examples`.
+        a training problem or a worked example is among the held-out problems. `contexts` are the numbers of tokens that
+        the texts of a column must fit into.
         Without `scores` another process scores, without `rewards` nobody. With an `environment` solutions are episodes.
         """
-        check = gold_check((reward.function, reward.columns) for reward in rewards if "answer" not in reward.arguments)
+        checks = gold_checks((r.function, r.columns) for r in rewards if "answer" not in r.arguments)
+        checks += [partial(too_long, column, context) for column, context in (contexts or {}).items()]
         self.template = PromptTemplate(data.template, data.system_prompt, user_turn=data.user_turn)
-        load = partial(examples_of, data, data.name, seed=seed, check=check, contexts=contexts)
+        load = partial(examples_of, data, data.name, seed=seed, checks=checks)
         wanted = data.limit if train else data.few_shot
         if data.holdout:
-            both = _held_out_share(data, load, self.template, heldout_split)
+            from grpo.data.holdout import held_out_share
+
+            both = held_out_share(data, load, self.template, heldout_split)
         else:
             both = _two_splits(data, load, wanted, heldout, heldout_split, heldout_levels or data.levels)
         self.train, self.heldout = both[0][:wanted], both[1][:heldout]
-        known = self.train or self.heldout
+        first = (self.train or self.heldout)[0]
         shown, self.train = self.train[: data.few_shot], self.train[data.few_shot :]
         self._refuse_overlap(shown, met, data)
         self.template = replace(self.template, few_shot=shown)
-        messages = self.template.messages(known[0])  # raises for a chat that cannot be made
+        messages = self.template.messages(first)  # raises for a chat that cannot be made
         # A chat template is the model's, and no model is loaded yet: the bare question then replaces its text.
-        prompt = known[0].question if self.template.is_chat else self.template.render(known[0])
+        prompt = first.question if self.template.is_chat else self.template.render(first)
         self.solution_column = data.solution_column
         self.trainer_state: dict[str, Any] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
         self.prompts_per_step = 0
         self.leads, self.scores = scores, scores and bool(rewards)
-        self.actor = Actor(environment, known[0], agent)
+        self.actor = Actor()
+        if environment or agent:
+            from grpo.task.acting import Acting
+
+            self.actor = Acting(environment, agent, first)
         specs = reward_specs(rewards)
         self.reward_weights = {spec.label: spec.weight for spec in specs}
-        first = specs[0] if specs else RewardSpec("")
-        self.first_reward, self.read_answer = first.label, answer_reader(first.function, first.arguments)
+        judge = specs[0] if specs else RewardSpec("")
+        self.first_reward, self.read_answer = judge.label, answer_reader(judge.function, judge.arguments)
         self.models: ModelRewards | None = None
         if reward_models and self.scores:
             from grpo.task.reward_models import ModelRewards
 
-            self.models = ModelRewards(reward_models, known[0].columns)
+            self.models = ModelRewards(reward_models, first.columns)
         self.verdicts = Verdicts(self.first_reward, "undeclared", None)
-        if not self.scores:
-            return
+        if self.scores:
+            self._open_scorer(specs, scoring, first, prompt, messages, device)
+
+    def _open_scorer(
+        self,
+        specs: list[RewardSpec],
+        options: ScoringOptions,
+        example: Example,
+        prompt: str,
+        messages: list[dict[str, Any]] | None,
+        device: str,
+    ) -> None:
+        """The rewards score this example now, rather than when the policy is loaded."""
         more = [*(self.models.names if self.models else ()), *self.actor.columns]
         self.scorer = Scorer(
             specs,
-            on_error=scoring.on_error,
-            timeout_s=scoring.timeout_s,
-            workers=scoring.workers,
-            columns=[*known[0].columns, *more],
-            pass_variables=scoring.pass_variables,
+            on_error=options.on_error,
+            timeout_s=options.timeout_s,
+            workers=options.workers,
+            columns=[*example.columns, *more],
+            pass_variables=options.pass_variables,
         )
         try:
-            columns = known[0].columns | dict.fromkeys(more, 0.0)
-            gold = self.scorer.dry_run(prompt, known[0].solution, columns, messages=messages)
+            columns = example.columns | dict.fromkeys(more, 0.0)
+            marks = self.scorer.dry_run(prompt, example.solution, columns, messages=messages)
             if self.models:
                 self.models.load(device_of(device))
         except BaseException:
             self.scorer.close()
             raise
         declared = self.scorer.right_at(self.first_reward)
-        self.verdicts = Verdicts(self.first_reward, declared, gold.parts[self.first_reward][0])
+        self.verdicts = Verdicts(self.first_reward, declared, marks.parts[self.first_reward][0])
 
     @classmethod
     def of(cls, config: LearningConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:
         """Without `model_known` nothing is asked of the model, so that the data can be checked when it is not there."""
         held = config.eval
+        context = known_context(config.model) if model_known else None
+        learns = isinstance(config, LearningConfig) and config.supervision.steps > 0  # from solutions
+        read = [config.data.prompt_column, *([config.data.solution_column] if learns else [])]
         task = cls(
             config.data,
             [] if scores_nothing(config) else rewards_of(config),
@@ -142,16 +163,19 @@ class Task:
             reward_models=config.reward_models,
             device=config.device,
             met=trained_on(config.model) if model_known else (),
-            contexts=_contexts(config) if model_known else {},
+            contexts=dict.fromkeys(read, context) if context else {},
             scores=scores,
             environment=environment_of(config),
             agent=agent_of(config),
         )
-        if isinstance(config, TrainConfig):
-            task.trainer_state["max_steps"], task.prompts_per_step = config.steps, config.prompts_per_step
         task.trainer_state["output_dir"] = str(config.output_dir)
         try:
-            task.check_counts(config)
+            if isinstance(config, TrainConfig) and learns:
+                examples = task.train_for(config.warm_start.levels)
+                _refuse_too_few("warm_start.batch_size", config.warm_start.batch_size, examples)
+            _refuse_too_few("prompts_per_step", config.prompts_per_step, task.train)
+            if isinstance(config, TrainConfig):
+                task.trainer_state["max_steps"], task.prompts_per_step = config.steps, config.prompts_per_step
         except ValueError:
             task.close()
             raise
@@ -191,28 +215,17 @@ class Task:
         record_trained_on(run_log.output_dir, self.trained_on)
         if not self.heldout:
             return
-        said = f"{len(self.heldout):,} held-out problems: none is trained on or shown as a worked example"
+        line = f"{len(self.heldout):,} held-out problems: none is trained on or shown as a worked example"
         if self.train and self.train[0].example_id.startswith("word_problems/"):
             from grpo.data.word_problems import shared_with_training
 
             templates, numbers = shared_with_training(*([e.example_id for e in s] for s in (self.train, self.heldout)))
-            said += f"; {templates:,} share a template with training, {numbers:,} share their numbers"
-        run_log.say(said)
+            line += f"; {templates:,} share a template with training, {numbers:,} share their numbers"
+        run_log.say(line)
 
     def fingerprints(self, examples: Iterable[Example]) -> dict[str, str]:
         """The problems' fingerprints, with their ids."""
         return {problem_fingerprint(self.template.content(e)): e.example_id for e in examples}
-
-    def check_counts(self, config: LearningConfig | MtpConfig) -> None:
-        """Raises ValueError where a step would ask for more different examples than there are."""
-        wanted = []
-        if isinstance(config, TrainConfig) and config.warm_start.steps:
-            examples = self.train_for(config.warm_start.levels)
-            wanted.append(("warm_start.batch_size", config.warm_start.batch_size, len(examples)))
-        wanted.append(("prompts_per_step", config.prompts_per_step, len(self.train)))
-        for key, count, there in wanted:
-            if count > there:
-                raise ValueError(f"{key}={count}, but there are {there} training examples; lower it, or use more data")
 
     def check_lengths(self, policy: Policy, max_completion_tokens: int) -> None:
         """Raises ValueError where a prompt leaves no room for its completion: now, rather than when its turn comes."""
@@ -251,8 +264,8 @@ class Task:
         """Prompt and gold solution as a row to learn from; the solution ends with the stop token. GSM8K's calculator
         marks (`<<48/2=24>>`) are dropped: nothing computes them at test time."""
         prompt, marked = self.prompt(example, tokenizer), example.columns.get(self.solution_column, example.solution)
-        if self.actor.acts:
-            return self.actor.solution(prompt, marked, tokenizer, stop)
+        if episode := self.actor.solution(prompt, marked, tokenizer, stop):
+            return episode
         ids = [*tokenizer.encode(example.solution, add_special_tokens=False), stop]
         return PackedRow(prompt.token_ids, [Sample(0, ids)])
 
@@ -272,7 +285,7 @@ class Task:
         return self.verdicts.full_marks
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
-        """By the rewards of the run."""
+        """The scores of each group, by the rewards of the run."""
         columns = self._model_columns(groups)
         scores = self._score(self.scorer, groups, columns)
         if self.models:
@@ -281,7 +294,7 @@ class Task:
         return scores
 
     def score_by(self, rewards: Reward | Sequence[Reward], groups: Sequence[RolloutGroup]) -> list[GroupScore]:
-        """By these functions of this process in place of the rewards of the run."""
+        """The same by these functions of this process, in place of the rewards of the run."""
         functions = rewards if isinstance(rewards, Sequence) else [rewards]
         specs = [RewardSpec(name_callable(function)) for function in functions]
         models = self.models.names if self.models else []
@@ -332,6 +345,12 @@ class Task:
         self.close()
 
 
+def _refuse_too_few(key: str, count: int, examples: Sequence[Example]) -> None:
+    """Raises ValueError where a step would ask for more different examples than there are."""
+    if count > len(examples):
+        raise ValueError(f"{key}={count}, but there are {len(examples)} training examples; lower it, or use more data")
+
+
 def reward_specs(rewards: Sequence[RewardOptions]) -> list[RewardSpec]:
     return [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
 
@@ -354,38 +373,3 @@ def _two_splits(
     train = [] if wanted == 0 else load(data.split, "train", data.levels, wanted)
     split = heldout_split or default_heldout_split(data.name)
     return train, [] if heldout == 0 else load(split, "eval", heldout_levels, heldout)
-
-
-def _held_out_share(
-    data: DataOptions, load: Callable[..., Sequence[Example]], template: PromptTemplate, heldout_split: str | None
-) -> tuple[Sequence[Example], Sequence[Example]]:
-    """All examples of `data.split` in two, by the content of each problem."""
-    assert data.holdout
-    if data.name in ("word_problems", "word_game") or data.name.startswith(REASONING_GYM):
-        raise ValueError(f"data.holdout={data.holdout}: {data.name} has a held-out split of its own; drop data.holdout")
-    if heldout_split not in (None, data.split):
-        raise ValueError(
-            f"data.holdout={data.holdout} holds out a share of data.split={data.split}, and eval.split={heldout_split} "
-            "names another split; drop one of the two"
-        )
-    train: list[Example] = []
-    held: list[Example] = []
-    for example in load(data.split, "train", data.levels, data.limit):
-        fingerprint = problem_fingerprint(template.content(example))
-        (held if in_holdout(fingerprint, data.holdout, data.holdout_seed) else train).append(example)
-    if not train or not held:
-        raise ValueError(
-            f"data.holdout={data.holdout} holds out {len(held)} of {len(train) + len(held)} examples; use another "
-            "share, or more data"
-        )
-    return train, held
-
-
-def _contexts(config: LearningConfig | MtpConfig) -> dict[str, int]:
-    """By column: the context that its texts must fit into. A solution counts where it is learned from."""
-    context = known_context(config.model)
-    if context is None:
-        return {}
-    learned = isinstance(config, LearningConfig) and config.supervision.steps
-    columns = [config.data.prompt_column, *([config.data.solution_column] if learned else [])]
-    return dict.fromkeys(columns, context)

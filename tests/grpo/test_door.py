@@ -142,7 +142,7 @@ def test_an_estimator_may_give_an_advantage_to_every_token(file, micro_config, t
 
 def test_an_objective_of_the_users_own_is_used_with_its_denominators(file):
     policy, old = torch.tensor([[0.6, 0.5], [0.2, 0.9]]).log(), torch.tensor([[0.4, 0.5], [0.4, 0.5]]).log()
-    given = policy, old, torch.tensor([1.0, -1.0]), torch.tensor([[True, True], [True, False]])
+    given = losses.Logprobs(policy, old), torch.tensor([1.0, -1.0]), torch.tensor([[True, True], [True, False]])
     loss, _ = losses.policy_loss(*given, LossOptions(loss_type=f"{file}:plain"))
     expected = -(policy[0].sum() - policy[1, 0]) / 3
     assert loss.item() == pytest.approx(expected.item())
@@ -163,7 +163,7 @@ def test_an_objective_of_the_users_own_is_used_with_its_denominators(file):
 )
 def test_what_is_not_there_or_not_marked_is_refused_before_a_model_is_loaded(file, options, message):
     with pytest.raises((ValueError, rewards.RewardError), match=message):
-        own.check(LossOptions(**{name: value.format(file) for name, value in options.items()}))
+        own.try_out(LossOptions(**{name: value.format(file) for name, value in options.items()}), 2)
     config = {"output_dir": file.parent / "r"} | {f"loss.{name}": value.format(file) for name, value in options.items()}
     with pytest.raises((ValueError, rewards.RewardError), match=message):
         summary.dry_run(load(grpo.TrainConfig, None, config))

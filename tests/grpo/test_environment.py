@@ -206,7 +206,7 @@ def test_contract_6_a_failing_environment_is_named_and_never_a_zero(micro_config
 )
 def test_what_cannot_begin_is_refused_before_a_policy_is_loaded(micro_config, tmp_path, monkeypatch, given, words):
     monkeypatch.setattr(Learner, "__init__", lambda *_: pytest.fail("loaded a policy"))
-    monkeypatch.setattr("grpo.steps.supervise.load_policy", lambda *_: pytest.fail("loaded a policy"))
+    monkeypatch.setattr("grpo.steps.opening.load_policy", lambda *_: pytest.fail("loaded a policy"))
     with pytest.raises((ValueError, RewardError), match=words):
         train(micro_config(tmp_path / "run", **given))
 

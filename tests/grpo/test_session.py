@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from start_ranks import run_ranks
 
 from grpo import Session
+from grpo.config.mtp import HeadOptions
 from grpo.config.options import dump_yaml
+from grpo.learner.head_learner import HeadLearner
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.train import train
@@ -313,6 +315,30 @@ def test_contract_16_what_is_held_out_is_not_learned_and_what_was_learned_is_not
                 session.evaluate(session.task.train[:2])
             assert session.evaluate(session.task.heldout[:2])["sampled"].prompts == 2
             session.record(step, session.learn(session.prepare(session.draw(step))))
+
+
+def test_recorded_lessons_teach_the_draft_head_and_nothing_else(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path / "r", steps=1, **{"eval.limit": 4})) as session:
+        for step in session.run.steps():
+            reader = HeadLearner(session.plain or session.policy, HeadOptions(), temperature=1.0, seed=0)
+            session.policy.trunk.requires_grad_(True)
+            lessons = reader.read(session.solutions(4))
+            before = {name: tensor.clone() for name, tensor in session.policy.named_parameters()}
+            batch = session.prepare(lessons)
+            metrics = session.forward_backward(batch) | session.optim_step()
+            assert metrics["loss/mtp"] > 0
+            now = dict(session.policy.named_parameters())
+            moved = {name for name, tensor in now.items() if not torch.equal(tensor, before[name])}
+            assert moved
+            assert all(name.startswith("mtp.") for name in moved)
+            token, [example, *_] = session.policy.stop_token_ids[0], session.task.heldout
+            rows = [session.task.solution(example, session.policy.tokenizer, token)]
+            with pytest.raises(ValueError, match="is held out, and nothing may be learned from it"):
+                session.prepare(reader.read(rows))
+            session.policy.mtp = None
+            with pytest.raises(ValueError, match="teach a draft head, and this policy has none; set add_mtp"):
+                session.prepare(lessons)
+            session.record(step, metrics)
 
 
 def test_weight_decay_of_ones_own_is_on_matrices_alone(micro_config, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from grpo.config.run import SftConfig
+from grpo.config.run import LogOptions, SftConfig
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
 from grpo.learner.update import NonFiniteStep, Update
@@ -19,7 +19,7 @@ from policies.policy import Policy
 
 
 def _warm(policy: Policy, config, folder, console=None) -> dict[str, float]:
-    with Task.of(config) as task, RunLog(folder, "", trackers=[], quiet=True, console=console) as log:
+    with Task.of(config) as task, RunLog(folder, "", LogOptions(trackers=[]), quiet=True, console=console) as log:
         where = {"checkpoints": folder / "warm_start_checkpoints", "saved": None}
         run = Run(config, log, ALONE, last=config.supervision.steps, of=" of the warm start", **where)
         supervise(policy, task, run)

@@ -54,7 +54,7 @@ def loads_of(policy: Policy, options: BalanceOptions) -> list[Load]:
 
 
 class BalanceTerm(Term):
-    """Of the experts, and of the attention heads where these are dynamic.
+    """Experts are kept equally busy, and so are attention heads where these are dynamic.
 
     The bias moves in `end` alone, after the last update of the step: rollouts, old log-probabilities and every update
     of a step choose experts with the same one.

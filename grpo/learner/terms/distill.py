@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from grpo.algorithm.advantages import distill
-from grpo.algorithm.losses import top_k_kl
 from grpo.config.distill import DistillOptions
 from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
 from grpo.learner.likelihood import Forward, Likelihood
 from grpo.learner.terms.term import Term, Work
-from policies.logprobs import CHUNK_ELEMENTS, logprobs_at, top_logprobs
+from policies.logprobs import CHUNK_ELEMENTS, LEAST_LOGPROB, logprobs_at, top_logprobs
 from policies.policy import Policy
 
 if TYPE_CHECKING:
@@ -51,8 +49,8 @@ class TeacherPolicy:
 
 def term(policy: Policy, config: Any, load: Callable[[str], Policy] | None) -> DistillTerm | None:
     """Raises ValueError where the variable with the key of a server is not set."""
-    options: DistillOptions | None = getattr(config, "distill", None)
-    if options is None or options.teacher is None:
+    options: DistillOptions = config.distill
+    if options.teacher is None:
         return None
     return DistillTerm(teacher_of(options, load), options.reward_weight, options.top_k)
 
@@ -117,3 +115,34 @@ class DistillTerm(Term):
 
 def _chunk(lm_head_VD: Tensor) -> int:
     return max(1, CHUNK_ELEMENTS // lm_head_VD.shape[0])
+
+
+def distill(old_logprobs_BT: Tensor, teacher_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """On-policy distillation: Â_t = log π_T(y_t) - log π_old(y_t), 0 off the mask. [B, T] of three -> [B, T].
+
+    Its policy gradient is in expectation minus the gradient of KL(π || π_T) of the next token, at the states that the
+    policy itself has reached (Gu et al., MiniLLM, arXiv:2306.08543, eq. 3-4, without what a token does to later ones;
+    Lu et al., On-Policy Distillation, 2025). The mean of -Â over tokens estimates that KL.
+
+    >>> old, teacher = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.25, 0.5]]).log()
+    >>> distill(old, teacher, torch.tensor([[True, True]]))                     # -log 2, log 2
+    tensor([[-0.6931,  0.6931]])
+    """
+    return (teacher_logprobs_BT - old_logprobs_BT).detach().masked_fill(~mask_BT, 0.0)
+
+
+def top_k_kl(logprobs_NK: Tensor, teacher_logprobs_NK: Tensor) -> Tensor:
+    """KL(π || π_T) of the next token over K tokens and the rest as one: [N, K] of both at the same tokens -> [N].
+
+    It leaves out how the two differ inside the rest: KL = this + π(rest)·KL(π in the rest || π_T in the rest). So it is
+    never above the KL of the whole vocabulary, and equal to it where at most one token is in the rest. Differentiable
+    in the first; a rest below 1e-7 counts as 1e-7, and a log-probability below LEAST_LOGPROB as that.
+
+    >>> own, teacher = torch.tensor([[0.25, 0.5]]).log(), torch.tensor([[0.5, 0.25]]).log()      # 1/4 is in both rests
+    >>> top_k_kl(own, teacher)                                      # 1/4 log 1/2 + 1/2 log 2 + 0 = 1/4 log 2
+    tensor([0.1733])
+    """
+    logprobs_NK, teacher_logprobs_NK = (x.clamp(min=LEAST_LOGPROB) for x in (logprobs_NK, teacher_logprobs_NK))
+    rest_N, teacher_rest_N = ((1 - x.exp().sum(-1)).clamp(min=1e-7) for x in (logprobs_NK, teacher_logprobs_NK))
+    within_N = (logprobs_NK.exp() * (logprobs_NK - teacher_logprobs_NK)).sum(-1)
+    return within_N + rest_N * (rest_N.log() - teacher_rest_N.log())

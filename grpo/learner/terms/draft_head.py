@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grpo.config.learner import GrpoMTPOptions, MTPOptions, SftMTPOptions
 from grpo.learner.batch import MicroBatch, PackedRow
+from grpo.learner.lessons import Lesson
 from grpo.learner.likelihood import Forward
 from grpo.learner.optimizer import groups_of
 from grpo.learner.terms.term import Term, Work
@@ -33,6 +34,7 @@ class DraftHeadTerm(Term):
     name = "draft_head"
     in_total = False
     moves_trunk = False
+    reads_lessons = True
 
     def __init__(self, policy: Policy, options: MTPOptions) -> None:
         self.policy, self.options, self.module = policy, options, policy.mtp
@@ -62,8 +64,26 @@ class DraftHeadTerm(Term):
         self.seconds += time.perf_counter() - began if mini.learns else 0.0
         return loss
 
+    def lesson(self, lesson: Lesson, work: Work) -> Tensor:
+        """The mean over the completions' tokens of all lessons of the batch, at the depth of the batch."""
+        policy, options = self.policy, self.options
+        width = len(policy.lm_head if policy.draft_ids is None else policy.draft_ids)
+        loss = draft_loss(
+            lesson.unrolled(policy, work.batch.draft_depth or options.depth),
+            lesson.preceding,
+            lesson.turn,
+            policy.lm_head,
+            work.likelihood.temperature,
+            max(1, CHUNK_ELEMENTS // 4 // width),
+            draft_ids=policy.draft_ids,
+            divergence="tv" if options.tv else "kl",
+        )
+        loss = options.loss_weight * loss / (work.batch.num_completion_tokens * work.ranks.readers)  # each reads all
+        work.note("loss/mtp_tv" if options.tv else "loss/mtp", loss.item())
+        return loss
+
     def end(self, works: Sequence[Work]) -> dict[str, float]:
-        if not any(work.fixed[self.name] for work in works):
+        if not any(work.fixed.get(self.name) for work in works):
             return {}
         return {"time/draft_head": self.seconds + sum(work.seconds_apart for work in works)}
 

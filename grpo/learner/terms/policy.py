@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo.algorithm import own
-from grpo.algorithm.losses import TopEntropy, policy_loss, top_entropy_of
+from grpo.algorithm.losses import Logprobs, TopEntropy, WholeStep, policy_loss, top_entropy_of
 from grpo.config.loss import CorrectionMode, LossOptions
 from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
 from grpo.learner.likelihood import Forward
@@ -78,22 +78,16 @@ class PolicyTerm(Term):
         advantages = mini.advantages
         for term in work.terms:
             advantages = term.advantages(advantages, mini, forward, old, work)
-        mask = self.mask(mini)
-        options = self.options
+        mask, options = self.mask(mini), self.options
+        reference = work.likelihood.of_reference(mini) if options.beta else None
         loss, metrics = policy_loss(
-            forward.logprobs,
-            old,
+            Logprobs(forward.logprobs, old, sampling, reference),
             advantages,
             mask,
             options,
-            num_sequences=work.batch.num_samples,
-            num_completion_tokens=work.batch.num_completion_tokens,
-            reference_logprobs=work.likelihood.of_reference(mini) if options.beta else None,
-            sampling_logprobs=sampling,
-            correction=settled.correction,
             entropy=forward.entropy if options.entropy_coef or options.top_entropy_quantile < 1 else None,
-            top_entropy=settled.top,
-            max_completion_length=self.longest,
+            correction=settled.correction,
+            step=WholeStep(work.batch.num_completion_tokens, work.batch.num_samples, self.longest, settled.top),
         )
         for name, value in metrics.items():
             work.note(name, float(value) * (1.0 if name.startswith("loss/") else settled.scale))

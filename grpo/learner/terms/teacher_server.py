@@ -58,7 +58,7 @@ class TeacherServer:
         return ids_NK, torch.tensor([[value for _, value in tokens] for tokens in found], device=mini.mask.device)
 
     def _positions(self, mini: MicroBatch, k: int) -> list[Position]:
-        """Of every scored token, in the order of `mini.scored`."""
+        """What the server says of every scored token, in the order of `mini.scored`."""
         pairs = [(row.prompt_token_ids, sample) for row in mini.rows for sample in row.samples]
         texts = [prompt + sample.token_ids for prompt, sample in pairs]
         scored = self.score(texts, [len(prompt) for prompt, _ in pairs], k)
@@ -71,7 +71,7 @@ class TeacherServer:
         ]
 
     def score(self, texts: Sequence[list[int]], starts: Sequence[int], k: int) -> list[list[Position]]:
-        """Of every token from `starts` on: its own log-probability and those of the k likeliest tokens.
+        """Every token from `starts` on gets its own log-probability and those of the k likeliest tokens.
 
         Raises TeacherError, without the key, where the server gives no usable answer.
         """

@@ -20,6 +20,7 @@ from grpo.learner.parallel import Ranks
 from policies.policy import Policy
 
 if TYPE_CHECKING:
+    from grpo.learner.lessons import Lesson
     from rewards.group_score import GroupScore
 
 
@@ -63,6 +64,7 @@ class Term:
     moves_trunk = True  # False: the trunk needs no gradient for its sake
     module: nn.Module | None = None  # weights that no other term moves: their gradient is clipped by itself
     keeps_module = False  # whether a checkpoint keeps them under `name`; else they are the policy's
+    reads_lessons = False  # whether it learns from recorded lessons, see `lesson`
 
     def parameters(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for the optimizer with `params`, `peak` (the highest learning rate) and `weight_decay`."""
@@ -98,6 +100,10 @@ class Term:
         """The summand of this micro-batch. None where it has none."""
         per_token = self.per_token(mini, forward, work).masked_fill(~mini.loss_mask, 0.0)
         return per_token.sum() / max(work.batch.num_completion_tokens, 1)
+
+    def lesson(self, lesson: Lesson, work: Work) -> Tensor:
+        """The loss of a recorded lesson, where it `reads_lessons`."""
+        raise NotImplementedError(f"{type(self).__name__} does not override lesson")
 
     def end(self, works: Sequence[Work]) -> dict[str, float]:
         """It is called after the last update with the batches of a step, and gives metrics of the step."""

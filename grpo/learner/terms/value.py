@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from grpo.algorithm.advantages import gae, outcome_rewards, rank_softmax_weights, whiten
-from grpo.algorithm.losses import value_loss
+from grpo.algorithm.values import gae, outcome_rewards, rank_softmax_weights, value_loss, whiten
 from grpo.config.value import ValueOptions
 from grpo.learner.batch import MicroBatch, PackedRow, Sample, TrainingBatch
 from grpo.learner.likelihood import Forward
@@ -32,10 +31,10 @@ RANK_TEMPERATURE = 1.0  # weights are softmax(rank / this)
 
 
 def term(policy: Policy, config: Any, load: Any = None) -> ValueTerm | None:
-    loss = getattr(config, "loss", None)
-    if loss is None or loss.advantage not in ValueTerm.estimators:
+    advantage = config.loss.advantage
+    if advantage not in ValueTerm.estimators:
         return None
-    return ValueTerm(policy, config.value, ranked=loss.advantage == "rank_softmax")
+    return ValueTerm(policy, config.value, ranked=advantage == "rank_softmax")
 
 
 class ValueTerm(Term):

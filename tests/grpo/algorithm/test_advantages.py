@@ -10,19 +10,17 @@ import pytest
 import torch
 
 import grpo.algorithm.advantages
+import grpo.algorithm.values
 import grpo.config.loss
 from grpo.algorithm.advantages import (
     EPSILON,
-    gae,
     group_relative,
     multi_objective,
-    outcome_rewards,
-    rank_softmax_weights,
     reinforce_plus_plus,
     rloo,
     tied_groups,
-    whiten,
 )
+from grpo.algorithm.values import gae, outcome_rewards, rank_softmax_weights, whiten
 from rewards.group_score import LARGEST
 
 torch.set_num_threads(1)
@@ -35,6 +33,7 @@ def close(actual, expected, atol=1e-6):
 
 def test_docstring_examples():
     assert doctest.testmod(grpo.algorithm.advantages).failed == 0
+    assert doctest.testmod(grpo.algorithm.values).failed == 0
 
 
 # ---- by hand -----------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@ from typing import get_args
 
 import pytest
 
-from grpo.algorithm.advantages import rank_softmax_weights
 from grpo.algorithm.dynamic_sampling import draw_groups, is_tied
+from grpo.algorithm.values import rank_softmax_weights
 from grpo.cli.commands import reward_replay
 from grpo.config.loss import Advantage, LossOptions
 from grpo.learner.prepare import estimate

@@ -13,22 +13,30 @@ import torch
 import grpo.algorithm.losses
 import grpo.algorithm.surrogates
 from grpo.algorithm import losses
-from grpo.algorithm.losses import SAPO_TEMPERATURES, mask_truncated_completions, top_entropy_of, top_k_kl, value_loss
+from grpo.algorithm.losses import SAPO_TEMPERATURES, top_entropy_of
 from grpo.algorithm.surrogates import importance_correction, kl_penalty
+from grpo.algorithm.values import value_loss
 from grpo.config.learner import LearnerOptions
 from grpo.config.loss import LossOptions
+from grpo.learner.terms import distill
+from grpo.learner.terms.distill import top_k_kl
 from policies.logprobs import entropy, token_logprobs
 
 torch.set_num_threads(1)
 
 
-def policy_loss(*tensors: torch.Tensor, **given: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def policy_loss(
+    policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, **given
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """`losses.policy_loss`, with the options of the loss among the other arguments, unchecked, by TRL's names."""
     names = {"importance_sampling_mode": "correction"}
     names |= {f"importance_sampling_clip_{end}": f"importance_clip_{end}" for end in ("max", "min")}
     given = {names.get(name, name): value for name, value in given.items()}
     options = {name: given.pop(name) for name in list(given) if name in LossOptions.model_fields}
-    return losses.policy_loss(*tensors, options=LossOptions.model_construct(**options), **given)
+    others = [given.pop(f"{name}_logprobs", None) for name in ("sampling", "reference")]
+    logprobs = losses.Logprobs(policy_logprobs, old_logprobs, *others)
+    step = losses.WholeStep(**{name: given.pop(name) for name in losses.WholeStep._fields if name in given})
+    return losses.policy_loss(logprobs, advantages, mask, LossOptions.model_construct(**options), step=step, **given)
 
 
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -46,6 +54,7 @@ LOSS_TYPES = {
 def test_docstring_examples():
     assert doctest.testmod(grpo.algorithm.losses).failed == 0
     assert doctest.testmod(grpo.algorithm.surrogates).failed == 0
+    assert doctest.testmod(distill).failed == 0
 
 
 # ---- by hand -----------------------------------------------------------------------------------------------------
@@ -221,9 +230,7 @@ def test_value_loss_by_hand():
 
 
 def test_truncated_completions_leave_the_loss_and_stay_in_the_count_of_sequences():
-    mask = mask_truncated_completions(MASK, ["stop", "length"])
-    assert mask.tolist() == [[True] * 3, [False] * 3]
-    assert mask_truncated_completions(MASK, ["abort", "stop"]).tolist() == [[False] * 3, [True, True, False]]
+    mask = torch.tensor([[True] * 3, [False] * 3])
     assert policy_loss(POLICY, OLD, ADVANTAGES, mask)[0].item() == pytest.approx(-5.9 / 3)
     assert policy_loss(POLICY, OLD, ADVANTAGES, mask, loss_type="grpo")[0].item() == pytest.approx(-5.9 / 3 / 2)
 

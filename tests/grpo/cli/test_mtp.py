@@ -20,7 +20,8 @@ from grpo.config.run import SftConfig
 from grpo.learner.batch import PackedRow, Sample, micro_batches
 from grpo.learner.head_learner import HeadLearner
 from grpo.learner.lessons import KINDS, Corpus
-from grpo.learner.prepare import supervised
+from grpo.learner.prepare import recorded, supervised
+from grpo.learner.terms.draft_head import DraftHeadTerm
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.run import checkpoint
 from grpo.run.log import RunLog
@@ -261,7 +262,7 @@ def test_contract_9_a_signal_gives_up_the_rollouts_in_progress(whole, config, tm
         (LocalPool, "sample", 3, RolloutError("workers died 4 times"), [2]),
         (LocalPool, "publish", 2, RolloutError("workers died 4 times"), [3, 4, 5, 6, 7]),  # one before, one at the end
         (Corpus, "add", 2, OSError("No space left on device"), [1]),
-        pytest.param(HeadLearner, "_lesson_loss", 1, NonFiniteStep("the loss is nan"), [3], marks=pytest.mark.long),
+        pytest.param(DraftHeadTerm, "lesson", 1, NonFiniteStep("the loss is nan"), [3], marks=pytest.mark.long),
         (Update, "make", 5, NonFiniteStep("the gradient is nan"), [3]),  # in the middle of an epoch
         (HeadLearner, "teach", 3, NonFiniteStep("the loss is nan"), [3, 4, 5]),
         (RunLog, "step", 3, KeyError("a bug"), [3]),
@@ -455,9 +456,9 @@ def test_a_run_ends_where_three_epochs_have_gained_nothing(config, tmp_path, mon
 
 def test_total_variation_begins_after_the_first_epoch_that_gains_nothing(random_policy):
     learner = _learner(random_policy(0), tv=True)
-    assert [setattr(learner, "stage", stage) or learner.divergence for stage in range(3)] == ["kl", "tv", "tv"]
+    assert [setattr(learner, "stage", stage) or learner.tv for stage in range(3)] == [False, True, True]
     learner.head_options.tv = False
-    assert learner.divergence == "kl"
+    assert not learner.tv
 
 
 def test_frequent_tokens_are_those_that_the_policy_expects_to_say(random_policy):
@@ -491,7 +492,7 @@ def test_grpo_and_this_command_teach_the_head_the_same_loss(random_policy, trims
         tokens = sum(row.num_completion_tokens for row in rows)
         for lesson, mini in zip(lessons, micro_batches(rows, 10_000, learner.policy.device), strict=True):
             if kind == "lesson":
-                loss = learner._lesson_loss(lesson, 3, "kl") * lesson.tokens / tokens
+                loss = learner.term.lesson(lesson, learner._work(recorded(lessons, 0, 3), learner.terms))
             else:
                 work, [head] = learner._work(supervised(rows), learner.terms), learner.terms
                 work.fixed["draft_head"] = {row.group: 1 / tokens for row in rows}
@@ -596,7 +597,7 @@ def test_options_that_make_no_sense_are_refused(config, tmp_path, given, message
 
 
 def test_more_prompts_than_there_are_is_refused_before_the_model_loads(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo.cli.mtp.load_policy", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("grpo.steps.opening.load_policy", lambda *a: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="prompts_per_step=50, but there are 10 training examples"):
         mtp(config(tmp_path / "run", prompts_per_step=50))
     with pytest.raises(ValueError, match="head.solutions=9, but 8 training examples are learned from.*lower it"):
@@ -624,7 +625,7 @@ def test_a_policy_that_has_no_head_and_is_to_have_none_is_refused(hf_policy, con
 
 
 def test_prompts_that_leave_no_room_are_refused_before_anything_is_sampled(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo.cli.mtp.open_run_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
+    monkeypatch.setattr("grpo.steps.publisher.open_run_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
     with pytest.raises(ValueError, match=r"10 prompts, the first of them .* context of 256 with max_completion_tokens"):
         mtp(config(tmp_path / "run", **{"rollout.max_completion_tokens": 250}))
 
@@ -632,13 +633,13 @@ def test_prompts_that_leave_no_room_are_refused_before_anything_is_sampled(confi
 @pytest.mark.slow
 def test_a_head_that_diverges_says_what_to_lower_and_goes_on_from_the_checkpoint(config, tmp_path, monkeypatch):
     given = {"steps": 2, "checkpoint.every": 1}
-    loss = HeadLearner._lesson_loss
+    loss = DraftHeadTerm.lesson
 
-    def diverging(learner, lesson, depth, divergence):
-        return loss(learner, lesson, depth, divergence) * (math.nan if learner.policy_version else 1.0)
+    def diverging(term, lesson, work):
+        return loss(term, lesson, work) * (math.nan if work.batch.step == 4 else 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(HeadLearner, "_lesson_loss", diverging)
+        patch.setattr(DraftHeadTerm, "lesson", diverging)
         with pytest.raises(NonFiniteStep, match=r'step 4: the loss is nan.*Lower head.learning_rate.*resume="auto"'):
             mtp(config(tmp_path / "run", **given))
     mtp(config(tmp_path / "run", **given | {"head.learning_rate": 1e-3}), resume="auto", force=True)

@@ -7,7 +7,7 @@ import torch
 from trl import GRPOConfig
 
 import grpo
-from grpo.algorithm.losses import policy_loss
+from grpo.algorithm.losses import Logprobs, WholeStep, policy_loss
 from grpo.cli.config.inference import EvalConfig, SampleConfig, defaults_of_run
 from grpo.config.data import DataOptions
 from grpo.config.loss import LossOptions
@@ -63,7 +63,7 @@ def test_loss_options_have_the_defaults_of_trl():
 def test_loss_options_are_those_of_the_loss():
     """Without options the loss is that of the defaults."""
     policy, old = torch.tensor([[0.9, 0.5], [0.2, 0.7]]).log(), torch.tensor([[0.4, 0.5], [0.4, 0.5]]).log()
-    given = policy, old, torch.tensor([1.0, -1.0]), torch.tensor([[True, True], [True, False]])
+    given = Logprobs(policy, old), torch.tensor([1.0, -1.0]), torch.tensor([[True, True], [True, False]])
     (one, first), (two, second) = policy_loss(*given), policy_loss(*given, LossOptions())
     assert (one, first) == (two, second)
 
@@ -143,9 +143,8 @@ def test_an_option_is_refused_exactly_where_it_changes_no_loss(loss_type):
     usual = {"epsilon_high": 1.5} if loss_type == "cispo" else {}
 
     def loss(options):
-        return policy_loss(logprobs, old, torch.tensor([1.0, -1.0, 2.0, -2.0]), mask, options, max_completion_length=5)[
-            0
-        ]
+        advantages, step = torch.tensor([1.0, -1.0, 2.0, -2.0]), WholeStep(max_completion_length=5)
+        return policy_loss(Logprobs(logprobs, old), advantages, mask, options, step=step)[0]
 
     for name, value in others.items():
         given = {"loss_type": loss_type} | usual | {name: value}

@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from grpo.config.data import DataOptions
+from grpo.config.data import DataOptions, ProblemOptions
 from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.data.examples import Example, clean_solution, load_examples
 from grpo.task.task import Task
@@ -70,14 +70,12 @@ def test_columns_can_be_mapped_and_all_go_to_the_rewards(tmp_path):
     row = {"problem": "1 + 1 = ?", "solution": "It is <<1+1=2>>2.", "answer": 2, "level": 3}
     path = write_jsonl(tmp_path / "math.jsonl", [row, {**row, "hint": "count"}])
     mapping = {"prompt_column": "problem", "solution_column": "solution"}
-    first, second = load_examples(path, "train", **mapping)
+    first, second = load_examples(path, "train", ProblemOptions(**mapping))
     assert (first.question, first.solution) == ("1 + 1 = ?", "It is 2.")
     assert first.columns == {**row, "question": "1 + 1 = ?", "hint": None}
     assert second.columns["hint"] == "count"
-    numeric = load_examples(path, "train", prompt_column="problem", solution_column="answer")[0]
+    numeric = load_examples(path, "train", ProblemOptions(prompt_column="problem", solution_column="answer"))[0]
     assert (numeric.solution, numeric.columns["answer"]) == ("2", "2")
-    unsolved = load_examples(path, "train", prompt_column="problem", solution_column=None)[0]
-    assert unsolved.solution == ""
 
 
 def test_word_problems_are_examples():
@@ -221,7 +219,7 @@ def test_a_missing_column_is_named_in_every_format(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = _write(tmp_path / f"rows.{kind}", [GOOD])
     with pytest.raises(ValueError, match=r"no column 'solution'; its columns are question, answer"):
-        load_examples(path, "train", solution_column="solution")
+        load_examples(path, "train", ProblemOptions(solution_column="solution"))
 
 
 def test_a_number_that_is_no_number_is_bad(tmp_path):
@@ -293,7 +291,7 @@ def test_a_line_separator_inside_json_is_not_a_row_end(tmp_path):
 
 def test_a_missing_column_names_those_there_are(folder):
     with pytest.raises(ValueError, match=r"no column 'problem'; its columns are question, answer .*prompt_column"):
-        load_examples(folder, "train", prompt_column="problem")
+        load_examples(folder, "train", ProblemOptions(prompt_column="problem"))
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.csv", "")])

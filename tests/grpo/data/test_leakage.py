@@ -7,7 +7,7 @@ import shutil
 import datasets
 import pytest
 
-from grpo.config.data import DataOptions
+from grpo.config.data import DataOptions, ProblemOptions
 from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.data.examples import load_examples
 from grpo.data.leakage import fingerprint, is_gsm8k_test_question
@@ -122,8 +122,8 @@ def test_a_copy_under_another_name_and_in_another_form(copy, tmp_path, kind, mon
         datasets.Dataset.from_list(rows).to_parquet(path)
     mapping = {"prompt_column": "problem", "solution_column": "solution"}
     with pytest.raises(ValueError, match=rf"bad rows \(5 of 5\):\nrow 1: .*{REFUSED}"):
-        load_examples(path, "train", **mapping)
-    assert len(load_examples(path, "train", purpose="eval", **mapping)) == 5
+        load_examples(path, "train", ProblemOptions(**mapping))
+    assert len(load_examples(path, "train", ProblemOptions(**mapping), purpose="eval")) == 5
 
 
 def test_one_test_question_among_training_rows_is_named(tmp_path):

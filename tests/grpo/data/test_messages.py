@@ -10,7 +10,7 @@ from grpo.cli.commands.reward_replay import replay
 from grpo.cli.commands.reward_test import check_reward
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
 from grpo.cli.config.reward_commands import ReplayConfig, RewardTestConfig
-from grpo.config.data import DataOptions
+from grpo.config.data import DataOptions, ProblemOptions
 from grpo.config.options import load
 from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.data.examples import Example, load_examples
@@ -145,7 +145,7 @@ TALK = [SYSTEM, {"role": "user", "content": "Hi."}, {"role": "assistant", "conte
 
 def test_trls_conversational_data_are_accepted(tmp_path):
     options = {"prompt_column": "prompt"}
-    talk, asked = load_examples(_write(tmp_path, TALK, [USER]), "train", **options)
+    talk, asked = load_examples(_write(tmp_path, TALK, [USER]), "train", ProblemOptions(**options))
     assert (talk.question, talk.messages) == ("2 + 3 = ?", TALK)
     assert talk.columns == {"question": "2 + 3 = ?", "prompt": TALK, "answer": "#### 5"}
     shot = Example("shot", "1 + 1 = ?", "#### 2", {}, [SYSTEM, {"role": "user", "content": "1 + 1 = ?"}])
@@ -166,7 +166,7 @@ def test_trls_conversational_data_are_accepted(tmp_path):
 
 def test_their_solution_may_be_a_message_of_the_assistant(tmp_path):
     path = _write(tmp_path, [USER], answer=[{"role": "assistant", "content": "It is <<2+3=5>>5.\n#### 5"}])
-    [example] = load_examples(path, "train", prompt_column="prompt")
+    [example] = load_examples(path, "train", ProblemOptions(prompt_column="prompt"))
     assert example.solution == "It is 5.\n#### 5"
     assert example.columns["answer"] == "It is <<2+3=5>>5.\n#### 5"
 
@@ -186,7 +186,7 @@ def test_their_solution_may_be_a_message_of_the_assistant(tmp_path):
 )
 def test_a_broken_conversation_is_a_bad_row(tmp_path, prompt, message):
     with pytest.raises(ValueError) as error:
-        load_examples(_write(tmp_path, prompt), "train", prompt_column="prompt")
+        load_examples(_write(tmp_path, prompt), "train", ProblemOptions(prompt_column="prompt"))
     assert message in str(error.value)
 
 
@@ -195,7 +195,7 @@ def test_a_gsm8k_test_question_inside_a_chat_is_found(tmp_path, gsm8k_folder):
     chat = [{"role": "user", "content": test}, {"role": "assistant", "content": "18"}, USER]
     path = _write(tmp_path, chat, question="another")
     with pytest.raises(ValueError, match="a question of GSM8K's test set"):
-        load_examples(path, "train", prompt_column="prompt")
+        load_examples(path, "train", ProblemOptions(prompt_column="prompt"))
 
 
 def test_a_run_on_conversational_data(micro_config, chatty, source, tmp_path):

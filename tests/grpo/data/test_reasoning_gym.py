@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from grpo.config.data import DataOptions
+from grpo.config.data import DataOptions, ProblemOptions
 from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.data.examples import load_examples
 from grpo.data.reasoning_gym import reasoning_gym_problems
@@ -18,14 +18,14 @@ LEGS = "reasoning_gym:leg_counting"
 
 
 def test_a_task_is_a_dataset():
-    examples = load_examples(LEGS, "train", limit=5, task_options={"max_animals": 4})
+    examples = load_examples(LEGS, "train", ProblemOptions(task_options={"max_animals": 4}), limit=5)
     assert len(examples) == 5
     assert all("how many legs" in example.question for example in examples)
     assert [example.solution for example in examples] == [example.columns["answer"] for example in examples]
     assert examples[0].columns["metadata"]["source_dataset"] == "leg_counting"
     assert all(len(example.columns["metadata"]["animals"]) <= 4 for example in examples)
     assert examples[0].example_id == "reasoning_gym/leg_counting/0/0"
-    assert load_examples(LEGS, "train", limit=2, task_options={"max_animals": 4}) == examples[:2]
+    assert load_examples(LEGS, "train", ProblemOptions(task_options={"max_animals": 4}), limit=2) == examples[:2]
 
 
 def test_the_documented_example():
@@ -72,7 +72,7 @@ def test_training_on_the_held_out_problems_is_refused():
 )
 def test_what_cannot_be_had_is_explained(name, options, message):
     with pytest.raises(ValueError, match=message):
-        load_examples(name, "train", limit=1, task_options=options)
+        load_examples(name, "train", ProblemOptions(task_options=options), limit=1)
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):

@@ -185,7 +185,7 @@ def test_an_agent_whose_requests_are_refused_is_told_of(micro_config, tmp_path):
 )
 def test_what_cannot_begin_is_refused_before_a_policy_is_loaded(micro_config, tmp_path, monkeypatch, given, words):
     monkeypatch.setattr(Learner, "__init__", lambda *_: pytest.fail("loaded a policy"))
-    monkeypatch.setattr("grpo.steps.supervise.load_policy", lambda *_: pytest.fail("loaded a policy"))
+    monkeypatch.setattr("grpo.steps.opening.load_policy", lambda *_: pytest.fail("loaded a policy"))
     with pytest.raises((ValueError, RewardError), match=words):
         train(micro_config(tmp_path / "run", **({"agent": ONCE} | given)))
 

@@ -7,7 +7,7 @@ import pytest
 from grpo.algorithm.statistics import estimate, wilson_interval
 from grpo.config.data import DataOptions
 from grpo.config.reward import RewardOptions, ScoringOptions
-from grpo.config.run import EvalOptions
+from grpo.config.run import EvalOptions, LogOptions
 from grpo.evaluation import evaluate as evaluation
 from grpo.evaluation.evaluate import as_metrics, evaluate, failure_kinds, measure_speed
 from grpo.evaluation.held_out import HeldOut
@@ -224,7 +224,8 @@ def test_metrics_of_an_evaluation_are_documented():
 
 
 def _held_out(pool, task, options, log) -> HeldOut:
-    held_out = HeldOut(task, SimpleNamespace(tokenizer=None), pool, log, options, SAMPLING)
+    sampling = replace(SAMPLING, group_size=options.samples)
+    held_out = HeldOut(task, SimpleNamespace(tokenizer=None), pool, log, sampling)
     held_out.prompts = _prompts(2)
     return held_out
 
@@ -237,7 +238,7 @@ def test_inside_a_run_failures_are_events_and_results_are_metrics(own, tmp_path)
     pool = FakePool([_completion("#### 42"), _completion("fail")])
     options = EvalOptions(samples=2)
     folder = tmp_path / "run"
-    with _task(own, on_error="drop_sample") as task, RunLog(folder, "", trackers=[], quiet=True) as log:
+    with _task(own, on_error="drop_sample") as task, RunLog(folder, "", LogOptions(trackers=[]), quiet=True) as log:
         for step in (0, 5):
             results = _held_out(pool, task, options, log).evaluate(step)
     assert results["sampled"].without_mark == 2
@@ -256,7 +257,7 @@ def test_inside_a_run_that_aborts_the_failure_is_an_event_too(own, tmp_path):
     folder = tmp_path / "run"
     with (
         _task(own) as task,
-        RunLog(folder, "", trackers=[], quiet=True) as log,
+        RunLog(folder, "", LogOptions(trackers=[]), quiet=True) as log,
         pytest.raises(RewardError, match="boom"),
     ):
         _held_out(pool, task, EvalOptions(samples=2), log).evaluate(5)

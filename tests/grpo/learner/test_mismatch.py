@@ -13,6 +13,7 @@ from grpo.learner import build
 from grpo.learner.learner import Learner
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.train import train
+from policies.policy import Policy
 
 
 def learner_of(policy, **loss) -> Learner:
@@ -66,7 +67,7 @@ def test_contract_8_precision_and_backend_decide(
     micro_config, micro_policy, tmp_path, monkeypatch, options, backend, corrects
 ):
     if backend:
-        monkeypatch.setattr(build, "sampling_backend", lambda config, policy: backend)
+        monkeypatch.setattr(Policy, "backend", backend)
     config = micro_config(tmp_path, **options)
     policy = micro_policy().cast(getattr(torch, config.dtype))
     learner = build.grpo_learner(policy, config, {})

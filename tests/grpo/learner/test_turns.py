@@ -7,10 +7,10 @@ import pytest
 import torch
 from small_learner import small_learner
 
-from grpo.algorithm.advantages import gae
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.algorithm.in_flight import drawn_of
 from grpo.algorithm.in_flight import plain as plain_of
+from grpo.algorithm.values import gae
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample, collate

@@ -24,11 +24,11 @@ from grpo.cli.commands.sample import read_prompts
 from grpo.cli.config.inference import defaults_of_run
 from grpo.config.mtp import defaults_of_run as mtp_defaults_of_run
 from grpo.config.options import load
-from grpo.config.run import TrainConfig
+from grpo.config.run import LogOptions, TrainConfig
 from grpo.config.yaml_file import changed_options
 from grpo.data.examples import load_examples
 from grpo.run import checkpoint, hardware
-from grpo.run.log import RunLog
+from grpo.run.log import Resume, RunLog
 from grpo.run.records import read_metrics, read_rollouts, recorded_steps, truncate
 from grpo.run.reward_record import read_rewards
 from grpo.train import train
@@ -130,7 +130,7 @@ def run(micro_config, tmp_path_factory) -> Path:
     """A run of two steps."""
     folder = tmp_path_factory.mktemp("run") / "run"
     train(micro_config(folder, steps=2, **{"rollout.draft_tokens": None, "warm_start.steps": 0}))
-    with RunLog(folder, (folder / "config.yaml").read_text(), trackers=[], quiet=True, resume_step=2):
+    with RunLog(folder, (folder / "config.yaml").read_text(), LogOptions(trackers=[]), quiet=True, resume=Resume(2)):
         pass  # a resume, whose machine events.jsonl describes
     return folder
 

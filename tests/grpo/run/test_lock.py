@@ -15,7 +15,7 @@ import pytest
 from grpo.cli.mtp import mtp
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
-from grpo.config.run import SftConfig
+from grpo.config.run import LogOptions, SftConfig
 from grpo.run import lock
 from grpo.run.lock import FolderInUse, RunLock
 from grpo.run.log import RunLog
@@ -101,7 +101,7 @@ def test_a_run_refuses_the_folder_of_another_one(micro_config, micro_preset, let
         else:
             mtp(load(MtpConfig, None, options | {"prompts_per_step": 2}), resume=resume)
 
-    with RunLog(folder, "steps: 3\n", trackers=[], quiet=True) as log:  # before its first step, too
+    with RunLog(folder, "steps: 3\n", LogOptions(trackers=[]), quiet=True) as log:  # before its first step, too
         before = _files(folder)
         with pytest.raises(FolderInUse, match=f"process {os.getpid()} on host .*choose another output_dir"):
             start()

@@ -15,9 +15,10 @@ import torch
 import zstandard
 from rich.console import Console
 
+from grpo.config.run import LogOptions
 from grpo.run import log as run_log
 from grpo.run.hardware import command
-from grpo.run.log import RunLog
+from grpo.run.log import Resume, RunLog
 from grpo.run.records import read_events, read_metrics, read_rollouts
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
@@ -25,10 +26,20 @@ from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 CONFIG = "steps: 3\n"
 
 
-def _open(folder: Path, config: str = CONFIG, *, trackers=(), width=200, **options) -> tuple[RunLog, io.StringIO]:
+def _open(
+    folder: Path,
+    config: str = CONFIG,
+    resume: Resume | None = None,
+    *,
+    quiet=False,
+    width=200,
+    console_options=None,
+    **more,
+) -> tuple[RunLog, io.StringIO]:
     shown = io.StringIO()
-    console = Console(file=shown, width=width, **options.pop("console_options", {}))
-    return RunLog(folder, config, trackers=trackers, console=console, **options), shown
+    console = Console(file=shown, width=width, **console_options or {})
+    options = LogOptions(**{"trackers": []} | more)
+    return RunLog(folder, config, options, resume=resume, quiet=quiet, console=console), shown
 
 
 def _group(texts=("4", "5"), prompt="2 + 2 ="):
@@ -235,7 +246,7 @@ def test_contract_9_a_resume_removes_what_came_after_its_checkpoint(tmp_path):
     (tmp_path / "rollouts/step_000001.jsonl.partial").write_bytes(b"x")
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3]
 
-    with _open(tmp_path, "steps: 9\n", resume_step=2)[0] as log:
+    with _open(tmp_path, "steps: 9\n", resume=Resume(2))[0] as log:
         assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2]
         assert [path.name[:11] for path in sorted((tmp_path / "rollouts").iterdir())] == ["step_000001", "step_000002"]
         log.step(3, {"reward/mean": 30.0})
@@ -245,7 +256,7 @@ def test_contract_9_a_resume_removes_what_came_after_its_checkpoint(tmp_path):
     assert _events(tmp_path, "config_changed")[0]["former"] == CONFIG
     assert (tmp_path / "config.yaml").read_text() == "steps: 9\n"
 
-    with _open(tmp_path, resume_step=0)[0]:
+    with _open(tmp_path, resume=Resume(0))[0]:
         assert read_metrics(tmp_path) == []
         assert not list((tmp_path / "rollouts").iterdir())
 
@@ -257,7 +268,7 @@ def test_half_a_line_of_a_killed_writer_spoils_no_later_line(tmp_path):
     for name in ("metrics", "events"):
         with (tmp_path / f"{name}.jsonl").open("a") as stream:
             stream.write('{"step": 2, "ti')
-    with _open(tmp_path, resume_step=1)[0] as log:
+    with _open(tmp_path, resume=Resume(1))[0] as log:
         log.step(2, {"reward/mean": 2.0})
     assert [row["reward/mean"] for row in read_metrics(tmp_path)] == [1.0, 2.0]
     assert [event["event"] for event in read_events(tmp_path)] == ["signal", "resume"]
@@ -269,7 +280,7 @@ def test_an_evaluation_that_is_made_again_replaces_the_former_one(tmp_path):
         log.evaluation(1, {"accuracy": 0.1})
         log.evaluation(1, {"acceptance_depth_1": 0.1})
     for accuracy in (0.2, 0.3):
-        with _open(tmp_path, resume_step=1)[0] as log, log.until_its_end():
+        with _open(tmp_path, resume=Resume(1))[0] as log, log.until_its_end():
             log.evaluation(1, {"accuracy": accuracy})
             log.evaluation(1, {"acceptance_depth_1": accuracy})  # a second line of the same evaluation stays
             log.step(2, {"reward/mean": 2.0})
@@ -287,7 +298,7 @@ def test_a_line_that_the_disk_has_refused_is_written_once(tmp_path):
     with _open(tmp_path)[0] as log:
         log.evaluation(0, {"accuracy": 0.0})
     for _ in range(2):
-        with _open(tmp_path, resume_step=1, unwritten=line)[0]:
+        with _open(tmp_path, resume=Resume(1, line))[0]:
             assert read_metrics(tmp_path) == [{"step": 0, "eval/accuracy": 0.0}, line]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -296,7 +307,7 @@ def test_a_resume_rewrites_no_file_that_stays_the_same(tmp_path):
     with _open(tmp_path)[0] as log:
         log.step(1, {"reward/mean": 1.0})
     inodes = {name: (tmp_path / name).stat().st_ino for name in ("config.yaml", "environment.json")}
-    with _open(tmp_path, resume_step=1)[0]:
+    with _open(tmp_path, resume=Resume(1))[0]:
         assert {name: (tmp_path / name).stat().st_ino for name in inodes} == inodes
 
 
@@ -313,10 +324,10 @@ def test_a_kill_while_the_configuration_is_written_tears_nothing(tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            _open(tmp_path, "steps: 9\n", resume_step=1)
+            _open(tmp_path, "steps: 9\n", resume=Resume(1))
     assert (tmp_path / "config.yaml").read_text() == kept
     assert (tmp_path / ".config.yaml.partial").exists()
-    with _open(tmp_path, "steps: 9\n", resume_step=1)[0]:
+    with _open(tmp_path, "steps: 9\n", resume=Resume(1))[0]:
         assert (tmp_path / "config.yaml").read_text() == "steps: 9\n"
         assert not list(tmp_path.rglob("*.partial"))
 
@@ -329,7 +340,7 @@ def test_leftovers_of_a_killed_run_go_when_it_goes_on(tmp_path):
     for name in left:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    with _open(tmp_path, resume_step=1)[0]:
+    with _open(tmp_path, resume=Resume(1))[0]:
         assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("x")] in (
             ["best_policy/x", ".theirs.partial/x"],
             [".theirs.partial/x", "best_policy/x"],
@@ -338,7 +349,7 @@ def test_leftovers_of_a_killed_run_go_when_it_goes_on(tmp_path):
 
 
 def test_resume_auto_in_a_fresh_folder_is_a_new_run(tmp_path):
-    with _open(tmp_path / "new", resume_step=0)[0] as log:
+    with _open(tmp_path / "new", resume=Resume(0))[0] as log:
         log.step(1, {"reward/mean": 1.0})
     assert not _events(tmp_path / "new", "resume")
     assert len(read_metrics(tmp_path / "new")) == 1
@@ -375,7 +386,7 @@ def test_progress_draws_on_a_terminal_and_nothing_elsewhere(tmp_path):
 
 
 def test_quiet_prints_nothing(tmp_path, capsys):
-    with RunLog(tmp_path, CONFIG, trackers=[], quiet=True) as log:
+    with RunLog(tmp_path, CONFIG, LogOptions(trackers=[]), quiet=True) as log:
         log.step(1, {"reward/mean": 1.0})
         log.event("signal", name="SIGTERM")
         log.rollouts(1, [_group()], [_score()], [[0.0, 0.0]])
@@ -384,7 +395,7 @@ def test_quiet_prints_nothing(tmp_path, capsys):
 
 def test_a_terminal_without_unicode_does_not_end_the_run(tmp_path):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    with RunLog(tmp_path, CONFIG, trackers=[], console=Console(file=stream)) as log:
+    with RunLog(tmp_path, CONFIG, LogOptions(trackers=[]), console=Console(file=stream)) as log:
         log.rollouts(1, [_group(("Zoë", "五"))], [_score()], [[0.0, 0.0]])
         log.event("signal", name="Zoë")
     stream.seek(0)
@@ -399,7 +410,7 @@ def test_tensorboard_gets_every_finite_metric_and_forgets_what_a_resume_repeats(
         for step in (1, 2, 3):
             log.step(step, {"reward/mean": float(step), "loss/policy": math.nan})
         log.evaluation(3, {"accuracy": 0.5})
-    with _open(tmp_path, trackers=["tensorboard"], resume_step=2)[0] as log:
+    with _open(tmp_path, trackers=["tensorboard"], resume=Resume(2))[0] as log:
         log.step(3, {"reward/mean": 30.0})
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()

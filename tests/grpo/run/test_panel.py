@@ -13,6 +13,7 @@ import time
 import pytest
 from rich.console import Console
 
+from grpo.config.run import LogOptions
 from grpo.run.console import Terminal
 from grpo.run.log import RunLog
 from grpo.run.panel import BLOCKS, PLAIN_BLOCKS, Panel, clock, sparkline
@@ -80,7 +81,7 @@ def test_a_terminal_gets_the_panel_and_keeps_its_last_state(tmp_path):
     screen = Screen()
     with os.fdopen(os.dup(screen.slave), "w") as stream:
         console = Terminal(file=stream, _environ={"TERM": "xterm"})
-        with RunLog(tmp_path / "demo", "", trackers=[], last=4, console=console) as log:
+        with RunLog(tmp_path / "demo", "", LogOptions(trackers=[]), last=4, console=console) as log:
             log.evaluation(0, {"accuracy": 0.25})
             log.step(1, STEP)
             with log.progress() as progress:
@@ -125,7 +126,11 @@ def test_a_pipe_gets_a_line_every_few_steps_and_no_control_code(tmp_path, monkey
     with (
         open(tmp_path / "out", "w") as stream,
         RunLog(
-            tmp_path / "run", "", trackers=[], last=5, every=every, console=Terminal(file=stream, color_system=None)
+            tmp_path / "run",
+            "",
+            LogOptions(trackers=[], every=every),
+            last=5,
+            console=Terminal(file=stream, color_system=None),
         ) as log,
     ):
         for step in range(1, 6):
@@ -194,7 +199,7 @@ def test_the_panel_tells_of_the_stop_that_was_asked_for(tmp_path):
     screen = Screen()
     with os.fdopen(os.dup(screen.slave), "w") as stream:
         console = Terminal(file=stream, _environ={"TERM": "xterm"})
-        with RunLog(tmp_path / "demo", "", trackers=[], last=4, console=console) as log:
+        with RunLog(tmp_path / "demo", "", LogOptions(trackers=[]), last=4, console=console) as log:
             assert log.note(STOPPING)
             screen.wait_for("Ctrl-C again ends the run at once")
     assert screen.is_sane()

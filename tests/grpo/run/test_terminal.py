@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.cli.parse import main
+from grpo.config.run import LogOptions
 from grpo.run.console import Terminal
 from grpo.run.log import RunLog
 from rewards.isolation.output import escaped
@@ -106,7 +107,7 @@ def test_rich_itself_may_still_colour_and_move():
 
 
 def test_events_are_echoed_escaped(tmp_path, capsys):
-    with RunLog(tmp_path / "run", "model: tiny\n", trackers=[]) as log:
+    with RunLog(tmp_path / "run", "model: tiny\n", LogOptions(trackers=[])) as log:
         assert isinstance(log.console, Terminal)
         log.event("reward_error", message=EVIL)
     assert not CONTROL.search(capsys.readouterr().out)

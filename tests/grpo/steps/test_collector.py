@@ -76,13 +76,15 @@ def by_hand(micro_config, tmp_path, monkeypatch):
         task = SimpleNamespace(
             train=[Example("a", "a?", "a")],
             first_reward="right",
+            actor=SimpleNamespace(environment=None),
             reached=lambda step: None,
             verdicts=Verdicts("right", "undeclared", gold=1.0),
             prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1]),
             score=score,
         )
         log = SimpleNamespace(progress=lambda: Progress(disable=True), event=lambda *_, **__: None)
-        curriculum, known = Curriculum(task.train, config, partial(Task.pass_rate, task)), []
+        task.pass_rate = partial(Task.pass_rate, task)
+        curriculum, known = Curriculum(SimpleNamespace(config=config), task), []
         choose = curriculum.choose
         monkeypatch.setattr(curriculum, "choose", lambda *a: known.append(dict(curriculum.pass_rates)) or choose(*a))
         policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native")

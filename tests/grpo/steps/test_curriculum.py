@@ -30,12 +30,20 @@ def _config(seed=0, **curriculum) -> TrainConfig:
     return TrainConfig(output_dir="unused", seed=seed, curriculum=curriculum)
 
 
+def _curriculum(examples, config, pass_rate=lambda score: None) -> Curriculum:
+    return Curriculum(SimpleNamespace(config=config), SimpleNamespace(train=examples, pass_rate=pass_rate))
+
+
 def _collector(examples, config) -> Collector:
     """What takes prompts as the curriculum says, or in the order of the data."""
-    task = SimpleNamespace(train=examples, prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1]))
+    task = SimpleNamespace(
+        train=examples,
+        prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1]),
+        actor=SimpleNamespace(environment=None),
+    )
     policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native")
     run = Run(config, None, ALONE, saved=None, last=9)
-    return Collector(run, task, policy, [Curriculum(examples, config)])
+    return Collector(run, task, policy, [_curriculum(examples, config)])
 
 
 def _ids(examples) -> list[str]:
@@ -63,7 +71,7 @@ def test_without_options_it_is_the_shuffled_stream():
 
 
 def test_short_ones_come_first_and_longer_ones_as_they_open():
-    curriculum = Curriculum(EXAMPLES, _config(steps=5, shortest_share=0.2))
+    curriculum = _curriculum(EXAMPLES, _config(steps=5, shortest_share=0.2))
     assert set(_ids(curriculum.choose(2, 1))) == set(BY_LENGTH[:2])
     assert set(_ids(curriculum.choose(2, 2))) == set(BY_LENGTH[2:4])  # 0.4 is open: the two that nobody has seen
     assert set(_ids(curriculum.choose(2, 3))) == set(BY_LENGTH[4:6])
@@ -74,14 +82,14 @@ def test_short_ones_come_first_and_longer_ones_as_they_open():
 
 
 def test_a_step_is_filled_even_where_too_few_are_open():
-    curriculum = Curriculum(EXAMPLES, _config(steps=9, shortest_share=0.1))
+    curriculum = _curriculum(EXAMPLES, _config(steps=9, shortest_share=0.1))
     assert set(_ids(curriculum.choose(4, 1))) == set(BY_LENGTH[:4])
     with pytest.raises(ValueError, match="cannot take 11 different prompts from 10 examples"):
         curriculum.choose(11, 1)
 
 
 def test_a_running_pass_rate_and_its_weight():
-    curriculum = Curriculum(EXAMPLES, _config(by_difficulty=True))
+    curriculum = _curriculum(EXAMPLES, _config(by_difficulty=True))
     curriculum.record([("4", 1.0), ("5", 0.0)])
     curriculum.record([("4", 0.5)])
     curriculum.record([("4", 0.25)])
@@ -93,7 +101,7 @@ def test_a_running_pass_rate_and_its_weight():
 def _pass_rates(*scores: GroupScore, full_marks: float = 1.0) -> dict[str, float]:
     """What a curriculum has recorded after one step in which the groups of its prompts got these scores."""
     task = SimpleNamespace(first_reward="r", verdicts=Verdicts("r", "undeclared", gold=full_marks))
-    curriculum = Curriculum(EXAMPLES, _config(shortest_share=0.5, by_difficulty=True), partial(Task.pass_rate, task))
+    curriculum = _curriculum(EXAMPLES, _config(shortest_share=0.5, by_difficulty=True), partial(Task.pass_rate, task))
     groups = [RolloutGroup(Prompt(EXAMPLES[i].example_id, "", [1]), []) for i in range(len(scores))]
     curriculum.sampled(1, groups, scores)
     return curriculum.pass_rates
@@ -126,7 +134,7 @@ def test_contract_6_a_mark_that_is_missing_is_no_failure_to_pass():
 
 def test_learnable_prompts_are_drawn_in_proportion_to_what_they_teach():
     """One draw at a time: P(i) = w_i / Σ w, here .25 for two prompts and .01 for eight."""
-    curriculum = Curriculum(EXAMPLES, _config(by_difficulty=True, seed=1))
+    curriculum = _curriculum(EXAMPLES, _config(by_difficulty=True, seed=1))
     curriculum.record([(e.example_id, 0.5 if e.example_id in "27" else float(int(e.example_id) % 2)) for e in EXAMPLES])
     drawn = Counter(_ids(example for step in range(4000) for example in curriculum.choose(1, step)))
     assert sum(drawn.values()) == 4000
@@ -137,7 +145,7 @@ def test_learnable_prompts_are_drawn_in_proportion_to_what_they_teach():
 
 def test_where_most_fail_what_passes_now_and_then_returns_before_the_unseen():
     """Seen: one prompt with p(1−p) = .25 and three with .01, mean .07; that is the weight of each of six unseen."""
-    curriculum = Curriculum(EXAMPLES, _config(by_difficulty=True, seed=1))
+    curriculum = _curriculum(EXAMPLES, _config(by_difficulty=True, seed=1))
     curriculum.record([("0", 0.5), ("1", 0.0), ("2", 0.0), ("3", 0.0)])
     drawn = Counter(_ids(example for step in range(4000) for example in curriculum.choose(1, step)))
     for example in EXAMPLES:
@@ -147,7 +155,7 @@ def test_where_most_fail_what_passes_now_and_then_returns_before_the_unseen():
 
 
 def test_draws_within_a_step_differ_and_hold_no_example_twice():
-    curriculum = Curriculum(EXAMPLES, _config(by_difficulty=True))
+    curriculum = _curriculum(EXAMPLES, _config(by_difficulty=True))
     draws = [tuple(_ids(curriculum.choose(5, 1, draw))) for draw in range(6)]
     assert len(set(draws)) == 6
     assert all(len(set(draw)) == 5 for draw in draws)

@@ -14,6 +14,7 @@ import pytest
 from start_ranks import run_ranks
 
 import grpo.steps.pool
+from grpo.config.run import LogOptions
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
 from grpo.run.log import RunLog
@@ -42,7 +43,7 @@ def test_a_lost_worker_is_an_event_and_a_stop_ends_the_wait_for_one(micro_config
     given: list[PoolOptions] = []
     monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda _, options: given.append(options))
     config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.timeout_s": 7.5})
-    with signals.heard(lambda number: None), RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
+    with signals.heard(lambda number: None), RunLog(tmp_path, "", LogOptions(trackers=[]), quiet=True) as run_log:
         open_run_pool(run_of(config, run_log), micro_policy())
         [options] = given
         assert options.timeout_s == 7.5
@@ -86,7 +87,7 @@ def test_a_run_says_who_is_where(micro_config, micro_policy, tmp_path, monkeypat
     given: list[PoolOptions] = []
     monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda _, options: given.append(options))
     config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.gpus_per_worker": 0.5})
-    with RunLog(tmp_path, "", trackers=[], quiet=True) as run_log:
+    with RunLog(tmp_path, "", LogOptions(trackers=[]), quiet=True) as run_log:
         open_run_pool(run_of(config, run_log), micro_policy())
         [options] = given
         options.on_ready(1, {"node": "1a2b3c4d on a", "process": 7, "threads": 1})

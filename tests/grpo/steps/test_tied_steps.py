@@ -1,6 +1,7 @@
 """Several steps without anything to learn from: the user is told why, once, and what to change."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ def observe(micro_config, tmp_path):
 
     def run(steps, advantages=None, reason="stop", **options):
         config = micro_config(tmp_path, **options)
-        tied = TiedSteps(config, "gsm8k", 1.0)
+        task = SimpleNamespace(first_reward="gsm8k", full_marks=1.0)
+        tied = TiedSteps(SimpleNamespace(config=config), task)
         told = []
         for groups in steps:
             completion = Completion([1], [0.0], "x", reason, 0, DraftStats())

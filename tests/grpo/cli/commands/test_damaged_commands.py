@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo.cli.parse import main
+from grpo.config.run import LogOptions
 from grpo.run.log import RunLog
 from grpo.train import train
 
@@ -128,7 +129,7 @@ def test_a_full_disk_at_the_start_names_the_file(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match=rf"No space left on device: '.*{name}'"):
-        RunLog(tmp_path / "run", "steps: 1\n", trackers=[])
+        RunLog(tmp_path / "run", "steps: 1\n", LogOptions(trackers=[]))
 
 
 def test_numbers_that_are_json_and_no_metric_are_no_traceback(copy, capsys):

@@ -9,10 +9,11 @@ import torch
 from recorded import groups_of
 from small_learner import small_learner
 
-from grpo.algorithm.advantages import distill, group_relative
+from grpo.algorithm.advantages import group_relative
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
+from grpo.learner.terms.distill import distill
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.task.check import check_plan
 from grpo.task.reward_models import check_teacher
