@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 from grpo.cli.config.inference import EvalConfig
@@ -157,22 +158,24 @@ class ServedPool:
             return parse_json(response.read(MOST_BYTES))["data"]
 
 
-def refuse_what_the_server_decides(config: EvalConfig) -> None:
-    """Raises ValueError for options that only a policy in this process could follow. Drafts change no token, so that
-    `draft_tokens` has no effect."""
-    given = {"accept": config.accept != "exact", "tools and environment": config.has_tools}
-    if wrong := [name for name, there in given.items() if there]:
+def open_served(config: EvalConfig) -> ServedPool:
+    """The server that `config.model` is the address of.
+
+    Raises ValueError where it does not answer, and for options that only a policy in this process could follow. Drafts
+    change no token, so that `draft_tokens` has no effect.
+    """
+    ours = {"accept": config.accept != "exact", "tools and environment": config.has_tools}
+    if wrong := [name for name, is_set in ours.items() if is_set]:
         raise ValueError(
             f"{', '.join(wrong)}: the server at {config.model} decides that; give it to `quartet serve`, or evaluate "
             "the run itself"
         )
-
-
-def open_served(config: EvalConfig) -> ServedPool:
-    """The server that `config.model` is the address of. Raises ValueError where it does not answer."""
-    refuse_what_the_server_decides(config)
-    file = config.api_key_file
-    if file is not None and not file.is_file():
-        raise ValueError(f"api_key_file={file}: there is no such file; write the key into it")
-    key = file.read_text(encoding="utf-8").strip() if file else ""
+    key = key_of(config.api_key_file) if config.api_key_file else ""
     return ServedPool(config.model, key, config.prompts_per_batch)
+
+
+def key_of(file: Path) -> str:
+    """The key that is in a file. Raises ValueError where there is no such file."""
+    if not file.is_file():
+        raise ValueError(f"api_key_file={file}: there is no such file; write the key into it")
+    return file.read_text(encoding="utf-8").strip()
