@@ -3,11 +3,12 @@ what would make it fit."""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -22,7 +23,6 @@ GIB = 2**30
 PROCESS = 0.4 * GIB  # what torch itself needs in each process
 SPARE = 0.2  # the share of memory that stays free: for fragments, and for what is estimated too low
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
-Config = TypeVar("Config", bound=RunConfig)
 Changes = dict[str, Any]  # {"learner.gradient_checkpointing": True}
 SMALLEST = {"learner.tokens_per_micro_batch": 512, "head.tokens_per_update": 128, "rollout.max_completion_tokens": 64}
 MOST = 3  # changes that are named as enough by themselves
@@ -124,28 +124,104 @@ def _verdict(
 # ---- what would make it fit: options that are not set yet, tried in the plan -----------------------------------------
 
 
-def less_memory(config: Config, used: Callable[[Config], float], gpus: float) -> str:
+def less_memory(config: RunConfig, used: Callable[[Any], float], gpus: float) -> str:
     """Names changes that make `config` fit: each of them alone, or else several together.
 
     `used` is the share of the memory that a configuration needs; above 1 it does not fit. `gpus`: see `on_devices`.
     """
-    enough = list[str]()
-    for family in _families(config, gpus):
-        if _with(config, family[-1], used)[1] <= 1:
-            enough.append(_words(next(changes for changes in family if _with(config, changes, used)[1] <= 1)))
-        if len(enough) == MOST:
-            break
-    if enough:
-        return f"it fits with {', or with '.join(enough)}"
-    now, least, together = config, used(config), Changes()
-    for family in (*_families(config, gpus), *_families(config, gpus)):  # what helps may be seen only after another
-        changed, share = _with(now, family[-1], used)
-        if share < least * LEAST_GAIN:
-            now, least, together = changed, share, together | family[-1]
-        if least <= 1:
-            return f"it fits with {_words(together)} together"
-    so_far = f", even with {_words(together)}, which need {least:.1f} times what may be used" if together else ""
-    return f"no option makes it fit{so_far}; use larger devices or a smaller model"
+    return _Less(config, used, gpus).words()
+
+
+class _Less:
+    """The search for options with which a run needs less memory."""
+
+    def __init__(self, config: RunConfig, used: Callable[[Any], float], gpus: float) -> None:
+        self.config, self.used, self.gpus = config, used, gpus
+
+    def words(self) -> str:
+        enough, families = list[str](), list(self._families())
+        for family in families:
+            if self._share(family[-1]) <= 1:
+                enough.append(_words(next(changes for changes in family if self._share(changes) <= 1)))
+            if len(enough) == MOST:
+                break
+        if enough:
+            return f"it fits with {', or with '.join(enough)}"
+        least, together = self.used(self.config), Changes()
+        for family in (*families, *families):  # what helps may be seen only after another
+            share = self._share(together | family[-1])
+            if share < least * LEAST_GAIN:
+                least, together = share, together | family[-1]
+            if least <= 1:
+                return f"it fits with {_words(together)} together"
+        so_far = f", even with {_words(together)}, which need {least:.1f} times what may be used" if together else ""
+        return f"no option makes it fit{so_far}; use larger devices or a smaller model"
+
+    def _share(self, changes: Changes) -> float:
+        """The share that the run needs with these changes: infinite where it is refused."""
+        content = self.config.model_dump()
+        for key, value in changes.items():
+            *sections, name = key.split(".")
+            place = content
+            for section in sections:
+                place[section] = place[section] or {}
+                place = place[section]
+            place[name] = value
+        try:
+            changed = type(self.config).model_validate(content)
+            return math.inf if any(contradictions(Plan(changed))) else self.used(changed)
+        except ValueError:
+            return math.inf
+
+    def _families(self) -> Iterator[list[Changes]]:
+        """Changes of one kind each, the weakest of a kind first. First those that change nothing that is learned."""
+        config, rollout, gpus = self.config, self.config.rollout, self.gpus
+        sampler_apart = isinstance(config, TrainConfig) and rollout.backend != "vllm" and config.agent is None
+        apart: Changes = {"rollout.colocate": False} if rollout.colocate else {}
+        if gpus and rollout.samplers and 0 < rollout.gpus_per_worker < 1:
+            apart["rollout.gpus_per_worker"] = 1.0
+        if apart:
+            yield [apart]
+        if isinstance(config, SftConfig):
+            if not config.learner.gradient_checkpointing:
+                yield [{"learner.gradient_checkpointing": True}]
+            yield from _halves("learner.tokens_per_micro_batch", config.learner.tokens_per_micro_batch)
+        elif isinstance(config, MtpConfig):
+            yield from _halves("head.tokens_per_update", config.head.tokens_per_update)
+        yield from _halves("rollout.prompts_per_shard", rollout.prompts_per_shard)
+        if rollout.samplers > 1 and not gpus:
+            yield from _halves("rollout.workers", rollout.workers)
+        if gpus and not rollout.samplers and sampler_apart:
+            yield [{"rollout.workers": 1}]
+        if gpus and isinstance(config, SftConfig) and (more := list(self._more_ranks(min(gpus, MOST_RANKS)))):
+            yield more
+        if config.dtype == "float32":
+            yield [{"dtype": "bfloat16"}]
+        if isinstance(config, SftConfig):
+            if config.learner.optimizer == "adamw":
+                yield [{"learner.optimizer": "adamw_8bit"}]
+            if config.dtype == "bfloat16" and not config.learner.stochastic_rounding:
+                yield [{"learner.optimizer": "adamw_8bit", "learner.stochastic_rounding": True}]
+        if isinstance(config, TrainConfig):
+            if config.rollout.ahead == 2:
+                yield [{"rollout.ahead": 1}]
+            if config.loss.beta:
+                yield [{"loss.beta": 0.0}]
+            if config.lora is None:
+                yield [{"lora.rank": 16}]
+            elif config.lora.base is None:
+                yield [{"lora.base": "nf4"}]
+        yield from _halves("rollout.max_completion_tokens", rollout.max_completion_tokens)
+
+    def _more_ranks(self, most: float) -> Iterator[Changes]:
+        """Twice, four times ... as many learners, which share the weights."""
+        assert isinstance(self.config, SftConfig)
+        workers, fsdp = self.config.learner.workers, self.config.learner.parallel.fsdp
+        now = (workers or 1) if fsdp is None else fsdp
+        for more in (2, 4, 8, 16):
+            if now * more <= most:
+                both = {"learner.parallel.fsdp": fsdp * more} if fsdp else {}
+                yield both | ({} if fsdp and not workers else {"learner.workers": (workers or 1) * more})
 
 
 def _words(changes: Changes) -> str:
@@ -153,76 +229,6 @@ def _words(changes: Changes) -> str:
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
-def _families(config: RunConfig, gpus: float) -> Iterator[list[Changes]]:
-    """Changes of one kind each, the weakest of a kind first. First those that change nothing that is learned."""
-    rollout = config.rollout
-    sampler_apart = isinstance(config, TrainConfig) and rollout.backend != "vllm" and config.agent is None
-    apart: Changes = {"rollout.colocate": False} if rollout.colocate else {}
-    if gpus and rollout.samplers and 0 < rollout.gpus_per_worker < 1:
-        apart["rollout.gpus_per_worker"] = 1.0
-    if apart:
-        yield [apart]
-    if isinstance(config, SftConfig):
-        if not config.learner.gradient_checkpointing:
-            yield [{"learner.gradient_checkpointing": True}]
-        yield from _halves("learner.tokens_per_micro_batch", config.learner.tokens_per_micro_batch)
-    elif isinstance(config, MtpConfig):
-        yield from _halves("head.tokens_per_update", config.head.tokens_per_update)
-    yield from _halves("rollout.prompts_per_shard", rollout.prompts_per_shard)
-    if rollout.samplers > 1 and not gpus:
-        yield from _halves("rollout.workers", rollout.workers)
-    if gpus and not rollout.samplers and sampler_apart:
-        yield [{"rollout.workers": 1}]
-    if gpus and isinstance(config, SftConfig) and (more := list(_more_ranks(config, min(gpus, MOST_RANKS)))):
-        yield more
-    if config.dtype == "float32":
-        yield [{"dtype": "bfloat16"}]
-    if isinstance(config, SftConfig):
-        if config.learner.optimizer == "adamw":
-            yield [{"learner.optimizer": "adamw_8bit"}]
-        if config.dtype == "bfloat16" and not config.learner.stochastic_rounding:
-            yield [{"learner.optimizer": "adamw_8bit", "learner.stochastic_rounding": True}]
-    if isinstance(config, TrainConfig):
-        if config.rollout.ahead == 2:
-            yield [{"rollout.ahead": 1}]
-        if config.loss.beta:
-            yield [{"loss.beta": 0.0}]
-        if config.lora is None:
-            yield [{"lora.rank": 16}]
-        elif config.lora.base is None:
-            yield [{"lora.base": "nf4"}]
-    yield from _halves("rollout.max_completion_tokens", rollout.max_completion_tokens)
-
-
 def _halves(key: str, value: int) -> Iterator[list[Changes]]:
     if halves := [value >> i for i in (1, 2, 3) if value >> i >= SMALLEST.get(key, 1)]:
         yield [{key: half} for half in halves]
-
-
-def _more_ranks(config: SftConfig, most: float) -> Iterator[Changes]:
-    """Twice, four times ... as many learners, which share the weights."""
-    workers, fsdp = config.learner.workers, config.learner.parallel.fsdp
-    now = (workers or 1) if fsdp is None else fsdp
-    for more in (2, 4, 8, 16):
-        if now * more <= most:
-            both = {"learner.parallel.fsdp": fsdp * more} if fsdp else {}
-            yield both | ({} if fsdp and not workers else {"learner.workers": (workers or 1) * more})
-
-
-def _with(config: Config, changes: Changes, used: Callable[[Config], float]) -> tuple[Config, float]:
-    """`config` with `changes`, and the share that it needs: infinite where a run refuses them."""
-    content = config.model_dump()
-    for key, value in changes.items():
-        *sections, name = key.split(".")
-        place = content
-        for section in sections:
-            if place[section] is None:
-                place[section] = {}
-            place = place[section]
-        place[name] = value
-    try:
-        changed = type(config).model_validate(content)
-        refused = any(contradictions(Plan(changed)))
-        return changed, float("inf") if refused else used(changed)
-    except ValueError:
-        return config, float("inf")
