@@ -114,10 +114,10 @@ def compare(folders: Sequence[Path], metrics: Sequence[str] = (), steps: Sequenc
 
 
 def _read(folder: Path) -> Run:
-    config = check_run(folder) / "config.yaml"
-    if not config.is_file():
+    file = check_run(folder) / "config.yaml"
+    if not file.is_file():
         raise ValueError(f"RUN={folder}: has no config.yaml, so nothing says which runs belong together")
-    return Run(folder, flat(read_yaml(config)[0]), {row["step"]: row for row in read_metrics(folder)})
+    return Run(folder, flat(read_yaml(file)[0]), {row["step"]: row for row in read_metrics(folder)})
 
 
 def _apart_from_seed(run: Run) -> dict[str, Any]:

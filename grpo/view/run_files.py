@@ -44,8 +44,8 @@ class RunFiles:
 
     def overview(self, after: int = -1) -> dict[str, Any]:
         """Metrics of the steps from `after` on, their meaning, the machine, the steps whose rollouts were recorded."""
-        config, machine = self.folder / "config.yaml", self.folder / hardware.FILE
-        check_files(self.folder / "metrics.jsonl", config, machine)
+        options, machine = self.folder / "config.yaml", self.folder / hardware.FILE
+        check_files(self.folder / "metrics.jsonl", options, machine)
         measured = read_metrics(self.folder)
         rows = [self._with_interval(row) for row in measured if row["step"] >= after]
         names = sorted({name for row in rows for name in row} - {"step"})
@@ -55,7 +55,7 @@ class RunFiles:
             "rows": rows,
             "meanings": {name: _meaning(name) for name in names},
             "recorded": recorded_steps(self.folder),
-            "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+            "config": options.read_text(encoding="utf-8", errors="replace") if options.is_file() else "",
             "machine": hardware.caption(hardware.read(machine)) if machine.is_file() else "",
             "ended": next((e for e in reversed(self.events()) if e["event"] in ("end", "resume")), None),
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def model_card(
     lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     lines = [line for line in lines if step is None or line["step"] <= step]
     with expecting(run / "config.yaml", "configuration of a run"):
-        evaluations = list(_evaluations(config, lines))
+        evaluations = list(_evaluations(config.get("data", {}).get("name"), lines))
     method = "GRPO" if "steps" in config else "supervised fine-tuning"
     method = "teaching the draft head" if "head" in config else method
     parts = [
@@ -158,7 +158,7 @@ def _in_vllm(folder: Path, name: str) -> Iterator[str]:
     )
 
 
-def _evaluations(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> Iterator[str]:
+def _evaluations(data: str | None, lines: list[dict[str, Any]]) -> Iterator[str]:
     """The first and the last evaluation on record, by accuracy or, where the reward is none, by mean reward."""
     measure = held_out_metric(lines)
     evaluated = [line for line in lines if line.get(measure) is not None]
@@ -181,9 +181,8 @@ def _evaluations(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> Iter
             if judged:
                 cells.append("-" if value is None else _interval(value, count))
         rows.append("| " + " | ".join(cells) + " |")
-    data = config.get("data", {})
     says = "the first reward says which completions are right" if judged else "the rewards do not say right or wrong"
-    yield f"Held-out problems of `{data.get('name')}`; {says}."
+    yield f"Held-out problems of `{data}`; {says}."
     yield "\n".join(rows)
 
 

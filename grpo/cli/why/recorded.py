@@ -37,17 +37,17 @@ def read_config(run: Path, overrides: dict[str, Any] | None = None) -> TrainConf
 
 
 def read_groups(
-    config: TrainConfig, step: int, task: Task, policy: Policy
+    run: Path, step: int, task: Task, policy: Policy, data: str
 ) -> tuple[list[RolloutGroup], list[GroupScore]]:
     """The groups of a step in the order in which they were learned from, each with its recorded rewards.
 
-    The tokens of prompts are not recorded: they come from the data of the run, by prompt id. Raises FileNotFoundError
+    The tokens of prompts are not recorded: they come from the `data` of the run, by prompt id. Raises FileNotFoundError
     where the step has no record, ValueError where that is damaged or the data have changed.
     """
-    path, tokenizer = rollout_path(config.output_dir, step), policy.tokenizer
+    path, tokenizer = rollout_path(run, step), policy.tokenizer
     groups, scores = [], []
     examples = {example.example_id: example for example in task.train}
-    for lines in split_groups(read_rollouts(config.output_dir, step)):
+    for lines in split_groups(read_rollouts(run, step)):
         first = lines[0]
         example = examples.get(first["prompt_id"])
         prompt = None if example is None else task.prompt(example, tokenizer)
@@ -56,7 +56,7 @@ def read_groups(
         if prompt is None or prompt.text != first["prompt"]:
             what = "is not there" if prompt is None else "has another text"
             raise ValueError(
-                f"{path}: the data ({config.data.name}) have changed since the run: its prompt {first['prompt_id']!r} "
+                f"{path}: the data ({data}) have changed since the run: its prompt {first['prompt_id']!r} "
                 f"{what} now; put the data back that the run was trained on"
             )
         with expecting(path, "record of a step"):

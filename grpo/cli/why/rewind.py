@@ -31,11 +31,6 @@ from rollout.group import RolloutGroup
 LAST = ("loss/", "learner/", "policy/")  # metrics that the learner alone decides
 
 
-def first_step(config: TrainConfig, step: int) -> int:
-    """The step of the nearest checkpoint before `step`, 0 for the start of the run."""
-    return max((other for other in checkpoint.saved(config.output_dir / "checkpoints") if other < step), default=0)
-
-
 class Rewind:
     """Holds a learner, and takes it back to the state before `step` whenever that is asked for."""
 
@@ -43,17 +38,18 @@ class Rewind:
         """Loads the policy and takes the steps before `step` again. Raises CheckpointError for a damaged checkpoint,
         ValueError where the weights under its adapters are others now, or where a record does not fit the data."""
         self.config, self.step, self.task = config, step, task
-        self.learner = self.make(config)
-        self.begins = first_step(config, step)
+        self.learner = self.make()
+        checkpoints = checkpoint.saved(config.output_dir / "checkpoints")
+        self.begins = max((other for other in checkpoints if other < step), default=0)  # 0: at the start of the run
         if self.begins:
-            saved = checkpoint.load(checkpoint.saved(config.output_dir / "checkpoints")[self.begins])
+            saved = checkpoint.load(checkpoints[self.begins])
             if changed := base_changed(self.learner.policy, saved, f"the start of {config.output_dir}"):
                 raise ValueError(changed)
             self.learner.load_state(saved.tensors, saved.state["learner"])
-        self.done = 0
 
-    def make(self, config: TrainConfig, reward_weights: Mapping[str, float] | None = None) -> ReadLearner:
-        """A learner at the start of the run, by `config`, which may be another one than the run's."""
+    def make(self, other: TrainConfig | None = None, reward_weights: Mapping[str, float] | None = None) -> ReadLearner:
+        """A learner at the start of the run, by its configuration or by another one."""
+        config = other or self.config
         learned = {"model": str(config.output_dir / "warm_start")} if config.warm_start.steps else {}
         by_us = config.rollout.model_copy(update={"backend": None})  # nothing is sampled, so no server is asked
         policy = load_policy(config.model_copy(update={**learned, "rollout": by_us}), self.task.corpus())
@@ -66,11 +62,15 @@ class Rewind:
 
     def replay(self, step: int) -> None:
         """Take a recorded step. One that was not finite moved nothing in the run, which went on, nor does it here."""
-        groups, scores = read_groups(self.config, step, self.task, self.policy)
+        groups, scores = self.recorded(step)
         try:
             self.take(self.learner, groups, scores, step)
         except NonFiniteStep:
             self.learner.skipped_in_a_row += 1
+
+    def recorded(self, step: int) -> tuple[list[RolloutGroup], list[GroupScore]]:
+        """The groups and scores that a step has learned from, see `read_groups`."""
+        return read_groups(self.config.output_dir, step, self.task, self.policy, self.config.data.name)
 
     def take(
         self, learner: ReadLearner, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore], step: int
