@@ -34,7 +34,7 @@ def _load(args: argparse.Namespace, brought: Mapping[str, Any] | None = None) ->
     if getattr(args, "print_config", False):
         print(dump_yaml(config), end="")
         return None
-    args.output_dir = getattr(config, "output_dir", None)
+    args.output_dir = config.output_dir if "output_dir" in args.options.model_fields else None
     return config
 
 

@@ -147,7 +147,8 @@ class _Less:
                 break
         if enough:
             return f"it fits with {', or with '.join(enough)}"
-        least, together = self.used(self.config), Changes()
+        together = Changes()
+        least = self._share(together)
         for family in (*families, *families):  # what helps may be seen only after another
             share = self._share(together | family[-1])
             if share < least * LEAST_GAIN:
@@ -168,7 +169,7 @@ class _Less:
                 place = place[section]
             place[name] = value
         try:
-            changed = type(self.config).model_validate(content)
+            changed = self.config.model_validate(content)
             return math.inf if any(contradictions(Plan(changed))) else self.used(changed)
         except ValueError:
             return math.inf

@@ -74,7 +74,7 @@ class MemoryOfRun:
         if isinstance(config, MtpConfig):
             learner = self.head_learner()
         elif isinstance(config, TrainConfig):
-            teacher, learner = self._teacher_bytes(config), self.learner()
+            teacher, learner = self._teacher_bytes(), self.learner()
             learner = replace(learner, teacher=teacher, host=max(learner.host, teacher))
             offloads, reads_weights = config.learner.parallel.fsdp_cpu_offload, reads_weights and not config.lora
             warm = [replace(self.learner(warm_start=True), name=WARM_START)] if config.warm_start.steps else []
@@ -163,8 +163,10 @@ class MemoryOfRun:
             host=whole_policy if shares.ranks == 1 else loading + largest_bytes(weights.values(), dtype.itemsize),
         )
 
-    def _teacher_bytes(self, config: TrainConfig) -> int:
+    def _teacher_bytes(self) -> int:
         """What the teacher of `loss.advantage: distill` holds on each rank, whole; its forwards keep nothing."""
+        config = self.config
+        assert isinstance(config, TrainConfig)
         if config.distill.teacher is None or config.distill.url is not None:
             return 0
         options = ModelOptions(model=config.distill.teacher, dtype=config.dtype, device=config.device)

@@ -186,7 +186,8 @@ class _DryRun:
 
     @property
     def steps(self) -> int:
-        return self.config.warm_start.steps if type(self.config) is SftConfig else self.config.steps
+        config = self.config
+        return config.steps if isinstance(config, TrainConfig | MtpConfig) else config.warm_start.steps
 
     def show(self, task: Task) -> None:
         """Print what the run will do, and its sizes."""

@@ -109,7 +109,7 @@ class _Quantizer:
 
     def _evaluate(self, model: str, which: str, met: Collection[str] = ()) -> ModelEvaluation:
         """Evaluate as `quartet eval` does. Problems that were `met` are refused."""
-        options = {name: getattr(self.config, name) for name in EvalConfig.model_fields}
+        options = self.config.model_dump(include=set(EvalConfig.model_fields))
         output = self.config.output and self.config.output / which
         return evaluate_model(EvalConfig(**options | {"model": model, "output": output}), self.console, met=met)
 
