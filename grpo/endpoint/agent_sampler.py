@@ -108,8 +108,9 @@ class _Sampling:
         number, sample = divmod(place, self.size)
         prompt, endpoint = self.prompts[number], self.sampler.endpoint
         episode = Episode(prompt, sample, self.batcher, self.params, self.sampler.temperature)
-        given = {**prompt.columns, "prompt": prompt.text, "base_url": endpoint.open(episode), "api_key": endpoint.key}
-        return episode, {"function": 0, "given": given, "seed": seeds(self.params, prompt.prompt_id, sample)[1]}
+        address = {"base_url": endpoint.open(episode), "api_key": endpoint.key}
+        values = {**prompt.columns, "prompt": prompt.text, **address}
+        return episode, {"function": 0, "given": values, "seed": seeds(self.params, prompt.prompt_id, sample)[1]}
 
     def run(self, agents: WorkerPool) -> list[RolloutGroup]:
         """The groups, once every agent has returned or failed."""

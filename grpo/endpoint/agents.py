@@ -15,15 +15,13 @@ from rewards.isolation.pool import WorkerPool
 def open_agents(options: AgentOptions) -> WorkerPool:
     """The processes in which the agent runs. Raises RewardError if it cannot be loaded there, or not with so little
     memory."""
-    description = {"kind": "agent", "function": options.agent}
     scoring = options.reward if isinstance(options, RewardsOptions) else ScoringOptions()
-    memory = (options.agent_memory_mb or 0) << 20
     pool = WorkerPool(
-        [description],
+        [{"kind": "agent", "function": options.agent}],
         size=options.agent_workers,
         timeout_s=options.agent_timeout_s,
         pass_variables=scoring.pass_variables,
-        memory=memory,
+        memory=(options.agent_memory_mb or 0) << 20,
         memory_option="agent_memory_mb",
     )
     try:
@@ -36,8 +34,8 @@ def open_agents(options: AgentOptions) -> WorkerPool:
 
 def check_agent(options: AgentOptions, columns: Mapping[str, Any]) -> None:
     """Raises ValueError or RewardError where the agent cannot be called with these columns."""
-    if taken := [name for name in OWN if name in columns]:
-        raise ValueError(f"agent={options.agent}: column {taken[0]!r} has the name of what every agent gets; rename it")
+    if same := [name for name in OWN if name in columns]:
+        raise ValueError(f"agent={options.agent}: column {same[0]!r} has the name of what every agent gets; rename it")
     try:
         json.dumps(columns)
     except (TypeError, ValueError) as error:

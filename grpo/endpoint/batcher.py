@@ -16,7 +16,7 @@ from rollout.serving import News, Request, Serving
 
 
 class Full(Exception):
-    """Too many requests wait. `retry_s`: whole seconds after which it is worth trying again."""
+    """Too many requests wait; after `retry_s` whole seconds it is worth trying again."""
 
     def __init__(self, retry_s: int) -> None:
         super().__init__(retry_s)
@@ -34,7 +34,7 @@ class Counts:
     failed: int = 0
     rounds: int = 0
     row_rounds: int = 0
-    target_forwards: int = 0  # summed over completions, as the following
+    target_forwards: int = 0  # of all completions together, as the next three
     drafted: int = 0
     accepted: int = 0
     fallbacks: int = 0  # accept: margin; forwards with a draft that was not clear enough
@@ -92,7 +92,7 @@ class Batcher:
             request.tell(News(error="the server has ended"))
 
     def cancel(self, requests: Sequence[Request]) -> None:
-        """Nobody waits for these any more. Those that have ended already are left alone."""
+        """Give these up: nobody waits for them any more. Those that have ended already are left alone."""
         with self._changed:
             self._gone += requests
             self._changed.notify()
@@ -121,8 +121,7 @@ class Batcher:
                 try:
                     self._round(batch)
                 except Exception as error:  # such as lack of memory: this batch fails, and the server goes on
-                    given_up = batch.give_up(f"decoding failed: {type(error).__name__}: {error}")
-                    self.counts.failed += len(given_up)
+                    self.counts.failed += len(batch.give_up(f"decoding failed: {type(error).__name__}: {error}"))
                     self.error = error
                     fresh = Serving(self.engine.decoder, self.params)
                     self._batches = [fresh if other is batch else other for other in self._batches]
@@ -143,7 +142,10 @@ class Batcher:
                     self._batches[-1].add(request)
                 return False
         if newer is not None:
-            self._swap(newer)
+            batch, self.engine = Serving(newer.decoder, self.params), newer
+            batch.asked, self._batches[-1].asked = self._batches[-1].asked, batch.asked
+            self._batches.append(batch)
+            self.counts.policies += 1
         now = time.monotonic()
         for request in new:
             self._began[request] = now
@@ -157,13 +159,6 @@ class Batcher:
                 for batch in self._batches:
                     batch.drop(request)
         return True
-
-    def _swap(self, engine: Engine) -> None:
-        batch = Serving(engine.decoder, self.params)
-        batch.asked, self._batches[-1].asked = self._batches[-1].asked, batch.asked
-        self._batches.append(batch)
-        self.engine = engine
-        self.counts.policies += 1
 
     def _round(self, batch: Serving) -> None:
         if not batch.busy:
@@ -187,10 +182,8 @@ class Batcher:
                 counts.completions += 1
                 counts.completion_tokens += len(completion.token_ids)
                 counts.target_forwards += draft.target_forwards
-                counts.drafted, counts.accepted = (
-                    counts.drafted + sum(draft.drafted),
-                    counts.accepted + sum(draft.accepted),
-                )
+                counts.drafted += sum(draft.drafted)
+                counts.accepted += sum(draft.accepted)
                 counts.fallbacks += draft.fallbacks
                 self._seconds += (time.monotonic() - self._began[request] - self._seconds) / 8
             if completion is not None or news.error is not None:

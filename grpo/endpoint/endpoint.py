@@ -40,7 +40,7 @@ class Endpoint:
         return f"http://{self._address}/episodes/{name}/v1"
 
     def forget(self) -> None:
-        """No episode is there any more."""
+        """Answer no episode any more."""
         self.episodes = {}
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ class Job:
 
 @cache
 def _say_what_becomes_of_tools(shown: bool) -> None:
-    """Once: a client that waits for `tool_calls` would take the answer for one without calls."""
+    """Says it once: a client that waits for `tool_calls` would take the answer for one without calls."""
     template = "shows them to the policy" if shown else "does not show them to the policy"
     calls = "calls in an answer stay text, as the policy wrote them"
     print(f"a request has tools: the chat template {template}, and {calls}", file=sys.stderr, flush=True)
@@ -72,17 +72,17 @@ class Served:
         most, count = self.batcher.most_waiting, asked.prompts * asked.completions
         if count > most:
             raise ApiError(f"{count} completions in one request; ask for at most {most}", param="n")
-        texts, param = [], "prompt"
+        prompts, param = [], "prompt"
         if isinstance(asked, ChatAsked):
-            texts, param = [self._chat(asked)], "messages"
+            prompts, param = [self._chat(asked)], "messages"
         elif isinstance(asked, CompletionAsked):
-            texts = [self._prompt(given, asked.prompt_id or "") for given in asked.prompt]
+            prompts = [self._prompt(text, asked.prompt_id or "") for text in asked.prompt]
         seed = secrets.randbits(31) if asked.seed is None else asked.seed
         jobs: list[Job] = []
-        for prompt in texts:
+        for prompt in prompts:
             params = self._params(asked, prompt, param, seed)
-            for sample in range(asked.completions):
-                jobs.append(Job(len(jobs), replace(prompt, first_sample=sample), params))
+            samples = [replace(prompt, first_sample=sample) for sample in range(asked.completions)]
+            jobs += [Job(number, each, params) for number, each in enumerate(samples, start=len(jobs))]
         return jobs
 
     def _params(self, asked: Asked, prompt: Prompt, param: str, seed: int) -> SamplingParams:
@@ -107,12 +107,12 @@ class Served:
             raise ApiError(str(error), param=param, code="invalid_value") from None
         return params
 
-    def _prompt(self, given: str | list[int], prompt_id: str) -> Prompt:
-        if not isinstance(given, str):
-            return Prompt(prompt_id, "", given)
-        self._refuse_long(given, "prompt")
+    def _prompt(self, text: str | list[int], prompt_id: str) -> Prompt:
+        if not isinstance(text, str):
+            return Prompt(prompt_id, "", text)
+        self._refuse_long(text, "prompt")
         try:
-            return encode_prompt(Example(prompt_id, given, "", {"prompt": given}), self.tokenizer, AS_IT_IS)
+            return encode_prompt(Example(prompt_id, text, "", {"prompt": text}), self.tokenizer, AS_IT_IS)
         except ValueError as error:
             raise ApiError(str(error), param="prompt", code="invalid_value") from None
 
@@ -129,20 +129,22 @@ class Served:
             )
         self._refuse_long(json.dumps(asked.messages, ensure_ascii=False), "messages")
         self._refuse_long(json.dumps(asked.tools or [], ensure_ascii=False), "tools")
-        options: dict[str, Any] = {"tools": asked.tools} if asked.tools else {}
         if asked.tools:
             _say_what_becomes_of_tools("tools" in str(self.tokenizer.chat_template))
         try:
-            text = apply_chat_template(
-                self.tokenizer, asked.messages, add_generation_prompt=True, tokenize=False, **options
-            )
+            text = self._by_template(asked.messages, asked.tools)
         except ValueError as error:
             raise ApiError(str(error), param="messages", code="invalid_value") from None
-        self._refuse_long(str(text), "messages")
-        ids = self.tokenizer.encode(str(text), add_special_tokens=False)
-        return Prompt(asked.prompt_id or "", str(text), ids, messages=asked.messages)
+        self._refuse_long(text, "messages")
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return Prompt(asked.prompt_id or "", text, ids, messages=asked.messages)
+
+    def _by_template(self, messages: list[Any], tools: list[dict[str, Any]] | None) -> str:
+        """What the chat template makes of messages. Raises ValueError for those that it refuses."""
+        options: dict[str, Any] = {"add_generation_prompt": True} | ({"tools": tools} if tools else {})
+        return str(apply_chat_template(self.tokenizer, messages, tokenize=False, **options))
 
     def _refuse_long(self, text: str, param: str) -> None:
-        """Before it is tokenised, which takes a second for a megabyte."""
+        """Refuse a text before it is tokenised, which takes a second for a megabyte."""
         if fault := beyond_context(text, self.context):
             raise ApiError(f"{param} {fault}; shorten it", param=param, code="context_length_exceeded")

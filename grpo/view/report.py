@@ -41,8 +41,8 @@ def report(folder: Path, output: Path, steps: Sequence[int] | None = None) -> Pa
         steps = sorted({recorded[0], recorded[len(recorded) // 2], recorded[-1]}) if recorded else []
     answers: dict[str, Any] = {"runs": [run.name], "0/events": run.events()}
     for step in steps:
-        answers[f"0/step/{step}"] = found = run.step(step)
-        for number in _telling(found["groups"]):
+        answers[f"0/step/{step}"] = content = run.step(step)
+        for number in _telling(content["groups"]):
             answers[f"0/group/{step}/{number}"] = run.group(step, number)
     answers["0/overview"] = overview | {"recorded": list(steps)}
     output.parent.mkdir(parents=True, exist_ok=True)

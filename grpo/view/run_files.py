@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,7 @@ from grpo.algorithm.verdicts import ACCURACY
 from grpo.run import hardware
 from grpo.run.metrics import METRICS
 from grpo.run.metrics import check as row_of
-from grpo.run.records import (
-    check_run,
-    read_events,
-    read_metrics,
-    recorded_steps,
-    rollout_path,
-    split_groups,
-)
+from grpo.run.records import check_run, read_events, read_metrics, recorded_steps, rollout_path, split_groups
 from grpo.view.headline import headline
 from grpo.view.reading import check_files, read_step
 from grpo.view.token_texts import find_tokenizer, token_texts
@@ -100,21 +93,16 @@ class RunFiles:
         }
 
     def _completion(self, line: Mapping[str, Any]) -> dict[str, Any]:
-        shown = ("sample", "text", "reward", "parts", "extras", "advantage", "finish_reason", "policy_version", "turns")
-        found = {name: line.get(name) for name in shown}
-        count = len(line["token_ids"])
-        for name in ("logprobs", "policy_logprobs", "sampled", "versions"):
-            values = line.get(name)
-            found[name] = values if isinstance(values, list) and len(values) == count else None
-        draft = line.get("draft")
-        depths = draft.get("depths") if isinstance(draft, dict) else None
-        found["depths"] = depths if isinstance(depths, list) and len(depths) == count else None
-        return found | {"tokens": self._texts(line["token_ids"])}
-
-    def _texts(self, token_ids: Sequence[int]) -> list[str]:
+        plain = ("sample", "text", "reward", "parts", "extras", "advantage", "finish_reason", "policy_version", "turns")
+        draft, token_ids = line.get("draft"), line["token_ids"]
+        by_token = {name: line.get(name) for name in ("logprobs", "policy_logprobs", "sampled", "versions")}
+        by_token["depths"] = draft.get("depths") if isinstance(draft, dict) else None
+        for name, values in by_token.items():
+            by_token[name] = values if isinstance(values, list) and len(values) == len(token_ids) else None
         if self._tokenizer is None:
             self._tokenizer = find_tokenizer(self.folder)
-        return token_texts(self._tokenizer, token_ids)
+        content = {name: line.get(name) for name in plain} | by_token
+        return content | {"tokens": token_texts(self._tokenizer, token_ids)}
 
     def _groups(self, step: int) -> list[list[dict[str, Any]]]:
         """The lines of a step, group by group. The last step that was asked for is kept."""
@@ -125,7 +113,7 @@ class RunFiles:
         return self._step[2]
 
     def _with_interval(self, row: dict[str, Any]) -> dict[str, Any]:
-        """With the 95 % intervals of the accuracies of this step."""
+        """Add the 95 % intervals of the accuracies of this step."""
         count = row.get("eval/prompts")
         for name in ACCURACIES:
             if (value := row.get(name)) is not None and count:
@@ -134,7 +122,7 @@ class RunFiles:
 
 
 def finite(value: Any) -> Any:
-    """The same without numbers that JSON does not know, which a damaged record may hold: they become null."""
+    """Numbers that JSON does not know, which a damaged record may hold, become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -44,7 +44,7 @@ class Shown:
             stop.wait(UPDATE_S)
 
     def questions(self) -> dict[str, Callable[[dict[str, str]], Any]]:
-        """By path: what is answered, given the parameters of path and query."""
+        """What answers a path, from the parameters of path and query."""
 
         def run(asked: dict[str, str]) -> RunFiles:
             return self.runs[_number(asked, "run", len(self.runs))]
