@@ -18,7 +18,7 @@ OPEN_AT_MOST = 8  # tokens in the middle of a character, which has four bytes
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a run: None where it is damaged or not there, or where its decoder could take any time or memory.
+    """The tokenizer of a run: None where it is damaged or missing, or where decoding could take any time or memory.
 
     Only what decodes is loaded: the expressions that split and normalize text may be slow ones too.
     """
