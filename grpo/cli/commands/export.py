@@ -69,8 +69,8 @@ class Run:
 
 
 def export(run: str | Path, destination: str | Path, *, adapter: bool = False, hub_id: str = "") -> str:
-    """Writes `destination`, complete or not at all, and returns what to tell the user. `hub_id` is what its model
-    card loads, where that is not the folder.
+    """Writes `destination`, complete or not at all, and returns what to tell the user. Its model card loads `hub_id`,
+    where that is not the folder.
 
     `run` is a run folder or a checkpoint inside one. Raises FileExistsError for a destination that exists, ExportError,
     PolicyError or CheckpointError for a run that cannot be exported.
@@ -78,43 +78,44 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
     run, destination = Path(run), Path(destination)
     if destination.exists() or destination.is_symlink():
         raise FileExistsError(f"destination={str(destination)!r} exists; remove it or name another")
-    found = _read_run(run)
+    record = _read_run(run)
     source = find_policy(str(run))
     shape = shape_of(source)
-    whole = sees_prompts_whole(shape)
-    if whole or isinstance(shape, DynamicHeadsConfig):
-        what = "policy.prompt_attention=bidirectional" if whole else "dynamic heads (policy.heads)"
+    sees_whole = sees_prompts_whole(shape)
+    if sees_whole or isinstance(shape, DynamicHeadsConfig):
+        what = "policy.prompt_attention=bidirectional" if sees_whole else "dynamic heads (policy.heads)"
         raise ExportError(
             f"{run} has {what}, which no other program computes: use it with quartet, by `model: {source.folder}`"
         )
-    origin = origin_of(found.config["model"])
+    origin = origin_of(record.config["model"])
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
         folder = Path(scratch) / destination.name
-        left = ""
+        notes = []
         if adapter:
-            if _write_adapter(found, source, folder).mtp is not None:
-                left = "The draft head is not among them: export without `--adapter` for it."
-            if found.config["lora"].get("base"):
-                left += " They were trained over a base in 4 bits: load it so, or export without `--adapter`."
-                left = left.strip()
+            if _write_adapter(record, source, folder).mtp is not None:
+                notes.append("The draft head is not among them: export without `--adapter` for it.")
+            if record.config["lora"].get("base"):
+                notes.append("They were trained over a base in 4 bits: load it so, or export without `--adapter`.")
         else:
-            _write_merged(source, found, folder)
+            _write_merged(source, record, folder)
         for file in origin.licence_files:
             shutil.copy(file, folder / file.name)
         heed_umask(folder)
         (folder / "run").mkdir()
         for name in RUN_FILES:
-            if (found.folder / name).is_file():
-                shutil.copy(found.folder / name, folder / "run" / name)
-        base = found.base if adapter else None
-        what, called = _what(source), hub_id or destination.name
-        card = model_card(found.folder, called, origin, what, base, folder, left, source.step)
+            if (record.folder / name).is_file():
+                shutil.copy(record.folder / name, folder / "run" / name)
+        what = source.meaning if source.step is None else f"{source.meaning} (its weights are of step {source.step})"
+        if source.checkpoint is not None:
+            what = f"checkpoint {source.checkpoint.name}"
+        base, called, left = record.base if adapter else None, hub_id or destination.name, " ".join(notes)
+        card = model_card(record.folder, called, origin, what, base, folder, left, source.step)
         (folder / "README.md").write_text(card, encoding="utf-8")
         folder.rename(destination)
-    licence = f"licence: {origin.licence_note}"
-    said = f"{'adapters' if adapter else 'policy'} of {run} ({source.meaning}) written to {destination}; {licence}"
-    return f"{said}\n{left}" if left else said
+    what, licence = "adapters" if adapter else "policy", f"licence: {origin.licence_note}"
+    message = f"{what} of {run} ({source.meaning}) written to {destination}; {licence}"
+    return f"{message}\n{left}" if left else message
 
 
 def origin_of(model: str) -> Origin:
@@ -126,10 +127,8 @@ def origin_of(model: str) -> Origin:
     files = [Path(path) for name in LICENCE_FILES if (path := find_file(model, name))]
     card = find_file(model, "README.md")
     data = ModelCard(Path(card).read_text(encoding="utf-8"), ignore_metadata_errors=True).data if card else None
-    terms = {
-        key: str(value) for key in ("license", "license_name", "license_link") if (value := getattr(data, key, None))
-    }
-    return Origin(model, terms=terms, licence_files=files)
+    terms = {key: getattr(data, key, None) for key in ("license", "license_name", "license_link")}
+    return Origin(model, terms={key: str(value) for key, value in terms.items() if value}, licence_files=files)
 
 
 def _run_around(path: Path) -> Path | None:
@@ -150,12 +149,6 @@ def _read_run(run: Path) -> Run:
     return Run(folder, config)
 
 
-def _what(source: PolicySource) -> str:
-    if source.checkpoint is not None:
-        return f"checkpoint {source.checkpoint.name}"
-    return source.meaning if source.step is None else f"{source.meaning} (its weights are of step {source.step})"
-
-
 def _write_merged(source: PolicySource, run: Run, folder: Path) -> None:
     """Write the policy as it was saved, or that of a checkpoint, with its adapters merged."""
     if source.checkpoint is not None:
@@ -163,30 +156,29 @@ def _write_merged(source: PolicySource, run: Run, folder: Path) -> None:
         return
     if not WeightFiles(source.folder).shapes:  # reads headers: a damaged file is not passed on
         raise ExportError(f"{source.folder} holds no safetensors; let the run end: --resume auto")
-    config = read_config(source.folder)
+    shape = read_config(source.folder)
     check_policy(Path(source.folder))
     # The export may be edited, and the record names a checkpoint of the run.
     shutil.copytree(source.folder, folder, ignore=shutil.ignore_patterns(DIGESTS, RECORD))
-    if isinstance(config, DeepseekV3Config):  # a policy that was saved before we wrote these fields
+    if isinstance(shape, DeepseekV3Config):  # a policy that was saved before we wrote these fields
         file = folder / "config.json"
         fields = json.loads(file.read_text(encoding="utf-8")) | FIXED_FIELDS
         file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
-    """The policy whose adapters were written."""
+    """Write the adapters of a LoRA run. Returns the policy that has them."""
     options = run.config.get("lora")
     if not options:
         raise ExportError(f"{run.folder} trained every weight (lora: null), so there is no adapter; drop --adapter")
-    if run.base in presets.PRESETS:
-        raise ExportError(
-            f"the base of {run.folder} is preset {run.base!r}, random weights that nobody has; drop --adapter"
-        )
-    if gguf.file_of(run.base):
-        raise ExportError(f"the base of {run.folder} is a GGUF file, which peft cannot load by name; drop --adapter")
-    newest = source.checkpoint or checkpoint.newest(run.folder / "checkpoints")
-    if newest is None:
-        raise ExportError(f"{run.folder} has no checkpoint, where adapters are kept; drop --adapter")
+    base, newest = run.base, source.checkpoint or checkpoint.newest(run.folder / "checkpoints")
+    for fault, why in (
+        (base in presets.PRESETS, f"the base of {run.folder} is preset {base!r}, random weights that nobody has"),
+        (gguf.file_of(base), f"the base of {run.folder} is a GGUF file, which peft cannot load by name"),
+        (newest is None, f"{run.folder} has no checkpoint, where adapters are kept"),
+    ):
+        if fault:
+            raise ExportError(f"{why}; drop --adapter")
     policy = load_found(source if source.checkpoint else find_policy(str(newest)), _options(run), merged=False)
     if source.checkpoint is None:
         check_policy(Path(source.folder))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from math import ceil
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from grpo.config.run import RunConfig, SftConfig
 
@@ -79,7 +79,7 @@ class DeviceMemory:
         return DeviceMemory(name, self.count, in_turn, **sizes)
 
     def offloaded(self) -> DeviceMemory:
-        """With `learner.parallel.fsdp_cpu_offload`: the shards of the learner are in main memory."""
+        """With `learner.parallel.fsdp_cpu_offload` the shards of the learner are in main memory."""
         shards: dict[str, Any] = dict.fromkeys(("weights", "masters", "gradients", "moments", "reference", "older"), 0)
         return replace(self, **shards, host=self.host + sum(getattr(self, name) for name in shards))
 
@@ -118,7 +118,7 @@ def on_devices(learner: DeviceMemory, worker: DeviceMemory, config: RunConfig, g
 
 
 def _together(worker: DeviceMemory, workers: int, on_one: int) -> list[DeviceMemory]:
-    """Workers without a learner on their devices, `on_one` on each."""
+    """Workers have devices without a learner, `on_one` on each."""
     if on_one == 1:
         return [replace(worker, name=each_of(workers, "worker"), count=workers)]
     count = ceil(workers / on_one)
@@ -150,13 +150,11 @@ ROWS = {
 
 def table(devices: Sequence[DeviceMemory]) -> Table:
     """A table in GiB with a column per kind of device; rows of zeros are left out."""
-    shown = Table(title="memory in GiB, by device", title_justify="left")
-    shown.add_column("")
-    for device in devices:
-        shown.add_column(device.name, justify="right")
+    columns = [Column(device.name, justify="right") for device in devices]
+    result = Table("", *columns, title="memory in GiB, by device", title_justify="left")
     for name, words in ROWS.items():
         sizes = [getattr(device, name) for device in devices]
         if any(sizes):
             end = name in ("buffers", "saving", "peak")
-            shown.add_row(words, *(f"{size / 2**30:,.2f}" if size else "" for size in sizes), end_section=end)
-    return shown
+            result.add_row(words, *(f"{size / 2**30:,.2f}" if size else "" for size in sizes), end_section=end)
+    return result

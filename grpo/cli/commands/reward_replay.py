@@ -35,7 +35,7 @@ class Change:
 
     @property
     def size(self) -> float:
-        """How far the value moved; from or to an abstention counts as the farthest."""
+        """The distance that the value moved; from or to an abstention counts as the farthest."""
         return float("inf") if self.before is None or self.after is None else abs(self.after - self.before)
 
 
@@ -75,7 +75,14 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
     find_reward(function)  # a misspelt name must not cost a download
     steps = _steps(run, config.steps)
     spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
-    examples = {example.example_id: example for example in _examples(settings)}
+    data = DataOptions.model_validate(settings["data"])
+    try:
+        rows_of_data = examples_of(data, data.name, data.split, limit=data.limit, seed=settings["seed"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; run this where the run was started: the path of its data is relative to there"
+        ) from error
+    examples = {example.example_id: example for example in rows_of_data}
     against = _against(config.against, spec.label, list(read_rollouts(run, steps[0])[0]["parts"]))
     models = [model["name"] for model in settings.get("reward_models", [])]  # whose scores are in the record
     acted = [REWARD] if settings.get("environment") or settings.get("tools") else []
@@ -108,7 +115,10 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
                 ],
                 turns=[[line.get("turns", []) for line in group] if "turns" in group[0] else None for group in groups],
             )
-            before = [[_recorded(line, against) for line in group] for group in groups]
+            before = [
+                [line["reward"] if against == SCORE else line["parts"].get(against) for line in group]
+                for group in groups
+            ]
             after = [score.rewards for score in scores]
             changes = [
                 Change(step, line["prompt_id"], line["sample"], old, new, line["text"])
@@ -138,32 +148,23 @@ def _settings(run: Path) -> dict[str, Any]:
     return settings
 
 
-def _steps(run: Path, wanted: list[int] | None) -> list[int]:
-    there = recorded_steps(run)
-    if not there:
+def _steps(run: Path, steps: list[int] | None) -> list[int]:
+    recorded = recorded_steps(run)
+    if not recorded:
         raise ValueError(f"{run} has recorded no rollouts yet")
-    if missing := [step for step in wanted or [] if step not in there]:
-        raise ValueError(f"steps={wanted}: {run} has no step {missing[0]}; its steps are {there[0]} to {there[-1]}")
-    return there if wanted is None else sorted(set(wanted))
+    if missing := [step for step in steps or [] if step not in recorded]:
+        ends = f"{recorded[0]} to {recorded[-1]}"
+        raise ValueError(f"steps={steps}: {run} has no step {missing[0]}; its steps are {ends}")
+    return recorded if steps is None else sorted(set(steps))
 
 
-def _against(wanted: str | None, label: str, parts: list[str]) -> str:
-    if wanted is None:
+def _against(name: str | None, label: str, parts: list[str]) -> str:
+    names = [*parts, SCORE]
+    if name is None:
         return label if label in parts else parts[0] if len(parts) == 1 else SCORE
-    if wanted not in (*parts, SCORE):
-        hint = did_you_mean(wanted, [*parts, SCORE])
-        raise ValueError(f"against={wanted!r} was not recorded{hint}; there are {', '.join([*parts, SCORE])}")
-    return wanted
-
-
-def _examples(settings: dict[str, Any]) -> list[Example]:
-    data = DataOptions.model_validate(settings["data"])
-    try:
-        return examples_of(data, data.name, data.split, limit=data.limit, seed=settings["seed"])
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}; run this where the run was started: the path of its data is relative to there"
-        ) from error
+    if name not in names:
+        raise ValueError(f"against={name!r} was not recorded{did_you_mean(name, names)}; there are {', '.join(names)}")
+    return name
 
 
 def _columns(examples: dict[str, Example], line: dict[str, Any], data: str) -> dict[str, Any]:
@@ -183,10 +184,6 @@ def _number(recorded: float | None) -> float:
 
 def _environment_reward(line: dict[str, Any]) -> float | str | None:
     return environment_reward(ToolStats(**line["tools"]) if "tools" in line else None)
-
-
-def _recorded(line: dict[str, Any], against: str) -> float | None:
-    return line["reward"] if against == SCORE else line["parts"].get(against)
 
 
 def _mean(groups: list[list[float | None]]) -> float | None:

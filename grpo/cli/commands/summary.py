@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import DeepseekV3Config, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.cli.commands import machine, memory_table
@@ -33,7 +33,7 @@ from grpo.task.task import Task
 from policies import four_bit
 from policies.checkpoint import check_policy
 from policies.mtp import MTPHead
-from rollout.group import RolloutGroup, tokens_per_forward
+from rollout.group import Completion, RolloutGroup, tokens_per_forward
 
 CONSOLE = Terminal()
 
@@ -58,36 +58,26 @@ def evaluations(results: Mapping[str, Evaluation]) -> None:
     judged = all(result.interval is not None for result in results.values())
     measures = ("correct", "accuracy (95 %)") if judged else ("completions", "reward, mean")
     look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
-    table = Table(title="held-out problems", title_justify="left", **look)
-    for name in ("", *measures, "tokens/forward", "tokens/s"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    names = ("", *measures, "tokens/forward", "tokens/s")
+    columns = [Column(name, justify="right" if name else "left", no_wrap=True) for name in names]
+    table = Table(*columns, title="held-out problems", title_justify="left", **look)
     for name, result in results.items():
-        table.add_row(
-            name,
-            *(_judged(result) if judged else (str(result.completions), _mean(result.reward_mean))),
-            f"{result.tokens_per_forward:.2f}",
-            f"{result.tokens_per_second:.0f}",
-        )
+        mean = "-" if result.reward_mean is None else f"{result.reward_mean:.3f}"
+        cells = [str(result.completions), mean]
+        if judged:
+            assert result.interval is not None
+            low, high = result.interval
+            cells = [f"{result.correct}/{result.completions}", f"{result.accuracy:.3f} ({low:.2f}-{high:.2f})"]
+        table.add_row(name, *cells, f"{result.tokens_per_forward:.2f}", f"{result.tokens_per_second:.0f}")
     CONSOLE.print(table)
     if unmarked := sum(result.without_mark for result in results.values()):
         failed = sum(len(result.failures) for result in results.values())
         CONSOLE.print(f"{unmarked} more completions have no mark; rewards failed {failed} times", highlight=False)
 
 
-def _judged(result: Evaluation) -> tuple[str, str]:
-    assert result.interval is not None
-    low, high = result.interval
-    return f"{result.correct}/{result.completions}", f"{_mean(result.accuracy)} ({low:.2f}-{high:.2f})"
-
-
-def _mean(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
 def speeds(results: Sequence[Speed]) -> None:
-    table = Table(title="sampling speed, completion tokens per second (the tokens are the same)")
-    for name in ("rows", "MTP off", "MTP on", "gain", "tokens/forward"):
-        table.add_column(name, justify="right")
+    columns = [Column(name, justify="right") for name in ("rows", "MTP off", "MTP on", "gain", "tokens/forward")]
+    table = Table(*columns, title="sampling speed, completion tokens per second (the tokens are the same)")
     for speed in results:
         table.add_row(
             str(speed.rows),
@@ -118,24 +108,17 @@ def groups(sampled: Sequence[RolloutGroup], tokenizer: PreTrainedTokenizerBase, 
 
 
 def groups_as_json(sampled: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
-    """`{"prompt", "completions": [{"text", "token_ids", "logprobs", "finish_reason", "draft"}]}` per group, with
+    """Each group is `{"prompt", "completions": [{"text", "token_ids", "logprobs", "finish_reason", "draft"}]}`, with
     `turns`, `sampled` and `tools` where there were tools."""
+
+    def content(completion: Completion) -> dict[str, Any]:
+        plain = {name: getattr(completion, name) for name in ("text", "token_ids", "logprobs", "finish_reason")}
+        return {**plain, "draft": asdict(completion.draft), **completion.episode}
+
+    prompts = [group.prompt.columns.get("prompt", group.prompt.text) for group in sampled]
     return [
-        {
-            "prompt": group.prompt.columns.get("prompt", group.prompt.text),
-            "completions": [
-                {
-                    "text": completion.text,
-                    "token_ids": completion.token_ids,
-                    "logprobs": completion.logprobs,
-                    "finish_reason": completion.finish_reason,
-                    "draft": asdict(completion.draft),
-                    **completion.episode,
-                }
-                for completion in group.completions
-            ],
-        }
-        for group in sampled
+        {"prompt": prompt, "completions": [content(completion) for completion in group.completions]}
+        for prompt, group in zip(prompts, sampled, strict=True)
     ]
 
 

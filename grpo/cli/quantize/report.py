@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from grpo.cli.commands import eval_report
 from grpo.cli.commands.eval import ModelEvaluation
@@ -21,8 +21,8 @@ REPORT = "quantization_report.json"
 
 @dataclass(frozen=True)
 class Quantization:
-    """`fidelity` is of the files that were written, read again by stock transformers, on text that nothing was measured
-    on. `bytes_before` and `bytes_after` are those of the safetensors; `kept` names the matrices that keep their
+    """What quantising has done. `fidelity` is of the files that were written, read again by stock transformers, on text
+    that nothing was measured on. `bytes_before` and `bytes_after` are those of the safetensors; `kept` names the matrices that keep their
     precision. `evaluations` are none, or before and after."""
 
     config: QuantizeConfig
@@ -37,28 +37,28 @@ class Quantization:
 
     @property
     def perplexity_change(self) -> float:
-        """As a share: .03 is 3 %."""
+        """The change as a share: .03 is 3 %."""
         return self.fidelity.perplexity / self.fidelity.dense_perplexity - 1
 
 
 def show(result: Quantization, console: Console) -> None:
-    """A table of 80 columns, and that of the evaluations where there are any."""
-    config, found = result.config, result.fidelity
-    table = Table(title=f"{config.method}, {config.bits} bits, groups of {config.group_size}", title_justify="left")
-    for column in ("", "before", "after", ""):
-        table.add_column(column, justify="left" if column == "" else "right")
+    """Print a table of 80 columns, and that of the evaluations where there are any."""
+    config, figures = result.config, result.fidelity
+    columns = ("", Column("before", justify="right"), Column("after", justify="right"), "")
+    title = f"{config.method}, {config.bits} bits, groups of {config.group_size}"
+    table = Table(*columns, title=title, title_justify="left")
     before, after = (size / 2**20 for size in (result.bytes_before, result.bytes_after))
     table.add_row("weights, MiB", f"{before:,.1f}", f"{after:,.1f}", f"{after / before - 1:+.1%}")
     change = f"{result.perplexity_change:+.2%}"
-    table.add_row("perplexity", f"{found.dense_perplexity:.3f}", f"{found.perplexity:.3f}", change)
-    table.add_row("top-1 agreement", "", f"{found.top1_agreement:.2%}", "")
-    table.add_row("mean KL, nats a token", "", f"{found.kl_mean:.4f}", "")
+    table.add_row("perplexity", f"{figures.dense_perplexity:.3f}", f"{figures.perplexity:.3f}", change)
+    table.add_row("top-1 agreement", "", f"{figures.top1_agreement:.2%}", "")
+    table.add_row("mean KL, nats a token", "", f"{figures.kl_mean:.4f}", "")
     console.print(table)
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    say(f"on {found.num_tokens:,} tokens of {config.calibrate}, held out; quantised in {result.seconds:.0f} s")
+    say(f"on {figures.num_tokens:,} tokens of {config.calibrate}, held out; quantised in {result.seconds:.0f} s")
     if result.kept:
         why = f"group_size={config.group_size} does not divide their rows"
         say(f"{len(result.kept)} matrices keep their precision, such as {result.kept[0]}: {why}")
@@ -84,5 +84,5 @@ def as_json(result: Quantization) -> dict[str, Any]:
 
 
 def write(result: Quantization, folder: Path) -> None:
-    """Beside the weights."""
+    """Write the report beside the weights."""
     write_json(folder / REPORT, as_json(result))

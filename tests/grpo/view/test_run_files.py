@@ -12,6 +12,7 @@ from grpo.cli.parse import main
 from grpo.run import hardware
 from grpo.run.records import read_metrics, read_rollouts, split_groups
 from grpo.view.run_files import RunFiles, finite
+from grpo.view.token_texts import find_tokenizer, token_texts
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"
 
