@@ -142,7 +142,7 @@ class rollout_func:
             self.pool = None
 
     def _encode(self, prompts: list[Any], size: int, mode: str, trainer: GRPOTrainer) -> list[Prompt]:
-        """One Prompt a group, tokenised as TRL does it. Its place in the whole batch keys its noise."""
+        """Makes one Prompt a group, tokenised as TRL does it. Its place in the whole batch keys its noise."""
         chosen = prompts[::size]
         if len(prompts) % size or any(prompts[i] != chosen[i // size] for i in range(len(prompts))):
             raise BridgeError(
@@ -218,7 +218,7 @@ def _check_adapter(model: PeftModel) -> None:
 
 
 class HeadAge:
-    """How far the policy has moved on since its MTP head was last trained, and what that did to the acceptance."""
+    """Tells how far the policy has moved on since its draft head was trained, and what that did to the acceptance."""
 
     def __init__(self, warn_every: int) -> None:
         self.warn_every = warn_every

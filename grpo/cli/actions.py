@@ -21,10 +21,8 @@ EXIT_ERROR, EXIT_USAGE = 1, 2
 
 
 def _load(args: argparse.Namespace, brought: Mapping[str, Any] | None = None) -> Any:
-    """The command's options: their defaults, then those of them that a run folder brings, the file, the command line.
-
-    None where they were only to be printed, which then is done.
-    """
+    """Returns the options: defaults, then what a run folder brings, the file, the command line. None: they were to be
+    printed, which is done."""
     from grpo.config.options import dump_yaml, load
 
     known = {name: value for name, value in (brought or {}).items() if name in args.options.model_fields}
@@ -39,7 +37,7 @@ def _load(args: argparse.Namespace, brought: Mapping[str, Any] | None = None) ->
 
 
 def _load_for_policy(args: argparse.Namespace, model: str, data: str | None = None) -> tuple[Any, bool]:
-    """The options of a command that uses the policy `model`, and whether its run folder brings some of them."""
+    """Returns the options of a command that uses the policy `model`, and whether its run folder brings some of them."""
     from grpo.cli.config.inference import defaults_of_run
 
     brought = defaults_of_run(Path(model), data)
@@ -47,7 +45,7 @@ def _load_for_policy(args: argparse.Namespace, model: str, data: str | None = No
 
 
 def _begin() -> None:
-    """The first sign of life, before torch and transformers are loaded, which takes seconds."""
+    """Gives the first sign of life, before torch and transformers are loaded, which takes seconds."""
     if os.environ.get("RANK", "0") == "0":
         print("loading torch and transformers ...", flush=True)
 
@@ -258,13 +256,13 @@ EXPECTED = {
 
 
 def expected_errors() -> tuple[type[Exception], ...]:
-    """The classes of EXPECTED that are loaded: no other one can have been raised, and loading one may fail."""
+    """Returns the classes of EXPECTED that are loaded: no other one can have been raised, and loading one may fail."""
     loaded = {module: name for module, name in EXPECTED.items() if hasattr(sys.modules.get(module), name)}
     return ValueError, OSError, *(getattr(sys.modules[module], name) for module, name in loaded.items())
 
 
 def option_of(error: Exception, args: argparse.Namespace) -> str:
-    """`output_dir: ` for an error of the operating system about a file in the folder that this option names."""
+    """Returns `output_dir: ` for an error of the operating system about a file in the folder that this option names."""
     if not isinstance(error, OSError) or not isinstance(error.filename, str | Path):
         return ""  # one of our own messages, which name it themselves
     file = Path(error.filename).absolute()
@@ -282,5 +280,5 @@ def fail(message: str, code: int) -> int:
 
 
 def print_error(message: str) -> None:
-    """The one place that prints errors. They quote what others wrote: rewards, column names, checkpoints."""
+    """Prints every error: no other place does. Errors quote what others wrote: rewards, column names, checkpoints."""
     print(escaped(f"quartet: {message}"), file=sys.stderr)

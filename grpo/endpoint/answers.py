@@ -35,13 +35,13 @@ class Answer:
         return len(self.done) == len(self.jobs)
 
     def whole(self) -> dict[str, Any]:
-        """The answer without streaming."""
+        """Returns the answer without streaming."""
         choices = [self._choice(job) for job in self.jobs]
         kind = "chat.completion" if self.is_chat else "text_completion"
         return self._frame(kind, choices, self._version()) | {"usage": self.usage()}
 
     def pieces(self, index: int, news: News) -> list[dict[str, Any]]:
-        """The chunks of one round of one completion."""
+        """Returns the chunks of one round of one completion."""
         stream, completion, chunks = self.streams[index], news.completion, []
         if completion is None:
             text = stream.add(news.token_ids)
@@ -66,7 +66,7 @@ class Answer:
         return chunks
 
     def closing(self) -> list[dict[str, Any]]:
-        """The chunk after the last token, for clients that want the usage."""
+        """Returns the chunk after the last token, for clients that want the usage."""
         options = self.asked.stream_options
         if options is None or not options.include_usage:
             return []
@@ -91,7 +91,8 @@ class Answer:
         }
 
     def _version(self) -> int:
-        """The newest version, where a newer policy was loaded between the choices; each of them names its own."""
+        """Returns the newest version, where a newer policy was loaded between the choices, of which each names its
+        own."""
         return max(done.policy_version for done in self.done.values())
 
     def _frame(self, kind: str, choices: list[dict[str, Any]], version: int) -> dict[str, Any]:

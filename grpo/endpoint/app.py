@@ -97,10 +97,9 @@ class _Stream(StreamingResponse):
 
 
 def questions(of: Callable[[Request], Served], key: str | None, prefix: str = "") -> list[Route]:
-    """The routes of OpenAI's API under `prefix`; `of` says what is asked. With a `key` every question about models
-    needs it as `Authorization: Bearer KEY`; without one only a request that names a loopback host is answered, so that
-    no web page can ask by a name of its own.
-    """
+    """Returns the routes of OpenAI's API under `prefix`; `of` says what is asked. With a `key` every question about
+    models needs it as `Authorization: Bearer KEY`; without one only a request that names a loopback host is answered,
+    so that no web page can ask by a name of its own."""
     bodies = Bodies()
 
     def answering(kind: type[Asked]) -> Callable[[Request], Awaitable[Response]]:
@@ -152,7 +151,7 @@ def questions(of: Callable[[Request], Served], key: str | None, prefix: str = ""
 
 
 def app(served: Served, key: str | None = None, *, starts: Callable[[], Awaitable[None]] | None = None) -> Starlette:
-    """The application of one policy, see `questions`. `starts` runs beside the server until it ends."""
+    """Returns the application of one policy, see `questions`. `starts` runs beside the server until it ends."""
 
     def health(request: Request) -> Response:
         alive, version = served.batcher.alive, served.batcher.engine.version

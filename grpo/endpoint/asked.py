@@ -221,7 +221,7 @@ class ChatAsked(Asked):
 
 
 def read(kind: type[Kind], body: bytes) -> Kind:
-    """The request in a body. Raises ApiError, which names the field and what would work."""
+    """Returns the request in a body. Raises ApiError, which names the field and what would work."""
     try:
         request = parse_json(body)
     except ValueError as error:

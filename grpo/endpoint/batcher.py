@@ -72,7 +72,7 @@ class Batcher:
 
     @property
     def rows(self) -> int:
-        """Rows that are decoded now."""
+        """So many rows are decoded now."""
         return sum(len(batch.requests) for batch in list(self._batches))
 
     @property
@@ -80,7 +80,7 @@ class Batcher:
         return len(self._new) + sum(len(batch.asked) for batch in list(self._batches))
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """They join the batch. Raises Full, and then none of them does."""
+        """Lets them join the batch. Raises Full, and then none of them does."""
         with self._changed:
             free, waiting = max(0, self.engine.max_rows - self.rows), self.waiting
             if waiting + len(requests) > self.most_waiting + free:
@@ -130,7 +130,7 @@ class Batcher:
             batch.give_up("the server has ended")
 
     def _take(self) -> bool:
-        """Wait for something to do, and take over what others have left here. False at the end."""
+        """Waits for something to do, and takes over what others have left here. False at the end."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or self._new or self._gone or self._newer or any(b.busy for b in self._batches)

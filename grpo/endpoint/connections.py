@@ -27,7 +27,7 @@ class Connection(H11Protocol):
 
     @property
     def waits(self) -> bool:
-        """No request is being answered."""
+        """It waits while no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: Any) -> None:
@@ -87,10 +87,8 @@ class Connection(H11Protocol):
 
 
 def most_connections() -> tuple[int, int]:
-    """Connections that may be open, and those that may be accepted at once.
-
-    Where no file is left for one, asyncio writes a traceback, and that thousands of times in a second.
-    """
+    """Returns how many connections may be open, and how many may be accepted at once. Where no file is left for one,
+    asyncio writes a traceback, and that thousands of times in a second."""
     with suppress(ImportError):  # Windows has no such limit
         import resource
 

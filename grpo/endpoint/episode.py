@@ -79,7 +79,7 @@ class Episode(Served):
         self._lock = threading.Lock()
 
     def jobs(self, asked: Asked) -> list[Job]:
-        """The completion that is asked for. Raises ApiError for what cannot be learned from."""
+        """Returns the completion that is asked for. Raises ApiError for what cannot be learned from."""
         self._refuse(asked)
         asked = self._limited(asked)
         first, said = self._read(asked)
@@ -117,7 +117,7 @@ class Episode(Served):
             self.ended = True
 
     def finish(self, reply: Mapping[str, Any]) -> Completion:
-        """The completion, given what the agent returned or why it failed."""
+        """Returns the completion, given what the agent returned or why it failed."""
         self.end()
         stats = ToolStats(calls=self.requests, errors=self.requests - len(self.answers), reward=reply.get("reward"))
         if "kind" in reply:
@@ -167,13 +167,13 @@ class Episode(Served):
                 raise ApiError(f"{name}={why}{out}", param=name, code="unsupported_value")
 
     def _limited(self, asked: Asked) -> Asked:
-        """The request with the temperature of the rollout and at most its tokens."""
+        """Returns the request with the temperature of the rollout and at most its tokens."""
         limit = None if asked.limit is None else min(asked.limit, self.defaults.max_completion_tokens)
         limits = {"max_tokens": limit} | ({"max_completion_tokens": limit} if isinstance(asked, ChatAsked) else {})
         return asked.model_copy(update=limits | {"temperature": None})
 
     def _read(self, asked: Asked) -> tuple[Prompt, Said]:
-        """The whole request as a prompt, and as the client says it."""
+        """Returns the whole request as a prompt, and as the client says it."""
         if isinstance(asked, ChatAsked):
             return self._chat(asked), [_plain(message) for message in asked.messages]
         assert isinstance(asked, CompletionAsked)
@@ -181,7 +181,8 @@ class Episode(Served):
         return self._prompt(text, ""), text
 
     def _after(self, segment: Growing, said: Said, tools: list[dict[str, Any]] | None) -> list[int] | None:
-        """The ids of what a request says after all that the segment has said; None where it does not go on with it."""
+        """Returns the ids of what a request says after all that the segment has said; None where it goes on
+        otherwise."""
         known = segment.said
         if segment.waits or type(known) is not type(said) or said[: len(known)] != known or tools != segment.tools:
             return None
@@ -200,8 +201,9 @@ class Episode(Served):
         return ids[1:] if ends_twice else ids
 
     def _name(self, ids: list[int]) -> str:
-        """The key of a segment's noise. For the prompt of the data it is that of the completion without an agent.
-        Else it tells the prompt, and how often the episode has asked it, so that requests may come in any order."""
+        """Returns the key of a segment's noise. For the prompt of the data it is that of the completion without an
+        agent. Else it tells the prompt, and how often the episode has asked it, so that requests may come in any
+        order."""
         before = sum(segment.prompt.token_ids == ids for segment in self.segments)
         if not before and ids == self.prompt.token_ids:
             return self.prompt.prompt_id
@@ -210,7 +212,7 @@ class Episode(Served):
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Clients send an answer back with fields that say nothing, such as `refusal: null`."""
+    """Drops fields that say nothing, such as `refusal: null`, with which clients send an answer back."""
     return {
         name: value for name, value in message.items() if name in ("role", "content") or value not in (None, [], {})
     }
@@ -224,8 +226,8 @@ def _with_answer(said: Said, completion: Completion) -> Said:
 
 
 def _new(known: Said | None, said: Said) -> list[dict[str, Any]]:
-    """What a request says after what is known, as messages; what was said in ids has no text. An answer in it is not
-    one of the policy, or not as it was given: it is a part of the prompt."""
+    """Returns what a request says after what is known, as messages; what was said in ids has no text. An answer in it
+    is not one of the policy, or not as it was given: it is a part of the prompt."""
     rest = said[len(known or "") :]
     if isinstance(rest, str):
         return [{"role": "user", "content": rest}] if rest else []

@@ -65,7 +65,7 @@ class Served:
         return self.batcher.engine.policy.max_length
 
     def jobs(self, asked: Asked) -> list[Job]:
-        """The completions of a request. Raises ApiError for what cannot be sampled."""
+        """Returns the completions of a request. Raises ApiError for what cannot be sampled."""
         if asked.model != self.name:
             message = f"the model {asked.model!r:.60} does not exist; here it is {self.name!r}"
             raise ApiError(message, 404, param="model", code="model_not_found")
@@ -140,7 +140,7 @@ class Served:
         return Prompt(asked.prompt_id or "", text, ids, messages=asked.messages)
 
     def _by_template(self, messages: list[Any], tools: list[dict[str, Any]] | None) -> str:
-        """What the chat template makes of messages. Raises ValueError for those that it refuses."""
+        """Returns what the chat template makes of messages. Raises ValueError for those that it refuses."""
         options: dict[str, Any] = {"add_generation_prompt": True} | ({"tools": tools} if tools else {})
         return str(apply_chat_template(self.tokenizer, messages, tokenize=False, **options))
 

@@ -167,7 +167,7 @@ def _cell(point: Point | None, runs: int) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """What the tables show, with every run's value."""
+    """Returns what the tables show, with every run's value."""
 
     def content(point: Point) -> dict[str, Any]:
         values = point.values

@@ -15,7 +15,7 @@ AVERAGED = 10  # training steps at each end of a run without evaluations
 
 
 def difference_interval(first: float, second: float, counts: tuple[float, float]) -> tuple[float, float]:
-    """The 95 % interval of second − first, two shares of so many problems each, from their Wilson intervals.
+    """Returns the 95 % interval of second − first, two shares of so many problems each, from their Wilson intervals.
 
     Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10. Two evaluations
     of the same problems differ by less than independent ones, so that for them it is wider than need be.
@@ -31,7 +31,7 @@ def difference_interval(first: float, second: float, counts: tuple[float, float]
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for sampled and one for greedy evaluations; without any, one about the reward in training.
+    """Returns a sentence for sampled and one for greedy evaluations; without any, one about the reward in training.
 
     `rows`: `read_metrics`.
 

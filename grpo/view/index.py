@@ -149,7 +149,7 @@ class Index:
         database.executemany("insert or replace into prompts values (?,?)", prompts.items())
 
     def state(self) -> dict[str, Any]:
-        """How many of the recorded steps are in the index, and the faults of those that could not be read."""
+        """Returns how many of the recorded steps are in the index, and the faults of those that could not be read."""
         with self._open() as database:
             count = database.execute("select count(*) from records").fetchone()[0]
             faults = [row["fault"] for row in database.execute("select fault from records where fault is not null")]
@@ -157,8 +157,8 @@ class Index:
         return {"indexed": count, "recorded": len(recorded_steps(self.folder)), "faults": faults}
 
     def search(self, asked: Mapping[str, str]) -> dict[str, Any]:
-        """Completions, newest first: `text` or `regex` in them or their prompts, `low` and `high` bounds of the reward,
-        `first` and `last` step, `prompt` id, `reason` of their end.
+        """Returns completions, newest first: `text` or `regex` in them or their prompts, `low` and `high` bounds of the
+        reward, `first` and `last` step, `prompt` id, `reason` of their end.
 
         Raises ValueError for a bound that is no number and for a regular expression that is none.
         """
@@ -182,7 +182,7 @@ class Index:
         return {"found": rows[:FOUND_AT_MOST], "more": len(rows) > FOUND_AT_MOST}
 
     def _rows(self, query: str, values: list[Any], regex: str | None) -> list[dict[str, Any]]:
-        """What a process of its own finds, which is ended after SEARCH_S seconds and when the page ends."""
+        """Returns what a process of its own finds, which is ended after SEARCH_S seconds and when the page ends."""
         if not self._free.acquire(blocking=False):
             raise ValueError(f"{SEARCHES} searches of this run are going on; wait until one has ended")
         request = {"path": str(self.path), "query": query, "values": values, "regex": regex, "seconds": SEARCH_S}
@@ -207,8 +207,8 @@ class Index:
         return list(answer["rows"])
 
     def prompts(self) -> list[dict[str, Any]]:
-        """Every prompt with its number of completions, the share of them with full marks (a first reward of 1 or more)
-        over all and step by step, and how many other prompts have the same text."""
+        """Returns every prompt with its number of completions, the share of them with full marks (a first reward of 1
+        or more) over all and step by step, and how many other prompts have the same text."""
         with self._open() as database:
             rows = database.execute(
                 "select prompt_id, step, count(*) as n, sum(mark >= 1) as right, avg(reward) as reward "
@@ -225,7 +225,7 @@ class Index:
         return prompts
 
     def places(self, prompt_id: str) -> list[dict[str, Any]]:
-        """The step and the number of the group wherever this prompt was drawn, ascending."""
+        """Returns the step and the number of the group wherever this prompt was drawn, ascending."""
         with self._open() as database:
             rows = database.execute(
                 "select distinct step, number from completions where prompt_id = ? order by step, number", (prompt_id,)

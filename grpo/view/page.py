@@ -31,13 +31,14 @@ FRAME = """<!doctype html>
 
 
 def shell() -> str:
-    """The served page, whose parts are files of their own."""
+    """Returns the served page, whose parts are files of their own."""
     scripts = "\n".join(f'<script src="/assets/{name}"></script>' for name in ("plotly.js", *SCRIPTS))
     return FRAME.format(title="quartet view", head='<link rel="stylesheet" href="/assets/view.css">', scripts=scripts)
 
 
 def self_contained(title: str, answers: Mapping[str, Any]) -> str:
-    """The same page as one file. `answers` holds what the server would have answered, by the path that is asked for."""
+    """Returns the same page as one file. `answers` holds what the server would have answered, by the path that is asked
+    for."""
     embedded = json.dumps(answers, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
     scripts = [plotly(), *(_asset(name) for name in SCRIPTS)]
     parts = [f'<script type="application/json" id="answers">{embedded}</script>']

@@ -51,7 +51,7 @@ def report(folder: Path, output: Path, steps: Sequence[int] | None = None) -> Pa
 
 
 def _telling(groups: Sequence[dict[str, Any]]) -> list[int]:
-    """The numbers of the groups whose rewards differ most, ascending."""
+    """Returns the numbers of the groups whose rewards differ most, ascending."""
 
     def spread(number: int) -> float:
         rewards = [reward for reward in groups[number]["rewards"] if reward is not None]

@@ -36,7 +36,8 @@ class RunFiles:
         self._step: tuple[int, float, list[list[dict[str, Any]]]] | None = None
 
     def overview(self, after: int = -1) -> dict[str, Any]:
-        """Metrics of the steps from `after` on, their meaning, the machine, the steps whose rollouts were recorded."""
+        """Returns metrics of the steps from `after` on, their meaning, the machine, the steps whose rollouts were
+        recorded."""
         options, machine = self.folder / "config.yaml", self.folder / hardware.FILE
         check_files(self.folder / "metrics.jsonl", options, machine)
         measured = read_metrics(self.folder)
@@ -58,7 +59,7 @@ class RunFiles:
         return read_events(self.folder)
 
     def step(self, step: int) -> dict[str, Any]:
-        """The groups of a step, each in a few numbers. Raises FileNotFoundError without a record."""
+        """Returns the groups of a step, each in a few numbers. Raises FileNotFoundError without a record."""
         groups = []
         for lines in self._groups(step):
             rewards = [line.get("reward") for line in lines]
@@ -78,7 +79,8 @@ class RunFiles:
         return {"step": step, "groups": groups, "failures": failures}
 
     def group(self, step: int, number: int) -> dict[str, Any]:
-        """A group with every token: its text and what was recorded of it. Raises IndexError where there is none."""
+        """Returns a group with every token: its text and what was recorded of it. Raises IndexError where there is
+        none."""
         groups = self._groups(step)
         if not 0 <= number < len(groups):
             raise IndexError(f"step {step} has groups 0 to {len(groups) - 1}, and none with the number {number}")
@@ -105,7 +107,7 @@ class RunFiles:
         return content | {"tokens": token_texts(self._tokenizer, token_ids)}
 
     def _groups(self, step: int) -> list[list[dict[str, Any]]]:
-        """The lines of a step, group by group. The last step that was asked for is kept."""
+        """Returns the lines of a step, group by group. The last step that was asked for is kept."""
         path = rollout_path(self.folder, step)
         changed = path.stat().st_mtime if path.exists() else 0.0
         if self._step is None or self._step[:2] != (step, changed):

@@ -44,7 +44,7 @@ class Shown:
             stop.wait(UPDATE_S)
 
     def questions(self) -> dict[str, Callable[[dict[str, str]], Any]]:
-        """What answers a path, from the parameters of path and query."""
+        """Returns what answers a path, from the parameters of path and query."""
 
         def run(asked: dict[str, str]) -> RunFiles:
             return self.runs[_number(asked, "run", len(self.runs))]
@@ -68,7 +68,7 @@ class Shown:
 
 
 def app(shown: Shown, token: str) -> Any:
-    """The Starlette application. Raises ValueError without the packages of the extra `view`."""
+    """Returns the Starlette application. Raises ValueError without the packages of the extra `view`."""
     try:
         from starlette.applications import Starlette
         from starlette.responses import HTMLResponse, JSONResponse, Response

@@ -18,7 +18,8 @@ OPEN_AT_MOST = 8  # tokens in the middle of a character, which has four bytes
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a run: None where it is damaged or missing, or where decoding could take any time or memory.
+    """Returns the tokenizer of a run: None where it is damaged or missing, or where decoding could take any time or
+    memory.
 
     Only what decodes is loaded: the expressions that split and normalize text may be slow ones too.
     """
@@ -35,7 +36,7 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def _is_bounded(decoder: Any) -> bool:
-    """Whether no text becomes longer when it is decoded, and no regular expression is searched for.
+    """Returns whether no text becomes longer when it is decoded, and no regular expression is searched for.
 
     >>> _is_bounded({"type": "Replace", "pattern": {"String": "▁"}, "content": " "})
     True

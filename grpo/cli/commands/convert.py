@@ -114,7 +114,7 @@ class _Converter:
             )
 
     def build(self, dense: Policy) -> Policy:
-        """The policy to save; `result` gets what the report says."""
+        """Returns the policy to save; `result` gets what the report says."""
         config, result, self.reference = self.config, self.result, dense.trunk
         if config.rank is None:
             trunk = convert_dense(dense.trunk)
@@ -145,7 +145,7 @@ class _Converter:
     def _compress(
         self, dense: PreTrainedModel, text: CalibrationText, rank: int
     ) -> tuple[DeepseekV3ForCausalLM, Compression]:
-        """The compressed model, after its recovery, and what that cost."""
+        """Returns the compressed model, after its recovery, and what that cost."""
         config = self.config
         measured = text.windows[: -(-config.calibrate_tokens // len(text.windows[0]))]
         with self._bar("measuring the dense model", len(measured)) as advance:

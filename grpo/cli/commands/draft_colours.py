@@ -20,7 +20,7 @@ LEGEND = Text.assemble(
 
 
 def coloured(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """The text with each token in the colour of the depth at which it was drafted and accepted."""
+    """Returns the text with each token in the colour of the depth at which it was drafted and accepted."""
     text, depths = Text(), completion.draft.depths or [0] * len(completion.token_ids)
     for piece, depth in zip(pieces(completion.token_ids, tokenizer), depths, strict=True):
         text.append(visible(piece), style=STYLES[min(depth, len(STYLES) - 1)])
@@ -28,7 +28,7 @@ def coloured(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> Text
 
 
 def pieces(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text that each token adds. A character of several tokens is shown with the token that completes it."""
+    """Returns the text that each token adds. The token that completes a character of several tokens has all of it."""
     found, before = [], ""
     for end in range(1, len(token_ids) + 1):
         text = str(tokenizer.decode(token_ids[:end], skip_special_tokens=False))

@@ -134,7 +134,7 @@ def evaluate_model(
 
 
 class _Evaluator:
-    """An evaluation of the policy of `config`, which is loaded here, or of a server's."""
+    """Evaluates the policy of `config`, which is loaded here, or that of a server."""
 
     def __init__(self, config: EvalConfig, others: Sequence[str], met: Collection[str]) -> None:
         self.config = config
@@ -145,7 +145,7 @@ class _Evaluator:
         self.refused = self.met.union(*(trained_on(find_policy(it).folder) for it in others if not is_address(it)))
 
     def open_task(self) -> Task:
-        """The held-out problems and the rewards."""
+        """Returns the held-out problems and the rewards."""
         config, context = self.config, None
         if self.use and self.use.source.checkpoint is None:
             context = known_context(self.use.source.folder)
@@ -204,7 +204,7 @@ class _Evaluator:
         )
 
     def _open(self, task: Task) -> tuple[Policy | None, Any, list[Prompt], SamplingParams]:
-        """The policy that is loaded here, what samples, the prompts, and how the policy answers."""
+        """Returns the policy that is loaded here, what samples, the prompts, and how the policy answers."""
         config, size = self.config, max(self.config.samples, 1)
         if self.served:
             limit, stops = config.max_completion_tokens, config.stop_strings
@@ -230,7 +230,7 @@ def _perplexity(policy: Policy, task: Task) -> Perplexity | None:
 
 
 def _bleu(result: Evaluation, task: Task) -> tuple[float | None, str | None]:
-    """BLEU of all completions against the gold solutions as they are trained on; None where there are none."""
+    """Returns BLEU of all completions against the gold solutions as they are trained on; None where there are none."""
     pairs = [
         (text, example.solution)
         for group, example in zip(result.groups, task.heldout, strict=True)
@@ -242,7 +242,7 @@ def _bleu(result: Evaluation, task: Task) -> tuple[float | None, str | None]:
 
 
 def peak_memory_gib() -> dict[str, float]:
-    """The most memory that this process has held so far (without its reward workers), and the most on the device."""
+    """Returns the most memory that this process has held (without its reward workers), and the most on the device."""
     if sys.platform == "win32":
         most = psutil.Process().memory_info().peak_wset
     else:

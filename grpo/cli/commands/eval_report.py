@@ -22,12 +22,12 @@ OTHERWISE = ("groups", "failures", *PER_PROBLEM, "correct", "interval", "pass_at
 
 
 def show(evaluation: ModelEvaluation, console: Console) -> None:
-    """A row for every figure, a column for every way of sampling; at most 80 columns wide."""
+    """Prints a row for every figure, a column for every way of sampling; at most 80 columns wide."""
     config, results = evaluation.config, evaluation.results
     columns = [_cells(result) for result in results.values()]
     title = f"{config.data}, {evaluation.split}: {evaluation.problems:,} problems"
-    headings = ["(95 % interval)", *(Column(name, justify="right") for name in results)]
-    table = Table(*headings, title=title, title_justify="left")
+    headings = [Column(name, justify="right") for name in results]
+    table = Table("(95 % interval)", *headings, title=title, title_justify="left")
     for label in dict.fromkeys(label for cells in columns for label in cells):
         table.add_row(label, *(cells.get(label, "") for cells in columns))
     console.print(table)
@@ -36,7 +36,7 @@ def show(evaluation: ModelEvaluation, console: Console) -> None:
 
 
 def show_paired(first: ModelEvaluation, others: Sequence[ModelEvaluation], console: Console) -> None:
-    """A row for each way of sampling and each policy after the first: its difference from the first one."""
+    """Prints for each way of sampling and each policy after the first its difference from the first one."""
     title = f"against {escape(str(first.config.model))}, problem by problem"
     numbers = [Column(name, justify="right") for name in ("difference (95 % interval)", "problems", "unpaired")]
     table = Table("policy", "", *numbers, title=title, title_justify="left")
@@ -51,12 +51,12 @@ def show_paired(first: ModelEvaluation, others: Sequence[ModelEvaluation], conso
 
 
 def pairs(first: ModelEvaluation, other: ModelEvaluation) -> dict[str, PairedDifference]:
-    """The difference of each way of sampling, over the problems that both have."""
+    """Returns the difference of each way of sampling, over the problems that both have."""
     return {way: compare(first.results[way], result) for way, result in other.results.items()}
 
 
 def _cells(result: Evaluation) -> dict[str, str]:
-    """The figures by label, in the order of the table."""
+    """Returns the figures by label, in the order of the table."""
     cells = {}
     if result.interval is not None and result.accuracy is not None:
         low, high = result.interval
@@ -115,14 +115,14 @@ def _notes(evaluation: ModelEvaluation) -> list[str]:
 
 
 def paired_as_json(evaluations: Sequence[ModelEvaluation]) -> dict[str, Any]:
-    """Every policy as `as_json` has it, and the differences from the first one."""
+    """Returns every policy as `as_json` has it, and the differences from the first one."""
     first, *others = evaluations
     paired = [{"model": other.config.model} | {w: vars(p) for w, p in pairs(first, other).items()} for other in others]
     return {"models": [as_json(evaluation) for evaluation in evaluations], "against_first": paired}
 
 
 def as_json(evaluation: ModelEvaluation) -> dict[str, Any]:
-    """What the table shows and how it was measured, with the machine (contract 11)."""
+    """Returns what the table shows and how it was measured, with the machine (contract 11)."""
     config, source, perplexity = evaluation.config, evaluation.source, evaluation.perplexity
     return {
         "model": config.model,
@@ -144,7 +144,7 @@ def as_json(evaluation: ModelEvaluation) -> dict[str, Any]:
 
 
 def _values(result: Evaluation) -> dict[str, Any]:
-    """The figures, without `correct`, `accuracy`, `interval_95`, `pass_at` and `majority_at` where there is no
+    """Returns the figures, without `correct`, `accuracy`, `interval_95`, `pass_at` and `majority_at` where there is no
     accuracy."""
     values = {name: value for name, value in vars(result).items() if name not in OTHERWISE}
     if result.interval is not None:

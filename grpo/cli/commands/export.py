@@ -119,7 +119,7 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
 
 
 def origin_of(model: str) -> Origin:
-    """The model that the weights of `model` first came from, through runs that continue runs, and its licence."""
+    """Returns the model whose weights `model` began with, through runs that continue runs, and its licence."""
     while run := _run_around(Path(model)):
         model = str(_read_run(run).config["model"])
     if model in presets.PRESETS:
@@ -132,7 +132,7 @@ def origin_of(model: str) -> Origin:
 
 
 def _run_around(path: Path) -> Path | None:
-    """The run that `path` is, or that holds it as policy/, warm_start/ or checkpoints/step_000010/."""
+    """Returns the run that `path` is, or that holds it as policy/, warm_start/ or checkpoints/step_000010/."""
     if not path.is_dir():
         return None
     path = path.resolve()
@@ -194,7 +194,7 @@ def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
 
 
 def peft_config(model: Any, rank: int, alpha: float, base: str) -> LoraConfig:
-    """The configuration under which `PeftModel.from_pretrained(base, ...)` puts our adapters where they were.
+    """Returns the configuration under which `PeftModel.from_pretrained(base, ...)` puts our adapters where they were.
 
     In a model whose experts transformers stacks, peft takes gate_proj, up_proj and down_proj among target_modules for
     the routed experts. As target_parameters, with `.weight`, they mean the dense and shared ones.
@@ -243,7 +243,7 @@ def _refuse_moved_parts(policy: Policy, base: str) -> None:
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference as a share of the largest value."""
+    """Returns the largest difference as a share of the largest value."""
     return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-6))
 
 

@@ -37,7 +37,7 @@ def inspect(model: str, context: int | None = None) -> Anatomy:
 
 
 def _mtp_depth(model: str, shape: Any) -> int:
-    """How many MTP layers are stored, as far as that is known without fetching weights."""
+    """Returns how many MTP layers are stored, as far as that is known without fetching weights."""
     if not isinstance(shape, DeepseekV3Config):
         return 0
     if Path(model).is_dir():
@@ -58,7 +58,7 @@ def table(model: str, anatomy: Anatomy) -> Table:
 
 
 def as_json(model: str, anatomy: Anatomy) -> dict[str, Any]:
-    """{"model": "tiny", "parameters": 2287616, ..., "cache_bytes": {"float32": 1024, "bfloat16": 512}, ...}"""
+    """Returns {"model": "tiny", "parameters": 2287616, ..., "cache_bytes": {"float32": 1024, "bfloat16": 512}, ...}"""
     numbers = anatomy.cache_numbers
     return asdict(anatomy) | {
         "model": model,

@@ -36,7 +36,7 @@ class Verdict(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What there is: of one device, or of a machine without devices that have memory of their own."""
+    """One device has this memory, or a machine without devices that have memory of their own."""
 
     name: str
     total: float  # bytes
@@ -45,7 +45,7 @@ class Memory(NamedTuple):
 
     @classmethod
     def there(cls, device: torch.device, gib: float | None) -> Memory:
-        """Of the devices at hand, or of as many as are asked for of `gib` GiB each."""
+        """Looks at the devices at hand, or takes as many as are asked for of `gib` GiB each."""
         if gib:
             return cls(f"memory of a device of {gib:g} GiB", gib * GIB, gib * GIB, float("inf"))
         if device.type == "cuda":
@@ -55,7 +55,8 @@ class Memory(NamedTuple):
         return cls("memory", *main_memory())
 
     def needed(self, devices: Sequence[DeviceMemory]) -> dict[str, float]:
-        """Bytes by the part of the run that needs them, in order. On CPUs all processes share the memory."""
+        """Returns the bytes by the part of the run that needs them, in order. On CPUs all processes share the
+        memory."""
         if self.gpus:
             own = [it for it in devices if not it.on_host]
             return {f"{phase} ({it.name})": size for it in own for phase, size in it.phases.items()}
@@ -68,15 +69,15 @@ class Memory(NamedTuple):
         return needed
 
     def used(self, devices: Sequence[DeviceMemory]) -> float:
-        """The share of what may be used that `devices` need; above 1 they do not fit."""
+        """Returns the share of what may be used that `devices` need; above 1 they do not fit."""
         return max(self.needed(devices).values()) / (self.total * (1 - SPARE))
 
 
 def verdicts(
     devices: Sequence[DeviceMemory], memory: Memory, folder: Path, disk: float, less: Callable[[], str], less_disk: str
 ) -> Iterator[Verdict]:
-    """What the run needs of memory and of disk, what there is, whether it fits, and at which part of the run it will
-    not.
+    """Yields what the run needs of memory and of disk, what there is, whether it fits, and at which part of the run it
+    will not.
 
     `devices` are those of `memory_of_run`; `disk` bytes will be written into `folder`. `less` is asked what would make
     it fit, if it does not. Main memory beside that of devices is compared only where the devices are at hand.
@@ -90,7 +91,7 @@ def verdicts(
 
 
 def _main_memory(devices: Sequence[DeviceMemory], at_hand: bool) -> Verdict:
-    """What the processes of a run on GPUs hold in main memory, if all of them are on one machine."""
+    """Returns what the processes of a run on GPUs hold in main memory, if all of them are on one machine."""
     needed = sum(it.count * ((it.peak if it.on_host else it.host) + PROCESS) for it in devices if it.name != WARM_START)
     if at_hand and "RAY_ADDRESS" not in os.environ:
         return _verdict("main memory", {"loading": needed}, *main_memory(), lambda: "use more machines, or more memory")
@@ -99,7 +100,7 @@ def _main_memory(devices: Sequence[DeviceMemory], at_hand: bool) -> Verdict:
 
 
 def main_memory() -> tuple[float, float]:
-    """(total bytes, free bytes), within the limit of a container."""
+    """Returns (total bytes, free bytes), within the limit of a container."""
     memory = psutil.virtual_memory()
     texts = [path.read_text().strip() for path in map(Path, LIMITS) if path.is_file()]
     total = min([memory.total, *(int(text) for text in texts if text.isdigit())])
@@ -109,7 +110,8 @@ def main_memory() -> tuple[float, float]:
 def _verdict(
     what: str, needed: Mapping[str, float], total: float, free: float, less: Callable[[], str], spare: float = 0.0
 ) -> Verdict:
-    """`needed` are bytes by the part of the run that needs them, in order; the share `spare` of `total` stays free."""
+    """Compares: `needed` are bytes by the part of the run that needs them, in order; the share `spare` of `total` stays
+    free."""
     most = max(needed.values())
     here = f"{total / GIB:,.1f} GiB" + ("" if free == total else f", {free / GIB:,.1f} GiB of them free")
     both = f"about {most / GIB:,.1f} GiB are needed, there are {here}"
@@ -133,7 +135,7 @@ def less_memory(config: RunConfig, used: Callable[[Any], float], gpus: float) ->
 
 
 class _Less:
-    """The search for options with which a run needs less memory."""
+    """Searches for options with which a run needs less memory."""
 
     def __init__(self, config: RunConfig, used: Callable[[Any], float], gpus: float) -> None:
         self.config, self.used, self.gpus = config, used, gpus
@@ -159,7 +161,7 @@ class _Less:
         return f"no option makes it fit{so_far}; use larger devices or a smaller model"
 
     def _share(self, changes: Changes) -> float:
-        """The share that the run needs with these changes: infinite where it is refused."""
+        """Returns the share that the run needs with these changes: infinite where it is refused."""
         content = self.config.model_dump()
         for key, value in changes.items():
             *sections, name = key.split(".")
@@ -175,7 +177,8 @@ class _Less:
             return math.inf
 
     def _families(self) -> Iterator[list[Changes]]:
-        """Changes of one kind each, the weakest of a kind first. First those that change nothing that is learned."""
+        """Yields changes of one kind each, the weakest of a kind first. First come those that change nothing that is
+        learned."""
         config, rollout, gpus = self.config, self.config.rollout, self.gpus
         sampler_apart = isinstance(config, TrainConfig) and rollout.backend != "vllm" and config.agent is None
         apart: Changes = {"rollout.colocate": False} if rollout.colocate else {}
@@ -215,7 +218,7 @@ class _Less:
         yield from _halves("rollout.max_completion_tokens", rollout.max_completion_tokens)
 
     def _more_ranks(self, most: float) -> Iterator[Changes]:
-        """Twice, four times ... as many learners, which share the weights."""
+        """Yields twice, four times ... as many learners, which share the weights."""
         assert isinstance(self.config, SftConfig)
         workers, fsdp = self.config.learner.workers, self.config.learner.parallel.fsdp
         now = (workers or 1) if fsdp is None else fsdp

@@ -56,15 +56,15 @@ ASSUMED_PROMPT = 256  # where prompts are not known yet
 
 
 class MemoryOfRun:
-    """What a run with a policy of this `shape` will hold; `head`: it has a draft head."""
+    """Foretells what a run with a policy of this `shape` holds; `head`: it has a draft head."""
 
     def __init__(self, shape: PretrainedConfig, head: bool, config: SftConfig | MtpConfig) -> None:
         self.shape, self.head, self.config = shape, head, config
         self.dtype = getattr(torch, config.dtype)
 
     def devices(self, gpus: float = 0) -> list[DeviceMemory]:
-        """One entry per kind of device: a warm start, the learner (rank 0 with the sampler where there are no Ray
-        workers), the other ranks where there are any, and a Ray worker, or what is on a GPU together.
+        """Returns one entry per kind of device: a warm start, the learner (rank 0 with the sampler where there are no
+        Ray workers), the other ranks where there are any, and a Ray worker, or what is on a GPU together.
 
         `gpus`: see `on_devices`. Raises ValueError for adapters that the model cannot have, and for a
         `learner.parallel` that fits no number of processes.
@@ -97,8 +97,8 @@ class MemoryOfRun:
         return [device.offloaded() if offloads else device for device in devices]
 
     def learner(self, *, warm_start: bool = False, processes: int = 0) -> DeviceMemory:
-        """What `Learner` holds on each of so many ranks (0: see `Shares.of`). Its warm start trains every weight and
-        has no reference."""
+        """Returns what `Learner` holds on each of so many ranks (0: see `Shares.of`). A warm start trains every weight,
+        and has no reference."""
         config, dtype = self.config, self.dtype
         assert isinstance(config, SftConfig)
         options, grpo = config.learner, config if isinstance(config, TrainConfig) and not warm_start else None
@@ -127,7 +127,7 @@ class MemoryOfRun:
             tokens = min(tokens, grpo.prompts_per_step * row)
 
         def held(chosen: Mapping[str, Tensor], bytes_of: Callable[[Tensor], float] = lambda weight: 4) -> int:
-            """The bytes that a rank holds of these weights, where a number of one takes `bytes_of` it."""
+            """Returns the bytes that a rank holds of these weights, where a number of one takes `bytes_of` it."""
             return round(sum(shares.held(name, weight) * bytes_of(weight) for name, weight in chosen.items()))
 
         def older(weight: Tensor) -> int:
@@ -164,7 +164,7 @@ class MemoryOfRun:
         )
 
     def _teacher_bytes(self) -> int:
-        """What the teacher of `loss.advantage: distill` holds on each rank, whole; its forwards keep nothing."""
+        """Returns what the teacher of `loss.advantage: distill` holds on each rank: its forwards keep nothing."""
         config = self.config
         assert isinstance(config, TrainConfig)
         if config.distill.teacher is None or config.distill.url is not None:
@@ -173,7 +173,7 @@ class MemoryOfRun:
         return storage_bytes(tensors_of(meta_policy(*read_shape(options), self.dtype)))
 
     def head_learner(self) -> DeviceMemory:
-        """What `HeadLearner` holds: a frozen trunk, its hidden states of a batch, and a draft head that learns."""
+        """Returns what `HeadLearner` holds: a frozen trunk, its hidden states, and a draft head that learns."""
         policy = meta_policy(self.shape, True, self.dtype)
         assert policy.mtp is not None
         assert isinstance(self.config, MtpConfig)
@@ -192,8 +192,8 @@ class MemoryOfRun:
         )
 
     def corpus_bytes(self) -> int:
-        """What `quartet mtp` keeps on disk of completions as long as they may be, of as many solutions, and of prompts
-        of ASSUMED_PROMPT with each of them."""
+        """Returns what `quartet mtp` keeps on disk of completions as long as they may be, of as many solutions, and of
+        prompts of ASSUMED_PROMPT with each of them."""
         assert isinstance(self.config, MtpConfig)
         rollout = self.config.rollout
         completions = self.config.prompts_per_step * rollout.group_size + self.config.head.solutions
@@ -201,8 +201,8 @@ class MemoryOfRun:
         return tokens * (self.shape.hidden_size * self.dtype.itemsize + 32)
 
     def sampler(self, *, on_gpu: bool = False) -> DeviceMemory:
-        """What an `Engine` holds that decodes from a copy of the policy, in process or in a Ray worker; or the server
-        of vLLM that a run starts."""
+        """Returns what an `Engine` holds that decodes from a copy of the policy, in process or in a Ray worker; or the
+        server of vLLM that a run starts."""
         shape, head, dtype, rollout = self.shape, self.head, self.dtype, self.config.rollout
         rows = min(rollout.prompts_per_shard * rollout.group_size, MAX_ROWS)
         entry = (cache_numbers(shape) or 0) + (shape.kv_lora_rank + shape.qk_rope_head_dim if head else 0)
@@ -226,7 +226,7 @@ class MemoryOfRun:
         return replace(sampler, derived=derived, publication=derived, graphs=graphs)
 
     def _graph_bytes(self, policy: Policy) -> int:
-        """What CUDA graphs of every number of rows and drafts keep for themselves, for caches of one size. Rough."""
+        """Returns roughly what CUDA graphs of every number of rows and drafts keep, for caches of one size."""
         from rollout.compiled.rounds import ENTRIES, ROWS
 
         rollout, layers = self.config.rollout, _kept_bytes(policy.trunk, self.shape, self.dtype)
@@ -241,7 +241,8 @@ class MemoryOfRun:
 def activation_bytes(
     policy: Policy, tokens: int, row: int, dtype: torch.dtype, head_depth: int, checkpointing: bool
 ) -> int:
-    """Bytes of one micro-batch of `tokens` in rows of `row`, by the formula at the top of this file. Rough."""
+    """Returns roughly the bytes of a micro-batch of `tokens` in rows of `row`, by the formula at the top of this
+    file."""
     shape = policy.config
     layers, count = _kept_bytes(policy.trunk, shape, dtype), shape.num_hidden_layers
     experts = sum(weight.nbytes for weight in _adapted(policy) if weight.dim() == 3)
@@ -256,7 +257,7 @@ def activation_bytes(
 
 
 def derived_bytes(policy: Policy, dtype: torch.dtype, device: torch.device) -> int:
-    """What decoding in `dtype` on `device` holds besides the policy's own tensors; `policy` may be without storage."""
+    """Returns what decoding holds besides the policy's own tensors; `policy` may be without storage."""
     own, derived = {_storage(tensor) for tensor in tensors_of(policy)}, derive(policy, dtype)
     held = storage_bytes(tensor for tensor in tensors_of(derived) if _storage(tensor) not in own)
     if policy.device.type == "meta" and will_block(dtype, device):
@@ -266,13 +267,13 @@ def derived_bytes(policy: Policy, dtype: torch.dtype, device: torch.device) -> i
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storage of `tensors`; what several share counts once."""
+    """Returns the bytes of the storage of `tensors`; what several share counts once."""
     sizes = {_storage(t): t.nbytes if t.is_mkldnn else t.untyped_storage().nbytes() for t in tensors}
     return sum(sizes.values())
 
 
 def tensors_of(holder: Any) -> Iterator[Tensor]:
-    """Every tensor of a module, of one of our own plain objects, or of several."""
+    """Yields every tensor of a module, of one of our own plain objects, or of several."""
     return parts_of(holder, Tensor)
 
 
@@ -293,7 +294,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _adapted(policy: Policy) -> Iterator[Tensor]:
-    """The weights that have adapters; `Policy.weights()` makes W + ΔW of each."""
+    """Yields the weights that have adapters; `Policy.weights()` makes W + ΔW of each."""
     for module in (policy.trunk, *([] if policy.mtp is None else [policy.mtp])):
         for _, layer in lora.adapters(module):
             name = layer.parameter_name if isinstance(layer, lora.ParamWrapper) else "weight"
@@ -305,7 +306,7 @@ def _logits_bytes(dtype: torch.dtype) -> int:
 
 
 def _kept_bytes(model: nn.Module, shape: PretrainedConfig, dtype: torch.dtype) -> dict[str, int]:
-    """The bytes that a token keeps, by layer number; "" for what is in no layer."""
+    """Returns the bytes that a token keeps, by layer number; "" for what is in no layer."""
     kept: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

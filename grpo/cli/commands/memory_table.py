@@ -19,8 +19,9 @@ WARM_START = "warm start"  # it is over before GRPO begins
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on one device. The fields before `loading` are held all the time, gradients only while a step learns, and
-    the others one at a time. `host` is in main memory, where the run has devices with memory of their own."""
+    """A device holds these bytes. The fields before `loading` are held all the time, gradients only while a step
+    learns, and the others one at a time. `host` is in main memory, where the run has devices with memory of their
+    own."""
 
     name: str
     count: int = 1  # of such devices
@@ -47,7 +48,7 @@ class DeviceMemory:
 
     @property
     def phases(self) -> dict[str, int]:
-        """The most at each part of a run, in its order.
+        """The most at each part of a run is here, in its order.
 
         >>> DeviceMemory("a", weights=2, moments=8, activations=5, rollout=3, publication=1).phases
         {'loading': 2, 'sampling': 13, 'learning': 15, 'publishing': 11, 'saving': 10}
@@ -69,7 +70,7 @@ class DeviceMemory:
         return max(self.phases.values())
 
     def beside(self, other: DeviceMemory, times: int, name: str, *, in_turn: bool) -> DeviceMemory:
-        """This process and `times` others of one kind on the same device.
+        """Adds `times` others of one kind on the same device to this process.
 
         >>> both = DeviceMemory("a", weights=2).beside(DeviceMemory("b", sampler=5), 2, "both", in_turn=True)
         >>> both.phases
@@ -89,7 +90,7 @@ def each_of(count: int, what: str) -> str:
 
 
 def on_devices(learner: DeviceMemory, worker: DeviceMemory, config: RunConfig, gpus: float) -> list[DeviceMemory]:
-    """The devices of the learners and of the Ray workers, from what one process of each holds.
+    """Returns the devices of the learners and of the Ray workers, from what one process of each holds.
 
     `gpus`: how many there are. 0 is a run on CPUs, where no process has a device of its own. Infinity: as many as the
     run asks for.
@@ -149,7 +150,7 @@ ROWS = {
 
 
 def table(devices: Sequence[DeviceMemory]) -> Table:
-    """A table in GiB with a column per kind of device; rows of zeros are left out."""
+    """Returns a table in GiB with a column per kind of device; rows of zeros are left out."""
     columns = [Column(device.name, justify="right") for device in devices]
     result = Table("", *columns, title="memory in GiB, by device", title_justify="left")
     for name, words in ROWS.items():

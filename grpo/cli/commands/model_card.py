@@ -76,8 +76,8 @@ def model_card(
     left: str = "",
     step: int | None = None,
 ) -> str:
-    """The card says that `what` of the run `run` is exported as `name` into `folder`; `base`: the adapters' base, None
-    if merged. `left` is a sentence on what the export leaves out. `step` is the exported one; later numbers are left
+    """Returns the card of `what` of `run`, exported as `name` into `folder`; `base`: the adapters' base, None if
+    merged. `left` is a sentence on what the export leaves out. `step` is the exported one; later numbers are left
     out."""
     config, _ = read_yaml(run / "config.yaml")
     here = hardware.read(run / hardware.FILE)
@@ -123,8 +123,7 @@ def _front_matter(origin: Origin, base: str | None) -> str:
 
 
 def _for_other_programs(folder: Path, name: str) -> Iterator[str]:
-    """How transformers drafts with the policy, and how vLLM's build for CPUs must be started: its answers are wrong
-    otherwise, and it does not say so."""
+    """Yields how transformers drafts, and how vLLM's build for CPUs must be started, which else answers wrongly."""
     file = folder / "config.json"
     shape = read_json(file) if file.is_file() else {}
     if shape.get("model_type") != "deepseek_v3":
@@ -157,7 +156,7 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _evaluations(data: str | None, lines: list[dict[str, Any]]) -> Iterator[str]:
-    """The first and the last evaluation on record, by accuracy or, where the reward is none, by mean reward."""
+    """Yields the first and the last evaluation on record, by accuracy or, where the reward is none, by mean reward."""
     measure = held_out_metric(lines)
     evaluated = [line for line in lines if line.get(measure) is not None]
     if not evaluated:
@@ -183,8 +182,7 @@ def _evaluations(data: str | None, lines: list[dict[str, Any]]) -> Iterator[str]
 
 
 def _interval(accuracy: float, problems: int) -> str:
-    """Wilson's interval. There is none where the share is not one of whole problems: some had no mark, or several
-    completions."""
+    """Returns Wilson's interval; none where the share is not one of whole problems, as with several completions."""
     if abs(accuracy * problems - round(accuracy * problems)) > 1e-6:
         return "-"
     low, high = wilson_interval(round(accuracy * problems), problems)
@@ -207,7 +205,7 @@ def _training(lines: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _machines(run: Path, here: dict[str, Any]) -> Iterator[str]:
-    """The machine of the start, and of every resume."""
+    """Yields the machine of the start, and of every resume."""
     rows = [f"- started {here['time']}: {hardware.caption(here)}"]
     path = run / "events.jsonl"
     with expecting(path, "record of events"):

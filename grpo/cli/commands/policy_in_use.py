@@ -23,7 +23,7 @@ class PolicyInUse:
         check_plan(config, self.source)
 
     def load(self, newer: PolicySource | None = None) -> Policy:
-        """The policy as the options ask for it, or a newer one of the same run."""
+        """Returns the policy as the options ask for it, or a newer one of the same run."""
         return load_found(newer or self.source, self.config)
 
     def phase(self, name: Phase) -> AbstractContextManager[None]:
@@ -32,6 +32,6 @@ class PolicyInUse:
     def sampling(
         self, policy: Policy, completions: int = 1, seed: int = 0, stops: tuple[str, ...] = ()
     ) -> SamplingParams:
-        """How the policy answers by the options, with their margin and environment."""
+        """Returns how the policy answers by the options, with their margin and environment."""
         params = sampling_params(policy, self.config, completions, seed, dtype=self.config.dtype)
         return replace(params, margin=self.config.margin, stop_strings=stops, environment=self.environment)

@@ -36,7 +36,7 @@ def export_and_push(run: Path, destination: Path | None, repo_id: str, *, adapte
 
 
 def run_export(run: Path, destination: Path | None, repo_id: str | None, *, adapter: bool = False) -> str:
-    """The command: writes a folder, uploads it, or both. Raises ExportError where neither is asked for."""
+    """Runs the command: writes a folder, uploads it, or both. Raises ExportError where neither is asked for."""
     if repo_id is not None:
         return export_and_push(run, destination, repo_id, adapter=adapter)
     if destination is None:

@@ -49,7 +49,7 @@ class Probe(NamedTuple):
 
 
 def probes(examples: Sequence[Example]) -> list[list[Probe]]:
-    """The completions to try on each example, without the kinds that cannot be made of it.
+    """Returns the completions to try on each example, without the kinds that cannot be made of it.
 
     >>> [probe.text for probe in probes([Example("a", "2 + 3 = ?", "#### 5")])[0][:4]]
     ['#### 5', '', ' \\n\\t \\n', '#### 6']
@@ -89,7 +89,7 @@ def misprint(solution: str) -> str | None:
 
 
 def _another(examples: Sequence[Example], i: int) -> str | None:
-    """The next solution with another last number, or with another text if it has no number."""
+    """Returns the next solution with another last number, or with another text if it has no number."""
     own = _said(examples[i].solution)
     following = (examples[(i + step) % len(examples)].solution for step in range(1, min(len(examples), 50)))
     return next((solution for solution in following if _said(solution) != own), None)

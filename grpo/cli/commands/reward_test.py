@@ -141,7 +141,7 @@ class _Trial:
         self.failures: list[str] = []
 
     def score(self, scorer: Scorer, *, backwards: bool = False) -> Scores:
-        """The scores of all probes; `backwards` puts every completion into another place of the batch."""
+        """Returns the scores of all probes; `backwards` puts every completion into another place of the batch."""
         step = -1 if backwards else 1
         order = range(len(self.examples))[::step]
         groups = self._score(scorer, order, [self.probes[i][::step] for i in order])
@@ -173,7 +173,7 @@ class _Trial:
         return [group.rewards for group in groups]
 
     def dry_run(self, scorer: Scorer) -> float | None:
-        """The score of the first gold solution."""
+        """Returns the score of the first gold solution."""
         first = self.examples[0]
         try:
             tried = scorer.dry_run(self.prompts[0], first.solution, first.columns, messages=self.messages[0])

@@ -24,7 +24,7 @@ from rollout.pools import PoolOptions, open_pool
 
 
 def prompts_of(texts: Sequence[str], file: Path | None) -> list[Example]:
-    """The prompts of the command line, then those of a file."""
+    """Returns the prompts of the command line, then those of a file."""
     if "" in texts:
         raise ValueError('--prompt "": is empty; write the text that the policy continues')
     examples = [_example(f"prompt {number}", text, {}) for number, text in enumerate(texts, start=1)]
@@ -71,7 +71,7 @@ def _read_lines(text: str, source: str, plain: bool) -> list[Example]:
 
 
 def _example(name: str, prompt: str, row: dict[str, Any]) -> Example:
-    """The noise depends on `name`, which leaves out the file's name: a copy of the file gives the same tokens."""
+    """Makes an example of a prompt. Its noise depends on `name`, not on the file's: a copy gives the same tokens."""
     return Example(name, prompt, "", {**row, "prompt": prompt})
 
 

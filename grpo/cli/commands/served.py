@@ -65,18 +65,19 @@ class ServedPool:
         return PolicySource(self.address, meaning, self.address, step=versions[-1] if versions else None)
 
     def prompt(self, example: Example, template: PromptTemplate) -> Prompt:
-        """The prompt without token ids: the server has the tokenizer, and the chat template."""
+        """Returns the prompt without token ids: the server has the tokenizer, and the chat template."""
         messages = template.messages(example)
         text = template.render(example) if messages is None else "".join(f"{m['content']}\n" for m in messages)
         return Prompt(example.example_id, text, [], example.columns, messages)
 
     def keep(self) -> None:
-        """Its weights do not change."""
+        """Does nothing: its weights do not change."""
 
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
-        """One group for each prompt. If some fail, RolloutError is raised at the end, with the groups of the others."""
+        """Returns a group for each prompt. If some fail, RolloutError is raised at the end, with the groups of the
+        others."""
         groups: dict[int, RolloutGroup] = {}
         faults = []
         with ThreadPoolExecutor(self.concurrency, "served") as threads:
@@ -159,7 +160,7 @@ class ServedPool:
 
 
 def open_served(config: EvalConfig) -> ServedPool:
-    """The server that `config.model` is the address of.
+    """Returns the server that `config.model` is the address of.
 
     Raises ValueError where it does not answer, and for options that only a policy in this process could follow. Drafts
     change no token, so that `draft_tokens` has no effect.
@@ -175,7 +176,7 @@ def open_served(config: EvalConfig) -> ServedPool:
 
 
 def key_of(file: Path) -> str:
-    """The key that is in a file. Raises ValueError where there is no such file."""
+    """Returns the key that is in a file. Raises ValueError where there is no such file."""
     if not file.is_file():
         raise ValueError(f"api_key_file={file}: there is no such file; write the key into it")
     return file.read_text(encoding="utf-8").strip()

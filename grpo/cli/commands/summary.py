@@ -157,8 +157,8 @@ def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float 
 
 
 class _DryRun:
-    """What a run of `config` will do and need. Raises all that the run refuses, the digests of a saved policy too,
-    which are read when it is loaded."""
+    """Looks at what a run of `config` will do and need. Raises what the run refuses, and a wrong digest of a saved
+    policy, which the run reads when it loads it."""
 
     def __init__(self, config: SftConfig | MtpConfig, device_gib: float | None) -> None:
         self.config, self.device_gib, self.disk = config, device_gib, 0.0
@@ -203,7 +203,7 @@ class _DryRun:
         return all(verdict.fits for verdict in verdicts)
 
     def rows(self, task: Task) -> Iterator[tuple[str, str]]:
-        """What the run will do, and its sizes on disk: the model is built without storage."""
+        """Yields what the run will do, and its sizes on disk: the model is built without storage."""
         config = self.config
         assert isinstance(config, SftConfig)
         rewards = ", ".join(f"{reward.function} × {reward.weight:g}" for reward in config.rewards)
@@ -242,7 +242,7 @@ class _DryRun:
 
 
 class _MtpDryRun(_DryRun):
-    """What `quartet mtp` will do and need."""
+    """Looks at what `quartet mtp` will do and need."""
 
     def rows(self, task: Task) -> Iterator[tuple[str, str]]:
         config, shape = self.config, self.plan.shape

@@ -131,10 +131,8 @@ def _match(patterns: Sequence[str], names: Sequence[str]) -> bool:
 
 
 def _mappings(shape: DeepseekV3Config) -> list[Any]:
-    """Which matrices read what a norm or a matrix gives, so that a scale can move between them.
-
-    llm-compressor's own list for DeepSeek-V3 looks for a router in every layer, and fails where the first are dense.
-    """
+    """Returns which matrices read what a norm or a matrix gives, so that a scale can move between them.
+    llm-compressor's own list for DeepSeek-V3 looks for a router in every layer, and fails where the first are dense."""
     from llmcompressor.modifiers.transform.awq import AWQMapping
 
     def layers(numbers: range) -> str:
@@ -179,7 +177,7 @@ def save(policy: Policy, folder: Path) -> None:
 
 
 def _add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """One more file of weights, and an index of all."""
+    """Writes one more file of weights, and an index of all."""
     files = sorted(folder.glob("*.safetensors"))
     names: dict[str, str] = {}
     for i, path in enumerate(files):

@@ -82,7 +82,7 @@ class _Quantizer:
         )
 
     def _text(self) -> CalibrationText:
-        """The text that is measured on, without the share that a run holds out."""
+        """Returns the text that is measured on, without the share that a run holds out."""
         config, base = self.config, self.use.source.base
         shape, share = read_config(base), config.holdout
         if is_packed(shape):
@@ -101,7 +101,7 @@ class _Quantizer:
         )
 
     def _fingerprint(self, example: Example) -> str:
-        """The fingerprint that evaluation gives to an example with the columns of its template."""
+        """Returns the fingerprint that evaluation gives to an example with the columns of its template."""
         try:
             return problem_fingerprint(self.template.content(example))
         except ValueError:
@@ -114,7 +114,8 @@ class _Quantizer:
         return evaluate_model(EvalConfig(**options | {"model": model, "output": output}), self.console, met=met)
 
     def _copy_beside(self, folder: Path, problems: set[str]) -> None:
-        """The licence, and the problems that the policy was trained on or measured on, which must not be evaluated."""
+        """Copies the licence, and names the problems that were trained on or measured on, which must not be
+        evaluated."""
         for name in LICENCE_FILES:
             if file := find_file(self.use.source.base, name):
                 shutil.copy(file, folder / name)
@@ -123,7 +124,7 @@ class _Quantizer:
 
 
 def _named(evaluation: ModelEvaluation, destination: Path) -> ModelEvaluation:
-    """The evaluation of a folder that has this name at the end only."""
+    """Returns the evaluation of a folder that has this name at the end only."""
     name = str(destination)
     source = replace(evaluation.source, folder=name, base=name)
     return replace(evaluation, source=source, config=evaluation.config.model_copy(update={"model": name}))

@@ -22,8 +22,8 @@ REPORT = "quantization_report.json"
 @dataclass(frozen=True)
 class Quantization:
     """What quantising has done. `fidelity` is of the files that were written, read again by stock transformers, on text
-    that nothing was measured on. `bytes_before` and `bytes_after` are those of the safetensors; `kept` names the matrices that keep their
-    precision. `evaluations` are none, or before and after."""
+    that nothing was measured on. `bytes_before` and `bytes_after` are those of the safetensors; `kept` names the
+    matrices that keep their precision. `evaluations` are none, or before and after."""
 
     config: QuantizeConfig
     destination: str
@@ -70,7 +70,7 @@ def show(result: Quantization, console: Console) -> None:
 
 
 def as_json(result: Quantization) -> dict[str, Any]:
-    """All that the table shows, and how it was measured (contract 11)."""
+    """Returns all that the table shows, and how it was measured (contract 11)."""
     both = result.evaluations
     return {
         "weights_bytes": {"before": result.bytes_before, "after": result.bytes_after},

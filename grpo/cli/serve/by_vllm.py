@@ -39,7 +39,8 @@ ENDS_WITH_US = (  # run by the child: the kernel is to end it when we are gone, 
 
 
 class ServerOfVLLM:
-    """vLLM's server with the policy of `config`. Raises ValueError or RolloutError where vLLM is not installed."""
+    """Starts vLLM's server with the policy of `config`. Raises ValueError or RolloutError where vLLM is not
+    installed."""
 
     def __init__(self, config: ServeConfig) -> None:
         self.config, self.use = config, PolicyInUse(config)
@@ -119,7 +120,7 @@ class ServerOfVLLM:
             time.sleep(0.5)
 
     def _failed(self, what: str) -> ValueError:
-        """The message has the first error of the log, which others follow, or else the log's end."""
+        """Returns the error with the first one of the log, which others follow, or else with its end."""
         lines = self.log.read_text(errors="replace").splitlines()
         errors = [line for line in lines if " ERROR " in line and re.search(r"\b\w+(Error|Exception)\b", line)]
         [first, *_] = errors or lines[-12:] or ["nothing"]

@@ -29,13 +29,13 @@ class Follower:
         self._failed: str | None = None
 
     async def keep_up(self, served: Served) -> None:
-        """Until it is cancelled."""
+        """Looks again and again, until it is cancelled."""
         while True:
             await asyncio.sleep(LOOK_S)
             await asyncio.to_thread(self.look, served)
 
     def look(self, served: Served) -> bool:
-        """Whether there was a newer policy, which then is served."""
+        """Looks once. Returns whether there was a newer policy, which then is served."""
         folder = None
         try:
             source = find_policy(self.run, read=False)

@@ -28,7 +28,7 @@ PACKAGES = "quartet serve needs the packages of the extra serve: pip install 'qu
 
 
 def read_key(file: Path | None, host: str) -> str | None:
-    """The key that clients must show. Raises ValueError for another address than loopback without one."""
+    """Returns the key that clients must show. Raises ValueError for another address than loopback without one."""
     if file is None:
         loopback = host.lower() == "localhost"
         with suppress(ValueError):
@@ -46,8 +46,8 @@ def read_key(file: Path | None, host: str) -> str | None:
 
 
 def load_engine(use: PolicyInUse, newer: PolicySource | None = None, like: Engine | None = None) -> Engine:
-    """An engine with this policy, or a newer one. Its depth controller takes the costs of the engine `like` it, or
-    measures them."""
+    """Returns an engine with this policy, or a newer one. Its depth controller takes the costs of `like`, or measures
+    them."""
     policy, options = use.load(newer), use.config
     with use.phase("loading"):
         costs = like.costs if like is not None else None
@@ -59,7 +59,7 @@ def load_engine(use: PolicyInUse, newer: PolicySource | None = None, like: Engin
 
 
 def begin(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bool = False) -> tuple[Any, Served]:
-    """The ASGI application and what it serves. Raises ValueError without the packages of the extra `serve`."""
+    """Returns the ASGI application and what it serves. Raises ValueError without the packages of the extra `serve`."""
     try:
         from grpo.endpoint.app import app
     except ModuleNotFoundError as error:

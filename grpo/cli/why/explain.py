@@ -29,8 +29,8 @@ FREE_OF_LEARNER = ("learning_rate", "max_grad_norm", "updates_per_batch", "weigh
 
 @dataclass
 class GroupPart:
-    """A group of the step. `effect`: how much it added to the held-out log-probability, nats per token; None where the
-    group was not left out. `removed` is by what has changed the weights of its tokens, a share of them."""
+    """A group did this in the step. `effect` is what it added to the held-out log-probability, nats per token; None
+    where it was not left out. `removed` is by what has changed the weights of its tokens, a share of them."""
 
     number: int
     prompt_id: str
@@ -47,7 +47,8 @@ class GroupPart:
 
 @dataclass
 class TokenPart:
-    """A token of the group that was asked for. `weight` above 0: the step raised its log-probability."""
+    """A token of the group that was asked for did this. Where `weight` is above 0 the step raised its
+    log-probability."""
 
     sample: int
     position: int
@@ -61,7 +62,7 @@ class TokenPart:
 
 @dataclass
 class Alternative:
-    """The step as it might have been: the `change` of the held-out log-probability, and the gradient."""
+    """The step might have been so: the `change` of the held-out log-probability, and the gradient."""
 
     what: str
     norm: float
@@ -97,7 +98,7 @@ class Explanation:
 
     @property
     def norm(self) -> float:
-        """Of the gradients of all updates, as one vector."""
+        """The gradients of all updates are one vector, whose norm it is."""
         return math.hypot(*self.norms)
 
 
@@ -151,7 +152,7 @@ class _Explainer:
         self.seconds = self._seconds(self.step) * (1 + measuring)
 
     def _held_out(self, drawn: set[str], count: int) -> tuple[list[PackedRow], str]:
-        """Gold solutions that the step has not learned from, and in words which."""
+        """Returns gold solutions that the step has not learned from, and in words which."""
         config, task, policy = self.rewind.config, self.rewind.task, self.rewind.policy
         unseen = [example for example in task.train if example.example_id not in drawn]
         examples, words = (task.heldout, "held-out problems") if task.heldout else (unseen, "other training problems")
@@ -166,7 +167,7 @@ class _Explainer:
         return rows, f"the gold solutions of {len(rows)} {words}"
 
     def _seconds(self, step: int) -> float:
-        """How long the run learned at this step."""
+        """Returns how long the run learned at this step."""
         return self.rows.get(step, {}).get("time/learn") or 0.0
 
     @property
@@ -175,7 +176,7 @@ class _Explainer:
         return max(1, int(AFFORDABLE / self.seconds)) if self.seconds else self.count
 
     def cost(self, most: int, alternatives: int, tokens: int) -> str:
-        """What the explanation takes, by the times that the run's own steps took."""
+        """Returns what the explanation takes, by the times that the run's own steps took."""
         begins = self.rewind.begins
         seconds = sum(self._seconds(step) for step in range(begins + 1, self.step))
         seconds += (4 + most + 2 * alternatives) * self.seconds
@@ -234,13 +235,13 @@ class _Explainer:
         )
 
     def _measure(self, learner: ReadLearner) -> float:
-        """The mean log-probability of a token of the held-out solutions."""
+        """Returns the mean log-probability of a token of the held-out solutions."""
         perplexity = gold_perplexity(learner.policy, self.held)
         assert perplexity is not None
         return -perplexity.nats_per_token
 
     def _without(self, number: int) -> float:
-        """The held-out log-probability after the step without this group."""
+        """Returns the held-out log-probability after the step without this group."""
         left = [i for i in range(len(self.groups)) if i != number]
         learner = self.rewind.back()
         if left:
@@ -264,7 +265,7 @@ class _Explainer:
         )
 
     def _tokens(self, group: int, reader: Reader) -> list[TokenPart]:
-        """The tokens of a group, those that gave most first."""
+        """Returns the tokens of a group, those that gave most first."""
         completions, tokenizer = self.groups[group].completions, self.rewind.policy.tokenizer
         norm, tokens = reader.norm, []
         for (index, position), part in reader.tokens.items():
@@ -275,7 +276,7 @@ class _Explainer:
         return sorted(tokens, key=lambda token: -abs(token.share))
 
     def _alternative(self, what: str, other: TrainConfig, real: Reader, before: float) -> Alternative:
-        """The step with the options of `other`, on the same rollouts."""
+        """Returns the step with the options of `other`, on the same rollouts."""
         scores, weights, own = self.scores, None, self.rewind.config
         if (other.rewards, other.reward_models) != (own.rewards, own.reward_models):
             with Task.of(other) as task:
@@ -292,7 +293,7 @@ class _Explainer:
 
 
 def read_alternative(run: Path, words: Sequence[str]) -> TrainConfig:
-    """The run's configuration with `key=value` of the loss, the advantage, the reward or the clip.
+    """Returns the run's configuration with `key=value` of the loss, the advantage, the reward or the clip.
 
     Raises ConfigError for values and keys that the options do not have, ValueError for those that change more than how
     the step learns from its rollouts.

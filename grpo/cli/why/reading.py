@@ -30,11 +30,9 @@ NO_CLIP = 1e9  # a ratio never comes near it
 
 @dataclass
 class Part:
-    """What a group or a token has given to the gradient: ⟨part, whole⟩ and |part|², over the updates of the step.
-
+    """A group or a token has given this to the gradient: ⟨part, whole⟩ and |part|², over the updates of the step.
     `weights` are, by what may take some of it away, Σ|w without it - w| and Σ|w without it| over the tokens, where w is
-    the derivative of the loss by the token's log-probability.
-    """
+    the derivative of the loss by the token's log-probability."""
 
     dot: float = 0.0
     square: float = 0.0
@@ -46,7 +44,8 @@ class Part:
         self.weights[name][1] += before
 
     def removed(self) -> dict[str, float]:
-        """By what has changed the weights: Σ|change| over Σ|w without it|, 0 where it has changed nothing.
+        """Returns the share that each cause has changed: Σ|change| over Σ|w without it|, 0 where it has changed
+        nothing.
 
         >>> Part(weights={"clip": [0.5, 2.0]}).removed()
         {'clip': 0.25}
@@ -58,7 +57,7 @@ class Part:
         return math.sqrt(self.square)
 
     def cosine(self, whole: float) -> float:
-        """With the whole gradient, whose norm is `whole`; 0 without a part.
+        """Returns the cosine with the whole gradient, whose norm is `whole`; 0 without a part.
 
         >>> Part(dot=3.0, square=9.0).cosine(2.0)
         0.5
@@ -66,7 +65,8 @@ class Part:
         return self.dot / (self.norm * whole) if self.norm * whole else 0.0
 
     def cosine_with_rest(self, whole: float) -> float:
-        """With what the others gave, G - g: ⟨g, G - g⟩ / (|g| |G - g|); 0 where one of the two is nothing.
+        """Returns the cosine with what the others gave, G - g: ⟨g, G - g⟩ / (|g| |G - g|); 0 where one of the two is
+        nothing.
 
         >>> round(Part(dot=0.5, square=1.0).cosine_with_rest(1.0), 3)       # g = (1, 0), G = (.5, .866)
         -0.5
@@ -92,17 +92,15 @@ class Reader:
 
     @property
     def norm(self) -> float:
-        """Of the whole gradient."""
+        """The whole gradient has this norm."""
         return math.sqrt(sum(dot(whole, whole) for whole in self.wholes))
 
     def weigh(
         self, learner: ReadLearner, mini: MicroBatch, out: Forward, loss: Tensor, others: dict[str, Tensor]
     ) -> None:
-        """The weights of the tokens of one row, with what changed them; then the tokens' own gradients.
-
-        `loss` is the policy loss as it is; `others` the losses without a clip, a mask or a correction, and "as it is"
-        what they are compared with.
-        """
+        """Reads the weights of the tokens of one row, with what changed them; then the tokens' own gradients. `loss` is
+        the policy loss as it is; `others` are the losses without a clip, a mask or a correction, and "as it is" what
+        they are compared with."""
         self._group = mini.rows[0].group
         if self.given is None:
             return
@@ -119,7 +117,7 @@ class Reader:
                 part.note(name, (off_CL - on_CL)[c, t].abs().item(), off_CL[c, t].abs().item())
 
     def _chosen(self, mini: MicroBatch, strength_CL: Tensor) -> list[tuple[int, int]]:
-        """Completion and position of the strongest tokens of a row; they are the same at every update."""
+        """Returns completion and position of the strongest tokens of a row; they are the same at every update."""
         if self._update:
             place = {
                 (sample.index, sample.start + t): (c, t)
@@ -142,7 +140,7 @@ class Reader:
         part.weight -= weight
 
     def read(self, learner: ReadLearner, done: int, total: int) -> None:
-        """Called after the backward pass of each row, and before the update that follows the last one."""
+        """Reads what a row gave: after its backward pass, and before the update that follows the last one."""
         part = learner.take_gradient()
         if self.given is not None:
             if self._open is not None and self._open[0] != self._group:
@@ -180,7 +178,7 @@ class ReadLearner(Learner):
         return reader
 
     def take_gradient(self) -> Gradient:
-        """What the backward passes since the last call gave; it leaves the parameters."""
+        """Returns what the backward passes since the last call gave; it leaves the parameters."""
         moved = [self.masters.of(parameter) for parameter in self.policy.trunk.parameters() if parameter.requires_grad]
         gradient = [tensor.grad for tensor in moved]
         for tensor in moved:
@@ -201,7 +199,7 @@ class ReadLearner(Learner):
 
 
 class ReadTerm(PolicyTerm):
-    """The policy loss of a learner, whose weights of the tokens a reader gets."""
+    """This policy loss of a learner gives the weights of the tokens to a reader."""
 
     def __init__(self, term: Term, learner: ReadLearner, reader: Reader) -> None:
         assert isinstance(term, PolicyTerm)
@@ -224,7 +222,7 @@ class ReadTerm(PolicyTerm):
 def without(
     options: LossOptions, correction: CorrectionMode | None
 ) -> dict[str, tuple[LossOptions, CorrectionMode | None]]:
-    """The loss without each thing that takes something from a token, and "as it is"; KL and entropy are left out.
+    """Returns the loss without each thing that takes from a token, and "as it is"; KL and entropy are left out.
 
     >>> list(without(LossOptions(mask_truncated_completions=True), "token_truncate"))
     ['as it is', 'clip', 'truncation', 'importance weights']
@@ -244,20 +242,20 @@ def without(
 
 
 def dot(a: Gradient, b: Gradient) -> float:
-    """⟨a, b⟩ over all parameters."""
+    """Returns ⟨a, b⟩ over all parameters."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     return math.fsum(torch.dot(x.flatten(), y.flatten()).item() for x, y in pairs)
 
 
 def add(a: Gradient, b: Gradient) -> Gradient:
-    """a + b; an empty `a` is nothing. The tensors of `a` may change."""
+    """Returns a + b; an empty `a` is nothing. The tensors of `a` may change."""
     if not a:
         return [None if part is None else part.clone() for part in b]
     return [y if x is None else x if y is None else x.add_(y) for x, y in zip(a, b, strict=True)]
 
 
 def _by_logprob(loss: Tensor, out: Forward) -> Tensor:
-    """[C, L]: the derivative of a loss by the log-probability of each token."""
+    """Returns [C, L]: the derivative of a loss by the log-probability of each token."""
     if not loss.requires_grad:
         return torch.zeros_like(out.logprobs)
     [weights] = torch.autograd.grad(loss, out.logprobs, retain_graph=True, allow_unused=True)

@@ -18,7 +18,7 @@ from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, Segment,
 
 
 def read_config(run: Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
-    """The configuration of the run in this folder, and over it `overrides` by dotted key.
+    """Returns the configuration of the run in this folder, and over it `overrides` by dotted key.
 
     Raises FileNotFoundError for a folder that holds no run, ValueError for a run that cannot be explained.
     """
@@ -39,7 +39,7 @@ def read_config(run: Path, overrides: dict[str, Any] | None = None) -> TrainConf
 def read_groups(
     run: Path, step: int, task: Task, policy: Policy, data: str
 ) -> tuple[list[RolloutGroup], list[GroupScore]]:
-    """The groups of a step in the order in which they were learned from, each with its recorded rewards.
+    """Returns the groups of a step in the order in which they were learned from, each with its recorded rewards.
 
     The tokens of prompts are not recorded: they come from the `data` of the run, by prompt id. Raises FileNotFoundError
     where the step has no record, ValueError where that is damaged or the data have changed.

@@ -19,8 +19,8 @@ NAMED, GROUPS, TOKENS, CHARACTERS = 3, 40, 24, 60
 
 
 def opponents(step: Explanation) -> list[GroupPart]:
-    """The groups that work against the others, the strongest first: by their gradients, or because the step would have
-    done more than twice as much without them."""
+    """Returns the groups that work against the others, the strongest first: by their gradients, or because the step
+    would have done more than twice as much without them."""
 
     def hinders(group: GroupPart) -> bool:
         return group.effect is not None and group.effect * step.change < 0 and abs(group.effect) > abs(step.change)
@@ -30,7 +30,7 @@ def opponents(step: Explanation) -> list[GroupPart]:
 
 
 def answer(step: Explanation) -> list[str]:
-    """What the step did and because of what, in sentences. A group that works against the others comes first."""
+    """Returns sentences on what the step did and because of what. A group that works against the others comes first."""
     if not step.updates:
         why = "every advantage was zero"
         if all(group.tied for group in step.groups):

@@ -48,7 +48,7 @@ class Rewind:
             self.learner.load_state(saved.tensors, saved.state["learner"])
 
     def make(self, other: TrainConfig | None = None, reward_weights: Mapping[str, float] | None = None) -> ReadLearner:
-        """A learner at the start of the run, by its configuration or by another one."""
+        """Returns a learner at the start of the run, by its configuration or by another one."""
         config = other or self.config
         learned = {"model": str(config.output_dir / "warm_start")} if config.warm_start.steps else {}
         by_us = config.rollout.model_copy(update={"backend": None})  # nothing is sampled, so no server is asked
@@ -69,19 +69,19 @@ class Rewind:
             self.learner.skipped_in_a_row += 1
 
     def recorded(self, step: int) -> tuple[list[RolloutGroup], list[GroupScore]]:
-        """The groups and scores that a step has learned from, see `read_groups`."""
+        """Returns the groups and scores that a step has learned from, see `read_groups`."""
         return read_groups(self.config.output_dir, step, self.task, self.policy, self.config.data.name)
 
     def take(
         self, learner: ReadLearner, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore], step: int
     ) -> dict[str, float]:
-        """A step of the learner, as `quartet train` takes it."""
+        """Takes a step of the learner, as `quartet train` takes it."""
         return learner.step(self.prepare(learner, groups, scores, step))
 
     def prepare(
         self, learner: ReadLearner, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore], step: int
     ) -> TrainingBatch:
-        """The batch of that step."""
+        """Returns the batch of that step."""
         depth = draft_depth(self.config.curriculum, self.config.mtp.depth, step)
         return replace(learner.prepare(groups, scores, step=step), draft_depth=depth)
 
@@ -91,7 +91,7 @@ class Rewind:
         self._tensors = {name: {n: t.detach().clone() for n, t in part.items()} for name, part in tensors.items()}
 
     def back(self, learner: ReadLearner | None = None) -> ReadLearner:
-        """The learner in the state that is held; one of `make` in as much of it as it shares.
+        """Returns the learner in the state that is held; one of `make` in as much of it as it shares.
 
         What only the other one has stays as at the start: a reference is the policy that the run began with.
         """
@@ -109,7 +109,7 @@ class Rewind:
 
 
 def difference(recorded: Mapping[str, Any], again: Mapping[str, float]) -> tuple[int, str, float]:
-    """How many metrics of the learner both have, which differs most, and how much, relative to the larger one.
+    """Returns how many metrics of the learner both have, which differs most, and how much of the larger one.
 
     >>> difference({"loss/policy": 0.5, "time/learn": 3.0}, {"loss/policy": 0.4, "time/learn": 2.0})
     (1, 'loss/policy', 0.2)
