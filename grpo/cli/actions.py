@@ -177,7 +177,7 @@ def inspect(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     _begin()
-    from grpo.cli.commands.push import run_export
+    from grpo.cli.commands.export import run_export
 
     print(escaped(run_export(args.run, args.destination, args.push_to_hub, adapter=args.adapter)))
 

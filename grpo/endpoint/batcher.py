@@ -43,12 +43,10 @@ class Counts:
 
 
 class Batcher:
-    """Requests of one policy join its running batch between rounds.
-
-    Those that come while a batch is decoded wait for others for at most `wait_s`, or until they fill the free rows, as
-    each join copies the caches of all rows. At most `most_waiting` wait. `replace` gives a newer policy: the requests
-    that are decoded stay with the one that began them, and all others get the newer one.
-    """
+    """Requests of one policy join its running batch between rounds. Those that come while a batch is decoded wait for
+    others for at most `wait_s`, or until they fill the free rows, as each join copies the caches of all rows. At most
+    `most_waiting` wait. `replace` gives a newer policy: the requests that are decoded stay with the one that began
+    them, and all others get the newer one."""
 
     def __init__(self, engine: Engine, params: SamplingParams, *, most_waiting: int, wait_s: float) -> None:
         self.params, self.most_waiting, self.wait_s = params, most_waiting, wait_s

@@ -65,9 +65,7 @@ class Recorded(Job):
 
 class Episode(Served):
     """What an agent asks is answered by the batch, as one completion of `prompt`, the one with this `sample` index.
-
-    `params` are those of the rollout; `temperature` is the one that a request may name.
-    """
+    `params` are those of the rollout; `temperature` is the one that a request may name."""
 
     def __init__(self, prompt: Prompt, sample: int, batcher: Batcher, params: SamplingParams, temperature: float):
         super().__init__("policy", batcher, params, "it learns from what it is asked here")

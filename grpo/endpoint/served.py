@@ -48,10 +48,8 @@ def _say_what_becomes_of_tools(shown: bool) -> None:
 
 
 class Served:
-    """A policy under a name. `defaults` hold for what a request does not say.
-
-    `meaning` says what the policy is, such as "the newest checkpoint; the run has not ended".
-    """
+    """A policy under a name. `defaults` hold for what a request does not say. `meaning` says what the policy is, such
+    as "the newest checkpoint; the run has not ended"."""
 
     def __init__(self, name: str, batcher: Batcher, defaults: SamplingParams, meaning: str) -> None:
         self.name, self.batcher, self.defaults, self.meaning = name, batcher, defaults, meaning

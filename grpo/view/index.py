@@ -158,10 +158,8 @@ class Index:
 
     def search(self, asked: Mapping[str, str]) -> dict[str, Any]:
         """Returns completions, newest first: `text` or `regex` in them or their prompts, `low` and `high` bounds of the
-        reward, `first` and `last` step, `prompt` id, `reason` of their end.
-
-        Raises ValueError for a bound that is no number and for a regular expression that is none.
-        """
+        reward, `first` and `last` step, `prompt` id, `reason` of their end. Raises ValueError for a bound that is no
+        number and for a regular expression that is none."""
         clauses, values, regex = ["1"], list[Any](), asked.get("regex")
         for name, clause in CLAUSES.items():
             value = asked.get(name)

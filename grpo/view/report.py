@@ -30,10 +30,8 @@ class Report:
 
 def report(folder: Path, output: Path, steps: Sequence[int] | None = None) -> Path:
     """Write the report of a run. `steps`: those whose rollouts it contains, without it the first, middle and last one.
-
     Of each step the groups with the widest spread of rewards are chosen, at most GROUPS_PER_STEP. Raises ValueError for
-    a folder that is no run, FileNotFoundError for a step that was not recorded.
-    """
+    a folder that is no run, FileNotFoundError for a step that was not recorded."""
     run = RunFiles(folder)
     overview = run.overview()
     recorded: list[int] = overview["recorded"]

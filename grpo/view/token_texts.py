@@ -19,10 +19,7 @@ OPEN_AT_MOST = 8  # tokens in the middle of a character, which has four bytes
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
     """Returns the tokenizer of a run: None where it is damaged or missing, or where decoding could take any time or
-    memory.
-
-    Only what decodes is loaded: the expressions that split and normalize text may be slow ones too.
-    """
+    memory. Only what decodes is loaded: the expressions that split and normalize text may be slow ones too."""
     paths = sorted(folder.glob("**/tokenizer.json"), key=lambda path: len(path.parts))
     if not paths:
         return None

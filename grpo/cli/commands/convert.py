@@ -58,12 +58,8 @@ class Conversion:
 
 
 def convert(source: str, destination: Path, config: ConvertConfig, *, mtp: bool, console: Console) -> Conversion:
-    """Writes `destination`, complete or not at all.
-
-    Raises FileExistsError for a destination that is not empty, OSError for one that cannot be written, PolicyError for
-    a damaged source, UnsupportedCheckpoint for one that cannot be converted, ValueError for sizes out of range and
-    text that is too short; all of them before any weight is read. Raises RecoveryDiverged and ParityFailed later.
-    """
+    """Writes `destination`, complete or not at all. What is wrong with the source, the destination, the sizes or the
+    text is raised before any weight is read; RecoveryDiverged and ParityFailed come later."""
     with new_folder(destination) as folder:
         check_model(source)
         converter = _Converter(source, config, mtp)
@@ -81,10 +77,7 @@ def convert(source: str, destination: Path, config: ConvertConfig, *, mtp: bool,
 
 
 class _Converter:
-    """The steps from a dense model to the policy that is saved. `reference` is the model that this policy must equal.
-
-    Raises what `convert` raises before any weight is read.
-    """
+    """Goes from a dense model to the policy that is saved. `reference` is the model that this policy must equal."""
 
     progress: Progress
     reference: PreTrainedModel

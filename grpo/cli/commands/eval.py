@@ -43,10 +43,8 @@ COMPLETIONS = "completions.jsonl"
 
 @dataclass(frozen=True)
 class ModelEvaluation:
-    """What `quartet eval` found. `results` hold `sampled` and `greedy`, or the one that was asked for.
-
-    `trained_on` counts the problems that the policy was trained on; more than 0 only with `allow_trained_on`.
-    """
+    """What `quartet eval` found. `results` hold `sampled` and `greedy`, or the one that was asked for. `trained_on`
+    counts the problems that the policy was trained on; more than 0 only with `allow_trained_on`."""
 
     config: EvalConfig
     source: PolicySource
@@ -124,10 +122,8 @@ def evaluate_model(
     config: EvalConfig, console: Console, others: Sequence[str] = (), met: Collection[str] = ()
 ) -> ModelEvaluation:
     """Evaluate the policy of `config`. What can be checked of model and data is checked before the policy is loaded.
-
     `others` are evaluated on the same problems later: what one of them was trained on is refused now. So are the
-    problems that were `met` otherwise, by their fingerprints.
-    """
+    problems that were `met` otherwise, by their fingerprints."""
     evaluator = _Evaluator(config, others, met)
     with evaluator.open_task() as task:
         return evaluator.run(task, console)

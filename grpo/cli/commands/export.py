@@ -8,7 +8,8 @@
             report.html                                  what `quartet report` has made, where it is there
         trained_on.txt                                   fingerprints of the problems that it was trained on
 
-`--adapter` writes the adapters of a LoRA run instead, in peft's format.
+`--adapter` writes the adapters of a LoRA run instead, in peft's format. `--push_to_hub OWNER/NAME` makes a model
+repository of the folder.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save_file
@@ -38,7 +41,7 @@ from grpo.source.policy_source import RECORD, PolicySource, find_policy, load_fo
 from policies import lora, presets
 from policies.attention import sees_prompts_whole
 from policies.checkpoint import check_policy
-from policies.files import gguf
+from policies.files import gguf, hub
 from policies.files.atomic import heed_umask
 from policies.files.digests import DIGESTS
 from policies.layout import FIXED_FIELDS, WeightFiles, find_file
@@ -69,12 +72,9 @@ class Run:
 
 
 def export(run: str | Path, destination: str | Path, *, adapter: bool = False, hub_id: str = "") -> str:
-    """Writes `destination`, complete or not at all, and returns what to tell the user. Its model card loads `hub_id`,
-    where that is not the folder.
-
-    `run` is a run folder or a checkpoint inside one. Raises FileExistsError for a destination that exists, ExportError,
-    PolicyError or CheckpointError for a run that cannot be exported.
-    """
+    """Writes `destination`, complete or not at all, and returns what to tell the user. `run` is a run folder or a
+    checkpoint inside one. The model card loads `hub_id`, where that is not the folder. Raises FileExistsError,
+    ExportError, PolicyError or CheckpointError for what cannot be exported."""
     run, destination = Path(run), Path(destination)
     if destination.exists() or destination.is_symlink():
         raise FileExistsError(f"destination={str(destination)!r} exists; remove it or name another")
@@ -195,10 +195,8 @@ def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
 
 def peft_config(model: Any, rank: int, alpha: float, base: str) -> LoraConfig:
     """Returns the configuration under which `PeftModel.from_pretrained(base, ...)` puts our adapters where they were.
-
     In a model whose experts transformers stacks, peft takes gate_proj, up_proj and down_proj among target_modules for
-    the routed experts. As target_parameters, with `.weight`, they mean the dense and shared ones.
-    """
+    the routed experts. As target_parameters, with `.weight`, they mean the dense and shared ones."""
     stacked = get_checkpoint_conversion_mapping(model.config.model_type) is not None
     modules, parameters = set(), set()
     for name, layer in lora.adapters(model):
@@ -249,3 +247,53 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 def _options(run: Run) -> ModelOptions:
     return ModelOptions(dtype=run.config.get("dtype", "float32"), device="cpu")
+
+
+def export_and_push(run: Path, destination: Path | None, repo_id: str, *, adapter: bool = False) -> str:
+    """Writes `destination` (None: a folder that is removed afterwards), uploads it, and returns what to tell the user.
+    A repository that is not there is made, and is private. The token is the one of `hf auth login` or HF_TOKEN. Raises
+    ExportError for a name or token that cannot be used, before anything is written, and where the hub refuses."""
+    api = HfApi(endpoint=constants.ENDPOINT)
+    check(api, repo_id)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = destination or Path(scratch) / repo_id.rpartition("/")[2]
+        said = export(run, folder, adapter=adapter, hub_id=repo_id)
+        try:
+            api.create_repo(repo_id, private=True, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=f"quartet export of {run.name}"
+            )
+        except (HfHubHTTPError, OSError) as error:
+            kept = f"; the export is in {destination}" if destination else ""
+            raise ExportError(f"--push_to_hub {repo_id}: the hub refused it: {error}{kept}") from error
+    return f"{said}\npushed to {commit.repo_url.url if commit.repo_url else repo_id} (a new repository is private)"
+
+
+def run_export(run: Path, destination: Path | None, repo_id: str | None, *, adapter: bool = False) -> str:
+    """Runs the command: writes a folder, uploads it, or both. Raises ExportError where neither is asked for."""
+    if repo_id is not None:
+        return export_and_push(run, destination, repo_id, adapter=adapter)
+    if destination is None:
+        raise ExportError("name the folder to write, DST, or a repository: --push_to_hub OWNER/NAME")
+    return export(run, destination, adapter=adapter)
+
+
+def check(api: HfApi, repo_id: str) -> None:
+    """Raises ExportError unless this can be pushed to."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ExportError(f"--push_to_hub {repo_id!r} is no name of a repository: {error}") from None
+    if "/" not in repo_id:
+        raise ExportError(f"--push_to_hub {repo_id!r} has no owner: write OWNER/NAME")
+    if why := hub.unreachable():
+        raise ExportError(
+            f"--push_to_hub {repo_id}: {why}. Leave it out, and where there is a network: hf upload {repo_id} FOLDER"
+        )
+    try:
+        api.whoami()
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        raise ExportError(
+            f"--push_to_hub {repo_id}: the hub does not know who you are ({type(error).__name__}); log in with "
+            "`hf auth login`, or set HF_TOKEN to a token that may write"
+        ) from error

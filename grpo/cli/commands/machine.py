@@ -77,11 +77,9 @@ def verdicts(
     devices: Sequence[DeviceMemory], memory: Memory, folder: Path, disk: float, less: Callable[[], str], less_disk: str
 ) -> Iterator[Verdict]:
     """Yields what the run needs of memory and of disk, what there is, whether it fits, and at which part of the run it
-    will not.
-
-    `devices` are those of `memory_of_run`; `disk` bytes will be written into `folder`. `less` is asked what would make
-    it fit, if it does not. Main memory beside that of devices is compared only where the devices are at hand.
-    """
+    will not. `devices` are those of `memory_of_run`; `disk` bytes will be written into `folder`. `less` is asked what
+    would make it fit, if it does not. Main memory beside that of devices is compared only where the devices are at
+    hand."""
     yield _verdict(memory.name, memory.needed(devices), memory.total, memory.free, less, SPARE)
     if memory.gpus:
         yield _main_memory(devices, at_hand="device of" not in memory.name)
@@ -126,21 +124,15 @@ def _verdict(
 # ---- what would make it fit: options that are not set yet, tried in the plan -----------------------------------------
 
 
-def less_memory(config: RunConfig, used: Callable[[Any], float], gpus: float) -> str:
-    """Names changes that make `config` fit: each of them alone, or else several together.
-
-    `used` is the share of the memory that a configuration needs; above 1 it does not fit. `gpus`: see `on_devices`.
-    """
-    return _Less(config, used, gpus).words()
-
-
-class _Less:
-    """Searches for options with which a run needs less memory."""
+class LessMemory:
+    """Searches for options that make `config` fit. `used` is the share of the memory that a configuration needs; above
+    1 it does not fit. `gpus`: see `on_devices`."""
 
     def __init__(self, config: RunConfig, used: Callable[[Any], float], gpus: float) -> None:
         self.config, self.used, self.gpus = config, used, gpus
 
     def words(self) -> str:
+        """Names changes that are enough: each of them alone, or else several together."""
         enough, families = list[str](), list(self._families())
         for family in families:
             if self._share(family[-1]) <= 1:

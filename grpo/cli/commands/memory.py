@@ -7,18 +7,14 @@ These are rough, to a third or so:
     activations   each token keeps, for the backward pass, the input and the output of every linear module and of the
                   experts that it uses, and of every norm its fp32 input, that normalised, and the result; with
                   gradient checkpointing the input of every layer and all this for one layer. Also the attention mask of
-                  rows up to 2,048 tokens, one chunk of logits in four copies, and a gradient of the LM head. Adapters
-                  of routed experts keep W + ΔW.
+                  rows up to 2,048 tokens, one chunk of logits in four copies, and a gradient of the LM head.
     rollout       latents of all rows at full length, and the logits of one forward; prompts are not counted
-
     graphs        for each size of a recorded CUDA graph the logits, one layer and the scores of its tokens
-    host          what is built in main memory before it is moved to a device: whole policies, but for shards, which
-                  are read from their files; what `learner.parallel.fsdp_cpu_offload` leaves there, and a worker that
-                  has left its device
+    host          whole policies that are built in main memory before they are moved to a device, and what
+                  `learner.parallel.fsdp_cpu_offload` or a worker that has left its device keeps there
 
-Not counted: what torch itself needs (about 0.4 GiB a process, with CUDA 0.5 GiB on the device), fragmentation (leave a
-fifth free), reward models, the evaluation of `quartet sft`, the parts of 1 GB in which weights travel to Ray workers
-through main memory, the compiler of a graph on a CPU.
+These are not counted: what torch itself needs (about 0.4 GiB a process, with CUDA 0.5 GiB on the device), fragmentation
+(leave a fifth free), reward models, the evaluation of `quartet sft`, weights on their way to Ray workers, a compiler.
 """
 
 from __future__ import annotations
@@ -64,11 +60,9 @@ class MemoryOfRun:
 
     def devices(self, gpus: float = 0) -> list[DeviceMemory]:
         """Returns one entry per kind of device: a warm start, the learner (rank 0 with the sampler where there are no
-        Ray workers), the other ranks where there are any, and a Ray worker, or what is on a GPU together.
-
-        `gpus`: see `on_devices`. Raises ValueError for adapters that the model cannot have, and for a
-        `learner.parallel` that fits no number of processes.
-        """
+        Ray workers), the other ranks where there are any, and a Ray worker, or what is on a GPU together. `gpus`: see
+        `on_devices`. Raises ValueError for adapters that the model cannot have, and for a `learner.parallel` that fits
+        no number of processes."""
         config, rollout, offloads, warm = self.config, self.config.rollout, False, list[DeviceMemory]()
         reads_weights = rollout.backend != "vllm"  # a sampler beside one learner reads its weights, see LocalPool
         if isinstance(config, MtpConfig):

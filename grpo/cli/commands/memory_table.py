@@ -90,11 +90,8 @@ def each_of(count: int, what: str) -> str:
 
 
 def on_devices(learner: DeviceMemory, worker: DeviceMemory, config: RunConfig, gpus: float) -> list[DeviceMemory]:
-    """Returns the devices of the learners and of the Ray workers, from what one process of each holds.
-
-    `gpus`: how many there are. 0 is a run on CPUs, where no process has a device of its own. Infinity: as many as the
-    run asks for.
-    """
+    """Returns the devices of the learners and of the Ray workers, from what one process of each holds. `gpus`: how many
+    there are. 0 is a run on CPUs, where no process has a device of its own. Infinity: as many as the run asks for."""
     share, workers, ranks = config.rollout.gpus_per_worker, worker.count, learner.count
     if not gpus:
         return [learner, worker]

@@ -66,11 +66,8 @@ class Replay:
 
 
 def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
-    """Score the rollouts of `run` with `function`; the run's folder stays as it is.
-
-    The columns are those of the run's data, found by prompt id. Raises FileNotFoundError for a folder that is no run,
-    ValueError for steps, names or prompts that are not there, RewardError for a reward that fails.
-    """
+    """Scores the rollouts of `run` with `function`; the run's folder stays as it is. The columns are those of the run's
+    data, found by prompt id."""
     settings = _settings(run)
     find_reward(function)  # a misspelt name must not cost a download
     steps = _steps(run, config.steps)

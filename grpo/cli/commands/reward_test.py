@@ -86,11 +86,8 @@ class RewardCheck:
 
 
 def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
-    """Try `function` (a built-in name or `path/to/file.py:function`) on the data of `config`.
-
-    Raises RewardError, with function, row and cause, for one that cannot be loaded, asks for a column that is not
-    there, raises, hangs, dies or gives no number; ValueError and OSError for data that cannot be read.
-    """
+    """Tries `function` (a built-in name or `path/to/file.py:function`) on the data of `config`. Raises RewardError,
+    with function, row and cause, for one that cannot be loaded or fails."""
     find_reward(function)  # a misspelt name must not cost a download
     examples = examples_of(config, config.data, config.split, purpose="eval", limit=config.limit)
     spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)

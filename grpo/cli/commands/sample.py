@@ -32,10 +32,8 @@ def prompts_of(texts: Sequence[str], file: Path | None) -> list[Example]:
 
 
 def read_prompts(path: Path) -> list[Example]:
-    """Lines such as `{"prompt": "2 + 3 = ?"}`. `-` is standard input, where a line may also be plain text.
-
-    Raises ValueError naming file and line.
-    """
+    """Lines such as `{"prompt": "2 + 3 = ?"}`. `-` is standard input, where a line may also be plain text. Raises
+    ValueError naming file and line."""
     stdin = str(path) == "-"
     if not stdin and not path.is_file():
         raise ValueError(f"--prompts {path}: there is no such file")

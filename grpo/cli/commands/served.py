@@ -32,11 +32,9 @@ def is_address(model: str) -> bool:
 
 class ServedPool:
     """Samples from the server at an address such as `http://127.0.0.1:8000` or `.../v1`, `concurrency` prompts at once.
-
     A server of quartet is told the prompts' ids, so that its tokens are those of an evaluation in one process. Another
     one does not tell its token ids: each is then -1, and their number is the server's. Raises ValueError where nothing
-    answers there.
-    """
+    answers there."""
 
     def __init__(self, address: str, key: str, concurrency: int) -> None:
         self.address, self.key, self.concurrency = address.rstrip("/").removesuffix("/v1"), key, concurrency
@@ -81,50 +79,49 @@ class ServedPool:
         groups: dict[int, RolloutGroup] = {}
         faults = []
         with ThreadPoolExecutor(self.concurrency, "served") as threads:
-            asked = {threads.submit(self._group, prompt, params): number for number, prompt in enumerate(prompts)}
-            for future in as_completed(asked):
+            numbers = {threads.submit(self._group, prompt, params): number for number, prompt in enumerate(prompts)}
+            for future in as_completed(numbers):
+                number = numbers[future]
                 try:
-                    groups[asked[future]] = future.result()
+                    groups[number] = future.result()
                 except (RuntimeError, ValueError) as error:
-                    faults.append(f"prompt {prompts[asked[future]].prompt_id!r}: {error}")
+                    faults.append(f"prompt {prompts[number].prompt_id!r}: {error}")
                 if on_finished:
                     on_finished(params.group_size)
-        found = [groups[number] for number in sorted(groups)]
+        in_order = [groups[number] for number in sorted(groups)]
         if faults:
-            raise RolloutError("\n".join(sorted(faults)), found)
-        return found
+            raise RolloutError("\n".join(sorted(faults)), in_order)
+        return in_order
 
     def _group(self, prompt: Prompt, params: SamplingParams) -> RolloutGroup:
         if self.is_ours:
-            own = {"seed": params.seed, "n": params.group_size, "prompt_id": prompt.prompt_id, "return_token_ids": True}
-            return RolloutGroup(prompt, self._ask(prompt, params, own))
+            ours = {"n": params.group_size, "prompt_id": prompt.prompt_id, "return_token_ids": True}
+            return RolloutGroup(prompt, self._ask(prompt, params, seed=params.seed, **ours))
         completions = []
         for sample in range(params.group_size):
             key = f"{params.seed}/{params.step}/{params.draw}/{sample}/{prompt.prompt_id}".encode()
             seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") >> 1
-            completions += self._ask(prompt, params, {"seed": seed})
+            completions += self._ask(prompt, params, seed=seed)
         return RolloutGroup(prompt, completions)
 
-    def _ask(self, prompt: Prompt, params: SamplingParams, own: dict[str, Any]) -> list[Completion]:
-        asked: dict[str, Any] = {"model": self.name, "temperature": params.temperature} | own
-        asked["max_tokens"] = params.max_completion_tokens
+    def _ask(self, prompt: Prompt, params: SamplingParams, **fields: Any) -> list[Completion]:
+        request = {"model": self.name, "temperature": params.temperature, **fields}
+        request["max_tokens"] = params.max_completion_tokens
         if params.stop_strings:
-            asked["stop"] = list(params.stop_strings)
+            request["stop"] = list(params.stop_strings)
         chat = prompt.messages is not None
-        asked |= {"messages": prompt.messages} if chat else {"prompt": prompt.text}
-        url = f"{self.address}/v1/{'chat/completions' if chat else 'completions'}"
-        expected = own.get("n", 1)
-        found, _ = post(
-            url,
-            json.dumps(asked).encode(),
-            lambda body: self._read(body, expected),
+        request |= {"messages": prompt.messages} if chat else {"prompt": prompt.text}
+        completions, _ = post(
+            f"{self.address}/v1/{'chat/completions' if chat else 'completions'}",
+            json.dumps(request).encode(),
+            lambda body: self._read(body, fields.get("n", 1)),
             token=self.key,
             request_timeout_s=ANSWER_S,
             retries=RETRIES,
             backoff_s=BACKOFF_S,
             longest_wait_s=LONGEST_WAIT_S,
         )
-        return found
+        return completions
 
     def _read(self, body: bytes, expected: int) -> list[Completion]:
         try:
@@ -143,14 +140,14 @@ class ServedPool:
 
     def _completion(self, choice: dict[str, Any], tokens: int) -> Completion:
         text = choice["message"]["content"] if "message" in choice else choice["text"]
-        ids, version = choice.get("token_ids"), choice.get("policy_version", 0)
+        ids, version = choice.get("token_ids"), int(choice.get("policy_version", 0))
         if "policy_version" in choice:
-            self.versions.add(int(version))
+            self.versions.add(version)
         reason = REASONS.get(choice["finish_reason"])
         if reason is None:
             raise ValueError(f"finish_reason={choice['finish_reason']!r}")
         ids = [UNKNOWN] * tokens if ids is None else [int(token) for token in ids]
-        return Completion(ids, [0.0] * len(ids), str(text or ""), reason, int(version))
+        return Completion(ids, [0.0] * len(ids), str(text or ""), reason, version)
 
     def _models(self) -> list[dict[str, Any]]:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
@@ -160,11 +157,9 @@ class ServedPool:
 
 
 def open_served(config: EvalConfig) -> ServedPool:
-    """Returns the server that `config.model` is the address of.
-
-    Raises ValueError where it does not answer, and for options that only a policy in this process could follow. Drafts
-    change no token, so that `draft_tokens` has no effect.
-    """
+    """Returns the server that `config.model` is the address of. Raises ValueError where it does not answer, and for
+    options that only a policy in this process could follow. Drafts change no token, so that `draft_tokens` has no
+    effect."""
     ours = {"accept": config.accept != "exact", "tools and environment": config.has_tools}
     if wrong := [name for name, is_set in ours.items() if is_set]:
         raise ValueError(

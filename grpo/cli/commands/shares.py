@@ -55,7 +55,8 @@ class Shares:
             return weight.numel()
         if ".experts." in name and self.expert > 1:
             return weight.numel() / self.expert
-        return weight.numel() / (self.tensor if any(part in name for part in BY_TENSOR) and _cut(name) else 1)
+        is_router = ".gate." in name  # it is whole
+        return weight.numel() / (self.tensor if any(part in name for part in BY_TENSOR) and not is_router else 1)
 
     def held(self, name: str, weight: Tensor) -> float:
         """Returns how many numbers of `weight` a rank keeps, rank 0 where they differ.
@@ -85,11 +86,6 @@ class Shares:
             if ".lora_" not in name:
                 sizes[layer] = sizes.get(layer, 0.0) + self.visiting(name, weight) * weight.element_size()
         return sizes.pop(""), max(sizes.values(), default=0.0)
-
-
-def _cut(name: str) -> bool:
-    """Returns whether a part is cut: the router of a layer of experts is whole."""
-    return ".gate." not in name
 
 
 def largest_bytes(weights: Iterable[Tensor], itemsize: int) -> int:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Column, Table
+from rich.text import Text
 from transformers import DeepseekV3Config, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.cli.commands import machine, memory_table
-from grpo.cli.commands.draft_colours import LEGEND, coloured
 from grpo.cli.commands.memory import MemoryOfRun
 from grpo.config.learner import ParallelOptions
 from grpo.config.mtp import MtpConfig
@@ -35,6 +35,34 @@ from policies.checkpoint import check_policy
 from policies.mtp import MTPHead
 from rollout.group import Completion, RolloutGroup, tokens_per_forward
 
+STYLES = ("", "green", "bold green", "bold cyan", "bold blue")  # by depth; deeper ones look like the last
+LEGEND = Text.assemble(
+    "the trunk's own tokens, and drafts accepted at depth ",
+    *((f"{depth} ", style) for depth, style in enumerate(STYLES) if depth),
+    "and deeper",
+    style="dim",
+)
+
+
+def coloured(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Returns the text with each token in the colour of the depth at which it was drafted and accepted."""
+    text, depths = Text(), completion.draft.depths or [0] * len(completion.token_ids)
+    for piece, depth in zip(pieces(completion.token_ids, tokenizer), depths, strict=True):
+        text.append(visible(piece), style=STYLES[min(depth, len(STYLES) - 1)])
+    return text
+
+
+def pieces(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns the text that each token adds. The token that completes a character of several tokens has all of it."""
+    found, before = [], ""
+    for end in range(1, len(token_ids) + 1):
+        text = str(tokenizer.decode(token_ids[:end], skip_special_tokens=False))
+        whole = text.removesuffix("\N{REPLACEMENT CHARACTER}") if end < len(token_ids) else text
+        found.append(whole[len(before) :])
+        before = whole if len(whole) > len(before) else before
+    return found
+
+
 CONSOLE = Terminal()
 
 
@@ -51,10 +79,8 @@ def summary(result: Result) -> None:
 
 
 def evaluations(results: Mapping[str, Evaluation]) -> None:
-    """Print a row for every evaluation; it fits 80 columns, with headings in one line.
-
-    If one of them has no accuracy, all of them show the mean reward.
-    """
+    """Print a row for every evaluation; it fits 80 columns, with headings in one line. If one of them has no accuracy,
+    all of them show the mean reward."""
     judged = all(result.interval is not None for result in results.values())
     measures = ("correct", "accuracy (95 %)") if judged else ("completions", "reward, mean")
     look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
@@ -193,7 +219,7 @@ class _DryRun:
 
         def less() -> str:
             CONSOLE.print("looking for options with which it fits ...")
-            return machine.less_memory(self.config, used, there.gpus)
+            return machine.LessMemory(self.config, used, there.gpus).words()
 
         every = self.config.checkpoint.keep
         less_disk = f"{'' if every == 1 else f'lower checkpoint.keep={every}, '}make room, or use another output_dir"

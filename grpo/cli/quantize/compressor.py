@@ -42,11 +42,9 @@ def quantize(
     policy: Policy, windows: Sequence[Tensor], method: str, *, bits: int, group_size: int, seed: int
 ) -> list[str]:
     """Quantises the matrices of the trunk in place. Returns the names of those that keep their precision, since
-    `group_size` does not divide their rows. `windows`: token ids [T] that the method measures on.
-
-    Raises ValueError for routed experts that transformers would not read: it stacks them while it reads codes, with no
-    plain matrices among them.
-    """
+    `group_size` does not divide their rows. `windows`: token ids [T] that the method measures on. Raises ValueError for
+    routed experts that transformers would not read: it stacks them while it reads codes, with no plain matrices among
+    them."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modeling.moe.linearize import linearize_moe

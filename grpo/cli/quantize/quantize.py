@@ -30,11 +30,8 @@ from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 
 
 def quantize(destination: Path, config: QuantizeConfig, console: Console) -> Quantization:
-    """Writes `destination`, complete or not at all. `config.model` is quantised, and stays as it is.
-
-    Raises ValueError where packages are missing or the text is evaluation data or too short, PolicyError for a source
-    that cannot be quantised, FileExistsError for a destination that is not empty; all of them before weights are read.
-    """
+    """Writes `destination`, complete or not at all. `config.model` is quantised, and stays as it is. What is wrong with
+    the packages, the text, the source or the destination is raised before weights are read."""
     quantizer = _Quantizer(config, console)
     compressor.require_packages()
     with new_folder(destination) as folder:

@@ -1,7 +1,11 @@
-"""`quartet serve` answers requests for a policy's completions. It runs in one process, or in several by Ray Serve."""
+"""`quartet serve` answers requests for a policy's completions. It runs in one process, or in several by Ray Serve.
+
+It may follow a run that is still training: the newest checkpoint then replaces the policy that is served.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import ipaddress
 import sys
@@ -17,7 +21,7 @@ from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.commands.served import key_of
 from grpo.cli.config.serve import ServeConfig
 from grpo.run.listening import listen
-from grpo.source.policy_source import PolicySource
+from grpo.source.policy_source import PolicySource, find_policy
 from rollout.depth import Workload
 from rollout.engine import Engine
 
@@ -58,13 +62,54 @@ def load_engine(use: PolicyInUse, newer: PolicySource | None = None, like: Engin
     return engine
 
 
+LOOK_S = 5.0
+
+
+class Follower:
+    """Looks every `LOOK_S` seconds. A checkpoint that cannot be loaded is reported once and counted, and the policy
+    from before stays. `load` makes an engine of a source, whose version is the source's step."""
+
+    def __init__(
+        self, run: str, step: int | None, load: Callable[[PolicySource], Engine], say: Callable[[str], None]
+    ) -> None:
+        if not (Path(run) / "environment.json").is_file():
+            raise ValueError(f"--follow: {run} is no run folder, and nothing else gets newer; leave --follow out")
+        self.run, self.step, self.load, self.say = run, step, load, say
+        self._failed: str | None = None
+
+    async def keep_up(self, served: Served) -> None:
+        """Looks again and again, until it is cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await asyncio.to_thread(self.look, served)
+
+    def look(self, served: Served) -> bool:
+        """Looks once. Returns whether there was a newer policy, which then is served."""
+        folder = None
+        try:
+            source = find_policy(self.run, read=False)
+            folder = source.folder
+            if source.step == self.step or folder == self._failed:
+                return False
+            source = find_policy(self.run)  # its tensors, now
+            engine = self.load(source)
+        except Exception as error:
+            self._failed = folder
+            served.batcher.counts.not_loaded += 1
+            self.say(f"{folder or self.run} cannot be served, the policy from before stays: {error}")
+            return False
+        self.step, served.meaning = source.step, source.meaning
+        served.batcher.replace(engine)
+        self.say(f"policy version {engine.version} is served from now on: {source.folder} ({source.meaning})")
+        return True
+
+
 def begin(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bool = False) -> tuple[Any, Served]:
     """Returns the ASGI application and what it serves. Raises ValueError without the packages of the extra `serve`."""
     try:
         from grpo.endpoint.app import app
     except ModuleNotFoundError as error:
         raise ValueError(PACKAGES) from error
-    from grpo.cli.serve.follow import Follower
     from grpo.endpoint.batcher import Batcher
     from grpo.endpoint.served import Served
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from grpo.algorithm.ties import tied
 from grpo.cli.why.reading import Reader, ReadLearner, dot
-from grpo.cli.why.recorded import read_config
-from grpo.cli.why.rewind import Rewind, difference
+from grpo.cli.why.rewind import Rewind, difference, read_config
 from grpo.config.options import add_options, parse
 from grpo.config.run import TrainConfig
 from grpo.evaluation.perplexity import gold_perplexity
@@ -118,9 +117,7 @@ def explain(
     `groups`: leave out at most so many, those with the largest part of the gradient; None: all that ten minutes are
     enough for, by the run's own times. `group`: leave out this one alone, and read at most `tokens` of its tokens.
     `what_if` are alternatives such as `["loss.advantage=rloo"]`. `say` gets the cost before anything is computed.
-
-    Raises FileNotFoundError for a folder that is no run and a step that is not recorded, ConfigError or ValueError for
-    what cannot be explained, NonFiniteStep for a step that was not finite.
+    Raises NonFiniteStep for a step that was not finite, and other errors for what cannot be explained.
 
     >>> explain(Path("runs/demo"), 31).groups[0].effect
     0.00042
@@ -293,11 +290,8 @@ class _Explainer:
 
 
 def read_alternative(run: Path, words: Sequence[str]) -> TrainConfig:
-    """Returns the run's configuration with `key=value` of the loss, the advantage, the reward or the clip.
-
-    Raises ConfigError for values and keys that the options do not have, ValueError for those that change more than how
-    the step learns from its rollouts.
-    """
+    """Returns the run's configuration with `key=value` of the loss, the advantage, the reward or the clip. Raises
+    ConfigError or ValueError for other keys, which change more than how the step learns from its rollouts."""
     parser = argparse.ArgumentParser()
     add_options(parser, TrainConfig)
     if bad := [word for word in words if "=" not in word]:

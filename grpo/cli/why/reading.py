@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo.algorithm import own
 from grpo.config.loss import CorrectionMode, LossOptions
@@ -82,7 +82,7 @@ class Reader:
     parts of each group, and of at most `most` tokens in each row of group `tokens_of`."""
 
     def __init__(self, wholes: Sequence[Gradient] | None = None, tokens_of: int | None = None, most: int = 0) -> None:
-        self.given, self.tokens_of, self.most = wholes, tokens_of, most
+        self.first, self.tokens_of, self.most = wholes, tokens_of, most
         self.wholes: list[Gradient] = []
         self.groups: defaultdict[int, Part] = defaultdict(Part)
         self.tokens: defaultdict[tuple[int, int], Part] = defaultdict(Part)  # by Sample.index and place in it
@@ -102,7 +102,7 @@ class Reader:
         the policy loss as it is; `others` are the losses without a clip, a mask or a correction, and "as it is" what
         they are compared with."""
         self._group = mini.rows[0].group
-        if self.given is None:
+        if self.first is None:
             return
         weights_CL, on_CL = _by_logprob(loss, out), _by_logprob(others.pop("as it is"), out)
         off = {name: _by_logprob(other, out) for name, other in others.items()}
@@ -130,25 +130,24 @@ class Reader:
         return [(c, t) for c, t in pairs if strength_CL[c, t] > 0]
 
     def _read_token(self, learner: ReadLearner, part: Part, logprob: Tensor, weight: float) -> None:
-        if weight == 0.0 or self.given is None:
+        if weight == 0.0 or self.first is None:
             return
-        moved = [parameter for parameter in learner.policy.trunk.parameters() if parameter.requires_grad]
-        found = torch.autograd.grad(logprob, moved, retain_graph=True, allow_unused=True)
-        gradient: Gradient = [None if one is None else one.float() * weight for one in found]
-        part.dot += dot(gradient, self.given[self._update])
+        parts = torch.autograd.grad(logprob, learner.moved, retain_graph=True, allow_unused=True)
+        gradient: Gradient = [None if one is None else one.float() * weight for one in parts]
+        part.dot += dot(gradient, self.first[self._update])
         part.square += dot(gradient, gradient)
         part.weight -= weight
 
     def read(self, learner: ReadLearner, done: int, total: int) -> None:
         """Reads what a row gave: after its backward pass, and before the update that follows the last one."""
         part = learner.take_gradient()
-        if self.given is not None:
+        if self.first is not None:
             if self._open is not None and self._open[0] != self._group:
                 self._close()
             self._open = self._group, add(self._open[1] if self._open else [], part)
         self._sum = add(self._sum, part)
         if done % (total // learner.options.updates_per_batch) == 0:
-            if self.given is not None:
+            if self.first is not None:
                 self._close()
             self.wholes.append([None if one is None else one.clone() for one in self._sum])  # clipping changes them
             learner.put_gradient(self._sum)
@@ -156,9 +155,9 @@ class Reader:
 
     def _close(self) -> None:
         assert self._open is not None
-        assert self.given is not None
+        assert self.first is not None
         (number, gradient), self._open = self._open, None
-        self.groups[number].dot += dot(gradient, self.given[self._update])
+        self.groups[number].dot += dot(gradient, self.first[self._update])
         self.groups[number].square += dot(gradient, gradient)
 
 
@@ -177,18 +176,22 @@ class ReadLearner(Learner):
             self.terms, self.reader = terms, None
         return reader
 
+    @property
+    def moved(self) -> list[nn.Parameter]:
+        """The trained parameters of the trunk are in this order."""
+        return [parameter for parameter in self.policy.trunk.parameters() if parameter.requires_grad]
+
     def take_gradient(self) -> Gradient:
         """Returns what the backward passes since the last call gave; it leaves the parameters."""
-        moved = [self.masters.of(parameter) for parameter in self.policy.trunk.parameters() if parameter.requires_grad]
-        gradient = [tensor.grad for tensor in moved]
-        for tensor in moved:
+        masters = [self.masters.of(parameter) for parameter in self.moved]
+        gradient = [tensor.grad for tensor in masters]
+        for tensor in masters:
             tensor.grad = None
         return gradient
 
     def put_gradient(self, gradient: Gradient) -> None:
-        moved = [self.masters.of(parameter) for parameter in self.policy.trunk.parameters() if parameter.requires_grad]
-        for tensor, part in zip(moved, gradient, strict=True):
-            tensor.grad = part
+        for parameter, part in zip(self.moved, gradient, strict=True):
+            self.masters.of(parameter).grad = part
 
     def _shared(self, rows: Sequence[PackedRow]) -> Iterator[MicroBatch]:
         if self.reader is None:
@@ -209,7 +212,7 @@ class ReadTerm(PolicyTerm):
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
         loss, others = super().scalar(mini, forward, work), {}
         sums, settled, options = work.sums, work.fixed[self.name], self.options
-        if self.reader.given is not None:
+        if self.reader.first is not None:
             for name, (changed, correction) in without(options, settled.correction).items():
                 work.sums, work.fixed[self.name] = defaultdict(float), replace(settled, correction=correction)
                 self.options = changed
@@ -228,17 +231,17 @@ def without(
     ['as it is', 'clip', 'truncation', 'importance weights']
     """
     plain = options.model_copy(update={"beta": 0.0, "entropy_coef": 0.0})
-    found = {"as it is": (plain, correction)}
+    losses = {"as it is": (plain, correction)}
     if options.loss_type in ("grpo", "dr_grpo", "dapo", "bnpo", "cispo") and not own.is_own(options.loss_type):
         open_ = {"epsilon": NO_CLIP, "epsilon_high": NO_CLIP, "delta": None}
-        found["clip"] = plain.model_copy(update=open_), correction
+        losses["clip"] = plain.model_copy(update=open_), correction
     if options.mask_truncated_completions:
-        found["truncation"] = plain.model_copy(update={"mask_truncated_completions": False}), correction
+        losses["truncation"] = plain.model_copy(update={"mask_truncated_completions": False}), correction
     if options.top_entropy_quantile < 1:
-        found["low entropy"] = plain.model_copy(update={"top_entropy_quantile": 1.0}), correction
+        losses["low entropy"] = plain.model_copy(update={"top_entropy_quantile": 1.0}), correction
     if correction is not None:
-        found["importance weights"] = plain, None
-    return found
+        losses["importance weights"] = plain, None
+    return losses
 
 
 def dot(a: Gradient, b: Gradient) -> float:

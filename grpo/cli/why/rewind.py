@@ -9,24 +9,79 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from grpo.cli.why.reading import ReadLearner
-from grpo.cli.why.recorded import read_groups
+from grpo.config.json_file import expecting
+from grpo.config.options import load
 from grpo.config.run import TrainConfig
+from grpo.config.yaml_file import read_yaml
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.build import grpo_learner
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
+from grpo.run.records import read_rollouts, rollout_path, split_groups
 from grpo.run.resume import base_changed
 from grpo.source.policy_source import load_beside, load_policy
 from grpo.steps.curriculum import draft_depth
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.group import RolloutGroup
+from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, Segment, ToolStats
+
+
+def read_config(run: Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
+    """Returns the configuration of the run in this folder, and over it `overrides` by dotted key. Raises
+    FileNotFoundError or ValueError for a folder that cannot be explained."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(f"RUN={run} is no run folder: it has no config.yaml")
+    if "head" in (tree := read_yaml(file)[0]) or "loss" not in tree:
+        raise ValueError(f"RUN={run} is no run of quartet train, whose steps alone learn from groups; name one that is")
+    config = load(TrainConfig, file, {"output_dir": run} | (overrides or {}), on_removed=lambda text: None)
+    if config.learner.routing_replay:
+        raise ValueError(
+            f"learner.routing_replay: {run} learned with the experts that the sampler chose, and its record does not "
+            "have them, so that its steps cannot be made again; explain a run with learner.routing_replay: false"
+        )
+    return config
+
+
+def _group(prompt: Prompt, lines: Sequence[dict[str, Any]]) -> RolloutGroup:
+    if bad := [line["sample"] for line in lines if not _is_scored(line)]:
+        raise ValueError(f"sample {bad[0]} of {prompt.prompt_id!r} has not one log-probability for each token")
+    completions = [
+        Completion(
+            [int(token) for token in line["token_ids"]],
+            [float(value) for value in line["logprobs"]],
+            line["text"],
+            line["finish_reason"],
+            int(line["policy_version"]),
+            DraftStats(**line.get("draft", {})),
+            turns=line.get("turns", []),
+            sampled=line.get("sampled", []),
+            tools=ToolStats(**line["tools"]) if line.get("tools") else None,
+            versions=line.get("policy_versions", []),
+            segments=[Segment(**segment) for segment in line.get("segments", [])],
+        )
+        for line in lines
+    ]
+    return RolloutGroup(prompt, completions)
+
+
+def _is_scored(line: dict[str, Any]) -> bool:
+    """Every token has a log-probability. Only an agent that has failed may have no tokens."""
+    failed = (line.get("tools") or {}).get("failure")
+    return len(line["logprobs"]) == len(line["token_ids"]) and bool(line["token_ids"] or failed)
+
+
+def _score(lines: Sequence[dict[str, Any]]) -> GroupScore:
+    rewards = [line["reward"] for line in lines]
+    return GroupScore(rewards, {name: [line["parts"][name] for line in lines] for name in lines[0]["parts"]})
+
 
 LAST = ("loss/", "learner/", "policy/")  # metrics that the learner alone decides
 
@@ -69,8 +124,33 @@ class Rewind:
             self.learner.skipped_in_a_row += 1
 
     def recorded(self, step: int) -> tuple[list[RolloutGroup], list[GroupScore]]:
-        """Returns the groups and scores that a step has learned from, see `read_groups`."""
-        return read_groups(self.config.output_dir, step, self.task, self.policy, self.config.data.name)
+        """Returns the groups of a step in the order in which they were learned from, each with its recorded rewards.
+        The tokens of prompts are not recorded: they come from the data of the run, by prompt id. Raises
+        FileNotFoundError where the step has no record, ValueError where that is damaged or the data have changed."""
+        path, tokenizer = rollout_path(self.config.output_dir, step), self.policy.tokenizer
+        groups, scores = [], []
+        examples = {example.example_id: example for example in self.task.train}
+        for lines in split_groups(read_rollouts(self.config.output_dir, step)):
+            first = lines[0]
+            example = examples.get(first["prompt_id"])
+            prompt = None if example is None else self.task.prompt(example, tokenizer)
+            if prompt is not None:
+                prompt = self.task.actor.begun(prompt, first.get("messages"), tokenizer, self.policy.stop_token_ids)
+            if prompt is None or prompt.text != first["prompt"]:
+                what = "is not there" if prompt is None else "has another text"
+                raise ValueError(
+                    f"{path}: the data ({self.config.data.name}) have changed since the run: its prompt "
+                    f"{first['prompt_id']!r} {what} now; put the data back that the run was trained on"
+                )
+            with expecting(path, "record of a step"):
+                groups.append(_group(prompt, lines))
+                scores.append(_score(lines))
+                if len(lines) != len(groups[0].completions):
+                    raise ValueError(
+                        f"prompt {first['prompt_id']!r} has {len(lines)} completions, and the first one has "
+                        f"{len(groups[0].completions)}"
+                    )
+        return groups, scores
 
     def take(
         self, learner: ReadLearner, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore], step: int
@@ -91,10 +171,8 @@ class Rewind:
         self._tensors = {name: {n: t.detach().clone() for n, t in part.items()} for name, part in tensors.items()}
 
     def back(self, learner: ReadLearner | None = None) -> ReadLearner:
-        """Returns the learner in the state that is held; one of `make` in as much of it as it shares.
-
-        What only the other one has stays as at the start: a reference is the policy that the run began with.
-        """
+        """Returns the learner in the state that is held; one of `make` in as much of it as it shares. What only the
+        other one has stays as at the start: a reference is the policy that the run began with."""
         learner = learner or self.learner
         tensors: dict[str, Mapping[str, Tensor]] = dict(self._tensors)
         if learner is not self.learner:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from grpo.cli.commands import machine
-from grpo.cli.commands.machine import less_memory
+from grpo.cli.commands.machine import LessMemory
 from grpo.cli.commands.memory import MemoryOfRun
 from grpo.cli.commands.memory_table import DeviceMemory, on_devices
 from grpo.cli.parse import main
@@ -104,9 +104,9 @@ def test_what_else_was_in_no_plan(random_policy):
 
 def advice(shape, config, gib: float, gpus: float = ANY) -> str:
     there = machine.Memory("memory", gib * machine.GIB, gib * machine.GIB, gpus)
-    return less_memory(
+    return LessMemory(
         config, lambda other: there.used(MemoryOfRun(shape, True, other).devices(there.gpus)), there.gpus
-    )
+    ).words()
 
 
 def recommended(said: str) -> dict[str, str]:

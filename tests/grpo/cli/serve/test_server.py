@@ -20,8 +20,7 @@ from serving_cases import Running, until
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.parse import main
-from grpo.cli.serve.follow import Follower
-from grpo.cli.serve.server import load_engine, read_key
+from grpo.cli.serve.server import Follower, load_engine, read_key
 from grpo.config.options import load
 from grpo.endpoint import app as application
 from grpo.source.policy_source import find_policy, load_found

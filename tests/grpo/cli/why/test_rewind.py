@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.cli.why.recorded import read_config
-from grpo.cli.why.rewind import Rewind, difference
+from grpo.cli.why.rewind import Rewind, difference, read_config
 from grpo.learner.learner import Learner
 from grpo.learner.terms import draft_head
 from grpo.run import checkpoint
