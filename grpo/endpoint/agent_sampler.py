@@ -69,17 +69,17 @@ class AgentSampler:
         self.pool.keep()
 
     def _watch(self, future: Future[Any], sampling: _Sampling, on_finished: OnFinished | None) -> None:
-        told = 0
+        """Wait for the end. Raises what stops the run or has ended the decoding."""
+        reported = 0
         while not wait([future], POLL_S).done:
             self.pool.check_stop()
             sampling.check()
-            ended = sampling.ended
-            if on_finished and ended > told:
-                on_finished(ended - told)
-                told = ended
+            if on_finished and (new := sampling.ended - reported):
+                on_finished(new)
+                reported += new
         sampling.check()
         if on_finished and not future.exception():
-            on_finished(len(sampling.begun) - told)
+            on_finished(len(sampling.begun) - reported)
 
     def _end_agents(self) -> None:
         if self._agents is not None:

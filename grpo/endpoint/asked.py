@@ -237,5 +237,5 @@ def read(kind: type[Kind], body: bytes) -> Kind:
         param, message = ".".join(map(str, first["loc"])) or None, first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
             raise ApiError(f"{param} is missing", param=param, code="missing_required_parameter") from None
-        said = f"{param}={SHORT.repr(first['input'])}: {message}"
-        raise ApiError(said, param=param, code="invalid_value") from None
+        fault = f"{param}={SHORT.repr(first['input'])}: {message}"
+        raise ApiError(fault, param=param, code="invalid_value") from None

@@ -130,12 +130,12 @@ class Episode(Served):
             begins = []  # as without an agent
         reasons: list[FinishReason] = [answer.finish_reason for answer in self.answers] or ["environment"]
         reason: FinishReason = "abort" if "abort" in reasons else "environment" if stats.failure else reasons[-1]
-        shown = ids[:-1] if ids and ids[-1] in self.defaults.stop_token_ids else ids
+        visible = ids[:-1] if ids and ids[-1] in self.defaults.stop_token_ids else ids
         drafts = sum((answer.draft for answer in self.answers), DraftStats())
         return Completion(
             token_ids=ids,
             logprobs=[value for segment in grown for value in segment.logprobs],
-            text=str(self.tokenizer.decode(shown)),
+            text=str(self.tokenizer.decode(visible)),
             finish_reason=reason,
             policy_version=self.batcher.engine.version,
             draft=replace(drafts, depths=[depth for segment in grown for depth in segment.depths]),
@@ -189,8 +189,8 @@ class Episode(Served):
         new: list[Any] = list(said[len(known) :])
         if not isinstance(known[-1], dict):  # ids
             return new
-        shown: list[Any] = [*known[:-1], {**known[-1], "content": PLACE}, *new]
-        _, *after = self._by_template(shown, tools).split(PLACE)
+        messages: list[Any] = [*known[:-1], {**known[-1], "content": PLACE}, *new]
+        _, *after = self._by_template(messages, tools).split(PLACE)
         if len(after) != 1:  # the template shows the answer elsewhere, or not at all
             return None
         ids = self.tokenizer.encode(after[0], add_special_tokens=False)

@@ -50,10 +50,10 @@ def self_contained(title: str, answers: Mapping[str, Any]) -> str:
 def plotly() -> str:
     """Plotly's script as its Python package ships it. Raises ValueError without it. The package itself is not
     imported, which would take a second."""
-    found = importlib.util.find_spec("plotly")
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec("plotly")
+    if package is None or package.origin is None:
         raise ValueError(PACKAGES)
-    return (Path(found.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    return (Path(package.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
 
 
 def _asset(name: str) -> str:

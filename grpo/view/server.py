@@ -94,14 +94,14 @@ def app(shown: Shown, token: str) -> Any:
                 fault = "the token is missing or wrong; open the address that quartet view has printed"
                 return JSONResponse({"error": fault}, 403, HEADERS)
             try:
-                found = make(dict(request.query_params) | dict(request.path_params))
+                content = make(dict(request.query_params) | dict(request.path_params))
             except (ValueError, IndexError, FileNotFoundError) as error:
                 missing = isinstance(error, IndexError | FileNotFoundError)
                 return JSONResponse({"error": str(error)}, 404 if missing else 400, HEADERS)
             except Exception as error:  # a record as no run writes it, or a fault of ours: the page shows it
                 fault = f"the page has failed at this: {type(error).__name__}: {error}"
                 return JSONResponse({"error": fault}, 500, HEADERS)
-            body = json.dumps(finite(found), ensure_ascii=True, allow_nan=False)
+            body = json.dumps(finite(content), ensure_ascii=True, allow_nan=False)
             return Response(body, 200, HEADERS, "application/json")
 
         return handler

@@ -82,13 +82,27 @@ class CompletionsFile:
         self.path.touch()
 
     def write(self, way: str, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> None:
-        lines = [
-            json.dumps({"prompt_id": group.prompt.prompt_id, "way": way} | line, ensure_ascii=False, default=str) + "\n"
-            for group, score in zip(groups, scores, strict=True)
-            for line in self._lines(group, score)
-        ]
+        """Append a line for every completion."""
+        task = self.task
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(lines)
+            for group, score in zip(groups, scores, strict=True):
+                for sample, completion in enumerate(group.completions):
+                    line = {
+                        "prompt_id": group.prompt.prompt_id,
+                        "way": way,
+                        "sample": sample,
+                        "prompt": group.prompt.text,
+                        "completion": completion.text,
+                        "answer": task.read_answer(completion.answer),
+                        "solution": group.prompt.columns.get(task.solution_column),
+                        "correct": task.verdicts.of(score.parts[task.first_reward][sample]),
+                        "reward": score.rewards[sample],
+                        "parts": {name: values[sample] for name, values in score.parts.items()},
+                        "failures": [str(failure) for failure in score.errors if failure.sample_index == sample],
+                        "finish_reason": completion.finish_reason,
+                        "tokens": len(completion.token_ids),
+                    }
+                    file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
     def close(self) -> None:
         """Set `correct` to null in all lines if a late mark has shown that the reward is no accuracy."""
@@ -97,25 +111,6 @@ class CompletionsFile:
         rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]]
         text = "".join(json.dumps(row | {"correct": None}, ensure_ascii=False) + "\n" for row in rows)
         self.path.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-    def _lines(self, group: RolloutGroup, score: GroupScore) -> list[dict[str, Any]]:
-        task, columns = self.task, group.prompt.columns
-        return [
-            {
-                "sample": sample,
-                "prompt": group.prompt.text,
-                "completion": completion.text,
-                "answer": task.read_answer(completion.answer),
-                "solution": columns.get(task.solution_column),
-                "correct": task.verdicts.of(score.parts[task.first_reward][sample]),
-                "reward": score.rewards[sample],
-                "parts": {name: values[sample] for name, values in score.parts.items()},
-                "failures": [str(failure) for failure in score.errors if failure.sample_index == sample],
-                "finish_reason": completion.finish_reason,
-                "tokens": len(completion.token_ids),
-            }
-            for sample, completion in enumerate(group.completions)
-        ]
 
 
 def evaluate_model(
@@ -193,7 +188,7 @@ class _Evaluator:
             trained_on=sum(fingerprint in self.met for fingerprint in task.fingerprints(task.heldout)),
             rewards=task.scorer.describe(),
             results={name: replace(result, bleu=bleus[name][0]) for name, result in results.items()},
-            perplexity=_perplexity(policy, task) if policy else None,
+            perplexity=policy and _perplexity(policy, task),
             bleu_signature=next(signature for _, signature in bleus.values()),
             peak_memory_gib=peak_memory_gib(),
             no_accuracy=task.verdicts.note,
@@ -233,8 +228,8 @@ def _bleu(result: Evaluation, task: Task) -> tuple[float | None, str | None]:
         for text in group.texts
         if example.solution
     ]
-    found = corpus_bleu([text for text, _ in pairs], [solution for _, solution in pairs]) if pairs else None
-    return found or (None, None)
+    score = corpus_bleu([text for text, _ in pairs], [solution for _, solution in pairs]) if pairs else None
+    return score or (None, None)
 
 
 def peak_memory_gib() -> dict[str, float]:

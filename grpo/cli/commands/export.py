@@ -257,16 +257,16 @@ def export_and_push(run: Path, destination: Path | None, repo_id: str, *, adapte
     check(api, repo_id)
     with tempfile.TemporaryDirectory() as scratch:
         folder = destination or Path(scratch) / repo_id.rpartition("/")[2]
-        said = export(run, folder, adapter=adapter, hub_id=repo_id)
+        message = export(run, folder, adapter=adapter, hub_id=repo_id)
         try:
             api.create_repo(repo_id, private=True, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=f"quartet export of {run.name}"
             )
         except (HfHubHTTPError, OSError) as error:
-            kept = f"; the export is in {destination}" if destination else ""
-            raise ExportError(f"--push_to_hub {repo_id}: the hub refused it: {error}{kept}") from error
-    return f"{said}\npushed to {commit.repo_url.url if commit.repo_url else repo_id} (a new repository is private)"
+            copy = f"; the export is in {destination}" if destination else ""
+            raise ExportError(f"--push_to_hub {repo_id}: the hub refused it: {error}{copy}") from error
+    return f"{message}\npushed to {commit.repo_url.url if commit.repo_url else repo_id} (a new repository is private)"
 
 
 def run_export(run: Path, destination: Path | None, repo_id: str | None, *, adapter: bool = False) -> str:

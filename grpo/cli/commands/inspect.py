@@ -28,9 +28,8 @@ def inspect(model: str, context: int | None = None) -> Anatomy:
     shape, preset = shape_of(source), source.base in presets.PRESETS
     depth = shape.num_nextn_predict_layers if preset else _mtp_depth(source.base, read_config(source.base))
     longest = max(getattr(shape, "max_position_embeddings", None) or 0, 0) or CONTEXT  # XLNet says -1: there is none
-    options = LoraOptions()
-    context = min(CONTEXT, longest) if context is None else context
-    return anatomy(shape, depth, context=context, lora_rank=options.rank, lora_alpha=options.alpha)
+    context, lora = min(CONTEXT, longest) if context is None else context, LoraOptions()
+    return anatomy(shape, depth, context=context, lora_rank=lora.rank, lora_alpha=lora.alpha)
 
 
 def _mtp_depth(model: str, shape: Any) -> int:

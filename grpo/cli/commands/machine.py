@@ -58,8 +58,8 @@ class Memory(NamedTuple):
         """Returns the bytes by the part of the run that needs them, in order. On CPUs all processes share the
         memory."""
         if self.gpus:
-            own = [it for it in devices if not it.on_host]
-            return {f"{phase} ({it.name})": size for it in own for phase, size in it.phases.items()}
+            on_gpus = [it for it in devices if not it.on_host]
+            return {f"{phase} ({it.name})": size for it in on_gpus for phase, size in it.phases.items()}
         needed: dict[str, float] = {}
         for warm in (True, False):  # one after the other
             for it in devices:
@@ -221,8 +221,8 @@ class LessMemory:
 
 
 def _words(changes: Changes) -> str:
-    shown = [f"{key}: {str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items()]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+    pairs = [f"{key}: {str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items()]
+    return pairs[0] if len(pairs) == 1 else f"{', '.join(pairs[:-1])} and {pairs[-1]}"
 
 
 def _halves(key: str, value: int) -> Iterator[list[Changes]]:

@@ -240,22 +240,22 @@ def activation_bytes(
     shape = policy.config
     layers, count = _kept_bytes(policy.trunk, shape, dtype), shape.num_hidden_layers
     experts = sum(weight.nbytes for weight in _adapted(policy) if weight.dim() == 3)
-    kept = tokens * sum(layers.values()) + experts
+    size = tokens * sum(layers.values()) + experts
     if checkpointing:
-        kept = tokens * (count * shape.hidden_size * dtype.itemsize + max(layers.values(), default=0))
-        kept += experts // count
+        size = tokens * (count * shape.hidden_size * dtype.itemsize + max(layers.values(), default=0))
+        size += experts // count
     if policy.mtp is not None:
-        kept += head_depth * tokens * sum(_kept_bytes(policy.mtp, shape, dtype).values())
+        size += head_depth * tokens * sum(_kept_bytes(policy.mtp, shape, dtype).values())
     mask = tokens * row * dtype.itemsize if row <= PIECE else 0
-    return kept + mask + _logits_bytes(dtype)
+    return size + mask + _logits_bytes(dtype)
 
 
 def derived_bytes(policy: Policy, dtype: torch.dtype, device: torch.device) -> int:
     """Returns what decoding holds besides the policy's own tensors; `policy` may be without storage."""
-    own, derived = {_storage(tensor) for tensor in tensors_of(policy)}, derive(policy, dtype)
-    held = storage_bytes(tensor for tensor in tensors_of(derived) if _storage(tensor) not in own)
+    storages, derived = {_storage(tensor) for tensor in tensors_of(policy)}, derive(policy, dtype)
+    held = storage_bytes(tensor for tensor in tensors_of(derived) if _storage(tensor) not in storages)
     if policy.device.type == "meta" and will_block(dtype, device):
-        shared = {id(it): it.weight.nbytes for it in parts_of(derived, FixedLinear) if _storage(it.weight) in own}
+        shared = {id(it): it.weight.nbytes for it in parts_of(derived, FixedLinear) if _storage(it.weight) in storages}
         held += sum(shared.values())
     return held
 
@@ -301,7 +301,7 @@ def _logits_bytes(dtype: torch.dtype) -> int:
 
 def _kept_bytes(model: nn.Module, shape: PretrainedConfig, dtype: torch.dtype) -> dict[str, int]:
     """Returns the bytes that a token keeps, by layer number; "" for what is in no layer."""
-    kept: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
@@ -314,5 +314,5 @@ def _kept_bytes(model: nn.Module, shape: PretrainedConfig, dtype: torch.dtype) -
         else:
             continue
         layer = name.split(".layers.", 1)[1].split(".", 1)[0] if ".layers." in name else ""
-        kept[layer] = kept.get(layer, 0) + size
-    return kept
+        sizes[layer] = sizes.get(layer, 0) + size
+    return sizes

@@ -89,9 +89,9 @@ def misprint(solution: str) -> str | None:
 
 def _another(examples: Sequence[Example], i: int) -> str | None:
     """Returns the next solution with another last number, or with another text if it has no number."""
-    own = _answer(examples[i].solution)
+    answer = _answer(examples[i].solution)
     following = (examples[(i + step) % len(examples)].solution for step in range(1, min(len(examples), 50)))
-    return next((solution for solution in following if _answer(solution) != own), None)
+    return next((solution for solution in following if _answer(solution) != answer), None)
 
 
 def _answer(solution: str) -> str:

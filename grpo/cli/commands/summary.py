@@ -54,13 +54,13 @@ def coloured(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> Text
 
 def pieces(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Returns the text that each token adds. The token that completes a character of several tokens has all of it."""
-    found, before = [], ""
+    texts, before = [], ""
     for end in range(1, len(token_ids) + 1):
         text = str(tokenizer.decode(token_ids[:end], skip_special_tokens=False))
         whole = text.removesuffix("\N{REPLACEMENT CHARACTER}") if end < len(token_ids) else text
-        found.append(whole[len(before) :])
+        texts.append(whole[len(before) :])
         before = whole if len(whole) > len(before) else before
-    return found
+    return texts
 
 
 CONSOLE = Terminal()
@@ -260,11 +260,11 @@ class _DryRun:
         learner = alone.learner(processes=1)
         each = learner.gradients + learner.moments + learner.reference  # trained weights are as large as gradients
         saved = math.ceil(self.steps / config.checkpoint.every)
-        kept = min(config.checkpoint.keep or saved, saved)
-        yield "disk: checkpoints", f"{_gib(each * kept)} ({kept} kept)"
+        copies = min(config.checkpoint.keep or saved, saved)
+        yield "disk: checkpoints", f"{_gib(each * copies)} ({copies} kept)"
         policies = total * (2 if config.dtype == "bfloat16" else 4) * (1 + (grpo and config.warm_start.steps > 0))
         yield "disk: policies", _gib(policies)
-        self.disk = policies + each * min(kept + 1, saved)  # the next one is complete before the oldest is deleted
+        self.disk = policies + each * min(copies + 1, saved)  # the next one is complete before the oldest is deleted
 
 
 class _MtpDryRun(_DryRun):
@@ -277,7 +277,7 @@ class _MtpDryRun(_DryRun):
         with torch.device("meta"):
             sizes = {name: p.numel() for name, p in MTPHead(shape).named_parameters()}
         experts = sum(size for name, size in sizes.items() if ".experts." in name)
-        own = sum(sizes.values()) - experts + experts * shape.num_experts_per_tok // shape.n_routed_experts
+        active = sum(sizes.values()) - experts + experts * shape.num_experts_per_tok // shape.n_routed_experts
         depth, width = config.head.depth, min(config.head.draft_vocabulary or shape.vocab_size, shape.vocab_size)
         completions = config.prompts_per_step * config.rollout.group_size
         solutions = f" and {config.head.solutions:,} gold solutions" if config.head.solutions else ""
@@ -286,12 +286,12 @@ class _MtpDryRun(_DryRun):
         yield "completions in all", f"{config.steps * completions:,}"
         yield "draft vocabulary", f"{width:,} of {shape.vocab_size:,} tokens"
         yield "head: parameters", f"{sum(sizes.values()) / 1e6:,.1f} M, {depth} depths"
-        yield "head: FLOPs per token and pass", f"{6 * own * depth / 1e6:,.0f} M"
+        yield "head: FLOPs per token and pass", f"{6 * active * depth / 1e6:,.0f} M"
         yield "LM head: the same", f"{(2 + 4 * depth) * shape.hidden_size * width / 1e6:,.0f} M"
         learner = self.memory.head_learner()
         saved = math.ceil(config.steps / config.checkpoint.every) + config.head.epochs
-        kept = min((config.checkpoint.keep or saved) + 1, saved)  # the next one is complete before the oldest goes
-        self.disk = learner.weights + kept * (learner.gradients + learner.moments) + self.memory.corpus_bytes()
+        copies = min((config.checkpoint.keep or saved) + 1, saved)  # the next one is complete before the oldest goes
+        self.disk = learner.weights + copies * (learner.gradients + learner.moments) + self.memory.corpus_bytes()
 
 
 def _in_4_bits(trunk: PreTrainedModel) -> str:

@@ -29,7 +29,7 @@ def serve_replicas(config: ServeConfig, begin: Begin, say: Callable[[str], None]
     most, threads = config.max_replicas or config.replicas, config.threads or 1
     folder = Path(config.model)  # a replica works in another one
     model = str(folder.absolute()) if folder.exists() else config.model
-    own = config.model_copy(update={"threads": threads, "model": model, "replicas": 1})
+    options = config.model_copy(update={"threads": threads, "model": model, "replicas": 1})
     start_ray(cpus=most * threads + 1)
     try:
         serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
@@ -39,7 +39,7 @@ def serve_replicas(config: ServeConfig, begin: Begin, say: Callable[[str], None]
             scale = {"autoscaling_config": AutoscalingConfig(**bounds, target_ongoing_requests=config.max_batch_size)}
 
         def build() -> Any:  # a function: Ray Serve takes any other callable for the application itself
-            application, _ = begin(own, partial(print, file=sys.stderr, flush=True))
+            application, _ = begin(options, partial(print, file=sys.stderr, flush=True))
             return application
 
         deployment = serve.deployment(

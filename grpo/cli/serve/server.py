@@ -151,5 +151,5 @@ def serve(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bo
 
         version = f"policy version {served.batcher.engine.version}"
         say(f"{served.name} ({version}, {served.meaning}) at http://{address}/v1   (Ctrl-C ends it)")
-        own = {"lifespan": "on", "timeout_graceful_shutdown": config.shutdown_s, "timeout_keep_alive": 75}
-        uvicorn.Server(settings(application, **own)).run(sockets=[listening])
+        timeouts = {"lifespan": "on", "timeout_graceful_shutdown": config.shutdown_s, "timeout_keep_alive": 75}
+        uvicorn.Server(settings(application, **timeouts)).run(sockets=[listening])

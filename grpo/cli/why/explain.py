@@ -274,8 +274,8 @@ class _Explainer:
 
     def _alternative(self, what: str, other: TrainConfig, real: Reader, before: float) -> Alternative:
         """Returns the step with the options of `other`, on the same rollouts."""
-        scores, weights, own = self.scores, None, self.rewind.config
-        if (other.rewards, other.reward_models) != (own.rewards, own.reward_models):
+        scores, weights, options = self.scores, None, self.rewind.config
+        if (other.rewards, other.reward_models) != (options.rewards, options.reward_models):
             with Task.of(other) as task:
                 task.reached(self.step - 1)
                 scores, weights = task.score(self.groups), task.reward_weights

@@ -108,8 +108,8 @@ def _groups(step: Explanation, encoding: str) -> Table:
     shares = [Column(f"-{name}", justify="right") for name in removed]
     prompt = Column("prompt", overflow="fold", ratio=1)
     table = Table(*numbers, *shares, prompt, title="groups, the strongest first", title_justify="left")
-    shown = [group for group in step.groups if step.tokens_of in (None, group.number)]
-    for group in sorted(shown, key=lambda group: -abs(group.norm * group.cosine))[:GROUPS]:
+    listed = [group for group in step.groups if step.tokens_of in (None, group.number)]
+    for group in sorted(listed, key=lambda group: -abs(group.norm * group.cosine))[:GROUPS]:
         rewards = [reward for reward in group.rewards if reward is not None]
         mean = f"{sum(rewards) / len(rewards):.3g}" if rewards else "-"
         table.add_row(

@@ -193,6 +193,6 @@ def difference(recorded: Mapping[str, Any], again: Mapping[str, float]) -> tuple
     (1, 'loss/policy', 0.2)
     """
     both = [n for n in again if n.startswith(LAST) and isinstance(recorded.get(n), int | float)]
-    found = {n: abs(again[n] - recorded[n]) / max(abs(again[n]), abs(recorded[n]), 1e-6) for n in both}
-    worst = max(found, key=lambda name: found[name], default="")
-    return len(both), worst, found.get(worst, 0.0)
+    differences = {n: abs(again[n] - recorded[n]) / max(abs(again[n]), abs(recorded[n]), 1e-6) for n in both}
+    worst = max(differences, key=lambda name: differences[name], default="")
+    return len(both), worst, differences.get(worst, 0.0)
