@@ -158,12 +158,11 @@ def quantize(args: argparse.Namespace) -> None:
         return
     _begin()
     from grpo.cli.commands import summary
-    from grpo.cli.quantize import report
-    from grpo.cli.quantize.quantize import quantize
+    from grpo.cli.quantize.quantize import as_json, quantize, show
 
     result = quantize(args.destination, config, summary.CONSOLE)
-    report.show(result, summary.CONSOLE)
-    _write(args.json, report.as_json(result))
+    show(result, summary.CONSOLE)
+    _write(args.json, as_json(result))
 
 
 def inspect(args: argparse.Namespace) -> None:

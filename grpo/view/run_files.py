@@ -17,8 +17,7 @@ from grpo.run.metrics import METRICS
 from grpo.run.metrics import check as row_of
 from grpo.run.records import check_run, read_events, read_metrics, recorded_steps, rollout_path, split_groups
 from grpo.view.headline import headline
-from grpo.view.reading import check_files, read_step
-from grpo.view.token_texts import find_tokenizer, token_texts
+from grpo.view.reading import check_files, find_tokenizer, read_step, token_texts
 
 ACCURACIES = (ACCURACY, f"{ACCURACY}_greedy")
 

@@ -1,32 +1,60 @@
-"""`quartet quantize SRC DST`: measure, quantise, write, read the files again with transformers, and compare."""
+"""`quartet quantize SRC DST`: measure, quantise, write, read the files again with transformers, compare, and tell."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Column, Table
 
+from grpo.cli.commands import eval_report
 from grpo.cli.commands.eval import ModelEvaluation, evaluate_model
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.config.inference import EvalConfig
-from grpo.cli.quantize import compressor, report
+from grpo.cli.quantize import compressor
 from grpo.cli.quantize.options import QuantizeConfig
-from grpo.cli.quantize.report import Quantization
+from grpo.config.json_file import write_json
 from grpo.data.calibration_text import CalibrationText, calibration_text
 from grpo.data.examples import Example
 from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, trained_on
 from grpo.data.prompts import PromptTemplate
+from grpo.run import hardware
 from policies.conversion.dense import LICENCE_FILES, new_folder
-from policies.conversion.parity import fidelity
+from policies.conversion.parity import Fidelity, fidelity
 from policies.files.packed import is_packed
 from policies.layout import find_file
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
+
+REPORT = "quantization_report.json"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What quantising has done. `fidelity` is of the files that were written, read again by stock transformers, on text
+    that nothing was measured on. `bytes_before` and `bytes_after` are those of the safetensors; `kept` names the
+    matrices that keep their precision. `evaluations` are none, or before and after."""
+
+    config: QuantizeConfig
+    destination: str
+    bytes_before: int
+    bytes_after: int
+    kept: list[str]
+    fidelity: Fidelity
+    seconds: float
+    versions: dict[str, str]
+    evaluations: list[ModelEvaluation] = field(default_factory=list)
+
+    @property
+    def perplexity_change(self) -> float:
+        """The change as a share: .03 is 3 %."""
+        return self.fidelity.perplexity / self.fidelity.dense_perplexity - 1
 
 
 def quantize(destination: Path, config: QuantizeConfig, console: Console) -> Quantization:
@@ -36,7 +64,7 @@ def quantize(destination: Path, config: QuantizeConfig, console: Console) -> Qua
     compressor.require_packages()
     with new_folder(destination) as folder:
         result = quantizer.write(folder, destination)
-        report.write(result, folder)
+        write_json(folder / REPORT, as_json(result))
     return result
 
 
@@ -129,3 +157,45 @@ def _named(evaluation: ModelEvaluation, destination: Path) -> ModelEvaluation:
 
 def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def show(result: Quantization, console: Console) -> None:
+    """Print a table of 80 columns, and that of the evaluations where there are any."""
+    config, figures = result.config, result.fidelity
+    columns = ("", Column("before", justify="right"), Column("after", justify="right"), "")
+    title = f"{config.method}, {config.bits} bits, groups of {config.group_size}"
+    table = Table(*columns, title=title, title_justify="left")
+    before, after = (size / 2**20 for size in (result.bytes_before, result.bytes_after))
+    table.add_row("weights, MiB", f"{before:,.1f}", f"{after:,.1f}", f"{after / before - 1:+.1%}")
+    change = f"{result.perplexity_change:+.2%}"
+    table.add_row("perplexity", f"{figures.dense_perplexity:.3f}", f"{figures.perplexity:.3f}", change)
+    table.add_row("top-1 agreement", "", f"{figures.top1_agreement:.2%}", "")
+    table.add_row("mean KL, nats a token", "", f"{figures.kl_mean:.4f}", "")
+    console.print(table)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    say(f"on {figures.num_tokens:,} tokens of {config.calibrate}, held out; quantised in {result.seconds:.0f} s")
+    if result.kept:
+        why = f"group_size={config.group_size} does not divide their rows"
+        say(f"{len(result.kept)} matrices keep their precision, such as {result.kept[0]}: {why}")
+    for evaluation in result.evaluations:
+        eval_report.show(evaluation, console)
+    if result.evaluations:
+        eval_report.show_paired(result.evaluations[0], result.evaluations[1:], console)
+    say(f"written to {result.destination}")
+
+
+def as_json(result: Quantization) -> dict[str, Any]:
+    """Returns all that the table shows, and how it was measured (contract 11)."""
+    both = result.evaluations
+    return {
+        "weights_bytes": {"before": result.bytes_before, "after": result.bytes_after},
+        "heldout": asdict(result.fidelity) | {"perplexity_change": result.perplexity_change},
+        "accuracy": eval_report.paired_as_json(both) if both else None,
+        "matrices_kept": result.kept,
+        "seconds": result.seconds,
+        "options": result.config.model_dump(mode="json"),
+        "environment": hardware.describe() | result.versions,
+    }

@@ -11,8 +11,8 @@ from grpo.algorithm.statistics import wilson_interval
 from grpo.cli.parse import main
 from grpo.run import hardware
 from grpo.run.records import read_metrics, read_rollouts, split_groups
+from grpo.view.reading import find_tokenizer, token_texts
 from grpo.view.run_files import RunFiles, finite
-from grpo.view.token_texts import find_tokenizer, token_texts
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"
 
